@@ -1,0 +1,139 @@
+"""Batches: a batch is a pure function of the step, so the data position in a checkpoint is one integer.
+
+Fields of a batch, with B prompts, N responses and T tokens, right padded: tokens [B, N, T] int32; mask [B, N, T] bool, the real
+tokens; completion_mask [B, N, T] bool, the scored ones. All three come from lengths, so a pad token that is also the EOS does
+no harm. A padding row is False in both masks.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from alignax.data.tokens import Examples
+
+
+@dataclasses.dataclass(frozen=True)
+class Batches:
+    """An endless, index-addressed stream of batches.
+
+    Epochs follow one another without a gap: example i of step s is entry (s*B + i) mod n of the permutation of epoch
+    (s*B + i) div n. So no example is left out at the end of an epoch, and the batch there holds rows of two epochs.
+    """
+
+    examples: Examples
+    batch_size: int
+    seed: int
+    length: int  # T, the same for every batch
+    shuffle: bool = True
+
+    def __post_init__(self):
+        if self.batch_size < 1:
+            raise ValueError(f"the batch size is {self.batch_size}; use 1 or more")
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"the data seed is {self.seed}; use 0 to 2**64 - 1")
+        _check_length(self.examples, self.length)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps until every example was seen; the last of them may run into the next epoch."""
+        return self.steps(1)
+
+    def steps(self, epochs: float) -> int:
+        """Steps until `epochs` times the number of examples were seen, rounded up."""
+        return math.ceil(round(epochs * len(self.examples), 6) / self.batch_size)
+
+    def rows(self, step: int) -> np.ndarray:
+        """Indices into the examples of a step: [B] int64."""
+        count = len(self.examples)
+        epoch, index = np.divmod(int(step) * self.batch_size + np.arange(self.batch_size, dtype=np.int64), count)
+        if not self.shuffle:
+            return index
+        rows = np.empty_like(index)
+        for e in range(epoch[0], epoch[-1] + 1):
+            rows[epoch == e] = _permutation(self.seed, e, count)[index[epoch == e]]
+        return rows
+
+    def batch(self, step: int, rows: slice | None = None) -> dict[str, np.ndarray]:
+        """The batch of a step; with `rows` only that slice of its B prompts, which is what a host of several asks for."""
+        indices = self.rows(step)
+        return assemble(self.examples, indices if rows is None else indices[rows], self.length)
+
+
+def evaluation_batches(
+    examples: Examples, batch_size: int, length: int, rows: slice | None = None
+) -> Iterator[dict[str, np.ndarray]]:
+    """All examples once, in order; the last batch is filled up with padding rows. `rows` as in `Batches.batch`."""
+    if batch_size < 1:
+        raise ValueError(f"the batch size is {batch_size}; use 1 or more")
+    _check_length(examples, length)
+    for start in range(0, len(examples), batch_size):
+        indices = np.arange(start, start + batch_size, dtype=np.int64)
+        yield assemble(examples, indices if rows is None else indices[rows], length)
+
+
+def padded_length(examples: Examples, multiple: int = 8) -> int:
+    """The longest side, rounded up to a multiple: the smallest T that holds every example."""
+    return -(-int(examples.lengths.max()) // multiple) * multiple
+
+
+def assemble(examples: Examples, indices: np.ndarray, length: int) -> dict[str, np.ndarray]:
+    """Gather the examples at indices [B] into a batch of T = length; an index past the last example gives a padding row."""
+    side = indices[:, None] * examples.N + np.arange(examples.N)  # [B, N]
+    real = np.broadcast_to((indices < len(examples))[:, None], side.shape)
+    side = np.where(real, side, 0)
+    start = examples.offsets[side]
+    lengths = np.where(real, examples.offsets[side + 1] - start, 0)  # [B, N]
+    position = np.arange(length, dtype=np.int32)  # [T]
+    mask = position < lengths[..., None]  # [B, N, T]
+    tokens = np.zeros(mask.shape, np.int32)
+    # Row-major, as `mask` is read: the k-th real token of the batch lies at its side's start plus its place in the side.
+    flat = lengths.ravel()
+    first = np.cumsum(flat) - flat
+    tokens[mask] = examples.tokens[np.arange(flat.sum()) + np.repeat(start.ravel() - first, flat)]
+    completion_mask = mask & (position >= examples.prompt_lengths[side][..., None])
+    return {"tokens": tokens, "mask": mask, "completion_mask": completion_mask}
+
+
+def decode_example(examples: Examples, index: int, tokenizer) -> str:
+    """Show one example as the model will see it: text, and tokens with the scored ones in [ ] and the padding counted.
+
+    Read back from an assembled batch, so that what is shown is what the masks say.
+    """
+    batch = assemble(examples, np.asarray([index]), padded_length(examples))
+    return "\n".join(
+        _decode_side(index, n, batch["tokens"][0, n], batch["mask"][0, n], batch["completion_mask"][0, n], tokenizer)
+        for n in range(examples.N)
+    )
+
+
+def _decode_side(index, n, tokens, mask, completion_mask, tokenizer) -> str:
+    prompt = tokens[mask & ~completion_mask].tolist()
+    completion = tokens[completion_mask].tolist()
+    shown = [*tokenizer.convert_ids_to_tokens(prompt), *(f"[{token}]" for token in tokenizer.convert_ids_to_tokens(completion))]
+    padding = int((~mask).sum())
+    return "\n".join(
+        [
+            f"example {index}, response {n}: {len(prompt)} prompt tokens, {len(completion)} scored, {padding} padding",
+            f"  prompt      {tokenizer.decode(prompt)!r}",
+            f"  completion  {tokenizer.decode(completion)!r}",
+            f"  tokens      {' '.join(shown)}{f' (padding x {padding})' if padding else ''}",
+        ]
+    )
+
+
+def _check_length(examples: Examples, length: int) -> None:
+    longest = int(examples.lengths.max())
+    if length < longest:
+        raise ValueError(f"batches of {length} tokens do not hold the longest row of {longest}; use {padded_length(examples)}")
+
+
+@functools.lru_cache(maxsize=4)
+def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
+    # Sorted raw Philox output: NumPy keeps that stream for ever, and makes no such promise for Generator.permutation.
+    key = np.asarray([seed, epoch], np.uint64)
+    permutation = np.argsort(np.random.Philox(key=key).random_raw(count), kind="stable")
+    permutation.flags.writeable = False
+    return permutation

@@ -1,0 +1,3 @@
+from alignax.experience.logps import Experience, chain, logps
+
+__all__ = ["Experience", "chain", "logps"]

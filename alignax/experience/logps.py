@@ -1,0 +1,42 @@
+"""Experience: what is not differentiated is data, written by pure functions `Batch -> Batch`.
+
+An experience function is a pytree of the parameters that it reads (`jax.tree_util.Partial`), so it goes through `jit` as an
+argument: its parameters stay sharded where they are and are never compiled into the program.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+from jax.tree_util import Partial
+
+from alignax.types import Batch, Model, Params, microbatch
+
+Experience = Callable[[Batch], Batch]
+
+
+def chain(*functions: Experience) -> Experience:
+    """The functions one after another, first to last; without any, the identity."""
+    return Partial(_chain, functions)
+
+
+def _chain(functions: tuple[Experience, ...], batch: Batch) -> Batch:
+    for function in functions:
+        batch = function(batch)
+    return batch
+
+
+def logps(name: str, model: Model, microbatches: int = 1) -> Experience:
+    """Writes the model's per-token log-probs: `name` [B, N, T] float32.
+
+    Args:
+      name: the field, "ref_logps" for a frozen reference.
+      model: whose they are; no gradient goes into it.
+      microbatches: parts that the batch is scored in, one after another, to bound memory.
+    """
+    return Partial(functools.partial(_logps, name, microbatches, model.apply), model.params)
+
+
+def _logps(name: str, microbatches: int, apply: Callable, params: Params, batch: Batch) -> Batch:
+    parts = jax.lax.map(lambda part: apply(params, part).logps, microbatch(batch, microbatches))  # [M, B / M, N, T]
+    return batch | {name: parts.swapaxes(0, 1).reshape(batch["tokens"].shape)}

@@ -1,0 +1,109 @@
+"""Losses as a vector space: a loss is a sum of coefficient x average, an average is a value and the weights it is averaged over.
+
+Weights come from data alone and are normalised once, on the global batch; so a loss and its metrics are plain sums, to which
+microbatches, padding rows and data-parallel shards add up exactly. `dpo(beta=0.1) + 0.005 * sft()` is a loss.
+
+A coefficient may be a schedule: `lambda step: dpo() + eta(step) * sft()` is a loss too, wherever one is taken.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from alignax.types import Batch, Metrics, Outputs
+
+Over = Callable[[Batch], jax.Array]
+Value = Callable[[Outputs, Batch], tuple[jax.Array, Metrics]]
+
+
+class Term(NamedTuple):
+    """One average of a loss."""
+
+    name: str
+    value: Value  # (Outputs, Batch) -> (values, {metric: values}), each shaped like the weights
+    over: Over  # Batch -> weights >= 0, of data only, never of parameters
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """A weighted sum of averages; losses add, and scale by numbers from the left."""
+
+    terms: tuple[tuple[Any, Term], ...]
+
+    def __add__(self, other: "Loss") -> "Loss":
+        """The sum of both."""
+        return Loss(self.terms + other.terms)
+
+    def __rmul__(self, coefficient: Any) -> "Loss":
+        """This loss times a scalar."""
+        return Loss(tuple((coefficient * c, term) for c, term in self.terms))
+
+    def weights(self, batch: Batch) -> tuple[jax.Array, ...]:
+        """The raw weights of each term, as data gives them."""
+        return tuple(term.over(batch).astype(jnp.float32) for _, term in self.terms)
+
+    def normalised(self, batch: Batch) -> tuple[jax.Array, ...]:
+        """The weights of each term, summing to 1 over this, the global batch (to 0 where nothing is to be averaged)."""
+        return tuple(w / jnp.where((total := w.sum()) > 0, total, 1.0) for w in self.weights(batch))
+
+    def __call__(self, out: Outputs, batch: Batch, weights: tuple[jax.Array, ...]) -> tuple[jax.Array, Metrics]:
+        """Loss and metrics of a part of the batch, as sums: those of the parts add up to those of the whole.
+
+        Metrics are averaged like their term; a metric that two terms report is the later one's.
+        """
+        loss, metrics = jnp.zeros(()), {}
+        for (coefficient, term), w in zip(self.terms, weights, strict=True):
+            values, extra = term.value(out, batch)
+            average = weighted_sum(values, w)
+            loss += coefficient * average
+            metrics |= {name: weighted_sum(jax.lax.stop_gradient(x), w) for name, x in extra.items()}
+            metrics["loss/" + term.name] = average
+        return loss, metrics
+
+
+Objective = Loss | Callable[[jax.Array], Loss]  # a loss, or step -> loss
+
+
+def at_step(objective: Objective, step: jax.Array) -> Loss:
+    """The loss at a step."""
+    return objective if isinstance(objective, Loss) else objective(step)
+
+
+def loss(name: str, value: Value, over: Over | None = None) -> Loss:
+    """A loss of one term, averaged over the examples unless `over` says otherwise."""
+    return Loss(((1.0, Term(name, value, over or examples)),))
+
+
+def weighted_sum(values: jax.Array, weights: jax.Array) -> jax.Array:
+    """sum(values * weights), where a weight of 0 removes its value even if that is not finite, from the gradient too."""
+    if values.shape != weights.shape:
+        raise ValueError(f"values of shape {values.shape} against weights of shape {weights.shape}; a term's must be equal")
+    return jnp.sum(jnp.where(weights > 0, values, 0.0) * weights)
+
+
+def sequence(x: jax.Array, batch: Batch) -> jax.Array:
+    """Sum over the completion tokens: [B, N, T] -> [B, N]."""
+    return jnp.sum(jnp.where(batch["completion_mask"], x, 0.0), axis=-1)
+
+
+def lengths(batch: Batch) -> jax.Array:
+    """Completion tokens of each response, EOS included: [B, N] float32."""
+    return batch["completion_mask"].sum(axis=-1).astype(jnp.float32)
+
+
+def examples(batch: Batch) -> jax.Array:
+    """Weight 1 for each example all of whose responses have a completion token, else 0: [B]."""
+    return batch["completion_mask"].any(axis=-1).all(axis=-1)
+
+
+def chosen_examples(batch: Batch) -> jax.Array:
+    """Weight 1 for each example whose first response has a completion token: [B]."""
+    return batch["completion_mask"][:, 0].any(axis=-1)
+
+
+def chosen_tokens(batch: Batch) -> jax.Array:
+    """Weight 1 for each completion token of the first response: [B, T]."""
+    return batch["completion_mask"][:, 0]

@@ -1,0 +1,260 @@
+"""Hugging Face model folders in and out, without torch.
+
+Weights are read slice by slice: each device shard reads only its own part of the files, so no process holds a model that its mesh
+would not. Export writes one file's worth of tensors at a time.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from alignax import mesh as meshes
+from alignax.models import transformer
+from alignax.models.families import Family, family
+from alignax.models.transformer import ModelConfig
+from alignax.types import Params
+
+DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+SHARD_BYTES = 5 * 10**9  # of an exported file, as transformers has it
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+
+
+class Source(NamedTuple):
+    """An opened model folder."""
+
+    path: Path
+    hf: dict[str, Any]  # its config.json
+    family: Family
+    config: ModelConfig
+
+
+def open_folder(path: str | os.PathLike) -> Source:
+    """Reads a folder's config.json; the weights stay on disk."""
+    path = Path(path)
+    file = path / "config.json"
+    if not path.is_dir():
+        raise ValueError(f"model folder {str(path)!r} does not exist; give the path of a Hugging Face model folder")
+    if not file.is_file():
+        raise ValueError(f"{str(path)!r} has no config.json; give the path of a Hugging Face model folder")
+    try:
+        hf = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{file} is not JSON ({e}); fetch the model folder again") from e
+    kind = family(hf, str(file))
+    try:
+        config = kind.config(hf)
+    except KeyError as e:
+        raise ValueError(f"{file} lacks the field {e.args[0]!r}; is it a complete {hf['model_type']} config?") from e
+    return Source(path, hf, kind, config)
+
+
+def abstract_params(config: ModelConfig, mesh: Mesh | None = None) -> Params:
+    """Shapes, types and (with a mesh) shardings of the parameters; nothing is computed."""
+    boxed = jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))
+    shapes = nn.unbox(boxed)
+    if mesh is None:
+        return shapes
+    described = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+    return jax.tree.map(described, shapes, meshes.param_shardings(mesh, boxed))
+
+
+def init_params(config: ModelConfig, mesh: Mesh, key: jax.Array) -> Params:
+    """Random parameters, made where they live: no device holds more than its shards."""
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_params(config, mesh))
+    return jax.jit(lambda key: nn.unbox(transformer.init(config, key)), out_shardings=shardings)(key)
+
+
+def load_params(source: Source, mesh: Mesh) -> Params:
+    """A folder's weights as sharded float32 parameters.
+
+    Raises:
+      ValueError: for missing, extra or misshapen tensors and damaged files, before any weight is read.
+    """
+    files = _tensor_files(source.path)
+    check_tensors(source, files)
+    abstract = abstract_params(source.config, mesh)
+
+    def load(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        name = leaf_name(path)
+        target = source.family.weights[name]
+
+        def read(index: tuple[slice, ...]) -> np.ndarray:
+            if not name.startswith("layers."):
+                return read_slice(files[target], target, index)
+            layers = range(*index[0].indices(leaf.shape[0]))
+            return np.stack([read_slice(files[n], n, index[1:]) for n in (target.format(i) for i in layers)])
+
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, read)
+
+    return jax.tree_util.tree_map_with_path(load, abstract)
+
+
+def read_slice(file: Path, name: str, index: tuple[slice, ...]) -> np.ndarray:
+    """Part of a tensor as float32, in our layout: a matrix of the file is [out, in], ours is [in, out]; embeddings are kept."""
+    from safetensors import safe_open
+
+    turn = is_transposed(name, len(index))
+    with safe_open(file, framework="np") as f:
+        part = f.get_slice(name)[index[::-1] if turn else index]
+    return np.asarray(part.T if turn else part, np.float32)
+
+
+def is_transposed(name: str, ndim: int) -> bool:
+    """Whether a tensor of the files is the transpose of ours: every matrix but the embedding."""
+    return ndim == 2 and "embed_tokens" not in name
+
+
+def leaf_name(path: Any) -> str:
+    """`layers.q`, from a tree path."""
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def _tensor_files(path: Path) -> dict[str, Path]:
+    """Tensor name -> file, for a single file or an index of shards."""
+    single, index = (path / name for name in WEIGHT_FILES)
+    if index.is_file():
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        absent = sorted({f for f in weight_map.values() if not (path / f).is_file()})
+        if absent:
+            raise ValueError(f"{index} names {len(absent)} files that are not there: {', '.join(absent[:3])}; fetch them")
+        return {name: path / file for name, file in weight_map.items()}
+    if single.is_file():
+        return dict.fromkeys(_header(single), single)
+    raise ValueError(f"{str(path)!r} has no model.safetensors; set model.init to 'random' to start without weights")
+
+
+def _header(file: Path) -> dict[str, tuple[int, ...]]:
+    """Tensor name -> shape of a safetensors file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="np") as f:
+            return {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as e:
+        raise ValueError(f"{file} is damaged or cut short ({e}); fetch it again") from e
+
+
+def check_tensors(source: Source, files: Mapping[str, Path]) -> None:
+    """Compares names and shapes of a folder's tensors with what its config says."""
+    wanted = tensor_shapes(source)
+    tied = {source.family.weights["lm_head"]} if source.config.tie_word_embeddings else set()
+    names = {n for n in files if not n.endswith(source.family.ignored)} - tied
+    where = f"{str(source.path)!r}"
+    if missing := sorted(set(wanted) - names):
+        raise ValueError(f"{where} lacks {len(missing)} tensors, {missing[0]} first; fetch the folder again")
+    if extra := sorted(names - set(wanted)):
+        raise ValueError(
+            f"{where} has {len(extra)} tensors that its config.json does not describe, {extra[0]} first; is it this model's config?"
+        )
+    shapes = {name: shape for file in sorted(set(files.values())) for name, shape in _header(file).items()}
+    for name, shape in wanted.items():
+        if name not in shapes:
+            raise ValueError(f"{files[name]} does not hold {name}, which its index places there; fetch it again")
+        if shapes[name] != shape:
+            raise ValueError(f"{name} in {where} has shape {shapes[name]}, config.json says {shape}; is it this model's config?")
+
+
+def tensor_shapes(source: Source) -> dict[str, tuple[int, ...]]:
+    """Tensor name -> shape in the files, as the config has it."""
+    return {name: shape for _, _, name, shape in _plan(source)}
+
+
+def _plan(source: Source) -> list[tuple[str, int | None, str, tuple[int, ...]]]:
+    """(our leaf, layer, tensor name, its shape in the files), in the files' order: layer by layer."""
+    plan = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(source.config)):
+        name = leaf_name(path)
+        target = source.family.weights[name]
+        stacked = name.startswith("layers.")
+        shape = leaf.shape[1:] if stacked else leaf.shape
+        shape = shape[::-1] if is_transposed(target, len(shape)) else shape
+        plan += [(name, i, target.format(i), shape) for i in (range(leaf.shape[0]) if stacked else (None,))]
+    return sorted(plan, key=lambda entry: (entry[1] is None, entry[1] or 0))
+
+
+def export(params: Params, source: Source, out: str | os.PathLike, dtype: str = "float32", shard_bytes: int = SHARD_BYTES) -> None:
+    """Writes a Hugging Face folder that transformers loads: weights, config, and the source's tokenizer and generation config.
+
+    The folder appears whole or not at all. Every process calls it; process 0 writes.
+
+    Args:
+      params: policy parameters, sharded as they are.
+      source: the folder that training started from; its config.json and all its small files are carried over.
+      out: a folder that does not exist yet, or is an earlier export.
+      dtype: "float32", "bfloat16" or "float16".
+      shard_bytes: the most that one file holds.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is unknown; use {', '.join(DTYPES)}")
+    out = Path(out)
+    main = jax.process_index() == 0
+    if out.exists() and not (out / "config.json").is_file() and any(out.iterdir()):
+        raise ValueError(f"{str(out)!r} exists and is not a model folder; choose another place")
+    tmp = out.with_name(out.name + ".tmp")
+    if main:
+        shutil.rmtree(tmp, ignore_errors=True)
+        tmp.mkdir(parents=True)
+    leaves = {leaf_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
+    shards = _shards(_plan(source), jnp.dtype(dtype).itemsize, shard_bytes)
+    index: dict[str, str] = {}
+    for i, shard in enumerate(shards):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {}
+        for name, layer, target, shape in shard:
+            x = leaves[name] if layer is None else leaves[name][layer]
+            x = x if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)
+            if main:
+                x = np.asarray(x).astype(jnp.dtype(dtype))
+                tensors[target] = np.ascontiguousarray(x.T if is_transposed(target, len(shape)) else x)
+        index |= dict.fromkeys(tensors, file)
+        if main:
+            from safetensors.numpy import save_file
+
+            save_file(tensors, tmp / file, metadata={"format": "pt"})
+    if main:
+        if len(shards) > 1:
+            total = sum((tmp / f).stat().st_size for f in set(index.values()))
+            content = {"metadata": {"total_size": total}, "weight_map": index}
+            (tmp / WEIGHT_FILES[1]).write_text(json.dumps(content, indent=2))
+        _copy_small_files(source, tmp, dtype)
+        old = out.with_name(out.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)
+        if out.exists():
+            out.rename(old)
+        tmp.rename(out)
+        shutil.rmtree(old, ignore_errors=True)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("export")
+
+
+def _shards(plan: list, itemsize: int, limit: int) -> list[list]:
+    """The plan cut into files of at most `limit` bytes (or one tensor)."""
+    shards, size = [[]], 0
+    for entry in plan:
+        n = int(np.prod(entry[3])) * itemsize
+        if shards[-1] and size + n > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(entry)
+        size += n
+    return shards
+
+
+def _copy_small_files(source: Source, out: Path, dtype: str) -> None:
+    """Tokenizer, chat template and generation config as they were; config.json with its type and architecture brought up to date."""
+    for file in source.path.iterdir():
+        small = file.suffix in (".json", ".jinja", ".model", ".txt", ".tiktoken")
+        if file.is_file() and small and file.name not in ("config.json", *WEIGHT_FILES):
+            shutil.copyfile(file, out / file.name)
+    hf = {k: v for k, v in source.hf.items() if k != "torch_dtype"} | {"dtype": dtype}
+    (out / "config.json").write_text(json.dumps(hf, indent=2) + "\n")

@@ -1,0 +1,295 @@
+"""One decoder for every family; what differs between them is data in `ModelConfig`.
+
+A Flax Linen module under `nn.scan`, used only as pure functions: `init` and `apply`. `forward` makes the `(params, batch) ->
+Outputs` that the training step and the experience functions take.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from alignax.mesh import constrain
+from alignax.models.heads import token_logps
+from alignax.types import Batch, Outputs, Params, rows
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Shape and options of a decoder-only transformer (names as in the Hugging Face configs)."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: tuple[tuple[str, Any], ...] = ()  # (("rope_type", "llama3"), ...), hashable
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    initializer_range: float = 0.02
+
+
+REMAT: dict[str, Callable | None] = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+Cache = tuple[jax.Array, jax.Array]  # keys and values, each [L, R, S, KV, head_dim]
+
+
+class Block(nn.Module):
+    """One layer: attention and a gated MLP, each behind an RMS norm and added to the residual stream."""
+
+    config: ModelConfig
+    dtype: Any
+    mesh: Mesh | None
+
+    def dense(self, name: str, x: jax.Array, features: int, axes: tuple[str, str], bias: bool) -> jax.Array:
+        """x[.., in] @ W[in, out] (+ b[out]); float32 weights, computed in `dtype`."""
+        init = nn.with_logical_partitioning(nn.initializers.normal(self.config.initializer_range), axes)
+        weight = self.param(name, init, (x.shape[-1], features), jnp.float32)
+        y = x @ jnp.asarray(weight, self.dtype)
+        if bias:
+            zeros = nn.with_logical_partitioning(nn.initializers.zeros, axes[1:])
+            y = y + jnp.asarray(self.param(name + "_bias", zeros, (features,), jnp.float32), self.dtype)
+        return y
+
+    def norm(self, name: str, x: jax.Array) -> jax.Array:
+        """RMS norm, in float32 (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+        ones = nn.with_logical_partitioning(nn.initializers.ones, (None,))
+        return rms_norm(x, self.param(name, ones, (x.shape[-1],), jnp.float32), self.config.rms_norm_eps)
+
+    @nn.compact
+    def __call__(self, x: jax.Array, cache: Cache | None, rope: Cache, start: jax.Array, segments: jax.Array):
+        """One layer on x [R, T, D]; with a cache (keys and values [R, S, KV, h]), T new positions from slot `start` on."""
+        c = self.config
+        R, T, _ = x.shape
+        h = self.norm("attention_norm", x)
+        q = self.dense("q", h, c.num_attention_heads * c.head_dim, ("embed", "heads"), c.attention_bias)
+        k = self.dense("k", h, c.num_key_value_heads * c.head_dim, ("embed", "heads"), c.attention_bias)
+        v = self.dense("v", h, c.num_key_value_heads * c.head_dim, ("embed", "heads"), c.attention_bias)
+        q = rotate(q.reshape(R, T, -1, c.head_dim), rope)
+        k = rotate(k.reshape(R, T, -1, c.head_dim), rope)
+        v = v.reshape(R, T, -1, c.head_dim)
+        if cache is not None:
+            k = jax.lax.dynamic_update_slice_in_dim(cache[0], k.astype(cache[0].dtype), start, axis=1)
+            v = jax.lax.dynamic_update_slice_in_dim(cache[1], v.astype(cache[1].dtype), start, axis=1)
+            cache = (k, v)
+        h = attention(q, k, v, segments, start if cache is not None else None)
+        x = x + self.dense("o", h.reshape(R, T, -1), c.hidden_size, ("heads", "embed"), c.attention_bias)
+        h = self.norm("mlp_norm", x)
+        gate = self.dense("gate", h, c.intermediate_size, ("embed", "mlp"), c.mlp_bias)
+        up = self.dense("up", h, c.intermediate_size, ("embed", "mlp"), c.mlp_bias)
+        x = x + self.dense("down", nn.silu(gate) * up, c.hidden_size, ("mlp", "embed"), c.mlp_bias)
+        return constrain(x, self.mesh, "batch", None, None), cache
+
+
+class Decoder(nn.Module):
+    """Token ids to the final hidden state; the layers are stacked on a leading L axis and scanned."""
+
+    config: ModelConfig
+    dtype: Any = jnp.float32
+    remat: str = "full"
+    mesh: Mesh | None = None
+
+    @nn.compact
+    def __call__(
+        self, tokens: jax.Array, mask: jax.Array, cache: Cache | None = None, start: jax.Array | int = 0
+    ) -> tuple[jax.Array, Cache | None]:
+        """Final hidden states [R, T, D], and the cache with the new keys and values.
+
+        Args:
+          tokens: [R, T] int.
+          mask: real tokens: [R, T] bool; with a cache [R, S], over all its slots.
+          cache: keys and values of slots before `start`; None scores whole rows.
+          start: the slot of `tokens[:, 0]`.
+        """
+        c = self.config
+        normal = nn.with_logical_partitioning(nn.initializers.normal(c.initializer_range), ("vocab", "embed"))
+        embed = self.param("embed", normal, (c.vocab_size, c.hidden_size), jnp.float32)
+        if not c.tie_word_embeddings:
+            head = nn.with_logical_partitioning(nn.initializers.normal(c.initializer_range), ("embed", "vocab"))
+            self.param("lm_head", head, (c.hidden_size, c.vocab_size), jnp.float32)
+        # Positions count real tokens, so a row scores the same wherever its padding stands.
+        positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+        length = mask.sum(axis=1)
+        positions = jax.lax.dynamic_slice_in_dim(positions, start, tokens.shape[1], axis=1)
+        rope = rope_angles(c, positions, length)
+        x = constrain(jnp.asarray(embed, self.dtype)[tokens], self.mesh, "batch", None, None)
+        block = Block if REMAT[self.remat] is None else nn.remat(Block, policy=REMAT[self.remat], prevent_cse=False)
+        stack = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            out_axes=0,
+            length=c.num_hidden_layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        x, cache = stack(c, self.dtype, self.mesh, name="layers")(x, cache, rope, start, mask)
+        ones = nn.with_logical_partitioning(nn.initializers.ones, (None,))
+        return rms_norm(x, self.param("norm", ones, (c.hidden_size,), jnp.float32), c.rms_norm_eps), cache
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """x / rms(x) * scale, in float32, returned in x's dtype."""
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
+    return (y * scale).astype(x.dtype)
+
+
+def rotate(x: jax.Array, rope: Cache) -> jax.Array:
+    """Rotary position embedding on x [R, T, heads, head_dim], halves rotated together as Hugging Face stores them."""
+    cos, sin = rope[0][:, :, None], rope[1][:, :, None]  # [R, T, 1, head_dim / 2]
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, start: jax.Array | None, block: int = 256):
+    """Causal grouped-query attention; softmax in float32.
+
+    Without `start`, query blocks attend only to the keys before their end, so memory and work are those of the causal half. With it
+    the T queries stand at slots start .. start + T - 1 of S cached keys.
+
+    Args:
+      q: [R, T, H, h].
+      k: [R, S, KV, h]; S = T without a cache.
+      v: [R, S, KV, h].
+      mask: [R, S] bool, real keys.
+      start: slot of the first query, or None.
+      block: queries per block.
+
+    Returns:
+      [R, T, H, h].
+    """
+    R, T, H, h = q.shape
+    S, KV = k.shape[1], k.shape[2]
+    q = q.reshape(R, T, KV, H // KV, h)
+
+    def attend(first: Any, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+        slots = first + jnp.arange(q.shape[1])
+        # A padding query sees itself, so that its softmax is finite; nobody reads it.
+        visible = (slots[:, None] >= jnp.arange(k.shape[1])) & mask[:, None, :]  # [R, t, s]
+        visible = visible | (slots[:, None] == jnp.arange(k.shape[1]))
+        scores = jnp.einsum("rtkgh,rskh->rkgts", q, k, preferred_element_type=jnp.float32) / math.sqrt(h)
+        weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, -1e30), axis=-1).astype(v.dtype)
+        return jnp.einsum("rkgts,rskh->rtkgh", weights, v)
+
+    if start is not None:
+        return attend(start, q, k, v, mask).reshape(R, T, H, h)
+    ends = [(t, min(t + block, T)) for t in range(0, T, block)]
+    out = [attend(t, q[:, t:e], k[:, :e], v[:, :e], mask[:, :e]) for t, e in ends]
+    return jnp.concatenate(out, axis=1).reshape(R, T, H, h)
+
+
+def rope_angles(c: ModelConfig, positions: jax.Array, length: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """cos and sin of the rotary angles, [R, T, head_dim / 2] float32, for every rope scaling that transformers has for Llama.
+
+    Su et al. 2021, arXiv:2104.09864; linear (Chen et al. 2023, arXiv:2306.15595), dynamic NTK, YaRN (Peng et al. 2023,
+    arXiv:2309.00071), LongRoPE (Ding et al. 2024, arXiv:2402.13753) and the Llama 3.1 ramp. Dynamic NTK and LongRoPE depend on the
+    length of a sequence: here each row's own, where transformers takes the longest of the batch, so that a row's score depends on
+    no other row.
+
+    Args:
+      c: the model's configuration.
+      positions: [R, T] int.
+      length: [R] int, real tokens of each row.
+    """
+    s = dict(c.rope_scaling)
+    kind = s.get("rope_type", "default")
+    half = np.arange(0, c.head_dim, 2, dtype=np.float64) / c.head_dim
+    freq = c.rope_theta**-half  # [head_dim / 2]
+    factor, original = s.get("factor", 1.0), s.get("original_max_position_embeddings") or c.max_position_embeddings
+    scale = 1.0
+    if kind == "linear":
+        freq = freq / factor
+    elif kind == "llama3":
+        low, high = s["low_freq_factor"], s["high_freq_factor"]
+        turns = original * freq / (2 * np.pi)  # of the original context
+        ramp = np.clip((turns - low) / (high - low), 0.0, 1.0)
+        freq = freq / factor * (1 - ramp) + freq * ramp
+    elif kind == "yarn":
+        turn = lambda n: c.head_dim * np.log(original / (n * 2 * np.pi)) / (2 * np.log(c.rope_theta))
+        low, high = turn(s.get("beta_fast") or 32), turn(s.get("beta_slow") or 1)
+        if s.get("truncate", True):
+            low, high = np.floor(low), np.ceil(high)
+        low, high = max(low, 0), min(high, c.head_dim - 1)
+        ramp = np.clip((np.arange(c.head_dim // 2) - low) / max(high - low, 1e-3), 0.0, 1.0)
+        freq = freq / factor * ramp + freq * (1 - ramp)
+        scale = _yarn_scale(s, factor)
+    elif kind == "longrope":
+        factor = c.max_position_embeddings / original if "factor" not in s else factor
+        scale = s.get("attention_factor") or (
+            1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+        )
+        long = (length > original)[:, None]
+        freq = jnp.where(long, jnp.asarray(freq / s["long_factor"]), jnp.asarray(freq / s["short_factor"]))
+    elif kind == "dynamic":
+        stretch = factor * jnp.maximum(length, original) / original - (factor - 1)  # [R], 1 within the original context
+        theta = c.rope_theta * stretch ** (c.head_dim / (c.head_dim - 2))
+        freq = theta[:, None] ** -jnp.asarray(half, jnp.float32)
+    freq = jnp.asarray(freq, jnp.float32).reshape(-1, 1, c.head_dim // 2)  # [R or 1, 1, head_dim / 2]
+    angles = positions[..., None].astype(jnp.float32) * freq
+    return jnp.cos(angles) * scale, jnp.sin(angles) * scale
+
+
+def _yarn_scale(s: dict[str, Any], factor: float) -> float:
+    """YaRN's attention temperature, with DeepSeek's variant where its two coefficients are given."""
+    get = lambda scale, m: 1.0 if scale <= 1 else 0.1 * m * math.log(scale) + 1.0
+    if s.get("attention_factor") is not None:
+        return s["attention_factor"]
+    if s.get("mscale") and s.get("mscale_all_dim"):
+        return get(factor, s["mscale"]) / get(factor, s["mscale_all_dim"])
+    return get(factor, 1.0)
+
+
+def head_weight(config: ModelConfig, params: Params) -> jax.Array:
+    """The output projection [D, V], which may be the embedding's transpose."""
+    return params["embed"].T if config.tie_word_embeddings else params["lm_head"]
+
+
+def init(config: ModelConfig, key: jax.Array) -> Any:
+    """Fresh parameters, boxed with their logical axes (see `alignax.mesh.param_shardings`)."""
+    one = jnp.ones((1, 1), jnp.int32)
+    return Decoder(config).init(key, one, one.astype(bool))["params"]
+
+
+def forward(
+    config: ModelConfig, *, dtype: Any = jnp.float32, remat: str = "full", chunk: int = 256, mesh: Mesh | None = None
+) -> Callable[[Params, Batch], Outputs]:
+    """The pure `(params, batch) -> Outputs` of a decoder: per-token log-probs and entropy at completion positions.
+
+    Args:
+      config: the model.
+      dtype: of activations and matrix products; parameters stay in float32.
+      remat: "full" (recompute each layer in the backward pass), "dots" (keep the matrix products), "none".
+      chunk: positions scored at a time, see `alignax.models.heads.token_logps`.
+      mesh: where activations are laid out; None for one device.
+    """
+    if remat not in REMAT:
+        raise ValueError(f"remat {remat!r} is unknown; use {', '.join(REMAT)}")
+    decoder = Decoder(config, dtype, remat, mesh)
+
+    def apply(params: Params, batch: Batch) -> Outputs:
+        tokens, mask, scored = rows(batch["tokens"]), rows(batch["mask"]), rows(batch["completion_mask"])  # [R, T]
+        hidden, _ = decoder.apply({"params": params}, tokens, mask)  # [R, T, D]
+        # Position t - 1 predicts token t; the last position predicts nothing.
+        out = token_logps(
+            hidden[:, :-1], head_weight(config, params), tokens[:, 1:], scored[:, 1:], chunk=chunk, mesh=mesh
+        )
+        back = lambda x: jnp.pad(x, ((0, 0), (1, 0))).reshape(batch["tokens"].shape)  # [B, N, T]
+        return Outputs(*map(back, out))
+
+    return apply

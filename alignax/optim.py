@@ -1,0 +1,65 @@
+"""Optimizers and schedules by name, from a config; all of them optax's."""
+
+from typing import Any
+
+import jax
+import optax
+
+SCHEDULES = ("constant", "linear", "cosine")
+OPTIMIZERS = ("adamw", "adam", "lion", "rmsprop", "sgd", "adafactor")
+
+
+def make_schedule(config: Any, steps: int) -> optax.Schedule:
+    """step -> learning rate: linear warm-up from 0 over `warmup` of the steps, then constant, or decay to `final` of the peak.
+
+    Args:
+      config: fields `schedule`, `learning_rate`, `warmup` (a share of the steps, 0.1 say), `final` (a share of the peak).
+      steps: optimizer steps of the run.
+    """
+    if config.schedule not in SCHEDULES:
+        raise ValueError(f"optimizer.schedule {config.schedule!r} is unknown; use {', '.join(SCHEDULES)}")
+    if not config.learning_rate > 0:
+        raise ValueError(f"optimizer.learning_rate is {config.learning_rate}; it must be above 0")
+    if not 0 <= config.warmup < 1:
+        raise ValueError(f"optimizer.warmup is {config.warmup}; it is a share of the steps, in [0, 1)")
+    peak, final = config.learning_rate, config.learning_rate * config.final
+    warmup = round(config.warmup * steps)
+    rest = max(steps - warmup, 1)
+    decay = {
+        "constant": lambda: optax.constant_schedule(peak),
+        "linear": lambda: optax.linear_schedule(peak, final, rest),
+        "cosine": lambda: optax.cosine_decay_schedule(peak, rest, config.final),
+    }[config.schedule]()
+    if not warmup:
+        return decay
+    # The first step already has a rate above 0: a step at rate 0 is a step lost.
+    return optax.join_schedules([optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1)), decay], [warmup])
+
+
+def make_optimizer(config: Any, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Gradient clipping by global norm (`clip`, 0 for none) and the optimizer of that name.
+
+    Args:
+      config: fields `name`, `clip`, `b1`, `b2`, `eps`, `weight_decay`; each optimizer takes those that it has.
+      schedule: step -> learning rate.
+    """
+    c = config
+    decay = {"weight_decay": c.weight_decay, "mask": decays}
+    table = {
+        "adamw": lambda: optax.adamw(schedule, b1=c.b1, b2=c.b2, eps=c.eps, **decay),
+        "adam": lambda: optax.adam(schedule, b1=c.b1, b2=c.b2, eps=c.eps),
+        "lion": lambda: optax.lion(schedule, b1=c.b1, b2=c.b2, **decay),
+        "rmsprop": lambda: optax.rmsprop(schedule, decay=c.b2, eps=c.eps),
+        "sgd": lambda: optax.sgd(schedule, momentum=c.b1),
+        "adafactor": lambda: optax.adafactor(schedule, weight_decay_rate=c.weight_decay or None, weight_decay_mask=decays),
+    }
+    if c.name not in table:
+        raise ValueError(f"optimizer.name {c.name!r} is unknown; use {', '.join(OPTIMIZERS)}")
+    optimizer = table[c.name]()
+    return optax.chain(optax.clip_by_global_norm(c.clip), optimizer) if c.clip else optimizer
+
+
+def decays(params: Any) -> Any:
+    """True for the leaves that weight decay shrinks: all but norms and biases (stacked ones have two axes, so names tell)."""
+    last = lambda path: jax.tree_util.keystr(path[-1:], simple=True)
+    return jax.tree_util.tree_map_with_path(lambda path, _: not last(path).endswith(("norm", "bias")), params)

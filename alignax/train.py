@@ -1,0 +1,131 @@
+"""The one shared training step, and the evaluation that goes with it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from alignax.losses.algebra import Objective, at_step
+from alignax.types import Batch, Metrics, Outputs, Params, TrainState, microbatch
+
+Apply = Callable[[Params, Batch], Outputs]
+Sums = dict[str, tuple[jax.Array, jax.Array]]  # metric -> (weighted sum, weight)
+
+
+def init_state(params: Params, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
+    """A fresh state at step 0."""
+    zero = lambda: jnp.zeros((), jnp.int32)  # a buffer each: the step donates them
+    return TrainState(zero(), params, optimizer.init(params), key, zero(), zero())
+
+
+def make_step(
+    apply: Apply, objective: Objective, optimizer: optax.GradientTransformation, microbatches: int = 1
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The training step: forward, loss, gradients summed over microbatches, optimizer update.
+
+    The same step serves every method: what differs is the loss and the fields that experience wrote into the batch. A step whose
+    loss or gradient is not finite leaves parameters and optimizer as they were, and is counted.
+
+    Args:
+      apply: pure forward pass `(params, batch) -> Outputs`.
+      objective: a Loss, or `step -> Loss` where coefficients follow a schedule.
+      optimizer: any optax transformation.
+      microbatches: parts that B is split into, one forward and backward each; the result is that of one part.
+
+    Returns:
+      `step(state, batch) -> (state, metrics)`, to be jitted with `donate_argnums=0`. Metrics are means over the global batch, and
+      `grad_norm`, `skipped` (this step: 0 or 1), `skipped_total`, `skipped_in_a_row`, `finite/<leaf>` for every parameter.
+    """
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        loss = at_step(objective, state.step)
+        weights = loss.normalised(batch)
+
+        def part_loss(params: Params, part: Batch, part_weights: Any) -> tuple[jax.Array, Metrics]:
+            value, metrics = loss(apply(params, part), part, part_weights)
+            return value, metrics | {"loss": value}
+
+        gradient = jax.grad(part_loss, has_aux=True)
+        parts = microbatch((batch, weights), microbatches)
+        if microbatches == 1:
+            grads, metrics = gradient(state.params, *jax.tree.map(lambda x: x[0], parts))
+        else:
+            add = lambda total, part: (jax.tree.map(jnp.add, total, gradient(state.params, *part)), None)
+            shapes = jax.eval_shape(gradient, state.params, *jax.tree.map(lambda x: x[0], parts))
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+            (grads, metrics), _ = jax.lax.scan(add, zeros, parts)
+
+        norms = jax.tree.map(jnp.linalg.norm, grads)
+        norm = optax.tree.norm(norms)
+        finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+        skipped = 1 - finite.astype(jnp.int32)
+        state = state.replace(
+            step=state.step + 1,
+            params=keep(params, state.params),
+            opt_state=keep(opt_state, state.opt_state),
+            skipped=state.skipped + skipped,
+            skipped_in_a_row=(state.skipped_in_a_row + 1) * skipped,
+        )
+        metrics |= {"grad_norm": norm, "skipped": skipped}
+        metrics |= {"skipped_total": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
+        names = jax.tree_util.tree_leaves_with_path(norms)
+        metrics |= {"finite/" + jax.tree_util.keystr(p, simple=True, separator="."): jnp.isfinite(n) for p, n in names}
+        return state, metrics
+
+    return step
+
+
+def make_evaluation(apply: Apply, objective: Objective) -> Callable[[Params, jax.Array, Batch], Sums]:
+    """Evaluation sums of one batch: those of all batches add up, then `means` gives exact averages, ragged last batch included.
+
+    Returns:
+      `evaluate(params, step, batch) -> {metric: (weighted sum, weight)}`, to be jitted. The whole loss is not among them, since its
+      terms have weights of their own: `means` puts it together.
+    """
+
+    def evaluate(params: Params, step: jax.Array, batch: Batch) -> Sums:
+        loss = at_step(objective, step)
+        out = apply(params, batch)
+        sums = {}
+        for i, ((coefficient, term), weights) in enumerate(zip(loss.terms, loss.weights(batch), strict=True)):
+            values, metrics = term.value(out, batch)
+            metrics = metrics | {"loss/" + term.name: values, "loss": coefficient * values}
+            total = weights.sum()
+            for name, x in metrics.items():
+                # Terms of the loss add up after each is averaged over its own weights, so each has its own entry.
+                key = f"loss:{i}" if name == "loss" else name
+                sums[key] = (jnp.sum(jnp.where(weights > 0, x, 0.0) * weights), total)
+        return sums
+
+    return evaluate
+
+
+def means(sums: dict[str, tuple[Any, Any]]) -> dict[str, float]:
+    """Averages from evaluation sums, with `loss`, the coefficient-weighted sum of its terms' averages."""
+    average = {name: float(total) / float(weight) if weight else 0.0 for name, (total, weight) in sums.items()}
+    terms = [name for name in average if name.startswith("loss:")]
+    return {"loss": sum(average.pop(name) for name in terms)} | average
+
+
+def digest(params: Params) -> jax.Array:
+    """A fingerprint of parameter values, equal in every layout: uint32 [], to be jitted.
+
+    Sums modulo 2^32 of each value's bits, multiplied by an odd number of its place.
+    """
+
+    def leaf(x: jax.Array) -> jax.Array:
+        bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+        place = jnp.zeros(x.shape, jnp.uint32)
+        for axis in range(x.ndim):
+            place = place * jnp.uint32(31) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+        return jnp.sum(bits * (place * jnp.uint32(2654435761) | jnp.uint32(1)), dtype=jnp.uint32)
+
+    total = jnp.zeros((), jnp.uint32)
+    for x in jax.tree.leaves(params):
+        total = total * jnp.uint32(1000003) + leaf(x)
+    return total

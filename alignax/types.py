@@ -1,0 +1,68 @@
+"""The dictionary of the library: what a batch holds, what a forward pass returns, what training carries.
+
+Dimension letters, everywhere: B prompts, N responses per prompt, T tokens, K ensemble members, L layers, D model, F hidden,
+H heads, V vocabulary, M microbatches, R = B * N rows of the forward pass.
+
+A batch is a plain dict of arrays whose leading axis is B. Every method has the same layout: SFT has N = 1, pairs have N = 2
+(chosen 0, rejected 1), groups have N = G. A pair never straddles a device or a microbatch.
+
+| field             | shape, type      | meaning                                                                          |
+|-------------------|------------------|----------------------------------------------------------------------------------|
+| `tokens`          | [B, N, T] int32  | prompt, completion and its EOS                                                   |
+| `mask`            | [B, N, T] bool   | real tokens; False is padding                                                    |
+| `completion_mask` | [B, N, T] bool   | scored tokens: the completion and its EOS; never position 0                      |
+| `ref_logps`       | [B, N, T] f32    | per-token log-probs of the reference (an experience writes them)                 |
+
+A padding row is False in both masks, so it weighs nothing. What is not differentiated is data: reference log-probs, rewards and
+advantages are further fields, written by experience functions.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+
+Batch = dict[str, jax.Array]
+Params = Any  # a pytree of arrays
+Metrics = dict[str, jax.Array]
+
+
+class Outputs(NamedTuple):
+    """What a forward pass returns; both arrays are float32 and 0 where `completion_mask` is False."""
+
+    logps: jax.Array  # [B, N, T] log pi(tokens[t] | tokens[<t]), nats
+    entropy: jax.Array  # [B, N, T] entropy of the distribution that predicted tokens[t], nats
+
+
+class Model(NamedTuple):
+    """A policy, a reference or a reward model: one pure `apply` and a parameter tree."""
+
+    apply: Callable[[Params, Batch], Outputs]
+    params: Params
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that a training step carries from one step to the next."""
+
+    step: jax.Array  # [] int32: steps taken, skipped ones included; the batch of a step is a function of it
+    params: Params
+    opt_state: Any
+    key: jax.Array  # PRNG key of the run; a step uses `jax.random.fold_in(key, step)`
+    skipped: jax.Array  # [] int32: steps whose loss or gradient was not finite
+    skipped_in_a_row: jax.Array  # [] int32
+
+
+def rows(x: jax.Array) -> jax.Array:
+    """Rows of the forward pass: [B, N, ...] -> [B * N, ...]."""
+    return x.reshape((x.shape[0] * x.shape[1],) + x.shape[2:])
+
+
+def microbatch(tree: Any, count: int) -> Any:
+    """Splits every leaf's leading axis: [B, ...] -> [count, B / count, ...].
+
+    Rows are dealt out like cards, not cut into blocks: each microbatch then holds rows of every data shard. Cut into blocks, a
+    sharded batch would be computed `count` times over.
+    """
+    return jax.tree.map(lambda x: x.reshape((-1, count) + x.shape[1:]).swapaxes(0, 1), tree)

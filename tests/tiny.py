@@ -1,0 +1,78 @@
+"""Small things that several tests build: a Llama folder with a tokenizer, random batches, preference files."""
+
+import json
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from alignax.models import transformer
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "tie_word_embeddings": True,
+    "hidden_act": "silu", "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.2,
+}  # fmt: skip
+MODEL = transformer.ModelConfig(
+    vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    head_dim=8, max_position_embeddings=128, rms_norm_eps=1e-5, tie_word_embeddings=True, initializer_range=0.2,
+)  # fmt: skip
+
+
+def params(config: transformer.ModelConfig = MODEL, seed: int = 0):
+    return nn.unbox(transformer.init(config, jax.random.key(seed)))
+
+
+def batch(B: int = 4, N: int = 2, T: int = 24, V: int = 96, seed: int = 0) -> dict[str, jax.Array]:
+    """Random ragged rows: prompts of 2 to 6 tokens, completions of 3 tokens up to the end."""
+    rng = np.random.default_rng(seed)
+    prompt = rng.integers(2, 7, (B, 1, 1))
+    length = prompt + rng.integers(3, T - 6, (B, N, 1))
+    t = np.arange(T)
+    mask = t < length
+    tokens = np.where(mask, rng.integers(3, V, (B, N, T)), 0)
+    return {
+        "tokens": jnp.asarray(tokens, jnp.int32),
+        "mask": jnp.asarray(mask),
+        "completion_mask": jnp.asarray(mask & (t >= prompt)),
+    }
+
+
+def tokenizer():
+    """Characters of a small alphabet, with <s> put in front."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {c: i for i, c in enumerate(["<pad>", "<s>", "</s>", "<unk>", *map(chr, range(32, 123))])}
+    fast = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    fast.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    fast.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=fast, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
+    )
+
+
+def folder(path: Path, **changes) -> Path:
+    """A Hugging Face folder: config, tokenizer, and random weights."""
+    from alignax.mesh import make_mesh
+    from alignax.models import hf
+
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.json").write_text(json.dumps(CONFIG | changes))
+    tokenizer().save_pretrained(path)
+    (path / "generation_config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": 2}))
+    source = hf.open_folder(path)
+    hf.export(hf.init_params(source.config, make_mesh({"fsdp": -1}), jax.random.key(1)), source, path)
+    return path
+
+
+def pairs(path: Path, n: int = 40, seed: int = 0) -> Path:
+    """A JSONL file of preference pairs: the chosen answer says yes, the rejected one no."""
+    rng = np.random.default_rng(seed)
+    word = lambda: "".join(rng.choice(list("abcdefgh"), rng.integers(2, 6)))
+    rows = [{"prompt": f"Is {word()} {i}?", "chosen": f" yes {word()}", "rejected": f" no {word()} {word()}"} for i in range(n)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
