@@ -43,12 +43,13 @@ def batch(B: int = 4, N: int = 2, T: int = 24, V: int = 96, seed: int = 0) -> di
 
 def tokenizer():
     """Characters of a small alphabet, with <s> put in front."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     vocab = {c: i for i, c in enumerate(["<pad>", "<s>", "</s>", "<unk>", *map(chr, range(32, 123))])}
     fast = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     fast.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    fast.decoder = decoders.Fuse()
     fast.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=fast, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"

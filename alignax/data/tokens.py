@@ -136,8 +136,6 @@ def tokenize(
     responses = {len(row.completions) for row in rows}
     if len(responses) > 1:
         raise ValueError(f"{path} has rows of {sorted(responses)} completions; give every row the same number")
-    eos = tokenizer.eos_token_id
-    bos = tokenizer.bos_token_id
     left_out: Counter[str] = Counter(dropped or {})
     counts: Counter[str] = Counter()
     kept: list[Prompted] = []
