@@ -5,13 +5,14 @@ laid out. Adding an axis to the mesh, or sharding something otherwise, is a line
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -99,3 +100,28 @@ def optimizer_shardings(mesh: Mesh, optimizer: optax.GradientTransformation, opt
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The leading axis B over data and fsdp; everything else whole."""
     return sharding(mesh, ("batch",))
+
+
+def put_batch(mesh: Mesh, make: Callable[[slice], Mapping[str, np.ndarray]], size: int) -> dict[str, jax.Array]:
+    """A global batch of `size` examples from a function that builds any slice of them.
+
+    Each process builds the slices of its own devices, once each, and no others.
+    """
+    layout = batch_sharding(mesh)
+    parts: dict[tuple[int, ...], Mapping[str, np.ndarray]] = {}
+
+    def part(rows: slice) -> Mapping[str, np.ndarray]:
+        key = rows.indices(size)[:2]
+        if key not in parts:
+            parts[key] = make(slice(*key))
+        return parts[key]
+
+    own = layout.addressable_devices_indices_map((size,))
+    fields = part(next(index[0] for index in own.values() if index is not None))
+    build = lambda name, x: jax.make_array_from_callback((size, *x.shape[1:]), layout, lambda index: part(index[0])[name])
+    return {name: build(name, x) for name, x in fields.items()}
+
+
+def gathered(x: jax.Array) -> np.ndarray:
+    """The whole of an array, on every process."""
+    return np.asarray(x if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True))

@@ -8,7 +8,6 @@ no harm. A padding row is False in both masks.
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
 
 import numpy as np
 
@@ -62,16 +61,12 @@ class Batches:
         return assemble(self.examples, indices if rows is None else indices[rows], self.length)
 
 
-def evaluation_batches(
-    examples: Examples, batch_size: int, length: int, rows: slice | None = None
-) -> Iterator[dict[str, np.ndarray]]:
-    """All examples once, in order; the last batch is filled up with padding rows. `rows` as in `Batches.batch`."""
-    if batch_size < 1:
-        raise ValueError(f"the batch size is {batch_size}; use 1 or more")
-    _check_length(examples, length)
-    for start in range(0, len(examples), batch_size):
-        indices = np.arange(start, start + batch_size, dtype=np.int64)
-        yield assemble(examples, indices if rows is None else indices[rows], length)
+def evaluation_batch(
+    examples: Examples, index: int, batch_size: int, length: int, rows: slice | None = None
+) -> dict[str, np.ndarray]:
+    """Batch `index` of the examples in order; the last one is filled up with padding rows. `rows` as in `Batches.batch`."""
+    indices = np.arange(index * batch_size, (index + 1) * batch_size, dtype=np.int64)
+    return assemble(examples, indices if rows is None else indices[rows], length)
 
 
 def padded_length(examples: Examples, multiple: int = 8) -> int:

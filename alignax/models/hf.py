@@ -80,7 +80,7 @@ def load_params(source: Source, mesh: Mesh) -> Params:
     Raises:
       ValueError: for missing, extra or misshapen tensors and damaged files, before any weight is read.
     """
-    files = _tensor_files(source.path)
+    files = tensor_files(source.path)
     check_tensors(source, files)
     abstract = abstract_params(source.config, mesh)
 
@@ -106,6 +106,8 @@ def read_slice(file: Path, name: str, index: tuple[slice, ...]) -> np.ndarray:
     turn = is_transposed(name, len(index))
     with safe_open(file, framework="np") as f:
         part = f.get_slice(name)[index[::-1] if turn else index]
+    if not np.isfinite(part.astype(np.float32)).all():
+        raise ValueError(f"{name} in {file} holds values that are not finite; fetch the folder again, or train it again")
     return np.asarray(part.T if turn else part, np.float32)
 
 
@@ -119,7 +121,7 @@ def leaf_name(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
-def _tensor_files(path: Path) -> dict[str, Path]:
+def tensor_files(path: Path) -> dict[str, Path]:
     """Tensor name -> file, for a single file or an index of shards."""
     single, index = (path / name for name in WEIGHT_FILES)
     if index.is_file():
@@ -212,9 +214,9 @@ def export(params: Params, source: Source, out: str | os.PathLike, dtype: str = 
         tensors = {}
         for name, layer, target, shape in shard:
             x = leaves[name] if layer is None else leaves[name][layer]
-            x = x if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)
+            x = meshes.gathered(x)
             if main:
-                x = np.asarray(x).astype(jnp.dtype(dtype))
+                x = x.astype(jnp.dtype(dtype))
                 tensors[target] = np.ascontiguousarray(x.T if is_transposed(target, len(shape)) else x)
         index |= dict.fromkeys(tensors, file)
         if main:

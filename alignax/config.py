@@ -1,0 +1,215 @@
+"""Configuration is Python: an experiment file builds a ConfigDict and names its loss; the command line overrides fields.
+
+An experiment file has `get_config() -> ConfigDict` and `loss(config) -> Loss` (or a function of the step), and may have
+`experience(config, reference)`, `gold(prompts, completions)` and `main(config)`; see `Experiment`.
+"""
+
+import ast
+import difflib
+import importlib.util
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+MARK = "# --- the effective config of this run; alignax wrote this part ---"
+
+
+class Experiment(NamedTuple):
+    """What an experiment file says."""
+
+    file: Path
+    config: Any  # ConfigDict
+    loss: Callable[[Any], Any]  # config -> Loss, or step -> Loss
+    experience: Callable[[Any, Any], Any] | None  # (config, reference Model) -> experience; None: no reference
+    gold: Callable[[Sequence[str], Sequence[str]], Sequence[float]] | None  # (prompts, completions) -> gold rewards
+    main: Callable[["Experiment"], Any] | None  # replaces the single run: several stages, a sweep
+
+
+def default_config() -> Any:
+    """All fields there are, with their defaults; an experiment changes those that it is about."""
+    from ml_collections import ConfigDict
+
+    c = ConfigDict()
+    c.seed = 0
+    c.workdir = ""  # checkpoints, logs, samples, and the effective config
+    c.steps = 0  # training steps; 0: as many as `epochs` take
+    c.epochs = 1.0
+    c.batch_size = 32  # examples (prompts) of a step, over all devices
+    c.microbatches = 1  # parts of a batch, one forward and backward each
+    c.max_skipped = 5  # so many non-finite steps in a row stop the run
+
+    c.model = ConfigDict()
+    c.model.path = ""  # Hugging Face folder: config, tokenizer, weights
+    c.model.init = "pretrained"  # or "random": start without weights
+    c.model.dtype = "auto"  # of activations: "auto" is bfloat16 on accelerators, float32 on CPU
+    c.model.remat = "full"  # or "dots", "none"
+    c.model.logps_chunk = 256  # positions whose logits exist at a time
+
+    c.reference = ConfigDict()
+    c.reference.path = ""  # Hugging Face folder; empty: the policy that the run starts from
+
+    c.data = ConfigDict()
+    c.data.train = ""  # .json, .jsonl, either .gz, or a folder of datasets' save_to_disk
+    c.data.eval = ""
+    c.data.kind = "preference"  # or "sft"
+    c.data.columns = ConfigDict({"prompt": "prompt", "chosen": "chosen", "rejected": "rejected", "completion": "chosen"})
+    c.data.prompt_separator = ""  # for rows without a prompt column: the text that ends a prompt
+    c.data.max_length = 512  # tokens of prompt and completion
+    c.data.max_prompt_length = 0  # keep the last so many prompt tokens; 0: all
+    c.data.bad_rows = "error"  # or "drop" (counted)
+    c.data.limit = 0  # the first so many rows; 0: all
+
+    c.optimizer = ConfigDict()
+    c.optimizer.name = "adamw"
+    c.optimizer.learning_rate = 5e-7
+    c.optimizer.schedule = "cosine"  # or "linear", "constant"
+    c.optimizer.warmup = 0.1  # share of the steps
+    c.optimizer.final = 0.0  # share of the peak at the end
+    c.optimizer.clip = 1.0  # global norm; 0: none
+    c.optimizer.b1 = 0.9
+    c.optimizer.b2 = 0.999
+    c.optimizer.eps = 1e-8
+    c.optimizer.weight_decay = 0.0
+
+    c.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 1})
+
+    c.eval = ConfigDict()
+    c.eval.every = 0  # steps; 0: only before and after training
+    c.eval.batch_size = 0  # examples; 0: as in training
+    c.eval.samples = 4  # completions written to the log; 0: none
+    c.eval.sample_prompts = 0  # prompts sampled for gold reward and KL; 0: as many as `samples`
+    c.eval.max_new_tokens = 64
+    c.eval.temperature = 1.0  # 0: greedy
+
+    c.checkpoint = ConfigDict()
+    c.checkpoint.every = 100  # steps; the last one is always saved
+    c.checkpoint.keep = 2  # the newest so many
+    c.checkpoint.best = ""  # also keep the one with the best evaluation metric, "loss" say (lowest) or "-rewards/margins" (highest)
+
+    c.log = ConfigDict()
+    c.log.every = 10  # steps between lines of a plain console
+    c.log.tensorboard = True
+
+    c.export = ConfigDict()
+    c.export.final = True  # write WORKDIR/export, a Hugging Face folder, at the end
+    c.export.dtype = "float32"
+    return c
+
+
+def load_experiment(file: str | Path, overrides: Sequence[str] = ()) -> Experiment:
+    """Reads an experiment file and applies overrides such as `data.max_length=160`."""
+    file = Path(file)
+    if not file.is_file():
+        raise ValueError(f"experiment file {str(file)!r} does not exist; give the path of a Python file such as experiments/dpo_hh.py")
+    spec = importlib.util.spec_from_file_location("alignax_experiment_" + file.stem, file)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for name in ("get_config", "loss"):
+        if not callable(getattr(module, name, None)):
+            raise ValueError(f"{file} has no function {name}(); see experiments/dpo_hh.py")
+    config = module.get_config()
+    for override in overrides:
+        set_field(config, override)
+    optional = (getattr(module, name, None) for name in ("experience", "gold", "main"))
+    return Experiment(file, config, module.loss, *optional)
+
+
+def set_field(config: Any, override: str) -> None:
+    """Applies one `a.b=value`; the value is a Python literal, or a plain string for a text field.
+
+    Raises:
+      ValueError: for an unknown field (naming the nearest) and for a value of another type.
+    """
+    path, equals, text = override.partition("=")
+    if not equals:
+        raise ValueError(f"--config.{override} has no value; write --config.{override}=VALUE")
+    node, parts = config, path.split(".")
+    for part in parts[:-1]:
+        node = node[_known(node, part, path, config)]
+        if not hasattr(node, "items"):
+            raise ValueError(f"config field {path!r} is unknown: {part!r} has no fields")
+    name = _known(node, parts[-1], path, config)
+    old = node[name]
+    if hasattr(old, "items"):
+        raise ValueError(f"config field {path!r} is a group; set one of its fields: {', '.join(sorted(old))}")
+    if isinstance(old, str):
+        node[name] = text
+        return
+    try:
+        value = ast.literal_eval(text.capitalize() if isinstance(old, bool) else text)
+    except (ValueError, SyntaxError):
+        value = text
+    if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if isinstance(old, int) and isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if type(value) is not type(old):
+        raise ValueError(f"config field {path!r} is {text!r}; it must be {_a(old)}, such as {old!r}")
+    node[name] = value
+
+
+def _known(node: Any, part: str, path: str, config: Any) -> str:
+    if part in node:
+        return part
+    fields = flat(config)
+    near = difflib.get_close_matches(path, fields, 1, 0.0) or [""]
+    raise ValueError(f"config field {path!r} is unknown; the nearest is {near[0]!r}")
+
+
+def _a(value: Any) -> str:
+    return {bool: "true or false", int: "a whole number", float: "a number"}.get(type(value), f"a {type(value).__name__}")
+
+
+def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Field path -> value: {"data.max_length": 512, ...}."""
+    out = {}
+    for name, value in config.items():
+        out |= flat(value, f"{prefix}{name}.") if hasattr(value, "items") else {prefix + name: value}
+    return out
+
+
+def source(experiment: Experiment) -> str:
+    """The experiment's own source, without the part that a run has written."""
+    return experiment.file.read_text(encoding="utf-8").split(MARK)[0].rstrip() + "\n"
+
+
+def effective(experiment: Experiment) -> str:
+    """A Python file that runs the same again: the experiment's source, with every field of its config pinned."""
+    fields = json.dumps(flat(experiment.config), indent=4, sort_keys=True)
+    return f'''{source(experiment)}
+
+{MARK}
+import json as _json  # noqa: E402
+
+_get_config = get_config
+
+
+def get_config():  # noqa: D103, F811
+    config = _get_config()
+    for _path, _value in _json.loads(r"""{fields}""").items():
+        *_groups, _name = _path.split(".")
+        _node = config
+        for _group in _groups:
+            _node = _node[_group]
+        _node[_name] = _value
+    return config
+'''
+
+
+def difference(old: Experiment, new: Experiment, free: Sequence[str]) -> list[str]:
+    """How two experiments differ, as lines; fields that start with one of `free` may."""
+    a, b = flat(old.config), flat(new.config)
+    names = sorted(n for n in a.keys() | b.keys() if not n.startswith(tuple(free)))
+    lines = [f"{n}: {a.get(n)!r} there, {b.get(n)!r} now" for n in names if a.get(n) != b.get(n)]
+    if _code(old) != _code(new):
+        lines.append(f"the code of {new.file.name} has changed")
+    return lines
+
+
+def _code(experiment: Experiment) -> str:
+    tree = ast.parse(source(experiment))
+    if tree.body and isinstance(tree.body[0], ast.Expr):
+        tree.body = tree.body[1:]  # the docstring
+    return ast.dump(tree)

@@ -1,0 +1,86 @@
+"""Starts `jax.distributed` when the environment says that this process is one of several.
+
+Call `initialize` first of all: jax refuses it once an array exists or a device was asked for.
+"""
+
+import os
+import urllib.error
+import urllib.request
+from typing import Any
+
+import jax
+
+EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")  # those that jax reads
+REMEDY = f"set {', '.join(EXPLICIT)}, or for a single host TPU_SKIP_MDS_QUERY=1"
+
+
+def initialize() -> None:
+    """Joins the processes of this run; a single process is left alone, its devices untouched.
+
+    The first that applies: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; a SLURM step of several tasks (on
+    GPUs jax gives each task one device: start a task per GPU, or set JAX_LOCAL_DEVICE_IDS); a Cloud TPU of several hosts.
+
+    Raises:
+        ValueError: some of the three variables are missing or are no numbers, or a TPU VM could not tell its workers.
+    """
+    if jax.distributed.is_initialized():
+        return
+    for detect in (_explicit, _slurm, _cloud_tpu):
+        if (arguments := detect()) is not None:
+            jax.config.update("jax_cpu_collectives_implementation", "gloo")  # without it, CPU processes cannot reduce together
+            jax.distributed.initialize(**arguments)
+            return
+
+
+def is_main() -> bool:
+    """Whether this is process 0, the one that writes logs and reports; asks for devices, so call it after `initialize`."""
+    return jax.process_index() == 0
+
+
+def _explicit() -> dict[str, Any] | None:
+    values = {name: os.environ[name] for name in EXPLICIT if os.environ.get(name)}
+    if not values:
+        return None
+    if missing := [name for name in EXPLICIT if name not in values]:
+        raise ValueError(f"{', '.join(missing)} not set, but {', '.join(values)} set; set all of {', '.join(EXPLICIT)}, or none")
+    address, *numbers = (values[name] for name in EXPLICIT)
+    if not all(number.isdecimal() for number in numbers):
+        raise ValueError(f"JAX_NUM_PROCESSES={numbers[0]!r} and JAX_PROCESS_ID={numbers[1]!r} must be whole numbers")
+    count, index = map(int, numbers)
+    # With detection off, every local device belongs to this process.
+    return dict(coordinator_address=address, num_processes=count, process_id=index, cluster_detection_method="deactivate")
+
+
+def _slurm() -> dict[str, Any] | None:
+    several = all(name in os.environ for name in SLURM) and int(os.environ["SLURM_NTASKS"]) > 1
+    return dict(cluster_detection_method="slurm") if several else None
+
+
+def _cloud_tpu() -> dict[str, Any] | None:
+    # On import jax puts "tpu" into this option if it finds TPU chips and libtpu, and sets TPU_SKIP_MDS_QUERY if there are no
+    # chips: so no other machine is made to wait for a metadata server that it does not have.
+    if "tpu" not in (jax.config.values["jax_platforms"] or "").split(","):
+        return None
+    if hosts := os.environ.get("TPU_PROCESS_ADDRESSES") or os.environ.get("TPU_WORKER_HOSTNAMES"):  # Kubernetes
+        several = "," in hosts or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ
+    elif "TPU_SKIP_MDS_QUERY" in os.environ:
+        several = False
+    else:  # hosts of this slice, or several slices
+        several = "," in _metadata("worker-network-endpoints") or "MEGASCALE_COORDINATOR_ADDRESS" in _metadata("tpu-env")
+    return {} if several else None
+
+
+def _metadata(key: str) -> str:
+    server = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
+    url = f"http://{server}/computeMetadata/v1/instance/attributes/{key}"
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, headers={"Metadata-Flavor": "Google"}), timeout=10) as reply:
+            return reply.read().decode()
+    except urllib.error.HTTPError as error:
+        error.close()
+        if error.code == 404:  # a machine with TPUs that is not part of a Cloud TPU
+            return ""
+        raise ValueError(f"{url} answered {error.code}, so the TPU's workers are unknown; {REMEDY}") from error
+    except OSError as error:
+        raise ValueError(f"{url} did not answer ({error}), so the TPU's workers are unknown; {REMEDY}") from error

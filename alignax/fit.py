@@ -1,0 +1,290 @@
+"""The loop: batch, step, log, evaluate, save; readable top to bottom."""
+
+import math
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+from alignax import mesh as meshes
+from alignax.checkpoint import Checkpoints, nbytes, require_space
+from alignax.config import effective
+from alignax.evaluate import Evaluation
+from alignax.experience import Experience, chain
+from alignax.metrics import Log
+from alignax.models import hf
+from alignax.models.transformer import ModelConfig
+from alignax.prepare import Run, reference_apply, state_shardings
+from alignax.train import digest, init_state, make_evaluation, make_step
+from alignax.types import Batch, Metrics, Model, Params, TrainState
+
+DRIFT = 2.0  # nats that the chosen response falls before the notice
+EQUAL = {"float32": 1e-3, "bfloat16": 0.1}  # nats that the margin of equal models may differ from 0 by rounding
+INTERRUPTED = 143  # exit code: 128 + SIGTERM
+
+
+class Started(NamedTuple):
+    """A run with its arrays on the mesh, at step 0 or where it was stopped."""
+
+    run: Run
+    state: TrainState
+    step: int  # steps taken
+    experience: Experience
+    reference: Model | None
+    about: dict[str, str]  # digests of the policy and the reference that it started from
+    checkpoints: Checkpoints
+
+
+def start(run: Run, write: bool = True) -> Started:
+    """Loads models and the newest checkpoint, if there is one. Nothing is trained yet; only with `write` is the workdir touched.
+
+    Raises:
+      ValueError: for weights that are not finite, and for a checkpoint that is damaged or is not this run's.
+      OSError: when the disk has no room for a checkpoint.
+    """
+    config = run.config
+    params = initial_params(run)
+    policy_digest, reference, reference_digest = make_reference(run, params)
+    about = {"policy": policy_digest, "reference": reference_digest}
+    create = jax.jit(lambda p, key: init_state(p, run.optimizer, key), out_shardings=state_shardings(run), donate_argnums=0)
+    state = create(params, jax.random.key(config.seed))
+    if write:
+        require_space(run.workdir, nbytes(state))
+        open_workdir(run)
+    checkpoints = Checkpoints(run.workdir, config.checkpoint.keep, config.checkpoint.best)
+    step = checkpoints.latest() or 0
+    if step:
+        check_same(run.workdir, step, checkpoints.about(step), about)
+        state = checkpoints.restore(step, state)
+    return Started(run, state, step, make_experience(run, reference), reference, about, checkpoints)
+
+
+def fit(started: Started) -> dict[str, dict[str, float]]:
+    """Trains to the end; returns evaluation metrics, {"before": .., "after": ..}.
+
+    Everything goes into the workdir: `config.py` (runs the same again), `metrics.jsonl`, `samples.jsonl`, `tensorboard/`,
+    `checkpoints/`, `export/`.
+
+    Raises:
+      SystemExit: 143 after SIGTERM, once the state is saved.
+      FloatingPointError: when `max_skipped` steps in a row are not finite.
+    """
+    run, state, first, experience, reference, about, checkpoints = started
+    config = run.config
+    log = Log(run.workdir, steps=run.steps, start=first, every=config.log.every, tensorboard=config.log.tensorboard, writes=is_main())
+    for line in summary(run, about, first):
+        log.line(line)
+    step, evaluate_batch = make_programs(run)
+    evaluate = Evaluation(run, evaluate_batch, experience, reference, log)
+    observe = Observer(run, log, equal=about["policy"] == about["reference"])
+    results: dict[str, dict[str, float]] = {}
+    pending: tuple[int, Metrics] | None = None
+    with Stop() as stop:
+        if first == 0:
+            results["before"] = evaluate(state, 0)
+        for s in range(first + 1, run.steps + 1):
+            batch = meshes.put_batch(run.mesh, lambda rows, s=s: run.train.batch(s - 1, rows), config.batch_size)
+            state, metrics = step(state, experience, batch)
+            if pending:  # fetched a step late, so that the device never waits for the host
+                observe(*pending)
+            pending = (s, metrics)
+            stopping = stop.requested(s, config.log.every)
+            evaluating = s == run.steps or (config.eval.every and s % config.eval.every == 0)
+            saving = s == run.steps or s % config.checkpoint.every == 0 or (evaluating and config.checkpoint.best)
+            if stopping or evaluating or saving:  # the log is never behind a checkpoint
+                observe(*pending)
+                pending = None
+            scores = evaluate(state, s) if evaluating else {}
+            if stopping or saving:
+                checkpoints.save(state, about, scores)
+            if s == run.steps:
+                results["after"] = scores
+            elif stopping:
+                checkpoints.close()
+                log.line(f"stopped by SIGTERM after step {s}; saved. The same command goes on from here.")
+                log.close()
+                raise SystemExit(INTERRUPTED)
+    checkpoints.close()  # waits until the last one is whole
+    if config.export.final:
+        hf.export(state.params, run.source, run.workdir / "export", config.export.dtype)
+        log.line(f"exported to {run.workdir / 'export'}")
+    log.close()
+    return results
+
+
+def is_main() -> bool:
+    """Whether this process writes."""
+    return jax.process_index() == 0
+
+
+def initial_params(run: Run) -> Params:
+    """The policy's parameters at step 0."""
+    if run.config.model.init == "random":
+        return hf.init_params(run.source.config, run.mesh, jax.random.key(run.config.seed))
+    return hf.load_params(run.source, run.mesh)
+
+
+def make_reference(run: Run, params: Params) -> tuple[str, Model | None, str]:
+    """Digests of policy and reference, and the reference: the policy that the run starts from unless `reference.path` is another.
+
+    It is only read, so it is kept in the compute dtype, to which the forward pass casts everything but the norms anyway.
+    """
+    fingerprint = jax.jit(digest)
+    text = lambda p: f"{int(fingerprint(p)):08x}"
+    policy = text(params)
+    if run.reference is None:
+        return policy, None, ""
+    original = params if run.reference is run.source else hf.load_params(run.reference, run.mesh)
+    # Copies, never aliases: the training step gives the policy's own buffers away.
+    freeze = lambda path, x: jnp.array(x, x.dtype if stays_float32(path) else run.dtype, copy=True)
+    frozen = jax.tree_util.tree_map_with_path(freeze, original)
+    return policy, Model(reference_apply(run), frozen), text(original)
+
+
+def stays_float32(path: Any) -> bool:
+    """Whether a leaf of a frozen model keeps its precision: norms are computed in float32."""
+    return hf.leaf_name(path).endswith("norm")
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """Parameters of a model."""
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(hf.abstract_params(config)))
+
+
+def make_experience(run: Run, reference: Model | None) -> Experience:
+    """What the experiment puts in front of the step; nothing, where it names none."""
+    make = run.experiment.experience
+    return chain() if make is None else make(run.config, reference)
+
+
+def make_programs(run: Run) -> tuple[Callable, Callable]:
+    """The jitted training step and the jitted evaluation of a batch, each behind the experience, which goes in as an argument."""
+    train_step = make_step(run.apply, run.objective, run.optimizer, run.config.microbatches)
+    evaluation = make_evaluation(run.apply, run.objective)
+
+    def step(state: TrainState, experience: Experience, batch: Batch) -> tuple[TrainState, Metrics]:
+        state, metrics = train_step(state, experience(batch))
+        return state, metrics | {"tokens": batch["mask"].sum(dtype=jnp.float32)}
+
+    def evaluate(params: Params, experience: Experience, step: jax.Array, batch: Batch) -> Any:
+        return evaluation(params, step, experience(batch))
+
+    return jax.jit(step, donate_argnums=0), jax.jit(evaluate)
+
+
+def open_workdir(run: Run) -> None:
+    """Makes the workdir and writes the effective config into it, in one move."""
+    if is_main():
+        run.workdir.mkdir(parents=True, exist_ok=True)
+        tmp = run.workdir / "config.py.tmp"
+        tmp.write_text(effective(run.experiment), encoding="utf-8")
+        os.replace(tmp, run.workdir / "config.py")
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("workdir")
+
+
+def check_same(workdir: Path, step: int, saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuses a checkpoint that grew from other models."""
+    for name, value in now.items():
+        if saved.get(name) != value:
+            raise ValueError(
+                f"checkpoint {step} in {str(workdir)!r} grew from a {name} with digest {saved.get(name)}, the one given now has {value}; "
+                "give the same model folders, or choose another workdir"
+            )
+
+
+def summary(run: Run, about: dict[str, Any], start: int) -> list[str]:
+    """What a run says before it starts."""
+    mesh = " x ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items())
+    lines = [
+        f"model {run.config.model.path}: {parameter_count(run.source.config) / 1e6:.3f} M parameters, {run.dtype.name} on float32 weights; mesh {mesh}",
+        f"policy {about['policy']}" + (f", reference {about['reference']}" if about["reference"] else ", no reference"),
+    ]
+    for split, report in run.reports.items():
+        lines += [f"{split} data: {line}" if i == 0 else f"  {line}" for i, line in enumerate(report.lines())]
+    lines.append(f"steps {run.steps} of {run.config.batch_size} examples, rows of {run.train.length} tokens, workdir {run.workdir}")
+    if start >= run.steps:
+        lines.append(f"this run is complete: step {start} is saved; a longer one needs another workdir")
+    elif start:
+        lines.append(f"going on after step {start}")
+    return lines
+
+
+class Observer:
+    """Logs training metrics and says what a person should know of them, once each."""
+
+    def __init__(self, run: Run, log: Log, equal: bool):
+        """`equal`: policy and reference start as the same parameters."""
+        self.run, self.log, self.equal = run, log, equal
+        self._smooth: dict[str, float] = {}
+        self._noticed = False
+
+    def __call__(self, step: int, metrics: Metrics) -> None:
+        """Logs the metrics of a step, fetched now."""
+        values = {name: float(x) for name, x in jax.device_get(metrics).items()}
+        infinite = [name.removeprefix("finite/") for name, x in values.items() if name.startswith("finite/") and not x]
+        values = {name: x for name, x in values.items() if not name.startswith("finite/")}
+        self.log.step(step, values, values.pop("tokens"))
+        if values["skipped"]:
+            self._skipped(step, values, infinite)
+        elif "logps/chosen_drift" in values:
+            if step == 1 and self.equal:
+                self._check_equal(values)
+            self._notice(step, values)
+
+    def _skipped(self, step: int, values: dict[str, float], infinite: list[str]) -> None:
+        losses = [name for name, x in values.items() if name.startswith("loss") and not np.isfinite(x)]
+        what = ", ".join(losses) or f"the gradient of {', '.join(infinite[:3])}"
+        row = int(values["skipped_in_a_row"])
+        self.log.line(f"step {step}: {what} is not finite; step skipped ({int(values['skipped_total'])} so far, {row} in a row)")
+        if row >= self.run.config.max_skipped:
+            raise FloatingPointError(
+                f"{row} steps in a row were not finite ({what} at step {step}); lower optimizer.learning_rate, or look at these rows"
+            )
+
+    def _check_equal(self, values: dict[str, float]) -> None:
+        margin = max(abs(values[f"logps/{side}_drift"]) for side in ("chosen", "rejected"))
+        if margin > EQUAL[self.run.dtype.name]:
+            raise FloatingPointError(
+                f"policy and reference are the same parameters, yet their log-probs differ by {margin:.3g} nats at step 0; "
+                "is the experience given the right reference?"
+            )
+        self.log.line(f"step 0: policy = reference, margin {values['rewards/margins']:.1e}, loss {values['loss']:.4f}")
+
+    def _notice(self, step: int, values: dict[str, float]) -> None:
+        for name in ("logps/chosen_drift", "rewards/margins"):
+            self._smooth[name] = 0.9 * self._smooth.get(name, 0.0) + 0.1 * values[name]
+        if not self._noticed and self._smooth["logps/chosen_drift"] < -DRIFT and self._smooth["rewards/margins"] > 0:
+            self._noticed = True
+            self.log.line(
+                f"notice at step {step}: the chosen responses lose log-probability ({self._smooth['logps/chosen_drift']:.1f} nats against "
+                f"the reference) while the margin grows ({self._smooth['rewards/margins']:.2f}). Only their difference is trained. "
+                "To hold them, use rpo(beta, eta=0.005), or add a weight of sft() to the loss."
+            )
+
+
+class Stop:
+    """Notes SIGTERM, so that the loop can save before it ends."""
+
+    def __enter__(self) -> "Stop":
+        self._flag = False
+        self._old = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        signal.signal(signal.SIGTERM, self._old)
+
+    def _note(self, *_: Any) -> None:
+        self._flag = True
+
+    def requested(self, step: int, every: int) -> bool:
+        """Whether to stop after this step; processes agree on it every so many steps."""
+        if jax.process_count() == 1:
+            return self._flag
+        return step % every == 0 and bool(multihost_utils.process_allgather(np.array(self._flag)).any())

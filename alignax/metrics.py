@@ -1,0 +1,134 @@
+"""What a run says of itself: JSONL, TensorBoard, and one calm line on the console."""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+SHOWN = {"loss": "loss", "rewards/accuracies": "acc", "rewards/margins": "margin", "grad_norm": "grad"}
+
+
+class Log:
+    """The log of one run, in its workdir; only process 0 has one that writes."""
+
+    def __init__(self, workdir: Path, *, steps: int, start: int, every: int, tensorboard: bool, writes: bool = True):
+        """Opens the log at `start`; rows of later steps, left by a killed run, are taken out, since they are about to be made again."""
+        self.steps, self.every, self.writes = steps, every, writes
+        self._began, self._first, self._tokens = time.monotonic(), start, 0.0
+        self._bar: Any = None
+        self._tensorboard: Any = None
+        self._file: TextIO | None = None
+        if not writes:
+            return
+        _keep_rows(workdir / "metrics.jsonl", start)
+        _keep_rows(workdir / "samples.jsonl", start)
+        self._samples = workdir / "samples.jsonl"
+        self._file = open(workdir / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        if tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1, write_to_disk=True)
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            shape = "step {n_fmt}/{total_fmt} |{bar:20}| {desc}"
+            self._bar = tqdm(total=steps, initial=start, bar_format=shape, dynamic_ncols=True, leave=True)
+
+    def step(self, step: int, metrics: Mapping[str, float], tokens: float) -> None:
+        """Logs a training step; `tokens` are those of its batch, padding left out."""
+        self._tokens += tokens
+        if self._tokens == tokens:  # the first step compiles: the clock starts after it
+            self._began, self._first, self._tokens = time.monotonic(), step, 1e-9
+        seconds = max(time.monotonic() - self._began, 1e-9)
+        rate = self._tokens / seconds
+        left = (self.steps - step) * seconds / max(step - self._first, 1)
+        self.row({"step": step} | dict(metrics) | {"tokens": tokens, "tokens_per_second": rate if step > self._first else 0.0})
+        shown = "  ".join(f"{short} {metrics[name]:.4g}" for name, short in SHOWN.items() if name in metrics)
+        pace = f"  {_si(rate)} tok/s  {_clock(left)} left" if step > self._first else ""
+        if self._bar is not None:
+            self._bar.set_description_str(shown + pace, refresh=False)
+            self._bar.update(step - self._bar.n)
+        elif self.writes and (step % self.every == 0 or step in (1, self.steps)):
+            self.line(f"step {step}/{self.steps}  {shown}{pace}")
+
+    def row(self, values: Mapping[str, float]) -> None:
+        """One JSONL row and its TensorBoard points. Not-a-number is written as null, so that every reader takes it."""
+        if self._file is None:
+            return
+        step = int(values["step"])
+        plain = {k: v if isinstance(v, (int, str)) or math.isfinite(v) else None for k, v in values.items()}
+        self._file.write(json.dumps(plain) + "\n")
+        self._file.flush()
+        if self._tensorboard is not None:
+            for name, value in values.items():
+                if name != "step":
+                    self._tensorboard.add_scalar(name, value, step)
+
+    def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
+        """Sampled completions, as JSONL rows and TensorBoard text."""
+        if not self.writes:
+            return
+        with open(self._samples, "a", encoding="utf-8") as f:
+            f.writelines(json.dumps({"step": step} | row, ensure_ascii=False) + "\n" for row in rows)
+        if self._tensorboard is not None:
+            text = "\n\n".join(f"**{row['prompt']}**{row['completion']}" for row in rows)
+            self._tensorboard.add_text("samples", text, step)
+
+    def line(self, text: str) -> None:
+        """A line on the console, above the progress line if there is one."""
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stderr)
+        elif self.writes:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Flushes and closes what is open."""
+        if self._bar is not None:
+            self._bar.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._file is not None:
+            self._file.close()
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """Rows of a JSONL log; a last line that a killed run cut short is left out."""
+    if not file.is_file():
+        return []
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _keep_rows(file: Path, last: int) -> None:
+    """Takes out the rows of later steps, atomically."""
+    rows = read_rows(file)
+    kept = [row for row in rows if row["step"] <= last] if last else []
+    if file.is_file():
+        tmp = file.with_suffix(".tmp")
+        tmp.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
+        os.replace(tmp, file)
+
+
+def table(rows: list[list[str]]) -> str:
+    """Aligned columns; the first row is the head, the first column is left aligned."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    cell = lambda i, text: text.ljust(widths[i]) if i == 0 else text.rjust(widths[i])
+    lines = ["  ".join(cell(i, text) for i, text in enumerate(row)).rstrip() for row in rows]
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+def _si(x: float) -> str:
+    for unit, size in (("M", 1e6), ("k", 1e3)):
+        if x >= size:
+            return f"{x / size:.3g}{unit}"
+    return f"{x:.3g}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, s = divmod(int(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"

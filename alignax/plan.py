@@ -1,0 +1,86 @@
+"""What a run would do, before it does it: shapes, memory as the compiler sees it, the config, and the first batch.
+
+A step is compiled ahead of time from shapes alone, for the devices at hand or for a TPU slice that nobody here owns (with
+`libtpu` installed): does it fit, what does it take.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from alignax import mesh as meshes
+from alignax.config import flat
+from alignax.data import decode_example
+from alignax.fit import make_experience, make_programs, parameter_count, stays_float32
+from alignax.metrics import table
+from alignax.models import hf
+from alignax.prepare import Run, abstract_state, reference_apply
+from alignax.types import Model
+
+
+def topology_mesh(topology: str, shape: Mapping[str, int]) -> Mesh:
+    """A mesh over the chips of a TPU slice, such as "v5e:4x4", which need not be there; needs `libtpu`."""
+    from jax.experimental import topologies
+
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    return meshes.make_mesh(shape, devices)
+
+
+def compile_step(run: Run) -> Any:
+    """Compiles experience and training step for the run's mesh from shapes alone; no array is made.
+
+    Returns:
+      The compiled program, with `memory_analysis()` and `as_text()`. Its FLOP count is no use: it counts a loop's body once.
+
+    Raises:
+      jax.errors.JaxRuntimeError: RESOURCE_EXHAUSTED, where a TPU's memory does not hold the step.
+    """
+    reference = None
+    if run.reference is not None:
+        freeze = lambda path, x: jax.ShapeDtypeStruct(
+            x.shape, x.dtype if stays_float32(path) else run.dtype, sharding=x.sharding
+        )
+        abstract = hf.abstract_params(run.reference.config, run.mesh)
+        reference = Model(reference_apply(run), jax.tree_util.tree_map_with_path(freeze, abstract))
+    step, _ = make_programs(run)
+    traced = step.trace(abstract_state(run), make_experience(run, reference), abstract_batch(run))
+    return traced.lower(lowering_platforms=(run.mesh.devices.flat[0].platform,)).compile()
+
+
+def abstract_batch(run: Run) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and shardings of a training batch."""
+    shape = (run.config.batch_size, run.train.examples.N, run.train.length)
+    field = lambda dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=meshes.batch_sharding(run.mesh))
+    return {"tokens": field(jnp.int32), "mask": field(jnp.bool), "completion_mask": field(jnp.bool)}
+
+
+def describe(run: Run) -> str:
+    """What `alignax train --dry-run` prints."""
+    state = abstract_state(run)
+    size = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    rows = [["parameter", "shape", "sharding", "MB a device"]]
+    for path, x in jax.tree_util.tree_leaves_with_path(state.params):
+        rows.append([hf.leaf_name(path), str(x.shape), str(x.sharding.spec), f"{size(x) / 1e6:.3f}"])
+    memory = compile_step(run).memory_analysis()
+    batch = abstract_batch(run)
+    mesh = " x ".join(f"{axis} {n}" for axis, n in run.mesh.shape.items())
+    return "\n".join(
+        [
+            f"{parameter_count(run.source.config) / 1e6:.3f} M parameters, {run.dtype.name} on float32 weights; mesh {mesh}",
+            table(rows),
+            f"batch {batch['tokens'].shape} tokens (examples, responses, tokens), {batch['tokens'].sharding.spec}",
+            f"memory of the training step, a device: {memory.argument_size_in_bytes / 1e9:.3f} GB state, reference and batch, "
+            f"{memory.temp_size_in_bytes / 1e9:.3f} GB temporary",
+            f"steps {run.steps}",
+            *(f"{split} data: {line}" for split, report in run.reports.items() for line in report.lines()),
+            "config " + json.dumps(flat(run.config), indent=2),
+            "first row of the first batch, scored tokens in [ ]:",
+            decode_example(run.train.examples, int(run.train.rows(0)[0]), run.tokenizer),
+            "dry run: nothing was written",
+        ]
+    )

@@ -1,0 +1,37 @@
+"""Regularised preference optimisation: DPO + eta beta SFT (Liu et al. 2024, arXiv:2405.16436) on Anthropic HH.
+
+Command, after sft_hh.py:
+  alignax train --config experiments/rpo_hh.py --config.workdir=runs/rpo_hh \\
+    --config.model.path=runs/sft_hh/export --config.data.train=HH/train.jsonl --config.data.eval=HH/dev.jsonl
+
+Hardware: as dpo_hh.py, whose settings it shares, so that the two can be compared.
+
+Expected: accuracy and loss near those of dpo_hh.py; the chosen responses keep more of their log-probability.
+"""
+
+from alignax import chain, default_config, dpo, logps, summed_sft
+
+
+def get_config():
+    """One epoch over the pairs."""
+    config = default_config()
+    config.beta = 0.1
+    config.eta = 0.005
+    config.data.max_length = 160
+    config.data.max_prompt_length = 64
+    config.batch_size = 32
+    config.optimizer.learning_rate = 2e-4
+    config.eval.every = 100
+    config.eval.samples = 4
+    config.eval.sample_prompts = 64
+    return config
+
+
+def loss(config):
+    """The paper's main form: the negative log-likelihood of the chosen response is summed over its tokens."""
+    return dpo(beta=config.beta) + config.eta * config.beta * summed_sft()
+
+
+def experience(config, reference):
+    """The reference is the policy that the run starts from."""
+    return chain(logps("ref_logps", reference))

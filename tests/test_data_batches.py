@@ -1,0 +1,121 @@
+import numpy as np
+import pytest
+import tokenizers
+import transformers
+
+from alignax.data import Batches, Examples, assemble, decode_example, evaluation_batches, padded_length
+
+ORDER_0 = [0, 2, 9, 1, 8, 5, 4, 3, 10, 6, 7]
+ORDER_MILLION = [5, 8, 9, 3, 6, 10, 7, 2, 1, 0, 4]
+FIELDS = ("tokens", "mask", "completion_mask")
+
+
+def make(n=11, N=2, seed=0):
+    """Examples of 1 to 4 prompt and 1 to 6 completion tokens; ids from 0, so that a real token may be 0, as padding is."""
+    rng = np.random.default_rng(seed)
+    prompts = np.repeat(rng.integers(1, 5, n), N)
+    lengths = prompts + rng.integers(1, 7, n * N)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    tokens = rng.integers(0, 9, offsets[-1]).astype(np.int32)
+    return Examples(tokens, offsets, prompts.astype(np.int32), N, [f"p{i}" for i in range(n)], [("c",) * N] * n)
+
+
+@pytest.mark.parametrize("N", [1, 2, 3])
+def test_a_batch_holds_the_tokens_of_its_rows(N):
+    examples = make(N=N)
+    batch = assemble(examples, np.asarray([4, 0, 10]), 12)
+    assert [batch[key].dtype for key in FIELDS] == [np.int32, bool, bool]
+    assert all(batch[key].shape == (3, N, 12) for key in FIELDS) and set(batch) == set(FIELDS)
+    for b, row in enumerate([4, 0, 10]):
+        for n in range(N):
+            a, z = examples.offsets[row * N + n], examples.offsets[row * N + n + 1]
+            prompt, size = examples.prompt_lengths[row * N + n], z - a
+            np.testing.assert_array_equal(batch["tokens"][b, n], [*examples.tokens[a:z], *[0] * (12 - size)])
+            np.testing.assert_array_equal(batch["mask"][b, n], [t < size for t in range(12)])
+            np.testing.assert_array_equal(batch["completion_mask"][b, n], [prompt <= t < size for t in range(12)])
+
+
+def test_four_hosts_together_are_one_host_and_a_step_is_addressed_at_random():
+    batches = Batches(make(29), batch_size=8, seed=3, length=16)
+    again = Batches(make(29), batch_size=8, seed=3, length=16)
+    walked = [batches.batch(step) for step in range(20)]
+    for step in (19, 0, 7):
+        whole = again.batch(np.int32(step))
+        hosts = [again.batch(step, slice(2 * h, 2 * h + 2)) for h in range(4)]
+        for key in FIELDS:
+            np.testing.assert_array_equal(whole[key], walked[step][key])
+            np.testing.assert_array_equal(np.concatenate([host[key] for host in hosts]), whole[key])
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 8, 40])
+def test_every_epoch_has_every_example_once_and_an_order_of_its_own(batch_size):
+    n = 29
+    batches = Batches(make(n), batch_size, seed=1, length=16)
+    stream = np.concatenate([batches.rows(step) for step in range(4 * n // batch_size + 1)])
+    epochs = stream[: 3 * n].reshape(3, n)
+    assert (np.sort(epochs) == np.arange(n)).all()
+    assert len({tuple(epoch) for epoch in epochs} | {tuple(range(n))}) == 4
+    other = np.concatenate([Batches(make(n), batch_size, 2, 16).rows(step) for step in range(n // batch_size + 1)])
+    assert (other[:n] != stream[:n]).any()
+
+
+def test_the_order_is_fixed_for_ever():
+    """A checkpoint stores only the step, so the order must never change between releases of alignax or NumPy."""
+    batches = Batches(make(11), batch_size=11, seed=0, length=16)
+    assert batches.rows(0).tolist() == ORDER_0 and batches.rows(10**6).tolist() == ORDER_MILLION
+
+
+def test_without_shuffling_the_order_is_that_of_the_file():
+    batches = Batches(make(5), batch_size=3, seed=0, length=16, shuffle=False)
+    assert [batches.rows(step).tolist() for step in range(3)] == [[0, 1, 2], [3, 4, 0], [1, 2, 3]]
+
+
+def test_steps_of_epochs():
+    batches = Batches(make(10), batch_size=4, seed=0, length=16)
+    assert batches.steps_per_epoch == 3 and batches.steps(2) == 5 and batches.steps(0.4) == 1 and batches.steps(0.5) == 2
+    assert Batches(make(10), 5, 0, 16).steps_per_epoch == 2
+    assert 0.07 * 100 > 7 and Batches(make(100), 1, 0, 16).steps(0.07) == 7
+
+
+def test_evaluation_has_all_examples_in_order_and_fills_up_with_padding_rows():
+    examples = make(11)
+    batches = list(evaluation_batches(examples, 4, 16))
+    assert [batch["tokens"].shape for batch in batches] == [(4, 2, 16)] * 3
+    joined = {key: np.concatenate([batch[key] for batch in batches]) for key in FIELDS}
+    expected = assemble(examples, np.arange(11), 16)
+    for key in FIELDS:
+        np.testing.assert_array_equal(joined[key][:11], expected[key])
+        assert not joined[key][11:].any()
+        hosts = [list(evaluation_batches(examples, 4, 16, slice(2 * h, 2 * h + 2))) for h in range(2)]
+        for step, batch in enumerate(batches):
+            np.testing.assert_array_equal(np.concatenate([host[step][key] for host in hosts]), batch[key])
+
+
+def test_padded_length_and_its_errors():
+    examples = make()
+    longest = int(examples.lengths.max())
+    assert padded_length(examples, 1) == longest and padded_length(examples, longest) == longest
+    assert padded_length(examples) % 8 == 0 and 0 <= padded_length(examples) - longest < 8
+    with pytest.raises(ValueError, match=rf"batches of {longest - 1} tokens do not hold the longest row of {longest}; use "):
+        Batches(examples, 4, 0, longest - 1)
+    with pytest.raises(ValueError, match="do not hold the longest row"):
+        next(evaluation_batches(examples, 4, longest - 1))
+    with pytest.raises(ValueError, match="the batch size is 0"):
+        Batches(examples, 0, 0, 16)
+    with pytest.raises(ValueError, match="the batch size is 0"):
+        next(evaluation_batches(examples, 0, 16))
+    with pytest.raises(ValueError, match="the data seed is -1"):
+        Batches(examples, 4, -1, 16)
+
+
+def test_decode_example_shows_what_is_scored():
+    vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", "sky", "is", "blue", "round"])}
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<s>"))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=model, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+    tokens = np.asarray([0, 2, 3, 4, 1, 0, 2, 3, 5], np.int32)
+    prompt_lengths = np.asarray([3, 3], np.int32)
+    examples = Examples(tokens, np.asarray([0, 5, 9]), prompt_lengths, 2, ["sky is"], [("blue", "round")])
+    chosen, rejected = decode_example(examples, 0, tokenizer).split("example 0, ")[1:]
+    assert chosen.startswith("response 0: 3 prompt tokens, 2 scored, 3 padding\n")
+    assert "tokens      <s> sky is [blue] [</s>] (padding x 3)" in chosen and "completion  'blue </s>'" in chosen
+    assert "tokens      <s> sky is [round] (padding x 4)" in rejected and "prompt      '<s> sky is'" in rejected

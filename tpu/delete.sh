@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Deletes the TPU, its workers' disks with it. Asks first, unless YES=1.
+# shellcheck source=lib.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+
+if [[ $YES == 0 && $DRY_RUN == 0 ]]; then
+    answer=""
+    read -rp "Delete TPU '$TPU_NAME' in $ZONE with all that is on its disks? [y/N] " answer || true
+    [[ $answer == [yY] || $answer == yes ]] || {
+        say "error: not confirmed, nothing deleted; answer y, or set YES=1"
+        exit 1
+    }
+fi
+delete

@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Gets training going again, whatever happened to the TPU: takes the arguments that train.sh got. `alignax train` continues from
+# its workdir. Does nothing while training runs or when it has finished, so it can be called every few minutes.
+# shellcheck source=lib.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+
+(($#)) || fail "no arguments; give those that tpu/train.sh got"
+choose_version # a missing TPU_TYPE must not be found after the old TPU is gone
+
+now=$(state)
+[[ $DRY_RUN == 0 ]] || now=ABSENT # the longest way: create, set up, train
+while [[ $now == DELETING || $now == SUSPENDING || $now == STOPPING ]]; do
+    say "TPU '$TPU_NAME' is $now; looking again in $POLL_SECONDS s"
+    sleep "$POLL_SECONDS"
+    now=$(state)
+done
+
+say "TPU '$TPU_NAME' is $now"
+case $now in
+    ABSENT) create ;;
+    FAILED | PREEMPTED | SUSPENDED | TERMINATED)
+        delete
+        create
+        ;;
+    STOPPED) run gcloud compute tpus tpu-vm start "$TPU_NAME" "${place[@]}" ;;
+    READY)
+        status=0
+        on_workers all "[ -e alignax/tpu/worker.sh ] || exit 3; $(worker status)" || status=$?
+        case $status in
+            0) exit ;;
+            3) on_workers all "[ ! -e alignax/tpu/worker.sh ] || { $(worker stop); }" ;; # what is left on the others
+            *) exit "$status" ;;
+        esac
+        ;;
+esac
+"$tpu/setup.sh"
+"$tpu/train.sh" "$@"

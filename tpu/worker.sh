@@ -1,0 +1,125 @@
+#!/usr/bin/env bash
+# The half that runs on a TPU worker; the other scripts call it there. It keeps its files outside the checkout, in ~/alignax-run:
+# log, lock (held as long as training lives), pid of the supervisor, exit (the exit code of the last training).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+files=$HOME/alignax-run
+mkdir -p "$files"
+
+running() { ! flock --nonblock "$files/lock" true; }
+
+# Exit codes: 1 for a refusal, 3 for "not running"; never 255, which gcloud takes for a lost connection and tries again.
+idle() {
+    if running; then
+        echo "$HOSTNAME: training already runs here (process $(cat "$files/pid")); end it with tpu/stop.sh first" >&2
+        exit 1
+    fi
+}
+
+setup() {
+    set -x # print every command
+    if [[ -n ${BUCKET:-} ]]; then mount_bucket; fi
+    if [[ -e /sys/kernel/mm/transparent_hugepage/enabled ]]; then # the TPU starts and stops faster with it
+        echo always | sudo tee /sys/kernel/mm/transparent_hugepage/enabled >/dev/null
+    fi
+    python3 -m uv --version || python3 -m pip install --user --quiet uv # the images' own Python is older than alignax needs
+    [[ -x .venv/bin/python ]] || python3 -m uv venv --quiet --python "$PYTHON_VERSION" .venv
+    python3 -m uv pip install --quiet --python .venv/bin/python --editable '.[tpu]'
+}
+
+mount_bucket() {
+    local mounted
+    mounted=$(findmnt --noheadings --output SOURCE "$MOUNT" || true)
+    if [[ $mounted == "$BUCKET" ]]; then return; fi
+    if [[ -n $mounted ]]; then
+        echo "error: $MOUNT already holds '$mounted', not the bucket '$BUCKET'; set another MOUNT" >&2
+        exit 1
+    fi
+    command -v gcsfuse || install_gcsfuse
+    sudo mkdir -p "$MOUNT"
+    sudo chown "$(id -u)" "$MOUNT"
+    # Checkpoints are finished by renaming their directory, and workers must see at once what the others wrote.
+    gcsfuse --implicit-dirs --rename-dir-limit=1000000 --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0 \
+        "$BUCKET" "$MOUNT"
+}
+
+install_gcsfuse() {
+    local packages=https://packages.cloud.google.com/apt key=/usr/share/keyrings/cloud.google.asc
+    curl -fsSL "$packages/doc/apt-key.gpg" | sudo tee "$key" >/dev/null
+    echo "deb [signed-by=$key] $packages gcsfuse-$(lsb_release -cs) main" | sudo tee /etc/apt/sources.list.d/gcsfuse.list
+    sudo apt-get -o DPkg::Lock::Timeout=600 update # a new machine may still be updating itself
+    sudo apt-get -o DPkg::Lock::Timeout=600 install --yes gcsfuse
+}
+
+start() {
+    idle
+    rm -f "$files/pid" "$files/exit"
+    nohup setsid bash tpu/worker.sh supervise "$@" >>"$files/log" 2>&1 </dev/null &
+    for _ in {1..100}; do
+        if [[ -e $files/pid ]]; then
+            echo "$HOSTNAME: training started, process $(cat "$files/pid")"
+            return
+        fi
+        sleep 0.1
+    done
+    tail "$files/log" >&2
+    exit 1
+}
+
+# Runs training in the foreground of its own session, passes SIGTERM on to it, and notes how it ended.
+supervise() {
+    local code signalled=1
+    exec 9>"$files/lock"
+    flock --nonblock 9
+    printf '=== %s: alignax train' "$(date -u +%FT%TZ)"
+    printf ' %q' "$@"
+    echo
+    .venv/bin/alignax train "$@" &
+    local training=$!
+    trap 'signalled=1; kill -TERM "$training" || true' TERM
+    echo $$ >"$files/pid"
+    while ((signalled)); do # a signal ends `wait` early
+        signalled=0 code=0
+        wait "$training" || code=$?
+    done
+    echo "$code" >"$files/exit"
+    echo "=== $(date -u +%FT%TZ): ended with exit code $code"
+}
+
+stop() {
+    if ! running; then
+        echo "$HOSTNAME: training does not run"
+        return
+    fi
+    local pid seconds
+    pid=$(cat "$files/pid")
+    kill -TERM "$pid" || true
+    for ((seconds = 0; seconds < GRACE_SECONDS; seconds++)); do
+        sleep 1
+        if ! running; then
+            echo "$HOSTNAME: training stopped"
+            return
+        fi
+    done
+    echo "$HOSTNAME: training did not stop in $GRACE_SECONDS s; killing it"
+    kill -KILL -- "-$pid" # its session: a process that waits for a lost worker hears no SIGTERM
+}
+
+status() {
+    if running; then
+        echo "$HOSTNAME: training runs"
+    elif [[ $(cat "$files/exit" 2>/dev/null) == 0 ]]; then
+        echo "$HOSTNAME: training has finished"
+    else
+        echo "$HOSTNAME: training does not run"
+        exit 3
+    fi
+}
+
+logs() {
+    local follow=()
+    if running; then follow=(-F --pid="$(cat "$files/pid")"); fi
+    tail -n "$1" ${follow[@]+"${follow[@]}"} "$files/log" | sed -u "s/^/${HOSTNAME##*-w-}: /" # a worker's host name ends in -w-NUMBER
+}
+
+"$@"
