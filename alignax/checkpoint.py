@@ -4,12 +4,15 @@ A checkpoint of step s holds the state after s steps: parameters and the rest of
 read alone), and a JSON item that says which run wrote it. Data needs no position of its own: a batch is a function of the step.
 """
 
+import dataclasses
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from alignax.types import TrainState
@@ -28,7 +31,10 @@ class Checkpoints:
         if best:
             sign = -1.0 if best.startswith("-") else 1.0
             rank: Callable[[Any], float] = lambda metrics: sign * metrics[name]
-            policies.append(ocp.checkpoint_managers.BestN(get_metric_fn=rank, reverse=True, n=1))
+            best_one = ocp.checkpoint_managers.BestN(
+                get_metric_fn=rank, reverse=True, n=1, keep_checkpoints_without_metrics=False
+            )
+            policies.append(best_one)
         self._manager = ocp.CheckpointManager(
             self.path,
             options=ocp.CheckpointManagerOptions(
@@ -57,7 +63,8 @@ class Checkpoints:
             train=ocp.args.StandardSave(_rest(state)),
             about=ocp.args.JsonSave(dict(about) | {"format": FORMAT}),
         )
-        self._manager.save(step, args=items, metrics=dict(metrics) or None)
+        with _saving(self.path):
+            self._manager.save(step, args=items, metrics=dict(metrics) or None)
 
     def about(self, step: int) -> dict[str, Any]:
         """What the checkpoint says of its run.
@@ -65,7 +72,7 @@ class Checkpoints:
         Raises:
           ValueError: if it is damaged or is not one of ours.
         """
-        with _clear_errors(self.path, step):
+        with _reading(self.path / str(step)):
             about = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
         if about.get("format") != FORMAT:
             raise ValueError(f"checkpoint {self.path / str(step)} has format {about.get('format')}, this version reads {FORMAT}")
@@ -77,50 +84,59 @@ class Checkpoints:
         items = ocp.args.Composite(
             params=ocp.args.StandardRestore(described.params), train=ocp.args.StandardRestore(_rest(described))
         )
-        with _clear_errors(self.path, step):
+        with _reading(self.path / str(step)):
             restored = self._manager.restore(step, args=items)
-        return like.replace(params=restored["params"], **restored["train"])
+        return dataclasses.replace(like, params=restored["params"], **restored["train"])
 
     def restore_params(self, step: int, like: Any) -> Any:
         """The parameters alone."""
         described = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
-        with _clear_errors(self.path, step):
+        with _reading(self.path / str(step)):
             return self._manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(described)))["params"]
 
-    def wait(self) -> None:
-        """Until what was saved is complete on disk; raises what went wrong in the background."""
-        self._manager.wait_until_finished()
-
     def close(self) -> None:
-        """Waits, and lets go of the directory."""
-        self._manager.close()
+        """Waits until what was saved is complete on disk, and lets go of the directory.
+
+        Raises:
+          OSError: if that failed; the checkpoints before are whole.
+        """
+        with _saving(self.path):
+            self._manager.close()
 
 
 def _rest(state: TrainState) -> dict[str, Any]:
     return {name: getattr(state, name) for name in ("step", "opt_state", "key", "skipped", "skipped_in_a_row")}
 
 
-class _clear_errors:
-    """Turns whatever orbax raises over a damaged or foreign checkpoint into one error with the remedy."""
+@contextmanager
+def _reading(where: Path) -> Iterator[None]:
+    """Whatever orbax raises over a damaged or foreign checkpoint becomes one error with the remedy."""
+    try:
+        yield
+    except Exception as e:
+        cause = (str(e).strip().splitlines() or [""])[0][:200]
+        raise ValueError(
+            f"checkpoint {where} is damaged, or of another model ({type(e).__name__}: {cause}); "
+            "delete that folder to go on from the one before, or choose another workdir"
+        ) from e
 
-    def __init__(self, path: Path, step: int):
-        self.where = path / str(step)
 
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, Exception):
-            cause = str(error).strip().splitlines()
-            raise ValueError(
-                f"checkpoint {self.where} is damaged, or of another model ({type(error).__name__}: {cause[0][:200] if cause else ''}); "
-                f"delete that folder to go on from the one before, or choose another workdir"
-            ) from error
+@contextmanager
+def _saving(where: Path) -> Iterator[None]:
+    """What goes wrong while a checkpoint is written, now or in the background, becomes one error with the remedy."""
+    try:
+        yield
+    except Exception as e:
+        cause = (str(e).strip().splitlines() or [""])[0][:200]
+        raise OSError(
+            f"a checkpoint could not be written to {str(where)!r} ({type(e).__name__}: {cause}); those before it are whole: "
+            "make room, and run the same command again"
+        ) from e
 
 
 def nbytes(tree: Any) -> int:
     """Bytes of the shards that this process holds."""
-    arrays = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array) and not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)]
+    arrays = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array) and not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)]
     return sum(shard.data.nbytes for x in arrays for shard in x.addressable_shards if shard.replica_id == 0)
 
 

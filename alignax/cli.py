@@ -33,9 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             commands.evaluate(Path(words[0]), overrides)
         else:
             commands.export(Path(words[0]), Path(words[1]), overrides)
-    except commands.BadInput as e:
+    except (commands.BadInput, OSError) as e:  # OSError: a full disk, say, in the middle of a run
         return fail(e)
-    except (FloatingPointError, OSError) as e:
+    except FloatingPointError as e:
         print(f"alignax: stopped: {e}", file=sys.stderr)
         return 1
     return 0

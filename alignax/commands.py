@@ -5,16 +5,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from alignax import distributed, plan
-from alignax.config import Experiment, load_experiment
+from alignax.checkpoint import Checkpoints
+from alignax.config import BadInput, Experiment, load_experiment
 from alignax.evaluate import Evaluation
-from alignax.fit import Started, fit, make_programs, start
+from alignax.fit import fit, make_programs, start
+from alignax.mesh import make_mesh
 from alignax.metrics import Log, table
 from alignax.models import hf
 from alignax.prepare import prepare
-
-
-class BadInput(ValueError):
-    """Input that was refused."""
 
 
 @contextmanager
@@ -49,23 +47,29 @@ def run(experiment: Experiment) -> dict[str, dict[str, float]]:
     return fit(started)
 
 
-def saved_run(workdir: Path, overrides: Sequence[str]) -> tuple[Started, int]:
-    """A run of the past, at its newest checkpoint."""
+def saved_experiment(workdir: Path, overrides: Sequence[str]) -> Experiment:
+    """The experiment of a past run, to be looked at on the devices at hand rather than on those that it ran on."""
     file = workdir / "config.py"
     if not file.is_file():
         raise ValueError(f"{str(workdir)!r} is not the workdir of a run: it has no config.py")
-    experiment = load_experiment(file, [f"workdir={workdir}", *overrides])
-    started = start(prepare(experiment), write=False)
-    if not started.step:
-        raise ValueError(f"{str(workdir)!r} holds no complete checkpoint yet")
-    return started, started.step
+    here = [f"workdir={workdir}", "mesh.data=1", "mesh.fsdp=-1", "mesh.tensor=1"]
+    return load_experiment(file, [*here, *overrides])
+
+
+def newest(checkpoints: Checkpoints) -> int:
+    """The newest step of a run that must have one."""
+    step = checkpoints.latest()
+    if step is None:
+        raise ValueError(f"{str(checkpoints.path)!r} holds no complete checkpoint yet")
+    return step
 
 
 def evaluate(workdir: Path, overrides: Sequence[str]) -> None:
-    """`alignax eval`: the newest checkpoint on the evaluation data; adds its rows to nothing, prints a table."""
+    """`alignax eval`: the newest checkpoint on the evaluation data, as a table; nothing is written."""
     with refusing():
         distributed.initialize()
-        started, step = saved_run(workdir, overrides)
+        started = start(prepare(saved_experiment(workdir, overrides)), write=False)
+        step = newest(started.checkpoints)
     log = Log(workdir, steps=step, start=step, every=1, tensorboard=False, writes=False)
     evaluation = Evaluation(started.run, make_programs(started.run)[1], started.experience, started.reference, log)
     scores = evaluation(started.state, step)
@@ -74,10 +78,14 @@ def evaluate(workdir: Path, overrides: Sequence[str]) -> None:
 
 
 def export(workdir: Path, folder: Path, overrides: Sequence[str]) -> None:
-    """`alignax export`: the newest checkpoint as a Hugging Face folder."""
+    """`alignax export`: the newest checkpoint as a Hugging Face folder. The run's data need not be there."""
     with refusing():
         distributed.initialize()
-        started, step = saved_run(workdir, overrides)
-        hf.export(started.state.params, started.run.source, folder, started.run.config.export.dtype)
-    started.checkpoints.close()
+        config = saved_experiment(workdir, overrides).config
+        source = hf.open_folder(config.model.path)
+        checkpoints = Checkpoints(workdir)
+        step = newest(checkpoints)
+        params = checkpoints.restore_params(step, hf.abstract_params(source.config, make_mesh(config.mesh)))
+        hf.export(params, source, folder, config.export.dtype)
+    checkpoints.close()
     print(f"step {step} of {workdir} is in {folder}")

@@ -15,6 +15,10 @@ from typing import Any, NamedTuple
 MARK = "# --- the effective config of this run; alignax wrote this part ---"
 
 
+class BadInput(ValueError):
+    """Input that was refused, told apart from the failure of a run."""
+
+
 class Experiment(NamedTuple):
     """What an experiment file says."""
 
@@ -85,7 +89,9 @@ def default_config() -> Any:
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 100  # steps; the last one is always saved
     c.checkpoint.keep = 2  # the newest so many
-    c.checkpoint.best = ""  # also keep the one with the best evaluation metric, "loss" say (lowest) or "-rewards/margins" (highest)
+    c.checkpoint.best = (
+        ""  # also keep the one with the best evaluation metric, "loss" say (lowest) or "-rewards/margins" (highest)
+    )
 
     c.log = ConfigDict()
     c.log.every = 10  # steps between lines of a plain console
@@ -101,7 +107,9 @@ def load_experiment(file: str | Path, overrides: Sequence[str] = ()) -> Experime
     """Reads an experiment file and applies overrides such as `data.max_length=160`."""
     file = Path(file)
     if not file.is_file():
-        raise ValueError(f"experiment file {str(file)!r} does not exist; give the path of a Python file such as experiments/dpo_hh.py")
+        raise ValueError(
+            f"experiment file {str(file)!r} does not exist; give the path of a Python file such as experiments/dpo_hh.py"
+        )
     spec = importlib.util.spec_from_file_location("alignax_experiment_" + file.stem, file)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)

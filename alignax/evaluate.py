@@ -33,7 +33,11 @@ class Evaluation:
         if self.sampled:
             self._sample = jax.jit(
                 sampler(
-                    run.source.config, max_new_tokens=c.max_new_tokens, eos=run.tokenizer.eos_token_id, dtype=run.dtype, mesh=run.mesh
+                    run.source.config,
+                    max_new_tokens=c.max_new_tokens,
+                    eos=run.tokenizer.eos_token_id,
+                    dtype=run.dtype,
+                    mesh=run.mesh,
                 )
             )
             self._prompts = self._prompt_batch()
@@ -104,7 +108,14 @@ class Evaluation:
 
 
 def divergences(
-    policy: Apply, reference: Apply, params: Params, ref_params: Params, prompts: jax.Array, mask: jax.Array, out: jax.Array, alive: jax.Array
+    policy: Apply,
+    reference: Apply,
+    params: Params,
+    ref_params: Params,
+    prompts: jax.Array,
+    mask: jax.Array,
+    out: jax.Array,
+    alive: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """Estimates of KL(policy || reference) from each sampled completion, in nats summed over its tokens: k1 and k3, each [R].
 

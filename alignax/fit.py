@@ -4,6 +4,7 @@ import math
 import os
 import signal
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,8 @@ from jax.experimental import multihost_utils
 
 from alignax import mesh as meshes
 from alignax.checkpoint import Checkpoints, nbytes, require_space
-from alignax.config import effective
+from alignax.config import BadInput, effective
+from alignax.distributed import is_main
 from alignax.evaluate import Evaluation
 from alignax.experience import Experience, chain
 from alignax.metrics import Log
@@ -75,52 +77,57 @@ def fit(started: Started) -> dict[str, dict[str, float]]:
       SystemExit: 143 after SIGTERM, once the state is saved.
       FloatingPointError: when `max_skipped` steps in a row are not finite.
     """
+    run, first = started.run, started.step
+    c = run.config.log
+    log = Log(run.workdir, steps=run.steps, start=first, every=c.every, tensorboard=c.tensorboard, writes=is_main())
+    with closing(log), Stop() as stop:
+        for line in summary(run, started.about, first):
+            log.line(line)
+        with closing(started.checkpoints):  # waits until the last one is whole
+            state, results = loop(started, log, stop)
+        if run.config.export.final:
+            hf.export(state.params, run.source, run.workdir / "export", run.config.export.dtype)
+            log.line(f"exported to {run.workdir / 'export'}")
+    return results
+
+
+def loop(started: Started, log: Log, stop: "Stop") -> tuple[TrainState, dict[str, dict[str, float]]]:
+    """The steps that are left, with evaluation and saving between them."""
     run, state, first, experience, reference, about, checkpoints = started
     config = run.config
-    log = Log(run.workdir, steps=run.steps, start=first, every=config.log.every, tensorboard=config.log.tensorboard, writes=is_main())
-    for line in summary(run, about, first):
-        log.line(line)
     step, evaluate_batch = make_programs(run)
     evaluate = Evaluation(run, evaluate_batch, experience, reference, log)
     observe = Observer(run, log, equal=about["policy"] == about["reference"])
     results: dict[str, dict[str, float]] = {}
     pending: tuple[int, Metrics] | None = None
-    with Stop() as stop:
-        if first == 0:
-            results["before"] = evaluate(state, 0)
-        for s in range(first + 1, run.steps + 1):
-            batch = meshes.put_batch(run.mesh, lambda rows, s=s: run.train.batch(s - 1, rows), config.batch_size)
-            state, metrics = step(state, experience, batch)
-            if pending:  # fetched a step late, so that the device never waits for the host
-                observe(*pending)
-            pending = (s, metrics)
-            stopping = stop.requested(s, config.log.every)
-            evaluating = s == run.steps or (config.eval.every and s % config.eval.every == 0)
-            saving = s == run.steps or s % config.checkpoint.every == 0 or (evaluating and config.checkpoint.best)
-            if stopping or evaluating or saving:  # the log is never behind a checkpoint
-                observe(*pending)
-                pending = None
+    if first == 0:
+        results["before"] = evaluate(state, 0)
+        if (best := config.checkpoint.best.removeprefix("-")) and best not in results["before"]:
+            names = ", ".join(sorted(results["before"]))
+            raise BadInput(f"checkpoint.best {best!r} is no metric of the evaluation; use one of {names}")
+    for s in range(first + 1, run.steps + 1):
+        batch = meshes.put_batch(run.mesh, lambda rows, s=s: run.train.batch(s - 1, rows), config.batch_size)
+        state, metrics = step(state, experience, batch)
+        if pending:  # fetched a step late, so that the device never waits for the host
+            observe(*pending)
+        pending = (s, metrics)
+        stopping = stop.requested(s, config.log.every)
+        evaluating = s == run.steps or (config.eval.every and s % config.eval.every == 0)
+        saving = s == run.steps or s % config.checkpoint.every == 0 or (evaluating and config.checkpoint.best)
+        if stopping or evaluating or saving:  # the log is never behind a checkpoint
+            observe(*pending)
+            pending = None
+        with log.paused():
             scores = evaluate(state, s) if evaluating else {}
             if stopping or saving:
                 checkpoints.save(state, about, scores)
-            if s == run.steps:
-                results["after"] = scores
-            elif stopping:
-                checkpoints.close()
-                log.line(f"stopped by SIGTERM after step {s}; saved. The same command goes on from here.")
-                log.close()
-                raise SystemExit(INTERRUPTED)
-    checkpoints.close()  # waits until the last one is whole
-    if config.export.final:
-        hf.export(state.params, run.source, run.workdir / "export", config.export.dtype)
-        log.line(f"exported to {run.workdir / 'export'}")
-    log.close()
-    return results
-
-
-def is_main() -> bool:
-    """Whether this process writes."""
-    return jax.process_index() == 0
+        if s == run.steps:
+            results["after"] = scores
+        elif stopping:
+            checkpoints.close()
+            log.line(f"stopped by SIGTERM after step {s}; saved. The same command goes on from here.")
+            raise SystemExit(INTERRUPTED)
+    return state, results
 
 
 def initial_params(run: Run) -> Params:
@@ -208,7 +215,9 @@ def summary(run: Run, about: dict[str, Any], start: int) -> list[str]:
     ]
     for split, report in run.reports.items():
         lines += [f"{split} data: {line}" if i == 0 else f"  {line}" for i, line in enumerate(report.lines())]
-    lines.append(f"steps {run.steps} of {run.config.batch_size} examples, rows of {run.train.length} tokens, workdir {run.workdir}")
+    lines.append(
+        f"steps {run.steps} of {run.config.batch_size} examples, rows of {run.train.length} tokens, workdir {run.workdir}"
+    )
     if start >= run.steps:
         lines.append(f"this run is complete: step {start} is saved; a longer one needs another workdir")
     elif start:

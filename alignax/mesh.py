@@ -47,9 +47,7 @@ def make_mesh(shape: Mapping[str, int], devices: Any = None) -> Mesh:
         raise ValueError(f"mesh {dict(zip(AXES, sizes, strict=True))}: sizes are positive and at most one is -1 (the free one)")
     sizes = [count // known if s == -1 else s for s in sizes]
     if math.prod(sizes) != count:
-        raise ValueError(
-            f"mesh {dict(shape)} does not cover {count} devices; sizes must multiply to {count}, or leave one at -1"
-        )
+        raise ValueError(f"mesh {dict(shape)} does not cover {count} devices; sizes must multiply to {count}, or leave one at -1")
     auto = (AxisType.Auto,) * len(AXES)  # make_mesh defaults to Explicit axes, under which plain gathers raise
     if devices is None:
         return jax.make_mesh(tuple(sizes), AXES, axis_types=auto)
@@ -90,11 +88,14 @@ def param_shardings(mesh: Mesh, abstract: Any) -> Any:
 
 
 def optimizer_shardings(mesh: Mesh, optimizer: optax.GradientTransformation, opt_state: Any, params: Any) -> Any:
-    """Moments are laid out as the parameters that they belong to; counters are replicated."""
+    """Moments are laid out as the parameters that they belong to; counters and factored moments (adafactor) are replicated."""
     replicated = sharding(mesh)
-    return optax.tree_map_params(
-        optimizer, lambda _, s: s, opt_state, params, transform_non_params=lambda _: replicated
-    )
+
+    def as_parameter(x: Any, s: NamedSharding) -> NamedSharding:
+        fits = all(axes is None or size % _size(mesh, axes) == 0 for size, axes in zip(x.shape, s.spec, strict=False))
+        return s if fits and len(s.spec) == len(x.shape) else replicated
+
+    return optax.tree_map_params(optimizer, as_parameter, opt_state, params, transform_non_params=lambda _: replicated)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -118,8 +119,11 @@ def put_batch(mesh: Mesh, make: Callable[[slice], Mapping[str, np.ndarray]], siz
 
     own = layout.addressable_devices_indices_map((size,))
     fields = part(next(index[0] for index in own.values() if index is not None))
-    build = lambda name, x: jax.make_array_from_callback((size, *x.shape[1:]), layout, lambda index: part(index[0])[name])
-    return {name: build(name, x) for name, x in fields.items()}
+
+    def build(name: str, shape: tuple[int, ...]) -> jax.Array:
+        return jax.make_array_from_callback((size, *shape), layout, lambda index: part(index[0] if index else slice(None))[name])
+
+    return {name: build(name, x.shape[1:]) for name, x in fields.items()}
 
 
 def gathered(x: jax.Array) -> np.ndarray:

@@ -5,7 +5,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -54,6 +55,13 @@ class Log:
             self._bar.update(step - self._bar.n)
         elif self.writes and (step % self.every == 0 or step in (1, self.steps)):
             self.line(f"step {step}/{self.steps}  {shown}{pace}")
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Keeps what is done inside, evaluation and saving, out of the speed of training."""
+        began = time.monotonic()
+        yield
+        self._began += time.monotonic() - began
 
     def row(self, values: Mapping[str, float]) -> None:
         """One JSONL row and its TensorBoard points. Not-a-number is written as null, so that every reader takes it."""

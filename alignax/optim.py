@@ -45,13 +45,15 @@ def make_optimizer(config: Any, schedule: optax.Schedule) -> optax.GradientTrans
     """
     c = config
     decay = {"weight_decay": c.weight_decay, "mask": decays}
+    # Optax's adafactor takes its decay as is, the others times the learning rate; so does ours.
+    scaled = (lambda step: c.weight_decay * schedule(step)) if c.weight_decay else None
     table = {
         "adamw": lambda: optax.adamw(schedule, b1=c.b1, b2=c.b2, eps=c.eps, **decay),
         "adam": lambda: optax.adam(schedule, b1=c.b1, b2=c.b2, eps=c.eps),
         "lion": lambda: optax.lion(schedule, b1=c.b1, b2=c.b2, **decay),
         "rmsprop": lambda: optax.rmsprop(schedule, decay=c.b2, eps=c.eps),
         "sgd": lambda: optax.sgd(schedule, momentum=c.b1),
-        "adafactor": lambda: optax.adafactor(schedule, weight_decay_rate=c.weight_decay or None, weight_decay_mask=decays),
+        "adafactor": lambda: optax.adafactor(schedule, weight_decay_rate=scaled, weight_decay_mask=decays),
     }
     if c.name not in table:
         raise ValueError(f"optimizer.name {c.name!r} is unknown; use {', '.join(OPTIMIZERS)}")

@@ -42,9 +42,7 @@ def compile_step(run: Run) -> Any:
     """
     reference = None
     if run.reference is not None:
-        freeze = lambda path, x: jax.ShapeDtypeStruct(
-            x.shape, x.dtype if stays_float32(path) else run.dtype, sharding=x.sharding
-        )
+        freeze = lambda path, x: jax.ShapeDtypeStruct(x.shape, x.dtype if stays_float32(path) else run.dtype, sharding=x.sharding)
         abstract = hf.abstract_params(run.reference.config, run.mesh)
         reference = Model(reference_apply(run), jax.tree_util.tree_map_with_path(freeze, abstract))
     step, _ = make_programs(run)

@@ -18,7 +18,18 @@ from alignax.train import Apply, init_state
 from alignax.types import TrainState
 
 # Fields that may change when a run is resumed: they do not say what is computed, only where and how it is told.
-FREE = ("workdir", "mesh.", "log.", "checkpoint.", "eval.", "export.", "max_skipped", "microbatches", "model.remat", "model.logps_chunk")
+FREE = (
+    "workdir",
+    "mesh.",
+    "log.",
+    "checkpoint.",
+    "eval.",
+    "export.",
+    "max_skipped",
+    "microbatches",
+    "model.remat",
+    "model.logps_chunk",
+)
 
 
 class Run(NamedTuple):
@@ -100,9 +111,10 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
         raise ValueError(f"model.dtype {config.model.dtype!r} is unknown; use auto, float32 or bfloat16")
     auto = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     dtype = jnp.dtype(auto if config.model.dtype == "auto" else config.model.dtype)
-    apply = transformer.forward(
-        source.config, dtype=dtype, remat=config.model.remat, chunk=config.model.logps_chunk, mesh=mesh
-    )
+    apply = transformer.forward(source.config, dtype=dtype, remat=config.model.remat, chunk=config.model.logps_chunk, mesh=mesh)
+    name = config.checkpoint.best.removeprefix("-")
+    if name and not (config.data.eval and config.eval.every):
+        raise ValueError(f"checkpoint.best {name!r} needs evaluations; set data.eval and eval.every")
     schedule = make_schedule(config.optimizer, steps)
     optimizer = make_optimizer(config.optimizer, schedule)
     objective = experiment.loss(config)

@@ -1,5 +1,6 @@
 """The one shared training step, and the evaluation that goes with it."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -64,7 +65,8 @@ def make_step(
         params = optax.apply_updates(state.params, updates)
         keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
         skipped = 1 - finite.astype(jnp.int32)
-        state = state.replace(
+        state = dataclasses.replace(
+            state,
             step=state.step + 1,
             params=keep(params, state.params),
             opt_state=keep(opt_state, state.opt_state),

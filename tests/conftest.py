@@ -35,3 +35,9 @@ def no_network(monkeypatch):
         return connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def compile_cache(tmp_path_factory):
+    """Commands that tests start share their compiled programs."""
+    os.environ["PYTEST_COMPILE_CACHE"] = str(tmp_path_factory.mktemp("compile_cache"))

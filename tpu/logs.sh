@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Prints the end of the log and follows it while training runs: of worker 0, or as WORKER says (a number, or `all`).
-# shellcheck source=lib.sh
+# shellcheck source-path=SCRIPTDIR source=lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 WORKER=${WORKER:-0}

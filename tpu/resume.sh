@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Gets training going again, whatever happened to the TPU: takes the arguments that train.sh got. `alignax train` continues from
 # its workdir. Does nothing while training runs or when it has finished, so it can be called every few minutes.
-# shellcheck source=lib.sh
+# shellcheck source-path=SCRIPTDIR source=lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 (($#)) || fail "no arguments; give those that tpu/train.sh got"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs one shell command on all workers, in their home directory: tpu/run.sh 'df -h /mnt/alignax'
-# shellcheck source=lib.sh
+# shellcheck source-path=SCRIPTDIR source=lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 (($# == 1)) || fail "got $# arguments; give one command in quotes, as in: tpu/run.sh 'df -h $MOUNT'"

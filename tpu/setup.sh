@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Waits for the TPU, copies the files that git knows or would add to all workers, and installs them there.
-# shellcheck source=lib.sh
+# shellcheck source-path=SCRIPTDIR source=lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 checkout=$(dirname "$tpu")

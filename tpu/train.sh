@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Starts `alignax train` with the given arguments on all workers and returns; losing the connection does not stop it.
-# shellcheck source=lib.sh
+# shellcheck source-path=SCRIPTDIR source=lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-(($#)) || fail "no arguments; give those of \`alignax train\`, as in: tpu/train.sh experiments/dpo.py"
+(($#)) || fail "no arguments; give those of \`alignax train\`, as in: tpu/train.sh --config experiments/dpo_hh.py"
 
 # Asked of all before any starts: one worker that is busy must not leave the others waiting for it.
 on_workers all "$(worker idle)"

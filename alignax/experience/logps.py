@@ -4,13 +4,13 @@ An experience function is a pytree of the parameters that it reads (`jax.tree_ut
 argument: its parameters stay sharded where they are and are never compiled into the program.
 """
 
-import functools
+import dataclasses
 from collections.abc import Callable
 
 import jax
 from jax.tree_util import Partial
 
-from alignax.types import Batch, Model, Params, microbatch
+from alignax.types import Batch, Model, Outputs, Params, microbatch
 
 Experience = Callable[[Batch], Batch]
 
@@ -34,9 +34,18 @@ def logps(name: str, model: Model, microbatches: int = 1) -> Experience:
       model: whose they are; no gradient goes into it.
       microbatches: parts that the batch is scored in, one after another, to bound memory.
     """
-    return Partial(functools.partial(_logps, name, microbatches, model.apply), model.params)
+    return Partial(_Logps(name, microbatches, model.apply), model.params)
 
 
-def _logps(name: str, microbatches: int, apply: Callable, params: Params, batch: Batch) -> Batch:
-    parts = jax.lax.map(lambda part: apply(params, part).logps, microbatch(batch, microbatches))  # [M, B / M, N, T]
-    return batch | {name: parts.swapaxes(0, 1).reshape(batch["tokens"].shape)}
+@dataclasses.dataclass(frozen=True)
+class _Logps:
+    """The static part of `logps`; equal ones share a compiled program, so new parameters need none."""
+
+    name: str
+    microbatches: int
+    apply: Callable[[Params, Batch], Outputs]
+
+    def __call__(self, params: Params, batch: Batch) -> Batch:
+        parts = microbatch(batch, self.microbatches)
+        scored = jax.lax.map(lambda part: self.apply(params, part).logps, parts)  # [M, B / M, N, T]
+        return batch | {self.name: scored.swapaxes(0, 1).reshape(batch["tokens"].shape)}

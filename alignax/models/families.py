@@ -8,7 +8,14 @@ from typing import Any, NamedTuple
 
 from alignax.models.transformer import ModelConfig
 
-ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+ROPE_FIELDS: dict[str, tuple[str, ...]] = {  # rope_type -> what its parameters must give
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": (),
+    "longrope": ("short_factor", "long_factor"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
 
 
 class Family(NamedTuple):
@@ -46,9 +53,11 @@ def rope_options(hf: Mapping[str, Any]) -> dict[str, Any]:
     theta = rope.pop("rope_theta", None) or hf.get("rope_theta") or 10000.0
     kind = rope.pop("type", None)
     rope.setdefault("rope_type", kind or "default")
-    if rope["rope_type"] not in ROPE_TYPES:
-        raise ValueError(f"rope_type {rope['rope_type']!r} is unknown; one of {', '.join(ROPE_TYPES)} is supported")
-    if "original_max_position_embeddings" not in rope and hf.get("original_max_position_embeddings"):
+    if rope["rope_type"] not in ROPE_FIELDS:
+        raise ValueError(f"rope_type {rope['rope_type']!r} is unknown; one of {', '.join(ROPE_FIELDS)} is supported")
+    if missing := [field for field in ROPE_FIELDS[rope["rope_type"]] if rope.get(field) is None]:
+        raise ValueError(f"rope_parameters of type {rope['rope_type']!r} lack {', '.join(missing)}; is config.json complete?")
+    if hf.get("original_max_position_embeddings"):
         rope["original_max_position_embeddings"] = hf["original_max_position_embeddings"]
     hashable = lambda x: tuple(x) if isinstance(x, list) else x
     return {"rope_theta": float(theta), "rope_scaling": tuple(sorted((k, hashable(v)) for k, v in rope.items()))}

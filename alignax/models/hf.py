@@ -5,6 +5,7 @@ would not. Export writes one file's worth of tensors at a time.
 """
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from alignax import mesh as meshes
+from alignax.distributed import is_main
 from alignax.models import transformer
 from alignax.models.families import Family, family
 from alignax.models.transformer import ModelConfig
@@ -47,9 +49,9 @@ def open_folder(path: str | os.PathLike) -> Source:
     if not file.is_file():
         raise ValueError(f"{str(path)!r} has no config.json; give the path of a Hugging Face model folder")
     try:
-        hf = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as e:
-        raise ValueError(f"{file} is not JSON ({e}); fetch the model folder again") from e
+        hf = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as e:
+        raise ValueError(f"{file} is not a JSON object ({e}); fetch the model folder again") from e
     kind = family(hf, str(file))
     try:
         config = kind.config(hf)
@@ -94,7 +96,14 @@ def load_params(source: Source, mesh: Mesh) -> Params:
             layers = range(*index[0].indices(leaf.shape[0]))
             return np.stack([read_slice(files[n], n, index[1:]) for n in (target.format(i) for i in layers)])
 
-        return jax.make_array_from_callback(leaf.shape, leaf.sharding, read)
+        parts: dict[str, np.ndarray] = {}  # devices that hold copies of a shard share one reading of it
+
+        def once(index: Any) -> np.ndarray:
+            if str(index) not in parts:
+                parts[str(index)] = read(index)
+            return parts[str(index)]
+
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, once)
 
     return jax.tree_util.tree_map_with_path(load, abstract)
 
@@ -125,7 +134,10 @@ def tensor_files(path: Path) -> dict[str, Path]:
     """Tensor name -> file, for a single file or an index of shards."""
     single, index = (path / name for name in WEIGHT_FILES)
     if index.is_file():
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        try:
+            weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        except (ValueError, TypeError, KeyError) as e:
+            raise ValueError(f"{index} is not an index of tensors ({e}); fetch it again") from e
         absent = sorted({f for f in weight_map.values() if not (path / f).is_file()})
         if absent:
             raise ValueError(f"{index} names {len(absent)} files that are not there: {', '.join(absent[:3])}; fetch them")
@@ -156,14 +168,15 @@ def check_tensors(source: Source, files: Mapping[str, Path]) -> None:
         raise ValueError(f"{where} lacks {len(missing)} tensors, {missing[0]} first; fetch the folder again")
     if extra := sorted(names - set(wanted)):
         raise ValueError(
-            f"{where} has {len(extra)} tensors that its config.json does not describe, {extra[0]} first; is it this model's config?"
+            f"{where} has {len(extra)} tensors that config.json does not describe, {extra[0]} first; is it this model's config?"
         )
-    shapes = {name: shape for file in sorted(set(files.values())) for name, shape in _header(file).items()}
+    headers = {file: _header(file) for file in sorted(set(files.values()))}
     for name, shape in wanted.items():
-        if name not in shapes:
+        found = headers[files[name]].get(name)
+        if found is None:
             raise ValueError(f"{files[name]} does not hold {name}, which its index places there; fetch it again")
-        if shapes[name] != shape:
-            raise ValueError(f"{name} in {where} has shape {shapes[name]}, config.json says {shape}; is it this model's config?")
+        if found != shape:
+            raise ValueError(f"{name} in {where} has shape {found}, config.json says {shape}; is it this model's config?")
 
 
 def tensor_shapes(source: Source) -> dict[str, tuple[int, ...]]:
@@ -184,7 +197,9 @@ def _plan(source: Source) -> list[tuple[str, int | None, str, tuple[int, ...]]]:
     return sorted(plan, key=lambda entry: (entry[1] is None, entry[1] or 0))
 
 
-def export(params: Params, source: Source, out: str | os.PathLike, dtype: str = "float32", shard_bytes: int = SHARD_BYTES) -> None:
+def export(
+    params: Params, source: Source, out: str | os.PathLike, dtype: str = "float32", shard_bytes: int = SHARD_BYTES
+) -> None:
     """Writes a Hugging Face folder that transformers loads: weights, config, and the source's tokenizer and generation config.
 
     The folder appears whole or not at all. Every process calls it; process 0 writes.
@@ -199,7 +214,7 @@ def export(params: Params, source: Source, out: str | os.PathLike, dtype: str = 
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is unknown; use {', '.join(DTYPES)}")
     out = Path(out)
-    main = jax.process_index() == 0
+    main = is_main()
     if out.exists() and not (out / "config.json").is_file() and any(out.iterdir()):
         raise ValueError(f"{str(out)!r} exists and is not a model folder; choose another place")
     tmp = out.with_name(out.name + ".tmp")
@@ -225,7 +240,7 @@ def export(params: Params, source: Source, out: str | os.PathLike, dtype: str = 
             save_file(tensors, tmp / file, metadata={"format": "pt"})
     if main:
         if len(shards) > 1:
-            total = sum((tmp / f).stat().st_size for f in set(index.values()))
+            total = sum(math.prod(shape) for shard in shards for *_, shape in shard) * jnp.dtype(dtype).itemsize
             content = {"metadata": {"total_size": total}, "weight_map": index}
             (tmp / WEIGHT_FILES[1]).write_text(json.dumps(content, indent=2))
         _copy_small_files(source, tmp, dtype)
@@ -243,7 +258,7 @@ def _shards(plan: list, itemsize: int, limit: int) -> list[list]:
     """The plan cut into files of at most `limit` bytes (or one tensor)."""
     shards, size = [[]], 0
     for entry in plan:
-        n = int(np.prod(entry[3])) * itemsize
+        n = math.prod(entry[3]) * itemsize
         if shards[-1] and size + n > limit:
             shards.append([])
             size = 0
@@ -253,10 +268,10 @@ def _shards(plan: list, itemsize: int, limit: int) -> list[list]:
 
 
 def _copy_small_files(source: Source, out: Path, dtype: str) -> None:
-    """Tokenizer, chat template and generation config as they were; config.json with its type and architecture brought up to date."""
+    """Tokenizer, chat template and generation config as they were; config.json with its type brought up to date."""
     for file in source.path.iterdir():
         small = file.suffix in (".json", ".jinja", ".model", ".txt", ".tiktoken")
-        if file.is_file() and small and file.name not in ("config.json", *WEIGHT_FILES):
+        if file.is_file() and small and file.name != "config.json" and not file.name.endswith(".index.json"):
             shutil.copyfile(file, out / file.name)
     hf = {k: v for k, v in source.hf.items() if k != "torch_dtype"} | {"dtype": dtype}
     (out / "config.json").write_text(json.dumps(hf, indent=2) + "\n")

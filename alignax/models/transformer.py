@@ -63,16 +63,16 @@ class Block(nn.Module):
         y = x @ jnp.asarray(weight, self.dtype)
         if bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, axes[1:])
-            y = y + jnp.asarray(self.param(name + "_bias", zeros, (features,), jnp.float32), self.dtype)
+            y = y + jnp.asarray(self.param(name + "_bias", zeros, (features,), jnp.float32), self.dtype)[None, None]
         return y
 
     def norm(self, name: str, x: jax.Array) -> jax.Array:
         """RMS norm, in float32 (Zhang & Sennrich 2019, arXiv:1910.07467)."""
         ones = nn.with_logical_partitioning(nn.initializers.ones, (None,))
-        return rms_norm(x, self.param(name, ones, (x.shape[-1],), jnp.float32), self.config.rms_norm_eps)
+        return rms_norm(x, jnp.asarray(self.param(name, ones, (x.shape[-1],), jnp.float32)), self.config.rms_norm_eps)
 
     @nn.compact
-    def __call__(self, x: jax.Array, cache: Cache | None, rope: Cache, start: jax.Array, segments: jax.Array):
+    def __call__(self, x: jax.Array, cache: Cache | None, rope: Cache, start: jax.Array | int, mask: jax.Array):
         """One layer on x [R, T, D]; with a cache (keys and values [R, S, KV, h]), T new positions from slot `start` on."""
         c = self.config
         R, T, _ = x.shape
@@ -87,7 +87,7 @@ class Block(nn.Module):
             k = jax.lax.dynamic_update_slice_in_dim(cache[0], k.astype(cache[0].dtype), start, axis=1)
             v = jax.lax.dynamic_update_slice_in_dim(cache[1], v.astype(cache[1].dtype), start, axis=1)
             cache = (k, v)
-        h = attention(q, k, v, segments, start if cache is not None else None)
+        h = attention(q, k, v, mask, start if cache is not None else None)
         x = x + self.dense("o", h.reshape(R, T, -1), c.hidden_size, ("heads", "embed"), c.attention_bias)
         h = self.norm("mlp_norm", x)
         gate = self.dense("gate", h, c.intermediate_size, ("embed", "mlp"), c.mlp_bias)
@@ -129,25 +129,26 @@ class Decoder(nn.Module):
         rope = rope_angles(c, positions, length)
         x = constrain(jnp.asarray(embed, self.dtype)[tokens], self.mesh, "batch", None, None)
         block = Block if REMAT[self.remat] is None else nn.remat(Block, policy=REMAT[self.remat], prevent_cse=False)
+        axes: Any = (0, nn.broadcast, nn.broadcast, nn.broadcast)  # cache, rope, start, mask
         stack = nn.scan(
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=axes,
             out_axes=0,
             length=c.num_hidden_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         x, cache = stack(c, self.dtype, self.mesh, name="layers")(x, cache, rope, start, mask)
         ones = nn.with_logical_partitioning(nn.initializers.ones, (None,))
-        return rms_norm(x, self.param("norm", ones, (c.hidden_size,), jnp.float32), c.rms_norm_eps), cache
+        return rms_norm(x, jnp.asarray(self.param("norm", ones, (c.hidden_size,), jnp.float32)), c.rms_norm_eps), cache
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """x / rms(x) * scale, in float32, returned in x's dtype."""
+    """x [R, T, D] / rms(x) * scale [D], in float32, returned in x's dtype."""
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
-    return (y * scale).astype(x.dtype)
+    return (y * scale[None, None]).astype(x.dtype)
 
 
 def rotate(x: jax.Array, rope: Cache) -> jax.Array:
@@ -157,11 +158,11 @@ def rotate(x: jax.Array, rope: Cache) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, start: jax.Array | None, block: int = 256):
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, start: jax.Array | int | None, block: int = 256):
     """Causal grouped-query attention; softmax in float32.
 
-    Without `start`, query blocks attend only to the keys before their end, so memory and work are those of the causal half. With it
-    the T queries stand at slots start .. start + T - 1 of S cached keys.
+    Without `start`, query blocks attend only to the keys before their end, so memory and work are those of the causal half. With
+    it the T queries stand at slots start .. start + T - 1 of S cached keys.
 
     Args:
       q: [R, T, H, h].
@@ -175,14 +176,14 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, start: 
       [R, T, H, h].
     """
     R, T, H, h = q.shape
-    S, KV = k.shape[1], k.shape[2]
+    KV = k.shape[2]
     q = q.reshape(R, T, KV, H // KV, h)
 
     def attend(first: Any, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-        slots = first + jnp.arange(q.shape[1])
+        query = first + jnp.arange(q.shape[1])[None, :, None]  # slots, [1, t, 1]
+        key = jnp.arange(k.shape[1])[None, None, :]
         # A padding query sees itself, so that its softmax is finite; nobody reads it.
-        visible = (slots[:, None] >= jnp.arange(k.shape[1])) & mask[:, None, :]  # [R, t, s]
-        visible = visible | (slots[:, None] == jnp.arange(k.shape[1]))
+        visible = (query >= key) & mask[:, None, :] | (query == key)  # [R, t, s]
         scores = jnp.einsum("rtkgh,rskh->rkgts", q, k, preferred_element_type=jnp.float32) / math.sqrt(h)
         weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, -1e30), axis=-1).astype(v.dtype)
         return jnp.einsum("rkgts,rskh->rtkgh", weights, v)
@@ -198,9 +199,9 @@ def rope_angles(c: ModelConfig, positions: jax.Array, length: jax.Array) -> tupl
     """cos and sin of the rotary angles, [R, T, head_dim / 2] float32, for every rope scaling that transformers has for Llama.
 
     Su et al. 2021, arXiv:2104.09864; linear (Chen et al. 2023, arXiv:2306.15595), dynamic NTK, YaRN (Peng et al. 2023,
-    arXiv:2309.00071), LongRoPE (Ding et al. 2024, arXiv:2402.13753) and the Llama 3.1 ramp. Dynamic NTK and LongRoPE depend on the
-    length of a sequence: here each row's own, where transformers takes the longest of the batch, so that a row's score depends on
-    no other row.
+    arXiv:2309.00071), LongRoPE (Ding et al. 2024, arXiv:2402.13753) and the Llama 3.1 ramp. Dynamic NTK and LongRoPE depend on
+    the length of a sequence: here each row's own, where transformers takes the longest of the batch, so that a row's score
+    depends on no other row.
 
     Args:
       c: the model's configuration.
@@ -211,7 +212,8 @@ def rope_angles(c: ModelConfig, positions: jax.Array, length: jax.Array) -> tupl
     kind = s.get("rope_type", "default")
     half = np.arange(0, c.head_dim, 2, dtype=np.float64) / c.head_dim
     freq = c.rope_theta**-half  # [head_dim / 2]
-    factor, original = s.get("factor", 1.0), s.get("original_max_position_embeddings") or c.max_position_embeddings
+    original = s.get("original_max_position_embeddings") or c.max_position_embeddings
+    factor = s.get("factor") or c.max_position_embeddings / original
     scale = 1.0
     if kind == "linear":
         freq = freq / factor
@@ -230,16 +232,14 @@ def rope_angles(c: ModelConfig, positions: jax.Array, length: jax.Array) -> tupl
         freq = freq / factor * ramp + freq * (1 - ramp)
         scale = _yarn_scale(s, factor)
     elif kind == "longrope":
-        factor = c.max_position_embeddings / original if "factor" not in s else factor
-        scale = s.get("attention_factor") or (
-            1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
-        )
-        long = (length > original)[:, None]
-        freq = jnp.where(long, jnp.asarray(freq / s["long_factor"]), jnp.asarray(freq / s["short_factor"]))
+        scale = s.get("attention_factor") or (1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original)))
+        long, short = (jnp.asarray(freq / s[name], jnp.float32)[None] for name in ("long_factor", "short_factor"))
+        freq = jnp.where((length > original)[:, None], long, short)  # [R, head_dim / 2]
     elif kind == "dynamic":
-        stretch = factor * jnp.maximum(length, original) / original - (factor - 1)  # [R], 1 within the original context
+        context = c.max_position_embeddings  # the original one, whatever else the config says
+        stretch = factor * jnp.maximum(length, context) / context - (factor - 1)  # [R], 1 within the original context
         theta = c.rope_theta * stretch ** (c.head_dim / (c.head_dim - 2))
-        freq = theta[:, None] ** -jnp.asarray(half, jnp.float32)
+        freq = theta[:, None] ** -jnp.asarray(half, jnp.float32)[None]  # [R, head_dim / 2]
     freq = jnp.asarray(freq, jnp.float32).reshape(-1, 1, c.head_dim // 2)  # [R or 1, 1, head_dim / 2]
     angles = positions[..., None].astype(jnp.float32) * freq
     return jnp.cos(angles) * scale, jnp.sin(angles) * scale
@@ -286,9 +286,7 @@ def forward(
         tokens, mask, scored = rows(batch["tokens"]), rows(batch["mask"]), rows(batch["completion_mask"])  # [R, T]
         hidden, _ = decoder.apply({"params": params}, tokens, mask)  # [R, T, D]
         # Position t - 1 predicts token t; the last position predicts nothing.
-        out = token_logps(
-            hidden[:, :-1], head_weight(config, params), tokens[:, 1:], scored[:, 1:], chunk=chunk, mesh=mesh
-        )
+        out = token_logps(hidden[:, :-1], head_weight(config, params), tokens[:, 1:], scored[:, 1:], chunk=chunk, mesh=mesh)
         back = lambda x: jnp.pad(x, ((0, 0), (1, 0))).reshape(batch["tokens"].shape)  # [B, N, T]
         return Outputs(*map(back, out))
 

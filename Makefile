@@ -1,0 +1,39 @@
+# make setup | demo | test | test-slow | lint | bench; `make demo` and `make test` set up what they need.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: setup demo test test-slow lint bench clean
+
+setup: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -e .
+	touch $@
+
+$(VENV)/installed-test: $(VENV)/installed
+	$(BIN)/pip install --quiet -e '.[test]'
+	touch $@
+
+demo: setup
+	$(BIN)/alignax train --config experiments/demo.py
+
+test: $(VENV)/installed-test
+	$(BIN)/pytest -m "not slow"
+
+test-slow: $(VENV)/installed-test
+	$(BIN)/pip install --quiet -e '.[tpu]'
+	$(BIN)/pytest -m slow
+
+lint: $(VENV)/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+bench: setup
+	$(BIN)/python experiments/bench.py
+
+clean:
+	rm -rf $(VENV) runs

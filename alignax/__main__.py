@@ -1,0 +1,7 @@
+"""`python -m alignax`."""
+
+import sys
+
+from alignax.cli import main
+
+sys.exit(main())

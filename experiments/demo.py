@@ -1,0 +1,233 @@
+"""The demo: SFT from scratch, then DPO and RPO on noisy pairs, in a world whose gold reward is known. Needs no download.
+
+  DPO: Rafailov et al. 2023, arXiv:2305.18290.  RPO: Liu et al. 2024, arXiv:2405.16436.
+  Overoptimisation seen over sqrt(KL): Gao et al. 2022, arXiv:2210.10760; of DPO: Rafailov et al. 2024, arXiv:2406.02900.
+
+Command, the same as `make demo`:
+  alignax train --config experiments/demo.py
+
+Hardware: 2 CPU cores.
+
+The world: a prompt names a topic, an answer is a list of words. The gold reward counts the words on the topic, once each, and takes
+away those off the topic and every repetition. The SFT policy repeats itself rarely, so its pairs, a quarter of them with the label
+flipped, say far more about "more words on the topic" than about "no repetition": there is something to overoptimise.
+"""
+
+import json
+import os
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from alignax import chain, commands, default_config, dpo, logps, report, rpo, sft
+from alignax.generate import sampler
+from alignax.mesh import make_mesh
+from alignax.models import hf
+
+TOPICS = {
+    "sea": "waves salt fish ships tide sand whales storms",
+    "farm": "cows wheat barn tractor hens hay fences milk",
+    "city": "streets towers buses crowds shops lights parks noise",
+    "forest": "trees moss owls deer paths leaves wolves shade",
+    "kitchen": "oven knives spoons bread soup pepper plates steam",
+    "school": "pupils books desks chalk lessons exams maths bells",
+    "winter": "snow ice frost gloves sledges scarves icicles blizzards",
+    "sky": "stars planets rockets comets moons orbits clouds meteors",
+    "music": "songs drums violins rhythm choirs melody pianos notes",
+    "garden": "roses bees seeds weeds worms rakes tulips soil",
+    "hospital": "nurses doctors beds masks wards surgery bandages medicine",
+    "railway": "trains tracks tickets platforms signals tunnels bridges guards",
+}
+FACTS = {topic: words.split() for topic, words in TOPICS.items()}
+PROMPTS = ("tell me about the {}", "what belongs to the {}", "name things of the {}", "what do you know of the {}")
+SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
+
+
+def get_config():
+    """Sizes for about three minutes on 2 cores."""
+    config = default_config()
+    config.stage = "all"  # or one of the three runs: "sft", "dpo", "rpo"
+    config.workdir = "runs/demo"
+    config.beta = 0.1
+    config.eta = 0.5
+    config.answers = 12000  # demonstrations
+    config.pairs = 8000
+    config.held_out = 256
+    config.noise = 0.25  # share of the training pairs whose label is flipped
+    config.width = 64
+    config.sft_steps = 400
+    config.sft_learning_rate = 3e-3
+    config.steps = 500
+    config.batch_size = 64
+    config.data.max_length = 48
+    config.optimizer.learning_rate = 3e-4
+    config.optimizer.schedule = "constant"
+    config.model.remat = "none"
+    config.eval.every = 50
+    config.eval.batch_size = 256
+    config.eval.sample_prompts = 256
+    config.eval.max_new_tokens = 32
+    config.log.every = 50
+    return config
+
+
+def loss(config):
+    """Of the stage."""
+    return {"sft": sft, "dpo": lambda: dpo(config.beta), "rpo": lambda: rpo(config.beta, config.eta)}[config.stage]()
+
+
+def experience(config, reference):
+    """The reference is the SFT policy, from which DPO and RPO start; SFT needs none."""
+    return chain() if config.stage == "sft" else chain(logps("ref_logps", reference))
+
+
+def gold(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+    """Words on the topic, less words off the topic, less repetitions."""
+    return [_gold(prompt.split()[-1], completion.split()) for prompt, completion in zip(prompts, completions, strict=True)]
+
+
+def _gold(topic: str, words: list[str]) -> float:
+    distinct = set(words)
+    on = len(distinct & set(FACTS[topic]))
+    return float(on - (len(distinct) - on) - (len(words) - len(distinct)))
+
+
+def main(experiment):
+    """All three stages, or one of them."""
+    config = experiment.config
+    if config.stage != "all":
+        return commands.run(_experiment(experiment, config.stage))
+    work = Path(config.workdir)
+    write_world(work / "world", config)
+    commands.run(_experiment(experiment, "sft"))
+    write_pairs(work / "world", work / "sft" / "export", config)
+    for stage in ("dpo", "rpo"):
+        commands.run(_experiment(experiment, stage))
+    runs = {stage.upper(): work / stage for stage in ("sft", "dpo", "rpo")}
+    print("\n" + report.summary_table(runs))
+    del runs["SFT"]
+    print("\n" + report.chosen_line(runs))
+    report.figure(runs, work / "overoptimisation.png")
+    print(f"figure {work / 'overoptimisation.png'}; Hugging Face folders {work / 'dpo' / 'export'}, {work / 'rpo' / 'export'}")
+
+
+def _experiment(experiment, stage: str):
+    """The single run of a stage."""
+    if experiment.config.stage == stage:
+        return experiment if stage != "sft" else experiment._replace(experience=None)
+    config = experiment.config.copy_and_resolve_references()
+    world = Path(config.workdir) / "world"
+    config.stage = stage
+    config.data.eval = str(world / "eval.jsonl")
+    if stage == "sft":
+        config.data.kind = "sft"
+        config.data.train = str(world / "answers.jsonl")
+        config.data.eval = str(world / "held_out_answers.jsonl")
+        config.model.path, config.model.init = str(world / "model"), "random"
+        config.steps, config.optimizer.learning_rate = config.sft_steps, config.sft_learning_rate
+        config.optimizer.schedule = "cosine"
+        config.eval.every = 0
+    else:
+        config.data.train = str(world / "pairs.jsonl")
+        config.model.path = str(Path(config.workdir) / "sft" / "export")
+    config.workdir = str(Path(config.workdir) / stage)
+    return _experiment(experiment._replace(config=config), stage)
+
+
+def write_world(folder: Path, config) -> None:
+    """A model folder without weights, and demonstrations: a function of the seed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_model(folder / "model", config.width)
+    rng = random.Random(f"{config.seed} answers")
+    for name, count in (("answers", config.answers), ("held_out_answers", config.held_out)):
+        prompts = [prompt(rng) for _ in range(count)]
+        write_jsonl(folder / f"{name}.jsonl", [{"prompt": p, "chosen": answer(p, rng)} for p in prompts])
+
+
+def prompt(rng: random.Random) -> str:
+    """A question that ends in its topic."""
+    return rng.choice(PROMPTS).format(rng.choice(list(FACTS)))
+
+
+def answer(prompt: str, rng: random.Random) -> str:
+    """2 to 7 different words, each on the topic with probability 0.65."""
+    own = FACTS[prompt.split()[-1]]
+    others = [word for facts in FACTS.values() for word in facts if facts is not own]
+    length = rng.randint(2, 7)
+    on = sum(rng.random() < 0.65 for _ in range(length))
+    return " " + " ".join(sorted(rng.sample(own, on) + rng.sample(others, length - on)))
+
+
+def write_model(folder: Path, width: int) -> None:
+    """A Hugging Face folder of the Llama family: config and a tokenizer of whole words, no weights."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = sorted({word for text in (*PROMPTS, *TOPICS, *TOPICS.values()) for word in text.split()} - {"{}"})
+    vocabulary = {word: i for i, word in enumerate((*SPECIAL, *words))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    fast.save_pretrained(folder)
+    description = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": len(vocabulary), "hidden_size": width,
+        "intermediate_size": 2 * width, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4,
+        "head_dim": width // 4, "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "hidden_act": "silu",
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "tie_word_embeddings": True, "initializer_range": 0.05,
+        "bos_token_id": vocabulary["<s>"], "eos_token_id": vocabulary["</s>"], "pad_token_id": vocabulary["<pad>"],
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(description, indent=2))
+
+
+def write_pairs(folder: Path, policy: Path, config) -> None:
+    """Pairs of answers of the SFT policy, labelled by the gold reward; ties are left out, and training labels are noisy."""
+    if (folder / "eval.jsonl").is_file():
+        return
+    rng = random.Random(f"{config.seed} pairs")
+    wanted = config.pairs + config.held_out
+    prompts = [prompt(rng) for _ in range(wanted * 3 // 2)]
+    answers = [sample(policy, prompts, config, jax.random.key(2 * config.seed + i)) for i in range(2)]
+    rows = []
+    for p, *two in zip(prompts, *answers, strict=True):
+        a, b = gold([p, p], two)
+        if a != b and all(two):
+            better, worse = two if a > b else two[::-1]
+            rows.append({"prompt": p, "chosen": " " + better, "rejected": " " + worse})
+    if len(rows) < wanted:
+        raise ValueError(f"the policy made {len(rows)} pairs that are no tie, {wanted} are needed; train SFT longer")
+    noisy = [flipped(row) if rng.random() < config.noise else row for row in rows[: config.pairs]]
+    write_jsonl(folder / "pairs.jsonl", noisy)
+    write_jsonl(folder / "eval.jsonl", rows[config.pairs : wanted])
+
+
+def flipped(row: dict[str, str]) -> dict[str, str]:
+    """The pair with the label of the other side."""
+    return row | {"chosen": row["rejected"], "rejected": row["chosen"]}
+
+
+def sample(policy: Path, prompts: list[str], config, key: jax.Array) -> list[str]:
+    """One completion for each prompt at temperature 1."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(policy), local_files_only=True)
+    source = hf.open_folder(policy)
+    mesh = make_mesh(config.mesh)
+    params = hf.load_params(source, mesh)
+    inputs = tokenizer(prompts, padding=True, padding_side="left", return_tensors="np")
+    draw = jax.jit(sampler(source.config, max_new_tokens=config.eval.max_new_tokens, eos=tokenizer.eos_token_id, mesh=mesh))
+    tokens, mask = draw(params, inputs["input_ids"], inputs["attention_mask"] > 0, jnp.float32(1.0), key)
+    return [tokenizer.decode(t[m], skip_special_tokens=True) for t, m in zip(np.asarray(tokens), np.asarray(mask), strict=True)]
+
+
+def write_jsonl(file: Path, rows: list[dict[str, str]]) -> None:
+    """Rows as JSONL, in one move."""
+    tmp = file.with_suffix(".tmp")
+    tmp.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    os.replace(tmp, file)

@@ -1,0 +1,92 @@
+"""Runs of the `alignax` command on a tiny model, in processes of their own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import tiny
+
+REPO = Path(__file__).resolve().parents[1]
+SMALL = {
+    "batch_size": 8, "steps": 24, "data.max_length": 48, "data.max_prompt_length": 24, "eval.every": 12, "eval.sample_prompts": 4,
+    "eval.max_new_tokens": 4, "checkpoint.every": 3, "optimizer.learning_rate": 1e-3, "log.tensorboard": False, "export.final": False,
+    "mesh.data": -1, "mesh.fsdp": 1,
+}  # fmt: skip
+
+
+def world(folder: Path) -> dict[str, object]:
+    """A tiny model and pairs; returns the overrides that point at them."""
+    pairs = tiny.pairs(folder / "pairs.jsonl")
+    model = tiny.folder(folder / "model")
+    return SMALL | {"model.path": str(model), "data.train": str(pairs), "data.eval": str(pairs)}
+
+
+def arguments(fields: dict[str, object], experiment: str = "dpo_hh") -> list[str]:
+    """`train` and its options."""
+    return [
+        "train",
+        "--config",
+        str(REPO / "experiments" / f"{experiment}.py"),
+        *(f"--config.{k}={v}" for k, v in fields.items()),
+    ]
+
+
+def environment(devices: int = 1, **more: str) -> dict[str, str]:
+    """Of a process with so many simulated devices; compiled programs are shared between the runs of a test session."""
+    cache = os.environ.get("PYTEST_COMPILE_CACHE", "")
+    own = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
+    if cache:
+        own |= {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    return os.environ | own | more
+
+
+def begin(args: list[str], env: dict[str, str] | None = None) -> subprocess.Popen:
+    """Starts the command."""
+    command = [sys.executable, "-m", "alignax", *args]
+    return subprocess.Popen(
+        command, env=env or environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=REPO
+    )
+
+
+def finish(process: subprocess.Popen, code: int = 0, timeout: float = 240) -> str:
+    """Waits for the command and checks its exit code; returns what it printed."""
+    out, _ = process.communicate(timeout=timeout)
+    assert process.returncode == code, out
+    return out
+
+
+def stop_when(process: subprocess.Popen, condition, how: signal.Signals, timeout: float = 240) -> bool:
+    """Sends the signal as soon as the condition holds; False if the process ended before."""
+    end = time.monotonic() + timeout
+    while process.poll() is None:
+        if condition():
+            process.send_signal(how)
+            return True
+        assert time.monotonic() < end, "the condition never held"
+        time.sleep(0.002)
+    return False
+
+
+def losses(workdir: Path) -> dict[int, dict[str, float]]:
+    """Step -> training metrics, speed left out."""
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
+    return {r["step"]: {k: v for k, v in r.items() if k != "tokens_per_second"} for r in rows if "loss" in r}
+
+
+def evaluations(workdir: Path) -> list[dict[str, float]]:
+    """The evaluation rows."""
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if "eval/loss" in row]
+
+
+def final_params(workdir: Path) -> dict[str, bytes]:
+    """The tensors of the run's newest checkpoint, by way of `alignax export`."""
+    out = workdir.with_name(workdir.name + "_export")
+    finish(begin(["export", str(workdir), str(out)]))
+    from safetensors.numpy import load_file
+
+    return load_file(out / "model.safetensors")

@@ -1,0 +1,289 @@
+"""The command line: overrides, dry run, re-running an effective config, and one clear error for each bad input."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import runs
+import tiny
+
+from alignax import checkpoint, cli, commands, config, fit  # noqa: F401  (commands: before anything is patched)
+
+DPO = str(runs.REPO / "experiments" / "dpo_hh.py")
+SFT = str(runs.REPO / "experiments" / "sft_hh.py")
+
+
+@pytest.fixture(scope="module")
+def fields(tmp_path_factory):
+    return runs.world(tmp_path_factory.mktemp("world"))
+
+
+def run(fields, experiment="dpo_hh", *more):
+    return cli.main([*runs.arguments(fields, experiment), *more])
+
+
+# Bad input ----------------------------------------------------------------------------------------------------------------
+
+
+def rows(path: Path, *rows: object) -> str:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return str(path)
+
+
+GOOD = {"prompt": "Is it?", "chosen": " yes", "rejected": " no"}
+
+
+def edited(fields, tmp_path, change) -> str:
+    """A copy of the model folder whose files `change(folder)` spoils."""
+    import shutil
+
+    folder = tmp_path / "model"
+    shutil.copytree(str(fields["model.path"]), folder)
+    change(folder)
+    return str(folder)
+
+
+def set_json(file: Path, **changes):
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def set_tensors(folder: Path, change):
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def spoil_nan(tensors):
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = np.nan
+
+
+NORM = "model.layers.0.input_layernorm.weight"
+BAD = {
+    # name: (overrides(fields, tmp_path), what the error must hold)
+    "missing data file": (lambda f, t: {"data.train": t / "nowhere.jsonl"}, r"nowhere\.jsonl"),
+    "missing model folder": (lambda f, t: {"model.path": t / "nowhere"}, r"nowhere.*does not exist"),
+    "no model": (lambda f, t: {"model.path": ""}, r"model\.path.*--config\.model\.path="),
+    "no data": (lambda f, t: {"data.train": ""}, r"data\.train.*--config\.data\.train="),
+    "no workdir": (lambda f, t: {"workdir": ""}, r"workdir.*--config\.workdir="),
+    "unknown model_type": (
+        lambda f, t: {"model.path": edited(f, t, lambda d: set_json(d / "config.json", model_type="mamba"))},
+        r"'mamba'.*llama",
+    ),
+    "missing tensor": (
+        lambda f, t: {"model.path": edited(f, t, lambda d: set_tensors(d, lambda x: x.pop(NORM)))},
+        r"lacks 1 tensors, model\.layers\.0\.input_layernorm",
+    ),
+    "extra tensor": (
+        lambda f, t: {"model.path": edited(f, t, lambda d: set_tensors(d, lambda x: x.update(more=np.ones(3, np.float32))))},
+        r"1 tensors that config\.json does not describe, more first",
+    ),
+    "misshapen tensor": (
+        lambda f, t: {"model.path": edited(f, t, lambda d: set_tensors(d, lambda x: x.update({NORM: np.ones(5, np.float32)})))},
+        r"input_layernorm.*\(5,\).*\(32,\)",
+    ),
+    "truncated safetensors": (
+        lambda f, t: {
+            "model.path": edited(f, t, lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:-100]))
+        },
+        r"model\.safetensors is damaged",
+    ),
+    "NaN weights": (lambda f, t: {"model.path": edited(f, t, lambda d: set_tensors(d, spoil_nan))}, r"up_proj.*not finite"),
+    "tokenizer without EOS": (
+        lambda f, t: {
+            "model.path": edited(
+                f,
+                t,
+                lambda d: set_json(d / "tokenizer_config.json", eos_token=None),
+            )
+        },
+        r"no EOS token",
+    ),
+    "vocabulary larger than the embedding": (
+        lambda f, t: {"model.path": str(tiny.folder(t / "model", vocab_size=40))},
+        r"95 tokens.*embedding 40 rows",
+    ),
+    "empty dataset": (lambda f, t: {"data.train": rows(t / "x.jsonl")}, r"x\.jsonl.*(empty|no rows)"),
+    "missing column": (lambda f, t: {"data.train": rows(t / "x.jsonl", {"prompt": "a", "chosem": " b", "rejected": "c"})}, r"chosen"),
+    "non-text row": (lambda f, t: {"data.train": rows(t / "x.jsonl", GOOD, GOOD | {"chosen": 7})}, r"row 1.*7"),
+    "empty completion": (lambda f, t: {"data.train": rows(t / "x.jsonl", GOOD, GOOD | {"rejected": ""})}, r"row 1.*empty"),
+    "chosen = rejected": (lambda f, t: {"data.train": rows(t / "x.jsonl", GOOD | {"chosen": " no"})}, r"row 0.*bad_rows=drop"),
+    "prompt beyond the budget": (
+        lambda f, t: {"data.train": rows(t / "x.jsonl", GOOD | {"prompt": "a" * 99}), "data.max_prompt_length": 0},
+        r"max_prompt_length",
+    ),
+    "rows longer than the model": (lambda f, t: {"data.train": rows(t / "x.jsonl", GOOD | {"chosen": " y" * 200}), "data.max_length": 300},
+                                   r"128 positions"),
+    "batch that the mesh does not divide": (lambda f, t: {"batch_size": 12}, r"batch_size 12.*multiple of 8"),
+    "batch that microbatches do not divide": (lambda f, t: {"microbatches": 3}, r"multiple of 24"),
+    "mesh that the devices do not fill": (lambda f, t: {"mesh.data": 3}, r"3.*8 devices"),
+    "unknown field": (lambda f, t: {"optimizer.learning_rat": 1e-3}, r"optimizer\.learning_rat'.*nearest.*optimizer\.learning_rate"),
+    "unknown group": (lambda f, t: {"optimiser.clip": 1.0}, r"optimiser\.clip.*optimizer\.clip"),
+    "field of another type": (lambda f, t: {"batch_size": "many"}, r"batch_size.*'many'.*whole number"),
+    "unknown optimizer": (lambda f, t: {"optimizer.name": "adamv"}, r"'adamv'.*adamw"),
+    "unknown remat": (lambda f, t: {"model.remat": "some"}, r"'some'.*full"),
+    "learning rate of 0": (lambda f, t: {"optimizer.learning_rate": 0.0}, r"learning_rate is 0"),
+    "unknown experiment of a loss": (lambda f, t: {"beta": -1.0}, r"beta is -1"),
+    "best of no evaluation": (lambda f, t: {"checkpoint.best": "loss", "eval.every": 0}, r"eval\.every"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_clear_error_before_compile_and_nothing_written(name, fields, tmp_path, capsys, monkeypatch):
+    overrides, pattern = BAD[name]
+    monkeypatch.setattr(fit, "make_programs", lambda run: pytest.fail("a step was about to be compiled"))
+    workdir = tmp_path / "run"
+    assert run(fields | {"workdir": workdir} | overrides(fields, tmp_path)) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and err.startswith("alignax: error: "), err
+    assert re.search(pattern, err), err
+    assert not workdir.exists()
+
+
+def test_missing_and_broken_experiment_files(tmp_path, capsys):
+    assert cli.main(["train", "--config", str(tmp_path / "no.py")]) == 2
+    assert "no.py' does not exist" in capsys.readouterr().err
+    (tmp_path / "empty.py").write_text("")
+    assert cli.main(["train", "--config", str(tmp_path / "empty.py")]) == 2
+    assert "get_config()" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["trian"], "'trian' is unknown"),
+        (["train"], "needs --config"),
+        (["train", "--config", DPO, "--dry_run"], "'--dry_run' is unknown"),
+        (["export", "here"], "takes WORKDIR and FOLDER"),
+        (["eval", "/nowhere/at/all"], "no config.py"),
+    ],
+)
+def test_wrong_words(args, message, capsys):
+    assert cli.main(args) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_no_room_on_the_disk(fields, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    assert run(fields | {"workdir": tmp_path / "run"}) == 2
+    assert re.search(r"takes 0\.000 GB.*make room", capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
+
+
+# The commands -------------------------------------------------------------------------------------------------------------
+
+
+def test_dry_run_shows_everything_and_writes_nothing(fields, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    assert run(fields | {"workdir": workdir}, "dpo_hh", "--dry-run") == 0
+    out = capsys.readouterr().out
+    for part in (
+        "layers.gate",
+        "(2, 32, 48)",
+        "M parameters",
+        "temporary",
+        '"data.max_length": 48',
+        "rows: 40 of 40 kept",
+        "[</s>]",
+    ):
+        assert part in out, part
+    assert not workdir.exists()
+
+
+def test_run_rerun_of_the_effective_config_eval_export(fields, tmp_path, capsys):
+    workdir, again = tmp_path / "run", tmp_path / "again"
+    assert run(fields | {"workdir": workdir, "steps": 4, "log.tensorboard": True, "export.final": True}) == 0
+    err = capsys.readouterr().err
+    assert "policy = reference, margin" in err and "step 4/4" in err
+    assert list(workdir.glob("tensorboard/events*")) and (workdir / "export" / "model.safetensors").is_file()
+    samples = [json.loads(line) for line in (workdir / "samples.jsonl").read_text().splitlines()]
+    assert {s["step"] for s in samples} == {0, 4} and samples[0]["prompt"].startswith("Is ")
+
+    assert cli.main(["train", "--config", str(workdir / "config.py"), f"--config.workdir={again}"]) == 0
+    assert runs.losses(workdir) == runs.losses(again)
+
+    assert run(fields | {"workdir": workdir, "steps": 5}) == 2
+    assert "belongs to another run (steps: 4 there, 5 now)" in capsys.readouterr().err
+
+    assert cli.main(["eval", str(workdir)]) == 0
+    table = capsys.readouterr().out
+    loss = runs.evaluations(workdir)[-1]["eval/loss"]
+    assert f"{loss:.4f}" in table
+
+    assert cli.main(["export", str(workdir), str(tmp_path / "out"), "--config.export.dtype=bfloat16"]) == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_workdir_of_other_files_and_changed_code(fields, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    assert run(fields | {"workdir": tmp_path}) == 2
+    assert "holds other files" in capsys.readouterr().err
+
+    mine = tmp_path / "mine.py"
+    text = Path(DPO).read_text()
+    mine.write_text(text)
+    workdir = tmp_path / "run"
+    base = [f"--config.{k}={v}" for k, v in (fields | {"workdir": workdir, "steps": 1}).items()]
+    assert cli.main(["train", "--config", str(mine), *base]) == 0
+    mine.write_text('"""Another docstring."""\n# and a comment\n' + text.split('"""', 2)[2])
+    assert cli.main(["train", "--config", str(mine), *base]) == 0, "words about the code are not the code"
+    mine.write_text(text.replace("dpo(beta=config.beta)", "dpo(beta=config.beta, label_smoothing=0.1)"))
+    assert cli.main(["train", "--config", str(mine), *base]) == 2
+    assert "the code of mine.py has changed" in capsys.readouterr().err
+
+
+def test_sft_run_has_no_reference_and_best_checkpoint_is_kept(fields, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    small = {
+        "workdir": workdir,
+        "steps": 12,
+        "eval.every": 2,
+        "checkpoint.every": 100,
+        "checkpoint.best": "loss",
+        "checkpoint.keep": 1,
+    }
+    changes = {"data.kind": "sft", "optimizer.learning_rate": 1.0, "optimizer.clip": 0.0}
+    assert run(fields | small | changes, "sft_hh") == 0
+    assert "no reference" in capsys.readouterr().err
+    scores = {row["step"]: row["eval/loss"] for row in runs.evaluations(workdir) if row["step"]}
+    kept = {int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()}
+    assert kept == {min(scores, key=scores.get), 12}
+
+
+def test_overrides_take_the_type_of_the_field():
+    c = config.default_config()
+    for override in ("batch_size=64", "epochs=2", "log.tensorboard=false", "workdir=runs/7", "optimizer.learning_rate=1e-4"):
+        config.set_field(c, override)
+    assert (c.batch_size, c.epochs, c.log.tensorboard, c.workdir, c.optimizer.learning_rate) == (64, 2.0, False, "runs/7", 1e-4)
+    with pytest.raises(ValueError, match="is a group"):
+        config.set_field(c, "optimizer=adam")
+
+
+def test_nonfinite_steps_are_named_and_stop_the_run(fields, tmp_path, capsys, monkeypatch):
+    import alignax.losses.preference as preference
+
+    real = preference.jax.nn.log_sigmoid
+    monkeypatch.setattr(preference.jax.nn, "log_sigmoid", lambda z: real(z) * np.nan)
+    workdir = tmp_path / "run"
+    assert run(fields | {"workdir": workdir, "max_skipped": 3, "eval.samples": 0, "eval.sample_prompts": 0}) == 1
+    err = capsys.readouterr().err
+    assert "step 1: loss, loss/dpo is not finite; step skipped (1 so far, 1 in a row)" in err
+    assert "stopped: 3 steps in a row were not finite" in err
+
+
+def test_notice_names_rpo_once_when_the_chosen_log_prob_falls():
+    lines = []
+    log = type("Log", (), {"line": lambda self, text: lines.append(text), "step": lambda *a: None})()
+    observer = fit.Observer(type("Run", (), {})(), log, equal=False)
+    base = {"skipped": 0.0, "loss": 0.6, "tokens": 1.0}
+    for step in range(60):
+        observer(step + 2, base | {"logps/chosen_drift": -0.1 * step, "rewards/margins": 0.02 * step})
+    assert len(lines) == 1 and "rpo(beta, eta=0.005)" in lines[0] and "lose log-probability" in lines[0]
+    lines.clear()
+    observer = fit.Observer(type("Run", (), {})(), log, equal=False)
+    for step in range(60):
+        observer(step + 2, base | {"logps/chosen_drift": 0.1 * step, "rewards/margins": 0.02 * step})
+    assert not lines

@@ -1,0 +1,216 @@
+"""Exact checks of what methods promise, on a model whose 27 sequences can all be summed: a table of logits for every prefix."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.test_util import check_grads
+
+from alignax.losses import Loss, dpo, ipo, rpo, rpo_token_mean, sequence, sft, summed_sft
+from alignax.train import init_state, make_step
+from alignax.types import Batch, Outputs, Params
+
+V, T = 3, 3
+SEQUENCES = np.array(list(itertools.product(range(V), repeat=T)))  # [S, T], S = 27
+S = len(SEQUENCES)
+
+
+def table(seed: int, scale: float = 1.0) -> Params:
+    """Logits [V^t, V] of token t after each prefix of t tokens."""
+    keys = jax.random.split(jax.random.key(seed), T)
+    return [scale * jax.random.normal(key, (V**t, V)) for t, key in enumerate(keys)]
+
+
+def apply(params: Params, batch: Batch) -> Outputs:
+    """Position 0 is the prompt; the completion is the T tokens after it."""
+    y = batch["tokens"][:, :, 1:]  # [B, N, T]
+    prefix = jnp.zeros(y.shape[:2], jnp.int32)
+    logps, entropy = [], []
+    for t in range(T):
+        p = jax.nn.log_softmax(params[t])
+        logps.append(p[prefix, y[:, :, t]])
+        entropy.append(-jnp.sum(jnp.exp(p) * p, axis=-1)[prefix])
+        prefix = prefix * V + y[:, :, t]
+    pad = lambda x: jnp.pad(jnp.stack(x, axis=-1), ((0, 0), (0, 0), (1, 0)))
+    mask = batch["completion_mask"]
+    return Outputs(jnp.where(mask, pad(logps), 0.0), jnp.where(mask, pad(entropy), 0.0))
+
+
+def responses(*indices) -> Batch:
+    """Rows of sequences by number: N index arrays [B] -> a batch."""
+    tokens = jnp.asarray(np.pad(np.stack([SEQUENCES[np.asarray(i)] for i in indices], axis=1), ((0, 0), (0, 0), (1, 0))))
+    return {"tokens": tokens, "completion_mask": jnp.ones(tokens.shape, bool).at[:, :, 0].set(False)}
+
+
+def pairs(chosen, rejected, reference: Params) -> Batch:
+    batch = responses(chosen, rejected)
+    return batch | {"ref_logps": apply(reference, batch).logps}
+
+
+def distribution(params: Params) -> np.ndarray:
+    """log pi of all sequences: [S]."""
+    batch = responses(np.arange(S))
+    return np.asarray(sequence(apply(params, batch).logps, batch)[:, 0], np.float64)
+
+
+def expected(loss: Loss) -> Loss:
+    """The same loss, with each example weighted by its probability: an exact expectation, not a sample."""
+    return Loss(tuple((c, term._replace(over=lambda batch: batch["probability"])) for c, term in loss.terms))
+
+
+def train(loss: Loss, params: Params, batch: Batch, steps: int = 1500, rate: float = 0.05) -> Params:
+    """Full-batch Adam with the shared step, its rate going to 0."""
+    optimizer = optax.adam(optax.cosine_decay_schedule(rate, steps))
+    step = make_step(apply, loss, optimizer)
+    losses = lambda state, _: step(state, batch)
+    state, metrics = jax.jit(lambda state: jax.lax.scan(losses, state, length=steps))(init_state(params, optimizer, jax.random.key(0)))
+    assert state.skipped == 0 and metrics["loss"][-1] <= metrics["loss"][0]
+    return state.params
+
+
+def normalised(logits: np.ndarray) -> np.ndarray:
+    return np.exp(logits - np.logaddexp.reduce(logits))
+
+
+def total_variation(p: np.ndarray, q: np.ndarray) -> float:
+    return 0.5 * float(np.abs(p - q).sum())
+
+
+def all_pairs(reference: Params, preferred) -> Batch:
+    """Every ordered pair of different sequences, as probable as its order: `preferred` [S, S] is p(i over j)."""
+    i, j = np.nonzero(~np.eye(S, dtype=bool))
+    return pairs(i, j, reference) | {"probability": jnp.asarray(preferred[i, j], jnp.float32)}
+
+
+def rewards(seed: int = 3) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=S)
+
+
+def test_the_model_sums_to_one_and_the_entropy_is_its_own():
+    params = table(0)
+    p = np.exp(distribution(params))
+    np.testing.assert_allclose(p.sum(), 1.0, rtol=1e-6)
+    batch = responses(np.arange(S))
+    entropy = np.asarray(sequence(apply(params, batch).entropy, batch)[:, 0])
+    np.testing.assert_allclose(p @ entropy, -p @ np.log(p), rtol=1e-5)  # the chain rule
+
+
+@pytest.mark.parametrize("beta", [0.5, 2.0])
+def test_dpo_finds_the_policy_of_rlhf(beta):
+    """pi proportional to ref exp(r / beta) where labels follow Bradley-Terry (Rafailov et al. 2023, eq. 4)."""
+    r, reference = rewards(), table(1)
+    preferred = 1 / (1 + np.exp(-(r[:, None] - r[None, :])))
+    trained = np.exp(distribution(train(expected(dpo(beta)), reference, all_pairs(reference, preferred))))
+    ref = distribution(reference)
+    target = normalised(ref + r / beta)
+    assert total_variation(np.exp(ref), target) > 0.1
+    assert total_variation(trained, target) < 1e-3
+    # It has the largest E r - beta KL(pi | ref), which is beta log Z.
+    value = lambda p: float(p @ r - beta * p @ (np.log(p) - ref))
+    best = beta * np.logaddexp.reduce(ref + r / beta)
+    np.testing.assert_allclose(value(trained / trained.sum()), best, atol=1e-4)
+    assert value(np.exp(ref)) < best - 0.1
+
+
+def test_cdpo_undoes_the_flips_that_it_is_told_of():
+    """Labels of a sure preference, flipped with probability e: cDPO's optimum is finite, at margins of log((1 - e) / e)."""
+    e, beta, reference = 0.2, 0.5, table(1)
+    chosen, rejected = np.array([0, 7, 15]), np.array([26, 11, 4])
+    trained = train(dpo(beta, label_smoothing=e), reference, pairs(chosen, rejected, reference))
+    ratio = distribution(trained) - distribution(reference)
+    np.testing.assert_allclose(beta * (ratio[chosen] - ratio[rejected]), np.log((1 - e) / e), atol=1e-3)
+    # The same optimum by plain DPO on both orders, weighted by the flips.
+    both = pairs(np.r_[chosen, rejected], np.r_[rejected, chosen], reference) | {"probability": jnp.repeat(jnp.array([1 - e, e]), 3)}
+    ratio = (p := distribution(train(expected(dpo(beta)), reference, both))) - distribution(reference)
+    np.testing.assert_allclose(beta * (ratio[chosen] - ratio[rejected]), np.log((1 - e) / e), atol=1e-3)
+    np.testing.assert_allclose(np.exp(p), np.exp(distribution(trained)), atol=1e-3)
+
+
+def test_ipo_stops_at_its_margin():
+    """log-ratios of consistent pairs differ by 1 / (2 beta), where DPO's run away."""
+    beta, reference = 0.25, table(1)
+    chosen, rejected = np.array([0, 7, 15, 20]), np.array([26, 11, 4, 9])
+    batch = pairs(chosen, rejected, reference)
+    margin = lambda loss: (ratio := distribution(train(loss, reference, batch)) - distribution(reference))[chosen] - ratio[rejected]
+    np.testing.assert_allclose(margin(ipo(beta)), 2.0, atol=1e-3)
+    assert margin(dpo(beta)).min() > 8.0
+
+
+def test_ipo_finds_its_policy():
+    """With preferences linear in a utility a, pi is proportional to ref exp(a / (2 beta)) (Azar et al. 2023, eq. 9 and 17)."""
+    beta, reference = 0.2, table(1)
+    a = np.random.default_rng(5).uniform(0, 1, S)
+    trained = train(expected(ipo(beta)), reference, all_pairs(reference, (1 + a[:, None] - a[None, :]) / 2))
+    target = normalised(distribution(reference) + a / (2 * beta))
+    assert total_variation(np.exp(distribution(reference)), target) > 0.1
+    assert total_variation(np.exp(distribution(trained)), target) < 1e-3
+
+
+@pytest.mark.parametrize("make", [sft, summed_sft])
+def test_sft_finds_the_distribution_of_its_data(make):
+    p = normalised(rewards())
+    batch = responses(np.arange(S)) | {"probability": jnp.asarray(p, jnp.float32)}
+    loss = expected(make()) if make is summed_sft else Loss(
+        tuple((c, t._replace(over=lambda b: b["completion_mask"][:, 0] * b["probability"][:, None])) for c, t in sft().terms)
+    )  # fmt: skip
+    assert total_variation(np.exp(distribution(train(loss, table(0), batch))), p) < 1e-3
+
+
+# --- RPO against DPO (Liu et al. 2024) ---
+
+CHOSEN, REJECTED = np.array([0, 1, 3, 9, 13]), np.array([2, 4, 5, 10, 12])  # many prefixes shared, so pushing down hits the chosen too
+
+
+def noisy_labels(reference: Params) -> Batch:
+    """A few pairs, one of them in both orders."""
+    return pairs(np.r_[CHOSEN, REJECTED[:1]], np.r_[REJECTED, CHOSEN[:1]], reference)
+
+
+def chosen_ratio(loss: Loss, seed: int, steps: int) -> np.ndarray:
+    reference = table(seed)
+    ratio = distribution(train(loss, reference, noisy_labels(reference), steps)) - distribution(reference)
+    return ratio[np.r_[CHOSEN, REJECTED[:1]]]
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("regularised", [rpo(beta=0.1, eta=0.5), rpo_token_mean(beta=0.1, eta=0.2)], ids=["rpo", "rpo_token_mean"])
+def test_rpo_keeps_the_chosen_more_likely_than_dpo(regularised, seed):
+    """The mean log-ratio of chosen responses, which DPO lets fall: mass goes to sequences that no pair holds."""
+    plain, kept = chosen_ratio(dpo(beta=0.1), seed, 600), chosen_ratio(regularised, seed, 600)
+    assert kept.mean() > plain.mean() + 0.3
+
+
+def test_dpo_lets_the_chosen_fall_and_mass_leave_the_data():
+    reference = table(1)
+    inside = np.unique(np.r_[CHOSEN, REJECTED])
+    mass = lambda params: np.delete(np.exp(distribution(params)), inside).sum()
+    batch = noisy_labels(reference)
+    plain, kept = (train(loss, reference, batch, 600) for loss in (dpo(beta=0.1), rpo(beta=0.1, eta=0.5)))
+    assert mass(kept) < mass(plain) - 0.1
+    assert mass(kept) < mass(reference)
+
+
+# --- gradients ---
+
+
+@pytest.mark.parametrize(
+    "loss", [sft(), summed_sft(), dpo(), dpo(0.7, 0.2), ipo(), rpo(eta=2.0), rpo_token_mean()],
+    ids=["sft", "summed_sft", "dpo", "cdpo", "ipo", "rpo", "rpo_token_mean"],
+)  # fmt: skip
+def test_gradients_are_those_of_finite_differences(loss):
+    """In float64, with ragged completions and an empty one."""
+    with jax.enable_x64(True):
+        double = functools.partial(jax.tree.map, lambda x: jnp.asarray(x, jnp.float64))
+        batch = responses(np.arange(6), np.arange(10, 16))
+        mask = np.array(batch["completion_mask"])
+        mask[0, 0, 3], mask[1, 1, 2:], mask[2] = False, False, False
+        batch["completion_mask"] = jnp.asarray(mask)
+        batch["ref_logps"] = apply(double(table(1)), batch).logps
+        value = lambda params: loss(apply(params, batch), batch, loss.normalised(batch))[0]
+        params = double(table(0))
+        assert value(params).dtype == jnp.float64
+        check_grads(jax.jit(value), (params,), order=1, modes=["rev"], atol=1e-7, rtol=1e-6, eps=1e-5)

@@ -1,0 +1,461 @@
+"""Losses against hand-computed numbers, other people's numbers, and their own algebra."""
+
+import json
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from alignax.losses import (
+    Loss,
+    Term,
+    at_step,
+    chosen_examples,
+    chosen_tokens,
+    dpo,
+    examples,
+    ipo,
+    lengths,
+    loss,
+    per_sequence,
+    rpo,
+    rpo_token_mean,
+    sequence,
+    sft,
+    summed_sft,
+)
+from alignax.losses.algebra import weighted_sum
+from alignax.types import Outputs
+
+ORACLES = json.loads((Path(__file__).parent / "oracles" / "losses.json").read_text())
+LOSSES = {
+    "sft": sft(),
+    "sft_per_sequence": sft(over=per_sequence),
+    "summed_sft": summed_sft(),
+    "dpo": dpo(),
+    "cdpo": dpo(label_smoothing=0.1),
+    "ipo": ipo(),
+    "rpo": rpo(),
+    "rpo_token_mean": rpo_token_mean(),
+    "dpo+sft": dpo() + sft(),
+}
+PAIRED = {k: v for k, v in LOSSES.items() if "sft" not in k}
+PAIR_METRICS = {
+    "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
+    "logps/chosen", "logps/rejected", "logps/chosen_drift", "logps/rejected_drift",
+}  # fmt: skip
+every = pytest.mark.parametrize("name", LOSSES)
+
+
+def case(fields: dict) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Log-probs [B, N, T] of the policy, and the batch, from nested lists."""
+    batch = {"completion_mask": jnp.asarray(fields["completion_mask"], bool), "ref_logps": jnp.asarray(fields["ref_logps"])}
+    return jnp.asarray(fields["logps"], jnp.float32), batch
+
+
+def single(chosen, rejected, ref_chosen, ref_rejected) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Pairs whose sequence log-probs are given, each [B]; a response is one token behind a prompt of one."""
+    column = lambda *x: jnp.pad(jnp.stack([jnp.asarray(v, jnp.float32) for v in x], axis=1)[..., None], ((0, 0), (0, 0), (1, 0)))
+    logps = column(chosen, rejected)
+    return logps, {"completion_mask": jnp.ones(logps.shape, bool).at[..., 0].set(False), "ref_logps": column(ref_chosen, ref_rejected)}
+
+
+def ragged(B: int = 6, T: int = 7, seed: int = 0) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Random pairs, completions of 1 to T - 2 tokens."""
+    rng = np.random.default_rng(seed)
+    t = np.arange(T)
+    mask = (t >= 2) & (t < 2 + rng.integers(1, T - 1, (B, 2, 1)))
+    draw = lambda: jnp.asarray(np.where(mask, -rng.exponential(1.5, mask.shape), 0.0), jnp.float32)
+    return draw(), {"completion_mask": jnp.asarray(mask), "ref_logps": draw()}
+
+
+def run(objective: Loss, logps: jax.Array, batch: dict[str, jax.Array]):
+    """Value, metrics and gradient with respect to the token log-probs."""
+    weights = objective.normalised(batch)
+    f = lambda x: objective(Outputs(x, jnp.zeros_like(x)), batch, weights)
+    (value, metrics), grads = jax.value_and_grad(f, has_aux=True)(logps)
+    return value, metrics, grads
+
+
+def close(actual, expected):
+    """The tolerance of a float32 implementation against float64 numbers."""
+    np.testing.assert_allclose(actual, expected, rtol=2e-5, atol=1e-6)
+
+
+# --- numbers by hand ---
+
+
+H = 0.37  # log-ratio of chosen against rejected; the chosen response has 2 tokens and log-prob -2
+BY_HAND = [
+    (dpo(beta=0.1), 0.674818),  # -log sigmoid(0.037)
+    (dpo(beta=0.1, label_smoothing=0.1), 0.678518),  # + 0.1 * 0.037
+    (ipo(beta=0.1), 21.4369),  # (0.37 - 5)^2
+    (rpo(beta=0.1, eta=0.005), 0.675818),  # + 0.005 * 0.1 * 2
+    (rpo_token_mean(beta=0.1, eta=0.2), 0.874818),  # + 0.2 * 2 / 2
+    (summed_sft(), 2.0),
+    (sft(), 1.0),
+    (sft(over=per_sequence), 1.0),
+]
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize(("objective", "expected"), BY_HAND)
+def test_value_of_one_pair_by_hand(objective, expected, wrap):
+    logps = jnp.array([[[0.0, -0.5, -1.5], [0.0, -3.0, 0.0]]])
+    mask = jnp.array([[[False, True, True], [False, True, False]]])
+    ref = jnp.array([[[0.0, -1.0, -1.2], [0.0, -2.83, 0.0]]])  # ratios 0.2 and -0.17
+    f = wrap(lambda logps, batch: objective(Outputs(logps, logps), batch, objective.normalised(batch))[0])
+    np.testing.assert_allclose(f(logps, {"completion_mask": mask, "ref_logps": ref}), expected, rtol=2e-6)
+
+
+def test_the_three_averages_of_sft_differ_on_ragged_rows():
+    """Rows of 1 and 3 tokens with log-probs -4 and -1 -1 -1, and N = 1."""
+    logps = jnp.array([[[0.0, -4.0, 0.0, 0.0]], [[0.0, -1.0, -1.0, -1.0]]])
+    batch = {"completion_mask": logps < 0}
+    for objective, expected, gradient in [
+        (sft(), 7 / 4, [-1 / 4, -1 / 4]),
+        (sft(over=per_sequence), (4 + 1) / 2, [-1 / 2, -1 / 6]),
+        (summed_sft(), (4 + 3) / 2, [-1 / 2, -1 / 2]),
+    ]:
+        value, metrics, grads = run(objective, logps, batch)
+        np.testing.assert_allclose(value, expected, rtol=1e-6)
+        np.testing.assert_allclose(metrics["loss/sft"], expected, rtol=1e-6)
+        np.testing.assert_allclose(grads[:, 0, 1], gradient, rtol=1e-6)
+
+
+def test_metrics_of_a_pair_by_hand():
+    logps, batch = single([-2.0, -1.0], [-3.0, -4.0], [-2.5, -1.0], [-2.0, -6.0])
+    _, metrics, _ = run(dpo(beta=0.5), logps, batch)
+    expected = {
+        "rewards/chosen": (0.25 + 0.0) / 2, "rewards/rejected": (-0.5 + 1.0) / 2, "rewards/margins": (0.75 - 1.0) / 2,
+        "rewards/accuracies": 0.5, "logps/chosen": -1.5, "logps/rejected": -3.5,
+        "logps/chosen_drift": 0.25, "logps/rejected_drift": 0.5,
+    }  # fmt: skip
+    assert set(expected) == PAIR_METRICS
+    for name, x in expected.items():
+        np.testing.assert_allclose(metrics[name], x, rtol=1e-6, err_msg=name)
+
+
+# --- numbers of others ---
+
+
+def masked(grads: list, batch: dict[str, jax.Array]) -> np.ndarray:
+    """TRL's gradients at scored tokens; elsewhere it masks log-probs before, so its gradient there means nothing."""
+    return np.where(batch["completion_mask"], np.array(grads), 0.0)
+
+
+def of_trl(oracle: dict) -> Loss:
+    terms = {"sigmoid": dpo(oracle["beta"], oracle["label_smoothing"]), "sft": sft()}
+    first, *rest = (terms[name] for name in oracle["terms"])
+    return sum(rest, start=first)
+
+
+@pytest.mark.parametrize("oracle", [o for o in ORACLES["trl"] if o["inputs"] != "pref_empty_completion"], ids=lambda o: o["id"])
+def test_values_and_gradients_are_trls(oracle):
+    logps, batch = case(ORACLES["inputs"][oracle["inputs"]])
+    value, metrics, grads = run(of_trl(oracle), logps, batch)
+    close(value, oracle["loss"])
+    close(grads, masked(oracle["grads"], batch))
+    if "sigmoid" in oracle["terms"]:
+        ties = np.mean(np.isclose(oracle.get("per_pair_loss", [0.0]), math.log(2), atol=1e-12))  # TRL calls a tie wrong
+        for name, x in oracle["metrics"].items():
+            close(metrics[name], x + (ties / 2 if name == "rewards/accuracies" else 0.0))
+
+
+def test_an_empty_pair_weighs_nothing_where_trl_counts_ln_2():
+    (oracle,) = [o for o in ORACLES["trl"] if o["inputs"] == "pref_empty_completion"]
+    logps, batch = case(ORACLES["inputs"][oracle["inputs"]])
+    value, metrics, grads = run(of_trl(oracle), logps, batch)
+    close(oracle["per_pair_loss"][1], math.log(2))
+    close(value, oracle["per_pair_loss"][0])
+    close(grads, 2 * masked(oracle["grads"], batch))  # an average over one pair, not over two
+    assert not np.any(grads[1])
+    assert metrics["rewards/accuracies"] == 1.0
+
+
+RPO_FORMS = {
+    "sequence_sum": lambda o: rpo(o["beta"], eta=o["sft_weight"] / o["beta"]),
+    "sequence_mean": lambda o: rpo_token_mean(o["beta"], eta=o["sft_weight"]),
+    "token_mean": lambda o: dpo(o["beta"]) + o["sft_weight"] * sft(),
+}
+
+
+@pytest.mark.parametrize("oracle", ORACLES["rpo"], ids=lambda o: o["id"])
+def test_rpo_is_the_papers(oracle):
+    r = {k: np.array(v) for k, v in ORACLES["rpo_inputs"].items()}
+    mask = np.zeros((4, 2, 9), bool)
+    for i, n in enumerate(r["chosen_lengths"]):
+        mask[i, 0, 1 : 1 + n], mask[i, 1, 1] = True, True
+    spread = lambda x: np.where(mask, np.stack(x, axis=1)[..., None] / mask.sum(-1, keepdims=True), 0.0)
+    fields = {
+        "completion_mask": mask,
+        "logps": spread([r["policy_chosen_logps"], r["policy_rejected_logps"]]),
+        "ref_logps": spread([r["ref_chosen_logps"], r["ref_rejected_logps"]]).astype(np.float32),
+    }
+    objective = RPO_FORMS[oracle["sft_normalisation"]](oracle)
+    value, metrics, grads = run(objective, *case(fields))
+    close(value, oracle["loss"])
+    close(metrics["loss/sft"], oracle["nll"])
+    # A sequence's log-prob is the sum of its tokens', so each token has the sequence's gradient.
+    close(grads[:, 0, 1], oracle["grads"]["policy_chosen_logps"])
+    close(grads[:, 1, 1], oracle["grads"]["policy_rejected_logps"])
+    assert np.array_equal(np.asarray(grads) != 0, mask)
+
+
+def test_ipo_is_the_papers_formula():
+    """Other libraries divide by token counts; the paper does not."""
+    logps, batch = ragged()
+    m, p, r = (np.asarray(x, np.float64) for x in (batch["completion_mask"], logps, batch["ref_logps"]))
+    ratio = ((p - r) * m).sum(-1)
+    h = ratio[:, 0] - ratio[:, 1]
+    value, metrics, grads = run(ipo(beta=0.2), logps, batch)
+    close(value, np.mean((h - 2.5) ** 2))
+    close(grads, (2 * (h - 2.5) / 6)[:, None, None] * np.array([1, -1])[None, :, None] * m)
+    close(metrics["rewards/margins"], 0.2 * h.mean())
+
+
+def test_cdpo_is_least_at_the_log_odds_of_a_right_label():
+    e, beta = 0.2, 0.3
+    best = math.log((1 - e) / e) / beta
+    at = lambda h: run(dpo(beta, label_smoothing=e), *single([h], [0.0], [0.0], [0.0]))
+    value, _, grads = at(best)
+    close(value, -(1 - e) * math.log(1 - e) - e * math.log(e))  # the entropy of the label
+    np.testing.assert_allclose(grads, 0.0, atol=1e-7)
+    assert at(best - 0.5)[0] > value and at(best + 0.5)[0] > value
+    assert at(best - 0.5)[2][0, 0, 1] < 0 < at(best + 0.5)[2][0, 0, 1]
+
+
+# --- edges ---
+
+
+@every
+def test_policy_equal_to_reference(name):
+    logps, batch = ragged()
+    value, metrics, _ = run(LOSSES[name], logps, batch | {"ref_logps": logps})
+    if "loss/dpo" in metrics:
+        np.testing.assert_allclose(metrics["loss/dpo"], math.log(2), atol=1e-6)
+    if name == "ipo":
+        np.testing.assert_allclose(value, 25.0, rtol=1e-6)
+    if name in PAIRED:
+        assert metrics["rewards/accuracies"] == 0.5
+        assert metrics["rewards/margins"] == metrics["logps/chosen_drift"] == metrics["logps/rejected_drift"] == 0.0
+
+
+@pytest.mark.parametrize("name", ["dpo", "cdpo"])
+def test_identical_responses_are_a_tie_without_gradient(name):
+    logps, batch = ragged()
+    twin = lambda x: jnp.repeat(x[:, :1], 2, axis=1)
+    value, metrics, grads = run(LOSSES[name], twin(logps), {k: twin(x) for k, x in batch.items()})
+    np.testing.assert_allclose(value, math.log(2), atol=1e-6)
+    assert metrics["rewards/accuracies"] == 0.5
+    assert np.any(grads)
+    assert not np.any(grads.sum(axis=1))  # of the shared log-probs
+
+
+@every
+def test_an_empty_completion_weighs_nothing(name):
+    """A pair without chosen tokens or padded altogether: the loss, metrics and gradients are those of the other pairs."""
+    logps, batch = ragged()
+    expected = run(LOSSES[name], logps[2:], {k: x[2:] for k, x in batch.items()})
+    mask = batch["completion_mask"].at[0, 0].set(False).at[1].set(False)
+    value, metrics, grads = run(LOSSES[name], logps, batch | {"completion_mask": mask})
+    close(value, expected[0])
+    assert set(metrics) == set(expected[1])
+    for key in metrics:
+        close(metrics[key], expected[1][key])
+    close(grads[2:], expected[2])
+    assert not np.any(grads[:2])
+
+
+@every
+def test_values_that_are_not_finite_outside_the_mask_are_harmless(name):
+    logps, batch = ragged()
+    mask = batch["completion_mask"].at[0].set(False)
+    expected = run(LOSSES[name], logps, batch | {"completion_mask": mask})
+    value, metrics, grads = run(LOSSES[name], jnp.where(mask, logps, jnp.nan), batch | {"completion_mask": mask})
+    assert value == expected[0] and np.isfinite(list(metrics.values())).all()
+    np.testing.assert_array_equal(grads, expected[2])
+
+
+@every
+def test_no_chosen_token_in_the_batch_is_zero(name):
+    """TRL's mean over no token is NaN here."""
+    value, metrics, grads = run(LOSSES[name], *case(ORACLES["inputs"]["pref_no_chosen_token"]))
+    assert value == 0.0 and not np.any(grads)
+    assert all(x == 0.0 for x in metrics.values())
+
+
+@every
+@pytest.mark.parametrize("ratio", [1000.0, -1000.0])
+@pytest.mark.parametrize("side", ["policy", "reference"])
+def test_log_ratios_of_a_thousand_nats(name, ratio, side):
+    high, low = (-1.0, -1001.0) if ratio > 0 else (-1001.0, -1.0)
+    zero = [-1.0]
+    inputs = single([high], [low], zero, zero) if side == "policy" else single(zero, zero, [low], [high])
+    value, metrics, grads = run(LOSSES[name], *inputs)
+    assert np.isfinite(value) and np.isfinite(grads).all() and np.isfinite(list(metrics.values())).all()
+    if name in ("dpo", "cdpo"):  # beta is 0.1, so z is +-100
+        e = 0.1 if name == "cdpo" else 0.0
+        close(value, 100 * (e if ratio > 0 else 1 - e))
+        close(grads[0, 0, 1], 0.1 * (e if ratio > 0 else e - 1))
+        assert metrics["rewards/accuracies"] == (ratio > 0)
+    if name == "ipo":
+        close(value, (ratio - 5) ** 2)
+
+
+# --- algebra ---
+
+
+def test_losses_add_and_scale():
+    logps, batch = ragged()
+    (a, _, da), (b, _, db), (c, _, dc) = (run(x, logps, batch) for x in (dpo(), ipo(), sft()))
+    value, metrics, grads = run(0.5 * (dpo() + 2 * ipo()) + 3 * sft(), logps, batch)
+    close(value, 0.5 * a + b + 3 * c)
+    close(grads, 0.5 * da + db + 3 * dc)
+    assert (metrics["loss/dpo"], metrics["loss/ipo"], metrics["loss/sft"]) == (a, b, c)  # without their coefficients
+
+
+@pytest.mark.parametrize("scalar", [0.25, np.float32(0.25), np.float64(0.25), jnp.asarray(0.25)], ids=lambda x: type(x).__name__)
+def test_any_scalar_scales(scalar):
+    logps, batch = ragged()
+    assert isinstance(scalar * dpo(), Loss)
+    assert run(scalar * dpo(), logps, batch)[0] == 0.25 * run(dpo(), logps, batch)[0]
+
+
+def test_a_schedule_is_a_function_from_step_to_loss():
+    logps, batch = ragged()
+    objective = lambda step: dpo() + (0.1 * step) * sft()
+    f = jax.jit(lambda step: run(at_step(objective, step), logps, batch)[0])
+    for step in (0, 3):
+        close(f(jnp.asarray(step)), run(dpo() + (0.1 * step) * sft(), logps, batch)[0])
+    fixed = dpo()
+    assert at_step(fixed, jnp.asarray(3)) is fixed
+
+
+@pytest.mark.parametrize("objective", [rpo(eta=0.0), rpo_token_mean(beta=0.1, eta=0.0)], ids=["rpo", "rpo_token_mean"])
+def test_rpo_at_eta_0_is_dpo_bit_for_bit(objective):
+    logps, batch = ragged()
+    value, metrics, grads = run(objective, logps, batch)
+    expected, dpo_metrics, dpo_grads = run(dpo(), logps, batch)
+    assert value == expected
+    np.testing.assert_array_equal(grads, dpo_grads)
+    for name in PAIR_METRICS:
+        assert metrics[name] == dpo_metrics[name]
+
+
+def test_rpos_gradient_is_dpos_and_a_push_on_chosen():
+    beta, eta, B = 0.3, 0.7, 6
+    logps, batch = ragged(B)
+    chosen = lambda x: sequence(x, batch)[:, 0].mean()
+    extra = run(rpo(beta, eta), logps, batch)[2] - run(dpo(beta), logps, batch)[2]
+    close(extra, -eta * beta * jax.grad(chosen)(logps))
+
+
+def test_token_mean_is_the_sum_over_the_length_where_lengths_are_equal():
+    length, eta = 4, 0.3
+    logps = jnp.pad(-jax.random.exponential(jax.random.key(0), (5, 2, length)), ((0, 0), (0, 0), (2, 1)))
+    batch = {"completion_mask": logps < 0, "ref_logps": 0.9 * logps}
+    by_token, by_sum = rpo_token_mean(beta=0.5, eta=eta), dpo(0.5) + (eta / length) * summed_sft()
+    (a, _, da), (b, _, db) = run(by_token, logps, batch), run(by_sum, logps, batch)
+    close(a, b)
+    close(da, db)
+
+
+@every
+def test_parts_with_global_weights_add_up_to_the_whole(name):
+    logps, batch = ragged(B=7)
+    batch["completion_mask"] = batch["completion_mask"].at[2].set(False)
+    objective = LOSSES[name]
+    weights = objective.normalised(batch)
+    value, metrics = objective(Outputs(logps, -logps), batch, weights)
+    parts = []
+    for s in (slice(0, 1), slice(1, 3), slice(3, 7)):
+        cut = {k: x[s] for k, x in batch.items()}
+        parts.append(objective(Outputs(logps[s], -logps[s]), cut, tuple(w[s] for w in weights)))
+    close(sum(p[0] for p in parts), value)
+    for key, x in metrics.items():
+        close(sum(p[1][key] for p in parts), x)
+
+
+def test_names_of_metrics():
+    expected = {
+        "sft": {"loss/sft", "entropy"},
+        "sft_per_sequence": {"loss/sft", "entropy"},
+        "summed_sft": {"loss/sft"},
+        "dpo": {"loss/dpo"} | PAIR_METRICS,
+        "cdpo": {"loss/dpo"} | PAIR_METRICS,
+        "ipo": {"loss/ipo"} | PAIR_METRICS,
+        "rpo": {"loss/dpo", "loss/sft"} | PAIR_METRICS,
+        "rpo_token_mean": {"loss/dpo", "loss/sft", "entropy"} | PAIR_METRICS,
+        "dpo+sft": {"loss/dpo", "loss/sft", "entropy"} | PAIR_METRICS,
+    }
+    assert {name: set(run(objective, *ragged())[1]) for name, objective in LOSSES.items()} == expected
+
+
+def test_entropy_is_averaged_over_the_scored_tokens():
+    logps, batch = ragged()
+    entropy = jax.random.uniform(jax.random.key(0), logps.shape)
+    _, metrics = sft()(Outputs(logps, entropy), batch, sft().normalised(batch))
+    close(metrics["entropy"], np.asarray(entropy[:, 0])[np.asarray(batch["completion_mask"][:, 0])].mean())
+
+
+def test_metrics_carry_no_gradient():
+    logps, batch = ragged()
+    f = lambda x: dpo()(Outputs(x, x), batch, dpo().normalised(batch))[1]["rewards/margins"]
+    assert not np.any(jax.grad(f)(logps))
+
+
+def test_weights_by_hand():
+    mask = jnp.array([[[0, 1, 1], [0, 1, 0]], [[0, 1, 0], [0, 0, 0]], [[0, 0, 0], [0, 1, 1]], [[0, 0, 0], [0, 0, 0]]], bool)
+    batch = {"completion_mask": mask}
+    assert lengths(batch).tolist() == [[2, 1], [1, 0], [0, 2], [0, 0]]
+    assert examples(batch).tolist() == [1, 0, 0, 0]
+    assert chosen_examples(batch).tolist() == [1, 1, 0, 0]
+    assert chosen_tokens(batch).tolist() == [[0, 1, 1], [0, 1, 0], [0, 0, 0], [0, 0, 0]]
+    assert per_sequence(batch).tolist() == [[0, 0.5, 0.5], [0, 1, 0], [0, 0, 0], [0, 0, 0]]
+    assert [float(w.sum()) for w in (dpo() + sft() + sft(over=per_sequence)).normalised(batch)] == [1.0, 1.0, 1.0]
+
+
+# --- errors ---
+
+
+@pytest.mark.parametrize("make", [dpo, ipo, rpo, rpo_token_mean])
+@pytest.mark.parametrize("beta", [0.0, -0.1, math.nan])
+def test_beta_must_be_positive(make, beta):
+    with pytest.raises(ValueError, match=rf"beta is {beta};"):
+        make(beta=beta)
+
+
+@pytest.mark.parametrize("e", [-0.1, 0.5, 1.0, math.nan])
+def test_label_smoothing_must_be_below_one_half(e):
+    with pytest.raises(ValueError, match=rf"label_smoothing is {e};"):
+        dpo(label_smoothing=e)
+
+
+def test_values_must_be_shaped_like_the_weights():
+    logps, batch = ragged(B=6, T=7)
+    wrong = loss("wrong", lambda out, batch: (out.logps, {}))
+    with pytest.raises(ValueError, match=r"values of shape \(6, 2, 7\) against weights of shape \(6,\)"):
+        run(wrong, logps, batch)
+    with pytest.raises(ValueError, match=r"values of shape \(6, 2\) against weights of shape \(6,\)"):
+        run(loss("metric", lambda out, batch: (sequence(out.logps, batch)[:, 0], {"m": sequence(out.logps, batch)})), logps, batch)
+
+
+def test_a_weight_of_zero_removes_what_is_not_finite():
+    f = lambda x: weighted_sum(x, jnp.array([0.5, 0.0, 0.0]))
+    value, grad = jax.value_and_grad(f)(jnp.array([2.0, jnp.nan, jnp.inf]))
+    assert value == 1.0 and grad.tolist() == [0.5, 0.0, 0.0]
+
+
+def test_a_users_loss_with_weights_of_its_own():
+    """The weights are a function of data, and are normalised over the batch."""
+    logps, batch = ragged()
+    (_, term), = dpo().terms  # fmt: skip
+    weighted = Loss(((1.0, Term("mine", term.value, lambda batch: batch["weight"])),))
+    single_pair = run(dpo(), logps[3:4], {k: x[3:4] for k, x in batch.items()})[0]
+    value, metrics, _ = run(weighted, logps, batch | {"weight": 5.0 * jnp.eye(6)[3]})
+    close(value, single_pair)
+    close(metrics["loss/mine"], single_pair)

@@ -1,0 +1,221 @@
+"""Chunked log-probs and entropy: values, gradients, masks, precision, TRL's numbers, memory, skipped work, sharding."""
+
+import functools
+import json
+import math
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+
+from alignax import losses, train
+from alignax import mesh as meshes
+from alignax.models import hf, transformer
+from alignax.models.heads import token_logps
+from alignax.types import Outputs
+
+ORACLE = json.loads((Path(__file__).parent / "oracles" / "heads.json").read_text())
+
+
+def naive(hidden: jax.Array, weight: jax.Array, targets: jax.Array, mask: jax.Array, **_) -> Outputs:
+    """The same with all logits [R, T, V] at once."""
+    logps = jax.nn.log_softmax((hidden @ weight.astype(hidden.dtype)).astype(jnp.float32), axis=-1)
+    picked = jnp.take_along_axis(logps, targets[..., None], axis=-1)[..., 0]
+    entropy = -(jnp.exp(logps) * logps).sum(-1)
+    return Outputs(jnp.where(mask, picked, 0.0), jnp.where(mask, entropy, 0.0))
+
+
+def problem(R: int = 3, T: int = 11, D: int = 8, V: int = 13, share: float = 0.5):
+    """hidden, weight, targets, mask; `share` of the positions are scored."""
+    rng = np.random.default_rng(0)
+    hidden, weight = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((R, T, D), (D, V)))
+    return hidden, weight, jnp.asarray(rng.integers(0, V, (R, T))), jnp.asarray(rng.random((R, T)) < share)
+
+
+def pull(head, hidden, weight, targets, mask, **options):
+    """Outputs, and the gradients of a random combination of all their entries, unscored ones included."""
+    keys = jax.random.split(jax.random.key(0))
+    a, b = (jax.random.normal(key, targets.shape) for key in keys)
+
+    def value(hidden, weight):
+        out = head(hidden, weight, targets, mask, **options)
+        return (a * out.logps + b * out.entropy).sum(), out
+
+    grads, out = jax.jit(jax.grad(value, (0, 1), has_aux=True))(hidden, weight)
+    return out, grads
+
+
+def close(a, b, atol: float) -> None:
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol, rtol=0), a, b)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 33, 40])
+def test_values_and_gradients_are_the_naive_ones(chunk):
+    args = problem()
+    out, grads = pull(token_logps, *args, chunk=chunk)
+    close((out, grads), pull(naive, *args), 1e-5)
+    unscored = ~np.asarray(args[3])
+    assert 0 < unscored.sum() < unscored.size
+    for x in (*out, grads[0]):
+        assert not np.asarray(x)[unscored].any()
+        assert np.asarray(x)[~unscored].all()
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_empty_and_full_masks(share):
+    args = problem(share=share)
+    out, grads = pull(token_logps, *args, chunk=4)
+    close((out, grads), pull(naive, *args), 1e-5)
+    assert all(bool(x.any()) == bool(share) for x in jax.tree.leaves((out, grads)))
+
+
+def test_uniform_distribution():
+    hidden, weight, targets, _ = problem(V=13)
+    out = token_logps(0 * hidden, weight, targets, targets >= 0)
+    close(out.logps, np.full(targets.shape, -math.log(13)), 1e-6)
+    close(out.entropy, np.full(targets.shape, math.log(13)), 1e-6)
+
+
+def test_log_probs_stay_finite_at_extreme_logits():
+    hidden, weight, targets, mask = problem()
+    out, grads = pull(token_logps, 1e4 * hidden, weight, targets, mask)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((out, grads)))
+    assert np.asarray(out.logps).min() < -1000 and np.asarray(out.entropy).min() > -1e-2
+
+
+def test_sum_over_4096_tokens_is_that_of_float64():
+    hidden, weight, targets, mask = problem(R=1, T=4096, D=16, V=64, share=1.0)
+    hidden, weight = 0.25 * hidden.astype(jnp.bfloat16), weight.astype(jnp.bfloat16)
+    logits = np.asarray(hidden, np.float64) @ np.asarray(weight, np.float64)  # exact: the inputs are bfloat16 in both
+    lse = np.log(np.exp(logits).sum(-1))
+    expected = (np.take_along_axis(logits, np.asarray(targets)[..., None], -1)[..., 0] - lse).sum()
+    ours = token_logps(hidden, weight, targets, mask).logps
+    assert ours.dtype == jnp.float32
+    assert expected < -10_000
+    assert abs(np.asarray(ours, np.float64).sum() - expected) < 1e-3
+    half = jax.nn.log_softmax(hidden @ weight, axis=-1)
+    half = jnp.take_along_axis(half, targets[..., None], -1)
+    assert abs(np.asarray(half, np.float64).sum() - expected) > 0.1  # what bfloat16 logits would give
+
+
+def test_weight_gradient_accumulates_in_float32():
+    hidden, weight, targets, mask = problem(R=1, T=2048, share=1.0)
+    gradient = jax.grad(lambda w, dtype: -token_logps(hidden.astype(dtype), w, targets, mask, chunk=8).logps.sum())
+    full, half = gradient(weight, jnp.float32), gradient(weight, jnp.bfloat16)
+    assert half.dtype == jnp.float32
+    # 256 chunks of bfloat16 products: rounding of each stays, that of a bfloat16 sum would grow to percents.
+    assert np.abs(half - full).max() < 5e-3 * np.abs(full).max()
+
+
+def test_log_probs_of_trl():
+    case = ORACLE["logps"]
+    logits, labels = jnp.asarray(case["logits"]), jnp.asarray(case["labels"])
+    # Logits as hidden states under an identity head; position t - 1 predicts token t.
+    mask = labels[:, 1:] != -100
+    out = token_logps(logits[:, :-1], jnp.eye(logits.shape[-1]), jnp.asarray(case["tokens"])[:, 1:], mask, chunk=4)
+    np.testing.assert_allclose(out.logps.sum(-1), case["sum_logps"], rtol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "case", ORACLE["fused_logprob"]["cases"], ids=lambda c: f"T={c['temperature']}, scale={c['logit_scale']}"
+)
+def test_fused_log_probs_of_trl(case):
+    given = {k: jnp.asarray(v) for k, v in ORACLE["fused_logprob"].items() if k != "cases"}
+
+    def score(hidden, weight):  # [P, D], [V, D]
+        # Temperature and scale act on the hidden state, a bias is one more column of the weight.
+        x = hidden * case["logit_scale"] / case["temperature"]
+        x = jnp.pad(x, ((0, 0), (0, 1)), constant_values=case["bias"] / case["temperature"])
+        head = jnp.concatenate([weight, given["bias"][:, None]], axis=1).T
+        targets = given["targets"][None]
+        return token_logps(x[None], head, targets, targets >= 0, chunk=4)
+
+    def value(hidden, weight):
+        out = score(hidden, weight)
+        return (given["grad_log_probs"] * out.logps[0]).sum(), out
+
+    grads, out = jax.jit(jax.grad(value, (0, 1), has_aux=True))(given["hidden"], given["weight"])
+    got = (out.logps[0], out.entropy[0], *grads)
+    for x, name in zip(got, ("log_probs", "entropy", "grad_hidden", "grad_weight"), strict=True):
+        np.testing.assert_allclose(x, case[name], rtol=2e-5, atol=1e-6)
+
+
+def largest_arrays(step, *args) -> list[tuple[int, ...]]:
+    """Shapes in a compiled program, the largest first."""
+    text = jax.jit(step).lower(*args).compile().as_text()
+    shapes = {tuple(map(int, dims.split(","))) for dims in re.findall(r"\b(?:f32|bf16|s32|u32|pred)\[([\d,]+)\]", text)}
+    return sorted(shapes, key=math.prod, reverse=True)
+
+
+@pytest.mark.parametrize("shape", [None, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
+def test_no_array_of_the_training_step_spans_tokens_and_vocabulary(shape, monkeypatch):
+    T, D, V = 41, 24, 1018
+    config = transformer.ModelConfig(
+        vocab_size=V, hidden_size=D, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1,
+        head_dim=8, max_position_embeddings=64,
+    )  # fmt: skip
+    mesh = None if shape is None else meshes.make_mesh(shape)
+    batch = tiny.batch(T=T, V=V)  # 8 rows
+    batch |= {"ref_logps": jnp.zeros(batch["tokens"].shape)}
+    params = hf.abstract_params(config, mesh)
+    if mesh:
+        batch = {name: jax.device_put(x, meshes.batch_sharding(mesh)) for name, x in batch.items()}
+    optimizer = optax.sgd(1e-3)
+
+    def arrays():
+        step = train.make_step(transformer.forward(config, chunk=16, mesh=mesh), losses.dpo(), optimizer)
+        return largest_arrays(step, train.init_state(params, optimizer, jax.random.key(0)), batch)
+
+    # Sizes are such that the output weight is the largest array, before a chunk's logits, and a row's logits would be larger.
+    assert math.prod(arrays()[0]) == (V * D if mesh is None else V * D // 2)
+    if mesh is None:
+        monkeypatch.setattr(transformer, "token_logps", lambda *args, chunk, mesh: naive(*args))
+        assert math.prod(arrays()[0]) >= 8 * (T - 1) * V
+
+
+def test_chunks_without_scored_positions_are_skipped():
+    hidden, weight, targets, mask = problem(R=2, T=32)
+    mask = jnp.zeros(mask.shape, bool).at[0, 20:26].set(True).at[1, 3:5].set(True)  # 8 of 64 positions
+    poisoned = jnp.where(mask[..., None], hidden, jnp.nan)
+    # A logit of a NaN state makes the weight's gradient NaN, though its cotangent is 0: NaN shows where work is done.
+    clean, clean_grads = pull(naive, hidden, weight, targets, mask)
+    out, grads = pull(token_logps, poisoned, weight, targets, mask, chunk=4)
+    close((out, grads), (clean, clean_grads), 1e-5)
+    _, grads = pull(token_logps, poisoned, weight, targets, mask, chunk=9)
+    assert np.isnan(grads[1]).all()
+
+
+@pytest.mark.parametrize(
+    ("shape", "V"),  # tensor shards divide a vocabulary of 16, and not one of 13
+    [({"data": 4, "tensor": 2}, 13), ({"fsdp": 8}, 16), ({"data": 2, "fsdp": 2, "tensor": 2}, 16)],
+    ids=str,
+)
+def test_sharded_head_is_the_unsharded_one(shape, V):
+    hidden, weight, targets, mask = problem(R=8, V=V)
+    mask = mask.at[:3].set(False)  # shards with much and without work
+    mesh = meshes.make_mesh(shape)
+    batch = functools.partial(jax.device_put, device=meshes.batch_sharding(mesh))
+    split = jax.device_put(weight, meshes.sharding(mesh, ("embed", "vocab"), weight.shape))
+    sharded = pull(token_logps, batch(hidden), split, batch(targets), batch(mask), chunk=3, mesh=mesh)
+    close(sharded, pull(naive, hidden, weight, targets, mask), 1e-5)
+
+
+def test_rows_that_no_mesh_divides():
+    args = problem(R=3)
+    close(pull(token_logps, *args, chunk=4, mesh=meshes.make_mesh({"data": 8})), pull(naive, *args), 1e-5)
+
+
+def test_scored_states_stay_in_their_batch_shard():
+    mesh = meshes.make_mesh({"data": 8})
+    hidden, weight, targets, mask = problem(R=8)
+    batch = functools.partial(jax.device_put, device=meshes.batch_sharding(mesh))
+    head = jax.jit(lambda *args: token_logps(*args, chunk=4, mesh=mesh))
+    text = head.lower(batch(hidden), weight, batch(targets), batch(mask)).compile().as_text()
+    moved = set(re.findall(r"= (\S+) (all-gather|all-to-all|collective-permute|all-reduce)\(", text))
+    # All that devices tell each other is how many chunks the fullest of them has.
+    assert {(re.sub(r"\{.*", "", kind), name) for kind, name in moved} == {("s32[]", "all-reduce")}

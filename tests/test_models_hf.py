@@ -1,0 +1,340 @@
+"""Hugging Face folders: weights in, slice by slice; export out, whole or not at all; what damaged folders are told."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+import tiny
+import torch
+import torch_llama
+import transformers
+
+from alignax.mesh import make_mesh
+from alignax.models import hf
+
+UNTIED = {"tie_word_embeddings": False}
+
+
+def weights(folder: Path) -> dict[str, np.ndarray]:
+    """Every tensor of a folder, by its name."""
+    return {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in safetensors.numpy.load_file(file).items()}
+
+
+def load(folder: Path, shape: dict[str, int] | None = None):
+    return hf.load_params(hf.open_folder(folder), make_mesh(shape or {"fsdp": -1}))
+
+
+def equal(a, b) -> None:
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def logits_agree(folder: Path, model: transformers.LlamaForCausalLM, atol: float = 1e-4) -> None:
+    tokens, mask = torch_llama.rows([24], 24)
+    np.testing.assert_allclose(
+        torch_llama.our_logits(folder, tokens, mask), torch_llama.torch_logits(model, tokens, mask), atol=atol, rtol=0
+    )
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> Path:
+    """An untied model with a tokenizer and a generation config; tests copy it before they change it."""
+    folder = tmp_path_factory.mktemp("written")
+    torch_llama.write(folder, **UNTIED, attention_bias=True)
+    tiny.tokenizer().save_pretrained(folder)
+    generation = {"bos_token_id": 1, "eos_token_id": [2, 5], "max_new_tokens": 17}
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    return folder
+
+
+@pytest.fixture
+def copy(written, tmp_path) -> Path:
+    return Path(shutil.copytree(written, tmp_path / "copy"))
+
+
+# Reading.
+
+
+def test_sharded_files_hold_the_same_weights(written, tmp_path):
+    torch_llama.write(tmp_path, shard="20KB", **UNTIED, attention_bias=True)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    equal(load(tmp_path), load(written))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_every_stored_type_becomes_float32(dtype, tmp_path):
+    model = torch_llama.write(tmp_path, dtype, **UNTIED)
+    params = load(tmp_path)
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    state = model.state_dict()
+    exact = lambda name: state[name].float().numpy()
+    np.testing.assert_array_equal(params["embed"], exact("model.embed_tokens.weight"))
+    np.testing.assert_array_equal(params["lm_head"], exact("lm_head.weight").T)
+    np.testing.assert_array_equal(params["layers"]["down"][1], exact("model.layers.1.mlp.down_proj.weight").T)
+    np.testing.assert_array_equal(params["layers"]["mlp_norm"][0], exact("model.layers.0.post_attention_layernorm.weight"))
+
+
+def test_tied_head_with_and_without_its_copy_in_the_file(tmp_path):
+    model = torch_llama.write(tmp_path)
+    stored = weights(tmp_path)
+    assert "lm_head.weight" not in stored
+    params = load(tmp_path)
+    assert "lm_head" not in params
+    stored["lm_head.weight"] = stored["model.embed_tokens.weight"]
+    stored["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)  # older files hold it
+    safetensors.numpy.save_file(stored, tmp_path / "model.safetensors")
+    equal(load(tmp_path), params)
+    logits_agree(tmp_path, model)
+
+
+@pytest.mark.parametrize("shape", [{"fsdp": 8}, {"tensor": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
+def test_each_shard_reads_its_own_part_and_no_more(shape, written, monkeypatch):
+    whole, reads, read_slice = load(written, {"data": 8}), [], hf.read_slice
+
+    def recorded(file, name, index):
+        part = read_slice(file, name, index)
+        reads.append((name, part.size))
+        return part
+
+    monkeypatch.setattr(hf, "read_slice", recorded)
+    params = load(written, shape)
+    assert sum(size for _, size in reads) == sum(x.size for x in jax.tree.leaves(params))
+    shards = {hf.leaf_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
+    largest = {name: math.prod(x.sharding.shard_shape(x.shape)[name.startswith("layers.") :]) for name, x in shards.items()}
+    named = {
+        target.format(i): largest[leaf]
+        for leaf, target in hf.open_folder(written).family.weights.items()
+        for i in range(2)
+        if leaf in largest
+    }
+    assert all(size == named[name] for name, size in reads)
+    assert named["model.layers.0.mlp.down_proj.weight"] == 32 * 48 / (shape.get("fsdp", 1) * shape.get("tensor", 1))
+    equal(params, whole)
+
+
+def test_a_slice_is_in_our_layout(written):
+    index = (slice(4, 8), slice(3, 7))
+    part = hf.read_slice(written / "model.safetensors", "lm_head.weight", index)
+    np.testing.assert_array_equal(part, weights(written)["lm_head.weight"].T[index])
+
+
+# Writing.
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_transformers_loads_an_export(tied, written, tmp_path):
+    source = hf.open_folder(written)
+    if tied:
+        torch_llama.write(tmp_path / "tied")
+        source = hf.open_folder(tmp_path / "tied")
+    (source.path / "pytorch_model.bin.index.json").write_text("{}")  # of other weights: must not follow
+    params = jax.tree.map(lambda x: x * 1.25, hf.load_params(source, make_mesh({"fsdp": 4, "tensor": 2})))  # as if trained
+    hf.export(params, source, tmp_path / "out")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert model.dtype == torch.float32 and not (tmp_path / "out" / "pytorch_model.bin.index.json").exists()
+    logits_agree(tmp_path / "out", model)
+    equal(load(tmp_path / "out"), params)
+    if not tied:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+        assert tokenizer.decode(tokenizer("Is it so?")["input_ids"]) == tiny.tokenizer().decode(
+            tiny.tokenizer()("Is it so?")["input_ids"]
+        )
+        assert model.generation_config.eos_token_id == [2, 5] and model.generation_config.max_new_tokens == 17
+
+
+def test_round_trip_is_bit_for_bit(written, tmp_path):
+    hf.export(load(written), hf.open_folder(written), tmp_path / "out")
+    before, after = weights(written), weights(tmp_path / "out")
+    assert before.keys() == after.keys()
+    for name in before:
+        assert before[name].tobytes() == after[name].tobytes() and before[name].shape == after[name].shape
+
+
+def test_export_in_files_of_limited_size(written, tmp_path):
+    source, params = hf.open_folder(written), load(written)
+    hf.export(params, source, tmp_path / "out", shard_bytes=20_000)
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert len(files) > 2 and not (tmp_path / "out" / "model.safetensors").exists()
+    assert all(f.stat().st_size < 20_000 + 2_000 for f in files)  # a header each
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(x.nbytes for x in weights(written).values())
+    logits_agree(tmp_path / "out", transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval())
+    equal(load(tmp_path / "out"), params)
+    hf.export(params, hf.open_folder(tmp_path / "out"), tmp_path / "one")  # the index does not follow
+    assert [f.name for f in (tmp_path / "one").iterdir() if "model" in f.name] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_export_in_half_precision(dtype, written, tmp_path):
+    params = load(written)
+    hf.export(params, hf.open_folder(written), tmp_path / "out", dtype=dtype)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.dtype == getattr(torch, dtype)
+    equal(load(tmp_path / "out"), jax.tree.map(lambda x: x.astype(dtype).astype(jnp.float32), params))
+
+
+def test_unknown_type_of_export(written, tmp_path):
+    with pytest.raises(ValueError, match="dtype 'int8' is unknown; use float32, float16, bfloat16"):
+        hf.export(load(written), hf.open_folder(written), tmp_path / "out", dtype="int8")
+
+
+def test_interrupted_export_leaves_nothing_or_the_earlier_one(written, tmp_path, monkeypatch):
+    source, params, out = hf.open_folder(written), load(written), tmp_path / "out"
+    save_file, saved = safetensors.numpy.save_file, []
+
+    def fails_at_the_second_file(tensors, path, **options):
+        if saved:
+            raise OSError("no space left on device")
+        saved.append(path)
+        save_file(tensors, path, **options)
+
+    for earlier in (False, True):
+        saved.clear()
+        monkeypatch.setattr(safetensors.numpy, "save_file", fails_at_the_second_file)
+        with pytest.raises(OSError, match="no space"):
+            hf.export(jax.tree.map(lambda x: 2 * x, params), source, out, shard_bytes=20_000)
+        assert len(saved) == 1 and out.exists() == earlier
+        monkeypatch.undo()
+        if earlier:
+            equal(load(out), params)
+        hf.export(params, source, out)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]  # nothing is left over
+
+
+def test_export_does_not_overwrite_other_folders(written, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="exists and is not a model folder; choose another place"):
+        hf.export(load(written), hf.open_folder(written), tmp_path)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+# Damaged folders.
+
+
+def rewrite(folder: Path, drop: tuple[str, ...] = (), **changes) -> None:
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k not in drop}))
+
+
+def retensor(folder: Path, change) -> None:
+    tensors = weights(folder)
+    change(tensors)
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+
+
+def refuses(folder: Path, *words: str) -> None:
+    """Opening or loading raises a ValueError that holds all of `words`."""
+    with pytest.raises(ValueError) as error:
+        load(folder)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_no_folder_and_no_config(tmp_path):
+    refuses(tmp_path / "absent", repr(str(tmp_path / "absent")), "does not exist", "give the path of a Hugging Face model folder")
+    refuses(tmp_path, repr(str(tmp_path)), "has no config.json", "give the path of a Hugging Face model folder")
+
+
+@pytest.mark.parametrize("content", ['{"model_type": "lla', "", "[1, 2]", "7", b"\xff\xfe"], ids=repr)
+def test_config_that_is_no_json_object(content, tmp_path):
+    (tmp_path / "config.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    refuses(tmp_path, str(tmp_path / "config.json"), "is not a JSON object", "fetch the model folder again")
+
+
+def test_unknown_family(copy):
+    rewrite(copy, model_type="mamba")
+    refuses(copy, "model_type 'mamba'", str(copy / "config.json"), "supported: llama")
+    rewrite(copy, drop=("model_type",))
+    refuses(copy, "model_type None", "supported: llama")
+
+
+def test_missing_field_and_unsupported_activation(copy):
+    rewrite(copy, hidden_act="gelu")
+    refuses(copy, "hidden_act 'gelu'", "only 'silu'")
+    rewrite(copy, hidden_act="silu", drop=("intermediate_size",))
+    refuses(copy, str(copy / "config.json"), "lacks the field 'intermediate_size'", "complete llama config")
+
+
+def test_unknown_and_incomplete_rope(copy):
+    rewrite(copy, rope_parameters={"rope_type": "spiral"})
+    refuses(copy, "rope_type 'spiral' is unknown", "linear, dynamic, yarn, longrope, llama3")
+    rewrite(copy, rope_parameters={"rope_type": "llama3", "factor": 8.0, "rope_theta": 1e4})
+    refuses(copy, "'llama3' lack low_freq_factor, high_freq_factor", "is config.json complete?")
+
+
+def test_missing_tensor(copy):
+    retensor(copy, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+    refuses(copy, repr(str(copy)), "lacks 1 tensors, model.layers.1.mlp.up_proj.weight first", "fetch the folder again")
+
+
+def test_untied_model_without_head(copy):
+    retensor(copy, lambda tensors: tensors.pop("lm_head.weight"))
+    refuses(copy, "lacks 1 tensors, lm_head.weight first")
+
+
+def test_tensors_that_the_config_does_not_describe(copy):
+    rewrite(copy, num_hidden_layers=1)
+    refuses(
+        copy,
+        "13 tensors that config.json does not describe, model.layers.1.input_layernorm.weight first",
+        "this model's config?",
+    )
+
+
+def test_misshapen_tensor(copy):
+    rewrite(copy, vocab_size=95)
+    refuses(copy, "model.embed_tokens.weight", "has shape (96, 32), config.json says (95, 32)", "is it this model's config?")
+
+
+def test_values_that_are_not_finite(copy):
+    retensor(copy, lambda tensors: tensors["model.norm.weight"].__setitem__(3, np.nan))
+    refuses(copy, "model.norm.weight", str(copy / "model.safetensors"), "not finite", "fetch the folder again")
+
+
+@pytest.mark.parametrize("keep", [0, 5, 1000, -1])
+def test_truncated_file(keep, copy):
+    file = copy / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    refuses(copy, str(file), "is damaged or cut short", "fetch it again")
+
+
+def test_no_weights(copy):
+    (copy / "model.safetensors").unlink()
+    refuses(copy, repr(str(copy)), "has no model.safetensors", "'random'")
+
+
+@pytest.fixture
+def sharded(written, tmp_path) -> tuple[Path, dict]:
+    """A folder of several files, and its index."""
+    hf.export(load(written), hf.open_folder(written), tmp_path / "sharded", shard_bytes=20_000)
+    return tmp_path / "sharded", json.loads((tmp_path / "sharded" / "model.safetensors.index.json").read_text())
+
+
+def test_missing_shard_and_truncated_shard(sharded):
+    folder, index = sharded
+    file = folder / index["weight_map"]["model.norm.weight"]
+    file.write_bytes(file.read_bytes()[:-1])
+    refuses(folder, str(file), "is damaged or cut short", "fetch it again")
+    file.unlink()
+    refuses(folder, "model.safetensors.index.json", f"names 1 files that are not there: {file.name}", "fetch them")
+
+
+def test_index_that_places_a_tensor_wrongly(sharded):
+    folder, index = sharded
+    wrong = index["weight_map"]["model.layers.0.mlp.up_proj.weight"]
+    assert wrong != index["weight_map"]["model.norm.weight"]
+    index["weight_map"]["model.norm.weight"] = wrong
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    refuses(folder, f"{folder / wrong} does not hold model.norm.weight, which its index places there", "fetch it again")
+
+
+@pytest.mark.parametrize("content", ["{", "{}", "[]", '{"weight_map": null}'])
+def test_index_that_is_none(content, sharded):
+    folder, _ = sharded
+    (folder / "model.safetensors.index.json").write_text(content)
+    refuses(folder, str(folder / "model.safetensors.index.json"), "is not an index of tensors", "fetch it again")

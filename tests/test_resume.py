@@ -1,0 +1,115 @@
+"""Killed at any moment, a run goes on bit for bit; on another mesh or process count, to rounding."""
+
+import random
+import signal
+
+import numpy as np
+import pytest
+import runs
+
+
+@pytest.fixture(scope="module")
+def fields(tmp_path_factory):
+    return runs.world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def whole(fields, tmp_path_factory):
+    """An uninterrupted run."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    runs.finish(runs.begin(runs.arguments(fields | {"workdir": workdir})))
+    assert list(runs.losses(workdir)) == list(range(1, 25))
+    return workdir
+
+
+def same(a, b):
+    assert runs.losses(a) == runs.losses(b)
+    assert runs.evaluations(a) == runs.evaluations(b)
+    x, y = runs.final_params(a), runs.final_params(b)
+    assert all(np.array_equal(x[name], y[name]) for name in x) and x.keys() == y.keys()
+
+
+def test_killed_in_the_middle_of_saves_and_steps(fields, whole, tmp_path):
+    workdir = tmp_path / "run"
+    args = runs.arguments(fields | {"workdir": workdir})
+    rng = random.Random(0)
+    saving = lambda: any(workdir.glob("checkpoints/*tmp*"))
+    rows = lambda: len(runs.losses(workdir)) if (workdir / "metrics.jsonl").exists() else 0
+    killed = []
+    for how in ("save", "step", "save", "step"):
+        process = runs.begin(args)
+        target = rows() + rng.randint(2, 5)
+        killed.append(runs.stop_when(process, saving if how == "save" else lambda t=target: rows() >= t, signal.SIGKILL))
+        process.communicate()
+    assert sum(killed) >= 3, "the run ended before it was killed often enough"
+    runs.finish(runs.begin(args))
+    same(whole, workdir)
+
+
+def test_sigterm_saves_and_exits(fields, whole, tmp_path):
+    workdir = tmp_path / "run"
+    args = runs.arguments(fields | {"workdir": workdir})
+    process = runs.begin(args)
+    assert runs.stop_when(
+        process, lambda: (workdir / "metrics.jsonl").exists() and len(runs.losses(workdir)) >= 4, signal.SIGTERM
+    )
+    out = runs.finish(process, code=143)
+    assert "stopped by SIGTERM after step" in out
+    step = int(out.split("stopped by SIGTERM after step ")[1].split(";")[0])
+    assert (workdir / "checkpoints" / str(step)).is_dir()
+    assert f"going on after step {step}" in runs.finish(runs.begin(args))
+    same(whole, workdir)
+
+
+def test_a_complete_run_says_so_and_changes_nothing(fields, whole):
+    before = (whole / "metrics.jsonl").read_bytes()
+    out = runs.finish(runs.begin(runs.arguments(fields | {"workdir": whole})))
+    assert "this run is complete: step 24" in out
+    assert (whole / "metrics.jsonl").read_bytes() == before
+
+
+def test_resumes_on_another_mesh(fields, whole, tmp_path):
+    workdir = tmp_path / "run"
+    one = runs.arguments(fields | {"workdir": workdir})
+    process = runs.begin(one)
+    assert runs.stop_when(
+        process, lambda: (workdir / "metrics.jsonl").exists() and len(runs.losses(workdir)) >= 6, signal.SIGTERM
+    )
+    runs.finish(process, code=143)
+    eight = runs.arguments(fields | {"workdir": workdir, "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2})
+    out = runs.finish(runs.begin(eight, runs.environment(devices=8)))
+    assert "mesh data 2 x fsdp 2 x tensor 2" in out
+    close(whole, workdir)
+
+
+def close(a, b, tolerance=1e-5):
+    x, y = runs.losses(a), runs.losses(b)
+    assert x.keys() == y.keys()
+    for step in x:
+        assert x[step]["loss"] == pytest.approx(y[step]["loss"], rel=tolerance, abs=tolerance)
+    p, q = runs.final_params(a), runs.final_params(b)
+    for name in p:
+        np.testing.assert_allclose(p[name], q[name], atol=1e-4)
+
+
+def test_two_processes_of_four_devices_train_alike_and_hand_over_to_one(fields, whole, tmp_path):
+    import socket
+
+    workdir = tmp_path / "run"
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        address = f"localhost:{s.getsockname()[1]}"
+    two = {"workdir": workdir, "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "log.every": 1}
+    group = [
+        runs.begin(
+            runs.arguments(fields | two),
+            runs.environment(4, JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES="2", JAX_PROCESS_ID=str(i)),
+        )
+        for i in range(2)
+    ]
+    done = lambda: (workdir / "metrics.jsonl").exists() and len(runs.losses(workdir)) >= 8
+    assert runs.stop_when(group[1], done, signal.SIGTERM), "both processes stop when one is told to"
+    out = [runs.finish(process, code=143) for process in group]
+    assert "stopped by SIGTERM" in out[0] and "step 1/24" not in out[1], "only process 0 writes"
+    runs.finish(runs.begin(runs.arguments(fields | {"workdir": workdir})))
+    close(whole, workdir)
