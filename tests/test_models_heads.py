@@ -121,9 +121,7 @@ def test_log_probs_of_trl():
     np.testing.assert_allclose(out.logps.sum(-1), case["sum_logps"], rtol=2e-5)
 
 
-@pytest.mark.parametrize(
-    "case", ORACLE["fused_logprob"]["cases"], ids=lambda c: f"T={c['temperature']}, scale={c['logit_scale']}"
-)
+@pytest.mark.parametrize("case", ORACLE["fused_logprob"]["cases"], ids=lambda c: f"T={c['temperature']}, scale={c['logit_scale']}")
 def test_fused_log_probs_of_trl(case):
     given = {k: jnp.asarray(v) for k, v in ORACLE["fused_logprob"].items() if k != "cases"}
 

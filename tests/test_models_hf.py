@@ -141,9 +141,7 @@ def test_transformers_loads_an_export(tied, written, tmp_path):
     equal(load(tmp_path / "out"), params)
     if not tied:
         tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-        assert tokenizer.decode(tokenizer("Is it so?")["input_ids"]) == tiny.tokenizer().decode(
-            tiny.tokenizer()("Is it so?")["input_ids"]
-        )
+        assert tokenizer.decode(tokenizer("Is it so?")["input_ids"]) == tiny.tokenizer().decode(tiny.tokenizer()("Is it so?")["input_ids"])
         assert model.generation_config.eos_token_id == [2, 5] and model.generation_config.max_new_tokens == 17
 
 

@@ -99,9 +99,7 @@ def test_logits_are_those_of_transformers(variant, tmp_path):
 
 def test_every_variant_has_other_angles():
     place, length = jnp.arange(48)[None], jnp.array([48])
-    angles = {
-        v: np.stack(transformer.rope_angles(config(v), place, length)) for v in VARIANTS if "rope_parameters" in VARIANTS[v]
-    }
+    angles = {v: np.stack(transformer.rope_angles(config(v), place, length)) for v in VARIANTS if "rope_parameters" in VARIANTS[v]}
     same = [(a, b) for a in angles for b in angles if a < b and np.abs(angles[a] - angles[b]).max() < 1e-2]
     assert same == [("yarn", "yarn, mscale alone")]  # one coefficient alone means nothing, to transformers either
 
@@ -205,9 +203,7 @@ def test_rematerialisation_changes_memory_not_gradients():
     scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(gradients["none"]))
     assert scale > 1
     for remat in ("dots", "full"):
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6 * scale, rtol=0), gradients[remat], gradients["none"]
-        )
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6 * scale, rtol=0), gradients[remat], gradients["none"])
 
 
 def test_unknown_rematerialisation():

@@ -197,9 +197,7 @@ def _plan(source: Source) -> list[tuple[str, int | None, str, tuple[int, ...]]]:
     return sorted(plan, key=lambda entry: (entry[1] is None, entry[1] or 0))
 
 
-def export(
-    params: Params, source: Source, out: str | os.PathLike, dtype: str = "float32", shard_bytes: int = SHARD_BYTES
-) -> None:
+def export(params: Params, source: Source, out: str | os.PathLike, dtype: str = "float32", shard_bytes: int = SHARD_BYTES) -> None:
     """Writes a Hugging Face folder that transformers loads: weights, config, and the source's tokenizer and generation config.
 
     The folder appears whole or not at all. Every process calls it; process 0 writes.

@@ -124,10 +124,11 @@ class Decoder(nn.Module):
             self.param("lm_head", head, (c.hidden_size, c.vocab_size), jnp.float32)
         # Positions count real tokens, so a row scores the same wherever its padding stands.
         positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-        length = mask.sum(axis=1)
         positions = jax.lax.dynamic_slice_in_dim(positions, start, tokens.shape[1], axis=1)
-        rope = rope_angles(c, positions, length)
-        x = constrain(jnp.asarray(embed, self.dtype)[tokens], self.mesh, "batch", None, None)
+        rope = rope_angles(c, positions, length=positions.max(axis=1) + 1)
+        # Gathered over fsdp before the lookup: looked up in shards, the partitioner would replicate the batch instead.
+        table = constrain(jnp.asarray(embed, self.dtype), self.mesh, "vocab", None)
+        x = constrain(table[tokens], self.mesh, "batch", None, None)
         block = Block if REMAT[self.remat] is None else nn.remat(Block, policy=REMAT[self.remat], prevent_cse=False)
         axes: Any = (0, nn.broadcast, nn.broadcast, nn.broadcast)  # cache, rope, start, mask
         stack = nn.scan(
