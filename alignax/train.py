@@ -117,15 +117,17 @@ def means(sums: dict[str, tuple[Any, Any]]) -> dict[str, float]:
 def digest(params: Params) -> jax.Array:
     """A fingerprint of parameter values, equal in every layout: uint32 [], to be jitted.
 
-    Sums modulo 2^32 of each value's bits, multiplied by an odd number of its place.
+    A sum modulo 2^32 over all values, each hashed together with its place (MurmurHash3's finaliser).
     """
 
     def leaf(x: jax.Array) -> jax.Array:
-        bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
         place = jnp.zeros(x.shape, jnp.uint32)
-        for axis in range(x.ndim):
-            place = place * jnp.uint32(31) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-        return jnp.sum(bits * (place * jnp.uint32(2654435761) | jnp.uint32(1)), dtype=jnp.uint32)
+        for axis, size in enumerate(x.shape):
+            place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+        h = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32) ^ (place * jnp.uint32(0x9E3779B1))
+        h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
+        h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
+        return jnp.sum(h ^ (h >> 16), dtype=jnp.uint32)
 
     total = jnp.zeros((), jnp.uint32)
     for x in jax.tree.leaves(params):

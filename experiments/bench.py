@@ -29,7 +29,7 @@ CASE = {
     "dim": 256, "layers": 4, "heads": 8, "kv_heads": 8, "vocab": 8192, "seq": 256, "prompt": 64, "pairs": 8, "steps": 6, "warmup": 2,
     "chunk": 256, "microbatches": 1,
 }  # fmt: skip
-REMAT = "none"
+REMAT = "full"
 CASES = [
     {},
     {"prompt": 192},

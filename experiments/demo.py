@@ -44,6 +44,8 @@ TOPICS = {
 }
 FACTS = {topic: words.split() for topic, words in TOPICS.items()}
 PROMPTS = ("tell me about the {}", "what belongs to the {}", "name things of the {}", "what do you know of the {}")
+LONGEST = 16  # tokens of an answer in a pair
+AT_ONCE = 1024
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 
 
@@ -52,11 +54,11 @@ def get_config():
     config = default_config()
     config.stage = "all"  # or one of the three runs: "sft", "dpo", "rpo"
     config.workdir = "runs/demo"
-    config.beta = 0.1
-    config.eta = 0.5
+    config.beta = 0.05
+    config.eta = 0.4
     config.answers = 12000  # demonstrations
-    config.pairs = 8000
-    config.held_out = 256
+    config.pairs = 12000
+    config.held_out = 512
     config.noise = 0.25  # share of the training pairs whose label is flipped
     config.width = 64
     config.sft_steps = 400
@@ -64,12 +66,12 @@ def get_config():
     config.steps = 500
     config.batch_size = 64
     config.data.max_length = 48
-    config.optimizer.learning_rate = 3e-4
-    config.optimizer.schedule = "constant"
+    config.optimizer.learning_rate = 7e-4
+    config.optimizer.schedule = "cosine"
     config.model.remat = "none"
     config.eval.every = 50
     config.eval.batch_size = 256
-    config.eval.sample_prompts = 256
+    config.eval.sample_prompts = 512
     config.eval.max_new_tokens = 32
     config.log.every = 50
     return config
@@ -193,9 +195,9 @@ def write_pairs(folder: Path, policy: Path, config) -> None:
     rng = random.Random(f"{config.seed} pairs")
     wanted = config.pairs + config.held_out
     prompts = [prompt(rng) for _ in range(wanted * 3 // 2)]
-    answers = [sample(policy, prompts, config, jax.random.key(2 * config.seed + i)) for i in range(2)]
+    answers = sample(policy, prompts + prompts, config)
     rows = []
-    for p, *two in zip(prompts, *answers, strict=True):
+    for p, *two in zip(prompts, answers[: len(prompts)], answers[len(prompts) :], strict=True):
         a, b = gold([p, p], two)
         if a != b and all(two):
             better, worse = two if a > b else two[::-1]
@@ -212,7 +214,7 @@ def flipped(row: dict[str, str]) -> dict[str, str]:
     return row | {"chosen": row["rejected"], "rejected": row["chosen"]}
 
 
-def sample(policy: Path, prompts: list[str], config, key: jax.Array) -> list[str]:
+def sample(policy: Path, prompts: list[str], config) -> list[str]:
     """One completion for each prompt at temperature 1."""
     from transformers import AutoTokenizer
 
@@ -220,10 +222,16 @@ def sample(policy: Path, prompts: list[str], config, key: jax.Array) -> list[str
     source = hf.open_folder(policy)
     mesh = make_mesh(config.mesh)
     params = hf.load_params(source, mesh)
+    draw = jax.jit(sampler(source.config, max_new_tokens=LONGEST, eos=tokenizer.eos_token_id, mesh=mesh))
     inputs = tokenizer(prompts, padding=True, padding_side="left", return_tensors="np")
-    draw = jax.jit(sampler(source.config, max_new_tokens=config.eval.max_new_tokens, eos=tokenizer.eos_token_id, mesh=mesh))
-    tokens, mask = draw(params, inputs["input_ids"], inputs["attention_mask"] > 0, jnp.float32(1.0), key)
-    return [tokenizer.decode(t[m], skip_special_tokens=True) for t, m in zip(np.asarray(tokens), np.asarray(mask), strict=True)]
+    ids, mask = inputs["input_ids"], inputs["attention_mask"] > 0
+    texts = []
+    for i in range(0, len(prompts), AT_ONCE):
+        rows = np.arange(i, i + AT_ONCE) % len(prompts)  # the first ones again at the end, so that one program does for all
+        key = jax.random.fold_in(jax.random.key(config.seed), i)
+        out, alive = map(np.asarray, draw(params, ids[rows], mask[rows], jnp.float32(1.0), key))
+        texts += [tokenizer.decode(t[m], skip_special_tokens=True) for t, m in zip(out, alive, strict=True)]
+    return texts[: len(prompts)]
 
 
 def write_jsonl(file: Path, rows: list[dict[str, str]]) -> None:
