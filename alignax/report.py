@@ -3,46 +3,106 @@
 All of it is read from the runs' metrics.jsonl, so a finished run can be reported on at any time.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from alignax.metrics import read_rows, table
 
-HELD = 1.0  # nats: a chosen log-prob that falls by less is held
+HELD = 1.0  # nats: a chosen log-prob that moves by less is held
+COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito's, told apart by every eye
+MARKERS = "osD^vP"
+PANELS = (  # metric, title, label of the axis
+    ("gold", "What is wanted", "gold reward of samples"),
+    ("rewards/margins", "What is trained", "implicit reward, held-out margin"),
+)
 
 
 def evaluations(workdir: Path) -> list[dict[str, Any]]:
-    """The evaluation rows of a run, in order of steps; `eval/` is taken off the names."""
+    """The evaluation rows of a run, in order of steps; `eval/` is taken off the names.
+
+    Raises:
+      ValueError: for a folder that has none.
+    """
     rows = read_rows(Path(workdir) / "metrics.jsonl")
     found = [row for row in rows if any(name.startswith("eval/") for name in row)]
     if not found:
-        raise ValueError(f"{str(workdir)!r} has no evaluation in its metrics.jsonl; is it the workdir of a run?")
-    return [{name.removeprefix("eval/"): value for name, value in row.items()} for row in found]
+        raise ValueError(f"{str(workdir)!r} has no evaluation in its metrics.jsonl; give the workdir of a run that evaluated")
+    return [{name.removeprefix("eval/"): value for name, value in row.items() if value is not None} for row in found]
 
 
 def summary_table(runs: Mapping[str, Path]) -> str:
-    """Runs by name: held-out log-probs, accuracy, gold reward and KL, before and after."""
-    out = [[
-        "", "chosen logps", "drift", "rejected logps", "drift", "accuracy", "gold reward", "best gold", "KL",
-    ]]  # fmt: skip
-    for name, workdir in runs.items():
-        rows = evaluations(workdir)
-        first, last = rows[0], rows[-1]
-        change = lambda metric, a=first, b=last: f"{a[metric]:.2f} -> {b[metric]:.2f}" if metric in b else ""
-        value = lambda metric, form, b=last: format(b[metric], form) if metric in b else ""
-        best = max((row for row in rows if "gold" in row), key=lambda row: row["gold"], default=None)
-        out.append([
-            name, change("logps/chosen"), value("logps/chosen_drift", "+.2f"), change("logps/rejected"),
-            value("logps/rejected_drift", "+.2f"), value("rewards/accuracies", ".3f"), change("gold"),
-            f"{best['gold']:.2f} @ {best['step']}" if best else "", value("kl", ".2f"),
-        ])  # fmt: skip
-    return table(out)
+    """Runs by name: held-out log-probs, accuracy, gold reward and KL at the last evaluation, and what they were at the first."""
+    head = ["", "chosen logps", "drift", "rejected logps", "drift", "accuracy", "gold reward", "best (at step)", "KL"]
+    return table([head, *(_cells(name, evaluations(workdir)) for name, workdir in runs.items())])
+
+
+def _cells(name: str, rows: list[dict[str, Any]]) -> list[str]:
+    first, last = rows[0], rows[-1]
+    change = lambda metric: f"{first[metric]:.2f} -> {last[metric]:.2f}" if metric in first and metric in last else ""
+    at_end = lambda metric, form: format(last[metric], form) if metric in last else ""
+    best = max((row for row in rows if "gold" in row), key=lambda row: row["gold"], default=None)
+    return [
+        name, change("logps/chosen"), at_end("logps/chosen_drift", "+.2f"), change("logps/rejected"),
+        at_end("logps/rejected_drift", "+.2f"), at_end("rewards/accuracies", ".3f"), change("gold"),
+        f"{best['gold']:.2f} ({best['step']})" if best else "", at_end("kl", ".2f"),
+    ]  # fmt: skip
 
 
 def chosen_line(runs: Mapping[str, Path]) -> str:
     """What became of the log-prob of the held-out chosen responses, in one line."""
     drifts = {name: evaluations(workdir)[-1]["logps/chosen_drift"] for name, workdir in runs.items()}
     figures = ", ".join(f"{name} {drift:+.1f} nats" for name, drift in drifts.items())
-    verb = lambda drift: "lets it fall" if drift < -HELD else "raises it" if drift > HELD else "holds it"
-    return f"chosen log-prob against the reference: {figures}: " + ", ".join(f"{n} {verb(d)}" for n, d in drifts.items())
+    return f"chosen log-prob against the reference: {figures}: " + ", ".join(f"{name} {_fate(d)}" for name, d in drifts.items())
+
+
+def _fate(drift: float) -> str:
+    if drift < -HELD:
+        return "lets it fall"
+    return "raises it" if drift > HELD else "holds it"
+
+
+def figure(runs: Mapping[str, Path], path: Path) -> None:
+    """Draws gold reward and implicit reward over sqrt(KL), for each run a line with a marker at each evaluation, the last in a ring.
+
+    The axes of Gao et al. 2022, arXiv:2210.10760: where the right panel rises while the left one falls, the reward is overoptimised.
+    A panel is left out where no run has its metric.
+
+    Args:
+      runs: name -> workdir.
+      path: of the figure; its suffix says the format.
+
+    Raises:
+      ValueError: for runs without KL, and for more runs than there are colours.
+    """
+    from matplotlib.figure import Figure
+
+    if len(runs) > len(COLOURS):
+        raise ValueError(f"a figure of {len(runs)} runs is unreadable; give at most {len(COLOURS)}")
+    rows = {name: [row for row in evaluations(workdir) if "kl" in row] for name, workdir in runs.items()}
+    if bare := [name for name, own in rows.items() if not own]:
+        raise ValueError(f"{', '.join(bare)}: no evaluation has a KL; set eval.sample_prompts, and eval.temperature to 1")
+    panels = [panel for panel in PANELS if any(panel[0] in row for own in rows.values() for row in own)]
+    style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
+    import matplotlib
+
+    with matplotlib.rc_context(style):
+        drawing = Figure(figsize=(4.2 * len(panels), 3.4), layout="constrained")
+        for axes, (metric, title, label) in zip(drawing.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+            for own, name, colour, marker in zip(rows.values(), rows, COLOURS, MARKERS, strict=False):
+                points = [(_distance(row["kl"]), row[metric]) for row in own if metric in row]
+                axes.plot(*zip(*points, strict=True), marker, ls="-", color=colour, ms=4, lw=1.2, label=name, clip_on=False)
+                axes.plot(*points[-1], marker, color=colour, ms=10, mfc="none", clip_on=False)
+            axes.set(title=title, xlabel=r"$\sqrt{\mathrm{KL}(\mathrm{policy}\,\|\,\mathrm{reference})}$  ($\sqrt{\mathrm{nats}}$)")
+            axes.set_ylabel(label)
+            axes.set_xlim(left=0)
+            axes.margins(y=0.08)
+            axes.grid(color="0.9", linewidth=0.6)
+        axes.legend(frameon=False)
+        drawing.savefig(path, dpi=200)
+
+
+def _distance(kl: float) -> float:
+    """sqrt(KL) of an estimate, whose noise may take a small KL below 0."""
+    return math.sqrt(max(kl, 0.0))

@@ -57,7 +57,7 @@ def get_config():
     config.beta = 0.05
     config.eta = 0.4
     config.answers = 12000  # demonstrations
-    config.pairs = 12000
+    config.pairs = 8000
     config.held_out = 512
     config.noise = 0.25  # share of the training pairs whose label is flipped
     config.width = 64
@@ -66,10 +66,10 @@ def get_config():
     config.steps = 500
     config.batch_size = 64
     config.data.max_length = 48
-    config.optimizer.learning_rate = 7e-4
-    config.optimizer.schedule = "cosine"
+    config.optimizer.learning_rate = 3e-4
+    config.optimizer.schedule = "constant"
     config.model.remat = "none"
-    config.eval.every = 50
+    config.eval.every = 25
     config.eval.batch_size = 256
     config.eval.sample_prompts = 512
     config.eval.max_new_tokens = 32

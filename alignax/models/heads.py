@@ -1,9 +1,15 @@
 """Per-token log-probs and entropy from the final hidden state, in float32, never holding `[.., T, V]` logits.
 
-Only completion positions are scored: each batch shard moves its own to the front, and chunks that hold none are skipped. Logits
-exist for one chunk at a time and are recomputed in the backward pass.
+Only completion positions are scored: each batch shard moves its own to the front, and the loop over chunks ends with the fullest
+shard. Logits exist for one chunk at a time and are made again in the backward pass, which is written out:
+
+    z = x W, p = softmax(z), q = log p, H the entropy:   d q_y / dz = onehot(y) - p,   dH / dz = -p (q + H)
+
+Differentiated by machine, a chunk took three to four sweeps over its logits rather than one, and the gradient of W was summed over
+the data shards in every chunk rather than once.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -15,19 +21,13 @@ from alignax.types import Outputs
 
 
 def token_logps(
-    hidden: jax.Array,
-    weight: jax.Array,
-    targets: jax.Array,
-    mask: jax.Array,
-    *,
-    chunk: int = 256,
-    mesh: Mesh | None = None,
+    hidden: jax.Array, weight: jax.Array, targets: jax.Array, mask: jax.Array, *, chunk: int = 256, mesh: Mesh | None = None
 ) -> Outputs:
     """Log-prob of each target and entropy of its distribution, where `mask` is True; 0 elsewhere.
 
     Args:
       hidden: [R, T, D], in the compute dtype; `hidden[:, t]` predicts `targets[:, t]`.
-      weight: [D, V], in its storage dtype: it is cast inside the chunk, so that its gradient accumulates in float32.
+      weight: [D, V], in its storage dtype.
       targets: [R, T] int.
       mask: [R, T] bool.
       chunk: positions scored at a time in each batch shard; memory is about `chunk * V` floats, a few times over.
@@ -41,65 +41,83 @@ def token_logps(
     S = S if R % S == 0 else 1  # evaluation of a few rows
     P = R // S * T  # positions of a shard
     chunk = min(chunk, P)
-    chunks = -(-P // chunk)
-    flat_mask = mask.reshape(S, P)
-    order = jnp.argsort(~flat_mask, axis=1, stable=True)  # [S, P] completion positions first
-    order = jnp.pad(order, ((0, 0), (0, chunks * chunk - P)))
-    used = flat_mask.sum(axis=1).max()  # positions of the fullest shard
+    size = -(-P // chunk) * chunk
+    packed = mask.reshape(S, P)
+    order = jnp.argsort(~packed, axis=1, stable=True)  # [S, P] completion positions first
+    back = jnp.argsort(order, axis=1)
+    order = jnp.pad(order, ((0, 0), (0, size - P)))
+    count = -(-packed.sum(axis=1).max() // chunk)  # chunks of the fullest shard
     x = jnp.take_along_axis(hidden.reshape(S, P, D), order[..., None], axis=1)
     y = jnp.take_along_axis(targets.reshape(S, P), order, axis=1)
     x = meshes.constrain(x, mesh, "batch", None, None)
-    weight = meshes.constrain(weight, mesh, None, "vocab")  # gathered over fsdp once, not in every chunk
-
-    def step(i: jax.Array, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-        nothing = jnp.zeros(y.shape, jnp.float32)
-        return jax.lax.cond(i * chunk < used, score, lambda *_: (nothing, nothing), x, weight, y)
-
-    split = lambda a: a.reshape(S, chunks, chunk, *a.shape[2:]).swapaxes(0, 1)  # [chunks, S, C, ...]
-    out = jax.lax.map(lambda args: step(*args), (jnp.arange(chunks), split(x), split(y)))
-    merge = lambda a: a.swapaxes(0, 1).reshape(S, chunks * chunk)[:, :P]
-    back = jnp.argsort(order[:, :P], axis=1)
-    restore = lambda a: jnp.where(mask, jnp.take_along_axis(merge(a), back, axis=1).reshape(R, T), 0.0)
-    return Outputs(*map(restore, out))
+    scores = score(chunk, mesh, x, weight, y, count)
+    restore = lambda a: jnp.where(mask, jnp.take_along_axis(a[:, :P], back, axis=1).reshape(R, T), 0.0)
+    return Outputs(*map(restore, scores))
 
 
-@jax.custom_vjp
-def score(x: jax.Array, weight: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Log-prob of y [S, C] and entropy under softmax(x W), from x [S, C, D] and W [D, V], both in float32.
-
-    With z = x W, p = softmax(z), q = log p and H the entropy: d q_y / dz = onehot(y) - p and dH / dz = -p (q + H). Written out, the
-    backward pass is one sweep over the recomputed logits; differentiated by machine it was three to four.
-    """
-    return _score(x, weight, y)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def score(
+    chunk: int, mesh: Mesh | None, x: jax.Array, weight: jax.Array, y: jax.Array, count: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Log-prob of y [S, P] and entropy under softmax(x W), from x [S, P, D] and W [D, V]; 0 after the first `count` chunks."""
+    return _forward(chunk, mesh, x, weight, y, count)[0]
 
 
-def _logits(x: jax.Array, weight: jax.Array) -> jax.Array:
-    # The weight is cast here, in the chunk, so that its gradient accumulates over the chunks in float32.
-    return jnp.einsum("scd,dv->scv", x, weight.astype(x.dtype), preferred_element_type=jnp.float32)
+def _forward(chunk: int, mesh: Mesh | None, x: jax.Array, weight: jax.Array, y: jax.Array, count: jax.Array) -> Any:
+    w = _whole(weight, x.dtype, mesh)
+
+    def body(i: jax.Array, out: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        z = _logits(_part(x, i, chunk), w)
+        top = z.max(axis=-1, keepdims=True)
+        e = jnp.exp(z - top)
+        total = e.sum(axis=-1)
+        lse = top[..., 0] + jnp.log(total)
+        # As a product of vectors: as (e * z).sum() XLA on CPU took 15 times as long, its reduction over an exp being scalar code.
+        entropy = lse - jnp.einsum("scv,scv->sc", e, z) / total
+        logp = jnp.take_along_axis(z, _part(y, i, chunk)[..., None], axis=-1)[..., 0] - lse
+        return tuple(_place(a, b, i, chunk) for a, b in zip(out, (logp, entropy, lse), strict=True))
+
+    logp, entropy, lse = jax.lax.fori_loop(0, count, body, (jnp.zeros(y.shape, jnp.float32),) * 3)
+    return (logp, entropy), (x, weight, y, count, entropy, lse)
 
 
-def _score(x: jax.Array, weight: jax.Array, y: jax.Array) -> Any:
-    z = _logits(x, weight)
-    top = z.max(axis=-1, keepdims=True)
-    e = jnp.exp(z - top)
-    total = e.sum(axis=-1)
-    lse = top[..., 0] + jnp.log(total)
-    # As a product of vectors: the plain (e * z).sum() took XLA on CPU 15 times as long, its reduction over an exp being scalar code.
-    entropy = lse - jnp.einsum("scv,scv->sc", e, z) / total
-    logp = jnp.take_along_axis(z, y[..., None], axis=-1)[..., 0] - lse
-    return (logp, entropy), (x, weight, y, lse, entropy)
+def _backward(chunk: int, mesh: Mesh | None, saved: Any, cotangents: tuple[jax.Array, jax.Array]) -> Any:
+    x, weight, y, count, entropy, lse = saved
+    w = _whole(weight, x.dtype, mesh)
+
+    def body(i: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        dx, dw = sums
+        part = _part(x, i, chunk)
+        at = lambda a: _part(a, i, chunk)[..., None]
+        dlogp, dentropy = map(at, cotangents)
+        q = _logits(part, w) - at(lse)
+        hit = jnp.arange(w.shape[1])[None, None] == at(y)
+        dz = jnp.where(hit, dlogp, 0.0) - jnp.exp(q) * (dlogp + dentropy * (q + at(entropy)))
+        dz = dz.astype(x.dtype)  # what a matrix unit takes; sums stay float32
+        dpart = jnp.einsum("scv,dv->scd", dz, w, preferred_element_type=jnp.float32)
+        dw = dw + jnp.einsum("scd,scv->sdv", part, dz, preferred_element_type=jnp.float32)
+        return _place(dx, dpart.astype(x.dtype), i, chunk), dw
+
+    dw = meshes.constrain(jnp.zeros((x.shape[0], *w.shape), jnp.float32), mesh, "batch", None, "vocab")
+    dx, dw = jax.lax.fori_loop(0, count, body, (jnp.zeros_like(x), dw))
+    return dx, dw.sum(axis=0).astype(weight.dtype), None, None
 
 
-def _score_backward(saved: Any, cotangents: tuple[jax.Array, jax.Array]) -> Any:
-    x, weight, y, lse, entropy = saved
-    dlogp, dentropy = (c[..., None] for c in cotangents)
-    q = _logits(x, weight) - lse[..., None]
-    hit = jnp.arange(weight.shape[1]) == y[..., None]
-    dz = jnp.where(hit, dlogp, 0.0) - jnp.exp(q) * (dlogp + dentropy * (q + entropy[..., None]))
-    dz = dz.astype(x.dtype)  # what a matrix unit takes; sums stay float32
-    dx = jnp.einsum("scv,dv->scd", dz, weight.astype(x.dtype), preferred_element_type=jnp.float32)
-    dweight = jnp.einsum("scd,scv->dv", x, dz, preferred_element_type=jnp.float32)
-    return dx.astype(x.dtype), dweight.astype(weight.dtype), None
+score.defvjp(_forward, _backward)
 
 
-score.defvjp(_score, _score_backward)
+def _whole(weight: jax.Array, dtype: Any, mesh: Mesh | None) -> jax.Array:
+    """The weight in the compute dtype, gathered over fsdp once rather than in every chunk."""
+    return meshes.constrain(weight.astype(dtype), mesh, None, "vocab")
+
+
+def _logits(x: jax.Array, w: jax.Array) -> jax.Array:
+    return jnp.einsum("scd,dv->scv", x, w, preferred_element_type=jnp.float32)  # [S, C, V]
+
+
+def _part(a: jax.Array, i: jax.Array, chunk: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(a, i * chunk, chunk, axis=1)  # [S, C, ...]
+
+
+def _place(a: jax.Array, part: jax.Array, i: jax.Array, chunk: int) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(a, part, i * chunk, axis=1)
