@@ -31,9 +31,7 @@ class Checkpoints:
         if best:
             sign = -1.0 if best.startswith("-") else 1.0
             rank: Callable[[Any], float] = lambda metrics: sign * metrics[name]
-            best_one = ocp.checkpoint_managers.BestN(
-                get_metric_fn=rank, reverse=True, n=1, keep_checkpoints_without_metrics=False
-            )
+            best_one = ocp.checkpoint_managers.BestN(get_metric_fn=rank, reverse=True, n=1, keep_checkpoints_without_metrics=False)
             policies.append(best_one)
         self._manager = ocp.CheckpointManager(
             self.path,
@@ -81,9 +79,7 @@ class Checkpoints:
     def restore(self, step: int, like: TrainState) -> TrainState:
         """The state of a step, laid out as `like`, whose leaves may be abstract: any mesh, any number of processes."""
         described = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
-        items = ocp.args.Composite(
-            params=ocp.args.StandardRestore(described.params), train=ocp.args.StandardRestore(_rest(described))
-        )
+        items = ocp.args.Composite(params=ocp.args.StandardRestore(described.params), train=ocp.args.StandardRestore(_rest(described)))
         with _reading(self.path / str(step)):
             restored = self._manager.restore(step, args=items)
         return dataclasses.replace(like, params=restored["params"], **restored["train"])

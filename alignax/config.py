@@ -89,9 +89,7 @@ def default_config() -> Any:
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 100  # steps; the last one is always saved
     c.checkpoint.keep = 2  # the newest so many
-    c.checkpoint.best = (
-        ""  # also keep the one with the best evaluation metric, "loss" say (lowest) or "-rewards/margins" (highest)
-    )
+    c.checkpoint.best = ""  # also keep the one with the best evaluation metric, "loss" say (lowest) or "-rewards/margins" (highest)
 
     c.log = ConfigDict()
     c.log.every = 10  # steps between lines of a plain console
@@ -107,9 +105,7 @@ def load_experiment(file: str | Path, overrides: Sequence[str] = ()) -> Experime
     """Reads an experiment file and applies overrides such as `data.max_length=160`."""
     file = Path(file)
     if not file.is_file():
-        raise ValueError(
-            f"experiment file {str(file)!r} does not exist; give the path of a Python file such as experiments/dpo_hh.py"
-        )
+        raise ValueError(f"experiment file {str(file)!r} does not exist; give the path of a Python file such as experiments/dpo_hh.py")
     spec = importlib.util.spec_from_file_location("alignax_experiment_" + file.stem, file)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -186,6 +182,8 @@ def source(experiment: Experiment) -> str:
 def effective(experiment: Experiment) -> str:
     """A Python file that runs the same again: the experiment's source, with every field of its config pinned."""
     fields = json.dumps(flat(experiment.config), indent=4, sort_keys=True)
+    # An experiment of several stages leaves the experience out of those that need no reference.
+    without = "" if experiment.experience else "\nexperience = None\n"
     return f'''{source(experiment)}
 
 {MARK}
@@ -203,7 +201,7 @@ def get_config():  # noqa: D103, F811
             _node = _node[_group]
         _node[_name] = _value
     return config
-'''
+{without}'''
 
 
 def difference(old: Experiment, new: Experiment, free: Sequence[str]) -> list[str]:

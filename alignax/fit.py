@@ -209,15 +209,14 @@ def check_same(workdir: Path, step: int, saved: dict[str, Any], now: dict[str, A
 def summary(run: Run, about: dict[str, Any], start: int) -> list[str]:
     """What a run says before it starts."""
     mesh = " x ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items())
+    count = parameter_count(run.source.config) / 1e6
     lines = [
-        f"model {run.config.model.path}: {parameter_count(run.source.config) / 1e6:.3f} M parameters, {run.dtype.name} on float32 weights; mesh {mesh}",
+        f"model {run.config.model.path}: {count:.3f} M parameters, {run.dtype.name} on float32 weights; mesh {mesh}",
         f"policy {about['policy']}" + (f", reference {about['reference']}" if about["reference"] else ", no reference"),
     ]
     for split, report in run.reports.items():
         lines += [f"{split} data: {line}" if i == 0 else f"  {line}" for i, line in enumerate(report.lines())]
-    lines.append(
-        f"steps {run.steps} of {run.config.batch_size} examples, rows of {run.train.length} tokens, workdir {run.workdir}"
-    )
+    lines.append(f"steps {run.steps} of {run.config.batch_size} examples, rows of {run.train.length} tokens, workdir {run.workdir}")
     if start >= run.steps:
         lines.append(f"this run is complete: step {start} is saved; a longer one needs another workdir")
     elif start:

@@ -44,17 +44,17 @@ TOPICS = {
 }
 FACTS = {topic: words.split() for topic, words in TOPICS.items()}
 PROMPTS = ("tell me about the {}", "what belongs to the {}", "name things of the {}", "what do you know of the {}")
-LONGEST = 16  # tokens of an answer in a pair
+PATIENCE = 7  # words, and the most that a demonstration has
 AT_ONCE = 1024
-SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
+EOS, UNKNOWN = "</s>", "<unk>"
 
 
 def get_config():
-    """Sizes for about three minutes on 2 cores."""
+    """Sizes for two to three minutes on 2 cores."""
     config = default_config()
     config.stage = "all"  # or one of the three runs: "sft", "dpo", "rpo"
     config.workdir = "runs/demo"
-    config.beta = 0.05
+    config.beta = 0.03
     config.eta = 0.4
     config.answers = 12000  # demonstrations
     config.pairs = 8000
@@ -66,13 +66,13 @@ def get_config():
     config.steps = 500
     config.batch_size = 64
     config.data.max_length = 48
-    config.optimizer.learning_rate = 3e-4
+    config.optimizer.learning_rate = 4e-4
     config.optimizer.schedule = "constant"
     config.model.remat = "none"
     config.eval.every = 25
     config.eval.batch_size = 256
     config.eval.sample_prompts = 512
-    config.eval.max_new_tokens = 32
+    config.eval.max_new_tokens = 16
     config.log.every = 50
     return config
 
@@ -88,14 +88,13 @@ def experience(config, reference):
 
 
 def gold(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
-    """Words on the topic, less words off the topic, less repetitions."""
+    """1 for each word on the topic, -1 for each off it and for each repetition, and -1 more for each word past the seventh."""
     return [_gold(prompt.split()[-1], completion.split()) for prompt, completion in zip(prompts, completions, strict=True)]
 
 
 def _gold(topic: str, words: list[str]) -> float:
-    distinct = set(words)
-    on = len(distinct & set(FACTS[topic]))
-    return float(on - (len(distinct) - on) - (len(words) - len(distinct)))
+    facts = set(words) & set(FACTS[topic])
+    return float(2 * len(facts) - len(words) - max(len(words) - PATIENCE, 0))
 
 
 def main(experiment):
@@ -159,31 +158,28 @@ def answer(prompt: str, rng: random.Random) -> str:
     """2 to 7 different words, each on the topic with probability 0.65."""
     own = FACTS[prompt.split()[-1]]
     others = [word for facts in FACTS.values() for word in facts if facts is not own]
-    length = rng.randint(2, 7)
+    length = rng.randint(2, PATIENCE)
     on = sum(rng.random() < 0.65 for _ in range(length))
     return " " + " ".join(sorted(rng.sample(own, on) + rng.sample(others, length - on)))
 
 
 def write_model(folder: Path, width: int) -> None:
     """A Hugging Face folder of the Llama family: config and a tokenizer of whole words, no weights."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     words = sorted({word for text in (*PROMPTS, *TOPICS, *TOPICS.values()) for word in text.split()} - {"{}"})
-    vocabulary = {word: i for i, word in enumerate((*SPECIAL, *words))}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    vocabulary = {word: i for i, word in enumerate((EOS, UNKNOWN, *words))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])])
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
-    fast.save_pretrained(folder)
+    # The only special token ends an answer, so that no token of an answer is hidden from the gold reward.
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=EOS).save_pretrained(folder)
     description = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": len(vocabulary), "hidden_size": width,
         "intermediate_size": 2 * width, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4,
         "head_dim": width // 4, "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "hidden_act": "silu",
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "tie_word_embeddings": True, "initializer_range": 0.05,
-        "bos_token_id": vocabulary["<s>"], "eos_token_id": vocabulary["</s>"], "pad_token_id": vocabulary["<pad>"],
+        "bos_token_id": None, "eos_token_id": vocabulary[EOS], "pad_token_id": vocabulary[EOS],
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(description, indent=2))
 
@@ -222,7 +218,7 @@ def sample(policy: Path, prompts: list[str], config) -> list[str]:
     source = hf.open_folder(policy)
     mesh = make_mesh(config.mesh)
     params = hf.load_params(source, mesh)
-    draw = jax.jit(sampler(source.config, max_new_tokens=LONGEST, eos=tokenizer.eos_token_id, mesh=mesh))
+    draw = jax.jit(sampler(source.config, max_new_tokens=config.eval.max_new_tokens, eos=tokenizer.eos_token_id, mesh=mesh))
     inputs = tokenizer(prompts, padding=True, padding_side="left", return_tensors="np")
     ids, mask = inputs["input_ids"], inputs["attention_mask"] > 0
     texts = []

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import conftest
 import tiny
 
 REPO = Path(__file__).resolve().parents[1]
@@ -38,7 +39,7 @@ def arguments(fields: dict[str, object], experiment: str = "dpo_hh") -> list[str
 def environment(devices: int = 1, **more: str) -> dict[str, str]:
     """Of a process with so many simulated devices; compiled programs are shared between the runs of a test session."""
     cache = os.environ.get("PYTEST_COMPILE_CACHE", "")
-    own = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
+    own = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {conftest.QUICK}", "JAX_PLATFORMS": "cpu"}
     if cache:
         own |= {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     return os.environ | own | more
@@ -47,9 +48,7 @@ def environment(devices: int = 1, **more: str) -> dict[str, str]:
 def begin(args: list[str], env: dict[str, str] | None = None) -> subprocess.Popen:
     """Starts the command."""
     command = [sys.executable, "-m", "alignax", *args]
-    return subprocess.Popen(
-        command, env=env or environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=REPO
-    )
+    return subprocess.Popen(command, env=env or environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=REPO)
 
 
 def finish(process: subprocess.Popen, code: int = 0, timeout: float = 240) -> str:

@@ -15,9 +15,7 @@ def make(template="<s> $A", bos: str | None = "<s>", eos: str | None = "</s>"):
     model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = tokenizers.decoders.ByteLevel()
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
-    )
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False)
     model.train_from_iterator(SENTENCES, trainer)
     if template:
         model.post_processor = tokenizers.processors.TemplateProcessing(single=template, special_tokens=[("<s>", 0), ("</s>", 1)])
@@ -134,9 +132,7 @@ def test_pairs_identical_after_the_cut_are_dropped_and_counted(bos):
 
 def test_a_prompt_that_leaves_no_room_is_a_bad_row(bos):
     rows = [("the", " a", " b"), ("the sky is blue and the sea is blue", " a", " b")]
-    with pytest.raises(
-        ValueError, match=r"x\.jsonl, row 1 .*prompt of \d+ tokens leaves no room within max_length 4; set data.max_p"
-    ):
+    with pytest.raises(ValueError, match=r"x\.jsonl, row 1 .*prompt of \d+ tokens leaves no room within max_length 4; set data.max_p"):
         run(rows, bos, max_length=4, path="x.jsonl")
     examples, report = run(rows, bos, max_length=4, bad_rows="drop", dropped={"not text": 2})
     assert report.dropped == {"not text": 2, "prompt leaves no room": 1}
@@ -170,9 +166,7 @@ def test_errors_of_settings(bos):
         run([*rows, ("the", " cat")], bos)
     largest = max(bos("the cat")["input_ids"])
     token = bos.convert_ids_to_tokens(largest)
-    with pytest.raises(
-        ValueError, match=rf"id {largest} \('{token}'\) lies outside the model's {largest} embedding.*larger than"
-    ):
+    with pytest.raises(ValueError, match=rf"id {largest} \('{token}'\) lies outside the model's {largest} embedding.*larger than"):
         run([("the", " cat", " c")], bos, vocab_size=largest)
     assert run([("the", " cat", " c")], bos, vocab_size=largest + 1)[1].kept == 1
 

@@ -69,9 +69,7 @@ def test_explicit_variables_win(monkeypatch, calls):
     jax.config.update("jax_cpu_collectives_implementation", None)
     distributed.initialize()
     (arguments,) = calls
-    assert arguments == dict(
-        coordinator_address="10.0.0.1:1234", num_processes=4, process_id=0, cluster_detection_method="deactivate"
-    )
+    assert arguments == dict(coordinator_address="10.0.0.1:1234", num_processes=4, process_id=0, cluster_detection_method="deactivate")
     assert jax.config.values["jax_cpu_collectives_implementation"] == "gloo"
 
 

@@ -183,7 +183,7 @@ def trajectory(sizes: tuple[int, int, int], microbatches: int) -> tuple[list[dic
         batch[name] = batch[name].at[3].set(False)  # a padding row
     batch["ref_logps"] = jnp.where(batch["completion_mask"], -4.0, 0.0)
     batch = jax.device_put(batch, meshes.batch_sharding(mesh))
-    compiled = step.lower(state, batch).compile(compiler_options=tiny.QUICK)
+    compiled = step.lower(state, batch).compile()
     metrics = []
     for _ in range(4):
         state, out = compiled(jax.device_put(state, compiled.input_shardings[0][0]), batch)
@@ -210,7 +210,7 @@ def flops(microbatches: int) -> float:
     state = jax.device_put(init_state(tiny.plain_params(D=32), optax.sgd(0.1), jax.random.key(0)), sharding(mesh))
     batch = jax.device_put(tiny.with_reference(tiny.batch(B=16)), meshes.batch_sharding(mesh))
     step = make_step(tiny.plain_apply, dpo(), optax.sgd(0.1), microbatches)
-    compiled = jax.jit(step).lower(state, batch).compile(compiler_options=tiny.QUICK)
+    compiled = jax.jit(step).lower(state, batch).compile()
     return microbatches * compiled.cost_analysis()["flops"]
 
 

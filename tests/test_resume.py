@@ -50,9 +50,7 @@ def test_sigterm_saves_and_exits(fields, whole, tmp_path):
     workdir = tmp_path / "run"
     args = runs.arguments(fields | {"workdir": workdir})
     process = runs.begin(args)
-    assert runs.stop_when(
-        process, lambda: (workdir / "metrics.jsonl").exists() and len(runs.losses(workdir)) >= 4, signal.SIGTERM
-    )
+    assert runs.stop_when(process, lambda: (workdir / "metrics.jsonl").exists() and len(runs.losses(workdir)) >= 4, signal.SIGTERM)
     out = runs.finish(process, code=143)
     assert "stopped by SIGTERM after step" in out
     step = int(out.split("stopped by SIGTERM after step ")[1].split(";")[0])
@@ -72,9 +70,7 @@ def test_resumes_on_another_mesh(fields, whole, tmp_path):
     workdir = tmp_path / "run"
     one = runs.arguments(fields | {"workdir": workdir})
     process = runs.begin(one)
-    assert runs.stop_when(
-        process, lambda: (workdir / "metrics.jsonl").exists() and len(runs.losses(workdir)) >= 6, signal.SIGTERM
-    )
+    assert runs.stop_when(process, lambda: (workdir / "metrics.jsonl").exists() and len(runs.losses(workdir)) >= 6, signal.SIGTERM)
     runs.finish(process, code=143)
     eight = runs.arguments(fields | {"workdir": workdir, "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2})
     out = runs.finish(runs.begin(eight, runs.environment(devices=8)))

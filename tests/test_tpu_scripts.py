@@ -487,9 +487,7 @@ def test_the_readme_names_every_script_and_setting():
 def test_what_the_readme_shows_runs(cloud):
     blocks = re.findall(r"^```bash\n(.*?)^```", (TPU / "README.md").read_text(), re.M | re.S)
     for name, block in zip(("one host", "a pod", "after a preemption"), blocks, strict=False):  # the fourth is a loop for ever
-        environment = (
-            os.environ | SETTINGS | {"FAKE": str(cloud.root), "PATH": f"{cloud.root}/bin:{os.environ['PATH']}", "YES": "1"}
-        )
+        environment = os.environ | SETTINGS | {"FAKE": str(cloud.root), "PATH": f"{cloud.root}/bin:{os.environ['PATH']}", "YES": "1"}
         command = ["bash", "-euc", block.replace("tpu/logs.sh", "true")]  # it would follow a training that nobody stops
         done = subprocess.run(command, cwd=cloud.project, env=environment, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, f"{name}: {done.stderr}"

@@ -1,7 +1,6 @@
 """The step: parts equal the whole, bad steps are skipped, nothing is traced twice; evaluation, experience, optimizers."""
 
 import dataclasses
-import functools
 import math
 
 import jax
@@ -21,7 +20,6 @@ from alignax.optim import OPTIMIZERS, SCHEDULES, decays, make_optimizer, make_sc
 from alignax.train import digest, init_state, make_evaluation, make_step, means
 from alignax.types import Model, microbatch
 
-jit = functools.partial(jax.jit, compiler_options=tiny.QUICK)
 LOSSES = {  # every term there is: rpo holds summed_sft, rpo_token_mean holds sft(over=per_sequence)
     "sft": sft(),
     "dpo": dpo(),
@@ -73,7 +71,7 @@ def assert_metrics_near(a, b):
 def test_microbatches_equal_one_batch(name):
     """Gradients, parameters and metrics, with ragged rows, and padding rows spread unevenly over the parts."""
     optimizer = optax.sgd(0.1, momentum=0.0)  # its state is the gradient
-    one, two, four = (jit(make_step(tiny.plain_apply, LOSSES[name], optimizer, count)) for count in (1, 2, 4))
+    one, two, four = (jax.jit(make_step(tiny.plain_apply, LOSSES[name], optimizer, count)) for count in (1, 2, 4))
     state = start(optimizer)
     for padding in ((), (1, 6), (0, 2, 4, 6)):  # the last: a part is all padding
         batch = padded(ragged(), padding)
@@ -88,7 +86,7 @@ def test_microbatches_equal_one_batch(name):
 
 def test_padding_rows_change_nothing():
     batch = ragged(8)
-    step = jit(make_step(tiny.plain_apply, dpo() + sft(), optax.sgd(1.0)))
+    step = jax.jit(make_step(tiny.plain_apply, dpo() + sft(), optax.sgd(1.0)))
     short, metrics = step(start(optax.sgd(1.0)), {k: x[:5] for k, x in batch.items()})
     long, more = step(start(optax.sgd(1.0)), padded(batch, (5, 6, 7)))
     assert_near(long.params, short.params)
@@ -103,7 +101,7 @@ def test_a_microbatch_takes_every_countth_row():
 def test_first_dpo_step_from_the_reference():
     """Loss ln 2, accuracy 1/2, margin exactly 0."""
     batch = tiny.with_reference(tiny.batch(), params=tiny.plain_params())
-    _, metrics = jit(make_step(tiny.plain_apply, dpo(), optax.sgd(1.0), 2))(start(optax.sgd(1.0)), batch)
+    _, metrics = jax.jit(make_step(tiny.plain_apply, dpo(), optax.sgd(1.0), 2))(start(optax.sgd(1.0)), batch)
     np.testing.assert_allclose(metrics["loss"], math.log(2), atol=1e-6)
     assert metrics["rewards/accuracies"] == 0.5 and metrics["rewards/margins"] == 0.0
 
@@ -113,9 +111,9 @@ def test_gradient_and_update_are_optaxs():
     optimizer = optax.adamw(1e-2)
     batch, state = ragged(), start(optimizer)
     f = lambda p: dpo()(tiny.plain_apply(p, batch), batch, dpo().normalised(batch))[0]
-    grads = jit(jax.grad(f))(state.params)
+    grads = jax.jit(jax.grad(f))(state.params)
     updates, _ = optimizer.update(grads, state.opt_state, state.params)
-    stepped, metrics = jit(make_step(tiny.plain_apply, dpo(), optimizer))(state, batch)
+    stepped, metrics = jax.jit(make_step(tiny.plain_apply, dpo(), optimizer))(state, batch)
     assert_near(stepped.params, optax.apply_updates(state.params, updates))
     np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(grads), rtol=1e-6)
     np.testing.assert_allclose(metrics["loss"], f(state.params), rtol=1e-6)
@@ -129,7 +127,7 @@ def test_gradient_and_update_are_optaxs():
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_bad_batch_is_skipped_and_the_run_recovers(bad, count):
     optimizer = optax.adam(optax.linear_schedule(0.1, 0.0, 10))
-    step = jit(make_step(tiny.plain_apply, ipo(), optimizer, count))
+    step = jax.jit(make_step(tiny.plain_apply, ipo(), optimizer, count))
     good = ragged()
     poisoned = good | {"ref_logps": good["ref_logps"].at[0, 0].set(jnp.where(good["completion_mask"][0, 0], bad, 0.0))}
     state, metrics = step(start(optimizer), good)
@@ -155,7 +153,7 @@ def test_the_parameter_whose_gradient_is_not_finite_is_named():
     params = {"plain": tiny.plain_params(), "root": jnp.zeros(())}
     apply = lambda p, batch: (out := tiny.plain_apply(p["plain"], batch))._replace(logps=out.logps + jnp.sqrt(p["root"]))
     state = start(optax.sgd(0.1), params)
-    after, metrics = jit(make_step(apply, sft(), optax.sgd(0.1)))(state, ragged())
+    after, metrics = jax.jit(make_step(apply, sft(), optax.sgd(0.1)))(state, ragged())
     finite = {name: bool(x) for name, x in metrics.items() if name.startswith("finite/")}
     assert finite == {"finite/plain.bias": True, "finite/plain.embed": True, "finite/plain.head": True, "finite/root": False}
     assert np.isfinite(metrics["loss"]) and metrics["skipped"] == 1
@@ -175,7 +173,7 @@ def test_nothing_is_traced_twice_in_100_steps():
         traces.append(1)
         return step(state, experience(batch))
 
-    jitted = jit(counted, donate_argnums=0)
+    jitted = jax.jit(counted, donate_argnums=0)
     batch, state = tiny.batch(), start(optax.adam(1e-3))
     reference = Model(tiny.plain_apply, tiny.plain_params(seed=1))
     for i in range(100):
@@ -187,7 +185,7 @@ def test_nothing_is_traced_twice_in_100_steps():
 
 def test_a_schedule_changes_the_loss_with_the_step():
     objective = lambda step: dpo() + (0.5 * step) * sft()
-    step = jit(make_step(tiny.plain_apply, objective, optax.sgd(0.0), 2))
+    step = jax.jit(make_step(tiny.plain_apply, objective, optax.sgd(0.0), 2))
     state, batch = start(optax.sgd(0.0)), ragged()
     seen = []
     for _ in range(3):
@@ -198,7 +196,7 @@ def test_a_schedule_changes_the_loss_with_the_step():
 
 
 def test_the_state_can_be_donated():
-    step = jit(make_step(tiny.plain_apply, dpo(), optax.adam(0.1)), donate_argnums=0)
+    step = jax.jit(make_step(tiny.plain_apply, dpo(), optax.adam(0.1)), donate_argnums=0)
     state = start(optax.adam(0.1))
     old = jax.tree.leaves(state.params)
     state, _ = step(state, ragged())
@@ -217,11 +215,11 @@ def totals(*parts):
 def test_evaluation_of_ragged_batches_equals_one_big_batch(name):
     """And it is the training step's own loss and metrics."""
     batch, params = padded(ragged(9), (3, 8)), tiny.plain_params()
-    evaluate = jit(make_evaluation(tiny.plain_apply, LOSSES[name]))
+    evaluate = jax.jit(make_evaluation(tiny.plain_apply, LOSSES[name]))
     cuts = [{k: x[s] for k, x in batch.items()} for s in (slice(0, 4), slice(4, 8), slice(8, 9))]
     parts = means(totals(*(evaluate(params, 0, part) for part in cuts)))
     whole = means(evaluate(params, 0, batch))
-    _, metrics = jit(make_step(tiny.plain_apply, LOSSES[name], optax.sgd(0.0)))(start(optax.sgd(0.0)), batch)
+    _, metrics = jax.jit(make_step(tiny.plain_apply, LOSSES[name], optax.sgd(0.0)))(start(optax.sgd(0.0)), batch)
     assert set(parts) == set(whole) == {k for k in metrics if k[:5] not in ("grad_", "skipp", "finit")}
     for key, x in parts.items():
         np.testing.assert_allclose(x, whole[key], rtol=1e-5, atol=1e-6)
@@ -241,7 +239,7 @@ def test_evaluation_adds_two_terms_of_the_same_name():
 
 def test_evaluation_follows_a_schedule():
     batch, params = ragged(), tiny.plain_params()
-    evaluate = jit(make_evaluation(tiny.plain_apply, lambda step: step * sft()))
+    evaluate = jax.jit(make_evaluation(tiny.plain_apply, lambda step: step * sft()))
     at = lambda step: means(evaluate(params, jnp.asarray(step), batch))["loss"]
     assert at(0) == 0.0
     np.testing.assert_allclose(at(6), 3 * at(2), rtol=1e-6)
@@ -266,16 +264,16 @@ def test_an_evaluation_batch_of_padding_weighs_nothing():
 
 def test_the_digest_is_the_same_in_every_layout():
     params = tiny.params()
-    alone = int(jit(digest)(params))
+    alone = int(jax.jit(digest)(params))
     for shape in ({"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"data": 8}, {"tensor": 8}):
         mesh = meshes.make_mesh(shape)
         shardings = jax.tree.map(lambda x: x.sharding, hf.abstract_params(tiny.MODEL, mesh))
-        assert int(jit(digest)(jax.device_put(params, shardings))) == alone, shape
+        assert int(jax.jit(digest)(jax.device_put(params, shardings))) == alone, shape
 
 
 def test_the_digest_sees_one_changed_value_anywhere():
     params = tiny.plain_params(V=8, D=4)
-    f = jit(digest)
+    f = jax.jit(digest)
     changed = set()
     for i, (leaf, treedef) in enumerate([jax.tree.flatten(params)] * 3):
         for j in range(leaf[i].size):
@@ -293,7 +291,7 @@ def test_the_digest_sees_two_values_swapped_anywhere(dtype):
     a, b = (jnp.asarray(i) for i in np.triu_indices(x.size, 1))
     swap = lambda a, b: digest(x.at[a].set(x[b]).at[b].set(x[a]).reshape(4, 40))
     different = np.asarray(x[a] != x[b])
-    same = np.asarray(jit(jax.vmap(swap))(a, b)) == np.asarray(digest(x.reshape(4, 40)))
+    same = np.asarray(jax.jit(jax.vmap(swap))(a, b)) == np.asarray(digest(x.reshape(4, 40)))
     assert not np.any(same & different)
 
 
@@ -333,7 +331,7 @@ def test_no_step_has_rate_0_and_the_peak_is_reached(warmup, steps):
 def test_every_optimizer_learns(name):
     config = optim(name=name, schedule="constant", warmup=0.0, learning_rate=0.01, weight_decay=0.01)
     optimizer = make_optimizer(config, make_schedule(config, 5))
-    step = jit(make_step(tiny.plain_apply, sft(), optimizer, 2))
+    step = jax.jit(make_step(tiny.plain_apply, sft(), optimizer, 2))
     state, batch = start(optimizer), tiny.batch()
     state, first = step(state, batch)
     _, second = step(state, batch)
@@ -419,7 +417,7 @@ def test_experience_writes_the_models_log_probs_in_any_number_of_microbatches():
     batch, model = tiny.batch(8), Model(tiny.plain_apply, tiny.plain_params(seed=1))
     live = tiny.plain_apply(model.params, batch).logps
     for count in (1, 2, 4):
-        written = jit(lambda e, b: e(b))(logps("ref_logps", model, count), batch)
+        written = jax.jit(lambda e, b: e(b))(logps("ref_logps", model, count), batch)
         np.testing.assert_allclose(written["ref_logps"], live, atol=1e-6)
         assert set(written) == set(batch) | {"ref_logps"}
         assert written["ref_logps"].shape == batch["tokens"].shape and written["ref_logps"].dtype == jnp.float32
@@ -433,7 +431,7 @@ def test_experience_is_an_argument_not_a_constant():
     assert not [c for c in traced.consts if np.shape(c) in sizes]
     assert len(traced.jaxpr.invars) == len(jax.tree.leaves((model.params, batch)))
     # Other parameters give other numbers from the same program.
-    f = jit(call)
+    f = jax.jit(call)
     other = Model(tiny.plain_apply, tiny.plain_params(seed=2))
     a, b = (f(chain(logps("ref_logps", m)), batch) for m in (model, other))
     np.testing.assert_allclose(b, tiny.plain_apply(other.params, batch).logps, atol=1e-6)
@@ -443,7 +441,7 @@ def test_experience_is_an_argument_not_a_constant():
 def test_a_chain_runs_first_to_last():
     add = jax.tree_util.Partial(lambda n, batch: batch | {"x": batch["x"] + n}, jnp.asarray(3))
     double = jax.tree_util.Partial(lambda batch: batch | {"x": batch["x"] * 2})
-    f = jit(lambda experience, batch: experience(batch)["x"])
+    f = jax.jit(lambda experience, batch: experience(batch)["x"])
     batch = {"x": jnp.asarray(1)}
     assert (f(chain(add, double), batch), f(chain(double, add), batch)) == (8, 5)
     assert (f(chain(), batch), f(chain(chain(add), chain(double, add)), batch)) == (1, 11)
@@ -462,10 +460,10 @@ def test_precomputed_reference_equals_the_live_one():
     """In value, parameters and metrics, after a step; and no gradient goes into it."""
     batch, experience = tiny.batch(8), logps("ref_logps", Model(tiny.plain_apply, tiny.plain_params(seed=1)), 2)
     step = make_step(tiny.plain_apply, rpo(), optax.sgd(1.0), 2)
-    live = jit(lambda state, experience, batch: step(state, experience(batch)))
-    stored = jax.device_get(jit(lambda e, b: e(b))(experience, batch)["ref_logps"])
+    live = jax.jit(lambda state, experience, batch: step(state, experience(batch)))
+    stored = jax.device_get(jax.jit(lambda e, b: e(b))(experience, batch)["ref_logps"])
     state = start(optax.sgd(1.0))
-    (a, m), (b, n) = live(state, experience, batch), jit(step)(state, batch | {"ref_logps": jnp.asarray(stored)})
+    (a, m), (b, n) = live(state, experience, batch), jax.jit(step)(state, batch | {"ref_logps": jnp.asarray(stored)})
     assert_near(a.params, b.params)
     assert_metrics_near(m, n)
 
@@ -477,7 +475,7 @@ def test_a_users_loss_in_one_line_trains():
     """A loss is a name, a value and (by default) the examples as weights."""
     hinge = loss("hinge", lambda out, batch: (jax.nn.relu(1 + out.logps[:, 1].sum(-1) - out.logps[:, 0].sum(-1)), {}))
     assert isinstance(hinge, Loss)
-    step = jit(make_step(tiny.plain_apply, hinge, optax.adam(0.05), 2))
+    step = jax.jit(make_step(tiny.plain_apply, hinge, optax.adam(0.05), 2))
     state, batch = start(optax.adam(0.05)), tiny.batch()
     history = []
     for _ in range(20):

@@ -21,8 +21,6 @@ MODEL = transformer.ModelConfig(
     vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
     head_dim=8, max_position_embeddings=128, rms_norm_eps=1e-5, tie_word_embeddings=True, initializer_range=0.2,
 )  # fmt: skip
-# Compiler options that halve the compile time of small programs.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def params(config: transformer.ModelConfig = MODEL, seed: int = 0):

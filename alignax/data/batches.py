@@ -61,9 +61,7 @@ class Batches:
         return assemble(self.examples, indices if rows is None else indices[rows], self.length)
 
 
-def evaluation_batch(
-    examples: Examples, index: int, batch_size: int, length: int, rows: slice | None = None
-) -> dict[str, np.ndarray]:
+def evaluation_batch(examples: Examples, index: int, batch_size: int, length: int, rows: slice | None = None) -> dict[str, np.ndarray]:
     """Batch `index` of the examples in order; the last one is filled up with padding rows. `rows` as in `Batches.batch`."""
     indices = np.arange(index * batch_size, (index + 1) * batch_size, dtype=np.int64)
     return assemble(examples, indices if rows is None else indices[rows], length)

@@ -75,9 +75,7 @@ class Report(NamedTuple):
             lines.append(f"  prompts without a token, given a BOS or EOS: {self.separators_added:,}")
         if self.eos_inside:
             lines.append(f"  completions with an EOS inside the text: {self.eos_inside:,}")
-        lines.append(
-            f"  tokens: {self.tokens:,}, of them scored {self.completion_tokens:,}; the longest row has {self.longest:,}"
-        )
+        lines.append(f"  tokens: {self.tokens:,}, of them scored {self.completion_tokens:,}; the longest row has {self.longest:,}")
         return lines
 
     def as_dict(self) -> dict[str, Any]:

@@ -56,9 +56,7 @@ def token_logps(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def score(
-    chunk: int, mesh: Mesh | None, x: jax.Array, weight: jax.Array, y: jax.Array, count: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def score(chunk: int, mesh: Mesh | None, x: jax.Array, weight: jax.Array, y: jax.Array, count: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Log-prob of y [S, P] and entropy under softmax(x W), from x [S, P, D] and W [D, V]; 0 after the first `count` chunks."""
     return _forward(chunk, mesh, x, weight, y, count)[0]
 

@@ -209,7 +209,7 @@ def rope_angles(c: ModelConfig, positions: jax.Array, length: jax.Array) -> tupl
     Args:
       c: the model's configuration.
       positions: [R, T] int.
-      length: [R] int, real tokens of each row.
+      length: [R] int, real tokens of each row; with a cache, those so far.
     """
     s = dict(c.rope_scaling)
     kind = s.get("rope_type", "default")

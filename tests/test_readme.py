@@ -1,0 +1,51 @@
+"""What the README shows runs, and what it names exists."""
+
+import re
+
+import jax.numpy as jnp
+import optax
+import pytest
+import runs
+import tiny
+
+from alignax import Model, chain, init_state, logps, make_step
+from alignax.config import default_config, flat
+
+README = (runs.REPO / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+def run_block(index: int) -> dict:
+    names: dict = {"jnp": jnp}
+    exec(compile(BLOCKS[index], "README.md", "exec"), names)
+    return names
+
+
+def test_the_first_example_is_rpo():
+    names = run_block(0)
+    loss = names["loss"](None)
+    assert [(c, term.name) for c, term in loss.terms] == [(1.0, "dpo"), (0.005 * 0.1, "sft")]
+    params = tiny.params()
+    batch = names["experience"](None, Model(tiny.plain_apply, tiny.plain_params()))(tiny.batch())
+    assert batch["ref_logps"].shape == batch["tokens"].shape and params
+
+
+def test_a_loss_of_ones_own():
+    hinge = run_block(1)["hinge"]
+    params = tiny.plain_params()
+    batch = chain(logps("ref_logps", Model(tiny.plain_apply, params)))(tiny.batch())
+    step = make_step(tiny.plain_apply, hinge(), optax.sgd(0.1), microbatches=2)
+    import jax
+
+    _, metrics = step(init_state(params, optax.sgd(0.1), jax.random.key(0)), batch)
+    assert float(metrics["loss"]) == pytest.approx(1.0), "policy = reference"
+
+
+def test_fields_files_and_targets_exist():
+    fields = flat(default_config())
+    named = set(re.findall(r"--config\.([a-z_.]+)", README))
+    assert named and named <= fields.keys() | {"beta"}, named - fields.keys()
+    for path in re.findall(r"`((?:alignax|experiments|tpu)/[\w/]*\.?\w*)`", README):
+        assert (runs.REPO / path).exists(), path
+    targets = set(re.findall(r"^([a-z-]+):", (runs.REPO / "Makefile").read_text(), re.M))
+    assert set(re.findall(r"`?make ([a-z-]+)", README)) <= targets
