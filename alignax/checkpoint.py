@@ -5,6 +5,7 @@ read alone), and a JSON item that says which run wrote it. Data needs no positio
 """
 
 import dataclasses
+import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +27,8 @@ class Checkpoints:
     def __init__(self, workdir: str | Path, keep: int = 2, best: str = ""):
         """`best` names an evaluation metric, lower is better; a leading "-" turns that around."""
         self.path = Path(workdir).absolute() / "checkpoints"
+        # What fails in the background is raised again when we wait for it; orbax prints a traceback of every thread besides.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         name = best.removeprefix("-")
         policies: list[Any] = [ocp.checkpoint_managers.LatestN(keep)]
         if best:

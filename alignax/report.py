@@ -76,7 +76,9 @@ def figure(runs: Mapping[str, Path], path: Path) -> None:
     Raises:
       ValueError: for runs without KL, and for more runs than there are colours.
     """
+    import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     if len(runs) > len(COLOURS):
         raise ValueError(f"a figure of {len(runs)} runs is unreadable; give at most {len(COLOURS)}")
@@ -84,11 +86,9 @@ def figure(runs: Mapping[str, Path], path: Path) -> None:
     if bare := [name for name, own in rows.items() if not own]:
         raise ValueError(f"{', '.join(bare)}: no evaluation has a KL; set eval.sample_prompts, and eval.temperature to 1")
     panels = [panel for panel in PANELS if any(panel[0] in row for own in rows.values() for row in own)]
-    style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
-    import matplotlib
-
+    style: Any = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
     with matplotlib.rc_context(style):
-        drawing = Figure(figsize=(4.2 * len(panels), 3.4), layout="constrained")
+        drawing = Figure(figsize=(4.2 * len(panels), 3.4), layout=ConstrainedLayoutEngine(wspace=0.06))
         for axes, (metric, title, label) in zip(drawing.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
             for own, name, colour, marker in zip(rows.values(), rows, COLOURS, MARKERS, strict=False):
                 points = [(_distance(row["kl"]), row[metric]) for row in own if metric in row]

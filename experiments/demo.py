@@ -6,11 +6,14 @@
 Command, the same as `make demo`:
   alignax train --config experiments/demo.py
 
-Hardware: 2 CPU cores.
+Hardware: 2 CPU cores, one process.
 
-The world: a prompt names a topic, an answer is a list of words. The gold reward counts the words on the topic, once each, and takes
-away those off the topic and every repetition. The SFT policy repeats itself rarely, so its pairs, a quarter of them with the label
-flipped, say far more about "more words on the topic" than about "no repetition": there is something to overoptimise.
+The world: a prompt names a topic, an answer is a list of words. The gold reward counts the words on the topic, once each; words off
+it, repetitions, and words past the seventh cost. Pairs are drawn from the SFT policy and a quarter of their labels is flipped. That
+policy rarely repeats a word (14 % of its answers) or goes past the seventh (3 %), so the pairs say much of the first and little of the
+rest: there is something to overoptimise. eta is far above the paper's 0.005, since these answers have 6 tokens, not hundreds.
+
+EXPECTED
 """
 
 import json
@@ -24,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from alignax import chain, commands, default_config, dpo, logps, report, rpo, sft
+from alignax.config import BadInput
 from alignax.generate import sampler
 from alignax.mesh import make_mesh
 from alignax.models import hf
@@ -45,14 +49,15 @@ TOPICS = {
 FACTS = {topic: words.split() for topic, words in TOPICS.items()}
 PROMPTS = ("tell me about the {}", "what belongs to the {}", "name things of the {}", "what do you know of the {}")
 PATIENCE = 7  # words, and the most that a demonstration has
-AT_ONCE = 1024
+AT_ONCE = 1024  # answers sampled in one call
+STAGES = ("sft", "dpo", "rpo")
 EOS, UNKNOWN = "</s>", "<unk>"
 
 
 def get_config():
     """Sizes for two to three minutes on 2 cores."""
     config = default_config()
-    config.stage = "all"  # or one of the three runs: "sft", "dpo", "rpo"
+    config.stage = "all"  # or one of STAGES, a single run
     config.workdir = "runs/demo"
     config.beta = 0.03
     config.eta = 0.4
@@ -100,19 +105,20 @@ def _gold(topic: str, words: list[str]) -> float:
 def main(experiment):
     """All three stages, or one of them."""
     config = experiment.config
+    if config.stage not in ("all", *STAGES):
+        raise BadInput(f"config field 'stage' is {config.stage!r}; use all, {', '.join(STAGES)}")
     if config.stage != "all":
         return commands.run(_experiment(experiment, config.stage))
     work = Path(config.workdir)
     write_world(work / "world", config)
     commands.run(_experiment(experiment, "sft"))
     write_pairs(work / "world", work / "sft" / "export", config)
-    for stage in ("dpo", "rpo"):
+    for stage in STAGES[1:]:
         commands.run(_experiment(experiment, stage))
-    runs = {stage.upper(): work / stage for stage in ("sft", "dpo", "rpo")}
-    print("\n" + report.summary_table(runs))
-    del runs["SFT"]
-    print("\n" + report.chosen_line(runs))
-    report.figure(runs, work / "overoptimisation.png")
+    runs = {stage.upper(): work / stage for stage in STAGES}
+    aligned = {name: workdir for name, workdir in runs.items() if name != "SFT"}
+    report.figure(aligned, work / "overoptimisation.png")
+    print(f"\n{report.summary_table(runs)}\n\n{report.chosen_line(aligned)}")
     print(f"figure {work / 'overoptimisation.png'}; Hugging Face folders {work / 'dpo' / 'export'}, {work / 'rpo' / 'export'}")
 
 
@@ -199,7 +205,7 @@ def write_pairs(folder: Path, policy: Path, config) -> None:
             better, worse = two if a > b else two[::-1]
             rows.append({"prompt": p, "chosen": " " + better, "rejected": " " + worse})
     if len(rows) < wanted:
-        raise ValueError(f"the policy made {len(rows)} pairs that are no tie, {wanted} are needed; train SFT longer")
+        raise BadInput(f"the policy made {len(rows)} pairs that are no tie, {wanted} are needed; train SFT longer")
     noisy = [flipped(row) if rng.random() < config.noise else row for row in rows[: config.pairs]]
     write_jsonl(folder / "pairs.jsonl", noisy)
     write_jsonl(folder / "eval.jsonl", rows[config.pairs : wanted])

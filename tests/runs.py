@@ -45,10 +45,16 @@ def environment(devices: int = 1, **more: str) -> dict[str, str]:
     return os.environ | own | more
 
 
+def command(args: list[str]) -> list[str]:
+    """The command line of a process of its own."""
+    return [sys.executable, "-m", "alignax", *args]
+
+
 def begin(args: list[str], env: dict[str, str] | None = None) -> subprocess.Popen:
     """Starts the command."""
-    command = [sys.executable, "-m", "alignax", *args]
-    return subprocess.Popen(command, env=env or environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=REPO)
+    return subprocess.Popen(
+        command(args), env=env or environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=REPO
+    )
 
 
 def finish(process: subprocess.Popen, code: int = 0, timeout: float = 240) -> str:
