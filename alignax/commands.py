@@ -12,7 +12,7 @@ from alignax.fit import fit, make_programs, start
 from alignax.mesh import make_mesh
 from alignax.metrics import Log, table
 from alignax.models import hf
-from alignax.prepare import prepare
+from alignax.prepare import Run, check_workdir, prepare
 
 
 @contextmanager
@@ -33,7 +33,7 @@ def train(file: str, overrides: Sequence[str], dry: bool) -> None:
         experiment = load_experiment(file, overrides)
     if dry:
         with refusing():
-            print(plan.describe(prepare(experiment)))
+            print(plan.describe(checked(experiment)))
     elif experiment.main is not None:
         experiment.main(experiment)
     else:
@@ -43,8 +43,15 @@ def train(file: str, overrides: Sequence[str], dry: bool) -> None:
 def run(experiment: Experiment) -> dict[str, dict[str, float]]:
     """The single run that an experiment describes, or what is left of it; returns its evaluation metrics before and after."""
     with refusing():
-        started = start(prepare(experiment))
+        started = start(checked(experiment))
     return fit(started)
+
+
+def checked(experiment: Experiment) -> Run:
+    """A run that may write into its workdir."""
+    run = prepare(experiment)
+    check_workdir(run)
+    return run
 
 
 def saved_experiment(workdir: Path, overrides: Sequence[str]) -> Experiment:

@@ -70,7 +70,6 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
         if config[name] < 1:
             raise ValueError(f"config field {name!r} is {config[name]}; it must be at least 1")
     workdir = Path(config.workdir)
-    check_workdir(workdir, experiment)
     mesh = mesh or meshes.make_mesh(config.mesh)
     parts = meshes.batch_shards(mesh) * config.microbatches
     for name, size in (("batch_size", config.batch_size), ("eval.batch_size", eval_batch_size(config))):
@@ -154,8 +153,9 @@ def load_tokenizer(source: hf.Source) -> Any:
     return tokenizer
 
 
-def check_workdir(workdir: Path, experiment: Experiment) -> None:
+def check_workdir(run: Run) -> None:
     """Refuses the workdir of another run."""
+    workdir, experiment = run.workdir, run.experiment
     saved = workdir / "config.py"
     if saved.is_file():
         lines = difference(load_experiment(saved), experiment, FREE)

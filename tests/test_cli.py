@@ -213,6 +213,10 @@ def test_run_rerun_of_the_effective_config_eval_export(fields, tmp_path, capsys)
     loss = runs.evaluations(workdir)[-1]["eval/loss"]
     assert f"{loss:.4f}" in table
 
+    other = tiny.pairs(tmp_path / "other.jsonl", n=9, seed=5)
+    assert cli.main(["eval", str(workdir), f"--config.data.eval={other}"]) == 0
+    assert f"{loss:.4f}" not in capsys.readouterr().out, "the run's own data"
+
     assert cli.main(["export", str(workdir), str(tmp_path / "out"), "--config.export.dtype=bfloat16"]) == 0
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
 
