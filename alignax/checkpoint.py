@@ -6,6 +6,7 @@ read alone), and a JSON item that says which run wrote it. Data needs no positio
 
 import dataclasses
 import logging
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -112,7 +113,11 @@ def _reading(where: Path) -> Iterator[None]:
     """Whatever orbax raises over a damaged or foreign checkpoint becomes one error with the remedy."""
     try:
         yield
+    except MemoryError:
+        raise
     except Exception as e:
+        if "RESOURCE_EXHAUSTED" in str(e):  # the checkpoint is whole: this machine is too small for it
+            raise
         cause = (str(e).strip().splitlines() or [""])[0][:200]
         raise ValueError(
             f"checkpoint {where} is damaged, or of another model ({type(e).__name__}: {cause}); "
@@ -134,9 +139,9 @@ def _saving(where: Path) -> Iterator[None]:
 
 
 def nbytes(tree: Any) -> int:
-    """Bytes of the shards that this process holds."""
-    arrays = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array) and not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)]
-    return sum(shard.data.nbytes for x in arrays for shard in x.addressable_shards if shard.replica_id == 0)
+    """Bytes of a tree's arrays, all processes together; they may be abstract."""
+    numeric = [x for x in jax.tree.leaves(tree) if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)]
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in numeric)
 
 
 def require_space(path: Path, need: int) -> None:

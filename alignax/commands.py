@@ -7,6 +7,7 @@ from pathlib import Path
 from alignax import distributed, plan
 from alignax.checkpoint import Checkpoints
 from alignax.config import BadInput, Experiment, load_experiment
+from alignax.distributed import is_main
 from alignax.evaluate import Evaluation
 from alignax.fit import fit, make_programs, start
 from alignax.mesh import make_mesh
@@ -33,6 +34,8 @@ def train(file: str, overrides: Sequence[str], dry: bool) -> None:
         experiment = load_experiment(file, overrides)
     if dry:
         with refusing():
+            if experiment.main is not None and not experiment.config.model.path:
+                raise ValueError(f"{file} runs several stages, each with a config of its own; --dry-run shows a single run")
             print(plan.describe(checked(experiment)))
     elif experiment.main is not None:
         experiment.main(experiment)
@@ -81,7 +84,8 @@ def evaluate(workdir: Path, overrides: Sequence[str]) -> None:
     evaluation = Evaluation(started.run, make_programs(started.run)[1], started.experience, started.reference, log)
     scores = evaluation(started.state, step)
     started.checkpoints.close()
-    print(table([["metric", f"step {step}"], *([name, f"{x:.4f}"] for name, x in sorted(scores.items()))]))
+    if is_main():
+        print(table([["metric", f"step {step}"], *([name, f"{x:.4f}"] for name, x in sorted(scores.items()))]))
 
 
 def export(workdir: Path, folder: Path, overrides: Sequence[str]) -> None:
@@ -95,4 +99,5 @@ def export(workdir: Path, folder: Path, overrides: Sequence[str]) -> None:
         params = checkpoints.restore_params(step, hf.abstract_params(source.config, make_mesh(config.mesh)))
         hf.export(params, source, folder, config.export.dtype)
     checkpoints.close()
-    print(f"step {step} of {workdir} is in {folder}")
+    if is_main():
+        print(f"step {step} of {workdir} is in {folder}")

@@ -98,6 +98,8 @@ def default_config() -> Any:
     c.export = ConfigDict()
     c.export.final = True  # write WORKDIR/export, a Hugging Face folder, at the end
     c.export.dtype = "float32"
+    for group in (c.model, c.reference, c.data, c.optimizer, c.mesh, c.eval, c.checkpoint, c.log, c.export):
+        group.lock()  # a misspelt field in an experiment file is an error; the top level takes its own fields, such as beta
     return c
 
 
@@ -109,11 +111,17 @@ def load_experiment(file: str | Path, overrides: Sequence[str] = ()) -> Experime
     spec = importlib.util.spec_from_file_location("alignax_experiment_" + file.stem, file)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except (SyntaxError, ImportError) as e:
+        raise ValueError(f"experiment file {file} does not load: {e}") from e
     for name in ("get_config", "loss"):
         if not callable(getattr(module, name, None)):
             raise ValueError(f"{file} has no function {name}(); see experiments/dpo_hh.py")
-    config = module.get_config()
+    try:
+        config = module.get_config()
+    except (AttributeError, KeyError) as e:
+        raise ValueError(f"get_config() of {file}: {' '.join(str(e).split())}") from e
     for override in overrides:
         set_field(config, override)
     optional = (getattr(module, name, None) for name in ("experience", "gold", "main"))

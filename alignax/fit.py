@@ -3,6 +3,7 @@
 import math
 import os
 import signal
+import zlib
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -22,12 +23,13 @@ from alignax.experience import Experience, chain
 from alignax.metrics import Log
 from alignax.models import hf
 from alignax.models.transformer import ModelConfig
-from alignax.prepare import Run, reference_apply, state_shardings
+from alignax.prepare import Run, abstract_batch, abstract_reference, abstract_state, frozen_dtype, reference_apply, state_shardings
 from alignax.train import digest, init_state, make_evaluation, make_step
 from alignax.types import Batch, Metrics, Model, Params, TrainState
 
 DRIFT = 2.0  # nats that the chosen response falls before the notice
 EQUAL = {"float32": 1e-3, "bfloat16": 0.1}  # nats that the margin of equal models may differ from 0 by rounding
+AGREE = 10  # steps between the processes' agreements on whether to stop
 INTERRUPTED = 143  # exit code: 128 + SIGTERM
 
 
@@ -51,20 +53,41 @@ def start(run: Run, write: bool = True) -> Started:
       OSError: when the disk has no room for a checkpoint.
     """
     config = run.config
+    check_step(run)
     params = initial_params(run)
     policy_digest, reference, reference_digest = make_reference(run, params)
-    about = {"policy": policy_digest, "reference": reference_digest}
-    create = jax.jit(lambda p, key: init_state(p, run.optimizer, key), out_shardings=state_shardings(run), donate_argnums=0)
-    state = create(params, jax.random.key(config.seed))
+    about = {"policy": policy_digest, "reference": reference_digest, "data": data_digest(run)}
     if write:
-        require_space(run.workdir, nbytes(state))
+        require_space(run.workdir, nbytes(abstract_state(run)))
         open_workdir(run)
     checkpoints = Checkpoints(run.workdir, config.checkpoint.keep, config.checkpoint.best)
     step = checkpoints.latest() or 0
     if step:
-        check_same(run.workdir, step, checkpoints.about(step), about)
-        state = checkpoints.restore(step, state)
+        compared = about if write else {name: about[name] for name in ("policy", "reference")}  # evaluation may have other data
+        check_same(run.workdir, step, checkpoints.about(step), compared)
+        del params  # one training state at a time
+        state = checkpoints.restore(step, abstract_state(run))
+    else:
+        create = jax.jit(lambda p, key: init_state(p, run.optimizer, key), out_shardings=state_shardings(run), donate_argnums=0)
+        state = create(params, jax.random.key(config.seed))
     return Started(run, state, step, make_experience(run, reference), reference, about, checkpoints)
+
+
+def check_step(run: Run) -> None:
+    """Traces the training step on shapes alone, so that a loss that does not fit its data is refused before anything is written."""
+    step, _ = make_programs(run)
+    try:
+        jax.eval_shape(step, abstract_state(run), make_experience(run, abstract_reference(run)), abstract_batch(run))
+    except KeyError as e:
+        raise ValueError(f"the batch has no field {e.args[0]!r}, which the loss or the experience reads; let an experience write it") from e
+
+
+def data_digest(run: Run) -> str:
+    """A fingerprint of the training tokens and of how batches are made of them."""
+    e, crc = run.train.examples, run.train.length
+    for array in (e.tokens, e.offsets, e.prompt_lengths):
+        crc = zlib.crc32(np.ascontiguousarray(array), crc)
+    return f"{crc:08x}"
 
 
 def fit(started: Started) -> dict[str, dict[str, float]]:
@@ -111,7 +134,7 @@ def loop(started: Started, log: Log, stop: "Stop") -> tuple[TrainState, dict[str
         if pending:  # fetched a step late, so that the device never waits for the host
             observe(*pending)
         pending = (s, metrics)
-        stopping = stop.requested(s, config.log.every)
+        stopping = stop.requested(s)
         evaluating = s == run.steps or (config.eval.every and s % config.eval.every == 0)
         saving = s == run.steps or s % config.checkpoint.every == 0 or (evaluating and config.checkpoint.best)
         if stopping or evaluating or saving:  # the log is never behind a checkpoint
@@ -149,14 +172,9 @@ def make_reference(run: Run, params: Params) -> tuple[str, Model | None, str]:
         return policy, None, ""
     original = params if run.reference is run.source else hf.load_params(run.reference, run.mesh)
     # Copies, never aliases: the training step gives the policy's own buffers away.
-    freeze = lambda path, x: jnp.array(x, x.dtype if stays_float32(path) else run.dtype, copy=True)
+    freeze = lambda path, x: jnp.array(x, frozen_dtype(path, run), copy=True)
     frozen = jax.tree_util.tree_map_with_path(freeze, original)
     return policy, Model(reference_apply(run), frozen), text(original)
-
-
-def stays_float32(path: Any) -> bool:
-    """Whether a leaf of a frozen model keeps its precision: norms are computed in float32."""
-    return hf.leaf_name(path).endswith("norm")
 
 
 def parameter_count(config: ModelConfig) -> int:
@@ -176,8 +194,9 @@ def make_programs(run: Run) -> tuple[Callable, Callable]:
     evaluation = make_evaluation(run.apply, run.objective)
 
     def step(state: TrainState, experience: Experience, batch: Batch) -> tuple[TrainState, Metrics]:
+        rate = run.schedule(state.step - state.skipped)
         state, metrics = train_step(state, experience(batch))
-        return state, metrics | {"tokens": batch["mask"].sum(dtype=jnp.float32)}
+        return state, metrics | {"learning_rate": jnp.asarray(rate), "tokens": batch["mask"].sum(dtype=jnp.float32)}
 
     def evaluate(params: Params, experience: Experience, step: jax.Array, batch: Batch) -> Any:
         return evaluation(params, step, experience(batch))
@@ -201,8 +220,8 @@ def check_same(workdir: Path, step: int, saved: dict[str, Any], now: dict[str, A
     for name, value in now.items():
         if saved.get(name) != value:
             raise ValueError(
-                f"checkpoint {step} in {str(workdir)!r} grew from a {name} with digest {saved.get(name)}, the one given now has {value}; "
-                "give the same model folders, or choose another workdir"
+                f"checkpoint {step} in {str(workdir)!r} grew from another {name} ({saved.get(name)}, given now: {value}); "
+                "give the same models and data, or choose another workdir"
             )
 
 
@@ -230,7 +249,9 @@ class Observer:
     def __init__(self, run: Run, log: Log, equal: bool):
         """`equal`: policy and reference start as the same parameters."""
         self.run, self.log, self.equal = run, log, equal
+        self._first: dict[str, float] = {}
         self._smooth: dict[str, float] = {}
+        self._since = 0
         self._noticed = False
 
     def __call__(self, step: int, metrics: Metrics) -> None:
@@ -244,6 +265,7 @@ class Observer:
         elif "logps/chosen_drift" in values:
             if step == 1 and self.equal:
                 self._check_equal(values)
+            self._since = self._since or step
             self._notice(step, values)
 
     def _skipped(self, step: int, values: dict[str, float], infinite: list[str]) -> None:
@@ -267,13 +289,15 @@ class Observer:
 
     def _notice(self, step: int, values: dict[str, float]) -> None:
         for name in ("logps/chosen_drift", "rewards/margins"):
-            self._smooth[name] = 0.9 * self._smooth.get(name, 0.0) + 0.1 * values[name]
-        if not self._noticed and self._smooth["logps/chosen_drift"] < -DRIFT and self._smooth["rewards/margins"] > 0:
+            first = self._first.setdefault(name, values[name])
+            self._smooth[name] = 0.9 * self._smooth.get(name, 0.0) + 0.1 * (values[name] - first)
+        drift, margin = self._smooth["logps/chosen_drift"], self._smooth["rewards/margins"]
+        if not self._noticed and drift < -DRIFT and margin > 0:
             self._noticed = True
             self.log.line(
-                f"notice at step {step}: the chosen responses lose log-probability ({self._smooth['logps/chosen_drift']:.1f} nats against "
-                f"the reference) while the margin grows ({self._smooth['rewards/margins']:.2f}). Only their difference is trained. "
-                "To hold them, use rpo(beta, eta=0.005), or add a weight of sft() to the loss."
+                f"notice at step {step}: the chosen responses lose log-probability ({drift:.1f} nats since step {self._since}) while the "
+                f"margin grows (+{margin:.2f}). Only their difference is trained. To hold them, use rpo(beta, eta=0.005) with a larger "
+                "eta where that is not enough, or add a weight of sft() to the loss."
             )
 
 
@@ -291,8 +315,8 @@ class Stop:
     def _note(self, *_: Any) -> None:
         self._flag = True
 
-    def requested(self, step: int, every: int) -> bool:
-        """Whether to stop after this step; processes agree on it every so many steps."""
+    def requested(self, step: int) -> bool:
+        """Whether to stop after this step; several processes agree on it every few steps, since that waits for the device."""
         if jax.process_count() == 1:
             return self._flag
-        return step % every == 0 and bool(multihost_utils.process_allgather(np.array(self._flag)).any())
+        return step % AGREE == 0 and bool(multihost_utils.process_allgather(np.array(self._flag)).any())

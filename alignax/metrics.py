@@ -19,7 +19,8 @@ class Log:
     def __init__(self, workdir: Path, *, steps: int, start: int, every: int, tensorboard: bool, writes: bool = True):
         """Opens the log at `start`; rows of later steps, left by a killed run, are taken out, since they are about to be made again."""
         self.steps, self.every, self.writes = steps, every, writes
-        self._began, self._first, self._tokens = time.monotonic(), start, 0.0
+        self._began, self._tokens = time.monotonic(), 0.0
+        self._first: int | None = None  # the first step of this process compiles: the clock starts after it
         self._bar: Any = None
         self._tensorboard: Any = None
         self._file: TextIO | None = None
@@ -41,13 +42,14 @@ class Log:
 
     def step(self, step: int, metrics: Mapping[str, float], tokens: float) -> None:
         """Logs a training step; `tokens` are those of its batch, padding left out."""
-        self._tokens += tokens
-        if self._tokens == tokens:  # the first step compiles: the clock starts after it
-            self._began, self._first, self._tokens = time.monotonic(), step, 1e-9
+        if self._first is None:
+            self._began, self._first = time.monotonic(), step
+        else:
+            self._tokens += tokens
         seconds = max(time.monotonic() - self._began, 1e-9)
         rate = self._tokens / seconds
         left = (self.steps - step) * seconds / max(step - self._first, 1)
-        self.row({"step": step} | dict(metrics) | {"tokens": tokens, "tokens_per_second": rate if step > self._first else 0.0})
+        self.row({"step": step} | dict(metrics) | {"tokens": tokens, "tokens_per_second": rate})
         shown = "  ".join(f"{short} {metrics[name]:.4g}" for name, short in SHOWN.items() if name in metrics)
         pace = f"  {_si(rate)} tok/s  {_clock(left)} left" if step > self._first else ""
         if self._bar is not None:
@@ -107,8 +109,8 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
     """Rows of a JSONL log; a last line that a killed run cut short is left out."""
     if not file.is_file():
         return []
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    # Not splitlines(): that also splits at U+2028 and its like, which a sample may hold.
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
 def _keep_rows(file: Path, last: int) -> None:

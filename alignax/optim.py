@@ -55,6 +55,8 @@ def make_optimizer(config: Any, schedule: optax.Schedule) -> optax.GradientTrans
         "sgd": lambda: optax.sgd(schedule, momentum=c.b1),
         "adafactor": lambda: optax.adafactor(schedule, weight_decay_rate=scaled, weight_decay_mask=decays),
     }
+    if c.weight_decay and c.name in ("adam", "rmsprop", "sgd"):
+        raise ValueError(f"optimizer.weight_decay is {c.weight_decay}, and {c.name!r} has none; use adamw, or set it to 0")
     if c.name not in table:
         raise ValueError(f"optimizer.name {c.name!r} is unknown; use {', '.join(OPTIMIZERS)}")
     optimizer = table[c.name]()

@@ -10,17 +10,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from alignax import mesh as meshes
 from alignax.config import flat
 from alignax.data import decode_example
-from alignax.fit import make_experience, make_programs, parameter_count, stays_float32
+from alignax.fit import make_experience, make_programs, parameter_count
 from alignax.metrics import table
 from alignax.models import hf
-from alignax.prepare import Run, abstract_state, reference_apply
-from alignax.types import Model
+from alignax.prepare import Run, abstract_batch, abstract_reference, abstract_state
 
 
 def topology_mesh(topology: str, shape: Mapping[str, int]) -> Mesh:
@@ -40,21 +38,9 @@ def compile_step(run: Run) -> Any:
     Raises:
       jax.errors.JaxRuntimeError: RESOURCE_EXHAUSTED, where a TPU's memory does not hold the step.
     """
-    reference = None
-    if run.reference is not None:
-        freeze = lambda path, x: jax.ShapeDtypeStruct(x.shape, x.dtype if stays_float32(path) else run.dtype, sharding=x.sharding)
-        abstract = hf.abstract_params(run.reference.config, run.mesh)
-        reference = Model(reference_apply(run), jax.tree_util.tree_map_with_path(freeze, abstract))
     step, _ = make_programs(run)
-    traced = step.trace(abstract_state(run), make_experience(run, reference), abstract_batch(run))
+    traced = step.trace(abstract_state(run), make_experience(run, abstract_reference(run)), abstract_batch(run))
     return traced.lower(lowering_platforms=(run.mesh.devices.flat[0].platform,)).compile()
-
-
-def abstract_batch(run: Run) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and shardings of a training batch."""
-    shape = (run.config.batch_size, run.train.examples.N, run.train.length)
-    field = lambda dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=meshes.batch_sharding(run.mesh))
-    return {"tokens": field(jnp.int32), "mask": field(jnp.bool), "completion_mask": field(jnp.bool)}
 
 
 def describe(run: Run) -> str:
@@ -77,8 +63,8 @@ def describe(run: Run) -> str:
             f"steps {run.steps}",
             *(f"{split} data: {line}" for split, report in run.reports.items() for line in report.lines()),
             "config " + json.dumps(flat(run.config), indent=2),
-            "first row of the first batch, scored tokens in [ ]:",
-            decode_example(run.train.examples, int(run.train.rows(0)[0]), run.tokenizer),
+            "the first batch, scored tokens in [ ]:",
+            *(decode_example(run.train.examples, int(row), run.tokenizer) for row in run.train.rows(0)),
             "dry run: nothing was written",
         ]
     )

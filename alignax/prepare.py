@@ -9,13 +9,13 @@ import optax
 from jax.sharding import Mesh
 
 from alignax import mesh as meshes
-from alignax.config import Experiment, difference, load_experiment
+from alignax.config import Experiment, difference, flat, load_experiment
 from alignax.data import Batches, Examples, Report, load_examples, padded_length
 from alignax.losses.algebra import Objective
 from alignax.models import hf, transformer
 from alignax.optim import make_optimizer, make_schedule
 from alignax.train import Apply, init_state
-from alignax.types import TrainState
+from alignax.types import Model, TrainState
 
 # Fields that may change when a run is resumed: they do not say what is computed, only where and how it is told.
 FREE = (
@@ -30,6 +30,11 @@ FREE = (
     "model.remat",
     "model.logps_chunk",
 )
+LEAST = {
+    "batch_size": 1, "microbatches": 1, "max_skipped": 1, "steps": 0, "checkpoint.every": 1, "checkpoint.keep": 1, "log.every": 1,
+    "model.logps_chunk": 1, "eval.every": 0, "eval.batch_size": 0, "eval.samples": 0, "eval.sample_prompts": 0, "eval.max_new_tokens": 1,
+    "data.limit": 0, "seed": 0,
+}  # fmt: skip
 
 
 class Run(NamedTuple):
@@ -66,19 +71,11 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
     config = experiment.config
     if not config.workdir:
         raise ValueError("config field 'workdir' is empty; set --config.workdir=runs/NAME")
-    for name in ("batch_size", "microbatches", "max_skipped"):
-        if config[name] < 1:
-            raise ValueError(f"config field {name!r} is {config[name]}; it must be at least 1")
+    check_fields(config)
     workdir = Path(config.workdir)
     mesh = mesh or meshes.make_mesh(config.mesh)
-    parts = meshes.batch_shards(mesh) * config.microbatches
-    for name, size in (("batch_size", config.batch_size), ("eval.batch_size", eval_batch_size(config))):
-        unit = parts if name == "batch_size" else meshes.batch_shards(mesh)
-        if size % unit:
-            raise ValueError(
-                f"{name} {size} does not divide into {unit} parts ({meshes.batch_shards(mesh)} batch shards"
-                f"{f' x {config.microbatches} microbatches' if unit == parts else ''}); use a multiple of {unit}"
-            )
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    check_batches(config, mesh)
     source = open_model(config.model.path, config.model.init, "model.path")
     reference = None
     if experiment.experience is not None:
@@ -95,25 +92,15 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
             examples[split], reports[split] = load_examples(path, config.data, tokenizer, source.config.vocab_size)
     if "train" not in examples:
         raise ValueError("config field 'data.train' is empty; set --config.data.train=FILE")
-    multiple = 8 if jax.default_backend() == "cpu" else 128  # the tile of TPU and GPU attention
-    length = max(padded_length(e, multiple) for e in examples.values())
-    length = min(length, -(-config.data.max_length // multiple) * multiple)
-    if length > source.config.max_position_embeddings and dict(source.config.rope_scaling).get("rope_type") != "dynamic":
-        raise ValueError(
-            f"rows of {length} tokens exceed the model's {source.config.max_position_embeddings} positions; lower data.max_length"
-        )
+    check_positions(config, source, examples)
+    length = max(padded_length(e, 8 if on_cpu else 128) for e in examples.values())  # 128: the tile of TPU and GPU attention
     train = Batches(examples["train"], config.batch_size, config.seed, length)
     steps = config.steps or train.steps(config.epochs)
     if steps < 1:
         raise ValueError(f"epochs {config.epochs} make no step; raise epochs, or set steps")
-    if config.model.dtype not in ("auto", "float32", "bfloat16"):
-        raise ValueError(f"model.dtype {config.model.dtype!r} is unknown; use auto, float32 or bfloat16")
-    auto = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    auto = "float32" if on_cpu else "bfloat16"
     dtype = jnp.dtype(auto if config.model.dtype == "auto" else config.model.dtype)
     apply = transformer.forward(source.config, dtype=dtype, remat=config.model.remat, chunk=config.model.logps_chunk, mesh=mesh)
-    name = config.checkpoint.best.removeprefix("-")
-    if name and not (config.data.eval and config.eval.every):
-        raise ValueError(f"checkpoint.best {name!r} needs evaluations; set data.eval and eval.every")
     schedule = make_schedule(config.optimizer, steps)
     optimizer = make_optimizer(config.optimizer, schedule)
     objective = experiment.loss(config)
@@ -121,6 +108,49 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
         experiment, config, workdir, mesh, source, reference, tokenizer, train, examples.get("eval"), reports, steps, dtype, apply,
         objective, schedule, optimizer,
     )  # fmt: skip
+
+
+def check_fields(config: Any) -> None:
+    """Refuses values that no run can have."""
+    fields = flat(config)
+    for name, least in LEAST.items():
+        if fields[name] < least:
+            raise ValueError(f"config field {name!r} is {fields[name]}; it must be at least {least}")
+    if config.model.dtype not in ("auto", "float32", "bfloat16"):
+        raise ValueError(f"model.dtype {config.model.dtype!r} is unknown; use auto, float32 or bfloat16")
+    if config.export.dtype not in hf.DTYPES:
+        raise ValueError(f"export.dtype {config.export.dtype!r} is unknown; use {', '.join(hf.DTYPES)}")
+    best = config.checkpoint.best.removeprefix("-")
+    if best and not (config.data.eval and config.eval.every):
+        raise ValueError(f"checkpoint.best {best!r} needs evaluations; set data.eval and eval.every")
+
+
+def check_batches(config: Any, mesh: Mesh) -> None:
+    """Refuses batches that do not divide into their parts."""
+    shards = meshes.batch_shards(mesh)
+    parts = shards * config.microbatches
+    for name, size in (("batch_size", config.batch_size), ("eval.batch_size", eval_batch_size(config))):
+        if size % parts:
+            raise ValueError(
+                f"{name} {size} does not divide into {parts} parts ({shards} batch shards x {config.microbatches} microbatches); "
+                f"use a multiple of {parts}"
+            )
+
+
+def check_positions(config: Any, source: hf.Source, examples: dict[str, Examples]) -> None:
+    """Refuses rows and samples that are longer than the model's positions; padding has none."""
+    if dict(source.config.rope_scaling).get("rope_type") == "dynamic":
+        return
+    most = source.config.max_position_embeddings
+    longest = max(int(e.lengths.max()) for e in examples.values())
+    if longest > most:
+        raise ValueError(f"rows of {longest} tokens exceed the model's {most} positions; lower data.max_length")
+    prompt = max(int(e.prompt_lengths.max()) for e in examples.values())
+    if max(config.eval.samples, config.eval.sample_prompts) and prompt + config.eval.max_new_tokens > most:
+        raise ValueError(
+            f"prompts of {prompt} tokens and eval.max_new_tokens {config.eval.max_new_tokens} exceed the model's {most} positions; "
+            f"lower eval.max_new_tokens to {most - prompt}"
+        )
 
 
 def open_model(path: str, init: str, field: str) -> hf.Source:
@@ -161,7 +191,7 @@ def check_workdir(run: Run) -> None:
         lines = difference(load_experiment(saved), experiment, FREE)
         if lines:
             raise ValueError(f"workdir {str(workdir)!r} belongs to another run ({'; '.join(lines[:4])}); choose another workdir")
-    elif workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+    elif workdir.exists() and (not workdir.is_dir() or any(p.name != "config.py.tmp" for p in workdir.iterdir())):
         raise ValueError(f"workdir {str(workdir)!r} holds other files; choose a new or empty folder")
 
 
@@ -177,6 +207,27 @@ def reference_apply(run: Run) -> Apply:
         return run.apply
     c = run.config.model
     return transformer.forward(run.reference.config, dtype=run.dtype, remat=c.remat, chunk=c.logps_chunk, mesh=run.mesh)
+
+
+def frozen_dtype(path: Any, run: Run) -> Any:
+    """The dtype of a frozen model's leaf: the compute dtype, to which the forward pass casts everything but the norms anyway."""
+    return jnp.float32 if hf.leaf_name(path).endswith("norm") else run.dtype
+
+
+def abstract_reference(run: Run) -> Model | None:
+    """Shapes, types and shardings of the reference."""
+    if run.reference is None:
+        return None
+    describe = lambda path, x: jax.ShapeDtypeStruct(x.shape, frozen_dtype(path, run), sharding=x.sharding)
+    abstract = hf.abstract_params(run.reference.config, run.mesh)
+    return Model(reference_apply(run), jax.tree_util.tree_map_with_path(describe, abstract))
+
+
+def abstract_batch(run: Run) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and shardings of a training batch."""
+    shape = (run.config.batch_size, run.train.examples.N, run.train.length)
+    field = lambda dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=meshes.batch_sharding(run.mesh))
+    return {"tokens": field(jnp.int32), "mask": field(jnp.bool), "completion_mask": field(jnp.bool)}
 
 
 def state_shardings(run: Run) -> TrainState:

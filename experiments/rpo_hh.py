@@ -34,4 +34,4 @@ def loss(config):
 
 def experience(config, reference):
     """The reference is the policy that the run starts from."""
-    return chain(logps("ref_logps", reference))
+    return chain(logps("ref_logps", reference, config.microbatches))

@@ -52,9 +52,7 @@ def command(args: list[str]) -> list[str]:
 
 def begin(args: list[str], env: dict[str, str] | None = None) -> subprocess.Popen:
     """Starts the command."""
-    return subprocess.Popen(
-        command(args), env=env or environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=REPO
-    )
+    return subprocess.Popen(command(args), env=env or environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=REPO)
 
 
 def finish(process: subprocess.Popen, code: int = 0, timeout: float = 240) -> str:

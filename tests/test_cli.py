@@ -127,6 +127,13 @@ BAD = {
     "unknown remat": (lambda f, t: {"model.remat": "some"}, r"'some'.*full"),
     "learning rate of 0": (lambda f, t: {"optimizer.learning_rate": 0.0}, r"learning_rate is 0"),
     "unknown experiment of a loss": (lambda f, t: {"beta": -1.0}, r"beta is -1"),
+    "pair loss on single responses": (lambda f, t: {"data.kind": "sft"}, r"takes pairs, these examples have 1 responses"),
+    "no checkpoint kept": (lambda f, t: {"checkpoint.keep": 0}, r"checkpoint\.keep' is 0; it must be at least 1"),
+    "interval of 0 steps": (lambda f, t: {"log.every": 0}, r"log\.every' is 0"),
+    "negative evaluation batch": (lambda f, t: {"eval.batch_size": -8}, r"eval\.batch_size' is -8"),
+    "unknown dtype of the export": (lambda f, t: {"export.dtype": "bf16"}, r"export\.dtype 'bf16'.*bfloat16"),
+    "samples longer than the model": (lambda f, t: {"eval.max_new_tokens": 4000}, r"max_new_tokens 4000.*128 positions"),
+    "decay without effect": (lambda f, t: {"optimizer.name": "sgd", "optimizer.weight_decay": 0.1}, r"weight_decay is 0\.1.*adamw"),
     "best of no evaluation": (lambda f, t: {"checkpoint.best": "loss", "eval.every": 0}, r"eval\.every"),
 }  # fmt: skip
 
@@ -134,7 +141,7 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_one_clear_error_before_compile_and_nothing_written(name, fields, tmp_path, capsys, monkeypatch):
     overrides, pattern = BAD[name]
-    monkeypatch.setattr(fit, "make_programs", lambda run: pytest.fail("a step was about to be compiled"))
+    monkeypatch.setattr(fit, "loop", lambda *args: pytest.fail("a step was about to be compiled"))
     workdir = tmp_path / "run"
     assert run(fields | {"workdir": workdir} | overrides(fields, tmp_path)) == 2
     err = capsys.readouterr().err
@@ -149,6 +156,14 @@ def test_missing_and_broken_experiment_files(tmp_path, capsys):
     (tmp_path / "empty.py").write_text("")
     assert cli.main(["train", "--config", str(tmp_path / "empty.py")]) == 2
     assert "get_config()" in capsys.readouterr().err
+    (tmp_path / "syntax.py").write_text("def get_config(:\n")
+    assert cli.main(["train", "--config", str(tmp_path / "syntax.py")]) == 2
+    assert "does not load" in capsys.readouterr().err
+    text = "from alignax import default_config as c\ndef get_config():\n    d = c()\n    d.optimizer.learningrate = 1.0\n    return d\n"
+    (tmp_path / "typo.py").write_text(text + "def loss(config):\n    return None\n")
+    assert cli.main(["train", "--config", str(tmp_path / "typo.py")]) == 2
+    err = capsys.readouterr().err
+    assert "learningrate" in err and "learning_rate" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -288,6 +303,6 @@ def test_notice_names_rpo_once_when_the_chosen_log_prob_falls():
     assert len(lines) == 1 and "rpo(beta, eta=0.005)" in lines[0] and "lose log-probability" in lines[0]
     lines.clear()
     observer = fit.Observer(type("Run", (), {})(), log, equal=False)
-    for step in range(60):
-        observer(step + 2, base | {"logps/chosen_drift": 0.1 * step, "rewards/margins": 0.02 * step})
+    for step in range(60):  # far from a reference that is another model, from the start, is no fall
+        observer(step + 2, base | {"logps/chosen_drift": -50 + 0.1 * step, "rewards/margins": 0.02 * step})
     assert not lines

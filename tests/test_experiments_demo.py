@@ -11,8 +11,8 @@ from alignax import cli, config
 
 FILE = str(runs.REPO / "experiments" / "demo.py")
 TINY = {
-    "answers": 64, "pairs": 24, "held_out": 8, "width": 16, "sft_steps": 4, "steps": 4, "batch_size": 8, "eval.every": 2,
-    "eval.batch_size": 8, "eval.sample_prompts": 8, "eval.max_new_tokens": 8, "log.tensorboard": False, "mesh.data": -1, "mesh.fsdp": 1,
+    "answers": 64, "pairs": 24, "held_out": 8, "width": 16, "sft_steps": 30, "sft_learning_rate": 1e-2, "steps": 4, "batch_size": 8,
+    "eval.every": 2, "eval.batch_size": 8, "eval.sample_prompts": 8, "log.tensorboard": False, "mesh.data": -1, "mesh.fsdp": 1,
 }  # fmt: skip
 
 
@@ -58,6 +58,12 @@ def test_flipped_labels(demo):
     assert demo["flipped"](row) == {"prompt": "p", "chosen": " b", "rejected": " a"}
 
 
+def test_an_unknown_stage_is_refused(capsys, tmp_path):
+    assert cli.main(["train", "--config", FILE, "--config.stage=ppo", f"--config.workdir={tmp_path / 'demo'}"]) == 2
+    assert "config field 'stage' is 'ppo'; use all, sft, dpo, rpo" in capsys.readouterr().err
+    assert not (tmp_path / "demo").exists()
+
+
 def test_the_demo_runs_and_goes_on_where_it_was(tmp_path, capsys, monkeypatch):
     from alignax import commands
 
@@ -79,7 +85,7 @@ def test_the_demo_runs_and_goes_on_where_it_was(tmp_path, capsys, monkeypatch):
     assert started == ["sft", "dpo", "sft", "dpo", "rpo"]
     assert (work / "world" / "pairs.jsonl").read_bytes() == pairs and pairs.count(b"\n") == 24
     said = capsys.readouterr()
-    assert "this run is complete: step 4 is saved" in said.err
+    assert "this run is complete: step 30 is saved" in said.err
     assert [line.split()[0] for line in said.out.split("\n")[3:6]] == ["SFT", "DPO", "RPO"]
     assert "chosen log-prob against the reference: DPO" in said.out
     assert (work / "overoptimisation.png").read_bytes().startswith(b"\x89PNG")

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from alignax.losses.algebra import Loss, Over, chosen_examples, chosen_tokens, lengths, loss, sequence
 from alignax.types import Batch, Metrics, Outputs
 
+TIE = 1e-6  # reward margins below float32 rounding of a sum of log-probs are ties
+
 
 def sft(over: Over = chosen_tokens) -> Loss:
     """Supervised fine-tuning on the first response: the average negative log-prob of a completion token.
@@ -49,7 +51,7 @@ def dpo(beta: float = 0.1, label_smoothing: float = 0.0) -> Loss:
         raise ValueError(f"label_smoothing is {label_smoothing}; it is a flip probability, in [0, 0.5)")
 
     def value(out: Outputs, batch: Batch) -> tuple[jax.Array, Metrics]:
-        rewards = beta * sequence(out.logps - batch["ref_logps"], batch)  # [B, 2]
+        rewards = beta * pair_ratios(out, batch)  # [B, 2]
         z = rewards[:, 0] - rewards[:, 1]
         nll = -(1 - label_smoothing) * jax.nn.log_sigmoid(z) - label_smoothing * jax.nn.log_sigmoid(-z)
         return nll, pair_metrics(rewards, out, batch)
@@ -67,7 +69,7 @@ def ipo(beta: float = 0.1) -> Loss:
     _check_beta(beta)
 
     def value(out: Outputs, batch: Batch) -> tuple[jax.Array, Metrics]:
-        ratios = sequence(out.logps - batch["ref_logps"], batch)  # [B, 2]
+        ratios = pair_ratios(out, batch)  # [B, 2]
         h = ratios[:, 0] - ratios[:, 1]
         return jnp.square(h - 1 / (2 * beta)), pair_metrics(beta * ratios, out, batch)
 
@@ -93,6 +95,19 @@ def rpo_token_mean(beta: float = 0.5, eta: float = 0.2) -> Loss:
     return dpo(beta) + eta * sft(over=per_sequence)
 
 
+def pair_ratios(out: Outputs, batch: Batch) -> jax.Array:
+    """log pi/ref of each response of a pair, in nats, summed over its tokens: [B, 2].
+
+    Raises:
+      ValueError: for examples that are no pairs, and without reference log-probs.
+    """
+    if out.logps.shape[1] != 2:  # jax would clamp the index of the rejected response, and train nothing
+        raise ValueError(f"a preference loss takes pairs, these examples have {out.logps.shape[1]} responses; set data.kind='preference'")
+    if "ref_logps" not in batch:
+        raise ValueError('the batch has no "ref_logps"; let experience(config, reference) return chain(logps("ref_logps", reference))')
+    return sequence(out.logps - batch["ref_logps"], batch)
+
+
 def pair_metrics(rewards: jax.Array, out: Outputs, batch: Batch) -> Metrics:
     """The field's metrics of a pair, each [B]; `rewards` [B, 2] are beta * log(pi / ref). A tie counts as half right."""
     logps, ref = sequence(out.logps, batch), sequence(batch["ref_logps"], batch)  # [B, 2]
@@ -101,7 +116,7 @@ def pair_metrics(rewards: jax.Array, out: Outputs, batch: Batch) -> Metrics:
         "rewards/chosen": rewards[:, 0],
         "rewards/rejected": rewards[:, 1],
         "rewards/margins": margins,
-        "rewards/accuracies": 0.5 * (1.0 + jnp.sign(margins)),
+        "rewards/accuracies": 0.5 * (1.0 + jnp.sign(jnp.where(jnp.abs(margins) > TIE, margins, 0.0))),
         "logps/chosen": logps[:, 0],
         "logps/rejected": logps[:, 1],
         "logps/chosen_drift": logps[:, 0] - ref[:, 0],  # nats; below 0 the chosen response became less likely
