@@ -50,7 +50,7 @@ def token_logps(
     x = jnp.take_along_axis(hidden.reshape(S, P, D), order[..., None], axis=1)
     y = jnp.take_along_axis(targets.reshape(S, P), order, axis=1)
     x = meshes.constrain(x, mesh, "batch", None, None)
-    scores = score(chunk, mesh, x, weight, y, count)
+    scores: Any = score(chunk, mesh, x, weight, y, count)
     restore = lambda a: jnp.where(mask, jnp.take_along_axis(a[:, :P], back, axis=1).reshape(R, T), 0.0)
     return Outputs(*map(restore, scores))
 
