@@ -190,6 +190,8 @@ def write_model(folder: Path, width: int) -> None:
         "bos_token_id": None, "eos_token_id": vocabulary[EOS], "pad_token_id": vocabulary[EOS],
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(description, indent=2))
+    generation = {"eos_token_id": vocabulary[EOS], "pad_token_id": vocabulary[EOS]}
+    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2))
 
 
 def write_pairs(folder: Path, policy: Path, config) -> None:
