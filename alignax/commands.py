@@ -7,7 +7,7 @@ from pathlib import Path
 from alignax import distributed, plan
 from alignax.checkpoint import Checkpoints
 from alignax.config import BadInput, Experiment, load_experiment
-from alignax.distributed import is_main
+from alignax.distributed import is_main, together
 from alignax.evaluate import Evaluation
 from alignax.fit import fit, make_programs, start
 from alignax.mesh import make_mesh
@@ -31,7 +31,8 @@ def train(file: str, overrides: Sequence[str], dry: bool) -> None:
     """`alignax train`."""
     with refusing():
         distributed.initialize()
-        experiment = load_experiment(file, overrides)
+        with together():
+            experiment = load_experiment(file, overrides)
     if dry:
         with refusing():
             if experiment.main is not None and not experiment.config.model.path:
@@ -52,8 +53,9 @@ def run(experiment: Experiment) -> dict[str, dict[str, float]]:
 
 def checked(experiment: Experiment) -> Run:
     """A run that may write into its workdir."""
-    run = prepare(experiment)
-    check_workdir(run)
+    with together():
+        run = prepare(experiment)
+        check_workdir(run)
     return run
 
 
@@ -78,10 +80,12 @@ def evaluate(workdir: Path, overrides: Sequence[str]) -> None:
     """`alignax eval`: the newest checkpoint on the evaluation data, as a table; nothing is written."""
     with refusing():
         distributed.initialize()
-        started = start(prepare(saved_experiment(workdir, overrides)), write=False)
+        with together():
+            run = prepare(saved_experiment(workdir, overrides))
+        started = start(run, write=False)
         step = newest(started.checkpoints)
     log = Log(workdir, steps=step, start=step, every=1, tensorboard=False, writes=False)
-    evaluation = Evaluation(started.run, make_programs(started.run)[1], started.experience, started.reference, log)
+    evaluation = Evaluation(run, make_programs(run)[1], started.experience, started.reference, log)
     scores = evaluation(started.state, step)
     started.checkpoints.close()
     if is_main():
@@ -92,8 +96,9 @@ def export(workdir: Path, folder: Path, overrides: Sequence[str]) -> None:
     """`alignax export`: the newest checkpoint as a Hugging Face folder. The run's data need not be there."""
     with refusing():
         distributed.initialize()
-        config = saved_experiment(workdir, overrides).config
-        source = hf.open_folder(config.model.path)
+        with together():
+            config = saved_experiment(workdir, overrides).config
+            source = hf.open_folder(config.model.path)
         checkpoints = Checkpoints(workdir)
         step = newest(checkpoints)
         params = checkpoints.restore_params(step, hf.abstract_params(source.config, make_mesh(config.mesh)))

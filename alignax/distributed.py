@@ -6,12 +6,17 @@ Call `initialize` first of all: jax refuses it once an array exists or a device 
 import os
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")  # those that jax reads
+MESSAGE = 1000  # bytes of an error that the other processes are told
 REMEDY = f"set {', '.join(EXPLICIT)}, or for a single host TPU_SKIP_MDS_QUERY=1"
 
 
@@ -36,6 +41,31 @@ def initialize() -> None:
 def is_main() -> bool:
     """Whether this is process 0, the one that writes logs and reports; asks for devices, so call it after `initialize`."""
     return jax.process_index() == 0
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """What one process raises here, all raise, so that none waits for ever for one that is gone; and all leave at the same time.
+
+    Nothing inside may wait for other processes: no collective, no sharded program whose result is read.
+
+    Raises:
+      ValueError: on the processes that did not fail, with the number and the words of the first that did.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as e:
+        error = e
+    if jax.process_count() > 1:
+        text = b"" if error is None else (str(error) or type(error).__name__).encode()[:MESSAGE]
+        own = np.frombuffer(text.ljust(MESSAGE, b"\0"), np.uint8)
+        texts = [bytes(row).rstrip(b"\0") for row in multihost_utils.process_allgather(own)]
+        failed = [i for i, text in enumerate(texts) if text]
+        if failed and error is None:
+            raise ValueError(f"process {failed[0]} could not go on: {texts[failed[0]].decode(errors='replace')}")
+    if error is not None:
+        raise error
 
 
 def _explicit() -> dict[str, Any] | None:

@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from alignax import mesh as meshes
 from alignax.checkpoint import Checkpoints, nbytes, require_space
 from alignax.config import BadInput, effective
-from alignax.distributed import is_main
+from alignax.distributed import is_main, together
 from alignax.evaluate import Evaluation
 from alignax.experience import Experience, chain
 from alignax.metrics import Log
@@ -53,13 +53,17 @@ def start(run: Run, write: bool = True) -> Started:
       OSError: when the disk has no room for a checkpoint.
     """
     config = run.config
-    check_step(run)
-    params = initial_params(run)
-    policy_digest, reference, reference_digest = make_reference(run, params)
-    about = {"policy": policy_digest, "reference": reference_digest, "data": data_digest(run)}
+    with together():
+        check_step(run)
+        params = initial_params(run)
+        original = reference_params(run, params)
+    about = {"policy": fingerprint(params), "reference": fingerprint(original), "data": data_digest(run)}
+    reference = make_reference(run, original)
+    del original
     if write:
-        require_space(run.workdir, nbytes(abstract_state(run)))
-        open_workdir(run)
+        with together():
+            require_space(run.workdir, nbytes(abstract_state(run)))
+            open_workdir(run)
     checkpoints = Checkpoints(run.workdir, config.checkpoint.keep, config.checkpoint.best)
     step = checkpoints.latest() or 0
     if step:
@@ -160,21 +164,28 @@ def initial_params(run: Run) -> Params:
     return hf.load_params(run.source, run.mesh)
 
 
-def make_reference(run: Run, params: Params) -> tuple[str, Model | None, str]:
-    """Digests of policy and reference, and the reference: the policy that the run starts from unless `reference.path` is another.
+def reference_params(run: Run, params: Params) -> Params | None:
+    """The reference's parameters as they were stored: those that the run starts from unless `reference.path` is another folder's."""
+    if run.reference is None or run.reference is run.source:
+        return params if run.reference else None
+    return hf.load_params(run.reference, run.mesh)
+
+
+def fingerprint(params: Params | None) -> str:
+    """The digest of parameters, as text; none of none."""
+    return "" if params is None else f"{int(jax.jit(digest)(params)):08x}"
+
+
+def make_reference(run: Run, original: Params | None) -> Model | None:
+    """The reference, a copy of its parameters.
 
     It is only read, so it is kept in the compute dtype, to which the forward pass casts everything but the norms anyway.
     """
-    fingerprint = jax.jit(digest)
-    text = lambda p: f"{int(fingerprint(p)):08x}"
-    policy = text(params)
-    if run.reference is None:
-        return policy, None, ""
-    original = params if run.reference is run.source else hf.load_params(run.reference, run.mesh)
+    if original is None:
+        return None
     # Copies, never aliases: the training step gives the policy's own buffers away.
     freeze = lambda path, x: jnp.array(x, frozen_dtype(path, run), copy=True)
-    frozen = jax.tree_util.tree_map_with_path(freeze, original)
-    return policy, Model(reference_apply(run), frozen), text(original)
+    return Model(reference_apply(run), jax.tree_util.tree_map_with_path(freeze, original))
 
 
 def parameter_count(config: ModelConfig) -> int:
@@ -205,14 +216,12 @@ def make_programs(run: Run) -> tuple[Callable, Callable]:
 
 
 def open_workdir(run: Run) -> None:
-    """Makes the workdir and writes the effective config into it, in one move."""
+    """Makes the workdir and writes the effective config into it, in one move; process 0 does."""
     if is_main():
         run.workdir.mkdir(parents=True, exist_ok=True)
         tmp = run.workdir / "config.py.tmp"
         tmp.write_text(effective(run.experiment), encoding="utf-8")
         os.replace(tmp, run.workdir / "config.py")
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("workdir")
 
 
 def check_same(workdir: Path, step: int, saved: dict[str, Any], now: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -53,6 +54,15 @@ def command(args: list[str]) -> list[str]:
 def begin(args: list[str], env: dict[str, str] | None = None) -> subprocess.Popen:
     """Starts the command."""
     return subprocess.Popen(command(args), env=env or environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=REPO)
+
+
+def begin_two(args: list[list[str]]) -> list[subprocess.Popen]:
+    """Starts two processes of four devices each that find one another."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        address = f"localhost:{s.getsockname()[1]}"
+    place = lambda i: environment(4, JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES="2", JAX_PROCESS_ID=str(i))
+    return [begin(own, place(i)) for i, own in enumerate(args)]
 
 
 def finish(process: subprocess.Popen, code: int = 0, timeout: float = 240) -> str:

@@ -89,23 +89,28 @@ def close(a, b, tolerance=1e-5):
 
 
 def test_two_processes_of_four_devices_train_alike_and_hand_over_to_one(fields, whole, tmp_path):
-    import socket
-
     workdir = tmp_path / "run"
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        address = f"localhost:{s.getsockname()[1]}"
     two = {"workdir": workdir, "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "log.every": 1}
-    group = [
-        runs.begin(
-            runs.arguments(fields | two),
-            runs.environment(4, JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES="2", JAX_PROCESS_ID=str(i)),
-        )
-        for i in range(2)
-    ]
+    group = runs.begin_two([runs.arguments(fields | two)] * 2)
     done = lambda: (workdir / "metrics.jsonl").exists() and len(runs.losses(workdir)) >= 8
     assert runs.stop_when(group[1], done, signal.SIGTERM), "both processes stop when one is told to"
     out = [runs.finish(process, code=143) for process in group]
     assert "stopped by SIGTERM" in out[0] and "step 1/24" not in out[1], "only process 0 writes"
     runs.finish(runs.begin(runs.arguments(fields | {"workdir": workdir})))
     close(whole, workdir)
+
+
+def test_what_one_process_lacks_ends_both_with_its_words(fields, tmp_path):
+    workdir = tmp_path / "run"
+    here = runs.arguments(fields | {"workdir": workdir})
+    group = runs.begin_two([here, runs.arguments(fields | {"workdir": workdir, "data.train": "/nowhere"})])
+    out = [runs.finish(process, code=2, timeout=60) for process in group]
+    assert "error: process 1 could not go on: there is no file" in out[0] and "error: there is no file" in out[1]
+    assert not workdir.exists()
+
+
+def test_a_workdir_that_process_0_cannot_write_ends_both(fields, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    group = runs.begin_two([runs.arguments(fields | {"workdir": tmp_path / "file" / "run"})] * 2)
+    out = [runs.finish(process, code=2, timeout=60) for process in group]
+    assert "Not a directory" in out[0] and "process 0 could not go on" in out[1]

@@ -16,11 +16,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from alignax import mesh as meshes
-from alignax.distributed import is_main
+from alignax.distributed import is_main, together
 from alignax.models import transformer
 from alignax.models.families import Family, family
 from alignax.models.transformer import ModelConfig
@@ -216,9 +215,10 @@ def export(params: Params, source: Source, out: str | os.PathLike, dtype: str = 
     if out.exists() and not (out / "config.json").is_file() and any(out.iterdir()):
         raise ValueError(f"{str(out)!r} exists and is not a model folder; choose another place")
     tmp = out.with_name(out.name + ".tmp")
-    if main:
-        shutil.rmtree(tmp, ignore_errors=True)
-        tmp.mkdir(parents=True)
+    with together():
+        if main:
+            shutil.rmtree(tmp, ignore_errors=True)
+            tmp.mkdir(parents=True)
     leaves = {leaf_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
     shards = _shards(_plan(source), jnp.dtype(dtype).itemsize, shard_bytes)
     index: dict[str, str] = {}
@@ -232,24 +232,29 @@ def export(params: Params, source: Source, out: str | os.PathLike, dtype: str = 
                 x = x.astype(jnp.dtype(dtype))
                 tensors[target] = np.ascontiguousarray(x.T if is_transposed(target, len(shape)) else x)
         index |= dict.fromkeys(tensors, file)
-        if main:
-            from safetensors.numpy import save_file
+        with together():
+            if main:
+                from safetensors.numpy import save_file
 
-            save_file(tensors, tmp / file, metadata={"format": "pt"})
-    if main:
-        if len(shards) > 1:
-            total = sum(math.prod(shape) for shard in shards for *_, shape in shard) * jnp.dtype(dtype).itemsize
-            content = {"metadata": {"total_size": total}, "weight_map": index}
-            (tmp / WEIGHT_FILES[1]).write_text(json.dumps(content, indent=2))
-        _copy_small_files(source, tmp, dtype)
-        old = out.with_name(out.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        if out.exists():
-            out.rename(old)
-        tmp.rename(out)
-        shutil.rmtree(old, ignore_errors=True)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("export")
+                save_file(tensors, tmp / file, metadata={"format": "pt"})
+    with together():
+        if main:
+            if len(shards) > 1:
+                total = sum(math.prod(shape) for shard in shards for *_, shape in shard) * jnp.dtype(dtype).itemsize
+                content = {"metadata": {"total_size": total}, "weight_map": index}
+                (tmp / WEIGHT_FILES[1]).write_text(json.dumps(content, indent=2))
+            _copy_small_files(source, tmp, dtype)
+            _replace(out, tmp)
+
+
+def _replace(out: Path, new: Path) -> None:
+    """Puts a finished folder in the place of an earlier one."""
+    old = out.with_name(out.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        out.rename(old)
+    new.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _shards(plan: list, itemsize: int, limit: int) -> list[list]:
