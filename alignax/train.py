@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from alignax.losses.algebra import Objective, at_step
+from alignax.losses.algebra import Loss, Objective, at_step
 from alignax.types import Batch, Metrics, Outputs, Params, TrainState, microbatch
 
 Apply = Callable[[Params, Batch], Outputs]
@@ -94,14 +94,10 @@ def make_evaluation(apply: Apply, objective: Objective) -> Callable[[Params, jax
         loss = at_step(objective, step)
         out = apply(params, batch)
         sums = {}
-        for i, ((coefficient, term), weights) in enumerate(zip(loss.terms, loss.weights(batch), strict=True)):
-            values, metrics = term.value(out, batch)
-            metrics = metrics | {"loss/" + term.name: values, "loss": coefficient * values}
-            total = weights.sum()
-            for name, x in metrics.items():
-                # Terms of the loss add up after each is averaged over its own weights, so each has its own entry.
-                key = f"loss:{i}" if name == "loss" else name
-                sums[key] = (jnp.sum(jnp.where(weights > 0, x, 0.0) * weights), total)
+        for i, (term, weights) in enumerate(zip(loss.terms, loss.weights(batch), strict=True)):
+            value, metrics = Loss((term,))(out, batch, (weights,))
+            # Terms of the loss add up after each is averaged over its own weights, so each has its own entry.
+            sums |= {name: (x, weights.sum()) for name, x in (metrics | {f"loss:{i}": value}).items()}
         return sums
 
     return evaluate

@@ -7,6 +7,7 @@ A coefficient may be a schedule: `lambda step: dpo() + eta(step) * sft()` is a l
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -34,8 +35,13 @@ class Loss:
     terms: tuple[tuple[Any, Term], ...]
 
     def __add__(self, other: "Loss") -> "Loss":
-        """The sum of both."""
-        return Loss(self.terms + other.terms)
+        """The sum of both; a term whose name is taken is called name_2, so that its metric is its own."""
+        terms = list(self.terms)
+        for coefficient, term in other.terms:
+            taken = {t.name for _, t in terms}
+            names = itertools.chain([term.name], (f"{term.name}_{n}" for n in itertools.count(2)))
+            terms.append((coefficient, term._replace(name=next(name for name in names if name not in taken))))
+        return Loss(tuple(terms))
 
     def __rmul__(self, coefficient: Any) -> "Loss":
         """This loss times a scalar."""
@@ -52,7 +58,7 @@ class Loss:
     def __call__(self, out: Outputs, batch: Batch, weights: tuple[jax.Array, ...]) -> tuple[jax.Array, Metrics]:
         """Loss and metrics of a part of the batch, as sums: those of the parts add up to those of the whole.
 
-        Metrics are averaged like their term; a metric that two terms report is the later one's.
+        Metrics are averaged like their term; where two terms report the same one, it is the later term's.
         """
         loss, metrics = jnp.zeros(()), {}
         for (coefficient, term), w in zip(self.terms, weights, strict=True):
