@@ -85,7 +85,7 @@ def evaluate(workdir: Path, overrides: Sequence[str]) -> None:
         started = start(run, write=False)
         step = newest(started.checkpoints)
     log = Log(workdir, steps=step, start=step, every=1, tensorboard=False, writes=False)
-    evaluation = Evaluation(run, make_programs(run)[1], started.experience, started.reference, log)
+    evaluation = Evaluation(run, make_programs(run)[1], started.frozen, log)
     scores = evaluation(started.state, step)
     started.checkpoints.close()
     if is_main():

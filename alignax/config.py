@@ -1,17 +1,19 @@
 """Configuration is Python: an experiment file builds a ConfigDict and names its loss; the command line overrides fields.
 
 An experiment file has `get_config() -> ConfigDict` and `loss(config) -> Loss` (or a function of the step), and may have
-`experience(config, reference)`, `gold(prompts, completions)` and `main(config)`; see `Experiment`.
+`experience(config, reference, policy)`, `gold(prompts, completions)` and `main(config)`; see `Experiment`.
 """
 
 import ast
 import difflib
 import importlib.util
+import inspect
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+OFFERED = ("config", "reference", "policy")  # what an experience may ask for, by the names of its parameters
 MARK = "# --- the effective config of this run; alignax wrote this part ---"
 
 
@@ -25,7 +27,7 @@ class Experiment(NamedTuple):
     file: Path
     config: Any  # ConfigDict
     loss: Callable[[Any], Any]  # config -> Loss, or step -> Loss
-    experience: Callable[[Any, Any], Any] | None  # (config, reference Model) -> experience; None: no reference
+    experience: Callable[..., Any] | None  # of any of config, reference and policy (Models) -> experience
     gold: Callable[[Sequence[str], Sequence[str]], Sequence[float]] | None  # (prompts, completions) -> gold rewards
     main: Callable[["Experiment"], Any] | None  # replaces the single run: several stages, a sweep
 
@@ -124,8 +126,16 @@ def load_experiment(file: str | Path, overrides: Sequence[str] = ()) -> Experime
         raise ValueError(f"get_config() of {file}: {' '.join(str(e).split())}") from e
     for override in overrides:
         set_field(config, override)
+    for name in asked(getattr(module, "experience", None)):
+        if name not in OFFERED:
+            raise ValueError(f"experience() in {file} asks for {name!r}; its parameters are any of {', '.join(OFFERED)}")
     optional = (getattr(module, name, None) for name in ("experience", "gold", "main"))
     return Experiment(file, config, module.loss, *optional)
+
+
+def asked(experience: Callable | None) -> tuple[str, ...]:
+    """The names of an experience's parameters; it gets what it asks for, and no reference is held that it does not ask for."""
+    return () if experience is None else tuple(inspect.signature(experience).parameters)
 
 
 def set_field(config: Any, override: str) -> None:

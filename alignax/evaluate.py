@@ -3,6 +3,7 @@
 Samples come from the policy at temperature 1, so the mean log-ratio to the reference is an unbiased estimate of KL(policy || reference).
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,9 +15,9 @@ from alignax import mesh as meshes
 from alignax.data import evaluation_batch
 from alignax.generate import sampler
 from alignax.metrics import Log
-from alignax.prepare import Run, eval_batch_size
+from alignax.prepare import Run, eval_batch_size, reference_apply
 from alignax.train import Apply, means
-from alignax.types import Model, Params, TrainState
+from alignax.types import Params, TrainState
 
 SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "kl", "gold")
 
@@ -24,9 +25,9 @@ SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "kl", "gold")
 class Evaluation:
     """Evaluates a state, logs what it finds, and returns it."""
 
-    def __init__(self, run: Run, program: Callable, experience: Any, reference: Model | None, log: Log):
-        """`program(params, experience, step, batch)` gives the sums of a batch; `reference` is None where the loss needs none."""
-        self.run, self.program, self.experience, self.reference, self.log = run, program, experience, reference, log
+    def __init__(self, run: Run, program: Callable, frozen: dict[str, Params], log: Log):
+        """`program(params, frozen, step, batch)` gives the sums of a batch; `frozen` may hold a reference."""
+        self.run, self.program, self.frozen, self.log = run, program, frozen, log
         c = run.config.eval
         self.examples = run.evaluation or run.train.examples
         self.sampled = range(min(max(c.samples, c.sample_prompts), len(self.examples)))
@@ -41,8 +42,8 @@ class Evaluation:
                 )
             )
             self._prompts = self._prompt_batch()
-        if reference is not None:
-            self._divergences = jax.jit(lambda *args: divergences(run.apply, reference.apply, *args))
+        if "reference" in frozen:
+            self._divergences = jax.jit(functools.partial(divergences, run.apply, reference_apply(run)))
 
     def __call__(self, state: TrainState, step: int) -> dict[str, float]:
         """Metrics of the evaluation data and of fresh samples, without the `eval/` that the log puts before them."""
@@ -62,7 +63,7 @@ class Evaluation:
         for i in range(-(-len(examples) // size)):
             make = lambda rows, i=i: evaluation_batch(examples, i, size, run.train.length, rows)
             batch = meshes.put_batch(run.mesh, make, size)
-            sums = jax.device_get(self.program(state.params, self.experience, state.step, batch))
+            sums = jax.device_get(self.program(state.params, self.frozen, state.step, batch))
             total = {name: total.get(name, 0.0) + np.asarray(pair, np.float64) for name, pair in sums.items()}
         return means({name: (pair[0], pair[1]) for name, pair in total.items()})
 
@@ -82,8 +83,8 @@ class Evaluation:
         }
         columns: dict[str, Any] = {"prompt": prompts, "completion": texts}
         # At another temperature the samples are not the policy's, and their log-ratio estimates no KL.
-        if self.reference is not None and c.temperature == 1.0:
-            k1, k3 = self._divergences(state.params, self.reference.params, *self._prompts, out, alive)
+        if "reference" in self.frozen and c.temperature == 1.0:
+            k1, k3 = self._divergences(state.params, self.frozen["reference"], *self._prompts, out, alive)
             columns["log_ratio"] = meshes.gathered(k1)[:n].tolist()
             scores |= {"kl": float(np.mean(columns["log_ratio"])), "kl_k3": float(meshes.gathered(k3)[:n].mean())}
         if run.experiment.gold is not None:

@@ -16,14 +16,14 @@ from jax.experimental import multihost_utils
 
 from alignax import mesh as meshes
 from alignax.checkpoint import Checkpoints, nbytes, require_space
-from alignax.config import BadInput, effective
+from alignax.config import BadInput, asked, effective
 from alignax.distributed import is_main, together
 from alignax.evaluate import Evaluation
 from alignax.experience import Experience, chain
 from alignax.metrics import Log
 from alignax.models import hf
 from alignax.models.transformer import ModelConfig
-from alignax.prepare import Run, abstract_batch, abstract_reference, abstract_state, frozen_dtype, reference_apply, state_shardings
+from alignax.prepare import Run, abstract_batch, abstract_frozen, abstract_state, frozen_dtype, reference_apply, state_shardings
 from alignax.train import digest, init_state, make_evaluation, make_step
 from alignax.types import Batch, Metrics, Model, Params, TrainState
 
@@ -39,8 +39,7 @@ class Started(NamedTuple):
     run: Run
     state: TrainState
     step: int  # steps taken
-    experience: Experience
-    reference: Model | None
+    frozen: dict[str, Params]  # what it holds and does not train: "reference", if there is one
     about: dict[str, str]  # digests of the policy and the reference that it started from
     checkpoints: Checkpoints
 
@@ -58,7 +57,7 @@ def start(run: Run, write: bool = True) -> Started:
         params = initial_params(run)
         original = reference_params(run, params)
     about = {"policy": fingerprint(params), "reference": fingerprint(original), "data": data_digest(run)}
-    reference = make_reference(run, original)
+    frozen = {} if original is None else {"reference": frozen_copy(run, original)}
     del original
     if write:
         with together():
@@ -74,14 +73,14 @@ def start(run: Run, write: bool = True) -> Started:
     else:
         create = jax.jit(lambda p, key: init_state(p, run.optimizer, key), out_shardings=state_shardings(run), donate_argnums=0)
         state = create(params, jax.random.key(config.seed))
-    return Started(run, state, step, make_experience(run, reference), reference, about, checkpoints)
+    return Started(run, state, step, frozen, about, checkpoints)
 
 
 def check_step(run: Run) -> None:
     """Traces the training step on shapes alone, so that a loss that does not fit its data is refused before anything is written."""
     step, _ = make_programs(run)
     try:
-        jax.eval_shape(step, abstract_state(run), make_experience(run, abstract_reference(run)), abstract_batch(run))
+        jax.eval_shape(step, abstract_state(run), abstract_frozen(run), abstract_batch(run))
     except KeyError as e:
         raise ValueError(f"the batch has no field {e.args[0]!r}, which the loss or the experience reads; let an experience write it") from e
 
@@ -120,10 +119,10 @@ def fit(started: Started) -> dict[str, dict[str, float]]:
 
 def loop(started: Started, log: Log, stop: "Stop") -> tuple[TrainState, dict[str, dict[str, float]]]:
     """The steps that are left, with evaluation and saving between them."""
-    run, state, first, experience, reference, about, checkpoints = started
+    run, state, first, frozen, about, checkpoints = started
     config = run.config
     step, evaluate_batch = make_programs(run)
-    evaluate = Evaluation(run, evaluate_batch, experience, reference, log)
+    evaluate = Evaluation(run, evaluate_batch, frozen, log)
     observe = Observer(run, log, equal=about["policy"] == about["reference"])
     results: dict[str, dict[str, float]] = {}
     pending: tuple[int, Metrics] | None = None
@@ -134,7 +133,7 @@ def loop(started: Started, log: Log, stop: "Stop") -> tuple[TrainState, dict[str
             raise BadInput(f"checkpoint.best {best!r} is no metric of the evaluation; use one of {names}")
     for s in range(first + 1, run.steps + 1):
         batch = meshes.put_batch(run.mesh, lambda rows, s=s: run.train.batch(s - 1, rows), config.batch_size)
-        state, metrics = step(state, experience, batch)
+        state, metrics = step(state, frozen, batch)
         if pending:  # fetched a step late, so that the device never waits for the host
             observe(*pending)
         pending = (s, metrics)
@@ -176,16 +175,11 @@ def fingerprint(params: Params | None) -> str:
     return "" if params is None else f"{int(jax.jit(digest)(params)):08x}"
 
 
-def make_reference(run: Run, original: Params | None) -> Model | None:
-    """The reference, a copy of its parameters.
-
-    It is only read, so it is kept in the compute dtype, to which the forward pass casts everything but the norms anyway.
-    """
-    if original is None:
-        return None
+def frozen_copy(run: Run, params: Params) -> Params:
+    """Parameters that are only read, in the compute dtype, to which the forward pass casts everything but the norms anyway."""
     # Copies, never aliases: the training step gives the policy's own buffers away.
     freeze = lambda path, x: jnp.array(x, frozen_dtype(path, run), copy=True)
-    return Model(reference_apply(run), jax.tree_util.tree_map_with_path(freeze, original))
+    return jax.tree_util.tree_map_with_path(freeze, params)
 
 
 def parameter_count(config: ModelConfig) -> int:
@@ -193,24 +187,32 @@ def parameter_count(config: ModelConfig) -> int:
     return sum(math.prod(x.shape) for x in jax.tree.leaves(hf.abstract_params(config)))
 
 
-def make_experience(run: Run, reference: Model | None) -> Experience:
-    """What the experiment puts in front of the step; nothing, where it names none."""
+def make_experience(run: Run, frozen: dict[str, Params], policy: Params) -> Experience:
+    """What the experiment puts in front of the step, from the models that it asks for; nothing, where it names none."""
     make = run.experiment.experience
-    return chain() if make is None else make(run.config, reference)
+    if make is None:
+        return chain()
+    given = {"config": run.config, "policy": Model(run.apply, policy)}
+    if run.reference is not None:
+        given["reference"] = Model(reference_apply(run), frozen["reference"])
+    return make(**{name: given[name] for name in asked(make)})
 
 
 def make_programs(run: Run) -> tuple[Callable, Callable]:
-    """The jitted training step and the jitted evaluation of a batch, each behind the experience, which goes in as an argument."""
+    """The jitted training step and the jitted evaluation of a batch, each behind the experience.
+
+    Frozen parameters go in as an argument: they stay sharded where they are and are never compiled into the program.
+    """
     train_step = make_step(run.apply, run.objective, run.optimizer, run.config.microbatches)
     evaluation = make_evaluation(run.apply, run.objective)
 
-    def step(state: TrainState, experience: Experience, batch: Batch) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, frozen: dict[str, Params], batch: Batch) -> tuple[TrainState, Metrics]:
         rate = run.schedule(state.step - state.skipped)
-        state, metrics = train_step(state, experience(batch))
+        state, metrics = train_step(state, make_experience(run, frozen, state.params)(batch))
         return state, metrics | {"learning_rate": jnp.asarray(rate), "tokens": batch["mask"].sum(dtype=jnp.float32)}
 
-    def evaluate(params: Params, experience: Experience, step: jax.Array, batch: Batch) -> Any:
-        return evaluation(params, step, experience(batch))
+    def evaluate(params: Params, frozen: dict[str, Params], step: jax.Array, batch: Batch) -> Any:
+        return evaluation(params, step, make_experience(run, frozen, params)(batch))
 
     return jax.jit(step, donate_argnums=0), jax.jit(evaluate)
 

@@ -15,10 +15,10 @@ from jax.sharding import Mesh
 from alignax import mesh as meshes
 from alignax.config import flat
 from alignax.data import decode_example
-from alignax.fit import make_experience, make_programs, parameter_count
+from alignax.fit import make_programs, parameter_count
 from alignax.metrics import table
 from alignax.models import hf
-from alignax.prepare import Run, abstract_batch, abstract_reference, abstract_state
+from alignax.prepare import Run, abstract_batch, abstract_frozen, abstract_state
 
 
 def topology_mesh(topology: str, shape: Mapping[str, int]) -> Mesh:
@@ -39,7 +39,7 @@ def compile_step(run: Run) -> Any:
       jax.errors.JaxRuntimeError: RESOURCE_EXHAUSTED, where a TPU's memory does not hold the step.
     """
     step, _ = make_programs(run)
-    traced = step.trace(abstract_state(run), make_experience(run, abstract_reference(run)), abstract_batch(run))
+    traced = step.trace(abstract_state(run), abstract_frozen(run), abstract_batch(run))
     return traced.lower(lowering_platforms=(run.mesh.devices.flat[0].platform,)).compile()
 
 

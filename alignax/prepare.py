@@ -9,13 +9,13 @@ import optax
 from jax.sharding import Mesh
 
 from alignax import mesh as meshes
-from alignax.config import Experiment, difference, flat, load_experiment
+from alignax.config import Experiment, asked, difference, flat, load_experiment
 from alignax.data import Batches, Examples, Report, load_examples, padded_length
 from alignax.losses.algebra import Objective
 from alignax.models import hf, transformer
 from alignax.optim import make_optimizer, make_schedule
 from alignax.train import Apply, init_state
-from alignax.types import Model, TrainState
+from alignax.types import TrainState
 
 # Fields that may change when a run is resumed: they do not say what is computed, only where and how it is told.
 FREE = (
@@ -45,7 +45,7 @@ class Run(NamedTuple):
     workdir: Path
     mesh: Mesh
     source: hf.Source  # the folder that the policy starts from
-    reference: hf.Source | None  # None: the loss needs no reference
+    reference: hf.Source | None  # None: no experience asks for one
     tokenizer: Any
     train: Batches
     evaluation: Examples | None
@@ -78,7 +78,7 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
     check_batches(config, mesh)
     source = open_model(config.model.path, config.model.init, "model.path")
     reference = None
-    if experiment.experience is not None:
+    if "reference" in asked(experiment.experience):
         reference = open_model(config.reference.path, "pretrained", "reference.path") if config.reference.path else source
         if reference.config.vocab_size != source.config.vocab_size:
             raise ValueError(
@@ -214,13 +214,12 @@ def frozen_dtype(path: Any, run: Run) -> Any:
     return jnp.float32 if hf.leaf_name(path).endswith("norm") else run.dtype
 
 
-def abstract_reference(run: Run) -> Model | None:
-    """Shapes, types and shardings of the reference."""
+def abstract_frozen(run: Run) -> dict[str, Any]:
+    """Shapes, types and shardings of the parameters that a run holds and does not train, by name."""
     if run.reference is None:
-        return None
+        return {}
     describe = lambda path, x: jax.ShapeDtypeStruct(x.shape, frozen_dtype(path, run), sharding=x.sharding)
-    abstract = hf.abstract_params(run.reference.config, run.mesh)
-    return Model(reference_apply(run), jax.tree_util.tree_map_with_path(describe, abstract))
+    return {"reference": jax.tree_util.tree_map_with_path(describe, hf.abstract_params(run.reference.config, run.mesh))}
 
 
 def abstract_batch(run: Run) -> dict[str, jax.ShapeDtypeStruct]:
