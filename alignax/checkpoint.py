@@ -1,7 +1,8 @@
 """Save and restore: orbax behind one module. Asynchronous, atomic, exact.
 
-A checkpoint of step s holds the state after s steps: parameters and the rest of the state as separate items (so that either can be
-read alone), and a JSON item that says which run wrote it. Data needs no position of its own: a batch is a function of the step.
+A checkpoint of step s holds the state after s steps: parameters, each of their averages and the rest of the state as separate items
+(so that any can be read alone), and a JSON item that says which run wrote it. Data needs no position of its own: a batch is a
+function of the step.
 """
 
 import dataclasses
@@ -20,6 +21,7 @@ import orbax.checkpoint as ocp
 from alignax.types import TrainState
 
 FORMAT = 1  # of the checkpoint's layout
+AVERAGE = "average_"  # before the name of an item that holds an average of the parameters
 
 
 class Checkpoints:
@@ -64,6 +66,7 @@ class Checkpoints:
             params=ocp.args.StandardSave(state.params),
             train=ocp.args.StandardSave(_rest(state)),
             about=ocp.args.JsonSave(dict(about) | {"format": FORMAT}),
+            **{AVERAGE + name: ocp.args.StandardSave(tree) for name, tree in state.averages.items()},
         )
         with _saving(self.path):
             self._manager.save(step, args=items, metrics=dict(metrics) or None)
@@ -83,16 +86,22 @@ class Checkpoints:
     def restore(self, step: int, like: TrainState) -> TrainState:
         """The state of a step, laid out as `like`, whose leaves may be abstract: any mesh, any number of processes."""
         described = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
-        items = ocp.args.Composite(params=ocp.args.StandardRestore(described.params), train=ocp.args.StandardRestore(_rest(described)))
+        items = ocp.args.Composite(
+            params=ocp.args.StandardRestore(described.params),
+            train=ocp.args.StandardRestore(_rest(described)),
+            **{AVERAGE + name: ocp.args.StandardRestore(tree) for name, tree in described.averages.items()},
+        )
         with _reading(self.path / str(step)):
             restored = self._manager.restore(step, args=items)
-        return dataclasses.replace(like, params=restored["params"], **restored["train"])
+        averages = {name: restored[AVERAGE + name] for name in described.averages}
+        return dataclasses.replace(like, params=restored["params"], averages=averages, **restored["train"])
 
-    def restore_params(self, step: int, like: Any) -> Any:
-        """The parameters alone."""
+    def restore_params(self, step: int, like: Any, name: str = "policy") -> Any:
+        """The parameters alone, or those of an average."""
+        item = "params" if name == "policy" else AVERAGE + name
         described = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
         with _reading(self.path / str(step)):
-            return self._manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(described)))["params"]
+            return self._manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(described)}))[item]
 
     def close(self) -> None:
         """Waits until what was saved is complete on disk, and lets go of the directory.

@@ -101,7 +101,7 @@ def export(workdir: Path, folder: Path, overrides: Sequence[str]) -> None:
             source = hf.open_folder(config.model.path)
         checkpoints = Checkpoints(workdir)
         step = newest(checkpoints)
-        params = checkpoints.restore_params(step, hf.abstract_params(source.config, make_mesh(config.mesh)))
+        params = checkpoints.restore_params(step, hf.abstract_params(source.config, make_mesh(config.mesh)), config.export.params)
         hf.export(params, source, folder, config.export.dtype)
     checkpoints.close()
     if is_main():

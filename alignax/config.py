@@ -1,7 +1,7 @@
 """Configuration is Python: an experiment file builds a ConfigDict and names its loss; the command line overrides fields.
 
 An experiment file has `get_config() -> ConfigDict` and `loss(config) -> Loss` (or a function of the step), and may have
-`experience(config, reference, policy)`, `gold(prompts, completions)` and `main(config)`; see `Experiment`.
+`experience(config, reference, policy)`, `gold(prompts, completions)`, `averages(config)` and `main(config)`; see `Experiment`.
 """
 
 import ast
@@ -29,6 +29,7 @@ class Experiment(NamedTuple):
     loss: Callable[[Any], Any]  # config -> Loss, or step -> Loss
     experience: Callable[..., Any] | None  # of any of config, reference and policy (Models) -> experience
     gold: Callable[[Sequence[str], Sequence[str]], Sequence[float]] | None  # (prompts, completions) -> gold rewards
+    averages: Callable[[Any], dict[str, Any]] | None  # config -> averages of the parameters, by name (see alignax.averages)
     main: Callable[["Experiment"], Any] | None  # replaces the single run: several stages, a sweep
 
 
@@ -87,6 +88,7 @@ def default_config() -> Any:
     c.eval.sample_prompts = 0  # prompts sampled for gold reward and KL; 0: as many as `samples`
     c.eval.max_new_tokens = 64
     c.eval.temperature = 1.0  # 0: greedy
+    c.eval.params = "policy"  # or the name of an average
 
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 100  # steps; the last one is always saved
@@ -100,6 +102,7 @@ def default_config() -> Any:
     c.export = ConfigDict()
     c.export.final = True  # write WORKDIR/export, a Hugging Face folder, at the end
     c.export.dtype = "float32"
+    c.export.params = "policy"  # or the name of an average
     for group in (c.model, c.reference, c.data, c.optimizer, c.mesh, c.eval, c.checkpoint, c.log, c.export):
         group.lock()  # a misspelt field in an experiment file is an error; the top level takes its own fields, such as beta
     return c
@@ -129,7 +132,7 @@ def load_experiment(file: str | Path, overrides: Sequence[str] = ()) -> Experime
     for name in asked(getattr(module, "experience", None)):
         if name not in OFFERED:
             raise ValueError(f"experience() in {file} asks for {name!r}; its parameters are any of {', '.join(OFFERED)}")
-    optional = (getattr(module, name, None) for name in ("experience", "gold", "main"))
+    optional = (getattr(module, name, None) for name in ("experience", "gold", "averages", "main"))
     return Experiment(file, config, module.loss, *optional)
 
 

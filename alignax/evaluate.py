@@ -3,6 +3,7 @@
 Samples come from the policy at temperature 1, so the mean log-ratio to the reference is an unbiased estimate of KL(policy || reference).
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -26,7 +27,7 @@ class Evaluation:
     """Evaluates a state, logs what it finds, and returns it."""
 
     def __init__(self, run: Run, program: Callable, frozen: dict[str, Params], log: Log):
-        """`program(params, frozen, step, batch)` gives the sums of a batch; `frozen` may hold a reference."""
+        """`program(state, frozen, batch)` gives the sums of a batch; `frozen` may hold a reference."""
         self.run, self.program, self.frozen, self.log = run, program, frozen, log
         c = run.config.eval
         self.examples = run.evaluation or run.train.examples
@@ -47,6 +48,8 @@ class Evaluation:
 
     def __call__(self, state: TrainState, step: int) -> dict[str, float]:
         """Metrics of the evaluation data and of fresh samples, without the `eval/` that the log puts before them."""
+        if (name := self.run.config.eval.params) != "policy":
+            state = dataclasses.replace(state, params=state.averages[name])
         scores = self.held_out(state) | self.samples(state, step)
         self.log.row({"step": step} | {f"eval/{name}": x for name, x in scores.items()})
         if scores:
@@ -63,7 +66,7 @@ class Evaluation:
         for i in range(-(-len(examples) // size)):
             make = lambda rows, i=i: evaluation_batch(examples, i, size, run.train.length, rows)
             batch = meshes.put_batch(run.mesh, make, size)
-            sums = jax.device_get(self.program(state.params, self.frozen, state.step, batch))
+            sums = jax.device_get(self.program(state, self.frozen, batch))
             total = {name: total.get(name, 0.0) + np.asarray(pair, np.float64) for name, pair in sums.items()}
         return means({name: (pair[0], pair[1]) for name, pair in total.items()})
 

@@ -15,6 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from alignax import mesh as meshes
+from alignax.averages import averaged
 from alignax.checkpoint import Checkpoints, nbytes, require_space
 from alignax.config import BadInput, asked, effective
 from alignax.distributed import is_main, together
@@ -58,7 +59,6 @@ def start(run: Run, write: bool = True) -> Started:
         original = reference_params(run, params)
     about = {"policy": fingerprint(params), "reference": fingerprint(original), "data": data_digest(run)}
     frozen = {} if original is None else {"reference": frozen_copy(run, original)}
-    del original
     if write:
         with together():
             require_space(run.workdir, nbytes(abstract_state(run)))
@@ -68,11 +68,13 @@ def start(run: Run, write: bool = True) -> Started:
     if step:
         compared = about if write else {name: about[name] for name in ("policy", "reference")}  # evaluation may have other data
         check_same(run.workdir, step, checkpoints.about(step), compared)
-        del params  # one training state at a time
+        del params, original  # one training state at a time
         state = checkpoints.restore(step, abstract_state(run))
     else:
-        create = jax.jit(lambda p, key: init_state(p, run.optimizer, key), out_shardings=state_shardings(run), donate_argnums=0)
-        state = create(params, jax.random.key(config.seed))
+        own = {} if original is params else {"reference": original}  # what is given away may not be an argument twice
+        fresh = lambda p, key, own: init_state(p, run.optimizer, key, {name: own.get(name, p) for name in run.averages})
+        create = jax.jit(fresh, out_shardings=state_shardings(run), donate_argnums=0)
+        state = create(params, jax.random.key(config.seed), own)
     return Started(run, state, step, frozen, about, checkpoints)
 
 
@@ -112,7 +114,10 @@ def fit(started: Started) -> dict[str, dict[str, float]]:
         with closing(started.checkpoints):  # waits until the last one is whole
             state, results = loop(started, log, stop)
         if run.config.export.final:
-            hf.export(state.params, run.source, run.workdir / "export", run.config.export.dtype)
+            name = run.config.export.params
+            hf.export(
+                state.params if name == "policy" else state.averages[name], run.source, run.workdir / "export", run.config.export.dtype
+            )
             log.line(f"exported to {run.workdir / 'export'}")
     return results
 
@@ -187,14 +192,14 @@ def parameter_count(config: ModelConfig) -> int:
     return sum(math.prod(x.shape) for x in jax.tree.leaves(hf.abstract_params(config)))
 
 
-def make_experience(run: Run, frozen: dict[str, Params], policy: Params) -> Experience:
+def make_experience(run: Run, frozen: dict[str, Params], state: TrainState) -> Experience:
     """What the experiment puts in front of the step, from the models that it asks for; nothing, where it names none."""
     make = run.experiment.experience
     if make is None:
         return chain()
-    given = {"config": run.config, "policy": Model(run.apply, policy)}
+    given = {"config": run.config, "policy": Model(run.apply, state.params)}
     if run.reference is not None:
-        given["reference"] = Model(reference_apply(run), frozen["reference"])
+        given["reference"] = Model(reference_apply(run), state.averages.get("reference", frozen["reference"]))
     return make(**{name: given[name] for name in asked(make)})
 
 
@@ -205,14 +210,16 @@ def make_programs(run: Run) -> tuple[Callable, Callable]:
     """
     train_step = make_step(run.apply, run.objective, run.optimizer, run.config.microbatches)
     evaluation = make_evaluation(run.apply, run.objective)
+    after = averaged(run.averages)
 
     def step(state: TrainState, frozen: dict[str, Params], batch: Batch) -> tuple[TrainState, Metrics]:
         rate = run.schedule(state.step - state.skipped)
-        state, metrics = train_step(state, make_experience(run, frozen, state.params)(batch))
+        state, metrics = train_step(state, make_experience(run, frozen, state)(batch))
+        state = after(state)
         return state, metrics | {"learning_rate": jnp.asarray(rate), "tokens": batch["mask"].sum(dtype=jnp.float32)}
 
-    def evaluate(params: Params, frozen: dict[str, Params], step: jax.Array, batch: Batch) -> Any:
-        return evaluation(params, step, make_experience(run, frozen, params)(batch))
+    def evaluate(state: TrainState, frozen: dict[str, Params], batch: Batch) -> Any:
+        return evaluation(state.params, state.step, make_experience(run, frozen, state)(batch))
 
     return jax.jit(step, donate_argnums=0), jax.jit(evaluate)
 

@@ -9,6 +9,7 @@ import optax
 from jax.sharding import Mesh
 
 from alignax import mesh as meshes
+from alignax.averages import Average
 from alignax.config import Experiment, asked, difference, flat, load_experiment
 from alignax.data import Batches, Examples, Report, load_examples, padded_length
 from alignax.losses.algebra import Objective
@@ -56,6 +57,7 @@ class Run(NamedTuple):
     objective: Objective
     schedule: optax.Schedule
     optimizer: optax.GradientTransformation
+    averages: dict[str, Average]
 
 
 def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
@@ -104,9 +106,11 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
     schedule = make_schedule(config.optimizer, steps)
     optimizer = make_optimizer(config.optimizer, schedule)
     objective = experiment.loss(config)
+    averages = {} if experiment.averages is None else dict(experiment.averages(config))
+    check_averages(config, averages, reference)
     return Run(
         experiment, config, workdir, mesh, source, reference, tokenizer, train, examples.get("eval"), reports, steps, dtype, apply,
-        objective, schedule, optimizer,
+        objective, schedule, optimizer, averages,
     )  # fmt: skip
 
 
@@ -123,6 +127,16 @@ def check_fields(config: Any) -> None:
     best = config.checkpoint.best.removeprefix("-")
     if best and not (config.data.eval and config.eval.every):
         raise ValueError(f"checkpoint.best {best!r} needs evaluations; set data.eval and eval.every")
+
+
+def check_averages(config: Any, averages: dict[str, Average], reference: hf.Source | None) -> None:
+    """Refuses averages that nobody reads, or that are read and not there."""
+    known = ["policy", *(name for name in averages if name != "reference")]
+    for field, name in (("eval.params", config.eval.params), ("export.params", config.export.params)):
+        if name not in known:
+            raise ValueError(f"config field {field!r} is {name!r}; this experiment has {', '.join(known)}")
+    if "policy" in averages or ("reference" in averages and reference is None):
+        raise ValueError('an average is called "policy", or "reference" where no experience asks for one; rename or remove it')
 
 
 def check_batches(config: Any, mesh: Mesh) -> None:
@@ -235,11 +249,13 @@ def state_shardings(run: Run) -> TrainState:
     params = jax.tree.map(lambda x: x.sharding, abstract)
     opt_state = jax.eval_shape(run.optimizer.init, abstract)
     one: Any = meshes.sharding(run.mesh)
-    return TrainState(one, params, meshes.optimizer_shardings(run.mesh, run.optimizer, opt_state, params), one, one, one)
+    opt_state = meshes.optimizer_shardings(run.mesh, run.optimizer, opt_state, params)
+    return TrainState(one, params, opt_state, one, one, one, dict.fromkeys(run.averages, params))
 
 
 def abstract_state(run: Run) -> TrainState:
     """Shapes, types and shardings of the training state; nothing is computed."""
     params = hf.abstract_params(run.source.config)
-    shapes = jax.eval_shape(lambda p: init_state(p, run.optimizer, jax.random.key(0)), params)
+    averages = dict.fromkeys(run.averages, params)
+    shapes = jax.eval_shape(lambda p, a: init_state(p, run.optimizer, jax.random.key(0), a), params, averages)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, state_shardings(run))

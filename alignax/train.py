@@ -15,10 +15,12 @@ Apply = Callable[[Params, Batch], Outputs]
 Sums = dict[str, tuple[jax.Array, jax.Array]]  # metric -> (weighted sum, weight)
 
 
-def init_state(params: Params, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
-    """A fresh state at step 0."""
+def init_state(
+    params: Params, optimizer: optax.GradientTransformation, key: jax.Array, averages: dict[str, Params] | None = None
+) -> TrainState:
+    """A fresh state at step 0; `averages` start from the parameters given."""
     zero = lambda: jnp.zeros((), jnp.int32)  # a buffer each: the step donates them
-    return TrainState(zero(), params, optimizer.init(params), key, zero(), zero())
+    return TrainState(zero(), params, optimizer.init(params), key, zero(), zero(), averages or {})
 
 
 def make_step(

@@ -52,6 +52,7 @@ class TrainState:
     key: jax.Array  # PRNG key of the run; a step uses `jax.random.fold_in(key, step)`
     skipped: jax.Array  # [] int32: steps whose loss or gradient was not finite
     skipped_in_a_row: jax.Array  # [] int32
+    averages: dict[str, Params] = flax.struct.field(default_factory=dict)  # see alignax.averages
 
 
 def rows(x: jax.Array) -> jax.Array:

@@ -96,10 +96,10 @@ def evaluations(workdir: Path) -> list[dict[str, float]]:
     return [row for row in rows if "eval/loss" in row]
 
 
-def final_params(workdir: Path) -> dict[str, bytes]:
+def final_params(workdir: Path, *options: str) -> dict[str, bytes]:
     """The tensors of the run's newest checkpoint, by way of `alignax export`."""
     out = workdir.with_name(workdir.name + "_export")
-    finish(begin(["export", str(workdir), str(out)]))
+    finish(begin(["export", str(workdir), str(out), *options]))
     from safetensors.numpy import load_file
 
     return load_file(out / "model.safetensors")

@@ -1,0 +1,118 @@
+"""Averages of the parameters: by hand, in a run, killed and resumed."""
+
+import signal
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import runs
+from safetensors.numpy import load_file
+
+from alignax.averages import averaged, ema, mean, sync
+from alignax.types import TrainState
+
+PATH = np.array([[0.0, 1.0], [2.0, 1.0], [4.0, -1.0], [6.0, 5.0], [8.0, 0.0], [1.0, 3.0]], np.float32)  # params after steps 0 to 5
+
+
+def walk(rule) -> list[np.ndarray]:
+    """The average after each of steps 1 to 5."""
+    update, zero = averaged({"a": rule}), jnp.zeros((), jnp.int32)
+    state = TrainState(zero, None, None, None, zero, zero, {"a": {"w": jnp.asarray(PATH[0])}})
+    out = []
+    for step, params in enumerate(PATH[1:], 1):
+        state = update(state.replace(step=jnp.int32(step), params={"w": jnp.asarray(params)}))  # type: ignore[attr-defined]
+        out.append(np.asarray(state.averages["a"]["w"]))
+    return out
+
+
+def test_ema_by_hand():
+    expected = PATH[0]
+    for found, params in zip(walk(ema(0.75)), PATH[1:], strict=True):
+        expected = 0.75 * expected + 0.25 * params
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+    np.testing.assert_array_equal(walk(ema(0.0)), PATH[1:])
+
+
+def test_mean_by_hand():
+    np.testing.assert_allclose(walk(mean()), [PATH[1 : n + 1].mean(0) for n in range(1, 6)], rtol=1e-6)
+    found = walk(mean(start=2, every=2))
+    expected = [PATH[0], PATH[2], PATH[2], PATH[[2, 4]].mean(0), PATH[[2, 4]].mean(0)]
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_sync_by_hand():
+    half = 0.5 * PATH[2] + 0.5 * PATH[0]
+    np.testing.assert_allclose(walk(sync(0.5, every=2)), [PATH[0], half, half, 0.5 * PATH[4] + 0.5 * half, 0.5 * PATH[4] + 0.5 * half])
+    np.testing.assert_array_equal(walk(sync(1.0, every=3)), PATH[[0, 0, 3, 3, 3]])  # the hard update is the policy bit for bit
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: ema(1.0), "decay is 1.0"),
+        (lambda: sync(0.0), "alpha is 0.0"),
+        (lambda: sync(0.6, 0), "every is 0"),
+        (lambda: mean(0, -1), "every is -1"),
+    ],
+)
+def test_bad_arguments(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+EXPERIMENT = """
+from alignax import chain, dpo, ema, logps, sync
+from experiments.dpo_hh import get_config
+
+def loss(config):
+    return dpo(0.1)
+
+def experience(config, reference):
+    return chain(logps("ref_logps", reference))
+
+def averages(config):
+    return {"ema": ema(0.5), "reference": sync(1.0, every=4)}
+"""
+
+
+@pytest.fixture(scope="module")
+def args(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    (folder / "tr_dpo.py").write_text(EXPERIMENT)
+    fields = runs.world(folder) | {"export.params": "ema", "export.final": True, "steps": 9}
+
+    def make(workdir, **more):
+        given = fields | more | {"workdir": workdir}
+        return ["train", "--config", str(folder / "tr_dpo.py"), *(f"--config.{k}={v}" for k, v in given.items())]
+
+    return make
+
+
+def test_a_moving_reference_and_an_average_in_a_run_that_is_killed(args, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    runs.finish(runs.begin(args(whole)))
+    drift = {step: row["logps/chosen_drift"] for step, row in runs.losses(whole).items()}
+    # The reference is the policy after steps 4 and 8, so the steps after those start from no drift at all.
+    assert all(abs(drift[step]) < 1e-5 for step in (1, 5, 9)) and all(abs(drift[step]) > 1e-4 for step in (3, 4, 7, 8))
+    process = runs.begin(args(killed))
+    done = lambda: (killed / "metrics.jsonl").exists() and len(runs.losses(killed)) >= 5
+    assert runs.stop_when(process, done, signal.SIGKILL)
+    process.communicate()
+    runs.finish(runs.begin(args(killed)))
+    assert runs.losses(whole) == runs.losses(killed)
+    a, b = (load_file(workdir / "export" / "model.safetensors") for workdir in (whole, killed))
+    policy = runs.final_params(whole, "--config.export.params=policy")
+    average = runs.final_params(killed)
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name])
+        np.testing.assert_array_equal(a[name], average[name])
+    assert any(not np.array_equal(a[name], policy[name]) for name in a), "the export is the average, not the policy"
+    # Evaluating the average scores other numbers than the policy's own.
+    out = runs.finish(runs.begin(["eval", str(whole), "--config.eval.params=ema"]))
+    own = runs.finish(runs.begin(["eval", str(whole)]))
+    assert out.split("loss")[1] != own.split("loss")[1]
+
+
+def test_an_average_that_is_not_there(args, tmp_path):
+    out = runs.finish(runs.begin(args(tmp_path / "run", **{"export.params": "swa"})), code=2)
+    assert "config field 'export.params' is 'swa'; this experiment has policy, ema" in out
