@@ -61,7 +61,7 @@ def _mistral(hf: Json) -> ModelConfig:
 
 def _qwen2(hf: Json) -> ModelConfig:
     hf = {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28} | dict(hf)
-    c = _llama({**hf, "head_dim": hf.get("head_dim"), "attention_bias": False, "mlp_bias": False})
+    c = _llama({**hf, "attention_bias": False, "mlp_bias": False})
     windows = sliding_windows({**hf, "sliding_window": hf["sliding_window"] if hf.get("use_sliding_window") else None}, _late_windows(hf))
     return dataclasses.replace(c, qkv_bias=True, sliding_windows=windows)
 
@@ -136,14 +136,13 @@ def _gpt2(hf: Json) -> ModelConfig:
 
 
 def _gpt_neox(hf: Json) -> ModelConfig:
-    plain = {"attention_bias": True} | dict(hf) | {"num_key_value_heads": None, "head_dim": None, "mlp_bias": True}
-    rope = {"rope_theta": hf.get("rotary_emb_base", 1e4)} | (hf.get("rope_parameters") or hf.get("rope_scaling") or {})
-    rope = {"partial_rotary_factor": hf.get("rotary_pct", 0.25)} | rope
-    plain |= {"rope_parameters": rope, "hidden_act": activation(hf, "hidden_act", "gelu"), "rms_norm_eps": hf.get("layer_norm_eps", 1e-5)}
+    rope = {"rope_theta": hf.get("rotary_emb_base", 1e4), "partial_rotary_factor": hf.get("rotary_pct", 0.25)}
+    rope |= hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    share = float(rope.pop("partial_rotary_factor"))
+    own = {"num_key_value_heads": None, "head_dim": None, "mlp_bias": True, "rms_norm_eps": hf.get("layer_norm_eps", 1e-5)}
+    c = _llama({"attention_bias": True, "hidden_act": "gelu"} | dict(hf) | own | {"rope_parameters": rope})
     parallel = hf.get("use_parallel_residual", True)
-    return dataclasses.replace(
-        _llama(plain), norm="layer", gated_mlp=False, parallel_residual=parallel, **rope_options(plain, partial=True)
-    )
+    return dataclasses.replace(c, norm="layer", gated_mlp=False, parallel_residual=parallel, partial_rotary_factor=share)
 
 
 def _olmo2(hf: Json) -> ModelConfig:
@@ -153,13 +152,14 @@ def _olmo2(hf: Json) -> ModelConfig:
 
 def _phi3(hf: Json) -> ModelConfig:
     hf = {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "original_max_position_embeddings": 4096} | dict(hf)
-    rope = {"rope_theta": hf.get("rope_theta", 1e4)} | (hf.get("rope_parameters") or hf.get("rope_scaling") or {})
-    rope = {"partial_rotary_factor": hf.get("partial_rotary_factor", 1.0)} | rope
+    rope = {"rope_theta": hf.get("rope_theta", 1e4), "partial_rotary_factor": hf.pop("partial_rotary_factor", 1.0)}
+    rope |= hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    share = float(rope.pop("partial_rotary_factor"))
     kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
     rope["rope_type"] = "longrope" if kind in ("su", "yarn") else kind  # earlier names of its one scaling
     only({**rope, "model_type": "phi3"}, rope_type=("default", "longrope"))
-    plain = {**hf, "rope_parameters": rope, "attention_bias": False, "mlp_bias": False}
-    return dataclasses.replace(_llama(plain), sliding_windows=everywhere(hf), **rope_options(plain, partial=True))
+    c = _llama({**hf, "rope_parameters": rope, "attention_bias": False, "mlp_bias": False})
+    return dataclasses.replace(c, sliding_windows=everywhere(hf), partial_rotary_factor=share)
 
 
 def _mixtral(hf: Json) -> ModelConfig:
@@ -218,15 +218,12 @@ def sliding_windows(hf: Json, default: list[bool]) -> tuple[int, ...]:
     return tuple(hf["sliding_window"] if t == "sliding_attention" else 0 for t in types) if "sliding_attention" in types else ()
 
 
-def rope_options(hf: Json, partial: bool = False) -> dict[str, Any]:
-    """`rope_theta`, `rope_scaling` and `partial_rotary_factor`, which transformers 5 moved into `rope_parameters`.
-
-    Only some families (`partial`) rotate a part of each head.
-    """
+def rope_options(hf: Json) -> dict[str, Any]:
+    """`rope_theta` and `rope_scaling`, which transformers 5 moved into `rope_parameters`."""
     rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
     theta = rope.pop("rope_theta", None) or hf.get("rope_theta") or 10000.0
     share = rope.pop("partial_rotary_factor", None) or hf.get("partial_rotary_factor") or 1.0
-    if share != 1.0 and not partial and "rotary_pct" not in hf:
+    if share != 1.0:
         raise ValueError(f"partial_rotary_factor {share!r} is not supported for {hf.get('model_type')}; only 1.0 is")
     kind = rope.pop("type", None)
     rope.setdefault("rope_type", kind or "default")
@@ -237,8 +234,7 @@ def rope_options(hf: Json, partial: bool = False) -> dict[str, Any]:
     if hf.get("original_max_position_embeddings"):
         rope["original_max_position_embeddings"] = hf["original_max_position_embeddings"]
     hashable = lambda x: tuple(x) if isinstance(x, list) else x
-    scaling = tuple(sorted((k, hashable(v)) for k, v in rope.items()))
-    return {"rope_theta": float(theta), "rope_scaling": scaling, "partial_rotary_factor": float(share)}
+    return {"rope_theta": float(theta), "rope_scaling": tuple(sorted((k, hashable(v)) for k, v in rope.items()))}
 
 
 def _layer(names: Mapping[str, str], prefix: str = "model.layers.{}.", kept: bool = False) -> dict[str, Weight]:
@@ -261,7 +257,7 @@ _QWEN3 = _LLAMA | _layer(_QK_NORMS)
 _POST_NORMS = {"attention_post_norm": "post_attention_layernorm", "mlp_post_norm": "post_feedforward_layernorm"}
 _GEMMA = _LLAMA | _layer({"mlp_norm": "pre_feedforward_layernorm"} | _POST_NORMS)
 _OLMO2 = {n: w for n, w in _QWEN3.items() if n not in ("layers.attention_norm", "layers.mlp_norm")} | _layer(_POST_NORMS)
-_PHI3 = _LLAMA | _layer(dict.fromkeys(("q", "k", "v"), "self_attn.qkv_proj") | dict.fromkeys(("gate", "up"), "mlp.gate_up_proj"))
+_PHI3 = _LLAMA | _layer({n: "self_attn.qkv_proj" for n in "qkv"} | {n: "mlp.gate_up_proj" for n in ("gate", "up")})
 _GPT2 = {
     "embed": Weight("transformer.wte.weight", kept=True),
     "position_embed": Weight("transformer.wpe.weight", kept=True),
@@ -270,7 +266,7 @@ _GPT2 = {
     "lm_head": Weight("lm_head.weight"),
 } | _layer(
     {"attention_norm": "ln_1", "mlp_norm": "ln_2", "o": "attn.c_proj", "up": "mlp.c_fc", "down": "mlp.c_proj"}
-    | dict.fromkeys(("q", "k", "v"), "attn.c_attn"),
+    | {n: "attn.c_attn" for n in "qkv"},
     prefix="transformer.h.{}.",
     kept=True,
 )  # fmt: skip
@@ -285,7 +281,7 @@ _GPT_NEOX = {
 _GPT_NEOX |= {
     f"layers.{leaf}{ours}": Weight(f"gpt_neox.layers.{{}}.attention.query_key_value.{theirs}", by_head=True)
     for ours, theirs in (("", "weight"), ("_bias", "bias"))
-    for leaf in ("q", "k", "v")
+    for leaf in "qkv"
 }
 _QWEN3_MOE = _QWEN3 | _layer({"router": "mlp.gate"} | {leaf: f"mlp.experts.{{}}.{leaf}_proj" for leaf in ("gate", "up", "down")})
 _MIXTRAL = _LLAMA | _layer(
