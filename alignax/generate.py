@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from alignax.models.heads import soft_cap
 from alignax.models.transformer import Decoder, ModelConfig, head_weight
 from alignax.types import Params
 
@@ -39,6 +40,7 @@ def sampler(
 
         def draw(hidden: jax.Array, key: jax.Array) -> jax.Array:  # [R, D] -> [R]
             logits = jnp.einsum("rd,dv->rv", hidden, weight.astype(dtype), preferred_element_type=jnp.float32)
+            logits = soft_cap(logits, config.final_logit_softcapping)
             heat = jnp.where(temperature > 0, temperature, 1.0)
             return jnp.where(temperature > 0, jax.random.categorical(key, logits / heat), logits.argmax(-1)).astype(jnp.int32)
 

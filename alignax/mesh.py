@@ -24,6 +24,7 @@ RULES: dict[str, Any] = {
     "heads": "tensor",  # H * head_dim
     "mlp": "tensor",  # F
     "vocab": "tensor",  # V
+    "expert": "tensor",  # E: every shard has all tokens of its batch shard, so none travels; one sum joins, as for a dense MLP
 }
 
 

@@ -175,7 +175,7 @@ def open_model(path: str, init: str, field: str) -> hf.Source:
         raise ValueError(f"model.init {init!r} is unknown; use pretrained or random")
     source = hf.open_folder(path)
     if init == "pretrained":
-        hf.check_tensors(source, hf.tensor_files(source.path))
+        hf.check_tensors(source, hf.tensor_files(source))
     return source
 
 
@@ -225,7 +225,7 @@ def reference_apply(run: Run) -> Apply:
 
 def frozen_dtype(path: Any, run: Run) -> Any:
     """The dtype of a frozen model's leaf: the compute dtype, to which the forward pass casts everything but the norms anyway."""
-    return jnp.float32 if hf.leaf_name(path).endswith("norm") else run.dtype
+    return jnp.float32 if hf.leaf_name(path).endswith(("norm", "norm_bias")) else run.dtype
 
 
 def abstract_frozen(run: Run) -> dict[str, Any]:

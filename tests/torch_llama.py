@@ -1,5 +1,6 @@
-"""Random tiny Llamas in torch, whose logits ours must reproduce; torch is a dependency of the tests alone."""
+"""Random tiny models in torch, whose logits ours must reproduce; torch is a dependency of the tests alone."""
 
+import copy
 from pathlib import Path
 
 import jax
@@ -10,17 +11,19 @@ import transformers
 
 from alignax.mesh import make_mesh
 from alignax.models import hf
+from alignax.models.heads import soft_cap
 from alignax.models.transformer import Decoder, head_weight
 
 torch.set_num_threads(1)
 transformers.utils.logging.disable_progress_bar()
 
 
-def write(path: Path, dtype: torch.dtype = torch.float32, shard: str = "1GB", **changes) -> transformers.LlamaForCausalLM:
-    """A model with every weight random, norms and biases too, saved to `path`."""
+def write(path: Path, dtype: torch.dtype = torch.float32, shard: str = "1GB", **changes) -> transformers.PreTrainedModel:
+    """A model of `model_type` (Llama if not given) with every weight random, norms and biases too, saved to `path`."""
     torch.manual_seed(0)
-    config = transformers.LlamaConfig.from_dict(tiny.CONFIG | changes)
-    model = transformers.LlamaForCausalLM(config).eval()
+    fields = copy.deepcopy(tiny.CONFIG | changes)  # some configs write into what they are given
+    config = transformers.AutoConfig.for_model(**{k: v for k, v in fields.items() if k != "architectures"})
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for p in model.parameters():
             if p.ndim == 1:
@@ -34,7 +37,7 @@ def positions(mask: np.ndarray) -> np.ndarray:
     return np.maximum(np.cumsum(mask, axis=1) - 1, 0)
 
 
-def torch_logits(model: transformers.LlamaForCausalLM, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
+def torch_logits(model: transformers.PreTrainedModel, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """[R, T, V]."""
     ids, attend, place = (torch.tensor(x, dtype=torch.long) for x in (tokens, mask, positions(mask)))
     with torch.no_grad():
@@ -49,7 +52,7 @@ def our_logits(path: Path, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
     @jax.jit
     def logits(params, tokens: jax.Array, mask: jax.Array) -> jax.Array:
         hidden, _ = Decoder(source.config, remat="none").apply({"params": params}, tokens, mask)
-        return hidden @ head_weight(source.config, params)
+        return soft_cap(hidden @ head_weight(source.config, params), source.config.final_logit_softcapping)
 
     return np.asarray(logits(params, tokens, mask))
 

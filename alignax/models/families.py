@@ -1,13 +1,19 @@
 """The families of Hugging Face models: how a config.json becomes a ModelConfig, and where each weight lives.
 
-Adding a family is a function and a table here, and a row in its test.
+Adding a family is a function and a table here, and a row in its test. What a config leaves out means what transformers makes of it;
+what it asks for and the decoder has not is an error. Dropout is never applied, and a mixture's load-balancing loss is not added:
+the policy is scored as its reference is.
 """
 
+import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from alignax.models.transformer import ModelConfig
+from alignax.models.layout import Weight
+from alignax.models.transformer import ACTIVATIONS, ModelConfig
 
+Json = Mapping[str, Any]
 ROPE_FIELDS: dict[str, tuple[str, ...]] = {  # rope_type -> what its parameters must give
     "default": (),
     "linear": ("factor",),
@@ -21,14 +27,12 @@ ROPE_FIELDS: dict[str, tuple[str, ...]] = {  # rope_type -> what its parameters 
 class Family(NamedTuple):
     """A Hugging Face `model_type`."""
 
-    config: Callable[[Mapping[str, Any]], ModelConfig]
-    weights: Mapping[str, str]  # our leaf -> name in the files; "{}" is the layer. Matrices are stored transposed, [out, in].
+    config: Callable[[Json], ModelConfig]
+    weights: Mapping[str, Weight]  # our leaf -> where the files hold it
     ignored: tuple[str, ...] = ()  # endings of names that hold no parameter
 
 
-def _llama_config(hf: Mapping[str, Any]) -> ModelConfig:
-    if hf.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"hidden_act {hf['hidden_act']!r} is not supported for llama; only 'silu' is")
+def _llama(hf: Json) -> ModelConfig:
     return ModelConfig(
         vocab_size=hf["vocab_size"],
         hidden_size=hf["hidden_size"],
@@ -43,14 +47,184 @@ def _llama_config(hf: Mapping[str, Any]) -> ModelConfig:
         attention_bias=hf.get("attention_bias", False),
         mlp_bias=hf.get("mlp_bias", False),
         initializer_range=hf.get("initializer_range", 0.02),
+        hidden_act=activation(hf, "hidden_act", "silu"),
         **rope_options(hf),
     )
 
 
-def rope_options(hf: Mapping[str, Any]) -> dict[str, Any]:
+def _mistral(hf: Json) -> ModelConfig:
+    hf = {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096} | dict(hf)
+    only(hf, layer_types=None)
+    plain = {**hf, "attention_bias": False, "mlp_bias": False}  # fields that its classes do not have
+    return dataclasses.replace(_llama(plain), sliding_windows=everywhere(hf))
+
+
+def _qwen2(hf: Json) -> ModelConfig:
+    hf = {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28} | dict(hf)
+    c = _llama({**hf, "attention_bias": False, "mlp_bias": False})
+    windows = sliding_windows({**hf, "sliding_window": hf["sliding_window"] if hf.get("use_sliding_window") else None}, _late_windows(hf))
+    return dataclasses.replace(c, qkv_bias=True, sliding_windows=windows)
+
+
+def _qwen3(hf: Json) -> ModelConfig:
+    hf = {"head_dim": 128} | dict(hf)
+    return dataclasses.replace(_qwen2(hf), qkv_bias=False, attention_bias=hf.get("attention_bias", False), qk_norm="head")
+
+
+def _late_windows(hf: Json) -> list[bool]:
+    """Qwen's layers with a window where `layer_types` does not say: those from `max_window_layers` on."""
+    on = bool(hf.get("use_sliding_window")) and hf["sliding_window"] is not None
+    return [on and i >= hf["max_window_layers"] for i in range(hf["num_hidden_layers"])]
+
+
+def _gemma2(hf: Json) -> ModelConfig:
+    hf = {"num_key_value_heads": 4, "head_dim": 256, "max_position_embeddings": 8192, "tie_word_embeddings": True} | dict(hf)
+    hf = {"final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0, "sliding_window": 4096, "query_pre_attn_scalar": 256} | hf
+    only(hf, use_bidirectional_attention=False)
+    c = _llama({**hf, "hidden_act": activation(hf, "hidden_activation", "gelu_pytorch_tanh"), "mlp_bias": False})
+    return dataclasses.replace(
+        c,
+        norm="rms_plus_one",
+        post_norms=True,
+        embedding_scale=math.sqrt(c.hidden_size),
+        sliding_windows=sliding_windows(hf, [i % 2 == 0 for i in range(c.num_hidden_layers)]),
+        query_pre_attn_scalar=hf["query_pre_attn_scalar"],
+        attn_logit_softcapping=hf["attn_logit_softcapping"],
+        final_logit_softcapping=hf["final_logit_softcapping"],
+    )
+
+
+def _gemma3(hf: Json) -> ModelConfig:
+    hf = {"max_position_embeddings": 131072, "final_logit_softcapping": None, "sliding_window_pattern": 6} | dict(hf)
+    only(hf, attn_logit_softcapping=None)  # transformers has the field and does not apply it
+    given = hf.get("rope_parameters") or {}
+    if odd := sorted(set(given) - {"full_attention", "sliding_attention"}):
+        raise ValueError(f"rope_parameters of gemma3_text hold {odd}; give full_attention and sliding_attention")
+    whole = {"rope_theta": hf.get("rope_theta", 1e6)} | (given.get("full_attention") or {}) | (hf.get("rope_scaling") or {})
+    local = {"rope_theta": hf.get("rope_local_base_freq", 1e4)} | (given.get("sliding_attention") or {})
+    only({**local, "model_type": hf["model_type"]}, rope_type="default")
+    plain = {**hf, "rope_scaling": None, "rope_parameters": whole, "attn_logit_softcapping": None}
+    c, pattern = _gemma2(plain), hf["sliding_window_pattern"]
+    windows = sliding_windows(
+        hf | {"sliding_window": hf.get("sliding_window", 4096)}, [(i + 1) % pattern != 0 for i in range(c.num_hidden_layers)]
+    )
+    return dataclasses.replace(c, qk_norm="head", local_rope_theta=float(local["rope_theta"]), sliding_windows=windows)
+
+
+def _gpt2(hf: Json) -> ModelConfig:
+    only(hf, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
+    return ModelConfig(
+        vocab_size=hf["vocab_size"],
+        hidden_size=hf["n_embd"],
+        intermediate_size=hf.get("n_inner") or 4 * hf["n_embd"],
+        num_hidden_layers=hf["n_layer"],
+        num_attention_heads=hf["n_head"],
+        num_key_value_heads=hf["n_head"],
+        head_dim=hf["n_embd"] // hf["n_head"],
+        max_position_embeddings=hf.get("n_positions", 1024),
+        rms_norm_eps=hf.get("layer_norm_epsilon", 1e-5),
+        tie_word_embeddings=hf.get("tie_word_embeddings", True),
+        initializer_range=hf.get("initializer_range", 0.02),
+        attention_bias=True,
+        mlp_bias=True,
+        norm="layer",
+        gated_mlp=False,
+        hidden_act=activation(hf, "activation_function", "gelu_new"),
+        positions="learned",
+        query_pre_attn_scalar=None if hf.get("scale_attn_weights", True) else 1.0,
+    )
+
+
+def _gpt_neox(hf: Json) -> ModelConfig:
+    rope = {"rope_theta": hf.get("rotary_emb_base", 1e4), "partial_rotary_factor": hf.get("rotary_pct", 0.25)}
+    rope |= hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    share = float(rope.pop("partial_rotary_factor"))
+    own = {"num_key_value_heads": None, "head_dim": None, "mlp_bias": True, "rms_norm_eps": hf.get("layer_norm_eps", 1e-5)}
+    c = _llama({"attention_bias": True, "hidden_act": "gelu"} | dict(hf) | own | {"rope_parameters": rope})
+    parallel = hf.get("use_parallel_residual", True)
+    return dataclasses.replace(c, norm="layer", gated_mlp=False, parallel_residual=parallel, partial_rotary_factor=share)
+
+
+def _olmo2(hf: Json) -> ModelConfig:
+    c = _llama({"rms_norm_eps": 1e-5} | dict(hf) | {"mlp_bias": False})
+    return dataclasses.replace(c, pre_norms=False, post_norms=True, qk_norm="projection")
+
+
+def _phi3(hf: Json) -> ModelConfig:
+    hf = {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "original_max_position_embeddings": 4096} | dict(hf)
+    rope = {"rope_theta": hf.get("rope_theta", 1e4), "partial_rotary_factor": hf.pop("partial_rotary_factor", 1.0)}
+    rope |= hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    share = float(rope.pop("partial_rotary_factor"))
+    kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
+    rope["rope_type"] = "longrope" if kind in ("su", "yarn") else kind  # earlier names of its one scaling
+    only({**rope, "model_type": "phi3"}, rope_type=("default", "longrope"))
+    c = _llama({**hf, "rope_parameters": rope, "attention_bias": False, "mlp_bias": False})
+    return dataclasses.replace(c, sliding_windows=everywhere(hf), partial_rotary_factor=share)
+
+
+def _mixtral(hf: Json) -> ModelConfig:
+    defaults = {"num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 1e6}
+    hf = defaults | {"num_experts_per_tok": 2, "num_local_experts": 8} | dict(hf)
+    only(hf, router_jitter_noise=0.0, output_router_logits=False)
+    c = _llama({**hf, "attention_bias": False, "mlp_bias": False})
+    experts = {"num_experts": hf["num_local_experts"], "num_experts_per_tok": hf["num_experts_per_tok"], "norm_topk_prob": True}
+    return dataclasses.replace(c, sliding_windows=everywhere(hf), **experts)
+
+
+def _qwen3_moe(hf: Json) -> ModelConfig:
+    hf = {"num_key_value_heads": 4, "max_position_embeddings": 32768, "sliding_window": 4096, "num_experts_per_tok": 8} | dict(hf)
+    only(hf, decoder_sparse_step=1, mlp_only_layers=[], output_router_logits=False)
+    c = _llama({**hf, "intermediate_size": hf.get("moe_intermediate_size", 768), "mlp_bias": False})
+    return dataclasses.replace(
+        c,
+        qk_norm="head",
+        sliding_windows=everywhere(hf) if hf.get("use_sliding_window") else (),
+        num_experts=hf.get("num_experts") or hf.get("num_local_experts") or 128,
+        num_experts_per_tok=hf["num_experts_per_tok"],
+        norm_topk_prob=hf.get("norm_topk_prob", False),
+    )
+
+
+def activation(hf: Json, field: str, default: str) -> str:
+    """The name of the MLP's activation in that field."""
+    if (name := hf.get(field) or default) not in ACTIVATIONS:
+        raise ValueError(f"{field} {name!r} is not supported for {hf['model_type']}; only {', '.join(ACTIVATIONS)} are")
+    return name
+
+
+def only(hf: Json, **supported: Any) -> None:
+    """Refuses values of fields that the decoder has not; a field that is absent or null is as transformers' default."""
+    for field, values in supported.items():
+        values = values if isinstance(values, tuple) else (values,)
+        if hf.get(field) is not None and hf[field] not in values:
+            choice = " or ".join(map(repr, values))
+            raise ValueError(f"{field} {hf[field]!r} is not supported for {hf['model_type']}; only {choice} is")
+
+
+def everywhere(hf: Json) -> tuple[int, ...]:
+    """The same sliding window in every layer, if there is one."""
+    return (hf["sliding_window"],) * hf["num_hidden_layers"] if hf.get("sliding_window") else ()
+
+
+def sliding_windows(hf: Json, default: list[bool]) -> tuple[int, ...]:
+    """Each layer's window by `layer_types`, or by `default` where there are none; 0: none."""
+    types = hf.get("layer_types") or ["sliding_attention" if x else "full_attention" for x in default]
+    if odd := sorted(set(types) - {"full_attention", "sliding_attention"}):
+        raise ValueError(f"layer_types hold {odd}, which are not supported for {hf['model_type']}; only full_ and sliding_attention are")
+    if len(types) != hf["num_hidden_layers"]:
+        raise ValueError(f"layer_types name {len(types)} layers, num_hidden_layers is {hf['num_hidden_layers']}; is config.json complete?")
+    if "sliding_attention" in types and not hf.get("sliding_window"):
+        raise ValueError(f"layer_types hold sliding_attention, and {hf['model_type']}'s config has no sliding_window in use; set one")
+    return tuple(hf["sliding_window"] if t == "sliding_attention" else 0 for t in types) if "sliding_attention" in types else ()
+
+
+def rope_options(hf: Json) -> dict[str, Any]:
     """`rope_theta` and `rope_scaling`, which transformers 5 moved into `rope_parameters`."""
     rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
     theta = rope.pop("rope_theta", None) or hf.get("rope_theta") or 10000.0
+    share = rope.pop("partial_rotary_factor", None) or hf.get("partial_rotary_factor") or 1.0
+    if share != 1.0:
+        raise ValueError(f"partial_rotary_factor {share!r} is not supported for {hf.get('model_type')}; only 1.0 is")
     kind = rope.pop("type", None)
     rope.setdefault("rope_type", kind or "default")
     if rope["rope_type"] not in ROPE_FIELDS:
@@ -63,32 +237,72 @@ def rope_options(hf: Mapping[str, Any]) -> dict[str, Any]:
     return {"rope_theta": float(theta), "rope_scaling": tuple(sorted((k, hashable(v)) for k, v in rope.items()))}
 
 
+def _layer(names: Mapping[str, str], prefix: str = "model.layers.{}.", kept: bool = False) -> dict[str, Weight]:
+    """Leaves of a layer, each with its bias: leaf -> name of the module."""
+    weights = {f"layers.{leaf}": Weight(f"{prefix}{name}.weight", kept) for leaf, name in names.items()}
+    return weights | {f"layers.{leaf}_bias": Weight(f"{prefix}{name}.bias") for leaf, name in names.items()}
+
+
+_ENDS = {
+    "embed": Weight("model.embed_tokens.weight", kept=True),
+    "norm": Weight("model.norm.weight"),
+    "lm_head": Weight("lm_head.weight"),
+}
+_QKV = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj"}
+_MLP = {"gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
+_NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+_QK_NORMS = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
+_LLAMA = _ENDS | _layer(_NORMS | _QKV | {"o": "self_attn.o_proj"} | _MLP)
+_QWEN3 = _LLAMA | _layer(_QK_NORMS)
+_POST_NORMS = {"attention_post_norm": "post_attention_layernorm", "mlp_post_norm": "post_feedforward_layernorm"}
+_GEMMA = _LLAMA | _layer({"mlp_norm": "pre_feedforward_layernorm"} | _POST_NORMS)
+_OLMO2 = {n: w for n, w in _QWEN3.items() if n not in ("layers.attention_norm", "layers.mlp_norm")} | _layer(_POST_NORMS)
+_PHI3 = _LLAMA | _layer({n: "self_attn.qkv_proj" for n in "qkv"} | {n: "mlp.gate_up_proj" for n in ("gate", "up")})
+_GPT2 = {
+    "embed": Weight("transformer.wte.weight", kept=True),
+    "position_embed": Weight("transformer.wpe.weight", kept=True),
+    "norm": Weight("transformer.ln_f.weight"),
+    "norm_bias": Weight("transformer.ln_f.bias"),
+    "lm_head": Weight("lm_head.weight"),
+} | _layer(
+    {"attention_norm": "ln_1", "mlp_norm": "ln_2", "o": "attn.c_proj", "up": "mlp.c_fc", "down": "mlp.c_proj"}
+    | {n: "attn.c_attn" for n in "qkv"},
+    prefix="transformer.h.{}.",
+    kept=True,
+)  # fmt: skip
+_GPT_NEOX = {
+    "embed": Weight("gpt_neox.embed_in.weight", kept=True),
+    "norm": Weight("gpt_neox.final_layer_norm.weight"),
+    "norm_bias": Weight("gpt_neox.final_layer_norm.bias"),
+    "lm_head": Weight("embed_out.weight"),
+} | _layer(
+    _NORMS | {"o": "attention.dense", "up": "mlp.dense_h_to_4h", "down": "mlp.dense_4h_to_h"}, prefix="gpt_neox.layers.{}."
+)  # fmt: skip
+_GPT_NEOX |= {
+    f"layers.{leaf}{ours}": Weight(f"gpt_neox.layers.{{}}.attention.query_key_value.{theirs}", by_head=True)
+    for ours, theirs in (("", "weight"), ("_bias", "bias"))
+    for leaf in "qkv"
+}
+_QWEN3_MOE = _QWEN3 | _layer({"router": "mlp.gate"} | {leaf: f"mlp.experts.{{}}.{leaf}_proj" for leaf in ("gate", "up", "down")})
+_MIXTRAL = _LLAMA | _layer(
+    {"router": "gate", "gate": "experts.{}.w1", "up": "experts.{}.w3", "down": "experts.{}.w2"},
+    prefix="model.layers.{}.block_sparse_moe.",
+)
+_ROTARY = ("rotary_emb.inv_freq",)  # which older files hold
+
 FAMILIES: dict[str, Family] = {
-    "llama": Family(
-        config=_llama_config,
-        weights={
-            "embed": "model.embed_tokens.weight",
-            "norm": "model.norm.weight",
-            "lm_head": "lm_head.weight",
-            "layers.attention_norm": "model.layers.{}.input_layernorm.weight",
-            "layers.mlp_norm": "model.layers.{}.post_attention_layernorm.weight",
-            "layers.q": "model.layers.{}.self_attn.q_proj.weight",
-            "layers.k": "model.layers.{}.self_attn.k_proj.weight",
-            "layers.v": "model.layers.{}.self_attn.v_proj.weight",
-            "layers.o": "model.layers.{}.self_attn.o_proj.weight",
-            "layers.q_bias": "model.layers.{}.self_attn.q_proj.bias",
-            "layers.k_bias": "model.layers.{}.self_attn.k_proj.bias",
-            "layers.v_bias": "model.layers.{}.self_attn.v_proj.bias",
-            "layers.o_bias": "model.layers.{}.self_attn.o_proj.bias",
-            "layers.gate": "model.layers.{}.mlp.gate_proj.weight",
-            "layers.up": "model.layers.{}.mlp.up_proj.weight",
-            "layers.down": "model.layers.{}.mlp.down_proj.weight",
-            "layers.gate_bias": "model.layers.{}.mlp.gate_proj.bias",
-            "layers.up_bias": "model.layers.{}.mlp.up_proj.bias",
-            "layers.down_bias": "model.layers.{}.mlp.down_proj.bias",
-        },
-        ignored=("rotary_emb.inv_freq",),
-    ),
+    "gemma2": Family(_gemma2, _GEMMA, _ROTARY),
+    "gemma3_text": Family(_gemma3, _GEMMA | _layer(_QK_NORMS), _ROTARY),
+    "gpt2": Family(_gpt2, _GPT2, (".attn.bias", ".attn.masked_bias")),
+    "gpt_neox": Family(_gpt_neox, _GPT_NEOX, (".attention.bias", ".attention.masked_bias", *_ROTARY)),
+    "llama": Family(_llama, _LLAMA, _ROTARY),
+    "mistral": Family(_mistral, _LLAMA, _ROTARY),
+    "mixtral": Family(_mixtral, _MIXTRAL, _ROTARY),
+    "olmo2": Family(_olmo2, _OLMO2, _ROTARY),
+    "phi3": Family(_phi3, _PHI3, _ROTARY),
+    "qwen2": Family(_qwen2, _LLAMA, _ROTARY),
+    "qwen3": Family(_qwen3, _QWEN3, _ROTARY),
+    "qwen3_moe": Family(_qwen3_moe, _QWEN3_MOE, _ROTARY),
 }
 
 

@@ -5,6 +5,8 @@ shard. Logits exist for one chunk at a time and are made again in the backward p
 
     z = x W, p = softmax(z), q = log p, H the entropy:   d q_y / dz = onehot(y) - p,   dH / dz = -p (q + H)
 
+With a soft cap, z = cap tanh(x W / cap), and both are multiplied by dz / d(x W) = 1 - (z / cap)^2.
+
 Differentiated by machine, a chunk took three to four sweeps over its logits rather than one, and the gradient of W was summed over
 the data shards in every chunk rather than once.
 """
@@ -21,7 +23,14 @@ from alignax.types import Outputs
 
 
 def token_logps(
-    hidden: jax.Array, weight: jax.Array, targets: jax.Array, mask: jax.Array, *, chunk: int = 256, mesh: Mesh | None = None
+    hidden: jax.Array,
+    weight: jax.Array,
+    targets: jax.Array,
+    mask: jax.Array,
+    *,
+    chunk: int = 256,
+    mesh: Mesh | None = None,
+    cap: float | None = None,
 ) -> Outputs:
     """Log-prob of each target and entropy of its distribution, where `mask` is True; 0 elsewhere.
 
@@ -32,6 +41,7 @@ def token_logps(
       mask: [R, T] bool.
       chunk: positions scored at a time in each batch shard; memory is about `chunk * V` floats, a few times over.
       mesh: gives the number of batch shards; positions never leave theirs.
+      cap: of the logits, see `soft_cap`.
 
     Returns:
       Outputs with [R, T] float32 arrays.
@@ -50,22 +60,29 @@ def token_logps(
     x = jnp.take_along_axis(hidden.reshape(S, P, D), order[..., None], axis=1)
     y = jnp.take_along_axis(targets.reshape(S, P), order, axis=1)
     x = meshes.constrain(x, mesh, "batch", None, None)
-    scores: Any = score(chunk, mesh, x, weight, y, count)
+    scores: Any = score(chunk, mesh, cap, x, weight, y, count)
     restore = lambda a: jnp.where(mask, jnp.take_along_axis(a[:, :P], back, axis=1).reshape(R, T), 0.0)
     return Outputs(*map(restore, scores))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def score(chunk: int, mesh: Mesh | None, x: jax.Array, weight: jax.Array, y: jax.Array, count: jax.Array) -> tuple[jax.Array, jax.Array]:
+def soft_cap(z: jax.Array, cap: float | None) -> jax.Array:
+    """cap * tanh(z / cap), which keeps logits within +-cap (Gemma 2, arXiv:2408.00118); z itself without a cap."""
+    return z if cap is None else cap * jnp.tanh(z / cap)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def score(
+    chunk: int, mesh: Mesh | None, cap: float | None, x: jax.Array, weight: jax.Array, y: jax.Array, count: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Log-prob of y [S, P] and entropy under softmax(x W), from x [S, P, D] and W [D, V]; 0 after the first `count` chunks."""
-    return _forward(chunk, mesh, x, weight, y, count)[0]
+    return _forward(chunk, mesh, cap, x, weight, y, count)[0]
 
 
-def _forward(chunk: int, mesh: Mesh | None, x: jax.Array, weight: jax.Array, y: jax.Array, count: jax.Array) -> Any:
+def _forward(chunk: int, mesh: Mesh | None, cap: float | None, x: jax.Array, weight: jax.Array, y: jax.Array, count: jax.Array) -> Any:
     w = _whole(weight, x.dtype, mesh)
 
     def body(i: jax.Array, out: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        z = _logits(_part(x, i, chunk), w)
+        z = soft_cap(_logits(_part(x, i, chunk), w), cap)
         top = z.max(axis=-1, keepdims=True)
         e = jnp.exp(z - top)
         total = e.sum(axis=-1)
@@ -79,7 +96,7 @@ def _forward(chunk: int, mesh: Mesh | None, x: jax.Array, weight: jax.Array, y: 
     return (logp, entropy), (x, weight, y, count, entropy, lse)
 
 
-def _backward(chunk: int, mesh: Mesh | None, saved: Any, cotangents: tuple[jax.Array, jax.Array]) -> Any:
+def _backward(chunk: int, mesh: Mesh | None, cap: float | None, saved: Any, cotangents: tuple[jax.Array, jax.Array]) -> Any:
     x, weight, y, count, entropy, lse = saved
     w = _whole(weight, x.dtype, mesh)
 
@@ -88,9 +105,12 @@ def _backward(chunk: int, mesh: Mesh | None, saved: Any, cotangents: tuple[jax.A
         part = _part(x, i, chunk)
         at = lambda a: _part(a, i, chunk)[..., None]
         dlogp, dentropy = map(at, cotangents)
-        q = _logits(part, w) - at(lse)
+        z = soft_cap(_logits(part, w), cap)
+        q = z - at(lse)
         hit = jnp.arange(w.shape[1])[None, None] == at(y)
         dz = jnp.where(hit, dlogp, 0.0) - jnp.exp(q) * (dlogp + dentropy * (q + at(entropy)))
+        if cap is not None:
+            dz = dz * (1 - jnp.square(z / cap))
         dz = dz.astype(x.dtype)  # what a matrix unit takes; sums stay float32
         dpart = jnp.einsum("scv,dv->scd", dz, w, preferred_element_type=jnp.float32)
         dw = dw + jnp.einsum("scd,scv->sdv", part, dz, preferred_element_type=jnp.float32)

@@ -4,11 +4,14 @@ Weights are read slice by slice: each device shard reads only its own part of th
 would not. Export writes one file's worth of tensors at a time.
 """
 
+import contextlib
+import functools
+import itertools
 import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,12 +25,20 @@ from alignax import mesh as meshes
 from alignax.distributed import is_main, together
 from alignax.models import transformer
 from alignax.models.families import Family, family
+from alignax.models.layout import Place, Tensor, joined, leaf_name, leaf_shapes, places, tensors
 from alignax.models.transformer import ModelConfig
 from alignax.types import Params
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 SHARD_BYTES = 5 * 10**9  # of an exported file, as transformers has it
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+
+
+class Stored(NamedTuple):
+    """Where a tensor is, and its name there."""
+
+    file: Path
+    name: str
 
 
 class Source(NamedTuple):
@@ -81,55 +92,59 @@ def load_params(source: Source, mesh: Mesh) -> Params:
     Raises:
       ValueError: for missing, extra or misshapen tensors and damaged files, before any weight is read.
     """
-    files = tensor_files(source.path)
-    check_tensors(source, files)
-    abstract = abstract_params(source.config, mesh)
-
-    def load(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        name = leaf_name(path)
-        target = source.family.weights[name]
-
-        def read(index: tuple[slice, ...]) -> np.ndarray:
-            if not name.startswith("layers."):
-                return read_slice(files[target], target, index)
-            layers = range(*index[0].indices(leaf.shape[0]))
-            return np.stack([read_slice(files[n], n, index[1:]) for n in (target.format(i) for i in layers)])
-
-        parts: dict[str, np.ndarray] = {}  # devices that hold copies of a shard share one reading of it
-
-        def once(index: Any) -> np.ndarray:
-            if str(index) not in parts:
-                parts[str(index)] = read(index)
-            return parts[str(index)]
-
-        return jax.make_array_from_callback(leaf.shape, leaf.sharding, once)
-
-    return jax.tree_util.tree_map_with_path(load, abstract)
-
-
-def read_slice(file: Path, name: str, index: tuple[slice, ...]) -> np.ndarray:
-    """Part of a tensor as float32, in our layout: a matrix of the file is [out, in], ours is [in, out]; embeddings are kept."""
     from safetensors import safe_open
 
-    turn = is_transposed(name, len(index))
-    with safe_open(file, framework="np") as f:
-        part = f.get_slice(name)[index[::-1] if turn else index]
-    if not np.isfinite(part.astype(np.float32)).all():
-        raise ValueError(f"{name} in {file} holds values that are not finite; fetch the folder again, or train it again")
-    return np.asarray(part.T if turn else part, np.float32)
+    files = tensor_files(source)
+    check_tensors(source, files)
+    abstract = abstract_params(source.config, mesh)
+    where = places(source.family.weights, leaf_shapes(abstract), source.config.num_attention_heads)
+    with contextlib.ExitStack() as stack:
+        opened = functools.cache(lambda file: stack.enter_context(safe_open(file, framework="np")))
+
+        def load(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+            place = where[leaf_name(path)]
+
+            def read(index: tuple[slice, ...]) -> np.ndarray:
+                ranges = [range(*s.indices(n)) for s, n in zip(index, leaf.shape, strict=True)]
+                stored = (files[place.weight.name.format(*at)] for at in itertools.product(*ranges[: place.stacked]))
+                parts = [read_part(opened(s.file), s, place, ranges[place.stacked :]) for s in stored]
+                return np.stack(parts).reshape([len(r) for r in ranges]) if place.stacked else parts[0]
+
+            parts: dict[str, np.ndarray] = {}  # devices that hold copies of a shard share one reading of it
+
+            def once(index: Any) -> np.ndarray:
+                if str(index) not in parts:
+                    parts[str(index)] = read(index)
+                return parts[str(index)]
+
+            return jax.make_array_from_callback(leaf.shape, leaf.sharding, once)
+
+        return jax.tree_util.tree_map_with_path(load, abstract)
 
 
-def is_transposed(name: str, ndim: int) -> bool:
-    """Whether a tensor of the files is the transpose of ours: every matrix but the embedding."""
-    return ndim == 2 and "embed_tokens" not in name
+def read_part(opened: Any, stored: Stored, place: Place, ranges: Sequence[range]) -> np.ndarray:
+    """Rows and columns of a leaf's layer as float32, in our layout."""
+    turned = place.turned(len(ranges))
+    part = np.concatenate([read_slice(opened, stored.name, i) for i in place.indices(ranges)], axis=0 if turned else -1)
+    if not np.isfinite(part).all():
+        raise ValueError(f"{stored.name} in {stored.file} holds values that are not finite; fetch the folder again, or train it again")
+    return part.T if turned else part
 
 
-def leaf_name(path: Any) -> str:
-    """`layers.q`, from a tree path."""
-    return jax.tree_util.keystr(path, simple=True, separator=".")
+def read_slice(opened: Any, name: str, index: tuple[slice, ...]) -> np.ndarray:
+    """Part of a tensor of an opened file, as float32."""
+    return np.asarray(opened.get_slice(name)[index], np.float32)
 
 
-def tensor_files(path: Path) -> dict[str, Path]:
+def tensor_files(source: Source) -> dict[str, Stored]:
+    """Tensor name -> where it is stored; files of a bare model (GPT-2's own, say) leave the first word of every name out."""
+    found = _named_files(source.path)
+    first = source.family.weights["embed"].name.split(".")[0] + "."
+    bare = not any(name.startswith(first) for name in found)
+    return {first + name if bare else name: Stored(file, name) for name, file in found.items()}
+
+
+def _named_files(path: Path) -> dict[str, Path]:
     """Tensor name -> file, for a single file or an index of shards."""
     single, index = (path / name for name in WEIGHT_FILES)
     if index.is_file():
@@ -157,10 +172,10 @@ def _header(file: Path) -> dict[str, tuple[int, ...]]:
         raise ValueError(f"{file} is damaged or cut short ({e}); fetch it again") from e
 
 
-def check_tensors(source: Source, files: Mapping[str, Path]) -> None:
+def check_tensors(source: Source, files: Mapping[str, Stored]) -> None:
     """Compares names and shapes of a folder's tensors with what its config says."""
-    wanted = tensor_shapes(source)
-    tied = {source.family.weights["lm_head"]} if source.config.tie_word_embeddings else set()
+    wanted = {t.name: t.shape for t in plan(source)}
+    tied = {source.family.weights["lm_head"].name} if source.config.tie_word_embeddings else set()
     names = {n for n in files if not n.endswith(source.family.ignored)} - tied
     where = f"{str(source.path)!r}"
     if missing := sorted(set(wanted) - names):
@@ -169,31 +184,18 @@ def check_tensors(source: Source, files: Mapping[str, Path]) -> None:
         raise ValueError(
             f"{where} has {len(extra)} tensors that config.json does not describe, {extra[0]} first; is it this model's config?"
         )
-    headers = {file: _header(file) for file in sorted(set(files.values()))}
+    headers = {file: _header(file) for file in sorted({s.file for s in files.values()})}
     for name, shape in wanted.items():
-        found = headers[files[name]].get(name)
+        found = headers[files[name].file].get(files[name].name)
         if found is None:
-            raise ValueError(f"{files[name]} does not hold {name}, which its index places there; fetch it again")
+            raise ValueError(f"{files[name].file} does not hold {name}, which its index places there; fetch it again")
         if found != shape:
             raise ValueError(f"{name} in {where} has shape {found}, config.json says {shape}; is it this model's config?")
 
 
-def tensor_shapes(source: Source) -> dict[str, tuple[int, ...]]:
-    """Tensor name -> shape in the files, as the config has it."""
-    return {name: shape for _, _, name, shape in _plan(source)}
-
-
-def _plan(source: Source) -> list[tuple[str, int | None, str, tuple[int, ...]]]:
-    """(our leaf, layer, tensor name, its shape in the files), in the files' order: layer by layer."""
-    plan = []
-    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(source.config)):
-        name = leaf_name(path)
-        target = source.family.weights[name]
-        stacked = name.startswith("layers.")
-        shape = leaf.shape[1:] if stacked else leaf.shape
-        shape = shape[::-1] if is_transposed(target, len(shape)) else shape
-        plan += [(name, i, target.format(i), shape) for i in (range(leaf.shape[0]) if stacked else (None,))]
-    return sorted(plan, key=lambda entry: (entry[1] is None, entry[1] or 0))
+def plan(source: Source) -> list[Tensor]:
+    """All tensors of a folder, as its config has them."""
+    return tensors(source.family.weights, leaf_shapes(abstract_params(source.config)), source.config.num_attention_heads)
 
 
 def export(params: Params, source: Source, out: str | os.PathLike, dtype: str = "float32", shard_bytes: int = SHARD_BYTES) -> None:
@@ -220,27 +222,26 @@ def export(params: Params, source: Source, out: str | os.PathLike, dtype: str = 
             shutil.rmtree(tmp, ignore_errors=True)
             tmp.mkdir(parents=True)
     leaves = {leaf_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
-    shards = _shards(_plan(source), jnp.dtype(dtype).itemsize, shard_bytes)
+    where = places(source.family.weights, {name: x.shape for name, x in leaves.items()}, source.config.num_attention_heads)
+    shards = _shards(plan(source), jnp.dtype(dtype).itemsize, shard_bytes)
     index: dict[str, str] = {}
     for i, shard in enumerate(shards):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {}
-        for name, layer, target, shape in shard:
-            x = leaves[name] if layer is None else leaves[name][layer]
-            x = meshes.gathered(x)
+        content = {}
+        for tensor in shard:
+            parts = [meshes.gathered(leaves[name][tensor.at]) for name in tensor.leaves]
             if main:
-                x = x.astype(jnp.dtype(dtype))
-                tensors[target] = np.ascontiguousarray(x.T if is_transposed(target, len(shape)) else x)
-        index |= dict.fromkeys(tensors, file)
+                content[tensor.name] = joined(parts, where[tensor.leaves[0]]).astype(jnp.dtype(dtype))
+        index |= dict.fromkeys(content, file)
         with together():
             if main:
                 from safetensors.numpy import save_file
 
-                save_file(tensors, tmp / file, metadata={"format": "pt"})
+                save_file(content, tmp / file, metadata={"format": "pt"})
     with together():
         if main:
             if len(shards) > 1:
-                total = sum(math.prod(shape) for shard in shards for *_, shape in shard) * jnp.dtype(dtype).itemsize
+                total = sum(math.prod(t.shape) for shard in shards for t in shard) * jnp.dtype(dtype).itemsize
                 content = {"metadata": {"total_size": total}, "weight_map": index}
                 (tmp / WEIGHT_FILES[1]).write_text(json.dumps(content, indent=2))
             _copy_small_files(source, tmp, dtype)
@@ -257,15 +258,15 @@ def _replace(out: Path, new: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _shards(plan: list, itemsize: int, limit: int) -> list[list]:
-    """The plan cut into files of at most `limit` bytes (or one tensor)."""
+def _shards(all_tensors: list[Tensor], itemsize: int, limit: int) -> list[list[Tensor]]:
+    """Tensors cut into files of at most `limit` bytes (or one tensor)."""
     shards, size = [[]], 0
-    for entry in plan:
-        n = math.prod(entry[3]) * itemsize
+    for tensor in all_tensors:
+        n = math.prod(tensor.shape) * itemsize
         if shards[-1] and size + n > limit:
             shards.append([])
             size = 0
-        shards[-1].append(entry)
+        shards[-1].append(tensor)
         size += n
     return shards
 

@@ -5,6 +5,7 @@ Outputs` that the training step and the experience functions take.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -16,13 +17,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from alignax.mesh import constrain
-from alignax.models.heads import token_logps
+from alignax.models.heads import soft_cap, token_logps
+from alignax.models.moe import experts
 from alignax.types import Batch, Outputs, Params, rows
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Shape and options of a decoder-only transformer (names as in the Hugging Face configs)."""
+    """Shape and options of a decoder-only transformer (names as in the Hugging Face configs, where those have one)."""
 
     vocab_size: int
     hidden_size: int
@@ -32,15 +34,41 @@ class ModelConfig:
     num_key_value_heads: int
     head_dim: int
     max_position_embeddings: int
-    rms_norm_eps: float = 1e-6
+    rms_norm_eps: float = 1e-6  # of LayerNorms too
     rope_theta: float = 10000.0
     rope_scaling: tuple[tuple[str, Any], ...] = ()  # (("rope_type", "llama3"), ...), hashable
     tie_word_embeddings: bool = False
-    attention_bias: bool = False
+    attention_bias: bool = False  # of q, k, v and o
     mlp_bias: bool = False
     initializer_range: float = 0.02
+    qkv_bias: bool = False  # of q, k and v alone
+    norm: str = "rms"  # "rms"; "rms_plus_one": times 1 + weight; "layer": LayerNorm, with a bias
+    pre_norms: bool = True  # of what attention and MLP take
+    post_norms: bool = False  # of what they give, before it is added to the residual stream
+    qk_norm: str = "none"  # of queries and keys: "head", each head by itself; "projection", all heads as one vector
+    parallel_residual: bool = False  # attention and MLP both take the layer's input
+    hidden_act: str = "silu"  # one of ACTIVATIONS
+    gated_mlp: bool = True
+    positions: str = "rope"  # or "learned", added to the embeddings
+    partial_rotary_factor: float = 1.0  # the share of head_dim that rotates
+    local_rope_theta: float | None = None  # unscaled, of layers with a window; None: as the other layers
+    sliding_windows: tuple[int, ...] = ()  # of each layer: keys that a query sees, its own included; 0: all. (): no layer has one
+    query_pre_attn_scalar: float | None = None  # attention scores are divided by its square root; None: by that of head_dim
+    attn_logit_softcapping: float | None = None  # scores become cap * tanh(score / cap)
+    final_logit_softcapping: float | None = None
+    embedding_scale: float = 1.0
+    num_experts: int = 0  # 0: one MLP; intermediate_size is that of an expert
+    num_experts_per_tok: int = 0
+    norm_topk_prob: bool = False  # the chosen experts' probabilities sum to 1
 
 
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": nn.silu,
+    "gelu": functools.partial(nn.gelu, approximate=False),
+    "gelu_new": nn.gelu,  # the tanh approximation, under its two names
+    "gelu_pytorch_tanh": nn.gelu,
+    "relu": nn.relu,
+}
 REMAT: dict[str, Callable | None] = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -50,7 +78,7 @@ Cache = tuple[jax.Array, jax.Array]  # keys and values, each [L, R, S, KV, head_
 
 
 class Block(nn.Module):
-    """One layer: attention and a gated MLP, each behind an RMS norm and added to the residual stream."""
+    """One layer: attention and an MLP (or experts), normed before, after or both, and added to the residual stream."""
 
     config: ModelConfig
     dtype: Any
@@ -67,34 +95,66 @@ class Block(nn.Module):
             y = y + jnp.asarray(self.param(name + "_bias", zeros, (features,), jnp.float32), self.dtype)[None, None]
         return y
 
-    def norm(self, name: str, x: jax.Array) -> jax.Array:
-        """RMS norm, in float32 (Zhang & Sennrich 2019, arXiv:1910.07467)."""
-        ones = nn.with_logical_partitioning(nn.initializers.ones, (None,))
-        return rms_norm(x, jnp.asarray(self.param(name, ones, (x.shape[-1],), jnp.float32)), self.config.rms_norm_eps)
-
     @nn.compact
-    def __call__(self, x: jax.Array, cache: Cache | None, rope: Cache, start: jax.Array | int, mask: jax.Array):
+    def __call__(self, x: jax.Array, cache: Cache | None, window: jax.Array | None, rope: Any, start: jax.Array | int, mask: jax.Array):
         """One layer on x [R, T, D]; with a cache (keys and values [R, S, KV, h]), T new positions from slot `start` on."""
         c = self.config
+        h, cache = self.attend(norm(self, "attention_norm", x) if c.pre_norms else x, cache, window, rope, start, mask)
+        after = x + (norm(self, "attention_post_norm", h) if c.post_norms else h)
+        h = x if c.parallel_residual else after
+        h = self.mlp(norm(self, "mlp_norm", h) if c.pre_norms else h)
+        x = after + (norm(self, "mlp_post_norm", h) if c.post_norms else h)
+        return constrain(x, self.mesh, "batch", None, None), cache
+
+    def attend(self, x: jax.Array, cache: Cache | None, window: jax.Array | None, rope: Any, start: jax.Array | int, mask: jax.Array):
+        """Attention with its four projections: [R, T, D] to [R, T, D], and the cache with the new keys and values."""
+        c = self.config
         R, T, _ = x.shape
-        h = self.norm("attention_norm", x)
-        q = self.dense("q", h, c.num_attention_heads * c.head_dim, ("embed", "heads"), c.attention_bias)
-        k = self.dense("k", h, c.num_key_value_heads * c.head_dim, ("embed", "heads"), c.attention_bias)
-        v = self.dense("v", h, c.num_key_value_heads * c.head_dim, ("embed", "heads"), c.attention_bias)
-        q = rotate(q.reshape(R, T, -1, c.head_dim), rope)
-        k = rotate(k.reshape(R, T, -1, c.head_dim), rope)
-        v = v.reshape(R, T, -1, c.head_dim)
+        bias = c.attention_bias or c.qkv_bias
+        q = self.dense("q", x, c.num_attention_heads * c.head_dim, ("embed", "heads"), bias)
+        k = self.dense("k", x, c.num_key_value_heads * c.head_dim, ("embed", "heads"), bias)
+        v = self.dense("v", x, c.num_key_value_heads * c.head_dim, ("embed", "heads"), bias)
+        if c.qk_norm == "projection":
+            q, k = norm(self, "q_norm", q), norm(self, "k_norm", k)
+        q, k, v = (a.reshape(R, T, -1, c.head_dim) for a in (q, k, v))
+        if c.qk_norm == "head":
+            q, k = norm(self, "q_norm", q), norm(self, "k_norm", k)
+        if c.local_rope_theta is not None and window is not None:
+            rope = jax.tree.map(lambda table: table[jnp.int32(window > 0)], rope)
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
         if cache is not None:
             k = jax.lax.dynamic_update_slice_in_dim(cache[0], k.astype(cache[0].dtype), start, axis=1)
             v = jax.lax.dynamic_update_slice_in_dim(cache[1], v.astype(cache[1].dtype), start, axis=1)
             cache = (k, v)
-        h = attention(q, k, v, mask, start if cache is not None else None)
-        x = x + self.dense("o", h.reshape(R, T, -1), c.hidden_size, ("heads", "embed"), c.attention_bias)
-        h = self.norm("mlp_norm", x)
-        gate = self.dense("gate", h, c.intermediate_size, ("embed", "mlp"), c.mlp_bias)
-        up = self.dense("up", h, c.intermediate_size, ("embed", "mlp"), c.mlp_bias)
-        x = x + self.dense("down", nn.silu(gate) * up, c.hidden_size, ("mlp", "embed"), c.mlp_bias)
-        return constrain(x, self.mesh, "batch", None, None), cache
+        scalar, cap = c.query_pre_attn_scalar, c.attn_logit_softcapping
+        h = attention(q, k, v, mask, start if cache is not None else None, window=window, scalar=scalar, cap=cap)
+        return self.dense("o", h.reshape(R, T, -1), c.hidden_size, ("heads", "embed"), c.attention_bias), cache
+
+    def mlp(self, x: jax.Array) -> jax.Array:
+        """[R, T, D] to [R, T, D]: down(act(gate(x)) * up(x)), down(act(up(x))), or the experts' sum."""
+        c = self.config
+        act = ACTIVATIONS[c.hidden_act]
+        if c.num_experts:
+            return self.experts(x, act)
+        gate = self.dense("gate", x, c.intermediate_size, ("embed", "mlp"), c.mlp_bias) if c.gated_mlp else None
+        up = self.dense("up", x, c.intermediate_size, ("embed", "mlp"), c.mlp_bias)
+        return self.dense("down", act(up) if gate is None else act(gate) * up, c.hidden_size, ("mlp", "embed"), c.mlp_bias)
+
+    def experts(self, x: jax.Array, act: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        """The experts' weights; see `alignax.models.moe.experts`."""
+        c = self.config
+        E, D, F = c.num_experts, c.hidden_size, c.intermediate_size
+
+        def weight(name: str, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> jax.Array:
+            init = nn.with_logical_partitioning(nn.initializers.normal(c.initializer_range), axes)
+            return jnp.asarray(self.param(name, init, shape, jnp.float32), self.dtype)
+
+        router = weight("router", (D, E), ("embed", None))
+        gate, up = (weight(name, (E, D, F), ("expert", "embed", None)) for name in ("gate", "up"))
+        down = weight("down", (E, F, D), ("expert", None, "embed"))
+        k, normalise = c.num_experts_per_tok, c.norm_topk_prob
+        return experts(x, router, (gate, up, down), k=k, normalise=normalise, activation=act, mesh=self.mesh)
 
 
 class Decoder(nn.Module):
@@ -126,12 +186,20 @@ class Decoder(nn.Module):
         # Positions count real tokens, so a row scores the same wherever its padding stands.
         positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
         positions = jax.lax.dynamic_slice_in_dim(positions, start, tokens.shape[1], axis=1)
-        rope = rope_angles(c, positions, length=positions.max(axis=1) + 1)
+        rope = rope_tables(c, positions) if c.positions == "rope" else None
+        windows = jnp.asarray(c.sliding_windows, jnp.int32) if any(c.sliding_windows) else None  # [L]
         # Gathered over fsdp before the lookup: looked up in shards, the partitioner would replicate the batch instead.
         table = constrain(jnp.asarray(embed, self.dtype), self.mesh, "vocab", None)
-        x = constrain(table[tokens], self.mesh, "batch", None, None)
+        x = table[tokens]
+        if c.embedding_scale != 1.0:
+            x = x * jnp.asarray(c.embedding_scale, self.dtype)
+        if c.positions == "learned":
+            normal = nn.with_logical_partitioning(nn.initializers.normal(c.initializer_range), (None, "embed"))
+            learned = self.param("position_embed", normal, (c.max_position_embeddings, c.hidden_size), jnp.float32)
+            x = x + constrain(jnp.asarray(learned, self.dtype), self.mesh, None, None)[positions]
+        x = constrain(x, self.mesh, "batch", None, None)
         block = Block if REMAT[self.remat] is None else nn.remat(Block, policy=REMAT[self.remat], prevent_cse=False)
-        axes: Any = (0, nn.broadcast, nn.broadcast, nn.broadcast)  # cache, rope, start, mask
+        axes: Any = (0, 0, nn.broadcast, nn.broadcast, nn.broadcast)  # cache, window, rope, start, mask
         stack = nn.scan(
             block,
             variable_axes={"params": 0},
@@ -141,26 +209,53 @@ class Decoder(nn.Module):
             length=c.num_hidden_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        x, cache = stack(c, self.dtype, self.mesh, name="layers")(x, cache, rope, start, mask)
-        ones = nn.with_logical_partitioning(nn.initializers.ones, (None,))
-        return rms_norm(x, jnp.asarray(self.param("norm", ones, (c.hidden_size,), jnp.float32)), c.rms_norm_eps), cache
+        x, cache = stack(c, self.dtype, self.mesh, name="layers")(x, cache, windows, rope, start, mask)
+        return norm(self, "norm", x), cache
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """x [R, T, D] / rms(x) * scale [D], in float32, returned in x's dtype."""
+def norm(module: Block | Decoder, name: str, x: jax.Array) -> jax.Array:
+    """RMS norm (Zhang & Sennrich 2019, arXiv:1910.07467) or LayerNorm of x [.., D] with a weight [D]; in float32, returned in x's dtype."""
+    c, shape = module.config, (x.shape[-1],)
+    # A weight that 1 is added to starts from 0.
+    first = nn.initializers.zeros if c.norm == "rms_plus_one" else nn.initializers.ones
+    whole = lambda a: a.reshape((1,) * (x.ndim - 1) + shape)
+    weight = whole(jnp.asarray(module.param(name, nn.with_logical_partitioning(first, (None,)), shape, jnp.float32), jnp.float32))
     y = x.astype(jnp.float32)
-    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
-    return (y * scale[None, None]).astype(x.dtype)
+    if c.norm == "layer":
+        y = y - jnp.mean(y, axis=-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + c.rms_norm_eps)
+    y = y * (1 + weight if c.norm == "rms_plus_one" else weight)
+    if c.norm == "layer":
+        zeros = nn.with_logical_partitioning(nn.initializers.zeros, (None,))
+        y = y + whole(jnp.asarray(module.param(name + "_bias", zeros, shape, jnp.float32), jnp.float32))
+    return y.astype(x.dtype)
 
 
 def rotate(x: jax.Array, rope: Cache) -> jax.Array:
-    """Rotary position embedding on x [R, T, heads, head_dim], halves rotated together as Hugging Face stores them."""
+    """Rotary position embedding on x [R, T, heads, head_dim], halves rotated together as Hugging Face stores them.
+
+    Angles of fewer than head_dim / 2 pairs rotate the first dimensions and leave the others.
+    """
     cos, sin = rope[0][:, :, None], rope[1][:, :, None]  # [R, T, 1, head_dim / 2]
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+    pairs = cos.shape[-1]
+    turning, still = x[..., : 2 * pairs], x[..., 2 * pairs :]
+    a, b = jnp.split(turning.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+    return jnp.concatenate([turned, still], axis=-1) if still.shape[-1] else turned
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, start: jax.Array | int | None, block: int = 0):
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array,
+    start: jax.Array | int | None,
+    block: int = 0,
+    *,
+    window: jax.Array | None = None,
+    scalar: float | None = None,
+    cap: float | None = None,
+) -> jax.Array:
     """Causal grouped-query attention; softmax in float32.
 
     Without `start`, query blocks attend only to the keys before their end, so memory and work are those of the causal half. With
@@ -173,6 +268,9 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, start: 
       mask: [R, S] bool, real keys.
       start: slot of the first query, or None.
       block: queries per block; 0: an eighth of them, from 64 to 512.
+      window: [] int: how many keys a query sees, its own included; 0 or None: all.
+      scalar: scores are divided by its square root; None: h.
+      cap: scores become cap * tanh(score / cap); None: they stay.
 
     Returns:
       [R, T, H, h].
@@ -185,8 +283,10 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, start: 
         query = first + jnp.arange(q.shape[1])[None, :, None]  # slots, [1, t, 1]
         key = jnp.arange(k.shape[1])[None, None, :]
         # A padding query sees itself, so that its softmax is finite; nobody reads it.
-        visible = (query >= key) & mask[:, None, :] | (query == key)  # [R, t, s]
-        scores = jnp.einsum("rtkgh,rskh->rkgts", q, k, preferred_element_type=jnp.float32) / math.sqrt(h)
+        seen = query >= key if window is None else (query >= key) & ((query - key < window) | (window == 0))
+        visible = seen & mask[:, None, :] | (query == key)  # [R, t, s]
+        scores = jnp.einsum("rtkgh,rskh->rkgts", q, k, preferred_element_type=jnp.float32) / math.sqrt(scalar or h)
+        scores = soft_cap(scores, cap)
         weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, -1e30), axis=-1).astype(v.dtype)
         return jnp.einsum("rkgts,rskh->rtkgh", weights, v)
 
@@ -198,8 +298,18 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, start: 
     return jnp.concatenate(out, axis=1).reshape(R, T, H, h)
 
 
+def rope_tables(c: ModelConfig, positions: jax.Array) -> Cache:
+    """cos and sin for positions [R, T]: [R, T, dim / 2], or [2, R, T, dim / 2] where layers with a window (1) have angles of their own."""
+    length = positions.max(axis=1) + 1
+    whole = rope_angles(c, positions, length)
+    if c.local_rope_theta is None or not any(c.sliding_windows):
+        return whole
+    local = rope_angles(dataclasses.replace(c, rope_theta=c.local_rope_theta, rope_scaling=()), positions, length)
+    return jax.tree.map(lambda a, b: jnp.stack([a, b]), whole, local)
+
+
 def rope_angles(c: ModelConfig, positions: jax.Array, length: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """cos and sin of the rotary angles, [R, T, head_dim / 2] float32, for every rope scaling that transformers has for Llama.
+    """cos and sin of the rotary angles, [R, T, dim / 2] float32 for the dim that rotate, for every rope scaling that transformers has.
 
     Su et al. 2021, arXiv:2104.09864; linear (Chen et al. 2023, arXiv:2306.15595), dynamic NTK, YaRN (Peng et al. 2023,
     arXiv:2309.00071), LongRoPE (Ding et al. 2024, arXiv:2402.13753) and the Llama 3.1 ramp. Dynamic NTK and LongRoPE depend on
@@ -211,10 +321,10 @@ def rope_angles(c: ModelConfig, positions: jax.Array, length: jax.Array) -> tupl
       positions: [R, T] int.
       length: [R] int, real tokens of each row; with a cache, those so far.
     """
-    s = dict(c.rope_scaling)
+    s, dim = dict(c.rope_scaling), int(c.head_dim * c.partial_rotary_factor)
     kind = s.get("rope_type", "default")
-    half = np.arange(0, c.head_dim, 2, dtype=np.float64) / c.head_dim
-    freq = c.rope_theta**-half  # [head_dim / 2]
+    half = np.arange(0, dim, 2, dtype=np.float64) / dim
+    freq = c.rope_theta**-half  # [dim / 2]
     original = s.get("original_max_position_embeddings") or c.max_position_embeddings
     factor = s.get("factor") or c.max_position_embeddings / original
     scale = 1.0
@@ -226,24 +336,24 @@ def rope_angles(c: ModelConfig, positions: jax.Array, length: jax.Array) -> tupl
         ramp = np.clip((turns - low) / (high - low), 0.0, 1.0)
         freq = freq / factor * (1 - ramp) + freq * ramp
     elif kind == "yarn":
-        turn = lambda n: c.head_dim * np.log(original / (n * 2 * np.pi)) / (2 * np.log(c.rope_theta))
+        turn = lambda n: dim * np.log(original / (n * 2 * np.pi)) / (2 * np.log(c.rope_theta))
         low, high = turn(s.get("beta_fast") or 32), turn(s.get("beta_slow") or 1)
         if s.get("truncate", True):
             low, high = np.floor(low), np.ceil(high)
-        low, high = max(low, 0), min(high, c.head_dim - 1)
-        ramp = np.clip((np.arange(c.head_dim // 2) - low) / max(high - low, 1e-3), 0.0, 1.0)
+        low, high = max(low, 0), min(high, dim - 1)
+        ramp = np.clip((np.arange(dim // 2) - low) / max(high - low, 1e-3), 0.0, 1.0)
         freq = freq / factor * ramp + freq * (1 - ramp)
         scale = _yarn_scale(s, factor)
     elif kind == "longrope":
         scale = s.get("attention_factor") or (1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original)))
         long, short = (jnp.asarray(freq / s[name], jnp.float32)[None] for name in ("long_factor", "short_factor"))
-        freq = jnp.where((length > original)[:, None], long, short)  # [R, head_dim / 2]
+        freq = jnp.where((length > original)[:, None], long, short)  # [R, dim / 2]
     elif kind == "dynamic":
         context = c.max_position_embeddings  # the original one, whatever else the config says
         stretch = factor * jnp.maximum(length, context) / context - (factor - 1)  # [R], 1 within the original context
-        theta = c.rope_theta * stretch ** (c.head_dim / (c.head_dim - 2))
-        freq = theta[:, None] ** -jnp.asarray(half, jnp.float32)[None]  # [R, head_dim / 2]
-    freq = jnp.asarray(freq, jnp.float32).reshape(-1, 1, c.head_dim // 2)  # [R or 1, 1, head_dim / 2]
+        theta = c.rope_theta * stretch ** (dim / (dim - 2))
+        freq = theta[:, None] ** -jnp.asarray(half, jnp.float32)[None]  # [R, dim / 2]
+    freq = jnp.asarray(freq, jnp.float32).reshape(-1, 1, dim // 2)  # [R or 1, 1, dim / 2]
     angles = positions[..., None].astype(jnp.float32) * freq
     return jnp.cos(angles) * scale, jnp.sin(angles) * scale
 
@@ -289,7 +399,8 @@ def forward(
         tokens, mask, scored = rows(batch["tokens"]), rows(batch["mask"]), rows(batch["completion_mask"])  # [R, T]
         hidden, _ = decoder.apply({"params": params}, tokens, mask)  # [R, T, D]
         # Position t - 1 predicts token t; the last position predicts nothing.
-        out = token_logps(hidden[:, :-1], head_weight(config, params), tokens[:, 1:], scored[:, 1:], chunk=chunk, mesh=mesh)
+        weight, cap = head_weight(config, params), config.final_logit_softcapping
+        out = token_logps(hidden[:, :-1], weight, tokens[:, 1:], scored[:, 1:], chunk=chunk, mesh=mesh, cap=cap)
         back = lambda x: jnp.pad(x, ((0, 0), (1, 0))).reshape(batch["tokens"].shape)  # [B, N, T]
         return Outputs(*map(back, out))
 
