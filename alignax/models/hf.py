@@ -5,6 +5,7 @@ would not. Export writes one file's worth of tensors at a time.
 """
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import json
@@ -26,6 +27,7 @@ from alignax.distributed import is_main, together
 from alignax.models import transformer
 from alignax.models.families import Family, family
 from alignax.models.layout import Place, Tensor, joined, leaf_name, leaf_shapes, places, tensors
+from alignax.models.lora import Lora, split, with_norms
 from alignax.models.transformer import ModelConfig
 from alignax.types import Params
 
@@ -78,6 +80,19 @@ def abstract_params(config: ModelConfig, mesh: Mesh | None = None) -> Params:
         return shapes
     described = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
     return jax.tree.map(described, shapes, meshes.param_shardings(mesh, boxed))
+
+
+def abstract_adapters(config: ModelConfig, lora: Lora, mesh: Mesh | None = None) -> Params:
+    """Shapes, types and (with a mesh) shardings of the adapters alone."""
+    return split(abstract_params(dataclasses.replace(config, lora=lora), mesh))[1]
+
+
+def init_adapters(source: "Source", lora: Lora, mesh: Mesh, base: Params, key: jax.Array) -> Params:
+    """Fresh adapters, with which the model is its base."""
+    config = dataclasses.replace(source.config, lora=lora)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_adapters(source.config, lora, mesh))
+    fresh = lambda key, base: with_norms(lora, base, split(nn.unbox(transformer.init(config, key)))[1])
+    return jax.jit(fresh, out_shardings=shardings)(key, base)
 
 
 def init_params(config: ModelConfig, mesh: Mesh, key: jax.Array) -> Params:
@@ -245,10 +260,10 @@ def export(params: Params, source: Source, out: str | os.PathLike, dtype: str = 
                 content = {"metadata": {"total_size": total}, "weight_map": index}
                 (tmp / WEIGHT_FILES[1]).write_text(json.dumps(content, indent=2))
             _copy_small_files(source, tmp, dtype)
-            _replace(out, tmp)
+            replace(out, tmp)
 
 
-def _replace(out: Path, new: Path) -> None:
+def replace(out: Path, new: Path) -> None:
     """Puts a finished folder in the place of an earlier one."""
     old = out.with_name(out.name + ".old")
     shutil.rmtree(old, ignore_errors=True)

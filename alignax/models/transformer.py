@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from alignax.mesh import constrain
 from alignax.models.heads import soft_cap, token_logps
+from alignax.models.lora import Lora, adapt
 from alignax.models.moe import experts
 from alignax.types import Batch, Outputs, Params, rows
 
@@ -60,6 +61,7 @@ class ModelConfig:
     num_experts: int = 0  # 0: one MLP; intermediate_size is that of an expert
     num_experts_per_tok: int = 0
     norm_topk_prob: bool = False  # the chosen experts' probabilities sum to 1
+    lora: Lora | None = None  # adapters beside the matrices
 
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -89,7 +91,11 @@ class Block(nn.Module):
         init = nn.with_logical_partitioning(nn.initializers.normal(self.config.initializer_range), axes)
         weight = self.param(name, init, (x.shape[-1], features), jnp.float32)
         # Rows flattened: XLA on CPU takes a third less for the backward pass than with the two axes R and T.
-        y = (x.reshape(-1, x.shape[-1]) @ jnp.asarray(weight, self.dtype)).reshape(*x.shape[:-1], features)
+        flat, weight = x.reshape(-1, x.shape[-1]), jnp.asarray(weight, self.dtype)
+        y = flat @ weight
+        if (lora := self.config.lora) and name in lora.targets:
+            y = adapt(lora, self.param, name, flat, weight, y, axes)
+        y = y.reshape(*x.shape[:-1], features)
         if bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, axes[1:])
             y = y + jnp.asarray(self.param(name + "_bias", zeros, (features,), jnp.float32), self.dtype)[None, None]

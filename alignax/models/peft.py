@@ -1,0 +1,214 @@
+"""PEFT's adapter folders in and out: adapter_config.json and adapter_model.safetensors.
+
+PEFT adapts the modules of the files, we the matrices that they hold. Where a module holds several side by side (GPT-2's c_attn: q, k
+and v), a folder's A is each one's A, and its B is cut as the weight is; written back, their As stand side by side and B is block
+diagonal, so the rank is the sum of theirs.
+"""
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from alignax import mesh as meshes
+from alignax.distributed import is_main, together
+from alignax.models import hf, lora
+from alignax.models.layout import Place, joined, leaf_shapes, places
+from alignax.models.lora import MARK, Lora
+from alignax.types import Params
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+# What PEFT has and we have not: field -> the only values that mean nothing.
+PLAIN: dict[str, tuple[Any, ...]] = {
+    "bias": ("none", None), "modules_to_save": (None, []), "layers_to_transform": (None, []), "layer_replication": (None, []),
+    "lora_bias": (False, None), "target_parameters": (None, []), "use_qalora": (False, None), "alora_invocation_tokens": (None, []),
+    "trainable_token_indices": (None, []), "exclude_modules": (None, []), "arrow_config": (None,), "use_bdlora": (None, False),
+}  # fmt: skip
+
+
+class Adapted:
+    """Which leaves stand in which module of a folder, for one model."""
+
+    def __init__(self, source: hf.Source):
+        """`source`: the base model's folder."""
+        c = source.config
+        shapes = leaf_shapes(hf.abstract_params(c))
+        self.layers, self.shapes = c.num_hidden_layers, shapes
+        self.places = places(source.family.weights, shapes, c.num_attention_heads)
+        experts = ("gate", "up", "down") if c.num_experts else ()
+        leaves = [leaf for leaf in shapes if leaf.startswith("layers.") and leaf.removeprefix("layers.") not in experts]
+        self.names = lora.modules(dict(source.family.weights), leaves)  # matrix -> module
+        self.modules: dict[str, list[str]] = {}  # module -> its matrices, in the file's order
+        for leaf in source.family.weights:
+            if (matrix := leaf.removeprefix("layers.")) in self.names:
+                self.modules.setdefault(self.names[matrix], []).append(matrix)
+
+    def width(self, matrix: str) -> int:
+        """Outputs of a matrix."""
+        return self.shapes["layers." + matrix][-1]
+
+    def place(self, matrix: str) -> Place:
+        """Where its columns lie in the module's weight."""
+        return self.places["layers." + matrix]
+
+
+def write_adapter(adapters: Params, spec: Lora, source: hf.Source, base: str, out: Path) -> None:
+    """Writes a PEFT folder, whole or not at all. Every process calls it; process 0 writes.
+
+    Args:
+      adapters: the trained tree.
+      spec: how they adapt.
+      source: the base model's folder.
+      base: where PEFT is to look for the base.
+      out: a folder that does not exist yet, or is an earlier one.
+    """
+    if out.exists() and not (out / CONFIG).is_file() and any(out.iterdir()):
+        raise ValueError(f"{str(out)!r} exists and is not an adapter folder; choose another place")
+    layers = {name: meshes.gathered(x) for name, x in adapters["layers"].items()}
+    adapted = Adapted(source)
+    tensors: dict[str, np.ndarray] = {}
+    ranks: dict[str, int] = {}
+    for module, matrices in adapted.modules.items():
+        chosen = [n for n in matrices if n in spec.targets]
+        if not chosen:
+            continue
+        ranks[module] = spec.rank * len(chosen)
+        for i in range(adapted.layers):
+            at = PREFIX + module.format(i)
+            a = np.concatenate([layers[f"{n}{MARK}a"][i] for n in chosen], axis=1)  # [in, ranks]
+            tensors[f"{at}.lora_A.weight"] = np.ascontiguousarray(a.T)
+            blocks = [np.zeros((a.shape[1], adapted.width(n)), np.float32) for n in matrices]
+            for j, n in enumerate(chosen):
+                blocks[matrices.index(n)][j * spec.rank : (j + 1) * spec.rank] = layers[f"{n}{MARK}b"][i]
+            tensors[f"{at}.lora_B.weight"] = _columns(blocks, adapted.place(matrices[0]))  # [out, ranks]
+            if spec.dora:
+                if len(chosen) < len(matrices):
+                    raise ValueError(f"PEFT's DoRA adapts all of {module}, not {', '.join(chosen)} alone; export the merged model")
+                sizes = [layers[f"{n}{MARK}m"][i][None] for n in chosen]
+                tensors[f"{at}.lora_magnitude_vector"] = _columns(sizes, adapted.place(matrices[0]))[:, 0]
+    tmp = out.with_name(out.name + ".tmp")
+    with together():
+        if is_main():
+            from safetensors.numpy import save_file
+
+            shutil.rmtree(tmp, ignore_errors=True)
+            tmp.mkdir(parents=True)
+            save_file(tensors, tmp / WEIGHTS, metadata={"format": "pt"})
+            content = _config(spec, adapted, ranks, base, any(adapted.place(m[0]).weight.kept for m in adapted.modules.values()))
+            (tmp / CONFIG).write_text(json.dumps(content, indent=2) + "\n")
+            hf.replace(out, tmp)
+
+
+def _columns(blocks: list[np.ndarray], place: Place) -> np.ndarray:
+    """Matrices of a module side by side as its weight has them, outputs first: [out, rows]."""
+    whole = joined(blocks, place)
+    return whole if place.turned(2) else np.ascontiguousarray(whole.T)
+
+
+def _config(spec: Lora, adapted: Adapted, ranks: dict[str, int], base: str, fan_in_fan_out: bool) -> dict[str, Any]:
+    """The content of adapter_config.json. Where a module's rank is larger its alpha is too, so that the scale is the same."""
+    own = {module: rank for module, rank in ranks.items() if rank != spec.rank}
+    name = lambda module: module.rpartition(".{}.")[2]
+    alpha = lambda rank: spec.scale * (math.sqrt(rank) if spec.rslora else rank)
+    return {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": spec.rank, "lora_alpha": spec.alpha,
+        "target_modules": sorted({name(module) for module in ranks}), "use_rslora": spec.rslora, "use_dora": spec.dora,
+        "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": fan_in_fan_out, "inference_mode": True,
+        "rank_pattern": {name(module): rank for module, rank in own.items()},
+        "alpha_pattern": {name(module): alpha(rank) for module, rank in own.items()},
+    }  # fmt: skip
+
+
+def read_adapter(folder: Path, source: hf.Source, mesh: Mesh) -> tuple[Lora, Params]:
+    """A PEFT folder's adapters, sharded, and how they adapt.
+
+    Raises:
+      ValueError: for a damaged folder, another base, and options of PEFT that alignax has not.
+    """
+    spec, scales = read_config(folder, source)
+    adapted = Adapted(source)
+    stored = _read_tensors(folder)
+    layers: dict[str, list[np.ndarray]] = {}
+    for module, matrices in adapted.modules.items():
+        for i in range(adapted.layers if matrices[0] in spec.targets else 0):
+            at = PREFIX + module.format(i)
+            a = _take(stored, f"{at}.lora_A.weight", folder).T  # [in, r]
+            b = _take(stored, f"{at}.lora_B.weight", folder).T * (scales[module] / spec.scale)  # [r, out]
+            m = _take(stored, f"{at}.lora_magnitude_vector", folder)[None] if spec.dora else None
+            more = ((0, 0), (0, spec.rank - a.shape[1]))
+            for n in matrices:
+                columns = np.concatenate([np.arange(s.start, s.stop) for s in adapted.place(n).spans(range(adapted.width(n)))])
+                if columns[-1] >= b.shape[1] or a.shape[0] != adapted.shapes["layers." + n][-2]:
+                    raise ValueError(f"{at} in {folder} adapts [{a.shape[0]}, {b.shape[1]}], which is no matrix of {source.path}")
+                layers.setdefault(f"{n}{MARK}a", []).append(np.pad(a, more))
+                layers.setdefault(f"{n}{MARK}b", []).append(np.pad(b[:, columns], more[::-1]))
+                if m is not None:
+                    layers.setdefault(f"{n}{MARK}m", []).append(m[0, columns])
+    if stored:
+        raise ValueError(f"{folder / WEIGHTS} has {len(stored)} tensors that its config does not describe, {min(stored)} first")
+    return spec, place_adapters({name: np.stack(parts) for name, parts in layers.items()}, spec, source, mesh)
+
+
+def place_adapters(layers: dict[str, np.ndarray], spec: Lora, source: hf.Source, mesh: Mesh) -> Params:
+    """Adapters from host arrays, laid out over the mesh."""
+    abstract = hf.abstract_adapters(source.config, spec, mesh)["layers"]
+    put = lambda x, like: jax.make_array_from_callback(like.shape, like.sharding, lambda index: np.asarray(x[index], np.float32))
+    return {"layers": {name: put(layers[name], like) for name, like in abstract.items()}}
+
+
+def read_config(folder: Path, source: hf.Source) -> tuple[Lora, dict[str, float]]:
+    """How a PEFT folder adapts, and the scale of each module; the rank is the largest of them."""
+    file = folder / CONFIG
+    if not file.is_file():
+        raise ValueError(f"{str(folder)!r} has no {CONFIG}; give the path of a PEFT adapter folder")
+    try:
+        config = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as e:
+        raise ValueError(f"{file} is not a JSON object ({e}); fetch the adapter again") from e
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{file} has peft_type {config.get('peft_type')!r}; only LORA is supported")
+    for field, fine in PLAIN.items():
+        if field in config and config[field] not in fine:
+            raise ValueError(f"{file} has {field} {config[field]!r}, which is not supported; merge that adapter with peft first")
+    adapted = Adapted(source)
+    wanted = config.get("target_modules")
+    if isinstance(wanted, str) and wanted != "all-linear":
+        raise ValueError(f"{file} has target_modules {wanted!r}; only a list of module names, or all-linear, is supported")
+    ends = lambda module, name: module == name or module.endswith("." + name)
+    chosen = [m for m in adapted.modules if wanted == "all-linear" or any(ends(m, name) for name in wanted or ())]
+    odd = [name for name in (wanted if isinstance(wanted, list) else []) if not any(ends(m, name) for m in adapted.modules)]
+    if odd or not chosen:
+        raise ValueError(f"{file} adapts {', '.join(odd) or 'nothing'}; of this model only {', '.join(adapted.modules)} can be")
+    per = lambda field, m, plain: next((x for name, x in (config.get(field) or {}).items() if ends(m, name)), plain)
+    ranks = {m: per("rank_pattern", m, config["r"]) for m in chosen}
+    alphas = {m: per("alpha_pattern", m, config["lora_alpha"]) for m in chosen}
+    scales = {m: alphas[m] / (math.sqrt(ranks[m]) if config.get("use_rslora") else ranks[m]) for m in chosen}
+    largest = max(chosen, key=lambda m: ranks[m])
+    targets = tuple(n for n in lora.MATRICES if n in adapted.names and adapted.names[n] in chosen)
+    spec = Lora(ranks[largest], alphas[largest], targets, bool(config.get("use_rslora")), bool(config.get("use_dora")))
+    return spec, scales
+
+
+def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        return {name: np.asarray(x, np.float32) for name, x in load_file(folder / WEIGHTS).items()}
+    except (SafetensorError, OSError) as e:
+        raise ValueError(f"{folder / WEIGHTS} is missing, damaged or cut short ({e}); fetch it again") from e
+
+
+def _take(stored: dict[str, np.ndarray], name: str, folder: Path) -> np.ndarray:
+    if name not in stored:
+        raise ValueError(f"{folder / WEIGHTS} lacks {name}; fetch the adapter again")
+    x = stored.pop(name)
+    if not np.isfinite(x).all():
+        raise ValueError(f"{name} in {folder} holds values that are not finite; train it again")
+    return x

@@ -1,0 +1,196 @@
+"""Adapters of every family: PEFT's logits, folders in and out, merging, and that they alone are trained."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import peft
+import pytest
+import tiny
+import torch
+import torch_llama
+from test_models_families import ROWS, T, logits_of
+
+from alignax.losses import dpo
+from alignax.mesh import make_mesh
+from alignax.models import hf, lora
+from alignax.models.lora import Lora, column_norms, find_targets, join, merge, modules, split
+from alignax.models.peft import read_adapter, write_adapter
+from alignax.models.transformer import forward
+
+FAMILY = {row: row.split(",")[0] for row in ROWS if "," not in row} | {"llama": "llama"}
+VARIANT = {"gpt2": {"use_rslora": True}, "gpt_neox": {"use_dora": True}, "qwen3": {"use_dora": True}, "gemma2": {"use_rslora": True}}
+MODULES = {
+    "gpt2": ["c_attn", "attn.c_proj", "c_fc"], "gpt_neox": ["query_key_value", "dense_4h_to_h"], "phi3": ["qkv_proj", "gate_up_proj"],
+    "qwen3_moe": ["q_proj", "o_proj"], "mixtral": ["k_proj", "v_proj"],
+}  # fmt: skip
+ONE = make_mesh({}, jax.devices()[:1])
+
+
+def adapted(folder: Path, row: str):
+    """A random tiny model under a random adapter of PEFT's, both saved; returns the model."""
+    changes = {"model_type": FAMILY[row]} | ROWS.get(row, {"tie_word_embeddings": False})
+    torch_llama.write(folder / "base", **changes)
+    model = torch_llama.transformers.AutoModelForCausalLM.from_pretrained(folder / "base").eval()
+    names = MODULES.get(row, ["q_proj", "v_proj", "up_proj", "down_proj"])
+    config = peft.LoraConfig(
+        r=3, lora_alpha=5, target_modules=names, task_type="CAUSAL_LM", fan_in_fan_out=row == "gpt2", **VARIANT.get(row, {})
+    )
+    model = peft.get_peft_model(model, config).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_" in name and "magnitude" not in name:
+                p.copy_(0.3 * torch.randn_like(p))
+            elif "magnitude" in name:
+                p.mul_(1 + 0.3 * torch.rand_like(p))
+    model.save_pretrained(folder / "adapter")
+    return model
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch, about PEFT
+@pytest.mark.parametrize("row", FAMILY)
+def test_peft_folders_in_and_out(row, tmp_path):
+    model = adapted(tmp_path, row)
+    source = hf.open_folder(tmp_path / "base")
+    base = hf.load_params(source, ONE)
+    spec, adapters = read_adapter(tmp_path / "adapter", source, ONE)
+    tokens, mask = torch_llama.rows([T, 13], T)
+    config = dataclasses.replace(source.config, lora=spec)
+    ours = np.asarray(logits_of(config)(join(base, adapters), tokens, mask))
+    theirs = torch_llama.torch_logits(model, tokens, mask)  # type: ignore[arg-type]
+    plain = np.asarray(logits_of(source.config)(base, tokens, mask))
+    assert np.abs(theirs - plain)[mask].max() > 0.1, "the adapter does something"
+    np.testing.assert_allclose(ours[mask], theirs[mask], atol=1e-4, rtol=0)
+
+    merged = merge(spec, base, adapters)
+    np.testing.assert_allclose(logits_of(source.config)(merged, tokens, mask)[mask], theirs[mask], atol=1e-4, rtol=0)
+
+    write_adapter(adapters, spec, source, str(tmp_path / "base"), tmp_path / "out")
+    fresh = torch_llama.transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+    again = peft.PeftModel.from_pretrained(fresh, str(tmp_path / "out")).eval()
+    np.testing.assert_allclose(torch_llama.torch_logits(again, tokens, mask)[mask], theirs[mask], atol=1e-4, rtol=0)  # type: ignore[arg-type]
+
+    spec, adapters = read_adapter(tmp_path / "out", source, ONE)
+    config = dataclasses.replace(source.config, lora=spec)
+    np.testing.assert_allclose(logits_of(config)(join(base, adapters), tokens, mask)[mask], theirs[mask], atol=1e-4, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.folder(tmp_path_factory.mktemp("model") / "base")
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_fresh_adapters_are_the_base_and_only_they_have_a_gradient(dora, folder):
+    source = hf.open_folder(folder)
+    base = hf.load_params(source, ONE)
+    spec = Lora(2, 4.0, ("q", "v", "down"), dora=dora)
+    adapters = hf.init_adapters(source, spec, ONE, base, jax.random.key(0))
+    assert {n.split("_lora_")[0] for n in adapters["layers"]} == {"q", "v", "down"}
+    apply = forward(dataclasses.replace(source.config, lora=spec))
+    batch = tiny.batch()
+    plain = forward(source.config)(base, batch).logps
+    np.testing.assert_allclose(apply(join(base, adapters), batch).logps, plain, atol=2e-6)
+    batch |= {"ref_logps": plain}
+    value = lambda a: dpo()(out := apply(join(base, a), batch), batch, dpo().normalised(batch))[0] + 0 * out.entropy.sum()
+    grads = jax.grad(value)(adapters)["layers"]
+    assert all(np.abs(grads[f"{n}_lora_b"]).max() > 0 for n in ("q", "v", "down"))
+    assert np.abs(grads["q_lora_a"]).max() == 0, "B is 0 at first, so A has no gradient yet"
+    if dora:
+        norms = column_norms(base["layers"]["q"], adapters["layers"]["q_lora_a"], adapters["layers"]["q_lora_b"], spec.scale)
+        np.testing.assert_array_equal(adapters["layers"]["q_lora_m"], norms)
+        assert np.abs(grads["q_lora_m"]).max() > 0
+
+
+def test_sharded_adapters_are_the_unsharded_ones(folder):
+    source, spec, batch = hf.open_folder(folder), Lora(2, 4.0, ("q", "o", "up", "down"), dora=True), tiny.batch()
+    out = []
+    for mesh in (ONE, make_mesh({"data": 2, "fsdp": 2, "tensor": 2})):
+        base = hf.load_params(source, mesh)
+        adapters = hf.init_adapters(source, spec, mesh, base, jax.random.key(0))
+        adapters = jax.tree.map(lambda x: x + 0.1, adapters)
+        apply = jax.jit(forward(dataclasses.replace(source.config, lora=spec), mesh=mesh))
+        out.append(apply(join(base, adapters), batch).logps)
+    np.testing.assert_allclose(out[0], out[1], atol=1e-5)
+
+
+def test_join_and_split_are_inverse(folder):
+    source = hf.open_folder(folder)
+    base = hf.load_params(source, ONE)
+    adapters = hf.init_adapters(source, Lora(2, 4.0, ("k",)), ONE, base, jax.random.key(0))
+    a, b = split(join(base, adapters))
+    assert jax.tree.structure((a, b)) == jax.tree.structure((base, adapters))
+    assert all(x is y for x, y in zip(jax.tree.leaves((a, b)), jax.tree.leaves((base, adapters)), strict=True))
+
+
+NAMES = {"q": "l.{}.attn.c_attn", "k": "l.{}.attn.c_attn", "v": "l.{}.attn.c_attn", "o": "l.{}.attn.c_proj", "up": "l.{}.mlp.c_fc"}
+
+
+@pytest.mark.parametrize(
+    "patterns, experts, expected",
+    [
+        ("all-linear", False, ("q", "k", "v", "o", "up")),
+        ("all-linear", True, ("q", "k", "v", "o")),
+        ("c_attn", False, ("q", "k", "v")),
+        ("q, up", False, ("q", "up")),
+        ("c_*", False, ("q", "k", "v", "o", "up")),
+    ],
+)
+def test_patterns_name_matrices(patterns, experts, expected):
+    assert find_targets(patterns, NAMES, experts) == expected
+
+
+@pytest.mark.parametrize("patterns, experts", [("q_proj", False), ("q,", False), ("up", True)])
+def test_a_pattern_that_names_nothing(patterns, experts):
+    with pytest.raises(ValueError, match=r"lora.targets '.*' names no matrix of this model; use all-linear or any of q \(c_attn\)"):
+        find_targets(patterns, NAMES, experts)
+
+
+def test_modules_of_a_family(folder):
+    source = hf.open_folder(folder)
+    leaves = [f"layers.{n}" for n in (*lora.MATRICES, "q_norm")]
+    assert modules(dict(source.family.weights), leaves)["q"] == "model.layers.{}.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"peft_type": "IA3"}, "peft_type 'IA3'; only LORA"),
+        ({"bias": "all"}, "bias 'all', which is not supported"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save .'lm_head'., which is not supported"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "adapts lm_head; of this model only"),
+        ({"target_modules": ".*q_proj"}, "only a list of module names, or all-linear"),
+        ({"target_modules": ["q_proj", "k_proj"]}, "lacks base_model.model.model.layers.0.self_attn.k_proj.lora_A.weight"),
+        ({"target_modules": []}, "adapts nothing"),
+    ],
+)
+def test_adapter_folders_that_are_refused(change, message, folder, tmp_path):
+    source = hf.open_folder(folder)
+    spec = Lora(2, 4.0, ("q",))
+    adapters = hf.init_adapters(source, spec, ONE, hf.load_params(source, ONE), jax.random.key(0))
+    write_adapter(adapters, spec, source, str(folder), tmp_path / "out")
+    file = tmp_path / "out" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(ValueError, match=message):
+        read_adapter(tmp_path / "out", source, ONE)
+
+
+def test_damaged_adapter_files(folder, tmp_path):
+    source = hf.open_folder(folder)
+    spec = Lora(2, 4.0, ("q",))
+    adapters = hf.init_adapters(source, spec, ONE, hf.load_params(source, ONE), jax.random.key(0))
+    out = tmp_path / "out"
+    write_adapter(adapters, spec, source, str(folder), out)
+    weights = (out / "adapter_model.safetensors").read_bytes()
+    (out / "adapter_model.safetensors").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(ValueError, match="missing, damaged or cut short"):
+        read_adapter(out, source, ONE)
+    (out / "adapter_config.json").write_text("[]")
+    with pytest.raises(ValueError, match="is not a JSON object|peft_type None"):
+        read_adapter(out, source, ONE)
+    with pytest.raises(ValueError, match="has no adapter_config.json"):
+        read_adapter(folder, source, ONE)
+    with pytest.raises(ValueError, match="exists and is not an adapter folder"):
+        write_adapter(adapters, spec, source, str(folder), folder)
