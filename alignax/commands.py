@@ -9,11 +9,11 @@ from alignax.checkpoint import Checkpoints
 from alignax.config import BadInput, Experiment, load_experiment
 from alignax.distributed import is_main, together
 from alignax.evaluate import Evaluation
-from alignax.fit import fit, make_programs, start
+from alignax.fit import fit, make_programs, merged, start
 from alignax.mesh import make_mesh
 from alignax.metrics import Log, table
 from alignax.models import hf
-from alignax.prepare import Run, check_workdir, prepare
+from alignax.prepare import Run, check_workdir, make_lora, prepare
 
 
 @contextmanager
@@ -101,7 +101,10 @@ def export(workdir: Path, folder: Path, overrides: Sequence[str]) -> None:
             source = hf.open_folder(config.model.path)
         checkpoints = Checkpoints(workdir)
         step = newest(checkpoints)
-        params = checkpoints.restore_params(step, hf.abstract_params(source.config, make_mesh(config.mesh)), config.export.params)
+        lora, mesh = make_lora(config, source), make_mesh(config.mesh)
+        trained = hf.abstract_adapters(source.config, lora, mesh) if lora else hf.abstract_params(source.config, mesh)
+        params = checkpoints.restore_params(step, trained, config.export.params)
+        params = merged(source, lora, params, mesh) if lora else params
         hf.export(params, source, folder, config.export.dtype)
     checkpoints.close()
     if is_main():

@@ -53,8 +53,16 @@ def default_config() -> Any:
     c.model.remat = "full"  # or "dots", "none"
     c.model.logps_chunk = 256  # positions whose logits exist at a time
 
+    c.lora = ConfigDict()
+    c.lora.rank = 0  # of low-rank adapters; 0: all parameters are trained
+    c.lora.alpha = 16.0
+    c.lora.targets = "all-linear"  # or names of matrices and shell patterns of them, "q_proj,v_proj" say
+    c.lora.rslora = False  # scale alpha / sqrt(rank) rather than alpha / rank
+    c.lora.dora = False
+    c.lora.path = ""  # a PEFT folder to go on from, which then says all of the above
+
     c.reference = ConfigDict()
-    c.reference.path = ""  # Hugging Face folder; empty: the policy that the run starts from
+    c.reference.path = ""  # Hugging Face folder; empty: the policy that the run starts from, of adapters their base
 
     c.data = ConfigDict()
     c.data.train = ""  # .json, .jsonl, either .gz, or a folder of datasets' save_to_disk
@@ -103,7 +111,7 @@ def default_config() -> Any:
     c.export.final = True  # write WORKDIR/export, a Hugging Face folder, at the end
     c.export.dtype = "float32"
     c.export.params = "policy"  # or the name of an average
-    for group in (c.model, c.reference, c.data, c.optimizer, c.mesh, c.eval, c.checkpoint, c.log, c.export):
+    for group in (c.model, c.lora, c.reference, c.data, c.optimizer, c.mesh, c.eval, c.checkpoint, c.log, c.export):
         group.lock()  # a misspelt field in an experiment file is an error; the top level takes its own fields, such as beta
     return c
 

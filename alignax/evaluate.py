@@ -4,7 +4,6 @@ Samples come from the policy at temperature 1, so the mean log-ratio to the refe
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,9 +15,9 @@ from alignax import mesh as meshes
 from alignax.data import evaluation_batch
 from alignax.generate import sampler
 from alignax.metrics import Log
-from alignax.prepare import Run, eval_batch_size, reference_apply
-from alignax.train import Apply, means
-from alignax.types import Params, TrainState
+from alignax.prepare import Run, eval_batch_size, full, policy_model, reference_model
+from alignax.train import means
+from alignax.types import Model, Params, TrainState
 
 SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "kl", "gold")
 
@@ -33,18 +32,12 @@ class Evaluation:
         self.examples = run.evaluation or run.train.examples
         self.sampled = range(min(max(c.samples, c.sample_prompts), len(self.examples)))
         if self.sampled:
-            self._sample = jax.jit(
-                sampler(
-                    run.source.config,
-                    max_new_tokens=c.max_new_tokens,
-                    eos=run.tokenizer.eos_token_id,
-                    dtype=run.dtype,
-                    mesh=run.mesh,
-                )
-            )
+            config = dataclasses.replace(run.source.config, lora=run.lora)
+            eos = run.tokenizer.eos_token_id
+            sample = sampler(config, max_new_tokens=c.max_new_tokens, eos=eos, dtype=run.dtype, mesh=run.mesh)
+            self._sample = jax.jit(lambda params, frozen, *rest: sample(full(run, frozen, params), *rest))
             self._prompts = self._prompt_batch()
-        if "reference" in frozen:
-            self._divergences = jax.jit(functools.partial(divergences, run.apply, reference_apply(run)))
+        self._divergences = jax.jit(self._log_ratios)
 
     def __call__(self, state: TrainState, step: int) -> dict[str, float]:
         """Metrics of the evaluation data and of fresh samples, without the `eval/` that the log puts before them."""
@@ -76,7 +69,7 @@ class Evaluation:
         if not n:
             return {}
         key = jax.random.fold_in(jax.random.fold_in(state.key, step), 1)
-        out, alive = self._sample(state.params, *self._prompts, jnp.float32(c.temperature), key)
+        out, alive = self._sample(state.params, self.frozen, *self._prompts, jnp.float32(c.temperature), key)
         completions = [t[m] for t, m in zip(meshes.gathered(out)[:n], meshes.gathered(alive)[:n], strict=True)]
         prompts = [self.examples.prompts[i] for i in self.sampled]
         texts = [run.tokenizer.decode(t, skip_special_tokens=True) for t in completions]
@@ -86,8 +79,8 @@ class Evaluation:
         }
         columns: dict[str, Any] = {"prompt": prompts, "completion": texts}
         # At another temperature the samples are not the policy's, and their log-ratio estimates no KL.
-        if "reference" in self.frozen and c.temperature == 1.0:
-            k1, k3 = self._divergences(state.params, self.frozen["reference"], *self._prompts, out, alive)
+        if run.reference is not None and c.temperature == 1.0:
+            k1, k3 = self._divergences(state.params, self.frozen, *self._prompts, out, alive)
             columns["log_ratio"] = meshes.gathered(k1)[:n].tolist()
             scores |= {"kl": float(np.mean(columns["log_ratio"])), "kl_k3": float(meshes.gathered(k3)[:n].mean())}
         if run.experiment.gold is not None:
@@ -96,6 +89,11 @@ class Evaluation:
         rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         self.log.samples(step, rows[: c.samples])
         return scores
+
+    def _log_ratios(self, params: Params, frozen: dict[str, Params], *samples: jax.Array) -> tuple[jax.Array, jax.Array]:
+        reference = reference_model(self.run, frozen)
+        assert reference is not None
+        return divergences(policy_model(self.run, frozen, params), reference, *samples)
 
     def _prompt_batch(self) -> tuple[jax.Array, jax.Array]:
         """Left-padded prompts [R, P] and their mask; R is filled up to the batch shards with copies of the first."""
@@ -112,14 +110,7 @@ class Evaluation:
 
 
 def divergences(
-    policy: Apply,
-    reference: Apply,
-    params: Params,
-    ref_params: Params,
-    prompts: jax.Array,
-    mask: jax.Array,
-    out: jax.Array,
-    alive: jax.Array,
+    policy: Model, reference: Model, prompts: jax.Array, mask: jax.Array, out: jax.Array, alive: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Estimates of KL(policy || reference) from each sampled completion, in nats summed over its tokens: k1 and k3, each [R].
 
@@ -127,10 +118,8 @@ def divergences(
     "Approximating KL divergence").
 
     Args:
-      policy: its forward pass, with `params`.
-      reference: its forward pass, with `ref_params`.
-      params: of the policy.
-      ref_params: of the reference.
+      policy: whose samples they are.
+      reference: what they are measured against.
       prompts: [R, P] int, left padded.
       mask: [R, P] bool.
       out: [R, C] int, completions.
@@ -142,5 +131,5 @@ def divergences(
         "mask": join(mask, alive),
         "completion_mask": join(jnp.zeros_like(mask), alive),
     }
-    lr = policy(params, batch).logps - reference(ref_params, batch).logps  # [R, 1, P + C], 0 outside completions
+    lr = policy.apply(policy.params, batch).logps - reference.apply(reference.params, batch).logps  # [R, 1, P + C], 0 outside completions
     return lr.sum((1, 2)), (jnp.expm1(-lr) + lr).sum((1, 2))

@@ -1,5 +1,6 @@
 """The loop: batch, step, log, evaluate, save; readable top to bottom."""
 
+import functools
 import math
 import os
 import signal
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from alignax import mesh as meshes
 from alignax.averages import averaged
@@ -22,11 +24,22 @@ from alignax.distributed import is_main, together
 from alignax.evaluate import Evaluation
 from alignax.experience import Experience, chain
 from alignax.metrics import Log
-from alignax.models import hf
-from alignax.models.transformer import ModelConfig
-from alignax.prepare import Run, abstract_batch, abstract_frozen, abstract_state, frozen_dtype, reference_apply, state_shardings
+from alignax.models import hf, peft
+from alignax.models.lora import Lora, merge
+from alignax.prepare import (
+    Run,
+    abstract_batch,
+    abstract_frozen,
+    abstract_state,
+    abstract_trained,
+    frozen_dtype,
+    frozen_sources,
+    policy_model,
+    reference_model,
+    state_shardings,
+)
 from alignax.train import digest, init_state, make_evaluation, make_step
-from alignax.types import Batch, Metrics, Model, Params, TrainState
+from alignax.types import Batch, Metrics, Params, TrainState
 
 DRIFT = 2.0  # nats that the chosen response falls before the notice
 EQUAL = {"float32": 1e-3, "bfloat16": 0.1}  # nats that the margin of equal models may differ from 0 by rounding
@@ -58,7 +71,12 @@ def start(run: Run, write: bool = True) -> Started:
         params = initial_params(run)
         original = reference_params(run, params)
     about = {"policy": fingerprint(params), "reference": fingerprint(original), "data": data_digest(run)}
-    frozen = {} if original is None else {"reference": frozen_copy(run, original)}
+    stored = {"base": params, "reference": original}
+    frozen = {name: frozen_copy(run, stored[name]) for name in frozen_sources(run)}
+    if run.lora is not None:
+        params = original = initial_adapters(run, frozen["base"])
+        about["adapters"] = fingerprint(params)
+    del stored
     if write:
         with together():
             require_space(run.workdir, nbytes(abstract_state(run)))
@@ -66,7 +84,7 @@ def start(run: Run, write: bool = True) -> Started:
     checkpoints = Checkpoints(run.workdir, config.checkpoint.keep, config.checkpoint.best)
     step = checkpoints.latest() or 0
     if step:
-        compared = about if write else {name: about[name] for name in ("policy", "reference")}  # evaluation may have other data
+        compared = about if write else about | {"data": checkpoints.about(step)["data"]}  # evaluation may have other data
         check_same(run.workdir, step, checkpoints.about(step), compared)
         del params, original  # one training state at a time
         state = checkpoints.restore(step, abstract_state(run))
@@ -114,11 +132,7 @@ def fit(started: Started) -> dict[str, dict[str, float]]:
         with closing(started.checkpoints):  # waits until the last one is whole
             state, results = loop(started, log, stop)
         if run.config.export.final:
-            name = run.config.export.params
-            hf.export(
-                state.params if name == "policy" else state.averages[name], run.source, run.workdir / "export", run.config.export.dtype
-            )
-            log.line(f"exported to {run.workdir / 'export'}")
+            export(run, state, log)
     return results
 
 
@@ -128,7 +142,8 @@ def loop(started: Started, log: Log, stop: "Stop") -> tuple[TrainState, dict[str
     config = run.config
     step, evaluate_batch = make_programs(run)
     evaluate = Evaluation(run, evaluate_batch, frozen, log)
-    observe = Observer(run, log, equal=about["policy"] == about["reference"])
+    fresh = not run.config.lora.path  # adapters that were trained before are not their base
+    observe = Observer(run, log, equal=fresh and about["policy"] == about["reference"])
     results: dict[str, dict[str, float]] = {}
     pending: tuple[int, Metrics] | None = None
     if first == 0:
@@ -168,6 +183,15 @@ def initial_params(run: Run) -> Params:
     return hf.load_params(run.source, run.mesh)
 
 
+def initial_adapters(run: Run, base: Params) -> Params:
+    """The adapters at step 0."""
+    assert run.lora is not None
+    if path := run.config.lora.path:
+        with together():
+            return peft.read_adapter(Path(path), run.source, run.mesh)[1]
+    return hf.init_adapters(run.source, run.lora, run.mesh, base, jax.random.key(run.config.seed))
+
+
 def reference_params(run: Run, params: Params) -> Params | None:
     """The reference's parameters as they were stored: those that the run starts from unless `reference.path` is another folder's."""
     if run.reference is None or run.reference is run.source:
@@ -187,9 +211,34 @@ def frozen_copy(run: Run, params: Params) -> Params:
     return jax.tree_util.tree_map_with_path(freeze, params)
 
 
-def parameter_count(config: ModelConfig) -> int:
-    """Parameters of a model."""
-    return sum(math.prod(x.shape) for x in jax.tree.leaves(hf.abstract_params(config)))
+def export(run: Run, state: TrainState, log: Log) -> None:
+    """Writes the Hugging Face folder `export`, adapters merged into their base, and the adapters themselves as PEFT's folder `adapter`."""
+    c, params = run.config.export, state.params
+    params = params if c.params == "policy" else state.averages[c.params]
+    if run.lora is not None:
+        peft.write_adapter(params, run.lora, run.source, run.config.model.path, run.workdir / "adapter")
+        log.line(f"adapters written to {run.workdir / 'adapter'}")
+        params = merged(run.source, run.lora, params, run.mesh)
+    hf.export(params, run.source, run.workdir / "export", c.dtype)
+    log.line(f"exported to {run.workdir / 'export'}")
+
+
+def merged(source: hf.Source, lora: Lora, adapters: Params, mesh: Mesh) -> Params:
+    """The base's parameters, read again in full precision, with the adapters folded in."""
+    return jax.jit(functools.partial(merge, lora), donate_argnums=0)(hf.load_params(source, mesh), adapters)
+
+
+def parameter_count(tree: Params) -> int:
+    """Parameters of a tree, which may be abstract."""
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
+
+
+def sizes(run: Run) -> str:
+    """The model's size in words."""
+    whole, trained = parameter_count(hf.abstract_params(run.source.config)), parameter_count(abstract_trained(run))
+    if run.lora is None:
+        return f"{whole / 1e6:.3f} M parameters, {run.dtype.name} on float32 weights"
+    return f"{whole / 1e6:.3f} M parameters in {run.dtype.name}, {trained / 1e6:.3f} M more in float32 that are trained"
 
 
 def make_experience(run: Run, frozen: dict[str, Params], state: TrainState) -> Experience:
@@ -197,9 +246,9 @@ def make_experience(run: Run, frozen: dict[str, Params], state: TrainState) -> E
     make = run.experiment.experience
     if make is None:
         return chain()
-    given = {"config": run.config, "policy": Model(run.apply, state.params)}
-    if run.reference is not None:
-        given["reference"] = Model(reference_apply(run), state.averages.get("reference", frozen["reference"]))
+    given = {"config": run.config, "policy": policy_model(run, frozen, state.params), "reference": reference_model(run, frozen)}
+    if "reference" in state.averages:
+        given["reference"] = policy_model(run, frozen, state.averages["reference"])
     return make(**{name: given[name] for name in asked(make)})
 
 
@@ -208,17 +257,17 @@ def make_programs(run: Run) -> tuple[Callable, Callable]:
 
     Frozen parameters go in as an argument: they stay sharded where they are and are never compiled into the program.
     """
-    train_step = make_step(run.apply, run.objective, run.optimizer, run.config.microbatches)
-    evaluation = make_evaluation(run.apply, run.objective)
     after = averaged(run.averages)
 
     def step(state: TrainState, frozen: dict[str, Params], batch: Batch) -> tuple[TrainState, Metrics]:
         rate = run.schedule(state.step - state.skipped)
+        train_step = make_step(policy_model(run, frozen, state.params).apply, run.objective, run.optimizer, run.config.microbatches)
         state, metrics = train_step(state, make_experience(run, frozen, state)(batch))
         state = after(state)
         return state, metrics | {"learning_rate": jnp.asarray(rate), "tokens": batch["mask"].sum(dtype=jnp.float32)}
 
     def evaluate(state: TrainState, frozen: dict[str, Params], batch: Batch) -> Any:
+        evaluation = make_evaluation(policy_model(run, frozen, state.params).apply, run.objective)
         return evaluation(state.params, state.step, make_experience(run, frozen, state)(batch))
 
     return jax.jit(step, donate_argnums=0), jax.jit(evaluate)
@@ -246,11 +295,13 @@ def check_same(workdir: Path, step: int, saved: dict[str, Any], now: dict[str, A
 def summary(run: Run, about: dict[str, Any], start: int) -> list[str]:
     """What a run says before it starts."""
     mesh = " x ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items())
-    count = parameter_count(run.source.config) / 1e6
     lines = [
-        f"model {run.config.model.path}: {count:.3f} M parameters, {run.dtype.name} on float32 weights; mesh {mesh}",
+        f"model {run.config.model.path}: {sizes(run)}; mesh {mesh}",
         f"policy {about['policy']}" + (f", reference {about['reference']}" if about["reference"] else ", no reference"),
     ]
+    if run.lora is not None:
+        base = "; the reference is their base, without adapters" if run.reference is run.source else ""
+        lines.append(f"adapters {about['adapters']} of rank {run.lora.rank} on {', '.join(run.lora.targets)}{base}")
     for split, report in run.reports.items():
         lines += [f"{split} data: {line}" if i == 0 else f"  {line}" for i, line in enumerate(report.lines())]
     lines.append(f"steps {run.steps} of {run.config.batch_size} examples, rows of {run.train.length} tokens, workdir {run.workdir}")

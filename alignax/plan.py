@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from alignax import mesh as meshes
 from alignax.config import flat
 from alignax.data import decode_example
-from alignax.fit import make_programs, parameter_count
+from alignax.fit import make_programs, sizes
 from alignax.metrics import table
 from alignax.models import hf
 from alignax.prepare import Run, abstract_batch, abstract_frozen, abstract_state
@@ -55,7 +55,7 @@ def describe(run: Run) -> str:
     mesh = " x ".join(f"{axis} {n}" for axis, n in run.mesh.shape.items())
     return "\n".join(
         [
-            f"{parameter_count(run.source.config) / 1e6:.3f} M parameters, {run.dtype.name} on float32 weights; mesh {mesh}",
+            f"{sizes(run)}; mesh {mesh}",
             table(rows),
             f"batch {batch['tokens'].shape} tokens (examples, responses, tokens), {batch['tokens'].sharding.spec}",
             f"memory of the training step, a device: {memory.argument_size_in_bytes / 1e9:.3f} GB state, reference and batch, "

@@ -1,5 +1,6 @@
 """From an experiment to a checked run: everything that can be refused is refused here, before any compute."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,10 +14,11 @@ from alignax.averages import Average
 from alignax.config import Experiment, asked, difference, flat, load_experiment
 from alignax.data import Batches, Examples, Report, load_examples, padded_length
 from alignax.losses.algebra import Objective
-from alignax.models import hf, transformer
+from alignax.models import hf, lora, peft, transformer
+from alignax.models.lora import Lora, join
 from alignax.optim import make_optimizer, make_schedule
 from alignax.train import Apply, init_state
-from alignax.types import TrainState
+from alignax.types import Batch, Model, Outputs, Params, TrainState
 
 # Fields that may change when a run is resumed: they do not say what is computed, only where and how it is told.
 FREE = (
@@ -47,6 +49,7 @@ class Run(NamedTuple):
     mesh: Mesh
     source: hf.Source  # the folder that the policy starts from
     reference: hf.Source | None  # None: no experience asks for one
+    lora: Lora | None  # adapters, which alone are trained
     tokenizer: Any
     train: Batches
     evaluation: Examples | None
@@ -87,6 +90,7 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
                 f"the reference has a vocabulary of {reference.config.vocab_size}, the policy of {source.config.vocab_size}; "
                 "they must share a tokenizer"
             )
+    lora = make_lora(config, source)
     tokenizer = load_tokenizer(source)
     examples, reports = {}, {}
     for split in ("train", "eval"):
@@ -102,14 +106,15 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
         raise ValueError(f"epochs {config.epochs} make no step; raise epochs, or set steps")
     auto = "float32" if on_cpu else "bfloat16"
     dtype = jnp.dtype(auto if config.model.dtype == "auto" else config.model.dtype)
-    apply = transformer.forward(source.config, dtype=dtype, remat=config.model.remat, chunk=config.model.logps_chunk, mesh=mesh)
+    adapted = dataclasses.replace(source.config, lora=lora)
+    apply = transformer.forward(adapted, dtype=dtype, remat=config.model.remat, chunk=config.model.logps_chunk, mesh=mesh)
     schedule = make_schedule(config.optimizer, steps)
     optimizer = make_optimizer(config.optimizer, schedule)
     objective = experiment.loss(config)
     averages = {} if experiment.averages is None else dict(experiment.averages(config))
     check_averages(config, averages, reference)
     return Run(
-        experiment, config, workdir, mesh, source, reference, tokenizer, train, examples.get("eval"), reports, steps, dtype, apply,
+        experiment, config, workdir, mesh, source, reference, lora, tokenizer, train, examples.get("eval"), reports, steps, dtype, apply,
         objective, schedule, optimizer, averages,
     )  # fmt: skip
 
@@ -137,6 +142,8 @@ def check_averages(config: Any, averages: dict[str, Average], reference: hf.Sour
             raise ValueError(f"config field {field!r} is {name!r}; this experiment has {', '.join(known)}")
     if "policy" in averages or ("reference" in averages and reference is None):
         raise ValueError('an average is called "policy", or "reference" where no experience asks for one; rename or remove it')
+    if "reference" in averages and config.reference.path and (config.reference.path != config.model.path):
+        raise ValueError(f"a moving reference starts from the policy, not from reference.path {config.reference.path!r}; leave it empty")
 
 
 def check_batches(config: Any, mesh: Mesh) -> None:
@@ -179,6 +186,22 @@ def open_model(path: str, init: str, field: str) -> hf.Source:
     return source
 
 
+def make_lora(config: Any, source: hf.Source) -> Lora | None:
+    """The adapters that a config asks for, their patterns resolved to matrices of the model."""
+    c = config.lora
+    if c.path:
+        return peft.read_config(Path(c.path), source)[0]
+    lora.check(c)
+    if not c.rank:
+        return None
+    if config.model.init != "pretrained":
+        raise ValueError(
+            f"lora.rank {c.rank} adapts trained weights, model.init is {config.model.init!r}; set it to pretrained, or rank to 0"
+        )
+    targets = lora.find_targets(c.targets, peft.Adapted(source).names, source.config.num_experts > 0)
+    return Lora(c.rank, c.alpha, targets, c.rslora, c.dora)
+
+
 def load_tokenizer(source: hf.Source) -> Any:
     """The folder's tokenizer, from local files only."""
     from transformers import AutoTokenizer
@@ -217,10 +240,31 @@ def eval_batch_size(config: Any) -> int:
 def reference_apply(run: Run) -> Apply:
     """The forward pass of the reference: the policy's own, so that equal parameters give equal numbers."""
     assert run.reference is not None
-    if run.reference.config == run.source.config:
+    if run.reference.config == run.source.config and run.lora is None:
         return run.apply
     c = run.config.model
     return transformer.forward(run.reference.config, dtype=run.dtype, remat=c.remat, chunk=c.logps_chunk, mesh=run.mesh)
+
+
+def full(run: Run, frozen: dict[str, Params], params: Params) -> Params:
+    """The whole of the policy's parameters, from those that are trained."""
+    return params if run.lora is None else join(frozen["base"], params)
+
+
+def policy_model(run: Run, frozen: dict[str, Params], params: Params) -> Model:
+    """The policy, as a function of what is trained."""
+
+    def apply(params: Params, batch: Batch) -> Outputs:
+        return run.apply(full(run, frozen, params), batch)
+
+    return Model(apply, params)
+
+
+def reference_model(run: Run, frozen: dict[str, Params]) -> Model | None:
+    """The frozen reference: of adapters their base, unless `reference.path` is another folder."""
+    if run.reference is None:
+        return None
+    return Model(reference_apply(run), frozen["reference" if "reference" in frozen else "base"])
 
 
 def frozen_dtype(path: Any, run: Run) -> Any:
@@ -229,11 +273,22 @@ def frozen_dtype(path: Any, run: Run) -> Any:
 
 
 def abstract_frozen(run: Run) -> dict[str, Any]:
-    """Shapes, types and shardings of the parameters that a run holds and does not train, by name."""
-    if run.reference is None:
-        return {}
+    """Shapes, types and shardings of the parameters that a run holds and does not train, by name: "base" of adapters, "reference"."""
     describe = lambda path, x: jax.ShapeDtypeStruct(x.shape, frozen_dtype(path, run), sharding=x.sharding)
-    return {"reference": jax.tree_util.tree_map_with_path(describe, hf.abstract_params(run.reference.config, run.mesh))}
+    return {n: jax.tree_util.tree_map_with_path(describe, hf.abstract_params(s.config, run.mesh)) for n, s in frozen_sources(run).items()}
+
+
+def frozen_sources(run: Run) -> dict[str, hf.Source]:
+    """The folders of the parameters that are held and not trained."""
+    base = {} if run.lora is None else {"base": run.source}
+    return base if run.reference is None or (base and run.reference is run.source) else base | {"reference": run.reference}
+
+
+def abstract_trained(run: Run, mesh: Mesh | None = None) -> Params:
+    """Shapes, types and (with a mesh) shardings of what is trained: all parameters, or the adapters."""
+    if run.lora is None:
+        return hf.abstract_params(run.source.config, mesh)
+    return hf.abstract_adapters(run.source.config, run.lora, mesh)
 
 
 def abstract_batch(run: Run) -> dict[str, jax.ShapeDtypeStruct]:
@@ -245,7 +300,7 @@ def abstract_batch(run: Run) -> dict[str, jax.ShapeDtypeStruct]:
 
 def state_shardings(run: Run) -> TrainState:
     """Where each leaf of the training state lives."""
-    abstract = hf.abstract_params(run.source.config, run.mesh)
+    abstract = abstract_trained(run, run.mesh)
     params = jax.tree.map(lambda x: x.sharding, abstract)
     opt_state = jax.eval_shape(run.optimizer.init, abstract)
     one: Any = meshes.sharding(run.mesh)
@@ -255,7 +310,7 @@ def state_shardings(run: Run) -> TrainState:
 
 def abstract_state(run: Run) -> TrainState:
     """Shapes, types and shardings of the training state; nothing is computed."""
-    params = hf.abstract_params(run.source.config)
+    params = abstract_trained(run)
     averages = dict.fromkeys(run.averages, params)
     shapes = jax.eval_shape(lambda p, a: init_state(p, run.optimizer, jax.random.key(0), a), params, averages)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, state_shardings(run))
