@@ -3,7 +3,8 @@
 import functools
 import json
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from alignax.models import hf
 from alignax.models.families import FAMILIES
 from alignax.models.heads import soft_cap
 from alignax.models.transformer import Decoder, ModelConfig, forward, head_weight
+from alignax.prepare import frozen_dtype
 
 T = 24
 UNTIED = {"tie_word_embeddings": False}
@@ -219,6 +221,16 @@ def test_sharded_model_is_the_unsharded_one(row, written):
     scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected[0]))
     assert scale > 1e-2
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * max(scale, 1), rtol=0), grads, expected)
+
+
+@pytest.mark.parametrize("row", ["gpt_neox", "gemma3_text", "qwen3_moe"])
+def test_a_frozen_model_in_bfloat16_scores_as_the_trained_one(row, written):
+    run: Any = SimpleNamespace(dtype=jnp.dtype("bfloat16"))
+    c, params = written(row).source.config, written(row).params
+    apply = jax.jit(forward(c, dtype=run.dtype, remat="none"))
+    frozen = jax.tree_util.tree_map_with_path(lambda path, x: x.astype(frozen_dtype(path, run)), params)
+    assert {x.dtype.name for x in jax.tree.leaves(frozen)} == {"float32", "bfloat16"}
+    np.testing.assert_array_equal(apply(frozen, tiny.batch()).logps, apply(params, tiny.batch()).logps)
 
 
 # Configs.
