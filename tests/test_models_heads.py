@@ -22,9 +22,10 @@ from alignax.types import Outputs
 ORACLE = json.loads((Path(__file__).parent / "oracles" / "heads.json").read_text())
 
 
-def naive(hidden: jax.Array, weight: jax.Array, targets: jax.Array, mask: jax.Array, **_) -> Outputs:
+def naive(hidden: jax.Array, weight: jax.Array, targets: jax.Array, mask: jax.Array, cap: float | None = None, **_) -> Outputs:
     """The same with all logits [R, T, V] at once."""
-    logps = jax.nn.log_softmax((hidden @ weight.astype(hidden.dtype)).astype(jnp.float32), axis=-1)
+    logits = (hidden @ weight.astype(hidden.dtype)).astype(jnp.float32)
+    logps = jax.nn.log_softmax(logits if cap is None else jnp.tanh(logits / cap) * cap, axis=-1)
     picked = jnp.take_along_axis(logps, targets[..., None], axis=-1)[..., 0]
     entropy = -(jnp.exp(logps) * logps).sum(-1)
     return Outputs(jnp.where(mask, picked, 0.0), jnp.where(mask, entropy, 0.0))
@@ -64,6 +65,17 @@ def test_values_and_gradients_are_the_naive_ones(chunk):
     for x in (*out, grads[0]):
         assert not np.asarray(x)[unscored].any()
         assert np.asarray(x)[~unscored].all()
+
+
+@pytest.mark.parametrize("cap", [0.5, 3.0, 1e4])
+def test_capped_logits(cap):
+    args = problem()
+    uncapped, _ = pull(naive, *args)
+    capped = pull(token_logps, *args, chunk=7, cap=cap)
+    close(capped, pull(naive, *args, cap=cap), 1e-5)
+    assert (float(jnp.abs(capped[0].logps - uncapped.logps).max()) > 0.1) == (cap < 1e4)
+    extreme = pull(token_logps, 1e4 * args[0], *args[1:], cap=cap)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(extreme))
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])

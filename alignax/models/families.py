@@ -167,8 +167,13 @@ def _mixtral(hf: Json) -> ModelConfig:
     hf = defaults | {"num_experts_per_tok": 2, "num_local_experts": 8} | dict(hf)
     only(hf, router_jitter_noise=0.0, output_router_logits=False)
     c = _llama({**hf, "attention_bias": False, "mlp_bias": False})
-    experts = {"num_experts": hf["num_local_experts"], "num_experts_per_tok": hf["num_experts_per_tok"], "norm_topk_prob": True}
-    return dataclasses.replace(c, sliding_windows=everywhere(hf), **experts)
+    return dataclasses.replace(
+        c,
+        sliding_windows=everywhere(hf),
+        num_experts=hf["num_local_experts"],
+        num_experts_per_tok=hf["num_experts_per_tok"],
+        norm_topk_prob=True,
+    )
 
 
 def _qwen3_moe(hf: Json) -> ModelConfig:

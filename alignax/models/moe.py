@@ -4,9 +4,10 @@ Assignments (token, expert) are sorted by expert and cut into blocks that belong
 are gathers their rows, applies the expert and adds the result back, so the work is that of the k experts a token has, and memory that
 of one block. The gradient is a second such loop, over the vector-Jacobian product of a block.
 
-Why not `jax.lax.ragged_dot`: it is native on TPUs alone; elsewhere XLA multiplies every row with every expert. Of 1,024 rows, 256
-to 256 wide, over 4, 16 and 64 experts it took 10, 16 and 93 ms on 2 CPU cores, forward, and 17, 80 and 532 ms with its gradient, where
-one plain product of the same work takes 1 ms. BENCH_HERE
+Measured on 2 CPU cores in float32, 4,096 tokens of 256, experts of 256, k = 2: one MLP over the 8,192 rows takes 34 ms and 166 ms with its
+gradient; ours 24 and 96 ms with 8 experts (smaller blocks stay in the cache), 36 and 135 ms with 32, 45 and 245 ms with 128.
+`jax.lax.ragged_dot` is a grouped product on TPUs, and elsewhere multiplies every row with every expert: one product of 1,024 rows,
+1 ms of work, took 10, 16 and 93 ms over 4, 16 and 64 experts, and 17, 80 and 532 ms with its gradient. Not yet measured on an accelerator.
 """
 
 import functools
