@@ -1,4 +1,4 @@
-"""Per-token log-probs and entropy from the final hidden state, in float32, never holding `[.., T, V]` logits.
+"""Per-token log-probs, entropy and log sum of squares from the final hidden state, in float32, never holding `[.., T, V]` logits.
 
 Only completion positions are scored: each batch shard moves its own to the front, and the loop over chunks ends with the fullest
 shard. Logits exist for one chunk at a time and are made again in the backward pass, which is written out:
@@ -23,7 +23,7 @@ from alignax.types import Outputs
 def token_logps(
     hidden: jax.Array, weight: jax.Array, targets: jax.Array, mask: jax.Array, *, chunk: int = 256, mesh: Mesh | None = None
 ) -> Outputs:
-    """Log-prob of each target and entropy of its distribution, where `mask` is True; 0 elsewhere.
+    """Log-prob of each target, entropy and log sum of squares of its distribution, where `mask` is True; 0 elsewhere.
 
     Args:
       hidden: [R, T, D], in the compute dtype; `hidden[:, t]` predicts `targets[:, t]`.
@@ -34,7 +34,7 @@ def token_logps(
       mesh: gives the number of batch shards; positions never leave theirs.
 
     Returns:
-      Outputs with [R, T] float32 arrays.
+      Outputs with [R, T] float32 arrays; the sum of squares has no gradient.
     """
     R, T, D = hidden.shape
     S = meshes.batch_shards(mesh) if mesh is not None else 1
@@ -56,8 +56,8 @@ def token_logps(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def score(chunk: int, mesh: Mesh | None, x: jax.Array, weight: jax.Array, y: jax.Array, count: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Log-prob of y [S, P] and entropy under softmax(x W), from x [S, P, D] and W [D, V]; 0 after the first `count` chunks."""
+def score(chunk: int, mesh: Mesh | None, x: jax.Array, weight: jax.Array, y: jax.Array, count: jax.Array) -> tuple[jax.Array, ...]:
+    """Log-prob of y [S, P], entropy and log sum of squares of softmax(x W), from x [S, P, D] and W [D, V]; 0 after `count` chunks."""
     return _forward(chunk, mesh, x, weight, y, count)[0]
 
 
@@ -73,13 +73,14 @@ def _forward(chunk: int, mesh: Mesh | None, x: jax.Array, weight: jax.Array, y: 
         # As a product of vectors: as (e * z).sum() XLA on CPU took 15 times as long, its reduction over an exp being scalar code.
         entropy = lse - jnp.einsum("scv,scv->sc", e, z) / total
         logp = jnp.take_along_axis(z, _part(y, i, chunk)[..., None], axis=-1)[..., 0] - lse
-        return tuple(_place(a, b, i, chunk) for a, b in zip(out, (logp, entropy, lse), strict=True))
+        squares = jnp.log(jnp.einsum("scv,scv->sc", e, e)) - 2 * jnp.log(total)
+        return tuple(_place(a, b, i, chunk) for a, b in zip(out, (logp, entropy, squares, lse), strict=True))
 
-    logp, entropy, lse = jax.lax.fori_loop(0, count, body, (jnp.zeros(y.shape, jnp.float32),) * 3)
-    return (logp, entropy), (x, weight, y, count, entropy, lse)
+    logp, entropy, squares, lse = jax.lax.fori_loop(0, count, body, (jnp.zeros(y.shape, jnp.float32),) * 4)
+    return (logp, entropy, squares), (x, weight, y, count, entropy, lse)
 
 
-def _backward(chunk: int, mesh: Mesh | None, saved: Any, cotangents: tuple[jax.Array, jax.Array]) -> Any:
+def _backward(chunk: int, mesh: Mesh | None, saved: Any, cotangents: tuple[jax.Array, ...]) -> Any:
     x, weight, y, count, entropy, lse = saved
     w = _whole(weight, x.dtype, mesh)
 
@@ -87,7 +88,7 @@ def _backward(chunk: int, mesh: Mesh | None, saved: Any, cotangents: tuple[jax.A
         dx, dw = sums
         part = _part(x, i, chunk)
         at = lambda a: _part(a, i, chunk)[..., None]
-        dlogp, dentropy = map(at, cotangents)
+        dlogp, dentropy = map(at, cotangents[:2])
         q = _logits(part, w) - at(lse)
         hit = jnp.arange(w.shape[1])[None, None] == at(y)
         dz = jnp.where(hit, dlogp, 0.0) - jnp.exp(q) * (dlogp + dentropy * (q + at(entropy)))

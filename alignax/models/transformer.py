@@ -272,7 +272,7 @@ def init(config: ModelConfig, key: jax.Array) -> Any:
 def forward(
     config: ModelConfig, *, dtype: Any = jnp.float32, remat: str = "full", chunk: int = 256, mesh: Mesh | None = None
 ) -> Callable[[Params, Batch], Outputs]:
-    """The pure `(params, batch) -> Outputs` of a decoder: per-token log-probs and entropy at completion positions.
+    """The pure `(params, batch) -> Outputs` of a decoder: per-token statistics at completion positions.
 
     Args:
       config: the model.
@@ -291,6 +291,6 @@ def forward(
         # Position t - 1 predicts token t; the last position predicts nothing.
         out = token_logps(hidden[:, :-1], head_weight(config, params), tokens[:, 1:], scored[:, 1:], chunk=chunk, mesh=mesh)
         back = lambda x: jnp.pad(x, ((0, 0), (1, 0))).reshape(batch["tokens"].shape)  # [B, N, T]
-        return Outputs(*map(back, out))
+        return jax.tree.map(back, out)
 
     return apply
