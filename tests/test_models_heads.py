@@ -1,4 +1,4 @@
-"""Chunked log-probs and entropy: values, gradients, masks, precision, TRL's numbers, memory, skipped work, sharding."""
+"""Chunked log-probs, entropy and log sum of squares: values, gradients, masks, precision, TRL's numbers, memory, skipped work, sharding."""
 
 import functools
 import json
@@ -27,7 +27,8 @@ def naive(hidden: jax.Array, weight: jax.Array, targets: jax.Array, mask: jax.Ar
     logps = jax.nn.log_softmax((hidden @ weight.astype(hidden.dtype)).astype(jnp.float32), axis=-1)
     picked = jnp.take_along_axis(logps, targets[..., None], axis=-1)[..., 0]
     entropy = -(jnp.exp(logps) * logps).sum(-1)
-    return Outputs(jnp.where(mask, picked, 0.0), jnp.where(mask, entropy, 0.0))
+    squares = jnp.log(jnp.square(jnp.exp(logps)).sum(-1))
+    return Outputs(*(jnp.where(mask, x, 0.0) for x in (picked, entropy, squares)))
 
 
 def problem(R: int = 3, T: int = 11, D: int = 8, V: int = 13, share: float = 0.5):
@@ -61,7 +62,7 @@ def test_values_and_gradients_are_the_naive_ones(chunk):
     close((out, grads), pull(naive, *args), 1e-5)
     unscored = ~np.asarray(args[3])
     assert 0 < unscored.sum() < unscored.size
-    for x in (*out, grads[0]):
+    for x in (out.logps, out.entropy, out.log_sum_sq, grads[0]):
         assert not np.asarray(x)[unscored].any()
         assert np.asarray(x)[~unscored].all()
 
@@ -79,6 +80,7 @@ def test_uniform_distribution():
     out = token_logps(0 * hidden, weight, targets, targets >= 0)
     close(out.logps, np.full(targets.shape, -math.log(13)), 1e-6)
     close(out.entropy, np.full(targets.shape, math.log(13)), 1e-6)
+    close(out.log_sum_sq, np.full(targets.shape, -math.log(13)), 1e-6)
 
 
 def test_log_probs_stay_finite_at_extreme_logits():
@@ -174,6 +176,16 @@ def test_no_array_of_the_training_step_spans_tokens_and_vocabulary(shape, monkey
     if mesh is None:
         monkeypatch.setattr(transformer, "token_logps", lambda *args, chunk, mesh: naive(*args))
         assert math.prod(arrays()[0]) >= 8 * (T - 1) * V
+
+
+def test_the_sum_of_squares_costs_nothing_where_no_loss_reads_it():
+    args = problem()
+    value = lambda hidden, weight, share: (out := token_logps(hidden, weight, *args[2:], chunk=4)).logps.sum() + share(out)
+    step = jax.jit(jax.value_and_grad(value, (0, 1)), static_argnums=2)
+    cost = lambda share: step.lower(*args[:2], share).compile().cost_analysis()["flops"]
+    read = lambda out: jax.lax.stop_gradient(out.log_sum_sq).sum()
+    unread = lambda out: 0.0
+    assert cost(unread) + 4 * 13 <= cost(read)  # the squares of a chunk's probabilities
 
 
 def test_chunks_without_scored_positions_are_skipped():
