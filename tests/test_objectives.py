@@ -246,6 +246,7 @@ def test_orpo_is_finite_as_p_goes_to_1(p):
 # --- by hand ---
 
 LOGPS = single([-2.0, -5.0], [-3.0, -4.0], [-2.5, -4.0], [-2.6, -3.0])  # log-ratios: chosen 0.5 and -1, rejected -0.4 and -1
+factor = lambda slope, side, sign: lambda w, r, z: sign * 0.5 * 1 / (1 + np.exp(z)) * slope(np.exp((w, r)[side]))
 W, L = np.array([0.5, -1.0]), np.array([-0.4, -1.0])
 softplus = lambda x: np.logaddexp(0.0, x)
 
@@ -399,6 +400,65 @@ def test_wpo_needs_the_statistic_and_pairs():
         objective(Outputs(logps, logps), batch, objective.normalised(batch))
     with pytest.raises(ValueError, match=r"the term 'sft' has values of shape \(6, 7\)"):
         run(losses.wpo(losses.dpo() + losses.sft()), logps, batch)
+
+
+s = lambda x: 1 / (1 + np.exp(-x))
+ds = lambda x: s(x) * s(-x)
+FACTORS = {  # of docs/losses.md, on the gradients of l_w and l_l, beta 0.5; the log-probs of a response are 1 token long
+    "dpo": (losses.dpo(0.5, 0.1), lambda w, r, z: -0.5 * (0.9 - s(z)), lambda w, r, z: 0.5 * (0.9 - s(z))),
+    "robust_dpo": (losses.robust_dpo(0.5, 0.1), lambda w, r, z: -0.5 * (0.9 * s(-z) + 0.1 * s(z)) / 0.8, None),
+    "ipo": (losses.ipo(0.5), lambda w, r, z: 2 * (w - r - 1), None),
+    "ipo_mean": (losses.ipo_mean(0.5), lambda w, r, z: 2 * (w - r - 1), None),
+    "ipo_daa": (losses.ipo_daa(0.5), lambda w, r, z: z - 1, None),
+    "hinge": (losses.hinge(0.5), lambda w, r, z: -0.5 * (z < 1), None),
+    "exo": (losses.exo(0.5, 0.1), lambda w, r, z: 0.5 * ds(z) * (z - np.log(9)), None),
+    "discopop": (
+        losses.discopop(0.5, 0.5),
+        lambda w, r, z: 0.5 * (2 * ds(2 * z) * (np.exp(-z) + np.log(s(z))) - s(-2 * z) * s(-z) - s(2 * z) * np.exp(-z)),
+        None,
+    ),
+    "dpop": (
+        losses.dpop(0.5, 2.0),
+        lambda w, r, z: -0.5 * s(-(z - np.maximum(0, -w))) * (1 + 2 * (w < 0)),
+        lambda w, r, z: 0.5 * s(-(z - np.maximum(0, -w))),
+    ),
+    "nca": (losses.nca(0.5), lambda w, r, z: 0.5 * (s(w / 2) / 2 - s(-w / 2)), lambda w, r, z: 0.25 * s(r / 2)),
+    "bco": (losses.bco(0.5), lambda w, r, z: -0.5 * s(-w / 2), lambda w, r, z: 0.5 * s(r / 2)),
+    "sppo": (losses.sppo(0.5), lambda w, r, z: 2 * (w - 1), lambda w, r, z: 2 * (r + 1)),
+    "apo_zero": (losses.apo_zero(0.5), lambda w, r, z: -0.5 * ds(w / 2), lambda w, r, z: 0.5 * ds(r / 2)),
+    "apo_down": (losses.apo_down(0.5), lambda w, r, z: 0.5 * (ds(w / 2) - ds(z)), lambda w, r, z: 0.5 * ds(z)),
+    "sigmoid_norm": (losses.sigmoid_norm(0.5), lambda w, r, z: -0.5 * s(-z), None),
+    "simpo": (losses.simpo(0.5, 0.2), lambda w, r, z: -0.5 * s(0.2 - z), None),
+    "cpo": (losses.cpo(0.5, 0.3), lambda w, r, z: -0.5 * s(-z) - 0.3, lambda w, r, z: 0.5 * s(-z)),
+    "slic_hf": (losses.slic_hf(1.0, 0.3), lambda w, r, z: -1.0 * (w - r < 1) - 0.3, lambda w, r, z: 1.0 * (w - r < 1)),
+    "aot": (losses.aot(0.5), lambda w, r, z: -0.5 * s(-z), None),
+    "rpo": (losses.rpo(0.5, 0.4), lambda w, r, z: -0.5 * s(-z) - 0.2, lambda w, r, z: 0.5 * s(-z)),
+    **{
+        name: (losses.f_dpo(f, 0.5), factor(slope, 0, -1), factor(slope, 1, 1))
+        for name, f, slope in [
+            ("reverse_kl", losses.reverse_kl, lambda u: 1 + 0 * u),
+            ("forward_kl", losses.forward_kl, lambda u: 1 / u),
+            ("jensen_shannon", losses.jensen_shannon, lambda u: 1 / (1 + u)),
+            ("alpha", losses.alpha_divergence(0.3), lambda u: u**-0.3),
+            ("chi_squared", losses.chi_squared, lambda u: 2 * u),
+            ("total_variation", losses.total_variation, lambda u: 0 * u),
+        ]
+    },
+}
+
+
+@pytest.mark.parametrize("name", FACTORS)
+def test_gradients_are_the_stated_factors(name):
+    objective, of_chosen, of_rejected = FACTORS[name]
+    w, r = np.array([0.5, -1.0, 3.0, -0.2]), np.array([-0.4, 0.6, -2.0, -0.3])
+    zero = np.zeros(4)
+    logps, batch = single(w, r, zero, zero)
+    batch |= {"bco_shift": jnp.zeros(4), "aot_margins": jnp.zeros(4)}
+    score = DIVERGENCES[name][0] if name in DIVERGENCES else losses.reverse_kl
+    z = 0.5 * np.array(score(jnp.asarray(w)) - score(jnp.asarray(r)))
+    chosen = of_chosen(w, r, z)
+    rejected = -chosen if of_rejected is None else of_rejected(w, r, z)
+    close(run(objective, logps, batch)[2][..., 1], np.stack([chosen, rejected], axis=1) / 4)
 
 
 # --- divergences ---
