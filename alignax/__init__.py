@@ -43,6 +43,8 @@ from alignax.losses import (
     slic_hf,
     sppo,
     summed_sft,
+    tdpo,
+    tdpo2,
     total_variation,
     wpo,
 )
@@ -58,5 +60,5 @@ __all__ = [
     "default_config", "discopop", "dpo", "dpop", "exo", "f_dpo", "forward", "forward_kl", "hinge", "init_state", "ipo", "ipo_daa",
     "ipo_mean", "jensen_shannon", "kto", "ld_dpo", "logps", "make_evaluation", "make_mesh", "make_step", "matched_margins",
     "matched_ratios", "mismatched_kl", "nca", "orpo", "r_dpo", "reverse_kl", "reward_shift", "robust_dpo", "rpo", "rpo_token_mean",
-    "score_l2", "sft", "sigmoid_norm", "simpo", "slic_hf", "sppo", "summed_sft", "total_variation", "wpo",
+    "score_l2", "sft", "sigmoid_norm", "simpo", "slic_hf", "sppo", "summed_sft", "tdpo", "tdpo2", "total_variation", "wpo",
 ]  # fmt: skip

@@ -23,7 +23,16 @@ from alignax.experience import Experience, chain
 from alignax.metrics import Log
 from alignax.models import hf
 from alignax.models.transformer import ModelConfig
-from alignax.prepare import Run, abstract_batch, abstract_frozen, abstract_state, frozen_dtype, reference_apply, state_shardings
+from alignax.prepare import (
+    Run,
+    abstract_batch,
+    abstract_frozen,
+    abstract_state,
+    frozen_dtype,
+    reference_apply,
+    state_shardings,
+    taught_apply,
+)
 from alignax.train import digest, init_state, make_evaluation, make_step
 from alignax.types import Batch, Metrics, Model, Params, TrainState
 
@@ -203,15 +212,15 @@ def make_programs(run: Run) -> tuple[Callable, Callable]:
 
     Frozen parameters go in as an argument: they stay sharded where they are and are never compiled into the program.
     """
-    train_step = make_step(run.apply, run.objective, run.optimizer, run.config.microbatches)
-    evaluation = make_evaluation(run.apply, run.objective)
 
     def step(state: TrainState, frozen: dict[str, Params], batch: Batch) -> tuple[TrainState, Metrics]:
         rate = run.schedule(state.step - state.skipped)
+        train_step = make_step(taught_apply(run, frozen), run.objective, run.optimizer, run.config.microbatches)
         state, metrics = train_step(state, make_experience(run, frozen, state.params)(batch))
         return state, metrics | {"learning_rate": jnp.asarray(rate), "tokens": batch["mask"].sum(dtype=jnp.float32)}
 
     def evaluate(params: Params, frozen: dict[str, Params], step: jax.Array, batch: Batch) -> Any:
+        evaluation = make_evaluation(taught_apply(run, frozen), run.objective)
         return evaluation(params, step, make_experience(run, frozen, params)(batch))
 
     return jax.jit(step, donate_argnums=0), jax.jit(evaluate)

@@ -85,6 +85,8 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
                 f"the reference has a vocabulary of {reference.config.vocab_size}, the policy of {source.config.vocab_size}; "
                 "they must share a tokenizer"
             )
+    if config.reference.token_kl and reference is None:
+        raise ValueError("reference.token_kl is true and no reference is held; let experience(..) ask for reference")
     tokenizer = load_tokenizer(source)
     examples, reports = {}, {}
     for split in ("train", "eval"):
@@ -100,7 +102,7 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
         raise ValueError(f"epochs {config.epochs} make no step; raise epochs, or set steps")
     auto = "float32" if on_cpu else "bfloat16"
     dtype = jnp.dtype(auto if config.model.dtype == "auto" else config.model.dtype)
-    apply = transformer.forward(source.config, dtype=dtype, remat=config.model.remat, chunk=config.model.logps_chunk, mesh=mesh)
+    apply = make_apply(source.config, config, dtype, mesh)
     schedule = make_schedule(config.optimizer, steps)
     optimizer = make_optimizer(config.optimizer, schedule)
     objective = experiment.loss(config)
@@ -205,8 +207,21 @@ def reference_apply(run: Run) -> Apply:
     assert run.reference is not None
     if run.reference.config == run.source.config:
         return run.apply
-    c = run.config.model
-    return transformer.forward(run.reference.config, dtype=run.dtype, remat=c.remat, chunk=c.logps_chunk, mesh=run.mesh)
+    return make_apply(run.reference.config, run.config, run.dtype, run.mesh)
+
+
+def taught_apply(run: Run, frozen: dict[str, Any]) -> Apply:
+    """The forward pass that is trained: the policy's, with the reference at its side where `reference.token_kl` asks for their KL."""
+    if not run.config.reference.token_kl:
+        return run.apply
+    assert run.reference is not None
+    return make_apply(run.source.config, run.config, run.dtype, run.mesh, (run.reference.config, frozen["reference"]))
+
+
+def make_apply(model: transformer.ModelConfig, config: Any, dtype: Any, mesh: Mesh, teacher: Any = None) -> Apply:
+    """A forward pass as the config wants it."""
+    c = config.model
+    return transformer.forward(model, dtype=dtype, remat=c.remat, chunk=c.logps_chunk, mesh=mesh, teacher=teacher)
 
 
 def frozen_dtype(path: Any, run: Run) -> Any:

@@ -43,6 +43,7 @@ class Outputs(NamedTuple):
     logps: jax.Array  # [B, N, T] log pi(tokens[t] | tokens[<t]), nats
     entropy: jax.Array  # [B, N, T] entropy of the distribution that predicted tokens[t], nats
     log_sum_sq: jax.Array | None = None  # [B, N, T] log sum_v pi(v | tokens[<t])^2; carries no gradient
+    ref_kl: jax.Array | None = None  # [B, N, T] KL(ref || pi) of the distributions that predict tokens[t], nats
     scores: jax.Array | None = None  # [B, N] a reward model's score of each response
 
 

@@ -64,6 +64,8 @@ LOSSES = {
     "f_dpo_chi_squared": losses.f_dpo(losses.chi_squared),
     "f_dpo_total_variation": losses.f_dpo(losses.total_variation),
     "ipo_forward_kl": ipo(scores=losses.diverged(losses.forward_kl)),
+    "tdpo": losses.tdpo(),
+    "tdpo2": losses.tdpo2(),
     "aot": losses.aot(),
     "aot_unpaired": losses.aot_unpaired(),
     "wpo": losses.wpo(dpo()),
@@ -97,27 +99,10 @@ SCORED = ("bradley_terry", "centring", "score_l2")  # of reward models
 SINGLE = ("sft", "sft_per_sequence", "summed_sft")
 PAIRED = [name for name in LOSSES if name not in UNPAIRED + SCORED + SINGLE]
 FREE = ("simpo", "cpo", "orpo", "slic_hf")  # of any reference
-ANTISYMMETRIC = [
-    name
-    for name in PAIRED
-    if name
-    not in (
-        "rpo",
-        "rpo_token_mean",
-        "dpo+sft",
-        "sppo",
-        "nca",
-        "apo_zero",
-        "apo_down",
-        "bco",
-        "dpop",
-        "cpo",
-        "orpo",
-        "slic_hf",
-        "aot",
-        "aot_unpaired",
-    )
-]  # of the margin of its scores alone
+ANTISYMMETRIC = (  # losses of the margin of two like scores, and of nothing else
+    "dpo", "cdpo", "robust_dpo", "ipo", "ipo_daa", "ipo_mean", "hinge", "exo", "discopop", "sigmoid_norm", "ld_dpo", "r_dpo", "wpo", "tdpo",
+    "simpo", "ipo_forward_kl", *(name for name in LOSSES if name.startswith("f_dpo")),
+)  # fmt: skip
 PAIR_METRICS = {
     "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
     "logps/chosen", "logps/rejected", "logps/chosen_drift", "logps/rejected_drift",
@@ -168,7 +153,9 @@ def suited(name: str, logps: jax.Array, batch: dict[str, jax.Array]) -> tuple[ja
 def outputs(logps: jax.Array, batch: dict[str, jax.Array], entropy: jax.Array | None = None) -> Outputs:
     """What a model might return that has these log-probs; its reward head gives a response its log-prob."""
     entropy = jnp.zeros_like(logps) if entropy is None else entropy
-    return Outputs(logps, entropy, jnp.where(batch["completion_mask"], -0.5, 0.0), sequence(logps, batch))
+    statistic = lambda x: jnp.where(batch["completion_mask"], x, 0.0)
+    kl = 0.1 * jnp.square(statistic(logps - batch["ref_logps"])) if "ref_logps" in batch else None
+    return Outputs(logps, entropy, statistic(-0.5), kl, sequence(logps, batch))
 
 
 def run(objective: Loss, logps: jax.Array, batch: dict[str, jax.Array]):

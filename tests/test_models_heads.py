@@ -22,13 +22,17 @@ from alignax.types import Outputs
 ORACLE = json.loads((Path(__file__).parent / "oracles" / "heads.json").read_text())
 
 
-def naive(hidden: jax.Array, weight: jax.Array, targets: jax.Array, mask: jax.Array, **_) -> Outputs:
+def naive(hidden: jax.Array, weight: jax.Array, targets: jax.Array, mask: jax.Array, teacher=None, **_) -> Outputs:
     """The same with all logits [R, T, V] at once."""
     logps = jax.nn.log_softmax((hidden @ weight.astype(hidden.dtype)).astype(jnp.float32), axis=-1)
     picked = jnp.take_along_axis(logps, targets[..., None], axis=-1)[..., 0]
     entropy = -(jnp.exp(logps) * logps).sum(-1)
     squares = jnp.log(jnp.square(jnp.exp(logps)).sum(-1))
-    return Outputs(*(jnp.where(mask, x, 0.0) for x in (picked, entropy, squares)))
+    statistics = [picked, entropy, squares]
+    if teacher is not None:
+        t = jax.nn.log_softmax(teacher[0] @ teacher[1], axis=-1)
+        statistics.append((jnp.exp(t) * (t - logps)).sum(-1))
+    return Outputs(*(jnp.where(mask, x, 0.0) for x in statistics))
 
 
 def problem(R: int = 3, T: int = 11, D: int = 8, V: int = 13, share: float = 0.5):
@@ -40,12 +44,13 @@ def problem(R: int = 3, T: int = 11, D: int = 8, V: int = 13, share: float = 0.5
 
 def pull(head, hidden, weight, targets, mask, **options):
     """Outputs, and the gradients of a random combination of all their entries, unscored ones included."""
-    keys = jax.random.split(jax.random.key(0))
-    a, b = (jax.random.normal(key, targets.shape) for key in keys)
+    keys = jax.random.split(jax.random.key(0), 3)
+    a, b, c = (jax.random.normal(key, targets.shape) for key in keys)
 
     def value(hidden, weight):
         out = head(hidden, weight, targets, mask, **options)
-        return (a * out.logps + b * out.entropy).sum(), out
+        taught = 0.0 if out.ref_kl is None else (c * out.ref_kl).sum()
+        return (a * out.logps + b * out.entropy).sum() + taught, out
 
     grads, out = jax.jit(jax.grad(value, (0, 1), has_aux=True))(hidden, weight)
     return out, grads
@@ -65,6 +70,30 @@ def test_values_and_gradients_are_the_naive_ones(chunk):
     for x in (out.logps, out.entropy, out.log_sum_sq, grads[0]):
         assert not np.asarray(x)[unscored].any()
         assert np.asarray(x)[~unscored].all()
+
+
+def teacher(targets: jax.Array, E: int = 5, V: int = 13):
+    keys = jax.random.split(jax.random.key(7))
+    return jax.random.normal(keys[0], (*targets.shape, E)), jax.random.normal(keys[1], (E, V))
+
+
+@pytest.mark.parametrize("chunk", [7, 33])
+def test_kl_of_a_teacher_and_its_gradient_are_the_naive_ones(chunk):
+    """A teacher of another width, in several chunks and in one."""
+    args = problem()
+    out, grads = pull(token_logps, *args, chunk=chunk, teacher=teacher(args[2]))
+    close((out, grads), pull(naive, *args, teacher=teacher(args[2])), 1e-5)
+    assert out.ref_kl is not None and (np.asarray(out.ref_kl)[np.asarray(args[3])] > 0).all()
+    alone = pull(token_logps, *args, chunk=chunk)[0]
+    assert alone.ref_kl is None
+    close(alone[:3], out[:3], 0)
+
+
+def test_a_model_is_no_kl_from_itself():
+    hidden, weight, targets, mask = problem()
+    kl = lambda h: token_logps(h, weight, targets, mask, teacher=(hidden, weight)).ref_kl
+    np.testing.assert_allclose(kl(hidden), 0.0, atol=1e-6)
+    np.testing.assert_allclose(jax.grad(lambda h: kl(h).sum())(hidden), 0.0, atol=1e-6)
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
@@ -174,7 +203,7 @@ def test_no_array_of_the_training_step_spans_tokens_and_vocabulary(shape, monkey
     # Sizes are such that the output weight is the largest array, before a chunk's logits, and a row's logits would be larger.
     assert math.prod(arrays()[0]) == (V * D if mesh is None else V * D // 2)
     if mesh is None:
-        monkeypatch.setattr(transformer, "token_logps", lambda *args, chunk, mesh: naive(*args))
+        monkeypatch.setattr(transformer, "token_logps", lambda *args, chunk, mesh, teacher: naive(*args))
         assert math.prod(arrays()[0]) >= 8 * (T - 1) * V
 
 
@@ -211,8 +240,10 @@ def test_sharded_head_is_the_unsharded_one(shape, V):
     mesh = meshes.make_mesh(shape)
     batch = functools.partial(jax.device_put, device=meshes.batch_sharding(mesh))
     split = jax.device_put(weight, meshes.sharding(mesh, ("embed", "vocab"), weight.shape))
-    sharded = pull(token_logps, batch(hidden), split, batch(targets), batch(mask), chunk=3, mesh=mesh)
-    close(sharded, pull(naive, hidden, weight, targets, mask), 1e-5)
+    states, head = teacher(targets, V=V)
+    taught = (batch(states), jax.device_put(head, meshes.sharding(mesh, ("embed", "vocab"), head.shape)))
+    sharded = pull(token_logps, batch(hidden), split, batch(targets), batch(mask), chunk=3, mesh=mesh, teacher=taught)
+    close(sharded, pull(naive, hidden, weight, targets, mask, teacher=(states, head)), 1e-5)
 
 
 def test_rows_that_no_mesh_divides():

@@ -461,6 +461,38 @@ def test_gradients_are_the_stated_factors(name):
     close(run(objective, logps, batch)[2][..., 1], np.stack([chosen, rejected], axis=1) / 4)
 
 
+def three_tokens():
+    """A pair of three tokens over a vocabulary of three: logits of policy and reference, and the batch."""
+    pi = jnp.array([[[1, 0, -1], [0.5, 0.5, 0], [0, 2, 0]], [[0, 1, 0], [-1, 0, 1], [0.3, 0.2, 0.1]]])[None]  # [1, 2, 3, V]
+    ref = jnp.array([[[0.5, 0, -0.5], [0, 0.5, 0], [0, 1, 0.5]], [[0, 0.5, 0.2], [0, 0, 0.5], [0.1, 0.2, 0.3]]])[None]
+    y = jnp.array([[[0, 1, 1], [1, 2, 0]]])
+    pick = lambda z: jnp.take_along_axis(jax.nn.log_softmax(z), y[..., None], axis=-1)[..., 0]
+    batch = {"completion_mask": y >= 0, "ref_logps": pick(ref)}
+    t = jax.nn.log_softmax(ref)
+    model = lambda z: Outputs(p := pick(z), p, ref_kl=(jnp.exp(t) * (t - jax.nn.log_softmax(z))).sum(-1))
+    return pi, batch, model
+
+
+def test_tdpo_of_a_pair_of_three_tokens():
+    pi, batch, model = three_tokens()
+    kl = [[0.067258, 0.026609, 0.206393], [0.048271, 0.161366, 0.013311]]
+    np.testing.assert_allclose(model(pi).ref_kl[0], kl, atol=1e-6)
+    value = lambda loss: loss(model(pi), batch, loss.normalised(batch))[0]
+    np.testing.assert_allclose(value(losses.tdpo(0.8)), 0.8032329, rtol=1e-6)
+    np.testing.assert_allclose(value(losses.tdpo2(0.8, alpha=1.0)), 0.8032329, rtol=1e-6)
+    close(value(losses.tdpo2(0.8, alpha=0.0)), value(losses.dpo(0.8)))
+
+
+def test_tdpo2_does_not_differentiate_the_chosen_divergence():
+    pi, batch, model = three_tokens()
+    gradient = lambda loss: jax.grad(lambda z: loss(model(z), batch, loss.normalised(batch))[0])(pi)[0]
+    one, two, plain = (gradient(x) for x in (losses.tdpo(0.8), losses.tdpo2(0.8, alpha=1.0), losses.dpo(0.8)))
+    close(one[1], two[1])
+    ratio = two[0] / plain[0]  # the chosen response's is DPO's direction
+    np.testing.assert_allclose(ratio, np.full((3, 3), float(ratio[0, 0])), rtol=1e-4)
+    assert np.abs(one[0] - two[0]).max() > 1e-2
+
+
 # --- divergences ---
 
 DIVERGENCES = {
@@ -614,6 +646,6 @@ def test_pairs_and_single_responses_are_told_apart():
     for objective in (losses.simpo(), losses.aot(), losses.bradley_terry()):
         with pytest.raises(ValueError, match="takes pairs, these examples have 1"):
             run(objective, logps[:, :1], one)
-    with pytest.raises(ValueError, match="Outputs.scores"):
-        objective = losses.bradley_terry()
-        objective(Outputs(logps, logps), batch, objective.normalised(batch))
+    for objective, name in ((losses.tdpo(), "Outputs.ref_kl"), (losses.bradley_terry(), "Outputs.scores")):
+        with pytest.raises(ValueError, match=name):
+            objective(Outputs(logps, logps), batch, objective.normalised(batch))

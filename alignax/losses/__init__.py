@@ -27,6 +27,7 @@ from alignax.losses.preference import discopop, dpo, dpop, exo, hinge, ipo, ipo_
 from alignax.losses.reference_free import cpo, log_odds, orpo, simpo, slic_hf
 from alignax.losses.reward import bradley_terry, centring, score_l2
 from alignax.losses.supervised import per_sequence, sft, summed_sft
+from alignax.losses.token import tdpo, tdpo2
 from alignax.losses.transport import aot, aot_unpaired
 from alignax.losses.unpaired import apo_zero_unpaired, kto
 from alignax.losses.weighting import wpo
@@ -40,5 +41,5 @@ __all__ = [
     # losses
     "aot", "aot_unpaired", "apo_down", "apo_zero", "apo_zero_unpaired", "bco", "bradley_terry", "centring", "cpo", "discopop", "dpo",
     "dpop", "exo", "f_dpo", "hinge", "ipo", "ipo_daa", "ipo_mean", "kto", "ld_dpo", "nca", "orpo", "r_dpo", "robust_dpo", "rpo",
-    "rpo_token_mean", "score_l2", "sft", "sigmoid_norm", "simpo", "slic_hf", "sppo", "summed_sft", "wpo",
+    "rpo_token_mean", "score_l2", "sft", "sigmoid_norm", "simpo", "slic_hf", "sppo", "summed_sft", "tdpo", "tdpo2", "wpo",
 ]  # fmt: skip
