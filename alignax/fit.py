@@ -37,6 +37,7 @@ from alignax.prepare import (
     policy_model,
     reference_model,
     state_shardings,
+    taught_apply,
 )
 from alignax.train import digest, init_state, make_evaluation, make_step
 from alignax.types import Batch, Metrics, Params, TrainState
@@ -261,13 +262,13 @@ def make_programs(run: Run) -> tuple[Callable, Callable]:
 
     def step(state: TrainState, frozen: dict[str, Params], batch: Batch) -> tuple[TrainState, Metrics]:
         rate = run.schedule(state.step - state.skipped)
-        train_step = make_step(policy_model(run, frozen, state.params).apply, run.objective, run.optimizer, run.config.microbatches)
+        train_step = make_step(taught_apply(run, frozen), run.objective, run.optimizer, run.config.microbatches)
         state, metrics = train_step(state, make_experience(run, frozen, state)(batch))
         state = after(state)
         return state, metrics | {"learning_rate": jnp.asarray(rate), "tokens": batch["mask"].sum(dtype=jnp.float32)}
 
     def evaluate(state: TrainState, frozen: dict[str, Params], batch: Batch) -> Any:
-        evaluation = make_evaluation(policy_model(run, frozen, state.params).apply, run.objective)
+        evaluation = make_evaluation(taught_apply(run, frozen), run.objective)
         return evaluation(state.params, state.step, make_experience(run, frozen, state)(batch))
 
     return jax.jit(step, donate_argnums=0), jax.jit(evaluate)

@@ -90,6 +90,8 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
                 f"the reference has a vocabulary of {reference.config.vocab_size}, the policy of {source.config.vocab_size}; "
                 "they must share a tokenizer"
             )
+    if config.reference.token_kl:
+        check_token_kl(source, reference)
     lora = make_lora(config, source)
     tokenizer = load_tokenizer(source)
     examples, reports = {}, {}
@@ -106,8 +108,7 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
         raise ValueError(f"epochs {config.epochs} make no step; raise epochs, or set steps")
     auto = "float32" if on_cpu else "bfloat16"
     dtype = jnp.dtype(auto if config.model.dtype == "auto" else config.model.dtype)
-    adapted = dataclasses.replace(source.config, lora=lora)
-    apply = transformer.forward(adapted, dtype=dtype, remat=config.model.remat, chunk=config.model.logps_chunk, mesh=mesh)
+    apply = make_apply(dataclasses.replace(source.config, lora=lora), config, dtype, mesh)
     schedule = make_schedule(config.optimizer, steps)
     optimizer = make_optimizer(config.optimizer, schedule)
     objective = experiment.loss(config)
@@ -134,12 +135,23 @@ def check_fields(config: Any) -> None:
         raise ValueError(f"checkpoint.best {best!r} needs evaluations; set data.eval and eval.every")
 
 
+def check_token_kl(source: hf.Source, reference: hf.Source | None) -> None:
+    """Refuses a teacher that is not there, or whose head is another one."""
+    if reference is None:
+        raise ValueError("reference.token_kl is true and no reference is held; let experience(..) ask for reference")
+    caps = [s.config.final_logit_softcapping for s in (source, reference)]
+    if caps[0] != caps[1]:
+        raise ValueError(f"reference.token_kl needs one final_logit_softcapping, policy and reference have {caps}; set it to false")
+
+
 def check_averages(config: Any, averages: dict[str, Average], reference: hf.Source | None) -> None:
     """Refuses averages that nobody reads, or that are read and not there."""
     known = ["policy", *(name for name in averages if name != "reference")]
     for field, name in (("eval.params", config.eval.params), ("export.params", config.export.params)):
         if name not in known:
             raise ValueError(f"config field {field!r} is {name!r}; this experiment has {', '.join(known)}")
+    if "reference" in averages and config.reference.token_kl:
+        raise ValueError("reference.token_kl needs a reference that stands still; remove the average 'reference', or set it to false")
     if "policy" in averages or ("reference" in averages and reference is None):
         raise ValueError('an average is called "policy", or "reference" where no experience asks for one; rename or remove it')
     if "reference" in averages and config.reference.path and (config.reference.path != config.model.path):
@@ -242,8 +254,24 @@ def reference_apply(run: Run) -> Apply:
     assert run.reference is not None
     if run.reference.config == run.source.config and run.lora is None:
         return run.apply
-    c = run.config.model
-    return transformer.forward(run.reference.config, dtype=run.dtype, remat=c.remat, chunk=c.logps_chunk, mesh=run.mesh)
+    return make_apply(run.reference.config, run.config, run.dtype, run.mesh)
+
+
+def taught_apply(run: Run, frozen: dict[str, Any]) -> Apply:
+    """The forward pass that is trained: the policy's, with the reference at its side where `reference.token_kl` asks for their KL."""
+    if not run.config.reference.token_kl:
+        return policy_model(run, frozen, None).apply
+    reference = reference_model(run, frozen)
+    assert run.reference is not None and reference is not None
+    adapted = dataclasses.replace(run.source.config, lora=run.lora)
+    apply = make_apply(adapted, run.config, run.dtype, run.mesh, (run.reference.config, reference.params))
+    return lambda params, batch: apply(full(run, frozen, params), batch)
+
+
+def make_apply(model: transformer.ModelConfig, config: Any, dtype: Any, mesh: Mesh, teacher: Any = None) -> Apply:
+    """A forward pass as the config wants it."""
+    c = config.model
+    return transformer.forward(model, dtype=dtype, remat=c.remat, chunk=c.logps_chunk, mesh=mesh, teacher=teacher)
 
 
 def full(run: Run, frozen: dict[str, Params], params: Params) -> Params:

@@ -12,6 +12,12 @@ A batch is a plain dict of arrays whose leading axis is B. Every method has the 
 | `mask`            | [B, N, T] bool   | real tokens; False is padding                                                    |
 | `completion_mask` | [B, N, T] bool   | scored tokens: the completion and its EOS; never position 0                      |
 | `ref_logps`       | [B, N, T] f32    | per-token log-probs of the reference (an experience writes them)                 |
+| `old_logps`       | [B, N, T] f32    | those of the policy as it stands before the step (likewise)                      |
+| `labels`          | [B, N] bool      | unpaired data: whether a response is desirable                                   |
+| `kto_kl`          | [B] f32          | KL(policy || reference) from mismatched responses, at least 0, in nats           |
+| `bco_shift`       | [B] f32          | mean log-ratio of the batch, in nats                                             |
+| `aot_margins`     | [B] f32          | reference margin of the rank of the policy's, in nats                            |
+| `aot_ratios`      | [B, 2] f32       | log-ratio of the other side of the same rank, in nats                            |
 
 A padding row is False in both masks, so it weighs nothing. What is not differentiated is data: reference log-probs, rewards and
 advantages are further fields, written by experience functions.
@@ -29,10 +35,16 @@ Metrics = dict[str, jax.Array]
 
 
 class Outputs(NamedTuple):
-    """What a forward pass returns; both arrays are float32 and 0 where `completion_mask` is False."""
+    """What a forward pass returns, float32; arrays over tokens are 0 where `completion_mask` is False.
+
+    A model may leave out what is None by default; a loss that reads it says so. What no loss reads is not computed.
+    """
 
     logps: jax.Array  # [B, N, T] log pi(tokens[t] | tokens[<t]), nats
     entropy: jax.Array  # [B, N, T] entropy of the distribution that predicted tokens[t], nats
+    log_sum_sq: jax.Array | None = None  # [B, N, T] log sum_v pi(v | tokens[<t])^2; carries no gradient
+    ref_kl: jax.Array | None = None  # [B, N, T] KL(ref || pi) of the distributions that predict tokens[t], nats
+    scores: jax.Array | None = None  # [B, N] a reward model's score of each response
 
 
 class Model(NamedTuple):

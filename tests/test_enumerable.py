@@ -10,9 +10,11 @@ import optax
 import pytest
 from jax.test_util import check_grads
 
-from alignax.losses import Loss, dpo, ipo, rpo, rpo_token_mean, sequence, sft, summed_sft
+from alignax import losses
+from alignax.experience import mismatched_kl
+from alignax.losses import Loss, dpo, ipo, ipo_daa, r_dpo, robust_dpo, rpo, rpo_token_mean, sequence, sft, summed_sft
 from alignax.train import init_state, make_step
-from alignax.types import Batch, Outputs, Params
+from alignax.types import Batch, Model, Outputs, Params
 
 V, T = 3, 3
 SEQUENCES = np.array(list(itertools.product(range(V), repeat=T)))  # [S, T], S = 27
@@ -137,6 +139,7 @@ def test_ipo_stops_at_its_margin():
     batch = pairs(chosen, rejected, reference)
     margin = lambda loss: (ratio := distribution(train(loss, reference, batch)) - distribution(reference))[chosen] - ratio[rejected]
     np.testing.assert_allclose(margin(ipo(beta)), 2.0, atol=1e-3)
+    np.testing.assert_allclose(margin(ipo_daa(2 * beta)), 2.0, atol=1e-3)  # 1 / beta in its own
     assert margin(dpo(beta)).min() > 8.0
 
 
@@ -148,6 +151,72 @@ def test_ipo_finds_its_policy():
     target = normalised(distribution(reference) + a / (2 * beta))
     assert total_variation(np.exp(distribution(reference)), target) > 0.1
     assert total_variation(np.exp(distribution(trained)), target) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("divergence", "beta"),
+    [(losses.forward_kl, 1.0), (losses.jensen_shannon, 1.0), (losses.alpha_divergence(0.5), 1.0), (losses.chi_squared, 4.0)],
+    ids=["forward_kl", "jensen_shannon", "alpha", "chi_squared"],
+)
+def test_f_dpo_finds_the_policy_of_its_divergence(divergence, beta):
+    """f'(pi / ref) = r / beta + const where labels follow Bradley-Terry (Wang et al. 2023, theorem 1)."""
+    r, reference = rewards(), table(1)
+    preferred = 1 / (1 + np.exp(-(r[:, None] - r[None, :])))
+    trained = train(expected(losses.f_dpo(divergence, beta)), reference, all_pairs(reference, preferred))
+    score = beta * np.asarray(divergence(jnp.asarray(distribution(trained) - distribution(reference))))
+    np.testing.assert_allclose(score - score.mean(), r - r.mean(), atol=5e-3)
+    # Another divergence would have another policy.
+    ratio = distribution(trained) - distribution(reference)
+    assert np.abs(beta * (ratio - ratio.mean()) - (r - r.mean())).max() > 0.1
+
+
+def test_robust_dpo_finds_the_policy_without_flips():
+    """Bradley-Terry labels that are flipped with probability e: told of e, it finds what DPO finds without them."""
+    e, beta, r, reference = 0.3, 1.0, rewards(), table(1)
+    preferred = 1 / (1 + np.exp(-(r[:, None] - r[None, :])))
+    flipped = all_pairs(reference, (1 - e) * preferred + e * (1 - preferred))
+    target = normalised(distribution(reference) + r / beta)
+    robust, plain = (np.exp(distribution(train(expected(loss), reference, flipped))) for loss in (robust_dpo(beta, e), dpo(beta)))
+    assert total_variation(robust, target) < 1e-3
+    assert total_variation(plain, target) > 0.05
+
+
+def test_r_dpo_takes_the_price_of_length_off_the_reward():
+    """Responses end at the first token 2, or at the third: pi is proportional to ref exp((r - alpha |y|) / beta)."""
+    ends = (SEQUENCES == V - 1).argmax(axis=1) + 1
+    length = np.where((SEQUENCES == V - 1).any(axis=1), ends, T)
+    beginning = [tuple(s[:n]) for s, n in zip(SEQUENCES, length, strict=True)]
+    kept = np.array([beginning.index(b) for b in dict.fromkeys(beginning)])  # one of each
+    length, reference, alpha, beta = length[kept], table(1), 0.4, 0.5
+    r = rewards()[kept] + alpha * length  # what labellers see: they like length
+
+    def cut(batch: Batch, *indices: np.ndarray) -> Batch:
+        alive = jnp.asarray(np.arange(T + 1) <= np.stack([length[i] for i in indices], axis=1)[..., None])
+        return batch | {"completion_mask": batch["completion_mask"] & alive}
+
+    def log_probs(params: Params) -> np.ndarray:
+        batch = cut(responses(kept), np.arange(len(kept)))
+        return np.asarray(sequence(apply(params, batch).logps, batch)[:, 0], np.float64)
+
+    i, j = np.nonzero(~np.eye(len(kept), dtype=bool))
+    batch = cut(responses(kept[i], kept[j]), i, j)
+    preferred = 1 / (1 + np.exp(-(r[i] - r[j])))
+    batch |= {"ref_logps": apply(reference, batch).logps, "probability": jnp.asarray(preferred, jnp.float32)}
+    np.testing.assert_allclose(np.exp(log_probs(reference)).sum(), 1.0, rtol=1e-6)
+    trained = np.exp(log_probs(train(expected(r_dpo(beta, alpha)), reference, batch)))
+    assert total_variation(trained, normalised(log_probs(reference) + rewards()[kept] / beta)) < 1e-3
+    assert total_variation(trained, normalised(log_probs(reference) + r / beta)) > 0.05
+
+
+def test_ktos_mismatched_kl_is_the_kl_where_responses_are_the_policys():
+    """A uniform policy and every response once, each behind a prompt of its own, which this model does not see."""
+    batch = responses(np.arange(S))
+    batch["tokens"] = batch["tokens"].at[:, 0, 0].set(jnp.arange(S) + 10)
+    batch["mask"] = jnp.ones(batch["tokens"].shape, bool)
+    reference, uniform = table(1), jax.tree.map(jnp.zeros_like, table(1))
+    exact = np.mean(-np.log(S) - distribution(reference))
+    kl = mismatched_kl(Model(apply, uniform), Model(apply, reference))(batch)["kto_kl"]
+    np.testing.assert_allclose(kl, np.full(S, exact), rtol=1e-5)
 
 
 @pytest.mark.parametrize("make", [sft, summed_sft])

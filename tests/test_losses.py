@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from alignax import losses
 from alignax.losses import (
     Loss,
     Term,
@@ -37,12 +38,71 @@ LOSSES = {
     "summed_sft": summed_sft(),
     "dpo": dpo(),
     "cdpo": dpo(label_smoothing=0.1),
+    "robust_dpo": losses.robust_dpo(),
     "ipo": ipo(),
+    "ipo_daa": losses.ipo_daa(),
+    "ipo_mean": losses.ipo_mean(),
+    "hinge": losses.hinge(),
+    "exo": losses.exo(),
+    "discopop": losses.discopop(),
+    "dpop": losses.dpop(),
     "rpo": rpo(),
     "rpo_token_mean": rpo_token_mean(),
     "dpo+sft": dpo() + sft(),
+    "nca": losses.nca(),
+    "bco": losses.bco(),
+    "sppo": losses.sppo(),
+    "apo_zero": losses.apo_zero(),
+    "apo_down": losses.apo_down(),
+    "sigmoid_norm": losses.sigmoid_norm(),
+    "ld_dpo": losses.ld_dpo(),
+    "r_dpo": losses.r_dpo(),
+    "f_dpo_reverse_kl": losses.f_dpo(losses.reverse_kl),
+    "f_dpo_forward_kl": losses.f_dpo(losses.forward_kl),
+    "f_dpo_jensen_shannon": losses.f_dpo(losses.jensen_shannon),
+    "f_dpo_alpha": losses.f_dpo(losses.alpha_divergence(0.5)),
+    "f_dpo_chi_squared": losses.f_dpo(losses.chi_squared),
+    "f_dpo_total_variation": losses.f_dpo(losses.total_variation),
+    "ipo_forward_kl": ipo(scores=losses.diverged(losses.forward_kl)),
+    "tdpo": losses.tdpo(),
+    "tdpo2": losses.tdpo2(),
+    "aot": losses.aot(),
+    "aot_unpaired": losses.aot_unpaired(),
+    "wpo": losses.wpo(dpo()),
+    "simpo": losses.simpo(),
+    "cpo": losses.cpo(),
+    "orpo": losses.orpo(),
+    "slic_hf": losses.slic_hf(),
+    "kto": losses.kto(),
+    "apo_zero_unpaired": losses.apo_zero_unpaired(),
+    "bradley_terry": losses.bradley_terry(lambda batch: batch["margin"]),
+    "centring": losses.centring(),
+    "score_l2": losses.score_l2(),
 }
-PAIRED = {k: v for k, v in LOSSES.items() if "sft" not in k}
+TERMS = {name: {f"loss/{name}"} for name in LOSSES} | {
+    "sft_per_sequence": {"loss/sft"},
+    "summed_sft": {"loss/sft"},
+    "cdpo": {"loss/dpo"},
+    "ipo_mean": {"loss/ipo"},
+    "ipo_forward_kl": {"loss/ipo"},
+    "wpo": {"loss/dpo"},
+    "cpo": {"loss/cpo", "loss/sft"},
+    "slic_hf": {"loss/slic", "loss/sft"},
+    "orpo": {"loss/orpo", "loss/sft"},
+    "kto": {"loss/kto", "loss/kto_chosen", "loss/kto_rejected"},
+    "apo_zero_unpaired": {"loss/apo_zero_unpaired", "loss/apo_zero_unpaired_chosen", "loss/apo_zero_unpaired_rejected"},
+    **dict.fromkeys(("rpo", "rpo_token_mean", "dpo+sft"), {"loss/dpo", "loss/sft"}),
+    **{name: {"loss/f_dpo"} for name in LOSSES if name.startswith("f_dpo")},
+}  # fmt: skip
+UNPAIRED = ("kto", "apo_zero_unpaired")  # N = 1
+SCORED = ("bradley_terry", "centring", "score_l2")  # of reward models
+SINGLE = ("sft", "sft_per_sequence", "summed_sft")
+PAIRED = [name for name in LOSSES if name not in UNPAIRED + SCORED + SINGLE]
+FREE = ("simpo", "cpo", "orpo", "slic_hf")  # of any reference
+ANTISYMMETRIC = (  # losses of the margin of two like scores, and of nothing else
+    "dpo", "cdpo", "robust_dpo", "ipo", "ipo_daa", "ipo_mean", "hinge", "exo", "discopop", "sigmoid_norm", "ld_dpo", "r_dpo", "wpo", "tdpo",
+    "simpo", "ipo_forward_kl", *(name for name in LOSSES if name.startswith("f_dpo")),
+)  # fmt: skip
 PAIR_METRICS = {
     "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
     "logps/chosen", "logps/rejected", "logps/chosen_drift", "logps/rejected_drift",
@@ -53,14 +113,24 @@ every = pytest.mark.parametrize("name", LOSSES)
 def case(fields: dict) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Log-probs [B, N, T] of the policy, and the batch, from nested lists."""
     batch = {"completion_mask": jnp.asarray(fields["completion_mask"], bool), "ref_logps": jnp.asarray(fields["ref_logps"])}
-    return jnp.asarray(fields["logps"], jnp.float32), batch
+    return jnp.asarray(fields["logps"], jnp.float32), with_data(batch)
+
+
+def with_data(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The batch with every field that a loss reads, random ones: labels of both kinds, and statistics of a batch."""
+    B, N, _ = batch["completion_mask"].shape
+    rng = np.random.default_rng(5)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    data = {"kto_kl": jnp.abs(draw(B)), "bco_shift": draw(B), "aot_margins": draw(B), "aot_ratios": draw(B, 2), "margin": draw(B)}
+    return data | {"labels": jnp.asarray(rng.random((B, N)) < 0.5).at[0].set(True)} | batch
 
 
 def single(chosen, rejected, ref_chosen, ref_rejected) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Pairs whose sequence log-probs are given, each [B]; a response is one token behind a prompt of one."""
     column = lambda *x: jnp.pad(jnp.stack([jnp.asarray(v, jnp.float32) for v in x], axis=1)[..., None], ((0, 0), (0, 0), (1, 0)))
     logps = column(chosen, rejected)
-    return logps, {"completion_mask": jnp.ones(logps.shape, bool).at[..., 0].set(False), "ref_logps": column(ref_chosen, ref_rejected)}
+    mask = jnp.ones(logps.shape, bool).at[..., 0].set(False)
+    return logps, with_data({"completion_mask": mask, "ref_logps": column(ref_chosen, ref_rejected)})
 
 
 def ragged(B: int = 6, T: int = 7, seed: int = 0) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -69,13 +139,29 @@ def ragged(B: int = 6, T: int = 7, seed: int = 0) -> tuple[jax.Array, dict[str, 
     t = np.arange(T)
     mask = (t >= 2) & (t < 2 + rng.integers(1, T - 1, (B, 2, 1)))
     draw = lambda: jnp.asarray(np.where(mask, -rng.exponential(1.5, mask.shape), 0.0), jnp.float32)
-    return draw(), {"completion_mask": jnp.asarray(mask), "ref_logps": draw()}
+    return draw(), with_data({"completion_mask": jnp.asarray(mask), "ref_logps": draw()})
+
+
+def suited(name: str, logps: jax.Array, batch: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The first response of each pair, for a loss on single ones."""
+    if name not in UNPAIRED:
+        return logps, batch
+    first = lambda key, x: x[:, :1] if x.ndim == 3 or key == "labels" else x
+    return logps[:, :1], {key: first(key, x) for key, x in batch.items()}
+
+
+def outputs(logps: jax.Array, batch: dict[str, jax.Array], entropy: jax.Array | None = None) -> Outputs:
+    """What a model might return that has these log-probs; its reward head gives a response its log-prob."""
+    entropy = jnp.zeros_like(logps) if entropy is None else entropy
+    statistic = lambda x: jnp.where(batch["completion_mask"], x, 0.0)
+    kl = 0.1 * jnp.square(statistic(logps - batch["ref_logps"])) if "ref_logps" in batch else None
+    return Outputs(logps, entropy, statistic(-0.5), kl, sequence(logps, batch))
 
 
 def run(objective: Loss, logps: jax.Array, batch: dict[str, jax.Array]):
     """Value, metrics and gradient with respect to the token log-probs."""
     weights = objective.normalised(batch)
-    f = lambda x: objective(Outputs(x, jnp.zeros_like(x)), batch, weights)
+    f = lambda x: objective(outputs(x, batch), batch, weights)
     (value, metrics), grads = jax.value_and_grad(f, has_aux=True)(logps)
     return value, metrics, grads
 
@@ -230,35 +316,59 @@ def test_cdpo_is_least_at_the_log_odds_of_a_right_label():
 
 # --- edges ---
 
+LN2 = math.log(2)
+AT_REFERENCE = {
+    "ipo": 25.0,  # beta 0.1 in all
+    "ipo_daa": 1.0,
+    "ipo_mean": 25.0,
+    "ipo_forward_kl": 25.0,
+    "hinge": 1.0,
+    "robust_dpo": LN2,
+    "exo": 0.5 * (math.log(0.5 / 0.999) + math.log(0.5 / 0.001)),
+    "discopop": 0.5 * LN2 + 0.5,
+    "dpop": LN2,
+    "nca": 2 * LN2,
+    "sppo": 50.0,
+    "apo_zero": 1.0,
+    "apo_down": 1.0,
+    "sigmoid_norm": LN2,
+    "ld_dpo": LN2,
+    "apo_zero_unpaired": 0.5,
+    **{name: LN2 for name in LOSSES if name.startswith("f_dpo")},
+}
+
 
 @every
 def test_policy_equal_to_reference(name):
-    logps, batch = ragged()
+    logps, batch = suited(name, *ragged())
     value, metrics, _ = run(LOSSES[name], logps, batch | {"ref_logps": logps})
-    if "loss/dpo" in metrics:
+    if "loss/dpo" in metrics and name != "wpo":
         np.testing.assert_allclose(metrics["loss/dpo"], math.log(2), atol=1e-6)
-    if name == "ipo":
-        np.testing.assert_allclose(value, 25.0, rtol=1e-6)
+    if name in AT_REFERENCE:
+        np.testing.assert_allclose(value, AT_REFERENCE[name], rtol=1e-6)
     if name in PAIRED:
+        assert metrics["logps/chosen_drift"] == metrics["logps/rejected_drift"] == 0.0
+    if name in PAIRED and name not in (*FREE, "r_dpo"):
         assert metrics["rewards/accuracies"] == 0.5
-        assert metrics["rewards/margins"] == metrics["logps/chosen_drift"] == metrics["logps/rejected_drift"] == 0.0
+        assert metrics["rewards/margins"] == 0.0
 
 
-@pytest.mark.parametrize("name", ["dpo", "cdpo"])
+@pytest.mark.parametrize("name", ANTISYMMETRIC)
 def test_identical_responses_are_a_tie_without_gradient(name):
     logps, batch = ragged()
     twin = lambda x: jnp.repeat(x[:, :1], 2, axis=1)
-    value, metrics, grads = run(LOSSES[name], twin(logps), {k: twin(x) for k, x in batch.items()})
-    np.testing.assert_allclose(value, math.log(2), atol=1e-6)
+    value, metrics, grads = run(LOSSES[name], twin(logps), {k: twin(x) if x.ndim == 3 else x for k, x in batch.items()})
+    if name in AT_REFERENCE:
+        np.testing.assert_allclose(value, AT_REFERENCE[name], rtol=1e-6)
     assert metrics["rewards/accuracies"] == 0.5
-    assert np.any(grads)
+    assert np.any(grads) or name == "f_dpo_total_variation"
     assert not np.any(grads.sum(axis=1))  # of the shared log-probs
 
 
 @every
 def test_an_empty_completion_weighs_nothing(name):
     """A pair without chosen tokens or padded altogether: the loss, metrics and gradients are those of the other pairs."""
-    logps, batch = ragged()
+    logps, batch = suited(name, *ragged())
     expected = run(LOSSES[name], logps[2:], {k: x[2:] for k, x in batch.items()})
     mask = batch["completion_mask"].at[0, 0].set(False).at[1].set(False)
     value, metrics, grads = run(LOSSES[name], logps, batch | {"completion_mask": mask})
@@ -272,7 +382,7 @@ def test_an_empty_completion_weighs_nothing(name):
 
 @every
 def test_values_that_are_not_finite_outside_the_mask_are_harmless(name):
-    logps, batch = ragged()
+    logps, batch = suited(name, *ragged())
     mask = batch["completion_mask"].at[0].set(False)
     expected = run(LOSSES[name], logps, batch | {"completion_mask": mask})
     value, metrics, grads = run(LOSSES[name], jnp.where(mask, logps, jnp.nan), batch | {"completion_mask": mask})
@@ -283,7 +393,7 @@ def test_values_that_are_not_finite_outside_the_mask_are_harmless(name):
 @every
 def test_no_chosen_token_in_the_batch_is_zero(name):
     """TRL's mean over no token is NaN here."""
-    value, metrics, grads = run(LOSSES[name], *case(ORACLES["inputs"]["pref_no_chosen_token"]))
+    value, metrics, grads = run(LOSSES[name], *suited(name, *case(ORACLES["inputs"]["pref_no_chosen_token"])))
     assert value == 0.0 and not np.any(grads)
     assert all(x == 0.0 for x in metrics.values())
 
@@ -295,7 +405,7 @@ def test_log_ratios_of_a_thousand_nats(name, ratio, side):
     high, low = (-1.0, -1001.0) if ratio > 0 else (-1001.0, -1.0)
     zero = [-1.0]
     inputs = single([high], [low], zero, zero) if side == "policy" else single(zero, zero, [low], [high])
-    value, metrics, grads = run(LOSSES[name], *inputs)
+    value, metrics, grads = run(LOSSES[name], *suited(name, *inputs))
     assert np.isfinite(value) and np.isfinite(grads).all() and np.isfinite(list(metrics.values())).all()
     if name in ("dpo", "cdpo"):  # beta is 0.1, so z is +-100
         e = 0.1 if name == "cdpo" else 0.0
@@ -366,33 +476,34 @@ def test_token_mean_is_the_sum_over_the_length_where_lengths_are_equal():
 
 @every
 def test_parts_with_global_weights_add_up_to_the_whole(name):
-    logps, batch = ragged(B=7)
+    logps, batch = suited(name, *ragged(B=7))
     batch["completion_mask"] = batch["completion_mask"].at[2].set(False)
     objective = LOSSES[name]
     weights = objective.normalised(batch)
-    value, metrics = objective(Outputs(logps, -logps), batch, weights)
+    value, metrics = objective(outputs(logps, batch, -logps), batch, weights)
     parts = []
     for s in (slice(0, 1), slice(1, 3), slice(3, 7)):
         cut = {k: x[s] for k, x in batch.items()}
-        parts.append(objective(Outputs(logps[s], -logps[s]), cut, tuple(w[s] for w in weights)))
+        parts.append(objective(outputs(logps[s], cut, -logps[s]), cut, tuple(w[s] for w in weights)))
     close(sum(p[0] for p in parts), value)
     for key, x in metrics.items():
         close(sum(p[1][key] for p in parts), x)
 
 
-def test_names_of_metrics():
-    expected = {
-        "sft": {"loss/sft", "entropy"},
-        "sft_per_sequence": {"loss/sft", "entropy"},
-        "summed_sft": {"loss/sft"},
-        "dpo": {"loss/dpo"} | PAIR_METRICS,
-        "cdpo": {"loss/dpo"} | PAIR_METRICS,
-        "ipo": {"loss/ipo"} | PAIR_METRICS,
-        "rpo": {"loss/dpo", "loss/sft"} | PAIR_METRICS,
-        "rpo_token_mean": {"loss/dpo", "loss/sft", "entropy"} | PAIR_METRICS,
-        "dpo+sft": {"loss/dpo", "loss/sft", "entropy"} | PAIR_METRICS,
-    }
-    assert {name: set(run(objective, *ragged())[1]) for name, objective in LOSSES.items()} == expected
+@every
+def test_names_of_metrics(name):
+    logps, batch = suited(name, *ragged())
+    entropy = {"entropy"} if name in ("sft", "sft_per_sequence", "rpo_token_mean", "dpo+sft", "orpo") else set()
+    extra = PAIR_METRICS if name in PAIRED else entropy
+    if name in UNPAIRED:
+        extra = {"kl", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected"}
+    elif name in SCORED:
+        extra = {m for m in PAIR_METRICS if m.startswith("rewards")} if name == "bradley_terry" else set()
+    assert set(run(LOSSES[name], logps, batch)[1]) == TERMS[name] | extra | entropy
+    if name in FREE:
+        del batch["ref_logps"]
+        metrics = run(LOSSES[name], logps, batch)[1]
+        assert set(metrics) == TERMS[name] | entropy | {m for m in PAIR_METRICS if "drift" not in m}
 
 
 def test_entropy_is_averaged_over_the_scored_tokens():

@@ -1,4 +1,4 @@
-"""Chunked log-probs and entropy: values, gradients, masks, precision, TRL's numbers, memory, skipped work, sharding."""
+"""Chunked log-probs, entropy and log sum of squares: values, gradients, masks, precision, TRL's numbers, memory, skipped work, sharding."""
 
 import functools
 import json
@@ -22,13 +22,21 @@ from alignax.types import Outputs
 ORACLE = json.loads((Path(__file__).parent / "oracles" / "heads.json").read_text())
 
 
-def naive(hidden: jax.Array, weight: jax.Array, targets: jax.Array, mask: jax.Array, cap: float | None = None, **_) -> Outputs:
+def naive(
+    hidden: jax.Array, weight: jax.Array, targets: jax.Array, mask: jax.Array, cap: float | None = None, teacher=None, **_
+) -> Outputs:
     """The same with all logits [R, T, V] at once."""
     logits = (hidden @ weight.astype(hidden.dtype)).astype(jnp.float32)
     logps = jax.nn.log_softmax(logits if cap is None else jnp.tanh(logits / cap) * cap, axis=-1)
     picked = jnp.take_along_axis(logps, targets[..., None], axis=-1)[..., 0]
     entropy = -(jnp.exp(logps) * logps).sum(-1)
-    return Outputs(jnp.where(mask, picked, 0.0), jnp.where(mask, entropy, 0.0))
+    squares = jnp.log(jnp.square(jnp.exp(logps)).sum(-1))
+    statistics = [picked, entropy, squares]
+    if teacher is not None:
+        t = teacher[0] @ teacher[1]
+        t = jax.nn.log_softmax(t if cap is None else jnp.tanh(t / cap) * cap, axis=-1)
+        statistics.append((jnp.exp(t) * (t - logps)).sum(-1))
+    return Outputs(*(jnp.where(mask, x, 0.0) for x in statistics))
 
 
 def problem(R: int = 3, T: int = 11, D: int = 8, V: int = 13, share: float = 0.5):
@@ -40,12 +48,13 @@ def problem(R: int = 3, T: int = 11, D: int = 8, V: int = 13, share: float = 0.5
 
 def pull(head, hidden, weight, targets, mask, **options):
     """Outputs, and the gradients of a random combination of all their entries, unscored ones included."""
-    keys = jax.random.split(jax.random.key(0))
-    a, b = (jax.random.normal(key, targets.shape) for key in keys)
+    keys = jax.random.split(jax.random.key(0), 3)
+    a, b, c = (jax.random.normal(key, targets.shape) for key in keys)
 
     def value(hidden, weight):
         out = head(hidden, weight, targets, mask, **options)
-        return (a * out.logps + b * out.entropy).sum(), out
+        taught = 0.0 if out.ref_kl is None else (c * out.ref_kl).sum()
+        return (a * out.logps + b * out.entropy).sum() + taught, out
 
     grads, out = jax.jit(jax.grad(value, (0, 1), has_aux=True))(hidden, weight)
     return out, grads
@@ -62,7 +71,7 @@ def test_values_and_gradients_are_the_naive_ones(chunk):
     close((out, grads), pull(naive, *args), 1e-5)
     unscored = ~np.asarray(args[3])
     assert 0 < unscored.sum() < unscored.size
-    for x in (*out, grads[0]):
+    for x in (out.logps, out.entropy, out.log_sum_sq, grads[0]):
         assert not np.asarray(x)[unscored].any()
         assert np.asarray(x)[~unscored].all()
 
@@ -78,6 +87,30 @@ def test_capped_logits(cap):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(extreme))
 
 
+def teacher(targets: jax.Array, E: int = 5, V: int = 13):
+    keys = jax.random.split(jax.random.key(7))
+    return jax.random.normal(keys[0], (*targets.shape, E)), jax.random.normal(keys[1], (E, V))
+
+
+@pytest.mark.parametrize("chunk, cap", [(7, None), (33, None), (7, 2.0)])
+def test_kl_of_a_teacher_and_its_gradient_are_the_naive_ones(chunk, cap):
+    """A teacher of another width, in several chunks and in one."""
+    args = problem()
+    out, grads = pull(token_logps, *args, chunk=chunk, cap=cap, teacher=teacher(args[2]))
+    close((out, grads), pull(naive, *args, cap=cap, teacher=teacher(args[2])), 1e-5)
+    assert out.ref_kl is not None and (np.asarray(out.ref_kl)[np.asarray(args[3])] > 0).all()
+    alone = pull(token_logps, *args, chunk=chunk, cap=cap)[0]
+    assert alone.ref_kl is None
+    close(alone[:3], out[:3], 0)
+
+
+def test_a_model_is_no_kl_from_itself():
+    hidden, weight, targets, mask = problem()
+    kl = lambda h: token_logps(h, weight, targets, mask, teacher=(hidden, weight)).ref_kl
+    np.testing.assert_allclose(kl(hidden), 0.0, atol=1e-6)
+    np.testing.assert_allclose(jax.grad(lambda h: kl(h).sum())(hidden), 0.0, atol=1e-6)
+
+
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_empty_and_full_masks(share):
     args = problem(share=share)
@@ -91,6 +124,7 @@ def test_uniform_distribution():
     out = token_logps(0 * hidden, weight, targets, targets >= 0)
     close(out.logps, np.full(targets.shape, -math.log(13)), 1e-6)
     close(out.entropy, np.full(targets.shape, math.log(13)), 1e-6)
+    close(out.log_sum_sq, np.full(targets.shape, -math.log(13)), 1e-6)
 
 
 def test_log_probs_stay_finite_at_extreme_logits():
@@ -184,8 +218,18 @@ def test_no_array_of_the_training_step_spans_tokens_and_vocabulary(shape, monkey
     # Sizes are such that the output weight is the largest array, before a chunk's logits, and a row's logits would be larger.
     assert math.prod(arrays()[0]) == (V * D if mesh is None else V * D // 2)
     if mesh is None:
-        monkeypatch.setattr(transformer, "token_logps", lambda *args, chunk, mesh, cap: naive(*args))
+        monkeypatch.setattr(transformer, "token_logps", lambda *args, chunk, mesh, cap, teacher: naive(*args))
         assert math.prod(arrays()[0]) >= 8 * (T - 1) * V
+
+
+def test_the_sum_of_squares_costs_nothing_where_no_loss_reads_it():
+    args = problem()
+    value = lambda hidden, weight, share: (out := token_logps(hidden, weight, *args[2:], chunk=4)).logps.sum() + share(out)
+    step = jax.jit(jax.value_and_grad(value, (0, 1)), static_argnums=2)
+    cost = lambda share: step.lower(*args[:2], share).compile().cost_analysis()["flops"]
+    read = lambda out: jax.lax.stop_gradient(out.log_sum_sq).sum()
+    unread = lambda out: 0.0
+    assert cost(unread) + 4 * 13 <= cost(read)  # the squares of a chunk's probabilities
 
 
 def test_chunks_without_scored_positions_are_skipped():
@@ -211,8 +255,10 @@ def test_sharded_head_is_the_unsharded_one(shape, V):
     mesh = meshes.make_mesh(shape)
     batch = functools.partial(jax.device_put, device=meshes.batch_sharding(mesh))
     split = jax.device_put(weight, meshes.sharding(mesh, ("embed", "vocab"), weight.shape))
-    sharded = pull(token_logps, batch(hidden), split, batch(targets), batch(mask), chunk=3, mesh=mesh)
-    close(sharded, pull(naive, hidden, weight, targets, mask), 1e-5)
+    states, head = teacher(targets, V=V)
+    taught = (batch(states), jax.device_put(head, meshes.sharding(mesh, ("embed", "vocab"), head.shape)))
+    sharded = pull(token_logps, batch(hidden), split, batch(targets), batch(mask), chunk=3, mesh=mesh, teacher=taught)
+    close(sharded, pull(naive, hidden, weight, targets, mask, teacher=(states, head)), 1e-5)
 
 
 def test_rows_that_no_mesh_divides():

@@ -12,6 +12,7 @@ import tiny
 
 from alignax import plan
 from alignax.config import load_experiment
+from alignax.fit import check_step
 from alignax.prepare import prepare
 
 # What keeps libtpu from asking a metadata server that is not there.
@@ -26,6 +27,21 @@ def test_step_compiles_from_shapes_alone_for_these_devices(tmp_path):
     experiment = load_experiment(runs.REPO / "experiments/dpo_hh.py", [f"{k}={v}" for k, v in fields.items()])
     memory = plan.compile_step(prepare(experiment)).memory_analysis()
     assert memory.argument_size_in_bytes > 0 and memory.temp_size_in_bytes > 0
+
+
+def test_token_level_dpo_needs_and_gets_the_references_distribution(tmp_path):
+    """The step of a run is traced on shapes: refused without `reference.token_kl`, and with it but no reference."""
+    fields = runs.world(tmp_path) | {"workdir": tmp_path / "run", "mesh.data": 2, "mesh.fsdp": 4}
+    file = tmp_path / "tdpo.py"
+    code = (runs.REPO / "experiments/dpo_hh.py").read_text()
+    file.write_text(code + "\n\nfrom alignax import tdpo2\n\n\ndef loss(config):\n    return tdpo2(config.beta)\n")
+    run = lambda **more: prepare(load_experiment(file, [f"{k}={v}" for k, v in (fields | more).items()]))
+    with pytest.raises(ValueError, match="set reference.token_kl=true"):
+        check_step(run())
+    check_step(run(**{"reference.token_kl": True}))
+    file.write_text(file.read_text() + "\n\nexperience = None\n")
+    with pytest.raises(ValueError, match="reference.token_kl is true and no reference is held"):
+        run(**{"reference.token_kl": True})
 
 
 @pytest.fixture

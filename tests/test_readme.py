@@ -30,8 +30,15 @@ def test_the_first_example_is_rpo():
     assert batch["ref_logps"].shape == batch["tokens"].shape and params
 
 
+def test_kto_scores_mismatched_responses():
+    names = run_block(1)
+    models = (Model(tiny.plain_apply, tiny.plain_params(seed=seed)) for seed in (0, 1))
+    batch = names["experience"](None, *models)(tiny.batch(4, N=1))
+    assert batch["kto_kl"].shape == (4,) and [term.name for _, term in names["loss"](None).terms][0] == "kto"
+
+
 def test_a_loss_of_ones_own():
-    hinge = run_block(1)["hinge"]
+    hinge = run_block(2)["squared_hinge"]
     params = tiny.plain_params()
     batch = chain(logps("ref_logps", Model(tiny.plain_apply, params)))(tiny.batch())
     step = make_step(tiny.plain_apply, hinge(), optax.sgd(0.1), microbatches=2)

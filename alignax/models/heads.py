@@ -1,9 +1,10 @@
-"""Per-token log-probs and entropy from the final hidden state, in float32, never holding `[.., T, V]` logits.
+"""Per-token log-probs, entropy and log sum of squares from the final hidden state, in float32, never holding `[.., T, V]` logits.
 
 Only completion positions are scored: each batch shard moves its own to the front, and the loop over chunks ends with the fullest
 shard. Logits exist for one chunk at a time and are made again in the backward pass, which is written out:
 
     z = x W, p = softmax(z), q = log p, H the entropy:   d q_y / dz = onehot(y) - p,   dH / dz = -p (q + H)
+    with a teacher of distribution t:                    d KL(t || p) / dz = p - t
 
 With a soft cap, z = cap tanh(x W / cap), and both are multiplied by dz / d(x W) = 1 - (z / cap)^2.
 
@@ -21,6 +22,8 @@ from jax.sharding import Mesh
 from alignax import mesh as meshes
 from alignax.types import Outputs
 
+Teacher = tuple[jax.Array, jax.Array] | None  # hidden states and output weight, of a vocabulary that is the student's
+
 
 def token_logps(
     hidden: jax.Array,
@@ -31,8 +34,9 @@ def token_logps(
     chunk: int = 256,
     mesh: Mesh | None = None,
     cap: float | None = None,
+    teacher: Teacher = None,
 ) -> Outputs:
-    """Log-prob of each target and entropy of its distribution, where `mask` is True; 0 elsewhere.
+    """Log-prob of each target, entropy and log sum of squares of its distribution, where `mask` is True; 0 elsewhere.
 
     Args:
       hidden: [R, T, D], in the compute dtype; `hidden[:, t]` predicts `targets[:, t]`.
@@ -41,12 +45,14 @@ def token_logps(
       mask: [R, T] bool.
       chunk: positions scored at a time in each batch shard; memory is about `chunk * V` floats, a few times over.
       mesh: gives the number of batch shards; positions never leave theirs.
-      cap: of the logits, see `soft_cap`.
+      cap: of the logits, see `soft_cap`; of the teacher's too.
+      teacher: [R, T, E] in the compute dtype and [E, V]; then KL(teacher || softmax) is among the outputs, and its gradient. None goes
+        to the teacher.
 
     Returns:
-      Outputs with [R, T] float32 arrays.
+      Outputs with [R, T] float32 arrays; the sum of squares has no gradient.
     """
-    R, T, D = hidden.shape
+    R, T, _ = hidden.shape
     S = meshes.batch_shards(mesh) if mesh is not None else 1
     S = S if R % S == 0 else 1  # evaluation of a few rows
     P = R // S * T  # positions of a shard
@@ -57,10 +63,11 @@ def token_logps(
     back = jnp.argsort(order, axis=1)
     order = jnp.pad(order, ((0, 0), (0, size - P)))
     count = -(-packed.sum(axis=1).max() // chunk)  # chunks of the fullest shard
-    x = jnp.take_along_axis(hidden.reshape(S, P, D), order[..., None], axis=1)
+    pack = lambda a: jnp.take_along_axis(a.reshape(S, P, -1), order[..., None], axis=1)  # [S, size, D]
+    x = meshes.constrain(pack(hidden), mesh, "batch", None, None)
     y = jnp.take_along_axis(targets.reshape(S, P), order, axis=1)
-    x = meshes.constrain(x, mesh, "batch", None, None)
-    scores: Any = score(chunk, mesh, cap, x, weight, y, count)
+    taught = None if teacher is None else (meshes.constrain(pack(teacher[0]), mesh, "batch", None, None), teacher[1])
+    scores: Any = score(chunk, mesh, cap, x, weight, y, count, taught)
     restore = lambda a: jnp.where(mask, jnp.take_along_axis(a[:, :P], back, axis=1).reshape(R, T), 0.0)
     return Outputs(*map(restore, scores))
 
@@ -72,14 +79,20 @@ def soft_cap(z: jax.Array, cap: float | None) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def score(
-    chunk: int, mesh: Mesh | None, cap: float | None, x: jax.Array, weight: jax.Array, y: jax.Array, count: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Log-prob of y [S, P] and entropy under softmax(x W), from x [S, P, D] and W [D, V]; 0 after the first `count` chunks."""
-    return _forward(chunk, mesh, cap, x, weight, y, count)[0]
+    chunk: int, mesh: Mesh | None, cap: float | None, x: jax.Array, weight: jax.Array, y: jax.Array, count: jax.Array, teacher: Teacher
+) -> tuple[jax.Array, ...]:
+    """Log-prob of y [S, P], entropy and log sum of squares of softmax(x W), from x [S, P, D] and W [D, V]; 0 after `count` chunks.
+
+    With a teacher, its KL from softmax(x W) too.
+    """
+    return _forward(chunk, mesh, cap, x, weight, y, count, teacher)[0]
 
 
-def _forward(chunk: int, mesh: Mesh | None, cap: float | None, x: jax.Array, weight: jax.Array, y: jax.Array, count: jax.Array) -> Any:
+def _forward(
+    chunk: int, mesh: Mesh | None, cap: float | None, x: jax.Array, weight: jax.Array, y: jax.Array, count: jax.Array, teacher: Teacher
+) -> Any:
     w = _whole(weight, x.dtype, mesh)
+    taught = None if teacher is None else (teacher[0], _whole(teacher[1], teacher[0].dtype, mesh))
 
     def body(i: jax.Array, out: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         z = soft_cap(_logits(_part(x, i, chunk), w), cap)
@@ -90,25 +103,38 @@ def _forward(chunk: int, mesh: Mesh | None, cap: float | None, x: jax.Array, wei
         # As a product of vectors: as (e * z).sum() XLA on CPU took 15 times as long, its reduction over an exp being scalar code.
         entropy = lse - jnp.einsum("scv,scv->sc", e, z) / total
         logp = jnp.take_along_axis(z, _part(y, i, chunk)[..., None], axis=-1)[..., 0] - lse
-        return tuple(_place(a, b, i, chunk) for a, b in zip(out, (logp, entropy, lse), strict=True))
+        squares = jnp.log(jnp.einsum("scv,scv->sc", e, e)) - 2 * jnp.log(total)
+        parts = (logp, entropy, lse, squares)
+        if taught is not None:
+            zt = soft_cap(_logits(_part(taught[0], i, chunk), taught[1]), cap)
+            lse_t = jax.nn.logsumexp(zt, axis=-1)
+            # From the difference of logits, so that the KL of equal models is 0 and not a difference of large numbers.
+            kl = jnp.einsum("scv,scv->sc", jnp.exp(zt - lse_t[..., None]), zt - z) + lse - lse_t
+            parts += (kl, lse_t)
+        return tuple(_place(a, b, i, chunk) for a, b in zip(out, parts, strict=True))
 
-    logp, entropy, lse = jax.lax.fori_loop(0, count, body, (jnp.zeros(y.shape, jnp.float32),) * 3)
-    return (logp, entropy), (x, weight, y, count, entropy, lse)
+    zeros = (jnp.zeros(y.shape, jnp.float32),) * (4 if teacher is None else 6)
+    logp, entropy, lse, squares, *rest = jax.lax.fori_loop(0, count, body, zeros)
+    return (logp, entropy, squares, *rest[:1]), (x, weight, y, count, entropy, lse, teacher, rest[1:])
 
 
-def _backward(chunk: int, mesh: Mesh | None, cap: float | None, saved: Any, cotangents: tuple[jax.Array, jax.Array]) -> Any:
-    x, weight, y, count, entropy, lse = saved
+def _backward(chunk: int, mesh: Mesh | None, cap: float | None, saved: Any, cotangents: tuple[jax.Array, ...]) -> Any:
+    x, weight, y, count, entropy, lse, teacher, lse_t = saved
     w = _whole(weight, x.dtype, mesh)
+    taught = None if teacher is None else (teacher[0], _whole(teacher[1], teacher[0].dtype, mesh))
 
     def body(i: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         dx, dw = sums
         part = _part(x, i, chunk)
         at = lambda a: _part(a, i, chunk)[..., None]
-        dlogp, dentropy = map(at, cotangents)
+        dlogp, dentropy = map(at, cotangents[:2])  # the sum of squares has none
         z = soft_cap(_logits(part, w), cap)
         q = z - at(lse)
         hit = jnp.arange(w.shape[1])[None, None] == at(y)
         dz = jnp.where(hit, dlogp, 0.0) - jnp.exp(q) * (dlogp + dentropy * (q + at(entropy)))
+        if taught is not None:
+            t = jnp.exp(soft_cap(_logits(_part(taught[0], i, chunk), taught[1]), cap) - at(lse_t[0]))
+            dz = dz + at(cotangents[3]) * (jnp.exp(q) - t)
         if cap is not None:
             dz = dz * (1 - jnp.square(z / cap))
         dz = dz.astype(x.dtype)  # what a matrix unit takes; sums stay float32
@@ -118,7 +144,7 @@ def _backward(chunk: int, mesh: Mesh | None, cap: float | None, saved: Any, cota
 
     dw = meshes.constrain(jnp.zeros((x.shape[0], *w.shape), jnp.float32), mesh, "batch", None, "vocab")
     dx, dw = jax.lax.fori_loop(0, count, body, (jnp.zeros_like(x), dw))
-    return dx, dw.sum(axis=0).astype(weight.dtype), None, None
+    return dx, dw.sum(axis=0).astype(weight.dtype), None, None, None
 
 
 score.defvjp(_forward, _backward)

@@ -386,9 +386,15 @@ def init(config: ModelConfig, key: jax.Array) -> Any:
 
 
 def forward(
-    config: ModelConfig, *, dtype: Any = jnp.float32, remat: str = "full", chunk: int = 256, mesh: Mesh | None = None
+    config: ModelConfig,
+    *,
+    dtype: Any = jnp.float32,
+    remat: str = "full",
+    chunk: int = 256,
+    mesh: Mesh | None = None,
+    teacher: tuple[ModelConfig, Params] | None = None,
 ) -> Callable[[Params, Batch], Outputs]:
-    """The pure `(params, batch) -> Outputs` of a decoder: per-token log-probs and entropy at completion positions.
+    """The pure `(params, batch) -> Outputs` of a decoder: per-token statistics at completion positions.
 
     Args:
       config: the model.
@@ -396,6 +402,8 @@ def forward(
       remat: "full" (recompute each layer in the backward pass), "dots" (keep the matrix products), "none".
       chunk: positions scored at a time, see `alignax.models.heads.token_logps`.
       mesh: where activations are laid out; None for one device.
+      teacher: a frozen model of the same vocabulary; then the outputs have `ref_kl`, its KL from this model in every scored position.
+        It takes a forward pass of the teacher. Under jit its parameters must be arguments of the program, not constants.
     """
     if remat not in REMAT:
         raise ValueError(f"remat {remat!r} is unknown; use {', '.join(REMAT)}")
@@ -404,10 +412,14 @@ def forward(
     def apply(params: Params, batch: Batch) -> Outputs:
         tokens, mask, scored = rows(batch["tokens"]), rows(batch["mask"]), rows(batch["completion_mask"])  # [R, T]
         hidden, _ = decoder.apply({"params": params}, tokens, mask)  # [R, T, D]
+        taught = None
+        if teacher is not None:
+            states, _ = Decoder(teacher[0], dtype, remat, mesh).apply({"params": teacher[1]}, tokens, mask)
+            taught = states[:, :-1], head_weight(*teacher)
         # Position t - 1 predicts token t; the last position predicts nothing.
         weight, cap = head_weight(config, params), config.final_logit_softcapping
-        out = token_logps(hidden[:, :-1], weight, tokens[:, 1:], scored[:, 1:], chunk=chunk, mesh=mesh, cap=cap)
+        out = token_logps(hidden[:, :-1], weight, tokens[:, 1:], scored[:, 1:], chunk=chunk, mesh=mesh, cap=cap, teacher=taught)
         back = lambda x: jnp.pad(x, ((0, 0), (1, 0))).reshape(batch["tokens"].shape)  # [B, N, T]
-        return Outputs(*map(back, out))
+        return jax.tree.map(back, out)
 
     return apply

@@ -1,0 +1,63 @@
+"""What a loss compares with over the whole batch: ranks and means of the policy's log-ratios, as data.
+
+Each reads `ref_logps` and `old_logps`, the policy's as it stands: `chain(logps("ref_logps", reference), logps("old_logps", policy),
+matched_margins())`. Rows without a completion on both sides take no part.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import Partial
+
+from alignax.experience.logps import Experience
+from alignax.losses.algebra import examples, sequence
+from alignax.losses.pairs import field, ref_logps
+from alignax.types import Batch
+
+
+def matched_margins() -> Experience:
+    """Writes `aot_margins` [B]: the reference's margin log ref(chosen) - log ref(rejected) of the rank that the policy's has."""
+
+    def write(batch: Batch) -> Batch:
+        policy, reference = (x[:, 0] - x[:, 1] for x in _sequences(batch))  # [B]
+        return batch | {"aot_margins": of_same_rank(policy, reference, examples(batch))}
+
+    return Partial(write)
+
+
+def matched_ratios() -> Experience:
+    """Writes `aot_ratios` [B, 2]: for a chosen response the log-ratio of the rejected one of its rank, and the reverse."""
+
+    def write(batch: Batch) -> Batch:
+        policy, reference = _sequences(batch)
+        chosen, rejected = (policy - reference).T
+        real = examples(batch)
+        other = [of_same_rank(chosen, rejected, real), of_same_rank(rejected, chosen, real)]
+        return batch | {"aot_ratios": jnp.stack(other, axis=1)}
+
+    return Partial(write)
+
+
+def reward_shift() -> Experience:
+    """Writes `bco_shift` [B]: the mean of log pi/ref over chosen and rejected responses of the batch, the same for every row."""
+
+    def write(batch: Batch) -> Batch:
+        policy, reference = _sequences(batch)
+        real = examples(batch)
+        mean = jnp.where(real[:, None], policy - reference, 0.0).sum() / jnp.maximum(2 * real.sum(), 1)
+        return batch | {"bco_shift": jnp.full(real.shape, mean)}
+
+    return Partial(write)
+
+
+def of_same_rank(x: jax.Array, y: jax.Array, real: jax.Array) -> jax.Array:
+    """For each x [B] the y [B] of its rank, among real rows; equal values are ranked by their place."""
+    by_x, by_y = (jnp.argsort(jnp.where(real, v, jnp.inf), stable=True) for v in (x, y))
+    return jnp.zeros_like(y).at[by_x].set(y[by_y])
+
+
+def _sequences(batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Summed log-probs of the policy and the reference, each [B, 2]."""
+    old, ref = field(batch, "old_logps", 'logps("old_logps", policy)'), ref_logps(batch)
+    if old.shape[1] != 2:
+        raise ValueError(f"ranks and shifts are of pairs, these examples have {old.shape[1]} responses; set data.kind='preference'")
+    return sequence(old, batch), sequence(ref, batch)

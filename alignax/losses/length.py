@@ -1,0 +1,81 @@
+"""Preference losses against length: longer responses have larger log-ratios, and preference data likes long responses.
+
+Each is DPO or IPO on another score. All need the batch field `ref_logps`.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from alignax.losses.algebra import Loss, lengths, sequence
+from alignax.losses.pairs import Scores, check_pairs, check_positive, check_range, logistic, mean_ratios, pair_ratios, pairwise, ref_logps
+from alignax.losses.preference import ipo
+from alignax.types import Batch, Outputs
+
+
+def sigmoid_norm(beta: float = 5.0) -> Loss:
+    """Length-normalised DPO (Lambert et al. 2024, Tulu 3, arXiv:2411.15124).
+
+    -log sigmoid(beta (log pi/ref(chosen) / |chosen| - log pi/ref(rejected) / |rejected|))
+
+    A token of a short response counts more. beta is per nat and token, so larger than DPO's.
+    """
+    # TRL counts an unpredicted first token in the length of a completion without a prompt.
+    return pairwise("sigmoid_norm", beta, lambda chosen, rejected: logistic(chosen - rejected), mean_ratios)
+
+
+def ipo_mean(beta: float = 0.1) -> Loss:
+    """IPO on log-ratios that are averaged over tokens, as Azar et al. ran it, and not as eq. 17 of arXiv:2310.12036 has it.
+
+    (log pi/ref(chosen) / |chosen| - log pi/ref(rejected) / |rejected| - 1 / (2 beta))^2
+
+    The target is in nats per token: at beta 0.1 a margin of 5 nats in every token, so a larger beta is wanted than for `ipo`.
+    """
+    return ipo(beta, scores=mean_ratios)
+
+
+def ld_dpo(beta: float = 0.1, ld_alpha: float = 0.5) -> Loss:
+    """Length-desensitised DPO (Liu et al. 2024, arXiv:2409.06411): tokens beyond the shorter response count less.
+
+    DPO with log p(y) = sum_{t <= l} log p_t + ld_alpha sum_{t > l} log p_t,   l = min(|chosen|, |rejected|)
+
+    Policy and reference alike. At ld_alpha 0 a difference that comes after l is not seen at all.
+
+    Args:
+      beta: strength of the KL penalty.
+      ld_alpha: weight of the tokens beyond l, in [0, 1]; 1 is DPO.
+    """
+    check_range("ld_alpha", ld_alpha, 0, math.nextafter(1, 2), "a weight of tokens")
+    return pairwise("ld_dpo", beta, lambda chosen, rejected: logistic(chosen - rejected), desensitised(ld_alpha))
+
+
+def desensitised(ld_alpha: float) -> Scores:
+    """Summed log-ratios whose tokens beyond the shorter response of the pair weigh `ld_alpha`: [B, 2]."""
+
+    def scores(out: Outputs, batch: Batch) -> jax.Array:
+        check_pairs(out)
+        place = jnp.cumsum(batch["completion_mask"], axis=-1)  # [B, 2, T], 1 at the first completion token
+        shared = lengths(batch).min(axis=1, keepdims=True)[..., None]  # [B, 1, 1]
+        ratios = out.logps - ref_logps(batch)
+        return sequence(jnp.where(place <= shared, ratios, ld_alpha * ratios), batch)
+
+    return scores
+
+
+def r_dpo(beta: float = 0.1, alpha: float = 0.01) -> Loss:
+    """Length-regularised DPO (Park et al. 2024, arXiv:2403.19159): DPO for the reward r(x, y) - alpha |y|.
+
+    -log sigmoid(z + alpha (|chosen| - |rejected|))
+
+    A longer chosen response has part of its margin for free, so it is pushed less. The optimum is ref exp((r - alpha |y|) / beta):
+    a preference for length is taken out only if alpha has its size.
+
+    Args:
+      beta: strength of the KL penalty.
+      alpha: price of a token, in units of the reward, at least 0; 0 is DPO.
+    """
+    check_range("alpha", alpha, 0, math.inf, "the price of a token")
+    check_positive("beta", beta)
+    scores = lambda out, batch: pair_ratios(out, batch) + (alpha / beta) * lengths(batch)
+    return pairwise("r_dpo", beta, lambda chosen, rejected: logistic(chosen - rejected), scores)

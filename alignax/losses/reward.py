@@ -1,0 +1,65 @@
+"""Losses on reward scores: `Outputs.scores` [B, N], what a reward model gives each response."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from alignax.losses.algebra import Loss, loss
+from alignax.losses.pairs import TIE, check_pairs, logistic
+from alignax.types import Batch, Metrics, Outputs
+
+
+def bradley_terry(margin: Callable[[Batch], jax.Array] | None = None) -> Loss:
+    """The reward model's loss under Bradley and Terry (Stiennon et al. 2020, arXiv:2009.01325).
+
+    -log sigmoid(s_w - s_l - margin)
+
+    The scores of a prompt may all move together, so add `centring()` or `score_l2()` before comparing prompts or models.
+
+    Args:
+      margin: batch -> [B], how much better the chosen response is, as data says (Touvron et al. 2023, arXiv:2307.09288), for
+        example `lambda batch: batch["margin"]`; None: 0.
+    """
+
+    def value(out: Outputs, batch: Batch) -> tuple[jax.Array, Metrics]:
+        s = pair_scores(out)
+        margins = s[:, 0] - s[:, 1]
+        wanted = margins if margin is None else margins - margin(batch)
+        metrics = {
+            "rewards/chosen": s[:, 0],
+            "rewards/rejected": s[:, 1],
+            "rewards/margins": margins,
+            "rewards/accuracies": 0.5 * (1.0 + jnp.sign(jnp.where(jnp.abs(margins) > TIE, margins, 0.0))),
+        }
+        return logistic(wanted), metrics
+
+    return loss("bradley_terry", value)
+
+
+def centring() -> Loss:
+    """Scores of a pair that add up to 0 (Eisenstein et al. 2023, arXiv:2312.09244): `bradley_terry() + 0.01 * centring()`.
+
+    (s_w + s_l)^2
+    """
+    return loss("centring", lambda out, batch: (jnp.square(pair_scores(out).sum(axis=1)), {}))
+
+
+def score_l2() -> Loss:
+    """Scores near 0, which anchors the offset of each member of an ensemble (Coste et al. 2023, arXiv:2310.02743).
+
+    (s_w^2 + s_l^2) / 2,   weighed 0.001 there
+    """
+    return loss("score_l2", lambda out, batch: (0.5 * jnp.square(pair_scores(out)).sum(axis=1), {}))
+
+
+def pair_scores(out: Outputs) -> jax.Array:
+    """The scores of a pair: [B, 2].
+
+    Raises:
+      ValueError: for a model without scores, and for examples that are no pairs.
+    """
+    if out.scores is None:
+        raise ValueError("a reward loss needs Outputs.scores, which this model leaves out; give a model with a reward head")
+    check_pairs(out)
+    return out.scores

@@ -1,0 +1,29 @@
+"""Losses on demonstrations: the negative log-likelihood of the first response, by token or by response."""
+
+import jax
+import jax.numpy as jnp
+
+from alignax.losses.algebra import Loss, Over, chosen_examples, chosen_tokens, lengths, loss, sequence
+from alignax.types import Batch
+
+
+def sft(over: Over = chosen_tokens) -> Loss:
+    """Supervised fine-tuning on the first response: the average negative log-prob of a completion token.
+
+    -sum_t log pi(y_t | x, y_<t) / (completion tokens of the batch)
+
+    Args:
+      over: `chosen_tokens` averages over the tokens of the global batch (every token counts the same); `per_sequence` first over
+        the tokens of each response (every response counts the same).
+    """
+    return loss("sft", lambda out, batch: (-out.logps[:, 0], {"entropy": out.entropy[:, 0]}), over)
+
+
+def summed_sft() -> Loss:
+    """Supervised fine-tuning by whole responses: -log pi(y | x), summed over its tokens, averaged over the examples."""
+    return loss("sft", lambda out, batch: (-sequence(out.logps, batch)[:, 0], {}), chosen_examples)
+
+
+def per_sequence(batch: Batch) -> jax.Array:
+    """Weights 1 / length for each completion token of the first response: [B, T]."""
+    return chosen_tokens(batch) / jnp.maximum(lengths(batch)[:, :1], 1.0)
