@@ -16,37 +16,37 @@ from alignax.types import Batch
 
 def matched_margins() -> Experience:
     """Writes `aot_margins` [B]: the reference's margin log ref(chosen) - log ref(rejected) of the rank that the policy's has."""
+    return Partial(_margins)
 
-    def write(batch: Batch) -> Batch:
-        policy, reference = (x[:, 0] - x[:, 1] for x in _sequences(batch))  # [B]
-        return batch | {"aot_margins": of_same_rank(policy, reference, examples(batch))}
 
-    return Partial(write)
+def _margins(batch: Batch) -> Batch:
+    policy, reference = (x[:, 0] - x[:, 1] for x in _sequences(batch))  # [B]
+    return batch | {"aot_margins": of_same_rank(policy, reference, examples(batch))}
 
 
 def matched_ratios() -> Experience:
     """Writes `aot_ratios` [B, 2]: for a chosen response the log-ratio of the rejected one of its rank, and the reverse."""
+    return Partial(_ratios)
 
-    def write(batch: Batch) -> Batch:
-        policy, reference = _sequences(batch)
-        chosen, rejected = (policy - reference).T
-        real = examples(batch)
-        other = [of_same_rank(chosen, rejected, real), of_same_rank(rejected, chosen, real)]
-        return batch | {"aot_ratios": jnp.stack(other, axis=1)}
 
-    return Partial(write)
+def _ratios(batch: Batch) -> Batch:
+    policy, reference = _sequences(batch)
+    chosen, rejected = (policy - reference).T
+    real = examples(batch)
+    other = [of_same_rank(chosen, rejected, real), of_same_rank(rejected, chosen, real)]
+    return batch | {"aot_ratios": jnp.stack(other, axis=1)}
 
 
 def reward_shift() -> Experience:
     """Writes `bco_shift` [B]: the mean of log pi/ref over chosen and rejected responses of the batch, the same for every row."""
+    return Partial(_shift)
 
-    def write(batch: Batch) -> Batch:
-        policy, reference = _sequences(batch)
-        real = examples(batch)
-        mean = jnp.where(real[:, None], policy - reference, 0.0).sum() / jnp.maximum(2 * real.sum(), 1)
-        return batch | {"bco_shift": jnp.full(real.shape, mean)}
 
-    return Partial(write)
+def _shift(batch: Batch) -> Batch:
+    policy, reference = _sequences(batch)
+    real = examples(batch)
+    mean = jnp.where(real[:, None], policy - reference, 0.0).sum() / jnp.maximum(2 * real.sum(), 1)
+    return batch | {"bco_shift": jnp.full(real.shape, mean)}
 
 
 def of_same_rank(x: jax.Array, y: jax.Array, real: jax.Array) -> jax.Array:
