@@ -3,7 +3,6 @@
 import math
 import os
 import signal
-import zlib
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -57,7 +56,7 @@ def start(run: Run, write: bool = True) -> Started:
         check_step(run)
         params = initial_params(run)
         original = reference_params(run, params)
-    about = {"policy": fingerprint(params), "reference": fingerprint(original), "data": data_digest(run)}
+    about = {"policy": fingerprint(params), "reference": fingerprint(original), "data": f"{run.train.digest():08x}"}
     reference = make_reference(run, original)
     del original
     if write:
@@ -84,14 +83,6 @@ def check_step(run: Run) -> None:
         jax.eval_shape(step, abstract_state(run), make_experience(run, abstract_reference(run)), abstract_batch(run))
     except KeyError as e:
         raise ValueError(f"the batch has no field {e.args[0]!r}, which the loss or the experience reads; let an experience write it") from e
-
-
-def data_digest(run: Run) -> str:
-    """A fingerprint of the training tokens and of how batches are made of them."""
-    e, crc = run.train.examples, run.train.length
-    for array in (e.tokens, e.offsets, e.prompt_lengths):
-        crc = zlib.crc32(array.tobytes(), crc)
-    return f"{crc:08x}"
 
 
 def fit(started: Started) -> dict[str, dict[str, float]]:
@@ -244,6 +235,8 @@ def summary(run: Run, about: dict[str, Any], start: int) -> list[str]:
     ]
     for split, report in run.reports.items():
         lines += [f"{split} data: {line}" if i == 0 else f"  {line}" for i, line in enumerate(report.lines())]
+    if run.train.mixture:
+        lines += [f"mixture: {line}" for line in run.train.mixture.lines(run.steps * run.config.batch_size)]
     lines.append(f"steps {run.steps} of {run.config.batch_size} examples, rows of {run.train.length} tokens, workdir {run.workdir}")
     if start >= run.steps:
         lines.append(f"this run is complete: step {start} is saved; a longer one needs another workdir")

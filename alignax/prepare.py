@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from alignax import mesh as meshes
 from alignax.config import Experiment, difference, flat, load_experiment
-from alignax.data import Batches, Examples, Report, load_examples, padded_length
+from alignax.data import Batches, Examples, Report, load, padded_length
 from alignax.losses.algebra import Objective
 from alignax.models import hf, transformer
 from alignax.optim import make_optimizer, make_schedule
@@ -86,15 +86,18 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
                 "they must share a tokenizer"
             )
     tokenizer = load_tokenizer(source)
-    examples, reports = {}, {}
-    for split in ("train", "eval"):
-        if path := config.data[split]:
-            examples[split], reports[split] = load_examples(path, config.data, tokenizer, source.config.vocab_size)
-    if "train" not in examples:
+    if not config.data.train:
         raise ValueError("config field 'data.train' is empty; set --config.data.train=FILE")
+    loaded = {s: load(s, config.data, tokenizer, source.config.vocab_size) for s in ("train", "eval") if config.data[s]}
+    examples = {split: data.examples for split, data in loaded.items()}
+    reports = {
+        split if len(data.reports) == 1 else f"{split} ({path})": report
+        for split, data in loaded.items()
+        for path, report in data.reports.items()
+    }
     check_positions(config, source, examples)
     length = max(padded_length(e, 8 if on_cpu else 128) for e in examples.values())  # 128: the tile of TPU and GPU attention
-    train = Batches(examples["train"], config.batch_size, config.seed, length)
+    train = Batches(examples["train"], config.batch_size, config.seed, length, loaded["train"].mixture)
     steps = config.steps or train.steps(config.epochs)
     if steps < 1:
         raise ValueError(f"epochs {config.epochs} make no step; raise epochs, or set steps")
@@ -225,9 +228,8 @@ def abstract_reference(run: Run) -> Model | None:
 
 def abstract_batch(run: Run) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and shardings of a training batch."""
-    shape = (run.config.batch_size, run.train.examples.N, run.train.length)
-    field = lambda dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=meshes.batch_sharding(run.mesh))
-    return {"tokens": field(jnp.int32), "mask": field(jnp.bool), "completion_mask": field(jnp.bool)}
+    describe = lambda x: jax.ShapeDtypeStruct((run.config.batch_size, *x.shape[1:]), x.dtype, sharding=meshes.batch_sharding(run.mesh))
+    return {name: describe(x) for name, x in run.train.batch(0, slice(0)).items()}
 
 
 def state_shardings(run: Run) -> TrainState:

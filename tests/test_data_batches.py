@@ -17,7 +17,8 @@ def make(n=11, N=2, seed=0):
     lengths = prompts + rng.integers(1, 7, n * N)
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     tokens = rng.integers(0, 9, offsets[-1]).astype(np.int32)
-    return Examples(tokens, offsets, prompts.astype(np.int32), N, [f"p{i}" for i in range(n)], [("c",) * N] * n)
+    scored = np.concatenate([np.arange(size) >= prompt for size, prompt in zip(lengths, prompts, strict=True)])
+    return Examples(tokens, scored, offsets, N, [f"p{i}" for i in range(n)])
 
 
 @pytest.mark.parametrize("N", [1, 2, 3])
@@ -72,8 +73,8 @@ def test_without_shuffling_the_order_is_that_of_the_file():
 
 def test_steps_of_epochs():
     batches = Batches(make(10), batch_size=4, seed=0, length=16)
-    assert batches.steps_per_epoch == 3 and batches.steps(2) == 5 and batches.steps(0.4) == 1 and batches.steps(0.5) == 2
-    assert Batches(make(10), 5, 0, 16).steps_per_epoch == 2
+    assert batches.steps(1) == 3 and batches.steps(2) == 5 and batches.steps(0.4) == 1 and batches.steps(0.5) == 2
+    assert Batches(make(10), 5, 0, 16).steps(1) == 2
     assert 0.07 * 100 > 7 and Batches(make(100), 1, 0, 16).steps(0.07) == 7
 
 
@@ -109,8 +110,8 @@ def test_decode_example_shows_what_is_scored():
     model = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<s>"))
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=model, bos_token="<s>", eos_token="</s>", pad_token="</s>")
     tokens = np.asarray([0, 2, 3, 4, 1, 0, 2, 3, 5], np.int32)
-    prompt_lengths = np.asarray([3, 3], np.int32)
-    examples = Examples(tokens, np.asarray([0, 5, 9]), prompt_lengths, 2, ["sky is"], [("blue", "round")])
+    scored = np.asarray([0, 0, 0, 1, 1, 0, 0, 0, 1], bool)
+    examples = Examples(tokens, scored, np.asarray([0, 5, 9]), 2, ["sky is"])
     chosen, rejected = decode_example(examples, 0, tokenizer).split("example 0, ")[1:]
     assert chosen.startswith("response 0: 3 prompt tokens, 2 scored, 3 padding\n")
     assert "tokens      <s> sky is [blue] [</s>] (padding x 3)" in chosen and "completion  'blue </s>'" in chosen
