@@ -85,7 +85,7 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
                 f"the reference has a vocabulary of {reference.config.vocab_size}, the policy of {source.config.vocab_size}; "
                 "they must share a tokenizer"
             )
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(source.path, source.config.vocab_size)
     if not config.data.train:
         raise ValueError("config field 'data.train' is empty; set --config.data.train=FILE")
     loaded = {s: load(s, config.data, tokenizer, source.config.vocab_size) for s in ("train", "eval") if config.data[s]}
@@ -168,19 +168,19 @@ def open_model(path: str, init: str, field: str) -> hf.Source:
     return source
 
 
-def load_tokenizer(source: hf.Source) -> Any:
-    """The folder's tokenizer, from local files only."""
+def load_tokenizer(path: Path, vocab_size: int) -> Any:
+    """The tokenizer of a model folder, from local files only; `vocab_size`: rows of the model's embedding."""
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(source.path), local_files_only=True)
-    except (OSError, ValueError, KeyError) as e:
-        raise ValueError(f"{str(source.path)!r} has no tokenizer that transformers reads ({str(e).splitlines()[0]})") from e
+        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    except Exception as e:  # a damaged tokenizer.json raises a bare Exception
+        raise ValueError(f"{str(path)!r} has no tokenizer that transformers reads ({(str(e).splitlines() or [e])[0]})") from e
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"the tokenizer in {str(source.path)!r} has no EOS token; set eos_token in its tokenizer_config.json")
-    if len(tokenizer) > source.config.vocab_size:
+        raise ValueError(f"the tokenizer in {str(path)!r} has no EOS token; set eos_token in its tokenizer_config.json")
+    if len(tokenizer) > vocab_size:
         raise ValueError(
-            f"the tokenizer in {str(source.path)!r} has {len(tokenizer)} tokens and the embedding {source.config.vocab_size} rows; "
+            f"the tokenizer in {str(path)!r} has {len(tokenizer)} tokens and the embedding {vocab_size} rows; "
             "use the tokenizer that the model was trained with"
         )
     return tokenizer

@@ -10,11 +10,14 @@ import dataclasses
 import functools
 import math
 import zlib
+from typing import Any
 
 import numpy as np
 
 from alignax.data.examples import Examples
 from alignax.data.mixture import Mixture, schedule
+
+SCORED, UNSCORED = ("[{}]", "\x1b[1;32m{}\x1b[0m"), ("{}", "\x1b[2m{}\x1b[0m")  # marks of a token, plain and on a terminal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,31 +113,29 @@ def assemble(examples: Examples, indices: np.ndarray, length: int) -> dict[str, 
     return batch
 
 
-def decode_example(examples: Examples, index: int, tokenizer) -> str:
-    """Show one example as the model will see it: text, and tokens with the scored ones in [ ] and the padding counted.
+def decode_example(examples: Examples, index: int, tokenizer: Any, colour: bool = False) -> str:
+    """Show one example as the model will see it: text, and tokens with the scored ones in [ ], or in colour, and the padding counted.
 
     Read back from an assembled batch, so that what is shown is what the masks say.
     """
     batch = assemble(examples, np.asarray([index]), padded_length(examples))
-    return "\n".join(
-        _decode_side(index, n, batch["tokens"][0, n], batch["mask"][0, n], batch["completion_mask"][0, n], tokenizer)
-        for n in range(examples.N)
-    )
-
-
-def _decode_side(index, n, tokens, mask, completion_mask, tokenizer) -> str:
-    prompt = tokens[mask & ~completion_mask].tolist()
-    completion = tokens[completion_mask].tolist()
-    shown = [*tokenizer.convert_ids_to_tokens(prompt), *(f"[{token}]" for token in tokenizer.convert_ids_to_tokens(completion))]
-    padding = int((~mask).sum())
-    return "\n".join(
-        [
-            f"example {index}, response {n}: {len(prompt)} prompt tokens, {len(completion)} scored, {padding} padding",
+    lines = []
+    for n in range(examples.N):
+        tokens, real, scored = (batch[name][0, n] for name in ("tokens", "mask", "completion_mask"))
+        first, padding = int(scored.argmax()), int((~real).sum())
+        prompt, completion = tokens[:first].tolist(), tokens[first:][real[first:]].tolist()
+        shown = [
+            (SCORED if scored[i] else UNSCORED)[colour].format(token)
+            for i, token in enumerate(tokenizer.convert_ids_to_tokens(prompt + completion))
+        ]
+        lines += [
+            f"example {index}, response {n}: {len(prompt)} prompt tokens, {int(scored.sum())} scored, {padding} padding",
             f"  prompt      {tokenizer.decode(prompt)!r}",
             f"  completion  {tokenizer.decode(completion)!r}",
             f"  tokens      {' '.join(shown)}{f' (padding x {padding})' if padding else ''}",
         ]
-    )
+    fields = "".join(f", {name} {batch[name][0].tolist()}" for name in examples.fields)
+    return "\n".join([*lines, f"  fields      {fields[2:]}"] if fields else lines)
 
 
 def _check_length(examples: Examples, length: int) -> None:

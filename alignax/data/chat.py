@@ -30,7 +30,7 @@ class Encoded(NamedTuple):
     turns_without_eos: int = 0
 
 
-def split(prompt: list | None, sides: Mapping[str, list], tools: Any, turns: str) -> Prompted | Bad:
+def split(prompt: list | None, sides: Mapping[str, Any], tools: Any, turns: str) -> Prompted | Bad:
     """Prompt and completions of a conversational row.
 
     Without a prompt, several sides share their leading turns, and a single one is a whole conversation, whose completion

@@ -10,6 +10,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +89,10 @@ def _reader(rows: Sequence[Mapping], data: Any, there: Mapping[str, None], path:
         sides = _ranking(row, columns[0]) if data.kind == "ranked" else {column: row.get(column) for column in columns}
         result = sides if isinstance(sides, Bad) else _prompted(row, prompt, sides, data)
         fields = _fields(row, data)
-        if isinstance(result, Bad) or isinstance(fields, Bad):
-            return result if isinstance(result, Bad) else fields
+        if isinstance(result, Bad):
+            return result
+        if isinstance(fields, Bad):
+            return fields
         return _equal(result._replace(fields=fields), list(sides))
 
     return read
@@ -144,11 +147,11 @@ def _number(value: Any) -> float | None:
 
 def _prompted(row: Mapping, prompt: str, sides: Mapping[str, Any], data: Any) -> Prompted | Bad:
     """A row's prompt, from its column, or from `sides` (column or place in it -> value) themselves, and its completions."""
-    values = ({prompt: row.get(prompt)} if prompt else {}) | dict(sides)
+    values: dict[str, Any] = ({prompt: row.get(prompt)} if prompt else {}) | dict(sides)
     lists = [name for name, value in values.items() if isinstance(value, list)]
     if lists and len(lists) == len(values):
         return chat.split(values.pop(prompt) if prompt else None, values, row.get(data.columns.tools), data.turns)
-    if lists and prompt not in lists and isinstance(values.get(prompt), str):
+    if lists == [*sides] and isinstance(values.get(prompt), str):
         what = f"{lists[0]!r} is a conversation and {prompt!r} is text. Where the conversation has the prompt in it, set"
         return Bad("conversation with a text prompt", f"{what} --config.data.columns.prompt= (empty)")
     bad = next((bad for name, value in values.items() if (bad := _bad_text(name, value))), None)
@@ -168,7 +171,7 @@ def _split(sides: Mapping[str, str], separator: str) -> Prompted | Bad:
             return Bad("no separator", f"{name!r} holds no separator {separator!r}: {short(sides[name])}")
     prompts = [before + found for before, found, _ in parts.values()]
     if len(set(prompts)) > 1:
-        shown = " and ".join(_tail(prompt) for prompt in dict.fromkeys(prompts))
+        shown = " and ".join(_where(prompts, prompt) for prompt in dict.fromkeys(prompts))
         return Bad("prompt differs", f"the prompt differs between {' and '.join(sides)}: {shown}")
     return _filled(Prompted(prompts[0], tuple(after for _, _, after in parts.values())), list(sides))
 
@@ -209,5 +212,7 @@ def _nearest(column: str, there: Mapping[str, Any]) -> str:
     return ", ".join(repr(name) for name in sorted(there, key=distance))
 
 
-def _tail(text: str) -> str:
-    return repr(text) if len(text) <= 60 else "..." + repr(text[-60:])
+def _where(prompts: Sequence[str], prompt: str) -> str:
+    """The part of a prompt where the prompts begin to differ."""
+    start = max(len(commonprefix(prompts)) - 20, 0)
+    return f"{'...' if start else ''}{prompt[start : start + 50]!r}{'...' if start + 50 < len(prompt) else ''}"
