@@ -4,8 +4,7 @@ import json
 
 import numpy as np
 import pytest
-import tokenizers
-import transformers
+import tiny
 
 from alignax.config import default_config
 from alignax.data import assemble, decode_example, padded_length, prompted_rows, tokenize
@@ -33,31 +32,14 @@ TOOLS = "{% if tools %}tools: {{ tools | map(attribute='name') | join(',') }}\n{
 )
 
 
-def make(template, eos="<|im_end|>"):
-    """A tokenizer of bytes with a chat template; it puts <s> in front of plain text."""
-    model = tokenizers.Tokenizer(tokenizers.models.BPE())
-    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    model.decoder = tokenizers.decoders.ByteLevel()
-    special = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=280, special_tokens=special, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
-    model.train_from_iterator(["the assistant is a user of the system"], trainer)
-    model.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=model, bos_token="<s>", eos_token=eos, pad_token=eos)
-    tokenizer.add_special_tokens({"additional_special_tokens": special[2:]})
-    tokenizer.chat_template = template
-    return tokenizer
-
-
 @pytest.fixture(scope="module")
 def chatml():
-    return make(CHATML)
+    return tiny.byte_tokenizer(CHATML)
 
 
 @pytest.fixture(scope="module")
 def marked():
-    return make(MARKED)
+    return tiny.byte_tokenizer(MARKED)
 
 
 def turns(*texts, first="user"):
@@ -92,7 +74,7 @@ CONVERSATION = [{"role": "system", "content": "be brief"}, *turns("hi", "hello",
 
 @pytest.mark.parametrize("template", [CHATML, MARKED])
 def test_the_last_or_all_assistant_turns_are_scored_with_their_eos(template):
-    tokenizer = make(template)
+    tokenizer = tiny.byte_tokenizer(template)
     (last,), _ = read([{"messages": CONVERSATION}])
     assert shown(tokenizer, last) == ["[bye<|im_end|>]"]
     assert shown(tokenizer, last, prompt=True).endswith("hello<|im_end|>\n<|im_start|>user\nand?<|im_end|>\n<|im_start|>assistant\n")
@@ -103,7 +85,7 @@ def test_the_last_or_all_assistant_turns_are_scored_with_their_eos(template):
 
 
 def test_the_bos_of_the_template_is_the_only_one():
-    tokenizer = make(INST, eos="</s>")
+    tokenizer = tiny.byte_tokenizer(INST, eos="</s>")
     (row,), _ = read([{"messages": turns("hi", "hello", "and?", "bye")}], turns="all")
     assert shown(tokenizer, row) == ["[ hello</s>][INST] and? [/INST][ bye</s>]"]
     assert encode([row], tokenizer)[0].prompt.count(0) == 1
@@ -111,7 +93,7 @@ def test_the_bos_of_the_template_is_the_only_one():
 
 @pytest.mark.parametrize("template", [CHATML, MARKED])
 def test_pairs_with_a_prompt_or_sharing_their_leading_turns(template):
-    tokenizer = make(template)
+    tokenizer = tiny.byte_tokenizer(template)
     explicit = {
         "prompt": turns("hi", "hello", "and?"),
         "chosen": turns("bye", first="assistant"),
@@ -173,7 +155,7 @@ def test_a_text_prompt_beside_a_whole_conversation_names_the_remedy():
 
 
 def test_a_template_that_rewrites_history_is_no_prefix():
-    tokenizer = make(REWRITING)
+    tokenizer = tiny.byte_tokenizer(REWRITING)
     conversation = turns("hi", "hm|hello", "and?", "hm|bye")
     (every,), _ = read([{"messages": conversation}], turns="all")
     (bad,) = encode([every], tokenizer)
@@ -186,20 +168,20 @@ def test_a_template_that_rewrites_history_is_no_prefix():
 
 def test_a_template_that_refuses_and_one_that_is_missing():
     (row,), _ = read([{"messages": [{"role": "system", "content": "x"}, *turns("hi", "a")]}])
-    (bad,) = encode([row], make(INST, eos="</s>"))
+    (bad,) = encode([row], tiny.byte_tokenizer(INST, eos="</s>"))
     assert bad.reason == "refused by the template" and "no role system" in bad.what
     with pytest.raises(ValueError, match="no chat template; put the model's chat_template.jinja into its folder"):
-        encode([row], make(None))
+        encode([row], tiny.byte_tokenizer(None))
 
 
 def test_marks_that_miss_a_turn_are_a_bad_row(chatml):
-    tokenizer = make(MARKED.replace("m['role'] == 'assistant'", "m['role'] == 'assistant' and loop.last"))
+    tokenizer = tiny.byte_tokenizer(MARKED.replace("m['role'] == 'assistant'", "m['role'] == 'assistant' and loop.last"))
     (row,), _ = read([{"messages": turns("hi", "a", "b", "c")}], turns="all")
     assert encode([row], tokenizer)[0].reason == "marks do not fit"
 
 
 def test_tools_and_calls_go_through_the_template_and_empty_keys_are_left_out():
-    tokenizer = make(TOOLS)
+    tokenizer = tiny.byte_tokenizer(TOOLS)
     call = {"role": "assistant", "content": None, "tool_calls": [{"name": "clock"}]}
     conversation = [*turns("time?"), call, {"role": "tool", "content": "noon", "tool_calls": None}, *turns("noon", first="assistant")]
     for tools in ([{"name": "clock"}], json.dumps([{"name": "clock"}])):
@@ -211,7 +193,7 @@ def test_tools_and_calls_go_through_the_template_and_empty_keys_are_left_out():
 def test_an_eos_is_never_doubled_and_a_missing_one_is_counted(chatml):
     (row,), _ = read([{"messages": turns("hi", "a<|im_end|>", "b", "c<|im_end|>")}], turns="all")
     assert shown(chatml, row) == ["[a<|im_end|>]<|im_end|>\n<|im_start|>user\nb<|im_end|>\n<|im_start|>assistant\n[c<|im_end|>]"]
-    other = make(CHATML, eos="</s>")  # the template ends turns with a token that is not this tokenizer's EOS
+    other = tiny.byte_tokenizer(CHATML, eos="</s>")  # the template ends turns with a token that is not this tokenizer's EOS
     examples, report = tokenize([row], other, max_length=99, max_prompt_length=0, vocab_size=999)
     assert report.turns_without_eos == 2 and any("without an EOS" in line for line in report.lines())
     assert not (examples.tokens[examples.scored] == other.eos_token_id).any()
