@@ -72,7 +72,7 @@ def default_config() -> Any:
     c.data.max_length = 512  # tokens of prompt and completion
     c.data.max_prompt_length = 0  # keep the last so many prompt tokens; 0: all
     c.data.bad_rows = "error"  # or "drop" (counted)
-    c.data.limit = 0  # the first so many rows; 0: all
+    c.data.limit = 0  # the first so many rows of each source; 0: all
 
     c.optimizer = ConfigDict()
     c.optimizer.name = "adamw"

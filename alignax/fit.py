@@ -82,7 +82,10 @@ def check_step(run: Run) -> None:
     try:
         jax.eval_shape(step, abstract_state(run), make_experience(run, abstract_reference(run)), abstract_batch(run))
     except KeyError as e:
-        raise ValueError(f"the batch has no field {e.args[0]!r}, which the loss or the experience reads; let an experience write it") from e
+        raise ValueError(
+            f"the batch has no field {e.args[0]!r}, which the loss or the experience reads; let an experience write it, or bring it "
+            "with the data (data.kind, data.columns)"
+        ) from e
 
 
 def fit(started: Started) -> dict[str, dict[str, float]]:

@@ -10,8 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import takewhile
 from typing import Any, NamedTuple
 
-import jinja2
-
 from alignax.data.files import short
 from alignax.data.rows import Bad, Message, Prompted
 
@@ -144,6 +142,8 @@ Spans = tuple[list[int], list[tuple[int, int]]]  # tokens of a conversation, and
 
 
 def _row(row: Prompted, tokenizer: Any, spans: Callable[[Any, Prompted, Any], Spans | Bad]) -> Encoded | Bad:
+    import jinja2
+
     sides = []
     try:
         text = _text(tokenizer, row.prompt, row.tools, opened=True)
