@@ -11,6 +11,7 @@ import runs
 import tiny
 
 from alignax import checkpoint, cli, commands, config, fit  # noqa: F401  (commands: before anything is patched)
+from alignax.prepare import abstract_batch, prepare
 
 DPO = str(runs.REPO / "experiments" / "dpo_hh.py")
 SFT = str(runs.REPO / "experiments" / "sft_hh.py")
@@ -249,6 +250,19 @@ def test_dry_run_shows_everything_and_writes_nothing(fields, tmp_path, capsys):
     ):
         assert part in out, part
     assert not workdir.exists()
+
+
+def test_further_fields_and_mixtures_reach_the_step(fields, tmp_path):
+    mixed = rows(tmp_path / "gap.jsonl", *(GOOD | {"chosen": f" yes {i}", "gap": i} for i in range(9)))
+    other = rows(tmp_path / "more.jsonl", *(GOOD | {"chosen": f" ja {i}", "gap": -i} for i in range(9)))
+    changes = {"workdir": tmp_path / "run", "data.train": f"{mixed}@3,{other}@1", "data.eval": mixed, "data.columns.margin": "gap"}
+    run = prepare(config.load_experiment(DPO, [f"{name}={value}" for name, value in (fields | changes).items()]))
+    batch, described = run.train.batch(0), abstract_batch(run)
+    assert described.keys() == batch.keys() and "margin" in batch
+    assert all((described[name].shape, described[name].dtype) == (x.shape, x.dtype) for name, x in batch.items())
+    assert (batch["margin"] >= 0).sum() >= 6 and set(run.reports) == {f"train ({mixed})", f"train ({other})", "eval"}
+    lines = fit.summary(run, {"policy": "a", "reference": "a"}, 0)
+    assert f"mixture: 75.0% of the examples from {mixed}: 9 rows, 16.00 times" in lines
 
 
 def check(fields, *more):

@@ -63,7 +63,7 @@ def shown(tokenizer, row, prompt=False):
     out = []
     for ids, scored in zip(code.completions, code.scored, strict=True):
         assert scored[0] and scored[-1] and len(ids) == len(scored)
-        edges = [0, *(np.flatnonzero(np.diff(scored)) + 1), len(ids)]
+        edges = [0, *(np.flatnonzero(np.diff(list(scored))) + 1), len(ids)]
         parts = [(tokenizer.decode(ids[a:b]), scored[a]) for a, b in zip(edges[:-1], edges[1:], strict=True)]
         out.append("".join(f"[{text}]" if on else text for text, on in parts))
     return out

@@ -39,7 +39,7 @@ def quirks():
 
 def look(tmp_path, train=None, evaluation=None, **changes):
     data = default_config().data
-    data.update(prompt_separator=A, max_length=60, max_prompt_length=40, **changes)
+    data.update({"prompt_separator": A, "max_length": 60, "max_prompt_length": 40} | changes)
     for split, rows in (("train", train), ("eval", evaluation)):
         if rows is not None:
             path = tmp_path / f"{split}.jsonl"
@@ -85,7 +85,7 @@ def test_characters_spelled_as_bytes_and_the_longest_prompt(seen):
     spelled = {s["character"]: (s["tokens"], s["times"]) for s in source["characters_in_several_tokens"]}
     assert spelled.keys() == {"“", "”"} and {tokens for tokens, _ in spelled.values()} == {3}
     assert "characters spelled in several tokens: “ (3 tokens, " in text
-    assert source["longest_prompt_characters"] == 4010 + len(transcript("", ""))
+    assert source["longest_prompt"] == 4010 + len(transcript("", ""))
     assert f"the longest prompt has {4010 + len(transcript('', '')):,} characters" in text
 
 
@@ -97,6 +97,13 @@ def test_lengths_are_those_before_the_cut(seen):
     assert len(lengths["counts"]) == BINS and lengths["counts"][-1] == 1, "the last bin is open: one row alone stretches no other"
     assert sum(source["completion_lengths"]["counts"]) == sum(source["row_lengths"]["counts"]) == 2 * source["kept"]
     assert "########" in text and " and up" in text
+
+
+def test_prompts_too_long_for_the_budget_are_among_the_lengths(tmp_path):
+    rows = [*raw(3), {"chosen": transcript("y" * 500, " a"), "rejected": transcript("y" * 500, " b")}]
+    result, _ = look(tmp_path, rows, max_length=300, max_prompt_length=0)
+    (source,) = result["train"]["sources"].values()
+    assert source["dropped"] == {"prompt leaves no room": 1} and source["prompt_lengths"]["longest"] > 500 < source["longest_prompt"]
 
 
 def test_repeated_and_shared_prompts(seen):

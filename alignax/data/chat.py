@@ -22,7 +22,7 @@ class Encoded(NamedTuple):
 
     prompt: list[int]
     completions: list[list[int]]
-    scored: list[list[bool]]  # as completions
+    scored: list[bytes]  # as completions, 1 for a scored token and 0 for another
     text: str  # of the prompt
     merged: bool = False  # a token spans the boundary
     turns_without_eos: int = 0
@@ -198,7 +198,7 @@ def _by_marks(tokenizer: Any, row: Prompted, completion: list[Message]) -> Spans
     return out["input_ids"], spans[-sum(m["role"] == "assistant" for m in completion) :]
 
 
-def _side(ids: list[int], spans: list[tuple[int, int]], eos: int) -> tuple[list[int], list[int], list[bool], int]:
+def _side(ids: list[int], spans: list[tuple[int, int]], eos: int) -> tuple[list[int], list[int], bytes, int]:
     """Prompt, completion, the completion's mask, and the number of its turns without an EOS."""
     scored, without = [False] * len(ids), 0
     for start, end in spans:
@@ -209,4 +209,4 @@ def _side(ids: list[int], spans: list[tuple[int, int]], eos: int) -> tuple[list[
             last -= 1
         scored[start : last + 1] = [True] * (last + 1 - start)
     first, stop = scored.index(True), len(scored) - scored[::-1].index(True)
-    return ids[:first], ids[first:stop], scored[first:stop], without
+    return ids[:first], ids[first:stop], bytes(scored[first:stop]), without

@@ -73,7 +73,6 @@ def _source(report: Report, examples: Examples, data: Any, tokenizer: Any) -> di
         "prompt_lengths": _lengths(report.uncut[0], data.max_prompt_length),
         "completion_lengths": _lengths(report.uncut[1], 0),
         "row_lengths": _lengths(_whole(report), data.max_length),
-        "longest_prompt_characters": max(map(len, prompts)),
         "repeated_prompts": len(prompts) - len(set(prompts)),
         "characters_in_several_tokens": _spelled(examples, tokenizer),
         "unknown_tokens": 0,
@@ -166,7 +165,7 @@ def _source_text(source: dict[str, Any]) -> list[str]:
     if spelled := source["characters_in_several_tokens"]:
         shown = ", ".join(f"{_visible(s['character'])} ({s['tokens']} tokens, {s['times']:,} times)" for s in spelled)
         lines.append(f"  characters spelled in several tokens: {shown}")
-    lines.append(f"  the longest prompt has {source['longest_prompt_characters']:,} characters")
+    lines.append(f"  the longest prompt has {source['longest_prompt']:,} characters")
     for name, limit in (("prompt", "data.max_prompt_length"), ("completion", ""), ("row", "data.max_length")):
         lines += [f"  {line}" for line in _bars(name, limit, source[f"{name}_lengths"])]
     return lines
@@ -181,7 +180,8 @@ def _bars(name: str, limit: str, lengths: dict[str, Any]) -> list[str]:
     upper = lambda i: f" - {width * (i + 1) - 1:<{size},}" if width > 1 else ""
     ranges = [f"{width * i:>{size},}{upper(i)}" for i in range(len(counts))]
     ranges[BINS - 1 :] = [f"{width * (BINS - 1):>{size},} and up" for _ in ranges[BINS - 1 :]]
-    return [head] + [f"  {where}  {bar:<{BAR}} {count:,}" for where, bar, count in zip(ranges, bars, counts, strict=True)]
+    wide = max(map(len, ranges))
+    return [head] + [f"  {where:<{wide}}  {bar:<{BAR}} {count:,}" for where, bar, count in zip(ranges, bars, counts, strict=True)]
 
 
 def _visible(character: str) -> str:

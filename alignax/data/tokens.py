@@ -22,7 +22,7 @@ ROWS_AT_ONCE = 2048  # bounds the memory of Python lists of ids, and keeps the t
 class _Fitted(NamedTuple):
     prompt: list[int]
     completions: list[list[int]]
-    scored: list[list[bool]]
+    scored: list[bytes]
     counts: dict[str, int]
 
 
@@ -45,7 +45,8 @@ class Report(NamedTuple):
     completion_tokens: int  # scored
     longest: int
     responses: int
-    uncut: tuple[tuple[int, ...], tuple[int, ...]]  # tokens of the kept prompts, and of their completions, before any cut
+    longest_prompt: int  # characters, before any cut
+    uncut: tuple[tuple[int, ...], tuple[int, ...]]  # tokens of prompts and of completions, before any cut and those too long for it
 
     def lines(self) -> list[str]:
         """Lines for the console."""
@@ -129,25 +130,29 @@ def tokenize(
     kept: list[Prompted] = []
     prompts: list[str] = []
     uncut: tuple[list[int], list[int]] = ([], [])
-    ids, scored, lengths = [], [], []
+    ids, scored, lengths, longest_prompt = [], [], [], 0
     for chunk, encoded in _encoded(rows, tokenizer):
         sides, marks = [], []
         for row, code in zip(chunk, encoded, strict=True):
-            fitted = code if isinstance(code, Bad) else _fit(code, tokenizer, max_length, max_prompt_length)
-            if isinstance(code, Bad) or isinstance(fitted, Bad):
+            if isinstance(code, Bad):
+                rejected.add(code, row.row)
+                continue
+            uncut[0].append(len(code.prompt))
+            uncut[1].extend(map(len, code.completions))
+            longest_prompt = max(longest_prompt, len(code.text))
+            fitted = _fit(code, tokenizer, max_length, max_prompt_length)
+            if isinstance(fitted, Bad):
                 # Equal after the cut is no fault of the row, and nothing could be corrected in it.
-                rejected.add(fitted, row.row, fault=fitted.reason != IDENTICAL)  # type: ignore[union-attr]
+                rejected.add(fitted, row.row, fault=fitted.reason != IDENTICAL)
                 continue
             kept.append(row)
             prompts.append(code.text)
             counts.update(fitted.counts)
-            uncut[0].append(len(code.prompt))
-            uncut[1].extend(map(len, code.completions))
             sides += [fitted.prompt + completion for completion in fitted.completions]
-            marks += [[False] * len(fitted.prompt) + side for side in fitted.scored]
+            marks += [bytes(len(fitted.prompt)) + side for side in fitted.scored]
         lengths += [len(side) for side in sides]
         ids.append(np.fromiter(itertools.chain.from_iterable(sides), np.int32))
-        scored.append(np.fromiter(itertools.chain.from_iterable(marks), np.bool_))
+        scored.append(np.frombuffer(b"".join(marks), np.bool_))
         _check_vocabulary(ids[-1], tokenizer, vocab_size)
     read = len(kept) + rejected.counts.total()
     if not kept:
@@ -179,6 +184,7 @@ def tokenize(
         completion_tokens=int(examples.scored.sum()),
         longest=max(lengths),
         responses=examples.N,
+        longest_prompt=longest_prompt,
         uncut=(tuple(uncut[0]), tuple(uncut[1])),
     )
     return examples, report
@@ -233,7 +239,7 @@ def encode_texts(rows: Sequence[Prompted], tokenizer: Any) -> list[Encoded]:
         boundary = min(_common(prompt, side) for side in full)
         completions = [_ended(side[boundary:], eos) for side in full]
         merged = boundary < len(prompt)
-        out.append(Encoded(prompt[:boundary], completions, [[True] * len(c) for c in completions], str(row.prompt), merged))
+        out.append(Encoded(prompt[:boundary], completions, [b"\1" * len(c) for c in completions], str(row.prompt), merged))
     return out
 
 
@@ -260,9 +266,9 @@ def _fit(row: Encoded, tokenizer: Any, max_length: int, max_prompt_length: int) 
     return _Fitted(prompt, completions, [side[:room] for side in row.scored], counts)
 
 
-def _eos_inside(completion: list[int], scored: Sequence[bool], eos: int) -> bool:
+def _eos_inside(completion: list[int], scored: bytes, eos: int) -> bool:
     """Whether a scored EOS is followed by another scored token."""
-    return eos in completion[:-1] and any(token == eos and scored[i] and scored[i + 1] for i, token in enumerate(completion[:-1]))
+    return eos in completion[:-1] and any(token == eos and scored[i : i + 2] == b"\1\1" for i, token in enumerate(completion[:-1]))
 
 
 def _ended(completion: list[int], eos: int) -> list[int]:
