@@ -1,17 +1,33 @@
-"""The `alignax` command: train, eval, export."""
+"""The `alignax` command: train, eval, export, check-data."""
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 USAGE = """usage: alignax train  --config FILE.py [--config.FIELD=VALUE ...] [--dry-run]
        alignax eval   WORKDIR [--config.FIELD=VALUE ...]
        alignax export WORKDIR FOLDER [--config.FIELD=VALUE ...]
+       alignax check-data --config FILE.py [--config.FIELD=VALUE ...] [--json OUT]
 
-train   runs an experiment, or goes on where it was stopped; --dry-run shows what it would do and writes nothing
-eval    evaluates the newest checkpoint of a run on its evaluation data
-export  writes the newest checkpoint of a run as a Hugging Face folder
-FIELD   any field of the config, such as data.max_length; `alignax train --config FILE.py --dry-run` lists them"""
+train       runs an experiment, or goes on where it was stopped; --dry-run shows what it would do and writes nothing
+eval        evaluates the newest checkpoint of a run on its evaluation data
+export      writes the newest checkpoint of a run as a Hugging Face folder
+check-data  reads and tokenises the data and reports on it, every bad row counted; needs the tokenizer of the model folder, no
+            weights; --json writes the report to a file too, --json - prints it instead; ends with 2 if a run would refuse the data
+FIELD       any field of the config, such as data.max_length; `alignax train --config FILE.py --dry-run` lists them"""
+WANTED = {"train": [], "eval": ["WORKDIR"], "export": ["WORKDIR", "FOLDER"], "check-data": []}
+
+
+class Arguments(NamedTuple):
+    """The words of a command line."""
+
+    command: str
+    words: list[str]  # those that are no options
+    overrides: list[str]  # FIELD=VALUE
+    file: str  # the experiment
+    dry: bool
+    json: str  # where check-data writes JSON; empty: nowhere
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,18 +37,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(USAGE)
         return 0 if args else 2
     try:
-        command, words, overrides, file, dry = parse(args)
+        given = parse(args)
     except ValueError as e:
         return fail(e)
     from alignax import commands
 
     try:
-        if command == "train":
-            commands.train(file, overrides, dry)
-        elif command == "eval":
-            commands.evaluate(Path(words[0]), overrides)
+        if given.command == "train":
+            commands.train(given.file, given.overrides, given.dry)
+        elif given.command == "eval":
+            commands.evaluate(Path(given.words[0]), given.overrides)
+        elif given.command == "export":
+            commands.export(Path(given.words[0]), Path(given.words[1]), given.overrides)
         else:
-            commands.export(Path(words[0]), Path(words[1]), overrides)
+            commands.check_data(given.file, given.overrides, given.json)
     except (commands.BadInput, OSError) as e:  # OSError: a full disk, say, in the middle of a run
         return fail(e)
     except FloatingPointError as e:
@@ -41,13 +59,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def parse(args: Sequence[str]) -> tuple[str, list[str], list[str], str, bool]:
-    """Command, positional words, overrides, experiment file, and whether it is a dry run."""
+def parse(args: Sequence[str]) -> Arguments:
+    """Takes a command line apart."""
     command, *rest = args
-    wanted = {"train": [], "eval": ["WORKDIR"], "export": ["WORKDIR", "FOLDER"]}
-    if command not in wanted:
-        raise ValueError(f"command {command!r} is unknown; use train, eval or export")
-    words, overrides, file, dry = [], [], "", False
+    if command not in WANTED:
+        raise ValueError(f"command {command!r} is unknown; use {', '.join(WANTED)}")
+    words, overrides, file, dry, json = [], [], "", False, ""
     rest = iter(rest)
     for arg in rest:
         if arg == "--config":
@@ -59,15 +76,19 @@ def parse(args: Sequence[str]) -> tuple[str, list[str], list[str], str, bool]:
             overrides.append(override if "=" in override else f"{override}={next(rest, '')}")
         elif arg == "--dry-run" and command == "train":
             dry = True
+        elif arg == "--json" and command == "check-data":
+            json = next(rest, "")
+            if not json:
+                raise ValueError("--json names no file; write --json FILE, or --json - for the console")
         elif arg.startswith("-"):
             raise ValueError(f"option {arg!r} is unknown; `alignax --help` lists them")
         else:
             words.append(arg)
-    if len(words) != len(wanted[command]):
-        raise ValueError(f"`alignax {command}` takes {' and '.join(wanted[command]) or 'no further words'}, not {words}")
-    if command == "train" and not file:
-        raise ValueError("`alignax train` needs --config FILE.py, such as experiments/dpo_hh.py")
-    return command, words, overrides, file, dry
+    if len(words) != len(WANTED[command]):
+        raise ValueError(f"`alignax {command}` takes {' and '.join(WANTED[command]) or 'no further words'}, not {words}")
+    if command in ("train", "check-data") and not file:
+        raise ValueError(f"`alignax {command}` needs --config FILE.py, such as experiments/dpo_hh.py")
+    return Arguments(command, words, overrides, file, dry, json)
 
 
 def fail(error: BaseException) -> int:

@@ -1,19 +1,24 @@
 """What the commands do. Bad input is told apart from failures: it is found in `prepare`, before any compute."""
 
+import json
+import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from alignax import distributed, plan
 from alignax.checkpoint import Checkpoints
 from alignax.config import BadInput, Experiment, load_experiment
+from alignax.data import check
 from alignax.distributed import is_main, together
 from alignax.evaluate import Evaluation
 from alignax.fit import fit, make_programs, merged, start
 from alignax.mesh import make_mesh
 from alignax.metrics import Log, table
 from alignax.models import hf
-from alignax.prepare import Run, check_workdir, make_lora, prepare
+from alignax.prepare import Run, check_workdir, load_tokenizer, make_lora, prepare
 
 
 @contextmanager
@@ -109,3 +114,33 @@ def export(workdir: Path, folder: Path, overrides: Sequence[str]) -> None:
     checkpoints.close()
     if is_main():
         print(f"step {step} of {workdir} is in {folder}")
+
+
+def check_data(file: str, overrides: Sequence[str], out: str) -> None:
+    """`alignax check-data`: what a run would make of its data; `out` is a file for JSON, "-" for JSON alone, or empty.
+
+    Raises:
+      BadInput: also after the report, for bad rows that a run would stop at.
+    """
+    with refusing():
+        config = load_experiment(file, overrides).config
+        colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and out != "-"
+        result = check.check(config.data, *tokenizer_alone(config.model.path), colour=colour)
+        if out != "-":
+            print("\n".join(check.text(result)))
+        if out:
+            lines = json.dumps(result, indent=2, ensure_ascii=False)
+            print(lines) if out == "-" else Path(out).write_text(lines + "\n", encoding="utf-8")
+        if config.data.bad_rows == "error" and (found := check.stops(result)):
+            raise ValueError(f"a run would stop here: {found}. Correct the rows, or leave them out with --config.data.bad_rows=drop")
+
+
+def tokenizer_alone(path: str) -> tuple[Any, int]:
+    """The tokenizer of a folder that may lack a model, and the rows of the embedding, where a config.json says so."""
+    if not Path(path or " ").is_dir():
+        raise ValueError(f"model folder {path!r} does not exist; set --config.model.path=FOLDER, one with a tokenizer")
+    if (Path(path) / "config.json").is_file():
+        size = hf.open_folder(path).config.vocab_size
+        return load_tokenizer(Path(path), size), size
+    tokenizer = load_tokenizer(Path(path), sys.maxsize)
+    return tokenizer, len(tokenizer)

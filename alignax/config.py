@@ -66,15 +66,25 @@ def default_config() -> Any:
     c.reference.token_kl = False  # its KL from the policy in every token, over the whole vocabulary: TDPO reads it
 
     c.data = ConfigDict()
-    c.data.train = ""  # .json, .jsonl, either .gz, or a folder of datasets' save_to_disk
-    c.data.eval = ""
-    c.data.kind = "preference"  # or "sft"
-    c.data.columns = ConfigDict({"prompt": "prompt", "chosen": "chosen", "rejected": "rejected", "completion": "chosen"})
-    c.data.prompt_separator = ""  # for rows without a prompt column: the text that ends a prompt
+    c.data.train = ""  # a .json, .jsonl, .csv (each also .gz) or .parquet file, a folder, hf://org/name:split, or A@0.7,B@0.3
+    c.data.eval = ""  # the same, without weights
+    c.data.kind = "preference"  # or "sft", "unpaired" (labelled completions, or pairs taken apart), "ranked" (k completions)
+    c.data.columns = ConfigDict()
+    c.data.columns.prompt = "prompt"  # text or messages; where the file has no such column, the sides hold their prompt
+    c.data.columns.chosen = "chosen"
+    c.data.columns.rejected = "rejected"
+    c.data.columns.completion = "completion"  # of "sft" and "unpaired"; "sft" of pairs takes the chosen side
+    c.data.columns.messages = "messages"  # of "sft": a whole conversation
+    c.data.columns.completions = "completions"  # of "ranked": a list, best first
+    c.data.columns.label = "label"  # of "unpaired": true or false
+    c.data.columns.margin = ""  # of "preference": a number, for losses that read the field `margin`; empty: none
+    c.data.columns.tools = "tools"  # of conversations: what the chat template is told of tools, where there is such a column
+    c.data.prompt_separator = ""  # for texts without a prompt column: the text that ends a prompt
+    c.data.turns = "last"  # or "all": the assistant turns of a conversation that are scored
     c.data.max_length = 512  # tokens of prompt and completion
     c.data.max_prompt_length = 0  # keep the last so many prompt tokens; 0: all
     c.data.bad_rows = "error"  # or "drop" (counted)
-    c.data.limit = 0  # the first so many rows; 0: all
+    c.data.limit = 0  # the first so many rows of each source; 0: all
 
     c.optimizer = ConfigDict()
     c.optimizer.name = "adamw"

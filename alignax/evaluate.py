@@ -98,8 +98,7 @@ class Evaluation:
     def _prompt_batch(self) -> tuple[jax.Array, jax.Array]:
         """Left-padded prompts [R, P] and their mask; R is filled up to the batch shards with copies of the first."""
         examples = self.examples
-        sides = [i * examples.N for i in self.sampled]
-        rows = [examples.tokens[examples.offsets[i] :][: examples.prompt_lengths[i]] for i in sides]
+        rows = [examples.prompt_tokens(i) for i in self.sampled]
         rows += [rows[0]] * (-len(rows) % meshes.batch_shards(self.run.mesh))
         width = -(-max(map(len, rows)) // 8) * 8
         tokens, mask = np.zeros((len(rows), width), np.int32), np.zeros((len(rows), width), bool)

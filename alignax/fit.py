@@ -4,7 +4,6 @@ import functools
 import math
 import os
 import signal
-import zlib
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -71,7 +70,7 @@ def start(run: Run, write: bool = True) -> Started:
         check_step(run)
         params = initial_params(run)
         original = reference_params(run, params)
-    about = {"policy": fingerprint(params), "reference": fingerprint(original), "data": data_digest(run)}
+    about = {"policy": fingerprint(params), "reference": fingerprint(original), "data": f"{run.train.digest():08x}"}
     stored = {"base": params, "reference": original}
     frozen = {name: frozen_copy(run, stored[name]) for name in frozen_sources(run)}
     if run.lora is not None:
@@ -103,15 +102,10 @@ def check_step(run: Run) -> None:
     try:
         jax.eval_shape(step, abstract_state(run), abstract_frozen(run), abstract_batch(run))
     except KeyError as e:
-        raise ValueError(f"the batch has no field {e.args[0]!r}, which the loss or the experience reads; let an experience write it") from e
-
-
-def data_digest(run: Run) -> str:
-    """A fingerprint of the training tokens and of how batches are made of them."""
-    e, crc = run.train.examples, run.train.length
-    for array in (e.tokens, e.offsets, e.prompt_lengths):
-        crc = zlib.crc32(array.tobytes(), crc)
-    return f"{crc:08x}"
+        raise ValueError(
+            f"the batch has no field {e.args[0]!r}, which the loss or the experience reads; let an experience write it, or bring it "
+            "with the data (data.kind, data.columns)"
+        ) from e
 
 
 def fit(started: Started) -> dict[str, dict[str, float]]:
@@ -305,6 +299,8 @@ def summary(run: Run, about: dict[str, Any], start: int) -> list[str]:
         lines.append(f"adapters {about['adapters']} of rank {run.lora.rank} on {', '.join(run.lora.targets)}{base}")
     for split, report in run.reports.items():
         lines += [f"{split} data: {line}" if i == 0 else f"  {line}" for i, line in enumerate(report.lines())]
+    if run.train.mixture:
+        lines += [f"mixture: {line}" for line in run.train.mixture.lines(run.steps * run.config.batch_size)]
     lines.append(f"steps {run.steps} of {run.config.batch_size} examples, rows of {run.train.length} tokens, workdir {run.workdir}")
     if start >= run.steps:
         lines.append(f"this run is complete: step {start} is saved; a longer one needs another workdir")

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from alignax import mesh as meshes
 from alignax.averages import Average
 from alignax.config import Experiment, asked, difference, flat, load_experiment
-from alignax.data import Batches, Examples, Report, load_examples, padded_length
+from alignax.data import Batches, Examples, Report, load, padded_length
 from alignax.losses.algebra import Objective
 from alignax.models import hf, lora, peft, transformer
 from alignax.models.lora import Lora, join
@@ -93,16 +93,19 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
     if config.reference.token_kl:
         check_token_kl(source, reference)
     lora = make_lora(config, source)
-    tokenizer = load_tokenizer(source)
-    examples, reports = {}, {}
-    for split in ("train", "eval"):
-        if path := config.data[split]:
-            examples[split], reports[split] = load_examples(path, config.data, tokenizer, source.config.vocab_size)
-    if "train" not in examples:
+    tokenizer = load_tokenizer(source.path, source.config.vocab_size)
+    if not config.data.train:
         raise ValueError("config field 'data.train' is empty; set --config.data.train=FILE")
+    loaded = {s: load(s, config.data, tokenizer, source.config.vocab_size) for s in ("train", "eval") if config.data[s]}
+    examples = {split: data.examples for split, data in loaded.items()}
+    reports = {
+        split if len(data.reports) == 1 else f"{split} ({path})": report
+        for split, data in loaded.items()
+        for path, report in data.reports.items()
+    }
     check_positions(config, source, examples)
     length = max(padded_length(e, 8 if on_cpu else 128) for e in examples.values())  # 128: the tile of TPU and GPU attention
-    train = Batches(examples["train"], config.batch_size, config.seed, length)
+    train = Batches(examples["train"], config.batch_size, config.seed, length, loaded["train"].mixture)
     steps = config.steps or train.steps(config.epochs)
     if steps < 1:
         raise ValueError(f"epochs {config.epochs} make no step; raise epochs, or set steps")
@@ -214,19 +217,19 @@ def make_lora(config: Any, source: hf.Source) -> Lora | None:
     return Lora(c.rank, c.alpha, targets, c.rslora, c.dora)
 
 
-def load_tokenizer(source: hf.Source) -> Any:
-    """The folder's tokenizer, from local files only."""
+def load_tokenizer(path: Path, vocab_size: int) -> Any:
+    """The tokenizer of a model folder, from local files only; `vocab_size`: rows of the model's embedding."""
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(source.path), local_files_only=True)
-    except (OSError, ValueError, KeyError) as e:
-        raise ValueError(f"{str(source.path)!r} has no tokenizer that transformers reads ({str(e).splitlines()[0]})") from e
+        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    except Exception as e:  # a damaged tokenizer.json raises a bare Exception
+        raise ValueError(f"{str(path)!r} has no tokenizer that transformers reads ({(str(e).splitlines() or [e])[0]})") from e
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"the tokenizer in {str(source.path)!r} has no EOS token; set eos_token in its tokenizer_config.json")
-    if len(tokenizer) > source.config.vocab_size:
+        raise ValueError(f"the tokenizer in {str(path)!r} has no EOS token; set eos_token in its tokenizer_config.json")
+    if len(tokenizer) > vocab_size:
         raise ValueError(
-            f"the tokenizer in {str(source.path)!r} has {len(tokenizer)} tokens and the embedding {source.config.vocab_size} rows; "
+            f"the tokenizer in {str(path)!r} has {len(tokenizer)} tokens and the embedding {vocab_size} rows; "
             "use the tokenizer that the model was trained with"
         )
     return tokenizer
@@ -321,9 +324,8 @@ def abstract_trained(run: Run, mesh: Mesh | None = None) -> Params:
 
 def abstract_batch(run: Run) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and shardings of a training batch."""
-    shape = (run.config.batch_size, run.train.examples.N, run.train.length)
-    field = lambda dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=meshes.batch_sharding(run.mesh))
-    return {"tokens": field(jnp.int32), "mask": field(jnp.bool), "completion_mask": field(jnp.bool)}
+    describe = lambda x: jax.ShapeDtypeStruct((run.config.batch_size, *x.shape[1:]), x.dtype, sharding=meshes.batch_sharding(run.mesh))
+    return {name: describe(x) for name, x in run.train.batch(0, slice(0)).items()}
 
 
 def state_shardings(run: Run) -> TrainState:

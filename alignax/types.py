@@ -11,6 +11,8 @@ A batch is a plain dict of arrays whose leading axis is B. Every method has the 
 | `tokens`          | [B, N, T] int32  | prompt, completion and its EOS                                                   |
 | `mask`            | [B, N, T] bool   | real tokens; False is padding                                                    |
 | `completion_mask` | [B, N, T] bool   | scored tokens: the completion and its EOS; never position 0                      |
+| `labels`          | [B, N] bool      | data of kind "unpaired": whether the completion is a good one                    |
+| `margin`          | [B] f32          | `data.columns.margin`: how much better the chosen response is                    |
 | `ref_logps`       | [B, N, T] f32    | per-token log-probs of the reference (an experience writes them)                 |
 | `old_logps`       | [B, N, T] f32    | those of the policy as it stands before the step (likewise)                      |
 | `labels`          | [B, N] bool      | unpaired data: whether a response is desirable                                   |
@@ -19,8 +21,8 @@ A batch is a plain dict of arrays whose leading axis is B. Every method has the 
 | `aot_margins`     | [B] f32          | reference margin of the rank of the policy's, in nats                            |
 | `aot_ratios`      | [B, 2] f32       | log-ratio of the other side of the same rank, in nats                            |
 
-A padding row is False in both masks, so it weighs nothing. What is not differentiated is data: reference log-probs, rewards and
-advantages are further fields, written by experience functions.
+A padding row is False in both masks, so it weighs nothing; its further fields are 0. What is not differentiated is data:
+reference log-probs, rewards and advantages are further fields, written by experience functions.
 """
 
 from collections.abc import Callable

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import runs
 import tiny
 
 from alignax import checkpoint, cli, commands, config, fit  # noqa: F401  (commands: before anything is patched)
+from alignax.prepare import abstract_batch, prepare
 
 DPO = str(runs.REPO / "experiments" / "dpo_hh.py")
 SFT = str(runs.REPO / "experiments" / "sft_hh.py")
@@ -33,6 +35,10 @@ def rows(path: Path, *rows: object) -> str:
 
 
 GOOD = {"prompt": "Is it?", "chosen": " yes", "rejected": " no"}
+CONVERSATION = {
+    side: [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": text}]
+    for side, text in (("chosen", "yes"), ("rejected", "no"))
+}
 
 
 def edited(fields, tmp_path, change) -> str:
@@ -117,6 +123,40 @@ BAD = {
     ),
     "rows longer than the model": (lambda f, t: {"data.train": rows(t / "x.jsonl", GOOD | {"chosen": " y" * 200}), "data.max_length": 300},
                                    r"128 positions"),
+    "unknown kind of data": (lambda f, t: {"data.kind": "pairs"}, r"'pairs'.*preference, sft, unpaired, ranked"),
+    "unknown turns": (lambda f, t: {"data.turns": "first"}, r"data\.turns is 'first'.*last or all"),
+    "margin that is no number": (
+        lambda f, t: {"data.train": rows(t / "x.jsonl", GOOD | {"gap": "wide"}), "data.columns.margin": "gap"}, r"row 0.*'wide'.*number"
+    ),
+    "label that is neither": (
+        lambda f, t: {"data.kind": "unpaired", "data.train": rows(t / "x.jsonl", {"prompt": "a", "completion": "b", "label": 7})},
+        r"row 0.*'label' is 7, not true or false",
+    ),
+    "rankings of several sizes": (
+        lambda f, t: {
+            "data.kind": "ranked",
+            "data.train": rows(t / "x.jsonl", *({"prompt": "a", "completions": list(x)} for x in ("bc", "bc", "bcd"))),
+        },
+        r"row 2.*3 completions, where most rows have 2",
+    ),
+    "conversations without a template": (
+        lambda f, t: {"data.train": rows(t / "x.jsonl", CONVERSATION)}, r"no chat template.*chat_template\.jinja"
+    ),
+    "conversation whose turns differ": (
+        lambda f, t: {"data.train": rows(t / "x.jsonl", CONVERSATION | {"rejected": CONVERSATION["chosen"][1:]})}, r"row 0.*bad_rows=drop"
+    ),
+    "hub that does not answer": (lambda f, t: {"data.train": "hf://alignax-tests/none"}, r"hf://alignax-tests/none could not be fetched"),
+    "name of the hub without its prefix": (lambda f, t: {"data.train": "org/pairs"}, r"'org/pairs'.*write hf://org/pairs"),
+    "weight of a source": (lambda f, t: {"data.train": f"{f['data.train']}@0,{t}@1"}, r"data\.train: the weight of .* is '0'.*positive"),
+    "weight of one source alone": (lambda f, t: {"data.train": f"{f['data.train']}@1,other.jsonl"}, r"give all a weight"),
+    "weights of evaluation data": (lambda f, t: {"data.eval": f"{f['data.eval']}@1"}, r"data\.eval .*leave them out"),
+    "folder of several splits": (
+        lambda f, t: {"data.train": [rows(t / f"{split}.jsonl", GOOD) for split in ("dev", "train")] and t},
+        r"several splits \(dev\.jsonl, train",
+    ),
+    "damaged tokenizer": (
+        lambda f, t: {"model.path": edited(f, t, lambda d: (d / "tokenizer.json").write_text("{"))}, r"no tokenizer that transformers reads"
+    ),
     "batch that the mesh does not divide": (lambda f, t: {"batch_size": 12}, r"batch_size 12.*multiple of 8"),
     "batch that microbatches do not divide": (lambda f, t: {"microbatches": 3}, r"multiple of 24"),
     "mesh that the devices do not fill": (lambda f, t: {"mesh.data": 3}, r"3.*8 devices"),
@@ -172,6 +212,10 @@ def test_missing_and_broken_experiment_files(tmp_path, capsys):
         (["trian"], "'trian' is unknown"),
         (["train"], "needs --config"),
         (["train", "--config", DPO, "--dry_run"], "'--dry_run' is unknown"),
+        (["train", "--config", DPO, "--json", "-"], "'--json' is unknown"),
+        (["check-data"], "needs --config"),
+        (["check-data", "--config", DPO, "--json"], "--json names no file"),
+        (["check-data", "--config", DPO], "model folder '' does not exist; set --config.model.path=FOLDER"),
         (["export", "here"], "takes WORKDIR and FOLDER"),
         (["eval", "/nowhere/at/all"], "no config.py"),
     ],
@@ -206,6 +250,62 @@ def test_dry_run_shows_everything_and_writes_nothing(fields, tmp_path, capsys):
     ):
         assert part in out, part
     assert not workdir.exists()
+
+
+def test_further_fields_and_mixtures_reach_the_step(fields, tmp_path):
+    mixed = rows(tmp_path / "gap.jsonl", *(GOOD | {"chosen": f" yes {i}", "gap": i} for i in range(9)))
+    other = rows(tmp_path / "more.jsonl", *(GOOD | {"chosen": f" ja {i}", "gap": -i} for i in range(9)))
+    changes = {"workdir": tmp_path / "run", "data.train": f"{mixed}@3,{other}@1", "data.eval": mixed, "data.columns.margin": "gap"}
+    run = prepare(config.load_experiment(DPO, [f"{name}={value}" for name, value in (fields | changes).items()]))
+    batch, described = run.train.batch(0), abstract_batch(run)
+    assert described.keys() == batch.keys() and "margin" in batch
+    assert all((described[name].shape, described[name].dtype) == (x.shape, x.dtype) for name, x in batch.items())
+    assert (batch["margin"] >= 0).sum() >= 6 and set(run.reports) == {f"train ({mixed})", f"train ({other})", "eval"}
+    lines = fit.summary(run, {"policy": "a", "reference": "a"}, 0)
+    assert f"mixture: 75.0% of the examples from {mixed}: 9 rows, 16.00 times" in lines
+
+
+def check(fields, *more):
+    kept = {name: fields[name] for name in ("model.path", "data.train", "data.eval", "data.max_length", "data.max_prompt_length")}
+    return cli.main(["check-data", *runs.arguments(kept)[1:], *more])
+
+
+def test_check_data_needs_a_tokenizer_alone_and_writes_text_or_json(fields, tmp_path, capsys, monkeypatch):
+    folder = edited(fields, tmp_path, lambda d: [(d / name).unlink() for name in ("model.safetensors", "config.json")])
+    here = fields | {"model.path": folder}
+    assert check(here, "--json", str(tmp_path / "out.json")) == 0
+    text = capsys.readouterr().out
+    for part in (
+        "train data: ",
+        "rows: 40 of 40 kept",
+        "tokens of a prompt before any cut",
+        "####",
+        "[</s>]",
+        "in the training data: 40 of 40",
+    ):
+        assert part in text, part
+    assert check(here, "--json", "-") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result == json.loads((tmp_path / "out.json").read_text()) and result["eval_prompts_in_train"] == 40
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    for no_color, coloured in (("", True), ("1", False)):
+        monkeypatch.setenv("NO_COLOR", no_color)
+        assert check(here) == 0 and ("\x1b[1;32m</s>" in capsys.readouterr().out) == coloured
+
+
+def test_check_data_reports_bad_rows_and_ends_as_a_run_would(fields, tmp_path, capsys):
+    bad = rows(tmp_path / "bad.jsonl", GOOD, GOOD | {"rejected": ""}, GOOD | {"chosen": 3}, GOOD | {"chosen": ""})
+    assert check(fields | {"data.train": bad}) == 2
+    out, err = capsys.readouterr()
+    assert "row 1: the completion in 'rejected' is empty" in out and "row 2: 'chosen' is 3, not text" in out and "row 3" in out
+    assert err.count("\n") == 1 and re.search(
+        r"error: a run would stop here: .*bad\.jsonl has bad rows \(empty completion: 2, not text: 1\)", err
+    )
+    assert check(fields | {"data.train": bad}, "--config.data.bad_rows=drop") == 0
+    capsys.readouterr()
+    assert check(fields | {"data.train": rows(tmp_path / "none.jsonl", GOOD | {"chosen": ""})}) == 2
+    assert "none of the 1 rows" in (err := capsys.readouterr().err) and "such as row 0: the completion in 'chosen' is empty" in err
+    assert check(fields | {"data.train": tmp_path / "nowhere.jsonl"}) == 2
 
 
 def test_run_rerun_of_the_effective_config_eval_export(fields, tmp_path, capsys):

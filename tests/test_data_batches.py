@@ -1,23 +1,26 @@
+import dataclasses
+
 import numpy as np
 import pytest
 import tokenizers
 import transformers
 
-from alignax.data import Batches, Examples, assemble, decode_example, evaluation_batch, padded_length
+from alignax.data import Batches, Examples, Mixture, assemble, decode_example, evaluation_batch, padded_length
 
 ORDER_0 = [0, 2, 9, 1, 8, 5, 4, 3, 10, 6, 7]
 ORDER_MILLION = [5, 8, 9, 3, 6, 10, 7, 2, 1, 0, 4]
 FIELDS = ("tokens", "mask", "completion_mask")
 
 
-def make(n=11, N=2, seed=0):
+def make(n=11, N=2, seed=0, **fields):
     """Examples of 1 to 4 prompt and 1 to 6 completion tokens; ids from 0, so that a real token may be 0, as padding is."""
     rng = np.random.default_rng(seed)
     prompts = np.repeat(rng.integers(1, 5, n), N)
     lengths = prompts + rng.integers(1, 7, n * N)
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     tokens = rng.integers(0, 9, offsets[-1]).astype(np.int32)
-    return Examples(tokens, offsets, prompts.astype(np.int32), N, [f"p{i}" for i in range(n)], [("c",) * N] * n)
+    scored = np.concatenate([np.arange(size) >= prompt for size, prompt in zip(lengths, prompts, strict=True)])
+    return Examples(tokens, scored, offsets, N, [f"p{i}" for i in range(n)], fields)
 
 
 @pytest.mark.parametrize("N", [1, 2, 3])
@@ -72,8 +75,8 @@ def test_without_shuffling_the_order_is_that_of_the_file():
 
 def test_steps_of_epochs():
     batches = Batches(make(10), batch_size=4, seed=0, length=16)
-    assert batches.steps_per_epoch == 3 and batches.steps(2) == 5 and batches.steps(0.4) == 1 and batches.steps(0.5) == 2
-    assert Batches(make(10), 5, 0, 16).steps_per_epoch == 2
+    assert batches.steps(1) == 3 and batches.steps(2) == 5 and batches.steps(0.4) == 1 and batches.steps(0.5) == 2
+    assert Batches(make(10), 5, 0, 16).steps(1) == 2
     assert 0.07 * 100 > 7 and Batches(make(100), 1, 0, 16).steps(0.07) == 7
 
 
@@ -109,9 +112,46 @@ def test_decode_example_shows_what_is_scored():
     model = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<s>"))
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=model, bos_token="<s>", eos_token="</s>", pad_token="</s>")
     tokens = np.asarray([0, 2, 3, 4, 1, 0, 2, 3, 5], np.int32)
-    prompt_lengths = np.asarray([3, 3], np.int32)
-    examples = Examples(tokens, np.asarray([0, 5, 9]), prompt_lengths, 2, ["sky is"], [("blue", "round")])
+    scored = np.asarray([0, 0, 0, 1, 1, 0, 0, 0, 1], bool)
+    examples = Examples(tokens, scored, np.asarray([0, 5, 9]), 2, ["sky is"])
     chosen, rejected = decode_example(examples, 0, tokenizer).split("example 0, ")[1:]
     assert chosen.startswith("response 0: 3 prompt tokens, 2 scored, 3 padding\n")
     assert "tokens      <s> sky is [blue] [</s>] (padding x 3)" in chosen and "completion  'blue </s>'" in chosen
     assert "tokens      <s> sky is [round] (padding x 4)" in rejected and "prompt      '<s> sky is'" in rejected
+
+
+def test_further_fields_go_with_their_rows_and_padding_rows_have_none():
+    margin, labels = np.arange(1, 12, dtype=np.float32), np.ones((11, 2), bool)
+    examples = make(margin=margin, labels=labels)
+    batch = assemble(examples, np.asarray([4, 0, 10]), 12)
+    assert batch["margin"].tolist() == [5, 1, 11] and batch["margin"].dtype == np.float32
+    assert batch["labels"].shape == (3, 2) and batch["labels"].dtype == bool
+    last = evaluation_batch(examples, 2, 4, 12)
+    assert last["margin"].tolist() == [9, 10, 11, 0] and last["labels"].tolist() == [[True, True]] * 3 + [[False, False]]
+    assert evaluation_batch(examples, 2, 4, 12, slice(2, 4))["margin"].tolist() == [11, 0]
+    assert margin[0] == 1 and labels.all(), "the examples themselves are left alone"
+    nothing = Batches(examples, 4, 0, 16).batch(0, slice(0))
+    assert {name: x.shape for name, x in nothing.items()} == {
+        "tokens": (0, 2, 16), "mask": (0, 2, 16), "completion_mask": (0, 2, 16), "margin": (0,), "labels": (0, 2)
+    }  # fmt: skip
+
+
+def test_the_digest_covers_all_that_batches_are_made_of():
+    base = dict(batch_size=4, seed=0, length=16)
+    digest = lambda examples, mixture=None, **changes: Batches(examples, **base | changes, mixture=mixture).digest()
+    examples = make(margin=np.ones(11, np.float32))
+    scored = examples.scored.copy()
+    scored[examples.prompt_lengths[0]] = False
+    changed = [
+        examples,
+        make(margin=np.zeros(11, np.float32)),
+        make(),
+        make(n=10, margin=np.ones(10, np.float32)),
+        dataclasses.replace(examples, scored=scored),
+        dataclasses.replace(examples, tokens=examples.tokens[::-1].copy()),
+    ]
+    mixtures = [Mixture(sizes, weights, ("a", "b")) for sizes in ((5, 6), (6, 5)) for weights in ((0.5, 0.5), (0.25, 0.75))]
+    digests = [digest(e) for e in changed] + [digest(examples, m) for m in mixtures] + [digest(examples, length=24)]
+    assert len(set(digests)) == len(digests)
+    assert digest(make(margin=np.ones(11, np.float32))) == digests[0]
+    assert digest(examples, mixtures[0]._replace(paths=("c", "d"))) == digest(examples, mixtures[0]), "where files lie makes no batch"

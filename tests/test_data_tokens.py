@@ -1,10 +1,10 @@
-import ml_collections
 import numpy as np
 import pytest
 import tokenizers
 import transformers
 
-from alignax.data import Prompted, assemble, load_examples, padded_length, tokenize
+from alignax.config import default_config
+from alignax.data import Prompted, Rejected, assemble, load_examples, padded_length, tokenize
 
 SENTENCES = ["Hello world, the world is round.", "the sky is blue and the sea is blue", "a cat, a hat, a world of cats"] * 4
 
@@ -32,10 +32,12 @@ def bare():
     return make(template="")
 
 
-def run(rows, tokenizer, max_length=64, max_prompt_length=0, **options):
+def run(rows, tokenizer, max_length=64, max_prompt_length=0, bad_rows="error", path="data", dropped=(), **options):
+    rejected = Rejected(path, bad_rows)
+    rejected.counts.update(dict(dropped))
     rows = [Prompted(prompt, completions, i) for i, (prompt, *completions) in enumerate(rows)]
     rows = [row._replace(completions=tuple(row.completions)) for row in rows]
-    options = {"vocab_size": 512, **options}
+    options = {"vocab_size": 512, "rejected": rejected, **options}
     return tokenize(rows, tokenizer, max_length=max_length, max_prompt_length=max_prompt_length, **options)
 
 
@@ -52,8 +54,8 @@ def test_prompt_and_completion_with_one_eos(bos):
     assert sides(examples)[0] == (ids[:prompt], [*ids[prompt:], 1])
     assert sides(examples)[1][0] == ids[:prompt]
     assert examples.N == 2 and len(examples) == 1
-    assert examples.tokens.dtype == np.int32 and examples.offsets.dtype == np.int64 and examples.prompt_lengths.dtype == np.int32
-    assert examples.prompts == ["the sky"] and examples.completions == [(" is blue", " is round")]
+    assert examples.tokens.dtype == np.int32 and examples.offsets.dtype == np.int64 and examples.scored.dtype == np.bool_
+    assert examples.prompts == ["the sky"]
     assert (report.rows, report.kept, report.dropped, report.boundary_merges) == (1, 1, {}, 0)
     assert report.tokens == len(examples.tokens) and report.longest == examples.lengths.max()
     assert report.completion_tokens == sum(len(completion) for _, completion in sides(examples))
@@ -126,7 +128,7 @@ def test_pairs_identical_after_the_cut_are_dropped_and_counted(bos):
     rows = [("the", " sky is blue", " sky is round"), ("", "a", "b")]
     examples, report = run(rows, bos, max_length=size)
     assert report.dropped == {"identical after the cut": 1} and report.kept == 1
-    assert examples.completions == [("a", "b")] and report.completions_cut == 0
+    assert examples.prompts == [""] and report.completions_cut == 0
     assert run([("the", " sky is blue")], bos, max_length=size)[1].kept == 1  # one completion has no other to equal
 
 
@@ -172,7 +174,7 @@ def test_errors_of_settings(bos):
 
 
 def test_no_row_left_is_an_error_with_the_reasons(bos):
-    with pytest.raises(ValueError, match=r"none of the 3 rows of x is left \(not text: 2, identical after the cut: 1\)"):
+    with pytest.raises(ValueError, match=r"none of the 3 rows of x is left \(not text: 2; identical after the cut: 1, such as row 0: "):
         run([("the", " sky is a", " sky is b")], bos, max_length=3, path="x", dropped={"not text": 2})
     with pytest.raises(ValueError, match=r"none of the 1 rows"):
         run([], bos, dropped={"not text": 1})
@@ -196,17 +198,8 @@ def test_report_lines_name_everything(bos):
 def test_counts_add_up_on_real_pairs(data_dir):
     tokenizer = transformers.AutoTokenizer.from_pretrained(data_dir / "stories260k_hf", local_files_only=True)
     path = data_dir / "hh_harmless" / "dev.jsonl"
-    config = ml_collections.ConfigDict(
-        {
-            "kind": "preference",
-            "columns": {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected", "completion": "chosen"},
-            "prompt_separator": "",
-            "max_length": 160,
-            "max_prompt_length": 64,
-            "bad_rows": "drop",
-            "limit": 0,
-        }
-    )
+    config = default_config().data
+    config.update(max_length=160, max_prompt_length=64, bad_rows="drop")
     examples, report = load_examples(path, config, tokenizer, 512)
     assert report.rows == len(path.read_text().strip().split("\n")) == report.kept + sum(report.dropped.values())
     assert report.kept == len(examples) > 1800 and report.longest == 160 == padded_length(examples)
@@ -220,6 +213,6 @@ def test_counts_add_up_on_real_pairs(data_dir):
     config.kind = "sft"
     chosen, _ = load_examples(path, config, tokenizer, 512)
     assert chosen.N == 1 and len(chosen) == report.rows
-    with pytest.raises(ValueError, match="data.kind is 'ppo'; use one of preference, sft"):
+    with pytest.raises(ValueError, match="data.kind is 'ppo'; use one of preference, sft, unpaired, ranked"):
         config.kind = "ppo"
         load_examples(path, config, tokenizer, 512)

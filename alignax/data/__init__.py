@@ -1,21 +1,30 @@
 """Files to batches: rows of text, tokenised examples, batches that are a function of the step."""
 
 from alignax.data.batches import Batches, assemble, decode_example, evaluation_batch, padded_length
-from alignax.data.rows import Prompted, preference_rows, read_rows, sft_rows
-from alignax.data.tokens import Examples, Report, load_examples, tokenize
+from alignax.data.examples import Examples, concatenate, unpair
+from alignax.data.files import read_rows
+from alignax.data.kinds import prompted_rows
+from alignax.data.mixture import Mixture, load, schedule
+from alignax.data.rows import Prompted, Rejected
+from alignax.data.tokens import Report, load_examples, tokenize
 
 __all__ = [
     "Batches",
     "Examples",
+    "Mixture",
     "Prompted",
+    "Rejected",
     "Report",
     "assemble",
+    "concatenate",
     "decode_example",
     "evaluation_batch",
+    "load",
     "load_examples",
     "padded_length",
-    "preference_rows",
+    "prompted_rows",
     "read_rows",
-    "sft_rows",
+    "schedule",
     "tokenize",
+    "unpair",
 ]

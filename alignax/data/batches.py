@@ -1,17 +1,23 @@
 """Batches: a batch is a pure function of the step, so the data position in a checkpoint is one integer.
 
 Fields of a batch, with B prompts, N responses and T tokens, right padded: tokens [B, N, T] int32; mask [B, N, T] bool, the real
-tokens; completion_mask [B, N, T] bool, the scored ones. All three come from lengths, so a pad token that is also the EOS does
-no harm. A padding row is False in both masks.
+tokens; completion_mask [B, N, T] bool, the scored ones; and those of `alignax.data.examples.FIELDS` that the rows have. Masks
+never come from token ids, so a pad token that is also the EOS does no harm. A padding row is False in both masks, and 0 or
+False in every further field.
 """
 
 import dataclasses
 import functools
 import math
+import zlib
+from typing import Any
 
 import numpy as np
 
-from alignax.data.tokens import Examples
+from alignax.data.examples import Examples
+from alignax.data.mixture import Mixture, schedule
+
+SCORED, UNSCORED = ("[{}]", "\x1b[1;32m{}\x1b[0m"), ("{}", "\x1b[2m{}\x1b[0m")  # marks of a token, plain and on a terminal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,13 +25,16 @@ class Batches:
     """An endless, index-addressed stream of batches.
 
     Epochs follow one another without a gap: example i of step s is entry (s*B + i) mod n of the permutation of epoch
-    (s*B + i) div n. So no example is left out at the end of an epoch, and the batch there holds rows of two epochs.
+    (s*B + i) div n. So no example is left out at the end of an epoch, and the batch there holds rows of two epochs. Of a
+    mixture, place s*B + i of the stream belongs to the source that `schedule` says, and each source goes through epochs and
+    permutations of its own.
     """
 
     examples: Examples
     batch_size: int
     seed: int
     length: int  # T, the same for every batch
+    mixture: Mixture | None = None  # the sources that the examples consist of; None: one
     shuffle: bool = True
 
     def __post_init__(self):
@@ -35,25 +44,33 @@ class Batches:
             raise ValueError(f"the data seed is {self.seed}; use 0 to 2**64 - 1")
         _check_length(self.examples, self.length)
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Steps until every example was seen; the last of them may run into the next epoch."""
-        return self.steps(1)
-
     def steps(self, epochs: float) -> int:
-        """Steps until `epochs` times the number of examples were seen, rounded up."""
+        """Steps until `epochs` times the number of examples were drawn, of all sources together, rounded up."""
         return math.ceil(round(epochs * len(self.examples), 6) / self.batch_size)
 
     def rows(self, step: int) -> np.ndarray:
         """Indices into the examples of a step: [B] int64."""
-        count = len(self.examples)
-        epoch, index = np.divmod(int(step) * self.batch_size + np.arange(self.batch_size, dtype=np.int64), count)
-        if not self.shuffle:
-            return index
-        rows = np.empty_like(index)
-        for e in range(epoch[0], epoch[-1] + 1):
-            rows[epoch == e] = _permutation(self.seed, e, count)[index[epoch == e]]
+        start = int(step) * self.batch_size
+        if self.mixture is None:
+            return self._drawn(0, len(self.examples), start + np.arange(self.batch_size, dtype=np.int64))
+        source, draw = schedule(self.mixture.weights, start, self.batch_size)
+        rows = np.empty(self.batch_size, np.int64)
+        for s, (first, count) in enumerate(self.mixture.spans()):
+            rows[source == s] = first + self._drawn(s, count, draw[source == s])
         return rows
+
+    def _drawn(self, source: int, count: int, draws: np.ndarray) -> np.ndarray:
+        """The rows, of `count` of a source, that its draws give: [draws] int64."""
+        epoch, index = np.divmod(draws, count)
+        if self.shuffle:
+            for e in np.unique(epoch):
+                index[epoch == e] = _permutation(self.seed, int(e), count, source)[index[epoch == e]]
+        return index
+
+    def digest(self) -> int:
+        """A fingerprint of what batches are made of: tokens, masks, further fields, the length, the mixture."""
+        crc = zlib.crc32(repr((self.length, self.mixture and self.mixture[:2])).encode())
+        return self.examples.digest(crc)
 
     def batch(self, step: int, rows: slice | None = None) -> dict[str, np.ndarray]:
         """The batch of a step; with `rows` only that slice of its B prompts, which is what a host of several asks for."""
@@ -85,36 +102,40 @@ def assemble(examples: Examples, indices: np.ndarray, length: int) -> dict[str, 
     # Row-major, as `mask` is read: the k-th real token of the batch lies at its side's start plus its place in the side.
     flat = lengths.ravel()
     first = np.cumsum(flat) - flat
-    tokens[mask] = examples.tokens[np.arange(flat.sum()) + np.repeat(start.ravel() - first, flat)]
-    completion_mask = mask & (position >= examples.prompt_lengths[side][..., None])
-    return {"tokens": tokens, "mask": mask, "completion_mask": completion_mask}
+    place = np.arange(flat.sum()) + np.repeat(start.ravel() - first, flat)
+    tokens[mask] = examples.tokens[place]
+    completion_mask = np.zeros(mask.shape, np.bool_)
+    completion_mask[mask] = examples.scored[place]
+    batch = {"tokens": tokens, "mask": mask, "completion_mask": completion_mask}
+    for name, values in examples.fields.items():
+        batch[name] = values[side[:, 0] // examples.N]  # [B, ...]
+        batch[name][~real[:, 0]] = 0
+    return batch
 
 
-def decode_example(examples: Examples, index: int, tokenizer) -> str:
-    """Show one example as the model will see it: text, and tokens with the scored ones in [ ] and the padding counted.
+def decode_example(examples: Examples, index: int, tokenizer: Any, colour: bool = False) -> str:
+    """Show one example as the model will see it: text, and tokens with the scored ones in [ ], or in colour, and the padding counted.
 
     Read back from an assembled batch, so that what is shown is what the masks say.
     """
     batch = assemble(examples, np.asarray([index]), padded_length(examples))
-    return "\n".join(
-        _decode_side(index, n, batch["tokens"][0, n], batch["mask"][0, n], batch["completion_mask"][0, n], tokenizer)
-        for n in range(examples.N)
-    )
-
-
-def _decode_side(index, n, tokens, mask, completion_mask, tokenizer) -> str:
-    prompt = tokens[mask & ~completion_mask].tolist()
-    completion = tokens[completion_mask].tolist()
-    shown = [*tokenizer.convert_ids_to_tokens(prompt), *(f"[{token}]" for token in tokenizer.convert_ids_to_tokens(completion))]
-    padding = int((~mask).sum())
-    return "\n".join(
-        [
-            f"example {index}, response {n}: {len(prompt)} prompt tokens, {len(completion)} scored, {padding} padding",
+    lines = []
+    for n in range(examples.N):
+        tokens, real, scored = (batch[name][0, n] for name in ("tokens", "mask", "completion_mask"))
+        first, padding = int(scored.argmax()), int((~real).sum())
+        prompt, completion = tokens[:first].tolist(), tokens[first:][real[first:]].tolist()
+        shown = [
+            (SCORED if scored[i] else UNSCORED)[colour].format(token)
+            for i, token in enumerate(tokenizer.convert_ids_to_tokens(prompt + completion))
+        ]
+        lines += [
+            f"example {index}, response {n}: {len(prompt)} prompt tokens, {int(scored.sum())} scored, {padding} padding",
             f"  prompt      {tokenizer.decode(prompt)!r}",
             f"  completion  {tokenizer.decode(completion)!r}",
             f"  tokens      {' '.join(shown)}{f' (padding x {padding})' if padding else ''}",
         ]
-    )
+    fields = "".join(f", {name} {batch[name][0].tolist()}" for name in examples.fields)
+    return "\n".join([*lines, f"  fields      {fields[2:]}"] if fields else lines)
 
 
 def _check_length(examples: Examples, length: int) -> None:
@@ -123,10 +144,10 @@ def _check_length(examples: Examples, length: int) -> None:
         raise ValueError(f"batches of {length} tokens do not hold the longest row of {longest}; use {padded_length(examples)}")
 
 
-@functools.lru_cache(maxsize=4)
-def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
+@functools.lru_cache(maxsize=16)
+def _permutation(seed: int, epoch: int, count: int, source: int) -> np.ndarray:
     # Sorted raw Philox output: NumPy keeps that stream for ever, and makes no such promise for Generator.permutation.
-    key = np.asarray([seed, epoch], np.uint64)
-    permutation = np.argsort(np.random.Philox(key=key).random_raw(count), kind="stable")
+    stream = np.random.Philox(key=np.asarray([seed, epoch], np.uint64), counter=np.asarray([0, 0, 0, source], np.uint64))
+    permutation = np.argsort(stream.random_raw(count), kind="stable")
     permutation.flags.writeable = False
     return permutation

@@ -1,47 +1,28 @@
 """Tokens: a prompt and its completions become ids, split where the tokens say, with one EOS each and every loss counted."""
 
-import dataclasses
 import itertools
 import pathlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from alignax.data.rows import Bad, Prompted, preference_rows, read_rows, reject, sft_rows
+from alignax.data import chat
+from alignax.data.chat import Encoded
+from alignax.data.examples import FIELDS, Examples, unpair
+from alignax.data.files import read_rows
+from alignax.data.kinds import holds_pairs, prompted_rows
+from alignax.data.rows import Bad, Prompted, Rejected
 
-Encoded = tuple[list[int], list[list[int]]]  # the prompt alone, and the N sides
 IDENTICAL = "identical after the cut"
 ROWS_AT_ONCE = 2048  # bounds the memory of Python lists of ids, and keeps the tokenizer's threads busy
-
-
-@dataclasses.dataclass(frozen=True)
-class Examples:
-    """n tokenised rows of N responses each, stored flat: side s = row * N + response is `tokens[offsets[s]:offsets[s + 1]]`.
-
-    The N sides of a row begin with the same prompt ids. A text in `prompts` is what the file holds, before any cut.
-    """
-
-    tokens: np.ndarray  # [total] int32
-    offsets: np.ndarray  # [n*N + 1] int64
-    prompt_lengths: np.ndarray  # [n*N] int32, at least 1
-    N: int
-    prompts: list[str]  # [n]
-    completions: list[tuple[str, ...]]  # [n] of N
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each side, prompt included: [n*N] int64."""
-        return np.diff(self.offsets)
 
 
 class _Fitted(NamedTuple):
     prompt: list[int]
     completions: list[list[int]]
+    scored: list[bytes]
     counts: dict[str, int]
 
 
@@ -51,15 +32,21 @@ class Report(NamedTuple):
     rows: int
     kept: int
     dropped: dict[str, int]
+    bad: dict[str, list[str]]  # the first few bad rows of each reason, in words
     prompts_cut: int
     completions_cut: int
     boundary_merges: int
     separators_added: int
     eos_inside: int
+    turns_without_eos: int
+    masks: str  # how the scored turns of conversations were found; empty: there are none
+    pairs_split: int  # pairs of which two unpaired rows each were made
     tokens: int
-    completion_tokens: int
+    completion_tokens: int  # scored
     longest: int
     responses: int
+    longest_prompt: int  # characters, before any cut
+    uncut: tuple[tuple[int, ...], tuple[int, ...]]  # tokens of prompts and of completions, before any cut and those too long for it
 
     def lines(self) -> list[str]:
         """Lines for the console."""
@@ -75,114 +62,140 @@ class Report(NamedTuple):
             lines.append(f"  prompts without a token, given a BOS or EOS: {self.separators_added:,}")
         if self.eos_inside:
             lines.append(f"  completions with an EOS inside the text: {self.eos_inside:,}")
+        if self.masks:
+            lines.append(f"  conversations: scored turns are those of {self.masks}")
+        if self.turns_without_eos:
+            lines.append(f"  scored turns that the chat template ends without an EOS, so that no end is learnt: {self.turns_without_eos:,}")
+        if self.pairs_split:
+            lines.append(f"  pairs split into a True and a False row each: {self.pairs_split:,}")
         lines.append(f"  tokens: {self.tokens:,}, of them scored {self.completion_tokens:,}; the longest row has {self.longest:,}")
         return lines
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return {**self._asdict(), "dropped": dict(self.dropped)}
+        """Plain values, for JSON; without `uncut`."""
+        return {name: value for name, value in self._asdict().items() if name != "uncut"}
 
 
-def load_examples(path: str | pathlib.Path, data, tokenizer, vocab_size: int) -> tuple[Examples, Report]:
-    """Read and tokenise one file or folder as the `config.data` section says."""
-    kinds = {"preference": preference_rows, "sft": sft_rows}
-    if data.kind not in kinds:
-        raise ValueError(f"data.kind is {data.kind!r}; use one of {', '.join(kinds)}")
-    rows, dropped = kinds[data.kind](read_rows(path), data, path)
-    return tokenize(
-        rows,
-        tokenizer,
-        max_length=data.max_length,
-        max_prompt_length=data.max_prompt_length,
-        vocab_size=vocab_size,
-        bad_rows=data.bad_rows,
-        path=path,
-        dropped=dropped,
-    )
+def load_examples(path: str | pathlib.Path, data: Any, tokenizer: Any, vocab_size: int) -> tuple[Examples, Report]:
+    """Read and tokenise one source (a file, a folder, a data set of the hub) as the `config.data` section says."""
+    raw = read_rows(path)
+    apart = holds_pairs(raw, data)
+    if apart:
+        data = data.copy_and_resolve_references()
+        data.kind = "preference"
+    rows, rejected = prompted_rows(raw, data, path)
+    del raw
+    lengths = {"max_length": data.max_length, "max_prompt_length": data.max_prompt_length}
+    examples, report = tokenize(rows, tokenizer, vocab_size=vocab_size, rejected=rejected, **lengths)
+    return (unpair(examples), report._replace(pairs_split=report.kept)) if apart else (examples, report)
 
 
 def tokenize(
     rows: Sequence[Prompted],
-    tokenizer,
+    tokenizer: Any,
     *,
     max_length: int,
     max_prompt_length: int,
     vocab_size: int,
-    bad_rows: str = "error",
-    path: str | pathlib.Path = "data",
-    dropped: Mapping[str, int] | None = None,
+    rejected: Rejected | None = None,
 ) -> tuple[Examples, Report]:
     """Tokenise rows, each side as one string.
 
     A prompt tokenised alone may end in other tokens than it has in front of its completion, so the boundary is the common
     prefix of ids of the prompt alone and of every side. A completion is the rest and exactly one EOS. Special tokens in
     front are the tokenizer's own; where neither it nor the prompt gives a first token, BOS (else EOS) is put there.
+    Conversations are tokenised by the chat template alone, see `alignax.data.chat.encode`.
 
     A prompt over `max_prompt_length` (0: no rule) keeps its last tokens, and a BOS in front within that number; a side over
-    `max_length` loses the end of its completion, and the EOS with it. Rows equal in all their N > 1 sides after that are
-    dropped. A prompt that leaves no room for one completion token is a bad row (`bad_rows`: "error" or "drop").
+    `max_length` loses the end of its completion, and the EOS with it. Rows of which two completions are equal after that are
+    dropped. A prompt that leaves no room for one completion token is a bad row.
 
     Args:
-      rows: what `preference_rows` or `sft_rows` returned, all with the same number N of completions.
+      rows: what `prompted_rows` returned, all with the same number N of completions.
       tokenizer: a Hugging Face tokenizer.
+      max_length: tokens of prompt and completion.
+      max_prompt_length: tokens of the prompt.
       vocab_size: rows of the model's embedding; an id at or above it is an error.
-      path: named in errors.
-      dropped: counts of rows left out before, taken up in the report.
-    Returns: the examples and the report.
+      rejected: what `prompted_rows` has left out, taken up in the report; says what becomes of bad rows.
+
+    Returns:
+      The examples and the report.
     """
-    _check_limits(max_length, max_prompt_length, tokenizer, path)
+    rejected = rejected or Rejected()
+    _check_limits(max_length, max_prompt_length, tokenizer, rejected.path)
     responses = {len(row.completions) for row in rows}
     if len(responses) > 1:
-        raise ValueError(f"{path} has rows of {sorted(responses)} completions; give every row the same number")
-    left_out: Counter[str] = Counter(dropped or {})
+        raise ValueError(f"{rejected.path} has rows of {sorted(responses)} completions; give every row the same number")
     counts: Counter[str] = Counter()
     kept: list[Prompted] = []
-    ids, lengths, prompt_lengths = [], [], []
+    prompts: list[str] = []
+    uncut: tuple[list[int], list[int]] = ([], [])
+    ids, scored, lengths, longest_prompt = [], [], [], 0
     for chunk, encoded in _encoded(rows, tokenizer):
-        sides: list[list[int]] = []
-        for row, (prompt_alone, full) in zip(chunk, encoded, strict=True):
-            fitted = _fit(prompt_alone, full, tokenizer, max_length, max_prompt_length)
+        sides, marks = [], []
+        for row, code in zip(chunk, encoded, strict=True):
+            if isinstance(code, Bad):
+                rejected.add(code, row.row)
+                continue
+            uncut[0].append(len(code.prompt))
+            uncut[1].extend(map(len, code.completions))
+            longest_prompt = max(longest_prompt, len(code.text))
+            fitted = _fit(code, tokenizer, max_length, max_prompt_length)
             if isinstance(fitted, Bad):
-                # Equal after the cut is no fault of the row, and nothing could be corrected in it: never an error.
-                reject(fitted, row.row, left_out, "drop" if fitted.reason == IDENTICAL else bad_rows, path)
+                # Equal after the cut is no fault of the row, and nothing could be corrected in it.
+                rejected.add(fitted, row.row, fault=fitted.reason != IDENTICAL)
                 continue
             kept.append(row)
+            prompts.append(code.text)
             counts.update(fitted.counts)
             sides += [fitted.prompt + completion for completion in fitted.completions]
-            prompt_lengths += [len(fitted.prompt)] * len(fitted.completions)
+            marks += [bytes(len(fitted.prompt)) + side for side in fitted.scored]
         lengths += [len(side) for side in sides]
         ids.append(np.fromiter(itertools.chain.from_iterable(sides), np.int32))
+        scored.append(np.frombuffer(b"".join(marks), np.bool_))
         _check_vocabulary(ids[-1], tokenizer, vocab_size)
-    read = len(kept) + sum(left_out.values())
+    read = len(kept) + rejected.counts.total()
     if not kept:
-        reasons = ", ".join(f"{reason}: {count}" for reason, count in left_out.items())
-        raise ValueError(f"none of the {read} rows of {path} is left ({reasons}); correct the file or the settings named")
+        raise ValueError(
+            f"none of the {read} rows of {rejected.path} is left ({_reasons(rejected)}); correct the file or the settings named"
+        )
     examples = Examples(
         tokens=np.concatenate(ids),
+        scored=np.concatenate(scored),
         offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)]),
-        prompt_lengths=np.asarray(prompt_lengths, np.int32),
         N=len(kept[0].completions),
-        prompts=[row.prompt for row in kept],
-        completions=[row.completions for row in kept],
+        prompts=prompts,
+        fields={name: np.asarray([row.fields[name] for row in kept], FIELDS[name]) for name in kept[0].fields},
     )
     report = Report(
         rows=read,
         kept=len(kept),
-        dropped=dict(left_out),
+        dropped=dict(rejected.counts),
+        bad=rejected.first,
         prompts_cut=counts["prompts_cut"],
         completions_cut=counts["completions_cut"],
         boundary_merges=counts["boundary_merges"],
         separators_added=counts["separators_added"],
         eos_inside=counts["eos_inside"],
+        turns_without_eos=counts["turns_without_eos"],
+        masks=chat.masks(tokenizer) if any(not isinstance(row.prompt, str) for row in kept) else "",
+        pairs_split=0,
         tokens=len(examples.tokens),
-        completion_tokens=len(examples.tokens) - int(examples.prompt_lengths.sum()),
+        completion_tokens=int(examples.scored.sum()),
         longest=max(lengths),
         responses=examples.N,
+        longest_prompt=longest_prompt,
+        uncut=(tuple(uncut[0]), tuple(uncut[1])),
     )
     return examples, report
 
 
-def _check_limits(max_length: int, max_prompt_length: int, tokenizer, path) -> None:
+def _reasons(rejected: Rejected) -> str:
+    first = {reason: f", such as {shown[0]}" for reason, shown in rejected.first.items()}
+    return "; ".join(f"{reason}: {count}{first.get(reason, '')}" for reason, count in rejected.counts.items())
+
+
+def _check_limits(max_length: int, max_prompt_length: int, tokenizer: Any, path: Any) -> None:
     if max_length < 2:
         raise ValueError(f"data.max_length is {max_length}; a row needs a prompt token and a completion token: use 2 or more")
     if max_prompt_length < 0 or max_prompt_length >= max_length:
@@ -197,44 +210,65 @@ def _check_limits(max_length: int, max_prompt_length: int, tokenizer, path) -> N
         )
 
 
-def _encoded(rows: Sequence[Prompted], tokenizer) -> Iterator[tuple[Sequence[Prompted], list[Encoded]]]:
-    """Chunks of rows, with the ids of each row's prompt alone and of its N sides, less an EOS that the tokenizer appended."""
+def _encoded(rows: Sequence[Prompted], tokenizer: Any) -> Iterator[tuple[Sequence[Prompted], list[Encoded | Bad]]]:
+    """Chunks of rows, in tokens, each kind by its own way."""
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        chunk = rows[start : start + ROWS_AT_ONCE]
+        texts = [row for row in chunk if isinstance(row.prompt, str)]
+        conversations = [row for row in chunk if not isinstance(row.prompt, str)]
+        done = iter(encode_texts(texts, tokenizer) if texts else ())
+        chats = iter(chat.encode(conversations, tokenizer) if conversations else ())
+        yield chunk, [next(done) if isinstance(row.prompt, str) else next(chats) for row in chunk]
 
-    def encode(texts):
+
+def encode_texts(rows: Sequence[Prompted], tokenizer: Any) -> list[Encoded]:
+    """Rows of text in tokens, split at their boundaries, completions ended by one EOS."""
+    eos = tokenizer.eos_token_id
+    # By a probe and not by the last id of each text: a text may itself end in an EOS, which is then part of it.
+    appended = tokenizer("a")["input_ids"][-1] == eos
+
+    def encode(texts: list[str]) -> list[list[int]]:
         ids = tokenizer(texts, truncation=False, padding=False, return_attention_mask=False, verbose=False)["input_ids"]
         return [row[:-1] for row in ids] if appended else ids
 
-    # By a probe and not by the last id of each text: a text may itself end in an EOS, which is then part of it.
-    appended = tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id
-    for start in range(0, len(rows), ROWS_AT_ONCE):
-        chunk = rows[start : start + ROWS_AT_ONCE]
-        prompts = encode([row.prompt for row in chunk])
-        sides = iter(encode([row.prompt + completion for row in chunk for completion in row.completions]))
-        yield chunk, [(prompt, [next(sides) for _ in row.completions]) for prompt, row in zip(prompts, chunk, strict=True)]
+    prompts = encode([str(row.prompt) for row in rows])
+    sides = iter(encode([f"{row.prompt}{completion}" for row in rows for completion in row.completions]))
+    out = []
+    for prompt, row in zip(prompts, rows, strict=True):
+        full = [next(sides) for _ in row.completions]
+        boundary = min(_common(prompt, side) for side in full)
+        completions = [_ended(side[boundary:], eos) for side in full]
+        merged = boundary < len(prompt)
+        out.append(Encoded(prompt[:boundary], completions, [b"\1" * len(c) for c in completions], str(row.prompt), merged))
+    return out
 
 
-def _fit(prompt_alone: list[int], sides: list[list[int]], tokenizer, max_length: int, max_prompt_length: int) -> _Fitted | Bad:
-    """Split a row at its boundary, end its completions, and cut it to length."""
+def _fit(row: Encoded, tokenizer: Any, max_length: int, max_prompt_length: int) -> _Fitted | Bad:
+    """Cut a row to length."""
     eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
-    boundary = min(_common(prompt_alone, side) for side in sides)
-    whole = prompt_alone[:boundary] or [eos if bos is None else bos]
+    whole = row.prompt or [eos if bos is None else bos]
     prompt = _cut_prompt(whole, max_prompt_length, bos)
     room = max_length - len(prompt)
     if room < 1:
         what = f"a prompt of {len(prompt)} tokens leaves no room within max_length {max_length}"
         return Bad("prompt leaves no room", f"{what}; set data.max_prompt_length or raise data.max_length")
-    ended = [_ended(side[boundary:], eos) for side in sides]
-    completions = [completion[:room] for completion in ended]
-    if len(completions) > 1 and all(completion == completions[0] for completion in completions):
-        return Bad(IDENTICAL, "all its completions are the same tokens")
+    completions = [completion[:room] for completion in row.completions]
+    if len(set(map(tuple, completions))) < len(completions):
+        return Bad(IDENTICAL, "two of its completions are the same tokens after the cut")
     counts = {
-        "boundary_merges": int(boundary < len(prompt_alone)),
-        "separators_added": int(boundary == 0),
+        "boundary_merges": int(row.merged),
+        "separators_added": int(not row.prompt),
         "prompts_cut": int(len(prompt) < len(whole)),
-        "completions_cut": sum(len(completion) > room for completion in ended),
-        "eos_inside": sum(eos in completion[:-1] for completion in completions),
+        "completions_cut": sum(len(completion) > room for completion in row.completions),
+        "eos_inside": sum(_eos_inside(*side, eos) for side in zip(completions, row.scored, strict=True)),
+        "turns_without_eos": row.turns_without_eos,
     }
-    return _Fitted(prompt, completions, counts)
+    return _Fitted(prompt, completions, [side[:room] for side in row.scored], counts)
+
+
+def _eos_inside(completion: list[int], scored: bytes, eos: int) -> bool:
+    """Whether a scored EOS is followed by another scored token."""
+    return eos in completion[:-1] and any(token == eos and scored[i : i + 2] == b"\1\1" for i, token in enumerate(completion[:-1]))
 
 
 def _ended(completion: list[int], eos: int) -> list[int]:
@@ -257,7 +291,7 @@ def _cut_prompt(prompt: list[int], max_prompt_length: int, bos: int | None) -> l
     return head + prompt[len(prompt) - max_prompt_length + len(head) :]
 
 
-def _check_vocabulary(ids: np.ndarray, tokenizer, vocab_size: int) -> None:
+def _check_vocabulary(ids: np.ndarray, tokenizer: Any, vocab_size: int) -> None:
     largest = int(ids.max(initial=0))
     if largest >= vocab_size:
         raise ValueError(

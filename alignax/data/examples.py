@@ -1,0 +1,87 @@
+"""Examples: tokenised rows, stored flat, with what else a batch takes from them."""
+
+import dataclasses
+import functools
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+
+# Fields that rows bring into the batch beside their tokens, and their types; a further one costs a line here and one in rows.py.
+FIELDS = {"labels": np.bool_, "margin": np.float32}
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """n tokenised rows of N responses each: side s = row * N + response is `tokens[offsets[s]:offsets[s + 1]]`.
+
+    The N sides of a row begin with the same prompt, the tokens in front of the first scored one; there is at least one. A text
+    in `prompts` is what the file holds, or the chat template made of it, before any cut.
+    """
+
+    tokens: np.ndarray  # [total] int32
+    scored: np.ndarray  # [total] bool: tokens of the completion_mask
+    offsets: np.ndarray  # [n*N + 1] int64
+    N: int
+    prompts: list[str]  # [n]
+    fields: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # name -> [n, ...], as in FIELDS
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each side, prompt included: [n*N] int64."""
+        return np.diff(self.offsets)
+
+    @functools.cached_property
+    def prompt_lengths(self) -> np.ndarray:
+        """Tokens of each side in front of its first scored one: [n*N] int64, at least 1."""
+        scored = np.flatnonzero(self.scored)
+        return scored[np.searchsorted(scored, self.offsets[:-1])] - self.offsets[:-1]
+
+    def prompt_tokens(self, row: int) -> np.ndarray:
+        """The prompt of a row, after any cut: [P] int32."""
+        side = row * self.N
+        return self.tokens[self.offsets[side] :][: self.prompt_lengths[side]]
+
+    def digest(self, crc: int = 0) -> int:
+        """A fingerprint of all that batches are made of, taken on from `crc`."""
+        crc = zlib.crc32(repr((self.N, sorted(self.fields))).encode(), crc)
+        for array in (self.tokens, self.scored, self.offsets, *(self.fields[name] for name in sorted(self.fields))):
+            crc = zlib.crc32(np.ascontiguousarray(array).tobytes(), crc)
+        return crc
+
+
+def concatenate(parts: Sequence[Examples]) -> Examples:
+    """All rows of the parts, in their order; they must have the same number of responses and the same fields."""
+    if len(parts) == 1:
+        return parts[0]
+    for what, values in (("responses", [p.N for p in parts]), ("further fields", [sorted(p.fields) for p in parts])):
+        if any(value != values[0] for value in values):
+            shown = " and ".join(map(str, values))
+            raise ValueError(f"the sources differ in their {what} ({shown}); mix sources of one kind")
+    ends = np.cumsum([0, *(len(p.tokens) for p in parts)])
+    return Examples(
+        tokens=np.concatenate([p.tokens for p in parts]),
+        scored=np.concatenate([p.scored for p in parts]),
+        offsets=np.concatenate([np.zeros(1, np.int64), *(p.offsets[1:] + end for p, end in zip(parts, ends, strict=False))]),
+        N=parts[0].N,
+        prompts=[prompt for p in parts for prompt in p.prompts],
+        fields={name: np.concatenate([p.fields[name] for p in parts]) for name in parts[0].fields},
+    )
+
+
+def unpair(pairs: Examples) -> Examples:
+    """Each pair as two rows of one response, labelled True and False.
+
+    The sides of a pair lie n rows apart, and neighbours differ in prompt and label: unpaired losses compare neighbours.
+    """
+    n = len(pairs)
+    pair = np.arange(n)
+    sides = np.concatenate([2 * pair + pair % 2, 2 * pair + 1 - pair % 2])
+    lengths = pairs.lengths[sides]
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+    gather = np.arange(offsets[-1]) + np.repeat(pairs.offsets[sides] - offsets[:-1], lengths)
+    labels = (sides % 2 == 0)[:, None]  # [2n, N = 1]
+    return Examples(pairs.tokens[gather], pairs.scored[gather], offsets, 1, [*pairs.prompts, *pairs.prompts], {"labels": labels})

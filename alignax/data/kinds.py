@@ -1,0 +1,218 @@
+"""Kinds of data: raw rows become prompts with completions.
+
+No prompt is ever guessed: it is a column, or what stands before a separator that the configuration names, or the leading
+turns of a conversation. (The longest common prefix of "Paris " and "London" is nothing, of "The sky" and "The sky is blue" a
+whole answer: a prompt inferred so is silently wrong.)
+"""
+
+import difflib
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from os.path import commonprefix
+from pathlib import Path
+from typing import Any
+
+from alignax.data import chat
+from alignax.data.files import short
+from alignax.data.rows import Bad, Prompted, Rejected
+
+
+def prompted_rows(rows: Sequence[Mapping], data: Any, path: str | Path = "data") -> tuple[list[Prompted], Rejected]:
+    """Turn raw rows into prompts with completions as the `config.data` section says, and count the rows left out.
+
+    `data.kind`: "preference" (chosen, rejected), "sft" (a completion, or messages, or the chosen side of pairs), "unpaired" (a
+    completion and a label), "ranked" (k completions, best first). Texts that have no prompt column are whole transcripts, and
+    each side is split after its own last `data.prompt_separator`. Conversations are lists of messages; without a prompt column
+    the sides share their leading turns. With `data.bad_rows="error"` the first bad row raises `ValueError`; with "drop" it is
+    counted. `len(prompted) + rejected.counts.total() == len(rows)`.
+    """
+    rejected = Rejected(path, data.bad_rows)
+    if data.limit < 0:
+        raise ValueError(f"data.limit is {data.limit}; use a number of rows, or 0 for all of them")
+    if data.turns not in ("last", "all"):
+        raise ValueError(f"data.turns is {data.turns!r}; use last or all")
+    there = {column: None for row in rows for column in row}  # a dict keeps the order of the file
+    read = _reader(rows, data, there, path)
+    taken = rows[: data.limit] if data.limit else rows
+    kept = []
+    for index, row in enumerate(taken):
+        result = read(row)
+        if isinstance(result, Bad):
+            rejected.add(result, index)
+        else:
+            kept.append(result._replace(row=index))
+    if data.kind == "ranked":
+        kept = list(_of_one_size(kept, rejected))
+    if len(taken) < len(rows):
+        rejected.counts["beyond data.limit"] = len(rows) - len(taken)
+    return kept, rejected
+
+
+def holds_pairs(rows: Sequence[Mapping], data: Any) -> bool:
+    """Whether a file for data of kind "unpaired" has pairs instead, which are to be taken apart."""
+    if data.kind != "unpaired" or data.columns.margin:
+        return False
+    there = {column for row in rows for column in row}
+    return data.columns.label not in there and {data.columns.chosen, data.columns.rejected} <= there
+
+
+def _reader(rows: Sequence[Mapping], data: Any, there: Mapping[str, None], path: Any) -> Callable[[Mapping], Prompted | Bad]:
+    """The function from a raw row to its prompt and completions; refuses a file that lacks the columns for it."""
+    c = data.columns
+    wanted = {
+        "preference": ("chosen", "rejected"),
+        "sft": (_sft_column(data, there),),
+        "unpaired": ("completion", "label"),
+        "ranked": ("completions",),
+    }
+    if data.kind not in wanted:
+        raise ValueError(f"data.kind is {data.kind!r}; use one of {', '.join(wanted)}")
+    if c.margin and data.kind != "preference":
+        raise ValueError(f"data.columns.margin is {c.margin!r}, and data of kind {data.kind!r} has no margins; leave it empty")
+    for name in (*wanted[data.kind], *(["margin"] if c.margin else [])):
+        if c[name] not in there:
+            raise ValueError(f"{path} has no column {c[name]!r}, named by data.columns.{name}; it has: {_nearest(c[name], there)}")
+    names = [name for name in wanted[data.kind] if name != "label"]
+    columns = [c[name] for name in names]
+    # A column of messages is the whole conversation, whatever else a file tells of its prompt.
+    prompt = c.prompt if c.prompt in there and names != ["messages"] else ""
+    if not prompt and not data.prompt_separator and not any(isinstance(row.get(columns[0]), list) for row in rows):
+        raise ValueError(
+            f"{path} has no prompt column {c.prompt!r} (it has: {_nearest(c.prompt, there)}), and a prompt is never guessed. Name "
+            "the column with data.columns.prompt, or, where a text is a whole transcript, say where its last answer begins with "
+            "data.prompt_separator, such as '\\n\\nAssistant:'"
+        )
+
+    def read(row: Mapping) -> Prompted | Bad:
+        sides = _ranking(row, columns[0]) if data.kind == "ranked" else {column: row.get(column) for column in columns}
+        result = sides if isinstance(sides, Bad) else _prompted(row, prompt, sides, data)
+        fields = _fields(row, data)
+        if isinstance(result, Bad):
+            return result
+        if isinstance(fields, Bad):
+            return fields
+        return _equal(result._replace(fields=fields), list(sides))
+
+    return read
+
+
+def _sft_column(data: Any, there: Mapping[str, None]) -> str:
+    """Of data for SFT: a completion, else messages, else the chosen side of pairs."""
+    return next((name for name in ("completion", "messages", "chosen") if data.columns[name] in there), "completion")
+
+
+def _ranking(row: Mapping, column: str) -> dict[str, Any] | Bad:
+    value = row.get(column)
+    if not isinstance(value, list) or len(value) < 2:
+        return Bad("no ranking", f"{column!r} is {short(value)}, not a list of two or more completions, best first")
+    return {f"{column}[{i}]": side for i, side in enumerate(value)}
+
+
+def _of_one_size(rows: list[Prompted], rejected: Rejected) -> Iterator[Prompted]:
+    """The rows with as many completions as most have."""
+    most = Counter(len(row.completions) for row in rows).most_common(1)
+    for row in rows:
+        if (k := len(row.completions)) == most[0][0]:
+            yield row
+        else:
+            rejected.add(Bad("another number of completions", f"it has {k} completions, where most rows have {most[0][0]}"), row.row)
+
+
+def _fields(row: Mapping, data: Any) -> dict[str, Any] | Bad:
+    """Further fields of the batch; their types are in `alignax.data.examples.FIELDS`."""
+    fields: dict[str, Any] = {}
+    if data.kind == "unpaired":
+        value = row.get(data.columns.label)
+        label = {"true": True, "1": True, "false": False, "0": False}.get(str(value).lower())
+        if label is None or not isinstance(value, bool | int | str):
+            return Bad("no label", f"{data.columns.label!r} is {short(value)}, not true or false")
+        fields["labels"] = (label,)  # [N]
+    if data.columns.margin:
+        margin = _number(row.get(data.columns.margin))
+        if margin is None:
+            return Bad("no margin", f"{data.columns.margin!r} is {short(row.get(data.columns.margin))}, not a finite number")
+        fields["margin"] = margin
+    return fields
+
+
+def _number(value: Any) -> float | None:
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if abs(number) < 1e38 else None  # float32 holds it
+
+
+def _prompted(row: Mapping, prompt: str, sides: Mapping[str, Any], data: Any) -> Prompted | Bad:
+    """A row's prompt, from its column, or from `sides` (column or place in it -> value) themselves, and its completions."""
+    values: dict[str, Any] = ({prompt: row.get(prompt)} if prompt else {}) | dict(sides)
+    lists = [name for name, value in values.items() if isinstance(value, list)]
+    if lists and len(lists) == len(values):
+        return chat.split(values.pop(prompt) if prompt else None, values, row.get(data.columns.tools), data.turns)
+    if lists == [*sides] and isinstance(values.get(prompt), str):
+        what = f"{lists[0]!r} is a conversation and {prompt!r} is text. Where the conversation has the prompt in it, set"
+        return Bad("conversation with a text prompt", f"{what} --config.data.columns.prompt= (empty)")
+    bad = next((bad for name, value in values.items() if (bad := _bad_text(name, value))), None)
+    if bad:
+        return bad
+    if prompt:
+        return _filled(Prompted(row[prompt], tuple(sides.values())), list(sides))
+    if not data.prompt_separator:
+        return Bad("no prompt", f"{next(iter(sides))!r} is text, and the file has no prompt column; name it with data.columns.prompt")
+    return _split(sides, data.prompt_separator)
+
+
+def _split(sides: Mapping[str, str], separator: str) -> Prompted | Bad:
+    parts = {name: text.rpartition(separator) for name, text in sides.items()}
+    for name, (_, found, _) in parts.items():
+        if not found:
+            return Bad("no separator", f"{name!r} holds no separator {separator!r}: {short(sides[name])}")
+    prompts = [before + found for before, found, _ in parts.values()]
+    if len(set(prompts)) > 1:
+        shown = " and ".join(_where(prompts, prompt) for prompt in dict.fromkeys(prompts))
+        return Bad("prompt differs", f"the prompt differs between {' and '.join(sides)}: {shown}")
+    return _filled(Prompted(prompts[0], tuple(after for _, _, after in parts.values())), list(sides))
+
+
+def _bad_text(name: str, value: Any) -> Bad | None:
+    if not isinstance(value, str):
+        return Bad("not text", f"{name!r} is {short(value)}, not text")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return Bad("invalid Unicode", f"{name!r} holds half a surrogate pair, which is no text: {short(value)}")
+    return None
+
+
+def _filled(row: Prompted, names: Sequence[str]) -> Prompted | Bad:
+    for name, completion in zip(names, row.completions, strict=True):
+        if isinstance(completion, str) and not completion.strip():
+            return Bad("empty completion", f"the completion in {name!r} is empty: {short(completion)}")
+    return row
+
+
+def _equal(row: Prompted, names: Sequence[str]) -> Prompted | Bad:
+    seen: dict[str, str] = {}
+    for name, completion in zip(names, row.completions, strict=True):
+        key = completion if isinstance(completion, str) else json.dumps(completion, sort_keys=True)
+        if key in seen:
+            reason = "chosen equals rejected" if len(names) == 2 else "equal completions"
+            return Bad(reason, f"{seen[key]} and {name} are the same text: {short(completion)}")
+        seen[key] = name
+    return row
+
+
+def _nearest(column: str, there: Mapping[str, Any]) -> str:
+    def distance(other):
+        return -difflib.SequenceMatcher(None, column.lower(), other.lower()).ratio()
+
+    return ", ".join(repr(name) for name in sorted(there, key=distance))
+
+
+def _where(prompts: Sequence[str], prompt: str) -> str:
+    """The part of a prompt where the prompts begin to differ."""
+    start = max(len(commonprefix(prompts)) - 20, 0)
+    return f"{'...' if start else ''}{prompt[start : start + 50]!r}{'...' if start + 50 < len(prompt) else ''}"

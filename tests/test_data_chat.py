@@ -1,0 +1,225 @@
+"""Conversations by chat templates of real forms: ChatML, Llama 2's [INST], one with generation marks, one that rewrites history."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny
+
+from alignax.config import default_config
+from alignax.data import assemble, decode_example, padded_length, prompted_rows, tokenize
+from alignax.data.chat import Encoded, encode, masks
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+INST = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
+    "{% elif m['role'] == 'assistant' %} {{ m['content'] }}{{ eos_token }}{% else %}"
+    "{{ raise_exception('no role ' ~ m['role']) }}{% endif %}"
+    "{% endfor %}"
+)
+MARKED = (  # a line end after a block is the template's own, and dropped
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}<|im_end|>"
+    "{% endgeneration %}{% else %}{{ m['content'] }}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# As reasoning models have it: earlier answers lose what was thought.
+REWRITING = CHATML.replace("{{ m['content'] }}", "{{ m['content'] if loop.last else m['content'].split('|')[-1] }}")
+TOOLS = "{% if tools %}tools: {{ tools | map(attribute='name') | join(',') }}\n{% endif %}" + CHATML.replace(
+    "{{ m['content'] }}", "{{ m['content'] if 'content' in m else m['tool_calls'][0]['name'] }}"
+)
+
+
+@pytest.fixture(scope="module")
+def chatml():
+    return tiny.byte_tokenizer(CHATML)
+
+
+@pytest.fixture(scope="module")
+def marked():
+    return tiny.byte_tokenizer(MARKED)
+
+
+def turns(*texts, first="user"):
+    """Messages whose roles take turns."""
+    roles = ("user", "assistant") if first == "user" else ("assistant", "user")
+    return [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+def read(rows, kind="sft", **changes):
+    data = default_config().data
+    data.update(kind=kind, **changes)
+    return prompted_rows(rows, data)
+
+
+def shown(tokenizer, row, prompt=False):
+    """Each side of a row as the scored text in [ ] and the rest outside, or its prompt alone."""
+    (code,) = encode([row], tokenizer)
+    assert isinstance(code, Encoded), code
+    if prompt:
+        return tokenizer.decode(code.prompt)
+    out = []
+    for ids, scored in zip(code.completions, code.scored, strict=True):
+        assert scored[0] and scored[-1] and len(ids) == len(scored)
+        edges = [0, *(np.flatnonzero(np.diff(list(scored))) + 1), len(ids)]
+        parts = [(tokenizer.decode(ids[a:b]), scored[a]) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+        out.append("".join(f"[{text}]" if on else text for text, on in parts))
+    return out
+
+
+CONVERSATION = [{"role": "system", "content": "be brief"}, *turns("hi", "hello", "and?", "bye", "lost")]
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED])
+def test_the_last_or_all_assistant_turns_are_scored_with_their_eos(template):
+    tokenizer = tiny.byte_tokenizer(template)
+    (last,), _ = read([{"messages": CONVERSATION}])
+    assert shown(tokenizer, last) == ["[bye<|im_end|>]"]
+    assert shown(tokenizer, last, prompt=True).endswith("hello<|im_end|>\n<|im_start|>user\nand?<|im_end|>\n<|im_start|>assistant\n")
+    (every,), _ = read([{"messages": CONVERSATION}], turns="all")
+    assert shown(tokenizer, every) == ["[hello<|im_end|>]\n<|im_start|>user\nand?<|im_end|>\n<|im_start|>assistant\n[bye<|im_end|>]"]
+    assert shown(tokenizer, every, prompt=True).startswith("<|im_start|>system\nbe brief<|im_end|>\n"), "no BOS that the template has not"
+    assert masks(tokenizer).startswith("the template's" if template is MARKED else "prefixes")
+
+
+def test_the_bos_of_the_template_is_the_only_one():
+    tokenizer = tiny.byte_tokenizer(INST, eos="</s>")
+    (row,), _ = read([{"messages": turns("hi", "hello", "and?", "bye")}], turns="all")
+    assert shown(tokenizer, row) == ["[ hello</s>][INST] and? [/INST][ bye</s>]"]
+    assert encode([row], tokenizer)[0].prompt.count(0) == 1
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED])
+def test_pairs_with_a_prompt_or_sharing_their_leading_turns(template):
+    tokenizer = tiny.byte_tokenizer(template)
+    explicit = {
+        "prompt": turns("hi", "hello", "and?"),
+        "chosen": turns("bye", first="assistant"),
+        "rejected": turns("no", first="assistant"),
+    }
+    shared = {key: explicit["prompt"] + explicit[key] for key in ("chosen", "rejected")}
+    (a,), _ = read([explicit], "preference")
+    (b,), _ = read([shared], "preference")
+    assert a == b and shown(tokenizer, a) == ["[bye<|im_end|>]", "[no<|im_end|>]"]
+    assert shown(tokenizer, a, prompt=True).count("hello") == 1
+
+
+def test_pairs_of_several_answers_are_scored_after_the_prompt_only(chatml):
+    row = {"chosen": turns("hi", "a", "so", "b", "then", "c"), "rejected": turns("hi", "a", "so", "x")}
+    (pair,), _ = read([row], "preference", turns="all")
+    chosen, rejected = shown(chatml, pair)
+    assert chosen == "[b<|im_end|>]\n<|im_start|>user\nthen<|im_end|>\n<|im_start|>assistant\n[c<|im_end|>]" and rejected == "[x<|im_end|>]"
+    with pytest.raises(ValueError, match="'chosen' has 2 assistant turns after the prompt; score them with --config.data.turns=all"):
+        read([row], "preference")
+
+
+def test_rankings_and_labels_of_conversations(chatml):
+    answers = [turns(text, first="assistant") for text in "abc"]
+    (row,), _ = read([{"prompt": turns("q"), "completions": answers}], "ranked")
+    assert shown(chatml, row) == ["[a<|im_end|>]", "[b<|im_end|>]", "[c<|im_end|>]"]
+    (row,), _ = read([{"prompt": turns("q"), "completion": answers[0], "label": False}], "unpaired")
+    assert shown(chatml, row) == ["[a<|im_end|>]"] and row.fields == {"labels": (False,)}
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"chosen": turns("hi", "a"), "rejected": turns("hi", "a", "b", "c")}, "empty completion"),  # the shared turns are no completion
+        ({"chosen": turns("hi", "a"), "rejected": turns("ho", "a")}, "prompt differs"),
+        ({"chosen": turns("hi", "a"), "rejected": turns("hi", " ")}, "empty completion"),
+        ({"chosen": turns("hi", "a"), "rejected": turns("hi")}, "no answer"),
+        ({"chosen": turns("hi", "a"), "rejected": turns("hi", "a", "lost")}, "empty completion"),
+        ({"chosen": turns("a", first="assistant"), "rejected": turns("b", first="assistant")}, "no prompt"),
+        ({"chosen": turns("hi", "a"), "rejected": [{"role": "user", "content": 3}]}, "not messages"),
+        ({"chosen": turns("hi", "a"), "rejected": ["hi", "b"]}, "not messages"),
+        ({"chosen": turns("hi", "a"), "rejected": turns("hi", "\ud800")}, "invalid Unicode"),
+        ({"chosen": turns("hi", "a"), "rejected": "b"}, "not text"),
+        ({"chosen": turns("hi", "a"), "rejected": turns("hi", "b"), "tools": "{"}, "bad tools"),
+    ],
+)
+def test_bad_conversations(row, reason):
+    good = {"chosen": turns("hi", "a"), "rejected": turns("hi", "b")}
+    prompted, rejected = read([good, row], "preference", bad_rows="drop")
+    assert len(prompted) == 1 and rejected.counts == {reason: 1}
+
+
+def test_a_text_prompt_beside_a_whole_conversation_names_the_remedy():
+    row = {"prompt": "hi", "chosen": turns("hi", "a"), "rejected": turns("hi", "b")}
+    with pytest.raises(ValueError, match=r"'chosen' is a conversation and 'prompt' is text.*--config.data.columns.prompt= \(empty\)"):
+        read([row], "preference")
+    data = default_config().data
+    data.columns.prompt = ""
+    assert prompted_rows([row], data)[0][0].prompt == turns("hi")
+
+
+def test_a_template_that_rewrites_history_is_no_prefix():
+    tokenizer = tiny.byte_tokenizer(REWRITING)
+    conversation = turns("hi", "hm|hello", "and?", "hm|bye")
+    (every,), _ = read([{"messages": conversation}], turns="all")
+    (bad,) = encode([every], tokenizer)
+    assert bad.reason == "template is no prefix" and "the end of turn 1" in bad.what
+    (last,), _ = read([{"messages": conversation}])
+    assert shown(tokenizer, last) == ["[hm|bye<|im_end|>]"] and "hm|hello" not in shown(tokenizer, last, prompt=True)
+    with pytest.raises(ValueError, match=r"data, row 0 .*no prefix.*generation.*data.turns.*bad_rows=drop"):
+        tokenize([every], tokenizer, max_length=99, max_prompt_length=0, vocab_size=999)
+
+
+def test_a_template_that_refuses_and_one_that_is_missing():
+    (row,), _ = read([{"messages": [{"role": "system", "content": "x"}, *turns("hi", "a")]}])
+    (bad,) = encode([row], tiny.byte_tokenizer(INST, eos="</s>"))
+    assert bad.reason == "refused by the template" and "no role system" in bad.what
+    with pytest.raises(ValueError, match="no chat template; put the model's chat_template.jinja into its folder"):
+        encode([row], tiny.byte_tokenizer(None))
+
+
+def test_marks_that_miss_a_turn_are_a_bad_row(chatml):
+    tokenizer = tiny.byte_tokenizer(MARKED.replace("m['role'] == 'assistant'", "m['role'] == 'assistant' and loop.last"))
+    (row,), _ = read([{"messages": turns("hi", "a", "b", "c")}], turns="all")
+    assert encode([row], tokenizer)[0].reason == "marks do not fit"
+
+
+def test_tools_and_calls_go_through_the_template_and_empty_keys_are_left_out():
+    tokenizer = tiny.byte_tokenizer(TOOLS)
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "clock"}]}
+    conversation = [*turns("time?"), call, {"role": "tool", "content": "noon", "tool_calls": None}, *turns("noon", first="assistant")]
+    for tools in ([{"name": "clock"}], json.dumps([{"name": "clock"}])):
+        (row,), _ = read([{"messages": conversation, "tools": tools}], turns="all")
+        assert shown(tokenizer, row) == ["[clock<|im_end|>]\n<|im_start|>tool\nnoon<|im_end|>\n<|im_start|>assistant\n[noon<|im_end|>]"]
+        assert shown(tokenizer, row, prompt=True).startswith("tools: clock\n")
+
+
+def test_an_eos_is_never_doubled_and_a_missing_one_is_counted(chatml):
+    (row,), _ = read([{"messages": turns("hi", "a<|im_end|>", "b", "c<|im_end|>")}], turns="all")
+    assert shown(chatml, row) == ["[a<|im_end|>]<|im_end|>\n<|im_start|>user\nb<|im_end|>\n<|im_start|>assistant\n[c<|im_end|>]"]
+    other = tiny.byte_tokenizer(CHATML, eos="</s>")  # the template ends turns with a token that is not this tokenizer's EOS
+    examples, report = tokenize([row], other, max_length=99, max_prompt_length=0, vocab_size=999)
+    assert report.turns_without_eos == 2 and any("without an EOS" in line for line in report.lines())
+    assert not (examples.tokens[examples.scored] == other.eos_token_id).any()
+
+
+def test_several_spans_reach_the_batch_and_are_cut(chatml):
+    rows, _ = read([{"messages": turns("hi", "hello", "and?", "bye")}, {"messages": turns("hi", "hello")}], turns="all")
+    options = {"max_prompt_length": 0, "vocab_size": 999}
+    examples, report = tokenize(rows, chatml, max_length=99, **options)
+    batch = assemble(examples, np.asarray([0]), padded_length(examples))
+    tokens, scored = batch["tokens"][0, 0], batch["completion_mask"][0, 0]
+    assert chatml.decode(tokens[scored]) == "hello<|im_end|>bye<|im_end|>"
+    assert np.diff(scored.astype(int)).tolist().count(1) == 2
+    assert examples.prompts[0] == chatml.decode(examples.prompt_tokens(0)) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert (report.completions_cut, report.eos_inside, report.turns_without_eos) == (0, 0, 0)
+    assert report.masks.startswith("prefixes") and report.completion_tokens == examples.scored.sum()
+    assert "[<|im_end|>] Ċ <|im_start|>" in decode_example(examples, 0, chatml)
+    whole = int(examples.lengths[0])
+    cut, report = tokenize(rows, chatml, max_length=whole - 2, **options)
+    assert report.completions_cut == 1 and chatml.eos_token_id not in cut.tokens[: whole - 2][-2:] and cut.lengths[0] == whole - 2
+
+
+def test_text_and_conversations_may_share_a_file(chatml):
+    rows = [{"prompt": "hi", "completion": " ho"}, {"prompt": turns("hi"), "completion": turns("ho", first="assistant")}]
+    prompted, _ = read(rows)
+    examples, _ = tokenize(prompted, chatml, max_length=99, max_prompt_length=0, vocab_size=999)
+    sides = np.split(examples.tokens, examples.offsets[1:-1])
+    assert chatml.decode(sides[0]) == "<s>hi ho<|im_end|>"
+    assert chatml.decode(sides[1]) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nho<|im_end|>"
