@@ -21,7 +21,7 @@ demo: setup
 	$(BIN)/alignax train --config experiments/demo.py
 
 test: $(VENV)/installed-test
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile
 
 test-slow: $(VENV)/installed-test
 	$(BIN)/pip install --quiet -e '.[tpu]'

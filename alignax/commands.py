@@ -69,7 +69,7 @@ def saved_experiment(workdir: Path, overrides: Sequence[str]) -> Experiment:
     file = workdir / "config.py"
     if not file.is_file():
         raise ValueError(f"{str(workdir)!r} is not the workdir of a run: it has no config.py")
-    here = [f"workdir={workdir}", "mesh.data=1", "mesh.fsdp=-1", "mesh.tensor=1"]
+    here = [f"workdir={workdir}", "reference.cache=", "mesh.data=1", "mesh.fsdp=-1", "mesh.tensor=1"]
     return load_experiment(file, [*here, *overrides])
 
 

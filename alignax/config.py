@@ -63,6 +63,7 @@ def default_config() -> Any:
 
     c.reference = ConfigDict()
     c.reference.path = ""  # Hugging Face folder; empty: the policy that the run starts from, of adapters their base
+    c.reference.cache = ""  # folder for its log-probs of the data, computed once; empty: computed in every step
     c.reference.token_kl = False  # its KL from the policy in every token, over the whole vocabulary: TDPO reads it
 
     c.data = ConfigDict()

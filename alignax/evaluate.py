@@ -79,7 +79,7 @@ class Evaluation:
         }
         columns: dict[str, Any] = {"prompt": prompts, "completion": texts}
         # At another temperature the samples are not the policy's, and their log-ratio estimates no KL.
-        if run.reference is not None and c.temperature == 1.0:
+        if reference_model(run, self.frozen) is not None and c.temperature == 1.0:
             k1, k3 = self._divergences(state.params, self.frozen, *self._prompts, out, alive)
             columns["log_ratio"] = meshes.gathered(k1)[:n].tolist()
             scores |= {"kl": float(np.mean(columns["log_ratio"])), "kl_k3": float(meshes.gathered(k3)[:n].mean())}

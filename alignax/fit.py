@@ -4,6 +4,7 @@ import functools
 import math
 import os
 import signal
+import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -35,11 +36,14 @@ from alignax.prepare import (
     frozen_sources,
     policy_model,
     reference_model,
+    reference_name,
     state_shardings,
+    stored_outputs,
     taught_apply,
 )
+from alignax.reference import with_stored
 from alignax.train import digest, init_state, make_evaluation, make_step
-from alignax.types import Batch, Metrics, Params, TrainState
+from alignax.types import Batch, Metrics, Model, Params, TrainState
 
 DRIFT = 2.0  # nats that the chosen response falls before the notice
 EQUAL = {"float32": 1e-3, "bfloat16": 0.1}  # nats that the margin of equal models may differ from 0 by rounding
@@ -73,6 +77,12 @@ def start(run: Run, write: bool = True) -> Started:
     about = {"policy": fingerprint(params), "reference": fingerprint(original), "data": f"{run.train.digest():08x}"}
     stored = {"base": params, "reference": original}
     frozen = {name: frozen_copy(run, stored[name]) for name in frozen_sources(run)}
+    if config.reference.cache:
+        name = reference_name(run)
+        scorer = frozen[name] if name in frozen else frozen_copy(run, original)
+        say = lambda line: print(line, file=sys.stderr, flush=True) if is_main() else None
+        run = with_stored(run, scorer, about["reference"], say)
+        del scorer
     if run.lora is not None:
         params = original = initial_adapters(run, frozen["base"])
         about["adapters"] = fingerprint(params)
@@ -242,6 +252,8 @@ def make_experience(run: Run, frozen: dict[str, Params], state: TrainState) -> E
     if make is None:
         return chain()
     given = {"config": run.config, "policy": policy_model(run, frozen, state.params), "reference": reference_model(run, frozen)}
+    if run.config.reference.cache:
+        given["reference"] = Model(stored_outputs, {})
     if "reference" in state.averages:
         given["reference"] = policy_model(run, frozen, state.averages["reference"])
     return make(**{name: given[name] for name in asked(make)})

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -32,7 +33,9 @@ FREE = (
     "microbatches",
     "model.remat",
     "model.logps_chunk",
+    "reference.cache",
 )
+STORED = "stored_ref_logps"  # the batch field that a cache of the reference brings
 LEAST = {
     "batch_size": 1, "microbatches": 1, "max_skipped": 1, "steps": 0, "checkpoint.every": 1, "checkpoint.keep": 1, "log.every": 1,
     "model.logps_chunk": 1, "eval.every": 0, "eval.batch_size": 0, "eval.samples": 0, "eval.sample_prompts": 0, "eval.max_new_tokens": 1,
@@ -104,6 +107,9 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
         for path, report in data.reports.items()
     }
     check_positions(config, source, examples)
+    if config.reference.cache:  # shapes of what is read or computed before the first step
+        place = lambda e: dataclasses.replace(e, token_fields={STORED: np.zeros(len(e.tokens), np.float32)})
+        examples = {split: place(e) for split, e in examples.items()}
     length = max(padded_length(e, 8 if on_cpu else 128) for e in examples.values())  # 128: the tile of TPU and GPU attention
     train = Batches(examples["train"], config.batch_size, config.seed, length, loaded["train"].mixture)
     steps = config.steps or train.steps(config.epochs)
@@ -117,6 +123,7 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
     objective = experiment.loss(config)
     averages = {} if experiment.averages is None else dict(experiment.averages(config))
     check_averages(config, averages, reference)
+    check_cache(config, averages, reference)
     return Run(
         experiment, config, workdir, mesh, source, reference, lora, tokenizer, train, examples.get("eval"), reports, steps, dtype, apply,
         objective, schedule, optimizer, averages,
@@ -145,6 +152,19 @@ def check_token_kl(source: hf.Source, reference: hf.Source | None) -> None:
     caps = [s.config.final_logit_softcapping for s in (source, reference)]
     if caps[0] != caps[1]:
         raise ValueError(f"reference.token_kl needs one final_logit_softcapping, policy and reference have {caps}; set it to false")
+
+
+def check_cache(config: Any, averages: dict[str, Average], reference: hf.Source | None) -> None:
+    """Refuses stored log-probs where there is nothing to store, or where they would go stale."""
+    if not config.reference.cache:
+        return
+    where = f"reference.cache {config.reference.cache!r}"
+    if reference is None:
+        raise ValueError(f"{where} is set and no reference is held; let experience(..) ask for reference, or leave it empty")
+    if "reference" in averages:
+        raise ValueError(f"{where} would go stale: the average 'reference' moves; leave it empty")
+    if config.reference.token_kl:
+        raise ValueError(f"{where} holds no distributions, which reference.token_kl needs; leave one of them out")
 
 
 def check_averages(config: Any, averages: dict[str, Average], reference: hf.Source | None) -> None:
@@ -293,9 +313,20 @@ def policy_model(run: Run, frozen: dict[str, Params], params: Params) -> Model:
 
 def reference_model(run: Run, frozen: dict[str, Params]) -> Model | None:
     """The frozen reference: of adapters their base, unless `reference.path` is another folder."""
-    if run.reference is None:
-        return None
-    return Model(reference_apply(run), frozen["reference" if "reference" in frozen else "base"])
+    name = reference_name(run)
+    return Model(reference_apply(run), frozen[name]) if run.reference is not None and name in frozen else None
+
+
+def reference_name(run: Run) -> str:
+    """Under what name the reference's parameters are held."""
+    return "base" if run.lora is not None and run.reference is run.source else "reference"
+
+
+def stored_outputs(params: Params, batch: Batch) -> Outputs:
+    """A reference whose log-probs came with the data; it can score nothing else."""
+    if STORED not in batch:
+        raise ValueError("reference.cache holds log-probs of the data's own rows, and this experience scores others; leave it empty")
+    return Outputs(batch[STORED], jnp.full_like(batch[STORED], jnp.nan))  # the entropy is not stored
 
 
 def frozen_dtype(path: Any, run: Run) -> Any:
@@ -312,7 +343,9 @@ def abstract_frozen(run: Run) -> dict[str, Any]:
 def frozen_sources(run: Run) -> dict[str, hf.Source]:
     """The folders of the parameters that are held and not trained."""
     base = {} if run.lora is None else {"base": run.source}
-    return base if run.reference is None or (base and run.reference is run.source) else base | {"reference": run.reference}
+    c = run.config.eval
+    idle = run.config.reference.cache and not (c.temperature == 1 and max(c.samples, c.sample_prompts))
+    return base if run.reference is None or idle or (base and run.reference is run.source) else base | {"reference": run.reference}
 
 
 def abstract_trained(run: Run, mesh: Mesh | None = None) -> Params:

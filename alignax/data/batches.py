@@ -107,6 +107,9 @@ def assemble(examples: Examples, indices: np.ndarray, length: int) -> dict[str, 
     completion_mask = np.zeros(mask.shape, np.bool_)
     completion_mask[mask] = examples.scored[place]
     batch = {"tokens": tokens, "mask": mask, "completion_mask": completion_mask}
+    for name, values in examples.token_fields.items():
+        batch[name] = np.zeros(mask.shape, values.dtype)  # [B, N, T]
+        batch[name][mask] = values[place]
     for name, values in examples.fields.items():
         batch[name] = values[side[:, 0] // examples.N]  # [B, ...]
         batch[name][~real[:, 0]] = 0

@@ -25,6 +25,7 @@ class Examples:
     N: int
     prompts: list[str]  # [n]
     fields: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # name -> [n, ...], as in FIELDS
+    token_fields: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # name -> [total], computed from the tokens
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -47,8 +48,14 @@ class Examples:
 
     def digest(self, crc: int = 0) -> int:
         """A fingerprint of all that batches are made of, taken on from `crc`."""
-        crc = zlib.crc32(repr((self.N, sorted(self.fields))).encode(), crc)
-        for array in (self.tokens, self.scored, self.offsets, *(self.fields[name] for name in sorted(self.fields))):
+        crc = zlib.crc32(repr((self.N, sorted(self.fields))).encode(), self.token_digest(crc))
+        for name in sorted(self.fields):
+            crc = zlib.crc32(np.ascontiguousarray(self.fields[name]).tobytes(), crc)
+        return crc
+
+    def token_digest(self, crc: int = 0) -> int:
+        """A fingerprint of what a model's log-probs depend on: tokens, their masks and lengths."""
+        for array in (self.tokens, self.scored, self.offsets):
             crc = zlib.crc32(np.ascontiguousarray(array).tobytes(), crc)
         return crc
 
