@@ -134,6 +134,7 @@ def test_rankings_and_labels_of_conversations(chatml):
         ({"chosen": turns("a", first="assistant"), "rejected": turns("b", first="assistant")}, "no prompt"),
         ({"chosen": turns("hi", "a"), "rejected": [{"role": "user", "content": 3}]}, "not messages"),
         ({"chosen": turns("hi", "a"), "rejected": ["hi", "b"]}, "not messages"),
+        ({"chosen": turns("hi", "a"), "rejected": [*turns("hi"), {"role": "assistant", "content": 1, "tool_calls": "x"}]}, "not messages"),
         ({"chosen": turns("hi", "a"), "rejected": turns("hi", "\ud800")}, "invalid Unicode"),
         ({"chosen": turns("hi", "a"), "rejected": "b"}, "not text"),
         ({"chosen": turns("hi", "a"), "rejected": turns("hi", "b"), "tools": "{"}, "bad tools"),
@@ -172,6 +173,13 @@ def test_a_template_that_refuses_and_one_that_is_missing():
     assert bad.reason == "refused by the template" and "no role system" in bad.what
     with pytest.raises(ValueError, match="no chat template; put the model's chat_template.jinja into its folder"):
         encode([row], tiny.byte_tokenizer(None))
+
+
+def test_a_prompt_that_the_template_changes_with_the_answer_is_a_bad_row():
+    tokenizer = tiny.byte_tokenizer("{{ messages[-1]['content'] }}: " + MARKED)
+    (row,), _ = read([{"chosen": turns("hi", "a"), "rejected": turns("hi", "b")}], "preference")
+    (bad,) = encode([row], tokenizer)
+    assert bad.reason == "prompt differs" and "renders the prompt in another way before each side" in bad.what
 
 
 def test_marks_that_miss_a_turn_are_a_bad_row(chatml):
@@ -213,6 +221,7 @@ def test_several_spans_reach_the_batch_and_are_cut(chatml):
     assert "[<|im_end|>] Ċ <|im_start|>" in decode_example(examples, 0, chatml)
     whole = int(examples.lengths[0])
     cut, report = tokenize(rows, chatml, max_length=whole - 2, **options)
+    assert len(cut.scored) == len(cut.tokens) and chatml.decode(cut.tokens[whole - 2 :][cut.scored[whole - 2 :]]) == "hello<|im_end|>"
     assert report.completions_cut == 1 and chatml.eos_token_id not in cut.tokens[: whole - 2][-2:] and cut.lengths[0] == whole - 2
 
 

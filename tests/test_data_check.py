@@ -99,6 +99,14 @@ def test_lengths_are_those_before_the_cut(seen):
     assert "########" in text and " and up" in text
 
 
+@pytest.mark.parametrize("max_length", [30, 31, 32])
+def test_a_character_cut_in_two_is_none_that_was_there(tmp_path, max_length):
+    rows = [{"chosen": transcript("q", " ““““““““““"), "rejected": transcript("q", " no")}]
+    result, _ = look(tmp_path, rows, max_length=max_length, max_prompt_length=20)
+    (source,) = result["train"]["sources"].values()
+    assert source["completions_cut"] == 1 and {s["character"] for s in source["characters_in_several_tokens"]} == {"“"}
+
+
 def test_prompts_too_long_for_the_budget_are_among_the_lengths(tmp_path):
     rows = [*raw(3), {"chosen": transcript("y" * 500, " a"), "rejected": transcript("y" * 500, " b")}]
     result, _ = look(tmp_path, rows, max_length=300, max_prompt_length=0)

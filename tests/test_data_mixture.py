@@ -34,6 +34,13 @@ def test_the_schedule_far_out_goes_on_from_one_window_to_the_next():
     assert np.abs(np.bincount(source) - [700, 200, 100]).max() <= 2
 
 
+def test_the_schedule_is_fixed_for_ever():
+    """As the order of rows: a checkpoint stores only the step."""
+    assert schedule((0.7, 0.2, 0.1), 0, 20)[0].tolist() == [0, 0, 1, 0, 0, 2, 0, 1, 0, 0, 0, 0, 1, 0, 2, 0, 0, 1, 0, 0]
+    far = [7 * 10**8, 7 * 10**8 + 1, 2 * 10**8, 7 * 10**8 + 2, 10**8, 7 * 10**8 + 3, 7 * 10**8 + 4, 2 * 10**8 + 1]
+    assert schedule((0.7, 0.2, 0.1), 10**9, 8)[1].tolist() == far
+
+
 def write(path, words):
     rows = [{"prompt": f"{word}?", "chosen": " yes", "rejected": " no"} for word in words]
     path.write_text("\n".join(map(json.dumps, rows)))
@@ -72,6 +79,13 @@ def test_batches_of_a_mixture(files):
     tokens = batches.batch(3)["tokens"]
     hosts = [batches.batch(3, slice(4 * h, 4 * h + 4))["tokens"] for h in range(2)]
     np.testing.assert_array_equal(np.concatenate(hosts), tokens)
+
+
+def test_sources_of_one_size_have_orders_of_their_own(files, tmp_path):
+    other = write(tmp_path / "c.jsonl", [f"c{i}" for i in range(12)])
+    loaded = read(f"{files[0]}@1,{other}@1")
+    rows = Batches(loaded.examples, 24, 0, 16, loaded.mixture).rows(0)
+    assert set(rows) == set(range(24)) and (rows[rows < 12] != rows[rows >= 12] - 12).any()
 
 
 def test_sources_without_weights_are_one_set_of_rows(files):

@@ -67,8 +67,7 @@ def split(prompt: list | None, sides: Mapping[str, Any], tools: Any, turns: str)
 
 def _bad_messages(name: str, messages: Any) -> Bad | None:
     for i, message in enumerate(messages):
-        ok = isinstance(message, dict) and isinstance(message.get("role"), str)
-        if not ok or not (isinstance(message.get("content"), str) or message.get("tool_calls")):
+        if not _is_message(message):
             return Bad("not messages", f"message {i} of {name!r} is {short(message)}, not a role with a content of text")
     try:
         json.dumps(messages, ensure_ascii=False).encode()
@@ -77,6 +76,13 @@ def _bad_messages(name: str, messages: Any) -> Bad | None:
     except (TypeError, ValueError, RecursionError):
         return Bad("not messages", f"{name!r} holds what JSON cannot say: {short(messages)}")
     return None
+
+
+def _is_message(message: Any) -> bool:
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        return False
+    content = message.get("content")
+    return isinstance(content, str) or (content is None and bool(message.get("tool_calls")))
 
 
 def _until_last_answer(messages: list[Message], prompt: int) -> list[Message]:
