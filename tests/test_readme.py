@@ -48,6 +48,10 @@ def test_a_loss_of_ones_own():
     assert float(metrics["loss"]) == pytest.approx(1.0), "policy = reference"
 
 
+def test_averages():
+    assert set(run_block(3)["averages"](None)) == {"ema", "reference"}
+
+
 def test_fields_files_and_targets_exist():
     fields = flat(default_config())
     named = set(re.findall(r"--config\.([a-z_.]+)", README))
