@@ -59,6 +59,7 @@ def default_config() -> Any:
     c.lora.targets = "all-linear"  # or names of matrices and shell patterns of them, "q_proj,v_proj" say
     c.lora.rslora = False  # scale alpha / sqrt(rank) rather than alpha / rank
     c.lora.dora = False
+    c.lora.int8 = False  # hold the frozen base in int8
     c.lora.path = ""  # a PEFT folder to go on from, which then says all of the above
 
     c.reference = ConfigDict()

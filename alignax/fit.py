@@ -25,7 +25,7 @@ from alignax.evaluate import Evaluation
 from alignax.experience import Experience, chain
 from alignax.metrics import Log
 from alignax.models import hf, peft
-from alignax.models.lora import Lora, merge
+from alignax.models.lora import Lora, merge, quantise
 from alignax.prepare import (
     Run,
     abstract_batch,
@@ -76,10 +76,10 @@ def start(run: Run, write: bool = True) -> Started:
         original = reference_params(run, params)
     about = {"policy": fingerprint(params), "reference": fingerprint(original), "data": f"{run.train.digest():08x}"}
     stored = {"base": params, "reference": original}
-    frozen = {name: frozen_copy(run, stored[name]) for name in frozen_sources(run)}
+    frozen = {name: frozen_copy(run, name, stored[name]) for name in frozen_sources(run)}
     if config.reference.cache:
         name = reference_name(run)
-        scorer = frozen[name] if name in frozen else frozen_copy(run, original)
+        scorer = frozen[name] if name in frozen else frozen_copy(run, name, original)
         say = lambda line: print(line, file=sys.stderr, flush=True) if is_main() else None
         run = with_stored(run, scorer, about["reference"], say)
         del scorer
@@ -209,10 +209,12 @@ def fingerprint(params: Params | None) -> str:
     return "" if params is None else f"{int(jax.jit(digest)(params)):08x}"
 
 
-def frozen_copy(run: Run, params: Params) -> Params:
-    """Parameters that are only read, in the compute dtype, to which the forward pass casts everything but the norms anyway."""
+def frozen_copy(run: Run, name: str, params: Params) -> Params:
+    """Parameters that are only read, "base" or "reference", in the types that `frozen_dtype` says."""
+    if name == "base" and run.lora is not None and run.lora.int8:
+        params = jax.jit(quantise)(params)
     # Copies, never aliases: the training step gives the policy's own buffers away.
-    freeze = lambda path, x: jnp.array(x, frozen_dtype(path, run), copy=True)
+    freeze = lambda path, x: jnp.array(x, frozen_dtype(path, run, name), copy=True)
     return jax.tree_util.tree_map_with_path(freeze, params)
 
 
@@ -243,7 +245,8 @@ def sizes(run: Run) -> str:
     whole, trained = parameter_count(hf.abstract_params(run.source.config)), parameter_count(abstract_trained(run))
     if run.lora is None:
         return f"{whole / 1e6:.3f} M parameters, {run.dtype.name} on float32 weights"
-    return f"{whole / 1e6:.3f} M parameters in {run.dtype.name}, {trained / 1e6:.3f} M more in float32 that are trained"
+    held = "int8" if run.lora.int8 else run.dtype.name
+    return f"{whole / 1e6:.3f} M parameters in {held}, {trained / 1e6:.3f} M more in float32 that are trained"
 
 
 def make_experience(run: Run, frozen: dict[str, Params], state: TrainState) -> Experience:

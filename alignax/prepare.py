@@ -16,7 +16,7 @@ from alignax.config import Experiment, asked, difference, flat, load_experiment
 from alignax.data import Batches, Examples, Report, load, padded_length
 from alignax.losses.algebra import Objective
 from alignax.models import hf, lora, peft, transformer
-from alignax.models.lora import Lora, join
+from alignax.models.lora import Lora, is_quantised, join, split
 from alignax.optim import make_optimizer, make_schedule
 from alignax.train import Apply, init_state
 from alignax.types import Batch, Model, Outputs, Params, TrainState
@@ -225,7 +225,7 @@ def make_lora(config: Any, source: hf.Source) -> Lora | None:
     """The adapters that a config asks for, their patterns resolved to matrices of the model."""
     c = config.lora
     if c.path:
-        return peft.read_config(Path(c.path), source)[0]
+        return dataclasses.replace(peft.read_config(Path(c.path), source)[0], int8=c.int8)
     lora.check(c)
     if not c.rank:
         return None
@@ -234,7 +234,7 @@ def make_lora(config: Any, source: hf.Source) -> Lora | None:
             f"lora.rank {c.rank} adapts trained weights, model.init is {config.model.init!r}; set it to pretrained, or rank to 0"
         )
     targets = lora.find_targets(c.targets, peft.Adapted(source).names, source.config.num_experts > 0)
-    return Lora(c.rank, c.alpha, targets, c.rslora, c.dora)
+    return Lora(c.rank, c.alpha, targets, c.rslora, c.dora, c.int8)
 
 
 def load_tokenizer(path: Path, vocab_size: int) -> Any:
@@ -277,7 +277,14 @@ def reference_apply(run: Run) -> Apply:
     assert run.reference is not None
     if run.reference.config == run.source.config and run.lora is None:
         return run.apply
-    return make_apply(run.reference.config, run.config, run.dtype, run.mesh)
+    return make_apply(reference_config(run), run.config, run.dtype, run.mesh)
+
+
+def reference_config(run: Run) -> transformer.ModelConfig:
+    """The reference's shape and options; of adapters, those of their base as it is stored."""
+    assert run.reference is not None
+    bare = dataclasses.replace(run.lora, targets=()) if run.lora is not None and run.reference is run.source else None
+    return dataclasses.replace(run.reference.config, lora=bare)
 
 
 def taught_apply(run: Run, frozen: dict[str, Any]) -> Apply:
@@ -287,7 +294,7 @@ def taught_apply(run: Run, frozen: dict[str, Any]) -> Apply:
     reference = reference_model(run, frozen)
     assert run.reference is not None and reference is not None
     adapted = dataclasses.replace(run.source.config, lora=run.lora)
-    apply = make_apply(adapted, run.config, run.dtype, run.mesh, (run.reference.config, reference.params))
+    apply = make_apply(adapted, run.config, run.dtype, run.mesh, (reference_config(run), reference.params))
     return lambda params, batch: apply(full(run, frozen, params), batch)
 
 
@@ -329,15 +336,24 @@ def stored_outputs(params: Params, batch: Batch) -> Outputs:
     return Outputs(batch[STORED], jnp.full_like(batch[STORED], jnp.nan))  # the entropy is not stored
 
 
-def frozen_dtype(path: Any, run: Run) -> Any:
-    """The dtype of a frozen model's leaf: the compute dtype, to which the forward pass casts everything but the norms anyway."""
-    return jnp.float32 if hf.leaf_name(path).endswith(("norm", "norm_bias")) else run.dtype
+def frozen_dtype(path: Any, run: Run, name: str) -> Any:
+    """The dtype of a leaf of "base" or "reference": the compute dtype, to which the forward pass casts everything but the norms anyway."""
+    leaf = hf.leaf_name(path)
+    if name == "base" and is_quantised(run.lora, leaf):
+        return jnp.int8
+    return jnp.float32 if leaf.endswith(("norm", "norm_bias", "_scale")) else run.dtype
 
 
 def abstract_frozen(run: Run) -> dict[str, Any]:
     """Shapes, types and shardings of the parameters that a run holds and does not train, by name: "base" of adapters, "reference"."""
-    describe = lambda path, x: jax.ShapeDtypeStruct(x.shape, frozen_dtype(path, run), sharding=x.sharding)
-    return {n: jax.tree_util.tree_map_with_path(describe, hf.abstract_params(s.config, run.mesh)) for n, s in frozen_sources(run).items()}
+
+    def described(name: str, source: hf.Source) -> Params:
+        config = dataclasses.replace(source.config, lora=run.lora if name == "base" else None)
+        params = split(hf.abstract_params(config, run.mesh))[0]
+        describe = lambda path, x: jax.ShapeDtypeStruct(x.shape, frozen_dtype(path, run, name), sharding=x.sharding)
+        return jax.tree_util.tree_map_with_path(describe, params)
+
+    return {name: described(name, source) for name, source in frozen_sources(run).items()}
 
 
 def frozen_sources(run: Run) -> dict[str, hf.Source]:

@@ -73,6 +73,16 @@ def test_killed_and_resumed(whole, fields, tmp_path):
         np.testing.assert_array_equal(a[name], exported[name])
 
 
+def test_an_int8_base_trains_behind_the_same_reference(fields, tmp_path, capsys):
+    from alignax.cli import main
+
+    more = {"workdir": tmp_path / "run", "lora.int8": True, "lora.dora": True, "steps": 4, "eval.every": 0}
+    assert main(runs.arguments(fields | more)) == 0
+    rows = runs.losses(tmp_path / "run")
+    assert abs(rows[1]["rewards/margins"]) < 1e-5 and rows[4]["loss"] < rows[1]["loss"]
+    assert "M parameters in int8" in capsys.readouterr().err
+
+
 def test_goes_on_from_a_peft_folder_on_eight_devices(whole, fields, tmp_path):
     more = {"lora.path": whole[0] / "adapter", "workdir": tmp_path / "run", "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "steps": 2}
     out = runs.finish(runs.begin(runs.arguments(fields | more), runs.environment(8)))

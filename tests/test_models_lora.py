@@ -16,7 +16,7 @@ from test_models_families import ROWS, T, logits_of
 from alignax.losses import dpo
 from alignax.mesh import make_mesh
 from alignax.models import hf, lora
-from alignax.models.lora import Lora, column_norms, find_targets, join, merge, modules, split
+from alignax.models.lora import Lora, column_norms, find_targets, join, merge, modules, quantise, split
 from alignax.models.peft import read_adapter, write_adapter
 from alignax.models.transformer import forward
 
@@ -114,6 +114,27 @@ def test_sharded_adapters_are_the_unsharded_ones(folder):
         apply = jax.jit(forward(dataclasses.replace(source.config, lora=spec), mesh=mesh))
         out.append(apply(join(base, adapters), batch).logps)
     np.testing.assert_allclose(out[0], out[1], atol=1e-5)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_int8_base_is_the_base_to_the_rounding_of_its_weights(dora, folder):
+    source, batch = hf.open_folder(folder), tiny.batch()
+    base = hf.load_params(source, ONE)
+    spec = Lora(2, 4.0, ("q", "down"), dora=dora, int8=True)
+    stored = quantise(base)
+    for n in ("q", "down", "gate"):
+        assert stored["layers"][n].dtype == np.int8
+        back = stored["layers"][n] * np.expand_dims(stored["layers"][n + "_scale"], 1)
+        step = np.abs(base["layers"][n]).max(axis=1, keepdims=True) / 127
+        assert (np.abs(back - base["layers"][n]) <= 0.5001 * step).all()
+    assert stored["embed"] is base["embed"] and "attention_norm_scale" not in stored["layers"]
+    adapters = hf.init_adapters(source, spec, ONE, stored, jax.random.key(0))
+    score = lambda config, params: forward(config)(params, batch).logps
+    alone = score(dataclasses.replace(source.config, lora=dataclasses.replace(spec, targets=())), stored)
+    adapted = score(dataclasses.replace(source.config, lora=spec), join(stored, adapters))
+    np.testing.assert_allclose(adapted, alone, atol=1e-5 if dora else 0)  # m over the norm is 1 to rounding
+    error = np.abs(alone - score(source.config, base)).max()
+    assert 1e-4 < error < 0.2, "logs of probabilities, in nats"
 
 
 def test_join_and_split_are_inverse(folder):

@@ -6,7 +6,8 @@ arXiv:2402.09353).
 
 An adapted model has one parameter tree: the base's leaves and beside each adapted matrix W[in, out] its `W_lora_a` [in, rank] and
 `W_lora_b` [rank, out], for DoRA also `W_lora_m` [out]. `join` makes it of the frozen base and the adapters, which alone are trained,
-stored and checkpointed. At first B is 0, and m the norm of W: the adapted model is its base.
+stored and checkpointed. At first B is 0, and m the norm of W: the adapted model is its base. The base may be stored in a quarter of the
+bytes (`quantise`), as QLoRA does (Dettmers et al. 2023, arXiv:2305.14314) with a finer code.
 """
 
 import dataclasses
@@ -34,6 +35,7 @@ class Lora:
     targets: tuple[str, ...]  # of MATRICES
     rslora: bool = False
     dora: bool = False
+    int8: bool = False  # the base's matrices are stored as whole numbers, see `quantise`
 
     @property
     def scale(self) -> float:
@@ -117,12 +119,31 @@ def split(params: Params) -> tuple[Params, Params]:
     return {**params, "layers": base}, {"layers": {n: x for n, x in layers.items() if is_adapter(n)}}
 
 
+def quantise(base: Params) -> Params:
+    """The base with each matrix W [L, in, out] as int8 and `W_scale` [L, out], the largest of each output's weights over 127."""
+    layers = {}
+    for name, x in base["layers"].items():
+        if name in MATRICES and x.ndim == 3:
+            scale = jnp.abs(x).max(axis=-2, keepdims=True) / 127
+            scale = jnp.where(scale > 0, scale, 1.0)
+            layers |= {name: jnp.round(x / scale).astype(jnp.int8), name + "_scale": scale[:, 0]}
+        else:
+            layers[name] = x
+    return {**base, "layers": layers}
+
+
+def is_quantised(lora: Lora | None, name: str) -> bool:
+    """Whether a leaf `layers.q` of the base is stored as int8."""
+    return lora is not None and lora.int8 and name.removeprefix("layers.") in MATRICES
+
+
 def with_norms(lora: Lora, base: Params, adapters: Params) -> Params:
     """Fresh adapters with DoRA's magnitudes set to the norms of the base's columns."""
     if not lora.dora:
         return adapters
     layers = adapters["layers"]
-    own = lambda n: column_norms(base["layers"][n], layers[f"{n}{MARK}a"], layers[f"{n}{MARK}b"], lora.scale)
+    weight = lambda n: base["layers"][n] * base["layers"].get(n + "_scale", jnp.ones((1, 1)))[..., None, :]
+    own = lambda n: column_norms(weight(n), layers[f"{n}{MARK}a"], layers[f"{n}{MARK}b"], lora.scale)
     return {"layers": layers | {f"{n}{MARK}m": own(n) for n in lora.targets}}
 
 
