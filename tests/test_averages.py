@@ -88,12 +88,24 @@ def args(tmp_path_factory):
     return make
 
 
-def test_a_moving_reference_and_an_average_in_a_run_that_is_killed(args, tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    runs.finish(runs.begin(args(whole)))
+@pytest.fixture(scope="module")
+def whole(args, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    runs.finish(runs.begin(args(workdir)))
+    return workdir
+
+
+def test_a_moving_reference_and_an_exported_average(whole):
     drift = {step: row["logps/chosen_drift"] for step, row in runs.losses(whole).items()}
     # The reference is the policy after steps 4 and 8, so the steps after those start from no drift at all.
     assert all(abs(drift[step]) < 1e-5 for step in (1, 5, 9)) and all(abs(drift[step]) > 1e-4 for step in (3, 4, 7, 8))
+    exported, policy = load_file(whole / "export" / "model.safetensors"), runs.final_params(whole, "--config.export.params=policy")
+    assert any(not np.array_equal(exported[name], policy[name]) for name in policy), "the export is the average, not the policy"
+
+
+@pytest.mark.slow
+def test_averages_of_a_run_that_is_killed(args, whole, tmp_path):
+    killed = tmp_path / "killed"
     process = runs.begin(args(killed))
     done = lambda: (killed / "metrics.jsonl").exists() and len(runs.losses(killed)) >= 5
     assert runs.stop_when(process, done, signal.SIGKILL)
@@ -101,12 +113,10 @@ def test_a_moving_reference_and_an_average_in_a_run_that_is_killed(args, tmp_pat
     runs.finish(runs.begin(args(killed)))
     assert runs.losses(whole) == runs.losses(killed)
     a, b = (load_file(workdir / "export" / "model.safetensors") for workdir in (whole, killed))
-    policy = runs.final_params(whole, "--config.export.params=policy")
     average = runs.final_params(killed)
     for name in a:
         np.testing.assert_array_equal(a[name], b[name])
         np.testing.assert_array_equal(a[name], average[name])
-    assert any(not np.array_equal(a[name], policy[name]) for name in a), "the export is the average, not the policy"
     # Evaluating the average scores other numbers than the policy's own.
     out = runs.finish(runs.begin(["eval", str(whole), "--config.eval.params=ema"]))
     own = runs.finish(runs.begin(["eval", str(whole)]))

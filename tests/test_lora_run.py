@@ -57,6 +57,7 @@ def test_transformers_and_peft_load_the_same_model(whole, fields):
     assert {n.split(".")[-2] for n in changed} == {"q_proj", "v_proj", "up_proj"}
 
 
+@pytest.mark.slow
 def test_killed_and_resumed(whole, fields, tmp_path):
     workdir = tmp_path / "run"
     args = runs.arguments(fields | {"workdir": workdir})
@@ -83,6 +84,7 @@ def test_an_int8_base_trains_behind_the_same_reference(fields, tmp_path, capsys)
     assert "M parameters in int8" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_goes_on_from_a_peft_folder_on_eight_devices(whole, fields, tmp_path):
     more = {"lora.path": whole[0] / "adapter", "workdir": tmp_path / "run", "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "steps": 2}
     out = runs.finish(runs.begin(runs.arguments(fields | more), runs.environment(8)))

@@ -228,7 +228,7 @@ def test_a_frozen_model_in_bfloat16_scores_as_the_trained_one(row, written):
     run: Any = SimpleNamespace(dtype=jnp.dtype("bfloat16"))
     c, params = written(row).source.config, written(row).params
     apply = jax.jit(forward(c, dtype=run.dtype, remat="none"))
-    frozen = jax.tree_util.tree_map_with_path(lambda path, x: x.astype(frozen_dtype(path, run)), params)
+    frozen = jax.tree_util.tree_map_with_path(lambda path, x: x.astype(frozen_dtype(path, run, "reference")), params)
     assert {x.dtype.name for x in jax.tree.leaves(frozen)} == {"float32", "bfloat16"}
     np.testing.assert_array_equal(apply(frozen, tiny.batch()).logps, apply(params, tiny.batch()).logps)
 

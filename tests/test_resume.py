@@ -66,6 +66,7 @@ def test_a_complete_run_says_so_and_changes_nothing(fields, whole):
     assert (whole / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_resumes_on_another_mesh(fields, whole, tmp_path):
     workdir = tmp_path / "run"
     one = runs.arguments(fields | {"workdir": workdir})
@@ -109,6 +110,7 @@ def test_what_one_process_lacks_ends_both_with_its_words(fields, tmp_path):
     assert not workdir.exists()
 
 
+@pytest.mark.slow
 def test_a_workdir_that_process_0_cannot_write_ends_both(fields, tmp_path):
     (tmp_path / "file").write_text("no folder")
     group = runs.begin_two([runs.arguments(fields | {"workdir": tmp_path / "file" / "run"})] * 2)
