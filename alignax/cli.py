@@ -1,5 +1,6 @@
 """The `alignax` command: train, eval, export, check-data."""
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,13 +34,14 @@ class Arguments(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code: 0, 2 for bad input, 1 for a run that had to stop."""
     args = list(sys.argv[1:] if argv is None else argv)
-    if not args or args[0] in ("-h", "--help", "help"):
+    if not args or args[0] == "help" or {"-h", "--help"} & set(args):
         print(USAGE)
         return 0 if args else 2
     try:
         given = parse(args)
     except ValueError as e:
         return fail(e)
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is not there, say
     from alignax import commands
 
     try:
@@ -56,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FloatingPointError as e:
         print(f"alignax: stopped: {e}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:  # before or after training, which saves first
+        print("alignax: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -110,10 +110,13 @@ def export(workdir: Path, folder: Path, overrides: Sequence[str]) -> None:
         trained = hf.abstract_adapters(source.config, lora, mesh) if lora else hf.abstract_params(source.config, mesh)
         params = checkpoints.restore_params(step, trained, config.export.params)
         params = merged(source, lora, params, mesh) if lora else params
+        there = folder.exists()
         hf.export(params, source, folder, config.export.dtype)
     checkpoints.close()
     if is_main():
-        print(f"step {step} of {workdir} is in {folder}")
+        print(
+            f"step {step} of {workdir} is in {folder}, in {config.export.dtype}{' (an earlier export there was replaced)' if there else ''}"
+        )
 
 
 def check_data(file: str, overrides: Sequence[str], out: str) -> None:

@@ -9,7 +9,9 @@ import difflib
 import importlib.util
 import inspect
 import json
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -137,17 +139,14 @@ def load_experiment(file: str | Path, overrides: Sequence[str] = ()) -> Experime
     spec = importlib.util.spec_from_file_location("alignax_experiment_" + file.stem, file)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
-    try:
+    with blaming(file):
         spec.loader.exec_module(module)
-    except (SyntaxError, ImportError) as e:
-        raise ValueError(f"experiment file {file} does not load: {e}") from e
     for name in ("get_config", "loss"):
         if not callable(getattr(module, name, None)):
             raise ValueError(f"{file} has no function {name}(); see experiments/dpo_hh.py")
-    try:
+    with blaming(file):
         config = module.get_config()
-    except (AttributeError, KeyError) as e:
-        raise ValueError(f"get_config() of {file}: {' '.join(str(e).split())}") from e
+    check_config(config, file)
     for override in overrides:
         set_field(config, override)
     for name in asked(getattr(module, "experience", None)):
@@ -155,6 +154,34 @@ def load_experiment(file: str | Path, overrides: Sequence[str] = ()) -> Experime
             raise ValueError(f"experience() in {file} asks for {name!r}; its parameters are any of {', '.join(OFFERED)}")
     optional = (getattr(module, name, None) for name in ("experience", "gold", "averages", "main"))
     return Experiment(file, config, module.loss, *optional)
+
+
+@contextmanager
+def blaming(file: Path, always: bool = True) -> Iterator[None]:
+    """Turns an error in the code of an experiment file into one line that says where; with `always` also one that has no line there."""
+    try:
+        yield
+    except BadInput:
+        raise
+    except Exception as e:
+        lines = [f.lineno for f in traceback.extract_tb(e.__traceback__) if Path(f.filename).resolve() == file.resolve()]
+        if isinstance(e, SyntaxError) and e.filename and Path(e.filename).resolve() == file.resolve():
+            lines = [e.lineno]
+        if not lines and not always:
+            raise
+        what = "" if isinstance(e, ValueError) else f"{type(e).__name__}: "
+        place = f"{file}, line {lines[-1]}" if lines else str(file)
+        raise BadInput(f"{place}: {what}{' '.join(str(e).split())}") from e
+
+
+def check_config(config: Any, file: Path) -> None:
+    """Refuses what is no config, and a field of its own that is one of ours misspelt."""
+    if not hasattr(config, "lock"):
+        raise ValueError(f"get_config() of {file} returns {config!r}; it must return a ConfigDict, such as default_config() changed")
+    known = list(default_config())
+    for name in config:
+        if name not in known and (near := difflib.get_close_matches(name, known, 1, 0.8)):
+            raise ValueError(f"config field {name!r} of {file} is unknown; the nearest is {near[0]!r}")
 
 
 def asked(experience: Callable | None) -> tuple[str, ...]:

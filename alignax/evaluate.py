@@ -19,6 +19,7 @@ from alignax.prepare import Run, eval_batch_size, full, policy_model, reference_
 from alignax.train import means
 from alignax.types import Model, Params, TrainState
 
+SAMPLED = ("completion_length", "eos_rate", "kl", "kl_k3", "gold")  # metrics of samples
 SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "kl", "gold")
 
 

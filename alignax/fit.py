@@ -19,9 +19,9 @@ from jax.sharding import Mesh
 from alignax import mesh as meshes
 from alignax.averages import averaged
 from alignax.checkpoint import Checkpoints, nbytes, require_space
-from alignax.config import BadInput, asked, effective
+from alignax.config import asked, blaming, effective
 from alignax.distributed import is_main, together
-from alignax.evaluate import Evaluation
+from alignax.evaluate import SAMPLED, Evaluation
 from alignax.experience import Experience, chain
 from alignax.metrics import Log
 from alignax.models import hf, peft
@@ -48,7 +48,7 @@ from alignax.types import Batch, Metrics, Model, Params, TrainState
 DRIFT = 2.0  # nats that the chosen response falls before the notice
 EQUAL = {"float32": 1e-3, "bfloat16": 0.1}  # nats that the margin of equal models may differ from 0 by rounding
 AGREE = 10  # steps between the processes' agreements on whether to stop
-INTERRUPTED = 143  # exit code: 128 + SIGTERM
+SIGNALS = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}  # exit codes: 128 + the number
 
 
 class Started(NamedTuple):
@@ -108,14 +108,35 @@ def start(run: Run, write: bool = True) -> Started:
 
 def check_step(run: Run) -> None:
     """Traces the training step on shapes alone, so that a loss that does not fit its data is refused before anything is written."""
-    step, _ = make_programs(run)
+    step, evaluate = make_programs(run)
+    state, frozen, batch = abstract_state(run), abstract_frozen(run), abstract_batch(run)
     try:
-        jax.eval_shape(step, abstract_state(run), abstract_frozen(run), abstract_batch(run))
+        with blaming(run.experiment.file, always=False):
+            jax.eval_shape(step, state, frozen, batch)
+            metrics = jax.eval_shape(evaluate, state, frozen, batch)
     except KeyError as e:
         raise ValueError(
             f"the batch has no field {e.args[0]!r}, which the loss or the experience reads; let an experience write it, or bring it "
             "with the data (data.kind, data.columns)"
         ) from e
+    check_gold(run)
+    best = run.config.checkpoint.best.removeprefix("-")
+    names = {"loss", *SAMPLED, *(name for name in metrics if not name.startswith("loss:"))}
+    if best and best not in names:
+        raise ValueError(f"checkpoint.best {best!r} is no metric of the evaluation; use one of {', '.join(sorted(names))}")
+
+
+def check_gold(run: Run) -> None:
+    """Calls the experiment's gold reward once, on a prompt of the data and the answer that stands there."""
+    if run.experiment.gold is None:
+        return
+    examples, file = run.evaluation or run.train.examples, run.experiment.file
+    answer = examples.tokens[: examples.offsets[1]][examples.scored[: examples.offsets[1]]]
+    with blaming(file):
+        rewards = list(run.experiment.gold(examples.prompts[:1], [run.tokenizer.decode(answer, skip_special_tokens=True)]))
+        fine = len(rewards) == 1 and math.isfinite(float(rewards[0]))
+    if not fine:
+        raise ValueError(f"gold() of {file} returns {rewards!r} for one prompt and its completion; it must return a finite number for each")
 
 
 def fit(started: Started) -> dict[str, dict[str, float]]:
@@ -125,7 +146,7 @@ def fit(started: Started) -> dict[str, dict[str, float]]:
     `checkpoints/`, `export/`.
 
     Raises:
-      SystemExit: 143 after SIGTERM, once the state is saved.
+      SystemExit: 143 after SIGTERM and 130 after Ctrl-C, once the state is saved.
       FloatingPointError: when `max_skipped` steps in a row are not finite.
     """
     run, first = started.run, started.step
@@ -153,9 +174,6 @@ def loop(started: Started, log: Log, stop: "Stop") -> tuple[TrainState, dict[str
     pending: tuple[int, Metrics] | None = None
     if first == 0:
         results["before"] = evaluate(state, 0)
-        if (best := config.checkpoint.best.removeprefix("-")) and best not in results["before"]:
-            names = ", ".join(sorted(results["before"]))
-            raise BadInput(f"checkpoint.best {best!r} is no metric of the evaluation; use one of {names}")
     for s in range(first + 1, run.steps + 1):
         batch = meshes.put_batch(run.mesh, lambda rows, s=s: run.train.batch(s - 1, rows), config.batch_size)
         state, metrics = step(state, frozen, batch)
@@ -176,8 +194,8 @@ def loop(started: Started, log: Log, stop: "Stop") -> tuple[TrainState, dict[str
             results["after"] = scores
         elif stopping:
             checkpoints.close()
-            log.line(f"stopped by SIGTERM after step {s}; saved. The same command goes on from here.")
-            raise SystemExit(INTERRUPTED)
+            log.line(f"stopped by {SIGNALS[signal.Signals(stop.signal)]} after step {s}; saved. The same command goes on from here.")
+            raise SystemExit(128 + stop.signal)
     return state, results
 
 
@@ -316,6 +334,10 @@ def summary(run: Run, about: dict[str, Any], start: int) -> list[str]:
         lines += [f"{split} data: {line}" if i == 0 else f"  {line}" for i, line in enumerate(report.lines())]
     if run.train.mixture:
         lines += [f"mixture: {line}" for line in run.train.mixture.lines(run.steps * run.config.batch_size)]
+    if run.config.batch_size > len(run.train.examples):
+        lines.append(
+            f"a batch of {run.config.batch_size} is more than the {len(run.train.examples)} rows there are: it holds rows more than once"
+        )
     lines.append(f"steps {run.steps} of {run.config.batch_size} examples, rows of {run.train.length} tokens, workdir {run.workdir}")
     if start >= run.steps:
         lines.append(f"this run is complete: step {start} is saved; a longer one needs another workdir")
@@ -340,12 +362,12 @@ class Observer:
         values = {name: float(x) for name, x in jax.device_get(metrics).items()}
         infinite = [name.removeprefix("finite/") for name, x in values.items() if name.startswith("finite/") and not x]
         values = {name: x for name, x in values.items() if not name.startswith("finite/")}
+        if step == 1 and self.equal and not values["skipped"] and "logps/chosen_drift" in values:
+            self._check_equal(values)
         self.log.step(step, values, values.pop("tokens"))
         if values["skipped"]:
             self._skipped(step, values, infinite)
         elif "logps/chosen_drift" in values:
-            if step == 1 and self.equal:
-                self._check_equal(values)
             self._since = self._since or step
             self._notice(step, values)
 
@@ -378,26 +400,31 @@ class Observer:
             self.log.line(
                 f"notice at step {step}: the chosen responses lose log-probability ({drift:.1f} nats since step {self._since}) while the "
                 f"margin grows (+{margin:.2f}). Only their difference is trained. To hold them, use rpo(beta, eta=0.005) with a larger "
-                "eta where that is not enough, or add a weight of sft() to the loss."
+                "eta where that is not enough, or add sft() to the loss, with a larger weight where it is there."
             )
 
 
 class Stop:
-    """Notes SIGTERM, so that the loop can save before it ends."""
+    """Notes SIGTERM and Ctrl-C, so that the loop can save before it ends; a second Ctrl-C does not wait for that."""
 
     def __enter__(self) -> "Stop":
-        self._flag = False
-        self._old = signal.signal(signal.SIGTERM, self._note)
+        self.signal = 0  # the one that came
+        self._old = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
     def __exit__(self, *_: Any) -> None:
-        signal.signal(signal.SIGTERM, self._old)
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
 
-    def _note(self, *_: Any) -> None:
-        self._flag = True
+    def _note(self, number: int, _: Any) -> None:
+        self.signal = number
+        signal.signal(signal.SIGINT, self._old[signal.SIGINT])
 
     def requested(self, step: int) -> bool:
         """Whether to stop after this step; several processes agree on it every few steps, since that waits for the device."""
         if jax.process_count() == 1:
-            return self._flag
-        return step % AGREE == 0 and bool(multihost_utils.process_allgather(np.array(self._flag)).any())
+            return bool(self.signal)
+        if step % AGREE == 0:
+            self.signal = int(multihost_utils.process_allgather(np.array(self.signal)).max())
+            return bool(self.signal)
+        return False

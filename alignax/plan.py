@@ -64,8 +64,8 @@ def describe(run: Run) -> str:
             *(f"{split} data: {line}" for split, report in run.reports.items() for line in report.lines()),
             *(f"mixture: {line}" for line in (run.train.mixture.lines(run.steps * run.config.batch_size) if run.train.mixture else [])),
             "config " + json.dumps(flat(run.config), indent=2),
-            "the first batch, scored tokens in [ ]:",
-            *(decode_example(run.train.examples, int(row), run.tokenizer) for row in run.train.rows(0)),
+            "the first row of the first batch, scored tokens in [ ]:",
+            decode_example(run.train.examples, int(run.train.rows(0)[0]), run.tokenizer),
             "dry run: nothing was written",
         ]
     )

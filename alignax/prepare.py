@@ -12,9 +12,9 @@ from jax.sharding import Mesh
 
 from alignax import mesh as meshes
 from alignax.averages import Average
-from alignax.config import Experiment, asked, difference, flat, load_experiment
+from alignax.config import Experiment, asked, blaming, difference, flat, load_experiment
 from alignax.data import Batches, Examples, Report, load, padded_length
-from alignax.losses.algebra import Objective
+from alignax.losses.algebra import Loss, Objective
 from alignax.models import hf, lora, peft, transformer
 from alignax.models.lora import Lora, is_quantised, join, split
 from alignax.optim import make_optimizer, make_schedule
@@ -120,8 +120,10 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
     apply = make_apply(dataclasses.replace(source.config, lora=lora), config, dtype, mesh)
     schedule = make_schedule(config.optimizer, steps)
     optimizer = make_optimizer(config.optimizer, schedule)
-    objective = experiment.loss(config)
-    averages = {} if experiment.averages is None else dict(experiment.averages(config))
+    with blaming(experiment.file):
+        objective = experiment.loss(config)
+        averages = {} if experiment.averages is None else dict(experiment.averages(config))
+    check_objective(objective, experiment.file)
     check_averages(config, averages, reference)
     check_cache(config, averages, reference)
     return Run(
@@ -179,6 +181,20 @@ def check_averages(config: Any, averages: dict[str, Average], reference: hf.Sour
         raise ValueError('an average is called "policy", or "reference" where no experience asks for one; rename or remove it')
     if "reference" in averages and config.reference.path and (config.reference.path != config.model.path):
         raise ValueError(f"a moving reference starts from the policy, not from reference.path {config.reference.path!r}; leave it empty")
+
+
+def check_objective(objective: Any, file: Path) -> None:
+    """Refuses what is no loss, nor a function from the step to one."""
+    cause = ""
+    if callable(objective) and not isinstance(objective, Loss):
+        try:
+            objective = objective(jnp.zeros((), jnp.int32))
+        except Exception as e:
+            cause = f" (called with a step: {' '.join(str(e).split())})"
+    if not isinstance(objective, Loss):
+        raise ValueError(
+            f"loss(config) of {file} returns {objective!r}{cause}; return a loss, dpo() say, or a function from the step to one"
+        )
 
 
 def check_batches(config: Any, mesh: Mesh) -> None:

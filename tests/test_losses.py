@@ -20,7 +20,7 @@ from alignax.losses import (
     examples,
     ipo,
     lengths,
-    loss,
+    make_loss,
     per_sequence,
     rpo,
     rpo_token_mean,
@@ -548,11 +548,11 @@ def test_label_smoothing_must_be_below_one_half(e):
 
 def test_values_must_be_shaped_like_the_weights():
     logps, batch = ragged(B=6, T=7)
-    wrong = loss("wrong", lambda out, batch: (out.logps, {}))
+    wrong = make_loss("wrong", lambda out, batch: (out.logps, {}))
     with pytest.raises(ValueError, match=r"values of shape \(6, 2, 7\) against weights of shape \(6,\)"):
         run(wrong, logps, batch)
     with pytest.raises(ValueError, match=r"values of shape \(6, 2\) against weights of shape \(6,\)"):
-        run(loss("metric", lambda out, batch: (sequence(out.logps, batch)[:, 0], {"m": sequence(out.logps, batch)})), logps, batch)
+        run(make_loss("metric", lambda out, batch: (sequence(out.logps, batch)[:, 0], {"m": sequence(out.logps, batch)})), logps, batch)
 
 
 def test_a_weight_of_zero_removes_what_is_not_finite():

@@ -37,6 +37,15 @@ def test_kto_scores_mismatched_responses():
     assert batch["kto_kl"].shape == (4,) and [term.name for _, term in names["loss"](None).terms][0] == "kto"
 
 
+def test_the_whole_experiment_file_runs(tmp_path, capsys):
+    from alignax.cli import main
+
+    (tmp_path / "mine.py").write_text(BLOCKS[2])
+    fields = runs.world(tmp_path) | {"workdir": tmp_path / "run"}
+    assert main(["train", "--config", str(tmp_path / "mine.py"), *(f"--config.{k}={v}" for k, v in fields.items()), "--dry-run"]) == 0
+    assert "dry run: nothing was written" in capsys.readouterr().out
+
+
 def test_a_loss_of_ones_own():
     hinge = run_block(2)["squared_hinge"]
     params = tiny.plain_params()

@@ -46,14 +46,16 @@ def test_killed_in_the_middle_of_saves_and_steps(fields, whole, tmp_path):
     same(whole, workdir)
 
 
-def test_sigterm_saves_and_exits(fields, whole, tmp_path):
+@pytest.mark.parametrize(
+    "how, name", [(signal.SIGTERM, "SIGTERM"), pytest.param(signal.SIGINT, "Ctrl-C", marks=pytest.mark.slow)], ids=["term", "int"]
+)
+def test_sigterm_and_ctrl_c_save_and_exit(how, name, fields, whole, tmp_path):
     workdir = tmp_path / "run"
     args = runs.arguments(fields | {"workdir": workdir})
     process = runs.begin(args)
-    assert runs.stop_when(process, lambda: (workdir / "metrics.jsonl").exists() and len(runs.losses(workdir)) >= 4, signal.SIGTERM)
-    out = runs.finish(process, code=143)
-    assert "stopped by SIGTERM after step" in out
-    step = int(out.split("stopped by SIGTERM after step ")[1].split(";")[0])
+    assert runs.stop_when(process, lambda: (workdir / "metrics.jsonl").exists() and len(runs.losses(workdir)) >= 4, how)
+    out = runs.finish(process, code=128 + how)
+    step = int(out.split(f"stopped by {name} after step ")[1].split(";")[0])
     assert (workdir / "checkpoints" / str(step)).is_dir()
     assert f"going on after step {step}" in runs.finish(runs.begin(args))
     same(whole, workdir)

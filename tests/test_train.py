@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from alignax import mesh as meshes
 from alignax.config import default_config
 from alignax.experience import chain, logps
-from alignax.losses import Loss, dpo, ipo, loss, per_sequence, rpo, rpo_token_mean, sft
+from alignax.losses import Loss, dpo, ipo, make_loss, per_sequence, rpo, rpo_token_mean, sft
 from alignax.models import hf
 from alignax.optim import OPTIMIZERS, SCHEDULES, decays, make_optimizer, make_schedule
 from alignax.train import digest, init_state, make_evaluation, make_step, means
@@ -473,7 +473,7 @@ def test_precomputed_reference_equals_the_live_one():
 
 def test_a_users_loss_in_one_line_trains():
     """A loss is a name, a value and (by default) the examples as weights."""
-    hinge = loss("hinge", lambda out, batch: (jax.nn.relu(1 + out.logps[:, 1].sum(-1) - out.logps[:, 0].sum(-1)), {}))
+    hinge = make_loss("hinge", lambda out, batch: (jax.nn.relu(1 + out.logps[:, 1].sum(-1) - out.logps[:, 0].sum(-1)), {}))
     assert isinstance(hinge, Loss)
     step = jax.jit(make_step(tiny.plain_apply, hinge, optax.adam(0.05), 2))
     state, batch = start(optax.adam(0.05)), tiny.batch()

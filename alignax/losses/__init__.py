@@ -7,7 +7,7 @@ from alignax.losses.algebra import (
     chosen_tokens,
     examples,
     lengths,
-    loss,
+    make_loss,
     sequence,
 )
 from alignax.losses.divergences import (
@@ -33,13 +33,10 @@ from alignax.losses.unpaired import apo_zero_unpaired, kto
 from alignax.losses.weighting import wpo
 
 __all__ = [
-    # the algebra, and what a loss of one's own is made of
-    "Loss", "Objective", "Term", "at_step", "chosen_examples", "chosen_tokens", "desensitised", "diverged", "examples", "lengths",
-    "log_odds", "loss", "mean_logps", "mean_ratios", "pair_logps", "pair_metrics", "pair_ratios", "pairwise", "per_sequence", "sequence",
-    # divergences
-    "alpha_divergence", "chi_squared", "forward_kl", "jensen_shannon", "reverse_kl", "total_variation",
-    # losses
-    "aot", "aot_unpaired", "apo_down", "apo_zero", "apo_zero_unpaired", "bco", "bradley_terry", "centring", "cpo", "discopop", "dpo",
-    "dpop", "exo", "f_dpo", "hinge", "ipo", "ipo_daa", "ipo_mean", "kto", "ld_dpo", "nca", "orpo", "r_dpo", "robust_dpo", "rpo",
-    "rpo_token_mean", "score_l2", "sft", "sigmoid_norm", "simpo", "slic_hf", "sppo", "summed_sft", "tdpo", "tdpo2", "wpo",
+    "Loss", "Objective", "Term", "alpha_divergence", "aot", "aot_unpaired", "apo_down", "apo_zero", "apo_zero_unpaired", "at_step", "bco",
+    "bradley_terry", "centring", "chi_squared", "chosen_examples", "chosen_tokens", "cpo", "desensitised", "discopop", "diverged", "dpo",
+    "dpop", "examples", "exo", "f_dpo", "forward_kl", "hinge", "ipo", "ipo_daa", "ipo_mean", "jensen_shannon", "kto", "ld_dpo", "lengths",
+    "log_odds", "make_loss", "mean_logps", "mean_ratios", "nca", "orpo", "pair_logps", "pair_metrics", "pair_ratios", "pairwise",
+    "per_sequence", "r_dpo", "reverse_kl", "robust_dpo", "rpo", "rpo_token_mean", "score_l2", "sequence", "sft", "sigmoid_norm", "simpo",
+    "slic_hf", "sppo", "summed_sft", "tdpo", "tdpo2", "total_variation", "wpo",
 ]  # fmt: skip

@@ -62,7 +62,12 @@ class Loss:
         """
         loss, metrics = jnp.zeros(()), {}
         for (coefficient, term), w in zip(self.terms, weights, strict=True):
-            values, extra = term.value(out, batch)
+            result = term.value(out, batch)
+            if not isinstance(result, tuple) or len(result) != 2:
+                raise ValueError(f"the value of loss {term.name!r} is {type(result).__name__}; return (values, {{metric: values}})")
+            values, extra = result
+            if values.shape != w.shape:
+                raise ValueError(f"values of loss {term.name!r} have shape {values.shape}, its weights {w.shape}; they must be equal")
             average = weighted_sum(values, w)
             loss += coefficient * average
             metrics |= {name: weighted_sum(jax.lax.stop_gradient(x), w) for name, x in extra.items()}
@@ -78,7 +83,7 @@ def at_step(objective: Objective, step: jax.Array) -> Loss:
     return objective if isinstance(objective, Loss) else objective(step)
 
 
-def loss(name: str, value: Value, over: Over | None = None) -> Loss:
+def make_loss(name: str, value: Value, over: Over | None = None) -> Loss:
     """A loss of one term, averaged over the examples unless `over` says otherwise."""
     return Loss(((1.0, Term(name, value, over or examples)),))
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from alignax.losses.algebra import Loss, lengths, loss, sequence
+from alignax.losses.algebra import Loss, lengths, make_loss, sequence
 from alignax.types import Batch, Metrics, Outputs
 
 Scores = Callable[[Outputs, Batch], jax.Array]  # -> [B, 2]
@@ -57,7 +57,7 @@ def pairwise(name: str, beta: float, value: Callable[[jax.Array, jax.Array], jax
         rewards = beta * scores(out, batch)  # [B, 2]
         return value(rewards[:, 0], rewards[:, 1]), pair_metrics(rewards, out, batch)
 
-    return loss(name, term)
+    return make_loss(name, term)
 
 
 def logistic(z: jax.Array, label_smoothing: float = 0.0) -> jax.Array:
@@ -107,6 +107,8 @@ def check_pairs(out: Outputs) -> None:
 
 def check_positive(name: str, value: float) -> None:
     """Refuses a coefficient that is not above 0."""
+    if isinstance(value, str):
+        raise ValueError(f"{name} is the text {value!r}; it must be a number")
     if not value > 0:
         raise ValueError(f"{name} is {value}; it must be above 0" + (" (0.1 is usual)" if name == "beta" else ""))
 

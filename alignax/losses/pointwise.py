@@ -6,7 +6,7 @@ r is beta log pi/ref of a response, summed over its tokens. All need the batch f
 import jax
 import jax.numpy as jnp
 
-from alignax.losses.algebra import Loss, loss
+from alignax.losses.algebra import Loss, make_loss
 from alignax.losses.pairs import Scores, check_positive, field, logistic, pair_metrics, pair_ratios, pairwise
 from alignax.types import Batch, Metrics, Outputs
 
@@ -38,7 +38,7 @@ def bco(beta: float = 0.1) -> Loss:
         shift = beta * field(batch, "bco_shift", "reward_shift()")  # [B]
         return logistic(rewards[:, 0] - shift) + logistic(shift - rewards[:, 1]), pair_metrics(rewards, out, batch)
 
-    return loss("bco", value)
+    return make_loss("bco", value)
 
 
 def sppo(beta: float = 0.1, scores: Scores = pair_ratios) -> Loss:

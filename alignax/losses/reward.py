@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from alignax.losses.algebra import Loss, loss
+from alignax.losses.algebra import Loss, make_loss
 from alignax.losses.pairs import TIE, check_pairs, logistic
 from alignax.types import Batch, Metrics, Outputs
 
@@ -34,7 +34,7 @@ def bradley_terry(margin: Callable[[Batch], jax.Array] | None = None) -> Loss:
         }
         return logistic(wanted), metrics
 
-    return loss("bradley_terry", value)
+    return make_loss("bradley_terry", value)
 
 
 def centring() -> Loss:
@@ -42,7 +42,7 @@ def centring() -> Loss:
 
     (s_w + s_l)^2
     """
-    return loss("centring", lambda out, batch: (jnp.square(pair_scores(out).sum(axis=1)), {}))
+    return make_loss("centring", lambda out, batch: (jnp.square(pair_scores(out).sum(axis=1)), {}))
 
 
 def score_l2() -> Loss:
@@ -50,7 +50,7 @@ def score_l2() -> Loss:
 
     (s_w^2 + s_l^2) / 2,   weighed 0.001 there
     """
-    return loss("score_l2", lambda out, batch: (0.5 * jnp.square(pair_scores(out)).sum(axis=1), {}))
+    return make_loss("score_l2", lambda out, batch: (0.5 * jnp.square(pair_scores(out)).sum(axis=1), {}))
 
 
 def pair_scores(out: Outputs) -> jax.Array:

@@ -6,7 +6,7 @@ what each value is compared with, and a value keeps its rank under a small chang
 
 import jax
 
-from alignax.losses.algebra import Loss, loss
+from alignax.losses.algebra import Loss, make_loss
 from alignax.losses.pairs import check_positive, check_smoothing, field, logistic, pair_logps, pair_metrics, pair_ratios
 from alignax.types import Batch, Metrics, Outputs
 
@@ -30,7 +30,7 @@ def aot(beta: float = 0.1, label_smoothing: float = 0.0) -> Loss:
         nll = logistic(beta * (logps[:, 0] - logps[:, 1] - target), label_smoothing)
         return nll, pair_metrics(beta * pair_ratios(out, batch), out, batch)
 
-    return loss("aot", value)
+    return make_loss("aot", value)
 
 
 def aot_unpaired(beta: float = 0.1, label_smoothing: float = 0.0) -> Loss:
@@ -53,4 +53,4 @@ def aot_unpaired(beta: float = 0.1, label_smoothing: float = 0.0) -> Loss:
         # Every matched pair is met twice, from either side: its value counts once, its gradient on both.
         return chosen + rejected - jax.lax.stop_gradient(rejected), pair_metrics(beta * ratios, out, batch)
 
-    return loss("aot_unpaired", value)
+    return make_loss("aot_unpaired", value)

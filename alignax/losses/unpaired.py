@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from alignax.losses.algebra import Loss, Term, examples, loss, sequence
+from alignax.losses.algebra import Loss, Term, examples, make_loss, sequence
 from alignax.losses.pairs import check_positive, check_range, field, ref_logps
 from alignax.types import Batch, Metrics, Outputs
 
@@ -61,7 +61,7 @@ def _labelled(name: str, beta: float, desirable_weight: float, undesirable_weigh
 
     chosen = Term(f"{name}_chosen", report("chosen"), lambda batch: examples(batch) & _desirable(batch))
     rejected = Term(f"{name}_rejected", report("rejected"), lambda batch: examples(batch) & ~_desirable(batch))
-    return loss(name, value) + Loss(((0.0, chosen), (0.0, rejected)))
+    return make_loss(name, value) + Loss(((0.0, chosen), (0.0, rejected)))
 
 
 def _ratios(out: Outputs, batch: Batch) -> jax.Array:

@@ -253,6 +253,7 @@ def export(params: Params, source: Source, out: str | os.PathLike, dtype: str = 
                 from safetensors.numpy import save_file
 
                 save_file(content, tmp / file, metadata={"format": "pt"})
+                os.chmod(tmp / file, 0o666 & ~umask())  # which safetensors leaves at 0600
     with together():
         if main:
             if len(shards) > 1:
@@ -261,6 +262,13 @@ def export(params: Params, source: Source, out: str | os.PathLike, dtype: str = 
                 (tmp / WEIGHT_FILES[1]).write_text(json.dumps(content, indent=2))
             _copy_small_files(source, tmp, dtype)
             replace(out, tmp)
+
+
+def umask() -> int:
+    """The process's umask, which can only be read by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def replace(out: Path, new: Path) -> None:

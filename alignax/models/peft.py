@@ -7,6 +7,7 @@ diagonal, so the rank is the sum of theirs.
 
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,7 @@ def write_adapter(adapters: Params, spec: Lora, source: hf.Source, base: str, ou
             shutil.rmtree(tmp, ignore_errors=True)
             tmp.mkdir(parents=True)
             save_file(tensors, tmp / WEIGHTS, metadata={"format": "pt"})
+            os.chmod(tmp / WEIGHTS, 0o666 & ~hf.umask())
             content = _config(spec, adapted, ranks, base, any(adapted.place(m[0]).weight.kept for m in adapted.modules.values()))
             (tmp / CONFIG).write_text(json.dumps(content, indent=2) + "\n")
             hf.replace(out, tmp)

@@ -1,0 +1,80 @@
+"""Experiment files: what is wrong in them is said in one line, with the place, before anything is written."""
+
+import pytest
+import runs
+
+from alignax.cli import main
+
+GOOD = """
+from alignax import chain, default_config, dpo, logps, sft
+from alignax.losses import make_loss, sequence
+
+def get_config():
+    config = default_config()
+    return config
+
+def loss(config):
+    return dpo(0.1)
+
+def experience(config, reference):
+    return chain(logps("ref_logps", reference))
+
+def gold(prompts, completions):
+    return [float(len(c)) for c in completions]
+"""
+OWN = """    def value(out, batch):
+        {}
+    return make_loss("own", value)
+"""
+RETURN = "    return dpo(0.1)\n"
+BAD = {
+    "misspelt top-level field": ("return config", "config.step = 40; return config", r"'step' of .* is unknown; the nearest is 'steps'"),
+    "misspelt field of a group": ("return config", "config.data.max_lenght = 4; return config", r"mine\.py, line 7: .*max_lenght"),
+    "text for a number": ("return config", 'config.optimizer.learning_rate = "2e-4"; return config', r"mine\.py, line 7: .*learning_rate"),
+    "no return": ("return config", "", r"get_config\(\) of .*mine\.py returns None; it must return a ConfigDict"),
+    "undefined name": ("return config", "return confg", r"mine\.py, line 7: NameError: name 'confg'"),
+    "syntax": ("return config", "return (", r"mine\.py, line 7: SyntaxError"),
+    "absent import": ("import chain,", "import chein,", r"mine\.py, line 2: ImportError.*chein"),
+    "loss without return": ("return dpo(0.1)", "dpo(0.1)", r"loss\(config\) of .* returns None; return a loss, dpo\(\) say"),
+    "loss not called": ("return dpo(0.1)", "return dpo", r"loss\(config\) of .* returns <function dpo.*return a loss"),
+    "text as beta": ("dpo(0.1)", 'dpo("0.1")', r"mine\.py, line 10: .*0\.1"),
+    "negative beta": ("dpo(0.1)", "dpo(-1.0)", r"mine\.py, line 10: beta is -1\.0"),
+    "unknown argument": ("dpo(0.1)", "dpo(betta=0.1)", r"mine\.py, line 10: TypeError: .*betta"),
+    "text as a weight": ("dpo(0.1)", 'dpo(0.1) + "0.01" * sft()', r"mine\.py, line 10: TypeError"),
+    "value alone": (RETURN, OWN.format("return sequence(out.logps, batch)[:, 0]"), r"own.*return \(values, \{metric: values\}\)"),
+    "an error in a value": (RETURN, OWN.format('raise ValueError("oops")'), r"mine\.py, line 11: oops"),
+    "values of another shape": (RETURN, OWN.format("return out.logps.sum(), {}"), r"own.*shape \(\).*\(8,\)"),
+    "unknown model": ("(config, reference)", "(config, teacher)", r"asks for 'teacher'; its parameters are any of config, reference"),
+    "a gold that divides by zero": ("float(len(c))", "1 / 0", r"mine\.py, line 16: ZeroDivisionError"),
+    "a gold of one number": ("[float(len(c)) for c in completions]", "1.0", r"mine\.py: TypeError"),
+    "a gold that is no number": ("float(len(c))", 'float("nan")', r"gold\(\) of .* returns \[nan\].*a finite number for each"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def fields(tmp_path_factory):
+    return runs.world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_experiment_files(name, fields, tmp_path, capsys):
+    import re
+
+    old, new, message = BAD[name]
+    assert old in GOOD
+    file = tmp_path / "mine.py"
+    file.write_text(GOOD.replace(old, new, 1))
+    given = fields | {"workdir": tmp_path / "run"}
+    assert main(["train", "--config", str(file), *(f"--config.{k}={v}" for k, v in given.items())]) == 2
+    said = capsys.readouterr().err.strip()
+    error = said.splitlines()[-1]
+    assert error.startswith("alignax: error: ") and "Traceback" not in said
+    assert re.search(message, error), error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_best_metric_that_is_none_is_refused_before_anything_is_written(fields, tmp_path, capsys):
+    given = fields | {"workdir": tmp_path / "run", "checkpoint.best": "accuracy"}
+    assert main(runs.arguments(given)) == 2
+    assert "checkpoint.best 'accuracy' is no metric of the evaluation; use one of completion_length, eos_rate" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
