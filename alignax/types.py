@@ -11,7 +11,6 @@ A batch is a plain dict of arrays whose leading axis is B. Every method has the 
 | `tokens`          | [B, N, T] int32  | prompt, completion and its EOS                                                   |
 | `mask`            | [B, N, T] bool   | real tokens; False is padding                                                    |
 | `completion_mask` | [B, N, T] bool   | scored tokens: the completion and its EOS; never position 0                      |
-| `labels`          | [B, N] bool      | data of kind "unpaired": whether the completion is a good one                    |
 | `margin`          | [B] f32          | `data.columns.margin`: how much better the chosen response is                    |
 | `ref_logps`       | [B, N, T] f32    | per-token log-probs of the reference (an experience writes them)                 |
 | `old_logps`       | [B, N, T] f32    | those of the policy as it stands before the step (likewise)                      |
