@@ -49,14 +49,27 @@ def plain_params(V: int = 96, D: int = 8, seed: int = 0) -> Params:
     return {"embed": normal(embed, (V, D)), "head": normal(head, (D, V)), "bias": 0.1 * normal(other, (V,))}
 
 
-def plain_apply(params: Params, batch: Batch) -> Outputs:
-    """A model as a user might write one, quick to compile: a token's predictor sees the token before it."""
-    logits = jnp.tanh(params["embed"])[batch["tokens"][:, :, :-1]] @ params["head"]  # [B, N, T - 1, V]
-    p = jax.nn.log_softmax(logits + jnp.expand_dims(params["bias"], (0, 1, 2)))
-    logps = jnp.take_along_axis(p, batch["tokens"][:, :, 1:, None], axis=-1)[..., 0]
-    entropy = -jnp.sum(jnp.exp(p) * p, axis=-1)
+def plain_apply(params: Params, batch: Batch, teacher: Params | None = None) -> Outputs:
+    """A model as a user might write one, quick to compile: a token's predictor sees the token before it.
+
+    A response's score is read off its last scored token; with a teacher, its KL to the model is there too.
+    """
+    before = batch["tokens"][:, :, :-1]
+    predict = lambda params: jax.nn.log_softmax(jnp.tanh(params["embed"])[before] @ params["head"] + params["bias"][None, None, None])
     scored = lambda x: jnp.where(batch["completion_mask"], jnp.pad(x, ((0, 0), (0, 0), (1, 0))), 0.0)
-    return Outputs(scored(logps), scored(entropy))
+    p = predict(params)  # [B, N, T - 1, V]
+    logps = jnp.take_along_axis(p, batch["tokens"][:, :, 1:, None], axis=-1)[..., 0]
+    mask = batch["completion_mask"]
+    last = mask & ~jnp.pad(mask[:, :, 1:], ((0, 0), (0, 0), (0, 1)))
+    scores = jnp.where(last, jnp.tanh(params["embed"])[batch["tokens"], 0], 0.0).sum(-1)
+    q = None if teacher is None else predict(teacher)
+    return Outputs(
+        scored(logps),
+        scored(-jnp.sum(jnp.exp(p) * p, axis=-1)),
+        scored(jax.lax.stop_gradient(jax.nn.logsumexp(2 * p, axis=-1))),
+        None if q is None else scored(jnp.sum(jnp.exp(q) * (q - p), axis=-1)),
+        scores,
+    )
 
 
 def with_reference(batch: Batch, apply=plain_apply, params: Params | None = None) -> Batch:
