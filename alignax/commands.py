@@ -103,7 +103,7 @@ def export(workdir: Path, folder: Path, overrides: Sequence[str]) -> None:
         distributed.initialize()
         with together():
             config = saved_experiment(workdir, overrides).config
-            source = hf.open_folder(config.model.path)
+            source = hf.with_labels(hf.open_folder(config.model.path), config.model.num_labels)
         checkpoints = Checkpoints(workdir)
         step = newest(checkpoints)
         lora, mesh = make_lora(config, source), make_mesh(config.mesh)

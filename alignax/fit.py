@@ -203,7 +203,7 @@ def initial_params(run: Run) -> Params:
     """The policy's parameters at step 0."""
     if run.config.model.init == "random":
         return hf.init_params(run.source.config, run.mesh, jax.random.key(run.config.seed))
-    return hf.load_params(run.source, run.mesh)
+    return hf.load_params(run.source, run.mesh, jax.random.key(run.config.seed))
 
 
 def initial_adapters(run: Run, base: Params) -> Params:

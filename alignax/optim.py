@@ -64,6 +64,6 @@ def make_optimizer(config: Any, schedule: optax.Schedule) -> optax.GradientTrans
 
 
 def decays(params: Any) -> Any:
-    """True for the leaves that weight decay shrinks: all but norms and biases (stacked ones have two axes, so names tell)."""
+    """True for the leaves that weight decay shrinks: all but norms, biases and offsets (stacked ones have two axes, so names tell)."""
     last = lambda path: jax.tree_util.keystr(path[-1:], simple=True)
-    return jax.tree_util.tree_map_with_path(lambda path, _: not last(path).endswith(("norm", "bias")), params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: not last(path).endswith(("norm", "bias", "offset")), params)

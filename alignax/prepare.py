@@ -39,7 +39,7 @@ STORED = "stored_ref_logps"  # the batch field that a cache of the reference bri
 LEAST = {
     "batch_size": 1, "microbatches": 1, "max_skipped": 1, "steps": 0, "checkpoint.every": 1, "checkpoint.keep": 1, "log.every": 1,
     "model.logps_chunk": 1, "eval.every": 0, "eval.batch_size": 0, "eval.samples": 0, "eval.sample_prompts": 0, "eval.max_new_tokens": 1,
-    "data.limit": 0, "seed": 0,
+    "data.limit": 0, "seed": 0, "model.num_labels": 0,
 }  # fmt: skip
 
 
@@ -84,7 +84,8 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
     mesh = mesh or meshes.make_mesh(config.mesh)
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     check_batches(config, mesh)
-    source = open_model(config.model.path, config.model.init, "model.path")
+    source = hf.with_labels(open_model(config.model.path, config.model.init, "model.path"), config.model.num_labels)
+    check_head(config, source, experiment)
     reference = None
     if "reference" in asked(experiment.experience):
         reference = open_model(config.reference.path, "pretrained", "reference.path") if config.reference.path else source
@@ -145,6 +146,16 @@ def check_fields(config: Any) -> None:
     best = config.checkpoint.best.removeprefix("-")
     if best and not (config.data.eval and config.eval.every):
         raise ValueError(f"checkpoint.best {best!r} needs evaluations; set data.eval and eval.every")
+
+
+def check_head(config: Any, source: hf.Source, experiment: Experiment) -> None:
+    """Refuses what a reward model cannot do: sample, and be the policy of an experience."""
+    if not source.config.num_labels:
+        return
+    if max(config.eval.samples, config.eval.sample_prompts):
+        raise ValueError("a reward model gives scores and no text; set eval.samples and eval.sample_prompts to 0")
+    if experiment.gold is not None:
+        raise ValueError(f"gold() of {experiment.file} rewards text, which a reward model does not give; remove it")
 
 
 def check_token_kl(source: hf.Source, reference: hf.Source | None) -> None:

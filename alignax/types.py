@@ -41,11 +41,11 @@ class Outputs(NamedTuple):
     A model may leave out what is None by default; a loss that reads it says so. What no loss reads is not computed.
     """
 
-    logps: jax.Array  # [B, N, T] log pi(tokens[t] | tokens[<t]), nats
+    logps: jax.Array  # [B, N, T] log pi(tokens[t] | tokens[<t]), nats; None of a reward model, entropy likewise
     entropy: jax.Array  # [B, N, T] entropy of the distribution that predicted tokens[t], nats
     log_sum_sq: jax.Array | None = None  # [B, N, T] log sum_v pi(v | tokens[<t])^2; carries no gradient
     ref_kl: jax.Array | None = None  # [B, N, T] KL(ref || pi) of the distributions that predict tokens[t], nats
-    scores: jax.Array | None = None  # [B, N] a reward model's score of each response
+    scores: jax.Array | None = None  # [B, N] a reward model's score of each response; [B, N, labels] where it has several
 
 
 class Model(NamedTuple):

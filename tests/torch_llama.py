@@ -18,12 +18,14 @@ torch.set_num_threads(1)
 transformers.utils.logging.disable_progress_bar()
 
 
-def write(path: Path, dtype: torch.dtype = torch.float32, shard: str = "1GB", **changes) -> transformers.PreTrainedModel:
+def write(
+    path: Path, dtype: torch.dtype = torch.float32, shard: str = "1GB", auto=transformers.AutoModelForCausalLM, **changes
+) -> transformers.PreTrainedModel:
     """A model of `model_type` (Llama if not given) with every weight random, norms and biases too, saved to `path`."""
     torch.manual_seed(0)
     fields = copy.deepcopy(tiny.CONFIG | changes)  # some configs write into what they are given
     config = transformers.AutoConfig.for_model(**{k: v for k, v in fields.items() if k != "architectures"})
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model = auto.from_config(config).eval()
     with torch.no_grad():
         for p in model.parameters():
             if p.ndim == 1:

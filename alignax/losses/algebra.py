@@ -95,6 +95,13 @@ def weighted_sum(values: jax.Array, weights: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(weights > 0, values, 0.0) * weights)
 
 
+def token_logps(out: Outputs) -> jax.Array:
+    """Log-probs of the tokens [B, N, T], which a reward model has not."""
+    if out.logps is None:
+        raise ValueError("this loss reads log-probs, and a reward model has none; use bradley_terry(), or set model.num_labels to 0")
+    return out.logps
+
+
 def sequence(x: jax.Array, batch: Batch) -> jax.Array:
     """Sum over the completion tokens: [B, N, T] -> [B, N]."""
     return jnp.sum(jnp.where(batch["completion_mask"], x, 0.0), axis=-1)

@@ -8,7 +8,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from alignax.losses.algebra import Loss, lengths, sequence
+from alignax.losses.algebra import Loss, lengths, sequence, token_logps
 from alignax.losses.pairs import Scores, check_pairs, check_positive, check_range, logistic, mean_ratios, pair_ratios, pairwise, ref_logps
 from alignax.losses.preference import ipo
 from alignax.types import Batch, Outputs
@@ -55,7 +55,7 @@ def desensitised(ld_alpha: float) -> Scores:
     """Summed log-ratios whose tokens beyond the shorter response of the pair weigh `ld_alpha`: [B, 2]."""
 
     def scores(out: Outputs, batch: Batch) -> jax.Array:
-        check_pairs(out)
+        check_pairs(token_logps(out))
         place = jnp.cumsum(batch["completion_mask"], axis=-1)  # [B, 2, T], 1 at the first completion token
         shared = lengths(batch).min(axis=1, keepdims=True)[..., None]  # [B, 1, 1]
         ratios = out.logps - ref_logps(batch)

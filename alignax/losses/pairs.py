@@ -9,7 +9,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from alignax.losses.algebra import Loss, lengths, make_loss, sequence
+from alignax.losses.algebra import Loss, lengths, make_loss, sequence, token_logps
 from alignax.types import Batch, Metrics, Outputs
 
 Scores = Callable[[Outputs, Batch], jax.Array]  # -> [B, 2]
@@ -18,7 +18,7 @@ TIE = 1e-6  # reward margins below float32 rounding of a sum of log-probs are ti
 
 def pair_logps(out: Outputs, batch: Batch) -> jax.Array:
     """log pi of each response of a pair, in nats, summed over its tokens: [B, 2]. For losses without a reference."""
-    check_pairs(out)
+    check_pairs(token_logps(out))
     return sequence(out.logps, batch)
 
 
@@ -28,7 +28,7 @@ def pair_ratios(out: Outputs, batch: Batch) -> jax.Array:
     Raises:
       ValueError: for examples that are no pairs, and without reference log-probs.
     """
-    check_pairs(out)
+    check_pairs(token_logps(out))
     return sequence(out.logps - ref_logps(batch), batch)
 
 
@@ -99,10 +99,10 @@ def field(batch: Batch, name: str, experience: str) -> jax.Array:
     return batch[name]
 
 
-def check_pairs(out: Outputs) -> None:
-    """Refuses examples that are no pairs: jax would clamp the index of the rejected response, and train nothing."""
-    if out.logps.shape[1] != 2:
-        raise ValueError(f"a preference loss takes pairs, these examples have {out.logps.shape[1]} responses; set data.kind='preference'")
+def check_pairs(x: jax.Array) -> None:
+    """Refuses log-probs or scores of no pairs: jax would clamp the index of the rejected response, and train nothing."""
+    if x.shape[1] != 2:
+        raise ValueError(f"a preference loss takes pairs, these examples have {x.shape[1]} responses; set data.kind='preference'")
 
 
 def check_positive(name: str, value: float) -> None:

@@ -61,5 +61,7 @@ def pair_scores(out: Outputs) -> jax.Array:
     """
     if out.scores is None:
         raise ValueError("a reward loss needs Outputs.scores, which this model leaves out; give a model with a reward head")
-    check_pairs(out)
+    if out.scores.ndim != 2:
+        raise ValueError(f"this loss takes one score of a response, the model gives {out.scores.shape[-1]}; set model.num_labels to 1")
+    check_pairs(out.scores)
     return out.scores

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from alignax.losses.algebra import Loss, Over, chosen_examples, chosen_tokens, lengths, make_loss, sequence
+from alignax.losses.algebra import Loss, Over, chosen_examples, chosen_tokens, lengths, make_loss, sequence, token_logps
 from alignax.types import Batch
 
 
@@ -16,12 +16,12 @@ def sft(over: Over = chosen_tokens) -> Loss:
       over: `chosen_tokens` averages over the tokens of the global batch (every token counts the same); `per_sequence` first over
         the tokens of each response (every response counts the same).
     """
-    return make_loss("sft", lambda out, batch: (-out.logps[:, 0], {"entropy": out.entropy[:, 0]}), over)
+    return make_loss("sft", lambda out, batch: (-token_logps(out)[:, 0], {"entropy": out.entropy[:, 0]}), over)
 
 
 def summed_sft() -> Loss:
     """Supervised fine-tuning by whole responses: -log pi(y | x), summed over its tokens, averaged over the examples."""
-    return make_loss("sft", lambda out, batch: (-sequence(out.logps, batch)[:, 0], {}), chosen_examples)
+    return make_loss("sft", lambda out, batch: (-sequence(token_logps(out), batch)[:, 0], {}), chosen_examples)
 
 
 def per_sequence(batch: Batch) -> jax.Array:

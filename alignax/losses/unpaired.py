@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from alignax.losses.algebra import Loss, Term, examples, make_loss, sequence
+from alignax.losses.algebra import Loss, Term, examples, make_loss, sequence, token_logps
 from alignax.losses.pairs import check_positive, check_range, field, ref_logps
 from alignax.types import Batch, Metrics, Outputs
 
@@ -66,7 +66,7 @@ def _labelled(name: str, beta: float, desirable_weight: float, undesirable_weigh
 
 def _ratios(out: Outputs, batch: Batch) -> jax.Array:
     """log pi/ref of each response, summed over its tokens: [B]."""
-    if out.logps.shape[1] != 1:
+    if token_logps(out).shape[1] != 1:
         raise ValueError(f"an unpaired loss takes single responses, these examples have {out.logps.shape[1]}; give data with labels")
     return sequence(out.logps - ref_logps(batch), batch)[:, 0]
 

@@ -252,6 +252,7 @@ _ENDS = {
     "embed": Weight("model.embed_tokens.weight", kept=True),
     "norm": Weight("model.norm.weight"),
     "lm_head": Weight("lm_head.weight"),
+    "score": Weight("score.weight"),
 }
 _QKV = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj"}
 _MLP = {"gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
@@ -269,6 +270,7 @@ _GPT2 = {
     "norm": Weight("transformer.ln_f.weight"),
     "norm_bias": Weight("transformer.ln_f.bias"),
     "lm_head": Weight("lm_head.weight"),
+    "score": Weight("score.weight"),
 } | _layer(
     {"attention_norm": "ln_1", "mlp_norm": "ln_2", "o": "attn.c_proj", "up": "mlp.c_fc", "down": "mlp.c_proj"}
     | {n: "attn.c_attn" for n in "qkv"},
@@ -280,6 +282,7 @@ _GPT_NEOX = {
     "norm": Weight("gpt_neox.final_layer_norm.weight"),
     "norm_bias": Weight("gpt_neox.final_layer_norm.bias"),
     "lm_head": Weight("embed_out.weight"),
+    "score": Weight("score.weight"),
 } | _layer(
     _NORMS | {"o": "attention.dense", "up": "mlp.dense_h_to_4h", "down": "mlp.dense_4h_to_h"}, prefix="gpt_neox.layers.{}."
 )  # fmt: skip

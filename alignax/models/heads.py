@@ -72,6 +72,22 @@ def token_logps(
     return Outputs(*map(restore, scores))
 
 
+def last_scores(hidden: jax.Array, mask: jax.Array, weight: jax.Array, offset: jax.Array) -> jax.Array:
+    """A reward model's scores of rows, read at the last completion token wherever padding stands: [R, labels] float32.
+
+    Args:
+      hidden: [R, T, D].
+      mask: [R, T] bool, completion tokens; a row without one scores 0.
+      weight: [D, labels].
+      offset: [labels], taken from every score: what the initial policy's samples score. It is not trained.
+    """
+    T = mask.shape[1]
+    last = T - 1 - jnp.argmax(mask[:, ::-1], axis=1)  # [R]
+    x = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0].astype(jnp.float32)
+    scores = x @ weight.astype(jnp.float32) - jax.lax.stop_gradient(offset)[None]
+    return jnp.where(mask.any(axis=1)[:, None], scores, 0.0)
+
+
 def soft_cap(z: jax.Array, cap: float | None) -> jax.Array:
     """cap * tanh(z / cap), which keeps logits within +-cap (Gemma 2, arXiv:2408.00118); z itself without a cap."""
     return z if cap is None else cap * jnp.tanh(z / cap)

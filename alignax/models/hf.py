@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 
 from alignax import mesh as meshes
 from alignax.distributed import is_main, together
-from alignax.models import transformer
+from alignax.models import reward, transformer
 from alignax.models.families import Family, family
 from alignax.models.layout import Place, Tensor, joined, leaf_name, leaf_shapes, places, tensors
 from alignax.models.lora import Lora, split, with_norms
@@ -49,7 +49,8 @@ class Source(NamedTuple):
     path: Path
     hf: dict[str, Any]  # its config.json
     family: Family
-    config: ModelConfig
+    stored: ModelConfig  # of the files
+    config: ModelConfig  # of the model that is made of them: it may have another head, see `with_labels`
 
 
 def open_folder(path: str | os.PathLike) -> Source:
@@ -66,10 +67,15 @@ def open_folder(path: str | os.PathLike) -> Source:
         raise ValueError(f"{file} is not a JSON object ({e}); fetch the model folder again") from e
     kind = family(hf, str(file))
     try:
-        config = kind.config(hf)
+        config = dataclasses.replace(kind.config(hf), num_labels=reward.labels(hf))
     except KeyError as e:
         raise ValueError(f"{file} lacks the field {e.args[0]!r}; is it a complete {hf['model_type']} config?") from e
-    return Source(path, hf, kind, config)
+    return Source(path, hf, kind, config, config)
+
+
+def with_labels(source: Source, num_labels: int) -> Source:
+    """The same trunk with that many scores, whose head begins anew where the folder has another number of them; 0: as the folder is."""
+    return source._replace(config=dataclasses.replace(source.config, num_labels=num_labels)) if num_labels else source
 
 
 def abstract_params(config: ModelConfig, mesh: Mesh | None = None) -> Params:
@@ -101,8 +107,8 @@ def init_params(config: ModelConfig, mesh: Mesh, key: jax.Array) -> Params:
     return jax.jit(lambda key: nn.unbox(transformer.init(config, key)), out_shardings=shardings)(key)
 
 
-def load_params(source: Source, mesh: Mesh) -> Params:
-    """A folder's weights as sharded float32 parameters.
+def load_params(source: Source, mesh: Mesh, key: jax.Array | None = None) -> Params:
+    """A folder's weights as sharded float32 parameters; a score head that it has not is drawn from the key (default: 0).
 
     Raises:
       ValueError: for missing, extra or misshapen tensors and damaged files, before any weight is read.
@@ -112,12 +118,20 @@ def load_params(source: Source, mesh: Mesh) -> Params:
     files = tensor_files(source)
     check_tensors(source, files)
     abstract = abstract_params(source.config, mesh)
-    where = places(source.family.weights, leaf_shapes(abstract), source.config.num_attention_heads)
+    where = places(source.family.weights, stored_shapes(source.stored), source.config.num_attention_heads)
+    kept = source.config.num_labels == source.stored.num_labels
     with contextlib.ExitStack() as stack:
         opened = functools.cache(lambda file: stack.enter_context(safe_open(file, framework="np")))
 
         def load(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-            place = where[leaf_name(path)]
+            name = leaf_name(path)
+            if name in reward.HEAD and not kept:
+                return fresh_leaf(source.config, name, leaf.sharding, key)
+            if name == reward.OFFSET:
+                return jax.device_put(
+                    np.asarray(source.hf.get(reward.OFFSET, np.zeros(leaf.shape)), np.float32).reshape(leaf.shape), leaf.sharding
+                )
+            place = where[name]
 
             def read(index: tuple[slice, ...]) -> np.ndarray:
                 ranges = [range(*s.indices(n)) for s, n in zip(index, leaf.shape, strict=True)]
@@ -135,6 +149,12 @@ def load_params(source: Source, mesh: Mesh) -> Params:
             return jax.make_array_from_callback(leaf.shape, leaf.sharding, once)
 
         return jax.tree_util.tree_map_with_path(load, abstract)
+
+
+def fresh_leaf(config: ModelConfig, name: str, sharding: Any, key: jax.Array | None) -> jax.Array:
+    """One leaf of the parameters that the key gives, made where it lives."""
+    make = jax.jit(lambda key: nn.unbox(transformer.init(config, key))[name], out_shardings=sharding)
+    return make(jax.random.key(0) if key is None else key)
 
 
 def read_part(opened: Any, stored: Stored, place: Place, ranges: Sequence[range]) -> np.ndarray:
@@ -189,7 +209,7 @@ def _header(file: Path) -> dict[str, tuple[int, ...]]:
 
 def check_tensors(source: Source, files: Mapping[str, Stored]) -> None:
     """Compares names and shapes of a folder's tensors with what its config says."""
-    wanted = {t.name: t.shape for t in plan(source)}
+    wanted = {t.name: t.shape for t in plan(source, source.stored)}
     tied = {source.family.weights["lm_head"].name} if source.config.tie_word_embeddings else set()
     names = {n for n in files if not n.endswith(source.family.ignored)} - tied
     where = f"{str(source.path)!r}"
@@ -208,9 +228,14 @@ def check_tensors(source: Source, files: Mapping[str, Stored]) -> None:
             raise ValueError(f"{name} in {where} has shape {found}, config.json says {shape}; is it this model's config?")
 
 
-def plan(source: Source) -> list[Tensor]:
-    """All tensors of a folder, as its config has them."""
-    return tensors(source.family.weights, leaf_shapes(abstract_params(source.config)), source.config.num_attention_heads)
+def plan(source: Source, config: ModelConfig) -> list[Tensor]:
+    """All tensors of a folder that holds such a model."""
+    return tensors(source.family.weights, stored_shapes(config), config.num_attention_heads)
+
+
+def stored_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Leaf name -> shape, of those that the weight files hold; the offset of scores is in config.json."""
+    return {name: shape for name, shape in leaf_shapes(abstract_params(config)).items() if name != reward.OFFSET}
 
 
 def export(params: Params, source: Source, out: str | os.PathLike, dtype: str = "float32", shard_bytes: int = SHARD_BYTES) -> None:
@@ -237,8 +262,9 @@ def export(params: Params, source: Source, out: str | os.PathLike, dtype: str = 
             shutil.rmtree(tmp, ignore_errors=True)
             tmp.mkdir(parents=True)
     leaves = {leaf_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
-    where = places(source.family.weights, {name: x.shape for name, x in leaves.items()}, source.config.num_attention_heads)
-    shards = _shards(plan(source), jnp.dtype(dtype).itemsize, shard_bytes)
+    where = places(source.family.weights, stored_shapes(source.config), source.config.num_attention_heads)
+    offset = meshes.gathered(leaves[reward.OFFSET]).tolist() if reward.OFFSET in leaves else None
+    shards = _shards(plan(source, source.config), jnp.dtype(dtype).itemsize, shard_bytes)
     index: dict[str, str] = {}
     for i, shard in enumerate(shards):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
@@ -260,7 +286,10 @@ def export(params: Params, source: Source, out: str | os.PathLike, dtype: str = 
                 total = sum(math.prod(t.shape) for shard in shards for t in shard) * jnp.dtype(dtype).itemsize
                 content = {"metadata": {"total_size": total}, "weight_map": index}
                 (tmp / WEIGHT_FILES[1]).write_text(json.dumps(content, indent=2))
-            _copy_small_files(source, tmp, dtype)
+            _copy_small_files(source, tmp)
+            changes = {"dtype": dtype} | ({} if offset is None else reward.fields(source.hf, offset, reward.pad_token(tmp)))
+            hf = {k: v for k, v in source.hf.items() if k != "torch_dtype"} | changes
+            (tmp / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
             replace(out, tmp)
 
 
@@ -294,11 +323,9 @@ def _shards(all_tensors: list[Tensor], itemsize: int, limit: int) -> list[list[T
     return shards
 
 
-def _copy_small_files(source: Source, out: Path, dtype: str) -> None:
-    """Tokenizer, chat template and generation config as they were; config.json with its type brought up to date."""
+def _copy_small_files(source: Source, out: Path) -> None:
+    """Tokenizer, chat template and generation config as they were."""
     for file in source.path.iterdir():
         small = file.suffix in (".json", ".jinja", ".model", ".txt", ".tiktoken")
         if file.is_file() and small and file.name != "config.json" and not file.name.endswith(".index.json"):
             shutil.copyfile(file, out / file.name)
-    hf = {k: v for k, v in source.hf.items() if k != "torch_dtype"} | {"dtype": dtype}
-    (out / "config.json").write_text(json.dumps(hf, indent=2) + "\n")

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from alignax.mesh import constrain
-from alignax.models.heads import soft_cap, token_logps
+from alignax.models.heads import last_scores, soft_cap, token_logps
 from alignax.models.lora import Lora, adapt
 from alignax.models.moe import experts
 from alignax.types import Batch, Outputs, Params, rows
@@ -58,6 +58,7 @@ class ModelConfig:
     attn_logit_softcapping: float | None = None  # scores become cap * tanh(score / cap)
     final_logit_softcapping: float | None = None
     embedding_scale: float = 1.0
+    num_labels: int = 0  # scores of a reward model, in place of logits; 0: a language model
     num_experts: int = 0  # 0: one MLP; intermediate_size is that of an expert
     num_experts_per_tok: int = 0
     norm_topk_prob: bool = False  # the chosen experts' probabilities sum to 1
@@ -189,7 +190,12 @@ class Decoder(nn.Module):
         c = self.config
         normal = nn.with_logical_partitioning(nn.initializers.normal(c.initializer_range), ("vocab", "embed"))
         embed = self.param("embed", normal, (c.vocab_size, c.hidden_size), jnp.float32)
-        if not c.tie_word_embeddings:
+        if c.num_labels:
+            normal_head = nn.initializers.normal(1 / math.sqrt(c.hidden_size))
+            self.param("score", nn.with_logical_partitioning(normal_head, ("embed", None)), (c.hidden_size, c.num_labels), jnp.float32)
+            zeros = nn.with_logical_partitioning(nn.initializers.zeros, (None,))
+            self.param("score_offset", zeros, (c.num_labels,), jnp.float32)
+        elif not c.tie_word_embeddings:
             head = nn.with_logical_partitioning(nn.initializers.normal(c.initializer_range), ("embed", "vocab"))
             self.param("lm_head", head, (c.hidden_size, c.vocab_size), jnp.float32)
         # Positions count real tokens, so a row scores the same wherever its padding stands.
@@ -397,7 +403,7 @@ def forward(
     mesh: Mesh | None = None,
     teacher: tuple[ModelConfig, Params] | None = None,
 ) -> Callable[[Params, Batch], Outputs]:
-    """The pure `(params, batch) -> Outputs` of a decoder: per-token statistics at completion positions.
+    """The pure `(params, batch) -> Outputs` of a decoder: per-token statistics at completion positions, or a reward model's scores.
 
     Args:
       config: the model.
@@ -412,6 +418,12 @@ def forward(
         raise ValueError(f"remat {remat!r} is unknown; use {', '.join(REMAT)}")
     decoder = Decoder(config, dtype, remat, mesh)
 
+    def rate(params: Params, batch: Batch) -> Outputs:
+        tokens, mask, scored = rows(batch["tokens"]), rows(batch["mask"]), rows(batch["completion_mask"])  # [R, T]
+        hidden, _ = decoder.apply({"params": params}, tokens, mask)
+        scores = last_scores(hidden, scored, params["score"], params["score_offset"]).reshape(*batch["tokens"].shape[:2], -1)
+        return Outputs(None, None, scores=scores[..., 0] if config.num_labels == 1 else scores)  # pyright: ignore[reportArgumentType]
+
     def apply(params: Params, batch: Batch) -> Outputs:
         tokens, mask, scored = rows(batch["tokens"]), rows(batch["mask"]), rows(batch["completion_mask"])  # [R, T]
         hidden, _ = decoder.apply({"params": params}, tokens, mask)  # [R, T, D]
@@ -425,4 +437,4 @@ def forward(
         back = lambda x: jnp.pad(x, ((0, 0), (1, 0))).reshape(batch["tokens"].shape)  # [B, N, T]
         return jax.tree.map(back, out)
 
-    return apply
+    return rate if config.num_labels else apply

@@ -1,0 +1,156 @@
+"""Reward models: a score in place of logits, read at the last completion token; folders in and out."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+import torch
+import torch_llama
+import transformers
+from test_models_families import ROWS
+
+from alignax.losses import apo_zero_unpaired, bradley_terry, centring, dpo, sft
+from alignax.mesh import make_mesh
+from alignax.models import hf
+from alignax.models.transformer import forward
+from alignax.optim import decays
+
+ONE = make_mesh({}, jax.devices()[:1])
+KINDS = {"llama": {}} | {row: fields for row, fields in ROWS.items() if "," not in row}
+AUTO = transformers.AutoModelForSequenceClassification
+
+
+def classifier(folder, labels: int = 1, **fields):
+    """A random model of transformers' for sequence classification, in a folder."""
+    return torch_llama.write(folder, auto=AUTO, **fields | {"pad_token_id": 0, "num_labels": labels})
+
+
+def their_scores(model, batch) -> np.ndarray:
+    """[B, N, labels]."""
+    tokens, mask = (torch.tensor(np.asarray(batch[k])).flatten(0, 1) for k in ("tokens", "mask"))
+    with torch.no_grad():
+        return model(input_ids=tokens, attention_mask=mask.long()).logits.numpy().reshape(*batch["tokens"].shape[:2], -1)
+
+
+def our_scores(source, params, batch) -> np.ndarray:
+    return np.asarray(jax.jit(forward(source.config))(params, batch).scores)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """A reward model made of a language model's folder: source and parameters."""
+    folder = tiny.folder(tmp_path_factory.mktemp("lm") / "model")
+    source = hf.with_labels(hf.open_folder(folder), 1)
+    return source, hf.load_params(source, ONE, jax.random.key(3))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_are_those_of_transformers_on_the_way_in_and_out(kind, tmp_path):
+    model = classifier(tmp_path / "in", **{"model_type": kind} | KINDS[kind])
+    source = hf.open_folder(tmp_path / "in")
+    params, batch = hf.load_params(source, ONE), tiny.batch(T=16)
+    scores = our_scores(source, params, batch)
+    assert source.config.num_labels == 1 and scores.shape == (4, 2) and scores.std() > 0.02
+    np.testing.assert_allclose(scores, their_scores(model, batch)[..., 0], atol=1e-4, rtol=0)
+    hf.export(params, source, tmp_path / "out")
+    np.testing.assert_array_equal(their_scores(AUTO.from_pretrained(tmp_path / "out"), batch), their_scores(model, batch))
+
+
+def test_several_labels(tmp_path):
+    model = classifier(tmp_path / "in", labels=3)
+    source, batch = hf.open_folder(tmp_path / "in"), tiny.batch(T=16)
+    scores = our_scores(source, hf.load_params(source, ONE), batch)
+    assert scores.shape == (4, 2, 3)
+    np.testing.assert_allclose(scores, their_scores(model, batch), atol=1e-4, rtol=0)
+
+
+def test_a_language_models_folder_gets_a_head_of_the_runs_seed(llama, tmp_path):
+    source, params = llama
+    trunk = hf.load_params(hf.open_folder(source.path), ONE)
+    assert "lm_head" not in params and params["score"].shape == (32, 1) and params["score_offset"].tolist() == [0.0]
+    np.testing.assert_array_equal(params["embed"], trunk["embed"])
+    again, other = (hf.load_params(source, ONE, jax.random.key(seed))["score"] for seed in (3, 4))
+    np.testing.assert_array_equal(again, params["score"])
+    assert np.abs(np.asarray(other) - params["score"]).max() > 0.1
+    anchored = params | {"score_offset": jnp.array([0.75])}
+    hf.export(anchored, source, tmp_path / "out")
+    theirs, batch = AUTO.from_pretrained(tmp_path / "out"), tiny.batch(T=16)
+    assert theirs.config.pad_token_id == 0
+    back = hf.open_folder(tmp_path / "out")
+    assert back.config.num_labels == 1 and back.config == source.config
+    scores = our_scores(back, hf.load_params(back, ONE), batch)
+    np.testing.assert_array_equal(scores, our_scores(source, anchored, batch))
+    np.testing.assert_allclose(scores, their_scores(theirs, batch)[..., 0] - 0.75, atol=1e-5)  # transformers knows no offset
+
+
+def test_a_score_depends_on_no_padding_and_on_no_other_row(llama):
+    source, params = llama
+    batch = tiny.batch(4, T=16)
+    shift = lambda by, x: jnp.roll(jnp.pad(x, ((0, 0), (0, 0), (0, 9))), by, axis=2)
+    scores = our_scores(source, params, batch)
+    for by in (0, 9, 4):
+        moved = {k: shift(by, x) for k, x in batch.items()}
+        pad = jnp.where(moved["mask"], moved["tokens"], 7)  # whatever id the padding has
+        np.testing.assert_allclose(our_scores(source, params, moved | {"tokens": pad}), scores, atol=1e-5)
+    alone = {k: x[2:3, 1:] for k, x in batch.items()}
+    np.testing.assert_allclose(our_scores(source, params, alone), scores[2:3, 1:], atol=1e-6)
+
+
+def test_the_score_is_read_at_the_last_completion_token(llama):
+    """The completion's own end decides, not what stands behind it in the row."""
+    source, params = llama
+    batch = {"tokens": jnp.arange(3, 15).reshape(1, 1, 12), "mask": jnp.ones((1, 1, 12), bool)}
+    read = lambda first, end: batch | {"completion_mask": (jnp.arange(12) >= first)[None, None] & (jnp.arange(12) < end)[None, None]}
+    longer, shorter = (our_scores(source, params, read(4, end)) for end in (12, 8))
+    cut = {k: x[:, :, :8] for k, x in read(4, 8).items()}
+    np.testing.assert_allclose(shorter, our_scores(source, params, cut), atol=1e-6)
+    assert abs(longer - shorter).max() > 1e-3
+    assert our_scores(source, params, read(4, 4)) == 0.0  # no completion
+
+
+def test_the_offset_is_neither_trained_nor_decayed(llama):
+    source, params = llama
+    batch, loss = tiny.batch(T=16), bradley_terry() + 0.1 * centring()
+    apply = forward(source.config)
+    grads = jax.jit(jax.grad(lambda p: loss(apply(p, batch), batch, loss.normalised(batch))[0]))(
+        params | {"score_offset": jnp.array([0.5])}
+    )
+    assert grads["score_offset"] == 0 and np.abs(grads["score"]).max() > 1e-3 and np.abs(grads["layers"]["q"]).max() > 1e-6
+    assert not decays(params)["score_offset"] and decays(params)["score"]
+
+
+def test_losses_on_log_probs_refuse_a_reward_model_and_reward_losses_a_policy(llama):
+    source, params = llama
+    batch = tiny.with_reference(tiny.batch(T=16))
+    single = {k: x[:, :1] for k, x in batch.items()} | {"labels": jnp.ones((4, 1), bool)}
+    for loss, data in ((dpo(), batch), (sft(), batch), (apo_zero_unpaired(), single)):
+        with pytest.raises(ValueError, match=r"this loss reads log-probs, and a reward model has none; use bradley_terry\(\)"):
+            jax.eval_shape(lambda p, loss=loss, data=data: loss(forward(source.config)(p, data), data, loss.normalised(data)), params)
+    with pytest.raises(ValueError, match=r"give a model with a reward head"):
+        bradley_terry()(tiny.plain_apply(tiny.plain_params(), batch)._replace(scores=None), batch, bradley_terry().normalised(batch))
+    three = hf.with_labels(source, 3)
+    with pytest.raises(ValueError, match="takes one score of a response, the model gives 3; set model.num_labels to 1"):
+        jax.eval_shape(
+            lambda p: bradley_terry()(forward(three.config)(p, batch), batch, bradley_terry().normalised(batch)),
+            hf.abstract_params(three.config),
+        )
+
+
+def test_an_export_never_pads_with_the_eos(llama, tmp_path):
+    """transformers would read the score in front of the EOS rather than at it."""
+    source, params = llama
+    folder = tiny.folder(tmp_path / "in")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(folder)
+    hf.export(params, hf.with_labels(hf.open_folder(folder), 1), tmp_path / "out")
+    theirs, tokenizer = AUTO.from_pretrained(tmp_path / "out"), transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert theirs.config.pad_token_id == tokenizer.pad_token_id == tokenizer.unk_token_id != tokenizer.eos_token_id
+    tokens = [tokenizer(text).input_ids + [tokenizer.eos_token_id] for text in ("yes", "no, never")]
+    padded = tokenizer.pad({"input_ids": tokens}, return_tensors="pt")
+    mask = np.asarray(padded["attention_mask"], bool)[None]
+    batch = {"tokens": jnp.asarray(padded["input_ids"].numpy())[None], "mask": jnp.asarray(mask)}
+    scores = our_scores(source, params, batch | {"completion_mask": batch["mask"] & (jnp.arange(mask.shape[-1]) > 0)[None, None]})
+    with torch.no_grad():
+        np.testing.assert_allclose(scores[0], theirs(**{k: padded[k] for k in ("input_ids", "attention_mask")}).logits[:, 0], atol=1e-4)
