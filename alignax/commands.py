@@ -13,8 +13,9 @@ from alignax.checkpoint import Checkpoints
 from alignax.config import BadInput, Experiment, load_experiment
 from alignax.data import check
 from alignax.distributed import is_main, together
+from alignax.ensemble import stacked
 from alignax.evaluate import Evaluation
-from alignax.fit import fit, make_programs, merged, start
+from alignax.fit import fit, make_programs, members_of, merged, start
 from alignax.mesh import make_mesh
 from alignax.metrics import Log, table
 from alignax.models import hf
@@ -69,7 +70,7 @@ def saved_experiment(workdir: Path, overrides: Sequence[str]) -> Experiment:
     file = workdir / "config.py"
     if not file.is_file():
         raise ValueError(f"{str(workdir)!r} is not the workdir of a run: it has no config.py")
-    here = [f"workdir={workdir}", "reference.cache=", "mesh.data=1", "mesh.fsdp=-1", "mesh.tensor=1"]
+    here = [f"workdir={workdir}", "reference.cache=", "mesh.member=1", "mesh.data=1", "mesh.fsdp=-1", "mesh.tensor=1"]
     return load_experiment(file, [*here, *overrides])
 
 
@@ -108,10 +109,11 @@ def export(workdir: Path, folder: Path, overrides: Sequence[str]) -> None:
         step = newest(checkpoints)
         lora, mesh = make_lora(config, source), make_mesh(config.mesh)
         trained = hf.abstract_adapters(source.config, lora, mesh) if lora else hf.abstract_params(source.config, mesh)
-        params = checkpoints.restore_params(step, trained, config.export.params)
-        params = merged(source, lora, params, mesh) if lora else params
+        members = config.ensemble.members
+        params = checkpoints.restore_params(step, stacked(trained, members, mesh) if members else trained, config.export.params)
         there = folder.exists()
-        hf.export(params, source, folder, config.export.dtype)
+        for name, one in members_of(params, members):
+            hf.export(merged(source, lora, one, mesh) if lora else one, source, folder / name, config.export.dtype)
     checkpoints.close()
     if is_main():
         print(

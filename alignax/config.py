@@ -52,6 +52,7 @@ def default_config() -> Any:
     c.model.path = ""  # Hugging Face folder: config, tokenizer, weights
     c.model.init = "pretrained"  # or "random": start without weights
     c.model.num_labels = 0  # 1: a reward model, which gives a score in place of logits; more: so many attributes; 0: as the folder is
+    c.model.freeze = False  # train a reward model's head alone
     c.model.dtype = "auto"  # of activations: "auto" is bfloat16 on accelerators, float32 on CPU
     c.model.remat = "full"  # or "dots", "none"
     c.model.logps_chunk = 256  # positions whose logits exist at a time
@@ -64,6 +65,11 @@ def default_config() -> Any:
     c.lora.dora = False
     c.lora.int8 = False  # hold the frozen base in int8
     c.lora.path = ""  # a PEFT folder to go on from, which then says all of the above
+
+    c.ensemble = ConfigDict()
+    c.ensemble.members = 0  # of an ensemble of reward models, member k as a run of its own with the seed `seed` + k; 0: one model
+    c.ensemble.bootstrap = False  # each member has a sample of the pairs, drawn with replacement
+    c.ensemble.own_noise = False  # each has label noise of its own; otherwise the same pairs are wrong for all
 
     c.reference = ConfigDict()
     c.reference.path = ""  # Hugging Face folder; empty: the policy that the run starts from, of adapters their base
@@ -89,6 +95,7 @@ def default_config() -> Any:
     c.data.max_length = 512  # tokens of prompt and completion
     c.data.max_prompt_length = 0  # keep the last so many prompt tokens; 0: all
     c.data.bad_rows = "error"  # or "drop" (counted)
+    c.data.label_noise = 0.0  # share of the training pairs whose sides change places
     c.data.limit = 0  # the first so many rows of each source; 0: all
 
     c.optimizer = ConfigDict()
@@ -103,7 +110,7 @@ def default_config() -> Any:
     c.optimizer.eps = 1e-8
     c.optimizer.weight_decay = 0.0
 
-    c.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 1})
+    c.mesh = ConfigDict({"member": 1, "data": 1, "fsdp": -1, "tensor": 1})
 
     c.eval = ConfigDict()
     c.eval.every = 0  # steps; 0: only before and after training
@@ -127,7 +134,7 @@ def default_config() -> Any:
     c.export.final = True  # write WORKDIR/export, a Hugging Face folder, at the end
     c.export.dtype = "float32"
     c.export.params = "policy"  # or the name of an average
-    for group in (c.model, c.lora, c.reference, c.data, c.optimizer, c.mesh, c.eval, c.checkpoint, c.log, c.export):
+    for group in (c.model, c.lora, c.ensemble, c.reference, c.data, c.optimizer, c.mesh, c.eval, c.checkpoint, c.log, c.export):
         group.lock()  # a misspelt field in an experiment file is an error; the top level takes its own fields, such as beta
     return c
 

@@ -5,7 +5,7 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from alignax import ensemble
 from alignax import mesh as meshes
 from alignax.averages import averaged
 from alignax.checkpoint import Checkpoints, nbytes, require_space
@@ -24,16 +25,18 @@ from alignax.distributed import is_main, together
 from alignax.evaluate import SAMPLED, Evaluation
 from alignax.experience import Experience, chain
 from alignax.metrics import Log
-from alignax.models import hf, peft
-from alignax.models.lora import Lora, merge, quantise
+from alignax.models import hf, peft, reward
+from alignax.models.lora import Lora, merge, quantise, split
 from alignax.prepare import (
     Run,
     abstract_batch,
     abstract_frozen,
     abstract_state,
     abstract_trained,
+    batch_sizes,
     frozen_dtype,
     frozen_sources,
+    new_state,
     policy_model,
     reference_model,
     reference_name,
@@ -42,8 +45,8 @@ from alignax.prepare import (
     taught_apply,
 )
 from alignax.reference import with_stored
-from alignax.train import digest, init_state, make_evaluation, make_step
-from alignax.types import Batch, Metrics, Model, Params, TrainState
+from alignax.train import digest, make_evaluation, make_step
+from alignax.types import Batch, Metrics, Model, Outputs, Params, TrainState
 
 DRIFT = 2.0  # nats that the chosen response falls before the notice
 EQUAL = {"float32": 1e-3, "bfloat16": 0.1}  # nats that the margin of equal models may differ from 0 by rounding
@@ -75,7 +78,7 @@ def start(run: Run, write: bool = True) -> Started:
         params = initial_params(run)
         original = reference_params(run, params)
     about = {"policy": fingerprint(params), "reference": fingerprint(original), "data": f"{run.train.digest():08x}"}
-    stored = {"base": params, "reference": original}
+    stored = {"base": split(params)[0], "reference": original}
     frozen = {name: frozen_copy(run, name, stored[name]) for name in frozen_sources(run)}
     if config.reference.cache:
         name = reference_name(run)
@@ -83,8 +86,11 @@ def start(run: Run, write: bool = True) -> Started:
         say = lambda line: print(line, file=sys.stderr, flush=True) if is_main() else None
         run = with_stored(run, scorer, about["reference"], say)
         del scorer
-    if run.lora is not None:
-        params = original = initial_adapters(run, frozen["base"])
+    if run.members:
+        params = original = spread(run, params, frozen.get("base"))
+        about["members"] = fingerprint(params)
+    elif run.lora is not None:
+        params = original = initial_adapters(run, params, frozen["base"])
         about["adapters"] = fingerprint(params)
     del stored
     if write:
@@ -100,7 +106,7 @@ def start(run: Run, write: bool = True) -> Started:
         state = checkpoints.restore(step, abstract_state(run))
     else:
         own = {} if original is params else {"reference": original}  # what is given away may not be an argument twice
-        fresh = lambda p, key, own: init_state(p, run.optimizer, key, {name: own.get(name, p) for name in run.averages})
+        fresh = lambda p, key, own: new_state(run, p, key, {name: own.get(name, p) for name in run.averages})
         create = jax.jit(fresh, out_shardings=state_shardings(run), donate_argnums=0)
         state = create(params, jax.random.key(config.seed), own)
     return Started(run, state, step, frozen, about, checkpoints)
@@ -113,7 +119,7 @@ def check_step(run: Run) -> None:
     try:
         with blaming(run.experiment.file, always=False):
             jax.eval_shape(step, state, frozen, batch)
-            metrics = jax.eval_shape(evaluate, state, frozen, batch)
+            metrics = jax.eval_shape(evaluate, state, frozen, abstract_batch(run, evaluation=True))
     except KeyError as e:
         raise ValueError(
             f"the batch has no field {e.args[0]!r}, which the loss or the experience reads; let an experience write it, or bring it "
@@ -169,13 +175,16 @@ def loop(started: Started, log: Log, stop: "Stop") -> tuple[TrainState, dict[str
     step, evaluate_batch = make_programs(run)
     evaluate = Evaluation(run, evaluate_batch, frozen, log)
     fresh = not run.config.lora.path  # adapters that were trained before are not their base
+    draw = run.train.batch
+    if run.members:
+        draw = functools.partial(ensemble.member_batch, ensemble.member_batches(run.train, run.members, config.ensemble.own_noise))
     observe = Observer(run, log, equal=fresh and about["policy"] == about["reference"])
     results: dict[str, dict[str, float]] = {}
     pending: tuple[int, Metrics] | None = None
     if first == 0:
         results["before"] = evaluate(state, 0)
     for s in range(first + 1, run.steps + 1):
-        batch = meshes.put_batch(run.mesh, lambda rows, s=s: run.train.batch(s - 1, rows), config.batch_size)
+        batch = meshes.put_batch(run.mesh, functools.partial(draw, s - 1), *batch_sizes(run))
         state, metrics = step(state, frozen, batch)
         if pending:  # fetched a step late, so that the device never waits for the host
             observe(*pending)
@@ -206,13 +215,32 @@ def initial_params(run: Run) -> Params:
     return hf.load_params(run.source, run.mesh, jax.random.key(run.config.seed))
 
 
-def initial_adapters(run: Run, base: Params) -> Params:
-    """The adapters at step 0."""
+def spread(run: Run, params: Params, base: Params | None) -> Params:
+    """What the members of an ensemble train, at step 0 [K, ...]: all parameters, or adapters of the base, and each its own head.
+
+    The head is what each member's seed gives, unless the folder has one: then all begin with that.
+    """
+    config, lora = run.source.config, run.lora
+    own = run.source.stored.num_labels != config.num_labels
+    layout = jax.tree.map(lambda x: x.sharding, abstract_trained(run, run.mesh))
+
+    def member(params: Params, base: Params, key: jax.Array) -> Params:
+        trained = params if lora is None else hf.fresh_adapters(config, lora, base, key)
+        fresh = hf.fresh(config, key) if own else params
+        return trained | {name: fresh[name] for name in reward.HEAD}
+
+    every = ensemble.over_members(member, (None, None, 0), 0)
+    return jax.jit(every, out_shardings=layout)(params, base, ensemble.keys(run.config.seed, run.members))
+
+
+def initial_adapters(run: Run, params: Params, base: Params) -> Params:
+    """The adapters at step 0, with a reward model's head."""
     assert run.lora is not None
+    head = {name: params[name] for name in reward.HEAD if name in params}
     if path := run.config.lora.path:
         with together():
             return peft.read_adapter(Path(path), run.source, run.mesh)[1]
-    return hf.init_adapters(run.source, run.lora, run.mesh, base, jax.random.key(run.config.seed))
+    return hf.init_adapters(run.source, run.lora, run.mesh, base, jax.random.key(run.config.seed)) | head
 
 
 def reference_params(run: Run, params: Params) -> Params | None:
@@ -237,15 +265,25 @@ def frozen_copy(run: Run, name: str, params: Params) -> Params:
 
 
 def export(run: Run, state: TrainState, log: Log) -> None:
-    """Writes the Hugging Face folder `export`, adapters merged into their base, and the adapters themselves as PEFT's folder `adapter`."""
+    """Writes the Hugging Face folder `export`, adapters merged into their base, and the adapters themselves as PEFT's folder `adapter`.
+
+    Of an ensemble a folder each: `export/member_0`, `adapter/member_0`.
+    """
     c, params = run.config.export, state.params
     params = params if c.params == "policy" else state.averages[c.params]
-    if run.lora is not None:
-        peft.write_adapter(params, run.lora, run.source, run.config.model.path, run.workdir / "adapter")
-        log.line(f"adapters written to {run.workdir / 'adapter'}")
-        params = merged(run.source, run.lora, params, run.mesh)
-    hf.export(params, run.source, run.workdir / "export", c.dtype)
-    log.line(f"exported to {run.workdir / 'export'}")
+    for name, one in members_of(params, run.members):
+        if run.lora is not None and run.lora.targets:
+            peft.write_adapter(one, run.lora, run.source, run.config.model.path, run.workdir / "adapter" / name)
+            log.line(f"adapters written to {run.workdir / 'adapter' / name}")
+        whole = merged(run.source, run.lora, one, run.mesh) if run.lora is not None else one
+        hf.export(whole, run.source, run.workdir / "export" / name, c.dtype)
+        log.line(f"exported to {run.workdir / 'export' / name}")
+
+
+def members_of(params: Params, members: int) -> Iterator[tuple[str, Params]]:
+    """Name and parameters of each member; without members the model itself, whose name is empty."""
+    take = jax.jit(lambda tree, k: jax.tree.map(lambda x: x[k], tree), static_argnums=1)
+    return ((f"member_{k}", take(params, k)) for k in range(members)) if members else iter([("", params)])
 
 
 def merged(source: hf.Source, lora: Lora, adapters: Params, mesh: Mesh) -> Params:
@@ -294,11 +332,26 @@ def make_programs(run: Run) -> tuple[Callable, Callable]:
         state = after(state)
         return state, metrics | {"learning_rate": jnp.asarray(rate), "tokens": batch["mask"].sum(dtype=jnp.float32)}
 
-    def evaluate(state: TrainState, frozen: dict[str, Params], batch: Batch) -> Any:
-        evaluation = make_evaluation(taught_apply(run, frozen), run.objective)
-        return evaluation(state.params, state.step, make_experience(run, frozen, state)(batch))
+    def evaluate(state: TrainState, frozen: dict[str, Params], batch: Batch) -> tuple[Any, Outputs]:
+        batch = make_experience(run, frozen, state)(batch)
+        out = taught_apply(run, frozen)(state.params, batch)
+        return make_evaluation(lambda out, batch: out, run.objective)(out, state.step, batch), out
 
-    return jax.jit(step, donate_argnums=0), jax.jit(evaluate)
+    if run.members:
+        axes = ensemble.AXES
+        train_all = ensemble.over_members(step, (axes, None, 0), (axes, 0))
+        evaluate_all = ensemble.over_members(evaluate, (axes, None, None), 0)
+
+        def steps(state: TrainState, frozen: dict[str, Params], batch: Batch) -> tuple[TrainState, Metrics]:
+            state, metrics = train_all(state, frozen, batch)
+            return state, ensemble.training_metrics(metrics)
+
+        def evaluations(state: TrainState, frozen: dict[str, Params], batch: Batch) -> Any:
+            sums, out = evaluate_all(state, frozen, batch)
+            return ensemble.evaluation_sums(sums, out, batch)
+
+        return jax.jit(steps, donate_argnums=0), jax.jit(evaluations)
+    return jax.jit(step, donate_argnums=0), jax.jit(lambda *args: evaluate(*args)[0])
 
 
 def open_workdir(run: Run) -> None:
@@ -327,11 +380,16 @@ def summary(run: Run, about: dict[str, Any], start: int) -> list[str]:
         f"model {run.config.model.path}: {sizes(run)}; mesh {mesh}",
         f"policy {about['policy']}" + (f", reference {about['reference']}" if about["reference"] else ", no reference"),
     ]
-    if run.lora is not None:
+    if run.lora is not None and not run.lora.targets:
+        lines.append("the trunk is frozen: the head alone is trained")
+    elif run.lora is not None and not run.members:
         base = "; the reference is their base, without adapters" if run.reference is run.source else ""
         lines.append(f"adapters {about['adapters']} of rank {run.lora.rank} on {', '.join(run.lora.targets)}{base}")
-    for split, report in run.reports.items():
-        lines += [f"{split} data: {line}" if i == 0 else f"  {line}" for i, line in enumerate(report.lines())]
+    if run.members:
+        kind = "all parameters" if run.lora is None else "adapters" if run.lora.targets else "a head"
+        lines.append(f"ensemble of {run.members} members {about['members']}, each with {kind} of its own; seeds from {run.config.seed} on")
+    for name, report in run.reports.items():
+        lines += [f"{name} data: {line}" if i == 0 else f"  {line}" for i, line in enumerate(report.lines())]
     if run.train.mixture:
         lines += [f"mixture: {line}" for line in run.train.mixture.lines(run.steps * run.config.batch_size)]
     if run.config.batch_size > len(run.train.examples):

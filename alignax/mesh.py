@@ -5,7 +5,7 @@ laid out. Adding an axis to the mesh, or sharding something otherwise, is a line
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -16,8 +16,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("member", "data", "fsdp", "tensor")
 RULES: dict[str, Any] = {
+    "member": "member",  # K of an ensemble, whose members send each other nothing
     "batch": ("data", "fsdp"),  # B, and R = B * N
     "layers": None,  # L: the axis of the scan
     "embed": "fsdp",  # D of a weight; D of an activation is not sharded
@@ -29,7 +30,7 @@ RULES: dict[str, Any] = {
 
 
 def make_mesh(shape: Mapping[str, int], devices: Any = None) -> Mesh:
-    """A mesh of axes data, fsdp and tensor; one size may be -1, the rest of the devices.
+    """A mesh of axes member, data, fsdp and tensor; one size may be -1, the rest of the devices.
 
     Args:
       shape: axis name -> size; axes left out have size 1.
@@ -99,32 +100,33 @@ def optimizer_shardings(mesh: Mesh, optimizer: optax.GradientTransformation, opt
     return optax.tree_map_params(optimizer, as_parameter, opt_state, params, transform_non_params=lambda _: replicated)
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The leading axis B over data and fsdp; everything else whole."""
-    return sharding(mesh, ("batch",))
+def batch_sharding(mesh: Mesh, members: bool = False) -> NamedSharding:
+    """The leading axis B over data and fsdp, with members [K, B] of an ensemble in front; everything else whole."""
+    return sharding(mesh, ("member", "batch") if members else ("batch",))
 
 
-def put_batch(mesh: Mesh, make: Callable[[slice], Mapping[str, np.ndarray]], size: int) -> dict[str, jax.Array]:
-    """A global batch of `size` examples from a function that builds any slice of them.
+def put_batch(mesh: Mesh, make: Callable[..., Mapping[str, np.ndarray]], *sizes: int) -> dict[str, jax.Array]:
+    """A global batch of `sizes` [B], or [K, B], examples from a function that builds any slice of them, given a slice for each size.
 
     Each process builds the slices of its own devices, once each, and no others.
     """
-    layout = batch_sharding(mesh)
-    parts: dict[tuple[int, ...], Mapping[str, np.ndarray]] = {}
+    layout = batch_sharding(mesh, len(sizes) == 2)
+    parts: dict[tuple[tuple[int, ...], ...], Mapping[str, np.ndarray]] = {}
 
-    def part(rows: slice) -> Mapping[str, np.ndarray]:
-        key = rows.indices(size)[:2]
+    def part(index: Sequence[slice]) -> Mapping[str, np.ndarray]:
+        index = (*index, *(slice(None),) * len(sizes))  # jax leaves out what is whole
+        key = tuple(rows.indices(size)[:2] for rows, size in zip(index, sizes, strict=False))
         if key not in parts:
-            parts[key] = make(slice(*key))
+            parts[key] = make(*(slice(*ends) for ends in key))
         return parts[key]
 
-    own = layout.addressable_devices_indices_map((size,))
-    fields = part(next(index[0] for index in own.values() if index is not None))
+    own = layout.addressable_devices_indices_map(sizes)
+    fields = part(next(index for index in own.values() if index is not None))
 
     def build(name: str, shape: tuple[int, ...]) -> jax.Array:
-        return jax.make_array_from_callback((size, *shape), layout, lambda index: part(index[0] if index else slice(None))[name])
+        return jax.make_array_from_callback((*sizes, *shape), layout, lambda index: part(index or ())[name])
 
-    return {name: build(name, x.shape[1:]) for name, x in fields.items()}
+    return {name: build(name, x.shape[len(sizes) :]) for name, x in fields.items()}
 
 
 def gathered(x: jax.Array) -> np.ndarray:

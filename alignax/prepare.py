@@ -10,6 +10,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from alignax import ensemble
 from alignax import mesh as meshes
 from alignax.averages import Average
 from alignax.config import Experiment, asked, blaming, difference, flat, load_experiment
@@ -39,7 +40,7 @@ STORED = "stored_ref_logps"  # the batch field that a cache of the reference bri
 LEAST = {
     "batch_size": 1, "microbatches": 1, "max_skipped": 1, "steps": 0, "checkpoint.every": 1, "checkpoint.keep": 1, "log.every": 1,
     "model.logps_chunk": 1, "eval.every": 0, "eval.batch_size": 0, "eval.samples": 0, "eval.sample_prompts": 0, "eval.max_new_tokens": 1,
-    "data.limit": 0, "seed": 0, "model.num_labels": 0,
+    "data.limit": 0, "seed": 0, "model.num_labels": 0, "ensemble.members": 0,
 }  # fmt: skip
 
 
@@ -54,7 +55,8 @@ class Run(NamedTuple):
     reference: hf.Source | None  # None: no experience asks for one
     lora: Lora | None  # adapters, which alone are trained
     tokenizer: Any
-    train: Batches
+    train: Batches  # of an ensemble those of its first member
+    members: int  # of an ensemble; 0: one model
     evaluation: Examples | None
     reports: dict[str, Report]
     steps: int
@@ -86,6 +88,7 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
     check_batches(config, mesh)
     source = hf.with_labels(open_model(config.model.path, config.model.init, "model.path"), config.model.num_labels)
     check_head(config, source, experiment)
+    check_members(config, mesh)
     reference = None
     if "reference" in asked(experiment.experience):
         reference = open_model(config.reference.path, "pretrained", "reference.path") if config.reference.path else source
@@ -112,7 +115,8 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
         place = lambda e: dataclasses.replace(e, token_fields={STORED: np.zeros(len(e.tokens), np.float32)})
         examples = {split: place(e) for split, e in examples.items()}
     length = max(padded_length(e, 8 if on_cpu else 128) for e in examples.values())  # 128: the tile of TPU and GPU attention
-    train = Batches(examples["train"], config.batch_size, config.seed, length, loaded["train"].mixture)
+    drawn = {"bootstrap": config.ensemble.bootstrap, "noise": config.data.label_noise, "noise_seed": config.seed}
+    train = Batches(examples["train"], config.batch_size, config.seed, length, loaded["train"].mixture, **drawn)
     steps = config.steps or train.steps(config.epochs)
     if steps < 1:
         raise ValueError(f"epochs {config.epochs} make no step; raise epochs, or set steps")
@@ -128,8 +132,8 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
     check_averages(config, averages, reference)
     check_cache(config, averages, reference)
     return Run(
-        experiment, config, workdir, mesh, source, reference, lora, tokenizer, train, examples.get("eval"), reports, steps, dtype, apply,
-        objective, schedule, optimizer, averages,
+        experiment, config, workdir, mesh, source, reference, lora, tokenizer, train, config.ensemble.members, examples.get("eval"),
+        reports, steps, dtype, apply, objective, schedule, optimizer, averages,
     )  # fmt: skip
 
 
@@ -156,6 +160,17 @@ def check_head(config: Any, source: hf.Source, experiment: Experiment) -> None:
         raise ValueError("a reward model gives scores and no text; set eval.samples and eval.sample_prompts to 0")
     if experiment.gold is not None:
         raise ValueError(f"gold() of {experiment.file} rewards text, which a reward model does not give; remove it")
+
+
+def check_members(config: Any, mesh: Mesh) -> None:
+    """Refuses ensembles that are none, or that the mesh does not divide."""
+    members, axis = config.ensemble.members, mesh.shape["member"]
+    if not members and (axis > 1 or config.ensemble.bootstrap or config.ensemble.own_noise):
+        raise ValueError(f"mesh.member is {axis} and ensemble.members 0; set ensemble.members, or leave bootstrap and own_noise out")
+    if members and not config.model.num_labels:
+        raise ValueError(f"ensemble.members is {members}, and only reward models have members; set model.num_labels to 1")
+    if members % axis:
+        raise ValueError(f"ensemble.members {members} does not divide over mesh.member {axis}; use a multiple of {axis}")
 
 
 def check_token_kl(source: hf.Source, reference: hf.Source | None) -> None:
@@ -254,6 +269,10 @@ def make_lora(config: Any, source: hf.Source) -> Lora | None:
     if c.path:
         return dataclasses.replace(peft.read_config(Path(c.path), source)[0], int8=c.int8)
     lora.check(c)
+    if config.model.freeze:
+        if c.rank or not source.config.num_labels:
+            raise ValueError("model.freeze trains a reward model's head alone; set model.num_labels to 1 and lora.rank to 0")
+        return Lora(1, 1.0, ())
     if not c.rank:
         return None
     if config.model.init != "pretrained":
@@ -392,25 +411,39 @@ def frozen_sources(run: Run) -> dict[str, hf.Source]:
 
 
 def abstract_trained(run: Run, mesh: Mesh | None = None) -> Params:
-    """Shapes, types and (with a mesh) shardings of what is trained: all parameters, or the adapters."""
-    if run.lora is None:
-        return hf.abstract_params(run.source.config, mesh)
-    return hf.abstract_adapters(run.source.config, run.lora, mesh)
+    """Shapes, types and (with a mesh) shardings of what is trained: all parameters, or the adapters; of an ensemble all members'."""
+    one = hf.abstract_params(run.source.config, mesh) if run.lora is None else hf.abstract_adapters(run.source.config, run.lora, mesh)
+    return ensemble.stacked(one, run.members, mesh) if run.members else one
 
 
-def abstract_batch(run: Run) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and shardings of a training batch."""
-    describe = lambda x: jax.ShapeDtypeStruct((run.config.batch_size, *x.shape[1:]), x.dtype, sharding=meshes.batch_sharding(run.mesh))
+def abstract_batch(run: Run, evaluation: bool = False) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and shardings of a training batch, or of an evaluation batch, which members of an ensemble share."""
+    sizes = (eval_batch_size(run.config),) if evaluation else batch_sizes(run)
+    layout = meshes.batch_sharding(run.mesh, len(sizes) == 2)
+    describe = lambda x: jax.ShapeDtypeStruct((*sizes, *x.shape[1:]), x.dtype, sharding=layout)
     return {name: describe(x) for name, x in run.train.batch(0, slice(0)).items()}
+
+
+def batch_sizes(run: Run) -> tuple[int, ...]:
+    """The leading axes of a training batch: [B], of an ensemble [K, B]."""
+    return (run.members, run.config.batch_size) if run.members else (run.config.batch_size,)
+
+
+def new_state(run: Run, params: Params, key: jax.Array, averages: dict[str, Params]) -> TrainState:
+    """The state at step 0, of an ensemble all members'; pure."""
+    make = lambda params, averages: init_state(params, run.optimizer, key, averages)
+    if run.members:
+        make = ensemble.over_members(make, in_axes=0, out_axes=ensemble.AXES)
+    return make(params, averages)
 
 
 def state_shardings(run: Run) -> TrainState:
     """Where each leaf of the training state lives."""
     abstract = abstract_trained(run, run.mesh)
     params = jax.tree.map(lambda x: x.sharding, abstract)
-    opt_state = jax.eval_shape(run.optimizer.init, abstract)
+    init = ensemble.over_members(run.optimizer.init, 0, 0) if run.members else run.optimizer.init
     one: Any = meshes.sharding(run.mesh)
-    opt_state = meshes.optimizer_shardings(run.mesh, run.optimizer, opt_state, params)
+    opt_state = meshes.optimizer_shardings(run.mesh, run.optimizer, jax.eval_shape(init, abstract), params)
     return TrainState(one, params, opt_state, one, one, one, dict.fromkeys(run.averages, params))
 
 
@@ -418,5 +451,5 @@ def abstract_state(run: Run) -> TrainState:
     """Shapes, types and shardings of the training state; nothing is computed."""
     params = abstract_trained(run)
     averages = dict.fromkeys(run.averages, params)
-    shapes = jax.eval_shape(lambda p, a: init_state(p, run.optimizer, jax.random.key(0), a), params, averages)
+    shapes = jax.eval_shape(lambda p, a: new_state(run, p, jax.random.key(0), a), params, averages)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, state_shardings(run))

@@ -89,7 +89,7 @@ def program(name: str, microbatches: int = 1, sizes: tuple[int, int, int] | None
 
     if sizes is None:
         return Program(jax.jit(advance), begin)
-    mesh = make_mesh(dict(zip(AXES, sizes, strict=True)))
+    mesh = make_mesh(dict(zip(AXES[1:], sizes, strict=True)))
     specs = {2: P("fsdp", "tensor"), 1: P("tensor"), 0: P()}
     laid = jax.tree.map(lambda x: NamedSharding(mesh, specs[x.ndim]), begin())
     compiled = jax.jit(advance, in_shardings=(laid, laid.params, batch_sharding(mesh)), out_shardings=(laid, None))

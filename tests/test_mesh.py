@@ -21,7 +21,7 @@ SPLITS = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (4, 1, 2)]
 
 
 def split(*sizes: int) -> jax.sharding.Mesh:
-    return make_mesh(dict(zip(AXES, sizes, strict=True)))
+    return make_mesh(dict(zip(AXES[1:], sizes, strict=True)))
 
 
 # --- the mesh ---
@@ -39,7 +39,7 @@ def split(*sizes: int) -> jax.sharding.Mesh:
 )
 def test_one_free_size_takes_the_rest(shape, sizes):
     mesh = make_mesh(shape)
-    assert tuple(mesh.shape.items()) == tuple(zip(AXES, sizes, strict=True))
+    assert tuple(mesh.shape.items()) == (("member", 1), *zip(AXES[1:], sizes, strict=True))
     assert meshes.batch_shards(mesh) == sizes[0] * sizes[1]
     assert sorted(d.id for d in mesh.devices.flat) == list(range(8))
 
@@ -47,8 +47,8 @@ def test_one_free_size_takes_the_rest(shape, sizes):
 def test_a_mesh_of_given_devices():
     devices = jax.devices()[2:6]
     mesh = make_mesh({"data": 2, "tensor": -1}, devices)
-    assert mesh.devices.shape == (2, 1, 2) and list(mesh.devices.flat) == devices
-    assert make_mesh({}, devices[:1]).devices.shape == (1, 1, 1)
+    assert mesh.devices.shape == (1, 2, 1, 2) and list(mesh.devices.flat) == devices
+    assert make_mesh({}, devices[:1]).devices.shape == (1, 1, 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_a_mesh_of_given_devices():
         ({"data": -1, "fsdp": -1}, "at most one is -1"),
         ({"data": 0, "fsdp": -1}, "sizes are positive"),
         ({"data": -2}, "sizes are positive"),
-        ({"model": 8}, r"mesh axes \['model'\] are unknown; use data, fsdp, tensor"),
+        ({"model": 8}, r"mesh axes \['model'\] are unknown; use member, data, fsdp, tensor"),
     ],
 )
 def test_a_mesh_that_cannot_be_is_an_error(shape, message):

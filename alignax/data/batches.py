@@ -36,12 +36,17 @@ class Batches:
     length: int  # T, the same for every batch
     mixture: Mixture | None = None  # the sources that the examples consist of; None: one
     shuffle: bool = True
+    bootstrap: bool = False  # the rows are a sample of themselves, drawn with replacement by the seed
+    noise: float = 0.0  # share of the pairs whose two sides change places, as if their label were wrong
+    noise_seed: int = 0  # which pairs they are
 
     def __post_init__(self):
         if self.batch_size < 1:
             raise ValueError(f"the batch size is {self.batch_size}; use 1 or more")
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"the data seed is {self.seed}; use 0 to 2**64 - 1")
+        if not 0 <= self.noise < 1 or (self.noise and self.examples.N != 2):
+            raise ValueError(f"label noise is {self.noise}, of {self.examples.N} responses; it is a share of pairs, in [0, 1)")
         _check_length(self.examples, self.length)
 
     def steps(self, epochs: float) -> int:
@@ -65,17 +70,20 @@ class Batches:
         if self.shuffle:
             for e in np.unique(epoch):
                 index[epoch == e] = _permutation(self.seed, int(e), count, source)[index[epoch == e]]
-        return index
+        return _sample(self.seed, count, source)[index] if self.bootstrap else index
 
     def digest(self) -> int:
         """A fingerprint of what batches are made of: tokens, masks, further fields, the length, the mixture."""
         crc = zlib.crc32(repr((self.length, self.mixture and self.mixture[:2])).encode())
+        if self.noise:
+            crc = zlib.crc32(repr((self.noise, self.noise_seed)).encode(), crc)
         return self.examples.digest(crc)
 
     def batch(self, step: int, rows: slice | None = None) -> dict[str, np.ndarray]:
         """The batch of a step; with `rows` only that slice of its B prompts, which is what a host of several asks for."""
-        indices = self.rows(step)
-        return assemble(self.examples, indices if rows is None else indices[rows], self.length)
+        indices = self.rows(step) if rows is None else self.rows(step)[rows]
+        batch = assemble(self.examples, indices, self.length)
+        return swapped(batch, _wrong(self.noise_seed, len(self.examples), self.noise)[indices]) if self.noise else batch
 
 
 def evaluation_batch(examples: Examples, index: int, batch_size: int, length: int, rows: slice | None = None) -> dict[str, np.ndarray]:
@@ -145,6 +153,29 @@ def _check_length(examples: Examples, length: int) -> None:
     longest = int(examples.lengths.max())
     if length < longest:
         raise ValueError(f"batches of {length} tokens do not hold the longest row of {longest}; use {padded_length(examples)}")
+
+
+def swapped(batch: dict[str, np.ndarray], wrong: np.ndarray) -> dict[str, np.ndarray]:
+    """The batch with the two responses of the rows `wrong` [B] changed about; a margin changes its sign."""
+    turn = lambda x: np.where(wrong[:, None, None], x[:, ::-1], x)
+    out = {name: turn(x) if x.ndim == 3 else x for name, x in batch.items()}
+    return out | ({"margin": np.where(wrong, -batch["margin"], batch["margin"])} if "margin" in batch else {})
+
+
+@functools.lru_cache(maxsize=16)
+def _wrong(seed: int, count: int, share: float) -> np.ndarray:
+    """Which of the rows have a wrong label: [count] bool, their share exact to a row."""
+    stream = np.random.Philox(key=np.asarray([seed, 0], np.uint64), counter=np.asarray([0, 0, 1, 0], np.uint64))
+    wrong = np.zeros(count, bool)
+    wrong[np.argsort(stream.random_raw(count), kind="stable")[: round(share * count)]] = True
+    return wrong
+
+
+@functools.lru_cache(maxsize=16)
+def _sample(seed: int, count: int, source: int) -> np.ndarray:
+    """The rows of a bootstrap sample: [count] int64."""
+    stream = np.random.Philox(key=np.asarray([seed, 0], np.uint64), counter=np.asarray([0, 0, 2, source], np.uint64))
+    return (stream.random_raw(count) % count).astype(np.int64)  # the bias of the remainder is count / 2**64
 
 
 @functools.lru_cache(maxsize=16)

@@ -30,7 +30,7 @@ def bradley_terry(margin: Callable[[Batch], jax.Array] | None = None) -> Loss:
             "rewards/chosen": s[:, 0],
             "rewards/rejected": s[:, 1],
             "rewards/margins": margins,
-            "rewards/accuracies": 0.5 * (1.0 + jnp.sign(jnp.where(jnp.abs(margins) > TIE, margins, 0.0))),
+            "rewards/accuracies": correct(s),
         }
         return logistic(wanted), metrics
 
@@ -51,6 +51,12 @@ def score_l2() -> Loss:
     (s_w^2 + s_l^2) / 2,   weighed 0.001 there
     """
     return make_loss("score_l2", lambda out, batch: (0.5 * jnp.square(pair_scores(out)).sum(axis=1), {}))
+
+
+def correct(scores: jax.Array) -> jax.Array:
+    """1 where the chosen response scores higher, 1/2 for a tie, else 0: [.., 2] -> [..]."""
+    margins = scores[..., 0] - scores[..., 1]
+    return 0.5 * (1.0 + jnp.sign(jnp.where(jnp.abs(margins) > TIE, margins, 0.0)))
 
 
 def pair_scores(out: Outputs) -> jax.Array:

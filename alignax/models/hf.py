@@ -95,16 +95,24 @@ def abstract_adapters(config: ModelConfig, lora: Lora, mesh: Mesh | None = None)
 
 def init_adapters(source: "Source", lora: Lora, mesh: Mesh, base: Params, key: jax.Array) -> Params:
     """Fresh adapters, with which the model is its base."""
-    config = dataclasses.replace(source.config, lora=lora)
     shardings = jax.tree.map(lambda x: x.sharding, abstract_adapters(source.config, lora, mesh))
-    fresh = lambda key, base: with_norms(lora, base, split(nn.unbox(transformer.init(config, key)))[1])
-    return jax.jit(fresh, out_shardings=shardings)(key, base)
+    return jax.jit(functools.partial(fresh_adapters, source.config, lora), out_shardings=shardings)(base, key)
+
+
+def fresh_adapters(config: ModelConfig, lora: Lora, base: Params, key: jax.Array) -> Params:
+    """The adapters that a key gives; pure."""
+    return with_norms(lora, base, split(fresh(dataclasses.replace(config, lora=lora), key))[1])
+
+
+def fresh(config: ModelConfig, key: jax.Array) -> Params:
+    """The parameters that a key gives; pure, and under jit only those that are used are made."""
+    return nn.unbox(transformer.init(config, key))
 
 
 def init_params(config: ModelConfig, mesh: Mesh, key: jax.Array) -> Params:
     """Random parameters, made where they live: no device holds more than its shards."""
     shardings = jax.tree.map(lambda x: x.sharding, abstract_params(config, mesh))
-    return jax.jit(lambda key: nn.unbox(transformer.init(config, key)), out_shardings=shardings)(key)
+    return jax.jit(functools.partial(fresh, config), out_shardings=shardings)(key)
 
 
 def load_params(source: Source, mesh: Mesh, key: jax.Array | None = None) -> Params:
@@ -153,7 +161,7 @@ def load_params(source: Source, mesh: Mesh, key: jax.Array | None = None) -> Par
 
 def fresh_leaf(config: ModelConfig, name: str, sharding: Any, key: jax.Array | None) -> jax.Array:
     """One leaf of the parameters that the key gives, made where it lives."""
-    make = jax.jit(lambda key: nn.unbox(transformer.init(config, key))[name], out_shardings=sharding)
+    make = jax.jit(lambda key: fresh(config, key)[name], out_shardings=sharding)
     return make(jax.random.key(0) if key is None else key)
 
 

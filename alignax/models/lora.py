@@ -20,6 +20,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from alignax.models.reward import HEAD
 from alignax.types import Params
 
 MARK = "_lora_"  # in the name of every adapter leaf
@@ -109,14 +110,15 @@ def is_adapter(name: str) -> bool:
 
 def join(base: Params, adapters: Params) -> Params:
     """The adapted model's parameters."""
-    return {**base, "layers": base["layers"] | adapters["layers"]}
+    return {**base, **adapters, "layers": base["layers"] | adapters["layers"]}
 
 
 def split(params: Params) -> tuple[Params, Params]:
-    """Base and adapters of an adapted model's parameters."""
+    """Base and adapters of an adapted model's parameters; a reward model's head is trained with the adapters."""
     layers = params["layers"]
     base = {n: x for n, x in layers.items() if not is_adapter(n)}
-    return {**params, "layers": base}, {"layers": {n: x for n, x in layers.items() if is_adapter(n)}}
+    trunk, head = ({n: x for n, x in params.items() if (n in HEAD) == own} for own in (False, True))
+    return {**trunk, "layers": base}, {**head, "layers": {n: x for n, x in layers.items() if is_adapter(n)}}
 
 
 def quantise(base: Params) -> Params:
@@ -144,7 +146,7 @@ def with_norms(lora: Lora, base: Params, adapters: Params) -> Params:
     layers = adapters["layers"]
     weight = lambda n: base["layers"][n] * base["layers"].get(n + "_scale", jnp.ones((1, 1)))[..., None, :]
     own = lambda n: column_norms(weight(n), layers[f"{n}{MARK}a"], layers[f"{n}{MARK}b"], lora.scale)
-    return {"layers": layers | {f"{n}{MARK}m": own(n) for n in lora.targets}}
+    return {**adapters, "layers": layers | {f"{n}{MARK}m": own(n) for n in lora.targets}}
 
 
 def merge(lora: Lora, base: Params, adapters: Params) -> Params:
@@ -156,7 +158,7 @@ def merge(lora: Lora, base: Params, adapters: Params) -> Params:
         if lora.dora:
             whole = whole * (adapters["layers"][f"{n}{MARK}m"] / jnp.linalg.norm(whole, axis=-2))[..., None, :]
         layers[n] = whole
-    return jax.tree.map(lambda x: x.astype(jnp.float32), {**base, "layers": layers})
+    return jax.tree.map(lambda x: x.astype(jnp.float32), {**base, **adapters, "layers": layers})
 
 
 def check(config: Any) -> None:

@@ -18,16 +18,17 @@ from jax.sharding import Mesh
 
 from alignax import mesh as meshes
 from alignax.distributed import is_main, together
-from alignax.models import hf, lora
-from alignax.models.layout import Place, joined, leaf_shapes, places
+from alignax.models import hf, lora, reward
+from alignax.models.layout import Place, joined, places
 from alignax.models.lora import MARK, Lora
 from alignax.types import Params
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+SCORE = PREFIX + "score.weight"  # a reward model's head, which is trained and stored whole
 # What PEFT has and we have not: field -> the only values that mean nothing.
 PLAIN: dict[str, tuple[Any, ...]] = {
-    "bias": ("none", None), "modules_to_save": (None, []), "layers_to_transform": (None, []), "layer_replication": (None, []),
+    "bias": ("none", None), "modules_to_save": (None, [], ["score"]), "layers_to_transform": (None, []), "layer_replication": (None, []),
     "lora_bias": (False, None), "target_parameters": (None, []), "use_qalora": (False, None), "alora_invocation_tokens": (None, []),
     "trainable_token_indices": (None, []), "exclude_modules": (None, []), "arrow_config": (None,), "use_bdlora": (None, False),
 }  # fmt: skip
@@ -39,7 +40,7 @@ class Adapted:
     def __init__(self, source: hf.Source):
         """`source`: the base model's folder."""
         c = source.config
-        shapes = leaf_shapes(hf.abstract_params(c))
+        shapes = hf.stored_shapes(c)
         self.layers, self.shapes = c.num_hidden_layers, shapes
         self.places = places(source.family.weights, shapes, c.num_attention_heads)
         experts = ("gate", "up", "down") if c.num_experts else ()
@@ -93,6 +94,10 @@ def write_adapter(adapters: Params, spec: Lora, source: hf.Source, base: str, ou
                     raise ValueError(f"PEFT's DoRA adapts all of {module}, not {', '.join(chosen)} alone; export the merged model")
                 sizes = [layers[f"{n}{MARK}m"][i][None] for n in chosen]
                 tensors[f"{at}.lora_magnitude_vector"] = _columns(sizes, adapted.place(matrices[0]))[:, 0]
+    offset = []
+    if "score" in adapters:
+        tensors[SCORE] = np.ascontiguousarray(meshes.gathered(adapters["score"]).T)
+        offset = meshes.gathered(adapters[reward.OFFSET]).tolist()
     tmp = out.with_name(out.name + ".tmp")
     with together():
         if is_main():
@@ -102,7 +107,9 @@ def write_adapter(adapters: Params, spec: Lora, source: hf.Source, base: str, ou
             tmp.mkdir(parents=True)
             save_file(tensors, tmp / WEIGHTS, metadata={"format": "pt"})
             os.chmod(tmp / WEIGHTS, 0o666 & ~hf.umask())
-            content = _config(spec, adapted, ranks, base, any(adapted.place(m[0]).weight.kept for m in adapted.modules.values()))
+            kept = any(adapted.place(m[0]).weight.kept for m in adapted.modules.values())
+            head = {"modules_to_save": ["score"], reward.OFFSET: offset} if offset else {}
+            content = _config(spec, adapted, ranks, base, kept, head)
             (tmp / CONFIG).write_text(json.dumps(content, indent=2) + "\n")
             hf.replace(out, tmp)
 
@@ -113,13 +120,17 @@ def _columns(blocks: list[np.ndarray], place: Place) -> np.ndarray:
     return whole if place.turned(2) else np.ascontiguousarray(whole.T)
 
 
-def _config(spec: Lora, adapted: Adapted, ranks: dict[str, int], base: str, fan_in_fan_out: bool) -> dict[str, Any]:
-    """The content of adapter_config.json. Where a module's rank is larger its alpha is too, so that the scale is the same."""
+def _config(spec: Lora, adapted: Adapted, ranks: dict[str, int], base: str, fan_in_fan_out: bool, head: dict[str, Any]) -> dict[str, Any]:
+    """The content of adapter_config.json; `head`: what it says of a reward model's.
+
+    Where a module's rank is larger its alpha is too, so that the scale is the same.
+    """
     own = {module: rank for module, rank in ranks.items() if rank != spec.rank}
     name = lambda module: module.rpartition(".{}.")[2]
     alpha = lambda rank: spec.scale * (math.sqrt(rank) if spec.rslora else rank)
     return {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": spec.rank, "lora_alpha": spec.alpha,
+        "peft_type": "LORA", "task_type": "SEQ_CLS" if head else "CAUSAL_LM", **head,
+        "base_model_name_or_path": base, "r": spec.rank, "lora_alpha": spec.alpha,
         "target_modules": sorted({name(module) for module in ranks}), "use_rslora": spec.rslora, "use_dora": spec.dora,
         "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": fan_in_fan_out, "inference_mode": True,
         "rank_pattern": {name(module): rank for module, rank in own.items()},
@@ -136,6 +147,7 @@ def read_adapter(folder: Path, source: hf.Source, mesh: Mesh) -> tuple[Lora, Par
     spec, scales = read_config(folder, source)
     adapted = Adapted(source)
     stored = _read_tensors(folder)
+    head = _read_head(folder, stored, source, mesh)
     layers: dict[str, list[np.ndarray]] = {}
     for module, matrices in adapted.modules.items():
         for i in range(adapted.layers if matrices[0] in spec.targets else 0):
@@ -154,7 +166,20 @@ def read_adapter(folder: Path, source: hf.Source, mesh: Mesh) -> tuple[Lora, Par
                     layers.setdefault(f"{n}{MARK}m", []).append(m[0, columns])
     if stored:
         raise ValueError(f"{folder / WEIGHTS} has {len(stored)} tensors that its config does not describe, {min(stored)} first")
-    return spec, place_adapters({name: np.stack(parts) for name, parts in layers.items()}, spec, source, mesh)
+    return spec, place_adapters({name: np.stack(parts) for name, parts in layers.items()}, spec, source, mesh) | head
+
+
+def _read_head(folder: Path, stored: dict[str, np.ndarray], source: hf.Source, mesh: Mesh) -> Params:
+    """A reward model's head, taken from the stored tensors; nothing, for a language model."""
+    if not source.config.num_labels:
+        return {}
+    abstract = hf.abstract_params(source.config, mesh)
+    offset = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get(reward.OFFSET)
+    found = {"score": _take(stored, SCORE, folder).T, reward.OFFSET: np.asarray(offset or np.zeros(source.config.num_labels), np.float32)}
+    for name, x in found.items():
+        if x.shape != abstract[name].shape:
+            raise ValueError(f"{name} in {folder} has shape {x.shape}, the model's is {abstract[name].shape}; set model.num_labels")
+    return {name: jax.device_put(x, abstract[name].sharding) for name, x in found.items()}
 
 
 def place_adapters(layers: dict[str, np.ndarray], spec: Lora, source: hf.Source, mesh: Mesh) -> Params:

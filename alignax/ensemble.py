@@ -1,0 +1,86 @@
+"""Ensembles of reward models: K members as one tree with a leading K axis, trained by `vmap` of the shared step.
+
+Members differ by what their seed makes of them, the run's seed + k: the head that they begin with, the order of their data, and where
+the config asks for it their bootstrap sample and their label noise. What is frozen they share: the trunk under K heads
+(`model.freeze`), or under K adapters (`lora.rank`). On a mesh they lie along the axis `member`, over which nothing is sent but metrics.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from alignax.data import Batches
+from alignax.experience.ensembles import mean, uwo, wco
+from alignax.losses.algebra import examples
+from alignax.losses.reward import correct
+from alignax.mesh import sharding
+from alignax.types import Batch, Metrics, Outputs, TrainState
+
+# The axis of a training state along which its members lie: step and key they share.
+AXES: Any = TrainState(step=None, params=0, opt_state=0, key=None, skipped=0, skipped_in_a_row=0, averages=0)  # type: ignore[arg-type]
+AGGREGATES = {"mean": mean, "wco": wco, "uwo": uwo(0.5)}
+
+
+def over_members(function: Callable, in_axes: Any, out_axes: Any) -> Callable:
+    """The function of one member, for all of them at once."""
+    return jax.vmap(function, in_axes=in_axes, out_axes=out_axes, spmd_axis_name="member")
+
+
+def stacked(abstract: Any, members: int, mesh: Mesh | None = None) -> Any:
+    """Shapes, types and (with a mesh) shardings of so many trees in one: [K, ...]."""
+
+    def stack(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        spec = x.sharding.spec if isinstance(x.sharding, NamedSharding) else P()
+        layout = None if mesh is None else NamedSharding(mesh, P(*sharding(mesh, ("member",)).spec, *spec))
+        return jax.ShapeDtypeStruct((members, *x.shape), x.dtype, sharding=layout)
+
+    return jax.tree.map(stack, abstract)
+
+
+def keys(seed: int, members: int) -> jax.Array:
+    """A key for each member: that of the run whose seed is `seed` + k."""
+    return jax.vmap(jax.random.key)(seed + jnp.arange(members))
+
+
+def member_batches(batches: Batches, members: int, own_noise: bool) -> list[Batches]:
+    """The stream of each member."""
+    shift = lambda k: {"seed": batches.seed + k, "noise_seed": batches.noise_seed + k * own_noise}
+    return [dataclasses.replace(batches, **shift(k)) for k in range(members)]
+
+
+def member_batch(streams: list[Batches], step: int, members: slice, rows: slice) -> dict[str, np.ndarray]:
+    """Those rows of those members' batches of a step: [K, B, ...]."""
+    parts = [stream.batch(step, rows) for stream in streams[members]]
+    return {name: np.stack([part[name] for part in parts]) for name in parts[0]}
+
+
+def training_metrics(metrics: Metrics) -> Metrics:
+    """Of metrics [K]: their mean, for losses and rewards each member's own too; tokens are added up, a skipped step is the worst one's."""
+    worst = {name: x.max(axis=0) for name, x in metrics.items() if name.startswith("skipped")}
+    worst |= {name: x.all(axis=0) for name, x in metrics.items() if name.startswith("finite/")}
+    out = {name: x.mean(axis=0) for name, x in metrics.items()} | worst | {"tokens": metrics["tokens"].sum(axis=0)}
+    return out | _own({name: x for name, x in metrics.items() if name.startswith(("loss", "rewards/"))})
+
+
+def evaluation_sums(sums: dict[str, tuple[jax.Array, jax.Array]], out: Outputs, batch: Batch) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """Of sums and weights [K]: those of the mean, each member's own, and of pairs the accuracy of each aggregate of the scores."""
+    found: Any = {name: (x.mean(axis=0), w.mean(axis=0)) for name, (x, w) in sums.items()}
+    own = {name: pair for name, pair in sums.items() if not name.startswith("loss:")}
+    for name, (x, w) in own.items():
+        found |= {f"{name}/member_{k}": (x[k], w[k]) for k in range(len(x))}
+    if out.scores is not None and out.scores.ndim == 3 and out.scores.shape[2] == 2:
+        weights = examples(batch).astype(jnp.float32)
+        score = {f"ensemble/accuracy_{name}": correct(aggregate(out.scores)) for name, aggregate in AGGREGATES.items()}
+        score["ensemble/disagreement"] = (out.scores[..., 0] - out.scores[..., 1]).std(axis=0)  # of the margins
+        found |= {name: (jnp.sum(x * weights), weights.sum()) for name, x in score.items()}
+    return found
+
+
+def _own(metrics: Metrics) -> Metrics:
+    return {f"{name}/member_{k}": x[k] for name, x in metrics.items() for k in range(len(x))}

@@ -1,0 +1,32 @@
+"""A reward model under Bradley and Terry (Stiennon et al. 2020, arXiv:2009.01325) from the preference pairs of Anthropic HH.
+
+Command:
+  alignax train --config experiments/rm_hh.py --config.workdir=runs/rm_hh \\
+    --config.model.path=MODEL --config.data.train=HH/train.jsonl --config.data.eval=HH/dev.jsonl
+
+MODEL is a language model's folder, whose head gives way to a score, or a reward model's. The run ends with a folder `export` that
+transformers loads as a model for sequence classification.
+
+Hardware: 2 CPU cores suffice for a model of a few 100k parameters; a pod for 7B, with --config.mesh.fsdp=-1.
+"""
+
+from alignax import bradley_terry, default_config, score_l2
+
+
+def get_config():
+    """One epoch over the pairs."""
+    config = default_config()
+    config.score_l2 = 0.001
+    config.model.num_labels = 1
+    config.data.max_length = 160
+    config.data.max_prompt_length = 64
+    config.batch_size = 32
+    config.optimizer.learning_rate = 1e-3
+    config.eval.every = 100
+    config.eval.samples = 0
+    return config
+
+
+def loss(config):
+    """Bradley-Terry, with scores held near 0."""
+    return bradley_terry() + config.score_l2 * score_l2()
