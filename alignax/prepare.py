@@ -1,6 +1,7 @@
 """From an experiment to a checked run: everything that can be refused is refused here, before any compute."""
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -272,15 +273,20 @@ def load_tokenizer(path: Path, vocab_size: int) -> Any:
 
 
 def check_workdir(run: Run) -> None:
-    """Refuses the workdir of another run."""
+    """Refuses the workdir of another run, and one that cannot be written."""
     workdir, experiment = run.workdir, run.experiment
     saved = workdir / "config.py"
+    place = next(p for p in (workdir, *workdir.absolute().parents) if p.exists())
     if saved.is_file():
         lines = difference(load_experiment(saved), experiment, FREE)
         if lines:
             raise ValueError(f"workdir {str(workdir)!r} belongs to another run ({'; '.join(lines[:4])}); choose another workdir")
-    elif workdir.exists() and (not workdir.is_dir() or any(p.name != "config.py.tmp" for p in workdir.iterdir())):
+    elif not place.is_dir():
+        raise ValueError(f"workdir {str(workdir)!r} cannot be a folder: {str(place)!r} is a file; choose another workdir")
+    elif place == workdir and any(p.name != "config.py.tmp" for p in workdir.iterdir()):
         raise ValueError(f"workdir {str(workdir)!r} holds other files; choose a new or empty folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ValueError(f"workdir {str(workdir)!r} cannot be written: {str(place)!r} is closed to you; choose another workdir")
 
 
 def eval_batch_size(config: Any) -> int:

@@ -91,16 +91,14 @@ def _csv(path: pathlib.Path, text: str) -> list[dict[str, Any]]:
 
 def _parse(path: pathlib.Path, text: str) -> list[dict[str, Any]]:
     if text.lstrip().startswith("["):
-        rows = list(enumerate(_json(path, text, 1)))
-        place = "element"
+        rows = [(f"element {i} (counted from 0)", row) for i, row in enumerate(_json(path, text, 1))]
     else:
         # Not splitlines(): U+2028 and its like are legal inside a JSON string.
         lines = enumerate(text.split("\n"), start=1)
-        rows = [(number, _json(path, line, number)) for number, line in lines if line.strip()]
-        place = "line"
-    for number, row in rows:
+        rows = [(f"line {number}", _json(path, line, number)) for number, line in lines if line.strip()]
+    for place, row in rows:
         if not isinstance(row, dict):
-            raise ValueError(f"{path}, {place} {number} is {short(row)}, not an object with columns; write one object a row")
+            raise ValueError(f"{path}, {place} is {short(row)}, not an object with columns; write one object a row")
     return [row for _, row in rows]
 
 
