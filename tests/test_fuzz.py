@@ -3,13 +3,13 @@
 Examples are derandomised, so a failure comes back; a bug that was found here has a small test of its own beside its module.
 """
 
+import copy
 import csv
 import functools
 import gzip
 import io
 import json
 import math
-import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,12 @@ import optax
 import pytest
 import runs
 import tiny
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from alignax import config, metrics, reference
 from alignax.checkpoint import Checkpoints
-from alignax.data import Examples, mixture, read_rows
+from alignax.data import Examples, Prompted, mixture, read_rows
 from alignax.data.kinds import prompted_rows
 from alignax.data.tokens import tokenize
 from alignax.mesh import make_mesh
@@ -36,13 +36,17 @@ from alignax.prepare import load_tokenizer
 from alignax.train import init_state
 
 
+ONE = make_mesh({}, jax.devices()[:1])
+
+
 def fuzz(examples: int) -> Any:
-    return settings(derandomize=True, deadline=None, database=None, max_examples=examples)
+    calm = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
+    return settings(derandomize=True, deadline=None, database=None, max_examples=examples, suppress_health_check=calm)
 
 
 # What goes wrong ----------------------------------------------------------------------------------------------------------
 
-DEEP: Any = functools.reduce(lambda inner, _: [inner], range(400), "deep")
+DEEP: Any = functools.reduce(lambda inner, _: [inner], range(80), "deep")
 VALUES = st.one_of(
     st.sampled_from(
         [None, True, False, 0, 1, -1, 2, 7, 0.0, -0.5, 1.5, 2**31, -(2**63), 10**400, 1e300, math.inf, -math.inf, math.nan]
@@ -61,37 +65,25 @@ def places(value: Any, at: tuple = ()) -> list[tuple]:
     return [at, *(place for key, x in inner for place in places(x, (*at, key)))]
 
 
-def changed(value: Any, at: tuple, change: Callable[[Any, Any], None]) -> Any:
-    """A copy in which `change(container, key)` was done to the place."""
-    top = [json.loads(json.dumps(value)) if value is not DEEP else value]
-    node, key = top, 0
-    for step in at:
-        node, key = node[key], step
-    change(node, key)
-    return top[0] if top else None
-
-
 @st.composite
 def spoiled(draw: Any, good: Any) -> Any:
     """A JSON value of which one or two places hold another value, or are not there, or have another name."""
+    top = [copy.deepcopy(good)]
     for _ in range(draw(st.integers(1, 2))):
-        at = draw(st.sampled_from(places(good)[1:] or [()]))
-        new, how = draw(VALUES), draw(st.sampled_from(["replace", "replace", "replace", "drop", "rename", "repeat"]))
-
-        def change(node: Any, key: Any, new=new, how=how) -> None:
-            if how == "drop" and at:
-                del node[key]
-            elif how == "rename" and isinstance(node, dict):
-                node[f"{key}_"] = node.pop(key)
-            elif how == "repeat" and isinstance(node, list) and at:
-                node.insert(key, node[key])
-            else:
-                node[key] = new
-
-        good = changed(good, at, change)
-        if not isinstance(good, dict | list):
-            break
-    return good
+        at = draw(st.sampled_from(places(top[0])))
+        node, key = top, 0
+        for step in at:
+            node, key = node[key], step
+        how = draw(st.sampled_from(["replace", "replace", "replace", "drop", "rename", "repeat"]))
+        if how == "drop" and at:
+            del node[key]
+        elif how == "rename" and isinstance(node, dict):
+            node[f"{key}_"] = node.pop(key)
+        elif how == "repeat" and isinstance(node, list) and at:
+            node.insert(key, node[key])
+        else:
+            node[key] = copy.deepcopy(draw(VALUES))
+    return top[0]
 
 
 @st.composite
@@ -300,10 +292,9 @@ DPO = runs.REPO / "experiments" / "dpo_hh.py"
 @pytest.fixture(scope="module")
 def effective() -> tuple[str, dict, str]:
     """The config.py of a run: what stands before its fields, they, and the rest."""
-    before, fields, after = config.effective(config.load_experiment(DPO)).partition('r"""{')[0::2], None, None
-    head, rest = before
-    text, _, tail = rest.partition('"""')
-    return head + 'r"""', json.loads("{" + text), '"""' + tail
+    head, mark, rest = config.effective(config.load_experiment(DPO)).partition('r"""')
+    text, end, tail = rest.partition('"""')
+    return head + mark, json.loads(text), end + tail
 
 
 def test_a_workdirs_config(effective, folder):
@@ -314,7 +305,7 @@ def test_a_workdirs_config(effective, folder):
     @given(spoiled(fields))
     def check(changed):
         path.write_text(head + json.dumps(changed) + tail)
-        experiment = read(lambda: config.load_experiment(path), path)
+        experiment = read(lambda: config.load_experiment(path), path, "config field")
         if experiment is not REFUSED:
             now = config.flat(experiment.config)
             assert all(type(now[name]) is type(value) for name, value in FIELDS.items())
@@ -324,11 +315,10 @@ def test_a_workdirs_config(effective, folder):
 
 
 @fuzz(60)
-@given(st.data())
-def test_a_damaged_experiment_file(effective, folder, data):
-    path = folder / "cut.py"
-    content = "".join(effective).encode() if False else DPO.read_bytes()
-    path.write_bytes(content[: data.draw(st.integers(0, len(content)))] + data.draw(st.binary(max_size=3)))
+@given(st.integers(0, DPO.stat().st_size), st.binary(max_size=3))
+def test_an_experiment_file_that_ends_early(folder, length, more):
+    path = folder / "cut.py"  # cut and no more: any other change to code may mean anything
+    path.write_bytes(DPO.read_bytes()[:length] + more)
     read(lambda: config.load_experiment(path), path)
 
 
@@ -339,29 +329,210 @@ def test_a_damaged_experiment_file(effective, folder, data):
 def model(folder) -> hf.Source:
     """A tiny model in one file, and in `shards` in several."""
     source = hf.open_folder(tiny.folder(folder / "model"))
-    hf.export(hf.load_params(source, make_mesh({"fsdp": -1})), source, folder / "shards", shard_bytes=30_000)
+    hf.export(hf.load_params(source, ONE), source, folder / "shards", shard_bytes=30_000)
     return source
 
 
-@pytest.mark.parametrize("kind", sorted(families.FAMILIES))
-def test_config_json(kind, folder):
-    import transformers
+def check_config(good: dict, path: Path, examples: int) -> None:
+    """Accepted or refused; what is accepted has sizes and angles that a model can have."""
 
-    good = transformers.AutoConfig.for_model(kind).to_dict() | {"model_type": kind}
-    good |= {"num_hidden_layers": 2, "layer_types": None} if "num_hidden_layers" in good else {}
-    path = folder / kind
-    path.mkdir()
-
-    @fuzz(150)
+    @fuzz(examples)
     @given(spoiled(good))
     def check(content):
         (path / "config.json").write_bytes(dumps(content))
         source = read(lambda: hf.open_folder(path), path / "config.json")
         if source is not REFUSED:
             c = source.config
-            hash(c)
+            assert hash(c) is not None and c.num_attention_heads % c.num_key_value_heads == 0 and c.rms_norm_eps > 0
             sizes = (c.vocab_size, c.hidden_size, c.intermediate_size, c.num_hidden_layers, c.head_dim, c.max_position_embeddings)
             assert all(type(x) is int and x > 0 for x in sizes)
-            assert c.num_attention_heads % c.num_key_value_heads == 0 and c.rms_norm_eps > 0
+            assert not c.sliding_windows or len(c.sliding_windows) == c.num_hidden_layers
+            if c.positions == "rope":
+                assert all(bool(jnp.isfinite(x).all()) for x in transformer.rope_tables(c, jnp.arange(3)[None]))
 
     check()
+
+
+@pytest.mark.parametrize("kind", sorted(families.FAMILIES))
+def test_config_json(kind, folder):
+    import transformers
+
+    full = transformers.AutoConfig.for_model(kind).to_dict() | {"model_type": kind}
+    good = json.loads(json.dumps({name: value for name, value in full.items() if name in families.FIELDS}))
+    good |= {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2} if "num_hidden_layers" in good else {}
+    path = folder / kind
+    path.mkdir()
+    check_config(good, path, 100)
+
+
+ROPES = {
+    "linear": {"factor": 4.0},
+    "dynamic": {"factor": 4.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 32, "beta_fast": 32, "mscale": 1.0, "mscale_all_dim": 0.5},
+    "longrope": {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0, 3.0, 4.0, 5.0], "original_max_position_embeddings": 32},
+    "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32},
+}
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_rope_parameters(kind, folder):
+    path = folder / f"rope_{kind}"
+    path.mkdir()
+    base = {name: tiny.CONFIG[name] for name in ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")}
+    rope = {"rope_type": kind, "rope_theta": 10000.0} | ROPES[kind]
+    check_config(base | {"num_attention_heads": 4, "max_position_embeddings": 128, "rope_parameters": rope}, path, 60)
+
+
+@pytest.fixture
+def shapes(model, monkeypatch):
+    """Shapes of the tiny model, found once: only its files are spoiled."""
+    monkeypatch.setattr(hf, "plan", lambda source, plan=hf.plan(model): plan)
+    found = {name: hf.abstract_params(model.config, mesh) for name, mesh in (("none", None), ("one", ONE))}
+    monkeypatch.setattr(hf, "abstract_params", lambda config, mesh=None: found["one" if mesh else "none"])
+
+
+def tensor_file(data: bytes) -> tuple[dict, bytes]:
+    """The header and the rest of a safetensors file."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    return json.loads(data[8:end]), data[end:]
+
+
+def with_header(header: Any, rest: bytes) -> bytes:
+    text = dumps(header)
+    return len(text).to_bytes(8, "little") + text + rest
+
+
+def check_weights(model: hf.Source, path: Path) -> None:
+    source = model._replace(path=path)
+    params = read(lambda: hf.load_params(source, ONE), path)
+    if params is not REFUSED:
+        assert all(x.dtype == jnp.float32 and np.isfinite(x).all() for x in jax.tree.leaves(params))
+
+
+@fuzz(60)
+@given(st.data())
+def test_weight_files(model, shapes, folder, data):
+    whole = (model.path / "model.safetensors").read_bytes()
+    header, rest = tensor_file(whole)
+    path = folder / "weights"
+    path.mkdir(exist_ok=True)
+    content = data.draw(st.one_of(damaged(whole), spoiled(header).map(lambda header: with_header(header, rest))))
+    (path / "model.safetensors").write_bytes(content)
+    check_weights(model, path)
+
+
+@fuzz(60)
+@given(st.data())
+def test_an_index_of_weight_files(model, shapes, folder, data):
+    index = folder / "shards" / "model.safetensors.index.json"
+    good = index.read_bytes()
+    files = sorted({*json.loads(good)["weight_map"].values()})
+    moved = st.sampled_from([*files, "absent.safetensors", "../model/model.safetensors", "."])
+    content = data.draw(
+        st.one_of(damaged(good), spoiled(json.loads(good)).map(dumps), moved.map(lambda f: good.replace(files[0].encode(), f.encode(), 1)))
+    )
+    try:
+        index.write_bytes(content)
+        check_weights(model, index.parent)
+    finally:
+        index.write_bytes(good)
+
+
+@fuzz(30)
+@given(st.data())
+def test_tokenizers(model, folder, data):
+    path = folder / "tokenizer"
+    path.mkdir(exist_ok=True)
+    files = {name: json.loads((model.path / name).read_bytes()) for name in ("tokenizer.json", "tokenizer_config.json")}
+    files["tokenizer_config.json"]["chat_template"] = TEMPLATE
+    spoil = data.draw(st.sampled_from(sorted(files)))
+    for name, good in files.items():
+        (path / name).write_bytes(data.draw(st.one_of(damaged(dumps(good)), spoiled(good).map(dumps))) if name == spoil else dumps(good))
+    tokenizer = read(lambda: load_tokenizer(path, 96), path)
+    if tokenizer is not REFUSED:
+        assert type(tokenizer.eos_token_id) is int and len(tokenizer) <= 96
+        rows = [Prompted("Is it?", (" yes", " no")), Prompted(MESSAGES[:1], (MESSAGES[1:], OTHER[1:]))]
+        for row in rows:
+            read(lambda row=row: tokenize([row], tokenizer, max_length=200, max_prompt_length=0, vocab_size=96), "data", "tokenizer")
+
+
+@pytest.fixture(scope="module")
+def adapter(model, folder) -> Path:
+    """A PEFT folder of the tiny model."""
+    spec = Lora(2, 4.0, ("q", "up"), dora=True)
+    adapters = hf.init_adapters(model, spec, ONE, hf.load_params(model, ONE), jax.random.key(0))
+    peft.write_adapter(adapters, spec, model, str(model.path), folder / "adapter")
+    return folder / "adapter"
+
+
+@fuzz(120)
+@given(st.data())
+def test_adapters(model, adapter, shapes, folder, data):
+    path = folder / "other adapter"
+    path.mkdir(exist_ok=True)
+    good = {name: (adapter / name).read_bytes() for name in (peft.CONFIG, peft.WEIGHTS)}
+    header, rest = tensor_file(good[peft.WEIGHTS])
+    change = data.draw(st.sampled_from(sorted(good)))
+    values = spoiled(json.loads(good[change])).map(dumps) if change == peft.CONFIG else spoiled(header).map(lambda x: with_header(x, rest))
+    for name, content in good.items():
+        (path / name).write_bytes(data.draw(st.one_of(values, values, damaged(content))) if name == change else content)
+    placed = lambda layers, spec, source, mesh: layers
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(peft, "place_adapters", placed)
+        made = read(lambda: peft.read_adapter(path, model, ONE), path)
+    if made is not REFUSED:
+        spec, layers = made
+        assert 0 < spec.scale < math.inf and {name.partition("_lora_")[0] for name in layers} == set(spec.targets)
+        assert all(np.isfinite(x).all() and x.shape[0] == 2 for x in layers.values())
+
+
+# What runs leave ----------------------------------------------------------------------------------------------------------
+
+
+@fuzz(40)
+@given(st.data())
+def test_what_a_checkpoint_says_of_its_run(saved, data):
+    checkpoints, file = saved
+    good = json.dumps({"policy": "p", "reference": "r", "format": 1}).encode()
+    file.write_bytes(data.draw(st.one_of(damaged(good), spoiled(json.loads(good)).map(dumps))))
+    about = read(lambda: checkpoints.about(0), "checkpoints/0")
+    assert about is REFUSED or about["format"] == 1
+
+
+@pytest.fixture(scope="module")
+def saved(folder):
+    """Checkpoints, and the file of one in which it says which run wrote it."""
+    checkpoints = Checkpoints(folder / "run")
+    checkpoints.save(init_state({"w": jnp.ones(2)}, optax.sgd(0.1), jax.random.key(0)), {"policy": "p", "reference": "r"}, {})
+    checkpoints.close()
+    (file,) = (f for f in (folder / "run" / "checkpoints" / "0" / "about").iterdir() if f.is_file() and b'"policy"' in f.read_bytes())
+    assert json.loads(file.read_bytes()) == {"policy": "p", "reference": "r", "format": 1}
+    again = Checkpoints(folder / "run")
+    yield again, file
+    again.close()
+
+
+@fuzz(100)
+@given(st.data())
+def test_logs(folder, data):
+    path = folder / "metrics.jsonl"
+    rows = [{"step": i, "loss": 0.5, "eval/loss": None} for i in range(3)]
+    text = b"".join(dumps(row) + b"\n" for row in rows)
+    lines = spoiled(rows).map(lambda rows: b"".join(dumps(row) + b"\n" for row in rows) if isinstance(rows, list) else dumps(rows))
+    path.write_bytes(data.draw(st.one_of(damaged(text), lines)))
+    found = read(lambda: metrics.read_rows(path), path)
+    assert found is REFUSED or all(type(row["step"]) is int for row in found)
+
+
+@fuzz(80)
+@given(st.data())
+def test_parts_of_a_cached_reference(folder, data):
+    scored = np.array([False, True, True, False, True])
+    examples = Examples(np.arange(5, dtype=np.int32), scored, np.array([0, 3, 5]), 2, ["a"])
+    file = folder / "000000.safetensors"
+    reference.write(folder, 0, np.array([-1.0, -2.0, -3.0], np.float32))
+    good = file.read_bytes()
+    header, rest = tensor_file(good)
+    file.write_bytes(data.draw(st.one_of(damaged(good), spoiled(header).map(lambda header: with_header(header, rest)))))
+    values = read(lambda: reference.read(folder, 0, examples), file)
+    assert values is REFUSED or values.tolist() == [-1.0, -2.0, -3.0]

@@ -26,7 +26,7 @@ ROPE_FIELDS: dict[str, tuple[str, ...]] = {  # rope_type -> what its parameters 
 KINDS: dict[str, Callable[[Any], bool]] = {
     "a whole number above 0": lambda x: type(x) is int and 0 < x < 2**24,
     "a whole number, 0 or more": lambda x: type(x) is int and 0 <= x < 2**24,
-    "a number above 0": lambda x: type(x) in (int, float) and 0 < x < 1e30,
+    "a number above 0": lambda x: type(x) in (int, float) and 1e-30 < x < 1e30,
     "a number, 0 or more": lambda x: type(x) in (int, float) and 0 <= x < 1e30,
     "true or false": lambda x: type(x) is bool,
     "text": lambda x: type(x) is str,
@@ -44,8 +44,8 @@ FIELDS: dict[str, str] = {
         "a whole number, 0 or more": "sliding_window max_window_layers",
         "a number above 0": "rope_theta rope_local_base_freq rotary_emb_base rotary_pct partial_rotary_factor query_pre_attn_scalar "
         "attn_logit_softcapping final_logit_softcapping factor low_freq_factor high_freq_factor beta_fast beta_slow attention_factor "
-        "mscale mscale_all_dim",
-        "a number, 0 or more": "rms_norm_eps layer_norm_eps layer_norm_epsilon initializer_range",
+        "mscale mscale_all_dim rms_norm_eps layer_norm_eps layer_norm_epsilon",
+        "a number, 0 or more": "initializer_range",
         "true or false": "tie_word_embeddings attention_bias mlp_bias use_sliding_window scale_attn_weights use_parallel_residual "
         "norm_topk_prob truncate",
         "text": "model_type hidden_act hidden_activation activation_function rope_type type",

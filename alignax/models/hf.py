@@ -23,7 +23,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from alignax import mesh as meshes
-from alignax.data.files import short
+from alignax.data.files import line, short
 from alignax.distributed import is_main, together
 from alignax.models import families, transformer
 from alignax.models.families import Family
@@ -70,7 +70,7 @@ def read_object(file: Path, remedy: str) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as e:
-        raise ValueError(f"{file} is not a JSON object ({e}); {remedy}") from e
+        raise ValueError(f"{file} is not a JSON object ({line(e)}); {remedy}") from e
     if not isinstance(found, dict):
         raise ValueError(f"{file} is not a JSON object but {short(found)}; {remedy}")
     return found
@@ -170,9 +170,8 @@ def _named_files(path: Path) -> dict[str, Path]:
         weight_map = read_object(index, "fetch it again").get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(f, str) and f == Path(f).name for f in weight_map.values()):
             raise ValueError(f"{index} is not an index of tensors: weight_map is {short(weight_map)}, not names and files; fetch it again")
-        absent = sorted({f for f in weight_map.values() if not (path / f).is_file()})
-        if absent:
-            raise ValueError(f"{index} names {len(absent)} files that are not there: {short(absent[0])[1:-1]}; fetch them")
+        if absent := sorted(set(weight_map.values()) - {p.name for p in path.iterdir() if p.is_file()}):
+            raise ValueError(f"{index} names {len(absent)} files that are not there: {short(absent[0])}; fetch them")
         return {name: path / file for name, file in weight_map.items()}
     if single.is_file():
         return dict.fromkeys(header(single), single)
@@ -188,7 +187,7 @@ def header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
             slices = {name: f.get_slice(name) for name in f.keys()}  # noqa: SIM118
             return {name: (x.get_dtype(), tuple(x.get_shape())) for name, x in slices.items()}
     except (SafetensorError, OSError) as e:
-        raise ValueError(f"{file} is damaged or cut short ({e}); fetch it again") from e
+        raise ValueError(f"{file} is damaged or cut short ({line(e)}); fetch it again") from e
 
 
 def check_type(name: str, dtype: str, file: Path) -> None:
@@ -207,7 +206,7 @@ def check_tensors(source: Source, files: Mapping[str, Stored]) -> None:
         raise ValueError(f"{where} lacks {len(missing)} tensors, {missing[0]} first; fetch the folder again")
     if extra := sorted(names - set(wanted)):
         raise ValueError(
-            f"{where} has {len(extra)} tensors that config.json does not describe, {short(extra[0])[1:-1]} first; is it this model's config?"
+            f"{where} has {len(extra)} tensors that config.json does not describe, {short(extra[0])} first; is it this model's config?"
         )
     headers = {file: header(file) for file in sorted({s.file for s in files.values()})}
     for name, shape in wanted.items():

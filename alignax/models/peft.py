@@ -198,7 +198,7 @@ def read_config(folder: Path, source: hf.Source) -> tuple[Lora, dict[str, tuple[
     chosen = [m for m in adapted.modules if wanted == "all-linear" or any(ends(m, name) for name in wanted)]
     odd = [name for name in (wanted if isinstance(wanted, list) else []) if not any(ends(m, name) for m in adapted.modules)]
     if odd or not chosen:
-        what = short(odd[0])[1:-1] if odd else "nothing"
+        what = short(odd[0]) if odd else "nothing"
         raise ValueError(f"{file} adapts {what}; of this model only {', '.join(adapted.modules)} can be")
     per = lambda field, m, plain: next((x for name, x in (config.get(field) or {}).items() if ends(m, name)), plain)
     ranks = {m: per("rank_pattern", m, config["r"]) for m in chosen}
