@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from alignax.data.files import line, short
+from alignax.data.files import one_line, short
 
 OFFERED = ("config", "reference", "policy")  # what an experience may ask for, by the names of its parameters
 MARK = "# --- the effective config of this run; alignax wrote this part ---"
@@ -174,7 +174,7 @@ def blaming(file: Path, always: bool = True) -> Iterator[None]:
             raise
         what = "" if isinstance(e, ValueError) else f"{type(e).__name__}: "
         place = f"{file}, line {lines[-1]}" if lines else str(file)
-        raise BadInput(f"{place}: {what}{line(e, 500)}") from e
+        raise BadInput(f"{place}: {what}{one_line(e, 500)}") from e
 
 
 def check_config(config: Any, file: Path) -> None:

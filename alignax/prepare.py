@@ -15,7 +15,7 @@ from alignax import mesh as meshes
 from alignax.averages import Average
 from alignax.config import Experiment, asked, blaming, difference, flat, load_experiment
 from alignax.data import Batches, Examples, Report, load, padded_length
-from alignax.data.files import line
+from alignax.data.files import one_line
 from alignax.losses.algebra import Loss, Objective
 from alignax.models import hf, lora, peft, transformer
 from alignax.models.lora import Lora, is_quantised, join, split
@@ -269,7 +269,7 @@ def load_tokenizer(path: Path, vocab_size: int) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
         eos, size, _ = tokenizer.eos_token_id, len(tokenizer), tokenizer("a")  # some damage shows only in use
     except Exception as e:  # a damaged tokenizer.json raises a bare Exception
-        raise ValueError(f"{str(path)!r} has no tokenizer that transformers reads ({line(e)})") from e
+        raise ValueError(f"{str(path)!r} has no tokenizer that transformers reads ({one_line(e)})") from e
     if eos is None:
         raise ValueError(f"the tokenizer in {str(path)!r} has no EOS token; set eos_token in its tokenizer_config.json")
     if size > vocab_size:

@@ -433,6 +433,8 @@ def test_nonfinite_steps_are_named_and_stop_the_run(fields, tmp_path, capsys, mo
     err = capsys.readouterr().err
     assert "step 1: loss, loss/dpo is not finite; step skipped (1 so far, 1 in a row)" in err
     assert "stopped: 3 steps in a row were not finite" in err
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["loss"], row["skipped"]) for row in rows if "loss" in row] == [(1, None, 1), (2, None, 1), (3, None, 1)]
 
 
 def test_notice_names_rpo_once_when_the_chosen_log_prob_falls():

@@ -35,7 +35,6 @@ from alignax.models.lora import Lora
 from alignax.prepare import load_tokenizer
 from alignax.train import init_state
 
-
 ONE = make_mesh({}, jax.devices()[:1])
 
 
@@ -279,7 +278,7 @@ def test_overrides(field, text):
 
 
 @fuzz(150)
-@given(st.one_of(damaged("optimizer.learning_rate=1e-5".encode()).map(lambda x: x.decode("latin-1")), st.text(max_size=20)))
+@given(st.one_of(damaged(b"optimizer.learning_rate=1e-5").map(lambda x: x.decode("latin-1")), st.text(max_size=20)))
 def test_names_of_fields(override):
     c = config.default_config()
     read(lambda: config.set_field(c, override), override, repr(override.partition("=")[0]))
@@ -334,7 +333,9 @@ def model(folder) -> hf.Source:
 
 
 def check_config(good: dict, path: Path, examples: int) -> None:
-    """Accepted or refused; what is accepted has sizes and angles that a model can have."""
+    """Accepted or refused; what is accepted has sizes and angles that a model can have. The good one is accepted."""
+    (path / "config.json").write_bytes(dumps(good))
+    assert hf.open_folder(path).config.vocab_size == good["vocab_size"]
 
     @fuzz(examples)
     @given(spoiled(good))
@@ -359,7 +360,8 @@ def test_config_json(kind, folder):
 
     full = transformers.AutoConfig.for_model(kind).to_dict() | {"model_type": kind}
     good = json.loads(json.dumps({name: value for name, value in full.items() if name in families.FIELDS}))
-    good |= {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2} if "num_hidden_layers" in good else {}
+    good |= {"num_hidden_layers": 2} if "num_hidden_layers" in good else {}
+    good |= {"layer_types": ["full_attention"] * 2} if "layer_types" in good else {}
     path = folder / kind
     path.mkdir()
     check_config(good, path, 100)
@@ -386,7 +388,8 @@ def test_rope_parameters(kind, folder):
 @pytest.fixture
 def shapes(model, monkeypatch):
     """Shapes of the tiny model, found once: only its files are spoiled."""
-    monkeypatch.setattr(hf, "plan", lambda source, plan=hf.plan(model): plan)
+    plan = hf.plan(model)
+    monkeypatch.setattr(hf, "plan", lambda source: plan)
     found = {name: hf.abstract_params(model.config, mesh) for name, mesh in (("none", None), ("one", ONE))}
     monkeypatch.setattr(hf, "abstract_params", lambda config, mesh=None: found["one" if mesh else "none"])
 

@@ -381,8 +381,8 @@ def checked(fields: Json, where: str) -> dict[str, Any]:
     for name, value in known.items():
         if name in FIELDS and value is not None and not KINDS[FIELDS[name]](value):
             raise ValueError(f"{name} in {where} is {short(value)}; it must be {FIELDS[name]}")
-    rope = (name for name in known if FIELDS.get(name) == "an object")
-    return known | {name: checked(known[name], f"{where}, {name}") for name in rope}
+    inner = {name: value for name, value in known.items() if FIELDS.get(name) == "an object" and value is not None}
+    return known | {name: checked(value, f"{where}, {name}") for name, value in inner.items()}
 
 
 def check_shape(c: ModelConfig) -> None:

@@ -23,7 +23,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from alignax import mesh as meshes
-from alignax.data.files import line, short
+from alignax.data.files import one_line, short
 from alignax.distributed import is_main, together
 from alignax.models import families, transformer
 from alignax.models.families import Family
@@ -70,7 +70,7 @@ def read_object(file: Path, remedy: str) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as e:
-        raise ValueError(f"{file} is not a JSON object ({line(e)}); {remedy}") from e
+        raise ValueError(f"{file} is not a JSON object ({one_line(e)}); {remedy}") from e
     if not isinstance(found, dict):
         raise ValueError(f"{file} is not a JSON object but {short(found)}; {remedy}")
     return found
@@ -187,7 +187,7 @@ def header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
             slices = {name: f.get_slice(name) for name in f.keys()}  # noqa: SIM118
             return {name: (x.get_dtype(), tuple(x.get_shape())) for name, x in slices.items()}
     except (SafetensorError, OSError) as e:
-        raise ValueError(f"{file} is damaged or cut short ({line(e)}); fetch it again") from e
+        raise ValueError(f"{file} is damaged or cut short ({one_line(e)}); fetch it again") from e
 
 
 def check_type(name: str, dtype: str, file: Path) -> None:
