@@ -282,7 +282,7 @@ def rope_options(hf: Json) -> dict[str, Any]:
         raise ValueError(f"rope_parameters of type {rope['rope_type']!r} lack {', '.join(missing)}; is config.json complete?")
     if hf.get("original_max_position_embeddings"):
         rope["original_max_position_embeddings"] = hf["original_max_position_embeddings"]
-    hashable = lambda x: tuple(x) if isinstance(x, list) else x
+    hashable = lambda x: tuple(x) if isinstance(x, list) else float(x) if type(x) is int else x  # a large int is none of JAX's
     return {"rope_theta": float(theta), "rope_scaling": tuple(sorted((k, hashable(v)) for k, v in rope.items() if k in FIELDS))}
 
 
