@@ -171,7 +171,7 @@ def _named_files(path: Path) -> dict[str, Path]:
         if not isinstance(weight_map, dict) or not all(isinstance(f, str) and f == Path(f).name for f in weight_map.values()):
             raise ValueError(f"{index} is not an index of tensors: weight_map is {short(weight_map)}, not names and files; fetch it again")
         if absent := sorted(set(weight_map.values()) - {p.name for p in path.iterdir() if p.is_file()}):
-            raise ValueError(f"{index} names {len(absent)} files that are not there: {short(absent[0])}; fetch them")
+            raise ValueError(f"{index} names {len(absent)} files that are not there: {short(absent[0])} first; fetch them")
         return {name: path / file for name, file in weight_map.items()}
     if single.is_file():
         return dict.fromkeys(header(single), single)
