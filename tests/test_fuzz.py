@@ -158,7 +158,7 @@ FILES = {
 def test_damaged_bytes_of_data_files(name, folder):
     path = folder / name
 
-    @fuzz(120)
+    @fuzz(100)
     @given(damaged(FILES[name]))
     def check(content):
         path.write_bytes(content)
@@ -215,7 +215,7 @@ def test_rows_are_kept_dropped_or_refused(kind, tokenizer):
         assert len(prompted) + rejected.counts.total() == len(rows)
         return tokenize(prompted, tokenizer, max_length=data.max_length, max_prompt_length=0, vocab_size=300, rejected=rejected)
 
-    @fuzz(120)
+    @fuzz(100)
     @given(spoiled(KINDS[kind]))
     def check(rows):
         if not (isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows)):
@@ -241,7 +241,7 @@ def whole(examples: Examples, report: Any, rows: int) -> None:
     assert all(len(field) == len(examples) and np.isfinite(field).all() for field in examples.fields.values())
 
 
-@fuzz(300)
+@fuzz(200)
 @given(
     st.one_of(
         st.text(max_size=40), st.lists(st.sampled_from(["a@0.8", "b@0.2", "a", "b", "@", ",", "1", "nan", "1e999", "\0"])).map(",".join)
@@ -269,7 +269,7 @@ LITERALS = st.one_of(
 )
 
 
-@fuzz(300)
+@fuzz(200)
 @given(st.sampled_from(sorted(FIELDS)), LITERALS)
 def test_overrides(field, text):
     c = config.default_config()
@@ -366,7 +366,7 @@ def test_config_json(kind, folder):
     good |= {"layer_types": ["full_attention"] * 2} if "layer_types" in good else {}
     path = folder / kind
     path.mkdir()
-    check_config(good, spoiled(good), path, 100)
+    check_config(good, spoiled(good), path, 60)
 
 
 ROPES = {
