@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from alignax.data.files import short
 from alignax.types import TrainState
 
 FORMAT = 1  # of the checkpoint's layout
@@ -78,9 +79,9 @@ class Checkpoints:
           ValueError: if it is damaged or is not one of ours.
         """
         with _reading(self.path / str(step)):
-            about = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
+            about = dict(self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"])
         if about.get("format") != FORMAT:
-            raise ValueError(f"checkpoint {self.path / str(step)} has format {about.get('format')}, this version reads {FORMAT}")
+            raise ValueError(f"checkpoint {self.path / str(step)} has format {short(about.get('format'))}, this version reads {FORMAT}")
         return about
 
     def restore(self, step: int, like: TrainState) -> TrainState:

@@ -9,11 +9,14 @@ import difflib
 import importlib.util
 import inspect
 import json
+import math
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from alignax.data.files import one_line, short
 
 OFFERED = ("config", "reference", "policy")  # what an experience may ask for, by the names of its parameters
 MARK = "# --- the effective config of this run; alignax wrote this part ---"
@@ -179,7 +182,7 @@ def blaming(file: Path, always: bool = True) -> Iterator[None]:
             raise
         what = "" if isinstance(e, ValueError) else f"{type(e).__name__}: "
         place = f"{file}, line {lines[-1]}" if lines else str(file)
-        raise BadInput(f"{place}: {what}{' '.join(str(e).split())}") from e
+        raise BadInput(f"{place}: {what}{one_line(e, 500)}") from e
 
 
 def check_config(config: Any, file: Path) -> None:
@@ -190,6 +193,12 @@ def check_config(config: Any, file: Path) -> None:
     for name in config:
         if name not in known and (near := difflib.get_close_matches(name, known, 1, 0.8)):
             raise ValueError(f"config field {name!r} of {file} is unknown; the nearest is {near[0]!r}")
+    fields = flat(config)
+    for name, default in flat(default_config()).items():
+        if type(value := fields.get(name)) is not type(default):
+            raise ValueError(f"config field {name!r} of {file} is {value!r}; it must be {_a(default)}, such as {default!r}")
+    for name, value in fields.items():
+        _in_range(name, value)
 
 
 def asked(experience: Callable | None) -> tuple[str, ...]:
@@ -205,7 +214,7 @@ def set_field(config: Any, override: str) -> None:
     """
     path, equals, text = override.partition("=")
     if not equals:
-        raise ValueError(f"--config.{override} has no value; write --config.{override}=VALUE")
+        raise ValueError(f"config field {override!r} has no value; write --config.FIELD=VALUE")
     node, parts = config, path.split(".")
     for part in parts[:-1]:
         node = node[_known(node, part, path, config)]
@@ -220,27 +229,44 @@ def set_field(config: Any, override: str) -> None:
         return
     try:
         value = ast.literal_eval(text.capitalize() if isinstance(old, bool) else text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):  # all that a text which is no literal makes of it
         value = text
+    _in_range(path, value)
     if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if isinstance(old, int) and isinstance(value, float) and value.is_integer():
         value = int(value)
     if type(value) is not type(old):
-        raise ValueError(f"config field {path!r} is {text!r}; it must be {_a(old)}, such as {old!r}")
+        raise ValueError(f"config field {path!r} is {short(text)}; it must be {_a(old)}, such as {old!r}")
     node[name] = value
 
 
 def _known(node: Any, part: str, path: str, config: Any) -> str:
     if part in node:
         return part
-    fields = flat(config)
-    near = difflib.get_close_matches(path, fields, 1, 0.0) or [""]
-    raise ValueError(f"config field {path!r} is unknown; the nearest is {near[0]!r}")
+    raise ValueError(f"config field {path!r} is unknown; the nearest is {nearest(path, list(flat(config)))!r}")
+
+
+def nearest(path: str, fields: Sequence[str]) -> str:
+    """The field that a misspelt one most likely means: of its own group, by its initials (`lr`) or its spelling."""
+    group, _, name = path.rpartition(".")
+    own = [field for field in fields if field.rpartition(".")[0] == group] if group else []
+
+    def likeness(field: str) -> float:
+        initials = "".join(word[0] for word in field.rpartition(".")[2].split("_"))
+        return (name == initials) + difflib.SequenceMatcher(None, path, field).ratio()
+
+    return max(own or fields, key=likeness)
+
+
+def _in_range(name: str, value: Any) -> None:
+    if type(value) is int and abs(value) >= 2**31 or type(value) is float and not math.isfinite(value):
+        raise ValueError(f"config field {name!r} is {short(value)}; use a finite number, a whole one of less than 2^31")
 
 
 def _a(value: Any) -> str:
-    return {bool: "true or false", int: "a whole number", float: "a number"}.get(type(value), f"a {type(value).__name__}")
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    return names.get(type(value), f"a {type(value).__name__}")
 
 
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:

@@ -100,8 +100,9 @@ def start(run: Run, write: bool = True) -> Started:
     checkpoints = Checkpoints(run.workdir, config.checkpoint.keep, config.checkpoint.best)
     step = checkpoints.latest() or 0
     if step:
-        compared = about if write else about | {"data": checkpoints.about(step)["data"]}  # evaluation may have other data
-        check_same(run.workdir, step, checkpoints.about(step), compared)
+        saved = checkpoints.about(step)
+        compared = about if write else {name: x for name, x in about.items() if name != "data"}  # evaluation may have other data
+        check_same(run.workdir, step, saved, compared)
         del params, original  # one training state at a time
         state = checkpoints.restore(step, abstract_state(run))
     else:

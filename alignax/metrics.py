@@ -10,6 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from alignax.config import BadInput
+from alignax.data.files import short
+
 SHOWN = {"loss": "loss", "rewards/accuracies": "acc", "rewards/margins": "margin", "grad_norm": "grad"}
 
 
@@ -106,11 +109,24 @@ class Log:
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
-    """Rows of a JSONL log; a last line that a killed run cut short is left out."""
+    """Rows of a JSONL log; a last line that a killed run cut short is left out.
+
+    Raises:
+      BadInput: for a line that no run has written.
+    """
     if not file.is_file():
         return []
+    rows = []
     # Not splitlines(): that also splits at U+2028 and its like, which a sample may hold.
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n")[:-1]]
+    for number, line in enumerate(file.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict) or type(row.get("step")) is not int:
+            raise BadInput(f"{file}, line {number} is no row of a log: {short(line)}; delete that line")
+        rows.append(row)
+    return rows
 
 
 def _keep_rows(file: Path, last: int) -> None:

@@ -1,6 +1,7 @@
 """From an experiment to a checked run: everything that can be refused is refused here, before any compute."""
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from alignax import mesh as meshes
 from alignax.averages import Average
 from alignax.config import Experiment, asked, blaming, difference, flat, load_experiment
 from alignax.data import Batches, Examples, Report, load, padded_length
+from alignax.data.files import one_line
 from alignax.losses.algebra import Loss, Objective
 from alignax.models import hf, lora, peft, transformer
 from alignax.models.lora import Lora, is_quantised, join, split
@@ -41,6 +43,8 @@ LEAST = {
     "batch_size": 1, "microbatches": 1, "max_skipped": 1, "steps": 0, "checkpoint.every": 1, "checkpoint.keep": 1, "log.every": 1,
     "model.logps_chunk": 1, "eval.every": 0, "eval.batch_size": 0, "eval.samples": 0, "eval.sample_prompts": 0, "eval.max_new_tokens": 1,
     "data.limit": 0, "seed": 0, "model.num_labels": 0, "ensemble.members": 0,
+    "epochs": 0, "eval.temperature": 0, "optimizer.clip": 0, "optimizer.final": 0, "optimizer.weight_decay": 0,
+    "optimizer.b1": 0, "optimizer.b2": 0, "optimizer.eps": 0,
 }  # fmt: skip
 
 
@@ -143,6 +147,9 @@ def check_fields(config: Any) -> None:
     for name, least in LEAST.items():
         if fields[name] < least:
             raise ValueError(f"config field {name!r} is {fields[name]}; it must be at least {least}")
+    for name in ("optimizer.b1", "optimizer.b2"):
+        if fields[name] >= 1:
+            raise ValueError(f"config field {name!r} is {fields[name]}; it must be below 1")
     if config.model.dtype not in ("auto", "float32", "bfloat16"):
         raise ValueError(f"model.dtype {config.model.dtype!r} is unknown; use auto, float32 or bfloat16")
     if config.export.dtype not in hf.DTYPES:
@@ -187,6 +194,8 @@ def check_cache(config: Any, averages: dict[str, Average], reference: hf.Source 
     if not config.reference.cache:
         return
     where = f"reference.cache {config.reference.cache!r}"
+    if Path(config.reference.cache).is_file():
+        raise ValueError(f"{where} is a file; give a folder")
     if reference is None:
         raise ValueError(f"{where} is set and no reference is held; let experience(..) ask for reference, or leave it empty")
     if "reference" in averages:
@@ -289,28 +298,34 @@ def load_tokenizer(path: Path, vocab_size: int) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+        eos, size, _ = tokenizer.eos_token_id, len(tokenizer), tokenizer("a")  # some damage shows only in use
     except Exception as e:  # a damaged tokenizer.json raises a bare Exception
-        raise ValueError(f"{str(path)!r} has no tokenizer that transformers reads ({(str(e).splitlines() or [e])[0]})") from e
-    if tokenizer.eos_token_id is None:
+        raise ValueError(f"{str(path)!r} has no tokenizer that transformers reads ({one_line(e)})") from e
+    if eos is None:
         raise ValueError(f"the tokenizer in {str(path)!r} has no EOS token; set eos_token in its tokenizer_config.json")
-    if len(tokenizer) > vocab_size:
+    if size > vocab_size:
         raise ValueError(
-            f"the tokenizer in {str(path)!r} has {len(tokenizer)} tokens and the embedding {vocab_size} rows; "
+            f"the tokenizer in {str(path)!r} has {size} tokens and the embedding {vocab_size} rows; "
             "use the tokenizer that the model was trained with"
         )
     return tokenizer
 
 
 def check_workdir(run: Run) -> None:
-    """Refuses the workdir of another run."""
+    """Refuses the workdir of another run, and one that cannot be written."""
     workdir, experiment = run.workdir, run.experiment
     saved = workdir / "config.py"
+    place = next(p for p in (workdir, *workdir.absolute().parents) if p.exists())
     if saved.is_file():
         lines = difference(load_experiment(saved), experiment, FREE)
         if lines:
             raise ValueError(f"workdir {str(workdir)!r} belongs to another run ({'; '.join(lines[:4])}); choose another workdir")
-    elif workdir.exists() and (not workdir.is_dir() or any(p.name != "config.py.tmp" for p in workdir.iterdir())):
+    elif not place.is_dir():
+        raise ValueError(f"workdir {str(workdir)!r} cannot be a folder: {str(place)!r} is a file; choose another workdir")
+    elif place == workdir and any(p.name != "config.py.tmp" for p in workdir.iterdir()):
         raise ValueError(f"workdir {str(workdir)!r} holds other files; choose a new or empty folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ValueError(f"workdir {str(workdir)!r} cannot be written: {str(place)!r} is closed to you; choose another workdir")
 
 
 def eval_batch_size(config: Any) -> int:

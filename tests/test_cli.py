@@ -1,6 +1,7 @@
 """The command line: overrides, dry run, re-running an effective config, and one clear error for each bad input."""
 
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -85,7 +86,7 @@ BAD = {
     ),
     "extra tensor": (
         lambda f, t: {"model.path": edited(f, t, lambda d: set_tensors(d, lambda x: x.update(more=np.ones(3, np.float32))))},
-        r"1 tensors that config\.json does not describe, more first",
+        r"1 tensors that config\.json does not describe, .more. first",
     ),
     "misshapen tensor": (
         lambda f, t: {"model.path": edited(f, t, lambda d: set_tensors(d, lambda x: x.update({NORM: np.ones(5, np.float32)})))},
@@ -174,6 +175,31 @@ BAD = {
     "unknown dtype of the export": (lambda f, t: {"export.dtype": "bf16"}, r"export\.dtype 'bf16'.*bfloat16"),
     "samples longer than the model": (lambda f, t: {"eval.max_new_tokens": 4000}, r"max_new_tokens 4000.*128 positions"),
     "decay without effect": (lambda f, t: {"optimizer.name": "sgd", "optimizer.weight_decay": 0.1}, r"weight_decay is 0\.1.*adamw"),
+    "tensor of whole numbers": (
+        lambda f, t: {"model.path": edited(f, t, lambda d: set_tensors(d, lambda x: x.update({NORM: np.ones(32, np.int64)})))},
+        r"input_layernorm.*stored as I64; only float32, float16, bfloat16",
+    ),
+    "text for a number in config.json": (
+        lambda f, t: {"model.path": edited(f, t, lambda d: set_json(d / "config.json", vocab_size="96"))},
+        r"vocab_size in .*config\.json is '96'; it must be a whole number above 0",
+    ),
+    "tokenizer that breaks in use": (
+        lambda f, t: {"model.path": edited(f, t, lambda d: set_json(d / "tokenizer_config.json", model_max_length="long"))},
+        r"no tokenizer that transformers reads",
+    ),
+    "reference of another vocabulary": (
+        lambda f, t: {"reference.path": edited(f, t, lambda d: set_json(d / "config.json", vocab_size=97)), "model.init": "random"},
+        r"embed_tokens.*\(96, 32\), config\.json says \(97, 32\)",
+    ),
+    "cache that is a file": (lambda f, t: {"reference.cache": rows(t / "cache", GOOD)}, r"reference\.cache '.*cache' is a file"),
+    "mesh of no device": (lambda f, t: {"mesh.fsdp": 0}, r"'fsdp': 0.*sizes are positive"),
+    "average that nobody keeps": (lambda f, t: {"eval.params": "ema"}, r"eval\.params' is 'ema'; this experiment has policy"),
+    "adapters of no rank": (lambda f, t: {"lora.ranks": 4}, r"lora\.ranks' is unknown; the nearest is 'lora\.rank'"),
+    "initials of a field": (lambda f, t: {"optimizer.lr": 1e-3}, r"optimizer\.lr' is unknown; the nearest is 'optimizer\.learning_rate'"),
+    "number beyond any": (lambda f, t: {"optimizer.learning_rate": "1e999"}, r"learning_rate' is inf; use a finite number"),
+    "whole number beyond any": (lambda f, t: {"seed": 2**70}, r"'seed' is 1180591620717411303424; .*less than 2\^31"),
+    "negative clip": (lambda f, t: {"optimizer.clip": -1.0}, r"optimizer\.clip' is -1\.0; it must be at least 0"),
+    "beta of a moment of 1": (lambda f, t: {"optimizer.b2": 1.0}, r"optimizer\.b2' is 1\.0; it must be below 1"),
     "best of no evaluation": (lambda f, t: {"checkpoint.best": "loss", "eval.every": 0}, r"eval\.every"),
 }  # fmt: skip
 
@@ -198,7 +224,7 @@ def test_missing_and_broken_experiment_files(tmp_path, capsys):
     assert "get_config()" in capsys.readouterr().err
     (tmp_path / "syntax.py").write_text("def get_config(:\n")
     assert cli.main(["train", "--config", str(tmp_path / "syntax.py")]) == 2
-    assert "does not load" in capsys.readouterr().err
+    assert "syntax.py, line 1: SyntaxError" in capsys.readouterr().err
     text = "from alignax import default_config as c\ndef get_config():\n    d = c()\n    d.optimizer.learningrate = 1.0\n    return d\n"
     (tmp_path / "typo.py").write_text(text + "def loss(config):\n    return None\n")
     assert cli.main(["train", "--config", str(tmp_path / "typo.py")]) == 2
@@ -297,14 +323,20 @@ def test_check_data_reports_bad_rows_and_ends_as_a_run_would(fields, tmp_path, c
     bad = rows(tmp_path / "bad.jsonl", GOOD, GOOD | {"rejected": ""}, GOOD | {"chosen": 3}, GOOD | {"chosen": ""})
     assert check(fields | {"data.train": bad}) == 2
     out, err = capsys.readouterr()
-    assert "row 1: the completion in 'rejected' is empty" in out and "row 2: 'chosen' is 3, not text" in out and "row 3" in out
+    for part in (
+        "row 1 (counted from 0): the completion in 'rejected' is empty",
+        "row 2 (counted from 0): 'chosen' is 3, not text",
+        "row 3",
+    ):
+        assert part in out
     assert err.count("\n") == 1 and re.search(
         r"error: a run would stop here: .*bad\.jsonl has bad rows \(empty completion: 2, not text: 1\)", err
     )
     assert check(fields | {"data.train": bad}, "--config.data.bad_rows=drop") == 0
     capsys.readouterr()
     assert check(fields | {"data.train": rows(tmp_path / "none.jsonl", GOOD | {"chosen": ""})}) == 2
-    assert "none of the 1 rows" in (err := capsys.readouterr().err) and "such as row 0: the completion in 'chosen' is empty" in err
+    err = capsys.readouterr().err
+    assert "none of the 1 rows" in err and "such as row 0 (counted from 0): the completion in 'chosen' is empty" in err
     assert check(fields | {"data.train": tmp_path / "nowhere.jsonl"}) == 2
 
 
@@ -334,6 +366,16 @@ def test_run_rerun_of_the_effective_config_eval_export(fields, tmp_path, capsys)
 
     assert cli.main(["export", str(workdir), str(tmp_path / "out"), "--config.export.dtype=bfloat16"]) == 0
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_a_workdir_that_cannot_be(fields, tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    for workdir in (tmp_path / "file", tmp_path / "file" / "run"):
+        assert run(fields | {"workdir": workdir}) == 2
+        assert f"workdir {str(workdir)!r} cannot be a folder: {str(tmp_path / 'file')!r} is a file" in capsys.readouterr().err
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    assert run(fields | {"workdir": tmp_path / "some" / "run"}) == 2
+    assert f"cannot be written: {str(tmp_path)!r} is closed to you" in capsys.readouterr().err
 
 
 def test_workdir_of_other_files_and_changed_code(fields, tmp_path, capsys):
@@ -391,6 +433,8 @@ def test_nonfinite_steps_are_named_and_stop_the_run(fields, tmp_path, capsys, mo
     err = capsys.readouterr().err
     assert "step 1: loss, loss/dpo is not finite; step skipped (1 so far, 1 in a row)" in err
     assert "stopped: 3 steps in a row were not finite" in err
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["loss"], row["skipped"]) for row in rows if "loss" in row] == [(1, None, 1), (2, None, 1), (3, None, 1)]
 
 
 def test_notice_names_rpo_once_when_the_chosen_log_prob_falls():

@@ -30,6 +30,8 @@ RETURN = "    return dpo(0.1)\n"
 BAD = {
     "misspelt top-level field": ("return config", "config.step = 40; return config", r"'step' of .* is unknown; the nearest is 'steps'"),
     "misspelt field of a group": ("return config", "config.data.max_lenght = 4; return config", r"mine\.py, line 7: .*max_lenght"),
+    "null for a number": ("return config", "config.batch_size = None; return config", r"'batch_size' of .* is None; it must be a whole"),
+    "a number for a group": ("return config", "config.optimizer = 1; return config", r"mine\.py"),
     "text for a number": ("return config", 'config.optimizer.learning_rate = "2e-4"; return config', r"mine\.py, line 7: .*learning_rate"),
     "no return": ("return config", "", r"get_config\(\) of .*mine\.py returns None; it must return a ConfigDict"),
     "undefined name": ("return config", "return confg", r"mine\.py, line 7: NameError: name 'confg'"),

@@ -167,6 +167,13 @@ def test_a_template_that_rewrites_history_is_no_prefix():
         tokenize([every], tokenizer, max_length=99, max_prompt_length=0, vocab_size=999)
 
 
+def test_a_template_that_is_no_text():
+    tokenizer = tiny.byte_tokenizer()
+    tokenizer.chat_template = True
+    with pytest.raises(ValueError, match="chat template is True, not text"):
+        masks(tokenizer)
+
+
 def test_a_template_that_refuses_and_one_that_is_missing():
     (row,), _ = read([{"messages": [{"role": "system", "content": "x"}, *turns("hi", "a")]}])
     (bad,) = encode([row], tiny.byte_tokenizer(INST, eos="</s>"))

@@ -64,10 +64,10 @@ def test_every_bad_row_is_counted_and_the_first_are_shown_though_a_run_would_sto
     assert source["dropped"] == {"prompt differs": 1, "empty completion": 1, "chosen equals rejected": 1, "no separator": 1}
     assert source["rows"] == 40 and source["kept"] == 36
     for part in (
-        "row 3: the prompt differs between chosen and rejected: '\\n\\nHuman: who said “3”?\\n\\nAssistant:' and '\\n\\nHuman: Who",
-        "row 5: the completion in 'rejected' is empty: ''",
-        "row 7: chosen and rejected are the same text: ' she did 7'",
-        "row 9: 'chosen' holds no separator",
+        "row 3 (counted from 0): the prompt differs between chosen and rejected: '\\n\\nHuman: who said “3”?\\n\\nAssistant:' and",
+        "row 5 (counted from 0): the completion in 'rejected' is empty: ''",
+        "row 7 (counted from 0): chosen and rejected are the same text: ' she did 7'",
+        "row 9 (counted from 0): 'chosen' holds no separator",
     ):
         assert part in text, part
     assert "prompt differs: 1, empty completion: 1, chosen equals rejected: 1, no separator: 1" in check.stops(result)
@@ -141,7 +141,8 @@ def test_a_clean_file_stops_nothing_and_length_bias_is_said(tmp_path):
 def test_pairs_cut_to_the_same_tokens_are_no_fault_of_the_rows(tmp_path):
     rows = [*raw(3), {"chosen": transcript("q", " s" * 99 + "a"), "rejected": transcript("q", " s" * 99 + "b")}]
     result, text = look(tmp_path, rows)
-    assert check.stops(result) == "" and "dropped, identical after the cut: 1" in text and "row 3: two of its completions" in text
+    assert check.stops(result) == "" and "dropped, identical after the cut: 1" in text
+    assert "row 3 (counted from 0): two of its completions" in text
 
 
 def test_mixtures_labels_and_margins(tmp_path):

@@ -48,7 +48,7 @@ def test_a_dataset_on_disk_gives_the_same_rows_and_several_splits_are_named(tmp_
         ("a.jsonl", '{"a": 1}\n\n{"a": }\n', r"a\.jsonl, line 3 is not JSON"),
         ("a.json", '[{"a": 1},\n {"a" 2}]', r"a\.json, line 2 is not JSON"),
         ("a.jsonl", '{"a": 1}\n"text"\n', r"line 2 is 'text', not an object"),
-        ("a.json", '[{"a": 1}, null]', r"element 1 is None, not an object"),
+        ("a.json", '[{"a": 1}, null]', r"element 1 \(counted from 0\) is None, not an object"),
         ("a.jsonl", "\n \n", r"holds no rows"),
         ("a.json", "[]", r"holds no rows"),
     ],

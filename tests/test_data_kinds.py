@@ -156,4 +156,5 @@ def test_rankings_have_the_size_of_most():
 def test_the_first_bad_rows_are_kept_in_words():
     rows = [GOOD | {"chosen": i} for i in range(9)]
     _, rejected = prompted_rows([*rows, GOOD], config(bad_rows="drop"), "x.jsonl")
-    assert rejected.first == {"not text": [f"row {i}: 'chosen' is {i}, not text" for i in range(3)]} and rejected.counts == {"not text": 9}
+    assert rejected.first == {"not text": [f"row {i} (counted from 0): 'chosen' is {i}, not text" for i in range(3)]}
+    assert rejected.counts == {"not text": 9}

@@ -174,7 +174,8 @@ def test_errors_of_settings(bos):
 
 
 def test_no_row_left_is_an_error_with_the_reasons(bos):
-    with pytest.raises(ValueError, match=r"none of the 3 rows of x is left \(not text: 2; identical after the cut: 1, such as row 0: "):
+    reasons = r"\(not text: 2; identical after the cut: 1, such as row 0 \(counted from 0\): "
+    with pytest.raises(ValueError, match=rf"none of the 3 rows of x is left {reasons}"):
         run([("the", " sky is a", " sky is b")], bos, max_length=3, path="x", dropped={"not text": 2})
     with pytest.raises(ValueError, match=r"none of the 1 rows"):
         run([], bos, dropped={"not text": 1})

@@ -1,14 +1,17 @@
-"""docs/losses.md names every loss, and tests that exist."""
+"""docs/losses.md names every loss, docs/traps.md every trap, and both name tests that exist."""
 
+import ast
 import inspect
 import re
 
+import pytest
 import runs
 
 import alignax
 from alignax import losses
 
 DOCS = (runs.REPO / "docs" / "losses.md").read_text()
+TRAPS = (runs.REPO / "docs" / "traps.md").read_text()
 README = (runs.REPO / "README.md").read_text()
 
 
@@ -35,11 +38,22 @@ def test_every_section_says_what_it_must():
             assert f"- {word}: " in text, (name, word)
 
 
-def test_the_named_tests_exist():
-    named = set(re.findall(r"(tests/\w+\.py)::(\w+)", DOCS))
+@pytest.mark.parametrize("text", [DOCS, TRAPS], ids=["losses", "traps"])
+def test_the_named_tests_exist(text):
+    named = set(re.findall(r"(tests/\w+\.py)::(\w+)", text))
     assert len(named) > 20
-    for file, test in named:
-        assert f"def {test}(" in (runs.REPO / file).read_text(), (file, test)
+    for file in sorted({file for file, _ in named}):
+        tree = ast.parse((runs.REPO / file).read_text())
+        there = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+        assert {test for other, test in named if other == file} <= there, file
+
+
+def test_every_trap_has_a_behaviour_and_a_test():
+    rows = [line.strip("|").split(" | ") for line in TRAPS.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) >= 23
+    for row in rows:
+        assert len(row) == 3 and all(cell.strip() for cell in row[:2]), row
+        assert re.fullmatch(r"`tests/\w+\.py::test_\w+`(, `tests/\w+\.py::test_\w+`)*", row[2].strip()), row
 
 
 def test_losses_are_in_the_readme_and_at_the_top():

@@ -19,6 +19,7 @@ from alignax import generate
 from alignax import mesh as meshes
 from alignax.models import hf
 from alignax.models.families import FAMILIES
+from alignax.models.families import read as read_config
 from alignax.models.heads import soft_cap
 from alignax.models.transformer import Decoder, ModelConfig, forward, head_weight
 from alignax.prepare import frozen_dtype
@@ -252,6 +253,13 @@ def test_a_field_that_is_left_out_means_what_transformers_makes_of_it(kind):
     full = transformers.AutoConfig.for_model(kind).to_dict() | {"model_type": kind}
     config = FAMILIES[kind].config
     assert config({k: v for k, v in full.items() if k in DEFAULT_NAMES | {"model_type"}}) == config(full)
+
+
+@pytest.mark.parametrize("kind", sorted(FAMILIES))
+def test_dropout_is_never_applied(kind):
+    full = transformers.AutoConfig.for_model(kind).to_dict() | {"model_type": kind}
+    rates = {name: 0.5 for name in full if "drop" in name} | {"attention_dropout": 0.5, "resid_pdrop": 0.5}
+    assert read_config(full | rates, "config.json")[1] == read_config(full, "config.json")[1] == FAMILIES[kind].config(full)
 
 
 def refuses(row: str, *words: str, **changes) -> None:

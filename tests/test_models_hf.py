@@ -273,7 +273,7 @@ def test_tensors_that_the_config_does_not_describe(copy):
     rewrite(copy, num_hidden_layers=1)
     refuses(
         copy,
-        "13 tensors that config.json does not describe, model.layers.1.input_layernorm.weight first",
+        "13 tensors that config.json does not describe, 'model.layers.1.input_layernorm.weight' first",
         "this model's config?",
     )
 
@@ -313,7 +313,7 @@ def test_missing_shard_and_truncated_shard(sharded):
     file.write_bytes(file.read_bytes()[:-1])
     refuses(folder, str(file), "is damaged or cut short", "fetch it again")
     file.unlink()
-    refuses(folder, "model.safetensors.index.json", f"names 1 files that are not there: {file.name}", "fetch them")
+    refuses(folder, "model.safetensors.index.json", f"names 1 files that are not there: {file.name!r} first", "fetch them")
 
 
 def test_index_that_places_a_tensor_wrongly(sharded):
@@ -325,8 +325,48 @@ def test_index_that_places_a_tensor_wrongly(sharded):
     refuses(folder, f"{folder / wrong} does not hold model.norm.weight, which its index places there", "fetch it again")
 
 
-@pytest.mark.parametrize("content", ["{", "{}", "[]", '{"weight_map": null}'])
+def test_a_tensor_in_two_files(sharded):
+    folder, index = sharded
+    other = next(file for file in index["weight_map"].values() if file != index["weight_map"]["model.norm.weight"])
+    tensors = safetensors.numpy.load_file(folder / other) | {"model.norm.weight": np.ones(32, np.float32)}
+    safetensors.numpy.save_file(tensors, folder / other)
+    refuses(folder, str(folder / other), f"{folder / index['weight_map']['model.norm.weight']} both hold model.norm.weight", "fetch")
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.bool_, np.float64])
+def test_tensors_of_another_type(dtype, copy):
+    retensor(copy, lambda tensors: tensors.update({"model.norm.weight": np.ones(32, dtype)}))
+    refuses(copy, f"'model.norm.weight' in {copy / 'model.safetensors'} is stored as", "only float32, float16, bfloat16 are read")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": null}', '{"weight_map": {"a": 1}}', '{"weight_map": {"a": "../b"}}'])
 def test_index_that_is_none(content, sharded):
     folder, _ = sharded
     (folder / "model.safetensors.index.json").write_text(content)
-    refuses(folder, str(folder / "model.safetensors.index.json"), "is not an index of tensors", "fetch it again")
+    what = "is not an index of tensors" if "{}" in content or "weight" in content else "is not a JSON object"
+    refuses(folder, str(folder / "model.safetensors.index.json"), what, "fetch it again")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": "32"}, "hidden_size in {} is '32'; it must be a whole number above 0"),
+        ({"vocab_size": -96}, "vocab_size in {} is -96; it must be a whole number above 0"),
+        ({"num_hidden_layers": 2.0}, "num_hidden_layers in {} is 2.0; it must be a whole number above 0"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps in {} is nan; it must be a number above 0"),
+        ({"attention_bias": 1}, "attention_bias in {} is 1; it must be true or false"),
+        ({"hidden_act": ["silu"]}, "hidden_act in {} is ['silu']; it must be text"),
+        ({"rope_parameters": [1]}, "rope_parameters in {} is [1]; it must be an object"),
+        ({"rope_parameters": {"rope_theta": "1e4"}}, "rope_theta in {}, rope_parameters is '1e4'; it must be a number above 0"),
+        ({"num_key_value_heads": 3}, "{}: 4 attention heads do not share 3 key-value heads"),
+        (
+            {"head_dim": None, "num_attention_heads": 5, "num_key_value_heads": 5},
+            "{}: hidden_size 32 does not divide into num_attention_heads 5",
+        ),
+        ({"head_dim": 7}, "{}: 7 of the 7 dimensions of a head rotate"),
+        ({"intermediate_size": None}, "{} lacks the field 'intermediate_size'"),
+    ],
+)
+def test_config_fields_of_another_kind(changes, message, copy):
+    rewrite(copy, **changes)
+    refuses(copy, message.format(copy / "config.json"))

@@ -181,10 +181,15 @@ def test_modules_of_a_family(folder):
         ({"peft_type": "IA3"}, "peft_type 'IA3'; only LORA"),
         ({"bias": "all"}, "bias 'all', which is not supported"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save .'lm_head'., which is not supported"),
-        ({"target_modules": ["q_proj", "lm_head"]}, "adapts lm_head; of this model only"),
-        ({"target_modules": ".*q_proj"}, "only a list of module names, or all-linear"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "adapts 'lm_head'; of this model only"),
+        ({"target_modules": ".*q_proj"}, "a list of module names, or all-linear"),
         ({"target_modules": ["q_proj", "k_proj"]}, "lacks base_model.model.model.layers.0.self_attn.k_proj.lora_A.weight"),
         ({"target_modules": []}, "adapts nothing"),
+        ({"r": 0}, "has r 0; it must be a whole number above 0"),
+        ({"r": 3}, r"lora_A.weight in .* has shape \(2, 32\), not \(3, 32\); is it an adapter of this model"),
+        ({"lora_alpha": None}, "has lora_alpha None; it must be a number above 0"),
+        ({"rank_pattern": {"q_proj": "2"}}, "rank_pattern .'q_proj': '2'.; it must be whole numbers by module"),
+        ({"use_dora": "no"}, "use_dora 'no'; it must be true or false"),
     ],
 )
 def test_adapter_folders_that_are_refused(change, message, folder, tmp_path):
@@ -198,6 +203,19 @@ def test_adapter_folders_that_are_refused(change, message, folder, tmp_path):
         read_adapter(tmp_path / "out", source, ONE)
 
 
+def test_an_adapter_of_another_base(folder, tmp_path):
+    source = hf.open_folder(folder)
+    spec = Lora(2, 4.0, ("q", "k"))
+    adapters = hf.init_adapters(source, spec, ONE, hf.load_params(source, ONE), jax.random.key(0))
+    write_adapter(adapters, spec, source, str(folder), tmp_path / "out")
+    other = source._replace(config=dataclasses.replace(source.config, num_key_value_heads=source.config.num_attention_heads))
+    with pytest.raises(ValueError, match=r"k_proj\.lora_B\.weight in .* has shape \(16, 2\), not \(32, 2\); is it an adapter of this"):
+        read_adapter(tmp_path / "out", other, ONE)
+    deeper = source._replace(config=dataclasses.replace(source.config, num_hidden_layers=3))
+    with pytest.raises(ValueError, match=r"lacks base_model\.model\.model\.layers\.2\."):
+        read_adapter(tmp_path / "out", deeper, ONE)
+
+
 def test_damaged_adapter_files(folder, tmp_path):
     source = hf.open_folder(folder)
     spec = Lora(2, 4.0, ("q",))
@@ -206,7 +224,7 @@ def test_damaged_adapter_files(folder, tmp_path):
     write_adapter(adapters, spec, source, str(folder), out)
     weights = (out / "adapter_model.safetensors").read_bytes()
     (out / "adapter_model.safetensors").write_bytes(weights[: len(weights) // 2])
-    with pytest.raises(ValueError, match="missing, damaged or cut short"):
+    with pytest.raises(ValueError, match="is damaged or cut short"):
         read_adapter(out, source, ONE)
     (out / "adapter_config.json").write_text("[]")
     with pytest.raises(ValueError, match="is not a JSON object|peft_type None"):

@@ -270,6 +270,21 @@ def test_train_runs_on_all_workers_with_the_very_arguments(ready):
         assert (worker / "arguments").read_text().split("\0")[:-1] == ["train", *ARGUMENTS]
 
 
+@pytest.mark.parametrize("script", ["train", "resume"])
+@pytest.mark.parametrize("arguments", [["--config", "experiments/no.py"], ["--config.seed=1", "--config=experiments/no.py"]])
+def test_an_experiment_file_that_is_not_there_is_refused_before_any_command(cloud, script, arguments):
+    code, errors = cloud.run(script, *arguments)
+    assert (code, cloud.calls()) == (2, [])
+    where = f"{cloud.project}, which is what the workers get; correct the path"
+    assert errors == f"error: experiment file 'experiments/no.py' does not exist in {where}\n"
+
+
+@pytest.mark.parametrize("file", ["alignax/kept.py", "ignored.txt", "/mnt/alignax/run/config.py"])
+def test_an_experiment_file_that_is_here_or_the_workers_own_is_passed_on(cloud, file):
+    (cloud.project / "ignored.txt").unlink()
+    assert f"--config {file}" in cloud.succeed("train", "--config", file, DRY_RUN="1")
+
+
 def test_training_does_not_die_with_the_connection(ready):
     ready.succeed("train", "a.py")
     for n in range(2):
@@ -485,6 +500,8 @@ def test_the_readme_names_every_script_and_setting():
 
 
 def test_what_the_readme_shows_runs(cloud):
+    (cloud.project / "experiments").mkdir()
+    (cloud.project / "experiments" / "dpo_hh.py").touch()
     blocks = re.findall(r"^```bash\n(.*?)^```", (TPU / "README.md").read_text(), re.M | re.S)
     for name, block in zip(("one host", "a pod", "after a preemption"), blocks, strict=False):  # the fourth is a loop for ever
         environment = os.environ | SETTINGS | {"FAKE": str(cloud.root), "PATH": f"{cloud.root}/bin:{os.environ['PATH']}", "YES": "1"}

@@ -56,6 +56,24 @@ match MOUNT '/.+' "use an absolute path, the same on all workers"
 [[ $DRY_RUN == 1 ]] || command -v gcloud >/dev/null || fail "gcloud is not on the PATH; install the Google Cloud CLI"
 place=(--zone="$ZONE" --project="$PROJECT")
 
+# An experiment file among the arguments of `alignax train` that setup.sh would have to copy from here, and that is not here. Absolute
+# paths and what git ignores, a workdir say, are the workers' own.
+check_experiment() {
+    local file checkout
+    checkout=$(dirname "$tpu")
+    while (($#)); do
+        case $1 in
+            --config=*) file=${1#--config=} ;;
+            --config) file=${2:-} ;;
+            *) file="" ;;
+        esac
+        shift
+        [[ -n $file && $file != /* && ! -f $checkout/$file ]] || continue
+        git -C "$checkout" check-ignore --quiet -- "$file" 2>/dev/null ||
+            fail "experiment file '$file' does not exist in $checkout, which is what the workers get; correct the path"
+    done
+}
+
 # Sets `version`, the software of the TPU VM, from RUNTIME_VERSION or the type of the TPU.
 choose_version() {
     need TPU_TYPE "name the accelerator, as in: export TPU_TYPE=v5litepod-16"

@@ -5,6 +5,7 @@
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 (($#)) || fail "no arguments; give those that tpu/train.sh got"
+check_experiment "$@"
 choose_version # a missing TPU_TYPE must not be found after the old TPU is gone
 
 now=$(state)

@@ -4,6 +4,7 @@
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 (($#)) || fail "no arguments; give those of \`alignax train\`, as in: tpu/train.sh --config experiments/dpo_hh.py"
+check_experiment "$@"
 
 # Asked of all before any starts: one worker that is busy must not leave the others waiting for it.
 on_workers all "$(worker idle)"

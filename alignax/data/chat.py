@@ -126,12 +126,17 @@ def masks(tokenizer: Any) -> str:
 
 def _template(tokenizer: Any, tools: Any) -> str:
     try:
-        return tokenizer.get_chat_template(None, tools)
+        template = tokenizer.get_chat_template(None, tools)
     except ValueError as error:
         raise ValueError(
             "the data holds conversations, and the tokenizer has no chat template; put the model's chat_template.jinja into its "
             "folder, or use columns of text"
         ) from error
+    if not isinstance(template, str):
+        raise ValueError(
+            f"the tokenizer's chat template is {short(template)}, not text; put the model's chat_template.jinja into its folder"
+        )
+    return template
 
 
 def encode(rows: Sequence[Prompted], tokenizer: Any) -> list[Encoded | Bad]:

@@ -67,7 +67,7 @@ def _parquet(path: pathlib.Path, content: bytes) -> list[dict[str, Any]]:
     try:
         return pyarrow.parquet.ParquetFile(pyarrow.py_buffer(content)).read().to_pylist()
     except Exception as error:  # pyarrow has no common class for what damaged bytes make it raise
-        raise ValueError(f"{path} is no readable Parquet file ({_line(error)}); write or download it again") from error
+        raise ValueError(f"{path} is no readable Parquet file ({one_line(error)}); write or download it again") from error
 
 
 def _csv(path: pathlib.Path, text: str) -> list[dict[str, Any]]:
@@ -86,21 +86,19 @@ def _csv(path: pathlib.Path, text: str) -> list[dict[str, Any]]:
         types = csv.ConvertOptions(column_types=dict.fromkeys(names, "string"))
         return csv.read_csv(content, whole, layout, types).to_pylist()
     except (ValueError, NotImplementedError, OSError) as error:
-        raise ValueError(f"{path} is no readable CSV file ({_line(error)}); its first line names the columns") from error
+        raise ValueError(f"{path} is no readable CSV file ({one_line(error)}); its first line names the columns") from error
 
 
 def _parse(path: pathlib.Path, text: str) -> list[dict[str, Any]]:
     if text.lstrip().startswith("["):
-        rows = list(enumerate(_json(path, text, 1)))
-        place = "element"
+        rows = [(f"element {i} (counted from 0)", row) for i, row in enumerate(_json(path, text, 1))]
     else:
         # Not splitlines(): U+2028 and its like are legal inside a JSON string.
         lines = enumerate(text.split("\n"), start=1)
-        rows = [(number, _json(path, line, number)) for number, line in lines if line.strip()]
-        place = "line"
-    for number, row in rows:
+        rows = [(f"line {number}", _json(path, line, number)) for number, line in lines if line.strip()]
+    for place, row in rows:
         if not isinstance(row, dict):
-            raise ValueError(f"{path}, {place} {number} is {short(row)}, not an object with columns; write one object a row")
+            raise ValueError(f"{path}, {place} is {short(row)}, not an object with columns; write one object a row")
     return [row for _, row in rows]
 
 
@@ -113,7 +111,7 @@ def _json(path: pathlib.Path, text: str, first_line: int) -> Any:
             f"{path}, line {line} is not JSON: {error.msg} at column {error.colno}; write one JSON array, or one object a line"
         ) from error
     except (RecursionError, ValueError) as error:  # nested without end; a number of thousands of digits
-        raise ValueError(f"{path}, line {first_line} is not JSON that can be read ({_line(error)}); correct it") from error
+        raise ValueError(f"{path}, line {first_line} is not JSON that can be read ({one_line(error)}); correct it") from error
 
 
 def _read_folder(path: pathlib.Path) -> list[dict[str, Any]]:
@@ -139,7 +137,7 @@ def _splits(file: pathlib.Path) -> list[str]:
         names = json.loads(file.read_bytes())["splits"]
         return [str(names[0]), *map(str, names[1:])]
     except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
-        raise ValueError(f"{file} is damaged ({_line(error)}); save the data set again") from error
+        raise ValueError(f"{file} is damaged ({one_line(error)}); save the data set again") from error
 
 
 def _saved(path: pathlib.Path) -> list[dict[str, Any]]:
@@ -149,7 +147,7 @@ def _saved(path: pathlib.Path) -> list[dict[str, Any]]:
         dataset = datasets.load_from_disk(str(path))
         return list(dataset.with_format(None))  # type: ignore[arg-type]
     except Exception as error:  # whatever datasets and pyarrow raise on damaged files
-        raise ValueError(f"the data set in {path} does not load ({_line(error)}); save it again") from error
+        raise ValueError(f"the data set in {path} does not load ({one_line(error)}); save it again") from error
 
 
 def _read_hub(path: str) -> list[dict[str, Any]]:
@@ -162,7 +160,9 @@ def _read_hub(path: str) -> list[dict[str, Any]]:
     try:
         dataset: Any = datasets.load_dataset(name, config, split=split)
     except Exception as error:  # no network, no such data set, no such split: each library below has its own classes
-        raise ValueError(f"{path} could not be fetched ({_line(error)}); check the name and the network, or save it to a folder") from error
+        raise ValueError(
+            f"{path} could not be fetched ({one_line(error)}); check the name and the network, or save it to a folder"
+        ) from error
     if isinstance(dataset, dict):
         if len(dataset) > 1:
             raise ValueError(f"{path} holds several splits ({', '.join(dataset)}); name one, such as {path}:{next(iter(dataset))}")
@@ -170,9 +170,10 @@ def _read_hub(path: str) -> list[dict[str, Any]]:
     return list(dataset.with_format(None))
 
 
-def _line(error: BaseException) -> str:
+def one_line(error: BaseException, most: int = 160) -> str:
+    """What an error says, as one line of at most so many characters."""
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 160 else text[:157] + "..."
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 _REPR = reprlib.Repr()  # nested values to a bounded depth: what a file holds may be nested a thousand deep

@@ -39,11 +39,9 @@ class Rejected:
 
     def add(self, bad: Bad, row: int, fault: bool = True) -> None:
         """Take up a row; one that is not at fault itself is counted and never raises."""
+        where = f"row {row} (counted from 0): {bad.what}"
         if fault and self.bad_rows == "error":
-            raise ValueError(
-                f"{self.path}, row {row} (counted from 0): {bad.what}. Correct the row, or leave such rows out, counted, "
-                "with --config.data.bad_rows=drop"
-            )
+            raise ValueError(f"{self.path}, {where}. Correct the row, or leave such rows out, counted, with --config.data.bad_rows=drop")
         self.counts[bad.reason] += 1
         if self.counts[bad.reason] <= FIRST:
-            self.first.setdefault(bad.reason, []).append(f"row {row}: {bad.what}")
+            self.first.setdefault(bad.reason, []).append(where)

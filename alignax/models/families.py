@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from alignax.data.files import short
 from alignax.models.layout import Weight
 from alignax.models.transformer import ACTIVATIONS, ModelConfig
 
@@ -22,6 +23,40 @@ ROPE_FIELDS: dict[str, tuple[str, ...]] = {  # rope_type -> what its parameters 
     "longrope": ("short_factor", "long_factor"),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }
+KINDS: dict[str, Callable[[Any], bool]] = {
+    "a whole number above 0": lambda x: type(x) is int and 0 < x < 2**24,
+    "a whole number, 0 or more": lambda x: type(x) is int and 0 <= x < 2**24,
+    "a number above 0": lambda x: type(x) in (int, float) and 1e-30 < x < 1e30,
+    "a number, 0 or more": lambda x: type(x) in (int, float) and 0 <= x < 1e30,
+    "true or false": lambda x: type(x) is bool,
+    "text": lambda x: type(x) is str,
+    "an object": lambda x: type(x) is dict,
+    "a list of texts": lambda x: type(x) is list and all(type(y) is str for y in x),
+    "a list of numbers above 0": lambda x: type(x) is list and all(map(KINDS["a number above 0"], x)),
+}
+# The kind of every field that is read, of rope_parameters too.
+FIELDS: dict[str, str] = {
+    name: kind
+    for kind, names in {
+        "a whole number above 0": "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+        "head_dim max_position_embeddings n_embd n_layer n_head n_inner n_positions sliding_window_pattern num_experts num_local_experts "
+        "num_experts_per_tok moe_intermediate_size original_max_position_embeddings",
+        "a whole number, 0 or more": "sliding_window max_window_layers",
+        "a number above 0": "rope_theta rope_local_base_freq rotary_emb_base rotary_pct partial_rotary_factor query_pre_attn_scalar "
+        "attn_logit_softcapping final_logit_softcapping factor low_freq_factor high_freq_factor beta_fast beta_slow attention_factor "
+        "mscale mscale_all_dim rms_norm_eps layer_norm_eps layer_norm_epsilon",
+        "a number, 0 or more": "initializer_range",
+        "true or false": "tie_word_embeddings attention_bias mlp_bias use_sliding_window scale_attn_weights use_parallel_residual "
+        "norm_topk_prob truncate",
+        "text": "model_type hidden_act hidden_activation activation_function rope_type type",
+        "an object": "rope_parameters rope_scaling full_attention sliding_attention",
+        "a list of texts": "layer_types",
+        "a list of numbers above 0": "short_factor long_factor",
+    }.items()
+    for name in names.split()
+}
+# Where null is a choice of its own; elsewhere it is as a field left out.
+NULL = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping", "head_dim", "num_key_value_heads")
 
 
 class Family(NamedTuple):
@@ -40,7 +75,7 @@ def _llama(hf: Json) -> ModelConfig:
         num_hidden_layers=hf["num_hidden_layers"],
         num_attention_heads=hf["num_attention_heads"],
         num_key_value_heads=hf.get("num_key_value_heads") or hf["num_attention_heads"],
-        head_dim=hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
+        head_dim=hf.get("head_dim") or shared(hf, "hidden_size", "num_attention_heads"),
         max_position_embeddings=hf.get("max_position_embeddings", 2048),
         rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
         tie_word_embeddings=hf.get("tie_word_embeddings", False),
@@ -99,7 +134,7 @@ def _gemma3(hf: Json) -> ModelConfig:
     only(hf, attn_logit_softcapping=None)  # transformers has the field and does not apply it
     given = hf.get("rope_parameters") or {}
     if odd := sorted(set(given) - {"full_attention", "sliding_attention"}):
-        raise ValueError(f"rope_parameters of gemma3_text hold {odd}; give full_attention and sliding_attention")
+        raise ValueError(f"rope_parameters of gemma3_text hold {short(odd)}; give full_attention and sliding_attention")
     whole = {"rope_theta": hf.get("rope_theta", 1e6)} | (given.get("full_attention") or {}) | (hf.get("rope_scaling") or {})
     local = {"rope_theta": hf.get("rope_local_base_freq", 1e4)} | (given.get("sliding_attention") or {})
     only({**local, "model_type": hf["model_type"]}, rope_type="default")
@@ -120,7 +155,7 @@ def _gpt2(hf: Json) -> ModelConfig:
         num_hidden_layers=hf["n_layer"],
         num_attention_heads=hf["n_head"],
         num_key_value_heads=hf["n_head"],
-        head_dim=hf["n_embd"] // hf["n_head"],
+        head_dim=shared(hf, "n_embd", "n_head"),
         max_position_embeddings=hf.get("n_positions", 1024),
         rms_norm_eps=hf.get("layer_norm_epsilon", 1e-5),
         tie_word_embeddings=hf.get("tie_word_embeddings", True),
@@ -190,10 +225,17 @@ def _qwen3_moe(hf: Json) -> ModelConfig:
     )
 
 
+def shared(hf: Json, size: str, heads: str) -> int:
+    """The size of a head."""
+    if hf[size] % hf[heads]:
+        raise ValueError(f"{size} {hf[size]} does not divide into {heads} {hf[heads]}; is config.json complete?")
+    return hf[size] // hf[heads]
+
+
 def activation(hf: Json, field: str, default: str) -> str:
     """The name of the MLP's activation in that field."""
     if (name := hf.get(field) or default) not in ACTIVATIONS:
-        raise ValueError(f"{field} {name!r} is not supported for {hf['model_type']}; only {', '.join(ACTIVATIONS)} are")
+        raise ValueError(f"{field} {short(name)} is not supported for {hf['model_type']}; only {', '.join(ACTIVATIONS)} are")
     return name
 
 
@@ -203,7 +245,7 @@ def only(hf: Json, **supported: Any) -> None:
         values = values if isinstance(values, tuple) else (values,)
         if hf.get(field) is not None and hf[field] not in values:
             choice = " or ".join(map(repr, values))
-            raise ValueError(f"{field} {hf[field]!r} is not supported for {hf['model_type']}; only {choice} is")
+            raise ValueError(f"{field} {short(hf[field])} is not supported for {hf['model_type']}; only {choice} is")
 
 
 def everywhere(hf: Json) -> tuple[int, ...]:
@@ -215,7 +257,9 @@ def sliding_windows(hf: Json, default: list[bool]) -> tuple[int, ...]:
     """Each layer's window by `layer_types`, or by `default` where there are none; 0: none."""
     types = hf.get("layer_types") or ["sliding_attention" if x else "full_attention" for x in default]
     if odd := sorted(set(types) - {"full_attention", "sliding_attention"}):
-        raise ValueError(f"layer_types hold {odd}, which are not supported for {hf['model_type']}; only full_ and sliding_attention are")
+        raise ValueError(
+            f"layer_types hold {short(odd)}, which are not supported for {hf['model_type']}; only full_ and sliding_attention are"
+        )
     if len(types) != hf["num_hidden_layers"]:
         raise ValueError(f"layer_types name {len(types)} layers, num_hidden_layers is {hf['num_hidden_layers']}; is config.json complete?")
     if "sliding_attention" in types and not hf.get("sliding_window"):
@@ -233,13 +277,13 @@ def rope_options(hf: Json) -> dict[str, Any]:
     kind = rope.pop("type", None)
     rope.setdefault("rope_type", kind or "default")
     if rope["rope_type"] not in ROPE_FIELDS:
-        raise ValueError(f"rope_type {rope['rope_type']!r} is unknown; one of {', '.join(ROPE_FIELDS)} is supported")
+        raise ValueError(f"rope_type {short(rope['rope_type'])} is unknown; one of {', '.join(ROPE_FIELDS)} is supported")
     if missing := [field for field in ROPE_FIELDS[rope["rope_type"]] if rope.get(field) is None]:
         raise ValueError(f"rope_parameters of type {rope['rope_type']!r} lack {', '.join(missing)}; is config.json complete?")
     if hf.get("original_max_position_embeddings"):
         rope["original_max_position_embeddings"] = hf["original_max_position_embeddings"]
-    hashable = lambda x: tuple(x) if isinstance(x, list) else x
-    return {"rope_theta": float(theta), "rope_scaling": tuple(sorted((k, hashable(v)) for k, v in rope.items()))}
+    hashable = lambda x: tuple(x) if isinstance(x, list) else float(x) if type(x) is int else x  # a large int is none of JAX's
+    return {"rope_theta": float(theta), "rope_scaling": tuple(sorted((k, hashable(v)) for k, v in rope.items() if k in FIELDS))}
 
 
 def _layer(names: Mapping[str, str], prefix: str = "model.layers.{}.", kept: bool = False) -> dict[str, Weight]:
@@ -314,9 +358,53 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def family(hf: Mapping[str, Any], where: str) -> Family:
-    """The family of a parsed config.json; `where` is named in the error for an unknown one."""
-    kind = hf.get("model_type")
+def read(hf: Any, where: str) -> tuple[Family, ModelConfig]:
+    """The family of a parsed config.json, and its shape and options.
+
+    Raises:
+      ValueError: for an unknown family and every field that is missing, of another kind or not supported; `where` is named.
+    """
+    fields = checked(hf, where)
+    kind = fields.get("model_type")
     if kind not in FAMILIES:
-        raise ValueError(f"model_type {kind!r} in {where} is unknown; supported: {', '.join(sorted(FAMILIES))}")
-    return FAMILIES[kind]
+        raise ValueError(f"model_type {short(kind)} in {where} is unknown; supported: {', '.join(sorted(FAMILIES))}")
+    try:
+        config = FAMILIES[kind].config(fields)
+        check_shape(config)
+    except KeyError as e:
+        raise ValueError(f"{where} lacks the field {e.args[0]!r}; is it a complete {kind} config?") from e
+    except ValueError as e:
+        raise ValueError(f"{where}: {e}") from e
+    return FAMILIES[kind], config
+
+
+def checked(fields: Json, where: str) -> dict[str, Any]:
+    """The fields without those that are null, each that is read being of its kind."""
+    known = {name: value for name, value in fields.items() if value is not None or name in NULL}
+    for name, value in known.items():
+        if name in FIELDS and value is not None and not KINDS[FIELDS[name]](value):
+            raise ValueError(f"{name} in {where} is {short(value)}; it must be {FIELDS[name]}")
+    inner = {name: value for name, value in known.items() if FIELDS.get(name) == "an object" and value is not None}
+    return known | {name: checked(value, f"{where}, {name}") for name, value in inner.items()}
+
+
+def check_shape(c: ModelConfig) -> None:
+    """Refuses sizes that do not fit one another."""
+    if c.num_attention_heads % c.num_key_value_heads:
+        raise ValueError(
+            f"{c.num_attention_heads} attention heads do not share {c.num_key_value_heads} key-value heads; one divides the other"
+        )
+    if c.num_experts_per_tok > c.num_experts:
+        raise ValueError(f"num_experts_per_tok is {c.num_experts_per_tok}, and there are {c.num_experts} experts")
+    if c.positions == "learned":
+        return
+    rope, dim = dict(c.rope_scaling), int(c.head_dim * c.partial_rotary_factor)
+    kind = rope["rope_type"]
+    if dim % 2 or not (4 if kind == "dynamic" else 2) <= dim <= c.head_dim:
+        raise ValueError(f"{dim} of the {c.head_dim} dimensions of a head rotate; {kind!r} rope turns them in pairs")
+    if c.rope_theta <= 1 or rope.get("original_max_position_embeddings", c.max_position_embeddings) < 2:
+        raise ValueError(f"rope_theta is {c.rope_theta}, and the (original) context one position or more; both must be above 1")
+    if kind == "llama3" and not rope["low_freq_factor"] < rope["high_freq_factor"]:
+        raise ValueError(f"low_freq_factor {rope['low_freq_factor']} must be below high_freq_factor {rope['high_freq_factor']}")
+    if kind == "longrope" and {len(rope["short_factor"]), len(rope["long_factor"])} != {dim // 2}:
+        raise ValueError(f"short_factor and long_factor of {kind!r} rope must have {dim // 2} numbers each")

@@ -23,9 +23,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from alignax import mesh as meshes
+from alignax.data.files import one_line, short
 from alignax.distributed import is_main, together
-from alignax.models import reward, transformer
-from alignax.models.families import Family, family
+from alignax.models import families, reward, transformer
+from alignax.models.families import Family
 from alignax.models.layout import Place, Tensor, joined, leaf_name, leaf_shapes, places, tensors
 from alignax.models.lora import Lora, split, with_norms
 from alignax.models.transformer import ModelConfig
@@ -61,16 +62,21 @@ def open_folder(path: str | os.PathLike) -> Source:
         raise ValueError(f"model folder {str(path)!r} does not exist; give the path of a Hugging Face model folder")
     if not file.is_file():
         raise ValueError(f"{str(path)!r} has no config.json; give the path of a Hugging Face model folder")
-    try:
-        hf = dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as e:
-        raise ValueError(f"{file} is not a JSON object ({e}); fetch the model folder again") from e
-    kind = family(hf, str(file))
-    try:
-        config = dataclasses.replace(kind.config(hf), num_labels=reward.labels(hf))
-    except KeyError as e:
-        raise ValueError(f"{file} lacks the field {e.args[0]!r}; is it a complete {hf['model_type']} config?") from e
+    hf = read_object(file, "fetch the model folder again")
+    kind, config = families.read(hf, str(file))
+    config = dataclasses.replace(config, num_labels=reward.labels(hf, str(file)))
     return Source(path, hf, kind, config, config)
+
+
+def read_object(file: Path, remedy: str) -> dict[str, Any]:
+    """The JSON object that a file holds."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{file} is not a JSON object ({one_line(e)}); {remedy}") from e
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} is not a JSON object but {short(found)}; {remedy}")
+    return found
 
 
 def with_labels(source: Source, num_labels: int) -> Source:
@@ -136,9 +142,8 @@ def load_params(source: Source, mesh: Mesh, key: jax.Array | None = None) -> Par
             if name in reward.HEAD and not kept:
                 return fresh_leaf(source.config, name, leaf.sharding, key)
             if name == reward.OFFSET:
-                return jax.device_put(
-                    np.asarray(source.hf.get(reward.OFFSET, np.zeros(leaf.shape)), np.float32).reshape(leaf.shape), leaf.sharding
-                )
+                offsets = reward.offsets(source.hf if kept else {}, source.config.num_labels, source.path / "config.json")
+                return jax.device_put(offsets, leaf.sharding)
             place = where[name]
 
             def read(index: tuple[slice, ...]) -> np.ndarray:
@@ -191,32 +196,37 @@ def _named_files(path: Path) -> dict[str, Path]:
     """Tensor name -> file, for a single file or an index of shards."""
     single, index = (path / name for name in WEIGHT_FILES)
     if index.is_file():
-        try:
-            weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-        except (ValueError, TypeError, KeyError) as e:
-            raise ValueError(f"{index} is not an index of tensors ({e}); fetch it again") from e
-        absent = sorted({f for f in weight_map.values() if not (path / f).is_file()})
-        if absent:
-            raise ValueError(f"{index} names {len(absent)} files that are not there: {', '.join(absent[:3])}; fetch them")
+        weight_map = read_object(index, "fetch it again").get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(f, str) and f == Path(f).name for f in weight_map.values()):
+            raise ValueError(f"{index} is not an index of tensors: weight_map is {short(weight_map)}, not names and files; fetch it again")
+        if absent := sorted(set(weight_map.values()) - {p.name for p in path.iterdir() if p.is_file()}):
+            raise ValueError(f"{index} names {len(absent)} files that are not there: {short(absent[0])} first; fetch them")
         return {name: path / file for name, file in weight_map.items()}
     if single.is_file():
-        return dict.fromkeys(_header(single), single)
+        return dict.fromkeys(header(single), single)
     raise ValueError(f"{str(path)!r} has no model.safetensors; set model.init to 'random' to start without weights")
 
 
-def _header(file: Path) -> dict[str, tuple[int, ...]]:
-    """Tensor name -> shape of a safetensors file."""
+def header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Tensor name -> type (as safetensors names it) and shape, of a safetensors file."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(file, framework="np") as f:
-            return {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}  # noqa: SIM118
+            slices = {name: f.get_slice(name) for name in f.keys()}  # noqa: SIM118
+            return {name: (x.get_dtype(), tuple(x.get_shape())) for name, x in slices.items()}
     except (SafetensorError, OSError) as e:
-        raise ValueError(f"{file} is damaged or cut short ({e}); fetch it again") from e
+        raise ValueError(f"{file} is damaged or cut short ({one_line(e)}); fetch it again") from e
+
+
+def check_type(name: str, dtype: str, file: Path) -> None:
+    """Refuses a tensor that holds no floating-point numbers of the types that are read."""
+    if dtype not in DTYPES.values():
+        raise ValueError(f"{short(name)} in {file} is stored as {dtype}; only {', '.join(DTYPES)} are read")
 
 
 def check_tensors(source: Source, files: Mapping[str, Stored]) -> None:
-    """Compares names and shapes of a folder's tensors with what its config says."""
+    """Compares names, shapes and types of a folder's tensors with what its config says."""
     wanted = {t.name: t.shape for t in plan(source, source.stored)}
     tied = {source.family.weights["lm_head"].name} if source.config.tie_word_embeddings else set()
     names = {n for n in files if not n.endswith(source.family.ignored)} - tied
@@ -225,15 +235,20 @@ def check_tensors(source: Source, files: Mapping[str, Stored]) -> None:
         raise ValueError(f"{where} lacks {len(missing)} tensors, {missing[0]} first; fetch the folder again")
     if extra := sorted(names - set(wanted)):
         raise ValueError(
-            f"{where} has {len(extra)} tensors that config.json does not describe, {extra[0]} first; is it this model's config?"
+            f"{where} has {len(extra)} tensors that config.json does not describe, {short(extra[0])} first; is it this model's config?"
         )
-    headers = {file: _header(file) for file in sorted({s.file for s in files.values()})}
+    headers = {file: header(file) for file in sorted({s.file for s in files.values()})}
     for name, shape in wanted.items():
-        found = headers[files[name].file].get(files[name].name)
-        if found is None:
+        if files[name].name not in headers[files[name].file]:
             raise ValueError(f"{files[name].file} does not hold {name}, which its index places there; fetch it again")
+        dtype, found = headers[files[name].file][files[name].name]
+        check_type(name, dtype, files[name].file)
         if found != shape:
             raise ValueError(f"{name} in {where} has shape {found}, config.json says {shape}; is it this model's config?")
+    placed = {s.name: s.file for s in files.values()}
+    for file, there in headers.items():
+        if twice := sorted(name for name in there if placed.get(name, file) != file):
+            raise ValueError(f"{file} and {placed[twice[0]]} both hold {twice[0]}; fetch the folder again")
 
 
 def plan(source: Source, config: ModelConfig) -> list[Tensor]:

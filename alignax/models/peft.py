@@ -9,6 +9,7 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from alignax import mesh as meshes
+from alignax.data.files import short
 from alignax.distributed import is_main, together
-from alignax.models import hf, lora, reward
+from alignax.models import families, hf, lora, reward
 from alignax.models.layout import Place, joined, places
 from alignax.models.lora import MARK, Lora
 from alignax.types import Params
@@ -32,6 +34,18 @@ PLAIN: dict[str, tuple[Any, ...]] = {
     "lora_bias": (False, None), "target_parameters": (None, []), "use_qalora": (False, None), "alora_invocation_tokens": (None, []),
     "trainable_token_indices": (None, []), "exclude_modules": (None, []), "arrow_config": (None,), "use_bdlora": (None, False),
 }  # fmt: skip
+_WHOLE, _NUMBER = families.KINDS["a whole number above 0"], families.KINDS["a number above 0"]
+_SWITCH: tuple[str, Callable[[Any], bool]] = ("true or false", lambda x: x is None or type(x) is bool)
+# What is read of it: field -> its kind.
+KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "r": ("a whole number above 0", _WHOLE),
+    "lora_alpha": ("a number above 0", _NUMBER),
+    "rank_pattern": ("whole numbers by module", lambda x: x is None or (type(x) is dict and all(map(_WHOLE, x.values())))),
+    "alpha_pattern": ("numbers by module", lambda x: x is None or (type(x) is dict and all(map(_NUMBER, x.values())))),
+    "target_modules": ("a list of module names, or all-linear", lambda x: x == "all-linear" or families.KINDS["a list of texts"](x)),
+    "use_rslora": _SWITCH,
+    "use_dora": _SWITCH,
+}
 
 
 class Adapted:
@@ -144,28 +158,28 @@ def read_adapter(folder: Path, source: hf.Source, mesh: Mesh) -> tuple[Lora, Par
     Raises:
       ValueError: for a damaged folder, another base, and options of PEFT that alignax has not.
     """
-    spec, scales = read_config(folder, source)
+    spec, modules = read_config(folder, source)
     adapted = Adapted(source)
     stored = _read_tensors(folder)
     head = _read_head(folder, stored, source, mesh)
     layers: dict[str, list[np.ndarray]] = {}
     for module, matrices in adapted.modules.items():
         for i in range(adapted.layers if matrices[0] in spec.targets else 0):
-            at = PREFIX + module.format(i)
-            a = _take(stored, f"{at}.lora_A.weight", folder).T  # [in, r]
-            b = _take(stored, f"{at}.lora_B.weight", folder).T * (scales[module] / spec.scale)  # [r, out]
-            m = _take(stored, f"{at}.lora_magnitude_vector", folder)[None] if spec.dora else None
-            more = ((0, 0), (0, spec.rank - a.shape[1]))
+            at, (rank, scale) = PREFIX + module.format(i), modules[module]
+            place, inputs = adapted.place(matrices[0]), adapted.shapes["layers." + matrices[0]][-2]
+            outputs = place.groups * place.stride
+            a = _take(stored, f"{at}.lora_A.weight", (rank, inputs), folder).T  # [in, r]
+            b = _take(stored, f"{at}.lora_B.weight", (outputs, rank), folder).T * (scale / spec.scale)  # [r, out]
+            m = _take(stored, f"{at}.lora_magnitude_vector", (outputs,), folder)[None] if spec.dora else None
+            more = ((0, 0), (0, spec.rank - rank))
             for n in matrices:
                 columns = np.concatenate([np.arange(s.start, s.stop) for s in adapted.place(n).spans(range(adapted.width(n)))])
-                if columns[-1] >= b.shape[1] or a.shape[0] != adapted.shapes["layers." + n][-2]:
-                    raise ValueError(f"{at} in {folder} adapts [{a.shape[0]}, {b.shape[1]}], which is no matrix of {source.path}")
                 layers.setdefault(f"{n}{MARK}a", []).append(np.pad(a, more))
                 layers.setdefault(f"{n}{MARK}b", []).append(np.pad(b[:, columns], more[::-1]))
                 if m is not None:
                     layers.setdefault(f"{n}{MARK}m", []).append(m[0, columns])
     if stored:
-        raise ValueError(f"{folder / WEIGHTS} has {len(stored)} tensors that its config does not describe, {min(stored)} first")
+        raise ValueError(f"{folder / WEIGHTS} has {len(stored)} tensors that its config does not describe, {short(min(stored))} first")
     return spec, place_adapters({name: np.stack(parts) for name, parts in layers.items()}, spec, source, mesh) | head
 
 
@@ -174,11 +188,8 @@ def _read_head(folder: Path, stored: dict[str, np.ndarray], source: hf.Source, m
     if not source.config.num_labels:
         return {}
     abstract = hf.abstract_params(source.config, mesh)
-    offset = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get(reward.OFFSET)
-    found = {"score": _take(stored, SCORE, folder).T, reward.OFFSET: np.asarray(offset or np.zeros(source.config.num_labels), np.float32)}
-    for name, x in found.items():
-        if x.shape != abstract[name].shape:
-            raise ValueError(f"{name} in {folder} has shape {x.shape}, the model's is {abstract[name].shape}; set model.num_labels")
+    offset = reward.offsets(hf.read_object(folder / CONFIG, "fetch the adapter again"), source.config.num_labels, folder / CONFIG)
+    found = {"score": _take(stored, SCORE, abstract["score"].shape[::-1], folder).T, reward.OFFSET: offset}
     return {name: jax.device_put(x, abstract[name].sharding) for name, x in found.items()}
 
 
@@ -189,29 +200,28 @@ def place_adapters(layers: dict[str, np.ndarray], spec: Lora, source: hf.Source,
     return {"layers": {name: put(layers[name], like) for name, like in abstract.items()}}
 
 
-def read_config(folder: Path, source: hf.Source) -> tuple[Lora, dict[str, float]]:
-    """How a PEFT folder adapts, and the scale of each module; the rank is the largest of them."""
+def read_config(folder: Path, source: hf.Source) -> tuple[Lora, dict[str, tuple[int, float]]]:
+    """How a PEFT folder adapts, and the rank and the scale of each module; the rank of the whole is the largest of them."""
     file = folder / CONFIG
     if not file.is_file():
         raise ValueError(f"{str(folder)!r} has no {CONFIG}; give the path of a PEFT adapter folder")
-    try:
-        config = dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as e:
-        raise ValueError(f"{file} is not a JSON object ({e}); fetch the adapter again") from e
+    config = hf.read_object(file, "fetch the adapter again")
     if config.get("peft_type") != "LORA":
-        raise ValueError(f"{file} has peft_type {config.get('peft_type')!r}; only LORA is supported")
+        raise ValueError(f"{file} has peft_type {short(config.get('peft_type'))}; only LORA is supported")
     for field, fine in PLAIN.items():
         if field in config and config[field] not in fine:
-            raise ValueError(f"{file} has {field} {config[field]!r}, which is not supported; merge that adapter with peft first")
+            raise ValueError(f"{file} has {field} {short(config[field])}, which is not supported; merge that adapter with peft first")
+    for field, (kind, is_kind) in KINDS.items():
+        if not is_kind(config.get(field)):
+            raise ValueError(f"{file} has {field} {short(config.get(field))}; it must be {kind}")
     adapted = Adapted(source)
-    wanted = config.get("target_modules")
-    if isinstance(wanted, str) and wanted != "all-linear":
-        raise ValueError(f"{file} has target_modules {wanted!r}; only a list of module names, or all-linear, is supported")
+    wanted = config["target_modules"]
     ends = lambda module, name: module == name or module.endswith("." + name)
-    chosen = [m for m in adapted.modules if wanted == "all-linear" or any(ends(m, name) for name in wanted or ())]
+    chosen = [m for m in adapted.modules if wanted == "all-linear" or any(ends(m, name) for name in wanted)]
     odd = [name for name in (wanted if isinstance(wanted, list) else []) if not any(ends(m, name) for m in adapted.modules)]
     if odd or not chosen:
-        raise ValueError(f"{file} adapts {', '.join(odd) or 'nothing'}; of this model only {', '.join(adapted.modules)} can be")
+        what = short(odd[0]) if odd else "nothing"
+        raise ValueError(f"{file} adapts {what}; of this model only {', '.join(adapted.modules)} can be")
     per = lambda field, m, plain: next((x for name, x in (config.get(field) or {}).items() if ends(m, name)), plain)
     ranks = {m: per("rank_pattern", m, config["r"]) for m in chosen}
     alphas = {m: per("alpha_pattern", m, config["lora_alpha"]) for m in chosen}
@@ -219,23 +229,26 @@ def read_config(folder: Path, source: hf.Source) -> tuple[Lora, dict[str, float]
     largest = max(chosen, key=lambda m: ranks[m])
     targets = tuple(n for n in lora.MATRICES if n in adapted.names and adapted.names[n] in chosen)
     spec = Lora(ranks[largest], alphas[largest], targets, bool(config.get("use_rslora")), bool(config.get("use_dora")))
-    return spec, scales
+    return spec, {m: (ranks[m], scales[m]) for m in chosen}
 
 
 def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
-    from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    try:
-        return {name: np.asarray(x, np.float32) for name, x in load_file(folder / WEIGHTS).items()}
-    except (SafetensorError, OSError) as e:
-        raise ValueError(f"{folder / WEIGHTS} is missing, damaged or cut short ({e}); fetch it again") from e
+    file = folder / WEIGHTS
+    if not file.is_file():
+        raise ValueError(f"{str(folder)!r} has no {WEIGHTS}; fetch the adapter again")
+    for name, (dtype, _) in hf.header(file).items():
+        hf.check_type(name, dtype, file)
+    return {name: np.asarray(x, np.float32) for name, x in load_file(file).items()}
 
 
-def _take(stored: dict[str, np.ndarray], name: str, folder: Path) -> np.ndarray:
+def _take(stored: dict[str, np.ndarray], name: str, shape: tuple[int, ...], folder: Path) -> np.ndarray:
     if name not in stored:
         raise ValueError(f"{folder / WEIGHTS} lacks {name}; fetch the adapter again")
     x = stored.pop(name)
+    if x.shape != shape:
+        raise ValueError(f"{name} in {folder / WEIGHTS} has shape {x.shape}, not {shape}; is it an adapter of this model?")
     if not np.isfinite(x).all():
         raise ValueError(f"{name} in {folder} holds values that are not finite; train it again")
     return x

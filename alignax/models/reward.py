@@ -1,19 +1,37 @@
 """What Hugging Face folders say of a reward model: a model for sequence classification, whose labels are scores."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+
+from alignax.data.files import short
 
 CLASSIFIER = "ForSequenceClassification"  # ends the name of its architecture
 OFFSET = "score_offset"  # a leaf, and the field of config.json that holds it
 HEAD = ("score", OFFSET)  # the leaves that a language model has not
 
 
-def labels(hf: Mapping[str, Any]) -> int:
+def labels(hf: Mapping[str, Any], where: str = "config.json") -> int:
     """Scores that the model of a config.json gives, two being transformers' default; 0 of a language model."""
-    if not (hf.get("architectures") or [""])[0].endswith(CLASSIFIER):
+    names = hf.get("architectures")
+    if not (isinstance(names, list) and names and str(names[0]).endswith(CLASSIFIER)):
         return 0
-    return hf.get("num_labels") or len(hf.get("id2label") or "12")
+    named = hf.get("id2label") or {}
+    count = hf.get("num_labels") or (len(named) if isinstance(named, dict) else 0) or 2
+    if type(count) is not int or count < 1:
+        raise ValueError(f"num_labels in {where} is {short(count)}; it must be a whole number above 0")
+    return count
+
+
+def offsets(fields: Mapping[str, Any], count: int, where: Path) -> np.ndarray:
+    """What is taken from the scores: [labels] float32, 0 where a config does not say."""
+    given = fields.get(OFFSET, [0.0] * count)
+    if not (isinstance(given, list) and len(given) == count and all(type(x) in (int, float) and math.isfinite(x) for x in given)):
+        raise ValueError(f"{OFFSET} in {where} is {short(given)}; it must be a list of {count} finite numbers")
+    return np.asarray(given, np.float32)
 
 
 def fields(hf: Mapping[str, Any], offset: list[float], pad: int | None) -> dict[str, Any]:

@@ -365,7 +365,7 @@ def rope_angles(c: ModelConfig, positions: jax.Array, length: jax.Array) -> tupl
         freq = jnp.where((length > original)[:, None], long, short)  # [R, dim / 2]
     elif kind == "dynamic":
         context = c.max_position_embeddings  # the original one, whatever else the config says
-        stretch = factor * jnp.maximum(length, context) / context - (factor - 1)  # [R], 1 within the original context
+        stretch = 1 + factor * (jnp.maximum(length, context) / context - 1)  # [R], 1 within the original context
         theta = c.rope_theta * stretch ** (dim / (dim - 2))
         freq = theta[:, None] ** -jnp.asarray(half, jnp.float32)[None]  # [R, dim / 2]
     freq = jnp.asarray(freq, jnp.float32).reshape(-1, 1, dim // 2)  # [R or 1, 1, dim / 2]
