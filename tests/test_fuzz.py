@@ -391,8 +391,8 @@ def test_rope_parameters(kind, folder):
 @pytest.fixture
 def shapes(model, monkeypatch):
     """Shapes of the tiny model, found once: only its files are spoiled."""
-    plan = hf.plan(model)
-    monkeypatch.setattr(hf, "plan", lambda source: plan)
+    plan = hf.plan(model, model.config)
+    monkeypatch.setattr(hf, "plan", lambda source, config: plan)
     found = {name: hf.abstract_params(model.config, mesh) for name, mesh in (("none", None), ("one", ONE))}
     monkeypatch.setattr(hf, "abstract_params", lambda config, mesh=None: found["one" if mesh else "none"])
 
