@@ -1,4 +1,4 @@
-"""The `alignax` command: train, eval, export, check-data."""
+"""The `alignax` command: train, eval, eval-rm, export, check-data."""
 
 import os
 import sys
@@ -8,16 +8,20 @@ from typing import NamedTuple
 
 USAGE = """usage: alignax train  --config FILE.py [--config.FIELD=VALUE ...] [--dry-run]
        alignax eval   WORKDIR [--config.FIELD=VALUE ...]
+       alignax eval-rm MODELS [--config FILE.py] [--config.FIELD=VALUE ...] [--json OUT]
        alignax export WORKDIR FOLDER [--config.FIELD=VALUE ...]
        alignax check-data --config FILE.py [--config.FIELD=VALUE ...] [--json OUT]
 
 train       runs an experiment, or goes on where it was stopped; --dry-run shows what it would do and writes nothing
 eval        evaluates the newest checkpoint of a run on its evaluation data
-export      writes the newest checkpoint of a run as a Hugging Face folder
+eval-rm     judges a reward model or an ensemble on the pairs of data.eval, and of data.ood, which come from elsewhere: accuracy,
+            margin, calibration, score against length, disagreement; MODELS: a run's workdir, or model folders with commas between them
+            (then with --config, for how data are read)
+export      writes the newest checkpoint of a run as a Hugging Face folder, of an ensemble one for each member
 check-data  reads and tokenises the data and reports on it, every bad row counted; needs the tokenizer of the model folder, no
             weights; --json writes the report to a file too, --json - prints it instead; ends with 2 if a run would refuse the data
 FIELD       any field of the config, such as data.max_length; `alignax train --config FILE.py --dry-run` lists them"""
-WANTED = {"train": [], "eval": ["WORKDIR"], "export": ["WORKDIR", "FOLDER"], "check-data": []}
+WANTED = {"train": [], "eval": ["WORKDIR"], "eval-rm": ["MODELS"], "export": ["WORKDIR", "FOLDER"], "check-data": []}
 
 
 class Arguments(NamedTuple):
@@ -28,7 +32,7 @@ class Arguments(NamedTuple):
     overrides: list[str]  # FIELD=VALUE
     file: str  # the experiment
     dry: bool
-    json: str  # where check-data writes JSON; empty: nowhere
+    json: str  # where check-data and eval-rm write JSON; empty: nowhere
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             commands.train(given.file, given.overrides, given.dry)
         elif given.command == "eval":
             commands.evaluate(Path(given.words[0]), given.overrides)
+        elif given.command == "eval-rm":
+            commands.eval_rm(given.words[0], given.file, given.overrides, given.json)
         elif given.command == "export":
             commands.export(Path(given.words[0]), Path(given.words[1]), given.overrides)
         else:
@@ -81,7 +87,7 @@ def parse(args: Sequence[str]) -> Arguments:
             overrides.append(override if "=" in override else f"{override}={next(rest, '')}")
         elif arg == "--dry-run" and command == "train":
             dry = True
-        elif arg == "--json" and command == "check-data":
+        elif arg == "--json" and command in ("check-data", "eval-rm"):
             json = next(rest, "")
             if not json:
                 raise ValueError("--json names no file; write --json FILE, or --json - for the console")

@@ -6,12 +6,15 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from alignax import distributed, plan
+import numpy as np
+from jax.sharding import Mesh
+
+from alignax import distributed, plan, rewards
 from alignax.checkpoint import Checkpoints
 from alignax.config import BadInput, Experiment, load_experiment
-from alignax.data import check
+from alignax.data import Examples, check, load, padded_length
 from alignax.distributed import is_main, together
 from alignax.ensemble import stacked
 from alignax.evaluate import Evaluation
@@ -19,7 +22,8 @@ from alignax.fit import fit, make_programs, members_of, merged, start
 from alignax.mesh import make_mesh
 from alignax.metrics import Log, table
 from alignax.models import hf
-from alignax.prepare import Run, check_workdir, load_tokenizer, make_lora, prepare
+from alignax.prepare import Run, check_workdir, eval_batch_size, load_tokenizer, make_lora, prepare
+from alignax.types import Params
 
 
 @contextmanager
@@ -98,27 +102,92 @@ def evaluate(workdir: Path, overrides: Sequence[str]) -> None:
         print(table([["metric", f"step {step}"], *([name, f"{x:.4f}"] for name, x in sorted(scores.items()))]))
 
 
+class Saved(NamedTuple):
+    """What a run has trained, as whole models."""
+
+    config: Any
+    source: hf.Source
+    mesh: Mesh
+    step: int
+    models: Iterator[tuple[str, Params]]  # name and parameters of each member; of a run without members one, whose name is empty
+
+
+def saved_models(workdir: Path, overrides: Sequence[str]) -> Saved:
+    """The newest checkpoint of a run, adapters merged. The run's data need not be there."""
+    with together():
+        config = saved_experiment(workdir, overrides).config
+        source = hf.with_labels(hf.open_folder(config.model.path), config.model.num_labels)
+    checkpoints = Checkpoints(workdir)
+    step = newest(checkpoints)
+    lora, mesh, members = make_lora(config, source), make_mesh(config.mesh), config.ensemble.members
+    trained = hf.abstract_adapters(source.config, lora, mesh) if lora else hf.abstract_params(source.config, mesh)
+    params = checkpoints.restore_params(step, stacked(trained, members, mesh) if members else trained, config.export.params)
+    checkpoints.close()
+    whole = ((name, merged(source, lora, one, mesh) if lora else one) for name, one in members_of(params, members))
+    return Saved(config, source, mesh, step, whole)
+
+
 def export(workdir: Path, folder: Path, overrides: Sequence[str]) -> None:
-    """`alignax export`: the newest checkpoint as a Hugging Face folder. The run's data need not be there."""
+    """`alignax export`: the newest checkpoint as a Hugging Face folder, of an ensemble one for each member."""
     with refusing():
         distributed.initialize()
-        with together():
-            config = saved_experiment(workdir, overrides).config
-            source = hf.with_labels(hf.open_folder(config.model.path), config.model.num_labels)
-        checkpoints = Checkpoints(workdir)
-        step = newest(checkpoints)
-        lora, mesh = make_lora(config, source), make_mesh(config.mesh)
-        trained = hf.abstract_adapters(source.config, lora, mesh) if lora else hf.abstract_params(source.config, mesh)
-        members = config.ensemble.members
-        params = checkpoints.restore_params(step, stacked(trained, members, mesh) if members else trained, config.export.params)
-        there = folder.exists()
-        for name, one in members_of(params, members):
-            hf.export(merged(source, lora, one, mesh) if lora else one, source, folder / name, config.export.dtype)
-    checkpoints.close()
+        saved = saved_models(workdir, overrides)
+        there, dtype = folder.exists(), saved.config.export.dtype
+        for name, params in saved.models:
+            hf.export(params, saved.source, folder / name, dtype)
     if is_main():
-        print(
-            f"step {step} of {workdir} is in {folder}, in {config.export.dtype}{' (an earlier export there was replaced)' if there else ''}"
-        )
+        print(f"step {saved.step} of {workdir} is in {folder}, in {dtype}{' (an earlier export there was replaced)' if there else ''}")
+
+
+def eval_rm(place: str, file: str, overrides: Sequence[str], out: str) -> None:
+    """`alignax eval-rm`: how well a reward model, or an ensemble, tells chosen from rejected responses, on `data.eval` and `data.ood`.
+
+    Args:
+      place: the workdir of a run, or folders of reward models with commas between them.
+      file: of folders, an experiment file, which says how the data are read.
+      overrides: of the config.
+      out: a file for JSON, "-" for JSON alone, or empty.
+    """
+    with refusing():
+        distributed.initialize()
+        if (Path(place) / "config.py").is_file():
+            config, source, mesh, _, models = saved_models(Path(place), overrides)
+            if not source.config.num_labels:
+                raise ValueError(f"{place!r} is the run of a language model; eval-rm takes reward models (model.num_labels 1)")
+            params = rewards.stack([params for _, params in models], source.config, mesh)
+        else:
+            if not file:
+                raise ValueError(f"{place!r} is no workdir of a run; for model folders give --config FILE.py too, experiments/rm_hh.py say")
+            config = load_experiment(file, overrides).config
+            mesh = make_mesh(config.mesh)
+            source, params = rewards.load_ensemble(place.split(","), mesh)
+        loaded = pairs_of(config, source)
+    result = {}
+    model = rewards.ensemble_model(source.config, params, mesh)
+    for split, examples in loaded.items():
+        length, size = padded_length(examples), eval_batch_size(config)
+        scores = rewards.score_examples(model.apply, model.params, examples, mesh, size, length)
+        lengths = np.add.reduceat(examples.scored, examples.offsets[:-1]).reshape(-1, 2)
+        result[split] = rewards.judge(scores, lengths)
+    if is_main():
+        if out != "-":
+            print("\n".join(rewards.text(result)))
+        if out:
+            lines = json.dumps(result, indent=2)
+            print(lines) if out == "-" else Path(out).write_text(lines + "\n", encoding="utf-8")
+
+
+def pairs_of(config: Any, source: hf.Source) -> dict[str, Examples]:
+    """The pairs of `data.eval` and `data.ood`, tokenised."""
+    if not config.data.eval:
+        raise ValueError("config field 'data.eval' is empty; set --config.data.eval=FILE")
+    tokenizer = load_tokenizer(source.path, source.config.vocab_size)
+    splits = [split for split in ("eval", "ood") if config.data[split]]
+    loaded = {split: load(split, config.data, tokenizer, source.config.vocab_size).examples for split in splits}
+    for split, examples in loaded.items():
+        if examples.N != 2:
+            raise ValueError(f"data.{split} has {examples.N} responses of a prompt, eval-rm takes pairs; set data.kind to preference")
+    return loaded
 
 
 def check_data(file: str, overrides: Sequence[str], out: str) -> None:

@@ -82,6 +82,7 @@ def default_config() -> Any:
     c.data = ConfigDict()
     c.data.train = ""  # a .json, .jsonl, .csv (each also .gz) or .parquet file, a folder, hf://org/name:split, or A@0.7,B@0.3
     c.data.eval = ""  # the same, without weights
+    c.data.ood = ""  # the same, from elsewhere: out of distribution, for `alignax eval-rm`
     c.data.kind = "preference"  # or "sft", "unpaired" (labelled completions, or pairs taken apart), "ranked" (k completions)
     c.data.columns = ConfigDict()
     c.data.columns.prompt = "prompt"  # text or messages; where the file has no such column, the sides hold their prompt

@@ -1,0 +1,161 @@
+"""Reward models at work: folders loaded as one ensemble, responses scored, and how good the scores are."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from alignax import mesh as meshes
+from alignax.data import Examples, evaluation_batch
+from alignax.ensemble import over_members, stacked
+from alignax.experience.ensembles import mean, median, uwo, wco
+from alignax.losses.reward import correct
+from alignax.metrics import table
+from alignax.models import hf
+from alignax.models.transformer import ModelConfig, forward
+from alignax.train import digest
+from alignax.types import Batch, Model, Outputs, Params
+
+AGGREGATES = {"mean": mean, "median": median, "wco": wco, "uwo 0.5": uwo(0.5)}
+BINS = 10  # of a calibration curve
+
+
+def load_ensemble(paths: Sequence[str | Path], mesh: Mesh) -> tuple[hf.Source, Params]:
+    """Reward models' folders as one stacked tree [K, ...], and the first one's folder.
+
+    Raises:
+      ValueError: for a folder that is no reward model, for members of different shapes or tokenizers, and for the same member twice.
+    """
+    sources = [hf.open_folder(path) for path in paths]
+    for source in sources:
+        if not source.config.num_labels:
+            raise ValueError(f"{str(source.path)!r} is no reward model: its config.json names no architecture for sequence classification")
+        if source.config != sources[0].config:
+            raise ValueError(f"{str(source.path)!r} has another shape or vocabulary than {str(sources[0].path)!r}; members must be alike")
+        if _tokenizer(source.path) != _tokenizer(sources[0].path):
+            raise ValueError(f"{str(source.path)!r} has another tokenizer than {str(sources[0].path)!r}; members must share one")
+    return sources[0], stack([hf.load_params(source, mesh) for source in sources], sources[0].config, mesh)
+
+
+def stack(members: Sequence[Params], config: ModelConfig, mesh: Mesh) -> Params:
+    """Parameter trees as one [K, ...], along the mesh axis `member`."""
+    prints = [int(jax.jit(digest)(params)) for params in members]
+    for k, print_ in enumerate(prints):
+        if (first := prints.index(print_)) < k:
+            raise ValueError(f"members {first} and {k} of the ensemble are the same weights; leave one out")
+    layout = jax.tree.map(lambda x: x.sharding, stacked(hf.abstract_params(config, mesh), len(members), mesh))
+    return jax.jit(lambda *trees: jax.tree.map(lambda *x: jnp.stack(x), *trees), out_shardings=layout)(*members)
+
+
+def ensemble_model(config: ModelConfig, params: Params, mesh: Mesh, dtype: Any = jnp.float32) -> Model:
+    """K reward models as one, whose `Outputs.scores` are [K, B, N]; nothing is sent between members."""
+    return Model(over_members(forward(config, dtype=dtype, remat="none", mesh=mesh), (0, None), 0), params)
+
+
+def score_examples(
+    apply: Callable[[Params, Batch], Outputs], params: Params, examples: Examples, mesh: Mesh, batch_size: int, length: int
+) -> np.ndarray:
+    """Scores of every response of the data by every member: [K, n, N] float32.
+
+    Raises:
+      ValueError: for scores that are not finite, with the member, the row and how many there are.
+    """
+    rate = jax.jit(lambda params, batch: apply(params, batch).scores)
+    found = []
+    for i in range(-(-len(examples) // batch_size)):
+        make = lambda rows, i=i: evaluation_batch(examples, i, batch_size, length, rows)
+        found.append(meshes.gathered(rate(params, meshes.put_batch(mesh, make, batch_size))))
+    scores = np.concatenate(found, axis=1)[:, : len(examples)]
+    if bad := np.argwhere(~np.isfinite(scores)).tolist():
+        member, row, _ = bad[0]
+        raise ValueError(f"{len(bad)} scores are not finite, of member {member} for row {row} first (counted from 0); look at that model")
+    return scores
+
+
+def judge(scores: np.ndarray, lengths: np.ndarray) -> dict[str, Any]:
+    """How well scores of pairs tell the chosen response; all values plain, for JSON.
+
+    Args:
+      scores: [K, n, 2], chosen first.
+      lengths: completion tokens [n, 2].
+
+    Returns:
+      For each member and aggregate: `accuracy` (ties count half) and its standard error, `margin` (chosen less rejected), `calibration`
+      (bins of equal count: mean predicted probability that the chosen response wins, share that does, pairs; each pair is counted with
+      both of its sides in front, so that a bin's truth is not 1), `calibration_error` (mean distance of the two), `length_correlation`
+      (of a response's score with its length). For the whole: `pairs`, `longer_is_chosen`, `disagreement` (mean over pairs of the
+      members' standard deviation of the margin) and `split_votes` (share of pairs on whose winner members differ).
+    """
+    rated = {f"member {k}": s for k, s in enumerate(scores)}
+    if len(scores) > 1:
+        rated |= {name: np.asarray(aggregate(jnp.asarray(scores))) for name, aggregate in AGGREGATES.items()}
+    margins = scores[..., 0] - scores[..., 1]  # [K, n]
+    return {
+        "pairs": int(scores.shape[1]),
+        "longer_is_chosen": float(np.mean(0.5 * (1 + np.sign(lengths[:, 0] - lengths[:, 1])))),
+        "disagreement": float(margins.std(axis=0).mean()),
+        "split_votes": float((np.sign(margins) != np.sign(margins[:1])).any(axis=0).mean()),
+        "models": {name: _judge(s, lengths) for name, s in rated.items()},
+    }
+
+
+def _judge(scores: np.ndarray, lengths: np.ndarray) -> dict[str, Any]:
+    right = np.asarray(correct(jnp.asarray(scores)), np.float64)  # [n]
+    margin = (scores[:, 0] - scores[:, 1]).astype(np.float64)
+    both = np.concatenate([margin, -margin])
+    order = np.argsort(both, kind="stable")
+    predicted, won = 1 / (1 + np.exp(-both[order])), np.repeat([1.0, 0.0], len(margin))[order]
+    bins = [
+        [float(p.mean()), float(w.mean()), len(p)]
+        for p, w in zip(np.array_split(predicted, BINS), np.array_split(won, BINS), strict=True)
+        if len(p)
+    ]
+    total = sum(count for *_, count in bins)
+    return {
+        "accuracy": float(right.mean()),
+        "standard_error": float(right.std() / math.sqrt(len(right))),
+        "margin": float(margin.mean()),
+        "calibration": bins,
+        "calibration_error": sum(abs(p - w) * count for p, w, count in bins) / total,
+        "length_correlation": _correlation(scores.ravel(), lengths.ravel()),
+    }
+
+
+def text(result: Mapping[str, Any]) -> list[str]:
+    """The lines of what `judge` found on each split, for the console."""
+    lines = []
+    for split, found in result.items():
+        where = {"eval": "evaluation data", "ood": "data from elsewhere"}[split]
+        lines.append(f"{where}: {found['pairs']:,} pairs; the longer response is the chosen one in {found['longer_is_chosen']:.1%}")
+        rows = [["", "accuracy", "+-", "margin", "calibration error", "score ~ length"]]
+        for name, x in found["models"].items():
+            numbers = (x["accuracy"], x["standard_error"], x["margin"], x["calibration_error"], x["length_correlation"])
+            rows.append([name, *(f"{number:.3f}" for number in numbers)])
+        lines += [table(rows), ""]
+        if len(found["models"]) > 1:
+            lines += [
+                f"members disagree by {found['disagreement']:.3f} (standard deviation of the margin), on the winner in "
+                f"{found['split_votes']:.1%} of pairs",
+                "",
+            ]
+        name = "mean" if "mean" in found["models"] else "member 0"
+        curve = [[f"{p:.3f}", f"{w:.3f}", f"{count / 2:.0f}"] for p, w, count in found["models"][name]["calibration"]]
+        lines += [f"calibration of {name}: the probability that it gives, and the share that wins"]
+        lines += [table([["said", "was", "pairs"], *curve]), ""]
+    return lines
+
+
+def _correlation(x: np.ndarray, y: np.ndarray) -> float:
+    """Pearson's; 0 where one does not vary."""
+    return float(np.corrcoef(x, y)[0, 1]) if x.std() > 0 and y.std() > 0 else 0.0
+
+
+def _tokenizer(folder: Path) -> bytes:
+    """What tells the folder's tokenizer from another."""
+    file = folder / "tokenizer.json"
+    return file.read_bytes() if file.is_file() else b""

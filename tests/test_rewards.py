@@ -1,0 +1,187 @@
+"""Reward models at work: ensembles of folders, their scores, how good they are, and `alignax eval-rm`."""
+
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import runs
+import tiny
+import torch
+import transformers
+
+from alignax import rewards
+from alignax.cli import main
+from alignax.config import default_config
+from alignax.data import load_examples
+from alignax.mesh import AXES, make_mesh
+from alignax.models import hf
+from alignax.prepare import load_tokenizer
+
+ONE = make_mesh({}, jax.devices()[:1])
+COLLECTIVES = r"all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
+
+
+def reward_folder(path, seed: int, **changes):
+    """A reward model's folder, made of a language model's."""
+    folder = tiny.folder(path / f"lm{seed}", **changes)
+    source = hf.with_labels(hf.open_folder(folder), 1)
+    hf.export(hf.load_params(source, ONE, jax.random.key(seed)), source, path / f"rm{seed}")
+    return path / f"rm{seed}"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    here = tmp_path_factory.mktemp("members")
+    return [reward_folder(here, seed) for seed in range(3)]
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    return tiny.pairs(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", 21)
+
+
+def examples_of(folder, pairs):
+    data = default_config().data
+    data.max_length = 48
+    return load_examples(str(pairs), data, load_tokenizer(folder, 96), 96)[0]
+
+
+def scored(folders, pairs, mesh=ONE):
+    source, params = rewards.load_ensemble(folders, mesh)
+    model = rewards.ensemble_model(source.config, params, mesh)
+    return rewards.score_examples(model.apply, model.params, examples_of(folders[0], pairs), mesh, 8, 48)
+
+
+def test_an_ensemble_scores_as_its_members_alone_and_as_transformers(folders, pairs):
+    scores = scored(folders, pairs)
+    assert scores.shape == (3, 21, 2) and scores.std(axis=0).mean() > 0.1
+    examples = examples_of(folders[0], pairs)
+    for k, folder in enumerate(folders):
+        np.testing.assert_allclose(scored([folder], pairs)[0], scores[k], atol=1e-6)
+        theirs = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+        for row, side in ((0, 0), (20, 1)):
+            first, last = examples.offsets[2 * row + side : 2 * row + side + 2]
+            with torch.no_grad():
+                logit = theirs(torch.tensor(examples.tokens[None, first:last], dtype=torch.long)).logits.item()
+            np.testing.assert_allclose(scores[k, row, side], logit, atol=1e-4)
+
+
+@pytest.mark.parametrize("sizes", [(3, 1, 1, 1), (1, 2, 2, 2)], ids=str)
+def test_scores_are_the_same_on_a_mesh(sizes, folders, pairs):
+    mesh = make_mesh(dict(zip(AXES, sizes, strict=True)), jax.devices()[: int(np.prod(sizes))])
+    np.testing.assert_allclose(scored(folders, pairs, mesh), scored(folders, pairs), atol=1e-5)
+    _, params = rewards.load_ensemble(folders, mesh)
+    assert params["layers"]["q"].addressable_shards[0].data.shape[0] == 3 // sizes[0]
+
+
+def test_members_send_each_other_nothing(folders):
+    """The compiled program of a member mesh has no collective at all."""
+    mesh = make_mesh({"member": 3}, jax.devices()[:3])
+    source, params = rewards.load_ensemble(folders, mesh)
+    apply = rewards.ensemble_model(source.config, params, mesh).apply
+    text = lambda f: jax.jit(f).lower(params, tiny.batch(T=16)).compile().as_text()
+    assert not re.findall(COLLECTIVES, text(lambda p, b: apply(p, b).scores))
+    assert re.findall(COLLECTIVES, text(lambda p, b: apply(p, b).scores.mean(0))), "what is searched for can be found"
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (lambda t, f: tiny.folder(t / "lm"), "is no reward model: its config.json names no architecture"),
+        (lambda t, f: f[0], "members 0 and 1 of the ensemble are the same weights; leave one out"),
+        (lambda t, f: reward_folder(t, 5, vocab_size=104), "has another shape or vocabulary than"),
+        (lambda t, f: t / "nowhere", "does not exist"),
+    ],
+)
+def test_members_that_do_not_go_together(other, message, folders, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        rewards.load_ensemble([folders[0], other(tmp_path, folders)], ONE)
+
+
+def test_another_tokenizer_is_refused(folders, tmp_path):
+    folder = reward_folder(tmp_path, 7)
+    file = folder / "tokenizer.json"
+    file.write_text(file.read_text().replace('"a"', '"ä"'))
+    with pytest.raises(ValueError, match="has another tokenizer than"):
+        rewards.load_ensemble([folders[0], folder], ONE)
+
+
+def test_scores_that_are_not_finite_are_named(folders, pairs):
+    source, params = rewards.load_ensemble(folders[:2], ONE)
+    model = rewards.ensemble_model(source.config, params | {"score": params["score"].at[1].set(jnp.inf)}, ONE)
+    with pytest.raises(ValueError, match=r"42 scores are not finite, of member 1 for row 0 first \(counted from 0\)"):
+        rewards.score_examples(model.apply, model.params, examples_of(folders[0], pairs), ONE, 8, 48)
+
+
+def test_judgement_by_hand():
+    scores = np.array([[[2.0, 0.0], [0.0, 1.0], [1.0, 1.0], [3.0, 0.0]], [[1.0, 0.0], [1.0, 0.0], [0.0, 2.0], [1.0, 0.0]]], np.float32)
+    lengths = np.array([[4, 1], [2, 3], [5, 5], [6, 1]])
+    found = rewards.judge(scores, lengths)
+    models = found["models"]
+    assert found["pairs"] == 4 and found["longer_is_chosen"] == (1 + 0 + 0.5 + 1) / 4
+    assert [models[f"member {k}"]["accuracy"] for k in range(2)] == [(1 + 0 + 0.5 + 1) / 4, 0.75]
+    assert models["member 0"]["margin"] == (2 - 1 + 0 + 3) / 4 and found["split_votes"] == 0.5
+    np.testing.assert_allclose(found["disagreement"], np.mean([0.5, 1.0, 1.0, 1.0]))
+    assert models["mean"]["accuracy"] == (1 + 0.5 + 0 + 1) / 4  # margins 1.5, 0, -1, 2
+    assert models["wco"]["margin"] == np.mean([1.0, 0.0, -1.0, 1.0])  # the minimum over members, then chosen less rejected
+    correlation = np.corrcoef(scores[0].ravel(), lengths.ravel())[0, 1]
+    np.testing.assert_allclose(models["member 0"]["length_correlation"], correlation, rtol=1e-6)
+    one = rewards.judge(scores[:1], lengths)
+    assert list(one["models"]) == ["member 0"] and one["disagreement"] == one["split_votes"] == 0.0
+
+
+def test_calibration_finds_scores_that_are_twice_too_sure():
+    rng = np.random.default_rng(0)
+    margin = rng.normal(size=20000)
+    won = rng.random(20000) < 1 / (1 + np.exp(-margin))
+    sides = np.where(won, margin, -margin)
+    judged = lambda scale: rewards.judge(np.stack([scale * sides, 0 * sides], -1)[None].astype(np.float32), np.ones((20000, 2)))
+    honest, sure = (judged(scale)["models"]["member 0"] for scale in (1, 2))
+    assert honest["calibration_error"] < 0.012 < 0.1 < sure["calibration_error"] and honest["accuracy"] == sure["accuracy"]
+    assert all(abs(p - w) < 0.03 for p, w, _ in honest["calibration"]) and sum(n for *_, n in honest["calibration"]) == 40000
+    low, high = sure["calibration"][0], sure["calibration"][-1]
+    assert low[0] < low[1] - 0.05 and high[0] > high[1] + 0.05
+
+
+def test_the_command_on_folders(folders, pairs, tmp_path, capsys):
+    where = ",".join(map(str, folders))
+    args = ["--config", str(runs.REPO / "experiments" / "rm_hh.py"), f"--config.data.eval={pairs}", f"--config.data.ood={pairs}"]
+    assert (
+        main(
+            [
+                "eval-rm",
+                where,
+                *args,
+                "--config.data.max_length=48",
+                "--config.data.max_prompt_length=24",
+                "--json",
+                str(tmp_path / "out.json"),
+            ]
+        )
+        == 0
+    )
+    said = capsys.readouterr().out
+    for part in ("evaluation data: 21 pairs", "data from elsewhere: 21 pairs", "member 2", "uwo 0.5", "calibration of mean"):
+        assert part in said, part
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["eval"] == found["ood"] and len(found["eval"]["models"]) == 7
+    expected = rewards.judge(scored(folders, pairs), np.ones((21, 2)))
+    np.testing.assert_allclose(found["eval"]["models"]["wco"]["accuracy"], expected["models"]["wco"]["accuracy"], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [([], "takes MODELS"), (["nowhere"], "is no workdir of a run; for model folders give --config FILE.py too")],
+)
+def test_wrong_words(words, message, capsys):
+    assert main(["eval-rm", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_command_refuses_data_that_are_no_pairs(folders, pairs, capsys):
+    args = ["--config", str(runs.REPO / "experiments" / "rm_hh.py"), f"--config.data.eval={pairs}", "--config.data.kind=sft"]
+    assert main(["eval-rm", str(folders[0]), *args]) == 2
+    assert "eval-rm takes pairs; set data.kind to preference" in capsys.readouterr().err
