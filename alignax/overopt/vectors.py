@@ -1,0 +1,241 @@
+"""A world of vectors, where an experiment takes seconds: the gold reward is a direction, except far out, where it is bad.
+
+x = z * s,  z ~ N(0, I),  s = `stretch` with probability `tail`, else 1;  gold(x) = w . x, but `outside` where |x| >= `radius` sqrt(D)
+
+Reward models learn from pairs, few of which lie far out, and extrapolate there along w: so the largest proxy scores are of bad
+responses, and there the members disagree. With `tail` 0 nothing lies there: the negative control.
+
+A reward model is a function `(params, batch) -> Outputs`, a policy another; the library's own losses and step train both. Seeds and
+members are `jax.vmap` of that step over stacked trees: one compiled program.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import partial
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from alignax.experience import chain, logps
+from alignax.losses import Loss
+from alignax.overopt.worlds import Scored, Trajectory, World, check_varies
+from alignax.train import init_state, make_evaluation, make_step
+from alignax.types import Batch, Model, Outputs, Params, TrainState
+
+SAMPLES = 20_000  # responses that gold takes its mean and spread of
+HIDDEN = 32
+
+
+class Gold(NamedTuple):
+    """A gold reward, less its mean and over its spread under the initial policy."""
+
+    direction: jax.Array  # [D], a unit vector
+    mean: jax.Array
+    std: jax.Array
+
+
+def vectors(config: Any, proxy_loss: Loss) -> World:
+    """The world of vectors: reward models on fresh responses, and policies over a pool of fixed ones.
+
+    Args:
+      config: groups `world`, `proxy` and `direct` of experiments/overoptimization.py.
+      proxy_loss: that of the reward models, `bradley_terry() + 0.001 * score_l2()` say.
+    """
+    return World(partial(score, config, proxy_loss), partial(align, config))
+
+
+# Responses and their gold reward -------------------------------------------------------------------------------------------
+
+
+def draw(key: jax.Array, shape: tuple[int, ...], world: Any) -> jax.Array:
+    """Responses of the initial policy: [*shape, D]."""
+    normal, far = jax.random.split(key)
+    stretched = jax.random.uniform(far, (*shape, 1)) < world.tail
+    return jax.random.normal(normal, (*shape, world.dimension)) * jnp.where(stretched, world.stretch, 1.0)
+
+
+def make_gold(key: jax.Array, world: Any) -> Gold:
+    """The gold reward of a seed."""
+    one, other = jax.random.split(key)
+    w = jax.random.normal(one, (world.dimension,))
+    gold = Gold(w / jnp.linalg.norm(w), jnp.zeros(()), jnp.ones(()))
+    sample = rewards(gold, draw(other, (SAMPLES,), world), world)
+    check_varies(float(sample.mean()), float(sample.std()))
+    return gold._replace(mean=sample.mean(), std=sample.std())
+
+
+def rewards(gold: Gold, x: jax.Array, world: Any) -> jax.Array:
+    """Gold rewards: [..., D] -> [...]."""
+    inside = jnp.linalg.norm(x, axis=-1) < world.radius * math.sqrt(world.dimension)
+    return (jnp.where(inside, x @ gold.direction, world.outside) - gold.mean) / gold.std
+
+
+def flips(key: jax.Array, count: int, members: int, config: Any) -> jax.Array:
+    """Which of the training labels are wrong, for each member: [K, pairs]. Members share one mask, as they share their data, or not."""
+    shape = (1 if config.world.shared_noise else members, count)
+    return jnp.broadcast_to(jax.random.uniform(key, shape) < config.world.noise, (members, count))
+
+
+# Models ---------------------------------------------------------------------------------------------------------------------
+
+
+def init_network(key: jax.Array, dimension: int, last: float) -> Params:
+    """Two hidden layers of a ReLU network; `last` scales the last one's weights."""
+    sizes, keys = (dimension, HIDDEN, HIDDEN, 1), jax.random.split(key, 3)
+    layers = [jax.random.normal(k, (a, b)) / math.sqrt(a) for k, a, b in zip(keys, sizes, sizes[1:], strict=False)]
+    return [{"weight": w * (last if w.shape[1] == 1 else 1.0), "bias": jnp.zeros((1, w.shape[1]))} for w in layers]
+
+
+def network(params: Params, x: jax.Array) -> jax.Array:
+    """[..., D] -> [...]."""
+    h = x.reshape(-1, x.shape[-1])
+    for layer in params[:-1]:
+        h = jax.nn.relu(h @ layer["weight"] + layer["bias"])
+    return (h @ params[-1]["weight"] + params[-1]["bias"]).reshape(x.shape[:-1])
+
+
+def reward_model(params: Params, batch: Batch) -> Outputs:
+    """Scores [B, N] of `vectors` [B, N, D]; a vector has no tokens, so its log-probs are 0."""
+    none = jnp.zeros(batch["completion_mask"].shape)
+    return Outputs(none, none, scores=network(params, batch["vectors"]))
+
+
+def policy(pool: jax.Array, params: Params, batch: Batch) -> Outputs:
+    """A softmax over a pool [M, D] of responses; a response is one token, its number: `tokens` [B, N, 1]."""
+    log_probs = jax.nn.log_softmax(network(params, pool))  # [M]
+    entropy = -jnp.sum(jnp.exp(log_probs) * log_probs)
+    return Outputs(log_probs[batch["tokens"]], jnp.full(batch["tokens"].shape, entropy))
+
+
+def trained(step: Any, state: TrainState, data: Batch, steps: int, batch_size: int) -> TrainState:
+    """The state after so many steps on batches of random rows of `data`."""
+    count = data["completion_mask"].shape[0]
+
+    def one(state: TrainState, _: None) -> tuple[TrainState, None]:
+        rows = jax.random.randint(jax.random.fold_in(state.key, state.step), (batch_size,), 0, count)
+        return step(state, jax.tree.map(lambda x: x[rows], data))[0], None
+
+    return jax.lax.scan(one, state, length=steps)[0]
+
+
+# Reward models, for best-of-n -----------------------------------------------------------------------------------------------
+
+
+def score(config: Any, loss: Loss, seeds: Sequence[int]) -> Iterator[Scored]:
+    """Trains the reward models of all seeds at once, and scores fresh responses seed by seed."""
+    world = config.world
+    keys = jnp.stack([jax.random.split(jax.random.key(seed), 6) for seed in seeds])  # [S, 6]
+    golds = [make_gold(key, world) for key in keys[:, 0]]
+    pairs = [ordered(gold, draw(key, (world.pairs, 2), world), world) for gold, key in zip(golds, keys[:, 1], strict=True)]
+    train = jax.vmap(partial(train_members, config, loss))
+    states = jax.jit(train)(keys[:, 2], keys[:, 3], jnp.stack(pairs))  # leaves [S, K, ...]
+    check_trained(states)
+    members = jax.vmap(network, in_axes=(0, None))
+    by_prompt = jax.jit(lambda params, x: jax.lax.map(partial(members, params), x))  # [P, N, D] -> [P, K, N], in memory of one prompt
+    for i, gold in enumerate(golds):
+        params = jax.tree.map(itemgetter(i), states.params)
+        responses = draw(keys[i, 4], (world.prompts, world.responses), world)
+        held_out = ordered(gold, draw(keys[i, 5], (world.held_out, 2), world), world)
+        better, worse = by_prompt(params, held_out.swapaxes(0, 1))  # [K, H] each
+        yield Scored(
+            gold=np.asarray(rewards(gold, responses, world)),
+            members=np.asarray(by_prompt(params, responses)).swapaxes(0, 1),
+            margins=np.asarray(better - worse),
+            lengths=None,
+            show=partial(show, gold, responses),
+        )
+
+
+def train_members(config: Any, loss: Loss, key: jax.Array, noise: jax.Array, pairs: jax.Array) -> TrainState:
+    """K reward models on the same pairs [pairs, 2, D], better one first, each from its own weights and in its own order: [K, ...]."""
+    c, count = config.proxy, pairs.shape[0]
+    optimizer = optax.adam(c.learning_rate)
+    step = make_step(reward_model, loss, optimizer)
+
+    def member(key: jax.Array, flipped: jax.Array) -> TrainState:
+        init, order = jax.random.split(key)
+        vectors = jnp.where(flipped[:, None, None], pairs[:, ::-1], pairs)
+        data = {"vectors": vectors, "completion_mask": jnp.ones((count, 2, 1), bool)}
+        state = init_state(init_network(init, pairs.shape[2], 1.0), optimizer, order)
+        return trained(step, state, data, c.steps, c.batch_size)
+
+    return jax.vmap(member)(jax.random.split(key, c.members), flips(noise, count, c.members, config))
+
+
+def ordered(gold: Gold, x: jax.Array, world: Any) -> jax.Array:
+    """Pairs [.., 2, D], the one that gold prefers first."""
+    better = jnp.argmax(rewards(gold, x, world), axis=-1)
+    return jnp.where((better == 0)[..., None, None], x, x[..., ::-1, :])
+
+
+def show(gold: Gold, responses: jax.Array, p: int, i: int) -> tuple[str, str]:
+    """A response in words: how far it goes along gold's direction, and how far out it lies."""
+    x = responses[p, i]
+    return f"prompt {p}", f"w·x = {float(x @ gold.direction):+.2f}, |x| = {float(jnp.linalg.norm(x)):.2f}"
+
+
+# Policies, for direct alignment ---------------------------------------------------------------------------------------------
+
+
+def align(config: Any, seeds: Sequence[int], loss: Loss) -> Iterator[Trajectory]:
+    """Trains a policy of each seed over a pool of responses, from the uniform one, and measures it exactly."""
+    c, world = config.direct, config.world
+    keys = jnp.stack([jax.random.split(jax.random.key(seed), 6) for seed in seeds])
+    golds = [make_gold(key, world) for key in keys[:, 0]]
+    pools = [draw(key, (c.pool,), world) for key in keys[:, 1]]
+    gold = [rewards(gold, pool, world) for gold, pool in zip(golds, pools, strict=True)]
+    gold = [(g - g.mean()) / g.std() for g in gold]  # the initial policy is uniform over the pool
+    run = jax.jit(lambda inputs: jax.lax.map(lambda own: train_policy(config, loss, *own), inputs))
+    state, values = run((keys[:, 2:], jnp.stack(pools), jnp.stack(gold)))
+    check_trained(state)
+    steps = np.arange(c.steps // c.every + 1) * c.every
+    for i in range(len(seeds)):
+        yield Trajectory(steps, {name: np.asarray(x[i]) for name, x in values.items()})
+
+
+def train_policy(config: Any, loss: Loss, keys: jax.Array, pool: jax.Array, gold: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One policy over a pool [M, D] of gold rewards [M]; what is measured of it, at each of the evaluations: [E]."""
+    c, world, count = config.direct, config.world, pool.shape[0]
+    apply, optimizer = partial(policy, pool), optax.adam(c.learning_rate)
+    initial = init_network(keys[0], pool.shape[1], 0.0)  # all scores 0: the uniform policy
+    experience = chain(logps("ref_logps", Model(apply, initial)))
+
+    def pairs(key: jax.Array, flipped: jax.Array) -> Batch:
+        tokens = jax.random.randint(key, (flipped.shape[0], 2), 0, count)
+        swap = (gold[tokens[:, 0]] < gold[tokens[:, 1]]) ^ flipped
+        tokens = jnp.where(swap[:, None], tokens[:, ::-1], tokens)[:, :, None]  # [B, 2, 1]
+        return experience({"tokens": tokens, "completion_mask": jnp.ones(tokens.shape, bool)})
+
+    own, other = jax.random.split(keys[1])
+    data = pairs(own, flips(keys[2], world.pairs, 1, config)[0])
+    held_out = pairs(other, jnp.zeros((world.held_out,), bool))
+    seen = jnp.zeros((count,)).at[data["tokens"].reshape(-1)].set(1.0)
+    evaluate = make_evaluation(apply, loss)
+
+    def measured(state: TrainState) -> dict[str, jax.Array]:
+        log_probs = jax.nn.log_softmax(network(state.params, pool))
+        p = jnp.exp(log_probs)
+        mean = lambda batch, name: (lambda sums: sums[0] / sums[1])(evaluate(state.params, state.step, batch)[name])
+        return {
+            "gold": p @ gold, "kl": p @ (log_probs + math.log(count)), "proxy": mean(held_out, "rewards/margins"),
+            "accuracy": mean(held_out, "rewards/accuracies"), "chosen_drift": mean(data, "logps/chosen_drift"), "unseen": p @ (1.0 - seen),
+        }  # fmt: skip
+
+    def stretch(state: TrainState, _: None) -> tuple[TrainState, dict[str, jax.Array]]:
+        state = trained(step, state, data, c.every, c.batch_size)
+        return state, measured(state)
+
+    step = make_step(apply, loss, optimizer)
+    first = init_state(initial, optimizer, keys[3])
+    state, rest = jax.lax.scan(stretch, first, length=c.steps // c.every)
+    return state, jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), measured(first), rest)
+
+
+def check_trained(states: TrainState) -> None:
+    """Stops where a step was not finite: what such a model says is no measurement."""
+    if skipped := int(jnp.sum(states.skipped)):
+        raise FloatingPointError(f"{skipped} training steps of {states.skipped.shape} models were not finite; lower the learning rate")
