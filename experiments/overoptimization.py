@@ -9,8 +9,8 @@ Command:
 
 Hardware: 2 CPU cores.
 
-It leaves in `runs/overoptimization` a page, report.html, its figures as PNG, and the numbers as JSON and CSV; docs/overoptimisation.md says how
-to read them. `--config.best_of_n.n` and `--config.world.responses=12600` go as far as Coste et al.
+It leaves in `runs/overoptimization` a page, report.html, its figures as PNG, and the numbers as JSON and CSV; docs/overoptimisation.md
+says how to read them. `--config.world.responses=12600 --config.best_of_n.n='(1,16,256,4096,12500)'` goes as far as Coste et al.
 """
 
 from alignax import bradley_terry, default_config, dpo, hinge, ipo_daa, rpo, score_l2

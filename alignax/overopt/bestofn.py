@@ -38,8 +38,8 @@ def best_of_n(proxies: Mapping[str, np.ndarray], values: Mapping[str, np.ndarray
     """Expected values of the best of n responses, the best by each proxy's own order.
 
     The unbiased estimator: the mean over all C(N, n) subsets (Nakano et al. 2021, arXiv:2112.09332; Gao et al. 2022,
-    arXiv:2210.10760). Where responses tie under a proxy, each of them is as likely to be picked. A response with a score or a value that is not
-    finite is left out, under every proxy, and counted. The work is done prompt by prompt, in memory of order N * len(n).
+    arXiv:2210.10760). Where responses tie under a proxy, each of them is as likely to be picked. A response with a score or a value
+    that is not finite is left out, under every proxy, and counted. The work is done prompt by prompt, in memory of order N * len(n).
 
     Args:
       proxies: name -> scores [P, N] of N responses to each of P prompts.

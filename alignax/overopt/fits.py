@@ -1,10 +1,11 @@
 """The laws of reward overoptimisation, fitted: gold reward over d = sqrt(KL(policy || initial policy)), in sqrt(nats)."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 SMALLEST = 0.3  # sqrt(nats): nearer to 0 the RL law's slope is infinite, and its authors do not trust it
 
@@ -37,7 +38,7 @@ def value(law: Law, alpha: float, beta: float, d: np.ndarray) -> np.ndarray:
     return d * (alpha - beta * law.f(d))
 
 
-def fit(law: Law, d: Sequence[float], reward: Sequence[float], smallest: float = SMALLEST) -> Fit | None:
+def fit(law: Law, d: ArrayLike, reward: ArrayLike, smallest: float = SMALLEST) -> Fit | None:
     """Least squares in alpha and beta; None where fewer than 3 different d are at least `smallest`.
 
     Args:
@@ -51,7 +52,8 @@ def fit(law: Law, d: Sequence[float], reward: Sequence[float], smallest: float =
     """
     x, y = np.asarray(d, np.float64), np.asarray(reward, np.float64)
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
-        raise ValueError(f"{int((~np.isfinite(x) | ~np.isfinite(y)).sum())} of {x.size} points are not finite; a law is fitted to finite ones")
+        bad = int((~np.isfinite(x) | ~np.isfinite(y)).sum())
+        raise ValueError(f"{bad} of {x.size} points are not finite; leave them out, a law is fitted to finite ones")
     x, y = x[keep := x >= smallest], y[keep]
     if np.unique(x).size < 3:
         return None
@@ -59,5 +61,5 @@ def fit(law: Law, d: Sequence[float], reward: Sequence[float], smallest: float =
     residual, spread = np.sum(np.square(y - value(law, alpha, beta, x))), np.sum(np.square(y - y.mean()))
     at = law.peak(alpha, beta) if beta > 0 and alpha / beta < 700 else math.nan  # exp(700) is the last that is finite
     there = at > 0 and math.isfinite(at)
-    top = float(value(law, alpha, beta, np.float64(at))) if there else None
+    top = float(value(law, alpha, beta, np.array(at))) if there else None
     return Fit(float(alpha), float(beta), float(1 - residual / spread) if spread > 0 else 1.0, at if there else None, top, x.size)

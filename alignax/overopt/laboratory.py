@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from alignax.config import BadInput, Experiment, difference, effective, load_experiment
@@ -48,10 +49,10 @@ def run(
     for name, world in worlds.items():
         stage(workdir, f"best-of-n {name}", lambda: score(name, world.score(seeds), aggregates, sizes, seeds))  # noqa: B023
     seeds = range(config.seed, config.seed + config.direct.repeats)
-    for name, world in [(name, world) for name, world in worlds.items() if world.align][:1]:
+    for name, train in [(name, world.align) for name, world in worlds.items() if world.align][:1]:
         for objective, make in objectives.items():
             for beta in config.direct.betas:
-                measure = lambda: align(name, objective, beta, world.align(seeds, make(beta)), seeds)  # noqa: B023
+                measure = lambda: align(name, objective, beta, train(seeds, make(beta)), seeds)  # noqa: B023
                 stage(workdir, f"{objective} {name} beta {beta:g}", measure)
     print(report.write(workdir))
 
@@ -111,7 +112,8 @@ def score(
         for name, margins in ((SINGLE, own.margins), ("mean", own.margins.mean(axis=0))):
             calibration[name] = calibration.get(name, 0) + reliability(margins)
         samples = samples or samples_of(own, aggregates, n)
-        print(f"  seed {seeds[i]}: {', '.join(f'{name} {x["gold"][-1]:+.2f}' for name, x in one.items())}", file=sys.stderr)
+        finals = ", ".join(f"{name} {x['gold'][-1]:+.2f}" for name, x in one.items())
+        print(f"  seed {seeds[i]}, gold reward of the best of {n[-1]}: {finals}", file=sys.stderr)
     assert own is not None
     if excluded:
         print(f"  {excluded} responses were left out: a score of theirs is not finite", file=sys.stderr)
@@ -146,8 +148,8 @@ def curves_of(scored: Scored, aggregates: Mapping[str, Aggregate], n: Sequence[i
     parts, excluded = [], 0
     for p in range(scored.gold.shape[0]):
         members = scored.members[:, p : p + 1]  # [K, 1, N]
-        proxies = {f"member {k}": x for k, x in enumerate(members)}
-        proxies |= {name: np.asarray(aggregate(members)) for name, aggregate in aggregates.items()}
+        proxies = {f"member {k}": members[k] for k in range(len(members))}
+        proxies |= {name: np.asarray(aggregate(jnp.asarray(members))) for name, aggregate in aggregates.items()}
         values = {"gold": scored.gold[p : p + 1], "disagreement": members.std(axis=0)}
         if scored.lengths is not None:
             values["length"] = scored.lengths[p : p + 1]
@@ -173,11 +175,12 @@ def samples_of(scored: Scored, aggregates: Mapping[str, Aggregate], n: Sequence[
     for p in range(min(SHOWN, scored.gold.shape[0])):
         members = scored.members[:, p]  # [K, N]
         for name, aggregate in {SINGLE: lambda x: x[0], **aggregates}.items():
-            proxy = np.asarray(aggregate(members))
+            proxy = np.asarray(aggregate(jnp.asarray(members)))
             for size in dict.fromkeys((n[len(n) // 2], n[-1])):
                 i = int(np.argmax(np.where(np.isfinite(proxy[:size]) & np.isfinite(scored.gold[p, :size]), proxy[:size], -np.inf)))
                 prompt, response = scored.show(p, i)
-                scores = {"proxy": float(proxy[i]), "gold": float(scored.gold[p, i]), "members": [float(x) for x in members[:, i]]}
+                own = [float(x) if np.isfinite(x) else None for x in members[:, i]]
+                scores = {"proxy": float(proxy[i]), "gold": float(scored.gold[p, i]), "members": own}
                 rows.append({"objective": name, "n": size, "prompt": prompt, "response": response} | scores)
     return rows
 
