@@ -54,7 +54,7 @@ def figure(panels: Sequence[Panel], width: float = 4.2, height: float = 3.4) -> 
             if panel.limits:
                 axes.set_ylim(*panel.limits)
             axes.grid(color="0.9", linewidth=0.6)
-        below: Any = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.17), "ncols": 3} if len(panels) == 1 else {}
+        below: Any = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.19), "ncols": 3} if len(panels) == 1 else {}
         axes.legend(frameon=False, **below)
     return drawing
 
@@ -66,7 +66,10 @@ def _draw(axes: Any, line: Line, i: int, ring: bool) -> None:
     if ring:
         axes.plot(line.x[-1], line.y[-1], marker, color=colour, ms=10, mfc="none", clip_on=False)
     if line.low is not None and line.high is not None:
-        axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.15, lw=0)
+        if all(a < b for a, b in zip(line.x, line.x[1:], strict=False)):
+            axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.15, lw=0)
+        else:  # a line that turns back has no area below it
+            axes.vlines(line.x[::every], line.low[::every], line.high[::every], color=colour, alpha=0.4, lw=1.2)
     if line.law is not None:
         axes.plot(*line.law, ls=":", color=colour, lw=0.9)
 

@@ -43,9 +43,14 @@ def run(
     from alignax.overopt import report
 
     config = experiment.config
+    sizes = tuple(config.best_of_n.n)
+    if not sizes or sizes[0] < 1 or list(sizes) != sorted(set(sizes)):
+        raise BadInput(f"config field 'best_of_n.n' is {sizes}; give sizes from 1 on, in ascending order")
+    for field, count in (("repeats", config.repeats), ("direct.repeats", config.direct.repeats)):
+        if count < 1:
+            raise BadInput(f"config field {field!r} is {count}; it must be at least 1")
     workdir = open_workdir(experiment)
     seeds = range(config.seed, config.seed + config.repeats)
-    sizes = tuple(config.best_of_n.n)
     for name, world in worlds.items():
         stage(workdir, f"best-of-n {name}", lambda: score(name, world.score(seeds), aggregates, sizes, seeds))  # noqa: B023
     seeds = range(config.seed, config.seed + config.direct.repeats)
@@ -100,11 +105,15 @@ def score(
 ) -> dict[str, Any]:
     """Best-of-n of every seed under every proxy, [S][len(n)]; with the reward models' calibration, and samples of the first seed."""
     curves: dict[str, dict[str, list[list[float]]]] = {}
-    accuracy, calibration, samples, excluded, own = [], {}, [], 0, None
-    for i, own in enumerate(scored):
-        own = anchored(own)
-        one, left_out = curves_of(own, aggregates, n)
+    accuracy, calibration, samples, excluded, pairs, own = [], {}, [], 0, 0, None
+    for i, raw in enumerate(scored):
+        try:
+            own = anchored(raw)
+            one, left_out = curves_of(own, aggregates, n)
+        except ValueError as e:
+            raise BadInput(f"world {arm!r}, seed {seeds[i]}: {e}") from e
         excluded += left_out
+        pairs += raw.margins.shape[1] - own.margins.shape[1]
         for objective, values in one.items():
             for quantity, curve in values.items():
                 curves.setdefault(objective, {}).setdefault(quantity, []).append(curve.tolist())
@@ -115,12 +124,12 @@ def score(
         finals = ", ".join(f"{name} {x['gold'][-1]:+.2f}" for name, x in one.items())
         print(f"  seed {seeds[i]}, gold reward of the best of {n[-1]}: {finals}", file=sys.stderr)
     assert own is not None
-    if excluded:
-        print(f"  {excluded} responses were left out: a score of theirs is not finite", file=sys.stderr)
+    if excluded or pairs:
+        print(f"  left out since a score is not finite: {excluded} responses, {pairs} held-out pairs", file=sys.stderr)
     K, P, N = own.members.shape
     return {
         "kind": "best_of_n", "arm": arm, "seeds": list(seeds), "members": K, "prompts": P, "responses": N, "excluded": excluded,
-        "n": list(n), "kl": [kl(size) for size in n], "curves": curves, "accuracy": accuracy,
+        "excluded_pairs": pairs, "n": list(n), "kl": [kl(size) for size in n], "curves": curves, "accuracy": accuracy,
         "calibration": {name: table.tolist() for name, table in calibration.items()}, "samples": samples,
     }  # fmt: skip
 
@@ -128,19 +137,23 @@ def score(
 def anchored(scored: Scored) -> Scored:
     """Each member's scores less their mean over the responses of the initial policy: a minimum over free offsets would mean nothing.
 
+    Held-out pairs with a margin that is not finite are left out.
+
     Raises:
-      ValueError: for gold rewards that do not vary, for a member without a finite score, and for members that are the same.
+      ValueError: for gold rewards that do not vary, for a member without a finite score or margin, and for members that are the same.
     """
     K = scored.members.shape[0]
     gold = scored.gold[np.isfinite(scored.gold)]
     check_varies(float(gold.mean()) if gold.size else np.nan, float(gold.std()) if gold.size else np.nan)
     finite = np.isfinite(scored.members)
-    if dead := [k for k in range(K) if not finite[k].any()]:
+    paired = np.isfinite(scored.margins)
+    if dead := [k for k in range(K) if not (finite[k].any() and paired[k].any())]:
         raise ValueError(f"reward models {dead} of {K} give no finite score; their training went wrong, lower the learning rate")
     if twins := [(j, k) for k in range(K) for j in range(k) if np.array_equal(scored.members[j], scored.members[k], equal_nan=True)]:
         raise ValueError(f"reward models {twins[0][0]} and {twins[0][1]} of {K} give the same scores; give each member a seed of its own")
     means = np.mean(scored.members, axis=(1, 2), where=finite, dtype=np.float64)
-    return scored._replace(members=scored.members - means[:, None, None].astype(scored.members.dtype))
+    members = scored.members - means[:, None, None].astype(scored.members.dtype)
+    return scored._replace(members=members, margins=scored.margins[:, paired.all(axis=0)])
 
 
 def curves_of(scored: Scored, aggregates: Mapping[str, Aggregate], n: Sequence[int]) -> tuple[dict[str, dict[str, np.ndarray]], int]:
@@ -156,10 +169,10 @@ def curves_of(scored: Scored, aggregates: Mapping[str, Aggregate], n: Sequence[i
         best = best_of_n(proxies, values, n)
         excluded += best.excluded
         alone = [best.values[f"member {k}"] for k in range(len(members))]
-        one = {SINGLE: {quantity: np.mean([x[quantity][0] for x in alone], axis=0) for quantity in alone[0]}}
-        parts.append(one | {name: {quantity: x[0] for quantity, x in best.values[name].items()} for name in aggregates})
+        one = {SINGLE: {quantity: np.stack([x[quantity] for x in alone]).mean(axis=0) for quantity in alone[0]}}
+        parts.append(one | {name: best.values[name] for name in aggregates})  # [1, len(n)]
     quantities = parts[0][SINGLE]
-    return {name: {q: np.mean([part[name][q] for part in parts], axis=0) for q in quantities} for name in parts[0]}, excluded
+    return {name: {q: np.concatenate([part[name][q] for part in parts]).mean(axis=0) for q in quantities} for name in parts[0]}, excluded
 
 
 def reliability(margins: np.ndarray) -> np.ndarray:

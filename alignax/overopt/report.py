@@ -16,7 +16,7 @@ TITLES = {"best_of_n": "Best-of-n", "direct": "Direct alignment", "training": "T
 PANELS = {  # quantity -> title, label of the axis; those of which every curve over sqrt(KL) is drawn
     "gold": ("What is wanted", "gold reward"),
     "proxy": ("What is optimised", "proxy reward"),
-    "disagreement": ("Disagreement of the members", "standard deviation between members"),
+    "disagreement": ("Disagreement of the members", "sd between members"),
     "length": ("Response length", "tokens"),
 }
 READING = (

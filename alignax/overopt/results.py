@@ -139,7 +139,7 @@ def as_json(measurements: Sequence[dict[str, Any]]) -> str:
         {"kind": kind, "world": arm, "objective": objective} | {name: fit and fit._asdict() for name, fit in fitted(group).items()}
         for (kind, arm, objective), group in pooled(own).items()
     ]
-    kept = ("kind", "arm", "members", "prompts", "responses", "excluded", "accuracy", "calibration", "samples")
+    kept = ("kind", "arm", "members", "prompts", "responses", "excluded", "excluded_pairs", "accuracy", "calibration", "samples")
     rest = [{name: m[name] for name in kept if name in m} for m in measurements if m["kind"] != "direct"]
     out = {"curves": [_plain(curve) for curve in own], "laws": laws, "measurements": rest}
     return json.dumps(out, indent=1, ensure_ascii=False, allow_nan=False)

@@ -93,18 +93,22 @@ def samples(measured: Sequence[tuple[Run, dict[str, Any]]]) -> list[dict[str, An
 
 
 def findings(own: Own) -> list[str]:
-    """One line for each run or objective: peak and end."""
+    """Peak and end of every curve, a line for each run and objective of direct alignment, else for each run; and what was left out."""
     lines = []
     for run, found in own:
         of_run = f"{run.name}: " if len(own) > 1 else ""
-        parts = [f"{c.name} {number((p := results.peak(c))['peak'])} → {number(p['final'])}" for c in found]
-        if found[0].kind == "best_of_n":
-            lines.append(f"{of_run}gold reward at its peak → at n = {found[0].at[-1]}: {'; '.join(parts)}.")
+        ends = lambda curves, name: "; ".join(f"{name(c)} {number((p := results.peak(c))['peak'])} → {number(p['final'])}" for c in curves)
+        if found[0].kind == "direct":
+            for (_, _, objective), group in results.pooled(found).items():
+                lines.append(f"{of_run}{objective}, gold reward at its peak → at the end: {ends(group, lambda c: f'β = {c.beta:g}')}.")
         else:
-            lines.append(f"{of_run}gold reward at its peak → at the end: {'; '.join(parts)}.")
+            last = f"n = {found[0].at[-1]}" if found[0].kind == "best_of_n" else "the end"
+            lines.append(f"{of_run}gold reward at its peak → at {last}: {ends(found, lambda c: c.objective)}.")
         for m in run.measurements:
-            if m["arm"] == found[0].arm and m.get("excluded"):
-                lines.append(f"{of_run}{m['excluded']} responses were left out, since a score of theirs is not finite.")
+            if (m["kind"], m["arm"]) == (found[0].kind, found[0].arm) and (m.get("excluded") or m.get("excluded_pairs")):
+                lines.append(
+                    f"{of_run}left out, since a score is not finite: {m['excluded']} responses, {m['excluded_pairs']} held-out pairs."
+                )
     return lines
 
 

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from alignax.config import BadInput
 from alignax.experience import chain, logps
 from alignax.losses import Loss
 from alignax.overopt.worlds import Scored, Trajectory, World, check_varies
@@ -28,6 +29,11 @@ from alignax.types import Batch, Model, Outputs, Params, TrainState
 
 SAMPLES = 20_000  # responses that gold takes its mean and spread of
 HIDDEN = 32
+RANGES = (  # config field, lowest, highest
+    ("world.tail", 0, 1), ("world.noise", 0, 0.5), ("world.dimension", 1, math.inf), ("world.pairs", 1, math.inf),
+    ("world.held_out", 1, math.inf), ("world.prompts", 1, math.inf), ("proxy.members", 1, math.inf), ("proxy.steps", 1, math.inf),
+    ("proxy.batch_size", 1, math.inf), ("direct.pool", 2, math.inf), ("direct.every", 1, math.inf), ("direct.batch_size", 1, math.inf),
+)  # fmt: skip
 
 
 class Gold(NamedTuple):
@@ -44,7 +50,18 @@ def vectors(config: Any, proxy_loss: Loss) -> World:
     Args:
       config: groups `world`, `proxy` and `direct` of experiments/overoptimization.py.
       proxy_loss: that of the reward models, `bradley_terry() + 0.001 * score_l2()` say.
+
+    Raises:
+      BadInput: for fields outside their range.
     """
+    for field, low, high in RANGES:
+        group, name = field.split(".")
+        if not low <= config[group][name] <= high:
+            raise BadInput(f"config field {field!r} is {config[group][name]}; it must be in {low:g} ... {high:g}")
+    if (most := max(config.best_of_n.n, default=1)) > config.world.responses:
+        raise BadInput(f"best of n = {most} of {config.world.responses} responses; lower best_of_n.n, or raise world.responses to {most}")
+    if config.direct.steps % config.direct.every:
+        raise BadInput(f"direct.steps is {config.direct.steps}, no multiple of direct.every, {config.direct.every}; make it one")
     return World(partial(score, config, proxy_loss), partial(align, config))
 
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from alignax.config import BadInput
 from alignax.losses import Loss
 
 
@@ -40,6 +41,6 @@ class World(NamedTuple):
 def check_varies(mean: float, std: float) -> None:
     """Refuses a gold reward under which nothing can be measured, given its mean and standard deviation under the initial policy."""
     if not (math.isfinite(mean) and math.isfinite(std)):
-        raise ValueError(f"the gold reward has mean {mean} and standard deviation {std} under the initial policy; it must be finite")
+        raise BadInput(f"the gold reward has mean {mean} and standard deviation {std} under the initial policy; it must be finite")
     if std <= 1e-6 * max(abs(mean), 1.0):
-        raise ValueError(f"the gold reward is {mean:g} for every response of the initial policy; it must vary, or nothing can be measured")
+        raise BadInput(f"the gold reward is {mean:g} for every response of the initial policy; it must vary, or nothing can be measured")
