@@ -69,8 +69,8 @@ def overopt(file: str, overrides: Sequence[str]) -> None:
     with refusing():
         experiment = load_experiment(file, overrides)
         if experiment.main is None:
-            raise ValueError(f"{file} has no main(), which the laboratory is run by; see experiments/overoptimization.py")
-    experiment.main(experiment)
+            raise ValueError(f"{file} has no main(), which runs the laboratory; see experiments/overoptimization.py")
+        experiment.main(experiment)
 
 
 def report(workdirs: Sequence[Path]) -> None:

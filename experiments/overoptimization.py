@@ -14,6 +14,7 @@ says how to read them. `--config.world.responses=12600 --config.best_of_n.n='(1,
 """
 
 from alignax import bradley_terry, default_config, dpo, hinge, ipo_daa, rpo, score_l2
+from alignax.config import BadInput
 from alignax.experience import ensembles
 from alignax.overopt import laboratory
 from alignax.overopt.vectors import vectors
@@ -43,6 +44,7 @@ def get_config():
     config.best_of_n = {"n": tuple(2**i for i in range(13))}
     config.direct = {
         "repeats": 4,
+        "objectives": ("DPO", "IPO", "SLiC", "RPO"),
         "betas": (0.02, 0.1, 0.5),
         "eta": 0.05,  # of RPO
         "pool": 3000,  # responses
@@ -67,4 +69,6 @@ def main(experiment):
     worlds = {"tail": vectors(config, loss(config)), "control": vectors(control, loss(config))}
     aggregates = {"mean": ensembles.mean, "median": ensembles.median, "WCO": ensembles.wco, "UWO": ensembles.uwo(config.uwo)}
     objectives = {"DPO": dpo, "IPO": ipo_daa, "SLiC": hinge, "RPO": lambda beta: rpo(beta, config.direct.eta)}
-    laboratory.run(experiment, worlds, aggregates, objectives)
+    if unknown := sorted(set(config.direct.objectives) - set(objectives)):
+        raise BadInput(f"config field 'direct.objectives' names {', '.join(unknown)}; use {', '.join(objectives)}")
+    laboratory.run(experiment, worlds, aggregates, {name: objectives[name] for name in config.direct.objectives})

@@ -98,7 +98,7 @@ def test_eight_seeds_of_direct_alignment():
     check_direct(direct(8, "DPO", 0.02), direct(8, "DPO", 0.5), direct(8, "RPO", 0.02))
 
 
-def test_members_differ_and_share_their_noise(tmp_path):
+def test_members_differ_and_share_their_noise():
     tiny = ("world.pairs=64", "world.responses=8", "world.prompts=2", "world.held_out=16", "proxy.steps=3", "best_of_n.n=(1,2)")
     own = settings(*tiny)
     key = jax.random.key(0)
@@ -106,13 +106,9 @@ def test_members_differ_and_share_their_noise(tmp_path):
     assert (shared == shared[0]).all() and 0.2 < shared.mean() < 0.3
     each = np.asarray(vectors.flips(key, 1000, 5, settings(*tiny, "world.shared_noise=false")))
     assert len(np.unique(each, axis=0)) == 5 and 0.2 < each.mean() < 0.3
-    first, again = (next(iter(world(*tiny).score([7]))) for _ in range(2))
-    np.testing.assert_array_equal(first.members, again.members)
+    first = next(iter(world(*tiny).score([7])))
     assert first.members.shape == (5, 2, 8) and first.margins.shape == (5, 16) and first.gold.shape == (2, 8)
     assert len(np.unique(first.members[:, 0, 0])) == 5
-    alone = next(iter(world(*tiny, "proxy.members=1").score([7])))
-    assert alone.members.shape == (1, 2, 8)
-    np.testing.assert_array_equal(alone.gold, first.gold)
 
 
 def test_gold_is_standardised_and_bad_far_out():

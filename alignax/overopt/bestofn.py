@@ -49,6 +49,8 @@ def best_of_n(proxies: Mapping[str, np.ndarray], values: Mapping[str, np.ndarray
     Raises:
       ValueError: for shapes that differ, for a proxy or a value without one finite entry, for n beyond the responses left.
     """
+    if not proxies or "proxy" in values:
+        raise ValueError("give at least one proxy, and no value named 'proxy': that is the name of the proxy's own score")
     checked = {f"proxy {name!r}": x for name, x in proxies.items()} | {f"value {name!r}": x for name, x in values.items()}
     P, N = _shape(checked)
     picked = {proxy: {name: np.empty((P, len(n))) for name in (*values, "proxy")} for proxy in proxies}

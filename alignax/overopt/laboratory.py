@@ -49,16 +49,18 @@ def run(
     for field, count in (("repeats", config.repeats), ("direct.repeats", config.direct.repeats)):
         if count < 1:
             raise BadInput(f"config field {field!r} is {count}; it must be at least 1")
+    losses = {
+        (name, beta): make(beta) for name, make in objectives.items() for beta in config.direct.betas
+    }  # or an error, before anything runs
     workdir = open_workdir(experiment)
     seeds = range(config.seed, config.seed + config.repeats)
     for name, world in worlds.items():
         stage(workdir, f"best-of-n {name}", lambda: score(name, world.score(seeds), aggregates, sizes, seeds))  # noqa: B023
     seeds = range(config.seed, config.seed + config.direct.repeats)
     for name, train in [(name, world.align) for name, world in worlds.items() if world.align][:1]:
-        for objective, make in objectives.items():
-            for beta in config.direct.betas:
-                measure = lambda: align(name, objective, beta, train(seeds, make(beta)), seeds)  # noqa: B023
-                stage(workdir, f"{objective} {name} beta {beta:g}", measure)
+        for (objective, beta), loss in losses.items():
+            measure = lambda: align(name, objective, beta, train(seeds, loss), seeds)  # noqa: B023
+            stage(workdir, f"{objective} {name} beta {beta:g}", measure)
     print(report.write(workdir))
 
 
@@ -151,7 +153,7 @@ def anchored(scored: Scored) -> Scored:
         raise ValueError(f"reward models {dead} of {K} give no finite score; their training went wrong, lower the learning rate")
     if twins := [(j, k) for k in range(K) for j in range(k) if np.array_equal(scored.members[j], scored.members[k], equal_nan=True)]:
         raise ValueError(f"reward models {twins[0][0]} and {twins[0][1]} of {K} give the same scores; give each member a seed of its own")
-    means = np.mean(scored.members, axis=(1, 2), where=finite, dtype=np.float64)
+    means = np.asarray(np.mean(scored.members, axis=(1, 2), where=finite, dtype=np.float64))
     members = scored.members - means[:, None, None].astype(scored.members.dtype)
     return scored._replace(members=members, margins=scored.margins[:, paired.all(axis=0)])
 

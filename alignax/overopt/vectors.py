@@ -81,8 +81,16 @@ def make_gold(key: jax.Array, world: Any) -> Gold:
     w = jax.random.normal(one, (world.dimension,))
     gold = Gold(w / jnp.linalg.norm(w), jnp.zeros(()), jnp.ones(()))
     sample = rewards(gold, draw(other, (SAMPLES,), world), world)
-    check_varies(float(sample.mean()), float(sample.std()))
     return gold._replace(mean=sample.mean(), std=sample.std())
+
+
+def make_golds(seeds: Sequence[int], world: Any) -> tuple[jax.Array, Gold]:
+    """Keys of everything that is random [S, 6], and gold rewards, their leaves stacked to [S, ...]."""
+    keys = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed), 6))(jnp.array(seeds))
+    golds = jax.jit(jax.vmap(partial(make_gold, world=world)))(keys[:, 0])
+    for mean, std in zip(golds.mean.tolist(), golds.std.tolist(), strict=True):
+        check_varies(mean, std)
+    return keys, golds
 
 
 def rewards(gold: Gold, x: jax.Array, world: Any) -> jax.Array:
@@ -128,15 +136,15 @@ def policy(pool: jax.Array, params: Params, batch: Batch) -> Outputs:
     return Outputs(log_probs[batch["tokens"]], jnp.full(batch["tokens"].shape, entropy))
 
 
-def trained(step: Any, state: TrainState, data: Batch, steps: int, batch_size: int) -> TrainState:
+def trained(step: Any, state: TrainState, data: Batch, steps: int | jax.Array, batch_size: int) -> TrainState:
     """The state after so many steps on batches of random rows of `data`."""
     count = data["completion_mask"].shape[0]
 
-    def one(state: TrainState, _: None) -> tuple[TrainState, None]:
+    def one(_: jax.Array, state: TrainState) -> TrainState:
         rows = jax.random.randint(jax.random.fold_in(state.key, state.step), (batch_size,), 0, count)
-        return step(state, jax.tree.map(lambda x: x[rows], data))[0], None
+        return step(state, jax.tree.map(lambda x: x[rows], data))[0]
 
-    return jax.lax.scan(one, state, length=steps)[0]
+    return jax.lax.fori_loop(0, steps, one, state)
 
 
 # Reward models, for best-of-n -----------------------------------------------------------------------------------------------
@@ -145,26 +153,26 @@ def trained(step: Any, state: TrainState, data: Batch, steps: int, batch_size: i
 def score(config: Any, loss: Loss, seeds: Sequence[int]) -> Iterator[Scored]:
     """Trains the reward models of all seeds at once, and scores fresh responses seed by seed."""
     world = config.world
-    keys = jnp.stack([jax.random.split(jax.random.key(seed), 6) for seed in seeds])  # [S, 6]
-    golds = [make_gold(key, world) for key in keys[:, 0]]
-    pairs = [ordered(gold, draw(key, (world.pairs, 2), world), world) for gold, key in zip(golds, keys[:, 1], strict=True)]
-    train = jax.vmap(partial(train_members, config, loss))
-    states = jax.jit(train)(keys[:, 2], keys[:, 3], jnp.stack(pairs))  # leaves [S, K, ...]
+    keys, golds = make_golds(seeds, world)
+    pairs = lambda gold, key, count: ordered(gold, draw(key, (count, 2), world), world)
+
+    def train(gold: Gold, keys: jax.Array) -> TrainState:
+        return train_members(config, loss, keys[2], keys[3], pairs(gold, keys[1], world.pairs))
+
+    def fresh(gold: Gold, keys: jax.Array, params: Params) -> tuple[jax.Array, ...]:
+        members = lambda x: jax.vmap(network, in_axes=(0, None))(params, x)
+        responses = draw(keys[4], (world.prompts, world.responses), world)
+        better, worse = members(pairs(gold, keys[5], world.held_out).swapaxes(0, 1)).swapaxes(0, 1)  # [K, H] each
+        scores = jax.lax.map(members, responses)  # prompt by prompt, to bound memory: [P, K, N]
+        return responses, rewards(gold, responses, world), scores.swapaxes(0, 1), better - worse
+
+    states = jax.jit(jax.vmap(train))(golds, keys)  # leaves [S, K, ...]
     check_trained(states)
-    members = jax.vmap(network, in_axes=(0, None))
-    by_prompt = jax.jit(lambda params, x: jax.lax.map(partial(members, params), x))  # [P, N, D] -> [P, K, N], in memory of one prompt
-    for i, gold in enumerate(golds):
-        params = jax.tree.map(itemgetter(i), states.params)
-        responses = draw(keys[i, 4], (world.prompts, world.responses), world)
-        held_out = ordered(gold, draw(keys[i, 5], (world.held_out, 2), world), world)
-        better, worse = by_prompt(params, held_out.swapaxes(0, 1))  # [K, H] each
-        yield Scored(
-            gold=np.asarray(rewards(gold, responses, world)),
-            members=np.asarray(by_prompt(params, responses)).swapaxes(0, 1),
-            margins=np.asarray(better - worse),
-            lengths=None,
-            show=partial(show, gold, responses),
-        )
+    measure = jax.jit(fresh)
+    for i in range(len(seeds)):
+        gold, params = jax.tree.map(itemgetter(i), (golds, states.params))
+        responses, *measured = map(np.asarray, measure(gold, keys[i], params))
+        yield Scored(*measured, lengths=None, show=partial(show, np.asarray(gold.direction), responses))
 
 
 def train_members(config: Any, loss: Loss, key: jax.Array, noise: jax.Array, pairs: jax.Array) -> TrainState:
@@ -189,10 +197,10 @@ def ordered(gold: Gold, x: jax.Array, world: Any) -> jax.Array:
     return jnp.where((better == 0)[..., None, None], x, x[..., ::-1, :])
 
 
-def show(gold: Gold, responses: jax.Array, p: int, i: int) -> tuple[str, str]:
+def show(direction: np.ndarray, responses: np.ndarray, p: int, i: int) -> tuple[str, str]:
     """A response in words: how far it goes along gold's direction, and how far out it lies."""
     x = responses[p, i]
-    return f"prompt {p}", f"w·x = {float(x @ gold.direction):+.2f}, |x| = {float(jnp.linalg.norm(x)):.2f}"
+    return f"prompt {p}", f"w·x = {x @ direction:+.2f}, |x| = {np.linalg.norm(x):.2f}"
 
 
 # Policies, for direct alignment ---------------------------------------------------------------------------------------------
@@ -200,25 +208,24 @@ def show(gold: Gold, responses: jax.Array, p: int, i: int) -> tuple[str, str]:
 
 def align(config: Any, seeds: Sequence[int], loss: Loss) -> Iterator[Trajectory]:
     """Trains a policy of each seed over a pool of responses, from the uniform one, and measures it exactly."""
-    c, world = config.direct, config.world
-    keys = jnp.stack([jax.random.split(jax.random.key(seed), 6) for seed in seeds])
-    golds = [make_gold(key, world) for key in keys[:, 0]]
-    pools = [draw(key, (c.pool,), world) for key in keys[:, 1]]
-    gold = [rewards(gold, pool, world) for gold, pool in zip(golds, pools, strict=True)]
-    gold = [(g - g.mean()) / g.std() for g in gold]  # the initial policy is uniform over the pool
+    c = config.direct
+    keys, golds = make_golds(seeds, config.world)
     run = jax.jit(lambda inputs: jax.lax.map(lambda own: train_policy(config, loss, *own), inputs))
-    state, values = run((keys[:, 2:], jnp.stack(pools), jnp.stack(gold)))
+    state, values = run((golds, keys))
     check_trained(state)
     steps = np.arange(c.steps // c.every + 1) * c.every
     for i in range(len(seeds)):
         yield Trajectory(steps, {name: np.asarray(x[i]) for name, x in values.items()})
 
 
-def train_policy(config: Any, loss: Loss, keys: jax.Array, pool: jax.Array, gold: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One policy over a pool [M, D] of gold rewards [M]; what is measured of it, at each of the evaluations: [E]."""
-    c, world, count = config.direct, config.world, pool.shape[0]
+def train_policy(config: Any, loss: Loss, own: Gold, keys: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One policy over a pool of responses, and what is measured of it at each of the evaluations: [E]."""
+    c, world, count = config.direct, config.world, config.direct.pool
+    pool = draw(keys[1], (count,), world)  # [M, D]
+    gold = rewards(own, pool, world)
+    gold = (gold - gold.mean()) / gold.std()  # [M]; the initial policy is uniform over the pool
     apply, optimizer = partial(policy, pool), optax.adam(c.learning_rate)
-    initial = init_network(keys[0], pool.shape[1], 0.0)  # all scores 0: the uniform policy
+    initial = init_network(keys[2], pool.shape[1], 0.0)  # all scores 0: the uniform policy
     experience = chain(logps("ref_logps", Model(apply, initial)))
 
     def pairs(key: jax.Array, flipped: jax.Array) -> Batch:
@@ -227,8 +234,8 @@ def train_policy(config: Any, loss: Loss, keys: jax.Array, pool: jax.Array, gold
         tokens = jnp.where(swap[:, None], tokens[:, ::-1], tokens)[:, :, None]  # [B, 2, 1]
         return experience({"tokens": tokens, "completion_mask": jnp.ones(tokens.shape, bool)})
 
-    own, other = jax.random.split(keys[1])
-    data = pairs(own, flips(keys[2], world.pairs, 1, config)[0])
+    trained_on, other = jax.random.split(keys[3])
+    data = pairs(trained_on, flips(keys[4], world.pairs, 1, config)[0])
     held_out = pairs(other, jnp.zeros((world.held_out,), bool))
     seen = jnp.zeros((count,)).at[data["tokens"].reshape(-1)].set(1.0)
     evaluate = make_evaluation(apply, loss)
@@ -236,20 +243,20 @@ def train_policy(config: Any, loss: Loss, keys: jax.Array, pool: jax.Array, gold
     def measured(state: TrainState) -> dict[str, jax.Array]:
         log_probs = jax.nn.log_softmax(network(state.params, pool))
         p = jnp.exp(log_probs)
-        mean = lambda batch, name: (lambda sums: sums[0] / sums[1])(evaluate(state.params, state.step, batch)[name])
+        on, off = (evaluate(state.params, state.step, batch) for batch in (data, held_out))
+        mean = lambda sums, name: sums[name][0] / sums[name][1]
         return {
-            "gold": p @ gold, "kl": p @ (log_probs + math.log(count)), "proxy": mean(held_out, "rewards/margins"),
-            "accuracy": mean(held_out, "rewards/accuracies"), "chosen_drift": mean(data, "logps/chosen_drift"), "unseen": p @ (1.0 - seen),
+            "gold": p @ gold, "kl": p @ (log_probs + math.log(count)), "proxy": mean(off, "rewards/margins"),
+            "accuracy": mean(off, "rewards/accuracies"), "chosen_drift": mean(on, "logps/chosen_drift"), "unseen": p @ (1.0 - seen),
         }  # fmt: skip
 
-    def stretch(state: TrainState, _: None) -> tuple[TrainState, dict[str, jax.Array]]:
-        state = trained(step, state, data, c.every, c.batch_size)
+    def stretch(state: TrainState, steps: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+        state = trained(step, state, data, steps, c.batch_size)
         return state, measured(state)
 
     step = make_step(apply, loss, optimizer)
-    first = init_state(initial, optimizer, keys[3])
-    state, rest = jax.lax.scan(stretch, first, length=c.steps // c.every)
-    return state, jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), measured(first), rest)
+    steps = jnp.full((c.steps // c.every + 1,), c.every).at[0].set(0)  # measured before the first one too
+    return jax.lax.scan(stretch, init_state(initial, optimizer, keys[5]), steps)
 
 
 def check_trained(states: TrainState) -> None:
