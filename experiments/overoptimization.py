@@ -26,6 +26,7 @@ def get_config():
     config.workdir = "runs/overoptimization"
     config.repeats = 8  # seeds: other gold rewards, data and models; bands are over them
     config.uwo = 0.5  # coefficient of the variance between members
+    config.control = True  # measure best-of-n in the same world without its tail, too
 
     config.world = {
         "dimension": 16,  # of a response
@@ -64,9 +65,11 @@ def loss(config):
 def main(experiment):
     """The world, the same without its tail as the control, and what is compared in them."""
     config = experiment.config
-    control = config.copy_and_resolve_references()
-    control.world.tail = 0.0
-    worlds = {"tail": vectors(config, loss(config)), "control": vectors(control, loss(config))}
+    worlds = {"tail": vectors(config, loss(config))}
+    if config.control:
+        without = config.copy_and_resolve_references()
+        without.world.tail = 0.0
+        worlds["control"] = vectors(without, loss(config))
     aggregates = {"mean": ensembles.mean, "median": ensembles.median, "WCO": ensembles.wco, "UWO": ensembles.uwo(config.uwo)}
     objectives = {"DPO": dpo, "IPO": ipo_daa, "SLiC": hinge, "RPO": lambda beta: rpo(beta, config.direct.eta)}
     if unknown := sorted(set(config.direct.objectives) - set(objectives)):

@@ -18,7 +18,7 @@ from alignax.overopt.worlds import Scored
 
 FILE = str(runs.REPO / "experiments" / "overoptimization.py")
 TINY = {
-    "repeats": 2, "world.pairs": 64, "world.responses": 32, "world.prompts": 2, "world.held_out": 40, "proxy.members": 3, "proxy.steps": 4,
+    "repeats": 2, "control": False, "world.pairs": 64, "world.responses": 32, "world.prompts": 2, "world.held_out": 40, "proxy.members": 3, "proxy.steps": 4,
     "best_of_n.n": "(1,2,4,8,16,32)", "direct.repeats": 2, "direct.objectives": "('RPO',)", "direct.betas": "(0.1,)", "direct.pool": 50,
     "direct.steps": 8, "direct.every": 2,
 }  # fmt: skip
@@ -123,7 +123,7 @@ def workdir(tmp_path_factory) -> Path:
     patch.setattr(laboratory, "align", killed)
     assert cli.main(arguments(path)) == 130
     times = {file.name: file.stat().st_mtime_ns for file in (path / "stages").iterdir()}
-    assert times.keys() == {"best-of-n-tail.json", "best-of-n-control.json"} and not (path / "report.html").exists()
+    assert times.keys() == {"best-of-n-tail.json"} and not (path / "report.html").exists()
     patch.setattr(laboratory, "align", align)
     assert cli.main(arguments(path)) == 0
     assert {file.name: file.stat().st_mtime_ns for file in (path / "stages").iterdir() if file.name in times} == times, "kept"
@@ -160,7 +160,7 @@ class Page(HTMLParser):
 def test_the_page_is_whole_and_needs_no_network(workdir):
     page = Page(workdir / "report.html")
     images = page.all("img")
-    assert len(images) == 4 + 4 + 2 and all(image["src"].startswith("data:image/png;base64,") and image["alt"] for image in images)
+    assert len(images) == 4 + 2 and all(image["src"].startswith("data:image/png;base64,") and image["alt"] for image in images)
     assert not page.all("script") and not page.all("link") and not [a for _, a in page.found if a.get("src", "data:")[:5] != "data:"]
     assert all(a["href"].startswith("#") for a in page.all("a"))
     ids = [a["id"] for _, a in page.found if "id" in a]
@@ -172,7 +172,7 @@ def test_the_page_is_whole_and_needs_no_network(workdir):
     for part in ("UWO", "RPO", "final gold", "R²", "How to read this", "w·x = "):
         assert part in text, part
     figures = {file.name for file in (workdir / "figures").iterdir()}
-    assert {"best-of-n-tail-gold.png", "best-of-n-control-calibration.png", "direct-alignment-tail-proxy-rpo.png"} <= figures
+    assert {"best-of-n-tail-gold.png", "best-of-n-tail-calibration.png", "direct-alignment-tail-proxy-rpo.png"} <= figures
     assert len(figures) == len(images)
 
 

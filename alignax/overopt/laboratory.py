@@ -165,7 +165,8 @@ def curves_of(scored: Scored, aggregates: Mapping[str, Aggregate], n: Sequence[i
         members = scored.members[:, p : p + 1]  # [K, 1, N]
         proxies = {f"member {k}": members[k] for k in range(len(members))}
         proxies |= {name: np.asarray(aggregate(jnp.asarray(members))) for name, aggregate in aggregates.items()}
-        values = {"gold": scored.gold[p : p + 1], "disagreement": members.std(axis=0)}
+        with np.errstate(invalid="ignore"):  # of infinite scores, which are left out
+            values = {"gold": scored.gold[p : p + 1], "disagreement": members.std(axis=0)}
         if scored.lengths is not None:
             values["length"] = scored.lengths[p : p + 1]
         best = best_of_n(proxies, values, n)
