@@ -262,4 +262,4 @@ def train_policy(config: Any, loss: Loss, own: Gold, keys: jax.Array) -> tuple[T
 def check_trained(states: TrainState) -> None:
     """Stops where a step was not finite: what such a model says is no measurement."""
     if skipped := int(jnp.sum(states.skipped)):
-        raise FloatingPointError(f"{skipped} training steps of {states.skipped.shape} models were not finite; lower the learning rate")
+        raise FloatingPointError(f"{skipped} training steps of {states.skipped.size} models were not finite; lower the learning rate")
