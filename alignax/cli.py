@@ -19,7 +19,7 @@ export      writes the newest checkpoint of a run as a Hugging Face folder
 check-data  reads and tokenises the data and reports on it, every bad row counted; needs the tokenizer of the model folder, no
             weights; --json writes the report to a file too, --json - prints it instead; ends with 2 if a run would refuse the data
 overopt     measures reward overoptimisation: best-of-n and direct alignment against a gold reward; goes on where it was stopped
-report      writes WORKDIR/report.html anew, of a laboratory or of a run with a gold reward; of several, comparison.html in the first
+report      writes WORKDIR/report.html anew, of a laboratory or a run with a gold reward; for several comparison.html in the first, too
 FIELD       any field of the config, such as data.max_length; `alignax train --config FILE.py --dry-run` lists them"""
 WANTED = {"train": [], "eval": ["WORKDIR"], "export": ["WORKDIR", "FOLDER"], "check-data": [], "overopt": [], "report": ["WORKDIR ..."]}
 

@@ -74,11 +74,14 @@ def overopt(file: str, overrides: Sequence[str]) -> None:
 
 
 def report(workdirs: Sequence[Path]) -> None:
-    """`alignax report`: the page of a workdir anew, or one on which several lie side by side."""
+    """`alignax report`: the page of each workdir anew, and of several one more, on which they lie side by side."""
     from alignax.overopt import report
 
     with refusing():
-        print(report.write(workdirs[0]) if len(workdirs) == 1 else report.compare(workdirs))
+        for workdir in workdirs:
+            print(report.write(workdir))
+        if len(workdirs) > 1:
+            print(report.compare(workdirs))
 
 
 def saved_experiment(workdir: Path, overrides: Sequence[str]) -> Experiment:

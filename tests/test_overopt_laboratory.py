@@ -123,7 +123,7 @@ def workdir(tmp_path_factory) -> Path:
     patch.setattr(laboratory, "align", killed)
     assert cli.main(arguments(path)) == 130
     times = {file.name: file.stat().st_mtime_ns for file in (path / "stages").iterdir()}
-    assert times.keys() == {"best-of-n-tail.json"} and not (path / "report.html").exists()
+    assert times.keys() == {"00-best-of-n-tail.json"} and not (path / "report.html").exists()
     patch.setattr(laboratory, "align", align)
     assert cli.main(arguments(path)) == 0
     assert {file.name: file.stat().st_mtime_ns for file in (path / "stages").iterdir() if file.name in times} == times, "kept"
@@ -180,7 +180,7 @@ def test_the_numbers_agree(workdir):
     out = json.loads((workdir / "results.json").read_text())
     by = {(c["kind"], c["world"], c["objective"], c["beta"]): c for c in out["curves"]}
     uwo = by["best_of_n", "tail", "UWO", None]
-    stage = json.loads((workdir / "stages" / "best-of-n-tail.json").read_text())
+    stage = json.loads((workdir / "stages" / "00-best-of-n-tail.json").read_text())
     gold = np.array(stage["curves"]["UWO"]["gold"])
     np.testing.assert_allclose(uwo["values"]["gold"]["mean"], gold.mean(axis=0))
     half = 12.7062 * gold.std(axis=0, ddof=1) / np.sqrt(2)  # Student's t with one degree of freedom
@@ -198,7 +198,7 @@ def test_a_finished_run_measures_nothing_again_and_its_config_runs_the_same(work
     monkeypatch.setattr(laboratory, "score", lambda *args: pytest.fail("measured again"))
     before = (workdir / "results.json").read_bytes()
     assert cli.main(["overopt", "--config", str(workdir / "config.py")]) == 0
-    assert "best-of-n tail: measured before" in capsys.readouterr().err
+    assert "00 best-of-n tail: measured before" in capsys.readouterr().err
     assert (workdir / "results.json").read_bytes() == before
     assert cli.main(arguments(workdir, repeats=3)) == 2
     assert "belongs to another run (repeats: 2 there, 3 now)" in capsys.readouterr().err
@@ -211,16 +211,15 @@ def test_report_rebuilds_and_lays_side_by_side(workdir, tmp_path, capsys):
     one, other, trained = (tmp_path / name for name in ("one", "other", "dpo"))
     for folder in (one, other):
         (folder / "stages").mkdir(parents=True)
-        shutil.copy(workdir / "stages" / "best-of-n-tail.json", folder / "stages")
+        shutil.copy(workdir / "stages" / "00-best-of-n-tail.json", folder / "stages")
     assert cli.main(["report", str(one)]) == 0
     page = (one / "report.html").read_bytes()
-    assert cli.main(["report", str(one)]) == 0
-    assert (one / "report.html").read_bytes() == page, "the same numbers give the same page"
     trained.mkdir()
     rows = [{"step": i, "eval/kl": i / 2, "eval/gold": 1.0 - i, "eval/rewards/margins": 0.1 * i} for i in range(4)]
     (trained / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (trained / "samples.jsonl").write_text(json.dumps({"step": 3, "prompt": "<b>p", "completion": "c & d", "gold": -2.0}) + "\n")
     assert cli.main(["report", str(other), str(one), str(trained)]) == 0
+    assert (one / "report.html").read_bytes() == page, "the same numbers give the same page"
     assert f"comparison: {other / 'comparison.html'}" in capsys.readouterr().out
     text = (other / "comparison.html").read_text()
     assert len(Page(other / "comparison.html").all("img")) == 2 * 4 + 2
@@ -258,7 +257,7 @@ def test_bad_input_is_one_line(changes, message, tmp_path, capsys):
     assert cli.main(arguments(tmp_path / "run", **changes)) == 2
     err = capsys.readouterr().err
     assert message in err and err.splitlines()[-1].startswith("alignax: error: ")
-    assert not (tmp_path / "run" / "stages" / "best-of-n-tail.json").exists()
+    assert not (tmp_path / "run" / "stages" / "00-best-of-n-tail.json").exists()
 
 
 def test_overopt_needs_a_laboratory(capsys):

@@ -30,6 +30,7 @@ class Panel(NamedTuple):
     x_label: str
     y_label: str
     limits: tuple[float, float] | None = None  # of y, where several panels share them
+    reach: float | None = None  # of x, likewise
     diagonal: bool = False  # y = x, dotted
 
 
@@ -49,7 +50,7 @@ def figure(panels: Sequence[Panel], width: float = 4.2, height: float = 3.4) -> 
             if panel.diagonal:
                 axes.axline((0.5, 0.5), slope=1, color="0.5", ls=":", lw=1)
             else:
-                axes.set_xlim(left=0)
+                axes.set_xlim(0, panel.reach)
             axes.margins(y=0.08)
             if panel.limits:
                 axes.set_ylim(*panel.limits)
@@ -61,20 +62,19 @@ def figure(panels: Sequence[Panel], width: float = 4.2, height: float = 3.4) -> 
 
 def _draw(axes: Any, line: Line, i: int, ring: bool) -> None:
     colour, marker, stroke = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)], STROKES[i // len(COLOURS) % len(STROKES)]
-    every = max(len(line.x) // 12, 1)  # markers of a long line
-    axes.plot(line.x, line.y, marker, ls=stroke, color=colour, ms=4, lw=1.2, label=line.label, markevery=every, clip_on=False)
+    axes.plot(line.x, line.y, marker, ls=stroke, color=colour, ms=4, lw=1.2, label=line.label, clip_on=False)
     if ring:
         axes.plot(line.x[-1], line.y[-1], marker, color=colour, ms=10, mfc="none", clip_on=False)
     if line.low is not None and line.high is not None:
         if all(a < b for a, b in zip(line.x, line.x[1:], strict=False)):
             axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.15, lw=0)
         else:  # a line that turns back has no area below it
-            axes.vlines(line.x[::every], line.low[::every], line.high[::every], color=colour, alpha=0.4, lw=1.2)
+            axes.vlines(line.x[::-3], line.low[::-3], line.high[::-3], color=colour, alpha=0.35, lw=1.5)
     if line.law is not None:
         axes.plot(*line.law, ls=":", color=colour, lw=0.9)
 
 
-def png(drawing: Any, dpi: int = 160) -> bytes:
+def png(drawing: Any, dpi: int = 200) -> bytes:
     """The figure as PNG; equal figures give equal bytes."""
     import matplotlib
 

@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 from alignax.config import BadInput, Experiment, difference, effective, load_experiment
 from alignax.experience.ensembles import Aggregate
 from alignax.losses import Loss
-from alignax.overopt.bestofn import best_of_n, kl
+from alignax.overopt import bestofn
 from alignax.overopt.worlds import Scored, Trajectory, World, check_varies
 
 FREE = ("workdir",)  # fields in which a run and its workdir may differ
@@ -49,18 +50,23 @@ def run(
     for field, count in (("repeats", config.repeats), ("direct.repeats", config.direct.repeats)):
         if count < 1:
             raise BadInput(f"config field {field!r} is {count}; it must be at least 1")
-    losses = {
-        (name, beta): make(beta) for name, make in objectives.items() for beta in config.direct.betas
-    }  # or an error, before anything runs
-    workdir = open_workdir(experiment)
     seeds = range(config.seed, config.seed + config.repeats)
-    for name, world in worlds.items():
-        stage(workdir, f"best-of-n {name}", lambda: score(name, world.score(seeds), aggregates, sizes, seeds))  # noqa: B023
-    seeds = range(config.seed, config.seed + config.direct.repeats)
+    fewer = range(config.seed, config.seed + config.direct.repeats)
+
+    def best_of_n(name: str, world: World) -> dict[str, Any]:
+        return score(name, world.score(seeds), aggregates, sizes, seeds)
+
+    def direct(name: str, train: Any, objective: str, beta: float, loss: Loss) -> dict[str, Any]:
+        return align(name, objective, beta, train(fewer, loss), fewer)
+
+    stages = [(f"best-of-n {name}", partial(best_of_n, name, world)) for name, world in worlds.items()]
     for name, train in [(name, world.align) for name, world in worlds.items() if world.align][:1]:
-        for (objective, beta), loss in losses.items():
-            measure = lambda: align(name, objective, beta, train(seeds, loss), seeds)  # noqa: B023
-            stage(workdir, f"{objective} {name} beta {beta:g}", measure)
+        for objective, make in objectives.items():
+            for beta in config.direct.betas:
+                stages.append((f"{objective} {name} beta {beta:g}", partial(direct, name, train, objective, beta, make(beta))))
+    workdir = open_workdir(experiment)
+    for i, (name, measure) in enumerate(stages):
+        stage(workdir, f"{i:02d} {name}", measure)
     print(report.write(workdir))
 
 
@@ -131,7 +137,7 @@ def score(
     K, P, N = own.members.shape
     return {
         "kind": "best_of_n", "arm": arm, "seeds": list(seeds), "members": K, "prompts": P, "responses": N, "excluded": excluded,
-        "excluded_pairs": pairs, "n": list(n), "kl": [kl(size) for size in n], "curves": curves, "accuracy": accuracy,
+        "excluded_pairs": pairs, "n": list(n), "kl": [bestofn.kl(size) for size in n], "curves": curves, "accuracy": accuracy,
         "calibration": {name: table.tolist() for name, table in calibration.items()}, "samples": samples,
     }  # fmt: skip
 
@@ -169,7 +175,7 @@ def curves_of(scored: Scored, aggregates: Mapping[str, Aggregate], n: Sequence[i
             values = {"gold": scored.gold[p : p + 1], "disagreement": members.std(axis=0)}
         if scored.lengths is not None:
             values["length"] = scored.lengths[p : p + 1]
-        best = best_of_n(proxies, values, n)
+        best = bestofn.best_of_n(proxies, values, n)
         excluded += best.excluded
         alone = [best.values[f"member {k}"] for k in range(len(members))]
         one = {SINGLE: {quantity: np.stack([x[quantity] for x in alone]).mean(axis=0) for quantity in alone[0]}}

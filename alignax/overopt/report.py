@@ -13,6 +13,7 @@ from alignax.overopt.results import Curve
 from alignax.overopt.tables import Own, Run, ends, findings, laws, number, samples
 
 TITLES = {"best_of_n": "Best-of-n", "direct": "Direct alignment", "training": "Training runs"}
+DRAWN = 25  # points of a line, at most about
 PANELS = {  # quantity -> title, label of the axis; those of which every curve over sqrt(KL) is drawn
     "gold": ("What is wanted", "gold reward"),
     "proxy": ("What is optimised", "proxy reward"),
@@ -21,7 +22,8 @@ PANELS = {  # quantity -> title, label of the axis; those of which every curve o
 }
 READING = (
     "Lines are means over seeds, each another gold reward, other data and other models; bands are 95 % confidence intervals of that "
-    "mean (Student's t), which a single seed has not. A ring marks the end of a line.",
+    "mean (Student's t), which a single seed has not; lines that turn back have bars instead. A ring marks the end of a line. Of long "
+    "training runs some 25 evaluations are drawn, more of the beginning than of the end; the numbers hold all.",
     "In the laboratory gold reward is in standard deviations under the initial policy, where its mean is 0. The drop is the peak of the "
     "mean line less its end.",
     "Best-of-n is not sampled: it is the unbiased estimate over all subsets of n of the N responses, and its KL is log n − (n − 1)/n. "
@@ -30,7 +32,7 @@ READING = (
     "Direct alignment: the proxy is the implicit reward, its margin β (log π/ref of chosen − of rejected) on held-out pairs. KL is "
     "averaged over seeds before its root is taken.",
     "Laws (Gao et al. 2022): R = d (α − β d) for best-of-n, R = d (α − β log d) for trained policies, d = √KL; least squares on points "
-    "with d of at least 0.3, all β of an objective together. Dotted in the figures of best-of-n. A peak beyond the last d was not reached.",
+    "with d of at least 0.3, all β of an objective together. Dotted in the figures of best-of-n.",
     "Calibration: how often a reward model that prefers one response with probability p is right, on held-out pairs without noise; the "
     "dotted line is p.",
 )
@@ -112,7 +114,8 @@ def shared_axes(own: Own) -> dict[str, list[tuple[str, Curve]]]:
                 panels.setdefault(of_run, []).append((c.objective, c))
             else:
                 panels.setdefault(", ".join(filter(None, (c.objective, of_run))), []).append((f"β = {c.beta:g}", c))
-    return dict(sorted(panels.items(), key=lambda item: item[0].split(", ")[0])) if len(own) > 1 else panels
+    order = list(dict.fromkeys(lines[0][1].objective for lines in panels.values()))  # panels of an objective lie side by side
+    return dict(sorted(panels.items(), key=lambda item: order.index(item[1][0][1].objective)))
 
 
 def over_distance(quantity: str, panels: dict[str, list[tuple[str, Curve]]]) -> list[dict[str, Any]]:
@@ -120,25 +123,31 @@ def over_distance(quantity: str, panels: dict[str, list[tuple[str, Curve]]]) -> 
     having = {name: [(label, c) for label, c in lines if quantity in c.values] for name, lines in panels.items()}
     having = {name: lines for name, lines in having.items() if lines}
     title, y_label = PANELS[quantity]
-    # Implicit rewards of different betas are of different sizes, so theirs are not on the same axes.
-    limits = extent([c for lines in having.values() for _, c in lines], quantity) if len(having) > 1 and quantity != "proxy" else None
+    every = [c for lines in having.values() for _, c in lines]
+    # Implicit rewards of different objectives are of different sizes, so theirs do not share the axis of y.
+    apart = quantity == "proxy" and any(c.kind == "direct" for c in every)
+    limits = extent(every, quantity) if len(having) > 1 and not apart else None
+    reach = 1.04 * max((float(c.d.max()) for c in every), default=1.0)
     images = []
     for name, lines in having.items():
         drawn = [line(label, c, quantity) for label, c in lines]
         head = ": ".join(filter(None, (name, title.lower() if name else title)))
-        panel = figures.Panel(drawn, head, figures.DISTANCE, y_label, limits)
-        at_end = ", ".join(f"{label} {number(c.values[quantity].mean[-1])}" for label, c in lines)
+        panel = figures.Panel(drawn, head, figures.DISTANCE, y_label, limits, reach)
+        at_end = "; ".join(f"{label}: {number(c.values[quantity].mean[-1])}" for label, c in lines)
         images.append(image(panel, f"{quantity} {name}".replace(",", ""), f"{head}: {y_label} over √KL. At the end: {at_end}."))
     return images
 
 
 def line(label: str, curve: Curve, quantity: str) -> figures.Line:
-    """A curve as it is drawn; the gold reward of best-of-n with its fitted law."""
-    own, law = curve.values[quantity], None
+    """A curve as it is drawn: of a long one its beginning more densely than its end; the gold reward of best-of-n with its law."""
+    E = len(curve.d)
+    drawn = np.arange(E) if E <= DRAWN else np.unique([0, *np.geomspace(1, E - 1, DRAWN).round().astype(int)])
+    mean, low, high = (None if x is None else x[drawn].tolist() for x in curve.values[quantity])
+    law = None
     if quantity == "gold" and curve.kind == "best_of_n" and (fit := results.fitted([curve])["bon"]):
         d = np.linspace(fits.SMALLEST, curve.d[-1], 60)
-        law = (d.tolist(), (own.mean[0] + fits.value(fits.BON, fit.alpha, fit.beta, d)).tolist())
-    return figures.Line(label, curve.d.tolist(), *(None if x is None else x.tolist() for x in own), law=law)  # type: ignore[arg-type]
+        law = (d.tolist(), (curve.values["gold"].mean[0] + fits.value(fits.BON, fit.alpha, fit.beta, d)).tolist())
+    return figures.Line(label, curve.d[drawn].tolist(), mean or [], low, high, law)
 
 
 def extent(own: Sequence[Curve], quantity: str) -> tuple[float, float]:

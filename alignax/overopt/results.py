@@ -55,7 +55,7 @@ def load(workdir: Path) -> list[dict[str, Any]]:
     Raises:
       ValueError: for a folder that has neither.
     """
-    if files := sorted((workdir / "stages").glob("*.json"), key=lambda file: file.stat().st_mtime_ns):
+    if files := sorted((workdir / "stages").glob("*.json")):
         return [json.loads(file.read_text(encoding="utf-8")) for file in files]
     return [of_training(workdir)]
 
@@ -69,7 +69,7 @@ def of_training(workdir: Path) -> dict[str, Any]:
     logged = [name for name in TRAINING if all(name in row for row in rows)]
     curves = {TRAINING[name]: [[max(row[name], 0.0) if name == "kl" else row[name] for row in rows]] for name in logged}
     samples = read_rows(workdir / "samples.jsonl")
-    last = [row for row in samples if row["step"] == samples[-1]["step"]]
+    last = [row for row in samples if row["step"] == samples[-1]["step"]]  # none, where none were logged
     shown = [{"prompt": row["prompt"], "response": row["completion"], "gold": row.get("gold")} for row in last]
     return {
         "kind": "training", "arm": "training", "objective": workdir.name or workdir.resolve().name, "beta": None, "seeds": [0],

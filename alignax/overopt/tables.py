@@ -59,7 +59,9 @@ def laws(own: Own) -> dict[str, Any]:
         for (_, _, objective), group in results.pooled(found).items():
             for name, fit in results.fitted(group).items():
                 if fit:
-                    cells = [number(fit.alpha, 3), number(fit.beta, 3), number(fit.r2), number(fit.peak_d), number(fit.peak), fit.points]
+                    seen = fit.peak_d is not None and fit.peak_d <= max(c.d.max() for c in group)
+                    top = [number(fit.peak_d), number(fit.peak)] if seen else ["not seen", "–"]
+                    cells = [number(fit.alpha, 3), number(fit.beta, 3), number(fit.r2), *top, fit.points]
                     rows.append([*named(run, own), objective, results.LAWS[name].formula, *cells])
     head = [*heads(own), "objective", "law", "α", "β", "R²", "peak at √KL", "peak above start", "points"]
     return {"caption": "Fitted laws of the gold reward.", "head": head, "rows": rows, "texts": [0, 1, 2] if heads(own) else [0, 1]}
@@ -88,33 +90,39 @@ def samples(measured: Sequence[tuple[Run, dict[str, Any]]]) -> list[dict[str, An
             head, texts = ["prompt", "response", "gold"], [1]
             rows = [[x["prompt"], x["response"], number(x["gold"])] for x in m.get("samples", [])]
         of_run = f" of {run.name}" if len(measured) > 1 else ""
-        tables.append({"caption": f"Samples{of_run}, of the first seed.", "head": head, "rows": rows, "texts": texts})
+        which = "of the last evaluation" if m["kind"] == "training" else "of the first seed"
+        tables.append({"caption": f"Samples{of_run}, {which}.", "head": head, "rows": rows, "texts": texts})
     return tables
 
 
 def findings(own: Own) -> list[str]:
-    """Peak and end of every curve, a line for each run and objective of direct alignment, else for each run; and what was left out."""
+    """Peak and end of every curve, a line for each run, of direct alignment for each of its objectives; and what was left out."""
     lines = []
     for run, found in own:
-        of_run = f"{run.name}: " if len(own) > 1 else ""
-        ends = lambda curves, name: "; ".join(f"{name(c)} {number((p := results.peak(c))['peak'])} → {number(p['final'])}" for c in curves)
-        if found[0].kind == "direct":
+        kind, arm = found[0].kind, found[0].arm
+        of_run = f"{run.name}: " if len(own) > 1 and kind != "training" else ""
+        if kind == "direct":
             for (_, _, objective), group in results.pooled(found).items():
-                lines.append(f"{of_run}{objective}, gold reward at its peak → at the end: {ends(group, lambda c: f'β = {c.beta:g}')}.")
+                lines.append(f"{of_run}{objective}, gold reward at its peak → at the end: {rise_and_fall(group)}.")
         else:
-            last = f"n = {found[0].at[-1]}" if found[0].kind == "best_of_n" else "the end"
-            lines.append(f"{of_run}gold reward at its peak → at {last}: {ends(found, lambda c: c.objective)}.")
+            last = f"n = {found[0].at[-1]}" if kind == "best_of_n" else "the end"
+            lines.append(f"{of_run}gold reward at its peak → at {last}: {rise_and_fall(found)}.")
         for m in run.measurements:
-            if (m["kind"], m["arm"]) == (found[0].kind, found[0].arm) and (m.get("excluded") or m.get("excluded_pairs")):
-                lines.append(
-                    f"{of_run}left out, since a score is not finite: {m['excluded']} responses, {m['excluded_pairs']} held-out pairs."
-                )
+            if (m["kind"], m["arm"]) == (kind, arm) and (m.get("excluded") or m.get("excluded_pairs")):
+                what = f"{m['excluded']} responses, {m['excluded_pairs']} held-out pairs"
+                lines.append(f"{of_run}left out, since a score of theirs is not finite: {what}.")
     return lines
+
+
+def rise_and_fall(curves: Sequence[Curve]) -> str:
+    """Peak and end of each curve's gold reward."""
+    name = lambda c: c.objective if c.beta is None else f"β = {c.beta:g}"
+    return "; ".join(f"{name(c)}: {number((p := results.peak(c))['peak'])} → {number(p['final'])}" for c in curves)
 
 
 def number(x: float | None, digits: int = 2) -> str:
     """A number of a table, with a true minus sign; a dash for none."""
-    return "–" if x is None else f"{x:.{digits}f}".replace("-", "−")
+    return "–" if x is None else f"{round(float(x), digits) + 0.0:.{digits}f}".replace("-", "−")  # + 0.0: no negative zero
 
 
 def heads(own: Own) -> list[str]:
