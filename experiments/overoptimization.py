@@ -7,7 +7,11 @@
 Command:
   alignax overopt --config experiments/overoptimization.py
 
-Hardware: 2 CPU cores.
+Hardware: 2 CPU cores, one process.
+
+Expected, gold reward at its peak and at the end, in standard deviations under the initial policy. Best of 4,096, 8 seeds: single 0.93 and
+-0.35, mean 1.18 and -0.33, WCO 1.29 and 0.42, UWO 1.38 and 0.95; without the tail all end within 0.05 of their peak, 1.4 (single) to 2.0
+(mean). At beta 0.02, 4 seeds: DPO 0.39 and -0.99 at a KL of 8 nats, RPO 1.31 and 0.89 at 3.4.
 
 It leaves in `runs/overoptimization` a page, report.html, its figures as PNG, and the numbers as JSON and CSV; docs/overoptimisation.md
 says how to read them. `--config.world.responses=12600 --config.best_of_n.n='(1,16,256,4096,12500)'` goes as far as Coste et al.
