@@ -1,4 +1,4 @@
-"""The `alignax` command: train, eval, eval-rm, export, check-data."""
+"""The `alignax` command: train, eval, eval-rm, export, check-data, overopt, report."""
 
 import os
 import sys
@@ -11,6 +11,8 @@ USAGE = """usage: alignax train  --config FILE.py [--config.FIELD=VALUE ...] [--
        alignax eval-rm MODELS [--config FILE.py] [--config.FIELD=VALUE ...] [--json OUT]
        alignax export WORKDIR FOLDER [--config.FIELD=VALUE ...]
        alignax check-data --config FILE.py [--config.FIELD=VALUE ...] [--json OUT]
+       alignax overopt --config FILE.py [--config.FIELD=VALUE ...]
+       alignax report WORKDIR ...
 
 train       runs an experiment, or goes on where it was stopped; --dry-run shows what it would do and writes nothing
 eval        evaluates the newest checkpoint of a run on its evaluation data
@@ -20,8 +22,13 @@ eval-rm     judges a reward model or an ensemble on the pairs of data.eval, and 
 export      writes the newest checkpoint of a run as a Hugging Face folder, of an ensemble one for each member
 check-data  reads and tokenises the data and reports on it, every bad row counted; needs the tokenizer of the model folder, no
             weights; --json writes the report to a file too, --json - prints it instead; ends with 2 if a run would refuse the data
+overopt     measures reward overoptimisation: best-of-n and direct alignment against a gold reward; goes on where it was stopped
+report      writes WORKDIR/report.html anew, of a laboratory or a run with a gold reward; for several comparison.html in the first, too
 FIELD       any field of the config, such as data.max_length; `alignax train --config FILE.py --dry-run` lists them"""
-WANTED = {"train": [], "eval": ["WORKDIR"], "eval-rm": ["MODELS"], "export": ["WORKDIR", "FOLDER"], "check-data": []}
+WANTED = {
+    "train": [], "eval": ["WORKDIR"], "eval-rm": ["MODELS"], "export": ["WORKDIR", "FOLDER"], "check-data": [], "overopt": [],
+    "report": ["WORKDIR ..."],
+}  # fmt: skip
 
 
 class Arguments(NamedTuple):
@@ -57,6 +64,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             commands.eval_rm(given.words[0], given.file, given.overrides, given.json)
         elif given.command == "export":
             commands.export(Path(given.words[0]), Path(given.words[1]), given.overrides)
+        elif given.command == "overopt":
+            commands.overopt(given.file, given.overrides)
+        elif given.command == "report":
+            commands.report([Path(word) for word in given.words])
         else:
             commands.check_data(given.file, given.overrides, given.json)
     except (commands.BadInput, OSError) as e:  # OSError: a full disk, say, in the middle of a run
@@ -95,10 +106,11 @@ def parse(args: Sequence[str]) -> Arguments:
             raise ValueError(f"option {arg!r} is unknown; `alignax --help` lists them")
         else:
             words.append(arg)
-    if len(words) != len(WANTED[command]):
+    if len(words) != len(WANTED[command]) and not (command == "report" and words):
         raise ValueError(f"`alignax {command}` takes {' and '.join(WANTED[command]) or 'no further words'}, not {words}")
-    if command in ("train", "check-data") and not file:
-        raise ValueError(f"`alignax {command}` needs --config FILE.py, such as experiments/dpo_hh.py")
+    if command in ("train", "check-data", "overopt") and not file:
+        example = "overoptimization" if command == "overopt" else "dpo_hh"
+        raise ValueError(f"`alignax {command}` needs --config FILE.py, such as experiments/{example}.py")
     return Arguments(command, words, overrides, file, dry, json)
 
 

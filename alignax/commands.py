@@ -69,6 +69,26 @@ def checked(experiment: Experiment) -> Run:
     return run
 
 
+def overopt(file: str, overrides: Sequence[str]) -> None:
+    """`alignax overopt`: an experiment that measures with the laboratory."""
+    with refusing():
+        experiment = load_experiment(file, overrides)
+        if experiment.main is None:
+            raise ValueError(f"{file} has no main(), which runs the laboratory; see experiments/overoptimization.py")
+        experiment.main(experiment)
+
+
+def report(workdirs: Sequence[Path]) -> None:
+    """`alignax report`: the page of each workdir anew, and of several one more, on which they lie side by side."""
+    from alignax.overopt import report
+
+    with refusing():
+        for workdir in workdirs:
+            print(report.write(workdir))
+        if len(workdirs) > 1:
+            print(report.compare(workdirs))
+
+
 def saved_experiment(workdir: Path, overrides: Sequence[str]) -> Experiment:
     """The experiment of a past run, to be looked at on the devices at hand rather than on those that it ran on."""
     file = workdir / "config.py"

@@ -11,8 +11,6 @@ from typing import Any
 from alignax.metrics import read_rows, table
 
 HELD = 1.0  # nats: a chosen log-prob that moves by less is held
-COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito's, told apart by every eye
-MARKERS = "osD^vP"
 PANELS = (  # metric, title, label of the axis
     ("gold", "What is wanted", "gold reward of samples"),
     ("rewards/margins", "What is trained", "implicit reward, held-out margin"),
@@ -76,31 +74,20 @@ def figure(runs: Mapping[str, Path], path: Path) -> None:
     Raises:
       ValueError: for runs without KL, and for more runs than there are colours.
     """
-    import matplotlib
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
+    from alignax.overopt import figures
 
-    if len(runs) > len(COLOURS):
-        raise ValueError(f"a figure of {len(runs)} runs is unreadable; give at most {len(COLOURS)}")
+    most = len(figures.COLOURS)
+    if len(runs) > most:
+        raise ValueError(f"a figure of {len(runs)} runs is unreadable; give at most {most}")
     rows = {name: [row for row in evaluations(workdir) if "kl" in row] for name, workdir in runs.items()}
     if bare := [name for name, own in rows.items() if not own]:
         raise ValueError(f"{', '.join(bare)}: no evaluation has a KL; set eval.sample_prompts, and eval.temperature to 1")
-    panels = [panel for panel in PANELS if any(panel[0] in row for own in rows.values() for row in own)]
-    style: Any = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
-    with matplotlib.rc_context(style):
-        drawing = Figure(figsize=(4.2 * len(panels), 3.4), layout=ConstrainedLayoutEngine(wspace=0.06))
-        for axes, (metric, title, label) in zip(drawing.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-            for own, name, colour, marker in zip(rows.values(), rows, COLOURS, MARKERS, strict=False):
-                points = [(_distance(row["kl"]), row[metric]) for row in own if metric in row]
-                axes.plot(*zip(*points, strict=True), marker, ls="-", color=colour, ms=4, lw=1.2, label=name, clip_on=False)
-                axes.plot(*points[-1], marker, color=colour, ms=10, mfc="none", clip_on=False)
-            axes.set(title=title, xlabel=r"$\sqrt{\mathrm{KL}(\mathrm{policy}\,\|\,\mathrm{reference})}$  ($\sqrt{\mathrm{nats}}$)")
-            axes.set_ylabel(label)
-            axes.set_xlim(left=0)
-            axes.margins(y=0.08)
-            axes.grid(color="0.9", linewidth=0.6)
-        axes.legend(frameon=False)
-        drawing.savefig(path, dpi=200)
+    panels = []
+    for metric, title, label in PANELS:
+        points = {name: [(_distance(row["kl"]), row[metric]) for row in own if metric in row] for name, own in rows.items()}
+        lines = [figures.Line(name, [x for x, _ in own], [y for _, y in own]) for name, own in points.items()]
+        panels += [figures.Panel(lines, title, figures.DISTANCE, label)] if any(points.values()) else []
+    figures.figure(panels).savefig(path, dpi=200)
 
 
 def _distance(kl: float) -> float:

@@ -10,6 +10,7 @@ import runs
 import alignax
 from alignax import losses
 
+LABORATORY = (runs.REPO / "docs" / "overoptimisation.md").read_text()
 DOCS = (runs.REPO / "docs" / "losses.md").read_text()
 TRAPS = (runs.REPO / "docs" / "traps.md").read_text()
 README = (runs.REPO / "README.md").read_text()
@@ -61,3 +62,15 @@ def test_losses_are_in_the_readme_and_at_the_top():
         assert f"`{name}(" in README, name
         assert getattr(alignax, name) is getattr(losses, name)
         assert name in alignax.__all__
+
+
+def test_the_laboratorys_fields_files_and_functions_exist():
+    from alignax import config
+    from alignax.experience import ensembles
+
+    fields = config.flat(config.load_experiment(runs.REPO / "experiments" / "overoptimization.py").config)
+    named = set(re.findall(r"--config\.([a-z_.]+)|`((?:world|proxy|direct|best_of_n)\.[a-z_]+)", LABORATORY))
+    assert named and {a or b for a, b in named} <= fields.keys()
+    for path in re.findall(r"((?:alignax|experiments)/[\w/]+\.py)", LABORATORY):
+        assert (runs.REPO / path).is_file(), path
+    assert all(hasattr(ensembles, name) for name in ("mean", "median", "wco", "uwo", "quantile"))

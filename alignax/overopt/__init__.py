@@ -1,0 +1,1 @@
+"""The overoptimisation laboratory: gold reward against proxy over sqrt(KL), measured, fitted and reported."""

@@ -1,0 +1,84 @@
+"""Lines with confidence bands over sqrt(KL), the axes of Gao et al. 2022, arXiv:2210.10760."""
+
+import io
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito's, told apart by every eye
+MARKERS = "osD^vP"
+STROKES = ("-", "--", ":")
+DISTANCE = r"$\sqrt{\mathrm{KL}(\mathrm{policy}\,\|\,\mathrm{reference})}$  ($\sqrt{\mathrm{nats}}$)"
+STYLE: Any = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "mathtext.fontset": "dejavusans"}
+
+
+class Line(NamedTuple):
+    """One line of a panel."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float] | None = None  # a band, if there is one
+    high: Sequence[float] | None = None
+    law: tuple[Sequence[float], Sequence[float]] | None = None  # a fitted curve, dotted
+
+
+class Panel(NamedTuple):
+    """One set of axes."""
+
+    lines: Sequence[Line]
+    title: str
+    x_label: str
+    y_label: str
+    limits: tuple[float, float] | None = None  # of y, where several panels share them
+    reach: float | None = None  # of x, likewise
+    diagonal: bool = False  # y = x, dotted
+
+
+def figure(panels: Sequence[Panel], width: float = 4.2, height: float = 3.4) -> Any:
+    """A matplotlib Figure of panels side by side, told apart by colour and marker; the last point of a line is in a ring."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    with matplotlib.rc_context(STYLE):
+        drawing = Figure(figsize=(width * len(panels), height), layout=ConstrainedLayoutEngine(wspace=0.06))
+        for axes, panel in zip(drawing.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+            for i, line in enumerate(panel.lines):
+                if len(line.x):
+                    _draw(axes, line, i, ring=not panel.diagonal)
+            axes.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)
+            if panel.diagonal:
+                axes.axline((0.5, 0.5), slope=1, color="0.5", ls=":", lw=1)
+            else:
+                axes.set_xlim(0, panel.reach)
+            axes.margins(y=0.08)
+            if panel.limits:
+                axes.set_ylim(*panel.limits)
+            axes.grid(color="0.9", linewidth=0.6)
+        below: Any = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.19), "ncols": 3} if len(panels) == 1 else {}
+        axes.legend(frameon=False, **below)
+    return drawing
+
+
+def _draw(axes: Any, line: Line, i: int, ring: bool) -> None:
+    colour, marker, stroke = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)], STROKES[i // len(COLOURS) % len(STROKES)]
+    axes.plot(line.x, line.y, marker, ls=stroke, color=colour, ms=4, lw=1.2, label=line.label, clip_on=False)
+    if ring:
+        axes.plot(line.x[-1], line.y[-1], marker, color=colour, ms=10, mfc="none", clip_on=False)
+    if line.low is not None and line.high is not None:
+        if all(a < b for a, b in zip(line.x, line.x[1:], strict=False)):
+            axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.15, lw=0)
+        else:  # a line that turns back has no area below it
+            axes.vlines(line.x[::-3], line.low[::-3], line.high[::-3], color=colour, alpha=0.35, lw=1.5)
+    if line.law is not None:
+        axes.plot(*line.law, ls=":", color=colour, lw=0.9)
+
+
+def png(drawing: Any, dpi: int = 200) -> bytes:
+    """The figure as PNG; equal figures give equal bytes."""
+    import matplotlib
+
+    out = io.BytesIO()
+    with matplotlib.rc_context(STYLE):
+        drawing.savefig(out, format="png", dpi=dpi, metadata={"Software": None})
+    return out.getvalue()

@@ -1,0 +1,223 @@
+"""The protocol: gold labels preferences, proxies learn from them, best-of-n and direct alignment exploit what they learnt wrongly.
+
+Gao et al. 2022 (arXiv:2210.10760), Coste et al. 2023 (arXiv:2310.02743), Rafailov et al. 2024 (arXiv:2406.02900). Each part of it is a
+stage, a JSON file of measurements under `stages/` in the workdir; a run that was stopped goes on at the first stage without its file.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from alignax.config import BadInput, Experiment, difference, effective, load_experiment
+from alignax.experience.ensembles import Aggregate
+from alignax.losses import Loss
+from alignax.overopt import bestofn
+from alignax.overopt.worlds import Scored, Trajectory, World, check_varies
+
+FREE = ("workdir",)  # fields in which a run and its workdir may differ
+SINGLE = "single"  # the objective that trusts one reward model: an average over the members, each alone
+SHOWN = 2  # prompts of the sample table
+BINS = np.linspace(0.5, 1.0, 11)  # of a reward model's confidence in the response that it prefers
+
+
+def run(
+    experiment: Experiment,
+    worlds: Mapping[str, World],
+    aggregates: Mapping[str, Aggregate],
+    objectives: Mapping[str, Callable[[float], Loss]],
+) -> None:
+    """Measures everything that has not been measured yet, and writes the report.
+
+    Args:
+      experiment: its config has `workdir`, `seed`, `repeats`, the group `best_of_n` (`n`), the group `direct` (`repeats`, `betas`).
+      worlds: by name, the first the one under study, others controls.
+      aggregates: proxies by name, each of the scores of all members; `single` is there without being named.
+      objectives: direct alignment by name: beta -> Loss, trained in the first world that can.
+    """
+    from alignax.overopt import report
+
+    config = experiment.config
+    sizes = tuple(config.best_of_n.n)
+    if not sizes or sizes[0] < 1 or list(sizes) != sorted(set(sizes)):
+        raise BadInput(f"config field 'best_of_n.n' is {sizes}; give sizes from 1 on, in ascending order")
+    for field, count in (("repeats", config.repeats), ("direct.repeats", config.direct.repeats)):
+        if count < 1:
+            raise BadInput(f"config field {field!r} is {count}; it must be at least 1")
+    seeds = range(config.seed, config.seed + config.repeats)
+    fewer = range(config.seed, config.seed + config.direct.repeats)
+
+    def best_of_n(name: str, world: World) -> dict[str, Any]:
+        return score(name, world.score(seeds), aggregates, sizes, seeds)
+
+    def direct(name: str, train: Any, objective: str, beta: float, loss: Loss) -> dict[str, Any]:
+        return align(name, objective, beta, train(fewer, loss), fewer)
+
+    stages = [(f"best-of-n {name}", partial(best_of_n, name, world)) for name, world in worlds.items()]
+    for name, train in [(name, world.align) for name, world in worlds.items() if world.align][:1]:
+        for objective, make in objectives.items():
+            for beta in config.direct.betas:
+                stages.append((f"{objective} {name} beta {beta:g}", partial(direct, name, train, objective, beta, make(beta))))
+    workdir = open_workdir(experiment)
+    for i, (name, measure) in enumerate(stages):
+        stage(workdir, f"{i:02d} {name}", measure)
+    print(report.write(workdir))
+
+
+def open_workdir(experiment: Experiment) -> Path:
+    """The workdir, with the effective config in it; that of another run, or a folder of other files, is refused."""
+    if not experiment.config.workdir:
+        raise BadInput("config field 'workdir' is empty; set --config.workdir=FOLDER")
+    workdir = Path(experiment.config.workdir)
+    saved = workdir / "config.py"
+    if saved.is_file():
+        if lines := difference(load_experiment(saved), experiment, FREE):
+            raise BadInput(f"workdir {str(workdir)!r} belongs to another run ({'; '.join(lines[:4])}); choose another workdir")
+    elif workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+        raise BadInput(f"workdir {str(workdir)!r} holds other files; choose a new or empty folder")
+    else:
+        workdir.mkdir(parents=True, exist_ok=True)
+        replace(saved, effective(experiment))
+    return workdir
+
+
+def stage(workdir: Path, name: str, measure: Callable[[], dict[str, Any]]) -> None:
+    """Measures, unless that was done before."""
+    file = workdir / "stages" / f"{name.replace(' ', '-')}.json"
+    if file.is_file():
+        print(f"{name}: measured before", file=sys.stderr)
+        return
+    print(name, file=sys.stderr)
+    file.parent.mkdir(exist_ok=True)
+    replace(file, json.dumps(measure(), allow_nan=False))
+
+
+def replace(file: Path, text: str) -> None:
+    """Writes a file in one move."""
+    tmp = file.with_name(file.name + ".tmp")
+    tmp.write_text(text, encoding="utf-8")
+    os.replace(tmp, file)
+
+
+# Best-of-n ------------------------------------------------------------------------------------------------------------------
+
+
+def score(
+    arm: str, scored: Iterable[Scored], aggregates: Mapping[str, Aggregate], n: Sequence[int], seeds: Sequence[int]
+) -> dict[str, Any]:
+    """Best-of-n of every seed under every proxy, [S][len(n)]; with the reward models' calibration, and samples of the first seed."""
+    curves: dict[str, dict[str, list[list[float]]]] = {}
+    accuracy, calibration, samples, excluded, pairs, own = [], {}, [], 0, 0, None
+    for i, raw in enumerate(scored):
+        try:
+            own = anchored(raw)
+            one, left_out = curves_of(own, aggregates, n)
+        except ValueError as e:
+            raise BadInput(f"world {arm!r}, seed {seeds[i]}: {e}") from e
+        excluded += left_out
+        pairs += raw.margins.shape[1] - own.margins.shape[1]
+        for objective, values in one.items():
+            for quantity, curve in values.items():
+                curves.setdefault(objective, {}).setdefault(quantity, []).append(curve.tolist())
+        accuracy.append((own.margins > 0).mean(axis=1).tolist())
+        for name, margins in ((SINGLE, own.margins), ("mean", own.margins.mean(axis=0))):
+            calibration[name] = calibration.get(name, 0) + reliability(margins)
+        samples = samples or samples_of(own, aggregates, n)
+        finals = ", ".join(f"{name} {x['gold'][-1]:+.2f}" for name, x in one.items())
+        print(f"  seed {seeds[i]}, gold reward of the best of {n[-1]}: {finals}", file=sys.stderr)
+    assert own is not None
+    if excluded or pairs:
+        print(f"  left out since a score is not finite: {excluded} responses, {pairs} held-out pairs", file=sys.stderr)
+    K, P, N = own.members.shape
+    return {
+        "kind": "best_of_n", "arm": arm, "seeds": list(seeds), "members": K, "prompts": P, "responses": N, "excluded": excluded,
+        "excluded_pairs": pairs, "n": list(n), "kl": [bestofn.kl(size) for size in n], "curves": curves, "accuracy": accuracy,
+        "calibration": {name: table.tolist() for name, table in calibration.items()}, "samples": samples,
+    }  # fmt: skip
+
+
+def anchored(scored: Scored) -> Scored:
+    """Each member's scores less their mean over the responses of the initial policy: a minimum over free offsets would mean nothing.
+
+    Held-out pairs with a margin that is not finite are left out.
+
+    Raises:
+      ValueError: for gold rewards that do not vary, for a member without a finite score or margin, and for members that are the same.
+    """
+    K = scored.members.shape[0]
+    gold = scored.gold[np.isfinite(scored.gold)]
+    check_varies(float(gold.mean()) if gold.size else np.nan, float(gold.std()) if gold.size else np.nan)
+    finite = np.isfinite(scored.members)
+    paired = np.isfinite(scored.margins)
+    if dead := [k for k in range(K) if not (finite[k].any() and paired[k].any())]:
+        raise ValueError(f"reward models {dead} of {K} give no finite score; their training went wrong, lower the learning rate")
+    if twins := [(j, k) for k in range(K) for j in range(k) if np.array_equal(scored.members[j], scored.members[k], equal_nan=True)]:
+        raise ValueError(f"reward models {twins[0][0]} and {twins[0][1]} of {K} give the same scores; give each member a seed of its own")
+    means = np.asarray(np.mean(scored.members, axis=(1, 2), where=finite, dtype=np.float64))
+    members = scored.members - means[:, None, None].astype(scored.members.dtype)
+    return scored._replace(members=members, margins=scored.margins[:, paired.all(axis=0)])
+
+
+def curves_of(scored: Scored, aggregates: Mapping[str, Aggregate], n: Sequence[int]) -> tuple[dict[str, dict[str, np.ndarray]], int]:
+    """Objective -> quantity -> [len(n)], means over prompts; and how many responses were left out. Prompt by prompt, to bound memory."""
+    parts, excluded = [], 0
+    for p in range(scored.gold.shape[0]):
+        members = scored.members[:, p : p + 1]  # [K, 1, N]
+        proxies = {f"member {k}": members[k] for k in range(len(members))}
+        proxies |= {name: np.asarray(aggregate(jnp.asarray(members))) for name, aggregate in aggregates.items()}
+        with np.errstate(invalid="ignore"):  # of infinite scores, which are left out
+            values = {"gold": scored.gold[p : p + 1], "disagreement": members.std(axis=0)}
+        if scored.lengths is not None:
+            values["length"] = scored.lengths[p : p + 1]
+        best = bestofn.best_of_n(proxies, values, n)
+        excluded += best.excluded
+        alone = [best.values[f"member {k}"] for k in range(len(members))]
+        one = {SINGLE: {quantity: np.stack([x[quantity] for x in alone]).mean(axis=0) for quantity in alone[0]}}
+        parts.append(one | {name: best.values[name] for name in aggregates})  # [1, len(n)]
+    quantities = parts[0][SINGLE]
+    return {name: {q: np.concatenate([part[name][q] for part in parts]).mean(axis=0) for q in quantities} for name in parts[0]}, excluded
+
+
+def reliability(margins: np.ndarray) -> np.ndarray:
+    """Of each bin of confidence sigmoid(|margin|): pairs, sum of confidences, pairs in the right order. [3, bins]."""
+    confidence = 1.0 / (1.0 + np.exp(-np.abs(margins.ravel().astype(np.float64))))
+    count = lambda weights: np.histogram(confidence, BINS, weights=weights)[0]
+    return np.stack([count(np.ones_like(confidence)), count(confidence), count((margins.ravel() > 0).astype(np.float64))])
+
+
+def samples_of(scored: Scored, aggregates: Mapping[str, Aggregate], n: Sequence[int]) -> list[dict[str, Any]]:
+    """The best of a middling and of the largest n among the first responses to the first prompts, under each proxy."""
+    rows = []
+    for p in range(min(SHOWN, scored.gold.shape[0])):
+        members = scored.members[:, p]  # [K, N]
+        for name, aggregate in {SINGLE: lambda x: x[0], **aggregates}.items():
+            proxy = np.asarray(aggregate(jnp.asarray(members)))
+            for size in dict.fromkeys((n[len(n) // 2], n[-1])):
+                i = int(np.argmax(np.where(np.isfinite(proxy[:size]) & np.isfinite(scored.gold[p, :size]), proxy[:size], -np.inf)))
+                prompt, response = scored.show(p, i)
+                own = [float(x) if np.isfinite(x) else None for x in members[:, i]]
+                scores = {"proxy": float(proxy[i]), "gold": float(scored.gold[p, i]), "members": own}
+                rows.append({"objective": name, "n": size, "prompt": prompt, "response": response} | scores)
+    return rows
+
+
+# Direct alignment -----------------------------------------------------------------------------------------------------------
+
+
+def align(arm: str, objective: str, beta: float, trajectories: Iterable[Trajectory], seeds: Sequence[int]) -> dict[str, Any]:
+    """Policies of every seed in training: quantity -> [S][E]."""
+    curves: dict[str, list[list[float]]] = {}
+    steps: list[int] = []
+    for own in trajectories:
+        steps = own.steps.tolist()
+        for quantity, values in own.values.items():
+            if not np.isfinite(values).all():
+                raise FloatingPointError(f"{objective} at beta {beta:g}: {quantity} is not finite; lower the learning rate")
+            curves.setdefault(quantity, []).append(values.tolist())
+    return {"kind": "direct", "arm": arm, "objective": objective, "beta": beta, "seeds": list(seeds), "step": steps, "curves": curves}

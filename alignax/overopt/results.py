@@ -1,0 +1,166 @@
+"""What measurements amount to: curves with confidence bands over seeds, peaks, drops and fitted laws; as JSON and CSV."""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy.special import stdtrit
+
+from alignax import report
+from alignax.metrics import read_rows
+from alignax.overopt import fits
+
+LEVEL = 0.95  # of the bands
+LAWS = {"bon": fits.BON, "rl": fits.RL}
+TRAINING = {  # what a training run logs, as the laboratory calls it
+    "gold": "gold", "kl": "kl", "rewards/margins": "proxy", "rewards/accuracies": "accuracy", "logps/chosen_drift": "chosen_drift",
+    "completion_length": "length",
+}  # fmt: skip
+
+
+class Band(NamedTuple):
+    """A mean over seeds, and its 95 % confidence interval by Student's t, which one seed has not."""
+
+    mean: np.ndarray  # [E]
+    low: np.ndarray | None  # [E]
+    high: np.ndarray | None  # [E]
+
+
+class Curve(NamedTuple):
+    """Quantities over sqrt(KL) under one objective."""
+
+    kind: str  # "best_of_n", "direct" or "training"
+    arm: str  # the world
+    objective: str
+    beta: float | None  # of direct alignment
+    at: np.ndarray  # [E] n, or the step
+    d: np.ndarray  # [E] sqrt of the mean KL to the initial policy, sqrt(nats)
+    values: dict[str, Band]  # quantity -> [E]
+    seeds: int
+
+    @property
+    def name(self) -> str:
+        """The objective, with its beta if it has one."""
+        return self.objective if self.beta is None else f"{self.objective}, β = {self.beta:g}"
+
+
+def load(workdir: Path) -> list[dict[str, Any]]:
+    """The measurements in a workdir: of the laboratory, or of a training run that logged gold reward and KL.
+
+    Raises:
+      ValueError: for a folder that has neither.
+    """
+    if files := sorted((workdir / "stages").glob("*.json")):
+        return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    return [of_training(workdir)]
+
+
+def of_training(workdir: Path) -> dict[str, Any]:
+    """A training run's evaluations, as a measurement of one seed."""
+    rows = report.evaluations(workdir)
+    rows = [row for row in rows if "kl" in row and "gold" in row]
+    if not rows:
+        raise ValueError(f"no evaluation of {str(workdir)!r} has both gold reward and KL; give the experiment a gold(prompts, completions)")
+    logged = [name for name in TRAINING if all(name in row for row in rows)]
+    curves = {TRAINING[name]: [[max(row[name], 0.0) if name == "kl" else row[name] for row in rows]] for name in logged}
+    samples = read_rows(workdir / "samples.jsonl")
+    last = [row for row in samples if row["step"] == samples[-1]["step"]]  # none, where none were logged
+    shown = [{"prompt": row["prompt"], "response": row["completion"], "gold": row.get("gold")} for row in last]
+    return {
+        "kind": "training", "arm": "training", "objective": workdir.name or workdir.resolve().name, "beta": None, "seeds": [0],
+        "step": [row["step"] for row in rows], "curves": curves, "samples": shown,
+    }  # fmt: skip
+
+
+def curves(measurements: Sequence[dict[str, Any]]) -> list[Curve]:
+    """Every curve of these measurements."""
+    out = []
+    for m in measurements:
+        if m["kind"] == "best_of_n":
+            d = np.sqrt(m["kl"])
+            for objective, values in m["curves"].items():
+                bands = {quantity: band(np.array(x)) for quantity, x in values.items()}
+                out.append(Curve(m["kind"], m["arm"], objective, None, np.array(m["n"]), d, bands, len(m["seeds"])))
+        else:
+            bands = {quantity: band(np.array(x)) for quantity, x in m["curves"].items()}
+            d = np.sqrt(np.maximum(bands["kl"].mean, 0.0))
+            out.append(Curve(m["kind"], m["arm"], m["objective"], m["beta"], np.array(m["step"]), d, bands, len(m["seeds"])))
+    return out
+
+
+def band(samples: np.ndarray) -> Band:
+    """Mean and confidence interval over seeds: [S, E] -> [E]."""
+    S, mean = samples.shape[0], samples.mean(axis=0)
+    if S == 1:
+        return Band(mean, None, None)
+    half = stdtrit(S - 1, 0.5 + LEVEL / 2) * samples.std(axis=0, ddof=1) / math.sqrt(S)
+    return Band(mean, mean - half, mean + half)
+
+
+def peak(curve: Curve) -> dict[str, float]:
+    """Where the mean gold reward is highest, where it ends, and how far it has dropped by then."""
+    gold = curve.values["gold"]
+    best = int(gold.mean.argmax())
+    out = {
+        "peak": gold.mean[best], "peak_at": curve.at[best], "peak_d": curve.d[best], "final": gold.mean[-1], "final_at": curve.at[-1],
+        "final_d": curve.d[-1], "drop": gold.mean[best] - gold.mean[-1],
+    }  # fmt: skip
+    if gold.low is not None and gold.high is not None:
+        out |= {"final_low": gold.low[-1], "final_high": gold.high[-1]}
+    return {name: float(x) for name, x in out.items()}
+
+
+def fitted(own: Sequence[Curve]) -> dict[str, fits.Fit | None]:
+    """Both laws, fitted to the gold rewards of these curves together; None for curves that do not begin at the initial policy."""
+    if any(curve.d[0] >= fits.SMALLEST for curve in own):
+        return dict.fromkeys(LAWS)
+    d = np.concatenate([curve.d for curve in own])
+    gained = np.concatenate([curve.values["gold"].mean - curve.values["gold"].mean[0] for curve in own])
+    return {name: fits.fit(law, d, gained) for name, law in LAWS.items()}
+
+
+def pooled(own: Sequence[Curve]) -> dict[tuple[str, str, str], list[Curve]]:
+    """Curves of the same objective in the same world, whatever their beta: a law is fitted to them together."""
+    groups: dict[tuple[str, str, str], list[Curve]] = {}
+    for curve in own:
+        groups.setdefault((curve.kind, curve.arm, curve.objective), []).append(curve)
+    return groups
+
+
+def as_json(measurements: Sequence[dict[str, Any]]) -> str:
+    """All numbers of the page: curves, peaks, laws, calibration, samples."""
+    own = curves(measurements)
+    laws = [
+        {"kind": kind, "world": arm, "objective": objective} | {name: fit and fit._asdict() for name, fit in fitted(group).items()}
+        for (kind, arm, objective), group in pooled(own).items()
+    ]
+    kept = ("kind", "arm", "members", "prompts", "responses", "excluded", "excluded_pairs", "accuracy", "calibration", "samples")
+    rest = [{name: m[name] for name in kept if name in m} for m in measurements if m["kind"] != "direct"]
+    out = {"curves": [_plain(curve) for curve in own], "laws": laws, "measurements": rest}
+    return json.dumps(out, indent=1, ensure_ascii=False, allow_nan=False)
+
+
+def _plain(curve: Curve) -> dict[str, Any]:
+    numbers = lambda x: None if x is None else x.tolist()
+    values = {name: {end: numbers(x) for end, x in own._asdict().items()} for name, own in curve.values.items()}
+    about = {"kind": curve.kind, "world": curve.arm, "objective": curve.objective, "beta": curve.beta, "seeds": curve.seeds}
+    return about | {"at": curve.at.tolist(), "d": curve.d.tolist(), "values": values, "gold": peak(curve)}
+
+
+def as_csv(own: Sequence[Curve]) -> str:
+    """One row for each point of each curve of each quantity."""
+    out = io.StringIO()
+    write = csv.writer(out, lineterminator="\n").writerow
+    write(["kind", "world", "objective", "beta", "at", "d", "quantity", "mean", "low", "high", "seeds"])
+    for c in own:
+        for name, x in c.values.items():
+            for i, (at, d) in enumerate(zip(c.at, c.d, strict=True)):
+                numbers = (d, x.mean[i], None if x.low is None else x.low[i], None if x.high is None else x.high[i])
+                d, *rest = ("" if number is None else f"{number:.6g}" for number in numbers)
+                write([c.kind, c.arm, c.objective, c.beta, at, d, name, *rest, c.seeds])
+    return out.getvalue()

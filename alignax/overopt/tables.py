@@ -1,0 +1,135 @@
+"""The tables and the words of the report: final against peak, fitted laws, samples."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from alignax.overopt import results
+from alignax.overopt.results import Curve
+
+COLUMNS = {  # quantity -> head of a column with its value at the end
+    "proxy": "proxy at the end", "disagreement": "disagreement at the end", "accuracy": "held-out accuracy",
+    "chosen_drift": "chosen log-ratio (nats)", "unseen": "mass on responses in no pair", "length": "tokens at the end",
+}  # fmt: skip
+
+
+class Run(NamedTuple):
+    """A workdir and what was measured there."""
+
+    name: str
+    workdir: Path
+    measurements: list[dict[str, Any]]
+    curves: list[Curve]
+
+
+Own = Sequence[tuple[Run, list[Curve]]]  # the runs that have this kind of measurement in this world, and their curves of it
+
+
+def ends(own: Own) -> dict[str, Any]:
+    """Final against peak."""
+    shown = [q for q in COLUMNS if any(q in c.values for _, found in own for c in found)]
+    at = "n" if own[0][1][0].kind == "best_of_n" else "step"
+    head = [
+        "objective",
+        "peak gold",
+        f"at {at}",
+        "at √KL",
+        "final gold",
+        "95 % interval",
+        "drop",
+        "final √KL",
+        *(COLUMNS[q] for q in shown),
+    ]
+    rows = []
+    for run, found in own:
+        for c in found:
+            p = results.peak(c)
+            interval = f"{number(p['final_low'])} to {number(p['final_high'])}" if "final_low" in p else "–"
+            cells = [number(p["peak"]), number(p["peak_at"], 0), number(p["peak_d"]), number(p["final"]), interval, number(p["drop"])]
+            last = [number(c.values[q].mean[-1]) if q in c.values else "–" for q in shown]
+            rows.append([*named(run, own), c.name, *cells, number(p["final_d"]), *last])
+    texts = [0, 1] if heads(own) else [0]
+    return {"caption": "Final against peak of the gold reward.", "head": [*heads(own), *head], "rows": rows, "texts": texts}
+
+
+def laws(own: Own) -> dict[str, Any]:
+    """Alpha, beta, R^2 and peak of each law, fitted to all curves of an objective together."""
+    rows = []
+    for run, found in own:
+        for (_, _, objective), group in results.pooled(found).items():
+            for name, fit in results.fitted(group).items():
+                if fit:
+                    seen = fit.peak_d is not None and fit.peak_d <= max(c.d.max() for c in group)
+                    top = [number(fit.peak_d), number(fit.peak)] if seen else ["not seen", "–"]
+                    cells = [number(fit.alpha, 3), number(fit.beta, 3), number(fit.r2), *top, fit.points]
+                    rows.append([*named(run, own), objective, results.LAWS[name].formula, *cells])
+    head = [*heads(own), "objective", "law", "α", "β", "R²", "peak at √KL", "peak above start", "points"]
+    return {"caption": "Fitted laws of the gold reward.", "head": head, "rows": rows, "texts": [0, 1, 2] if heads(own) else [0, 1]}
+
+
+def samples(measured: Sequence[tuple[Run, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Responses, with what the proxy, gold and the members say of them."""
+    tables = []
+    for run, m in measured:
+        if m["kind"] == "best_of_n":
+            head = ["objective", "n", "prompt", "response", "proxy", "gold", "members"]
+            rows = [
+                [
+                    x["objective"],
+                    x["n"],
+                    x["prompt"],
+                    x["response"],
+                    number(x["proxy"]),
+                    number(x["gold"]),
+                    ", ".join(map(number, x["members"])),
+                ]
+                for x in m["samples"]
+            ]
+            texts = [2, 3]
+        else:
+            head, texts = ["prompt", "response", "gold"], [1]
+            rows = [[x["prompt"], x["response"], number(x["gold"])] for x in m.get("samples", [])]
+        of_run = f" of {run.name}" if len(measured) > 1 else ""
+        which = "of the last evaluation" if m["kind"] == "training" else "of the first seed"
+        tables.append({"caption": f"Samples{of_run}, {which}.", "head": head, "rows": rows, "texts": texts})
+    return tables
+
+
+def findings(own: Own) -> list[str]:
+    """Peak and end of every curve, a line for each run, of direct alignment for each of its objectives; and what was left out."""
+    lines = []
+    for run, found in own:
+        kind, arm = found[0].kind, found[0].arm
+        of_run = f"{run.name}: " if len(own) > 1 and kind != "training" else ""
+        if kind == "direct":
+            for (_, _, objective), group in results.pooled(found).items():
+                lines.append(f"{of_run}{objective}, gold reward at its peak → at the end: {rise_and_fall(group)}.")
+        else:
+            last = f"n = {found[0].at[-1]}" if kind == "best_of_n" else "the end"
+            lines.append(f"{of_run}gold reward at its peak → at {last}: {rise_and_fall(found)}.")
+        for m in run.measurements:
+            if (m["kind"], m["arm"]) == (kind, arm) and (m.get("excluded") or m.get("excluded_pairs")):
+                what = f"{m['excluded']} responses, {m['excluded_pairs']} held-out pairs"
+                lines.append(f"{of_run}left out, since a score of theirs is not finite: {what}.")
+    return lines
+
+
+def rise_and_fall(curves: Sequence[Curve]) -> str:
+    """Peak and end of each curve's gold reward."""
+    name = lambda c: c.objective if c.beta is None else f"β = {c.beta:g}"
+    return "; ".join(f"{name(c)}: {number((p := results.peak(c))['peak'])} → {number(p['final'])}" for c in curves)
+
+
+def number(x: float | None, digits: int = 2) -> str:
+    """A number of a table, with a true minus sign; a dash for none."""
+    return "–" if x is None else f"{round(float(x), digits) + 0.0:.{digits}f}".replace("-", "−")  # + 0.0: no negative zero
+
+
+def heads(own: Own) -> list[str]:
+    """The head of the column that names the run, where there are several."""
+    return ["run"] if len(own) > 1 else []
+
+
+def named(run: Run, own: Own) -> list[str]:
+    """The cell under it."""
+    return [run.name] if len(own) > 1 else []

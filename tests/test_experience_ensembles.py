@@ -1,0 +1,61 @@
+"""Aggregates of ensembles: hand-computed numbers, identities, and where their gradients go."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from alignax.experience.ensembles import mean, median, quantile, uwo, wco
+
+SCORES = jnp.array([1.0, 1.2, 2.6])
+ALL = {"mean": mean, "median": median, "wco": wco, "uwo": uwo(0.5), "quantile": quantile(0.3)}
+
+
+@pytest.mark.parametrize(
+    ("aggregate", "value"),
+    [
+        (mean, 1.6),
+        (median, 1.2),
+        (wco, 1.0),
+        (uwo(0.5), 1.346667),  # of the population; the sample variance would make it 1.22
+        (quantile(0.25), 1.1),
+    ],
+)
+def test_by_hand(aggregate, value):
+    np.testing.assert_allclose(aggregate(SCORES), value, rtol=1e-6)
+
+
+def test_limits_of_one_another():
+    scores = jax.random.normal(jax.random.key(0), (4, 3, 7))
+    assert uwo(0) is mean and uwo(0.0) is mean
+    np.testing.assert_array_equal(quantile(0.0)(scores), wco(scores))
+    np.testing.assert_allclose(quantile(0.5)(scores), median(scores), rtol=1e-6)
+    assert (wco(scores) <= mean(scores)).all() and (uwo(0.1)(scores) < mean(scores)).all()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_shapes_one_member_equal_members_and_any_order(name):
+    aggregate = ALL[name]
+    scores = jax.random.normal(jax.random.key(1), (5, 2, 3))
+    assert aggregate(scores).shape == (2, 3)
+    np.testing.assert_allclose(aggregate(scores[jnp.array([3, 1, 4, 0, 2])]), aggregate(scores), rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(aggregate(scores[:1]), scores[0])
+    np.testing.assert_allclose(aggregate(jnp.broadcast_to(scores[:1], scores.shape)), scores[0], rtol=1e-5)
+    assert jnp.isnan(aggregate(scores.at[2, 1, 1].set(jnp.nan))[1, 1]), "never averaged in"
+
+
+def test_gradients():
+    grad = lambda aggregate, scores=SCORES: np.asarray(jax.grad(aggregate)(scores))
+    np.testing.assert_allclose(grad(mean), [1 / 3] * 3, rtol=1e-6)
+    np.testing.assert_array_equal(grad(wco), [1, 0, 0])
+    np.testing.assert_array_equal(grad(wco, jnp.array([1.0, 1.0, 2.0])), [0.5, 0.5, 0.0])
+    np.testing.assert_array_equal(grad(median), [0, 1, 0])
+    np.testing.assert_allclose(grad(quantile(0.25)), [0.5, 0.5, 0.0], atol=1e-6)
+    np.testing.assert_allclose(grad(uwo(0.5)), 1 / 3 - (np.array([1.0, 1.2, 2.6]) - 1.6) / 3, atol=1e-6)
+
+
+def test_refused():
+    with pytest.raises(ValueError, match="coefficient of UWO is -0.1; it must be at least 0"):
+        uwo(-0.1)
+    with pytest.raises(ValueError, match=r"quantile is 1.5; it must be in \[0, 1\]"):
+        quantile(1.5)
