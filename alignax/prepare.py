@@ -14,6 +14,7 @@ from alignax import mesh as meshes
 from alignax.averages import Average
 from alignax.config import Experiment, asked, blaming, difference, flat, load_experiment
 from alignax.data import Batches, Examples, Report, load, padded_length
+from alignax.generate.generator import check_room
 from alignax.losses.algebra import Loss, Objective
 from alignax.models import hf, lora, peft, transformer
 from alignax.models.lora import Lora, is_quantised, join, split
@@ -211,18 +212,13 @@ def check_batches(config: Any, mesh: Mesh) -> None:
 
 def check_positions(config: Any, source: hf.Source, examples: dict[str, Examples]) -> None:
     """Refuses rows and samples that are longer than the model's positions; padding has none."""
-    if dict(source.config.rope_scaling).get("rope_type") == "dynamic":
-        return
     most = source.config.max_position_embeddings
     longest = max(int(e.lengths.max()) for e in examples.values())
-    if longest > most:
+    if longest > most and dict(source.config.rope_scaling).get("rope_type") != "dynamic":
         raise ValueError(f"rows of {longest} tokens exceed the model's {most} positions; lower data.max_length")
     prompt = max(int(e.prompt_lengths.max()) for e in examples.values())
-    if max(config.eval.samples, config.eval.sample_prompts) and prompt + config.eval.max_new_tokens > most:
-        raise ValueError(
-            f"prompts of {prompt} tokens and eval.max_new_tokens {config.eval.max_new_tokens} exceed the model's {most} positions; "
-            f"lower eval.max_new_tokens to {most - prompt}"
-        )
+    if max(config.eval.samples, config.eval.sample_prompts):
+        check_room(source.config, prompt, config.eval.max_new_tokens, "eval.max_new_tokens")
 
 
 def open_model(path: str, init: str, field: str) -> hf.Source:

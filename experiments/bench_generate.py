@@ -19,6 +19,7 @@ import os
 import statistics
 import sys
 import time
+from typing import Any
 
 from bench import last_json
 
@@ -50,7 +51,9 @@ def main() -> None:
                 sides[side] = last_json([sys.executable, __file__, "--one", side, "--cases", case, "--calls", str(args.calls)])
                 print(json.dumps({"case": case, "side": side} | sides[side]), flush=True)
             ratios.append(sides["ours"]["tokens_per_cpu_second"] / sides["theirs"]["tokens_per_cpu_second"])
-        print(json.dumps({"case": case, "ratios": [round(r, 2) for r in ratios], "median": round(statistics.median(ratios), 2)}), flush=True)
+        print(
+            json.dumps({"case": case, "ratios": [round(r, 2) for r in ratios], "median": round(statistics.median(ratios), 2)}), flush=True
+        )
 
 
 def timed(call, calls: int) -> dict:
@@ -104,7 +107,7 @@ def theirs(case: dict, calls: int) -> dict:
         vocab_size=VOCAB, hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=8,
         max_position_embeddings=2048, bos_token_id=1, eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
-    model = transformers.LlamaForCausalLM(config).eval()
+    model: Any = transformers.LlamaForCausalLM(config).eval()
     prompts = torch.tensor(np.random.default_rng(0).integers(3, VOCAB, (case["prompts"], PROMPT)))
     stops = list(range(VOCAB - case["stop_ids"], VOCAB)) or None
     how = {"do_sample": False} if "temperature" in case["sampling"] else {"do_sample": True, "top_k": 0} | case["sampling"]
@@ -113,7 +116,9 @@ def theirs(case: dict, calls: int) -> dict:
         made = 0
         for ids in prompts.split(ROWS):
             with torch.no_grad():
-                out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, eos_token_id=stops, pad_token_id=0, **how)
+                out = model.generate(
+                    ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, eos_token_id=stops, pad_token_id=0, **how
+                )
             new = out[:, PROMPT:]
             stopped = torch.isin(new, torch.tensor(stops or [-1]))
             made += int((stopped.cumsum(1) - stopped.long() == 0).sum())

@@ -95,14 +95,13 @@ class Engine:
         if self.mesh is None:
             return None, None, None
         mesh, KV = self.mesh, self.config.num_key_value_heads
-        whole = sharding(mesh)
+        whole: Any = sharding(mesh)
+        split: Any = sharding(mesh, ("batch",))
 
         def of(rows: str | None) -> Cache:
-            scale = sharding(mesh, (None, rows, "heads"), (0, 0, KV)) if self.cache_dtype == jnp.int8 else None
-            values = sharding(mesh, (None, rows, "heads"), (0, 0, KV))
-            return Cache(values, values, scale, scale)
+            values: Any = sharding(mesh, (None, rows, "heads"), (0, 0, KV))
+            return Cache(values, values, *([values] * 2 if self.cache_dtype == jnp.int8 else [None] * 2))
 
-        split = sharding(mesh, ("batch",))
         return State(of("batch"), split, split, split, split), Staged(of(None), whole, whole), Emitted(whole, whole, whole)
 
     def prefill(self, params: Params, tokens: jax.Array, lengths: jax.Array) -> Staged:
@@ -111,7 +110,7 @@ class Engine:
         mask = jnp.arange(tokens.shape[1])[None] < lengths[:, None]
         split = constrain(tokens, self.mesh, "batch", None)
         _, cache = decoder.apply({"params": params}, split, constrain(mask, self.mesh, "batch", None))
-        assert cache is not None
+        assert isinstance(cache, Cache)
         return Staged(cache, tokens, lengths)
 
     def decode(
@@ -120,6 +119,8 @@ class Engine:
         """Begins the completions of `entries`, then adds up to `steps` tokens, at most `chunk`, to the rows that are `alive` [S]."""
         S, chunk = self.shape.slots, self.shape.chunk
         state = enter(state, staged, entries, key)
+        # Gathered over fsdp once, rather than at every step.
+        head = constrain(head_weight(self.config, params).astype(self.dtype), self.mesh, None, "vocab")
         blank = jnp.zeros((S, chunk))
         out = Emitted(blank.astype(jnp.int32), blank, blank > 0)
 
@@ -129,7 +130,7 @@ class Engine:
 
         def step(carry: Any) -> Any:
             t, state, alive, out = carry
-            state, token, logp = self.step(params, state, alive)
+            state, token, logp = self.step(params, head, state, alive)
             put = lambda whole, x: jax.lax.dynamic_update_slice_in_dim(whole, x[:, None], t, axis=1)
             out = Emitted(put(out.tokens, jnp.where(alive, token, 0)), put(out.logps, jnp.where(alive, logp, 0.0)), put(out.real, alive))
             stopped = (token[:, None] == jnp.asarray(self.stop_ids, jnp.int32)[None]).any(axis=1)
@@ -139,22 +140,21 @@ class Engine:
         _, state, _, out = jax.lax.while_loop(going, step, (jnp.int32(0), state, alive, out))
         return state, out
 
-    def step(self, params: Params, state: State, alive: jax.Array) -> tuple[State, jax.Array, jax.Array]:
+    def step(self, params: Params, head: jax.Array, state: State, alive: jax.Array) -> tuple[State, jax.Array, jax.Array]:
         """One more token of each row, and its log-prob; a row that is not alive stays as it is."""
-        c, (S, width) = self.config, state.tokens.shape
-        row, place = jnp.arange(S), jnp.arange(width)[None]
+        c, width = self.config, state.tokens.shape[1]
+        place = jnp.arange(width)[None]
         decoder = Decoder(c, self.dtype, "none", self.mesh)
         last = jnp.take_along_axis(state.tokens, state.at[:, None], axis=1)
         hidden, cache = decoder.apply({"params": params}, last, None, state.cache, state.at)
-        assert cache is not None
-        weight = constrain(head_weight(c, params).astype(self.dtype), self.mesh, None, "vocab")
-        logits = jnp.einsum("rd,dv->rv", hidden[:, 0], weight, preferred_element_type=jnp.float32)
+        assert isinstance(cache, Cache)
+        logits = jnp.einsum("rd,dv->rv", hidden[:, 0], head, preferred_element_type=jnp.float32)
         logits = constrain(soft_cap(logits, c.final_logit_softcapping), self.mesh, "batch", None)
         uniform = jax.vmap(lambda key, t: jax.random.uniform(jax.random.fold_in(key, t)))(state.keys, state.at)
         token, logp = draw(self.sampling, logits, state.tokens, place <= state.at[:, None], uniform)
         at = jnp.where(alive, state.at + 1, state.at)
-        tokens = state.tokens.at[row, at].set(jnp.where(alive, token, last[:, 0]))
-        return state._replace(cache=cache, tokens=tokens, at=at), token, logp
+        new = alive[:, None] & (place == at[:, None])
+        return state._replace(cache=cache, tokens=jnp.where(new, token[:, None], state.tokens), at=at), token, logp
 
 
 def enter(state: State, staged: Staged, entries: Entries, key: jax.Array) -> State:

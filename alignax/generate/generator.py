@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from alignax import mesh as meshes
-from alignax.generate.engine import Emitted, Engine, Entries, Shape, Staged, State
+from alignax.generate.engine import Engine, Entries, Shape, Staged, State
 from alignax.generate.sampling import Sampling
 from alignax.generate.stops import Stops
 from alignax.models import cache as caches
@@ -137,8 +137,8 @@ class Batching:
             self.decode(entries, alive, steps)
         split = lambda x: x.reshape(len(self.prompts), self.n, *x.shape[1:])
         mask = np.arange(shape.new) < self.length[:, None]
-        parts = map(split, (self.tokens, mask, self.logps, self.ended))
-        return Completions(*parts, self.own.sampling, self.steps, self.block + 1)
+        tokens, mask, logps, ended = map(split, (self.tokens, mask, self.logps, self.ended))
+        return Completions(tokens, mask, logps, ended, self.own.sampling, self.steps, self.block + 1)
 
     def admit(self) -> Entries:
         """Gives free rows to completions whose prompt is staged, after the next block of prompts is read if none of them is."""
@@ -172,10 +172,10 @@ class Batching:
         self.state, out = self.own._decode(self.params, self.state, self.staged, entries, on, jax.random.wrap_key_data(key), count)
         if not steps:
             return
-        out = Emitted(*(np.asarray(x.addressable_data(0)) for x in out))
-        self.steps += int(out.real.any(axis=0).sum())
-        for row in np.flatnonzero(alive):
-            self.take(row, *(x[row][out.real[row]] for x in out[:2]))
+        made, logps, real = (np.asarray(x.addressable_data(0)) for x in out)
+        self.steps += int(real.any(axis=0).sum())
+        for row in np.flatnonzero(alive).tolist():
+            self.take(row, made[row][real[row]], logps[row][real[row]])
 
     def key_data(self) -> np.ndarray:
         """The key, as numbers that every device can be given."""
@@ -184,7 +184,8 @@ class Batching:
     def take(self, row: int, tokens: np.ndarray, logps: np.ndarray) -> None:
         """Adds tokens to the completion of a row, and frees the row where that ends."""
         i, stops = self.owner[row], self.own.stops
-        begin, end = self.length[i], self.length[i] + len(tokens)
+        begin = int(self.length[i])
+        end = begin + len(tokens)
         self.tokens[i, begin:end], self.logps[i, begin:end] = tokens, logps
         cut = None if stops is None else stops.end(self.tokens[i, :end], begin)
         if cut is not None:
@@ -197,9 +198,7 @@ class Batching:
             self.owner[row] = -1
 
 
-def shape_for(
-    prompts: int, longest: int, new: int, *, mesh: Mesh | None = None, slots: int = 0, prefill: int = 0, chunk: int = 8
-) -> Shape:
+def shape_for(prompts: int, longest: int, new: int, *, mesh: Mesh | None = None, slots: int = 0, prefill: int = 0, chunk: int = 8) -> Shape:
     """A shape for so many completions of prompts of at most `longest` tokens.
 
     Args:
@@ -233,16 +232,19 @@ def check(config: ModelConfig, shape: Shape, stop_ids: Sequence[int], cache_dtyp
     check_room(config, shape.prompt, shape.new)
 
 
-def check_room(config: ModelConfig, prompt: int, new: int) -> None:
-    """Refuses completions beyond the model's positions, or beyond the length from which its angles change with every token."""
+def check_room(config: ModelConfig, prompt: int, new: int, field: str = "max_new_tokens") -> None:
+    """Refuses completions beyond the model's positions, or beyond the length from which its angles change with every token.
+
+    Keys in the cache keep the angles that they got, and those of dynamic NTK and LongRoPE depend on the length past their original context.
+    """
     scaling = dict(config.rope_scaling)
     most = config.max_position_embeddings
     if scaling.get("rope_type") == "longrope":
         most = scaling.get("original_max_position_embeddings") or most
     if prompt + new > most:
         raise ValueError(
-            f"prompts of {prompt} tokens and max_new_tokens {new} exceed the model's {most} positions; lower max_new_tokens to "
-            f"{max(most - prompt, 0)}" + ("" if prompt < most else ", and shorten the prompts")
+            f"prompts of {prompt} tokens and {field} {new} exceed the model's {most} positions; "
+            + (f"lower {field} to {most - prompt}" if prompt < most else f"shorten the prompts to less than {most} tokens")
         )
 
 

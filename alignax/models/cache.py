@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 
+from alignax.mesh import sharding
 from alignax.models.heads import soft_cap
 
 DTYPES = ("float32", "bfloat16", "int8")
@@ -45,11 +47,21 @@ def _round(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.round(x / scale[..., None]).astype(jnp.int8), scale
 
 
-def write(cache: Cache, layer: jax.Array, at: jax.Array, k: jax.Array, v: jax.Array) -> Cache:
+def write(cache: Cache, layer: jax.Array, at: jax.Array, k: jax.Array, v: jax.Array, mesh: Mesh | None = None) -> Cache:
     """The cache with one more token of each row: k and v [R, KV, h] of a layer at places `at` [R]."""
+
+    def local(layer: jax.Array, at: jax.Array, cache: Cache, new: Cache) -> Cache:
+        row = jnp.arange(at.shape[0])
+        return jax.tree.map(lambda whole, x: whole.at[layer, row, :, at].set(x), cache, new)
+
     new = pack(k, v, cache.k.dtype)
-    row = jnp.arange(at.shape[0])
-    return jax.tree.map(lambda whole, x: whole.at[layer, row, :, at].set(x), cache, new)
+    if mesh is None:
+        return local(layer, at, cache, new)
+    # By hand: the partitioner would send every row to every device to find out whose it is.
+    spec = lambda x, *logical: sharding(mesh, logical, x.shape[: len(logical)]).spec
+    whole = jax.tree.map(lambda x: spec(x, None, "batch", "heads"), cache)
+    specs = (PartitionSpec(), spec(at, "batch"), whole, jax.tree.map(lambda x: spec(x, "batch", "heads"), new))
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=whole, check_vma=False)(layer, at, cache, new)
 
 
 def attend(
@@ -89,4 +101,3 @@ def attend(
     if own.v_scale is not None:
         weights = weights * own.v_scale[:, :, None]
     return jnp.einsum("rkgs,rksh->rkgh", weights.astype(q.dtype), own.v.astype(q.dtype)).reshape(R, H, h)
-

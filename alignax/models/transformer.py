@@ -143,7 +143,7 @@ class Block(nn.Module):
         if cache is None:
             h = attention(q, k, v, mask, **options)
         else:
-            cache = caches.write(cache, layer, at, k[:, 0], v[:, 0])
+            cache = caches.write(cache, layer, at, k[:, 0], v[:, 0], self.mesh)
             h = caches.attend(q[:, 0], cache, layer, at, **options)
         kept = None if self.keep is None else caches.pack(k.swapaxes(1, 2), v.swapaxes(1, 2), self.keep)
         return self.dense("o", h.reshape(R, T, -1), c.hidden_size, ("heads", "embed"), c.attention_bias), cache, kept
@@ -185,7 +185,7 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, tokens: jax.Array, mask: jax.Array | None, cache: Cache | None = None, at: jax.Array | None = None
+        self, tokens: jax.Array, mask: jax.Array | None = None, cache: Cache | None = None, at: jax.Array | None = None
     ) -> tuple[jax.Array, Cache | None]:
         """Final hidden states [R, T, D], and a cache: the one given with the new tokens, or of whole rows what `keep` asks for.
 
@@ -201,8 +201,12 @@ class Decoder(nn.Module):
         if not c.tie_word_embeddings:
             head = nn.with_logical_partitioning(nn.initializers.normal(c.initializer_range), ("embed", "vocab"))
             self.param("lm_head", head, (c.hidden_size, c.vocab_size), jnp.float32)
-        # Positions count real tokens, so a row scores the same wherever its padding stands.
-        positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0) if at is None else at[:, None]
+        if at is None:
+            assert mask is not None
+            # Positions count real tokens, so a row scores the same wherever its padding stands.
+            positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+        else:
+            positions = at[:, None]
         rope = rope_tables(c, positions) if c.positions == "rope" else None
         windows = jnp.asarray(c.sliding_windows, jnp.int32) if any(c.sliding_windows) else None  # [L]
         # Gathered over fsdp before the lookup: looked up in shards, the partitioner would replicate the batch instead.
