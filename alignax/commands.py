@@ -104,6 +104,7 @@ def export(workdir: Path, folder: Path, overrides: Sequence[str]) -> None:
         with together():
             config = saved_experiment(workdir, overrides).config
             source = hf.open_folder(config.model.path)
+            eos = load_tokenizer(source.path, source.config.vocab_size).eos_token_id
         checkpoints = Checkpoints(workdir)
         step = newest(checkpoints)
         lora, mesh = make_lora(config, source), make_mesh(config.mesh)
@@ -111,7 +112,7 @@ def export(workdir: Path, folder: Path, overrides: Sequence[str]) -> None:
         params = checkpoints.restore_params(step, trained, config.export.params)
         params = merged(source, lora, params, mesh) if lora else params
         there = folder.exists()
-        hf.export(params, source, folder, config.export.dtype)
+        hf.export(params, source, folder, config.export.dtype, eos=eos)
     checkpoints.close()
     if is_main():
         print(

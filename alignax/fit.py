@@ -244,7 +244,7 @@ def export(run: Run, state: TrainState, log: Log) -> None:
         peft.write_adapter(params, run.lora, run.source, run.config.model.path, run.workdir / "adapter")
         log.line(f"adapters written to {run.workdir / 'adapter'}")
         params = merged(run.source, run.lora, params, run.mesh)
-    hf.export(params, run.source, run.workdir / "export", c.dtype)
+    hf.export(params, run.source, run.workdir / "export", c.dtype, eos=run.tokenizer.eos_token_id)
     log.line(f"exported to {run.workdir / 'export'}")
 
 

@@ -228,6 +228,7 @@ def open_model(path: str, init: str, field: str) -> hf.Source:
     if init not in ("pretrained", "random"):
         raise ValueError(f"model.init {init!r} is unknown; use pretrained or random")
     source = hf.open_folder(path)
+    hf.stop_ids(source)  # the export at the end reads them
     if init == "pretrained":
         hf.check_tensors(source, hf.tensor_files(source))
     return source
