@@ -1,23 +1,32 @@
-"""The `alignax` command: train, eval, export, check-data."""
+"""The `alignax` command: train, eval, generate, export, check-data."""
 
+import dataclasses
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from alignax.generate.console import Request
+
 USAGE = """usage: alignax train  --config FILE.py [--config.FIELD=VALUE ...] [--dry-run]
        alignax eval   WORKDIR [--config.FIELD=VALUE ...]
+       alignax generate MODEL [--prompts FILE] [--out FILE] [--n N] [--max-new-tokens N] [--temperature T] [--top-k K] [--top-p P]
+                        [--min-p P] [--repetition-penalty R] [--stop TEXT ...] [--seed N] [--slots N] [--cache DTYPE]
+                        [--config.FIELD=VALUE ...]
        alignax export WORKDIR FOLDER [--config.FIELD=VALUE ...]
        alignax check-data --config FILE.py [--config.FIELD=VALUE ...] [--json OUT]
 
 train       runs an experiment, or goes on where it was stopped; --dry-run shows what it would do and writes nothing
 eval        evaluates the newest checkpoint of a run on its evaluation data
+generate    completes prompts; MODEL is a Hugging Face folder, or the WORKDIR of a run. FILE has a prompt a line, or rows (.jsonl, .csv,
+            .parquet) with a column "prompt", text or messages; without one, prompts are typed. --out writes JSONL with tokens and
+            log-probs, --out - prints it; --temperature 0 is greedy; --stop may be given several times
 export      writes the newest checkpoint of a run as a Hugging Face folder
 check-data  reads and tokenises the data and reports on it, every bad row counted; needs the tokenizer of the model folder, no
             weights; --json writes the report to a file too, --json - prints it instead; ends with 2 if a run would refuse the data
 FIELD       any field of the config, such as data.max_length; `alignax train --config FILE.py --dry-run` lists them"""
-WANTED = {"train": [], "eval": ["WORKDIR"], "export": ["WORKDIR", "FOLDER"], "check-data": []}
+WANTED = {"train": [], "eval": ["WORKDIR"], "generate": ["MODEL"], "export": ["WORKDIR", "FOLDER"], "check-data": []}
 
 
 class Arguments(NamedTuple):
@@ -29,6 +38,7 @@ class Arguments(NamedTuple):
     file: str  # the experiment
     dry: bool
     json: str  # where check-data writes JSON; empty: nowhere
+    request: Request  # of generate
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             commands.train(given.file, given.overrides, given.dry)
         elif given.command == "eval":
             commands.evaluate(Path(given.words[0]), given.overrides)
+        elif given.command == "generate":
+            commands.generate(Path(given.words[0]), given.request, given.overrides)
         elif given.command == "export":
             commands.export(Path(given.words[0]), Path(given.words[1]), given.overrides)
         else:
@@ -69,7 +81,7 @@ def parse(args: Sequence[str]) -> Arguments:
     command, *rest = args
     if command not in WANTED:
         raise ValueError(f"command {command!r} is unknown; use {', '.join(WANTED)}")
-    words, overrides, file, dry, json = [], [], "", False, ""
+    words, overrides, file, dry, json, request = [], [], "", False, "", Request()
     rest = iter(rest)
     for arg in rest:
         if arg == "--config":
@@ -85,6 +97,9 @@ def parse(args: Sequence[str]) -> Arguments:
             json = next(rest, "")
             if not json:
                 raise ValueError("--json names no file; write --json FILE, or --json - for the console")
+        elif command == "generate" and arg.startswith("--") and not arg.startswith("--config"):
+            name, equals, value = arg.partition("=")
+            request = with_option(request, name, value if equals else next(rest, None))
         elif arg.startswith("-"):
             raise ValueError(f"option {arg!r} is unknown; `alignax --help` lists them")
         else:
@@ -93,7 +108,24 @@ def parse(args: Sequence[str]) -> Arguments:
         raise ValueError(f"`alignax {command}` takes {' and '.join(WANTED[command]) or 'no further words'}, not {words}")
     if command in ("train", "check-data") and not file:
         raise ValueError(f"`alignax {command}` needs --config FILE.py, such as experiments/dpo_hh.py")
-    return Arguments(command, words, overrides, file, dry, json)
+    return Arguments(command, words, overrides, file, dry, json, request)
+
+
+def with_option(request: Request, option: str, value: str | None) -> Request:
+    """The request with an option of `alignax generate` set; `--stop` adds to those before."""
+    name = option.removeprefix("--").replace("-", "_")
+    if name not in (f.name for f in dataclasses.fields(request)):
+        raise ValueError(f"option {option!r} is unknown; `alignax --help` lists them")
+    if value is None:
+        raise ValueError(f"{option} has no value; write {option} VALUE")
+    old = getattr(request, name)
+    if isinstance(old, tuple):
+        return dataclasses.replace(request, **{name: (*old, value)})
+    try:
+        new = type(old)(value)
+    except ValueError as e:
+        raise ValueError(f"{option} is {value!r}; it must be {'a whole number' if isinstance(old, int) else 'a number'}") from e
+    return dataclasses.replace(request, **{name: new})
 
 
 def fail(error: BaseException) -> int:

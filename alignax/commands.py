@@ -1,24 +1,32 @@
 """What the commands do. Bad input is told apart from failures: it is found in `prepare`, before any compute."""
 
+import functools
 import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+import jax
+from jax.sharding import Mesh
+
 from alignax import distributed, plan
 from alignax.checkpoint import Checkpoints
-from alignax.config import BadInput, Experiment, load_experiment
+from alignax.config import BadInput, Experiment, default_config, load_experiment, set_field
 from alignax.data import check
 from alignax.distributed import is_main, together
 from alignax.evaluate import Evaluation
 from alignax.fit import fit, make_programs, merged, start
+from alignax.generate import Generator, Stops, console, shape_for
+from alignax.generate.console import Request
+from alignax.generate.generator import check_room
 from alignax.mesh import make_mesh
 from alignax.metrics import Log, table
 from alignax.models import hf
-from alignax.prepare import Run, check_workdir, load_tokenizer, make_lora, prepare
+from alignax.prepare import Run, check_workdir, compute_dtype, load_tokenizer, make_lora, open_model, prepare
+from alignax.types import Params
 
 
 @contextmanager
@@ -105,19 +113,69 @@ def export(workdir: Path, folder: Path, overrides: Sequence[str]) -> None:
             config = saved_experiment(workdir, overrides).config
             source = hf.open_folder(config.model.path)
             eos = load_tokenizer(source.path, source.config.vocab_size).eos_token_id
-        checkpoints = Checkpoints(workdir)
-        step = newest(checkpoints)
-        lora, mesh = make_lora(config, source), make_mesh(config.mesh)
-        trained = hf.abstract_adapters(source.config, lora, mesh) if lora else hf.abstract_params(source.config, mesh)
-        params = checkpoints.restore_params(step, trained, config.export.params)
-        params = merged(source, lora, params, mesh) if lora else params
+        params, step = newest_params(workdir, config, source, make_mesh(config.mesh), config.export.params)
         there = folder.exists()
         hf.export(params, source, folder, config.export.dtype, eos=eos)
-    checkpoints.close()
     if is_main():
         print(
             f"step {step} of {workdir} is in {folder}, in {config.export.dtype}{' (an earlier export there was replaced)' if there else ''}"
         )
+
+
+def newest_params(workdir: Path, config: Any, source: hf.Source, mesh: Mesh, name: str) -> tuple[Params, int]:
+    """The parameters of a run's newest checkpoint, adapters merged into their base, and its step; `name`: "policy" or an average."""
+    with closing(Checkpoints(workdir)) as checkpoints:
+        step, lora = newest(checkpoints), make_lora(config, source)
+        trained = hf.abstract_adapters(source.config, lora, mesh) if lora else hf.abstract_params(source.config, mesh)
+        params = checkpoints.restore_params(step, trained, name)
+    return (merged(source, lora, params, mesh) if lora else params), step
+
+
+def generate(model: Path, request: Request, overrides: Sequence[str]) -> None:
+    """`alignax generate`: completions of prompts, by a Hugging Face folder or by the newest checkpoint of a run, data not needed."""
+    with refusing():
+        distributed.initialize()
+        with together():
+            config = saved_experiment(model, overrides).config if (model / "config.py").is_file() else folder_config(model, overrides)
+            source = open_model(config.model.path, "pretrained", "model.path")
+            tokenizer = load_tokenizer(source.path, source.config.vocab_size)
+            stops = Stops(tokenizer, tuple(request.stop)) if request.stop else None
+            prompts = console.read(request, tokenizer)
+            longest = max((len(p.ids) for p in prompts or ()), default=1)
+            check_room(source.config, longest, request.max_new_tokens)
+        mesh = make_mesh(config.mesh)
+
+        @functools.cache
+        def generator(count: int, longest: int) -> Generator:
+            shape = shape_for(count, longest, request.max_new_tokens, mesh=mesh, slots=request.slots)
+            ids = {tokenizer.eos_token_id, *hf.stop_ids(source)}
+            dtype = compute_dtype(config, mesh)
+            how = request.sampling()
+            return Generator(source.config, shape, how, stop_ids=[*ids], stops=stops, dtype=dtype, cache_dtype=request.cache, mesh=mesh)
+
+        generator(request.n * len(prompts or [0]), longest)
+        saved = (model / "config.py").is_file()
+        params = newest_params(model, config, source, mesh, config.eval.params)[0] if saved else hf.load_params(source, mesh)
+    key = jax.random.key(request.seed)
+    if prompts is not None:
+        console.answer(generator(request.n * len(prompts), longest), params, prompts, key, request, tokenizer)
+        return
+    for i, prompt in enumerate(console.typed(tokenizer)):
+        room = source.config.max_position_embeddings - request.max_new_tokens
+        # In powers of 2, so that few lengths are compiled.
+        longest = min(max(64, 1 << (len(prompt.ids) - 1).bit_length()), room)
+        try:
+            console.answer(generator(request.n, longest), params, [prompt], jax.random.fold_in(key, i), request, tokenizer)
+        except ValueError as e:  # a prompt that is too long: the next may be shorter
+            print(f"alignax: {e}", file=sys.stderr)
+
+
+def folder_config(folder: Path, overrides: Sequence[str]) -> Any:
+    """The default config, of a model folder."""
+    config = default_config()
+    for override in [f"model.path={folder}", *overrides]:
+        set_field(config, override)
+    return config
 
 
 def check_data(file: str, overrides: Sequence[str], out: str) -> None:

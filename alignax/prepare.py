@@ -116,8 +116,7 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
     steps = config.steps or train.steps(config.epochs)
     if steps < 1:
         raise ValueError(f"epochs {config.epochs} make no step; raise epochs, or set steps")
-    auto = "float32" if on_cpu else "bfloat16"
-    dtype = jnp.dtype(auto if config.model.dtype == "auto" else config.model.dtype)
+    dtype = compute_dtype(config, mesh)
     apply = make_apply(dataclasses.replace(source.config, lora=lora), config, dtype, mesh)
     schedule = make_schedule(config.optimizer, steps)
     optimizer = make_optimizer(config.optimizer, schedule)
@@ -131,6 +130,12 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
         experiment, config, workdir, mesh, source, reference, lora, tokenizer, train, examples.get("eval"), reports, steps, dtype, apply,
         objective, schedule, optimizer, averages,
     )  # fmt: skip
+
+
+def compute_dtype(config: Any, mesh: Mesh) -> Any:
+    """The dtype of activations."""
+    auto = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
+    return jnp.dtype(auto if config.model.dtype == "auto" else config.model.dtype)
 
 
 def check_fields(config: Any) -> None:
