@@ -83,6 +83,18 @@ def test_a_run_and_its_export_say_the_same(tmp_path, capsys):
     assert texts[0] == texts[1] != texts[2]
 
 
+@pytest.mark.slow
+def test_two_processes_say_what_one_does(model, tmp_path):
+    prompts, outs = tmp_path / "prompts.txt", [tmp_path / name for name in ("one.jsonl", "two.jsonl")]
+    prompts.write_text("Is it so?\nIs it?\nWhy\n")
+    args = lambda out: ["generate", str(model), "--prompts", str(prompts), "--out", str(out), "--n", "3", "--max-new-tokens", "9"]
+    runs.finish(runs.begin(args(outs[0])))
+    for process in runs.begin_two([args(outs[1])] * 2):
+        runs.finish(process)
+    one, two = ([(r["prompt"], r["tokens"], r["ended"]) for r in jsonl(out)] for out in outs)
+    assert one == two and len(one) == 9
+
+
 def test_conversations_go_through_the_chat_template(tmp_path):
     tokenizer = tiny.byte_tokenizer(CHATML)
     file = tmp_path / "prompts.jsonl"

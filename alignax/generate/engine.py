@@ -116,9 +116,12 @@ class Engine:
     def decode(
         self, params: Params, state: State, staged: Staged, entries: Entries, alive: jax.Array, key: jax.Array, steps: jax.Array
     ) -> tuple[State, Emitted]:
-        """Begins the completions of `entries`, then adds up to `steps` tokens, at most `chunk`, to the rows that are `alive` [S]."""
+        """Begins the completions of `entries`, then adds up to `steps` tokens, at most `chunk`, to the rows that are `alive` [S].
+
+        `key` is the data of one, which every process can place on its devices.
+        """
         S, chunk = self.shape.slots, self.shape.chunk
-        state = enter(state, staged, entries, key)
+        state = enter(state, staged, entries, jax.random.wrap_key_data(key))
         # Gathered over fsdp once, rather than at every step.
         head = constrain(head_weight(self.config, params).astype(self.dtype), self.mesh, None, "vocab")
         blank = jnp.zeros((S, chunk))

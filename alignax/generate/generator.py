@@ -111,7 +111,7 @@ class Batching:
     def __init__(self, generator: Generator, params: Params, prompts: Prompts, key: jax.Array, n: int):
         """Nothing is computed yet."""
         self.own, self.params, self.prompts, self.n, shape = generator, params, prompts, n, generator.shape
-        self.key = key
+        self.key = np.asarray(jax.random.key_data(key).addressable_data(0))
         self.state: State = generator._empty()
         self.staged: Staged | None = None
         self.block = -1  # the prompts block * Q .. block * Q + Q - 1 are staged
@@ -167,19 +167,14 @@ class Batching:
 
     def decode(self, entries: Entries, alive: np.ndarray, steps: int) -> None:
         """Runs the decoding program, and takes up what it has made."""
-        small = jax.tree.map(self.own.place, (entries, alive, self.key_data(), np.int32(steps)))
-        entries, on, key, count = small
-        self.state, out = self.own._decode(self.params, self.state, self.staged, entries, on, jax.random.wrap_key_data(key), count)
+        small = jax.tree.map(self.own.place, (entries, alive, self.key, np.int32(steps)))
+        self.state, out = self.own._decode(self.params, self.state, self.staged, *small)
         if not steps:
             return
         made, logps, real = (np.asarray(x.addressable_data(0)) for x in out)
         self.steps += int(real.any(axis=0).sum())
         for row in np.flatnonzero(alive).tolist():
             self.take(row, made[row][real[row]], logps[row][real[row]])
-
-    def key_data(self) -> np.ndarray:
-        """The key, as numbers that every device can be given."""
-        return np.asarray(jax.random.key_data(self.key).addressable_data(0))
 
     def take(self, row: int, tokens: np.ndarray, logps: np.ndarray) -> None:
         """Adds tokens to the completion of a row, and frees the row where that ends."""

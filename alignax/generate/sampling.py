@@ -65,7 +65,7 @@ def draw(sampling: Sampling, logits: jax.Array, row: jax.Array, real: jax.Array,
     token = first(z == z.max(axis=-1, keepdims=True)) if sampling.temperature == 0 else pick(weights(sampling, z), uniform)
     top = logits.max(axis=-1, keepdims=True)
     # As a product: where nothing else reads the exponentials, XLA on CPU makes their sum a loop of scalar code.
-    total = jnp.exp(logits - top) @ jnp.ones(logits.shape[1], jnp.float32)
+    total = jnp.matmul(jnp.exp(logits - top), jnp.ones(logits.shape[1], jnp.float32), precision="highest")
     return token, jnp.take_along_axis(logits - top, token[:, None], axis=-1)[:, 0] - jnp.log(total)
 
 
