@@ -40,7 +40,7 @@ STORED = "stored_ref_logps"  # the batch field that a cache of the reference bri
 LEAST = {
     "batch_size": 1, "microbatches": 1, "max_skipped": 1, "steps": 0, "checkpoint.every": 1, "checkpoint.keep": 1, "log.every": 1,
     "model.logps_chunk": 1, "eval.every": 0, "eval.batch_size": 0, "eval.samples": 0, "eval.sample_prompts": 0, "eval.max_new_tokens": 1,
-    "data.limit": 0, "seed": 0,
+    "eval.temperature": 0, "data.limit": 0, "seed": 0,
 }  # fmt: skip
 
 
