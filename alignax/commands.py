@@ -136,13 +136,15 @@ def generate(model: Path, request: Request, overrides: Sequence[str]) -> None:
     with refusing():
         distributed.initialize()
         with together():
-            config = saved_experiment(model, overrides).config if (model / "config.py").is_file() else folder_config(model, overrides)
-            source = open_model(config.model.path, "pretrained", "model.path")
+            saved = (model / "config.py").is_file()
+            config = saved_experiment(model, overrides).config if saved else folder_config(model, overrides)
+            source = open_model(config.model.path, config.model.init, "model.path")
             tokenizer = load_tokenizer(source.path, source.config.vocab_size)
             stops = Stops(tokenizer, tuple(request.stop)) if request.stop else None
             prompts = console.read(request, tokenizer)
             longest = max((len(p.ids) for p in prompts or ()), default=1)
             check_room(source.config, longest, request.max_new_tokens)
+            console.begin(request)
         mesh = make_mesh(config.mesh)
 
         @functools.cache
@@ -154,7 +156,6 @@ def generate(model: Path, request: Request, overrides: Sequence[str]) -> None:
             return Generator(source.config, shape, how, stop_ids=[*ids], stops=stops, dtype=dtype, cache_dtype=request.cache, mesh=mesh)
 
         generator(request.n * len(prompts or [0]), longest)
-        saved = (model / "config.py").is_file()
         params = newest_params(model, config, source, mesh, config.eval.params)[0] if saved else hf.load_params(source, mesh)
     key = jax.random.key(request.seed)
     if prompts is not None:

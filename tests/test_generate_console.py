@@ -57,12 +57,13 @@ def test_prompts_of_a_pipe_as_text(model, monkeypatch, capsys):
     assert "drawn at temperature 0.5, top_k 5, top_p 0.9, min_p 0.01, repetition_penalty 1.1; logps are the model's own" in said.err
 
 
-def test_a_terminal_takes_prompts_one_by_one(model, monkeypatch, capsys):
+def test_a_terminal_takes_prompts_one_by_one(model, tmp_path, monkeypatch, capsys):
     lines = io.StringIO("Is it so?\n\n" + "long " * 40 + "\nWhy\n")
     lines.isatty = lambda: True
     monkeypatch.setattr(sys, "stdin", lines)
-    assert generate(model, "--max-new-tokens", 4, "--temperature", 0) == 0
+    assert generate(model, "--max-new-tokens", 4, "--temperature", 0, "--out", tmp_path / "out.jsonl") == 0
     out, err = capsys.readouterr()
+    assert [row["prompt"] for row in jsonl(tmp_path / "out.jsonl")] == ["Is it so?", "Why"]
     assert out.count("> ") == 5 and err.count("1 completions of 1 prompts") == 2
     assert "alignax: prompt 0 has 201 tokens; it must have at least 1, and at most the 124 of the cache" in err
 
@@ -124,6 +125,7 @@ def test_conversations_go_through_the_chat_template(tmp_path):
         (["--stop", "é"], "stop string 'é' can never occur"),
         (["--cache", "int4"], "cache dtype 'int4' is unknown"),
         (["--max-new-tokens", "128"], "prompts of 5 tokens and max_new_tokens 128 exceed the model's 128 positions; lower"),
+        (["--out", "nowhere/out.jsonl"], "No such file or directory: 'nowhere/out.jsonl'"),
         (["--prompts", "nowhere.txt"], "there is no file 'nowhere.txt'"),
         (["--slots", "3"], "slots 3 do not divide into 8 batch shards; use a multiple of 8"),
         (["--config.model.dtyp", "x"], "the nearest is 'model.dtype'"),

@@ -164,13 +164,20 @@ def show(found: Sequence[Sequence[dict[str, Any]]], prompts: bool) -> None:
             print()
 
 
+def begin(request: Request) -> None:
+    """Opens the file that is written to, so that one that cannot be is refused before anything is computed."""
+    if request.out not in ("", "-") and is_main():
+        Path(request.out).write_text("", encoding="utf-8")
+
+
 def write(file: str, found: Sequence[Sequence[dict[str, Any]]]) -> None:
-    """Writes completions as JSONL, a row each; "-" is the console."""
+    """Adds completions as JSONL, a row each; "-" is the console."""
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for samples in found for row in samples)
     if file == "-":
         print(text, end="")
     else:
-        Path(file).write_text(text, encoding="utf-8")
+        with open(file, "a", encoding="utf-8") as f:
+            f.write(text)
 
 
 def summary(out: Completions, seconds: float, slots: int, stops: Stops | None) -> list[str]:
