@@ -32,8 +32,9 @@ lint: $(VENV)/installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-bench: setup
+bench: $(VENV)/installed-test
 	$(BIN)/python experiments/bench.py
+	$(BIN)/python experiments/bench_generate.py
 
 clean:
 	rm -rf $(VENV) runs

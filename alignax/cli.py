@@ -1,14 +1,20 @@
-"""The `alignax` command: train, eval, eval-rm, export, check-data, overopt, report."""
+"""The `alignax` command: train, eval, eval-rm, generate, export, check-data, overopt, report."""
 
+import dataclasses
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from alignax.generate.console import Request
+
 USAGE = """usage: alignax train  --config FILE.py [--config.FIELD=VALUE ...] [--dry-run]
        alignax eval   WORKDIR [--config.FIELD=VALUE ...]
        alignax eval-rm MODELS [--config FILE.py] [--config.FIELD=VALUE ...] [--json OUT]
+       alignax generate MODEL [--prompts FILE] [--out FILE] [--n N] [--max-new-tokens N] [--temperature T] [--top-k K] [--top-p P]
+                        [--min-p P] [--repetition-penalty R] [--stop TEXT ...] [--seed N] [--slots N] [--cache DTYPE]
+                        [--config.FIELD=VALUE ...]
        alignax export WORKDIR FOLDER [--config.FIELD=VALUE ...]
        alignax check-data --config FILE.py [--config.FIELD=VALUE ...] [--json OUT]
        alignax overopt --config FILE.py [--config.FIELD=VALUE ...]
@@ -19,6 +25,9 @@ eval        evaluates the newest checkpoint of a run on its evaluation data
 eval-rm     judges a reward model or an ensemble on the pairs of data.eval, and of data.ood, which come from elsewhere: accuracy,
             margin, calibration, score against length, disagreement; MODELS: a run's workdir, or model folders with commas between them
             (then with --config, for how data are read)
+generate    completes prompts; MODEL is a Hugging Face folder, or the WORKDIR of a run. FILE has a prompt a line, or rows (.jsonl, .csv,
+            .parquet) with a column "prompt", text or messages; without one, prompts are typed. --out writes JSONL with tokens and
+            log-probs, --out - prints it; --temperature 0 is greedy; --stop may be given several times
 export      writes the newest checkpoint of a run as a Hugging Face folder, of an ensemble one for each member
 check-data  reads and tokenises the data and reports on it, every bad row counted; needs the tokenizer of the model folder, no
             weights; --json writes the report to a file too, --json - prints it instead; ends with 2 if a run would refuse the data
@@ -26,8 +35,8 @@ overopt     measures reward overoptimisation: best-of-n and direct alignment aga
 report      writes WORKDIR/report.html anew, of a laboratory or a run with a gold reward; for several comparison.html in the first, too
 FIELD       any field of the config, such as data.max_length; `alignax train --config FILE.py --dry-run` lists them"""
 WANTED = {
-    "train": [], "eval": ["WORKDIR"], "eval-rm": ["MODELS"], "export": ["WORKDIR", "FOLDER"], "check-data": [], "overopt": [],
-    "report": ["WORKDIR ..."],
+    "train": [], "eval": ["WORKDIR"], "eval-rm": ["MODELS"], "generate": ["MODEL"], "export": ["WORKDIR", "FOLDER"], "check-data": [],
+    "overopt": [], "report": ["WORKDIR ..."],
 }  # fmt: skip
 
 
@@ -40,6 +49,7 @@ class Arguments(NamedTuple):
     file: str  # the experiment
     dry: bool
     json: str  # where check-data and eval-rm write JSON; empty: nowhere
+    request: Request  # of generate
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,6 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             commands.evaluate(Path(given.words[0]), given.overrides)
         elif given.command == "eval-rm":
             commands.eval_rm(given.words[0], given.file, given.overrides, given.json)
+        elif given.command == "generate":
+            commands.generate(Path(given.words[0]), given.request, given.overrides)
         elif given.command == "export":
             commands.export(Path(given.words[0]), Path(given.words[1]), given.overrides)
         elif given.command == "overopt":
@@ -86,7 +98,7 @@ def parse(args: Sequence[str]) -> Arguments:
     command, *rest = args
     if command not in WANTED:
         raise ValueError(f"command {command!r} is unknown; use {', '.join(WANTED)}")
-    words, overrides, file, dry, json = [], [], "", False, ""
+    words, overrides, file, dry, json, request = [], [], "", False, "", Request()
     rest = iter(rest)
     for arg in rest:
         if arg == "--config":
@@ -102,6 +114,9 @@ def parse(args: Sequence[str]) -> Arguments:
             json = next(rest, "")
             if not json:
                 raise ValueError("--json names no file; write --json FILE, or --json - for the console")
+        elif command == "generate" and arg.startswith("--") and not arg.startswith("--config"):
+            name, equals, value = arg.partition("=")
+            request = with_option(request, name, value if equals else next(rest, None))
         elif arg.startswith("-"):
             raise ValueError(f"option {arg!r} is unknown; `alignax --help` lists them")
         else:
@@ -111,7 +126,24 @@ def parse(args: Sequence[str]) -> Arguments:
     if command in ("train", "check-data", "overopt") and not file:
         example = "overoptimization" if command == "overopt" else "dpo_hh"
         raise ValueError(f"`alignax {command}` needs --config FILE.py, such as experiments/{example}.py")
-    return Arguments(command, words, overrides, file, dry, json)
+    return Arguments(command, words, overrides, file, dry, json, request)
+
+
+def with_option(request: Request, option: str, value: str | None) -> Request:
+    """The request with an option of `alignax generate` set; `--stop` adds to those before."""
+    name = option.removeprefix("--").replace("-", "_")
+    if name not in (f.name for f in dataclasses.fields(request)):
+        raise ValueError(f"option {option!r} is unknown; `alignax --help` lists them")
+    if value is None:
+        raise ValueError(f"{option} has no value; write {option} VALUE")
+    old = getattr(request, name)
+    if isinstance(old, tuple):
+        return dataclasses.replace(request, **{name: (*old, value)})
+    try:
+        new = type(old)(value)
+    except ValueError as e:
+        raise ValueError(f"{option} is {value!r}; it must be {'a whole number' if isinstance(old, int) else 'a number'}") from e
+    return dataclasses.replace(request, **{name: new})
 
 
 def fail(error: BaseException) -> int:

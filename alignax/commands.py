@@ -1,28 +1,33 @@
 """What the commands do. Bad input is told apart from failures: it is found in `prepare`, before any compute."""
 
+import functools
 import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from alignax import distributed, plan, rewards
 from alignax.checkpoint import Checkpoints
-from alignax.config import BadInput, Experiment, load_experiment
+from alignax.config import BadInput, Experiment, default_config, load_experiment, set_field
 from alignax.data import Examples, check, load, padded_length
 from alignax.distributed import is_main, together
 from alignax.ensemble import stacked
 from alignax.evaluate import Evaluation
 from alignax.fit import fit, make_programs, members_of, merged, start
+from alignax.generate import Generator, Stops, console, shape_for
+from alignax.generate.console import Request
+from alignax.generate.generator import check_room
 from alignax.mesh import make_mesh
 from alignax.metrics import Log, table
 from alignax.models import hf
-from alignax.prepare import Run, check_workdir, eval_batch_size, load_tokenizer, make_lora, prepare
+from alignax.prepare import Run, check_workdir, compute_dtype, eval_batch_size, load_tokenizer, make_lora, open_model, prepare
 from alignax.types import Params
 
 
@@ -137,14 +142,18 @@ def saved_models(workdir: Path, overrides: Sequence[str]) -> Saved:
     with together():
         config = saved_experiment(workdir, overrides).config
         source = hf.with_labels(hf.open_folder(config.model.path), config.model.num_labels)
-    checkpoints = Checkpoints(workdir)
-    step = newest(checkpoints)
-    lora, mesh, members = make_lora(config, source), make_mesh(config.mesh), config.ensemble.members
-    trained = hf.abstract_adapters(source.config, lora, mesh) if lora else hf.abstract_params(source.config, mesh)
-    params = checkpoints.restore_params(step, stacked(trained, members, mesh) if members else trained, config.export.params)
-    checkpoints.close()
-    whole = ((name, merged(source, lora, one, mesh) if lora else one) for name, one in members_of(params, members))
-    return Saved(config, source, mesh, step, whole)
+    mesh = make_mesh(config.mesh)
+    return Saved(config, source, mesh, *newest_models(workdir, config, source, mesh, config.export.params))
+
+
+def newest_models(workdir: Path, config: Any, source: hf.Source, mesh: Mesh, name: str) -> tuple[int, Iterator[tuple[str, Params]]]:
+    """The step of a run's newest checkpoint, and its models (see `Saved`); `name`: "policy" or an average."""
+    lora, members = make_lora(config, source), config.ensemble.members
+    with closing(Checkpoints(workdir)) as checkpoints:
+        step = newest(checkpoints)
+        trained = hf.abstract_adapters(source.config, lora, mesh) if lora else hf.abstract_params(source.config, mesh)
+        params = checkpoints.restore_params(step, stacked(trained, members, mesh) if members else trained, name)
+    return step, ((name, merged(source, lora, one, mesh) if lora else one) for name, one in members_of(params, members))
 
 
 def export(workdir: Path, folder: Path, overrides: Sequence[str]) -> None:
@@ -152,9 +161,10 @@ def export(workdir: Path, folder: Path, overrides: Sequence[str]) -> None:
     with refusing():
         distributed.initialize()
         saved = saved_models(workdir, overrides)
+        eos = load_tokenizer(saved.source.path, saved.source.config.vocab_size).eos_token_id
         there, dtype = folder.exists(), saved.config.export.dtype
         for name, params in saved.models:
-            hf.export(params, saved.source, folder / name, dtype)
+            hf.export(params, saved.source, folder / name, dtype, eos=eos)
     if is_main():
         print(f"step {saved.step} of {workdir} is in {folder}, in {dtype}{' (an earlier export there was replaced)' if there else ''}")
 
@@ -208,6 +218,60 @@ def pairs_of(config: Any, source: hf.Source) -> dict[str, Examples]:
         if examples.N != 2:
             raise ValueError(f"data.{split} has {examples.N} responses of a prompt, eval-rm takes pairs; set data.kind to preference")
     return loaded
+
+
+def generate(model: Path, request: Request, overrides: Sequence[str]) -> None:
+    """`alignax generate`: completions of prompts, by a Hugging Face folder or by the newest checkpoint of a run, data not needed."""
+    with refusing():
+        distributed.initialize()
+        with together():
+            saved = (model / "config.py").is_file()
+            config = saved_experiment(model, overrides).config if saved else folder_config(model, overrides)
+            source = open_model(config.model.path, config.model.init, "model.path")
+            if source.config.num_labels or config.model.num_labels:
+                raise ValueError(f"{str(model)!r} is a reward model, which gives scores and no text; give a language model")
+            tokenizer = load_tokenizer(source.path, source.config.vocab_size)
+            stops = Stops(tokenizer, tuple(request.stop)) if request.stop else None
+            prompts = console.read(request, tokenizer)
+            longest = max((len(p.ids) for p in prompts or ()), default=1)
+            check_room(source.config, longest, request.max_new_tokens)
+            console.begin(request)
+        mesh = make_mesh(config.mesh)
+
+        @functools.cache
+        def generator(count: int, longest: int) -> Generator:
+            shape = shape_for(count, longest, request.max_new_tokens, mesh=mesh, slots=request.slots)
+            ids = {tokenizer.eos_token_id, *hf.stop_ids(source)}
+            dtype = compute_dtype(config, mesh)
+            how = request.sampling()
+            return Generator(source.config, shape, how, stop_ids=[*ids], stops=stops, dtype=dtype, cache_dtype=request.cache, mesh=mesh)
+
+        generator(request.n * len(prompts or [0]), longest)
+        if saved:
+            _, models = newest_models(model, config, source, mesh, config.eval.params)
+            ((_, params),) = models
+        else:
+            params = hf.load_params(source, mesh)
+    key = jax.random.key(request.seed)
+    if prompts is not None:
+        console.answer(generator(request.n * len(prompts), longest), params, prompts, key, request, tokenizer)
+        return
+    for i, prompt in enumerate(console.typed(tokenizer)):
+        room = source.config.max_position_embeddings - request.max_new_tokens
+        # In powers of 2, so that few lengths are compiled.
+        longest = min(max(64, 1 << (len(prompt.ids) - 1).bit_length()), room)
+        try:
+            console.answer(generator(request.n, longest), params, [prompt], jax.random.fold_in(key, i), request, tokenizer)
+        except ValueError as e:  # a prompt that is too long: the next may be shorter
+            print(f"alignax: {e}", file=sys.stderr)
+
+
+def folder_config(folder: Path, overrides: Sequence[str]) -> Any:
+    """The default config, of a model folder."""
+    config = default_config()
+    for override in [f"model.path={folder}", *overrides]:
+        set_field(config, override)
+    return config
 
 
 def check_data(file: str, overrides: Sequence[str], out: str) -> None:

@@ -13,13 +13,13 @@ import numpy as np
 
 from alignax import mesh as meshes
 from alignax.data import evaluation_batch
-from alignax.generate import sampler
+from alignax.generate import STOP_ID, Generator, Sampling, sampled_batch, sampler_gap, shape_for
 from alignax.metrics import Log
 from alignax.prepare import Run, eval_batch_size, full, policy_model, reference_model
 from alignax.train import means
-from alignax.types import Model, Params, TrainState
+from alignax.types import Batch, Model, Params, TrainState
 
-SAMPLED = ("completion_length", "eos_rate", "kl", "kl_k3", "gold")  # metrics of samples
+SAMPLED = ("completion_length", "eos_rate", "kl", "kl_k3", "sampler_gap", "gold")  # metrics of samples
 SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "kl", "gold")
 
 
@@ -33,12 +33,16 @@ class Evaluation:
         self.examples = run.evaluation or run.train.examples
         self.sampled = range(min(max(c.samples, c.sample_prompts), len(self.examples)))
         if self.sampled:
-            config = dataclasses.replace(run.source.config, lora=run.lora)
-            eos = run.tokenizer.eos_token_id
-            sample = sampler(config, max_new_tokens=c.max_new_tokens, eos=eos, dtype=run.dtype, mesh=run.mesh)
-            self._sample = jax.jit(lambda params, frozen, *rest: sample(full(run, frozen, params), *rest))
-            self._prompts = self._prompt_batch()
-        self._divergences = jax.jit(self._log_ratios)
+            self.prompts = [self.examples.prompt_tokens(i).tolist() for i in self.sampled]
+            self.generate = Generator(
+                dataclasses.replace(run.source.config, lora=run.lora),
+                shape_for(len(self.prompts), max(map(len, self.prompts)), c.max_new_tokens, mesh=run.mesh),
+                Sampling(temperature=c.temperature),
+                stop_ids=[run.tokenizer.eos_token_id],
+                dtype=run.dtype,
+                mesh=run.mesh,
+            )
+        self._compared = jax.jit(self._compare)
 
     def __call__(self, state: TrainState, step: int) -> dict[str, float]:
         """Metrics of the evaluation data and of fresh samples, without the `eval/` that the log puts before them."""
@@ -66,24 +70,24 @@ class Evaluation:
 
     def samples(self, state: TrainState, step: int) -> dict[str, float]:
         """Completions of the first prompts: their KL to the reference, gold reward, length; some of them into the log."""
-        run, c, n = self.run, self.run.config.eval, len(self.sampled)
-        if not n:
+        run, c = self.run, self.run.config.eval
+        if not self.sampled:
             return {}
         key = jax.random.fold_in(jax.random.fold_in(state.key, step), 1)
-        out, alive = self._sample(state.params, self.frozen, *self._prompts, jnp.float32(c.temperature), key)
-        completions = [t[m] for t, m in zip(meshes.gathered(out)[:n], meshes.gathered(alive)[:n], strict=True)]
+        completions = self.generate(full(run, self.frozen, state.params), self.prompts, key)
         prompts = [self.examples.prompts[i] for i in self.sampled]
-        texts = [run.tokenizer.decode(t, skip_special_tokens=True) for t in completions]
+        texts = [run.tokenizer.decode(t, skip_special_tokens=True) for (t,) in completions.rows()]
         scores = {
-            "completion_length": float(np.mean([len(t) for t in completions])),
-            "eos_rate": float(np.mean([run.tokenizer.eos_token_id in t for t in completions])),
+            "completion_length": float(completions.mask.sum(axis=-1).mean()),
+            "eos_rate": float((completions.ended == STOP_ID).mean()),
         }
         columns: dict[str, Any] = {"prompt": prompts, "completion": texts}
         # At another temperature the samples are not the policy's, and their log-ratio estimates no KL.
-        if reference_model(run, self.frozen) is not None and c.temperature == 1.0:
-            k1, k3 = self._divergences(state.params, self.frozen, *self._prompts, out, alive)
-            columns["log_ratio"] = meshes.gathered(k1)[:n].tolist()
-            scores |= {"kl": float(np.mean(columns["log_ratio"])), "kl_k3": float(meshes.gathered(k3)[:n].mean())}
+        if reference_model(run, self.frozen) is not None and completions.sampling.exact:
+            batch = sampled_batch(self.prompts, completions)
+            k1, k3, gaps = map(meshes.gathered, self._compared(state.params, self.frozen, self._placed(batch)))
+            columns["log_ratio"] = k1[: len(prompts)].tolist()
+            scores |= {"kl": float(np.mean(columns["log_ratio"])), "kl_k3": float(k3[: len(prompts)].mean()), "sampler_gap": float(gaps)}
         if run.experiment.gold is not None:
             columns["gold"] = [float(x) for x in run.experiment.gold(prompts, texts)]
             scores |= {"gold": float(np.mean(columns["gold"]))}
@@ -91,45 +95,30 @@ class Evaluation:
         self.log.samples(step, rows[: c.samples])
         return scores
 
-    def _log_ratios(self, params: Params, frozen: dict[str, Params], *samples: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def _compare(self, params: Params, frozen: dict[str, Params], batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
         reference = reference_model(self.run, frozen)
         assert reference is not None
-        return divergences(policy_model(self.run, frozen, params), reference, *samples)
+        return compare(policy_model(self.run, frozen, params), reference, batch)
 
-    def _prompt_batch(self) -> tuple[jax.Array, jax.Array]:
-        """Left-padded prompts [R, P] and their mask; R is filled up to the batch shards with copies of the first."""
-        examples = self.examples
-        rows = [examples.prompt_tokens(i) for i in self.sampled]
-        rows += [rows[0]] * (-len(rows) % meshes.batch_shards(self.run.mesh))
-        width = -(-max(map(len, rows)) // 8) * 8
-        tokens, mask = np.zeros((len(rows), width), np.int32), np.zeros((len(rows), width), bool)
-        for i, row in enumerate(rows):
-            tokens[i, width - len(row) :], mask[i, width - len(row) :] = row, True
-        place = lambda x: jax.make_array_from_callback(x.shape, meshes.batch_sharding(self.run.mesh), lambda index: x[index])
-        return place(tokens), place(mask)
+    def _placed(self, batch: dict[str, np.ndarray]) -> Batch:
+        """The batch on the mesh, filled up with padding rows."""
+        n = len(batch["tokens"])
+        size = -(-n // meshes.batch_shards(self.run.mesh)) * meshes.batch_shards(self.run.mesh)
+        full = {name: np.concatenate([x, np.zeros((size - n, *x.shape[1:]), x.dtype)]) for name, x in batch.items()}
+        return meshes.put_batch(self.run.mesh, lambda rows: {name: x[rows] for name, x in full.items()}, size)
 
 
-def divergences(
-    policy: Model, reference: Model, prompts: jax.Array, mask: jax.Array, out: jax.Array, alive: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Estimates of KL(policy || reference) from each sampled completion, in nats summed over its tokens: k1 and k3, each [R].
+def compare(policy: Model, reference: Model, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Estimates of KL(policy || reference) from each sampled completion, in nats summed over its tokens: k1 and k3, each [B].
 
     k1 = sum_t lr and k3 = sum_t exp(-lr) - 1 + lr with lr = log pi - log ref; both unbiased, k1 signed, k3 >= 0 (Schulman 2020,
-    "Approximating KL divergence").
+    "Approximating KL divergence"). Third, by how much the sampler's log-probs differ from those of the forward pass that trains, [].
 
     Args:
       policy: whose samples they are.
       reference: what they are measured against.
-      prompts: [R, P] int, left padded.
-      mask: [R, P] bool.
-      out: [R, C] int, completions.
-      alive: [R, C] bool, their real tokens.
+      batch: completions with their `sampled_logps`, [B, 1, T].
     """
-    join = lambda a, b: jnp.concatenate([a, b], axis=1)[:, None]  # [R, 1, P + C]
-    batch = {
-        "tokens": join(prompts, out),
-        "mask": join(mask, alive),
-        "completion_mask": join(jnp.zeros_like(mask), alive),
-    }
-    lr = policy.apply(policy.params, batch).logps - reference.apply(reference.params, batch).logps  # [R, 1, P + C], 0 outside completions
-    return lr.sum((1, 2)), (jnp.expm1(-lr) + lr).sum((1, 2))
+    logps = policy.apply(policy.params, batch).logps
+    lr = logps - reference.apply(reference.params, batch).logps  # [B, 1, T], 0 outside completions
+    return lr.sum((1, 2)), (jnp.expm1(-lr) + lr).sum((1, 2)), sampler_gap(logps, batch)

@@ -277,7 +277,7 @@ def export(run: Run, state: TrainState, log: Log) -> None:
             peft.write_adapter(one, run.lora, run.source, run.config.model.path, run.workdir / "adapter" / name)
             log.line(f"adapters written to {run.workdir / 'adapter' / name}")
         whole = merged(run.source, run.lora, one, run.mesh) if run.lora is not None else one
-        hf.export(whole, run.source, run.workdir / "export" / name, c.dtype)
+        hf.export(whole, run.source, run.workdir / "export" / name, c.dtype, eos=run.tokenizer.eos_token_id)
         log.line(f"exported to {run.workdir / 'export' / name}")
 
 

@@ -17,6 +17,7 @@ from alignax.averages import Average
 from alignax.config import Experiment, asked, blaming, difference, flat, load_experiment
 from alignax.data import Batches, Examples, Report, load, padded_length
 from alignax.data.files import one_line
+from alignax.generate.generator import check_room
 from alignax.losses.algebra import Loss, Objective
 from alignax.models import hf, lora, peft, transformer
 from alignax.models.lora import Lora, is_quantised, join, split
@@ -124,8 +125,7 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
     steps = config.steps or train.steps(config.epochs)
     if steps < 1:
         raise ValueError(f"epochs {config.epochs} make no step; raise epochs, or set steps")
-    auto = "float32" if on_cpu else "bfloat16"
-    dtype = jnp.dtype(auto if config.model.dtype == "auto" else config.model.dtype)
+    dtype = compute_dtype(config, mesh)
     apply = make_apply(dataclasses.replace(source.config, lora=lora), config, dtype, mesh)
     schedule = make_schedule(config.optimizer, steps)
     optimizer = make_optimizer(config.optimizer, schedule)
@@ -139,6 +139,12 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
         experiment, config, workdir, mesh, source, reference, lora, tokenizer, train, config.ensemble.members, examples.get("eval"),
         reports, steps, dtype, apply, objective, schedule, optimizer, averages,
     )  # fmt: skip
+
+
+def compute_dtype(config: Any, mesh: Mesh) -> Any:
+    """The dtype of activations."""
+    auto = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
+    return jnp.dtype(auto if config.model.dtype == "auto" else config.model.dtype)
 
 
 def check_fields(config: Any) -> None:
@@ -246,18 +252,13 @@ def check_batches(config: Any, mesh: Mesh) -> None:
 
 def check_positions(config: Any, source: hf.Source, examples: dict[str, Examples]) -> None:
     """Refuses rows and samples that are longer than the model's positions; padding has none."""
-    if dict(source.config.rope_scaling).get("rope_type") == "dynamic":
-        return
     most = source.config.max_position_embeddings
     longest = max(int(e.lengths.max()) for e in examples.values())
-    if longest > most:
+    if longest > most and dict(source.config.rope_scaling).get("rope_type") != "dynamic":
         raise ValueError(f"rows of {longest} tokens exceed the model's {most} positions; lower data.max_length")
     prompt = max(int(e.prompt_lengths.max()) for e in examples.values())
-    if max(config.eval.samples, config.eval.sample_prompts) and prompt + config.eval.max_new_tokens > most:
-        raise ValueError(
-            f"prompts of {prompt} tokens and eval.max_new_tokens {config.eval.max_new_tokens} exceed the model's {most} positions; "
-            f"lower eval.max_new_tokens to {most - prompt}"
-        )
+    if max(config.eval.samples, config.eval.sample_prompts):
+        check_room(source.config, prompt, config.eval.max_new_tokens, "eval.max_new_tokens")
 
 
 def open_model(path: str, init: str, field: str) -> hf.Source:
@@ -267,6 +268,7 @@ def open_model(path: str, init: str, field: str) -> hf.Source:
     if init not in ("pretrained", "random"):
         raise ValueError(f"model.init {init!r} is unknown; use pretrained or random")
     source = hf.open_folder(path)
+    hf.stop_ids(source)  # the export at the end reads them
     if init == "pretrained":
         hf.check_tensors(source, hf.tensor_files(source))
     return source

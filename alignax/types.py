@@ -14,6 +14,7 @@ A batch is a plain dict of arrays whose leading axis is B. Every method has the 
 | `margin`          | [B] f32          | `data.columns.margin`: how much better the chosen response is                    |
 | `ref_logps`       | [B, N, T] f32    | per-token log-probs of the reference (an experience writes them)                 |
 | `old_logps`       | [B, N, T] f32    | those of the policy as it stands before the step (likewise)                      |
+| `sampled_logps`   | [B, N, T] f32    | those that a completion was sampled with (see `alignax.generate`)                |
 | `labels`          | [B, N] bool      | unpaired data: whether a response is desirable                                   |
 | `kto_kl`          | [B] f32          | KL(policy || reference) from mismatched responses, at least 0, in nats           |
 | `bco_shift`       | [B] f32          | mean log-ratio of the batch, in nats                                             |

@@ -25,12 +25,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from alignax import chain, commands, default_config, dpo, logps, report, rpo, sft
 from alignax.config import BadInput
-from alignax.generate import sampler
+from alignax.generate import Generator, shape_for
 from alignax.mesh import make_mesh
 from alignax.models import hf
 
@@ -51,7 +49,7 @@ TOPICS = {
 FACTS = {topic: words.split() for topic, words in TOPICS.items()}
 PROMPTS = ("tell me about the {}", "what belongs to the {}", "name things of the {}", "what do you know of the {}")
 PATIENCE = 7  # words, and the most that a demonstration has
-AT_ONCE = 1024  # answers sampled in one call
+AT_ONCE = 1024  # answers sampled side by side
 STAGES = ("sft", "dpo", "rpo")
 EOS, UNKNOWN = "</s>", "<unk>"
 
@@ -201,9 +199,8 @@ def write_pairs(folder: Path, policy: Path, config) -> None:
     rng = random.Random(f"{config.seed} pairs")
     wanted = config.pairs + config.held_out
     prompts = [prompt(rng) for _ in range(wanted * 3 // 2)]
-    answers = sample(policy, prompts + prompts, config)
     rows = []
-    for p, *two in zip(prompts, answers[: len(prompts)], answers[len(prompts) :], strict=True):
+    for p, two in zip(prompts, sample(policy, prompts, config), strict=True):
         a, b = gold([p, p], two)
         if a != b and all(two):
             better, worse = two if a > b else two[::-1]
@@ -220,24 +217,19 @@ def flipped(row: dict[str, str]) -> dict[str, str]:
     return row | {"chosen": row["rejected"], "rejected": row["chosen"]}
 
 
-def sample(policy: Path, prompts: list[str], config) -> list[str]:
-    """One completion for each prompt at temperature 1."""
+def sample(policy: Path, prompts: list[str], config) -> list[list[str]]:
+    """Two completions of each prompt at temperature 1."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(policy), local_files_only=True)
     source = hf.open_folder(policy)
     mesh = make_mesh(config.mesh)
     params = hf.load_params(source, mesh)
-    draw = jax.jit(sampler(source.config, max_new_tokens=config.eval.max_new_tokens, eos=tokenizer.eos_token_id, mesh=mesh))
-    inputs = tokenizer(prompts, padding=True, padding_side="left", return_tensors="np")
-    ids, mask = inputs["input_ids"], inputs["attention_mask"] > 0
-    texts = []
-    for i in range(0, len(prompts), AT_ONCE):
-        rows = np.arange(i, i + AT_ONCE) % len(prompts)  # the first ones again at the end, so that one program does for all
-        key = jax.random.fold_in(jax.random.key(config.seed), i)
-        out, alive = map(np.asarray, draw(params, ids[rows], mask[rows], jnp.float32(1.0), key))
-        texts += [tokenizer.decode(t[m], skip_special_tokens=True) for t, m in zip(out, alive, strict=True)]
-    return texts[: len(prompts)]
+    ids = tokenizer(prompts)["input_ids"]
+    shape = shape_for(2 * len(ids), max(map(len, ids)), config.eval.max_new_tokens, mesh=mesh, slots=AT_ONCE)
+    generate = Generator(source.config, shape, stop_ids=[tokenizer.eos_token_id], mesh=mesh)
+    completions = generate(params, ids, jax.random.key(config.seed), n=2)
+    return [[tokenizer.decode(t, skip_special_tokens=True) for t in two] for two in completions.rows()]
 
 
 def write_jsonl(file: Path, rows: list[dict[str, str]]) -> None:

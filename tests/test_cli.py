@@ -174,6 +174,7 @@ BAD = {
     "negative evaluation batch": (lambda f, t: {"eval.batch_size": -8}, r"eval\.batch_size' is -8"),
     "unknown dtype of the export": (lambda f, t: {"export.dtype": "bf16"}, r"export\.dtype 'bf16'.*bfloat16"),
     "samples longer than the model": (lambda f, t: {"eval.max_new_tokens": 4000}, r"max_new_tokens 4000.*128 positions"),
+    "samples below temperature 0": (lambda f, t: {"eval.temperature": -1.0}, r"eval\.temperature' is -1\.0; it must be at least 0"),
     "decay without effect": (lambda f, t: {"optimizer.name": "sgd", "optimizer.weight_decay": 0.1}, r"weight_decay is 0\.1.*adamw"),
     "tensor of whole numbers": (
         lambda f, t: {"model.path": edited(f, t, lambda d: set_tensors(d, lambda x: x.update({NORM: np.ones(32, np.int64)})))},

@@ -128,7 +128,7 @@ def test_transformers_loads_an_export(tied, written, tmp_path):
         source = hf.open_folder(tmp_path / "tied")
     (source.path / "pytorch_model.bin.index.json").write_text("{}")  # of other weights: must not follow
     params = jax.tree.map(lambda x: x * 1.25, hf.load_params(source, make_mesh({"fsdp": 4, "tensor": 2})))  # as if trained
-    hf.export(params, source, tmp_path / "out")
+    hf.export(params, source, tmp_path / "out", eos=5)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert model.dtype == torch.float32 and not (tmp_path / "out" / "pytorch_model.bin.index.json").exists()
     logits_agree(tmp_path / "out", model)
@@ -137,6 +137,37 @@ def test_transformers_loads_an_export(tied, written, tmp_path):
         tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
         assert tokenizer.decode(tokenizer("Is it so?")["input_ids"]) == tiny.tokenizer().decode(tiny.tokenizer()("Is it so?")["input_ids"])
         assert model.generation_config.eos_token_id == [2, 5] and model.generation_config.max_new_tokens == 17
+
+
+@pytest.mark.parametrize(
+    ("file", "config", "after"),
+    [
+        ({"eos_token_id": 1, "do_sample": False}, {}, {"eos_token_id": [1, 2], "do_sample": False}),
+        ({"eos_token_id": [1, 2]}, {}, {"eos_token_id": [1, 2]}),
+        ({"do_sample": True}, {}, {"do_sample": True, "eos_token_id": 2}),
+        (None, {"eos_token_id": 9}, {"bos_token_id": 1, "eos_token_id": [9, 2]}),
+        (None, {"eos_token_id": 2}, None),
+    ],
+)
+def test_an_export_stops_at_the_eos_that_was_trained(file, config, after, copy):
+    folder = copy
+    (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | config))
+    generation = folder / "generation_config.json"
+    generation.unlink()
+    if file is not None:
+        generation.write_text(json.dumps(file))
+    hf.export(load(folder), hf.open_folder(folder), folder / "out", eos=2)
+    out = folder / "out" / "generation_config.json"
+    assert (json.loads(out.read_text()) if out.is_file() else None) == after
+    stops = transformers.GenerationConfig.from_pretrained(folder / "out").eos_token_id if after else 2
+    assert 2 in (stops if isinstance(stops, list) else [stops])
+
+
+def test_a_damaged_generation_config(copy):
+    folder = copy
+    (folder / "generation_config.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"generation_config.json is not a JSON object"):
+        hf.stop_ids(hf.open_folder(folder))
 
 
 def test_round_trip_is_bit_for_bit(written, tmp_path):

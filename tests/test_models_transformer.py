@@ -247,19 +247,19 @@ def test_cached_steps_are_the_whole_row(variant):
     # Within the original context: past it these two scalings change with the length, and cached keys keep the angles that they got.
     scaling = tuple((k, 64 if k.startswith("original") else v) for k, v in config(variant).rope_scaling)
     c = dataclasses.replace(config(variant), max_position_embeddings=64, rope_scaling=scaling)
-    tokens, mask = torch_llama.rows([40, 33], 40, left=(1,))  # prompts of a sampler are left padded
-    tokens, mask = jnp.asarray(tokens), jnp.asarray(mask)
+    tokens, mask = map(jnp.asarray, torch_llama.rows([40, 33], 40))
     variables, decoder = {"params": init(c)}, Decoder(c, remat="none")
     whole, nothing = decoder.apply(variables, tokens, mask)
     assert nothing is None
-    shape = (c.num_hidden_layers, 2, 40, c.num_key_value_heads, c.head_dim)
-    step = jax.jit(decoder.apply)
-    out, cache = step(variables, tokens[:, :30], mask, (jnp.zeros(shape), jnp.zeros(shape)), 0)
-    states = [out]
-    for t in range(30, 40):
-        out, cache = step(variables, tokens[:, t : t + 1], mask, cache, t)
-        states.append(out)
-    np.testing.assert_allclose(jnp.concatenate(states, axis=1)[mask], whole[mask], atol=1e-5, rtol=0)
+    # Two prompts of 30 and 23 tokens are read at once, then ten tokens one by one, each row at its own place.
+    prompts = jnp.arange(40)[None] < jnp.array([[30], [23]])
+    states, cache = Decoder(c, remat="none", keep=jnp.float32).apply(variables, tokens, prompts)
+    np.testing.assert_allclose(states[prompts], whole[prompts], atol=1e-5, rtol=0)
+    step, row = jax.jit(decoder.apply), jnp.arange(2)
+    for t in range(10):
+        at = jnp.array([30, 23]) + t
+        out, cache = step(variables, tokens[row, at][:, None], None, cache, at)
+        np.testing.assert_allclose(out[:, 0], whole[row, at], atol=1e-5, rtol=0)
 
 
 def test_initial_parameters_follow_the_seed():

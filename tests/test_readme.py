@@ -2,6 +2,7 @@
 
 import re
 
+import jax
 import jax.numpy as jnp
 import optax
 import pytest
@@ -10,6 +11,8 @@ import tiny
 
 from alignax import Model, chain, init_state, logps, make_step
 from alignax.config import default_config, flat
+from alignax.mesh import make_mesh
+from alignax.models import hf
 
 README = (runs.REPO / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
@@ -51,14 +54,22 @@ def test_a_loss_of_ones_own():
     params = tiny.plain_params()
     batch = chain(logps("ref_logps", Model(tiny.plain_apply, params)))(tiny.batch())
     step = make_step(tiny.plain_apply, hinge(), optax.sgd(0.1), microbatches=2)
-    import jax
-
     _, metrics = step(init_state(params, optax.sgd(0.1), jax.random.key(0)), batch)
     assert float(metrics["loss"]) == pytest.approx(1.0), "policy = reference"
 
 
 def test_averages():
     assert set(run_block(3)["averages"](None)) == {"ema", "reference"}
+
+
+def test_generation():
+    mesh = make_mesh({"fsdp": -1})
+    layout = jax.tree.map(lambda x: x.sharding, hf.abstract_params(tiny.MODEL, mesh))
+    block = BLOCKS[4].replace("256", "8")  # positions of a tiny model
+    names: dict = {"config": tiny.MODEL, "mesh": mesh, "params": jax.device_put(tiny.params(), layout), "eos": 2}
+    names |= {"key": jax.random.key(0), "prompts": [[5, 6, 7], [8]]}
+    exec(compile(block, "README.md", "exec"), names)
+    assert names["batch"]["sampled_logps"].shape == (2, 8, 11)
 
 
 def test_fields_files_and_targets_exist():

@@ -153,8 +153,6 @@ Spans = tuple[list[int], list[tuple[int, int]]]  # tokens of a conversation, and
 
 
 def _row(row: Prompted, tokenizer: Any, spans: Callable[[Any, Prompted, Any], Spans | Bad]) -> Encoded | Bad:
-    import jinja2
-
     sides = []
     try:
         text = _text(tokenizer, row.prompt, row.tools, opened=True)
@@ -163,14 +161,37 @@ def _row(row: Prompted, tokenizer: Any, spans: Callable[[Any, Prompted, Any], Sp
             if isinstance(found, Bad):
                 return found
             sides.append(_side(*found, tokenizer.eos_token_id))
-    # A template is a program of its own, and may refuse a conversation in any of these ways.
-    except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError) as error:
-        return Bad("refused by the template", f"the chat template refuses the conversation: {short(str(error))}")
+    except _refusals() as error:
+        return _refused(error)
     prompts = [prompt for prompt, *_ in sides]
     if any(prompt != prompts[0] for prompt in prompts):
         return Bad("prompt differs", "the chat template renders the prompt in another way before each side")
     _, completions, scored, without = zip(*sides, strict=True)
     return Encoded(prompts[0], [*completions], [*scored], text, turns_without_eos=sum(without))
+
+
+def encode_prompt(messages: list, tools: Any, tokenizer: Any) -> tuple[str, list[int]] | Bad:
+    """Text and tokens of a conversation up to where the next answer begins, as rows have them."""
+    if bad := _bad_messages("the prompt", messages):
+        return bad
+    _template(tokenizer, tools)
+    try:
+        text = _text(tokenizer, messages, tools, opened=True)
+    except _refusals() as error:
+        return _refused(error)
+    ids = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    return (text, ids) if ids else Bad("no prompt", "the chat template makes no token of the conversation")
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    """A template is a program of its own, and may refuse a conversation in any of these ways."""
+    import jinja2
+
+    return (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError)
+
+
+def _refused(error: Exception) -> Bad:
+    return Bad("refused by the template", f"the chat template refuses the conversation: {short(str(error))}")
 
 
 def _text(tokenizer: Any, messages: Any, tools: Any, opened: bool = False) -> str:

@@ -224,15 +224,8 @@ def _encoded(rows: Sequence[Prompted], tokenizer: Any) -> Iterator[tuple[Sequenc
 def encode_texts(rows: Sequence[Prompted], tokenizer: Any) -> list[Encoded]:
     """Rows of text in tokens, split at their boundaries, completions ended by one EOS."""
     eos = tokenizer.eos_token_id
-    # By a probe and not by the last id of each text: a text may itself end in an EOS, which is then part of it.
-    appended = tokenizer("a")["input_ids"][-1] == eos
-
-    def encode(texts: list[str]) -> list[list[int]]:
-        ids = tokenizer(texts, truncation=False, padding=False, return_attention_mask=False, verbose=False)["input_ids"]
-        return [row[:-1] for row in ids] if appended else ids
-
-    prompts = encode([str(row.prompt) for row in rows])
-    sides = iter(encode([f"{row.prompt}{completion}" for row in rows for completion in row.completions]))
+    prompts = _text_ids([str(row.prompt) for row in rows], tokenizer)
+    sides = iter(_text_ids([f"{row.prompt}{completion}" for row in rows for completion in row.completions], tokenizer))
     out = []
     for prompt, row in zip(prompts, rows, strict=True):
         full = [next(sides) for _ in row.completions]
@@ -243,10 +236,28 @@ def encode_texts(rows: Sequence[Prompted], tokenizer: Any) -> list[Encoded]:
     return out
 
 
+def prompt_ids(texts: list[str], tokenizer: Any) -> list[list[int]]:
+    """Tokens of prompts that stand alone, each at least one."""
+    return [ids or [_separator(tokenizer)] for ids in _text_ids(texts, tokenizer)]
+
+
+def _text_ids(texts: list[str], tokenizer: Any) -> list[list[int]]:
+    """Tokens of texts, with what the tokenizer puts in front and without an EOS that it appends."""
+    # By a probe and not by the last id of each text: a text may itself end in an EOS, which is then part of it.
+    appended = tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id
+    ids = tokenizer(texts, truncation=False, padding=False, return_attention_mask=False, verbose=False)["input_ids"]
+    return [row[:-1] for row in ids] if appended else ids
+
+
+def _separator(tokenizer: Any) -> int:
+    """The first token of a prompt that has none."""
+    return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+
+
 def _fit(row: Encoded, tokenizer: Any, max_length: int, max_prompt_length: int) -> _Fitted | Bad:
     """Cut a row to length."""
     eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
-    whole = row.prompt or [eos if bos is None else bos]
+    whole = row.prompt or [_separator(tokenizer)]
     prompt = _cut_prompt(whole, max_prompt_length, bos)
     room = max_length - len(prompt)
     if room < 1:

@@ -34,6 +34,7 @@ from alignax.types import Params
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 SHARD_BYTES = 5 * 10**9  # of an exported file, as transformers has it
+GENERATION = "generation_config.json"
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 
 
@@ -261,7 +262,14 @@ def stored_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {name: shape for name, shape in leaf_shapes(abstract_params(config)).items() if name != reward.OFFSET}
 
 
-def export(params: Params, source: Source, out: str | os.PathLike, dtype: str = "float32", shard_bytes: int = SHARD_BYTES) -> None:
+def export(
+    params: Params,
+    source: Source,
+    out: str | os.PathLike,
+    dtype: str = "float32",
+    shard_bytes: int = SHARD_BYTES,
+    eos: int | None = None,
+) -> None:
     """Writes a Hugging Face folder that transformers loads: weights, config, and the source's tokenizer and generation config.
 
     The folder appears whole or not at all. Every process calls it; process 0 writes.
@@ -272,6 +280,7 @@ def export(params: Params, source: Source, out: str | os.PathLike, dtype: str = 
       out: a folder that does not exist yet, or is an earlier export.
       dtype: "float32", "bfloat16" or "float16".
       shard_bytes: the most that one file holds.
+      eos: the token that completions were trained to end with; the generation config then stops at it too.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is unknown; use {', '.join(DTYPES)}")
@@ -313,6 +322,9 @@ def export(params: Params, source: Source, out: str | os.PathLike, dtype: str = 
             changes = {"dtype": dtype} | ({} if offset is None else reward.fields(source.hf, offset, reward.pad_token(tmp)))
             hf = {k: v for k, v in source.hf.items() if k != "torch_dtype"} | changes
             (tmp / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
+            if eos is not None and eos not in (ids := stop_ids(source)):
+                fields = generation_config(source) | {"eos_token_id": [*ids, eos] if ids else eos}
+                (tmp / GENERATION).write_text(json.dumps(fields, indent=2) + "\n")
             replace(out, tmp)
 
 
@@ -344,6 +356,20 @@ def _shards(all_tensors: list[Tensor], itemsize: int, limit: int) -> list[list[T
         shards[-1].append(tensor)
         size += n
     return shards
+
+
+def generation_config(source: Source) -> dict[str, Any]:
+    """What a folder says of generation; where it has no file for that, what transformers takes from its config.json."""
+    file = source.path / GENERATION
+    if not file.is_file():
+        return {name: source.hf[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if source.hf.get(name) is not None}
+    return read_object(file, "fetch the model folder again")
+
+
+def stop_ids(source: Source) -> list[int]:
+    """The tokens that a folder's generation stops at."""
+    ids = generation_config(source).get("eos_token_id")
+    return [] if ids is None else list(ids) if isinstance(ids, list) else [ids]
 
 
 def _copy_small_files(source: Source, out: Path) -> None:

@@ -17,6 +17,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from alignax.mesh import constrain
+from alignax.models import cache as caches
+from alignax.models.cache import Cache
 from alignax.models.heads import last_scores, soft_cap, token_logps
 from alignax.models.lora import Lora, adapt
 from alignax.models.moe import experts
@@ -77,7 +79,7 @@ REMAT: dict[str, Callable | None] = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
-Cache = tuple[jax.Array, jax.Array]  # keys and values, each [L, R, S, KV, head_dim]
+Rope = tuple[jax.Array, jax.Array]  # cos and sin
 
 
 class Block(nn.Module):
@@ -86,6 +88,7 @@ class Block(nn.Module):
     config: ModelConfig
     dtype: Any
     mesh: Mesh | None
+    keep: Any
 
     def dense(self, name: str, x: jax.Array, features: int, axes: tuple[str, str], bias: bool) -> jax.Array:
         """x[.., in] @ W[in, out] (+ b[out]); float32 weights, computed in `dtype`."""
@@ -106,18 +109,22 @@ class Block(nn.Module):
         return y
 
     @nn.compact
-    def __call__(self, x: jax.Array, cache: Cache | None, window: jax.Array | None, rope: Any, start: jax.Array | int, mask: jax.Array):
-        """One layer on x [R, T, D]; with a cache (keys and values [R, S, KV, h]), T new positions from slot `start` on."""
+    def __call__(self, carry: Any, layer: jax.Array, window: jax.Array | None, rope: Any, at: jax.Array | None, mask: jax.Array | None):
+        """One layer on x [R, T, D], the first part of the carry; see `Decoder`.
+
+        With a cache, the other part, T is 1 and the tokens are at places `at` [R]. Returns the carry, and what `keep` asks for.
+        """
         c = self.config
-        h, cache = self.attend(norm(self, "attention_norm", x) if c.pre_norms else x, cache, window, rope, start, mask)
+        x, cache = carry
+        h, cache, kept = self.attend(norm(self, "attention_norm", x) if c.pre_norms else x, cache, layer, window, rope, at, mask)
         after = x + (norm(self, "attention_post_norm", h) if c.post_norms else h)
         h = x if c.parallel_residual else after
         h = self.mlp(norm(self, "mlp_norm", h) if c.pre_norms else h)
         x = after + (norm(self, "mlp_post_norm", h) if c.post_norms else h)
-        return constrain(x, self.mesh, "batch", None, None), cache
+        return (constrain(x, self.mesh, "batch", None, None), cache), kept
 
-    def attend(self, x: jax.Array, cache: Cache | None, window: jax.Array | None, rope: Any, start: jax.Array | int, mask: jax.Array):
-        """Attention with its four projections: [R, T, D] to [R, T, D], and the cache with the new keys and values."""
+    def attend(self, x: jax.Array, cache: Cache | None, layer: jax.Array, window: jax.Array | None, rope: Any, at: Any, mask: Any):
+        """Attention with its four projections: [R, T, D] to [R, T, D], the cache with the new keys and values, and what is kept."""
         c = self.config
         R, T, _ = x.shape
         bias = c.attention_bias or c.qkv_bias
@@ -133,13 +140,14 @@ class Block(nn.Module):
             rope = jax.tree.map(lambda table: table[jnp.int32(window > 0)], rope)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
-        if cache is not None:
-            k = jax.lax.dynamic_update_slice_in_dim(cache[0], k.astype(cache[0].dtype), start, axis=1)
-            v = jax.lax.dynamic_update_slice_in_dim(cache[1], v.astype(cache[1].dtype), start, axis=1)
-            cache = (k, v)
-        scalar, cap = c.query_pre_attn_scalar, c.attn_logit_softcapping
-        h = attention(q, k, v, mask, start if cache is not None else None, window=window, scalar=scalar, cap=cap)
-        return self.dense("o", h.reshape(R, T, -1), c.hidden_size, ("heads", "embed"), c.attention_bias), cache
+        options: Any = {"window": window, "scalar": c.query_pre_attn_scalar, "cap": c.attn_logit_softcapping}
+        if cache is None:
+            h = attention(q, k, v, mask, **options)
+        else:
+            cache = caches.write(cache, layer, at, k[:, 0], v[:, 0], self.mesh)
+            h = caches.attend(q[:, 0], cache, layer, at, **options)
+        kept = None if self.keep is None else caches.pack(k.swapaxes(1, 2), v.swapaxes(1, 2), self.keep)
+        return self.dense("o", h.reshape(R, T, -1), c.hidden_size, ("heads", "embed"), c.attention_bias), cache, kept
 
     def mlp(self, x: jax.Array) -> jax.Array:
         """[R, T, D] to [R, T, D]: down(act(gate(x)) * up(x)), down(act(up(x))), or the experts' sum."""
@@ -174,18 +182,19 @@ class Decoder(nn.Module):
     dtype: Any = jnp.float32
     remat: str = "full"
     mesh: Mesh | None = None
+    keep: Any = None  # the dtype in which whole rows return their keys and values; None: they do not
 
     @nn.compact
     def __call__(
-        self, tokens: jax.Array, mask: jax.Array, cache: Cache | None = None, start: jax.Array | int = 0
+        self, tokens: jax.Array, mask: jax.Array | None = None, cache: Cache | None = None, at: jax.Array | None = None
     ) -> tuple[jax.Array, Cache | None]:
-        """Final hidden states [R, T, D], and the cache with the new keys and values.
+        """Final hidden states [R, T, D], and a cache: the one given with the new tokens, or of whole rows what `keep` asks for.
 
         Args:
-          tokens: [R, T] int.
-          mask: real tokens: [R, T] bool; with a cache [R, S], over all its slots.
-          cache: keys and values of slots before `start`; None scores whole rows.
-          start: the slot of `tokens[:, 0]`.
+          tokens: [R, T] int; with a cache [R, 1], the next token of each row.
+          mask: [R, T] bool, real tokens; with a cache None.
+          cache: keys and values of the tokens before; None scores whole rows.
+          at: [R] int, places of the tokens in the cache: how many stand before each.
         """
         c = self.config
         normal = nn.with_logical_partitioning(nn.initializers.normal(c.initializer_range), ("vocab", "embed"))
@@ -198,9 +207,12 @@ class Decoder(nn.Module):
         elif not c.tie_word_embeddings:
             head = nn.with_logical_partitioning(nn.initializers.normal(c.initializer_range), ("embed", "vocab"))
             self.param("lm_head", head, (c.hidden_size, c.vocab_size), jnp.float32)
-        # Positions count real tokens, so a row scores the same wherever its padding stands.
-        positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-        positions = jax.lax.dynamic_slice_in_dim(positions, start, tokens.shape[1], axis=1)
+        if at is None:
+            assert mask is not None
+            # Positions count real tokens, so a row scores the same wherever its padding stands.
+            positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+        else:
+            positions = at[:, None]
         rope = rope_tables(c, positions) if c.positions == "rope" else None
         windows = jnp.asarray(c.sliding_windows, jnp.int32) if any(c.sliding_windows) else None  # [L]
         # Gathered over fsdp before the lookup: looked up in shards, the partitioner would replicate the batch instead.
@@ -214,7 +226,7 @@ class Decoder(nn.Module):
             x = x + constrain(jnp.asarray(learned, self.dtype), self.mesh, None, None)[positions]
         x = constrain(x, self.mesh, "batch", None, None)
         block = Block if REMAT[self.remat] is None else nn.remat(Block, policy=REMAT[self.remat], prevent_cse=False)
-        axes: Any = (0, 0, nn.broadcast, nn.broadcast, nn.broadcast)  # cache, window, rope, start, mask
+        axes: Any = (0, 0, nn.broadcast, nn.broadcast, nn.broadcast)  # layer, window, rope, at, mask
         stack = nn.scan(
             block,
             variable_axes={"params": 0},
@@ -224,8 +236,10 @@ class Decoder(nn.Module):
             length=c.num_hidden_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        x, cache = stack(c, self.dtype, self.mesh, name="layers")(x, cache, windows, rope, start, mask)
-        return norm(self, "norm", x), cache
+        layers = jnp.arange(c.num_hidden_layers)
+        # The cache is carried and written in place: as an input and an output of the scan it took 1.9 times as long.
+        (x, cache), kept = stack(c, self.dtype, self.mesh, self.keep, name="layers")((x, cache), layers, windows, rope, at, mask)
+        return norm(self, "norm", x), cache if self.keep is None else kept
 
 
 def norm(module: Block | Decoder, name: str, x: jax.Array) -> jax.Array:
@@ -246,7 +260,7 @@ def norm(module: Block | Decoder, name: str, x: jax.Array) -> jax.Array:
     return y.astype(x.dtype)
 
 
-def rotate(x: jax.Array, rope: Cache) -> jax.Array:
+def rotate(x: jax.Array, rope: Rope) -> jax.Array:
     """Rotary position embedding on x [R, T, heads, head_dim], halves rotated together as Hugging Face stores them.
 
     Angles of fewer than head_dim / 2 pairs rotate the first dimensions and leave the others.
@@ -264,7 +278,6 @@ def attention(
     k: jax.Array,
     v: jax.Array,
     mask: jax.Array,
-    start: jax.Array | int | None,
     block: int = 0,
     *,
     window: jax.Array | None = None,
@@ -273,15 +286,13 @@ def attention(
 ) -> jax.Array:
     """Causal grouped-query attention; softmax in float32.
 
-    Without `start`, query blocks attend only to the keys before their end, so memory and work are those of the causal half. With
-    it the T queries stand at slots start .. start + T - 1 of S cached keys.
+    Query blocks attend only to the keys before their end, so memory and work are those of the causal half.
 
     Args:
       q: [R, T, H, h].
-      k: [R, S, KV, h]; S = T without a cache.
-      v: [R, S, KV, h].
-      mask: [R, S] bool, real keys.
-      start: slot of the first query, or None.
+      k: [R, T, KV, h].
+      v: [R, T, KV, h].
+      mask: [R, T] bool, real keys.
       block: queries per block; 0: an eighth of them, from 64 to 512.
       window: [] int: how many keys a query sees, its own included; 0 or None: all.
       scalar: scores are divided by its square root; None: h.
@@ -294,8 +305,8 @@ def attention(
     KV = k.shape[2]
     q = q.reshape(R, T, KV, H // KV, h)
 
-    def attend(first: Any, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-        query = first + jnp.arange(q.shape[1])[None, :, None]  # slots, [1, t, 1]
+    def attend(first: int, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+        query = first + jnp.arange(q.shape[1])[None, :, None]  # places, [1, t, 1]
         key = jnp.arange(k.shape[1])[None, None, :]
         # A padding query sees itself, so that its softmax is finite; nobody reads it.
         seen = query >= key if window is None else (query >= key) & ((query - key < window) | (window == 0))
@@ -305,15 +316,13 @@ def attention(
         weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, -1e30), axis=-1).astype(v.dtype)
         return jnp.einsum("rkgts,rskh->rtkgh", weights, v)
 
-    if start is not None:
-        return attend(start, q, k, v, mask).reshape(R, T, H, h)
     block = block or min(max(-(-T // 8), 64), 512)
     ends = [(t, min(t + block, T)) for t in range(0, T, block)]
     out = [attend(t, q[:, t:e], k[:, :e], v[:, :e], mask[:, :e]) for t, e in ends]
     return jnp.concatenate(out, axis=1).reshape(R, T, H, h)
 
 
-def rope_tables(c: ModelConfig, positions: jax.Array) -> Cache:
+def rope_tables(c: ModelConfig, positions: jax.Array) -> Rope:
     """cos and sin for positions [R, T]: [R, T, dim / 2], or [2, R, T, dim / 2] where layers with a window (1) have angles of their own."""
     length = positions.max(axis=1) + 1
     whole = rope_angles(c, positions, length)

@@ -1,0 +1,199 @@
+"""What `alignax generate` reads and writes: prompts from a file or a terminal, completions as text or JSONL."""
+
+import dataclasses
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from alignax.data import chat
+from alignax.data.files import SUFFIXES, read_rows, short
+from alignax.data.rows import Bad
+from alignax.data.tokens import prompt_ids
+from alignax.distributed import is_main
+from alignax.generate.generator import LENGTH, STOP_STRING, Completions, Generator
+from alignax.generate.sampling import Sampling
+from alignax.generate.stops import Stops
+from alignax.types import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is asked for on the command line; an option is a field with dashes for its underscores."""
+
+    prompts: str = ""  # a file; "-" is standard input, and empty too, which may be a terminal
+    out: str = ""  # a file for JSONL, "-" for the console; empty: text on the console
+    n: int = 1  # completions of each prompt
+    max_new_tokens: int = 64
+    stop: tuple[str, ...] = ()  # strings that end a completion
+    seed: int = 0
+    slots: int = 0  # rows that are decoded at once; 0: as many as there are completions, at most 64
+    cache: str = ""  # dtype of keys and values; empty: that of activations
+    temperature: float = Sampling.temperature
+    top_k: int = Sampling.top_k
+    top_p: float = Sampling.top_p
+    min_p: float = Sampling.min_p
+    repetition_penalty: float = Sampling.repetition_penalty
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for numbers that cannot be."""
+        self.sampling()
+        for name, least in (("n", 1), ("max_new_tokens", 1), ("seed", 0), ("slots", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+
+    def sampling(self) -> Sampling:
+        """The distribution."""
+        return Sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
+
+
+class Prompt(NamedTuple):
+    """A prompt: its text, of a conversation as the chat template has it, and its tokens."""
+
+    text: str
+    ids: list[int]
+
+
+def read(request: Request, tokenizer: Any) -> list[Prompt] | None:
+    """The prompts of a file: rows with a `prompt`, text or messages (and `tools`), or else one text a line; None: a person types them.
+
+    Raises:
+      ValueError: for a file that is not there, holds none, or holds a row that is no prompt, with its number.
+    """
+    file = request.prompts or "-"
+    if file == "-" and jax.process_count() > 1:
+        raise ValueError("several processes have no terminal in common; give --prompts FILE")
+    if file == "-" and sys.stdin.isatty():
+        return None
+    if file != "-" and Path(file).suffixes and any(s in SUFFIXES for s in Path(file).suffixes[-2:]):
+        return [encoded(i, row.get("prompt"), row.get("tools"), tokenizer, file) for i, row in enumerate(read_rows(file))]
+    if file != "-" and not Path(file).is_file():
+        raise ValueError(f"there is no file {file!r}; give --prompts a file with a prompt a line, or rows with a column 'prompt'")
+    try:
+        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{file} is not UTF-8 text ({e.reason} at byte {e.start}); convert it to UTF-8") from e
+    lines = [line for line in text.split("\n") if line.strip()]
+    if not lines:
+        raise ValueError(f"{'standard input' if file == '-' else file} holds no prompts; write one a line")
+    return [encoded(i, line, None, tokenizer, file) for i, line in enumerate(lines)]
+
+
+def encoded(row: int, prompt: Any, tools: Any, tokenizer: Any, file: str) -> Prompt:
+    """A prompt in tokens, as training has it."""
+    if isinstance(prompt, str):
+        return Prompt(prompt, prompt_ids([prompt], tokenizer)[0])
+    found = (
+        chat.encode_prompt(prompt, tools, tokenizer)
+        if isinstance(prompt, list) and prompt
+        else Bad("", f"the column 'prompt' is {short(prompt)}; give text or a list of messages")
+    )
+    if isinstance(found, Bad):
+        raise ValueError(f"row {row} of {file}: {found.what}")
+    return Prompt(*found)
+
+
+def typed(tokenizer: Any) -> Iterator[Prompt]:
+    """Prompts that a person types, one a line, until the end of the input."""
+    while True:
+        try:
+            line = input("> ")
+        except EOFError:
+            print()
+            return
+        if line.strip():
+            yield encoded(0, line, None, tokenizer, "the terminal")
+
+
+def answer(generator: Generator, params: Params, prompts: Sequence[Prompt], key: jax.Array, request: Request, tokenizer: Any) -> None:
+    """Generates, and writes or prints; what there is to say of it goes to the console's other stream. Process 0 writes."""
+    began = time.perf_counter()
+    out = generator(params, [p.ids for p in prompts], key, request.n)
+    seconds = time.perf_counter() - began
+    if not is_main():
+        return
+    stops = generator.stops
+    found = rows(prompts, out, tokenizer, stops)
+    if request.out:
+        write(request.out, found)
+    else:
+        show(found, len(prompts) > 1)
+    for line in summary(out, seconds, generator.shape.slots, stops):
+        print(line, file=sys.stderr)
+
+
+def text_of(tokens: Any, ended: str, tokenizer: Any, stops: Stops | None) -> str:
+    """A completion's text, without special tokens and from a stop string on."""
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    found = stops.first(text) if stops is not None and ended == STOP_STRING else None
+    return text if found is None else text[: found[0]]
+
+
+def rows(prompts: Sequence[Prompt], out: Completions, tokenizer: Any, stops: Stops | None) -> list[list[dict[str, Any]]]:
+    """For each prompt its completions, as they are written in JSON."""
+    return [
+        [
+            {
+                "prompt": prompt.text,
+                "sample": s,
+                "completion": text_of(tokens, str(out.ended[p, s]), tokenizer, stops),
+                "ended": str(out.ended[p, s]),
+                "tokens": tokens.tolist(),
+                "logps": [float(x) for x in out.logps[p, s][out.mask[p, s]]],
+                "exact": out.sampling.exact,
+            }
+            for s, tokens in enumerate(samples)
+        ]
+        for p, (prompt, samples) in enumerate(zip(prompts, out.rows(), strict=True))
+    ]
+
+
+def show(found: Sequence[Sequence[dict[str, Any]]], prompts: bool) -> None:
+    """Prints completions for a person, each prompt (if asked for) in front of its own."""
+    for samples in found:
+        if prompts:
+            print(f"> {samples[0]['prompt']}")
+        for row in samples:
+            print(row["completion"] + (" ..." if row["ended"] == LENGTH else ""))
+        if prompts:
+            print()
+
+
+def begin(request: Request) -> None:
+    """Opens the file that is written to, so that one that cannot be is refused before anything is computed."""
+    if request.out not in ("", "-") and is_main():
+        Path(request.out).write_text("", encoding="utf-8")
+
+
+def write(file: str, found: Sequence[Sequence[dict[str, Any]]]) -> None:
+    """Adds completions as JSONL, a row each; "-" is the console."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for samples in found for row in samples)
+    if file == "-":
+        print(text, end="")
+    else:
+        with open(file, "a", encoding="utf-8") as f:
+            f.write(text)
+
+
+def summary(out: Completions, seconds: float, slots: int, stops: Stops | None) -> list[str]:
+    """What a person should know at the end; every stop string with the number of completions that it ended."""
+    tokens, ended = int(out.mask.sum()), Counter(out.ended.ravel().tolist())
+    how = ", ".join(f"{why} {count}" for why, count in sorted(ended.items()))
+    lines = [
+        f"{out.ended.size} completions of {len(out.ended)} prompts: {tokens} tokens in {seconds:.1f} s, {out.steps} steps of {slots} rows; "
+        f"ended by {how}"
+    ]
+    if stops is not None:
+        texts = [
+            stops.text(t) for row, why in zip(out.rows(), out.ended, strict=True) for t, w in zip(row, why, strict=True) if w == STOP_STRING
+        ]
+        counts = Counter(hit[1] for text in texts if (hit := stops.first(text)))
+        lines += [f"stop string {s!r} ended {counts[s]} completions" for s in stops.strings]
+    if not out.sampling.exact:
+        lines.append(f"drawn at {out.sampling}; logps are the model's own, at temperature 1")
+    return lines

@@ -1,0 +1,256 @@
+"""Prompts to completions: the host's loop over the two programs. It decides by what every process sees alike, so it runs on any mesh."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from alignax import mesh as meshes
+from alignax.generate.engine import Engine, Entries, Shape, Staged, State
+from alignax.generate.sampling import Sampling
+from alignax.generate.stops import Stops
+from alignax.models import cache as caches
+from alignax.models.transformer import ModelConfig
+from alignax.types import Params
+
+STOP_ID, STOP_STRING, LENGTH = "stop id", "stop string", "length"  # why a completion has ended
+Prompts = Sequence[Sequence[int]]
+
+
+class Completions(NamedTuple):
+    """Completions of B prompts, n each, on the host; arrays are 0 and False after the end."""
+
+    tokens: np.ndarray  # [B, n, C] int32, with the stop id, or the tokens of the stop string, at their end
+    mask: np.ndarray  # [B, n, C] bool
+    logps: np.ndarray  # [B, n, C] float32, of the model's own distribution at temperature 1, in nats
+    ended: np.ndarray  # [B, n] text: STOP_ID, STOP_STRING or LENGTH
+    sampling: Sampling
+    steps: int  # decoding steps of all rows that it took
+    prefills: int  # calls of the prefill program
+
+    def rows(self) -> list[list[np.ndarray]]:
+        """The tokens of each prompt's completions."""
+        return [[t[m] for t, m in zip(*pair, strict=True)] for pair in zip(self.tokens, self.mask, strict=True)]
+
+
+class Generator:
+    """A sampler of one static shape: its two programs are compiled at the first call, and serve any parameters and any prompts that fit.
+
+    Another number of prompts, of samples, another key or other stop strings compile nothing; another `Shape`, `Sampling`, set of stop
+    ids or dtype is another Generator.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        shape: Shape,
+        sampling: Sampling | None = None,
+        *,
+        stop_ids: Sequence[int] = (),
+        stops: Stops | None = None,
+        dtype: Any = jnp.float32,
+        cache_dtype: str = "",
+        mesh: Mesh | None = None,
+    ):
+        """Checks everything; computes nothing.
+
+        Args:
+          config: the model, adapters or int8 base included.
+          shape: see `shape_for`.
+          sampling: default: the model's own distribution.
+          stop_ids: tokens that end a completion.
+          stops: strings that do.
+          dtype: of activations, as in `alignax.models.transformer.forward`.
+          cache_dtype: "float32", "bfloat16" or "int8"; empty: that of activations.
+          mesh: of the parameters; None for one device.
+
+        Raises:
+          ValueError: for sizes, ids or dtypes that cannot be.
+        """
+        check(config, shape, stop_ids, cache_dtype, mesh)
+        self.config, self.shape, self.stops, self.mesh = config, shape, stops, mesh
+        self.sampling = sampling or Sampling()
+        ids = tuple(sorted(set(map(int, stop_ids))))
+        self.engine = Engine(config, shape, self.sampling, ids, dtype, jnp.dtype(cache_dtype or dtype), mesh)
+        self.stop_ids = frozenset(ids)
+        state, staged, emitted = self.engine.layout()
+        self._empty = jax.jit(self.engine.empty, out_shardings=state)
+        self._prefill = jax.jit(self.engine.prefill, out_shardings=staged)
+        self._decode = jax.jit(self.engine.decode, donate_argnums=1, out_shardings=(state, emitted))
+
+    def __call__(self, params: Params, prompts: Prompts, key: jax.Array, n: int = 1) -> Completions:
+        """Samples `n` completions of each prompt. Every process calls it with the same prompts.
+
+        Args:
+          params: the model's, on the mesh; they may be those of another training step at every call.
+          prompts: token ids of each.
+          key: of the random streams, which are those of (key, prompt's number, sample's number, position).
+          n: completions of each prompt; it is read once for all of them.
+
+        Raises:
+          ValueError: for n below 1, and for empty or too long prompts.
+        """
+        check_prompts(self.shape.prompt, self.config.vocab_size, prompts, n)
+        return Batching(self, params, prompts, key, n).run()
+
+    def place(self, x: Any) -> Any:
+        """A small host array on every device."""
+        if self.mesh is None:
+            return x
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, meshes.sharding(self.mesh), lambda index: x[index])
+
+
+class Batching:
+    """One call of a generator: which completion has which row."""
+
+    def __init__(self, generator: Generator, params: Params, prompts: Prompts, key: jax.Array, n: int):
+        """Nothing is computed yet."""
+        self.own, self.params, self.prompts, self.n, shape = generator, params, prompts, n, generator.shape
+        self.key = np.asarray(jax.random.key_data(key).addressable_data(0))
+        self.state: State = generator._empty()
+        self.staged: Staged | None = None
+        self.block = -1  # the prompts block * Q .. block * Q + Q - 1 are staged
+        self.waiting = 0  # the next completion to begin, of prompt waiting // n
+        self.owner = np.full(shape.slots, -1)  # the completion that a row makes
+        self.steps = 0
+        total = len(prompts) * n
+        self.tokens = np.zeros((total, shape.new), np.int32)
+        self.logps = np.zeros((total, shape.new), np.float32)
+        self.length = np.zeros(total, np.int64)
+        self.ended = np.full(total, LENGTH, dtype="<U11")
+
+    def run(self) -> Completions:
+        """Decodes until nothing waits and nothing is alive."""
+        total, shape = len(self.length), self.own.shape
+        while self.waiting < total or (self.owner >= 0).any():
+            entries = self.admit()
+            # A row stays empty only for want of prompts: those that are read next are staged before anything is decoded.
+            more = self.waiting < total and (self.owner < 0).any()
+            alive = self.owner >= 0
+            left = shape.new - self.length[self.owner[alive]].min(initial=shape.new)
+            steps = 0 if more else min(shape.chunk, int(left))
+            self.decode(entries, alive, steps)
+        split = lambda x: x.reshape(len(self.prompts), self.n, *x.shape[1:])
+        mask = np.arange(shape.new) < self.length[:, None]
+        tokens, mask, logps, ended = map(split, (self.tokens, mask, self.logps, self.ended))
+        return Completions(tokens, mask, logps, ended, self.own.sampling, self.steps, self.block + 1)
+
+    def admit(self) -> Entries:
+        """Gives free rows to completions whose prompt is staged, after the next block of prompts is read if none of them is."""
+        Q, S = self.own.shape.prefill, self.own.shape.slots
+        if self.waiting < len(self.length) and self.waiting // self.n // Q > self.block:
+            self.stage()
+        free = np.flatnonzero(self.owner < 0)
+        last = min((self.block + 1) * Q * self.n, len(self.length))
+        new = np.arange(self.waiting, min(self.waiting + len(free), last))
+        self.waiting += len(new)
+        self.owner[free[: len(new)]] = new
+        fill = lambda x, other: np.concatenate([x, np.full(S - len(new), other)]).astype(np.int32)
+        prompts, samples = new // self.n, new % self.n
+        return Entries(
+            np.int32(len(new)), fill(free[: len(new)], S), fill(prompts % Q, 0), fill(prompts, 0), fill(samples, 0)
+        )  # fmt: skip
+
+    def stage(self) -> None:
+        """Reads the next block of prompts."""
+        Q, P = self.own.shape.prefill, self.own.shape.prompt
+        self.block += 1
+        tokens, lengths = np.zeros((Q, P), np.int32), np.ones(Q, np.int32)
+        for i, prompt in enumerate(self.prompts[self.block * Q : (self.block + 1) * Q]):
+            tokens[i, : len(prompt)], lengths[i] = prompt, len(prompt)
+        self.staged = self.own._prefill(self.params, *map(self.own.place, (tokens, lengths)))
+
+    def decode(self, entries: Entries, alive: np.ndarray, steps: int) -> None:
+        """Runs the decoding program, and takes up what it has made."""
+        small = jax.tree.map(self.own.place, (entries, alive, self.key, np.int32(steps)))
+        self.state, out = self.own._decode(self.params, self.state, self.staged, *small)
+        if not steps:
+            return
+        made, logps, real = (np.asarray(x.addressable_data(0)) for x in out)
+        self.steps += int(real.any(axis=0).sum())
+        for row in np.flatnonzero(alive).tolist():
+            self.take(row, made[row][real[row]], logps[row][real[row]])
+
+    def take(self, row: int, tokens: np.ndarray, logps: np.ndarray) -> None:
+        """Adds tokens to the completion of a row, and frees the row where that ends."""
+        i, stops = self.owner[row], self.own.stops
+        begin = int(self.length[i])
+        end = begin + len(tokens)
+        self.tokens[i, begin:end], self.logps[i, begin:end] = tokens, logps
+        cut = None if stops is None else stops.end(self.tokens[i, :end], begin)
+        if cut is not None:
+            self.tokens[i, cut:], self.logps[i, cut:], end = 0, 0.0, cut
+            self.ended[i] = STOP_STRING
+        if len(tokens) and int(self.tokens[i, end - 1]) in self.own.stop_ids:
+            self.ended[i] = STOP_ID
+        self.length[i] = end
+        if self.ended[i] != LENGTH or end == self.own.shape.new:
+            self.owner[row] = -1
+
+
+def shape_for(prompts: int, longest: int, new: int, *, mesh: Mesh | None = None, slots: int = 0, prefill: int = 0, chunk: int = 8) -> Shape:
+    """A shape for so many completions of prompts of at most `longest` tokens.
+
+    Args:
+      prompts: completions in all.
+      longest: P.
+      new: C.
+      mesh: rows are a multiple of its batch shards.
+      slots: rows that are decoded at once; 0: as many as there are completions, at most 64.
+      prefill: prompts that are read at once; 0: a quarter of the rows.
+      chunk: steps between two looks at what has ended.
+    """
+    shards = 1 if mesh is None else meshes.batch_shards(mesh)
+    whole = lambda count: -(-max(count, 1) // shards) * shards
+    slots = slots or whole(min(prompts, 64))
+    return Shape(longest, new, slots, prefill or whole(slots // 4), chunk)
+
+
+def check(config: ModelConfig, shape: Shape, stop_ids: Sequence[int], cache_dtype: str, mesh: Mesh | None) -> None:
+    """Refuses what no generator can be."""
+    for field, value in dataclasses.asdict(shape).items():
+        if value < 1:
+            raise ValueError(f"{field} is {value} in {shape}; it must be 1 or more")
+    shards = 1 if mesh is None else meshes.batch_shards(mesh)
+    for field in ("slots", "prefill"):
+        if getattr(shape, field) % shards:
+            raise ValueError(f"{field} {getattr(shape, field)} do not divide into {shards} batch shards; use a multiple of {shards}")
+    if odd := [i for i in stop_ids if not 0 <= i < config.vocab_size]:
+        raise ValueError(f"stop ids {odd} are not among the model's {config.vocab_size} tokens; leave them out")
+    if cache_dtype and cache_dtype not in caches.DTYPES:
+        raise ValueError(f"cache dtype {cache_dtype!r} is unknown; use {', '.join(caches.DTYPES)}")
+    check_room(config, shape.prompt, shape.new)
+
+
+def check_room(config: ModelConfig, prompt: int, new: int, field: str = "max_new_tokens") -> None:
+    """Refuses completions beyond the model's positions, or beyond the length from which its angles change with every token.
+
+    Keys in the cache keep the angles that they got, and those of dynamic NTK and LongRoPE depend on the length past their original context.
+    """
+    scaling = dict(config.rope_scaling)
+    most = config.max_position_embeddings
+    if scaling.get("rope_type") == "longrope":
+        most = scaling.get("original_max_position_embeddings") or most
+    if prompt + new > most:
+        raise ValueError(
+            f"prompts of {prompt} tokens and {field} {new} exceed the model's {most} positions; "
+            + (f"lower {field} to {most - prompt}" if prompt < most else f"shorten the prompts to less than {most} tokens")
+        )
+
+
+def check_prompts(longest: int, vocab_size: int, prompts: Prompts, n: int) -> None:
+    """Refuses prompts that do not fit."""
+    if n < 1:
+        raise ValueError(f"n is {n}; it must be 1 or more completions of each prompt")
+    if not len(prompts):
+        raise ValueError("there are no prompts; give one at least")
+    for i, prompt in enumerate(prompts):
+        if not 1 <= len(prompt) <= longest:
+            raise ValueError(f"prompt {i} has {len(prompt)} tokens; it must have at least 1, and at most the {longest} of the cache")
+        if not 0 <= min(prompt) <= max(prompt) < vocab_size:
+            raise ValueError(f"prompt {i} holds token ids from {min(prompt)} to {max(prompt)}; the model has {vocab_size} tokens")

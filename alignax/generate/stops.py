@@ -1,0 +1,47 @@
+"""Strings that end a completion, looked for in its text by the host."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+SLACK = 8  # tokens of no text of their own: parts of a character, special ones
+
+
+@dataclasses.dataclass(frozen=True)
+class Stops:
+    """Stop strings of a tokenizer. Special tokens count as the text that they are written as."""
+
+    tokenizer: Any
+    strings: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for strings that can never occur."""
+        for string in self.strings:
+            if not string:
+                raise ValueError("a stop string is empty; give some text, or none")
+            if odd := sorted({c for c in string if not c.isspace() and c not in self.text(self._ids(c))}):
+                raise ValueError(
+                    f"stop string {string!r} can never occur: the tokenizer writes {', '.join(map(repr, odd))} as "
+                    f"{', '.join(repr(self.text(self._ids(c))) for c in odd)}; leave it out"
+                )
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def text(self, tokens: Any) -> str:
+        """The text of tokens as they are."""
+        return self.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def first(self, text: str) -> tuple[int, str] | None:
+        """Where the first stop string of a text begins, and which it is."""
+        found = [(text.find(s), s) for s in self.strings]
+        return min((hit for hit in found if hit[0] >= 0), default=None)
+
+    def end(self, tokens: np.ndarray, seen: int) -> int | None:
+        """How many tokens there are when the first stop string is whole, or None; in the first `seen` there was none."""
+        # A token is a byte of text at least, so a string that ends after `seen` begins no earlier than this.
+        start = max(0, seen - max(len(s.encode()) for s in self.strings) - SLACK)
+        if self.first(self.text(tokens[start:])) is None:
+            return None
+        return next(n for n in range(seen, len(tokens) + 1) if self.first(self.text(tokens[start:n])) is not None)

@@ -1,0 +1,103 @@
+"""The key-value cache: what attention reads of the tokens before, one row a sequence.
+
+Rows are filled from place 0 on, each to its own length, so prompts of any length stand side by side without padding between them and
+their completions. In int8 each vector of a head at a place has a scale of its own, the largest of its values over 127.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+from alignax.mesh import sharding
+from alignax.models.heads import soft_cap
+
+DTYPES = ("float32", "bfloat16", "int8")
+
+
+class Cache(NamedTuple):
+    """Keys and values of R rows of S places. Heads come before places, so that attention multiplies them where they lie."""
+
+    k: jax.Array  # [L, R, KV, S, h]
+    v: jax.Array  # [L, R, KV, S, h]
+    k_scale: jax.Array | None = None  # [L, R, KV, S] float32, of int8
+    v_scale: jax.Array | None = None
+
+
+def empty(shape: tuple[int, ...], dtype: Any) -> Cache:
+    """A cache [L, R, KV, S, h] of zeros."""
+    scale = jnp.zeros(shape[:-1], jnp.float32) if dtype == jnp.int8 else None
+    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), scale, scale)
+
+
+def pack(k: jax.Array, v: jax.Array, dtype: Any) -> Cache:
+    """Keys and values [.., h] as the cache holds them."""
+    if dtype != jnp.int8:
+        return Cache(k.astype(dtype), v.astype(dtype))
+    (k, k_scale), (v, v_scale) = _round(k), _round(v)
+    return Cache(k, v, k_scale, v_scale)
+
+
+def _round(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x = x.astype(jnp.float32)
+    scale = jnp.abs(x).max(axis=-1) / 127
+    scale = jnp.where(scale > 0, scale, 1.0)
+    return jnp.round(x / scale[..., None]).astype(jnp.int8), scale
+
+
+def write(cache: Cache, layer: jax.Array, at: jax.Array, k: jax.Array, v: jax.Array, mesh: Mesh | None = None) -> Cache:
+    """The cache with one more token of each row: k and v [R, KV, h] of a layer at places `at` [R]."""
+
+    def local(layer: jax.Array, at: jax.Array, cache: Cache, new: Cache) -> Cache:
+        row = jnp.arange(at.shape[0])
+        return jax.tree.map(lambda whole, x: whole.at[layer, row, :, at].set(x), cache, new)
+
+    new = pack(k, v, cache.k.dtype)
+    if mesh is None:
+        return local(layer, at, cache, new)
+    # By hand: the partitioner would send every row to every device to find out whose it is.
+    spec = lambda x, *logical: sharding(mesh, logical, x.shape[: len(logical)]).spec
+    whole = jax.tree.map(lambda x: spec(x, None, "batch", "heads"), cache)
+    specs = (PartitionSpec(), spec(at, "batch"), whole, jax.tree.map(lambda x: spec(x, "batch", "heads"), new))
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=whole, check_vma=False)(layer, at, cache, new)
+
+
+def attend(
+    q: jax.Array,
+    cache: Cache,
+    layer: jax.Array,
+    at: jax.Array,
+    *,
+    window: jax.Array | None = None,
+    scalar: float | None = None,
+    cap: float | None = None,
+) -> jax.Array:
+    """Attention of one query a row on the cache; softmax in float32.
+
+    Args:
+      q: [R, H, h].
+      cache: with the keys and values of the query's own token.
+      layer: [] int.
+      at: [R] int, the place of each query; it sees those up to its own.
+      window: as in `alignax.models.transformer.attention`, and so are the others.
+      scalar: of the scores.
+      cap: of the scores.
+
+    Returns:
+      [R, H, h].
+    """
+    R, H, h = q.shape
+    own: Cache = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False), cache)
+    q = q.reshape(R, own.k.shape[1], -1, h)  # [R, KV, G, h]
+    scores = jnp.einsum("rkgh,rksh->rkgs", q, own.k.astype(q.dtype), preferred_element_type=jnp.float32) / math.sqrt(scalar or h)
+    if own.k_scale is not None:
+        scores = scores * own.k_scale[:, :, None]
+    scores = soft_cap(scores, cap)
+    distance = at[:, None] - jnp.arange(own.k.shape[2])[None]  # [R, S]
+    seen = distance >= 0 if window is None else (distance >= 0) & ((distance < window) | (window == 0))
+    weights = jax.nn.softmax(jnp.where(seen[:, None, None], scores, -1e30), axis=-1)
+    if own.v_scale is not None:
+        weights = weights * own.v_scale[:, :, None]
+    return jnp.einsum("rkgs,rksh->rkgh", weights.astype(q.dtype), own.v.astype(q.dtype)).reshape(R, H, h)

@@ -1,0 +1,160 @@
+"""`alignax generate`: prompts from files and a terminal, a folder and a run, what is written, and what is refused."""
+
+import io
+import json
+import re
+import sys
+
+import numpy as np
+import pytest
+import runs
+import tiny
+
+from alignax import cli
+from alignax.generate import console
+from alignax.generate.console import Request
+
+CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+CHATML += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny.folder(tmp_path_factory.mktemp("generate") / "model")
+
+
+def generate(*words) -> int:
+    return cli.main(["generate", *map(str, words)])
+
+
+def jsonl(file) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_prompts_of_a_file_into_jsonl(model, tmp_path, capsys):
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "out.jsonl"
+    prompts.write_text("Is it so?\n\nIs it?\nWhy\n")
+    options = ["--prompts", prompts, "--max-new-tokens", 6, "--n=2", "--seed", 3, "--stop", "a", "--stop=XYZZY"]
+    assert generate(model, *options, "--out", out) == 0
+    rows, said = jsonl(out), capsys.readouterr()
+    assert [(r["prompt"], r["sample"]) for r in rows] == [(p, s) for p in ("Is it so?", "Is it?", "Why") for s in (0, 1)]
+    tokenizer = tiny.tokenizer()
+    for r in rows:
+        assert 1 <= len(r["tokens"]) == len(r["logps"]) <= 6 and all(x < 0 for x in r["logps"]) and r["exact"] is True
+        assert r["ended"] in ("stop id", "stop string", "length") and "a" not in r["completion"]
+        if r["ended"] == "length":
+            assert r["completion"] == tokenizer.decode(r["tokens"], skip_special_tokens=True) and len(r["tokens"]) == 6
+    assert said.out == "" and re.search(r"^6 completions of 3 prompts: \d+ tokens in .* ended by ", said.err)
+    assert "stop string 'XYZZY' ended 0 completions" in said.err and "stop string 'a' ended " in said.err
+
+
+def test_prompts_of_a_pipe_as_text(model, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Is it so?\nWhy\n"))
+    warped = ["--temperature", 0.5, "--top-k", 5, "--top-p", 0.9, "--min-p", 0.01, "--repetition-penalty", 1.1]
+    assert generate(model, "--max-new-tokens", 4, *warped) == 0
+    said = capsys.readouterr()
+    assert said.out.startswith("> Is it so?\n") and said.out.count("> ") == 2
+    assert "drawn at temperature 0.5, top_k 5, top_p 0.9, min_p 0.01, repetition_penalty 1.1; logps are the model's own" in said.err
+
+
+def test_a_terminal_takes_prompts_one_by_one(model, tmp_path, monkeypatch, capsys):
+    lines = io.StringIO("Is it so?\n\n" + "long " * 40 + "\nWhy\n")
+    lines.isatty = lambda: True
+    monkeypatch.setattr(sys, "stdin", lines)
+    assert generate(model, "--max-new-tokens", 4, "--temperature", 0, "--out", tmp_path / "out.jsonl") == 0
+    out, err = capsys.readouterr()
+    assert [row["prompt"] for row in jsonl(tmp_path / "out.jsonl")] == ["Is it so?", "Why"]
+    assert out.count("> ") == 5 and err.count("1 completions of 1 prompts") == 2
+    assert "alignax: prompt 0 has 201 tokens; it must have at least 1, and at most the 124 of the cache" in err
+
+
+@pytest.mark.slow
+def test_a_run_and_its_export_say_the_same(tmp_path, capsys):
+    """The newest checkpoint of adapters, and the merged folder; the run's data is gone by then."""
+    fields = runs.world(tmp_path) | {"workdir": tmp_path / "run", "steps": 2, "eval.every": 0, "eval.samples": 0, "eval.sample_prompts": 0}
+    fields |= {"lora.rank": 2, "export.final": True, "optimizer.learning_rate": 0.1, "optimizer.warmup": 0.0}
+    assert cli.main([str(a) for a in runs.arguments(fields, "sft_hh")]) == 0
+    (tmp_path / "pairs.jsonl").unlink()
+    (tmp_path / "prompts.txt").write_text("Is it so?\nIs abc 3?\n")
+    capsys.readouterr()
+    texts = []
+    for place in (tmp_path / "run", tmp_path / "run" / "export", tmp_path / "model"):
+        assert generate(place, "--prompts", tmp_path / "prompts.txt", "--max-new-tokens", 12, "--temperature", 0) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.slow
+def test_two_processes_say_what_one_does(model, tmp_path):
+    prompts, outs = tmp_path / "prompts.txt", [tmp_path / name for name in ("one.jsonl", "two.jsonl")]
+    prompts.write_text("Is it so?\nIs it?\nWhy\n")
+    args = lambda out: ["generate", str(model), "--prompts", str(prompts), "--out", str(out), "--n", "3", "--max-new-tokens", "9"]
+    runs.finish(runs.begin(args(outs[0])))
+    for process in runs.begin_two([args(outs[1])] * 2):
+        runs.finish(process)
+    one, two = ([(r["prompt"], r["tokens"], r["ended"]) for r in jsonl(out)] for out in outs)
+    assert one == two and len(one) == 9
+
+
+def test_conversations_go_through_the_chat_template(tmp_path):
+    tokenizer = tiny.byte_tokenizer(CHATML)
+    file = tmp_path / "prompts.jsonl"
+    turns = [{"role": "user", "content": "hi"}]
+    file.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in (turns, "hi", "")))
+    chat, text, empty = console.read(Request(prompts=str(file)), tokenizer)
+    assert chat.text == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(chat.ids) == chat.text and tokenizer.decode(text.ids) == "<s>hi" and tokenizer.decode(empty.ids) == "<s>"
+    (tmp_path / "other.jsonl").write_text(json.dumps({"prompt": [{"role": "user", "content": 3}]}))
+    with pytest.raises(ValueError, match=r"row 0 of .*other.jsonl: message 0 of 'the prompt' is"):
+        console.read(Request(prompts=str(tmp_path / "other.jsonl")), tokenizer)
+    with pytest.raises(ValueError, match="has no chat template"):
+        console.read(Request(prompts=str(file)), tiny.byte_tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--temperature", "-1"], "temperature is -1.0; it must be 0"),
+        (["--top-p", "0"], "top_p is 0.0; it must be above 0"),
+        (["--top-k", "-3"], "top_k is -3"),
+        (["--top-k", "few"], "--top-k is 'few'; it must be a whole number"),
+        (["--n", "0"], "n is 0; it must be at least 1"),
+        (["--max-new-tokens"], "--max-new-tokens has no value"),
+        (["--beams", "3"], "option '--beams' is unknown"),
+        (["--stop", ""], "a stop string is empty"),
+        (["--stop", "é"], "stop string 'é' can never occur"),
+        (["--cache", "int4"], "cache dtype 'int4' is unknown"),
+        (["--max-new-tokens", "128"], "prompts of 5 tokens and max_new_tokens 128 exceed the model's 128 positions; lower"),
+        (["--out", "nowhere/out.jsonl"], "No such file or directory: 'nowhere/out.jsonl'"),
+        (["--prompts", "nowhere.txt"], "there is no file 'nowhere.txt'"),
+        (["--slots", "3"], "slots 3 do not divide into 8 batch shards; use a multiple of 8"),
+        (["--config.model.dtyp", "x"], "the nearest is 'model.dtype'"),
+    ],
+)  # fmt: skip
+def test_what_is_refused_before_anything_is_computed(options, message, model, tmp_path, monkeypatch, capsys):
+    (tmp_path / "prompts.txt").write_text("Why?")
+    monkeypatch.setattr("alignax.models.hf.load_params", lambda *_: pytest.fail("weights were read"))
+    assert generate(model, "--prompts", tmp_path / "prompts.txt", *options) == 2
+    out, err = capsys.readouterr()
+    assert not out and err.startswith("alignax: error: ") and err.count("\n") == 1 and message in err
+
+
+def test_files_that_hold_no_prompts(model, tmp_path, capsys):
+    (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "other.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    for name, message in (("empty.txt", "holds no prompts"), ("other.jsonl", "row 0 of"), ("latin.txt", "is not UTF-8 text")):
+        assert generate(model, "--prompts", tmp_path / name) == 2
+        assert message in capsys.readouterr().err
+    assert generate(tmp_path / "nowhere", "--prompts", tmp_path / "latin.txt") == 2
+    assert "nowhere' does not exist" in capsys.readouterr().err
+
+
+def test_text_ends_before_a_stop_string():
+    from alignax.generate import LENGTH, STOP_STRING, Stops
+
+    tokenizer = tiny.byte_tokenizer()
+    ids = np.asarray(tokenizer("yes. Human:", add_special_tokens=False)["input_ids"])
+    stops = Stops(tokenizer, ("Human:",))
+    assert console.text_of(ids, STOP_STRING, tokenizer, stops) == "yes. "
+    assert console.text_of(ids, LENGTH, tokenizer, stops) == "yes. Human:"
