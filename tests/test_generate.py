@@ -248,8 +248,8 @@ def test_adapters_on_an_int8_base():
     lora = Lora(rank=2, alpha=4.0, targets=MATRICES, dora=True, int8=True)
     config = dataclasses.replace(tiny.MODEL, lora=lora)
     whole = jax.jit(lambda key: nn.unbox(transformer.init(config, key)))(jax.random.key(3))
-    adapters = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(4), x.shape), split(whole)[1])
-    params = join(quantise(PARAMS), adapters)
+    adapters = jax.tree.map(lambda x: np.float32(x + 0.1 * RNG.normal(size=x.shape)), split(whole)[1])
+    params = join(jax.jit(quantise)(PARAMS), adapters)
     out = Generator(config, Shape(8, 12, 8, 7, 12), stop_ids=STOPS)(params, PROMPTS, KEY)
     assert gap(config, params, PROMPTS, out) < 1e-5
     assert gap(tiny.MODEL, PARAMS, PROMPTS, out) > 0.1, "the adapters matter"
