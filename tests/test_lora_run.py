@@ -74,6 +74,7 @@ def test_killed_and_resumed(whole, fields, tmp_path):
         np.testing.assert_array_equal(a[name], exported[name])
 
 
+@pytest.mark.slow
 def test_an_int8_base_trains_behind_the_same_reference(fields, tmp_path, capsys):
     from alignax.cli import main
 

@@ -29,6 +29,7 @@ def same(a, b):
     assert all(np.array_equal(x[name], y[name]) for name in x) and x.keys() == y.keys()
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_of_saves_and_steps(fields, whole, tmp_path):
     workdir = tmp_path / "run"
     args = runs.arguments(fields | {"workdir": workdir})
@@ -91,6 +92,7 @@ def close(a, b, tolerance=1e-5):
         np.testing.assert_allclose(p[name], q[name], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_two_processes_of_four_devices_train_alike_and_hand_over_to_one(fields, whole, tmp_path):
     workdir = tmp_path / "run"
     two = {"workdir": workdir, "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "log.every": 1}
