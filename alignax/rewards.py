@@ -53,8 +53,14 @@ def stack(members: Sequence[Params], config: ModelConfig, mesh: Mesh) -> Params:
 
 
 def ensemble_model(config: ModelConfig, params: Params, mesh: Mesh, dtype: Any = jnp.float32) -> Model:
-    """K reward models as one, whose `Outputs.scores` are [K, B, N]; nothing is sent between members."""
-    return Model(over_members(forward(config, dtype=dtype, remat="none", mesh=mesh), (0, None), 0), params)
+    """K reward models as one, whose `Outputs.scores` are [B, N, K]; nothing is sent between members."""
+    apply = over_members(forward(config, dtype=dtype, remat="none", mesh=mesh), (0, None), 0)
+
+    def rate(params: Params, batch: Batch) -> Outputs:
+        out = apply(params, batch)
+        return out._replace(scores=jnp.moveaxis(out.scores, 0, -1))
+
+    return Model(rate, params)
 
 
 def score_examples(
@@ -70,7 +76,7 @@ def score_examples(
     for i in range(-(-len(examples) // batch_size)):
         make = lambda rows, i=i: evaluation_batch(examples, i, batch_size, length, rows)
         found.append(meshes.gathered(rate(params, meshes.put_batch(mesh, make, batch_size))))
-    scores = np.concatenate(found, axis=1)[:, : len(examples)]
+    scores = np.moveaxis(np.concatenate(found)[: len(examples)], -1, 0)
     if bad := np.argwhere(~np.isfinite(scores)).tolist():
         member, row, _ = bad[0]
         raise ValueError(f"{len(bad)} scores are not finite, of member {member} for row {row} first (counted from 0); look at that model")

@@ -16,6 +16,8 @@ A batch is a plain dict of arrays whose leading axis is B. Every method has the 
 | `old_logps`       | [B, N, T] f32    | those of the policy as it stands before the step (likewise)                      |
 | `sampled_logps`   | [B, N, T] f32    | those that a completion was sampled with (see `alignax.generate`)                |
 | `labels`          | [B, N] bool      | unpaired data: whether a response is desirable                                   |
+| `scores`          | [B, N, K] f32    | those of each member of an ensemble of reward models                             |
+| `rewards`         | [B, N] f32       | their aggregate                                                                  |
 | `kto_kl`          | [B] f32          | KL(policy || reference) from mismatched responses, at least 0, in nats           |
 | `bco_shift`       | [B] f32          | mean log-ratio of the batch, in nats                                             |
 | `aot_margins`     | [B] f32          | reference margin of the rank of the policy's, in nats                            |
@@ -46,7 +48,7 @@ class Outputs(NamedTuple):
     entropy: jax.Array  # [B, N, T] entropy of the distribution that predicted tokens[t], nats
     log_sum_sq: jax.Array | None = None  # [B, N, T] log sum_v pi(v | tokens[<t])^2; carries no gradient
     ref_kl: jax.Array | None = None  # [B, N, T] KL(ref || pi) of the distributions that predict tokens[t], nats
-    scores: jax.Array | None = None  # [B, N] a reward model's score of each response; [B, N, labels] where it has several
+    scores: jax.Array | None = None  # [B, N] a reward model's score of each response; [B, N, labels] or, of an ensemble, [B, N, K]
 
 
 class Model(NamedTuple):

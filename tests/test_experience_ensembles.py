@@ -4,8 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
-from alignax.experience.ensembles import mean, median, quantile, uwo, wco
+from alignax.experience import chain
+from alignax.experience.ensembles import mean, median, quantile, score, uwo, wco
+from alignax.types import Model
 
 SCORES = jnp.array([1.0, 1.2, 2.6])
 ALL = {"mean": mean, "median": median, "wco": wco, "uwo": uwo(0.5), "quantile": quantile(0.3)}
@@ -59,3 +62,32 @@ def test_refused():
         uwo(-0.1)
     with pytest.raises(ValueError, match=r"quantile is 1.5; it must be in \[0, 1\]"):
         quantile(1.5)
+
+
+def member(params, batch):
+    """An ensemble whose members score a response by its length, times a factor of their own."""
+    lengths = batch["completion_mask"].sum(-1).astype(jnp.float32)
+    return tiny.plain_apply(tiny.plain_params(), batch)._replace(scores=lengths[..., None] * params[None, None])
+
+
+def test_scores_and_their_aggregate_are_written_into_the_batch():
+    batch = tiny.batch(4)
+    lengths = np.asarray(batch["completion_mask"].sum(-1), np.float32)
+    ensemble = Model(member, jnp.array([1.0, 2.0, 6.0]))
+    write = jax.jit(lambda experience, batch: experience(batch))
+    out = write(chain(score(ensemble, 2), uwo(0.5)), batch)
+    assert out["scores"].shape == (4, 2, 3) and out["rewards"].shape == (4, 2)
+    np.testing.assert_allclose(out["scores"], lengths[..., None] * np.array([1.0, 2.0, 6.0]), rtol=1e-6)
+    np.testing.assert_allclose(out["rewards"], 3 * lengths - 0.5 * lengths**2 * 14 / 3, rtol=1e-5)
+    np.testing.assert_array_equal(write(chain(score(ensemble), wco), batch)["rewards"], lengths)
+    single = Model(lambda params, batch: member(params, batch)._replace(scores=member(params, batch).scores[..., 0]), jnp.array([3.0]))
+    np.testing.assert_array_equal(write(chain(score(single), mean), batch)["rewards"], 3 * lengths)
+    assert write._cache_size() == 3 and write(chain(score(ensemble, 2), uwo(0.5)), batch) and write._cache_size() == 3
+
+
+def test_an_aggregate_wants_scores_and_scores_a_reward_model():
+    with pytest.raises(ValueError, match=r'no "scores".*score\(ensemble\)'):
+        wco(tiny.batch())
+    policy = Model(lambda params, batch: tiny.plain_apply(params, batch)._replace(scores=None), tiny.plain_params())
+    with pytest.raises(ValueError, match="takes a reward model, and this one gives no scores"):
+        score(policy)(tiny.batch())

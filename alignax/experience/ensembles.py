@@ -1,34 +1,78 @@
-"""What the scores of K reward models say together: pure functions [K, ...] -> [...], the same ones in training and in best-of-n.
+"""Reward models in experience, and what the scores of K of them say together.
+
+    chain(score(ensemble), uwo(0.5))        # writes `scores` [B, N, K], then `rewards` [B, N]
+
+An aggregate is a pure function [K, ...] -> [...], the same one in training and in best-of-n; given a batch it is an experience.
 
 The offset of a reward model is free, so minima and variances mean something only once offsets are anchored: train the members with
 `score_l2()` or `centring()`, or take off each one's mean over responses of the initial policy. A score that is not finite makes
 the result not finite. K = 1 works: all of them are then that member.
 """
 
+import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import Partial
 
-Aggregate = Callable[[jax.Array], jax.Array]  # [K, ...] -> [...]
-
-
-def mean(scores: jax.Array) -> jax.Array:
-    """The members' mean."""
-    return jnp.mean(scores, axis=0)
+from alignax.experience.logps import Experience
+from alignax.losses.pairs import field
+from alignax.types import Batch, Model, Outputs, Params, microbatch
 
 
-def median(scores: jax.Array) -> jax.Array:
-    """The members' median, which a minority of them cannot move far; of an even K the mean of the middle two."""
-    return jnp.median(scores, axis=0)
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Aggregate:
+    """K scores made one."""
+
+    function: Callable[..., jax.Array]  # of scores [K, ...] and the arguments
+    arguments: tuple[float, ...] = ()
+
+    def __call__(self, scores: Any) -> Any:
+        """[K, ...] -> [...]; of a batch the batch with `rewards` [B, N], the aggregate of its `scores` [B, N, K]."""
+        if isinstance(scores, dict):
+            return scores | {"rewards": self(jnp.moveaxis(field(scores, "scores", "score(ensemble)"), -1, 0))}
+        return self.function(scores, *self.arguments)
 
 
-def wco(scores: jax.Array) -> jax.Array:
-    """Worst-case optimisation: the lowest of the members' scores (Coste et al. 2023, arXiv:2310.02743, eq. 4).
+def score(model: Model, microbatches: int = 1) -> Experience:
+    """Writes a reward model's or an ensemble's `scores` [B, N, K] f32; K = 1 of a single model.
 
-    Only the lowest member has a gradient; of several lowest each an equal share.
+    Args:
+      model: its `Outputs.scores` are [B, N], or [B, N, K] as those of `alignax.rewards.ensemble_model`; no gradient goes into it.
+      microbatches: parts that the batch is scored in, one after another, to bound memory.
     """
-    return jnp.min(scores, axis=0)
+    return Partial(_Score(microbatches, model.apply), model.params)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Score:
+    """The static part of `score`."""
+
+    microbatches: int
+    apply: Callable[[Params, Batch], Outputs]
+
+    def __call__(self, params: Params, batch: Batch) -> Batch:
+        B, N, _ = batch["tokens"].shape
+        rated = jax.lax.map(lambda part: self.apply(params, part).scores, microbatch(batch, self.microbatches))
+        if rated is None:
+            raise ValueError("score() takes a reward model, and this one gives no scores; give a model with a reward head")
+        return batch | {"scores": rated.swapaxes(0, 1).reshape(B, N, -1)}
+
+
+mean = Aggregate(lambda scores: jnp.mean(scores, axis=0))
+"""The members' mean."""
+
+median = Aggregate(lambda scores: jnp.median(scores, axis=0))
+"""The members' median, which a minority of them cannot move far; of an even K the mean of the middle two."""
+
+wco = Aggregate(lambda scores: jnp.min(scores, axis=0))
+"""Worst-case optimisation: the lowest of the members' scores (Coste et al. 2023, arXiv:2310.02743, eq. 4).
+
+Only the lowest member has a gradient; of several lowest each an equal share.
+"""
 
 
 def uwo(coefficient: float = 0.5) -> Aggregate:
@@ -41,12 +85,20 @@ def uwo(coefficient: float = 0.5) -> Aggregate:
     """
     if not coefficient >= 0:
         raise ValueError(f"the coefficient of UWO is {coefficient}; it must be at least 0, which is the mean (0.5 is usual)")
+    return mean if coefficient == 0 else Aggregate(_uwo, (coefficient,))
+
+
+def _uwo(scores: jax.Array, coefficient: float) -> jax.Array:
     # The paper's variance is that of the population (ddof 0); its PPO code takes ddof 1, which for K = 5 is a coefficient 1.25 as large.
-    return mean if coefficient == 0 else lambda scores: mean(scores) - coefficient * jnp.var(scores, axis=0, ddof=0)
+    return jnp.mean(scores, axis=0) - coefficient * jnp.var(scores, axis=0, ddof=0)
 
 
 def quantile(q: float) -> Aggregate:
     """The members' q-quantile, linear between neighbours: 0 is `wco`, 0.5 is `median`."""
     if not 0 <= q <= 1:
         raise ValueError(f"the quantile is {q}; it must be in [0, 1] (0.25 is a cautious one)")
-    return lambda scores: jnp.quantile(scores, q, axis=0)
+    return Aggregate(_quantile, (q,))
+
+
+def _quantile(scores: jax.Array, q: float) -> jax.Array:
+    return jnp.quantile(scores, q, axis=0)
