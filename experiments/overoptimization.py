@@ -7,7 +7,7 @@
 Command:
   alignax overopt --config experiments/overoptimization.py
 
-Hardware: 2 CPU cores, one process.
+Hardware: 2 CPU cores, one process; within three minutes of CPU time.
 
 Expected, gold reward at its peak and at the end, in standard deviations under the initial policy. Best of 4,096, 8 seeds: single 0.93 and
 -0.35, mean 1.18 and -0.33, WCO 1.29 and 0.42, UWO 1.38 and 0.95; without the tail all end within 0.05 of their peak, 1.4 (single) to 2.0

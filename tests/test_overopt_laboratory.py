@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import runs
 
-from alignax import cli
+from alignax import cli, config
 from alignax.config import BadInput
 from alignax.experience import ensembles
-from alignax.overopt import laboratory
+from alignax.overopt import laboratory, report
 from alignax.overopt.worlds import Scored
 
 FILE = str(runs.REPO / "experiments" / "overoptimization.py")
@@ -205,6 +205,14 @@ def test_a_finished_run_measures_nothing_again_and_its_config_runs_the_same(work
     (tmp_path / "mine.txt").write_text("mine")
     assert cli.main(arguments(tmp_path)) == 2
     assert "holds other files" in capsys.readouterr().err
+
+
+def test_a_config_that_measured_nothing_may_be_corrected(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(laboratory, "stage", lambda *args: None)
+    monkeypatch.setattr(report, "write", lambda workdir: "")
+    for repeats in (2, 3):
+        assert cli.main(arguments(tmp_path / "run", repeats=repeats)) == 0
+    assert config.load_experiment(tmp_path / "run" / "config.py").config.repeats == 3
 
 
 def test_report_rebuilds_and_lays_side_by_side(workdir, tmp_path, capsys):

@@ -109,6 +109,7 @@ def test_members_share_their_noise_unless_told_not_to():
     assert len(np.unique(each, axis=0)) == 5 and 0.2 < each.mean() < 0.3
 
 
+@pytest.mark.slow
 def test_a_single_reward_model():
     tiny = ("world.pairs=64", "world.responses=8", "world.prompts=2", "world.held_out=16", "proxy.steps=3", "best_of_n.n=(1,2)")
     one = next(iter(world(*tiny, "proxy.members=1").score([7])))

@@ -76,14 +76,15 @@ def open_workdir(experiment: Experiment) -> Path:
         raise BadInput("config field 'workdir' is empty; set --config.workdir=FOLDER")
     workdir = Path(experiment.config.workdir)
     saved = workdir / "config.py"
-    if saved.is_file():
-        if lines := difference(load_experiment(saved), experiment, FREE):
-            raise BadInput(f"workdir {str(workdir)!r} belongs to another run ({'; '.join(lines[:4])}); choose another workdir")
-    elif workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
-        raise BadInput(f"workdir {str(workdir)!r} holds other files; choose a new or empty folder")
-    else:
-        workdir.mkdir(parents=True, exist_ok=True)
+    if workdir.exists() and not workdir.is_dir():
+        raise BadInput(f"workdir {str(workdir)!r} is a file; choose a new or empty folder")
+    workdir.mkdir(parents=True, exist_ok=True)
+    if {file.name for file in workdir.iterdir()} <= {"config.py", "config.py.tmp"}:  # nothing was measured yet
         replace(saved, effective(experiment))
+    elif not saved.is_file():
+        raise BadInput(f"workdir {str(workdir)!r} holds other files; choose a new or empty folder")
+    elif lines := difference(load_experiment(saved), experiment, FREE):
+        raise BadInput(f"workdir {str(workdir)!r} belongs to another run ({'; '.join(lines[:4])}); choose another workdir")
     return workdir
 
 
@@ -94,8 +95,9 @@ def stage(workdir: Path, name: str, measure: Callable[[], dict[str, Any]]) -> No
         print(f"{name}: measured before", file=sys.stderr)
         return
     print(name, file=sys.stderr)
+    text = json.dumps(measure(), allow_nan=False)
     file.parent.mkdir(exist_ok=True)
-    replace(file, json.dumps(measure(), allow_nan=False))
+    replace(file, text)
 
 
 def replace(file: Path, text: str) -> None:

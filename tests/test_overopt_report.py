@@ -1,0 +1,89 @@
+"""Figures, numbers and names of the report."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from alignax.overopt import figures, report, results, tables
+
+
+def curve(objective: str = "single", gold=(0.0, 1.0, 0.5), arm: str = "tail", kind: str = "best_of_n") -> results.Curve:
+    gold = np.array(gold)
+    values = {"gold": results.Band(gold, gold - 0.1, gold + 0.1), "proxy": results.Band(2 * gold, None, None)}
+    return results.Curve(
+        kind, arm, objective, 0.1 if kind == "direct" else None, np.array([1, 4, 16]), np.array([0.0, 0.8, 1.35]), values, 3
+    )
+
+
+def run(name: str, *curves: results.Curve) -> tables.Run:
+    return tables.Run(name, Path(name), [], list(curves))
+
+
+def test_every_line_looks_different_and_a_line_that_turns_back_has_bars():
+    straight = [figures.Line(str(i), [0.0, 1.0], [0.0, i], [-1.0, i - 1.0], [1.0, i + 1.0]) for i in range(8)]
+    turning = figures.Line("back", [0.0, 2.0, 1.0], [0.0, 1.0, 2.0], [0.0, 0.0, 0.0], [1.0, 2.0, 3.0])
+    axes = figures.figure([figures.Panel([*straight, turning], "t", "x", "y", limits=(-1.0, 9.0), reach=2.5)]).axes[0]
+    lines = [line for line in axes.get_lines() if line.get_markersize() == 4]
+    assert len({(line.get_color(), line.get_marker(), line.get_linestyle()) for line in lines}) == 9
+    assert axes.get_xlim() == (0.0, 2.5) and axes.get_ylim() == (-1.0, 9.0)
+    assert [type(x).__name__ for x in axes.collections].count("LineCollection") == 1 and len(axes.collections) == 9
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [*map(str, range(8)), "back"]
+    one, again = (figures.png(figures.figure([figures.Panel(straight[:1], "t", "x", "y")])) for _ in range(2))
+    assert one == again and one.startswith(b"\x89PNG")
+
+
+def test_long_lines_are_drawn_more_densely_at_their_beginning():
+    E = 400
+    gold = results.Band(np.arange(E) / E, None, None)
+    own = results.Curve("direct", "tail", "DPO", 0.1, np.arange(E), np.arange(E) / 100, {"gold": gold}, 1)
+    x = np.array(report.line("β", own, "gold").x)
+    assert x[0] == 0.0 and x[-1] == own.d[-1] and len(x) <= report.DRAWN + 1
+    assert (x < 1.0).sum() > 2 * (x >= 2.0).sum()
+
+
+def test_the_law_is_drawn_through_the_gold_of_best_of_n_alone():
+    own = curve(gold=(0.2, 1.0, 0.5))._replace(d=np.array([0.0, 0.8, 1.35]))
+    assert report.line("single", own, "gold").law is None, "two points beyond 0.3 are too few"
+    d = np.linspace(0, 2, 9)
+    gold = 0.2 + d * (1.0 - 0.3 * d)
+    own = own._replace(d=d, at=np.arange(9), values={"gold": results.Band(gold, None, None), "proxy": results.Band(gold, None, None)})
+    x, y = report.line("single", own, "gold").law
+    np.testing.assert_allclose(y, 0.2 + np.array(x) * (1.0 - 0.3 * np.array(x)), rtol=1e-6)
+    assert report.line("single", own, "proxy").law is None
+    cells = tables.laws([(run("a"), [own])])["rows"][0]
+    assert cells[:3] == ["single", "d (α − β d)", "1.000"] and cells[5:] == ["1.67", "0.83", 7]
+    rising = own._replace(values={"gold": results.Band(d * (1.0 - 0.1 * d), None, None)})
+    assert tables.laws([(run("a"), [rising])])["rows"][0][5:7] == ["not seen", "–"], "a peak beyond the data is no finding"
+
+
+def test_ends_and_findings():
+    own = [(run("a"), [curve(), curve("UWO", (0.0, 1.0, 1.2))])]
+    table = tables.ends(own)
+    assert table["rows"][0][:8] == ["single", "1.00", "4", "0.80", "0.50", "0.40 to 0.60", "0.50", "1.35"]
+    assert table["head"].index("proxy at the end") == 8 and table["rows"][1][8] == "2.40"
+    assert tables.findings(own) == ["gold reward at its peak → at n = 16: single: 1.00 → 0.50; UWO: 1.20 → 1.20."]
+    two = [(run("a"), [curve("DPO", kind="direct")]), (run("b"), [curve("DPO", kind="direct")])]
+    assert tables.ends(two)["head"][0] == "run" and [row[0] for row in tables.ends(two)["rows"]] == ["a", "b"]
+    assert tables.findings(two)[1] == "b: DPO, gold reward at its peak → at the end: β = 0.1: 1.00 → 0.50."
+    assert list(report.shared_axes(two)) == ["DPO, a", "DPO, b"]
+
+
+def test_numbers():
+    assert [tables.number(x) for x in (1.005, -0.5, -0.001, None)] == ["1.00", "−0.50", "0.00", "–"]
+
+
+def test_names_of_runs():
+    assert report.distinct([Path("/x/a/run"), Path("/x/b/run")]) == ["a/run", "b/run"]
+    assert report.distinct([Path("/x/a"), Path("/x/b")]) == ["a", "b"]
+    with pytest.raises(ValueError, match="given twice"):
+        report.distinct([Path("/x/a"), Path("/x/a")])
+
+
+def test_bands():
+    own = results.band(np.array([[1.0, 2.0], [3.0, 2.0], [5.0, 2.0]]))
+    half = 4.302653 * 2.0 / np.sqrt(3)  # Student's t, two degrees of freedom
+    np.testing.assert_allclose(own.mean, [3.0, 2.0])
+    np.testing.assert_allclose(own.high, [3.0 + half, 2.0], rtol=1e-6)
+    np.testing.assert_allclose(own.low, [3.0 - half, 2.0], rtol=1e-6)
+    assert results.band(np.ones((1, 2))).low is None
