@@ -15,19 +15,21 @@ from jax.sharding import Mesh
 
 from alignax import distributed, plan, rewards
 from alignax.checkpoint import Checkpoints
-from alignax.config import BadInput, Experiment, default_config, load_experiment, set_field
+from alignax.config import BadInput, Experiment, default_config, eval_batch_size, load_experiment, set_field
 from alignax.data import Examples, check, load, padded_length
 from alignax.distributed import is_main, together
 from alignax.ensemble import stacked
 from alignax.evaluate import Evaluation
-from alignax.fit import fit, make_programs, members_of, merged, start
+from alignax.fit import fit, members_of, merged
 from alignax.generate import Generator, Stops, console, shape_for
 from alignax.generate.console import Request
 from alignax.generate.generator import check_room
 from alignax.mesh import make_mesh
 from alignax.metrics import Log, table
 from alignax.models import hf
-from alignax.prepare import Run, check_workdir, compute_dtype, eval_batch_size, load_tokenizer, make_lora, open_model, prepare
+from alignax.prepare import Run, check_workdir, compute_dtype, load_tokenizer, make_lora, open_model, prepare
+from alignax.programs import make_programs
+from alignax.start import start
 from alignax.types import Params
 
 

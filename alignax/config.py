@@ -323,3 +323,8 @@ def _code(experiment: Experiment) -> str:
     if tree.body and isinstance(tree.body[0], ast.Expr):
         tree.body = tree.body[1:]  # the docstring
     return ast.dump(tree)
+
+
+def eval_batch_size(config: Any) -> int:
+    """Examples of an evaluation batch."""
+    return config.eval.batch_size or config.batch_size

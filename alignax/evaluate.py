@@ -12,10 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from alignax import mesh as meshes
+from alignax.config import eval_batch_size
 from alignax.data import evaluation_batch
 from alignax.generate import STOP_ID, Generator, Sampling, sampled_batch, sampler_gap, shape_for
 from alignax.metrics import Log
-from alignax.prepare import Run, eval_batch_size, full, policy_model, reference_model
+from alignax.prepare import Run
+from alignax.programs import full, policy_model, reference_model
 from alignax.train import means
 from alignax.types import Batch, Model, Params, TrainState
 

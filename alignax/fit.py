@@ -2,148 +2,32 @@
 
 import functools
 import math
-import os
 import signal
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from alignax import ensemble
 from alignax import mesh as meshes
-from alignax.averages import averaged
-from alignax.checkpoint import Checkpoints, nbytes, require_space
-from alignax.config import asked, blaming, effective
-from alignax.distributed import is_main, together
-from alignax.evaluate import SAMPLED, Evaluation
-from alignax.experience import Experience, chain
+from alignax.distributed import is_main
+from alignax.evaluate import Evaluation
 from alignax.metrics import Log
-from alignax.models import hf, peft, reward
-from alignax.models.lora import Lora, merge, quantise, split
-from alignax.prepare import (
-    Run,
-    abstract_batch,
-    abstract_frozen,
-    abstract_state,
-    abstract_trained,
-    batch_sizes,
-    frozen_dtype,
-    frozen_sources,
-    new_state,
-    policy_model,
-    reference_model,
-    reference_name,
-    state_shardings,
-    stored_outputs,
-    taught_apply,
-)
-from alignax.reference import with_stored
-from alignax.train import digest, make_evaluation, make_step
-from alignax.types import Batch, Metrics, Model, Outputs, Params, TrainState
+from alignax.models import hf, peft
+from alignax.models.lora import Lora, merge
+from alignax.prepare import Run
+from alignax.programs import abstract_trained, batch_sizes, make_programs
+from alignax.start import Started
+from alignax.types import Metrics, Params, TrainState
 
 DRIFT = 2.0  # nats that the chosen response falls before the notice
 EQUAL = {"float32": 1e-3, "bfloat16": 0.1}  # nats that the margin of equal models may differ from 0 by rounding
 AGREE = 10  # steps between the processes' agreements on whether to stop
 SIGNALS = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}  # exit codes: 128 + the number
-
-
-class Started(NamedTuple):
-    """A run with its arrays on the mesh, at step 0 or where it was stopped."""
-
-    run: Run
-    state: TrainState
-    step: int  # steps taken
-    frozen: dict[str, Params]  # what it holds and does not train: "reference", if there is one
-    about: dict[str, str]  # digests of the policy and the reference that it started from
-    checkpoints: Checkpoints
-
-
-def start(run: Run, write: bool = True) -> Started:
-    """Loads models and the newest checkpoint, if there is one. Nothing is trained yet; only with `write` is the workdir touched.
-
-    Raises:
-      ValueError: for weights that are not finite, and for a checkpoint that is damaged or is not this run's.
-      OSError: when the disk has no room for a checkpoint.
-    """
-    config = run.config
-    with together():
-        check_step(run)
-        params = initial_params(run)
-        original = reference_params(run, params)
-    about = {"policy": fingerprint(params), "reference": fingerprint(original), "data": f"{run.train.digest():08x}"}
-    stored = {"base": split(params)[0], "reference": original}
-    frozen = {name: frozen_copy(run, name, stored[name]) for name in frozen_sources(run)}
-    if config.reference.cache:
-        name = reference_name(run)
-        scorer = frozen[name] if name in frozen else frozen_copy(run, name, original)
-        say = lambda line: print(line, file=sys.stderr, flush=True) if is_main() else None
-        run = with_stored(run, scorer, about["reference"], say)
-        del scorer
-    if run.members:
-        params = original = spread(run, params, frozen.get("base"))
-        about["members"] = fingerprint(params)
-    elif run.lora is not None:
-        params = original = initial_adapters(run, params, frozen["base"])
-        about["adapters"] = fingerprint(params)
-    del stored
-    if write:
-        with together():
-            require_space(run.workdir, nbytes(abstract_state(run)))
-            open_workdir(run)
-    checkpoints = Checkpoints(run.workdir, config.checkpoint.keep, config.checkpoint.best)
-    step = checkpoints.latest() or 0
-    if step:
-        saved = checkpoints.about(step)
-        compared = about if write else {name: x for name, x in about.items() if name != "data"}  # evaluation may have other data
-        check_same(run.workdir, step, saved, compared)
-        del params, original  # one training state at a time
-        state = checkpoints.restore(step, abstract_state(run))
-    else:
-        own = {} if original is params else {"reference": original}  # what is given away may not be an argument twice
-        fresh = lambda p, key, own: new_state(run, p, key, {name: own.get(name, p) for name in run.averages})
-        create = jax.jit(fresh, out_shardings=state_shardings(run), donate_argnums=0)
-        state = create(params, jax.random.key(config.seed), own)
-    return Started(run, state, step, frozen, about, checkpoints)
-
-
-def check_step(run: Run) -> None:
-    """Traces the training step on shapes alone, so that a loss that does not fit its data is refused before anything is written."""
-    step, evaluate = make_programs(run)
-    state, frozen, batch = abstract_state(run), abstract_frozen(run), abstract_batch(run)
-    try:
-        with blaming(run.experiment.file, always=False):
-            jax.eval_shape(step, state, frozen, batch)
-            metrics = jax.eval_shape(evaluate, state, frozen, abstract_batch(run, evaluation=True))
-    except KeyError as e:
-        raise ValueError(
-            f"the batch has no field {e.args[0]!r}, which the loss or the experience reads; let an experience write it, or bring it "
-            "with the data (data.kind, data.columns)"
-        ) from e
-    check_gold(run)
-    best = run.config.checkpoint.best.removeprefix("-")
-    names = {"loss", *SAMPLED, *(name for name in metrics if not name.startswith("loss:"))}
-    if best and best not in names:
-        raise ValueError(f"checkpoint.best {best!r} is no metric of the evaluation; use one of {', '.join(sorted(names))}")
-
-
-def check_gold(run: Run) -> None:
-    """Calls the experiment's gold reward once, on a prompt of the data and the answer that stands there."""
-    if run.experiment.gold is None:
-        return
-    examples, file = run.evaluation or run.train.examples, run.experiment.file
-    answer = examples.tokens[: examples.offsets[1]][examples.scored[: examples.offsets[1]]]
-    with blaming(file):
-        rewards = list(run.experiment.gold(examples.prompts[:1], [run.tokenizer.decode(answer, skip_special_tokens=True)]))
-        fine = len(rewards) == 1 and math.isfinite(float(rewards[0]))
-    if not fine:
-        raise ValueError(f"gold() of {file} returns {rewards!r} for one prompt and its completion; it must return a finite number for each")
 
 
 def fit(started: Started) -> dict[str, dict[str, float]]:
@@ -209,62 +93,6 @@ def loop(started: Started, log: Log, stop: "Stop") -> tuple[TrainState, dict[str
     return state, results
 
 
-def initial_params(run: Run) -> Params:
-    """The policy's parameters at step 0."""
-    if run.config.model.init == "random":
-        return hf.init_params(run.source.config, run.mesh, jax.random.key(run.config.seed))
-    return hf.load_params(run.source, run.mesh, jax.random.key(run.config.seed))
-
-
-def spread(run: Run, params: Params, base: Params | None) -> Params:
-    """What the members of an ensemble train, at step 0 [K, ...]: all parameters, or adapters of the base, and each its own head.
-
-    The head is what each member's seed gives, unless the folder has one: then all begin with that.
-    """
-    config, lora = run.source.config, run.lora
-    own = run.source.stored.num_labels != config.num_labels
-    layout = jax.tree.map(lambda x: x.sharding, abstract_trained(run, run.mesh))
-
-    def member(params: Params, base: Params, key: jax.Array) -> Params:
-        trained = params if lora is None else hf.fresh_adapters(config, lora, base, key)
-        fresh = hf.fresh(config, key) if own else params
-        return trained | {name: fresh[name] for name in reward.HEAD}
-
-    every = ensemble.over_members(member, (None, None, 0), 0)
-    return jax.jit(every, out_shardings=layout)(params, base, ensemble.keys(run.config.seed, run.members))
-
-
-def initial_adapters(run: Run, params: Params, base: Params) -> Params:
-    """The adapters at step 0, with a reward model's head."""
-    assert run.lora is not None
-    head = {name: params[name] for name in reward.HEAD if name in params}
-    if path := run.config.lora.path:
-        with together():
-            return peft.read_adapter(Path(path), run.source, run.mesh)[1]
-    return hf.init_adapters(run.source, run.lora, run.mesh, base, jax.random.key(run.config.seed)) | head
-
-
-def reference_params(run: Run, params: Params) -> Params | None:
-    """The reference's parameters as they were stored: those that the run starts from unless `reference.path` is another folder's."""
-    if run.reference is None or run.reference is run.source:
-        return params if run.reference else None
-    return hf.load_params(run.reference, run.mesh)
-
-
-def fingerprint(params: Params | None) -> str:
-    """The digest of parameters, as text; none of none."""
-    return "" if params is None else f"{int(jax.jit(digest)(params)):08x}"
-
-
-def frozen_copy(run: Run, name: str, params: Params) -> Params:
-    """Parameters that are only read, "base" or "reference", in the types that `frozen_dtype` says."""
-    if name == "base" and run.lora is not None and run.lora.int8:
-        params = jax.jit(quantise)(params)
-    # Copies, never aliases: the training step gives the policy's own buffers away.
-    freeze = lambda path, x: jnp.array(x, frozen_dtype(path, run, name), copy=True)
-    return jax.tree_util.tree_map_with_path(freeze, params)
-
-
 def export(run: Run, state: TrainState, log: Log) -> None:
     """Writes the Hugging Face folder `export`, adapters merged into their base, and the adapters themselves as PEFT's folder `adapter`.
 
@@ -304,74 +132,6 @@ def sizes(run: Run) -> str:
         return f"{whole / 1e6:.3f} M parameters, {run.dtype.name} on float32 weights"
     held = "int8" if run.lora.int8 else run.dtype.name
     return f"{whole / 1e6:.3f} M parameters in {held}, {trained / 1e6:.3f} M more in float32 that are trained"
-
-
-def make_experience(run: Run, frozen: dict[str, Params], state: TrainState) -> Experience:
-    """What the experiment puts in front of the step, from the models that it asks for; nothing, where it names none."""
-    make = run.experiment.experience
-    if make is None:
-        return chain()
-    given = {"config": run.config, "policy": policy_model(run, frozen, state.params), "reference": reference_model(run, frozen)}
-    if run.config.reference.cache:
-        given["reference"] = Model(stored_outputs, {})
-    if "reference" in state.averages:
-        given["reference"] = policy_model(run, frozen, state.averages["reference"])
-    return make(**{name: given[name] for name in asked(make)})
-
-
-def make_programs(run: Run) -> tuple[Callable, Callable]:
-    """The jitted training step and the jitted evaluation of a batch, each behind the experience.
-
-    Frozen parameters go in as an argument: they stay sharded where they are and are never compiled into the program.
-    """
-    after = averaged(run.averages)
-
-    def step(state: TrainState, frozen: dict[str, Params], batch: Batch) -> tuple[TrainState, Metrics]:
-        rate = run.schedule(state.step - state.skipped)
-        train_step = make_step(taught_apply(run, frozen), run.objective, run.optimizer, run.config.microbatches)
-        state, metrics = train_step(state, make_experience(run, frozen, state)(batch))
-        state = after(state)
-        return state, metrics | {"learning_rate": jnp.asarray(rate), "tokens": batch["mask"].sum(dtype=jnp.float32)}
-
-    def evaluate(state: TrainState, frozen: dict[str, Params], batch: Batch) -> tuple[Any, Outputs]:
-        batch = make_experience(run, frozen, state)(batch)
-        out = taught_apply(run, frozen)(state.params, batch)
-        return make_evaluation(lambda out, batch: out, run.objective)(out, state.step, batch), out
-
-    if run.members:
-        axes = ensemble.AXES
-        train_all = ensemble.over_members(step, (axes, None, 0), (axes, 0))
-        evaluate_all = ensemble.over_members(evaluate, (axes, None, None), 0)
-
-        def steps(state: TrainState, frozen: dict[str, Params], batch: Batch) -> tuple[TrainState, Metrics]:
-            state, metrics = train_all(state, frozen, batch)
-            return state, ensemble.training_metrics(metrics)
-
-        def evaluations(state: TrainState, frozen: dict[str, Params], batch: Batch) -> Any:
-            sums, out = evaluate_all(state, frozen, batch)
-            return ensemble.evaluation_sums(sums, out, batch)
-
-        return jax.jit(steps, donate_argnums=0), jax.jit(evaluations)
-    return jax.jit(step, donate_argnums=0), jax.jit(lambda *args: evaluate(*args)[0])
-
-
-def open_workdir(run: Run) -> None:
-    """Makes the workdir and writes the effective config into it, in one move; process 0 does."""
-    if is_main():
-        run.workdir.mkdir(parents=True, exist_ok=True)
-        tmp = run.workdir / "config.py.tmp"
-        tmp.write_text(effective(run.experiment), encoding="utf-8")
-        os.replace(tmp, run.workdir / "config.py")
-
-
-def check_same(workdir: Path, step: int, saved: dict[str, Any], now: dict[str, Any]) -> None:
-    """Refuses a checkpoint that grew from other models."""
-    for name, value in now.items():
-        if saved.get(name) != value:
-            raise ValueError(
-                f"checkpoint {step} in {str(workdir)!r} grew from another {name} ({saved.get(name)}, given now: {value}); "
-                "give the same models and data, or choose another workdir"
-            )
 
 
 def summary(run: Run, about: dict[str, Any], start: int) -> list[str]:

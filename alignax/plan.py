@@ -15,10 +15,11 @@ from jax.sharding import Mesh
 from alignax import mesh as meshes
 from alignax.config import flat
 from alignax.data import decode_example
-from alignax.fit import make_programs, sizes
+from alignax.fit import sizes
 from alignax.metrics import table
 from alignax.models import hf
-from alignax.prepare import Run, abstract_batch, abstract_frozen, abstract_state
+from alignax.prepare import Run
+from alignax.programs import abstract_batch, abstract_frozen, abstract_state, make_programs
 
 
 def topology_mesh(topology: str, shape: Mapping[str, int]) -> Mesh:

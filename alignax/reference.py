@@ -17,10 +17,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from alignax import mesh as meshes
+from alignax.config import eval_batch_size
 from alignax.data import Examples, assemble
 from alignax.data.files import one_line
 from alignax.distributed import together
-from alignax.prepare import STORED, Run, eval_batch_size, reference_apply
+from alignax.prepare import STORED, Run
+from alignax.programs import reference_apply
 from alignax.types import Params
 
 FORMAT = 1  # of the parts and of the key

@@ -12,7 +12,8 @@ import runs
 import tiny
 
 from alignax import checkpoint, cli, commands, config, fit  # noqa: F401  (commands: before anything is patched)
-from alignax.prepare import abstract_batch, prepare
+from alignax.prepare import prepare
+from alignax.programs import abstract_batch
 
 DPO = str(runs.REPO / "experiments" / "dpo_hh.py")
 SFT = str(runs.REPO / "experiments" / "sft_hh.py")

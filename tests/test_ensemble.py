@@ -14,8 +14,9 @@ from alignax import ensemble, mesh
 from alignax.cli import main
 from alignax.config import load_experiment
 from alignax.data import evaluation_batch
-from alignax.fit import make_programs, start
 from alignax.prepare import prepare
+from alignax.programs import make_programs
+from alignax.start import start
 
 STEPS = 3
 SMALL = {"model.num_labels": 1, "steps": STEPS, "eval.every": 0, "eval.samples": 0, "eval.sample_prompts": 0, "checkpoint.every": 50}

@@ -22,7 +22,7 @@ from alignax.models.families import FAMILIES
 from alignax.models.families import read as read_config
 from alignax.models.heads import soft_cap
 from alignax.models.transformer import Decoder, ModelConfig, forward, head_weight
-from alignax.prepare import frozen_dtype
+from alignax.programs import frozen_dtype
 
 T = 24
 UNTIED = {"tie_word_embeddings": False}

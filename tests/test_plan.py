@@ -12,8 +12,8 @@ import tiny
 
 from alignax import plan
 from alignax.config import load_experiment
-from alignax.fit import check_step
 from alignax.prepare import prepare
+from alignax.start import check_step
 
 # What keeps libtpu from asking a metadata server that is not there.
 TPU_ENVIRONMENT = {

@@ -13,6 +13,7 @@ from alignax import reference
 from alignax.cli import main
 from alignax.config import load_experiment
 from alignax.prepare import prepare
+from alignax.programs import abstract_frozen
 
 FAST = {"steps": 6, "eval.samples": 0, "eval.sample_prompts": 0, "eval.every": 0}
 
@@ -168,7 +169,6 @@ def test_what_a_cache_cannot_serve_is_refused(code, change, message, fields, tmp
 
 
 def test_the_reference_is_held_only_where_samples_are_compared_with_it(fields):
-    from alignax.prepare import abstract_frozen
 
     assert "reference" not in abstract_frozen(prepared(fields, **{"reference.cache": "c"}))
     assert "reference" in abstract_frozen(prepared(fields, **{"reference.cache": "c", "eval.samples": 2}))

@@ -1,0 +1,137 @@
+"""What no run can be: refused with the value and the remedy, before any compute."""
+
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from alignax import mesh as meshes
+from alignax.averages import Average
+from alignax.config import Experiment, eval_batch_size, flat
+from alignax.data import Examples
+from alignax.generate.generator import check_room
+from alignax.losses.algebra import Loss
+from alignax.models import hf
+
+LEAST = {
+    "batch_size": 1, "microbatches": 1, "max_skipped": 1, "steps": 0, "checkpoint.every": 1, "checkpoint.keep": 1, "log.every": 1,
+    "model.logps_chunk": 1, "eval.every": 0, "eval.batch_size": 0, "eval.samples": 0, "eval.sample_prompts": 0, "eval.max_new_tokens": 1,
+    "data.limit": 0, "seed": 0, "model.num_labels": 0, "ensemble.members": 0,
+    "epochs": 0, "eval.temperature": 0, "optimizer.clip": 0, "optimizer.final": 0, "optimizer.weight_decay": 0,
+    "optimizer.b1": 0, "optimizer.b2": 0, "optimizer.eps": 0,
+}  # fmt: skip
+
+
+def check_fields(config: Any) -> None:
+    """Refuses values that no run can have."""
+    fields = flat(config)
+    for name, least in LEAST.items():
+        if fields[name] < least:
+            raise ValueError(f"config field {name!r} is {fields[name]}; it must be at least {least}")
+    for name in ("optimizer.b1", "optimizer.b2"):
+        if fields[name] >= 1:
+            raise ValueError(f"config field {name!r} is {fields[name]}; it must be below 1")
+    if config.model.dtype not in ("auto", "float32", "bfloat16"):
+        raise ValueError(f"model.dtype {config.model.dtype!r} is unknown; use auto, float32 or bfloat16")
+    if config.export.dtype not in hf.DTYPES:
+        raise ValueError(f"export.dtype {config.export.dtype!r} is unknown; use {', '.join(hf.DTYPES)}")
+    best = config.checkpoint.best.removeprefix("-")
+    if best and not (config.data.eval and config.eval.every):
+        raise ValueError(f"checkpoint.best {best!r} needs evaluations; set data.eval and eval.every")
+
+
+def check_head(config: Any, source: hf.Source, experiment: Experiment) -> None:
+    """Refuses what a reward model cannot do: sample, and be the policy of an experience."""
+    if not source.config.num_labels:
+        return
+    if max(config.eval.samples, config.eval.sample_prompts):
+        raise ValueError("a reward model gives scores and no text; set eval.samples and eval.sample_prompts to 0")
+    if experiment.gold is not None:
+        raise ValueError(f"gold() of {experiment.file} rewards text, which a reward model does not give; remove it")
+
+
+def check_members(config: Any, mesh: Mesh) -> None:
+    """Refuses ensembles that are none, or that the mesh does not divide."""
+    members, axis = config.ensemble.members, mesh.shape["member"]
+    if not members and (axis > 1 or config.ensemble.bootstrap or config.ensemble.own_noise):
+        raise ValueError(f"mesh.member is {axis} and ensemble.members 0; set ensemble.members, or leave bootstrap and own_noise out")
+    if members and not config.model.num_labels:
+        raise ValueError(f"ensemble.members is {members}, and only reward models have members; set model.num_labels to 1")
+    if members % axis:
+        raise ValueError(f"ensemble.members {members} does not divide over mesh.member {axis}; use a multiple of {axis}")
+
+
+def check_token_kl(source: hf.Source, reference: hf.Source | None) -> None:
+    """Refuses a teacher that is not there, or whose head is another one."""
+    if reference is None:
+        raise ValueError("reference.token_kl is true and no reference is held; let experience(..) ask for reference")
+    caps = [s.config.final_logit_softcapping for s in (source, reference)]
+    if caps[0] != caps[1]:
+        raise ValueError(f"reference.token_kl needs one final_logit_softcapping, policy and reference have {caps}; set it to false")
+
+
+def check_cache(config: Any, averages: dict[str, Average], reference: hf.Source | None) -> None:
+    """Refuses stored log-probs where there is nothing to store, or where they would go stale."""
+    if not config.reference.cache:
+        return
+    where = f"reference.cache {config.reference.cache!r}"
+    if Path(config.reference.cache).is_file():
+        raise ValueError(f"{where} is a file; give a folder")
+    if reference is None:
+        raise ValueError(f"{where} is set and no reference is held; let experience(..) ask for reference, or leave it empty")
+    if "reference" in averages:
+        raise ValueError(f"{where} would go stale: the average 'reference' moves; leave it empty")
+    if config.reference.token_kl:
+        raise ValueError(f"{where} holds no distributions, which reference.token_kl needs; leave one of them out")
+
+
+def check_averages(config: Any, averages: dict[str, Average], reference: hf.Source | None) -> None:
+    """Refuses averages that nobody reads, or that are read and not there."""
+    known = ["policy", *(name for name in averages if name != "reference")]
+    for field, name in (("eval.params", config.eval.params), ("export.params", config.export.params)):
+        if name not in known:
+            raise ValueError(f"config field {field!r} is {name!r}; this experiment has {', '.join(known)}")
+    if "reference" in averages and config.reference.token_kl:
+        raise ValueError("reference.token_kl needs a reference that stands still; remove the average 'reference', or set it to false")
+    if "policy" in averages or ("reference" in averages and reference is None):
+        raise ValueError('an average is called "policy", or "reference" where no experience asks for one; rename or remove it')
+    if "reference" in averages and config.reference.path and (config.reference.path != config.model.path):
+        raise ValueError(f"a moving reference starts from the policy, not from reference.path {config.reference.path!r}; leave it empty")
+
+
+def check_objective(objective: Any, file: Path) -> None:
+    """Refuses what is no loss, nor a function from the step to one."""
+    cause = ""
+    if callable(objective) and not isinstance(objective, Loss):
+        try:
+            objective = objective(jnp.zeros((), jnp.int32))
+        except Exception as e:
+            cause = f" (called with a step: {' '.join(str(e).split())})"
+    if not isinstance(objective, Loss):
+        raise ValueError(
+            f"loss(config) of {file} returns {objective!r}{cause}; return a loss, dpo() say, or a function from the step to one"
+        )
+
+
+def check_batches(config: Any, mesh: Mesh) -> None:
+    """Refuses batches that do not divide into their parts."""
+    shards = meshes.batch_shards(mesh)
+    parts = shards * config.microbatches
+    for name, size in (("batch_size", config.batch_size), ("eval.batch_size", eval_batch_size(config))):
+        if size % parts:
+            raise ValueError(
+                f"{name} {size} does not divide into {parts} parts ({shards} batch shards x {config.microbatches} microbatches); "
+                f"use a multiple of {parts}"
+            )
+
+
+def check_positions(config: Any, source: hf.Source, examples: dict[str, Examples]) -> None:
+    """Refuses rows and samples that are longer than the model's positions; padding has none."""
+    most = source.config.max_position_embeddings
+    longest = max(int(e.lengths.max()) for e in examples.values())
+    if longest > most and dict(source.config.rope_scaling).get("rope_type") != "dynamic":
+        raise ValueError(f"rows of {longest} tokens exceed the model's {most} positions; lower data.max_length")
+    prompt = max(int(e.prompt_lengths.max()) for e in examples.values())
+    if max(config.eval.samples, config.eval.sample_prompts):
+        check_room(source.config, prompt, config.eval.max_new_tokens, "eval.max_new_tokens")
