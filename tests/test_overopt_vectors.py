@@ -109,6 +109,18 @@ def test_members_share_their_noise_unless_told_not_to():
     assert len(np.unique(each, axis=0)) == 5 and 0.2 < each.mean() < 0.3
 
 
+def test_flipped_pairs_change_sides():
+    pairs = jnp.arange(12).reshape(3, 2, 2)
+    changed = np.asarray(vectors.relabelled(pairs, jnp.array([False, True, False])))
+    np.testing.assert_array_equal(changed, [[[0, 1], [2, 3]], [[6, 7], [4, 5]], [[8, 9], [10, 11]]])
+
+
+def test_pairs_of_the_pool_have_the_labels_that_they_should():
+    gold, flipped = jnp.arange(50) / 50.0, jnp.arange(40) < 10
+    chosen, rejected = np.asarray(vectors.random_pairs(jax.random.key(0), gold, flipped))[:, :, 0].T
+    assert (chosen[:10] <= rejected[:10]).all() and (chosen[10:] >= rejected[10:]).all() and (chosen != rejected).any()
+
+
 @pytest.mark.slow
 def test_a_single_reward_model():
     tiny = ("world.pairs=64", "world.responses=8", "world.prompts=2", "world.held_out=16", "proxy.steps=3", "best_of_n.n=(1,2)")

@@ -105,6 +105,11 @@ def flips(key: jax.Array, count: int, members: int, config: Any) -> jax.Array:
     return jnp.broadcast_to(jax.random.uniform(key, shape) < config.world.noise, (members, count))
 
 
+def relabelled(pairs: jax.Array, flipped: jax.Array) -> jax.Array:
+    """Pairs [B, 2, ..] whose sides have changed places where `flipped` [B]."""
+    return jnp.where(flipped[:, None, None], pairs[:, ::-1], pairs)
+
+
 # Models ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -183,8 +188,7 @@ def train_members(config: Any, loss: Loss, key: jax.Array, noise: jax.Array, pai
 
     def member(key: jax.Array, flipped: jax.Array) -> TrainState:
         init, order = jax.random.split(key)
-        vectors = jnp.where(flipped[:, None, None], pairs[:, ::-1], pairs)
-        data = {"vectors": vectors, "completion_mask": jnp.ones((count, 2, 1), bool)}
+        data = {"vectors": relabelled(pairs, flipped), "completion_mask": jnp.ones((count, 2, 1), bool)}
         state = init_state(init_network(init, pairs.shape[2], 1.0), optimizer, order)
         return trained(step, state, data, c.steps, c.batch_size)
 
@@ -229,9 +233,7 @@ def train_policy(config: Any, loss: Loss, own: Gold, keys: jax.Array) -> tuple[T
     experience = chain(logps("ref_logps", Model(apply, initial)))
 
     def pairs(key: jax.Array, flipped: jax.Array) -> Batch:
-        tokens = jax.random.randint(key, (flipped.shape[0], 2), 0, count)
-        swap = (gold[tokens[:, 0]] < gold[tokens[:, 1]]) ^ flipped
-        tokens = jnp.where(swap[:, None], tokens[:, ::-1], tokens)[:, :, None]  # [B, 2, 1]
+        tokens = random_pairs(key, gold, flipped)
         return experience({"tokens": tokens, "completion_mask": jnp.ones(tokens.shape, bool)})
 
     trained_on, other = jax.random.split(keys[3])
@@ -257,6 +259,12 @@ def train_policy(config: Any, loss: Loss, own: Gold, keys: jax.Array) -> tuple[T
     step = make_step(apply, loss, optimizer)
     steps = jnp.full((c.steps // c.every + 1,), c.every).at[0].set(0)  # measured before the first one too
     return jax.lax.scan(stretch, init_state(initial, optimizer, keys[5]), steps)
+
+
+def random_pairs(key: jax.Array, gold: jax.Array, flipped: jax.Array) -> jax.Array:
+    """Pairs of a pool with gold rewards [M], by number [B, 2, 1]: the one that gold prefers first, unless `flipped` [B]."""
+    pairs = jax.random.randint(key, (flipped.shape[0], 2, 1), 0, gold.shape[0])
+    return relabelled(relabelled(pairs, gold[pairs[:, 0, 0]] < gold[pairs[:, 1, 0]]), flipped)
 
 
 def check_trained(states: TrainState) -> None:
