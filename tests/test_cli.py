@@ -398,6 +398,7 @@ def test_workdir_of_other_files_and_changed_code(fields, tmp_path, capsys):
     assert "the code of mine.py has changed" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_sft_run_has_no_reference_and_best_checkpoint_is_kept(fields, tmp_path, capsys):
     workdir = tmp_path / "run"
     small = {

@@ -130,7 +130,10 @@ def assert_same(found: tuple, expected: tuple, tolerance: float = 1e-5) -> None:
         np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * np.abs(y).max(), err_msg=jax.tree_util.keystr(path))
 
 
-every = pytest.mark.parametrize("name", LOSSES)
+EVERYDAY = (  # one of each kind; the others are among the slow tests
+    "summed_sft", "dpo", "rpo_token_mean", "ld_dpo", "aot", "bco", "tdpo2", "wpo", "orpo", "f_dpo_chi_squared", "kto", "bradley_terry",
+)  # fmt: skip
+every = pytest.mark.parametrize("name", [name if name in EVERYDAY else pytest.param(name, marks=pytest.mark.slow) for name in LOSSES])
 
 
 def test_every_public_loss_is_here():

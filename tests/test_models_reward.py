@@ -45,7 +45,9 @@ def llama(tmp_path_factory):
     return source, hf.load_params(source, ONE, jax.random.key(3))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [k if k in ("llama", "gpt2", "gpt_neox", "gemma2") else pytest.param(k, marks=pytest.mark.slow) for k in KINDS]
+)
 def test_scores_are_those_of_transformers_on_the_way_in_and_out(kind, tmp_path):
     model = classifier(tmp_path / "in", **{"model_type": kind} | KINDS[kind])
     source = hf.open_folder(tmp_path / "in")

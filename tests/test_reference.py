@@ -62,6 +62,7 @@ def test_a_cached_reference_trains_as_the_live_one(fields, cached, tmp_path):
     assert len(parts(cached / "cache")) == 3  # training and evaluation data are one file here, so one key
 
 
+@pytest.mark.slow
 def test_another_run_reads_it_and_computes_nothing(fields, cached, tmp_path, monkeypatch):
     monkeypatch.setattr(reference, "write", None)
     changes = {"optimizer.learning_rate": 1e-4, "batch_size": 16, "beta": 0.5, "mesh.data": 2, "mesh.fsdp": -1}

@@ -105,6 +105,7 @@ def test_two_processes_of_four_devices_train_alike_and_hand_over_to_one(fields, 
     close(whole, workdir)
 
 
+@pytest.mark.slow
 def test_what_one_process_lacks_ends_both_with_its_words(fields, tmp_path):
     workdir = tmp_path / "run"
     here = runs.arguments(fields | {"workdir": workdir})

@@ -84,7 +84,7 @@ def test_members_send_each_other_nothing(folders):
     apply = rewards.ensemble_model(source.config, params, mesh).apply
     text = lambda f: jax.jit(f).lower(params, tiny.batch(T=16)).compile().as_text()
     assert not re.findall(COLLECTIVES, text(lambda p, b: apply(p, b).scores))
-    assert re.findall(COLLECTIVES, text(lambda p, b: apply(p, b).scores.mean(0))), "what is searched for can be found"
+    assert re.findall(COLLECTIVES, text(lambda p, b: apply(p, b).scores.mean(-1))), "what is searched for can be found"
 
 
 @pytest.mark.parametrize(
