@@ -638,6 +638,18 @@ def test_missing_fields_are_named(name, missing, message):
         run(getattr(losses, name)(), logps, batch)
 
 
+def test_bradley_terry_with_smoothed_labels_stops_at_their_log_odds():
+    """-(0.9 log s(1) + 0.1 log s(-1)) by hand; the gradient vanishes where the difference is log(0.9 / 0.1)."""
+    logps, batch = single([2.0], [1.0], [0.0], [0.0])  # scores are the log-probs here
+    value, _, grads = run(losses.bradley_terry(label_smoothing=0.1), logps, batch)
+    close(value, 0.9 * 0.31326169 + 0.1 * 1.31326169)
+    close(grads[0, :, 1], [-(0.26894142 - 0.1), 0.26894142 - 0.1])
+    logps, batch = single([math.log(9.0)], [0.0], [0.0], [0.0])
+    np.testing.assert_allclose(run(losses.bradley_terry(label_smoothing=0.1), logps, batch)[2], 0.0, atol=1e-7)
+    with pytest.raises(ValueError, match=r"label_smoothing is 0.6"):
+        losses.bradley_terry(label_smoothing=0.6)
+
+
 def test_pairs_and_single_responses_are_told_apart():
     logps, batch = ragged()
     with pytest.raises(ValueError, match="takes single responses, these examples have 2"):

@@ -6,21 +6,23 @@ import jax
 import jax.numpy as jnp
 
 from alignax.losses.algebra import Loss, make_loss
-from alignax.losses.pairs import TIE, check_pairs, logistic
+from alignax.losses.pairs import TIE, check_pairs, check_smoothing, logistic
 from alignax.types import Batch, Metrics, Outputs
 
 
-def bradley_terry(margin: Callable[[Batch], jax.Array] | None = None) -> Loss:
+def bradley_terry(margin: Callable[[Batch], jax.Array] | None = None, label_smoothing: float = 0.0) -> Loss:
     """The reward model's loss under Bradley and Terry (Stiennon et al. 2020, arXiv:2009.01325).
 
-    -log sigmoid(s_w - s_l - margin)
+    -(1 - e) log sigmoid(z) - e log sigmoid(-z),   z = s_w - s_l - margin
 
     The scores of a prompt may all move together, so add `centring()` or `score_l2()` before comparing prompts or models.
 
     Args:
       margin: batch -> [B], how much better the chosen response is, as data says (Touvron et al. 2023, arXiv:2307.09288), for
         example `lambda batch: batch["margin"]`; None: 0.
+      label_smoothing: e, the probability that a label is flipped, in [0, 0.5).
     """
+    check_smoothing(label_smoothing)
 
     def value(out: Outputs, batch: Batch) -> tuple[jax.Array, Metrics]:
         s = pair_scores(out)
@@ -32,7 +34,7 @@ def bradley_terry(margin: Callable[[Batch], jax.Array] | None = None) -> Loss:
             "rewards/margins": margins,
             "rewards/accuracies": correct(s),
         }
-        return logistic(wanted), metrics
+        return logistic(wanted, label_smoothing), metrics
 
     return make_loss("bradley_terry", value)
 
