@@ -154,8 +154,8 @@ def tokenize(
         ids.append(np.fromiter(itertools.chain.from_iterable(sides), np.int32))
         scored.append(np.frombuffer(b"".join(marks), np.bool_))
         _check_vocabulary(ids[-1], tokenizer, vocab_size)
-    read = len(kept) + rejected.counts.total()
     if not kept:
+        read = rejected.counts.total()
         raise ValueError(
             f"none of the {read} rows of {rejected.path} is left ({_reasons(rejected)}); correct the file or the settings named"
         )
@@ -167,8 +167,15 @@ def tokenize(
         prompts=prompts,
         fields={name: np.asarray([row.fields[name] for row in kept], FIELDS[name]) for name in kept[0].fields},
     )
-    report = Report(
-        rows=read,
+    return examples, _report(examples, kept, rejected, counts, uncut, longest_prompt, tokenizer)
+
+
+def _report(
+    examples: Examples, kept: list[Prompted], rejected: Rejected, counts: Counter[str], uncut: Any, longest_prompt: int, tokenizer: Any
+) -> Report:
+    """What became of the rows; `uncut`: tokens of prompts and of completions before any cut."""
+    return Report(
+        rows=len(kept) + rejected.counts.total(),
         kept=len(kept),
         dropped=dict(rejected.counts),
         bad=rejected.first,
@@ -182,12 +189,11 @@ def tokenize(
         pairs_split=0,
         tokens=len(examples.tokens),
         completion_tokens=int(examples.scored.sum()),
-        longest=max(lengths),
+        longest=int(examples.lengths.max()),
         responses=examples.N,
         longest_prompt=longest_prompt,
         uncut=(tuple(uncut[0]), tuple(uncut[1])),
     )
-    return examples, report
 
 
 def _reasons(rejected: Rejected) -> str:
