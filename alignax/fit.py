@@ -136,9 +136,8 @@ def sizes(run: Run) -> str:
 
 def summary(run: Run, about: dict[str, Any], start: int) -> list[str]:
     """What a run says before it starts."""
-    mesh = " x ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items())
     lines = [
-        f"model {run.config.model.path}: {sizes(run)}; mesh {mesh}",
+        f"model {run.config.model.path}: {sizes(run)}; mesh {meshes.words(run.mesh)}",
         f"policy {about['policy']}" + (f", reference {about['reference']}" if about["reference"] else ", no reference"),
     ]
     if run.lora is not None and not run.lora.targets:

@@ -56,6 +56,11 @@ def make_mesh(shape: Mapping[str, int], devices: Any = None) -> Mesh:
     return Mesh(np.array(devices).reshape(sizes), AXES, axis_types=auto)
 
 
+def words(mesh: Mesh) -> str:
+    """The mesh for the console: data 2 x fsdp 4 x tensor 1; members only where there are several."""
+    return " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if axis != "member" or size > 1)
+
+
 def batch_shards(mesh: Mesh) -> int:
     """Over how many devices the batch axis is split."""
     return mesh.shape["data"] * mesh.shape["fsdp"]

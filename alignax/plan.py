@@ -53,10 +53,9 @@ def describe(run: Run) -> str:
         rows.append([hf.leaf_name(path), str(x.shape), str(x.sharding.spec), f"{size(x) / 1e6:.3f}"])
     memory = compile_step(run).memory_analysis()
     batch = abstract_batch(run)
-    mesh = " x ".join(f"{axis} {n}" for axis, n in run.mesh.shape.items())
     return "\n".join(
         [
-            f"{sizes(run)}; mesh {mesh}",
+            f"{sizes(run)}; mesh {meshes.words(run.mesh)}",
             table(rows),
             f"batch {batch['tokens'].shape} tokens (examples, responses, tokens), {batch['tokens'].sharding.spec}",
             f"memory of the training step, a device: {memory.argument_size_in_bytes / 1e9:.3f} GB state, reference and batch, "
