@@ -40,7 +40,8 @@ def main() -> None:
     parser.add_argument("--one", default="", help="ours or theirs: this process is that side")
     args = parser.parse_args()
     if args.one:
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+        if sys.platform == "linux":
+            os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
         print(json.dumps((ours if args.one == "ours" else theirs)(CASES[args.cases], args.calls)))
         return
     for case in args.cases.split(","):
