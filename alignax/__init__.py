@@ -4,6 +4,7 @@ from alignax.averages import ema, mean, sync
 from alignax.config import default_config
 from alignax.experience import (
     Experience,
+    Stateful,
     chain,
     logps,
     matched_margins,
@@ -68,7 +69,7 @@ from alignax.types import Batch, Model, Outputs, TrainState
 
 __version__ = "0.1.0"
 __all__ = [
-    "Batch", "Experience", "Loss", "Model", "ModelConfig", "Objective", "Outputs", "TrainState", "alpha_divergence", "aot",
+    "Batch", "Experience", "Loss", "Model", "ModelConfig", "Objective", "Outputs", "Stateful", "TrainState", "alpha_divergence", "aot",
     "aot_unpaired", "apo_down", "apo_zero", "apo_zero_unpaired", "bco", "bradley_terry", "centring", "chain", "chi_squared", "cpo",
     "default_config", "discopop", "dpo", "dpop", "ema", "exo", "f_dpo", "forward", "forward_kl", "hinge", "init_state", "ipo",
     "ipo_daa", "ipo_mean", "jensen_shannon", "kto", "ld_dpo", "logps", "make_evaluation", "make_mesh", "make_step", "matched_margins",

@@ -69,6 +69,7 @@ class TrainState:
     skipped: jax.Array  # [] int32: steps whose loss or gradient was not finite
     skipped_in_a_row: jax.Array  # [] int32
     averages: dict[str, Params] = flax.struct.field(default_factory=dict)  # see alignax.averages
+    carry: dict[str, Any] = flax.struct.field(default_factory=dict)  # what experience remembers, see alignax.experience.chain
 
 
 def rows(x: jax.Array) -> jax.Array:

@@ -1,8 +1,4 @@
-"""Experience: what is not differentiated is data, written by pure functions `Batch -> Batch`.
-
-An experience function is a pytree of the parameters that it reads (`jax.tree_util.Partial`), so it goes through `jit` as an
-argument: its parameters stay sharded where they are and are never compiled into the program.
-"""
+"""Log-probs of a model as data."""
 
 import dataclasses
 from collections.abc import Callable
@@ -10,20 +6,8 @@ from collections.abc import Callable
 import jax
 from jax.tree_util import Partial
 
+from alignax.experience.chain import Experience
 from alignax.types import Batch, Model, Outputs, Params, microbatch
-
-Experience = Callable[[Batch], Batch]
-
-
-def chain(*functions: Experience) -> Experience:
-    """The functions one after another, first to last; without any, the identity."""
-    return Partial(_chain, functions)
-
-
-def _chain(functions: tuple[Experience, ...], batch: Batch) -> Batch:
-    for function in functions:
-        batch = function(batch)
-    return batch
 
 
 def logps(name: str, model: Model, microbatches: int = 1) -> Experience:
