@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax.tree_util import Partial
@@ -30,6 +31,10 @@ class _Logps:
     apply: Callable[[Params, Batch], Outputs]
 
     def __call__(self, params: Params, batch: Batch) -> Batch:
-        parts = microbatch(batch, self.microbatches)
-        scored = jax.lax.map(lambda part: self.apply(params, part).logps, parts)  # [M, B / M, N, T]
-        return batch | {self.name: scored.swapaxes(0, 1).reshape(batch["tokens"].shape)}
+        return batch | {self.name: in_parts(lambda part: self.apply(params, part).logps, batch, self.microbatches)}
+
+
+def in_parts(function: Callable[[Batch], Any], batch: Batch, microbatches: int) -> Any:
+    """What a function of a batch gives, arrays [B, ...], from parts of it one after another."""
+    parts = jax.lax.map(function, microbatch(batch, microbatches))  # [M, B / M, ...]
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape((-1, *x.shape[2:])), parts)
