@@ -114,8 +114,9 @@ def measured(batch: Batch) -> Metrics:
         lr = jnp.where(batch["completion_mask"], batch["old_logps"] - batch["ref_logps"], 0.0)
         out |= {"kl": mean(lr.sum(axis=-1)), "kl_k3": mean((jnp.expm1(-lr) + lr).sum(axis=-1))}
     if "rewards" in batch:
-        out["reward"] = mean(batch["rewards"])
-        group = jnp.where(real, batch["rewards"], 0.0)
+        rewards = batch.get("raw_rewards", batch["rewards"])  # without the KL penalty
+        out["reward"] = mean(rewards)
+        group = jnp.where(real, rewards, 0.0)
         count = jnp.maximum(real.sum(axis=1, keepdims=True), 1)
         centred = jnp.where(real, group - group.sum(axis=1, keepdims=True) / count, 0.0)
         out["reward_std"] = jnp.sqrt(jnp.square(centred).sum(axis=1) / count[:, 0]).mean()

@@ -17,7 +17,17 @@ A batch is a plain dict of arrays whose leading axis is B. Every method has the 
 | `sampled_logps`   | [B, N, T] f32    | those that a completion was sampled with (see `alignax.generate`)                |
 | `labels`          | [B, N] bool      | unpaired data: whether a response is desirable                                   |
 | `scores`          | [B, N, K] f32    | those of each member of an ensemble of reward models                             |
-| `rewards`         | [B, N] f32       | their aggregate                                                                  |
+| `rewards`         | [B, N] f32       | reward of a whole response, of several scores their aggregate; NaN is missing    |
+| `truncated`       | [B, N] bool      | a sampled response that was cut at its longest, before an EOS                    |
+| `prompt_id`       | [B] int32        | of a rollout: the row of the data that its prompt is                             |
+| `raw_rewards`     | [B, N] f32       | `rewards` before the KL penalty                                                  |
+| `values`          | [B, N, T] f32    | a critic's estimate before tokens[t] is chosen, at completion tokens             |
+| `token_rewards`   | [B, N, T] f32    | reward of each completion token: the penalties, and on the last `rewards`        |
+| `advantages`      | [B, N, T] f32    | how much better tokens[t] was than expected; of a group the same in a response   |
+| `returns`         | [B, N, T] f32    | what a critic is trained on, at completion tokens                                |
+| `proxy_logps`     | [B, N, T] f32    | log-probs of the old policy without its noise, see `min_p_logps`                 |
+| `low_probability` | [B, N, T] bool   | tokens that `lp_reg` may protect                                                 |
+| `chi2`            | [B] f32          | chi-squared of the policy from its reference, the batch's estimate               |
 | `kto_kl`          | [B] f32          | KL(policy || reference) from mismatched responses, at least 0, in nats           |
 | `bco_shift`       | [B] f32          | mean log-ratio of the batch, in nats                                             |
 | `aot_margins`     | [B] f32          | reference margin of the rank of the policy's, in nats                            |
@@ -49,6 +59,7 @@ class Outputs(NamedTuple):
     log_sum_sq: jax.Array | None = None  # [B, N, T] log sum_v pi(v | tokens[<t])^2; carries no gradient
     ref_kl: jax.Array | None = None  # [B, N, T] KL(ref || pi) of the distributions that predict tokens[t], nats
     scores: jax.Array | None = None  # [B, N] a reward model's score of each response; [B, N, labels] or, of an ensemble, [B, N, K]
+    values: jax.Array | None = None  # [B, N, T] a critic's estimate of what is to come before tokens[t] is chosen
 
 
 class Model(NamedTuple):

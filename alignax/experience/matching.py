@@ -11,6 +11,8 @@ from jax.tree_util import Partial
 from alignax.experience.chain import Experience
 from alignax.losses.algebra import examples, sequence
 from alignax.losses.pairs import field, ref_logps
+from alignax.losses.penalties import chi2_of
+from alignax.losses.responses import responses
 from alignax.types import Batch
 
 
@@ -47,6 +49,23 @@ def _shift(batch: Batch) -> Batch:
     real = examples(batch)
     mean = jnp.where(real[:, None], policy - reference, 0.0).sum() / jnp.maximum(2 * real.sum(), 1)
     return batch | {"bco_shift": jnp.full(real.shape, mean)}
+
+
+def chi2_estimate() -> Experience:
+    """Writes `chi2` [B]: chi-squared of the policy from its reference, estimated on its own responses, the same for every row.
+
+    mean over responses of exp(l) - 1 + exp(-l) - 1,   l = log old/ref summed over tokens; beyond 10 nats along the tangent
+
+    What `square_root(chi2())` divides by. Of any number of responses; those without a completion take no part.
+    """
+    return Partial(_chi2_estimate)
+
+
+def _chi2_estimate(batch: Batch) -> Batch:
+    ratio = sequence(field(batch, "old_logps", 'logps("old_logps", policy)') - ref_logps(batch), batch)  # [B, N]
+    real = responses(batch)
+    mean = jnp.where(real, chi2_of(ratio), 0.0).sum() / jnp.maximum(real.sum(), 1)
+    return batch | {"chi2": jnp.full(ratio.shape[:1], mean)}
 
 
 def of_same_rank(x: jax.Array, y: jax.Array, real: jax.Array) -> jax.Array:

@@ -20,11 +20,24 @@ from alignax.losses.divergences import (
     reverse_kl,
     total_variation,
 )
+from alignax.losses.exploration import lp_reg
 from alignax.losses.length import desensitised, ipo_mean, ld_dpo, r_dpo, sigmoid_norm
 from alignax.losses.pairs import mean_logps, mean_ratios, pair_logps, pair_metrics, pair_ratios, pairwise
+from alignax.losses.penalties import chi2, chi2_exact, entropy_bonus, kl_k1, kl_k2, kl_k3, kl_k3_weighted, square_root, value_loss
 from alignax.losses.pointwise import apo_down, apo_zero, bco, nca, sppo
+from alignax.losses.policy import cispo, gmpo, grpo, gspo, ppo, reinforce, rloo, sapo
 from alignax.losses.preference import discopop, dpo, dpop, exo, hinge, ipo, ipo_daa, robust_dpo, rpo, rpo_token_mean
 from alignax.losses.reference_free import cpo, log_odds, orpo, simpo, slic_hf
+from alignax.losses.responses import (
+    Aggregate,
+    finished,
+    importance_weighted,
+    log_ratios,
+    policy_metrics,
+    response_mean,
+    token_mean,
+    token_sum,
+)
 from alignax.losses.reward import bradley_terry, centring, score_l2
 from alignax.losses.supervised import per_sequence, sft, summed_sft
 from alignax.losses.token import tdpo, tdpo2
@@ -33,10 +46,13 @@ from alignax.losses.unpaired import apo_zero_unpaired, kto
 from alignax.losses.weighting import wpo
 
 __all__ = [
-    "Loss", "Objective", "Term", "alpha_divergence", "aot", "aot_unpaired", "apo_down", "apo_zero", "apo_zero_unpaired", "at_step", "bco",
-    "bradley_terry", "centring", "chi_squared", "chosen_examples", "chosen_tokens", "cpo", "desensitised", "discopop", "diverged", "dpo",
-    "dpop", "examples", "exo", "f_dpo", "forward_kl", "hinge", "ipo", "ipo_daa", "ipo_mean", "jensen_shannon", "kto", "ld_dpo", "lengths",
-    "log_odds", "make_loss", "mean_logps", "mean_ratios", "nca", "orpo", "pair_logps", "pair_metrics", "pair_ratios", "pairwise",
-    "per_sequence", "r_dpo", "reverse_kl", "robust_dpo", "rpo", "rpo_token_mean", "score_l2", "sequence", "sft", "sigmoid_norm", "simpo",
-    "slic_hf", "sppo", "summed_sft", "tdpo", "tdpo2", "total_variation", "wpo",
+    "Aggregate", "Loss", "Objective", "Term", "alpha_divergence", "aot", "aot_unpaired", "apo_down", "apo_zero", "apo_zero_unpaired",
+    "at_step", "bco", "bradley_terry", "centring", "chi2", "chi2_exact", "chi_squared", "chosen_examples", "chosen_tokens", "cispo", "cpo",
+    "desensitised", "discopop", "diverged", "dpo", "dpop", "entropy_bonus", "examples", "exo", "f_dpo", "finished", "forward_kl", "gmpo",
+    "grpo", "gspo", "hinge", "importance_weighted", "ipo", "ipo_daa", "ipo_mean", "jensen_shannon", "kl_k1", "kl_k2", "kl_k3",
+    "kl_k3_weighted", "kto", "ld_dpo", "lengths", "log_odds", "log_ratios", "lp_reg", "make_loss", "mean_logps", "mean_ratios", "nca",
+    "orpo", "pair_logps", "pair_metrics", "pair_ratios", "pairwise", "per_sequence", "policy_metrics", "ppo", "r_dpo", "reinforce",
+    "response_mean", "reverse_kl", "rloo", "robust_dpo", "rpo", "rpo_token_mean", "sapo", "score_l2", "sequence", "sft", "sigmoid_norm",
+    "simpo", "slic_hf", "sppo", "square_root", "summed_sft", "tdpo", "tdpo2", "token_mean", "token_sum", "total_variation", "value_loss",
+    "wpo",
 ]  # fmt: skip

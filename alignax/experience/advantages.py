@@ -1,0 +1,173 @@
+"""Advantages: how much better a response, or a token, was than expected.
+
+    chain(logps("ref_logps", reference), kl_reward(0.05), leave_one_out())        # RLOO
+    chain(kl_reward(0.05), gae(), whiten_advantages())                           # PPO, with a critic's `values`
+    group_relative()                                                             # GRPO
+
+Each reads what the others wrote and writes `advantages` [B, N, T], 0 off the completion. What a response lacks it does not get: one
+whose reward is missing (NaN, or not finite) has advantage 0 and takes no part in its group's statistics; so has one without a
+completion. Statistics are two-pass, of the whole batch that the experience sees, padding rows excluded.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import Partial
+
+from alignax.experience.chain import Experience, chain
+from alignax.losses.algebra import sequence
+from alignax.losses.pairs import field
+from alignax.types import Batch
+
+
+def group_relative(std: bool = True, eps: float = 1e-4) -> Experience:
+    """A response's reward against its group, as GRPO has it (Shao et al. 2024, arXiv:2402.03300, section 4.1.2).
+
+    (r - mean) / (std + eps),   over the responses to a prompt, std of the sample (ddof 1)
+
+    A group of one, or of equal rewards, has advantages of 0. Dividing makes groups count the same however much their rewards differ,
+    so nearly solved and nearly hopeless prompts count most; Dr. GRPO leaves it out (Liu et al. 2025, arXiv:2503.20783).
+
+    Args:
+      std: whether to divide by the standard deviation.
+      eps: added to it.
+    """
+    return Partial(_scaled, eps) if std else Partial(_centred)
+
+
+def _scaled(eps: float, batch: Batch) -> Batch:
+    centred, valid = _centre(batch)
+    degrees = jnp.maximum(valid.sum(axis=1, keepdims=True) - 1, 1)
+    std = jnp.sqrt(jnp.sum(jnp.square(centred), axis=1, keepdims=True) / degrees)
+    return _of_responses(batch, centred / (std + eps))
+
+
+def _centred(batch: Batch) -> Batch:
+    return _of_responses(batch, _centre(batch)[0])
+
+
+def leave_one_out() -> Experience:
+    """A response's reward against the mean of the others of its group, as RLOO has it (Ahmadian et al. 2024, arXiv:2402.14740).
+
+    r_i - mean of r_j over j != i  =  n / (n - 1) (r_i - mean)
+
+    A baseline that does not depend on the response, so the gradient is unbiased. A group of one has advantage 0.
+    """
+    return Partial(_leave_one_out)
+
+
+def _leave_one_out(batch: Batch) -> Batch:
+    centred, valid = _centre(batch)
+    n = valid.sum(axis=1, keepdims=True)
+    return _of_responses(batch, centred * n / jnp.maximum(n - 1, 1))
+
+
+def gae(gamma: float = 1.0, lam: float = 0.95) -> Experience:
+    """Generalised advantage estimation (Schulman et al. 2015, arXiv:1506.02438, eq. 16), and the returns that a critic is trained on.
+
+    d_t = r_t + gamma V_(t+1) - V_t,   A_t = d_t + gamma lam A_(t+1),   returns A_t + V_t
+
+    Reads a critic's `values` and `token_rewards` (or `rewards`, which then stand on the last scored token). t runs over the completion
+    tokens of a response, whatever lies between them; after the last there is nothing. A missing reward makes advantages 0 and returns
+    equal to values.
+
+    Args:
+      gamma: discount, of tokens: below 1 a long response is worth less.
+      lam: 1 is the whole return, without bias by the critic; 0 trusts the critic after one token.
+    """
+    return Partial(_gae, gamma, lam)
+
+
+def _gae(gamma: float, lam: float, batch: Batch) -> Batch:
+    mask, known = batch["completion_mask"], rewarded_tokens(batch)
+    rewards, values = token_rewards(batch), field(batch, "values", "a critic's values, gae()")
+
+    def back(carry: tuple[jax.Array, jax.Array], at: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+        reward, value, here = at  # [B, N] each
+        following, advantage = carry  # value and advantage of the next completion token
+        new = reward + gamma * following - value + gamma * lam * advantage
+        return (jnp.where(here, value, following), jnp.where(here, new, advantage)), jnp.where(here, new, 0.0)
+
+    over_time = tuple(jnp.moveaxis(x, -1, 0) for x in (jnp.where(known, rewards, 0.0), jnp.where(known, values, 0.0), known))
+    nothing = jnp.zeros(mask.shape[:2])
+    _, advantages = jax.lax.scan(back, (nothing, nothing), over_time, reverse=True)
+    advantages = jnp.moveaxis(advantages, 0, -1)
+    return batch | {"advantages": advantages, "returns": jnp.where(mask, advantages + values, 0.0)}
+
+
+def rewards_to_go(gamma: float = 1.0) -> Experience:
+    """What is still to come, without a baseline: sum over s >= t of gamma^(s - t) r_s at each completion token.
+
+    That is `gae` with lam 1 and a critic that knows nothing. A missing reward makes advantages 0.
+    """
+    return Partial(_rewards_to_go, gamma)
+
+
+def _rewards_to_go(gamma: float, batch: Batch) -> Batch:
+    ignorant = batch | {"values": jnp.zeros(batch["completion_mask"].shape)}
+    return batch | {"advantages": _gae(gamma, 1.0, ignorant)["advantages"]}
+
+
+def whiten_advantages(eps: float = 1e-8) -> Experience:
+    """Advantages over the completion tokens of the batch to mean 0 and variance 1: (A - mean) / sqrt(var + eps), ddof 1.
+
+    Responses whose reward is missing take no part, and keep 0.
+    """
+    return Partial(_whiten_advantages, eps)
+
+
+def _whiten_advantages(eps: float, batch: Batch) -> Batch:
+    white, _ = whiten(field(batch, "advantages", "gae()"), rewarded_tokens(batch), eps)
+    return batch | {"advantages": white}
+
+
+def reinforce_plus_plus(gamma: float = 1.0) -> Experience:
+    """REINFORCE++ (Hu et al. 2025, arXiv:2501.03262): rewards to go, whitened over the batch instead of a critic or a group.
+
+    Its KL is in the reward: `chain(kl_reward(0.01), reinforce_plus_plus())`. With a group's mean as baseline, as in its second form:
+    `chain(group_relative(std=False), whiten_advantages())`.
+    """
+    return chain(rewards_to_go(gamma), whiten_advantages())
+
+
+def whiten(x: jax.Array, mask: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
+    """(x - mean) / sqrt(var + eps) where `mask` is True, else 0, and the mean; two-pass, var of the sample (ddof 1)."""
+    count = mask.sum()
+    mean = jnp.sum(jnp.where(mask, x, 0.0)) / jnp.maximum(count, 1)
+    centred = jnp.where(mask, x - mean, 0.0)
+    variance = jnp.sum(jnp.square(centred)) / jnp.maximum(count - 1, 1)
+    return centred / jnp.sqrt(variance + eps), mean
+
+
+def last_scored(batch: Batch) -> jax.Array:
+    """Where each response's last completion token is: [B, N, T] bool."""
+    mask = batch["completion_mask"]
+    return mask & (jnp.flip(jnp.cumsum(jnp.flip(mask, -1), axis=-1), -1) == 1)
+
+
+def token_rewards(batch: Batch) -> jax.Array:
+    """The field `token_rewards` [B, N, T], or `rewards` on each response's last scored token."""
+    if "token_rewards" in batch:
+        return batch["token_rewards"]
+    return jnp.where(last_scored(batch), field(batch, "rewards", "score(model), uwo()")[..., None], 0.0)
+
+
+def rewarded_tokens(batch: Batch) -> jax.Array:
+    """Completion tokens of responses whose rewards are all there: [B, N, T] bool."""
+    return batch["completion_mask"] & jnp.isfinite(sequence(token_rewards(batch), batch))[..., None]
+
+
+def _centre(batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Rewards less their group's mean, 0 where there is none, and where there is one: [B, N] each."""
+    rewards = field(batch, "rewards", "score(model), uwo()")
+    valid = batch["completion_mask"].any(axis=-1) & jnp.isfinite(rewards)
+    rewards = jnp.where(valid, rewards, 0.0)
+    mean = rewards.sum(axis=1, keepdims=True) / jnp.maximum(valid.sum(axis=1, keepdims=True), 1)
+    # Rounding may put the mean of equal rewards beside them, and a standard deviation of next to nothing would blow that up.
+    low = jnp.min(jnp.where(valid, rewards, jnp.inf), axis=1, keepdims=True)
+    equal = jnp.max(jnp.where(valid, rewards, -jnp.inf), axis=1, keepdims=True) <= low
+    return jnp.where(valid & ~equal, rewards - mean, 0.0), valid
+
+
+def _of_responses(batch: Batch, advantages: jax.Array) -> Batch:
+    """The same advantage at every completion token of a response."""
+    return batch | {"advantages": jnp.where(batch["completion_mask"], advantages[..., None], 0.0)}

@@ -1,0 +1,54 @@
+"""What `lp_reg` protects: the policy without its noise, and the least likely of the tokens that are to be made less likely."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import Partial
+
+from alignax.experience.chain import Experience
+from alignax.losses.pairs import field
+from alignax.losses.responses import advantages_of
+from alignax.types import Batch
+
+
+def min_p_logps(logits: jax.Array, tokens: jax.Array, kappa: float = 0.02) -> jax.Array:
+    """Log-probs of tokens under the min-p proxy: tokens below kappa times the likeliest are noise and are left out.
+
+    What an experience writes as `proxy_logps`, of the policy that sampled. It shares their probability out, so what is kept is never
+    less likely than it was; a token that is left out has -inf.
+
+    Args:
+      logits: [.., V], of any dtype; the softmax is float32.
+      tokens: [..] int32.
+      kappa: share of the likeliest token's probability that one must have to stay, in (0, 1].
+    """
+    if not 0 < kappa <= 1:
+        raise ValueError(f"kappa is {kappa}; it must be above 0 and at most 1 (0.02 is the paper's)")
+    logps = jax.nn.log_softmax(logits.astype(jnp.float32))
+    kept = logps >= jnp.max(logps, axis=-1, keepdims=True) + math.log(kappa)
+    proxy = jax.nn.log_softmax(jnp.where(kept, logps, -jnp.inf))
+    return jnp.take_along_axis(proxy, tokens[..., None], axis=-1)[..., 0]
+
+
+def low_probability_tokens(share: float = 0.01) -> Experience:
+    """Writes `low_probability` [B, N, T]: of the batch's completion tokens with A < 0 the share that the policy finds least likely.
+
+    Reads `advantages` and `old_logps`. Of n such tokens they are the floor(share * n) lowest, none if that is 1. The released code ranks
+    by the policy as it is being trained, in each microbatch: here it is data, of the whole batch.
+
+    Args:
+      share: rho, in [0, 1]; the paper's are 0.01 and 0.005.
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"the share is {share}; it is one of tokens, in [0, 1] (0.01 is the paper's)")
+    return Partial(_low_probability_tokens, share)
+
+
+def _low_probability_tokens(share: float, batch: Batch) -> Batch:
+    worse = batch["completion_mask"] & (advantages_of(batch) < 0)
+    old = jnp.where(worse, field(batch, "old_logps", 'logps("old_logps", policy)'), jnp.inf)
+    order = jnp.argsort(old.ravel(), stable=True)
+    rank = jnp.zeros(old.size, jnp.int32).at[order].set(jnp.arange(old.size, dtype=jnp.int32)).reshape(old.shape)
+    count = jnp.floor(share * worse.sum())
+    return batch | {"low_probability": worse & (rank < jnp.where(count > 1, count, 0))}
