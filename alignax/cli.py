@@ -64,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fail(e)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is not there, say
     from alignax import commands
+    from alignax.rollout import RewardFailed
 
     try:
         if given.command == "train":
@@ -84,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             commands.check_data(given.file, given.overrides, given.json)
     except (commands.BadInput, OSError) as e:  # OSError: a full disk, say, in the middle of a run
         return fail(e)
-    except FloatingPointError as e:
+    except (FloatingPointError, RewardFailed) as e:
         print(f"alignax: stopped: {e}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # before or after training, which saves first

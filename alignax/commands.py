@@ -142,7 +142,7 @@ def saved_models(workdir: Path, overrides: Sequence[str]) -> Saved:
     """The newest checkpoint of a run, adapters merged. The run's data need not be there."""
     with together():
         config = saved_experiment(workdir, overrides).config
-        source = hf.with_labels(hf.open_folder(config.model.path), config.model.num_labels)
+        source = hf.with_heads(hf.open_folder(config.model.path), config.model.num_labels, config.model.critic)
     mesh = make_mesh(config.mesh)
     return Saved(config, source, mesh, *newest_models(workdir, config, source, mesh, config.export.params))
 
@@ -228,8 +228,10 @@ def generate(model: Path, request: Request, overrides: Sequence[str]) -> None:
         with together():
             saved = (model / "config.py").is_file()
             config = saved_experiment(model, overrides).config if saved else folder_config(model, overrides)
-            source = open_model(config.model.path, config.model.init, "model.path")
-            if source.config.num_labels or config.model.num_labels:
+            source = hf.with_heads(
+                open_model(config.model.path, config.model.init, "model.path"), config.model.num_labels, config.model.critic
+            )
+            if source.config.num_labels:
                 raise ValueError(f"{str(model)!r} is a reward model, which gives scores and no text; give a language model")
             tokenizer = load_tokenizer(source.path, source.config.vocab_size)
             stops = Stops(tokenizer, tuple(request.stop)) if request.stop else None

@@ -56,6 +56,7 @@ def default_config() -> Any:
     c.model.path = ""  # Hugging Face folder: config, tokenizer, weights
     c.model.init = "pretrained"  # or "random": start without weights
     c.model.num_labels = 0  # 1: a reward model, which gives a score in place of logits; more: so many attributes; 0: as the folder is
+    c.model.critic = False  # a value of every token beside the logits: PPO's critic, on the policy's trunk
     c.model.freeze = False  # train a reward model's head alone
     c.model.dtype = "auto"  # of activations: "auto" is bfloat16 on accelerators, float32 on CPU
     c.model.remat = "full"  # or "dots", "none"

@@ -94,7 +94,7 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
     mesh = mesh or meshes.make_mesh(config.mesh)
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     check_batches(config, mesh)
-    source = hf.with_labels(open_model(config.model.path, config.model.init, "model.path"), config.model.num_labels)
+    source = hf.with_heads(open_model(config.model.path, config.model.init, "model.path"), config.model.num_labels, config.model.critic)
     check_head(config, source, experiment)
     check_members(config, mesh)
     reference = None

@@ -52,7 +52,7 @@ class Source(NamedTuple):
     hf: dict[str, Any]  # its config.json
     family: Family
     stored: ModelConfig  # of the files
-    config: ModelConfig  # of the model that is made of them: it may have another head, see `with_labels`
+    config: ModelConfig  # of the model that is made of them: it may have another head, see `with_heads`
 
 
 def open_folder(path: str | os.PathLike) -> Source:
@@ -80,9 +80,10 @@ def read_object(file: Path, remedy: str) -> dict[str, Any]:
     return found
 
 
-def with_labels(source: Source, num_labels: int) -> Source:
-    """The same trunk with that many scores, whose head begins anew where the folder has another number of them; 0: as the folder is."""
-    return source._replace(config=dataclasses.replace(source.config, num_labels=num_labels)) if num_labels else source
+def with_heads(source: Source, num_labels: int, critic: bool = False) -> Source:
+    """The same trunk with that many scores (0: as the folder is), and with values; a head that the folder has not begins anew."""
+    config = dataclasses.replace(source.config, num_labels=num_labels or source.config.num_labels, critic=critic)
+    return source._replace(config=config)
 
 
 def abstract_params(config: ModelConfig, mesh: Mesh | None = None) -> Params:
@@ -140,7 +141,7 @@ def load_params(source: Source, mesh: Mesh, key: jax.Array | None = None) -> Par
 
         def load(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
             name = leaf_name(path)
-            if name in reward.HEAD and not kept:
+            if name == reward.VALUE or (name in reward.HEAD and not kept):
                 return fresh_leaf(source.config, name, leaf.sharding, key)
             if name == reward.OFFSET:
                 offsets = reward.offsets(source.hf if kept else {}, source.config.num_labels, source.path / "config.json")
@@ -258,8 +259,8 @@ def plan(source: Source, config: ModelConfig) -> list[Tensor]:
 
 
 def stored_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Leaf name -> shape, of those that the weight files hold; the offset of scores is in config.json."""
-    return {name: shape for name, shape in leaf_shapes(abstract_params(config)).items() if name != reward.OFFSET}
+    """Leaf name -> shape, of those that the weight files hold; the offset of scores is in config.json, and a critic nowhere."""
+    return {name: shape for name, shape in leaf_shapes(abstract_params(config)).items() if name not in (reward.OFFSET, reward.VALUE)}
 
 
 def export(
