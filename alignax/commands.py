@@ -309,7 +309,8 @@ def check_data(file: str, overrides: Sequence[str], out: str) -> None:
 
 def tokenizer_alone(path: str) -> tuple[Any, int]:
     """The tokenizer of a folder that may lack a model, and the rows of the embedding, where a config.json says so."""
-    path = sources(path, "model.path")[0][0] if path else ""  # of a soup the first one's
+    if path and not Path(path).is_dir():
+        path = sources(path, "model.path")[0][0]  # of a soup the first one's
     if not Path(path or " ").is_dir():
         raise ValueError(f"model folder {path!r} does not exist; set --config.model.path=FOLDER, one with a tokenizer")
     if (Path(path) / "config.json").is_file():

@@ -171,7 +171,7 @@ def open_source(text: str, field: str) -> hf.Source:
         return hf.make_soup([(hf.open_folder(path), share) for path, share in named if share is not None])
     if len(named) > 1:
         raise ValueError(f"{field} {text!r} names several models; give each its share of the mean, as in FOLDER@0.5,OTHER@0.5")
-    return hf.open_folder(named[0][0])
+    return hf.open_folder(text)
 
 
 def make_lora(config: Any, source: hf.Source) -> Lora | None:

@@ -72,7 +72,9 @@ def category_scores(out: Outputs) -> jax.Array:
     """
     if out.scores is None or out.scores.ndim != 3 or out.scores.shape[1] != 1:
         shape = None if out.scores is None else out.scores.shape
-        raise ValueError(f"a router gives each prompt a score of each category, [B, 1, C], and this model {shape}; use of_prompts(apply)")
+        raise ValueError(
+            f"a router gives each prompt a score of each category, [B, 1, C], and this model gives {shape}; use of_prompts(apply)"
+        )
     return out.scores[:, 0]
 
 

@@ -281,7 +281,7 @@ def test_mixtures_side_by_side_are_one_model_to_route(initial, held_out):
 def test_wrong_shapes_are_refused():
     scores = lambda *shape: Model(lambda _, batch: Outputs(None, None, scores=jnp.zeros(shape)), ())
     for models, router, message in (
-        (scores(4, 2, 3), scores(4, 2, 3), r"a score of each category, \[B, 1, C\], and this model \(4, 2, 3\); use of_prompts"),
+        (scores(4, 2, 3), scores(4, 2, 3), r"a score of each category, \[B, 1, C\], and this model gives \(4, 2, 3\); use of_prompts"),
         (scores(4, 2, 3), scores(4, 1, 2), r"tells 2 categories apart and the models' scores are \(4, 2, 3\)"),
         (scores(4, 2), scores(4, 1, 2), r"the models' scores are \(4, 2\)"),
     ):
