@@ -40,11 +40,13 @@ def tokens(log_ratio: list[float], advantages: list[float]) -> tuple[jax.Array, 
 
 
 def per_token(objective: Loss, logps: jax.Array, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-    """Value and gradient of each response of one token: [R]."""
-    one = lambda x, row: objective(Outputs(x[None], x[None]), jax.tree.map(lambda y: y[None], row), objective.normalised(row_of(row)))[0]
-    row_of = lambda row: jax.tree.map(lambda y: y[None], row)
-    values, grads = jax.vmap(jax.value_and_grad(one))(logps, batch)
-    return np.asarray(values), np.asarray(grads)[:, 0, 1]
+    """Value and gradient of each response of one token, before they are averaged: [R]."""
+    ((_, term),) = objective.terms
+    values = term.value(Outputs(logps, logps), batch)[0][:, 0, 1]
+    return np.asarray(values), len(values) * np.asarray(run(objective, logps, batch)[2])[:, 0, 1]
+
+
+PROGRAM = jax.jit(lambda experience, batch: experience(batch))
 
 
 # --- numbers of others ---
@@ -242,14 +244,16 @@ def test_padding_and_neighbours_do_not_alter_a_response(objective):
 
 
 def test_what_was_cut_is_left_out_of_value_and_metrics():
+    """As if it had not been sampled."""
     logps, batch = ragged()
-    batch["truncated"] = jnp.zeros((4, 3), bool).at[:, 1].set(True)
-    kept = lambda x: jnp.delete(x, 1, axis=1)
+    batch["truncated"] = jnp.asarray(np.arange(12).reshape(4, 3) % 3 == 1)
+    others = batch | {"completion_mask": batch["completion_mask"] & ~batch["truncated"][..., None]}
     for objective in (losses.grpo(), losses.ppo(), losses.chi2()):
-        expected, expected_metrics, _ = run(objective, kept(logps), jax.tree.map(kept, batch))
+        expected, expected_metrics, expected_grads = run(objective, logps, others)
         value, metrics, grads = run(losses.finished(objective), logps, batch)
         close(value, expected)
-        assert not np.any(grads[:, 1])
+        close(grads, expected_grads)
+        assert run(objective, logps, batch)[0] != expected
         for name, x in metrics.items():
             close(x, expected_metrics[name])
     with pytest.raises(ValueError, match=r"finished\(\) drops responses \(4, 3\), the loss weighs \(4,\)"):
@@ -257,27 +261,27 @@ def test_what_was_cut_is_left_out_of_value_and_metrics():
 
 
 def test_importance_weights_are_cut_off_and_carry_no_gradient():
-    """log-ratios old/sampled of log 0.5, 0, log 1.5 and log 8 against a cap of 2."""
-    logps, batch = tokens([0.0] * 4, [1.0] * 4)
-    batch["sampled_logps"] = behind_a_prompt(-np.log([[0.5], [1.0], [1.5], [8.0]]))
+    """old/sampled of 0.5, 1, 1.5, 8 .. against a cap of 2."""
+    logps, batch = tokens([0.0] * 6, [1.0] * 6)
+    batch["sampled_logps"] = behind_a_prompt(-np.log([[0.5], [1.0], [1.5], [8.0], [1e9], [1e-9]]))
     weighted = losses.importance_weighted(losses.ppo(), cap=2.0)
+    weights = np.array([0.5, 1, 1.5, 2, 2, 0])
     for fields in (batch, {k: x for k, x in batch.items() if k != "old_logps"}):
-        value, metrics, grads = run(weighted, logps, fields)
-        np.testing.assert_allclose(grads[:, 0, 1], np.array([-0.5, -1.0, -1.5, -2.0]) / 4, rtol=1e-6)
-        close(value, -5 / 4)
-        close(metrics["importance_weight"], 5 / 4)
+        values, grads = per_token(weighted, logps, fields)
+        np.testing.assert_allclose(grads, -weights, rtol=1e-6, atol=1e-8)
+        np.testing.assert_allclose(values, -weights, rtol=1e-6, atol=1e-8)
+    close(run(weighted, logps, batch)[1]["importance_weight"], weights.mean())
     with pytest.raises(ValueError, match=r"importance weights are of tokens, the term 'chi2'"):
         run(losses.importance_weighted(losses.chi2()), logps, batch | {"ref_logps": logps})
 
 
 def test_importance_weights_undo_another_sampler():
     """Tokens drawn from q with weights pi_old/q: the expected gradient is that of samples of the old policy, where no weight is cut."""
-    theta, q = jnp.array([0.3, -0.2, 0.5, 0.0]), jax.nn.softmax(jnp.array([0.0, 0.4, -0.3, 0.2]))
-    advantages = jnp.array([1.0, -0.5, 0.2, -1.0])
-    p = jax.nn.softmax(theta)
-    off = gradient(losses.importance_weighted(losses.reinforce(), cap=10.0), theta, None, q, {"sampled_logps": jnp.log(q)}, advantages)
-    close(off, gradient(losses.reinforce(), theta, None, p, {}, advantages))
-    assert np.abs(gradient(losses.reinforce(), theta, None, q, {}, advantages) - off).max() > 0.01
+    q, advantages = jax.nn.softmax(jnp.array([0.0, 0.4, -0.3, 0.2, 0.1])), jnp.array([1.0, -0.5, 0.2, -1.0, 0.0])
+    weighted = losses.importance_weighted(losses.reinforce(), cap=10.0)
+    off = gradient(weighted, THETA, None, q, {"sampled_logps": jnp.log(q)}, advantages)
+    close(off, gradient(losses.reinforce(), THETA, None, jax.nn.softmax(THETA), {}, advantages))
+    assert np.abs(gradient(losses.reinforce(), THETA, None, q, {}, advantages) - off).max() > 0.01
 
 
 def test_an_unclipped_value_loss_is_half_the_squared_error():
@@ -298,12 +302,12 @@ def test_an_unclipped_value_loss_is_half_the_squared_error():
 # --- gradients in expectation: one token of a vocabulary of V, every token a response, weighted by its probability ---
 
 
-def gradient(objective: Loss, theta, ref, probabilities, fields: Batch | None = None, advantages=None) -> np.ndarray:
-    """Expected gradient with respect to logits [V], over tokens drawn with fixed probabilities."""
+def gradient(objective: Loss, theta, ref, probabilities, fields=None, advantages=None, data=None) -> np.ndarray:
+    """Expected gradient with respect to logits [V], over tokens drawn with fixed probabilities; fields are of tokens [V]."""
     V = theta.shape[0]
     column = lambda x: jnp.stack([jnp.zeros(V), x], axis=-1)[None]  # [1, V, 2]
     mask = column(jnp.ones(V)).astype(bool)
-    batch = {"completion_mask": mask} | {k: column(x) for k, x in (fields or {}).items()}
+    batch = {"completion_mask": mask} | {k: column(x) for k, x in (fields or {}).items()} | (data or {})
     batch |= {} if ref is None else {"ref_logps": column(ref)}
     batch |= {} if advantages is None else {"advantages": column(advantages)}
     weights = tuple(jnp.where(w > 0, column(probabilities) if w.ndim == 3 else probabilities[None], 0.0) for w in objective.weights(batch))
@@ -366,70 +370,49 @@ def test_the_root_of_chi_squared():
     """Its gradient by the chain rule, where the estimate is chi-squared itself; near the reference it is bounded."""
     p = jax.nn.softmax(THETA)
     exact = CHI2(jnp.log(p), REF)
-    mask = jnp.zeros((1, 5, 2), bool).at[..., 1].set(True)
     root = losses.square_root(losses.chi2_exact())
-    batch = {"completion_mask": mask, "ref_logps": jnp.stack([jnp.zeros(5), REF], axis=-1)[None]}
-    f = lambda theta, c: root(
-        Outputs(x := jnp.stack([jnp.zeros(5), jax.nn.log_softmax(theta)], axis=-1)[None], x), batch | {"chi2": c[None]}, (p[None],)
-    )[0]
-    np.testing.assert_allclose(jax.grad(f)(THETA, exact), OF_THETA(lambda p, q: jnp.sqrt(CHI2(p, q))), atol=1e-6)
-    np.testing.assert_allclose(jax.grad(f)(THETA, jnp.zeros(())), OF_THETA(CHI2) / (2 * 1e-2), rtol=1e-4)
+    by_chain_rule = gradient(root, THETA, REF, p, data={"chi2": exact[None]})
+    np.testing.assert_allclose(by_chain_rule, OF_THETA(lambda p, q: jnp.sqrt(CHI2(p, q))), atol=1e-6)
+    np.testing.assert_allclose(gradient(root, THETA, REF, p, data={"chi2": jnp.zeros(1)}), OF_THETA(CHI2) / (2 * 1e-2), rtol=1e-4)
 
 
 def test_the_estimate_of_chi_squared_is_of_responses_and_of_the_whole_batch():
     """T9: on samples its mean is chi2(pi || ref); a response without a completion takes no part; far ones go on along the tangent."""
-    p = np.asarray(jax.nn.softmax(THETA), np.float64)
-    draws = np.repeat(np.arange(5), np.round(1000 * p).astype(int))
-    column = lambda x: jnp.stack([jnp.zeros(len(draws)), x[draws]], axis=-1)[:, None]
-    mask = column(jnp.ones(5)).astype(bool)
-    batch = {"completion_mask": mask, "old_logps": column(jnp.log(jax.nn.softmax(THETA))), "ref_logps": column(REF)}
-    with_empty = {k: jnp.concatenate([x, jnp.zeros_like(x[:7])]) for k, x in batch.items()}
-    found = chi2_estimate()(with_empty)["chi2"]
+    logp, ref = (np.asarray(x, np.float64) for x in (jax.nn.log_softmax(THETA), REF))
+    draws = np.repeat(np.arange(5), np.round(1000 * np.exp(logp)).astype(int))
+    column = lambda x: np.pad(np.asarray(x, np.float32)[draws][:, None, None], ((0, 7), (0, 0), (1, 0)))  # seven of them are empty
+    batch = {"completion_mask": column(np.ones(5)).astype(bool), "old_logps": column(logp), "ref_logps": column(ref)}
+    found = PROGRAM(chi2_estimate(), batch)["chi2"]
     assert found.shape == (len(draws) + 7,) and len(np.unique(found)) == 1
-    np.testing.assert_allclose(found[0], CHI2(jnp.log(jax.nn.softmax(THETA)), REF), rtol=0.01)
-    far = {"completion_mask": mask[:1], "old_logps": batch["old_logps"][:1] + 1000.0, "ref_logps": batch["ref_logps"][:1]}
-    assert np.isfinite(chi2_estimate()(far)["chi2"]).all()
+    np.testing.assert_allclose(found[0], np.sum(np.exp(2 * logp - ref)) - 1, rtol=0.01)
+    assert np.isfinite(PROGRAM(chi2_estimate(), batch | {"old_logps": batch["old_logps"] + np.float32(1000)})["chi2"]).all()
 
 
 # --- Lp-Reg ---
 
 
-def protected(pi: float, proxy: float, advantage: float = -1.0) -> tuple[jax.Array, Batch]:
-    """A response of one token that may be protected; the old policy is the policy."""
-    logps, batch = tokens([math.log(pi)], [advantage])
-    column = lambda x: jnp.full(logps.shape, x)
-    return logps, batch | {"old_logps": logps, "proxy_logps": column(math.log(proxy)), "low_probability": column(True)}
-
-
-@pytest.mark.parametrize(("proxy", "pull"), [(0.012, -0.2), (0.02, -1.0), (0.1, -9.0)])
-def test_the_pull_on_a_low_probability_token(proxy, pull):
-    """1 - proxy / pi beside the surrogate's own gradient, 1."""
-    logps, batch = protected(0.01, proxy)
-    value, metrics, grads = run(losses.lp_reg(), logps, batch)
-    np.testing.assert_allclose(grads[0, 0, 1], 1.0 + pull, rtol=1e-4, atol=1e-5)
-    log_ratio = math.log(proxy / 0.01)
-    close(value, 1.0 + proxy / 0.01 - 1 - log_ratio)
-    assert metrics["lp_reg/protected"] == 1.0
-    np.testing.assert_allclose(run(losses.lp_reg(5.0), logps, batch)[2][0, 0, 1], 1.0 + 5 * pull, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [{"low_probability": False}, {"proxy_logps": -jnp.inf}, {"proxy_logps": math.log(0.005)}],
-    ids=["not low", "noise", "above its proxy"],
-)
-def test_other_tokens_have_ppos_gradient(change):
-    logps, batch = protected(0.01, 0.02)
-    batch |= {k: jnp.full_like(batch[k], x) for k, x in change.items()}
-    found, plain = (run(x, logps, batch) for x in (losses.lp_reg(), losses.ppo(1.0, 9.0)))
-    assert found[0] == plain[0] and found[1]["lp_reg/protected"] == 0.0
-    np.testing.assert_array_equal(found[2], plain[2])
+def test_the_pull_on_low_probability_tokens():
+    """1 - proxy / pi beside the surrogate's own gradient, 1; what is not low, noise, or above its proxy has PPO's alone."""
+    pi, proxies = 0.01, [0.012, 0.02, 0.1, 0.02, 0.0, 0.005]
+    logps, batch = tokens([math.log(pi)] * 6, [-1.0] * 6)
+    batch |= {"old_logps": logps, "proxy_logps": behind_a_prompt(np.log(np.maximum(proxies, 1e-300))[:, None])}
+    batch["proxy_logps"] = batch["proxy_logps"].at[4, 0, 1].set(-jnp.inf)
+    batch["low_probability"] = jnp.ones(logps.shape, bool).at[3].set(False)
+    pull, log_ratio = np.array([-0.2, -1.0, -9.0, 0, 0, 0]), np.log(np.array(proxies[:3]) / pi)
+    for coefficient in (1.0, 5.0):
+        values, grads = per_token(losses.lp_reg(coefficient), logps, batch)
+        np.testing.assert_allclose(grads, 1 + coefficient * pull, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(values[:3], 1 + coefficient * (np.exp(log_ratio) - 1 - log_ratio), rtol=1e-5)
+    assert run(losses.lp_reg(), logps, batch)[1]["lp_reg/protected"] == 0.5
+    plain = per_token(losses.ppo(1.0, 9.0), logps, batch)
+    np.testing.assert_array_equal(values[3:], plain[0][3:])
+    np.testing.assert_array_equal(grads[3:], plain[1][3:])
 
 
 def test_the_proxy_is_the_policy_without_its_noise():
     logits = np.random.default_rng(0).normal(size=(4, 3, 11)).astype(np.float32) * 3
-    every = jnp.broadcast_to(jnp.arange(11), (4, 3, 11))
-    proxy = np.asarray(min_p_logps(jnp.asarray(logits)[:, :, None].repeat(11, 2), every, 0.05), np.float64)
+    every = np.broadcast_to(np.arange(11), (4, 3, 11))
+    proxy = np.asarray(jax.jit(min_p_logps, static_argnums=2)(np.repeat(logits[:, :, None], 11, 2), every, 0.05), np.float64)
     p = np.exp(logits.astype(np.float64)) / np.exp(logits.astype(np.float64)).sum(-1, keepdims=True)
     kept = p >= 0.05 * p.max(-1, keepdims=True)
     assert 0 < kept.sum() < kept.size
@@ -441,17 +424,16 @@ def test_the_proxy_is_the_policy_without_its_noise():
 
 def test_the_least_likely_of_the_tokens_to_be_made_less_likely():
     rng = np.random.default_rng(0)
-    mask = jnp.asarray(rng.random((3, 4, 5)) < 0.7).at[..., 0].set(False)
-    old = jnp.asarray(rng.normal(size=mask.shape), jnp.float32)
-    batch = {"completion_mask": mask, "old_logps": old, "advantages": jnp.asarray(rng.normal(size=mask.shape), jnp.float32)}
-    worse = np.array(mask & (batch["advantages"] < 0))
+    mask, old, advantages = rng.random((3, 4, 5)) < 0.7, *rng.normal(size=(2, 3, 4, 5)).astype(np.float32)
+    batch = {"completion_mask": mask, "old_logps": old, "advantages": advantages}
+    worse = mask & (advantages < 0)
     count = int(0.3 * worse.sum())
     assert count > 1
-    low = np.array(low_probability_tokens(0.3)(batch)["low_probability"])
+    low = np.array(PROGRAM(low_probability_tokens(0.3), batch)["low_probability"])
     assert low.sum() == count and not np.any(low & ~worse)
-    assert np.array(old)[low].max() < np.array(old)[worse & ~low].min()
+    assert old[low].max() < old[worse & ~low].min()
     for share in (0.0, 1.9 / worse.sum()):  # a single token is none
-        assert not low_probability_tokens(share)(batch)["low_probability"].any()
+        assert not np.any(PROGRAM(low_probability_tokens(share), batch)["low_probability"])
     with pytest.raises(ValueError, match="the share is 2"):
         low_probability_tokens(2)
 
