@@ -340,9 +340,9 @@ def test_online_methods_find_the_policy_of_rlhf(name):
 def test_a_kl_of_tokens_leaves_out_that_prefixes_are_the_policys_too(make):
     """Its gradient is that of the KL at each prefix, k2's the reverse and k3's the forward one, prefixes as probable as they were."""
     params, reference = table(0), table(1)
-    batch = online(params, reference, rewards())
+    batch = jax.jit(online)(params, reference, rewards())
     loss = expected(make())
-    found = jax.grad(lambda params: loss(apply(params, batch), batch, (batch["probability"],))[0])(params)
+    found = jax.jit(jax.grad(lambda params: loss(apply(params, batch), batch, (batch["probability"],))[0]))(params)
     p = batch["probability"][0, :, 1]
 
     def at_prefixes(params: Params) -> jax.Array:
@@ -353,8 +353,7 @@ def test_a_kl_of_tokens_leaves_out_that_prefixes_are_the_policys_too(make):
             total += p.reshape(V**t, -1).sum(1) @ jnp.sum(jnp.exp(pair[0]) * (pair[0] - pair[1]), axis=-1)
         return total
 
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), found, jax.grad(at_prefixes)(params))
-    whole = jax.grad(
-        lambda params: jnp.sum(jnp.exp(q := sequence(apply(params, batch).logps, batch)[0]) * (q - sequence(batch["ref_logps"], batch)[0]))
-    )
-    assert max(np.abs(x - y).max() for x, y in zip(found, whole(params), strict=True)) > 0.01
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), found, jax.jit(jax.grad(at_prefixes))(params))
+    log_ratio = lambda logps: sequence(logps - batch["ref_logps"], batch)
+    kl = lambda params: jnp.sum(jnp.exp(sequence(q := apply(params, batch).logps, batch)) * log_ratio(q))  # of whole responses
+    assert max(np.abs(x - y).max() for x, y in zip(found, jax.jit(jax.grad(kl))(params), strict=True)) > 0.01
