@@ -13,6 +13,7 @@ from test_losses import close, run
 from alignax import losses
 from alignax.experience import chain, chi2_estimate, gae, group_relative, kl_reward, low_probability_tokens, min_p_logps, whiten_advantages
 from alignax.losses import Loss, response_mean, token_mean, token_sum
+from alignax.losses.responses import k3
 from alignax.types import Batch, Outputs
 
 ORACLES = json.loads((Path(__file__).parent / "oracles" / "policy.json").read_text())
@@ -355,6 +356,15 @@ def test_the_weighted_k3_is_unbiased_off_policy():
     off = lambda make: gradient(make(), THETA, REF, old, {"old_logps": jnp.log(old)})
     np.testing.assert_allclose(off(losses.kl_k3_weighted), REVERSE, atol=1e-6)
     assert min(np.abs(off(make) - REVERSE).max() for make in (losses.kl_k2, losses.kl_k3)) > 0.05
+
+
+def test_k3_near_the_reference_has_a_gradient_of_its_own_size():
+    """exp(-d) - 1 + d at d of 1e-7 .. 1e-3 has the gradient d, where 1 - exp(-d) in float32 is 0 or twice as much; far off it is finite."""
+    d = jnp.asarray([1e-7, -1e-6, 1e-5, 1e-3, 0.5, 1000.0, -1000.0])
+    values, grads = jax.vmap(jax.value_and_grad(k3))(d)
+    np.testing.assert_allclose(grads[:6], -np.expm1(-np.asarray(d[:6], np.float64)), rtol=1e-6)
+    np.testing.assert_allclose(values[3:6], np.expm1(-np.asarray(d[3:6], np.float64)) + d[3:6], rtol=1e-3)
+    assert np.isfinite(values).all() and np.isfinite(grads).all() and grads[6] < -1e12
 
 
 def test_a_kl_in_the_reward_has_the_gradient_of_the_reverse_kl():
