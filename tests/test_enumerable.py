@@ -11,7 +11,7 @@ import pytest
 from jax.test_util import check_grads
 
 from alignax import losses
-from alignax.experience import mismatched_kl
+from alignax.experience import chain, gae, group_relative, kl_reward, leave_one_out, mismatched_kl
 from alignax.losses import Loss, dpo, ipo, ipo_daa, r_dpo, robust_dpo, rpo, rpo_token_mean, sequence, sft, summed_sft
 from alignax.train import init_state, make_step
 from alignax.types import Batch, Model, Outputs, Params
@@ -283,3 +283,77 @@ def test_gradients_are_those_of_finite_differences(loss):
         params = double(table(0))
         assert value(params).dtype == jnp.float64
         check_grads(jax.jit(value), (params,), order=1, modes=["rev"], atol=1e-7, rtol=1e-6, eps=1e-5)
+
+
+# --- online: all 27 responses to one prompt, weighted by how likely the policy that samples finds them ---
+
+
+def online(params: Params, reference: Params, r: np.ndarray) -> Batch:
+    """Every response as one of a group, with its reward, what sampler and reference give it, and its probability at each token."""
+    batch = responses(*np.arange(S)[:, None]) | {"rewards": jnp.asarray(r, jnp.float32)[None]}
+    batch |= {"old_logps": apply(params, batch).logps, "ref_logps": apply(reference, batch).logps}
+    probability = jnp.exp(sequence(batch["old_logps"], batch))[..., None]  # [1, S, 1]
+    return batch | {"probability": jnp.where(batch["completion_mask"], probability, 0.0)}
+
+
+def exact_values(batch: Batch) -> Batch:
+    """What a perfect critic says: the expected sum of what is to come after each prefix."""
+    p = batch["probability"][0, :, 1]
+    to_go = jnp.flip(jnp.cumsum(jnp.flip(batch["token_rewards"][0], 1), axis=1), 1)  # [S, 1 + T]
+    prefixes = [(p * to_go[:, 1 + t]).reshape(V**t, -1).sum(1) / p.reshape(V**t, -1).sum(1) for t in range(T)]
+    values = jnp.stack([jnp.repeat(x, S // len(x)) for x in prefixes], axis=1)  # [S, T]
+    return batch | {"values": jnp.pad(values, ((0, 0), (1, 0)))[None]}
+
+
+ONLINE = {  # beta 0.5
+    "ppo": (losses.ppo(), chain(kl_reward(0.5), jax.tree_util.Partial(exact_values), gae())),
+    "rloo": (losses.rloo(), chain(kl_reward(0.5), leave_one_out())),
+    "grpo": (losses.grpo(), chain(kl_reward(0.5), group_relative(std=False))),
+}
+
+
+def iterate(loss: Loss, experience, reference: Params, r: np.ndarray, rollouts: int = 250, steps: int = 2) -> Params:
+    """Rollouts of the policy as it stands, several steps on each with its old log-probs; exact expectations, Adam, its rate going to 0."""
+    optimizer = optax.adam(optax.cosine_decay_schedule(0.1, rollouts * steps))
+    step = make_step(apply, expected(loss), optimizer)
+
+    def turn(state, _):
+        batch = experience(online(state.params, reference, r))
+        return jax.lax.scan(lambda state, _: step(state, batch), state, length=steps)
+
+    state, metrics = jax.jit(lambda state: jax.lax.scan(turn, state, length=rollouts))(init_state(reference, optimizer, jax.random.key(0)))
+    assert state.skipped == 0
+    assert np.ptp(metrics["ratio"][0]) > 0  # a rollout's second step is off its policy
+    return state.params
+
+
+@pytest.mark.parametrize("name", ONLINE)
+def test_online_methods_find_the_policy_of_rlhf(name):
+    """pi proportional to ref exp(r / beta), the same that DPO finds, by each method's own advantages and surrogate."""
+    r, reference = rewards(), table(1)
+    target = normalised(distribution(reference) + r / 0.5)
+    assert total_variation(np.exp(distribution(reference)), target) > 0.3
+    assert total_variation(np.exp(distribution(iterate(*ONLINE[name], reference, r))), target) < 1e-3
+
+
+@pytest.mark.parametrize("make", [losses.kl_k2, losses.kl_k3])
+def test_a_kl_of_tokens_leaves_out_that_prefixes_are_the_policys_too(make):
+    """Its gradient is that of the KL at each prefix, k2's the reverse and k3's the forward one, prefixes as probable as they were."""
+    params, reference = table(0), table(1)
+    batch = jax.jit(online)(params, reference, rewards())
+    loss = expected(make())
+    found = jax.jit(jax.grad(lambda params: loss(apply(params, batch), batch, (batch["probability"],))[0]))(params)
+    p = batch["probability"][0, :, 1]
+
+    def at_prefixes(params: Params) -> jax.Array:
+        total = jnp.zeros(())
+        for t in range(T):
+            pi, ref = jax.nn.log_softmax(params[t]), jax.nn.log_softmax(reference[t])
+            pair = (pi, ref) if make is losses.kl_k2 else (ref, pi)
+            total += p.reshape(V**t, -1).sum(1) @ jnp.sum(jnp.exp(pair[0]) * (pair[0] - pair[1]), axis=-1)
+        return total
+
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), found, jax.jit(jax.grad(at_prefixes))(params))
+    log_ratio = lambda logps: sequence(logps - batch["ref_logps"], batch)
+    kl = lambda params: jnp.sum(jnp.exp(sequence(q := apply(params, batch).logps, batch)) * log_ratio(q))  # of whole responses
+    assert max(np.abs(x - y).max() for x, y in zip(found, jax.jit(jax.grad(kl))(params), strict=True)) > 0.01

@@ -18,10 +18,25 @@ import pytest
 import tiny
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from test_losses import LOSSES, UNPAIRED
+from test_losses import LOSSES, SAMPLED, UNPAIRED
 
 from alignax import losses
-from alignax.experience import chain, logps, matched_margins, matched_ratios, mismatched_kl, reward_shift
+from alignax.experience import (
+    chain,
+    chi2_estimate,
+    gae,
+    group_relative,
+    kl_reward,
+    leave_one_out,
+    logps,
+    low_probability_tokens,
+    matched_margins,
+    matched_ratios,
+    mismatched_kl,
+    reward_shift,
+    whiten_advantages,
+    whiten_rewards,
+)
 from alignax.losses import Loss
 from alignax.mesh import AXES, batch_sharding, make_mesh
 from alignax.train import init_state, make_step
@@ -31,12 +46,7 @@ B, STEPS = 16, 3
 OPTIMIZER = optax.adamw(1e-2, weight_decay=0.1)
 TEACHER = tiny.plain_params(seed=1)
 OLD = functools.partial(logps, "old_logps")
-FURTHER = {  # what a loss asks for beside `ref_logps`
-    "aot": lambda policy, reference: chain(OLD(policy), matched_margins()),
-    "aot_unpaired": lambda policy, reference: chain(OLD(policy), matched_ratios()),
-    "bco": lambda policy, reference: chain(OLD(policy), reward_shift()),
-    "kto": mismatched_kl,
-}
+SAMPLER = jax.tree.map(lambda x, y: x + 0.05 * y, TEACHER, tiny.plain_params(seed=3))  # the policy that wrote the responses, and its critic
 
 
 def apply(params: Params, batch: Batch) -> Outputs:
@@ -44,13 +54,38 @@ def apply(params: Params, batch: Batch) -> Outputs:
     return tiny.plain_apply(params, batch, TEACHER)
 
 
+def critic(batch: Batch) -> Batch:
+    """The values that the sampler's critic has, and its log-probs without noise."""
+    return batch | {"values": apply(SAMPLER, batch).values, "proxy_logps": 0.9 * batch["old_logps"]}
+
+
+def rollout(*advantages: Callable[[Batch], Batch]) -> Callable:
+    """What is known of sampled responses, by an old policy: log-probs, rewards with their KL, values, and then the advantages."""
+    sampled = (logps("old_logps", Model(apply, SAMPLER)), logps("sampled_logps", Model(apply, TEACHER)), critic, kl_reward(0.1))
+    return lambda policy, reference: chain(*sampled, *advantages, low_probability_tokens(0.3), chi2_estimate())
+
+
+BY_TOKEN, BY_GROUP = rollout(whiten_rewards(), gae(), whiten_advantages()), rollout(group_relative())
+FURTHER = {  # what a loss asks for beside `ref_logps`
+    "aot": lambda policy, reference: chain(OLD(policy), matched_margins()),
+    "aot_unpaired": lambda policy, reference: chain(OLD(policy), matched_ratios()),
+    "bco": lambda policy, reference: chain(OLD(policy), reward_shift()),
+    "kto": mismatched_kl,
+    **dict.fromkeys(SAMPLED, BY_TOKEN),
+    **dict.fromkeys(("grpo", "grpo_token_sum", "gspo", "gmpo", "sapo", "finished"), BY_GROUP),
+    "rloo": rollout(leave_one_out()),
+}
+
+
 def batches(single: bool) -> list[dict[str, np.ndarray]]:
-    """One a step: pairs with a margin, or single responses with a label."""
+    """One a step: pairs with a margin, and rewards as if they were a group, or single responses with a label."""
     made = []
     for seed in range(STEPS):
         batch = {k: np.asarray(x) for k, x in tiny.batch(B, 1 if single else 2, seed=seed).items()}
         rng = np.random.default_rng(seed)
-        made.append(batch | ({"labels": rng.random((B, 1)) < 0.5} if single else {"margin": rng.normal(size=B).astype(np.float32)}))
+        group = {"margin": rng.normal(size=B).astype(np.float32), "rewards": rng.normal(size=(B, 2)).astype(np.float32)}
+        group["truncated"] = rng.random((B, 2)) < 0.2
+        made.append(batch | ({"labels": rng.random((B, 1)) < 0.5} if single else group))
     return made
 
 
@@ -132,6 +167,7 @@ def assert_same(found: tuple, expected: tuple, tolerance: float = 1e-5) -> None:
 
 EVERYDAY = (  # one of each kind; the others are among the slow tests
     "summed_sft", "dpo", "rpo_token_mean", "ld_dpo", "aot", "bco", "tdpo2", "wpo", "orpo", "f_dpo_chi_squared", "kto", "bradley_terry",
+    "ppo_critic", "rloo",
 )  # fmt: skip
 every = pytest.mark.parametrize("name", [name if name in EVERYDAY else pytest.param(name, marks=pytest.mark.slow) for name in LOSSES])
 

@@ -78,6 +78,31 @@ LOSSES = {
     "bradley_terry": losses.bradley_terry(lambda batch: batch["margin"]),
     "centring": losses.centring(),
     "score_l2": losses.score_l2(),
+    "reinforce": losses.reinforce(),
+    "ppo": losses.ppo(),
+    "ppo_dual_clip": losses.ppo(clip_high=0.28, dual_clip=3.0),
+    "ppo_critic": losses.ppo() + 0.1 * losses.value_loss() + 0.01 * losses.entropy_bonus(),
+    "grpo": losses.grpo() + 0.04 * losses.kl_k3(losses.response_mean),
+    "grpo_token_sum": losses.grpo(aggregate=losses.token_sum(8)),
+    "gspo": losses.gspo(0.1),
+    "rloo": losses.rloo(),
+    "cispo": losses.cispo(),
+    "sapo": losses.sapo(),
+    "gmpo": losses.gmpo(),
+    "lp_reg": losses.lp_reg(),
+    "finished": losses.finished(losses.grpo()),
+    "importance_weighted": losses.importance_weighted(losses.ppo()),
+    "kl_k1": losses.kl_k1(),
+    "kl_k2": losses.kl_k2(),
+    "kl_k3": losses.kl_k3(
+        losses.response_mean
+    ),  # over tokens one of its gradients, in test_invariance, is 3e-8: Adam steps by its rounding
+    "kl_k3_weighted": losses.kl_k3_weighted(),
+    "chi2": losses.chi2(),
+    "chi2_exact": losses.chi2_exact(),
+    "square_root": losses.square_root(losses.chi2()),
+    "entropy_bonus": losses.entropy_bonus(),
+    "value_loss": losses.value_loss(),
 }
 TERMS = {name: {f"loss/{name}"} for name in LOSSES} | {
     "sft_per_sequence": {"loss/sft"},
@@ -91,13 +116,27 @@ TERMS = {name: {f"loss/{name}"} for name in LOSSES} | {
     "orpo": {"loss/orpo", "loss/sft"},
     "kto": {"loss/kto", "loss/kto_chosen", "loss/kto_rejected"},
     "apo_zero_unpaired": {"loss/apo_zero_unpaired", "loss/apo_zero_unpaired_chosen", "loss/apo_zero_unpaired_rejected"},
+    "ppo_dual_clip": {"loss/ppo"},
+    "ppo_critic": {"loss/ppo", "loss/value_loss", "loss/entropy_bonus"},
+    "grpo": {"loss/grpo", "loss/kl_k3"},
+    "grpo_token_sum": {"loss/grpo"},
+    "finished": {"loss/grpo"},
+    "importance_weighted": {"loss/ppo"},
+    "square_root": {"loss/chi2"},
     **dict.fromkeys(("rpo", "rpo_token_mean", "dpo+sft"), {"loss/dpo", "loss/sft"}),
     **{name: {"loss/f_dpo"} for name in LOSSES if name.startswith("f_dpo")},
 }  # fmt: skip
 UNPAIRED = ("kto", "apo_zero_unpaired")  # N = 1
 SCORED = ("bradley_terry", "centring", "score_l2")  # of reward models
 SINGLE = ("sft", "sft_per_sequence", "summed_sft")
-PAIRED = [name for name in LOSSES if name not in UNPAIRED + SCORED + SINGLE]
+SURROGATES = (  # of sampled responses, weighted by their advantages
+    "reinforce", "ppo", "ppo_dual_clip", "ppo_critic", "grpo", "grpo_token_sum", "gspo", "rloo", "cispo", "sapo", "gmpo", "lp_reg",
+    "finished", "importance_weighted",
+)  # fmt: skip
+SAMPLED = (  # of any number of responses, each by itself
+    *SURROGATES, "kl_k1", "kl_k2", "kl_k3", "kl_k3_weighted", "chi2", "chi2_exact", "square_root", "entropy_bonus", "value_loss",
+)  # fmt: skip
+PAIRED = [name for name in LOSSES if name not in UNPAIRED + SCORED + SINGLE + SAMPLED]
 FREE = ("simpo", "cpo", "orpo", "slic_hf")  # of any reference
 ANTISYMMETRIC = (  # losses of the margin of two like scores, and of nothing else
     "dpo", "cdpo", "robust_dpo", "ipo", "ipo_daa", "ipo_mean", "hinge", "exo", "discopop", "sigmoid_norm", "ld_dpo", "r_dpo", "wpo", "tdpo",
@@ -107,6 +146,18 @@ PAIR_METRICS = {
     "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
     "logps/chosen", "logps/rejected", "logps/chosen_drift", "logps/rejected_drift",
 }  # fmt: skip
+SURROGATE_METRICS = {"clip_ratio/low", "clip_ratio/high", "ratio", "kl/old_k3", "kl/ref_k1", "kl/ref_k3", "entropy"}
+VALUE_METRICS = {"values/mean", "values/squared_error", "values/clipped", "returns/mean", "returns/mean_square"}
+KL_METRICS = {"kl/ref_k1", "kl/ref_k3"}
+SAMPLED_METRICS = dict.fromkeys(SURROGATES, SURROGATE_METRICS) | {
+    "ppo_critic": SURROGATE_METRICS | VALUE_METRICS,
+    "lp_reg": SURROGATE_METRICS | {"lp_reg/protected"},
+    "importance_weighted": SURROGATE_METRICS | {"importance_weight"},
+    **dict.fromkeys(("kl_k1", "kl_k2", "kl_k3", "kl_k3_weighted"), KL_METRICS),
+    **dict.fromkeys(("chi2", "chi2_exact", "square_root"), {"kl/sequence_k1"}),
+    "entropy_bonus": {"entropy"},
+    "value_loss": VALUE_METRICS,
+}
 every = pytest.mark.parametrize("name", LOSSES)
 
 
@@ -118,11 +169,14 @@ def case(fields: dict) -> tuple[jax.Array, dict[str, jax.Array]]:
 
 def with_data(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """The batch with every field that a loss reads, random ones: labels of both kinds, and statistics of a batch."""
-    B, N, _ = batch["completion_mask"].shape
+    B, N, T = batch["completion_mask"].shape
     rng = np.random.default_rng(5)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
     data = {"kto_kl": jnp.abs(draw(B)), "bco_shift": draw(B), "aot_margins": draw(B), "aot_ratios": draw(B, 2), "margin": draw(B)}
-    return data | {"labels": jnp.asarray(rng.random((B, N)) < 0.5).at[0].set(True)} | batch
+    data |= {"labels": jnp.asarray(rng.random((B, N)) < 0.5).at[0].set(True)}
+    data |= {name: draw(B, N, T) for name in ("old_logps", "sampled_logps", "proxy_logps", "advantages", "values", "returns")}
+    data |= {"low_probability": (data["advantages"] < 0) & (data["old_logps"] < 0), "chi2": jnp.full(B, 0.3)}
+    return data | {"truncated": jnp.asarray(rng.random((B, N)) < 0.3)} | batch
 
 
 def single(chosen, rejected, ref_chosen, ref_rejected) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -155,7 +209,7 @@ def outputs(logps: jax.Array, batch: dict[str, jax.Array], entropy: jax.Array | 
     entropy = jnp.zeros_like(logps) if entropy is None else entropy
     statistic = lambda x: jnp.where(batch["completion_mask"], x, 0.0)
     kl = 0.1 * jnp.square(statistic(logps - batch["ref_logps"])) if "ref_logps" in batch else None
-    return Outputs(logps, entropy, statistic(-0.5), kl, sequence(logps, batch))
+    return Outputs(logps, entropy, statistic(-0.5), kl, sequence(logps, batch), statistic(0.5 * logps))
 
 
 def run(objective: Loss, logps: jax.Array, batch: dict[str, jax.Array]):
@@ -334,6 +388,7 @@ AT_REFERENCE = {
     "sigmoid_norm": LN2,
     "ld_dpo": LN2,
     "apo_zero_unpaired": 0.5,
+    **dict.fromkeys(("kl_k1", "kl_k2", "kl_k3", "kl_k3_weighted", "chi2", "chi2_exact", "square_root"), 0.0),
     **{name: LN2 for name in LOSSES if name.startswith("f_dpo")},
 }
 
@@ -367,10 +422,13 @@ def test_identical_responses_are_a_tie_without_gradient(name):
 
 @every
 def test_an_empty_completion_weighs_nothing(name):
-    """A pair without chosen tokens or padded altogether: the loss, metrics and gradients are those of the other pairs."""
+    """A pair without chosen tokens or padded altogether: the loss, metrics and gradients are those of the other pairs.
+
+    A response of a group counts by itself, so both are empty there.
+    """
     logps, batch = suited(name, *ragged())
     expected = run(LOSSES[name], logps[2:], {k: x[2:] for k, x in batch.items()})
-    mask = batch["completion_mask"].at[0, 0].set(False).at[1].set(False)
+    mask = batch["completion_mask"].at[0, : 2 if name in SAMPLED else 1].set(False).at[1].set(False)
     value, metrics, grads = run(LOSSES[name], logps, batch | {"completion_mask": mask})
     close(value, expected[0])
     assert set(metrics) == set(expected[1])
@@ -392,8 +450,11 @@ def test_values_that_are_not_finite_outside_the_mask_are_harmless(name):
 
 @every
 def test_no_chosen_token_in_the_batch_is_zero(name):
-    """TRL's mean over no token is NaN here."""
-    value, metrics, grads = run(LOSSES[name], *suited(name, *case(ORACLES["inputs"]["pref_no_chosen_token"])))
+    """TRL's mean over no token is NaN here. What counts responses by themselves has none at all."""
+    logps, batch = suited(name, *case(ORACLES["inputs"]["pref_no_chosen_token"]))
+    if name in SAMPLED:
+        batch["completion_mask"] = jnp.zeros_like(batch["completion_mask"])
+    value, metrics, grads = run(LOSSES[name], logps, batch)
     assert value == 0.0 and not np.any(grads)
     assert all(x == 0.0 for x in metrics.values())
 
@@ -404,6 +465,8 @@ def test_log_ratios_of_a_thousand_nats(name):
     sides = [single([a], [b], [-1.0], [-1.0]) for a, b in ((-1.0, -1001.0), (-1001.0, -1.0))]
     sides += [single([-1.0], [-1.0], [a], [b]) for a, b in ((-1001.0, -1.0), (-1.0, -1001.0))]
     logps, batch = jax.tree.map(lambda *x: jnp.stack(x), *(suited(name, *side) for side in sides))
+    if name in SAMPLED:
+        batch |= dict.fromkeys(("old_logps", "sampled_logps", "proxy_logps"), batch["ref_logps"])
     value, metrics, grads = jax.vmap(lambda logps, batch: run(LOSSES[name], logps, batch))(logps, batch)
     assert np.isfinite(value).all() and np.isfinite(grads).all() and np.isfinite(list(metrics.values())).all()
     up = np.array([True, False, True, False])  # the chosen response is the likelier one
@@ -494,7 +557,7 @@ def test_parts_with_global_weights_add_up_to_the_whole(name):
 def test_names_of_metrics(name):
     logps, batch = suited(name, *ragged())
     entropy = {"entropy"} if name in ("sft", "sft_per_sequence", "rpo_token_mean", "dpo+sft", "orpo") else set()
-    extra = PAIR_METRICS if name in PAIRED else entropy
+    extra = PAIR_METRICS if name in PAIRED else SAMPLED_METRICS.get(name, entropy)
     if name in UNPAIRED:
         extra = {"kl", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected"}
     elif name in SCORED:

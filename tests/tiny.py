@@ -52,7 +52,8 @@ def plain_params(V: int = 96, D: int = 8, seed: int = 0) -> Params:
 def plain_apply(params: Params, batch: Batch, teacher: Params | None = None) -> Outputs:
     """A model as a user might write one, quick to compile: a token's predictor sees the token before it.
 
-    A response's score is read off its last scored token; with a teacher, its KL to the model is there too.
+    A response's score is read off its last scored token, a critic's value off the token before; with a teacher, its KL to the model is
+    there too.
     """
     before = batch["tokens"][:, :, :-1]
     predict = lambda params: jax.nn.log_softmax(jnp.tanh(params["embed"])[before] @ params["head"] + params["bias"][None, None, None])
@@ -69,6 +70,7 @@ def plain_apply(params: Params, batch: Batch, teacher: Params | None = None) -> 
         scored(jax.lax.stop_gradient(jax.nn.logsumexp(2 * p, axis=-1))),
         None if q is None else scored(jnp.sum(jnp.exp(q) * (q - p), axis=-1)),
         scores,
+        scored(jnp.tanh(params["embed"])[before, 1]),
     )
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from alignax.losses.algebra import Loss, Over, Term, Value, lengths, make_loss, sequence, token_logps
-from alignax.losses.divergences import exp, expm1
+from alignax.losses.divergences import CAP, exp, expm1
 from alignax.losses.pairs import check_positive, field
 from alignax.types import Batch, Metrics, Outputs
 
@@ -108,9 +108,17 @@ def advantages_of(batch: Batch) -> jax.Array:
     return field(batch, "advantages", "group_relative()) or another of alignax.experience.advantages")
 
 
+@jax.custom_jvp
 def k3(log_ratio: jax.Array) -> jax.Array:
     """exp(-d) - 1 + d of d = log p/q: at least 0, its mean over samples of p is KL(p || q)."""
     return expm1(-log_ratio) + log_ratio
+
+
+@k3.defjvp
+def _k3_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    # As 1 - exp(-d) it would be rounded to what 1 is: near the reference, where d is small, mostly noise.
+    (log_ratio,), (tangent,) = primals, tangents
+    return k3(log_ratio), -jnp.expm1(jnp.minimum(-log_ratio, CAP)) * tangent
 
 
 def policy_metrics(log_ratio: jax.Array, out: Outputs, batch: Batch, low: float, high: float) -> Metrics:

@@ -1,0 +1,512 @@
+"""Losses of online RL against TRL's numbers, the formulas of PPO, and what each estimator's gradient really is."""
+
+import json
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_losses import close, run
+
+from alignax import losses
+from alignax.experience import chain, chi2_estimate, gae, group_relative, kl_reward, low_probability_tokens, min_p_logps, whiten_advantages
+from alignax.losses import Loss, response_mean, token_mean, token_sum
+from alignax.losses.responses import k3
+from alignax.types import Batch, Outputs
+
+ORACLES = json.loads((Path(__file__).parent / "oracles" / "policy.json").read_text())
+
+
+def behind_a_prompt(x) -> jax.Array:
+    """[R, T] of completions -> [R, 1, 1 + T]."""
+    return jnp.pad(jnp.asarray(np.array(x))[:, None], ((0, 0), (0, 0), (1, 0))).astype(jnp.float32)
+
+
+def sampled(fields: dict) -> tuple[jax.Array, Batch]:
+    """Log-probs [R, 1, 1 + T] of the policy, and the batch, from lists of completions."""
+    batch = {"completion_mask": behind_a_prompt(fields["completion_mask"]).astype(bool)}
+    batch |= {name: behind_a_prompt(fields[name]) for name in ("old_logps", "ref_logps") if name in fields}
+    batch["advantages"] = jnp.asarray(fields["advantages"], jnp.float32)[:, None, None] * batch["completion_mask"]
+    return behind_a_prompt(fields["logps"]), batch
+
+
+def tokens(log_ratio: list[float], advantages: list[float]) -> tuple[jax.Array, Batch]:
+    """Responses of one token each, behind a prompt of one: [R, 1, 2]."""
+    column = lambda x: behind_a_prompt(np.array(x)[:, None])
+    logps = column(log_ratio)
+    mask = jnp.zeros(logps.shape, bool).at[..., 1].set(True)
+    return logps, {"completion_mask": mask, "old_logps": jnp.zeros(logps.shape), "advantages": column(advantages)}
+
+
+def per_token(objective: Loss, logps: jax.Array, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+    """Value and gradient of each response of one token, before they are averaged: [R]."""
+    ((_, term),) = objective.terms
+    values = term.value(Outputs(logps, logps), batch)[0][:, 0, 1]
+    return np.asarray(values), len(values) * np.asarray(run(objective, logps, batch)[2])[:, 0, 1]
+
+
+PROGRAM = jax.jit(lambda experience, batch: experience(batch))
+
+
+# --- numbers of others ---
+
+AGGREGATES = {
+    "grpo": response_mean, "sapo": response_mean, "bnpo": token_mean, "dapo": token_mean, "cispo": token_mean,
+    "dr_grpo": token_sum(8), "luspo": token_sum(1),
+}  # fmt: skip
+
+
+def of_trl(o: dict) -> Loss:
+    """The loss that TRL calls so."""
+    kind = o.get("loss_type", "rloo")
+    if kind in ("rloo", "gmpo"):
+        return losses.rloo(o["epsilon_low"], o["epsilon_high"]) if kind == "rloo" else losses.gmpo(o["epsilon"])
+    aggregate = AGGREGATES[kind]
+    if kind in ("cispo", "sapo"):
+        loss = losses.cispo(o["epsilon_high"], aggregate) if kind == "cispo" else losses.sapo(aggregate=aggregate)
+    else:
+        make = losses.gspo if o["importance_sampling_level"] == "sequence" else losses.grpo
+        loss = make(o["epsilon"], o["epsilon_high"], aggregate)
+    kl = losses.kl_k3_weighted if o["use_bias_correction_kl"] else losses.kl_k3
+    return loss + o["beta"] * kl(aggregate) if o["beta"] else loss
+
+
+def share(o: dict, batch: Batch) -> float:
+    """What part of a step TRL takes this microbatch for: by count of parts or, where its average is over all of their tokens, by those."""
+    parts = o.get("gradient_accumulation_steps", 1)
+    if o.get("loss_type") in ("dapo", "cispo"):
+        return float(batch["completion_mask"].sum()) / (o["num_items_in_batch"] * parts / o["steps_per_generation"])
+    return 1 / parts
+
+
+@pytest.mark.parametrize("o", ORACLES["trl"], ids=lambda o: f"{o['id']}-{o.get('loss_type', 'rloo')}")
+def test_values_and_gradients_are_trls(o):
+    fields = ORACLES["inputs"][o["inputs"]]
+    logps, batch = sampled(fields)
+    if o.get("on_policy"):
+        del batch["old_logps"]
+    loss, part = of_trl(o), share(o, batch)
+    value, metrics, grads = run(loss, logps, batch)
+    close(part * value, o["loss"])
+    close(part * grads[:, 0, 1:], np.array(o["grads"]) * batch["completion_mask"][:, 0, 1:])
+    if o.get("loss_type", "rloo") in ("bnpo", "dapo", "rloo"):  # those whose metrics are averaged as the loss is
+        close(metrics["clip_ratio/low"], o["metrics"]["clip_ratio/low_mean"])
+        close(metrics["clip_ratio/high"], o["metrics"]["clip_ratio/high_mean"])
+
+
+def test_the_families_of_trl_are_all_there():
+    kinds = {(o.get("loss_type", "rloo"), o.get("importance_sampling_level")) for o in ORACLES["trl"]}
+    assert len(kinds) >= 11 and {o.get("use_bias_correction_kl") for o in ORACLES["trl"] if o.get("beta")} == {True, False}
+
+
+def rollout(config: dict) -> tuple[jax.Array, Batch]:
+    """Log-probs and the batch of PPO's case, with its advantages: GAE of penalised rewards, whitened."""
+    fields = {name: behind_a_prompt(x) for name, x in ORACLES["inputs"]["ppo"].items() if name not in ("scores", "mask")}
+    batch = {"completion_mask": behind_a_prompt(ORACLES["inputs"]["ppo"]["mask"]).astype(bool), "values": fields["old_values"]}
+    batch |= {name: fields[name] for name in ("old_logps", "ref_logps")}
+    batch["rewards"] = jnp.asarray(ORACLES["inputs"]["ppo"]["scores"], jnp.float32)[:, None]
+    experience = chain(kl_reward(config["kl_beta"]), gae(config["gamma"], config["lam"]))
+    return fields["logps"], experience(batch) | {"new_values": fields["values"]}
+
+
+PPO_AGGREGATES = {"token-mean": token_mean, "seq-mean-token-sum": token_sum(1), "seq-mean-token-mean": response_mean}
+
+
+@pytest.mark.parametrize("o", [o for o in ORACLES["ppo"] if "policy_loss" in o], ids=lambda o: o["id"])
+def test_ppo_and_its_critic(o):
+    c = o["config"]
+    logps, batch = rollout(c)
+    batch = whiten_advantages()(batch)
+    aggregate = PPO_AGGREGATES[c["aggregation"]]
+    policy = losses.ppo(c["clip_low"], c["clip_high"], c["dual_clip"], aggregate)
+    value, _, grads = run(policy, logps, batch)
+    close(value, o["policy_loss"])
+    close(grads[:, 0, 1:], np.array(o["grads"]["policy_token_logps"]))
+    critic = losses.value_loss(c["value_clip"], aggregate)
+    weights = critic.normalised(batch)
+    f = lambda v: critic(Outputs(logps, logps, values=v), batch, weights)[0]
+    value, grads = jax.value_and_grad(f)(batch["new_values"])
+    close(value, o["value_loss"])
+    close(grads[:, 0, 1:], np.array(o["grads"]["values"]))
+
+
+@pytest.mark.parametrize("o", [o for o in ORACLES["ppo"] if "estimator" in o["config"]], ids=lambda o: o["config"]["estimator"])
+def test_kl_estimators(o):
+    logps, batch = rollout({"kl_beta": 0.0, "gamma": 1.0, "lam": 1.0})
+    make = {"k1": losses.kl_k1, "k3": losses.kl_k3}[o["config"]["estimator"]]
+    close(run(make(), logps, batch)[0], o["token_mean"])
+    close(run(make(token_sum(1)), logps, batch)[0], o["sequence_sum_mean"])
+    name = f"kl/ref_{o['config']['estimator']}"
+    close(run(losses.ppo(), logps, batch)[1][name], o["token_mean"])
+
+
+# --- by hand ---
+
+
+@pytest.mark.parametrize(
+    ("objective", "expected"),
+    [
+        (losses.ppo(), [(-1.2, 0), (1.5, 1.5), (-0.5, -0.5), (0.8, 0), (-1, -1), (5, 5)]),
+        (losses.ppo(clip_high=0.6), [(-1.5, -1.5), (1.5, 1.5), (-0.5, -0.5), (0.8, 0), (-1, -1), (5, 5)]),
+        (losses.ppo(dual_clip=3.0), [(-1.2, 0), (1.5, 1.5), (-0.5, -0.5), (0.8, 0), (-1, -1), (3, 0)]),
+        (losses.ppo(clip=0.6, clip_high=0.1), [(-1.1, 0), (1.5, 1.5), (-0.5, -0.5), (0.5, 0.5), (-1, -1), (5, 5)]),
+        (losses.cispo(cap=1.25), [(-1.25 * math.log(1.5), -1.25), (1.25 * math.log(1.5), 1.25)]),
+    ],
+    ids=["ppo", "clip_high", "dual_clip", "narrow_above", "cispo"],
+)  # fmt: skip
+def test_surrogates_of_a_token_by_hand(objective, expected):
+    """Value and gradient; the ratio's gradient to log pi is the ratio. The old log-prob is 0."""
+    ratios, advantages = [1.5, 1.5, 0.5, 0.5, 1.0, 5.0], [1.0, -1.0, 1.0, -1.0, 1.0, -1.0]
+    values, grads = per_token(objective, *tokens(np.log(ratios).tolist(), advantages))
+    n = len(expected)
+    np.testing.assert_allclose(values[:n], [v for v, _ in expected], rtol=1e-5)
+    np.testing.assert_allclose(grads[:n], [g for _, g in expected], rtol=1e-5, atol=1e-6)
+
+
+def ragged(N: int = 3, T: int = 7, seed: int = 0) -> tuple[jax.Array, Batch]:
+    """Groups of responses of 1 to T - 1 tokens, their advantage the same at each token."""
+    rng = np.random.default_rng(seed)
+    t = np.arange(T)
+    mask = jnp.asarray((t >= 1) & (t < 1 + rng.integers(1, T, (4, N, 1))))
+    draw = lambda: jnp.where(mask, jnp.asarray(-rng.exponential(1.0, mask.shape), jnp.float32), 0.0)
+    return draw(), {"completion_mask": mask, "ref_logps": draw(), "advantages": jnp.asarray(rng.normal(size=(4, N, 1)), jnp.float32) * mask}
+
+
+def test_aggregates_by_hand():
+    """Responses of 1 and of 3 tokens: advantages -4 and -1, so that a token's loss is 4 and 1."""
+    logps = jnp.zeros((1, 2, 4))
+    mask = jnp.array([[[0, 1, 0, 0], [0, 1, 1, 1]]], bool)
+    batch = {"completion_mask": mask, "advantages": jnp.array([[[-4.0], [-1.0]]]) * mask}
+    for aggregate, value, first in [
+        (token_mean, 7 / 4, 4 / 4),
+        (response_mean, (4 + 1) / 2, 4 / 2),
+        (token_sum(1), (4 + 3) / 2, 4 / 2),
+        (token_sum(10), (4 + 3) / 20, 4 / 20),
+    ]:
+        found, metrics, grads = run(losses.ppo(aggregate=aggregate), logps, batch)
+        close(found, value)
+        close(grads[0, 0, 1], first)
+        close(metrics["ratio"], 1.0)  # metrics are means, whatever the scale
+
+
+ON_POLICY = {
+    "ppo": (losses.ppo(), losses.reinforce()),
+    "grpo": (losses.grpo(), losses.reinforce(response_mean)),
+    "dr_grpo": (losses.grpo(aggregate=token_sum(9)), losses.reinforce(token_sum(9))),
+    "gspo": (losses.gspo(), losses.reinforce(response_mean)),
+    "gmpo": (losses.gmpo(), losses.reinforce(response_mean)),
+    "rloo": (losses.rloo(), losses.reinforce(token_sum(1))),
+    "cispo": (losses.cispo(), losses.reinforce()),
+    "sapo": (losses.sapo(), losses.reinforce(response_mean)),
+}
+
+
+@pytest.mark.parametrize("name", ON_POLICY)
+def test_the_first_gradient_of_a_rollout_is_reinforces(name):
+    """Without old log-probs, or where they are the policy's own: ratios of 1 that have the gradient of log pi."""
+    objective, policy_gradient = ON_POLICY[name]
+    logps, batch = ragged()
+    expected = run(policy_gradient, logps, batch)[2]
+    assert np.any(expected)
+    for fields in (batch, batch | {"old_logps": logps}):
+        _, metrics, grads = run(objective, logps, fields)
+        close(grads, expected)
+        close(metrics["ratio"], 1.0)
+        assert metrics["kl/old_k3"] == metrics["clip_ratio/low"] == metrics["clip_ratio/high"] == 0.0
+
+
+def test_a_second_step_on_a_rollout_is_against_the_old_policy():
+    """Where the policy has moved, old log-probs make another gradient, and clip what has moved too far."""
+    logps, batch = ragged()
+    moved = logps + 0.3 * jnp.sign(batch["advantages"])
+    stale, fresh = (run(losses.ppo(), moved, x)[2] for x in (batch | {"old_logps": logps}, batch))
+    assert not np.any(stale)  # every ratio is outside the clip on the side that its advantage wants
+    assert np.any(fresh)
+    _, metrics, _ = run(losses.ppo(), moved, batch | {"old_logps": logps})
+    close(metrics["clip_ratio/low"] + metrics["clip_ratio/high"], 1.0)
+    close(metrics["ratio"], np.mean(np.exp(np.where(batch["advantages"] > 0, 0.3, -0.3))[np.array(batch["completion_mask"])]))
+
+
+@pytest.mark.parametrize("objective", [losses.ppo(), losses.grpo(), losses.rloo(), losses.gmpo(), losses.kl_k3_weighted()])
+def test_padding_and_neighbours_do_not_alter_a_response(objective):
+    """What stands off the completion is not read: log-probs, advantages, old and reference alike."""
+    logps, batch = ragged()
+    batch["old_logps"] = logps - 0.1
+    mask = batch["completion_mask"]
+    value, metrics, grads = run(objective, logps, batch)
+    noise = lambda x: jnp.where(mask, x, 1e3)
+    other = {k: noise(x) if k in ("ref_logps", "old_logps", "advantages") else x for k, x in batch.items()}
+    again, again_metrics, again_grads = run(objective, noise(logps), other)
+    assert again == value
+    np.testing.assert_array_equal(again_grads, grads)
+    assert again_metrics.keys() == metrics.keys() and all(again_metrics[k] == metrics[k] for k in metrics if k != "entropy")
+
+
+def test_what_was_cut_is_left_out_of_value_and_metrics():
+    """As if it had not been sampled."""
+    logps, batch = ragged()
+    batch["truncated"] = jnp.asarray(np.arange(12).reshape(4, 3) % 3 == 1)
+    others = batch | {"completion_mask": batch["completion_mask"] & ~batch["truncated"][..., None]}
+    for objective in (losses.grpo(), losses.ppo(), losses.chi2()):
+        expected, expected_metrics, expected_grads = run(objective, logps, others)
+        value, metrics, grads = run(losses.finished(objective), logps, batch)
+        close(value, expected)
+        close(grads, expected_grads)
+        assert run(objective, logps, batch)[0] != expected
+        for name, x in metrics.items():
+            close(x, expected_metrics[name])
+    with pytest.raises(ValueError, match=r"finished\(\) drops responses \(4, 3\), the loss weighs \(4,\)"):
+        losses.finished(losses.summed_sft()).weights(batch)
+
+
+def test_importance_weights_are_cut_off_and_carry_no_gradient():
+    """old/sampled of 0.5, 1, 1.5, 8 .. against a cap of 2."""
+    logps, batch = tokens([0.0] * 6, [1.0] * 6)
+    batch["sampled_logps"] = behind_a_prompt(-np.log([[0.5], [1.0], [1.5], [8.0], [1e9], [1e-9]]))
+    weighted = losses.importance_weighted(losses.ppo(), cap=2.0)
+    weights = np.array([0.5, 1, 1.5, 2, 2, 0])
+    for fields in (batch, {k: x for k, x in batch.items() if k != "old_logps"}):
+        values, grads = per_token(weighted, logps, fields)
+        np.testing.assert_allclose(grads, -weights, rtol=1e-6, atol=1e-8)
+        np.testing.assert_allclose(values, -weights, rtol=1e-6, atol=1e-8)
+    close(run(weighted, logps, batch)[1]["importance_weight"], weights.mean())
+    with pytest.raises(ValueError, match=r"importance weights are of tokens, the term 'chi2'"):
+        run(losses.importance_weighted(losses.chi2()), logps, batch | {"ref_logps": logps})
+
+
+def test_importance_weights_undo_another_sampler():
+    """Tokens drawn from q with weights pi_old/q: the expected gradient is that of samples of the old policy, where no weight is cut."""
+    q, advantages = jax.nn.softmax(jnp.array([0.0, 0.4, -0.3, 0.2, 0.1])), jnp.array([1.0, -0.5, 0.2, -1.0, 0.0])
+    weighted = losses.importance_weighted(losses.reinforce(), cap=10.0)
+    off = gradient(weighted, THETA, None, q, {"sampled_logps": jnp.log(q)}, advantages)
+    close(off, gradient(losses.reinforce(), THETA, None, jax.nn.softmax(THETA), {}, advantages))
+    assert np.abs(gradient(losses.reinforce(), THETA, None, q, {}, advantages) - off).max() > 0.01
+
+
+def test_an_unclipped_value_loss_is_half_the_squared_error():
+    logps, batch = ragged()
+    values, returns = 3.0 * logps, logps
+    batch |= {"values": jnp.zeros(logps.shape), "returns": returns}
+    loss = losses.value_loss(clip=math.inf)
+    value, metrics = loss(Outputs(logps, logps, values=values), batch, loss.normalised(batch))
+    inside = np.array(batch["completion_mask"])
+    close(value, 0.5 * np.mean(np.square(np.array(values - returns)[inside])))
+    e, q, r, m = (metrics[k] for k in ("values/squared_error", "returns/mean_square", "returns/mean", "values/mean"))
+    explained = 1 - (e - (r - m) ** 2) / (q - r**2)
+    close(explained, 1 - np.var(np.array(returns - values)[inside]) / np.var(np.array(returns)[inside]))
+    with pytest.raises(ValueError, match=r"value_loss needs Outputs.values"):
+        loss(Outputs(logps, logps), batch, loss.normalised(batch))
+
+
+# --- gradients in expectation: one token of a vocabulary of V, every token a response, weighted by its probability ---
+
+
+def gradient(objective: Loss, theta, ref, probabilities, fields=None, advantages=None, data=None) -> np.ndarray:
+    """Expected gradient with respect to logits [V], over tokens drawn with fixed probabilities; fields are of tokens [V]."""
+    V = theta.shape[0]
+    column = lambda x: jnp.stack([jnp.zeros(V), x], axis=-1)[None]  # [1, V, 2]
+    mask = column(jnp.ones(V)).astype(bool)
+    batch = {"completion_mask": mask} | {k: column(x) for k, x in (fields or {}).items()} | (data or {})
+    batch |= {} if ref is None else {"ref_logps": column(ref)}
+    batch |= {} if advantages is None else {"advantages": column(advantages)}
+    weights = tuple(jnp.where(w > 0, column(probabilities) if w.ndim == 3 else probabilities[None], 0.0) for w in objective.weights(batch))
+
+    def loss(theta):
+        logp = jax.nn.log_softmax(theta)
+        out = Outputs(column(logp), column(jnp.broadcast_to(-jnp.sum(jnp.exp(logp) * logp), (V,))))
+        return objective(out, batch, weights)[0]
+
+    return np.asarray(jax.grad(loss)(theta))
+
+
+THETA = jnp.array([0.5, -1.0, 0.3, 1.2, -0.4])
+REF = jax.nn.log_softmax(jnp.array([-0.2, 0.4, 0.9, -0.3, 0.1]))
+KL = lambda p, q: jnp.sum(jnp.exp(p) * (p - q))
+CHI2 = lambda p, q: jnp.sum(jnp.exp(2 * p - q)) - 1
+OF_THETA = lambda divergence: np.asarray(jax.grad(lambda theta: divergence(jax.nn.log_softmax(theta), REF))(THETA))
+REVERSE, FORWARD = OF_THETA(KL), OF_THETA(lambda p, q: KL(q, p))
+
+
+@pytest.mark.parametrize(
+    ("objective", "expected"),
+    [
+        (losses.kl_k1(), 0 * REVERSE),
+        (losses.kl_k2(), REVERSE),
+        (losses.kl_k3(), FORWARD),
+        (losses.kl_k3_weighted(), REVERSE),
+        (losses.chi2(), OF_THETA(CHI2) / 2 + FORWARD),
+        (losses.chi2_exact(), OF_THETA(CHI2)),
+        (losses.entropy_bonus(), OF_THETA(lambda p, q: jnp.sum(jnp.exp(p) * p))),
+    ],
+    ids=["k1", "k2", "k3", "k3_weighted", "chi2", "chi2_exact", "entropy"],
+)
+def test_the_gradient_that_a_penalty_really_has(objective, expected):
+    """Of samples of the policy: k1's is nothing, k2's the reverse KL's, k3's the forward KL's unless it is weighted by the ratio."""
+    p = jax.nn.softmax(THETA)
+    found = gradient(objective, THETA, REF, p)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert np.abs(REVERSE - FORWARD).max() > 0.05
+
+
+def test_the_weighted_k3_is_unbiased_off_policy():
+    """Samples of an old policy: the reverse KL's gradient still, which plain k3 and k2 lose."""
+    old = jax.nn.softmax(jnp.array([0.1, 0.2, -0.5, 0.3, 0.0]))
+    off = lambda make: gradient(make(), THETA, REF, old, {"old_logps": jnp.log(old)})
+    np.testing.assert_allclose(off(losses.kl_k3_weighted), REVERSE, atol=1e-6)
+    assert min(np.abs(off(make) - REVERSE).max() for make in (losses.kl_k2, losses.kl_k3)) > 0.05
+
+
+def test_k3_near_the_reference_has_a_gradient_of_its_own_size():
+    """exp(-d) - 1 + d at d of 1e-7 .. 1e-3 has the gradient d, where 1 - exp(-d) in float32 is 0 or twice as much; far off it is finite."""
+    d = jnp.asarray([1e-7, -1e-6, 1e-5, 1e-3, 0.5, 1000.0, -1000.0])
+    values, grads = jax.vmap(jax.value_and_grad(k3))(d)
+    np.testing.assert_allclose(grads[:6], -np.expm1(-np.asarray(d[:6], np.float64)), rtol=1e-6)
+    np.testing.assert_allclose(values[3:6], np.expm1(-np.asarray(d[3:6], np.float64)) + d[3:6], rtol=1e-3)
+    assert np.isfinite(values).all() and np.isfinite(grads).all() and grads[6] < -1e12
+
+
+def test_a_kl_in_the_reward_has_the_gradient_of_the_reverse_kl():
+    """k1 as a reward: its policy gradient is that of -KL(pi || ref)."""
+    p = jax.nn.softmax(THETA)
+    column = lambda x: jnp.stack([jnp.zeros(5), x], axis=-1)[None]
+    batch = {"completion_mask": column(jnp.ones(5)).astype(bool), "old_logps": column(jnp.log(p)), "ref_logps": column(REF)}
+    rewards = kl_reward(1.0)(batch | {"rewards": jnp.zeros((1, 5))})["token_rewards"][0, :, 1]
+    np.testing.assert_allclose(gradient(losses.reinforce(), THETA, None, p, {}, rewards), REVERSE, atol=1e-6)
+
+
+def test_the_root_of_chi_squared():
+    """Its gradient by the chain rule, where the estimate is chi-squared itself; near the reference it is bounded."""
+    p = jax.nn.softmax(THETA)
+    exact = CHI2(jnp.log(p), REF)
+    root = losses.square_root(losses.chi2_exact())
+    by_chain_rule = gradient(root, THETA, REF, p, data={"chi2": exact[None]})
+    np.testing.assert_allclose(by_chain_rule, OF_THETA(lambda p, q: jnp.sqrt(CHI2(p, q))), atol=1e-6)
+    np.testing.assert_allclose(gradient(root, THETA, REF, p, data={"chi2": jnp.zeros(1)}), OF_THETA(CHI2) / (2 * 1e-2), rtol=1e-4)
+
+
+def test_the_estimate_of_chi_squared_is_of_responses_and_of_the_whole_batch():
+    """T9: on samples its mean is chi2(pi || ref); a response without a completion takes no part; far ones go on along the tangent."""
+    logp, ref = (np.asarray(x, np.float64) for x in (jax.nn.log_softmax(THETA), REF))
+    draws = np.repeat(np.arange(5), np.round(1000 * np.exp(logp)).astype(int))
+    column = lambda x: np.pad(np.asarray(x, np.float32)[draws][:, None, None], ((0, 7), (0, 0), (1, 0)))  # seven of them are empty
+    batch = {"completion_mask": column(np.ones(5)).astype(bool), "old_logps": column(logp), "ref_logps": column(ref)}
+    found = PROGRAM(chi2_estimate(), batch)["chi2"]
+    assert found.shape == (len(draws) + 7,) and len(np.unique(found)) == 1
+    np.testing.assert_allclose(found[0], np.sum(np.exp(2 * logp - ref)) - 1, rtol=0.01)
+    assert np.isfinite(PROGRAM(chi2_estimate(), batch | {"old_logps": batch["old_logps"] + np.float32(1000)})["chi2"]).all()
+
+
+# --- Lp-Reg ---
+
+
+def test_the_pull_on_low_probability_tokens():
+    """1 - proxy / pi beside the surrogate's own gradient, 1; what is not low, noise, or above its proxy has PPO's alone."""
+    pi, proxies = 0.01, [0.012, 0.02, 0.1, 0.02, 0.0, 0.005]
+    logps, batch = tokens([math.log(pi)] * 6, [-1.0] * 6)
+    batch |= {"old_logps": logps, "proxy_logps": behind_a_prompt(np.log(np.maximum(proxies, 1e-300))[:, None])}
+    batch["proxy_logps"] = batch["proxy_logps"].at[4, 0, 1].set(-jnp.inf)
+    batch["low_probability"] = jnp.ones(logps.shape, bool).at[3].set(False)
+    pull, log_ratio = np.array([-0.2, -1.0, -9.0, 0, 0, 0]), np.log(np.array(proxies[:3]) / pi)
+    for coefficient in (1.0, 5.0):
+        values, grads = per_token(losses.lp_reg(coefficient), logps, batch)
+        np.testing.assert_allclose(grads, 1 + coefficient * pull, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(values[:3], 1 + coefficient * (np.exp(log_ratio) - 1 - log_ratio), rtol=1e-5)
+    assert run(losses.lp_reg(), logps, batch)[1]["lp_reg/protected"] == 0.5
+    plain = per_token(losses.ppo(1.0, 9.0), logps, batch)
+    np.testing.assert_array_equal(values[3:], plain[0][3:])
+    np.testing.assert_array_equal(grads[3:], plain[1][3:])
+
+
+def bandit(objective: Loss, share: float, seed: jax.Array, turns: int = 250, steps: int = 4) -> tuple[jax.Array, jax.Array]:
+    """64 prompts with a likely token, five unlikely ones that are as good, and noise; the entropy at the end, and what the five have."""
+    P, G = 64, 8
+    start = jnp.log(jnp.array([1.0] + [0.04] * 5 + [0.002] * 24))
+    column = lambda x: jnp.pad(x[..., None], ((0, 0), (0, 0), (1, 0)))
+    mask = jnp.zeros((P, G, 2), bool).at[..., 1].set(True)
+    experience = chain(group_relative(), low_probability_tokens(share))
+
+    def turn(theta: jax.Array, key: jax.Array) -> tuple[jax.Array, None]:
+        draw, luck = jax.random.split(key)
+        each = jnp.repeat(theta[:, None], G, axis=1)  # [P, G, V], V 30
+        drawn = jax.random.categorical(draw, each)
+        logps = lambda theta: column(jnp.take_along_axis(jax.nn.log_softmax(theta), drawn, axis=-1))
+        rewarded = (drawn < 6) & jax.random.bernoulli(luck, 0.5, drawn.shape)
+        batch = {"completion_mask": mask, "old_logps": logps(theta), "rewards": rewarded.astype(jnp.float32)}
+        batch = experience(batch | {"proxy_logps": column(min_p_logps(each, drawn))})
+        loss = lambda theta: objective(Outputs(x := logps(theta), x), batch, objective.normalised(batch))[0]
+        return jax.lax.fori_loop(0, steps, lambda _, theta: theta - 0.3 * P * jax.grad(loss)(theta), theta), None
+
+    p = jax.nn.softmax(jax.lax.scan(turn, jnp.tile(start, (P, 1)), jax.random.split(jax.random.key(seed), turns))[0])
+    return -jnp.sum(p * jnp.log(p), axis=-1).mean(), p[:, 1:6].sum(axis=-1).mean()
+
+
+@pytest.mark.slow
+def test_lp_reg_keeps_what_grpo_drives_out():
+    """Four steps on each rollout, three seeds: more entropy and more of the useful unlikely tokens than PPO's surrogate alone leaves."""
+    seeds = jnp.arange(3)
+    ends = lambda objective, share: np.array(jax.jit(jax.vmap(lambda seed: bandit(objective, share, seed)))(seeds))
+    plain, kept = ends(losses.ppo(1.0, 9.0), 0.0), ends(losses.lp_reg(), 0.1)
+    assert (kept[0] - plain[0]).mean() > 0.05
+    assert (kept[1] > plain[1]).all()
+
+
+def test_the_proxy_is_the_policy_without_its_noise():
+    logits = np.random.default_rng(0).normal(size=(4, 3, 11)).astype(np.float32) * 3
+    every = np.broadcast_to(np.arange(11), (4, 3, 11))
+    proxy = np.asarray(jax.jit(min_p_logps, static_argnums=2)(np.repeat(logits[:, :, None], 11, 2), every, 0.05), np.float64)
+    p = np.exp(logits.astype(np.float64)) / np.exp(logits.astype(np.float64)).sum(-1, keepdims=True)
+    kept = p >= 0.05 * p.max(-1, keepdims=True)
+    assert 0 < kept.sum() < kept.size
+    np.testing.assert_allclose(np.exp(proxy), np.where(kept, p, 0) / np.where(kept, p, 0).sum(-1, keepdims=True), rtol=1e-5)
+    assert (np.exp(proxy)[kept] >= p[kept]).all()
+    with pytest.raises(ValueError, match="kappa is 0"):
+        min_p_logps(jnp.zeros((1, 3)), jnp.zeros(1, jnp.int32), 0)
+
+
+def test_the_least_likely_of_the_tokens_to_be_made_less_likely():
+    rng = np.random.default_rng(0)
+    mask, old, advantages = rng.random((3, 4, 5)) < 0.7, *rng.normal(size=(2, 3, 4, 5)).astype(np.float32)
+    batch = {"completion_mask": mask, "old_logps": old, "advantages": advantages}
+    worse = mask & (advantages < 0)
+    count = int(0.3 * worse.sum())
+    assert count > 1
+    low = np.array(PROGRAM(low_probability_tokens(0.3), batch)["low_probability"])
+    assert low.sum() == count and not np.any(low & ~worse)
+    assert old[low].max() < old[worse & ~low].min()
+    for share in (0.0, 1.9 / worse.sum()):  # a single token is none
+        assert not np.any(PROGRAM(low_probability_tokens(share), batch)["low_probability"])
+    with pytest.raises(ValueError, match="the share is 2"):
+        low_probability_tokens(2)
+
+
+# --- errors ---
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: losses.ppo(clip=-0.1), "clip is -0.1; it is a distance from 1"),
+        (lambda: losses.grpo(clip_high=math.nan), "clip_high is nan"),
+        (lambda: losses.ppo(dual_clip=1.0), "dual_clip is 1.0; it must be above 1"),
+        (lambda: token_sum(0), "max_length is 0; it must be above 0"),
+        (lambda: losses.sapo(tau_negative=0), "tau_negative is 0"),
+        (lambda: losses.cispo(cap=0), "cap is 0"),
+        (lambda: losses.value_loss(clip=0), "clip is 0"),
+    ],
+)
+def test_hyperparameters_out_of_range_are_refused(make, text):
+    with pytest.raises(ValueError, match=text):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("objective", "name"),
+    [(losses.ppo(), "advantages"), (losses.kl_k2(), "ref_logps"), (losses.square_root(losses.chi2()), "chi2")],
+)
+def test_a_field_that_is_missing_is_named(objective, name):
+    logps, batch = ragged()
+    del batch[name if name in batch else "advantages"]
+    with pytest.raises(ValueError, match=f'the batch has no "{name}"; let experience'):
+        run(objective, logps, batch)
