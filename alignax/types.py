@@ -18,6 +18,10 @@ A batch is a plain dict of arrays whose leading axis is B. Every method has the 
 | `labels`          | [B, N] bool      | unpaired data: whether a response is desirable                                   |
 | `scores`          | [B, N, K] f32    | those of each member of an ensemble of reward models                             |
 | `rewards`         | [B, N] f32       | their aggregate                                                                  |
+| `prompt_id`       | [B] int32        | which prompt a row is of: the same number wherever it comes again                |
+| `log_target`      | [B, N] f32       | log P of the distribution that f-DPG aims at, not normalised; -inf where P = 0   |
+| `log_z`           | [B] f32          | log of its sum over all responses to the prompt, as estimated so far             |
+| `fdpg_baseline`   | [B] f32          | mean pseudo-reward of earlier batches                                            |
 | `kto_kl`          | [B] f32          | KL(policy || reference) from mismatched responses, at least 0, in nats           |
 | `bco_shift`       | [B] f32          | mean log-ratio of the batch, in nats                                             |
 | `aot_margins`     | [B] f32          | reference margin of the rank of the policy's, in nats                            |

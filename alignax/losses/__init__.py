@@ -20,6 +20,19 @@ from alignax.losses.divergences import (
     reverse_kl,
     total_variation,
 )
+from alignax.losses.fdpg import (
+    FDivergence,
+    alpha_pi_p,
+    chi2_p_pi,
+    chi2_pi_p,
+    fdpg,
+    hellinger_pi_p,
+    js_pi_p,
+    kl_p_pi,
+    kl_pi_p,
+    target_divergences,
+    tv_pi_p,
+)
 from alignax.losses.length import desensitised, ipo_mean, ld_dpo, r_dpo, sigmoid_norm
 from alignax.losses.pairs import mean_logps, mean_ratios, pair_logps, pair_metrics, pair_ratios, pairwise
 from alignax.losses.pointwise import apo_down, apo_zero, bco, nca, sppo
@@ -33,10 +46,11 @@ from alignax.losses.unpaired import apo_zero_unpaired, kto
 from alignax.losses.weighting import wpo
 
 __all__ = [
-    "Loss", "Objective", "Term", "alpha_divergence", "aot", "aot_unpaired", "apo_down", "apo_zero", "apo_zero_unpaired", "at_step", "bco",
-    "bradley_terry", "centring", "chi_squared", "chosen_examples", "chosen_tokens", "cpo", "desensitised", "discopop", "diverged", "dpo",
-    "dpop", "examples", "exo", "f_dpo", "forward_kl", "hinge", "ipo", "ipo_daa", "ipo_mean", "jensen_shannon", "kto", "ld_dpo", "lengths",
+    "FDivergence", "Loss", "Objective", "Term", "alpha_divergence", "alpha_pi_p", "aot", "aot_unpaired", "apo_down", "apo_zero",
+    "apo_zero_unpaired", "at_step", "bco", "bradley_terry", "centring", "chi2_p_pi", "chi2_pi_p", "chi_squared", "chosen_examples",
+    "chosen_tokens", "cpo", "desensitised", "discopop", "diverged", "dpo", "dpop", "examples", "exo", "f_dpo", "fdpg", "forward_kl",
+    "hellinger_pi_p", "hinge", "ipo", "ipo_daa", "ipo_mean", "jensen_shannon", "js_pi_p", "kl_p_pi", "kl_pi_p", "kto", "ld_dpo", "lengths",
     "log_odds", "make_loss", "mean_logps", "mean_ratios", "nca", "orpo", "pair_logps", "pair_metrics", "pair_ratios", "pairwise",
     "per_sequence", "r_dpo", "reverse_kl", "robust_dpo", "rpo", "rpo_token_mean", "score_l2", "sequence", "sft", "sigmoid_norm", "simpo",
-    "slic_hf", "sppo", "summed_sft", "tdpo", "tdpo2", "total_variation", "wpo",
+    "slic_hf", "sppo", "summed_sft", "target_divergences", "tdpo", "tdpo2", "total_variation", "tv_pi_p", "wpo",
 ]  # fmt: skip

@@ -80,6 +80,11 @@ def total_variation(ratio: jax.Array) -> jax.Array:
     return 0.5 * jnp.sign(ratio)
 
 
-def expm1(x: jax.Array) -> jax.Array:
-    """exp(x) - 1, from CAP on along its tangent: monotone, with a value and a gradient that stay finite."""
-    return jnp.expm1(jnp.minimum(x, CAP)) + jnp.exp(CAP) * jnp.maximum(x - CAP, 0.0)
+def expm1(x: jax.Array, cap: float = CAP) -> jax.Array:
+    """exp(x) - 1, from `cap` on along its tangent: monotone, with a value and a gradient that stay finite."""
+    return jnp.expm1(jnp.minimum(x, cap)) + jnp.exp(cap) * jnp.maximum(x - cap, 0.0)
+
+
+def exp(x: jax.Array, cap: float = CAP) -> jax.Array:
+    """exp(x), from `cap` on along its tangent."""
+    return jnp.exp(jnp.minimum(x, cap)) + jnp.exp(cap) * jnp.maximum(x - cap, 0.0)
