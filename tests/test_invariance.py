@@ -18,10 +18,21 @@ import pytest
 import tiny
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.tree_util import Partial
 from test_losses import LOSSES, UNPAIRED
 
 from alignax import losses
-from alignax.experience import chain, logps, matched_margins, matched_ratios, mismatched_kl, reward_shift
+from alignax.experience import (
+    chain,
+    logps,
+    matched_margins,
+    matched_ratios,
+    mismatched_kl,
+    reward_shift,
+    reward_target,
+    running_baseline,
+    running_log_z,
+)
 from alignax.losses import Loss
 from alignax.mesh import AXES, batch_sharding, make_mesh
 from alignax.train import init_state, make_step
@@ -36,7 +47,20 @@ FURTHER = {  # what a loss asks for beside `ref_logps`
     "aot_unpaired": lambda policy, reference: chain(OLD(policy), matched_ratios()),
     "bco": lambda policy, reference: chain(OLD(policy), reward_shift()),
     "kto": mismatched_kl,
+    "fdpg": lambda policy, reference: chain(
+        OLD(policy),
+        logps("sampled_logps", reference),
+        Partial(rewarded),
+        reward_target(1.0),
+        running_log_z(),
+        running_baseline(losses.js_pi_p),
+    ),
 }
+
+
+def rewarded(batch: Batch) -> Batch:
+    """The margin is how much better the first response is."""
+    return batch | {"rewards": jnp.stack([batch["margin"], -batch["margin"]], axis=1)}
 
 
 def apply(params: Params, batch: Batch) -> Outputs:
@@ -132,6 +156,7 @@ def assert_same(found: tuple, expected: tuple, tolerance: float = 1e-5) -> None:
 
 EVERYDAY = (  # one of each kind; the others are among the slow tests
     "summed_sft", "dpo", "rpo_token_mean", "ld_dpo", "aot", "bco", "tdpo2", "wpo", "orpo", "f_dpo_chi_squared", "kto", "bradley_terry",
+    "fdpg",
 )  # fmt: skip
 every = pytest.mark.parametrize("name", [name if name in EVERYDAY else pytest.param(name, marks=pytest.mark.slow) for name in LOSSES])
 

@@ -78,6 +78,7 @@ LOSSES = {
     "bradley_terry": losses.bradley_terry(lambda batch: batch["margin"]),
     "centring": losses.centring(),
     "score_l2": losses.score_l2(),
+    "fdpg": losses.fdpg(),
 }
 TERMS = {name: {f"loss/{name}"} for name in LOSSES} | {
     "sft_per_sequence": {"loss/sft"},
@@ -91,13 +92,15 @@ TERMS = {name: {f"loss/{name}"} for name in LOSSES} | {
     "orpo": {"loss/orpo", "loss/sft"},
     "kto": {"loss/kto", "loss/kto_chosen", "loss/kto_rejected"},
     "apo_zero_unpaired": {"loss/apo_zero_unpaired", "loss/apo_zero_unpaired_chosen", "loss/apo_zero_unpaired_rejected"},
+    "fdpg": {"loss/fdpg", "loss/fdpg_skipped"},
     **dict.fromkeys(("rpo", "rpo_token_mean", "dpo+sft"), {"loss/dpo", "loss/sft"}),
     **{name: {"loss/f_dpo"} for name in LOSSES if name.startswith("f_dpo")},
 }  # fmt: skip
 UNPAIRED = ("kto", "apo_zero_unpaired")  # N = 1
 SCORED = ("bradley_terry", "centring", "score_l2")  # of reward models
 SINGLE = ("sft", "sft_per_sequence", "summed_sft")
-PAIRED = [name for name in LOSSES if name not in UNPAIRED + SCORED + SINGLE]
+SAMPLED = ("fdpg",)  # of any number of responses, each by itself
+PAIRED = [name for name in LOSSES if name not in UNPAIRED + SCORED + SINGLE + SAMPLED]
 FREE = ("simpo", "cpo", "orpo", "slic_hf")  # of any reference
 ANTISYMMETRIC = (  # losses of the margin of two like scores, and of nothing else
     "dpo", "cdpo", "robust_dpo", "ipo", "ipo_daa", "ipo_mean", "hinge", "exo", "discopop", "sigmoid_norm", "ld_dpo", "r_dpo", "wpo", "tdpo",
@@ -106,6 +109,11 @@ ANTISYMMETRIC = (  # losses of the margin of two like scores, and of nothing els
 PAIR_METRICS = {
     "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
     "logps/chosen", "logps/rejected", "logps/chosen_drift", "logps/rejected_drift",
+}  # fmt: skip
+SAMPLED_METRICS = {
+    "fdpg": {
+        "pseudo_rewards", "importance_weight", "satisfied", "divergence/kl_p_pi", "divergence/kl_pi_p", "divergence/tv",
+    },
 }  # fmt: skip
 every = pytest.mark.parametrize("name", LOSSES)
 
@@ -118,11 +126,13 @@ def case(fields: dict) -> tuple[jax.Array, dict[str, jax.Array]]:
 
 def with_data(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """The batch with every field that a loss reads, random ones: labels of both kinds, and statistics of a batch."""
-    B, N, _ = batch["completion_mask"].shape
+    B, N, T = batch["completion_mask"].shape
     rng = np.random.default_rng(5)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
     data = {"kto_kl": jnp.abs(draw(B)), "bco_shift": draw(B), "aot_margins": draw(B), "aot_ratios": draw(B, 2), "margin": draw(B)}
-    return data | {"labels": jnp.asarray(rng.random((B, N)) < 0.5).at[0].set(True)} | batch
+    data |= {"labels": jnp.asarray(rng.random((B, N)) < 0.5).at[0].set(True), "sampled_logps": draw(B, N, T)}
+    data |= {"log_target": draw(B, N), "log_z": draw(B), "fdpg_baseline": draw(B)}
+    return data | batch
 
 
 def single(chosen, rejected, ref_chosen, ref_rejected) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -367,10 +377,13 @@ def test_identical_responses_are_a_tie_without_gradient(name):
 
 @every
 def test_an_empty_completion_weighs_nothing(name):
-    """A pair without chosen tokens or padded altogether: the loss, metrics and gradients are those of the other pairs."""
+    """A pair without chosen tokens or padded altogether: the loss, metrics and gradients are those of the other pairs.
+
+    A sampled response counts by itself, so both are empty there.
+    """
     logps, batch = suited(name, *ragged())
     expected = run(LOSSES[name], logps[2:], {k: x[2:] for k, x in batch.items()})
-    mask = batch["completion_mask"].at[0, 0].set(False).at[1].set(False)
+    mask = batch["completion_mask"].at[0, : 2 if name in SAMPLED else 1].set(False).at[1].set(False)
     value, metrics, grads = run(LOSSES[name], logps, batch | {"completion_mask": mask})
     close(value, expected[0])
     assert set(metrics) == set(expected[1])
@@ -393,7 +406,10 @@ def test_values_that_are_not_finite_outside_the_mask_are_harmless(name):
 @every
 def test_no_chosen_token_in_the_batch_is_zero(name):
     """TRL's mean over no token is NaN here."""
-    value, metrics, grads = run(LOSSES[name], *suited(name, *case(ORACLES["inputs"]["pref_no_chosen_token"])))
+    logps, batch = suited(name, *case(ORACLES["inputs"]["pref_no_chosen_token"]))
+    if name in SAMPLED:
+        batch["completion_mask"] = batch["completion_mask"].at[:, 1].set(False)
+    value, metrics, grads = run(LOSSES[name], logps, batch)
     assert value == 0.0 and not np.any(grads)
     assert all(x == 0.0 for x in metrics.values())
 
@@ -494,7 +510,7 @@ def test_parts_with_global_weights_add_up_to_the_whole(name):
 def test_names_of_metrics(name):
     logps, batch = suited(name, *ragged())
     entropy = {"entropy"} if name in ("sft", "sft_per_sequence", "rpo_token_mean", "dpo+sft", "orpo") else set()
-    extra = PAIR_METRICS if name in PAIRED else entropy
+    extra = PAIR_METRICS if name in PAIRED else SAMPLED_METRICS.get(name, entropy)
     if name in UNPAIRED:
         extra = {"kl", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected"}
     elif name in SCORED:

@@ -97,11 +97,11 @@ def fit_moments(features: ArrayLike, moments: ArrayLike, log_weights: ArrayLike 
         raise ValueError(f"features of shape {phi.shape} for moments of shape {wanted.shape}; give [samples, K] and [K]")
     logs = np.zeros(len(phi)) if log_weights is None else np.asarray(log_weights, np.float64)
     required = (wanted == 1) & np.isin(phi, (0, 1)).all(axis=0)
-    logs = np.where(phi[:, required].all(axis=1), logs, -np.inf)
-    if not np.isfinite(logs).any():
+    kept = phi[:, required].all(axis=1) & (logs > -np.inf)
+    if not kept.any():
         raise ValueError(f"none of {len(phi)} samples has all of the features {np.flatnonzero(required).tolist()}; take more samples")
     found = np.full(len(wanted), np.inf)
-    found[~required] = _newton(phi[:, ~required], wanted[~required], logs, tolerance)
+    found[~required] = _newton(phi[kept][:, ~required], wanted[~required], logs[kept], tolerance)
     return found
 
 
