@@ -15,7 +15,7 @@ from test_enumerable import S, apply, distribution, responses, table
 from alignax import losses
 from alignax.experience import advance, chain, first_carry, reward_target, running_log_z
 from alignax.losses import Loss, alpha_pi_p, chi2_p_pi, chi2_pi_p, fdpg, hellinger_pi_p, js_pi_p, kl_p_pi, kl_pi_p, sequence, tv_pi_p
-from alignax.losses.fdpg import FDivergence, Weight, importance, log_ratio, pseudo_rewards
+from alignax.losses.fdpg import FDivergence, Weight, log_importance, log_ratio, pseudo_rewards, target_divergences
 from alignax.train import init_state, make_step
 from alignax.types import Batch, Outputs
 
@@ -130,6 +130,16 @@ def test_js_is_twice_the_jensen_shannon_divergence():
     np.testing.assert_allclose(found, 2 * jsd, rtol=1e-6)
 
 
+def test_what_is_measured_are_the_divergences():
+    """By importance sampling from a proposal that is neither the policy nor the target."""
+    pi, p, q = (np.random.default_rng(seed).dirichlet(np.ones(9)) for seed in range(3))
+    found = {name: q @ np.asarray(x, np.float64) for name, x in target_divergences(jnp.log(pi / p), jnp.log(pi / q)).items()}
+    wanted = {"kl_p_pi": p @ np.log(p / pi), "kl_pi_p": pi @ np.log(pi / p), "tv": 0.5 * np.abs(pi - p).sum()}
+    assert found.keys() == {f"divergence/{name}" for name in wanted}
+    for name, x in wanted.items():
+        np.testing.assert_allclose(found[f"divergence/{name}"], x, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("alpha", "limit", "scale", "constant"),
     [
@@ -167,7 +177,7 @@ def test_estimates_are_those_of_the_formulas(case):
     close(batch["log_z"], case["log_z"])
     close(log_ratio(policy, batch), case["log_t"])
     close(pseudo_rewards(divergence, log_ratio(policy, batch)), case["pseudo_reward"])
-    close(importance(policy, batch)(0.0), case["importance_weight"])
+    close(jnp.exp(log_importance(policy, batch)), case["importance_weight"])
     close(run(divergence, logps, batch)[1][..., 1], case["grads"])
 
 
@@ -180,7 +190,7 @@ def test_log_ratios_of_a_thousand_nats_and_targets_of_0(name):
     nats = [-1001.0, -1.0]
     pi, q, p = (x.reshape(-1, 1) for x in np.meshgrid(nats, nats, [-np.inf, *nats, 999.0], indexing="ij"))
     logps, batch = one_token(pi.astype(np.float32), sampled_logps=q.astype(np.float32), log_target=p.astype(np.float32))
-    batch |= {"log_z": jnp.zeros(16), "fdpg_baseline": jnp.full(16, 0.3)}
+    batch |= {"log_z": jnp.zeros(16), "fdpg_baseline": jnp.full(16, np.float32(0.3))}
     (value, metrics), grads = run(DIVERGENCES[name][0], logps, batch)
     assert np.isfinite(value) and np.isfinite(grads).all() and np.isfinite(list(metrics.values())).all()
     assert np.any(grads)
@@ -203,6 +213,18 @@ def test_the_forward_kls_push_does_not_depend_on_the_policy():
         logps, batch = one_token(np.full((1, 1), pi, np.float32), sampled_logps=np.full((1, 1), -2.0), log_target=np.full((1, 1), -1.5))
         batch |= {"log_z": jnp.full(1, 0.7), "fdpg_baseline": jnp.zeros(1)}
         np.testing.assert_allclose(run(kl_p_pi, logps, batch)[1][0, 0, 1], -math.exp(-1.5 - 0.7 + 2.0), rtol=1e-5)
+
+
+@every
+def test_a_response_as_good_as_the_baseline_is_not_pushed(name):
+    """A better one is made likelier, a worse one less likely, in proportion to its importance weight."""
+    x = np.linspace(-0.8, 0.7, 16, dtype=np.float32)[:, None]  # log t, from better than the ninth to worse
+    same = lambda y: np.full((16, 1), y, np.float32)
+    logps, batch = one_token(same(-2.0), sampled_logps=same(-2.5), log_target=-2.0 - x, log_z=np.zeros(16, np.float32))
+    rewards = pseudo_rewards(DIVERGENCES[name][0], log_ratio(logps[..., 1], batch))
+    _, grads = run(DIVERGENCES[name][0], logps, batch | {"fdpg_baseline": jnp.broadcast_to(rewards[8], 16)})
+    np.testing.assert_allclose(grads[..., 1], -math.exp(0.5) * (rewards - rewards[8, 0]) / 16, rtol=1e-5, atol=1e-7)
+    assert grads[0, 0, 1] < -0.02 and abs(float(grads[8, 0, 1])) < 1e-6 and (grads[15, 0, 1] > 0.02 or name == "tv")
 
 
 def test_prompts_without_a_target_are_skipped_and_counted():

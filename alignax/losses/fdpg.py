@@ -78,7 +78,7 @@ def alpha_pi_p(alpha: float) -> FDivergence:
     Half of Neyman's chi-squared at -1, twice the squared Hellinger distance at 1/2, half of Pearson's chi-squared at 2.
     """
     if not math.isfinite(alpha):
-        raise ValueError(f"alpha is {alpha}; it must be finite (0 is the forward KL, 1 the reverse, between them both are bounded)")
+        raise ValueError(f"alpha is {alpha}; it must be finite (0 is the forward KL, 1 the reverse, 0.5 between them)")
     if alpha in (0, 1):
         return kl_pi_p if alpha else kl_p_pi
     beta = alpha - 1.0
@@ -110,26 +110,27 @@ def fdpg(divergence: FDivergence = js_pi_p) -> Loss:
     def value(out: Outputs, batch: Batch) -> tuple[jax.Array, Metrics]:
         logps = sequence(token_logps(out), batch)  # [B, N]
         fixed = jax.lax.stop_gradient(logps)
-        ratio, w = log_ratio(fixed, batch), importance(fixed, batch)
+        ratio, log_weight = log_ratio(fixed, batch), log_importance(fixed, batch)
+        w = Weight(log_weight)
         baseline = field(batch, "fdpg_baseline", "running_baseline(divergence)")[:, None]
         push = divergence.slope(ratio, w) + baseline * w(0.0)  # [B, N]
         met = jnp.isfinite(batch["log_target"]).astype(jnp.float32)
         metrics = {"pseudo_rewards": pseudo_rewards(divergence, ratio), "importance_weight": w(0.0), "satisfied": met}
-        return divergence.value(ratio, w) + push * (logps - fixed), metrics | target_divergences(ratio, w)
+        return divergence.value(ratio, w) + push * (logps - fixed), metrics | target_divergences(ratio, log_weight)
 
     skipped = Term("fdpg_skipped", lambda out, batch: (unmet(batch).astype(jnp.float32), {}), sampled)
     return make_loss("fdpg", value, aimed) + Loss(((0.0, skipped),))
 
 
-def target_divergences(ratio: jax.Array, w: Weight) -> Metrics:
+def target_divergences(ratio: jax.Array, log_weight: jax.Array) -> Metrics:
     """Estimates by importance sampling of how far the policy is from its target, of each response; their mean is the divergence.
 
     Args:
-      ratio: log pi/p of responses that a proposal q has sampled.
-      w: pi / q.
+      ratio: log pi/p of responses that a proposal q has sampled, any shape.
+      log_weight: log pi/q.
     """
     measured = {"kl_p_pi": kl_p_pi, "kl_pi_p": kl_pi_p, "tv": tv_pi_p}
-    return {f"divergence/{name}": divergence.value(ratio, w) for name, divergence in measured.items()}
+    return {f"divergence/{name}": divergence.value(ratio, Weight(log_weight)) for name, divergence in measured.items()}
 
 
 def pseudo_rewards(divergence: FDivergence, ratio: jax.Array) -> jax.Array:
@@ -144,9 +145,9 @@ def log_ratio(logps: jax.Array, batch: Batch) -> jax.Array:
     return jnp.clip(logps - (log_target - log_z), -FURTHEST, FURTHEST)
 
 
-def importance(logps: jax.Array, batch: Batch) -> Weight:
-    """w = pi / q of responses' log-probs [B, N]."""
-    return Weight(logps - sequence(field(batch, "sampled_logps", "a rollout"), batch))
+def log_importance(logps: jax.Array, batch: Batch) -> jax.Array:
+    """log w = log pi - log q of responses' log-probs [B, N]."""
+    return logps - sequence(field(batch, "sampled_logps", "a rollout"), batch)
 
 
 def aimed(batch: Batch) -> jax.Array:
