@@ -18,6 +18,7 @@ import pytest
 import tiny
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.tree_util import Partial
 from test_losses import LOSSES, SAMPLED, UNPAIRED
 
 from alignax import losses
@@ -34,6 +35,9 @@ from alignax.experience import (
     matched_ratios,
     mismatched_kl,
     reward_shift,
+    reward_target,
+    running_baseline,
+    running_log_z,
     whiten_advantages,
     whiten_rewards,
 )
@@ -47,6 +51,11 @@ OPTIMIZER = optax.adamw(1e-2, weight_decay=0.1)
 TEACHER = tiny.plain_params(seed=1)
 OLD = functools.partial(logps, "old_logps")
 SAMPLER = jax.tree.map(lambda x, y: x + 0.05 * y, TEACHER, tiny.plain_params(seed=3))  # the policy that wrote the responses, and its critic
+
+
+def rewarded(batch: Batch) -> Batch:
+    """The margin is how much better the first response is."""
+    return batch | {"rewards": jnp.stack([batch["margin"], -batch["margin"]], axis=1)}
 
 
 def apply(params: Params, batch: Batch) -> Outputs:
@@ -74,6 +83,14 @@ FURTHER = {  # what a loss asks for beside `ref_logps`
     **dict.fromkeys(SAMPLED, BY_TOKEN),
     **dict.fromkeys(("grpo", "grpo_token_sum", "gspo", "gmpo", "sapo", "finished"), BY_GROUP),
     "rloo": rollout(leave_one_out()),
+    "fdpg": lambda policy, reference: chain(
+        OLD(policy),
+        logps("sampled_logps", reference),
+        Partial(rewarded),
+        reward_target(1.0),
+        running_log_z(),
+        running_baseline(losses.js_pi_p),
+    ),
 }
 
 
@@ -167,7 +184,7 @@ def assert_same(found: tuple, expected: tuple, tolerance: float = 1e-5) -> None:
 
 EVERYDAY = (  # one of each kind; the others are among the slow tests
     "summed_sft", "dpo", "rpo_token_mean", "ld_dpo", "aot", "bco", "tdpo2", "wpo", "orpo", "f_dpo_chi_squared", "kto", "bradley_terry",
-    "ppo_critic", "rloo",
+    "ppo_critic", "rloo", "fdpg",
 )  # fmt: skip
 every = pytest.mark.parametrize("name", [name if name in EVERYDAY else pytest.param(name, marks=pytest.mark.slow) for name in LOSSES])
 

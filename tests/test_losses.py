@@ -103,6 +103,7 @@ LOSSES = {
     "square_root": losses.square_root(losses.chi2()),
     "entropy_bonus": losses.entropy_bonus(),
     "value_loss": losses.value_loss(),
+    "fdpg": losses.fdpg(),
 }
 TERMS = {name: {f"loss/{name}"} for name in LOSSES} | {
     "sft_per_sequence": {"loss/sft"},
@@ -123,6 +124,7 @@ TERMS = {name: {f"loss/{name}"} for name in LOSSES} | {
     "finished": {"loss/grpo"},
     "importance_weighted": {"loss/ppo"},
     "square_root": {"loss/chi2"},
+    "fdpg": {"loss/fdpg", "loss/fdpg_skipped"},
     **dict.fromkeys(("rpo", "rpo_token_mean", "dpo+sft"), {"loss/dpo", "loss/sft"}),
     **{name: {"loss/f_dpo"} for name in LOSSES if name.startswith("f_dpo")},
 }  # fmt: skip
@@ -134,7 +136,7 @@ SURROGATES = (  # of sampled responses, weighted by their advantages
     "finished", "importance_weighted",
 )  # fmt: skip
 SAMPLED = (  # of any number of responses, each by itself
-    *SURROGATES, "kl_k1", "kl_k2", "kl_k3", "kl_k3_weighted", "chi2", "chi2_exact", "square_root", "entropy_bonus", "value_loss",
+    *SURROGATES, "kl_k1", "kl_k2", "kl_k3", "kl_k3_weighted", "chi2", "chi2_exact", "square_root", "entropy_bonus", "value_loss", "fdpg",
 )  # fmt: skip
 PAIRED = [name for name in LOSSES if name not in UNPAIRED + SCORED + SINGLE + SAMPLED]
 FREE = ("simpo", "cpo", "orpo", "slic_hf")  # of any reference
@@ -157,6 +159,7 @@ SAMPLED_METRICS = dict.fromkeys(SURROGATES, SURROGATE_METRICS) | {
     **dict.fromkeys(("chi2", "chi2_exact", "square_root"), {"kl/sequence_k1"}),
     "entropy_bonus": {"entropy"},
     "value_loss": VALUE_METRICS,
+    "fdpg": {"pseudo_rewards", "importance_weight", "satisfied", "divergence/kl_p_pi", "divergence/kl_pi_p", "divergence/tv"},
 }
 every = pytest.mark.parametrize("name", LOSSES)
 
@@ -176,6 +179,7 @@ def with_data(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
     data |= {"labels": jnp.asarray(rng.random((B, N)) < 0.5).at[0].set(True)}
     data |= {name: draw(B, N, T) for name in ("old_logps", "sampled_logps", "proxy_logps", "advantages", "values", "returns")}
     data |= {"low_probability": (data["advantages"] < 0) & (data["old_logps"] < 0), "chi2": jnp.full(B, 0.3)}
+    data |= {"log_target": draw(B, N), "log_z": draw(B), "fdpg_baseline": draw(B)}
     return data | {"truncated": jnp.asarray(rng.random((B, N)) < 0.3)} | batch
 
 
