@@ -1,4 +1,4 @@
-"""The `alignax` command: train, eval, eval-rm, generate, export, check-data, overopt, report."""
+"""The `alignax` command: train, eval, eval-rm, anchor, generate, export, check-data, overopt, report."""
 
 import dataclasses
 import os
@@ -12,6 +12,7 @@ from alignax.generate.console import Request
 USAGE = """usage: alignax train  --config FILE.py [--config.FIELD=VALUE ...] [--dry-run]
        alignax eval   WORKDIR [--config.FIELD=VALUE ...]
        alignax eval-rm MODELS [--config FILE.py] [--config.FIELD=VALUE ...] [--json OUT]
+       alignax anchor MODELS FOLDER --samples FILE [--scale] [--config FILE.py] [--config.FIELD=VALUE ...]
        alignax generate MODEL [--prompts FILE] [--out FILE] [--n N] [--max-new-tokens N] [--temperature T] [--top-k K] [--top-p P]
                         [--min-p P] [--repetition-penalty R] [--stop TEXT ...] [--seed N] [--slots N] [--cache DTYPE]
                         [--config.FIELD=VALUE ...]
@@ -25,6 +26,8 @@ eval        evaluates the newest checkpoint of a run on its evaluation data
 eval-rm     judges a reward model or an ensemble on the pairs of data.eval, and of data.ood, which come from elsewhere: accuracy,
             margin, calibration, score against length, disagreement; MODELS: a run's workdir, or model folders with commas between them
             (then with --config, for how data are read)
+anchor      writes reward models whose scores on samples of the initial policy have mean 0, with --scale standard deviation 1; MODELS as
+            for eval-rm; FILE: rows with a prompt and a completion, as `alignax generate --out` writes them
 generate    completes prompts; MODEL is a Hugging Face folder, or the WORKDIR of a run. FILE has a prompt a line, or rows (.jsonl, .csv,
             .parquet) with a column "prompt", text or messages; without one, prompts are typed. --out writes JSONL with tokens and
             log-probs, --out - prints it; --temperature 0 is greedy; --stop may be given several times
@@ -35,8 +38,8 @@ overopt     measures reward overoptimisation: best-of-n and direct alignment aga
 report      writes WORKDIR/report.html anew, of a laboratory or a run with a gold reward; for several comparison.html in the first, too
 FIELD       any field of the config, such as data.max_length; `alignax train --config FILE.py --dry-run` lists them"""
 WANTED = {
-    "train": [], "eval": ["WORKDIR"], "eval-rm": ["MODELS"], "generate": ["MODEL"], "export": ["WORKDIR", "FOLDER"], "check-data": [],
-    "overopt": [], "report": ["WORKDIR ..."],
+    "train": [], "eval": ["WORKDIR"], "eval-rm": ["MODELS"], "anchor": ["MODELS", "FOLDER"], "generate": ["MODEL"],
+    "export": ["WORKDIR", "FOLDER"], "check-data": [], "overopt": [], "report": ["WORKDIR ..."],
 }  # fmt: skip
 
 
@@ -49,6 +52,8 @@ class Arguments(NamedTuple):
     file: str  # the experiment
     dry: bool
     json: str  # where check-data and eval-rm write JSON; empty: nowhere
+    samples: str  # of anchor
+    scale: bool  # of anchor
     request: Request  # of generate
 
 
@@ -72,6 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             commands.evaluate(Path(given.words[0]), given.overrides)
         elif given.command == "eval-rm":
             commands.eval_rm(given.words[0], given.file, given.overrides, given.json)
+        elif given.command == "anchor":
+            commands.anchor(given.words[0], Path(given.words[1]), given.file, given.overrides, given.samples, given.scale)
         elif given.command == "generate":
             commands.generate(Path(given.words[0]), given.request, given.overrides)
         elif given.command == "export":
@@ -98,7 +105,7 @@ def parse(args: Sequence[str]) -> Arguments:
     command, *rest = args
     if command not in WANTED:
         raise ValueError(f"command {command!r} is unknown; use {', '.join(WANTED)}")
-    words, overrides, file, dry, json, request = [], [], "", False, "", Request()
+    words, overrides, file, dry, json, samples, scale, request = [], [], "", False, "", "", False, Request()
     rest = iter(rest)
     for arg in rest:
         if arg == "--config":
@@ -114,6 +121,10 @@ def parse(args: Sequence[str]) -> Arguments:
             json = next(rest, "")
             if not json:
                 raise ValueError("--json names no file; write --json FILE, or --json - for the console")
+        elif arg == "--samples" and command == "anchor":
+            samples = next(rest, "")
+        elif arg == "--scale" and command == "anchor":
+            scale = True
         elif command == "generate" and arg.startswith("--") and not arg.startswith("--config"):
             name, equals, value = arg.partition("=")
             request = with_option(request, name, value if equals else next(rest, None))
@@ -126,7 +137,9 @@ def parse(args: Sequence[str]) -> Arguments:
     if command in ("train", "check-data", "overopt") and not file:
         example = "overoptimization" if command == "overopt" else "dpo_hh"
         raise ValueError(f"`alignax {command}` needs --config FILE.py, such as experiments/{example}.py")
-    return Arguments(command, words, overrides, file, dry, json, request)
+    if command == "anchor" and not samples:
+        raise ValueError("`alignax anchor` needs --samples FILE, rows that `alignax generate MODEL --out FILE` wrote of the initial policy")
+    return Arguments(command, words, overrides, file, dry, json, samples, scale, request)
 
 
 def with_option(request: Request, option: str, value: str | None) -> Request:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +66,7 @@ def ensemble_model(config: ModelConfig, params: Params, mesh: Mesh, dtype: Any =
 def score_examples(
     apply: Callable[[Params, Batch], Outputs], params: Params, examples: Examples, mesh: Mesh, batch_size: int, length: int
 ) -> np.ndarray:
-    """Scores of every response of the data by every member: [K, n, N] float32.
+    """Scores of every response of the data by every member: [K, n, N] float32; of models with several labels [K, n, N, labels].
 
     Raises:
       ValueError: for scores that are not finite, with the member, the row and how many there are.
@@ -78,9 +78,50 @@ def score_examples(
         found.append(meshes.gathered(rate(params, meshes.put_batch(mesh, make, batch_size))))
     scores = np.moveaxis(np.concatenate(found)[: len(examples)], -1, 0)
     if bad := np.argwhere(~np.isfinite(scores)).tolist():
-        member, row, _ = bad[0]
+        member, row, *_ = bad[0]
         raise ValueError(f"{len(bad)} scores are not finite, of member {member} for row {row} first (counted from 0); look at that model")
     return scores
+
+
+class Anchored(NamedTuple):
+    """Members whose scores have a zero of their own, and what they gave before: [K, labels]."""
+
+    params: Params
+    mean: np.ndarray
+    std: np.ndarray
+
+
+def anchored(params: Params, scores: np.ndarray, scale: bool = False) -> Anchored:
+    """Members whose scores on samples of the initial policy have mean 0, and with `scale` standard deviation 1.
+
+    r_k <- (r_k - mean_k) / std_k. Preferences say nothing of a member's offset, which minima and variances over members read (Gao et
+    al. 2022, arXiv:2210.10760, section 2, recentre so). The mean goes into `score_offset`, the scale into the head, ddof 0.
+
+    Args:
+      params: [K, ...].
+      scores: what they give the samples, [K, n, N] or [K, n, N, labels].
+      scale: divide by the standard deviation too, so that no member counts more than another.
+
+    Raises:
+      ValueError: for a member that gives all samples one score, which tells nothing apart.
+    """
+    K, _, labels = params["score"].shape
+    flat = scores.astype(np.float64).reshape(K, -1, labels)
+    mean, std = flat.mean(axis=1), flat.std(axis=1, ddof=0)  # [K, labels]
+    if alike := np.argwhere(std <= 1e-6 * np.abs(flat).max(axis=1)).tolist():
+        k, label = alike[0]
+        raise ValueError(
+            f"member {k} gives all {flat.shape[1]} samples the score {mean[k, label]:.6g}; give more samples, or leave this member out"
+        )
+    divisor = np.asarray(std if scale else np.ones_like(std), np.float32)
+    offset = (params["score_offset"] + np.asarray(mean, np.float32)) / divisor
+    return Anchored(params | {"score": params["score"] / divisor[:, None], "score_offset": offset}, mean, std)
+
+
+def rounded(params: Params, dtype: str) -> Params:
+    """The parameters as a folder of that dtype will hold them, in float32."""
+    # Each leaf by itself: in one program XLA may leave out a rounding that is undone at once.
+    return params if dtype == "float32" else jax.tree.map(lambda x: x.astype(dtype).astype(x.dtype), params)
 
 
 def judge(scores: np.ndarray, lengths: np.ndarray) -> dict[str, Any]:
