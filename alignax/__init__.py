@@ -24,6 +24,7 @@ from alignax.losses import (
     apo_down,
     apo_zero,
     apo_zero_unpaired,
+    attribute_regression,
     bco,
     bradley_terry,
     centring,
@@ -68,10 +69,10 @@ from alignax.types import Batch, Model, Outputs, TrainState
 
 __version__ = "0.1.0"
 __all__ = [
-    "Batch", "Experience", "Loss", "Model", "ModelConfig", "Objective", "Outputs", "TrainState", "alpha_divergence", "aot",
-    "aot_unpaired", "apo_down", "apo_zero", "apo_zero_unpaired", "bco", "bradley_terry", "centring", "chain", "chi_squared", "cpo",
-    "default_config", "discopop", "dpo", "dpop", "ema", "exo", "f_dpo", "forward", "forward_kl", "hinge", "init_state", "ipo",
-    "ipo_daa", "ipo_mean", "jensen_shannon", "kto", "ld_dpo", "logps", "make_evaluation", "make_mesh", "make_step", "matched_margins",
+    "Batch", "Experience", "Loss", "Model", "ModelConfig", "Objective", "Outputs", "TrainState", "alpha_divergence", "aot", "aot_unpaired",
+    "apo_down", "apo_zero", "apo_zero_unpaired", "attribute_regression", "bco", "bradley_terry", "centring", "chain", "chi_squared", "cpo",
+    "default_config", "discopop", "dpo", "dpop", "ema", "exo", "f_dpo", "forward", "forward_kl", "hinge", "init_state", "ipo", "ipo_daa",
+    "ipo_mean", "jensen_shannon", "kto", "ld_dpo", "logps", "make_evaluation", "make_mesh", "make_step", "matched_margins",
     "matched_ratios", "mean", "mismatched_kl", "nca", "orpo", "quantile", "r_dpo", "reverse_kl", "reward_shift", "robust_dpo", "rpo",
     "rpo_token_mean", "score", "score_l2", "sft", "sigmoid_norm", "simpo", "slic_hf", "sppo", "summed_sft", "sync", "tdpo", "tdpo2",
     "total_variation", "uwo", "wco", "wpo",

@@ -35,7 +35,7 @@ from alignax.types import Params
 # How samples of a policy are read, whatever data a reward model was trained on.
 SAMPLES = (
     "data.kind=sft", "data.bad_rows=drop", "data.limit=0", "data.columns.prompt=prompt", "data.columns.completion=completion",
-    "data.columns.margin=",
+    "data.columns.margin=", "data.columns.attributes=",
 )  # fmt: skip
 
 

@@ -78,6 +78,7 @@ LOSSES = {
     "bradley_terry": losses.bradley_terry(lambda batch: batch["margin"]),
     "centring": losses.centring(),
     "score_l2": losses.score_l2(),
+    "attribute_regression": losses.attribute_regression(["reward"]),
 }
 TERMS = {name: {f"loss/{name}"} for name in LOSSES} | {
     "sft_per_sequence": {"loss/sft"},
@@ -89,13 +90,14 @@ TERMS = {name: {f"loss/{name}"} for name in LOSSES} | {
     "cpo": {"loss/cpo", "loss/sft"},
     "slic_hf": {"loss/slic", "loss/sft"},
     "orpo": {"loss/orpo", "loss/sft"},
+    "attribute_regression": {"loss/reward"},
     "kto": {"loss/kto", "loss/kto_chosen", "loss/kto_rejected"},
     "apo_zero_unpaired": {"loss/apo_zero_unpaired", "loss/apo_zero_unpaired_chosen", "loss/apo_zero_unpaired_rejected"},
     **dict.fromkeys(("rpo", "rpo_token_mean", "dpo+sft"), {"loss/dpo", "loss/sft"}),
     **{name: {"loss/f_dpo"} for name in LOSSES if name.startswith("f_dpo")},
 }  # fmt: skip
 UNPAIRED = ("kto", "apo_zero_unpaired")  # N = 1
-SCORED = ("bradley_terry", "centring", "score_l2")  # of reward models
+SCORED = ("bradley_terry", "centring", "score_l2", "attribute_regression")  # of reward models
 SINGLE = ("sft", "sft_per_sequence", "summed_sft")
 PAIRED = [name for name in LOSSES if name not in UNPAIRED + SCORED + SINGLE]
 FREE = ("simpo", "cpo", "orpo", "slic_hf")  # of any reference
@@ -122,7 +124,8 @@ def with_data(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
     rng = np.random.default_rng(5)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
     data = {"kto_kl": jnp.abs(draw(B)), "bco_shift": draw(B), "aot_margins": draw(B), "aot_ratios": draw(B, 2), "margin": draw(B)}
-    return data | {"labels": jnp.asarray(rng.random((B, N)) < 0.5).at[0].set(True)} | batch
+    data |= {"labels": jnp.asarray(rng.random((B, N)) < 0.5).at[0].set(True)}
+    return data | {"attributes": draw(B, N, 1).at[0, 0].set(jnp.nan)} | batch
 
 
 def single(chosen, rejected, ref_chosen, ref_rejected) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -144,7 +147,7 @@ def ragged(B: int = 6, T: int = 8, seed: int = 0) -> tuple[jax.Array, dict[str, 
 
 def suited(name: str, logps: jax.Array, batch: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The first response of each pair, for a loss on single ones."""
-    if name not in UNPAIRED:
+    if name not in (*UNPAIRED, "attribute_regression"):
         return logps, batch
     first = lambda key, x: x[:, :1] if x.ndim == 3 or key == "labels" else x
     return logps[:, :1], {key: first(key, x) for key, x in batch.items()}
@@ -499,6 +502,7 @@ def test_names_of_metrics(name):
         extra = {"kl", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected"}
     elif name in SCORED:
         extra = {m for m in PAIR_METRICS if m.startswith("rewards")} if name == "bradley_terry" else set()
+        extra |= {"errors/reward"} if name == "attribute_regression" else set()
     assert set(run(LOSSES[name], logps, batch)[1]) == TERMS[name] | extra | entropy
     if name in FREE:
         del batch["ref_logps"]
