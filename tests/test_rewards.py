@@ -1,5 +1,6 @@
 """Reward models at work: ensembles of folders, their scores, how good they are, and `alignax eval-rm`."""
 
+import dataclasses
 import json
 import re
 
@@ -16,6 +17,7 @@ from alignax import rewards
 from alignax.cli import main
 from alignax.config import default_config
 from alignax.data import load_examples
+from alignax.ensemble import stacked
 from alignax.mesh import AXES, make_mesh
 from alignax.models import hf
 from alignax.prepare import load_tokenizer
@@ -77,14 +79,28 @@ def test_scores_are_the_same_on_a_mesh(sizes, folders, pairs):
     assert params["layers"]["q"].addressable_shards[0].data.shape[0] == 3 // sizes[0]
 
 
-def test_members_send_each_other_nothing(folders):
-    """The compiled program of a member mesh has no collective at all."""
+@pytest.mark.parametrize("members", [3, 6])
+def test_members_send_each_other_nothing(members):
+    """The compiled program of a member mesh has no collective at all, be it one member a device or two."""
     mesh = make_mesh({"member": 3}, jax.devices()[:3])
-    source, params = rewards.load_ensemble(folders, mesh)
-    apply = rewards.ensemble_model(source.config, params, mesh).apply
+    config = dataclasses.replace(tiny.MODEL, num_labels=1)
+    params = stacked(hf.abstract_params(config, mesh), members, mesh)
+    apply = rewards.ensemble_model(config, params, mesh).apply
     text = lambda f: jax.jit(f).lower(params, tiny.batch(T=16)).compile().as_text()
     assert not re.findall(COLLECTIVES, text(lambda p, b: apply(p, b).scores))
     assert re.findall(COLLECTIVES, text(lambda p, b: apply(p, b).scores.mean(-1))), "what is searched for can be found"
+
+
+def test_members_of_a_device_take_the_memory_of_one():
+    """Their activations are not there at once; of five under vmap they took five times the memory."""
+    config = dataclasses.replace(tiny.MODEL, num_labels=1)
+
+    def temporary(members: int) -> int:
+        params = stacked(hf.abstract_params(config, ONE), members, ONE)
+        apply = rewards.ensemble_model(config, params, ONE).apply
+        return jax.jit(lambda p, b: apply(p, b).scores).lower(params, tiny.batch(8)).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary(5) < 1.5 * temporary(1)
 
 
 @pytest.mark.parametrize(
