@@ -29,6 +29,7 @@ from alignax.metrics import Log, table
 from alignax.models import hf
 from alignax.prepare import Run, check_workdir, compute_dtype, load_tokenizer, make_lora, open_model, prepare
 from alignax.programs import make_programs
+from alignax.ridge import fit_ridge
 from alignax.start import start
 from alignax.types import Params
 
@@ -261,6 +262,28 @@ def anchor(place: str, folder: Path, file: str, overrides: Sequence[str], sample
         for k, (mean, std) in enumerate(zip(found.mean, found.std, strict=True)):
             print(f"member {k}: mean {numbers(mean)} becomes 0, standard deviation {numbers(std)}{' becomes 1' if scale else ''}")
         print(f"anchored reward models are in {folder}, in {dtype}")
+
+
+def ridge(folder: Path, file: str, overrides: Sequence[str], penalty: float) -> None:
+    """`alignax ridge`: a reward model whose head is fitted in closed form to `data.train`, on the trunk of `model.path` as it stands."""
+    with refusing():
+        distributed.initialize()
+        config = load_experiment(file, overrides).config
+        if not config.data.train:
+            raise ValueError("config field 'data.train' is empty; set --config.data.train=FILE")
+        source = hf.with_labels(open_model(config.model.path, "pretrained", "model.path"), config.model.num_labels)
+        if not source.config.num_labels:
+            raise ValueError(f"{config.model.path!r} is a language model; set model.num_labels to 1, or to how many attributes there are")
+        tokenizer = load_tokenizer(source.path, source.config.vocab_size)
+        examples, reports, _ = load("train", config.data, tokenizer, source.config.vocab_size)
+        mesh = make_mesh(config.mesh)
+        how = {"penalty": penalty, "batch_size": eval_batch_size(config), "dtype": compute_dtype(config, mesh)}
+        params = fit_ridge(source.config, hf.load_params(source, mesh), examples, mesh, **how)
+        hf.export(params, source, folder, config.export.dtype, eos=tokenizer.eos_token_id)
+    if is_main():
+        for path, report in reports.items():
+            print("\n".join([f"train data: {path}", *(f"  {line}" for line in report.lines())]))
+        print(f"a head of {source.config.num_labels} scores, fitted to {len(examples)} examples, is in {folder}, in {config.export.dtype}")
 
 
 def numbers(values: np.ndarray) -> str:

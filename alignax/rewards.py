@@ -1,7 +1,7 @@
 """Reward models at work: folders loaded as one ensemble, responses scored, and how good the scores are."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,16 +82,22 @@ def score_examples(
     Raises:
       ValueError: for scores that are not finite, with the member, the row and how many there are.
     """
-    rate = jax.jit(lambda params, batch: apply(params, batch).scores)
-    found = []
-    for i in range(-(-len(examples) // batch_size)):
-        make = lambda rows, i=i: evaluation_batch(examples, i, batch_size, length, rows)
-        found.append(meshes.gathered(rate(params, meshes.put_batch(mesh, make, batch_size))))
-    scores = np.moveaxis(np.concatenate(found)[: len(examples)], -1, 0)
+    scores = np.moveaxis(np.concatenate(list(rated(apply, params, examples, mesh, batch_size, length))), -1, 0)
     if bad := np.argwhere(~np.isfinite(scores)).tolist():
         member, row, *_ = bad[0]
         raise ValueError(f"{len(bad)} scores are not finite, of member {member} for row {row} first (counted from 0); look at that model")
     return scores
+
+
+def rated(
+    apply: Callable[[Params, Batch], Outputs], params: Params, examples: Examples, mesh: Mesh, batch_size: int, length: int
+) -> Iterator[np.ndarray]:
+    """What a model scores the examples, batch by batch in their order, without padding rows: [b, N, ...]."""
+    rate = jax.jit(lambda params, batch: apply(params, batch).scores)
+    for i in range(-(-len(examples) // batch_size)):
+        make = lambda rows, i=i: evaluation_batch(examples, i, batch_size, length, rows)
+        found = meshes.gathered(rate(params, meshes.put_batch(mesh, make, batch_size)))
+        yield found[: len(examples) - i * batch_size]
 
 
 class Anchored(NamedTuple):
