@@ -47,8 +47,8 @@ def fit_ridge(
     Raises:
       ValueError: for other data, an attribute that no response has, and hidden states that are not finite.
     """
-    if not penalty > 0:
-        raise ValueError(f"the penalty is {penalty}; it must be above 0 (1 is usual)")
+    if not 0 < penalty < np.inf:
+        raise ValueError(f"the penalty is {penalty}; it must be above 0 and finite (1 is usual)")
     y, there = _targets(examples, config.num_labels)  # [n, labels]
     D, pairs = config.hidden_size, "attributes" not in examples.fields
     sets, of = np.unique(there, axis=1, return_inverse=True)  # [n, S], and the set of each label

@@ -23,7 +23,8 @@ def prompted_rows(rows: Sequence[Mapping], data: Any, path: str | Path = "data")
     """Turn raw rows into prompts with completions as the `config.data` section says, and count the rows left out.
 
     `data.kind`: "preference" (chosen, rejected), "sft" (a completion, or messages, or the chosen side of pairs), "unpaired" (a
-    completion and a label), "ranked" (k completions, best first). Texts that have no prompt column are whole transcripts, and
+    completion and a label), "ranked" (k completions, best first). Numbers beside them are the margin of pairs and the attributes of
+    "sft". Texts that have no prompt column are whole transcripts, and
     each side is split after its own last `data.prompt_separator`. Conversations are lists of messages; without a prompt column
     the sides share their leading turns. With `data.bad_rows="error"` the first bad row raises `ValueError`; with "drop" it is
     counted. `len(prompted) + rejected.counts.total() == len(rows)`.
