@@ -107,6 +107,7 @@ def default_config() -> Any:
     c.data.columns.completions = "completions"  # of "ranked": a list, best first
     c.data.columns.label = "label"  # of "unpaired": true or false
     c.data.columns.margin = ""  # of "preference": a number, for losses that read the field `margin`; empty: none
+    c.data.columns.attributes = ""  # of "sft": columns of numbers, or lists of numbers, "helpfulness,verbosity" say; empty: none
     c.data.columns.tools = "tools"  # of conversations: what the chat template is told of tools, where there is such a column
     c.data.prompt_separator = ""  # for texts without a prompt column: the text that ends a prompt
     c.data.turns = "last"  # or "all": the assistant turns of a conversation that are scored

@@ -12,6 +12,7 @@ A batch is a plain dict of arrays whose leading axis is B. Every method has the 
 | `mask`            | [B, N, T] bool   | real tokens; False is padding                                                    |
 | `completion_mask` | [B, N, T] bool   | scored tokens: the completion and its EOS; never position 0                      |
 | `margin`          | [B] f32          | `data.columns.margin`: how much better the chosen response is                    |
+| `attributes`      | [B, N, L] f32    | `data.columns.attributes`: what people gave a response, of L labels; NaN: not given |
 | `ref_logps`       | [B, N, T] f32    | per-token log-probs of the reference (an experience writes them)                 |
 | `old_logps`       | [B, N, T] f32    | those of the policy as it stands before the step (likewise)                      |
 | `sampled_logps`   | [B, N, T] f32    | those that a completion was sampled with (see `alignax.generate`)                |

@@ -11,6 +11,7 @@ import alignax
 from alignax import losses
 
 LABORATORY = (runs.REPO / "docs" / "overoptimisation.md").read_text()
+REWARDS = (runs.REPO / "docs" / "rewards.md").read_text()
 ROUTED = (runs.REPO / "docs" / "routed.md").read_text()
 GENERATE = (runs.REPO / "docs" / "generate.md").read_text()
 DOCS = (runs.REPO / "docs" / "losses.md").read_text()
@@ -41,7 +42,10 @@ def test_every_section_says_what_it_must():
             assert f"- {word}: " in text, (name, word)
 
 
-@pytest.mark.parametrize("text", [DOCS, TRAPS, DOCS + GENERATE + ROUTED], ids=["losses", "traps", "generate"])
+GUIDES = {"losses": DOCS, "traps": TRAPS, "generate": DOCS + GENERATE + ROUTED, "rewards": DOCS + REWARDS}
+
+
+@pytest.mark.parametrize("text", GUIDES.values(), ids=list(GUIDES))
 def test_the_named_tests_exist(text):
     named = set(re.findall(r"(tests/\w+\.py)::(\w+)", text))
     assert len(named) > 20

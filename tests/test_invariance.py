@@ -95,7 +95,7 @@ FURTHER = {  # what a loss asks for beside `ref_logps`
 
 
 def batches(single: bool) -> list[dict[str, np.ndarray]]:
-    """One a step: pairs with a margin, and rewards as if they were a group, or single responses with a label."""
+    """One a step: pairs with a margin, and rewards as if they were a group, or single responses with a label; attributes, some missing."""
     made = []
     for seed in range(STEPS):
         batch = {k: np.asarray(x) for k, x in tiny.batch(B, 1 if single else 2, seed=seed).items()}
@@ -103,13 +103,15 @@ def batches(single: bool) -> list[dict[str, np.ndarray]]:
         group = {"margin": rng.normal(size=B).astype(np.float32), "rewards": rng.normal(size=(B, 2)).astype(np.float32)}
         group["truncated"] = rng.random((B, 2)) < 0.2
         made.append(batch | ({"labels": rng.random((B, 1)) < 0.5} if single else group))
+        attributes = rng.normal(size=(*batch["tokens"].shape[:2], 1))
+        made[-1]["attributes"] = np.where(rng.random(attributes.shape) < 0.4, np.nan, attributes).astype(np.float32)
     return made
 
 
 def padded(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The same rows among eight of padding, three positions further right in rows that are seven longer."""
     places = np.sort(np.random.default_rng(7).permutation(B + 8)[:B])
-    wider = lambda x: np.pad(x, ((0, 0), (0, 0), (3, 4))) if x.ndim == 3 else x
+    wider = lambda x: np.pad(x, ((0, 0), (0, 0), (3, 4))) if x.shape == batch["tokens"].shape else x
     spread = lambda x: np.zeros((B + 8, *x.shape[1:]), x.dtype)
     out = {k: spread(wider(x)) for k, x in batch.items()}
     for k, x in batch.items():
