@@ -33,8 +33,8 @@ class Experiment(NamedTuple):
     config: Any  # ConfigDict
     loss: Callable[[Any], Any]  # config -> Loss, or step -> Loss
     experience: Callable[..., Any] | None  # of any of config, reference, policy and ensemble (Models) -> experience
-    gold: Callable[[Sequence[str], Sequence[str]], Sequence[float]] | None  # (prompts, completions) -> gold rewards
-    reward: Callable[..., Sequence[float]] | None  # (prompts, completions, columns of the data by name) -> what a rollout is trained on
+    gold: Callable[..., Sequence[float]] | None  # (prompts, completions, and by name: columns of prompts, config) -> gold rewards
+    reward: Callable[..., Sequence[float]] | None  # likewise -> the rewards that rollouts are trained on
     averages: Callable[[Any], dict[str, Any]] | None  # config -> averages of the parameters, by name (see alignax.averages)
     main: Callable[["Experiment"], Any] | None  # replaces the single run: several stages, a sweep
 
