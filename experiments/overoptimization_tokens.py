@@ -1,0 +1,62 @@
+"""tokens"""
+
+from alignax import bradley_terry, default_config, dpo, hinge, ipo_daa, rpo, score_l2
+from alignax.config import BadInput
+from alignax.experience import ensembles
+from alignax.overopt import laboratory
+from alignax.overopt.text import text
+
+
+def get_config():
+    """Sizes for minutes on 2 cores."""
+    config = default_config()
+    config.workdir = "runs/overoptimization_tokens"
+    config.repeats = 4  # seeds: other gold rewards, pairs and reward models; bands are over them
+    config.uwo = 4.0  # coefficient of the variance between members, whose scores are smaller here than elsewhere
+    config.control = True  # measure best-of-n in the same world without its loops, too
+
+    config.world = {
+        "tail": 0.01,  # share of the demonstrations that are loops
+        "outside": -1.0,  # gold reward of a loop, in standard deviations of other answers
+        "pairs": 2000,
+        "noise": 0.25,  # share of the training pairs whose label is flipped
+        "shared_noise": True,  # the same pairs for all members
+        "held_out": 500,  # pairs without noise
+        "prompts": 3,
+        "responses": 4200,  # to each prompt
+    }
+    config.sft = {"answers": 12000, "width": 64, "layers": 1, "steps": 600, "batch_size": 128, "learning_rate": 1e-2}
+    config.proxy = {"members": 5, "width": 32, "layers": 1, "steps": 400, "batch_size": 64, "learning_rate": 5e-3, "l2": 1e-3}
+    config.best_of_n = {"n": tuple(2**i for i in range(13))}
+    config.direct = {
+        "repeats": 3,
+        "objectives": ("DPO", "RPO"),
+        "betas": (0.05,),
+        "eta": 0.1,  # of RPO
+        "steps": 300,
+        "every": 20,  # steps between evaluations
+        "samples": 512,  # answers of an evaluation
+        "batch_size": 64,
+        "learning_rate": 5e-4,
+    }
+    return config
+
+
+def loss(config):
+    """Of the reward models; the second term anchors their offsets."""
+    return bradley_terry() + config.proxy.l2 * score_l2()
+
+
+def main(experiment):
+    """The world, the same without its loops as the control, and what is compared in them."""
+    config = experiment.config
+    worlds = {"loops": text(config, loss(config))}
+    if config.control:
+        without = config.copy_and_resolve_references()
+        without.world.tail = 0.0
+        worlds["control"] = text(without, loss(config))
+    aggregates = {"mean": ensembles.mean, "median": ensembles.median, "WCO": ensembles.wco, "UWO": ensembles.uwo(config.uwo)}
+    objectives = {"DPO": dpo, "IPO": ipo_daa, "SLiC": hinge, "RPO": lambda beta: rpo(beta, config.direct.eta)}
+    if unknown := sorted(set(config.direct.objectives) - set(objectives)):
+        raise BadInput(f"config field 'direct.objectives' names {', '.join(unknown)}; use {', '.join(objectives)}")
+    laboratory.run(experiment, worlds, aggregates, {name: objectives[name] for name in config.direct.objectives})
