@@ -25,11 +25,11 @@ AGGREGATES = {"mean": mean, "median": median, "wco": wco, "uwo 0.5": uwo(0.5)}
 BINS = 10  # of a calibration curve
 
 
-def load_ensemble(paths: Sequence[str | Path], mesh: Mesh) -> tuple[hf.Source, Params]:
-    """Reward models' folders as one stacked tree [K, ...], and the first one's folder.
+def open_ensemble(paths: Sequence[str | Path]) -> list[hf.Source]:
+    """Reward models' folders that can be one ensemble; no weights are read.
 
     Raises:
-      ValueError: for a folder that is no reward model, for members of different shapes or tokenizers, and for the same member twice.
+      ValueError: for a folder that is no reward model, and for members of different shapes or tokenizers.
     """
     sources = [hf.open_folder(path) for path in paths]
     for source in sources:
@@ -39,6 +39,16 @@ def load_ensemble(paths: Sequence[str | Path], mesh: Mesh) -> tuple[hf.Source, P
             raise ValueError(f"{str(source.path)!r} has another shape or vocabulary than {str(sources[0].path)!r}; members must be alike")
         if _tokenizer(source.path) != _tokenizer(sources[0].path):
             raise ValueError(f"{str(source.path)!r} has another tokenizer than {str(sources[0].path)!r}; members must share one")
+    return sources
+
+
+def load_ensemble(paths: Sequence[str | Path], mesh: Mesh) -> tuple[hf.Source, Params]:
+    """Reward models' folders as one stacked tree [K, ...], and the first one's folder.
+
+    Raises:
+      ValueError: as `open_ensemble`, and for the same member twice.
+    """
+    sources = open_ensemble(paths)
     return sources[0], stack([hf.load_params(source, mesh) for source in sources], sources[0].config, mesh)
 
 

@@ -4,6 +4,7 @@ from alignax import bradley_terry, default_config, dpo, hinge, ipo_daa, rpo, sco
 from alignax.config import BadInput
 from alignax.experience import ensembles
 from alignax.overopt import laboratory
+from alignax.overopt.folders import folders
 from alignax.overopt.text import text
 
 
@@ -16,7 +17,7 @@ def get_config():
     config.control = True  # measure best-of-n in the same world without its loops, too
 
     config.world = {
-        "tail": 0.01,  # share of the demonstrations that are loops
+        "tail": 0.005,  # share of the demonstrations that are loops
         "outside": -1.0,  # gold reward of a loop, in standard deviations of other answers
         "pairs": 2000,
         "noise": 0.25,  # share of the training pairs whose label is flipped
@@ -39,6 +40,14 @@ def get_config():
         "batch_size": 64,
         "learning_rate": 5e-4,
     }
+    config.folders = {
+        "policy": "",  # a Hugging Face folder: measure best-of-n of that model, and train nothing
+        "proxies": "",  # folders of reward models, with commas between them
+        "gold": "",  # that of another one
+        "prompts": "",  # a file with a column `data.columns.prompt`; each seed takes `world.prompts` of its own
+        "max_new_tokens": 128,
+        "batch_size": 32,  # responses sampled, and scored, side by side
+    }
     return config
 
 
@@ -50,8 +59,9 @@ def loss(config):
 def main(experiment):
     """The world, the same without its loops as the control, and what is compared in them."""
     config = experiment.config
-    worlds = {"loops": text(config, loss(config))}
-    if config.control:
+    real = any(config.folders[field] for field in ("policy", "proxies", "gold", "prompts"))
+    worlds = {"folders": folders(config)} if real else {"loops": text(config, loss(config))}
+    if config.control and not real:
         without = config.copy_and_resolve_references()
         without.world.tail = 0.0
         worlds["control"] = text(without, loss(config))

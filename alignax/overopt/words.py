@@ -26,8 +26,8 @@ WORDS = len(VOCABULARY) - FIRST
 OWN = WORDS // len(TOPICS)  # words of a topic
 SHORTEST, LONGEST = 4, 8  # words of an answer that is no loop
 ON_TOPIC = 0.5  # share of its words
-LOOP = 12  # words of a loop, so one of the two is said six times at least
-PATIENCE = 3
+LOOP = 12  # words of a loop, the same one twelve times
+PATIENCE = 5
 
 
 class Gold(NamedTuple):
