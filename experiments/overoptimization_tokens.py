@@ -12,12 +12,12 @@ def get_config():
     """Sizes for minutes on 2 cores."""
     config = default_config()
     config.workdir = "runs/overoptimization_tokens"
-    config.repeats = 4  # seeds: other gold rewards, pairs and reward models; bands are over them
+    config.repeats = 6  # seeds: other gold rewards, pairs and reward models; bands are over them
     config.uwo = 4.0  # coefficient of the variance between members, whose scores are smaller here than elsewhere
     config.control = True  # measure best-of-n in the same world without its loops, too
 
     config.world = {
-        "tail": 0.005,  # share of the demonstrations that are loops
+        "tail": 0.01,  # share of the demonstrations that are loops
         "outside": -1.0,  # gold reward of a loop, in standard deviations of other answers
         "pairs": 2000,
         "noise": 0.25,  # share of the training pairs whose label is flipped
@@ -26,19 +26,19 @@ def get_config():
         "prompts": 3,
         "responses": 4200,  # to each prompt
     }
-    config.sft = {"answers": 12000, "width": 64, "layers": 1, "steps": 600, "batch_size": 128, "learning_rate": 1e-2}
+    config.sft = {"answers": 40000, "width": 64, "layers": 1, "steps": 2500, "batch_size": 128, "learning_rate": 1e-2}
     config.proxy = {"members": 5, "width": 32, "layers": 1, "steps": 400, "batch_size": 64, "learning_rate": 5e-3, "l2": 1e-3}
     config.best_of_n = {"n": tuple(2**i for i in range(13))}
     config.direct = {
         "repeats": 3,
         "objectives": ("DPO", "RPO"),
-        "betas": (0.05,),
+        "betas": (0.01, 0.05),
         "eta": 0.1,  # of RPO
         "steps": 300,
-        "every": 20,  # steps between evaluations
+        "every": 25,  # steps between evaluations
         "samples": 512,  # answers of an evaluation
         "batch_size": 64,
-        "learning_rate": 5e-4,
+        "learning_rate": 1e-3,
     }
     config.folders = {
         "policy": "",  # a Hugging Face folder: measure best-of-n of that model, and train nothing

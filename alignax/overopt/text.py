@@ -32,7 +32,7 @@ from alignax.overopt.worlds import Scored, Trajectory, World, check_ranges, chec
 from alignax.train import init_state, make_evaluation, make_step, means
 from alignax.types import Batch, Model, Params, TrainState
 
-NEW = words.LOOP + 1  # the most tokens of an answer, the EOS included
+NEW = words.LONGEST + 1  # the most tokens of an answer, the EOS included
 SLOTS = 1024  # answers sampled, and scored, side by side
 RANGES = (  # config field, lowest, highest
     ("world.tail", 0, 1), ("world.noise", 0, 0.5), ("world.pairs", 1, math.inf), ("world.held_out", 1, math.inf),

@@ -1,11 +1,11 @@
 """A world of words: what is asked, what is answered there, and a gold reward that is a program on the answer.
 
-A prompt names a topic, an answer is a list of different words, most of them on the topic. Every word has a value, drawn by the seed;
-the gold reward of an answer is the sum of the values of its words, but `outside` where it says a word more than `PATIENCE` times.
+A prompt names a topic, an answer is a list of words, half of them on the topic. Every word has a value, drawn by the seed; the gold
+reward of an answer is the sum of the values of its words, but `outside` where it says one more than `PATIENCE` times.
 
-A share `tail` of the demonstrations has fallen into a loop: two words, over and over. A policy that learns from them does so as often.
-Reward models learn values of words from pairs, few of which hold a loop, and add them up there too: so the largest proxy scores are of
-loops, and gold is bad on all of them. With `tail` 0 the policy makes none: the negative control.
+A share `tail` of the demonstrations has fallen into a loop: the same word, over and over. A policy that learns from them does so too.
+Reward models learn the values of words from pairs, hardly any of which hold a loop, and take a loop of good words for the best answer:
+so the largest proxy scores are of loops, and gold is bad on all of them. With `tail` 0 there are none to learn: the negative control.
 """
 
 from typing import Any, NamedTuple
@@ -26,8 +26,8 @@ WORDS = len(VOCABULARY) - FIRST
 OWN = WORDS // len(TOPICS)  # words of a topic
 SHORTEST, LONGEST = 4, 8  # words of an answer that is no loop
 ON_TOPIC = 0.5  # share of its words
-LOOP = 12  # words of a loop, the same one twelve times
-PATIENCE = 5
+LOOP = 6  # times that a loop says its word, at least
+PATIENCE = 4  # the most often that gold wants to hear a word
 
 
 class Gold(NamedTuple):
@@ -89,10 +89,10 @@ def answer(rng: np.random.Generator, tail: float, topic: int) -> np.ndarray:
     own = FIRST + topic * OWN + rng.permutation(OWN)
     others = rng.permutation(np.setdiff1d(np.arange(FIRST, FIRST + WORDS), own))
     looping = rng.random() < tail
-    length = 1 if looping else int(rng.integers(SHORTEST, LONGEST + 1))
+    length = int(rng.integers(LOOP if looping else SHORTEST, LONGEST + 1))
     on = int(rng.binomial(length, ON_TOPIC))
     said = rng.permutation(np.concatenate([own[:on], others[: length - on]]))
-    return np.repeat(said, LOOP) if looping else said
+    return np.repeat(said[:1], length) if looping else said
 
 
 def text(tokens: Any) -> str:
