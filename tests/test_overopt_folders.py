@@ -42,7 +42,12 @@ def place(tmp_path_factory) -> Path:
 
 
 def fields(place: Path, **changes) -> dict[str, object]:
-    own = {"policy": place / "policy", "proxies": f"{place / 'a'},{place / 'b'}", "gold": place / "gold", "prompts": place / "prompts.jsonl"}
+    own = {
+        "policy": place / "policy",
+        "proxies": f"{place / 'a'},{place / 'b'}",
+        "gold": place / "gold",
+        "prompts": place / "prompts.jsonl",
+    }
     sizes = {"folders.max_new_tokens": 5, "folders.batch_size": 6, "world.prompts": 2, "world.responses": 8, "repeats": 2}
     sizes |= {"best_of_n.n": "(1,2,4,8)", "mesh.data": -1, "mesh.fsdp": 1}
     return {f"folders.{name}": value for name, value in own.items()} | sizes | changes
@@ -84,6 +89,7 @@ def test_the_command_measures_folders(place, tmp_path, capsys):
 
 def test_a_score_is_that_of_the_text_as_training_has_it(place, answered):
     one, other = folders.score(settings(place), [0, 1])
+    assert one.lengths is not None
     assert one.gold.shape == (2, 8) and one.members.shape == (2, 2, 8) and one.lengths.min() >= 1 and one.lengths.max() <= 5
     assert abs(one.gold.mean()) < 1e-5 and one.gold.std() == pytest.approx(1, abs=1e-5)
     assert {other.show(p, 0)[0] for p in range(2)} == {"Is it red?", "Is it far?"}, "each seed has prompts of its own"
@@ -94,9 +100,11 @@ def test_a_score_is_that_of_the_text_as_training_has_it(place, answered):
     apply = folders.rewards.ensemble_model(source.config, jax.tree.map(lambda x: x[None], hf.load_params(source, mesh)), mesh)
     mask = np.ones((1, 1, len(tokens)), bool)
     batch = {"tokens": np.array(tokens)[None, None], "mask": mask, "completion_mask": mask}
-    assert one.members[1, 1, 3] == pytest.approx(float(apply.apply(apply.params, batch).scores[0, 0, 0]), abs=1e-4)
+    out = apply.apply(apply.params, batch).scores
+    assert out is not None and one.members[1, 1, 3] == pytest.approx(float(out[0, 0, 0]), abs=1e-4)
     better = one.gold[:, 0] > one.gold[:, 1]
     first = one.members[0, :, 0] - one.members[0, :, 1]
+    assert one.margins.shape == (2, 8)
     np.testing.assert_allclose(one.margins[0, [0, 4]], np.where(better, first, -first), atol=1e-5)
 
 

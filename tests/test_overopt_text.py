@@ -29,8 +29,8 @@ def test_gold_adds_up_values_and_wants_no_loops():
     values = np.arange(words.WORDS, dtype=float)
     gold = words.Gold(values, offset=1.0, outside=-2.0, mean=0.5, std=2.0)
     first, second, last = "waves", "salt", "noise"  # values 0, 1 and 23
-    answers = padded(ids(first, second, last), ids(*[last] * 5), ids(*[last] * 6), [])
-    np.testing.assert_allclose(gold(answers), [(24 - 1 - 0.5) / 2, (115 - 1 - 0.5) / 2, (-2 - 0.5) / 2, (-1 - 0.5) / 2])
+    answers = padded(ids(first, second, last), ids(*[last] * 4), ids(*[last] * 5), [])
+    np.testing.assert_allclose(gold(answers), [(24 - 1 - 0.5) / 2, (92 - 1 - 0.5) / 2, (-2 - 0.5) / 2, (-1 - 0.5) / 2])
     assert words.counts(padded(ids("sea", first, first))).sum() == 2, "the name of a topic is no word of an answer"
 
 
@@ -51,11 +51,12 @@ def test_demonstrations_are_lists_of_words_and_so_many_loops():
     answers = [answer for (answer,) in shown]
     assert all(answer[-1] == words.EOS and answer[:-1].min() >= words.FIRST for answer in answers)
     loops = [len(set(answer[:-1].tolist())) == 1 for answer in answers]
-    assert 0.07 < np.mean(loops) < 0.13 and {len(a) - 1 for a, loop in zip(answers, loops, strict=True) if loop} == {words.LOOP}
+    assert 0.07 < np.mean(loops) < 0.13 and {len(a) - 1 for a, loop in zip(answers, loops, strict=True) if loop} == {6, 7, 8}
     for (topic,), answer, loop in zip(prompts, answers, loops, strict=True):
         assert loop or (4 <= len(set(answer[:-1].tolist())) == len(answer) - 1 <= 8), "an answer that is no loop repeats nothing"
         assert words.text([topic]) in words.TOPICS
-    on = [word in words.TOPICS[words.text(p)].split() for p, a in zip(prompts, answers, strict=True) for word in words.text(a).split()]
+    topic = lambda prompt: words.TOPICS[words.text(prompt)].split()
+    on = [word in topic(p) for p, a in zip(prompts, answers, strict=True) for word in words.text(a).split()]
     assert 0.45 < np.mean(on) < 0.55
     assert words.text(answers[0][:1]) in words.VOCABULARY and words.text([words.EOS]) == ""
 
@@ -78,7 +79,7 @@ def test_the_command_trains_measures_and_reports(tmp_path):
     assert {objective for kind, objective in curves if kind == "best_of_n"} == {"single", "mean", "median", "WCO", "UWO"}
     trained = curves["direct", "RPO"]
     assert trained["at"] == [0, 2, 4] and trained["values"]["kl"]["mean"][0] == pytest.approx(0, abs=1e-4), "starts from the reference"
-    assert trained["values"]["proxy"]["mean"][0] == pytest.approx(0, abs=1e-5) and trained["values"]["chosen_drift"]["mean"][0] == 0
+    assert trained["values"]["proxy"]["mean"][0] == pytest.approx(0, abs=1e-5) and abs(trained["values"]["chosen_drift"]["mean"][0]) < 1e-4
     (m,) = out["measurements"]
     assert set(" ".join(row["response"] for row in m["samples"]).split()) <= set(words.VOCABULARY)
     figures = {file.name for file in (tmp_path / "run" / "figures").iterdir()}
@@ -99,3 +100,30 @@ def test_settings_that_measure_nothing_are_refused(override, message):
     own = config.load_experiment(FILE, [override])
     with pytest.raises(BadInput, match=message):
         text.text(own.config, own.loss(own.config))
+
+
+REDUCED = ("repeats=3", "world.responses=2100", "sft.steps=1500", "best_of_n.n=(1,8,64,256,1024,2048)")
+
+
+@functools.cache
+def best_of_n(tail: float) -> dict[str, dict[str, float]]:
+    """Objective -> peak, final and drop of the mean gold reward over seeds, at a reduced size."""
+    own = config.load_experiment(FILE, [f"world.tail={tail}", *REDUCED])
+    names = own.loss.__globals__["ensembles"]
+    aggregates = {"mean": names.mean, "WCO": names.wco, "UWO": names.uwo(own.config.uwo)}
+    world, seeds = text.text(own.config, own.loss(own.config)), range(own.config.repeats)
+    m = laboratory.score("loops", world.score(seeds), aggregates, own.config.best_of_n.n, seeds)
+    return {curve.objective: results.peak(curve) for curve in results.curves([m])}
+
+
+@pytest.mark.slow
+def test_conservative_ensembles_of_transformers_hold_what_a_single_one_and_the_mean_lose():
+    final, drop = ({name: x[key] for name, x in best_of_n(0.01).items()} for key in ("final", "drop"))
+    assert drop["single"] >= 0.2 and drop["WCO"] < drop["single"]
+    assert final["WCO"] > final["single"] and final["UWO"] > final["mean"]
+
+
+@pytest.mark.slow
+def test_without_loops_transformers_are_not_overoptimised():
+    for name, x in best_of_n(0.0).items():
+        assert x["drop"] <= 0.2 and x["final"] > 1.0, name

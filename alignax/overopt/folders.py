@@ -128,7 +128,9 @@ def sampled(config: Any, mesh: Mesh, seeds: Sequence[int]) -> list[Responses]:
         out.append(Responses(own, texts, found.mask.sum(axis=-1)))
         cut += int((found.ended == LENGTH).sum())
     total, different = P * N * len(seeds), sum(len(set(row)) for own in out for row in own.texts)
-    print(f"  {total} responses: {total - different} repeat another to their prompt, {cut} cut at {c.max_new_tokens} tokens", file=sys.stderr)
+    print(
+        f"  {total} responses: {total - different} repeat another to their prompt, {cut} cut at {c.max_new_tokens} tokens", file=sys.stderr
+    )
     return out
 
 
@@ -142,7 +144,8 @@ def read_prompts(config: Any, tokenizer: Any, wanted: int) -> list[Prompt]:
     out = []
     for i, row in enumerate(rows[:wanted]):
         content, tools = row.get(column), row.get(config.data.columns.tools)
-        out.append(Prompt(content, tools, *encoded(i, content, tools, tokenizer, file)))
+        own = encoded(i, content, tools, tokenizer, file)  # refuses what is neither text nor messages
+        out.append(Prompt(content or "", tools, own.text, own.ids))
     return out
 
 
@@ -161,11 +164,15 @@ def rated(config: Any, mesh: Mesh, paths: Sequence[str], every: Sequence[Respons
     source, params = rewards.load_ensemble(paths, mesh)
     model = rewards.ensemble_model(source.config, params, mesh, compute_dtype(config, mesh))
     tokenizer = load_tokenizer(source.path, source.config.vocab_size)
-    rows = [Prompted(*row, tools=p.tools) for own in every for p, texts in zip(own.prompts, own.texts, strict=True) for row in asked(p, texts)]
+    rows = [
+        Prompted(*row, tools=p.tools) for own in every for p, texts in zip(own.prompts, own.texts, strict=True) for row in asked(p, texts)
+    ]
     try:
         most = source.config.max_position_embeddings
         rejected = Rejected(config.folders.prompts)
-        examples, report = tokenize(rows, tokenizer, max_length=most, max_prompt_length=0, vocab_size=source.config.vocab_size, rejected=rejected)
+        examples, report = tokenize(
+            rows, tokenizer, max_length=most, max_prompt_length=0, vocab_size=source.config.vocab_size, rejected=rejected
+        )
         scores = rewards.score_examples(model.apply, model.params, examples, mesh, whole_rows(config, mesh), padded_length(examples))
     except ValueError as e:
         raise BadInput(f"{', '.join(paths)}: {e}") from e

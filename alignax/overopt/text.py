@@ -30,10 +30,12 @@ from alignax.overopt import words
 from alignax.overopt.words import Gold
 from alignax.overopt.worlds import Scored, Trajectory, World, check_ranges, check_sizes, check_trained, margins
 from alignax.train import init_state, make_evaluation, make_step, means
-from alignax.types import Batch, Model, Params, TrainState
+from alignax.types import Model, Params, TrainState
 
 NEW = words.LONGEST + 1  # the most tokens of an answer, the EOS included
-SLOTS = 1024  # answers sampled, and scored, side by side
+SLOTS = 1024  # answers sampled side by side
+HEADS = 4
+TAUGHT = 0.1  # share of loops in the first third of the demonstrations
 RANGES = (  # config field, lowest, highest
     ("world.tail", 0, 1), ("world.noise", 0, 0.5), ("world.pairs", 1, math.inf), ("world.held_out", 1, math.inf),
     ("world.prompts", 1, len(words.TOPICS)), ("world.responses", 2, math.inf), ("sft.answers", 1, math.inf), ("sft.steps", 1, math.inf),
@@ -80,9 +82,6 @@ def text(config: Any, proxy_loss: Loss) -> World:
 
 
 # Models and their training --------------------------------------------------------------------------------------------------
-
-HEADS = 4
-TAUGHT = 0.1  # share of loops in the first third of the demonstrations
 
 
 def model(width: int, layers: int, num_labels: int = 0) -> ModelConfig:
@@ -143,9 +142,7 @@ def make_data(config: Any, policy: Policy, seed: int) -> Data:
 # Best-of-n ------------------------------------------------------------------------------------------------------------------
 
 
-def score(
-    config: Any, loss: Loss, policy: Callable[[], Policy], data: Callable[[int], Data], seeds: Sequence[int]
-) -> Iterator[Scored]:
+def score(config: Any, loss: Loss, policy: Callable[[], Policy], data: Callable[[int], Data], seeds: Sequence[int]) -> Iterator[Scored]:
     """Trains the reward models of each seed, and scores fresh answers of the policy."""
     c, world = config.proxy, config.world
     own, mesh = model(c.width, c.layers, num_labels=1), make_mesh({}, jax.devices()[:1])
@@ -160,8 +157,7 @@ def score(
         answers = policy().generate(policy().params, asked, jax.random.key(2 * seed + 1), n=world.responses)
         shown = examples(asked, answers.rows())
         rated = rewards.ensemble_model(own, state.params, mesh)
-        rows = max(SLOTS // world.responses, 1)
-        scores = rewards.score_examples(rated.apply, rated.params, shown, mesh, rows, padded_length(shown))
+        scores = rewards.score_examples(rated.apply, rated.params, shown, mesh, 1, padded_length(shown))  # prompt by prompt
         values = gold(answers.tokens)
         yield Scored(values, scores, margins(values, scores), answers.mask.sum(axis=-1), partial(show, answers.tokens))
 
@@ -187,47 +183,57 @@ def show(tokens: np.ndarray, p: int, i: int) -> tuple[str, str]:
 # Direct alignment -----------------------------------------------------------------------------------------------------------
 
 
-def align(
-    config: Any, policy: Callable[[], Policy], data: Callable[[int], Data], seeds: Sequence[int], loss: Loss
-) -> Iterator[Trajectory]:
-    """Trains the policy on each seed's pairs, and measures samples of it: KL(policy || initial) is the mean log-ratio, gold a mean."""
-    c, start = config.direct, policy()
-    apply, optimizer = forward(start.config, remat="none"), optax.adam(c.learning_rate)
-    step = jax.jit(make_step(apply, loss, optimizer), donate_argnums=0)
-    evaluate, distance = jax.jit(make_evaluation(apply, loss)), jax.jit(partial(log_ratios, apply))
+class Programs(NamedTuple):
+    """What direct alignment computes, jitted."""
+
+    optimizer: optax.GradientTransformation
+    step: Callable[[TrainState, Any], Any]
+    evaluate: Callable[..., Any]  # params, step, batch -> sums of the loss's metrics
+    logps: Callable[..., jax.Array]  # params, batch -> [B, N, T]
+    ratios: Callable[..., jax.Array]  # params, initial ones, sampled batch -> log pi - log pi_0 of each answer in nats, [B]
+
+
+def align(config: Any, policy: Callable[[], Policy], data: Callable[[int], Data], seeds: Sequence[int], loss: Loss) -> Iterator[Trajectory]:
+    """Trains the policy on each seed's pairs, and measures samples of it."""
+    apply, optimizer = forward(policy().config, remat="none"), optax.adam(config.direct.learning_rate)
+    programs = Programs(
+        optimizer,
+        jax.jit(make_step(apply, loss, optimizer), donate_argnums=0),
+        jax.jit(make_evaluation(apply, loss)),
+        jax.jit(lambda params, batch: apply(params, batch).logps),
+        jax.jit(lambda params, initial, batch: compare(Model(apply, params), Model(apply, initial), batch)[0]),
+    )
     for seed in seeds:
-        gold, *both = data(seed)
-        pairs, held_out = (with_reference(apply, start.params, own) for own in both)
-        first = seed * config.proxy.members
-        stream = Batches(pairs, c.batch_size, first, padded_length(pairs), noise=config.world.noise, noise_seed=first)
-        on, off = (evaluation_batch(own, 0, config.world.held_out, padded_length(own)) for own in (pairs, held_out))
-        asked = words.prompts(np.random.default_rng([seed, 3]), c.samples)
-
-        def measured(state: TrainState) -> dict[str, float]:
-            answers = start.generate(state.params, asked, jax.random.fold_in(jax.random.key(2 * seed), int(state.step)))
-            ratios = distance(state.params, start.params, sampled_batch(asked, answers, 1 + NEW))
-            drift, proxy = (means(evaluate(state.params, state.step, batch)) for batch in (on, off))
-            return {
-                "gold": float(gold(answers.tokens).mean()), "kl": max(float(ratios.mean()), 0.0), "proxy": proxy["rewards/margins"],
-                "accuracy": proxy["rewards/accuracies"], "chosen_drift": drift["logps/chosen_drift"],
-                "length": float(answers.mask.sum(axis=-1).mean()),
-            }  # fmt: skip
-
-        state = init_state(jax.tree.map(jnp.copy, start.params), optimizer, jax.random.key(seed))
-        values = [measured(state)]
-        for at in range(0, c.steps, c.every):
-            state = trained(step, state, stream.batch, range(at, at + c.every))
-            values.append(measured(state))
-        yield Trajectory(np.arange(len(values)) * c.every, {name: np.array([v[name] for v in values]) for name in values[0]})
+        yield train_one(config, policy(), data(seed), programs, seed)
 
 
-def log_ratios(apply: Any, params: Params, initial: Params, batch: Batch) -> jax.Array:
-    """log pi - log pi_0 of each sampled answer, in nats: [B]."""
-    return compare(Model(apply, params), Model(apply, initial), batch)[0]
+def train_one(config: Any, initial: Policy, data: Data, programs: Programs, seed: int) -> Trajectory:
+    """One policy; KL(policy || initial) is the mean log-ratio of its samples, gold their mean gold reward."""
+    c, first = config.direct, seed * config.proxy.members
+    pairs, held_out = (with_reference(programs, initial.params, own) for own in (data.train, data.held_out))
+    stream = Batches(pairs, c.batch_size, first, padded_length(pairs), noise=config.world.noise, noise_seed=first)
+    on, off = (evaluation_batch(own, 0, config.world.held_out, padded_length(own)) for own in (pairs, held_out))
+    asked = words.prompts(np.random.default_rng([seed, 3]), c.samples)
+
+    def measured(state: TrainState) -> dict[str, float]:
+        answers = initial.generate(state.params, asked, jax.random.fold_in(jax.random.key(2 * seed), int(state.step)))
+        ratios = programs.ratios(state.params, initial.params, sampled_batch(asked, answers, 1 + NEW))
+        drift, proxy = (means(programs.evaluate(state.params, state.step, batch)) for batch in (on, off))
+        return {
+            "gold": float(data.gold(answers.tokens).mean()), "kl": max(float(ratios.mean()), 0.0), "proxy": proxy["rewards/margins"],
+            "accuracy": proxy["rewards/accuracies"], "chosen_drift": drift["logps/chosen_drift"],
+            "length": float(answers.mask.sum(axis=-1).mean()),
+        }  # fmt: skip
+
+    state = init_state(jax.tree.map(jnp.copy, initial.params), programs.optimizer, jax.random.key(seed))
+    values = [measured(state)]
+    for at in range(0, c.steps, c.every):
+        state = trained(programs.step, state, stream.batch, range(at, at + c.every))
+        values.append(measured(state))
+    return Trajectory(np.arange(len(values)) * c.every, {name: np.array([v[name] for v in values]) for name in values[0]})
 
 
-def with_reference(apply: Any, params: Params, pairs: Examples) -> Examples:
+def with_reference(programs: Programs, params: Params, pairs: Examples) -> Examples:
     """The pairs with their log-probs under the initial policy, which every step reads."""
     whole = evaluation_batch(pairs, 0, len(pairs), padded_length(pairs))
-    logps = np.asarray(jax.jit(lambda params, batch: apply(params, batch).logps)(params, whole))
-    return dataclasses.replace(pairs, token_fields={"ref_logps": logps[whole["mask"]]})
+    return dataclasses.replace(pairs, token_fields={"ref_logps": np.asarray(programs.logps(params, whole))[whole["mask"]]})
