@@ -1,4 +1,22 @@
-"""tokens"""
+"""The overoptimisation laboratory on transformers: made here in a world of words, or Hugging Face folders.
+
+  Best-of-n against one reward model: Gao et al. 2022, arXiv:2210.10760.
+  Against an ensemble (mean, WCO, UWO), 25 % label noise: Coste et al. 2023, arXiv:2310.02743.
+  Direct alignment: Rafailov et al. 2024, arXiv:2406.02900; RPO: Liu et al. 2024, arXiv:2405.16436.
+
+Commands:
+  alignax overopt --config experiments/overoptimization_tokens.py
+  alignax overopt --config experiments/overoptimization_tokens.py --config.folders.policy=SFT --config.folders.proxies=RM0,RM1,RM2
+      --config.folders.gold=GOLD --config.folders.prompts=prompts.jsonl --config.workdir=runs/mine
+
+Hardware of the first: 2 CPU cores, one process; 7 minutes of CPU time.
+
+Expected of it, gold reward at its peak and at the end, in standard deviations under the initial policy. Best of 4,096, 6 seeds: single
+1.41 and 0.50, mean 1.54 and 0.52, WCO 1.56 and 0.81, UWO 1.61 and 1.32; without loops all end within 0.1 of their peak, 1.9 (single) to
+2.3 (UWO). At beta 0.01, 3 seeds: DPO 1.68 and 1.30 at a KL of 13 nats, RPO 1.33 and 1.02 at 4.4.
+
+It leaves in `runs/overoptimization_tokens` what experiments/overoptimization.py leaves; docs/overoptimisation.md says how to read it.
+"""
 
 from alignax import bradley_terry, default_config, dpo, hinge, ipo_daa, rpo, score_l2
 from alignax.config import BadInput

@@ -1,6 +1,5 @@
 """The world of words: its gold reward, its demonstrations, and what transformers must show there."""
 
-import functools
 import json
 
 import numpy as np
@@ -93,7 +92,7 @@ def test_the_command_trains_measures_and_reports(tmp_path):
         ("world.prompts=4", r"'world.prompts' is 4; it must be in 1 ... 3"),
         ("world.responses=100", r"best of n = 4096 of 100 responses; .* raise world.responses to 4096"),
         ("proxy.width=30", r"'proxy.width' is 30, no multiple of the 4 heads"),
-        ("direct.steps=90", r"90, no multiple of direct.every, 20"),
+        ("direct.steps=90", r"90, no multiple of direct.every, 25"),
     ],
 )
 def test_settings_that_measure_nothing_are_refused(override, message):
@@ -105,10 +104,9 @@ def test_settings_that_measure_nothing_are_refused(override, message):
 REDUCED = ("repeats=3", "world.responses=2100", "sft.steps=1500", "best_of_n.n=(1,8,64,256,1024,2048)")
 
 
-@functools.cache
-def best_of_n(tail: float) -> dict[str, dict[str, float]]:
+def best_of_n() -> dict[str, dict[str, float]]:
     """Objective -> peak, final and drop of the mean gold reward over seeds, at a reduced size."""
-    own = config.load_experiment(FILE, [f"world.tail={tail}", *REDUCED])
+    own = config.load_experiment(FILE, REDUCED)
     names = own.loss.__globals__["ensembles"]
     aggregates = {"mean": names.mean, "WCO": names.wco, "UWO": names.uwo(own.config.uwo)}
     world, seeds = text.text(own.config, own.loss(own.config)), range(own.config.repeats)
@@ -118,12 +116,6 @@ def best_of_n(tail: float) -> dict[str, dict[str, float]]:
 
 @pytest.mark.slow
 def test_conservative_ensembles_of_transformers_hold_what_a_single_one_and_the_mean_lose():
-    final, drop = ({name: x[key] for name, x in best_of_n(0.01).items()} for key in ("final", "drop"))
-    assert drop["single"] >= 0.2 and drop["WCO"] < drop["single"]
-    assert final["WCO"] > final["single"] and final["UWO"] > final["mean"]
-
-
-@pytest.mark.slow
-def test_without_loops_transformers_are_not_overoptimised():
-    for name, x in best_of_n(0.0).items():
-        assert x["drop"] <= 0.2 and x["final"] > 1.0, name
+    final, drop = ({name: x[key] for name, x in best_of_n().items()} for key in ("final", "drop"))
+    assert drop["single"] >= 0.2 and drop["UWO"] < drop["mean"]
+    assert final["UWO"] - final["mean"] >= 0.4 and final["WCO"] > final["single"]
