@@ -28,6 +28,7 @@ from alignax.types import Metrics, Params, TrainState
 
 DRIFT = 2.0  # nats that the chosen response falls before the notice
 EQUAL = {"float32": 1e-3, "bfloat16": 0.1}  # nats that the margin of equal models may differ from 0 by rounding
+SAME = 0.2  # of the first rollout's different completions: with fewer there is a notice
 AGREE = 10  # steps between the processes' agreements on whether to stop
 SIGNALS = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}  # exit codes: 128 + the number
 
@@ -202,6 +203,8 @@ class Observer:
         self.log.step(step, values, values.pop("tokens"))
         if values["skipped"]:
             self._skipped(step, values, infinite)
+        elif "distinct" in values:
+            self._notice_sameness(step, values)
         elif "logps/chosen_drift" in values:
             self._since = self._since or step
             self._notice(step, values)
@@ -236,6 +239,16 @@ class Observer:
                 f"notice at step {step}: the chosen responses lose log-probability ({drift:.1f} nats since step {self._since}) while the "
                 f"margin grows (+{margin:.2f}). Only their difference is trained. To hold them, use rpo(beta, eta=0.005) with a larger "
                 "eta where that is not enough, or add sft() to the loss, with a larger weight where it is there."
+            )
+
+    def _notice_sameness(self, step: int, values: dict[str, float]) -> None:
+        first = self._first.setdefault("distinct", values["distinct"])
+        if not self._noticed and values["distinct"] < SAME * first:
+            self._noticed = True
+            self.log.line(
+                f"notice at step {step}: {values['distinct']:.1%} of the completions differ ({first:.1%} at first), with an entropy of "
+                f"{values['entropy']:.2g} nats a token, at a reward of {values.get('reward', np.nan):.3g}. Where prompts have one right answer that "
+                "is as it should be; otherwise look at samples.jsonl, and add 0.01 * entropy_bonus() or more KL to the reference."
             )
 
 
