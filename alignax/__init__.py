@@ -4,6 +4,7 @@ from alignax.averages import ema, mean, sync
 from alignax.config import default_config
 from alignax.experience import (
     Experience,
+    Stateful,
     adaptive_kl_update,
     chain,
     chi2_estimate,
@@ -108,15 +109,15 @@ from alignax.types import Batch, Model, Outputs, TrainState
 
 __version__ = "0.1.0"
 __all__ = [
-    "Aggregate", "Batch", "Experience", "Loss", "Model", "ModelConfig", "Objective", "Outputs", "TrainState", "adaptive_kl_update",
-    "alpha_divergence", "aot", "aot_unpaired", "apo_down", "apo_zero", "apo_zero_unpaired", "bco", "bradley_terry", "centring", "chain",
-    "chi2", "chi2_estimate", "chi2_exact", "chi_squared", "cispo", "clip_rewards", "cpo", "default_config", "discopop", "dpo", "dpop",
-    "ema", "entropy_bonus", "exo", "f_dpo", "finished", "forward", "forward_kl", "gae", "gmpo", "group_relative", "grpo", "gspo", "hinge",
-    "importance_weighted", "init_state", "ipo", "ipo_daa", "ipo_mean", "jensen_shannon", "kl_k1", "kl_k2", "kl_k3", "kl_k3_weighted",
-    "kl_reward", "kto", "ld_dpo", "leave_one_out", "logps", "low_probability_tokens", "lp_reg", "make_evaluation", "make_mesh", "make_step",
-    "matched_margins", "matched_ratios", "mean", "min_p_logps", "mismatched_kl", "missing_eos_penalty", "nca", "orpo", "overlong_penalty",
-    "ppo", "quantile", "r_dpo", "reinforce", "reinforce_plus_plus", "response_mean", "reverse_kl", "reward_shift", "rewards_to_go", "rloo",
-    "robust_dpo", "rpo", "rpo_token_mean", "sapo", "score", "score_l2", "sft", "shaping", "sigmoid_norm", "simpo", "slic_hf", "sppo",
-    "square_root", "summed_sft", "sync", "tdpo", "tdpo2", "token_mean", "token_sum", "total_variation", "uwo", "value_loss", "wco",
-    "whiten_advantages", "whiten_rewards", "wpo",
+    "Aggregate", "Batch", "Experience", "Loss", "Model", "ModelConfig", "Objective", "Outputs", "Stateful", "TrainState",
+    "adaptive_kl_update", "alpha_divergence", "aot", "aot_unpaired", "apo_down", "apo_zero", "apo_zero_unpaired", "bco", "bradley_terry",
+    "centring", "chain", "chi2", "chi2_estimate", "chi2_exact", "chi_squared", "cispo", "clip_rewards", "cpo", "default_config", "discopop",
+    "dpo", "dpop", "ema", "entropy_bonus", "exo", "f_dpo", "finished", "forward", "forward_kl", "gae", "gmpo", "group_relative", "grpo",
+    "gspo", "hinge", "importance_weighted", "init_state", "ipo", "ipo_daa", "ipo_mean", "jensen_shannon", "kl_k1", "kl_k2", "kl_k3",
+    "kl_k3_weighted", "kl_reward", "kto", "ld_dpo", "leave_one_out", "logps", "low_probability_tokens", "lp_reg", "make_evaluation",
+    "make_mesh", "make_step", "matched_margins", "matched_ratios", "mean", "min_p_logps", "mismatched_kl", "missing_eos_penalty", "nca",
+    "orpo", "overlong_penalty", "ppo", "quantile", "r_dpo", "reinforce", "reinforce_plus_plus", "response_mean", "reverse_kl",
+    "reward_shift", "rewards_to_go", "rloo", "robust_dpo", "rpo", "rpo_token_mean", "sapo", "score", "score_l2", "sft", "shaping",
+    "sigmoid_norm", "simpo", "slic_hf", "sppo", "square_root", "summed_sft", "sync", "tdpo", "tdpo2", "token_mean", "token_sum",
+    "total_variation", "uwo", "value_loss", "wco", "whiten_advantages", "whiten_rewards", "wpo",
 ]  # fmt: skip

@@ -67,7 +67,7 @@ class Checkpoints:
             params=ocp.args.StandardSave(state.params),
             train=ocp.args.StandardSave(_rest(state)),
             about=ocp.args.JsonSave(dict(about) | {"format": FORMAT}),
-            **{AVERAGE + name: ocp.args.StandardSave(tree) for name, tree in state.averages.items()},
+            **{name: ocp.args.StandardSave(tree) for name, tree in _further(state).items()},
         )
         with _saving(self.path):
             self._manager.save(step, args=items, metrics=dict(metrics) or None)
@@ -90,12 +90,13 @@ class Checkpoints:
         items = ocp.args.Composite(
             params=ocp.args.StandardRestore(described.params),
             train=ocp.args.StandardRestore(_rest(described)),
-            **{AVERAGE + name: ocp.args.StandardRestore(tree) for name, tree in described.averages.items()},
+            **{name: ocp.args.StandardRestore(tree) for name, tree in _further(described).items()},
         )
         with _reading(self.path / str(step)):
             restored = self._manager.restore(step, args=items)
         averages = {name: restored[AVERAGE + name] for name in described.averages}
-        return dataclasses.replace(like, params=restored["params"], averages=averages, **restored["train"])
+        carry = restored["carry"] if described.carry else {}
+        return dataclasses.replace(like, params=restored["params"], averages=averages, carry=carry, **restored["train"])
 
     def restore_params(self, step: int, like: Any, name: str = "policy") -> Any:
         """The parameters alone, or those of an average."""
@@ -162,3 +163,9 @@ def require_space(path: Path, need: int) -> None:
         raise OSError(
             f"a checkpoint takes {need / 1e9:.3f} GB and {str(path)!r} has {free / 1e9:.3f} GB free; make room, or choose another workdir"
         )
+
+
+def _further(state: TrainState) -> dict[str, Any]:
+    """Items that a run may have: its averages, and what its experience remembers."""
+    averages = {AVERAGE + name: tree for name, tree in state.averages.items()}
+    return averages | ({"carry": state.carry} if state.carry else {})

@@ -1,5 +1,7 @@
 """What no run can be: refused with the value and the remedy, before any compute."""
 
+import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,8 @@ from alignax.models import hf
 LEAST = {
     "batch_size": 1, "microbatches": 1, "max_skipped": 1, "steps": 0, "checkpoint.every": 1, "checkpoint.keep": 1, "log.every": 1,
     "model.logps_chunk": 1, "eval.every": 0, "eval.batch_size": 0, "eval.samples": 0, "eval.sample_prompts": 0, "eval.max_new_tokens": 1,
-    "data.limit": 0, "seed": 0, "model.num_labels": 0, "ensemble.members": 0,
+    "data.limit": 0, "seed": 0, "model.num_labels": 0, "ensemble.members": 0, "rollout.samples": 0,
+    "rollout.max_new_tokens": 1, "rollout.minibatches": 1, "rollout.epochs": 1, "rollout.slots": 0,
     "epochs": 0, "eval.temperature": 0, "optimizer.clip": 0, "optimizer.final": 0, "optimizer.weight_decay": 0,
     "optimizer.b1": 0, "optimizer.b2": 0, "optimizer.eps": 0,
 }  # fmt: skip
@@ -60,6 +63,39 @@ def check_members(config: Any, mesh: Mesh) -> None:
         raise ValueError(f"ensemble.members is {members}, and only reward models have members; set model.num_labels to 1")
     if members % axis:
         raise ValueError(f"ensemble.members {members} does not divide over mesh.member {axis}; use a multiple of {axis}")
+
+
+def check_rollout(config: Any, source: hf.Source, experiment: Experiment, examples: dict[str, Examples]) -> None:
+    """Refuses online training of what cannot be sampled from, without a reward, or without room; and prompts where it is not online."""
+    c = config.rollout
+    if not c.samples:
+        if config.data.kind == "prompt":
+            raise ValueError(
+                "data of kind 'prompt' has no completions; set rollout.samples, the completions that are sampled of each prompt"
+            )
+        if experiment.reward is not None:
+            raise ValueError(f"reward() of {experiment.file} is for samples, and rollout.samples is 0; set it to 8, say")
+        return
+    if source.config.num_labels:
+        raise ValueError(f"rollout.samples is {c.samples}, and a reward model gives scores and no text; train a language model")
+    if c.bad_rewards not in ("error", "drop"):
+        raise ValueError(f"rollout.bad_rewards is {c.bad_rewards!r}; use 'error' or 'drop'")
+    if not c.timeout > 0:
+        raise ValueError(f"rollout.timeout is {c.timeout}; it is a number of seconds above 0")
+    if config.reference.cache:
+        raise ValueError("reference.cache holds log-probs of the data's own rows, and online training scores samples; leave it empty")
+    check_room(source.config, max(int(e.prompt_lengths.max()) for e in examples.values()), c.max_new_tokens, "rollout.max_new_tokens")
+    for function in (f for f in (experiment.reward, experiment.gold) if f is not None):
+        check_columns(function, experiment.file, examples)
+
+
+def check_columns(function: Callable, file: Path, examples: dict[str, Examples]) -> None:
+    """Refuses a reward function that asks for columns which the data has not."""
+    for name in list(inspect.signature(function).parameters)[2:]:
+        for split, own in examples.items():
+            if name not in own.columns:
+                there = ", ".join(own.columns) or "none (set data.kind=prompt)"
+                raise ValueError(f"{function.__name__}() of {file} asks for column {name!r}, which data.{split} has not; it has: {there}")
 
 
 def check_token_kl(source: hf.Source, reference: hf.Source | None) -> None:

@@ -28,7 +28,6 @@ from alignax.mesh import make_mesh
 from alignax.metrics import Log, table
 from alignax.models import hf
 from alignax.prepare import Run, check_workdir, compute_dtype, load_tokenizer, make_lora, open_model, prepare
-from alignax.programs import make_programs
 from alignax.start import start
 from alignax.types import Params
 
@@ -122,7 +121,7 @@ def evaluate(workdir: Path, overrides: Sequence[str]) -> None:
         started = start(run, write=False)
         step = newest(started.checkpoints)
     log = Log(workdir, steps=step, start=step, every=1, tensorboard=False, writes=False)
-    evaluation = Evaluation(run, make_programs(run)[1], started.frozen, log)
+    evaluation = Evaluation(run, started.frozen, log)
     scores = evaluation(started.state, step)
     started.checkpoints.close()
     if is_main():

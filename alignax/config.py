@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from alignax.data.files import one_line, short
 
-OFFERED = ("config", "reference", "policy")  # what an experience may ask for, by the names of its parameters
+OFFERED = ("config", "reference", "policy", "ensemble")  # what an experience may ask for, by the names of its parameters
 MARK = "# --- the effective config of this run; alignax wrote this part ---"
 
 
@@ -32,8 +32,9 @@ class Experiment(NamedTuple):
     file: Path
     config: Any  # ConfigDict
     loss: Callable[[Any], Any]  # config -> Loss, or step -> Loss
-    experience: Callable[..., Any] | None  # of any of config, reference and policy (Models) -> experience
+    experience: Callable[..., Any] | None  # of any of config, reference, policy and ensemble (Models) -> experience
     gold: Callable[[Sequence[str], Sequence[str]], Sequence[float]] | None  # (prompts, completions) -> gold rewards
+    reward: Callable[..., Sequence[float]] | None  # (prompts, completions, columns of the data by name) -> what a rollout is trained on
     averages: Callable[[Any], dict[str, Any]] | None  # config -> averages of the parameters, by name (see alignax.averages)
     main: Callable[["Experiment"], Any] | None  # replaces the single run: several stages, a sweep
 
@@ -79,11 +80,23 @@ def default_config() -> Any:
     c.reference.cache = ""  # folder for its log-probs of the data, computed once; empty: computed in every step
     c.reference.token_kl = False  # its KL from the policy in every token, over the whole vocabulary: TDPO reads it
 
+    c.reward = ConfigDict()
+    c.reward.path = ""  # Hugging Face folders of reward models, commas between them: what experience calls `ensemble`
+
+    c.rollout = ConfigDict()
+    c.rollout.samples = 0  # completions of each prompt, which the policy samples as it is trained; 0: the data's completions
+    c.rollout.max_new_tokens = 64
+    c.rollout.minibatches = 1  # steps on a rollout, of batch_size prompts each
+    c.rollout.epochs = 1  # times that a rollout is gone through
+    c.rollout.slots = 0  # completions that are sampled side by side; 0: all, at most 64
+    c.rollout.timeout = 60.0  # seconds for reward(..) on a rollout
+    c.rollout.bad_rewards = "error"  # or "drop" (counted): where reward(..) raises, hangs, or gives no number
+
     c.data = ConfigDict()
     c.data.train = ""  # a .json, .jsonl, .csv (each also .gz) or .parquet file, a folder, hf://org/name:split, or A@0.7,B@0.3
     c.data.eval = ""  # the same, without weights
     c.data.ood = ""  # the same, from elsewhere: out of distribution, for `alignax eval-rm`
-    c.data.kind = "preference"  # or "sft", "unpaired" (labelled completions, or pairs taken apart), "ranked" (k completions)
+    c.data.kind = "preference"  # or "sft", "unpaired" (labelled completions, or pairs taken apart), "ranked" (k completions), "prompt"
     c.data.columns = ConfigDict()
     c.data.columns.prompt = "prompt"  # text or messages; where the file has no such column, the sides hold their prompt
     c.data.columns.chosen = "chosen"
@@ -138,8 +151,9 @@ def default_config() -> Any:
     c.export.final = True  # write WORKDIR/export, a Hugging Face folder, at the end
     c.export.dtype = "float32"
     c.export.params = "policy"  # or the name of an average
-    for group in (c.model, c.lora, c.ensemble, c.reference, c.data, c.optimizer, c.mesh, c.eval, c.checkpoint, c.log, c.export):
-        group.lock()  # a misspelt field in an experiment file is an error; the top level takes its own fields, such as beta
+    for group in c.values():
+        if isinstance(group, ConfigDict):
+            group.lock()  # a misspelt field in an experiment file is an error; the top level takes its own fields, such as beta
     return c
 
 
@@ -164,7 +178,7 @@ def load_experiment(file: str | Path, overrides: Sequence[str] = ()) -> Experime
     for name in asked(getattr(module, "experience", None)):
         if name not in OFFERED:
             raise ValueError(f"experience() in {file} asks for {name!r}; its parameters are any of {', '.join(OFFERED)}")
-    optional = (getattr(module, name, None) for name in ("experience", "gold", "averages", "main"))
+    optional = (getattr(module, name, None) for name in ("experience", "gold", "reward", "averages", "main"))
     return Experiment(file, config, module.loss, *optional)
 
 
@@ -328,3 +342,13 @@ def _code(experiment: Experiment) -> str:
 def eval_batch_size(config: Any) -> int:
     """Examples of an evaluation batch."""
     return config.eval.batch_size or config.batch_size
+
+
+def prompts_of_rollout(config: Any) -> int:
+    """Prompts of a rollout: B."""
+    return config.rollout.minibatches * config.batch_size
+
+
+def steps_of_turn(config: Any) -> int:
+    """Training steps between two rollouts; 1 where there are none."""
+    return config.rollout.minibatches * config.rollout.epochs if config.rollout.samples else 1

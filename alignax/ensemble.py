@@ -23,7 +23,7 @@ from alignax.mesh import sharding
 from alignax.types import Batch, Metrics, Outputs, TrainState
 
 # The axis of a training state along which its members lie: step and key they share.
-AXES: Any = TrainState(step=None, params=0, opt_state=0, key=None, skipped=0, skipped_in_a_row=0, averages=0)  # type: ignore[arg-type]
+AXES: Any = TrainState(step=None, params=0, opt_state=0, key=None, skipped=0, skipped_in_a_row=0, averages=0, carry=0)  # type: ignore[arg-type]
 AGGREGATES = {"mean": mean, "wco": wco, "uwo": uwo(0.5)}
 
 

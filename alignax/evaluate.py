@@ -4,7 +4,6 @@ Samples come from the policy at temperature 1, so the mean log-ratio to the refe
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,23 +13,27 @@ import numpy as np
 from alignax import mesh as meshes
 from alignax.config import eval_batch_size
 from alignax.data import evaluation_batch
-from alignax.generate import STOP_ID, Generator, Sampling, sampled_batch, sampler_gap, shape_for
+from alignax.generate import Generator, Sampling, sampled_batch, sampler_gap, shape_for
 from alignax.metrics import Log
+from alignax.online import make_judge
 from alignax.prepare import Run
-from alignax.programs import full, policy_model, reference_model
+from alignax.programs import full, make_programs, policy_model, reference_model
+from alignax.rollout import decoded, rewards_of, samples_batch, text_metrics
 from alignax.train import means
 from alignax.types import Batch, Model, Params, TrainState
 
-SAMPLED = ("completion_length", "eos_rate", "kl", "kl_k3", "sampler_gap", "gold")  # metrics of samples
-SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "kl", "gold")
+SAMPLED = ("completion_length", "eos_rate", "truncated_rate", "distinct", "kl", "kl_k3", "sampler_gap", "gold")  # metrics of samples
+JUDGED = ("reward", "score/", "disagreement", "entropy")  # how metrics begin that are taken from what experience makes of samples
+SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "reward", "kl", "gold")
 
 
 class Evaluation:
     """Evaluates a state, logs what it finds, and returns it."""
 
-    def __init__(self, run: Run, program: Callable, frozen: dict[str, Params], log: Log):
-        """`program(state, frozen, batch)` gives the sums of a batch; `frozen` may hold a reference."""
-        self.run, self.program, self.frozen, self.log = run, program, frozen, log
+    def __init__(self, run: Run, frozen: dict[str, Params], log: Log):
+        """`frozen` may hold a reference and reward models."""
+        self.run, self.frozen, self.log, self.online = run, frozen, log, run.config.rollout.samples > 0
+        self.program = make_judge(run) if self.online else make_programs(run)[1]
         c = run.config.eval
         self.examples = run.evaluation or run.train.examples
         self.sampled = range(min(max(c.samples, c.sample_prompts), len(self.examples)))
@@ -59,7 +62,7 @@ class Evaluation:
     def held_out(self, state: TrainState) -> dict[str, float]:
         """Exact averages over the evaluation data, its last ragged batch weighed by its rows."""
         run, examples = self.run, self.run.evaluation
-        if examples is None:
+        if examples is None or self.online:  # a policy that is trained on its samples is judged by them
             return {}
         size = eval_batch_size(run.config)
         total: dict[str, np.ndarray] = {}
@@ -77,13 +80,15 @@ class Evaluation:
             return {}
         key = jax.random.fold_in(jax.random.fold_in(state.key, step), 1)
         completions = self.generate(full(run, self.frozen, state.params), self.prompts, key)
-        prompts = [self.examples.prompts[i] for i in self.sampled]
-        texts = [run.tokenizer.decode(t, skip_special_tokens=True) for (t,) in completions.rows()]
-        scores = {
-            "completion_length": float(completions.mask.sum(axis=-1).mean()),
-            "eos_rate": float((completions.ended == STOP_ID).mean()),
-        }
-        columns: dict[str, Any] = {"prompt": prompts, "completion": texts}
+        prompts, rows = [self.examples.prompts[i] for i in self.sampled], np.asarray(self.sampled)
+        texts = decoded(run.tokenizer, completions)
+        scores = text_metrics(completions)
+        columns: dict[str, Any] = {"prompt": prompts, "completion": [text for (text,) in texts]}
+        if self.online and completions.sampling.exact:
+            batch, found = samples_batch(run, self.examples, rows, self.prompts, completions, texts)
+            judged = jax.device_get(self.program(state, self.frozen, self._placed(batch)))
+            scores |= {name: float(x) for name, x in judged.items() if name.startswith(JUDGED)}
+            columns |= found
         # At another temperature the samples are not the policy's, and their log-ratio estimates no KL.
         if reference_model(run, self.frozen) is not None and completions.sampling.exact:
             batch = sampled_batch(self.prompts, completions)
@@ -91,10 +96,10 @@ class Evaluation:
             columns["log_ratio"] = k1[: len(prompts)].tolist()
             scores |= {"kl": float(np.mean(columns["log_ratio"])), "kl_k3": float(k3[: len(prompts)].mean()), "sampler_gap": float(gaps)}
         if run.experiment.gold is not None:
-            columns["gold"] = [float(x) for x in run.experiment.gold(prompts, texts)]
-            scores |= {"gold": float(np.mean(columns["gold"]))}
-        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-        self.log.samples(step, rows[: c.samples])
+            columns["gold"] = rewards_of(run, run.experiment.gold, self.examples, rows, texts)[0][:, 0].tolist()
+            scores |= {"gold": float(np.nanmean(columns["gold"]))}
+        table = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        self.log.samples(step, table[: c.samples])
         return scores
 
     def _compare(self, params: Params, frozen: dict[str, Params], batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from alignax import ensemble
 from alignax import mesh as meshes
+from alignax.config import steps_of_turn
 from alignax.distributed import is_main
 from alignax.evaluate import Evaluation
 from alignax.metrics import Log
@@ -21,6 +22,7 @@ from alignax.models import hf, peft
 from alignax.models.lora import Lora, merge
 from alignax.prepare import Run
 from alignax.programs import abstract_trained, batch_sizes, make_programs
+from alignax.rollout import Turns
 from alignax.start import Started
 from alignax.types import Metrics, Params, TrainState
 
@@ -57,26 +59,24 @@ def loop(started: Started, log: Log, stop: "Stop") -> tuple[TrainState, dict[str
     """The steps that are left, with evaluation and saving between them."""
     run, state, first, frozen, about, checkpoints = started
     config = run.config
-    step, evaluate_batch = make_programs(run)
-    evaluate = Evaluation(run, evaluate_batch, frozen, log)
+    evaluate = Evaluation(run, frozen, log)
     fresh = not run.config.lora.path  # adapters that were trained before are not their base
-    draw = run.train.batch
-    if run.members:
-        draw = functools.partial(ensemble.member_batch, ensemble.member_batches(run.train, run.members, config.ensemble.own_noise))
+    turn = steps_of_turn(config)  # steps between two looks: 1, or those on a rollout
+    train = Turns(run, frozen) if config.rollout.samples else Batched(run, frozen)
     observe = Observer(run, log, equal=fresh and about["policy"] == about["reference"])
     results: dict[str, dict[str, float]] = {}
     pending: tuple[int, Metrics] | None = None
     if first == 0:
         results["before"] = evaluate(state, 0)
-    for s in range(first + 1, run.steps + 1):
-        batch = meshes.put_batch(run.mesh, functools.partial(draw, s - 1), *batch_sizes(run))
-        state, metrics = step(state, frozen, batch)
+    for s in range(first + turn, run.steps + 1, turn):
+        state, metrics = train(state, s - turn)
         if pending:  # fetched a step late, so that the device never waits for the host
             observe(*pending)
         pending = (s, metrics)
-        stopping = stop.requested(s)
-        evaluating = s == run.steps or (config.eval.every and s % config.eval.every == 0)
-        saving = s == run.steps or s % config.checkpoint.every == 0 or (evaluating and config.checkpoint.best)
+        due = lambda every, s=s: s == run.steps or (every > 0 and s // every > (s - turn) // every)
+        stopping = stop.requested(s // turn, 1 if config.rollout.samples else AGREE)
+        evaluating = due(config.eval.every)
+        saving = due(config.checkpoint.every) or (evaluating and config.checkpoint.best)
         if stopping or evaluating or saving:  # the log is never behind a checkpoint
             observe(*pending)
             pending = None
@@ -91,6 +91,23 @@ def loop(started: Started, log: Log, stop: "Stop") -> tuple[TrainState, dict[str
             log.line(f"stopped by {SIGNALS[signal.Signals(stop.signal)]} after step {s}; saved. The same command goes on from here.")
             raise SystemExit(128 + stop.signal)
     return state, results
+
+
+class Batched:
+    """Offline training: a step on a batch of the data."""
+
+    def __init__(self, run: Run, frozen: dict[str, Params]):
+        """Compiles nothing yet."""
+        self.run, self.frozen, (self.step, _) = run, frozen, make_programs(run)
+        self.draw = run.train.batch
+        if run.members:
+            streams = ensemble.member_batches(run.train, run.members, run.config.ensemble.own_noise)
+            self.draw = functools.partial(ensemble.member_batch, streams)
+
+    def __call__(self, state: TrainState, step: int) -> tuple[TrainState, Metrics]:
+        """The state after the step on batch `step`, and metrics."""
+        batch = meshes.put_batch(self.run.mesh, functools.partial(self.draw, step), *batch_sizes(self.run))
+        return self.step(state, self.frozen, batch)
 
 
 def export(run: Run, state: TrainState, log: Log) -> None:
@@ -238,11 +255,11 @@ class Stop:
         self.signal = number
         signal.signal(signal.SIGINT, self._old[signal.SIGINT])
 
-    def requested(self, step: int) -> bool:
-        """Whether to stop after this step; several processes agree on it every few steps, since that waits for the device."""
+    def requested(self, turn: int, every: int = AGREE) -> bool:
+        """Whether to stop after this turn; several processes agree on it every few turns, since that waits for the device."""
         if jax.process_count() == 1:
             return bool(self.signal)
-        if step % AGREE == 0:
+        if turn % every == 0:
             self.signal = int(multihost_utils.process_allgather(np.array(self.signal)).max())
             return bool(self.signal)
         return False

@@ -18,8 +18,9 @@ from alignax.data import decode_example
 from alignax.fit import sizes
 from alignax.metrics import table
 from alignax.models import hf
+from alignax.online import training_program
 from alignax.prepare import Run
-from alignax.programs import abstract_batch, abstract_frozen, abstract_state, make_programs
+from alignax.programs import abstract_frozen, abstract_state
 
 
 def topology_mesh(topology: str, shape: Mapping[str, int]) -> Mesh:
@@ -39,8 +40,8 @@ def compile_step(run: Run) -> Any:
     Raises:
       jax.errors.JaxRuntimeError: RESOURCE_EXHAUSTED, where a TPU's memory does not hold the step.
     """
-    step, _ = make_programs(run)
-    traced = step.trace(abstract_state(run), abstract_frozen(run), abstract_batch(run))
+    step, batch = training_program(run)
+    traced = step.trace(abstract_state(run), abstract_frozen(run), batch)
     return traced.lower(lowering_platforms=(run.mesh.devices.flat[0].platform,)).compile()
 
 
@@ -52,7 +53,7 @@ def describe(run: Run) -> str:
     for path, x in jax.tree_util.tree_leaves_with_path(state.params):
         rows.append([hf.leaf_name(path), str(x.shape), str(x.sharding.spec), f"{size(x) / 1e6:.3f}"])
     memory = compile_step(run).memory_analysis()
-    batch = abstract_batch(run)
+    _, batch = training_program(run)
     return "\n".join(
         [
             f"{sizes(run)}; mesh {meshes.words(run.mesh)}",

@@ -21,15 +21,17 @@ from alignax.checks import (
     check_members,
     check_objective,
     check_positions,
+    check_rollout,
     check_token_kl,
 )
-from alignax.config import Experiment, asked, blaming, difference, load_experiment
+from alignax.config import Experiment, asked, blaming, difference, load_experiment, steps_of_turn
 from alignax.data import Batches, Examples, Report, load, padded_length
 from alignax.data.files import one_line
 from alignax.losses.algebra import Objective
 from alignax.models import hf, lora, peft, transformer
 from alignax.models.lora import Lora
 from alignax.optim import make_optimizer, make_schedule
+from alignax.rewards import open_members
 from alignax.train import Apply
 
 # Fields that may change when a run is resumed: they do not say what is computed, only where and how it is told.
@@ -61,7 +63,8 @@ class Run(NamedTuple):
     lora: Lora | None  # adapters, which alone are trained
     tokenizer: Any
     train: Batches  # of an ensemble those of its first member
-    members: int  # of an ensemble; 0: one model
+    judges: list[hf.Source]  # reward models that experience asks for as `ensemble`
+    members: int  # of an ensemble that is trained; 0: one model
     evaluation: Examples | None
     reports: dict[str, Report]
     steps: int
@@ -106,6 +109,7 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
         check_token_kl(source, reference)
     lora = make_lora(config, source)
     tokenizer = load_tokenizer(source.path, source.config.vocab_size)
+    judges = open_judges(config, tokenizer) if "ensemble" in asked(experiment.experience) else []
     if not config.data.train:
         raise ValueError("config field 'data.train' is empty; set --config.data.train=FILE")
     loaded = {s: load(s, config.data, tokenizer, source.config.vocab_size) for s in ("train", "eval") if config.data[s]}
@@ -119,12 +123,20 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
     if config.reference.cache:  # shapes of what is read or computed before the first step
         place = lambda e: dataclasses.replace(e, token_fields={STORED: np.zeros(len(e.tokens), np.float32)})
         examples = {split: place(e) for split, e in examples.items()}
-    length = max(padded_length(e, 8 if on_cpu else 128) for e in examples.values())  # 128: the tile of TPU and GPU attention
+    check_rollout(config, source, experiment, examples)
+    tile = 8 if on_cpu else 128  # of TPU and GPU attention
+    length = max(padded_length(e, tile) for e in examples.values())
+    if config.rollout.samples:
+        longest = max(int(e.prompt_lengths.max()) for e in examples.values())
+        length = -(-(longest + max(config.rollout.max_new_tokens, config.eval.max_new_tokens)) // tile) * tile
     drawn = {"bootstrap": config.ensemble.bootstrap, "noise": config.data.label_noise, "noise_seed": config.seed}
     train = Batches(examples["train"], config.batch_size, config.seed, length, loaded["train"].mixture, **drawn)
-    steps = config.steps or train.steps(config.epochs)
+    turn = steps_of_turn(config)
+    steps = config.steps or -(-train.steps(config.epochs) * (config.rollout.epochs if config.rollout.samples else 1) // turn) * turn
     if steps < 1:
         raise ValueError(f"epochs {config.epochs} make no step; raise epochs, or set steps")
+    if steps % turn:
+        raise ValueError(f"steps {steps} do not divide into rollouts of {turn} steps (minibatches x epochs); use a multiple of {turn}")
     dtype = compute_dtype(config, mesh)
     apply = make_apply(dataclasses.replace(source.config, lora=lora), config, dtype, mesh)
     schedule = make_schedule(config.optimizer, steps)
@@ -136,9 +148,20 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
     check_averages(config, averages, reference)
     check_cache(config, averages, reference)
     return Run(
-        experiment, config, workdir, mesh, source, reference, lora, tokenizer, train, config.ensemble.members, examples.get("eval"),
+        experiment, config, workdir, mesh, source, reference, lora, tokenizer, train, judges, config.ensemble.members, examples.get("eval"),
         reports, steps, dtype, apply, objective, schedule, optimizer, averages,
     )  # fmt: skip
+
+
+def open_judges(config: Any, tokenizer: Any) -> list[hf.Source]:
+    """The reward models of `reward.path`, which must read the policy's tokens."""
+    if not config.reward.path:
+        raise ValueError("experience(..) asks for ensemble and config field 'reward.path' is empty; set --config.reward.path=FOLDER,FOLDER")
+    judges = open_members(config.reward.path.split(","))
+    own = load_tokenizer(judges[0].path, judges[0].config.vocab_size)
+    if own.get_vocab() != tokenizer.get_vocab():
+        raise ValueError(f"reward model {str(judges[0].path)!r} has another tokenizer than the policy; they must share one")
+    return judges
 
 
 def compute_dtype(config: Any, mesh: Mesh) -> Any:

@@ -12,10 +12,11 @@ from alignax import ensemble
 from alignax import mesh as meshes
 from alignax.averages import averaged
 from alignax.config import asked, eval_batch_size
-from alignax.experience import Experience, chain
+from alignax.experience import Experience, advance, chain, first_carry
 from alignax.models import hf, transformer
 from alignax.models.lora import is_quantised, join, split
 from alignax.prepare import STORED, Run, make_apply
+from alignax.rewards import ensemble_model
 from alignax.train import Apply, init_state, make_evaluation, make_step
 from alignax.types import Batch, Metrics, Model, Outputs, Params, TrainState
 
@@ -95,11 +96,12 @@ def abstract_frozen(run: Run) -> dict[str, Any]:
         describe = lambda path, x: jax.ShapeDtypeStruct(x.shape, frozen_dtype(path, run, name), sharding=x.sharding)
         return jax.tree_util.tree_map_with_path(describe, params)
 
-    return {name: described(name, source) for name, source in frozen_sources(run).items()}
+    frozen = {name: described(name, source) for name, source in frozen_sources(run).items()}
+    return frozen | ({"ensemble": ensemble.stacked(described("ensemble", run.judges[0]), len(run.judges), run.mesh)} if run.judges else {})
 
 
 def frozen_sources(run: Run) -> dict[str, hf.Source]:
-    """The folders of the parameters that are held and not trained."""
+    """The folders of the parameters that are held and not trained, reward models apart."""
     base = {} if run.lora is None else {"base": run.source}
     c = run.config.eval
     idle = run.config.reference.cache and not (c.temperature == 1 and max(c.samples, c.sample_prompts))
@@ -125,30 +127,34 @@ def batch_sizes(run: Run) -> tuple[int, ...]:
     return (run.members, run.config.batch_size) if run.members else (run.config.batch_size,)
 
 
-def new_state(run: Run, params: Params, key: jax.Array, averages: dict[str, Params]) -> TrainState:
+def new_state(run: Run, params: Params, key: jax.Array, averages: dict[str, Params], frozen: dict[str, Params]) -> TrainState:
     """The state at step 0, of an ensemble all members'; pure."""
-    make = lambda params, averages: init_state(params, run.optimizer, key, averages)
+
+    def make(params: Params, averages: dict[str, Params]) -> TrainState:
+        state = init_state(params, run.optimizer, key, averages)
+        return dataclasses.replace(state, carry=first_carry(make_experience(run, frozen, state)))
+
     if run.members:
         make = ensemble.over_members(make, in_axes=0, out_axes=ensemble.AXES)
     return make(params, averages)
 
 
-def state_shardings(run: Run) -> TrainState:
-    """Where each leaf of the training state lives."""
+def state_shardings(run: Run, carry: Any) -> TrainState:
+    """Where each leaf of the training state lives; `carry` says what experience remembers, which every device holds."""
     abstract = abstract_trained(run, run.mesh)
     params = jax.tree.map(lambda x: x.sharding, abstract)
     init = ensemble.over_members(run.optimizer.init, 0, 0) if run.members else run.optimizer.init
     one: Any = meshes.sharding(run.mesh)
     opt_state = meshes.optimizer_shardings(run.mesh, run.optimizer, jax.eval_shape(init, abstract), params)
-    return TrainState(one, params, opt_state, one, one, one, dict.fromkeys(run.averages, params))
+    return TrainState(one, params, opt_state, one, one, one, dict.fromkeys(run.averages, params), jax.tree.map(lambda _: one, carry))
 
 
 def abstract_state(run: Run) -> TrainState:
     """Shapes, types and shardings of the training state; nothing is computed."""
     params = abstract_trained(run)
     averages = dict.fromkeys(run.averages, params)
-    shapes = jax.eval_shape(lambda p, a: new_state(run, p, jax.random.key(0), a), params, averages)
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, state_shardings(run))
+    shapes = jax.eval_shape(lambda p, a, f: new_state(run, p, jax.random.key(0), a, f), params, averages, abstract_frozen(run))
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, state_shardings(run, shapes.carry))
 
 
 def make_experience(run: Run, frozen: dict[str, Params], state: TrainState) -> Experience:
@@ -157,6 +163,8 @@ def make_experience(run: Run, frozen: dict[str, Params], state: TrainState) -> E
     if make is None:
         return chain()
     given = {"config": run.config, "policy": policy_model(run, frozen, state.params), "reference": reference_model(run, frozen)}
+    if run.judges:
+        given["ensemble"] = ensemble_model(run.judges[0].config, frozen["ensemble"], run.mesh, run.dtype)
     if run.config.reference.cache:
         given["reference"] = Model(stored_outputs, {})
     if "reference" in state.averages:
@@ -174,12 +182,13 @@ def make_programs(run: Run) -> tuple[Callable, Callable]:
     def step(state: TrainState, frozen: dict[str, Params], batch: Batch) -> tuple[TrainState, Metrics]:
         rate = run.schedule(state.step - state.skipped)
         train_step = make_step(taught_apply(run, frozen), run.objective, run.optimizer, run.config.microbatches)
-        state, metrics = train_step(state, make_experience(run, frozen, state)(batch))
+        carry, batch = advance(make_experience(run, frozen, state), state.carry, batch)
+        state, metrics = train_step(dataclasses.replace(state, carry=carry), batch)
         state = after(state)
         return state, metrics | {"learning_rate": jnp.asarray(rate), "tokens": batch["mask"].sum(dtype=jnp.float32)}
 
     def evaluate(state: TrainState, frozen: dict[str, Params], batch: Batch) -> tuple[Any, Outputs]:
-        batch = make_experience(run, frozen, state)(batch)
+        _, batch = advance(make_experience(run, frozen, state), state.carry, batch)
         out = taught_apply(run, frozen)(state.params, batch)
         return make_evaluation(lambda out, batch: out, run.objective)(out, state.step, batch), out
 

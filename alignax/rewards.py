@@ -26,10 +26,25 @@ BINS = 10  # of a calibration curve
 
 
 def load_ensemble(paths: Sequence[str | Path], mesh: Mesh) -> tuple[hf.Source, Params]:
-    """Reward models' folders as one stacked tree [K, ...], and the first one's folder.
+    """Reward models' folders as one stacked tree [K, ...], and the first one's folder; for what is refused see `open_members`."""
+    sources = open_members(paths)
+    return sources[0], load_members(sources, mesh)
+
+
+def load_members(sources: Sequence[hf.Source], mesh: Mesh) -> Params:
+    """The parameters of reward models as one stacked tree [K, ...].
 
     Raises:
-      ValueError: for a folder that is no reward model, for members of different shapes or tokenizers, and for the same member twice.
+      ValueError: for the same member twice.
+    """
+    return stack([hf.load_params(source, mesh) for source in sources], sources[0].config, mesh)
+
+
+def open_members(paths: Sequence[str | Path]) -> list[hf.Source]:
+    """Reward models' folders, checked; nothing is loaded.
+
+    Raises:
+      ValueError: for a folder that is no reward model, and for members of different shapes or tokenizers.
     """
     sources = [hf.open_folder(path) for path in paths]
     for source in sources:
@@ -39,7 +54,7 @@ def load_ensemble(paths: Sequence[str | Path], mesh: Mesh) -> tuple[hf.Source, P
             raise ValueError(f"{str(source.path)!r} has another shape or vocabulary than {str(sources[0].path)!r}; members must be alike")
         if _tokenizer(source.path) != _tokenizer(sources[0].path):
             raise ValueError(f"{str(source.path)!r} has another tokenizer than {str(sources[0].path)!r}; members must share one")
-    return sources[0], stack([hf.load_params(source, mesh) for source in sources], sources[0].config, mesh)
+    return sources
 
 
 def stack(members: Sequence[Params], config: ModelConfig, mesh: Mesh) -> Params:

@@ -3,19 +3,21 @@
 import math
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from alignax import ensemble
+from alignax import ensemble, rewards
 from alignax.checkpoint import Checkpoints, nbytes, require_space
-from alignax.config import blaming, effective
+from alignax.config import blaming, effective, eval_batch_size
 from alignax.distributed import is_main, together
 from alignax.evaluate import SAMPLED
 from alignax.models import hf, peft, reward
 from alignax.models.lora import quantise, split
+from alignax.online import abstract_rollout, make_judge, training_program
 from alignax.prepare import Run
 from alignax.programs import (
     abstract_batch,
@@ -27,9 +29,9 @@ from alignax.programs import (
     make_programs,
     new_state,
     reference_name,
-    state_shardings,
 )
 from alignax.reference import with_stored
+from alignax.rollout import call
 from alignax.train import digest
 from alignax.types import Params, TrainState
 
@@ -60,6 +62,12 @@ def start(run: Run, write: bool = True) -> Started:
     about = {"policy": fingerprint(params), "reference": fingerprint(original), "data": f"{run.train.digest():08x}"}
     stored = {"base": split(params)[0], "reference": original}
     frozen = {name: frozen_copy(run, name, stored[name]) for name in frozen_sources(run)}
+    if run.judges:
+        with together():
+            judges = rewards.load_members(run.judges, run.mesh)
+        about["ensemble"] = fingerprint(judges)
+        frozen["ensemble"] = frozen_copy(run, "ensemble", judges)
+        del judges
     if config.reference.cache:
         name = reference_name(run)
         scorer = frozen[name] if name in frozen else frozen_copy(run, name, original)
@@ -87,43 +95,48 @@ def start(run: Run, write: bool = True) -> Started:
         state = checkpoints.restore(step, abstract_state(run))
     else:
         own = {} if original is params else {"reference": original}  # what is given away may not be an argument twice
-        fresh = lambda p, key, own: new_state(run, p, key, {name: own.get(name, p) for name in run.averages})
-        create = jax.jit(fresh, out_shardings=state_shardings(run), donate_argnums=0)
-        state = create(params, jax.random.key(config.seed), own)
+        fresh = lambda p, key, own, frozen: new_state(run, p, key, {name: own.get(name, p) for name in run.averages}, frozen)
+        layout = jax.tree.map(lambda x: x.sharding, abstract_state(run))
+        state = jax.jit(fresh, out_shardings=layout, donate_argnums=0)(params, jax.random.key(config.seed), own, frozen)
     return Started(run, state, step, frozen, about, checkpoints)
 
 
 def check_step(run: Run) -> None:
     """Traces the training step on shapes alone, so that a loss that does not fit its data is refused before anything is written."""
-    step, evaluate = make_programs(run)
-    state, frozen, batch = abstract_state(run), abstract_frozen(run), abstract_batch(run)
+    online = run.config.rollout.samples > 0
     try:
         with blaming(run.experiment.file, always=False):
+            state, frozen, (step, batch) = abstract_state(run), abstract_frozen(run), training_program(run)
             jax.eval_shape(step, state, frozen, batch)
-            metrics = jax.eval_shape(evaluate, state, frozen, abstract_batch(run, evaluation=True))
+            if online:
+                metrics = jax.eval_shape(make_judge(run), state, frozen, abstract_rollout(run, eval_batch_size(run.config), 1))
+            else:
+                metrics = jax.eval_shape(make_programs(run)[1], state, frozen, abstract_batch(run, evaluation=True))
     except KeyError as e:
         raise ValueError(
             f"the batch has no field {e.args[0]!r}, which the loss or the experience reads; let an experience write it, or bring it "
             "with the data (data.kind, data.columns)"
         ) from e
-    check_gold(run)
+    check_reward(run, run.experiment.gold)
+    check_reward(run, run.experiment.reward)
     best = run.config.checkpoint.best.removeprefix("-")
     names = {"loss", *SAMPLED, *(name for name in metrics if not name.startswith("loss:"))}
     if best and best not in names:
         raise ValueError(f"checkpoint.best {best!r} is no metric of the evaluation; use one of {', '.join(sorted(names))}")
 
 
-def check_gold(run: Run) -> None:
-    """Calls the experiment's gold reward once, on a prompt of the data and the answer that stands there."""
-    if run.experiment.gold is None:
+def check_reward(run: Run, function: Callable | None) -> None:
+    """Calls a reward function of the experiment once, on a prompt of the data and the answer that stands there."""
+    if function is None:
         return
     examples, file = run.evaluation or run.train.examples, run.experiment.file
     answer = examples.tokens[: examples.offsets[1]][examples.scored[: examples.offsets[1]]]
     with blaming(file):
-        rewards = list(run.experiment.gold(examples.prompts[:1], [run.tokenizer.decode(answer, skip_special_tokens=True)]))
-        fine = len(rewards) == 1 and math.isfinite(float(rewards[0]))
+        given = list(call(function, examples, [0], [run.tokenizer.decode(answer, skip_special_tokens=True)]))
+        fine = len(given) == 1 and math.isfinite(float(given[0]))
     if not fine:
-        raise ValueError(f"gold() of {file} returns {rewards!r} for one prompt and its completion; it must return a finite number for each")
+        name = function.__name__
+        raise ValueError(f"{name}() of {file} returns {given!r} for one prompt and its completion; it must return a finite number for each")
 
 
 def initial_params(run: Run) -> Params:

@@ -19,6 +19,8 @@ A batch is a plain dict of arrays whose leading axis is B. Every method has the 
 | `scores`          | [B, N, K] f32    | those of each member of an ensemble of reward models                             |
 | `rewards`         | [B, N] f32       | reward of a whole response, of several scores their aggregate; NaN is missing    |
 | `truncated`       | [B, N] bool      | a sampled response that was cut at its longest, before an EOS                    |
+| `prompt_id`       | [B] int32        | of a rollout: the row of the data that its prompt is                             |
+| `raw_rewards`     | [B, N] f32       | `rewards` before the KL penalty                                                  |
 | `values`          | [B, N, T] f32    | a critic's estimate before tokens[t] is chosen, at completion tokens             |
 | `token_rewards`   | [B, N, T] f32    | reward of each completion token: the penalties, and on the last `rewards`        |
 | `advantages`      | [B, N, T] f32    | how much better tokens[t] was than expected; of a group the same in a response   |
@@ -78,6 +80,7 @@ class TrainState:
     skipped: jax.Array  # [] int32: steps whose loss or gradient was not finite
     skipped_in_a_row: jax.Array  # [] int32
     averages: dict[str, Params] = flax.struct.field(default_factory=dict)  # see alignax.averages
+    carry: dict[str, Any] = flax.struct.field(default_factory=dict)  # what experience remembers, see alignax.experience.chain
 
 
 def rows(x: jax.Array) -> jax.Array:

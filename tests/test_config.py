@@ -78,5 +78,8 @@ def test_bad_experiment_files(name, fields, tmp_path, capsys):
 def test_a_best_metric_that_is_none_is_refused_before_anything_is_written(fields, tmp_path, capsys):
     given = fields | {"workdir": tmp_path / "run", "checkpoint.best": "accuracy"}
     assert main(runs.arguments(given)) == 2
-    assert "checkpoint.best 'accuracy' is no metric of the evaluation; use one of completion_length, eos_rate" in capsys.readouterr().err
+    assert (
+        "checkpoint.best 'accuracy' is no metric of the evaluation; use one of completion_length, distinct, eos_rate"
+        in capsys.readouterr().err
+    )
     assert not (tmp_path / "run").exists()

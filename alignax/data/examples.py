@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import zlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -26,6 +27,7 @@ class Examples:
     prompts: list[str]  # [n]
     fields: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # name -> [n, ...], as in FIELDS
     token_fields: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # name -> [total], computed from the tokens
+    columns: dict[str, list[Any]] = dataclasses.field(default_factory=dict)  # name -> [n], of prompts: what reward functions may read
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -76,6 +78,7 @@ def concatenate(parts: Sequence[Examples]) -> Examples:
         N=parts[0].N,
         prompts=[prompt for p in parts for prompt in p.prompts],
         fields={name: np.concatenate([p.fields[name] for p in parts]) for name in parts[0].fields},
+        columns={name: [x for p in parts for x in p.columns[name]] for name in parts[0].columns if all(name in p.columns for p in parts)},
     )
 
 

@@ -22,11 +22,11 @@ from alignax.data.rows import Bad, Prompted, Rejected
 def prompted_rows(rows: Sequence[Mapping], data: Any, path: str | Path = "data") -> tuple[list[Prompted], Rejected]:
     """Turn raw rows into prompts with completions as the `config.data` section says, and count the rows left out.
 
-    `data.kind`: "preference" (chosen, rejected), "sft" (a completion, or messages, or the chosen side of pairs), "unpaired" (a
-    completion and a label), "ranked" (k completions, best first). Texts that have no prompt column are whole transcripts, and
-    each side is split after its own last `data.prompt_separator`. Conversations are lists of messages; without a prompt column
-    the sides share their leading turns. With `data.bad_rows="error"` the first bad row raises `ValueError`; with "drop" it is
-    counted. `len(prompted) + rejected.counts.total() == len(rows)`.
+    `data.kind`: "preference" (chosen, rejected), "sft" (a completion, or messages, or the chosen side of pairs), "unpaired"
+    (a completion and a label), "ranked" (k completions, best first), "prompt" (nothing more: completions are sampled).
+    Texts that have no prompt column are whole transcripts, and each side is split after its own last `data.prompt_separator`.
+    Conversations are lists of messages; without a prompt column the sides share their leading turns. With `data.bad_rows="error"`
+    the first bad row raises `ValueError`; with "drop" it is counted. `len(prompted) + rejected.counts.total() == len(rows)`.
     """
     rejected = Rejected(path, data.bad_rows)
     if data.limit < 0:
@@ -66,6 +66,7 @@ def _reader(rows: Sequence[Mapping], data: Any, there: Mapping[str, None], path:
         "sft": (_sft_column(data, there),),
         "unpaired": ("completion", "label"),
         "ranked": ("completions",),
+        "prompt": (),
     }
     if data.kind not in wanted:
         raise ValueError(f"data.kind is {data.kind!r}; use one of {', '.join(wanted)}")
@@ -76,6 +77,8 @@ def _reader(rows: Sequence[Mapping], data: Any, there: Mapping[str, None], path:
             raise ValueError(f"{path} has no column {c[name]!r}, named by data.columns.{name}; it has: {_nearest(c[name], there)}")
     names = [name for name in wanted[data.kind] if name != "label"]
     columns = [c[name] for name in names]
+    if data.kind == "prompt":
+        return _prompt_reader(c.prompt, there, path)
     # A column of messages is the whole conversation, whatever else a file tells of its prompt.
     prompt = c.prompt if c.prompt in there and names != ["messages"] else ""
     if not prompt and not data.prompt_separator and not any(isinstance(row.get(columns[0]), list) for row in rows):
@@ -94,6 +97,19 @@ def _reader(rows: Sequence[Mapping], data: Any, there: Mapping[str, None], path:
         if isinstance(fields, Bad):
             return fields
         return _equal(result._replace(fields=fields), list(sides))
+
+    return read
+
+
+def _prompt_reader(column: str, there: Mapping[str, None], path: Any) -> Callable[[Mapping], Prompted | Bad]:
+    """The function from a raw row to its prompt, an empty completion, and its other columns, which reward functions may read."""
+    if column not in there:
+        raise ValueError(f"{path} has no column {column!r}, named by data.columns.prompt; it has: {_nearest(column, there)}")
+
+    def read(row: Mapping) -> Prompted | Bad:
+        bad = _bad_text(column, row.get(column))
+        columns = {name: row.get(name) for name in there if name != column}
+        return bad or Prompted(row[column], ("",), columns=columns)
 
     return read
 

@@ -17,6 +17,7 @@ class Prompted(NamedTuple):
     row: int = 0  # its index in the file
     fields: Mapping[str, Any] = {}  # further fields of the batch: labels, margin
     tools: list[Any] | None = None  # what the chat template is told of tools
+    columns: Mapping[str, Any] = {}  # of a prompt alone: what else its row holds, for reward functions
 
 
 class Bad(NamedTuple):

@@ -166,6 +166,7 @@ def tokenize(
         N=len(kept[0].completions),
         prompts=prompts,
         fields={name: np.asarray([row.fields[name] for row in kept], FIELDS[name]) for name in kept[0].fields},
+        columns={name: [row.columns[name] for row in kept] for name in kept[0].columns},
     )
     return examples, _report(examples, kept, rejected, counts, uncut, longest_prompt, tokenizer)
 

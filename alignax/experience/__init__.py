@@ -1,8 +1,9 @@
 from alignax.experience.advantages import gae, group_relative, leave_one_out, reinforce_plus_plus, rewards_to_go, whiten_advantages
+from alignax.experience.chain import Experience, Stateful, advance, chain, first_carry
 from alignax.experience.ensembles import quantile, score, uwo, wco
 from alignax.experience.exploration import low_probability_tokens, min_p_logps
 from alignax.experience.kto import mismatched_kl
-from alignax.experience.logps import Experience, chain, logps
+from alignax.experience.logps import logps
 from alignax.experience.matching import chi2_estimate, matched_margins, matched_ratios, reward_shift
 from alignax.experience.shaping import (
     adaptive_kl_update,
@@ -15,8 +16,8 @@ from alignax.experience.shaping import (
 )
 
 __all__ = [
-    "Experience", "adaptive_kl_update", "chain", "chi2_estimate", "clip_rewards", "gae", "group_relative", "kl_reward", "leave_one_out",
-    "logps", "low_probability_tokens", "matched_margins", "matched_ratios", "min_p_logps", "mismatched_kl", "missing_eos_penalty",
-    "overlong_penalty", "quantile", "reinforce_plus_plus", "reward_shift", "rewards_to_go", "score", "shaping", "uwo", "wco",
-    "whiten_advantages", "whiten_rewards",
+    "Experience", "Stateful", "adaptive_kl_update", "advance", "chain", "chi2_estimate", "clip_rewards", "first_carry", "gae",
+    "group_relative", "kl_reward", "leave_one_out", "logps", "low_probability_tokens", "matched_margins", "matched_ratios", "min_p_logps",
+    "mismatched_kl", "missing_eos_penalty", "overlong_penalty", "quantile", "reinforce_plus_plus", "reward_shift", "rewards_to_go", "score",
+    "shaping", "uwo", "wco", "whiten_advantages", "whiten_rewards",
 ]  # fmt: skip

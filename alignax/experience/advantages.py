@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from alignax.experience.logps import Experience, chain
+from alignax.experience.chain import Experience, chain
 from alignax.losses.algebra import sequence
 from alignax.losses.pairs import field
 from alignax.types import Batch

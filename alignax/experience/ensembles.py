@@ -17,9 +17,10 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from alignax.experience.logps import Experience
+from alignax.experience.chain import Experience
+from alignax.experience.logps import in_parts
 from alignax.losses.pairs import field
-from alignax.types import Batch, Model, Outputs, Params, microbatch
+from alignax.types import Batch, Model, Outputs, Params
 
 
 @jax.tree_util.register_static
@@ -56,10 +57,10 @@ class _Score:
 
     def __call__(self, params: Params, batch: Batch) -> Batch:
         B, N, _ = batch["tokens"].shape
-        rated = jax.lax.map(lambda part: self.apply(params, part).scores, microbatch(batch, self.microbatches))
+        rated = in_parts(lambda part: self.apply(params, part).scores, batch, self.microbatches)
         if rated is None:
             raise ValueError("score() takes a reward model, and this one gives no scores; give a model with a reward head")
-        return batch | {"scores": rated.swapaxes(0, 1).reshape(B, N, -1)}
+        return batch | {"scores": rated.reshape(B, N, -1)}
 
 
 mean = Aggregate(lambda scores: jnp.mean(scores, axis=0))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from alignax.experience.logps import Experience
+from alignax.experience.chain import Experience
 from alignax.losses.pairs import field
 from alignax.losses.responses import advantages_of
 from alignax.types import Batch

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from alignax.experience.logps import Experience, logps
+from alignax.experience.chain import Experience
+from alignax.experience.logps import logps
 from alignax.losses.algebra import examples, sequence
 from alignax.types import Batch, Model, Outputs, Params
 

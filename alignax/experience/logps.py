@@ -1,29 +1,14 @@
-"""Experience: what is not differentiated is data, written by pure functions `Batch -> Batch`.
-
-An experience function is a pytree of the parameters that it reads (`jax.tree_util.Partial`), so it goes through `jit` as an
-argument: its parameters stay sharded where they are and are never compiled into the program.
-"""
+"""Log-probs of a model as data."""
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax.tree_util import Partial
 
+from alignax.experience.chain import Experience
 from alignax.types import Batch, Model, Outputs, Params, microbatch
-
-Experience = Callable[[Batch], Batch]
-
-
-def chain(*functions: Experience) -> Experience:
-    """The functions one after another, first to last; without any, the identity."""
-    return Partial(_chain, functions)
-
-
-def _chain(functions: tuple[Experience, ...], batch: Batch) -> Batch:
-    for function in functions:
-        batch = function(batch)
-    return batch
 
 
 def logps(name: str, model: Model, microbatches: int = 1) -> Experience:
@@ -46,6 +31,10 @@ class _Logps:
     apply: Callable[[Params, Batch], Outputs]
 
     def __call__(self, params: Params, batch: Batch) -> Batch:
-        parts = microbatch(batch, self.microbatches)
-        scored = jax.lax.map(lambda part: self.apply(params, part).logps, parts)  # [M, B / M, N, T]
-        return batch | {self.name: scored.swapaxes(0, 1).reshape(batch["tokens"].shape)}
+        return batch | {self.name: in_parts(lambda part: self.apply(params, part).logps, batch, self.microbatches)}
+
+
+def in_parts(function: Callable[[Batch], Any], batch: Batch, microbatches: int) -> Any:
+    """What a function of a batch gives, arrays [B, ...], from parts of it one after another."""
+    parts = jax.lax.map(function, microbatch(batch, microbatches))  # [M, B / M, ...]
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape((-1, *x.shape[2:])), parts)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from alignax.experience.logps import Experience
+from alignax.experience.chain import Experience
 from alignax.losses.algebra import examples, sequence
 from alignax.losses.pairs import field, ref_logps
 from alignax.losses.penalties import chi2_of

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from alignax.experience.advantages import rewarded_tokens, token_rewards, whiten
-from alignax.experience.logps import Experience
+from alignax.experience.chain import Experience
 from alignax.losses.algebra import lengths, sequence
 from alignax.losses.pairs import check_positive, field, ref_logps
 from alignax.types import Batch
@@ -22,7 +22,8 @@ def kl_reward(coefficient: jax.Array | float) -> Experience:
     """The KL from the reference as a penalty in the reward: -coefficient * k1 on each completion token, k1 = log old/ref.
 
     Writes `token_rewards` [B, N, T], which hold the penalty and on the last scored token the response's reward, and `rewards` [B, N],
-    their sum: for methods of whole responses. k1 in the reward has the gradient of KL(pi || ref); other estimators there have not.
+    their sum: for methods of whole responses. `raw_rewards` [B, N] keep what they were, which is what a run reports. k1 in the reward
+    has the gradient of KL(pi || ref); other estimators there have not.
 
     Reads `rewards`, `old_logps` and `ref_logps`. k1 is signed: a response less likely than under the reference is rewarded, and its mean
     is at least 0 only over samples of the very policy that scored them.
@@ -36,7 +37,8 @@ def kl_reward(coefficient: jax.Array | float) -> Experience:
 def _kl_reward(coefficient: jax.Array, batch: Batch) -> Batch:
     mask, old = batch["completion_mask"], field(batch, "old_logps", 'logps("old_logps", policy), kl_reward(..)')
     penalised = token_rewards(batch) - coefficient * jnp.where(mask, old - ref_logps(batch), 0.0)
-    return batch | {"token_rewards": penalised, "rewards": sequence(penalised, batch)}
+    raw = batch.get("raw_rewards", batch["rewards"])
+    return batch | {"token_rewards": penalised, "rewards": sequence(penalised, batch), "raw_rewards": raw}
 
 
 def adaptive_kl_update(beta: jax.Array, kl: jax.Array, target: float = 6.0, horizon: float = 10_000, n: float = 1) -> jax.Array:

@@ -1,0 +1,78 @@
+"""Experience: what is not differentiated is data, written by pure functions `Batch -> Batch`, one after another.
+
+An experience function is a pytree of the parameters that it reads (`jax.tree_util.Partial`), so it goes through `jit` as an
+argument: its parameters stay sharded where they are and are never compiled into the program.
+
+What an experience remembers from one batch to the next (a running log Z, an adaptive coefficient, multipliers) is its carry: a
+`Stateful` function takes it and gives the next one. Carries live in the training state, so they are in every checkpoint.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+
+from alignax.types import Batch
+
+Experience = Callable[[Batch], Batch]
+Carry = dict[str, Any]  # name of a stateful function -> what it remembers
+
+
+@flax.struct.dataclass
+class Stateful:
+    """An experience with a carry. Called with a batch alone it reads the carry that it begins with."""
+
+    name: str = flax.struct.field(pytree_node=False)  # of its carry; unique in a chain
+    first: Any  # the carry at step 0: a pytree of arrays
+    function: Callable[[Any, Batch], tuple[Any, Batch]]  # pure; a pytree of what it reads
+
+    def __call__(self, batch: Batch) -> Batch:
+        """The batch that the first carry gives."""
+        return self.function(self.first, batch)[1]
+
+
+@flax.struct.dataclass
+class Chain:
+    """Functions one after another."""
+
+    functions: tuple[Experience, ...]
+
+    def __call__(self, batch: Batch) -> Batch:
+        """The batch with what all of them write."""
+        for function in self.functions:
+            batch = function(batch)
+        return batch
+
+
+def chain(*functions: Experience) -> Experience:
+    """The functions one after another, first to last; without any, the identity."""
+    return Chain(functions)
+
+
+def first_carry(experience: Experience) -> Carry:
+    """The carry at step 0 of every stateful function.
+
+    Raises:
+      ValueError: for two of one name.
+    """
+    if isinstance(experience, Stateful):
+        return {experience.name: experience.first}
+    carry: Carry = {}
+    for function in experience.functions if isinstance(experience, Chain) else ():
+        own = first_carry(function)
+        if twice := sorted(own.keys() & carry.keys()):
+            raise ValueError(f"two stateful experience functions are called {twice[0]!r}; give one of them another name")
+        carry |= own
+    return carry
+
+
+def advance(experience: Experience, carry: Carry, batch: Batch) -> tuple[Carry, Batch]:
+    """The batch, and the carry for the next one."""
+    if isinstance(experience, Stateful):
+        own, batch = experience.function(carry[experience.name], batch)
+        return carry | {experience.name: own}, batch
+    if isinstance(experience, Chain):
+        for function in experience.functions:
+            carry, batch = advance(function, carry, batch)
+        return carry, batch
+    return carry, experience(batch)

@@ -1,0 +1,142 @@
+"""The program of online training: experience once for a rollout, then the shared step on each of its parts.
+
+A rollout of B = minibatches x batch_size prompts is trained on in minibatches x epochs steps. The first epoch takes its prompts as they
+come, each further one in an order of its own.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from alignax import mesh as meshes
+from alignax.averages import averaged
+from alignax.config import prompts_of_rollout
+from alignax.experience import advance
+from alignax.experience.logps import in_parts
+from alignax.generate import sampler_gap
+from alignax.losses.algebra import lengths
+from alignax.prepare import Run
+from alignax.programs import abstract_batch, make_experience, make_programs, policy_model
+from alignax.train import make_step
+from alignax.types import Batch, Metrics, Model, Params, TrainState, microbatch
+
+LAST = ("skipped_total", "skipped_in_a_row", "learning_rate")  # metrics that are states: of several steps the last one's
+
+
+def training_program(run: Run) -> tuple[Any, dict[str, jax.ShapeDtypeStruct]]:
+    """The jitted program that trains, and the shapes of the batch that it takes, after state and frozen parameters."""
+    if run.config.rollout.samples:
+        return make_learn(run), abstract_rollout(run, prompts_of_rollout(run.config), run.config.rollout.samples)
+    return make_programs(run)[0], abstract_batch(run)
+
+
+def abstract_rollout(run: Run, prompts: int, samples: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and shardings of a rollout."""
+    B, N, T = prompts, samples, run.train.length
+    layout = meshes.batch_sharding(run.mesh)
+    tokens: dict[str, Any] = {"tokens": jnp.int32, "mask": jnp.bool_, "completion_mask": jnp.bool_, "sampled_logps": jnp.float32}
+    fields = {name: ((B, N, T), dtype) for name, dtype in tokens.items()}
+    fields |= {"truncated": ((B, N), jnp.bool_), "prompt_id": ((B,), jnp.int32)}
+    if run.experiment.reward is not None:
+        fields["rewards"] = (B, N), jnp.float32
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=layout) for name, (shape, dtype) in fields.items()}
+
+
+def make_learn(run: Run) -> Callable[[TrainState, dict[str, Params], Batch], tuple[TrainState, Metrics]]:
+    """The jitted program `(state, frozen, rollout) -> (state, metrics)`; metrics are means over its steps."""
+    c, after = run.config, averaged(run.averages)
+
+    def learn(state: TrainState, frozen: dict[str, Params], batch: Batch) -> tuple[TrainState, Metrics]:
+        parts = c.rollout.minibatches * c.microbatches
+        (carry, batch), metrics = experienced(run, state, frozen, batch, parts)
+        state = dataclasses.replace(state, carry=carry)
+        train_step = make_step(policy_model(run, frozen, None).apply, run.objective, run.optimizer, c.microbatches)
+
+        def step(state: TrainState, part: Batch) -> tuple[TrainState, Metrics]:
+            rate = run.schedule(state.step - state.skipped)
+            state, metrics = train_step(state, part)
+            return after(state), metrics | {"learning_rate": jnp.asarray(rate)}
+
+        def epoch(state: TrainState, order: jax.Array | None) -> tuple[TrainState, Metrics]:
+            taken = batch if order is None else jax.tree.map(lambda x: x[order], batch)
+            split = microbatch(taken, c.rollout.minibatches)
+            return jax.lax.scan(step, state, split)
+
+        state, found = epoch(state, None)
+        if c.rollout.epochs > 1:
+            key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 3)
+            draw = lambda i: jax.random.permutation(jax.random.fold_in(key, i), batch["tokens"].shape[0])
+            orders = jax.vmap(draw)(jnp.arange(c.rollout.epochs - 1))
+            state, more = jax.lax.scan(epoch, state, orders)
+            found = jax.tree.map(lambda a, b: jnp.concatenate([a, b.reshape((-1, *a.shape[1:]))]), found, more)
+        tokens = c.rollout.epochs * batch["mask"].sum(dtype=jnp.float32)
+        return state, metrics | pooled(found) | {"tokens": tokens}
+
+    return jax.jit(learn, donate_argnums=0)
+
+
+def make_judge(run: Run) -> Callable[[TrainState, dict[str, Params], Batch], Metrics]:
+    """The jitted program `(state, frozen, samples) -> metrics`, arrays [B]: what experience and the reference say of samples."""
+    return jax.jit(lambda state, frozen, batch: experienced(run, state, frozen, batch, 1)[1])
+
+
+def experienced(run: Run, state: TrainState, frozen: dict[str, Params], batch: Batch, parts: int) -> tuple[Any, Metrics]:
+    """A rollout with `old_logps` and all that experience writes, with the next carry; and its metrics."""
+    policy = policy_model(run, frozen, state.params)
+    batch, entropy = with_policy(policy, batch, parts)
+    carry, batch = advance(make_experience(run, frozen, state), state.carry, batch)
+    return (carry, batch), measured(batch) | {"entropy": per_token(entropy, batch)}
+
+
+def with_policy(policy: Model, batch: Batch, parts: int) -> tuple[Batch, jax.Array]:
+    """The batch with `old_logps`, the policy's as it stands, and its entropy [B, N, T], in so many parts."""
+    outputs = lambda part: policy.apply(policy.params, part)[:2]
+    logps, entropy = in_parts(outputs, batch, parts)
+    return batch | {"old_logps": logps}, entropy
+
+
+def measured(batch: Batch) -> Metrics:
+    """What is seen of a rollout, over responses with a scored token: each [].
+
+    `kl` and `kl_k3`: estimates of KL(policy || reference) in nats, summed over a response (Schulman 2020, "Approximating KL
+    divergence"): k1 = sum_t lr and k3 = sum_t exp(-lr) - 1 + lr, lr = log pi - log ref; both unbiased, k1 signed, k3 >= 0.
+    `reward`, `reward_std`: of the responses, and within a group. `score/member_k`, `disagreement`: of an ensemble.
+    """
+    real = batch["completion_mask"].any(axis=-1)  # [B, N]
+    mean = lambda x: jnp.where(real, x, 0.0).sum() / jnp.maximum(real.sum(), 1)
+    out: Metrics = {"scored_rate": mean(jnp.ones(real.shape)) * real.mean()}
+    if "sampled_logps" in batch:
+        out["sampler_gap"] = sampler_gap(batch["old_logps"], batch)
+    if "ref_logps" in batch:
+        lr = jnp.where(batch["completion_mask"], batch["old_logps"] - batch["ref_logps"], 0.0)
+        out |= {"kl": mean(lr.sum(axis=-1)), "kl_k3": mean((jnp.expm1(-lr) + lr).sum(axis=-1))}
+    if "rewards" in batch:
+        rewards = batch.get("raw_rewards", batch["rewards"])  # without the KL penalty
+        out["reward"] = mean(rewards)
+        group = jnp.where(real, rewards, 0.0)
+        count = jnp.maximum(real.sum(axis=1, keepdims=True), 1)
+        centred = jnp.where(real, group - group.sum(axis=1, keepdims=True) / count, 0.0)
+        out["reward_std"] = jnp.sqrt(jnp.square(centred).sum(axis=1) / count[:, 0]).mean()
+    if "scores" in batch and batch["scores"].shape[-1] > 1:
+        out |= {f"score/member_{k}": mean(batch["scores"][..., k]) for k in range(batch["scores"].shape[-1])}
+        out["disagreement"] = mean(batch["scores"].std(axis=-1))
+    if "advantages" in batch:
+        out["advantage_mean"] = per_token(batch["advantages"], batch)
+        out["advantage_std"] = jnp.sqrt(per_token(jnp.square(batch["advantages"] - out["advantage_mean"]), batch))
+    return out
+
+
+def per_token(x: jax.Array, batch: Batch) -> jax.Array:
+    """The mean of [B, N, T] over scored tokens."""
+    return jnp.where(batch["completion_mask"], x, 0.0).sum() / jnp.maximum(lengths(batch).sum(), 1)
+
+
+def pooled(metrics: Metrics) -> Metrics:
+    """Of metrics [U] of several steps: means; skipped steps counted; of states the last."""
+    out = {}
+    for name, x in metrics.items():
+        out[name] = x[-1] if name in LAST else x.all() if name.startswith("finite/") else x.sum() if name == "skipped" else jnp.mean(x)
+    return out

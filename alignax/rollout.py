@@ -1,0 +1,219 @@
+"""Rollouts: prompts of the data, completions that the policy samples now, and what a reward function on the host says of them.
+
+A rollout is a batch [B, N, T] like any other. It is a function of the training state and the step alone, so a run that is stopped
+goes on bit for bit.
+"""
+
+import dataclasses
+import inspect
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from alignax import mesh as meshes
+from alignax.config import prompts_of_rollout
+from alignax.data import Examples
+from alignax.data.files import one_line
+from alignax.generate import LENGTH, Completions, Generator, sampled_batch, shape_for
+from alignax.online import make_learn
+from alignax.prepare import Run
+from alignax.programs import full
+from alignax.types import Batch, Metrics, Params, TrainState
+
+Reward = Callable[..., Sequence[float]]
+
+
+class Rollout(NamedTuple):
+    """What the policy has just said."""
+
+    batch: Batch  # on the mesh, see `Rollouts`
+    metrics: dict[str, float]
+
+
+class RewardFailed(RuntimeError):
+    """A reward function that raises, hangs, or gives what is no number, where `rollout.bad_rewards` is "error"."""
+
+
+class Rollouts:
+    """Makes the rollouts of a run.
+
+    A batch has `tokens`, `mask`, `completion_mask` and `sampled_logps` [B, N, T], `truncated` [B, N] bool (no EOS within
+    `rollout.max_new_tokens`), `prompt_id` [B] int32 (the row of the data), and where the experiment has a reward function its
+    `rewards` [B, N] float32. A completion whose reward is not known has reward NaN and no scored token, so it weighs nothing.
+    """
+
+    def __init__(self, run: Run):
+        """Compiles nothing yet."""
+        c, self.run = run.config.rollout, run
+        count = prompts_of_rollout(run.config)
+        longest = int(run.train.examples.prompt_lengths.max())
+        self.generate = Generator(
+            dataclasses.replace(run.source.config, lora=run.lora),
+            shape_for(count * c.samples, longest, c.max_new_tokens, mesh=run.mesh, slots=c.slots),
+            stop_ids=[run.tokenizer.eos_token_id],
+            dtype=run.dtype,
+            mesh=run.mesh,
+        )
+
+    def __call__(self, state: TrainState, frozen: dict[str, Params], step: int) -> Rollout:
+        """The rollout of the policy as it stands after so many steps.
+
+        Raises:
+          RewardFailed: see there.
+        """
+        run, c = self.run, self.run.config.rollout
+        rows = self.rows(step)
+        examples, began = run.train.examples, time.monotonic()
+        prompts = [examples.prompt_tokens(row).tolist() for row in rows]
+        key = jax.random.fold_in(jax.random.fold_in(state.key, step), 2)
+        completions = self.generate(full(run, frozen, state.params), prompts, key, n=c.samples)
+        metrics = {"time/generate": time.monotonic() - began} | text_metrics(completions)
+        began = time.monotonic()
+        texts = decoded(run.tokenizer, completions)
+        batch, _ = samples_batch(run, examples, rows, prompts, completions, texts)
+        if "rewards" in batch:
+            metrics["bad_rewards"] = float(np.isnan(batch["rewards"]).sum())
+        if run.experiment.gold is not None:
+            gold, _ = rewards_of(run, run.experiment.gold, examples, rows, texts)
+            metrics["gold"] = float(np.nanmean(gold))
+        metrics["time/reward"] = time.monotonic() - began
+        return Rollout(meshes.put_batch(run.mesh, lambda part: {name: x[part] for name, x in batch.items()}, len(rows)), metrics)
+
+    def rows(self, step: int) -> np.ndarray:
+        """The rows of the data that the rollout before training step `step` is of: those of so many steps of the stream."""
+        c, stream = self.run.config.rollout, self.run.train
+        first = step // c.epochs
+        return np.concatenate([stream.rows(first + i) for i in range(c.minibatches)])
+
+
+class Turns:
+    """Online training: a rollout of the policy as it stands, then the steps on it."""
+
+    def __init__(self, run: Run, frozen: dict[str, Params]):
+        """Compiles nothing yet."""
+        self.rollouts, self.frozen, self.learn = Rollouts(run), frozen, make_learn(run)
+        self.compiled = 0
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+
+    def __call__(self, state: TrainState, step: int) -> tuple[TrainState, Metrics]:
+        """The state after the steps on the rollout that step `step` begins, and metrics: means over them, and of the rollout."""
+        self.compiled = 0
+        began = time.monotonic()
+        batch, metrics = self.rollouts(state, self.frozen, step)
+        sampled = time.monotonic()
+        state, learnt = jax.block_until_ready(self.learn(state, self.frozen, batch))
+        now = time.monotonic()
+        host = sampled - began - metrics["time/generate"] - metrics["time/reward"]
+        times = {"time/learn": now - sampled, "time/host": host, "compilations": self.compiled}
+        return state, learnt | metrics | times
+
+    def _listen(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
+        self.compiled += event.endswith("backend_compile_duration")
+
+
+def samples_batch(
+    run: Run, examples: Examples, rows: np.ndarray, prompts: Sequence[Sequence[int]], completions: Completions, texts: list[list[str]]
+) -> tuple[dict[str, np.ndarray], dict[str, list[float]]]:
+    """The batch of completions of rows of the data, on the host (see `Rollouts`), and of each prompt's first completion its reward."""
+    batch = sampled_batch(prompts, completions, run.train.length)
+    batch |= {"truncated": completions.ended == LENGTH, "prompt_id": rows.astype(np.int32)}
+    if run.experiment.reward is None:
+        return batch, {}
+    rewards, _ = rewards_of(run, run.experiment.reward, examples, rows, texts)
+    batch["completion_mask"] &= np.isfinite(rewards)[..., None]
+    return batch | {"rewards": rewards}, {"reward": rewards[:, 0].tolist()}
+
+
+def rewards_of(run: Run, function: Reward, examples: Examples, rows: np.ndarray, texts: list[list[str]]) -> tuple[np.ndarray, int]:
+    """Rewards [B, N] float32 of completions of rows of the data, NaN where there is none, and how many there are not.
+
+    Raises:
+      RewardFailed: where there is none and `rollout.bad_rewards` is "error".
+    """
+    c, n = run.config.rollout, len(texts[0])
+    found = np.full(len(rows) * n, np.nan, np.float32)
+    what, cause = "", None
+    if jax.process_index() == 0:  # one process asks for all: the function may be random, or dear
+        try:
+            given = within(c.timeout, lambda: call(function, examples, np.repeat(rows, n), [text for group in texts for text in group]))
+            found[:] = checked(given, len(found))
+        except Exception as e:
+            what, cause = f"{type(e).__name__}: {one_line(e)}", e
+    if jax.process_count() > 1:
+        found = np.asarray(multihost_utils.broadcast_one_to_all(found))
+    bad = ~np.isfinite(found)
+    if bad.any() and c.bad_rewards == "error":
+        first = texts[bad.argmax() // n][bad.argmax() % n]
+        what = what or f"{bad.sum()} of {len(bad)} rewards are not finite, that of {first!r} first"
+        where = f"{function.__name__}() of {run.experiment.file}"
+        raise RewardFailed(f"{where}: {what}. Mend it, or go on without these with rollout.bad_rewards=drop") from cause
+    return np.where(bad, np.nan, found).reshape(len(rows), n), int(bad.sum())
+
+
+def call(function: Reward, examples: Examples, rows: Sequence[int] | np.ndarray, texts: Sequence[str]) -> Sequence[float]:
+    """The rewards of completions: a function of (prompts, completions), and of columns of the data whose names its parameters have."""
+    wanted = list(inspect.signature(function).parameters)[2:]
+    columns = {name: [examples.columns[name][row] for row in rows] for name in wanted}
+    return function([examples.prompts[row] for row in rows], list(texts), **columns)
+
+
+def checked(given: Any, count: int) -> np.ndarray:
+    """Rewards as float32 [count]; None is no reward.
+
+    Raises:
+      ValueError: for anything else than so many numbers.
+    """
+    found = [math.nan if x is None else float(x) for x in given]
+    if len(found) != count:
+        raise ValueError(f"it gives {len(found)} rewards for {count} completions")
+    return np.asarray(found, np.float32)
+
+
+def within(seconds: float, function: Callable[[], Any]) -> Any:
+    """What a function returns, if it does within so many seconds.
+
+    Raises:
+      TimeoutError: otherwise. Its thread is left behind, since Python cannot end one.
+    """
+    result: list[Any] = []
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            result.append(function())
+        except BaseException as e:
+            errors.append(e)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if errors:
+        raise errors[0]
+    if not result:
+        raise TimeoutError(f"no answer within {seconds:g} s (rollout.timeout)")
+    return result[0]
+
+
+def decoded(tokenizer: Any, completions: Completions) -> list[list[str]]:
+    """Texts [B][N], special tokens left out."""
+    n = completions.tokens.shape[1]
+    flat = tokenizer.batch_decode([row for group in completions.rows() for row in group], skip_special_tokens=True)
+    return [flat[i : i + n] for i in range(0, len(flat), n)]
+
+
+def text_metrics(completions: Completions) -> dict[str, float]:
+    """Of what was sampled: mean length in tokens, how much of it ended, and how much of it differs."""
+    lengths = completions.mask.sum(axis=-1)
+    rows = completions.tokens.reshape(-1, completions.tokens.shape[-1])
+    return {
+        "completion_length": float(lengths.mean()),
+        "eos_rate": float((completions.ended != LENGTH).mean()),
+        "truncated_rate": float((completions.ended == LENGTH).mean()),
+        "distinct": len(np.unique(rows, axis=0)) / len(rows),
+    }
