@@ -48,6 +48,8 @@ def check_head(config: Any, source: hf.Source, experiment: Experiment) -> None:
     """Refuses what a reward model cannot do: sample, and be the policy of an experience."""
     if not source.config.num_labels:
         return
+    if config.model.critic:
+        raise ValueError("model.critic gives a language model values, and this is a reward model; set it to false")
     if max(config.eval.samples, config.eval.sample_prompts):
         raise ValueError("a reward model gives scores and no text; set eval.samples and eval.sample_prompts to 0")
     if experiment.gold is not None:

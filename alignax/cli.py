@@ -28,7 +28,8 @@ eval-rm     judges a reward model or an ensemble on the pairs of data.eval, and 
 generate    completes prompts; MODEL is a Hugging Face folder, or the WORKDIR of a run. FILE has a prompt a line, or rows (.jsonl, .csv,
             .parquet) with a column "prompt", text or messages; without one, prompts are typed. --out writes JSONL with tokens and
             log-probs, --out - prints it; --temperature 0 is greedy; --stop may be given several times
-export      writes the newest checkpoint of a run as a Hugging Face folder, of an ensemble one for each member
+export      writes the newest checkpoint of a run as a Hugging Face folder, of an ensemble one for each member; for WORKDIR also the
+            mean of model folders, A@0.5,B@0.5, which model.path, reference.path and generate take too
 check-data  reads and tokenises the data and reports on it, every bad row counted; needs the tokenizer of the model folder, no
             weights; --json writes the report to a file too, --json - prints it instead; ends with 2 if a run would refuse the data
 overopt     measures reward overoptimisation: best-of-n and direct alignment against a gold reward; goes on where it was stopped
@@ -64,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fail(e)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is not there, say
     from alignax import commands
+    from alignax.rollout import RewardFailed
 
     try:
         if given.command == "train":
@@ -84,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             commands.check_data(given.file, given.overrides, given.json)
     except (commands.BadInput, OSError) as e:  # OSError: a full disk, say, in the middle of a run
         return fail(e)
-    except FloatingPointError as e:
+    except (FloatingPointError, RewardFailed) as e:
         print(f"alignax: stopped: {e}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # before or after training, which saves first

@@ -17,6 +17,7 @@ from alignax import distributed, plan, rewards
 from alignax.checkpoint import Checkpoints
 from alignax.config import BadInput, Experiment, default_config, eval_batch_size, load_experiment, set_field
 from alignax.data import Examples, check, load, padded_length
+from alignax.data.mixture import sources
 from alignax.distributed import is_main, together
 from alignax.ensemble import stacked
 from alignax.evaluate import Evaluation
@@ -27,7 +28,7 @@ from alignax.generate.generator import check_room
 from alignax.mesh import make_mesh
 from alignax.metrics import Log, table
 from alignax.models import hf
-from alignax.prepare import Run, check_workdir, compute_dtype, load_tokenizer, make_lora, open_model, prepare
+from alignax.prepare import Run, check_workdir, compute_dtype, load_tokenizer, make_lora, open_model, open_source, prepare
 from alignax.start import start
 from alignax.types import Params
 
@@ -142,7 +143,7 @@ def saved_models(workdir: Path, overrides: Sequence[str]) -> Saved:
     """The newest checkpoint of a run, adapters merged. The run's data need not be there."""
     with together():
         config = saved_experiment(workdir, overrides).config
-        source = hf.with_labels(hf.open_folder(config.model.path), config.model.num_labels)
+        source = hf.with_heads(open_source(config.model.path, "model.path"), config.model.num_labels, config.model.critic)
     mesh = make_mesh(config.mesh)
     return Saved(config, source, mesh, *newest_models(workdir, config, source, mesh, config.export.params))
 
@@ -157,17 +158,28 @@ def newest_models(workdir: Path, config: Any, source: hf.Source, mesh: Mesh, nam
     return step, ((name, merged(source, lora, one, mesh) if lora else one) for name, one in members_of(params, members))
 
 
+def averaged_models(soup: Path, overrides: Sequence[str]) -> Saved:
+    """The mean of model folders, as `saved_models` gives what a run has trained."""
+    with together():
+        config = folder_config(soup, overrides)
+        source = open_model(config.model.path, config.model.init, "model.path")
+    mesh = make_mesh(config.mesh)
+    return Saved(config, source, mesh, 0, iter([("", hf.load_params(source, mesh))]))
+
+
 def export(workdir: Path, folder: Path, overrides: Sequence[str]) -> None:
-    """`alignax export`: the newest checkpoint as a Hugging Face folder, of an ensemble one for each member."""
+    """`alignax export`: the newest checkpoint as a Hugging Face folder, of an ensemble one for each member; or the mean of folders."""
     with refusing():
         distributed.initialize()
-        saved = saved_models(workdir, overrides)
+        soup = "@" in str(workdir) and not workdir.exists()
+        saved = (averaged_models if soup else saved_models)(workdir, overrides)
         eos = load_tokenizer(saved.source.path, saved.source.config.vocab_size).eos_token_id
         there, dtype = folder.exists(), saved.config.export.dtype
         for name, params in saved.models:
             hf.export(params, saved.source, folder / name, dtype, eos=eos)
     if is_main():
-        print(f"step {saved.step} of {workdir} is in {folder}, in {dtype}{' (an earlier export there was replaced)' if there else ''}")
+        what = f"the mean {workdir}" if soup else f"step {saved.step} of {workdir}"
+        print(f"{what} is in {folder}, in {dtype}{' (an earlier export there was replaced)' if there else ''}")
 
 
 def eval_rm(place: str, file: str, overrides: Sequence[str], out: str) -> None:
@@ -228,8 +240,10 @@ def generate(model: Path, request: Request, overrides: Sequence[str]) -> None:
         with together():
             saved = (model / "config.py").is_file()
             config = saved_experiment(model, overrides).config if saved else folder_config(model, overrides)
-            source = open_model(config.model.path, config.model.init, "model.path")
-            if source.config.num_labels or config.model.num_labels:
+            source = hf.with_heads(
+                open_model(config.model.path, config.model.init, "model.path"), config.model.num_labels, config.model.critic
+            )
+            if source.config.num_labels:
                 raise ValueError(f"{str(model)!r} is a reward model, which gives scores and no text; give a language model")
             tokenizer = load_tokenizer(source.path, source.config.vocab_size)
             stops = Stops(tokenizer, tuple(request.stop)) if request.stop else None
@@ -296,6 +310,8 @@ def check_data(file: str, overrides: Sequence[str], out: str) -> None:
 
 def tokenizer_alone(path: str) -> tuple[Any, int]:
     """The tokenizer of a folder that may lack a model, and the rows of the embedding, where a config.json says so."""
+    if path and not Path(path).is_dir():
+        path = sources(path, "model.path")[0][0]  # of a soup the first one's
     if not Path(path or " ").is_dir():
         raise ValueError(f"model folder {path!r} does not exist; set --config.model.path=FOLDER, one with a tokenizer")
     if (Path(path) / "config.json").is_file():

@@ -53,9 +53,10 @@ def default_config() -> Any:
     c.max_skipped = 5  # so many non-finite steps in a row stop the run
 
     c.model = ConfigDict()
-    c.model.path = ""  # Hugging Face folder: config, tokenizer, weights
+    c.model.path = ""  # Hugging Face folder: config, tokenizer, weights; or the mean of several's weights, A@0.5,B@0.5
     c.model.init = "pretrained"  # or "random": start without weights
     c.model.num_labels = 0  # 1: a reward model, which gives a score in place of logits; more: so many attributes; 0: as the folder is
+    c.model.critic = False  # a value of every token beside the logits: PPO's critic, on the policy's trunk
     c.model.freeze = False  # train a reward model's head alone
     c.model.dtype = "auto"  # of activations: "auto" is bfloat16 on accelerators, float32 on CPU
     c.model.remat = "full"  # or "dots", "none"
@@ -76,7 +77,7 @@ def default_config() -> Any:
     c.ensemble.own_noise = False  # each has label noise of its own; otherwise the same pairs are wrong for all
 
     c.reference = ConfigDict()
-    c.reference.path = ""  # Hugging Face folder; empty: the policy that the run starts from, of adapters their base
+    c.reference.path = ""  # Hugging Face folder, or A@0.5,B@0.5; empty: the policy that the run starts from, of adapters their base
     c.reference.cache = ""  # folder for its log-probs of the data, computed once; empty: computed in every step
     c.reference.token_kl = False  # its KL from the policy in every token, over the whole vocabulary: TDPO reads it
 

@@ -13,7 +13,7 @@ from typing import Any, TextIO
 from alignax.config import BadInput
 from alignax.data.files import short
 
-SHOWN = {"loss": "loss", "rewards/accuracies": "acc", "rewards/margins": "margin", "grad_norm": "grad"}
+SHOWN = {"loss": "loss", "rewards/accuracies": "acc", "rewards/margins": "margin", "reward": "reward", "kl": "kl", "grad_norm": "grad"}
 
 
 class Log:
@@ -23,6 +23,7 @@ class Log:
         """Opens the log at `start`; rows of later steps, left by a killed run, are taken out, since they are about to be made again."""
         self.steps, self.every, self.writes = steps, every, writes
         self._began, self._tokens = time.monotonic(), 0.0
+        self._shown = start
         self._first: int | None = None  # the first step of this process compiles: the clock starts after it
         self._bar: Any = None
         self._tensorboard: Any = None
@@ -58,8 +59,9 @@ class Log:
         if self._bar is not None:
             self._bar.set_description_str(shown + pace, refresh=False)
             self._bar.update(step - self._bar.n)
-        elif self.writes and (step % self.every == 0 or step in (1, self.steps)):
+        elif self.writes and (step // self.every > self._shown // self.every or step in (self._first, self.steps)):
             self.line(f"step {step}/{self.steps}  {shown}{pace}")
+            self._shown = step
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -21,7 +21,7 @@ from alignax.losses.algebra import lengths
 from alignax.prepare import Run
 from alignax.programs import abstract_batch, make_experience, make_programs, policy_model
 from alignax.train import make_step
-from alignax.types import Batch, Metrics, Model, Params, TrainState, microbatch
+from alignax.types import Batch, Metrics, Params, TrainState, microbatch
 
 LAST = ("skipped_total", "skipped_in_a_row", "learning_rate")  # metrics that are states: of several steps the last one's
 
@@ -84,18 +84,13 @@ def make_judge(run: Run) -> Callable[[TrainState, dict[str, Params], Batch], Met
 
 
 def experienced(run: Run, state: TrainState, frozen: dict[str, Params], batch: Batch, parts: int) -> tuple[Any, Metrics]:
-    """A rollout with `old_logps` and all that experience writes, with the next carry; and its metrics."""
+    """A rollout with `old_logps`, a critic's `values` and all that experience writes, with the next carry; and its metrics."""
     policy = policy_model(run, frozen, state.params)
-    batch, entropy = with_policy(policy, batch, parts)
+    outputs = lambda part: policy.apply(policy.params, part)
+    out = in_parts(outputs, batch, parts)
+    batch = batch | {"old_logps": out.logps} | ({} if out.values is None else {"values": out.values})
     carry, batch = advance(make_experience(run, frozen, state), state.carry, batch)
-    return (carry, batch), measured(batch) | {"entropy": per_token(entropy, batch)}
-
-
-def with_policy(policy: Model, batch: Batch, parts: int) -> tuple[Batch, jax.Array]:
-    """The batch with `old_logps`, the policy's as it stands, and its entropy [B, N, T], in so many parts."""
-    outputs = lambda part: policy.apply(policy.params, part)[:2]
-    logps, entropy = in_parts(outputs, batch, parts)
-    return batch | {"old_logps": logps}, entropy
+    return (carry, batch), measured(batch) | {"entropy": per_token(out.entropy, batch)}
 
 
 def measured(batch: Batch) -> Metrics:

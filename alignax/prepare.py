@@ -27,6 +27,7 @@ from alignax.checks import (
 from alignax.config import Experiment, asked, blaming, difference, load_experiment, steps_of_turn
 from alignax.data import Batches, Examples, Report, load, padded_length
 from alignax.data.files import one_line
+from alignax.data.mixture import sources
 from alignax.losses.algebra import Objective
 from alignax.models import hf, lora, peft, transformer
 from alignax.models.lora import Lora
@@ -94,7 +95,7 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
     mesh = mesh or meshes.make_mesh(config.mesh)
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     check_batches(config, mesh)
-    source = hf.with_labels(open_model(config.model.path, config.model.init, "model.path"), config.model.num_labels)
+    source = hf.with_heads(open_model(config.model.path, config.model.init, "model.path"), config.model.num_labels, config.model.critic)
     check_head(config, source, experiment)
     check_members(config, mesh)
     reference = None
@@ -171,16 +172,29 @@ def compute_dtype(config: Any, mesh: Mesh) -> Any:
 
 
 def open_model(path: str, init: str, field: str) -> hf.Source:
-    """Opens a model folder and checks its tensors against its config."""
+    """Opens a model folder, or a soup of several, and checks its tensors against its config."""
     if not path:
         raise ValueError(f"config field {field!r} is empty; set --config.{field}=FOLDER, a Hugging Face model folder")
     if init not in ("pretrained", "random"):
         raise ValueError(f"model.init {init!r} is unknown; use pretrained or random")
-    source = hf.open_folder(path)
+    source = open_source(path, field)
     hf.stop_ids(source)  # the export at the end reads them
     if init == "pretrained":
-        hf.check_tensors(source, hf.tensor_files(source))
+        for part, _ in hf.ingredients(source):
+            hf.check_tensors(part, hf.tensor_files(part))
+    elif source.soup:
+        raise ValueError(f"{field} {path!r} is a mean of weights, and model.init 'random' reads none; name one folder")
     return source
+
+
+def open_source(text: str, field: str) -> hf.Source:
+    """The folder that a field names, or the soup of several: `FOLDER@0.5,OTHER@0.5`. The weights stay on disk."""
+    named = sources(text, field)
+    if all(share is not None for _, share in named):
+        return hf.make_soup([(hf.open_folder(path), share) for path, share in named if share is not None])
+    if len(named) > 1:
+        raise ValueError(f"{field} {text!r} names several models; give each its share of the mean, as in FOLDER@0.5,OTHER@0.5")
+    return hf.open_folder(text)
 
 
 def make_lora(config: Any, source: hf.Source) -> Lora | None:

@@ -24,7 +24,7 @@ from alignax.types import Batch, Metrics, Model, Outputs, Params, TrainState
 def reference_apply(run: Run) -> Apply:
     """The forward pass of the reference: the policy's own, so that equal parameters give equal numbers."""
     assert run.reference is not None
-    if run.reference.config == run.source.config and run.lora is None:
+    if reference_config(run) == run.source.config and run.lora is None:
         return run.apply
     return make_apply(reference_config(run), run.config, run.dtype, run.mesh)
 
@@ -33,7 +33,7 @@ def reference_config(run: Run) -> transformer.ModelConfig:
     """The reference's shape and options; of adapters, those of their base as it is stored."""
     assert run.reference is not None
     bare = dataclasses.replace(run.lora, targets=()) if run.lora is not None and run.reference is run.source else None
-    return dataclasses.replace(run.reference.config, lora=bare)
+    return dataclasses.replace(run.reference.config, lora=bare, critic=False)
 
 
 def taught_apply(run: Run, frozen: dict[str, Any]) -> Apply:
@@ -91,8 +91,9 @@ def abstract_frozen(run: Run) -> dict[str, Any]:
     """Shapes, types and shardings of the parameters that a run holds and does not train, by name: "base" of adapters, "reference"."""
 
     def described(name: str, source: hf.Source) -> Params:
-        config = dataclasses.replace(source.config, lora=run.lora if name == "base" else None)
-        params = split(hf.abstract_params(config, run.mesh))[0]
+        config = dataclasses.replace(source.config, lora=run.lora if name == "base" else None, critic=False)
+        params = hf.abstract_params(config, run.mesh)
+        params = params if name == "ensemble" else split(params)[0]
         describe = lambda path, x: jax.ShapeDtypeStruct(x.shape, frozen_dtype(path, run, name), sharding=x.sharding)
         return jax.tree_util.tree_map_with_path(describe, params)
 

@@ -50,10 +50,7 @@ def open_members(paths: Sequence[str | Path]) -> list[hf.Source]:
     for source in sources:
         if not source.config.num_labels:
             raise ValueError(f"{str(source.path)!r} is no reward model: its config.json names no architecture for sequence classification")
-        if source.config != sources[0].config:
-            raise ValueError(f"{str(source.path)!r} has another shape or vocabulary than {str(sources[0].path)!r}; members must be alike")
-        if _tokenizer(source.path) != _tokenizer(sources[0].path):
-            raise ValueError(f"{str(source.path)!r} has another tokenizer than {str(sources[0].path)!r}; members must share one")
+    hf.check_alike(sources)
     return sources
 
 
@@ -174,9 +171,3 @@ def text(result: Mapping[str, Any]) -> list[str]:
 def _correlation(x: np.ndarray, y: np.ndarray) -> float:
     """Pearson's; 0 where one does not vary."""
     return float(np.corrcoef(x, y)[0, 1]) if x.std() > 0 and y.std() > 0 else 0.0
-
-
-def _tokenizer(folder: Path) -> bytes:
-    """What tells the folder's tokenizer from another."""
-    file = folder / "tokenizer.json"
-    return file.read_bytes() if file.is_file() else b""

@@ -60,7 +60,7 @@ def start(run: Run, write: bool = True) -> Started:
         params = initial_params(run)
         original = reference_params(run, params)
     about = {"policy": fingerprint(params), "reference": fingerprint(original), "data": f"{run.train.digest():08x}"}
-    stored = {"base": split(params)[0], "reference": original}
+    stored = {"base": split(params)[0], "reference": split(original)[0] if run.reference else None}
     frozen = {name: frozen_copy(run, name, stored[name]) for name in frozen_sources(run)}
     if run.judges:
         with together():
@@ -170,7 +170,7 @@ def initial_adapters(run: Run, params: Params, base: Params) -> Params:
     head = {name: params[name] for name in reward.HEAD if name in params}
     if path := run.config.lora.path:
         with together():
-            return peft.read_adapter(Path(path), run.source, run.mesh)[1]
+            return peft.read_adapter(Path(path), run.source, run.mesh)[1] | {name: x for name, x in head.items() if name == reward.VALUE}
     return hf.init_adapters(run.source, run.lora, run.mesh, base, jax.random.key(run.config.seed)) | head
 
 

@@ -193,6 +193,15 @@ BAD = {
         lambda f, t: {"reference.path": edited(f, t, lambda d: set_json(d / "config.json", vocab_size=97)), "model.init": "random"},
         r"embed_tokens.*\(96, 32\), config\.json says \(97, 32\)",
     ),
+    "shares that do not sum to 1": (
+        lambda f, t: {"reference.path": f"{f['model.path']}@0.5,{f['model.path']}/@0.4"}, r"shares 0\.5, 0\.4 of .* sum to 0\.9; make"
+    ),
+    "soup without shares": (lambda f, t: {"model.path": f"{f['model.path']},{t}"}, r"model\.path .* several models; give each its share"),
+    "soup of unlike models": (
+        lambda f, t: {"reference.path": f"{f['model.path']}@0.5,{tiny.folder(t / 'b', vocab_size=97)}@0.5"}, r"another shape or vocabulary"
+    ),
+    "soup with a missing folder": (lambda f, t: {"reference.path": f"{f['model.path']}@0.5,{t / 'none'}@0.5"}, r"none' does not exist"),
+    "random weights of a soup": (lambda f, t: {"model.path": f"{f['model.path']}@1", "model.init": "random"}, r"mean of weights.*'random'"),
     "cache that is a file": (lambda f, t: {"reference.cache": rows(t / "cache", GOOD)}, r"reference\.cache '.*cache' is a file"),
     "mesh of no device": (lambda f, t: {"mesh.fsdp": 0}, r"'fsdp': 0.*sizes are positive"),
     "average that nobody keeps": (lambda f, t: {"eval.params": "ema"}, r"eval\.params' is 'ema'; this experiment has policy"),

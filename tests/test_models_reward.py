@@ -41,7 +41,7 @@ def our_scores(source, params, batch) -> np.ndarray:
 def llama(tmp_path_factory):
     """A reward model made of a language model's folder: source and parameters."""
     folder = tiny.folder(tmp_path_factory.mktemp("lm") / "model")
-    source = hf.with_labels(hf.open_folder(folder), 1)
+    source = hf.with_heads(hf.open_folder(folder), 1)
     return source, hf.load_params(source, ONE, jax.random.key(3))
 
 
@@ -131,7 +131,7 @@ def test_losses_on_log_probs_refuse_a_reward_model_and_reward_losses_a_policy(ll
             jax.eval_shape(lambda p, loss=loss, data=data: loss(forward(source.config)(p, data), data, loss.normalised(data)), params)
     with pytest.raises(ValueError, match=r"give a model with a reward head"):
         bradley_terry()(tiny.plain_apply(tiny.plain_params(), batch)._replace(scores=None), batch, bradley_terry().normalised(batch))
-    three = hf.with_labels(source, 3)
+    three = hf.with_heads(source, 3)
     with pytest.raises(ValueError, match="takes one score of a response, the model gives 3; set model.num_labels to 1"):
         jax.eval_shape(
             lambda p: bradley_terry()(forward(three.config)(p, batch), batch, bradley_terry().normalised(batch)),
@@ -146,7 +146,7 @@ def test_an_export_never_pads_with_the_eos(llama, tmp_path):
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer.save_pretrained(folder)
-    hf.export(params, hf.with_labels(hf.open_folder(folder), 1), tmp_path / "out")
+    hf.export(params, hf.with_heads(hf.open_folder(folder), 1), tmp_path / "out")
     theirs, tokenizer = AUTO.from_pretrained(tmp_path / "out"), transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert theirs.config.pad_token_id == tokenizer.pad_token_id == tokenizer.unk_token_id != tokenizer.eos_token_id
     tokens = [tokenizer(text).input_ids + [tokenizer.eos_token_id] for text in ("yes", "no, never")]

@@ -27,7 +27,7 @@ COLLECTIVES = r"all-reduce|all-gather|all-to-all|collective-permute|reduce-scatt
 def reward_folder(path, seed: int, **changes):
     """A reward model's folder, made of a language model's."""
     folder = tiny.folder(path / f"lm{seed}", **changes)
-    source = hf.with_labels(hf.open_folder(folder), 1)
+    source = hf.with_heads(hf.open_folder(folder), 1)
     hf.export(hf.load_params(source, ONE, jax.random.key(seed)), source, path / f"rm{seed}")
     return path / f"rm{seed}"
 

@@ -81,11 +81,14 @@ def last_scores(hidden: jax.Array, mask: jax.Array, weight: jax.Array, offset: j
       weight: [D, labels].
       offset: [labels], taken from every score: what the initial policy's samples score. It is not trained.
     """
-    T = mask.shape[1]
-    last = T - 1 - jnp.argmax(mask[:, ::-1], axis=1)  # [R]
-    x = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0].astype(jnp.float32)
-    scores = x @ weight.astype(jnp.float32) - jax.lax.stop_gradient(offset)[None]
+    scores = last_states(hidden, mask) @ weight.astype(jnp.float32) - jax.lax.stop_gradient(offset)[None]
     return jnp.where(mask.any(axis=1)[:, None], scores, 0.0)
+
+
+def last_states(hidden: jax.Array, mask: jax.Array) -> jax.Array:
+    """The hidden states [R, T, D] at each row's last True of `mask` [R, T], at its end where there is none: [R, D] float32."""
+    last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)  # [R]
+    return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0].astype(jnp.float32)
 
 
 def soft_cap(z: jax.Array, cap: float | None) -> jax.Array:

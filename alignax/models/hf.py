@@ -12,7 +12,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +36,7 @@ DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 SHARD_BYTES = 5 * 10**9  # of an exported file, as transformers has it
 GENERATION = "generation_config.json"
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+LayerReader = Callable[[str, Sequence[range]], Iterator[np.ndarray]]  # (leaf, ranges of its indices) -> its layers
 
 
 class Stored(NamedTuple):
@@ -46,13 +47,14 @@ class Stored(NamedTuple):
 
 
 class Source(NamedTuple):
-    """An opened model folder."""
+    """An opened model folder, or a soup of several, which has the first one's small files."""
 
     path: Path
     hf: dict[str, Any]  # its config.json
     family: Family
     stored: ModelConfig  # of the files
-    config: ModelConfig  # of the model that is made of them: it may have another head, see `with_labels`
+    config: ModelConfig  # of the model that is made of them: it may have another head, see `with_heads`
+    soup: tuple[tuple["Source", float], ...] = ()  # folders and their shares of every weight; (): this folder alone
 
 
 def open_folder(path: str | os.PathLike) -> Source:
@@ -69,6 +71,41 @@ def open_folder(path: str | os.PathLike) -> Source:
     return Source(path, hf, kind, config, config)
 
 
+def make_soup(parts: Sequence[tuple[Source, float]]) -> Source:
+    """The mean of several folders' weights (Wortsman et al. 2022, arXiv:2203.05482), as a source like any other.
+
+    theta = sum_i share_i theta_i, of every parameter, norms and embeddings included
+
+    Raises:
+      ValueError: for folders that are not alike, and for shares that do not sum to 1.
+    """
+    shares = [share for _, share in parts]
+    if not math.isclose(math.fsum(shares), 1, abs_tol=1e-6):
+        raise ValueError(f"the shares {', '.join(map(str, shares))} of averaged weights sum to {math.fsum(shares):g}; make them sum to 1")
+    check_alike([source for source, _ in parts])
+    return parts[0][0]._replace(soup=tuple(parts))
+
+
+def ingredients(source: Source) -> tuple[tuple[Source, float], ...]:
+    """The folders that weights are read from, and the share that each has."""
+    return source.soup or ((source, 1.0),)
+
+
+def check_alike(sources: Sequence[Source]) -> None:
+    """Refuses folders of different shapes, vocabularies or tokenizers."""
+    first = sources[0]
+    for source in sources[1:]:
+        differs = "shape or vocabulary" if source.stored != first.stored else "tokenizer"
+        if source.stored != first.stored or _tokenizer(source.path) != _tokenizer(first.path):
+            raise ValueError(f"{str(source.path)!r} has another {differs} than {str(first.path)!r}; all must have the same")
+
+
+def _tokenizer(folder: Path) -> bytes:
+    """What tells the folder's tokenizer from another."""
+    file = folder / "tokenizer.json"
+    return file.read_bytes() if file.is_file() else b""
+
+
 def read_object(file: Path, remedy: str) -> dict[str, Any]:
     """The JSON object that a file holds."""
     try:
@@ -80,9 +117,10 @@ def read_object(file: Path, remedy: str) -> dict[str, Any]:
     return found
 
 
-def with_labels(source: Source, num_labels: int) -> Source:
-    """The same trunk with that many scores, whose head begins anew where the folder has another number of them; 0: as the folder is."""
-    return source._replace(config=dataclasses.replace(source.config, num_labels=num_labels)) if num_labels else source
+def with_heads(source: Source, num_labels: int, critic: bool = False) -> Source:
+    """The same trunk with that many scores (0: as the folder is), and with values; a head that the folder has not begins anew."""
+    config = dataclasses.replace(source.config, num_labels=num_labels or source.config.num_labels, critic=critic)
+    return source._replace(config=config)
 
 
 def abstract_params(config: ModelConfig, mesh: Mesh | None = None) -> Params:
@@ -125,33 +163,28 @@ def init_params(config: ModelConfig, mesh: Mesh, key: jax.Array) -> Params:
 def load_params(source: Source, mesh: Mesh, key: jax.Array | None = None) -> Params:
     """A folder's weights as sharded float32 parameters; a score head that it has not is drawn from the key (default: 0).
 
+    Of a soup they are averaged as they are read, a layer at a time.
+
     Raises:
       ValueError: for missing, extra or misshapen tensors and damaged files, before any weight is read.
     """
     from safetensors import safe_open
 
-    files = tensor_files(source)
-    check_tensors(source, files)
     abstract = abstract_params(source.config, mesh)
-    where = places(source.family.weights, stored_shapes(source.stored), source.config.num_attention_heads)
     kept = source.config.num_labels == source.stored.num_labels
     with contextlib.ExitStack() as stack:
         opened = functools.cache(lambda file: stack.enter_context(safe_open(file, framework="np")))
+        layers = soup_reader(source.soup, opened) if source.soup else layer_reader(source, opened)
 
         def load(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
             name = leaf_name(path)
-            if name in reward.HEAD and not kept:
+            if name == reward.VALUE or (name in reward.HEAD and not kept):
                 return fresh_leaf(source.config, name, leaf.sharding, key)
-            if name == reward.OFFSET:
-                offsets = reward.offsets(source.hf if kept else {}, source.config.num_labels, source.path / "config.json")
-                return jax.device_put(offsets, leaf.sharding)
-            place = where[name]
 
             def read(index: tuple[slice, ...]) -> np.ndarray:
                 ranges = [range(*s.indices(n)) for s, n in zip(index, leaf.shape, strict=True)]
-                stored = (files[place.weight.name.format(*at)] for at in itertools.product(*ranges[: place.stacked]))
-                parts = [read_part(opened(s.file), s, place, ranges[place.stacked :]) for s in stored]
-                return np.stack(parts).reshape([len(r) for r in ranges]) if place.stacked else parts[0]
+                found = list(layers(name, ranges))
+                return (np.stack(found) if len(found) > 1 else found[0]).reshape([len(r) for r in ranges])
 
             parts: dict[str, np.ndarray] = {}  # devices that hold copies of a shard share one reading of it
 
@@ -163,6 +196,36 @@ def load_params(source: Source, mesh: Mesh, key: jax.Array | None = None) -> Par
             return jax.make_array_from_callback(leaf.shape, leaf.sharding, once)
 
         return jax.tree_util.tree_map_with_path(load, abstract)
+
+
+def layer_reader(source: Source, opened: Callable[[Path], Any]) -> LayerReader:
+    """(leaf, ranges of its indices) -> that part of each of its layers, one after another, as float32 in our layout."""
+    files = tensor_files(source)
+    check_tensors(source, files)
+    where = places(source.family.weights, stored_shapes(source.stored), source.stored.num_attention_heads)
+
+    def layers(name: str, ranges: Sequence[range]) -> Iterator[np.ndarray]:
+        if name == reward.OFFSET:
+            offsets = reward.offsets(source.hf, source.stored.num_labels, source.path / "config.json")
+            yield offsets[ranges[0].start : ranges[0].stop]
+            return
+        place = where[name]
+        for at in itertools.product(*ranges[: place.stacked]):
+            stored = files[place.weight.name.format(*at)]
+            yield read_part(opened(stored.file), stored, place, ranges[place.stacked :])
+
+    return layers
+
+
+def soup_reader(parts: Sequence[tuple[Source, float]], opened: Callable[[Path], Any]) -> LayerReader:
+    """The same of a soup: the mean of its folders' layers, which are read together."""
+    readers = [layer_reader(source, opened) for source, _ in parts]
+
+    def layers(name: str, ranges: Sequence[range]) -> Iterator[np.ndarray]:
+        for found in zip(*(read(name, ranges) for read in readers), strict=True):
+            yield functools.reduce(np.add, (np.float32(share) * x for (_, share), x in zip(parts, found, strict=True)))
+
+    return layers
 
 
 def fresh_leaf(config: ModelConfig, name: str, sharding: Any, key: jax.Array | None) -> jax.Array:
@@ -258,8 +321,8 @@ def plan(source: Source, config: ModelConfig) -> list[Tensor]:
 
 
 def stored_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Leaf name -> shape, of those that the weight files hold; the offset of scores is in config.json."""
-    return {name: shape for name, shape in leaf_shapes(abstract_params(config)).items() if name != reward.OFFSET}
+    """Leaf name -> shape, of those that the weight files hold; the offset of scores is in config.json, and a critic nowhere."""
+    return {name: shape for name, shape in leaf_shapes(abstract_params(config)).items() if name not in (reward.OFFSET, reward.VALUE)}
 
 
 def export(

@@ -11,7 +11,8 @@ from alignax.data.files import short
 
 CLASSIFIER = "ForSequenceClassification"  # ends the name of its architecture
 OFFSET = "score_offset"  # a leaf, and the field of config.json that holds it
-HEAD = ("score", OFFSET)  # the leaves that a language model has not
+VALUE = "value"  # a critic's leaf, which no folder holds
+HEAD = ("score", OFFSET, VALUE)  # the leaves that a language model has not
 
 
 def labels(hf: Mapping[str, Any], where: str = "config.json") -> int:

@@ -61,6 +61,7 @@ class ModelConfig:
     final_logit_softcapping: float | None = None
     embedding_scale: float = 1.0
     num_labels: int = 0  # scores of a reward model, in place of logits; 0: a language model
+    critic: bool = False  # a value of every token beside the logits
     num_experts: int = 0  # 0: one MLP; intermediate_size is that of an expert
     num_experts_per_tok: int = 0
     norm_topk_prob: bool = False  # the chosen experts' probabilities sum to 1
@@ -204,7 +205,10 @@ class Decoder(nn.Module):
             self.param("score", nn.with_logical_partitioning(normal_head, ("embed", None)), (c.hidden_size, c.num_labels), jnp.float32)
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, (None,))
             self.param("score_offset", zeros, (c.num_labels,), jnp.float32)
-        elif not c.tie_word_embeddings:
+        if c.critic:
+            zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("embed", None))
+            self.param("value", zeros, (c.hidden_size, 1), jnp.float32)
+        if not (c.num_labels or c.tie_word_embeddings):
             head = nn.with_logical_partitioning(nn.initializers.normal(c.initializer_range), ("embed", "vocab"))
             self.param("lm_head", head, (c.hidden_size, c.vocab_size), jnp.float32)
         if at is None:
@@ -444,6 +448,9 @@ def forward(
         weight, cap = head_weight(config, params), config.final_logit_softcapping
         out = token_logps(hidden[:, :-1], weight, tokens[:, 1:], scored[:, 1:], chunk=chunk, mesh=mesh, cap=cap, teacher=taught)
         back = lambda x: jnp.pad(x, ((0, 0), (1, 0))).reshape(batch["tokens"].shape)  # [B, N, T]
+        if config.critic:
+            value = (hidden[:, :-1].astype(jnp.float32) @ params["value"].astype(jnp.float32))[..., 0]
+            out = out._replace(values=jnp.where(scored[:, 1:], value, 0.0))
         return jax.tree.map(back, out)
 
     return rate if config.num_labels else apply

@@ -1,0 +1,97 @@
+"""GRPO from scratch on arithmetic that this file makes: sums modulo 10, rewarded where the last number of the answer is right.
+
+  GRPO: Shao et al. 2024, arXiv:2402.03300.  A reward that is a program: Cobbe et al. 2021, arXiv:2110.14168 (the last number counts).
+
+Command:
+  alignax train --config experiments/grpo_arithmetic.py
+
+Hardware: 2 CPU cores, one process.
+
+A model of random weights is asked "3 + 4 =" and answers with a token of its own choice; nobody shows it an answer.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from alignax import commands, default_config, group_relative, grpo
+from alignax.rules import last_number
+
+MODULUS = 10
+EOS = "</s>"
+
+
+def get_config():
+    """Sizes for a few minutes on 2 cores."""
+    config = default_config()
+    config.workdir = "runs/grpo_arithmetic"
+    config.width = 64
+    config.steps = 600
+    config.batch_size = 64
+    config.data.kind = "prompt"
+    config.model.init = "random"
+    config.model.remat = "none"
+    config.rollout.samples = 16
+    config.rollout.max_new_tokens = 3
+    config.rollout.slots = 1024
+    config.optimizer.learning_rate = 3e-3
+    config.optimizer.schedule = "constant"
+    config.eval.every = 100
+    config.eval.batch_size = 128
+    config.eval.sample_prompts = 100
+    config.eval.max_new_tokens = 3
+    config.log.every = 20
+    return config
+
+
+def loss(config):
+    """Without a KL: there is no reference to stay near to."""
+    return grpo()
+
+
+def experience(config):
+    """A response against the others to its prompt."""
+    return group_relative()
+
+
+def reward(prompts: Sequence[str], completions: Sequence[str], answer: Sequence[int]) -> list[float]:
+    """1 for the right number, else 0."""
+    return [float(last_number(text) == right) for text, right in zip(completions, answer, strict=True)]
+
+
+def main(experiment):
+    """Writes the world, then trains on it."""
+    config = experiment.config
+    if not config.model.path:
+        config = config.copy_and_resolve_references()
+        world = Path(config.workdir) / "world"
+        write_world(world, config.width)
+        config.model.path, config.data.train = str(world / "model"), str(world / "prompts.jsonl")
+        config.workdir = str(Path(config.workdir) / "run")
+    return commands.run(experiment._replace(config=config, main=None))
+
+
+def write_world(folder: Path, width: int) -> None:
+    """All sums as prompts, and a model folder without weights: config and a tokenizer of whole words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    numbers = range(MODULUS)
+    (folder / "model").mkdir(parents=True, exist_ok=True)
+    words = [EOS, "+", "=", *map(str, numbers)]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=EOS))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=EOS).save_pretrained(folder / "model")
+    description = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": len(words), "hidden_size": width,
+        "intermediate_size": 4 * width, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4,
+        "head_dim": width // 4, "max_position_embeddings": 32, "rms_norm_eps": 1e-5, "hidden_act": "silu",
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "tie_word_embeddings": False, "initializer_range": 0.05,
+        "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0,
+    }  # fmt: skip
+    (folder / "model" / "config.json").write_text(json.dumps(description, indent=2))
+    rows = [{"prompt": f"{a} + {b} =", "answer": (a + b) % MODULUS} for a in numbers for b in numbers]
+    tmp = folder / "prompts.tmp"
+    tmp.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    os.replace(tmp, folder / "prompts.jsonl")
