@@ -1,6 +1,6 @@
 """Align language models with JAX on TPU and GPU meshes."""
 
-from alignax.averages import ema, mean, sync
+from alignax.averages import elastic_reset, ema, mean, reset_to_average, sync
 from alignax.config import default_config
 from alignax.experience import (
     Experience,
@@ -20,7 +20,10 @@ from alignax.experience import (
     min_p_logps,
     mismatched_kl,
     missing_eos_penalty,
+    mu_ppo,
+    nelder_mead,
     overlong_penalty,
+    proxy_point,
     quantile,
     reinforce_plus_plus,
     reward_shift,
@@ -31,6 +34,7 @@ from alignax.experience import (
     wco,
     whiten_advantages,
     whiten_rewards,
+    xi_ppo,
 )
 from alignax.losses import (
     Aggregate,
@@ -112,12 +116,13 @@ __all__ = [
     "Aggregate", "Batch", "Experience", "Loss", "Model", "ModelConfig", "Objective", "Outputs", "Stateful", "TrainState",
     "adaptive_kl_update", "alpha_divergence", "aot", "aot_unpaired", "apo_down", "apo_zero", "apo_zero_unpaired", "bco", "bradley_terry",
     "centring", "chain", "chi2", "chi2_estimate", "chi2_exact", "chi_squared", "cispo", "clip_rewards", "cpo", "default_config", "discopop",
-    "dpo", "dpop", "ema", "entropy_bonus", "exo", "f_dpo", "finished", "forward", "forward_kl", "gae", "gmpo", "group_relative", "grpo",
-    "gspo", "hinge", "importance_weighted", "init_state", "ipo", "ipo_daa", "ipo_mean", "jensen_shannon", "kl_k1", "kl_k2", "kl_k3",
-    "kl_k3_weighted", "kl_reward", "kto", "ld_dpo", "leave_one_out", "logps", "low_probability_tokens", "lp_reg", "make_evaluation",
-    "make_mesh", "make_step", "matched_margins", "matched_ratios", "mean", "min_p_logps", "mismatched_kl", "missing_eos_penalty", "nca",
-    "orpo", "overlong_penalty", "ppo", "quantile", "r_dpo", "reinforce", "reinforce_plus_plus", "response_mean", "reverse_kl",
-    "reward_shift", "rewards_to_go", "rloo", "robust_dpo", "rpo", "rpo_token_mean", "sapo", "score", "score_l2", "sft", "shaping",
-    "sigmoid_norm", "simpo", "slic_hf", "sppo", "square_root", "summed_sft", "sync", "tdpo", "tdpo2", "token_mean", "token_sum",
-    "total_variation", "uwo", "value_loss", "wco", "whiten_advantages", "whiten_rewards", "wpo",
+    "dpo", "dpop", "elastic_reset", "ema", "entropy_bonus", "exo", "f_dpo", "finished", "forward", "forward_kl", "gae", "gmpo",
+    "group_relative", "grpo", "gspo", "hinge", "importance_weighted", "init_state", "ipo", "ipo_daa", "ipo_mean", "jensen_shannon", "kl_k1",
+    "kl_k2", "kl_k3", "kl_k3_weighted", "kl_reward", "kto", "ld_dpo", "leave_one_out", "logps", "low_probability_tokens", "lp_reg",
+    "make_evaluation", "make_mesh", "make_step", "matched_margins", "matched_ratios", "mean", "min_p_logps", "mismatched_kl",
+    "missing_eos_penalty", "mu_ppo", "nca", "nelder_mead", "orpo", "overlong_penalty", "ppo", "proxy_point", "quantile", "r_dpo",
+    "reinforce", "reinforce_plus_plus", "reset_to_average", "response_mean", "reverse_kl", "reward_shift", "rewards_to_go", "rloo",
+    "robust_dpo", "rpo", "rpo_token_mean", "sapo", "score", "score_l2", "sft", "shaping", "sigmoid_norm", "simpo", "slic_hf", "sppo",
+    "square_root", "summed_sft", "sync", "tdpo", "tdpo2", "token_mean", "token_sum", "total_variation", "uwo", "value_loss", "wco",
+    "whiten_advantages", "whiten_rewards", "wpo", "xi_ppo",
 ]  # fmt: skip

@@ -1,5 +1,6 @@
 from alignax.experience.advantages import gae, group_relative, leave_one_out, reinforce_plus_plus, rewards_to_go, whiten_advantages
 from alignax.experience.chain import Experience, Stateful, advance, chain, first_carry
+from alignax.experience.constraints import mu_ppo, nelder_mead, proxy_point, xi_ppo
 from alignax.experience.ensembles import quantile, score, uwo, wco
 from alignax.experience.exploration import low_probability_tokens, min_p_logps
 from alignax.experience.kto import mismatched_kl
@@ -18,6 +19,6 @@ from alignax.experience.shaping import (
 __all__ = [
     "Experience", "Stateful", "adaptive_kl_update", "advance", "chain", "chi2_estimate", "clip_rewards", "first_carry", "gae",
     "group_relative", "kl_reward", "leave_one_out", "logps", "low_probability_tokens", "matched_margins", "matched_ratios", "min_p_logps",
-    "mismatched_kl", "missing_eos_penalty", "overlong_penalty", "quantile", "reinforce_plus_plus", "reward_shift", "rewards_to_go", "score",
-    "shaping", "uwo", "wco", "whiten_advantages", "whiten_rewards",
+    "mismatched_kl", "missing_eos_penalty", "mu_ppo", "nelder_mead", "overlong_penalty", "proxy_point", "quantile", "reinforce_plus_plus",
+    "reward_shift", "rewards_to_go", "score", "shaping", "uwo", "wco", "whiten_advantages", "whiten_rewards", "xi_ppo",
 ]  # fmt: skip
