@@ -81,7 +81,7 @@ def _constrained(
     check_range("learning_rate", rate, 0, jnp.inf, "of the multipliers, 0.1 is usual")
     check_range("momentum", momentum, 0, 1, "of the multipliers, 0.1 is usual")
     first = jnp.full(theta.shape, initial, jnp.float32), jnp.zeros(theta.shape, jnp.float32)
-    return Stateful(name, first, Partial(_Constrained(bounded, rate, momentum), theta, estimator or leave_one_out()))
+    return Stateful(name, first, Partial(_Constrained(bounded), theta, rate, momentum, estimator or leave_one_out()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,10 +89,10 @@ class _Constrained:
     """The static part: other thresholds share its compiled program."""
 
     bounded: Callable[[jax.Array], jax.Array]
-    rate: float
-    momentum: float
 
-    def __call__(self, theta: jax.Array, estimator: Experience, carry: Multipliers, batch: Batch) -> tuple[Multipliers, Batch]:
+    def __call__(
+        self, theta: jax.Array, rate: jax.Array, momentum: jax.Array, estimator: Experience, carry: Multipliers, batch: Batch
+    ) -> tuple[Multipliers, Batch]:
         slack, known = _slack(theta, batch)
         L = self.bounded(carry[0])  # [K]
         rewarded = [_kl_alone(batch, known), *(_score_alone(batch, known, k) for k in range(L.size))]
@@ -100,15 +100,14 @@ class _Constrained:
         own = jnp.stack([white(estimator(alone))["advantages"] for alone in rewarded], axis=-1)  # [B, N, T, 1 + K]
         weights = jnp.concatenate([L.size - L.sum(keepdims=True), L])
         multipliers = jnp.broadcast_to(L, (batch["tokens"].shape[0], L.size))
-        return self.descended(carry, slack), batch | {"advantages": own @ weights, "multipliers": multipliers}
+        velocity = momentum * carry[1] + self.gradient(carry[0], slack)
+        return (carry[0] - rate * velocity, velocity), batch | {"advantages": own @ weights, "multipliers": multipliers}
 
-    def descended(self, carry: Multipliers, slack: jax.Array) -> Multipliers:
-        """Multipliers after a batch whose scores are on average so far above their thresholds [K]."""
-        gradient = jax.grad(lambda x: jnp.sum(self.bounded(x) * slack))(carry[0])
-        # The authors' code clips this gradient together with the policy's settings, at a norm of 0.5.
-        gradient = gradient * jnp.minimum(1.0, SLOPE / jnp.maximum(jnp.linalg.norm(gradient), 1e-9))
-        velocity = self.momentum * carry[1] + gradient
-        return carry[0] - self.rate * velocity, velocity
+    def gradient(self, x: jax.Array, slack: jax.Array) -> jax.Array:
+        """Of sum_k L_k slack_k, by lambda x [K]."""
+        gradient = jax.grad(lambda x: jnp.sum(self.bounded(x) * slack))(x)
+        # At a norm of 0.5: the authors' code clips it as it clips the policy's.
+        return gradient * jnp.minimum(1.0, SLOPE / jnp.maximum(jnp.linalg.norm(gradient), 1e-9))
 
 
 def _slack(theta: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
