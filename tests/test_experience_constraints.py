@@ -148,24 +148,23 @@ def test_a_multiplier_falls_where_its_score_is_above_its_threshold(method):
 
 def test_with_one_reward_and_a_multiplier_that_stays_it_is_plain_ppo():
     """On the reward that is each one's share over its spread; responses of one token, so that whitening centres nothing."""
-    params = jnp.asarray(np.random.default_rng(1).normal(size=ARMS), jnp.float32)
-    batch = jax.jit(sampled)(params)
-    batch["scores"] = batch["scores"][..., :1]
-    carry, constrained = PROGRAM(mu_ppo((0.5,), learning_rate=0.0), (jnp.full(1, 1.0), jnp.zeros(1)), batch)
-    assert carry[0] == 1.0
-    L = 1 / (1 + np.exp(-1.0))
-    kl, score = (batch["old_logps"] - batch["ref_logps"])[..., 0], batch["scores"][..., 0]
+    constraints, optimizer = mu_ppo((0.5,), learning_rate=0.0), optax.sgd(1.0)
+    step = make_step(bandit, losses.ppo(), optimizer)
 
     @jax.jit
-    def plain(share):
+    def moves(params):
+        batch = sampled(params)
+        batch["scores"] = batch["scores"][..., :1]
+        carry, constrained = constraints.function((jnp.full(1, 1.0), jnp.zeros(1)), batch)
+        kl, score = (batch["old_logps"] - batch["ref_logps"])[..., 0], batch["scores"][..., 0]
+        L, share = jax.nn.sigmoid(1.0), (SAMPLES - 1) / SAMPLES  # leave-one-out makes advantages that much larger than their spread says
         penalised = kl_reward((1 - L) / jnp.std(kl, ddof=1) * share)(batch | {"rewards": L / jnp.std(score, ddof=1) * share * score})
-        return batch | leave_one_out()(penalised)
+        plain = leave_one_out()(penalised)
+        state = init_state(params, optimizer, jax.random.key(0))
+        return carry, [step(state, x)[0].params - params for x in (constrained, plain)]
 
-    step = jax.jit(make_step(bandit, losses.ppo(), optax.sgd(1.0)))
-    state = init_state(params, optax.sgd(1.0), jax.random.key(0))
-    share = (SAMPLES - 1) / SAMPLES  # a leave-one-out advantage is that much smaller once its spread is taken out
-    moved, also = (step(state, x)[0].params - params for x in (constrained, plain(share)))
-    assert np.abs(moved).max() > 1e-3
+    (x, _), (moved, also) = moves(jnp.asarray(np.random.default_rng(1).normal(size=ARMS), jnp.float32))
+    assert x[0] == 1.0 and np.abs(moved).max() > 1e-3
     np.testing.assert_allclose(moved, also, atol=1e-6)
 
 
