@@ -1,5 +1,6 @@
 """Averages of the parameters: by hand, in a run, killed and resumed."""
 
+import functools
 import signal
 
 import jax
@@ -12,6 +13,8 @@ from safetensors.numpy import load_file
 
 from alignax import checkpoint, losses
 from alignax.averages import averaged, elastic_reset, ema, mean, reset_to_average, sync
+from alignax.config import load_experiment
+from alignax.overopt import vectors
 from alignax.train import init_state, make_step
 from alignax.types import Outputs, TrainState
 
@@ -210,3 +213,49 @@ def test_averages_of_a_run_that_is_killed(args, whole, tmp_path):
 def test_an_average_that_is_not_there(args, tmp_path):
     out = runs.finish(runs.begin(args(tmp_path / "run", **{"export.params": "swa"})), code=2)
     assert "config field 'export.params' is 'swa'; this experiment has policy, ema" in out
+
+
+@functools.cache
+def ascent(every: int = 67, steps: int = 134) -> list[np.ndarray]:
+    """A policy that climbs a proxy exactly, with elastic resets: proxy, KL and gold [seeds, steps, 3], before and after resets."""
+    own = load_experiment(runs.REPO / "experiments" / "overoptimization.py", ("proxy.members=1", "proxy.steps=300"))
+    config, world, count, optimizer = own.config, own.config.world, 1000, optax.adam(3e-3)
+    keys, golds = vectors.make_golds(range(3), world)
+    update = averaged(rules := elastic_reset(0.99, every))
+
+    def climb(gold, keys):
+        pairs = vectors.ordered(gold, vectors.draw(keys[1], (world.pairs, 2), world), world)
+        member = jax.tree.map(lambda x: x[0], vectors.train_members(config, own.loss(config), keys[2], keys[3], pairs).params)
+        pool = vectors.draw(keys[4], (count,), world)
+        proxy, true = ((x - x.mean()) / x.std() for x in (vectors.network(member, pool), vectors.rewards(gold, pool, world)))
+        batch = {"tokens": jnp.arange(count)[:, None, None], "completion_mask": jnp.ones((count, 1, 1), bool), "proxy": proxy}
+        expected = losses.make_loss("ascent", lambda out, batch: (-count * jnp.exp(out.logps[:, 0, 0]) * batch["proxy"], {}))
+        step = make_step(functools.partial(vectors.policy, pool), expected, optimizer)
+
+        def measured(params):
+            log_probs = jax.nn.log_softmax(vectors.network(params, pool))
+            return jnp.exp(log_probs) @ jnp.stack([proxy, log_probs + np.log(count), true], axis=1)
+
+        def one(state, _):
+            before, _ = step(state, batch)
+            after = update(before)
+            return after, (measured(before.params), measured(after.params))
+
+        initial = vectors.init_network(keys[5], pool.shape[1], 0.0)
+        state = init_state(initial, optimizer, keys[5], dict.fromkeys(rules, initial))
+        return jax.lax.scan(one, state, length=steps)[1]
+
+    return [np.asarray(x) for x in jax.jit(jax.vmap(climb))(golds, keys)]
+
+
+def test_resets_reach_the_same_proxy_at_less_kl():
+    """The first stretch is plain ascent, which ends with all of the policy on what its proxy overrates."""
+    before, after = ascent()
+    resets = [66, 133]
+    proxy, kl, gold = (before[:, resets, i] - after[:, resets, i] for i in range(3))
+    assert (proxy > 0.5).all() and (kl > 5).all()
+    assert gold[:, 0].mean() < -0.1, "gold after a reset is above gold before it"
+    assert (after[:, 133, 0] - after[:, 66, 0] > 0.1).all(), "what is left after a reset grows from one to the next"
+    plain, elastic = before[:, :67], np.concatenate([after[:, 66:67], before[:, 67:]], axis=1)
+    needed = lambda path: np.array([np.interp(1.0, own[:, 0], own[:, 1]) for own in path])
+    assert (needed(elastic) < needed(plain) - 0.02).all(), "KL at a proxy of 1"
