@@ -248,13 +248,14 @@ def ascent(every: int = 67, steps: int = 134) -> list[np.ndarray]:
     return [np.asarray(x) for x in jax.jit(jax.vmap(climb))(golds, keys)]
 
 
+@pytest.mark.slow
 def test_resets_reach_the_same_proxy_at_less_kl():
     """The first stretch is plain ascent, which ends with all of the policy on what its proxy overrates."""
     before, after = ascent()
     resets = [66, 133]
     proxy, kl, gold = (before[:, resets, i] - after[:, resets, i] for i in range(3))
     assert (proxy > 0.5).all() and (kl > 5).all()
-    assert gold[:, 0].mean() < -0.1, "gold after a reset is above gold before it"
+    assert gold.mean(axis=0).max() < -0.1, "gold after a reset is above gold before it"
     assert (after[:, 133, 0] - after[:, 66, 0] > 0.1).all(), "what is left after a reset grows from one to the next"
     plain, elastic = before[:, :67], np.concatenate([after[:, 66:67], before[:, 67:]], axis=1)
     needed = lambda path: np.array([np.interp(1.0, own[:, 0], own[:, 1]) for own in path])
