@@ -12,6 +12,7 @@ from alignax import losses
 
 LABORATORY = (runs.REPO / "docs" / "overoptimisation.md").read_text()
 ROUTED = (runs.REPO / "docs" / "routed.md").read_text()
+ONLINE = (runs.REPO / "docs" / "online.md").read_text()
 GENERATE = (runs.REPO / "docs" / "generate.md").read_text()
 DOCS = (runs.REPO / "docs" / "losses.md").read_text()
 TRAPS = (runs.REPO / "docs" / "traps.md").read_text()
@@ -41,7 +42,7 @@ def test_every_section_says_what_it_must():
             assert f"- {word}: " in text, (name, word)
 
 
-@pytest.mark.parametrize("text", [DOCS, TRAPS, DOCS + GENERATE + ROUTED], ids=["losses", "traps", "generate"])
+@pytest.mark.parametrize("text", [DOCS, TRAPS, DOCS + GENERATE + ROUTED, DOCS + ONLINE], ids=["losses", "traps", "generate", "online"])
 def test_the_named_tests_exist(text):
     named = set(re.findall(r"(tests/\w+\.py)::(\w+)", text))
     assert len(named) > 20
