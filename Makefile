@@ -35,6 +35,7 @@ lint: $(VENV)/installed-test
 bench: $(VENV)/installed-test
 	$(BIN)/python experiments/bench.py
 	$(BIN)/python experiments/bench_generate.py
+	$(BIN)/python experiments/bench_ensemble.py
 
 clean:
 	rm -rf $(VENV) runs

@@ -95,7 +95,7 @@ def check_columns(function: Callable, file: Path, examples: dict[str, Examples])
     """Refuses a reward function that asks for columns which the data has not."""
     for name in list(inspect.signature(function).parameters)[2:]:
         for split, own in examples.items():
-            if name not in own.columns:
+            if name != "config" and name not in own.columns:
                 there = ", ".join(own.columns) or "none (set data.kind=prompt)"
                 raise ValueError(f"{function.__name__}() of {file} asks for column {name!r}, which data.{split} has not; it has: {there}")
 

@@ -1,4 +1,4 @@
-"""The `alignax` command: train, eval, eval-rm, generate, export, check-data, overopt, report."""
+"""The `alignax` command: train, eval, eval-rm, anchor, ridge, generate, export, check-data, overopt, report."""
 
 import dataclasses
 import os
@@ -12,6 +12,8 @@ from alignax.generate.console import Request
 USAGE = """usage: alignax train  --config FILE.py [--config.FIELD=VALUE ...] [--dry-run]
        alignax eval   WORKDIR [--config.FIELD=VALUE ...]
        alignax eval-rm MODELS [--config FILE.py] [--config.FIELD=VALUE ...] [--json OUT]
+       alignax anchor MODELS FOLDER --samples FILE [--scale] [--config FILE.py] [--config.FIELD=VALUE ...]
+       alignax ridge  FOLDER --config FILE.py [--penalty X] [--config.FIELD=VALUE ...]
        alignax generate MODEL [--prompts FILE] [--out FILE] [--n N] [--max-new-tokens N] [--temperature T] [--top-k K] [--top-p P]
                         [--min-p P] [--repetition-penalty R] [--stop TEXT ...] [--seed N] [--slots N] [--cache DTYPE]
                         [--config.FIELD=VALUE ...]
@@ -25,6 +27,9 @@ eval        evaluates the newest checkpoint of a run on its evaluation data
 eval-rm     judges a reward model or an ensemble on the pairs of data.eval, and of data.ood, which come from elsewhere: accuracy,
             margin, calibration, score against length, disagreement; MODELS: a run's workdir, or model folders with commas between them
             (then with --config, for how data are read)
+anchor      writes reward models whose scores on samples of the initial policy have mean 0, with --scale standard deviation 1; MODELS as
+            for eval-rm; FILE: rows with a prompt and a completion, as `alignax generate --out` writes them
+ridge       writes a reward model whose head is fitted to data.train in closed form, the trunk as it is: to pairs, or to attributes
 generate    completes prompts; MODEL is a Hugging Face folder, or the WORKDIR of a run. FILE has a prompt a line, or rows (.jsonl, .csv,
             .parquet) with a column "prompt", text or messages; without one, prompts are typed. --out writes JSONL with tokens and
             log-probs, --out - prints it; --temperature 0 is greedy; --stop may be given several times
@@ -36,8 +41,8 @@ overopt     measures reward overoptimisation: best-of-n and direct alignment aga
 report      writes WORKDIR/report.html anew, of a laboratory or a run with a gold reward; for several comparison.html in the first, too
 FIELD       any field of the config, such as data.max_length; `alignax train --config FILE.py --dry-run` lists them"""
 WANTED = {
-    "train": [], "eval": ["WORKDIR"], "eval-rm": ["MODELS"], "generate": ["MODEL"], "export": ["WORKDIR", "FOLDER"], "check-data": [],
-    "overopt": [], "report": ["WORKDIR ..."],
+    "train": [], "eval": ["WORKDIR"], "eval-rm": ["MODELS"], "anchor": ["MODELS", "FOLDER"], "ridge": ["FOLDER"],
+    "generate": ["MODEL"], "export": ["WORKDIR", "FOLDER"], "check-data": [], "overopt": [], "report": ["WORKDIR ..."],
 }  # fmt: skip
 
 
@@ -50,6 +55,9 @@ class Arguments(NamedTuple):
     file: str  # the experiment
     dry: bool
     json: str  # where check-data and eval-rm write JSON; empty: nowhere
+    samples: str  # of anchor
+    scale: bool  # of anchor
+    penalty: float  # of ridge
     request: Request  # of generate
 
 
@@ -74,6 +82,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             commands.evaluate(Path(given.words[0]), given.overrides)
         elif given.command == "eval-rm":
             commands.eval_rm(given.words[0], given.file, given.overrides, given.json)
+        elif given.command == "anchor":
+            commands.anchor(given.words[0], Path(given.words[1]), given.file, given.overrides, given.samples, given.scale)
+        elif given.command == "ridge":
+            commands.ridge(Path(given.words[0]), given.file, given.overrides, given.penalty)
         elif given.command == "generate":
             commands.generate(Path(given.words[0]), given.request, given.overrides)
         elif given.command == "export":
@@ -100,7 +112,7 @@ def parse(args: Sequence[str]) -> Arguments:
     command, *rest = args
     if command not in WANTED:
         raise ValueError(f"command {command!r} is unknown; use {', '.join(WANTED)}")
-    words, overrides, file, dry, json, request = [], [], "", False, "", Request()
+    words, overrides, file, dry, json, samples, scale, penalty, request = [], [], "", False, "", "", False, 1.0, Request()
     rest = iter(rest)
     for arg in rest:
         if arg == "--config":
@@ -116,6 +128,12 @@ def parse(args: Sequence[str]) -> Arguments:
             json = next(rest, "")
             if not json:
                 raise ValueError("--json names no file; write --json FILE, or --json - for the console")
+        elif arg == "--samples" and command == "anchor":
+            samples = next(rest, "")
+        elif arg == "--scale" and command == "anchor":
+            scale = True
+        elif arg == "--penalty" and command == "ridge":
+            penalty = number(arg, next(rest, ""))
         elif command == "generate" and arg.startswith("--") and not arg.startswith("--config"):
             name, equals, value = arg.partition("=")
             request = with_option(request, name, value if equals else next(rest, None))
@@ -125,10 +143,20 @@ def parse(args: Sequence[str]) -> Arguments:
             words.append(arg)
     if len(words) != len(WANTED[command]) and not (command == "report" and words):
         raise ValueError(f"`alignax {command}` takes {' and '.join(WANTED[command]) or 'no further words'}, not {words}")
-    if command in ("train", "check-data", "overopt") and not file:
-        example = "overoptimization" if command == "overopt" else "dpo_hh"
+    if command in ("train", "ridge", "check-data", "overopt") and not file:
+        example = {"overopt": "overoptimization", "ridge": "rm_hh"}.get(command, "dpo_hh")
         raise ValueError(f"`alignax {command}` needs --config FILE.py, such as experiments/{example}.py")
-    return Arguments(command, words, overrides, file, dry, json, request)
+    if command == "anchor" and not samples:
+        raise ValueError("`alignax anchor` needs --samples FILE, rows that `alignax generate MODEL --out FILE` wrote of the initial policy")
+    return Arguments(command, words, overrides, file, dry, json, samples, scale, penalty, request)
+
+
+def number(option: str, value: str) -> float:
+    """The number that an option gives."""
+    try:
+        return float(value)
+    except ValueError as e:
+        raise ValueError(f"{option} is {value!r}; it must be a number") from e
 
 
 def with_option(request: Request, option: str, value: str | None) -> Request:

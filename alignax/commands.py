@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from alignax import distributed, plan, rewards
 from alignax.checkpoint import Checkpoints
 from alignax.config import BadInput, Experiment, default_config, eval_batch_size, load_experiment, set_field
-from alignax.data import Examples, check, load, padded_length
+from alignax.data import Examples, check, load, load_examples, padded_length
 from alignax.data.mixture import sources
 from alignax.distributed import is_main, together
 from alignax.ensemble import stacked
@@ -29,8 +29,15 @@ from alignax.mesh import make_mesh
 from alignax.metrics import Log, table
 from alignax.models import hf
 from alignax.prepare import Run, check_workdir, compute_dtype, load_tokenizer, make_lora, open_model, open_source, prepare
+from alignax.ridge import fit_ridge
 from alignax.start import start
 from alignax.types import Params
+
+# How samples of a policy are read, whatever data a reward model was trained on.
+SAMPLES = (
+    "data.kind=sft", "data.bad_rows=drop", "data.limit=0", "data.columns.prompt=prompt", "data.columns.completion=completion",
+    "data.columns.margin=", "data.columns.attributes=",
+)  # fmt: skip
 
 
 @contextmanager
@@ -193,23 +200,18 @@ def eval_rm(place: str, file: str, overrides: Sequence[str], out: str) -> None:
     """
     with refusing():
         distributed.initialize()
-        if (Path(place) / "config.py").is_file():
-            config, source, mesh, _, models = saved_models(Path(place), overrides)
-            if not source.config.num_labels:
-                raise ValueError(f"{place!r} is the run of a language model; eval-rm takes reward models (model.num_labels 1)")
-            params = rewards.stack([params for _, params in models], source.config, mesh)
-        else:
-            if not file:
-                raise ValueError(f"{place!r} is no workdir of a run; for model folders give --config FILE.py too, experiments/rm_hh.py say")
-            config = load_experiment(file, overrides).config
-            mesh = make_mesh(config.mesh)
-            source, params = rewards.load_ensemble(place.split(","), mesh)
+        if not file and not is_workdir(place):
+            raise ValueError(f"{place!r} is no workdir of a run; for model folders give --config FILE.py too, experiments/rm_hh.py say")
+        config, source, mesh, params = reward_models(place, file, overrides)
+        if source.config.num_labels > 1:
+            raise ValueError(f"{place!r} gives {source.config.num_labels} scores of a response; eval-rm compares one (model.num_labels 1)")
         loaded = pairs_of(config, source)
     result = {}
     model = rewards.ensemble_model(source.config, params, mesh)
     for split, examples in loaded.items():
         length, size = padded_length(examples), eval_batch_size(config)
-        scores = rewards.score_examples(model.apply, model.params, examples, mesh, size, length)
+        with refusing():
+            scores = rewards.score_examples(model.apply, model.params, examples, mesh, size, length)
         lengths = np.add.reduceat(examples.scored, examples.offsets[:-1]).reshape(-1, 2)
         result[split] = rewards.judge(scores, lengths)
     if is_main():
@@ -218,6 +220,86 @@ def eval_rm(place: str, file: str, overrides: Sequence[str], out: str) -> None:
         if out:
             lines = json.dumps(result, indent=2)
             print(lines) if out == "-" else Path(out).write_text(lines + "\n", encoding="utf-8")
+
+
+def is_workdir(place: str) -> bool:
+    """Whether a run has written there."""
+    return (Path(place) / "config.py").is_file()
+
+
+def reward_models(place: str, file: str, overrides: Sequence[str]) -> tuple[Any, hf.Source, Mesh, Params]:
+    """Config, first folder, mesh and parameters [K, ...] of reward models: the workdir of a run, or folders with commas between them.
+
+    Of folders the config is that of the experiment file; without one, the default.
+    """
+    if is_workdir(place):
+        config, source, mesh, _, models = saved_models(Path(place), overrides)
+        if not source.config.num_labels:
+            raise ValueError(f"{place!r} is the run of a language model; give reward models (model.num_labels 1)")
+        return config, source, mesh, rewards.stack([params for _, params in models], source.config, mesh)
+    folders = place.split(",")
+    config = load_experiment(file, overrides).config if file else folder_config(Path(folders[0]), overrides)
+    mesh = make_mesh(config.mesh)
+    source, params = rewards.load_ensemble(folders, mesh)
+    return config, source, mesh, params
+
+
+def anchor(place: str, folder: Path, file: str, overrides: Sequence[str], samples: str, scale: bool) -> None:
+    """`alignax anchor`: folders of reward models whose scores on samples have mean 0, and with `scale` standard deviation 1.
+
+    Args:
+      place: as for `eval_rm`.
+      folder: what is written; of several members it holds a folder for each.
+      file: of folders, an experiment file that says how long rows may be; may be empty.
+      overrides: of the config.
+      samples: rows with a prompt and a completion by the initial policy, as `alignax generate --out` writes them.
+      scale: whether to divide by the standard deviation.
+    """
+    with refusing():
+        distributed.initialize()
+        config, source, mesh, params = reward_models(place, file, [*SAMPLES, *overrides])
+        tokenizer = load_tokenizer(source.path, source.config.vocab_size)
+        examples, report = load_examples(samples, config.data, tokenizer, source.config.vocab_size)
+        dtype = config.export.dtype
+        params = rewards.rounded(params, dtype)
+        model = rewards.ensemble_model(source.config, params, mesh)
+        scores = rewards.score_examples(model.apply, params, examples, mesh, eval_batch_size(config), padded_length(examples))
+        found = rewards.anchored(params, scores, scale)
+        members = len(scores)
+        for name, one in members_of(found.params, members):
+            hf.export(one, source, folder / name if members > 1 else folder, dtype)
+    if is_main():
+        print("\n".join(f"samples: {line}" if i == 0 else line for i, line in enumerate(report.lines())))
+        for k, (mean, std) in enumerate(zip(found.mean, found.std, strict=True)):
+            print(f"member {k}: mean {numbers(mean)} becomes 0, standard deviation {numbers(std)}{' becomes 1' if scale else ''}")
+        print(f"anchored reward models are in {folder}, in {dtype}")
+
+
+def ridge(folder: Path, file: str, overrides: Sequence[str], penalty: float) -> None:
+    """`alignax ridge`: a reward model whose head is fitted in closed form to `data.train`, on the trunk of `model.path` as it stands."""
+    with refusing():
+        distributed.initialize()
+        config = load_experiment(file, overrides).config
+        if not config.data.train:
+            raise ValueError("config field 'data.train' is empty; set --config.data.train=FILE")
+        source = hf.with_heads(open_model(config.model.path, "pretrained", "model.path"), config.model.num_labels)
+        if not source.config.num_labels:
+            raise ValueError(f"{config.model.path!r} is a language model; set model.num_labels to 1, or to how many attributes there are")
+        tokenizer = load_tokenizer(source.path, source.config.vocab_size)
+        examples, reports, _ = load("train", config.data, tokenizer, source.config.vocab_size)
+        mesh = make_mesh(config.mesh)
+        how = {"penalty": penalty, "batch_size": eval_batch_size(config), "dtype": compute_dtype(config, mesh)}
+        params = fit_ridge(source.config, hf.load_params(source, mesh), examples, mesh, **how)
+        hf.export(params, source, folder, config.export.dtype, eos=tokenizer.eos_token_id)
+    if is_main():
+        for path, report in reports.items():
+            print("\n".join([f"train data: {path}", *(f"  {line}" for line in report.lines())]))
+        print(f"a head of {source.config.num_labels} scores, fitted to {len(examples)} examples, is in {folder}, in {config.export.dtype}")
+
+
+def numbers(values: np.ndarray) -> str:
+    """Numbers in a line."""
+    return ", ".join(f"{x:.4g}" for x in values)
 
 
 def pairs_of(config: Any, source: hf.Source) -> dict[str, Examples]:

@@ -33,8 +33,8 @@ class Experiment(NamedTuple):
     config: Any  # ConfigDict
     loss: Callable[[Any], Any]  # config -> Loss, or step -> Loss
     experience: Callable[..., Any] | None  # of any of config, reference, policy and ensemble (Models) -> experience
-    gold: Callable[[Sequence[str], Sequence[str]], Sequence[float]] | None  # (prompts, completions) -> gold rewards
-    reward: Callable[..., Sequence[float]] | None  # (prompts, completions, columns of the data by name) -> what a rollout is trained on
+    gold: Callable[..., Sequence[float]] | None  # (prompts, completions, and by name: columns of prompts, config) -> gold rewards
+    reward: Callable[..., Sequence[float]] | None  # likewise -> the rewards that rollouts are trained on
     averages: Callable[[Any], dict[str, Any]] | None  # config -> averages of the parameters, by name (see alignax.averages)
     main: Callable[["Experiment"], Any] | None  # replaces the single run: several stages, a sweep
 
@@ -107,6 +107,7 @@ def default_config() -> Any:
     c.data.columns.completions = "completions"  # of "ranked": a list, best first
     c.data.columns.label = "label"  # of "unpaired": true or false
     c.data.columns.margin = ""  # of "preference": a number, for losses that read the field `margin`; empty: none
+    c.data.columns.attributes = ""  # of "sft": columns of numbers, or lists of numbers, "helpfulness,verbosity" say; empty: none
     c.data.columns.tools = "tools"  # of conversations: what the chat template is told of tools, where there is such a column
     c.data.prompt_separator = ""  # for texts without a prompt column: the text that ends a prompt
     c.data.turns = "last"  # or "all": the assistant turns of a conversation that are scored

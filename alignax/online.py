@@ -88,9 +88,10 @@ def experienced(run: Run, state: TrainState, frozen: dict[str, Params], batch: B
     policy = policy_model(run, frozen, state.params)
     outputs = lambda part: policy.apply(policy.params, part)
     out = in_parts(outputs, batch, parts)
+    entropy = per_token(out.entropy, batch)
     batch = batch | {"old_logps": out.logps} | ({} if out.values is None else {"values": out.values})
     carry, batch = advance(make_experience(run, frozen, state), state.carry, batch)
-    return (carry, batch), measured(batch) | {"entropy": per_token(out.entropy, batch)}
+    return (carry, batch), measured(batch) | {"entropy": entropy}
 
 
 def measured(batch: Batch) -> Metrics:
@@ -111,10 +112,12 @@ def measured(batch: Batch) -> Metrics:
         out |= {"kl": mean(lr.sum(axis=-1)), "kl_k3": mean((jnp.expm1(-lr) + lr).sum(axis=-1))}
     if "rewards" in batch:
         rewards = batch.get("raw_rewards", batch["rewards"])  # without the KL penalty
-        out["reward"] = mean(rewards)
-        group = jnp.where(real, rewards, 0.0)
-        count = jnp.maximum(real.sum(axis=1, keepdims=True), 1)
-        centred = jnp.where(real, group - group.sum(axis=1, keepdims=True) / count, 0.0)
+        rewards = batch.get("group_rewards", jnp.where(real, rewards, jnp.nan))  # of all that were sampled
+        known = jnp.isfinite(rewards)
+        count = jnp.maximum(known.sum(axis=1, keepdims=True), 1)
+        group = jnp.where(known, rewards, 0.0)
+        centred = jnp.where(known, group - group.sum(axis=1, keepdims=True) / count, 0.0)
+        out["reward"] = group.sum() / jnp.maximum(known.sum(), 1)
         out["reward_std"] = jnp.sqrt(jnp.square(centred).sum(axis=1) / count[:, 0]).mean()
     if "scores" in batch and batch["scores"].shape[-1] > 1:
         out |= {f"score/member_{k}": mean(batch["scores"][..., k]) for k in range(batch["scores"].shape[-1])}

@@ -141,7 +141,8 @@ def rewards_of(run: Run, function: Reward, examples: Examples, rows: np.ndarray,
     what, cause = "", None
     if jax.process_index() == 0:  # one process asks for all: the function may be random, or dear
         try:
-            given = within(c.timeout, lambda: call(function, examples, np.repeat(rows, n), [text for group in texts for text in group]))
+            flat = [text for group in texts for text in group]
+            given = within(c.timeout, lambda: call(function, run.config, examples, np.repeat(rows, n), flat))
             found[:] = checked(given, len(found))
         except Exception as e:
             what, cause = f"{type(e).__name__}: {one_line(e)}", e
@@ -156,11 +157,14 @@ def rewards_of(run: Run, function: Reward, examples: Examples, rows: np.ndarray,
     return np.where(bad, np.nan, found).reshape(len(rows), n), int(bad.sum())
 
 
-def call(function: Reward, examples: Examples, rows: Sequence[int] | np.ndarray, texts: Sequence[str]) -> Sequence[float]:
-    """The rewards of completions: a function of (prompts, completions), and of columns of the data whose names its parameters have."""
+def call(function: Reward, config: Any, examples: Examples, rows: Sequence[int] | np.ndarray, texts: Sequence[str]) -> Sequence[float]:
+    """The rewards of completions: a function of (prompts, completions), and of what its further parameters name.
+
+    That is the config, for one called `config`, or columns of the data.
+    """
     wanted = list(inspect.signature(function).parameters)[2:]
-    columns = {name: [examples.columns[name][row] for row in rows] for name in wanted}
-    return function([examples.prompts[row] for row in rows], list(texts), **columns)
+    further = {name: config if name == "config" else [examples.columns[name][row] for row in rows] for name in wanted}
+    return function([examples.prompts[row] for row in rows], list(texts), **further)
 
 
 def checked(given: Any, count: int) -> np.ndarray:

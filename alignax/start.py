@@ -132,7 +132,7 @@ def check_reward(run: Run, function: Callable | None) -> None:
     examples, file = run.evaluation or run.train.examples, run.experiment.file
     answer = examples.tokens[: examples.offsets[1]][examples.scored[: examples.offsets[1]]]
     with blaming(file):
-        given = list(call(function, examples, [0], [run.tokenizer.decode(answer, skip_special_tokens=True)]))
+        given = list(call(function, run.config, examples, [0], [run.tokenizer.decode(answer, skip_special_tokens=True)]))
         fine = len(given) == 1 and math.isfinite(float(given[0]))
     if not fine:
         name = function.__name__

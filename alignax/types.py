@@ -12,6 +12,7 @@ A batch is a plain dict of arrays whose leading axis is B. Every method has the 
 | `mask`            | [B, N, T] bool   | real tokens; False is padding                                                    |
 | `completion_mask` | [B, N, T] bool   | scored tokens: the completion and its EOS; never position 0                      |
 | `margin`          | [B] f32          | `data.columns.margin`: how much better the chosen response is                    |
+| `attributes`      | [B, N, L] f32    | `data.columns.attributes`: what people gave a response, of L labels; NaN: not given |
 | `ref_logps`       | [B, N, T] f32    | per-token log-probs of the reference (an experience writes them)                 |
 | `old_logps`       | [B, N, T] f32    | those of the policy as it stands before the step (likewise)                      |
 | `sampled_logps`   | [B, N, T] f32    | those that a completion was sampled with (see `alignax.generate`)                |
@@ -19,7 +20,7 @@ A batch is a plain dict of arrays whose leading axis is B. Every method has the 
 | `scores`          | [B, N, K] f32    | those of each member of an ensemble of reward models                             |
 | `rewards`         | [B, N] f32       | reward of a whole response, of several scores their aggregate; NaN is missing    |
 | `truncated`       | [B, N] bool      | a sampled response that was cut at its longest, before an EOS                    |
-| `prompt_id`       | [B] int32        | of a rollout: the row of the data that its prompt is                             |
+| `prompt_id`       | [B] int32        | which prompt a row is of: of a rollout the row of the data that it stands in     |
 | `multipliers`     | [B, K] f32       | how much each reward model with a threshold counts, in every row the same        |
 | `raw_rewards`     | [B, N] f32       | `rewards` before the KL penalty                                                  |
 | `values`          | [B, N, T] f32    | a critic's estimate before tokens[t] is chosen, at completion tokens             |
@@ -29,6 +30,9 @@ A batch is a plain dict of arrays whose leading axis is B. Every method has the 
 | `proxy_logps`     | [B, N, T] f32    | log-probs of the old policy without its noise, see `min_p_logps`                 |
 | `low_probability` | [B, N, T] bool   | tokens that `lp_reg` may protect                                                 |
 | `chi2`            | [B] f32          | chi-squared of the policy from its reference, the batch's estimate               |
+| `log_target`      | [B, N] f32       | log P of the distribution that f-DPG aims at, not normalised; -inf where P = 0   |
+| `log_z`           | [B] f32          | log of its sum over all responses to the prompt, as estimated so far             |
+| `fdpg_baseline`   | [B] f32          | mean pseudo-reward of earlier batches                                            |
 | `kto_kl`          | [B] f32          | KL(policy || reference) from mismatched responses, at least 0, in nats           |
 | `bco_shift`       | [B] f32          | mean log-ratio of the batch, in nats                                             |
 | `aot_margins`     | [B] f32          | reference margin of the rank of the policy's, in nats                            |

@@ -161,6 +161,14 @@ def test_mixtures_labels_and_margins(tmp_path):
     rows = [{"prompt": "p", "chosen": f"a{i}", "rejected": "b", "gap": i} for i in range(3)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert "margins: 0 to 2, mean 1" in "\n".join(check.text(check.check(data, tiny.byte_tokenizer(), 280)))
+    data.update(kind="sft", train=str(tmp_path / "rated.jsonl"))
+    data.columns.update(margin="", attributes="rated")
+    rows = [{"prompt": "p", "completion": f"a{i}", "rated": [i, None, None if i else 4]} for i in range(4)]
+    (tmp_path / "rated.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    result = check.check(data, tiny.byte_tokenizer(), 280)
+    text = "\n".join(check.text(result))
+    assert "attribute 0, given in 100.0% of rows: 0 to 3, mean 1.5" in text and "attribute 2, given in 25.0% of rows: 4 to 4" in text
+    assert "attribute 1, given in 0.0% of rows\n" in text and json.loads(json.dumps(result)) == result
 
 
 def test_lost_text_is_counted(tmp_path):

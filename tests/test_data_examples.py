@@ -33,6 +33,48 @@ def test_margins_reach_the_batch(tmp_path):
     assert "margin" not in Batches(load(tmp_path, PAIRS, "preference")[0], 5, 0, 16).batch(0)
 
 
+def test_attributes_reach_the_batch_and_missing_ones_are_nan(tmp_path):
+    rows = [
+        {"prompt": "p", "completion": "a", "help": 1, "more": [2.5, None]},
+        {"prompt": "p", "completion": "b", "help": "", "more": [float("nan"), "3"]},
+        {"prompt": "p", "completion": "c", "help": None, "more": [None, -1e3]},
+    ]
+    examples, _ = load(tmp_path, rows, "sft", {"attributes": "help, more"})
+    given = Batches(examples, 4, 0, 16, shuffle=False).batch(0)["attributes"]
+    assert given.shape == (4, 1, 3) and given.dtype == np.float32
+    np.testing.assert_array_equal(given[:3, 0], [[1, 2.5, np.nan], [np.nan, np.nan, 3], [np.nan, np.nan, -1e3]])
+    assert evaluation_batch(examples, 1, 2, 16)["attributes"][:, 0].tolist()[1] == [0, 0, 0], "a padding row"
+    one, _ = load(tmp_path, rows, "sft", {"attributes": "help"}, bad_rows="drop")
+    with pytest.raises(ValueError, match=r"differ in their further fields \(\[\('attributes', 1, 3\)\] and \[\('attributes', 1, 1\)\]\)"):
+        concatenate([examples, one])
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"help": "much"}, "an attribute in help, more is 'much', neither a finite number nor null"),
+        ({"help": float("inf")}, "is inf, neither"),
+        ({"help": True}, "is True, neither"),
+        ({"help": None, "more": None}, "help, more are empty"),
+        ({"more": [1, 2]}, "row 3 .* it has 3 attributes, where most rows have 2"),
+    ],
+)
+def test_rows_without_usable_attributes(row, message, tmp_path):
+    good = {"prompt": "p", "help": 1, "more": 2}
+    rows = [*(good | {"completion": f"c{i}"} for i in range(3)), good | {"completion": "x"} | row]
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path, rows, "sft", {"attributes": "help,more"})
+    _, report = load(tmp_path, rows, "sft", {"attributes": "help,more"}, bad_rows="drop")
+    assert report.kept == 3 and set(report.dropped) <= {"no attribute", "another number of attributes"}
+
+
+def test_attributes_belong_to_single_responses(tmp_path):
+    with pytest.raises(ValueError, match="only data of kind 'sft' have attributes; set data.kind=sft"):
+        load(tmp_path, PAIRS, "preference", {"attributes": "gap"})
+    with pytest.raises(ValueError, match="has no column 'gpa', named by data.columns.attributes; it has: 'gap'"):
+        load(tmp_path, PAIRS, "sft", {"attributes": "gap,gpa"})
+
+
 def test_labelled_completions(tmp_path):
     rows = [{"prompt": f"{i}?", "completion": f" c{i}", "label": i % 3 == 0} for i in range(5)]
     examples, report = load(tmp_path, rows, "unpaired")
@@ -81,6 +123,6 @@ def test_parts_put_together_are_the_parts(tmp_path):
     with pytest.raises(ValueError, match="differ in their responses"):
         concatenate([first, unpair(second)])
     plain, _ = load(tmp_path, PAIRS[2:], "preference")
-    with pytest.raises(ValueError, match=r"differ in their further fields \(\['margin'\] and \[\]\)"):
+    with pytest.raises(ValueError, match=r"differ in their further fields \(\[\('margin',\)\] and \[\]\)"):
         concatenate([first, plain])
     np.testing.assert_array_equal(whole.prompt_tokens(3), whole.tokens[whole.offsets[6] :][: whole.prompt_lengths[7]])

@@ -11,6 +11,7 @@ import alignax
 from alignax import losses
 
 LABORATORY = (runs.REPO / "docs" / "overoptimisation.md").read_text()
+REWARDS = (runs.REPO / "docs" / "rewards.md").read_text()
 ROUTED = (runs.REPO / "docs" / "routed.md").read_text()
 ONLINE = (runs.REPO / "docs" / "online.md").read_text()
 GENERATE = (runs.REPO / "docs" / "generate.md").read_text()
@@ -42,7 +43,10 @@ def test_every_section_says_what_it_must():
             assert f"- {word}: " in text, (name, word)
 
 
-@pytest.mark.parametrize("text", [DOCS, TRAPS, DOCS + GENERATE + ROUTED, DOCS + ONLINE], ids=["losses", "traps", "generate", "online"])
+GUIDES = {"losses": DOCS, "traps": TRAPS, "generate": DOCS + GENERATE + ROUTED, "rewards": DOCS + REWARDS, "online": DOCS + ONLINE}
+
+
+@pytest.mark.parametrize("text", GUIDES.values(), ids=list(GUIDES))
 def test_the_named_tests_exist(text):
     named = set(re.findall(r"(tests/\w+\.py)::(\w+)", text))
     assert len(named) > 20

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -106,6 +107,12 @@ def test_a_run_writes_a_folder_of_each_member_and_goes_on_where_it_was(fields, t
     for k in range(2):
         np.testing.assert_array_equal(load_file(tmp_path / "out" / f"member_{k}" / "model.safetensors")["score.weight"], heads[k])
     assert json.loads((tmp_path / "out" / "member_1" / "config.json").read_text())["architectures"] == ["LlamaForSequenceClassification"]
+    rows = [{"prompt": "Is it?", "completion": f" {word}"} for word in ("yes", "no", "abc", "a b c")]
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["anchor", str(tmp_path / "run"), str(tmp_path / "out"), "--samples", str(tmp_path / "samples.jsonl"), "--scale"]) == 0
+    std = float(re.findall(r"member 1: .* standard deviation (\S+) becomes 1", capsys.readouterr().out)[0])
+    scaled = load_file(tmp_path / "out" / "member_1" / "model.safetensors")["score.weight"]
+    np.testing.assert_allclose(scaled, heads[1] / std, rtol=1e-3)
     assert main(["eval", str(tmp_path / "run")]) == 0 and "ensemble/accuracy_wco" in capsys.readouterr().out
 
 
@@ -148,8 +155,6 @@ def _both(stream, place):
     ],
 )
 def test_what_is_refused(changes, message, fields, tmp_path, capsys):
-    import re
-
     given = fields | {"workdir": tmp_path / "run"} | changes
     assert main(runs.arguments(given, "rm_hh")) == 2
     error = capsys.readouterr().err

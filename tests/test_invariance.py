@@ -18,6 +18,7 @@ import pytest
 import tiny
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.tree_util import Partial
 from test_losses import LOSSES, SAMPLED, UNPAIRED
 
 from alignax import losses
@@ -34,6 +35,9 @@ from alignax.experience import (
     matched_ratios,
     mismatched_kl,
     reward_shift,
+    reward_target,
+    running_baseline,
+    running_log_z,
     whiten_advantages,
     whiten_rewards,
 )
@@ -47,6 +51,11 @@ OPTIMIZER = optax.adamw(1e-2, weight_decay=0.1)
 TEACHER = tiny.plain_params(seed=1)
 OLD = functools.partial(logps, "old_logps")
 SAMPLER = jax.tree.map(lambda x, y: x + 0.05 * y, TEACHER, tiny.plain_params(seed=3))  # the policy that wrote the responses, and its critic
+
+
+def rewarded(batch: Batch) -> Batch:
+    """The margin is how much better the first response is."""
+    return batch | {"rewards": jnp.stack([batch["margin"], -batch["margin"]], axis=1)}
 
 
 def apply(params: Params, batch: Batch) -> Outputs:
@@ -74,11 +83,19 @@ FURTHER = {  # what a loss asks for beside `ref_logps`
     **dict.fromkeys(SAMPLED, BY_TOKEN),
     **dict.fromkeys(("grpo", "grpo_token_sum", "gspo", "gmpo", "sapo", "finished"), BY_GROUP),
     "rloo": rollout(leave_one_out()),
+    "fdpg": lambda policy, reference: chain(
+        OLD(policy),
+        logps("sampled_logps", reference),
+        Partial(rewarded),
+        reward_target(1.0),
+        running_log_z(),
+        running_baseline(losses.js_pi_p),
+    ),
 }
 
 
 def batches(single: bool) -> list[dict[str, np.ndarray]]:
-    """One a step: pairs with a margin, and rewards as if they were a group, or single responses with a label."""
+    """One a step: pairs with a margin, and rewards as if they were a group, or single responses with a label; attributes, some missing."""
     made = []
     for seed in range(STEPS):
         batch = {k: np.asarray(x) for k, x in tiny.batch(B, 1 if single else 2, seed=seed).items()}
@@ -86,13 +103,15 @@ def batches(single: bool) -> list[dict[str, np.ndarray]]:
         group = {"margin": rng.normal(size=B).astype(np.float32), "rewards": rng.normal(size=(B, 2)).astype(np.float32)}
         group["truncated"] = rng.random((B, 2)) < 0.2
         made.append(batch | ({"labels": rng.random((B, 1)) < 0.5} if single else group))
+        attributes = rng.normal(size=(*batch["tokens"].shape[:2], 1))
+        made[-1]["attributes"] = np.where(rng.random(attributes.shape) < 0.4, np.nan, attributes).astype(np.float32)
     return made
 
 
 def padded(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The same rows among eight of padding, three positions further right in rows that are seven longer."""
     places = np.sort(np.random.default_rng(7).permutation(B + 8)[:B])
-    wider = lambda x: np.pad(x, ((0, 0), (0, 0), (3, 4))) if x.ndim == 3 else x
+    wider = lambda x: np.pad(x, ((0, 0), (0, 0), (3, 4))) if x.shape == batch["tokens"].shape else x
     spread = lambda x: np.zeros((B + 8, *x.shape[1:]), x.dtype)
     out = {k: spread(wider(x)) for k, x in batch.items()}
     for k, x in batch.items():
@@ -167,7 +186,7 @@ def assert_same(found: tuple, expected: tuple, tolerance: float = 1e-5) -> None:
 
 EVERYDAY = (  # one of each kind; the others are among the slow tests
     "summed_sft", "dpo", "rpo_token_mean", "ld_dpo", "aot", "bco", "tdpo2", "wpo", "orpo", "f_dpo_chi_squared", "kto", "bradley_terry",
-    "ppo_critic", "rloo",
+    "ppo_critic", "rloo", "fdpg",
 )  # fmt: skip
 every = pytest.mark.parametrize("name", [name if name in EVERYDAY else pytest.param(name, marks=pytest.mark.slow) for name in LOSSES])
 

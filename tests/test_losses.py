@@ -103,6 +103,8 @@ LOSSES = {
     "square_root": losses.square_root(losses.chi2()),
     "entropy_bonus": losses.entropy_bonus(),
     "value_loss": losses.value_loss(),
+    "fdpg": losses.fdpg(),
+    "attribute_regression": losses.attribute_regression(["reward"]),
 }
 TERMS = {name: {f"loss/{name}"} for name in LOSSES} | {
     "sft_per_sequence": {"loss/sft"},
@@ -114,6 +116,7 @@ TERMS = {name: {f"loss/{name}"} for name in LOSSES} | {
     "cpo": {"loss/cpo", "loss/sft"},
     "slic_hf": {"loss/slic", "loss/sft"},
     "orpo": {"loss/orpo", "loss/sft"},
+    "attribute_regression": {"loss/reward"},
     "kto": {"loss/kto", "loss/kto_chosen", "loss/kto_rejected"},
     "apo_zero_unpaired": {"loss/apo_zero_unpaired", "loss/apo_zero_unpaired_chosen", "loss/apo_zero_unpaired_rejected"},
     "ppo_dual_clip": {"loss/ppo"},
@@ -123,18 +126,19 @@ TERMS = {name: {f"loss/{name}"} for name in LOSSES} | {
     "finished": {"loss/grpo"},
     "importance_weighted": {"loss/ppo"},
     "square_root": {"loss/chi2"},
+    "fdpg": {"loss/fdpg", "loss/fdpg_skipped"},
     **dict.fromkeys(("rpo", "rpo_token_mean", "dpo+sft"), {"loss/dpo", "loss/sft"}),
     **{name: {"loss/f_dpo"} for name in LOSSES if name.startswith("f_dpo")},
 }  # fmt: skip
 UNPAIRED = ("kto", "apo_zero_unpaired")  # N = 1
-SCORED = ("bradley_terry", "centring", "score_l2")  # of reward models
+SCORED = ("bradley_terry", "centring", "score_l2", "attribute_regression")  # of reward models
 SINGLE = ("sft", "sft_per_sequence", "summed_sft")
 SURROGATES = (  # of sampled responses, weighted by their advantages
     "reinforce", "ppo", "ppo_dual_clip", "ppo_critic", "grpo", "grpo_token_sum", "gspo", "rloo", "cispo", "sapo", "gmpo", "lp_reg",
     "finished", "importance_weighted",
 )  # fmt: skip
 SAMPLED = (  # of any number of responses, each by itself
-    *SURROGATES, "kl_k1", "kl_k2", "kl_k3", "kl_k3_weighted", "chi2", "chi2_exact", "square_root", "entropy_bonus", "value_loss",
+    *SURROGATES, "kl_k1", "kl_k2", "kl_k3", "kl_k3_weighted", "chi2", "chi2_exact", "square_root", "entropy_bonus", "value_loss", "fdpg",
 )  # fmt: skip
 PAIRED = [name for name in LOSSES if name not in UNPAIRED + SCORED + SINGLE + SAMPLED]
 FREE = ("simpo", "cpo", "orpo", "slic_hf")  # of any reference
@@ -157,6 +161,7 @@ SAMPLED_METRICS = dict.fromkeys(SURROGATES, SURROGATE_METRICS) | {
     **dict.fromkeys(("chi2", "chi2_exact", "square_root"), {"kl/sequence_k1"}),
     "entropy_bonus": {"entropy"},
     "value_loss": VALUE_METRICS,
+    "fdpg": {"pseudo_rewards", "importance_weight", "satisfied", "divergence/kl_p_pi", "divergence/kl_pi_p", "divergence/tv"},
 }
 every = pytest.mark.parametrize("name", LOSSES)
 
@@ -176,6 +181,8 @@ def with_data(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
     data |= {"labels": jnp.asarray(rng.random((B, N)) < 0.5).at[0].set(True)}
     data |= {name: draw(B, N, T) for name in ("old_logps", "sampled_logps", "proxy_logps", "advantages", "values", "returns")}
     data |= {"low_probability": (data["advantages"] < 0) & (data["old_logps"] < 0), "chi2": jnp.full(B, 0.3)}
+    data |= {"log_target": draw(B, N), "log_z": draw(B), "fdpg_baseline": draw(B)}
+    data |= {"attributes": draw(B, N, 1).at[0, 0].set(jnp.nan)}
     return data | {"truncated": jnp.asarray(rng.random((B, N)) < 0.3)} | batch
 
 
@@ -198,7 +205,7 @@ def ragged(B: int = 6, T: int = 8, seed: int = 0) -> tuple[jax.Array, dict[str, 
 
 def suited(name: str, logps: jax.Array, batch: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The first response of each pair, for a loss on single ones."""
-    if name not in UNPAIRED:
+    if name not in (*UNPAIRED, "attribute_regression"):
         return logps, batch
     first = lambda key, x: x[:, :1] if x.ndim == 3 or key == "labels" else x
     return logps[:, :1], {key: first(key, x) for key, x in batch.items()}
@@ -562,6 +569,7 @@ def test_names_of_metrics(name):
         extra = {"kl", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected"}
     elif name in SCORED:
         extra = {m for m in PAIR_METRICS if m.startswith("rewards")} if name == "bradley_terry" else set()
+        extra |= {"errors/reward"} if name == "attribute_regression" else set()
     assert set(run(LOSSES[name], logps, batch)[1]) == TERMS[name] | extra | entropy
     if name in FREE:
         del batch["ref_logps"]

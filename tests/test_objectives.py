@@ -567,6 +567,36 @@ def test_centring_and_l2_by_hand():
         close(objective(out(s), batch, objective.normalised(batch))[0], expected)
 
 
+Y = jnp.array([[[1.0, 5.0]], [[3.0, jnp.nan]], [[2.0, jnp.nan]], [[jnp.nan, jnp.nan]]])  # [B, N = 1, labels]
+
+
+def test_attributes_are_averaged_over_what_is_given_by_hand():
+    s = jnp.array([[[2.0, 1.0]], [[3.0, 9.0]], [[0.0, 9.0]], [[9.0, 9.0]]])
+    objective, batch = losses.attribute_regression(["help", "length"]), {"completion_mask": jnp.ones((4, 1, 3), bool), "attributes": Y}
+    f = lambda s: objective(Outputs(None, None, scores=s), batch, objective.normalised(batch))
+    (value, metrics), grads = jax.jit(jax.value_and_grad(f, has_aux=True))(s)
+    close(metrics["loss/help"], (1 + 0 + 4) / 3)
+    close(metrics["loss/length"], 16.0)  # one response has it
+    close(value, (5 / 3 + 16) / 2)
+    close([metrics["errors/help"], metrics["errors/length"]], [(1 + 0 + 2) / 3, 4.0])
+    close(grads[:, 0], [[1 / 3, -4.0], [0, 0], [-2 / 3, 0], [0, 0]])  # nothing where nothing is given
+    padded = batch | {"completion_mask": batch["completion_mask"].at[2].set(False)}
+    close([w.sum() for w in objective.weights(padded)], [2, 1])
+
+
+def test_attributes_that_do_not_fit():
+    batch = {"completion_mask": jnp.ones((4, 1, 3), bool), "attributes": Y}
+    objective = losses.attribute_regression(["a", "b", "c"])
+    message = "names 3 attributes, the data have 2 and the model gives 1 scores; set data.columns.attributes and model.num_labels alike"
+    with pytest.raises(ValueError, match=message):
+        objective(Outputs(None, None, scores=jnp.zeros((4, 1))), batch, (jnp.ones((4, 1)),) * 3)
+    with pytest.raises(ValueError, match='no "attributes"; name their columns with data.columns.attributes'):
+        objective.normalised({"completion_mask": batch["completion_mask"]})
+    for names in ("help", [], ["a", "a"]):
+        with pytest.raises(ValueError, match="give a list of different names"):
+            losses.attribute_regression(names)
+
+
 def test_a_plain_function_is_a_reward_model():
     """A table of token scores, fitted by the shared step: the chosen tokens end above the rejected ones, centred."""
 

@@ -5,6 +5,7 @@ import textwrap
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
@@ -15,6 +16,7 @@ from test_rewards import reward_folder
 from alignax.checkpoint import Checkpoints
 from alignax.cli import main
 from alignax.config import load_experiment
+from alignax.experience import best_and_worst
 from alignax.prepare import prepare
 from alignax.programs import abstract_state
 
@@ -207,6 +209,27 @@ def test_an_ensemble_of_reward_models_rewards_rollouts(fields, tmp_path):
     (tmp_path / "again").mkdir()
     args = arguments(tmp_path / "again", source, given | {"workdir": str(tmp_path / "other"), "reward.path": f"{folders[0]},{folders[0]}"})
     assert main(args) == 2
+
+
+def test_pairs_are_the_best_and_the_worst_of_a_group():
+    batch = tiny.batch(B=4, N=3)
+    rewards = jnp.array([[0.0, 2.0, 1.0], [1.0, 1.0, 1.0], [jnp.nan, 3.0, -1.0], [jnp.nan, jnp.nan, 5.0]])
+    pairs = best_and_worst()(batch | {"rewards": rewards, "prompt_id": jnp.arange(4)})
+    np.testing.assert_array_equal(pairs["rewards"][0], [2.0, 0.0])
+    np.testing.assert_array_equal(pairs["rewards"][2], [3.0, -1.0])
+    np.testing.assert_array_equal(pairs["tokens"][0], batch["tokens"][0, jnp.array([1, 0])])
+    np.testing.assert_array_equal(pairs["completion_mask"].any((1, 2)), [True, False, True, False])
+    assert pairs["prompt_id"].shape == (4,) and pairs["tokens"].shape == (4, 2, batch["tokens"].shape[2])
+
+
+def test_dpo_is_trained_on_pairs_of_its_own_samples(fields, tmp_path):
+    source = PPO.replace("ppo() + 0.1 * value_loss()", "dpo(0.1)").replace(
+        "kl_reward(0.05), gae(), whiten_advantages()", "best_and_worst()"
+    )
+    args = arguments(tmp_path, source, fields | {"workdir": str(tmp_path / "run"), "steps": "4"})
+    assert main(args) == 0
+    (row,) = [row for row in rows(tmp_path / "run") if "loss" in row]
+    assert 0 < row["loss"] <= np.log(2) * 1.01 and row["rewards/accuracies"] >= 0
 
 
 @pytest.mark.slow

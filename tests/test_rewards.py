@@ -1,5 +1,6 @@
 """Reward models at work: ensembles of folders, their scores, how good they are, and `alignax eval-rm`."""
 
+import dataclasses
 import json
 import re
 
@@ -16,6 +17,7 @@ from alignax import rewards
 from alignax.cli import main
 from alignax.config import default_config
 from alignax.data import load_examples
+from alignax.ensemble import stacked
 from alignax.mesh import AXES, make_mesh
 from alignax.models import hf
 from alignax.prepare import load_tokenizer
@@ -77,14 +79,28 @@ def test_scores_are_the_same_on_a_mesh(sizes, folders, pairs):
     assert params["layers"]["q"].addressable_shards[0].data.shape[0] == 3 // sizes[0]
 
 
-def test_members_send_each_other_nothing(folders):
-    """The compiled program of a member mesh has no collective at all."""
+@pytest.mark.parametrize("members", [3, 6])
+def test_members_send_each_other_nothing(members):
+    """The compiled program of a member mesh has no collective at all, be it one member a device or two."""
     mesh = make_mesh({"member": 3}, jax.devices()[:3])
-    source, params = rewards.load_ensemble(folders, mesh)
-    apply = rewards.ensemble_model(source.config, params, mesh).apply
+    config = dataclasses.replace(tiny.MODEL, num_labels=1)
+    params = stacked(hf.abstract_params(config, mesh), members, mesh)
+    apply = rewards.ensemble_model(config, params, mesh).apply
     text = lambda f: jax.jit(f).lower(params, tiny.batch(T=16)).compile().as_text()
     assert not re.findall(COLLECTIVES, text(lambda p, b: apply(p, b).scores))
     assert re.findall(COLLECTIVES, text(lambda p, b: apply(p, b).scores.mean(-1))), "what is searched for can be found"
+
+
+def test_members_of_a_device_take_the_memory_of_one():
+    """Their activations are not there at once; of five under vmap they took five times the memory."""
+    config = dataclasses.replace(tiny.MODEL, num_labels=1)
+
+    def temporary(members: int) -> int:
+        params = stacked(hf.abstract_params(config, ONE), members, ONE)
+        apply = rewards.ensemble_model(config, params, ONE).apply
+        return jax.jit(lambda p, b: apply(p, b).scores).lower(params, tiny.batch(8)).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary(5) < 1.5 * temporary(1)
 
 
 @pytest.mark.parametrize(
@@ -185,3 +201,99 @@ def test_the_command_refuses_data_that_are_no_pairs(folders, pairs, capsys):
     args = ["--config", str(runs.REPO / "experiments" / "rm_hh.py"), f"--config.data.eval={pairs}", "--config.data.kind=sft"]
     assert main(["eval-rm", str(folders[0]), *args]) == 2
     assert "eval-rm takes pairs; set data.kind to preference" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory):
+    """What `alignax generate --out` writes, an empty completion among it."""
+    rng, file = np.random.default_rng(3), tmp_path_factory.mktemp("samples") / "samples.jsonl"
+    word = lambda: "".join(rng.choice(list("abcdefgh"), rng.integers(1, 7)))
+    rows = [{"prompt": f"Is {word()}?", "sample": i % 2, "completion": f" {word()} {word()}"} for i in range(18)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"prompt": "Is it?", "completion": ""}]))
+    return file
+
+
+def on_samples(folders, file):
+    """Scores of the samples by models of folders, [K, n]."""
+    data = default_config().data
+    data.update(kind="sft", bad_rows="drop")
+    examples = load_examples(str(file), data, load_tokenizer(folders[0], 96), 96)[0]
+    source, params = rewards.load_ensemble(folders, ONE)
+    apply = rewards.ensemble_model(source.config, params, ONE).apply
+    return rewards.score_examples(apply, params, examples, ONE, 9, 48)[..., 0], examples
+
+
+@pytest.mark.parametrize(("options", "dtype"), [(["--scale"], "float32"), ([], "bfloat16")])
+def test_anchored_members_have_a_zero_of_their_own(options, dtype, folders, samples, tmp_path, capsys):
+    where = ",".join(map(str, folders[:2]))
+    args = ["--samples", str(samples), f"--config.export.dtype={dtype}", "--config.batch_size=16"]
+    assert main(["anchor", where, str(tmp_path / "out"), *args, *options]) == 0
+    said = capsys.readouterr().out
+    assert "samples: rows: 18 of 19 kept" in said and "dropped, empty completion: 1" in said and "member 1: mean" in said
+    written = [tmp_path / "out" / f"member_{k}" for k in range(2)]
+    before, examples = on_samples(folders[:2], samples)
+    after, _ = on_samples(written, samples)
+    assert np.abs(before.mean(axis=1)).min() > 0.05, "the test would show nothing"
+    close = 1e-5 if dtype == "float32" else 5e-3  # the scaled head is rounded once more
+    np.testing.assert_allclose(after.mean(axis=1), 0, atol=close)
+    np.testing.assert_allclose(after.std(axis=1), 1 if options else before.std(axis=1), rtol=close)
+    if dtype == "float32":
+        expected = (before - before.mean(axis=1, keepdims=True)) / (before.std(axis=1, keepdims=True) if options else 1)
+        np.testing.assert_allclose(after, expected, atol=1e-5)
+        theirs = transformers.AutoModelForSequenceClassification.from_pretrained(written[0])
+        first, last = examples.offsets[:2]
+        with torch.no_grad():  # transformers takes no offset from a score, and so keeps the order alone
+            logit = theirs(torch.tensor(examples.tokens[None, first:last], dtype=torch.long)).logits.item()
+        offset = json.loads((written[0] / "config.json").read_text())["score_offset"][0]
+        np.testing.assert_allclose(logit - offset, after[0, 0], atol=1e-4)
+
+
+def test_a_single_model_is_anchored_twice_as_once(folders, samples, tmp_path):
+    out = tmp_path / "out"
+    for source in (folders[0], out):
+        assert main(["anchor", str(source), str(out), "--samples", str(samples), "--config.batch_size=16"]) == 0
+    (after,) = on_samples([out], samples)[0]
+    (before,) = on_samples(folders[:1], samples)[0]
+    np.testing.assert_allclose(after, before - before.mean(), atol=1e-5)
+
+
+def test_each_label_is_anchored_by_itself():
+    scores = np.random.default_rng(0).normal([1.0, -2.0, 5.0], [1.0, 2.0, 3.0], (2, 40, 1, 3)).astype(np.float32)
+    params = {"score": jnp.ones((2, 4, 3)), "score_offset": jnp.arange(6.0).reshape(2, 3), "embed": jnp.ones(1)}
+    found = rewards.anchored(params, scores, scale=True)
+    mean, std = scores[:, :, 0].astype(float).mean(1), scores[:, :, 0].astype(float).std(1)
+    np.testing.assert_allclose(found.mean, mean, rtol=1e-6)
+    np.testing.assert_allclose(found.params["score"], np.broadcast_to(1 / std[:, None], (2, 4, 3)), rtol=1e-6)
+    raw = scores[:, :, 0] + np.arange(6.0).reshape(2, 1, 3)  # x W
+    now = raw / std[:, None] - np.asarray(found.params["score_offset"])[:, None]
+    np.testing.assert_allclose(now.mean(1), 0, atol=1e-5)
+    np.testing.assert_allclose(now.std(1), 1, rtol=1e-5)
+    assert found.params["embed"] is params["embed"]
+
+
+@pytest.mark.parametrize("scale", [True, False])
+def test_a_member_of_one_score_is_refused(scale):
+    scores = np.stack([np.arange(4.0), np.full(4, 0.25)])[..., None].astype(np.float32)
+    params = {"score": jnp.ones((2, 4, 1)), "score_offset": jnp.zeros((2, 1))}
+    with pytest.raises(ValueError, match=r"member 1 gives all 4 samples the score 0\.25; give more samples, or leave this member out"):
+        rewards.anchored(params, scores, scale)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "needs --samples FILE"),
+        (["--samples", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--samples", "{samples}", "--scale=2"], "option '--scale=2' is unknown"),
+    ],
+)
+def test_what_anchor_refuses(args, message, folders, samples, tmp_path, capsys):
+    given = [arg.format(samples=samples) for arg in args]
+    assert main(["anchor", str(folders[0]), str(tmp_path / "out"), *given]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_a_language_model_is_not_anchored(samples, tmp_path, capsys):
+    assert main(["anchor", str(tiny.folder(tmp_path / "lm")), str(tmp_path / "out"), "--samples", str(samples)]) == 2
+    assert "is no reward model" in capsys.readouterr().err

@@ -87,7 +87,16 @@ def _source(report: Report, examples: Examples, data: Any, tokenizer: Any) -> di
     if "margin" in examples.fields:
         margin = examples.fields["margin"]
         out["margin"] = {"least": float(margin.min()), "mean": float(margin.mean(dtype=np.float64)), "most": float(margin.max())}
+    if "attributes" in examples.fields:
+        out["attributes"] = [_spread(column) for column in examples.fields["attributes"].reshape(len(examples), -1).T]
     return out
+
+
+def _spread(values: np.ndarray) -> dict[str, float]:
+    """The share of an attribute that is given, and its range."""
+    given = values[~np.isnan(values)].astype(np.float64)
+    numbers = {"least": float(given.min()), "mean": float(given.mean()), "most": float(given.max())} if len(given) else {}
+    return {"given": len(given) / len(values)} | numbers
 
 
 def _whole(report: Report) -> np.ndarray:
@@ -160,6 +169,9 @@ def _source_text(source: dict[str, Any]) -> list[str]:
         lines.append(f"  labels: {source['labels_true']:.1%} are True")
     if "margin" in source:
         lines.append("  margins: {least:.4g} to {most:.4g}, mean {mean:.4g}".format(**source["margin"]))
+    for i, x in enumerate(source.get("attributes", ())):
+        numbers = ": {least:.4g} to {most:.4g}, mean {mean:.4g}".format(**x) if x["given"] else ""
+        lines.append(f"  attribute {i}, given in {x['given']:.1%} of rows{numbers}")
     if source["unknown_tokens"]:
         lines.append(f"  unknown tokens, whose text is lost: {source['unknown_tokens']:,}")
     if spelled := source["characters_in_several_tokens"]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 # Fields that rows bring into the batch beside their tokens, and their types; a further one costs a line here and one in rows.py.
-FIELDS = {"labels": np.bool_, "margin": np.float32}
+FIELDS = {"labels": np.bool_, "margin": np.float32, "attributes": np.float32}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,8 @@ def concatenate(parts: Sequence[Examples]) -> Examples:
     """All rows of the parts, in their order; they must have the same number of responses and the same fields."""
     if len(parts) == 1:
         return parts[0]
-    for what, values in (("responses", [p.N for p in parts]), ("further fields", [sorted(p.fields) for p in parts])):
+    fields = [sorted((name, *x.shape[1:]) for name, x in p.fields.items()) for p in parts]
+    for what, values in (("responses", [p.N for p in parts]), ("further fields", fields)):
         if any(value != values[0] for value in values):
             shown = " and ".join(map(str, values))
             raise ValueError(f"the sources differ in their {what} ({shown}); mix sources of one kind")

@@ -23,7 +23,8 @@ def prompted_rows(rows: Sequence[Mapping], data: Any, path: str | Path = "data")
     """Turn raw rows into prompts with completions as the `config.data` section says, and count the rows left out.
 
     `data.kind`: "preference" (chosen, rejected), "sft" (a completion, or messages, or the chosen side of pairs), "unpaired"
-    (a completion and a label), "ranked" (k completions, best first), "prompt" (nothing more: completions are sampled).
+    (a completion and a label), "ranked" (k completions, best first), "prompt" (nothing more: completions are sampled). Numbers beside
+    them are the margin of pairs and the attributes of "sft".
     Texts that have no prompt column are whole transcripts, and each side is split after its own last `data.prompt_separator`.
     Conversations are lists of messages; without a prompt column the sides share their leading turns. With `data.bad_rows="error"`
     the first bad row raises `ValueError`; with "drop" it is counted. `len(prompted) + rejected.counts.total() == len(rows)`.
@@ -44,7 +45,9 @@ def prompted_rows(rows: Sequence[Mapping], data: Any, path: str | Path = "data")
         else:
             kept.append(result._replace(row=index))
     if data.kind == "ranked":
-        kept = list(_of_one_size(kept, rejected))
+        kept = list(_of_one_size(kept, rejected, "completions", lambda row: len(row.completions)))
+    if data.columns.attributes:
+        kept = list(_of_one_size(kept, rejected, "attributes", lambda row: len(row.fields["attributes"][0])))
     if len(taken) < len(rows):
         rejected.counts["beyond data.limit"] = len(rows) - len(taken)
     return kept, rejected
@@ -72,9 +75,12 @@ def _reader(rows: Sequence[Mapping], data: Any, there: Mapping[str, None], path:
         raise ValueError(f"data.kind is {data.kind!r}; use one of {', '.join(wanted)}")
     if c.margin and data.kind != "preference":
         raise ValueError(f"data.columns.margin is {c.margin!r}, and data of kind {data.kind!r} has no margins; leave it empty")
-    for name in (*wanted[data.kind], *(["margin"] if c.margin else [])):
-        if c[name] not in there:
-            raise ValueError(f"{path} has no column {c[name]!r}, named by data.columns.{name}; it has: {_nearest(c[name], there)}")
+    if c.attributes and data.kind != "sft":
+        raise ValueError(f"data.columns.attributes is {c.attributes!r}, and only data of kind 'sft' have attributes; set data.kind=sft")
+    named = [(name, c[name]) for name in (*wanted[data.kind], *(["margin"] if c.margin else []))]
+    for name, column in [*named, *(("attributes", column) for column in _columns(c.attributes))]:
+        if column not in there:
+            raise ValueError(f"{path} has no column {column!r}, named by data.columns.{name}; it has: {_nearest(column, there)}")
     names = [name for name in wanted[data.kind] if name != "label"]
     columns = [c[name] for name in names]
     if data.kind == "prompt":
@@ -126,14 +132,14 @@ def _ranking(row: Mapping, column: str) -> dict[str, Any] | Bad:
     return {f"{column}[{i}]": side for i, side in enumerate(value)}
 
 
-def _of_one_size(rows: list[Prompted], rejected: Rejected) -> Iterator[Prompted]:
-    """The rows with as many completions as most have."""
-    most = Counter(len(row.completions) for row in rows).most_common(1)
+def _of_one_size(rows: list[Prompted], rejected: Rejected, what: str, size: Callable[[Prompted], int]) -> Iterator[Prompted]:
+    """The rows with as many of something as most have."""
+    most = Counter(map(size, rows)).most_common(1)
     for row in rows:
-        if (k := len(row.completions)) == most[0][0]:
+        if (k := size(row)) == most[0][0]:
             yield row
         else:
-            rejected.add(Bad("another number of completions", f"it has {k} completions, where most rows have {most[0][0]}"), row.row)
+            rejected.add(Bad(f"another number of {what}", f"it has {k} {what}, where most rows have {most[0][0]}"), row.row)
 
 
 def _fields(row: Mapping, data: Any) -> dict[str, Any] | Bad:
@@ -150,7 +156,30 @@ def _fields(row: Mapping, data: Any) -> dict[str, Any] | Bad:
         if margin is None:
             return Bad("no margin", f"{data.columns.margin!r} is {short(row.get(data.columns.margin))}, not a finite number")
         fields["margin"] = margin
+    if data.columns.attributes:
+        attributes = _attributes(row, _columns(data.columns.attributes))
+        if isinstance(attributes, Bad):
+            return attributes
+        fields["attributes"] = (attributes,)  # [N, labels]
     return fields
+
+
+def _columns(names: str) -> list[str]:
+    return [name.strip() for name in names.split(",")] if names else []
+
+
+def _attributes(row: Mapping, columns: Sequence[str]) -> list[float] | Bad:
+    """The numbers in the columns, each of which holds one or a list of them; NaN for those that are not given."""
+    cells = [row.get(column) for column in columns]
+    values = [value for cell in cells for value in (cell if isinstance(cell, list) else [cell])]
+    missing = [value is None or value == "" or value != value for value in values]
+    numbers = [math.nan if absent else _number(value) for value, absent in zip(values, missing, strict=True)]
+    for value, number in zip(values, numbers, strict=True):
+        if number is None:
+            return Bad("no attribute", f"an attribute in {', '.join(columns)} is {short(value)}, neither a finite number nor null")
+    if all(missing):
+        return Bad("no attribute", f"{', '.join(columns)} {'are' if len(columns) > 1 else 'is'} empty")
+    return [number for number in numbers if number is not None]
 
 
 def _number(value: Any) -> float | None:

@@ -3,9 +3,20 @@ from alignax.experience.chain import Experience, Stateful, advance, chain, first
 from alignax.experience.constraints import mu_ppo, nelder_mead, proxy_point, xi_ppo
 from alignax.experience.ensembles import quantile, score, uwo, wco
 from alignax.experience.exploration import low_probability_tokens, min_p_logps
+from alignax.experience.fdpg import (
+    adopt_if_better,
+    boolean_target,
+    exponential_target,
+    fit_moments,
+    proposal_evidence,
+    reward_target,
+    running_baseline,
+    running_log_z,
+)
 from alignax.experience.kto import mismatched_kl
 from alignax.experience.logps import logps
 from alignax.experience.matching import chi2_estimate, matched_margins, matched_ratios, reward_shift
+from alignax.experience.selection import best_and_worst
 from alignax.experience.shaping import (
     adaptive_kl_update,
     clip_rewards,
@@ -17,8 +28,10 @@ from alignax.experience.shaping import (
 )
 
 __all__ = [
-    "Experience", "Stateful", "adaptive_kl_update", "advance", "chain", "chi2_estimate", "clip_rewards", "first_carry", "gae",
-    "group_relative", "kl_reward", "leave_one_out", "logps", "low_probability_tokens", "matched_margins", "matched_ratios", "min_p_logps",
-    "mismatched_kl", "missing_eos_penalty", "mu_ppo", "nelder_mead", "overlong_penalty", "proxy_point", "quantile", "reinforce_plus_plus",
-    "reward_shift", "rewards_to_go", "score", "shaping", "uwo", "wco", "whiten_advantages", "whiten_rewards", "xi_ppo",
+    "Experience", "Stateful", "adaptive_kl_update", "adopt_if_better", "advance", "best_and_worst", "boolean_target", "chain",
+    "chi2_estimate", "clip_rewards", "exponential_target", "first_carry", "fit_moments", "gae", "group_relative", "kl_reward",
+    "leave_one_out", "logps", "low_probability_tokens", "matched_margins", "matched_ratios", "min_p_logps", "mismatched_kl",
+    "missing_eos_penalty", "mu_ppo", "nelder_mead", "overlong_penalty", "proposal_evidence", "proxy_point", "quantile",
+    "reinforce_plus_plus", "reward_shift", "reward_target", "rewards_to_go", "running_baseline", "running_log_z", "score", "shaping", "uwo",
+    "wco", "whiten_advantages", "whiten_rewards", "xi_ppo",
 ]  # fmt: skip

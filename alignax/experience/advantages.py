@@ -87,7 +87,7 @@ def _gae(gamma: float, lam: float, batch: Batch) -> Batch:
         new = reward + gamma * following - value + gamma * lam * advantage
         return (jnp.where(here, value, following), jnp.where(here, new, advantage)), jnp.where(here, new, 0.0)
 
-    over_time = tuple(jnp.moveaxis(x, -1, 0) for x in (jnp.where(known, rewards, 0.0), jnp.where(known, values, 0.0), known))
+    over_time = tuple(jnp.moveaxis(x, -1, 0) for x in (rewards, values, known))
     nothing = jnp.zeros(mask.shape[:2])
     _, advantages = jax.lax.scan(back, (nothing, nothing), over_time, reverse=True)
     advantages = jnp.moveaxis(advantages, 0, -1)

@@ -4,9 +4,9 @@
 
 An aggregate is a pure function [K, ...] -> [...], the same one in training and in best-of-n; given a batch it is an experience.
 
-The offset of a reward model is free, so minima and variances mean something only once offsets are anchored: train the members with
-`score_l2()` or `centring()`, or take off each one's mean over responses of the initial policy. A score that is not finite makes
-the result not finite. K = 1 works: all of them are then that member.
+The offset of a reward model is free, so minima and variances mean something only once offsets are anchored: take off each one's mean
+over responses of the initial policy (`alignax anchor`), or train the members with `score_l2()` or `centring()`. A score that is not
+finite makes the result not finite. K = 1 works: all of them are then that member.
 """
 
 import dataclasses

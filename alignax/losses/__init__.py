@@ -1,15 +1,4 @@
-from alignax.losses.algebra import (
-    Loss,
-    Objective,
-    Term,
-    at_step,
-    chosen_examples,
-    chosen_tokens,
-    examples,
-    lengths,
-    make_loss,
-    sequence,
-)
+from alignax.losses.algebra import Loss, Objective, Term, at_step, chosen_examples, chosen_tokens, examples, lengths, make_loss, sequence
 from alignax.losses.divergences import (
     alpha_divergence,
     chi_squared,
@@ -21,6 +10,19 @@ from alignax.losses.divergences import (
     total_variation,
 )
 from alignax.losses.exploration import lp_reg
+from alignax.losses.fdpg import (
+    FDivergence,
+    alpha_pi_p,
+    chi2_p_pi,
+    chi2_pi_p,
+    fdpg,
+    hellinger_pi_p,
+    js_pi_p,
+    kl_p_pi,
+    kl_pi_p,
+    target_divergences,
+    tv_pi_p,
+)
 from alignax.losses.length import desensitised, ipo_mean, ld_dpo, r_dpo, sigmoid_norm
 from alignax.losses.pairs import mean_logps, mean_ratios, pair_logps, pair_metrics, pair_ratios, pairwise
 from alignax.losses.penalties import chi2, chi2_exact, entropy_bonus, kl_k1, kl_k2, kl_k3, kl_k3_weighted, square_root, value_loss
@@ -38,7 +40,7 @@ from alignax.losses.responses import (
     token_mean,
     token_sum,
 )
-from alignax.losses.reward import bradley_terry, centring, score_l2
+from alignax.losses.reward import attribute_regression, bradley_terry, centring, score_l2
 from alignax.losses.supervised import per_sequence, sft, summed_sft
 from alignax.losses.token import tdpo, tdpo2
 from alignax.losses.transport import aot, aot_unpaired
@@ -46,13 +48,14 @@ from alignax.losses.unpaired import apo_zero_unpaired, kto
 from alignax.losses.weighting import wpo
 
 __all__ = [
-    "Aggregate", "Loss", "Objective", "Term", "alpha_divergence", "aot", "aot_unpaired", "apo_down", "apo_zero", "apo_zero_unpaired",
-    "at_step", "bco", "bradley_terry", "centring", "chi2", "chi2_exact", "chi_squared", "chosen_examples", "chosen_tokens", "cispo", "cpo",
-    "desensitised", "discopop", "diverged", "dpo", "dpop", "entropy_bonus", "examples", "exo", "f_dpo", "finished", "forward_kl", "gmpo",
-    "grpo", "gspo", "hinge", "importance_weighted", "ipo", "ipo_daa", "ipo_mean", "jensen_shannon", "kl_k1", "kl_k2", "kl_k3",
-    "kl_k3_weighted", "kto", "ld_dpo", "lengths", "log_odds", "log_ratios", "lp_reg", "make_loss", "mean_logps", "mean_ratios", "nca",
+    "Aggregate", "FDivergence", "Loss", "Objective", "Term", "alpha_divergence", "alpha_pi_p", "aot", "aot_unpaired", "apo_down",
+    "apo_zero", "apo_zero_unpaired", "at_step", "attribute_regression", "bco", "bradley_terry", "centring", "chi2", "chi2_exact",
+    "chi2_p_pi", "chi2_pi_p", "chi_squared", "chosen_examples", "chosen_tokens", "cispo", "cpo", "desensitised", "discopop", "diverged",
+    "dpo", "dpop", "entropy_bonus", "examples", "exo", "f_dpo", "fdpg", "finished", "forward_kl", "gmpo", "grpo", "gspo", "hellinger_pi_p",
+    "hinge", "importance_weighted", "ipo", "ipo_daa", "ipo_mean", "jensen_shannon", "js_pi_p", "kl_k1", "kl_k2", "kl_k3", "kl_k3_weighted",
+    "kl_p_pi", "kl_pi_p", "kto", "ld_dpo", "lengths", "log_odds", "log_ratios", "lp_reg", "make_loss", "mean_logps", "mean_ratios", "nca",
     "orpo", "pair_logps", "pair_metrics", "pair_ratios", "pairwise", "per_sequence", "policy_metrics", "ppo", "r_dpo", "reinforce",
     "response_mean", "reverse_kl", "rloo", "robust_dpo", "rpo", "rpo_token_mean", "sapo", "score_l2", "sequence", "sft", "sigmoid_norm",
-    "simpo", "slic_hf", "sppo", "square_root", "summed_sft", "tdpo", "tdpo2", "token_mean", "token_sum", "total_variation", "value_loss",
-    "wpo",
+    "simpo", "slic_hf", "sppo", "square_root", "summed_sft", "target_divergences", "tdpo", "tdpo2", "token_mean", "token_sum",
+    "total_variation", "tv_pi_p", "value_loss", "wpo",
 ]  # fmt: skip

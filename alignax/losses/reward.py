@@ -1,11 +1,11 @@
 """Losses on reward scores: `Outputs.scores` [B, N], what a reward model gives each response."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 
-from alignax.losses.algebra import Loss, make_loss
+from alignax.losses.algebra import Loss, Term, make_loss
 from alignax.losses.pairs import TIE, check_pairs, check_smoothing, logistic
 from alignax.types import Batch, Metrics, Outputs
 
@@ -55,6 +55,42 @@ def score_l2() -> Loss:
     return make_loss("score_l2", lambda out, batch: (0.5 * jnp.square(pair_scores(out)).sum(axis=1), {}))
 
 
+def attribute_regression(names: Sequence[str]) -> Loss:
+    """Several scores of a response, regressed on what people gave its attributes (HelpSteer2, Wang et al. 2024, arXiv:2406.08673).
+
+    (1 / labels) sum_j mean of (s_j - y_j)^2,   over the responses that have y_j
+
+    An attribute is averaged over what is given of it, so one that few responses have counts as much as another; what is not
+    given has no gradient.
+
+    Args:
+      names: of the attributes, for their metrics `loss/<name>` and `errors/<name>` (mean absolute error), in the order of the batch field
+        `attributes` [B, N, labels], which `data.columns.attributes` brings; as many as `model.num_labels`.
+    """
+    if isinstance(names, str) or not names or len(set(names)) < len(names):
+        raise ValueError(f"attributes are named {names!r}; give a list of different names, ['helpfulness', 'verbosity'] say")
+
+    def term(j: int, name: str) -> Term:
+        def value(out: Outputs, batch: Batch) -> tuple[jax.Array, Metrics]:
+            s, y = label_scores(out), _attributes(batch)
+            if not s.shape[-1] == y.shape[-1] == len(names):
+                have = f"the data have {y.shape[-1]} and the model gives {s.shape[-1]} scores"
+                raise ValueError(f"the loss names {len(names)} attributes, {have}; set data.columns.attributes and model.num_labels alike")
+            # NaN is replaced in front of the difference: behind it, its gradient would be NaN times 0.
+            error = jnp.where(jnp.isnan(y), 0.0, s - jnp.where(jnp.isnan(y), 0.0, y))[..., j]  # [B, N]
+            return jnp.square(error), {f"errors/{name}": jnp.abs(error)}
+
+        return Term(name, value, lambda batch: batch["completion_mask"].any(axis=-1) & ~jnp.isnan(_attributes(batch)[..., j]))
+
+    return Loss(tuple((1 / len(names), term(j, name)) for j, name in enumerate(names)))
+
+
+def _attributes(batch: Batch) -> jax.Array:
+    if "attributes" not in batch:
+        raise ValueError('the batch has no "attributes"; name their columns with data.columns.attributes')
+    return batch["attributes"]
+
+
 def correct(scores: jax.Array) -> jax.Array:
     """1 where the chosen response scores higher, 1/2 for a tie, else 0: [.., 2] -> [..]."""
     margins = scores[..., 0] - scores[..., 1]
@@ -67,9 +103,15 @@ def pair_scores(out: Outputs) -> jax.Array:
     Raises:
       ValueError: for a model without scores, and for examples that are no pairs.
     """
+    s = label_scores(out)
+    if s.shape[-1] != 1:
+        raise ValueError(f"this loss takes one score of a response, the model gives {s.shape[-1]}; set model.num_labels to 1")
+    check_pairs(s)
+    return s[..., 0]
+
+
+def label_scores(out: Outputs) -> jax.Array:
+    """All scores of each response: [B, N, labels]."""
     if out.scores is None:
         raise ValueError("a reward loss needs Outputs.scores, which this model leaves out; give a model with a reward head")
-    if out.scores.ndim != 2:
-        raise ValueError(f"this loss takes one score of a response, the model gives {out.scores.shape[-1]}; set model.num_labels to 1")
-    check_pairs(out.scores)
-    return out.scores
+    return out.scores if out.scores.ndim == 3 else out.scores[..., None]

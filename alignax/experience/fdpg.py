@@ -1,0 +1,253 @@
+"""What f-DPG aims at and compares with: the target P(x), its running Z, the baseline, and whether to change the proposal.
+
+    chain(logps("ref_logps", base), boolean_target(), running_log_z(prompts=len(data)), running_baseline(js_pi_p))
+
+The target is an energy-based model, the base policy a(x) times what is asked of a response (Khalifa et al. 2021, arXiv:2012.11635; Go et
+al. 2023, arXiv:2302.08215); its log P [B, N] is the field `log_target`, -inf for a response that it never gives.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import Partial
+from numpy.typing import ArrayLike
+
+from alignax.experience.chain import Experience, Stateful
+from alignax.losses.algebra import sequence
+from alignax.losses.divergences import exp
+from alignax.losses.fdpg import FDivergence, aimed, log_ratio, pseudo_rewards
+from alignax.losses.pairs import check_positive, field, ref_logps
+from alignax.types import Batch, TrainState
+
+# --- targets ---
+
+
+def boolean_target() -> Experience:
+    """Writes `log_target` of P = a(x) b(x): the base policy where `rewards` [B, N] say that a constraint is met, 1 and not 0."""
+    return Partial(_boolean_target)
+
+
+def _boolean_target(batch: Batch) -> Batch:
+    return _times_base(jnp.where(field(batch, "rewards", "score(model), mean") > 0.5, 0.0, -jnp.inf), batch)
+
+
+def reward_target(beta: float = 0.1) -> Experience:
+    """Writes `log_target` of P = a(x) exp(r(x) / beta), r the field `rewards`: the optimum of RLHF under beta KL(pi || a).
+
+    Args:
+      beta: strength of the KL, above 0, in rewards per nat.
+    """
+    check_positive("beta", beta)
+    return Partial(_reward_target, beta)
+
+
+def _reward_target(beta: float, batch: Batch) -> Batch:
+    return _times_base(field(batch, "rewards", "score(model), mean") / beta, batch)
+
+
+def exponential_target(coefficients: ArrayLike) -> Experience:
+    """Writes `log_target` of P = a(x) exp(coefficients . phi(x)), phi the field `scores` [B, N, K]: of all distributions with its moments
+    the nearest to the base (Khalifa et al. 2021, arXiv:2012.11635, eq. 2).
+
+    Args:
+      coefficients: [K], of `fit_moments`; infinity asks for a binary feature to be 1.
+    """
+    return Partial(_exponential_target, jnp.asarray(coefficients, jnp.float32))
+
+
+def _exponential_target(coefficients: jax.Array, batch: Batch) -> Batch:
+    features = field(batch, "scores", "score(ensemble)")  # [B, N, K]
+    if features.shape[-1:] != coefficients.shape:
+        raise ValueError(f"coefficients of shape {coefficients.shape} for {features.shape[-1]} scores; give one each")
+    required = coefficients == jnp.inf
+    energy = features @ jnp.where(required, 0.0, coefficients)
+    missed = (required[None, None] & (features < 0.5)).any(axis=-1)
+    return _times_base(jnp.where(missed, -jnp.inf, energy), batch)
+
+
+def _times_base(log_scorer: jax.Array, batch: Batch) -> Batch:
+    """The base times a scorer [B, N], 0 where there is no response."""
+    real = batch["completion_mask"].any(axis=-1)
+    return batch | {"log_target": jnp.where(real, sequence(ref_logps(batch), batch) + log_scorer, 0.0)}
+
+
+def fit_moments(features: ArrayLike, moments: ArrayLike, log_weights: ArrayLike | None = None, tolerance: float = 1e-5) -> np.ndarray:
+    """Coefficients [K] of the exponential family whose moments, by self-normalised importance sampling, are those asked for.
+
+    sum_i w_i phi_i / sum_i w_i = moments,   w_i = a(x_i) / q(x_i) exp(coefficients . phi_i)
+
+    On the host, in float64, by Newton's method on the convex dual log sum_i w_i - coefficients . moments. A binary feature whose moment
+    is 1 becomes a constraint, coefficient infinity; where all are, P is the base times booleans.
+
+    Args:
+      features: phi [n, K] of samples, a few hundred at least.
+      moments: [K], what their means are to be under the target.
+      log_weights: log a/q [n] of the samples; none where they are the base policy's own.
+      tolerance: of the moments, in their units.
+
+    Raises:
+      ValueError: for moments that no weights on these samples have, or only some that are 0 almost everywhere.
+    """
+    phi, wanted = np.asarray(features, np.float64), np.asarray(moments, np.float64)
+    if phi.ndim != 2 or wanted.shape != phi.shape[1:] or not len(phi):
+        raise ValueError(f"features of shape {phi.shape} for moments of shape {wanted.shape}; give [samples, K] and [K]")
+    logs = np.zeros(len(phi)) if log_weights is None else np.asarray(log_weights, np.float64)
+    required = (wanted == 1) & np.isin(phi, (0, 1)).all(axis=0)
+    kept = phi[:, required].all(axis=1) & (logs > -np.inf)
+    if not kept.any():
+        raise ValueError(f"none of {len(phi)} samples has all of the features {np.flatnonzero(required).tolist()}; take more samples")
+    found = np.full(len(wanted), np.inf)
+    found[~required] = _newton(phi[kept][:, ~required], wanted[~required], logs[kept], tolerance)
+    return found
+
+
+def _newton(phi: np.ndarray, wanted: np.ndarray, logs: np.ndarray, tolerance: float) -> np.ndarray:
+    """Minimises log sum_i exp(logs_i + x . phi_i) - x . wanted, which is convex: full steps, halved while they do not descend."""
+
+    def dual(x: np.ndarray) -> tuple[float, np.ndarray]:
+        energy = logs + phi @ x
+        total = np.logaddexp.reduce(energy)
+        return total - x @ wanted, np.exp(energy - total)
+
+    x = np.zeros(len(wanted))
+    value, p = dual(x)
+    for _ in range(100):
+        mean = p @ phi
+        if np.abs(mean - wanted).max(initial=0.0) <= tolerance:
+            return x
+        covariance = (phi - mean).T @ (p[:, None] * (phi - mean))
+        step, size = np.linalg.lstsq(covariance, wanted - mean, rcond=1e-10)[0], 1.0
+        descent = step @ (wanted - mean)
+        tried = dual(x + step)
+        while size > 1e-8 and not tried[0] <= value - 1e-4 * size * descent:
+            size *= 0.5
+            tried = dual(x + size * step)
+        x, (value, p) = x + size * step, tried
+    raise ValueError(
+        f"moments {wanted.tolist()} are out of reach of {len(phi)} samples, whose features lie between {phi.min(0).tolist()} and "
+        f"{phi.max(0).tolist()}; {(p @ phi).tolist()} is as near as they come; take more samples, or other moments"
+    )
+
+
+# --- what is remembered ---
+
+
+def running_log_z(prompts: int | None = None, max_z: float | None = None) -> Stateful:
+    """Writes `log_z` [B]: log Z = log E_q[P / q] of each row's prompt, the mean over all samples so far, those of this batch included.
+
+    In log space. Its carry has a Z for each prompt, or one that all rows share; where no sample had P > 0 it is -inf.
+
+    Args:
+      prompts: how many there are: `prompt_id` [B] int32 below it says which is a row's. None: every row has the same one.
+      max_z: what Z is known not to exceed, 1 for a boolean target; the mean is cut there, so that one unlikely sample cannot spoil it.
+    """
+    if max_z is not None:
+        check_positive("max_z", max_z)
+    size = 1 if prompts is None else prompts
+    first = {"log_z": jnp.full(size, -jnp.inf), "count": jnp.zeros(size)}
+    return Stateful("log_z", first, Partial(_LogZ(prompts is None, math.inf if max_z is None else math.log(max_z))))
+
+
+@dataclasses.dataclass(frozen=True)
+class _LogZ:
+    """The static part of `running_log_z`."""
+
+    shared: bool
+    most: float  # nats
+
+    def __call__(self, carry: dict[str, jax.Array], batch: Batch) -> tuple[dict[str, jax.Array], Batch]:
+        real = batch["completion_mask"].any(axis=-1)  # [B, N]
+        ratio = field(batch, "log_target", "boolean_target()") - sequence(field(batch, "sampled_logps", "a rollout"), batch)
+        ratio = jnp.where(real, ratio, -jnp.inf)  # [B, N] log P/q
+        ids = jnp.zeros(len(real), jnp.int32) if self.shared else field(batch, "prompt_id", "a rollout")
+        peak = carry["log_z"].at[ids].max(ratio.max(axis=1))  # [prompts]
+        peak = jnp.where(jnp.isfinite(peak), peak, 0.0)
+        of_row = peak.at[ids].get(mode="fill", fill_value=0.0)[:, None]
+        total = (carry["count"] * jnp.exp(carry["log_z"] - peak)).at[ids].add(jnp.exp(ratio - of_row).sum(axis=1))
+        count = carry["count"].at[ids].add(real.sum(axis=1).astype(jnp.float32))
+        mean = jnp.minimum(peak + jnp.log(total / jnp.maximum(count, 1.0)), self.most)
+        # A prompt that is out of range has no number: it stops the step rather than reading another prompt's.
+        return {"log_z": mean, "count": count}, batch | {"log_z": mean.at[ids].get(mode="fill", fill_value=jnp.nan)}
+
+
+def running_baseline(divergence: FDivergence, window: int = 1024) -> Stateful:
+    """Writes `fdpg_baseline` [B]: the mean pseudo-reward of earlier batches, 0 before there is one.
+
+    A constant for the samples that it is taken off from, so the gradient has no bias. The mean fades, with a memory of about `window`
+    responses; the paper's code keeps the last 1024. Reads `log_target`, `log_z`, and `old_logps`, the policy's as it stands.
+
+    Args:
+      divergence: the one that `fdpg` has.
+      window: responses, at least 1.
+    """
+    if window < 1:
+        raise ValueError(f"the window is {window}; it is a number of responses, at least 1 (1024 is usual)")
+    first = {"total": jnp.zeros(()), "count": jnp.zeros(())}
+    return Stateful("fdpg_baseline", first, Partial(_Baseline(divergence, window)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Baseline:
+    """The static part of `running_baseline`."""
+
+    divergence: FDivergence
+    window: int
+
+    def __call__(self, carry: dict[str, jax.Array], batch: Batch) -> tuple[dict[str, jax.Array], Batch]:
+        baseline = carry["total"] / jnp.where(carry["count"] > 0, carry["count"], 1.0)
+        rewards = pseudo_rewards(self.divergence, log_ratio(_policy(batch), batch))  # [B, N]
+        real = aimed(batch)
+        fade = (1.0 - 1.0 / self.window) ** real.sum()
+        total = fade * carry["total"] + jnp.where(real, rewards, 0.0).sum()
+        after = {"total": total, "count": fade * carry["count"] + real.sum()}
+        return after, batch | {"fdpg_baseline": jnp.full(real.shape[0], baseline)}
+
+
+# --- off-policy: a proposal that is kept while it is the better one ---
+
+
+def proposal_evidence() -> Stateful:
+    """Gathers in its carry how much nearer to the target the policy is than the proposal: KL(p || q) - KL(p || pi), in nats.
+
+    sum_i P / (Z q) (log pi - log q), over samples of q; Z as it stands. Reads what `running_baseline` does, and `sampled_logps`.
+    """
+    return Stateful("proposal", {"gain": jnp.zeros(()), "count": jnp.zeros(())}, Partial(_proposal_evidence))
+
+
+def _proposal_evidence(carry: dict[str, jax.Array], batch: Batch) -> tuple[dict[str, jax.Array], Batch]:
+    policy, proposal = _policy(batch), sequence(field(batch, "sampled_logps", "a rollout"), batch)
+    real = aimed(batch)
+    gain = exp(-log_ratio(proposal, batch)) * (policy - proposal)  # [B, N]
+    return {"gain": carry["gain"] + jnp.where(real, gain, 0.0).sum(), "count": carry["count"] + real.sum()}, batch
+
+
+def adopt_if_better(every: int = 16, proposal: str = "proposal") -> Callable[[TrainState], TrainState]:
+    """The function `State -> State` between steps that makes the policy the new proposal where the evidence says that it is better.
+
+    KL(p || pi) < KL(p || q), by the samples of the last `every` steps. The proposal is one of `TrainState.averages`; its evidence is
+    that of `proposal_evidence()` in the carry. Z goes on: it is the same whoever samples.
+
+    Args:
+      every: steps between decisions.
+      proposal: name of the average that samples.
+    """
+    if every < 1:
+        raise ValueError(f"every is {every}; it is a number of steps, at least 1")
+
+    def update(state: TrainState) -> TrainState:
+        due, evidence = state.step % every == 0, state.carry["proposal"]
+        better = due & (evidence["gain"] > 0)
+        kept = jax.tree.map(lambda p, q: jnp.where(better, p, q), state.params, state.averages[proposal])
+        fresh = jax.tree.map(lambda x: jnp.where(due, 0.0, x), evidence)
+        return dataclasses.replace(state, averages=state.averages | {proposal: kept}, carry=state.carry | {"proposal": fresh})
+
+    return update
+
+
+def _policy(batch: Batch) -> jax.Array:
+    """Log-probs of the responses [B, N] by the policy as it stands."""
+    return sequence(field(batch, "old_logps", 'logps("old_logps", policy)'), batch)

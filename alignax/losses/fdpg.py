@@ -1,0 +1,165 @@
+"""f-DPG: a policy is brought to a target distribution by the gradient of an f-divergence (Go et al. 2023, arXiv:2302.08215).
+
+The target is p(x) = P(x) / Z, P(x) >= 0 known and Z not; pi is the policy, t = pi / p the ratio of a whole response, x = log t. A
+divergence is named by its formula, D(first, second): libraries have swapped the two chi-squareds.
+
+    D_f(pi, p) = E_p[f(t)],   its gradient is E_pi[f'(t) grad log pi]
+
+The forward KL is DPG, GDC and CDPG (Parshakova et al. 2019; Khalifa et al. 2021; Korbak et al. 2022): maximum likelihood of the target.
+The reverse KL to a reward's target is RLHF. `js_pi_p` is the paper's best default.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from alignax.losses.algebra import Loss, Term, make_loss, sequence, token_logps
+from alignax.losses.divergences import exp
+from alignax.losses.pairs import field
+from alignax.types import Batch, Metrics, Outputs
+
+FURTHEST = 1000.0  # nats that a log-ratio is held within, so that P = 0, where it is infinite, leaves finite numbers
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """A weight times exponentials, w exp(x): in log space, since w may vanish where exp(x) explodes."""
+
+    log: jax.Array
+
+    def __call__(self, x: jax.Array | float) -> jax.Array:
+        """w exp(x)."""
+        return exp(self.log + x)
+
+    def rise(self, x: jax.Array) -> jax.Array:
+        """w (exp(x) - 1), without cancellation."""
+        return -jnp.sign(x) * jnp.expm1(-jnp.abs(x)) * self(jnp.maximum(x, 0.0))
+
+
+@dataclasses.dataclass(frozen=True)
+class FDivergence:
+    """An f-divergence of pi from p as functions of x = log pi/p and of a weight w, any shape."""
+
+    slope: Callable[[jax.Array, Weight], jax.Array]  # w f'(t)
+    value: Callable[[jax.Array, Weight], jax.Array]  # w f(t) / t, f taken with f'(1) = 0 so that it is at least 0: its mean is D
+
+
+kl_p_pi = FDivergence(lambda x, w: -w(-x), lambda x, w: -w.rise(-x) - x * w(-x))
+"""Forward KL, KL(p || pi), f = -log t: covers the target. Its gradient's weight P / (Z q) does not depend on the policy."""
+
+kl_pi_p = FDivergence(lambda x, w: (x + 1.0) * w(0.0), lambda x, w: w.rise(-x) + x * w(0.0))
+"""Reverse KL, KL(pi || p), f = t log t: seeks modes. Needs P > 0 everywhere; P = 0 counts as 1000 nats."""
+
+js_pi_p = FDivergence(
+    lambda x, w: (math.log(2.0) - jax.nn.softplus(-x)) * w(0.0),
+    lambda x, w: (math.log(2.0) - jax.nn.softplus(-x)) * w(0.0) + (math.log(2.0) - jax.nn.softplus(x)) * w(-x),
+)
+"""Twice the Jensen-Shannon divergence, f = t log(2 t / (t + 1)) + log(2 / (t + 1)): the pseudo-reward is at least -log 2."""
+
+tv_pi_p = FDivergence(lambda x, w: 0.5 * jnp.sign(x) * w(0.0), lambda x, w: 0.5 * jnp.abs(w.rise(-x)))
+"""Total variation, f = |t - 1| / 2: the pseudo-reward says only on which side of the target a response is, +-1/2."""
+
+hellinger_pi_p = FDivergence(lambda x, w: -w.rise(-0.5 * x), lambda x, w: w.rise(-x) - 2.0 * w.rise(-0.5 * x))
+"""Squared Hellinger distance, sum (sqrt(pi) - sqrt(p))^2, f = (sqrt(t) - 1)^2."""
+
+chi2_p_pi = FDivergence(lambda x, w: -w.rise(-2.0 * x), lambda x, w: w.rise(-2.0 * x) - 2.0 * w.rise(-x))
+"""Neyman's chi-squared, sum (p - pi)^2 / pi, f = (t - 1)^2 / t: covers the target more than any other here."""
+
+chi2_pi_p = FDivergence(lambda x, w: 2.0 * w.rise(x), lambda x, w: w.rise(x) + w.rise(-x))
+"""Pearson's chi-squared, sum (pi - p)^2 / p, f = (t - 1)^2. Needs P > 0 everywhere, as the reverse KL, and explodes without."""
+
+
+def alpha_pi_p(alpha: float) -> FDivergence:
+    """f = (t^alpha - alpha t - (1 - alpha)) / (alpha (alpha - 1)): from the forward KL at 0 to the reverse KL at 1.
+
+    Half of Neyman's chi-squared at -1, twice the squared Hellinger distance at 1/2, half of Pearson's chi-squared at 2.
+    """
+    if not math.isfinite(alpha):
+        raise ValueError(f"alpha is {alpha}; it must be finite (0 is the forward KL, 1 the reverse, 0.5 between them)")
+    if alpha in (0, 1):
+        return kl_pi_p if alpha else kl_p_pi
+    beta = alpha - 1.0
+    return FDivergence(lambda x, w: w.rise(beta * x) / beta, lambda x, w: (w.rise(beta * x) / beta + w.rise(-x)) / alpha)
+
+
+def fdpg(divergence: FDivergence = js_pi_p) -> Loss:
+    """f-DPG (Go et al. 2023, arXiv:2302.08215, theorem 1), on responses that a proposal q has sampled.
+
+    D_f(pi, p) in value, w (f'(t) + b) grad log pi in gradient,   w = pi / q, t = Z pi / P, neither differentiated
+
+    Averaged over the responses of prompts whose Z is above 0; others, where no sample has met the target yet, weigh nothing. The
+    pseudo-reward -f'(t) is that of the policy as it stands, so more than one step on the same samples stays unbiased, as is any
+    proposal that may say all that the target does. Where q is the policy, w = 1.
+
+    Reads `sampled_logps`, log q; `log_target` [B, N], log P; `log_z` [B]; and the constant `fdpg_baseline` [B], which costs no bias:
+    `chain(logps("ref_logps", base), boolean_target(), running_log_z(), running_baseline(divergence))` writes them.
+
+    Metrics: `divergence/*` are estimates by importance sampling, `loss/fdpg` that of the divergence; `loss/fdpg_skipped` is the share of
+    prompts that are left out.
+
+    Args:
+      divergence: `js_pi_p`, `kl_p_pi` (DPG, GDC, CDPG), `kl_pi_p`, `tv_pi_p`, `hellinger_pi_p`, `chi2_p_pi`, `chi2_pi_p` or
+        `alpha_pi_p(a)`; f-DPO's are functions of another ratio.
+    """
+    if not isinstance(divergence, FDivergence):
+        raise ValueError(f"fdpg takes an FDivergence, this is {divergence!r}; give one that is named by its formula: js_pi_p, kl_p_pi, ..")
+
+    def value(out: Outputs, batch: Batch) -> tuple[jax.Array, Metrics]:
+        logps = sequence(token_logps(out), batch)  # [B, N]
+        fixed = jax.lax.stop_gradient(logps)
+        ratio, log_weight = log_ratio(fixed, batch), log_importance(fixed, batch)
+        w = Weight(log_weight)
+        baseline = field(batch, "fdpg_baseline", "running_baseline(divergence)")[:, None]
+        push = divergence.slope(ratio, w) + baseline * w(0.0)  # [B, N]
+        met = jnp.isfinite(batch["log_target"]).astype(jnp.float32)
+        metrics = {"pseudo_rewards": pseudo_rewards(divergence, ratio), "importance_weight": w(0.0), "satisfied": met}
+        return divergence.value(ratio, w) + push * (logps - fixed), metrics | target_divergences(ratio, log_weight)
+
+    skipped = Term("fdpg_skipped", lambda out, batch: (unmet(batch).astype(jnp.float32), {}), sampled)
+    return make_loss("fdpg", value, aimed) + Loss(((0.0, skipped),))
+
+
+def target_divergences(ratio: jax.Array, log_weight: jax.Array) -> Metrics:
+    """Estimates by importance sampling of how far the policy is from its target, of each response; their mean is the divergence.
+
+    Args:
+      ratio: log pi/p of responses that a proposal q has sampled, any shape.
+      log_weight: log pi/q.
+    """
+    measured = {"kl_p_pi": kl_p_pi, "kl_pi_p": kl_pi_p, "tv": tv_pi_p}
+    return {f"divergence/{name}": divergence.value(ratio, Weight(log_weight)) for name, divergence in measured.items()}
+
+
+def pseudo_rewards(divergence: FDivergence, ratio: jax.Array) -> jax.Array:
+    """-f'(t) of log t: what f-DPG rewards a response by."""
+    return -divergence.slope(ratio, Weight(jnp.zeros_like(ratio)))
+
+
+def log_ratio(logps: jax.Array, batch: Batch) -> jax.Array:
+    """log t = log pi - (log P - log Z) of responses' log-probs [B, N], held within 1000 nats."""
+    log_target = field(batch, "log_target", "boolean_target()")
+    log_z = jnp.where(unmet(batch), 0.0, batch["log_z"])[:, None]
+    return jnp.clip(logps - (log_target - log_z), -FURTHEST, FURTHEST)
+
+
+def log_importance(logps: jax.Array, batch: Batch) -> jax.Array:
+    """log w = log pi - log q of responses' log-probs [B, N]."""
+    return logps - sequence(field(batch, "sampled_logps", "a rollout"), batch)
+
+
+def aimed(batch: Batch) -> jax.Array:
+    """Weight 1 for each sampled response to a prompt whose Z is above 0: [B, N]."""
+    return batch["completion_mask"].any(axis=-1) & ~unmet(batch)[:, None]
+
+
+def sampled(batch: Batch) -> jax.Array:
+    """Weight 1 for each prompt that has a sampled response: [B]."""
+    return batch["completion_mask"].any(axis=(1, 2))
+
+
+def unmet(batch: Batch) -> jax.Array:
+    """Prompts of whose samples none has had P > 0: [B]. A Z that is not a number is none of them, so that it stops the step."""
+    return field(batch, "log_z", "running_log_z()") == -jnp.inf

@@ -1,0 +1,37 @@
+"""A reward model of several attributes by regression, from responses that people rated (HelpSteer2, Wang et al. 2024, arXiv:2406.08673).
+
+Command:
+  alignax train --config experiments/attributes_helpsteer.py --config.workdir=runs/attributes \\
+    --config.model.path=MODEL --config.data.train=train.jsonl --config.data.eval=validation.jsonl
+
+MODEL is a language model's folder, whose head gives way to a score for each attribute. Rows have a prompt, a response and a number for
+each attribute, or null where nobody gave one. Of other attributes set --config.data.columns.attributes=NAME,NAME and
+--config.model.num_labels to how many they are.
+
+Hardware: a pod for 7B, with --config.mesh.fsdp=-1; a model of a few 100k parameters runs on 2 CPU cores.
+
+Expected: loss/NAME falls below the variance of that attribute; errors/NAME is the mean absolute error in its own units.
+"""
+
+from alignax import attribute_regression, default_config
+
+
+def get_config():
+    """Two epochs over the responses."""
+    config = default_config()
+    config.model.num_labels = 5
+    config.data.kind = "sft"
+    config.data.columns.completion = "response"
+    config.data.columns.attributes = "helpfulness,correctness,coherence,complexity,verbosity"
+    config.data.max_length = 1024
+    config.batch_size = 64
+    config.epochs = 2.0
+    config.optimizer.learning_rate = 2e-6
+    config.eval.every = 100
+    config.eval.samples = 0
+    return config
+
+
+def loss(config):
+    """The mean over attributes of the squared error."""
+    return attribute_regression(config.data.columns.attributes.split(","))

@@ -1,0 +1,150 @@
+"""Online alignment of a small story-teller to cheerful stories, by PPO, RLOO, GRPO or f-DPG: one experiment, `method` says which.
+
+  PPO: Schulman et al. 2017, arXiv:1707.06347.  RLOO: Ahmadian et al. 2024, arXiv:2402.14740.  GRPO: Shao et al. 2024, arXiv:2402.03300.
+  f-DPG: Go et al. 2023, arXiv:2302.08215, with the Jensen-Shannon divergence, to the target ref(y) exp(r(y) / beta).
+
+Command:
+  alignax train --config experiments/steer_stories.py --config.workdir=runs/steer_grpo --config.method=grpo \\
+    --config.model.path=MODEL --config.sentiment=SST2/train.jsonl
+
+MODEL is the folder of a language model that tells stories; SST2 has rows {"text": .., "label": 0 or 1}. The reward is a naive Bayes
+classifier trained on one half of its sentences, and the gold reward one trained on the other half: what rises under the first alone is
+overoptimisation.
+
+Hardware: 2 CPU cores suffice for a model of a few 100k parameters.
+"""
+
+import functools
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from alignax import (
+    chain,
+    commands,
+    default_config,
+    fdpg,
+    gae,
+    group_relative,
+    grpo,
+    js_pi_p,
+    kl_k3,
+    kl_reward,
+    leave_one_out,
+    logps,
+    ppo,
+    reward_target,
+    rloo,
+    running_baseline,
+    running_log_z,
+    value_loss,
+    whiten_advantages,
+)
+from alignax.config import BadInput
+
+WHO = ("a little girl named Lily", "a boy named Tim", "a big dog", "a small cat", "an old man", "a bird", "two friends", "a red car")
+WHERE = ("Once upon a time, there was {}", "One day, {}", "In a small house lived {}", "There once was {}", "At the park, {}")
+HELD_OUT = ("Every morning, {}", "Far away, there was {}")
+METHODS = ("ppo", "rloo", "grpo", "fdpg")
+SCALE = 20.0  # words as positive as half of what one strong word says; keeps rewards near [-1, 1]
+
+
+def get_config():
+    """Sizes for minutes on 2 cores."""
+    config = default_config()
+    config.method = "grpo"
+    config.sentiment = ""  # JSONL with `text` and `label`
+    config.beta = 0.05  # of the KL
+    config.workdir = "runs/steer"
+    config.steps = 80
+    config.batch_size = 16
+    config.data.kind = "prompt"
+    config.model.remat = "none"
+    config.rollout.samples = 8
+    config.rollout.max_new_tokens = 40
+    config.rollout.slots = 128
+    config.optimizer.learning_rate = 3e-4
+    config.optimizer.schedule = "constant"
+    config.eval.every = 20
+    config.eval.sample_prompts = 16
+    config.eval.samples = 8
+    config.eval.max_new_tokens = 40
+    config.log.every = 5
+    return config
+
+
+def loss(config):
+    """Of the method."""
+    return {
+        "ppo": lambda: ppo() + 0.1 * value_loss(),
+        "rloo": rloo,
+        "grpo": lambda: grpo() + config.beta * kl_k3(),
+        "fdpg": lambda: fdpg(js_pi_p),
+    }[config.method]()
+
+
+def experience(config, reference):
+    """Of the method: where its KL stands, and what a response is compared with."""
+    start = logps("ref_logps", reference)
+    return {
+        "ppo": lambda: chain(start, kl_reward(config.beta), gae(), whiten_advantages()),
+        "rloo": lambda: chain(start, kl_reward(config.beta), leave_one_out()),
+        "grpo": lambda: chain(start, group_relative()),
+        "fdpg": lambda: chain(start, reward_target(config.beta), running_log_z(), running_baseline(js_pi_p)),
+    }[config.method]()
+
+
+def reward(prompts: Sequence[str], completions: Sequence[str], config) -> list[float]:
+    """What is optimised."""
+    return cheerfulness(completions, words(config.sentiment, 0))
+
+
+def gold(prompts: Sequence[str], completions: Sequence[str], config) -> list[float]:
+    """What is wanted: the same of other sentences."""
+    return cheerfulness(completions, words(config.sentiment, 1))
+
+
+def main(experiment):
+    """Writes the prompts, then trains."""
+    config = experiment.config.copy_and_resolve_references()
+    if config.method not in METHODS:
+        raise BadInput(f"config field 'method' is {config.method!r}; use {', '.join(METHODS)}")
+    if not config.data.train:
+        folder = Path(config.workdir)
+        write_prompts(folder.with_name(folder.name + "_prompts"), config)
+    config.model.critic = config.method == "ppo"
+    return commands.run(experiment._replace(config=config, main=None))
+
+
+def write_prompts(folder: Path, config) -> None:
+    """Beginnings of stories, those of the evaluation in words of their own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, patterns in (("train", WHERE), ("eval", HELD_OUT)):
+        rows = [{"prompt": pattern.format(who)} for pattern in patterns for who in WHO]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        config.data[split] = str(folder / f"{split}.jsonl")
+
+
+@functools.cache
+def words(file: str, half: int) -> dict[str, float]:
+    """Log-odds of each word that occurs four times at least in that half: naive Bayes, one added to every count."""
+    if not Path(file or " ").is_file():
+        raise BadInput(f"config field 'sentiment' is {file!r}; give a JSONL file of rows with `text` and `label`, 0 or 1")
+    rows = [json.loads(line) for line in Path(file).read_text(encoding="utf-8").splitlines()][half::2]
+    counts = [Counter(word for row in rows if row["label"] == side for word in set(tokens(row["text"]))) for side in (0, 1)]
+    totals = [sum(row["label"] == side for row in rows) for side in (0, 1)]
+    odds = lambda word: math.log((counts[1][word] + 1) / (totals[1] + 2)) - math.log((counts[0][word] + 1) / (totals[0] + 2))
+    return {word: odds(word) for word in counts[0] | counts[1] if counts[0][word] + counts[1][word] >= 4}
+
+
+def tokens(text: str) -> list[str]:
+    """Words in small letters."""
+    return re.findall(r"[a-z']+", text.lower())
+
+
+def cheerfulness(texts: Sequence[str], odds: dict[str, float]) -> list[float]:
+    """The log-odds of each text's words, added up and squashed into (-1, 1)."""
+    return [math.tanh(sum(odds.get(word, 0.0) for word in tokens(text)) / SCALE) for text in texts]
