@@ -86,13 +86,13 @@ class Reset:
 
 
 def elastic_reset(decay: float = 0.995, every: int = 17, name: str = "ema") -> dict[str, Average]:
-    """Elastic Reset (Noukhovitch et al. 2023, arXiv:2312.07551, algorithm 1): against drift, without a KL penalty or beside one.
+    """Elastic Reset (Noukhovitch et al. 2023, arXiv:2312.07551): against drift, without a KL penalty or beside one.
 
     ema <- decay ema + (1 - decay) params after each step;  after every `every`-th  params <- ema, then ema <- initial parameters
 
     Optimizer moments stay, and so does a critic's head. A reset keeps 1 - decay^every of what was learnt since the last one: 8 % of the
-    defaults, which are the paper's for IMDB; 99.5 % of 0.995 and 1040, its for StackLLaMA. Steps are those of the optimizer; the paper
-    averages once an iteration, which may be many of them.
+    defaults, which are the authors' for IMDB; 99.5 % of 0.995 and 1040, theirs for StackLLaMA. Steps are those of the optimizer; their code
+    averages once an iteration, which may be many of them, or once an epoch on it.
 
     Args:
       decay: in [0, 1]; 0 averages nothing, so a reset does nothing; with 1 each reset is to the initial parameters.

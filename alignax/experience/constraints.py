@@ -39,7 +39,7 @@ def xi_ppo(
     initial: float = 0.0,
     estimator: Experience | None = None,
 ) -> Stateful:
-    """xi-PPO (section 4): the smallest KL at which each reward model's mean score *equals* its threshold; L = tanh(lambda), in (-1, 1).
+    """xi-PPO: the smallest KL at which each reward model's mean score *equals* its threshold; L = tanh(lambda), in (-1, 1).
 
     A score above its threshold is pushed down, once its multiplier is below 0. Writes `advantages` [B, N, T] for `ppo()` or `grpo()`, and
     `multipliers` [B, K], which are the same for every row. Reads `scores` [B, N, K], `old_logps` and `ref_logps`.
@@ -51,7 +51,7 @@ def xi_ppo(
       thresholds: of each reward model, in the units of its scores; see `proxy_point`.
       learning_rate: of lambda, at least 0; 0 keeps it.
       momentum: of its descent, in [0, 1).
-      initial: lambda at step 0. At 0 the reference alone counts; the paper draws it from N(0, 0.01^2).
+      initial: lambda at step 0. At 0 the reference alone counts; the authors' code draws one number from N(0, 0.01^2) for all.
       estimator: the advantage of one reward against others, run on each alone; default `leave_one_out()`. `rewards_to_go()` needs no group.
         `gae()` is refused its critic's values, which are of one reward.
     """
@@ -65,7 +65,7 @@ def mu_ppo(
     initial: float = 0.0,
     estimator: Experience | None = None,
 ) -> Stateful:
-    """mu-PPO (section 4): the smallest KL at which each mean score is *at least* its threshold; L = sigmoid(lambda), in (0, 1).
+    """mu-PPO: the smallest KL at which each mean score is *at least* its threshold; L = sigmoid(lambda), in (0, 1).
 
     A score is never pushed down. Everything else is as `xi_ppo` has it; at lambda 0 half of the weight is the reference's.
     """
@@ -143,7 +143,7 @@ def _score_alone(batch: Batch, known: jax.Array, k: int) -> Batch:
 
 
 def proxy_point(proxy: Sequence[float], gold: Sequence[float], degree: int = 10) -> float:
-    """The score of a reward model beyond which the gold reward falls (Moskovitz et al. 2023, section 5): a threshold for it.
+    """The score of a reward model beyond which the gold reward falls (Moskovitz et al. 2023): a threshold for it.
 
     The argmax, over the range of scores that was seen, of the polynomial that fits gold over proxy best. The scores are of runs that
     maximise this reward model alone, without a KL penalty. Reward models that are correlated shift one another's points, which this
