@@ -32,7 +32,7 @@ from alignax.losses.algebra import Objective
 from alignax.models import hf, lora, peft, transformer
 from alignax.models.lora import Lora
 from alignax.optim import make_optimizer, make_schedule
-from alignax.rewards import open_members
+from alignax.rewards import open_ensemble
 from alignax.train import Apply
 
 # Fields that may change when a run is resumed: they do not say what is computed, only where and how it is told.
@@ -158,7 +158,7 @@ def open_judges(config: Any, tokenizer: Any) -> list[hf.Source]:
     """The reward models of `reward.path`, which must read the policy's tokens."""
     if not config.reward.path:
         raise ValueError("experience(..) asks for ensemble and config field 'reward.path' is empty; set --config.reward.path=FOLDER,FOLDER")
-    judges = open_members(config.reward.path.split(","))
+    judges = open_ensemble(config.reward.path.split(","))
     own = load_tokenizer(judges[0].path, judges[0].config.vocab_size)
     if own.get_vocab() != tokenizer.get_vocab():
         raise ValueError(f"reward model {str(judges[0].path)!r} has another tokenizer than the policy; they must share one")

@@ -26,8 +26,8 @@ BINS = 10  # of a calibration curve
 
 
 def load_ensemble(paths: Sequence[str | Path], mesh: Mesh) -> tuple[hf.Source, Params]:
-    """Reward models' folders as one stacked tree [K, ...], and the first one's folder; for what is refused see `open_members`."""
-    sources = open_members(paths)
+    """Reward models' folders as one stacked tree [K, ...], and the first one's folder; for what is refused see `open_ensemble`."""
+    sources = open_ensemble(paths)
     return sources[0], load_members(sources, mesh)
 
 
@@ -40,7 +40,7 @@ def load_members(sources: Sequence[hf.Source], mesh: Mesh) -> Params:
     return stack([hf.load_params(source, mesh) for source in sources], sources[0].config, mesh)
 
 
-def open_members(paths: Sequence[str | Path]) -> list[hf.Source]:
+def open_ensemble(paths: Sequence[str | Path]) -> list[hf.Source]:
     """Reward models' folders, checked; nothing is loaded.
 
     Raises:

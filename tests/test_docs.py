@@ -75,9 +75,10 @@ def test_the_laboratorys_fields_files_and_functions_exist():
     from alignax import config
     from alignax.experience import ensembles
 
-    fields = config.flat(config.load_experiment(runs.REPO / "experiments" / "overoptimization.py").config)
-    named = set(re.findall(r"--config\.([a-z_.]+)|`((?:world|proxy|direct|best_of_n)\.[a-z_]+)", LABORATORY))
-    assert named and {a or b for a, b in named} <= fields.keys()
+    files = (runs.REPO / "experiments" / f"overoptimization{which}.py" for which in ("", "_tokens"))
+    fields = {field for file in files for field in config.flat(config.load_experiment(file).config)}
+    named = set(re.findall(r"--config\.([a-z_.]+)|`((?:world|sft|proxy|direct|best_of_n|folders)\.[a-z_]+)", LABORATORY))
+    assert named and {a or b for a, b in named} <= fields
     for path in re.findall(r"((?:alignax|experiments)/[\w/]+\.py)", LABORATORY):
         assert (runs.REPO / path).is_file(), path
     assert all(hasattr(ensembles, name) for name in ("mean", "median", "wco", "uwo", "quantile"))

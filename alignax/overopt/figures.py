@@ -45,7 +45,8 @@ def figure(panels: Sequence[Panel], width: float = 4.2, height: float = 3.4) -> 
         for axes, panel in zip(drawing.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
             for i, line in enumerate(panel.lines):
                 if len(line.x):
-                    _draw(axes, line, i, ring=not panel.diagonal)
+                    # The more bands, the lighter each: where all of them overlap, lines are still seen.
+                    _draw(axes, line, i, ring=not panel.diagonal, shade=max(0.07, 0.3 / (1 + len(panel.lines))))
             axes.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)
             if panel.diagonal:
                 axes.axline((0.5, 0.5), slope=1, color="0.5", ls=":", lw=1)
@@ -60,14 +61,14 @@ def figure(panels: Sequence[Panel], width: float = 4.2, height: float = 3.4) -> 
     return drawing
 
 
-def _draw(axes: Any, line: Line, i: int, ring: bool) -> None:
+def _draw(axes: Any, line: Line, i: int, ring: bool, shade: float) -> None:
     colour, marker, stroke = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)], STROKES[i // len(COLOURS) % len(STROKES)]
     axes.plot(line.x, line.y, marker, ls=stroke, color=colour, ms=4, lw=1.2, label=line.label, clip_on=False)
     if ring:
         axes.plot(line.x[-1], line.y[-1], marker, color=colour, ms=10, mfc="none", clip_on=False)
     if line.low is not None and line.high is not None:
         if all(a < b for a, b in zip(line.x, line.x[1:], strict=False)):
-            axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.15, lw=0)
+            axes.fill_between(line.x, line.low, line.high, color=colour, alpha=shade, lw=0)
         else:  # a line that turns back has no area below it
             axes.vlines(line.x[::-3], line.low[::-3], line.high[::-3], color=colour, alpha=0.35, lw=1.5)
     if line.law is not None:

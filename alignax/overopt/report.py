@@ -21,7 +21,8 @@ PANELS = {  # quantity -> title, label of the axis; those of which every curve o
     "length": ("Response length", "tokens"),
 }
 READING = (
-    "Lines are means over seeds, each another gold reward, other data and other models; bands are 95 % confidence intervals of that "
+    "Lines are means over seeds: each another gold reward, other data and other models, or, of model folders, other prompts and "
+    "other responses; bands are 95 % confidence intervals of that "
     "mean (Student's t), which a single seed has not; lines that turn back have bars instead. A ring marks the end of a line. Of long "
     "training runs some 25 evaluations are drawn, more of the beginning than of the end; the numbers hold all.",
     "In the laboratory gold reward is in standard deviations under the initial policy, where its mean is 0. The drop is the peak of the "

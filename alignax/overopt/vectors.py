@@ -23,7 +23,7 @@ import optax
 from alignax.config import BadInput
 from alignax.experience import chain, logps
 from alignax.losses import Loss
-from alignax.overopt.worlds import Scored, Trajectory, World, check_varies
+from alignax.overopt.worlds import Scored, Trajectory, World, check_ranges, check_sizes, check_trained, check_varies
 from alignax.train import init_state, make_evaluation, make_step
 from alignax.types import Batch, Model, Outputs, Params, TrainState
 
@@ -54,12 +54,8 @@ def vectors(config: Any, proxy_loss: Loss) -> World:
     Raises:
       BadInput: for fields outside their range.
     """
-    for field, low, high in RANGES:
-        group, name = field.split(".")
-        if not low <= config[group][name] <= high:
-            raise BadInput(f"config field {field!r} is {config[group][name]}; it must be in {low:g} ... {high:g}")
-    if (most := max(config.best_of_n.n, default=1)) > config.world.responses:
-        raise BadInput(f"best of n = {most} of {config.world.responses} responses; lower best_of_n.n, or raise world.responses to {most}")
+    check_ranges(config, RANGES)
+    check_sizes(config)
     if config.direct.steps % config.direct.every:
         raise BadInput(f"direct.steps is {config.direct.steps}, no multiple of direct.every, {config.direct.every}; make it one")
     return World(partial(score, config, proxy_loss), partial(align, config))
@@ -265,9 +261,3 @@ def random_pairs(key: jax.Array, gold: jax.Array, flipped: jax.Array) -> jax.Arr
     """Pairs of a pool with gold rewards [M], by number [B, 2, 1]: the one that gold prefers first, unless `flipped` [B]."""
     pairs = jax.random.randint(key, (flipped.shape[0], 2, 1), 0, gold.shape[0])
     return relabelled(relabelled(pairs, gold[pairs[:, 0, 0]] < gold[pairs[:, 1, 0]]), flipped)
-
-
-def check_trained(states: TrainState) -> None:
-    """Stops where a step was not finite: what such a model says is no measurement."""
-    if skipped := int(jnp.sum(states.skipped)):
-        raise FloatingPointError(f"{skipped} training steps of {states.skipped.size} models were not finite; lower the learning rate")

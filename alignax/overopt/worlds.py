@@ -6,12 +6,14 @@ two functions of seeds; a seed is a whole experiment: another gold reward, other
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from alignax.config import BadInput
 from alignax.losses import Loss
+from alignax.types import TrainState
 
 
 class Scored(NamedTuple):
@@ -44,3 +46,36 @@ def check_varies(mean: float, std: float) -> None:
         raise BadInput(f"the gold reward has mean {mean} and standard deviation {std} under the initial policy; it must be finite")
     if std <= 1e-6 * max(abs(mean), 1.0):
         raise BadInput(f"the gold reward is {mean:g} for every response of the initial policy; it must vary, or nothing can be measured")
+
+
+def check_ranges(config: Any, ranges: Sequence[tuple[str, float, float]]) -> None:
+    """Refuses fields of a config, each "group.name", outside the lowest and the highest of what they may be."""
+    for field, low, high in ranges:
+        group, name = field.split(".")
+        if not low <= config[group][name] <= high:
+            raise BadInput(f"config field {field!r} is {config[group][name]}; it must be in {low:g} ... {high:g}")
+
+
+def check_sizes(config: Any) -> None:
+    """Refuses a best-of-n of more responses than there are."""
+    if (most := max(config.best_of_n.n, default=1)) > config.world.responses:
+        raise BadInput(f"best of n = {most} of {config.world.responses} responses; lower best_of_n.n, or raise world.responses to {most}")
+
+
+def check_trained(state: TrainState) -> None:
+    """Stops where a step, of one model or of several, was not finite: what such a model says is no measurement."""
+    if skipped := int(jnp.sum(state.skipped)):
+        raise FloatingPointError(f"{skipped} training steps of {state.skipped.size} models were not finite; lower the learning rate")
+
+
+def margins(gold: np.ndarray, members: np.ndarray) -> np.ndarray:
+    """Margins [K, H] of the pairs that neighbouring responses to a prompt make, from gold [P, N] and scores [K, P, N]; ties are no pairs.
+
+    Raises:
+      BadInput: where every pair is a tie.
+    """
+    even = gold.shape[1] // 2 * 2
+    better = np.sign(gold[:, 0:even:2] - gold[:, 1:even:2])  # [P, N / 2]
+    if not (pairs := np.isin(better, (-1, 1))).any():
+        raise BadInput("no two neighbouring responses to a prompt differ in gold reward; it must vary, or sample more responses")
+    return ((members[:, :, 0:even:2] - members[:, :, 1:even:2]) * better)[:, pairs]

@@ -1,0 +1,193 @@
+"""The laboratory on Hugging Face folders: best-of-n of a policy's responses under reward models, and what another one, gold, says of them.
+
+Nothing is trained. A seed takes other prompts of the file, the next ones, and samples other responses; the models are the same for all.
+Responses reach a reward model as text, tokenised by its own tokenizer as in training and ended by its EOS, also those that were cut at
+`max_new_tokens`. A response that is drawn twice counts twice, as in the policy's own distribution.
+
+Policy, gold and ensemble are loaded one after another, and none of them beside another.
+"""
+
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from alignax import mesh as meshes
+from alignax import rewards
+from alignax.config import BadInput
+from alignax.data import padded_length
+from alignax.data.files import read_rows
+from alignax.data.rows import Message, Prompted, Rejected
+from alignax.data.tokens import tokenize
+from alignax.generate import LENGTH, Generator, shape_for
+from alignax.generate.console import encoded
+from alignax.generate.generator import check_room
+from alignax.models import hf
+from alignax.overopt.worlds import Scored, World, check_ranges, check_sizes, check_varies, margins
+from alignax.prepare import compute_dtype, load_tokenizer, open_model
+
+RANGES = (("world.prompts", 1, math.inf), ("world.responses", 2, math.inf), ("folders.batch_size", 1, math.inf),
+          ("folders.max_new_tokens", 1, math.inf))  # fmt: skip
+
+
+class Prompt(NamedTuple):
+    """A prompt, as the file has it and in the policy's tokens."""
+
+    content: str | list[Message]
+    tools: Any
+    text: str
+    ids: list[int]
+
+
+class Responses(NamedTuple):
+    """What the policy answers to P prompts, N times each."""
+
+    prompts: Sequence[Prompt]
+    texts: list[list[str]]
+    lengths: np.ndarray  # [P, N] tokens of the policy
+
+
+def folders(config: Any) -> World:
+    """The world of a policy, reward models as proxies, and one as gold.
+
+    Args:
+      config: `world.prompts` (of each seed) and `world.responses` (to each), and the group `folders`: `policy`, `proxies` (with commas
+        between them), `gold`, `prompts` (a file with a column `data.columns.prompt`: text or messages), `max_new_tokens`, `batch_size`.
+
+    Raises:
+      BadInput: for an empty or unknown field, and for n beyond the responses.
+    """
+    c = config.folders
+    check_ranges(config, RANGES)
+    check_sizes(config)
+    for field in ("policy", "proxies", "gold", "prompts"):
+        if not c[field]:
+            raise BadInput(f"config field 'folders.{field}' is empty; the laboratory on folders needs policy, proxies, gold and prompts")
+    return World(partial(score, config), None)
+
+
+def score(config: Any, seeds: Sequence[int]) -> Iterator[Scored]:
+    """Samples and scores the responses of all seeds, model by model."""
+    c, mesh = config.folders, meshes.make_mesh(config.mesh)
+    proxies = [path.strip() for path in c.proxies.split(",")]
+    for paths in (proxies, [c.gold]):  # before anything is sampled
+        check_reward_models(paths)
+    if len(proxies) == 1:
+        print("  one proxy: mean, median, WCO and UWO are that model", file=sys.stderr)
+    every = sampled(config, mesh, seeds)
+    golds = rated(config, mesh, [c.gold], every)
+    members = rated(config, mesh, proxies, every)
+    for own, (gold,), scores in zip(every, golds, members, strict=True):
+        check_varies(mean := float(gold.mean()), spread := float(gold.std()))
+        gold = (gold - mean) / spread
+        yield Scored(gold, scores, margins(gold, scores), own.lengths, partial(show, own))
+
+
+def show(own: Responses, p: int, i: int) -> tuple[str, str]:
+    """A prompt and its i-th response."""
+    return own.prompts[p].text, own.texts[p][i]
+
+
+def check_reward_models(paths: Sequence[str]) -> None:
+    """Refuses folders that are no ensemble of models with one score."""
+    for path, source in zip(paths, rewards.open_ensemble(paths), strict=True):
+        if (labels := source.config.num_labels) != 1:
+            raise BadInput(f"{path!r} gives {labels} scores of a response; the laboratory takes reward models with one")
+    if len({Path(path).resolve() for path in paths}) < len(paths):
+        raise BadInput(f"of the proxies {', '.join(paths)} one is given twice; give each once")
+
+
+# Responses ------------------------------------------------------------------------------------------------------------------
+
+
+def sampled(config: Any, mesh: Mesh, seeds: Sequence[int]) -> list[Responses]:
+    """Responses of the policy for every seed, at temperature 1."""
+    c, P, N = config.folders, config.world.prompts, config.world.responses
+    source = open_model(c.policy, "pretrained", "folders.policy")
+    if source.config.num_labels:
+        raise BadInput(f"folders.policy {c.policy!r} is a reward model, which gives scores and no text; give a language model")
+    tokenizer = load_tokenizer(source.path, source.config.vocab_size)
+    prompts = read_prompts(config, tokenizer, P * len(seeds))
+    longest = max(len(prompt.ids) for prompt in prompts)
+    check_room(source.config, longest, c.max_new_tokens)
+    rows = whole_rows(config, mesh)
+    shape = shape_for(P * N, longest, c.max_new_tokens, mesh=mesh, slots=rows)
+    stop = {tokenizer.eos_token_id, *hf.stop_ids(source)}
+    generate = Generator(source.config, shape, stop_ids=[*stop], dtype=compute_dtype(config, mesh), mesh=mesh)
+    params, out, cut = hf.load_params(source, mesh), [], 0
+    for i, seed in enumerate(seeds):
+        own = prompts[i * P : (i + 1) * P]
+        found = generate(params, [prompt.ids for prompt in own], jax.random.key(seed), N)
+        texts = [[text_of(tokenizer, p.ids, tokens) for tokens in row] for p, row in zip(own, found.rows(), strict=True)]
+        out.append(Responses(own, texts, found.mask.sum(axis=-1)))
+        cut += int((found.ended == LENGTH).sum())
+    total, different = P * N * len(seeds), sum(len(set(row)) for own in out for row in own.texts)
+    print(
+        f"  {total} responses: {total - different} repeat another to their prompt, {cut} cut at {c.max_new_tokens} tokens", file=sys.stderr
+    )
+    return out
+
+
+def read_prompts(config: Any, tokenizer: Any, wanted: int) -> list[Prompt]:
+    """The first prompts of the file."""
+    file, column = config.folders.prompts, config.data.columns.prompt
+    rows = read_rows(file)
+    if len(rows) < wanted:
+        remedy = "lower world.prompts or repeats, each seed takes prompts of its own"
+        raise BadInput(f"{file} has {len(rows)} prompts, {wanted} are needed; {remedy}")
+    out = []
+    for i, row in enumerate(rows[:wanted]):
+        content, tools = row.get(column), row.get(config.data.columns.tools)
+        own = encoded(i, content, tools, tokenizer, file)  # refuses what is neither text nor messages
+        out.append(Prompt(content or "", tools, own.text, own.ids))
+    return out
+
+
+def text_of(tokenizer: Any, prompt: list[int], tokens: np.ndarray) -> str:
+    """A response as text, without special tokens: what it adds to its prompt's, so that a space in front is kept by every tokenizer."""
+    decode = partial(tokenizer.decode, skip_special_tokens=True)
+    before, whole = decode(prompt), decode([*prompt, *tokens.tolist()])
+    return whole.removeprefix(before) if whole.startswith(before) else decode(tokens)
+
+
+# Scores ---------------------------------------------------------------------------------------------------------------------
+
+
+def rated(config: Any, mesh: Mesh, paths: Sequence[str], every: Sequence[Responses]) -> list[np.ndarray]:
+    """Scores of every seed's responses by these reward models: each [K, P, N]."""
+    source, params = rewards.load_ensemble(paths, mesh)
+    model = rewards.ensemble_model(source.config, params, mesh, compute_dtype(config, mesh))
+    tokenizer = load_tokenizer(source.path, source.config.vocab_size)
+    rows = [
+        Prompted(*row, tools=p.tools) for own in every for p, texts in zip(own.prompts, own.texts, strict=True) for row in asked(p, texts)
+    ]
+    try:
+        most = source.config.max_position_embeddings
+        rejected = Rejected(config.folders.prompts)
+        examples, report = tokenize(
+            rows, tokenizer, max_length=most, max_prompt_length=0, vocab_size=source.config.vocab_size, rejected=rejected
+        )
+        scores = rewards.score_examples(model.apply, model.params, examples, mesh, whole_rows(config, mesh), padded_length(examples))
+    except ValueError as e:
+        raise BadInput(f"{', '.join(paths)}: {e}") from e
+    if report.completions_cut:
+        print(f"  {report.completions_cut} responses are cut at the {most} positions of {source.path}", file=sys.stderr)
+    return np.split(scores.reshape(len(paths), -1, config.world.responses), len(every), axis=1)
+
+
+def asked(prompt: Prompt, texts: Sequence[str]) -> Iterator[tuple[Any, Any]]:
+    """A prompt with each of its responses, as rows of data have them."""
+    for text in texts:
+        yield prompt.content, (text,) if isinstance(prompt.content, str) else ([{"role": "assistant", "content": text}],)
+
+
+def whole_rows(config: Any, mesh: Mesh) -> int:
+    """Responses that are sampled, and scored, side by side: a multiple of the mesh's batch shards."""
+    shards = meshes.batch_shards(mesh)
+    return -(-config.folders.batch_size // shards) * shards

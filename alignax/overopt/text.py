@@ -1,0 +1,239 @@
+"""The laboratory on transformers: a policy learns to write from demonstrations, reward models from pairs of its answers, all here.
+
+The world is `alignax.overopt.words`. Every model is the library's transformer, trained by its losses, its data streams and its one step;
+the K reward models of a seed are `jax.vmap` of that step; answers are sampled by `alignax.generate` and scored by `alignax.rewards`.
+The policy is one for all seeds; a seed is another gold reward, other pairs, other reward models and other answers.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from alignax import ensemble, rewards
+from alignax.config import BadInput
+from alignax.data import Batches, Examples, evaluation_batch, padded_length
+from alignax.evaluate import compare
+from alignax.generate import Generator, sampled_batch, shape_for
+from alignax.losses import Loss, sft
+from alignax.mesh import make_mesh
+from alignax.models import hf
+from alignax.models.transformer import ModelConfig, forward
+from alignax.overopt import words
+from alignax.overopt.words import Gold
+from alignax.overopt.worlds import Scored, Trajectory, World, check_ranges, check_sizes, check_trained, margins
+from alignax.train import init_state, make_evaluation, make_step, means
+from alignax.types import Model, Params, TrainState
+
+NEW = words.LONGEST + 1  # the most tokens of an answer, the EOS included
+SLOTS = 1024  # answers sampled side by side
+HEADS = 4
+TAUGHT = 0.1  # share of loops in the first third of the demonstrations
+RANGES = (  # config field, lowest, highest
+    ("world.tail", 0, 1), ("world.noise", 0, 0.5), ("world.pairs", 1, math.inf), ("world.held_out", 1, math.inf),
+    ("world.prompts", 1, len(words.TOPICS)), ("world.responses", 2, math.inf), ("sft.answers", 1, math.inf), ("sft.steps", 1, math.inf),
+    ("proxy.members", 1, math.inf), ("proxy.steps", 1, math.inf), ("direct.every", 1, math.inf), ("direct.samples", 1, math.inf),
+)  # fmt: skip
+
+
+class Policy(NamedTuple):
+    """The initial policy."""
+
+    config: ModelConfig
+    params: Params
+    generate: Generator
+
+
+class Data(NamedTuple):
+    """Of a seed: its gold reward, and pairs of the policy's answers, the one that gold prefers first."""
+
+    gold: Gold
+    train: Examples
+    held_out: Examples
+
+
+def text(config: Any, proxy_loss: Loss) -> World:
+    """The world of words.
+
+    Args:
+      config: groups `world`, `sft`, `proxy` and `direct` of experiments/overoptimization_tokens.py.
+      proxy_loss: that of the reward models, `bradley_terry() + 0.001 * score_l2()` say.
+
+    Raises:
+      BadInput: for fields outside their range.
+    """
+    check_ranges(config, RANGES)
+    check_sizes(config)
+    for group in ("sft", "proxy"):
+        if config[group].width % HEADS:
+            raise BadInput(f"config field '{group}.width' is {config[group].width}, no multiple of the {HEADS} heads; make it one")
+    if config.direct.steps % config.direct.every:
+        raise BadInput(f"direct.steps is {config.direct.steps}, no multiple of direct.every, {config.direct.every}; make it one")
+    policy = functools.cache(partial(train_policy, config))
+    data = functools.cache(lambda seed: make_data(config, policy(), seed))
+    return World(partial(score, config, proxy_loss, policy, data), partial(align, config, policy, data))
+
+
+# Models and their training --------------------------------------------------------------------------------------------------
+
+
+def model(width: int, layers: int, num_labels: int = 0) -> ModelConfig:
+    """A decoder for the words: a language model, or a reward model."""
+    return ModelConfig(
+        vocab_size=len(words.VOCABULARY), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
+        num_attention_heads=HEADS, num_key_value_heads=HEADS, head_dim=width // HEADS, max_position_embeddings=1 + NEW,
+        tie_word_embeddings=True, initializer_range=0.05 if num_labels else 0.15, num_labels=num_labels,
+    )  # fmt: skip
+
+
+def trained(step: Any, state: TrainState, batch: Callable[[int], Mapping[str, np.ndarray]], steps: range) -> TrainState:
+    """The state after these steps of a jitted step, each on its own batch."""
+    for i in steps:
+        state = step(state, batch(i))[0]
+    check_trained(state)
+    return state
+
+
+def train_policy(config: Any) -> Policy:
+    """A policy that writes as the demonstrations do."""
+    c, own = config.sft, model(config.sft.width, config.sft.layers)
+    optimizer = optax.adam(optax.cosine_decay_schedule(c.learning_rate, c.steps))
+    step = jax.jit(make_step(forward(own, remat="none"), sft(), optimizer), donate_argnums=0)
+    state = init_state(hf.fresh(own, jax.random.key(config.seed)), optimizer, jax.random.key(config.seed))
+    # Many loops first, so that it learns how to go on with one; then as many as there are to be, so that it learns how rarely one begins.
+    third, tail = c.steps // 3, config.world.tail
+    for part, steps in enumerate((range(third), range(third, c.steps))):
+        rng = np.random.default_rng([config.seed, 0, part])
+        shown = examples(*words.demonstrations(rng, max(tail, TAUGHT) if tail and not part else tail, c.answers))
+        state = trained(step, state, Batches(shown, c.batch_size, config.seed, padded_length(shown)).batch, steps)
+    return Policy(own, state.params, Generator(own, shape_for(SLOTS, 1, NEW, slots=SLOTS), stop_ids=[words.EOS]))
+
+
+def examples(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[Any]]) -> Examples:
+    """Prompts and their N answers each, in tokens."""
+    sides = [np.concatenate([prompt, answer]) for prompt, own in zip(prompts, answers, strict=True) for answer in own]
+    scored = [np.arange(len(prompt) + len(answer)) >= len(prompt) for prompt, own in zip(prompts, answers, strict=True) for answer in own]
+    offsets = np.cumsum([0, *map(len, sides)])
+    texts = [words.text(prompt) for prompt in prompts]
+    return Examples(np.concatenate(sides).astype(np.int32), np.concatenate(scored), offsets, len(answers[0]), texts)
+
+
+def make_data(config: Any, policy: Policy, seed: int) -> Data:
+    """Gold labels pairs of the policy's answers; ties are no pairs."""
+    c, wanted = config.world, config.world.pairs + config.world.held_out
+    asked = words.prompts(np.random.default_rng([seed, 2]), wanted + wanted // 4)
+    answers = policy.generate(policy.params, asked, jax.random.key(2 * seed), n=2)
+    gold = words.make_gold(seed, c.outside, answers.tokens)
+    rows, values = answers.rows(), gold(answers.tokens)  # [B, 2]
+    pairs = [(p, r if a > b else r[::-1]) for p, r, (a, b) in zip(asked, rows, values, strict=True) if a != b][:wanted]
+    if len(pairs) < wanted:
+        raise BadInput(f"the policy made {len(pairs)} pairs that are no tie, {wanted} are needed; raise sft.steps")
+    both = [examples(*zip(*part, strict=True)) for part in (pairs[: c.pairs], pairs[c.pairs :])]
+    return Data(gold, *both)
+
+
+# Best-of-n ------------------------------------------------------------------------------------------------------------------
+
+
+def score(config: Any, loss: Loss, policy: Callable[[], Policy], data: Callable[[int], Data], seeds: Sequence[int]) -> Iterator[Scored]:
+    """Trains the reward models of each seed, and scores fresh answers of the policy."""
+    c, world = config.proxy, config.world
+    own, mesh = model(c.width, c.layers, num_labels=1), make_mesh({}, jax.devices()[:1])
+    optimizer = optax.adam(c.learning_rate)
+    step = ensemble.over_members(make_step(forward(own, remat="none"), loss, optimizer), (ensemble.AXES, 0), (ensemble.AXES, 0))
+    step, start = jax.jit(step, donate_argnums=0), jax.jit(partial(new_members, own, optimizer, c.members))
+    asked = [[1 + topic] for topic in range(world.prompts)]
+    for seed in seeds:
+        gold, pairs, _ = data(seed)
+        stream = partial(ensemble.member_batch, members=slice(None), rows=slice(None))
+        state = trained(step, start(seed), partial(stream, member_streams(config, pairs, seed)), range(c.steps))
+        answers = policy().generate(policy().params, asked, jax.random.key(2 * seed + 1), n=world.responses)
+        shown = examples(asked, answers.rows())
+        rated = rewards.ensemble_model(own, state.params, mesh)
+        scores = rewards.score_examples(rated.apply, rated.params, shown, mesh, 1, padded_length(shown))  # prompt by prompt
+        values = gold(answers.tokens)
+        yield Scored(values, scores, margins(values, scores), answers.mask.sum(axis=-1), partial(show, answers.tokens))
+
+
+def new_members(own: ModelConfig, optimizer: optax.GradientTransformation, members: int, seed: int) -> TrainState:
+    """K reward models at step 0; no two seeds share one."""
+    start = lambda key: init_state(hf.fresh(own, key), optimizer, jax.random.key(0))
+    return ensemble.over_members(start, 0, ensemble.AXES)(ensemble.keys(seed * members, members))
+
+
+def member_streams(config: Any, pairs: Examples, seed: int) -> list[Batches]:
+    """The pairs as each member meets them: in an order of its own, the same ones with a wrong label, or others."""
+    c, world, first = config.proxy, config.world, seed * config.proxy.members
+    stream = Batches(pairs, c.batch_size, first, padded_length(pairs), noise=world.noise, noise_seed=first)
+    return ensemble.member_batches(stream, c.members, not world.shared_noise)
+
+
+def show(tokens: np.ndarray, p: int, i: int) -> tuple[str, str]:
+    """A prompt and its i-th answer."""
+    return words.text([1 + p]), words.text(tokens[p, i])
+
+
+# Direct alignment -----------------------------------------------------------------------------------------------------------
+
+
+class Programs(NamedTuple):
+    """What direct alignment computes, jitted."""
+
+    optimizer: optax.GradientTransformation
+    step: Callable[[TrainState, Any], Any]
+    evaluate: Callable[..., Any]  # params, step, batch -> sums of the loss's metrics
+    logps: Callable[..., jax.Array]  # params, batch -> [B, N, T]
+    ratios: Callable[..., jax.Array]  # params, initial ones, sampled batch -> log pi - log pi_0 of each answer in nats, [B]
+
+
+def align(config: Any, policy: Callable[[], Policy], data: Callable[[int], Data], seeds: Sequence[int], loss: Loss) -> Iterator[Trajectory]:
+    """Trains the policy on each seed's pairs, and measures samples of it."""
+    apply, optimizer = forward(policy().config, remat="none"), optax.adam(config.direct.learning_rate)
+    programs = Programs(
+        optimizer,
+        jax.jit(make_step(apply, loss, optimizer), donate_argnums=0),
+        jax.jit(make_evaluation(apply, loss)),
+        jax.jit(lambda params, batch: apply(params, batch).logps),
+        jax.jit(lambda params, initial, batch: compare(Model(apply, params), Model(apply, initial), batch)[0]),
+    )
+    for seed in seeds:
+        yield train_one(config, policy(), data(seed), programs, seed)
+
+
+def train_one(config: Any, initial: Policy, data: Data, programs: Programs, seed: int) -> Trajectory:
+    """One policy; KL(policy || initial) is the mean log-ratio of its samples, gold their mean gold reward."""
+    c, first = config.direct, seed * config.proxy.members
+    pairs, held_out = (with_reference(programs, initial.params, own) for own in (data.train, data.held_out))
+    stream = Batches(pairs, c.batch_size, first, padded_length(pairs), noise=config.world.noise, noise_seed=first)
+    on, off = (evaluation_batch(own, 0, config.world.held_out, padded_length(own)) for own in (pairs, held_out))
+    asked = words.prompts(np.random.default_rng([seed, 3]), c.samples)
+
+    def measured(state: TrainState) -> dict[str, float]:
+        answers = initial.generate(state.params, asked, jax.random.fold_in(jax.random.key(2 * seed), int(state.step)))
+        ratios = programs.ratios(state.params, initial.params, sampled_batch(asked, answers, 1 + NEW))
+        drift, proxy = (means(programs.evaluate(state.params, state.step, batch)) for batch in (on, off))
+        return {
+            "gold": float(data.gold(answers.tokens).mean()), "kl": max(float(ratios.mean()), 0.0), "proxy": proxy["rewards/margins"],
+            "accuracy": proxy["rewards/accuracies"], "chosen_drift": drift["logps/chosen_drift"],
+            "length": float(answers.mask.sum(axis=-1).mean()),
+        }  # fmt: skip
+
+    state = init_state(jax.tree.map(jnp.copy, initial.params), programs.optimizer, jax.random.key(seed))
+    values = [measured(state)]
+    for at in range(0, c.steps, c.every):
+        state = trained(programs.step, state, stream.batch, range(at, at + c.every))
+        values.append(measured(state))
+    return Trajectory(np.arange(len(values)) * c.every, {name: np.array([v[name] for v in values]) for name in values[0]})
+
+
+def with_reference(programs: Programs, params: Params, pairs: Examples) -> Examples:
+    """The pairs with their log-probs under the initial policy, which every step reads."""
+    whole = evaluation_batch(pairs, 0, len(pairs), padded_length(pairs))
+    return dataclasses.replace(pairs, token_fields={"ref_logps": np.asarray(programs.logps(params, whole))[whole["mask"]]})
