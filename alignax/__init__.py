@@ -1,6 +1,6 @@
 """Align language models with JAX on TPU and GPU meshes."""
 
-from alignax.averages import ema, mean, sync
+from alignax.averages import elastic_reset, ema, mean, reset_to_average, sync
 from alignax.config import default_config
 from alignax.experience import (
     Experience,
@@ -25,8 +25,11 @@ from alignax.experience import (
     min_p_logps,
     mismatched_kl,
     missing_eos_penalty,
+    mu_ppo,
+    nelder_mead,
     overlong_penalty,
     proposal_evidence,
+    proxy_point,
     quantile,
     reinforce_plus_plus,
     reward_shift,
@@ -40,6 +43,7 @@ from alignax.experience import (
     wco,
     whiten_advantages,
     whiten_rewards,
+    xi_ppo,
 )
 from alignax.losses import (
     Aggregate,
@@ -133,13 +137,14 @@ __all__ = [
     "adaptive_kl_update", "adopt_if_better", "alpha_divergence", "alpha_pi_p", "aot", "aot_unpaired", "apo_down", "apo_zero",
     "apo_zero_unpaired", "attribute_regression", "bco", "best_and_worst", "boolean_target", "bradley_terry", "centring", "chain", "chi2",
     "chi2_estimate", "chi2_exact", "chi2_p_pi", "chi2_pi_p", "chi_squared", "cispo", "clip_rewards", "cpo", "default_config", "discopop",
-    "dpo", "dpop", "ema", "entropy_bonus", "exo", "exponential_target", "f_dpo", "fdpg", "finished", "fit_moments", "forward", "forward_kl",
-    "gae", "gmpo", "group_relative", "grpo", "gspo", "hellinger_pi_p", "hinge", "importance_weighted", "init_state", "ipo", "ipo_daa",
-    "ipo_mean", "jensen_shannon", "js_pi_p", "kl_k1", "kl_k2", "kl_k3", "kl_k3_weighted", "kl_p_pi", "kl_pi_p", "kl_reward", "kto",
-    "ld_dpo", "leave_one_out", "logps", "low_probability_tokens", "lp_reg", "make_evaluation", "make_mesh", "make_step", "matched_margins",
-    "matched_ratios", "mean", "min_p_logps", "mismatched_kl", "missing_eos_penalty", "nca", "orpo", "overlong_penalty", "ppo",
-    "proposal_evidence", "quantile", "r_dpo", "reinforce", "reinforce_plus_plus", "response_mean", "reverse_kl", "reward_shift",
-    "reward_target", "rewards_to_go", "rloo", "robust_dpo", "rpo", "rpo_token_mean", "running_baseline", "running_log_z", "sapo", "score",
-    "score_l2", "sft", "shaping", "sigmoid_norm", "simpo", "slic_hf", "sppo", "square_root", "summed_sft", "sync", "tdpo", "tdpo2",
-    "token_mean", "token_sum", "total_variation", "tv_pi_p", "uwo", "value_loss", "wco", "whiten_advantages", "whiten_rewards", "wpo",
+    "dpo", "dpop", "elastic_reset", "ema", "entropy_bonus", "exo", "exponential_target", "f_dpo", "fdpg", "finished", "fit_moments",
+    "forward", "forward_kl", "gae", "gmpo", "group_relative", "grpo", "gspo", "hellinger_pi_p", "hinge", "importance_weighted",
+    "init_state", "ipo", "ipo_daa", "ipo_mean", "jensen_shannon", "js_pi_p", "kl_k1", "kl_k2", "kl_k3", "kl_k3_weighted", "kl_p_pi",
+    "kl_pi_p", "kl_reward", "kto", "ld_dpo", "leave_one_out", "logps", "low_probability_tokens", "lp_reg", "make_evaluation", "make_mesh",
+    "make_step", "matched_margins", "matched_ratios", "mean", "min_p_logps", "mismatched_kl", "missing_eos_penalty", "mu_ppo", "nca",
+    "nelder_mead", "orpo", "overlong_penalty", "ppo", "proposal_evidence", "proxy_point", "quantile", "r_dpo", "reinforce",
+    "reinforce_plus_plus", "reset_to_average", "response_mean", "reverse_kl", "reward_shift", "reward_target", "rewards_to_go", "rloo",
+    "robust_dpo", "rpo", "rpo_token_mean", "running_baseline", "running_log_z", "sapo", "score", "score_l2", "sft", "shaping",
+    "sigmoid_norm", "simpo", "slic_hf", "sppo", "square_root", "summed_sft", "sync", "tdpo", "tdpo2", "token_mean", "token_sum",
+    "total_variation", "tv_pi_p", "uwo", "value_loss", "wco", "whiten_advantages", "whiten_rewards", "wpo", "xi_ppo",
 ]  # fmt: skip

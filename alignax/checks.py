@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from alignax import mesh as meshes
-from alignax.averages import Average
-from alignax.config import Experiment, eval_batch_size, flat
+from alignax.averages import Average, Reset
+from alignax.config import Experiment, eval_batch_size, flat, steps_of_turn
 from alignax.data import Examples
 from alignax.generate.generator import check_room
 from alignax.losses.algebra import Loss
@@ -136,6 +136,12 @@ def check_averages(config: Any, averages: dict[str, Average], reference: hf.Sour
         raise ValueError('an average is called "policy", or "reference" where no experience asks for one; rename or remove it')
     if "reference" in averages and config.reference.path and (config.reference.path != config.model.path):
         raise ValueError(f"a moving reference starts from the policy, not from reference.path {config.reference.path!r}; leave it empty")
+    turn = steps_of_turn(config)
+    for name, rule in averages.items():
+        if isinstance(rule, Reset) and rule.every % turn:  # the rest of the rollout would be of a policy that is gone
+            raise ValueError(
+                f"the average {name!r} resets the policy every {rule.every} steps, in the middle of a rollout of {turn}; use a multiple"
+            )
 
 
 def check_objective(objective: Any, file: Path) -> None:

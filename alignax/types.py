@@ -21,6 +21,7 @@ A batch is a plain dict of arrays whose leading axis is B. Every method has the 
 | `rewards`         | [B, N] f32       | reward of a whole response, of several scores their aggregate; NaN is missing    |
 | `truncated`       | [B, N] bool      | a sampled response that was cut at its longest, before an EOS                    |
 | `prompt_id`       | [B] int32        | which prompt a row is of: of a rollout the row of the data that it stands in     |
+| `multipliers`     | [B, K] f32       | how much each reward model with a threshold counts, in every row the same        |
 | `raw_rewards`     | [B, N] f32       | `rewards` before the KL penalty                                                  |
 | `values`          | [B, N, T] f32    | a critic's estimate before tokens[t] is chosen, at completion tokens             |
 | `token_rewards`   | [B, N, T] f32    | reward of each completion token: the penalties, and on the last `rewards`        |

@@ -179,6 +179,7 @@ REFUSED = {
     "no reward models": ({}, GRPO.replace("reference):", "reference, ensemble):"), "reward.path"),
     "a reward model": (SCORES, GRPO[: GRPO.index("def gold")], "scores and no text"),
     "bad rewards": ({"rollout.bad_rewards": "ignore"}, GRPO, "use 'error' or 'drop'"),
+    "a reset in a rollout": ({}, GRPO + "\ndef averages(config):\n    return elastic_reset(0.9, every=6)\n", "middle of a rollout of 4"),
     "a cache": ({"reference.cache": "cache"}, GRPO, "online training scores samples"),
 }  # fmt: skip
 
@@ -229,3 +230,27 @@ def test_dpo_is_trained_on_pairs_of_its_own_samples(fields, tmp_path):
     assert main(args) == 0
     (row,) = [row for row in rows(tmp_path / "run") if "loss" in row]
     assert 0 < row["loss"] <= np.log(2) * 1.01 and row["rewards/accuracies"] >= 0
+
+
+@pytest.mark.slow
+def test_rewards_held_at_thresholds_and_a_policy_that_is_reset(fields, tmp_path):
+    folders = [reward_folder(tmp_path, seed) for seed in range(2)]
+    source = """
+    def loss(config):
+        return ppo()
+
+    def experience(config, reference, ensemble):
+        return chain(logps("ref_logps", reference), score(ensemble), mu_ppo((50.0, -50.0)))
+
+    def averages(config):
+        return elastic_reset(decay=1.0, every=2)
+    """
+    given = fields | {"workdir": str(tmp_path / "run"), "reward.path": ",".join(map(str, folders)), "model.path": str(tmp_path / "lm0")}
+    given |= {"steps": "3", "rollout.samples": "2", "rollout.minibatches": "1", "rollout.epochs": "1", "checkpoint.every": "3"}
+    given |= {"eval.every": "0", "eval.samples": "0", "eval.sample_prompts": "0"}
+    assert main(arguments(tmp_path, source, given)) == 0
+    found = {row["step"]: row for row in rows(tmp_path / "run") if "loss" in row}
+    up, down = ([found[step][f"constraint/multiplier_{k}"] for step in (1, 2, 3)] for k in (0, 1))
+    assert up[0] == down[0] == 0.5 and up[0] < up[1] < up[2] and down[0] > down[1] > down[2]
+    # Decay 1: the reset after step 2 is to the initial parameters, which the rollout before step 3 is of.
+    assert found[2]["kl_k3"] > 1e-6 and abs(found[1]["kl_k3"]) < 1e-9 and abs(found[3]["kl_k3"]) < 1e-9
