@@ -77,7 +77,7 @@ class Reset:
 
     def after(self, state: TrainState, name: str) -> TrainState:
         """The state after this average, called `name`, has been brought up to date: as it is, or reset."""
-        due = _due(state.step - self.every, self.every) == 1
+        due = _due(state.step, self.every) == 1
         average = state.averages[name]
         put = lambda to, tree: jax.tree.map(lambda a, x: jnp.where(due, a, x), to, tree)
         params = jax.tree_util.tree_map_with_path(lambda path, a, p: p if _is_value(path) else jnp.where(due, a, p), average, state.params)

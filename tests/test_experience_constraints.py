@@ -185,7 +185,7 @@ def test_a_missing_score_takes_its_response_out(method):
 
 
 def test_another_estimator_and_no_critic_of_another_reward():
-    batch = scored()
+    batch = scored() | {"token_rewards": scored(seed=1)["values"]}  # of another reward: not read
     _, after = at(mu_ppo((0.5, 0.5), estimator=experience.rewards_to_go()), [0.0, 0.0], batch)
     whole = jax.jit(lambda batch: chain(experience.rewards_to_go(), whiten_advantages())(batch)["advantages"])
     last = last_scored(batch)[..., None] * batch["scores"][:, :, None]  # [B, N, T, 2]
