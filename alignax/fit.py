@@ -245,10 +245,11 @@ class Observer:
         first = self._first.setdefault("distinct", values["distinct"])
         if not self._noticed and values["distinct"] < SAME * first:
             self._noticed = True
+            reward = values.get("reward", np.nan)
             self.log.line(
                 f"notice at step {step}: {values['distinct']:.1%} of the completions differ ({first:.1%} at first), with an entropy of "
-                f"{values['entropy']:.2g} nats a token, at a reward of {values.get('reward', np.nan):.3g}. Where prompts have one right answer that "
-                "is as it should be; otherwise look at samples.jsonl, and add 0.01 * entropy_bonus() or more KL to the reference."
+                f"{values['entropy']:.2g} nats a token, at a reward of {reward:.3g}. Where prompts have one right answer that is as it "
+                "should be; otherwise look at samples.jsonl, and add 0.01 * entropy_bonus() or more KL to the reference."
             )
 
 

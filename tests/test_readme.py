@@ -59,13 +59,13 @@ def test_a_loss_of_ones_own():
 
 
 def test_averages():
-    assert set(run_block(3)["averages"](None)) == {"ema", "reference"}
+    assert set(run_block(4)["averages"](None)) == {"ema", "reference"}
 
 
 def test_generation():
     mesh = make_mesh({"fsdp": -1})
     layout = jax.tree.map(lambda x: x.sharding, hf.abstract_params(tiny.MODEL, mesh))
-    block = BLOCKS[4].replace("256", "8")  # positions of a tiny model
+    block = BLOCKS[5].replace("256", "8")  # positions of a tiny model
     names: dict = {"config": tiny.MODEL, "mesh": mesh, "params": jax.device_put(tiny.params(), layout), "eos": 2}
     names |= {"key": jax.random.key(0), "prompts": [[5, 6, 7], [8]]}
     exec(compile(block, "README.md", "exec"), names)
