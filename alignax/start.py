@@ -158,7 +158,7 @@ def spread(run: Run, params: Params, base: Params | None) -> Params:
     def member(params: Params, base: Params, key: jax.Array) -> Params:
         trained = params if lora is None else hf.fresh_adapters(config, lora, base, key)
         fresh = hf.fresh(config, key) if own else params
-        return trained | {name: fresh[name] for name in reward.HEAD}
+        return trained | {name: fresh[name] for name in reward.HEAD if name in fresh}
 
     every = ensemble.over_members(member, (None, None, 0), 0)
     return jax.jit(every, out_shardings=layout)(params, base, ensemble.keys(run.config.seed, run.members))

@@ -351,6 +351,7 @@ def test_check_data_reports_bad_rows_and_ends_as_a_run_would(fields, tmp_path, c
     assert check(fields | {"data.train": tmp_path / "nowhere.jsonl"}) == 2
 
 
+@pytest.mark.slow
 def test_run_rerun_of_the_effective_config_eval_export(fields, tmp_path, capsys):
     workdir, again = tmp_path / "run", tmp_path / "again"
     assert run(fields | {"workdir": workdir, "steps": 4, "log.tensorboard": True, "export.final": True}) == 0

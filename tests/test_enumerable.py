@@ -118,6 +118,7 @@ def test_dpo_finds_the_policy_of_rlhf(beta):
     assert value(np.exp(ref)) < best - 0.1
 
 
+@pytest.mark.slow
 def test_cdpo_undoes_the_flips_that_it_is_told_of():
     """Labels of a sure preference, flipped with probability e: cDPO's optimum is finite, at margins of log((1 - e) / e)."""
     e, beta, reference = 0.2, 0.5, table(1)
@@ -132,6 +133,7 @@ def test_cdpo_undoes_the_flips_that_it_is_told_of():
     np.testing.assert_allclose(np.exp(p), np.exp(distribution(trained)), atol=1e-3)
 
 
+@pytest.mark.slow
 def test_ipo_stops_at_its_margin():
     """log-ratios of consistent pairs differ by 1 / (2 beta), where DPO's run away."""
     beta, reference = 0.25, table(1)

@@ -185,8 +185,7 @@ def assert_same(found: tuple, expected: tuple, tolerance: float = 1e-5) -> None:
 
 
 EVERYDAY = (  # one of each kind; the others are among the slow tests
-    "summed_sft", "dpo", "rpo_token_mean", "ld_dpo", "aot", "bco", "tdpo2", "wpo", "orpo", "f_dpo_chi_squared", "kto", "bradley_terry",
-    "ppo_critic", "rloo", "fdpg",
+    "summed_sft", "rpo_token_mean", "bco", "tdpo2", "kto", "bradley_terry", "ppo_critic", "fdpg",
 )  # fmt: skip
 every = pytest.mark.parametrize("name", [name if name in EVERYDAY else pytest.param(name, marks=pytest.mark.slow) for name in LOSSES])
 

@@ -31,7 +31,9 @@ DIVERGENCES: dict[str, tuple[FDivergence, object]] = {  # with f(t), as the pape
     "chi2_pi_p": (chi2_pi_p, lambda t: (t - 1) ** 2),
     "alpha": (alpha_pi_p(A), lambda t: (t**A - A * t - (1 - A)) / (A * (A - 1))),
 }
-every = pytest.mark.parametrize("name", DIVERGENCES)
+every = pytest.mark.parametrize(
+    "name", [n if n in ("js_pi_p", "kl_p_pi") else pytest.param(n, marks=pytest.mark.slow) for n in DIVERGENCES]
+)
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 P = np.random.default_rng(0).dirichlet(np.ones(S))  # the target, normalised
 Z = 3.7
@@ -227,6 +229,7 @@ def test_a_response_as_good_as_the_baseline_is_not_pushed(name):
     assert grads[15, 0, 1] > 0.02 and abs(float(grads[4, 0, 1])) < 1e-6 and (grads[0, 0, 1] < -0.02 or name == "tv")
 
 
+@pytest.mark.slow
 def test_prompts_without_a_target_are_skipped_and_counted():
     """The loss and the gradient are those of the other prompts, in whatever parts."""
     logps, q, p = (jnp.asarray(normal(4, 3, seed=seed), jnp.float32) for seed in range(3))
@@ -275,6 +278,7 @@ def descend(divergence: FDivergence, params, apply, batch: Batch, steps: int = 1
     return state.params, metrics
 
 
+@pytest.mark.slow
 def test_the_reverse_kl_to_a_rewards_target_is_rlhf():
     """grad (E r - beta KL(pi || a)) is -beta grad KL(pi || p); the optimum is a exp(r / beta) / Z, of value beta log Z."""
     beta, r, a = 0.5, normal(S, seed=3), distribution(table(1))

@@ -194,7 +194,7 @@ def test_files_of_a_bare_model(written, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, params, w.params)
 
 
-@pytest.mark.parametrize("row", ["qwen3_moe", "gemma3_text", "gpt_neox"])
+@pytest.mark.parametrize("row", ["qwen3_moe", *(pytest.param(row, marks=pytest.mark.slow) for row in ("gemma3_text", "gpt_neox"))])
 def test_sharded_model_is_the_unsharded_one(row, written):
     c, params = written(row).source.config, written(row).params
     batch, mesh = tiny.batch(), meshes.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
@@ -213,7 +213,7 @@ def test_sharded_model_is_the_unsharded_one(row, written):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * max(scale, 1), rtol=0), grads, expected)
 
 
-@pytest.mark.parametrize("row", ["gpt_neox", "gemma3_text", "qwen3_moe"])
+@pytest.mark.parametrize("row", ["gemma3_text", *(pytest.param(row, marks=pytest.mark.slow) for row in ("gpt_neox", "qwen3_moe"))])
 def test_a_frozen_model_in_bfloat16_scores_as_the_trained_one(row, written):
     run: Any = SimpleNamespace(dtype=jnp.dtype("bfloat16"))
     c, params = written(row).source.config, written(row).params

@@ -50,7 +50,7 @@ def adapted(folder: Path, row: str):
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch, about PEFT
-@pytest.mark.parametrize("row", FAMILY)
+@pytest.mark.parametrize("row", [row if row == "llama" else pytest.param(row, marks=pytest.mark.slow) for row in FAMILY])
 def test_peft_folders_in_and_out(row, tmp_path):
     model = adapted(tmp_path, row)
     source = hf.open_folder(tmp_path / "base")
@@ -82,7 +82,7 @@ def folder(tmp_path_factory):
     return tiny.folder(tmp_path_factory.mktemp("model") / "base")
 
 
-@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("dora", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_fresh_adapters_are_the_base_and_only_they_have_a_gradient(dora, folder):
     source = hf.open_folder(folder)
     base = hf.load_params(source, ONE)
@@ -116,7 +116,7 @@ def test_sharded_adapters_are_the_unsharded_ones(folder):
     np.testing.assert_allclose(out[0], out[1], atol=1e-5)
 
 
-@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("dora", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_an_int8_base_is_the_base_to_the_rounding_of_its_weights(dora, folder):
     source, batch = hf.open_folder(folder), tiny.batch()
     base = hf.load_params(source, ONE)

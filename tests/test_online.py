@@ -116,6 +116,7 @@ def test_a_run_says_what_it_must(grpo):
     assert samples[0].keys() == {"step", "prompt", "completion", "reward", "log_ratio", "gold"}
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_bit_for_bit(grpo, fields, tmp_path):
     workdir, args = grpo
     again = arguments(tmp_path, GRPO, fields | {"workdir": str(tmp_path / "run"), "steps": "8"})
@@ -126,6 +127,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(grpo, fields, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, trained(workdir, args), trained(tmp_path / "run", again))
 
 
+@pytest.mark.slow
 def test_ppo_trains_a_critic_beside_the_policy(fields, tmp_path):
     given = fields | {"workdir": str(tmp_path / "run"), "model.critic": "true", "steps": "4", "export.final": "true"}
     args = arguments(tmp_path, PPO, given)
@@ -162,6 +164,7 @@ def test_a_reward_function_that_fails_stops_the_run_in_one_line(name, fields, tm
     assert time.monotonic() - began < 30
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_without_bad_rewards_and_counts_them(fields, tmp_path):
     source = GRPO[: GRPO.index("def reward")] + REWARD + BAD["is not finite"][0].replace("if text", "if len(text) % 2")
     given = fields | {"workdir": str(tmp_path / "run"), "rollout.bad_rewards": "drop", "steps": "4"}
@@ -192,6 +195,7 @@ def test_what_cannot_be_is_refused_before_any_compute(name, fields, tmp_path, ca
     assert message in said and said.count("\n") == 1 and not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_an_ensemble_of_reward_models_rewards_rollouts(fields, tmp_path):
     folders = [reward_folder(tmp_path, seed) for seed in range(2)]
     source = """
@@ -222,6 +226,7 @@ def test_pairs_are_the_best_and_the_worst_of_a_group():
     assert pairs["prompt_id"].shape == (4,) and pairs["tokens"].shape == (4, 2, batch["tokens"].shape[2])
 
 
+@pytest.mark.slow
 def test_dpo_is_trained_on_pairs_of_its_own_samples(fields, tmp_path):
     source = PPO.replace("ppo() + 0.1 * value_loss()", "dpo(0.1)").replace(
         "kl_reward(0.05), gae(), whiten_advantages()", "best_and_worst()"

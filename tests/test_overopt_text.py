@@ -71,6 +71,7 @@ def arguments(workdir, **changes) -> list[str]:
     return ["overopt", "--config", FILE, *(f"--config.{k}={v}" for k, v in (TINY | {"workdir": workdir} | changes).items())]
 
 
+@pytest.mark.slow
 def test_the_command_trains_measures_and_reports(tmp_path):
     assert cli.main(arguments(tmp_path / "run")) == 0
     out = json.loads((tmp_path / "run" / "results.json").read_text())

@@ -144,7 +144,7 @@ def source(tmp_path_factory):
 def initial(source):
     """Before the first step: a router on the base's trunk, two experts with copies of its head, and the head of a mixture."""
     base = hf.load_params(source, ONE)
-    heads = {name: jnp.stack([base[name]] * 2) for name in HEAD}
+    heads = {name: jnp.stack([base[name]] * 2) for name in HEAD if name in base}
     adapters = jax.jit(jax.vmap(lambda key: hf.fresh_adapters(BASE, LORA, base, key)))(jax.random.split(jax.random.key(0)))
     router = base | {"score": jnp.zeros((SIZE, 2)), "score_offset": jnp.zeros((2,))}
     head = init_mixture(jax.random.key(2), 2 * SIZE, SIZE)
@@ -176,7 +176,7 @@ def phases(initial):
     rows = lambda batch, i: jax.tree.map(lambda x: x[np.arange(16 * i, 16 * i + 16) % 192], batch)
     given = {
         "router_config": ROUTER, "config": ADAPTED, "K": 2, "D": SIZE, "optimizer": optax.adam(1e-2), "key": jax.random.key(2),
-        "trunk": base, "head": {name: initial["router"][name] for name in HEAD}, "experts": initial["models"],
+        "trunk": base, "head": {name: initial["router"][name] for name in HEAD if name in base}, "experts": initial["models"],
         "batches": [rows(data, i) for i in range(60)],
         "expert_batches": [jax.tree.map(lambda *x: np.stack(x), *(rows(batch, i) for batch in own)) for i in range(24)],
     }  # fmt: skip

@@ -264,6 +264,7 @@ def test_an_evaluation_batch_of_padding_weighs_nothing():
 # --- digest ---
 
 
+@pytest.mark.slow
 def test_the_digest_is_the_same_in_every_layout():
     params = tiny.params()
     alone = int(jax.jit(digest)(params))
