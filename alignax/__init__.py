@@ -5,7 +5,7 @@ from alignax.config import default_config
 from alignax.experience import (
     Experience,
     Stateful,
-    adaptive_kl_update,
+    adaptive_kl_reward,
     adopt_if_better,
     best_and_worst,
     boolean_target,
@@ -134,7 +134,7 @@ from alignax.types import Batch, Model, Outputs, TrainState
 __version__ = "0.1.0"
 __all__ = [
     "Aggregate", "Batch", "Experience", "FDivergence", "Loss", "Model", "ModelConfig", "Objective", "Outputs", "Stateful", "TrainState",
-    "adaptive_kl_update", "adopt_if_better", "alpha_divergence", "alpha_pi_p", "aot", "aot_unpaired", "apo_down", "apo_zero",
+    "adaptive_kl_reward", "adopt_if_better", "alpha_divergence", "alpha_pi_p", "aot", "aot_unpaired", "apo_down", "apo_zero",
     "apo_zero_unpaired", "attribute_regression", "bco", "best_and_worst", "boolean_target", "bradley_terry", "centring", "chain", "chi2",
     "chi2_estimate", "chi2_exact", "chi2_p_pi", "chi2_pi_p", "chi_squared", "cispo", "clip_rewards", "cpo", "default_config", "discopop",
     "dpo", "dpop", "elastic_reset", "ema", "entropy_bonus", "exo", "exponential_target", "f_dpo", "fdpg", "finished", "fit_moments",

@@ -70,6 +70,8 @@ def check_members(config: Any, mesh: Mesh) -> None:
 def check_rollout(config: Any, source: hf.Source, experiment: Experiment, examples: dict[str, Examples]) -> None:
     """Refuses online training of what cannot be sampled from, without a reward, or without room; and prompts where it is not online."""
     c = config.rollout
+    for function in (f for f in (experiment.reward, experiment.gold) if f is not None):
+        check_columns(function, experiment.file, examples)
     if not c.samples:
         if config.data.kind == "prompt":
             raise ValueError(
@@ -87,8 +89,6 @@ def check_rollout(config: Any, source: hf.Source, experiment: Experiment, exampl
     if config.reference.cache:
         raise ValueError("reference.cache holds log-probs of the data's own rows, and online training scores samples; leave it empty")
     check_room(source.config, max(int(e.prompt_lengths.max()) for e in examples.values()), c.max_new_tokens, "rollout.max_new_tokens")
-    for function in (f for f in (experiment.reward, experiment.gold) if f is not None):
-        check_columns(function, experiment.file, examples)
 
 
 def check_columns(function: Callable, file: Path, examples: dict[str, Examples]) -> None:

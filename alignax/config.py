@@ -90,7 +90,7 @@ def default_config() -> Any:
     c.rollout.minibatches = 1  # steps on a rollout, of batch_size prompts each
     c.rollout.epochs = 1  # times that a rollout is gone through
     c.rollout.slots = 0  # completions that are sampled side by side; 0: all, at most 64
-    c.rollout.timeout = 60.0  # seconds for reward(..) on a rollout
+    c.rollout.timeout = 600.0  # seconds for reward(..) on a rollout, and for gold(..)
     c.rollout.bad_rewards = "error"  # or "drop" (counted): where reward(..) raises, hangs, or gives no number
 
     c.data = ConfigDict()

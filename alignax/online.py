@@ -122,6 +122,8 @@ def measured(batch: Batch) -> Metrics:
     if "scores" in batch and batch["scores"].shape[-1] > 1:
         out |= {f"score/member_{k}": mean(batch["scores"][..., k]) for k in range(batch["scores"].shape[-1])}
         out["disagreement"] = mean(batch["scores"].std(axis=-1))
+    if "kl_coefficient" in batch:
+        out["kl_coefficient"] = batch["kl_coefficient"].mean()
     if "multipliers" in batch:
         out |= {f"constraint/multiplier_{k}": x for k, x in enumerate(batch["multipliers"].mean(axis=0))}
     if "advantages" in batch:

@@ -98,23 +98,30 @@ class Turns:
     def __init__(self, run: Run, frozen: dict[str, Params]):
         """Compiles nothing yet."""
         self.rollouts, self.frozen, self.learn = Rollouts(run), frozen, make_learn(run)
-        self.compiled = 0
-        jax.monitoring.register_event_duration_secs_listener(self._listen)
+        self.compiled = Compiled()
 
     def __call__(self, state: TrainState, step: int) -> tuple[TrainState, Metrics]:
         """The state after the steps on the rollout that step `step` begins, and metrics: means over them, and of the rollout."""
-        self.compiled = 0
-        began = time.monotonic()
+        compiled, began = self.compiled.programs, time.monotonic()
         batch, metrics = self.rollouts(state, self.frozen, step)
         sampled = time.monotonic()
         state, learnt = jax.block_until_ready(self.learn(state, self.frozen, batch))
         now = time.monotonic()
         host = sampled - began - metrics["time/generate"] - metrics["time/reward"]
-        times = {"time/learn": now - sampled, "time/host": host, "compilations": self.compiled}
+        times = {"time/learn": now - sampled, "time/host": host, "compilations": self.compiled.programs - compiled}
         return state, learnt | metrics | times
 
+
+class Compiled:
+    """Counts the programs that are compiled from now on. jax keeps its listeners, so this holds nothing else."""
+
+    def __init__(self):
+        """Starts at 0."""
+        self.programs = 0
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+
     def _listen(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
-        self.compiled += event.endswith("backend_compile_duration")
+        self.programs += event.endswith("backend_compile_duration")
 
 
 def samples_batch(

@@ -23,6 +23,8 @@ A batch is a plain dict of arrays whose leading axis is B. Every method has the 
 | `prompt_id`       | [B] int32        | which prompt a row is of: of a rollout the row of the data that it stands in     |
 | `multipliers`     | [B, K] f32       | how much each reward model with a threshold counts, in every row the same        |
 | `raw_rewards`     | [B, N] f32       | `rewards` before the KL penalty                                                  |
+| `group_rewards`   | [B, N] f32       | of pairs made of groups: the rewards of all that were sampled, NaN where unknown |
+| `kl_coefficient`  | [B] f32          | that of an adaptive KL penalty                                                   |
 | `values`          | [B, N, T] f32    | a critic's estimate before tokens[t] is chosen, at completion tokens             |
 | `token_rewards`   | [B, N, T] f32    | reward of each completion token: the penalties, and on the last `rewards`        |
 | `advantages`      | [B, N, T] f32    | how much better tokens[t] was than expected; of a group the same in a response   |

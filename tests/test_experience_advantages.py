@@ -8,9 +8,11 @@ from test_losses import close
 from test_policy import ORACLES, behind_a_prompt, rollout
 
 from alignax.experience import (
-    adaptive_kl_update,
+    adaptive_kl_reward,
+    advance,
     chain,
     clip_rewards,
+    first_carry,
     gae,
     group_relative,
     kl_reward,
@@ -24,6 +26,7 @@ from alignax.experience import (
     whiten_rewards,
 )
 from alignax.experience.advantages import last_scored
+from alignax.experience.shaping import adaptive_kl_update
 from alignax.types import Batch
 
 ESTIMATORS = {
@@ -189,15 +192,18 @@ def test_a_coefficient_that_changes_does_not_compile_anew():
     assert len(traced) == 1 and np.any(weak != strong)
 
 
-@pytest.mark.parametrize("kl", [(12.0, 0.100064), (3.0, 0.099999959), (6.6, 0.100031959)])
-def test_the_adaptive_coefficient(kl):
-    """Target 6, horizon 10,000, 32 samples an update, from 0.1: KLs of 12, 3 and 6.6 one after another (Ziegler et al. 2019)."""
-    beta = jnp.asarray(0.1)
-    for measured in (12.0, 3.0, 6.6):
-        beta = adaptive_kl_update(beta, jnp.asarray(measured), 6.0, 10_000, 32)
-        if measured == kl[0]:
-            np.testing.assert_allclose(beta, kl[1], rtol=2e-7)
-    assert adaptive_kl_update(0.1, jnp.asarray(600.0), n=100) == pytest.approx(0.1 * 1.002)  # a fifth of a step at most
+def test_the_adaptive_coefficient():
+    """Target 6, horizon 10,000, 32 responses a batch, from 0.1: KLs of 12, 3 and 6.6 one after another (Ziegler et al. 2019)."""
+    mask = np.arange(5) < 4
+    batch = {"completion_mask": np.broadcast_to(mask, (8, 4, 5)), "rewards": jnp.ones((8, 4)), "ref_logps": jnp.zeros((8, 4, 5))}
+    experience = chain(adaptive_kl_reward(0.1, target=6.0))
+    carry = first_carry(experience)
+    for measured, before, after in ((12.0, 0.1, 0.100064), (3.0, 0.100064, 0.099999959), (6.6, 0.099999959, 0.100031959)):
+        carry, out = jax.jit(advance)(experience, carry, batch | {"old_logps": jnp.where(mask[None, None], measured / 4, 0.0)})
+        np.testing.assert_allclose(carry["adaptive_kl_reward"], after, rtol=2e-7)
+        np.testing.assert_allclose(out["kl_coefficient"], before, rtol=2e-7)
+        np.testing.assert_allclose(out["rewards"], 1 - before * measured, rtol=1e-5)
+    assert adaptive_kl_update(jnp.asarray(0.1), jnp.asarray(600.0), n=100) == pytest.approx(0.1 * 1.002)  # a fifth of a step at most
 
 
 def test_penalties_and_limits():

@@ -18,7 +18,7 @@ from alignax.experience.logps import logps
 from alignax.experience.matching import chi2_estimate, matched_margins, matched_ratios, reward_shift
 from alignax.experience.selection import best_and_worst
 from alignax.experience.shaping import (
-    adaptive_kl_update,
+    adaptive_kl_reward,
     clip_rewards,
     kl_reward,
     missing_eos_penalty,
@@ -28,7 +28,7 @@ from alignax.experience.shaping import (
 )
 
 __all__ = [
-    "Experience", "Stateful", "adaptive_kl_update", "adopt_if_better", "advance", "best_and_worst", "boolean_target", "chain",
+    "Experience", "Stateful", "adaptive_kl_reward", "adopt_if_better", "advance", "best_and_worst", "boolean_target", "chain",
     "chi2_estimate", "clip_rewards", "exponential_target", "first_carry", "fit_moments", "gae", "group_relative", "kl_reward",
     "leave_one_out", "logps", "low_probability_tokens", "matched_margins", "matched_ratios", "min_p_logps", "mismatched_kl",
     "missing_eos_penalty", "mu_ppo", "nelder_mead", "overlong_penalty", "proposal_evidence", "proxy_point", "quantile",

@@ -6,13 +6,14 @@ Functions of `rewards` [B, N] come first, `kl_reward` after them: it spreads rew
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from alignax.experience.advantages import rewarded_tokens, token_rewards, whiten
-from alignax.experience.chain import Experience
+from alignax.experience.chain import Experience, Stateful
 from alignax.losses.algebra import lengths, sequence
 from alignax.losses.pairs import check_positive, field, ref_logps
 from alignax.types import Batch
@@ -41,20 +42,42 @@ def _kl_reward(coefficient: jax.Array, batch: Batch) -> Batch:
     return batch | {"token_rewards": penalised, "rewards": sequence(penalised, batch), "raw_rewards": raw}
 
 
-def adaptive_kl_update(beta: jax.Array, kl: jax.Array, target: float = 6.0, horizon: float = 10_000, n: float = 1) -> jax.Array:
-    """The next coefficient of a KL that is held at a target (Ziegler et al. 2019, arXiv:1909.08593, section 2.2).
+def adaptive_kl_reward(coefficient: float = 0.1, target: float = 6.0, horizon: float = 10_000) -> Stateful:
+    """`kl_reward` with a coefficient that holds the KL of whole responses at a target, see `adaptive_kl_update`.
+
+    The coefficient is the carry; a batch is penalised with the one that those before it left, and its own KL makes the next. Writes
+    `kl_coefficient` [B] too.
+
+    Args:
+      coefficient: the first one.
+      target: of the KL, in nats.
+      horizon: responses in which the coefficient may change by a fifth.
+    """
+    check_positive("target", target)
+    check_positive("horizon", horizon)
+    return Stateful("adaptive_kl_reward", jnp.float32(coefficient), Partial(_adaptive_kl_reward, target, horizon))
+
+
+def _adaptive_kl_reward(target: float, horizon: float, coefficient: jax.Array, batch: Batch) -> tuple[jax.Array, Batch]:
+    out = _kl_reward(coefficient, batch)
+    real = batch["completion_mask"].any(axis=-1)  # [B, N]
+    n = jnp.maximum(real.sum(), 1)
+    kl = sequence(batch["old_logps"] - ref_logps(batch), batch).sum() / n
+    return adaptive_kl_update(coefficient, kl, target, horizon, n), out | {"kl_coefficient": jnp.full(real.shape[0], coefficient)}
+
+
+def adaptive_kl_update(beta: jax.Array, kl: jax.Array, target: float = 6.0, horizon: float = 10_000, n: Any = 1) -> jax.Array:
+    """The next coefficient of a KL that is held at a target above 0 (Ziegler et al. 2019, arXiv:1909.08593, section 2.2).
 
     beta (1 + clip(kl / target - 1, -0.2, 0.2) n / horizon)
 
     Args:
       beta: the present coefficient.
       kl: of whole responses, in nats, as measured with `beta`.
-      target: what it is to be, in nats, above 0.
+      target: what it is to be, in nats.
       horizon: samples in which the coefficient may change by a fifth.
       n: samples that were seen since the last update.
     """
-    check_positive("target", target)
-    check_positive("horizon", horizon)
     return beta * (1.0 + jnp.clip(kl / target - 1.0, -0.2, 0.2) * n / horizon)
 
 
