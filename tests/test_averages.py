@@ -182,6 +182,7 @@ def whole(args, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_a_moving_reference_and_an_exported_average(whole):
     drift = {step: row["logps/chosen_drift"] for step, row in runs.losses(whole).items()}
     # The reference is the policy after steps 4 and 8, so the steps after those start from no drift at all.

@@ -329,7 +329,7 @@ def iterate(loss: Loss, experience, reference: Params, r: np.ndarray, rollouts: 
     return state.params
 
 
-@pytest.mark.parametrize("name", ONLINE)
+@pytest.mark.parametrize("name", [name if name == "rloo" else pytest.param(name, marks=pytest.mark.slow) for name in ONLINE])
 def test_online_methods_find_the_policy_of_rlhf(name):
     """pi proportional to ref exp(r / beta), the same that DPO finds, by each method's own advantages and surrogate."""
     r, reference = rewards(), table(1)

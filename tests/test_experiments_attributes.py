@@ -45,6 +45,7 @@ def planted(tmp_path_factory):
     return here, np.asarray(params["score"][0]), scores
 
 
+@pytest.mark.slow
 def test_planted_attributes_are_recovered(planted, tmp_path):
     here, head, scores = planted
     fields = {

@@ -24,6 +24,7 @@ def whole(fields, tmp_path_factory):
     return workdir, runs.finish(runs.begin(runs.arguments(fields | {"workdir": workdir})))
 
 
+@pytest.mark.slow
 def test_it_says_what_is_trained_and_what_the_reference_is(whole):
     workdir, out = whole
     assert "0.001 M more in float32 that are trained" in out
@@ -34,6 +35,7 @@ def test_it_says_what_is_trained_and_what_the_reference_is(whole):
     assert runs.losses(workdir)[9]["loss"] < first["loss"]
 
 
+@pytest.mark.slow
 def test_only_adapters_are_stored(whole, fields):
     workdir, _ = whole
     stored = sum(f.stat().st_size for f in (workdir / "checkpoints" / "9").rglob("*") if f.is_file())
@@ -42,6 +44,7 @@ def test_only_adapters_are_stored(whole, fields):
     assert stored < 3 * sum(x.nbytes for x in tensors.values()) + 100_000, "moments and adapters, and no base"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of torch, about PEFT
 def test_transformers_and_peft_load_the_same_model(whole, fields):
     workdir, _ = whole

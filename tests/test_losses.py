@@ -163,7 +163,9 @@ SAMPLED_METRICS = dict.fromkeys(SURROGATES, SURROGATE_METRICS) | {
     "value_loss": VALUE_METRICS,
     "fdpg": {"pseudo_rewards", "importance_weight", "satisfied", "divergence/kl_p_pi", "divergence/kl_pi_p", "divergence/tv"},
 }
-every = pytest.mark.parametrize("name", LOSSES)
+# Of the losses of sampled responses those that stand for a kind; the others are among the slow tests.
+EVERYDAY = [name for name in LOSSES if name not in SAMPLED or name in ("grpo", "ppo_critic", "rloo", "chi2", "kl_k3", "fdpg")]
+every = pytest.mark.parametrize("name", [name if name in EVERYDAY else pytest.param(name, marks=pytest.mark.slow) for name in LOSSES])
 
 
 def case(fields: dict) -> tuple[jax.Array, dict[str, jax.Array]]:

@@ -113,7 +113,7 @@ def test_logits_are_those_of_transformers_and_padding_changes_nothing(row, writt
         np.testing.assert_allclose(ours[mask], theirs[mask], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("row", [pytest.param(row, marks=pytest.mark.slow) if "," in row else row for row in ROWS])
+@pytest.mark.parametrize("row", [row if row in ("gemma3_text", "qwen3_moe") else pytest.param(row, marks=pytest.mark.slow) for row in ROWS])
 def test_no_state_depends_on_a_later_token_nor_on_one_before_every_window(row, written):
     c, params, n = written(row).source.config, written(row).params, 16
     tokens = jnp.arange(n)[None]  # all different, so a row of the embedding is the input of one position

@@ -223,7 +223,7 @@ def on_samples(folders, file):
     return rewards.score_examples(apply, params, examples, ONE, 9, 48)[..., 0], examples
 
 
-@pytest.mark.parametrize(("options", "dtype"), [(["--scale"], "float32"), ([], "bfloat16")])
+@pytest.mark.parametrize(("options", "dtype"), [(["--scale"], "float32"), pytest.param([], "bfloat16", marks=pytest.mark.slow)])
 def test_anchored_members_have_a_zero_of_their_own(options, dtype, folders, samples, tmp_path, capsys):
     where = ",".join(map(str, folders[:2]))
     args = ["--samples", str(samples), f"--config.export.dtype={dtype}", "--config.batch_size=16"]
@@ -248,6 +248,7 @@ def test_anchored_members_have_a_zero_of_their_own(options, dtype, folders, samp
         np.testing.assert_allclose(logit - offset, after[0, 0], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_single_model_is_anchored_twice_as_once(folders, samples, tmp_path):
     out = tmp_path / "out"
     for source in (folders[0], out):

@@ -210,6 +210,7 @@ def accuracy(scores) -> float:
     return float(np.mean(scores[:, 0] > scores[:, 1]))
 
 
+@pytest.mark.slow
 def test_experts_without_training_give_the_bases_scores(judged):
     before, _ = judged
     assert before["base"].std() > 0.1 and before["experts"].shape == (448, 2, 2)
@@ -217,6 +218,7 @@ def test_experts_without_training_give_the_bases_scores(judged):
         np.testing.assert_allclose(before["experts"][..., k], before["base"], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_router_an_expert_each_and_a_mixture_over_them_learn_what_the_base_cannot_say(judged, held_out):
     before, after = judged
     assert abs(accuracy(before["routed"]) - 0.5) < 0.15 and abs(accuracy(before["mixture"]) - 0.5) < 0.15
@@ -227,6 +229,7 @@ def test_a_router_an_expert_each_and_a_mixture_over_them_learn_what_the_base_can
         assert own > 0.9 and other < 0.2, "categories conflict, so an expert alone is wrong about the other's"
 
 
+@pytest.mark.slow
 def test_the_routing_mask_is_one_hot_and_picks_the_experts_scores(judged, held_out):
     for found in judged:
         assert set(np.unique(found["mask"])) <= {0.0, 1.0} and (found["mask"].sum(axis=1) == 1).all()
@@ -236,6 +239,7 @@ def test_the_routing_mask_is_one_hot_and_picks_the_experts_scores(judged, held_o
     np.testing.assert_array_equal(one_hot(jnp.array([[1.0, 1.0, 0.0]])), [[1.0, 0.0, 0.0]])
 
 
+@pytest.mark.slow
 def test_each_phase_trains_its_own_part_alone(initial, phases):
     moved = lambda a, b: {hf.leaf_name(p): bool((x != y).any()) for (p, x), y in zip(leaves(a), jax.tree.leaves(b), strict=True)}
     leaves = jax.tree_util.tree_leaves_with_path

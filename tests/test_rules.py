@@ -10,7 +10,8 @@ from alignax.rules import exact_match, last_number, matches, near_length
 @pytest.mark.parametrize(
     ("text", "number"),
     [
-        ("so 3 + 4 = 7.", 7), ("1,234 apples", 1234), ("-5", -5), ("from 3-5", 5), ("it costs $12.50", 12.5), ("#### 42", 42), ("x = .5", 0.5),
+        ("so 3 + 4 = 7.", 7), ("1,234 apples", 1234), ("-5", -5), ("from 3-5", 5), ("it costs $12.50", 12.5), ("#### 42", 42),
+        ("x = .5", 0.5),
         ("18\nand nothing more", 18), ("", None), ("none", None), ("7, 8, 9,", 9), ("a 1,000,000", 1_000_000), ("+3", 3), ("2 - 6", 6),
         ("2 - -6", -6), ("10%", 10),
     ],
