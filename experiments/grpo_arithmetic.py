@@ -7,7 +7,10 @@ Command:
 
 Hardware: 2 CPU cores, one process.
 
-A model of random weights is asked "3 + 4 =" and answers with a token of its own choice; nobody shows it an answer.
+A model of random weights is asked "3 + 4 =" and answers with tokens of its own choice; nobody shows it an answer.
+
+Expected, with seed 0 (2.5 minutes of CPU time): of 100 answers sampled at temperature 1, one to each sum, 0.07 are right at first, 0.82
+after 100 steps, 0.91 from step 500 on. The rest are sums whose 16 samples have all become one wrong answer: such a group has no gradient.
 """
 
 import json
@@ -27,7 +30,7 @@ def get_config():
     config = default_config()
     config.workdir = "runs/grpo_arithmetic"
     config.width = 64
-    config.steps = 600
+    config.steps = 700
     config.batch_size = 64
     config.data.kind = "prompt"
     config.model.init = "random"
@@ -36,7 +39,7 @@ def get_config():
     config.rollout.max_new_tokens = 3
     config.rollout.slots = 1024
     config.optimizer.learning_rate = 3e-3
-    config.optimizer.schedule = "constant"
+    config.optimizer.schedule = "cosine"
     config.eval.every = 100
     config.eval.batch_size = 128
     config.eval.sample_prompts = 100
@@ -47,7 +50,7 @@ def get_config():
 
 def loss(config):
     """Without a KL: there is no reference to stay near to. The bonus keeps prompts open whose samples are all wrong."""
-    return grpo() + 0.01 * entropy_bonus()
+    return grpo() + 0.003 * entropy_bonus()
 
 
 def experience(config):
