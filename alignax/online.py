@@ -19,7 +19,7 @@ from alignax.experience.logps import in_parts
 from alignax.generate import sampler_gap
 from alignax.losses.algebra import lengths
 from alignax.prepare import Run
-from alignax.programs import abstract_batch, make_experience, make_programs, policy_model
+from alignax.programs import abstract_batch, make_experience, make_programs, policy_model, taught_apply
 from alignax.train import make_step
 from alignax.types import Batch, Metrics, Params, TrainState, microbatch
 
@@ -53,7 +53,7 @@ def make_learn(run: Run) -> Callable[[TrainState, dict[str, Params], Batch], tup
         parts = c.rollout.minibatches * c.microbatches
         (carry, batch), metrics = experienced(run, state, frozen, batch, parts)
         state = dataclasses.replace(state, carry=carry)
-        train_step = make_step(policy_model(run, frozen, None).apply, run.objective, run.optimizer, c.microbatches)
+        train_step = make_step(taught_apply(run, frozen), run.objective, run.optimizer, c.microbatches)
 
         def step(state: TrainState, part: Batch) -> tuple[TrainState, Metrics]:
             rate = run.schedule(state.step - state.skipped)
@@ -79,7 +79,7 @@ def make_learn(run: Run) -> Callable[[TrainState, dict[str, Params], Batch], tup
 
 
 def make_judge(run: Run) -> Callable[[TrainState, dict[str, Params], Batch], Metrics]:
-    """The jitted program `(state, frozen, samples) -> metrics`, arrays [B]: what experience and the reference say of samples."""
+    """The jitted program `(state, frozen, samples) -> metrics`, each []: what experience and the reference say of samples."""
     return jax.jit(lambda state, frozen, batch: experienced(run, state, frozen, batch, 1)[1])
 
 
@@ -104,7 +104,7 @@ def measured(batch: Batch) -> Metrics:
     """
     real = batch["completion_mask"].any(axis=-1)  # [B, N]
     mean = lambda x: jnp.where(real, x, 0.0).sum() / jnp.maximum(real.sum(), 1)
-    out: Metrics = {"scored_rate": mean(jnp.ones(real.shape)) * real.mean()}
+    out: Metrics = {"scored_rate": real.mean()}
     if "sampled_logps" in batch:
         out["sampler_gap"] = sampler_gap(batch["old_logps"], batch)
     if "ref_logps" in batch:
