@@ -1,7 +1,8 @@
 """Averages of the parameters, carried beside them: functions `State -> State` between steps.
 
 An experiment file names them: `averages(config) -> {"ema": ema(0.999)}`. The average called "reference" is what experience is given
-as its reference, which then moves (TR-DPO). Others are there to be evaluated and exported (`eval.params`, `export.params`).
+as its reference, which then moves (TR-DPO); online, the one called "proposal" is what samples (see `adopt_if_better`). Others are there to
+be evaluated and exported (`eval.params`, `export.params`).
 
 A reset also moves the parameters: `averages(config) -> elastic_reset(0.995, every=17)`, which are two averages by name.
 """
@@ -17,6 +18,7 @@ from alignax.types import Params, TrainState
 
 Average = Callable[[Params, Params, jax.Array], Params]  # (average, params, steps taken) -> average
 INITIAL = "initial"  # the average that an elastic reset keeps the initial parameters as
+PROPOSAL = "proposal"  # the average that rollouts are sampled from, where there is one
 
 
 def ema(decay: float = 0.999) -> Average:
@@ -64,25 +66,30 @@ def sync(alpha: float = 0.6, every: int = 512) -> Average:
 
 
 @dataclasses.dataclass(frozen=True)
-class Reset:
-    """An average that the parameters are put to every so many steps."""
+class Turning:
+    """An average by which the state is changed every so many steps."""
 
     rule: Average
     every: int  # steps
-    home: str | None  # the average that this one is then put to; None: it stays
+    turn: Callable[[TrainState, str, jax.Array], TrainState]  # of the state, the average's name, and whether it is due, bool []
 
     def __call__(self, average: Params, params: Params, step: jax.Array) -> Params:
         """The average after a step, as the rule has it."""
         return self.rule(average, params, step)
 
     def after(self, state: TrainState, name: str) -> TrainState:
-        """The state after this average, called `name`, has been brought up to date: as it is, or reset."""
-        due = _due(state.step, self.every) == 1
-        average = state.averages[name]
-        put = lambda to, tree: jax.tree.map(lambda a, x: jnp.where(due, a, x), to, tree)
-        params = jax.tree_util.tree_map_with_path(lambda path, a, p: p if _is_value(path) else jnp.where(due, a, p), average, state.params)
-        averages = state.averages if self.home is None else state.averages | {name: put(state.averages[self.home], average)}
-        return dataclasses.replace(state, params=params, averages=averages)
+        """The state after all averages have been brought up to date: as it is, or changed."""
+        return self.turn(state, name, _due(state.step, self.every) == 1)
+
+
+def still(average: Params, params: Params, step: jax.Array) -> Params:
+    """The rule of an average that is only changed by turns."""
+    return average
+
+
+def chosen(which: jax.Array, one: Params, other: Params) -> Params:
+    """One tree of parameters or the other."""
+    return jax.tree.map(lambda a, b: jnp.where(which, a, b), one, other)
 
 
 def elastic_reset(decay: float = 0.995, every: int = 17, name: str = "ema") -> dict[str, Average]:
@@ -104,7 +111,7 @@ def elastic_reset(decay: float = 0.995, every: int = 17, name: str = "ema") -> d
     """
     if name == INITIAL:
         raise ValueError(f"the average of an elastic reset is called {name!r}, which is where it goes back to; give it another name")
-    return {name: _reset(decay, every, INITIAL), INITIAL: lambda average, params, step: average}
+    return {name: _reset(decay, every, INITIAL), INITIAL: still}
 
 
 def reset_to_average(decay: float = 0.995, every: int = 17) -> Average:
@@ -112,21 +119,34 @@ def reset_to_average(decay: float = 0.995, every: int = 17) -> Average:
     return _reset(decay, every, None)
 
 
-def _reset(decay: float, every: int, home: str | None) -> Reset:
+def _reset(decay: float, every: int, home: str | None) -> Turning:
+    """The policy goes to this average, and the average to the one that is its home, if it has one."""
     if not 0 <= decay <= 1:
         raise ValueError(f"decay is {decay}; it must be in [0, 1], 0.995 say")
+
+    def turn(state: TrainState, name: str, due: jax.Array) -> TrainState:
+        average = state.averages[name]
+        params = jax.tree_util.tree_map_with_path(lambda path, a, p: p if _is_value(path) else jnp.where(due, a, p), average, state.params)
+        averages = state.averages if home is None else state.averages | {name: chosen(due, state.averages[home], average)}
+        return dataclasses.replace(state, params=params, averages=averages)
+
+    return turning(_ema(decay), every, turn)
+
+
+def turning(rule: Average, every: int, turn: Callable[[TrainState, str, jax.Array], TrainState]) -> Turning:
+    """See `Turning`; `every` is a number of steps, online a multiple of those on a rollout."""
     _check_every(every)
-    return Reset(_ema(decay), every, home)
+    return Turning(rule, every, turn)
 
 
 def averaged(rules: Mapping[str, Average]) -> Callable[[TrainState], TrainState]:
-    """The function `State -> State` that brings every average up to date after a step, and then resets what is due."""
+    """The function `State -> State` that brings every average up to date after a step, and then takes the turns that are due."""
 
     def update(state: TrainState) -> TrainState:
         new = {name: rule(state.averages[name], state.params, state.step) for name, rule in rules.items()}
         state = dataclasses.replace(state, averages=new)
         for name, rule in rules.items():
-            state = rule.after(state, name) if isinstance(rule, Reset) else state
+            state = rule.after(state, name) if isinstance(rule, Turning) else state
         return state
 
     return update

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from alignax import mesh as meshes
-from alignax.averages import Average, Reset
+from alignax.averages import PROPOSAL, Average, Turning
 from alignax.config import Experiment, eval_batch_size, flat, steps_of_turn
 from alignax.data import Examples
 from alignax.generate.generator import check_room
@@ -73,6 +73,8 @@ def check_rollout(config: Any, source: hf.Source, experiment: Experiment, exampl
     for function in (f for f in (experiment.reward, experiment.gold) if f is not None):
         check_columns(function, experiment.file, examples)
     if not c.samples:
+        if c.ahead:
+            raise ValueError("rollout.ahead is true, and rollout.samples is 0: there are no rollouts to sample ahead; set it to false")
         if config.data.kind == "prompt":
             raise ValueError(
                 "data of kind 'prompt' has no completions; set rollout.samples, the completions that are sampled of each prompt"
@@ -132,16 +134,20 @@ def check_averages(config: Any, averages: dict[str, Average], reference: hf.Sour
             raise ValueError(f"config field {field!r} is {name!r}; this experiment has {', '.join(known)}")
     if "reference" in averages and config.reference.token_kl:
         raise ValueError("reference.token_kl needs a reference that stands still; remove the average 'reference', or set it to false")
+    if PROPOSAL in averages and config.rollout.ahead:
+        raise ValueError(f"rollout.ahead samples by the policy, and the average {PROPOSAL!r} is there to sample; leave one of them out")
     if "policy" in averages or ("reference" in averages and reference is None):
         raise ValueError('an average is called "policy", or "reference" where no experience asks for one; rename or remove it')
     if "reference" in averages and config.reference.path and (config.reference.path != config.model.path):
         raise ValueError(f"a moving reference starts from the policy, not from reference.path {config.reference.path!r}; leave it empty")
     turn = steps_of_turn(config)
     for name, rule in averages.items():
-        if isinstance(rule, Reset) and rule.every % turn:  # the rest of the rollout would be of a policy that is gone
+        if isinstance(rule, Turning) and rule.every % turn:  # the rest of the rollout would be of a policy that is gone
             raise ValueError(
-                f"the average {name!r} resets the policy every {rule.every} steps, in the middle of a rollout of {turn}; use a multiple"
+                f"the average {name!r} changes models every {rule.every} steps, in the middle of a rollout of {turn}; use a multiple"
             )
+    if PROPOSAL in averages and not config.rollout.samples:
+        raise ValueError(f"the average {PROPOSAL!r} samples rollouts, and rollout.samples is 0; set it, or give the average another name")
 
 
 def check_objective(objective: Any, file: Path) -> None:

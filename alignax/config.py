@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from alignax.data.files import one_line, short
 
-OFFERED = ("config", "reference", "policy", "ensemble")  # what an experience may ask for, by the names of its parameters
+OFFERED = ("config", "reference", "policy", "ensemble", "prompts")  # what an experience may ask for, by the names of its parameters
 MARK = "# --- the effective config of this run; alignax wrote this part ---"
 
 
@@ -32,7 +32,7 @@ class Experiment(NamedTuple):
     file: Path
     config: Any  # ConfigDict
     loss: Callable[[Any], Any]  # config -> Loss, or step -> Loss
-    experience: Callable[..., Any] | None  # of any of config, reference, policy and ensemble (Models) -> experience
+    experience: Callable[..., Any] | None  # of any of config, reference, policy, ensemble (Models), prompts (how many) -> experience
     gold: Callable[..., Sequence[float]] | None  # (prompts, completions, and by name: columns of prompts, config) -> gold rewards
     reward: Callable[..., Sequence[float]] | None  # likewise -> the rewards that rollouts are trained on
     averages: Callable[[Any], dict[str, Any]] | None  # config -> averages of the parameters, by name (see alignax.averages)
@@ -89,6 +89,7 @@ def default_config() -> Any:
     c.rollout.max_new_tokens = 64
     c.rollout.minibatches = 1  # steps on a rollout, of batch_size prompts each
     c.rollout.epochs = 1  # times that a rollout is gone through
+    c.rollout.ahead = False  # sample the next rollout before the steps on this one: rewards are waited for while the device trains
     c.rollout.slots = 0  # completions that are sampled side by side; 0: all, at most 64
     c.rollout.timeout = 600.0  # seconds for reward(..) on a rollout, and for gold(..)
     c.rollout.bad_rewards = "error"  # or "drop" (counted): where reward(..) raises, hangs, or gives no number

@@ -11,15 +11,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from alignax import mesh as meshes
-from alignax.averages import averaged
+from alignax.averages import PROPOSAL, averaged
 from alignax.config import prompts_of_rollout
 from alignax.experience import advance
 from alignax.experience.logps import in_parts
 from alignax.generate import sampler_gap
-from alignax.losses.algebra import lengths
+from alignax.losses.algebra import lengths, sequence
 from alignax.prepare import Run
-from alignax.programs import abstract_batch, make_experience, make_programs, policy_model, taught_apply
+from alignax.programs import abstract_batch, abstract_rollout, make_experience, make_programs, off_policy, policy_model, taught_apply
 from alignax.train import make_step
 from alignax.types import Batch, Metrics, Params, TrainState, microbatch
 
@@ -33,18 +32,6 @@ def training_program(run: Run) -> tuple[Any, dict[str, jax.ShapeDtypeStruct]]:
     return make_programs(run)[0], abstract_batch(run)
 
 
-def abstract_rollout(run: Run, prompts: int, samples: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and shardings of a rollout."""
-    B, N, T = prompts, samples, run.train.length
-    layout = meshes.batch_sharding(run.mesh)
-    tokens: dict[str, Any] = {"tokens": jnp.int32, "mask": jnp.bool_, "completion_mask": jnp.bool_, "sampled_logps": jnp.float32}
-    fields = {name: ((B, N, T), dtype) for name, dtype in tokens.items()}
-    fields |= {"truncated": ((B, N), jnp.bool_), "prompt_id": ((B,), jnp.int32)}
-    if run.experiment.reward is not None:
-        fields["rewards"] = (B, N), jnp.float32
-    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=layout) for name, (shape, dtype) in fields.items()}
-
-
 def make_learn(run: Run) -> Callable[[TrainState, dict[str, Params], Batch], tuple[TrainState, Metrics]]:
     """The jitted program `(state, frozen, rollout) -> (state, metrics)`; metrics are means over its steps."""
     c, after = run.config, averaged(run.averages)
@@ -54,6 +41,8 @@ def make_learn(run: Run) -> Callable[[TrainState, dict[str, Params], Batch], tup
         (carry, batch), metrics = experienced(run, state, frozen, batch, parts)
         state = dataclasses.replace(state, carry=carry)
         train_step = make_step(taught_apply(run, frozen), run.objective, run.optimizer, c.microbatches)
+        if off_policy(run):
+            check_corrected(train_step, state, batch, c.rollout.minibatches)
 
         def step(state: TrainState, part: Batch) -> tuple[TrainState, Metrics]:
             rate = run.schedule(state.step - state.skipped)
@@ -78,6 +67,20 @@ def make_learn(run: Run) -> Callable[[TrainState, dict[str, Params], Batch], tup
     return jax.jit(learn, donate_argnums=0)
 
 
+def check_corrected(train_step: Callable, state: TrainState, batch: Batch, minibatches: int) -> None:
+    """Refuses a loss that takes the samples of another policy for the policy's own; on shapes alone."""
+    name = "sampled_logps"
+    part = jax.eval_shape(lambda x: jax.tree.map(lambda x: x[0], microbatch(x, minibatches)), batch)
+    try:
+        jax.eval_shape(train_step, state, {field: x for field, x in part.items() if field != name})
+    except (KeyError, ValueError):  # it reads the field that was left out
+        return
+    raise ValueError(
+        f"rollouts are sampled by another policy than learns from them (rollout.ahead, or the average {PROPOSAL!r}), and the loss does not "
+        f"read {name}; correct it, as in importance_weighted(grpo())"
+    )
+
+
 def make_judge(run: Run) -> Callable[[TrainState, dict[str, Params], Batch], Metrics]:
     """The jitted program `(state, frozen, samples) -> metrics`, each []: what experience and the reference say of samples."""
     return jax.jit(lambda state, frozen, batch: experienced(run, state, frozen, batch, 1)[1])
@@ -91,11 +94,15 @@ def experienced(run: Run, state: TrainState, frozen: dict[str, Params], batch: B
     entropy = per_token(out.entropy, batch)
     batch = batch | {"old_logps": out.logps} | ({} if out.values is None else {"values": out.values})
     carry, batch = advance(make_experience(run, frozen, state), state.carry, batch)
-    return (carry, batch), measured(batch) | {"entropy": entropy}
+    return (carry, batch), measured(batch, off_policy(run)) | {"entropy": entropy}
 
 
-def measured(batch: Batch) -> Metrics:
-    """What is seen of a rollout, over responses with a scored token: each [].
+def measured(batch: Batch, other: bool = False) -> Metrics:
+    """What is seen of a rollout, over responses with a scored token: each []. `other`: another policy has sampled it.
+
+    `sampler_kl`, of another's rollout: an estimate of KL(sampler || policy) in nats, summed over a response; importance weights then make
+    `kl` and `kl_k3` the policy's. `sampler_gap`, of its own: by how much its log-probs as a sampler differ from those of the forward pass
+    that trains.
 
     `kl` and `kl_k3`: estimates of KL(policy || reference) in nats, summed over a response (Schulman 2020, "Approximating KL
     divergence"): k1 = sum_t lr and k3 = sum_t exp(-lr) - 1 + lr, lr = log pi - log ref; both unbiased, k1 signed, k3 >= 0.
@@ -105,11 +112,17 @@ def measured(batch: Batch) -> Metrics:
     real = batch["completion_mask"].any(axis=-1)  # [B, N]
     mean = lambda x: jnp.where(real, x, 0.0).sum() / jnp.maximum(real.sum(), 1)
     out: Metrics = {"scored_rate": real.mean()}
-    if "sampled_logps" in batch:
+    weights = jnp.ones(real.shape)  # [B, N] pi / sampler
+    if "sampled_logps" in batch and other:
+        distance = sequence(batch["sampled_logps"] - batch["old_logps"], batch)
+        out["sampler_kl"] = mean(distance)
+        weights = jnp.exp(-distance)
+        weights /= mean(weights)
+    elif "sampled_logps" in batch:
         out["sampler_gap"] = sampler_gap(batch["old_logps"], batch)
     if "ref_logps" in batch:
         lr = jnp.where(batch["completion_mask"], batch["old_logps"] - batch["ref_logps"], 0.0)
-        out |= {"kl": mean(lr.sum(axis=-1)), "kl_k3": mean((jnp.expm1(-lr) + lr).sum(axis=-1))}
+        out |= {"kl": mean(weights * lr.sum(axis=-1)), "kl_k3": mean(weights * (jnp.expm1(-lr) + lr).sum(axis=-1))}
     if "rewards" in batch:
         rewards = batch.get("raw_rewards", batch["rewards"])  # without the KL penalty
         rewards = batch.get("group_rewards", jnp.where(real, rewards, jnp.nan))  # of all that were sampled

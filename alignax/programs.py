@@ -10,8 +10,8 @@ from jax.sharding import Mesh
 
 from alignax import ensemble
 from alignax import mesh as meshes
-from alignax.averages import averaged
-from alignax.config import asked, eval_batch_size
+from alignax.averages import PROPOSAL, averaged
+from alignax.config import asked, eval_batch_size, prompts_of_rollout
 from alignax.experience import Experience, advance, chain, first_carry
 from alignax.models import hf, transformer
 from alignax.models.lora import is_quantised, join, split
@@ -19,6 +19,8 @@ from alignax.prepare import STORED, Run, make_apply
 from alignax.rewards import ensemble_model
 from alignax.train import Apply, init_state, make_evaluation, make_step
 from alignax.types import Batch, Metrics, Model, Outputs, Params, TrainState
+
+AHEAD = "ahead"  # the part of the carry that is the next rollout
 
 
 def reference_apply(run: Run) -> Apply:
@@ -133,21 +135,30 @@ def new_state(run: Run, params: Params, key: jax.Array, averages: dict[str, Para
 
     def make(params: Params, averages: dict[str, Params]) -> TrainState:
         state = init_state(params, run.optimizer, key, averages)
-        return dataclasses.replace(state, carry=first_carry(make_experience(run, frozen, state)))
+        carry = first_carry(make_experience(run, frozen, state))
+        return dataclasses.replace(state, carry=carry | jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), waiting(run)))
 
     if run.members:
         make = ensemble.over_members(make, in_axes=0, out_axes=ensemble.AXES)
     return make(params, averages)
 
 
+def waiting(run: Run) -> dict[str, Any]:
+    """The part of the carry that is no experience's: with `rollout.ahead` the rollout that comes next, as shapes."""
+    if not run.config.rollout.ahead:
+        return {}
+    return {AHEAD: abstract_rollout(run, prompts_of_rollout(run.config), run.config.rollout.samples)}
+
+
 def state_shardings(run: Run, carry: Any) -> TrainState:
-    """Where each leaf of the training state lives; `carry` says what experience remembers, which every device holds."""
+    """Where each leaf of the training state lives; `carry` says what is remembered: that of experience every device holds."""
     abstract = abstract_trained(run, run.mesh)
     params = jax.tree.map(lambda x: x.sharding, abstract)
     init = ensemble.over_members(run.optimizer.init, 0, 0) if run.members else run.optimizer.init
     one: Any = meshes.sharding(run.mesh)
     opt_state = meshes.optimizer_shardings(run.mesh, run.optimizer, jax.eval_shape(init, abstract), params)
-    return TrainState(one, params, opt_state, one, one, one, dict.fromkeys(run.averages, params), jax.tree.map(lambda _: one, carry))
+    remembered = jax.tree.map(lambda _: one, carry) | jax.tree.map(lambda x: x.sharding, waiting(run))
+    return TrainState(one, params, opt_state, one, one, one, dict.fromkeys(run.averages, params), remembered)
 
 
 def abstract_state(run: Run) -> TrainState:
@@ -158,12 +169,30 @@ def abstract_state(run: Run) -> TrainState:
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, state_shardings(run, shapes.carry))
 
 
+def abstract_rollout(run: Run, prompts: int, samples: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and shardings of a rollout."""
+    B, N, T = prompts, samples, run.train.length
+    layout = meshes.batch_sharding(run.mesh)
+    tokens: dict[str, Any] = {"tokens": jnp.int32, "mask": jnp.bool_, "completion_mask": jnp.bool_, "sampled_logps": jnp.float32}
+    fields = {name: ((B, N, T), dtype) for name, dtype in tokens.items()}
+    fields |= {"truncated": ((B, N), jnp.bool_), "prompt_id": ((B,), jnp.int32)}
+    if run.experiment.reward is not None:
+        fields["rewards"] = (B, N), jnp.float32
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=layout) for name, (shape, dtype) in fields.items()}
+
+
+def off_policy(run: Run) -> bool:
+    """Whether rollouts are of another policy than the one that learns from them."""
+    return run.config.rollout.ahead or PROPOSAL in run.averages
+
+
 def make_experience(run: Run, frozen: dict[str, Params], state: TrainState) -> Experience:
     """What the experiment puts in front of the step, from the models that it asks for; nothing, where it names none."""
     make = run.experiment.experience
     if make is None:
         return chain()
     given = {"config": run.config, "policy": policy_model(run, frozen, state.params), "reference": reference_model(run, frozen)}
+    given["prompts"] = len(run.train.examples)
     if run.judges:
         given["ensemble"] = ensemble_model(run.judges[0].config, frozen["ensemble"], run.mesh, run.dtype)
     if run.config.reference.cache:

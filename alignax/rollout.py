@@ -17,20 +17,30 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from alignax import mesh as meshes
-from alignax.config import prompts_of_rollout
+from alignax.averages import PROPOSAL
+from alignax.config import prompts_of_rollout, steps_of_turn
 from alignax.data import Examples
 from alignax.data.files import one_line
 from alignax.generate import LENGTH, Completions, Generator, sampled_batch, shape_for
 from alignax.online import make_learn
 from alignax.prepare import Run
-from alignax.programs import full
+from alignax.programs import AHEAD, full
 from alignax.types import Batch, Metrics, Params, TrainState
 
 Reward = Callable[..., Sequence[float]]
 
 
+class Sampled(NamedTuple):
+    """What a policy has just said, before anybody has judged it."""
+
+    rows: np.ndarray  # [B] of the data
+    prompts: list[list[int]]
+    completions: Completions
+    metrics: dict[str, float]
+
+
 class Rollout(NamedTuple):
-    """What the policy has just said."""
+    """A batch to learn from."""
 
     batch: Batch  # on the mesh, see `Rollouts`
     metrics: dict[str, float]
@@ -61,28 +71,31 @@ class Rollouts:
             mesh=run.mesh,
         )
 
-    def __call__(self, state: TrainState, frozen: dict[str, Params], step: int) -> Rollout:
-        """The rollout of the policy as it stands after so many steps.
+    def sample(self, state: TrainState, frozen: dict[str, Params], step: int) -> Sampled:
+        """What the rollout before training step `step` says: of the policy as it stands, or of the average that samples for it."""
+        run, rows, began = self.run, self.rows(step), time.monotonic()
+        prompts = [run.train.examples.prompt_tokens(row).tolist() for row in rows]
+        key = jax.random.fold_in(jax.random.fold_in(state.key, step), 2)
+        params = full(run, frozen, state.averages.get(PROPOSAL, state.params))
+        completions = self.generate(params, prompts, key, n=run.config.rollout.samples)
+        return Sampled(rows, prompts, completions, {"time/generate": time.monotonic() - began} | text_metrics(completions))
+
+    def judge(self, sampled: Sampled) -> Rollout:
+        """What was sampled, with what reward functions say of it.
 
         Raises:
           RewardFailed: see there.
         """
-        run, c = self.run, self.run.config.rollout
-        rows = self.rows(step)
-        examples, began = run.train.examples, time.monotonic()
-        prompts = [examples.prompt_tokens(row).tolist() for row in rows]
-        key = jax.random.fold_in(jax.random.fold_in(state.key, step), 2)
-        completions = self.generate(full(run, frozen, state.params), prompts, key, n=c.samples)
-        metrics = {"time/generate": time.monotonic() - began} | text_metrics(completions)
-        began = time.monotonic()
-        texts = decoded(run.tokenizer, completions)
+        run, began = self.run, time.monotonic()
+        rows, prompts, completions, metrics = sampled
+        examples, texts = run.train.examples, decoded(run.tokenizer, completions)
         batch, _ = samples_batch(run, examples, rows, prompts, completions, texts)
         if "rewards" in batch:
             metrics["bad_rewards"] = float(np.isnan(batch["rewards"]).sum())
         if run.experiment.gold is not None:
             gold, _ = rewards_of(run, run.experiment.gold, examples, rows, texts)
             metrics["gold"] = float(np.nanmean(gold))
-        metrics["time/reward"] = time.monotonic() - began
+        metrics |= {"time/reward": time.monotonic() - began}
         return Rollout(meshes.put_batch(run.mesh, lambda part: {name: x[part] for name, x in batch.items()}, len(rows)), metrics)
 
     def rows(self, step: int) -> np.ndarray:
@@ -103,13 +116,43 @@ class Turns:
     def __call__(self, state: TrainState, step: int) -> tuple[TrainState, Metrics]:
         """The state after the steps on the rollout that step `step` begins, and metrics: means over them, and of the rollout."""
         compiled, began = self.compiled.programs, time.monotonic()
-        batch, metrics = self.rollouts(state, self.frozen, step)
-        sampled = time.monotonic()
+        turn = self.ahead if self.rollouts.run.config.rollout.ahead else self.now
+        state, metrics = turn(state, step)
+        seen = sum(metrics[f"time/{part}"] for part in ("generate", "reward", "learn"))
+        return state, metrics | {"time/host": time.monotonic() - began - seen, "compilations": self.compiled.programs - compiled}
+
+    def now(self, state: TrainState, step: int) -> tuple[TrainState, Metrics]:
+        """The policy learns from what it says now."""
+        batch, metrics = self.rollouts.judge(self.rollouts.sample(state, self.frozen, step))
+        began = time.monotonic()
         state, learnt = jax.block_until_ready(self.learn(state, self.frozen, batch))
-        now = time.monotonic()
-        host = sampled - began - metrics["time/generate"] - metrics["time/reward"]
-        times = {"time/learn": now - sampled, "time/host": host, "compilations": self.compiled.programs - compiled}
-        return state, learnt | metrics | times
+        return state, learnt | metrics | {"time/learn": time.monotonic() - began}
+
+    def ahead(self, state: TrainState, step: int) -> tuple[TrainState, Metrics]:
+        """The policy learns from what it said a turn ago, while the host judges what it says now; that waits in the carry.
+
+        `time/learn` is how long the device went on after the host was done. Before the first turn and after the last there is nothing
+        to overlap.
+        """
+        rollouts, run, said = self.rollouts, self.rollouts.run, []
+        carry = dict(state.carry)
+        batch = carry.pop(AHEAD)
+        state = dataclasses.replace(state, carry=carry)
+        if step == 0:
+            batch, metrics = rollouts.judge(rollouts.sample(state, self.frozen, step))
+            said.append(metrics)
+        following = step + steps_of_turn(run.config)
+        sampled = rollouts.sample(state, self.frozen, following) if following < run.steps else None
+        state, learnt = self.learn(state, self.frozen, batch)  # goes on by itself
+        if sampled is not None:
+            batch, metrics = rollouts.judge(sampled)
+            said.append(metrics)
+        began = time.monotonic()
+        state, learnt = jax.block_until_ready((state, learnt))
+        times = {name: sum(metrics[name] for metrics in said) for name in ("time/generate", "time/reward")}
+        newest = said[-1] if said else {}
+        state = dataclasses.replace(state, carry=state.carry | {AHEAD: batch})
+        return state, learnt | newest | times | {"time/learn": time.monotonic() - began}
 
 
 class Compiled:

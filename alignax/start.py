@@ -17,11 +17,12 @@ from alignax.distributed import is_main, together
 from alignax.evaluate import SAMPLED
 from alignax.models import hf, peft, reward
 from alignax.models.lora import quantise, split
-from alignax.online import abstract_rollout, make_judge, training_program
+from alignax.online import make_judge, training_program
 from alignax.prepare import Run
 from alignax.programs import (
     abstract_batch,
     abstract_frozen,
+    abstract_rollout,
     abstract_state,
     abstract_trained,
     frozen_dtype,

@@ -239,3 +239,18 @@ def test_text_and_conversations_may_share_a_file(chatml):
     sides = np.split(examples.tokens, examples.offsets[1:-1])
     assert chatml.decode(sides[0]) == "<s>hi ho<|im_end|>"
     assert chatml.decode(sides[1]) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nho<|im_end|>"
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED])
+def test_a_prompt_alone_ends_where_the_answer_begins(template):
+    """As the same prompt has it in front of its answer; reward functions are given the row's own columns."""
+    tokenizer, messages = tiny.byte_tokenizer(template), turns("hi", "hello", "and?")
+    (row,), _ = read([{"prompt": messages, "answer": 4, "tools": "[]"}], "prompt")
+    (alone,) = encode([row], tokenizer)
+    (pair,), _ = read([{"prompt": messages, "completion": turns("bye", first="assistant")}])
+    (before,) = encode([pair], tokenizer)
+    assert alone.prompt == before.prompt and alone.text == before.text and alone.completions == [[tokenizer.eos_token_id]]
+    assert row.columns["answer"] == 4 and row.columns["prompt"] == messages and row.tools is None
+    for bad, message in (([], "has no message"), ([{"role": "user"}], "message 0"), (3, "'prompt' is 3, not text")):
+        with pytest.raises(ValueError, match=message):
+            read([{"prompt": bad}], "prompt")

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from alignax.averages import averaged, still
 from alignax.experience import (
     adopt_if_better,
     advance,
@@ -214,7 +215,8 @@ def test_the_evidence_is_the_difference_of_the_two_divergences():
 def test_a_better_policy_becomes_the_proposal_when_it_is_due(gain, step, adopted):
     evidence = {"proposal": {"gain": jnp.float32(gain), "count": jnp.float32(8)}, "other": jnp.ones(2)}
     state = init_state({"w": jnp.ones(3)}, optax.sgd(1.0), jax.random.key(0), {"proposal": {"w": jnp.zeros(3)}, "ema": {"w": jnp.zeros(3)}})
-    state = jax.jit(adopt_if_better(every=4))(state.replace(step=jnp.int32(step), carry=evidence))
+    between = averaged({"proposal": adopt_if_better(every=4), "ema": still})
+    state = jax.jit(between)(state.replace(step=jnp.int32(step), carry=evidence))
     assert state.averages["proposal"]["w"].tolist() == [float(adopted)] * 3 and not np.any(state.averages["ema"]["w"])
     assert state.carry["proposal"]["gain"] == (0.0 if step == 4 else gain) and state.carry["other"].tolist() == [1.0, 1.0]
     with pytest.raises(ValueError, match="every is 0"):
@@ -240,7 +242,7 @@ def trained(divergence, off_policy: jax.Array) -> tuple[TrainState, dict[str, ja
     """1500 steps on 128 samples of each prompt, by the policy or by a proposal that is replaced by it when it is better."""
     experience = chain(boolean_target(), running_log_z(prompts=2), running_baseline(divergence), proposal_evidence())
     optimizer, base, prompts = optax.adam(0.02), jnp.asarray(LOGITS, jnp.float32), jnp.array([0, 1, 1, 0])
-    train_step, adopt = make_step(one_token, fdpg(divergence), optimizer), adopt_if_better(every=16)
+    train_step, adopt = make_step(one_token, fdpg(divergence), optimizer), averaged({"proposal": adopt_if_better(every=16)})
 
     def step(state: TrainState, _):
         proposal = jnp.where(off_policy, state.averages["proposal"], state.params)

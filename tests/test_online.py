@@ -13,12 +13,18 @@ import tiny
 from safetensors import safe_open
 from test_rewards import reward_folder
 
+from alignax import mesh as meshes
 from alignax.checkpoint import Checkpoints
 from alignax.cli import main
 from alignax.config import load_experiment
 from alignax.experience import best_and_worst
+from alignax.models import hf
+from alignax.online import make_learn
 from alignax.prepare import prepare
-from alignax.programs import abstract_state
+from alignax.programs import abstract_rollout, abstract_state, make_experience, policy_model
+from alignax.rollout import Rollouts
+from alignax.start import start
+from alignax.train import make_step
 
 HEAD = """
 from alignax import *
@@ -117,6 +123,48 @@ def test_a_run_says_what_it_must(grpo):
 
 
 @pytest.mark.slow
+def test_a_turn_is_the_shared_step_on_each_part_of_a_rollout(fields, tmp_path):
+    """By hand: experience once, then the step on each minibatch of each epoch; the same on one device and on eight, in parts or whole."""
+    given = fields | {"workdir": str(tmp_path / "run"), "optimizer.learning_rate": "1e-2", "optimizer.warmup": "0", "optimizer.eps": "1e-2"}
+    args = arguments(tmp_path, GRPO, given)
+
+    def begun(mesh, **changes):
+        extra = [f"{name.replace('__', '.')}={value}" for name, value in changes.items()]
+        run = prepare(load_experiment(args[2], [a.removeprefix("--config.") for a in args[3:]] + extra), mesh)
+        started = start(run, write=False)
+        batch = tiny.batch(B=16, N=3, T=24)
+        rng = np.random.default_rng(0)
+        batch |= {"sampled_logps": jnp.zeros((16, 3, 24)), "truncated": jnp.zeros((16, 3), bool), "prompt_id": jnp.arange(16)}
+        batch |= {"rewards": jnp.asarray(rng.normal(size=(16, 3)), jnp.float32)}
+        assert batch.keys() == abstract_rollout(run, 16, 3).keys()
+        return run, started, meshes.put_batch(mesh, lambda rows: {name: np.asarray(x)[rows] for name, x in batch.items()}, 16)
+
+    one, eight = (meshes.make_mesh({"data": n}, jax.devices()[:n]) for n in (1, 8))
+    run, started, batch = begun(one)
+    state, frozen = started.state, started.frozen
+    apply = policy_model(run, frozen, state.params).apply
+    experience = make_experience(run, frozen, state)
+    written = jax.jit(lambda params, batch: experience(batch | {"old_logps": apply(params, batch).logps}))(state.params, batch)
+    step = jax.jit(make_step(apply, run.objective, run.optimizer))
+    by_hand, losses = state, []
+    key = jax.random.fold_in(jax.random.fold_in(state.key, 2), 3)
+    order = jax.random.permutation(jax.random.fold_in(key, 0), 16)
+    for rows in (jnp.arange(16), order):
+        assert sorted(rows.tolist()) == list(range(16))
+        for i in range(2):
+            by_hand, metrics = step(by_hand, {name: x[rows[i::2]] for name, x in written.items()})
+            losses.append(metrics["loss"])
+    expected = jax.tree.map(np.asarray, by_hand.params)
+
+    for own, begin, rollout in (begun(one), begun(eight), begun(one, microbatches=2)):
+        learnt, metrics = make_learn(own)(begin.state, begin.frozen, rollout)
+        assert learnt.step == 4
+        np.testing.assert_allclose(metrics["loss"], np.mean(losses), rtol=1e-4, atol=1e-6)
+        close = lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5)
+        jax.tree.map(close, jax.tree.map(np.asarray, learnt.params), expected)
+
+
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_bit_for_bit(grpo, fields, tmp_path):
     workdir, args = grpo
     again = arguments(tmp_path, GRPO, fields | {"workdir": str(tmp_path / "run"), "steps": "8"})
@@ -173,6 +221,17 @@ def test_a_run_goes_on_without_bad_rewards_and_counts_them(fields, tmp_path):
     assert 0 < row["bad_rewards"] < 48 and row["skipped"] == 0 and row["reward"] == 0 and row["scored_rate"] < 1
 
 
+UNREWARDED = GRPO[: GRPO.index("def reward")]
+OFFLINE = {
+    "rollout.samples": "0",
+    "data.kind": "preference",
+    "data.columns.chosen": "prompt",
+    "data.columns.rejected": "prompt",
+    "data.prompt_separator": " ",
+}
+AHEAD = {"rollout.ahead": "true"}
+OFF_POLICY = GRPO.replace("grpo()", "importance_weighted(grpo())")
+PROPOSAL = "\ndef averages(config):\n    return {'proposal': adopt_if_better(every=4)}\n"
 SCORES = {"model.num_labels": "1", "eval.samples": "0", "eval.sample_prompts": "0"}
 REFUSED = {
     "prompts without rollouts": ({"rollout.samples": "0"}, GRPO, "set rollout.samples"),
@@ -183,6 +242,12 @@ REFUSED = {
     "a reward model": (SCORES, GRPO[: GRPO.index("def gold")], "scores and no text"),
     "bad rewards": ({"rollout.bad_rewards": "ignore"}, GRPO, "use 'error' or 'drop'"),
     "a reset in a rollout": ({}, GRPO + "\ndef averages(config):\n    return elastic_reset(0.9, every=6)\n", "middle of a rollout of 4"),
+    "a proposal and ahead": (AHEAD, OFF_POLICY + PROPOSAL, "leave one of them out"),
+    "samples of before": (AHEAD, GRPO, "does not read sampled_logps; correct it, as in importance_weighted(grpo())"),
+    "samples of a proposal": ({}, GRPO + PROPOSAL, "does not read sampled_logps"),
+    "no evidence": ({}, OFF_POLICY + PROPOSAL, "put that at the end of the experience's chain"),
+    "ahead of nothing": (AHEAD | {"rollout.samples": "0"}, GRPO, "no rollouts to sample ahead"),
+    "a proposal of nothing": (OFFLINE, UNREWARDED + PROPOSAL, "samples rollouts"),
     "a cache": ({"reference.cache": "cache"}, GRPO, "online training scores samples"),
 }  # fmt: skip
 
@@ -213,6 +278,71 @@ def test_an_ensemble_of_reward_models_rewards_rollouts(fields, tmp_path):
     (tmp_path / "again").mkdir()
     args = arguments(tmp_path / "again", source, given | {"workdir": str(tmp_path / "other"), "reward.path": f"{folders[0]},{folders[0]}"})
     assert main(args) == 2
+
+
+@pytest.mark.slow
+def test_samples_ahead_are_of_the_policy_a_turn_ago(grpo, fields, tmp_path):
+    """The first rollout is the policy's own; each further one was drawn before the steps on the one before it, and is in the checkpoint."""
+    given = fields | AHEAD | {"steps": "12", "workdir": str(tmp_path / "run")}
+    args = arguments(tmp_path, OFF_POLICY, given)
+    assert main(args) == 0
+    train = [row for row in rows(tmp_path / "run") if "loss" in row]
+    assert [row["step"] for row in train] == [4, 8, 12] and "sampler_gap" not in train[0] and train[2]["compilations"] == 0
+    assert abs(train[0]["sampler_kl"]) < 1e-5 < abs(train[1]["sampler_kl"]) and train[1]["importance_weight"] != 1
+    assert train[0]["kl_k3"] < 1e-5 and "distinct" in train[1] and "distinct" not in train[2]
+
+    run = prepare(load_experiment(args[2], [a.removeprefix("--config.") for a in args[3:]]))
+    checkpoints = Checkpoints(tmp_path / "run", keep=9)
+    state = checkpoints.restore(8, abstract_state(run))
+    checkpoints.close()
+    waiting = state.carry["ahead"]
+    gap = lambda params: np.abs(np.where(waiting["completion_mask"], run.apply(params, waiting).logps - waiting["sampled_logps"], 0)).max()
+    first = hf.load_params(run.source, run.mesh)
+    assert gap(first) > 1e-4 and gap(state.params) > 1e-4  # neither the initial policy's nor the newest one's
+    assert np.isfinite(waiting["rewards"]).all() and np.array_equal(waiting["prompt_id"], Rollouts(run).rows(8))
+
+    (tmp_path / "again").mkdir()
+    again = arguments(tmp_path / "again", OFF_POLICY, given | {"workdir": str(tmp_path / "other")})
+    process = runs.begin(again, runs.environment(8))
+    assert runs.stop_when(process, lambda: (tmp_path / "other" / "checkpoints" / "4").is_dir(), runs.signal.SIGKILL)
+    process.communicate()
+    assert main(again) == 0
+    jax.tree.map(np.testing.assert_array_equal, trained(tmp_path / "run", args), trained(tmp_path / "other", again))
+
+
+@pytest.mark.slow
+def test_fdpg_samples_from_its_proposal(fields, tmp_path):
+    source = """
+    def loss(config):
+        return fdpg(js_pi_p)
+
+    def experience(config, reference, prompts):
+        start = logps("ref_logps", reference)
+        return chain(start, reward_target(0.5), running_log_z(prompts), running_baseline(js_pi_p), proposal_evidence())
+
+    def averages(config):
+        return {"proposal": adopt_if_better(every=8)}
+
+    def reward(prompts, completions):
+        return [float("a" in text) for text in completions]
+    """
+    given = fields | {"workdir": str(tmp_path / "run"), "steps": "12", "optimizer.schedule": "constant", "checkpoint.keep": "9"}
+    args = arguments(tmp_path, source, given)
+    assert main(args) == 0
+    train = [row for row in rows(tmp_path / "run") if "loss" in row]
+    assert abs(train[0]["sampler_kl"]) < 1e-5 < abs(train[1]["sampler_kl"])
+    run = prepare(load_experiment(args[2], [a.removeprefix("--config.") for a in args[3:]]))
+    checkpoints = Checkpoints(tmp_path / "run", keep=9)
+    states = {step: checkpoints.restore(step, abstract_state(run)) for step in (4, 8, 12)}
+    checkpoints.close()
+    differ = lambda a, b: any(not np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    first = hf.load_params(run.source, run.mesh)
+    assert not differ(states[4].averages["proposal"], first) and states[8].carry["log_z"]["log_z"].shape == (24,)
+    gains = states[4].carry["proposal"]["gain"], states[8].carry["proposal"]["gain"]
+    assert gains[0] != 0 and gains[1] == 0
+    decided = states[8].averages["proposal"]  # the policy as it stands, or what sampled so far
+    assert differ(decided, states[8].params) != differ(decided, first)
+    assert not differ(decided, states[12].averages["proposal"])
 
 
 def test_pairs_are_the_best_and_the_worst_of_a_group():

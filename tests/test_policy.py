@@ -272,8 +272,11 @@ def test_importance_weights_are_cut_off_and_carry_no_gradient():
         np.testing.assert_allclose(grads, -weights, rtol=1e-6, atol=1e-8)
         np.testing.assert_allclose(values, -weights, rtol=1e-6, atol=1e-8)
     close(run(weighted, logps, batch)[1]["importance_weight"], weights.mean())
-    with pytest.raises(ValueError, match=r"importance weights are of tokens, the term 'chi2'"):
-        run(losses.importance_weighted(losses.chi2()), logps, batch | {"ref_logps": logps})
+    metrics = run(losses.importance_weighted(losses.rloo(), cap=20.0), logps, batch)[1]
+    close(metrics["importance_weight"], np.mean([0.5, 1, 1.5, 8, 20, 1e-9]))
+    with pytest.raises(ValueError, match=r"importance weights are of tokens or responses, the term 'dpo'"):
+        pairs, batch = ragged(N=2)
+        run(losses.importance_weighted(losses.dpo()), pairs, batch | {"sampled_logps": pairs})
 
 
 def test_importance_weights_undo_another_sampler():

@@ -44,13 +44,9 @@ def split(prompt: list | None, sides: Mapping[str, Any], tools: Any, turns: str)
     bad = next((bad for name, value in values.items() if (bad := _bad_messages(name, value))), None)
     if bad:
         return bad
-    try:
-        tools = json.loads(tools) if isinstance(tools, str) else tools
-        json.dumps(tools, ensure_ascii=False).encode()
-    except (ValueError, TypeError, RecursionError):
-        return Bad("bad tools", f"the tools are {short(tools)}; give a list of JSON schemas")
-    if tools is not None and not isinstance(tools, list):
-        return Bad("bad tools", f"the tools are {short(tools)}; give a list of JSON schemas")
+    tools = _tools(tools)
+    if isinstance(tools, Bad):
+        return tools
     whole = {name: _until_last_answer([*(prompt or []), *side], len(prompt or [])) for name, side in sides.items()}
     for name, messages in whole.items():
         if len(messages) <= len(prompt or []):
@@ -62,7 +58,27 @@ def split(prompt: list | None, sides: Mapping[str, Any], tools: Any, turns: str)
     if start == 0:
         return Bad("no prompt", f"{next(iter(sides))!r} begins with the assistant's turn; put a user turn in front")
     first = next(iter(whole.values()))
-    return Prompted(first[:start], tuple(messages[start:] for messages in whole.values()), tools=tools or None)
+    return Prompted(first[:start], tuple(messages[start:] for messages in whole.values()), tools=tools)
+
+
+def prompt_alone(messages: list, tools: Any) -> Prompted | Bad:
+    """A conversation that is to be gone on with: its completion has no message yet."""
+    bad = _bad_messages("the prompt", messages) if messages else Bad("no prompt", "the prompt has no message; put a user turn there")
+    tools = _tools(tools)
+    if bad or isinstance(tools, Bad):
+        return bad or tools
+    return Prompted(messages, ([],), tools=tools)
+
+
+def _tools(tools: Any) -> Any:
+    """A list of tool descriptions or its JSON, as a list; None of none."""
+    bad = Bad("bad tools", f"the tools are {short(tools)}; give a list of JSON schemas")
+    try:
+        tools = json.loads(tools) if isinstance(tools, str) else tools
+        json.dumps(tools, ensure_ascii=False).encode()
+    except (ValueError, TypeError, RecursionError):
+        return bad
+    return (tools or None) if tools is None or isinstance(tools, list) else bad
 
 
 def _bad_messages(name: str, messages: Any) -> Bad | None:
@@ -153,6 +169,9 @@ Spans = tuple[list[int], list[tuple[int, int]]]  # tokens of a conversation, and
 
 
 def _row(row: Prompted, tokenizer: Any, spans: Callable[[Any, Prompted, Any], Spans | Bad]) -> Encoded | Bad:
+    if not any(row.completions):
+        alone = encode_prompt(row.prompt, row.tools, tokenizer)
+        return alone if isinstance(alone, Bad) else Encoded(alone[1], [[tokenizer.eos_token_id]], [b"\1"], alone[0])
     sides = []
     try:
         text = _text(tokenizer, row.prompt, row.tools, opened=True)
@@ -170,7 +189,7 @@ def _row(row: Prompted, tokenizer: Any, spans: Callable[[Any, Prompted, Any], Sp
     return Encoded(prompts[0], [*completions], [*scored], text, turns_without_eos=sum(without))
 
 
-def encode_prompt(messages: list, tools: Any, tokenizer: Any) -> tuple[str, list[int]] | Bad:
+def encode_prompt(messages: Any, tools: Any, tokenizer: Any) -> tuple[str, list[int]] | Bad:
     """Text and tokens of a conversation up to where the next answer begins, as rows have them."""
     if bad := _bad_messages("the prompt", messages):
         return bad

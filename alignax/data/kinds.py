@@ -84,7 +84,7 @@ def _reader(rows: Sequence[Mapping], data: Any, there: Mapping[str, None], path:
     names = [name for name in wanted[data.kind] if name != "label"]
     columns = [c[name] for name in names]
     if data.kind == "prompt":
-        return _prompt_reader(c.prompt, there, path)
+        return _prompt_reader(c, there, path)
     # A column of messages is the whole conversation, whatever else a file tells of its prompt.
     prompt = c.prompt if c.prompt in there and names != ["messages"] else ""
     if not prompt and not data.prompt_separator and not any(isinstance(row.get(columns[0]), list) for row in rows):
@@ -107,15 +107,19 @@ def _reader(rows: Sequence[Mapping], data: Any, there: Mapping[str, None], path:
     return read
 
 
-def _prompt_reader(column: str, there: Mapping[str, None], path: Any) -> Callable[[Mapping], Prompted | Bad]:
-    """The function from a raw row to its prompt, an empty completion, and its other columns, which reward functions may read."""
+def _prompt_reader(names: Any, there: Mapping[str, None], path: Any) -> Callable[[Mapping], Prompted | Bad]:
+    """The function from a raw row to its prompt, text or messages, without a completion; reward functions may read the columns."""
+    column = names.prompt
     if column not in there:
         raise ValueError(f"{path} has no column {column!r}, named by data.columns.prompt; it has: {_nearest(column, there)}")
 
     def read(row: Mapping) -> Prompted | Bad:
-        bad = _bad_text(column, row.get(column))
-        columns = {name: row.get(name) for name in there if name != column}
-        return bad or Prompted(row[column], ("",), columns=columns)
+        value = row.get(column)
+        if isinstance(value, list):
+            found = chat.prompt_alone(value, row.get(names.tools))
+        else:
+            found = _bad_text(column, value) or Prompted(row[column], ("",))
+        return found if isinstance(found, Bad) else found._replace(columns={name: row.get(name) for name in there})
 
     return read
 

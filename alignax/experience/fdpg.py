@@ -8,7 +8,6 @@ al. 2023, arXiv:2302.08215); its log P [B, N] is the field `log_target`, -inf fo
 
 import dataclasses
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ import numpy as np
 from jax.tree_util import Partial
 from numpy.typing import ArrayLike
 
+from alignax.averages import PROPOSAL, Average, chosen, still, turning
 from alignax.experience.chain import Experience, Stateful
 from alignax.losses.algebra import sequence
 from alignax.losses.divergences import exp
@@ -215,7 +215,7 @@ def proposal_evidence() -> Stateful:
 
     sum_i P / (Z q) (log pi - log q), over samples of q; Z as it stands. Reads what `running_baseline` does, and `sampled_logps`.
     """
-    return Stateful("proposal", {"gain": jnp.zeros(()), "count": jnp.zeros(())}, Partial(_proposal_evidence))
+    return Stateful(PROPOSAL, {"gain": jnp.zeros(()), "count": jnp.zeros(())}, Partial(_proposal_evidence))
 
 
 def _proposal_evidence(carry: dict[str, jax.Array], batch: Batch) -> tuple[dict[str, jax.Array], Batch]:
@@ -225,27 +225,27 @@ def _proposal_evidence(carry: dict[str, jax.Array], batch: Batch) -> tuple[dict[
     return {"gain": carry["gain"] + jnp.where(real, gain, 0.0).sum(), "count": carry["count"] + real.sum()}, batch
 
 
-def adopt_if_better(every: int = 16, proposal: str = "proposal") -> Callable[[TrainState], TrainState]:
-    """The function `State -> State` between steps that makes the policy the new proposal where the evidence says that it is better.
+def adopt_if_better(every: int = 16) -> Average:
+    """The average that samples in off-policy f-DPG: the policy as it was when the evidence last said that it is the better proposal.
 
-    KL(p || pi) < KL(p || q), by the samples of the last `every` steps. The proposal is one of `TrainState.averages`; its evidence is
-    that of `proposal_evidence()` in the carry. Z goes on: it is the same whoever samples.
+    KL(p || pi) < KL(p || q), by the samples of the last `every` steps, which `proposal_evidence()` in the experience gathers. Z goes on:
+    it is the same whoever samples.
+
+        averages(config) -> {"proposal": adopt_if_better(16)}
 
     Args:
-      every: steps between decisions.
-      proposal: name of the average that samples.
+      every: steps between decisions, online a multiple of those on a rollout.
     """
-    if every < 1:
-        raise ValueError(f"every is {every}; it is a number of steps, at least 1")
+    return turning(still, every, _adopt)
 
-    def update(state: TrainState) -> TrainState:
-        due, evidence = state.step % every == 0, state.carry["proposal"]
-        better = due & (evidence["gain"] > 0)
-        kept = jax.tree.map(lambda p, q: jnp.where(better, p, q), state.params, state.averages[proposal])
-        fresh = jax.tree.map(lambda x: jnp.where(due, 0.0, x), evidence)
-        return dataclasses.replace(state, averages=state.averages | {proposal: kept}, carry=state.carry | {"proposal": fresh})
 
-    return update
+def _adopt(state: TrainState, name: str, due: jax.Array) -> TrainState:
+    if PROPOSAL not in state.carry:
+        raise ValueError("adopt_if_better() decides by what proposal_evidence() gathers; put that at the end of the experience's chain")
+    evidence = state.carry[PROPOSAL]
+    adopted = chosen(due & (evidence["gain"] > 0), state.params, state.averages[name])
+    fresh = jax.tree.map(lambda x: jnp.where(due, 0.0, x), evidence)
+    return dataclasses.replace(state, averages=state.averages | {name: adopted}, carry=state.carry | {PROPOSAL: fresh})
 
 
 def _policy(batch: Batch) -> jax.Array:

@@ -162,14 +162,14 @@ def _of_finished(over: Over) -> Over:
 def importance_weighted(objective: Loss, cap: float = 2.0) -> Loss:
     """The loss times the truncated importance weight of each token (Yao et al. 2025, "Your efficient RL framework secretly..").
 
-    min(old / sampled, cap)
+    min(old / sampled, cap), of a loss of whole responses, such as `rloo()`, that of the response
 
     For samples of another program, or of another distribution, than the one that computed `old_logps`: `sampled_logps` are those that
     tokens were drawn with. Values are multiplied, not weights, so what is averaged stays the same. Without `old_logps` the policy itself
     is the old one; no gradient goes into the weight.
 
     Args:
-      objective: a loss of tokens, such as `ppo()`; a KL is added outside.
+      objective: a loss of samples, such as `ppo()`; a KL is added outside.
       cap: largest weight, above 0; it bounds the variance and costs bias.
     """
     check_positive("cap", cap)
@@ -179,11 +179,15 @@ def importance_weighted(objective: Loss, cap: float = 2.0) -> Loss:
 def _weighed(term: Term, cap: float) -> Value:
     def value(out: Outputs, batch: Batch) -> tuple[jax.Array, Metrics]:
         values, metrics = term.value(out, batch)
-        if values.shape != batch["completion_mask"].shape:
-            raise ValueError(f"importance weights are of tokens, the term {term.name!r} has values of shape {values.shape}; add it outside")
         old = batch.get("old_logps", jax.lax.stop_gradient(token_logps(out)))
-        sampled = field(batch, "sampled_logps", "a rollout")
-        weight = jnp.minimum(exp(jnp.where(batch["completion_mask"], old - sampled, 0.0)), cap)
+        ratio = jnp.where(batch["completion_mask"], old - field(batch, "sampled_logps", "a rollout"), 0.0)  # [B, N, T]
+        if values.shape == ratio.shape[:2]:
+            ratio = ratio.sum(axis=-1)
+        elif values.shape != ratio.shape:
+            raise ValueError(
+                f"importance weights are of tokens or responses, the term {term.name!r} has values of shape {values.shape}; add it outside"
+            )
+        weight = jnp.minimum(exp(ratio), cap)
         return values * weight, metrics | {"importance_weight": weight}
 
     return value
