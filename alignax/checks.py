@@ -1,7 +1,8 @@
 """What no run can be: refused with the value and the remedy, before any compute."""
 
+import difflib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from jax.sharding import Mesh
 
 from alignax import mesh as meshes
 from alignax.averages import Average, Reset
-from alignax.config import Experiment, eval_batch_size, flat, steps_of_turn
+from alignax.config import PRETRAIN, ROLLOUTS, Experiment, eval_batch_size, flat, steps_of_turn
 from alignax.data import Examples
 from alignax.generate.generator import check_room
 from alignax.losses.algebra import Loss
@@ -145,7 +146,11 @@ def check_averages(config: Any, averages: dict[str, Average], reference: hf.Sour
 
 
 def check_objective(objective: Any, file: Path) -> None:
-    """Refuses what is no loss, nor a function from the step to one."""
+    """Refuses what is no loss, nor a function from the step to one, nor several of these by name."""
+    if isinstance(objective, Mapping):
+        for own in objective.values():
+            check_objective(own, file)
+        return
     cause = ""
     if callable(objective) and not isinstance(objective, Loss):
         try:
@@ -155,6 +160,27 @@ def check_objective(objective: Any, file: Path) -> None:
     if not isinstance(objective, Loss):
         raise ValueError(
             f"loss(config) of {file} returns {objective!r}{cause}; return a loss, dpo() say, or a function from the step to one"
+        )
+
+
+def check_pretrain(config: Any, objective: Any, file: Path) -> None:
+    """Refuses losses by name where training is not online, of other names, or without their data; and data without a loss."""
+    names, example = (ROLLOUTS, PRETRAIN), f'{{"{ROLLOUTS}": ppo(), "{PRETRAIN}": 0.1 * sft()}}'
+    if not isinstance(objective, Mapping):
+        if config.data.pretrain:
+            raise ValueError(f"data.pretrain is set and loss(config) of {file} has no loss of it; return {example}, say")
+        return
+    for name in objective:
+        if name not in names:
+            near = difflib.get_close_matches(str(name), names, 1, 0.0)[0]
+            raise ValueError(f"loss(config) of {file} names a loss {name!r}; the nearest is {near!r}")
+    if absent := [name for name in names if name not in objective]:
+        raise ValueError(f"loss(config) of {file} names no loss {absent[0]!r}; return {example}, say, or the one loss alone")
+    if not config.rollout.samples:
+        raise ValueError(f"loss(config) of {file} has a loss of rollouts, and rollout.samples is 0; set it to 8, say")
+    if not config.data.pretrain:
+        raise ValueError(
+            f"loss(config) of {file} has a loss called {PRETRAIN!r} and data.pretrain is empty; set --config.data.pretrain=FILE"
         )
 
 
@@ -170,10 +196,10 @@ def check_batches(config: Any, mesh: Mesh) -> None:
             )
 
 
-def check_positions(config: Any, source: hf.Source, examples: dict[str, Examples]) -> None:
-    """Refuses rows and samples that are longer than the model's positions; padding has none."""
+def check_positions(config: Any, source: hf.Source, examples: dict[str, Examples], every: dict[str, Examples]) -> None:
+    """Refuses rows of `every` split, and samples of `examples`, that are longer than the model's positions; padding has none."""
     most = source.config.max_position_embeddings
-    longest = max(int(e.lengths.max()) for e in examples.values())
+    longest = max(int(e.lengths.max()) for e in every.values())
     if longest > most and dict(source.config.rope_scaling).get("rope_type") != "dynamic":
         raise ValueError(f"rows of {longest} tokens exceed the model's {most} positions; lower data.max_length")
     prompt = max(int(e.prompt_lengths.max()) for e in examples.values())

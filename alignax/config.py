@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from alignax.data.files import one_line, short
 
 OFFERED = ("config", "reference", "policy", "ensemble")  # what an experience may ask for, by the names of its parameters
+ROLLOUTS, PRETRAIN = "rollouts", "pretrain"  # the batches that losses of online training may be of, by name
 MARK = "# --- the effective config of this run; alignax wrote this part ---"
 
 
@@ -31,7 +32,7 @@ class Experiment(NamedTuple):
 
     file: Path
     config: Any  # ConfigDict
-    loss: Callable[[Any], Any]  # config -> Loss, or step -> Loss
+    loss: Callable[[Any], Any]  # config -> Loss, or step -> Loss; online also {"rollouts": .., "pretrain": ..} of these
     experience: Callable[..., Any] | None  # of any of config, reference, policy and ensemble (Models) -> experience
     gold: Callable[..., Sequence[float]] | None  # (prompts, completions, and by name: columns of prompts, config) -> gold rewards
     reward: Callable[..., Sequence[float]] | None  # likewise -> the rewards that rollouts are trained on
@@ -96,6 +97,7 @@ def default_config() -> Any:
     c.data = ConfigDict()
     c.data.train = ""  # a .json, .jsonl, .csv (each also .gz) or .parquet file, a folder, hf://org/name:split, or A@0.7,B@0.3
     c.data.eval = ""  # the same, without weights
+    c.data.pretrain = ""  # online, for the loss called "pretrain": rows of kind "sft", sources as of `train`
     c.data.ood = ""  # the same, from elsewhere: out of distribution, for `alignax eval-rm`
     c.data.kind = "preference"  # or "sft", "unpaired" (labelled completions, or pairs taken apart), "ranked" (k completions), "prompt"
     c.data.columns = ConfigDict()

@@ -168,8 +168,9 @@ def summary(run: Run, about: dict[str, Any], start: int) -> list[str]:
         lines.append(f"ensemble of {run.members} members {about['members']}, each with {kind} of its own; seeds from {run.config.seed} on")
     for name, report in run.reports.items():
         lines += [f"{name} data: {line}" if i == 0 else f"  {line}" for i, line in enumerate(report.lines())]
-    if run.train.mixture:
-        lines += [f"mixture: {line}" for line in run.train.mixture.lines(run.steps * run.config.batch_size)]
+    for stream in (run.train, run.pretrain):
+        if stream is not None and stream.mixture:
+            lines += [f"mixture: {line}" for line in stream.mixture.lines(run.steps * run.config.batch_size)]
     if run.config.batch_size > len(run.train.examples):
         lines.append(
             f"a batch of {run.config.batch_size} is more than the {len(run.train.examples)} rows there are: it holds rows more than once"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,10 +22,11 @@ from alignax.checks import (
     check_members,
     check_objective,
     check_positions,
+    check_pretrain,
     check_rollout,
     check_token_kl,
 )
-from alignax.config import Experiment, asked, blaming, difference, load_experiment, steps_of_turn
+from alignax.config import PRETRAIN, ROLLOUTS, Experiment, asked, blaming, difference, load_experiment, steps_of_turn
 from alignax.data import Batches, Examples, Report, load, padded_length
 from alignax.data.files import one_line
 from alignax.data.mixture import sources
@@ -64,6 +66,7 @@ class Run(NamedTuple):
     lora: Lora | None  # adapters, which alone are trained
     tokenizer: Any
     train: Batches  # of an ensemble those of its first member
+    pretrain: Batches | None  # of the loss called "pretrain"
     judges: list[hf.Source]  # reward models that experience asks for as `ensemble`
     members: int  # of an ensemble that is trained; 0: one model
     evaluation: Examples | None
@@ -71,7 +74,8 @@ class Run(NamedTuple):
     steps: int
     dtype: Any
     apply: Apply
-    objective: Objective
+    objective: Objective  # online of rollouts
+    beside: dict[str, Objective]  # those of further batches, by name
     schedule: optax.Schedule
     optimizer: optax.GradientTransformation
     averages: dict[str, Average]
@@ -113,14 +117,15 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
     judges = open_judges(config, tokenizer) if "ensemble" in asked(experiment.experience) else []
     if not config.data.train:
         raise ValueError("config field 'data.train' is empty; set --config.data.train=FILE")
-    loaded = {s: load(s, config.data, tokenizer, source.config.vocab_size) for s in ("train", "eval") if config.data[s]}
-    examples = {split: data.examples for split, data in loaded.items()}
+    loaded = {s: load(s, config.data, tokenizer, source.config.vocab_size) for s in ("train", "eval", "pretrain") if config.data[s]}
+    every = {split: data.examples for split, data in loaded.items()}
+    examples = {split: own for split, own in every.items() if split != "pretrain"}
     reports = {
         split if len(data.reports) == 1 else f"{split} ({path})": report
         for split, data in loaded.items()
         for path, report in data.reports.items()
     }
-    check_positions(config, source, examples)
+    check_positions(config, source, examples, every)
     if config.reference.cache:  # shapes of what is read or computed before the first step
         place = lambda e: dataclasses.replace(e, token_fields={STORED: np.zeros(len(e.tokens), np.float32)})
         examples = {split: place(e) for split, e in examples.items()}
@@ -132,6 +137,10 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
         length = -(-(longest + max(config.rollout.max_new_tokens, config.eval.max_new_tokens)) // tile) * tile
     drawn = {"bootstrap": config.ensemble.bootstrap, "noise": config.data.label_noise, "noise_seed": config.seed}
     train = Batches(examples["train"], config.batch_size, config.seed, length, loaded["train"].mixture, **drawn)
+    pretrain = None
+    if config.data.pretrain:
+        own = every["pretrain"]
+        pretrain = Batches(own, config.batch_size, config.seed, padded_length(own, tile), loaded["pretrain"].mixture)
     turn = steps_of_turn(config)
     steps = config.steps or -(-train.steps(config.epochs) * (config.rollout.epochs if config.rollout.samples else 1) // turn) * turn
     if steps < 1:
@@ -143,14 +152,16 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
     schedule = make_schedule(config.optimizer, steps)
     optimizer = make_optimizer(config.optimizer, schedule)
     with blaming(experiment.file):
-        objective = experiment.loss(config)
+        given = experiment.loss(config)
         averages = {} if experiment.averages is None else dict(experiment.averages(config))
-    check_objective(objective, experiment.file)
+    check_objective(given, experiment.file)
+    check_pretrain(config, given, experiment.file)
+    objective, beside = (given[ROLLOUTS], {PRETRAIN: given[PRETRAIN]}) if isinstance(given, Mapping) else (given, {})
     check_averages(config, averages, reference)
     check_cache(config, averages, reference)
     return Run(
-        experiment, config, workdir, mesh, source, reference, lora, tokenizer, train, judges, config.ensemble.members, examples.get("eval"),
-        reports, steps, dtype, apply, objective, schedule, optimizer, averages,
+        experiment, config, workdir, mesh, source, reference, lora, tokenizer, train, pretrain, judges, config.ensemble.members,
+        examples.get("eval"), reports, steps, dtype, apply, objective, beside, schedule, optimizer, averages,
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from alignax import ensemble
 from alignax import mesh as meshes
 from alignax.averages import averaged
 from alignax.config import asked, eval_batch_size
+from alignax.data import Batches
 from alignax.experience import Experience, advance, chain, first_carry
 from alignax.models import hf, transformer
 from alignax.models.lora import is_quantised, join, split
@@ -117,10 +118,14 @@ def abstract_trained(run: Run, mesh: Mesh | None = None) -> Params:
 
 def abstract_batch(run: Run, evaluation: bool = False) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and shardings of a training batch, or of an evaluation batch, which members of an ensemble share."""
-    sizes = (eval_batch_size(run.config),) if evaluation else batch_sizes(run)
-    layout = meshes.batch_sharding(run.mesh, len(sizes) == 2)
+    return abstract_rows(run.mesh, run.train, *((eval_batch_size(run.config),) if evaluation else batch_sizes(run)))
+
+
+def abstract_rows(mesh: Mesh, stream: Batches, *sizes: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and shardings of rows of a stream whose leading axes are of those sizes, see `alignax.mesh.put_batch`."""
+    layout = meshes.batch_sharding(mesh, len(sizes) == 2)
     describe = lambda x: jax.ShapeDtypeStruct((*sizes, *x.shape[1:]), x.dtype, sharding=layout)
-    return {name: describe(x) for name, x in run.train.batch(0, slice(0)).items()}
+    return {name: describe(x) for name, x in stream.batch(0, slice(0)).items()}
 
 
 def batch_sizes(run: Run) -> tuple[int, ...]:

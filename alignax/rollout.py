@@ -17,11 +17,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from alignax import mesh as meshes
-from alignax.config import prompts_of_rollout
+from alignax.config import ROLLOUTS, prompts_of_rollout
 from alignax.data import Examples
 from alignax.data.files import one_line
 from alignax.generate import LENGTH, Completions, Generator, sampled_batch, shape_for
-from alignax.online import make_learn
+from alignax.online import make_learn, pretraining
 from alignax.prepare import Run
 from alignax.programs import full
 from alignax.types import Batch, Metrics, Params, TrainState
@@ -105,7 +105,7 @@ class Turns:
         compiled, began = self.compiled.programs, time.monotonic()
         batch, metrics = self.rollouts(state, self.frozen, step)
         sampled = time.monotonic()
-        state, learnt = jax.block_until_ready(self.learn(state, self.frozen, batch))
+        state, learnt = jax.block_until_ready(self.learn(state, self.frozen, {ROLLOUTS: batch} | pretraining(self.rollouts.run, step)))
         now = time.monotonic()
         host = sampled - began - metrics["time/generate"] - metrics["time/reward"]
         times = {"time/learn": now - sampled, "time/host": host, "compilations": self.compiled.programs - compiled}

@@ -59,7 +59,7 @@ def start(run: Run, write: bool = True) -> Started:
         check_step(run)
         params = initial_params(run)
         original = reference_params(run, params)
-    about = {"policy": fingerprint(params), "reference": fingerprint(original), "data": f"{run.train.digest():08x}"}
+    about = {"policy": fingerprint(params), "reference": fingerprint(original), "data": data_digest(run)}
     stored = {"base": split(params)[0], "reference": split(original)[0] if run.reference else None}
     frozen = {name: frozen_copy(run, name, stored[name]) for name in frozen_sources(run)}
     if run.judges:
@@ -193,6 +193,11 @@ def frozen_copy(run: Run, name: str, params: Params) -> Params:
     # Copies, never aliases: the training step gives the policy's own buffers away.
     freeze = lambda path, x: jnp.array(x, frozen_dtype(path, run, name), copy=True)
     return jax.tree_util.tree_map_with_path(freeze, params)
+
+
+def data_digest(run: Run) -> str:
+    """The digest of all that batches are made of, as text."""
+    return "+".join(f"{stream.digest():08x}" for stream in (run.train, run.pretrain) if stream is not None)
 
 
 def open_workdir(run: Run) -> None:

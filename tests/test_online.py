@@ -1,6 +1,7 @@
 """Online training: rollouts in front of the shared step, on a tiny model, in one process."""
 
 import json
+import shutil
 import textwrap
 import time
 
@@ -17,6 +18,7 @@ from alignax.checkpoint import Checkpoints
 from alignax.cli import main
 from alignax.config import load_experiment
 from alignax.experience import best_and_worst
+from alignax.online import pretraining, training_program
 from alignax.prepare import prepare
 from alignax.programs import abstract_state
 
@@ -40,6 +42,14 @@ def reward(prompts, completions, weight):
 def gold(prompts, completions):
     return [float(len(text)) for text in completions]
 """
+NAMED = """
+def loss(config):
+    return {"pretrain": 0.5 * sft(), "rollouts": grpo()}
+
+def experience(config):
+    return group_relative()
+
+"""
 PPO = """
 def loss(config):
     return ppo() + 0.1 * value_loss()
@@ -51,6 +61,8 @@ def reward(prompts, completions):
     return [float("a" in text) for text in completions]
 """
 
+BOTH = NAMED + GRPO[GRPO.index("def reward") :]
+
 
 @pytest.fixture(scope="module")
 def fields(tmp_path_factory):
@@ -59,6 +71,8 @@ def fields(tmp_path_factory):
     model = tiny.folder(folder / "model")
     rows = [{"prompt": f"the {word} of", "weight": 1.0 + i % 2} for i, word in enumerate(["sun", "moon", "sea", "tree", "cat", "dog"] * 4)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    texts = [{"prompt": "", "completion": f"once there was a {word}" + " then" * (i % 3)} for i, word in enumerate(["sun", "moon"] * 10)]
+    (folder / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
     own = {
         "model.path": model, "data.train": folder / "prompts.jsonl", "data.kind": "prompt", "batch_size": 8, "steps": 8,
         "rollout.samples": 3, "rollout.max_new_tokens": 6, "rollout.minibatches": 2, "rollout.epochs": 2, "eval.sample_prompts": 4,
@@ -79,9 +93,14 @@ def rows(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
+def checked(args):
+    """The run of a command line."""
+    return prepare(load_experiment(args[2], [a.removeprefix("--config.") for a in args[3:]]))
+
+
 def trained(workdir, args):
     """The parameters that a run ended with."""
-    run = prepare(load_experiment(args[2], [a.removeprefix("--config.") for a in args[3:]]))
+    run = checked(args)
     checkpoints = Checkpoints(workdir)
     state = checkpoints.restore(checkpoints.latest(), abstract_state(run))
     checkpoints.close()
@@ -144,6 +163,46 @@ def test_ppo_trains_a_critic_beside_the_policy(fields, tmp_path):
     )
 
 
+def texts(fields):
+    """The rows that a policy is held at."""
+    return fields["data.train"].replace("prompts", "texts")
+
+
+@pytest.fixture
+def pretrained(fields, tmp_path):
+    """The command line of a run that mixes pretraining in."""
+    return arguments(tmp_path, BOTH, fields | {"workdir": str(tmp_path / "run"), "data.pretrain": texts(fields)})
+
+
+def test_every_step_of_a_turn_has_its_own_pretraining_batch(pretrained):
+    run = checked(pretrained)
+    found = pretraining(run, 4)["pretrain"]
+    assert found["tokens"].shape == (4, 8, 1, run.pretrain.length) and run.pretrain.length > run.train.length
+    for u in range(4):
+        jax.tree.map(np.testing.assert_array_equal, jax.tree.map(lambda x: x[u], found), run.pretrain.batch(4 + u))  # noqa: B023
+    described = training_program(run)[1]["pretrain"]
+    assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), found) == jax.tree.map(
+        lambda x: (x.shape, x.dtype, x.sharding), described
+    )
+
+
+@pytest.mark.slow
+def test_pretraining_is_mixed_in_and_goes_on_bit_for_bit(fields, pretrained, tmp_path):
+    assert main(pretrained) == 0
+    found = [row for row in rows(tmp_path / "run") if "loss" in row]
+    assert [row["step"] for row in found] == [4, 8]
+    for row in found:  # each is a mean over the steps of a turn
+        np.testing.assert_allclose(row["loss"], row["loss/grpo"] + 0.5 * row["pretrain/loss/sft"], rtol=1e-5)
+    assert found[1]["pretrain/loss/sft"] < found[0]["pretrain/loss/sft"]
+    whole = trained(tmp_path / "run", pretrained)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "8")
+    assert main(pretrained) == 0
+    jax.tree.map(np.testing.assert_array_equal, whole, trained(tmp_path / "run", pretrained))
+    others = tmp_path / "others.jsonl"
+    others.write_text(open(texts(fields)).read().replace("sun", "sea"))
+    assert main([*pretrained, f"--config.data.pretrain={others}"]) == 2
+
+
 REWARD = "def reward(prompts, completions):\n    "  # called once at the start with one completion, which is empty
 BAD = {
     "raises": ("return [1 / (not any(completions)) for _ in completions]", "ZeroDivisionError"),
@@ -183,6 +242,11 @@ REFUSED = {
     "a reward model": (SCORES, GRPO[: GRPO.index("def gold")], "scores and no text"),
     "bad rewards": ({"rollout.bad_rewards": "ignore"}, GRPO, "use 'error' or 'drop'"),
     "a reset in a rollout": ({}, GRPO + "\ndef averages(config):\n    return elastic_reset(0.9, every=6)\n", "middle of a rollout of 4"),
+    "texts without a loss": ({"data.pretrain": "texts.jsonl"}, GRPO, "has no loss of it; return {"),
+    "a loss without texts": ({}, BOTH, "data.pretrain is empty"),
+    "a misspelt name": ({"data.pretrain": "texts.jsonl"}, BOTH.replace('"pretrain"', '"pretrian"'), "the nearest is 'pretrain'"),
+    "one name": ({"data.pretrain": "texts.jsonl"}, BOTH.replace('"rollouts": grpo()', ""), "names no loss 'rollouts'"),
+    "names offline": ({"rollout.samples": "0", "data.kind": "sft", "data.train": "texts.jsonl"}, NAMED, "has a loss of rollouts"),
     "a cache": ({"reference.cache": "cache"}, GRPO, "online training scores samples"),
 }  # fmt: skip
 
@@ -190,6 +254,7 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_is_refused_before_any_compute(name, fields, tmp_path, capsys):
     changes, source, message = REFUSED[name]
+    changes = {name: texts(fields) if value == "texts.jsonl" else value for name, value in changes.items()}
     assert main(arguments(tmp_path, source, fields | {"workdir": str(tmp_path / "run")} | changes)) == 2
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1 and not (tmp_path / "run").exists()
