@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from alignax import mesh as meshes
 from alignax.averages import Average, Reset
-from alignax.config import PRETRAIN, ROLLOUTS, Experiment, eval_batch_size, flat, steps_of_turn
+from alignax.config import HEAD, PRETRAIN, ROLLOUTS, Experiment, eval_batch_size, flat, steps_of_turn
 from alignax.data import Examples
 from alignax.generate.generator import check_room
 from alignax.losses.algebra import Loss
@@ -20,7 +20,7 @@ from alignax.models import hf
 LEAST = {
     "batch_size": 1, "microbatches": 1, "max_skipped": 1, "steps": 0, "checkpoint.every": 1, "checkpoint.keep": 1, "log.every": 1,
     "model.logps_chunk": 1, "eval.every": 0, "eval.batch_size": 0, "eval.samples": 0, "eval.sample_prompts": 0, "eval.max_new_tokens": 1,
-    "data.limit": 0, "seed": 0, "model.num_labels": 0, "ensemble.members": 0, "rollout.samples": 0,
+    "model.critic_heads": 1,    "data.limit": 0, "seed": 0, "model.num_labels": 0, "ensemble.members": 0, "rollout.samples": 0,
     "rollout.max_new_tokens": 1, "rollout.minibatches": 1, "rollout.epochs": 1, "rollout.slots": 0,
     "epochs": 0, "eval.temperature": 0, "optimizer.clip": 0, "optimizer.final": 0, "optimizer.weight_decay": 0,
     "optimizer.b1": 0, "optimizer.b2": 0, "optimizer.eps": 0,
@@ -36,6 +36,14 @@ def check_fields(config: Any) -> None:
     for name in ("optimizer.b1", "optimizer.b2"):
         if fields[name] >= 1:
             raise ValueError(f"config field {name!r} is {fields[name]}; it must be below 1")
+    if config.model.critic.lower() in ("true", "false"):
+        raise ValueError(
+            f"model.critic {config.model.critic!r} is no critic; use {HEAD!r} (on the policy's trunk), a folder, or leave it empty"
+        )
+    if config.model.critic_heads > 1 and not config.model.critic:
+        raise ValueError(
+            f"model.critic_heads is {config.model.critic_heads} and there is no critic; set model.critic to {HEAD!r} or a folder"
+        )
     if config.model.dtype not in ("auto", "float32", "bfloat16"):
         raise ValueError(f"model.dtype {config.model.dtype!r} is unknown; use auto, float32 or bfloat16")
     if config.export.dtype not in hf.DTYPES:
@@ -50,7 +58,7 @@ def check_head(config: Any, source: hf.Source, experiment: Experiment) -> None:
     if not source.config.num_labels:
         return
     if config.model.critic:
-        raise ValueError("model.critic gives a language model values, and this is a reward model; set it to false")
+        raise ValueError("model.critic gives a language model values, and this is a reward model; leave it empty")
     if max(config.eval.samples, config.eval.sample_prompts):
         raise ValueError("a reward model gives scores and no text; set eval.samples and eval.sample_prompts to 0")
     if experiment.gold is not None:
@@ -68,7 +76,7 @@ def check_members(config: Any, mesh: Mesh) -> None:
         raise ValueError(f"ensemble.members {members} does not divide over mesh.member {axis}; use a multiple of {axis}")
 
 
-def check_rollout(config: Any, source: hf.Source, experiment: Experiment, examples: dict[str, Examples]) -> None:
+def check_rollout(config: Any, source: hf.Source, critic: hf.Source | None, experiment: Experiment, examples: dict[str, Examples]) -> None:
     """Refuses online training of what cannot be sampled from, without a reward, or without room; and prompts where it is not online."""
     c = config.rollout
     for function in (f for f in (experiment.reward, experiment.gold) if f is not None):
@@ -89,7 +97,9 @@ def check_rollout(config: Any, source: hf.Source, experiment: Experiment, exampl
         raise ValueError(f"rollout.timeout is {c.timeout}; it is a number of seconds above 0")
     if config.reference.cache:
         raise ValueError("reference.cache holds log-probs of the data's own rows, and online training scores samples; leave it empty")
-    check_room(source.config, max(int(e.prompt_lengths.max()) for e in examples.values()), c.max_new_tokens, "rollout.max_new_tokens")
+    longest = max(int(e.prompt_lengths.max()) for e in examples.values())
+    for model in filter(None, (source, critic)):
+        check_room(model.config, longest, c.max_new_tokens, "rollout.max_new_tokens")
 
 
 def check_columns(function: Callable, file: Path, examples: dict[str, Examples]) -> None:

@@ -148,7 +148,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(grpo, fields, tmp_path):
 
 @pytest.mark.slow
 def test_ppo_trains_a_critic_beside_the_policy(fields, tmp_path):
-    given = fields | {"workdir": str(tmp_path / "run"), "model.critic": "true", "steps": "4", "export.final": "true"}
+    given = fields | {"workdir": str(tmp_path / "run"), "model.critic": "head", "steps": "4", "export.final": "true"}
     args = arguments(tmp_path, PPO, given)
     assert main(args) == 0
     params = trained(tmp_path / "run", args)
@@ -187,7 +187,10 @@ def test_every_step_of_a_turn_has_its_own_pretraining_batch(pretrained):
 
 
 @pytest.mark.slow
-def test_pretraining_is_mixed_in_and_goes_on_bit_for_bit(fields, pretrained, tmp_path):
+def test_pretraining_is_mixed_in_and_goes_on_bit_for_bit(fields, pretrained, tmp_path, capsys):
+    own = tmp_path / "texts.jsonl"
+    shutil.copyfile(texts(fields), own)
+    pretrained = [*pretrained, f"--config.data.pretrain={own}"]
     assert main(pretrained) == 0
     found = [row for row in rows(tmp_path / "run") if "loss" in row]
     assert [row["step"] for row in found] == [4, 8]
@@ -198,9 +201,8 @@ def test_pretraining_is_mixed_in_and_goes_on_bit_for_bit(fields, pretrained, tmp
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "8")
     assert main(pretrained) == 0
     jax.tree.map(np.testing.assert_array_equal, whole, trained(tmp_path / "run", pretrained))
-    others = tmp_path / "others.jsonl"
-    others.write_text(open(texts(fields)).read().replace("sun", "sea"))
-    assert main([*pretrained, f"--config.data.pretrain={others}"]) == 2
+    own.write_text(own.read_text().replace("sun", "sea"))
+    assert main(pretrained) == 2 and "grew from another data" in capsys.readouterr().err
 
 
 REWARD = "def reward(prompts, completions):\n    "  # called once at the start with one completion, which is empty
