@@ -12,15 +12,18 @@ import pytest
 import runs
 import tiny
 from safetensors import safe_open
+from safetensors.numpy import load_file
 from test_rewards import reward_folder
 
 from alignax.checkpoint import Checkpoints
 from alignax.cli import main
 from alignax.config import load_experiment
 from alignax.experience import best_and_worst
+from alignax.models import hf
 from alignax.online import pretraining, training_program
 from alignax.prepare import prepare
 from alignax.programs import abstract_state
+from alignax.start import check_step, critic_params
 
 HEAD = """
 from alignax import *
@@ -205,6 +208,58 @@ def test_pretraining_is_mixed_in_and_goes_on_bit_for_bit(fields, pretrained, tmp
     assert main(pretrained) == 2 and "grew from another data" in capsys.readouterr().err
 
 
+def critic_of(folder, **changes):
+    """Fields of a critic of its own tree: a reward model of the policy's tokens."""
+    return {"model.critic": str(reward_folder(folder, 7, **changes))}
+
+
+def test_a_critic_of_its_own_tree_is_trained_beside_the_policy(fields, tmp_path):
+    """Its place in the training state, on shapes alone: the folder's own sizes, sharded; gradients reach it and the policy."""
+    given = fields | {"workdir": str(tmp_path / "run")} | critic_of(tmp_path, hidden_size=16, head_dim=4)
+    run = checked(arguments(tmp_path, PPO, given | {"model.critic_heads": "1", "mesh.fsdp": "8"}))
+    check_step(run)
+    params = abstract_state(run).params
+    assert params["critic"]["embed"].shape == (96, 16) and params["embed"].shape == (96, 32)
+    assert params["critic"]["embed"].sharding.spec == params["embed"].sharding.spec != jax.sharding.PartitionSpec()
+    assert "value" not in params and params["critic"]["score"].shape == (16, 1)
+    start = critic_params(run.critic, run.mesh)
+    folder = hf.load_params(hf.open_folder(given["model.critic"]), run.mesh)
+    jax.tree.map(np.testing.assert_array_equal, start, folder)
+    zeroed = critic_params(hf.with_heads(hf.open_folder(given["model.critic"]), 2), run.mesh)
+    assert zeroed["score"].shape == (16, 2) and not zeroed["score"].any()
+    np.testing.assert_array_equal(zeroed["embed"], folder["embed"])
+    file = tmp_path / "rm7" / "tokenizer.json"
+    file.write_text(file.read_text().replace('"a":', '"ä":'))
+    with pytest.raises(ValueError, match="rm7' has another tokenizer than the policy; they must share one"):
+        checked(arguments(tmp_path, PPO, given))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", ["0", "2"])
+def test_a_run_with_a_critic_of_its_own_tree(rank, fields, tmp_path, capsys):
+    given = fields | {"workdir": str(tmp_path / "run"), "lora.rank": rank, "steps": "8", "export.final": "true"} | critic_of(tmp_path)
+    source = PPO + "\ndef averages(config):\n    return elastic_reset(decay=1.0, every=4)\n"
+    args = arguments(tmp_path, source, given)
+    assert main(args) == 0
+    assert "critic" in capsys.readouterr().err
+    start = hf.load_params(hf.open_folder(given["model.critic"]), checked(args).mesh)
+    found = trained(tmp_path / "run", args)
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), found["critic"], start)
+    assert moved["embed"] > 1e-4 and moved["layers"]["q"].max() > 1e-4 and moved["score"] > 1e-4
+    # Decay 1 resets the policy to where it began, not the critic.
+    policy = load_file(tmp_path / "run" / "export" / "model.safetensors")
+    origin = load_file(f"{fields['model.path']}/model.safetensors")
+    assert policy.keys() == origin.keys()
+    for name in policy:
+        np.testing.assert_allclose(policy[name], origin[name], atol=1e-7)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "8")
+    assert main(args) == 0
+    jax.tree.map(np.testing.assert_array_equal, found, trained(tmp_path / "run", args))
+    assert main(["eval", str(tmp_path / "run")]) == 0
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "again")]) == 0
+    np.testing.assert_array_equal(load_file(tmp_path / "again" / "model.safetensors")[name], policy[name])
+
+
 REWARD = "def reward(prompts, completions):\n    "  # called once at the start with one completion, which is empty
 BAD = {
     "raises": ("return [1 / (not any(completions)) for _ in completions]", "ZeroDivisionError"),
@@ -249,6 +304,9 @@ REFUSED = {
     "a misspelt name": ({"data.pretrain": "texts.jsonl"}, BOTH.replace('"pretrain"', '"pretrian"'), "the nearest is 'pretrain'"),
     "one name": ({"data.pretrain": "texts.jsonl"}, BOTH.replace('"rollouts": grpo()', ""), "names no loss 'rollouts'"),
     "names offline": ({"rollout.samples": "0", "data.kind": "sft", "data.train": "texts.jsonl"}, NAMED, "has a loss of rollouts"),
+    "true for a critic": ({"model.critic": "true"}, PPO, "model.critic 'true' is no critic; use 'head'"),
+    "no critic's folder": ({"model.critic": "nowhere"}, PPO, "model folder 'nowhere' does not exist"),
+    "heads of no critic": ({"model.critic_heads": "2"}, PPO, "model.critic_heads is 2 and there is no critic"),
     "a cache": ({"reference.cache": "cache"}, GRPO, "online training scores samples"),
 }  # fmt: skip
 
