@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
-from alignax.models.reward import VALUE
+from alignax.models.reward import CRITIC, VALUE
 from alignax.types import Params, TrainState
 
 Average = Callable[[Params, Params, jax.Array], Params]  # (average, params, steps taken) -> average
@@ -97,7 +97,7 @@ def elastic_reset(decay: float = 0.995, every: int = 17, name: str = "ema") -> d
 
     ema <- decay ema + (1 - decay) params after each step;  after every `every`-th  params <- ema, then ema <- initial parameters
 
-    Optimizer moments stay, and so does a critic's head. A reset keeps 1 - decay^every of what was learnt since the last one: 8 % of the
+    Optimizer moments stay, and so does a critic. A reset keeps 1 - decay^every of what was learnt since the last one: 8 % of the
     defaults, which are the authors' for IMDB; 99.5 % of 0.995 and 1040, theirs for StackLLaMA. Steps are those of the optimizer; their code
     averages once an iteration, which may be many of them, or once an epoch on it.
 
@@ -154,7 +154,8 @@ def averaged(rules: Mapping[str, Average]) -> Callable[[TrainState], TrainState]
 
 def _is_value(path: tuple) -> bool:
     """Whether a leaf is a critic's: it goes on with the values that it has learnt."""
-    return jax.tree_util.keystr(path[-1:], simple=True) == VALUE
+    name = lambda key: jax.tree_util.keystr(key, simple=True)
+    return name(path[-1:]) == VALUE or name(path[:1]) == CRITIC
 
 
 def _towards(average: Params, params: Params, share: jax.Array) -> Params:

@@ -1,7 +1,8 @@
 """What no run can be: refused with the value and the remedy, before any compute."""
 
+import difflib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from jax.sharding import Mesh
 
 from alignax import mesh as meshes
 from alignax.averages import PROPOSAL, Average, Turning
-from alignax.config import Experiment, eval_batch_size, flat, steps_of_turn
+from alignax.config import HEAD, PRETRAIN, ROLLOUTS, Experiment, eval_batch_size, flat, steps_of_turn
 from alignax.data import Examples
 from alignax.generate.generator import check_room
 from alignax.losses.algebra import Loss
@@ -19,7 +20,7 @@ from alignax.models import hf
 LEAST = {
     "batch_size": 1, "microbatches": 1, "max_skipped": 1, "steps": 0, "checkpoint.every": 1, "checkpoint.keep": 1, "log.every": 1,
     "model.logps_chunk": 1, "eval.every": 0, "eval.batch_size": 0, "eval.samples": 0, "eval.sample_prompts": 0, "eval.max_new_tokens": 1,
-    "data.limit": 0, "seed": 0, "model.num_labels": 0, "ensemble.members": 0, "rollout.samples": 0,
+    "model.critic_heads": 1,    "data.limit": 0, "seed": 0, "model.num_labels": 0, "ensemble.members": 0, "rollout.samples": 0,
     "rollout.max_new_tokens": 1, "rollout.minibatches": 1, "rollout.epochs": 1, "rollout.slots": 0,
     "epochs": 0, "eval.temperature": 0, "optimizer.clip": 0, "optimizer.final": 0, "optimizer.weight_decay": 0,
     "optimizer.b1": 0, "optimizer.b2": 0, "optimizer.eps": 0,
@@ -35,6 +36,14 @@ def check_fields(config: Any) -> None:
     for name in ("optimizer.b1", "optimizer.b2"):
         if fields[name] >= 1:
             raise ValueError(f"config field {name!r} is {fields[name]}; it must be below 1")
+    if config.model.critic.lower() in ("true", "false"):
+        raise ValueError(
+            f"model.critic {config.model.critic!r} is no critic; use {HEAD!r} (on the policy's trunk), a folder, or leave it empty"
+        )
+    if config.model.critic_heads > 1 and not config.model.critic:
+        raise ValueError(
+            f"model.critic_heads is {config.model.critic_heads} and there is no critic; set model.critic to {HEAD!r} or a folder"
+        )
     if config.model.dtype not in ("auto", "float32", "bfloat16"):
         raise ValueError(f"model.dtype {config.model.dtype!r} is unknown; use auto, float32 or bfloat16")
     if config.export.dtype not in hf.DTYPES:
@@ -49,7 +58,7 @@ def check_head(config: Any, source: hf.Source, experiment: Experiment) -> None:
     if not source.config.num_labels:
         return
     if config.model.critic:
-        raise ValueError("model.critic gives a language model values, and this is a reward model; set it to false")
+        raise ValueError("model.critic gives a language model values, and this is a reward model; leave it empty")
     if max(config.eval.samples, config.eval.sample_prompts):
         raise ValueError("a reward model gives scores and no text; set eval.samples and eval.sample_prompts to 0")
     if experiment.gold is not None:
@@ -67,7 +76,7 @@ def check_members(config: Any, mesh: Mesh) -> None:
         raise ValueError(f"ensemble.members {members} does not divide over mesh.member {axis}; use a multiple of {axis}")
 
 
-def check_rollout(config: Any, source: hf.Source, experiment: Experiment, examples: dict[str, Examples]) -> None:
+def check_rollout(config: Any, source: hf.Source, critic: hf.Source | None, experiment: Experiment, examples: dict[str, Examples]) -> None:
     """Refuses online training of what cannot be sampled from, without a reward, or without room; and prompts where it is not online."""
     c = config.rollout
     for function in (f for f in (experiment.reward, experiment.gold) if f is not None):
@@ -90,7 +99,9 @@ def check_rollout(config: Any, source: hf.Source, experiment: Experiment, exampl
         raise ValueError(f"rollout.timeout is {c.timeout}; it is a number of seconds above 0")
     if config.reference.cache:
         raise ValueError("reference.cache holds log-probs of the data's own rows, and online training scores samples; leave it empty")
-    check_room(source.config, max(int(e.prompt_lengths.max()) for e in examples.values()), c.max_new_tokens, "rollout.max_new_tokens")
+    longest = max(int(e.prompt_lengths.max()) for e in examples.values())
+    for model in filter(None, (source, critic)):
+        check_room(model.config, longest, c.max_new_tokens, "rollout.max_new_tokens")
 
 
 def check_columns(function: Callable, file: Path, examples: dict[str, Examples]) -> None:
@@ -151,7 +162,11 @@ def check_averages(config: Any, averages: dict[str, Average], reference: hf.Sour
 
 
 def check_objective(objective: Any, file: Path) -> None:
-    """Refuses what is no loss, nor a function from the step to one."""
+    """Refuses what is no loss, nor a function from the step to one, nor several of these by name."""
+    if isinstance(objective, Mapping):
+        for own in objective.values():
+            check_objective(own, file)
+        return
     cause = ""
     if callable(objective) and not isinstance(objective, Loss):
         try:
@@ -161,6 +176,27 @@ def check_objective(objective: Any, file: Path) -> None:
     if not isinstance(objective, Loss):
         raise ValueError(
             f"loss(config) of {file} returns {objective!r}{cause}; return a loss, dpo() say, or a function from the step to one"
+        )
+
+
+def check_pretrain(config: Any, objective: Any, file: Path) -> None:
+    """Refuses losses by name where training is not online, of other names, or without their data; and data without a loss."""
+    names, example = (ROLLOUTS, PRETRAIN), f'{{"{ROLLOUTS}": ppo(), "{PRETRAIN}": 0.1 * sft()}}'
+    if not isinstance(objective, Mapping):
+        if config.data.pretrain:
+            raise ValueError(f"data.pretrain is set and loss(config) of {file} has no loss of it; return {example}, say")
+        return
+    for name in objective:
+        if name not in names:
+            near = difflib.get_close_matches(str(name), names, 1, 0.0)[0]
+            raise ValueError(f"loss(config) of {file} names a loss {name!r}; the nearest is {near!r}")
+    if absent := [name for name in names if name not in objective]:
+        raise ValueError(f"loss(config) of {file} names no loss {absent[0]!r}; return {example}, say, or the one loss alone")
+    if not config.rollout.samples:
+        raise ValueError(f"loss(config) of {file} has a loss of rollouts, and rollout.samples is 0; set it to 8, say")
+    if not config.data.pretrain:
+        raise ValueError(
+            f"loss(config) of {file} has a loss called {PRETRAIN!r} and data.pretrain is empty; set --config.data.pretrain=FILE"
         )
 
 
@@ -176,10 +212,10 @@ def check_batches(config: Any, mesh: Mesh) -> None:
             )
 
 
-def check_positions(config: Any, source: hf.Source, examples: dict[str, Examples]) -> None:
-    """Refuses rows and samples that are longer than the model's positions; padding has none."""
+def check_positions(config: Any, source: hf.Source, examples: dict[str, Examples], every: dict[str, Examples]) -> None:
+    """Refuses rows of `every` split, and samples of `examples`, that are longer than the model's positions; padding has none."""
     most = source.config.max_position_embeddings
-    longest = max(int(e.lengths.max()) for e in examples.values())
+    longest = max(int(e.lengths.max()) for e in every.values())
     if longest > most and dict(source.config.rope_scaling).get("rope_type") != "dynamic":
         raise ValueError(f"rows of {longest} tokens exceed the model's {most} positions; lower data.max_length")
     prompt = max(int(e.prompt_lengths.max()) for e in examples.values())

@@ -15,11 +15,10 @@ from jax.sharding import Mesh
 
 from alignax import distributed, plan, rewards
 from alignax.checkpoint import Checkpoints
-from alignax.config import BadInput, Experiment, default_config, eval_batch_size, load_experiment, set_field
+from alignax.config import BadInput, Experiment, default_config, eval_batch_size, load_experiment, set_field, trunk_values
 from alignax.data import Examples, check, load, load_examples, padded_length
 from alignax.data.mixture import sources
 from alignax.distributed import is_main, together
-from alignax.ensemble import stacked
 from alignax.evaluate import Evaluation
 from alignax.fit import fit, members_of, merged
 from alignax.generate import Generator, Stops, console, shape_for
@@ -28,7 +27,9 @@ from alignax.generate.generator import check_room
 from alignax.mesh import make_mesh
 from alignax.metrics import Log, table
 from alignax.models import hf
-from alignax.prepare import Run, check_workdir, compute_dtype, load_tokenizer, make_lora, open_model, open_source, prepare
+from alignax.models.reward import CRITIC
+from alignax.prepare import Run, check_workdir, compute_dtype, load_tokenizer, make_lora, open_critic, open_model, open_source, prepare
+from alignax.programs import abstract_models
 from alignax.ridge import fit_ridge
 from alignax.start import start
 from alignax.types import Params
@@ -150,7 +151,7 @@ def saved_models(workdir: Path, overrides: Sequence[str]) -> Saved:
     """The newest checkpoint of a run, adapters merged. The run's data need not be there."""
     with together():
         config = saved_experiment(workdir, overrides).config
-        source = hf.with_heads(open_source(config.model.path, "model.path"), config.model.num_labels, config.model.critic)
+        source = hf.with_heads(open_source(config.model.path, "model.path"), config.model.num_labels, trunk_values(config))
     mesh = make_mesh(config.mesh)
     return Saved(config, source, mesh, *newest_models(workdir, config, source, mesh, config.export.params))
 
@@ -160,8 +161,9 @@ def newest_models(workdir: Path, config: Any, source: hf.Source, mesh: Mesh, nam
     lora, members = make_lora(config, source), config.ensemble.members
     with closing(Checkpoints(workdir)) as checkpoints:
         step = newest(checkpoints)
-        trained = hf.abstract_adapters(source.config, lora, mesh) if lora else hf.abstract_params(source.config, mesh)
-        params = checkpoints.restore_params(step, stacked(trained, members, mesh) if members else trained, name)
+        trained = abstract_models(source, lora, open_critic(config), members, mesh)
+        params = checkpoints.restore_params(step, trained, name)
+        params.pop(CRITIC, None)
     return step, ((name, merged(source, lora, one, mesh) if lora else one) for name, one in members_of(params, members))
 
 
@@ -322,9 +324,8 @@ def generate(model: Path, request: Request, overrides: Sequence[str]) -> None:
         with together():
             saved = (model / "config.py").is_file()
             config = saved_experiment(model, overrides).config if saved else folder_config(model, overrides)
-            source = hf.with_heads(
-                open_model(config.model.path, config.model.init, "model.path"), config.model.num_labels, config.model.critic
-            )
+            source = open_model(config.model.path, config.model.init, "model.path")
+            source = hf.with_heads(source, config.model.num_labels, trunk_values(config))
             if source.config.num_labels:
                 raise ValueError(f"{str(model)!r} is a reward model, which gives scores and no text; give a language model")
             tokenizer = load_tokenizer(source.path, source.config.vocab_size)

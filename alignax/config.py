@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 from alignax.data.files import one_line, short
 
 OFFERED = ("config", "reference", "policy", "ensemble", "prompts")  # what an experience may ask for, by the names of its parameters
+HEAD = "head"  # what `model.critic` is of a critic on the policy's trunk
+ROLLOUTS, PRETRAIN = "rollouts", "pretrain"  # the batches that losses of online training may be of, by name
 MARK = "# --- the effective config of this run; alignax wrote this part ---"
 
 
@@ -31,7 +33,7 @@ class Experiment(NamedTuple):
 
     file: Path
     config: Any  # ConfigDict
-    loss: Callable[[Any], Any]  # config -> Loss, or step -> Loss
+    loss: Callable[[Any], Any]  # config -> Loss, or step -> Loss; online also {"rollouts": .., "pretrain": ..} of these
     experience: Callable[..., Any] | None  # of any of config, reference, policy, ensemble (Models), prompts (how many) -> experience
     gold: Callable[..., Sequence[float]] | None  # (prompts, completions, and by name: columns of prompts, config) -> gold rewards
     reward: Callable[..., Sequence[float]] | None  # likewise -> the rewards that rollouts are trained on
@@ -56,7 +58,8 @@ def default_config() -> Any:
     c.model.path = ""  # Hugging Face folder: config, tokenizer, weights; or the mean of several's weights, A@0.5,B@0.5
     c.model.init = "pretrained"  # or "random": start without weights
     c.model.num_labels = 0  # 1: a reward model, which gives a score in place of logits; more: so many attributes; 0: as the folder is
-    c.model.critic = False  # a value of every token beside the logits: PPO's critic, on the policy's trunk
+    c.model.critic = ""  # of PPO: "head" on the policy's trunk, or a folder, whose trunk is trained beside it; empty: none
+    c.model.critic_heads = 1  # values that it gives of a token: of the KL first, then of each reward model; 1: of all together
     c.model.freeze = False  # train a reward model's head alone
     c.model.dtype = "auto"  # of activations: "auto" is bfloat16 on accelerators, float32 on CPU
     c.model.remat = "full"  # or "dots", "none"
@@ -97,6 +100,7 @@ def default_config() -> Any:
     c.data = ConfigDict()
     c.data.train = ""  # a .json, .jsonl, .csv (each also .gz) or .parquet file, a folder, hf://org/name:split, or A@0.7,B@0.3
     c.data.eval = ""  # the same, without weights
+    c.data.pretrain = ""  # online, for the loss called "pretrain": rows of kind "sft", sources as of `train`
     c.data.ood = ""  # the same, from elsewhere: out of distribution, for `alignax eval-rm`
     c.data.kind = "preference"  # or "sft", "unpaired" (labelled completions, or pairs taken apart), "ranked" (k completions), "prompt"
     c.data.columns = ConfigDict()
@@ -345,6 +349,11 @@ def _code(experiment: Experiment) -> str:
 def eval_batch_size(config: Any) -> int:
     """Examples of an evaluation batch."""
     return config.eval.batch_size or config.batch_size
+
+
+def trunk_values(config: Any) -> int:
+    """Values of a token that are read off the policy's own trunk."""
+    return config.model.critic_heads if config.model.critic == HEAD else 0
 
 
 def prompts_of_rollout(config: Any) -> int:

@@ -18,7 +18,7 @@ from alignax.config import steps_of_turn
 from alignax.distributed import is_main
 from alignax.evaluate import Evaluation
 from alignax.metrics import Log
-from alignax.models import hf, peft
+from alignax.models import hf, peft, reward
 from alignax.models.lora import Lora, merge
 from alignax.prepare import Run
 from alignax.programs import abstract_trained, batch_sizes, make_programs
@@ -118,7 +118,7 @@ def export(run: Run, state: TrainState, log: Log) -> None:
     """
     c, params = run.config.export, state.params
     params = params if c.params == "policy" else state.averages[c.params]
-    for name, one in members_of(params, run.members):
+    for name, one in members_of({leaf: x for leaf, x in params.items() if leaf != reward.CRITIC}, run.members):
         if run.lora is not None and run.lora.targets:
             peft.write_adapter(one, run.lora, run.source, run.config.model.path, run.workdir / "adapter" / name)
             log.line(f"adapters written to {run.workdir / 'adapter' / name}")
@@ -163,13 +163,17 @@ def summary(run: Run, about: dict[str, Any], start: int) -> list[str]:
     elif run.lora is not None and not run.members:
         base = "; the reference is their base, without adapters" if run.reference is run.source else ""
         lines.append(f"adapters {about['adapters']} of rank {run.lora.rank} on {', '.join(run.lora.targets)}{base}")
+    if run.critic is not None:
+        size = parameter_count(hf.abstract_params(run.critic.config)) / 1e6
+        lines.append(f"critic {about['critic']} of its own tree, {run.config.model.critic}: {size:.3f} M parameters")
     if run.members:
         kind = "all parameters" if run.lora is None else "adapters" if run.lora.targets else "a head"
         lines.append(f"ensemble of {run.members} members {about['members']}, each with {kind} of its own; seeds from {run.config.seed} on")
     for name, report in run.reports.items():
         lines += [f"{name} data: {line}" if i == 0 else f"  {line}" for i, line in enumerate(report.lines())]
-    if run.train.mixture:
-        lines += [f"mixture: {line}" for line in run.train.mixture.lines(run.steps * run.config.batch_size)]
+    for stream in (run.train, run.pretrain):
+        if stream is not None and stream.mixture:
+            lines += [f"mixture: {line}" for line in stream.mixture.lines(run.steps * run.config.batch_size)]
     if run.config.batch_size > len(run.train.examples):
         lines.append(
             f"a batch of {run.config.batch_size} is more than the {len(run.train.examples)} rows there are: it holds rows more than once"

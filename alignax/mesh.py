@@ -113,6 +113,7 @@ def batch_sharding(mesh: Mesh, members: bool = False) -> NamedSharding:
 def put_batch(mesh: Mesh, make: Callable[..., Mapping[str, np.ndarray]], *sizes: int) -> dict[str, jax.Array]:
     """A global batch of `sizes` [B], or [K, B], examples from a function that builds any slice of them, given a slice for each size.
 
+    K are members; where there are none it may be anything, which every device then has the whole of.
     Each process builds the slices of its own devices, once each, and no others.
     """
     layout = batch_sharding(mesh, len(sizes) == 2)

@@ -10,58 +10,93 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from alignax import mesh as meshes
 from alignax.averages import PROPOSAL, averaged
-from alignax.config import prompts_of_rollout
+from alignax.config import PRETRAIN, ROLLOUTS, prompts_of_rollout, steps_of_turn
 from alignax.experience import advance
 from alignax.experience.logps import in_parts
 from alignax.generate import sampler_gap
 from alignax.losses.algebra import lengths, sequence
 from alignax.prepare import Run
-from alignax.programs import abstract_batch, abstract_rollout, make_experience, make_programs, off_policy, policy_model, taught_apply
+from alignax.programs import (
+    abstract_batch,
+    abstract_rollout,
+    abstract_rows,
+    make_experience,
+    make_programs,
+    off_policy,
+    policy_model,
+    taught_apply,
+)
 from alignax.train import make_step
 from alignax.types import Batch, Metrics, Params, TrainState, microbatch
 
 LAST = ("skipped_total", "skipped_in_a_row", "learning_rate")  # metrics that are states: of several steps the last one's
 
 
-def training_program(run: Run) -> tuple[Any, dict[str, jax.ShapeDtypeStruct]]:
+def training_program(run: Run) -> tuple[Any, dict[str, Any]]:
     """The jitted program that trains, and the shapes of the batch that it takes, after state and frozen parameters."""
-    if run.config.rollout.samples:
-        return make_learn(run), abstract_rollout(run, prompts_of_rollout(run.config), run.config.rollout.samples)
-    return make_programs(run)[0], abstract_batch(run)
+    c = run.config
+    if not c.rollout.samples:
+        return make_programs(run)[0], abstract_batch(run)
+    batches: dict[str, Any] = {ROLLOUTS: abstract_rollout(run, prompts_of_rollout(c), c.rollout.samples)}
+    if run.pretrain is not None:
+        batches[PRETRAIN] = abstract_rows(run.mesh, run.pretrain, steps_of_turn(c), c.batch_size)
+    return make_learn(run), batches
 
 
-def make_learn(run: Run) -> Callable[[TrainState, dict[str, Params], Batch], tuple[TrainState, Metrics]]:
-    """The jitted program `(state, frozen, rollout) -> (state, metrics)`; metrics are means over its steps."""
+def pretraining(run: Run, step: int) -> dict[str, Batch]:
+    """The batches that the steps from `step` to the next rollout take beside theirs, by name: [steps, B, 1, T], a function of the step."""
+    if run.pretrain is None:
+        return {}
+    steps, stream = range(step, step + steps_of_turn(run.config)), run.pretrain
+
+    def make(which: slice, rows: slice) -> dict[str, np.ndarray]:
+        parts = [stream.batch(s, rows) for s in steps[which]]
+        return {name: np.stack([part[name] for part in parts]) for name in parts[0]}
+
+    return {PRETRAIN: meshes.put_batch(run.mesh, make, len(steps), run.config.batch_size)}
+
+
+def make_learn(run: Run) -> Callable[[TrainState, dict[str, Params], dict[str, Batch]], tuple[TrainState, Metrics]]:
+    """The jitted program `(state, frozen, batches) -> (state, metrics)`; metrics are means over its steps.
+
+    The batches are `rollouts`, and those of `pretraining`.
+    """
     c, after = run.config, averaged(run.averages)
 
-    def learn(state: TrainState, frozen: dict[str, Params], batch: Batch) -> tuple[TrainState, Metrics]:
+    def learn(state: TrainState, frozen: dict[str, Params], batches: dict[str, Batch]) -> tuple[TrainState, Metrics]:
+        batch, further = batches[ROLLOUTS], {name: x for name, x in batches.items() if name != ROLLOUTS}
         parts = c.rollout.minibatches * c.microbatches
         (carry, batch), metrics = experienced(run, state, frozen, batch, parts)
         state = dataclasses.replace(state, carry=carry)
-        train_step = make_step(taught_apply(run, frozen), run.objective, run.optimizer, c.microbatches)
+        apply = taught_apply(run, frozen)
+        train_step = make_step(apply, {ROLLOUTS: run.objective} | run.beside, run.optimizer, c.microbatches)
         if off_policy(run):
-            check_corrected(train_step, state, batch, c.rollout.minibatches)
+            check_corrected(make_step(apply, run.objective, run.optimizer), state, batch, c.rollout.minibatches)
 
-        def step(state: TrainState, part: Batch) -> tuple[TrainState, Metrics]:
+        def step(state: TrainState, part: dict[str, Batch]) -> tuple[TrainState, Metrics]:
             rate = run.schedule(state.step - state.skipped)
             state, metrics = train_step(state, part)
             return after(state), metrics | {"learning_rate": jnp.asarray(rate)}
 
-        def epoch(state: TrainState, order: jax.Array | None) -> tuple[TrainState, Metrics]:
+        def epoch(state: TrainState, given: tuple[jax.Array | None, dict[str, Batch]]) -> tuple[TrainState, Metrics]:
+            order, beside = given
             taken = batch if order is None else jax.tree.map(lambda x: x[order], batch)
-            split = microbatch(taken, c.rollout.minibatches)
-            return jax.lax.scan(step, state, split)
+            return jax.lax.scan(step, state, {ROLLOUTS: microbatch(taken, c.rollout.minibatches)} | beside)
 
-        state, found = epoch(state, None)
+        beside = jax.tree.map(lambda x: x.reshape((c.rollout.epochs, -1, *x.shape[1:])), further)
+        state, found = epoch(state, (None, jax.tree.map(lambda x: x[0], beside)))
         if c.rollout.epochs > 1:
             key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 3)
             draw = lambda i: jax.random.permutation(jax.random.fold_in(key, i), batch["tokens"].shape[0])
             orders = jax.vmap(draw)(jnp.arange(c.rollout.epochs - 1))
-            state, more = jax.lax.scan(epoch, state, orders)
+            state, more = jax.lax.scan(epoch, state, (orders, jax.tree.map(lambda x: x[1:], beside)))
             found = jax.tree.map(lambda a, b: jnp.concatenate([a, b.reshape((-1, *a.shape[1:]))]), found, more)
         tokens = c.rollout.epochs * batch["mask"].sum(dtype=jnp.float32)
+        tokens += sum(x["mask"].sum(dtype=jnp.float32) for x in further.values())
         return state, metrics | pooled(found) | {"tokens": tokens}
 
     return jax.jit(learn, donate_argnums=0)

@@ -53,12 +53,12 @@ def describe(run: Run) -> str:
     for path, x in jax.tree_util.tree_leaves_with_path(state.params):
         rows.append([hf.leaf_name(path), str(x.shape), str(x.sharding.spec), f"{size(x) / 1e6:.3f}"])
     memory = compile_step(run).memory_analysis()
-    _, batch = training_program(run)
+    batches = [(hf.leaf_name(path), x) for path, x in jax.tree_util.tree_leaves_with_path(training_program(run)[1])]
     return "\n".join(
         [
             f"{sizes(run)}; mesh {meshes.words(run.mesh)}",
             table(rows),
-            f"batch {batch['tokens'].shape} tokens (examples, responses, tokens), {batch['tokens'].sharding.spec}",
+            *(f"batch {n} {x.shape} (.., examples, responses, tokens), {x.sharding.spec}" for n, x in batches if n.endswith("tokens")),
             f"memory of the training step, a device: {memory.argument_size_in_bytes / 1e9:.3f} GB state, reference and batch, "
             f"{memory.temp_size_in_bytes / 1e9:.3f} GB temporary",
             f"steps {run.steps}",

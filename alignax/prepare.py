@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,10 +22,11 @@ from alignax.checks import (
     check_members,
     check_objective,
     check_positions,
+    check_pretrain,
     check_rollout,
     check_token_kl,
 )
-from alignax.config import Experiment, asked, blaming, difference, load_experiment, steps_of_turn
+from alignax.config import HEAD, PRETRAIN, ROLLOUTS, Experiment, asked, blaming, difference, load_experiment, steps_of_turn, trunk_values
 from alignax.data import Batches, Examples, Report, load, padded_length
 from alignax.data.files import one_line
 from alignax.data.mixture import sources
@@ -62,8 +64,10 @@ class Run(NamedTuple):
     source: hf.Source  # the folder that the policy starts from
     reference: hf.Source | None  # None: no experience asks for one
     lora: Lora | None  # adapters, which alone are trained
+    critic: hf.Source | None  # the folder of a critic of its own tree
     tokenizer: Any
     train: Batches  # of an ensemble those of its first member
+    pretrain: Batches | None  # of the loss called "pretrain"
     judges: list[hf.Source]  # reward models that experience asks for as `ensemble`
     members: int  # of an ensemble that is trained; 0: one model
     evaluation: Examples | None
@@ -71,7 +75,8 @@ class Run(NamedTuple):
     steps: int
     dtype: Any
     apply: Apply
-    objective: Objective
+    objective: Objective  # online of rollouts
+    beside: dict[str, Objective]  # those of further batches, by name
     schedule: optax.Schedule
     optimizer: optax.GradientTransformation
     averages: dict[str, Average]
@@ -95,7 +100,8 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
     mesh = mesh or meshes.make_mesh(config.mesh)
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     check_batches(config, mesh)
-    source = hf.with_heads(open_model(config.model.path, config.model.init, "model.path"), config.model.num_labels, config.model.critic)
+    source = open_model(config.model.path, config.model.init, "model.path")
+    source = hf.with_heads(source, config.model.num_labels, trunk_values(config))
     check_head(config, source, experiment)
     check_members(config, mesh)
     reference = None
@@ -110,21 +116,26 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
         check_token_kl(source, reference)
     lora = make_lora(config, source)
     tokenizer = load_tokenizer(source.path, source.config.vocab_size)
+    critic = open_critic(config)
+    if critic is not None:
+        check_tokenizer(critic, f"model.critic {config.model.critic!r}", tokenizer)
     judges = open_judges(config, tokenizer) if "ensemble" in asked(experiment.experience) else []
     if not config.data.train:
         raise ValueError("config field 'data.train' is empty; set --config.data.train=FILE")
-    loaded = {s: load(s, config.data, tokenizer, source.config.vocab_size) for s in ("train", "eval") if config.data[s]}
-    examples = {split: data.examples for split, data in loaded.items()}
+    loaded = {s: load(s, config.data, tokenizer, source.config.vocab_size) for s in ("train", "eval", "pretrain") if config.data[s]}
+    every = {split: data.examples for split, data in loaded.items()}
+    examples = {split: own for split, own in every.items() if split != "pretrain"}
     reports = {
         split if len(data.reports) == 1 else f"{split} ({path})": report
         for split, data in loaded.items()
         for path, report in data.reports.items()
     }
-    check_positions(config, source, examples)
+    for model in filter(None, (source, critic)):
+        check_positions(config, model, examples, every)
     if config.reference.cache:  # shapes of what is read or computed before the first step
         place = lambda e: dataclasses.replace(e, token_fields={STORED: np.zeros(len(e.tokens), np.float32)})
         examples = {split: place(e) for split, e in examples.items()}
-    check_rollout(config, source, experiment, examples)
+    check_rollout(config, source, critic, experiment, examples)
     tile = 8 if on_cpu else 128  # of TPU and GPU attention
     length = max(padded_length(e, tile) for e in examples.values())
     if config.rollout.samples:
@@ -132,6 +143,10 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
         length = -(-(longest + max(config.rollout.max_new_tokens, config.eval.max_new_tokens)) // tile) * tile
     drawn = {"bootstrap": config.ensemble.bootstrap, "noise": config.data.label_noise, "noise_seed": config.seed}
     train = Batches(examples["train"], config.batch_size, config.seed, length, loaded["train"].mixture, **drawn)
+    pretrain = None
+    if config.data.pretrain:
+        own = every["pretrain"]
+        pretrain = Batches(own, config.batch_size, config.seed, padded_length(own, tile), loaded["pretrain"].mixture)
     turn = steps_of_turn(config)
     steps = config.steps or -(-train.steps(config.epochs) * (config.rollout.epochs if config.rollout.samples else 1) // turn) * turn
     if steps < 1:
@@ -143,14 +158,16 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
     schedule = make_schedule(config.optimizer, steps)
     optimizer = make_optimizer(config.optimizer, schedule)
     with blaming(experiment.file):
-        objective = experiment.loss(config)
+        given = experiment.loss(config)
         averages = {} if experiment.averages is None else dict(experiment.averages(config))
-    check_objective(objective, experiment.file)
+    check_objective(given, experiment.file)
+    check_pretrain(config, given, experiment.file)
+    objective, beside = (given[ROLLOUTS], {PRETRAIN: given[PRETRAIN]}) if isinstance(given, Mapping) else (given, {})
     check_averages(config, averages, reference)
     check_cache(config, averages, reference)
     return Run(
-        experiment, config, workdir, mesh, source, reference, lora, tokenizer, train, judges, config.ensemble.members, examples.get("eval"),
-        reports, steps, dtype, apply, objective, schedule, optimizer, averages,
+        experiment, config, workdir, mesh, source, reference, lora, critic, tokenizer, train, pretrain, judges, config.ensemble.members,
+        examples.get("eval"), reports, steps, dtype, apply, objective, beside, schedule, optimizer, averages,
     )  # fmt: skip
 
 
@@ -159,10 +176,20 @@ def open_judges(config: Any, tokenizer: Any) -> list[hf.Source]:
     if not config.reward.path:
         raise ValueError("experience(..) asks for ensemble and config field 'reward.path' is empty; set --config.reward.path=FOLDER,FOLDER")
     judges = open_ensemble(config.reward.path.split(","))
-    own = load_tokenizer(judges[0].path, judges[0].config.vocab_size)
-    if own.get_vocab() != tokenizer.get_vocab():
-        raise ValueError(f"reward model {str(judges[0].path)!r} has another tokenizer than the policy; they must share one")
+    check_tokenizer(judges[0], f"reward model {str(judges[0].path)!r}", tokenizer)
     return judges
+
+
+def open_critic(config: Any) -> hf.Source | None:
+    """The folder that `model.critic` names, as a reward model with a score for every value; None, where it names none."""
+    c = config.model
+    return None if c.critic in ("", HEAD) else hf.with_heads(open_model(c.critic, "pretrained", "model.critic"), c.critic_heads)
+
+
+def check_tokenizer(source: hf.Source, what: str, tokenizer: Any) -> None:
+    """Refuses a model that reads other tokens than the policy."""
+    if load_tokenizer(source.path, source.config.vocab_size).get_vocab() != tokenizer.get_vocab():
+        raise ValueError(f"{what} has another tokenizer than the policy; they must share one")
 
 
 def compute_dtype(config: Any, mesh: Mesh) -> Any:

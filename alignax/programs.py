@@ -12,9 +12,10 @@ from alignax import ensemble
 from alignax import mesh as meshes
 from alignax.averages import PROPOSAL, averaged
 from alignax.config import asked, eval_batch_size, prompts_of_rollout
+from alignax.data import Batches
 from alignax.experience import Experience, advance, chain, first_carry
-from alignax.models import hf, transformer
-from alignax.models.lora import is_quantised, join, split
+from alignax.models import hf, reward, transformer
+from alignax.models.lora import Lora, is_quantised, join, split
 from alignax.prepare import STORED, Run, make_apply
 from alignax.rewards import ensemble_model
 from alignax.train import Apply, init_state, make_evaluation, make_step
@@ -35,7 +36,7 @@ def reference_config(run: Run) -> transformer.ModelConfig:
     """The reference's shape and options; of adapters, those of their base as it is stored."""
     assert run.reference is not None
     bare = dataclasses.replace(run.lora, targets=()) if run.lora is not None and run.reference is run.source else None
-    return dataclasses.replace(run.reference.config, lora=bare, critic=False)
+    return dataclasses.replace(run.reference.config, lora=bare, critic_heads=0)
 
 
 def taught_apply(run: Run, frozen: dict[str, Any]) -> Apply:
@@ -46,7 +47,15 @@ def taught_apply(run: Run, frozen: dict[str, Any]) -> Apply:
     assert run.reference is not None and reference is not None
     adapted = dataclasses.replace(run.source.config, lora=run.lora)
     apply = make_apply(adapted, run.config, run.dtype, run.mesh, (reference_config(run), reference.params))
-    return lambda params, batch: apply(full(run, frozen, params), batch)
+    return with_values(run, lambda params, batch: apply(full(run, frozen, params), batch))
+
+
+def with_values(run: Run, apply: Apply) -> Apply:
+    """The forward pass, with the values of a critic of its own tree where there is one."""
+    if run.critic is None:
+        return apply
+    values = transformer.critic(run.critic.config, dtype=run.dtype, remat=run.config.model.remat, mesh=run.mesh)
+    return lambda params, batch: apply(params, batch)._replace(values=values(params[reward.CRITIC], batch))
 
 
 def full(run: Run, frozen: dict[str, Params], params: Params) -> Params:
@@ -60,7 +69,7 @@ def policy_model(run: Run, frozen: dict[str, Params], params: Params) -> Model:
     def apply(params: Params, batch: Batch) -> Outputs:
         return run.apply(full(run, frozen, params), batch)
 
-    return Model(apply, params)
+    return Model(with_values(run, apply), params)
 
 
 def reference_model(run: Run, frozen: dict[str, Params]) -> Model | None:
@@ -93,7 +102,7 @@ def abstract_frozen(run: Run) -> dict[str, Any]:
     """Shapes, types and shardings of the parameters that a run holds and does not train, by name: "base" of adapters, "reference"."""
 
     def described(name: str, source: hf.Source) -> Params:
-        config = dataclasses.replace(source.config, lora=run.lora if name == "base" else None, critic=False)
+        config = dataclasses.replace(source.config, lora=run.lora if name == "base" else None, critic_heads=0)
         params = hf.abstract_params(config, run.mesh)
         params = params if name == "ensemble" else split(params)[0]
         describe = lambda path, x: jax.ShapeDtypeStruct(x.shape, frozen_dtype(path, run, name), sharding=x.sharding)
@@ -113,16 +122,27 @@ def frozen_sources(run: Run) -> dict[str, hf.Source]:
 
 def abstract_trained(run: Run, mesh: Mesh | None = None) -> Params:
     """Shapes, types and (with a mesh) shardings of what is trained: all parameters, or the adapters; of an ensemble all members'."""
-    one = hf.abstract_params(run.source.config, mesh) if run.lora is None else hf.abstract_adapters(run.source.config, run.lora, mesh)
-    return ensemble.stacked(one, run.members, mesh) if run.members else one
+    return abstract_models(run.source, run.lora, run.critic, run.members, mesh)
+
+
+def abstract_models(source: hf.Source, lora: Lora | None, critic: hf.Source | None, members: int, mesh: Mesh | None) -> Params:
+    """Those of a run of these."""
+    one = hf.abstract_params(source.config, mesh) if lora is None else hf.abstract_adapters(source.config, lora, mesh)
+    if critic is not None:
+        one = one | {reward.CRITIC: hf.abstract_params(critic.config, mesh)}
+    return ensemble.stacked(one, members, mesh) if members else one
 
 
 def abstract_batch(run: Run, evaluation: bool = False) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and shardings of a training batch, or of an evaluation batch, which members of an ensemble share."""
-    sizes = (eval_batch_size(run.config),) if evaluation else batch_sizes(run)
-    layout = meshes.batch_sharding(run.mesh, len(sizes) == 2)
+    return abstract_rows(run.mesh, run.train, *((eval_batch_size(run.config),) if evaluation else batch_sizes(run)))
+
+
+def abstract_rows(mesh: Mesh, stream: Batches, *sizes: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and shardings of rows of a stream whose leading axes are of those sizes, see `alignax.mesh.put_batch`."""
+    layout = meshes.batch_sharding(mesh, len(sizes) == 2)
     describe = lambda x: jax.ShapeDtypeStruct((*sizes, *x.shape[1:]), x.dtype, sharding=layout)
-    return {name: describe(x) for name, x in run.train.batch(0, slice(0)).items()}
+    return {name: describe(x) for name, x in stream.batch(0, slice(0)).items()}
 
 
 def batch_sizes(run: Run) -> tuple[int, ...]:

@@ -18,11 +18,11 @@ from jax.experimental import multihost_utils
 
 from alignax import mesh as meshes
 from alignax.averages import PROPOSAL
-from alignax.config import prompts_of_rollout, steps_of_turn
+from alignax.config import ROLLOUTS, prompts_of_rollout, steps_of_turn
 from alignax.data import Examples
 from alignax.data.files import one_line
 from alignax.generate import LENGTH, Completions, Generator, sampled_batch, shape_for
-from alignax.online import make_learn
+from alignax.online import make_learn, pretraining
 from alignax.prepare import Run
 from alignax.programs import AHEAD, full
 from alignax.types import Batch, Metrics, Params, TrainState
@@ -125,7 +125,8 @@ class Turns:
         """The policy learns from what it says now."""
         batch, metrics = self.rollouts.judge(self.rollouts.sample(state, self.frozen, step))
         began = time.monotonic()
-        state, learnt = jax.block_until_ready(self.learn(state, self.frozen, batch))
+        batches = {ROLLOUTS: batch} | pretraining(self.rollouts.run, step)
+        state, learnt = jax.block_until_ready(self.learn(state, self.frozen, batches))
         return state, learnt | metrics | {"time/learn": time.monotonic() - began}
 
     def ahead(self, state: TrainState, step: int) -> tuple[TrainState, Metrics]:
@@ -143,7 +144,7 @@ class Turns:
             said.append(metrics)
         following = step + steps_of_turn(run.config)
         sampled = rollouts.sample(state, self.frozen, following) if following < run.steps else None
-        state, learnt = self.learn(state, self.frozen, batch)  # goes on by itself
+        state, learnt = self.learn(state, self.frozen, {ROLLOUTS: batch} | pretraining(run, step))  # goes on by itself
         if sampled is not None:
             batch, metrics = rollouts.judge(sampled)
             said.append(metrics)

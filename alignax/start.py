@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from alignax import ensemble, rewards
 from alignax.checkpoint import Checkpoints, nbytes, require_space
@@ -60,7 +61,7 @@ def start(run: Run, write: bool = True) -> Started:
         check_step(run)
         params = initial_params(run)
         original = reference_params(run, params)
-    about = {"policy": fingerprint(params), "reference": fingerprint(original), "data": f"{run.train.digest():08x}"}
+    about = {"policy": fingerprint(params), "reference": fingerprint(original), "data": data_digest(run)}
     stored = {"base": split(params)[0], "reference": split(original)[0] if run.reference else None}
     frozen = {name: frozen_copy(run, name, stored[name]) for name in frozen_sources(run)}
     if run.judges:
@@ -82,6 +83,11 @@ def start(run: Run, write: bool = True) -> Started:
         params = original = initial_adapters(run, params, frozen["base"])
         about["adapters"] = fingerprint(params)
     del stored
+    own = {} if original is params else {"reference": original}  # what is given away may not be an argument twice
+    if run.critic is not None:
+        with together():
+            params = params | {reward.CRITIC: critic_params(run.critic, run.mesh)}
+        about["critic"] = fingerprint(params[reward.CRITIC])
     if write:
         with together():
             require_space(run.workdir, nbytes(abstract_state(run)))
@@ -92,11 +98,12 @@ def start(run: Run, write: bool = True) -> Started:
         saved = checkpoints.about(step)
         compared = about if write else {name: x for name, x in about.items() if name != "data"}  # evaluation may have other data
         check_same(run.workdir, step, saved, compared)
-        del params, original  # one training state at a time
+        del params, original, own  # one training state at a time
         state = checkpoints.restore(step, abstract_state(run))
     else:
-        own = {} if original is params else {"reference": original}  # what is given away may not be an argument twice
-        fresh = lambda p, key, own, frozen: new_state(run, p, key, {name: own.get(name, p) for name in run.averages}, frozen)
+        # A critic is the policy's alone, whatever an average starts from.
+        averages = lambda p, own: {name: p | own.get(name, {}) for name in run.averages}
+        fresh = lambda p, key, own, frozen: new_state(run, p, key, averages(p, own), frozen)
         layout = jax.tree.map(lambda x: x.sharding, abstract_state(run))
         state = jax.jit(fresh, out_shardings=layout, donate_argnums=0)(params, jax.random.key(config.seed), own, frozen)
     return Started(run, state, step, frozen, about, checkpoints)
@@ -147,6 +154,13 @@ def initial_params(run: Run) -> Params:
     return hf.load_params(run.source, run.mesh, jax.random.key(run.config.seed))
 
 
+def critic_params(source: hf.Source, mesh: Mesh) -> Params:
+    """The parameters of a critic at step 0: its folder's, with a head of 0 unless that scores as many labels as there are values."""
+    params = hf.load_params(source, mesh)
+    kept = source.stored.num_labels == source.config.num_labels
+    return params if kept else params | {"score": jnp.zeros_like(params["score"])}
+
+
 def spread(run: Run, params: Params, base: Params | None) -> Params:
     """What the members of an ensemble train, at step 0 [K, ...]: all parameters, or adapters of the base, and each its own head.
 
@@ -194,6 +208,11 @@ def frozen_copy(run: Run, name: str, params: Params) -> Params:
     # Copies, never aliases: the training step gives the policy's own buffers away.
     freeze = lambda path, x: jnp.array(x, frozen_dtype(path, run, name), copy=True)
     return jax.tree_util.tree_map_with_path(freeze, params)
+
+
+def data_digest(run: Run) -> str:
+    """The digest of all that batches are made of, as text."""
+    return "+".join(f"{stream.digest():08x}" for stream in (run.train, run.pretrain) if stream is not None)
 
 
 def open_workdir(run: Run) -> None:

@@ -1,14 +1,14 @@
 """The one shared training step, and the evaluation that goes with it."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from alignax.losses.algebra import Loss, Objective, at_step
+from alignax.losses.algebra import Loss, Objective, Objectives, at_step
 from alignax.types import Batch, Metrics, Outputs, Params, TrainState, microbatch
 
 Apply = Callable[[Params, Batch], Outputs]
@@ -24,8 +24,8 @@ def init_state(
 
 
 def make_step(
-    apply: Apply, objective: Objective, optimizer: optax.GradientTransformation, microbatches: int = 1
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    apply: Apply, objective: Objectives, optimizer: optax.GradientTransformation, microbatches: int = 1
+) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
     """The training step: forward, loss, gradients summed over microbatches, optimizer update.
 
     The same step serves every method: what differs is the loss and the fields that experience wrote into the batch. A step whose
@@ -33,25 +33,35 @@ def make_step(
 
     Args:
       apply: pure forward pass `(params, batch) -> Outputs`.
-      objective: a Loss, or `step -> Loss` where coefficients follow a schedule.
+      objective: a Loss, or `step -> Loss` where coefficients follow a schedule; or a mapping of these by name. A batch is then a mapping
+        of the same names, and the loss is the sum of each on its own batch, averaged over that one alone: a single gradient.
       optimizer: any optax transformation.
       microbatches: parts that B is split into, one forward and backward each; the result is that of one part.
 
     Returns:
-      `step(state, batch) -> (state, metrics)`, to be jitted with `donate_argnums=0`. Metrics are means over the global batch, and
-      `grad_norm`, `skipped` (this step: 0 or 1), `skipped_total`, `skipped_in_a_row`, `finite/<leaf>` for every parameter.
+      `step(state, batch) -> (state, metrics)`, to be jitted with `donate_argnums=0`. Metrics are means over the global batch, those of
+      a mapping's second loss on with its name before theirs (`pretrain/loss/sft`), and `grad_norm`, `skipped` (this step: 0 or 1),
+      `skipped_total`, `skipped_in_a_row`, `finite/<leaf>` for every parameter.
     """
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        loss = at_step(objective, state.step)
-        weights = loss.normalised(batch)
+    objectives = objective if isinstance(objective, Mapping) else {"": objective}
+    prefixes = dict(zip(objectives, ["", *(f"{name}/" for name in list(objectives)[1:])], strict=True))
 
-        def part_loss(params: Params, part: Batch, part_weights: Any) -> tuple[jax.Array, Metrics]:
-            value, metrics = loss(apply(params, part), part, part_weights)
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        batches = batch if isinstance(objective, Mapping) else {"": batch}
+        losses = {name: at_step(own, state.step) for name, own in objectives.items()}
+        weights = {name: loss.normalised(batches[name]) for name, loss in losses.items()}
+
+        def part_loss(params: Params, part: dict[str, Batch], part_weights: Any) -> tuple[jax.Array, Metrics]:
+            value, metrics = jnp.zeros(()), {}
+            for name, loss in losses.items():
+                own, found = loss(apply(params, part[name]), part[name], part_weights[name])
+                value += own
+                metrics |= {prefixes[name] + metric: x for metric, x in found.items()}
             return value, metrics | {"loss": value}
 
         gradient = jax.grad(part_loss, has_aux=True)
-        parts = microbatch((batch, weights), microbatches)
+        parts = microbatch((batches, weights), microbatches)
         if microbatches == 1:
             grads, metrics = gradient(state.params, *jax.tree.map(lambda x: x[0], parts))
         else:

@@ -25,10 +25,11 @@ A batch is a plain dict of arrays whose leading axis is B. Every method has the 
 | `raw_rewards`     | [B, N] f32       | `rewards` before the KL penalty                                                  |
 | `group_rewards`   | [B, N] f32       | of pairs made of groups: the rewards of all that were sampled, NaN where unknown |
 | `kl_coefficient`  | [B] f32          | that of an adaptive KL penalty                                                   |
-| `values`          | [B, N, T] f32    | a critic's estimate before tokens[t] is chosen, at completion tokens             |
+| `values`          | [B, N, T] f32    | a critic's estimate before tokens[t] is chosen, at completion tokens; of a critic |
+|                   |                  | of H heads [B, N, T, H]: of the KL, then of each reward model                    |
 | `token_rewards`   | [B, N, T] f32    | reward of each completion token: the penalties, and on the last `rewards`        |
 | `advantages`      | [B, N, T] f32    | how much better tokens[t] was than expected; of a group the same in a response   |
-| `returns`         | [B, N, T] f32    | what a critic is trained on, at completion tokens                                |
+| `returns`         | [B, N, T] f32    | what a critic is trained on, at completion tokens; shaped like `values`          |
 | `proxy_logps`     | [B, N, T] f32    | log-probs of the old policy without its noise, see `min_p_logps`                 |
 | `low_probability` | [B, N, T] bool   | tokens that `lp_reg` may protect                                                 |
 | `chi2`            | [B] f32          | chi-squared of the policy from its reference, the batch's estimate               |
@@ -66,7 +67,7 @@ class Outputs(NamedTuple):
     log_sum_sq: jax.Array | None = None  # [B, N, T] log sum_v pi(v | tokens[<t])^2; carries no gradient
     ref_kl: jax.Array | None = None  # [B, N, T] KL(ref || pi) of the distributions that predict tokens[t], nats
     scores: jax.Array | None = None  # [B, N] a reward model's score of each response; [B, N, labels] or, of an ensemble, [B, N, K]
-    values: jax.Array | None = None  # [B, N, T] a critic's estimate of what is to come before tokens[t] is chosen
+    values: jax.Array | None = None  # [B, N, T] a critic's estimate of what is to come before tokens[t] is chosen; [B, N, T, H] of heads
 
 
 class Model(NamedTuple):

@@ -115,7 +115,7 @@ def main(experiment):
     if not config.data.train:
         folder = Path(config.workdir)
         write_prompts(folder.with_name(folder.name + "_prompts"), config)
-    config.model.critic = config.method == "ppo"
+    config.model.critic = "head" if config.method == "ppo" else ""
     return commands.run(experiment._replace(config=config, main=None))
 
 

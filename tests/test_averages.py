@@ -56,15 +56,16 @@ def test_sync_by_hand():
 def drifting(rules, steps: int) -> list[tuple[float, float]]:
     """The parameter and its average after each step of a policy that moves by 1 a step from 5, with a critic that moves likewise."""
     update, zero = averaged(rules), jnp.zeros((), jnp.int32)
-    start = {"w": jnp.float32(5), "layers": {"value": jnp.float32(5)}}
+    start = {"w": jnp.float32(5), "value": jnp.float32(5), "critic": {"layers": {"q": jnp.float32(5)}}}
     state = TrainState(zero, start, {"moment": jnp.float32(3)}, None, zero, zero, dict.fromkeys(rules, start))
     out = []
     for step in range(1, steps + 1):
-        moved = {"w": state.params["w"] + 1, "layers": {"value": state.params["layers"]["value"] + 1}}
+        moved = jax.tree.map(lambda x: x + 1, state.params)
         state = update(state.replace(step=jnp.int32(step), params=moved))  # type: ignore[attr-defined]
         out.append((float(state.params["w"]), float(state.averages["ema"]["w"])))
     assert state.opt_state == {"moment": 3}, "moments stay"
-    assert float(state.params["layers"]["value"]) == 5 + steps, "a critic's head stays"
+    assert float(state.params["value"]) == 5 + steps, "a critic's head stays"
+    assert float(state.params["critic"]["layers"]["q"]) == 5 + steps, "and so does a critic of its own tree"
     assert all(float(state.averages[name]["w"]) == 5 for name in rules if name == "initial")
     return out
 

@@ -141,6 +141,12 @@ def test_gae_by_hand():
     close(found["returns"][0, 0], [0, a1 + 1, a2 + 2, a3 + 3, 0])
 
 
+def test_a_critic_of_several_heads_is_refused():
+    mask = np.array([[[False, True, True]]])
+    with pytest.raises(ValueError, match=r"gae\(\) takes one value of a token, and this critic gives 2; set model.critic_heads to 1"):
+        gae()({"completion_mask": mask, "rewards": np.array([[4.0]]), "values": np.zeros((1, 1, 3, 2))})
+
+
 def test_tokens_between_two_turns_are_no_steps():
     """A completion in two parts: what lies between, a tool's answer, is passed over; the reward stands on the last scored token."""
     close_up = lambda x: np.concatenate([x[..., :3], x[..., 5:]], axis=-1)

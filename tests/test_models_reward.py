@@ -1,5 +1,7 @@
 """Reward models: a score in place of logits, read at the last completion token; folders in and out."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,9 +13,9 @@ import transformers
 from test_models_families import ROWS
 
 from alignax.losses import apo_zero_unpaired, bradley_terry, centring, dpo, sft
-from alignax.mesh import make_mesh
+from alignax.mesh import batch_sharding, make_mesh
 from alignax.models import hf
-from alignax.models.transformer import forward
+from alignax.models.transformer import critic, forward
 from alignax.optim import decays
 
 ONE = make_mesh({}, jax.devices()[:1])
@@ -57,6 +59,41 @@ def test_scores_are_those_of_transformers_on_the_way_in_and_out(kind, tmp_path):
     np.testing.assert_allclose(scores, their_scores(model, batch)[..., 0], atol=1e-4, rtol=0)
     hf.export(params, source, tmp_path / "out")
     np.testing.assert_array_equal(their_scores(AUTO.from_pretrained(tmp_path / "out"), batch), their_scores(model, batch))
+
+
+def test_a_critic_of_its_own_tree_reads_the_score_of_what_is_there(llama):
+    """The value before tokens[t] is what the reward model scores the completion up to t - 1, on one device and on eight."""
+    source, params = llama
+    params, batch = params | {"score_offset": jnp.array([0.75])}, tiny.batch(B=8)
+    values = np.asarray(jax.jit(critic(source.config))(params, batch))
+    t = jnp.arange(24)[None, None]
+    score = jax.jit(
+        lambda end: forward(source.config)(params, batch | {n: batch[n] & (t <= end) for n in ("mask", "completion_mask")}).scores
+    )
+    scored = np.asarray(batch["completion_mask"])
+    assert not values[~scored].any() and values[scored].std() > 0.02
+    for end in (6, 9):
+        both = scored[..., end] & scored[..., end + 1]
+        assert both.sum() > 3
+        np.testing.assert_allclose(values[..., end + 1][both], np.asarray(score(end))[both], atol=1e-5, rtol=0)
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    placed = jax.device_put(params, jax.tree.map(lambda x: x.sharding, hf.abstract_params(source.config, mesh)))
+    sharded = jax.jit(critic(source.config, mesh=mesh))(placed, jax.device_put(batch, batch_sharding(mesh)))
+    np.testing.assert_allclose(sharded, values, atol=1e-5, rtol=0)
+
+
+def test_values_of_several_heads_lie_side_by_side(llama):
+    source, _ = llama
+    config = dataclasses.replace(source.stored, critic_heads=3)
+    params, batch = hf.init_params(config, ONE, jax.random.key(0)), tiny.batch(T=16)
+    assert not params["value"].any()
+    one = np.random.default_rng(0).normal(size=(32, 1))
+    params |= {"value": jnp.asarray(np.concatenate([one, 2 * one, -one], axis=1), jnp.float32)}
+    values = np.asarray(jax.jit(forward(config))(params, batch).values)
+    assert values.shape == (*batch["tokens"].shape, 3)
+    assert not values[~np.asarray(batch["completion_mask"])].any() and np.abs(values).max() > 0.1
+    np.testing.assert_allclose(values[..., 1], 2 * values[..., 0], atol=1e-5)
+    np.testing.assert_allclose(values[..., 2], -values[..., 0], atol=1e-5)
 
 
 def test_several_labels(tmp_path):

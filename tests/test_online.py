@@ -1,6 +1,7 @@
 """Online training: rollouts in front of the shared step, on a tiny model, in one process."""
 
 import json
+import shutil
 import textwrap
 import time
 
@@ -11,6 +12,7 @@ import pytest
 import runs
 import tiny
 from safetensors import safe_open
+from safetensors.numpy import load_file
 from test_rewards import reward_folder
 
 from alignax import mesh as meshes
@@ -19,11 +21,11 @@ from alignax.cli import main
 from alignax.config import load_experiment
 from alignax.experience import best_and_worst
 from alignax.models import hf
-from alignax.online import make_learn
+from alignax.online import make_learn, pretraining, training_program
 from alignax.prepare import prepare
 from alignax.programs import abstract_rollout, abstract_state, make_experience, policy_model
 from alignax.rollout import Rollouts
-from alignax.start import start
+from alignax.start import check_step, critic_params, start
 from alignax.train import make_step
 
 HEAD = """
@@ -46,6 +48,14 @@ def reward(prompts, completions, weight):
 def gold(prompts, completions):
     return [float(len(text)) for text in completions]
 """
+NAMED = """
+def loss(config):
+    return {"pretrain": 0.5 * sft(), "rollouts": grpo()}
+
+def experience(config):
+    return group_relative()
+
+"""
 PPO = """
 def loss(config):
     return ppo() + 0.1 * value_loss()
@@ -57,6 +67,8 @@ def reward(prompts, completions):
     return [float("a" in text) for text in completions]
 """
 
+BOTH = NAMED + GRPO[GRPO.index("def reward") :]
+
 
 @pytest.fixture(scope="module")
 def fields(tmp_path_factory):
@@ -65,6 +77,8 @@ def fields(tmp_path_factory):
     model = tiny.folder(folder / "model")
     rows = [{"prompt": f"the {word} of", "weight": 1.0 + i % 2} for i, word in enumerate(["sun", "moon", "sea", "tree", "cat", "dog"] * 4)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    texts = [{"prompt": "", "completion": f"once there was a {word}" + " then" * (i % 3)} for i, word in enumerate(["sun", "moon"] * 10)]
+    (folder / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
     own = {
         "model.path": model, "data.train": folder / "prompts.jsonl", "data.kind": "prompt", "batch_size": 8, "steps": 8,
         "rollout.samples": 3, "rollout.max_new_tokens": 6, "rollout.minibatches": 2, "rollout.epochs": 2, "eval.sample_prompts": 4,
@@ -85,9 +99,14 @@ def rows(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
+def checked(args):
+    """The run of a command line."""
+    return prepare(load_experiment(args[2], [a.removeprefix("--config.") for a in args[3:]]))
+
+
 def trained(workdir, args):
     """The parameters that a run ended with."""
-    run = prepare(load_experiment(args[2], [a.removeprefix("--config.") for a in args[3:]]))
+    run = checked(args)
     checkpoints = Checkpoints(workdir)
     state = checkpoints.restore(checkpoints.latest(), abstract_state(run))
     checkpoints.close()
@@ -157,7 +176,7 @@ def test_a_turn_is_the_shared_step_on_each_part_of_a_rollout(fields, tmp_path):
     expected = jax.tree.map(np.asarray, by_hand.params)
 
     for own, begin, rollout in (begun(one), begun(eight), begun(one, microbatches=2)):
-        learnt, metrics = make_learn(own)(begin.state, begin.frozen, rollout)
+        learnt, metrics = make_learn(own)(begin.state, begin.frozen, {"rollouts": rollout})
         assert learnt.step == 4
         np.testing.assert_allclose(metrics["loss"], np.mean(losses), rtol=1e-4, atol=1e-6)
         close = lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5)
@@ -177,7 +196,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(grpo, fields, tmp_path):
 
 @pytest.mark.slow
 def test_ppo_trains_a_critic_beside_the_policy(fields, tmp_path):
-    given = fields | {"workdir": str(tmp_path / "run"), "model.critic": "true", "steps": "4", "export.final": "true"}
+    given = fields | {"workdir": str(tmp_path / "run"), "model.critic": "head", "steps": "4", "export.final": "true"}
     args = arguments(tmp_path, PPO, given)
     assert main(args) == 0
     params = trained(tmp_path / "run", args)
@@ -190,6 +209,100 @@ def test_ppo_trains_a_critic_beside_the_policy(fields, tmp_path):
         main(["generate", str(tmp_path / "run"), "--prompts", fields["data.train"], "--max-new-tokens", "2", "--out", str(tmp_path / "o")])
         == 0
     )
+
+
+def texts(fields):
+    """The rows that a policy is held at."""
+    return fields["data.train"].replace("prompts", "texts")
+
+
+@pytest.fixture
+def pretrained(fields, tmp_path):
+    """The command line of a run that mixes pretraining in."""
+    return arguments(tmp_path, BOTH, fields | {"workdir": str(tmp_path / "run"), "data.pretrain": texts(fields)})
+
+
+def test_every_step_of_a_turn_has_its_own_pretraining_batch(pretrained):
+    run = checked(pretrained)
+    found = pretraining(run, 4)["pretrain"]
+    assert found["tokens"].shape == (4, 8, 1, run.pretrain.length) and run.pretrain.length > run.train.length
+    for u in range(4):
+        jax.tree.map(np.testing.assert_array_equal, jax.tree.map(lambda x: x[u], found), run.pretrain.batch(4 + u))  # noqa: B023
+    described = training_program(run)[1]["pretrain"]
+    assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), found) == jax.tree.map(
+        lambda x: (x.shape, x.dtype, x.sharding), described
+    )
+
+
+@pytest.mark.slow
+def test_pretraining_is_mixed_in_and_goes_on_bit_for_bit(fields, pretrained, tmp_path, capsys):
+    own = tmp_path / "texts.jsonl"
+    shutil.copyfile(texts(fields), own)
+    pretrained = [*pretrained, f"--config.data.pretrain={own}"]
+    assert main(pretrained) == 0
+    found = [row for row in rows(tmp_path / "run") if "loss" in row]
+    assert [row["step"] for row in found] == [4, 8]
+    for row in found:  # each is a mean over the steps of a turn
+        np.testing.assert_allclose(row["loss"], row["loss/grpo"] + 0.5 * row["pretrain/loss/sft"], rtol=1e-5)
+    assert found[1]["pretrain/loss/sft"] < found[0]["pretrain/loss/sft"]
+    whole = trained(tmp_path / "run", pretrained)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "8")
+    assert main(pretrained) == 0
+    jax.tree.map(np.testing.assert_array_equal, whole, trained(tmp_path / "run", pretrained))
+    own.write_text(own.read_text().replace("sun", "sea"))
+    assert main(pretrained) == 2 and "grew from another data" in capsys.readouterr().err
+
+
+def critic_of(folder, **changes):
+    """Fields of a critic of its own tree: a reward model of the policy's tokens."""
+    return {"model.critic": str(reward_folder(folder, 7, **changes))}
+
+
+def test_a_critic_of_its_own_tree_is_trained_beside_the_policy(fields, tmp_path):
+    """Its place in the training state, on shapes alone: the folder's own sizes, sharded; gradients reach it and the policy."""
+    given = fields | {"workdir": str(tmp_path / "run")} | critic_of(tmp_path, hidden_size=16, head_dim=4)
+    run = checked(arguments(tmp_path, PPO, given | {"model.critic_heads": "1", "mesh.fsdp": "8"}))
+    check_step(run)
+    params = abstract_state(run).params
+    assert params["critic"]["embed"].shape == (96, 16) and params["embed"].shape == (96, 32)
+    assert params["critic"]["embed"].sharding.spec == params["embed"].sharding.spec != jax.sharding.PartitionSpec()
+    assert "value" not in params and params["critic"]["score"].shape == (16, 1)
+    start = critic_params(run.critic, run.mesh)
+    folder = hf.load_params(hf.open_folder(given["model.critic"]), run.mesh)
+    jax.tree.map(np.testing.assert_array_equal, start, folder)
+    zeroed = critic_params(hf.with_heads(hf.open_folder(given["model.critic"]), 2), run.mesh)
+    assert zeroed["score"].shape == (16, 2) and not zeroed["score"].any()
+    np.testing.assert_array_equal(zeroed["embed"], folder["embed"])
+    file = tmp_path / "rm7" / "tokenizer.json"
+    file.write_text(file.read_text().replace('"a":', '"ä":'))
+    with pytest.raises(ValueError, match="rm7' has another tokenizer than the policy; they must share one"):
+        checked(arguments(tmp_path, PPO, given))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", ["0", "2"])
+def test_a_run_with_a_critic_of_its_own_tree(rank, fields, tmp_path, capsys):
+    given = fields | {"workdir": str(tmp_path / "run"), "lora.rank": rank, "steps": "8", "export.final": "true"} | critic_of(tmp_path)
+    source = PPO + "\ndef averages(config):\n    return elastic_reset(decay=1.0, every=4)\n"
+    args = arguments(tmp_path, source, given)
+    assert main(args) == 0
+    assert "critic" in capsys.readouterr().err
+    start = hf.load_params(hf.open_folder(given["model.critic"]), checked(args).mesh)
+    found = trained(tmp_path / "run", args)
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), found["critic"], start)
+    assert moved["embed"] > 1e-4 and moved["layers"]["q"].max() > 1e-4 and moved["score"] > 1e-4
+    # Decay 1 resets the policy to where it began, not the critic.
+    policy = load_file(tmp_path / "run" / "export" / "model.safetensors")
+    origin = load_file(f"{fields['model.path']}/model.safetensors")
+    assert policy.keys() == origin.keys()
+    for name in policy:
+        np.testing.assert_allclose(policy[name], origin[name], atol=1e-7)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "8")
+    assert main(args) == 0
+    jax.tree.map(np.testing.assert_array_equal, found, trained(tmp_path / "run", args))
+    assert main(["eval", str(tmp_path / "run")]) == 0
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "again")]) == 0
+    np.testing.assert_array_equal(load_file(tmp_path / "again" / "model.safetensors")[name], policy[name])
 
 
 REWARD = "def reward(prompts, completions):\n    "  # called once at the start with one completion, which is empty
@@ -248,6 +361,14 @@ REFUSED = {
     "no evidence": ({}, OFF_POLICY + PROPOSAL, "put that at the end of the experience's chain"),
     "ahead of nothing": (AHEAD | {"rollout.samples": "0"}, GRPO, "no rollouts to sample ahead"),
     "a proposal of nothing": (OFFLINE, UNREWARDED + PROPOSAL, "samples rollouts"),
+    "texts without a loss": ({"data.pretrain": "texts.jsonl"}, GRPO, "has no loss of it; return {"),
+    "a loss without texts": ({}, BOTH, "data.pretrain is empty"),
+    "a misspelt name": ({"data.pretrain": "texts.jsonl"}, BOTH.replace('"pretrain"', '"pretrian"'), "the nearest is 'pretrain'"),
+    "one name": ({"data.pretrain": "texts.jsonl"}, BOTH.replace('"rollouts": grpo()', ""), "names no loss 'rollouts'"),
+    "names offline": ({"rollout.samples": "0", "data.kind": "sft", "data.train": "texts.jsonl"}, NAMED, "has a loss of rollouts"),
+    "true for a critic": ({"model.critic": "true"}, PPO, "model.critic 'true' is no critic; use 'head'"),
+    "no critic's folder": ({"model.critic": "nowhere"}, PPO, "model folder 'nowhere' does not exist"),
+    "heads of no critic": ({"model.critic_heads": "2"}, PPO, "model.critic_heads is 2 and there is no critic"),
     "a cache": ({"reference.cache": "cache"}, GRPO, "online training scores samples"),
 }  # fmt: skip
 
@@ -255,6 +376,7 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_is_refused_before_any_compute(name, fields, tmp_path, capsys):
     changes, source, message = REFUSED[name]
+    changes = {name: texts(fields) if value == "texts.jsonl" else value for name, value in changes.items()}
     assert main(arguments(tmp_path, source, fields | {"workdir": str(tmp_path / "run")} | changes)) == 2
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1 and not (tmp_path / "run").exists()

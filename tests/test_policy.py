@@ -288,6 +288,33 @@ def test_importance_weights_undo_another_sampler():
     assert np.abs(gradient(losses.reinforce(), THETA, None, q, {}, advantages) - off).max() > 0.01
 
 
+def test_heads_of_a_critic_are_added_up_with_their_weights():
+    logps, batch = ragged()
+    inside = np.array(batch["completion_mask"])
+    values, old, returns = (np.random.default_rng(i).normal(size=(*logps.shape, 3)).astype(np.float32) for i in range(3))
+    batch |= {"values": jnp.asarray(old), "returns": jnp.asarray(returns)}
+    near = old + np.clip(values - old, -0.2, 0.2)
+    each = 0.5 * np.maximum((values - returns) ** 2, (near - returns) ** 2)[inside].mean(axis=0)  # of a head
+    for weights, expected in (((), each.mean()), ((0.2, 0.5, 0.0), 0.2 * each[0] + 0.5 * each[1])):
+        loss = losses.value_loss(heads=weights)
+        total = lambda v, loss=loss: loss(Outputs(logps, logps, values=v), batch, loss.normalised(batch))
+        value, metrics = total(jnp.asarray(values))
+        close(value, expected)
+        close(metrics["values/mean/head_1"], values[inside, 1].mean())
+        assert "values/mean" not in metrics
+        gradient = jax.grad(lambda v, total=total: total(v)[0])(jnp.asarray(values))
+        assert bool(np.any(gradient[..., 2])) == (weights == ())
+    one = lambda heads: losses.value_loss(heads=heads)(
+        Outputs(logps, logps, values=jnp.asarray(values[..., 0])),
+        batch | {name: batch[name][..., 0] for name in ("values", "returns")},
+        losses.value_loss().normalised(batch),
+    )[0]
+    close(one(()), each[0])
+    close(one((0.5,)), 0.5 * each[0])
+    with pytest.raises(ValueError, match="weights for 2 heads, and the critic has 3"):
+        losses.value_loss(heads=(0.2, 0.5))(Outputs(logps, logps, values=jnp.asarray(values)), batch, loss.normalised(batch))
+
+
 def test_an_unclipped_value_loss_is_half_the_squared_error():
     logps, batch = ragged()
     values, returns = 3.0 * logps, logps

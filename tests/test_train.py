@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from alignax import mesh as meshes
 from alignax.config import default_config
 from alignax.experience import chain, logps
-from alignax.losses import Loss, dpo, ipo, make_loss, per_sequence, rpo, rpo_token_mean, sft
+from alignax.losses import Loss, dpo, ipo, make_loss, per_sequence, ppo, rpo, rpo_token_mean, sft
 from alignax.models import hf
 from alignax.optim import OPTIMIZERS, SCHEDULES, decays, make_optimizer, make_schedule
 from alignax.train import digest, init_state, make_evaluation, make_step, means
@@ -84,6 +84,49 @@ def test_microbatches_equal_one_batch(name):
             assert_near(parts.opt_state, whole.opt_state)
             assert_near(parts.params, whole.params)
             assert_metrics_near(part_metrics, metrics)
+
+
+OTHER = {"rollouts": dpo(), "pretrain": lambda step: (0.5 + step) * sft()}  # as PPO-ptx: each loss of a batch of its own
+
+
+def test_losses_of_batches_of_their_own_are_one_gradient():
+    """Gradient and loss are the sums of those done apart, each over its own global batch, and so are those of microbatches."""
+    optimizer = optax.sgd(0.1, momentum=0.0)  # its state is the gradient
+    first, second = padded(ragged(), (1, 6)), padded(tiny.batch(8, N=1, T=16, seed=1), (0, 2, 4))
+    state = start(optimizer)
+    apart = [(jax.jit(make_step(tiny.plain_apply, OTHER[n], optimizer))(state, b)) for n, b in (("rollouts", first), ("pretrain", second))]
+    (dpo_state, dpo_metrics), (sft_state, sft_metrics) = apart
+    assert sft_metrics["grad_norm"] > 1e-3
+    step = jax.jit(make_step(tiny.plain_apply, OTHER, optimizer, 4))
+    together, metrics = step(state, {"rollouts": first, "pretrain": second})
+    assert_near(together.opt_state, jax.tree.map(jnp.add, dpo_state.opt_state, sft_state.opt_state))
+    np.testing.assert_allclose(metrics["loss"], dpo_metrics["loss"] + sft_metrics["loss"], rtol=1e-6)
+    np.testing.assert_allclose(metrics["pretrain/loss/sft"], sft_metrics["loss/sft"], rtol=1e-6)
+    np.testing.assert_allclose(metrics["rewards/margins"], dpo_metrics["rewards/margins"], rtol=1e-5)
+
+
+def test_mixing_pretraining_in_holds_what_ppo_alone_forgets():
+    """Ouyang et al. 2022, eq. 2: the loss on texts that the policy was trained on, after PPO on other samples, random ones."""
+    texts = tiny.batch(8, N=1, T=16, V=8)
+    samples = tiny.batch(8, N=2, T=16, V=8, seed=1)
+    samples["advantages"] = jnp.array([1.0, -1.0])[None, :, None] * samples["completion_mask"]
+    optimizer, policy = optax.sgd(1.0), ppo(clip=5.0)
+    fit = jax.jit(make_step(tiny.plain_apply, sft(), optimizer))
+    state = start(optimizer, tiny.plain_params(V=8))
+    for _ in range(100):
+        state, metrics = fit(state, texts)
+    learnt, found = metrics["loss"], {}
+    samples["old_logps"] = tiny.plain_apply(state.params, samples).logps
+    for name, objective, batch in (
+        ("alone", policy, samples),
+        ("mixed", {"rollouts": policy, "pretrain": sft()}, {"rollouts": samples, "pretrain": texts}),
+    ):
+        step, own = jax.jit(make_step(tiny.plain_apply, objective, optimizer)), state
+        for _ in range(30):
+            own, metrics = step(own, batch)
+        found[name] = fit(own, texts)[1]["loss"], metrics["loss/ppo"]
+    assert found["alone"][0] > learnt + 1.0 and found["mixed"][0] < learnt + 0.2
+    assert found["mixed"][1] < -0.1, "and yet the samples of advantage 1 gain"
 
 
 def test_padding_rows_change_nothing():

@@ -39,7 +39,7 @@ class Loaded(NamedTuple):
 
 
 def load(field: str, data: Any, tokenizer: Any, vocab_size: int) -> Loaded:
-    """Read and tokenise what `config.data.train` or `config.data.eval` (the field) names: one source or several, see `sources`.
+    """Read and tokenise what `config.data.train` or `.eval` (the field) names, or `.pretrain`, of kind "sft": see `sources`.
 
     Sources with weights are drawn from in these proportions; without, they are one set of rows. An epoch is as many draws as
     all sources together have rows, whatever the weights. Evaluation takes every row once and refuses weights.
@@ -48,6 +48,9 @@ def load(field: str, data: Any, tokenizer: Any, vocab_size: int) -> Loaded:
     weights = [weight for _, weight in named if weight is not None]
     if weights and field == "eval":
         raise ValueError(f"data.eval {data.eval!r} has weights, and evaluation takes every row once; leave them out")
+    if field == "pretrain":
+        data = data.copy_and_resolve_references()
+        data.kind = "sft"
     loaded = {path: load_examples(path, data, tokenizer, vocab_size) for path, _ in named}
     parts = [examples for examples, _ in loaded.values()]
     mixture = None

@@ -80,6 +80,8 @@ def gae(gamma: float = 1.0, lam: float = 0.95) -> Experience:
 def _gae(gamma: float, lam: float, batch: Batch) -> Batch:
     mask, known = batch["completion_mask"], rewarded_tokens(batch)
     rewards, values = token_rewards(batch), field(batch, "values", "a critic's values, gae()")
+    if values.ndim != mask.ndim:
+        raise ValueError(f"gae() takes one value of a token, and this critic gives {values.shape[-1]}; set model.critic_heads to 1")
 
     def back(carry: tuple[jax.Array, jax.Array], at: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         reward, value, here = at  # [B, N] each

@@ -8,7 +8,7 @@ A coefficient may be a schedule: `lambda step: dpo() + eta(step) * sft()` is a l
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -76,6 +76,7 @@ class Loss:
 
 
 Objective = Loss | Callable[[jax.Array], Loss]  # a loss, or step -> loss
+Objectives = Objective | Mapping[str, Objective]  # or several by name, each of a batch of its own
 
 
 def at_step(objective: Objective, step: jax.Array) -> Loss:

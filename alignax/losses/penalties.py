@@ -6,6 +6,8 @@ policy too and that is not differentiated. Each docstring says what its gradient
 gradient of KL(pi || ref) of whole responses. d is log pi/ref of a token; of tokens, at the prefixes that were sampled.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
@@ -131,12 +133,14 @@ def entropy_bonus(aggregate: Aggregate = token_mean) -> Loss:
     return aggregate("entropy_bonus", lambda out, batch: (-out.entropy, {"entropy": out.entropy}))
 
 
-def value_loss(clip: float = 0.2, aggregate: Aggregate = token_mean) -> Loss:
+def value_loss(clip: float = 0.2, aggregate: Aggregate = token_mean, heads: Sequence[float] = ()) -> Loss:
     """A critic's squared error, clipped as PPO's (Schulman et al. 2017; the clip: openai/baselines, and Huang et al. 2024).
 
     max((V - R)^2, (V_old + clip(V - V_old, -clip, clip) - R)^2) / 2,   R the field `returns`, V_old the field `values`
 
-    A value that has moved beyond the clip towards its return has no gradient. Needs a model that gives `Outputs.values`.
+    A value that has moved beyond the clip towards its return has no gradient. Needs a model that gives `Outputs.values`. Of a critic of H
+    heads, [B, N, T, H], it is a weighted sum over heads: their mean, unless `heads` says otherwise. Metrics are then each head's own,
+    `values/mean/head_0`.
 
     Metrics: the explained variance is 1 - (e - m^2) / (q - r^2) of e = `values/squared_error`, r = `returns/mean`,
     q = `returns/mean_square`, m = r - `values/mean`.
@@ -144,22 +148,32 @@ def value_loss(clip: float = 0.2, aggregate: Aggregate = token_mean) -> Loss:
     Args:
       clip: how far a value may move in one rollout, in rewards, above 0; infinity does not clip.
       aggregate: how tokens are averaged.
+      heads: the weight of each head, the KL's first; () is 1 / H each. Moskovitz et al. 2023 (arXiv:2310.04373) have 0.2 for the KL and
+        0.5 for each reward model.
     """
     check_positive("clip", clip)
 
     def value(out: Outputs, batch: Batch) -> tuple[jax.Array, Metrics]:
         if out.values is None:
-            raise ValueError("value_loss needs Outputs.values, which this model leaves out; give the policy a critic")
+            raise ValueError("value_loss needs Outputs.values, which this model leaves out; give the policy a critic (model.critic)")
         returns, old = field(batch, "returns", "gae()"), field(batch, "values", "critic_values(..), gae()")
         near = old + jnp.clip(out.values - old, -clip, clip)
         error = jnp.square(out.values - returns)
         loss = 0.5 * jnp.maximum(error, jnp.square(near - returns))
-        return loss, {
+        metrics = {
             "values/mean": out.values,
             "values/squared_error": error,
             "values/clipped": (jnp.abs(out.values - old) > clip).astype(jnp.float32),
             "returns/mean": returns,
             "returns/mean_square": jnp.square(returns),
         }
+        several = loss.ndim > batch["completion_mask"].ndim
+        H = loss.shape[-1] if several else 1
+        if len(heads) not in (0, H):
+            raise ValueError(f"value_loss has weights for {len(heads)} heads, and the critic has {H}; give one for each")
+        if not several:
+            return loss * (heads[0] if heads else 1.0), metrics
+        own = {f"{name}/head_{h}": x[..., h] for name, x in metrics.items() for h in range(H)}
+        return loss @ jnp.asarray(list(heads) or [1 / H] * H, jnp.float32), own
 
     return aggregate("value_loss", value)

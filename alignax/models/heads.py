@@ -91,6 +91,23 @@ def last_states(hidden: jax.Array, mask: jax.Array) -> jax.Array:
     return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0].astype(jnp.float32)
 
 
+def token_values(hidden: jax.Array, scored: jax.Array, weight: jax.Array, offset: jax.Array | None = None) -> jax.Array:
+    """A critic's values, float32 [B, N, T], of several heads [B, N, T, H]: what is to come, as seen before tokens[t] is chosen.
+
+    Args:
+      hidden: [R, T, D].
+      scored: [B, N, T] bool, completion tokens; elsewhere values are 0.
+      weight: [D, H].
+      offset: [H], taken from the values as from a reward model's scores, and not trained either; None: nothing is.
+    """
+    values = hidden[:, :-1].astype(jnp.float32) @ weight.astype(jnp.float32)  # [R, T - 1, H]
+    if offset is not None:
+        values = values - jax.lax.stop_gradient(offset)[None, None]
+    values = jnp.pad(values, ((0, 0), (1, 0), (0, 0))).reshape(*scored.shape, -1)
+    values = jnp.where(scored[..., None], values, 0.0)
+    return values[..., 0] if values.shape[-1] == 1 else values
+
+
 def soft_cap(z: jax.Array, cap: float | None) -> jax.Array:
     """cap * tanh(z / cap), which keeps logits within +-cap (Gemma 2, arXiv:2408.00118); z itself without a cap."""
     return z if cap is None else cap * jnp.tanh(z / cap)

@@ -117,9 +117,9 @@ def read_object(file: Path, remedy: str) -> dict[str, Any]:
     return found
 
 
-def with_heads(source: Source, num_labels: int, critic: bool = False) -> Source:
-    """The same trunk with that many scores (0: as the folder is), and with values; a head that the folder has not begins anew."""
-    config = dataclasses.replace(source.config, num_labels=num_labels or source.config.num_labels, critic=critic)
+def with_heads(source: Source, num_labels: int, values: int = 0) -> Source:
+    """The same trunk with that many scores (0: as the folder is) and values; a head that the folder has not begins anew."""
+    config = dataclasses.replace(source.config, num_labels=num_labels or source.config.num_labels, critic_heads=values)
     return source._replace(config=config)
 
 

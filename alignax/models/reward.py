@@ -11,7 +11,8 @@ from alignax.data.files import short
 
 CLASSIFIER = "ForSequenceClassification"  # ends the name of its architecture
 OFFSET = "score_offset"  # a leaf, and the field of config.json that holds it
-VALUE = "value"  # a critic's leaf, which no folder holds
+VALUE = "value"  # the leaf of a critic on the policy's trunk, which no folder holds
+CRITIC = "critic"  # the name of a critic of its own tree, among the policy's leaves; no folder of a policy holds it either
 HEAD = ("score", OFFSET, VALUE)  # the leaves that a language model has not
 
 

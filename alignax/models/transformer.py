@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from alignax.mesh import constrain
 from alignax.models import cache as caches
 from alignax.models.cache import Cache
-from alignax.models.heads import last_scores, soft_cap, token_logps
+from alignax.models.heads import last_scores, soft_cap, token_logps, token_values
 from alignax.models.lora import Lora, adapt
 from alignax.models.moe import experts
 from alignax.types import Batch, Outputs, Params, rows
@@ -61,7 +61,7 @@ class ModelConfig:
     final_logit_softcapping: float | None = None
     embedding_scale: float = 1.0
     num_labels: int = 0  # scores of a reward model, in place of logits; 0: a language model
-    critic: bool = False  # a value of every token beside the logits
+    critic_heads: int = 0  # values of every token beside the logits
     num_experts: int = 0  # 0: one MLP; intermediate_size is that of an expert
     num_experts_per_tok: int = 0
     norm_topk_prob: bool = False  # the chosen experts' probabilities sum to 1
@@ -205,9 +205,9 @@ class Decoder(nn.Module):
             self.param("score", nn.with_logical_partitioning(normal_head, ("embed", None)), (c.hidden_size, c.num_labels), jnp.float32)
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, (None,))
             self.param("score_offset", zeros, (c.num_labels,), jnp.float32)
-        if c.critic:
+        if c.critic_heads:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("embed", None))
-            self.param("value", zeros, (c.hidden_size, 1), jnp.float32)
+            self.param("value", zeros, (c.hidden_size, c.critic_heads), jnp.float32)
         if not (c.num_labels or c.tie_word_embeddings):
             head = nn.with_logical_partitioning(nn.initializers.normal(c.initializer_range), ("embed", "vocab"))
             self.param("lm_head", head, (c.hidden_size, c.vocab_size), jnp.float32)
@@ -448,9 +448,27 @@ def forward(
         weight, cap = head_weight(config, params), config.final_logit_softcapping
         out = token_logps(hidden[:, :-1], weight, tokens[:, 1:], scored[:, 1:], chunk=chunk, mesh=mesh, cap=cap, teacher=taught)
         back = lambda x: jnp.pad(x, ((0, 0), (1, 0))).reshape(batch["tokens"].shape)  # [B, N, T]
-        if config.critic:
-            value = (hidden[:, :-1].astype(jnp.float32) @ params["value"].astype(jnp.float32))[..., 0]
-            out = out._replace(values=jnp.where(scored[:, 1:], value, 0.0))
-        return jax.tree.map(back, out)
+        out = jax.tree.map(back, out)
+        return out._replace(values=token_values(hidden, batch["completion_mask"], params["value"])) if config.critic_heads else out
 
     return rate if config.num_labels else apply
+
+
+def critic(
+    config: ModelConfig, *, dtype: Any = jnp.float32, remat: str = "full", mesh: Mesh | None = None
+) -> Callable[[Params, Batch], jax.Array]:
+    """The pure `(params, batch) -> Outputs.values` of a critic of its own tree: a reward model that is read before every token.
+
+    Args:
+      config: a reward model's; its scores are the values.
+      dtype: as in `forward`, and so are the others.
+      remat: of its layers.
+      mesh: where activations are laid out.
+    """
+    decoder = Decoder(config, dtype, remat, mesh)
+
+    def apply(params: Params, batch: Batch) -> jax.Array:
+        hidden, _ = decoder.apply({"params": params}, rows(batch["tokens"]), rows(batch["mask"]))  # [R, T, D]
+        return token_values(hidden, batch["completion_mask"], params["score"], params["score_offset"])
+
+    return apply
