@@ -139,7 +139,7 @@ def whitened(rewards: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 @each
 @pytest.mark.parametrize("x", [[0.0, 0.0], [0.7, -1.3]], ids=["at_0", "elsewhere"])
-def test_the_advantage_is_a_sum_of_whitened_ones_whose_weights_are_k(method, x):
+def test_the_advantage_is_a_sum_of_whitened_ones(method, x):
     make, bounded, weighted = METHODS[method]
     batch = scored()
     mask, L = batch["completion_mask"], bounded(np.array(x))

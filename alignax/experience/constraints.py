@@ -202,8 +202,10 @@ def slack_of(theta: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
 
 def _check_heads(batch: Batch, K: int) -> None:
     """Refuses a critic that does not know each reward."""
-    shape = batch["values"].shape if "values" in batch else (0, 0, 0, 1 + K)
-    if (heads := shape[3] if len(shape) == 4 else 1) != 1 + K:
+    if "values" not in batch:
+        return
+    heads = batch["values"].shape[3] if batch["values"].ndim == 4 else 1
+    if heads != 1 + K:
         raise ValueError(
             f"value heads are {heads} for the KL and {K} reward models; set model.critic_heads={1 + K}, or train without a critic"
         )

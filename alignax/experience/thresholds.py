@@ -71,7 +71,8 @@ def nm_ppo(
 
     Thresholds are tried for as long as it takes until every mean score is within 5 % of its own, or `patience` rollouts; then the mean
     gold reward decides what is tried next. Policy and multipliers go on from where they are. At the end of the search the best thresholds
-    stay. The search lives in the carry, so a run that is stopped goes on with it.
+    stay. The search lives in the carry, so a run that is stopped goes on with it. Thresholds that are not reached together mislead it,
+    since what is judged then is a policy that is elsewhere: see docs/online.md for how often, on a bandit.
 
     Reads what `xi_ppo` reads, and `gold` [B, N]: of an experiment that has gold(..), and of which these runs are therefore no measure any
     more. Writes what it writes, and `thresholds` [B, K], those in force, `search_phase` [B] (0 a first or a smaller simplex, 1 reflection,
