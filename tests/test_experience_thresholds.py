@@ -34,7 +34,7 @@ def kinked(x: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("objective", [rosenbrock, kinked])
-@pytest.mark.parametrize("most", [1, 10, 40])
+@pytest.mark.parametrize("most", [3, 40])
 def test_the_simplex_is_scipys(objective, most):
     from scipy.optimize import minimize
 
@@ -77,8 +77,8 @@ def visits(search, rollouts: int, met: bool = True) -> list[np.ndarray]:
             theta = carry.search.asked
             scores = jnp.broadcast_to(theta if met else theta + 9.0, (2, 2, theta.size))
             batch = {"tokens": jnp.zeros((2, 2, 1), jnp.int32), "completion_mask": jnp.ones((2, 2, 1), bool), "scores": scores}
-            noise = jnp.array([[1.0, -1.0], [0.5, -0.5]])
-            gold = jnp.where(i % 5 == 3, jnp.nan, quadratic(theta) + noise.at[1, 0].set(jnp.nan).at[1, 1].set(0.0))  # some are missing
+            noise = jnp.array([[1.0, -1.0], [jnp.nan, 0.0]]) + jnp.array([-1.0, 1.0, 0.0])[carry.rollouts]  # of responses, of rollouts
+            gold = jnp.where(i % 5 == 3, jnp.nan, quadratic(theta) + noise)
             batch |= {"gold": gold, "old_logps": jnp.zeros((2, 2, 1)), "ref_logps": jnp.zeros((2, 2, 1))}
             carry, batch = search.function(carry, batch)
             fields = [batch[name][0] for name in ("thresholds", "search_phase", "search_evaluations")]
@@ -91,7 +91,10 @@ def visits(search, rollouts: int, met: bool = True) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("met, patience, last, length", [(True, 9, 2, 2), (False, 3, 1, 3)])
 def test_a_run_tries_what_the_host_would(met, patience, last, length):
-    """One threshold after another, each for as long as it takes, rollouts without a gold reward not counted; then the best stays."""
+    """One threshold after another, each for as long as it takes, rollouts without a gold reward not counted; then the best stays.
+
+    Noise cancels over the last 2 rollouts of 2, and is not in the last of 3.
+    """
     tried = []
     best, _ = nelder_mead(lambda x: tried.append(x) or quadratic(x), SIMPLEX, most=12, tolerance=1e-4)
     rollouts = 40 * length
@@ -161,7 +164,7 @@ def test_a_search_is_in_checkpoints_and_goes_on(tmp_path):
         (lambda: nm_ppo(SIMPLEX, patience=4, last=5), "patience is 4 rollouts"),
         (lambda: nm_ppo(SIMPLEX, patience=4, most=0), "most is 0"),
         (lambda: nm_ppo(SIMPLEX, patience=4, momentum=1.0), "momentum is 1.0"),
-        (lambda: nm_ppo(SIMPLEX, patience=4)(scored()), "of which the batch has none"),
+        (lambda: jax.eval_shape(nm_ppo(SIMPLEX, patience=4), scored()), "of which the batch has none"),
     ],
 )
 def test_bad_arguments(make, message):

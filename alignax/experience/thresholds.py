@@ -113,14 +113,14 @@ class _Searched:
     def __call__(
         self, rate: jax.Array, momentum: jax.Array, estimator: Experience, carry: Searching, batch: Batch
     ) -> tuple[Searching, Batch]:
-        search, rows = carry.search, batch["tokens"].shape[0]
+        search, rows, following = carry.search, batch["tokens"].shape[0], self.judged(carry, batch)
         multipliers, after = XI(search.asked, rate, momentum, estimator, carry.multipliers, batch)
         after |= {
             "thresholds": jnp.broadcast_to(search.asked, (rows, search.asked.size)),
             "search_phase": jnp.full(rows, search.phase),
             "search_evaluations": jnp.full(rows, search.evaluations),
         }
-        return self.judged(carry, batch)._replace(multipliers=multipliers), after
+        return following._replace(multipliers=multipliers), after
 
     def judged(self, carry: Searching, batch: Batch) -> Searching:
         """The search after one more rollout with the thresholds that it asked for."""
