@@ -77,7 +77,8 @@ def visits(search, rollouts: int, met: bool = True) -> list[np.ndarray]:
             theta = carry.search.asked
             scores = jnp.broadcast_to(theta if met else theta + 9.0, (2, 2, theta.size))
             batch = {"tokens": jnp.zeros((2, 2, 1), jnp.int32), "completion_mask": jnp.ones((2, 2, 1), bool), "scores": scores}
-            noise = jnp.array([[1.0, -1.0], [jnp.nan, 0.0]]) + jnp.array([-1.0, 1.0, 0.0])[carry.rollouts]  # of responses, of rollouts
+            noise = jnp.array([[1.0, -1.0], [jnp.nan, 0.0]])  # of responses, and of rollouts:
+            noise += jnp.array([-1.0, 1.0, 0.0])[carry.rollouts] * (carry.search.evaluations % 3)
             gold = jnp.where(i % 5 == 3, jnp.nan, quadratic(theta) + noise)
             batch |= {"gold": gold, "old_logps": jnp.zeros((2, 2, 1)), "ref_logps": jnp.zeros((2, 2, 1))}
             carry, batch = search.function(carry, batch)
