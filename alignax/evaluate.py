@@ -84,8 +84,10 @@ class Evaluation:
         texts = decoded(run.tokenizer, completions)
         scores = text_metrics(completions)
         columns: dict[str, Any] = {"prompt": prompts, "completion": [text for (text,) in texts]}
+        gold = None if run.experiment.gold is None else rewards_of(run, run.experiment.gold, self.examples, rows, texts)[0]  # [n, 1]
         if self.online and completions.sampling.exact:
             batch, found = samples_batch(run, self.examples, rows, self.prompts, completions, texts)
+            batch |= {} if gold is None else {"gold": gold}
             judged = jax.device_get(self.program(state, self.frozen, self._placed(batch)))
             scores |= {name: float(x) for name, x in judged.items() if name.startswith(JUDGED)}
             columns |= found
@@ -95,8 +97,8 @@ class Evaluation:
             k1, k3, gaps = map(meshes.gathered, self._compared(state.params, self.frozen, self._placed(batch)))
             columns["log_ratio"] = k1[: len(prompts)].tolist()
             scores |= {"kl": float(np.mean(columns["log_ratio"])), "kl_k3": float(k3[: len(prompts)].mean()), "sampler_gap": float(gaps)}
-        if run.experiment.gold is not None:
-            columns["gold"] = rewards_of(run, run.experiment.gold, self.examples, rows, texts)[0][:, 0].tolist()
+        if gold is not None:
+            columns["gold"] = gold[:, 0].tolist()
             scores |= {"gold": float(np.nanmean(columns["gold"]))}
         table = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         self.log.samples(step, table[: c.samples])

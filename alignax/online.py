@@ -142,7 +142,8 @@ def measured(batch: Batch, other: bool = False) -> Metrics:
     `kl` and `kl_k3`: estimates of KL(policy || reference) in nats, summed over a response (Schulman 2020, "Approximating KL
     divergence"): k1 = sum_t lr and k3 = sum_t exp(-lr) - 1 + lr, lr = log pi - log ref; both unbiased, k1 signed, k3 >= 0.
     `reward`, `reward_std`: of the responses, and within a group. `score/member_k`, `disagreement`: of an ensemble.
-    `constraint/multiplier_k`: how much a reward model counts that is held at a threshold.
+    `constraint/multiplier_k`: how much a reward model counts that is held at a threshold. `constraint/threshold_k`, `constraint/phase`,
+    `constraint/evaluations`: of a search for thresholds.
     """
     real = batch["completion_mask"].any(axis=-1)  # [B, N]
     mean = lambda x: jnp.where(real, x, 0.0).sum() / jnp.maximum(real.sum(), 1)
@@ -174,6 +175,9 @@ def measured(batch: Batch, other: bool = False) -> Metrics:
         out["kl_coefficient"] = batch["kl_coefficient"].mean()
     if "multipliers" in batch:
         out |= {f"constraint/multiplier_{k}": x for k, x in enumerate(batch["multipliers"].mean(axis=0))}
+    if "thresholds" in batch:
+        out |= {f"constraint/threshold_{k}": x for k, x in enumerate(batch["thresholds"].mean(axis=0))}
+        out |= {f"constraint/{name}": batch[f"search_{name}"].mean() for name in ("phase", "evaluations")}
     if "advantages" in batch:
         out["advantage_mean"] = per_token(batch["advantages"], batch)
         out["advantage_std"] = jnp.sqrt(per_token(jnp.square(batch["advantages"] - out["advantage_mean"]), batch))

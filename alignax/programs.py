@@ -198,6 +198,8 @@ def abstract_rollout(run: Run, prompts: int, samples: int) -> dict[str, jax.Shap
     fields |= {"truncated": ((B, N), jnp.bool_), "prompt_id": ((B,), jnp.int32)}
     if run.experiment.reward is not None:
         fields["rewards"] = (B, N), jnp.float32
+    if run.experiment.gold is not None:
+        fields["gold"] = (B, N), jnp.float32
     return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=layout) for name, (shape, dtype) in fields.items()}
 
 

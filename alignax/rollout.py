@@ -55,7 +55,8 @@ class Rollouts:
 
     A batch has `tokens`, `mask`, `completion_mask` and `sampled_logps` [B, N, T], `truncated` [B, N] bool (no EOS within
     `rollout.max_new_tokens`), `prompt_id` [B] int32 (the row of the data), and where the experiment has a reward function its
-    `rewards` [B, N] float32. A completion whose reward is not known has reward NaN and no scored token, so it weighs nothing.
+    `rewards` [B, N] float32. A completion whose reward is not known has reward NaN and no scored token, so it weighs nothing. Gold
+    rewards, where it has those, are `gold` [B, N] float32.
     """
 
     def __init__(self, run: Run):
@@ -95,6 +96,7 @@ class Rollouts:
         if run.experiment.gold is not None:
             gold, _ = rewards_of(run, run.experiment.gold, examples, rows, texts)
             metrics["gold"] = float(np.nanmean(gold))
+            batch["gold"] = gold
         metrics |= {"time/reward": time.monotonic() - began}
         return Rollout(meshes.put_batch(run.mesh, lambda part: {name: x[part] for name, x in batch.items()}, len(rows)), metrics)
 

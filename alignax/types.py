@@ -21,7 +21,11 @@ A batch is a plain dict of arrays whose leading axis is B. Every method has the 
 | `rewards`         | [B, N] f32       | reward of a whole response, of several scores their aggregate; NaN is missing    |
 | `truncated`       | [B, N] bool      | a sampled response that was cut at its longest, before an EOS                    |
 | `prompt_id`       | [B] int32        | which prompt a row is of: of a rollout the row of the data that it stands in     |
+| `gold`            | [B, N] f32       | what gold(..) of the experiment says of a sampled response; NaN is missing       |
 | `multipliers`     | [B, K] f32       | how much each reward model with a threshold counts, in every row the same        |
+| `thresholds`      | [B, K] f32       | those that a search of them is trying, in every row the same                     |
+| `search_phase`    | [B] int32        | what it tries them for, see `alignax.experience.simplex`                         |
+| `search_evaluations` | [B] int32     | how many it has tried before                                                     |
 | `raw_rewards`     | [B, N] f32       | `rewards` before the KL penalty                                                  |
 | `group_rewards`   | [B, N] f32       | of pairs made of groups: the rewards of all that were sampled, NaN where unknown |
 | `kl_coefficient`  | [B] f32          | that of an adaptive KL penalty                                                   |

@@ -1,4 +1,4 @@
-"""Constrained RLHF: thresholds met on a bandit, by hand where the formulas are, and the search for thresholds on the host."""
+"""Constrained RLHF: thresholds met on a bandit, and by hand where the formulas are."""
 
 import functools
 
@@ -12,13 +12,14 @@ from test_experience_advantages import groups
 from alignax import checkpoint, experience, losses
 from alignax.experience import (
     advance,
+    all_ppo,
     chain,
     first_carry,
+    gae,
     kl_reward,
     leave_one_out,
     mu_ppo,
-    nelder_mead,
-    proxy_point,
+    ppo_sat,
     whiten_advantages,
     xi_ppo,
 )
@@ -27,12 +28,27 @@ from alignax.train import init_state, make_step
 from alignax.types import Batch, Outputs, Params
 
 ARMS, SAMPLES = 100, 500
-THRESHOLDS = ((0.5, 0.5), (0.9, 0.9), (-0.3, -0.3))
-METHODS = {"xi": (xi_ppo, np.tanh), "mu": (mu_ppo, lambda x: 1 / (1 + np.exp(-x)))}
-both = pytest.mark.parametrize("method", METHODS)
+NORMAL = np.random.default_rng(0).normal(size=(ARMS, 2)).astype(np.float32)
+SCORES = NORMAL @ np.array([[1, 0.5], [0, 0.75**0.5]], np.float32)  # correlation 0.5
+OPPOSED = NORMAL @ np.array([[1, -0.6], [0, 0.8]], np.float32)  # correlation -0.6: one rises where the other falls
+CASES = ((SCORES, (0.5, 0.5)), (SCORES, (0.9, 0.9)), (SCORES, (-0.3, -0.3)), (OPPOSED, (0.3, 0.3)))
+THRESHOLDS = np.array([thresholds for _, thresholds in CASES])
 
 
-SCORES = np.random.default_rng(0).normal(size=(ARMS, 2)).astype(np.float32) @ np.array([[1, 0.5], [0, 0.75**0.5]], np.float32)
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x))
+
+
+def between(L: np.ndarray) -> np.ndarray:
+    return np.array([len(L) - L.sum(), *L])
+
+
+METHODS = {
+    "xi": (xi_ppo, np.tanh, between),
+    "mu": (mu_ppo, sigmoid, between),
+    "all": (all_ppo, sigmoid, lambda L: np.array([1, *(1 - L)])),
+}
+each = pytest.mark.parametrize("method", METHODS)
 
 
 def bandit(params: Params, batch: Batch) -> Outputs:
@@ -41,47 +57,55 @@ def bandit(params: Params, batch: Batch) -> Outputs:
     return Outputs(log_probs[batch["tokens"]], jnp.zeros(batch["tokens"].shape))
 
 
-def sampled(params: Params) -> Batch:
+def sampled(params: Params, scores: jax.Array | np.ndarray = SCORES) -> Batch:
     """Responses at evenly spaced quantiles of the policy, so that averages are nearly expectations: one group of SAMPLES."""
     places = (jnp.arange(SAMPLES) + 0.5) / SAMPLES
     arms = jnp.searchsorted(jnp.cumsum(jax.nn.softmax(params)), places).clip(0, ARMS - 1)
-    batch = {"tokens": arms[None, :, None], "completion_mask": jnp.ones((1, SAMPLES, 1), bool), "scores": jnp.asarray(SCORES)[arms][None]}
+    batch = {"tokens": arms[None, :, None], "completion_mask": jnp.ones((1, SAMPLES, 1), bool), "scores": jnp.asarray(scores)[arms][None]}
     return batch | {"old_logps": bandit(params, batch).logps, "ref_logps": jnp.full((1, SAMPLES, 1), -jnp.log(float(ARMS)))}
 
 
 @functools.cache
 def trained(method: str, steps: int = 1000) -> list[np.ndarray]:
-    """Of each of THRESHOLDS, means over the last 400 steps: expected scores [3, 2], multipliers [3, 2] and KL [3]."""
+    """Of each of CASES, means over the last 400 steps: expected scores [4, 2], multipliers [4, 2] and KL [4]."""
     step = make_step(bandit, losses.ppo(), optax.sgd(10.0))
 
-    def train(thresholds):
+    def train(scores, thresholds):
         constraints = METHODS[method][0](thresholds)
 
         def one(state, _):
-            carry, batch = advance(constraints, state.carry, sampled(state.params))
+            carry, batch = advance(constraints, state.carry, sampled(state.params, scores))
             state, _ = step(state.replace(carry=carry), batch)
             p = jax.nn.softmax(state.params)
-            return state, (p @ SCORES, batch["multipliers"][0], p @ jnp.log(ARMS * p))
+            return state, (p @ scores, batch["multipliers"][0], p @ jnp.log(ARMS * p))
 
         state = init_state(jnp.zeros(ARMS), optax.sgd(10.0), jax.random.key(0))
         _, path = jax.lax.scan(one, state.replace(carry=first_carry(constraints)), length=steps)  # type: ignore[attr-defined]
         return [x[-400:].mean(axis=0) for x in path]
 
-    return [np.asarray(x) for x in jax.jit(jax.vmap(train))(jnp.array(THRESHOLDS))]
+    return [np.asarray(x) for x in jax.jit(jax.vmap(train))(jnp.stack([scores for scores, _ in CASES]), jnp.array(THRESHOLDS))]
 
 
-@both
+@pytest.mark.parametrize("method", ["xi", "mu"])
 def test_thresholds_that_both_reach_are_met(method):
     reached, multipliers, kl = (x[:2] for x in trained(method))
     assert np.abs(SCORES.mean(axis=0)).max() < 0.1, "the reference is far from every threshold"
-    assert np.abs(reached - np.array(THRESHOLDS[:2])).max() < 0.05
+    assert np.abs(reached - THRESHOLDS[:2]).max() < 0.05
     assert (multipliers > 0).all() and 0.1 < kl[0] < kl[1]
+
+
+def test_all_ppo_ends_at_or_below_where_xi_ends_at_and_mu_at_or_above():
+    """The order of the paper's figure 5, on thresholds above the reference; rewards that are opposed are not worth their KL to All-PPO."""
+    above = [0, 1, 3]
+    xi, mu, below = (trained(method)[0][above] - THRESHOLDS[above] for method in METHODS)
+    assert np.abs(xi).max() < 0.05 and mu.min() > -0.05 and below.max() < 0.05
+    assert below[-1].max() < -0.15 and trained("all")[2][3] < 0.02
+    assert (trained("all")[1][:2] > 0.1).all(), "and otherwise its multipliers hold the scores down"
 
 
 def test_bounded_multipliers_do_not_enforce_every_threshold():
     """Thresholds below what the reference scores: for mu-PPO they are met at no cost, for xi-PPO out of its bounded reach."""
-    (_, _, xi), (_, _, bound), _ = trained("xi")
-    (_, _, mu), (_, _, free), (_, _, kl) = trained("mu")
+    (xi, bound, _), (mu, free, kl) = ([x[2] for x in trained(method)] for method in ("xi", "mu"))
     assert (bound < -0.9).all() and (xi > -0.2).all()
     assert (free < 0.3).all() and (mu > -0.2).all() and kl < 0.01
 
@@ -93,6 +117,7 @@ def scored(T: int = 7, seed: int = 0) -> dict[str, np.ndarray]:
     """Groups of responses of several lengths, with scores of two reward models."""
     rng = np.random.default_rng(seed)
     batch = groups(rng.normal(size=(4, 3)), T, seed)
+    del batch["values"]
     return batch | {"scores": rng.normal(size=(4, 3, 2)).astype(np.float32), "tokens": np.zeros(batch["completion_mask"].shape, np.int32)}
 
 
@@ -112,38 +137,38 @@ def whitened(rewards: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return np.where(mask, (tokens - tokens[mask].mean()) / tokens[mask].std(ddof=1), 0.0)
 
 
-@both
+@each
 @pytest.mark.parametrize("x", [[0.0, 0.0], [0.7, -1.3]], ids=["at_0", "elsewhere"])
-def test_the_advantage_is_a_sum_of_whitened_ones_whose_weights_are_k(method, x):
-    make, bounded = METHODS[method]
+def test_the_advantage_is_a_sum_of_whitened_ones(method, x):
+    make, bounded, weighted = METHODS[method]
     batch = scored()
     mask, L = batch["completion_mask"], bounded(np.array(x))
     _, after = at(make((0.5, 0.5)), x, batch)
     kl = np.where(mask, batch["old_logps"] - batch["ref_logps"], 0.0).sum(-1)
     own = [whitened(r, mask) for r in (-kl, batch["scores"][..., 0], batch["scores"][..., 1])]
-    weights = np.array([2 - L.sum(), *L])
-    assert weights.sum() == pytest.approx(2)
+    weights = weighted(L)
+    assert method == "all" or weights.sum() == pytest.approx(2)
     if not any(x):
         np.testing.assert_allclose(weights, [2, 0, 0] if method == "xi" else [1, 0.5, 0.5])
     np.testing.assert_allclose(after["advantages"], np.tensordot(weights, own, 1), atol=2e-5)
     np.testing.assert_allclose(after["multipliers"], np.tile(L, (4, 1)), rtol=1e-6)
 
 
-@both
-def test_a_multiplier_falls_where_its_score_is_above_its_threshold(method):
-    make, bounded = METHODS[method]
+@each
+def test_a_multiplier_takes_weight_from_a_score_above_its_threshold(method):
+    make, bounded, weighted = METHODS[method]
     batch, x, h = scored(), np.array([0.3, -0.4]), 1e-5
     mean = batch["scores"].mean((0, 1))
     for slack in (np.array([0.2, -0.1]), np.array([-3.0, 4.0])):
         (after, velocity), _ = at(make(mean - slack, learning_rate=0.5, momentum=0.3), list(x), batch)
-        gradient = (bounded(x + h) - bounded(x - h)) / (2 * h) * slack
+        gradient = (bounded(x + h) - bounded(x - h)) / (2 * h) * slack * (-1 if method == "all" else 1)
         gradient *= min(1, 0.5 / np.linalg.norm(gradient))
         np.testing.assert_allclose(velocity, 0.3 * 0.2 + gradient, rtol=2e-4)
         np.testing.assert_allclose(after, x - 0.5 * velocity, rtol=1e-5)
-        assert (np.sign(gradient) == np.sign(slack)).all()
-    # Without momentum from before, lambda falls where the score is above its threshold, and rises below it.
+        # Lambda falls where the score is above its threshold; All-PPO's, which takes the reward's weight away, rises.
+        assert (np.sign(gradient) == np.sign(-slack if method == "all" else slack)).all()
     still = PROGRAM(make(mean - np.array([0.2, -0.1])), first_carry(make((0.0, 0.0)))[f"{method}_ppo"], batch)[0][0]
-    assert still[0] < 0 < still[1]
+    assert weighted(bounded(still))[1] < weighted(bounded(np.zeros(2)))[1] < weighted(bounded(still))[2]
 
 
 def test_with_one_reward_and_a_multiplier_that_stays_it_is_plain_ppo():
@@ -168,7 +193,7 @@ def test_with_one_reward_and_a_multiplier_that_stays_it_is_plain_ppo():
     np.testing.assert_allclose(moved, also, atol=1e-6)
 
 
-@both
+@each
 def test_a_missing_score_takes_its_response_out(method):
     make, batch = METHODS[method][0]((0.5, 0.5)), scored()
     batch["scores"][1, 2, 0] = np.nan
@@ -184,16 +209,59 @@ def test_a_missing_score_takes_its_response_out(method):
     np.testing.assert_allclose(velocity, 0.1 * 0.2, rtol=1e-6)  # what was left of the last step
 
 
-def test_another_estimator_and_no_critic_of_another_reward():
-    batch = scored() | {"token_rewards": scored(seed=1)["values"]}  # of another reward: not read
+def test_another_estimator_and_rewards_of_tokens_that_are_not_read():
+    batch = scored()
+    batch["token_rewards"] = batch["ref_logps"]
     _, after = at(mu_ppo((0.5, 0.5), estimator=experience.rewards_to_go()), [0.0, 0.0], batch)
     whole = jax.jit(lambda batch: chain(experience.rewards_to_go(), whiten_advantages())(batch)["advantages"])
     last = last_scored(batch)[..., None] * batch["scores"][:, :, None]  # [B, N, T, 2]
     kl = jnp.asarray(batch["ref_logps"] - batch["old_logps"])
     parts = [whole(batch | {"token_rewards": x}) for x in (kl, last[..., 0], last[..., 1])]
     np.testing.assert_allclose(after["advantages"], parts[0] + 0.5 * parts[1] + 0.5 * parts[2], atol=1e-5)
-    with pytest.raises(ValueError, match='has no "values"'):
-        at(mu_ppo((0.5, 0.5), estimator=experience.gae()), [0.0, 0.0], batch)
+    assert "returns" not in after
+
+
+@each
+def test_each_reward_has_a_value_head_of_its_own(method):
+    """Generalised advantages of each reward by its own values, in numpy; a response without one of its scores has none."""
+    make, bounded, weighted = METHODS[method]
+    lam, batch, x = 0.9, scored(), np.array([0.7, -0.4])
+    mask, batch["values"] = batch["completion_mask"], np.random.default_rng(5).normal(size=(4, 3, 7, 3)).astype(np.float32)
+    batch["scores"][1, 2, 0] = np.nan
+    _, after = at(make((0.5, 0.5), estimator=gae(lam=lam)), list(x), batch)
+    known = mask & np.isfinite(batch["scores"]).all(-1)[..., None]
+    last = last_scored(batch)[..., None] * batch["scores"][:, :, None]
+    rewards = np.concatenate([(batch["ref_logps"] - batch["old_logps"])[..., None], np.asarray(last)], axis=-1)  # [B, N, T, 3]
+    own = np.zeros(rewards.shape)
+    for b, n, k in np.ndindex(4, 3, 3):
+        following, advantage = 0.0, 0.0
+        for t in np.flatnonzero(known[b, n])[::-1]:
+            value = batch["values"][b, n, t, k]
+            advantage = rewards[b, n, t, k] + following - value + lam * advantage
+            following, own[b, n, t, k] = value, advantage
+    np.testing.assert_allclose(after["returns"], np.where(mask[..., None], own + batch["values"], 0.0), atol=2e-5)
+    white = [np.where(known, (a - a[known].mean()) / a[known].std(ddof=1), 0.0) for a in np.moveaxis(own, -1, 0)]
+    np.testing.assert_allclose(after["advantages"], np.tensordot(weighted(bounded(x)), white, 1), atol=5e-5)
+
+
+def test_a_reward_that_is_largest_at_thresholds():
+    """PPO-SAT: by hand; and policies that are best under it and some KL come near thresholds in reach, where gold need not be."""
+    given = np.array([[1.0, -1.0, 0.5], [0.0, 2.0, 0.25]])  # [K, ...]
+    np.testing.assert_allclose(ppo_sat((0.5, 0.25))(jnp.asarray(given)), [-0.25 - 0.0625, -2.25 - 1.75**2, 0.0])
+    batch = scored()
+    np.testing.assert_allclose(ppo_sat((0.5, 0.25))(batch)["rewards"], -np.square(batch["scores"] - [0.5, 0.25]).sum(-1), rtol=1e-5)
+    for thresholds in THRESHOLDS[:3]:
+        p = jax.nn.softmax(ppo_sat(tuple(thresholds))(jnp.asarray(SCORES.T)) / 0.1)  # the optimum at a KL coefficient of 0.1
+        assert np.abs(p @ SCORES - thresholds).max() < 0.15
+
+
+def test_a_policy_trained_on_that_reward_comes_near_its_optimum():
+    methods = chain(ppo_sat((0.9, 0.9)), kl_reward(0.3), leave_one_out(), whiten_advantages())
+    step = make_step(bandit, losses.ppo(), optax.sgd(10.0))
+    move = lambda state, _: (step(state, methods(sampled(state.params)))[0], jax.nn.softmax(state.params) @ SCORES)
+    path = jax.jit(lambda state: jax.lax.scan(move, state, length=300)[1])(init_state(jnp.zeros(ARMS), optax.sgd(10.0), jax.random.key(0)))
+    best = jax.nn.softmax(ppo_sat((0.9, 0.9))(jnp.asarray(SCORES.T)) / 0.3) @ SCORES
+    assert np.abs(path[0]).max() < 0.1 and np.abs(path[-100:].mean(0) - best).max() < 0.1 and np.abs(best - 0.9).max() < 0.2
 
 
 def test_multipliers_are_in_checkpoints(tmp_path):
@@ -216,59 +284,16 @@ def test_multipliers_are_in_checkpoints(tmp_path):
         (lambda: mu_ppo((0.5,), learning_rate=-1.0), "learning_rate is -1.0"),
         (lambda: mu_ppo((0.5,))(scored()), "1 thresholds for 2 reward models"),
         (lambda: mu_ppo((0.5, 0.5))(groups([[0.0, 1.0]])), 'has no "scores"'),
-        (lambda: proxy_point(range(10), range(10)), "a polynomial of degree 10"),
-        (lambda: nelder_mead(np.sum, [[0.0, 1.0], [1.0, 0.0]]), r"shape \(2, 2\)"),
-        (lambda: nelder_mead(lambda x: np.nan, [[0.0], [1.0]]), "the objective is nan"),
+        (lambda: jax.eval_shape(all_ppo((0.5, 0.5), estimator=gae()), scored()), 'has no "values"'),
+        (
+            lambda: all_ppo((0.5, 0.5))(scored() | {"values": np.zeros((4, 3, 7))}),
+            "heads are 1 for the KL and 2 .* set model.critic_heads=3",
+        ),
+        (lambda: xi_ppo((0.5, 0.5))(scored() | {"values": np.zeros((4, 3, 7, 2))}), "value heads are 2 for the KL and 2 reward models"),
+        (lambda: ppo_sat(()), "give a number for each reward model"),
+        (lambda: ppo_sat((0.5,))(scored()), "1 thresholds for 2 reward models"),
     ],
 )
 def test_bad_arguments(make, message):
     with pytest.raises(ValueError, match=message):
         make()
-
-
-# --- thresholds ---
-
-
-def test_the_proxy_point_of_a_hump_and_of_a_rise():
-    rng = np.random.default_rng(0)
-    x = rng.uniform(-1, 3, size=200)
-    noise = rng.normal(size=200)
-    assert proxy_point(x, x * (4 - x) * np.exp(-x), degree=10) == pytest.approx(3 - np.sqrt(5), abs=1e-3)  # where the derivative is 0
-    assert proxy_point(x, -((x - 1.2) ** 2) + 0.05 * noise, degree=4) == pytest.approx(1.2, abs=0.1)
-    assert proxy_point(x, 2 * x, degree=3) == pytest.approx(x.max()), "gold that never falls: no score is too large"
-
-
-def rosenbrock(x: np.ndarray) -> float:
-    return -float((1 - x[0]) ** 2 + 10 * (x[1] - x[0] ** 2) ** 2)
-
-
-def kinked(x: np.ndarray) -> float:
-    return -float(np.abs(x - 0.3).sum() + np.abs(x).max() ** 0.5)
-
-
-@pytest.mark.parametrize("objective", [rosenbrock, kinked])
-@pytest.mark.parametrize("most", [1, 5, 10, 40])
-def test_the_simplex_is_scipys(objective, most):
-    from scipy.optimize import minimize
-
-    simplex = np.array([[-1.0, 1.0], [0.2, 0.9], [-0.5, 0.1]])
-    options = {"initial_simplex": simplex, "maxiter": most + 1, "xatol": 0, "fatol": 0}
-    theirs = minimize(lambda x: -objective(x), simplex[0], method="Nelder-Mead", options=options)
-    best, value = nelder_mead(objective, simplex, most, tolerance=0, near=0)
-    np.testing.assert_allclose(best, theirs.x, rtol=1e-9)
-    assert value == pytest.approx(-theirs.fun)
-
-
-def test_no_thresholds_are_tried_twice():
-    tried = []
-
-    def objective(x):
-        tried.append(x)
-        return -float(np.square(x - np.array([0.48, 0.23])).sum())
-
-    best, value = nelder_mead(objective, [[0.3, 0.3], [0.4, 0.3], [0.3, 0.4]], most=30, tolerance=1e-6)
-    np.testing.assert_allclose(best, [0.48, 0.23], atol=0.01)
-    assert value == max(objective(x) for x in tried[:]) and len(tried) < 100
-    points = np.unique(np.array(tried), axis=0)
-    apart = np.abs(points[:, None] - points[None]).max(-1)[np.triu_indices(len(points), 1)]
-    assert apart.min() > 5e-3

@@ -154,7 +154,7 @@ def test_a_turn_is_the_shared_step_on_each_part_of_a_rollout(fields, tmp_path):
         batch = tiny.batch(B=16, N=3, T=24)
         rng = np.random.default_rng(0)
         batch |= {"sampled_logps": jnp.zeros((16, 3, 24)), "truncated": jnp.zeros((16, 3), bool), "prompt_id": jnp.arange(16)}
-        batch |= {"rewards": jnp.asarray(rng.normal(size=(16, 3)), jnp.float32)}
+        batch |= {name: jnp.asarray(rng.normal(size=(16, 3)), jnp.float32) for name in ("rewards", "gold")}
         assert batch.keys() == abstract_rollout(run, 16, 3).keys()
         return run, started, meshes.put_batch(mesh, lambda rows: {name: np.asarray(x)[rows] for name, x in batch.items()}, 16)
 
@@ -511,3 +511,29 @@ def test_rewards_held_at_thresholds_and_a_policy_that_is_reset(fields, tmp_path)
     assert up[0] == down[0] == 0.5 and up[0] < up[1] < up[2] and down[0] > down[1] > down[2]
     # Decay 1: the reset after step 2 is to the initial parameters, which the rollout before step 3 is of.
     assert found[2]["kl_k3"] > 1e-6 and abs(found[1]["kl_k3"]) < 1e-9 and abs(found[3]["kl_k3"]) < 1e-9
+
+
+@pytest.mark.slow
+def test_thresholds_are_searched_for_by_the_gold_rewards_of_rollouts(fields, tmp_path):
+    folders = [reward_folder(tmp_path, seed) for seed in range(2)]
+    source = """
+    def loss(config):
+        return ppo()
+
+    def experience(config, reference, ensemble):
+        return chain(logps("ref_logps", reference), score(ensemble), nm_ppo([[9, 1], [9, 2], [8, 1]], patience=1))
+
+    def gold(prompts, completions):
+        return [float("nan") if len(text) % 3 == 1 else float("a" in text) for text in completions]
+    """
+    given = fields | {"workdir": str(tmp_path / "run"), "reward.path": ",".join(map(str, folders)), "model.path": str(tmp_path / "lm0")}
+    given |= {"steps": "4", "rollout.minibatches": "1", "rollout.epochs": "1", "rollout.bad_rewards": "drop"}
+    assert main(arguments(tmp_path, source, given)) == 0
+    found = [row for row in rows(tmp_path / "run") if "loss" in row]
+    assert [[row[f"constraint/threshold_{k}"] for k in (0, 1)] for row in found[:3]] == [[9, 1], [9, 2], [8, 1]]
+    assert [row["constraint/evaluations"] for row in found] == [0, 1, 2, 3] and [row["constraint/phase"] for row in found[:3]] == [0, 0, 0]
+    args = arguments(tmp_path, source, given)
+    run, checkpoints = prepare(load_experiment(args[2], [a.removeprefix("--config.") for a in args[3:]])), Checkpoints(tmp_path / "run")
+    search = checkpoints.restore(4, abstract_state(run)).carry["nm_ppo"].search
+    checkpoints.close()
+    np.testing.assert_allclose(search.seen_values[:4], [row["gold"] for row in found], rtol=1e-5)
