@@ -40,6 +40,7 @@ from alignax.experience import (
     running_log_z,
     score,
     shaping,
+    unconditioned,
     uwo,
     wco,
     whiten_advantages,
@@ -152,5 +153,5 @@ __all__ = [
     "reinforce_plus_plus", "reset_to_average", "response_mean", "reverse_kl", "reward_shift", "reward_target", "rewards_to_go", "rloo",
     "robust_dpo", "rpo", "rpo_token_mean", "running_baseline", "running_log_z", "sapo", "score", "score_l2", "sft", "shaping",
     "sigmoid_norm", "simpo", "slic_hf", "sppo", "square_root", "summed_sft", "sync", "tdpo", "tdpo2", "token_mean", "token_sum",
-    "total_variation", "tv_pi_p", "uwo", "value_loss", "wco", "whiten_advantages", "whiten_rewards", "wpo", "xi_ppo",
+    "total_variation", "tv_pi_p", "unconditioned", "uwo", "value_loss", "wco", "whiten_advantages", "whiten_rewards", "wpo", "xi_ppo",
 ]  # fmt: skip

@@ -1,20 +1,28 @@
 """Quark: its quantiles and pool by hand, the reference behind the prompt without the reward token, and what the method promises."""
 
 import dataclasses
+import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import runs
 import tiny
 
+from alignax.checkpoint import Checkpoints
+from alignax.cli import main
+from alignax.config import load_experiment
 from alignax.experience import Stateful, advance, first_carry, quark_pool
 from alignax.experience.quark import draw, quantiles, without
 from alignax.losses import Loss, kl_pi_ref, kl_ref_pi, quark
-from alignax.models import transformer
+from alignax.models import hf, transformer
+from alignax.prepare import prepare
+from alignax.programs import abstract_state
 from alignax.train import init_state, make_step
-from alignax.types import Batch, Outputs, Params
+from alignax.types import Batch, Outputs, Params, TrainState
 
 # --- the quantiles ---
 
@@ -312,3 +320,48 @@ def test_the_kl_holds_and_its_direction_matters(trained):
         assert (np.diff(distance[side]) < 0.01).all() and distance[side[0]] > distance[side[-1]] + 3
     np.testing.assert_allclose(np.stack([best[:, -1], distance], axis=1), list(RUNS.values()), atol=0.1)
     assert (np.abs(distance[1:4] - distance[4:]) > 0.15).all()
+
+
+# --- a run ---
+
+
+def quark_run(folder: Path, model: Path, sentiment: Path) -> list[str]:
+    """The command line of eight steps on two rollouts, with a pool that forgets."""
+    fields = {
+        "method": "quark", "workdir": folder / "run", "model.path": model, "sentiment": sentiment, "steps": 8, "batch_size": 8, "pool": 64,
+        "rollout.samples": 2, "rollout.max_new_tokens": 6, "rollout.minibatches": 2, "rollout.epochs": 2, "eval.every": 4,
+        "eval.sample_prompts": 4, "eval.max_new_tokens": 6, "checkpoint.every": 4, "log.tensorboard": False, "model.remat": "full",
+    }  # fmt: skip
+    return runs.arguments(fields, "steer_stories")
+
+
+def ended(folder: Path) -> TrainState:
+    """The state that a run ended with, the pool in it, on the host."""
+    run = prepare(load_experiment(folder / "run" / "config.py"))
+    checkpoints = Checkpoints(folder / "run")
+    state = checkpoints.restore(checkpoints.latest(), abstract_state(run))
+    checkpoints.close()
+    return jax.tree.map(np.asarray, dataclasses.replace(state, key=jax.random.key_data(state.key)))
+
+
+@pytest.mark.slow
+def test_a_run_explores_behind_the_best_token_and_goes_on_bit_for_bit(tmp_path):
+    model, sentiment = tiny.folder(tmp_path / "model"), tmp_path / "sentiment.jsonl"
+    rows = [{"text": word, "label": i % 2} for i, word in enumerate("abcdefgh")] * 8
+    sentiment.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert main(quark_run(one, model, sentiment)) == 0
+    log = [json.loads(line) for line in (one / "run" / "metrics.jsonl").read_text().splitlines()]
+    train = [row for row in log if "loss" in row]
+    assert [row["step"] for row in train] == [4, 8] and all(row["scored_rate"] == 1 and row["sampler_gap"] < 1e-5 for row in train)
+    assert all(row["loss/kl_ref_pi"] > 0 and row["loss/quark"] > 0 and row["skipped"] == 0 for row in train)
+    pool = ended(one).carry["quark_pool"]
+    assert pool["entered"] == 64 and pool["draws"] == 2
+    source = hf.open_folder(one / "run_model")
+    assert source.config.predicted_tokens == 95 and pool["tokens"].shape == (64, 128)
+    assert (pool["tokens"][:, 1] == 95).all() and pool["tokens"][:, 2:].max() < 95  # behind <s> and the best token, and no other is said
+    process = runs.begin(quark_run(two, model, sentiment), runs.environment(8))
+    assert runs.stop_when(process, lambda: (two / "run" / "checkpoints" / "4").is_dir(), runs.signal.SIGKILL)
+    process.communicate()
+    assert main(quark_run(two, model, sentiment)) == 0
+    jax.tree.map(np.testing.assert_array_equal, ended(two), ended(one))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from alignax.experience.chain import Stateful
+from alignax.experience.chain import Experience, Stateful
 from alignax.losses.pairs import field
 from alignax.types import Batch, rows
 
@@ -45,6 +45,31 @@ def quark_pool(tokens: Sequence[int], capacity: int, length: int, seed: int = 0)
     return Stateful("quark_pool", first, Partial(_Pool(tuple(tokens), seed)))
 
 
+def unconditioned(tokens: Sequence[int], experience: Experience) -> Experience:
+    """What an experience writes of prompts without their reward token: the scores of a reward model, which knows no such tokens.
+
+    `chain(unconditioned(tokens, chain(score(ensemble), uwo(0.5))), quark_pool(tokens, ..))`
+
+    Args:
+      tokens: those of `quark_pool`.
+      experience: without a carry; its models share the policy's tokenizer.
+    """
+    return Partial(_Unconditioned(tuple(tokens)), experience)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Unconditioned:
+    """The static part of `unconditioned`."""
+
+    tokens: tuple[int, ...]
+
+    def __call__(self, experience: Experience, batch: Batch) -> Batch:
+        row = {name: rows(batch[name]) for name in ("tokens", "mask", "completion_mask")}  # [R, T]
+        cut = without(places(self.tokens, row), row["tokens"], row["mask"])
+        whole = {name: batch[name] for name in ("tokens", "mask")}
+        return experience(batch | {name: x.reshape(whole[name].shape) for name, x in zip(whole, cut, strict=True)}) | whole
+
+
 @dataclasses.dataclass(frozen=True)
 class _Pool:
     """The static part of `quark_pool`."""
@@ -57,7 +82,7 @@ class _Pool:
         B, N, T = batch["tokens"].shape
         fresh = {name: rows(batch[name]) for name in ("tokens", "mask", "completion_mask")}  # [R, T]
         fresh["rewards"] = found.reshape(-1)
-        known = fresh["completion_mask"].any(axis=1) & jnp.isfinite(fresh["rewards"]) & self.places(fresh).any(axis=1)  # [R]
+        known = fresh["completion_mask"].any(axis=1) & jnp.isfinite(fresh["rewards"]) & places(self.tokens, fresh).any(axis=1)  # [R]
         pool = enter(pool, fresh, known)
         labels = quantiles(pool["rewards"], pool["entered"], len(self.tokens))  # [P]
         key = jax.random.fold_in(jax.random.key(self.seed), pool["draws"])
@@ -65,7 +90,7 @@ class _Pool:
         pool = pool | {"draws": pool["draws"] + 1}
 
         row = {name: pool[name][drawn, :T] for name in ("tokens", "mask", "completion_mask")}
-        here, label = self.places(row), labels[drawn]
+        here, label = places(self.tokens, row), labels[drawn]
         own = jnp.asarray(self.tokens, jnp.int32)[label]
         ref_tokens, ref_mask = without(here, row["tokens"], row["mask"])
         out = row | {"tokens": jnp.where(here, own[:, None], row["tokens"]), "ref_tokens": ref_tokens, "ref_mask": ref_mask}
@@ -73,11 +98,12 @@ class _Pool:
         sampled = {"group_rewards": jnp.where(known, fresh["rewards"], jnp.nan)}
         return pool, {name: x.reshape(B, N, *x.shape[1:]) for name, x in (out | sampled).items()}
 
-    def places(self, row: Pool) -> jax.Array:
-        """True at the first reward token of each prompt: [R, T] bool."""
-        own = jnp.asarray(self.tokens, jnp.int32)[None, None]
-        here = (row["tokens"][..., None] == own).any(axis=-1) & row["mask"] & ~row["completion_mask"]
-        return here & (jnp.cumsum(here, axis=1) == 1)
+
+def places(tokens: Sequence[int], row: Pool) -> jax.Array:
+    """True at the first reward token of each prompt: [R, T] bool."""
+    own = jnp.asarray(tokens, jnp.int32)[None, None]
+    here = (row["tokens"][..., None] == own).any(axis=-1) & row["mask"] & ~row["completion_mask"]
+    return here & (jnp.cumsum(here, axis=1) == 1)
 
 
 def enter(pool: Pool, fresh: Pool, known: jax.Array) -> Pool:

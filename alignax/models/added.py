@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from alignax.distributed import is_main, together
 from alignax.mesh import make_mesh
 from alignax.models import hf
 from alignax.models.transformer import ModelConfig
@@ -28,7 +29,7 @@ def with_tokens(
 
     Args:
       folder: a Hugging Face folder with a tokenizer.
-      out: a folder that does not exist yet. It appears whole or not at all.
+      out: a folder that does not exist yet. It appears whole or not at all. Every process calls this; process 0 writes.
       tokens: texts, none of which the tokenizer knows as a token.
       seed: of the new rows.
       dtype: of the written weights: "float32", "bfloat16" or "float16".
@@ -54,11 +55,13 @@ def with_tokens(
     shaped = {name: dataclasses.replace(getattr(source, name), **new) for name in ("config", "stored")}
     half = out.with_name(out.name + ".part")
     hf.export(params, source._replace(hf=source.hf | new, **shaped), half, dtype)
-    tokenizer.save_pretrained(half)
-    fields = hf.generation_config(source)
-    quiet = sorted({*(fields.get("suppress_tokens") or ()), *ids})
-    (half / hf.GENERATION).write_text(json.dumps(fields | {"suppress_tokens": quiet}, indent=2) + "\n")
-    hf.replace(out, half)
+    with together():
+        if is_main():
+            tokenizer.save_pretrained(half)
+            fields = hf.generation_config(source)
+            quiet = sorted({*(fields.get("suppress_tokens") or ()), *ids})
+            (half / hf.GENERATION).write_text(json.dumps(fields | {"suppress_tokens": quiet}, indent=2) + "\n")
+            hf.replace(out, half)
     return ids
 
 
