@@ -11,11 +11,12 @@ import optax
 import pytest
 import runs
 import tiny
+from jax.tree_util import Partial
 
 from alignax.checkpoint import Checkpoints
 from alignax.cli import main
 from alignax.config import load_experiment
-from alignax.experience import Stateful, advance, first_carry, quark_pool
+from alignax.experience import Stateful, advance, first_carry, quark_pool, unconditioned
 from alignax.experience.quark import draw, quantiles, without
 from alignax.losses import Loss, kl_pi_ref, kl_ref_pi, quark
 from alignax.models import hf, transformer
@@ -203,6 +204,16 @@ def test_the_teacher_reads_the_shortened_prompt_exactly():
     np.testing.assert_allclose(of(out.logps), picked, atol=1e-5)
     seen = forward(params, other, taught | {"ref_tokens": batch["tokens"], "ref_mask": batch["mask"]})  # with the token it is another
     assert np.abs(of(seen.ref_kl) - of(out.ref_kl)).max() > 1e-3
+
+
+def test_a_reward_model_reads_the_prompt_without_the_token():
+    """It scores a row by the token at place 1, which is the prompt's; the batch keeps its tokens and its own fields."""
+    batch = {name: jnp.asarray(x) for name, x in rollout(np.arange(4.0)).items()}
+    first = lambda batch: batch | {"scores": jnp.take_along_axis(batch["tokens"], batch["mask"].argmax(-1)[..., None] + 1, axis=-1)}
+    found = unconditioned(TOKENS, Partial(first))(batch)
+    np.testing.assert_array_equal(first(batch)["scores"][:, 0, 0], [90] * 4)
+    np.testing.assert_array_equal(found["scores"][:, 0, 0], [10, 11, 12, 13])
+    jax.tree.map(np.testing.assert_array_equal, {name: found[name] for name in batch}, batch)
 
 
 # --- the loss ---
