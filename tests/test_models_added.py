@@ -1,5 +1,7 @@
 """Model folders with added tokens: what transformers makes of them, and what is refused."""
 
+import dataclasses
+import json
 import shutil
 
 import numpy as np
@@ -8,6 +10,7 @@ import tiny
 import torch_llama
 import transformers
 
+from alignax.checks import check_token_kl
 from alignax.mesh import make_mesh
 from alignax.models import hf
 from alignax.models.added import with_tokens
@@ -64,3 +67,11 @@ def test_what_cannot_be_added_is_refused(tmp_path):
     with pytest.raises(ValueError, match="exists; choose another place"):
         with_tokens(folder, shutil.copytree(folder, tmp_path / "there"), ["<|a|>"])
     assert not (tmp_path / "out").exists()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"predicted_tokens": 97}))
+    with pytest.raises(ValueError, match="predicted_tokens 97 exceed the vocabulary of 96"):
+        hf.open_folder(folder)
+    (folder / "config.json").write_text(json.dumps(config | {"predicted_tokens": 95}))
+    source = hf.open_folder(folder)
+    with pytest.raises(ValueError, match=r"one predicted_tokens, policy and reference have \[95, 0\]"):
+        check_token_kl(source, source._replace(config=dataclasses.replace(source.config, predicted_tokens=0)))
