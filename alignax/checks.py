@@ -120,6 +120,9 @@ def check_token_kl(source: hf.Source, reference: hf.Source | None) -> None:
     caps = [s.config.final_logit_softcapping for s in (source, reference)]
     if caps[0] != caps[1]:
         raise ValueError(f"reference.token_kl needs one final_logit_softcapping, policy and reference have {caps}; set it to false")
+    counts = [s.config.predicted_tokens for s in (source, reference)]
+    if counts[0] != counts[1]:
+        raise ValueError(f"reference.token_kl needs one predicted_tokens, policy and reference have {counts}; add the same tokens to both")
 
 
 def check_cache(config: Any, averages: dict[str, Average], reference: hf.Source | None) -> None:

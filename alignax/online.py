@@ -128,8 +128,9 @@ def experienced(run: Run, state: TrainState, frozen: dict[str, Params], batch: B
     out = in_parts(outputs, batch, parts)
     entropy = per_token(out.entropy, batch)
     batch = batch | {"old_logps": out.logps} | ({} if out.values is None else {"values": out.values})
+    sampled = measured(batch, off_policy(run))  # an experience may put other responses in their place
     carry, batch = advance(make_experience(run, frozen, state), state.carry, batch)
-    return (carry, batch), measured(batch, off_policy(run)) | {"entropy": entropy}
+    return (carry, batch), sampled | measured(batch, off_policy(run)) | {"entropy": entropy}
 
 
 def measured(batch: Batch, other: bool = False) -> Metrics:

@@ -14,6 +14,8 @@ A batch is a plain dict of arrays whose leading axis is B. Every method has the 
 | `margin`          | [B] f32          | `data.columns.margin`: how much better the chosen response is                    |
 | `attributes`      | [B, N, L] f32    | `data.columns.attributes`: what people gave a response, of L labels; NaN: not given |
 | `ref_logps`       | [B, N, T] f32    | per-token log-probs of the reference (an experience writes them)                 |
+| `ref_tokens`      | [B, N, T] int32  | what the reference beside the policy reads in the place of `tokens`              |
+| `ref_mask`        | [B, N, T] bool   | the real ones of these                                                           |
 | `old_logps`       | [B, N, T] f32    | those of the policy as it stands before the step (likewise)                      |
 | `sampled_logps`   | [B, N, T] f32    | those that a completion was sampled with (see `alignax.generate`)                |
 | `labels`          | [B, N] bool      | unpaired data: whether a response is desirable                                   |
@@ -27,7 +29,8 @@ A batch is a plain dict of arrays whose leading axis is B. Every method has the 
 | `search_phase`    | [B] int32        | what it tries them for, see `alignax.experience.simplex`                         |
 | `search_evaluations` | [B] int32     | how many it has tried before                                                     |
 | `raw_rewards`     | [B, N] f32       | `rewards` before the KL penalty                                                  |
-| `group_rewards`   | [B, N] f32       | of pairs made of groups: the rewards of all that were sampled, NaN where unknown |
+| `group_rewards`   | [B, N] f32       | where others are trained on: the rewards of what was sampled, NaN where unknown  |
+| `quantiles`       | [B, N] int32     | of Quark's pool, which a response is of by its reward; 0 the best                |
 | `kl_coefficient`  | [B] f32          | that of an adaptive KL penalty                                                   |
 | `values`          | [B, N, T] f32    | a critic's estimate before tokens[t] is chosen, at completion tokens; of a critic |
 |                   |                  | of H heads [B, N, T, H]: of the KL, then of each reward model                    |
@@ -70,6 +73,7 @@ class Outputs(NamedTuple):
     entropy: jax.Array  # [B, N, T] entropy of the distribution that predicted tokens[t], nats
     log_sum_sq: jax.Array | None = None  # [B, N, T] log sum_v pi(v | tokens[<t])^2; carries no gradient
     ref_kl: jax.Array | None = None  # [B, N, T] KL(ref || pi) of the distributions that predict tokens[t], nats
+    policy_kl: jax.Array | None = None  # [B, N, T] KL(pi || ref) of the same
     scores: jax.Array | None = None  # [B, N] a reward model's score of each response; [B, N, labels] or, of an ensemble, [B, N, K]
     values: jax.Array | None = None  # [B, N, T] a critic's estimate of what is to come before tokens[t] is chosen; [B, N, T, H] of heads
 

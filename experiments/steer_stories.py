@@ -1,7 +1,8 @@
-"""Online alignment of a small story-teller to cheerful stories, by PPO, RLOO, GRPO or f-DPG: one experiment, `method` says which.
+"""Online alignment of a small story-teller to cheerful stories, by PPO, RLOO, GRPO, f-DPG or Quark: one experiment, `method` says which.
 
   PPO: Schulman et al. 2017, arXiv:1707.06347.  RLOO: Ahmadian et al. 2024, arXiv:2402.14740.  GRPO: Shao et al. 2024, arXiv:2402.03300.
   f-DPG: Go et al. 2023, arXiv:2302.08215, with the Jensen-Shannon divergence, to the target ref(y) exp(r(y) / beta).
+  Quark: Lu et al. 2022, arXiv:2205.13636; the model with its reward tokens is written to WORKDIR_model first.
 
 Command:
   alignax train --config experiments/steer_stories.py --config.workdir=runs/steer_grpo --config.method=grpo \\
@@ -36,6 +37,8 @@ from alignax import (
     leave_one_out,
     logps,
     ppo,
+    quark,
+    quark_pool,
     reward_target,
     rloo,
     running_baseline,
@@ -44,11 +47,14 @@ from alignax import (
     whiten_advantages,
 )
 from alignax.config import BadInput
+from alignax.models import hf
+from alignax.models.added import with_tokens
 
 WHO = ("a little girl named Lily", "a boy named Tim", "a big dog", "a small cat", "an old man", "a bird", "two friends", "a red car")
 WHERE = ("Once upon a time, there was {}", "One day, {}", "In a small house lived {}", "There once was {}", "At the park, {}")
 HELD_OUT = ("Every morning, {}", "Far away, there was {}")
-METHODS = ("ppo", "rloo", "grpo", "fdpg")
+METHODS = ("ppo", "rloo", "grpo", "fdpg", "quark")
+QUANTILES = [f"<|reward_{k}|>" for k in range(5)]  # Quark's tokens, best first
 SCALE = 20.0  # words as positive as half of what one strong word says; keeps rewards near [-1, 1]
 
 
@@ -58,6 +64,7 @@ def get_config():
     config.method = "grpo"
     config.sentiment = ""  # JSONL with `text` and `label`
     config.beta = 0.05  # of the KL
+    config.pool = 16384  # responses that Quark remembers
     config.workdir = "runs/steer"
     config.steps = 80
     config.batch_size = 16
@@ -83,6 +90,7 @@ def loss(config):
         "rloo": rloo,
         "grpo": lambda: grpo() + config.beta * kl_k3(),
         "fdpg": lambda: fdpg(js_pi_p),
+        "quark": lambda: quark(config.beta),
     }[config.method]()
 
 
@@ -94,6 +102,7 @@ def experience(config, reference):
         "rloo": lambda: chain(start, kl_reward(config.beta), leave_one_out()),
         "grpo": lambda: chain(start, group_relative()),
         "fdpg": lambda: chain(start, reward_target(config.beta), running_log_z(), running_baseline(js_pi_p)),
+        "quark": lambda: quark_pool(quantile_ids(config.model.path), config.pool, length=128, seed=config.seed),
     }[config.method]()
 
 
@@ -116,16 +125,31 @@ def main(experiment):
         folder = Path(config.workdir)
         write_prompts(folder.with_name(folder.name + "_prompts"), config)
     config.model.critic = "head" if config.method == "ppo" else ""
+    config.reference.token_kl = config.method == "quark"
+    if config.method == "quark" and not hf.open_folder(config.model.path).config.predicted_tokens:
+        folder = Path(config.workdir + "_model")
+        if not folder.exists():
+            with_tokens(config.model.path, folder, QUANTILES)
+        config.model.path = str(folder)
     return commands.run(experiment._replace(config=config, main=None))
 
 
 def write_prompts(folder: Path, config) -> None:
-    """Beginnings of stories, those of the evaluation in words of their own."""
+    """Beginnings of stories, those of the evaluation in words of their own; Quark's behind the token of the best."""
     folder.mkdir(parents=True, exist_ok=True)
+    front = QUANTILES[0] if config.method == "quark" else ""
     for split, patterns in (("train", WHERE), ("eval", HELD_OUT)):
-        rows = [{"prompt": pattern.format(who)} for pattern in patterns for who in WHO]
+        rows = [{"prompt": front + pattern.format(who)} for pattern in patterns for who in WHO]
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         config.data[split] = str(folder / f"{split}.jsonl")
+
+
+@functools.cache
+def quantile_ids(folder: str) -> list[int]:
+    """The ids of Quark's tokens."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True).convert_tokens_to_ids(QUANTILES)
 
 
 @functools.cache

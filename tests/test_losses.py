@@ -98,12 +98,15 @@ LOSSES = {
         losses.response_mean
     ),  # over tokens one of its gradients, in test_invariance, is 3e-8: Adam steps by its rounding
     "kl_k3_weighted": losses.kl_k3_weighted(),
+    "kl_ref_pi": losses.kl_ref_pi(),
+    "kl_pi_ref": losses.kl_pi_ref(losses.response_mean),
     "chi2": losses.chi2(),
     "chi2_exact": losses.chi2_exact(),
     "square_root": losses.square_root(losses.chi2()),
     "entropy_bonus": losses.entropy_bonus(),
     "value_loss": losses.value_loss(),
     "fdpg": losses.fdpg(),
+    "quark": losses.quark(),
     "attribute_regression": losses.attribute_regression(["reward"]),
 }
 TERMS = {name: {f"loss/{name}"} for name in LOSSES} | {
@@ -127,6 +130,7 @@ TERMS = {name: {f"loss/{name}"} for name in LOSSES} | {
     "importance_weighted": {"loss/ppo"},
     "square_root": {"loss/chi2"},
     "fdpg": {"loss/fdpg", "loss/fdpg_skipped"},
+    "quark": {"loss/quark", "loss/kl_ref_pi", "loss/entropy_bonus"},
     **dict.fromkeys(("rpo", "rpo_token_mean", "dpo+sft"), {"loss/dpo", "loss/sft"}),
     **{name: {"loss/f_dpo"} for name in LOSSES if name.startswith("f_dpo")},
 }  # fmt: skip
@@ -139,6 +143,7 @@ SURROGATES = (  # of sampled responses, weighted by their advantages
 )  # fmt: skip
 SAMPLED = (  # of any number of responses, each by itself
     *SURROGATES, "kl_k1", "kl_k2", "kl_k3", "kl_k3_weighted", "chi2", "chi2_exact", "square_root", "entropy_bonus", "value_loss", "fdpg",
+    "kl_ref_pi", "kl_pi_ref", "quark",
 )  # fmt: skip
 PAIRED = [name for name in LOSSES if name not in UNPAIRED + SCORED + SINGLE + SAMPLED]
 FREE = ("simpo", "cpo", "orpo", "slic_hf")  # of any reference
@@ -158,6 +163,9 @@ SAMPLED_METRICS = dict.fromkeys(SURROGATES, SURROGATE_METRICS) | {
     "lp_reg": SURROGATE_METRICS | {"lp_reg/protected"},
     "importance_weighted": SURROGATE_METRICS | {"importance_weight"},
     **dict.fromkeys(("kl_k1", "kl_k2", "kl_k3", "kl_k3_weighted"), KL_METRICS),
+    "kl_ref_pi": {"kl/ref_pi"},
+    "kl_pi_ref": {"kl/pi_ref"},
+    "quark": {"logps", "kl/ref_pi", "entropy"},
     **dict.fromkeys(("chi2", "chi2_exact", "square_root"), {"kl/sequence_k1"}),
     "entropy_bonus": {"entropy"},
     "value_loss": VALUE_METRICS,
@@ -218,7 +226,7 @@ def outputs(logps: jax.Array, batch: dict[str, jax.Array], entropy: jax.Array | 
     entropy = jnp.zeros_like(logps) if entropy is None else entropy
     statistic = lambda x: jnp.where(batch["completion_mask"], x, 0.0)
     kl = 0.1 * jnp.square(statistic(logps - batch["ref_logps"])) if "ref_logps" in batch else None
-    return Outputs(logps, entropy, statistic(-0.5), kl, sequence(logps, batch), statistic(0.5 * logps))
+    return Outputs(logps, entropy, statistic(-0.5), kl, kl, sequence(logps, batch), statistic(0.5 * logps))
 
 
 def run(objective: Loss, logps: jax.Array, batch: dict[str, jax.Array]):

@@ -35,7 +35,7 @@ def naive(
     if teacher is not None:
         t = teacher[0] @ teacher[1]
         t = jax.nn.log_softmax(t if cap is None else jnp.tanh(t / cap) * cap, axis=-1)
-        statistics.append((jnp.exp(t) * (t - logps)).sum(-1))
+        statistics += [(jnp.exp(t) * (t - logps)).sum(-1), (jnp.exp(logps) * (logps - t)).sum(-1)]
     return Outputs(*(jnp.where(mask, x, 0.0) for x in statistics))
 
 
@@ -48,12 +48,12 @@ def problem(R: int = 3, T: int = 11, D: int = 8, V: int = 13, share: float = 0.5
 
 def pull(head, hidden, weight, targets, mask, **options):
     """Outputs, and the gradients of a random combination of all their entries, unscored ones included."""
-    keys = jax.random.split(jax.random.key(0), 3)
-    a, b, c = (jax.random.normal(key, targets.shape) for key in keys)
+    keys = jax.random.split(jax.random.key(0), 4)
+    a, b, c, d = (jax.random.normal(key, targets.shape) for key in keys)
 
     def value(hidden, weight):
         out = head(hidden, weight, targets, mask, **options)
-        taught = 0.0 if out.ref_kl is None else (c * out.ref_kl).sum()
+        taught = 0.0 if out.ref_kl is None or out.policy_kl is None else (c * out.ref_kl + d * out.policy_kl).sum()
         return (a * out.logps + b * out.entropy).sum() + taught, out
 
     grads, out = jax.jit(jax.grad(value, (0, 1), has_aux=True))(hidden, weight)
@@ -98,17 +98,33 @@ def test_kl_of_a_teacher_and_its_gradient_are_the_naive_ones(chunk, cap):
     args = problem()
     out, grads = pull(token_logps, *args, chunk=chunk, cap=cap, teacher=teacher(args[2]))
     close((out, grads), pull(naive, *args, cap=cap, teacher=teacher(args[2])), 1e-5)
-    assert out.ref_kl is not None and (np.asarray(out.ref_kl)[np.asarray(args[3])] > 0).all()
+    for kl in (out.ref_kl, out.policy_kl):
+        assert kl is not None and (np.asarray(kl)[np.asarray(args[3])] > 0).all()
     alone = pull(token_logps, *args, chunk=chunk, cap=cap)[0]
-    assert alone.ref_kl is None
+    assert alone.ref_kl is None and alone.policy_kl is None
     close(alone[:3], out[:3], 0)
 
 
 def test_a_model_is_no_kl_from_itself():
     hidden, weight, targets, mask = problem()
-    kl = lambda h: token_logps(h, weight, targets, mask, teacher=(hidden, weight)).ref_kl
+    kl = lambda h: jnp.stack(token_logps(h, weight, targets, mask, teacher=(hidden, weight))[3:5])
     np.testing.assert_allclose(kl(hidden), 0.0, atol=1e-6)
     np.testing.assert_allclose(jax.grad(lambda h: kl(h).sum())(hidden), 0.0, atol=1e-6)
+
+
+def test_a_kl_that_no_loss_reads_is_not_computed():
+    """By the compiled program's own count of operations."""
+    args, names = problem(R=2, D=32, V=64), ("logps", "ref_kl", "policy_kl")
+
+    def compiled(*read: str):
+        def value(hidden, weight):
+            out = token_logps(hidden, weight, *args[2:], chunk=8, teacher=teacher(args[2], V=64))
+            return sum(getattr(out, name).sum() for name in read)
+
+        return jax.jit(jax.grad(value, (0, 1))).lower(*args[:2]).compile()
+
+    flops = {read: compiled(*read).cost_analysis()["flops"] for read in (names[:1], names[:2], names[::2], names)}
+    assert flops[names[:1]] < min(flops[names[:2]], flops[names[::2]]) and max(flops[names[:2]], flops[names[::2]]) < flops[names]
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])

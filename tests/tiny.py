@@ -69,6 +69,7 @@ def plain_apply(params: Params, batch: Batch, teacher: Params | None = None) -> 
         scored(-jnp.sum(jnp.exp(p) * p, axis=-1)),
         scored(jax.lax.stop_gradient(jax.nn.logsumexp(2 * p, axis=-1))),
         None if q is None else scored(jnp.sum(jnp.exp(q) * (q - p), axis=-1)),
+        None if q is None else scored(jnp.sum(jnp.exp(p) * (p - q), axis=-1)),
         scores,
         scored(jnp.tanh(params["embed"])[before, 1]),
     )

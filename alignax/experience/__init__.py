@@ -16,6 +16,7 @@ from alignax.experience.fdpg import (
 from alignax.experience.kto import mismatched_kl
 from alignax.experience.logps import logps
 from alignax.experience.matching import chi2_estimate, matched_margins, matched_ratios, reward_shift
+from alignax.experience.quark import quark_pool, unconditioned
 from alignax.experience.selection import best_and_worst
 from alignax.experience.shaping import (
     adaptive_kl_reward,
@@ -34,6 +35,7 @@ __all__ = [
     "chi2_estimate", "clip_rewards", "exponential_target", "first_carry", "fit_moments", "gae", "group_relative", "kl_reward",
     "leave_one_out", "logps", "low_probability_tokens", "matched_margins", "matched_ratios", "min_p_logps", "mismatched_kl",
     "missing_eos_penalty", "mu_ppo", "nelder_mead", "nm_ppo", "overlong_penalty", "ppo_sat", "proposal_evidence", "proxy_point", "quantile",
-    "reinforce_plus_plus", "reward_shift", "reward_target", "rewards_to_go", "running_baseline", "running_log_z", "score", "shaping", "uwo",
+    "quark_pool", "reinforce_plus_plus", "reward_shift", "reward_target", "rewards_to_go", "running_baseline", "running_log_z", "score",
+    "shaping", "unconditioned", "uwo",
     "wco", "whiten_advantages", "whiten_rewards", "xi_ppo",
 ]  # fmt: skip

@@ -25,10 +25,23 @@ from alignax.losses.fdpg import (
 )
 from alignax.losses.length import desensitised, ipo_mean, ld_dpo, r_dpo, sigmoid_norm
 from alignax.losses.pairs import mean_logps, mean_ratios, pair_logps, pair_metrics, pair_ratios, pairwise
-from alignax.losses.penalties import chi2, chi2_exact, entropy_bonus, kl_k1, kl_k2, kl_k3, kl_k3_weighted, square_root, value_loss
+from alignax.losses.penalties import (
+    chi2,
+    chi2_exact,
+    entropy_bonus,
+    kl_k1,
+    kl_k2,
+    kl_k3,
+    kl_k3_weighted,
+    kl_pi_ref,
+    kl_ref_pi,
+    square_root,
+    value_loss,
+)
 from alignax.losses.pointwise import apo_down, apo_zero, bco, nca, sppo
 from alignax.losses.policy import cispo, gmpo, grpo, gspo, ppo, reinforce, rloo, sapo
 from alignax.losses.preference import discopop, dpo, dpop, exo, hinge, ipo, ipo_daa, robust_dpo, rpo, rpo_token_mean
+from alignax.losses.quark import quark
 from alignax.losses.reference_free import cpo, log_odds, orpo, simpo, slic_hf
 from alignax.losses.responses import (
     Aggregate,
@@ -53,8 +66,9 @@ __all__ = [
     "chi2_p_pi", "chi2_pi_p", "chi_squared", "chosen_examples", "chosen_tokens", "cispo", "cpo", "desensitised", "discopop", "diverged",
     "dpo", "dpop", "entropy_bonus", "examples", "exo", "f_dpo", "fdpg", "finished", "forward_kl", "gmpo", "grpo", "gspo", "hellinger_pi_p",
     "hinge", "importance_weighted", "ipo", "ipo_daa", "ipo_mean", "jensen_shannon", "js_pi_p", "kl_k1", "kl_k2", "kl_k3", "kl_k3_weighted",
-    "kl_p_pi", "kl_pi_p", "kto", "ld_dpo", "lengths", "log_odds", "log_ratios", "lp_reg", "make_loss", "mean_logps", "mean_ratios", "nca",
-    "orpo", "pair_logps", "pair_metrics", "pair_ratios", "pairwise", "per_sequence", "policy_metrics", "ppo", "r_dpo", "reinforce",
+    "kl_p_pi", "kl_pi_p", "kl_pi_ref", "kl_ref_pi", "kto", "ld_dpo", "lengths", "log_odds", "log_ratios", "lp_reg", "make_loss",
+    "mean_logps", "mean_ratios", "nca",
+    "orpo", "pair_logps", "pair_metrics", "pair_ratios", "pairwise", "per_sequence", "policy_metrics", "ppo", "quark", "r_dpo", "reinforce",
     "response_mean", "reverse_kl", "rloo", "robust_dpo", "rpo", "rpo_token_mean", "sapo", "score_l2", "sequence", "sft", "sigmoid_norm",
     "simpo", "slic_hf", "sppo", "square_root", "summed_sft", "target_divergences", "tdpo", "tdpo2", "token_mean", "token_sum",
     "total_variation", "tv_pi_p", "value_loss", "wpo",

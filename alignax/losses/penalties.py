@@ -1,4 +1,4 @@
-"""Terms beside a policy gradient: the KL from the reference by three estimators, chi-squared by two, the entropy, a critic's error.
+"""Terms beside a policy gradient: the KL from the reference, exact and by three estimators, chi-squared, the entropy, a critic's error.
 
 As part of the loss an estimator's value and its gradient are estimates of different things: averaged over samples of the policy each of
 k1, k3 and chi-squared's surrogate has the value of its divergence, and the gradient of something else, since samples come from the
@@ -62,6 +62,33 @@ def _kl(name: str, estimate, aggregate: Aggregate) -> Loss:
         return estimate(d), {"kl/ref_k1": d, "kl/ref_k3": k3(d)}
 
     return aggregate(name, value)
+
+
+def kl_ref_pi(aggregate: Aggregate = token_mean) -> Loss:
+    """KL(ref || pi) of the next-token distributions, exact over the whole vocabulary, at the prefixes that the batch holds.
+
+    sum_v ref(v) (log ref(v) - log pi(v)),   gradient pi - ref at the logits
+
+    It keeps what the reference says likely. Needs a model that gives `ref_kl`: `--config.reference.token_kl=true`, or
+    `alignax.forward(.., teacher=..)`. The reference reads `ref_tokens` where the batch has them, another prompt say.
+    """
+    return aggregate("kl_ref_pi", lambda out, batch: _exact(out.ref_kl, "ref_kl", "kl/ref_pi"))
+
+
+def kl_pi_ref(aggregate: Aggregate = token_mean) -> Loss:
+    """KL(pi || ref) of the next-token distributions, exact over the whole vocabulary, at the prefixes that the batch holds.
+
+    sum_v pi(v) (log pi(v) - log ref(v)),   gradient pi (log pi - log ref - KL) at the logits
+
+    It keeps the policy from what the reference says unlikely. Needs a model that gives `policy_kl`, as `kl_ref_pi` does `ref_kl`.
+    """
+    return aggregate("kl_pi_ref", lambda out, batch: _exact(out.policy_kl, "policy_kl", "kl/pi_ref"))
+
+
+def _exact(values: jax.Array | None, name: str, metric: str) -> tuple[jax.Array, Metrics]:
+    if values is None:
+        raise ValueError(f"a KL of whole distributions needs Outputs.{name}, which this model leaves out; set reference.token_kl=true")
+    return values, {metric: values}
 
 
 def chi2() -> Loss:

@@ -41,7 +41,7 @@ FIELDS: dict[str, str] = {
         "a whole number above 0": "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
         "head_dim max_position_embeddings n_embd n_layer n_head n_inner n_positions sliding_window_pattern num_experts num_local_experts "
         "num_experts_per_tok moe_intermediate_size original_max_position_embeddings",
-        "a whole number, 0 or more": "sliding_window max_window_layers",
+        "a whole number, 0 or more": "sliding_window max_window_layers predicted_tokens",
         "a number above 0": "rope_theta rope_local_base_freq rotary_emb_base rotary_pct partial_rotary_factor query_pre_attn_scalar "
         "attn_logit_softcapping final_logit_softcapping factor low_freq_factor high_freq_factor beta_fast beta_slow attention_factor "
         "mscale mscale_all_dim rms_norm_eps layer_norm_eps layer_norm_epsilon",
@@ -369,7 +369,7 @@ def read(hf: Any, where: str) -> tuple[Family, ModelConfig]:
     if kind not in FAMILIES:
         raise ValueError(f"model_type {short(kind)} in {where} is unknown; supported: {', '.join(sorted(FAMILIES))}")
     try:
-        config = FAMILIES[kind].config(fields)
+        config = dataclasses.replace(FAMILIES[kind].config(fields), predicted_tokens=fields.get("predicted_tokens", 0))
         check_shape(config)
     except KeyError as e:
         raise ValueError(f"{where} lacks the field {e.args[0]!r}; is it a complete {kind} config?") from e
@@ -390,6 +390,8 @@ def checked(fields: Json, where: str) -> dict[str, Any]:
 
 def check_shape(c: ModelConfig) -> None:
     """Refuses sizes that do not fit one another."""
+    if c.predicted_tokens > c.vocab_size:
+        raise ValueError(f"predicted_tokens {c.predicted_tokens} exceed the vocabulary of {c.vocab_size}; they are its first so many")
     if c.num_attention_heads % c.num_key_value_heads:
         raise ValueError(
             f"{c.num_attention_heads} attention heads do not share {c.num_key_value_heads} key-value heads; one divides the other"

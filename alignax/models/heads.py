@@ -4,12 +4,12 @@ Only completion positions are scored: each batch shard moves its own to the fron
 shard. Logits exist for one chunk at a time and are made again in the backward pass, which is written out:
 
     z = x W, p = softmax(z), q = log p, H the entropy:   d q_y / dz = onehot(y) - p,   dH / dz = -p (q + H)
-    with a teacher of distribution t:                    d KL(t || p) / dz = p - t
+    with a teacher of distribution t:                    d KL(t || p) / dz = p - t,   d KL(p || t) / dz = p (q - log t - KL(p || t))
 
 With a soft cap, z = cap tanh(x W / cap), and both are multiplied by dz / d(x W) = 1 - (z / cap)^2.
 
 Differentiated by machine, a chunk took three to four sweeps over its logits rather than one, and the gradient of W was summed over
-the data shards in every chunk rather than once.
+the data shards in every chunk rather than once. A KL that no loss reads is not computed, forwards or backwards.
 """
 
 import functools
@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jax.sharding import Mesh
 
 from alignax import mesh as meshes
@@ -46,8 +47,8 @@ def token_logps(
       chunk: positions scored at a time in each batch shard; memory is about `chunk * V` floats, a few times over.
       mesh: gives the number of batch shards; positions never leave theirs.
       cap: of the logits, see `soft_cap`; of the teacher's too.
-      teacher: [R, T, E] in the compute dtype and [E, V]; then KL(teacher || softmax) is among the outputs, and its gradient. None goes
-        to the teacher.
+      teacher: [R, T, E] in the compute dtype and [E, V]; then KL(teacher || softmax) and KL(softmax || teacher) are among the outputs,
+        with their gradients. None goes to the teacher.
 
     Returns:
       Outputs with [R, T] float32 arrays; the sum of squares has no gradient.
@@ -119,12 +120,16 @@ def score(
 ) -> tuple[jax.Array, ...]:
     """Log-prob of y [S, P], entropy and log sum of squares of softmax(x W), from x [S, P, D] and W [D, V]; 0 after `count` chunks.
 
-    With a teacher, its KL from softmax(x W) too.
+    With a teacher, KL(teacher || softmax(x W)) and KL(softmax(x W) || teacher) too.
     """
-    return _forward(chunk, mesh, cap, x, weight, y, count, teacher)[0]
+    return _scores(chunk, mesh, cap, x, weight, y, count, teacher)[0]
 
 
-def _forward(
+def _forward(chunk: int, mesh: Mesh | None, cap: float | None, *primals: Any) -> Any:
+    return _scores(chunk, mesh, cap, *jax.tree.map(lambda x: x.value, primals))
+
+
+def _scores(
     chunk: int, mesh: Mesh | None, cap: float | None, x: jax.Array, weight: jax.Array, y: jax.Array, count: jax.Array, teacher: Teacher
 ) -> Any:
     w = _whole(weight, x.dtype, mesh)
@@ -146,31 +151,38 @@ def _forward(
             lse_t = jax.nn.logsumexp(zt, axis=-1)
             # From the difference of logits, so that the KL of equal models is 0 and not a difference of large numbers.
             kl = jnp.einsum("scv,scv->sc", jnp.exp(zt - lse_t[..., None]), zt - z) + lse - lse_t
-            parts += (kl, lse_t)
+            reverse = jnp.einsum("scv,scv->sc", e, z - zt) / total - lse + lse_t
+            parts += (kl, reverse, lse_t)
         return tuple(_place(a, b, i, chunk) for a, b in zip(out, parts, strict=True))
 
-    zeros = (jnp.zeros(y.shape, jnp.float32),) * (4 if teacher is None else 6)
+    zeros = (jnp.zeros(y.shape, jnp.float32),) * (4 if teacher is None else 7)
     logp, entropy, lse, squares, *rest = jax.lax.fori_loop(0, count, body, zeros)
-    return (logp, entropy, squares, *rest[:1]), (x, weight, y, count, entropy, lse, teacher, rest[1:])
+    return (logp, entropy, squares, *rest[:2]), (x, weight, y, count, entropy, lse, teacher, rest[1:])
 
 
-def _backward(chunk: int, mesh: Mesh | None, cap: float | None, saved: Any, cotangents: tuple[jax.Array, ...]) -> Any:
-    x, weight, y, count, entropy, lse, teacher, lse_t = saved
+def _backward(chunk: int, mesh: Mesh | None, cap: float | None, saved: Any, cotangents: tuple[Any, ...]) -> Any:
+    x, weight, y, count, entropy, lse, teacher, of_teacher = saved
     w = _whole(weight, x.dtype, mesh)
-    taught = None if teacher is None else (teacher[0], _whole(teacher[1], teacher[0].dtype, mesh))
+    read = [not isinstance(cotangent, SymbolicZero) for cotangent in cotangents]
+    taught = None if teacher is None or not any(read[3:]) else (teacher[0], _whole(teacher[1], teacher[0].dtype, mesh))
+    dlogps, dentropies = (c if r else jnp.zeros_like(lse) for c, r in zip(cotangents[:2], read[:2], strict=True))  # sum of squares: none
 
     def body(i: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         dx, dw = sums
         part = _part(x, i, chunk)
         at = lambda a: _part(a, i, chunk)[..., None]
-        dlogp, dentropy = map(at, cotangents[:2])  # the sum of squares has none
+        dlogp, dentropy = at(dlogps), at(dentropies)
         z = soft_cap(_logits(part, w), cap)
         q = z - at(lse)
         hit = jnp.arange(w.shape[1])[None, None] == at(y)
         dz = jnp.where(hit, dlogp, 0.0) - jnp.exp(q) * (dlogp + dentropy * (q + at(entropy)))
         if taught is not None:
-            t = jnp.exp(soft_cap(_logits(_part(taught[0], i, chunk), taught[1]), cap) - at(lse_t[0]))
-            dz = dz + at(cotangents[3]) * (jnp.exp(q) - t)
+            reverse, lse_t = map(at, of_teacher)
+            log_t = soft_cap(_logits(_part(taught[0], i, chunk), taught[1]), cap) - lse_t
+            if read[3]:
+                dz = dz + at(cotangents[3]) * (jnp.exp(q) - jnp.exp(log_t))
+            if read[4]:
+                dz = dz + at(cotangents[4]) * jnp.exp(q) * (q - log_t - reverse)
         if cap is not None:
             dz = dz * (1 - jnp.square(z / cap))
         dz = dz.astype(x.dtype)  # what a matrix unit takes; sums stay float32
@@ -183,7 +195,7 @@ def _backward(chunk: int, mesh: Mesh | None, cap: float | None, saved: Any, cota
     return dx, dw.sum(axis=0).astype(weight.dtype), None, None, None
 
 
-score.defvjp(_forward, _backward)
+score.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _whole(weight: jax.Array, dtype: Any, mesh: Mesh | None) -> jax.Array:

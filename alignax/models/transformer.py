@@ -62,6 +62,7 @@ class ModelConfig:
     embedding_scale: float = 1.0
     num_labels: int = 0  # scores of a reward model, in place of logits; 0: a language model
     critic_heads: int = 0  # values of every token beside the logits
+    predicted_tokens: int = 0  # the first so many of the vocabulary are ever predicted, the others only read; 0: all
     num_experts: int = 0  # 0: one MLP; intermediate_size is that of an expert
     num_experts_per_tok: int = 0
     norm_topk_prob: bool = False  # the chosen experts' probabilities sum to 1
@@ -397,8 +398,9 @@ def _yarn_scale(s: dict[str, Any], factor: float) -> float:
 
 
 def head_weight(config: ModelConfig, params: Params) -> jax.Array:
-    """The output projection [D, V], which may be the embedding's transpose."""
-    return params["embed"].T if config.tie_word_embeddings else params["lm_head"]
+    """The output projection [D, V], which may be the embedding's transpose; of the tokens that are predicted alone."""
+    weight = params["embed"].T if config.tie_word_embeddings else params["lm_head"]
+    return weight[:, : config.predicted_tokens] if config.predicted_tokens else weight
 
 
 def init(config: ModelConfig, key: jax.Array) -> Any:
@@ -424,8 +426,9 @@ def forward(
       remat: "full" (recompute each layer in the backward pass), "dots" (keep the matrix products), "none".
       chunk: positions scored at a time, see `alignax.models.heads.token_logps`.
       mesh: where activations are laid out; None for one device.
-      teacher: a frozen model of the same vocabulary; then the outputs have `ref_kl`, its KL from this model in every scored position.
-        It takes a forward pass of the teacher. Under jit its parameters must be arguments of the program, not constants.
+      teacher: a frozen model of the same vocabulary; then the outputs have `ref_kl` and `policy_kl`, the KL from either to the other in
+        every scored position. It takes a forward pass of the teacher, which reads `ref_tokens` where the batch has them. Under jit its
+        parameters must be arguments of the program, not constants.
     """
     if remat not in REMAT:
         raise ValueError(f"remat {remat!r} is unknown; use {', '.join(REMAT)}")
@@ -442,7 +445,8 @@ def forward(
         hidden, _ = decoder.apply({"params": params}, tokens, mask)  # [R, T, D]
         taught = None
         if teacher is not None:
-            states, _ = Decoder(teacher[0], dtype, remat, mesh).apply({"params": teacher[1]}, tokens, mask)
+            read, real = rows(batch.get("ref_tokens", batch["tokens"])), rows(batch.get("ref_mask", batch["mask"]))
+            states, _ = Decoder(teacher[0], dtype, remat, mesh).apply({"params": teacher[1]}, read, real)
             taught = states[:, :-1], head_weight(*teacher)
         # Position t - 1 predicts token t; the last position predicts nothing.
         weight, cap = head_weight(config, params), config.final_logit_softcapping

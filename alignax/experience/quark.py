@@ -1,0 +1,150 @@
+"""Quark's pool: every response sampled so far, sorted by reward into quantiles, each with a token that says which one it is."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import Partial
+
+from alignax.experience.chain import Experience, Stateful
+from alignax.losses.pairs import field
+from alignax.types import Batch, rows
+
+Pool = dict[str, jax.Array]
+
+
+def quark_pool(tokens: Sequence[int], capacity: int, length: int, seed: int = 0) -> Stateful:
+    """Trains on responses drawn from a pool of all that were sampled (Lu et al. 2022, arXiv:2205.13636): what `quark()` follows.
+
+    Prompts of the data hold the best reward token once, so that the policy explores as the best of its kind. A rollout enters the pool
+    with its `rewards`; the whole pool is sorted by reward into K quantiles, and the batch that comes out, of the shape of the one
+    that went in, is drawn uniformly from the pool, each row with the token of its quantile in the place of the one it was sampled behind:
+
+        tokens, mask, completion_mask   the drawn rows
+        ref_tokens, ref_mask            the same without the reward token, for the reference beside the policy
+        rewards, quantiles [B, N]       of the drawn rows; group_rewards [B, N] are those of the rollout
+
+    Nothing else stays in the batch: log-probs of the rollout are not those of other rows. Rows are drawn without replacement until all
+    have been; where n are there, quantiles are of floor(n / K), the rest in the worst; of equal rewards the older one ranks first.
+
+    What is not scored (padding, no reward, no reward token in its prompt) does not enter, and a drawn row weighs nothing in its place.
+    A full pool forgets its oldest. It is a carry, in every checkpoint and whole on every device: capacity x length x 6 bytes.
+
+    Args:
+      tokens: ids of the K reward tokens, the best first, see `alignax.models.added.with_tokens`.
+      capacity: responses that the pool holds, at least a rollout's. The paper's holds all: rollouts x B x N.
+      length: the T of the rollouts at least, longest prompt included.
+      seed: of the draws.
+    """
+    if len(tokens) < 2 or len(set(tokens)) < len(tokens):
+        raise ValueError(f"the reward tokens are {list(tokens)}; give two or more different ids, the best first")
+    empty = {"tokens": jnp.int32, "mask": jnp.bool_, "completion_mask": jnp.bool_}
+    first: Pool = {name: jnp.zeros((capacity, length), dtype) for name, dtype in empty.items()}
+    first |= {"rewards": jnp.zeros(capacity), "entered": jnp.zeros((), jnp.int32), "draws": jnp.zeros((), jnp.int32)}
+    return Stateful("quark_pool", first, Partial(_Pool(tuple(tokens), seed)))
+
+
+def unconditioned(tokens: Sequence[int], experience: Experience) -> Experience:
+    """What an experience writes of prompts without their reward token: the scores of a reward model, which knows no such tokens.
+
+    `chain(unconditioned(tokens, chain(score(ensemble), uwo(0.5))), quark_pool(tokens, ..))`
+
+    Args:
+      tokens: those of `quark_pool`.
+      experience: without a carry; its models share the policy's tokenizer.
+    """
+    return Partial(_Unconditioned(tuple(tokens)), experience)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Unconditioned:
+    """The static part of `unconditioned`."""
+
+    tokens: tuple[int, ...]
+
+    def __call__(self, experience: Experience, batch: Batch) -> Batch:
+        row = {name: rows(batch[name]) for name in ("tokens", "mask", "completion_mask")}  # [R, T]
+        cut = without(places(self.tokens, row), row["tokens"], row["mask"])
+        whole = {name: batch[name] for name in ("tokens", "mask")}
+        return experience(batch | {name: x.reshape(whole[name].shape) for name, x in zip(whole, cut, strict=True)}) | whole
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pool:
+    """The static part of `quark_pool`."""
+
+    tokens: tuple[int, ...]
+    seed: int
+
+    def __call__(self, pool: Pool, batch: Batch) -> tuple[Pool, Batch]:
+        found = field(batch, "rewards", "score(model), mean, quark_pool(..)")  # [B, N]
+        B, N, T = batch["tokens"].shape
+        fresh = {name: rows(batch[name]) for name in ("tokens", "mask", "completion_mask")}  # [R, T]
+        fresh["rewards"] = found.reshape(-1)
+        known = fresh["completion_mask"].any(axis=1) & jnp.isfinite(fresh["rewards"]) & places(self.tokens, fresh).any(axis=1)  # [R]
+        pool = enter(pool, fresh, known)
+        labels = quantiles(pool["rewards"], pool["entered"], len(self.tokens))  # [P]
+        key = jax.random.fold_in(jax.random.key(self.seed), pool["draws"])
+        drawn = draw(key, pool["entered"], len(pool["rewards"]), B * N)  # [R]
+        pool = pool | {"draws": pool["draws"] + 1}
+
+        row = {name: pool[name][drawn, :T] for name in ("tokens", "mask", "completion_mask")}
+        here, label = places(self.tokens, row), labels[drawn]
+        own = jnp.asarray(self.tokens, jnp.int32)[label]
+        ref_tokens, ref_mask = without(here, row["tokens"], row["mask"])
+        out = row | {"tokens": jnp.where(here, own[:, None], row["tokens"]), "ref_tokens": ref_tokens, "ref_mask": ref_mask}
+        out |= {"completion_mask": row["completion_mask"] & known[:, None], "rewards": pool["rewards"][drawn], "quantiles": label}
+        sampled = {"group_rewards": jnp.where(known, fresh["rewards"], jnp.nan)}
+        return pool, {name: x.reshape(B, N, *x.shape[1:]) for name, x in (out | sampled).items()}
+
+
+def places(tokens: Sequence[int], row: Pool) -> jax.Array:
+    """True at the first reward token of each prompt: [R, T] bool."""
+    own = jnp.asarray(tokens, jnp.int32)[None, None]
+    here = (row["tokens"][..., None] == own).any(axis=-1) & row["mask"] & ~row["completion_mask"]
+    return here & (jnp.cumsum(here, axis=1) == 1)
+
+
+def enter(pool: Pool, fresh: Pool, known: jax.Array) -> Pool:
+    """The pool with the rows [R, T] that are known, in the place of the oldest."""
+    (P, length), (R, T) = pool["tokens"].shape, fresh["tokens"].shape
+    if length < T:
+        raise ValueError(f"the pool holds responses of {length} tokens, a rollout's have {T} with their prompts; set length={T} or more")
+    if P < R:
+        raise ValueError(f"the pool holds {P} responses and a rollout has {R}; raise capacity to that, or to many rollouts' worth")
+    slot = jnp.where(known, (pool["entered"] + jnp.cumsum(known) - 1) % P, P)  # [R]; P is nowhere
+    wide = {name: jnp.pad(x, ((0, 0), (0, length - T))) if x.ndim == 2 else x for name, x in fresh.items()}
+    put = {name: pool[name].at[slot].set(x, mode="drop") for name, x in wide.items()}
+    return pool | put | {"entered": pool["entered"] + known.sum(dtype=jnp.int32)}
+
+
+def quantiles(rewards: jax.Array, entered: jax.Array, K: int) -> jax.Array:
+    """Which of K quantiles each reward [P] is in, 0 the best: [P] int32. `entered` have come so far, in turn, over the oldest.
+
+    Of n, each quantile has floor(n / K), at least 1, and the worst the rest. Equal rewards rank by age, the oldest first.
+    """
+    P = len(rewards)
+    place = jnp.arange(P)
+    age = (place - entered) % P  # 0: the oldest, or the first that is still free
+    free = place >= entered
+    order = jnp.lexsort((age, -rewards, free))
+    rank = jnp.zeros(P, jnp.int32).at[order].set(place.astype(jnp.int32))
+    return jnp.minimum(rank // jnp.maximum(jnp.minimum(entered, P) // K, 1), K - 1)
+
+
+def draw(key: jax.Array, entered: jax.Array, capacity: int, count: int) -> jax.Array:
+    """Slots of `count` rows of the pool, uniformly: [count]. None comes twice before all have come."""
+    there = jnp.minimum(entered, capacity)
+    order = jnp.argsort(jnp.where(jnp.arange(capacity) < there, jax.random.uniform(key, (capacity,)), 2.0))
+    return order[jnp.arange(count) % jnp.maximum(there, 1)]
+
+
+def without(here: jax.Array, tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Rows [R, T] without the one token that `here` marks: what stood before it moves up, so that padding is at the front.
+
+    Masked where it is, it would still take a place in the window of sliding attention.
+    """
+    moved = jnp.cumsum(here[:, ::-1], axis=1)[:, ::-1] > 0  # at the token, and before it
+    back = lambda x: jnp.where(moved, jnp.pad(x[:, :-1], ((0, 0), (1, 0))), x)
+    return back(tokens), back(mask)

@@ -1,0 +1,78 @@
+"""Tokens that are added to a model folder: read, as part of prompts, and never predicted."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from alignax.distributed import is_main, together
+from alignax.mesh import make_mesh
+from alignax.models import hf
+from alignax.models.transformer import ModelConfig
+from alignax.types import Params
+
+
+def with_tokens(
+    folder: str | os.PathLike, out: str | os.PathLike, tokens: Sequence[str], seed: int = 0, dtype: str = "float32"
+) -> list[int]:
+    """Writes a model folder with further special tokens, which transformers loads too; returns their ids, in order.
+
+    Their rows of the embedding are drawn from the normal distribution that has, in each dimension, the mean and the standard deviation
+    of the tokens that were there, as Quark's authors do (Lu et al. 2022, arXiv:2205.13636); of a head that is not tied likewise.
+
+    They control and are not said: `predicted_tokens` of the config.json leaves them out of every distribution, of samples and of
+    log-probs, and `suppress_tokens` of the generation config keeps transformers from sampling them.
+
+    Args:
+      folder: a Hugging Face folder with a tokenizer.
+      out: a folder that does not exist yet. It appears whole or not at all. Every process calls this; process 0 writes.
+      tokens: texts, none of which the tokenizer knows as a token.
+      seed: of the new rows.
+      dtype: of the written weights: "float32", "bfloat16" or "float16".
+
+    Raises:
+      ValueError: for tokens that are there already, and for `out` that exists.
+    """
+    from transformers import AutoTokenizer
+
+    out, source = Path(out), hf.open_folder(folder)
+    if out.exists():
+        raise ValueError(f"{str(out)!r} exists; choose another place for the model with added tokens, or remove it")
+    tokenizer = AutoTokenizer.from_pretrained(str(source.path), local_files_only=True)
+    if known := sorted(set(tokens) & tokenizer.get_vocab().keys()):
+        raise ValueError(f"the tokenizer in {str(source.path)!r} has a token {known[0]!r}; choose other texts")
+    first = len(tokenizer)
+    if tokenizer.add_tokens(list(tokens), special_tokens=True) < len(tokens):
+        raise ValueError(f"the tokens {list(tokens)} are not all different; give each a text of its own")
+    ids = tokenizer.convert_tokens_to_ids(list(tokens))
+    assert ids == list(range(first, first + len(tokens)))
+    params = grown(hf.load_params(source, make_mesh({"fsdp": -1})), source.config, first, len(ids), jax.random.key(seed))
+    new = {"vocab_size": params["embed"].shape[0], "predicted_tokens": source.config.predicted_tokens or first}
+    shaped = {name: dataclasses.replace(getattr(source, name), **new) for name in ("config", "stored")}
+    half = out.with_name(out.name + ".part")
+    hf.export(params, source._replace(hf=source.hf | new, **shaped), half, dtype)
+    with together():
+        if is_main():
+            tokenizer.save_pretrained(half)
+            fields = hf.generation_config(source)
+            quiet = sorted({*(fields.get("suppress_tokens") or ()), *ids})
+            (half / hf.GENERATION).write_text(json.dumps(fields | {"suppress_tokens": quiet}, indent=2) + "\n")
+            hf.replace(out, half)
+    return ids
+
+
+def grown(params: Params, config: ModelConfig, first: int, count: int, key: jax.Array) -> Params:
+    """Parameters whose embedding, and head where it has its own, have `count` new rows from `first` on; what was there is overwritten."""
+
+    def rows(weight: jax.Array, key: jax.Array) -> jax.Array:  # [V, D]
+        there = weight[:first]
+        drawn = there.mean(0)[None] + there.std(0)[None] * jax.random.normal(key, (count, weight.shape[1]))
+        return jnp.concatenate([there, drawn, weight[first + count :]])
+
+    embed, head = jax.random.split(key)
+    out = params | {"embed": rows(params["embed"], embed)}
+    return out | ({} if config.tie_word_embeddings or config.num_labels else {"lm_head": rows(params["lm_head"].T, head).T})
