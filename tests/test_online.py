@@ -537,3 +537,24 @@ def test_thresholds_are_searched_for_by_the_gold_rewards_of_rollouts(fields, tmp
     search = checkpoints.restore(4, abstract_state(run)).carry["nm_ppo"].search
     checkpoints.close()
     np.testing.assert_allclose(search.seen_values[:4], [row["gold"] for row in found], rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_value_head_for_every_reward(fields, tmp_path):
+    """Head 0 learns the KL's returns and each further one those of a reward model, whose scores lie apart."""
+    folders = [reward_folder(tmp_path, seed) for seed in range(2)]
+    source = """
+    def loss(config):
+        return ppo() + 0.1 * value_loss(heads=(0.2, 0.5, 0.5))
+
+    def experience(config, reference, ensemble):
+        return chain(logps("ref_logps", reference), score(ensemble), xi_ppo((1.0, 0.0), estimator=gae()))
+    """
+    given = fields | {"workdir": str(tmp_path / "run"), "reward.path": ",".join(map(str, folders)), "model.path": str(tmp_path / "lm0")}
+    given |= {"model.critic": "head", "model.critic_heads": "3", "steps": "4", "eval.samples": "0", "eval.sample_prompts": "0"}
+    args = arguments(tmp_path, source, given)
+    assert main(args) == 0
+    (row,) = [row for row in rows(tmp_path / "run") if "loss" in row]
+    assert row["loss/value_loss"] > 0 and row["constraint/multiplier_0"] == 0  # as it was on the first rollout
+    moved = np.abs(trained(tmp_path / "run", args)["value"]).max(axis=0)
+    assert moved.shape == (3,) and (moved > 0).all()
