@@ -44,6 +44,7 @@ from alignax import (
     whiten_advantages,
 )
 from alignax.config import BadInput
+from alignax.distributed import is_main
 
 WHO = ("a little girl named Lily", "a boy named Tim", "a big dog", "a small cat", "an old man", "a bird", "two friends", "a red car")
 WHERE = ("Once upon a time, there was {}", "One day, {}", "In a small house lived {}", "There once was {}", "At the park, {}")
@@ -58,6 +59,7 @@ def get_config():
     config.method = "grpo"
     config.sentiment = ""  # JSONL with `text` and `label`
     config.beta = 0.05  # of the KL
+    config.prompts = len(WHERE) * len(WHO)  # of data.train: f-DPG has a Z for each
     config.workdir = "runs/steer"
     config.steps = 80
     config.batch_size = 16
@@ -90,10 +92,11 @@ def experience(config, reference):
     """Of the method: where its KL stands, and what a response is compared with."""
     start = logps("ref_logps", reference)
     return {
-        "ppo": lambda: chain(start, kl_reward(config.beta), gae(), whiten_advantages()),
+        # With lambda 0.95 the first of 40 tokens would see an eighth of the reward, for as long as the critic knows nothing.
+        "ppo": lambda: chain(start, kl_reward(config.beta), gae(lam=1.0), whiten_advantages()),
         "rloo": lambda: chain(start, kl_reward(config.beta), leave_one_out()),
         "grpo": lambda: chain(start, group_relative()),
-        "fdpg": lambda: chain(start, reward_target(config.beta), running_log_z(), running_baseline(js_pi_p)),
+        "fdpg": lambda: chain(start, reward_target(config.beta), running_log_z(config.prompts), running_baseline(js_pi_p)),
     }[config.method]()
 
 
@@ -108,7 +111,7 @@ def gold(prompts: Sequence[str], completions: Sequence[str], config) -> list[flo
 
 
 def main(experiment):
-    """Writes the prompts, then trains."""
+    """Writes the prompts, trains, and writes the report."""
     config = experiment.config.copy_and_resolve_references()
     if config.method not in METHODS:
         raise BadInput(f"config field 'method' is {config.method!r}; use {', '.join(METHODS)}")
@@ -116,7 +119,10 @@ def main(experiment):
         folder = Path(config.workdir)
         write_prompts(folder.with_name(folder.name + "_prompts"), config)
     config.model.critic = config.method == "ppo"
-    return commands.run(experiment._replace(config=config, main=None))
+    results = commands.run(experiment._replace(config=config, main=None))
+    if is_main():
+        commands.report([Path(config.workdir)])
+    return results
 
 
 def write_prompts(folder: Path, config) -> None:
