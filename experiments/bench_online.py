@@ -120,7 +120,6 @@ def get_config():
     config = default_config()
     config.data.kind = "prompt"
     config.model.init = "random"
-    config.model.remat = "none"
     config.optimizer.learning_rate = 1e-6
     config.optimizer.schedule = "constant"
     config.optimizer.warmup = 0.0
