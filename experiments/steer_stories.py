@@ -11,7 +11,10 @@ MODEL is the folder of a language model that tells stories; SST2 has rows {"text
 classifier trained on one half of its sentences, and the gold reward one trained on the other half: what rises under the first alone is
 overoptimisation.
 
-Hardware: 2 CPU cores suffice for a model of a few 100k parameters.
+At its end it writes WORKDIR/report.html: the course of both rewards, KL and entropy, and what became of the held-out prompts' completions.
+
+Hardware: a CPU core suffices for a model of a few 100k parameters, some two minutes of its time. docs/online.md says what came out, and
+with which learning rate and beta; a beta that is small lets the KL run away, and the stories with it.
 """
 
 import functools
@@ -58,7 +61,7 @@ def get_config():
     config = default_config()
     config.method = "grpo"
     config.sentiment = ""  # JSONL with `text` and `label`
-    config.beta = 0.05  # of the KL
+    config.beta = 0.15  # of the KL: for GRPO in standard deviations of a group's rewards a nat, otherwise in rewards a nat
     config.prompts = len(WHERE) * len(WHO)  # of data.train: f-DPG has a Z for each
     config.workdir = "runs/steer"
     config.steps = 80
@@ -68,7 +71,7 @@ def get_config():
     config.rollout.samples = 8
     config.rollout.max_new_tokens = 40
     config.rollout.slots = 128
-    config.optimizer.learning_rate = 3e-4
+    config.optimizer.learning_rate = 1e-4
     config.optimizer.schedule = "constant"
     config.eval.every = 20
     config.eval.sample_prompts = 16
