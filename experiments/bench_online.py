@@ -22,6 +22,7 @@ and backwards; attention counts causal, the head only where it predicts a comple
 """
 
 import argparse
+import importlib
 import importlib.util
 import json
 import os
@@ -249,8 +250,9 @@ def theirs(folder: Path, case: dict) -> dict:
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     import torch
     import transformers
-    import trl
     from datasets import Dataset
+
+    trl: Any = importlib.import_module("trl")  # not among our dependencies
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -259,9 +261,8 @@ def theirs(folder: Path, case: dict) -> dict:
     config = transformers.AutoConfig.from_pretrained(folder / "model")
     tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder / "model", padding_side="left")
     transformers.LlamaForCausalLM(config).save_pretrained(folder / "policy")
-    judge = lambda: transformers.AutoModelForSequenceClassification.from_config(
-        transformers.LlamaConfig(**config.to_dict(), num_labels=1)
-    ).eval()
+    scored: Any = transformers.AutoConfig.from_pretrained(folder / "model", num_labels=1)
+    judge = lambda: transformers.AutoModelForSequenceClassification.from_config(scored).eval()
     rows = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
     begun, seen = [0.0, 0.0, 0], []
 

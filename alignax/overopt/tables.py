@@ -67,7 +67,7 @@ def course(own: Own) -> dict[str, Any]:
     shown = list(dict.fromkeys(quantity for _, c in found for quantity in c.values))
     rows = []
     for run, c in found:
-        for i in np.unique(np.linspace(0, len(c.at) - 1, EVALUATIONS).round().astype(int)):
+        for i in np.unique(np.linspace(0, len(c.at) - 1, EVALUATIONS).round().astype(int)).tolist():
             cells = [number(c.values[q].mean[i], 3) if q in c.values else "–" for q in shown]
             rows.append([*named(run, own), number(c.at[i], 0), *cells])
     head = [*heads(own), "step", *(COURSE.get(q, q) for q in shown)]
