@@ -68,8 +68,8 @@ def course(own: Own) -> dict[str, Any]:
     rows = []
     for run, c in found:
         for i in np.unique(np.linspace(0, len(c.at) - 1, EVALUATIONS).round().astype(int)).tolist():
-            cells = [number(c.values[q].mean[i], 3) if q in c.values else "–" for q in shown]
-            rows.append([*named(run, own), number(c.at[i], 0), *cells])
+            cells = [number(float(c.values[q].mean[i]), 3) if q in c.values else "–" for q in shown]
+            rows.append([*named(run, own), number(float(c.at[i]), 0), *cells])
     head = [*heads(own), "step", *(COURSE.get(q, q) for q in shown)]
     return {"caption": "Evaluations on held-out prompts.", "head": head, "rows": rows, "texts": [0] if heads(own) else []}
 
