@@ -36,6 +36,7 @@ bench: $(VENV)/installed-test
 	$(BIN)/python experiments/bench.py
 	$(BIN)/python experiments/bench_generate.py
 	$(BIN)/python experiments/bench_ensemble.py
+	$(BIN)/python experiments/bench_online.py
 
 clean:
 	rm -rf $(VENV) runs

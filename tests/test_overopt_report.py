@@ -1,5 +1,6 @@
 """Figures, numbers and names of the report."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -87,3 +88,21 @@ def test_bands():
     np.testing.assert_allclose(own.high, [3.0 + half, 2.0], rtol=1e-6)
     np.testing.assert_allclose(own.low, [3.0 - half, 2.0], rtol=1e-6)
     assert results.band(np.ones((1, 2))).low is None
+
+
+def test_the_course_of_an_online_run_and_what_became_of_its_samples(tmp_path):
+    write = lambda file, rows: (tmp_path / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write("metrics.jsonl", ({"step": i, "eval/kl": i / 8, "eval/gold": 1 - i / 8, "eval/reward": i / 4} for i in range(33)))
+    write(
+        "samples.jsonl",
+        ({"step": i, "prompt": p, "completion": f"{p} at {i}", "gold": 0.5} for i in (0, 16, 32) for p in ("one", "two")),
+    )
+    own = results.of_training(tmp_path)
+    found = tables.Run("x", tmp_path, [own], results.curves([own]))
+    course = tables.course([(found, found.curves)])
+    assert course["head"] == ["step", "proxy", "gold", "KL (nats)"]
+    assert course["rows"][0] == ["0", "0.000", "1.000", "0.000"] and course["rows"][-1] == ["32", "8.000", "−3.000", "4.000"]
+    assert [row[0] for row in course["rows"]] == [str(i) for i in range(0, 33, 4)]
+    (samples,) = tables.samples([(found, own)])
+    assert [row[:3] for row in samples["rows"]] == [[p, i, f"{p} at {i}"] for p in ("one", "two") for i in ("0", "32")]
+    assert tables.course([(run("a"), [curve(kind="direct")])])["rows"] == []

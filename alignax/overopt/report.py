@@ -10,7 +10,7 @@ import numpy as np
 
 from alignax.overopt import figures, fits, results
 from alignax.overopt.results import Curve
-from alignax.overopt.tables import Own, Run, ends, findings, laws, number, samples
+from alignax.overopt.tables import Own, Run, course, ends, findings, laws, number, samples
 
 TITLES = {"best_of_n": "Best-of-n", "direct": "Direct alignment", "training": "Training runs"}
 DRAWN = 25  # points of a line, at most about
@@ -30,8 +30,8 @@ READING = (
     "Best-of-n is not sampled: it is the unbiased estimate over all subsets of n of the N responses, and its KL is log n − (n − 1)/n. "
     "“single” is the average over the members of an ensemble, each trusted alone; WCO is their minimum, UWO their mean less a coefficient "
     "times their variance. Disagreement is the standard deviation between members at the response that was picked.",
-    "Direct alignment: the proxy is the implicit reward, its margin β (log π/ref of chosen − of rejected) on held-out pairs. KL is "
-    "averaged over seeds before its root is taken.",
+    "Direct alignment: the proxy is the implicit reward, its margin β (log π/ref of chosen − of rejected) on held-out pairs; of online "
+    "training it is the reward that is trained on. KL is averaged over seeds before its root is taken.",
     "Laws (Gao et al. 2022): R = d (α − β d) for best-of-n, R = d (α − β log d) for trained policies, d = √KL; least squares on points "
     "with d of at least 0.3, all β of an objective together. Dotted in the figures of best-of-n.",
     "Calibration: how often a reward model that prefers one response with probability p is right, on held-out pairs without noise; the "
@@ -99,7 +99,7 @@ def section(runs: Sequence[Run], kind: str, arm: str) -> dict[str, Any]:
     images = [image for quantity in PANELS for image in over_distance(quantity, shared_axes(own))] + calibration(measured)
     for image in images:
         image["file"] = "-".join(f"{TITLES[kind]} {arm} {image['file']}".lower().split())
-    tables = [ends(own), laws(own), *samples(measured)]
+    tables = [course(own), ends(own), laws(own), *samples(measured)]
     return {"title": title, "findings": findings(own), "figures": images, "tables": [table for table in tables if table["rows"]]}
 
 

@@ -18,8 +18,8 @@ from alignax.overopt import fits
 LEVEL = 0.95  # of the bands
 LAWS = {"bon": fits.BON, "rl": fits.RL}
 TRAINING = {  # what a training run logs, as the laboratory calls it
-    "gold": "gold", "kl": "kl", "rewards/margins": "proxy", "rewards/accuracies": "accuracy", "logps/chosen_drift": "chosen_drift",
-    "completion_length": "length",
+    "rewards/margins": "proxy", "reward": "proxy", "gold": "gold", "kl": "kl", "entropy": "entropy", "distinct": "distinct",
+    "completion_length": "length", "rewards/accuracies": "accuracy", "logps/chosen_drift": "chosen_drift",
 }  # fmt: skip
 
 
@@ -69,8 +69,10 @@ def of_training(workdir: Path) -> dict[str, Any]:
     logged = [name for name in TRAINING if all(name in row for row in rows)]
     curves = {TRAINING[name]: [[max(row[name], 0.0) if name == "kl" else row[name] for row in rows]] for name in logged}
     samples = read_rows(workdir / "samples.jsonl")
-    last = [row for row in samples if row["step"] == samples[-1]["step"]]  # none, where none were logged
-    shown = [{"prompt": row["prompt"], "response": row["completion"], "gold": row.get("gold")} for row in last]
+    ends = [row for row in samples if row["step"] in (samples[0]["step"], samples[-1]["step"])]  # none, where none were logged
+    prompts = list(dict.fromkeys(row["prompt"] for row in ends))
+    ends.sort(key=lambda row: prompts.index(row["prompt"]))  # what became of each lies together
+    shown = [{"step": x["step"], "prompt": x["prompt"], "response": x["completion"], "gold": x.get("gold")} for x in ends]
     return {
         "kind": "training", "arm": "training", "objective": workdir.name or workdir.resolve().name, "beta": None, "seeds": [0],
         "step": [row["step"] for row in rows], "curves": curves, "samples": shown,

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from alignax.overopt import results
 from alignax.overopt.results import Curve
 
@@ -11,6 +13,13 @@ COLUMNS = {  # quantity -> head of a column with its value at the end
     "proxy": "proxy at the end", "disagreement": "disagreement at the end", "accuracy": "held-out accuracy",
     "chosen_drift": "chosen log-ratio (nats)", "unseen": "mass on responses in no pair", "length": "tokens at the end",
 }  # fmt: skip
+COURSE = {
+    "kl": "KL (nats)",
+    "entropy": "entropy (nats a token)",
+    "distinct": "different responses",
+    "chosen_drift": "chosen log-ratio (nats)",
+}
+EVALUATIONS = 9  # of a training run in its table, at most
 
 
 class Run(NamedTuple):
@@ -52,6 +61,19 @@ def ends(own: Own) -> dict[str, Any]:
     return {"caption": "Final against peak of the gold reward.", "head": [*heads(own), *head], "rows": rows, "texts": texts}
 
 
+def course(own: Own) -> dict[str, Any]:
+    """Training runs from their first evaluation to their last, a few between them."""
+    found = [(run, c) for run, curves in own for c in curves if c.kind == "training"]
+    shown = list(dict.fromkeys(quantity for _, c in found for quantity in c.values))
+    rows = []
+    for run, c in found:
+        for i in np.unique(np.linspace(0, len(c.at) - 1, EVALUATIONS).round().astype(int)).tolist():
+            cells = [number(float(c.values[q].mean[i]), 3) if q in c.values else "–" for q in shown]
+            rows.append([*named(run, own), number(float(c.at[i]), 0), *cells])
+    head = [*heads(own), "step", *(COURSE.get(q, q) for q in shown)]
+    return {"caption": "Evaluations on held-out prompts.", "head": head, "rows": rows, "texts": [0] if heads(own) else []}
+
+
 def laws(own: Own) -> dict[str, Any]:
     """Alpha, beta, R^2 and peak of each law, fitted to all curves of an objective together."""
     rows = []
@@ -87,10 +109,10 @@ def samples(measured: Sequence[tuple[Run, dict[str, Any]]]) -> list[dict[str, An
             ]
             texts = [2, 3]
         else:
-            head, texts = ["prompt", "response", "gold"], [1]
-            rows = [[x["prompt"], x["response"], number(x["gold"])] for x in m.get("samples", [])]
+            head, texts = ["prompt", "step", "response", "gold"], [2]
+            rows = [[x["prompt"], number(x["step"], 0), x["response"], number(x["gold"])] for x in m.get("samples", [])]
         of_run = f" of {run.name}" if len(measured) > 1 else ""
-        which = "of the last evaluation" if m["kind"] == "training" else "of the first seed"
+        which = "of the first and the last evaluation" if m["kind"] == "training" else "of the first seed"
         tables.append({"caption": f"Samples{of_run}, {which}.", "head": head, "rows": rows, "texts": texts})
     return tables
 
