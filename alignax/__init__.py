@@ -1,6 +1,6 @@
 """Align language models with JAX on TPU and GPU meshes."""
 
-from alignax.averages import elastic_reset, ema, mean, reset_to_average, sync
+from alignax.averages import elastic_reset, ema, reset_to_average, swa, sync
 from alignax.config import default_config
 from alignax.experience import (
     Experience,
@@ -23,6 +23,8 @@ from alignax.experience import (
     low_probability_tokens,
     matched_margins,
     matched_ratios,
+    mean,
+    median,
     min_p_logps,
     mismatched_kl,
     missing_eos_penalty,
@@ -149,12 +151,11 @@ __all__ = [
     "forward", "forward_kl", "gae", "gmpo", "group_relative", "grpo", "gspo", "hellinger_pi_p", "hinge", "importance_weighted",
     "init_state", "ipo", "ipo_daa", "ipo_mean", "jensen_shannon", "js_pi_p", "kl_k1", "kl_k2", "kl_k3", "kl_k3_weighted", "kl_p_pi",
     "kl_pi_p", "kl_pi_ref", "kl_ref_pi", "kl_reward", "kto", "ld_dpo", "leave_one_out", "logps", "low_probability_tokens", "lp_reg",
-    "make_evaluation", "make_mesh",
-    "make_step", "matched_margins", "matched_ratios", "mean", "min_p_logps", "mismatched_kl", "missing_eos_penalty", "mu_ppo", "nca",
-    "nelder_mead", "nm_ppo", "orpo", "overlong_penalty", "ppo", "ppo_sat", "proposal_evidence", "proxy_point", "quantile", "quark",
-    "quark_pool", "r_dpo", "reinforce", "reinforce_plus_plus", "reset_to_average", "response_mean", "reverse_kl", "reward_shift",
-    "reward_target", "rewards_to_go", "rloo", "robust_dpo", "rpo", "rpo_token_mean", "running_baseline", "running_log_z", "sapo", "score",
-    "score_l2", "sft", "shaping",
-    "sigmoid_norm", "simpo", "slic_hf", "sppo", "square_root", "summed_sft", "sync", "tdpo", "tdpo2", "token_mean", "token_sum",
-    "total_variation", "tv_pi_p", "unconditioned", "uwo", "value_loss", "wco", "whiten_advantages", "whiten_rewards", "wpo", "xi_ppo",
+    "make_evaluation", "make_mesh", "make_step", "matched_margins", "matched_ratios", "mean", "median", "min_p_logps", "mismatched_kl",
+    "missing_eos_penalty", "mu_ppo", "nca", "nelder_mead", "nm_ppo", "orpo", "overlong_penalty", "ppo", "ppo_sat", "proposal_evidence",
+    "proxy_point", "quantile", "quark", "quark_pool", "r_dpo", "reinforce", "reinforce_plus_plus", "reset_to_average", "response_mean",
+    "reverse_kl", "reward_shift", "reward_target", "rewards_to_go", "rloo", "robust_dpo", "rpo", "rpo_token_mean", "running_baseline",
+    "running_log_z", "sapo", "score", "score_l2", "sft", "shaping", "sigmoid_norm", "simpo", "slic_hf", "sppo", "square_root", "summed_sft",
+    "swa", "sync", "tdpo", "tdpo2", "token_mean", "token_sum", "total_variation", "tv_pi_p", "unconditioned", "uwo", "value_loss", "wco",
+    "whiten_advantages", "whiten_rewards", "wpo", "xi_ppo",
 ]  # fmt: skip

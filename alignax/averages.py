@@ -36,10 +36,11 @@ def _ema(decay: float) -> Average:
     return lambda average, params, step: _towards(average, params, jnp.float32(1 - decay))
 
 
-def mean(start: int = 0, every: int = 1) -> Average:
-    """Uniform average (Izmailov et al. 2018, arXiv:1803.05407) of the parameters after step `start` and each `every`-th step from there.
+def swa(start: int = 0, every: int = 1) -> Average:
+    """Stochastic weight averaging (Izmailov et al. 2018, arXiv:1803.05407).
 
-    Until the first of them it is the initial parameters.
+    The uniform average of the parameters after step `start` and each `every`-th step from there. Until the first of them it is the
+    initial parameters.
     """
     _check_every(every)
 

@@ -121,6 +121,7 @@ def get_config():
     config = default_config()
     config.data.kind = "prompt"
     config.model.init = "random"
+    config.model.remat = "none"
     config.optimizer.learning_rate = 1e-6
     config.optimizer.schedule = "constant"
     config.optimizer.warmup = 0.0
@@ -136,8 +137,7 @@ def loss(config):
 
 def experience(config, reference, ensemble):
     """A response's mean score against the others to its prompt."""
-    from alignax import chain, group_relative, logps, score
-    from alignax.experience.ensembles import mean
+    from alignax import chain, group_relative, logps, mean, score
 
     return chain(logps("ref_logps", reference, config.microbatches), score(ensemble, config.microbatches), mean, group_relative())
 

@@ -12,7 +12,7 @@ import runs
 from safetensors.numpy import load_file
 
 from alignax import checkpoint, losses
-from alignax.averages import averaged, elastic_reset, ema, mean, reset_to_average, sync
+from alignax.averages import averaged, elastic_reset, ema, reset_to_average, swa, sync
 from alignax.config import load_experiment
 from alignax.overopt import vectors
 from alignax.train import init_state, make_step
@@ -40,9 +40,9 @@ def test_ema_by_hand():
     np.testing.assert_array_equal(walk(ema(0.0)), PATH[1:])
 
 
-def test_mean_by_hand():
-    np.testing.assert_allclose(walk(mean()), [PATH[1 : n + 1].mean(0) for n in range(1, 6)], rtol=1e-6)
-    found = walk(mean(start=2, every=2))
+def test_a_uniform_average_by_hand():
+    np.testing.assert_allclose(walk(swa()), [PATH[1 : n + 1].mean(0) for n in range(1, 6)], rtol=1e-6)
+    found = walk(swa(start=2, every=2))
     expected = [PATH[0], PATH[2], PATH[2], PATH[[2, 4]].mean(0), PATH[[2, 4]].mean(0)]
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
@@ -137,7 +137,7 @@ def test_a_reset_goes_on_from_a_checkpoint(tmp_path):
         (lambda: ema(1.0), "decay is 1.0"),
         (lambda: sync(0.0), "alpha is 0.0"),
         (lambda: sync(0.6, 0), "every is 0"),
-        (lambda: mean(0, -1), "every is -1"),
+        (lambda: swa(0, -1), "every is -1"),
         (lambda: elastic_reset(1.5), "decay is 1.5"),
         (lambda: reset_to_average(0.9, 0), "every is 0"),
         (lambda: elastic_reset(0.9, name="initial"), "give it another name"),
