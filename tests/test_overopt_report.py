@@ -12,8 +12,9 @@ def curve(objective: str = "single", gold=(0.0, 1.0, 0.5), arm: str = "tail", ki
     gold = np.array(gold)
     values = {"gold": results.Band(gold, gold - 0.1, gold + 0.1), "proxy": results.Band(2 * gold, None, None)}
     return results.Curve(
-        kind, arm, objective, 0.1 if kind == "direct" else None, np.array([1, 4, 16]), np.array([0.0, 0.8, 1.35]), values, 3
-    )
+        kind, arm, objective, 0.1 if kind == "direct" else None, np.array([1, 4, 16]), np.array([0.0, 0.8, 1.35]), values, 3,
+        "β = 0.1" if kind == "direct" else "",
+    )  # fmt: skip
 
 
 def run(name: str, *curves: results.Curve) -> tables.Run:

@@ -32,6 +32,7 @@ class Panel(NamedTuple):
     limits: tuple[float, float] | None = None  # of y, where several panels share them
     reach: float | None = None  # of x, likewise
     diagonal: bool = False  # y = x, dotted
+    law: tuple[Sequence[float], Sequence[float]] | None = None  # a curve fitted to all of its lines, dotted in grey
 
 
 def figure(panels: Sequence[Panel], width: float = 4.2, height: float = 3.4) -> Any:
@@ -52,13 +53,23 @@ def figure(panels: Sequence[Panel], width: float = 4.2, height: float = 3.4) -> 
                 axes.axline((0.5, 0.5), slope=1, color="0.5", ls=":", lw=1)
             else:
                 axes.set_xlim(0, panel.reach)
+            if panel.law is not None:
+                axes.plot(*panel.law, ls=":", color="0.35", lw=1.2)
             axes.margins(y=0.08)
             if panel.limits:
                 axes.set_ylim(*panel.limits)
             axes.grid(color="0.9", linewidth=0.6)
-        below: Any = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.19), "ncols": 3} if len(panels) == 1 else {}
-        axes.legend(frameon=False, **below)
+        _legends(drawing, panels)
     return drawing
+
+
+def _legends(drawing: Any, panels: Sequence[Panel]) -> None:
+    """Below each panel, or where all have lines of the same names one below all."""
+    if len(panels) > 1 and len({tuple(line.label for line in panel.lines) for panel in panels}) == 1:
+        drawing.legend(*drawing.axes[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=6)
+        return
+    for axes in drawing.axes:
+        axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.19), ncols=3 if len(panels) == 1 else 2)
 
 
 def _draw(axes: Any, line: Line, i: int, ring: bool, shade: float) -> None:
