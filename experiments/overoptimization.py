@@ -104,7 +104,7 @@ def get_config():
         "proxies": ("single", "mean", "WCO", "UWO"),  # of PPO, RLOO and the optima
         "kl": (0.0, 0.1, 0.3, 1.0),  # coefficients of PPO's and RLOO's KL, in standard deviations of a reward model per nat
         "target": 0.5,  # beta of f-DPG's target
-        "thresholds": (0.5, 1.0),  # of both reward models under constraints
+        "thresholds": (0.5, 0.8),  # of both reward models under constraints
         "chi2": (0.02, 0.05, 0.1, 0.3),  # coefficients of chi-squared, against a single reward model
         "decay": 0.99,  # of Elastic Reset
         "reset": 100,  # steps between resets
@@ -170,17 +170,18 @@ def towards_targets(config):
     def target(_, reference, ensemble, divergence):
         return scored(reference, ensemble, ensembles.mean, reward_target(c.target), running_log_z(), running_baseline(divergence))
 
-    def held(threshold, reference, ensemble, method):
-        return scored(reference, ensemble, method(jnp.stack([threshold, threshold]), learning_rate=0.2))
+    def held(threshold, reference, ensemble, method, learning_rate):
+        return scored(reference, ensemble, method(jnp.stack([threshold, threshold]), learning_rate))
 
     for name, divergence in {"JS": js_pi_p, "forward KL": kl_p_pi, "reverse KL": kl_pi_p, "TV": tv_pi_p}.items():
         loss = lambda _, divergence=divergence: fdpg(divergence)
         yield Method("f-DPG", name, ensembles.mean, loss, partial(target, divergence=divergence), members=1)
     yield Optimum("f-DPG", "target", "", ensembles.mean, kl_optimum, (c.target,), members=1)
-    for name, method in {"xi-PPO": xi_ppo, "mu-PPO": mu_ppo}.items():
+    damped = lambda _: ppo() + 0.5 * kl_k2()
+    for name, (method, learning_rate) in {"xi-PPO": (xi_ppo, 0.2), "mu-PPO": (mu_ppo, 0.3)}.items():
+        experience = partial(held, method=method, learning_rate=learning_rate)
         shown = {"symbol": "θ", "members": 2, "over_steps": ("score 1", "score 2", "kl")}
-        damped = lambda _: ppo() + kl_k2()
-        yield Method("Constraints", name, ensembles.mean, damped, partial(held, method=method), c.thresholds, **shown)
+        yield Method("Constraints", name, ensembles.mean, damped, experience, c.thresholds, **shown)
 
 
 def optima(config):

@@ -18,7 +18,7 @@ from alignax.train import init_state, make_step
 from alignax.types import Model
 
 FILE = runs.REPO / "experiments" / "overoptimization.py"
-SMALL = ("online.pool=1000", "proxy.members=2", "online.rollouts=80")
+SMALL = ("online.pool=2000", "proxy.members=1", "online.rollouts=60")
 WIDE = ("online.rollouts=200",)
 
 
@@ -262,14 +262,13 @@ def test_thresholds_that_both_reward_models_reach_are_held(method):
 
 @pytest.mark.slow
 def test_elastic_resets_undo_drift():
-    """Noukhovitch et al. 2023, without a KL penalty; evaluations are 10 steps apart, resets 100."""
-    (plain,) = trained(8, "Elastic Reset", "PPO", (None,), *WIDE)
-    (elastic,) = trained(8, "Elastic Reset", "Elastic Reset", (None,), *WIDE)
-    resets = np.array([10, 20, 30, 40])
+    """Noukhovitch et al. 2023, without a KL penalty; evaluations are 2 steps apart, resets 100."""
+    often = (*WIDE, "online.every=1")
+    (plain,), (elastic,) = (trained(8, "Elastic Reset", objective, (None,), *often) for objective in ("PPO", "Elastic Reset"))
+    resets = np.array([50, 100, 150, 200])
     gold, kl, proxy = (mean(elastic, name) for name in ("gold", "kl", "proxy"))
     assert (gold[resets] > gold[resets - 1]).all() and (kl[resets] < kl[resets - 1] - 2.0).all()
     assert (np.diff(proxy[resets]) > 0).all(), "what is left after a reset grows from one to the next"
-    # The KL at which a proxy of 1 is reached: before the first reset, and on the way up after later ones.
+    # The KL at which a proxy of 1 is reached, on the way up: from the initial policy, and from what the third reset has left.
     level = lambda run, span: np.mean([np.interp(1.0, p[span], d[span]) for p, d in zip(run["proxy"], run["kl"], strict=True)])
-    first = level(plain, slice(0, 10))
-    assert min(level(elastic, slice(start, start + 4)) for start in resets[:3]) < first - 0.1
+    assert level(elastic, slice(150, 199)) < level(plain, slice(0, 49)) - 0.05

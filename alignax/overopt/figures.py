@@ -36,14 +36,16 @@ class Panel(NamedTuple):
 
 
 def figure(panels: Sequence[Panel], width: float = 4.2, height: float = 3.4) -> Any:
-    """A matplotlib Figure of panels side by side, told apart by colour and marker; the last point of a line is in a ring."""
+    """A matplotlib Figure of panels, at most three side by side; lines differ in colour and marker, their last point is in a ring."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     with matplotlib.rc_context(STYLE):
-        drawing = Figure(figsize=(width * len(panels), height), layout=ConstrainedLayoutEngine(wspace=0.06))
-        for axes, panel in zip(drawing.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        columns = len(panels) if len(panels) <= 3 else 2
+        rows = -(-len(panels) // columns)
+        drawing = Figure(figsize=(width * columns, height * rows), layout=ConstrainedLayoutEngine(wspace=0.06, hspace=0.06))
+        for axes, panel in zip(drawing.subplots(rows, columns, squeeze=False).flat, panels, strict=False):
             for i, line in enumerate(panel.lines):
                 if len(line.x):
                     # The more bands, the lighter each: where all of them overlap, lines are still seen.
@@ -59,6 +61,8 @@ def figure(panels: Sequence[Panel], width: float = 4.2, height: float = 3.4) -> 
             if panel.limits:
                 axes.set_ylim(*panel.limits)
             axes.grid(color="0.9", linewidth=0.6)
+        for axes in drawing.axes[len(panels) :]:
+            axes.remove()
         _legends(drawing, panels)
     return drawing
 

@@ -111,10 +111,10 @@ def table(scores: jax.Array, batch: Batch) -> Outputs:
 def learn(config: Any, keys: jax.Array, pools: Pool, method: Method) -> Iterator[list[Trajectory]]:
     """Trains a policy of each seed for each coefficient of a method: one compiled program."""
     c = config.online
-    run = jax.jit(jax.vmap(partial(train_policy, c, method), in_axes=(None, 0, 0)))
+    run = jax.jit(lambda coefficient, inputs: jax.lax.map(lambda own: train_policy(c, method, coefficient, *own), inputs))
     steps = np.arange(c.rollouts // c.every + 1) * c.every * c.minibatches
     for coefficient in method.coefficients:
-        state, values = run(jnp.float32(coefficient or 0.0), keys, pools)
+        state, values = run(jnp.float32(coefficient or 0.0), (keys, pools))
         check_trained(state)
         measured = {name: np.asarray(x) for name, x in values.items()}
         yield [Trajectory(steps, {name: x[i] for name, x in measured.items()}) for i in range(len(keys))]

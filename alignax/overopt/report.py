@@ -13,7 +13,7 @@ from alignax.overopt.results import Curve
 from alignax.overopt.tables import Own, Run, ends, findings, laws, number, samples
 
 TITLES = {"best_of_n": "Best-of-n", "direct": "Direct alignment", "training": "Training runs"}
-DRAWN = 25  # points of a line, at most about
+DRAWN = 25  # points of a line that has more than twice as many, about
 PANELS = {  # quantity -> title, label of the axis; those of which every curve over sqrt(KL) is drawn
     "gold": ("What is wanted", "gold reward"),
     "proxy": ("What is optimised", "proxy reward"),
@@ -172,7 +172,9 @@ def over_steps(quantities: Sequence[str], own: Sequence[Curve]) -> list[dict[str
         having = [c for c in own if c.kind == "online" and quantity in c.values]
         drawn = [figures.Line(c.name, c.at.tolist(), *plain(c.values[quantity], np.arange(len(c.at)))) for c in having]
         label = OVER_STEPS[quantity]
-        panels.append(figures.Panel(drawn, f"{label.capitalize()} in training", "step", label, reach=max(float(c.at[-1]) for c in having)))
+        panels.append(
+            figures.Panel(drawn, f"{label[0].upper()}{label[1:]} in training", "step", label, reach=max(float(c.at[-1]) for c in having))
+        )
     words = ", ".join(OVER_STEPS[quantity] for quantity in quantities)
     return [image(panels, "steps", f"Over steps of training: {words}.")] if panels else []
 
@@ -189,7 +191,7 @@ def pooled_law(own: Sequence[Curve]) -> tuple[list[float], list[float]] | None:
 def line(label: str, curve: Curve, quantity: str) -> figures.Line:
     """A curve as it is drawn: of a long one its beginning more densely than its end; the gold reward of best-of-n with its law."""
     E = len(curve.d)
-    drawn = np.arange(E) if E <= DRAWN else np.unique([0, *np.geomspace(1, E - 1, DRAWN).round().astype(int)])
+    drawn = np.arange(E) if E <= 2 * DRAWN else np.unique([0, *np.geomspace(1, E - 1, DRAWN).round().astype(int)])
     law = None
     if quantity == "gold" and curve.kind == "best_of_n" and (fit := results.fitted([curve])["bon"]):
         d = np.linspace(fits.SMALLEST, curve.d[-1], 60)
