@@ -216,7 +216,7 @@ def test_conservative_ensembles_and_a_small_kl_are_not_overoptimised(family):
     for name in ("WCO", "UWO"):
         free, small, _ = gold[name]
         assert small.max() - small[-1] < 0.25, name
-        assert small[-1] >= free.max() - 0.1, "no less than the best without a KL"
+        assert small[-1] > free[-1] + 0.2 and small[-1] > free.max() - 0.25, "near the best without a KL, which does not last"
         assert small[-1] > single[2].max() + 0.2, "and more than what a single model gains with the KL that it needs"
 
 
