@@ -180,8 +180,8 @@ def towards_targets(config):
         loss = lambda _, divergence=divergence: fdpg(divergence)
         yield Method("f-DPG", name, ensembles.mean, loss, partial(target, divergence=divergence), members=1)
     yield Optimum("f-DPG", "target", "", ensembles.mean, kl_optimum, (c.target,), members=1)
-    damped = lambda _: ppo() + 0.5 * kl_k2()
-    for name, (method, learning_rate) in {"xi-PPO": (xi_ppo, 0.2), "mu-PPO": (mu_ppo, 0.3)}.items():
+    damped = lambda _: ppo() + kl_k2()
+    for name, (method, learning_rate) in {"xi-PPO": (xi_ppo, 0.3), "mu-PPO": (mu_ppo, 0.5)}.items():
         experience = partial(held, method=method, learning_rate=learning_rate)
         shown = {"symbol": "θ", "members": 2, "over_steps": ("score 1", "score 2", "kl")}
         yield Method("Constraints", name, ensembles.mean, damped, experience, c.thresholds, **shown)

@@ -252,12 +252,12 @@ def test_f_dpg_comes_to_its_target_by_every_divergence():
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["xi-PPO", "mu-PPO"])
 def test_thresholds_that_both_reward_models_reach_are_held(method):
-    """Moskovitz et al. 2023: mean scores over the last quarter of training; its seeds one by one."""
-    (run,) = trained(8, "Constraints", method, (0.5,), *WIDE)
-    scores = np.stack([run["score 1"], run["score 2"]])[..., -10:].mean(axis=-1)  # [2, seeds]
+    """Moskovitz et al. 2023: mean scores over the last quarter of 640 steps, each seed near the threshold, their mean nearer."""
+    (run,) = trained(4, "Constraints", method, (0.5,), "online.rollouts=320")
+    scores = np.stack([run["score 1"], run["score 2"]])[..., -16:].mean(axis=-1)  # [2, seeds]
     assert np.abs(scores.mean(axis=1) - 0.5).max() < 0.05
-    assert np.abs(scores - 0.5).max() < 0.15
-    assert run["kl"][:, -10:].mean() < 0.5 and mean(run, "gold")[-10:].mean() > 0.4
+    assert np.abs(scores - 0.5).max() < 0.1
+    assert run["kl"][:, -16:].mean() < 0.5 and mean(run, "gold")[-16:].mean() > 0.3
 
 
 @pytest.mark.slow
