@@ -27,6 +27,8 @@ def test_every_line_looks_different_and_a_line_that_turns_back_has_bars():
     axes = figures.figure([figures.Panel([*straight, turning], "t", "x", "y", limits=(-1.0, 9.0), reach=2.5)]).axes[0]
     lines = [line for line in axes.get_lines() if line.get_markersize() == 4]
     assert len({(line.get_color(), line.get_marker(), line.get_linestyle()) for line in lines}) == 9
+    assert np.isnan(lines[-1].get_xdata()).tolist() == [False, False, True, False], "what falls back at once is not joined"
+    assert not np.isnan(lines[0].get_xdata()).any()
     assert axes.get_xlim() == (0.0, 2.5) and axes.get_ylim() == (-1.0, 9.0)
     assert [type(x).__name__ for x in axes.collections].count("LineCollection") == 1 and len(axes.collections) == 9
     assert [text.get_text() for text in axes.get_legend().get_texts()] == [*map(str, range(8)), "back"]

@@ -1,6 +1,7 @@
 """Lines with confidence bands over sqrt(KL), the axes of Gao et al. 2022, arXiv:2210.10760."""
 
 import io
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -8,6 +9,7 @@ COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # 
 MARKERS = "osD^vP"
 STROKES = ("-", "--", ":")
 DISTANCE = r"$\sqrt{\mathrm{KL}(\mathrm{policy}\,\|\,\mathrm{reference})}$  ($\sqrt{\mathrm{nats}}$)"
+FALL = 0.5  # of x between neighbouring points, from which on they are not joined
 STYLE: Any = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "mathtext.fontset": "dejavusans"}
 
 
@@ -78,7 +80,7 @@ def _legends(drawing: Any, panels: Sequence[Panel]) -> None:
 
 def _draw(axes: Any, line: Line, i: int, ring: bool, shade: float) -> None:
     colour, marker, stroke = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)], STROKES[i // len(COLOURS) % len(STROKES)]
-    axes.plot(line.x, line.y, marker, ls=stroke, color=colour, ms=4, lw=1.2, label=line.label, clip_on=False)
+    axes.plot(*_broken(line.x, line.y), marker, ls=stroke, color=colour, ms=4, lw=1.2, label=line.label, clip_on=False)
     if ring:
         axes.plot(line.x[-1], line.y[-1], marker, color=colour, ms=10, mfc="none", clip_on=False)
     if line.low is not None and line.high is not None:
@@ -88,6 +90,15 @@ def _draw(axes: Any, line: Line, i: int, ring: bool, shade: float) -> None:
             axes.vlines(line.x[::-3], line.low[::-3], line.high[::-3], color=colour, alpha=0.35, lw=1.5)
     if line.law is not None:
         axes.plot(*line.law, ls=":", color=colour, lw=0.9)
+
+
+def _broken(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:
+    """The line without what joins points where it falls back far at once: a policy that was reset has not gone that way."""
+    xs, ys = list(x[:1]), list(y[:1])
+    for before, a, b in zip(x, x[1:], y[1:], strict=False):
+        gap = [math.nan] if before - a > FALL else []
+        xs, ys = [*xs, *gap, a], [*ys, *gap, b]
+    return xs, ys
 
 
 def png(drawing: Any, dpi: int = 200) -> bytes:
