@@ -239,14 +239,17 @@ def test_training_on_chi_squared_reaches_more_gold_than_on_the_kl():
 
 
 @pytest.mark.slow
-def test_f_dpg_comes_to_its_target_by_every_divergence():
-    own = next(x for x in methods(*WIDE) if (x.family, x.objective) == ("f-DPG", "target"))._replace(coefficients=(1.0,))
-    target = {name: np.mean([x.values[name][0] for x in laboratory_of(*WIDE).solve(range(4), own)]) for name in ("gold", "kl", "proxy")}
-    assert 0.3 < target["kl"] < 1.5
+def test_f_dpg_goes_to_its_target_by_every_divergence():
+    """JS, the paper's default, is there after 400 steps; others are near. The target lies beyond the peak of the way to it."""
+    own = next(x for x in methods(*WIDE) if (x.family, x.objective) == ("f-DPG", "target"))
+    target = {name: np.mean([x.values[name][0] for x in laboratory_of(*WIDE).solve(range(8), own)]) for name in ("gold", "kl", "proxy")}
+    assert target["kl"] > 3 and target["proxy"] > 2.5
     for divergence in ("JS", "forward KL", "reverse KL", "TV"):
-        (run,) = trained(4, "f-DPG", divergence, (None,), *WIDE, "online.target=1.0")
-        for name, tolerance in {"gold": 0.1, "kl": 0.2, "proxy": 0.15}.items():
-            assert abs(mean(run, name)[-1] - target[name]) < tolerance, (divergence, name)
+        (run,) = trained(8, "f-DPG", divergence, (None,), *WIDE)
+        far = {name: abs(mean(run, name)[-1] - target[name]) for name in target}
+        near = {"gold": 0.15, "kl": 0.5, "proxy": 0.4} if divergence == "JS" else {"gold": 0.2, "kl": 1.0, "proxy": 0.9}
+        assert all(far[name] < near[name] for name in far), (divergence, far)
+        assert divergence == "forward KL" or mean(run, "gold").max() > target["gold"] + 0.1, divergence
 
 
 @pytest.mark.slow
