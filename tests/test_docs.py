@@ -77,7 +77,7 @@ def test_the_laboratorys_fields_files_and_functions_exist():
 
     files = (runs.REPO / "experiments" / f"overoptimization{which}.py" for which in ("", "_tokens"))
     fields = {field for file in files for field in config.flat(config.load_experiment(file).config)}
-    named = set(re.findall(r"--config\.([a-z_.]+)|`((?:world|sft|proxy|direct|best_of_n|folders)\.[a-z_]+)", LABORATORY))
+    named = set(re.findall(r"--config\.([a-z_.]+)|`((?:world|sft|proxy|direct|online|best_of_n|folders)\.[a-z0-9_]+)", LABORATORY))
     assert named and {a or b for a, b in named} <= fields
     for path in re.findall(r"((?:alignax|experiments)/[\w/]+\.py)", LABORATORY):
         assert (runs.REPO / path).is_file(), path

@@ -20,7 +20,9 @@ FILE = str(runs.REPO / "experiments" / "overoptimization.py")
 TINY = {
     "repeats": 2, "control": False, "world.pairs": 64, "world.responses": 32, "world.prompts": 2, "world.held_out": 40,
     "proxy.members": 3, "proxy.steps": 4, "best_of_n.n": "(1,2,4,8,16,32)", "direct.repeats": 2, "direct.objectives": "('RPO',)",
-    "direct.betas": "(0.1,)", "direct.pool": 50, "direct.steps": 8, "direct.every": 2,
+    "direct.betas": "(0.1,)", "direct.pool": 50, "direct.steps": 8, "direct.every": 2, "online.repeats": 2, "online.pool": 50,
+    "online.families": "('Elastic Reset', 'Optima')", "online.proxies": "('single',)", "online.rollouts": 4, "online.every": 2,
+    "online.batch_size": 4, "online.reset": 2,
 }  # fmt: skip
 AGGREGATES = {"mean": ensembles.mean, "WCO": ensembles.wco}
 
@@ -160,19 +162,19 @@ class Page(HTMLParser):
 def test_the_page_is_whole_and_needs_no_network(workdir):
     page = Page(workdir / "report.html")
     images = page.all("img")
-    assert len(images) == 4 + 2 and all(image["src"].startswith("data:image/png;base64,") and image["alt"] for image in images)
+    assert len(images) == 4 + 2 + 3 + 2 and all(image["src"].startswith("data:image/png;base64,") and image["alt"] for image in images)
     assert not page.all("script") and not page.all("link") and not [a for _, a in page.found if a.get("src", "data:")[:5] != "data:"]
     assert all(a["href"].startswith("#") for a in page.all("a"))
     ids = [a["id"] for _, a in page.found if "id" in a]
     assert len(ids) == len(set(ids)) and {a["href"][1:] for a in page.all("a")} <= set(ids)
-    assert "viewport" in str(page.all("meta")) and len(page.all("caption")) == len(page.all("table")) == 3 + 1, (
-        "so short a training has no law"
-    )
+    assert "viewport" in str(page.all("meta"))
+    assert len(page.all("caption")) == len(page.all("table")) == 3 + 1 + 1 + 1, "so short a training has no law"
     text = "".join(page.words)
-    for part in ("UWO", "RPO", "final gold", "R²", "How to read this", "w·x = "):
+    for part in ("UWO", "RPO", "final gold", "R²", "How to read this", "w·x = ", "Elastic Reset, world “tail”", "single, chi-squared"):
         assert part in text, part
     figures = {file.name for file in (workdir / "figures").iterdir()}
     assert {"best-of-n-tail-gold.png", "best-of-n-tail-calibration.png", "direct-alignment-tail-proxy-rpo.png"} <= figures
+    assert {"elastic-reset-tail-steps.png", "optima-tail-gold.png"} <= figures
     assert len(figures) == len(images)
 
 
@@ -187,6 +189,10 @@ def test_the_numbers_agree(workdir):
     np.testing.assert_allclose(uwo["values"]["gold"]["high"], gold.mean(axis=0) + half, rtol=1e-5)
     assert uwo["gold"]["drop"] == pytest.approx(gold.mean(axis=0).max() - gold.mean(axis=0)[-1])
     assert by["direct", "tail", "RPO", 0.1]["at"] == [0, 2, 4, 6, 8]
+    online = by["online", "tail", "Elastic Reset", None]
+    assert (online["family"], online["setting"], online["at"], online["seeds"]) == ("Elastic Reset", "", [0, 4, 8], 2)
+    optima = {c["setting"]: c for c in out["curves"] if c["kind"] == "optima"}
+    assert optima.keys() == {"KL", "chi-squared"} and optima["KL"]["at"][0] == 4.0 and len(optima["KL"]["d"]) == 11
     assert {(law["kind"], law["objective"]) for law in out["laws"]} >= {("best_of_n", "WCO"), ("direct", "RPO")}
     with open(workdir / "curves.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -195,7 +201,8 @@ def test_the_numbers_agree(workdir):
 
 
 def test_a_finished_run_measures_nothing_again_and_its_config_runs_the_same(workdir, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(laboratory, "score", lambda *args: pytest.fail("measured again"))
+    for measure in ("score", "align", "learn"):
+        monkeypatch.setattr(laboratory, measure, lambda *args: pytest.fail("measured again"))
     before = (workdir / "results.json").read_bytes()
     assert cli.main(["overopt", "--config", str(workdir / "config.py")]) == 0
     assert "00 best-of-n tail: measured before" in capsys.readouterr().err
@@ -257,6 +264,9 @@ def test_report_of_what_has_nothing_to_report(tmp_path, workdir, capsys):
         ({"uwo": -1.0}, "coefficient of UWO is -1.0"),
         ({"direct.betas": "(0.1,-1.0)"}, "beta is -1.0"),
         ({"direct.objectives": "('PPO',)"}, "names PPO; use DPO, IPO, SLiC, RPO"),
+        ({"online.families": "('DPO',)"}, "'online.families' names DPO; use PPO, RLOO, f-DPG"),
+        ({"online.repeats": 0}, "'online.repeats' is 0; it must be at least 1"),
+        ({"online.samples": 1}, "'online.samples' is 1"),
         ({"world.radius": 0.0}, "the gold reward is -1 for every response"),
         ({"workdir": ""}, "'workdir' is empty"),
     ],

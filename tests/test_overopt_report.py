@@ -13,8 +13,9 @@ def curve(objective: str = "single", gold=(0.0, 1.0, 0.5), arm: str = "tail", ki
     gold = np.array(gold)
     values = {"gold": results.Band(gold, gold - 0.1, gold + 0.1), "proxy": results.Band(2 * gold, None, None)}
     return results.Curve(
-        kind, arm, objective, 0.1 if kind == "direct" else None, np.array([1, 4, 16]), np.array([0.0, 0.8, 1.35]), values, 3
-    )
+        kind, arm, objective, 0.1 if kind == "direct" else None, np.array([1, 4, 16]), np.array([0.0, 0.8, 1.35]), values, 3,
+        "β = 0.1" if kind == "direct" else "",
+    )  # fmt: skip
 
 
 def run(name: str, *curves: results.Curve) -> tables.Run:
@@ -27,6 +28,8 @@ def test_every_line_looks_different_and_a_line_that_turns_back_has_bars():
     axes = figures.figure([figures.Panel([*straight, turning], "t", "x", "y", limits=(-1.0, 9.0), reach=2.5)]).axes[0]
     lines = [line for line in axes.get_lines() if line.get_markersize() == 4]
     assert len({(line.get_color(), line.get_marker(), line.get_linestyle()) for line in lines}) == 9
+    assert np.isnan(lines[-1].get_xdata()).tolist() == [False, False, True, False], "what falls back at once is not joined"
+    assert not np.isnan(lines[0].get_xdata()).any()
     assert axes.get_xlim() == (0.0, 2.5) and axes.get_ylim() == (-1.0, 9.0)
     assert [type(x).__name__ for x in axes.collections].count("LineCollection") == 1 and len(axes.collections) == 9
     assert [text.get_text() for text in axes.get_legend().get_texts()] == [*map(str, range(8)), "back"]
@@ -68,6 +71,49 @@ def test_ends_and_findings():
     assert tables.ends(two)["head"][0] == "run" and [row[0] for row in tables.ends(two)["rows"]] == ["a", "b"]
     assert tables.findings(two)[1] == "b: DPO, gold reward at its peak → at the end: β = 0.1: 1.00 → 0.50."
     assert list(report.shared_axes(two)) == ["DPO, a", "DPO, b"]
+
+
+def online(objective: str, setting: str = "", kind: str = "online") -> results.Curve:
+    return curve(objective, kind=kind)._replace(setting=setting, family="PPO")
+
+
+def test_online_methods_have_a_panel_for_each_objective_or_share_one():
+    swept = [online(objective, f"β = {beta}") for objective in ("single", "UWO") for beta in (0, 1)]
+    panels = report.shared_axes([(run("a"), swept)])
+    assert {name: [label for label, _ in lines] for name, lines in panels.items()} == {
+        name: ["β = 0", "β = 1"] for name in ("single", "UWO")
+    }
+    alone = [online("JS"), online("TV"), online("target", kind="optima")]
+    assert [label for label, _ in report.shared_axes([(run("a"), alone)])[""]] == ["JS", "TV", "target"]
+    assert report.arms([run("a", *swept, *alone)]) == [("online", "tail", "PPO")], "optima are in the section of their family"
+    assert tables.findings([(run("a"), swept[:2])]) == [
+        "single, gold reward at its peak → at the end: β = 0: 1.00 → 0.50; β = 1: 1.00 → 0.50."
+    ]
+    rows = tables.ends([(run("a"), alone)])["rows"]
+    assert [row[:3] for row in rows] == [["JS", "1.00", "4"], ["TV", "1.00", "4"], ["target", "1.00", "–"]]
+
+
+def test_the_law_of_a_panel_is_that_of_all_of_its_lines():
+    d = np.linspace(0.0, 2.5, 11)
+    gold = np.where(d > 0, d * (0.4 - 0.8 * np.log(np.maximum(d, 1e-9))), 0.0)
+    swept = [
+        online("single", f"β = {i}")._replace(d=d[:n], values={"gold": results.Band(gold[:n], None, None)}) for i, n in ((0, 11), (1, 6))
+    ]
+    x, y = report.pooled_law(swept)
+    np.testing.assert_allclose(y, np.array(x) * (0.4 - 0.8 * np.log(x)), atol=1e-6)
+    assert report.pooled_law([own._replace(kind="optima") for own in swept]) is None
+    assert report.pooled_law([swept[0], swept[1]._replace(objective="UWO")]) is None, "of two objectives there is no one law"
+
+
+def test_many_panels_are_laid_out_in_rows_with_one_legend():
+    own = figures.Panel([figures.Line("β", [0.0, 1.0], [0.0, 1.0])], "t", "x", "y", law=([0.3, 1.0], [0.5, 0.2]))
+    drawing = figures.figure([own] * 5)
+    assert len(drawing.axes) == 5 and len(drawing.legends) == 1 and not any(axes.get_legend() for axes in drawing.axes)
+    width, height = drawing.get_size_inches()
+    assert (width, height) == pytest.approx((2 * 4.2, 3 * 3.4))
+    assert all(len([line for line in axes.get_lines() if line.get_linestyle() == ":"]) == 1 for axes in drawing.axes)
+    other = own._replace(lines=[figures.Line("γ", [0.0, 1.0], [0.0, 1.0])])
+    assert all(axes.get_legend() for axes in figures.figure([own, other]).axes)
 
 
 def test_numbers():

@@ -1,6 +1,7 @@
 """Lines with confidence bands over sqrt(KL), the axes of Gao et al. 2022, arXiv:2210.10760."""
 
 import io
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -8,6 +9,7 @@ COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # 
 MARKERS = "osD^vP"
 STROKES = ("-", "--", ":")
 DISTANCE = r"$\sqrt{\mathrm{KL}(\mathrm{policy}\,\|\,\mathrm{reference})}$  ($\sqrt{\mathrm{nats}}$)"
+FALL = 0.5  # of x between neighbouring points, from which on they are not joined
 STYLE: Any = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "mathtext.fontset": "dejavusans"}
 
 
@@ -32,17 +34,20 @@ class Panel(NamedTuple):
     limits: tuple[float, float] | None = None  # of y, where several panels share them
     reach: float | None = None  # of x, likewise
     diagonal: bool = False  # y = x, dotted
+    law: tuple[Sequence[float], Sequence[float]] | None = None  # a curve fitted to all of its lines, dotted in grey
 
 
 def figure(panels: Sequence[Panel], width: float = 4.2, height: float = 3.4) -> Any:
-    """A matplotlib Figure of panels side by side, told apart by colour and marker; the last point of a line is in a ring."""
+    """A matplotlib Figure of panels, at most three side by side; lines differ in colour and marker, their last point is in a ring."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     with matplotlib.rc_context(STYLE):
-        drawing = Figure(figsize=(width * len(panels), height), layout=ConstrainedLayoutEngine(wspace=0.06))
-        for axes, panel in zip(drawing.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        columns = len(panels) if len(panels) <= 3 else 2
+        rows = -(-len(panels) // columns)
+        drawing = Figure(figsize=(width * columns, height * rows), layout=ConstrainedLayoutEngine(wspace=0.06, hspace=0.06))
+        for axes, panel in zip(drawing.subplots(rows, columns, squeeze=False).flat, panels, strict=False):
             for i, line in enumerate(panel.lines):
                 if len(line.x):
                     # The more bands, the lighter each: where all of them overlap, lines are still seen.
@@ -52,18 +57,30 @@ def figure(panels: Sequence[Panel], width: float = 4.2, height: float = 3.4) -> 
                 axes.axline((0.5, 0.5), slope=1, color="0.5", ls=":", lw=1)
             else:
                 axes.set_xlim(0, panel.reach)
+            if panel.law is not None:
+                axes.plot(*panel.law, ls=":", color="0.35", lw=1.2)
             axes.margins(y=0.08)
             if panel.limits:
                 axes.set_ylim(*panel.limits)
             axes.grid(color="0.9", linewidth=0.6)
-        below: Any = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.19), "ncols": 3} if len(panels) == 1 else {}
-        axes.legend(frameon=False, **below)
+        for axes in drawing.axes[len(panels) :]:
+            axes.remove()
+        _legends(drawing, panels)
     return drawing
+
+
+def _legends(drawing: Any, panels: Sequence[Panel]) -> None:
+    """Below each panel, or where all have lines of the same names one below all."""
+    if len(panels) > 1 and len({tuple(line.label for line in panel.lines) for panel in panels}) == 1:
+        drawing.legend(*drawing.axes[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=6)
+        return
+    for axes in drawing.axes:
+        axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.19), ncols=3 if len(panels) == 1 else 2)
 
 
 def _draw(axes: Any, line: Line, i: int, ring: bool, shade: float) -> None:
     colour, marker, stroke = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)], STROKES[i // len(COLOURS) % len(STROKES)]
-    axes.plot(line.x, line.y, marker, ls=stroke, color=colour, ms=4, lw=1.2, label=line.label, clip_on=False)
+    axes.plot(*_broken(line.x, line.y), marker, ls=stroke, color=colour, ms=4, lw=1.2, label=line.label, clip_on=False)
     if ring:
         axes.plot(line.x[-1], line.y[-1], marker, color=colour, ms=10, mfc="none", clip_on=False)
     if line.low is not None and line.high is not None:
@@ -73,6 +90,15 @@ def _draw(axes: Any, line: Line, i: int, ring: bool, shade: float) -> None:
             axes.vlines(line.x[::-3], line.low[::-3], line.high[::-3], color=colour, alpha=0.35, lw=1.5)
     if line.law is not None:
         axes.plot(*line.law, ls=":", color=colour, lw=0.9)
+
+
+def _broken(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:
+    """The line without what joins points where it falls back far at once: a policy that was reset has not gone that way."""
+    xs, ys = list(x[:1]), list(y[:1])
+    for before, a, b in zip(x, x[1:], y[1:], strict=False):
+        gap = [math.nan] if before - a > FALL else []
+        xs, ys = [*xs, *gap, a], [*ys, *gap, b]
+    return xs, ys
 
 
 def png(drawing: Any, dpi: int = 200) -> bytes:

@@ -1,4 +1,4 @@
-"""The protocol: gold labels preferences, proxies learn from them, best-of-n and direct alignment exploit what they learnt wrongly.
+"""The protocol: gold labels preferences, proxies learn from them, and what optimises them exploits what they learnt wrongly.
 
 Gao et al. 2022 (arXiv:2210.10760), Coste et al. 2023 (arXiv:2310.02743), Rafailov et al. 2024 (arXiv:2406.02900). Each part of it is a
 stage, a JSON file of measurements under `stages/` in the workdir; a run that was stopped goes on at the first stage without its file.
@@ -19,7 +19,7 @@ from alignax.config import BadInput, Experiment, difference, effective, load_exp
 from alignax.experience.ensembles import Aggregate
 from alignax.losses import Loss
 from alignax.overopt import bestofn
-from alignax.overopt.worlds import Scored, Trajectory, World, check_varies
+from alignax.overopt.worlds import Method, Online, Optimum, Scored, Trajectory, World, check_varies
 
 FREE = ("workdir",)  # fields in which a run and its workdir may differ
 SINGLE = "single"  # the objective that trusts one reward model: an average over the members, each alone
@@ -32,14 +32,17 @@ def run(
     worlds: Mapping[str, World],
     aggregates: Mapping[str, Aggregate],
     objectives: Mapping[str, Callable[[float], Loss]],
+    methods: Sequence[Method | Optimum] = (),
 ) -> None:
     """Measures everything that has not been measured yet, and writes the report.
 
     Args:
-      experiment: its config has `workdir`, `seed`, `repeats`, the group `best_of_n` (`n`), the group `direct` (`repeats`, `betas`).
+      experiment: its config has `workdir`, `seed`, `repeats`, the groups `best_of_n` (`n`), `direct` (`repeats`, `betas`) and, where there
+        are methods, `online` (`repeats`).
       worlds: by name, the first the one under study, others controls.
       aggregates: proxies by name, each of the scores of all members; `single` is there without being named.
       objectives: direct alignment by name: beta -> Loss, trained in the first world that can.
+      methods: online methods, trained likewise, and what they would reach.
     """
     from alignax.overopt import report
 
@@ -47,7 +50,9 @@ def run(
     sizes = tuple(config.best_of_n.n)
     if not sizes or sizes[0] < 1 or list(sizes) != sorted(set(sizes)):
         raise BadInput(f"config field 'best_of_n.n' is {sizes}; give sizes from 1 on, in ascending order")
-    for field, count in (("repeats", config.repeats), ("direct.repeats", config.direct.repeats)):
+    repeats = {"repeats": config.repeats, "direct.repeats": config.direct.repeats}
+    repeats |= {"online.repeats": config.online.repeats} if methods else {}
+    for field, count in repeats.items():
         if count < 1:
             raise BadInput(f"config field {field!r} is {count}; it must be at least 1")
     seeds = range(config.seed, config.seed + config.repeats)
@@ -64,6 +69,10 @@ def run(
         for objective, make in objectives.items():
             for beta in config.direct.betas:
                 stages.append((f"{objective} {name} beta {beta:g}", partial(direct, name, train, objective, beta, make(beta))))
+    for name, world in [(name, world.online) for name, world in worlds.items() if world.online][:1]:
+        own = range(config.seed, config.seed + config.online.repeats)
+        for method in methods:
+            stages.append((titled(method, name), partial(learn, name, world, method, own)))
     workdir = open_workdir(experiment)
     for i, (name, measure) in enumerate(stages):
         stage(workdir, f"{i:02d} {name}", measure)
@@ -214,12 +223,44 @@ def samples_of(scored: Scored, aggregates: Mapping[str, Aggregate], n: Sequence[
 
 def align(arm: str, objective: str, beta: float, trajectories: Iterable[Trajectory], seeds: Sequence[int]) -> dict[str, Any]:
     """Policies of every seed in training: quantity -> [S][E]."""
+    steps, curves = of_seeds(trajectories, f"{objective} at beta {beta:g}")
+    return {"kind": "direct", "arm": arm, "objective": objective, "beta": beta, "seeds": list(seeds), "step": steps, "curves": curves}
+
+
+def of_seeds(trajectories: Iterable[Trajectory], what: str) -> tuple[list[float], dict[str, list[list[float]]]]:
+    """The steps of evaluations, and quantity -> [S][E]."""
     curves: dict[str, list[list[float]]] = {}
-    steps: list[int] = []
+    steps: list[float] = []
     for own in trajectories:
         steps = own.steps.tolist()
         for quantity, values in own.values.items():
             if not np.isfinite(values).all():
-                raise FloatingPointError(f"{objective} at beta {beta:g}: {quantity} is not finite; lower the learning rate")
+                raise FloatingPointError(f"{what}: {quantity} is not finite; lower the learning rate")
             curves.setdefault(quantity, []).append(values.tolist())
-    return {"kind": "direct", "arm": arm, "objective": objective, "beta": beta, "seeds": list(seeds), "step": steps, "curves": curves}
+    return steps, curves
+
+
+# Online ---------------------------------------------------------------------------------------------------------------------
+
+
+def titled(method: Method | Optimum, arm: str) -> str:
+    """The name of its stage."""
+    of = f" {method.setting}" if isinstance(method, Optimum) else ""
+    return f"{method.family} {method.objective}{of} {arm}"
+
+
+def learn(arm: str, world: Online, method: Method | Optimum, seeds: Sequence[int]) -> dict[str, Any]:
+    """Policies of every seed in training by a method, a run for each of its coefficients; or its optima, which are one."""
+    runs = []
+    out = {"arm": arm, "family": method.family, "objective": method.objective, "seeds": list(seeds), "runs": runs}
+    if isinstance(method, Optimum):
+        steps, curves = of_seeds(world.solve(seeds, method), titled(method, arm))
+        runs.append({"setting": method.setting, "beta": None, "step": steps, "curves": curves})
+        return out | {"kind": "optima", "over_steps": []}
+    for coefficient, trajectories in zip(method.coefficients, world.learn(seeds, method), strict=True):
+        setting = "" if coefficient is None else f"{method.symbol} = {coefficient:g}"
+        steps, curves = of_seeds(trajectories, f"{titled(method, arm)} {setting}")
+        runs.append({"setting": setting, "beta": coefficient, "step": steps, "curves": curves})
+        gold = np.mean(curves["gold"], axis=0)
+        print(f"  {setting or method.objective}: gold reward {gold.max():+.2f} at its peak, {gold[-1]:+.2f} at the end", file=sys.stderr)
+    return out | {"kind": "online", "over_steps": list(method.over_steps)}

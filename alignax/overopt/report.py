@@ -13,13 +13,15 @@ from alignax.overopt.results import Curve
 from alignax.overopt.tables import Own, Run, course, ends, findings, laws, number, samples
 
 TITLES = {"best_of_n": "Best-of-n", "direct": "Direct alignment", "training": "Training runs"}
-DRAWN = 25  # points of a line, at most about
+DRAWN = 25  # points of a line that has more than twice as many, about
 PANELS = {  # quantity -> title, label of the axis; those of which every curve over sqrt(KL) is drawn
     "gold": ("What is wanted", "gold reward"),
     "proxy": ("What is optimised", "proxy reward"),
     "disagreement": ("Disagreement of the members", "sd between members"),
     "length": ("Response length", "tokens"),
 }
+SIDE_BY_SIDE = ("gold", "proxy")  # of online methods: panels of one figure
+OVER_STEPS = {"gold": "gold reward", "kl": "KL (nats)", "score 1": "reward model 1", "score 2": "reward model 2"}
 READING = (
     "Lines are means over seeds: each another gold reward, other data and other models, or, of model folders, other prompts and "
     "other responses; bands are 95 % confidence intervals of that "
@@ -32,8 +34,11 @@ READING = (
     "times their variance. Disagreement is the standard deviation between members at the response that was picked.",
     "Direct alignment: the proxy is the implicit reward, its margin β (log π/ref of chosen − of rejected) on held-out pairs; of online "
     "training it is the reward that is trained on. KL is averaged over seeds before its root is taken.",
+    "Online methods train on samples of the policy; gold reward, KL and proxy are exact, sums over the pool of responses. “single” is the "
+    "first reward model of each seed. Optima are closed forms: the policies that a penalty's coefficients, large to small, lead to.",
     "Laws (Gao et al. 2022): R = d (α − β d) for best-of-n, R = d (α − β log d) for trained policies, d = √KL; least squares on points "
-    "with d of at least 0.3, all β of an objective together. Dotted in the figures of best-of-n.",
+    "with d of at least 0.3, all coefficients of an objective together. Dotted in the figures of best-of-n, in grey in those of online "
+    "methods where R² is at least 0.5.",
     "Calibration: how often a reward model that prefers one response with probability p is right, on held-out pairs without noise; the "
     "dotted line is p.",
 )
@@ -42,7 +47,7 @@ READING = (
 def write(workdir: Path) -> str:
     """Writes `report.html`, `figures/`, `results.json` and `curves.csv` into a workdir; returns a table for the console."""
     run = open_run(workdir, workdir.name)
-    sections = [section([run], kind, arm) for kind, arm in arms([run])]
+    sections = [section([run], *arm) for arm in arms([run])]
     (workdir / "figures").mkdir(exist_ok=True)
     for own in sections:
         for image in own["figures"]:
@@ -83,44 +88,61 @@ def distinct(workdirs: Sequence[Path]) -> list[str]:
     raise ValueError(f"{', '.join(map(str, workdirs))}: a workdir is given twice; give each once")
 
 
-def arms(runs: Sequence[Run]) -> list[tuple[str, str]]:
-    """Kinds of measurement and their worlds, in order of appearance."""
-    return list(dict.fromkeys((curve.kind, curve.arm) for run in runs for curve in run.curves))
+def arms(runs: Sequence[Run]) -> list[tuple[str, str, str]]:
+    """Kinds of measurement, their worlds and of online methods their family, in order of appearance."""
+    return list(dict.fromkeys(place(curve.kind, curve.arm, curve.family) for run in runs for curve in run.curves))
+
+
+def place(kind: str, arm: str, family: str) -> tuple[str, str, str]:
+    """The section that a curve is in: optima are in that of the methods of their family."""
+    return "online" if kind == "optima" else kind, arm, family
 
 
 # Sections -------------------------------------------------------------------------------------------------------------------
 
 
-def section(runs: Sequence[Run], kind: str, arm: str) -> dict[str, Any]:
+def section(runs: Sequence[Run], kind: str, arm: str, family: str) -> dict[str, Any]:
     """Figures and tables of one kind of measurement in one world, of every run that has it."""
-    own = [(run, found) for run in runs if (found := [c for c in run.curves if (c.kind, c.arm) == (kind, arm)])]
-    measured = [(run, m) for run, _ in own for m in run.measurements if (m["kind"], m["arm"]) == (kind, arm)]
-    title = TITLES[kind] if kind == "training" else f"{TITLES[kind]}, world “{arm}”"
-    images = [image for quantity in PANELS for image in over_distance(quantity, shared_axes(own))] + calibration(measured)
+    here = (kind, arm, family)
+    own = [(run, found) for run in runs if (found := [c for c in run.curves if place(c.kind, c.arm, c.family) == here])]
+    measured = [(run, m) for run, _ in own for m in run.measurements if place(m["kind"], m["arm"], m.get("family", "")) == here]
+    name = family or TITLES[kind]
+    title = name if kind == "training" else f"{name}, world “{arm}”"
+    panels = shared_axes(own)
+    if kind == "online":
+        images = [image for quantity in SIDE_BY_SIDE for image in over_distance(quantity, panels, together=True)]
+        stepped = dict.fromkeys(quantity for _, m in measured for quantity in m["over_steps"])
+        images += over_steps(list(stepped), [c for _, found in own for c in found])
+    else:
+        images = [image for quantity in PANELS for image in over_distance(quantity, panels)] + calibration(measured)
     for image in images:
-        image["file"] = "-".join(f"{TITLES[kind]} {arm} {image['file']}".lower().split())
+        image["file"] = "-".join(f"{name} {arm} {image['file']}".lower().split())
     tables = [course(own), ends(own), laws(own), *samples(measured)]
     return {"title": title, "findings": findings(own), "figures": images, "tables": [table for table in tables if table["rows"]]}
 
 
 def shared_axes(own: Own) -> dict[str, list[tuple[str, Curve]]]:
-    """What is drawn in one panel, by its name: the objectives of a run's best-of-n, the betas of its objective, all training runs."""
+    """What is drawn in one panel, by its name.
+
+    The objectives of a run's best-of-n, the settings of its objective, all training runs; objectives with one setting each share one too.
+    """
     panels: dict[str, list[tuple[str, Curve]]] = {}
     for run, found in own:
         of_run = run.name if len(own) > 1 else ""
+        alone = len({c.objective for c in found}) == len(found)
         for c in found:
             if c.kind == "training":
                 panels.setdefault("", []).append((run.name, c))
-            elif c.kind == "best_of_n":
-                panels.setdefault(of_run, []).append((c.objective, c))
+            elif c.kind == "best_of_n" or (c.family and alone):
+                panels.setdefault(of_run, []).append((c.name, c))
             else:
-                panels.setdefault(", ".join(filter(None, (c.objective, of_run))), []).append((f"β = {c.beta:g}", c))
+                panels.setdefault(", ".join(filter(None, (c.objective, of_run))), []).append((c.setting, c))
     order = list(dict.fromkeys(lines[0][1].objective for lines in panels.values()))  # panels of an objective lie side by side
     return dict(sorted(panels.items(), key=lambda item: order.index(item[1][0][1].objective)))
 
 
-def over_distance(quantity: str, panels: dict[str, list[tuple[str, Curve]]]) -> list[dict[str, Any]]:
-    """A figure for each panel in which the quantity was measured, all on the same axes."""
+def over_distance(quantity: str, panels: dict[str, list[tuple[str, Curve]]], together: bool = False) -> list[dict[str, Any]]:
+    """A figure for each panel in which the quantity was measured, or one of them `together`; all on the same axes."""
     having = {name: [(label, c) for label, c in lines if quantity in c.values] for name, lines in panels.items()}
     having = {name: lines for name, lines in having.items() if lines}
     title, y_label = PANELS[quantity]
@@ -129,26 +151,58 @@ def over_distance(quantity: str, panels: dict[str, list[tuple[str, Curve]]]) -> 
     apart = quantity == "proxy" and any(c.kind == "direct" for c in every)
     limits = extent(every, quantity) if len(having) > 1 and not apart else None
     reach = 1.04 * max((float(c.d.max()) for c in every), default=1.0)
-    images = []
+    drawn, captions = [], []
     for name, lines in having.items():
-        drawn = [line(label, c, quantity) for label, c in lines]
         head = ": ".join(filter(None, (name, title.lower() if name else title)))
-        panel = figures.Panel(drawn, head, figures.DISTANCE, y_label, limits, reach)
+        law = pooled_law([c for _, c in lines]) if quantity == "gold" and together else None
+        own = [line(label, c, quantity) for label, c in lines]
+        drawn.append(figures.Panel(own, head, figures.DISTANCE, y_label, limits, reach, law=law))
         at_end = "; ".join(f"{label}: {number(c.values[quantity].mean[-1])}" for label, c in lines)
-        images.append(image(panel, f"{quantity} {name}".replace(",", ""), f"{head}: {y_label} over √KL. At the end: {at_end}."))
-    return images
+        captions.append(f"{head}: {y_label} over √KL. At the end: {at_end}.")
+    if together and drawn:
+        return [image(drawn, quantity, " ".join(captions))]
+    files = (f"{quantity} {name}".replace(",", "") for name in having)
+    return [image([panel], file, caption) for panel, file, caption in zip(drawn, files, captions, strict=True)]
+
+
+def over_steps(quantities: Sequence[str], own: Sequence[Curve]) -> list[dict[str, Any]]:
+    """One figure of these quantities in the course of training, a panel each."""
+    panels = []
+    for quantity in quantities:
+        having = [c for c in own if c.kind == "online" and quantity in c.values]
+        drawn = [figures.Line(c.name, c.at.tolist(), *plain(c.values[quantity], np.arange(len(c.at)))) for c in having]
+        label = OVER_STEPS[quantity]
+        panels.append(
+            figures.Panel(drawn, f"{label[0].upper()}{label[1:]} in training", "step", label, reach=max(float(c.at[-1]) for c in having))
+        )
+    words = ", ".join(OVER_STEPS[quantity] for quantity in quantities)
+    return [image(panels, "steps", f"Over steps of training: {words}.")] if panels else []
+
+
+def pooled_law(own: Sequence[Curve]) -> tuple[list[float], list[float]] | None:
+    """The law of trained policies, fitted to the gold of all of these together, if it is one of theirs."""
+    fit = results.fitted(own)["rl"] if len({c.objective for c in own}) == 1 else None
+    if fit is None or fit.r2 < 0.5:
+        return None
+    d = np.linspace(fits.SMALLEST, max(c.d.max() for c in own), 60)
+    return d.tolist(), fits.value(fits.RL, fit.alpha, fit.beta, d).tolist()
 
 
 def line(label: str, curve: Curve, quantity: str) -> figures.Line:
     """A curve as it is drawn: of a long one its beginning more densely than its end; the gold reward of best-of-n with its law."""
     E = len(curve.d)
-    drawn = np.arange(E) if E <= DRAWN else np.unique([0, *np.geomspace(1, E - 1, DRAWN).round().astype(int)])
-    mean, low, high = (None if x is None else x[drawn].tolist() for x in curve.values[quantity])
+    drawn = np.arange(E) if E <= 2 * DRAWN else np.unique([0, *np.geomspace(1, E - 1, DRAWN).round().astype(int)])
     law = None
     if quantity == "gold" and curve.kind == "best_of_n" and (fit := results.fitted([curve])["bon"]):
         d = np.linspace(fits.SMALLEST, curve.d[-1], 60)
         law = (d.tolist(), (curve.values["gold"].mean[0] + fits.value(fits.BON, fit.alpha, fit.beta, d)).tolist())
-    return figures.Line(label, curve.d[drawn].tolist(), mean or [], low, high, law)
+    return figures.Line(label, curve.d[drawn].tolist(), *plain(curve.values[quantity], drawn), law)
+
+
+def plain(own: results.Band, drawn: np.ndarray) -> tuple[list[float], list[float] | None, list[float] | None]:
+    """A band's mean, low and high at these points."""
+    low, high = (None if x is None else x[drawn].tolist() for x in (own.low, own.high))
+    return own.mean[drawn].tolist(), low, high
 
 
 def extent(own: Sequence[Curve], quantity: str) -> tuple[float, float]:
@@ -174,16 +228,16 @@ def calibration(measured: Sequence[tuple[Run, dict[str, Any]]]) -> list[dict[str
         panel = figures.Panel(lines, title, "confidence in the preferred response", "share in the right order", (0.4, 1.02), diagonal=True)
         accuracy = np.array(m["accuracy"])
         words = f"{title}. Held-out accuracy {accuracy.mean():.3f} ({accuracy.min():.3f} to {accuracy.max():.3f}); "
-        images.append(image(panel, f"calibration {of_run}", words + f"expected calibration error: {', '.join(errors)}."))
+        images.append(image([panel], f"calibration {of_run}", words + f"expected calibration error: {', '.join(errors)}."))
     return images
 
 
-def image(panel: figures.Panel, file: str, caption: str) -> dict[str, Any]:
-    """A figure of one panel, as the page holds it."""
-    data = figures.png(figures.figure([panel]))
+def image(panels: Sequence[figures.Panel], file: str, caption: str) -> dict[str, Any]:
+    """A figure, as the page holds it; of several panels it is as wide as the page."""
+    data = figures.png(figures.figure(panels))
     width, height = struct.unpack(">II", data[16:24])  # of the PNG's header
-    encoded = base64.b64encode(data).decode()
-    return {"png": data, "data": encoded, "file": file, "caption": caption, "alt": caption, "width": width // 2, "height": height // 2}
+    size = {"width": width // 2, "height": height // 2, "wide": len(panels) > 1}
+    return {"png": data, "data": base64.b64encode(data).decode(), "file": file, "caption": caption, "alt": caption} | size
 
 
 # The page -------------------------------------------------------------------------------------------------------------------
@@ -212,4 +266,7 @@ def facts(run: Run) -> list[tuple[str, str]]:
         objectives, betas = (dict.fromkeys(m[key] for m in direct) for key in ("objective", "beta"))
         what = f"{', '.join(objectives)} at β = {', '.join(f'{beta:g}' for beta in betas)}"
         out.append(("direct alignment", f"{len(direct[0]['seeds'])} seeds, {what}, {direct[0]['step'][-1]} steps"))
+    if trained := [m for m in run.measurements if m["kind"] == "online"]:
+        families = ", ".join(dict.fromkeys(m["family"] for m in trained))
+        out.append(("online", f"{len(trained[0]['seeds'])} seeds, {families}; {trained[0]['runs'][0]['step'][-1]} steps"))
     return out

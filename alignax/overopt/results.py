@@ -34,19 +34,21 @@ class Band(NamedTuple):
 class Curve(NamedTuple):
     """Quantities over sqrt(KL) under one objective."""
 
-    kind: str  # "best_of_n", "direct" or "training"
+    kind: str  # "best_of_n", "direct", "online", "optima" or "training"
     arm: str  # the world
     objective: str
-    beta: float | None  # of direct alignment
-    at: np.ndarray  # [E] n, or the step
+    beta: float | None  # the coefficient, of trained policies that have one
+    at: np.ndarray  # [E] n, the step, or of optima the coefficient
     d: np.ndarray  # [E] sqrt of the mean KL to the initial policy, sqrt(nats)
     values: dict[str, Band]  # quantity -> [E]
     seeds: int
+    setting: str = ""  # what differs between curves of one objective, in words: "β = 0.1"
+    family: str = ""  # of online methods
 
     @property
     def name(self) -> str:
-        """The objective, with its beta if it has one."""
-        return self.objective if self.beta is None else f"{self.objective}, β = {self.beta:g}"
+        """The objective, with its setting if it has one."""
+        return ", ".join(filter(None, (self.objective, self.setting)))
 
 
 def load(workdir: Path) -> list[dict[str, Any]]:
@@ -89,9 +91,13 @@ def curves(measurements: Sequence[dict[str, Any]]) -> list[Curve]:
                 bands = {quantity: band(np.array(x)) for quantity, x in values.items()}
                 out.append(Curve(m["kind"], m["arm"], objective, None, np.array(m["n"]), d, bands, len(m["seeds"])))
         else:
-            bands = {quantity: band(np.array(x)) for quantity, x in m["curves"].items()}
-            d = np.sqrt(np.maximum(bands["kl"].mean, 0.0))
-            out.append(Curve(m["kind"], m["arm"], m["objective"], m["beta"], np.array(m["step"]), d, bands, len(m["seeds"])))
+            beta = m.get("beta")
+            alone = {"setting": "" if beta is None else f"β = {beta:g}", "beta": beta, "step": m.get("step"), "curves": m.get("curves")}
+            for run in m.get("runs", [alone]):
+                bands = {quantity: band(np.array(x)) for quantity, x in run["curves"].items()}
+                d, at = np.sqrt(np.maximum(bands["kl"].mean, 0.0)), np.array(run["step"])
+                family, seeds = m.get("family", ""), len(m["seeds"])
+                out.append(Curve(m["kind"], m["arm"], m["objective"], run["beta"], at, d, bands, seeds, run["setting"], family))
     return out
 
 
@@ -119,18 +125,18 @@ def peak(curve: Curve) -> dict[str, float]:
 
 def fitted(own: Sequence[Curve]) -> dict[str, fits.Fit | None]:
     """Both laws, fitted to the gold rewards of these curves together; None for curves that do not begin at the initial policy."""
-    if any(curve.d[0] >= fits.SMALLEST for curve in own):
+    if any(curve.kind == "optima" or curve.d[0] >= fits.SMALLEST for curve in own):
         return dict.fromkeys(LAWS)
     d = np.concatenate([curve.d for curve in own])
     gained = np.concatenate([curve.values["gold"].mean - curve.values["gold"].mean[0] for curve in own])
     return {name: fits.fit(law, d, gained) for name, law in LAWS.items()}
 
 
-def pooled(own: Sequence[Curve]) -> dict[tuple[str, str, str], list[Curve]]:
-    """Curves of the same objective in the same world, whatever their beta: a law is fitted to them together."""
-    groups: dict[tuple[str, str, str], list[Curve]] = {}
+def pooled(own: Sequence[Curve]) -> dict[tuple[str, str, str, str], list[Curve]]:
+    """Curves of the same objective in the same world, whatever their coefficient: a law is fitted to them together."""
+    groups: dict[tuple[str, str, str, str], list[Curve]] = {}
     for curve in own:
-        groups.setdefault((curve.kind, curve.arm, curve.objective), []).append(curve)
+        groups.setdefault((curve.kind, curve.arm, curve.family, curve.objective), []).append(curve)
     return groups
 
 
@@ -138,11 +144,12 @@ def as_json(measurements: Sequence[dict[str, Any]]) -> str:
     """All numbers of the page: curves, peaks, laws, calibration, samples."""
     own = curves(measurements)
     laws = [
-        {"kind": kind, "world": arm, "objective": objective} | {name: fit and fit._asdict() for name, fit in fitted(group).items()}
-        for (kind, arm, objective), group in pooled(own).items()
+        {"kind": kind, "world": arm, "family": family, "objective": objective}
+        | {name: fit and fit._asdict() for name, fit in fitted(group).items()}
+        for (kind, arm, family, objective), group in pooled(own).items()
     ]
     kept = ("kind", "arm", "members", "prompts", "responses", "excluded", "excluded_pairs", "accuracy", "calibration", "samples")
-    rest = [{name: m[name] for name in kept if name in m} for m in measurements if m["kind"] != "direct"]
+    rest = [{name: m[name] for name in kept if name in m} for m in measurements if m["kind"] in ("best_of_n", "training")]
     out = {"curves": [_plain(curve) for curve in own], "laws": laws, "measurements": rest}
     return json.dumps(out, indent=1, ensure_ascii=False, allow_nan=False)
 
@@ -150,7 +157,8 @@ def as_json(measurements: Sequence[dict[str, Any]]) -> str:
 def _plain(curve: Curve) -> dict[str, Any]:
     numbers = lambda x: None if x is None else x.tolist()
     values = {name: {end: numbers(x) for end, x in own._asdict().items()} for name, own in curve.values.items()}
-    about = {"kind": curve.kind, "world": curve.arm, "objective": curve.objective, "beta": curve.beta, "seeds": curve.seeds}
+    about = {"kind": curve.kind, "world": curve.arm, "family": curve.family, "objective": curve.objective, "setting": curve.setting}
+    about |= {"beta": curve.beta, "seeds": curve.seeds}
     return about | {"at": curve.at.tolist(), "d": curve.d.tolist(), "values": values, "gold": peak(curve)}
 
 
@@ -158,11 +166,11 @@ def as_csv(own: Sequence[Curve]) -> str:
     """One row for each point of each curve of each quantity."""
     out = io.StringIO()
     write = csv.writer(out, lineterminator="\n").writerow
-    write(["kind", "world", "objective", "beta", "at", "d", "quantity", "mean", "low", "high", "seeds"])
+    write(["kind", "world", "family", "objective", "setting", "beta", "at", "d", "quantity", "mean", "low", "high", "seeds"])
     for c in own:
         for name, x in c.values.items():
             for i, (at, d) in enumerate(zip(c.at, c.d, strict=True)):
                 numbers = (d, x.mean[i], None if x.low is None else x.low[i], None if x.high is None else x.high[i])
                 d, *rest = ("" if number is None else f"{number:.6g}" for number in numbers)
-                write([c.kind, c.arm, c.objective, c.beta, at, d, name, *rest, c.seeds])
+                write([c.kind, c.arm, c.family, c.objective, c.setting, c.beta, at, d, name, *rest, c.seeds])
     return out.getvalue()

@@ -12,6 +12,7 @@ from alignax.overopt.results import Curve
 COLUMNS = {  # quantity -> head of a column with its value at the end
     "proxy": "proxy at the end", "disagreement": "disagreement at the end", "accuracy": "held-out accuracy",
     "chosen_drift": "chosen log-ratio (nats)", "unseen": "mass on responses in no pair", "length": "tokens at the end",
+    "score 1": "reward model 1 at the end", "score 2": "reward model 2 at the end",
 }  # fmt: skip
 COURSE = {
     "kl": "KL (nats)",
@@ -37,7 +38,8 @@ Own = Sequence[tuple[Run, list[Curve]]]  # the runs that have this kind of measu
 def ends(own: Own) -> dict[str, Any]:
     """Final against peak."""
     shown = [q for q in COLUMNS if any(q in c.values for _, found in own for c in found)]
-    at = "n" if own[0][1][0].kind == "best_of_n" else "step"
+    kinds = {c.kind for _, found in own for c in found}
+    at = "n" if "best_of_n" in kinds else "coefficient" if kinds == {"optima"} else "step"
     head = [
         "objective",
         "peak gold",
@@ -54,7 +56,8 @@ def ends(own: Own) -> dict[str, Any]:
         for c in found:
             p = results.peak(c)
             interval = f"{number(p['final_low'])} to {number(p['final_high'])}" if "final_low" in p else "–"
-            cells = [number(p["peak"]), number(p["peak_at"], 0), number(p["peak_d"]), number(p["final"]), interval, number(p["drop"])]
+            there = "–" if c.kind == "optima" and at == "step" else f"{p['peak_at']:g}"
+            cells = [number(p["peak"]), there, number(p["peak_d"]), number(p["final"]), interval, number(p["drop"])]
             last = [number(c.values[q].mean[-1]) if q in c.values else "–" for q in shown]
             rows.append([*named(run, own), c.name, *cells, number(p["final_d"]), *last])
     texts = [0, 1] if heads(own) else [0]
@@ -78,7 +81,7 @@ def laws(own: Own) -> dict[str, Any]:
     """Alpha, beta, R^2 and peak of each law, fitted to all curves of an objective together."""
     rows = []
     for run, found in own:
-        for (_, _, objective), group in results.pooled(found).items():
+        for (*_, objective), group in results.pooled(found).items():
             for name, fit in results.fitted(group).items():
                 if fit:
                     seen = fit.peak_d is not None and fit.peak_d <= max(c.d.max() for c in group)
@@ -108,7 +111,7 @@ def samples(measured: Sequence[tuple[Run, dict[str, Any]]]) -> list[dict[str, An
                 for x in m["samples"]
             ]
             texts = [2, 3]
-        else:
+        else:  # a training run's; direct alignment and online methods have none
             head, texts = ["prompt", "step", "response", "gold"], [2]
             rows = [[x["prompt"], number(x["step"], 0), x["response"], number(x["gold"])] for x in m.get("samples", [])]
         of_run = f" of {run.name}" if len(measured) > 1 else ""
@@ -118,13 +121,13 @@ def samples(measured: Sequence[tuple[Run, dict[str, Any]]]) -> list[dict[str, An
 
 
 def findings(own: Own) -> list[str]:
-    """Peak and end of every curve, a line for each run, of direct alignment for each of its objectives; and what was left out."""
+    """Peak and end of every curve, a line for each run, of policies for each of its objectives; and what was left out."""
     lines = []
     for run, found in own:
         kind, arm = found[0].kind, found[0].arm
         of_run = f"{run.name}: " if len(own) > 1 and kind != "training" else ""
-        if kind == "direct":
-            for (_, _, objective), group in results.pooled(found).items():
+        if kind in ("direct", "online", "optima"):
+            for (*_, objective), group in results.pooled(found).items():
                 lines.append(f"{of_run}{objective}, gold reward at its peak → at the end: {rise_and_fall(group)}.")
         else:
             last = f"n = {found[0].at[-1]}" if kind == "best_of_n" else "the end"
@@ -138,7 +141,7 @@ def findings(own: Own) -> list[str]:
 
 def rise_and_fall(curves: Sequence[Curve]) -> str:
     """Peak and end of each curve's gold reward."""
-    name = lambda c: c.objective if c.beta is None else f"β = {c.beta:g}"
+    name = lambda c: c.setting or c.objective
     return "; ".join(f"{name(c)}: {number((p := results.peak(c))['peak'])} → {number(p['final'])}" for c in curves)
 
 

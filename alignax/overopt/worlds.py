@@ -1,19 +1,22 @@
 """What a world is to the laboratory: responses that K reward models and a gold reward have scored, and policies in training.
 
 Every world makes its own reward models from preferences that the gold reward labels, and only the laboratory compares. A world is
-two functions of seeds; a seed is a whole experiment: another gold reward, other data, other models.
+functions of seeds; a seed is a whole experiment: another gold reward, other data, other models.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
+from alignax.averages import Average
 from alignax.config import BadInput
+from alignax.experience import Experience
+from alignax.experience.ensembles import Aggregate
 from alignax.losses import Loss
-from alignax.types import TrainState
+from alignax.types import Model, TrainState
 
 
 class Scored(NamedTuple):
@@ -33,11 +36,46 @@ class Trajectory(NamedTuple):
     values: dict[str, np.ndarray]  # quantity -> [E]: "gold" and "kl" (to the initial policy, nats), "proxy", and others
 
 
+class Method(NamedTuple):
+    """An online method, as an experiment file has it: a loss, an experience, averages; a run for each of its coefficients."""
+
+    family: str  # the section of the report that it is in
+    objective: str  # which of that family it is
+    proxy: Aggregate  # of the scores of its reward models: what is measured as "proxy"
+    loss: Callable[[Any], Loss]  # of a coefficient, which is traced
+    experience: Callable[[Any, Model, Model], Experience]  # of a coefficient, the reference and the reward models
+    coefficients: tuple[float | None, ...] = (None,)  # None: it has none, and is given 0
+    symbol: str = "β"  # of the coefficient
+    members: int | None = None  # reward models that it is given, the first ones; None: all
+    averages: Mapping[str, Average] = {}  # see alignax.averages
+    over_steps: tuple[str, ...] = ()  # quantities that are drawn over steps too; "score 1" is the mean score of the first reward model
+
+
+class Optimum(NamedTuple):
+    """The exact optima of a reward under a penalty, an evaluation for each coefficient: what training that objective goes towards."""
+
+    family: str
+    objective: str
+    setting: str  # which penalty
+    proxy: Aggregate
+    solution: Callable[[Any, Any], Any]  # rewards [M] of equally likely responses, a coefficient -> probabilities [M]
+    coefficients: tuple[float, ...]
+    members: int | None = None
+
+
+class Online(NamedTuple):
+    """Online training in a world."""
+
+    learn: Callable[[Sequence[int], Method], Iterable[list[Trajectory]]]  # for each coefficient trajectories of every seed
+    solve: Callable[[Sequence[int], Optimum], list[Trajectory]]  # of every seed; the steps are the coefficients
+
+
 class World(NamedTuple):
     """Where the laboratory measures."""
 
     score: Callable[[Sequence[int]], Iterable[Scored]]  # seeds -> trains the reward models of each; one Scored a seed
     align: Callable[[Sequence[int], Loss], Iterable[Trajectory]] | None  # trains a policy of each seed; None: no direct alignment here
+    online: Online | None = None
 
 
 def check_varies(mean: float, std: float) -> None:
