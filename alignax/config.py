@@ -1,7 +1,8 @@
 """Configuration is Python: an experiment file builds a ConfigDict and names its loss; the command line overrides fields.
 
 An experiment file has `get_config() -> ConfigDict` and `loss(config) -> Loss` (or a function of the step), and may have
-`experience(config, reference, policy)`, `gold(prompts, completions)`, `averages(config)` and `main(config)`; see `Experiment`.
+`experience(config, reference)`, `reward(prompts, completions)`, `gold(..)` likewise, `averages(config)` and `main(experiment)`; see
+`Experiment`.
 """
 
 import ast
