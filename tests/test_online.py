@@ -4,6 +4,7 @@ import json
 import shutil
 import textwrap
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from alignax.checkpoint import Checkpoints
 from alignax.cli import main
 from alignax.config import load_experiment
 from alignax.experience import best_and_worst
+from alignax.fit import Observer
 from alignax.models import hf
 from alignax.online import make_learn, pretraining, training_program
 from alignax.prepare import prepare
@@ -558,3 +560,14 @@ def test_a_value_head_for_every_reward(fields, tmp_path):
     assert row["loss/value_loss"] > 0 and row["constraint/multiplier_0"] == 0  # as it was on the first rollout
     moved = np.abs(trained(tmp_path / "run", args)["value"]).max(axis=0)
     assert moved.shape == (3,) and (moved > 0).all()
+
+
+def test_completions_that_become_the_same_are_told_of_once():
+    """The collapse after which a policy says "!!!!" to everything."""
+    said = []
+    log = types.SimpleNamespace(step=lambda *_: None, line=said.append)
+    observe = Observer(None, log, equal=False)  # type: ignore
+    for step, distinct in enumerate((0.9, 0.5, 0.1, 0.01), start=1):
+        observe(step, {"skipped": 0, "tokens": 8, "distinct": distinct, "entropy": 0.02, "reward": 1.0})
+    (line,) = said
+    assert line.startswith("notice at step 3: 10.0% of the completions differ (90.0% at first)") and "entropy_bonus()" in line

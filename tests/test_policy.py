@@ -540,3 +540,17 @@ def test_a_field_that_is_missing_is_named(objective, name):
     del batch[name if name in batch else "advantages"]
     with pytest.raises(ValueError, match=f'the batch has no "{name}"; let experience'):
         run(objective, logps, batch)
+
+
+@pytest.mark.parametrize(
+    "objective", [losses.grpo(), losses.ppo(), losses.rloo(), losses.gspo(), losses.kl_k3()], ids=lambda x: x.terms[0][1].name
+)
+def test_a_batch_without_a_whole_response_teaches_nothing(objective):
+    """All truncated, or all empty: 0, and no NaN."""
+    logps, batch = ragged()
+    batch |= {"old_logps": logps, "sampled_logps": logps, "rewards": jnp.ones((4, 3))}
+    truncated = batch | {"truncated": jnp.ones((4, 3), bool)}
+    empty = batch | {"completion_mask": jnp.zeros_like(batch["completion_mask"])}
+    for loss, fields in ((losses.finished(objective), truncated), (objective, empty), (losses.importance_weighted(objective), empty)):
+        value, metrics, grads = run(loss, logps, fields)
+        assert value == 0 and not np.any(grads) and all(np.isfinite(x).all() for x in metrics.values())
