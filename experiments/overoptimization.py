@@ -156,13 +156,13 @@ def policy_gradients(config):
     for name in c.proxies:
         proxy, members = proxies(config)[name]
         own = {"proxy": proxy, "coefficients": c.kl, "members": members}
-        yield Method("PPO", name, loss=actor_critic, experience=partial(with_critic, proxy=proxy), **own)
+        yield Method("PPO", name, loss=actor_critic, experience=partial(with_critic, proxy=proxy), critic=True, **own)
         yield Method("RLOO", name, loss=clipped, experience=partial(of_groups, proxy=proxy), **own)
     penalised = lambda coefficient: rloo() + coefficient * chi2_exact()
     yield Method("Chi-squared", "single", ensembles.mean, penalised, unpenalised, c.chi2, "c", members=1)
     resets = {"PPO": {}, "Elastic Reset": elastic_reset(c.decay, c.reset)}
     for name, averages in resets.items():
-        shown = {"members": 1, "averages": averages, "over_steps": ("gold", "kl")}
+        shown = {"members": 1, "critic": True, "averages": averages, "over_steps": ("gold", "kl")}
         yield Method("Elastic Reset", name, ensembles.mean, actor_critic, with_critic, **shown)
 
 

@@ -212,6 +212,7 @@ def test_averages_of_a_run_that_is_killed(args, whole, tmp_path):
     assert out.split("loss")[1] != own.split("loss")[1]
 
 
+@pytest.mark.slow
 def test_an_average_that_is_not_there(args, tmp_path):
     out = runs.finish(runs.begin(args(tmp_path / "run", **{"export.params": "swa"})), code=2)
     assert "config field 'export.params' is 'swa'; this experiment has policy, ema" in out

@@ -68,6 +68,7 @@ def run_of_two_steps(tmp_path_factory):
     return fields, folder / "run"
 
 
+@pytest.mark.slow
 def test_checkpoints_of_other_models_and_data_are_refused(tmp_path, capsys):
     fields = runs.world(tmp_path) | {"workdir": tmp_path / "run", "steps": 2, "eval.samples": 0, "eval.sample_prompts": 0}
     assert cli.main(runs.arguments(fields)) == 0

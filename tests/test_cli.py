@@ -390,6 +390,7 @@ def test_a_workdir_that_cannot_be(fields, tmp_path, capsys, monkeypatch):
     assert f"cannot be written: {str(tmp_path)!r} is closed to you" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_workdir_of_other_files_and_changed_code(fields, tmp_path, capsys):
     (tmp_path / "file").write_text("mine")
     assert run(fields | {"workdir": tmp_path}) == 2

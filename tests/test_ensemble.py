@@ -94,6 +94,7 @@ def test_members_lie_along_an_axis_of_the_mesh(sizes, fields, tmp_path):
     assert state.step.shape == () and state.skipped.shape == (4,)
 
 
+@pytest.mark.slow
 def test_a_run_writes_a_folder_of_each_member_and_goes_on_where_it_was(fields, tmp_path, capsys):
     given = fields | {"workdir": tmp_path / "run", "ensemble.members": 2, "export.final": True}
     assert main(runs.arguments(given, "rm_hh")) == 0

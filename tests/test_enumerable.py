@@ -183,6 +183,7 @@ def test_robust_dpo_finds_the_policy_without_flips():
     assert total_variation(plain, target) > 0.05
 
 
+@pytest.mark.slow
 def test_r_dpo_takes_the_price_of_length_off_the_reward():
     """Responses end at the first token 2, or at the third: pi is proportional to ref exp((r - alpha |y|) / beta)."""
     ends = (SEQUENCES == V - 1).argmax(axis=1) + 1
@@ -210,6 +211,7 @@ def test_r_dpo_takes_the_price_of_length_off_the_reward():
     assert total_variation(trained, normalised(log_probs(reference) + r / beta)) > 0.05
 
 
+@pytest.mark.slow
 def test_ktos_mismatched_kl_is_the_kl_where_responses_are_the_policys():
     """A uniform policy and every response once, each behind a prompt of its own, which this model does not see."""
     batch = responses(np.arange(S))

@@ -108,6 +108,7 @@ def test_the_kl_is_the_mean_log_ratio_of_mismatches_and_never_below_0(policy):
     assert float(reverse[0]) * float(found[0]) == 0.0  # of the two signs one is clamped
 
 
+@pytest.mark.slow
 def test_the_kl_is_that_of_the_global_batch():
     """On 8 devices, in 2 parts, under jit, with models as arguments: one program for every policy."""
     batch = padding(unpaired(16), [2, 3, 11])
@@ -139,7 +140,7 @@ def sorted_loss(name: str, params, batch: Batch) -> jax.Array:
     return -jax.nn.log_sigmoid(0.3 * (jnp.sort(x) - jnp.sort(y))).mean()
 
 
-@pytest.mark.parametrize("name", ["aot", "aot_unpaired"])
+@pytest.mark.parametrize("name", [pytest.param("aot", marks=pytest.mark.slow), "aot_unpaired"])
 def test_ranks_give_the_sorted_loss_and_its_gradient(name):
     """Exactly, in 1 part and in 4, with a padding row in the batch."""
     batch = ranked(8)

@@ -244,6 +244,7 @@ def test_bfloat16_activations():
     assert out.logps.dtype == np.float32 and 1e-4 < gap(tiny.MODEL, PARAMS, PROMPTS, out) < 0.3
 
 
+@pytest.mark.slow
 def test_adapters_on_an_int8_base():
     lora = Lora(rank=2, alpha=4.0, targets=MATRICES, dora=True, int8=True)
     config = dataclasses.replace(tiny.MODEL, lora=lora)

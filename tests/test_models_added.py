@@ -47,6 +47,7 @@ def test_transformers_loads_a_folder_with_added_tokens(tied, tmp_path):
     np.testing.assert_allclose(torch_llama.our_logits(tmp_path / "out", tokens, mask), theirs, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_tokens_are_added_to_added_ones_and_trained_folders_keep_them(tmp_path):
     """And an export of the model that was trained says the same of them."""
     folder = tiny.folder(tmp_path / "model")

@@ -104,6 +104,7 @@ def test_fresh_adapters_are_the_base_and_only_they_have_a_gradient(dora, folder)
         assert np.abs(grads["q_lora_m"]).max() > 0
 
 
+@pytest.mark.slow
 def test_sharded_adapters_are_the_unsharded_ones(folder):
     source, spec, batch = hf.open_folder(folder), Lora(2, 4.0, ("q", "o", "up", "down"), dora=True), tiny.batch()
     out = []

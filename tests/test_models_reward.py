@@ -104,6 +104,7 @@ def test_several_labels(tmp_path):
     np.testing.assert_allclose(scores, their_scores(model, batch), atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_language_models_folder_gets_a_head_of_the_runs_seed(llama, tmp_path):
     source, params = llama
     trunk = hf.load_params(hf.open_folder(source.path), ONE)

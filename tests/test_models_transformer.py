@@ -191,6 +191,7 @@ def test_log_probs_of_a_row_do_not_depend_on_padding_or_neighbours(variant):
             assert not out[:before].any() and not out[before + 40 :].any()
 
 
+@pytest.mark.slow
 def test_rematerialisation_changes_memory_not_gradients():
     batch = tiny.batch()
     gradients, products = {}, {}

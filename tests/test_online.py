@@ -260,6 +260,7 @@ def critic_of(folder, **changes):
     return {"model.critic": str(reward_folder(folder, 7, **changes))}
 
 
+@pytest.mark.slow
 def test_a_critic_of_its_own_tree_is_trained_beside_the_policy(fields, tmp_path):
     """Its place in the training state, on shapes alone: the folder's own sizes, sharded; gradients reach it and the policy."""
     given = fields | {"workdir": str(tmp_path / "run")} | critic_of(tmp_path, hidden_size=16, head_dim=4)

@@ -75,6 +75,7 @@ def answered(monkeypatch, responses):
     monkeypatch.setattr(folders, "sampled", lambda *args: responses)
 
 
+@pytest.mark.slow
 def test_the_command_measures_folders(place, tmp_path, capsys):
     assert cli.main(arguments(place, tmp_path / "run", repeats=1)) == 0
     said = capsys.readouterr()

@@ -132,11 +132,12 @@ def test_every_method_is_made_of_the_librarys_parts():
     own = experiment().config
     assert {method.family for method in methods()} == set(own.online.families)
     batch = {"tokens": jnp.zeros((2, 4, 1), jnp.int32), "completion_mask": jnp.ones((2, 4, 1), bool)}
-    batch |= {name: jnp.zeros((2, 4, 1)) for name in ("old_logps", "sampled_logps", "values")}
+    batch |= {name: jnp.zeros((2, 4, 1)) for name in ("old_logps", "sampled_logps")}
 
     def written(method: Method, coefficient: jax.Array):
         ensemble = Model(online.table, jnp.ones((method.members or 5, 9)))
-        return method.experience(coefficient, Model(online.uniform, jnp.float32(9)), ensemble)(batch)
+        values = {"values": jnp.zeros((2, 4, 1))} if method.critic else {}
+        return method.experience(coefficient, Model(online.uniform, jnp.float32(9)), ensemble)(batch | values)
 
     for method in methods():
         if isinstance(method, Method):

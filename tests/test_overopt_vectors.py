@@ -90,6 +90,7 @@ def check_direct(dpo: dict[str, np.ndarray], rpo: dict[str, np.ndarray]) -> None
     assert dpo["kl"][0] == pytest.approx(0, abs=1e-4) and dpo["gold"][0] == pytest.approx(0, abs=1e-4), "starts from the reference"
 
 
+@pytest.mark.slow
 def test_dpo_peaks_early_and_falls_where_rpo_holds():
     check_direct(direct(3, "DPO", 0.02, *SHORT), direct(3, "RPO", 0.02, *SHORT))
 

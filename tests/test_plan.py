@@ -22,6 +22,7 @@ TPU_ENVIRONMENT = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_step_compiles_from_shapes_alone_for_these_devices(tmp_path):
     fields = runs.world(tmp_path) | {"workdir": tmp_path / "run", "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
     experiment = load_experiment(runs.REPO / "experiments/dpo_hh.py", [f"{k}={v}" for k, v in fields.items()])

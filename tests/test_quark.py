@@ -170,6 +170,7 @@ def test_a_row_without_its_token_has_its_padding_in_front():
     np.testing.assert_array_equal(jnp.where(real, found, -1), [[-1, 1, 5, 6], [-1, -1, 1, 5], [-1, 4, 5, 6], [1, 4, 5, 6]])
 
 
+@pytest.mark.slow
 def test_the_teacher_reads_the_shortened_prompt_exactly():
     """Both KLs in every token, against distributions of whole rows: the policy's with the token, the reference's cut out by hand.
 

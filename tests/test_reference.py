@@ -85,6 +85,7 @@ def test_the_key_is_what_the_numbers_depend_on(fields):
     assert len({reference.key(run, x, "a") for x in (e, swapped, masked)}) == 3
 
 
+@pytest.mark.slow
 def test_an_interrupted_computation_goes_on(fields, cached, tmp_path, monkeypatch):
     cache, written = tmp_path / "cache", []
     shutil.copytree(cached / "cache", cache)

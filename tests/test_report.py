@@ -70,7 +70,8 @@ def test_figure(runs, tmp_path, monkeypatch):
     path = tmp_path / "figure.png"
     gold, implicit = drawn(monkeypatch, runs, path)
     assert path.read_bytes().startswith(b"\x89PNG")
-    assert [text.get_text() for text in implicit.get_legend().get_texts()] == ["DPO", "RPO"]
+    (legend,) = implicit.get_figure().legends
+    assert [text.get_text() for text in legend.get_texts()] == ["DPO", "RPO"]
     x, y = gold.get_lines()[0].get_data()
     assert list(x) == [0.0, 1.0, 3.0], "sqrt(KL), an estimate below 0 taken as 0"
     assert list(y) == [1.0, 3.0, -2.0]

@@ -162,6 +162,7 @@ def test_calibration_finds_scores_that_are_twice_too_sure():
     assert low[0] < low[1] - 0.05 and high[0] > high[1] + 0.05
 
 
+@pytest.mark.slow
 def test_the_command_on_folders(folders, pairs, tmp_path, capsys):
     where = ",".join(map(str, folders))
     args = ["--config", str(runs.REPO / "experiments" / "rm_hh.py"), f"--config.data.eval={pairs}", f"--config.data.ood={pairs}"]

@@ -250,6 +250,7 @@ def test_each_phase_trains_its_own_part_alone(initial, phases):
     assert adapters == {f"layers.{n}_lora_{part}": True for n in LORA.targets for part in "ab"}
 
 
+@pytest.mark.slow
 def test_a_router_does_not_read_responses(initial, see, held_out):
     other = held_out | {"tokens": jnp.where(held_out["completion_mask"], held_out["tokens"] + 1, held_out["tokens"])}
     a, b = (see(initial, batch) for batch in (held_out, other))

@@ -87,10 +87,10 @@ def standardised(x: jax.Array) -> jax.Array:
 # Models ---------------------------------------------------------------------------------------------------------------------
 
 
-def actor(vectors: jax.Array, params: Params, batch: Batch) -> Outputs:
-    """The policy over a pool [M, D], with a critic: responses are all to one prompt, so its value is one number."""
+def actor(vectors: jax.Array, critic: bool, params: Params, batch: Batch) -> Outputs:
+    """The policy over a pool [M, D], may be with a critic: responses are all to one prompt, so its value is one number."""
     out = policy(vectors, params["policy"], batch)
-    return out._replace(values=jnp.broadcast_to(params[VALUE], out.logps.shape))
+    return out._replace(values=jnp.broadcast_to(params[VALUE], out.logps.shape)) if critic else out
 
 
 def uniform(count: jax.Array, batch: Batch) -> Outputs:
@@ -126,7 +126,7 @@ def train_policy(c: Any, method: Method, coefficient: jax.Array, keys: jax.Array
     scores = pool.scores[: method.members]  # [K, M]
     initial = {"policy": init_network(keys[5], pool.vectors.shape[1], 0.0), VALUE: jnp.zeros(())}
     experience = method.experience(coefficient, Model(uniform, jnp.float32(count)), Model(table, scores))
-    apply, optimizer, after = partial(actor, pool.vectors), optax.adam(c.learning_rate), averaged(method.averages)
+    apply, optimizer, after = partial(actor, pool.vectors, method.critic), optax.adam(c.learning_rate), averaged(method.averages)
     step = make_step(apply, method.loss(coefficient), optimizer)
 
     def rollout(_: jax.Array, state: TrainState) -> TrainState:
@@ -134,7 +134,7 @@ def train_policy(c: Any, method: Method, coefficient: jax.Array, keys: jax.Array
         tokens = jax.random.choice(jax.random.fold_in(state.key, state.step), count, (c.batch_size, c.samples, 1), p=p)
         batch: Any = {"tokens": tokens, "completion_mask": jnp.ones(tokens.shape, bool)}
         out = apply(state.params, batch)
-        batch |= {"old_logps": out.logps, "sampled_logps": out.logps, "values": out.values}
+        batch |= {"old_logps": out.logps, "sampled_logps": out.logps} | ({"values": out.values} if method.critic else {})
         carry, batch = advance(experience, state.carry, batch)
         update = lambda state, part: (after(step(state, part)[0]), None)
         return jax.lax.scan(update, dataclasses.replace(state, carry=carry), microbatch(batch, c.minibatches))[0]

@@ -48,6 +48,7 @@ class Method(NamedTuple):
     symbol: str = "β"  # of the coefficient
     members: int | None = None  # reward models that it is given, the first ones; None: all
     averages: Mapping[str, Average] = {}  # see alignax.averages
+    critic: bool = False  # whether the policy has one
     over_steps: tuple[str, ...] = ()  # quantities that are drawn over steps too; "score 1" is the mean score of the first reward model
 
 
