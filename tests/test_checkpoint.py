@@ -23,6 +23,7 @@ def state(scale: float = 1.0):
     return jax.jit(lambda p: init_state(p, adam, jax.random.key(3)))(params)
 
 
+@pytest.mark.slow
 def test_saved_state_is_that_of_its_step_though_the_next_steps_take_its_buffers(tmp_path):
     @jax.jit
     def step(s):

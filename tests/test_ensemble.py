@@ -55,7 +55,8 @@ def trained(fields, tmp_path, **changes):
     return jax.tree.map(np.asarray, state.params), metrics, {name: float(x / w) for name, (x, w) in sums.items()}
 
 
-@pytest.mark.parametrize("kind", ["full", pytest.param("head", marks=pytest.mark.slow), pytest.param("lora", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["full", "head", "lora"])
 def test_members_are_separate_runs(kind, fields, tmp_path):
     """Each with its own seed: head (adapters), order of the data; trained together as apart."""
     params, metrics, scores = trained(fields, tmp_path, **KINDS[kind], **{"ensemble.members": 2, "seed": 4})
@@ -163,6 +164,7 @@ def test_what_is_refused(changes, message, fields, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_member_that_is_not_finite_is_skipped_alone(fields, tmp_path):
     run = prepared(fields, workdir=tmp_path / "run", **{"ensemble.members": 2})
     started = start(run, write=False)

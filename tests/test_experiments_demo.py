@@ -64,6 +64,7 @@ def test_an_unknown_stage_is_refused(capsys, tmp_path):
     assert not (tmp_path / "demo").exists()
 
 
+@pytest.mark.slow
 def test_the_demo_runs_and_goes_on_where_it_was(tmp_path, capsys, monkeypatch):
     from alignax import commands
 

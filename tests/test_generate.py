@@ -197,7 +197,7 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize(
-    "family", ["gemma2", "gpt2", *(pytest.param(name, marks=SLOW) for name in ("gemma3_text", "gpt_neox", "qwen3_moe"))]
+    "family", ["gpt2", *(pytest.param(name, marks=SLOW) for name in ("gemma2", "gemma3_text", "gpt_neox", "qwen3_moe"))]
 )
 def test_greedy_tokens_are_those_of_transformers(family, tmp_path):
     model = torch_llama.write(tmp_path, model_type=family, **FAMILIES[family])
@@ -228,7 +228,8 @@ def test_greedy_tokens_of_a_real_model(data_dir):
     assert "Lily" in tokenizer.decode(theirs[-1])
 
 
-@pytest.mark.parametrize(("dtype", "least", "most"), [pytest.param("bfloat16", 1e-5, 0.03, marks=SLOW), ("int8", 1e-5, 0.1)])
+@pytest.mark.parametrize(("dtype", "least", "most"), [("bfloat16", 1e-5, 0.03), ("int8", 1e-5, 0.1)])
+@pytest.mark.slow
 def test_a_smaller_cache_is_near(dtype, least, most):
     generator = Generator(tiny.MODEL, Shape(8, 12, 8, 7, 12), stop_ids=STOPS, cache_dtype=dtype)
     assert least < gap(tiny.MODEL, PARAMS, PROMPTS, generator(PARAMS, PROMPTS, KEY)) < most

@@ -194,7 +194,8 @@ def test_files_of_a_bare_model(written, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, params, w.params)
 
 
-@pytest.mark.parametrize("row", ["qwen3_moe", *(pytest.param(row, marks=pytest.mark.slow) for row in ("gemma3_text", "gpt_neox"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("row", ["qwen3_moe", "gemma3_text", "gpt_neox"])
 def test_sharded_model_is_the_unsharded_one(row, written):
     c, params = written(row).source.config, written(row).params
     batch, mesh = tiny.batch(), meshes.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})

@@ -82,7 +82,8 @@ def folder(tmp_path_factory):
     return tiny.folder(tmp_path_factory.mktemp("model") / "base")
 
 
-@pytest.mark.parametrize("dora", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("dora", [False, True])
 def test_fresh_adapters_are_the_base_and_only_they_have_a_gradient(dora, folder):
     source = hf.open_folder(folder)
     base = hf.load_params(source, ONE)
@@ -117,7 +118,8 @@ def test_sharded_adapters_are_the_unsharded_ones(folder):
     np.testing.assert_allclose(out[0], out[1], atol=1e-5)
 
 
-@pytest.mark.parametrize("dora", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("dora", [False, True])
 def test_an_int8_base_is_the_base_to_the_rounding_of_its_weights(dora, folder):
     source, batch = hf.open_folder(folder), tiny.batch()
     base = hf.load_params(source, ONE)

@@ -232,6 +232,7 @@ def test_unknown_rematerialisation():
         transformer.forward(tiny.MODEL, remat="half")
 
 
+@pytest.mark.slow
 def test_bfloat16_log_probs_are_float32_and_near():
     batch, params = tiny.batch(), init(tiny.MODEL)
     scored = np.asarray(batch["completion_mask"])
@@ -243,7 +244,7 @@ def test_bfloat16_log_probs_are_float32_and_near():
     assert 1e-4 < gap.mean() < 0.05 and gap.max() < 0.25
 
 
-@pytest.mark.parametrize("variant", ["", "dynamic", "longrope"])
+@pytest.mark.parametrize("variant", ["", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dynamic", "longrope"))])
 def test_cached_steps_are_the_whole_row(variant):
     # Within the original context: past it these two scalings change with the length, and cached keys keep the angles that they got.
     scaling = tuple((k, 64 if k.startswith("original") else v) for k, v in config(variant).rope_scaling)

@@ -317,7 +317,7 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("name", ["raises", *(pytest.param(name, marks=pytest.mark.slow) for name in [*BAD][1:])])
 def test_a_reward_function_that_fails_stops_the_run_in_one_line(name, fields, tmp_path, capsys):
     code, message = BAD[name]
     source = GRPO[: GRPO.index("def reward")] + REWARD + code

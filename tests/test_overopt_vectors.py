@@ -59,10 +59,12 @@ def check_tail(ends: dict[str, dict[str, float]]) -> None:
     assert drop["UWO"] < drop["mean"]
 
 
+@pytest.mark.slow
 def test_conservative_ensembles_hold_what_a_single_proxy_and_the_mean_lose():
     check_tail(best_of_n(3))
 
 
+@pytest.mark.slow
 def test_without_the_tail_nothing_is_overoptimised():
     for name, x in best_of_n(3, "world.tail=0").items():
         assert x["drop"] <= 0.15, name

@@ -71,7 +71,7 @@ def test_an_ensemble_scores_as_its_members_alone_and_as_transformers(folders, pa
             np.testing.assert_allclose(scores[k, row, side], logit, atol=1e-4)
 
 
-@pytest.mark.parametrize("sizes", [(3, 1, 1, 1), (1, 2, 2, 2)], ids=str)
+@pytest.mark.parametrize("sizes", [(3, 1, 1, 1), pytest.param((1, 2, 2, 2), marks=pytest.mark.slow)], ids=str)
 def test_scores_are_the_same_on_a_mesh(sizes, folders, pairs):
     mesh = make_mesh(dict(zip(AXES, sizes, strict=True)), jax.devices()[: int(np.prod(sizes))])
     np.testing.assert_allclose(scored(folders, pairs, mesh), scored(folders, pairs), atol=1e-5)
