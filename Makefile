@@ -1,9 +1,9 @@
-# make setup | demo | test | test-slow | lint | bench; `make demo` and `make test` set up what they need.
+# make setup | demo | test | test-slow | test-long | lint | bench; `make demo` and `make test` set up what they need.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-slow lint bench clean
+.PHONY: setup demo test test-slow test-long lint bench clean
 
 setup: $(VENV)/installed
 
@@ -25,7 +25,11 @@ test: $(VENV)/installed-test
 
 test-slow: $(VENV)/installed-test
 	$(BIN)/pip install --quiet -e '.[tpu]'
-	$(BIN)/pytest -m slow -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/pytest -m "slow and not long" -n auto --maxprocesses 4 --dist loadfile
+
+test-long: $(VENV)/installed-test
+	$(BIN)/pip install --quiet -e '.[tpu]'
+	$(BIN)/pytest -m long -n auto --maxprocesses 4 --dist loadfile
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

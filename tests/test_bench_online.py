@@ -30,6 +30,7 @@ def test_flops_by_hand(bench):
     assert bench["model_flops"](c, [1]) == 3 * (sampled + scored + 3 * 4 * (read(3) + head))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_our_side_compiles_once_and_stays_in_its_programs(bench):
     sizes = {"dim": 32, "layers": 1, "heads": 2, "vocab": 64, "prompts": 4, "samples": 2, "prompt": 8, "new": 6, "microbatches": 2}

@@ -283,7 +283,7 @@ def test_a_critic_of_its_own_tree_is_trained_beside_the_policy(fields, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", ["0", "2"])
+@pytest.mark.parametrize("rank", [pytest.param("0", marks=pytest.mark.long), "2"])
 def test_a_run_with_a_critic_of_its_own_tree(rank, fields, tmp_path, capsys):
     given = fields | {"workdir": str(tmp_path / "run"), "lora.rank": rank, "steps": "8", "export.final": "true"} | critic_of(tmp_path)
     source = PPO + "\ndef averages(config):\n    return elastic_reset(decay=1.0, every=4)\n"

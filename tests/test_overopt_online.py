@@ -205,7 +205,7 @@ def test_a_kl_penalty_is_early_stopping():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["PPO", "RLOO"])
+@pytest.mark.parametrize("family", ["PPO", pytest.param("RLOO", marks=pytest.mark.long)])
 def test_conservative_ensembles_and_a_small_kl_are_not_overoptimised(family):
     """Coste et al. 2023, section 5: they hold near their peak, where a single reward model needs a larger KL and then gains less."""
     swept = {name: trained(8, family, name, (0.0, 0.3, 1.0), *WIDE) for name in ("single", "WCO", "UWO")}
@@ -221,6 +221,7 @@ def test_conservative_ensembles_and_a_small_kl_are_not_overoptimised(family):
         assert small[-1] > single[2].max() + 0.2, "and more than what a single model gains with the KL that it needs"
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_laws_fit_what_ppo_does():
     """R(d) = d (alpha - beta log d) of the runs whose gold rises and falls, all coefficients together."""
@@ -230,6 +231,7 @@ def test_laws_fit_what_ppo_does():
     assert fit.r2 > 0.6 and fit.beta > 0 and 0.3 < fit.peak_d < 2.0
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_training_on_chi_squared_reaches_more_gold_than_on_the_kl():
     """The best of four coefficients each, at the end of training, mean over 8 seeds; a single reward model."""

@@ -97,6 +97,7 @@ def test_dpo_peaks_early_and_falls_where_rpo_holds():
     check_direct(direct(3, "DPO", 0.02, *SHORT), direct(3, "RPO", 0.02, *SHORT))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_eight_seeds_of_direct_alignment():
     narrow, wide = direct(8, "DPO", 0.02), direct(8, "DPO", 0.5)

@@ -70,6 +70,7 @@ def billion(tmp_path, monkeypatch):
     return load_experiment(runs.REPO / "experiments/dpo_hh.py", [f"{k}={v}" for k, v in fields.items()])
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_dpo_step_of_a_1b_model_fits_16_v5e_chips(billion):
     run = prepare(billion, plan.topology_mesh("v5e:4x4", {"fsdp": -1}))

@@ -105,6 +105,7 @@ def test_losses_of_batches_of_their_own_are_one_gradient():
     np.testing.assert_allclose(metrics["rewards/margins"], dpo_metrics["rewards/margins"], rtol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_mixing_pretraining_in_holds_what_ppo_alone_forgets():
     """Ouyang et al. 2022, eq. 2: the loss on texts that the policy was trained on, after PPO on other samples, random ones."""
