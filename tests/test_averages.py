@@ -192,6 +192,7 @@ def test_a_moving_reference_and_an_exported_average(whole):
     assert any(not np.array_equal(exported[name], policy[name]) for name in policy), "the export is the average, not the policy"
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_averages_of_a_run_that_is_killed(args, whole, tmp_path):
     killed = tmp_path / "killed"

@@ -114,6 +114,7 @@ def test_damaged_checkpoint_is_refused(run_of_two_steps, tmp_path, item, damage)
     assert len(errors) == 1 and "checkpoints/2 is damaged" in errors[0] and "delete that folder" in errors[0], done.stderr
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_disk_that_fills_up_while_saving(tmp_path):
     fields = runs.world(tmp_path) | {"workdir": tmp_path / "run", "steps": 4, "eval.samples": 0, "eval.sample_prompts": 0}

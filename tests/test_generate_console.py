@@ -84,6 +84,7 @@ def test_a_run_and_its_export_say_the_same(tmp_path, capsys):
     assert texts[0] == texts[1] != texts[2]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_two_processes_say_what_one_does(model, tmp_path):
     prompts, outs = tmp_path / "prompts.txt", [tmp_path / name for name in ("one.jsonl", "two.jsonl")]

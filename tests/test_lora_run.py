@@ -60,6 +60,7 @@ def test_transformers_and_peft_load_the_same_model(whole, fields):
     assert {n.split(".")[-2] for n in changed} == {"q_proj", "v_proj", "up_proj"}
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_killed_and_resumed(whole, fields, tmp_path):
     workdir = tmp_path / "run"

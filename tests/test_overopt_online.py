@@ -241,6 +241,7 @@ def test_training_on_chi_squared_reaches_more_gold_than_on_the_kl():
     assert best[1] - best[0] > 0.4
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_f_dpg_goes_to_its_target_by_every_divergence():
     """JS, the paper's default, is there after 400 steps; others are near. The target lies beyond the peak of the way to it."""
@@ -256,7 +257,7 @@ def test_f_dpg_goes_to_its_target_by_every_divergence():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["xi-PPO", "mu-PPO"])
+@pytest.mark.parametrize("method", ["xi-PPO", pytest.param("mu-PPO", marks=pytest.mark.long)])
 def test_thresholds_that_both_reward_models_reach_are_held(method):
     """Moskovitz et al. 2023: mean scores over the last quarter of 640 steps, each seed near the threshold, their mean nearer."""
     (run,) = trained(4, "Constraints", method, (0.5,), "online.rollouts=320")

@@ -177,6 +177,7 @@ def test_the_reference_is_held_only_where_samples_are_compared_with_it(fields):
     assert "reference" in abstract_frozen(prepared(fields))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_two_processes_share_one_cache(fields, tmp_path):
     tiny.pairs(tmp_path / "pairs.jsonl")

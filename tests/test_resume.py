@@ -48,7 +48,9 @@ def test_killed_in_the_middle_of_saves_and_steps(fields, whole, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "how, name", [(signal.SIGTERM, "SIGTERM"), pytest.param(signal.SIGINT, "Ctrl-C", marks=pytest.mark.slow)], ids=["term", "int"]
+    "how, name",
+    [(signal.SIGTERM, "SIGTERM"), pytest.param(signal.SIGINT, "Ctrl-C", marks=[pytest.mark.slow, pytest.mark.long])],
+    ids=["term", "int"],
 )
 def test_sigterm_and_ctrl_c_save_and_exit(how, name, fields, whole, tmp_path):
     workdir = tmp_path / "run"
