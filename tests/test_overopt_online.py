@@ -193,6 +193,7 @@ def ascent(seeds: int, beta: float) -> dict[str, np.ndarray]:
     return {name: np.asarray(x) for name, x in jax.jit(jax.vmap(climb))(keys, pools).items()}
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_kl_penalty_is_early_stopping():
     """Without samples the same curve; with them nearly."""
@@ -204,8 +205,9 @@ def test_a_kl_penalty_is_early_stopping():
     assert mean(exact[0], "gold")[-1] < -0.9 and mean(sampled[0], "gold")[-1] < -0.9
 
 
+@pytest.mark.long
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["PPO", pytest.param("RLOO", marks=pytest.mark.long)])
+@pytest.mark.parametrize("family", ["PPO", "RLOO"])
 def test_conservative_ensembles_and_a_small_kl_are_not_overoptimised(family):
     """Coste et al. 2023, section 5: they hold near their peak, where a single reward model needs a larger KL and then gains less."""
     swept = {name: trained(8, family, name, (0.0, 0.3, 1.0), *WIDE) for name in ("single", "WCO", "UWO")}
