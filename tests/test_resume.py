@@ -47,9 +47,10 @@ def test_killed_in_the_middle_of_saves_and_steps(fields, whole, tmp_path):
     same(whole, workdir)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how, name",
-    [(signal.SIGTERM, "SIGTERM"), pytest.param(signal.SIGINT, "Ctrl-C", marks=[pytest.mark.slow, pytest.mark.long])],
+    [(signal.SIGTERM, "SIGTERM"), pytest.param(signal.SIGINT, "Ctrl-C", marks=pytest.mark.long)],
     ids=["term", "int"],
 )
 def test_sigterm_and_ctrl_c_save_and_exit(how, name, fields, whole, tmp_path):
@@ -64,6 +65,7 @@ def test_sigterm_and_ctrl_c_save_and_exit(how, name, fields, whole, tmp_path):
     same(whole, workdir)
 
 
+@pytest.mark.slow
 def test_a_complete_run_says_so_and_changes_nothing(fields, whole):
     before = (whole / "metrics.jsonl").read_bytes()
     out = runs.finish(runs.begin(runs.arguments(fields | {"workdir": whole})))
