@@ -153,8 +153,8 @@ def measured(batch: Batch, other: bool = False) -> Metrics:
     if "sampled_logps" in batch and other:
         distance = sequence(batch["sampled_logps"] - batch["old_logps"], batch)
         out["sampler_kl"] = mean(distance)
-        weights = jnp.exp(-distance)
-        weights /= mean(weights)
+        # Of mean 1, and finite however far the two are.
+        weights = real.sum() * jax.nn.softmax(jnp.where(real, -distance, -jnp.inf), axis=None)
     elif "sampled_logps" in batch:
         out["sampler_gap"] = sampler_gap(batch["old_logps"], batch)
     if "ref_logps" in batch:

@@ -23,7 +23,7 @@ from alignax.config import load_experiment
 from alignax.experience import best_and_worst
 from alignax.fit import Observer
 from alignax.models import hf
-from alignax.online import make_learn, pretraining, training_program
+from alignax.online import make_learn, measured, pretraining, training_program
 from alignax.prepare import prepare
 from alignax.programs import abstract_rollout, abstract_state, make_experience, policy_model
 from alignax.rollout import Rollouts
@@ -561,6 +561,21 @@ def test_a_value_head_for_every_reward(fields, tmp_path):
     assert row["loss/value_loss"] > 0 and row["constraint/multiplier_0"] == 0  # as it was on the first rollout
     moved = np.abs(trained(tmp_path / "run", args)["value"]).max(axis=0)
     assert moved.shape == (3,) and (moved > 0).all()
+
+
+@pytest.mark.parametrize("shift", [0.0, 200.0])
+def test_the_kl_of_anothers_samples_is_weighted_to_be_the_policys(shift):
+    """By hand, also hundreds of nats from the sampler, where ratios overflow; a response without a scored token takes no part."""
+    batch = tiny.batch(B=4, N=2)
+    inside = batch["completion_mask"] = batch["completion_mask"].at[0, 0].set(False)
+    rng = np.random.default_rng(0)
+    own, reference, sampler = (np.where(inside, -rng.exponential(0.5, inside.shape), 0) for _ in range(3))
+    sampler -= np.where(inside, shift, 0) * (np.arange(8) % 2).reshape(4, 2, 1)
+    found = measured(batch | {"old_logps": own, "ref_logps": reference, "sampled_logps": sampler}, other=True)
+    logs = (own - sampler).sum(axis=-1).ravel()[1:]
+    weights = np.exp(logs - logs.max())
+    np.testing.assert_allclose(found["kl"], weights @ (own - reference).sum(axis=-1).ravel()[1:] / weights.sum(), rtol=1e-4)
+    np.testing.assert_allclose(found["sampler_kl"], -logs.mean(), rtol=1e-4)
 
 
 def test_completions_that_become_the_same_are_told_of_once():
