@@ -31,7 +31,7 @@ from alignax.programs import (
     taught_apply,
 )
 from alignax.train import make_step
-from alignax.types import Batch, Metrics, Params, TrainState, microbatch
+from alignax.types import Batch, Metrics, Outputs, Params, TrainState, microbatch
 
 LAST = ("skipped_total", "skipped_in_a_row", "learning_rate")  # metrics that are states: of several steps the last one's
 
@@ -70,16 +70,21 @@ def make_learn(run: Run) -> Callable[[TrainState, dict[str, Params], dict[str, B
     def learn(state: TrainState, frozen: dict[str, Params], batches: dict[str, Batch]) -> tuple[TrainState, Metrics]:
         batch, further = batches[ROLLOUTS], {name: x for name, x in batches.items() if name != ROLLOUTS}
         parts = c.rollout.minibatches * c.microbatches
-        (carry, batch), metrics = experienced(run, state, frozen, batch, parts)
+        once = reads_once(run, state, frozen, batch)
+        if once:
+            (carry, batch), metrics = advance(make_experience(run, frozen, state), state.carry, batch), {}
+        else:
+            (carry, batch), metrics = experienced(run, state, frozen, batch, parts)
         state = dataclasses.replace(state, carry=carry)
         apply = taught_apply(run, frozen)
-        train_step = make_step(apply, {ROLLOUTS: run.objective} | run.beside, run.optimizer, c.microbatches)
+        train_step = make_step(apply, {ROLLOUTS: run.objective} | run.beside, run.optimizer, c.microbatches, outputs=once)
         if off_policy(run):
             check_corrected(make_step(apply, run.objective, run.optimizer), state, batch, c.rollout.minibatches)
 
         def step(state: TrainState, part: dict[str, Batch]) -> tuple[TrainState, Metrics]:
             rate = run.schedule(state.step - state.skipped)
-            state, metrics = train_step(state, part)
+            state, metrics, *out = train_step(state, part)
+            metrics = (scored(run, part[ROLLOUTS], out[0]) if once else {}) | metrics
             return after(state), metrics | {"learning_rate": jnp.asarray(rate)}
 
         def epoch(state: TrainState, given: tuple[jax.Array | None, dict[str, Batch]]) -> tuple[TrainState, Metrics]:
@@ -116,6 +121,28 @@ def check_corrected(train_step: Callable, state: TrainState, batch: Batch, minib
     )
 
 
+def reads_once(run: Run, state: TrainState, frozen: dict[str, Params], batch: Batch) -> bool:
+    """Whether the step's own forward pass is all that a rollout needs of the policy that learns from it; on shapes alone.
+
+    So it is where there is one step on a rollout, all of whose ratios are 1, and where what comes before it asks the policy for nothing: no
+    critic, and an experience that neither reads `old_logps` nor puts other responses in the rollout's place.
+    """
+    if steps_of_turn(run.config) > 1 or off_policy(run) or run.config.model.critic:
+        return False
+    kept = []
+
+    def loss(state: TrainState, frozen: dict[str, Params], batch: Batch) -> Metrics:
+        _, after = advance(make_experience(run, frozen, state), state.carry, batch)
+        kept.extend(after[name] is batch[name] for name in ("tokens", "mask", "completion_mask"))
+        return make_step(taught_apply(run, frozen), run.objective, run.optimizer)(state, after)[1]
+
+    try:
+        jax.eval_shape(loss, state, frozen, batch)
+    except (KeyError, ValueError):  # it reads the field that is not there
+        return False
+    return all(kept)
+
+
 def make_judge(run: Run) -> Callable[[TrainState, dict[str, Params], Batch], Metrics]:
     """The jitted program `(state, frozen, samples) -> metrics`, each []: what experience and the reference say of samples."""
     return jax.jit(lambda state, frozen, batch: experienced(run, state, frozen, batch, 1)[1])
@@ -126,11 +153,15 @@ def experienced(run: Run, state: TrainState, frozen: dict[str, Params], batch: B
     policy = policy_model(run, frozen, state.params)
     outputs = lambda part: policy.apply(policy.params, part)
     out = in_parts(outputs, batch, parts)
-    entropy = per_token(out.entropy, batch)
+    sampled = scored(run, batch, out)  # an experience may put other responses in their place
     batch = batch | {"old_logps": out.logps} | ({} if out.values is None else {"values": out.values})
-    sampled = measured(batch, off_policy(run))  # an experience may put other responses in their place
     carry, batch = advance(make_experience(run, frozen, state), state.carry, batch)
-    return (carry, batch), sampled | measured(batch, off_policy(run)) | {"entropy": entropy}
+    return (carry, batch), sampled | measured(batch, off_policy(run))
+
+
+def scored(run: Run, batch: Batch, out: Outputs) -> Metrics:
+    """What is seen of a rollout beside what the policy's forward pass says of it."""
+    return measured(batch | {"old_logps": out.logps}, off_policy(run)) | {"entropy": per_token(out.entropy, batch)}
 
 
 def measured(batch: Batch, other: bool = False) -> Metrics:

@@ -24,6 +24,7 @@ from jax.tree_util import Partial
 
 from alignax.ensemble import AXES, over_members
 from alignax.experience import Experience
+from alignax.experience.logps import in_parts
 from alignax.losses.algebra import Loss, Objective, make_loss
 from alignax.losses.pairs import field
 from alignax.models import hf, peft
@@ -31,7 +32,7 @@ from alignax.models.heads import last_states
 from alignax.models.lora import join
 from alignax.models.transformer import Decoder, ModelConfig
 from alignax.train import Apply, init_state, make_step
-from alignax.types import Batch, Metrics, Model, Outputs, Params, TrainState, microbatch, rows
+from alignax.types import Batch, Metrics, Model, Outputs, Params, TrainState, rows
 
 States = Callable[[Params, Batch], jax.Array]  # (params, batch) -> [B, N, features]
 EXPERTS = {"base": None, "adapters": 0}  # the axis of each part of the parameters of K experts along which they lie
@@ -201,9 +202,7 @@ class _Features:
     states: States
 
     def __call__(self, params: Params, batch: Batch) -> Batch:
-        B, N, _ = batch["tokens"].shape
-        found = jax.lax.map(lambda part: self.states(params, part), microbatch(batch, self.microbatches))  # [M, B / M, N, F]
-        return batch | {"features": found.swapaxes(0, 1).reshape(B, N, -1)}
+        return batch | {"features": in_parts(lambda part: self.states(params, part), batch, self.microbatches)}
 
 
 def init_mixture(key: jax.Array, size: int, hidden: int) -> Params:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from alignax.losses.algebra import Loss, Objective, Objectives, at_step
-from alignax.types import Batch, Metrics, Outputs, Params, TrainState, microbatch
+from alignax.types import Batch, Metrics, Outputs, Params, TrainState, gathered, microbatch
 
 Apply = Callable[[Params, Batch], Outputs]
 Sums = dict[str, tuple[jax.Array, jax.Array]]  # metric -> (weighted sum, weight)
@@ -24,8 +24,8 @@ def init_state(
 
 
 def make_step(
-    apply: Apply, objective: Objectives, optimizer: optax.GradientTransformation, microbatches: int = 1
-) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
+    apply: Apply, objective: Objectives, optimizer: optax.GradientTransformation, microbatches: int = 1, outputs: bool = False
+) -> Callable[[TrainState, Any], tuple[TrainState, Metrics, *tuple[Outputs, ...]]]:
     """The training step: forward, loss, gradients summed over microbatches, optimizer update.
 
     The same step serves every method: what differs is the loss and the fields that experience wrote into the batch. A step whose
@@ -37,38 +37,46 @@ def make_step(
         of the same names, and the loss is the sum of each on its own batch, averaged over that one alone: a single gradient.
       optimizer: any optax transformation.
       microbatches: parts that B is split into, one forward and backward each; the result is that of one part.
+      outputs: whether the step returns what its forward pass gave, too.
 
     Returns:
       `step(state, batch) -> (state, metrics)`, to be jitted with `donate_argnums=0`. Metrics are means over the global batch, those of
       a mapping's second loss on with its name before theirs (`pretrain/loss/sft`), and `grad_norm`, `skipped` (this step: 0 or 1),
-      `skipped_total`, `skipped_in_a_row`, `finite/<leaf>` for every parameter.
+      `skipped_total`, `skipped_in_a_row`, `finite/<leaf>` for every parameter. With `outputs` it is `(state, metrics, Outputs)`, of the
+      parameters before the step, and of a mapping's first batch.
     """
 
     objectives = objective if isinstance(objective, Mapping) else {"": objective}
     prefixes = dict(zip(objectives, ["", *(f"{name}/" for name in list(objectives)[1:])], strict=True))
 
-    def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics, *tuple[Outputs, ...]]:
         batches = batch if isinstance(objective, Mapping) else {"": batch}
         losses = {name: at_step(own, state.step) for name, own in objectives.items()}
         weights = {name: loss.normalised(batches[name]) for name, loss in losses.items()}
 
-        def part_loss(params: Params, part: dict[str, Batch], part_weights: Any) -> tuple[jax.Array, Metrics]:
-            value, metrics = jnp.zeros(()), {}
+        def part_loss(params: Params, part: dict[str, Batch], part_weights: Any) -> tuple[jax.Array, tuple[Metrics, list[Outputs]]]:
+            value, metrics, given = jnp.zeros(()), {}, []
             for name, loss in losses.items():
-                own, found = loss(apply(params, part[name]), part[name], part_weights[name])
+                given.append(apply(params, part[name]))
+                own, found = loss(given[-1], part[name], part_weights[name])
                 value += own
                 metrics |= {prefixes[name] + metric: x for metric, x in found.items()}
-            return value, metrics | {"loss": value}
+            return value, (metrics | {"loss": value}, given[:outputs])
 
         gradient = jax.grad(part_loss, has_aux=True)
         parts = microbatch((batches, weights), microbatches)
         if microbatches == 1:
-            grads, metrics = gradient(state.params, *jax.tree.map(lambda x: x[0], parts))
+            grads, (metrics, given) = gradient(state.params, *jax.tree.map(lambda x: x[0], parts))
         else:
-            add = lambda total, part: (jax.tree.map(jnp.add, total, gradient(state.params, *part)), None)
-            shapes = jax.eval_shape(gradient, state.params, *jax.tree.map(lambda x: x[0], parts))
-            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-            (grads, metrics), _ = jax.lax.scan(add, zeros, parts)
+
+            def add(total: Any, part: Any) -> tuple[Any, list[Outputs]]:
+                grads, (metrics, given) = gradient(state.params, *part)
+                return jax.tree.map(jnp.add, total, (grads, metrics)), given
+
+            grads, (metrics, _) = jax.eval_shape(gradient, state.params, *jax.tree.map(lambda x: x[0], parts))
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (grads, metrics))
+            (grads, metrics), given = jax.lax.scan(add, zeros, parts)
+            given = gathered(given)
 
         norms = jax.tree.map(jnp.linalg.norm, grads)
         norm = optax.tree.norm(norms)
@@ -89,7 +97,7 @@ def make_step(
         metrics |= {"skipped_total": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
         names = jax.tree_util.tree_leaves_with_path(norms)
         metrics |= {"finite/" + jax.tree_util.keystr(p, simple=True, separator="."): jnp.isfinite(n) for p, n in names}
-        return state, metrics
+        return state, metrics, *given
 
     return step
 

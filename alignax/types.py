@@ -111,3 +111,8 @@ def microbatch(tree: Any, count: int) -> Any:
     sharded batch would be computed `count` times over.
     """
     return jax.tree.map(lambda x: x.reshape((-1, count) + x.shape[1:]).swapaxes(0, 1), tree)
+
+
+def gathered(parts: Any) -> Any:
+    """What `microbatch` has dealt out, together again: [count, B / count, ...] -> [B, ...]."""
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape((-1, *x.shape[2:])), parts)

@@ -19,13 +19,13 @@ from test_rewards import reward_folder
 from alignax import mesh as meshes
 from alignax.checkpoint import Checkpoints
 from alignax.cli import main
-from alignax.config import load_experiment
+from alignax.config import load_experiment, prompts_of_rollout
 from alignax.experience import best_and_worst
 from alignax.fit import Observer
 from alignax.models import hf
-from alignax.online import make_learn, measured, pretraining, training_program
+from alignax.online import make_learn, measured, pretraining, reads_once, training_program
 from alignax.prepare import prepare
-from alignax.programs import abstract_rollout, abstract_state, make_experience, policy_model
+from alignax.programs import abstract_frozen, abstract_rollout, abstract_state, make_experience, policy_model
 from alignax.rollout import Rollouts
 from alignax.start import check_step, critic_params, start
 from alignax.train import make_step
@@ -183,6 +183,57 @@ def test_a_turn_is_the_shared_step_on_each_part_of_a_rollout(fields, tmp_path):
         np.testing.assert_allclose(metrics["loss"], np.mean(losses), rtol=1e-4, atol=1e-6)
         close = lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5)
         jax.tree.map(close, jax.tree.map(np.asarray, learnt.params), expected)
+
+
+ONE_STEP = {"rollout.minibatches": "1", "rollout.epochs": "1"}
+
+
+def by_experience(written):
+    """GRPO with other functions in its experience."""
+    return GRPO.replace('logps("ref_logps", reference), group_relative()', f'logps("ref_logps", reference), {written}')
+
+
+@pytest.mark.slow
+def test_a_single_step_reads_the_rollout_once(fields, tmp_path):
+    """Parameters and metrics are those of a run whose policy reads it before the step too, for less work."""
+    sources = {"once": GRPO, "twice": by_experience('group_relative(), lambda batch: batch | {"seen": batch["old_logps"]}')}
+    found = {}
+    for name, source in sources.items():
+        (tmp_path / name).mkdir()
+        run = checked(
+            arguments(
+                tmp_path / name,
+                source,
+                fields | ONE_STEP | {"workdir": str(tmp_path / name / "run"), "microbatches": "2", "batch_size": "16"},
+            )
+        )
+        state, frozen = (begun := start(run, write=False)).state, begun.frozen
+        rollouts = Rollouts(run)
+        rollout = rollouts.judge(rollouts.sample(state, frozen, 0)).batch
+        assert reads_once(run, state, frozen, rollout) == (name == "once")
+        program = make_learn(run).lower(state, frozen, {"rollouts": rollout}).compile()
+        learnt, metrics = program(state, frozen, {"rollouts": rollout})
+        found[name] = jax.tree.map(np.asarray, (learnt.params, metrics)), program.cost_analysis()["flops"]
+    (once, flops), (twice, more) = found.values()
+    assert {"kl", "entropy", "sampler_gap", "advantage_std"} <= once[1].keys() == twice[1].keys()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), once, twice)
+    assert flops < 0.9 * more
+
+
+@pytest.mark.parametrize(
+    ("source", "changes"),
+    [
+        (GRPO, {"rollout.minibatches": "2"}),
+        (GRPO, {"rollout.epochs": "2"}),
+        (PPO, {"model.critic": "head"}),
+        (by_experience("kl_reward(0.1), group_relative()"), {}),
+        (by_experience("best_and_worst()").replace("grpo() + 0.01 * kl_k3()", "dpo()"), {}),
+    ],
+)
+def test_a_policy_that_is_asked_before_the_step_reads_the_rollout_then(fields, tmp_path, source, changes):
+    run = checked(arguments(tmp_path, source, fields | ONE_STEP | changes | {"workdir": str(tmp_path / "run")}))
+    abstract = abstract_state(run), abstract_frozen(run), abstract_rollout(run, prompts_of_rollout(run.config), 3)
+    assert not reads_once(run, *abstract)
 
 
 @pytest.mark.slow

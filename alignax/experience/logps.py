@@ -8,7 +8,7 @@ import jax
 from jax.tree_util import Partial
 
 from alignax.experience.chain import Experience
-from alignax.types import Batch, Model, Outputs, Params, microbatch
+from alignax.types import Batch, Model, Outputs, Params, gathered, microbatch
 
 
 def logps(name: str, model: Model, microbatches: int = 1) -> Experience:
@@ -36,5 +36,4 @@ class _Logps:
 
 def in_parts(function: Callable[[Batch], Any], batch: Batch, microbatches: int) -> Any:
     """What a function of a batch gives, arrays [B, ...], from parts of it one after another."""
-    parts = jax.lax.map(function, microbatch(batch, microbatches))  # [M, B / M, ...]
-    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape((-1, *x.shape[2:])), parts)
+    return gathered(jax.lax.map(function, microbatch(batch, microbatches)))
