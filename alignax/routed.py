@@ -31,7 +31,7 @@ from alignax.models import hf, peft
 from alignax.models.heads import last_states
 from alignax.models.lora import join
 from alignax.models.transformer import Decoder, ModelConfig
-from alignax.train import Apply, init_state, make_step
+from alignax.train import Apply, Stepped, init_state, make_step
 from alignax.types import Batch, Metrics, Model, Outputs, Params, TrainState, rows
 
 States = Callable[[Params, Batch], jax.Array]  # (params, batch) -> [B, N, features]
@@ -140,7 +140,7 @@ def expert_step(apply: Apply, objective: Objective, optimizer: optax.GradientTra
       `step(state, base, batch) -> (state, metrics)`, to be jitted: state of `expert_states`, batch [K, B, ...], metrics [K].
     """
 
-    def step(state: TrainState, base: Params, batch: Batch) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, base: Params, batch: Batch) -> Stepped:
         own = lambda adapters, part: apply(join(base, adapters), part)
         return make_step(own, objective, optimizer, microbatches)(state, batch)
 

@@ -12,6 +12,7 @@ from alignax.losses.algebra import Loss, Objective, Objectives, at_step
 from alignax.types import Batch, Metrics, Outputs, Params, TrainState, gathered, microbatch
 
 Apply = Callable[[Params, Batch], Outputs]
+Stepped = tuple[TrainState, Metrics, *tuple[Outputs, ...]]
 Sums = dict[str, tuple[jax.Array, jax.Array]]  # metric -> (weighted sum, weight)
 
 
@@ -25,7 +26,7 @@ def init_state(
 
 def make_step(
     apply: Apply, objective: Objectives, optimizer: optax.GradientTransformation, microbatches: int = 1, outputs: bool = False
-) -> Callable[[TrainState, Any], tuple[TrainState, Metrics, *tuple[Outputs, ...]]]:
+) -> Callable[[TrainState, Any], Stepped]:
     """The training step: forward, loss, gradients summed over microbatches, optimizer update.
 
     The same step serves every method: what differs is the loss and the fields that experience wrote into the batch. A step whose
@@ -49,7 +50,7 @@ def make_step(
     objectives = objective if isinstance(objective, Mapping) else {"": objective}
     prefixes = dict(zip(objectives, ["", *(f"{name}/" for name in list(objectives)[1:])], strict=True))
 
-    def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics, *tuple[Outputs, ...]]:
+    def step(state: TrainState, batch: Any) -> Stepped:
         batches = batch if isinstance(objective, Mapping) else {"": batch}
         losses = {name: at_step(own, state.step) for name, own in objectives.items()}
         weights = {name: loss.normalised(batches[name]) for name, loss in losses.items()}

@@ -81,7 +81,7 @@ def attend(
       cache: with the keys and values of the query's own token.
       layer: [] int.
       at: [R] int, the place of each query; it sees those up to its own.
-      window: as in `alignax.models.transformer.attention`, and so are the others.
+      window: as in `alignax.models.attention.attention`, and so are the others.
       scalar: of the scores.
       cap: of the scores.
 

@@ -18,8 +18,9 @@ from jax.sharding import Mesh
 
 from alignax.mesh import constrain
 from alignax.models import cache as caches
+from alignax.models.attention import attention
 from alignax.models.cache import Cache
-from alignax.models.heads import last_scores, soft_cap, token_logps, token_values
+from alignax.models.heads import last_scores, token_logps, token_values
 from alignax.models.lora import Lora, adapt
 from alignax.models.moe import experts
 from alignax.types import Batch, Outputs, Params, rows
@@ -276,55 +277,6 @@ def rotate(x: jax.Array, rope: Rope) -> jax.Array:
     a, b = jnp.split(turning.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
     return jnp.concatenate([turned, still], axis=-1) if still.shape[-1] else turned
-
-
-def attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    mask: jax.Array,
-    block: int = 0,
-    *,
-    window: jax.Array | None = None,
-    scalar: float | None = None,
-    cap: float | None = None,
-) -> jax.Array:
-    """Causal grouped-query attention; softmax in float32.
-
-    Query blocks attend only to the keys before their end, so memory and work are those of the causal half.
-
-    Args:
-      q: [R, T, H, h].
-      k: [R, T, KV, h].
-      v: [R, T, KV, h].
-      mask: [R, T] bool, real keys.
-      block: queries per block; 0: an eighth of them, from 64 to 512.
-      window: [] int: how many keys a query sees, its own included; 0 or None: all.
-      scalar: scores are divided by its square root; None: h.
-      cap: scores become cap * tanh(score / cap); None: they stay.
-
-    Returns:
-      [R, T, H, h].
-    """
-    R, T, H, h = q.shape
-    KV = k.shape[2]
-    q = q.reshape(R, T, KV, H // KV, h)
-
-    def attend(first: int, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-        query = first + jnp.arange(q.shape[1])[None, :, None]  # places, [1, t, 1]
-        key = jnp.arange(k.shape[1])[None, None, :]
-        # A padding query sees itself, so that its softmax is finite; nobody reads it.
-        seen = query >= key if window is None else (query >= key) & ((query - key < window) | (window == 0))
-        visible = seen & mask[:, None, :] | (query == key)  # [R, t, s]
-        scores = jnp.einsum("rtkgh,rskh->rkgts", q, k, preferred_element_type=jnp.float32) / math.sqrt(scalar or h)
-        scores = soft_cap(scores, cap)
-        weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, -1e30), axis=-1).astype(v.dtype)
-        return jnp.einsum("rkgts,rskh->rtkgh", weights, v)
-
-    block = block or min(max(-(-T // 8), 64), 512)
-    ends = [(t, min(t + block, T)) for t in range(0, T, block)]
-    out = [attend(t, q[:, t:e], k[:, :e], v[:, :e], mask[:, :e]) for t, e in ends]
-    return jnp.concatenate(out, axis=1).reshape(R, T, H, h)
 
 
 def rope_tables(c: ModelConfig, positions: jax.Array) -> Rope:
