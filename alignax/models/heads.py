@@ -9,7 +9,7 @@ shard. Logits exist for one chunk at a time and are made again in the backward p
 With a soft cap, z = cap tanh(x W / cap), and both are multiplied by dz / d(x W) = 1 - (z / cap)^2.
 
 Differentiated by machine, a chunk took three to four sweeps over its logits rather than one, and the gradient of W was summed over
-the data shards in every chunk rather than once. A KL that no loss reads is not computed, forwards or backwards.
+the data shards in every chunk rather than once. A KL that no loss reads is not computed, an entropy not differentiated.
 """
 
 import functools
@@ -165,17 +165,18 @@ def _backward(chunk: int, mesh: Mesh | None, cap: float | None, saved: Any, cota
     w = _whole(weight, x.dtype, mesh)
     read = [not isinstance(cotangent, SymbolicZero) for cotangent in cotangents]
     taught = None if teacher is None or not any(read[3:]) else (teacher[0], _whole(teacher[1], teacher[0].dtype, mesh))
-    dlogps, dentropies = (c if r else jnp.zeros_like(lse) for c, r in zip(cotangents[:2], read[:2], strict=True))  # sum of squares: none
+    dlogps = cotangents[0] if read[0] else jnp.zeros_like(lse)
 
     def body(i: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         dx, dw = sums
         part = _part(x, i, chunk)
         at = lambda a: _part(a, i, chunk)[..., None]
-        dlogp, dentropy = at(dlogps), at(dentropies)
+        dlogp = at(dlogps)
         z = soft_cap(_logits(part, w), cap)
         q = z - at(lse)
         hit = jnp.arange(w.shape[1])[None, None] == at(y)
-        dz = jnp.where(hit, dlogp, 0.0) - jnp.exp(q) * (dlogp + dentropy * (q + at(entropy)))
+        slope = dlogp + at(cotangents[1]) * (q + at(entropy)) if read[1] else dlogp
+        dz = jnp.where(hit, dlogp, 0.0) - jnp.exp(q) * slope
         if taught is not None:
             reverse, lse_t = map(at, of_teacher)
             log_t = soft_cap(_logits(_part(taught[0], i, chunk), taught[1]), cap) - lse_t
