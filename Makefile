@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+CLAIMS := tests/test_overopt_online.py
 
 .PHONY: setup demo test test-slow test-long lint bench clean
 
@@ -25,11 +26,12 @@ test: $(VENV)/installed-test
 
 test-slow: $(VENV)/installed-test
 	$(BIN)/pip install --quiet -e '.[tpu]'
-	$(BIN)/pytest -m "slow and not long" -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/pytest -m "slow and not long" --ignore=$(CLAIMS) -n auto --maxprocesses 4 --dist loadfile
+	OPTIMISED=1 $(BIN)/pytest -m slow $(CLAIMS) -n auto --maxprocesses 4 --dist worksteal
 
 test-long: $(VENV)/installed-test
 	$(BIN)/pip install --quiet -e '.[tpu]'
-	$(BIN)/pytest -m long -n auto --maxprocesses 4 --dist loadfile
+	OPTIMISED=1 $(BIN)/pytest -m long -n auto --maxprocesses 4 --dist worksteal
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

@@ -193,7 +193,6 @@ def ascent(seeds: int, beta: float) -> dict[str, np.ndarray]:
     return {name: np.asarray(x) for name, x in jax.jit(jax.vmap(climb))(keys, pools).items()}
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_a_kl_penalty_is_early_stopping():
     """Without samples the same curve; with them nearly."""
@@ -205,7 +204,6 @@ def test_a_kl_penalty_is_early_stopping():
     assert mean(exact[0], "gold")[-1] < -0.9 and mean(sampled[0], "gold")[-1] < -0.9
 
 
-@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["PPO", "RLOO"])
 def test_conservative_ensembles_and_a_small_kl_are_not_overoptimised(family):
@@ -223,7 +221,6 @@ def test_conservative_ensembles_and_a_small_kl_are_not_overoptimised(family):
         assert small[-1] > single[2].max() + 0.2, "and more than what a single model gains with the KL that it needs"
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_laws_fit_what_ppo_does():
     """R(d) = d (alpha - beta log d) of the runs whose gold rises and falls, all coefficients together."""
@@ -233,7 +230,6 @@ def test_laws_fit_what_ppo_does():
     assert fit.r2 > 0.6 and fit.beta > 0 and 0.3 < fit.peak_d < 2.0
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_training_on_chi_squared_reaches_more_gold_than_on_the_kl():
     """The best of four coefficients each, at the end of training, mean over 8 seeds; a single reward model."""
@@ -243,7 +239,6 @@ def test_training_on_chi_squared_reaches_more_gold_than_on_the_kl():
     assert best[1] - best[0] > 0.4
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_f_dpg_goes_to_its_target_by_every_divergence():
     """JS, the paper's default, is there after 400 steps; others are near. The target lies beyond the peak of the way to it."""
@@ -259,7 +254,7 @@ def test_f_dpg_goes_to_its_target_by_every_divergence():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["xi-PPO", pytest.param("mu-PPO", marks=pytest.mark.long)])
+@pytest.mark.parametrize("method", ["xi-PPO", "mu-PPO"])
 def test_thresholds_that_both_reward_models_reach_are_held(method):
     """Moskovitz et al. 2023: mean scores over the last quarter of 640 steps, each seed near the threshold, their mean nearer."""
     (run,) = trained(4, "Constraints", method, (0.5,), "online.rollouts=320")
