@@ -27,7 +27,7 @@ test: $(VENV)/installed-test
 test-slow: $(VENV)/installed-test
 	$(BIN)/pip install --quiet -e '.[tpu]'
 	$(BIN)/pytest -m "slow and not long" --ignore=$(CLAIMS) -n auto --maxprocesses 4 --dist loadfile
-	OPTIMISED=1 $(BIN)/pytest -m slow $(CLAIMS) -n auto --maxprocesses 4 --dist worksteal
+	OPTIMISED=1 $(BIN)/pytest -m "slow and not long" $(CLAIMS) -n auto --maxprocesses 4 --dist worksteal
 
 test-long: $(VENV)/installed-test
 	$(BIN)/pip install --quiet -e '.[tpu]'

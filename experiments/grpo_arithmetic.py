@@ -10,7 +10,8 @@ Hardware: 2 CPU cores, one process.
 A model of random weights is asked "3 + 4 =" and answers with tokens of its own choice; nobody shows it an answer.
 
 Expected, with seed 0 (2.5 minutes of CPU time): of 100 answers sampled at temperature 1, one to each sum, 0.07 are right at first, 0.82
-after 100 steps, 0.91 from step 500 on. The rest are sums whose 16 samples have all become one wrong answer: such a group has no gradient.
+after 100 steps, 0.91 from step 500 on; seeds 1 and 2 end at 0.94 and 0.96. The rest are sums whose 16 samples have all become one wrong
+answer: such a group has no gradient.
 """
 
 import json

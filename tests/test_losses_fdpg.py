@@ -142,6 +142,12 @@ def test_what_is_measured_are_the_divergences():
         np.testing.assert_allclose(found[f"divergence/{name}"], x, rtol=1e-5)
 
 
+def test_total_variation_of_few_samples_and_a_poor_z_is_at_most_1():
+    ratio = jnp.clip(50.0 * jax.random.normal(jax.random.key(0), (100,)) - 40.0, -1000.0, 1000.0)
+    tv = target_divergences(ratio, jnp.zeros(100))["divergence/tv"]
+    assert ((tv >= 0) & (tv <= 1)).all() and 0 < tv.mean() < 1
+
+
 @pytest.mark.parametrize(
     ("alpha", "limit", "scale", "constant"),
     [

@@ -26,7 +26,7 @@ def plain(q, k, v, mask, *, window=None, scalar=None, cap=None):
     return jnp.stack(heads, axis=2)
 
 
-@pytest.mark.parametrize("block", [0, 5, T])
+@pytest.mark.parametrize("block", [0, 5])  # one, and several
 @pytest.mark.parametrize("options", [{}, {"cap": 0.7}, {"window": 6}, {"scalar": 3.0, "window": 4, "cap": 2.0}], ids=str)
 @pytest.mark.parametrize("KV", [1, 2, 4])
 def test_values_and_gradients_are_those_of_the_formula(KV, options, block):
@@ -56,5 +56,5 @@ def test_no_weights_are_kept_for_the_backward_pass():
     T = 64
     q, k, v = (jax.random.normal(jax.random.key(i), (1, T, 2, 4)) for i in range(3))
     _, back = jax.vjp(lambda *x: attention(*x, jnp.ones((1, T), bool), 16), q, k, v)
-    sizes = [x.size for x in jax.tree.leaves(back) if hasattr(x, "size") and x.dtype == jnp.float32]
+    sizes = [x.size for x in jax.tree.leaves(back) if hasattr(x, "size")]
     assert sizes and max(sizes) <= T * 2 * 4

@@ -204,6 +204,7 @@ def test_a_kl_penalty_is_early_stopping():
     assert mean(exact[0], "gold")[-1] < -0.9 and mean(sampled[0], "gold")[-1] < -0.9
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["PPO", "RLOO"])
 def test_conservative_ensembles_and_a_small_kl_are_not_overoptimised(family):
@@ -230,6 +231,7 @@ def test_laws_fit_what_ppo_does():
     assert fit.r2 > 0.6 and fit.beta > 0 and 0.3 < fit.peak_d < 2.0
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_training_on_chi_squared_reaches_more_gold_than_on_the_kl():
     """The best of four coefficients each, at the end of training, mean over 8 seeds; a single reward model."""

@@ -129,8 +129,10 @@ def target_divergences(ratio: jax.Array, log_weight: jax.Array) -> Metrics:
       ratio: log pi/p of responses that a proposal q has sampled, any shape.
       log_weight: log pi/q.
     """
-    measured = {"kl_p_pi": kl_p_pi, "kl_pi_p": kl_pi_p, "tv": tv_pi_p}
-    return {f"divergence/{name}": divergence.value(ratio, Weight(log_weight)) for name, divergence in measured.items()}
+    w = Weight(log_weight)
+    # As sum (pi - p)+, which is at most 1 of the policy's own samples, however poor Z is: sum |pi - p| / 2 of few samples is not.
+    tv = jnp.maximum(-w.rise(-ratio), 0.0)
+    return {"divergence/kl_p_pi": kl_p_pi.value(ratio, w), "divergence/kl_pi_p": kl_pi_p.value(ratio, w), "divergence/tv": tv}
 
 
 def pseudo_rewards(divergence: FDivergence, ratio: jax.Array) -> jax.Array:

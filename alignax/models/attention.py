@@ -46,55 +46,63 @@ def attention(
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
 
     def part(first: int, end: int) -> jax.Array:
-        query = jnp.arange(first, end)[None, :, None]  # places, [1, t, 1]
-        key = jnp.arange(end)[None, None, :]
-        # A padding query sees itself, so that its softmax is finite; nobody reads it.
-        seen = query >= key if window is None else (query >= key) & ((query - key < window) | (window == 0))
-        visible = seen & mask[:, None, :end] | (query == key)
-        return attend(1 / math.sqrt(scalar or h), cap, q[:, :, :, first:end], k[:, :, :end], v[:, :, :end], visible)
+        scale = 1 / math.sqrt(scalar or h)
+        return attend(first, scale, cap, q[:, :, :, first:end], k[:, :, :end], v[:, :, :end], mask[:, :end], window)
 
     block = block or min(max(-(-T // 8), 64), 512)
     out = jnp.concatenate([part(t, min(t + block, T)) for t in range(0, T, block)], axis=3)  # [R, KV, G, T, h]
     return out.transpose(0, 3, 1, 2, 4).reshape(R, T, H, h)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def attend(scale: float, cap: float | None, q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> jax.Array:
-    """softmax(scale q k^T) v of queries [R, KV, G, t, h], keys and values [R, KV, s, h], where `visible` [R, t, s]: as the queries.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def attend(
+    first: int, scale: float, cap: float | None, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, window: jax.Array | None
+) -> jax.Array:
+    """softmax(scale q k^T) v of the queries [R, KV, G, t, h] from place `first` on; keys and values [R, KV, s, h], `mask` [R, s].
 
     The backward pass is written out (as in FlashAttention, Dao et al. 2022, arXiv:2205.14135), from the inputs, the output and log Z of
     each query. Differentiated by machine, [t, s] arrays of scores and weights were kept for every layer and gone over four times:
 
         p = exp(s - log Z),   ds = p (do . v - do . o),   dq = scale ds k,   dk = scale ds^T q,   dv = p^T do
     """
-    return _attend(scale, cap, q, k, v, visible)[0]
+    return _attend(first, scale, cap, q, k, v, mask, window)[0]
 
 
-def _attend(scale: float, cap: float | None, q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> tuple[jax.Array, Any]:
-    scores = _scores(scale, cap, q, k, visible)
+def _attend(
+    first: int, scale: float, cap: float | None, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, window: jax.Array | None
+) -> tuple[jax.Array, Any]:
+    scores = _scores(first, scale, cap, q, k, mask, window)
     top = scores.max(axis=-1, keepdims=True)
     e = jnp.exp(scores - top)
     total = e.sum(axis=-1, keepdims=True)
     out = jnp.einsum("rkgts,rksh->rkgth", (e / total).astype(v.dtype), v)
-    return out, (q, k, v, visible, out, top + jnp.log(total))
+    return out, (q, k, v, mask, window, out, top + jnp.log(total))
 
 
-def _scores(scale: float, cap: float | None, q: jax.Array, k: jax.Array, visible: jax.Array) -> jax.Array:
-    scores = jnp.einsum("rkgth,rksh->rkgts", q, k, preferred_element_type=jnp.float32) * scale
-    return jnp.where(visible[:, None, None], soft_cap(scores, cap), -1e30)
-
-
-def _attend_backward(scale: float, cap: float | None, saved: Any, dout: jax.Array) -> tuple[Any, ...]:
-    q, k, v, visible, out, log_z = saved
-    scores = _scores(scale, cap, q, k, visible)
+def _attend_backward(first: int, scale: float, cap: float | None, saved: Any, dout: jax.Array) -> tuple[Any, ...]:
+    q, k, v, mask, window, out, log_z = saved
+    scores = _scores(first, scale, cap, q, k, mask, window)
     p = jnp.exp(scores - log_z)
     along = jnp.einsum("rkgth,rkgth->rkgt", dout, out, preferred_element_type=jnp.float32)
     ds = p * (jnp.einsum("rkgth,rksh->rkgts", dout, v, preferred_element_type=jnp.float32) - along[..., None]) * scale
     if cap is not None:
-        ds = jnp.where(visible[:, None, None], ds * (1 - jnp.square(scores / cap)), 0.0)
+        ds = ds * (1 - jnp.square(jnp.maximum(scores / cap, -1.0)))  # 0 where a key is not seen
     ds, p = ds.astype(q.dtype), p.astype(v.dtype)
     dk, dv = jnp.einsum("rkgts,rkgth->rksh", ds, q), jnp.einsum("rkgts,rkgth->rksh", p, dout)
-    return jnp.einsum("rkgts,rksh->rkgth", ds, k), dk, dv, None
+    return jnp.einsum("rkgts,rksh->rkgth", ds, k), dk, dv, None, None
 
 
 attend.defvjp(_attend, _attend_backward)
+
+
+def _scores(
+    first: int, scale: float, cap: float | None, q: jax.Array, k: jax.Array, mask: jax.Array, window: jax.Array | None
+) -> jax.Array:
+    """[R, KV, G, t, s] float32, -1e30 for a key that its query does not see."""
+    query = first + jnp.arange(q.shape[3])[None, :, None]  # places, [1, t, 1]
+    key = jnp.arange(k.shape[2])[None, None, :]
+    seen = query >= key if window is None else (query >= key) & ((query - key < window) | (window == 0))
+    # A padding query sees itself, so that its softmax is finite; nobody reads it.
+    visible = seen & mask[:, None, :] | (query == key)  # [R, t, s]
+    scores = jnp.einsum("rkgth,rksh->rkgts", q, k, preferred_element_type=jnp.float32) * scale
+    return jnp.where(visible[:, None, None], soft_cap(scores, cap), -1e30)
