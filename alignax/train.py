@@ -12,7 +12,7 @@ from alignax.losses.algebra import Loss, Objective, Objectives, at_step
 from alignax.types import Batch, Metrics, Outputs, Params, TrainState, gathered, microbatch
 
 Apply = Callable[[Params, Batch], Outputs]
-Stepped = tuple[TrainState, Metrics, *tuple[Outputs, ...]]
+Stepped = tuple[TrainState, Metrics, *tuple[Outputs, ...]]  # what a step gives, with Outputs where they are asked for
 Sums = dict[str, tuple[jax.Array, jax.Array]]  # metric -> (weighted sum, weight)
 
 

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from alignax import commands, default_config, entropy_bonus, group_relative, grpo
+from alignax.config import BadInput
 from alignax.rules import last_number
 
 MODULUS = 10
@@ -68,6 +69,8 @@ def main(experiment):
     """Writes the world, then trains on it."""
     config = experiment.config
     if not config.model.path:
+        if config.data.train:
+            raise BadInput(f"data.train is {config.data.train!r}, and the sums are written here; leave it empty, or give model.path too")
         config = config.copy_and_resolve_references()
         world = Path(config.workdir) / "world"
         write_world(world, config.width)
