@@ -261,7 +261,8 @@ def anchor(place: str, folder: Path, file: str, overrides: Sequence[str], sample
         distributed.initialize()
         config, source, mesh, params = reward_models(place, file, [*SAMPLES, *overrides])
         tokenizer = load_tokenizer(source.path, source.config.vocab_size)
-        examples, report = load_examples(samples, config.data, tokenizer, source.config.vocab_size)
+        ends = hf.end_ids(source, tokenizer)
+        examples, report = load_examples(samples, config.data, tokenizer, source.config.vocab_size, ends)
         dtype = config.export.dtype
         params = rewards.rounded(params, dtype)
         model = rewards.ensemble_model(source.config, params, mesh)
@@ -288,7 +289,7 @@ def ridge(folder: Path, file: str, overrides: Sequence[str], penalty: float) -> 
         if not source.config.num_labels:
             raise ValueError(f"{config.model.path!r} is a language model; set model.num_labels to 1, or to how many attributes there are")
         tokenizer = load_tokenizer(source.path, source.config.vocab_size)
-        examples, reports, _ = load("train", config.data, tokenizer, source.config.vocab_size)
+        examples, reports, _ = load("train", config.data, tokenizer, source.config.vocab_size, hf.end_ids(source, tokenizer))
         mesh = make_mesh(config.mesh)
         how = {"penalty": penalty, "batch_size": eval_batch_size(config), "dtype": compute_dtype(config, mesh)}
         params = fit_ridge(source.config, hf.load_params(source, mesh), examples, mesh, **how)
@@ -310,7 +311,8 @@ def pairs_of(config: Any, source: hf.Source) -> dict[str, Examples]:
         raise ValueError("config field 'data.eval' is empty; set --config.data.eval=FILE")
     tokenizer = load_tokenizer(source.path, source.config.vocab_size)
     splits = [split for split in ("eval", "ood") if config.data[split]]
-    loaded = {split: load(split, config.data, tokenizer, source.config.vocab_size).examples for split in splits}
+    ends = hf.end_ids(source, tokenizer)
+    loaded = {split: load(split, config.data, tokenizer, source.config.vocab_size, ends).examples for split in splits}
     for split, examples in loaded.items():
         if examples.N != 2:
             raise ValueError(f"data.{split} has {examples.N} responses of a prompt, eval-rm takes pairs; set data.kind to preference")
@@ -339,10 +341,10 @@ def generate(model: Path, request: Request, overrides: Sequence[str]) -> None:
         @functools.cache
         def generator(count: int, longest: int) -> Generator:
             shape = shape_for(count, longest, request.max_new_tokens, mesh=mesh, slots=request.slots)
-            ids = {tokenizer.eos_token_id, *hf.stop_ids(source)}
+            ids = hf.end_ids(source, tokenizer)
             dtype = compute_dtype(config, mesh)
             how = request.sampling()
-            return Generator(source.config, shape, how, stop_ids=[*ids], stops=stops, dtype=dtype, cache_dtype=request.cache, mesh=mesh)
+            return Generator(source.config, shape, how, stop_ids=ids, stops=stops, dtype=dtype, cache_dtype=request.cache, mesh=mesh)
 
         generator(request.n * len(prompts or [0]), longest)
         if saved:
@@ -391,14 +393,15 @@ def check_data(file: str, overrides: Sequence[str], out: str) -> None:
             raise ValueError(f"a run would stop here: {found}. Correct the rows, or leave them out with --config.data.bad_rows=drop")
 
 
-def tokenizer_alone(path: str) -> tuple[Any, int]:
-    """The tokenizer of a folder that may lack a model, and the rows of the embedding, where a config.json says so."""
+def tokenizer_alone(path: str) -> tuple[Any, int, tuple[int, ...]]:
+    """The tokenizer of a folder that may lack a model, and, where it has a config.json, the rows of the embedding and the ends."""
     if path and not Path(path).is_dir():
         path = sources(path, "model.path")[0][0]  # of a soup the first one's
     if not Path(path or " ").is_dir():
         raise ValueError(f"model folder {path!r} does not exist; set --config.model.path=FOLDER, one with a tokenizer")
     if (Path(path) / "config.json").is_file():
-        size = hf.open_folder(path).config.vocab_size
-        return load_tokenizer(Path(path), size), size
+        source = hf.open_folder(path)
+        tokenizer = load_tokenizer(Path(path), source.config.vocab_size)
+        return tokenizer, source.config.vocab_size, hf.end_ids(source, tokenizer)
     tokenizer = load_tokenizer(Path(path), sys.maxsize)
-    return tokenizer, len(tokenizer)
+    return tokenizer, len(tokenizer), ()

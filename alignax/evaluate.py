@@ -43,7 +43,7 @@ class Evaluation:
                 dataclasses.replace(run.source.config, lora=run.lora),
                 shape_for(len(self.prompts), max(map(len, self.prompts)), c.max_new_tokens, mesh=run.mesh),
                 Sampling(temperature=c.temperature),
-                stop_ids=[run.tokenizer.eos_token_id],
+                stop_ids=run.ends,
                 dtype=run.dtype,
                 mesh=run.mesh,
             )

@@ -66,6 +66,7 @@ class Run(NamedTuple):
     lora: Lora | None  # adapters, which alone are trained
     critic: hf.Source | None  # the folder of a critic of its own tree
     tokenizer: Any
+    ends: tuple[int, ...]  # tokens that end a completion, see `hf.end_ids`
     train: Batches  # of an ensemble those of its first member
     pretrain: Batches | None  # of the loss called "pretrain"
     judges: list[hf.Source]  # reward models that experience asks for as `ensemble`
@@ -122,7 +123,8 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
     judges = open_judges(config, tokenizer) if "ensemble" in asked(experiment.experience) else []
     if not config.data.train:
         raise ValueError("config field 'data.train' is empty; set --config.data.train=FILE")
-    loaded = {s: load(s, config.data, tokenizer, source.config.vocab_size) for s in ("train", "eval", "pretrain") if config.data[s]}
+    ends, splits = hf.end_ids(source, tokenizer), ("train", "eval", "pretrain")
+    loaded = {s: load(s, config.data, tokenizer, source.config.vocab_size, ends) for s in splits if config.data[s]}
     every = {split: data.examples for split, data in loaded.items()}
     examples = {split: own for split, own in every.items() if split != "pretrain"}
     reports = {
@@ -166,8 +168,8 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
     check_averages(config, averages, reference)
     check_cache(config, averages, reference)
     return Run(
-        experiment, config, workdir, mesh, source, reference, lora, critic, tokenizer, train, pretrain, judges, config.ensemble.members,
-        examples.get("eval"), reports, steps, dtype, apply, objective, beside, schedule, optimizer, averages,
+        experiment, config, workdir, mesh, source, reference, lora, critic, tokenizer, ends, train, pretrain, judges,
+        config.ensemble.members, examples.get("eval"), reports, steps, dtype, apply, objective, beside, schedule, optimizer, averages,
     )  # fmt: skip
 
 
@@ -205,7 +207,7 @@ def open_model(path: str, init: str, field: str) -> hf.Source:
     if init not in ("pretrained", "random"):
         raise ValueError(f"model.init {init!r} is unknown; use pretrained or random")
     source = open_source(path, field)
-    hf.stop_ids(source)  # the export at the end reads them
+    hf.stop_ids(source)  # refuses what is no token
     if init == "pretrained":
         for part, _ in hf.ingredients(source):
             hf.check_tensors(part, hf.tensor_files(part))

@@ -21,7 +21,7 @@ from alignax.averages import PROPOSAL
 from alignax.config import ROLLOUTS, prompts_of_rollout, steps_of_turn
 from alignax.data import Examples
 from alignax.data.files import one_line
-from alignax.generate import LENGTH, Completions, Generator, sampled_batch, shape_for
+from alignax.generate import LENGTH, Completions, Generator, Stops, sampled_batch, shape_for, text_of
 from alignax.online import make_learn, pretraining
 from alignax.prepare import Run
 from alignax.programs import AHEAD, full
@@ -67,7 +67,7 @@ class Rollouts:
         self.generate = Generator(
             dataclasses.replace(run.source.config, lora=run.lora),
             shape_for(count * c.samples, longest, c.max_new_tokens, mesh=run.mesh, slots=c.slots),
-            stop_ids=[run.tokenizer.eos_token_id],
+            stop_ids=run.ends,
             dtype=run.dtype,
             mesh=run.mesh,
         )
@@ -257,11 +257,10 @@ def within(seconds: float, function: Callable[[], Any]) -> Any:
     return result[0]
 
 
-def decoded(tokenizer: Any, completions: Completions) -> list[list[str]]:
-    """Texts [B][N], special tokens left out."""
-    n = completions.tokens.shape[1]
-    flat = tokenizer.batch_decode([row for group in completions.rows() for row in group], skip_special_tokens=True)
-    return [flat[i : i + n] for i in range(0, len(flat), n)]
+def decoded(tokenizer: Any, completions: Completions, stops: Stops | None = None) -> list[list[str]]:
+    """Texts [B][N], special tokens and what has ended them left out."""
+    each = lambda rows, ended: [text_of(row, why, tokenizer, stops) for row, why in zip(rows, ended.tolist(), strict=True)]
+    return [each(*pair) for pair in zip(completions.rows(), completions.ended, strict=True)]
 
 
 def text_metrics(completions: Completions) -> dict[str, float]:

@@ -227,7 +227,7 @@ def sample(policy: Path, prompts: list[str], config) -> list[list[str]]:
     params = hf.load_params(source, mesh)
     ids = tokenizer(prompts)["input_ids"]
     shape = shape_for(2 * len(ids), max(map(len, ids)), config.eval.max_new_tokens, mesh=mesh, slots=AT_ONCE)
-    generate = Generator(source.config, shape, stop_ids=[tokenizer.eos_token_id], mesh=mesh)
+    generate = Generator(source.config, shape, stop_ids=hf.end_ids(source, tokenizer), mesh=mesh)
     completions = generate(params, ids, jax.random.key(config.seed), n=2)
     return [[tokenizer.decode(t, skip_special_tokens=True) for t in two] for two in completions.rows()]
 

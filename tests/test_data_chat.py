@@ -210,8 +210,28 @@ def test_an_eos_is_never_doubled_and_a_missing_one_is_counted(chatml):
     assert shown(chatml, row) == ["[a<|im_end|>]<|im_end|>\n<|im_start|>user\nb<|im_end|>\n<|im_start|>assistant\n[c<|im_end|>]"]
     other = tiny.byte_tokenizer(CHATML, eos="</s>")  # the template ends turns with a token that is not this tokenizer's EOS
     examples, report = tokenize([row], other, max_length=99, max_prompt_length=0, vocab_size=999)
-    assert report.turns_without_eos == 2 and any("without an EOS" in line for line in report.lines())
+    assert report.turns_without_eos == 2 and any("without an end token" in line for line in report.lines())
     assert not (examples.tokens[examples.scored] == other.eos_token_id).any()
+
+
+@pytest.mark.parametrize("behind", ["", "\n", "</s>", "\n</s>"])  # as in Qwen's, Gemma's and both of Phi's templates
+def test_a_turn_ends_with_the_first_of_the_ends_at_its_back(behind):
+    tokenizer = tiny.byte_tokenizer(CHATML.replace("<|im_end|>\n", "<|im_end|>" + behind), eos="</s>")
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    (row,), _ = read([{"prompt": turns("hi"), "completion": turns("a", first="assistant")}])
+    (code,) = encode([row], tokenizer, [end])
+    assert tokenizer.decode(code.completions[0]) == "a<|im_end|>" and all(code.scored[0]) and code.turns_without_eos == 0
+    (code,) = encode([row], tokenizer)
+    assert code.turns_without_eos == ("</s>" not in behind) and tokenizer.decode(code.completions[0]) == f"a<|im_end|>{behind}"
+
+
+def test_an_end_inside_a_turn_is_counted_and_not_the_last(chatml):
+    tokenizer = tiny.byte_tokenizer(CHATML, eos="</s>")
+    (row,), _ = read([{"prompt": turns("hi"), "completion": turns("a</s> b", first="assistant")}])
+    ends = [tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    examples, report = tokenize([row], tokenizer, max_length=99, max_prompt_length=0, vocab_size=999, ends=ends)
+    assert tokenizer.decode(examples.tokens[examples.scored]) == "a</s> b<|im_end|>"
+    assert (report.eos_inside, report.turns_without_eos) == (1, 0)
 
 
 def test_several_spans_reach_the_batch_and_are_cut(chatml):

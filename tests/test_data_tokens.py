@@ -93,6 +93,15 @@ def test_an_eos_in_the_texts_is_kept_and_counted(bos):
     assert report.eos_inside == 1
 
 
+def test_a_text_that_has_an_end_gets_no_other(bos):
+    """The EOS is put behind texts without an end; one of the model's other ends is one."""
+    end = bos.convert_tokens_to_ids("<s>")
+    examples, report = run([("the", " cat<s>", " hat")], bos, ends=[end])
+    (_, chosen), (_, rejected) = sides(examples)
+    assert chosen[-1] == end and 1 not in chosen and rejected[-1] == 1 and end not in rejected
+    assert report.eos_inside == 0 and run([("the", " cat<s>", " hat")], bos)[1].eos_inside == 0
+
+
 def test_masks_come_from_lengths_where_pad_is_eos(bos):
     examples, _ = run([("the</s> sky", " is", " is blue and round")], bos)
     batch = assemble(examples, np.asarray([0]), padded_length(examples))

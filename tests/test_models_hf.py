@@ -163,6 +163,41 @@ def test_an_export_stops_at_the_eos_that_was_trained(file, config, after, copy):
     assert 2 in (stops if isinstance(stops, list) else [stops])
 
 
+@pytest.mark.parametrize(
+    ("file", "config", "ends"),
+    [
+        ({"eos_token_id": [1, 5]}, {"eos_token_id": 2}, {1, 2, 5}),  # Gemma's: <eos> and <end_of_turn>
+        ({"eos_token_id": [2, 7]}, {"eos_token_id": 2}, {2, 7}),  # Qwen's: <|im_end|> and <|endoftext|>
+        ({"eos_token_id": [7, 8, 9]}, {"eos_token_id": 7}, {2, 7, 8, 9}),  # Llama's: <|end_of_text|>, <|eom_id|>, <|eot_id|>
+        ({"eos_token_id": 7}, {"eos_token_id": [2, 8]}, {2, 7}),
+        ({"do_sample": True}, {"eos_token_id": [2, 8]}, {2}),
+        (None, {"eos_token_id": [2, 8]}, {2, 8}),  # no file: config.json's
+        (None, {"eos_token_id": None, "text_config": {"eos_token_id": 8}}, {2, 8}),
+        (None, {"eos_token_id": None}, {2}),
+    ],
+)
+def test_the_ends_are_the_tokenizers_and_those_that_transformers_stops_at(file, config, ends, copy):
+    fields = {name: value for name, value in (json.loads((copy / "config.json").read_text()) | config).items() if value is not None}
+    (copy / "config.json").write_text(json.dumps({name: value for name, value in fields.items() if name != "text_config"}))
+    generation = copy / "generation_config.json"
+    generation.unlink()
+    if file is not None:
+        generation.write_text(json.dumps(file))
+    source = hf.open_folder(copy)
+    (copy / "config.json").write_text(json.dumps(fields))
+    assert hf.end_ids(source._replace(hf=fields), tiny.tokenizer()) == tuple(sorted(ends))
+    name = "generation_config.json" if file is not None else "config.json"
+    theirs = transformers.GenerationConfig.from_pretrained(copy, config_file_name=name, _from_model_config=file is None).eos_token_id
+    assert {2, *(theirs if isinstance(theirs, list) else [] if theirs is None else [theirs])} == ends
+
+
+@pytest.mark.parametrize("ids", [96, -1, True, "2", [2, None], [2, [5]], {"a": 1}])
+def test_an_end_that_is_no_token_is_refused(ids, copy):
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    with pytest.raises(ValueError, match=r"eos_token_id .* in .*generation_config.json is none of the model's 96 tokens; correct it"):
+        hf.end_ids(hf.open_folder(copy), tiny.tokenizer())
+
+
 def test_a_damaged_generation_config(copy):
     folder = copy
     (folder / "generation_config.json").write_text("[1]")

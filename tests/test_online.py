@@ -20,13 +20,16 @@ from alignax import mesh as meshes
 from alignax.checkpoint import Checkpoints
 from alignax.cli import main
 from alignax.config import load_experiment, prompts_of_rollout
+from alignax.evaluate import Evaluation
 from alignax.experience import best_and_worst
 from alignax.fit import Observer
+from alignax.generate import STOP_ID
+from alignax.metrics import Log
 from alignax.models import hf
 from alignax.online import make_learn, measured, pretraining, reads_once, training_program
 from alignax.prepare import prepare
 from alignax.programs import abstract_frozen, abstract_rollout, abstract_state, make_experience, policy_model
-from alignax.rollout import Rollouts
+from alignax.rollout import Rollouts, decoded
 from alignax.start import check_step, critic_params, start
 from alignax.train import make_step
 
@@ -141,6 +144,24 @@ def test_a_run_says_what_it_must(grpo):
     assert [row["step"] for row in evaluations] == [0, 4, 8] and all("eval/gold" in row and "eval/kl" in row for row in evaluations)
     samples = [json.loads(line) for line in (grpo[0] / "samples.jsonl").read_text().splitlines()]
     assert samples[0].keys() == {"step", "prompt", "completion", "reward", "log_ratio", "gold"}
+
+
+def test_rollouts_and_evaluations_stop_at_every_end(fields, tmp_path):
+    """Those of the generation config too, as Gemma, Qwen and Phi have them; what ends a completion is no part of its text."""
+    shutil.copytree(fields["model.path"], tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, *range(14, 40)]}))
+    run = checked(arguments(tmp_path, GRPO, fields | {"workdir": str(tmp_path / "run"), "model.path": str(tmp_path / "model")}))
+    log = Log(run.workdir, steps=1, start=0, every=1, tensorboard=False, writes=False)
+    generate = Rollouts(run).generate
+    assert run.ends == (2, *range(14, 40))
+    assert generate.stop_ids == Evaluation(run, {}, log).generate.stop_ids == {*run.ends}
+    prompts = [run.train.examples.prompt_tokens(i).tolist() for i in range(8)]
+    out = generate(hf.load_params(run.source, run.mesh), prompts, jax.random.key(0), n=8)
+    ended = {
+        int(row[-1]) for group, why in zip(out.rows(), out.ended, strict=True) for row, w in zip(group, why, strict=True) if w == STOP_ID
+    }
+    assert len(ended - {2}) > 3 and not np.isin(np.concatenate(sum(out.answers(), [])), run.ends).any()
+    assert decoded(run.tokenizer, out) == [run.tokenizer.batch_decode(group, skip_special_tokens=True) for group in out.answers()]
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ prefixes. The tokens of a conversation up to a turn must be a prefix of the toke
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import takewhile
 from typing import Any, NamedTuple
 
@@ -155,20 +155,21 @@ def _template(tokenizer: Any, tools: Any) -> str:
     return template
 
 
-def encode(rows: Sequence[Prompted], tokenizer: Any) -> list[Encoded | Bad]:
+def encode(rows: Sequence[Prompted], tokenizer: Any, ends: Collection[int] = ()) -> list[Encoded | Bad]:
     """Tokens of conversational rows, as the chat template has them: no BOS and no EOS is added, and none taken away.
 
-    A scored turn ends with its first EOS in a row of them; what the template puts behind that is not scored, and behind the
-    last turn it is left out. A turn that the template ends without an EOS is counted.
+    A scored turn ends with the first end at its back, the tokenizer's EOS or one of `ends`; what the template puts behind that is
+    not scored, and behind the last turn it is left out. A turn that the template ends without one is counted.
     """
+    ends = {tokenizer.eos_token_id, *ends}
     spans = _by_marks if masks(tokenizer) == BY_MARKS else _by_prefixes
-    return [_row(row, tokenizer, spans) for row in rows]
+    return [_row(row, tokenizer, ends, spans) for row in rows]
 
 
 Spans = tuple[list[int], list[tuple[int, int]]]  # tokens of a conversation, and the beginning and end of each scored turn
 
 
-def _row(row: Prompted, tokenizer: Any, spans: Callable[[Any, Prompted, Any], Spans | Bad]) -> Encoded | Bad:
+def _row(row: Prompted, tokenizer: Any, ends: Collection[int], spans: Callable[[Any, Prompted, Any], Spans | Bad]) -> Encoded | Bad:
     if not any(row.completions):
         alone = encode_prompt(row.prompt, row.tools, tokenizer)
         return alone if isinstance(alone, Bad) else Encoded(alone[1], [[tokenizer.eos_token_id]], [b"\1"], alone[0])
@@ -179,7 +180,7 @@ def _row(row: Prompted, tokenizer: Any, spans: Callable[[Any, Prompted, Any], Sp
             found = spans(tokenizer, row, completion)
             if isinstance(found, Bad):
                 return found
-            sides.append(_side(*found, tokenizer.eos_token_id))
+            sides.append(_side(*found, ends, tokenizer))
     except _refusals() as error:
         return _refused(error)
     prompts = [prompt for prompt, *_ in sides]
@@ -249,15 +250,21 @@ def _by_marks(tokenizer: Any, row: Prompted, completion: list[Message]) -> Spans
     return out["input_ids"], spans[-sum(m["role"] == "assistant" for m in completion) :]
 
 
-def _side(ids: list[int], spans: list[tuple[int, int]], eos: int) -> tuple[list[int], list[int], bytes, int]:
-    """Prompt, completion, the completion's mask, and the number of its turns without an EOS."""
+def _side(ids: list[int], spans: list[tuple[int, int]], ends: Collection[int], tokenizer: Any) -> tuple[list[int], list[int], bytes, int]:
+    """Prompt, completion, the completion's mask, and the number of its turns without an end."""
     scored, without = [False] * len(ids), 0
     for start, end in spans:
-        last = max((i for i in range(start, end) if ids[i] == eos), default=None)
+        last = _end(ids, start, end, ends, tokenizer)
         if last is None:
             without, last = without + 1, end - 1
-        while last > start and ids[last] == ids[last - 1] == eos:
-            last -= 1
         scored[start : last + 1] = [True] * (last + 1 - start)
     first, stop = scored.index(True), len(scored) - scored[::-1].index(True)
     return ids[:first], ids[first:stop], bytes(scored[first:stop]), without
+
+
+def _end(ids: list[int], start: int, stop: int, ends: Collection[int], tokenizer: Any) -> int | None:
+    """The place of the token that ends a turn: the first of the ends at its back, between which is only white space; None: it has none."""
+    places = [i for i in range(start, stop) if ids[i] in ends]
+    while len(places) > 1 and not tokenizer.decode(ids[places[-2] + 1 : places[-1]]).strip():
+        places.pop()
+    return places[-1] if places else None

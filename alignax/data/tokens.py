@@ -3,7 +3,7 @@
 import itertools
 import pathlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -61,11 +61,15 @@ class Report(NamedTuple):
         if self.separators_added:
             lines.append(f"  prompts without a token, given a BOS or EOS: {self.separators_added:,}")
         if self.eos_inside:
-            lines.append(f"  completions with an EOS inside the text: {self.eos_inside:,}")
+            lines.append(f"  completions with an end token inside the text: {self.eos_inside:,}")
         if self.masks:
             lines.append(f"  conversations: scored turns are those of {self.masks}")
         if self.turns_without_eos:
-            lines.append(f"  scored turns that the chat template ends without an EOS, so that no end is learnt: {self.turns_without_eos:,}")
+            remedy = "put the template's own into eos_token_id of generation_config.json"
+            lines.append(
+                f"  scored turns that the chat template ends without an end token, so that no end is learnt: {self.turns_without_eos:,}"
+            )
+            lines.append(f"    {remedy}")
         if self.pairs_split:
             lines.append(f"  pairs split into a True and a False row each: {self.pairs_split:,}")
         lines.append(f"  tokens: {self.tokens:,}, of them scored {self.completion_tokens:,}; the longest row has {self.longest:,}")
@@ -76,7 +80,9 @@ class Report(NamedTuple):
         return {name: value for name, value in self._asdict().items() if name != "uncut"}
 
 
-def load_examples(path: str | pathlib.Path, data: Any, tokenizer: Any, vocab_size: int) -> tuple[Examples, Report]:
+def load_examples(
+    path: str | pathlib.Path, data: Any, tokenizer: Any, vocab_size: int, ends: Collection[int] = ()
+) -> tuple[Examples, Report]:
     """Read and tokenise one source (a file, a folder, a data set of the hub) as the `config.data` section says."""
     raw = read_rows(path)
     apart = holds_pairs(raw, data)
@@ -86,7 +92,7 @@ def load_examples(path: str | pathlib.Path, data: Any, tokenizer: Any, vocab_siz
     rows, rejected = prompted_rows(raw, data, path)
     del raw
     lengths = {"max_length": data.max_length, "max_prompt_length": data.max_prompt_length}
-    examples, report = tokenize(rows, tokenizer, vocab_size=vocab_size, rejected=rejected, **lengths)
+    examples, report = tokenize(rows, tokenizer, vocab_size=vocab_size, ends=ends, rejected=rejected, **lengths)
     return (unpair(examples), report._replace(pairs_split=report.kept)) if apart else (examples, report)
 
 
@@ -97,13 +103,14 @@ def tokenize(
     max_length: int,
     max_prompt_length: int,
     vocab_size: int,
+    ends: Collection[int] = (),
     rejected: Rejected | None = None,
 ) -> tuple[Examples, Report]:
     """Tokenise rows, each side as one string.
 
     A prompt tokenised alone may end in other tokens than it has in front of its completion, so the boundary is the common
-    prefix of ids of the prompt alone and of every side. A completion is the rest and exactly one EOS. Special tokens in
-    front are the tokenizer's own; where neither it nor the prompt gives a first token, BOS (else EOS) is put there.
+    prefix of ids of the prompt alone and of every side. A completion is the rest and exactly one end: the EOS, where it has none.
+    Special tokens in front are the tokenizer's own; where neither it nor the prompt gives a first token, BOS (else EOS) is put there.
     Conversations are tokenised by the chat template alone, see `alignax.data.chat.encode`.
 
     A prompt over `max_prompt_length` (0: no rule) keeps its last tokens, and a BOS in front within that number; a side over
@@ -116,6 +123,7 @@ def tokenize(
       max_length: tokens of prompt and completion.
       max_prompt_length: tokens of the prompt.
       vocab_size: rows of the model's embedding; an id at or above it is an error.
+      ends: tokens that end a completion beside the tokenizer's EOS, see `alignax.models.hf.end_ids`.
       rejected: what `prompted_rows` has left out, taken up in the report; says what becomes of bad rows.
 
     Returns:
@@ -123,6 +131,7 @@ def tokenize(
     """
     rejected = rejected or Rejected()
     _check_limits(max_length, max_prompt_length, tokenizer, rejected.path)
+    ends = {tokenizer.eos_token_id, *ends}
     responses = {len(row.completions) for row in rows}
     if len(responses) > 1:
         raise ValueError(f"{rejected.path} has rows of {sorted(responses)} completions; give every row the same number")
@@ -131,7 +140,7 @@ def tokenize(
     prompts: list[str] = []
     uncut: tuple[list[int], list[int]] = ([], [])
     ids, scored, lengths, longest_prompt = [], [], [], 0
-    for chunk, encoded in _encoded(rows, tokenizer):
+    for chunk, encoded in _encoded(rows, tokenizer, ends):
         sides, marks = [], []
         for row, code in zip(chunk, encoded, strict=True):
             if isinstance(code, Bad):
@@ -140,7 +149,7 @@ def tokenize(
             uncut[0].append(len(code.prompt))
             uncut[1].extend(map(len, code.completions))
             longest_prompt = max(longest_prompt, len(code.text))
-            fitted = _fit(code, tokenizer, max_length, max_prompt_length)
+            fitted = _fit(code, tokenizer, ends, max_length, max_prompt_length)
             if isinstance(fitted, Bad):
                 # Equal after the cut is no fault of the row, and nothing could be corrected in it.
                 rejected.add(fitted, row.row, fault=fitted.reason != IDENTICAL)
@@ -217,19 +226,19 @@ def _check_limits(max_length: int, max_prompt_length: int, tokenizer: Any, path:
         )
 
 
-def _encoded(rows: Sequence[Prompted], tokenizer: Any) -> Iterator[tuple[Sequence[Prompted], list[Encoded | Bad]]]:
+def _encoded(rows: Sequence[Prompted], tokenizer: Any, ends: Collection[int]) -> Iterator[tuple[Sequence[Prompted], list[Encoded | Bad]]]:
     """Chunks of rows, in tokens, each kind by its own way."""
     for start in range(0, len(rows), ROWS_AT_ONCE):
         chunk = rows[start : start + ROWS_AT_ONCE]
         texts = [row for row in chunk if isinstance(row.prompt, str)]
         conversations = [row for row in chunk if not isinstance(row.prompt, str)]
-        done = iter(encode_texts(texts, tokenizer) if texts else ())
-        chats = iter(chat.encode(conversations, tokenizer) if conversations else ())
+        done = iter(encode_texts(texts, tokenizer, ends) if texts else ())
+        chats = iter(chat.encode(conversations, tokenizer, ends) if conversations else ())
         yield chunk, [next(done) if isinstance(row.prompt, str) else next(chats) for row in chunk]
 
 
-def encode_texts(rows: Sequence[Prompted], tokenizer: Any) -> list[Encoded]:
-    """Rows of text in tokens, split at their boundaries, completions ended by one EOS."""
+def encode_texts(rows: Sequence[Prompted], tokenizer: Any, ends: Collection[int]) -> list[Encoded]:
+    """Rows of text in tokens, split at their boundaries, completions ended by one of `ends`: the EOS, where they have none."""
     eos = tokenizer.eos_token_id
     prompts = _text_ids([str(row.prompt) for row in rows], tokenizer)
     sides = iter(_text_ids([f"{row.prompt}{completion}" for row in rows for completion in row.completions], tokenizer))
@@ -237,7 +246,7 @@ def encode_texts(rows: Sequence[Prompted], tokenizer: Any) -> list[Encoded]:
     for prompt, row in zip(prompts, rows, strict=True):
         full = [next(sides) for _ in row.completions]
         boundary = min(_common(prompt, side) for side in full)
-        completions = [_ended(side[boundary:], eos) for side in full]
+        completions = [_ended(side[boundary:], eos, ends) for side in full]
         merged = boundary < len(prompt)
         out.append(Encoded(prompt[:boundary], completions, [b"\1" * len(c) for c in completions], str(row.prompt), merged))
     return out
@@ -261,9 +270,9 @@ def _separator(tokenizer: Any) -> int:
     return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
 
-def _fit(row: Encoded, tokenizer: Any, max_length: int, max_prompt_length: int) -> _Fitted | Bad:
+def _fit(row: Encoded, tokenizer: Any, ends: Collection[int], max_length: int, max_prompt_length: int) -> _Fitted | Bad:
     """Cut a row to length."""
-    eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
+    bos = tokenizer.bos_token_id
     whole = row.prompt or [_separator(tokenizer)]
     prompt = _cut_prompt(whole, max_prompt_length, bos)
     room = max_length - len(prompt)
@@ -278,22 +287,23 @@ def _fit(row: Encoded, tokenizer: Any, max_length: int, max_prompt_length: int) 
         "separators_added": int(not row.prompt),
         "prompts_cut": int(len(prompt) < len(whole)),
         "completions_cut": sum(len(completion) > room for completion in row.completions),
-        "eos_inside": sum(_eos_inside(*side, eos) for side in zip(completions, row.scored, strict=True)),
+        "eos_inside": sum(_end_inside(*side, ends) for side in zip(completions, row.scored, strict=True)),
         "turns_without_eos": row.turns_without_eos,
     }
     return _Fitted(prompt, completions, [side[:room] for side in row.scored], counts)
 
 
-def _eos_inside(completion: list[int], scored: bytes, eos: int) -> bool:
-    """Whether a scored EOS is followed by another scored token."""
-    return eos in completion[:-1] and any(token == eos and scored[i : i + 2] == b"\1\1" for i, token in enumerate(completion[:-1]))
+def _end_inside(completion: list[int], scored: bytes, ends: Collection[int]) -> bool:
+    """Whether a scored end is followed by another scored token."""
+    return any(token in ends and scored[i : i + 2] == b"\1\1" for i, token in enumerate(completion[:-1]))
 
 
-def _ended(completion: list[int], eos: int) -> list[int]:
+def _ended(completion: list[int], eos: int, ends: Collection[int]) -> list[int]:
+    """The completion with the first of the ends at its back alone, or with the EOS where it has none."""
     end = len(completion)
-    while end and completion[end - 1] == eos:
+    while end and completion[end - 1] in ends:
         end -= 1
-    return [*completion[:end], eos]
+    return completion[: end + 1] if end < len(completion) else [*completion, eos]
 
 
 def _common(a: list[int], b: list[int]) -> int:

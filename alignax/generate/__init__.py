@@ -2,11 +2,11 @@
 
 from alignax.generate.batch import require_exact, sampled_batch, sampler_gap, token_batch
 from alignax.generate.engine import Shape
-from alignax.generate.generator import LENGTH, STOP_ID, STOP_STRING, Completions, Generator, shape_for
+from alignax.generate.generator import Completions, Generator, shape_for
 from alignax.generate.sampling import Sampling
-from alignax.generate.stops import Stops
+from alignax.generate.stops import LENGTH, STOP_ID, STOP_STRING, Stops, text_of
 
 __all__ = [
     "LENGTH", "STOP_ID", "STOP_STRING", "Completions", "Generator", "Sampling", "Shape", "Stops", "require_exact", "sampled_batch",
-    "sampler_gap", "shape_for", "token_batch",
+    "sampler_gap", "shape_for", "text_of", "token_batch",
 ]  # fmt: skip

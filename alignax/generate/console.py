@@ -16,9 +16,9 @@ from alignax.data.files import SUFFIXES, read_rows, short
 from alignax.data.rows import Bad
 from alignax.data.tokens import prompt_ids
 from alignax.distributed import is_main
-from alignax.generate.generator import LENGTH, STOP_STRING, Completions, Generator
+from alignax.generate.generator import Completions, Generator
 from alignax.generate.sampling import Sampling
-from alignax.generate.stops import Stops
+from alignax.generate.stops import LENGTH, STOP_STRING, Stops, text_of
 from alignax.types import Params
 
 
@@ -125,13 +125,6 @@ def answer(generator: Generator, params: Params, prompts: Sequence[Prompt], key:
         show(found, len(prompts) > 1)
     for line in summary(out, seconds, generator.shape.slots, stops):
         print(line, file=sys.stderr)
-
-
-def text_of(tokens: Any, ended: str, tokenizer: Any, stops: Stops | None) -> str:
-    """A completion's text, without special tokens and from a stop string on."""
-    text = tokenizer.decode(tokens, skip_special_tokens=True)
-    found = stops.first(text) if stops is not None and ended == STOP_STRING else None
-    return text if found is None else text[: found[0]]
 
 
 def rows(prompts: Sequence[Prompt], out: Completions, tokenizer: Any, stops: Stops | None) -> list[list[dict[str, Any]]]:

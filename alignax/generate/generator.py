@@ -12,12 +12,11 @@ from jax.sharding import Mesh
 from alignax import mesh as meshes
 from alignax.generate.engine import Engine, Entries, Shape, Staged, State
 from alignax.generate.sampling import Sampling
-from alignax.generate.stops import Stops
+from alignax.generate.stops import LENGTH, STOP_ID, STOP_STRING, Stops, bare
 from alignax.models import cache as caches
 from alignax.models.transformer import ModelConfig
 from alignax.types import Params
 
-STOP_ID, STOP_STRING, LENGTH = "stop id", "stop string", "length"  # why a completion has ended
 Prompts = Sequence[Sequence[int]]
 
 
@@ -35,6 +34,10 @@ class Completions(NamedTuple):
     def rows(self) -> list[list[np.ndarray]]:
         """The tokens of each prompt's completions."""
         return [[t[m] for t, m in zip(*pair, strict=True)] for pair in zip(self.tokens, self.mask, strict=True)]
+
+    def answers(self) -> list[list[np.ndarray]]:
+        """The tokens of each prompt's completions, without the stop id that has ended them."""
+        return [[bare(*one) for one in zip(*pair, strict=True)] for pair in zip(self.rows(), self.ended, strict=True)]
 
 
 class Generator:

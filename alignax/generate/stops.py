@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+STOP_ID, STOP_STRING, LENGTH = "stop id", "stop string", "length"  # why a completion has ended
 SLACK = 8  # tokens of no text of their own: parts of a character, special ones
 
 
@@ -45,3 +46,22 @@ class Stops:
         if self.first(self.text(tokens[start:])) is None:
             return None
         return next(n for n in range(seen, len(tokens) + 1) if self.first(self.text(tokens[start:n])) is not None)
+
+
+def bare(tokens: Any, ended: str) -> Any:
+    """A completion's tokens without the stop id that has ended it."""
+    return tokens[:-1] if ended == STOP_ID else tokens
+
+
+def text_of(tokens: Any, ended: str, tokenizer: Any, stops: Stops | None = None) -> str:
+    """The text that a completion's tokens say: without special tokens, without what has ended it, and without what follows that.
+
+    Args:
+      tokens: with the stop id, or the tokens of the stop string, at their end.
+      ended: STOP_ID, STOP_STRING or LENGTH.
+      tokenizer: of the model.
+      stops: its stop strings.
+    """
+    text = tokenizer.decode(bare(tokens, ended), skip_special_tokens=True)  # an end need not be a special token
+    found = stops.first(text) if stops is not None and ended == STOP_STRING else None
+    return text if found is None else text[: found[0]]

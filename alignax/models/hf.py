@@ -35,6 +35,7 @@ from alignax.types import Params
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 SHARD_BYTES = 5 * 10**9  # of an exported file, as transformers has it
 GENERATION = "generation_config.json"
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")  # what a folder without that file says in its config.json
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 LayerReader = Callable[[str, Sequence[range]], Iterator[np.ndarray]]  # (leaf, ranges of its indices) -> its layers
 
@@ -425,14 +426,33 @@ def generation_config(source: Source) -> dict[str, Any]:
     """What a folder says of generation; where it has no file for that, what transformers takes from its config.json."""
     file = source.path / GENERATION
     if not file.is_file():
-        return {name: source.hf[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if source.hf.get(name) is not None}
+        outer, inner = source.hf, source.hf.get("text_config") or {}
+        found = {name: outer[name] if outer.get(name) is not None else inner.get(name) for name in SPECIAL}
+        return {name: value for name, value in found.items() if value is not None}
     return read_object(file, "fetch the model folder again")
 
 
 def stop_ids(source: Source) -> list[int]:
-    """The tokens that a folder's generation stops at."""
-    ids = generation_config(source).get("eos_token_id")
-    return [] if ids is None else list(ids) if isinstance(ids, list) else [ids]
+    """The tokens that a folder's generation stops at, as transformers decides.
+
+    Raises:
+      ValueError: for what is no token of the model.
+    """
+    found = generation_config(source).get("eos_token_id")
+    ids = [] if found is None else list(found) if isinstance(found, list) else [found]
+    if odd := [i for i in ids if type(i) is not int or not 0 <= i < source.config.vocab_size]:
+        file = source.path / (GENERATION if (source.path / GENERATION).is_file() else "config.json")
+        raise ValueError(f"eos_token_id {short(odd[0])} in {file} is none of the model's {source.config.vocab_size} tokens; correct it")
+    return ids
+
+
+def end_ids(source: Source, tokenizer: Any) -> tuple[int, ...]:
+    """The tokens that end a completion: the tokenizer's EOS, and every one that the folder's generation stops at.
+
+    Samplers stop at them, masks of conversations end with them, and a sample without one is truncated. What is put behind a text that has
+    none is the tokenizer's EOS alone.
+    """
+    return tuple(sorted({tokenizer.eos_token_id, *stop_ids(source)}))
 
 
 def _copy_small_files(source: Source, out: Path) -> None:

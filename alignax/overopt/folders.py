@@ -118,13 +118,12 @@ def sampled(config: Any, mesh: Mesh, seeds: Sequence[int]) -> list[Responses]:
     check_room(source.config, longest, c.max_new_tokens)
     rows = whole_rows(config, mesh)
     shape = shape_for(P * N, longest, c.max_new_tokens, mesh=mesh, slots=rows)
-    stop = {tokenizer.eos_token_id, *hf.stop_ids(source)}
-    generate = Generator(source.config, shape, stop_ids=[*stop], dtype=compute_dtype(config, mesh), mesh=mesh)
+    generate = Generator(source.config, shape, stop_ids=hf.end_ids(source, tokenizer), dtype=compute_dtype(config, mesh), mesh=mesh)
     params, out, cut = hf.load_params(source, mesh), [], 0
     for i, seed in enumerate(seeds):
         own = prompts[i * P : (i + 1) * P]
         found = generate(params, [prompt.ids for prompt in own], jax.random.key(seed), N)
-        texts = [[text_of(tokenizer, p.ids, tokens) for tokens in row] for p, row in zip(own, found.rows(), strict=True)]
+        texts = [[text_of(tokenizer, p.ids, tokens) for tokens in row] for p, row in zip(own, found.answers(), strict=True)]
         out.append(Responses(own, texts, found.mask.sum(axis=-1)))
         cut += int((found.ended == LENGTH).sum())
     total, different = P * N * len(seeds), sum(len(set(row)) for own in out for row in own.texts)
@@ -170,9 +169,8 @@ def rated(config: Any, mesh: Mesh, paths: Sequence[str], every: Sequence[Respons
     try:
         most = source.config.max_position_embeddings
         rejected = Rejected(config.folders.prompts)
-        examples, report = tokenize(
-            rows, tokenizer, max_length=most, max_prompt_length=0, vocab_size=source.config.vocab_size, rejected=rejected
-        )
+        sizes = {"max_length": most, "max_prompt_length": 0, "vocab_size": source.config.vocab_size}
+        examples, report = tokenize(rows, tokenizer, ends=hf.end_ids(source, tokenizer), rejected=rejected, **sizes)
         scores = rewards.score_examples(model.apply, model.params, examples, mesh, whole_rows(config, mesh), padded_length(examples))
     except ValueError as e:
         raise BadInput(f"{', '.join(paths)}: {e}") from e
