@@ -1,7 +1,9 @@
 """Adapters of every family: PEFT's logits, folders in and out, merging, and that they alone are trained."""
 
+import copy
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -15,9 +17,9 @@ from test_models_families import ROWS, T, logits_of
 
 from alignax.losses import dpo
 from alignax.mesh import make_mesh
-from alignax.models import hf, lora
+from alignax.models import adapter_config, hf, lora
 from alignax.models.lora import Lora, column_norms, find_targets, join, merge, modules, quantise, split
-from alignax.models.peft import read_adapter, write_adapter
+from alignax.models.peft import Adapted, read_adapter, write_adapter
 from alignax.models.transformer import forward
 
 FAMILY = {row: row.split(",")[0] for row in ROWS if "," not in row} | {"llama": "llama"}
@@ -75,6 +77,86 @@ def test_peft_folders_in_and_out(row, tmp_path):
     spec, adapters = read_adapter(tmp_path / "out", source, ONE)
     config = dataclasses.replace(source.config, lora=spec)
     np.testing.assert_allclose(logits_of(config)(join(base, adapters), tokens, mask)[mask], theirs[mask], atol=1e-4, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A random tiny model, its folder, and its parameters."""
+    folder = tmp_path_factory.mktemp("base")
+    model = torch_llama.write(folder, tie_word_embeddings=False)
+    source = hf.open_folder(folder)
+    return model, source, hf.load_params(source, ONE)
+
+
+Q, V, UP = "self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj"
+
+
+@pytest.mark.filterwarnings("ignore")  # of PEFT, about its own options
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"alpha_pattern": {f"layers.0.{Q}": 64}},
+        {"alpha_pattern": {"q_proj": 7, f"model.layers.1.{Q}": 64}},  # the first that matches
+        {"rank_pattern": {"[qk]_proj": 2, r"^model\.layers\.1\..*": 6}, "alpha_pattern": {f"layers.1.{V}": 3}, "use_rslora": True},
+        {"rank_pattern": {"q_proj": 5}, "alpha_pattern": {"v_proj": 9}, "use_dora": True},
+        {"target_modules": r".*layers\.1.*\.(q|up)_proj"},
+        {"target_modules": [f"model.layers.0.{Q}", f"layers.1.{UP}"]},
+        {"target_modules": ["q_proj", f"model.layers.0.{UP}"], "layers_to_transform": 1},  # a whole name is taken all the same
+        {"layers_to_transform": [1], "layers_pattern": ["h", "layers"]},
+        {"target_modules": "all-linear", "exclude_modules": [f"layers.0.{V}", "down_proj"]},
+        {"exclude_modules": r".*\.0\..*"},
+        {"target_modules": ["q_proj", "c_attn"]},  # of another family, which PEFT passes over
+        {"init_lora_weights": "gaussian", "loftq_config": {"loftq_bits": 4}},
+        {"init_lora_weights": "orthogonal"},
+        {"init_lora_weights": "mica", "lora_dropout": 0.5},
+        {"init_lora_weights": False, "fan_in_fan_out": True},
+    ],
+    ids=lambda x: "-".join(x),
+)
+def test_options_mean_what_peft_makes_of_them(options, base, tmp_path):
+    model, source, params = base
+    config = peft.LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"} | options)
+    theirs = peft.get_peft_model(copy.deepcopy(model), config)
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            if "lora_A" in name or "lora_B" in name:
+                p.copy_(0.3 * torch.randn_like(p))
+    theirs.save_pretrained(tmp_path / "adapter")
+    spec, adapters = read_adapter(tmp_path / "adapter", source, ONE)
+    write_adapter(adapters, spec, source, str(source.path), tmp_path / "again")
+    ours, changed = merge(spec, params, adapters)["layers"], 0
+    for name in ("adapter", "again"):  # as PEFT reads what it saved: it sorts the patterns as it saves
+        merged = peft.PeftModel.from_pretrained(copy.deepcopy(model), str(tmp_path / name)).merge_and_unload()
+        state = merged.state_dict()
+        for leaf, module in Adapted(source).names.items():
+            for i in range(2):
+                expected = state[f"{module.format(i)}.weight"].numpy().T
+                np.testing.assert_allclose(ours[leaf][i], expected, atol=1e-5, rtol=1e-5)
+                changed += np.abs(expected - params["layers"][leaf][i]).max() > 0.1
+    assert changed >= 2, "the adapter does something"
+
+
+def test_every_field_of_pefts_config_is_read_harmless_or_refused():
+    """Fields that a later version of PEFT adds are met here first; a folder with one that is set is refused."""
+    known = {*adapter_config.KINDS, *adapter_config.HARMLESS}
+    assert {field.name for field in dataclasses.fields(peft.LoraConfig)} - known == {
+        "megatron_config", "trainable_token_indices", "velora_config", "alora_invocation_tokens", "use_qalora", "monteclora_config",
+        "layer_replication", "lora_bias", "target_parameters", "use_bdlora", "arrow_config", "kasa_config",
+    }  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")  # of PEFT
+def test_an_adapter_of_a_reward_model_as_peft_saves_it(tmp_path):
+    config = torch_llama.transformers.LlamaConfig(**tiny.CONFIG | {"architectures": None, "num_labels": 1})
+    model = torch_llama.transformers.LlamaForSequenceClassification(config)
+    model.save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules="all-linear")
+    model = peft.get_peft_model(model, config)
+    model.save_pretrained(tmp_path / "adapter")
+    assert "classifier" in json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["modules_to_save"]
+    _, adapters = read_adapter(tmp_path / "adapter", hf.open_folder(tmp_path / "base"), ONE)
+    score = model.base_model.model.score.modules_to_save["default"].weight
+    np.testing.assert_array_equal(adapters["score"], score.detach().numpy().T)
 
 
 @pytest.fixture(scope="module")
@@ -178,14 +260,61 @@ def test_modules_of_a_family(folder):
     assert modules(dict(source.family.weights), leaves)["q"] == "model.layers.{}.self_attn.q_proj"
 
 
+@pytest.fixture(scope="module")
+def plain(folder, tmp_path_factory):
+    """An adapter folder of rank 2 for q alone."""
+    source, spec = hf.open_folder(folder), Lora(2, 4.0, ("q",))
+    adapters = hf.init_adapters(source, spec, ONE, hf.load_params(source, ONE), jax.random.key(0))
+    out = tmp_path_factory.mktemp("plain") / "adapter"
+    write_adapter(adapters, spec, source, str(folder), out)
+    return out
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
         ({"peft_type": "IA3"}, "peft_type 'IA3'; only LORA"),
         ({"bias": "all"}, "bias 'all', which is not supported"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save .'lm_head'., which is not supported"),
-        ({"target_modules": ["q_proj", "lm_head"]}, "adapts 'lm_head'; of this model only"),
-        ({"target_modules": ".*q_proj"}, "a list of module names, or all-linear"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "adapts 'lm_head', which is not supported"),
+        ({"target_modules": ".*(q_proj|norm)"}, "adapts 'model.layers.0.input_layernorm', which is not supported; merge that"),
+        ({"target_modules": 3}, "target_modules 3; it must be names of modules, a regular expression, or all-linear"),
+        ({"target_modules": "(q_proj"}, "target_modules with a regular expression that cannot be read .*; correct it"),
+        ({"target_modules": ["c_attn"]}, r"adapts nothing of this model: target_modules \['c_attn'\] leave no module"),
+        ({"exclude_modules": ["q_proj"]}, "adapts nothing"),
+        ({"layers_to_transform": [5]}, "adapts nothing"),
+        ({"layers_to_transform": [0], "target_modules": ".*q_proj"}, "layers_to_transform beside target_modules '.*q_proj'"),
+        ({"layers_to_transform": [0]}, r"has 2 tensors that its config does not describe, '.*layers\.1\.self_attn\.q_proj"),
+        (
+            {"layers_to_transform": [0], "use_dora": True},
+            r"adapts model\.layers\.\{\}\.self_attn\.q_proj of some layers alone with use_dora",
+        ),
+        ({"alpha_pattern": {"layers.7.self_attn.q_proj": 3}}, "alpha_pattern for 'layers.7.self_attn.q_proj', which matches no module"),
+        ({"rank_pattern": {"q_pro": 3}}, "rank_pattern for 'q_pro', which matches no module that is adapted"),
+        ({"alpha_pattern": {"layers.1.self_attn.q_proj": 1e-20}}, "float32 cannot hold both"),
+        *[
+            ({"init_lora_weights": name}, f"init_lora_weights '{name}', which changes the base .*; convert it to plain LoRA first")
+            for name in ("pissa", "pissa_niter_4", "olora", "OLoRA", "corda", "loftq", "lora_ga")
+        ],
+        *[
+            ({name: value}, f"has {name} .*, which is not supported; merge that adapter with peft first")
+            for name, value in {
+                "megatron_config": {"a": 1},
+                "trainable_token_indices": [1],
+                "velora_config": {"scale": 1.0},
+                "alora_invocation_tokens": [5],
+                "use_qalora": True,
+                "monteclora_config": {"num_samples": 2},
+                "layer_replication": [[0, 2]],
+                "lora_bias": True,
+                "target_parameters": ["experts.down_proj"],
+                "use_bdlora": {"nblocks": 2},
+                "arrow_config": {"top_k": 1},
+                "kasa_config": {"beta": 1.0},
+                "a_field_of_tomorrow": 1,
+                "bias": "lora_only",
+            }.items()
+        ],
         ({"target_modules": ["q_proj", "k_proj"]}, "lacks base_model.model.model.layers.0.self_attn.k_proj.lora_A.weight"),
         ({"target_modules": []}, "adapts nothing"),
         ({"r": 0}, "has r 0; it must be a whole number above 0"),
@@ -195,12 +324,8 @@ def test_modules_of_a_family(folder):
         ({"use_dora": "no"}, "use_dora 'no'; it must be true or false"),
     ],
 )
-def test_adapter_folders_that_are_refused(change, message, folder, tmp_path):
-    source = hf.open_folder(folder)
-    spec = Lora(2, 4.0, ("q",))
-    adapters = hf.init_adapters(source, spec, ONE, hf.load_params(source, ONE), jax.random.key(0))
-    write_adapter(adapters, spec, source, str(folder), tmp_path / "out")
-    file = tmp_path / "out" / "adapter_config.json"
+def test_adapter_folders_that_are_refused(change, message, folder, plain, tmp_path):
+    source, file = hf.open_folder(folder), shutil.copytree(plain, tmp_path / "out") / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(ValueError, match=message):
         read_adapter(tmp_path / "out", source, ONE)
@@ -231,6 +356,10 @@ def test_damaged_adapter_files(folder, tmp_path):
         read_adapter(out, source, ONE)
     (out / "adapter_config.json").write_text("[]")
     with pytest.raises(ValueError, match="is not a JSON object|peft_type None"):
+        read_adapter(out, source, ONE)
+    (out / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "target_modules": ["q_proj"]}))
+    (out / "adapter_model.safetensors").rename(out / "adapter_model.bin")
+    with pytest.raises(ValueError, match="weights as adapter_model.bin, which could run code; save it as adapter_model.safetensors"):
         read_adapter(out, source, ONE)
     with pytest.raises(ValueError, match="has no adapter_config.json"):
         read_adapter(folder, source, ONE)

@@ -9,7 +9,6 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,32 +19,15 @@ from jax.sharding import Mesh
 from alignax import mesh as meshes
 from alignax.data.files import short
 from alignax.distributed import is_main, together
-from alignax.models import families, hf, lora, reward
+from alignax.models import adapter_config, hf, lora, reward
 from alignax.models.layout import Place, joined, places
 from alignax.models.lora import MARK, Lora
 from alignax.types import Params
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+DEFAULTS = {"r": 8, "lora_alpha": 8}  # of PEFT
 SCORE = PREFIX + "score.weight"  # a reward model's head, which is trained and stored whole
-# What PEFT has and we have not: field -> the only values that mean nothing.
-PLAIN: dict[str, tuple[Any, ...]] = {
-    "bias": ("none", None), "modules_to_save": (None, [], ["score"]), "layers_to_transform": (None, []), "layer_replication": (None, []),
-    "lora_bias": (False, None), "target_parameters": (None, []), "use_qalora": (False, None), "alora_invocation_tokens": (None, []),
-    "trainable_token_indices": (None, []), "exclude_modules": (None, []), "arrow_config": (None,), "use_bdlora": (None, False),
-}  # fmt: skip
-_WHOLE, _NUMBER = families.KINDS["a whole number above 0"], families.KINDS["a number above 0"]
-_SWITCH: tuple[str, Callable[[Any], bool]] = ("true or false", lambda x: x is None or type(x) is bool)
-# What is read of it: field -> its kind.
-KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "r": ("a whole number above 0", _WHOLE),
-    "lora_alpha": ("a number above 0", _NUMBER),
-    "rank_pattern": ("whole numbers by module", lambda x: x is None or (type(x) is dict and all(map(_WHOLE, x.values())))),
-    "alpha_pattern": ("numbers by module", lambda x: x is None or (type(x) is dict and all(map(_NUMBER, x.values())))),
-    "target_modules": ("a list of module names, or all-linear", lambda x: x == "all-linear" or families.KINDS["a list of texts"](x)),
-    "use_rslora": _SWITCH,
-    "use_dora": _SWITCH,
-}
 
 
 class Adapted:
@@ -64,6 +46,13 @@ class Adapted:
         for leaf in source.family.weights:
             if (matrix := leaf.removeprefix("layers.")) in self.names:
                 self.modules.setdefault(self.names[matrix], []).append(matrix)
+
+        named = {w.name.rpartition(".")[0].format(i, 0) for w in source.family.weights.values() for i in range(self.layers)}
+        self.others = sorted(named - set(self.every()))  # modules with weights that are not adapted here
+
+    def every(self) -> list[str]:
+        """The whole names of the modules that can be adapted, layer by layer."""
+        return [module.format(i) for i in range(self.layers) for module in self.modules]
 
     def width(self, matrix: str) -> int:
         """Outputs of a matrix."""
@@ -165,22 +154,39 @@ def read_adapter(folder: Path, source: hf.Source, mesh: Mesh) -> tuple[Lora, Par
     layers: dict[str, list[np.ndarray]] = {}
     for module, matrices in adapted.modules.items():
         for i in range(adapted.layers if matrices[0] in spec.targets else 0):
-            at, (rank, scale) = PREFIX + module.format(i), modules[module]
-            place, inputs = adapted.place(matrices[0]), adapted.shapes["layers." + matrices[0]][-2]
-            outputs = place.groups * place.stride
-            a = _take(stored, f"{at}.lora_A.weight", (rank, inputs), folder).T  # [in, r]
-            b = _take(stored, f"{at}.lora_B.weight", (outputs, rank), folder).T * (scale / spec.scale)  # [r, out]
-            m = _take(stored, f"{at}.lora_magnitude_vector", (outputs,), folder)[None] if spec.dora else None
-            more = ((0, 0), (0, spec.rank - rank))
-            for n in matrices:
-                columns = np.concatenate([np.arange(s.start, s.stop) for s in adapted.place(n).spans(range(adapted.width(n)))])
-                layers.setdefault(f"{n}{MARK}a", []).append(np.pad(a, more))
-                layers.setdefault(f"{n}{MARK}b", []).append(np.pad(b[:, columns], more[::-1]))
-                if m is not None:
-                    layers.setdefault(f"{n}{MARK}m", []).append(m[0, columns])
+            at = module.format(i)
+            for name, x in _read_module(stored, at, matrices, modules.get(at, (0, 0.0)), spec, adapted, folder).items():
+                layers.setdefault(name, []).append(x)
     if stored:
         raise ValueError(f"{folder / WEIGHTS} has {len(stored)} tensors that its config does not describe, {short(min(stored))} first")
     return spec, place_adapters({name: np.stack(parts) for name, parts in layers.items()}, spec, source, mesh) | head
+
+
+def _read_module(
+    stored: dict[str, np.ndarray],
+    module: str,
+    matrices: list[str],
+    how: tuple[int, float],
+    spec: Lora,
+    adapted: Adapted,
+    folder: Path,
+) -> dict[str, np.ndarray]:
+    """The leaves that a module's tensors hold, filled up to the rank of the whole with zeros, which training leaves zeros.
+
+    `how`: its rank, 0 where it is not adapted, and scale.
+    """
+    at, (rank, scale) = PREFIX + module, how
+    place, inputs = adapted.place(matrices[0]), adapted.shapes["layers." + matrices[0]][-2]
+    outputs, leaves = place.groups * place.stride, {}
+    a, b, m = np.zeros((inputs, spec.rank), np.float32), np.zeros((spec.rank, outputs), np.float32), None
+    if rank:
+        a[:, :rank] = _take(stored, f"{at}.lora_A.weight", (rank, inputs), folder).T
+        b[:rank] = _take(stored, f"{at}.lora_B.weight", (outputs, rank), folder).T * (scale / spec.scale)
+        m = _take(stored, f"{at}.lora_magnitude_vector", (outputs,), folder) if spec.dora else None
+    for n in matrices:
+        columns = np.concatenate([np.arange(s.start, s.stop) for s in adapted.place(n).spans(range(adapted.width(n)))])
+        leaves |= {f"{n}{MARK}a": a, f"{n}{MARK}b": b[:, columns]} | ({} if m is None else {f"{n}{MARK}m": m[columns]})
+    return leaves
 
 
 def _read_head(folder: Path, stored: dict[str, np.ndarray], source: hf.Source, mesh: Mesh) -> Params:
@@ -201,34 +207,25 @@ def place_adapters(layers: dict[str, np.ndarray], spec: Lora, source: hf.Source,
 
 
 def read_config(folder: Path, source: hf.Source) -> tuple[Lora, dict[str, tuple[int, float]]]:
-    """How a PEFT folder adapts, and the rank and the scale of each module; the rank of the whole is the largest of them."""
+    """How a PEFT folder adapts, and the rank and the scale of each module, by its whole name; the rank of the whole is the largest."""
     file = folder / CONFIG
     if not file.is_file():
         raise ValueError(f"{str(folder)!r} has no {CONFIG}; give the path of a PEFT adapter folder")
-    config = hf.read_object(file, "fetch the adapter again")
-    if config.get("peft_type") != "LORA":
-        raise ValueError(f"{file} has peft_type {short(config.get('peft_type'))}; only LORA is supported")
-    for field, fine in PLAIN.items():
-        if field in config and config[field] not in fine:
-            raise ValueError(f"{file} has {field} {short(config[field])}, which is not supported; merge that adapter with peft first")
-    for field, (kind, is_kind) in KINDS.items():
-        if not is_kind(config.get(field)):
-            raise ValueError(f"{file} has {field} {short(config.get(field))}; it must be {kind}")
+    config = DEFAULTS | hf.read_object(file, "fetch the adapter again")
+    adapter_config.check(config, file)
     adapted = Adapted(source)
-    wanted = config["target_modules"]
-    ends = lambda module, name: module == name or module.endswith("." + name)
-    chosen = [m for m in adapted.modules if wanted == "all-linear" or any(ends(m, name) for name in wanted)]
-    odd = [name for name in (wanted if isinstance(wanted, list) else []) if not any(ends(m, name) for m in adapted.modules)]
-    if odd or not chosen:
-        what = short(odd[0]) if odd else "nothing"
-        raise ValueError(f"{file} adapts {what}; of this model only {', '.join(adapted.modules)} can be")
-    per = lambda field, m, plain: next((x for name, x in (config.get(field) or {}).items() if ends(m, name)), plain)
-    ranks = {m: per("rank_pattern", m, config["r"]) for m in chosen}
-    alphas = {m: per("alpha_pattern", m, config["lora_alpha"]) for m in chosen}
-    scales = {m: alphas[m] / (math.sqrt(ranks[m]) if config.get("use_rslora") else ranks[m]) for m in chosen}
+    chosen = adapter_config.chosen(config, adapted.every(), adapted.others, file)
+    ranks = adapter_config.of_each(config, "rank_pattern", config["r"], chosen, file)
+    alphas = adapter_config.of_each(config, "alpha_pattern", config["lora_alpha"], chosen, file)
     largest = max(chosen, key=lambda m: ranks[m])
-    targets = tuple(n for n in lora.MATRICES if n in adapted.names and adapted.names[n] in chosen)
+    own = {module: [m for m in map(module.format, range(adapted.layers)) if m in ranks] for module in adapted.modules}
+    if config.get("use_dora") and (partly := next((m for m, there in own.items() if 0 < len(there) < adapted.layers), None)):
+        raise ValueError(f"{file} adapts {partly} of some layers alone with use_dora, which is not supported; {adapter_config.REMEDY}")
+    targets = tuple(n for n in lora.MATRICES if n in adapted.names and own[adapted.names[n]])
     spec = Lora(ranks[largest], alphas[largest], targets, bool(config.get("use_rslora")), bool(config.get("use_dora")))
+    scales = {m: adapter_config.scale(config, ranks[m], alphas[m]) for m in chosen}
+    if odd := next((m for m in chosen if not 1e-6 < scales[m] / spec.scale < 1e6), None):
+        raise ValueError(f"{file} scales {odd} by {scales[odd]:g} and {largest} by {spec.scale:g}; float32 cannot hold both, correct it")
     return spec, {m: (ranks[m], scales[m]) for m in chosen}
 
 
@@ -237,6 +234,10 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
 
     file = folder / WEIGHTS
     if not file.is_file():
+        if (folder / "adapter_model.bin").is_file():
+            raise ValueError(
+                f"{str(folder)!r} has its weights as adapter_model.bin, which could run code; save it as {WEIGHTS} with peft first"
+            )
         raise ValueError(f"{str(folder)!r} has no {WEIGHTS}; fetch the adapter again")
     for name, (dtype, _) in hf.header(file).items():
         hf.check_type(name, dtype, file)

@@ -1,0 +1,153 @@
+"""PEFT's adapter_config.json: what every field of it means here.
+
+A field is used, or changes nothing that an adapter computes once its weights are loaded, or it is refused by name; one that is not known
+is refused too, unless it is null, false or empty. Modules are matched by PEFT's own rules, on their whole names.
+"""
+
+import math
+import re
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from alignax.data.files import one_line, short
+from alignax.models import families, reward
+
+Json = dict[str, Any]
+REMEDY = "merge that adapter with peft first"
+# Fields that change nothing that a loaded adapter computes: notes, dropout, and the settings of ways to begin (`init_lora_weights`).
+HARMLESS = (
+    "task_type", "base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping", "lora_dropout", "fan_in_fan_out",
+    "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "ensure_weight_tying",
+    "runtime_config", reward.OFFSET,
+)  # fmt: skip
+# Ways to begin that leave the base as it is. The others (pissa, olora, corda, loftq, lora_ga) took the adapter's first value off the base.
+BEGINNINGS = ("gaussian", "eva", "orthogonal", "mica")
+HEADS = ("score", "classifier")  # that PEFT names of every model for sequence classification
+
+_WHOLE, _NUMBER, _NAMES = (families.KINDS[kind] for kind in ("a whole number above 0", "a number above 0", "a list of texts"))
+_INDEX = families.KINDS["a whole number, 0 or more"]
+_text_or_names = lambda x: type(x) is str or _NAMES(x)
+Kind = tuple[str, Callable[[Any], bool]]
+_SWITCH: Kind = ("true or false", lambda x: x is None or type(x) is bool)
+# What is read: field -> its kind.
+KINDS: dict[str, Kind] = {
+    "peft_type": ("text", lambda x: type(x) is str),
+    "r": ("a whole number above 0", _WHOLE),
+    "lora_alpha": ("a number above 0", _NUMBER),
+    "rank_pattern": ("whole numbers by module", lambda x: x is None or (type(x) is dict and all(map(_WHOLE, x.values())))),
+    "alpha_pattern": ("numbers by module", lambda x: x is None or (type(x) is dict and all(map(_NUMBER, x.values())))),
+    "target_modules": ("names of modules, a regular expression, or all-linear", _text_or_names),
+    "exclude_modules": ("names of modules or a regular expression", lambda x: x is None or _text_or_names(x)),
+    "layers_to_transform": ("indices of layers", lambda x: x is None or _INDEX(x) or (type(x) is list and all(map(_INDEX, x)))),
+    "layers_pattern": ("names of lists of layers", lambda x: x is None or _text_or_names(x)),
+    "modules_to_save": ("a list of texts", lambda x: x is None or _NAMES(x)),
+    "init_lora_weights": ("true, false or text", lambda x: x is None or type(x) in (bool, str)),
+    "bias": ("text", lambda x: x is None or type(x) is str),
+    "use_rslora": _SWITCH,
+    "use_dora": _SWITCH,
+}
+
+
+def check(config: Json, file: Path) -> None:
+    """Refuses fields of another kind, and those that ask for what is not here."""
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{file} has peft_type {short(config.get('peft_type'))}; only LORA is supported")
+    for field, (kind, is_kind) in KINDS.items():
+        if not is_kind(config.get(field)):
+            raise ValueError(f"{file} has {field} {short(config.get(field))}; it must be {kind}")
+    begin = config.get("init_lora_weights")
+    if isinstance(begin, str) and begin.lower() not in BEGINNINGS:
+        raise ValueError(
+            f"{file} has init_lora_weights {short(begin)}, which changes the base as the adapter is loaded; convert it to plain LoRA first "
+            "(path_initial_model_for_weight_conversion of peft's save_pretrained)"
+        )
+    beyond = {name: value for name, value in config.items() if value and name not in KINDS and name not in HARMLESS}
+    if config.get("bias") not in (None, "none"):
+        beyond["bias"] = config["bias"]
+    if not set(config.get("modules_to_save") or ()) <= set(HEADS):
+        beyond["modules_to_save"] = config["modules_to_save"]
+    for field, value in beyond.items():
+        raise ValueError(f"{file} has {short(field)[1:-1]} {short(value)}, which is not supported; {REMEDY}")
+    if config.get("layers_to_transform") is not None and isinstance(config["target_modules"], str):
+        raise ValueError(f"{file} has layers_to_transform beside target_modules {short(config['target_modules'])}, which PEFT refuses")
+
+
+def chosen(config: Json, modules: Sequence[str], others: Iterable[str], file: Path) -> list[str]:
+    """The modules that are adapted.
+
+    Args:
+      config: checked.
+      modules: whole names of those that can be: `model.layers.0.self_attn.q_proj`.
+      others: of the model's other modules with weights.
+      file: for messages.
+
+    Raises:
+      ValueError: for a target among the others, and where none is left.
+    """
+    wanted = config["target_modules"]
+    if isinstance(wanted, str) and wanted.lower() == "all-linear":
+        found = [m for m in modules if not _excluded(config, m, file)]
+    else:
+        hit = lambda m: not _excluded(config, m, file) and _targeted(config, m, file)
+        if odd := next(filter(hit, others), None):
+            raise ValueError(f"{file} adapts {odd!r}, which is not supported; {REMEDY}")
+        found = list(filter(hit, modules))
+    if not found:
+        raise ValueError(f"{file} adapts nothing of this model: target_modules {short(wanted)} leave no module; is it of this model?")
+    return found
+
+
+def of_each(config: Json, field: str, plain: float, modules: Sequence[str], file: Path) -> dict[str, Any]:
+    """Module -> its value in `rank_pattern` or `alpha_pattern`: that of the first key that its name ends with, as PEFT has it."""
+    patterns = {key: _compiled(rf"(.*\.)?({key})$", field, file) for key in config.get(field) or {}}
+    for key, pattern in patterns.items():
+        if not any(map(pattern.match, modules)):
+            raise ValueError(
+                f"{file} has {field} for {short(key)}, which matches no module that is adapted ({modules[0]}, say); correct it"
+            )
+    own = lambda m: next((config[field][key] for key, pattern in patterns.items() if pattern.match(m)), plain)
+    return {m: own(m) for m in modules}
+
+
+def scale(config: Json, rank: int, alpha: float) -> float:
+    """What A B is multiplied by."""
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _excluded(config: Json, module: str, file: Path) -> bool:
+    """Whether PEFT leaves a module out before it looks at the targets."""
+    names = config.get("exclude_modules") or []
+    if isinstance(names, str):
+        return bool(_compiled(names, "exclude_modules", file).fullmatch(module))
+    saved = config.get("modules_to_save") or []
+    return _ends(module, names) or any(re.match(rf"(^|.*\.){re.escape(name)}($|\..*)", module) for name in saved)
+
+
+def _targeted(config: Json, module: str, file: Path) -> bool:
+    """Whether `target_modules` and `layers_to_transform` name a module."""
+    wanted, layers = config["target_modules"], config.get("layers_to_transform")
+    if isinstance(wanted, str):
+        return bool(_compiled(wanted, "target_modules", file).fullmatch(module))
+    if module in wanted or layers in (None, []):
+        return _ends(module, wanted)
+    lists = config.get("layers_pattern") or r"[^.]*"
+    for name in [lists] if isinstance(lists, str) else lists:
+        if at := _compiled(rf"(?:^|.*?\.){name}\.(?P<idx>\d+)\.", "layers_pattern", file).match(module):
+            return _ends(module, wanted) and int(at["idx"]) in (layers if isinstance(layers, list) else [layers])
+    return False
+
+
+def _ends(module: str, names: Sequence[str]) -> bool:
+    """Whether a module has one of the names, or ends with it after a dot."""
+    return any(module == name or module.endswith("." + name) for name in names)
+
+
+def _compiled(pattern: str, field: str, file: Path) -> re.Pattern[str]:
+    """A regular expression of a field."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of odd, valid expressions
+            return re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as e:
+        raise ValueError(f"{file} has {field} with a regular expression that cannot be read ({one_line(e)}); correct it") from e
