@@ -26,7 +26,19 @@ from alignax.checks import (
     check_rollout,
     check_token_kl,
 )
-from alignax.config import HEAD, PRETRAIN, ROLLOUTS, Experiment, asked, blaming, difference, load_experiment, steps_of_turn, trunk_values
+from alignax.config import (
+    HEAD,
+    PRETRAIN,
+    ROLLOUTS,
+    Experiment,
+    asked,
+    blaming,
+    check_kept,
+    difference,
+    load_experiment,
+    steps_of_turn,
+    trunk_values,
+)
 from alignax.data import Batches, Examples, Report, load, padded_length
 from alignax.data.files import one_line
 from alignax.data.mixture import sources
@@ -266,6 +278,7 @@ def load_tokenizer(path: Path, vocab_size: int) -> Any:
 def check_workdir(run: Run) -> None:
     """Refuses the workdir of another run, and one that cannot be written."""
     workdir, experiment = run.workdir, run.experiment
+    check_kept(experiment)
     saved = workdir / "config.py"
     place = next(p for p in (workdir, *workdir.absolute().parents) if p.exists())
     if saved.is_file():

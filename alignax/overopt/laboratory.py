@@ -15,7 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from alignax.config import BadInput, Experiment, difference, effective, load_experiment
+from alignax.config import BadInput, Experiment, check_kept, difference, effective, load_experiment
 from alignax.experience.ensembles import Aggregate
 from alignax.losses import Loss
 from alignax.overopt import bestofn
@@ -89,6 +89,7 @@ def open_workdir(experiment: Experiment) -> Path:
         raise BadInput(f"workdir {str(workdir)!r} is a file; choose a new or empty folder")
     workdir.mkdir(parents=True, exist_ok=True)
     if {file.name for file in workdir.iterdir()} <= {"config.py", "config.py.tmp"}:  # nothing was measured yet
+        check_kept(experiment)
         replace(saved, effective(experiment))
     elif not saved.is_file():
         raise BadInput(f"workdir {str(workdir)!r} holds other files; choose a new or empty folder")
