@@ -8,7 +8,6 @@ are restored must have these digests, so no flipped bit is used. Data needs no p
 import dataclasses
 import logging
 import math
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ import orbax.checkpoint as ocp
 
 from alignax.data.files import short
 from alignax.mesh import gathered
+from alignax.output import require_space
 from alignax.train import leaf_digests
 from alignax.types import TrainState
 
@@ -61,7 +61,7 @@ class Checkpoints:
         Raises:
           OSError: when the disk has no room for it; nothing is written then.
         """
-        require_space(self.path, nbytes(state))
+        require_space(self.path, nbytes(state), "a checkpoint", "make room, or choose another workdir")
         step = int(state.step)
         if step in self._manager.all_steps():
             return
@@ -177,13 +177,3 @@ def nbytes(tree: Any) -> int:
     """Bytes of a tree's arrays, all processes together; they may be abstract."""
     numeric = [x for x in jax.tree.leaves(tree) if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)]
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in numeric)
-
-
-def require_space(path: Path, need: int) -> None:
-    """An error before anything is written, if the disk has no room for `need` bytes and a tenth."""
-    place = next(p for p in (path, *path.parents) if p.exists())
-    free = shutil.disk_usage(place).free
-    if free < 1.1 * need:
-        raise OSError(
-            f"a checkpoint takes {need / 1e9:.3f} GB and {str(path)!r} has {free / 1e9:.3f} GB free; make room, or choose another workdir"
-        )

@@ -12,6 +12,7 @@ import inspect
 import math
 import tempfile
 import traceback
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -356,6 +357,12 @@ def literal(name: str, value: Any) -> str:
         f"config field {name!r} is {short(value)} of type {type(value).__name__}, which the config of a run cannot hold; "
         "use text, true, false, None, finite numbers of Python, and tuples, lists and dictionaries of these"
     )
+
+
+def identity(experiment: Experiment, free: Sequence[str]) -> str:
+    """A digest of all that makes two experiments one by `difference`."""
+    fields = [(name, value) for name, value in sorted(flat(experiment.config).items()) if not name.startswith(tuple(free))]
+    return f"{zlib.crc32(repr((fields, _code(experiment))).encode()):08x}"
 
 
 def check_kept(experiment: Experiment) -> None:

@@ -12,6 +12,7 @@ import optax
 from jax.sharding import Mesh
 
 from alignax import mesh as meshes
+from alignax import output
 from alignax.averages import Average
 from alignax.checks import (
     check_averages,
@@ -35,6 +36,7 @@ from alignax.config import (
     blaming,
     check_kept,
     difference,
+    identity,
     load_experiment,
     steps_of_turn,
     trunk_values,
@@ -275,6 +277,11 @@ def load_tokenizer(path: Path, vocab_size: int) -> Any:
     return tokenizer
 
 
+def origin(experiment: Experiment) -> str:
+    """What a run writes into the folders of its models, to know them again."""
+    return f"run {identity(experiment, FREE)}"
+
+
 def check_workdir(run: Run) -> None:
     """Refuses the workdir of another run, and one that cannot be written."""
     workdir, experiment = run.workdir, run.experiment
@@ -287,10 +294,19 @@ def check_workdir(run: Run) -> None:
             raise ValueError(f"workdir {str(workdir)!r} belongs to another run ({'; '.join(lines[:4])}); choose another workdir")
     elif not place.is_dir():
         raise ValueError(f"workdir {str(workdir)!r} cannot be a folder: {str(place)!r} is a file; choose another workdir")
-    elif place == workdir and any(p.name != "config.py.tmp" for p in workdir.iterdir()):
+    elif place == workdir and any(not output.unfinished(p) for p in workdir.iterdir()):
         raise ValueError(f"workdir {str(workdir)!r} holds other files; choose a new or empty folder")
     if not os.access(place, os.W_OK | os.X_OK):
         raise ValueError(f"workdir {str(workdir)!r} cannot be written: {str(place)!r} is closed to you; choose another workdir")
+    for folder in exports(run) if run.config.export.final else ():
+        output.claim(folder, origin(experiment), remedy="move it away")
+
+
+def exports(run: Run) -> list[Path]:
+    """The folders that a run writes at its end: `export`, of adapters also `adapter`, of an ensemble one in each for every member."""
+    kinds = ["adapter", "export"] if run.lora is not None and run.lora.targets else ["export"]
+    members = [f"member_{k}" for k in range(run.members)] or [""]
+    return [run.workdir / kind / name for kind in kinds for name in members]
 
 
 def make_apply(model: transformer.ModelConfig, config: Any, dtype: Any, mesh: Mesh, teacher: Any = None) -> Apply:
