@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from alignax.data.files import check_local
 from alignax.generate.console import Request
 
 USAGE = """usage: alignax train  --config FILE.py [--config.FIELD=VALUE ...] [--dry-run]
@@ -155,6 +156,9 @@ def parse(args: Sequence[str]) -> Arguments:
         raise ValueError(f"`alignax {command}` needs --config FILE.py, such as experiments/{example}.py")
     if command == "anchor" and not samples:
         raise ValueError("`alignax anchor` needs --samples FILE, rows that `alignax generate MODEL --out FILE` wrote of the initial policy")
+    named = {"--config": file, "--json": json, "--out": request.out, "--samples": samples, "--prompts": request.prompts}
+    for name, text in [*named.items(), *((f"a word of `alignax {command}`", word) for word in words)]:
+        check_local(text, name, hub=name in ("--samples", "--prompts"))
     return Arguments(command, words, overrides, file, dry, json, samples, scale, penalty, request, force)
 
 

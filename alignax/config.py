@@ -18,12 +18,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from alignax.data.files import one_line, short
+from alignax.data.files import check_local, one_line, short
 
 OFFERED = ("config", "reference", "policy", "ensemble", "prompts")  # what an experience may ask for, by the names of its parameters
 HEAD = "head"  # what `model.critic` is of a critic on the policy's trunk
 ROLLOUTS, PRETRAIN = "rollouts", "pretrain"  # the batches that losses of online training may be of, by name
 MARK = "# --- the effective config of this run; alignax wrote this part ---"
+
+
+PATHS = (
+    "workdir", "model.path", "model.critic", "lora.path", "reference.path", "reference.cache", "reward.path",
+    "data.train", "data.eval", "data.pretrain", "data.ood",
+)  # fmt: skip
 
 
 class BadInput(ValueError):
@@ -223,6 +229,7 @@ def check_config(config: Any, file: Path) -> None:
             raise ValueError(f"config field {name!r} of {file} is {value!r}; it must be {_a(default)}, such as {default!r}")
     for name, value in fields.items():
         _in_range(name, value)
+        check_path(name, value)
 
 
 def asked(experience: Callable | None) -> tuple[str, ...]:
@@ -249,6 +256,7 @@ def set_field(config: Any, override: str) -> None:
     if hasattr(old, "items"):
         raise ValueError(f"config field {path!r} is a group; set one of its fields: {', '.join(sorted(old))}")
     if isinstance(old, str):
+        check_path(path, text)
         node[name] = text
         return
     try:
@@ -281,6 +289,12 @@ def nearest(path: str, fields: Sequence[str]) -> str:
         return (name == initials) + difflib.SequenceMatcher(None, path, field).ratio()
 
     return max(own or fields, key=likeness)
+
+
+def check_path(name: str, value: str) -> None:
+    """Refuses a URL in a field of paths."""
+    if name in PATHS:
+        check_local(value, f"config field {name!r}", hub=name.startswith("data."))
 
 
 def _in_range(name: str, value: Any) -> None:

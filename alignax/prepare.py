@@ -44,6 +44,7 @@ from alignax.config import (
 from alignax.data import Batches, Examples, Report, load, padded_length
 from alignax.data.files import one_line
 from alignax.data.mixture import sources
+from alignax.distributed import is_main
 from alignax.losses.algebra import Objective
 from alignax.models import hf, lora, peft, transformer
 from alignax.models.lora import Lora
@@ -222,6 +223,8 @@ def open_model(path: str, init: str, field: str) -> hf.Source:
     hf.stop_ids(source)  # the export at the end reads them
     if init == "pretrained":
         for part, _ in hf.ingredients(source):
+            if is_main():  # which reads every byte
+                output.check(part.path)
             hf.check_tensors(part, hf.tensor_files(part))
     elif source.soup:
         raise ValueError(f"{field} {path!r} is a mean of weights, and model.init 'random' reads none; name one folder")
@@ -242,6 +245,7 @@ def make_lora(config: Any, source: hf.Source) -> Lora | None:
     """The adapters that a config asks for, their patterns resolved to matrices of the model."""
     c = config.lora
     if c.path:
+        output.check(Path(c.path))
         return dataclasses.replace(peft.read_config(Path(c.path), source)[0], int8=c.int8)
     lora.check(c)
     if config.model.freeze:

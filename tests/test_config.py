@@ -6,8 +6,9 @@ import re
 import pytest
 import runs
 
-from alignax.cli import main
-from alignax.config import check_kept, effective, load_experiment
+from alignax.checks import check_fields
+from alignax.cli import main, parse
+from alignax.config import PATHS, check_kept, default_config, effective, load_experiment, set_field
 
 GOOD = """
 from alignax import chain, default_config, dpo, logps, sft
@@ -137,3 +138,38 @@ def test_an_experiment_whose_file_cannot_be_read_from_the_workdir_is_refused(tmp
     experiment = with_field(tmp_path, "config.own = __import__('pathlib').Path(__file__).with_name('words.txt').read_text()")
     with pytest.raises(ValueError, match=r"this run could not be resumed: .*config\.py, line 7: FileNotFoundError"):
         check_kept(experiment)
+
+
+URLS = [
+    "gs://bucket/a",
+    "s3://bucket/a",
+    "az://b/a",
+    "hdfs://b/a",
+    "https://host/a",
+    "file:///tmp/a",
+    "gs:/bucket/a",
+    "here@0.5,gs://b/a@0.5",
+]
+
+
+@pytest.mark.parametrize("url", URLS)
+def test_a_url_in_any_field_of_paths_is_refused_as_it_was_written(url):
+    for name in PATHS:
+        with pytest.raises(ValueError, match=rf"^config field '{name}' is '{re.escape(url)}', and \w+:// is not read or written"):
+            set_field(default_config(), f"{name}={url}")
+    for command in ("train --config X", "export X here", "export runs/a X", "generate X", "generate m --out X", "generate m --prompts X"):
+        with pytest.raises(ValueError, match=re.escape(repr(url))):
+            parse(command.replace("X", url).split())
+    config = default_config()
+    config.workdir = url  # as a stage of an experiment sets it
+    with pytest.raises(ValueError, match=re.escape(repr(url))):
+        check_fields(config)
+
+
+def test_paths_and_the_hub_are_no_urls():
+    config = default_config()
+    for path in ("runs/a", "C:/a", "/tmp/a:b", "a@0.5,b@0.5", "~/x"):
+        set_field(config, f"model.path={path}")
+    set_field(config, "data.train=hf://org/name:train")
+    with pytest.raises(ValueError, match="'model.path' is 'hf://org/name'"):
+        set_field(config, "model.path=hf://org/name")
