@@ -1,14 +1,13 @@
 """Save and restore: orbax behind one module. Asynchronous, atomic, exact.
 
 A checkpoint of step s holds the state after s steps: parameters, each of their averages and the rest of the state as separate items
-(so that any can be read alone), and a JSON item that says which run wrote it. Data needs no position of its own: a batch is a
-function of the step.
+(so that any can be read alone), and a JSON item that says which run wrote it, at which step, and a digest of every array. Arrays that
+are restored must have these digests, so no flipped bit is used. Data needs no position of its own: a batch is a function of the step.
 """
 
 import dataclasses
 import logging
 import math
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,9 +18,12 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from alignax.data.files import short
+from alignax.mesh import gathered
+from alignax.output import require_space
+from alignax.train import leaf_digests
 from alignax.types import TrainState
 
-FORMAT = 1  # of the checkpoint's layout
+FORMAT = 2  # of the checkpoint's layout
 AVERAGE = "average_"  # before the name of an item that holds an average of the parameters
 
 
@@ -59,18 +61,16 @@ class Checkpoints:
         Raises:
           OSError: when the disk has no room for it; nothing is written then.
         """
-        require_space(self.path, nbytes(state))
+        require_space(self.path, nbytes(state), "a checkpoint", "make room, or choose another workdir")
         step = int(state.step)
         if step in self._manager.all_steps():
             return
-        items = ocp.args.Composite(
-            params=ocp.args.StandardSave(state.params),
-            train=ocp.args.StandardSave(_rest(state)),
-            about=ocp.args.JsonSave(dict(about) | {"format": FORMAT}),
-            **{name: ocp.args.StandardSave(tree) for name, tree in _further(state).items()},
-        )
+        items = _items(state)
+        own = {"format": FORMAT, "step": step, "digests": digests(items)}
+        saved = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+        args = ocp.args.Composite(**saved, about=ocp.args.JsonSave(dict(about) | own))
         with _saving(self.path):
-            self._manager.save(step, args=items, metrics=dict(metrics) or None)
+            self._manager.save(step, args=args, metrics=dict(metrics) or None)
 
     def about(self, step: int) -> dict[str, Any]:
         """What the checkpoint says of its run.
@@ -78,32 +78,63 @@ class Checkpoints:
         Raises:
           ValueError: if it is damaged or is not one of ours.
         """
-        with _reading(self.path / str(step)):
+        with self._reading(step):
             about = dict(self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"])
         if about.get("format") != FORMAT:
             raise ValueError(f"checkpoint {self.path / str(step)} has format {short(about.get('format'))}, this version reads {FORMAT}")
+        with self._reading(step):
+            if about["step"] != step:
+                raise ValueError(f"it was saved at step {short(about['step'])}, its folder was renamed")
         return about
 
     def restore(self, step: int, like: TrainState) -> TrainState:
-        """The state of a step, laid out as `like`, whose leaves may be abstract: any mesh, any number of processes."""
-        described = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
-        items = ocp.args.Composite(
-            params=ocp.args.StandardRestore(described.params),
-            train=ocp.args.StandardRestore(_rest(described)),
-            **{name: ocp.args.StandardRestore(tree) for name, tree in _further(described).items()},
-        )
-        with _reading(self.path / str(step)):
-            restored = self._manager.restore(step, args=items)
-        averages = {name: restored[AVERAGE + name] for name in described.averages}
-        carry = restored["carry"] if described.carry else {}
+        """The state of a step, laid out as `like`, whose leaves may be abstract: any mesh, any number of processes.
+
+        Raises:
+          ValueError: if it is damaged, in a single bit of an array say, or of another model.
+        """
+        restored = self._restore(step, _items(like))
+        with self._reading(step):
+            if int(restored["train"]["step"]) != step:
+                raise ValueError(f"its state is of step {int(restored['train']['step'])}")
+        averages = {name: restored[AVERAGE + name] for name in like.averages}
+        carry = restored["carry"] if like.carry else {}
         return dataclasses.replace(like, params=restored["params"], averages=averages, carry=carry, **restored["train"])
 
     def restore_params(self, step: int, like: Any, name: str = "policy") -> Any:
-        """The parameters alone, or those of an average."""
+        """The parameters alone, or those of an average. Errors are those of `restore`."""
         item = "params" if name == "policy" else AVERAGE + name
+        return self._restore(step, {item: like})[item]
+
+    def _restore(self, step: int, like: dict[str, Any]) -> dict[str, Any]:
+        """Items of a checkpoint, every array as it was saved."""
         described = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
-        with _reading(self.path / str(step)):
-            return self._manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(described)}))[item]
+        about = self.about(step)
+        with self._reading(step):
+            args = ocp.args.Composite(**{name: ocp.args.StandardRestore(tree) for name, tree in described.items()})
+            restored = dict(self._manager.restore(step, args=args))
+            for leaf, found in digests(restored).items():
+                if about["digests"].get(leaf) != found:
+                    raise ValueError(f"{leaf} is not as it was saved")
+        return restored
+
+    @contextmanager
+    def _reading(self, step: int) -> Iterator[None]:
+        """Whatever a damaged or foreign checkpoint raises becomes one error with the remedy."""
+        try:
+            yield
+        except MemoryError:
+            raise
+        except Exception as e:
+            if "RESOURCE_EXHAUSTED" in str(e):  # the checkpoint is whole: this machine is too small for it
+                raise
+            cause = (str(e).strip().splitlines() or [""])[0][:200]
+            before = [there for there in self._manager.all_steps() if there < step]
+            goes_on = f"the run goes on from step {max(before)}" if before else "the run begins again, as no earlier one is there"
+            raise ValueError(
+                f"checkpoint {self.path / str(step)} is damaged, or of another model ({type(e).__name__}: {cause}); "
+                f"delete that folder, and {goes_on}, or choose another workdir"
+            ) from e
 
     def close(self) -> None:
         """Waits until what was saved is complete on disk, and lets go of the directory.
@@ -115,25 +146,18 @@ class Checkpoints:
             self._manager.close()
 
 
-def _rest(state: TrainState) -> dict[str, Any]:
-    return {name: getattr(state, name) for name in ("step", "opt_state", "key", "skipped", "skipped_in_a_row")}
+def _items(state: TrainState) -> dict[str, Any]:
+    """What is saved apart: parameters, the rest that every run has, each average, and what experience remembers."""
+    rest = {name: getattr(state, name) for name in ("step", "opt_state", "key", "skipped", "skipped_in_a_row")}
+    averages = {AVERAGE + name: tree for name, tree in state.averages.items()}
+    return {"params": state.params, "train": rest} | averages | ({"carry": state.carry} if state.carry else {})
 
 
-@contextmanager
-def _reading(where: Path) -> Iterator[None]:
-    """Whatever orbax raises over a damaged or foreign checkpoint becomes one error with the remedy."""
-    try:
-        yield
-    except MemoryError:
-        raise
-    except Exception as e:
-        if "RESOURCE_EXHAUSTED" in str(e):  # the checkpoint is whole: this machine is too small for it
-            raise
-        cause = (str(e).strip().splitlines() or [""])[0][:200]
-        raise ValueError(
-            f"checkpoint {where} is damaged, or of another model ({type(e).__name__}: {cause}); "
-            "delete that folder to go on from the one before, or choose another workdir"
-        ) from e
+def digests(tree: Any) -> dict[str, str]:
+    """The digest of every array, by its path; equal in every layout and on any number of processes, which all call it."""
+    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    found = gathered(jax.jit(leaf_digests)(tree))
+    return {path: f"{value:08x}" for path, value in zip(paths, found.tolist(), strict=True)}
 
 
 @contextmanager
@@ -153,19 +177,3 @@ def nbytes(tree: Any) -> int:
     """Bytes of a tree's arrays, all processes together; they may be abstract."""
     numeric = [x for x in jax.tree.leaves(tree) if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)]
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in numeric)
-
-
-def require_space(path: Path, need: int) -> None:
-    """An error before anything is written, if the disk has no room for `need` bytes and a tenth."""
-    place = next(p for p in (path, *path.parents) if p.exists())
-    free = shutil.disk_usage(place).free
-    if free < 1.1 * need:
-        raise OSError(
-            f"a checkpoint takes {need / 1e9:.3f} GB and {str(path)!r} has {free / 1e9:.3f} GB free; make room, or choose another workdir"
-        )
-
-
-def _further(state: TrainState) -> dict[str, Any]:
-    """Items that a run may have: its averages, and what its experience remembers."""
-    averages = {AVERAGE + name: tree for name, tree in state.averages.items()}
-    return averages | ({"carry": state.carry} if state.carry else {})

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from alignax.data.files import check_local
 from alignax.generate.console import Request
 
 USAGE = """usage: alignax train  --config FILE.py [--config.FIELD=VALUE ...] [--dry-run]
@@ -21,6 +22,7 @@ USAGE = """usage: alignax train  --config FILE.py [--config.FIELD=VALUE ...] [--
        alignax check-data --config FILE.py [--config.FIELD=VALUE ...] [--json OUT]
        alignax overopt --config FILE.py [--config.FIELD=VALUE ...]
        alignax report WORKDIR ...
+       --force with eval-rm, anchor, ridge, generate, export, check-data: replace what another run or program has written there
 
 train       runs an experiment, or goes on where it was stopped; --dry-run shows what it would do and writes nothing
 eval        evaluates the newest checkpoint of a run on its evaluation data
@@ -46,6 +48,9 @@ WANTED = {
 }  # fmt: skip
 
 
+WRITING = ("eval-rm", "anchor", "ridge", "generate", "export", "check-data")  # where they are told to
+
+
 class Arguments(NamedTuple):
     """The words of a command line."""
 
@@ -59,6 +64,7 @@ class Arguments(NamedTuple):
     scale: bool  # of anchor
     penalty: float  # of ridge
     request: Request  # of generate
+    force: bool  # replace what stands where is written
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,21 +87,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif given.command == "eval":
             commands.evaluate(Path(given.words[0]), given.overrides)
         elif given.command == "eval-rm":
-            commands.eval_rm(given.words[0], given.file, given.overrides, given.json)
+            commands.eval_rm(given.words[0], given.file, given.overrides, given.json, given.force)
         elif given.command == "anchor":
-            commands.anchor(given.words[0], Path(given.words[1]), given.file, given.overrides, given.samples, given.scale)
+            commands.anchor(given.words[0], Path(given.words[1]), given.file, given.overrides, given.samples, given.scale, given.force)
         elif given.command == "ridge":
-            commands.ridge(Path(given.words[0]), given.file, given.overrides, given.penalty)
+            commands.ridge(Path(given.words[0]), given.file, given.overrides, given.penalty, given.force)
         elif given.command == "generate":
-            commands.generate(Path(given.words[0]), given.request, given.overrides)
+            commands.generate(Path(given.words[0]), given.request, given.overrides, given.force)
         elif given.command == "export":
-            commands.export(Path(given.words[0]), Path(given.words[1]), given.overrides)
+            commands.export(Path(given.words[0]), Path(given.words[1]), given.overrides, given.force)
         elif given.command == "overopt":
             commands.overopt(given.file, given.overrides)
         elif given.command == "report":
             commands.report([Path(word) for word in given.words])
         else:
-            commands.check_data(given.file, given.overrides, given.json)
+            commands.check_data(given.file, given.overrides, given.json, given.force)
     except (commands.BadInput, OSError) as e:  # OSError: a full disk, say, in the middle of a run
         return fail(e)
     except (FloatingPointError, RewardFailed) as e:
@@ -112,7 +118,7 @@ def parse(args: Sequence[str]) -> Arguments:
     command, *rest = args
     if command not in WANTED:
         raise ValueError(f"command {command!r} is unknown; use {', '.join(WANTED)}")
-    words, overrides, file, dry, json, samples, scale, penalty, request = [], [], "", False, "", "", False, 1.0, Request()
+    words, overrides, file, dry, json, samples, scale, penalty, request, force = [], [], "", False, "", "", False, 1.0, Request(), False
     rest = iter(rest)
     for arg in rest:
         if arg == "--config":
@@ -124,6 +130,8 @@ def parse(args: Sequence[str]) -> Arguments:
             overrides.append(override if "=" in override else f"{override}={next(rest, '')}")
         elif arg == "--dry-run" and command == "train":
             dry = True
+        elif arg == "--force" and command in WRITING:
+            force = True
         elif arg == "--json" and command in ("check-data", "eval-rm"):
             json = next(rest, "")
             if not json:
@@ -148,7 +156,10 @@ def parse(args: Sequence[str]) -> Arguments:
         raise ValueError(f"`alignax {command}` needs --config FILE.py, such as experiments/{example}.py")
     if command == "anchor" and not samples:
         raise ValueError("`alignax anchor` needs --samples FILE, rows that `alignax generate MODEL --out FILE` wrote of the initial policy")
-    return Arguments(command, words, overrides, file, dry, json, samples, scale, penalty, request)
+    named = {"--config": file, "--json": json, "--out": request.out, "--samples": samples, "--prompts": request.prompts}
+    for name, text in [*named.items(), *((f"a word of `alignax {command}`", word) for word in words)]:
+        check_local(text, name, hub=name in ("--samples", "--prompts"))
+    return Arguments(command, words, overrides, file, dry, json, samples, scale, penalty, request, force)
 
 
 def number(option: str, value: str) -> float:

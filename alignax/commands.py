@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from alignax import distributed, plan, rewards
+from alignax import distributed, output, plan, rewards
 from alignax.checkpoint import Checkpoints
 from alignax.config import BadInput, Experiment, default_config, eval_batch_size, load_experiment, set_field, trunk_values
 from alignax.data import Examples, check, load, load_examples, padded_length
@@ -28,7 +28,18 @@ from alignax.mesh import make_mesh
 from alignax.metrics import Log, table
 from alignax.models import hf
 from alignax.models.reward import CRITIC
-from alignax.prepare import Run, check_workdir, compute_dtype, load_tokenizer, make_lora, open_critic, open_model, open_source, prepare
+from alignax.prepare import (
+    Run,
+    check_workdir,
+    compute_dtype,
+    load_tokenizer,
+    make_lora,
+    open_critic,
+    open_model,
+    open_source,
+    origin,
+    prepare,
+)
 from alignax.programs import abstract_models
 from alignax.ridge import fit_ridge
 from alignax.start import start
@@ -176,22 +187,43 @@ def averaged_models(soup: Path, overrides: Sequence[str]) -> Saved:
     return Saved(config, source, mesh, 0, iter([("", hf.load_params(source, mesh))]))
 
 
-def export(workdir: Path, folder: Path, overrides: Sequence[str]) -> None:
-    """`alignax export`: the newest checkpoint as a Hugging Face folder, of an ensemble one for each member; or the mean of folders."""
+def export(workdir: Path, folder: Path, overrides: Sequence[str], force: bool = False) -> None:
+    """`alignax export`: the newest checkpoint as a Hugging Face folder, of an ensemble one for each member; or the mean of folders.
+
+    What another run or program has written there is replaced with `force` alone.
+    """
     with refusing():
         distributed.initialize()
         soup = "@" in str(workdir) and not workdir.exists()
+        by, members = f"mean {workdir}", 0
+        if not soup:
+            experiment = saved_experiment(workdir, overrides)
+            by, members = origin(experiment), experiment.config.ensemble.members
+        for name in names_of(members):
+            claim(folder / name, by, force)
         saved = (averaged_models if soup else saved_models)(workdir, overrides)
         eos = load_tokenizer(saved.source.path, saved.source.config.vocab_size).eos_token_id
         there, dtype = folder.exists(), saved.config.export.dtype
         for name, params in saved.models:
-            hf.export(params, saved.source, folder / name, dtype, eos=eos)
+            hf.export(params, saved.source, folder / name, dtype, eos=eos, origin=by)
     if is_main():
         what = f"the mean {workdir}" if soup else f"step {saved.step} of {workdir}"
         print(f"{what} is in {folder}, in {dtype}{' (an earlier export there was replaced)' if there else ''}")
 
 
-def eval_rm(place: str, file: str, overrides: Sequence[str], out: str) -> None:
+def names_of(members: int) -> list[str]:
+    """The folders of the members of an ensemble; of one model the folder itself."""
+    return [f"member_{k}" for k in range(members)] or [""]
+
+
+def claim(place: Path, by: str = "", force: bool = False) -> None:
+    """What `alignax.output.claim` refuses, on all processes; process 0 looks."""
+    with together():
+        if is_main():
+            output.claim(place, by, force)
+
+
+def eval_rm(place: str, file: str, overrides: Sequence[str], out: str, force: bool = False) -> None:
     """`alignax eval-rm`: how well a reward model, or an ensemble, tells chosen from rejected responses, on `data.eval` and `data.ood`.
 
     Args:
@@ -199,9 +231,12 @@ def eval_rm(place: str, file: str, overrides: Sequence[str], out: str) -> None:
       file: of folders, an experiment file, which says how the data are read.
       overrides: of the config.
       out: a file for JSON, "-" for JSON alone, or empty.
+      force: replace what stands there.
     """
     with refusing():
         distributed.initialize()
+        if out not in ("", "-"):
+            claim(Path(out), force=force)
         if not file and not is_workdir(place):
             raise ValueError(f"{place!r} is no workdir of a run; for model folders give --config FILE.py too, experiments/rm_hh.py say")
         config, source, mesh, params = reward_models(place, file, overrides)
@@ -221,7 +256,7 @@ def eval_rm(place: str, file: str, overrides: Sequence[str], out: str) -> None:
             print("\n".join(rewards.text(result)))
         if out:
             lines = json.dumps(result, indent=2)
-            print(lines) if out == "-" else Path(out).write_text(lines + "\n", encoding="utf-8")
+            print(lines) if out == "-" else output.write_text(Path(out), lines + "\n")
 
 
 def is_workdir(place: str) -> bool:
@@ -246,7 +281,7 @@ def reward_models(place: str, file: str, overrides: Sequence[str]) -> tuple[Any,
     return config, source, mesh, params
 
 
-def anchor(place: str, folder: Path, file: str, overrides: Sequence[str], samples: str, scale: bool) -> None:
+def anchor(place: str, folder: Path, file: str, overrides: Sequence[str], samples: str, scale: bool, force: bool = False) -> None:
     """`alignax anchor`: folders of reward models whose scores on samples have mean 0, and with `scale` standard deviation 1.
 
     Args:
@@ -256,21 +291,24 @@ def anchor(place: str, folder: Path, file: str, overrides: Sequence[str], sample
       overrides: of the config.
       samples: rows with a prompt and a completion by the initial policy, as `alignax generate --out` writes them.
       scale: whether to divide by the standard deviation.
+      force: replace what another has written there.
     """
+    by = f"anchor {place} by {samples}"
     with refusing():
         distributed.initialize()
         config, source, mesh, params = reward_models(place, file, [*SAMPLES, *overrides])
         tokenizer = load_tokenizer(source.path, source.config.vocab_size)
         ends = hf.end_ids(source, tokenizer)
         examples, report = load_examples(samples, config.data, tokenizer, source.config.vocab_size, ends)
-        dtype = config.export.dtype
+        dtype, members = config.export.dtype, len(jax.tree.leaves(params)[0])
+        for name in names_of(members if members > 1 else 0):
+            claim(folder / name, by, force)
         params = rewards.rounded(params, dtype)
         model = rewards.ensemble_model(source.config, params, mesh)
         scores = rewards.score_examples(model.apply, params, examples, mesh, eval_batch_size(config), padded_length(examples))
         found = rewards.anchored(params, scores, scale)
-        members = len(scores)
         for name, one in members_of(found.params, members):
-            hf.export(one, source, folder / name if members > 1 else folder, dtype)
+            hf.export(one, source, folder / name if members > 1 else folder, dtype, origin=by)
     if is_main():
         print("\n".join(f"samples: {line}" if i == 0 else line for i, line in enumerate(report.lines())))
         for k, (mean, std) in enumerate(zip(found.mean, found.std, strict=True)):
@@ -278,11 +316,13 @@ def anchor(place: str, folder: Path, file: str, overrides: Sequence[str], sample
         print(f"anchored reward models are in {folder}, in {dtype}")
 
 
-def ridge(folder: Path, file: str, overrides: Sequence[str], penalty: float) -> None:
+def ridge(folder: Path, file: str, overrides: Sequence[str], penalty: float, force: bool = False) -> None:
     """`alignax ridge`: a reward model whose head is fitted in closed form to `data.train`, on the trunk of `model.path` as it stands."""
     with refusing():
         distributed.initialize()
-        config = load_experiment(file, overrides).config
+        experiment = load_experiment(file, overrides)
+        config, by = experiment.config, f"ridge {origin(experiment)}"
+        claim(folder, by, force)
         if not config.data.train:
             raise ValueError("config field 'data.train' is empty; set --config.data.train=FILE")
         source = hf.with_heads(open_model(config.model.path, "pretrained", "model.path"), config.model.num_labels)
@@ -293,7 +333,7 @@ def ridge(folder: Path, file: str, overrides: Sequence[str], penalty: float) -> 
         mesh = make_mesh(config.mesh)
         how = {"penalty": penalty, "batch_size": eval_batch_size(config), "dtype": compute_dtype(config, mesh)}
         params = fit_ridge(source.config, hf.load_params(source, mesh), examples, mesh, **how)
-        hf.export(params, source, folder, config.export.dtype, eos=tokenizer.eos_token_id)
+        hf.export(params, source, folder, config.export.dtype, eos=tokenizer.eos_token_id, origin=by)
     if is_main():
         for path, report in reports.items():
             print("\n".join([f"train data: {path}", *(f"  {line}" for line in report.lines())]))
@@ -319,7 +359,7 @@ def pairs_of(config: Any, source: hf.Source) -> dict[str, Examples]:
     return loaded
 
 
-def generate(model: Path, request: Request, overrides: Sequence[str]) -> None:
+def generate(model: Path, request: Request, overrides: Sequence[str], force: bool = False) -> None:
     """`alignax generate`: completions of prompts, by a Hugging Face folder or by the newest checkpoint of a run, data not needed."""
     with refusing():
         distributed.initialize()
@@ -335,7 +375,7 @@ def generate(model: Path, request: Request, overrides: Sequence[str]) -> None:
             prompts = console.read(request, tokenizer)
             longest = max((len(p.ids) for p in prompts or ()), default=1)
             check_room(source.config, longest, request.max_new_tokens)
-            console.begin(request)
+            console.begin(request, prompts is None, force)
         mesh = make_mesh(config.mesh)
 
         @functools.cache
@@ -361,7 +401,7 @@ def generate(model: Path, request: Request, overrides: Sequence[str]) -> None:
         # In powers of 2, so that few lengths are compiled.
         longest = min(max(64, 1 << (len(prompt.ids) - 1).bit_length()), room)
         try:
-            console.answer(generator(request.n, longest), params, [prompt], jax.random.fold_in(key, i), request, tokenizer)
+            console.answer(generator(request.n, longest), params, [prompt], jax.random.fold_in(key, i), request, tokenizer, True)
         except ValueError as e:  # a prompt that is too long: the next may be shorter
             print(f"alignax: {e}", file=sys.stderr)
 
@@ -374,7 +414,7 @@ def folder_config(folder: Path, overrides: Sequence[str]) -> Any:
     return config
 
 
-def check_data(file: str, overrides: Sequence[str], out: str) -> None:
+def check_data(file: str, overrides: Sequence[str], out: str, force: bool = False) -> None:
     """`alignax check-data`: what a run would make of its data; `out` is a file for JSON, "-" for JSON alone, or empty.
 
     Raises:
@@ -382,13 +422,15 @@ def check_data(file: str, overrides: Sequence[str], out: str) -> None:
     """
     with refusing():
         config = load_experiment(file, overrides).config
+        if out not in ("", "-"):
+            output.claim(Path(out), force=force)
         colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and out != "-"
         result = check.check(config.data, *tokenizer_alone(config.model.path), colour=colour)
         if out != "-":
             print("\n".join(check.text(result)))
         if out:
             lines = json.dumps(result, indent=2, ensure_ascii=False)
-            print(lines) if out == "-" else Path(out).write_text(lines + "\n", encoding="utf-8")
+            print(lines) if out == "-" else output.write_text(Path(out), lines + "\n")
         if config.data.bad_rows == "error" and (found := check.stops(result)):
             raise ValueError(f"a run would stop here: {found}. Correct the rows, or leave them out with --config.data.bad_rows=drop")
 

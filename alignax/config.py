@@ -9,20 +9,27 @@ import ast
 import difflib
 import importlib.util
 import inspect
-import json
 import math
+import tempfile
 import traceback
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from alignax.data.files import one_line, short
+from alignax.data.files import check_local, one_line, short
 
 OFFERED = ("config", "reference", "policy", "ensemble", "prompts")  # what an experience may ask for, by the names of its parameters
 HEAD = "head"  # what `model.critic` is of a critic on the policy's trunk
 ROLLOUTS, PRETRAIN = "rollouts", "pretrain"  # the batches that losses of online training may be of, by name
 MARK = "# --- the effective config of this run; alignax wrote this part ---"
+
+
+PATHS = (
+    "workdir", "model.path", "model.critic", "lora.path", "reference.path", "reference.cache", "reward.path",
+    "data.train", "data.eval", "data.pretrain", "data.ood",
+)  # fmt: skip
 
 
 class BadInput(ValueError):
@@ -222,6 +229,7 @@ def check_config(config: Any, file: Path) -> None:
             raise ValueError(f"config field {name!r} of {file} is {value!r}; it must be {_a(default)}, such as {default!r}")
     for name, value in fields.items():
         _in_range(name, value)
+        check_path(name, value)
 
 
 def asked(experience: Callable | None) -> tuple[str, ...]:
@@ -248,6 +256,7 @@ def set_field(config: Any, override: str) -> None:
     if hasattr(old, "items"):
         raise ValueError(f"config field {path!r} is a group; set one of its fields: {', '.join(sorted(old))}")
     if isinstance(old, str):
+        check_path(path, text)
         node[name] = text
         return
     try:
@@ -282,6 +291,12 @@ def nearest(path: str, fields: Sequence[str]) -> str:
     return max(own or fields, key=likeness)
 
 
+def check_path(name: str, value: str) -> None:
+    """Refuses a URL in a field of paths."""
+    if name in PATHS:
+        check_local(value, f"config field {name!r}", hub=name.startswith("data."))
+
+
 def _in_range(name: str, value: Any) -> None:
     if type(value) is int and abs(value) >= 2**31 or type(value) is float and not math.isfinite(value):
         raise ValueError(f"config field {name!r} is {short(value)}; use a finite number, a whole one of less than 2^31")
@@ -293,41 +308,88 @@ def _a(value: Any) -> str:
 
 
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Field path -> value: {"data.max_length": 512, ...}."""
+    """Field path -> value: {"data.max_length": 512, ...}.
+
+    Raises:
+      ValueError: for a name that no path can have.
+    """
     out = {}
     for name, value in config.items():
+        if not isinstance(name, str) or "." in name:
+            raise ValueError(f"config field {f'{prefix}{name}'!r} is called {name!r}; names of fields are text without a dot")
         out |= flat(value, f"{prefix}{name}.") if hasattr(value, "items") else {prefix + name: value}
     return out
 
 
 def source(experiment: Experiment) -> str:
     """The experiment's own source, without the part that a run has written."""
-    return experiment.file.read_text(encoding="utf-8").split(MARK)[0].rstrip() + "\n"
+    try:
+        text = experiment.file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{experiment.file} is not UTF-8 text ({e.reason} at byte {e.start}); convert it to UTF-8") from e
+    return text.split(MARK)[0].rstrip() + "\n"
 
 
 def effective(experiment: Experiment) -> str:
-    """A Python file that runs the same again: the experiment's source, with every field of its config pinned."""
-    fields = json.dumps(flat(experiment.config), indent=4, sort_keys=True)
+    """A Python file that runs the same again: the experiment's source, with every field of its config pinned.
+
+    Raises:
+      ValueError: for a value that has no literal in Python.
+    """
+    fields = "".join(f"        {name!r}: {literal(name, value)},\n" for name, value in sorted(flat(experiment.config).items()))
     # An experiment of several stages leaves the experience out of those that need no reference.
     without = "" if experiment.experience else "\nexperience = None\n"
-    return f'''{source(experiment)}
+    return f"""{source(experiment)}
 
 {MARK}
-import json as _json  # noqa: E402
-
 _get_config = get_config
 
 
 def get_config():  # noqa: D103, F811
     config = _get_config()
-    for _path, _value in _json.loads(r"""{fields}""").items():
+    pinned = {{
+{fields}    }}
+    for _path, _value in pinned.items():
         *_groups, _name = _path.split(".")
         _node = config
         for _group in _groups:
             _node = _node[_group]
         _node[_name] = _value
     return config
-{without}'''
+{without}"""
+
+
+def literal(name: str, value: Any) -> str:
+    """A field's value as Python text that gives an equal one."""
+    text = repr(value)
+    try:
+        if ast.literal_eval(text) == value:
+            return text
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):  # all that a text which is no literal makes of it
+        pass
+    raise ValueError(
+        f"config field {name!r} is {short(value)} of type {type(value).__name__}, which the config of a run cannot hold; "
+        "use text, true, false, None, finite numbers of Python, and tuples, lists and dictionaries of these"
+    )
+
+
+def identity(experiment: Experiment, free: Sequence[str]) -> str:
+    """A digest of all that makes two experiments one by `difference`."""
+    fields = [(name, value) for name, value in sorted(flat(experiment.config).items()) if not name.startswith(tuple(free))]
+    return f"{zlib.crc32(repr((fields, _code(experiment))).encode()):08x}"
+
+
+def check_kept(experiment: Experiment) -> None:
+    """Refuses an experiment that a run could not go on from: the file of its workdir is read back as a later run would."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "config.py"
+        file.write_text(effective(experiment), encoding="utf-8")
+        try:
+            lines = difference(experiment, load_experiment(file), ())
+        except ValueError as e:
+            lines = [one_line(e, 300)]
+    if lines:
+        raise ValueError(f"this run could not be resumed: config.py of its workdir would not give it again ({'; '.join(lines[:4])})")
 
 
 def difference(old: Experiment, new: Experiment, free: Sequence[str]) -> list[str]:

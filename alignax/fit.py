@@ -20,7 +20,7 @@ from alignax.evaluate import Evaluation
 from alignax.metrics import Log
 from alignax.models import hf, peft, reward
 from alignax.models.lora import Lora, merge
-from alignax.prepare import Run
+from alignax.prepare import Run, origin
 from alignax.programs import abstract_trained, batch_sizes, make_programs
 from alignax.rollout import Turns
 from alignax.start import Started
@@ -116,14 +116,14 @@ def export(run: Run, state: TrainState, log: Log) -> None:
 
     Of an ensemble a folder each: `export/member_0`, `adapter/member_0`.
     """
-    c, params = run.config.export, state.params
+    c, params, by = run.config.export, state.params, origin(run.experiment)
     params = params if c.params == "policy" else state.averages[c.params]
     for name, one in members_of({leaf: x for leaf, x in params.items() if leaf != reward.CRITIC}, run.members):
         if run.lora is not None and run.lora.targets:
-            peft.write_adapter(one, run.lora, run.source, run.config.model.path, run.workdir / "adapter" / name)
+            peft.write_adapter(one, run.lora, run.source, run.config.model.path, run.workdir / "adapter" / name, by)
             log.line(f"adapters written to {run.workdir / 'adapter' / name}")
         whole = merged(run.source, run.lora, one, run.mesh) if run.lora is not None else one
-        hf.export(whole, run.source, run.workdir / "export" / name, c.dtype, eos=run.tokenizer.eos_token_id)
+        hf.export(whole, run.source, run.workdir / "export" / name, c.dtype, eos=run.tokenizer.eos_token_id, origin=by)
         log.line(f"exported to {run.workdir / 'export' / name}")
 
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -10,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from alignax import output
 from alignax.config import BadInput
 from alignax.data.files import short
 
@@ -136,9 +136,7 @@ def _keep_rows(file: Path, last: int) -> None:
     rows = read_rows(file)
     kept = [row for row in rows if row["step"] <= last] if last else []
     if file.is_file():
-        tmp = file.with_suffix(".tmp")
-        tmp.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
-        os.replace(tmp, file)
+        output.write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
 
 
 def table(rows: list[list[str]]) -> str:

@@ -12,6 +12,7 @@ import optax
 from jax.sharding import Mesh
 
 from alignax import mesh as meshes
+from alignax import output
 from alignax.averages import Average
 from alignax.checks import (
     check_averages,
@@ -26,10 +27,24 @@ from alignax.checks import (
     check_rollout,
     check_token_kl,
 )
-from alignax.config import HEAD, PRETRAIN, ROLLOUTS, Experiment, asked, blaming, difference, load_experiment, steps_of_turn, trunk_values
+from alignax.config import (
+    HEAD,
+    PRETRAIN,
+    ROLLOUTS,
+    Experiment,
+    asked,
+    blaming,
+    check_kept,
+    difference,
+    identity,
+    load_experiment,
+    steps_of_turn,
+    trunk_values,
+)
 from alignax.data import Batches, Examples, Report, load, padded_length
 from alignax.data.files import one_line
 from alignax.data.mixture import sources
+from alignax.distributed import is_main
 from alignax.losses.algebra import Objective
 from alignax.models import hf, lora, peft, transformer
 from alignax.models.lora import Lora
@@ -210,6 +225,8 @@ def open_model(path: str, init: str, field: str) -> hf.Source:
     hf.stop_ids(source)  # refuses what is no token
     if init == "pretrained":
         for part, _ in hf.ingredients(source):
+            if is_main():  # which reads every byte
+                output.check(part.path)
             hf.check_tensors(part, hf.tensor_files(part))
     elif source.soup:
         raise ValueError(f"{field} {path!r} is a mean of weights, and model.init 'random' reads none; name one folder")
@@ -230,6 +247,7 @@ def make_lora(config: Any, source: hf.Source) -> Lora | None:
     """The adapters that a config asks for, their patterns resolved to matrices of the model."""
     c = config.lora
     if c.path:
+        output.check(Path(c.path))
         return dataclasses.replace(peft.read_config(Path(c.path), source)[0], int8=c.int8)
     lora.check(c)
     if config.model.freeze:
@@ -265,9 +283,15 @@ def load_tokenizer(path: Path, vocab_size: int) -> Any:
     return tokenizer
 
 
+def origin(experiment: Experiment) -> str:
+    """What a run writes into the folders of its models, to know them again."""
+    return f"run {identity(experiment, FREE)}"
+
+
 def check_workdir(run: Run) -> None:
     """Refuses the workdir of another run, and one that cannot be written."""
     workdir, experiment = run.workdir, run.experiment
+    check_kept(experiment)
     saved = workdir / "config.py"
     place = next(p for p in (workdir, *workdir.absolute().parents) if p.exists())
     if saved.is_file():
@@ -276,10 +300,19 @@ def check_workdir(run: Run) -> None:
             raise ValueError(f"workdir {str(workdir)!r} belongs to another run ({'; '.join(lines[:4])}); choose another workdir")
     elif not place.is_dir():
         raise ValueError(f"workdir {str(workdir)!r} cannot be a folder: {str(place)!r} is a file; choose another workdir")
-    elif place == workdir and any(p.name != "config.py.tmp" for p in workdir.iterdir()):
+    elif place == workdir and any(not output.unfinished(p) for p in workdir.iterdir()):
         raise ValueError(f"workdir {str(workdir)!r} holds other files; choose a new or empty folder")
     if not os.access(place, os.W_OK | os.X_OK):
         raise ValueError(f"workdir {str(workdir)!r} cannot be written: {str(place)!r} is closed to you; choose another workdir")
+    for folder in exports(run) if run.config.export.final else ():
+        output.claim(folder, origin(experiment), remedy="move it away")
+
+
+def exports(run: Run) -> list[Path]:
+    """The folders that a run writes at its end: `export`, of adapters also `adapter`, of an ensemble one in each for every member."""
+    kinds = ["adapter", "export"] if run.lora is not None and run.lora.targets else ["export"]
+    members = [f"member_{k}" for k in range(run.members)] or [""]
+    return [run.workdir / kind / name for kind in kinds for name in members]
 
 
 def make_apply(model: transformer.ModelConfig, config: Any, dtype: Any, mesh: Mesh, teacher: Any = None) -> Apply:

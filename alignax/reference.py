@@ -7,6 +7,7 @@ A part is written whole or not at all: an interrupted computation goes on with t
 
 import dataclasses
 import os
+import socket
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from alignax import mesh as meshes
+from alignax import output
 from alignax.config import eval_batch_size
 from alignax.data import Examples, assemble
 from alignax.data.files import one_line
@@ -127,6 +129,5 @@ def write(folder: Path, index: int, values: np.ndarray) -> None:
     """Writes a part in one move; two processes that write the same one do no harm."""
     from safetensors.numpy import save_file
 
-    tmp = folder / f"{index:06d}.{jax.process_index()}.tmp"
-    save_file({"logps": values}, tmp, metadata={"crc": f"{zlib.crc32(values.tobytes()):08x}"})
-    os.replace(tmp, folder / f"{index:06d}.safetensors")
+    with output.file(folder / f"{index:06d}.safetensors", f"{socket.gethostname()}-{os.getpid()}") as tmp:
+        save_file({"logps": values}, tmp, metadata={"crc": f"{zlib.crc32(values.tobytes()):08x}"})

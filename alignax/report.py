@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from alignax import output
 from alignax.metrics import read_rows, table
 
 HELD = 1.0  # nats: a chosen log-prob that moves by less is held
@@ -87,7 +88,8 @@ def figure(runs: Mapping[str, Path], path: Path) -> None:
         points = {name: [(_distance(row["kl"]), row[metric]) for row in own if metric in row] for name, own in rows.items()}
         lines = [figures.Line(name, [x for x, _ in own], [y for _, y in own]) for name, own in points.items()]
         panels += [figures.Panel(lines, title, figures.DISTANCE, label)] if any(points.values()) else []
-    figures.figure(panels).savefig(path, dpi=200)
+    with output.file(Path(path)) as tmp:
+        figures.figure(panels).savefig(tmp, dpi=200, format=Path(path).suffix.removeprefix(".") or "png")
 
 
 def _distance(kl: float) -> float:

@@ -1,7 +1,6 @@
 """From a checked run to its arrays on the mesh: models loaded, what is trained made or restored, what is frozen set apart."""
 
 import math
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from alignax import ensemble, rewards
-from alignax.checkpoint import Checkpoints, nbytes, require_space
+from alignax import ensemble, output, rewards
+from alignax.checkpoint import Checkpoints, nbytes
 from alignax.config import blaming, effective, eval_batch_size
 from alignax.distributed import is_main, together
 from alignax.evaluate import SAMPLED
@@ -90,7 +89,7 @@ def start(run: Run, write: bool = True) -> Started:
         about["critic"] = fingerprint(params[reward.CRITIC])
     if write:
         with together():
-            require_space(run.workdir, nbytes(abstract_state(run)))
+            output.require_space(run.workdir, nbytes(abstract_state(run)), "a checkpoint", "make room, or choose another workdir")
             open_workdir(run)
     checkpoints = Checkpoints(run.workdir, config.checkpoint.keep, config.checkpoint.best)
     step = checkpoints.latest() or 0
@@ -219,9 +218,7 @@ def open_workdir(run: Run) -> None:
     """Makes the workdir and writes the effective config into it, in one move; process 0 does."""
     if is_main():
         run.workdir.mkdir(parents=True, exist_ok=True)
-        tmp = run.workdir / "config.py.tmp"
-        tmp.write_text(effective(run.experiment), encoding="utf-8")
-        os.replace(tmp, run.workdir / "config.py")
+        output.write_text(run.workdir / "config.py", effective(run.experiment))
 
 
 def check_same(workdir: Path, step: int, saved: dict[str, Any], now: dict[str, Any]) -> None:

@@ -1,9 +1,14 @@
 """Experiment files: what is wrong in them is said in one line, with the place, before anything is written."""
 
+import math
+import re
+
 import pytest
 import runs
 
-from alignax.cli import main
+from alignax.checks import check_fields
+from alignax.cli import main, parse
+from alignax.config import PATHS, check_kept, default_config, effective, load_experiment, set_field
 
 GOOD = """
 from alignax import chain, default_config, dpo, logps, sft
@@ -60,8 +65,6 @@ def fields(tmp_path_factory):
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_experiment_files(name, fields, tmp_path, capsys):
-    import re
-
     old, new, message = BAD[name]
     assert old in GOOD
     file = tmp_path / "mine.py"
@@ -83,3 +86,90 @@ def test_a_best_metric_that_is_none_is_refused_before_anything_is_written(fields
         in capsys.readouterr().err
     )
     assert not (tmp_path / "run").exists()
+
+
+def with_field(folder, line):
+    file = folder / "mine.py"
+    file.write_text(GOOD.replace("    return config", f"    {line}\n    return config", 1))
+    return load_experiment(file)
+
+
+KEPT = {
+    "nested tuples": ("((1, 2), (3, (4,)))", ((1, 2), (3, (4,)))),
+    "a list of dictionaries": ("[{1: 2.5, 'a': (None, True)}]", [{1: 2.5, "a": (None, True)}]),
+    "quotes and line ends": (r"""'a\'b"c\n\\u2028 \ud800 \"\"\"'""", "a'b\"c\n\\u2028 \ud800 \"\"\""),
+    "a negative zero": ("-0.0", -0.0),
+    "a great number": ("[10**30]", [10**30]),
+    "nothing": ("None", None),
+    "bytes": (r"b'\xff'", b"\xff"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_what_a_config_holds_is_read_back_from_its_file(name, tmp_path):
+    text, value = KEPT[name]
+    experiment = with_field(tmp_path, f"config.own = {text}")
+    check_kept(experiment)
+    (tmp_path / "config.py").write_text(effective(experiment), encoding="utf-8")
+    again = load_experiment(tmp_path / "config.py").config.own
+    assert repr(again) == repr(value)
+    assert name != "a negative zero" or math.copysign(1, again) == -1
+
+
+LOST = {
+    "a path": "config.own = __import__('pathlib').Path('x')",
+    "a numpy number": "config.own = __import__('numpy').float32(1)",
+    "a numpy array in a list": "config.own = [__import__('numpy').zeros(2)]",
+    "not a number, nested": "config.own = (1.0, float('nan'))",
+    "a function": "config.own = len",
+    "an integer key": "config.own = {1: 0.5}",
+    "a date": "config.own = __import__('datetime').date(2024, 1, 1)",
+}
+
+
+@pytest.mark.parametrize("name", LOST)
+def test_what_a_config_cannot_hold_is_refused_by_name(name, tmp_path):
+    with pytest.raises(ValueError, match="^config field 'own[.1]*' is "):
+        check_kept(with_field(tmp_path, LOST[name]))
+
+
+def test_an_experiment_whose_file_cannot_be_read_from_the_workdir_is_refused(tmp_path):
+    (tmp_path / "words.txt").write_text("yes")
+    experiment = with_field(tmp_path, "config.own = __import__('pathlib').Path(__file__).with_name('words.txt').read_text()")
+    with pytest.raises(ValueError, match=r"this run could not be resumed: .*config\.py, line 7: FileNotFoundError"):
+        check_kept(experiment)
+
+
+URLS = [
+    "gs://bucket/a",
+    "s3://bucket/a",
+    "az://b/a",
+    "hdfs://b/a",
+    "https://host/a",
+    "file:///tmp/a",
+    "gs:/bucket/a",
+    "here@0.5,gs://b/a@0.5",
+]
+
+
+@pytest.mark.parametrize("url", URLS)
+def test_a_url_in_any_field_of_paths_is_refused_as_it_was_written(url):
+    for name in PATHS:
+        with pytest.raises(ValueError, match=rf"^config field '{name}' is '{re.escape(url)}', and \w+:// is not read or written"):
+            set_field(default_config(), f"{name}={url}")
+    for command in ("train --config X", "export X here", "export runs/a X", "generate X", "generate m --out X", "generate m --prompts X"):
+        with pytest.raises(ValueError, match=re.escape(repr(url))):
+            parse(command.replace("X", url).split())
+    config = default_config()
+    config.workdir = url  # as a stage of an experiment sets it
+    with pytest.raises(ValueError, match=re.escape(repr(url))):
+        check_fields(config)
+
+
+def test_paths_and_the_hub_are_no_urls():
+    config = default_config()
+    for path in ("runs/a", "C:/a", "/tmp/a:b", "a@0.5,b@0.5", "~/x"):
+        set_field(config, f"model.path={path}")
+    set_field(config, "data.train=hf://org/name:train")
+    with pytest.raises(ValueError, match="'model.path' is 'hf://org/name'"):
+        set_field(config, "model.path=hf://org/name")

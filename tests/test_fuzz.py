@@ -3,6 +3,7 @@
 Examples are derandomised, so a failure comes back; a bug that was found here has a small test of its own beside its module.
 """
 
+import ast
 import copy
 import csv
 import functools
@@ -293,9 +294,9 @@ DPO = runs.REPO / "experiments" / "dpo_hh.py"
 @pytest.fixture(scope="module")
 def effective() -> tuple[str, dict, str]:
     """The config.py of a run: what stands before its fields, they, and the rest."""
-    head, mark, rest = config.effective(config.load_experiment(DPO)).partition('r"""')
-    text, end, tail = rest.partition('"""')
-    return head + mark, json.loads(text), end + tail
+    head, mark, rest = config.effective(config.load_experiment(DPO)).partition("    pinned = ")
+    text, end, tail = rest.partition("\n    }\n")
+    return head + mark, ast.literal_eval(text + end.strip()), "\n" + tail
 
 
 def test_a_workdirs_config(effective, folder):
@@ -305,7 +306,7 @@ def test_a_workdirs_config(effective, folder):
     @fuzz(100)
     @given(spoiled(fields))
     def check(changed):
-        path.write_text(head + json.dumps(changed) + tail)
+        path.write_text(head + repr(changed) + tail)
         experiment = read(lambda: config.load_experiment(path), path, "config field")
         if experiment is not REFUSED:
             now = config.flat(experiment.config)

@@ -90,7 +90,7 @@ def test_an_interrupted_computation_goes_on(fields, cached, tmp_path, monkeypatc
     cache, written = tmp_path / "cache", []
     shutil.copytree(cached / "cache", cache)
     parts(cache)[1].unlink()
-    (parts(cache)[0].parent / "000001.0.tmp").write_bytes(b"half")  # what a kill leaves
+    (parts(cache)[0].parent / ".000001.safetensors.host-1.alignax-tmp").write_bytes(b"half")  # what a kill leaves
     write = reference.write
     monkeypatch.setattr(reference, "write", lambda folder, index, values: (written.append(index), write(folder, index, values)))
     assert train(fields, tmp_path / "run", cache) == 0
@@ -184,4 +184,4 @@ def test_two_processes_share_one_cache(fields, tmp_path):
     two = fields | {"workdir": tmp_path / "run", "reference.cache": tmp_path / "cache", "mesh.data": 4, "mesh.fsdp": 2}
     out = [runs.finish(process) for process in runs.begin_two([runs.arguments(two)] * 2)]
     assert "reference log-probs of 40 rows, 0 of 1 parts" in out[0] and "reference log-probs" not in out[1]
-    assert len(parts(tmp_path / "cache")) == 1 and not list((tmp_path / "cache").glob("*/*.tmp"))
+    assert len(parts(tmp_path / "cache")) == 1 and not list((tmp_path / "cache").glob("*/.*"))

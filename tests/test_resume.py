@@ -121,7 +121,7 @@ def test_what_one_process_lacks_ends_both_with_its_words(fields, tmp_path):
 
 @pytest.mark.slow
 def test_a_workdir_that_process_0_cannot_write_ends_both(fields, tmp_path):
-    (tmp_path / "run" / "config.py.tmp").mkdir(parents=True)
+    (tmp_path / "run" / ".config.py.alignax-tmp").mkdir(parents=True)
     group = runs.begin_two([runs.arguments(fields | {"workdir": tmp_path / "run"})] * 2)
     out = [runs.finish(process, code=2, timeout=60) for process in group]
     assert "Is a directory" in out[0] and "process 0 could not go on" in out[1]

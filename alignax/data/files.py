@@ -170,6 +170,15 @@ def _read_hub(path: str) -> list[dict[str, Any]]:
     return list(dataset.with_format(None))
 
 
+def check_local(text: str, what: str, hub: bool = False) -> None:
+    """Refuses a URL, in a list with commas too, where only local files are read and written; with `hub` hf:// is read."""
+    for part in text.split(","):
+        scheme = re.match(r"\s*([A-Za-z][A-Za-z0-9+.-]+):/", part)  # with one slash too: what a path makes of two
+        if scheme and not (hub and part.startswith(HUB)):
+            also = f", or {HUB}org/name" if hub else ""
+            raise ValueError(f"{what} is {text!r}, and {scheme[1]}:// is not read or written; give a path of this machine{also}")
+
+
 def one_line(error: BaseException, most: int = 160) -> str:
     """What an error says, as one line of at most so many characters."""
     text = " ".join(str(error).split()) or type(error).__name__

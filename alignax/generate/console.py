@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from alignax import output
 from alignax.data import chat
 from alignax.data.files import SUFFIXES, read_rows, short
 from alignax.data.rows import Bad
@@ -110,7 +111,9 @@ def typed(tokenizer: Any) -> Iterator[Prompt]:
             yield encoded(0, line, None, tokenizer, "the terminal")
 
 
-def answer(generator: Generator, params: Params, prompts: Sequence[Prompt], key: jax.Array, request: Request, tokenizer: Any) -> None:
+def answer(
+    generator: Generator, params: Params, prompts: Sequence[Prompt], key: jax.Array, request: Request, tokenizer: Any, typed: bool = False
+) -> None:
     """Generates, and writes or prints; what there is to say of it goes to the console's other stream. Process 0 writes."""
     began = time.perf_counter()
     out = generator(params, [p.ids for p in prompts], key, request.n)
@@ -120,7 +123,7 @@ def answer(generator: Generator, params: Params, prompts: Sequence[Prompt], key:
     stops = generator.stops
     found = rows(prompts, out, tokenizer, stops)
     if request.out:
-        write(request.out, found)
+        write(request.out, found, typed)
     else:
         show(found, len(prompts) > 1)
     for line in summary(out, seconds, generator.shape.slots, stops):
@@ -157,20 +160,27 @@ def show(found: Sequence[Sequence[dict[str, Any]]], prompts: bool) -> None:
             print()
 
 
-def begin(request: Request) -> None:
-    """Opens the file that is written to, so that one that cannot be is refused before anything is computed."""
+def begin(request: Request, typed: bool, force: bool) -> None:
+    """Refuses a file that cannot be written to, or that would be lost, before anything is computed."""
     if request.out not in ("", "-") and is_main():
-        Path(request.out).write_text("", encoding="utf-8")
+        file = Path(request.out)
+        output.claim(file, force=force)
+        with open(file, "a", encoding="utf-8"):  # an earlier one stays until the new one is whole
+            pass
+        if typed:  # answers are added one by one
+            output.write_text(file, "")
 
 
-def write(file: str, found: Sequence[Sequence[dict[str, Any]]]) -> None:
-    """Adds completions as JSONL, a row each; "-" is the console."""
+def write(file: str, found: Sequence[Sequence[dict[str, Any]]], typed: bool) -> None:
+    """Writes completions as JSONL, a row each, those of typed prompts behind one another; "-" is the console."""
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for samples in found for row in samples)
     if file == "-":
         print(text, end="")
-    else:
+    elif typed:
         with open(file, "a", encoding="utf-8") as f:
             f.write(text)
+    else:
+        output.write_text(Path(file), text)
 
 
 def summary(out: Completions, seconds: float, slots: int, stops: Stops | None) -> list[str]:

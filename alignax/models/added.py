@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from alignax import output
 from alignax.distributed import is_main, together
 from alignax.mesh import make_mesh
 from alignax.models import hf
@@ -53,15 +54,14 @@ def with_tokens(
     params = grown(hf.load_params(source, make_mesh({"fsdp": -1})), source.config, first, len(ids), jax.random.key(seed))
     new = {"vocab_size": params["embed"].shape[0], "predicted_tokens": source.config.predicted_tokens or first}
     shaped = {name: dataclasses.replace(getattr(source, name), **new) for name in ("config", "stored")}
-    half = out.with_name(out.name + ".part")
-    hf.export(params, source._replace(hf=source.hf | new, **shaped), half, dtype)
-    with together():
-        if is_main():
-            tokenizer.save_pretrained(half)
-            fields = hf.generation_config(source)
-            quiet = sorted({*(fields.get("suppress_tokens") or ()), *ids})
-            (half / hf.GENERATION).write_text(json.dumps(fields | {"suppress_tokens": quiet}, indent=2) + "\n")
-            hf.replace(out, half)
+    with output.folder(out) as half:
+        hf.export(params, source._replace(hf=source.hf | new, **shaped), half, dtype)
+        with together():
+            if is_main():
+                tokenizer.save_pretrained(half)
+                fields = hf.generation_config(source)
+                quiet = sorted({*(fields.get("suppress_tokens") or ()), *ids})
+                (half / hf.GENERATION).write_text(json.dumps(fields | {"suppress_tokens": quiet}, indent=2) + "\n")
     return ids
 
 

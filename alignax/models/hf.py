@@ -23,6 +23,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from alignax import mesh as meshes
+from alignax import output
 from alignax.data.files import one_line, short
 from alignax.distributed import is_main, together
 from alignax.models import families, reward, transformer
@@ -333,6 +334,7 @@ def export(
     dtype: str = "float32",
     shard_bytes: int = SHARD_BYTES,
     eos: int | None = None,
+    origin: str = "",
 ) -> None:
     """Writes a Hugging Face folder that transformers loads: weights, config, and the source's tokenizer and generation config.
 
@@ -345,18 +347,26 @@ def export(
       dtype: "float32", "bfloat16" or "float16".
       shard_bytes: the most that one file holds.
       eos: the token that completions were trained to end with; the generation config then stops at it too.
+      origin: what the folder says of its writer, see `alignax.output.claim`.
+
+    Raises:
+      ValueError: for another dtype, and for a place where something else than a model stands.
+      OSError: when the disk has no room; what stood there is whole.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is unknown; use {', '.join(DTYPES)}")
     out = Path(out)
-    main = is_main()
     if out.exists() and not (out / "config.json").is_file() and any(out.iterdir()):
         raise ValueError(f"{str(out)!r} exists and is not a model folder; choose another place")
-    tmp = out.with_name(out.name + ".tmp")
     with together():
-        if main:
-            shutil.rmtree(tmp, ignore_errors=True)
-            tmp.mkdir(parents=True)
+        output.require_space(out, sum(math.prod(t.shape) for t in plan(source, source.config)) * jnp.dtype(dtype).itemsize, "the model")
+    with output.folder(out, origin) as tmp:
+        _write(params, source, tmp, dtype, shard_bytes, eos)
+
+
+def _write(params: Params, source: Source, tmp: Path, dtype: str, shard_bytes: int, eos: int | None) -> None:
+    """Writes the files of `export`."""
+    main = is_main()
     leaves = {leaf_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
     where = places(source.family.weights, stored_shapes(source.config), source.config.num_attention_heads)
     offset = meshes.gathered(leaves[reward.OFFSET]).tolist() if reward.OFFSET in leaves else None
@@ -389,7 +399,6 @@ def export(
             if eos is not None and eos not in (ids := stop_ids(source)):
                 fields = generation_config(source) | {"eos_token_id": [*ids, eos] if ids else eos}
                 (tmp / GENERATION).write_text(json.dumps(fields, indent=2) + "\n")
-            replace(out, tmp)
 
 
 def umask() -> int:
@@ -397,16 +406,6 @@ def umask() -> int:
     mask = os.umask(0o077)
     os.umask(mask)
     return mask
-
-
-def replace(out: Path, new: Path) -> None:
-    """Puts a finished folder in the place of an earlier one."""
-    old = out.with_name(out.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        out.rename(old)
-    new.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _shards(all_tensors: list[Tensor], itemsize: int, limit: int) -> list[list[Tensor]]:
@@ -459,5 +458,5 @@ def _copy_small_files(source: Source, out: Path) -> None:
     """Tokenizer, chat template and generation config as they were."""
     for file in source.path.iterdir():
         small = file.suffix in (".json", ".jinja", ".model", ".txt", ".tiktoken")
-        if file.is_file() and small and file.name != "config.json" and not file.name.endswith(".index.json"):
+        if file.is_file() and small and file.name not in ("config.json", output.MARK) and not file.name.endswith(".index.json"):
             shutil.copyfile(file, out / file.name)

@@ -8,7 +8,6 @@ diagonal, so the rank is the sum of theirs.
 import json
 import math
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from alignax import mesh as meshes
+from alignax import output
 from alignax.data.files import short
 from alignax.distributed import is_main, together
 from alignax.models import adapter_config, hf, lora, reward
@@ -63,7 +63,7 @@ class Adapted:
         return self.places["layers." + matrix]
 
 
-def write_adapter(adapters: Params, spec: Lora, source: hf.Source, base: str, out: Path) -> None:
+def write_adapter(adapters: Params, spec: Lora, source: hf.Source, base: str, out: Path, origin: str = "") -> None:
     """Writes a PEFT folder, whole or not at all. Every process calls it; process 0 writes.
 
     Args:
@@ -72,6 +72,7 @@ def write_adapter(adapters: Params, spec: Lora, source: hf.Source, base: str, ou
       source: the base model's folder.
       base: where PEFT is to look for the base.
       out: a folder that does not exist yet, or is an earlier one.
+      origin: what the folder says of its writer, see `alignax.output.claim`.
     """
     if out.exists() and not (out / CONFIG).is_file() and any(out.iterdir()):
         raise ValueError(f"{str(out)!r} exists and is not an adapter folder; choose another place")
@@ -101,20 +102,16 @@ def write_adapter(adapters: Params, spec: Lora, source: hf.Source, base: str, ou
     if "score" in adapters:
         tensors[SCORE] = np.ascontiguousarray(meshes.gathered(adapters["score"]).T)
         offset = meshes.gathered(adapters[reward.OFFSET]).tolist()
-    tmp = out.with_name(out.name + ".tmp")
-    with together():
+    with output.folder(out, origin) as tmp, together():
         if is_main():
             from safetensors.numpy import save_file
 
-            shutil.rmtree(tmp, ignore_errors=True)
-            tmp.mkdir(parents=True)
             save_file(tensors, tmp / WEIGHTS, metadata={"format": "pt"})
             os.chmod(tmp / WEIGHTS, 0o666 & ~hf.umask())
             kept = any(adapted.place(m[0]).weight.kept for m in adapted.modules.values())
             head = {"modules_to_save": ["score"], reward.OFFSET: offset} if offset else {}
             content = _config(spec, adapted, ranks, base, kept, head)
             (tmp / CONFIG).write_text(json.dumps(content, indent=2) + "\n")
-            hf.replace(out, tmp)
 
 
 def _columns(blocks: list[np.ndarray], place: Place) -> np.ndarray:

@@ -5,7 +5,6 @@ stage, a JSON file of measurements under `stages/` in the workdir; a run that wa
 """
 
 import json
-import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -15,7 +14,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from alignax.config import BadInput, Experiment, difference, effective, load_experiment
+from alignax import output
+from alignax.config import BadInput, Experiment, check_kept, difference, effective, load_experiment
 from alignax.experience.ensembles import Aggregate
 from alignax.losses import Loss
 from alignax.overopt import bestofn
@@ -87,9 +87,10 @@ def open_workdir(experiment: Experiment) -> Path:
     saved = workdir / "config.py"
     if workdir.exists() and not workdir.is_dir():
         raise BadInput(f"workdir {str(workdir)!r} is a file; choose a new or empty folder")
+    check_kept(experiment)
     workdir.mkdir(parents=True, exist_ok=True)
-    if {file.name for file in workdir.iterdir()} <= {"config.py", "config.py.tmp"}:  # nothing was measured yet
-        replace(saved, effective(experiment))
+    if {file.name for file in workdir.iterdir() if not output.unfinished(file)} <= {"config.py"}:  # nothing was measured yet
+        output.write_text(saved, effective(experiment))
     elif not saved.is_file():
         raise BadInput(f"workdir {str(workdir)!r} holds other files; choose a new or empty folder")
     elif lines := difference(load_experiment(saved), experiment, FREE):
@@ -106,14 +107,7 @@ def stage(workdir: Path, name: str, measure: Callable[[], dict[str, Any]]) -> No
     print(name, file=sys.stderr)
     text = json.dumps(measure(), allow_nan=False)
     file.parent.mkdir(exist_ok=True)
-    replace(file, text)
-
-
-def replace(file: Path, text: str) -> None:
-    """Writes a file in one move."""
-    tmp = file.with_name(file.name + ".tmp")
-    tmp.write_text(text, encoding="utf-8")
-    os.replace(tmp, file)
+    output.write_text(file, text)
 
 
 # Best-of-n ------------------------------------------------------------------------------------------------------------------

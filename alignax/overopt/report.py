@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from alignax import output
 from alignax.overopt import figures, fits, results
 from alignax.overopt.results import Curve
 from alignax.overopt.tables import Own, Run, course, ends, findings, laws, number, samples
@@ -51,10 +52,11 @@ def write(workdir: Path) -> str:
     (workdir / "figures").mkdir(exist_ok=True)
     for own in sections:
         for image in own["figures"]:
-            (workdir / "figures" / f"{image['file']}.png").write_bytes(image["png"])
-    (workdir / "results.json").write_text(results.as_json(run.measurements), encoding="utf-8")
-    (workdir / "curves.csv").write_text(results.as_csv(run.curves), encoding="utf-8")
-    (workdir / "report.html").write_text(page("Reward overoptimisation", [run], sections), encoding="utf-8")
+            with output.file(workdir / "figures" / f"{image['file']}.png") as tmp:
+                tmp.write_bytes(image["png"])
+    output.write_text(workdir / "results.json", results.as_json(run.measurements))
+    output.write_text(workdir / "curves.csv", results.as_csv(run.curves))
+    output.write_text(workdir / "report.html", page("Reward overoptimisation", [run], sections))
     lines = [line for own in sections for line in (own["title"] + ":", *(f"  {finding}" for finding in own["findings"]))]
     return "\n".join([*lines, f"report: {workdir / 'report.html'}"])
 
@@ -64,7 +66,7 @@ def compare(workdirs: Sequence[Path]) -> str:
     names = distinct(workdirs)
     runs = [open_run(workdir, name) for workdir, name in zip(workdirs, names, strict=True)]
     path = workdirs[0] / "comparison.html"
-    path.write_text(page("Reward overoptimisation, compared", runs, [section(runs, *own) for own in arms(runs)]), encoding="utf-8")
+    output.write_text(path, page("Reward overoptimisation, compared", runs, [section(runs, *own) for own in arms(runs)]))
     return f"comparison: {path}"
 
 

@@ -1,0 +1,185 @@
+"""What is written appears whole or not at all, and takes the place of nothing that another has written.
+
+A file or a folder is written beside its place under a name of its own, and takes the place in one move: at every moment, a killed
+process and a full disk included, what stands there is an earlier one or the new one, whole. A model folder holds `alignax.json`, which
+says what has written it and the CRC of every file.
+"""
+
+import ctypes
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from alignax.data.files import one_line
+from alignax.distributed import is_main, together
+
+MARK = "alignax.json"
+EXCHANGE, HERE = 2, -100  # RENAME_EXCHANGE and AT_FDCWD of Linux
+
+
+def claim(place: Path, origin: str = "", force: bool = False, remedy: str = "give --force to replace it, or choose another place") -> None:
+    """Refuses a place where something stands that is not by this writer; what is empty is free.
+
+    Args:
+      place: a file, or a folder, that is about to be written.
+      origin: who writes a folder; an untouched one by the same may be replaced. Empty for a file, which says nothing of its writer.
+      force: replace what stands there.
+      remedy: the end of the error.
+
+    Raises:
+      ValueError: for what would be destroyed.
+    """
+    if force or not place.exists() or (place.is_file() and not place.stat().st_size) or (place.is_dir() and not any(place.iterdir())):
+        return
+    if place.is_dir():
+        there = _mark(place)
+        if origin and there is not None and there["origin"] == origin:
+            if not (changed := _changed(place, there["files"])):
+                return
+            raise ValueError(f"{str(place)!r} was changed since it was written ({changed}); {remedy}")
+        raise ValueError(f"{str(place)!r} exists, and {'another run' if there else 'something else'} wrote it; {remedy}")
+    raise ValueError(f"{str(place)!r} exists; {remedy}")
+
+
+def check(folder: Path, suffix: str = ".safetensors") -> None:
+    """Refuses a folder of ours whose files of a suffix are not as they were written."""
+    there = _mark(folder)
+    if there is None:
+        return
+    for name, crc in there["files"].items():
+        if name.endswith(suffix) and (folder / name).is_file() and _crc(folder / name) != crc:
+            raise ValueError(
+                f"{folder / name} is damaged: it is not as alignax wrote it; write or fetch the folder again "
+                f"(if it was changed on purpose, delete {folder / MARK})"
+            )
+
+
+def require_space(path: Path, need: int, what: str, remedy: str = "make room, or choose another place") -> None:
+    """An error before anything is written, if the disk has no room for `need` bytes and a tenth."""
+    place = next(p for p in (path, *path.absolute().parents) if p.exists())
+    free = shutil.disk_usage(place).free
+    if free < 1.1 * need:
+        raise OSError(f"{what} takes {need / 1e9:.3f} GB and {str(path)!r} has {free / 1e9:.3f} GB free; {remedy}")
+
+
+@contextmanager
+def file(path: Path, tag: str = "") -> Iterator[Path]:
+    """Where to write a file that takes the place of `path` at the end; after an error nothing stays of it.
+
+    Args:
+      path: its folder is there.
+      tag: tells processes apart that may write the same file at the same time.
+    """
+    tmp = _beside(path, tag)
+    with _writing(path, tmp):
+        yield tmp
+        _sync(tmp)
+        os.replace(tmp, path)
+        _sync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file in one move."""
+    with file(path) as tmp:
+        tmp.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def folder(out: Path, origin: str = "") -> Iterator[Path]:
+    """Where to write a folder that takes the place of `out` at the end, marked; every process enters, process 0 writes."""
+    tmp = _beside(out)
+    with _writing(out, tmp):
+        with together():
+            if is_main():
+                shutil.rmtree(tmp, ignore_errors=True)
+                tmp.mkdir(parents=True)
+        yield tmp
+        with together():
+            if is_main():
+                files = sorted(p for p in tmp.rglob("*") if p.is_file() and p != tmp / MARK)
+                crcs = {str(p.relative_to(tmp)): _crc(p) for p in files}
+                (tmp / MARK).write_text(json.dumps({"origin": origin, "files": crcs}, indent=2) + "\n", encoding="utf-8")
+                for path in (*files, tmp / MARK, tmp):
+                    _sync(path)
+                _replace(out, tmp)
+                _sync(out.parent)
+
+
+@contextmanager
+def _writing(path: Path, tmp: Path) -> Iterator[None]:
+    """After an error what was half written goes; a disk that is full becomes one line with the remedy."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except BaseException as e:
+        if is_main() or tmp.is_file():
+            shutil.rmtree(tmp) if tmp.is_dir() else tmp.unlink(missing_ok=True)
+        if not isinstance(e, (OSError, SafetensorError)):
+            raise
+        kept = "; what stood there is whole" if path.exists() else ""
+        raise OSError(f"{str(path)!r} could not be written ({one_line(e)}){kept}; make room, or choose another place") from e
+
+
+def _beside(path: Path, tag: str = "") -> Path:
+    return path.with_name(f".{path.name}.{tag + '.' if tag else ''}alignax-tmp")
+
+
+def unfinished(path: Path) -> bool:
+    """Whether this is what a killed process left of a write."""
+    return path.name.endswith("alignax-tmp")
+
+
+def _replace(out: Path, new: Path) -> None:
+    """Puts a finished folder in the place of an earlier one, which goes."""
+    if not out.exists():
+        new.rename(out)
+        return
+    try:
+        exchanged = ctypes.CDLL(None).renameat2(HERE, os.fsencode(new), HERE, os.fsencode(out), EXCHANGE) == 0
+    except AttributeError:  # a system without it
+        exchanged = False
+    if not exchanged:  # or a file system: there is a moment without either, and both stand beside
+        old = new.with_name(new.name + "-old")
+        shutil.rmtree(old, ignore_errors=True)
+        out.rename(old)
+        new.rename(out)
+        new = old
+    shutil.rmtree(new)
+
+
+def _sync(path: Path) -> None:
+    """Has the disk hold what was written, before anything refers to it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _mark(folder: Path) -> dict | None:
+    """What a folder of ours says of itself; None of another's."""
+    try:
+        found = json.loads((folder / MARK).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    fine = isinstance(found, dict) and isinstance(found.get("origin"), str) and isinstance(found.get("files"), dict)
+    return found if fine else None
+
+
+def _changed(folder: Path, files: dict[str, str]) -> str:
+    """A file that is not as it was written, came, or went; empty where there is none."""
+    there = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {MARK}
+    return next((name for name in sorted(there | files.keys()) if name not in there or files.get(name) != _crc(folder / name)), "")
+
+
+def _crc(path: Path) -> str:
+    crc = 0
+    with open(path, "rb") as f:
+        while block := f.read(1 << 22):
+            crc = zlib.crc32(block, crc)
+    return f"{crc:08x}"
