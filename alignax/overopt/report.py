@@ -10,7 +10,7 @@ import numpy as np
 
 from alignax.overopt import figures, fits, results
 from alignax.overopt.results import Curve
-from alignax.overopt.tables import Own, Run, course, ends, findings, laws, number, samples
+from alignax.overopt.tables import Own, Run, course, ends, findings, laws, maker, markdown, number, samples
 
 TITLES = {"best_of_n": "Best-of-n", "direct": "Direct alignment", "training": "Training runs"}
 DRAWN = 25  # points of a line that has more than twice as many, about
@@ -45,7 +45,7 @@ READING = (
 
 
 def write(workdir: Path) -> str:
-    """Writes `report.html`, `figures/`, `results.json` and `curves.csv` into a workdir; returns a table for the console."""
+    """Writes `report.html`, `figures/`, `results.json`, `curves.csv` and `tables.md` into a workdir; returns lines for the console."""
     run = open_run(workdir, workdir.name)
     sections = [section([run], *arm) for arm in arms([run])]
     (workdir / "figures").mkdir(exist_ok=True)
@@ -54,9 +54,20 @@ def write(workdir: Path) -> str:
             (workdir / "figures" / f"{image['file']}.png").write_bytes(image["png"])
     (workdir / "results.json").write_text(results.as_json(run.measurements), encoding="utf-8")
     (workdir / "curves.csv").write_text(results.as_csv(run.curves), encoding="utf-8")
+    (workdir / "tables.md").write_text(as_markdown(run), encoding="utf-8")
     (workdir / "report.html").write_text(page("Reward overoptimisation", [run], sections), encoding="utf-8")
     lines = [line for own in sections for line in (own["title"] + ":", *(f"  {finding}" for finding in own["findings"]))]
     return "\n".join([*lines, f"report: {workdir / 'report.html'}"])
+
+
+def as_markdown(run: Run) -> str:
+    """The tables of final against peak, to be quoted: with their spread over seeds, and what has measured them."""
+    parts = []
+    for kind, arm, family in arms([run]):
+        own = [c for c in run.curves if place(c.kind, c.arm, c.family) == (kind, arm, family)]
+        parts.append(markdown(f"{titled(kind, arm, family)}, {own[0].seeds} seeds", [(run, own)]))
+    by = [f"Measured by {maker(made)}.\n" for made in results.makers(run.measurements)]
+    return "\n".join([*filter(None, parts), "± is half of the 95 % confidence interval of the mean over seeds (Student's t).\n", *by])
 
 
 def compare(workdirs: Sequence[Path]) -> str:
@@ -98,6 +109,12 @@ def place(kind: str, arm: str, family: str) -> tuple[str, str, str]:
     return "online" if kind == "optima" else kind, arm, family
 
 
+def titled(kind: str, arm: str, family: str) -> str:
+    """The title of a section."""
+    name = family or TITLES[kind]
+    return name if kind == "training" else f"{name}, world “{arm}”"
+
+
 # Sections -------------------------------------------------------------------------------------------------------------------
 
 
@@ -106,8 +123,7 @@ def section(runs: Sequence[Run], kind: str, arm: str, family: str) -> dict[str, 
     here = (kind, arm, family)
     own = [(run, found) for run in runs if (found := [c for c in run.curves if place(c.kind, c.arm, c.family) == here])]
     measured = [(run, m) for run, _ in own for m in run.measurements if place(m["kind"], m["arm"], m.get("family", "")) == here]
-    name = family or TITLES[kind]
-    title = name if kind == "training" else f"{name}, world “{arm}”"
+    name, title = family or TITLES[kind], titled(*here)
     panels = shared_axes(own)
     if kind == "online":
         images = [image for quantity in SIDE_BY_SIDE for image in over_distance(quantity, panels, together=True)]
@@ -269,4 +285,4 @@ def facts(run: Run) -> list[tuple[str, str]]:
     if trained := [m for m in run.measurements if m["kind"] == "online"]:
         families = ", ".join(dict.fromkeys(m["family"] for m in trained))
         out.append(("online", f"{len(trained[0]['seeds'])} seeds, {families}; {trained[0]['runs'][0]['step'][-1]} steps"))
-    return out
+    return [*out, *(("measured by", maker(made)) for made in results.makers(run.measurements))]

@@ -119,7 +119,7 @@ def peak(curve: Curve) -> dict[str, float]:
         "final_d": curve.d[-1], "drop": gold.mean[best] - gold.mean[-1],
     }  # fmt: skip
     if gold.low is not None and gold.high is not None:
-        out |= {"final_low": gold.low[-1], "final_high": gold.high[-1]}
+        out |= {"peak_low": gold.low[best], "peak_high": gold.high[best], "final_low": gold.low[-1], "final_high": gold.high[-1]}
     return {name: float(x) for name, x in out.items()}
 
 
@@ -150,8 +150,14 @@ def as_json(measurements: Sequence[dict[str, Any]]) -> str:
     ]
     kept = ("kind", "arm", "members", "prompts", "responses", "excluded", "excluded_pairs", "accuracy", "calibration", "samples")
     rest = [{name: m[name] for name in kept if name in m} for m in measurements if m["kind"] in ("best_of_n", "training")]
-    out = {"curves": [_plain(curve) for curve in own], "laws": laws, "measurements": rest}
+    out = {"made": makers(measurements), "curves": [_plain(curve) for curve in own], "laws": laws, "measurements": rest}
     return json.dumps(out, indent=1, ensure_ascii=False, allow_nan=False)
+
+
+def makers(measurements: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    """What code and which processors have measured these (see `alignax.overopt.laboratory.made_by`), each once."""
+    found = [m["made"] for m in measurements if "made" in m]
+    return [made for i, made in enumerate(found) if made not in found[:i]]
 
 
 def _plain(curve: Curve) -> dict[str, Any]:

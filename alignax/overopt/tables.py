@@ -64,6 +64,29 @@ def ends(own: Own) -> dict[str, Any]:
     return {"caption": "Final against peak of the gold reward.", "head": [*heads(own), *head], "rows": rows, "texts": texts}
 
 
+def markdown(title: str, own: Own) -> str:
+    """Final against peak as a Markdown table, each gold reward with its spread over seeds; empty where there is no gold reward."""
+    curves = [c for _, found in own for c in found if "gold" in c.values]
+    if not curves:
+        return ""
+    at = {"best_of_n": "n", "optima": "coefficient"}.get(curves[0].kind, "step")
+    rows = [[title, "gold reward at its peak", f"at {at}", "at the end", "KL at the end (nats)"], ["---"] * 5]
+    for c in curves:
+        p = results.peak(c)
+        spread = lambda end, p=p: (
+            f"{number(p[end])} ± {number((p[end + '_high'] - p[end + '_low']) / 2)}" if "peak_low" in p else number(p[end])
+        )
+        where = "–" if c.kind == "optima" and at == "step" else f"{p['peak_at']:g}"
+        rows.append([c.name, spread("peak"), where, spread("final"), number(c.d[-1] ** 2)])
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def maker(made: dict[str, str]) -> str:
+    """What has measured numbers, in words."""
+    commit = f" at commit {made['commit']}" if made["commit"] else ""
+    return f"{made['file']}, alignax {made['alignax']}{commit}, jax {made['jax']}, {made['processor']}"
+
+
 def course(own: Own) -> dict[str, Any]:
     """Training runs from their first evaluation to their last, a few between them."""
     found = [(run, c) for run, curves in own for c in curves if c.kind == "training"]
