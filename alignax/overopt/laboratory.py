@@ -7,6 +7,7 @@ stage, a JSON file of measurements under `stages/` in the workdir; a run that wa
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -103,15 +104,13 @@ def open_workdir(experiment: Experiment) -> Path:
 
 def made_by(file: Path) -> dict[str, str]:
     """What numbers depend on beside the config: this code, its commit where that is known, jax, and the processor."""
-    root, processor = Path(alignax.__file__).parents[1], jax.devices()[0].device_kind
-    commit = ""
-    if (root / ".git").exists():
-        described = subprocess.run(
-            ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"], capture_output=True, text=True
-        )
-        commit = described.stdout.strip()
+    root, processor, commit = Path(alignax.__file__).parents[1], jax.devices()[0].device_kind, ""
+    if (root / ".git").exists() and shutil.which("git"):
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     if processor == "cpu":
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").is_file() else []
+        about = Path("/proc/cpuinfo")
+        lines = about.read_text(encoding="utf-8").splitlines() if about.is_file() else []
         names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
         processor = names[0] if names else platform.processor() or platform.machine()
     return {"file": file.name, "alignax": alignax.__version__, "commit": commit, "jax": jax.__version__, "processor": processor}

@@ -73,9 +73,8 @@ def markdown(title: str, own: Own) -> str:
     rows = [[title, "gold reward at its peak", f"at {at}", "at the end", "KL at the end (nats)"], ["---"] * 5]
     for c in curves:
         p = results.peak(c)
-        spread = lambda end, p=p: (
-            f"{number(p[end])} ± {number((p[end + '_high'] - p[end + '_low']) / 2)}" if "peak_low" in p else number(p[end])
-        )
+        half = {end: f" ± {number((p[f'{end}_high'] - p[f'{end}_low']) / 2)}" for end in ("peak", "final") if f"{end}_low" in p}
+        spread = lambda end, p=p, half=half: number(p[end]) + half.get(end, "")
         where = "–" if c.kind == "optima" and at == "step" else f"{p['peak_at']:g}"
         rows.append([c.name, spread("peak"), where, spread("final"), number(c.d[-1] ** 2)])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
