@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from alignax import mesh as meshes
 from alignax.averages import Average
+from alignax.blame import blaming
 from alignax.checks import (
     check_averages,
     check_batches,
@@ -26,7 +27,7 @@ from alignax.checks import (
     check_rollout,
     check_token_kl,
 )
-from alignax.config import HEAD, PRETRAIN, ROLLOUTS, Experiment, asked, blaming, difference, load_experiment, steps_of_turn, trunk_values
+from alignax.config import HEAD, PRETRAIN, ROLLOUTS, Experiment, asked, difference, load_experiment, steps_of_turn, trunk_values
 from alignax.data import Batches, Examples, Report, load, padded_length
 from alignax.data.files import one_line
 from alignax.data.mixture import sources
@@ -159,7 +160,10 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
     optimizer = make_optimizer(config.optimizer, schedule)
     with blaming(experiment.file):
         given = experiment.loss(config)
-        averages = {} if experiment.averages is None else dict(experiment.averages(config))
+        kept = {} if experiment.averages is None else experiment.averages(config)
+    if not isinstance(kept, Mapping):
+        raise ValueError(f'averages() of {experiment.file} returns {kept!r}; return averages by name, {{"ema": ema(0.999)}} say')
+    averages = dict(kept)
     check_objective(given, experiment.file)
     check_pretrain(config, given, experiment.file)
     objective, beside = (given[ROLLOUTS], {PRETRAIN: given[PRETRAIN]}) if isinstance(given, Mapping) else (given, {})
