@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from alignax import mesh as meshes
 from alignax.averages import PROPOSAL, Average, Turning
+from alignax.blame import check_call, explained
 from alignax.config import HEAD, PATHS, PRETRAIN, ROLLOUTS, Experiment, check_path, eval_batch_size, flat, steps_of_turn
 from alignax.data import Examples
 from alignax.generate.generator import check_room
@@ -144,6 +145,8 @@ def check_cache(config: Any, averages: dict[str, Average], reference: hf.Source 
 
 def check_averages(config: Any, averages: dict[str, Average], reference: hf.Source | None) -> None:
     """Refuses averages that nobody reads, or that are read and not there."""
+    for name, rule in averages.items():
+        check_call(rule, f"the average {name!r}", "average", "params", "step")
     known = ["policy", *(name for name in averages if name != "reference")]
     for field, name in (("eval.params", config.eval.params), ("export.params", config.export.params)):
         if name not in known:
@@ -177,7 +180,7 @@ def check_objective(objective: Any, file: Path) -> None:
         try:
             objective = objective(jnp.zeros((), jnp.int32))
         except Exception as e:
-            cause = f" (called with a step: {' '.join(str(e).split())})"
+            cause = f" (called with a step: {explained(e, file)})"
     if not isinstance(objective, Loss):
         raise ValueError(
             f"loss(config) of {file} returns {objective!r}{cause}; return a loss, dpo() say, or a function from the step to one"

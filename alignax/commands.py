@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from alignax import distributed, output, plan, rewards
+from alignax.blame import blaming
 from alignax.checkpoint import Checkpoints
 from alignax.config import BadInput, Experiment, default_config, eval_batch_size, load_experiment, set_field, trunk_values
 from alignax.data import Examples, check, load, load_examples, padded_length
@@ -42,7 +43,7 @@ from alignax.prepare import (
 )
 from alignax.programs import abstract_models
 from alignax.ridge import fit_ridge
-from alignax.start import start
+from alignax.start import check_step, start
 from alignax.types import Params
 
 # How samples of a policy are read, whatever data a reward model was trained on.
@@ -73,9 +74,12 @@ def train(file: str, overrides: Sequence[str], dry: bool) -> None:
         with refusing():
             if experiment.main is not None and not experiment.config.model.path:
                 raise ValueError(f"{file} runs several stages, each with a config of its own; --dry-run shows a single run")
-            print(plan.describe(checked(experiment)))
+            planned = checked(experiment)
+            check_step(planned)
+            print(plan.describe(planned))
     elif experiment.main is not None:
-        experiment.main(experiment)
+        with blaming(experiment.file, own=True):
+            experiment.main(experiment)
     else:
         run(experiment)
 
@@ -101,7 +105,8 @@ def overopt(file: str, overrides: Sequence[str]) -> None:
         experiment = load_experiment(file, overrides)
         if experiment.main is None:
             raise ValueError(f"{file} has no main(), which runs the laboratory; see experiments/overoptimization.py")
-        experiment.main(experiment)
+        with blaming(experiment.file, own=True):
+            experiment.main(experiment)
 
 
 def report(workdirs: Sequence[Path]) -> None:

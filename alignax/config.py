@@ -11,29 +11,24 @@ import importlib.util
 import inspect
 import math
 import tempfile
-import traceback
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import CodeType, ModuleType
 from typing import Any, NamedTuple
 
+from alignax.blame import BadInput, blaming, check_call, near
 from alignax.data.files import check_local, one_line, short
 
 OFFERED = ("config", "reference", "policy", "ensemble", "prompts")  # what an experience may ask for, by the names of its parameters
+CALLED = {"get_config": (), "loss": ("config",), "averages": ("config",), "main": ("experiment",)}  # how a run calls functions of the file
 HEAD = "head"  # what `model.critic` is of a critic on the policy's trunk
 ROLLOUTS, PRETRAIN = "rollouts", "pretrain"  # the batches that losses of online training may be of, by name
 MARK = "# --- the effective config of this run; alignax wrote this part ---"
-
-
 PATHS = (
     "workdir", "model.path", "model.critic", "lora.path", "reference.path", "reference.cache", "reward.path",
     "data.train", "data.eval", "data.pretrain", "data.ood",
 )  # fmt: skip
-
-
-class BadInput(ValueError):
-    """Input that was refused, told apart from the failure of a run."""
 
 
 class Experiment(NamedTuple):
@@ -182,37 +177,44 @@ def load_experiment(file: str | Path, overrides: Sequence[str] = ()) -> Experime
     module = importlib.util.module_from_spec(spec)
     with blaming(file):
         spec.loader.exec_module(module)
-    for name in ("get_config", "loss"):
-        if not callable(getattr(module, name, None)):
-            raise ValueError(f"{file} has no function {name}(); see experiments/dpo_hh.py")
+    check_hooks(module, file)
     with blaming(file):
         config = module.get_config()
     check_config(config, file)
+    check_own_fields(config, module, file)
     for override in overrides:
         set_field(config, override)
-    for name in asked(getattr(module, "experience", None)):
-        if name not in OFFERED:
-            raise ValueError(f"experience() in {file} asks for {name!r}; its parameters are any of {', '.join(OFFERED)}")
     optional = (getattr(module, name, None) for name in ("experience", "gold", "reward", "averages", "main"))
     return Experiment(file, config, module.loss, *optional)
 
 
-@contextmanager
-def blaming(file: Path, always: bool = True) -> Iterator[None]:
-    """Turns an error in the code of an experiment file into one line that says where; with `always` also one that has no line there."""
-    try:
-        yield
-    except BadInput:
-        raise
-    except Exception as e:
-        lines = [f.lineno for f in traceback.extract_tb(e.__traceback__) if Path(f.filename).resolve() == file.resolve()]
-        if isinstance(e, SyntaxError) and e.filename and Path(e.filename).resolve() == file.resolve():
-            lines = [e.lineno]
-        if not lines and not always:
-            raise
-        what = "" if isinstance(e, ValueError) else f"{type(e).__name__}: "
-        place = f"{file}, line {lines[-1]}" if lines else str(file)
-        raise BadInput(f"{place}: {what}{one_line(e, 500)}") from e
+def check_hooks(module: ModuleType, file: Path) -> None:
+    """Refuses an experiment file without what a run needs, with a function that nothing calls, or with one that cannot be called."""
+    for name in ("get_config", "loss"):
+        if getattr(module, name, None) is None:
+            raise BadInput(f"{file} has no function {name}(){near(name, list(vars(module)))}; see experiments/dpo_hh.py")
+    for name in ("experience", "gold", "reward"):
+        given = getattr(module, name, None)
+        if given is not None and not callable(given) and not isinstance(given, Sequence):
+            raise BadInput(f"{name} of {file} is {given!r}; it must be a function")
+    for name, parameters in CALLED.items():
+        if getattr(module, name, None) is not None:
+            check_call(getattr(module, name), f"{name}() of {file}", *parameters)
+    for name in asked(getattr(module, "experience", None)):
+        if name not in OFFERED:
+            raise BadInput(
+                f"experience() of {file} asks for {name!r}{near(name, OFFERED, 0.5)}; its parameters are any of {', '.join(OFFERED)}"
+            )
+    hooks = ("get_config", *Experiment._fields[2:])
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    for node in tree.body:
+        names = [node.name] if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not node.decorator_list else []
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Lambda):
+            names = [target.id for target in node.targets if isinstance(target, ast.Name)]
+        for name in names:
+            if name not in (*hooks, *used) and not name.startswith("_") and (nearest := near(name.lower(), hooks, 0.8)):
+                raise BadInput(f"{file} has a function {name}(), which nothing calls{nearest}; a run calls {', '.join(hooks)}")
 
 
 def check_config(config: Any, file: Path) -> None:
@@ -232,9 +234,29 @@ def check_config(config: Any, file: Path) -> None:
         check_path(name, value)
 
 
+def check_own_fields(config: Any, module: ModuleType, file: Path) -> None:
+    """Refuses a top-level field of an experiment's own that no function there reads and that is called as one of ours in a group is."""
+
+    def names(code: CodeType) -> set[str]:
+        inner = (names(x) if isinstance(x, CodeType) else {x} if isinstance(x, str) else set() for x in code.co_consts)
+        return set(code.co_names).union(*inner)
+
+    known = flat(default_config())
+    leaves = {path.rpartition(".")[2]: path for path in reversed(known)}
+    initials = {"".join(word[0] for word in leaf.split("_")): leaf for leaf in leaves if "_" in leaf}
+    functions = [x for x in vars(module).values() if inspect.isfunction(x) and not x.__module__.startswith("alignax.")]
+    read = set().union(*(names(x.__code__) for x in functions if x is not module.get_config))
+    for name in sorted(set(map(str, config)) - set(default_config()) - read):
+        found = difflib.get_close_matches(initials.get(name, name), leaves, 1, 0.8)
+        if found and not hasattr(module, "main"):  # which may give the config to other code
+            raise BadInput(f"config field {name!r} of {file} is unknown, and nothing there reads it; the nearest is {leaves[found[0]]!r}")
+
+
 def asked(experience: Callable | None) -> tuple[str, ...]:
-    """The names of an experience's parameters; it gets what it asks for, and no reference is held that it does not ask for."""
-    return () if experience is None else tuple(inspect.signature(experience).parameters)
+    """The names of an experience's parameters, but defaults of its own; no reference is held that it does not ask for."""
+    parameters = () if experience is None else inspect.signature(experience).parameters.values()
+    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    return tuple(p.name for p in named if p.default is p.empty or p.name in OFFERED)
 
 
 def set_field(config: Any, override: str) -> None:
@@ -277,6 +299,17 @@ def _known(node: Any, part: str, path: str, config: Any) -> str:
     if part in node:
         return part
     raise ValueError(f"config field {path!r} is unknown; the nearest is {nearest(path, list(flat(config)))!r}")
+
+
+def refusal(group: Any, name: str, place: str) -> str:
+    """Why code may not read or set a field of a ConfigDict in this way; `place` is where it is in the config."""
+    path = ".".join(filter(None, (place, name)))
+    if name not in group:
+        likely = difflib.get_close_matches(name, group, 1, 0.8) or [nearest(name, list(flat(group)))]
+        return f"config field {path!r} is unknown; the nearest is {'.'.join(filter(None, (place, *likely)))!r}"
+    if hasattr(group[name], "items"):
+        return f"config field {path!r} is a group; set one of its fields: {', '.join(sorted(group[name]))}"
+    return f"config field {path!r} must be {_a(group[name])}, such as {group[name]!r}"
 
 
 def nearest(path: str, fields: Sequence[str]) -> str:

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from alignax import mesh as meshes
 from alignax import output
 from alignax.averages import Average
+from alignax.blame import blaming
 from alignax.checks import (
     check_averages,
     check_batches,
@@ -33,7 +34,6 @@ from alignax.config import (
     ROLLOUTS,
     Experiment,
     asked,
-    blaming,
     check_kept,
     difference,
     identity,
@@ -176,7 +176,10 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
     optimizer = make_optimizer(config.optimizer, schedule)
     with blaming(experiment.file):
         given = experiment.loss(config)
-        averages = {} if experiment.averages is None else dict(experiment.averages(config))
+        kept = {} if experiment.averages is None else experiment.averages(config)
+    if not isinstance(kept, Mapping):
+        raise ValueError(f'averages() of {experiment.file} returns {kept!r}; return averages by name, {{"ema": ema(0.999)}} say')
+    averages = dict(kept)
     check_objective(given, experiment.file)
     check_pretrain(config, given, experiment.file)
     objective, beside = (given[ROLLOUTS], {PRETRAIN: given[PRETRAIN]}) if isinstance(given, Mapping) else (given, {})

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from alignax import ensemble
 from alignax import mesh as meshes
 from alignax.averages import PROPOSAL, averaged
+from alignax.blame import check_call
 from alignax.config import asked, eval_batch_size, prompts_of_rollout
 from alignax.data import Batches
 from alignax.experience import Experience, advance, chain, first_carry
@@ -221,7 +222,9 @@ def make_experience(run: Run, frozen: dict[str, Params], state: TrainState) -> E
         given["reference"] = Model(stored_outputs, {})
     if "reference" in state.averages:
         given["reference"] = policy_model(run, frozen, state.averages["reference"])
-    return make(**{name: given[name] for name in asked(make)})
+    made = make(**{name: given[name] for name in asked(make)})
+    check_call(made, f"what experience() of {run.experiment.file} returns", "batch")
+    return made
 
 
 def make_programs(run: Run) -> tuple[Callable, Callable]:

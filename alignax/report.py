@@ -4,7 +4,7 @@ All of it is read from the runs' metrics.jsonl, so a finished run can be reporte
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,15 @@ def evaluations(workdir: Path) -> list[dict[str, Any]]:
     Raises:
       ValueError: for a folder that has none.
     """
-    rows = read_rows(Path(workdir) / "metrics.jsonl")
-    found = [row for row in rows if any(name.startswith("eval/") for name in row)]
+    found = evaluated(read_rows(Path(workdir) / "metrics.jsonl"))
     if not found:
         raise ValueError(f"{str(workdir)!r} has no evaluation in its metrics.jsonl; give the workdir of a run that evaluated")
+    return found
+
+
+def evaluated(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of a log that are of evaluations; `eval/` is taken off the names."""
+    found = [row for row in rows if any(name.startswith("eval/") for name in row)]
     return [{name.removeprefix("eval/"): value for name, value in row.items() if value is not None} for row in found]
 
 

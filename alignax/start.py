@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from alignax import ensemble, output, rewards
+from alignax.blame import blaming, explained
 from alignax.checkpoint import Checkpoints, nbytes
-from alignax.config import blaming, effective, eval_batch_size
+from alignax.config import effective, eval_batch_size
 from alignax.distributed import is_main, together
 from alignax.evaluate import SAMPLED
 from alignax.models import hf, peft, reward
@@ -121,8 +122,8 @@ def check_step(run: Run) -> None:
                 metrics = jax.eval_shape(make_programs(run)[1], state, frozen, abstract_batch(run, evaluation=True))
     except KeyError as e:
         raise ValueError(
-            f"the batch has no field {e.args[0]!r}, which the loss or the experience reads; let an experience write it, or bring it "
-            "with the data (data.kind, data.columns)"
+            f"{explained(e, run.experiment.file)}. The loss or the experience reads it: let an experience write it, or bring it with the "
+            "data (data.kind, data.columns)"
         ) from e
     check_reward(run, run.experiment.gold)
     check_reward(run, run.experiment.reward)

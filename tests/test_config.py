@@ -52,6 +52,28 @@ BAD = {
     "an error in a value": (RETURN, OWN.format('raise ValueError("oops")'), r"mine\.py, line 11: oops"),
     "values of another shape": (RETURN, OWN.format("return out.logps.sum(), {}"), r"own.*shape \(\).*\(8,\)"),
     "unknown model": ("(config, reference)", "(config, teacher)", r"asks for 'teacher'; its parameters are any of config, reference"),
+    "a field of the batch that is not there": (RETURN, OWN.format('return batch["reference"], {}'),
+     r"mine\.py, line 11: batch has no field 'ref"),
+    "no value": (RETURN, OWN.format("return sequence(out.values, batch)[:, 0], {}"),
+     r"mine\.py, line 11: .*There: out \(logps float32\[8, 2,"),
+    "loss of nothing": ("def loss(config)", "def loss()", r"loss\(\) of .*mine\.py takes \(\); it is called with \(config\)"),
+    "misspelt parameter": ("(config, reference)", "(confg, reference)", r"asks for 'confg'; the nearest is 'config'"),
+    "misspelt hook": ("def gold(", "def golds(",
+     r"has a function golds\(\), which nothing calls; the nearest is 'gold'; a run calls get_con"),
+    "misspelt experience": ("def experience(", "def experiance(", r"experiance\(\), which nothing calls; the nearest is 'experience'"),
+    "misspelt lambda": ("def gold(", "avarages = lambda c: {}\ndef gold(", r"avarages\(\), which nothing calls; the nearest is 'averages'"),
+    "no loss": ("def loss(", "def los(", r"has no function loss\(\); the nearest is 'los'"),
+    "a number as experience": ("def gold(", "experience = 3\ndef gold(", r"experience of .*mine\.py is 3; it must be a function"),
+    "a field of a group at the top": ("return config", "config.learning_rate = 1.0; return config",
+     r"'learning_rate' .*'optimizer\.learning_rate'"),
+    "initials of a field at the top": ("return config", "config.lr = 1.0; return config",
+     r"'lr' of .* unknown.*'optimizer\.learning_rate'"),
+    "experience without return": ("return chain", "chain",
+     r"what experience\(\) of .* returns is None; it must be a function of \(batch\)"),
+    "experience not called": ('chain(logps("ref_logps", reference))', "logps", r"returns takes \(name, model, .*called with \(batch\)"),
+    "averages that are none": ("def gold(", 'def averages(config):\n    return {"a": 0.9}\ndef gold(', r"average 'a' is 0\.9; it must be"),
+    "averages without names": ("def gold(", "def averages(config):\n    return 1\ndef gold(",
+     r"averages\(\) .* returns 1; return averages by name"),
     "a gold that divides by zero": ("float(len(c))", "1 / 0", r"mine\.py, line 16: ZeroDivisionError"),
     "a gold of one number": ("[float(len(c)) for c in completions]", "1.0", r"mine\.py: TypeError"),
     "a gold that is no number": ("float(len(c))", 'float("nan")', r"gold\(\) of .* returns \[nan\].*a finite number for each"),
@@ -70,12 +92,39 @@ def test_bad_experiment_files(name, fields, tmp_path, capsys):
     file = tmp_path / "mine.py"
     file.write_text(GOOD.replace(old, new, 1))
     given = fields | {"workdir": tmp_path / "run"}
-    assert main(["train", "--config", str(file), *(f"--config.{k}={v}" for k, v in given.items())]) == 2
+    arguments = ["train", "--config", str(file), *(f"--config.{k}={v}" for k, v in given.items())]
+    assert main([*arguments, *(["--dry-run"] if "batch" in name else [])]) == 2  # a dry run traces the step too
     said = capsys.readouterr().err.strip()
     error = said.splitlines()[-1]
     assert error.startswith("alignax: error: ") and "Traceback" not in said
     assert re.search(message, error), error
     assert not (tmp_path / "run").exists()
+
+
+FINE = {
+    "a helper that is called": "def rewards(texts):\n    return [1.0 for _ in texts]\n\n"
+    "def gold(prompts, completions):\n    return rewards(completions)\n",
+    "private": "def _rewards(texts):\n    return texts\n",
+    "another word": "def words(texts):\n    return texts\n\ndef goal(x):\n    return x\n",
+    "given as a value": "def mains():\n    return 1\n\nTABLE = {'a': mains}\n",
+    "a default of its own": "def experience(config, reference, scale=1.0, **more):\n    return chain(logps('ref_logps', reference))\n",
+    "a field of its own that is read": "def loss(config):\n    return dpo(config.get('alpha', 0.1))\n",
+}
+
+
+@pytest.mark.parametrize("name", FINE)
+def test_what_an_experiment_file_may_have(name, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        GOOD.replace("return config\n", "config.alpha = 0.1\n    return config\n") + FINE[name] + "\nALPHA = lambda c: c.alpha\n"
+    )
+    assert load_experiment(file).config.alpha == 0.1
+
+
+@pytest.mark.parametrize("file", sorted(runs.REPO.glob("experiments/*.py")), ids=lambda file: file.stem)
+def test_our_own_experiment_files_are_fine(file):
+    if not file.stem.startswith("bench"):
+        load_experiment(file)
 
 
 def test_a_best_metric_that_is_none_is_refused_before_anything_is_written(fields, tmp_path, capsys):

@@ -7,11 +7,13 @@ What an experience remembers from one batch to the next (a running log Z, an ada
 `Stateful` function takes it and gives the next one. Carries live in the training state, so they are in every checkpoint.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.struct
 
+from alignax.blame import check_call
+from alignax.data.files import short
 from alignax.types import Batch
 
 Experience = Callable[[Batch], Batch]
@@ -45,7 +47,13 @@ class Chain:
 
 
 def chain(*functions: Experience) -> Experience:
-    """The functions one after another, first to last; without any, the identity."""
+    """The functions one after another, first to last; without any, the identity.
+
+    Raises:
+      ValueError: for what is no function of a batch.
+    """
+    for i, function in enumerate(functions):
+        check_call(function, f"function {i} of chain(..)", "batch")
     return Chain(functions)
 
 
@@ -75,4 +83,9 @@ def advance(experience: Experience, carry: Carry, batch: Batch) -> tuple[Carry, 
         for function in experience.functions:
             carry, batch = advance(function, carry, batch)
         return carry, batch
-    return carry, experience(batch)
+    given = experience(batch)
+    if not isinstance(given, Mapping):
+        raise ValueError(
+            f"{short(experience)} returns {type(given).__name__}; an experience function returns the batch, with the fields that it writes"
+        )
+    return carry, given

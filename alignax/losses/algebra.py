@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from alignax.blame import check_call
 from alignax.types import Batch, Metrics, Outputs
 
 Over = Callable[[Batch], jax.Array]
@@ -36,6 +37,8 @@ class Loss:
 
     def __add__(self, other: "Loss") -> "Loss":
         """The sum of both; a term whose name is taken is called name_2, so that its metric is its own."""
+        if not isinstance(other, Loss):
+            return NotImplemented
         terms = list(self.terms)
         for coefficient, term in other.terms:
             taken = {t.name for _, t in terms}
@@ -63,11 +66,14 @@ class Loss:
         loss, metrics = jnp.zeros(()), {}
         for (coefficient, term), w in zip(self.terms, weights, strict=True):
             result = term.value(out, batch)
-            if not isinstance(result, tuple) or len(result) != 2:
+            if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[1], Mapping):
                 raise ValueError(f"the value of loss {term.name!r} is {type(result).__name__}; return (values, {{metric: values}})")
             values, extra = result
-            if values.shape != w.shape:
-                raise ValueError(f"values of loss {term.name!r} have shape {values.shape}, its weights {w.shape}; they must be equal")
+            if jnp.shape(values) != w.shape:
+                raise ValueError(f"values of loss {term.name!r} have shape {jnp.shape(values)}, its weights {w.shape}; they must be equal")
+            if odd := [name for name, x in extra.items() if jnp.shape(x) != w.shape]:
+                shape = jnp.shape(extra[odd[0]])
+                raise ValueError(f"metric {odd[0]!r} of loss {term.name!r} has shape {shape}, its weights {w.shape}; they must be equal")
             average = weighted_sum(values, w)
             loss += coefficient * average
             metrics |= {name: weighted_sum(jax.lax.stop_gradient(x), w) for name, x in extra.items()}
@@ -85,7 +91,13 @@ def at_step(objective: Objective, step: jax.Array) -> Loss:
 
 
 def make_loss(name: str, value: Value, over: Over | None = None) -> Loss:
-    """A loss of one term, averaged over the examples unless `over` says otherwise."""
+    """A loss of one term, averaged over the examples unless `over` says otherwise.
+
+    Raises:
+      ValueError: for functions of other arguments.
+    """
+    check_call(value, f"the value of loss {name!r}", "out", "batch")
+    check_call(over or examples, f"over of loss {name!r}", "batch")
     return Loss(((1.0, Term(name, value, over or examples)),))
 
 

@@ -55,6 +55,7 @@ def figure(panels: Sequence[Panel], width: float = 4.2, height: float = 3.4) -> 
             axes.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)
             if panel.diagonal:
                 axes.axline((0.5, 0.5), slope=1, color="0.5", ls=":", lw=1)
+                axes.set_xlim(0.48, panel.reach)
             else:
                 axes.set_xlim(0, panel.reach)
             if panel.law is not None:

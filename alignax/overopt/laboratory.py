@@ -5,15 +5,20 @@ stage, a JSON file of measurements under `stages/` in the workdir; a run that wa
 """
 
 import json
+import platform
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+import alignax
 from alignax import output
 from alignax.config import BadInput, Experiment, check_kept, difference, effective, load_experiment
 from alignax.experience.ensembles import Aggregate
@@ -73,9 +78,9 @@ def run(
         own = range(config.seed, config.seed + config.online.repeats)
         for method in methods:
             stages.append((titled(method, name), partial(learn, name, world, method, own)))
-    workdir = open_workdir(experiment)
+    workdir, made = open_workdir(experiment), made_by(experiment.file)
     for i, (name, measure) in enumerate(stages):
-        stage(workdir, f"{i:02d} {name}", measure)
+        stage(workdir, f"{i:02d} {name}", measure, made)
     print(report.write(workdir))
 
 
@@ -98,14 +103,28 @@ def open_workdir(experiment: Experiment) -> Path:
     return workdir
 
 
-def stage(workdir: Path, name: str, measure: Callable[[], dict[str, Any]]) -> None:
+def made_by(file: Path) -> dict[str, str]:
+    """What numbers depend on beside the config: this code, its commit where that is known, jax, and the processor."""
+    root, processor, commit = Path(alignax.__file__).parents[1], jax.devices()[0].device_kind, ""
+    if (root / ".git").exists() and shutil.which("git"):
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    if processor == "cpu":
+        about = Path("/proc/cpuinfo")
+        lines = about.read_text(encoding="utf-8").splitlines() if about.is_file() else []
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        processor = names[0] if names else platform.processor() or platform.machine()
+    return {"file": file.name, "alignax": alignax.__version__, "commit": commit, "jax": jax.__version__, "processor": processor}
+
+
+def stage(workdir: Path, name: str, measure: Callable[[], dict[str, Any]], made: dict[str, str]) -> None:
     """Measures, unless that was done before."""
     file = workdir / "stages" / f"{name.replace(' ', '-')}.json"
     if file.is_file():
         print(f"{name}: measured before", file=sys.stderr)
         return
     print(name, file=sys.stderr)
-    text = json.dumps(measure(), allow_nan=False)
+    text = json.dumps(measure() | {"made": made}, allow_nan=False)
     file.parent.mkdir(exist_ok=True)
     output.write_text(file, text)
 

@@ -11,9 +11,14 @@ import numpy as np
 from alignax import output
 from alignax.overopt import figures, fits, results
 from alignax.overopt.results import Curve
-from alignax.overopt.tables import Own, Run, course, ends, findings, laws, number, samples
+from alignax.overopt.tables import COURSE, RUNS, Own, Run, course, ends, findings, laws, maker, markdown, number, samples
 
-TITLES = {"best_of_n": "Best-of-n", "direct": "Direct alignment", "training": "Training runs"}
+TITLES = {
+    "best_of_n": "Best-of-n",
+    "direct": "Direct alignment",
+    "training": "Evaluations of training runs",
+    "steps": "Steps of training runs",
+}
 DRAWN = 25  # points of a line that has more than twice as many, about
 PANELS = {  # quantity -> title, label of the axis; those of which every curve over sqrt(KL) is drawn
     "gold": ("What is wanted", "gold reward"),
@@ -22,7 +27,22 @@ PANELS = {  # quantity -> title, label of the axis; those of which every curve o
     "length": ("Response length", "tokens"),
 }
 SIDE_BY_SIDE = ("gold", "proxy")  # of online methods: panels of one figure
-OVER_STEPS = {"gold": "gold reward", "kl": "KL (nats)", "score 1": "reward model 1", "score 2": "reward model 2"}
+OVER_STEPS = COURSE | {"score 1": "reward model 1", "score 2": "reward model 2"}
+LEAD = (
+    "Gold reward is what is wanted, the proxy is what is optimised; both over the square root of the KL to the initial policy, in nats. "
+    "The proxy is overoptimised where it goes on rising and the gold reward falls."
+)
+COURSE_LEAD = (
+    "What training runs logged, from beginning to end. They have no gold reward: with a gold(prompts, completions) in the experiment file "
+    "this page draws it over the square root of the KL."
+)
+COURSE_READING = (
+    "Evaluations are of held-out rows, or of fresh samples of the policy to their prompts; the KL is the mean log-ratio of these to the "
+    "reference, in nats, an estimate. Steps are those of training, of many of them means over neighbouring ones.",
+    "Reward is what training maximises: where it rises while entropy, different responses or lengths collapse, or the share of truncated "
+    "responses grows, look at the samples.",
+    "Implicit reward: β (log π/ref of chosen − of rejected). A chosen log-ratio below 0: the chosen responses have become less likely.",
+)
 READING = (
     "Lines are means over seeds: each another gold reward, other data and other models, or, of model folders, other prompts and "
     "other responses; bands are 95 % confidence intervals of that "
@@ -46,7 +66,7 @@ READING = (
 
 
 def write(workdir: Path) -> str:
-    """Writes `report.html`, `figures/`, `results.json` and `curves.csv` into a workdir; returns a table for the console."""
+    """Writes `report.html`, `figures/`, `results.json`, `curves.csv` and `tables.md` into a workdir; returns lines for the console."""
     run = open_run(workdir, workdir.name)
     sections = [section([run], *arm) for arm in arms([run])]
     (workdir / "figures").mkdir(exist_ok=True)
@@ -56,9 +76,29 @@ def write(workdir: Path) -> str:
                 tmp.write_bytes(image["png"])
     output.write_text(workdir / "results.json", results.as_json(run.measurements))
     output.write_text(workdir / "curves.csv", results.as_csv(run.curves))
-    output.write_text(workdir / "report.html", page("Reward overoptimisation", [run], sections))
+    if text := as_markdown(run):
+        output.write_text(workdir / "tables.md", text)
+    title = "Reward overoptimisation" if has_gold([run]) else "Training"
+    output.write_text(workdir / "report.html", page(title, [run], sections))
     lines = [line for own in sections for line in (own["title"] + ":", *(f"  {finding}" for finding in own["findings"]))]
     return "\n".join([*lines, f"report: {workdir / 'report.html'}"])
+
+
+def as_markdown(run: Run) -> str:
+    """The tables of final against peak, to be quoted: with their spread over seeds, and what has measured them."""
+    parts = []
+    for kind, arm, family in arms([run]):
+        own = [c for c in run.curves if place(c.kind, c.arm, c.family) == (kind, arm, family)]
+        many = f", {own[0].seeds} seeds" if own[0].seeds > 1 else ""
+        parts += [text] if (text := markdown(titled(kind, arm, family) + many, [(run, own)])) else []
+    by = [f"Measured by {maker(made)}.\n" for made in results.makers(run.measurements)]
+    spread = "± is half of the 95 % confidence interval of the mean over seeds (Student's t).\n"
+    return "\n".join([*parts, spread, *by]) if parts else ""
+
+
+def has_gold(runs: Sequence[Run]) -> bool:
+    """Whether a gold reward was measured."""
+    return any("gold" in c.values for run in runs for c in run.curves)
 
 
 def compare(workdirs: Sequence[Path]) -> str:
@@ -66,7 +106,8 @@ def compare(workdirs: Sequence[Path]) -> str:
     names = distinct(workdirs)
     runs = [open_run(workdir, name) for workdir, name in zip(workdirs, names, strict=True)]
     path = workdirs[0] / "comparison.html"
-    output.write_text(path, page("Reward overoptimisation, compared", runs, [section(runs, *own) for own in arms(runs)]))
+    title = "Reward overoptimisation, compared" if has_gold(runs) else "Training, compared"
+    output.write_text(path, page(title, runs, [section(runs, *own) for own in arms(runs)]))
     return f"comparison: {path}"
 
 
@@ -100,6 +141,12 @@ def place(kind: str, arm: str, family: str) -> tuple[str, str, str]:
     return "online" if kind == "optima" else kind, arm, family
 
 
+def titled(kind: str, arm: str, family: str) -> str:
+    """The title of a section."""
+    name = family or TITLES[kind]
+    return name if kind in RUNS else f"{name}, world “{arm}”"
+
+
 # Sections -------------------------------------------------------------------------------------------------------------------
 
 
@@ -108,19 +155,23 @@ def section(runs: Sequence[Run], kind: str, arm: str, family: str) -> dict[str, 
     here = (kind, arm, family)
     own = [(run, found) for run in runs if (found := [c for c in run.curves if place(c.kind, c.arm, c.family) == here])]
     measured = [(run, m) for run, _ in own for m in run.measurements if place(m["kind"], m["arm"], m.get("family", "")) == here]
-    name = family or TITLES[kind]
-    title = name if kind == "training" else f"{name}, world “{arm}”"
+    name, title = family or TITLES[kind], titled(*here)
     panels = shared_axes(own)
     if kind == "online":
         images = [image for quantity in SIDE_BY_SIDE for image in over_distance(quantity, panels, together=True)]
         stepped = dict.fromkeys(quantity for _, m in measured for quantity in m["over_steps"])
-        images += over_steps(list(stepped), [c for _, found in own for c in found])
+        images += over_steps(list(stepped), [(c.name, c) for _, found in own for c in found if c.kind == "online"])
+    elif kind in RUNS:
+        images = [image for quantity in PANELS for image in over_distance(quantity, panels)] if kind == "training" else []
+        lines = [(run.name, c) for run, found in own for c in found]
+        images += over_steps([q for q in COURSE if any(q in c.values for _, c in lines)], lines)
     else:
         images = [image for quantity in PANELS for image in over_distance(quantity, panels)] + calibration(measured)
     for image in images:
         image["file"] = "-".join(f"{name} {arm} {image['file']}".lower().split())
     tables = [course(own), ends(own), laws(own), *samples(measured)]
-    return {"title": title, "findings": findings(own), "figures": images, "tables": [table for table in tables if table["rows"]]}
+    tables = [{"cards": False} | table for table in tables if table["rows"]]
+    return {"title": title, "findings": findings(own), "figures": images, "tables": tables}
 
 
 def shared_axes(own: Own) -> dict[str, list[tuple[str, Curve]]]:
@@ -133,7 +184,7 @@ def shared_axes(own: Own) -> dict[str, list[tuple[str, Curve]]]:
         of_run = run.name if len(own) > 1 else ""
         alone = len({c.objective for c in found}) == len(found)
         for c in found:
-            if c.kind == "training":
+            if c.kind in RUNS:
                 panels.setdefault("", []).append((run.name, c))
             elif c.kind == "best_of_n" or (c.family and alone):
                 panels.setdefault(of_run, []).append((c.name, c))
@@ -145,14 +196,15 @@ def shared_axes(own: Own) -> dict[str, list[tuple[str, Curve]]]:
 
 def over_distance(quantity: str, panels: dict[str, list[tuple[str, Curve]]], together: bool = False) -> list[dict[str, Any]]:
     """A figure for each panel in which the quantity was measured, or one of them `together`; all on the same axes."""
-    having = {name: [(label, c) for label, c in lines if quantity in c.values] for name, lines in panels.items()}
+    measured = lambda c: quantity in c.values and np.isfinite(c.d + c.values[quantity].mean).any()
+    having = {name: [(label, c) for label, c in lines if measured(c)] for name, lines in panels.items()}
     having = {name: lines for name, lines in having.items() if lines}
     title, y_label = PANELS[quantity]
     every = [c for lines in having.values() for _, c in lines]
     # Implicit rewards of different objectives are of different sizes, so theirs do not share the axis of y.
     apart = quantity == "proxy" and any(c.kind == "direct" for c in every)
     limits = extent(every, quantity) if len(having) > 1 and not apart else None
-    reach = 1.04 * max((float(c.d.max()) for c in every), default=1.0)
+    reach = 1.04 * max((float(np.nanmax(c.d)) for c in every), default=1.0) or 1.0
     drawn, captions = [], []
     for name, lines in having.items():
         head = ": ".join(filter(None, (name, title.lower() if name else title)))
@@ -167,16 +219,14 @@ def over_distance(quantity: str, panels: dict[str, list[tuple[str, Curve]]], tog
     return [image([panel], file, caption) for panel, file, caption in zip(drawn, files, captions, strict=True)]
 
 
-def over_steps(quantities: Sequence[str], own: Sequence[Curve]) -> list[dict[str, Any]]:
+def over_steps(quantities: Sequence[str], own: Sequence[tuple[str, Curve]]) -> list[dict[str, Any]]:
     """One figure of these quantities in the course of training, a panel each."""
     panels = []
     for quantity in quantities:
-        having = [c for c in own if c.kind == "online" and quantity in c.values]
-        drawn = [figures.Line(c.name, c.at.tolist(), *plain(c.values[quantity], np.arange(len(c.at)))) for c in having]
-        label = OVER_STEPS[quantity]
-        panels.append(
-            figures.Panel(drawn, f"{label[0].upper()}{label[1:]} in training", "step", label, reach=max(float(c.at[-1]) for c in having))
-        )
+        having = [(name, c) for name, c in own if quantity in c.values]
+        drawn = [figures.Line(name, c.at.tolist(), *plain(c.values[quantity], np.arange(len(c.at)))) for name, c in having]
+        label, reach = OVER_STEPS[quantity], max(float(c.at[-1]) for _, c in having) or 1.0
+        panels.append(figures.Panel(drawn, f"{label[0].upper()}{label[1:]} in training", "step", label, reach=reach))
     words = ", ".join(OVER_STEPS[quantity] for quantity in quantities)
     return [image(panels, "steps", f"Over steps of training: {words}.")] if panels else []
 
@@ -227,7 +277,9 @@ def calibration(measured: Sequence[tuple[Run, dict[str, Any]]]) -> list[dict[str
             errors.append(f"{name} {float(np.abs(right - sure).sum() / count.sum()):.3f}")
         of_run = run.name if len(measured) > 1 else ""
         title = ": ".join(filter(None, (of_run, "Calibration of the reward models")))
-        panel = figures.Panel(lines, title, "confidence in the preferred response", "share in the right order", (0.4, 1.02), diagonal=True)
+        lowest = min([0.4, *(y - 0.03 for own in lines for y in own.y)])  # few pairs of a bin may all be wrong
+        limits = (lowest, 1.02)
+        panel = figures.Panel(lines, title, "confidence in the preferred response", "share in the right order", limits, 1.02, diagonal=True)
         accuracy = np.array(m["accuracy"])
         words = f"{title}. Held-out accuracy {accuracy.mean():.3f} ({accuracy.min():.3f} to {accuracy.max():.3f}); "
         images.append(image([panel], f"calibration {of_run}", words + f"expected calibration error: {', '.join(errors)}."))
@@ -253,7 +305,8 @@ def page(title: str, runs: Sequence[Run], sections: Sequence[dict[str, Any]]) ->
         loader=PackageLoader("alignax.overopt", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     about = [{"facts": facts(run)} for run in runs]
-    return environment.get_template("page.html").render(title=title, runs=about, sections=sections, reading=READING)
+    lead, reading = (LEAD, READING) if has_gold(runs) else (COURSE_LEAD, COURSE_READING)
+    return environment.get_template("page.html").render(title=title, lead=lead, runs=about, sections=sections, reading=reading)
 
 
 def facts(run: Run) -> list[tuple[str, str]]:
@@ -271,4 +324,4 @@ def facts(run: Run) -> list[tuple[str, str]]:
     if trained := [m for m in run.measurements if m["kind"] == "online"]:
         families = ", ".join(dict.fromkeys(m["family"] for m in trained))
         out.append(("online", f"{len(trained[0]['seeds'])} seeds, {families}; {trained[0]['runs'][0]['step'][-1]} steps"))
-    return out
+    return [*out, *(("measured by", maker(made)) for made in results.makers(run.measurements))]

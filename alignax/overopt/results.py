@@ -11,16 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.special import stdtrit
 
-from alignax import report
-from alignax.metrics import read_rows
-from alignax.overopt import fits
+from alignax.overopt import fits, training
 
 LEVEL = 0.95  # of the bands
 LAWS = {"bon": fits.BON, "rl": fits.RL}
-TRAINING = {  # what a training run logs, as the laboratory calls it
-    "rewards/margins": "proxy", "reward": "proxy", "gold": "gold", "kl": "kl", "entropy": "entropy", "distinct": "distinct",
-    "completion_length": "length", "rewards/accuracies": "accuracy", "logps/chosen_drift": "chosen_drift",
-}  # fmt: skip
 
 
 class Band(NamedTuple):
@@ -34,12 +28,12 @@ class Band(NamedTuple):
 class Curve(NamedTuple):
     """Quantities over sqrt(KL) under one objective."""
 
-    kind: str  # "best_of_n", "direct", "online", "optima" or "training"
+    kind: str  # "best_of_n", "direct", "online", "optima", or of a run "training" (its evaluations) and "steps"
     arm: str  # the world
     objective: str
     beta: float | None  # the coefficient, of trained policies that have one
     at: np.ndarray  # [E] n, the step, or of optima the coefficient
-    d: np.ndarray  # [E] sqrt of the mean KL to the initial policy, sqrt(nats)
+    d: np.ndarray  # [E] sqrt of the mean KL to the initial policy, sqrt(nats); NaN where it was not measured
     values: dict[str, Band]  # quantity -> [E]
     seeds: int
     setting: str = ""  # what differs between curves of one objective, in words: "β = 0.1"
@@ -52,33 +46,14 @@ class Curve(NamedTuple):
 
 
 def load(workdir: Path) -> list[dict[str, Any]]:
-    """The measurements in a workdir: of the laboratory, or of a training run that logged gold reward and KL.
+    """The measurements in a workdir: of the laboratory, or of a training run.
 
     Raises:
       ValueError: for a folder that has neither.
     """
     if files := sorted((workdir / "stages").glob("*.json")):
         return [json.loads(file.read_text(encoding="utf-8")) for file in files]
-    return [of_training(workdir)]
-
-
-def of_training(workdir: Path) -> dict[str, Any]:
-    """A training run's evaluations, as a measurement of one seed."""
-    rows = report.evaluations(workdir)
-    rows = [row for row in rows if "kl" in row and "gold" in row]
-    if not rows:
-        raise ValueError(f"no evaluation of {str(workdir)!r} has both gold reward and KL; give the experiment a gold(prompts, completions)")
-    logged = [name for name in TRAINING if all(name in row for row in rows)]
-    curves = {TRAINING[name]: [[max(row[name], 0.0) if name == "kl" else row[name] for row in rows]] for name in logged}
-    samples = read_rows(workdir / "samples.jsonl")
-    ends = [row for row in samples if row["step"] in (samples[0]["step"], samples[-1]["step"])]  # none, where none were logged
-    prompts = list(dict.fromkeys(row["prompt"] for row in ends))
-    ends.sort(key=lambda row: prompts.index(row["prompt"]))  # what became of each lies together
-    shown = [{"step": x["step"], "prompt": x["prompt"], "response": x["completion"], "gold": x.get("gold")} for x in ends]
-    return {
-        "kind": "training", "arm": "training", "objective": workdir.name or workdir.resolve().name, "beta": None, "seeds": [0],
-        "step": [row["step"] for row in rows], "curves": curves, "samples": shown,
-    }  # fmt: skip
+    return training.of_training(workdir)
 
 
 def curves(measurements: Sequence[dict[str, Any]]) -> list[Curve]:
@@ -95,7 +70,8 @@ def curves(measurements: Sequence[dict[str, Any]]) -> list[Curve]:
             alone = {"setting": "" if beta is None else f"β = {beta:g}", "beta": beta, "step": m.get("step"), "curves": m.get("curves")}
             for run in m.get("runs", [alone]):
                 bands = {quantity: band(np.array(x)) for quantity, x in run["curves"].items()}
-                d, at = np.sqrt(np.maximum(bands["kl"].mean, 0.0)), np.array(run["step"])
+                at = np.array(run["step"])
+                d = np.sqrt(np.maximum(bands["kl"].mean, 0.0)) if "kl" in bands else np.full(len(at), np.nan)
                 family, seeds = m.get("family", ""), len(m["seeds"])
                 out.append(Curve(m["kind"], m["arm"], m["objective"], run["beta"], at, d, bands, seeds, run["setting"], family))
     return out
@@ -113,19 +89,19 @@ def band(samples: np.ndarray) -> Band:
 def peak(curve: Curve) -> dict[str, float]:
     """Where the mean gold reward is highest, where it ends, and how far it has dropped by then."""
     gold = curve.values["gold"]
-    best = int(gold.mean.argmax())
+    best = int(np.nanargmax(gold.mean))
     out = {
         "peak": gold.mean[best], "peak_at": curve.at[best], "peak_d": curve.d[best], "final": gold.mean[-1], "final_at": curve.at[-1],
         "final_d": curve.d[-1], "drop": gold.mean[best] - gold.mean[-1],
     }  # fmt: skip
     if gold.low is not None and gold.high is not None:
-        out |= {"final_low": gold.low[-1], "final_high": gold.high[-1]}
+        out |= {"peak_low": gold.low[best], "peak_high": gold.high[best], "final_low": gold.low[-1], "final_high": gold.high[-1]}
     return {name: float(x) for name, x in out.items()}
 
 
 def fitted(own: Sequence[Curve]) -> dict[str, fits.Fit | None]:
     """Both laws, fitted to the gold rewards of these curves together; None for curves that do not begin at the initial policy."""
-    if any(curve.kind == "optima" or curve.d[0] >= fits.SMALLEST for curve in own):
+    if any(curve.kind in ("optima", "steps") or "gold" not in curve.values or not curve.d[0] < fits.SMALLEST for curve in own):
         return dict.fromkeys(LAWS)
     d = np.concatenate([curve.d for curve in own])
     gained = np.concatenate([curve.values["gold"].mean - curve.values["gold"].mean[0] for curve in own])
@@ -150,16 +126,23 @@ def as_json(measurements: Sequence[dict[str, Any]]) -> str:
     ]
     kept = ("kind", "arm", "members", "prompts", "responses", "excluded", "excluded_pairs", "accuracy", "calibration", "samples")
     rest = [{name: m[name] for name in kept if name in m} for m in measurements if m["kind"] in ("best_of_n", "training")]
-    out = {"curves": [_plain(curve) for curve in own], "laws": laws, "measurements": rest}
+    out = {"made": makers(measurements), "curves": [_plain(curve) for curve in own], "laws": laws, "measurements": rest}
     return json.dumps(out, indent=1, ensure_ascii=False, allow_nan=False)
 
 
+def makers(measurements: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    """What code and which processors have measured these (see `alignax.overopt.laboratory.made_by`), each once."""
+    found = [m["made"] for m in measurements if "made" in m]
+    return [made for i, made in enumerate(found) if made not in found[:i]]
+
+
 def _plain(curve: Curve) -> dict[str, Any]:
-    numbers = lambda x: None if x is None else x.tolist()
+    numbers = lambda x: None if x is None else [None if math.isnan(y) else y for y in x.tolist()]
     values = {name: {end: numbers(x) for end, x in own._asdict().items()} for name, own in curve.values.items()}
     about = {"kind": curve.kind, "world": curve.arm, "family": curve.family, "objective": curve.objective, "setting": curve.setting}
     about |= {"beta": curve.beta, "seeds": curve.seeds}
-    return about | {"at": curve.at.tolist(), "d": curve.d.tolist(), "values": values, "gold": peak(curve)}
+    found = {name: None if math.isnan(x) else x for name, x in peak(curve).items()} if "gold" in curve.values else None
+    return about | {"at": curve.at.tolist(), "d": numbers(curve.d), "values": values, "gold": found}
 
 
 def as_csv(own: Sequence[Curve]) -> str:
@@ -171,6 +154,6 @@ def as_csv(own: Sequence[Curve]) -> str:
         for name, x in c.values.items():
             for i, (at, d) in enumerate(zip(c.at, c.d, strict=True)):
                 numbers = (d, x.mean[i], None if x.low is None else x.low[i], None if x.high is None else x.high[i])
-                d, *rest = ("" if number is None else f"{number:.6g}" for number in numbers)
+                d, *rest = ("" if number is None or math.isnan(number) else f"{number:.6g}" for number in numbers)
                 write([c.kind, c.arm, c.family, c.objective, c.setting, c.beta, at, d, name, *rest, c.seeds])
     return out.getvalue()

@@ -1,5 +1,6 @@
 """The tables and the words of the report: final against peak, fitted laws, samples."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,12 +15,13 @@ COLUMNS = {  # quantity -> head of a column with its value at the end
     "chosen_drift": "chosen log-ratio (nats)", "unseen": "mass on responses in no pair", "length": "tokens at the end",
     "score 1": "reward model 1 at the end", "score 2": "reward model 2 at the end",
 }  # fmt: skip
-COURSE = {
-    "kl": "KL (nats)",
-    "entropy": "entropy (nats a token)",
-    "distinct": "different responses",
-    "chosen_drift": "chosen log-ratio (nats)",
-}
+COURSE = {  # quantities of a training run -> what they are
+    "loss": "loss", "reward": "reward", "gold": "gold reward", "kl": "KL (nats)", "margin": "implicit reward, margin",
+    "accuracy": "accuracy", "chosen_drift": "chosen log-ratio (nats)", "rejected_drift": "rejected log-ratio (nats)",
+    "entropy": "entropy (nats a token)", "length": "tokens of a response", "truncated": "truncated responses",
+    "distinct": "different responses", "disagreement": "disagreement of the members",
+}  # fmt: skip
+RUNS = ("training", "steps")  # kinds of measurement of a training run
 EVALUATIONS = 9  # of a training run in its table, at most
 
 
@@ -53,7 +55,7 @@ def ends(own: Own) -> dict[str, Any]:
     ]
     rows = []
     for run, found in own:
-        for c in found:
+        for c in (c for c in found if "gold" in c.values and c.kind != "steps"):
             p = results.peak(c)
             interval = f"{number(p['final_low'])} to {number(p['final_high'])}" if "final_low" in p else "–"
             there = "–" if c.kind == "optima" and at == "step" else f"{p['peak_at']:g}"
@@ -64,17 +66,44 @@ def ends(own: Own) -> dict[str, Any]:
     return {"caption": "Final against peak of the gold reward.", "head": [*heads(own), *head], "rows": rows, "texts": texts}
 
 
+def markdown(title: str, own: Own) -> str:
+    """Final against peak as a Markdown table, each gold reward with its spread over seeds; empty where there is no gold reward."""
+    curves = [c for _, found in own for c in found if "gold" in c.values and c.kind != "steps"]
+    if not curves:
+        return ""
+    at = {"best_of_n": "n", "optima": "coefficient"}.get(curves[0].kind, "step")
+    rows = [[title, "gold reward at its peak", f"at {at}", "at the end", "KL at the end (nats)"], ["---"] * 5]
+    for c in curves:
+        p = results.peak(c)
+        half = {end: f" ± {number((p[f'{end}_high'] - p[f'{end}_low']) / 2)}" for end in ("peak", "final") if f"{end}_low" in p}
+        spread = lambda end, p=p, half=half: number(p[end]) + half.get(end, "")
+        where = "–" if c.kind == "optima" and at == "step" else f"{p['peak_at']:g}"
+        rows.append([c.name, spread("peak"), where, spread("final"), number(c.d[-1] ** 2)])
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def maker(made: dict[str, str]) -> str:
+    """What has measured numbers, in words."""
+    commit = f" at commit {made['commit']}" if made["commit"] else ""
+    return f"{made['file']}, alignax {made['alignax']}{commit}, jax {made['jax']}, {made['processor']}"
+
+
 def course(own: Own) -> dict[str, Any]:
-    """Training runs from their first evaluation to their last, a few between them."""
-    found = [(run, c) for run, curves in own for c in curves if c.kind == "training"]
-    shown = list(dict.fromkeys(quantity for _, c in found for quantity in c.values))
+    """Training runs from their first evaluation or steps to their last, a few between them."""
+    found = [(run, c) for run, curves in own for c in curves if c.kind in RUNS]
+    shown = [q for q in COURSE if any(q in c.values for _, c in found)]
     rows = []
     for run, c in found:
         for i in np.unique(np.linspace(0, len(c.at) - 1, EVALUATIONS).round().astype(int)).tolist():
             cells = [number(float(c.values[q].mean[i]), 3) if q in c.values else "–" for q in shown]
             rows.append([*named(run, own), number(float(c.at[i]), 0), *cells])
-    head = [*heads(own), "step", *(COURSE.get(q, q) for q in shown)]
-    return {"caption": "Evaluations on held-out prompts.", "head": head, "rows": rows, "texts": [0] if heads(own) else []}
+    caption = "Steps of training, means over neighbouring ones." if found and found[0][1].kind == "steps" else "Evaluations."
+    return {
+        "caption": caption,
+        "head": [*heads(own), "step", *(COURSE[q] for q in shown)],
+        "rows": rows,
+        "texts": [0] if heads(own) else [],
+    }
 
 
 def laws(own: Own) -> dict[str, Any]:
@@ -112,11 +141,12 @@ def samples(measured: Sequence[tuple[Run, dict[str, Any]]]) -> list[dict[str, An
             ]
             texts = [2, 3]
         else:  # a training run's; direct alignment and online methods have none
-            head, texts = ["prompt", "step", "response", "gold"], [2]
-            rows = [[x["prompt"], number(x["step"], 0), x["response"], number(x["gold"])] for x in m.get("samples", [])]
+            shown = [q for q in ("reward", "gold", "log_ratio") if any(x[q] is not None for x in m.get("samples", []))]
+            head, texts = ["prompt", "step", "response", *(q.replace("_", "-") for q in shown)], [0, 2]
+            rows = [[x["prompt"], number(x["step"], 0), x["response"], *(number(x[q]) for q in shown)] for x in m.get("samples", [])]
         of_run = f" of {run.name}" if len(measured) > 1 else ""
         which = "of the first and the last evaluation" if m["kind"] == "training" else "of the first seed"
-        tables.append({"caption": f"Samples{of_run}, {which}.", "head": head, "rows": rows, "texts": texts})
+        tables.append({"caption": f"Samples{of_run}, {which}.", "head": head, "rows": rows, "texts": texts, "cards": True})
     return tables
 
 
@@ -125,8 +155,10 @@ def findings(own: Own) -> list[str]:
     lines = []
     for run, found in own:
         kind, arm = found[0].kind, found[0].arm
-        of_run = f"{run.name}: " if len(own) > 1 and kind != "training" else ""
-        if kind in ("direct", "online", "optima"):
+        of_run = f"{run.name}: " if len(own) > 1 and (kind != "training" or "gold" not in found[0].values) else ""
+        if kind in RUNS and (kind == "steps" or "gold" not in found[0].values):
+            lines.append(f"{of_run}{first_and_last(found[0])}.")
+        elif kind in ("direct", "online", "optima"):
             for (*_, objective), group in results.pooled(found).items():
                 lines.append(f"{of_run}{objective}, gold reward at its peak → at the end: {rise_and_fall(group)}.")
         else:
@@ -139,6 +171,12 @@ def findings(own: Own) -> list[str]:
     return lines
 
 
+def first_and_last(curve: Curve) -> str:
+    """What each quantity of a training run was and became."""
+    known = {q: x[np.isfinite(x)] for q in COURSE if q in curve.values and (x := curve.values[q].mean).size}
+    return "first and last, " + "; ".join(f"{COURSE[q]}: {number(x[0])} → {number(x[-1])}" for q, x in known.items())
+
+
 def rise_and_fall(curves: Sequence[Curve]) -> str:
     """Peak and end of each curve's gold reward."""
     name = lambda c: c.setting or c.objective
@@ -147,7 +185,7 @@ def rise_and_fall(curves: Sequence[Curve]) -> str:
 
 def number(x: float | None, digits: int = 2) -> str:
     """A number of a table, with a true minus sign; a dash for none."""
-    return "–" if x is None else f"{round(float(x), digits) + 0.0:.{digits}f}".replace("-", "−")  # + 0.0: no negative zero
+    return "–" if x is None or math.isnan(x) else f"{round(float(x), digits) + 0.0:.{digits}f}".replace("-", "−")  # + 0.0: no negative zero
 
 
 def heads(own: Own) -> list[str]:
