@@ -7,7 +7,6 @@ An experiment file has `get_config() -> ConfigDict` and `loss(config) -> Loss` (
 
 import ast
 import difflib
-import importlib.util
 import inspect
 import json
 import math
@@ -15,6 +14,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 from alignax.data.files import one_line, short
@@ -96,6 +96,7 @@ def default_config() -> Any:
     c.rollout.ahead = False  # sample the next rollout before the steps on this one: rewards are waited for while the device trains
     c.rollout.slots = 0  # completions that are sampled side by side; 0: all, at most 64
     c.rollout.timeout = 600.0  # seconds for reward(..) on a rollout, and for gold(..)
+    c.rollout.reward_workers = 1  # processes that these run in; each of several is given a share of the prompts
     c.rollout.bad_rewards = "error"  # or "drop" (counted): where reward(..) raises, hangs, or gives no number
 
     c.data = ConfigDict()
@@ -170,11 +171,8 @@ def load_experiment(file: str | Path, overrides: Sequence[str] = ()) -> Experime
     file = Path(file)
     if not file.is_file():
         raise ValueError(f"experiment file {str(file)!r} does not exist; give the path of a Python file such as experiments/dpo_hh.py")
-    spec = importlib.util.spec_from_file_location("alignax_experiment_" + file.stem, file)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
     with blaming(file):
-        spec.loader.exec_module(module)
+        module = load_module(file, file.read_bytes())
     for name in ("get_config", "loss"):
         if not callable(getattr(module, name, None)):
             raise ValueError(f"{file} has no function {name}(); see experiments/dpo_hh.py")
@@ -188,6 +186,14 @@ def load_experiment(file: str | Path, overrides: Sequence[str] = ()) -> Experime
             raise ValueError(f"experience() in {file} asks for {name!r}; its parameters are any of {', '.join(OFFERED)}")
     optional = (getattr(module, name, None) for name in ("experience", "gold", "reward", "averages", "main"))
     return Experiment(file, config, module.loss, *optional)
+
+
+def load_module(file: Path, source: bytes) -> ModuleType:
+    """The module of an experiment's source, which may be that of a file that has changed since."""
+    module = ModuleType("alignax_experiment_" + file.stem)
+    module.__file__ = str(file)
+    exec(compile(source, str(file), "exec", dont_inherit=True), module.__dict__)
+    return module
 
 
 @contextmanager

@@ -46,7 +46,8 @@ def fit(started: Started) -> dict[str, dict[str, float]]:
     run, first = started.run, started.step
     c = run.config.log
     log = Log(run.workdir, steps=run.steps, start=first, every=c.every, tensorboard=c.tensorboard, writes=is_main())
-    with closing(log), Stop() as stop:
+    run.workers.say = log.line
+    with closing(log), closing(run.workers), Stop() as stop:
         for line in summary(run, started.about, first):
             log.line(line)
         with closing(started.checkpoints):  # waits until the last one is whole

@@ -1,9 +1,7 @@
 """From a checked run to its arrays on the mesh: models loaded, what is trained made or restored, what is frozen set apart."""
 
-import math
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +12,7 @@ from jax.sharding import Mesh
 from alignax import ensemble, rewards
 from alignax.checkpoint import Checkpoints, nbytes, require_space
 from alignax.config import blaming, effective, eval_batch_size
+from alignax.data.files import short
 from alignax.distributed import is_main, together
 from alignax.evaluate import SAMPLED
 from alignax.models import hf, peft, reward
@@ -33,7 +32,7 @@ from alignax.programs import (
     reference_name,
 )
 from alignax.reference import with_stored
-from alignax.rollout import call
+from alignax.rollout import asked
 from alignax.train import digest
 from alignax.types import Params, TrainState
 
@@ -112,6 +111,9 @@ def start(run: Run, write: bool = True) -> Started:
 def check_step(run: Run) -> None:
     """Traces the training step on shapes alone, so that a loss that does not fit its data is refused before anything is written."""
     online = run.config.rollout.samples > 0
+    functions = [name for name in ("gold", "reward") if getattr(run.experiment, name) is not None]
+    if functions and is_main():
+        run.workers.start()  # they load the experiment meanwhile
     try:
         with blaming(run.experiment.file, always=False):
             state, frozen, (step, batch) = abstract_state(run), abstract_frozen(run), training_program(run)
@@ -125,26 +127,28 @@ def check_step(run: Run) -> None:
             f"the batch has no field {e.args[0]!r}, which the loss or the experience reads; let an experience write it, or bring it "
             "with the data (data.kind, data.columns)"
         ) from e
-    check_reward(run, run.experiment.gold)
-    check_reward(run, run.experiment.reward)
+    for name in functions if is_main() else ():
+        check_reward(run, name)
     best = run.config.checkpoint.best.removeprefix("-")
     names = {"loss", *SAMPLED, *(name for name in metrics if not name.startswith("loss:"))}
     if best and best not in names:
         raise ValueError(f"checkpoint.best {best!r} is no metric of the evaluation; use one of {', '.join(sorted(names))}")
 
 
-def check_reward(run: Run, function: Callable | None) -> None:
-    """Calls a reward function of the experiment once, on a prompt of the data and the answer that stands there."""
-    if function is None:
-        return
+def check_reward(run: Run, name: str) -> None:
+    """Asks `reward` or `gold` of the experiment once, as a rollout does, of a prompt of the data and the answer that stands there.
+
+    No reward is an answer. What fails is refused; with `rollout.bad_rewards` "drop" it is told, since it may do so for that answer alone.
+    """
     examples, file = run.evaluation or run.train.examples, run.experiment.file
     answer = examples.tokens[: examples.offsets[1]][examples.scored[: examples.offsets[1]]]
-    with blaming(file):
-        given = list(call(function, run.config, examples, [0], [run.tokenizer.decode(answer, skip_special_tokens=True)]))
-        fine = len(given) == 1 and math.isfinite(float(given[0]))
-    if not fine:
-        name = function.__name__
-        raise ValueError(f"{name}() of {file} returns {given!r} for one prompt and its completion; it must return a finite number for each")
+    text = run.tokenizer.decode(answer, skip_special_tokens=True)
+    found = asked(run, name, examples, [0], [text], [answer], 1)
+    if found.problem:
+        what = f"{name}() of {file}: {found.problem}, asked of a prompt of the data and the completion {short(text)}"
+        if found.final or run.config.rollout.bad_rewards == "error":
+            raise ValueError(f"{what}; it must take any completion, an empty one too, and return a list with a number or None for each")
+        run.workers.say(what)
 
 
 def initial_params(run: Run) -> Params:
