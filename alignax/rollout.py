@@ -198,10 +198,12 @@ def rewards_of(run: Run, name: str, examples: Examples, rows: np.ndarray, comple
     if jax.process_count() > 1:
         found = np.asarray(multihost_utils.broadcast_one_to_all(found))
     bad = ~np.isfinite(found)
+    what = what or f"{bad.sum()} of {len(bad)} rewards are not finite, that of {short(flat[bad.argmax()])} first"
+    where = f"{name}() of {run.experiment.file}"
     if bad.any() and c.bad_rewards == "error":
-        what = what or f"{bad.sum()} of {len(bad)} rewards are not finite, that of {short(flat[bad.argmax()])} first"
-        where = f"{name}() of {run.experiment.file}"
         raise RewardFailed(f"{where}: {what}. Mend it, or go on without these with rollout.bad_rewards=drop")
+    if bad.any() and jax.process_index() == 0:
+        run.workers.tell(f"{where}: {what}. Such are dropped, and counted as bad_rewards")
     return np.where(bad, np.nan, found).reshape(len(rows), n)
 
 

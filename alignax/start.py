@@ -7,14 +7,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from alignax import ensemble, rewards
 from alignax.checkpoint import Checkpoints, nbytes, require_space
-from alignax.config import blaming, effective, eval_batch_size
+from alignax.config import asked as asked_for
+from alignax.config import blaming, effective, eval_batch_size, prompts_of_rollout
 from alignax.data.files import short
 from alignax.distributed import is_main, together
 from alignax.evaluate import SAMPLED
+from alignax.experience import advance, first_carry
 from alignax.models import hf, peft, reward
 from alignax.models.lora import quantise, split
 from alignax.online import make_judge, training_program
@@ -34,7 +37,7 @@ from alignax.programs import (
 from alignax.reference import with_stored
 from alignax.rollout import asked
 from alignax.train import digest
-from alignax.types import Params, TrainState
+from alignax.types import Batch, Model, Outputs, Params, TrainState
 
 
 class Started(NamedTuple):
@@ -127,12 +130,50 @@ def check_step(run: Run) -> None:
             f"the batch has no field {e.args[0]!r}, which the loss or the experience reads; let an experience write it, or bring it "
             "with the data (data.kind, data.columns)"
         ) from e
+    check_advantages(run)
     for name in functions if is_main() else ():
         check_reward(run, name)
     best = run.config.checkpoint.best.removeprefix("-")
     names = {"loss", *SAMPLED, *(name for name in metrics if not name.startswith("loss:"))}
     if best and best not in names:
         raise ValueError(f"checkpoint.best {best!r} is no metric of the evaluation; use one of {', '.join(sorted(names))}")
+
+
+def check_advantages(run: Run) -> None:
+    """Refuses groups of one response where the experience compares a response with its group.
+
+    The experience is asked what it makes of a small rollout, models that are not loaded yet replaced by functions of the tokens.
+    """
+    make, B = run.experiment.experience, prompts_of_rollout(run.config)
+    if run.config.rollout.samples != 1 or make is None:
+        return
+    rng, shape = np.random.default_rng(0), (B, 1, 8)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    every = jnp.ones(shape, bool)
+    said = {"tokens": jnp.asarray(rng.integers(0, 9, shape), jnp.int32), "mask": every, "completion_mask": every.at[..., :2].set(False)}
+    batch = said | {"prompt_id": jnp.arange(B), "truncated": jnp.zeros((B, 1), bool), "gold": draw(B, 1), "rewards": draw(B, 1)}
+    batch |= {"sampled_logps": -(draw(*shape) ** 2), "old_logps": -(draw(*shape) ** 2)}
+    if run.config.model.critic:
+        batch["values"] = draw(*shape, *((run.config.model.critic_heads,) if run.config.model.critic_heads > 1 else ()))
+
+    def apply(_: Params, batch: Batch) -> Outputs:
+        x = jnp.where(batch["completion_mask"], 0.1 * batch["tokens"], 0.0)
+        scores = x.sum(axis=-1)[..., None] * jnp.arange(1, 1 + max(len(run.judges), 1))[None, None]
+        return Outputs(-x, x, -x, x, x, scores)
+
+    given = {name: Model(apply, {}) for name in ("policy", "reference", "ensemble")}
+    given |= {"config": run.config, "prompts": len(run.train.examples)}
+    try:
+        experience = make(**{name: given[name] for name in asked_for(make)})
+        advantages = advance(experience, first_carry(experience), batch)[1].get("advantages")
+    except Exception:  # an experience may ask for more than this knows of
+        return
+    if advantages is not None and not np.any(np.asarray(advantages)):
+        raise ValueError(
+            f"rollout.samples is 1, and experience() of {run.experiment.file} compares a response with the others of its group: every "
+            "advantage is 0, and no reward is learnt from. Set it to 2 or more, or compare otherwise: reinforce_plus_plus(), or gae() with "
+            "a critic"
+        )
 
 
 def check_reward(run: Run, name: str) -> None:

@@ -92,6 +92,13 @@ class Workers:
         self.count, self.patience = count, max(START, timeout)
         self.say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True)
         self.workers: list[Worker] = []
+        self.told = False
+
+    def tell(self, what: str) -> None:
+        """Says what happens to rewards, the first time."""
+        if not self.told:
+            self.say(f"notice: {what}")
+        self.told = True
 
     def start(self) -> None:
         """Starts the processes that are missing, without waiting for them."""
@@ -377,7 +384,7 @@ def numbers(given: Any, count: int) -> Answer:
         try:
             if isinstance(x, (str, bytes)):
                 raise TypeError
-            rewards.append(math.nan if x is None else float(x))
+            rewards.append(math.nan if x is None else float(x.item() if hasattr(x, "item") else x))  # arrays [1], too
         except (TypeError, ValueError, OverflowError):
             rewards.append(math.nan)
             problem, at = (problem, at) if problem else (f"it gives {short(repr(x))}, which is no number", i)
