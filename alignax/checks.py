@@ -2,9 +2,9 @@
 
 import difflib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -18,11 +18,12 @@ from alignax.generate.generator import check_room
 from alignax.losses.algebra import Loss
 from alignax.models import hf
 
+GIVEN = ("prompts", "completions", "completion_ids", "raw_completions", "config")  # what reward functions may ask for beside columns
 LEAST = {
     "batch_size": 1, "microbatches": 1, "max_skipped": 1, "steps": 0, "checkpoint.every": 1, "checkpoint.keep": 1, "log.every": 1,
     "model.logps_chunk": 1, "eval.every": 0, "eval.batch_size": 0, "eval.samples": 0, "eval.sample_prompts": 0, "eval.max_new_tokens": 1,
     "model.critic_heads": 1, "data.limit": 0, "seed": 0, "model.num_labels": 0, "ensemble.members": 0, "rollout.samples": 0,
-    "rollout.max_new_tokens": 1, "rollout.minibatches": 1, "rollout.epochs": 1, "rollout.slots": 0,
+    "rollout.max_new_tokens": 1, "rollout.minibatches": 1, "rollout.epochs": 1, "rollout.slots": 0, "rollout.reward_workers": 1,
     "epochs": 0, "eval.temperature": 0, "optimizer.clip": 0, "optimizer.final": 0, "optimizer.weight_decay": 0,
     "optimizer.b1": 0, "optimizer.b2": 0, "optimizer.eps": 0,
 }  # fmt: skip
@@ -82,8 +83,9 @@ def check_members(config: Any, mesh: Mesh) -> None:
 def check_rollout(config: Any, source: hf.Source, critic: hf.Source | None, experiment: Experiment, examples: dict[str, Examples]) -> None:
     """Refuses online training of what cannot be sampled from, without a reward, or without room; and prompts where it is not online."""
     c = config.rollout
-    for function in (f for f in (experiment.reward, experiment.gold) if f is not None):
-        check_columns(function, experiment.file, examples)
+    for name, function in (("reward", experiment.reward), ("gold", experiment.gold)):
+        if function is not None:
+            check_columns(name, function, experiment.file, examples)
     if not c.samples:
         if c.ahead:
             raise ValueError("rollout.ahead is true, and rollout.samples is 0: there are no rollouts to sample ahead; set it to false")
@@ -107,13 +109,56 @@ def check_rollout(config: Any, source: hf.Source, critic: hf.Source | None, expe
         check_room(model.config, longest, c.max_new_tokens, "rollout.max_new_tokens")
 
 
-def check_columns(function: Callable, file: Path, examples: dict[str, Examples]) -> None:
-    """Refuses a reward function that asks for columns which the data has not."""
-    for name in list(inspect.signature(function).parameters)[2:]:
-        for split, own in examples.items():
-            if name != "config" and name not in own.columns:
-                there = ", ".join(own.columns) or "none (set data.kind=prompt)"
-                raise ValueError(f"{function.__name__}() of {file} asks for column {name!r}, which data.{split} has not; it has: {there}")
+class Parameters(NamedTuple):
+    """What a reward function is given."""
+
+    positional: bool  # prompts and completions, by their position
+    named: tuple[str, ...]  # what it is given by name: of `GIVEN`, and columns of the data
+    missing: tuple[str, ...]  # what it asks for and nobody has
+
+
+def parameters(function: Callable, columns: Iterable[str]) -> Parameters:
+    """What a reward function is given of data with such columns.
+
+    The first two parameters are prompts and completions, whatever they are called, unless `completions` stands elsewhere: then all go by
+    name. Further ones are columns, or of `GIVEN`. One with a default keeps that where there is no such column; `**` takes all columns
+    that are left.
+    """
+    try:
+        there = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # written in C
+        return Parameters(True, (), ())
+    places = [p.name for p in there if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    named = [p for p in there if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    every = any(p.kind == p.VAR_KEYWORD for p in there)
+    columns = [name for name in columns if name not in GIVEN]
+    by_name = "completions" in [p.name for p in named] or (every and len(there) == 1)
+    positional = not by_name or (places[1:2] == ["completions"] and (places[0] not in columns or places[0].startswith("prompt")))
+    if positional:
+        named = [p for p in named if p.name not in places[:2]]
+    own = [p.name for p in named if p.name in (*GIVEN, *columns)]
+    rest = []
+    if every:
+        taken = {*own, *(places[:2] if positional else ())}
+        rest = [name for name in (*(() if positional else GIVEN[:2]), *columns) if name not in taken]
+    missing = [p.name for p in named if p.name not in own and p.default is p.empty]
+    return Parameters(positional, (*own, *rest), tuple(missing))
+
+
+def check_columns(name: str, function: Any, file: Path, examples: dict[str, Examples]) -> None:
+    """Refuses what is no reward function, and one that asks for columns which the data has not."""
+    if not callable(function):
+        kind = f"a {type(function).__name__}"
+        raise ValueError(f"{name} of {file} is {kind}, no function; write one `def {name}(prompts, completions)`, which may add up others")
+    if inspect.iscoroutinefunction(function):
+        raise ValueError(f"{name}() of {file} is async; write a plain function that calls asyncio.run(..) on it")
+    for split, own in examples.items():
+        if missing := parameters(function, own.columns).missing:
+            there = ", ".join(own.columns) or "none (set data.kind=prompt)"
+            raise ValueError(
+                f"{name}() of {file} asks for column {missing[0]!r}, which data.{split} has not; it has: {there}. Beside columns "
+                f"there are {', '.join(GIVEN)}; a parameter with a default is not needed"
+            )
 
 
 def check_token_kl(source: hf.Source, reference: hf.Source | None) -> None:

@@ -147,8 +147,8 @@ def evaluate(workdir: Path, overrides: Sequence[str]) -> None:
         step = newest(started.checkpoints)
     log = Log(workdir, steps=step, start=step, every=1, tensorboard=False, writes=False)
     evaluation = Evaluation(run, started.frozen, log)
-    scores = evaluation(started.state, step)
-    started.checkpoints.close()
+    with closing(started.checkpoints), closing(run.workers):
+        scores = evaluation(started.state, step)
     if is_main():
         print(table([["metric", f"step {step}"], *([name, f"{x:.4f}"] for name, x in sorted(scores.items()))]))
 

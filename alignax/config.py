@@ -7,7 +7,6 @@ An experiment file has `get_config() -> ConfigDict` and `loss(config) -> Loss` (
 
 import ast
 import difflib
-import importlib.util
 import inspect
 import math
 import tempfile
@@ -98,6 +97,7 @@ def default_config() -> Any:
     c.rollout.ahead = False  # sample the next rollout before the steps on this one: rewards are waited for while the device trains
     c.rollout.slots = 0  # completions that are sampled side by side; 0: all, at most 64
     c.rollout.timeout = 600.0  # seconds for reward(..) on a rollout, and for gold(..)
+    c.rollout.reward_workers = 1  # processes that these run in; each of several is given a share of the prompts
     c.rollout.bad_rewards = "error"  # or "drop" (counted): where reward(..) raises, hangs, or gives no number
 
     c.data = ConfigDict()
@@ -172,11 +172,8 @@ def load_experiment(file: str | Path, overrides: Sequence[str] = ()) -> Experime
     file = Path(file)
     if not file.is_file():
         raise ValueError(f"experiment file {str(file)!r} does not exist; give the path of a Python file such as experiments/dpo_hh.py")
-    spec = importlib.util.spec_from_file_location("alignax_experiment_" + file.stem, file)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
     with blaming(file):
-        spec.loader.exec_module(module)
+        module = load_module(file, file.read_bytes())
     check_hooks(module, file)
     with blaming(file):
         config = module.get_config()
@@ -215,6 +212,14 @@ def check_hooks(module: ModuleType, file: Path) -> None:
         for name in names:
             if name not in (*hooks, *used) and not name.startswith("_") and (nearest := near(name.lower(), hooks, 0.8)):
                 raise BadInput(f"{file} has a function {name}(), which nothing calls{nearest}; a run calls {', '.join(hooks)}")
+
+
+def load_module(file: Path, source: bytes) -> ModuleType:
+    """The module of an experiment's source, which may be that of a file that has changed since."""
+    module = ModuleType("alignax_experiment_" + file.stem)
+    module.__file__ = str(file)
+    exec(compile(source, str(file), "exec", dont_inherit=True), module.__dict__)
+    return module
 
 
 def check_config(config: Any, file: Path) -> None:

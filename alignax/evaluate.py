@@ -18,7 +18,7 @@ from alignax.metrics import Log
 from alignax.online import make_judge
 from alignax.prepare import Run
 from alignax.programs import full, make_programs, policy_model, reference_model
-from alignax.rollout import decoded, rewards_of, samples_batch, text_metrics
+from alignax.rollout import decoded, known_mean, rewards_of, samples_batch, text_metrics
 from alignax.train import means
 from alignax.types import Batch, Model, Params, TrainState
 
@@ -84,7 +84,7 @@ class Evaluation:
         texts = decoded(run.tokenizer, completions)
         scores = text_metrics(completions)
         columns: dict[str, Any] = {"prompt": prompts, "completion": [text for (text,) in texts]}
-        gold = None if run.experiment.gold is None else rewards_of(run, run.experiment.gold, self.examples, rows, texts)[0]  # [n, 1]
+        gold = None if run.experiment.gold is None else rewards_of(run, "gold", self.examples, rows, completions, texts)  # [n, 1]
         if self.online and completions.sampling.exact:
             batch, found = samples_batch(run, self.examples, rows, self.prompts, completions, texts)
             batch |= {} if gold is None else {"gold": gold}
@@ -99,7 +99,7 @@ class Evaluation:
             scores |= {"kl": float(np.mean(columns["log_ratio"])), "kl_k3": float(k3[: len(prompts)].mean()), "sampler_gap": float(gaps)}
         if gold is not None:
             columns["gold"] = gold[:, 0].tolist()
-            scores |= {"gold": float(np.nanmean(columns["gold"]))}
+            scores |= {"gold": known_mean(gold)}
         table = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         self.log.samples(step, table[: c.samples])
         return scores

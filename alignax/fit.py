@@ -22,12 +22,13 @@ from alignax.models import hf, peft, reward
 from alignax.models.lora import Lora, merge
 from alignax.prepare import Run, origin
 from alignax.programs import abstract_trained, batch_sizes, make_programs
-from alignax.rollout import Turns
+from alignax.rollout import RewardFailed, Turns
 from alignax.start import Started
 from alignax.types import Metrics, Params, TrainState
 
 DRIFT = 2.0  # nats that the chosen response falls before the notice
 EQUAL = {"float32": 1e-3, "bfloat16": 0.1}  # nats that the margin of equal models may differ from 0 by rounding
+QUIET = 3  # rollouts in a row that say nothing before the notice
 SAME = 0.2  # of the first rollout's different completions: with fewer there is a notice
 AGREE = 10  # steps between the processes' agreements on whether to stop
 SIGNALS = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}  # exit codes: 128 + the number
@@ -46,7 +47,8 @@ def fit(started: Started) -> dict[str, dict[str, float]]:
     run, first = started.run, started.step
     c = run.config.log
     log = Log(run.workdir, steps=run.steps, start=first, every=c.every, tensorboard=c.tensorboard, writes=is_main())
-    with closing(log), Stop() as stop:
+    run.workers.say = log.line
+    with closing(log), closing(run.workers), Stop() as stop:
         for line in summary(run, started.about, first):
             log.line(line)
         with closing(started.checkpoints):  # waits until the last one is whole
@@ -68,7 +70,8 @@ def loop(started: Started, log: Log, stop: "Stop") -> tuple[TrainState, dict[str
     results: dict[str, dict[str, float]] = {}
     pending: tuple[int, Metrics] | None = None
     if first == 0:
-        results["before"] = evaluate(state, 0)
+        with log.paused():
+            results["before"] = evaluate(state, 0)
     for s in range(first + turn, run.steps + 1, turn):
         state, metrics = train(state, s - turn)
         if pending:  # fetched a step late, so that the device never waits for the host
@@ -78,7 +81,7 @@ def loop(started: Started, log: Log, stop: "Stop") -> tuple[TrainState, dict[str
         stopping = stop.requested(s // turn, 1 if config.rollout.samples else AGREE)
         evaluating = due(config.eval.every)
         saving = due(config.checkpoint.every) or (evaluating and config.checkpoint.best)
-        if stopping or evaluating or saving:  # the log is never behind a checkpoint
+        if stopping or evaluating or saving or config.rollout.samples:  # never behind a checkpoint; a turn has waited for the device
             observe(*pending)
             pending = None
         with log.paused():
@@ -196,6 +199,7 @@ class Observer:
         self._smooth: dict[str, float] = {}
         self._since = 0
         self._noticed = False
+        self._seen = self._unrewarded = self._silent = self._cut = 0  # steps, and rollouts in a row
 
     def __call__(self, step: int, metrics: Metrics) -> None:
         """Logs the metrics of a step, fetched now."""
@@ -205,6 +209,11 @@ class Observer:
         if step == 1 and self.equal and not values["skipped"] and "logps/chosen_drift" in values:
             self._check_equal(values)
         self.log.step(step, values, values.pop("tokens"))
+        self._seen += 1
+        if self._seen == 1 and values.get("grad_norm") == 0 and not values["skipped"]:
+            self._notice_nothing(step, values)
+        if "distinct" in values:
+            self._check_rewards(step, values)
         if values["skipped"]:
             self._skipped(step, values, infinite)
         elif "distinct" in values:
@@ -222,6 +231,36 @@ class Observer:
             raise FloatingPointError(
                 f"{row} steps in a row were not finite ({what} at step {step}); lower optimizer.learning_rate, or look at these rows"
             )
+
+    def _check_rewards(self, step: int, values: dict[str, float]) -> None:
+        """Stops a run without rewards, and tells of one whose rollouts say nothing."""
+        none = values.get("bad_rewards", 0) and np.isnan(values["reward"])
+        self._unrewarded = self._unrewarded + 1 if none else 0
+        if none and self._unrewarded >= self.run.config.max_skipped:
+            raise RewardFailed(
+                f"no completion of {self._unrewarded} rollouts in a row has a reward (max_skipped; the last one before step {step}); "
+                "look at what the reward function or the reward models give"
+            )
+        self._silent = self._silent + 1 if values.get("signal_rate") == 0 and not values.get("advantage_std") and not none else 0
+        if self._silent == QUIET:
+            self.log.line(
+                f"notice at step {step}: the rewards of no group differ, for {QUIET} rollouts (signal_rate 0, reward "
+                f"{values['reward']:.3g}), so nothing is learnt from comparing them. Take prompts that are neither hopeless nor solved, "
+                "a reward with more than two values, or more samples of a prompt (rollout.samples)."
+            )
+        self._cut = self._cut + 1 if values.get("truncated_rate") == 1 else 0
+        if self._cut == QUIET:
+            self.log.line(
+                f"notice at step {step}: every completion of {QUIET} rollouts was cut at rollout.max_new_tokens, none has ended. Raise "
+                "it, or look at samples.jsonl for whether the policy ends what it says."
+            )
+
+    def _notice_nothing(self, step: int, values: dict[str, float]) -> None:
+        alike = f": the rewards of no group differ (reward {values['reward']:.3g})" if values.get("signal_rate") == 0 else ""
+        self.log.line(
+            f"notice at step {step}: the gradient is exactly 0{alike}, so nothing was learnt. Where that does not change, look at the "
+            "loss, at the masks of the data (`alignax check-data`), and at what the experience writes."
+        )
 
     def _check_equal(self, values: dict[str, float]) -> None:
         margin = max(abs(values[f"logps/{side}_drift"]) for side in ("chosen", "rejected"))

@@ -22,9 +22,10 @@ class Log:
     def __init__(self, workdir: Path, *, steps: int, start: int, every: int, tensorboard: bool, writes: bool = True):
         """Opens the log at `start`; rows of later steps, left by a killed run, are taken out, since they are about to be made again."""
         self.steps, self.every, self.writes = steps, every, writes
-        self._began, self._tokens = time.monotonic(), 0.0
+        self._last = time.monotonic()  # when the step before was over, moved by what is no training
+        self._began, self._tokens = self._last, 0.0
         self._shown = start
-        self._first: int | None = None  # the first step of this process compiles: the clock starts after it
+        self._first: int | None = None  # the first step of this process compiles: what is left is reckoned without it
         self._bar: Any = None
         self._tensorboard: Any = None
         self._file: TextIO | None = None
@@ -45,15 +46,20 @@ class Log:
             self._bar = tqdm(total=steps, initial=start, bar_format=shape, dynamic_ncols=True, leave=True)
 
     def step(self, step: int, metrics: Mapping[str, float], tokens: float) -> None:
-        """Logs a training step; `tokens` are those of its batch, padding left out."""
+        """Logs a training step that is just over; `tokens` are those of its batch, padding left out.
+
+        `tokens_per_second` is of this step, from the end of the step before; of a process's first one with all that it compiles.
+        """
+        now = time.monotonic()
+        own, self._last = tokens / max(now - self._last, 1e-9), now
         if self._first is None:
-            self._began, self._first = time.monotonic(), step
+            self._began, self._first = now, step
         else:
             self._tokens += tokens
-        seconds = max(time.monotonic() - self._began, 1e-9)
+        seconds = max(now - self._began, 1e-9)
         rate = self._tokens / seconds
         left = (self.steps - step) * seconds / max(step - self._first, 1)
-        self.row({"step": step} | dict(metrics) | {"tokens": tokens, "tokens_per_second": rate})
+        self.row({"step": step} | dict(metrics) | {"tokens": tokens, "tokens_per_second": own})
         shown = "  ".join(f"{short} {metrics[name]:.4g}" for name, short in SHOWN.items() if name in metrics)
         pace = f"  {_si(rate)} tok/s  {_clock(left)} left" if step > self._first else ""
         if self._bar is not None:
@@ -68,7 +74,8 @@ class Log:
         """Keeps what is done inside, evaluation and saving, out of the speed of training."""
         began = time.monotonic()
         yield
-        self._began += time.monotonic() - began
+        away = time.monotonic() - began
+        self._began, self._last = self._began + away, self._last + away
 
     def row(self, values: Mapping[str, float]) -> None:
         """One JSONL row and its TensorBoard points. Not-a-number is written as null, so that every reader takes it."""

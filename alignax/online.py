@@ -173,7 +173,8 @@ def measured(batch: Batch, other: bool = False) -> Metrics:
 
     `kl` and `kl_k3`: estimates of KL(policy || reference) in nats, summed over a response (Schulman 2020, "Approximating KL
     divergence"): k1 = sum_t lr and k3 = sum_t exp(-lr) - 1 + lr, lr = log pi - log ref; both unbiased, k1 signed, k3 >= 0.
-    `reward`, `reward_std`: of the responses, and within a group. `score/member_k`, `disagreement`: of an ensemble.
+    `reward`, `reward_std`: of the responses, NaN where none has one, and within a group. `bad_rewards`: responses without one.
+    `signal_rate`: the share of groups whose rewards differ. `score/member_k`, `disagreement`: of an ensemble.
     `constraint/multiplier_k`: how much a reward model counts that is held at a threshold. `constraint/threshold_k`, `constraint/phase`,
     `constraint/evaluations`: of a search for thresholds.
     """
@@ -198,7 +199,11 @@ def measured(batch: Batch, other: bool = False) -> Metrics:
         count = jnp.maximum(known.sum(axis=1, keepdims=True), 1)
         group = jnp.where(known, rewards, 0.0)
         centred = jnp.where(known, group - group.sum(axis=1, keepdims=True) / count, 0.0)
-        out["reward"] = group.sum() / jnp.maximum(known.sum(), 1)
+        out["reward"] = jnp.where(known.any(), group.sum() / jnp.maximum(known.sum(), 1), jnp.nan)
+        out["bad_rewards"] = (real & ~jnp.isfinite(batch["rewards"])).sum()
+        if known.shape[1] > 1:
+            highest, lowest = (jnp.where(known, group, x) for x in (-jnp.inf, jnp.inf))
+            out["signal_rate"] = (highest.max(axis=1) > lowest.min(axis=1)).mean()
         out["reward_std"] = jnp.sqrt(jnp.square(centred).sum(axis=1) / count[:, 0]).mean()
     if "scores" in batch and batch["scores"].shape[-1] > 1:
         out |= {f"score/member_{k}": mean(batch["scores"][..., k]) for k in range(batch["scores"].shape[-1])}

@@ -51,6 +51,7 @@ from alignax.models.lora import Lora
 from alignax.optim import make_optimizer, make_schedule
 from alignax.rewards import open_ensemble
 from alignax.train import Apply
+from alignax.workers import Workers
 
 # Fields that may change when a run is resumed: they do not say what is computed, only where and how it is told.
 FREE = (
@@ -65,6 +66,7 @@ FREE = (
     "model.remat",
     "model.logps_chunk",
     "reference.cache",
+    "rollout.reward_workers",
 )
 STORED = "stored_ref_logps"  # the batch field that a cache of the reference brings
 
@@ -96,6 +98,7 @@ class Run(NamedTuple):
     schedule: optax.Schedule
     optimizer: optax.GradientTransformation
     averages: dict[str, Average]
+    workers: Workers  # that call its reward functions
 
 
 def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
@@ -188,6 +191,7 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
     return Run(
         experiment, config, workdir, mesh, source, reference, lora, critic, tokenizer, ends, train, pretrain, judges,
         config.ensemble.members, examples.get("eval"), reports, steps, dtype, apply, objective, beside, schedule, optimizer, averages,
+        Workers(experiment.file, config, config.rollout.reward_workers, config.rollout.timeout),
     )  # fmt: skip
 
 

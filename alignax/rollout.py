@@ -5,11 +5,8 @@ goes on bit for bit.
 """
 
 import dataclasses
-import inspect
-import math
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,16 +15,17 @@ from jax.experimental import multihost_utils
 
 from alignax import mesh as meshes
 from alignax.averages import PROPOSAL
+from alignax.checks import parameters
 from alignax.config import ROLLOUTS, prompts_of_rollout, steps_of_turn
 from alignax.data import Examples
-from alignax.data.files import one_line
+from alignax.data.files import short
 from alignax.generate import LENGTH, Completions, Generator, Stops, sampled_batch, shape_for, text_of
 from alignax.online import make_learn, pretraining
 from alignax.prepare import Run
 from alignax.programs import AHEAD, full
 from alignax.types import Batch, Metrics, Params, TrainState
-
-Reward = Callable[..., Sequence[float]]
+from alignax.workers import Answer, Call, qualified
+from alignax.workers import within as within
 
 
 class Sampled(NamedTuple):
@@ -94,9 +92,8 @@ class Rollouts:
         if "rewards" in batch:
             metrics["bad_rewards"] = float(np.isnan(batch["rewards"]).sum())
         if run.experiment.gold is not None:
-            gold, _ = rewards_of(run, run.experiment.gold, examples, rows, texts)
-            metrics["gold"] = float(np.nanmean(gold))
-            batch["gold"] = gold
+            batch["gold"] = rewards_of(run, "gold", examples, rows, completions, texts)
+            metrics["gold"] = known_mean(batch["gold"])
         metrics |= {"time/reward": time.monotonic() - began}
         return Rollout(meshes.put_batch(run.mesh, lambda part: {name: x[part] for name, x in batch.items()}, len(rows)), metrics)
 
@@ -178,83 +175,65 @@ def samples_batch(
     batch |= {"truncated": completions.ended == LENGTH, "prompt_id": rows.astype(np.int32)}
     if run.experiment.reward is None:
         return batch, {}
-    rewards, _ = rewards_of(run, run.experiment.reward, examples, rows, texts)
+    rewards = rewards_of(run, "reward", examples, rows, completions, texts)
     batch["completion_mask"] &= np.isfinite(rewards)[..., None]
     return batch | {"rewards": rewards}, {"reward": rewards[:, 0].tolist()}
 
 
-def rewards_of(run: Run, function: Reward, examples: Examples, rows: np.ndarray, texts: list[list[str]]) -> tuple[np.ndarray, int]:
-    """Rewards [B, N] float32 of completions of rows of the data, NaN where there is none, and how many there are not.
+def rewards_of(run: Run, name: str, examples: Examples, rows: np.ndarray, completions: Completions, texts: list[list[str]]) -> np.ndarray:
+    """Rewards [B, N] float32 of completions of rows of the data, by `reward` or `gold` of the experiment; NaN where there is none.
 
     Raises:
       RewardFailed: where there is none and `rollout.bad_rewards` is "error".
     """
     c, n = run.config.rollout, len(texts[0])
-    found = np.full(len(rows) * n, np.nan, np.float32)
-    what, cause = "", None
+    found, what = np.full(len(rows) * n, np.nan, np.float32), ""
+    flat = [text for group in texts for text in group]
     if jax.process_index() == 0:  # one process asks for all: the function may be random, or dear
-        try:
-            flat = [text for group in texts for text in group]
-            given = within(c.timeout, lambda: call(function, run.config, examples, np.repeat(rows, n), flat))
-            found[:] = checked(given, len(found))
-        except Exception as e:
-            what, cause = f"{type(e).__name__}: {one_line(e)}", e
+        ids = [row for group in completions.rows() for row in group]
+        answer = asked(run, name, examples, np.repeat(rows, n), flat, ids, n)
+        with np.errstate(over="ignore"):
+            found[:] = answer.rewards
+        what = answer.problem + (f", for {short(flat[answer.at])}" if answer.at >= 0 else "")
     if jax.process_count() > 1:
         found = np.asarray(multihost_utils.broadcast_one_to_all(found))
     bad = ~np.isfinite(found)
+    what = what or f"{bad.sum()} of {len(bad)} rewards are not finite, that of {short(flat[bad.argmax()])} first"
+    where = f"{name}() of {run.experiment.file}"
     if bad.any() and c.bad_rewards == "error":
-        first = texts[bad.argmax() // n][bad.argmax() % n]
-        what = what or f"{bad.sum()} of {len(bad)} rewards are not finite, that of {first!r} first"
-        where = f"{function.__name__}() of {run.experiment.file}"
-        raise RewardFailed(f"{where}: {what}. Mend it, or go on without these with rollout.bad_rewards=drop") from cause
-    return np.where(bad, np.nan, found).reshape(len(rows), n), int(bad.sum())
+        raise RewardFailed(f"{where}: {what}. Mend it, or go on without these with rollout.bad_rewards=drop")
+    if bad.any() and jax.process_index() == 0:
+        run.workers.tell(f"{where}: {what}. Such are dropped, and counted as bad_rewards")
+    return np.where(bad, np.nan, found).reshape(len(rows), n)
 
 
-def call(function: Reward, config: Any, examples: Examples, rows: Sequence[int] | np.ndarray, texts: Sequence[str]) -> Sequence[float]:
-    """The rewards of completions: a function of (prompts, completions), and of what its further parameters name.
+def asked(
+    run: Run, name: str, examples: Examples, rows: Sequence[int] | np.ndarray, texts: list[str], ids: Sequence[np.ndarray], group: int
+) -> Answer:
+    """What `reward` or `gold` of the experiment says of completions of rows of the data, those of a prompt, `group`, one after another."""
+    function = getattr(run.experiment, name)
+    wanted = parameters(function, examples.columns)
+    names = ("prompts", "completions", *wanted.named) if wanted.positional else wanted.named
+    given: dict[str, list[Any]] = {}
+    for column in (name for name in names if name != "config"):
+        if column == "prompts":
+            given[column] = [examples.prompts[row] for row in rows]
+        elif column == "completions":
+            given[column] = texts
+        elif column == "completion_ids":
+            given[column] = [own.tolist() for own in ids]
+        elif column == "raw_completions":
+            given[column] = run.tokenizer.batch_decode(list(ids), skip_special_tokens=False)
+        else:
+            given[column] = [examples.columns[column][row] for row in rows]
+    c = run.config.rollout
+    call = Call(name, qualified(function), wanted.positional, given, "config" in names, len(texts), c.timeout)
+    return run.workers(call, group, strict=c.bad_rewards == "error")
 
-    That is the config, for one called `config`, or columns of the data.
-    """
-    wanted = list(inspect.signature(function).parameters)[2:]
-    further = {name: config if name == "config" else [examples.columns[name][row] for row in rows] for name in wanted}
-    return function([examples.prompts[row] for row in rows], list(texts), **further)
 
-
-def checked(given: Any, count: int) -> np.ndarray:
-    """Rewards as float32 [count]; None is no reward.
-
-    Raises:
-      ValueError: for anything else than so many numbers.
-    """
-    found = [math.nan if x is None else float(x) for x in given]
-    if len(found) != count:
-        raise ValueError(f"it gives {len(found)} rewards for {count} completions")
-    return np.asarray(found, np.float32)
-
-
-def within(seconds: float, function: Callable[[], Any]) -> Any:
-    """What a function returns, if it does within so many seconds.
-
-    Raises:
-      TimeoutError: otherwise. Its thread is left behind, since Python cannot end one.
-    """
-    result: list[Any] = []
-    errors: list[BaseException] = []
-
-    def work() -> None:
-        try:
-            result.append(function())
-        except BaseException as e:
-            errors.append(e)
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if errors:
-        raise errors[0]
-    if not result:
-        raise TimeoutError(f"no answer within {seconds:g} s (rollout.timeout)")
-    return result[0]
+def known_mean(x: np.ndarray) -> float:
+    """The mean of what is not NaN; NaN where all is."""
+    return float(np.nanmean(x)) if np.isfinite(x).any() else float("nan")
 
 
 def decoded(tokenizer: Any, completions: Completions, stops: Stops | None = None) -> list[list[str]]:

@@ -1,21 +1,23 @@
 """From a checked run to its arrays on the mesh: models loaded, what is trained made or restored, what is frozen set apart."""
 
-import math
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from alignax import ensemble, output, rewards
 from alignax.blame import blaming, explained
 from alignax.checkpoint import Checkpoints, nbytes
-from alignax.config import effective, eval_batch_size
+from alignax.config import asked as asked_for
+from alignax.config import effective, eval_batch_size, prompts_of_rollout
+from alignax.data.files import short
 from alignax.distributed import is_main, together
 from alignax.evaluate import SAMPLED
+from alignax.experience import advance, first_carry
 from alignax.models import hf, peft, reward
 from alignax.models.lora import quantise, split
 from alignax.online import make_judge, training_program
@@ -33,9 +35,9 @@ from alignax.programs import (
     reference_name,
 )
 from alignax.reference import with_stored
-from alignax.rollout import call
+from alignax.rollout import asked
 from alignax.train import digest
-from alignax.types import Params, TrainState
+from alignax.types import Batch, Model, Outputs, Params, TrainState
 
 
 class Started(NamedTuple):
@@ -112,6 +114,9 @@ def start(run: Run, write: bool = True) -> Started:
 def check_step(run: Run) -> None:
     """Traces the training step on shapes alone, so that a loss that does not fit its data is refused before anything is written."""
     online = run.config.rollout.samples > 0
+    functions = [name for name in ("gold", "reward") if getattr(run.experiment, name) is not None]
+    if functions and is_main():
+        run.workers.start()  # they load the experiment meanwhile
     try:
         with blaming(run.experiment.file, always=False):
             state, frozen, (step, batch) = abstract_state(run), abstract_frozen(run), training_program(run)
@@ -125,26 +130,66 @@ def check_step(run: Run) -> None:
             f"{explained(e, run.experiment.file)}. The loss or the experience reads it: let an experience write it, or bring it with the "
             "data (data.kind, data.columns)"
         ) from e
-    check_reward(run, run.experiment.gold)
-    check_reward(run, run.experiment.reward)
+    check_advantages(run)
+    for name in functions if is_main() else ():
+        check_reward(run, name)
     best = run.config.checkpoint.best.removeprefix("-")
     names = {"loss", *SAMPLED, *(name for name in metrics if not name.startswith("loss:"))}
     if best and best not in names:
         raise ValueError(f"checkpoint.best {best!r} is no metric of the evaluation; use one of {', '.join(sorted(names))}")
 
 
-def check_reward(run: Run, function: Callable | None) -> None:
-    """Calls a reward function of the experiment once, on a prompt of the data and the answer that stands there."""
-    if function is None:
+def check_advantages(run: Run) -> None:
+    """Refuses groups of one response where the experience compares a response with its group.
+
+    The experience is asked what it makes of a small rollout, models that are not loaded yet replaced by functions of the tokens.
+    """
+    make, B = run.experiment.experience, prompts_of_rollout(run.config)
+    if run.config.rollout.samples != 1 or make is None:
         return
+    rng, shape = np.random.default_rng(0), (B, 1, 8)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    every = jnp.ones(shape, bool)
+    said = {"tokens": jnp.asarray(rng.integers(0, 9, shape), jnp.int32), "mask": every, "completion_mask": every.at[..., :2].set(False)}
+    batch = said | {"prompt_id": jnp.arange(B), "truncated": jnp.zeros((B, 1), bool), "gold": draw(B, 1), "rewards": draw(B, 1)}
+    batch |= {"sampled_logps": -(draw(*shape) ** 2), "old_logps": -(draw(*shape) ** 2)}
+    if run.config.model.critic:
+        batch["values"] = draw(*shape, *((run.config.model.critic_heads,) if run.config.model.critic_heads > 1 else ()))
+
+    def apply(_: Params, batch: Batch) -> Outputs:
+        x = jnp.where(batch["completion_mask"], 0.1 * batch["tokens"], 0.0)
+        scores = x.sum(axis=-1)[..., None] * jnp.arange(1, 1 + max(len(run.judges), 1))[None, None]
+        return Outputs(-x, x, -x, x, x, scores)
+
+    given = {name: Model(apply, {}) for name in ("policy", "reference", "ensemble")}
+    given |= {"config": run.config, "prompts": len(run.train.examples)}
+    try:
+        experience = make(**{name: given[name] for name in asked_for(make)})
+        advantages = advance(experience, first_carry(experience), batch)[1].get("advantages")
+    except Exception:  # an experience may ask for more than this knows of
+        return
+    if advantages is not None and not np.any(np.asarray(advantages)):
+        raise ValueError(
+            f"rollout.samples is 1, and experience() of {run.experiment.file} compares a response with the others of its group: every "
+            "advantage is 0, and no reward is learnt from. Set it to 2 or more, or compare otherwise: reinforce_plus_plus(), or gae() with "
+            "a critic"
+        )
+
+
+def check_reward(run: Run, name: str) -> None:
+    """Asks `reward` or `gold` of the experiment once, as a rollout does, of a prompt of the data and the answer that stands there.
+
+    No reward is an answer. What fails is refused; with `rollout.bad_rewards` "drop" it is told, since it may do so for that answer alone.
+    """
     examples, file = run.evaluation or run.train.examples, run.experiment.file
     answer = examples.tokens[: examples.offsets[1]][examples.scored[: examples.offsets[1]]]
-    with blaming(file):
-        given = list(call(function, run.config, examples, [0], [run.tokenizer.decode(answer, skip_special_tokens=True)]))
-        fine = len(given) == 1 and math.isfinite(float(given[0]))
-    if not fine:
-        name = function.__name__
-        raise ValueError(f"{name}() of {file} returns {given!r} for one prompt and its completion; it must return a finite number for each")
+    text = run.tokenizer.decode(answer, skip_special_tokens=True)
+    found = asked(run, name, examples, [0], [text], [answer], 1)
+    if found.problem:
+        what = f"{name}() of {file}: {found.problem}, asked of a prompt of the data and the completion {short(text)}"
+        if found.final or run.config.rollout.bad_rewards == "error":
+            raise ValueError(f"{what}; it must take any completion, an empty one too, and return a list with a number or None for each")
+        run.workers.say(what)
 
 
 def initial_params(run: Run) -> Params:

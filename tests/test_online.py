@@ -21,7 +21,7 @@ from alignax.checkpoint import Checkpoints
 from alignax.cli import main
 from alignax.config import load_experiment, prompts_of_rollout
 from alignax.evaluate import Evaluation
-from alignax.experience import best_and_worst
+from alignax.experience import best_and_worst, wco
 from alignax.fit import Observer
 from alignax.generate import STOP_ID
 from alignax.metrics import Log
@@ -29,7 +29,7 @@ from alignax.models import hf
 from alignax.online import make_learn, measured, pretraining, reads_once, training_program
 from alignax.prepare import prepare
 from alignax.programs import abstract_frozen, abstract_rollout, abstract_state, make_experience, policy_model
-from alignax.rollout import Rollouts, decoded
+from alignax.rollout import RewardFailed, Rollouts, decoded
 from alignax.start import check_step, critic_params, start
 from alignax.train import make_step
 
@@ -422,6 +422,10 @@ OFF_POLICY = GRPO.replace("grpo()", "importance_weighted(grpo())")
 PROPOSAL = "\ndef averages(config):\n    return {'proposal': adopt_if_better(every=4)}\n"
 SCORES = {"model.num_labels": "1", "eval.samples": "0", "eval.sample_prompts": "0"}
 REFUSED = {
+    "groups of one": ({"rollout.samples": "1"}, GRPO, "every advantage is 0"),
+    "a list of rewards": ({}, GRPO + "\nreward = [reward, reward]\n", "is a list, no function; write one"),
+    "an async reward": ({}, GRPO.replace("def reward", "async def reward"), "asyncio.run(..)"),
+    "no process": ({"rollout.reward_workers": "0"}, GRPO, "'rollout.reward_workers' is 0"),
     "prompts without rollouts": ({"rollout.samples": "0"}, GRPO, "set rollout.samples"),
     "an unknown column": ({}, GRPO.replace("weight):", "answer):").replace("weight)", "answer)"), "asks for column 'answer'"),
     "steps": ({"steps": "6"}, GRPO, "use a multiple of 4"),
@@ -648,6 +652,50 @@ def test_the_kl_of_anothers_samples_is_weighted_to_be_the_policys(shift):
     weights = np.exp(logs - logs.max())
     np.testing.assert_allclose(found["kl"], weights @ (own - reference).sum(axis=-1).ravel()[1:] / weights.sum(), rtol=1e-4)
     np.testing.assert_allclose(found["sampler_kl"], -logs.mean(), rtol=1e-4)
+
+
+def observed(steps, **config):
+    """What is said of the metrics of steps."""
+    said = []
+    log = types.SimpleNamespace(step=lambda *_: None, line=said.append)
+    observe = Observer(types.SimpleNamespace(config=types.SimpleNamespace(**config)), log, equal=False)  # type: ignore
+    for step, metrics in enumerate(steps, start=1):
+        observe(step, {"skipped": 0, "tokens": 8, "distinct": 0.9, "entropy": 1.0, "reward": 1.0} | metrics)
+    return said
+
+
+def test_a_run_that_cannot_learn_is_told_so_once():
+    silent = {"signal_rate": 0.0, "advantage_std": 0.0, "grad_norm": 0.1}
+    (line,) = observed([silent] * 2 + [silent | {"signal_rate": 0.1}] + [silent] * 9)
+    assert line.startswith("notice at step 6: the rewards of no group differ, for 3 rollouts (signal_rate 0, reward 1)")
+    assert observed([silent | {"advantage_std": 0.5}] * 9) == []  # a critic or the whole batch still compares
+    (line,) = observed([{"truncated_rate": 1.0}] * 9)
+    assert "every completion of 3 rollouts was cut" in line
+    (line,) = observed([{"grad_norm": 0.0, "signal_rate": 0.0}, {"grad_norm": 0.0, "signal_rate": 0.5}])
+    assert line.startswith("notice at step 1: the gradient is exactly 0: the rewards of no group differ (reward 1)")
+    said = []
+    log = types.SimpleNamespace(step=lambda *_: None, line=said.append)
+    Observer(None, log, equal=False)(1, {"skipped": 0, "tokens": 8, "grad_norm": 0.0})  # type: ignore
+    assert "the gradient is exactly 0, so nothing was learnt" in said[0]  # offline, too
+
+
+def test_a_run_without_any_reward_stops():
+    none = {"bad_rewards": 4.0, "reward": float("nan")}
+    assert observed([none, none, {"bad_rewards": 1.0}, none, none], max_skipped=3) == []
+    with pytest.raises(RewardFailed, match="no completion of 3 rollouts in a row has a reward"):
+        observed([{}, none, none, none], max_skipped=3)
+
+
+def test_signal_is_where_rewards_of_a_group_differ():
+    batch = tiny.batch(B=4, N=3) | {"old_logps": jnp.zeros((4, 3, 24))}
+    rewards = jnp.array([[1.0, 1.0, 1.0], [0.0, 0.0, 1.0], [jnp.nan, 2.0, 2.0], [jnp.nan, jnp.nan, 5.0]])
+    found = measured(batch | {"rewards": rewards})
+    assert found["signal_rate"] == 0.25 and found["bad_rewards"] == 3
+    nothing = measured(batch | {"rewards": jnp.full((4, 3), jnp.nan)})
+    assert np.isnan(nothing["reward"]) and nothing["signal_rate"] == 0 and nothing["bad_rewards"] == 12
+    scores = jnp.stack([rewards, jnp.zeros((4, 3))], axis=-1)  # one member that knows nothing takes its response alone
+    found = measured(wco(batch | {"scores": scores}))
+    assert found["bad_rewards"] == 3 and np.isfinite(found["reward"])
 
 
 def test_completions_that_become_the_same_are_told_of_once():

@@ -1,6 +1,9 @@
 """Verifiable rewards: what the last number is, and real solutions judged by it."""
 
 import json
+import random
+import re
+import time
 
 import pytest
 
@@ -13,7 +16,7 @@ from alignax.rules import exact_match, last_number, matches, near_length
         ("so 3 + 4 = 7.", 7), ("1,234 apples", 1234), ("-5", -5), ("from 3-5", 5), ("it costs $12.50", 12.5), ("#### 42", 42),
         ("x = .5", 0.5),
         ("18\nand nothing more", 18), ("", None), ("none", None), ("7, 8, 9,", 9), ("a 1,000,000", 1_000_000), ("+3", 3), ("2 - 6", 6),
-        ("2 - -6", -6), ("10%", 10),
+        ("2 - -6", -6), ("10%", 10), ("1" * 400, None), ("." * 9, None),
     ],
 )  # fmt: skip
 def test_the_last_number(text, number):
@@ -38,3 +41,47 @@ def test_formats_and_lengths():
     assert near_length(["a b c d", "a b", "", "a b c d e f g h i"], 4) == [1, 0.5, 0, 0]
     with pytest.raises(ValueError, match="words is 0"):
         near_length(["a"], 0)
+
+
+def test_patterns_match_as_re_has_it():
+    """Random patterns and texts, against `re`."""
+    rng = random.Random(0)
+    atoms = ["a", "b", ".", r"\d", "[ab]", "[^a]", r"\n", "1", "{", r"\{", "[]a]", r"\x61", "x{,2}"]
+    repeats = ["*", "+", "?", "*?", "{2}", "{1,3}", "{2,}", "{,2}", "{,}"]
+
+    def pattern(depth):
+        kind = rng.randrange(6) if depth else 0
+        inner = lambda: pattern(depth - 1)
+        return [
+            lambda: rng.choice(atoms), lambda: inner() + inner(), lambda: f"({inner()}|{inner()})",
+            lambda: f"(?:{inner()})" + rng.choice(repeats),
+            lambda: f"(?P<n{rng.randrange(10**9)}>{inner()})", lambda: f"({inner()})" + rng.choice(repeats),
+        ][kind]()  # fmt: skip
+
+    found = 0
+    for _ in range(400):
+        own = rng.choice(["", "^", r"\A"]) + pattern(4) + rng.choice(["", "$", r"\Z"])
+        texts = ["".join(rng.choice("ab1x{]\n") for _ in range(rng.randrange(7))) for _ in range(8)]
+        right = [float(re.fullmatch(own, text, re.DOTALL) is not None) for text in texts]
+        assert matches(texts, own) == right, own
+        found += sum(right)
+    assert found > 200
+
+
+@pytest.mark.parametrize("pattern", ["(a+)+", "(a|a)*", "(a|aa)+", ".*.*.*.*x", "(.*a){20}", "((a*)*)*"])
+def test_no_pattern_goes_back_on_its_way(pattern):
+    began = time.monotonic()
+    matches(["a" * 20000 + "!"], pattern)
+    assert time.monotonic() - began < 2
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("(?=a)", "cannot follow"), (r"(a)\1", "cannot follow"), (r"\ba", "cannot follow"), ("a*+", "cannot follow"),
+        ("a$b", "cannot follow"), ("(?i)a", "cannot follow"), ("(a{100}){100}", "repeat less"), ("(", "is no regular expression"),
+    ],
+)  # fmt: skip
+def test_patterns_that_are_refused(pattern, message):
+    with pytest.raises(ValueError, match=message):
+        matches(["a"], pattern)

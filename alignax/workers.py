@@ -1,0 +1,436 @@
+"""Reward functions in processes of their own: a function may hang, hold the interpreter or die, and the run goes on.
+
+A worker is a fresh Python process that loads the experiment's file anew, as it was when the run began, with the run's config. What other
+code has changed in that module is not there. Workers start at the first call, are used again, and end with the run, however it ends.
+"""
+
+import inspect
+import math
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+import traceback
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Set, Sized
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from multiprocessing.connection import Connection, Pipe, wait
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from alignax.config import load_module
+from alignax.data.files import one_line, short
+
+START = 120.0  # seconds that a worker may take to load the experiment's file, where rollout.timeout is shorter
+GRACE = 1.0  # seconds between the exception that ends a call and the end of its process
+BAD = 10  # completions that may cost their whole time, or their process, before the rest of a call is given up
+PRINTED = 2000  # bytes of what a function prints in a call that are shown: the last ones
+
+# A worker goes with the run however that ends, kill -9 included: the kernel then sends SIGIO to the worker and to what it has started.
+CODE = """
+import fcntl, os, sys
+fcntl.fcntl({leash}, fcntl.F_SETOWN, -os.getpgrp())
+fcntl.fcntl({leash}, fcntl.F_SETFL, os.O_ASYNC)
+sys.path[:] = {path!r}
+from alignax.workers import serve
+serve({connection})
+"""
+
+
+class Call(NamedTuple):
+    """What a worker is asked: a function of the experiment, of so many completions."""
+
+    name: str  # "reward" or "gold"
+    defined: str  # its qualified name
+    positional: bool  # whether prompts and completions go by position
+    given: dict[str, list[Any]]  # argument -> a value for each completion
+    config: bool  # whether the config is an argument, too
+    count: int
+    limit: float  # seconds
+    start: int = -1  # the whole in one call; from 0 on: a call for each completion from this one on
+
+
+class Answer(NamedTuple):
+    """Rewards, NaN where there is none, and what went wrong first."""
+
+    rewards: list[float]
+    problem: str = ""
+    at: int = -1  # which completion it went wrong with; -1: all together
+    final: bool = False  # whether it is no use to ask for each completion alone
+
+
+class Lost(Exception):
+    """A worker that gave no answer in its time, or ended."""
+
+
+class Malformed(ValueError):
+    """What a reward function must not return, whatever the completion."""
+
+
+class Workers:
+    """The processes that call an experiment's reward functions."""
+
+    def __init__(self, file: Path, config: Any, count: int, timeout: float):
+        """Starts nothing yet.
+
+        Args:
+          file: the experiment.
+          config: the run's.
+          count: processes.
+          timeout: seconds that a worker may take to load the experiment's file, where they are more than `START`.
+
+        Raises:
+          ValueError: for a config that cannot be sent to another process.
+        """
+        try:
+            self.setup = pickle.dumps((file, file.read_bytes(), config))
+        except Exception as e:
+            raise ValueError(f"the config of {file} cannot be sent to the process of its reward function ({one_line(e)})") from e
+        self.count, self.patience = count, max(START, timeout)
+        self.say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True)
+        self.workers: list[Worker] = []
+        self.told = False
+
+    def tell(self, what: str) -> None:
+        """Says what happens to rewards, the first time."""
+        if not self.told:
+            self.say(f"notice: {what}")
+        self.told = True
+
+    def start(self) -> None:
+        """Starts the processes that are missing, without waiting for them."""
+        self.workers += [Worker(self.setup, self.patience) for _ in range(self.count - len(self.workers))]
+
+    def close(self) -> None:
+        """Ends the processes; a later call starts others."""
+        for worker in self.workers:
+            worker.end()
+        self.workers = []
+
+    def __call__(self, call: Call, group: int, strict: bool) -> Answer:
+        """What the function gives for each completion; its own failure costs a completion its reward, and no other.
+
+        Several workers have a share of the groups each.
+
+        Args:
+          call: of all completions, the groups one after another.
+          group: completions of a group, which stay together.
+          strict: whether to stop at the first failure.
+        """
+        self.start()
+        groups = call.count // group
+        parts = min(self.count, groups)
+        bounds = [groups * i // parts * group for i in range(parts + 1)]
+        ask = lambda i: self.judge(i, share(call, bounds[i], bounds[i + 1]), strict)
+        try:
+            if parts == 1:
+                answers = [ask(0)]
+            else:
+                with ThreadPoolExecutor(parts) as threads:
+                    try:
+                        answers = list(threads.map(ask, range(parts)))
+                    except BaseException:
+                        self.close()  # ends what the threads wait for
+                        raise
+        except BaseException:
+            self.close()
+            raise
+        for worker in self.workers:
+            for line in worker.said():
+                self.say(f"{call.name}(): {line}")
+        first = next((i for i, answer in enumerate(answers) if answer.problem), 0)
+        at = answers[first].at
+        return answers[first]._replace(rewards=[x for a in answers for x in a.rewards], at=at if at < 0 else at + bounds[first])
+
+    def judge(self, i: int, call: Call, strict: bool) -> Answer:
+        """One worker's share: all in one call, and where that fails, one by one."""
+        try:
+            answer = self.ask(i, call)
+        except Lost as e:
+            answer = Answer([], str(e), final=self.workers[i].unable)
+        if answer.rewards:
+            return answer
+        if answer.final or call.count == 1:
+            return answer._replace(rewards=[math.nan] * call.count, at=0 if call.count == 1 else -1)
+        alone = self.one_by_one(i, call, strict)
+        if not alone.problem:
+            self.say(f"{call.name}(): all completions together: {answer.problem}; each alone has its reward. It was asked twice")
+        return alone
+
+    def one_by_one(self, i: int, call: Call, strict: bool) -> Answer:
+        """A call for each completion; bounded in all by what `BAD` of them may take."""
+        limit = max(call.limit / BAD, min(call.limit, 1.0))
+        rewards, problem, at = [math.nan] * call.count, "", -1
+        here, lost, end = 0, 0, time.monotonic() + BAD * limit
+        while here < call.count and not (strict and problem):
+            try:
+                found = self.ask(i, call._replace(start=here, limit=limit))
+                while True:
+                    rewards[here] = found.rewards[0]
+                    if found.problem and not problem:
+                        problem, at = found.problem, here
+                    here += 1
+                    if here == call.count or (strict and problem):
+                        break
+                    if time.monotonic() > end:
+                        raise Lost(f"no time is left for {call.count - here} of {call.count} completions (rollout.timeout)")
+                    found = self.workers[i].receive(limit + GRACE, too_late(limit, True))
+            except Lost as e:
+                problem, at = (problem, at) if problem else (str(e), here)
+                self.workers[i].end()
+                here, lost = here + 1, lost + 1
+                if lost == BAD or time.monotonic() > end:
+                    break
+        if here < call.count:
+            self.workers[i].end()  # it is still at it
+        return Answer(rewards, problem, at)
+
+    def ask(self, i: int, call: Call) -> Answer:
+        """The first answer of worker i, or of the one in its place."""
+        if self.workers[i].ended:
+            self.workers[i] = Worker(self.setup, self.patience)
+        return self.workers[i].ask(call)
+
+
+def share(call: Call, first: int, last: int) -> Call:
+    """The part of a call from completion `first` up to `last`."""
+    return call._replace(given={name: x[first:last] for name, x in call.given.items()}, count=last - first)
+
+
+class Worker:
+    """A process that calls reward functions, seen from the run."""
+
+    def __init__(self, setup: bytes, start: float):
+        """Starts it, and does not wait until it has loaded the experiment, for which it has `start` seconds."""
+        self.connection, theirs = Pipe()
+        leash, own = os.pipe()
+        code = CODE.format(leash=leash, path=sys.path, connection=theirs.fileno())
+        self.process = subprocess.Popen(
+            [sys.executable, "-u", "-c", code], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            pass_fds=(leash, theirs.fileno()), process_group=0, env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        )  # fmt: skip
+        assert self.process.stdout is not None
+        self.output = self.process.stdout.fileno()
+        theirs.close()
+        os.close(leash)
+        self._end = weakref.finalize(self, end, self.process, self.connection, own)
+        self.begun, self.start = time.monotonic(), start
+        self.ready = self.unable = False
+        self.printed, self.cut = b"", False
+        try:
+            self.connection.send_bytes(setup)
+        except OSError:
+            pass  # it ended at once: so says the first call
+
+    @property
+    def ended(self) -> bool:
+        """Whether the process was ended."""
+        return not self._end.alive
+
+    def end(self) -> None:
+        """Ends the process and all that it has started."""
+        self._end()
+
+    def ask(self, call: Call) -> Answer:
+        """The first answer to a call.
+
+        Raises:
+          Lost: see `receive`.
+        """
+        if not self.ready:
+            self.unable = True
+            late = f"the process that it is to run in has not loaded the file within {self.start:g} s"
+            problem = self.receive(max(self.begun + self.start - time.monotonic(), 1.0), late)
+            self.printed, self.cut = b"", False  # the run has seen it when it loaded the file itself
+            if problem:
+                self.end()
+                raise Lost(f"it runs in a process of its own, which cannot load the file: {problem}")
+            self.ready, self.unable = True, False
+        try:
+            self.connection.send(call)
+        except OSError:
+            raise Lost(self.last_words()) from None
+        return self.receive(call.limit + GRACE, too_late(call.limit, call.start >= 0))
+
+    def receive(self, seconds: float, late: str) -> Any:
+        """The next answer.
+
+        Raises:
+          Lost: where there is none in so many seconds, with the words `late`; the process is ended.
+        """
+        end, sources = time.monotonic() + seconds, [self.connection, self.output]
+        while True:
+            ready = wait(sources, max(end - time.monotonic(), 0.0))
+            if self.output in ready and not self.read():
+                sources.remove(self.output)
+            if self.connection in ready:
+                try:
+                    answer = self.connection.recv()
+                except (EOFError, OSError):
+                    raise Lost(self.last_words()) from None
+                self.drain()
+                return answer
+            if time.monotonic() >= end:
+                self.end()
+                raise Lost(late)
+
+    def read(self) -> bool:
+        """Takes up what was printed; False at its end."""
+        new = os.read(self.output, 1 << 16)
+        self.cut |= len(self.printed) + len(new) > PRINTED
+        self.printed = (self.printed + new)[-PRINTED:]
+        return bool(new)
+
+    def drain(self) -> None:
+        """Takes up what was printed before now."""
+        end = time.monotonic() + GRACE  # a thread may print without end
+        while wait([self.output], 0.0) and self.read() and time.monotonic() < end:
+            pass
+
+    def said(self) -> list[str]:
+        """The lines that were printed since this was asked last."""
+        lines = self.printed.decode(errors="replace").splitlines()
+        lines = [f"(what was printed before is not shown) {line}" if i == 0 and self.cut else line for i, line in enumerate(lines)]
+        self.printed, self.cut = b"", False
+        return lines
+
+    def last_words(self) -> str:
+        """How the process ended."""
+        try:
+            code = self.process.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            code = None
+        self.drain()
+        self.end()
+        how = f"was ended by {signal.Signals(-code).name}" if code and code < 0 else f"ended with exit code {code}"
+        lines = self.said()
+        return f"the process that it ran in {how}" + (f" ({short(lines[-1])})" if lines else "")
+
+
+def end(process: subprocess.Popen, connection: Connection, leash: int) -> None:
+    """Ends a process and its children, and leaves nothing of it."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):
+        pass
+    process.wait()
+    assert process.stdout is not None
+    process.stdout.close()
+    connection.close()
+    os.close(leash)
+
+
+# The other side, in the worker ----------------------------------------------------------------------------------------------
+
+
+def serve(descriptor: int) -> None:
+    """Answers calls until the run closes the connection."""
+    connection = Connection(descriptor)
+    file, source, config = pickle.loads(connection.recv_bytes())
+    try:
+        module = load_module(file, source)
+    except BaseException as e:
+        connection.send(told(e, file))
+        return
+    connection.send("")
+    while True:
+        try:
+            call: Call = connection.recv()
+        except EOFError:
+            return
+        function = getattr(module, call.name, None)
+        if call.start < 0:
+            connection.send(answered(function, call, config, file))
+        for i in range(call.start, call.count) if call.start >= 0 else ():
+            connection.send(answered(function, share(call, i, i + 1), config, file))
+
+
+def answered(function: Any, call: Call, config: Any, file: Path) -> Answer:
+    """What a function says of completions, or how it fails."""
+    if function is None or qualified(function) != call.defined:
+        there = "none" if function is None else qualified(function)
+        return Answer(
+            [], f"the run's is {call.defined}, and the file loaded anew has {there}; let the file choose by the config", final=True
+        )
+    given = dict(call.given) | ({"config": config} if call.config else {})
+    first = [given.pop(name) for name in ("prompts", "completions")] if call.positional else []
+    try:
+        return within(call.limit, lambda: numbers(function(*first, **given), call.count), alone=call.start >= 0)
+    except BaseException as e:  # sys.exit(), too, is no answer
+        alone = [math.nan] if call.start >= 0 else []
+        return Answer(alone, told(e, file), final=isinstance(e, Malformed))
+
+
+def numbers(given: Any, count: int) -> Answer:
+    """What a reward function returned as numbers; None is no reward.
+
+    Raises:
+      Malformed: for anything else than so many.
+    """
+    if inspect.iscoroutine(given):
+        given.close()
+        raise Malformed("it gives a coroutine; let a plain function run it, asyncio.run(..) say")
+    if isinstance(given, (str, bytes, Mapping, Set)) or not isinstance(given, Iterable) or getattr(given, "shape", None) == ():
+        raise Malformed(f"it gives a {type(given).__name__}; it must return a list with a number for each completion")
+    found = list(islice(given, count + 1))  # it may be endless
+    if len(found) != count:
+        size = str(len(given)) if isinstance(given, Sized) else f"{len(found)} or more" if len(found) > count else str(len(found))
+        raise Malformed(f"it gives {size} rewards for {count} completions")
+    rewards, problem, at = [], "", -1
+    for i, x in enumerate(found):
+        try:
+            if isinstance(x, (str, bytes)):
+                raise TypeError
+            rewards.append(math.nan if x is None else float(x.item() if hasattr(x, "item") else x))  # arrays [1], too
+        except (TypeError, ValueError, OverflowError):
+            rewards.append(math.nan)
+            problem, at = (problem, at) if problem else (f"it gives {short(repr(x))}, which is no number", i)
+    return Answer(rewards, problem, at)
+
+
+def within(seconds: float, function: Callable[[], Any], alone: bool = False) -> Any:
+    """What a function returns, if it does within so many seconds; in the main thread, of which there is one.
+
+    A regular expression, a loop or a wait are left where they stand. What does not look at signals is left when it returns, so a worker
+    that does not answer is ended.
+
+    Raises:
+      TimeoutError: otherwise, also where the function caught it.
+    """
+    late: list[TimeoutError] = []
+
+    def leave(*_: Any) -> None:
+        late.append(TimeoutError(too_late(seconds, alone)))
+        raise late[0]
+
+    old = signal.signal(signal.SIGALRM, leave)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        result = function()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, old)
+    if late:
+        raise late[0]
+    return result
+
+
+def too_late(seconds: float, alone: bool) -> str:
+    """What is said of a call that was not over in its time."""
+    return f"no answer within {seconds:g} s{' for one completion alone' if alone else ''} (rollout.timeout)"
+
+
+def qualified(function: Any) -> str:
+    """The name of a function, or of the class of an object that is called like one."""
+    return getattr(function, "__qualname__", type(function).__qualname__)
+
+
+def told(error: BaseException, file: Path) -> str:
+    """An error in one line, with the line of the experiment's file that it comes from."""
+    if isinstance(error, (Malformed, TimeoutError)):
+        return one_line(error, 500)
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(file)]
+    return (f"line {lines[-1]}: " if lines else "") + f"{type(error).__name__}: {one_line(error, 500)}"

@@ -1,0 +1,32 @@
+"""The log of a run: the speed of the step that it is logged with, and files that grow and go on."""
+
+import json
+import types
+
+import pytest
+
+from alignax import metrics
+from alignax.metrics import Log
+
+
+def rows(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_the_speed_is_of_the_step_it_is_logged_with(tmp_path, monkeypatch):
+    """Also at first, when going on, after a pause, and where the wall clock goes backwards, which nobody reads."""
+    clock = [100.0]
+    monkeypatch.setattr(metrics, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))  # no other clock is there
+    log = Log(tmp_path, steps=40, start=30, every=1, tensorboard=False)
+
+    def step(number, seconds, tokens):
+        clock[0] += seconds
+        log.step(number, {"loss": 1.0}, tokens)
+
+    step(31, 20.0, 100.0)
+    step(32, 2.0, 100.0)
+    with log.paused():
+        clock[0] += 1000.0
+    step(33, 4.0, 100.0)
+    log.close()
+    assert [row["tokens_per_second"] for row in rows(tmp_path / "metrics.jsonl")] == pytest.approx([5.0, 50.0, 25.0])

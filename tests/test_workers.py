@@ -1,0 +1,271 @@
+"""Reward functions in processes of their own: whatever one does, the others keep their rewards and the run goes on."""
+
+import math
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from contextlib import closing
+
+import numpy as np
+import pytest
+import runs
+
+from alignax.checks import parameters
+from alignax.workers import Call, Malformed, Workers, numbers, within
+
+SOURCE = """
+import os, re, sys, time
+
+calls = []
+
+def reward(prompts, completions):
+    return [judged(text) for text in completions]
+
+def judged(text):
+    if text == "raises":
+        raise KeyError("no such answer")
+    if text == "backtracks":
+        re.fullmatch("(a+)+", "a" * 40 + "!")
+    if text == "sleeps":
+        time.sleep(60)
+    if text == "holds the interpreter":  # C code that never looks at signals
+        sum(range(10**12))
+    if text == "catches all":
+        try:
+            time.sleep(60)
+        except Exception:
+            pass
+    if text == "dies":
+        os._exit(3)
+    if text == "crashes":
+        os.kill(os.getpid(), 11)
+    if text == "exits":
+        sys.exit(4)
+    if text == "no number":
+        return "many"
+    if text == "prints":
+        print("looked at it")
+        os.write(1, b"from below\\n")
+    return None if text == "none" else float(len(text))
+
+def gold(prompts, completions, config, **columns):
+    return [config["scale"] * len(p) + float("-".join(columns) == "answer") for p in prompts]
+
+def group_sizes(prompts, completions):
+    return [len(completions)] * len(completions)
+"""
+
+
+def call(texts, name="reward", limit=30.0, **given):
+    return Call(name, name, True, {"prompts": ["p"] * len(texts), "completions": list(texts)} | given, "config" == name, len(texts), limit)
+
+
+def workers_of(folder, count=1):
+    file = folder / "experiment.py"
+    file.write_text(SOURCE)
+    return Workers(file, {"scale": 10.0}, count, 30.0)
+
+
+@pytest.fixture(scope="module")
+def workers(tmp_path_factory):
+    """One process for all tests that leave it alive."""
+    with closing(workers_of(tmp_path_factory.mktemp("workers"))) as own:
+        yield own
+
+
+def test_a_completion_that_fails_costs_its_own_reward_alone(workers):
+    texts = ["a", "raises", "ccc", "none", "no number", "raises"]
+    found = workers(call(texts), 1, strict=False)
+    np.testing.assert_array_equal(found.rewards, [1, np.nan, 3, np.nan, np.nan, np.nan])
+    line = SOURCE[: SOURCE.index("raise KeyError")].count("\n") + 1
+    assert (found.problem, found.at) == (f"line {line}: KeyError: 'no such answer'", 1)
+    strict = workers(call(texts), 1, strict=True)
+    assert (strict.problem, strict.at, strict.rewards[:2]) == (found.problem, 1, [1.0, pytest.approx(math.nan, nan_ok=True)])
+    workers(call(["a"]), 1, strict=True)
+    (pid,) = {own.process.pid for own in workers.workers}
+    assert workers(call(["exits", "bb"]), 1, strict=False).rewards[1] == 2
+    assert [own.process.pid for own in workers.workers] == [pid]  # it is as warm as before
+
+
+def test_what_is_printed_is_told_and_bounded(workers):
+    said = []
+    workers.say = said.append
+    workers(call(["prints", "b"]), 1, strict=True)
+    assert said == ["reward(): looked at it", "reward(): from below"]
+    workers(call(["prints"] * 2000), 1, strict=True)
+    assert sum(map(len, said)) < 6000 and "not shown" in said[2]
+
+
+def test_columns_and_the_config_are_given_by_name(workers):
+    asked = call(["a", "bb"], "gold", answer=[1, 2])._replace(config=True)
+    assert workers(asked, 1, strict=True).rewards == [11.0, 11.0]
+    other = workers(asked._replace(defined="another"), 1, strict=False)
+    assert other.final and "the run's is another" in other.problem and np.isnan(other.rewards).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", ["backtracks", "sleeps", "catches all", "holds the interpreter"])
+def test_a_completion_that_hangs_ends_in_its_time(text, tmp_path):
+    with closing(workers_of(tmp_path)) as own:
+        own(call(["a"]), 1, strict=True)
+        (pid,) = {worker.process.pid for worker in own.workers}
+        began = time.monotonic()
+        found = own(call(["a", text, "ccc"], limit=1.0), 1, strict=False)
+        np.testing.assert_array_equal(found.rewards, [1, np.nan, 3])
+        assert (found.problem, found.at) == ("no answer within 1 s for one completion alone (rollout.timeout)", 1)
+        assert time.monotonic() - began < 20
+        assert (own.workers[0].process.pid == pid) == (text != "holds the interpreter")  # kept warm where that can be
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_is_replaced_and_said_in_one_line(tmp_path, monkeypatch):
+    with closing(workers_of(tmp_path)) as own:
+        own(call(["a"]), 1, strict=True)
+        own.workers[0].process.kill()  # as where memory runs out
+        (tmp_path / "experiment.py").write_text("raise SystemExit")  # what the run began with counts
+        found = own(call(["a", "dies", "ccc", "crashes", "e"]), 1, strict=False)
+        np.testing.assert_array_equal(found.rewards, [1, np.nan, 3, np.nan, 1])
+        assert found.problem == "the process that it ran in ended with exit code 3" and found.at == 1
+        assert "SIGSEGV" in own(call(["crashes"]), 1, strict=True).problem
+        monkeypatch.setattr("alignax.workers.BAD", 2)
+        lost = own(call(["dies"] * 40 + ["a"]), 1, strict=False)
+        assert np.isnan(lost.rewards).all()  # given up before so many processes are spent
+
+
+@pytest.mark.slow
+def test_rewards_are_the_same_whatever_the_number_of_workers(tmp_path):
+    rng = np.random.default_rng(0)
+    texts = ["x" * int(k) if k else "raises" for k in rng.integers(0, 9, 42)]
+    found = []
+    for count in (1, 2, 3):
+        with closing(workers_of(tmp_path, count)) as own:
+            found.append(own(call(texts), 6, strict=False))
+            sizes = own(call(texts, "group_sizes"), 6, strict=True).rewards
+            assert len(own.workers) == count and all(size % 6 == 0 for size in sizes) and len(set(sizes)) <= count
+    for other in found[1:]:
+        np.testing.assert_array_equal(found[0].rewards, other.rewards)
+        assert found[0].problem == other.problem and found[0].at == other.at == texts.index("raises")
+
+
+@pytest.mark.slow
+def test_twenty_thousand_that_raise_are_one_line(workers):
+    began = time.monotonic()
+    found = workers(call(["raises"] * 20_000), 1, strict=False)
+    assert np.isnan(found.rewards).all() and len(found.rewards) == 20_000 and found.problem.count("KeyError") == 1
+    assert time.monotonic() - began < 25 and len(workers.workers) == 1 and not workers.workers[0].ended
+
+
+@pytest.mark.slow
+def test_nothing_is_left_when_the_run_is_killed(tmp_path):
+    """Also of what hangs in C code, where no thread of the worker could see that the run is gone."""
+    code = """
+    import sys; from pathlib import Path
+    sys.path.insert(0, {tests!r})
+    from test_workers import call, workers_of
+    own = workers_of(Path({folder!r}))
+    own(call(["a"]), 1, strict=True)
+    print(own.workers[0].process.pid, flush=True)
+    own(call([{text!r}], limit=600.0), 1, strict=True)
+    """
+    for text in ("backtracks", "holds the interpreter"):
+        script = textwrap.dedent(code).format(tests=str(runs.REPO / "tests"), folder=str(tmp_path), text=text)
+        process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=runs.environment())
+        assert process.stdout is not None
+        pid = int(process.stdout.readline())
+        time.sleep(0.3)
+        os.kill(pid, 0)
+        process.kill()
+        process.communicate()
+        end = time.monotonic() + 5
+        while time.monotonic() < end:
+            try:
+                os.kill(pid, 0)
+            except ProcessLookupError:
+                break
+            time.sleep(0.05)
+        else:
+            raise AssertionError(f"{text}: the worker outlives the run")
+
+
+def test_within_ends_what_looks_at_signals():
+    import re
+
+    with pytest.raises(TimeoutError, match="no answer within 0.2 s"):
+        within(0.2, lambda: re.fullmatch("(a+)+", "a" * 40 + "!"))
+
+    def stubborn():
+        try:
+            time.sleep(5)
+        except TimeoutError:
+            return 1
+
+    with pytest.raises(TimeoutError):
+        within(0.1, stubborn)
+    assert within(5, lambda: 3) == 3
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([1.0], "gives 1 rewards for 2"), ([1.0] * 3, "gives 3 rewards"), (iter(range(9)), "gives 3 or more"), ("01", "gives a str"),
+        ({0: 1, 1: 2}, "gives a dict"), ({0.5, 1.5}, "gives a set"), (1.0, "gives a float"), (np.float32(1), "gives a float32"),
+        (np.ones(()), "gives a ndarray"), (None, "gives a NoneType"),
+    ],
+)  # fmt: skip
+def test_what_is_no_list_of_rewards(given, message):
+    with pytest.raises(Malformed, match=message):
+        numbers(given, 2)
+
+
+def test_what_counts_as_numbers():
+    for given in ((1, True), np.array([[1.0], [1.0]]), (x for x in (1, 1)), [np.int64(1), 1.0]):
+        assert numbers(given, 2).rewards == [1.0, 1.0]
+    found = numbers([None, "7", float("inf")], 3)
+    np.testing.assert_array_equal(found.rewards, [np.nan, np.nan, np.inf])
+    assert (found.problem, found.at) == ("it gives \"'7'\", which is no number", 1)
+
+
+class Judge:
+    """A reward that is an object."""
+
+    def __call__(self, prompts, completions, answer):
+        return []
+
+
+@pytest.mark.parametrize(
+    ("function", "wanted"),
+    [
+        (lambda prompts, completions, answer: 0, (True, ("answer",), ())),
+        (lambda a, b: 0, (True, (), ())),
+        (lambda prompts, completions, answer, bonus=2.0: 0, (True, ("answer",), ())),
+        (lambda prompts, completions, level=1: 0, (True, ("level",), ())),
+        (lambda prompts, completions, **columns: 0, (True, ("prompt", "answer", "level"), ())),
+        (lambda prompt, completions, **columns: 0, (True, ("answer", "level"), ())),
+        (lambda prompts, completions, answer, **columns: 0, (True, ("answer", "prompt", "level"), ())),
+        (lambda prompts, completions, completion_ids, config: 0, (True, ("completion_ids", "config"), ())),
+        (lambda prompts, completions, *, raw_completions: 0, (True, ("raw_completions",), ())),
+        (lambda completions, answer, **columns: 0, (False, ("completions", "answer", "prompts", "prompt", "level"), ())),
+        (lambda answer, completions: 0, (False, ("answer", "completions"), ())),
+        (lambda completions, prompts: 0, (False, ("completions", "prompts"), ())),
+        (lambda **given: 0, (False, ("prompts", "completions", "prompt", "answer", "level"), ())),
+        (lambda *given: 0, (True, (), ())),
+        (lambda prompts, completions, solution, other: 0, (True, (), ("solution", "other"))),
+        (Judge(), (True, ("answer",), ())),
+        (max, (True, (), ())),
+    ],
+)  # fmt: skip
+def test_what_a_reward_function_is_given(function, wanted):
+    assert parameters(function, ["prompt", "answer", "level"]) == wanted
+
+
+def test_a_worker_that_cannot_load_the_experiment(tmp_path):
+    file = tmp_path / "experiment.py"
+    file.write_text("import os\nassert 'JAX_PLATFORMS' not in os.environ, 'this needs an accelerator'\n")
+    with closing(Workers(file, {}, 1, 30.0)) as own:
+        found = own(call(["a", "b"]), 1, strict=False)
+    assert found.final and np.isnan(found.rewards).all()
+    assert "which cannot load the file: line 2: AssertionError: this needs an accelerator" in found.problem
+    with pytest.raises(ValueError, match="the config of .* cannot be sent"):
+        Workers(file, {"f": lambda: 0}, 1, 30.0)
