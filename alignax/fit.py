@@ -17,6 +17,8 @@ from alignax import mesh as meshes
 from alignax.config import steps_of_turn
 from alignax.distributed import is_main
 from alignax.evaluate import Evaluation
+from alignax.losses.algebra import at_step
+from alignax.losses.responses import differing
 from alignax.metrics import Log
 from alignax.models import hf, peft, reward
 from alignax.models.lora import Lora, merge
@@ -172,6 +174,7 @@ def summary(run: Run, about: dict[str, Any], start: int) -> list[str]:
     if run.members:
         kind = "all parameters" if run.lora is None else "adapters" if run.lora.targets else "a head"
         lines.append(f"ensemble of {run.members} members {about['members']}, each with {kind} of its own; seeds from {run.config.seed} on")
+    lines += filter(None, [differing(at_step(run.objective, np.zeros((), np.int32)))])
     for name, report in run.reports.items():
         lines += [f"{name} data: {line}" if i == 0 else f"  {line}" for i, line in enumerate(report.lines())]
     for stream in (run.train, run.pretrain):

@@ -149,12 +149,12 @@ def make_judge(run: Run) -> Callable[[TrainState, dict[str, Params], Batch], Met
 
 
 def experienced(run: Run, state: TrainState, frozen: dict[str, Params], batch: Batch, parts: int) -> tuple[Any, Metrics]:
-    """A rollout with `old_logps`, a critic's `values` and all that experience writes, with the next carry; and its metrics."""
+    """A rollout with `old_logps`, `old_entropy`, a critic's `values` and all that experience writes, the next carry, and its metrics."""
     policy = policy_model(run, frozen, state.params)
     outputs = lambda part: policy.apply(policy.params, part)
     out = in_parts(outputs, batch, parts)
     sampled = scored(run, batch, out)  # an experience may put other responses in their place
-    batch = batch | {"old_logps": out.logps} | ({} if out.values is None else {"values": out.values})
+    batch = batch | {"old_logps": out.logps, "old_entropy": out.entropy} | ({} if out.values is None else {"values": out.values})
     carry, batch = advance(make_experience(run, frozen, state), state.carry, batch)
     return (carry, batch), sampled | measured(batch, off_policy(run))
 

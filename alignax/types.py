@@ -17,6 +17,7 @@ A batch is a plain dict of arrays whose leading axis is B. Every method has the 
 | `ref_tokens`      | [B, N, T] int32  | what the reference beside the policy reads in the place of `tokens`              |
 | `ref_mask`        | [B, N, T] bool   | the real ones of these                                                           |
 | `old_logps`       | [B, N, T] f32    | those of the policy as it stands before the step (likewise)                      |
+| `old_entropy`     | [B, N, T] f32    | entropy of that policy's next-token distributions, nats; of a rollout            |
 | `sampled_logps`   | [B, N, T] f32    | those that a completion was sampled with (see `alignax.generate`)                |
 | `labels`          | [B, N] bool      | unpaired data: whether a response is desirable                                   |
 | `scores`          | [B, N, K] f32    | those of each member of an ensemble of reward models                             |
@@ -37,8 +38,6 @@ A batch is a plain dict of arrays whose leading axis is B. Every method has the 
 | `token_rewards`   | [B, N, T] f32    | reward of each completion token: the penalties, and on the last `rewards`        |
 | `advantages`      | [B, N, T] f32    | how much better tokens[t] was than expected; of a group the same in a response   |
 | `returns`         | [B, N, T] f32    | what a critic is trained on, at completion tokens; shaped like `values`          |
-| `proxy_logps`     | [B, N, T] f32    | log-probs of the old policy without its noise, see `min_p_logps`                 |
-| `low_probability` | [B, N, T] bool   | tokens that `lp_reg` may protect                                                 |
 | `chi2`            | [B] f32          | chi-squared of the policy from its reference, the batch's estimate               |
 | `log_target`      | [B, N] f32       | log P of the distribution that f-DPG aims at, not normalised; -inf where P = 0   |
 | `log_z`           | [B] f32          | log of its sum over all responses to the prompt, as estimated so far             |

@@ -19,7 +19,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from alignax import commands, default_config, entropy_bonus, group_relative, grpo
+from alignax import commands, default_config, entropy_bonus, group_relative, grpo, response_mean
 from alignax.config import BadInput
 from alignax.rules import last_number
 
@@ -52,7 +52,7 @@ def get_config():
 
 def loss(config):
     """Without a KL: there is no reference to stay near to. The bonus keeps prompts open whose samples are all wrong."""
-    return grpo() + 0.003 * entropy_bonus()
+    return grpo() + 0.003 * entropy_bonus(response_mean)
 
 
 def experience(config):

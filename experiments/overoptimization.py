@@ -51,6 +51,7 @@ from alignax import (
     running_log_z,
     score,
     score_l2,
+    token_mean,
     tv_pi_p,
     value_loss,
     whiten_advantages,
@@ -180,7 +181,7 @@ def towards_targets(config):
         loss = lambda _, divergence=divergence: fdpg(divergence)
         yield Method("f-DPG", name, ensembles.mean, loss, partial(target, divergence=divergence), members=1)
     yield Optimum("f-DPG", "target", "", ensembles.mean, kl_optimum, (c.target,), members=1)
-    damped = lambda _: ppo() + kl_k2()
+    damped = lambda _: ppo() + kl_k2(token_mean)
     for name, (method, learning_rate) in {"xi-PPO": (xi_ppo, 0.3), "mu-PPO": (mu_ppo, 0.5)}.items():
         experience = partial(held, method=method, learning_rate=learning_rate)
         shown = {"symbol": "θ", "members": 2, "over_steps": ("score 1", "score 2", "kl")}

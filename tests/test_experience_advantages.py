@@ -10,10 +10,12 @@ from test_policy import ORACLES, behind_a_prompt, rollout
 from alignax.experience import (
     adaptive_kl_reward,
     advance,
+    batch_scaled,
     chain,
     clip_rewards,
     first_carry,
     gae,
+    gdpo,
     group_relative,
     kl_reward,
     leave_one_out,
@@ -22,7 +24,9 @@ from alignax.experience import (
     reinforce_plus_plus,
     rewards_to_go,
     shaping,
+    top_entropy,
     whiten_advantages,
+    whiten_responses,
     whiten_rewards,
 )
 from alignax.experience.advantages import last_scored
@@ -37,6 +41,8 @@ ESTIMATORS = {
     "rewards_to_go": rewards_to_go(),
     "reinforce_plus_plus": reinforce_plus_plus(),
     "whitened": chain(gae(), whiten_advantages()),
+    "batch_scaled": batch_scaled(),
+    "whitened_responses": chain(leave_one_out(), whiten_responses()),
     "penalised": chain(kl_reward(0.1), whiten_rewards(), gae(), whiten_advantages()),
 }
 every = pytest.mark.parametrize("name", ESTIMATORS)
@@ -90,7 +96,8 @@ def test_group_advantages_are_trls(o):
     if "scale_rewards" in c:
         experience = group_relative(std=c["scale_rewards"] == "group")
     else:
-        experience = chain(kl_reward(c["beta"]), leave_one_out())
+        whitened = [whiten_responses()] if c.get("normalize_advantages") else []
+        experience = chain(kl_reward(c["beta"]), leave_one_out(), *whitened)
     assert unscored.any()
     np.testing.assert_allclose(of_responses(run(experience, batch)).ravel(), o["advantages"], rtol=2e-5, atol=2e-6)
 
@@ -120,6 +127,76 @@ def test_group_advantages_have_mean_0_and_deviation_1():
     found = of_responses(run(group_relative(), batch))
     close(found, (r - r.mean(1, keepdims=True)) / (r.std(1, ddof=1, keepdims=True) + 1e-4))
     close(of_responses(run(group_relative(std=False), batch)), r - r.mean(1, keepdims=True))
+
+
+def test_a_groups_mean_over_the_batchs_deviation():
+    """Groups of a large and of a small spread keep it; the deviation is that of the rewards, not of what is left of them."""
+    batch = groups([[5.0, 1.0, 3.0], [7.1, 6.9, 7.0]])
+    r = np.array(batch["rewards"], np.float64)
+    close(of_responses(run(batch_scaled(), batch)), (r - r.mean(1, keepdims=True)) / (r.std(ddof=1) + 1e-4))
+
+
+def test_whitened_responses_count_once_whatever_their_length():
+    batch = run(leave_one_out(), random_groups(N=5))
+    a = of_responses(batch)
+    close(of_responses(run(whiten_responses(), batch)), (a - a.mean()) / (a.std(ddof=1) + 1e-4))
+    batch["advantages"] = np.where(batch["completion_mask"], np.random.default_rng(2).normal(size=batch["completion_mask"].shape), 0.0)
+    m = batch["advantages"].sum(-1) / batch["completion_mask"].sum(-1)
+    by_token = (batch["advantages"] - m.mean()) / (m.std(ddof=1) + 1e-4) * batch["completion_mask"]
+    close(run(whiten_responses(), batch)["advantages"], by_token)
+
+
+TWO_REWARDS = [[(1, 0), (0, 1), (1, 1)], [(0, 2), (0, 2), (1, 5)]]
+
+
+def test_gdpo_keeps_what_a_sum_of_rewards_loses():
+    """Numbers by hand; each reward is made even in its group, then their sum over the batch."""
+    batch = groups(np.zeros((2, 3))) | {"scores": np.array(TWO_REWARDS, np.float32)}
+    np.testing.assert_allclose(
+        of_responses(run(gdpo((1.0, 0.5)), batch)), [[0, -0.79047, 0.79047], [-0.79050, -0.79050, 1.58101]], atol=2e-5
+    )
+    one = {"completion_mask": np.ones((1, 4, 2), bool), "scores": np.zeros((1, 4, 2), np.float32)}
+    for last, expected in (((1, 0), 1.4997), ((1, 1), 2.9994)):  # before the batch is made even: two rewards are twice one
+        one["scores"][0, 3] = last
+        z = (np.array([0, 0, 0, 1]) - 0.25) / (0.5 + 1e-4) * sum(last)
+        np.testing.assert_allclose(z[3], expected, atol=1e-4)
+        close(run(gdpo(), one)["advantages"][0, :, 0], z / (z.std(ddof=1) + 1e-4))
+
+
+def test_gdpo_of_rewards_that_are_missing():
+    """One of two leaves the other; a response without any, or without a completion, takes no part; a reward alike in a group is nothing."""
+    batch = groups(np.zeros((2, 4)), seed=1)
+    scores = np.random.default_rng(0).normal(size=(2, 4, 2)).astype(np.float32)
+    scores[1, :, 1] = 0.1
+    scores[0, 0, 0], scores[0, 1] = np.nan, np.nan
+    batch["completion_mask"][1, 2] = False
+    total = np.zeros((2, 4))
+    for i, j, known in ((0, 0, [2, 3]), (0, 1, [0, 2, 3]), (1, 0, [0, 1, 3])):
+        x = scores[i, known, j].astype(np.float64)
+        total[i, known] += (x - x.mean()) / (x.std(ddof=1) + 1e-4)
+    valid = np.array([[1, 0, 1, 1], [1, 1, 0, 1]], bool)
+    expected = np.where(valid, (total - total[valid].mean()) / (total[valid].std(ddof=1) + 1e-4), 0.0)
+    advantages = run(gdpo(), batch | {"scores": scores})["advantages"]
+    close(advantages, expected[..., None] * batch["completion_mask"])
+    for given, count, text in [((), 1, r"scores have 1; take chain\(mean"), ((1.0,) * 3, 2, "3 weights, and scores are of 2 rewards")]:
+        with pytest.raises(ValueError, match=text):
+            run(gdpo(given), batch | {"scores": scores[..., :count]})
+
+
+def test_the_tokens_of_highest_entropy_alone():
+    """Of the batch's completion tokens, whatever padding's entropy is; one in four of twelve are three."""
+    batch = run(group_relative(), groups([[1.0, 0.0], [0.0, 2.0]]))
+    mask = np.broadcast_to(np.arange(7) < 4, (2, 2, 7)) & (np.arange(7) > 0)
+    entropy = np.where(mask, np.random.default_rng(0).permutation(28).reshape(2, 2, 7), 99.0).astype(np.float32)
+    batch |= {"completion_mask": mask, "advantages": np.where(mask, 1.0, 0.0), "old_entropy": entropy}
+    kept = run(top_entropy(0.25), batch)["advantages"] > 0
+    assert sorted(entropy[kept]) == sorted(entropy[mask])[-3:]
+    np.testing.assert_array_equal(run(top_entropy(1.0), batch)["advantages"], batch["advantages"])
+    half = np.quantile(entropy[mask].astype(np.float64), 0.5)
+    np.testing.assert_array_equal(run(top_entropy(0.5), batch)["advantages"] > 0, mask & (entropy >= half))
+    assert not np.any(run(top_entropy(), batch | {"completion_mask": np.zeros_like(mask)})["advantages"])
+    with pytest.raises(ValueError, match="the share is 0; it is one of tokens"):
+        top_entropy(0)
 
 
 def test_the_deviation_is_of_two_passes():
@@ -299,7 +376,9 @@ def test_what_is_not_there_is_named():
         (gae(), without("values"), "values"),
         (kl_reward(0.1), without("ref_logps"), "ref_logps"),
         (kl_reward(0.1), without("old_logps"), "old_logps"),
-        (missing_eos_penalty(1.0), batch, "truncated"),
     ]:
         with pytest.raises(ValueError, match=f'the batch has no "{name}"; let experience'):
             run(experience, fields)
+    for experience, name in ((missing_eos_penalty(1.0), "truncated"), (top_entropy(), "old_entropy")):
+        with pytest.raises(ValueError, match=f'the batch has no "{name}", which rollouts have; set rollout.samples above 0'):
+            run(experience, batch)

@@ -82,24 +82,25 @@ LOSSES = {
     "ppo": losses.ppo(),
     "ppo_dual_clip": losses.ppo(clip_high=0.28, dual_clip=3.0),
     "ppo_critic": losses.ppo() + 0.1 * losses.value_loss() + 0.01 * losses.entropy_bonus(),
-    "grpo": losses.grpo() + 0.04 * losses.kl_k3(losses.response_mean),
+    "grpo": losses.grpo() + 0.04 * losses.kl_k3(),
     "grpo_token_sum": losses.grpo(aggregate=losses.token_sum(8)),
     "gspo": losses.gspo(0.1),
     "rloo": losses.rloo(),
     "cispo": losses.cispo(),
     "sapo": losses.sapo(),
+    "sapo_by_mean": losses.sapo(level=losses.by_mean),
+    "vespo": losses.vespo(),
     "gmpo": losses.gmpo(),
-    "lp_reg": losses.lp_reg(),
     "finished": losses.finished(losses.grpo()),
     "importance_weighted": losses.importance_weighted(losses.ppo()),
+    "importance_masked": losses.importance_masked(losses.grpo(), level=losses.by_response),
+    "off_policy_masked": losses.off_policy_masked(losses.grpo()),
     "kl_k1": losses.kl_k1(),
     "kl_k2": losses.kl_k2(),
-    "kl_k3": losses.kl_k3(
-        losses.response_mean
-    ),  # over tokens one of its gradients, in test_invariance, is 3e-8: Adam steps by its rounding
+    "kl_k3": losses.kl_k3(),  # over tokens one of its gradients, in test_invariance, is 3e-8: Adam steps by its rounding
     "kl_k3_weighted": losses.kl_k3_weighted(),
     "kl_ref_pi": losses.kl_ref_pi(),
-    "kl_pi_ref": losses.kl_pi_ref(losses.response_mean),
+    "kl_pi_ref": losses.kl_pi_ref(losses.token_mean),
     "chi2": losses.chi2(),
     "chi2_exact": losses.chi2_exact(),
     "square_root": losses.square_root(losses.chi2()),
@@ -127,7 +128,10 @@ TERMS = {name: {f"loss/{name}"} for name in LOSSES} | {
     "grpo": {"loss/grpo", "loss/kl_k3"},
     "grpo_token_sum": {"loss/grpo"},
     "finished": {"loss/grpo"},
+    "sapo_by_mean": {"loss/sapo"},
     "importance_weighted": {"loss/ppo"},
+    "importance_masked": {"loss/grpo"},
+    "off_policy_masked": {"loss/grpo"},
     "square_root": {"loss/chi2"},
     "fdpg": {"loss/fdpg", "loss/fdpg_skipped"},
     "quark": {"loss/quark", "loss/kl_ref_pi", "loss/entropy_bonus"},
@@ -138,8 +142,8 @@ UNPAIRED = ("kto", "apo_zero_unpaired")  # N = 1
 SCORED = ("bradley_terry", "centring", "score_l2", "attribute_regression")  # of reward models
 SINGLE = ("sft", "sft_per_sequence", "summed_sft")
 SURROGATES = (  # of sampled responses, weighted by their advantages
-    "reinforce", "ppo", "ppo_dual_clip", "ppo_critic", "grpo", "grpo_token_sum", "gspo", "rloo", "cispo", "sapo", "gmpo", "lp_reg",
-    "finished", "importance_weighted",
+    "reinforce", "ppo", "ppo_dual_clip", "ppo_critic", "grpo", "grpo_token_sum", "gspo", "rloo", "cispo", "sapo", "sapo_by_mean", "vespo",
+    "gmpo", "finished", "importance_weighted", "importance_masked", "off_policy_masked",
 )  # fmt: skip
 SAMPLED = (  # of any number of responses, each by itself
     *SURROGATES, "kl_k1", "kl_k2", "kl_k3", "kl_k3_weighted", "chi2", "chi2_exact", "square_root", "entropy_bonus", "value_loss", "fdpg",
@@ -160,8 +164,9 @@ VALUE_METRICS = {"values/mean", "values/squared_error", "values/clipped", "retur
 KL_METRICS = {"kl/ref_k1", "kl/ref_k3"}
 SAMPLED_METRICS = dict.fromkeys(SURROGATES, SURROGATE_METRICS) | {
     "ppo_critic": SURROGATE_METRICS | VALUE_METRICS,
-    "lp_reg": SURROGATE_METRICS | {"lp_reg/protected"},
-    "importance_weighted": SURROGATE_METRICS | {"importance_weight"},
+    "vespo": SURROGATE_METRICS | {"vespo/weight"},
+    **dict.fromkeys(("importance_weighted", "importance_masked"), SURROGATE_METRICS | {"importance_weight"}),
+    "off_policy_masked": SURROGATE_METRICS | {"off_policy/kept"},
     **dict.fromkeys(("kl_k1", "kl_k2", "kl_k3", "kl_k3_weighted"), KL_METRICS),
     "kl_ref_pi": {"kl/ref_pi"},
     "kl_pi_ref": {"kl/pi_ref"},
@@ -189,8 +194,8 @@ def with_data(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
     data = {"kto_kl": jnp.abs(draw(B)), "bco_shift": draw(B), "aot_margins": draw(B), "aot_ratios": draw(B, 2), "margin": draw(B)}
     data |= {"labels": jnp.asarray(rng.random((B, N)) < 0.5).at[0].set(True)}
-    data |= {name: draw(B, N, T) for name in ("old_logps", "sampled_logps", "proxy_logps", "advantages", "values", "returns")}
-    data |= {"low_probability": (data["advantages"] < 0) & (data["old_logps"] < 0), "chi2": jnp.full(B, 0.3)}
+    data |= {name: draw(B, N, T) for name in ("old_logps", "sampled_logps", "advantages", "values", "returns")}
+    data |= {"chi2": jnp.full(B, 0.3)}
     data |= {"log_target": draw(B, N), "log_z": draw(B), "fdpg_baseline": draw(B)}
     data |= {"attributes": draw(B, N, 1).at[0, 0].set(jnp.nan)}
     return data | {"truncated": jnp.asarray(rng.random((B, N)) < 0.3)} | batch
@@ -483,7 +488,7 @@ def test_log_ratios_of_a_thousand_nats(name):
     sides += [single([-1.0], [-1.0], [a], [b]) for a, b in ((-1001.0, -1.0), (-1.0, -1001.0))]
     logps, batch = jax.tree.map(lambda *x: jnp.stack(x), *(suited(name, *side) for side in sides))
     if name in SAMPLED:
-        batch |= dict.fromkeys(("old_logps", "sampled_logps", "proxy_logps"), batch["ref_logps"])
+        batch |= dict.fromkeys(("old_logps", "sampled_logps"), batch["ref_logps"])
     value, metrics, grads = jax.vmap(lambda logps, batch: run(LOSSES[name], logps, batch))(logps, batch)
     assert np.isfinite(value).all() and np.isfinite(grads).all() and np.isfinite(list(metrics.values())).all()
     up = np.array([True, False, True, False])  # the chosen response is the likelier one

@@ -11,9 +11,9 @@ import pytest
 from test_losses import close, run
 
 from alignax import losses
-from alignax.experience import chain, chi2_estimate, gae, group_relative, kl_reward, low_probability_tokens, min_p_logps, whiten_advantages
-from alignax.losses import Loss, response_mean, token_mean, token_sum
-from alignax.losses.responses import k3
+from alignax.experience import chain, chi2_estimate, gae, kl_reward, whiten_advantages
+from alignax.losses import Loss, by_mean, by_response, by_token, response_mean, token_mean, token_sum
+from alignax.losses.responses import differing, k3, responses
 from alignax.types import Batch, Outputs
 
 ORACLES = json.loads((Path(__file__).parent / "oracles" / "policy.json").read_text())
@@ -27,7 +27,7 @@ def behind_a_prompt(x) -> jax.Array:
 def sampled(fields: dict) -> tuple[jax.Array, Batch]:
     """Log-probs [R, 1, 1 + T] of the policy, and the batch, from lists of completions."""
     batch = {"completion_mask": behind_a_prompt(fields["completion_mask"]).astype(bool)}
-    batch |= {name: behind_a_prompt(fields[name]) for name in ("old_logps", "ref_logps") if name in fields}
+    batch |= {name: behind_a_prompt(fields[name]) for name in ("old_logps", "ref_logps", "sampled_logps") if name in fields}
     batch["advantages"] = jnp.asarray(fields["advantages"], jnp.float32)[:, None, None] * batch["completion_mask"]
     return behind_a_prompt(fields["logps"]), batch
 
@@ -53,7 +53,7 @@ PROGRAM = jax.jit(lambda experience, batch: experience(batch))
 # --- numbers of others ---
 
 AGGREGATES = {
-    "grpo": response_mean, "sapo": response_mean, "bnpo": token_mean, "dapo": token_mean, "cispo": token_mean,
+    "grpo": response_mean, "sapo": response_mean, "bnpo": token_mean, "dapo": token_mean, "cispo": token_mean, "vespo": token_mean,
     "dr_grpo": token_sum(8), "luspo": token_sum(1),
 }  # fmt: skip
 
@@ -64,11 +64,16 @@ def of_trl(o: dict) -> Loss:
     if kind in ("rloo", "gmpo"):
         return losses.rloo(o["epsilon_low"], o["epsilon_high"]) if kind == "rloo" else losses.gmpo(o["epsilon"])
     aggregate = AGGREGATES[kind]
-    if kind in ("cispo", "sapo"):
-        loss = losses.cispo(o["epsilon_high"], aggregate) if kind == "cispo" else losses.sapo(aggregate=aggregate)
+    if kind in ("cispo", "sapo", "vespo"):
+        makers = {"cispo": lambda: losses.cispo(o["epsilon_high"]), "sapo": losses.sapo, "vespo": losses.vespo}
+        loss = makers[kind]()
+    elif "delta" in o:  # below the clip it bounds ratios above for A > 0, and leaves those for A < 0 the clip's own bound
+        loss = losses.ppo(o["epsilon"], o["delta"] - 1, 1 + o["epsilon"], aggregate)
     else:
         make = losses.gspo if o["importance_sampling_level"] == "sequence" else losses.grpo
         loss = make(o["epsilon"], o["epsilon_high"], aggregate)
+    if "off_policy_mask_threshold" in o:
+        loss = losses.off_policy_masked(loss, o["off_policy_mask_threshold"])
     kl = losses.kl_k3_weighted if o["use_bias_correction_kl"] else losses.kl_k3
     return loss + o["beta"] * kl(aggregate) if o["beta"] else loss
 
@@ -76,9 +81,18 @@ def of_trl(o: dict) -> Loss:
 def share(o: dict, batch: Batch) -> float:
     """What part of a step TRL takes this microbatch for: by count of parts or, where its average is over all of their tokens, by those."""
     parts = o.get("gradient_accumulation_steps", 1)
-    if o.get("loss_type") in ("dapo", "cispo"):
+    if o.get("loss_type") in ("dapo", "cispo", "vespo"):
         return float(batch["completion_mask"].sum()) / (o["num_items_in_batch"] * parts / o["steps_per_generation"])
     return 1 / parts
+
+
+def sampler(o: dict, fields: dict) -> np.ndarray:
+    """Log-probs of whoever sampled: given, or as the ratios old / sampled say, whose product runs over padding too, or the old policy's."""
+    if "off_policy_mask_threshold" in o:
+        return np.array(fields["sampling_logps"])
+    old, ratio = np.array(fields["old_logps"]), np.log(fields["importance_ratio"])
+    ratio[:, 0] += np.where(fields["completion_mask"], 0.0, ratio).sum(axis=1)
+    return old - ratio if o.get("use_importance_sampling_ratio") else old
 
 
 @pytest.mark.parametrize("o", ORACLES["trl"], ids=lambda o: f"{o['id']}-{o.get('loss_type', 'rloo')}")
@@ -87,6 +101,8 @@ def test_values_and_gradients_are_trls(o):
     logps, batch = sampled(fields)
     if o.get("on_policy"):
         del batch["old_logps"]
+    if o["inputs"] == "grpo":
+        batch["sampled_logps"] = behind_a_prompt(sampler(o, fields))
     loss, part = of_trl(o), share(o, batch)
     value, metrics, grads = run(loss, logps, batch)
     close(part * value, o["loss"])
@@ -98,7 +114,7 @@ def test_values_and_gradients_are_trls(o):
 
 def test_the_families_of_trl_are_all_there():
     kinds = {(o.get("loss_type", "rloo"), o.get("importance_sampling_level")) for o in ORACLES["trl"]}
-    assert len(kinds) >= 11 and {o.get("use_bias_correction_kl") for o in ORACLES["trl"] if o.get("beta")} == {True, False}
+    assert len(kinds) >= 12 and {o.get("use_bias_correction_kl") for o in ORACLES["trl"] if o.get("beta")} == {True, False}
 
 
 def rollout(config: dict) -> tuple[jax.Array, Batch]:
@@ -136,7 +152,7 @@ def test_ppo_and_its_critic(o):
 def test_kl_estimators(o):
     logps, batch = rollout({"kl_beta": 0.0, "gamma": 1.0, "lam": 1.0})
     make = {"k1": losses.kl_k1, "k3": losses.kl_k3}[o["config"]["estimator"]]
-    close(run(make(), logps, batch)[0], o["token_mean"])
+    close(run(make(token_mean), logps, batch)[0], o["token_mean"])
     close(run(make(token_sum(1)), logps, batch)[0], o["sequence_sum_mean"])
     name = f"kl/ref_{o['config']['estimator']}"
     close(run(losses.ppo(), logps, batch)[1][name], o["token_mean"])
@@ -191,6 +207,100 @@ def test_aggregates_by_hand():
         close(metrics["ratio"], 1.0)  # metrics are means, whatever the scale
 
 
+LOG_RATIOS = [0.5, -0.1, 0.2, 0.4]  # of a response of one token, and of one of three; their mean is 1/6, their sum 0.5
+LEVELS = {by_token: LOG_RATIOS, by_mean: [0.5] + 3 * [0.5 / 3], by_response: 4 * [0.5]}
+CLIPPED = lambda r, a: np.maximum(-a * r, -a * np.clip(r, 0.8, 1.2))
+GATED = lambda r, a: -a * 4 / np.where(a > 0, 1.0, 1.05) / (1 + np.exp(-np.where(a > 0, 1.0, 1.05) * (r - 1)))
+OF_RATIOS = {  # value of a token, from its ratio, its advantage and its log-prob, which is its log-ratio here
+    "ppo": (losses.ppo, lambda r, a, logp: CLIPPED(r, a)),
+    "grpo": (lambda **level: losses.grpo(aggregate=token_mean, **level), lambda r, a, logp: CLIPPED(r, a)),
+    "cispo": (lambda **level: losses.cispo(1.3, **level), lambda r, a, logp: -np.minimum(r, 1.3) * a * logp),
+    "sapo": (lambda **level: losses.sapo(aggregate=token_mean, **level), lambda r, a, logp: GATED(r, a)),
+    "kl_k3_weighted": (lambda **level: losses.kl_k3_weighted(token_mean, **level), lambda r, a, logp: r * (np.exp(-logp) - 1 + logp)),
+}
+
+
+def one_and_three() -> tuple[jax.Array, Batch]:
+    """A response of one token and one of three, advantages -1 and 1; the old policy and the reference gave every token a log-prob of 0."""
+    logps = jnp.array([[[0.0, 0.5, 0.0, 0.0], [0.0, -0.1, 0.2, 0.4]]])
+    mask = jnp.array([[[0, 1, 0, 0], [0, 1, 1, 1]]], bool)
+    zeros = jnp.zeros(logps.shape)
+    return logps, {"completion_mask": mask, "old_logps": zeros, "ref_logps": zeros, "advantages": jnp.array([[[-1.0], [1.0]]]) * mask}
+
+
+@pytest.mark.parametrize("level", LEVELS, ids=lambda level: level.__name__)
+@pytest.mark.parametrize("name", OF_RATIOS)
+def test_every_loss_of_a_ratio_takes_its_level(name, level):
+    """The ratio of a token, of a response's mean, or of the whole response: by hand, value and metric."""
+    make, value = OF_RATIOS[name]
+    ratio, advantages = np.exp(LEVELS[level]), np.array([-1.0, 1.0, 1.0, 1.0])
+    found, metrics, _ = run(make(level=level), *one_and_three())
+    close(found, value(ratio, advantages, np.array(LOG_RATIOS)).mean())
+    if name != "kl_k3_weighted":
+        close(metrics["ratio"], ratio.mean())
+
+
+def test_levels_that_have_a_name_of_their_own():
+    """GSPO is GRPO by mean, RLOO's surrogate PPO by response; sapo by mean differs from sapo by token."""
+    logps, batch = one_and_three()
+    for one, other in [
+        (losses.gspo(0.1, 0.15), losses.grpo(0.1, 0.15, level=by_mean)),
+        (losses.rloo(), losses.ppo(aggregate=response_mean, level=by_response)),
+    ]:
+        (value, _, grads), (expected, _, expected_grads) = run(one, logps, batch), run(other, logps, batch)
+        assert value == expected and np.any(grads)
+        np.testing.assert_array_equal(grads, expected_grads)
+    _, _, grads = run(losses.sapo(level=by_mean), logps, batch)
+    m = np.exp(0.5 / 3)
+    gate = 1 / (1 + np.exp(1 - m))
+    close(grads[0, 1, 1:], np.full(3, -4 * gate * (1 - gate) * m / 3 / 2))  # half of the mean over responses, a third for each token
+
+
+# What the papers write, on a response of one token that has moved and one of nine that has not: d is log pi/ref, A the advantage.
+D, SHORT = 1.0, np.exp(-1.0)  # k3 of d = 1 is exp(-1)
+RECIPES = {
+    "GRPO": (losses.grpo() + 0.04 * losses.kl_k3(), (-1 + 1 * 1) / 2 + 0.04 * SHORT / 2),  # eq. 3: the KL within 1/|o| sum_t
+    "DeepSeek-V3.2": (losses.grpo() + 0.04 * losses.kl_k3_weighted(), 0.04 * SHORT / 2),
+    "GRPO by tokens": (losses.grpo(aggregate=token_mean) + 0.04 * losses.kl_k3(token_mean), (-1 + 9) / 10 + 0.04 * SHORT / 10),
+    "Dr. GRPO": (losses.grpo(aggregate=token_sum(9)), (-1 + 9) / 2 / 9),
+    "DAPO": (losses.finished(losses.grpo(clip_high=0.28, aggregate=token_mean)), (-1 + 9) / 10),
+    "PPO": (losses.ppo(), (-1 + 9) / 10),
+    "REINFORCE++": (losses.ppo(), (-1 + 9) / 10),
+    "RLOO": (losses.rloo(), (-1 + 1) / 2),
+    "GSPO": (losses.gspo(), (-1 + 1) / 2),
+    "CISPO": (losses.cispo(), (0.5 - 9 * 0.25) / 10),  # log-probs -0.5 and -0.25
+    "SAPO": (losses.sapo(), (-4 / 1.0 / 2 + 4 / 1.05 / 2) / 2),
+    "VESPO": (losses.vespo(), (0.5 - 9 * 0.25) / 10),
+    "GMPO": (losses.gmpo(), (-1 + 1) / 2),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_are_the_papers_on_lengths_of_one_and_nine(name):
+    """On policy, advantages 1 and -1: what differs is how tokens are averaged, of the surrogate and of its KL."""
+    objective, expected = RECIPES[name]
+    mask = np.zeros((1, 2, 11), bool)
+    mask[0, 0, 1], mask[0, 1, 1:10] = True, True
+    logps = jnp.asarray(np.where(mask, [[[-0.5], [-0.25]]], 0.0), jnp.float32)
+    batch = {"completion_mask": jnp.asarray(mask), "advantages": jnp.array([[[1.0], [-1.0]]]) * mask}
+    batch |= {"ref_logps": logps.at[0, 0, 1].add(-D), "old_logps": logps, "sampled_logps": logps, "truncated": jnp.zeros((1, 2), bool)}
+    close(run(objective, logps, batch)[0], expected)
+    assert differing(objective) == ""
+
+
+def test_a_kl_beside_a_surrogate_of_another_average_is_told_of():
+    assert differing(losses.grpo() + 0.04 * losses.kl_k3(token_mean)) == (
+        "the terms of the loss are averaged unlike each other (grpo over responses, kl_k3 over tokens); where they are one objective, "
+        "give them one aggregate"
+    )
+    assert "kl_k2 over responses, their sums over 8" in differing(losses.ppo() + losses.kl_k2(token_sum(8)))
+    masked = losses.finished(losses.importance_weighted(losses.grpo(aggregate=token_mean)))
+    assert "grpo over tokens, kl_k3 over responses" in differing(masked + losses.kl_k3())
+    for meant in (losses.dpo() + losses.sft(), losses.quark(), losses.ppo() + 0.1 * losses.value_loss() + 0.01 * losses.entropy_bonus()):
+        assert differing(meant) == ""
+    assert differing(losses.rloo() + losses.chi2()) == ""  # a penalty of whole responses has one average
+
+
 ON_POLICY = {
     "ppo": (losses.ppo(), losses.reinforce()),
     "grpo": (losses.grpo(), losses.reinforce(response_mean)),
@@ -200,6 +310,7 @@ ON_POLICY = {
     "rloo": (losses.rloo(), losses.reinforce(token_sum(1))),
     "cispo": (losses.cispo(), losses.reinforce()),
     "sapo": (losses.sapo(), losses.reinforce(response_mean)),
+    "vespo": (losses.vespo(), losses.reinforce()),
 }
 
 
@@ -208,6 +319,7 @@ def test_the_first_gradient_of_a_rollout_is_reinforces(name):
     """Without old log-probs, or where they are the policy's own: ratios of 1 that have the gradient of log pi."""
     objective, policy_gradient = ON_POLICY[name]
     logps, batch = ragged()
+    batch["sampled_logps"] = logps
     expected = run(policy_gradient, logps, batch)[2]
     assert np.any(expected)
     for fields in (batch, batch | {"old_logps": logps}):
@@ -272,11 +384,64 @@ def test_importance_weights_are_cut_off_and_carry_no_gradient():
         np.testing.assert_allclose(grads, -weights, rtol=1e-6, atol=1e-8)
         np.testing.assert_allclose(values, -weights, rtol=1e-6, atol=1e-8)
     close(run(weighted, logps, batch)[1]["importance_weight"], weights.mean())
-    metrics = run(losses.importance_weighted(losses.rloo(), cap=20.0), logps, batch)[1]
-    close(metrics["importance_weight"], np.mean([0.5, 1, 1.5, 8, 20, 1e-9]))
-    with pytest.raises(ValueError, match=r"importance weights are of tokens or responses, the term 'dpo'"):
+    metrics = run(losses.importance_weighted(losses.ppo(), cap=20.0, floor=0.75), logps, batch)[1]
+    close(metrics["importance_weight"], np.mean([0.75, 1, 1.5, 8, 20, 0.75]))
+    masked = losses.importance_masked(losses.ppo(), 0.5 - 1e-6, 5.0)
+    np.testing.assert_allclose(per_token(masked, logps, batch)[1], -np.array([0.5, 1, 1.5, 0, 0, 0]), rtol=1e-6, atol=1e-8)
+    with pytest.raises(ValueError, match=r"these weights are of tokens or responses, the term 'dpo'"):
         pairs, batch = ragged(N=2)
         run(losses.importance_weighted(losses.dpo()), pairs, batch | {"sampled_logps": pairs})
+
+
+def test_importance_weights_of_tokens_and_of_responses():
+    """old / sampled of exp 0.5, and of exp -0.1, 0.2, 0.4, whose product is exp 0.5 too; values of responses are weighed by that."""
+    logps, batch = one_and_three()
+    batch |= {"old_logps": logps, "sampled_logps": jnp.zeros(logps.shape)}
+    tokens = np.exp(LOG_RATIOS)
+    advantages = np.array([-1.0, 1.0, 1.0, 1.0])
+    whole = np.exp(0.5)
+    for objective, weights in [
+        (losses.importance_weighted(losses.ppo(), cap=1.3), np.minimum(tokens, 1.3)),
+        (losses.importance_weighted(losses.ppo(), cap=3.0, level=by_response), np.full(4, whole)),
+        (losses.importance_weighted(losses.ppo(), cap=1.5, level=by_response), np.full(4, 1.5)),
+        (losses.importance_masked(losses.ppo(), 1.0, 1.6), np.where((tokens >= 1.0) & (tokens <= 1.6), tokens, 0.0)),
+        (losses.importance_masked(losses.ppo(), 0.5, 1.6, by_response), np.zeros(4)),
+        (losses.importance_masked(losses.ppo(), 0.0, 3.0, by_response), np.full(4, whole)),
+    ]:
+        value, metrics, grads = run(objective, logps, batch)
+        close(value, (-advantages * weights).mean())
+        close(metrics["importance_weight"], weights.mean())
+        close(np.asarray(grads)[np.asarray(batch["completion_mask"])], -advantages * weights / 4)
+    of_responses = losses.importance_weighted(losses.make_loss("mine", lambda out, batch: (out.logps[..., 1], {}), responses), cap=3.0)
+    close(run(of_responses, logps, batch)[0], whole * (0.5 - 0.1) / 2)
+
+
+def test_a_bad_response_that_the_policy_has_left_is_masked():
+    """Mean of log sampled - log pi of 0.3 and of 0.1 nats a token against a threshold of 0.2; one that was good is kept."""
+    logps, batch = one_and_three()
+    mask = batch["completion_mask"]
+    batch |= {"old_logps": logps, "sampled_logps": logps + jnp.array([[[0.3], [0.1]]])}
+    for advantages, kept in [((-1.0, -1.0), (0, 1)), ((1.0, -1.0), (1, 1)), ((-1.0, 1.0), (0, 1))]:
+        own = batch | {"advantages": jnp.array(advantages)[None, :, None] * mask}
+        value, metrics, grads = run(losses.off_policy_masked(losses.grpo(), 0.2), logps, own)
+        close(value, -np.dot(advantages, kept) / 2)
+        close(metrics["off_policy/kept"], np.mean(kept))
+        assert [bool(np.any(grads[0, i])) for i in range(2)] == [bool(k) for k in kept]
+
+
+def test_vespos_weight_by_hand():
+    """phi(w) = w^k exp(lambda (1 - w)), at w of exp 0.5 of a bad response and of a good one; no gradient goes into it."""
+    logps, batch = one_and_three()
+    batch["sampled_logps"] = jnp.zeros(logps.shape)
+    w = np.exp(0.5)
+    bad, good = w**3 * np.exp(2 * (1 - w)), w**2 * np.exp(3 * (1 - w))
+    value, metrics, grads = run(losses.vespo(), logps, batch)
+    close(value, (bad * 0.5 - good * 0.5) / 4)
+    close(metrics["vespo/weight"], (bad + 3 * good) / 4)
+    close(grads[0, :, 1:], np.array([[bad, 0, 0], [-good, -good, -good]]) / 4)
+    far = batch | {"sampled_logps": jnp.asarray([[[-500.0], [500.0]]]) * batch["completion_mask"]}
+    value, metrics, grads = run(losses.vespo(), logps, far)
+    assert np.isfinite(value) and np.abs(grads).max() < 1e-6  # far off either way nothing is learnt
 
 
 def test_importance_weights_undo_another_sampler():
@@ -428,89 +593,6 @@ def test_the_estimate_of_chi_squared_is_of_responses_and_of_the_whole_batch():
     assert np.isfinite(PROGRAM(chi2_estimate(), batch | {"old_logps": batch["old_logps"] + np.float32(1000)})["chi2"]).all()
 
 
-# --- Lp-Reg ---
-
-
-def test_the_pull_on_low_probability_tokens():
-    """1 - proxy / pi beside the surrogate's own gradient, 1; what is not low, noise, or above its proxy has PPO's alone."""
-    pi, proxies = 0.01, [0.012, 0.02, 0.1, 0.02, 0.0, 0.005]
-    logps, batch = tokens([math.log(pi)] * 6, [-1.0] * 6)
-    batch |= {"old_logps": logps, "proxy_logps": behind_a_prompt(np.log(np.maximum(proxies, 1e-300))[:, None])}
-    batch["proxy_logps"] = batch["proxy_logps"].at[4, 0, 1].set(-jnp.inf)
-    batch["low_probability"] = jnp.ones(logps.shape, bool).at[3].set(False)
-    pull, log_ratio = np.array([-0.2, -1.0, -9.0, 0, 0, 0]), np.log(np.array(proxies[:3]) / pi)
-    for coefficient in (1.0, 5.0):
-        values, grads = per_token(losses.lp_reg(coefficient), logps, batch)
-        np.testing.assert_allclose(grads, 1 + coefficient * pull, rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(values[:3], 1 + coefficient * (np.exp(log_ratio) - 1 - log_ratio), rtol=1e-5)
-    assert run(losses.lp_reg(), logps, batch)[1]["lp_reg/protected"] == 0.5
-    plain = per_token(losses.ppo(1.0, 9.0), logps, batch)
-    np.testing.assert_array_equal(values[3:], plain[0][3:])
-    np.testing.assert_array_equal(grads[3:], plain[1][3:])
-
-
-def bandit(objective: Loss, share: float, seed: jax.Array, turns: int = 250, steps: int = 4) -> tuple[jax.Array, jax.Array]:
-    """64 prompts with a likely token, five unlikely ones that are as good, and noise; the entropy at the end, and what the five have."""
-    P, G = 64, 8
-    start = jnp.log(jnp.array([1.0] + [0.04] * 5 + [0.002] * 24))
-    column = lambda x: jnp.pad(x[..., None], ((0, 0), (0, 0), (1, 0)))
-    mask = jnp.zeros((P, G, 2), bool).at[..., 1].set(True)
-    experience = chain(group_relative(), low_probability_tokens(share))
-
-    def turn(theta: jax.Array, key: jax.Array) -> tuple[jax.Array, None]:
-        draw, luck = jax.random.split(key)
-        each = jnp.repeat(theta[:, None], G, axis=1)  # [P, G, V], V 30
-        drawn = jax.random.categorical(draw, each)
-        logps = lambda theta: column(jnp.take_along_axis(jax.nn.log_softmax(theta), drawn, axis=-1))
-        rewarded = (drawn < 6) & jax.random.bernoulli(luck, 0.5, drawn.shape)
-        batch = {"completion_mask": mask, "old_logps": logps(theta), "rewards": rewarded.astype(jnp.float32)}
-        batch = experience(batch | {"proxy_logps": column(min_p_logps(each, drawn))})
-        loss = lambda theta: objective(Outputs(x := logps(theta), x), batch, objective.normalised(batch))[0]
-        return jax.lax.fori_loop(0, steps, lambda _, theta: theta - 0.3 * P * jax.grad(loss)(theta), theta), None
-
-    p = jax.nn.softmax(jax.lax.scan(turn, jnp.tile(start, (P, 1)), jax.random.split(jax.random.key(seed), turns))[0])
-    return -jnp.sum(p * jnp.log(p), axis=-1).mean(), p[:, 1:6].sum(axis=-1).mean()
-
-
-@pytest.mark.slow
-def test_lp_reg_keeps_what_grpo_drives_out():
-    """Four steps on each rollout, three seeds: more entropy and more of the useful unlikely tokens than PPO's surrogate alone leaves."""
-    seeds = jnp.arange(3)
-    ends = lambda objective, share: np.array(jax.jit(jax.vmap(lambda seed: bandit(objective, share, seed)))(seeds))
-    plain, kept = ends(losses.ppo(1.0, 9.0), 0.0), ends(losses.lp_reg(), 0.1)
-    assert (kept[0] - plain[0]).mean() > 0.05
-    assert (kept[1] > plain[1]).all()
-
-
-def test_the_proxy_is_the_policy_without_its_noise():
-    logits = np.random.default_rng(0).normal(size=(4, 3, 11)).astype(np.float32) * 3
-    every = np.broadcast_to(np.arange(11), (4, 3, 11))
-    proxy = np.asarray(jax.jit(min_p_logps, static_argnums=2)(np.repeat(logits[:, :, None], 11, 2), every, 0.05), np.float64)
-    p = np.exp(logits.astype(np.float64)) / np.exp(logits.astype(np.float64)).sum(-1, keepdims=True)
-    kept = p >= 0.05 * p.max(-1, keepdims=True)
-    assert 0 < kept.sum() < kept.size
-    np.testing.assert_allclose(np.exp(proxy), np.where(kept, p, 0) / np.where(kept, p, 0).sum(-1, keepdims=True), rtol=1e-5)
-    assert (np.exp(proxy)[kept] >= p[kept]).all()
-    with pytest.raises(ValueError, match="kappa is 0"):
-        min_p_logps(jnp.zeros((1, 3)), jnp.zeros(1, jnp.int32), 0)
-
-
-def test_the_least_likely_of_the_tokens_to_be_made_less_likely():
-    rng = np.random.default_rng(0)
-    mask, old, advantages = rng.random((3, 4, 5)) < 0.7, *rng.normal(size=(2, 3, 4, 5)).astype(np.float32)
-    batch = {"completion_mask": mask, "old_logps": old, "advantages": advantages}
-    worse = mask & (advantages < 0)
-    count = int(0.3 * worse.sum())
-    assert count > 1
-    low = np.array(PROGRAM(low_probability_tokens(0.3), batch)["low_probability"])
-    assert low.sum() == count and not np.any(low & ~worse)
-    assert old[low].max() < old[worse & ~low].min()
-    for share in (0.0, 1.9 / worse.sum()):  # a single token is none
-        assert not np.any(PROGRAM(low_probability_tokens(share), batch)["low_probability"])
-    with pytest.raises(ValueError, match="the share is 2"):
-        low_probability_tokens(2)
-
-
 # --- errors ---
 
 
@@ -523,6 +605,10 @@ def test_the_least_likely_of_the_tokens_to_be_made_less_likely():
         (lambda: token_sum(0), "max_length is 0; it must be above 0"),
         (lambda: losses.sapo(tau_negative=0), "tau_negative is 0"),
         (lambda: losses.cispo(cap=0), "cap is 0"),
+        (lambda: losses.vespo(k_negative=-1), "k_negative is -1; it is an exponent"),
+        (lambda: losses.importance_weighted(losses.ppo(), cap=1.0, floor=2.0), "floor is 2.0 and cap 1.0; floor must be at least 0"),
+        (lambda: losses.importance_masked(losses.ppo(), -1.0), "low is -1.0 and high 5.0"),
+        (lambda: losses.off_policy_masked(losses.ppo(), -0.1), "threshold is -0.1"),
         (lambda: losses.value_loss(clip=0), "clip is 0"),
     ],
 )

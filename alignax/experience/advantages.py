@@ -3,19 +3,23 @@
     chain(logps("ref_logps", reference), kl_reward(0.05), leave_one_out())        # RLOO
     chain(kl_reward(0.05), gae(), whiten_advantages())                           # PPO, with a critic's `values`
     group_relative()                                                             # GRPO
+    chain(score(ensemble), gdpo((1.0, 0.5)))                                     # GDPO, of several rewards
 
 Each reads what the others wrote and writes `advantages` [B, N, T], 0 off the completion. What a response lacks it does not get: one
 whose reward is missing (NaN, or not finite) has advantage 0 and takes no part in its group's statistics; so has one without a
 completion. Statistics are two-pass, of the whole batch that the experience sees, padding rows excluded.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from alignax.experience.chain import Experience, chain
-from alignax.losses.algebra import sequence
-from alignax.losses.pairs import field
+from alignax.losses.algebra import lengths, sequence
+from alignax.losses.pairs import field, of_rollout
+from alignax.losses.responses import advantages_of
 from alignax.types import Batch
 
 
@@ -35,14 +39,71 @@ def group_relative(std: bool = True, eps: float = 1e-4) -> Experience:
 
 
 def _scaled(eps: float, batch: Batch) -> Batch:
-    centred, valid = _centre(batch)
+    return _of_responses(batch, _standardised(*_rewards(batch), eps))
+
+
+def _standardised(rewards: jax.Array, valid: jax.Array, eps: float) -> jax.Array:
+    centred = _centre(rewards, valid)
     degrees = jnp.maximum(valid.sum(axis=1, keepdims=True) - 1, 1)
     std = jnp.sqrt(jnp.sum(jnp.square(centred), axis=1, keepdims=True) / degrees)
-    return _of_responses(batch, centred / (std + eps))
+    return centred / (std + eps)
 
 
 def _centred(batch: Batch) -> Batch:
-    return _of_responses(batch, _centre(batch)[0])
+    return _of_responses(batch, _centre(*_rewards(batch)))
+
+
+def batch_scaled(eps: float = 1e-4) -> Experience:
+    """A response's reward less its group's mean, over the deviation of all rewards of the batch (Liu et al. 2025, arXiv:2508.08221).
+
+    (r - mean of the group) / (std of the batch + eps),   std of the sample (ddof 1), over responses
+
+    Groups keep their spread against each other: one of nearly equal rewards counts little, where `group_relative()` blows it up. TRL's
+    `scale_rewards="batch"`. REINFORCE++ with a baseline has the deviation of what is left after the group's mean, over tokens:
+    `chain(group_relative(std=False), whiten_advantages())`.
+
+    Args:
+      eps: added to the deviation.
+    """
+    return Partial(_batch_scaled, eps)
+
+
+def _batch_scaled(eps: float, batch: Batch) -> Batch:
+    rewards, valid = _rewards(batch)
+    _, std = _moments(rewards, valid)
+    return _of_responses(batch, _centre(rewards, valid) / (std + eps))
+
+
+def gdpo(weights: Sequence[float] = (), eps: float = 1e-4) -> Experience:
+    """Group reward-decoupled normalisation (GDPO, Liu et al. 2026, arXiv:2601.05242) of several rewards, the field `scores` [B, N, K].
+
+    z_k = (r_k - mean) / (std + eps) in each group,   S = sum_k w_k z_k,   advantages (S - mean) / (std + eps) over the batch's responses
+
+    Summed first, rewards that say different things of two responses may have one sum, and the reward of the largest scale rules; each
+    made even in its group, none is lost. Both deviations are of the sample (ddof 1). A reward that is alike in a group says nothing
+    there; a score that is missing (NaN) is left out of its response's sum, and a response without any has advantage 0. A KL in the
+    reward (`kl_reward`) is not of these: put it into the loss.
+
+    Args:
+      weights: w, one of each score; () is 1 each.
+      eps: added to the deviations.
+    """
+    return Partial(_gdpo, tuple(weights), eps)
+
+
+def _gdpo(weights: tuple[float, ...], eps: float, batch: Batch) -> Batch:
+    scores = field(batch, "scores", "score(ensemble)")  # [B, N, K]
+    K = scores.shape[-1]
+    if K == 1:
+        raise ValueError("gdpo() is of several rewards, and scores have 1; take chain(mean, group_relative(), whiten_responses())")
+    if len(weights) not in (0, K):
+        raise ValueError(f"gdpo() has {len(weights)} weights, and scores are of {K} rewards; give one for each")
+    real = batch["completion_mask"].any(axis=-1)
+    valid = real[..., None] & jnp.isfinite(scores)
+    each = [_standardised(jnp.where(valid[..., k], scores[..., k], 0.0), valid[..., k], eps) for k in range(K)]
+    total = sum(w * z for w, z in zip(weights or (1.0,) * K, each, strict=True))
+    known = valid.any(axis=-1)
+    return _of_responses(batch, _white(total, known, eps))
 
 
 def leave_one_out() -> Experience:
@@ -56,7 +117,8 @@ def leave_one_out() -> Experience:
 
 
 def _leave_one_out(batch: Batch) -> Batch:
-    centred, valid = _centre(batch)
+    rewards, valid = _rewards(batch)
+    centred = _centre(rewards, valid)
     n = valid.sum(axis=1, keepdims=True)
     return _of_responses(batch, centred * n / jnp.maximum(n - 1, 1))
 
@@ -122,6 +184,46 @@ def _whiten_advantages(eps: float, batch: Batch) -> Batch:
     return batch | {"advantages": white}
 
 
+def whiten_responses(eps: float = 1e-4) -> Experience:
+    """Advantages over the responses of the batch to mean 0 and deviation 1: (A - mean) / (std + eps), ddof 1; a long one counts once.
+
+    For advantages of whole responses: `chain(kl_reward(0.05), leave_one_out(), whiten_responses())` is TRL's RLOO with
+    `normalize_advantages`. Of advantages that differ by token mean and deviation are those of each response's mean. Responses whose
+    reward is missing take no part, and keep 0.
+    """
+    return Partial(_whiten_responses, eps)
+
+
+def _whiten_responses(eps: float, batch: Batch) -> Batch:
+    tokens = rewarded_tokens(batch)
+    advantages = jnp.where(tokens, field(batch, "advantages", "leave_one_out()"), 0.0)
+    mean, std = _moments(sequence(advantages, batch) / jnp.maximum(lengths(batch), 1.0), tokens.any(axis=-1))
+    return batch | {"advantages": jnp.where(tokens, (advantages - mean) / (std + eps), 0.0)}
+
+
+def top_entropy(share: float = 0.2) -> Experience:
+    """Advantages at the tokens of highest entropy alone, 0 at the others (Wang et al. 2025, arXiv:2506.01939, eq. 5).
+
+    A [H >= tau],   tau the quantile 1 - share of the batch's completion tokens, linear between neighbours
+
+    Where the policy is undecided its choice decides what follows; the paper trains on a fifth of the tokens. Averages stay those over
+    all tokens, so the gradient is a part of the whole one, and a KL in the loss is of all tokens. H is the entropy of the policy before
+    the step, the field `old_entropy`, which every rollout has: data, of the whole batch.
+
+    Args:
+      share: of completion tokens, in (0, 1]; 1 keeps all.
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"the share is {share}; it is one of tokens, in (0, 1] (0.2 is the paper's)")
+    return Partial(_top_entropy, share)
+
+
+def _top_entropy(share: float, batch: Batch) -> Batch:
+    mask, entropy = batch["completion_mask"], of_rollout(batch, "old_entropy")
+    tau = jnp.nanquantile(jnp.where(mask, entropy, jnp.nan), 1 - share)  # NaN without a token
+    return batch | {"advantages": jnp.where(mask & (entropy >= tau), advantages_of(batch), 0.0)}
+
+
 def reinforce_plus_plus(gamma: float = 1.0) -> Experience:
     """REINFORCE++ (Hu et al. 2025, arXiv:2501.03262): rewards to go, whitened over the batch instead of a critic or a group.
 
@@ -158,16 +260,32 @@ def rewarded_tokens(batch: Batch) -> jax.Array:
     return batch["completion_mask"] & jnp.isfinite(sequence(token_rewards(batch), batch))[..., None]
 
 
-def _centre(batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Rewards less their group's mean, 0 where there is none, and where there is one: [B, N] each."""
+def _rewards(batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Rewards, 0 where there is none, and where there is one: [B, N] each."""
     rewards = field(batch, "rewards", "score(model), uwo()")
     valid = batch["completion_mask"].any(axis=-1) & jnp.isfinite(rewards)
-    rewards = jnp.where(valid, rewards, 0.0)
+    return jnp.where(valid, rewards, 0.0), valid
+
+
+def _moments(x: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean and standard deviation (ddof 1) of what is valid in the whole batch: [] each; two-pass."""
+    count = valid.sum()
+    mean = jnp.where(valid, x, 0.0).sum() / jnp.maximum(count, 1)
+    return mean, jnp.sqrt(jnp.where(valid, jnp.square(x - mean), 0.0).sum() / jnp.maximum(count - 1, 1))
+
+
+def _white(x: jax.Array, valid: jax.Array, eps: float) -> jax.Array:
+    mean, std = _moments(x, valid)
+    return jnp.where(valid, (x - mean) / (std + eps), 0.0)
+
+
+def _centre(rewards: jax.Array, valid: jax.Array) -> jax.Array:
+    """Rewards [B, N] less their group's mean, 0 where there is none."""
     mean = rewards.sum(axis=1, keepdims=True) / jnp.maximum(valid.sum(axis=1, keepdims=True), 1)
     # Rounding may put the mean of equal rewards beside them, and a standard deviation of next to nothing would blow that up.
     low = jnp.min(jnp.where(valid, rewards, jnp.inf), axis=1, keepdims=True)
     equal = jnp.max(jnp.where(valid, rewards, -jnp.inf), axis=1, keepdims=True) <= low
-    return jnp.where(valid & ~equal, rewards - mean, 0.0), valid
+    return jnp.where(valid & ~equal, rewards - mean, 0.0)
 
 
 def _of_responses(batch: Batch, advantages: jax.Array) -> Batch:

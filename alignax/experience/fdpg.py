@@ -20,7 +20,7 @@ from alignax.experience.chain import Experience, Stateful
 from alignax.losses.algebra import sequence
 from alignax.losses.divergences import exp
 from alignax.losses.fdpg import FDivergence, aimed, log_ratio, pseudo_rewards
-from alignax.losses.pairs import check_positive, field, ref_logps
+from alignax.losses.pairs import check_positive, field, of_rollout, ref_logps
 from alignax.types import Batch, TrainState
 
 # --- targets ---
@@ -161,9 +161,9 @@ class _LogZ:
 
     def __call__(self, carry: dict[str, jax.Array], batch: Batch) -> tuple[dict[str, jax.Array], Batch]:
         real = batch["completion_mask"].any(axis=-1)  # [B, N]
-        ratio = field(batch, "log_target", "boolean_target()") - sequence(field(batch, "sampled_logps", "a rollout"), batch)
+        ratio = field(batch, "log_target", "boolean_target()") - sequence(of_rollout(batch, "sampled_logps"), batch)
         ratio = jnp.where(real, ratio, -jnp.inf)  # [B, N] log P/q
-        ids = jnp.zeros(len(real), jnp.int32) if self.shared else field(batch, "prompt_id", "a rollout")
+        ids = jnp.zeros(len(real), jnp.int32) if self.shared else of_rollout(batch, "prompt_id")
         peak = carry["log_z"].at[ids].max(ratio.max(axis=1))  # [prompts]
         peak = jnp.where(jnp.isfinite(peak), peak, 0.0)
         of_row = peak.at[ids].get(mode="fill", fill_value=0.0)[:, None]
@@ -219,7 +219,7 @@ def proposal_evidence() -> Stateful:
 
 
 def _proposal_evidence(carry: dict[str, jax.Array], batch: Batch) -> tuple[dict[str, jax.Array], Batch]:
-    policy, proposal = _policy(batch), sequence(field(batch, "sampled_logps", "a rollout"), batch)
+    policy, proposal = _policy(batch), sequence(of_rollout(batch, "sampled_logps"), batch)
     real = aimed(batch)
     gain = exp(-log_ratio(proposal, batch)) * (policy - proposal)  # [B, N]
     return {"gain": carry["gain"] + jnp.where(real, gain, 0.0).sum(), "count": carry["count"] + real.sum()}, batch

@@ -15,7 +15,7 @@ from jax.tree_util import Partial
 from alignax.experience.advantages import rewarded_tokens, token_rewards, whiten
 from alignax.experience.chain import Experience, Stateful
 from alignax.losses.algebra import lengths, sequence
-from alignax.losses.pairs import check_positive, field, ref_logps
+from alignax.losses.pairs import check_positive, field, of_rollout, ref_logps
 from alignax.types import Batch
 
 
@@ -97,7 +97,7 @@ def missing_eos_penalty(penalty: float) -> Experience:
 
 
 def _missing_eos_penalty(penalty: float, batch: Batch) -> Batch:
-    cut = field(batch, "truncated", "a rollout")
+    cut = of_rollout(batch, "truncated")
     return batch | {"rewards": field(batch, "rewards", "score(model), uwo()") - penalty * cut}
 
 

@@ -27,6 +27,7 @@ class Term(NamedTuple):
     name: str
     value: Value  # (Outputs, Batch) -> (values, {metric: values}), each shaped like the weights
     over: Over  # Batch -> weights >= 0, of data only, never of parameters
+    averaged: str = ""  # how tokens are averaged, in words; "" of a term whose values are not of tokens
 
 
 @dataclasses.dataclass(frozen=True)

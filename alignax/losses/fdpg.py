@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from alignax.losses.algebra import Loss, Term, make_loss, sequence, token_logps
 from alignax.losses.divergences import exp
-from alignax.losses.pairs import field
+from alignax.losses.pairs import field, of_rollout
 from alignax.types import Batch, Metrics, Outputs
 
 FURTHEST = 1000.0  # nats that a log-ratio is held within, so that P = 0, where it is infinite, leaves finite numbers
@@ -149,7 +149,7 @@ def log_ratio(logps: jax.Array, batch: Batch) -> jax.Array:
 
 def log_importance(logps: jax.Array, batch: Batch) -> jax.Array:
     """log w = log pi - log q of responses' log-probs [B, N]."""
-    return logps - sequence(field(batch, "sampled_logps", "a rollout"), batch)
+    return logps - sequence(of_rollout(batch, "sampled_logps"), batch)
 
 
 def aimed(batch: Batch) -> jax.Array:

@@ -99,6 +99,13 @@ def field(batch: Batch, name: str, experience: str) -> jax.Array:
     return batch[name]
 
 
+def of_rollout(batch: Batch, name: str) -> jax.Array:
+    """A field that every rollout has, or an error that says so."""
+    if name not in batch:
+        raise ValueError(f'the batch has no "{name}", which rollouts have; set rollout.samples above 0')
+    return batch[name]
+
+
 def check_pairs(x: jax.Array) -> None:
     """Refuses log-probs or scores of no pairs: jax would clamp the index of the rejected response, and train nothing."""
     if x.shape[1] != 2:

@@ -4,6 +4,9 @@ As part of the loss an estimator's value and its gradient are estimates of diffe
 k1, k3 and chi-squared's surrogate has the value of its divergence, and the gradient of something else, since samples come from the
 policy too and that is not differentiated. Each docstring says what its gradient is. As part of the reward (`kl_reward`) k1 has the
 gradient of KL(pi || ref) of whole responses. d is log pi/ref of a token; of tokens, at the prefixes that were sampled.
+
+A KL of tokens is averaged as the surrogate beside it: by response unless told, as GRPO's (Shao et al. 2024, arXiv:2402.03300, eq. 3);
+beside a surrogate of another average give it the same, `ppo() + beta * kl_k2(token_mean)`.
 """
 
 from collections.abc import Sequence
@@ -14,14 +17,24 @@ import jax.numpy as jnp
 from alignax.losses.algebra import Loss, Term, Value, make_loss, sequence
 from alignax.losses.divergences import exp, expm1
 from alignax.losses.pairs import check_positive, field
-from alignax.losses.responses import Aggregate, k3, log_ratios, reference_log_ratios, responses, token_mean
+from alignax.losses.responses import (
+    Aggregate,
+    Level,
+    by_token,
+    k3,
+    log_ratios,
+    reference_log_ratios,
+    response_mean,
+    responses,
+    token_mean,
+)
 from alignax.types import Batch, Metrics, Outputs
 
 FAR = 10.0  # nats of a response's log-ratio at which chi-squared goes on along its tangent, as in the paper's code
 LEAST_CHI2 = 1e-4  # under the root, whose slope is infinite at 0
 
 
-def kl_k1(aggregate: Aggregate = token_mean) -> Loss:
+def kl_k1(aggregate: Aggregate = response_mean) -> Loss:
     """The log-ratio itself, d (Schulman 2020, "Approximating KL divergence"): signed, its mean is KL(pi || ref).
 
     Its gradient is that of log pi, whose mean over samples of the policy is 0: as a loss it only adds noise. It is here to measure by;
@@ -30,12 +43,12 @@ def kl_k1(aggregate: Aggregate = token_mean) -> Loss:
     return _kl("kl_k1", lambda d: d, aggregate)
 
 
-def kl_k2(aggregate: Aggregate = token_mean) -> Loss:
+def kl_k2(aggregate: Aggregate = response_mean) -> Loss:
     """d^2 / 2 (Schulman 2020): at least 0, a biased value, and the gradient of KL(pi || ref), the reverse KL."""
     return _kl("kl_k2", lambda d: 0.5 * jnp.square(d), aggregate)
 
 
-def kl_k3(aggregate: Aggregate = token_mean) -> Loss:
+def kl_k3(aggregate: Aggregate = response_mean) -> Loss:
     """exp(-d) - 1 + d (Schulman 2020), as in GRPO's loss: at least 0, its mean is KL(pi || ref).
 
     Its gradient is that of the other one, KL(ref || pi), the forward KL: weak where the policy says what the reference would not.
@@ -43,15 +56,19 @@ def kl_k3(aggregate: Aggregate = token_mean) -> Loss:
     return _kl("kl_k3", k3, aggregate)
 
 
-def kl_k3_weighted(aggregate: Aggregate = token_mean) -> Loss:
+def kl_k3_weighted(aggregate: Aggregate = response_mean, level: Level = by_token) -> Loss:
     """rho (exp(-d) - 1 + d), rho = pi / old: k3 with the importance ratio in the gradient, as DeepSeek-V3.2 corrects it.
 
     On samples of the old policy its mean is KL(pi || ref), and its gradient is that of KL(pi || ref): the reverse KL, without bias.
+
+    Args:
+      aggregate: how tokens are averaged.
+      level: whose ratio rho is; that of the surrogate beside it.
     """
 
     def value(out: Outputs, batch: Batch) -> tuple[jax.Array, Metrics]:
         d = reference_log_ratios(out, batch)
-        return exp(log_ratios(out, batch)) * k3(d), {"kl/ref_k1": d, "kl/ref_k3": k3(d)}
+        return exp(level(log_ratios(out, batch), batch)) * k3(d), {"kl/ref_k1": d, "kl/ref_k3": k3(d)}
 
     return aggregate("kl_k3_weighted", value)
 
@@ -64,7 +81,7 @@ def _kl(name: str, estimate, aggregate: Aggregate) -> Loss:
     return aggregate(name, value)
 
 
-def kl_ref_pi(aggregate: Aggregate = token_mean) -> Loss:
+def kl_ref_pi(aggregate: Aggregate = response_mean) -> Loss:
     """KL(ref || pi) of the next-token distributions, exact over the whole vocabulary, at the prefixes that the batch holds.
 
     sum_v ref(v) (log ref(v) - log pi(v)),   gradient pi - ref at the logits
@@ -75,7 +92,7 @@ def kl_ref_pi(aggregate: Aggregate = token_mean) -> Loss:
     return aggregate("kl_ref_pi", lambda out, batch: _exact(out.ref_kl, "ref_kl", "kl/ref_pi"))
 
 
-def kl_pi_ref(aggregate: Aggregate = token_mean) -> Loss:
+def kl_pi_ref(aggregate: Aggregate = response_mean) -> Loss:
     """KL(pi || ref) of the next-token distributions, exact over the whole vocabulary, at the prefixes that the batch holds.
 
     sum_v pi(v) (log pi(v) - log ref(v)),   gradient pi (log pi - log ref - KL) at the logits
@@ -155,7 +172,7 @@ def _rooted(term: Term) -> Value:
 def entropy_bonus(aggregate: Aggregate = token_mean) -> Loss:
     """Minus the entropy of next-token distributions: `ppo() + 0.01 * entropy_bonus()` keeps the policy from settling too soon.
 
-    Of all tokens alike, so noise gains most; `lp_reg` protects only what the policy itself finds plausible.
+    Of all tokens alike, so noise gains most. Beside a surrogate of another average give it the same.
     """
     return aggregate("entropy_bonus", lambda out, batch: (-out.entropy, {"entropy": out.entropy}))
 
