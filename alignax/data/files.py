@@ -46,7 +46,7 @@ def read_rows(path: str | pathlib.Path) -> list[Row]:
 def rows_and_faults(path: str | pathlib.Path) -> list[Row | Bad]:
     """Read the rows as `read_rows` does, with a `Bad` in the place of each that has a key twice or is too long."""
     try:
-        rows = _read_hub(str(path)) if str(path).startswith(HUB) else _read_path(str(path))
+        rows: list[Row | Bad] = [*_read_hub(str(path))] if str(path).startswith(HUB) else _read_path(str(path))
     except MemoryError as error:
         raise ValueError(f"{path} does not fit into the memory of this machine; split it into several files and use some") from error
     except OSError as error:
@@ -66,7 +66,7 @@ def _read_path(text: str) -> list[Row | Bad]:
     if not path.is_dir():
         return _under(path, split, [*_read_file(path)])
     if (folder := saved(path, split)) is not None:
-        return _saved(folder)
+        return [*_saved(folder)]
     return [row for file in files(path, split) for row in _read_file(file)]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from alignax.data.words import one_line
 
-ROW = 2**26  # bytes of a row of JSONL; a longer one is no row to train on
+ROW = 2**24  # bytes of a row of JSONL; a longer one is no row to train on
 EXPANDED = 2**35  # bytes that a compressed file may become
 RATIO, HARMLESS = 200, 2**26  # bytes that a byte of a compressed file may become, once all of them are more than HARMLESS
 ARCHIVES = {b"PK\x03\x04": "a zip archive", b"7z\xbc\xaf\x27\x1c": "a 7z archive", b"Rar!\x1a\x07": "a rar archive"}
@@ -85,10 +85,10 @@ def lines(stream: io.BufferedReader) -> Iterator[tuple[int, bytes | int]]:
     """
     number = 0
     while line := stream.readline(ROW):
-        number, size = number + 1, len(line)
-        while len(line) == ROW and line[-1:] != b"\n":
-            line = stream.readline(ROW)
-            size += len(line)
+        number, size, rest = number + 1, len(line), line
+        while len(rest) == ROW and rest[-1:] != b"\n":
+            rest = stream.readline(ROW)
+            size += len(rest)
         if size > ROW:
             yield number, size
         elif line.strip():
