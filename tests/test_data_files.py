@@ -1,5 +1,7 @@
+import bz2
 import gzip
 import json
+import lzma
 import os
 
 import datasets
@@ -8,7 +10,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from alignax.data import read_rows
+from alignax.data import read_rows, streams
+from alignax.data.files import rows_and_faults
 
 ROWS = [
     {"prompt": "Hi,", "chosen": " hello\u2028there", "rejected": " no"},
@@ -16,8 +19,16 @@ ROWS = [
 ]
 
 
+def zstd(content):
+    return pyarrow.compress(content, codec="zstd", asbytes=True)
+
+
+PACK = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstd}
+
+
 def write(path, text):
-    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(PACK.get(path.suffix.lower(), bytes)(text.encode()))
     return path
 
 
@@ -25,7 +36,7 @@ def jsonl(rows):
     return "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
 
 
-@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.json.gz", "a.jsonl.gz"])
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.json.gz", "a.jsonl.gz", "a.jsonl.bz2", "a.json.xz", "a.jsonl.zst"])
 def test_every_file_form_gives_the_same_rows(tmp_path, name):
     text = jsonl(ROWS) + "\n\n" if "jsonl" in name else json.dumps(ROWS, indent=1)
     assert read_rows(write(tmp_path / name, text)) == ROWS
@@ -37,9 +48,13 @@ def test_a_dataset_on_disk_gives_the_same_rows_and_several_splits_are_named(tmp_
     dataset.save_to_disk(tmp_path / "one")
     assert read_rows(tmp_path / "one") == ROWS
     datasets.DatasetDict(train=dataset, dev=dataset).save_to_disk(tmp_path / "two")
-    with pytest.raises(ValueError, match=r"several splits \(train, dev\); point to one of them, such as .*two/train"):
+    with pytest.raises(ValueError, match=r"several splits \(train, dev\); name one of them, such as .*two:train"):
         read_rows(tmp_path / "two")
-    assert read_rows(tmp_path / "two" / "dev") == ROWS
+    assert read_rows(tmp_path / "two" / "dev") == read_rows(f"{tmp_path}/two:dev") == ROWS
+    with pytest.raises(ValueError, match=r"two has no split 'test' \(train, dev\); name one of them, such as .*two:train"):
+        read_rows(f"{tmp_path}/two:test")
+    with pytest.raises(ValueError, match=r"one is a single data set, without splits; leave out ':dev'"):
+        read_rows(f"{tmp_path}/one:dev")
 
 
 @pytest.mark.parametrize(
@@ -49,6 +64,20 @@ def test_a_dataset_on_disk_gives_the_same_rows_and_several_splits_are_named(tmp_
         ("a.json", '[{"a": 1},\n {"a" 2}]', r"a\.json, line 2 is not JSON"),
         ("a.jsonl", '{"a": 1}\n"text"\n', r"line 2 is 'text', not an object"),
         ("a.json", '[{"a": 1}, null]', r"element 1 \(counted from 0\) is None, not an object"),
+        ("a.json", '[{"a": 1},\n]', r"a\.json, line 2 is not JSON: a comma stands before the closing bracket at column 1"),
+        ("a.json", '[{"a": 1} {"a": 2}]', r"line 1 is not JSON: Expecting ',' delimiter at column 11"),
+        ("a.json", '[{"a": 1}] 2', r"line 1 is not JSON: Extra data"),
+        ("a.json", '[{"a": 1}', r"line 1 is not JSON: Expecting ',' delimiter"),
+        ("a.jsonl", '{"a": 1}{"a": 2}', r"line 1 is not JSON: Extra data at column 9"),
+        ("a.jsonl", '{"a": 1}\r{"a": 2}', r"line 1 is not JSON: Extra data"),
+        ("a.jsonl", '{"a": 1}\n{"a": 1, "b": 2, "a": 3}', r"a\.jsonl, row 1 .*line 2 has the key 'a' twice in one object; keep one"),
+        ("a.json", '[{"a": [{"b": 1, "b": 2}]}]', r"row 0 .*element 0 .*has the key 'b' twice"),
+        (
+            "a.json",
+            '{"version": 1, "data": [{"a": 1}]}',
+            r"is one object, which holds 1 rows under 'data'; to read them write .*a\.json:data",
+        ),
+        ("a.csv", "a;b\n1;2\n", r"one column, 'a;b', with ';' in it: put commas \(in a \.tsv tabs\) between columns"),
         ("a.jsonl", "\n \n", r"holds no rows"),
         ("a.json", "[]", r"holds no rows"),
     ],
@@ -61,7 +90,7 @@ def test_a_bad_file_is_named_with_its_line(tmp_path, name, text, message):
 def test_missing_damaged_and_foreign_paths(tmp_path):
     with pytest.raises(ValueError, match=r"no file or folder '.*nowhere\.jsonl'"):
         read_rows(tmp_path / "nowhere.jsonl")
-    with pytest.raises(ValueError, match="not written by Dataset.save_to_disk and holds no .json, .jsonl, .csv, .parquet files"):
+    with pytest.raises(ValueError, match="not written by Dataset.save_to_disk and holds no .json, .jsonl, .ndjson, .csv"):
         read_rows(tmp_path)
     whole = gzip.compress(jsonl(ROWS * 50).encode())
     (tmp_path / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])
@@ -105,10 +134,11 @@ def test_a_folder_of_files_is_one_split_in_the_order_of_their_names(tmp_path):
     write(tmp_path / ".train-00000.jsonl.swp.jsonl", "left over")
     assert read_rows(tmp_path) == ROWS
     write(tmp_path / "dev.jsonl", jsonl(ROWS))
-    with pytest.raises(
-        ValueError, match=r"several splits \(dev.jsonl, train-00000.jsonl, train-00001.parquet\); point to one of the files"
-    ):
+    with pytest.raises(ValueError, match=r"holds several splits \(dev, train\); name one, such as .*:dev"):
         read_rows(tmp_path)
+    assert read_rows(f"{tmp_path}:train") == read_rows(f"{tmp_path}:dev") == ROWS
+    with pytest.raises(ValueError, match=r"has no split 'test' \(dev, train\)"):
+        read_rows(f"{tmp_path}:test")
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz", "a.csv", "a.csv.gz", "a.parquet"])
@@ -201,3 +231,124 @@ def test_a_hub_without_a_network_is_a_value_error():
     assert os.environ["HF_DATASETS_OFFLINE"] == "1"
     with pytest.raises(ValueError, match="hf://alignax-tests/nowhere could not be fetched"):
         read_rows("hf://alignax-tests/nowhere")
+
+
+def test_every_file_of_a_folder_is_read_or_named(tmp_path):
+    row = lambda i: {"a": i}
+    names = ["0.jsonl", "1.ndjson", "2.JSONL", "3.jsonl.gz", "4.Json.BZ2", "5.jsonl.xz", "6.jsonl.zst", "7/deep/x.jsonl"]
+    for i, name in enumerate(names):
+        write(tmp_path / name, jsonl([row(i)]) if "son.b" not in name.lower() else json.dumps([row(i)]))
+    for name in ("README.md", "LICENSE", ".gitattributes", "dataset_infos.json", "7/_SUCCESS", ".git/config"):
+        write(tmp_path / name, "no rows")
+    (tmp_path / "4.Json.BZ2").write_bytes(bz2.compress(json.dumps([row(4)]).encode()))
+    assert read_rows(tmp_path) == [row(i) for i in range(8)]
+    write(tmp_path / "7" / "more.txt", "?")
+    write(tmp_path / "8.zip", "?")
+    with pytest.raises(
+        ValueError, match=r"holds files that are not read \(7/more\.txt, 8\.zip\); name those to read, such as '.*/\*\*/\*\.jsonl'"
+    ):
+        read_rows(tmp_path)
+    assert read_rows(f"{tmp_path}/**/*.jsonl") == [row(0), row(7)]
+    assert read_rows(f"{tmp_path}/[0-2].*") == [row(0), row(1), row(2)], "sorted"
+    with pytest.raises(ValueError, match="there is no file or folder"):
+        read_rows(f"{tmp_path}/*.csv")
+    (tmp_path / "7" / "circle").symlink_to(tmp_path)
+    with pytest.raises(ValueError, match="in a circle of links"):
+        read_rows(tmp_path)
+
+
+def test_the_split_of_a_file_is_told_by_its_name_or_its_folder(tmp_path):
+    for name in ("data/train_sft-00000-of-00002.jsonl", "data/train_sft-00001-of-00002.jsonl", "data/train_prefs-00000-of-00001.jsonl"):
+        write(tmp_path / "hub" / name, jsonl([{"a": name}]))
+    with pytest.raises(ValueError, match=r"holds several splits \(train_prefs, train_sft\)"):
+        read_rows(tmp_path / "hub")
+    with pytest.raises(ValueError, match=r"holds several splits that are 'train' \(train_prefs, train_sft\)"):
+        read_rows(f"{tmp_path}/hub:train")
+    assert [row["a"][-14:] for row in read_rows(f"{tmp_path}/hub:train_sft")] == ["0-of-00002.jsonl"[-14:], "1-of-00002.jsonl"[-14:]]
+    for name in ("helpful/train.jsonl", "helpful/test.jsonl", "harmless/train.jsonl", "harmless/test.jsonl"):
+        write(tmp_path / "hh" / name, jsonl([{"a": name}]))
+    assert read_rows(f"{tmp_path}/hh:test") == [{"a": "harmless/test.jsonl"}, {"a": "helpful/test.jsonl"}]
+    for name in ("train/b.jsonl", "test/a.jsonl"):
+        write(tmp_path / "by folder" / name, jsonl([{"a": name}]))
+    assert read_rows(f"{tmp_path}/by folder:train") == [{"a": "train/b.jsonl"}]
+    write(tmp_path / "a:train", jsonl(ROWS))
+    assert read_rows(f"{tmp_path}/a:train") == ROWS, "a path that exists is itself"
+
+
+def test_the_cache_of_the_hub_is_read_where_it_holds_one_version(tmp_path):
+    blob = write(tmp_path / "blobs" / "0a1b", jsonl(ROWS))
+    file = tmp_path / "snapshots" / "abc" / "data" / "train-00000-of-00001.jsonl"
+    file.parent.mkdir(parents=True)
+    file.symlink_to(blob)
+    assert read_rows(tmp_path) == read_rows(f"{tmp_path}:train") == ROWS
+    write(tmp_path / "snapshots" / "old" / "x.jsonl", "{}")
+    with pytest.raises(ValueError, match="the hub's cache of 2 versions"):
+        read_rows(tmp_path)
+    write(tmp_path / "refs" / "main", "abc")
+    assert read_rows(tmp_path) == ROWS
+
+
+def test_objects_over_several_lines_and_rows_under_a_key(tmp_path):
+    spread = "\n".join(json.dumps(row, indent=1) for row in ROWS)
+    assert read_rows(write(tmp_path / "a.json", spread)) == ROWS
+    path = write(tmp_path / "b.json", json.dumps({"version": 1, "data": ROWS}))
+    assert read_rows(f"{path}:data") == ROWS
+    with pytest.raises(ValueError, match=r"no single JSON object with a list of rows under 'train'; it holds rows under data"):
+        read_rows(f"{path}:train")
+    conversation = {"messages": [{"role": "user", "content": "hi"}], "tools": [{"name": "f"}]}
+    assert read_rows(write(tmp_path / "c.jsonl", json.dumps(conversation))) == [conversation], "one row of an ordinary kind"
+
+
+def test_arrow_files_and_their_kinds_of_text(tmp_path):
+    text = ["a", "b", "a"]
+    table = pyarrow.table(
+        {"d": pyarrow.array(text).dictionary_encode(), "l": pyarrow.array(text, pyarrow.large_string()), "n": [[["x"]]] * 3}
+    )
+    rows = [{"d": x, "l": x, "n": [["x"]]} for x in text]
+    for name, new in (("file.arrow", pyarrow.ipc.new_file), ("stream.arrow", pyarrow.ipc.new_stream)):
+        with new(str(tmp_path / name), table.schema) as writer:
+            writer.write_table(table)
+        assert read_rows(tmp_path / name) == rows
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert read_rows(tmp_path / "a.parquet") == rows
+    pyarrow.parquet.write_table(pyarrow.Table.from_arrays([pyarrow.array(text)] * 2, ["a", "a"]), tmp_path / "b.parquet")
+    with pytest.raises(ValueError, match="two columns have the same name"):
+        read_rows(tmp_path / "b.parquet")
+    assert read_rows(write(tmp_path / "a.tsv", "a\tb\n1,2\t3\n")) == [{"a": "1,2", "b": "3"}]
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
+def test_a_file_that_grows_without_bound_is_refused_by_name(tmp_path, suffix, monkeypatch):
+    monkeypatch.setattr(streams, "HARMLESS", 2**20)
+    for content in (" ", "[" + " ", '{"a": "', ROWS[0]["prompt"]):
+        path = write(tmp_path / f"a.jsonl{suffix}", content + " " * 2**23)
+        with pytest.raises(ValueError, match=rf"a\.jsonl{suffix} grows from [\d,]+ to more than [\d,]+ bytes .*decompress it yourself"):
+            read_rows(path)
+    with pytest.raises(ValueError, match="is a zip archive, which is not read; unpack it"):
+        read_rows(write(tmp_path / "b.jsonl", "PK\x03\x04"))
+
+
+def test_a_line_too_long_is_a_bad_row_and_is_not_held(tmp_path, monkeypatch):
+    monkeypatch.setattr(streams, "ROW", 64)
+    path = write(tmp_path / "a.jsonl", jsonl([{"a": 1}, {"a": "x" * 300}, {"a": 2}, {"a": "y" * 54}, {"a": "y" * 55}]))
+    rows = rows_and_faults(path)
+    assert [row if isinstance(row, dict) else row.reason for row in rows] == [
+        {"a": 1},
+        "too long",
+        {"a": 2},
+        {"a": "y" * 54},
+        {"a": "y" * 55},
+    ]
+    with pytest.raises(ValueError, match=r"a\.jsonl, row 1 \(counted from 0\): line 2 has 310 bytes, and a row at most"):
+        read_rows(path)
+
+
+def test_utf_16_and_other_text_is_named_with_its_line(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(ROWS).encode("utf-16"))
+    with pytest.raises(ValueError, match="it begins as UTF-16 does; convert it to UTF-8"):
+        read_rows(tmp_path / "a.jsonl")
+    (tmp_path / "a.jsonl").write_bytes(b'{"a": 1}\r\n{"a": "\xe9"}\r\n')
+    with pytest.raises(ValueError, match="not UTF-8 text .*in line 2"):
+        read_rows(tmp_path / "a.jsonl")
+    (tmp_path / "a.jsonl").write_bytes(b'{"a": NaN}\r\n')
+    assert np.isnan(read_rows(tmp_path / "a.jsonl")[0]["a"]), "as Python and pandas write a missing number"

@@ -1,87 +1,170 @@
-"""Files to raw rows: JSON, JSONL, CSV, Parquet, folders of them, folders of `Dataset.save_to_disk`, and on request a hub.
+"""Files to raw rows: JSON, JSONL, CSV, Parquet, Arrow, folders of them, folders of `Dataset.save_to_disk`, and on request a hub.
 
 Only a path that begins with hf:// touches the network. Whatever bytes a file holds, what is wrong with it is a `ValueError`.
 """
 
-import gzip
+import io
 import json
 import pathlib
 import re
-import reprlib
-import zlib
+from collections.abc import Iterator
 from typing import Any
 
+from alignax.data.folders import SUFFIXES, files, matching, place, saved, suffix
+from alignax.data.rows import Bad
+from alignax.data.streams import ROW, check_size, lines, opened
+from alignax.data.words import one_line, short
+
+__all__ = ["SUFFIXES", "Row", "one_line", "read_rows", "rows_and_faults", "short"]
 HUB = "hf://"
-SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
-SPLITS = ("train", "training", "dev", "valid", "validation", "eval", "test")  # words by which files name the split that they hold
+HOLDERS = ("data", "rows", "examples", "train", "validation", "dev", "test")  # keys under which one JSON object may hold the rows
+ROWS_AT_ONCE = 1024  # of a columnar file that become Python values together
+Row = dict[str, Any]
 
 
-def read_rows(path: str | pathlib.Path) -> list[dict[str, Any]]:
+def read_rows(path: str | pathlib.Path) -> list[Row]:
     """Read the rows of one split.
 
-    The content decides between gzip (by its magic number), Parquet (likewise), a JSON array (by its opening bracket) and
-    JSONL; only CSV is known by its name, and its values are text. A folder is one that `Dataset.save_to_disk` wrote, or
-    holds files of one split, read in the order of their names. `hf://org/name`, `hf://org/name:split` and
+    The content decides between gzip, bzip2, xz, zstd, Parquet, Arrow (each by its magic number), a JSON array (by its opening
+    bracket) and JSONL; only CSV and TSV are known by their names, and their values are text. A folder is one that
+    `Dataset.save_to_disk` wrote, or holds files of one split, read in the order of their names, those in its folders too;
+    `FOLDER:train` is one split of several, `FILE.json:data` the rows that one JSON object holds under a key, and
+    `FOLDER/*.jsonl` the files that the pattern stands for. `hf://org/name`, `hf://org/name:split` and
     `hf://org/name:config:split` are data sets of the Hugging Face hub, or of its local cache.
 
-    Errors: `ValueError` for a missing path, a damaged file (with its line, where it has lines), a row that is no object, a
-    hub that does not answer, and no rows at all.
+    Errors: `ValueError` for a missing path, a damaged file (with its line, where it has lines), a file in a folder that cannot
+    be read, a row that is no object, has a key twice or is longer than `ROW` bytes, a hub that does not answer, and no rows.
     """
-    if str(path).startswith(HUB):
-        rows = _read_hub(str(path))
-    else:
-        path = pathlib.Path(path)
-        if not path.exists():
-            hint = f"; for a data set of the Hugging Face hub write {HUB}{path}" if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) else ""
-            raise ValueError(f"there is no file or folder {str(path)!r} (looked from {str(pathlib.Path.cwd())!r}); correct the path{hint}")
-        rows = _read_folder(path) if path.is_dir() else _read_file(path)
+    rows: list[Row] = []
+    for i, row in enumerate(rows_and_faults(path)):
+        if isinstance(row, Bad):
+            raise ValueError(f"{path}, row {i} (counted from 0): {row.what}")
+        rows.append(row)
+    return rows
+
+
+def rows_and_faults(path: str | pathlib.Path) -> list[Row | Bad]:
+    """Read the rows as `read_rows` does, with a `Bad` in the place of each that has a key twice or is too long."""
+    try:
+        rows: list[Row | Bad] = [*_read_hub(str(path))] if str(path).startswith(HUB) else _read_path(str(path))
+    except MemoryError as error:
+        raise ValueError(f"{path} does not fit into the memory of this machine; split it into several files and use some") from error
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({one_line(error)}); correct the path, or what you may read") from error
     if not rows:
         raise ValueError(f"{path} holds no rows; point to a file that has some")
     return rows
 
 
-def _read_file(path: pathlib.Path) -> list[dict[str, Any]]:
-    content = path.read_bytes()
-    if content[:2] == b"\x1f\x8b":
-        try:
-            content = gzip.decompress(content)
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise ValueError(f"{path} is a damaged gzip file ({error}); copy or download it again") from error
-    if content[:4] == b"PAR1":
-        return _parquet(path, content)
+def _read_path(text: str) -> list[Row | Bad]:
+    path, split = place(text)
+    if not path.exists():
+        if found := matching(text):
+            return [row for file in found for row in _read_file(file)]
+        hint = f"; for a data set of the Hugging Face hub write {HUB}{path}" if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) else ""
+        raise ValueError(f"there is no file or folder {str(path)!r} (looked from {str(pathlib.Path.cwd())!r}); correct the path{hint}")
+    if not path.is_dir():
+        return _under(path, split, [*_read_file(path)])
+    if (folder := saved(path, split)) is not None:
+        return [*_saved(folder)]
+    return [row for file in files(path, split) for row in _read_file(file)]
+
+
+def _under(path: pathlib.Path, key: str, rows: list[Row | Bad]) -> list[Row | Bad]:
+    """The rows, or those that a file of one object holds under a key."""
+    one = rows[0] if len(rows) == 1 and isinstance(rows[0], dict) else {}
+    held = [name for name in one if isinstance(one[name], list) and one[name] and all(isinstance(x, dict) for x in one[name])]
+    if key and key in held:
+        return one[key]
+    if key:
+        remedy = f"it holds rows under {', '.join(held)}" if held else f"leave out ':{key}'"
+        raise ValueError(f"{path} is no single JSON object with a list of rows under {key!r}; {remedy}")
+    for name in held:
+        if name in HOLDERS and not any({"role", "from"} & x.keys() for x in one[name]):
+            raise ValueError(f"{path} is one object, which holds {len(one[name]):,} rows under {name!r}; to read them write {path}:{name}")
+    return rows
+
+
+def _read_file(path: pathlib.Path) -> Iterator[Row | Bad]:
+    with opened(path) as stream:
+        head = stream.read(8)
+    with opened(path) as stream:
+        if head[:4] == b"PAR1":
+            yield from _parquet(path, stream.read())
+        elif head[:6] == b"ARROW1" or head[:4] == b"\xff\xff\xff\xff":
+            yield from _arrow(path, stream.read())
+        elif suffix(path) in (".csv", ".tsv"):
+            yield from _csv(path, _text(path, stream.read(), 1))
+        else:
+            yield from _json(path, stream)
+
+
+def _text(path: pathlib.Path, content: bytes, line: int) -> str:
     try:
-        text = content.decode("utf-8-sig")
+        return content.decode("utf-8-sig" if line == 1 else "utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); convert it to UTF-8") from error
-    return _csv(path, text) if _suffix(path) == ".csv" else _parse(path, text)
+        line += content.count(b"\n", 0, error.start)
+        utf16 = "it begins as UTF-16 does; " if content[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
+        raise ValueError(f"{path} is not UTF-8 text ({error.reason}, in line {line}); {utf16}convert it to UTF-8") from error
 
 
-def _suffix(path: pathlib.Path) -> str:
-    return pathlib.Path(path.stem if path.suffix.lower() == ".gz" else path.name).suffix.lower()
-
-
-def _parquet(path: pathlib.Path, content: bytes) -> list[dict[str, Any]]:
+def _parquet(path: pathlib.Path, content: bytes) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.ParquetFile(pyarrow.py_buffer(content)).read().to_pylist()
+        file = pyarrow.parquet.ParquetFile(pyarrow.py_buffer(content))
+        yield from _columns(path, len(content), file.schema_arrow, file.iter_batches(ROWS_AT_ONCE))
+    except MemoryError:
+        raise
     except Exception as error:  # pyarrow has no common class for what damaged bytes make it raise
         raise ValueError(f"{path} is no readable Parquet file ({one_line(error)}); write or download it again") from error
 
 
-def _csv(path: pathlib.Path, text: str) -> list[dict[str, Any]]:
+def _arrow(path: pathlib.Path, content: bytes) -> Iterator[Row]:
+    import pyarrow
+
+    try:
+        if content[:6] == b"ARROW1":
+            file = pyarrow.ipc.open_file(content)
+            yield from _columns(path, len(content), file.schema, map(file.get_batch, range(file.num_record_batches)))
+        else:
+            stream = pyarrow.ipc.open_stream(content)
+            yield from _columns(path, len(content), stream.schema, stream)
+    except MemoryError:
+        raise
+    except Exception as error:  # as of Parquet
+        raise ValueError(f"{path} is no readable Arrow file ({one_line(error)}); write or download it again") from error
+
+
+def _columns(path: pathlib.Path, packed: int, schema: Any, batches: Any) -> Iterator[Row]:
+    """Rows of a columnar file out of its batches."""
+    if len(set(schema.names)) < len(schema.names):
+        raise ValueError("two columns have the same name")
+    size = 0
+    for batch in batches:
+        batch.validate(full=True)
+        size += batch.nbytes
+        check_size(path, packed, size)
+        yield from (row for i in range(0, len(batch), ROWS_AT_ONCE) for row in batch[i : i + ROWS_AT_ONCE].to_pylist())
+
+
+def _csv(path: pathlib.Path, text: str) -> list[Row]:
     import pyarrow
     import pyarrow.csv as csv
 
     content = pyarrow.py_buffer(text.encode())
+    tabs = suffix(path) == ".tsv"
     # One block: a row may be of any length. Quoted values may hold line ends.
     whole = csv.ReadOptions(block_size=min(len(content) + 1, 2**31 - 1), use_threads=False)
-    layout = csv.ParseOptions(newlines_in_values=True)
+    layout = csv.ParseOptions(delimiter="\t" if tabs else ",", newlines_in_values=True)
     try:
         names = csv.open_csv(content, whole, layout).schema.names
         if len(set(names)) < len(names):
             raise ValueError("two columns have the same name")
+        if len(names) == 1 and (other := next((mark for mark in ";\t|," if mark in names[0]), None)):
+            between = "tabs" if tabs else "commas (in a .tsv tabs)"
+            raise ValueError(f"one column, {short(names[0])}, with {other!r} in it: put {between} between columns")
         # Every value as text: "007" and "true" may be answers; the columns that are numbers are converted where they are used.
         types = csv.ConvertOptions(column_types=dict.fromkeys(names, "string"))
         return csv.read_csv(content, whole, layout, types).to_pylist()
@@ -89,58 +172,95 @@ def _csv(path: pathlib.Path, text: str) -> list[dict[str, Any]]:
         raise ValueError(f"{path} is no readable CSV file ({one_line(error)}); its first line names the columns") from error
 
 
-def _parse(path: pathlib.Path, text: str) -> list[dict[str, Any]]:
-    if text.lstrip().startswith("["):
-        rows = [(f"element {i} (counted from 0)", row) for i, row in enumerate(_json(path, text, 1))]
-    else:
-        # Not splitlines(): U+2028 and its like are legal inside a JSON string.
-        lines = enumerate(text.split("\n"), start=1)
-        rows = [(f"line {number}", _json(path, line, number)) for number, line in lines if line.strip()]
-    for place, row in rows:
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, {place} is {short(row)}, not an object with columns; write one object a row")
-    return [row for _, row in rows]
+def _json(path: pathlib.Path, stream: io.BufferedReader) -> Iterator[Row | Bad]:
+    """Rows of a JSON array, or of objects one after another: one a line, or each over several lines."""
+    decoder = _Decoder(path)
+    for number, line in lines(stream):
+        if isinstance(line, int):
+            yield Bad("too long", f"line {number} has {line:,} bytes, and a row at most {ROW:,}; shorten it, or split it into rows")
+        elif not decoder.begun and (line.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[" or line.strip(b"\xef\xbb\xbf \t\r\n") == b"{"):
+            yield from decoder.values(_text(path, line + stream.read(), number), number)
+        else:
+            yield decoder.row(_text(path, line, number), number)
 
 
-def _json(path: pathlib.Path, text: str, first_line: int) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
-        raise ValueError(
-            f"{path}, line {line} is not JSON: {error.msg} at column {error.colno}; write one JSON array, or one object a line"
-        ) from error
-    except (RecursionError, ValueError) as error:  # nested without end; a number of thousands of digits
-        raise ValueError(f"{path}, line {first_line} is not JSON that can be read ({one_line(error)}); correct it") from error
+class _Decoder:
+    """JSON to rows; an object of a row with the same key twice makes it a bad row."""
 
+    def __init__(self, path: pathlib.Path):
+        self.path, self.begun, self.twice = path, False, ""
+        self.json = json.JSONDecoder(object_pairs_hook=self._object)
 
-def _read_folder(path: pathlib.Path) -> list[dict[str, Any]]:
-    if (path / "dataset_dict.json").exists():
-        names = _splits(path / "dataset_dict.json")
-        raise ValueError(f"{path} holds several splits ({', '.join(names)}); point to one of them, such as {path / names[0]}")
-    if (path / "state.json").exists():
-        return _saved(path)
-    files = sorted(p for p in path.iterdir() if p.is_file() and _suffix(p) in SUFFIXES and not p.name.startswith("."))
-    if not files:
-        raise ValueError(
-            f"the folder {path} was not written by Dataset.save_to_disk and holds no {', '.join(SUFFIXES)} files; "
-            "point to such a folder or to a file"
+    def _object(self, pairs: list[tuple[str, Any]]) -> Row:
+        out = dict(pairs)
+        if len(out) < len(pairs):
+            names = [name for name, _ in pairs]
+            self.twice = next(name for name in names if names.count(name) > 1)
+        return out
+
+    def row(self, line: str, number: int) -> Row | Bad:
+        value, end = self._value(line, _blank(line, 0), number)
+        if (end := _blank(line, end)) < len(line):
+            raise self._error(json.JSONDecodeError("Extra data", line, end), number)
+        return self._checked(value, f"line {number}")
+
+    def values(self, text: str, number: int) -> Iterator[Row | Bad]:
+        at = _blank(text, 0)
+        if text[at] != "[":  # objects over several lines each
+            while at < len(text):
+                line = number + text.count("\n", 0, at)
+                value, end = self._value(text, at, number)
+                yield self._checked(value, f"line {line}")
+                at = _blank(text, end)
+            return
+        at, element, after = _blank(text, at + 1), 0, ","
+        while element or text[at : at + 1] != "]":
+            value, end = self._value(text, at, number)
+            yield self._checked(value, f"element {element} (counted from 0)")
+            element, end = element + 1, _blank(text, end)
+            after = text[end : end + 1]
+            if after == "]":
+                at = end
+                break
+            if after != ",":
+                raise self._error(json.JSONDecodeError("Expecting ',' delimiter", text, end), number)
+            at = _blank(text, end + 1)
+        if (end := _blank(text, at + 1)) < len(text):
+            raise self._error(json.JSONDecodeError("Extra data", text, end), number)
+
+    def _value(self, text: str, at: int, number: int) -> tuple[Any, int]:
+        self.begun, self.twice = True, ""
+        try:
+            return self.json.raw_decode(text, at)
+        except json.JSONDecodeError as error:
+            raise self._error(error, number) from error
+        except (RecursionError, ValueError) as error:  # nested without end; a number of thousands of digits
+            raise ValueError(f"{self.path}, line {number} is not JSON that can be read ({one_line(error)}); correct it") from error
+
+    def _checked(self, value: Any, place: str) -> Row | Bad:
+        if not isinstance(value, dict):
+            raise ValueError(f"{self.path}, {place} is {short(value)}, not an object with columns; write one object a row")
+        return (
+            Bad("repeated key", f"{place} has the key {short(self.twice)} twice in one object; keep one of them") if self.twice else value
         )
-    held = {word for p in files for word in re.split(r"[\W_\d]+", p.name.lower()) if word in SPLITS}
-    if len(held) > 1:
-        raise ValueError(f"the folder {path} holds several splits ({', '.join(p.name for p in files)}); point to one of the files")
-    return [row for p in files for row in _read_file(p)]
+
+    def _error(self, error: json.JSONDecodeError, first_line: int) -> ValueError:
+        line = first_line + error.lineno - 1
+        what = f"{error.msg} at column {error.colno}"
+        if error.doc[: error.pos].rstrip()[-1:] == "," and error.doc[error.pos : error.pos + 1] in ("]", "}"):
+            what = f"a comma stands before the closing bracket at column {error.colno}"
+        return ValueError(f"{self.path}, line {line} is not JSON: {what}; write one JSON array, or one object a line")
 
 
-def _splits(file: pathlib.Path) -> list[str]:
-    try:
-        names = json.loads(file.read_bytes())["splits"]
-        return [str(names[0]), *map(str, names[1:])]
-    except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
-        raise ValueError(f"{file} is damaged ({one_line(error)}); save the data set again") from error
+BLANK = re.compile(r"[ \t\r\n]*")
 
 
-def _saved(path: pathlib.Path) -> list[dict[str, Any]]:
+def _blank(text: str, at: int) -> int:
+    """The place of the first character from `at` on that is no white space of JSON."""
+    return BLANK.match(text, at).end()  # type: ignore[union-attr]
+
+
+def _saved(path: pathlib.Path) -> list[Row]:
     import datasets
 
     try:
@@ -150,7 +270,7 @@ def _saved(path: pathlib.Path) -> list[dict[str, Any]]:
         raise ValueError(f"the data set in {path} does not load ({one_line(error)}); save it again") from error
 
 
-def _read_hub(path: str) -> list[dict[str, Any]]:
+def _read_hub(path: str) -> list[Row]:
     name, *rest = path.removeprefix(HUB).split(":")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or len(rest) > 2 or not all(rest):
         raise ValueError(f"{path!r} is no data set of the hub; write {HUB}org/name, {HUB}org/name:split or {HUB}org/name:config:split")
@@ -177,19 +297,3 @@ def check_local(text: str, what: str, hub: bool = False) -> None:
         if scheme and not (hub and part.startswith(HUB)):
             also = f", or {HUB}org/name" if hub else ""
             raise ValueError(f"{what} is {text!r}, and {scheme[1]}:// is not read or written; give a path of this machine{also}")
-
-
-def one_line(error: BaseException, most: int = 160) -> str:
-    """What an error says, as one line of at most so many characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= most else text[: most - 3] + "..."
-
-
-_REPR = reprlib.Repr()  # nested values to a bounded depth: what a file holds may be nested a thousand deep
-_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 80
-
-
-def short(value: Any) -> str:
-    """A value as an error message shows it."""
-    text = _REPR.repr(value)
-    return text if len(text) <= 80 else text[:60] + "..." + text[-17:]

@@ -71,7 +71,7 @@ def read(request: Request, tokenizer: Any) -> list[Prompt] | None:
         raise ValueError("several processes have no terminal in common; give --prompts FILE")
     if file == "-" and sys.stdin.isatty():
         return None
-    if file != "-" and Path(file).suffixes and any(s in SUFFIXES for s in Path(file).suffixes[-2:]):
+    if file != "-" and Path(file).suffixes and any(s.lower() in SUFFIXES for s in Path(file).suffixes[-2:]):
         return [encoded(i, row.get("prompt"), row.get("tools"), tokenizer, file) for i, row in enumerate(read_rows(file))]
     if file != "-" and not Path(file).is_file():
         raise ValueError(f"there is no file {file!r}; give --prompts a file with a prompt a line, or rows with a column 'prompt'")

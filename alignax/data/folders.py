@@ -1,0 +1,143 @@
+"""Folders and patterns: which files a path means. Every file in a folder is read, known to hold no rows, or named in an error."""
+
+import glob
+import json
+import re
+from pathlib import Path
+
+from alignax.data.words import one_line
+
+SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
+PACKED = (".gz", ".bz2", ".xz", ".zst", ".zstd")
+# Words by which files and folders name the split that they hold.
+SPLITS = ("train", "training", "dev", "val", "valid", "validation", "eval", "evaluation", "test", "testing")
+SHARD = re.compile(r"(.+?)[-_.]\d{3,6}[-_.]of[-_.]\d{3,6}")  # train-00000-of-00002, as the hub names the files of a split
+DEEPEST = 12  # folders inside one another; a link to a folder above it has no end
+# What lies beside data and has no rows: hidden files, papers, programs, pictures, and what `datasets` writes of its own.
+NO_ROWS = re.compile(
+    r"\..*|_success|(readme|licen[cs]e|notice|copying|citation|changelog|authors|datasheet|dataset_card)\b.*"
+    r"|(dataset_infos?|dataset_dict|state)\.json|cache-[0-9a-f]+\.arrow"
+    r"|.*\.(md|rst|py|ipynb|sh|ya?ml|toml|cff|bib|pdf|png|jpe?g|gif|svg|lock|sha256|md5|crc)",
+    re.IGNORECASE,
+)
+
+
+def suffix(path: Path) -> str:
+    """The suffix of a name that says how a file is to be read, in small letters: of a.CSV.gz it is .csv."""
+    return Path(path.stem if path.suffix.lower() in PACKED else path.name).suffix.lower()
+
+
+def place(text: str) -> tuple[Path, str]:
+    """A path and the split asked for, empty: none. Of FOLDER:test it is "test"; a path that exists is itself."""
+    before, colon, split = text.rpartition(":")
+    if colon and split and not Path(text).exists() and Path(before).exists():
+        return Path(before), split
+    return Path(text), ""
+
+
+def matching(pattern: str) -> list[Path]:
+    """The files that a pattern such as data/*.jsonl stands for, in the order of their names; none where it is no pattern."""
+    if not glob.has_magic(pattern):
+        return []
+    found = [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]
+    folders = [path for path in found if path.is_dir()]
+    if folders and "**" not in pattern:
+        raise ValueError(f"{pattern} stands for the folder {folders[0]} too; write a pattern of files alone, such as {pattern}.jsonl")
+    return [path for path in found if path.is_file()]
+
+
+def saved(folder: Path, split: str) -> Path | None:
+    """The folder of one split, where `Dataset.save_to_disk` wrote this one; None: other programs did."""
+    if (folder / "dataset_dict.json").exists():
+        names = _splits(folder / "dataset_dict.json")
+        if split not in names:
+            what = f"has no split {split!r}" if split else "holds several splits"
+            raise ValueError(f"{folder} {what} ({', '.join(names)}); name one of them, such as {folder}:{names[0]}")
+        return folder / split
+    if (folder / "state.json").exists():
+        if split:
+            raise ValueError(f"{folder} is a single data set, without splits; leave out ':{split}'")
+        return folder
+    return None
+
+
+def _splits(file: Path) -> list[str]:
+    try:
+        names = json.loads(file.read_bytes())["splits"]
+        return [str(names[0]), *map(str, names[1:])]
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged ({one_line(error)}); save the data set again") from error
+
+
+def files(folder: Path, split: str) -> list[Path]:
+    """The data files of one split in a folder and in those inside it, in the order of their names.
+
+    The split of a file is what stands in front of its number (train_prefs-00000-of-00001.parquet), else a word of its name, else
+    a word of the folder that it lies in.
+    """
+    root = _snapshot(folder)
+    found = list(_inside(root, DEEPEST))
+    other = [str(file.relative_to(root)) for file in found if suffix(file) not in SUFFIXES]
+    found = [file for file in found if suffix(file) in SUFFIXES]
+    if not found:
+        raise ValueError(
+            f"the folder {folder} was not written by Dataset.save_to_disk and holds no {', '.join(SUFFIXES)} files, nor such ones with "
+            f"{', '.join(PACKED)}{_also(other)}; point to such a folder or to a file"
+        )
+    if other:
+        pattern = f"{folder}/{'**/' if any('/' in name for name in other) else ''}*{found[0].suffix}"
+        raise ValueError(f"the folder {folder} holds files that are not read{_also(other)}; name those to read, such as '{pattern}'")
+    held = {file: _names(file.relative_to(root)) for file in found}
+    if split:
+        exact = [file for file in found if held[file][:1] == [split]]
+        found = exact or [file for file in found if split in held[file]]
+    splits = sorted({names[0] for file, names in held.items() if names and file in found})
+    if not found or len(splits) > 1:
+        known = sorted({names[0] for names in held.values() if names})
+        what = "holds several splits" if not split else f"holds several splits that are {split!r}" if found else f"has no split {split!r}"
+        shown = f"{', '.join(splits or known) or 'no name tells of one'}"
+        raise ValueError(f"the folder {folder} {what} ({shown}); name one{f', such as {folder}:{known[0]}' if known else ' of its files'}")
+    return found
+
+
+def _also(names: list[str]) -> str:
+    if not names:
+        return ""
+    return f" ({', '.join(names[:8])}{f', and {len(names) - 8} more' if len(names) > 8 else ''})"
+
+
+def _names(file: Path) -> list[str]:
+    """The names of the split that a file, by its path inside the folder, holds; the first is the one it goes by."""
+    shard = SHARD.fullmatch(Path(file.stem if file.suffix.lower() in PACKED else file.name).stem)
+    words = [word for part in [file.name, *reversed(file.parent.parts)] for word in re.split(r"[\W_\d]+", part.lower()) if word in SPLITS]
+    return list(dict.fromkeys([*([shard[1]] if shard else []), *words]))
+
+
+def _snapshot(folder: Path) -> Path:
+    """Of a folder of the hub's cache the version that it holds; else the folder itself."""
+    versions = folder / "snapshots"
+    if not versions.is_dir() or not (folder / "blobs").is_dir():
+        return folder
+    held = sorted(path for path in versions.iterdir() if path.is_dir())
+    main = folder / "refs" / "main"
+    current = versions / main.read_text().strip() if main.is_file() else None
+    if current in held or len(held) == 1:
+        return current if current in held else held[0]
+    raise ValueError(f"{folder} is the hub's cache of {len(held)} versions of a data set; point to one of the folders in {versions}")
+
+
+def _inside(folder: Path, depth: int) -> list[Path]:
+    """The files of a folder and of those inside it, without those that are known to hold no rows."""
+    if not depth:
+        raise ValueError(f"{folder} lies in more than {DEEPEST} folders, or in a circle of links; point to the folder of the files")
+    found = []
+    for path in sorted(folder.iterdir()):
+        if not path.is_dir():
+            found += [] if NO_ROWS.fullmatch(path.name) else [path]
+        elif path.name.startswith("."):
+            continue
+        elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+            raise ValueError(f"{path} was written by Dataset.save_to_disk, beside other files; point to it alone")
+        else:
+            found += _inside(path, depth - 1)
+    return found
