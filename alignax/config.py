@@ -117,6 +117,7 @@ def default_config() -> Any:
     c.data.columns.margin = ""  # of "preference": a number, for losses that read the field `margin`; empty: none
     c.data.columns.attributes = ""  # of "sft": columns of numbers, or lists of numbers, "helpfulness,verbosity" say; empty: none
     c.data.columns.tools = "tools"  # of conversations: what the chat template is told of tools, where there is such a column
+    c.data.template = ConfigDict()  # variables of the chat template: --config.data.template.enable_thinking=false, say
     c.data.prompt_separator = ""  # for texts without a prompt column: the text that ends a prompt
     c.data.turns = "last"  # or "all": the assistant turns of a conversation that are scored
     c.data.max_length = 512  # tokens of prompt and completion
@@ -164,6 +165,7 @@ def default_config() -> Any:
     for group in c.values():
         if isinstance(group, ConfigDict):
             group.lock()  # a misspelt field in an experiment file is an error; the top level takes its own fields, such as beta
+    c.data.template.unlock()
     return c
 
 
@@ -274,6 +276,9 @@ def set_field(config: Any, override: str) -> None:
     if not equals:
         raise ValueError(f"config field {override!r} has no value; write --config.FIELD=VALUE")
     node, parts = config, path.split(".")
+    if parts[:-1] == ["data", "template"]:
+        config.data.template[parts[-1]] = _literal(text)
+        return
     for part in parts[:-1]:
         node = node[_known(node, part, path, config)]
         if not hasattr(node, "items"):
@@ -286,10 +291,7 @@ def set_field(config: Any, override: str) -> None:
         check_path(path, text)
         node[name] = text
         return
-    try:
-        value = ast.literal_eval(text.capitalize() if isinstance(old, bool) else text)
-    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):  # all that a text which is no literal makes of it
-        value = text
+    value = _literal(text.capitalize() if isinstance(old, bool) else text)
     _in_range(path, value)
     if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
@@ -298,6 +300,14 @@ def set_field(config: Any, override: str) -> None:
     if type(value) is not type(old):
         raise ValueError(f"config field {path!r} is {short(text)}; it must be {_a(old)}, such as {old!r}")
     node[name] = value
+
+
+def _literal(text: str) -> Any:
+    """The Python literal that a text is, or the text itself; true and false are literals too."""
+    try:
+        return ast.literal_eval(text.capitalize() if text in ("true", "false") else text)
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):  # all that a text which is no literal makes of it
+        return text
 
 
 def _known(node: Any, part: str, path: str, config: Any) -> str:

@@ -1,24 +1,27 @@
 """Conversations: lists of messages become prompts and completions, and tokens by the tokenizer's own chat template.
 
-Which tokens are scored is read off the template, never assumed: off its `{% generation %}` marks where it has them, else off
-prefixes. The tokens of a conversation up to a turn must be a prefix of the tokens of the whole, else the row is bad.
+Which tokens are scored is read off the template, never assumed: off its `{% generation %}` marks where it has them, else off the text
+that it makes of the whole conversation, see `alignax.data.turns`. A token that spans the boundary is scored, and its row counted.
 """
 
 import json
-import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import takewhile
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from alignax.data.files import short
 from alignax.data.rows import Bad, Message, Prompted
+from alignax.data.template import Template
+from alignax.data.turns import Found, find
 
-GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-BY_MARKS, BY_PREFIXES = "the template's {% generation %} marks", "prefixes of the chat template"
+BY_MARKS, BY_TEXT = "the template's {% generation %} marks", "the text that the chat template makes of each"
+NULLS = ("keys of tool calls or tools that hold null, which are left out",)
+NO_VARIABLES: Mapping[str, Any] = MappingProxyType({})
 
 
 class Encoded(NamedTuple):
-    """A row in tokens: the prompt, and N completions, each from its first scored token to its last."""
+    """A row in tokens: the prompt that the N completions share, and each from there to its last scored token."""
 
     prompt: list[int]
     completions: list[list[int]]
@@ -26,6 +29,7 @@ class Encoded(NamedTuple):
     text: str  # of the prompt
     merged: bool = False  # a token spans the boundary
     turns_without_eos: int = 0
+    told: Collection[str] = ()  # what a person should know of the row, in words that many rows share
 
 
 def split(prompt: list | None, sides: Mapping[str, Any], tools: Any, turns: str) -> Prompted | Bad:
@@ -44,6 +48,7 @@ def split(prompt: list | None, sides: Mapping[str, Any], tools: Any, turns: str)
     bad = next((bad for name, value in values.items() if (bad := _bad_messages(name, value))), None)
     if bad:
         return bad
+    told = NULLS if _nested_nulls([*(prompt or []), *(message for side in sides.values() for message in side)], tools) else ()
     tools = _tools(tools)
     if isinstance(tools, Bad):
         return tools
@@ -58,23 +63,39 @@ def split(prompt: list | None, sides: Mapping[str, Any], tools: Any, turns: str)
     if start == 0:
         return Bad("no prompt", f"{next(iter(sides))!r} begins with the assistant's turn; put a user turn in front")
     first = next(iter(whole.values()))
-    return Prompted(first[:start], tuple(messages[start:] for messages in whole.values()), tools=tools)
+    return Prompted(first[:start], tuple(messages[start:] for messages in whole.values()), tools=tools, told=told)
 
 
 def prompt_alone(messages: list, tools: Any) -> Prompted | Bad:
     """A conversation that is to be gone on with: its completion has no message yet."""
     bad = _bad_messages("the prompt", messages) if messages else Bad("no prompt", "the prompt has no message; put a user turn there")
-    tools = _tools(tools)
-    if bad or isinstance(tools, Bad):
-        return bad or tools
-    return Prompted(messages, ([],), tools=tools)
+    read = _tools(tools)
+    if bad or isinstance(read, Bad):
+        return bad or read
+    if messages[-1].get("tool_calls"):
+        return Bad("no prompt", "the prompt ends with the assistant's call of a tool; put the tool's answer behind it")
+    told = NULLS if _nested_nulls(messages, tools) else ()
+    return Prompted(_without_nulls(messages), ([],), tools=read, told=told)
+
+
+def _without_nulls(value: Any) -> Any:
+    """A value without the keys of its objects that hold null: columnar files give every object the keys of all others."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _nested_nulls(messages: list[Message], tools: Any) -> bool:
+    """Whether tool calls or descriptions of tools have keys that hold null."""
+    values = [message["tool_calls"] for message in messages if message.get("tool_calls")] + ([tools] if isinstance(tools, list) else [])
+    return _without_nulls(values) != values
 
 
 def _tools(tools: Any) -> Any:
     """A list of tool descriptions or its JSON, as a list; None of none."""
     bad = Bad("bad tools", f"the tools are {short(tools)}; give a list of JSON schemas")
     try:
-        tools = json.loads(tools) if isinstance(tools, str) else tools
+        tools = json.loads(tools) if isinstance(tools, str) else _without_nulls(tools)
         json.dumps(tools, ensure_ascii=False).encode()
     except (ValueError, TypeError, RecursionError):
         return bad
@@ -102,9 +123,9 @@ def _is_message(message: Any) -> bool:
 
 
 def _until_last_answer(messages: list[Message], prompt: int) -> list[Message]:
-    """Messages up to the last assistant turn after the prompt, without the empty keys that columnar files give them."""
+    """Messages up to the last assistant turn after the prompt, without the keys that hold null."""
     last = max((i for i, m in enumerate(messages) if m["role"] == "assistant" and i >= prompt), default=-1)
-    return [{key: value for key, value in message.items() if value is not None} for message in messages[: last + 1]]
+    return _without_nulls(messages[: last + 1])
 
 
 def _start(whole: list[list[Message]], prompt: list | None, turns: str) -> int:
@@ -137,134 +158,96 @@ def masks(tokenizer: Any) -> str:
     Raises:
       ValueError: the tokenizer has no chat template.
     """
-    return BY_MARKS if GENERATION.search(_template(tokenizer, None)) else BY_PREFIXES
+    return BY_MARKS if Template(tokenizer, {}).has_marks(None) else BY_TEXT
 
 
-def _template(tokenizer: Any, tools: Any) -> str:
-    try:
-        template = tokenizer.get_chat_template(None, tools)
-    except ValueError as error:
-        raise ValueError(
-            "the data holds conversations, and the tokenizer has no chat template; put the model's chat_template.jinja into its "
-            "folder, or use columns of text"
-        ) from error
-    if not isinstance(template, str):
-        raise ValueError(
-            f"the tokenizer's chat template is {short(template)}, not text; put the model's chat_template.jinja into its folder"
-        )
-    return template
-
-
-def encode(rows: Sequence[Prompted], tokenizer: Any, ends: Collection[int] = ()) -> list[Encoded | Bad]:
+def encode(
+    rows: Sequence[Prompted], tokenizer: Any, ends: Collection[int] = (), variables: Mapping[str, Any] = NO_VARIABLES
+) -> list[Encoded | Bad]:
     """Tokens of conversational rows, as the chat template has them: no BOS and no EOS is added, and none taken away.
 
-    A scored turn ends with the first end at its back, the tokenizer's EOS or one of `ends`; what the template puts behind that is
-    not scored, and behind the last turn it is left out. A turn that the template ends without one is counted.
+    A scored turn ends with the first end behind what it says, the tokenizer's EOS or one of `ends`; what the template puts behind that
+    is not scored, and behind the last turn it is left out. A turn that the template ends without one is counted. What the template puts
+    in front of an answer by itself where reasoning would be is not scored either.
+
+    Args:
+      rows: prompts and their completions, conversations.
+      tokenizer: a Hugging Face tokenizer with a chat template.
+      ends: tokens that end a turn, beside the EOS.
+      variables: values of the template's variables.
     """
     ends = {tokenizer.eos_token_id, *ends}
-    spans = _by_marks if masks(tokenizer) == BY_MARKS else _by_prefixes
-    return [_row(row, tokenizer, ends, spans) for row in rows]
+    template, texts = Template(tokenizer, variables), tokenizer.batch_decode([[end] for end in sorted(ends)])
+    template.source(None)
+    found = [find(row, template, texts) for row in rows]
+    every = [text for row in found if isinstance(row, Found) for text in ([side.text for side in row.sides] or [row.prompt])]
+    if not every:
+        return [row for row in found if isinstance(row, Bad)]
+    batch = tokenizer(every, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    tokens = iter(Tokens(tokenizer, text, ids, batch, i) for i, (text, ids) in enumerate(zip(every, batch["input_ids"], strict=True)))
+    return [row if isinstance(row, Bad) else _encoded(row, [next(tokens) for _ in row.sides or "1"], ends) for row in found]
 
 
-Spans = tuple[list[int], list[tuple[int, int]]]  # tokens of a conversation, and the beginning and end of each scored turn
+def _encoded(row: Found, tokens: list["Tokens"], ends: Collection[int]) -> Encoded | Bad:
+    if not row.sides:
+        (prompt,) = tokens
+        eos = prompt.tokenizer.eos_token_id
+        if not prompt.ids:
+            return Bad("no prompt", "the chat template makes no token of the conversation")
+        return Encoded(prompt.ids, [[eos]], [b"\1"], row.prompt, told=row.told)
+    starts = [side.turns[0][0] for side in row.sides]
+    texts = {side.text[:start] for side, start in zip(row.sides, starts, strict=True)}
+    front = starts[0] if len(texts) == 1 else min(side.opened for side in row.sides)
+    places = [own.place(front) for own in tokens]
+    boundary = min(place for place, _ in places)
+    while any(own.ids[:boundary] != tokens[0].ids[:boundary] for own in tokens):
+        boundary -= 1
+    merged = any(inside or place > boundary for place, inside in places)
+    completions, marks, without = [], [], 0
+    for side, own in zip(row.sides, tokens, strict=True):
+        scored = bytearray(len(own.ids))
+        for start, stop in side.turns:
+            first, inside = (boundary, False) if start == front else own.place(start)
+            last, cut = own.place(stop)
+            last, merged = last + (cut and last == first), merged or inside
+            if last <= first or all(i in ends for i in own.ids[first:last]):
+                return Bad("empty completion", "the chat template makes no token of an assistant turn but its end")
+            scored[first:last] = b"\1" * (last - first)
+            without += own.ids[last - 1] not in ends
+        end = scored.rindex(1) + 1
+        completions.append(own.ids[boundary:end])
+        marks.append(bytes(scored[boundary:end]))
+    return Encoded(tokens[0].ids[:boundary], completions, marks, row.sides[0].text[:front], merged, without, row.told)
 
 
-def _row(row: Prompted, tokenizer: Any, ends: Collection[int], spans: Callable[[Any, Prompted, Any], Spans | Bad]) -> Encoded | Bad:
-    if not any(row.completions):
-        alone = encode_prompt(row.prompt, row.tools, tokenizer)
-        return alone if isinstance(alone, Bad) else Encoded(alone[1], [[tokenizer.eos_token_id]], [b"\1"], alone[0])
-    sides = []
-    try:
-        text = _text(tokenizer, row.prompt, row.tools, opened=True)
-        for completion in row.completions:
-            found = spans(tokenizer, row, completion)
-            if isinstance(found, Bad):
-                return found
-            sides.append(_side(*found, ends, tokenizer))
-    except _refusals() as error:
-        return _refused(error)
-    prompts = [prompt for prompt, *_ in sides]
-    if any(prompt != prompts[0] for prompt in prompts):
-        return Bad("prompt differs", "the chat template renders the prompt in another way before each side")
-    _, completions, scored, without = zip(*sides, strict=True)
-    return Encoded(prompts[0], [*completions], [*scored], text, turns_without_eos=sum(without))
+class Tokens(NamedTuple):
+    """The tokens of a text, and which of them stand in front of a character."""
+
+    tokenizer: Any
+    text: str
+    ids: list[int]
+    batch: Any  # of the tokenizer, for the places of tokens in texts
+    row: int
+
+    def place(self, at: int) -> tuple[int, bool]:
+        """The number of tokens that lie in front of character `at`, and whether the next one begins in front of it too."""
+        if at >= len(self.text) or at == 0:
+            return (len(self.ids) if at else 0), False
+        if self.tokenizer.is_fast and (token := self.batch.char_to_token(self.row, at)) is not None:
+            start = self.batch.token_to_chars(self.row, token).start
+            if start < at:
+                return token, True
+            if token == 0 or (before := self.batch.token_to_chars(self.row, token - 1)) is not None and before.end == at:
+                return token, False
+        # The tokenizer does not tell the places of its tokens, or not those of white space.
+        alone = self.tokenizer(self.text[:at], add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        pairs = zip(alone, self.ids, strict=False)
+        common = next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(alone), len(self.ids)))
+        return common, common < len(alone)
 
 
-def encode_prompt(messages: Any, tools: Any, tokenizer: Any) -> tuple[str, list[int]] | Bad:
-    """Text and tokens of a conversation up to where the next answer begins, as rows have them."""
-    if bad := _bad_messages("the prompt", messages):
-        return bad
-    _template(tokenizer, tools)
-    try:
-        text = _text(tokenizer, messages, tools, opened=True)
-    except _refusals() as error:
-        return _refused(error)
-    ids = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-    return (text, ids) if ids else Bad("no prompt", "the chat template makes no token of the conversation")
-
-
-def _refusals() -> tuple[type[Exception], ...]:
-    """A template is a program of its own, and may refuse a conversation in any of these ways."""
-    import jinja2
-
-    return (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError)
-
-
-def _refused(error: Exception) -> Bad:
-    return Bad("refused by the template", f"the chat template refuses the conversation: {short(str(error))}")
-
-
-def _text(tokenizer: Any, messages: Any, tools: Any, opened: bool = False) -> str:
-    """The messages as the template has them; `opened`: up to where the next answer begins."""
-    return tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=opened, tokenize=False)
-
-
-def _by_prefixes(tokenizer: Any, row: Prompted, completion: list[Message]) -> Spans | Bad:
-    messages = [*row.prompt, *completion]
-    turns = [i for i, m in enumerate(messages) if i >= len(row.prompt) and m["role"] == "assistant"]
-    texts = [_text(tokenizer, messages, row.tools)]
-    for i in turns:
-        texts += [_text(tokenizer, messages[:i], row.tools, opened=True), _text(tokenizer, messages[: i + 1], row.tools)]
-    ids, *parts = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-    for k, part in enumerate(parts):
-        if ids[: len(part)] != part:
-            where = f"{'end' if k % 2 else 'beginning'} of turn {turns[k // 2]}"
-            what = f"the tokens up to the {where} are no prefix of the tokens of the whole: the chat template changes with what follows"
-            return Bad("template is no prefix", f"{what}; give it {{% generation %}} marks, or score other turns with data.turns")
-    spans = [(len(start), len(end)) for start, end in zip(parts[::2], parts[1::2], strict=True)]
-    if any(start >= end for start, end in spans):
-        return Bad("empty completion", "the chat template makes no token of an assistant turn")
-    return ids, spans
-
-
-def _by_marks(tokenizer: Any, row: Prompted, completion: list[Message]) -> Spans | Bad:
-    messages = [*row.prompt, *completion]
-    out = tokenizer.apply_chat_template(messages, tools=row.tools, return_dict=True, return_assistant_tokens_mask=True)
-    mask = [0, *out["assistant_masks"], 0]
-    starts = [i for i in range(1, len(mask)) if mask[i] > mask[i - 1]]
-    ends = [i for i in range(1, len(mask)) if mask[i] < mask[i - 1]]
-    turns = sum(m["role"] == "assistant" for m in messages)
-    if len(starts) != turns:
-        return Bad("marks do not fit", f"the chat template marks {len(starts)} spans in {turns} assistant turns; correct its marks")
-    spans = [(start - 1, end - 1) for start, end in zip(starts, ends, strict=True)]
-    return out["input_ids"], spans[-sum(m["role"] == "assistant" for m in completion) :]
-
-
-def _side(ids: list[int], spans: list[tuple[int, int]], ends: Collection[int], tokenizer: Any) -> tuple[list[int], list[int], bytes, int]:
-    """Prompt, completion, the completion's mask, and the number of its turns without an end."""
-    scored, without = [False] * len(ids), 0
-    for start, end in spans:
-        last = _end(ids, start, end, ends, tokenizer)
-        if last is None:
-            without, last = without + 1, end - 1
-        scored[start : last + 1] = [True] * (last + 1 - start)
-    first, stop = scored.index(True), len(scored) - scored[::-1].index(True)
-    return ids[:first], ids[first:stop], bytes(scored[first:stop]), without
-
-
-def _end(ids: list[int], start: int, stop: int, ends: Collection[int], tokenizer: Any) -> int | None:
-    """The place of the token that ends a turn: the first of the ends at its back, between which is only white space; None: it has none."""
-    places = [i for i in range(start, stop) if ids[i] in ends]
-    while len(places) > 1 and not tokenizer.decode(ids[places[-2] + 1 : places[-1]]).strip():
-        places.pop()
-    return places[-1] if places else None
+def encode_prompt(messages: Any, tools: Any, tokenizer: Any, variables: Mapping[str, Any] = NO_VARIABLES) -> tuple[str, list[int]] | Bad:
+    """Text and tokens of a conversation up to where the next answer begins, as rows have them; the beginning of one is gone on with."""
+    row = prompt_alone(messages, tools)
+    found = row if isinstance(row, Bad) else encode([row], tokenizer, variables=variables)[0]
+    return found if isinstance(found, Bad) else (found.text, found.prompt)

@@ -3,7 +3,7 @@
 import itertools
 import pathlib
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,6 +39,7 @@ class Report(NamedTuple):
     separators_added: int
     eos_inside: int
     turns_without_eos: int
+    told: dict[str, int]  # what the chat template leaves out of conversations and the like, in words, and its rows
     masks: str  # how the scored turns of conversations were found; empty: there are none
     pairs_split: int  # pairs of which two unpaired rows each were made
     tokens: int
@@ -64,6 +65,7 @@ class Report(NamedTuple):
             lines.append(f"  completions with an end token inside the text: {self.eos_inside:,}")
         if self.masks:
             lines.append(f"  conversations: scored turns are those of {self.masks}")
+        lines += [f"  {what}: {count:,} rows" for what, count in sorted(self.told.items())]
         if self.turns_without_eos:
             remedy = "put the template's own into eos_token_id of generation_config.json"
             lines.append(
@@ -92,7 +94,9 @@ def load_examples(
     rows, rejected = prompted_rows(raw, data, path)
     del raw
     lengths = {"max_length": data.max_length, "max_prompt_length": data.max_prompt_length}
-    examples, report = tokenize(rows, tokenizer, vocab_size=vocab_size, ends=ends, rejected=rejected, **lengths)
+    template = dict(data.template)
+    given = {"vocab_size": vocab_size, "ends": ends, "rejected": rejected, "template": template}
+    examples, report = tokenize(rows, tokenizer, **given, **lengths)
     return (unpair(examples), report._replace(pairs_split=report.kept)) if apart else (examples, report)
 
 
@@ -105,6 +109,7 @@ def tokenize(
     vocab_size: int,
     ends: Collection[int] = (),
     rejected: Rejected | None = None,
+    template: Mapping[str, Any] = chat.NO_VARIABLES,
 ) -> tuple[Examples, Report]:
     """Tokenise rows, each side as one string.
 
@@ -125,6 +130,7 @@ def tokenize(
       vocab_size: rows of the model's embedding; an id at or above it is an error.
       ends: tokens that end a completion beside the tokenizer's EOS, see `alignax.models.hf.end_ids`.
       rejected: what `prompted_rows` has left out, taken up in the report; says what becomes of bad rows.
+      template: values of the chat template's variables.
 
     Returns:
       The examples and the report.
@@ -140,7 +146,8 @@ def tokenize(
     prompts: list[str] = []
     uncut: tuple[list[int], list[int]] = ([], [])
     ids, scored, lengths, longest_prompt = [], [], [], 0
-    for chunk, encoded in _encoded(rows, tokenizer, ends):
+    told: Counter[str] = Counter()
+    for chunk, encoded in _encoded(rows, tokenizer, ends, template):
         sides, marks = [], []
         for row, code in zip(chunk, encoded, strict=True):
             if isinstance(code, Bad):
@@ -157,6 +164,7 @@ def tokenize(
             kept.append(row)
             prompts.append(code.text)
             counts.update(fitted.counts)
+            told.update(code.told)
             sides += [fitted.prompt + completion for completion in fitted.completions]
             marks += [bytes(len(fitted.prompt)) + side for side in fitted.scored]
         lengths += [len(side) for side in sides]
@@ -177,7 +185,7 @@ def tokenize(
         fields={name: np.asarray([row.fields[name] for row in kept], FIELDS[name]) for name in kept[0].fields},
         columns={name: [row.columns[name] for row in kept] for name in kept[0].columns},
     )
-    return examples, _report(examples, kept, rejected, counts, uncut, longest_prompt, tokenizer)
+    return examples, _report(examples, kept, rejected, counts, uncut, longest_prompt, tokenizer)._replace(told=dict(told))
 
 
 def _report(
@@ -195,6 +203,7 @@ def _report(
         separators_added=counts["separators_added"],
         eos_inside=counts["eos_inside"],
         turns_without_eos=counts["turns_without_eos"],
+        told={},
         masks=chat.masks(tokenizer) if any(not isinstance(row.prompt, str) for row in kept) else "",
         pairs_split=0,
         tokens=len(examples.tokens),
@@ -226,14 +235,16 @@ def _check_limits(max_length: int, max_prompt_length: int, tokenizer: Any, path:
         )
 
 
-def _encoded(rows: Sequence[Prompted], tokenizer: Any, ends: Collection[int]) -> Iterator[tuple[Sequence[Prompted], list[Encoded | Bad]]]:
+def _encoded(
+    rows: Sequence[Prompted], tokenizer: Any, ends: Collection[int], template: Mapping[str, Any]
+) -> Iterator[tuple[Sequence[Prompted], list[Encoded | Bad]]]:
     """Chunks of rows, in tokens, each kind by its own way."""
     for start in range(0, len(rows), ROWS_AT_ONCE):
         chunk = rows[start : start + ROWS_AT_ONCE]
         texts = [row for row in chunk if isinstance(row.prompt, str)]
         conversations = [row for row in chunk if not isinstance(row.prompt, str)]
         done = iter(encode_texts(texts, tokenizer, ends) if texts else ())
-        chats = iter(chat.encode(conversations, tokenizer, ends) if conversations else ())
+        chats = iter(chat.encode(conversations, tokenizer, ends, template) if conversations else ())
         yield chunk, [next(done) if isinstance(row.prompt, str) else next(chats) for row in chunk]
 
 
@@ -276,7 +287,7 @@ def _fit(row: Encoded, tokenizer: Any, ends: Collection[int], max_length: int, m
     whole = row.prompt or [_separator(tokenizer)]
     prompt = _cut_prompt(whole, max_prompt_length, bos)
     room = max_length - len(prompt)
-    if room < 1:
+    if room < 1 or not all(any(side[:room]) for side in row.scored):
         what = f"a prompt of {len(prompt)} tokens leaves no room within max_length {max_length}"
         return Bad("prompt leaves no room", f"{what}; set data.max_prompt_length or raise data.max_length")
     completions = [completion[:room] for completion in row.completions]

@@ -1,0 +1,178 @@
+"""Chat templates: a tokenizer's own, with the values of its variables, as text and never as tokens."""
+
+import dataclasses
+import functools
+import inspect
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from alignax.data.files import short
+from alignax.data.rows import Bad, Message
+
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+MARKS = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
+REFUSED = "refused by the template"
+QUESTION, ANSWER, THOUGHT = "\ufdd0", "\ufdd1", "\ufdd2"  # stand for texts, and no text has these characters
+
+
+class Opening(NamedTuple):
+    """How a template goes on from a message to the answer that follows."""
+
+    tail: str | None  # what it puts behind the message in the prompt of generation; None: it leaves the message out
+    beyond: int  # characters at the end of that which stand in front of no answer without reasoning
+    slot: str  # what it puts in front of such an answer where reasoning would be, "<think>\\n\\n</think>\\n\\n" say
+
+
+@dataclasses.dataclass(frozen=True)
+class Template:
+    """The chat template of a tokenizer, and the values of its variables (`data.template`)."""
+
+    tokenizer: Any
+    variables: Mapping[str, Any]
+    openings: dict[str, Opening] = dataclasses.field(default_factory=dict)  # role of the message in front -> how an answer begins
+    unseen: dict[tuple[str, str], str] = dataclasses.field(default_factory=dict)  # what generation and rows have there -> the words for it
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a variable that no template of the tokenizer mentions, and for what alignax says itself."""
+        own = set(inspect.signature(self.tokenizer.apply_chat_template).parameters) - {"documents", "kwargs"} | {"messages"}
+        for name in self.variables:
+            field = f"config field 'data.template.{name}'"
+            if name in own:
+                raise ValueError(f"{field}: {name!r} is no variable of a chat template's own; leave it out")
+            sources = self.tokenizer.chat_template
+            sources = [*sources.values()] if isinstance(sources, dict) else [self.source(None)]
+            if not any(re.search(rf"\b{re.escape(name)}\b", source) for source in sources):
+                raise ValueError(f"{field}: the chat template never mentions {name!r}; {_variables(sources)}")
+
+    def source(self, tools: Any) -> str:
+        """The Jinja text of the template.
+
+        Raises:
+          ValueError: there is none.
+        """
+        try:
+            template = self.tokenizer.get_chat_template(None, tools)
+        except ValueError as error:
+            raise ValueError(
+                "the data holds conversations, and the tokenizer has no chat template; put the model's chat_template.jinja into its "
+                "folder, or use columns of text"
+            ) from error
+        if not isinstance(template, str):
+            raise ValueError(
+                f"the tokenizer's chat template is {short(template)}, not text; put the model's chat_template.jinja into its folder"
+            )
+        return template
+
+    def has_marks(self, tools: Any) -> bool:
+        """Whether the template says with `{% generation %}` what is an assistant's own."""
+        return bool(GENERATION.search(self.source(tools)))
+
+    def text(self, messages: list[Message], tools: Any, opened: bool = False, **variables: Any) -> str:
+        """The messages as the template has them; `opened`: up to where the next answer begins, or the last one goes on."""
+        said = dict(self.variables) | variables
+        on = opened and is_prefill(messages)
+        return self.tokenizer.apply_chat_template(
+            messages, tools=tools, add_generation_prompt=opened and not on, continue_final_message=on, tokenize=False, **said
+        )
+
+    def marks(self, messages: list[Message], tools: Any) -> tuple[str, list[tuple[int, int]]]:
+        """The messages as the template has them, and what it marks as the assistant's own, in characters."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        said = {**self.tokenizer.special_tokens_map, **self.variables}
+        source = self.source(tools)
+        texts, spans = render_jinja_template([messages], tools=tools, chat_template=source, return_assistant_tokens_mask=True, **said)
+        return texts[0], [(start, end) for start, end in spans[0] if start < end]
+
+    def opening(self, before: list[Message], tools: Any, prompt: str) -> Opening:
+        """How the answer to messages begins; asked of the template once for each role that stands in front of it.
+
+        Args:
+          before: the messages in front of the answer.
+          tools: what the template is told of tools.
+          prompt: `before` as the template has it, opened.
+        """
+        role = before[-1]["role"]
+        known = self.openings.get(role)
+        if known is None or known.tail is None or not prompt.endswith(known.tail):
+            try:
+                self.openings[role] = self._opening([*before[:-1], before[-1] | {"content": QUESTION}], tools)
+            except refusals():
+                return Opening(None, 0, "")
+        return self.openings[role]
+
+    def _opening(self, before: list[Message], tools: Any) -> Opening:
+        def between(text: str, end: int) -> str:
+            start = text.rfind(QUESTION, 0, end)
+            return text[start + len(QUESTION) : end] if start >= 0 else ""
+
+        prompt = self.text(before, tools, opened=True)
+        if QUESTION not in prompt:
+            return Opening(None, 0, "")
+        tail = between(prompt, len(prompt))
+        answer = {"role": "assistant", "content": ANSWER}
+        text = self.text([*before, answer], tools)
+        front = between(text, text.find(ANSWER))
+        start = shared(front, tail)
+        slot = front[start:]
+        thoughts = [answer | {"reasoning_content": THOUGHT}, answer | {"content": f"<think>\n{THOUGHT}\n</think>\n\n{ANSWER}"}]
+        for thinking in thoughts if slot.strip() else ():
+            text = self.text([*before, thinking], tools)
+            filled = between(text, text.find(ANSWER))[start:]
+            if THOUGHT in filled and squeezed(filled.replace(THOUGHT, "")) == squeezed(slot):
+                return Opening(tail, len(tail) - start, slot)
+        return Opening(tail, len(tail) - start, "")
+
+    @functools.cached_property
+    def specials(self) -> list[str]:
+        """The tokens that the tokenizer cuts out of a text before all else, the longest first."""
+        return sorted({*self.tokenizer.all_special_tokens, *self.tokenizer.get_added_vocab()}, key=len, reverse=True)
+
+
+def is_prefill(messages: list[Message]) -> bool:
+    """Whether a prompt ends in the beginning of an answer, which is to be gone on with."""
+    return bool(messages) and messages[-1]["role"] == "assistant" and not messages[-1].get("tool_calls")
+
+
+def shared(a: str, b: str) -> int:
+    """The length of what two texts begin with in common."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle - 1)
+    return low
+
+
+def squeezed(text: str) -> str:
+    """A text without its white space."""
+    return "".join(text.split())
+
+
+def refusals() -> tuple[type[Exception], ...]:
+    """A template is a program of its own, and may refuse a conversation in any of these ways."""
+    import jinja2
+
+    return (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError)
+
+
+def refused(error: Exception) -> Bad:
+    """The bad row that a template makes of a conversation it refuses."""
+    return Bad(REFUSED, f"the chat template refuses the conversation: {short(str(error))}")
+
+
+def _variables(sources: list[str]) -> str:
+    """The variables that templates read, in words."""
+    import jinja2
+    from jinja2 import meta
+
+    given = {"messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now"}
+    found: set[str] = set()
+    for source in sources:
+        try:
+            tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(MARKS.sub("", source))
+        except jinja2.TemplateError:
+            continue
+        found |= meta.find_undeclared_variables(tree)
+    names = sorted(name for name in found - given - set(jinja2.Environment().globals) if not name.endswith("_token"))
+    return f"it reads {', '.join(map(repr, names))}" if names else "it reads none; leave it out"

@@ -1,0 +1,358 @@
+"""What an assistant said, found in the text that a chat template makes of a conversation.
+
+A turn is scored from where the generation prompt in front of it ends to the end that the template puts behind what the turn says. The
+first is read off the generation prompt, the second off the message, and both are looked for in the text of the whole conversation:
+earlier turns may be written otherwise there than when they were the last.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from alignax.data.rows import Bad, Message, Prompted
+from alignax.data.template import REFUSED, Opening, Template, is_prefill, refusals, refused, shared, squeezed
+
+REASONING = ("reasoning_content", "reasoning", "thinking")
+THINKING = ("enable_thinking", "thinking")  # variables that turn reasoning on and off in the templates that have one
+
+
+class Side(NamedTuple):
+    """A conversation as text, and what of it is scored."""
+
+    text: str
+    opened: int  # characters in front of the first turn that generation is given too
+    turns: list[tuple[int, int]]  # beginning and end of what is scored, in characters
+    told: set[str]  # what a person should know of it, in words
+
+
+class Found(NamedTuple):
+    """A row as text."""
+
+    prompt: str  # as generation is given it
+    sides: list[Side]  # none of a prompt alone
+    told: set[str]
+
+
+def find(row: Prompted, template: Template, ends: Sequence[str]) -> Found | Bad:
+    """The text of a row, and its scored turns.
+
+    Args:
+      row: a prompt and its completions, all of them messages.
+      template: the chat template.
+      ends: texts of the tokens that end a turn.
+    """
+    bad: Bad | None = None
+    for prompt, completions in _forms(row):
+        try:
+            found = _find(prompt, completions, row.tools, template, ends)
+            found = found if isinstance(found, Bad) else found._replace(told=found.told | {*row.told})
+        except refusals() as error:
+            found = refused(error)
+        if isinstance(found, Found):
+            return found
+        bad = found if bad is None or bad.reason == REFUSED else bad
+    assert bad is not None
+    return bad
+
+
+def _find(prompt: list[Message], completions: list[list[Message]], tools: Any, template: Template, ends: Sequence[str]) -> Found | Bad:
+    opened = template.text(prompt, tools, opened=True)
+    if not any(completions):
+        return Found(opened, [], _left_out(prompt, len(prompt), opened, tools, template, opened=True))
+    sides: list[Side] = []
+    told: set[str] = set()
+    for completion in completions:
+        messages, first = _joined(prompt, completion)
+        side = (_marked if template.has_marks(tools) else _unmarked)(messages, first, prompt, opened, tools, template, ends)
+        if isinstance(side, Bad):
+            return side
+        if any(isinstance(x, dict) and x and str(x) in side.text for x in _arguments(messages)):
+            return Bad(REFUSED, "the chat template writes the arguments of tool calls as Python does, and not as JSON")
+        sides.append(side)
+        told |= side.told | _left_out(messages, first, side.text, tools, template)
+        told |= _unseen(prompt, messages, opened, side, tools, template)
+    least = min(side.opened for side in sides)
+    if any(side.text[:least] != sides[0].text[:least] for side in sides):
+        return Bad("prompt differs", "the chat template renders the prompt in another way before each side")
+    return Found(opened, sides, told)
+
+
+def _joined(prompt: list[Message], completion: list[Message]) -> tuple[list[Message], int]:
+    """The conversation and the place of its first scored message; the beginning of an answer makes one message with the rest of it."""
+    if not is_prefill(prompt) or completion[0]["role"] != "assistant":
+        return [*prompt, *completion], len(prompt)
+    begun, rest = prompt[-1], completion[0]
+    whole = begun | rest | {"content": begun.get("content", "") + rest.get("content", "")}
+    return [*prompt[:-1], whole, *completion[1:]], len(prompt) - 1
+
+
+def _unmarked(
+    messages: list[Message], first: int, prompt: list[Message], opened: str, tools: Any, template: Template, ends: Sequence[str]
+) -> Side | Bad:
+    """The turns from message `first` on, by what the messages say."""
+    text = template.text(messages, tools)
+    answers = [i for i, message in enumerate(messages) if i >= first and message["role"] == "assistant"]
+    places: list[tuple[int, int, str]] = []
+    for i in answers:
+        before = prompt if i == first else messages[:i]
+        given = opened if i == first else template.text(before, tools, opened=True)
+        place = _place(text, given, before, tools, template, after=places[-1][1] if places else 0)
+        if place is None:
+            return Bad(
+                "template is no prefix",
+                f"the chat template writes what stands in front of message {i} otherwise than the prompt that would be answered there; "
+                "give it {% generation %} marks, or score other turns with data.turns",
+            )
+        places.append(place)
+    turns, told = [], set()
+    bounds = [*(header for header, *_ in places[1:]), len(text)]
+    for i, place, bound in zip(answers, places, bounds, strict=True):
+        turn = _turn(text, messages, i, place, bound, tools, template, ends)
+        if isinstance(turn, Bad):
+            return turn
+        turns.append(turn[0])
+        told |= turn[1]
+    return Side(text, places[0][1], turns, told)
+
+
+def _place(text: str, given: str, before: list[Message], tools: Any, template: Template, after: int) -> tuple[int, int, str] | None:
+    """Where the message in front of an answer ends, where the answer's own text may begin, and the empty reasoning that may stand there.
+
+    Args:
+      text: of the whole conversation.
+      given: the prompt that would be answered here.
+      before: its messages.
+      tools: what the template is told of tools.
+      template: the chat template.
+      after: the characters of the text that lie in front for certain.
+    """
+    opening = Opening("", 0, "") if is_prefill(before) else template.opening(before, tools, given)
+    both, limit = shared(text, given), len(given) - opening.beyond
+    cut = len(given) - len(opening.tail) if opening.tail is not None else min(len(template.text(before, tools)), limit)
+    if both == len(given) or both >= limit:
+        return cut, both if both == len(given) else limit, opening.slot
+    if both >= cut:  # an earlier answer may be opened otherwise than the last one
+        return cut, both, opening.slot
+    # The conversation in front is written otherwise than in the whole: the message and its tail are looked for there.
+    anchor = str(before[-1].get("content") or "").strip() + given[cut:limit]
+    at = text.find(anchor, after) if opening.tail is not None and given[:limit].endswith(anchor) else -1
+    return (at + len(anchor) - (limit - cut), at + len(anchor), opening.slot) if at >= 0 else None
+
+
+def _turn(
+    text: str, messages: list[Message], i: int, place: tuple[int, int, str], bound: int, tools: Any, template: Template, ends: Sequence[str]
+) -> tuple[tuple[int, int], set[str]] | Bad:
+    """Beginning and end of what is scored of message i, and what is left out of it; `bound`: where the next answer is opened."""
+    header, start, slot = place
+    own = _own(messages[i], ends)
+    until = _until(text, [words for _, words in own], messages[i + 1 : i + 2], start, bound)
+    said = max([start, *(_said(text, words, start, until) for _, words in own)])
+    missing = {key for key, words in own if words not in text[header:until] and squeezed(words) not in squeezed(text[header:until])}
+    if slot and text.startswith(slot, start) and _inserted(text, start + len(slot), slot, str(messages[i].get("content") or "").strip()):
+        start += len(slot)
+        said = max(said, start)
+    stops = [at + len(end) for end in ends if (at := text.find(end, said, until)) >= 0]
+    stop = min(stops) if stops else _unended(text, messages, i, said, until, tools, template)
+    if not _without(text[start:stop], template.specials if missing == {key for key, _ in own} else ends):
+        what = " and ".join(f"{key!r}" for key in sorted(missing)) or "the text"
+        return Bad("left out by the template", f"the chat template leaves out {what} of message {i}, and with it all that it says")
+    return (start, stop), {_of(key, "assistant") for key in missing}
+
+
+def _inserted(text: str, end: int, slot: str, content: str) -> bool:
+    """Whether the template itself put empty reasoning in front of an answer that begins at `end`, and the message has it not."""
+    place = text.find(content, end)
+    return slot.strip() not in content or place >= 0 and not text[end:place].strip()
+
+
+def _until(text: str, own: list[str], following: list[Message], start: int, bound: int) -> int:
+    """Where the text of the message that follows a turn begins, or `bound`."""
+    # The last place where it may begin: a short text may stand in the header in front of it too.
+    place = next((at for m in following for _, words in _own(m) if (at := text.rfind(words, start, bound)) >= 0), bound)
+    inside = any(0 <= (at := text.find(words, start, bound)) <= place < at + len(words) for words in own)  # what follows is left out
+    return bound if inside else place
+
+
+def _said(text: str, words: str, start: int, until: int) -> int:
+    """Where words of a turn end, or the last of them where the template writes them otherwise; `start` if they are left out.
+
+    What is found may lie in front of the true place, in what the template puts there, and never behind it.
+    """
+    for part in (words, next(iter(re.findall(r"[^\s<>]+$", words)), "")):
+        if part and (at := text.find(part, start, until)) >= 0:
+            return at + len(part)
+    return start
+
+
+def _unended(text: str, messages: list[Message], i: int, said: int, until: int, tools: Any, template: Template) -> int:
+    """Where a turn ends that no end token closes: with what the template puts behind it when it is the last, or a special token."""
+    if i == len(messages) - 1:
+        return len(text)
+    closing = next((said + len(token) for token in template.specials if text.startswith(token, said)), said)
+    try:
+        return max(closing, min(until, shared(text, template.text(messages[: i + 1], tools))))
+    except refusals():
+        return closing
+
+
+def _marked(
+    messages: list[Message], first: int, prompt: list[Message], opened: str, tools: Any, template: Template, ends: Sequence[str]
+) -> Side | Bad:
+    """The turns from message `first` on, by the template's marks; what generation is given in front of an answer is not scored."""
+    text, marks = template.marks(messages, tools)
+    place = _place(text, opened, prompt, tools, template, 0)
+    start = place[1] if place else 0
+    joined: list[list[int]] = []
+    for begin, end in marks:
+        if place and end <= start:
+            continue
+        if joined and joined[-1][1] == begin:
+            joined[-1][1] = end
+        else:
+            joined.append([begin, end])
+    wanted = sum(message["role"] == "assistant" for message in messages[first:])
+    if place is None or len(joined) < wanted:
+        return Bad("marks do not fit", f"the chat template marks {len(joined)} spans in {wanted} assistant turns; correct its marks")
+    header = text[joined[0][0] : start]
+    turns = []
+    for begin, end in joined:
+        begin += len(header) if header and text.startswith(header, begin) else 0
+        turns.append((begin, _marked_end(text, begin, end, ends)))
+    if any(not _without(text[begin:end], ends) for begin, end in turns):
+        return Bad("left out by the template", "the chat template marks an answer that says nothing: its text is left out")
+    return Side(text, min(start, turns[0][0]), turns, set())
+
+
+def _marked_end(text: str, begin: int, end: int, ends: Sequence[str]) -> int:
+    """The end of a marked turn: its last end token, the first of several in a row."""
+    stop = max((at + len(e) for e in ends if (at := text.rfind(e, begin, end)) >= 0), default=end)
+    while doubled := next((e for e in ends for f in ends if text.endswith(e + f, begin, stop)), None):
+        stop -= next(len(f) for f in ends if text.endswith(doubled + f, begin, stop))
+    return stop
+
+
+def _without(text: str, ends: Sequence[str]) -> str:
+    for end in ends:
+        text = text.replace(end, "")
+    return text.strip()
+
+
+def _own(message: Message, ends: Sequence[str] = ()) -> list[tuple[str, str]]:
+    """What a message says: the texts, none blank, that its rendering should hold, each with the key that has it."""
+    out = [(key, value.strip()) for key in REASONING if isinstance(value := message.get(key), str)][:1]
+    content = str(message.get("content") or "").strip()
+    while end := next((end for end in ends if content.endswith(end) and content != end), None):
+        content = content.removesuffix(end).rstrip()
+    out.append(("content", content))
+    for call in _calls(message):
+        out += [("tool_calls", text) for text in (str(call.get("name", "")), *_leaves(call.get("arguments")))]
+    return [(key, text) for key, text in out if text]
+
+
+def _calls(message: Message) -> Iterator[dict[str, Any]]:
+    calls = message.get("tool_calls")
+    for call in calls if isinstance(calls, list) else ():
+        if isinstance(call, dict):
+            yield call["function"] if isinstance(call.get("function"), dict) else call
+
+
+def _leaves(value: Any) -> Iterator[str]:
+    """The plain words in the arguments of a call; what JSON would escape may be written otherwise."""
+    if isinstance(value, str) and value.isalnum():
+        yield value
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _leaves(inner)
+
+
+def _arguments(messages: Iterable[Message]) -> Iterator[Any]:
+    for message in messages:
+        for call in _calls(message):
+            yield call.get("arguments")
+
+
+def _left_out(messages: list[Message], first: int, text: str, tools: Any, template: Template, opened: bool = False) -> set[str]:
+    """What a template leaves out: tools, keys of messages, and the text of messages in front of the scored ones."""
+
+    def unread(fewer: list[Message], tools: Any) -> bool:
+        try:
+            return template.text(fewer, tools, opened=opened) == text
+        except refusals():
+            return False
+
+    told = {"the tools"} if tools and unread(messages, None) else set()
+    for key in {key: None for message in messages for key in message if key not in ("role", "content")}:
+        if unread([{k: v for k, v in message.items() if k != key} for message in messages], tools):
+            told |= {_of(key, message["role"]) for message in messages if key in message}
+    for message in messages[:first]:
+        content = str(message.get("content") or "").strip()
+        if content not in text and squeezed(content) not in squeezed(text):
+            told.add(_of("content", message["role"]))
+    return told
+
+
+def _of(key: str, role: str) -> str:
+    return f"{key!r} of messages of {role!r}, in part or whole" if key == "content" else f"{key!r} of messages of {role!r}"
+
+
+def _unseen(prompt: list[Message], messages: list[Message], given: str, side: Side, tools: Any, template: Template) -> set[str]:
+    """What generation begins an answer with and no answer of the row has in front of it, if there is something."""
+    start = side.turns[0][0]
+    if side.text[:start] == given:
+        return set()
+    if side.text[: side.opened] != given[: side.opened]:
+        return {"prompts are written otherwise at generation than in front of these answers"}
+    beyond, slot = given[side.opened :], side.text[side.opened : start]
+    if (beyond, slot) not in template.unseen:
+        words = f"at generation the chat template goes on with {repr(beyond) if beyond else 'nothing'} where these answers follow {repr(slot) if slot else 'nothing'}"
+        template.unseen[beyond, slot] = f"{words}; {_remedy(prompt, messages, tools, template)}"
+    return {template.unseen[beyond, slot]}
+
+
+def _remedy(prompt: list[Message], messages: list[Message], tools: Any, template: Template) -> str:
+    """What makes generation and rows alike: a value of a variable with which they are, where there is one."""
+    for name in THINKING:
+        for value in (False, True) if name in template.source(tools) else ():
+            given = {name: value}
+            if template.text(messages, tools, **given).startswith(template.text(prompt, tools, opened=True, **given)):
+                return f"set --config.data.template.{name}={str(value).lower()}, which begins both alike"
+    return "take rows with reasoning where the prompt asks for it (reasoning_content), or a chat template that begins both alike"
+
+
+def _forms(row: Prompted) -> Iterator[tuple[list[Message], list[list[Message]]]]:
+    """The row's messages, in the ways that templates want calls of tools: arguments as an object or as text, content empty or not there."""
+    conversations = [list(row.prompt), *(list(completion) for completion in row.completions)]
+    every: list[Message] = [message for conversation in conversations for message in conversation if isinstance(message, dict)]
+    called = [message for message in every if message.get("tool_calls")]
+    toggles = (False, True) if any(not message.get("content") for message in called) else (False,)
+    for as_text in (False, True) if any(True for _ in _arguments(called)) else (False,):
+        for toggle in toggles:
+            prompt, *rest = [[_form(message, as_text, toggle) for message in conversation] for conversation in conversations]
+            yield prompt, rest
+
+
+def _form(message: Any, as_text: bool, toggle: bool) -> Message:
+    if not message.get("tool_calls"):
+        return message
+    calls = [_call(call, as_text) for call in message["tool_calls"]] if isinstance(message["tool_calls"], list) else message["tool_calls"]
+    message = message | {"tool_calls": calls}
+    if toggle and not message.get("content"):
+        message = {k: v for k, v in message.items() if k != "content"} if "content" in message else message | {"content": ""}
+    return message
+
+
+def _call(call: Any, as_text: bool) -> Any:
+    if not isinstance(call, dict):
+        return call
+    if isinstance(call.get("function"), dict):
+        return call | {"function": _call(call["function"], as_text)}
+    if "arguments" not in call:
+        return call
+    value = call["arguments"]
+    if as_text:
+        return call | {"arguments": value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}
+    try:
+        read = json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        return call
+    return call | {"arguments": read} if isinstance(read, dict) else call
