@@ -15,7 +15,7 @@ from alignax import ensemble, rewards
 from alignax.checkpoint import Checkpoints, nbytes, require_space
 from alignax.config import blaming, effective, eval_batch_size
 from alignax.distributed import is_main, together
-from alignax.evaluate import SAMPLED
+from alignax.evaluate import SAMPLED, tries
 from alignax.models import hf, peft, reward
 from alignax.models.lora import quantise, split
 from alignax.online import make_judge, training_program
@@ -117,7 +117,9 @@ def check_step(run: Run) -> None:
             state, frozen, (step, batch) = abstract_state(run), abstract_frozen(run), training_program(run)
             jax.eval_shape(step, state, frozen, batch)
             if online:
-                metrics = jax.eval_shape(make_judge(run), state, frozen, abstract_rollout(run, eval_batch_size(run.config), 1))
+                metrics = jax.eval_shape(
+                    make_judge(run), state, frozen, abstract_rollout(run, eval_batch_size(run.config), run.config.eval.samples_per_prompt)
+                )
             else:
                 metrics = jax.eval_shape(make_programs(run)[1], state, frozen, abstract_batch(run, evaluation=True))
     except KeyError as e:
@@ -128,7 +130,12 @@ def check_step(run: Run) -> None:
     check_reward(run, run.experiment.gold)
     check_reward(run, run.experiment.reward)
     best = run.config.checkpoint.best.removeprefix("-")
-    names = {"loss", *SAMPLED, *(name for name in metrics if not name.startswith("loss:"))}
+    names = {
+        "loss",
+        *SAMPLED,
+        *(f"pass@{k}" for k in tries(run.config.eval.samples_per_prompt)),
+        *(name for name in metrics if not name.startswith("loss:")),
+    }
     if best and best not in names:
         raise ValueError(f"checkpoint.best {best!r} is no metric of the evaluation; use one of {', '.join(sorted(names))}")
 
