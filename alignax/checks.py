@@ -22,6 +22,7 @@ GIVEN = ("prompts", "completions", "completion_ids", "raw_completions", "config"
 LEAST = {
     "batch_size": 1, "microbatches": 1, "max_skipped": 1, "steps": 0, "checkpoint.every": 1, "checkpoint.keep": 1, "log.every": 1,
     "model.logps_chunk": 1, "eval.every": 0, "eval.batch_size": 0, "eval.samples": 0, "eval.sample_prompts": 0, "eval.max_new_tokens": 1,
+    "eval.samples_per_prompt": 1,
     "model.critic_heads": 1, "data.limit": 0, "seed": 0, "model.num_labels": 0, "ensemble.members": 0, "rollout.samples": 0,
     "rollout.max_new_tokens": 1, "rollout.minibatches": 1, "rollout.epochs": 1, "rollout.slots": 0, "rollout.reward_workers": 1,
     "epochs": 0, "eval.temperature": 0, "optimizer.clip": 0, "optimizer.final": 0, "optimizer.weight_decay": 0,
@@ -40,6 +41,16 @@ def check_fields(config: Any) -> None:
     for name in ("optimizer.b1", "optimizer.b2"):
         if fields[name] >= 1:
             raise ValueError(f"config field {name!r} is {fields[name]}; it must be below 1")
+    for name in ("rollout.top_p", "eval.top_p"):
+        if not 0 < fields[name] <= 1:
+            raise ValueError(f"config field {name!r} is {fields[name]}; it must be above 0 and at most 1 (all tokens)")
+    if not config.rollout.temperature > 0:
+        raise ValueError(f"config field 'rollout.temperature' is {config.rollout.temperature}; it must be above 0, to sample from")
+    if config.eval.temperature == 0 and config.eval.samples_per_prompt > 1:
+        raise ValueError(
+            f"eval.samples_per_prompt is {config.eval.samples_per_prompt}, and at eval.temperature 0 all samples of a prompt are one; "
+            "raise the temperature, or set it to 1"
+        )
     if config.model.critic.lower() in ("true", "false"):
         raise ValueError(
             f"model.critic {config.model.critic!r} is no critic; use {HEAD!r} (on the policy's trunk), a folder, or leave it empty"
@@ -102,6 +113,8 @@ def check_rollout(config: Any, source: hf.Source, critic: hf.Source | None, expe
         raise ValueError(f"rollout.bad_rewards is {c.bad_rewards!r}; use 'error' or 'drop'")
     if not c.timeout > 0:
         raise ValueError(f"rollout.timeout is {c.timeout}; it is a number of seconds above 0")
+    if c.temperature != 1 and config.data.pretrain:
+        raise ValueError(f"rollout.temperature is {c.temperature}, and data.pretrain is learnt at 1; set it to 1, or leave these texts out")
     if config.reference.cache:
         raise ValueError("reference.cache holds log-probs of the data's own rows, and online training scores samples; leave it empty")
     longest = max(int(e.prompt_lengths.max()) for e in examples.values())

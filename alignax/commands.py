@@ -376,6 +376,7 @@ def generate(model: Path, request: Request, overrides: Sequence[str], force: boo
             if source.config.num_labels:
                 raise ValueError(f"{str(model)!r} is a reward model, which gives scores and no text; give a language model")
             tokenizer = load_tokenizer(source.path, source.config.vocab_size)
+            source = hf.with_vocabulary(source, tokenizer)
             stops = Stops(tokenizer, tuple(request.stop)) if request.stop else None
             prompts = console.read(request, tokenizer)
             longest = max((len(p.ids) for p in prompts or ()), default=1)

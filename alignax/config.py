@@ -92,6 +92,9 @@ def default_config() -> Any:
     c.rollout = ConfigDict()
     c.rollout.samples = 0  # completions of each prompt, which the policy samples as it is trained; 0: the data's completions
     c.rollout.max_new_tokens = 64
+    c.rollout.temperature = 1.0  # of the policy and its reference, in samples and in all that scores them
+    c.rollout.top_p = 1.0  # sample from the fewest tokens whose probabilities reach it; below 1 the loss must correct for it
+    c.rollout.stop = ()  # strings that end a completion too, ('\n\n', 'User:') say
     c.rollout.minibatches = 1  # steps on a rollout, of batch_size prompts each
     c.rollout.epochs = 1  # times that a rollout is gone through
     c.rollout.ahead = False  # sample the next rollout before the steps on this one: rewards are waited for while the device trains
@@ -144,9 +147,13 @@ def default_config() -> Any:
     c.eval.every = 0  # steps; 0: only before and after training
     c.eval.batch_size = 0  # examples; 0: as in training
     c.eval.samples = 4  # completions written to the log; 0: none
-    c.eval.sample_prompts = 0  # prompts sampled for gold reward and KL; 0: as many as `samples`
+    c.eval.sample_prompts = 0  # prompts sampled for reward, gold reward and KL; 0: as many as `samples`
+    c.eval.samples_per_prompt = 1  # completions of each of them; from 2 on with pass@k
+    c.eval.pass_reward = 1.0  # a completion passes whose gold reward (where there is none, whose reward) is at least this
     c.eval.max_new_tokens = 64
     c.eval.temperature = 1.0  # 0: greedy
+    c.eval.top_p = 1.0
+    c.eval.stop = ()  # strings that end a completion too
     c.eval.params = "policy"  # or the name of an average
 
     c.checkpoint = ConfigDict()
@@ -293,6 +300,8 @@ def set_field(config: Any, override: str) -> None:
         return
     value = _literal(text.capitalize() if isinstance(old, bool) else text)
     _in_range(path, value)
+    if isinstance(old, tuple):
+        value = tuple(value) if isinstance(value, (tuple, list)) else (text,)
     if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if isinstance(old, int) and isinstance(value, float) and value.is_integer():
@@ -351,7 +360,7 @@ def _in_range(name: str, value: Any) -> None:
 
 
 def _a(value: Any) -> str:
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", tuple: "a list of texts"}
     return names.get(type(value), f"a {type(value).__name__}")
 
 

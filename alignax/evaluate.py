@@ -1,9 +1,11 @@
 """Evaluation on a schedule: held-out loss, samples, and what reward overoptimisation is seen by: gold reward against KL.
 
-Samples come from the policy at temperature 1, so the mean log-ratio to the reference is an unbiased estimate of KL(policy || reference).
+Samples come from the policy itself, at `eval.temperature`, so the mean log-ratio to the reference at that temperature is an unbiased
+estimate of KL(policy || reference). Greedy samples, and those of a nucleus, estimate none.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -13,18 +15,21 @@ import numpy as np
 from alignax import mesh as meshes
 from alignax.config import eval_batch_size
 from alignax.data import evaluation_batch
-from alignax.generate import Generator, Sampling, sampled_batch, sampler_gap, shape_for
+from alignax.generate import Generator, Sampling, sampled_batch, sampler_gap, shape_for, stops_of
 from alignax.metrics import Log
+from alignax.models.transformer import ModelConfig
 from alignax.online import make_judge
-from alignax.prepare import Run
-from alignax.programs import full, make_programs, policy_model, reference_model
-from alignax.rollout import decoded, known_mean, rewards_of, samples_batch, text_metrics
+from alignax.prepare import Run, make_apply
+from alignax.programs import full, make_programs, reference_config, reference_model, reference_name
+from alignax.rollout import decoded, rewards_of, samples_batch, text_metrics
 from alignax.train import means
 from alignax.types import Batch, Model, Params, TrainState
 
-SAMPLED = ("completion_length", "eos_rate", "truncated_rate", "distinct", "kl", "kl_k3", "sampler_gap", "gold")  # metrics of samples
+SAMPLED = (  # metrics of samples
+    "completion_length", "eos_rate", "truncated_rate", "distinct", "kl", "kl_se", "kl_k3", "sampler_gap", "gold", "gold_se", "prompts",
+)  # fmt: skip
 JUDGED = ("reward", "score/", "disagreement", "entropy")  # how metrics begin that are taken from what experience makes of samples
-SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "reward", "kl", "gold")
+SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "reward", "kl", "gold", "pass@1")
 
 
 class Evaluation:
@@ -39,11 +44,13 @@ class Evaluation:
         self.sampled = range(min(max(c.samples, c.sample_prompts), len(self.examples)))
         if self.sampled:
             self.prompts = [self.examples.prompt_tokens(i).tolist() for i in self.sampled]
+            count, longest = len(self.prompts) * c.samples_per_prompt, max(map(len, self.prompts))
             self.generate = Generator(
-                dataclasses.replace(run.source.config, lora=run.lora),
-                shape_for(len(self.prompts), max(map(len, self.prompts)), c.max_new_tokens, mesh=run.mesh),
-                Sampling(temperature=c.temperature),
+                self._spoken(dataclasses.replace(run.source.config, lora=run.lora)),
+                shape_for(count, longest, c.max_new_tokens, mesh=run.mesh),
+                Sampling(temperature=float(c.temperature > 0), top_p=c.top_p),
                 stop_ids=run.ends,
+                stops=stops_of(run.tokenizer, c.stop),
                 dtype=run.dtype,
                 mesh=run.mesh,
             )
@@ -56,7 +63,7 @@ class Evaluation:
         scores = self.held_out(state) | self.samples(state, step)
         self.log.row({"step": step} | {f"eval/{name}": x for name, x in scores.items()})
         if scores:
-            self.log.line(f"eval at step {step}: " + "  ".join(f"{n} {scores[n]:.4f}" for n in SHOWN if n in scores))
+            self.log.line(f"eval at step {step}: {line(scores, self.run.config.eval.samples_per_prompt)}")
         return scores
 
     def held_out(self, state: TrainState) -> dict[str, float]:
@@ -74,40 +81,50 @@ class Evaluation:
         return means({name: (pair[0], pair[1]) for name, pair in total.items()})
 
     def samples(self, state: TrainState, step: int) -> dict[str, float]:
-        """Completions of the first prompts: their KL to the reference, gold reward, length; some of them into the log."""
-        run, c = self.run, self.run.config.eval
+        """Completions of the first prompts: their KL to the reference, rewards, length; some of them into the log."""
+        run, c, n = self.run, self.run.config.eval, len(self.sampled)
         if not self.sampled:
             return {}
         key = jax.random.fold_in(jax.random.fold_in(state.key, step), 1)
-        completions = self.generate(full(run, self.frozen, state.params), self.prompts, key)
-        prompts, rows = [self.examples.prompts[i] for i in self.sampled], np.asarray(self.sampled)
-        texts = decoded(run.tokenizer, completions)
-        scores = text_metrics(completions)
-        columns: dict[str, Any] = {"prompt": prompts, "completion": [text for (text,) in texts]}
-        gold = None if run.experiment.gold is None else rewards_of(run, "gold", self.examples, rows, completions, texts)  # [n, 1]
-        if self.online and completions.sampling.exact:
-            batch, found = samples_batch(run, self.examples, rows, self.prompts, completions, texts)
+        completions = self.generate(full(run, self.frozen, state.params), self.prompts, key, c.samples_per_prompt)
+        rows, texts = np.asarray(self.sampled), decoded(run.tokenizer, completions, self.generate.stops)
+        scores = {"prompts": float(n)} | text_metrics(completions)
+        prompts = np.repeat(np.array([self.examples.prompts[i] for i in self.sampled], object)[:, None], c.samples_per_prompt, axis=1)
+        found: dict[str, Any] = {"prompt": prompts, "completion": np.array(texts, object)}  # [n, samples_per_prompt]
+        gold = None if run.experiment.gold is None else rewards_of(run, "gold", self.examples, rows, completions, texts)
+        if self.online:
+            batch = samples_batch(run, self.examples, rows, self.prompts, completions, texts)
             batch |= {} if gold is None else {"gold": gold}
             judged = jax.device_get(self.program(state, self.frozen, self._placed(batch)))
-            scores |= {name: float(x) for name, x in judged.items() if name.startswith(JUDGED)}
-            columns |= found
-        # At another temperature the samples are not the policy's, and their log-ratio estimates no KL.
+            own = completions.sampling.exact and c.temperature == run.config.rollout.temperature  # what rollouts are sampled from
+            scores |= {m: float(x) for m, x in judged.items() if m.startswith(JUDGED) and np.isfinite(x) and (own or m != "entropy")}
+            found |= {"reward": batch["rewards"]} if "rewards" in batch else {}
         if reference_model(run, self.frozen) is not None and completions.sampling.exact:
             batch = sampled_batch(self.prompts, completions)
             k1, k3, gaps = map(meshes.gathered, self._compared(state.params, self.frozen, self._placed(batch)))
-            columns["log_ratio"] = k1[: len(prompts)].tolist()
-            scores |= {"kl": float(np.mean(columns["log_ratio"])), "kl_k3": float(k3[: len(prompts)].mean()), "sampler_gap": float(gaps)}
+            found["log_ratio"] = k1[:n]
+            scores |= spread("kl", k1[:n]) | {"kl_k3": float(k3[:n].mean()), "sampler_gap": float(gaps)}
         if gold is not None:
-            columns["gold"] = gold[:, 0].tolist()
-            scores |= {"gold": known_mean(gold)}
+            found["gold"] = gold
+            scores |= spread("gold", gold)
+        true = gold if gold is not None else found.get("reward")
+        for k in tries(c.samples_per_prompt) if true is not None else ():
+            scores |= spread(f"pass@{k}", pass_at(true >= c.pass_reward, k)[:, None])
+        # The first sample of each prompt, then the second.
+        columns = {name: x.T.ravel().tolist() for name, x in found.items()}
         table = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         self.log.samples(step, table[: c.samples])
         return scores
 
+    def _spoken(self, model: ModelConfig) -> ModelConfig:
+        """The model as it is sampled from here: at the evaluation's temperature, over the tokenizer's tokens."""
+        return dataclasses.replace(model, unused_tokens=self.run.unused, temperature=self.run.config.eval.temperature or 1.0)
+
     def _compare(self, params: Params, frozen: dict[str, Params], batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
-        reference = reference_model(self.run, frozen)
-        assert reference is not None
-        return compare(policy_model(self.run, frozen, params), reference, batch)
+        run = self.run
+        apply = lambda model: make_apply(self._spoken(model), run.config, run.dtype, run.mesh)
+        policy = Model(apply(dataclasses.replace(run.source.config, lora=run.lora)), full(run, frozen, params))
+        return compare(policy, Model(apply(reference_config(run)), frozen[reference_name(run)]), batch)
 
     def _placed(self, batch: dict[str, np.ndarray]) -> Batch:
         """The batch on the mesh, filled up with padding rows."""
@@ -118,7 +135,7 @@ class Evaluation:
 
 
 def compare(policy: Model, reference: Model, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Estimates of KL(policy || reference) from each sampled completion, in nats summed over its tokens: k1 and k3, each [B].
+    """Estimates of KL(policy || reference) from each sampled completion, in nats summed over its tokens: k1 and k3, each [B, N].
 
     k1 = sum_t lr and k3 = sum_t exp(-lr) - 1 + lr with lr = log pi - log ref; both unbiased, k1 signed, k3 >= 0 (Schulman 2020,
     "Approximating KL divergence"). Third, by how much the sampler's log-probs differ from those of the forward pass that trains, [].
@@ -126,8 +143,46 @@ def compare(policy: Model, reference: Model, batch: Batch) -> tuple[jax.Array, j
     Args:
       policy: whose samples they are.
       reference: what they are measured against.
-      batch: completions with their `sampled_logps`, [B, 1, T].
+      batch: completions with their `sampled_logps`, [B, N, T].
     """
     logps = policy.apply(policy.params, batch).logps
-    lr = logps - reference.apply(reference.params, batch).logps  # [B, 1, T], 0 outside completions
-    return lr.sum((1, 2)), (jnp.expm1(-lr) + lr).sum((1, 2)), sampler_gap(logps, batch)
+    lr = logps - reference.apply(reference.params, batch).logps  # [B, N, T], 0 outside completions
+    return lr.sum(-1), (jnp.expm1(-lr) + lr).sum(-1), sampler_gap(logps, batch)
+
+
+def line(scores: dict[str, float], samples: int) -> str:
+    """What an evaluation found, for the console, with standard errors and the number of prompts that samples are of."""
+    error = lambda name: f" +- {scores[name + '_se']:.4f}" if name + "_se" in scores else ""
+    shown = [name for name in SHOWN if name in scores]
+    told = "  ".join(f"{name} {scores[name]:.4f}{error(name)}" for name in shown)
+    if "prompts" not in scores or not {"reward", "kl", "gold"} & {*shown}:
+        return told
+    return f"{told}  (samples: {scores['prompts']:.0f} prompts{f' x {samples}' if samples > 1 else ''})"
+
+
+def spread(name: str, values: np.ndarray) -> dict[str, float]:
+    """The mean of what is known of samples [B, N], NaN being unknown, and its standard error: that of the B prompts' means (ddof 1).
+
+    Samples of one prompt are no independent ones of the task, so the prompts are counted. One prompt has no standard error.
+    """
+    known = np.isfinite(values)
+    if not known.any():
+        return {}
+    x = np.where(known, values, 0.0).astype(np.float64)
+    each = x.sum(axis=1)[known.any(axis=1)] / known.sum(axis=1)[known.any(axis=1)]
+    error = {f"{name}_se": float(each.std(ddof=1) / math.sqrt(len(each)))} if len(each) > 1 else {}
+    return {name: float(x.sum() / known.sum())} | error
+
+
+def tries(samples: int) -> list[int]:
+    """The k of pass@k: powers of 2 up to the samples of a prompt; none, where there is one sample."""
+    return [1 << i for i in range(samples.bit_length())] if samples > 1 else []
+
+
+def pass_at(passed: np.ndarray, k: int) -> np.ndarray:
+    """The probability that one of k samples of a prompt passes, 1 - C(n - c, k) / C(n, k), of c in n that do: [B, n] bool -> [B].
+
+    Unbiased (Chen et al. 2021, arXiv:2107.03374, eq. 1).
+    """
+    n = passed.shape[1]
+    return np.array([1 - math.comb(n - c, k) / math.comb(n, k) for c in passed.sum(axis=1).tolist()])

@@ -180,6 +180,9 @@ def summary(run: Run, about: dict[str, Any], start: int) -> list[str]:
     for stream in (run.train, run.pretrain):
         if stream is not None and stream.mixture:
             lines += [f"mixture: {line}" for line in stream.mixture.lines(run.steps * run.config.batch_size)]
+    if run.unused and not run.source.config.num_labels:
+        count, rows = sum(behind - first for first, behind in run.unused), run.source.config.vocab_size
+        lines.append(f"{count:,} of the {rows:,} tokens of the model's head are none of its tokenizer's: they are never sampled")
     if run.config.batch_size > len(run.train.examples):
         lines.append(
             f"a batch of {run.config.batch_size} is more than the {len(run.train.examples)} rows there are: it holds rows more than once"

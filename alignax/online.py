@@ -116,8 +116,8 @@ def check_corrected(train_step: Callable, state: TrainState, batch: Batch, minib
     except (KeyError, ValueError):  # it reads the field that was left out
         return
     raise ValueError(
-        f"rollouts are sampled by another policy than learns from them (rollout.ahead, or the average {PROPOSAL!r}), and the loss does not "
-        f"read {name}; correct it, as in importance_weighted(grpo())"
+        "rollouts are sampled by another policy than learns from them (rollout.ahead, rollout.top_p below 1, or the average "
+        f"{PROPOSAL!r}), and the loss does not read {name}; correct it, as in importance_weighted(grpo())"
     )
 
 
@@ -144,8 +144,23 @@ def reads_once(run: Run, state: TrainState, frozen: dict[str, Params], batch: Ba
 
 
 def make_judge(run: Run) -> Callable[[TrainState, dict[str, Params], Batch], Metrics]:
-    """The jitted program `(state, frozen, samples) -> metrics`, each []: what experience and the reference say of samples."""
-    return jax.jit(lambda state, frozen, batch: experienced(run, state, frozen, batch, 1)[1])
+    """The jitted program `(state, frozen, samples) -> metrics`, each []: what experience and the reference say of samples.
+
+    `reward_se` is the standard error of `reward`, that of the prompts' means; no number of a single prompt.
+    """
+
+    def judge(state: TrainState, frozen: dict[str, Params], batch: Batch) -> Metrics:
+        (_, batch), metrics = experienced(run, state, frozen, batch, 1)
+        if "rewards" not in batch:
+            return metrics
+        x, known = known_rewards(batch)
+        count, real = known.sum(axis=1), known.any(axis=1)  # [B]
+        each = jnp.where(real, x.sum(axis=1) / jnp.maximum(count, 1), 0.0)
+        n = real.sum()
+        squares = jnp.where(real, jnp.square(each - each.sum() / jnp.maximum(n, 1)), 0.0).sum()
+        return metrics | {"reward_se": jnp.sqrt(squares / (n - 1) / n)}
+
+    return jax.jit(judge)
 
 
 def experienced(run: Run, state: TrainState, frozen: dict[str, Params], batch: Batch, parts: int) -> tuple[Any, Metrics]:
@@ -193,11 +208,8 @@ def measured(batch: Batch, other: bool = False) -> Metrics:
         lr = jnp.where(batch["completion_mask"], batch["old_logps"] - batch["ref_logps"], 0.0)
         out |= {"kl": mean(weights * lr.sum(axis=-1)), "kl_k3": mean(weights * (jnp.expm1(-lr) + lr).sum(axis=-1))}
     if "rewards" in batch:
-        rewards = batch.get("raw_rewards", batch["rewards"])  # without the KL penalty
-        rewards = batch.get("group_rewards", jnp.where(real, rewards, jnp.nan))  # of all that were sampled
-        known = jnp.isfinite(rewards)
+        group, known = known_rewards(batch)
         count = jnp.maximum(known.sum(axis=1, keepdims=True), 1)
-        group = jnp.where(known, rewards, 0.0)
         centred = jnp.where(known, group - group.sum(axis=1, keepdims=True) / count, 0.0)
         out["reward"] = jnp.where(known.any(), group.sum() / jnp.maximum(known.sum(), 1), jnp.nan)
         out["bad_rewards"] = (real & ~jnp.isfinite(batch["rewards"])).sum()
@@ -219,6 +231,14 @@ def measured(batch: Batch, other: bool = False) -> Metrics:
         out["advantage_mean"] = per_token(batch["advantages"], batch)
         out["advantage_std"] = jnp.sqrt(per_token(jnp.square(batch["advantages"] - out["advantage_mean"]), batch))
     return out
+
+
+def known_rewards(batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Rewards of responses, without a KL penalty and of all that were sampled, 0 where there is none; and where there are some: [B, N]."""
+    rewards = batch.get("raw_rewards", batch["rewards"])
+    rewards = batch.get("group_rewards", jnp.where(batch["completion_mask"].any(axis=-1), rewards, jnp.nan))
+    known = jnp.isfinite(rewards)
+    return jnp.where(known, rewards, 0.0), known
 
 
 def per_token(x: jax.Array, batch: Batch) -> jax.Array:

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from alignax import judges as judging
 from alignax import mesh as meshes
 from alignax import output
 from alignax.averages import Average
@@ -45,6 +46,8 @@ from alignax.data import Batches, Examples, Report, load, padded_length
 from alignax.data.files import one_line
 from alignax.data.mixture import sources
 from alignax.distributed import is_main
+from alignax.generate import stops_of
+from alignax.judges import Judge
 from alignax.losses.algebra import Objective
 from alignax.models import hf, lora, peft, transformer
 from alignax.models.lora import Lora
@@ -84,9 +87,11 @@ class Run(NamedTuple):
     critic: hf.Source | None  # the folder of a critic of its own tree
     tokenizer: Any
     ends: tuple[int, ...]  # tokens that end a completion, see `hf.end_ids`
+    unused: tuple[tuple[int, int], ...]  # those that are never sampled, see `hf.with_vocabulary`
     train: Batches  # of an ensemble those of its first member
     pretrain: Batches | None  # of the loss called "pretrain"
     judges: list[hf.Source]  # reward models that experience asks for as `ensemble`
+    judge: Judge | None  # how they read samples; None: as the policy has them
     members: int  # of an ensemble that is trained; 0: one model
     evaluation: Examples | None
     reports: dict[str, Report]
@@ -123,9 +128,13 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
     source = hf.with_heads(source, config.model.num_labels, trunk_values(config))
     check_head(config, source, experiment)
     check_members(config, mesh)
-    reference = None
+    tokenizer = load_tokenizer(source.path, source.config.vocab_size)
+    unused = hf.with_vocabulary(source, tokenizer).config.unused_tokens
+    source, reference = spoken(config, source, unused), None
     if "reference" in asked(experiment.experience):
-        reference = open_model(config.reference.path, "pretrained", "reference.path") if config.reference.path else source
+        reference = source
+        if config.reference.path:
+            reference = spoken(config, open_model(config.reference.path, "pretrained", "reference.path"), unused)
         if reference.config.vocab_size != source.config.vocab_size:
             raise ValueError(
                 f"the reference has a vocabulary of {reference.config.vocab_size}, the policy of {source.config.vocab_size}; "
@@ -134,16 +143,21 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
     if config.reference.token_kl:
         check_token_kl(source, reference)
     lora = make_lora(config, source)
-    tokenizer = load_tokenizer(source.path, source.config.vocab_size)
     critic = open_critic(config)
     if critic is not None:
         check_tokenizer(critic, f"model.critic {config.model.critic!r}", tokenizer)
-    judges = open_judges(config, tokenizer) if "ensemble" in asked(experiment.experience) else []
+    judges = open_judges(config) if "ensemble" in asked(experiment.experience) else []
     if not config.data.train:
         raise ValueError("config field 'data.train' is empty; set --config.data.train=FILE")
     ends, splits = hf.end_ids(source, tokenizer), ("train", "eval", "pretrain")
     loaded = {s: load(s, config.data, tokenizer, source.config.vocab_size, ends) for s in splits if config.data[s]}
-    every = {split: data.examples for split, data in loaded.items()}
+    judge, every = None, {split: data.examples for split, data in loaded.items()}
+    if judges:
+        own, read = load_tokenizer(judges[0].path, judges[0].config.vocab_size), {s: x for s, x in loaded.items() if s != "pretrain"}
+        if config.rollout.samples:
+            judge = judging.of_rollouts(config, judges[0], own, tokenizer, ends, [data.examples for data in read.values()])
+        else:
+            every |= judging.of_data(config, judges[0], own, tokenizer, read)
     examples = {split: own for split, own in every.items() if split != "pretrain"}
     reports = {
         split if len(data.reports) == 1 else f"{split} ({path})": report
@@ -156,6 +170,8 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
         place = lambda e: dataclasses.replace(e, token_fields={STORED: np.zeros(len(e.tokens), np.float32)})
         examples = {split: place(e) for split, e in examples.items()}
     check_rollout(config, source, critic, experiment, examples)
+    for strings in (config.rollout.stop, config.eval.stop):
+        stops_of(tokenizer, strings)  # refuses those that cannot occur
     tile = 8 if on_cpu else 128  # of TPU and GPU attention
     length = max(padded_length(e, tile) for e in examples.values())
     if config.rollout.samples:
@@ -189,19 +205,27 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
     check_averages(config, averages, reference)
     check_cache(config, averages, reference)
     return Run(
-        experiment, config, workdir, mesh, source, reference, lora, critic, tokenizer, ends, train, pretrain, judges,
+        experiment, config, workdir, mesh, source, reference, lora, critic, tokenizer, ends, unused, train, pretrain, judges, judge,
         config.ensemble.members, examples.get("eval"), reports, steps, dtype, apply, objective, beside, schedule, optimizer, averages,
         Workers(experiment.file, config, config.rollout.reward_workers, config.rollout.timeout),
     )  # fmt: skip
 
 
-def open_judges(config: Any, tokenizer: Any) -> list[hf.Source]:
-    """The reward models of `reward.path`, which must read the policy's tokens."""
+def spoken(config: Any, source: hf.Source, unused: tuple[tuple[int, int], ...]) -> hf.Source:
+    """A policy or a reference whose samples are scored: its distribution is the one that is sampled from.
+
+    Without rollouts it is the model's own, over all rows of its head, as transformers has it: data are scored, which hold no other tokens.
+    """
+    if not config.rollout.samples:
+        return source
+    return source._replace(config=dataclasses.replace(source.config, unused_tokens=unused, temperature=config.rollout.temperature))
+
+
+def open_judges(config: Any) -> list[hf.Source]:
+    """The reward models of `reward.path`."""
     if not config.reward.path:
         raise ValueError("experience(..) asks for ensemble and config field 'reward.path' is empty; set --config.reward.path=FOLDER,FOLDER")
-    judges = open_ensemble(config.reward.path.split(","))
-    check_tokenizer(judges[0], f"reward model {str(judges[0].path)!r}", tokenizer)
-    return judges
+    return open_ensemble(config.reward.path.split(","))
 
 
 def open_critic(config: Any) -> hf.Source | None:

@@ -15,6 +15,7 @@ from alignax.blame import check_call
 from alignax.config import asked, eval_batch_size, prompts_of_rollout
 from alignax.data import Batches
 from alignax.experience import Experience, advance, chain, first_carry
+from alignax.judges import FIELDS
 from alignax.models import hf, reward, transformer
 from alignax.models.lora import Lora, is_quantised, join, split
 from alignax.prepare import STORED, Run, make_apply
@@ -117,7 +118,7 @@ def frozen_sources(run: Run) -> dict[str, hf.Source]:
     """The folders of the parameters that are held and not trained, reward models apart."""
     base = {} if run.lora is None else {"base": run.source}
     c = run.config.eval
-    idle = run.config.reference.cache and not (c.temperature == 1 and max(c.samples, c.sample_prompts))
+    idle = run.config.reference.cache and not (c.temperature > 0 and c.top_p == 1 and max(c.samples, c.sample_prompts))
     return base if run.reference is None or idle or (base and run.reference is run.source) else base | {"reference": run.reference}
 
 
@@ -197,6 +198,8 @@ def abstract_rollout(run: Run, prompts: int, samples: int) -> dict[str, jax.Shap
     tokens: dict[str, Any] = {"tokens": jnp.int32, "mask": jnp.bool_, "completion_mask": jnp.bool_, "sampled_logps": jnp.float32}
     fields = {name: ((B, N, T), dtype) for name, dtype in tokens.items()}
     fields |= {"truncated": ((B, N), jnp.bool_), "prompt_id": ((B,), jnp.int32)}
+    if run.judge is not None:
+        fields |= {f"judge_{name}": ((B, N, run.judge.length), tokens[name]) for name in FIELDS}
     if run.experiment.reward is not None:
         fields["rewards"] = (B, N), jnp.float32
     if run.experiment.gold is not None:
@@ -205,8 +208,8 @@ def abstract_rollout(run: Run, prompts: int, samples: int) -> dict[str, jax.Shap
 
 
 def off_policy(run: Run) -> bool:
-    """Whether rollouts are of another policy than the one that learns from them."""
-    return run.config.rollout.ahead or PROPOSAL in run.averages
+    """Whether rollouts are of another policy, or of another distribution of it, than the one that learns from them."""
+    return run.config.rollout.ahead or PROPOSAL in run.averages or run.config.rollout.top_p < 1
 
 
 def make_experience(run: Run, frozen: dict[str, Params], state: TrainState) -> Experience:

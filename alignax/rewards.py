@@ -14,6 +14,7 @@ from alignax import mesh as meshes
 from alignax.data import Examples, evaluation_batch
 from alignax.ensemble import over_members, stacked
 from alignax.experience.ensembles import mean, median, uwo, wco
+from alignax.judges import FIELDS
 from alignax.losses.reward import correct
 from alignax.metrics import table
 from alignax.models import hf
@@ -51,6 +52,9 @@ def open_ensemble(paths: Sequence[str | Path]) -> list[hf.Source]:
         if not source.config.num_labels:
             raise ValueError(f"{str(source.path)!r} is no reward model: its config.json names no architecture for sequence classification")
     hf.check_alike(sources)
+    for source in sources[1:]:
+        if hf.chat_template(source.path) != hf.chat_template(sources[0].path):
+            raise ValueError(f"{str(source.path)!r} has another chat template than {str(sources[0].path)!r}; members read one text")
     return sources
 
 
@@ -67,11 +71,14 @@ def stack(members: Sequence[Params], config: ModelConfig, mesh: Mesh) -> Params:
 def ensemble_model(config: ModelConfig, params: Params, mesh: Mesh, dtype: Any = jnp.float32) -> Model:
     """K reward models as one, whose `Outputs.scores` are [B, N, K]; nothing is sent between members.
 
+    They read `judge_tokens` and its masks where the batch has them, see `alignax.judges`, and `tokens` otherwise.
+
     Members lie side by side along the mesh axis `member`; those of one device score one after another, in one program.
     """
     apply, side = forward(config, dtype=dtype, remat="none", mesh=mesh), mesh.shape["member"]
 
     def rate(params: Params, batch: Batch) -> Outputs:
+        batch = {name: batch.get(f"judge_{name}", batch[name]) for name in FIELDS}
         # Those of a device under vmap took 1.2 to 1.9 times the time of scoring alone, and K times the memory: their activations leave
         # the caches.
         scores = lambda members: jax.lax.map(lambda one: apply(one, batch).scores, members)

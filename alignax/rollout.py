@@ -13,13 +13,14 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from alignax import judges
 from alignax import mesh as meshes
 from alignax.averages import PROPOSAL
 from alignax.checks import parameters
 from alignax.config import ROLLOUTS, prompts_of_rollout, steps_of_turn
 from alignax.data import Examples
 from alignax.data.files import short
-from alignax.generate import LENGTH, Completions, Generator, Stops, sampled_batch, shape_for, text_of
+from alignax.generate import LENGTH, Completions, Generator, Sampling, Stops, sampled_batch, shape_for, stops_of, text_of
 from alignax.online import make_learn, pretraining
 from alignax.prepare import Run
 from alignax.programs import AHEAD, full
@@ -65,7 +66,9 @@ class Rollouts:
         self.generate = Generator(
             dataclasses.replace(run.source.config, lora=run.lora),
             shape_for(count * c.samples, longest, c.max_new_tokens, mesh=run.mesh, slots=c.slots),
+            Sampling(top_p=c.top_p),  # of the policy at rollout.temperature, which its config has
             stop_ids=run.ends,
+            stops=stops_of(run.tokenizer, c.stop),
             dtype=run.dtype,
             mesh=run.mesh,
         )
@@ -87,8 +90,10 @@ class Rollouts:
         """
         run, began = self.run, time.monotonic()
         rows, prompts, completions, metrics = sampled
-        examples, texts = run.train.examples, decoded(run.tokenizer, completions)
-        batch, _ = samples_batch(run, examples, rows, prompts, completions, texts)
+        examples, texts = run.train.examples, decoded(run.tokenizer, completions, self.generate.stops)
+        batch = samples_batch(run, examples, rows, prompts, completions, texts)
+        if run.judge is not None:
+            metrics["judge_cut"] = float(batch["judge_mask"][..., -1].sum())
         if "rewards" in batch:
             metrics["bad_rewards"] = float(np.isnan(batch["rewards"]).sum())
         if run.experiment.gold is not None:
@@ -169,15 +174,18 @@ class Compiled:
 
 def samples_batch(
     run: Run, examples: Examples, rows: np.ndarray, prompts: Sequence[Sequence[int]], completions: Completions, texts: list[list[str]]
-) -> tuple[dict[str, np.ndarray], dict[str, list[float]]]:
-    """The batch of completions of rows of the data, on the host (see `Rollouts`), and of each prompt's first completion its reward."""
+) -> dict[str, np.ndarray]:
+    """The batch of completions of rows of the data, on the host, with their rewards; see `Rollouts`."""
     batch = sampled_batch(prompts, completions, run.train.length)
     batch |= {"truncated": completions.ended == LENGTH, "prompt_id": rows.astype(np.int32)}
+    if run.judge is not None:
+        own = judges.read(run.judge, run.tokenizer, examples, rows, prompts, completions, texts)
+        batch |= own | {"completion_mask": batch["completion_mask"] & own["judge_completion_mask"].any(axis=-1, keepdims=True)}
     if run.experiment.reward is None:
-        return batch, {}
+        return batch
     rewards = rewards_of(run, "reward", examples, rows, completions, texts)
     batch["completion_mask"] &= np.isfinite(rewards)[..., None]
-    return batch | {"rewards": rewards}, {"reward": rewards[:, 0].tolist()}
+    return batch | {"rewards": rewards}
 
 
 def rewards_of(run: Run, name: str, examples: Examples, rows: np.ndarray, completions: Completions, texts: list[list[str]]) -> np.ndarray:

@@ -16,7 +16,7 @@ from alignax.config import asked as asked_for
 from alignax.config import effective, eval_batch_size, prompts_of_rollout
 from alignax.data.files import short
 from alignax.distributed import is_main, together
-from alignax.evaluate import SAMPLED
+from alignax.evaluate import SAMPLED, tries
 from alignax.experience import advance, first_carry
 from alignax.models import hf, peft, reward
 from alignax.models.lora import quantise, split
@@ -122,7 +122,9 @@ def check_step(run: Run) -> None:
             state, frozen, (step, batch) = abstract_state(run), abstract_frozen(run), training_program(run)
             jax.eval_shape(step, state, frozen, batch)
             if online:
-                metrics = jax.eval_shape(make_judge(run), state, frozen, abstract_rollout(run, eval_batch_size(run.config), 1))
+                metrics = jax.eval_shape(
+                    make_judge(run), state, frozen, abstract_rollout(run, eval_batch_size(run.config), run.config.eval.samples_per_prompt)
+                )
             else:
                 metrics = jax.eval_shape(make_programs(run)[1], state, frozen, abstract_batch(run, evaluation=True))
     except KeyError as e:
@@ -134,7 +136,12 @@ def check_step(run: Run) -> None:
     for name in functions if is_main() else ():
         check_reward(run, name)
     best = run.config.checkpoint.best.removeprefix("-")
-    names = {"loss", *SAMPLED, *(name for name in metrics if not name.startswith("loss:"))}
+    names = {
+        "loss",
+        *SAMPLED,
+        *(f"pass@{k}" for k in tries(run.config.eval.samples_per_prompt)),
+        *(name for name in metrics if not name.startswith("loss:")),
+    }
     if best and best not in names:
         raise ValueError(f"checkpoint.best {best!r} is no metric of the evaluation; use one of {', '.join(sorted(names))}")
 

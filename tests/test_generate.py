@@ -209,8 +209,7 @@ def test_greedy_tokens_are_those_of_transformers(family, tmp_path):
     theirs = torch_greedy(model, PROMPTS, 16, eos_token_id=2, repetition_penalty=penalty)
     assert [row.tolist() for (row,) in out.rows()] == theirs
     assert len({t for row in theirs for t in row}) > 4
-    exact = out._replace(sampling=Sampling())
-    assert gap(source.config, params, PROMPTS, exact) < 1e-5
+    assert gap(source.config, params, PROMPTS, out._replace(drawn=out.logps)) < 1e-5
 
 
 def test_greedy_tokens_of_a_real_model(data_dir):
@@ -317,11 +316,43 @@ def test_a_batch_holds_prompt_and_completion_side_by_side():
         token_batch(PROMPTS, out, 10)
 
 
-def test_log_probs_of_a_warped_distribution_are_refused():
-    out = base()[1]._replace(sampling=Sampling(temperature=0.7, top_p=0.9))
-    with pytest.raises(ValueError, match=r"drawn at temperature 0.7, top_p 0.9.*needs Sampling\(\)"):
-        sampled_batch(PROMPTS, out)
-    assert "sampled_logps" not in token_batch(PROMPTS, out)
+@pytest.mark.parametrize("sampling", [Sampling(temperature=0.7, top_p=0.9), Sampling(temperature=0.0)])
+def test_the_batch_has_the_log_probs_that_completions_were_drawn_with(sampling):
+    """Those of the changed distribution, of which its tokens' own log-probs are summed; the model's own stay beside them."""
+    out = Generator(tiny.MODEL, Shape(8, 3, 7, 7, 3), sampling)(PARAMS, PROMPTS, KEY)
+    logits = transformer.Decoder(tiny.MODEL).apply
+    for i, prompt in enumerate(PROMPTS):
+        row = np.asarray([[*prompt, *out.tokens[i, 0]]])
+        hidden, _ = logits({"params": PARAMS}, row, np.ones(row.shape, bool))
+        z = np.asarray(hidden[0] @ transformer.head_weight(tiny.MODEL, PARAMS), np.float64)[len(prompt) - 1 : -1]
+        own = z - np.log(np.exp(z).sum(-1, keepdims=True))
+        warped = own / (sampling.temperature or 1e-3)
+        p = np.exp(warped - warped.max(-1, keepdims=True))
+        p /= p.sum(-1, keepdims=True)
+        order = -np.sort(-p, axis=-1)
+        least = np.take_along_axis(order, (np.cumsum(order, -1) < sampling.top_p).sum(-1, keepdims=True).clip(0, 95), -1)
+        p = np.where(p >= least, p, 0.0) if sampling.top_p < 1 else p
+        at = lambda x, i=i: np.take_along_axis(x, out.tokens[i, 0][:, None], -1)[:, 0]
+        np.testing.assert_allclose(out.drawn[i, 0], np.log(at(p / p.sum(-1, keepdims=True))), atol=2e-5)
+        np.testing.assert_allclose(out.logps[i, 0], at(own), atol=2e-5)
+    batch = sampled_batch(PROMPTS, out)
+    np.testing.assert_array_equal(batch["sampled_logps"][batch["completion_mask"]], out.drawn[out.mask])
+    np.testing.assert_array_equal(base()[1].drawn, base()[1].logps)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_tokens_that_the_tokenizer_has_not_are_never_sampled(temperature):
+    """Of a padded head, and of holes in it, even where their logits are the largest; the scorer's distribution is the sampler's."""
+    unused = ((0, 2), (20, 30), (90, 96))
+    config = dataclasses.replace(tiny.MODEL, unused_tokens=unused, temperature=temperature)
+    absent = np.concatenate([np.arange(*pair) for pair in unused])
+    aside = PARAMS | {"embed": PARAMS["embed"].at[absent].mul(5.0)}  # which is the head too
+    out = Generator(config, Shape(8, 12, 21, 7, 5))(aside, PROMPTS, KEY, n=3)
+    free = Generator(dataclasses.replace(config, unused_tokens=()), Shape(8, 12, 21, 7, 5))(aside, PROMPTS, KEY, n=3)
+    assert not np.isin(out.tokens[out.mask], absent).any() and np.isin(free.tokens[free.mask], absent).mean() > 0.3
+    assert gap(config, aside, PROMPTS, out) < 2e-5  # at a temperature below 1 rounding of logits counts as much more
+    greedy = Generator(config, Shape(8, 4, 7, 7, 4), Sampling(temperature=0.0))(aside, PROMPTS, KEY)
+    assert not np.isin(greedy.tokens[greedy.mask], absent).any()
 
 
 # --- what is refused ---

@@ -98,7 +98,8 @@ def test_a_draw_never_takes_what_has_no_weight(size):
 def test_greedy_takes_the_first_of_the_largest_and_no_number():
     z = jnp.asarray([[0.0, 5.0, 5.0, -1.0]] * 2)
     none = jnp.zeros((2, 1), jnp.int32), jnp.zeros((2, 1), bool)
-    token, logp = draw(Sampling(temperature=0.0), z, *none, jnp.asarray([0.0, 0.9]))
+    token, logp, drawn = draw(Sampling(temperature=0.0), z, *none, jnp.asarray([0.0, 0.9]))
+    np.testing.assert_array_equal(drawn, 0)  # there is no other
     np.testing.assert_array_equal(token, [1, 1])
     np.testing.assert_allclose(logp, jax.nn.log_softmax(z)[:, 1], rtol=1e-6)
 
@@ -106,7 +107,7 @@ def test_greedy_takes_the_first_of_the_largest_and_no_number():
 def test_log_probs_are_the_models_own_whatever_the_warp():
     u = jax.random.uniform(jax.random.key(2), (32,))
     for s in (Sampling(), WARPS["all"]):
-        token, logp = draw(s, jnp.asarray(LOGITS), jnp.asarray(ROWS), jnp.asarray(REAL), u)
+        token, logp, _ = draw(s, jnp.asarray(LOGITS), jnp.asarray(ROWS), jnp.asarray(REAL), u)
         exact = torch.log_softmax(torch.tensor(LOGITS).double(), -1).numpy()[np.arange(32), np.asarray(token)]
         np.testing.assert_allclose(logp, exact, atol=2e-6)
 

@@ -16,7 +16,7 @@ import tiny
 from alignax import losses, train
 from alignax import mesh as meshes
 from alignax.models import hf, transformer
-from alignax.models.heads import token_logps
+from alignax.models.heads import Shaping, token_logps
 from alignax.types import Outputs
 
 ORACLE = json.loads((Path(__file__).parent / "oracles" / "heads.json").read_text())
@@ -80,10 +80,10 @@ def test_values_and_gradients_are_the_naive_ones(chunk):
 def test_capped_logits(cap):
     args = problem()
     uncapped, _ = pull(naive, *args)
-    capped = pull(token_logps, *args, chunk=7, cap=cap)
+    capped = pull(token_logps, *args, chunk=7, how=Shaping(cap))
     close(capped, pull(naive, *args, cap=cap), 1e-5)
     assert (float(jnp.abs(capped[0].logps - uncapped.logps).max()) > 0.1) == (cap < 1e4)
-    extreme = pull(token_logps, 1e4 * args[0], *args[1:], cap=cap)
+    extreme = pull(token_logps, 1e4 * args[0], *args[1:], how=Shaping(cap))
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(extreme))
 
 
@@ -96,11 +96,11 @@ def teacher(targets: jax.Array, E: int = 5, V: int = 13):
 def test_kl_of_a_teacher_and_its_gradient_are_the_naive_ones(chunk, cap):
     """A teacher of another width, in several chunks and in one."""
     args = problem()
-    out, grads = pull(token_logps, *args, chunk=chunk, cap=cap, teacher=teacher(args[2]))
+    out, grads = pull(token_logps, *args, chunk=chunk, how=Shaping(cap), teacher=teacher(args[2]))
     close((out, grads), pull(naive, *args, cap=cap, teacher=teacher(args[2])), 1e-5)
     for kl in (out.ref_kl, out.policy_kl):
         assert kl is not None and (np.asarray(kl)[np.asarray(args[3])] > 0).all()
-    alone = pull(token_logps, *args, chunk=chunk, cap=cap)[0]
+    alone = pull(token_logps, *args, chunk=chunk, how=Shaping(cap))[0]
     assert alone.ref_kl is None and alone.policy_kl is None
     close(alone[:3], out[:3], 0)
 
@@ -183,6 +183,30 @@ def test_log_probs_of_trl():
     np.testing.assert_allclose(out.logps.sum(-1), case["sum_logps"], rtol=2e-5)
 
 
+@pytest.mark.parametrize("cap", [None, 1.5])
+def test_a_temperature_and_tokens_that_are_never_predicted(cap):
+    """As automatic differentiation has it of the logits of the other tokens alone, over the temperature."""
+    hidden, weight, targets, mask = problem()
+    V, T = weight.shape[1], 0.7
+    unused, kept = ((0, 2), (V - 3, V)), np.arange(2, V - 3)
+    targets = jnp.clip(targets, 2, V - 4)
+
+    def value(hidden, weight):
+        out = token_logps(hidden, weight, targets, mask, chunk=7, how=Shaping(cap, T, unused), teacher=(0.5 * hidden, weight))
+        return sum(c * x.sum() for c, x in zip((1.0, 0.3, 0.0, 0.2, 0.4), out[:5], strict=True))
+
+    def plain(hidden, weight):
+        shape = lambda h: jax.nn.log_softmax((h @ weight if cap is None else cap * jnp.tanh(h @ weight / cap))[..., kept] / T)
+        q, t = shape(hidden), jax.lax.stop_gradient(shape(0.5 * hidden))
+        logp = jnp.take_along_axis(q, targets[..., None] - 2, axis=-1)[..., 0]
+        kls = 0.2 * (jnp.exp(t) * (t - q)).sum(-1) + 0.4 * (jnp.exp(q) * (q - t)).sum(-1)
+        return jnp.where(mask, logp - 0.3 * (jnp.exp(q) * q).sum(-1) + kls, 0.0).sum()
+
+    ours, theirs = (jax.jit(jax.value_and_grad(f, (0, 1)))(hidden, weight) for f in (value, plain))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), ours, theirs)
+    assert not np.asarray(ours[1][1])[:, [0, 1, V - 3, V - 2, V - 1]].any()
+
+
 @pytest.mark.parametrize("case", ORACLE["fused_logprob"]["cases"], ids=lambda c: f"T={c['temperature']}, scale={c['logit_scale']}")
 def test_fused_log_probs_of_trl(case):
     given = {k: jnp.asarray(v) for k, v in ORACLE["fused_logprob"].items() if k != "cases"}
@@ -234,7 +258,7 @@ def test_no_array_of_the_training_step_spans_tokens_and_vocabulary(shape, monkey
     # Sizes are such that the output weight is the largest array, before a chunk's logits, and a row's logits would be larger.
     assert math.prod(arrays()[0]) == (V * D if mesh is None else V * D // 2)
     if mesh is None:
-        monkeypatch.setattr(transformer, "token_logps", lambda *args, chunk, mesh, cap, teacher: naive(*args))
+        monkeypatch.setattr(transformer, "token_logps", lambda *args, chunk, mesh, how, teacher: naive(*args))
         assert math.prod(arrays()[0]) >= 8 * (T - 1) * V
 
 

@@ -23,7 +23,7 @@ from alignax.config import load_experiment, prompts_of_rollout
 from alignax.evaluate import Evaluation
 from alignax.experience import best_and_worst, wco
 from alignax.fit import Observer
-from alignax.generate import STOP_ID
+from alignax.generate import LENGTH, STOP_ID, STOP_STRING
 from alignax.metrics import Log
 from alignax.models import hf
 from alignax.online import make_learn, measured, pretraining, reads_once, training_program
@@ -162,6 +162,49 @@ def test_rollouts_and_evaluations_stop_at_every_end(fields, tmp_path):
     }
     assert len(ended - {2}) > 3 and not np.isin(np.concatenate(sum(out.answers(), [])), run.ends).any()
     assert decoded(run.tokenizer, out) == [run.tokenizer.batch_decode(group, skip_special_tokens=True) for group in out.answers()]
+
+
+@pytest.mark.slow
+def test_rollouts_at_a_temperature_with_stop_strings_are_scored_as_they_are_sampled(fields, tmp_path):
+    """The head's one token that the tokenizer has not is the most likely by far, and never said; evaluations count what passes."""
+    shutil.copytree(fields["model.path"], tmp_path / "model")
+    source = hf.open_folder(tmp_path / "model")
+    params = hf.load_params(source, meshes.make_mesh({"fsdp": -1}))
+    hf.export(params | {"embed": params["embed"].at[95].mul(20.0)}, source, tmp_path / "model")
+    more = {
+        "model.path": tmp_path / "model", "rollout.temperature": 0.7, "rollout.stop": ("e", "a b"), "rollout.max_new_tokens": 12,
+        "eval.temperature": 0.7, "eval.samples_per_prompt": 4, "eval.samples": 6, "eval.pass_reward": 4.0, "steps": 4,
+        "workdir": tmp_path / "run",
+    }  # fmt: skip
+    args = arguments(tmp_path, GRPO, fields | {name: str(value) for name, value in more.items()})
+    run = checked(args)
+    assert run.unused == ((95, 96),) and run.source.config.temperature == 0.7 and run.reference is run.source
+    rollouts = Rollouts(run)
+    sampled = rollouts.sample(types.SimpleNamespace(key=jax.random.key(0), params=hf.load_params(run.source, run.mesh), averages={}), {}, 0)
+    out = sampled.completions
+    assert not (out.tokens[out.mask] == 95).any() and (out.ended == STOP_STRING).mean() > 0.2
+    texts = np.array(decoded(run.tokenizer, out, rollouts.generate.stops))
+    assert not any("e" in text for text in texts.ravel())
+    batch = rollouts.judge(sampled).batch
+    np.testing.assert_array_equal(batch["truncated"], out.ended == LENGTH)
+    assert main(args) == 0
+    found = rows(tmp_path / "run")
+    (row,) = [row for row in found if "loss" in row]
+    assert row["sampler_gap"] < 2e-5 and abs(row["kl"]) < 1e-5 and row["truncated_rate"] < 1
+    (first, last) = [row for row in found if "eval/kl" in row]
+    assert abs(first["eval/kl"]) < 1e-5 and first["eval/sampler_gap"] < 2e-5 and last["eval/kl_k3"] > 0 and last["eval/prompts"] == 4
+    assert 0 <= last["eval/pass@1"] <= last["eval/pass@2"] <= last["eval/pass@4"] <= 1 and {"eval/gold_se", "eval/reward_se"} <= last.keys()
+    told = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert len(told) == 12 and len({row["prompt"] for row in told[:4]}) == 4 and told[4]["prompt"] == told[0]["prompt"]
+
+
+@pytest.mark.slow
+def test_rollouts_of_a_nucleus_weigh_by_what_was_drawn(fields, tmp_path):
+    """log q - log pi of a token is -log of the nucleus's mass, so E_q log q / pi is above 0 and below -log p a token."""
+    args = arguments(tmp_path, OFF_POLICY, fields | {"workdir": str(tmp_path / "run"), "rollout.top_p": "0.8", "steps": "4"})
+    assert main(args) == 0
+    (row,) = [row for row in rows(tmp_path / "run") if "loss" in row]
+    assert 0 < row["sampler_kl"] < -np.log(0.8) * row["completion_length"] and "sampler_gap" not in row
 
 
 @pytest.mark.slow
@@ -449,6 +492,14 @@ REFUSED = {
     "no critic's folder": ({"model.critic": "nowhere"}, PPO, "model folder 'nowhere' does not exist"),
     "heads of no critic": ({"model.critic_heads": "2"}, PPO, "model.critic_heads is 2 and there is no critic"),
     "a cache": ({"reference.cache": "cache"}, GRPO, "online training scores samples"),
+    "a nucleus without weights": ({"rollout.top_p": "0.9"}, GRPO, "does not read sampled_logps; correct it"),
+    "no nucleus": ({"rollout.top_p": "0"}, GRPO, "'rollout.top_p' is 0.0; it must be above 0 and at most 1"),
+    "greedy rollouts": ({"rollout.temperature": "0"}, GRPO, "'rollout.temperature' is 0.0; it must be above 0, to sample from"),
+    "texts at a temperature": ({"data.pretrain": "texts.jsonl", "rollout.temperature": "0.7"}, BOTH, "data.pretrain is learnt at 1"),
+    "one sample many times": ({"eval.temperature": "0", "eval.samples_per_prompt": "4"}, GRPO, "all samples of a prompt are one"),
+    "a stop string of nothing": ({"rollout.stop": "[\"\"]"}, GRPO, "a stop string is empty; give some text"),
+    "a stop string that is a number": ({"eval.stop": "(3,)"}, GRPO, "a stop string is 3; give some text"),
+    "a stop string that never occurs": ({"eval.stop": "aé"}, GRPO, "stop string 'aé' can never occur"),
 }  # fmt: skip
 
 

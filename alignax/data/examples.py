@@ -28,6 +28,8 @@ class Examples:
     fields: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # name -> [n, ...], as in FIELDS
     token_fields: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # name -> [total], computed from the tokens
     columns: dict[str, list[Any]] = dataclasses.field(default_factory=dict)  # name -> [n], of prompts: what reward functions may read
+    rows: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))  # [n], of the files; none of examples of no file
+    judge: "Examples | None" = None  # the same rows as reward models read them; None: as they are
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -48,12 +50,22 @@ class Examples:
         side = row * self.N
         return self.tokens[self.offsets[side] :][: self.prompt_lengths[side]]
 
+    def taken(self, rows: np.ndarray) -> "Examples":
+        """Those rows, in that order; columns and token fields are left behind."""
+        sides = (rows[:, None] * self.N + np.arange(self.N)[None]).ravel()
+        lengths = self.lengths[sides]
+        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+        gather = np.arange(offsets[-1]) + np.repeat(self.offsets[sides] - offsets[:-1], lengths)
+        fields = {name: x[rows] for name, x in self.fields.items()}
+        prompts = [self.prompts[row] for row in rows.tolist()]
+        return Examples(self.tokens[gather], self.scored[gather], offsets, self.N, prompts, fields, rows=self.rows[rows])
+
     def digest(self, crc: int = 0) -> int:
         """A fingerprint of all that batches are made of, taken on from `crc`."""
         crc = zlib.crc32(repr((self.N, sorted(self.fields))).encode(), self.token_digest(crc))
         for name in sorted(self.fields):
             crc = zlib.crc32(np.ascontiguousarray(self.fields[name]).tobytes(), crc)
-        return crc
+        return crc if self.judge is None else self.judge.digest(crc)
 
     def token_digest(self, crc: int = 0) -> int:
         """A fingerprint of what a model's log-probs depend on: tokens, their masks and lengths."""
@@ -80,6 +92,7 @@ def concatenate(parts: Sequence[Examples]) -> Examples:
         prompts=[prompt for p in parts for prompt in p.prompts],
         fields={name: np.concatenate([p.fields[name] for p in parts]) for name in parts[0].fields},
         columns={name: [x for p in parts for x in p.columns[name]] for name in parts[0].columns if all(name in p.columns for p in parts)},
+        rows=np.concatenate([p.rows for p in parts]),
     )
 
 
@@ -95,4 +108,5 @@ def unpair(pairs: Examples) -> Examples:
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
     gather = np.arange(offsets[-1]) + np.repeat(pairs.offsets[sides] - offsets[:-1], lengths)
     labels = (sides % 2 == 0)[:, None]  # [2n, N = 1]
-    return Examples(pairs.tokens[gather], pairs.scored[gather], offsets, 1, [*pairs.prompts, *pairs.prompts], {"labels": labels})
+    prompts, rows = [*pairs.prompts, *pairs.prompts], np.concatenate([pairs.rows, pairs.rows])
+    return Examples(pairs.tokens[gather], pairs.scored[gather], offsets, 1, prompts, {"labels": labels}, rows=rows)

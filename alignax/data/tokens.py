@@ -184,6 +184,7 @@ def tokenize(
         prompts=prompts,
         fields={name: np.asarray([row.fields[name] for row in kept], FIELDS[name]) for name in kept[0].fields},
         columns={name: [row.columns[name] for row in kept] for name in kept[0].columns},
+        rows=np.array([row.row for row in kept], np.int64),
     )
     return examples, _report(examples, kept, rejected, counts, uncut, longest_prompt, tokenizer)._replace(told=dict(told))
 

@@ -64,6 +64,10 @@ class _Unconditioned:
     tokens: tuple[int, ...]
 
     def __call__(self, experience: Experience, batch: Batch) -> Batch:
+        if "judge_tokens" in batch:
+            raise ValueError(
+                "unconditioned() shortens the policy's prompts, and these reward models read others; give some of its own format"
+            )
         row = {name: rows(batch[name]) for name in ("tokens", "mask", "completion_mask")}  # [R, T]
         cut = without(places(self.tokens, row), row["tokens"], row["mask"])
         whole = {name: batch[name] for name in ("tokens", "mask")}

@@ -1,12 +1,12 @@
 """Generation: prompts to completions and their log-probs, from the training parameters as they are laid out."""
 
-from alignax.generate.batch import require_exact, sampled_batch, sampler_gap, token_batch
+from alignax.generate.batch import sampled_batch, sampler_gap, token_batch
 from alignax.generate.engine import Shape
 from alignax.generate.generator import Completions, Generator, shape_for
 from alignax.generate.sampling import Sampling
-from alignax.generate.stops import LENGTH, STOP_ID, STOP_STRING, Stops, text_of
+from alignax.generate.stops import LENGTH, STOP_ID, STOP_STRING, Stops, stops_of, text_of
 
 __all__ = [
-    "LENGTH", "STOP_ID", "STOP_STRING", "Completions", "Generator", "Sampling", "Shape", "Stops", "require_exact", "sampled_batch",
-    "sampler_gap", "shape_for", "text_of", "token_batch",
+    "LENGTH", "STOP_ID", "STOP_STRING", "Completions", "Generator", "Sampling", "Shape", "Stops", "sampled_batch",
+    "sampler_gap", "shape_for", "stops_of", "text_of", "token_batch",
 ]  # fmt: skip

@@ -31,23 +31,13 @@ def token_batch(prompts: Sequence[Sequence[int]], completions: Completions, leng
 def sampled_batch(prompts: Sequence[Sequence[int]], completions: Completions, length: int = 0) -> dict[str, np.ndarray]:
     """`token_batch` with `sampled_logps` [B, n, T], the log-probs that the completions were drawn with.
 
-    Raises:
-      ValueError: if they were drawn from another distribution than the model's own.
+    They are the model's own where `completions.sampling.exact`; otherwise, the samples are another distribution's, and a method that
+    takes them for the model's is to be corrected for it.
     """
-    require_exact(completions)
     batch = token_batch(prompts, completions, length)
     logps = np.zeros(batch["tokens"].shape, np.float32)
-    logps[_places(prompts, completions, length)[0]] = completions.logps[completions.mask]
+    logps[_places(prompts, completions, length)[0]] = completions.drawn[completions.mask]
     return batch | {"sampled_logps": logps}
-
-
-def require_exact(completions: Completions) -> None:
-    """Refuses samples whose log-probs are not those of the distribution that they are drawn from."""
-    if not completions.sampling.exact:
-        raise ValueError(
-            f"these completions are drawn at {completions.sampling}, and their log-probs are those of the model at temperature 1; "
-            "a method that weighs samples by them needs Sampling() without options"
-        )
 
 
 def sampler_gap(logps: jax.Array, batch: Batch) -> jax.Array:

@@ -16,8 +16,8 @@ from alignax.generate.sampling import Sampling, draw
 from alignax.mesh import constrain, sharding
 from alignax.models import cache as caches
 from alignax.models.cache import Cache
-from alignax.models.heads import soft_cap
-from alignax.models.transformer import Decoder, ModelConfig, head_weight
+from alignax.models.heads import shaped
+from alignax.models.transformer import Decoder, ModelConfig, head_weight, shaping
 from alignax.types import Params
 
 
@@ -65,6 +65,7 @@ class Emitted(NamedTuple):
 
     tokens: jax.Array
     logps: jax.Array
+    drawn: jax.Array  # log-probs of what was sampled from
     real: jax.Array
 
 
@@ -102,7 +103,7 @@ class Engine:
             values: Any = sharding(mesh, (None, rows, "heads"), (0, 0, KV))
             return Cache(values, values, *([values] * 2 if self.cache_dtype == jnp.int8 else [None] * 2))
 
-        return State(of("batch"), split, split, split, split), Staged(of(None), whole, whole), Emitted(whole, whole, whole)
+        return State(of("batch"), split, split, split, split), Staged(of(None), whole, whole), Emitted(*[whole] * 4)
 
     def prefill(self, params: Params, tokens: jax.Array, lengths: jax.Array) -> Staged:
         """Reads prompts [Q, P], right padded. Their last token is left to `decode`."""
@@ -125,7 +126,7 @@ class Engine:
         # Gathered over fsdp once, rather than at every step.
         head = constrain(head_weight(self.config, params).astype(self.dtype), self.mesh, None, "vocab")
         blank = jnp.zeros((S, chunk))
-        out = Emitted(blank.astype(jnp.int32), blank, blank > 0)
+        out = Emitted(blank.astype(jnp.int32), blank, blank, blank > 0)
 
         def going(carry: Any) -> jax.Array:
             t, _, alive, _ = carry
@@ -133,9 +134,10 @@ class Engine:
 
         def step(carry: Any) -> Any:
             t, state, alive, out = carry
-            state, token, logp = self.step(params, head, state, alive)
+            state, token, *logps = self.step(params, head, state, alive)
             put = lambda whole, x: jax.lax.dynamic_update_slice_in_dim(whole, x[:, None], t, axis=1)
-            out = Emitted(put(out.tokens, jnp.where(alive, token, 0)), put(out.logps, jnp.where(alive, logp, 0.0)), put(out.real, alive))
+            logp, drawn = (put(there, jnp.where(alive, x, 0.0)) for there, x in zip((out.logps, out.drawn), logps, strict=True))
+            out = Emitted(put(out.tokens, jnp.where(alive, token, 0)), logp, drawn, put(out.real, alive))
             stopped = (token[:, None] == jnp.asarray(self.stop_ids, jnp.int32)[None]).any(axis=1)
             alive = alive & ~stopped & (state.at - state.begin + 1 < self.shape.new)
             return t + 1, state, alive, out
@@ -143,8 +145,8 @@ class Engine:
         _, state, _, out = jax.lax.while_loop(going, step, (jnp.int32(0), state, alive, out))
         return state, out
 
-    def step(self, params: Params, head: jax.Array, state: State, alive: jax.Array) -> tuple[State, jax.Array, jax.Array]:
-        """One more token of each row, and its log-prob; a row that is not alive stays as it is."""
+    def step(self, params: Params, head: jax.Array, state: State, alive: jax.Array) -> tuple[State, jax.Array, jax.Array, jax.Array]:
+        """One more token of each row, and its log-probs (see `draw`); a row that is not alive stays as it is."""
         c, width = self.config, state.tokens.shape[1]
         place = jnp.arange(width)[None]
         decoder = Decoder(c, self.dtype, "none", self.mesh)
@@ -152,12 +154,12 @@ class Engine:
         hidden, cache = decoder.apply({"params": params}, last, None, state.cache, state.at)
         assert isinstance(cache, Cache)
         logits = jnp.einsum("rd,dv->rv", hidden[:, 0], head, preferred_element_type=jnp.float32)
-        logits = constrain(soft_cap(logits, c.final_logit_softcapping), self.mesh, "batch", None)
+        logits = constrain(shaped(logits, shaping(c)), self.mesh, "batch", None)
         uniform = jax.vmap(lambda key, t: jax.random.uniform(jax.random.fold_in(key, t)))(state.keys, state.at)
-        token, logp = draw(self.sampling, logits, state.tokens, place <= state.at[:, None], uniform)
+        token, logp, drawn = draw(self.sampling, logits, state.tokens, place <= state.at[:, None], uniform)
         at = jnp.where(alive, state.at + 1, state.at)
         new = alive[:, None] & (place == at[:, None])
-        return state._replace(cache=cache, tokens=jnp.where(new, token[:, None], state.tokens), at=at), token, logp
+        return state._replace(cache=cache, tokens=jnp.where(new, token[:, None], state.tokens), at=at), token, logp, drawn
 
 
 def enter(state: State, staged: Staged, entries: Entries, key: jax.Array) -> State:

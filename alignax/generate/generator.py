@@ -25,7 +25,8 @@ class Completions(NamedTuple):
 
     tokens: np.ndarray  # [B, n, C] int32, with the stop id, or the tokens of the stop string, at their end
     mask: np.ndarray  # [B, n, C] bool
-    logps: np.ndarray  # [B, n, C] float32, of the model's own distribution at temperature 1, in nats
+    logps: np.ndarray  # [B, n, C] float32, of the model's own distribution, in nats
+    drawn: np.ndarray  # [B, n, C] float32, of the distribution that was sampled from; 0 where that is greedy
     ended: np.ndarray  # [B, n] text: STOP_ID, STOP_STRING or LENGTH
     sampling: Sampling
     steps: int  # decoding steps of all rows that it took
@@ -123,7 +124,7 @@ class Batching:
         self.steps = 0
         total = len(prompts) * n
         self.tokens = np.zeros((total, shape.new), np.int32)
-        self.logps = np.zeros((total, shape.new), np.float32)
+        self.logps, self.drawn = np.zeros((2, total, shape.new), np.float32)
         self.length = np.zeros(total, np.int64)
         self.ended = np.full(total, LENGTH, dtype="<U11")
 
@@ -140,8 +141,8 @@ class Batching:
             self.decode(entries, alive, steps)
         split = lambda x: x.reshape(len(self.prompts), self.n, *x.shape[1:])
         mask = np.arange(shape.new) < self.length[:, None]
-        tokens, mask, logps, ended = map(split, (self.tokens, mask, self.logps, self.ended))
-        return Completions(tokens, mask, logps, ended, self.own.sampling, self.steps, self.block + 1)
+        tokens, mask, logps, drawn, ended = map(split, (self.tokens, mask, self.logps, self.drawn, self.ended))
+        return Completions(tokens, mask, logps, drawn, ended, self.own.sampling, self.steps, self.block + 1)
 
     def admit(self) -> Entries:
         """Gives free rows to completions whose prompt is staged, after the next block of prompts is read if none of them is."""
@@ -174,20 +175,20 @@ class Batching:
         self.state, out = self.own._decode(self.params, self.state, self.staged, *small)
         if not steps:
             return
-        made, logps, real = (np.asarray(x.addressable_data(0)) for x in out)
+        made, logps, drawn, real = (np.asarray(x.addressable_data(0)) for x in out)
         self.steps += int(real.any(axis=0).sum())
         for row in np.flatnonzero(alive).tolist():
-            self.take(row, made[row][real[row]], logps[row][real[row]])
+            self.take(row, *(x[row][real[row]] for x in (made, logps, drawn)))
 
-    def take(self, row: int, tokens: np.ndarray, logps: np.ndarray) -> None:
+    def take(self, row: int, tokens: np.ndarray, logps: np.ndarray, drawn: np.ndarray) -> None:
         """Adds tokens to the completion of a row, and frees the row where that ends."""
         i, stops = self.owner[row], self.own.stops
         begin = int(self.length[i])
         end = begin + len(tokens)
-        self.tokens[i, begin:end], self.logps[i, begin:end] = tokens, logps
+        self.tokens[i, begin:end], self.logps[i, begin:end], self.drawn[i, begin:end] = tokens, logps, drawn
         cut = None if stops is None else stops.end(self.tokens[i, :end], begin)
         if cut is not None:
-            self.tokens[i, cut:], self.logps[i, cut:], end = 0, 0.0, cut
+            self.tokens[i, cut:], self.logps[i, cut:], self.drawn[i, cut:], end = 0, 0.0, 0.0, cut
             self.ended[i] = STOP_STRING
         if len(tokens) and int(self.tokens[i, end - 1]) in self.own.stop_ids:
             self.ended[i] = STOP_ID

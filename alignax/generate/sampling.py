@@ -6,7 +6,7 @@ takes 144, and finds the same sets. The draw inverts the cumulative distribution
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,8 +48,16 @@ class Sampling:
         return ", ".join(changed) or "the model's own distribution"
 
 
-def draw(sampling: Sampling, logits: jax.Array, row: jax.Array, real: jax.Array, uniform: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A token of each row, and its log-prob under the logits as they are, at temperature 1.
+class Drawn(NamedTuple):
+    """A token of each row [R] int32, and log-probs of it [R] float32 in nats."""
+
+    token: jax.Array
+    logp: jax.Array  # under the logits as they are
+    drawn: jax.Array  # under what it was drawn from
+
+
+def draw(sampling: Sampling, logits: jax.Array, row: jax.Array, real: jax.Array, uniform: jax.Array) -> Drawn:
+    """A token of each row, and its log-probs.
 
     Args:
       sampling: what to draw from.
@@ -57,16 +65,21 @@ def draw(sampling: Sampling, logits: jax.Array, row: jax.Array, real: jax.Array,
       row: [R, S] int, the tokens so far.
       real: [R, S] bool, which of them there are.
       uniform: [R] float32 in [0, 1).
-
-    Returns:
-      [R] int32 and [R] float32, in nats.
     """
-    z = penalised(logits, row, real, sampling.repetition_penalty)
-    token = first(z == z.max(axis=-1, keepdims=True)) if sampling.temperature == 0 else pick(weights(sampling, z), uniform)
+    z, w = penalised(logits, row, real, sampling.repetition_penalty), None
+    if sampling.temperature == 0:
+        token = first(z == z.max(axis=-1, keepdims=True))
+    else:
+        w = weights(sampling, z)
+        token = pick(w, uniform)
+    at = lambda x: jnp.take_along_axis(x, token[:, None], axis=-1)[:, 0]
     top = logits.max(axis=-1, keepdims=True)
     # As a product: where nothing else reads the exponentials, XLA on CPU makes their sum a loop of scalar code.
     total = jnp.matmul(jnp.exp(logits - top), jnp.ones(logits.shape[1], jnp.float32), precision="highest")
-    return token, jnp.take_along_axis(logits - top, token[:, None], axis=-1)[:, 0] - jnp.log(total)
+    logp = at(logits - top) - jnp.log(total)
+    if w is None:
+        return Drawn(token, logp, jnp.zeros_like(logp))
+    return Drawn(token, logp, logp if sampling.exact else jnp.log(at(w)) - jnp.log(w.sum(axis=-1)))
 
 
 def penalised(logits: jax.Array, row: jax.Array, real: jax.Array, penalty: float) -> jax.Array:

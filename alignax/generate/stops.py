@@ -1,6 +1,7 @@
 """Strings that end a completion, looked for in its text by the host."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,8 @@ class Stops:
     def __post_init__(self) -> None:
         """Raises ValueError for strings that can never occur."""
         for string in self.strings:
-            if not string:
-                raise ValueError("a stop string is empty; give some text, or none")
+            if not isinstance(string, str) or not string:
+                raise ValueError(f"a stop string is {'empty' if string == '' else string}; give some text, or none")
             if odd := sorted({c for c in string if not c.isspace() and c not in self.text(self._ids(c))}):
                 raise ValueError(
                     f"stop string {string!r} can never occur: the tokenizer writes {', '.join(map(repr, odd))} as "
@@ -48,6 +49,11 @@ class Stops:
         return next(n for n in range(seen, len(tokens) + 1) if self.first(self.text(tokens[start:n])) is not None)
 
 
+def stops_of(tokenizer: Any, strings: Sequence[str]) -> Stops | None:
+    """The stop strings of a config field; None of none."""
+    return Stops(tokenizer, tuple(strings)) if strings else None
+
+
 def bare(tokens: Any, ended: str) -> Any:
     """A completion's tokens without the stop id that has ended it."""
     return tokens[:-1] if ended == STOP_ID else tokens
@@ -65,3 +71,9 @@ def text_of(tokens: Any, ended: str, tokenizer: Any, stops: Stops | None = None)
     text = tokenizer.decode(bare(tokens, ended), skip_special_tokens=True)  # an end need not be a special token
     found = stops.first(text) if stops is not None and ended == STOP_STRING else None
     return text if found is None else text[: found[0]]
+
+
+def added_text(tokenizer: Any, prompt: Sequence[int], tokens: Any) -> str:
+    """A completion as text, without special tokens: what it adds to its prompt's, so that a space in front is kept by every tokenizer."""
+    before, whole = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompt, [*prompt, *tokens.tolist()]))
+    return whole.removeprefix(before) if whole.startswith(before) else tokenizer.decode(tokens, skip_special_tokens=True)

@@ -6,14 +6,15 @@ shard. Logits exist for one chunk at a time and are made again in the backward p
     z = x W, p = softmax(z), q = log p, H the entropy:   d q_y / dz = onehot(y) - p,   dH / dz = -p (q + H)
     with a teacher of distribution t:                    d KL(t || p) / dz = p - t,   d KL(p || t) / dz = p (q - log t - KL(p || t))
 
-With a soft cap, z = cap tanh(x W / cap), and both are multiplied by dz / d(x W) = 1 - (z / cap)^2.
+With a soft cap and a temperature s, z = cap tanh(x W / cap) / s, and both are multiplied by dz / d(x W) = (1 - (s z / cap)^2) / s.
+Tokens that are never predicted have a logit so low that their probability is 0, and no gradient.
 
 Differentiated by machine, a chunk took three to four sweeps over its logits rather than one, and the gradient of W was summed over
 the data shards in every chunk rather than once. A KL that no loss reads is not computed, an entropy not differentiated.
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,18 @@ from alignax import mesh as meshes
 from alignax.types import Outputs
 
 Teacher = tuple[jax.Array, jax.Array] | None  # hidden states and output weight, of a vocabulary that is the student's
+NEVER = -1e30  # a logit whose probability is 0, and which is a finite number
+
+
+class Shaping(NamedTuple):
+    """What becomes of logits before their softmax, in this order."""
+
+    cap: float | None = None  # see `soft_cap`
+    temperature: float = 1.0
+    unused: tuple[tuple[int, int], ...] = ()  # ranges of tokens, first and behind the last, that are never predicted
+
+
+PLAIN = Shaping()
 
 
 def token_logps(
@@ -34,7 +47,7 @@ def token_logps(
     *,
     chunk: int = 256,
     mesh: Mesh | None = None,
-    cap: float | None = None,
+    how: Shaping = PLAIN,
     teacher: Teacher = None,
 ) -> Outputs:
     """Log-prob of each target, entropy and log sum of squares of its distribution, where `mask` is True; 0 elsewhere.
@@ -46,7 +59,7 @@ def token_logps(
       mask: [R, T] bool.
       chunk: positions scored at a time in each batch shard; memory is about `chunk * V` floats, a few times over.
       mesh: gives the number of batch shards; positions never leave theirs.
-      cap: of the logits, see `soft_cap`; of the teacher's too.
+      how: what becomes of the logits, and of the teacher's too.
       teacher: [R, T, E] in the compute dtype and [E, V]; then KL(teacher || softmax) and KL(softmax || teacher) are among the outputs,
         with their gradients. None goes to the teacher.
 
@@ -68,7 +81,7 @@ def token_logps(
     x = meshes.constrain(pack(hidden), mesh, "batch", None, None)
     y = jnp.take_along_axis(targets.reshape(S, P), order, axis=1)
     taught = None if teacher is None else (meshes.constrain(pack(teacher[0]), mesh, "batch", None, None), teacher[1])
-    scores: Any = score(chunk, mesh, cap, x, weight, y, count, taught)
+    scores: Any = score(chunk, mesh, how, x, weight, y, count, taught)
     restore = lambda a: jnp.where(mask, jnp.take_along_axis(a[:, :P], back, axis=1).reshape(R, T), 0.0)
     return Outputs(*map(restore, scores))
 
@@ -114,29 +127,42 @@ def soft_cap(z: jax.Array, cap: float | None) -> jax.Array:
     return z if cap is None else cap * jnp.tanh(z / cap)
 
 
+def shaped(z: jax.Array, how: Shaping) -> jax.Array:
+    """The logits [.., V] whose softmax is the distribution."""
+    z = soft_cap(z, how.cap)
+    z = z if how.temperature == 1 else z / how.temperature
+    return jnp.where(predicted(how, z), z, NEVER) if how.unused else z
+
+
+def predicted(how: Shaping, z: jax.Array) -> jax.Array:
+    """Which tokens of [.., V] are ever predicted: bool, of the same rank, its other axes 1."""
+    at = jax.lax.broadcasted_iota(jnp.int32, (1,) * (z.ndim - 1) + z.shape[-1:], z.ndim - 1)
+    return functools.reduce(jnp.logical_and, [(at < first) | (at >= behind) for first, behind in how.unused])
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def score(
-    chunk: int, mesh: Mesh | None, cap: float | None, x: jax.Array, weight: jax.Array, y: jax.Array, count: jax.Array, teacher: Teacher
+    chunk: int, mesh: Mesh | None, how: Shaping, x: jax.Array, weight: jax.Array, y: jax.Array, count: jax.Array, teacher: Teacher
 ) -> tuple[jax.Array, ...]:
     """Log-prob of y [S, P], entropy and log sum of squares of softmax(x W), from x [S, P, D] and W [D, V]; 0 after `count` chunks.
 
     With a teacher, KL(teacher || softmax(x W)) and KL(softmax(x W) || teacher) too.
     """
-    return _scores(chunk, mesh, cap, x, weight, y, count, teacher)[0]
+    return _scores(chunk, mesh, how, x, weight, y, count, teacher)[0]
 
 
-def _forward(chunk: int, mesh: Mesh | None, cap: float | None, *primals: Any) -> Any:
-    return _scores(chunk, mesh, cap, *jax.tree.map(lambda x: x.value, primals))
+def _forward(chunk: int, mesh: Mesh | None, how: Shaping, *primals: Any) -> Any:
+    return _scores(chunk, mesh, how, *jax.tree.map(lambda x: x.value, primals))
 
 
 def _scores(
-    chunk: int, mesh: Mesh | None, cap: float | None, x: jax.Array, weight: jax.Array, y: jax.Array, count: jax.Array, teacher: Teacher
+    chunk: int, mesh: Mesh | None, how: Shaping, x: jax.Array, weight: jax.Array, y: jax.Array, count: jax.Array, teacher: Teacher
 ) -> Any:
     w = _whole(weight, x.dtype, mesh)
     taught = None if teacher is None else (teacher[0], _whole(teacher[1], teacher[0].dtype, mesh))
 
     def body(i: jax.Array, out: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        z = soft_cap(_logits(_part(x, i, chunk), w), cap)
+        z = shaped(_logits(_part(x, i, chunk), w), how)
         top = z.max(axis=-1, keepdims=True)
         e = jnp.exp(z - top)
         total = e.sum(axis=-1)
@@ -147,7 +173,7 @@ def _scores(
         squares = jnp.log(jnp.einsum("scv,scv->sc", e, e)) - 2 * jnp.log(total)
         parts = (logp, entropy, lse, squares)
         if taught is not None:
-            zt = soft_cap(_logits(_part(taught[0], i, chunk), taught[1]), cap)
+            zt = shaped(_logits(_part(taught[0], i, chunk), taught[1]), how)
             lse_t = jax.nn.logsumexp(zt, axis=-1)
             # From the difference of logits, so that the KL of equal models is 0 and not a difference of large numbers.
             kl = jnp.einsum("scv,scv->sc", jnp.exp(zt - lse_t[..., None]), zt - z) + lse - lse_t
@@ -160,7 +186,7 @@ def _scores(
     return (logp, entropy, squares, *rest[:2]), (x, weight, y, count, entropy, lse, teacher, rest[1:])
 
 
-def _backward(chunk: int, mesh: Mesh | None, cap: float | None, saved: Any, cotangents: tuple[Any, ...]) -> Any:
+def _backward(chunk: int, mesh: Mesh | None, how: Shaping, saved: Any, cotangents: tuple[Any, ...]) -> Any:
     x, weight, y, count, entropy, lse, teacher, of_teacher = saved
     w = _whole(weight, x.dtype, mesh)
     read = [not isinstance(cotangent, SymbolicZero) for cotangent in cotangents]
@@ -172,20 +198,24 @@ def _backward(chunk: int, mesh: Mesh | None, cap: float | None, saved: Any, cota
         part = _part(x, i, chunk)
         at = lambda a: _part(a, i, chunk)[..., None]
         dlogp = at(dlogps)
-        z = soft_cap(_logits(part, w), cap)
+        z = shaped(_logits(part, w), how)
         q = z - at(lse)
         hit = jnp.arange(w.shape[1])[None, None] == at(y)
         slope = dlogp + at(cotangents[1]) * (q + at(entropy)) if read[1] else dlogp
         dz = jnp.where(hit, dlogp, 0.0) - jnp.exp(q) * slope
         if taught is not None:
             reverse, lse_t = map(at, of_teacher)
-            log_t = soft_cap(_logits(_part(taught[0], i, chunk), taught[1]), cap) - lse_t
+            log_t = shaped(_logits(_part(taught[0], i, chunk), taught[1]), how) - lse_t
             if read[3]:
                 dz = dz + at(cotangents[3]) * (jnp.exp(q) - jnp.exp(log_t))
             if read[4]:
                 dz = dz + at(cotangents[4]) * jnp.exp(q) * (q - log_t - reverse)
-        if cap is not None:
-            dz = dz * (1 - jnp.square(z / cap))
+        if how.cap is not None:
+            dz = dz * (1 - jnp.square(z * (how.temperature / how.cap)))
+        if how.temperature != 1:
+            dz = dz / how.temperature
+        if how.unused:
+            dz = jnp.where(predicted(how, dz), dz, 0.0)
         dz = dz.astype(x.dtype)  # what a matrix unit takes; sums stay float32
         dpart = jnp.einsum("scv,dv->scd", dz, w, preferred_element_type=jnp.float32)
         dw = dw + jnp.einsum("scd,scv->sdv", part, dz, preferred_element_type=jnp.float32)

@@ -108,6 +108,14 @@ def _tokenizer(folder: Path) -> bytes:
     return file.read_bytes() if file.is_file() else b""
 
 
+def chat_template(folder: Path) -> Any:
+    """The chat template that a folder's files hold; None of none."""
+    file, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    return read_object(config, "fetch the model folder again").get("chat_template") if config.is_file() else None
+
+
 def read_object(file: Path, remedy: str) -> dict[str, Any]:
     """The JSON object that a file holds."""
     try:
@@ -452,6 +460,15 @@ def end_ids(source: Source, tokenizer: Any) -> tuple[int, ...]:
     none is the tokenizer's EOS alone.
     """
     return tuple(sorted({tokenizer.eos_token_id, *stop_ids(source)}))
+
+
+def with_vocabulary(source: Source, tokenizer: Any) -> Source:
+    """The model as it speaks: ids that its head has and its tokenizer has not, of a padded vocabulary say, are never predicted."""
+    there = np.zeros(source.config.vocab_size + 2, np.int8)
+    there[1 + np.fromiter(tokenizer.get_vocab().values(), np.int64)] = 1
+    there[[0, -1]] = 1
+    edges = np.flatnonzero(np.diff(there)).tolist()  # where a range of absent ids begins, and behind its end, in turns
+    return source._replace(config=dataclasses.replace(source.config, unused_tokens=tuple(zip(edges[::2], edges[1::2], strict=True))))
 
 
 def _copy_small_files(source: Source, out: Path) -> None:

@@ -20,7 +20,7 @@ from alignax.mesh import constrain
 from alignax.models import cache as caches
 from alignax.models.attention import attention
 from alignax.models.cache import Cache
-from alignax.models.heads import last_scores, token_logps, token_values
+from alignax.models.heads import Shaping, last_scores, token_logps, token_values
 from alignax.models.lora import Lora, adapt
 from alignax.models.moe import experts
 from alignax.types import Batch, Outputs, Params, rows
@@ -64,6 +64,8 @@ class ModelConfig:
     num_labels: int = 0  # scores of a reward model, in place of logits; 0: a language model
     critic_heads: int = 0  # values of every token beside the logits
     predicted_tokens: int = 0  # the first so many of the vocabulary are ever predicted, the others only read; 0: all
+    unused_tokens: tuple[tuple[int, int], ...] = ()  # ranges of ids, first and behind the last, that are never predicted either
+    temperature: float = 1.0  # logits are divided by it, last of all
     num_experts: int = 0  # 0: one MLP; intermediate_size is that of an expert
     num_experts_per_tok: int = 0
     norm_topk_prob: bool = False  # the chosen experts' probabilities sum to 1
@@ -355,6 +357,11 @@ def head_weight(config: ModelConfig, params: Params) -> jax.Array:
     return weight[:, : config.predicted_tokens] if config.predicted_tokens else weight
 
 
+def shaping(config: ModelConfig) -> Shaping:
+    """What becomes of the logits that the output projection gives."""
+    return Shaping(config.final_logit_softcapping, config.temperature, config.unused_tokens)
+
+
 def init(config: ModelConfig, key: jax.Array) -> Any:
     """Fresh parameters, boxed with their logical axes (see `alignax.mesh.param_shardings`)."""
     one = jnp.ones((1, 1), jnp.int32)
@@ -401,8 +408,8 @@ def forward(
             states, _ = Decoder(teacher[0], dtype, remat, mesh).apply({"params": teacher[1]}, read, real)
             taught = states[:, :-1], head_weight(*teacher)
         # Position t - 1 predicts token t; the last position predicts nothing.
-        weight, cap = head_weight(config, params), config.final_logit_softcapping
-        out = token_logps(hidden[:, :-1], weight, tokens[:, 1:], scored[:, 1:], chunk=chunk, mesh=mesh, cap=cap, teacher=taught)
+        weight, how = head_weight(config, params), shaping(config)
+        out = token_logps(hidden[:, :-1], weight, tokens[:, 1:], scored[:, 1:], chunk=chunk, mesh=mesh, how=how, teacher=taught)
         back = lambda x: jnp.pad(x, ((0, 0), (1, 0))).reshape(batch["tokens"].shape)  # [B, N, T]
         out = jax.tree.map(back, out)
         return out._replace(values=token_values(hidden, batch["completion_mask"], params["value"])) if config.critic_heads else out

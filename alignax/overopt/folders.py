@@ -28,6 +28,7 @@ from alignax.data.tokens import tokenize
 from alignax.generate import LENGTH, Generator, shape_for
 from alignax.generate.console import encoded
 from alignax.generate.generator import check_room
+from alignax.generate.stops import added_text
 from alignax.models import hf
 from alignax.overopt.worlds import Scored, World, check_ranges, check_sizes, check_varies, margins
 from alignax.prepare import compute_dtype, load_tokenizer, open_model
@@ -113,6 +114,7 @@ def sampled(config: Any, mesh: Mesh, seeds: Sequence[int]) -> list[Responses]:
     if source.config.num_labels:
         raise BadInput(f"folders.policy {c.policy!r} is a reward model, which gives scores and no text; give a language model")
     tokenizer = load_tokenizer(source.path, source.config.vocab_size)
+    source = hf.with_vocabulary(source, tokenizer)
     prompts = read_prompts(config, tokenizer, P * len(seeds))
     longest = max(len(prompt.ids) for prompt in prompts)
     check_room(source.config, longest, c.max_new_tokens)
@@ -123,7 +125,7 @@ def sampled(config: Any, mesh: Mesh, seeds: Sequence[int]) -> list[Responses]:
     for i, seed in enumerate(seeds):
         own = prompts[i * P : (i + 1) * P]
         found = generate(params, [prompt.ids for prompt in own], jax.random.key(seed), N)
-        texts = [[text_of(tokenizer, p.ids, tokens) for tokens in row] for p, row in zip(own, found.answers(), strict=True)]
+        texts = [[added_text(tokenizer, p.ids, tokens) for tokens in row] for p, row in zip(own, found.answers(), strict=True)]
         out.append(Responses(own, texts, found.mask.sum(axis=-1)))
         cut += int((found.ended == LENGTH).sum())
     total, different = P * N * len(seeds), sum(len(set(row)) for own in out for row in own.texts)
@@ -146,13 +148,6 @@ def read_prompts(config: Any, tokenizer: Any, wanted: int) -> list[Prompt]:
         own = encoded(i, content, tools, tokenizer, file)  # refuses what is neither text nor messages
         out.append(Prompt(content or "", tools, own.text, own.ids))
     return out
-
-
-def text_of(tokenizer: Any, prompt: list[int], tokens: np.ndarray) -> str:
-    """A response as text, without special tokens: what it adds to its prompt's, so that a space in front is kept by every tokenizer."""
-    decode = partial(tokenizer.decode, skip_special_tokens=True)
-    before, whole = decode(prompt), decode([*prompt, *tokens.tolist()])
-    return whole.removeprefix(before) if whole.startswith(before) else decode(tokens)
 
 
 # Scores ---------------------------------------------------------------------------------------------------------------------

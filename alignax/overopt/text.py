@@ -190,7 +190,7 @@ class Programs(NamedTuple):
     step: Callable[[TrainState, Any], Any]
     evaluate: Callable[..., Any]  # params, step, batch -> sums of the loss's metrics
     logps: Callable[..., jax.Array]  # params, batch -> [B, N, T]
-    ratios: Callable[..., jax.Array]  # params, initial ones, sampled batch -> log pi - log pi_0 of each answer in nats, [B]
+    ratios: Callable[..., jax.Array]  # params, initial ones, sampled batch -> log pi - log pi_0 of each answer in nats, [B, 1]
 
 
 def align(config: Any, policy: Callable[[], Policy], data: Callable[[int], Data], seeds: Sequence[int], loss: Loss) -> Iterator[Trajectory]:

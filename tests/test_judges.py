@@ -1,0 +1,127 @@
+"""Reward models read what their own tokenizer and chat template make of prompt and completion: transformers gives the same scores."""
+
+import json
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+import torch
+import transformers
+from test_online import arguments, checked
+from test_rewards import reward_folder
+
+from alignax import rewards
+from alignax.models import hf
+from alignax.programs import abstract_rollout
+from alignax.rollout import Rollouts, decoded
+from alignax.start import check_step
+
+THEIRS = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }} {{ m['content'] }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
+)
+OURS = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+SCORED = """
+def loss(config):
+    return {}
+
+def experience(config, reference, ensemble):
+    return chain(logps("ref_logps", reference), score(ensemble), {})
+"""
+ONLINE, OFFLINE = SCORED.format("rloo()", "mean, leave_one_out()"), SCORED.format("dpo()", "mean")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A policy, a reward model of another vocabulary and template, and one of the policy's own."""
+    here = tmp_path_factory.mktemp("judges")
+    policy = tiny.folder(here / "policy")
+    (policy / "chat_template.jinja").write_text(OURS)
+    other = reward_folder(here, 1, vocab_size=288)
+    tiny.byte_tokenizer(THEIRS).save_pretrained(other)
+    (other / "generation_config.json").unlink()
+    return policy, other, reward_folder(here, 2)
+
+
+def fields(models, tmp_path, judge, data, **more):
+    own = {
+        "model.path": models[0], "reward.path": judge, "data.train": data, "workdir": tmp_path / "run", "batch_size": 4, "steps": 2,
+        "eval.samples": 0, "log.tensorboard": False, "export.final": False,
+    }  # fmt: skip
+    return {name: str(value) for name, value in (own | more).items()}
+
+
+def scores_of(run, batch):
+    """What the run's reward models give a batch: [B, N]."""
+    params = rewards.load_members(run.judges, run.mesh)
+    model = rewards.ensemble_model(run.judges[0].config, params, run.mesh)
+    return np.asarray(jax.jit(model.apply)(model.params, {name: jnp.asarray(x) for name, x in batch.items()}).scores)[..., 0]
+
+
+def transformers_scores(folder, rows):
+    """What transformers gives token ids, each alone."""
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    with torch.no_grad():
+        return np.array([float(model(input_ids=torch.tensor([ids])).logits[0, 0]) for ids in rows])
+
+
+def test_samples_are_scored_as_the_reward_models_template_has_them(models, tmp_path):
+    prompts = [[{"role": "user", "content": f"{word} and?"}] for word in ("sun", "moon", "sea", "a tree", "cat", "dog", "the owl", "x")]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts))
+    own = {"data.kind": "prompt", "rollout.samples": 3, "rollout.max_new_tokens": 6}
+    run = checked(arguments(tmp_path, ONLINE, fields(models, tmp_path, models[1], tmp_path / "prompts.jsonl", **own)))
+    check_step(run)
+    rollouts, params = Rollouts(run), hf.load_params(run.source, run.mesh)
+    sampled = rollouts.sample(types.SimpleNamespace(key=jax.random.key(0), params=params, averages={}), {}, 0)
+    batch = rollouts.judge(sampled).batch
+    assert {n: (x.shape, x.dtype) for n, x in batch.items()} == {n: (x.shape, x.dtype) for n, x in abstract_rollout(run, 4, 3).items()}
+    judge, texts = transformers.AutoTokenizer.from_pretrained(models[1]), decoded(run.tokenizer, sampled.completions)
+    rows = [
+        judge.apply_chat_template([*prompts[i], {"role": "assistant", "content": text}])["input_ids"]
+        for i, group in zip(sampled.rows, texts, strict=True)
+        for text in group
+    ]
+    assert rows[0] != np.asarray(batch["tokens"][0, 0])[: len(rows[0])].tolist() and len({*map(tuple, rows)}) > 6
+    np.testing.assert_allclose(scores_of(run, batch).ravel(), transformers_scores(models[1], rows), atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["text", "messages"])
+def test_pairs_are_scored_as_the_reward_model_tokenises_them(kind, models, tmp_path):
+    pairs = [("is it?", " yes", " no, never"), ("why so?", " so", " it is what it is"), ("a", " b", " c"), ("d e", " f", " g h")]
+    turn = lambda role, text: text if kind == "text" else [{"role": role, "content": text}]
+    rows = [{"prompt": turn("user", p), "chosen": turn("assistant", c), "rejected": turn("assistant", r)} for p, c, r in pairs]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = checked(arguments(tmp_path, OFFLINE, fields(models, tmp_path, models[1], tmp_path / "pairs.jsonl", **{"data.max_length": 64})))
+    check_step(run)
+    judge = transformers.AutoTokenizer.from_pretrained(models[1])
+    read = {
+        "text": lambda p, a: judge(p + a)["input_ids"] + [judge.eos_token_id],
+        "messages": lambda p, a: judge.apply_chat_template(turn("user", p) + turn("assistant", a))["input_ids"],
+    }[kind]
+    which = run.train.rows(0)
+    wanted = transformers_scores(models[1], [read(p, a) for p, *answers in (pairs[i] for i in which) for a in answers])
+    np.testing.assert_allclose(scores_of(run, run.train.batch(0)).ravel(), wanted, atol=1e-4)
+
+
+def test_a_reward_model_of_the_policys_format_reads_the_policys_tokens(models, tmp_path):
+    data = tiny.pairs(tmp_path / "pairs.jsonl", 8)
+    run = checked(arguments(tmp_path, OFFLINE, fields(models, tmp_path, models[2], data, **{"data.max_length": 48})))
+    assert run.judge is None and "judge_tokens" not in run.train.batch(0)
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "is it?"}) + "\n")
+    own = {"data.kind": "prompt", "rollout.samples": 2, "rollout.max_new_tokens": 4, "batch_size": 1}
+    args = arguments(tmp_path, ONLINE, fields(models, tmp_path, models[2], tmp_path / "prompts.jsonl", **own))
+    assert checked(args).judge is None
+    config = json.loads((models[2] / "tokenizer.json").read_text())
+    (models[2] / "tokenizer.json").write_text(json.dumps(config | {"post_processor": None}))  # the same tokens, and no <s> in front
+    assert checked(args).judge.length % 8 == 0
+    (models[2] / "tokenizer.json").write_text(json.dumps(config))
+
+
+def test_members_of_several_templates_are_no_ensemble(models, tmp_path):
+    other = reward_folder(tmp_path, 3)
+    (other / "chat_template.jinja").write_text(OURS)
+    with pytest.raises(ValueError, match="rm3' has another chat template than .*rm2'"):
+        rewards.open_ensemble([models[2], other])
