@@ -34,7 +34,7 @@ from alignax.losses.algebra import Objective
 from alignax.models import hf, lora, peft, transformer
 from alignax.models.lora import Lora
 from alignax.optim import make_optimizer, make_schedule
-from alignax.rewards import open_ensemble
+from alignax.rewards import check_one_score, open_ensemble
 from alignax.train import Apply
 
 # Fields that may change when a run is resumed: they do not say what is computed, only where and how it is told.
@@ -176,6 +176,7 @@ def open_judges(config: Any, tokenizer: Any) -> list[hf.Source]:
     if not config.reward.path:
         raise ValueError("experience(..) asks for ensemble and config field 'reward.path' is empty; set --config.reward.path=FOLDER,FOLDER")
     judges = open_ensemble(config.reward.path.split(","))
+    check_one_score(judges[0])
     check_tokenizer(judges[0], f"reward model {str(judges[0].path)!r}", tokenizer)
     return judges
 
@@ -206,6 +207,7 @@ def open_model(path: str, init: str, field: str) -> hf.Source:
         raise ValueError(f"model.init {init!r} is unknown; use pretrained or random")
     source = open_source(path, field)
     hf.stop_ids(source)  # the export at the end reads them
+    hf.small_files(source)
     if init == "pretrained":
         for part, _ in hf.ingredients(source):
             hf.check_tensors(part, hf.tensor_files(part))
@@ -249,7 +251,7 @@ def load_tokenizer(path: Path, vocab_size: int) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
         eos, size, _ = tokenizer.eos_token_id, len(tokenizer), tokenizer("a")  # some damage shows only in use
     except Exception as e:  # a damaged tokenizer.json raises a bare Exception
         raise ValueError(f"{str(path)!r} has no tokenizer that transformers reads ({one_line(e)})") from e

@@ -7,7 +7,6 @@ diagonal, so the rank is the sum of theirs.
 
 import json
 import math
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -104,12 +103,9 @@ def write_adapter(adapters: Params, spec: Lora, source: hf.Source, base: str, ou
     tmp = out.with_name(out.name + ".tmp")
     with together():
         if is_main():
-            from safetensors.numpy import save_file
-
             shutil.rmtree(tmp, ignore_errors=True)
             tmp.mkdir(parents=True)
-            save_file(tensors, tmp / WEIGHTS, metadata={"format": "pt"})
-            os.chmod(tmp / WEIGHTS, 0o666 & ~hf.umask())
+            hf.save_tensors(tensors, tmp / WEIGHTS)
             kept = any(adapted.place(m[0]).weight.kept for m in adapted.modules.values())
             head = {"modules_to_save": ["score"], reward.OFFSET: offset} if offset else {}
             content = _config(spec, adapted, ranks, base, kept, head)
@@ -230,7 +226,7 @@ def read_config(folder: Path, source: hf.Source) -> tuple[Lora, dict[str, tuple[
 
 
 def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
-    from safetensors.numpy import load_file
+    from safetensors import safe_open
 
     file = folder / WEIGHTS
     if not file.is_file():
@@ -241,7 +237,9 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
         raise ValueError(f"{str(folder)!r} has no {WEIGHTS}; fetch the adapter again")
     for name, (dtype, _) in hf.header(file).items():
         hf.check_type(name, dtype, file)
-    return {name: np.asarray(x, np.float32) for name, x in load_file(file).items()}
+    with safe_open(file, framework="np") as opened:
+        hf.check_digests(opened, file)
+        return {name: np.asarray(opened.get_tensor(name), np.float32) for name in opened.keys()}  # noqa: SIM118
 
 
 def _take(stored: dict[str, np.ndarray], name: str, shape: tuple[int, ...], folder: Path) -> np.ndarray:
