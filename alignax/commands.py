@@ -245,8 +245,7 @@ def eval_rm(place: str, file: str, overrides: Sequence[str], out: str, force: bo
         if not file and not is_workdir(place):
             raise ValueError(f"{place!r} is no workdir of a run; for model folders give --config FILE.py too, experiments/rm_hh.py say")
         config, source, mesh, params = reward_models(place, file, overrides)
-        if source.config.num_labels > 1:
-            raise ValueError(f"{place!r} gives {source.config.num_labels} scores of a response; eval-rm compares one (model.num_labels 1)")
+        rewards.check_one_score(source)
         loaded = pairs_of(config, source)
     result = {}
     model = rewards.ensemble_model(source.config, params, mesh)

@@ -45,14 +45,13 @@ from alignax.config import (
 from alignax.data import Batches, Examples, Report, load, padded_length
 from alignax.data.files import one_line
 from alignax.data.mixture import sources
-from alignax.distributed import is_main
 from alignax.generate import stops_of
 from alignax.judges import Judge
 from alignax.losses.algebra import Objective
 from alignax.models import hf, lora, peft, transformer
 from alignax.models.lora import Lora
 from alignax.optim import make_optimizer, make_schedule
-from alignax.rewards import open_ensemble
+from alignax.rewards import check_one_score, open_ensemble
 from alignax.train import Apply
 from alignax.workers import Workers
 
@@ -225,7 +224,9 @@ def open_judges(config: Any) -> list[hf.Source]:
     """The reward models of `reward.path`."""
     if not config.reward.path:
         raise ValueError("experience(..) asks for ensemble and config field 'reward.path' is empty; set --config.reward.path=FOLDER,FOLDER")
-    return open_ensemble(config.reward.path.split(","))
+    judges = open_ensemble(config.reward.path.split(","))
+    check_one_score(judges[0])
+    return judges
 
 
 def open_critic(config: Any) -> hf.Source | None:
@@ -254,10 +255,9 @@ def open_model(path: str, init: str, field: str) -> hf.Source:
         raise ValueError(f"model.init {init!r} is unknown; use pretrained or random")
     source = open_source(path, field)
     hf.stop_ids(source)  # refuses what is no token
+    hf.small_files(source)
     if init == "pretrained":
         for part, _ in hf.ingredients(source):
-            if is_main():  # which reads every byte
-                output.check(part.path)
             hf.check_tensors(part, hf.tensor_files(part))
     elif source.soup:
         raise ValueError(f"{field} {path!r} is a mean of weights, and model.init 'random' reads none; name one folder")
@@ -278,7 +278,6 @@ def make_lora(config: Any, source: hf.Source) -> Lora | None:
     """The adapters that a config asks for, their patterns resolved to matrices of the model."""
     c = config.lora
     if c.path:
-        output.check(Path(c.path))
         return dataclasses.replace(peft.read_config(Path(c.path), source)[0], int8=c.int8)
     lora.check(c)
     if config.model.freeze:
@@ -300,7 +299,7 @@ def load_tokenizer(path: Path, vocab_size: int) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
         eos, size, _ = tokenizer.eos_token_id, len(tokenizer), tokenizer("a")  # some damage shows only in use
     except Exception as e:  # a damaged tokenizer.json raises a bare Exception
         raise ValueError(f"{str(path)!r} has no tokenizer that transformers reads ({one_line(e)})") from e

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from alignax import mesh as meshes
 from alignax.data import Examples, evaluation_batch
+from alignax.data.files import short
 from alignax.ensemble import over_members, stacked
 from alignax.experience.ensembles import mean, median, uwo, wco
 from alignax.judges import FIELDS
@@ -56,6 +57,17 @@ def open_ensemble(paths: Sequence[str | Path]) -> list[hf.Source]:
         if hf.chat_template(source.path) != hf.chat_template(sources[0].path):
             raise ValueError(f"{str(source.path)!r} has another chat template than {str(sources[0].path)!r}; members read one text")
     return sources
+
+
+def check_one_score(source: hf.Source) -> None:
+    """Refuses a model of several labels, whose scores would stand where those of an ensemble's members do."""
+    if (count := source.config.num_labels) > 1:
+        names = source.hf.get("id2label")
+        told = f" ({short(list(names.values()))})" if isinstance(names, dict) else ""
+        raise ValueError(
+            f"{str(source.path)!r} gives {count} scores of a response{told}, and one is asked for; give a reward model with one label "
+            "(model.num_labels 1), or of a classifier keep the wanted row of score.weight alone and num_labels 1"
+        )
 
 
 def stack(members: Sequence[Params], config: ModelConfig, mesh: Mesh) -> Params:

@@ -221,7 +221,7 @@ def sample(policy: Path, prompts: list[str], config) -> list[list[str]]:
     """Two completions of each prompt at temperature 1."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(str(policy), local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(str(policy), local_files_only=True, trust_remote_code=False)
     source = hf.open_folder(policy)
     mesh = make_mesh(config.mesh)
     params = hf.load_params(source, mesh)

@@ -157,7 +157,7 @@ def quantile_ids(folder: str) -> list[int]:
     """The ids of Quark's tokens."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True).convert_tokens_to_ids(QUANTILES)
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False).convert_tokens_to_ids(QUANTILES)
 
 
 @functools.cache

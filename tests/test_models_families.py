@@ -18,7 +18,7 @@ import transformers
 from alignax import mesh as meshes
 from alignax.models import cache as caches
 from alignax.models import hf
-from alignax.models.families import FAMILIES
+from alignax.models.families import FAMILIES, FIELDS, FOREIGN
 from alignax.models.families import read as read_config
 from alignax.models.heads import soft_cap
 from alignax.models.transformer import Decoder, ModelConfig, forward, head_weight
@@ -26,7 +26,7 @@ from alignax.programs import frozen_dtype
 
 T = 24
 UNTIED = {"tie_word_embeddings": False}
-GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "n_inner": 48}
+GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "n_inner": 48, "max_position_embeddings": 64}
 GEMMA = {"query_pre_attn_scalar": 13, "sliding_window": 5, "attention_bias": True, "initializer_range": 0.3}
 MOE = UNTIED | {"num_experts_per_tok": 2, "initializer_range": 0.3}
 QWEN_MOE = MOE | {"num_experts": 8, "moe_intermediate_size": 24}
@@ -283,6 +283,82 @@ def test_what_the_decoder_has_not_is_refused():
     refuses("qwen3_moe", "mlp_only_layers [1]", mlp_only_layers=[1])
     refuses("mixtral", "router_jitter_noise 0.1", "only 0.0 is", router_jitter_noise=0.1)
     refuses("mixtral", "output_router_logits True", output_router_logits=True)
+
+
+# What the config classes of transformers have and we do not read: notes, dropout, and how a forward pass or its outputs are arranged.
+HARMLESS = {
+    "_name_or_path", "architectures", "bos_token_id", "eos_token_id", "pad_token_id", "chunk_size_feed_forward", "dtype", "id2label",
+    "label2id", "is_decoder",
+    "output_attentions", "output_hidden_states", "return_dict", "problem_type", "transformers_version", "use_cache",
+    "attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout", "classifier_dropout", "pretraining_tp",
+    "reorder_and_upcast_attn", "router_aux_loss_coef", "summary_activation", "summary_first_dropout", "summary_proj_to_labels",
+    "summary_type", "summary_use_proj", "_sliding_window_pattern",
+}  # fmt: skip
+ONLY = {"add_cross_attention", "scale_attn_by_inverse_layer_idx", "output_router_logits", "router_jitter_noise", "mlp_only_layers",
+        "decoder_sparse_step"}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", sorted(FAMILIES))
+def test_every_field_of_transformers_is_read_harmless_or_refused(kind):
+    foreign = {entry.partition(":")[0] for entry in FOREIGN.split()}
+    assert set(transformers.AutoConfig.for_model(kind).to_dict()) <= {*FIELDS, *HARMLESS, *ONLY, *foreign}
+
+
+@pytest.mark.parametrize("kind", sorted(FAMILIES))
+def test_fields_of_other_models_are_refused_by_name(kind):
+    full = json.loads(json.dumps(transformers.AutoConfig.for_model(kind).to_dict())) | {"model_type": kind}
+    for name, value in {
+        "quantization_config": {"quant_method": "gptq", "bits": 4}, "quantization": {"bits": 4}, "attention_multiplier": 0.0078125,
+        "logit_scale": 0.0625, "residual_multiplier": 0.22, "clip_qkv": 8.0, "alibi": True, "parallel_attn": True, "is_causal": False,
+        "no_rope_layers": [1, 0], "kv_lora_rank": 512, "text_config": {"model_type": "x"}, "transformers_weights": "other.safetensors",
+        "per_layer_config": {"0": {"num_attention_heads": 2}}, "num_nextn_predict_layers": 1,
+    }.items():  # fmt: skip
+        with pytest.raises(ValueError, match=f"config.json: {name} .* is not supported for {kind}; give a model without it"):
+            read_config(full | {name: value}, "config.json")
+    neutral = {"clip_qkv": None, "alibi": False, "logit_scale": 1.0, "is_causal": True, "quantization_config": None, "no_rope_layers": []}
+    assert read_config(full | neutral, "config.json") == read_config(full, "config.json")
+    if kind not in ("gemma2", "gemma3_text"):
+        with pytest.raises(ValueError, match="final_logit_softcapping 30.0 is not supported"):
+            read_config(full | {"final_logit_softcapping": 30.0}, "config.json")
+
+
+def test_other_fields_of_the_angles_are_refused():
+    refuses("llama", "rope_parameters hold ['mrope_section']", rope_parameters={"rope_type": "default", "mrope_section": [2, 1, 1]})
+    refuses("qwen2", "rope_parameters hold ['alpha']", rope_parameters={"type": "dynamic", "factor": 1.0, "alpha": 1000.0})
+    refuses(
+        "phi3",
+        "rope_parameters hold ['long_mscale']",
+        **(LONGROPE | {"rope_parameters": LONGROPE["rope_parameters"] | {"long_mscale": 1.2}}),
+    )
+
+
+def test_angles_under_both_names():
+    rope = {"rope_type": "yarn", "factor": 4.0}
+    base = tiny.CONFIG | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+    with pytest.raises(ValueError, match="rope_scaling .* stands beside rope_parameters .*; join them in rope_parameters"):
+        read_config(base | {"rope_scaling": rope}, "config.json")
+    assert read_config(base | {"rope_scaling": base["rope_parameters"]}, "config.json") == read_config(base, "config.json")
+
+
+def test_gpt2_by_the_common_names_of_its_fields():
+    common = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
+    rest = {"model_type": "gpt2", "vocab_size": 96, "n_inner": 48}
+    own = transformers.GPT2Config(**rest | common)
+    assert FAMILIES["gpt2"].config(rest | common) == FAMILIES["gpt2"].config(own.to_dict() | {"model_type": "gpt2"})
+    refuses("gpt2", "num_attention_heads 8 is not supported for gpt2; only 4 is", num_attention_heads=8)
+
+
+def test_a_model_of_several_inputs_is_refused_with_its_text_model():
+    with pytest.raises(ValueError, match="model_type 'gemma3' .* supported: gemma2, .*; its text model, 'gemma3_text', is saved alone"):
+        read_config({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}}, "config.json")
+
+
+@pytest.mark.parametrize("kind", ["qwen2_vl", "llama4", "gemma3n", "granite", "cohere2", "stablelm", "deepseek_v3", "falcon", "smollm3",
+                                  "olmo", "olmo3", "glm4", "starcoder2", "gpt_oss", "qwen3_next", "bloom", "mpt", "opt"])  # fmt: skip
+def test_other_families_are_refused_before_any_weight_is_read(kind):
+    full = json.loads(json.dumps(transformers.AutoConfig.for_model(kind).to_dict(), default=str)) | {"model_type": kind}
+    with pytest.raises(ValueError, match=f"model_type '{kind}' in config.json is unknown; supported: gemma2"):
+        read_config(full, "config.json")
 
 
 def test_earlier_names_of_fields_mean_the_same():

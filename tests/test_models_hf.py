@@ -1,5 +1,7 @@
 """Hugging Face folders: weights in, slice by slice; export out, whole or not at all; what damaged folders are told."""
 
+import ast
+import contextlib
 import json
 import math
 import shutil
@@ -17,6 +19,7 @@ import transformers
 
 from alignax.mesh import make_mesh
 from alignax.models import hf
+from alignax.prepare import load_tokenizer, open_model
 
 UNTIED = {"tie_word_embeddings": False}
 
@@ -90,6 +93,35 @@ def test_tied_head_with_and_without_its_copy_in_the_file(tmp_path):
     safetensors.numpy.save_file(stored, tmp_path / "model.safetensors")
     equal(load(tmp_path), params)
     logits_agree(tmp_path, model)
+
+
+def test_a_tied_flag_beside_another_head_ties_nothing(tmp_path):
+    model = torch_llama.write(tmp_path, tie_word_embeddings=False)
+    rewrite(tmp_path, tie_word_embeddings=True)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(theirs.lm_head.weight, model.lm_head.weight)
+    source = hf.open_folder(tmp_path)
+    params = hf.load_params(source, make_mesh({"fsdp": -1}))
+    np.testing.assert_array_equal(params["lm_head"], model.lm_head.weight.detach().numpy().T)
+    hf.export(params, source, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    equal(load(tmp_path / "out"), params)
+
+
+def test_a_stale_index_beside_a_whole_file(copy):
+    (copy / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00007.safetensors"}}')
+    (copy / "model-00007-of-00007.safetensors").write_bytes((copy / "model.safetensors").read_bytes()[:100])
+    (copy / "pytorch_model.bin").write_bytes(b"anything")
+    model = transformers.AutoModelForCausalLM.from_pretrained(copy)
+    np.testing.assert_array_equal(load(copy)["embed"], model.model.embed_tokens.weight.detach().numpy())
+
+
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "model.fp16.safetensors", "consolidated.safetensors", "model-q4.gguf", "consolidated.00.pth"]
+)
+def test_weights_in_files_that_are_not_read(name, copy):
+    (copy / "model.safetensors").rename(copy / name)
+    refuses(copy, f"has no model.safetensors but {name!r}, which is not read", "save_pretrained writes model.safetensors")
 
 
 @pytest.mark.parametrize("shape", [{"fsdp": 8}, {"tensor": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
@@ -397,6 +429,78 @@ def test_a_tensor_in_two_files(sharded):
     tensors = safetensors.numpy.load_file(folder / other) | {"model.norm.weight": np.ones(32, np.float32)}
     safetensors.numpy.save_file(tensors, folder / other)
     refuses(folder, str(folder / other), f"{folder / index['weight_map']['model.norm.weight']} both hold model.norm.weight", "fetch")
+
+
+def test_a_tensor_that_the_index_does_not_name(sharded):
+    folder, index = sharded
+    file = folder / index["weight_map"]["model.norm.weight"]
+    safetensors.numpy.save_file(safetensors.numpy.load_file(file) | {"model.norm.bias": np.ones(32, np.float32)}, file)
+    refuses(folder, str(file), "holds 'model.norm.bias', which its index does not name", "fetch")
+
+
+def test_a_flipped_bit_in_an_export_is_refused(written, tmp_path):
+    hf.export(load(written), hf.open_folder(written), tmp_path / "out", "bfloat16")
+    file = tmp_path / "out" / "model.safetensors"
+    whole, random = file.read_bytes(), np.random.default_rng(0)
+    for at in random.integers(8 + int.from_bytes(whole[:8], "little"), len(whole), 4):
+        spoiled = bytearray(whole)
+        spoiled[at] ^= 1 << random.integers(8)
+        file.write_bytes(spoiled)
+        refuses(tmp_path / "out", f"{file} is damaged", "write or fetch the folder again")
+    file.write_bytes(whole)
+    rewrite(tmp_path / "out", note="edited by hand")  # nothing but the weights is checked
+    load(tmp_path / "out")
+
+
+def test_links_out_of_a_folder_are_not_exported(written, tmp_path):
+    cache = tmp_path / "models--a--b"
+    (cache / "blobs").mkdir(parents=True)
+    snapshot = cache / "snapshots" / "0f"
+    snapshot.mkdir(parents=True)
+    for i, file in enumerate(sorted(written.iterdir())):  # as the hub's cache lays a model out
+        shutil.copyfile(file, cache / "blobs" / str(i))
+        (snapshot / file.name).symlink_to(Path("../../blobs") / str(i))
+    assert {f.name for f in hf.small_files(hf.open_folder(snapshot))} >= {"tokenizer.json", "generation_config.json"}
+    (tmp_path / "secret").write_text("TOKEN=abc")
+    for target in (tmp_path / "secret", Path("../../../secret"), Path("../../blobs/../../secret")):
+        link = snapshot / "notes.txt"
+        link.symlink_to(target)
+        with pytest.raises(ValueError, match=r"notes.txt is a link out of its folder, to '.*secret'; put a copy of the file in its place"):
+            open_model(str(snapshot), "pretrained", "model.path")
+        link.unlink()
+    (snapshot / "notes.txt").symlink_to("tokenizer.json")  # within the folder, by name of another link
+    hf.small_files(hf.open_folder(snapshot))
+
+
+def test_nothing_of_a_folder_is_run(copy, tmp_path, monkeypatch):
+    marker = tmp_path / "marker"
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # transformers asks whether to run it, where nobody said no
+    code = f"import pathlib\npathlib.Path({str(marker)!r}).touch()\nfrom transformers import PreTrainedTokenizerFast as Own, LlamaConfig as Config\n"
+    for name in ("own", "configuration_own", "tokenization_own", "modeling_own"):
+        (copy / f"{name}.py").write_text(code)
+    classes = {"AutoTokenizer": ["own.Own", "own.Own"], "AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Own"}
+    rewrite(copy, auto_map=classes)
+    for change in ({}, {"tokenizer_class": "Own"}):
+        file = copy / "tokenizer_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"auto_map": classes} | change))
+        with contextlib.suppress(ValueError):  # read by a class of transformers, or refused
+            load_tokenizer(copy, 96)
+        load(copy)
+    assert not marker.exists()
+    with contextlib.suppress(Exception):
+        transformers.AutoTokenizer.from_pretrained(copy, trust_remote_code=True)
+    assert marker.exists(), "the folder runs where it is let"
+
+
+def test_every_loader_of_ours_says_that_it_trusts_no_code():
+    root = Path(__file__).parents[1]
+    for file in sorted(root.glob("alignax/**/*.py")):
+        text = file.read_text()
+        assert not any(word in text for word in ("allow_pickle=True", "torch.load", "trust_remote_code=True", "import pickle")), file
+        for node in ast.walk(ast.parse(text)):
+            name = node.func.attr if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) else ""
+            if name == "from_pretrained":
+                assert any(k.arg == "trust_remote_code" and ast.unparse(k.value) == "False" for k in node.keywords), file  # type: ignore
 
 
 @pytest.mark.parametrize("dtype", [np.int64, np.bool_, np.float64])

@@ -43,7 +43,7 @@ def with_tokens(
     out, source = Path(out), hf.open_folder(folder)
     if out.exists():
         raise ValueError(f"{str(out)!r} exists; choose another place for the model with added tokens, or remove it")
-    tokenizer = AutoTokenizer.from_pretrained(str(source.path), local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(str(source.path), local_files_only=True, trust_remote_code=False)
     if known := sorted(set(tokens) & tokenizer.get_vocab().keys()):
         raise ValueError(f"the tokenizer in {str(source.path)!r} has a token {known[0]!r}; choose other texts")
     first = len(tokenizer)

@@ -57,6 +57,22 @@ FIELDS: dict[str, str] = {
 }
 # Where null is a choice of its own; elsewhere it is as a field left out.
 NULL = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping", "head_dim", "num_key_value_heads")
+# Fields with which other models, or a model's own code, compute something else; what neither these nor FIELDS name is passed over, as
+# transformers does. Those that are 0, false or empty change nothing; behind a colon the families that read one.
+FOREIGN = (
+    "quantization_config quantization compression_config transformers_weights is_encoder_decoder per_layer_config vision_config "
+    "audio_config text_config clip_qkv alibi use_alibi parallel_attn multi_query new_decoder_architecture qk_layernorm use_qk_norm "
+    "no_rope_layers no_rope_layer_interval kv_lora_rank q_lora_rank n_routed_experts n_shared_experts attention_chunk_size "
+    "shared_expert_intermediate_size num_nextn_predict_layers mtp_num_hidden_layers attn_output_gate linear_num_value_heads lm_head_bias "
+    "altup_num_inputs laurel_rank hidden_size_per_layer_input num_kv_shared_layers use_bidirectional_attention "
+    "attn_logit_softcapping:gemma2,gemma3_text final_logit_softcapping:gemma2,gemma3_text num_experts:mixtral,qwen3_moe "
+    "num_local_experts:mixtral,qwen3_moe"
+)
+FACTORS = (  # those that are 1, or true, change nothing
+    "logit_scale logits_scaling attention_multiplier embedding_multiplier residual_multiplier scale_emb scale_depth rope_ratio "
+    "lm_head_multiplier is_causal"
+)
+ROPE_NOTES = ("finetuned",)  # fields of rope_parameters that nothing reads
 
 
 class Family(NamedTuple):
@@ -147,6 +163,14 @@ def _gemma3(hf: Json) -> ModelConfig:
 
 
 def _gpt2(hf: Json) -> ModelConfig:
+    aliases = {
+        "hidden_size": "n_embd",
+        "num_hidden_layers": "n_layer",
+        "num_attention_heads": "n_head",
+        "max_position_embeddings": "n_positions",
+    }
+    hf = {own: hf[alias] for alias, own in aliases.items() if alias in hf} | dict(hf)
+    only(hf, **{alias: hf[own] for alias, own in aliases.items() if own in hf})
     only(hf, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
     return ModelConfig(
         vocab_size=hf["vocab_size"],
@@ -280,6 +304,8 @@ def rope_options(hf: Json) -> dict[str, Any]:
         raise ValueError(f"rope_type {short(rope['rope_type'])} is unknown; one of {', '.join(ROPE_FIELDS)} is supported")
     if missing := [field for field in ROPE_FIELDS[rope["rope_type"]] if rope.get(field) is None]:
         raise ValueError(f"rope_parameters of type {rope['rope_type']!r} lack {', '.join(missing)}; is config.json complete?")
+    if odd := sorted(name for name, value in rope.items() if value and name not in (*FIELDS, *ROPE_NOTES)):
+        raise ValueError(f"rope_parameters hold {short(odd)}, which are not supported for {hf.get('model_type')}")
     if hf.get("original_max_position_embeddings"):
         rope["original_max_position_embeddings"] = hf["original_max_position_embeddings"]
     hashable = lambda x: tuple(x) if isinstance(x, list) else float(x) if type(x) is int else x  # a large int is none of JAX's
@@ -367,8 +393,11 @@ def read(hf: Any, where: str) -> tuple[Family, ModelConfig]:
     fields = checked(hf, where)
     kind = fields.get("model_type")
     if kind not in FAMILIES:
-        raise ValueError(f"model_type {short(kind)} in {where} is unknown; supported: {', '.join(sorted(FAMILIES))}")
+        inner = fields.get("text_config")
+        told = f"; its text model, {short(inner.get('model_type'))}, is saved alone by transformers" if isinstance(inner, dict) else ""
+        raise ValueError(f"model_type {short(kind)} in {where} is unknown; supported: {', '.join(sorted(FAMILIES))}{told}")
     try:
+        refuse_foreign(fields, kind)
         config = dataclasses.replace(FAMILIES[kind].config(fields), predicted_tokens=fields.get("predicted_tokens", 0))
         check_shape(config)
     except KeyError as e:
@@ -376,6 +405,17 @@ def read(hf: Any, where: str) -> tuple[Family, ModelConfig]:
     except ValueError as e:
         raise ValueError(f"{where}: {e}") from e
     return FAMILIES[kind], config
+
+
+def refuse_foreign(fields: Json, kind: str) -> None:
+    """Refuses fields that ask for what the family's decoder has not."""
+    unused = {name for name, _, families in (entry.partition(":") for entry in FOREIGN.split()) if kind not in families.split(",")}
+    for name, value in fields.items():
+        if value is not None and ((name in unused and value) or (name in FACTORS.split() and value != 1)):
+            raise ValueError(f"{name} {short(value)} is not supported for {kind}; give a model without it")
+    old, new = fields.get("rope_scaling"), fields.get("rope_parameters")
+    if kind != "gemma3_text" and old and new and old != new:  # transformers takes the former whole, without the latter's rope_theta
+        raise ValueError(f"rope_scaling {short(old)} stands beside rope_parameters {short(new)}; join them in rope_parameters")
 
 
 def checked(fields: Json, where: str) -> dict[str, Any]:

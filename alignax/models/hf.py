@@ -24,20 +24,19 @@ from jax.sharding import Mesh
 
 from alignax import mesh as meshes
 from alignax import output
-from alignax.data.files import one_line, short
+from alignax.data.files import short
 from alignax.distributed import is_main, together
 from alignax.models import families, reward, transformer
 from alignax.models.families import Family
 from alignax.models.layout import Place, Tensor, joined, leaf_name, leaf_shapes, places, tensors
 from alignax.models.lora import Lora, split, with_norms
+from alignax.models.tensorfiles import DTYPES, WEIGHT_FILES, check_type, header, named_files, read_object, save_tensors
 from alignax.models.transformer import ModelConfig
 from alignax.types import Params
 
-DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 SHARD_BYTES = 5 * 10**9  # of an exported file, as transformers has it
 GENERATION = "generation_config.json"
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")  # what a folder without that file says in its config.json
-WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 LayerReader = Callable[[str, Sequence[range]], Iterator[np.ndarray]]  # (leaf, ranges of its indices) -> its layers
 
 
@@ -70,7 +69,30 @@ def open_folder(path: str | os.PathLike) -> Source:
     hf = read_object(file, "fetch the model folder again")
     kind, config = families.read(hf, str(file))
     config = dataclasses.replace(config, num_labels=reward.labels(hf, str(file)))
-    return Source(path, hf, kind, config, config)
+    source = Source(path, hf, kind, config, config)
+    if config.tie_word_embeddings and not config.num_labels and _has_own_head(source):
+        config = dataclasses.replace(config, tie_word_embeddings=False)
+    return source._replace(stored=config, config=config)
+
+
+def _has_own_head(source: Source) -> bool:
+    """Whether the files hold an output matrix other than the embedding: transformers ties nothing then, whatever config.json says."""
+    from safetensors import safe_open
+
+    if not any((source.path / name).is_file() for name in WEIGHT_FILES):
+        return False
+    files = tensor_files(source)
+    pair = [files.get(source.family.weights[leaf].name) for leaf in ("embed", "lm_head")]
+    if None in pair:
+        return False
+    (embed, _, rows), (head, _, _) = found = [(s, *header(s.file).get(s.name, ("absent", ()))) for s in pair if s is not None]
+    for stored, dtype, _ in found:
+        check_type(stored.name, dtype, stored.file)
+    if found[0][2] != found[1][2]:
+        return True
+    with safe_open(embed.file, framework="np") as a, safe_open(head.file, framework="np") as b:
+        cuts = [(slice(i, min(i + 4096, rows[0])),) for i in range(0, rows[0], 4096)]
+        return any(not np.array_equal(read_slice(a, embed.name, i), read_slice(b, head.name, i), equal_nan=True) for i in cuts)
 
 
 def make_soup(parts: Sequence[tuple[Source, float]]) -> Source:
@@ -114,17 +136,6 @@ def chat_template(folder: Path) -> Any:
     if file.is_file():
         return file.read_text(encoding="utf-8")
     return read_object(config, "fetch the model folder again").get("chat_template") if config.is_file() else None
-
-
-def read_object(file: Path, remedy: str) -> dict[str, Any]:
-    """The JSON object that a file holds."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"{file} is not a JSON object ({one_line(e)}); {remedy}") from e
-    if not isinstance(found, dict):
-        raise ValueError(f"{file} is not a JSON object but {short(found)}; {remedy}")
-    return found
 
 
 def with_heads(source: Source, num_labels: int, values: int = 0) -> Source:
@@ -182,6 +193,10 @@ def load_params(source: Source, mesh: Mesh, key: jax.Array | None = None) -> Par
 
     abstract = abstract_params(source.config, mesh)
     kept = source.config.num_labels == source.stored.num_labels
+    with together():
+        if is_main():  # which reads every byte
+            for part, _ in ingredients(source):
+                output.check(part.path)
     with contextlib.ExitStack() as stack:
         opened = functools.cache(lambda file: stack.enter_context(safe_open(file, framework="np")))
         layers = soup_reader(source.soup, opened) if source.soup else layer_reader(source, opened)
@@ -260,43 +275,10 @@ def read_slice(opened: Any, name: str, index: tuple[slice, ...]) -> np.ndarray:
 
 def tensor_files(source: Source) -> dict[str, Stored]:
     """Tensor name -> where it is stored; files of a bare model (GPT-2's own, say) leave the first word of every name out."""
-    found = _named_files(source.path)
+    found = named_files(source.path)
     first = source.family.weights["embed"].name.split(".")[0] + "."
     bare = not any(name.startswith(first) for name in found)
     return {first + name if bare else name: Stored(file, name) for name, file in found.items()}
-
-
-def _named_files(path: Path) -> dict[str, Path]:
-    """Tensor name -> file, for a single file or an index of shards."""
-    single, index = (path / name for name in WEIGHT_FILES)
-    if index.is_file():
-        weight_map = read_object(index, "fetch it again").get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(f, str) and f == Path(f).name for f in weight_map.values()):
-            raise ValueError(f"{index} is not an index of tensors: weight_map is {short(weight_map)}, not names and files; fetch it again")
-        if absent := sorted(set(weight_map.values()) - {p.name for p in path.iterdir() if p.is_file()}):
-            raise ValueError(f"{index} names {len(absent)} files that are not there: {short(absent[0])} first; fetch them")
-        return {name: path / file for name, file in weight_map.items()}
-    if single.is_file():
-        return dict.fromkeys(header(single), single)
-    raise ValueError(f"{str(path)!r} has no model.safetensors; set model.init to 'random' to start without weights")
-
-
-def header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Tensor name -> type (as safetensors names it) and shape, of a safetensors file."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="np") as f:
-            slices = {name: f.get_slice(name) for name in f.keys()}  # noqa: SIM118
-            return {name: (x.get_dtype(), tuple(x.get_shape())) for name, x in slices.items()}
-    except (SafetensorError, OSError) as e:
-        raise ValueError(f"{file} is damaged or cut short ({one_line(e)}); fetch it again") from e
-
-
-def check_type(name: str, dtype: str, file: Path) -> None:
-    """Refuses a tensor that holds no floating-point numbers of the types that are read."""
-    if dtype not in DTYPES.values():
-        raise ValueError(f"{short(name)} in {file} is stored as {dtype}; only {', '.join(DTYPES)} are read")
 
 
 def check_tensors(source: Source, files: Mapping[str, Stored]) -> None:
@@ -323,6 +305,8 @@ def check_tensors(source: Source, files: Mapping[str, Stored]) -> None:
     for file, there in headers.items():
         if twice := sorted(name for name in there if placed.get(name, file) != file):
             raise ValueError(f"{file} and {placed[twice[0]]} both hold {twice[0]}; fetch the folder again")
+        if unnamed := sorted(name for name in there if name not in placed and not name.endswith(source.family.ignored)):
+            raise ValueError(f"{file} holds {short(unnamed[0])}, which its index does not name; fetch the folder again")
 
 
 def plan(source: Source, config: ModelConfig) -> list[Tensor]:
@@ -390,10 +374,7 @@ def _write(params: Params, source: Source, tmp: Path, dtype: str, shard_bytes: i
         index |= dict.fromkeys(content, file)
         with together():
             if main:
-                from safetensors.numpy import save_file
-
-                save_file(content, tmp / file, metadata={"format": "pt"})
-                os.chmod(tmp / file, 0o666 & ~umask())  # which safetensors leaves at 0600
+                save_tensors(content, tmp / file)
     with together():
         if main:
             if len(shards) > 1:
@@ -401,19 +382,13 @@ def _write(params: Params, source: Source, tmp: Path, dtype: str, shard_bytes: i
                 content = {"metadata": {"total_size": total}, "weight_map": index}
                 (tmp / WEIGHT_FILES[1]).write_text(json.dumps(content, indent=2))
             _copy_small_files(source, tmp)
-            changes = {"dtype": dtype} | ({} if offset is None else reward.fields(source.hf, offset, reward.pad_token(tmp)))
+            untied = {} if source.config.tie_word_embeddings or not source.hf.get("tie_word_embeddings") else {"tie_word_embeddings": False}
+            changes = {"dtype": dtype} | untied | ({} if offset is None else reward.fields(source.hf, offset, reward.pad_token(tmp)))
             hf = {k: v for k, v in source.hf.items() if k != "torch_dtype"} | changes
             (tmp / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
             if eos is not None and eos not in (ids := stop_ids(source)):
                 fields = generation_config(source) | {"eos_token_id": [*ids, eos] if ids else eos}
                 (tmp / GENERATION).write_text(json.dumps(fields, indent=2) + "\n")
-
-
-def umask() -> int:
-    """The process's umask, which can only be read by setting it."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
 
 
 def _shards(all_tensors: list[Tensor], itemsize: int, limit: int) -> list[list[Tensor]]:
@@ -471,9 +446,29 @@ def with_vocabulary(source: Source, tokenizer: Any) -> Source:
     return source._replace(config=dataclasses.replace(source.config, unused_tokens=tuple(zip(edges[::2], edges[1::2], strict=True))))
 
 
-def _copy_small_files(source: Source, out: Path) -> None:
-    """Tokenizer, chat template and generation config as they were."""
-    for file in source.path.iterdir():
+def small_files(source: Source) -> list[Path]:
+    """Tokenizer, chat template and generation config, which an export takes along.
+
+    Raises:
+      ValueError: for a link to a file elsewhere, which an export would hold: only those of the hub's cache are followed.
+    """
+    found = []
+    for file in sorted(source.path.iterdir()):
         small = file.suffix in (".json", ".jinja", ".model", ".txt", ".tiktoken")
         if file.is_file() and small and file.name not in ("config.json", output.MARK) and not file.name.endswith(".index.json"):
-            shutil.copyfile(file, out / file.name)
+            _check_link(file, source.path)
+            found.append(file)
+    return found
+
+
+def _check_link(file: Path, folder: Path) -> None:
+    target, root = file.resolve(), folder.resolve()
+    cached = root.parent.name == "snapshots" and target.parent == root.parent.parent / "blobs"
+    if not (target.is_relative_to(root) or cached):
+        raise ValueError(f"{file} is a link out of its folder, to {str(target)!r}; put a copy of the file in its place, or remove the link")
+
+
+def _copy_small_files(source: Source, out: Path) -> None:
+    """The small files as they were."""
+    for file in small_files(source):
+        shutil.copyfile(file, out / file.name)

@@ -7,7 +7,6 @@ diagonal, so the rank is the sum of theirs.
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -104,10 +103,7 @@ def write_adapter(adapters: Params, spec: Lora, source: hf.Source, base: str, ou
         offset = meshes.gathered(adapters[reward.OFFSET]).tolist()
     with output.folder(out, origin) as tmp, together():
         if is_main():
-            from safetensors.numpy import save_file
-
-            save_file(tensors, tmp / WEIGHTS, metadata={"format": "pt"})
-            os.chmod(tmp / WEIGHTS, 0o666 & ~hf.umask())
+            hf.save_tensors(tensors, tmp / WEIGHTS)
             kept = any(adapted.place(m[0]).weight.kept for m in adapted.modules.values())
             head = {"modules_to_save": ["score"], reward.OFFSET: offset} if offset else {}
             content = _config(spec, adapted, ranks, base, kept, head)
@@ -227,7 +223,7 @@ def read_config(folder: Path, source: hf.Source) -> tuple[Lora, dict[str, tuple[
 
 
 def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
-    from safetensors.numpy import load_file
+    from safetensors import safe_open
 
     file = folder / WEIGHTS
     if not file.is_file():
@@ -238,7 +234,9 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
         raise ValueError(f"{str(folder)!r} has no {WEIGHTS}; fetch the adapter again")
     for name, (dtype, _) in hf.header(file).items():
         hf.check_type(name, dtype, file)
-    return {name: np.asarray(x, np.float32) for name, x in load_file(file).items()}
+    output.check(folder)
+    with safe_open(file, framework="np") as opened:
+        return {name: np.asarray(opened.get_tensor(name), np.float32) for name in opened.keys()}  # noqa: SIM118
 
 
 def _take(stored: dict[str, np.ndarray], name: str, shape: tuple[int, ...], folder: Path) -> np.ndarray:

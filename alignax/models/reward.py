@@ -55,7 +55,7 @@ def pad_token(folder: Path) -> int | None:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception:  # a folder of weights alone
         return None
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
