@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from alignax import distributed, output, plan, rewards
 from alignax.checkpoint import Checkpoints
-from alignax.config import BadInput, Experiment, default_config, eval_batch_size, load_experiment, set_field, trunk_values
+from alignax.config import BadInput, Experiment, code, default_config, eval_batch_size, load_experiment, set_field, trunk_values
 from alignax.data import Examples, check, load, load_examples, padded_length
 from alignax.data.mixture import sources
 from alignax.distributed import is_main, together
@@ -69,6 +69,7 @@ def train(file: str, overrides: Sequence[str], dry: bool) -> None:
         distributed.initialize()
         with together():
             experiment = load_experiment(file, overrides)
+        distributed.check_alike({"experiment": code(experiment)})
     if dry:
         with refusing():
             if experiment.main is not None and not experiment.config.model.path:

@@ -2,6 +2,7 @@
 
 import math
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,8 +13,9 @@ from jax.sharding import Mesh
 
 from alignax import ensemble, output, rewards
 from alignax.checkpoint import Checkpoints, nbytes
-from alignax.config import blaming, effective, eval_batch_size
-from alignax.distributed import is_main, together
+from alignax.config import blaming, code, effective, eval_batch_size, flat
+from alignax.data import Examples
+from alignax.distributed import check_alike, is_main, together
 from alignax.evaluate import SAMPLED
 from alignax.models import hf, peft, reward
 from alignax.models.lora import quantise, split
@@ -36,6 +38,8 @@ from alignax.rollout import call
 from alignax.train import digest
 from alignax.types import Params, TrainState
 
+BLOCK = 1 << 16  # bytes of a block of which a CRC is taken
+
 
 class Started(NamedTuple):
     """A run with its arrays on the mesh, at step 0 or where it was stopped."""
@@ -56,6 +60,9 @@ def start(run: Run, write: bool = True) -> Started:
       OSError: when the disk has no room for a checkpoint.
     """
     config = run.config
+    with together():
+        own = given(run) if jax.process_count() > 1 else {}
+    check_alike(own)
     with together():
         check_step(run)
         params = initial_params(run)
@@ -106,6 +113,37 @@ def start(run: Run, write: bool = True) -> Started:
         layout = jax.tree.map(lambda x: x.sharding, abstract_state(run))
         state = jax.jit(fresh, out_shardings=layout, donate_argnums=0)(params, jax.random.key(config.seed), own, frozen)
     return Started(run, state, step, frozen, about, checkpoints)
+
+
+def given(run: Run) -> dict[str, str]:
+    """All that the processes of a run must have been given alike, by name, as text."""
+    fields = "\n".join(f"{name} = {value!r}" for name, value in sorted(flat(run.config).items()))
+    package = sorted(Path(__file__).parent.rglob("*.py"))
+    ours = "\n".join(f"{file.relative_to(Path(__file__).parent)} {zlib.crc32(file.read_bytes()):08x}" for file in package)
+    streams = {"data.train": run.train, "data.pretrain": run.pretrain, "data.eval": run.evaluation}
+    data = {name: f"{x.digest():08x}" for name, x in streams.items() if x is not None}
+    columns = {name: (x if isinstance(x, Examples) else x.examples).columns for name, x in streams.items() if x is not None}
+    models = {str(x.path) for source in (run.source, run.reference, run.critic, *run.judges) if source for x, _ in hf.ingredients(source)}
+    return {
+        "config": fields,
+        "experiment": code(run.experiment),
+        "alignax": f"jax {jax.__version__}\n{ours}",
+        "data": "\n".join(f"{name} {value} {zlib.crc32(repr(columns[name]).encode()):08x}" for name, value in data.items()),
+        "model": "\n".join(sketch(Path(folder)) for folder in sorted(models | ({run.config.lora.path} - {""}))),
+    }
+
+
+def sketch(folder: Path) -> str:
+    """Every file of a model folder with its size and a CRC, of large ones of 64 blocks between start and end: a file a line."""
+    lines = []
+    for file in sorted(p for p in folder.iterdir() if p.is_file() and p.suffix in (".json", ".jinja", ".model", ".txt", ".safetensors")):
+        size, crc = file.stat().st_size, 0
+        with open(file, "rb") as f:
+            for at in range(0, size, max(size // 64, BLOCK)):
+                f.seek(at)
+                crc = zlib.crc32(f.read(BLOCK), crc)
+        lines.append(f"{file}: {size} bytes, {crc:08x}")
+    return "\n".join(lines)
 
 
 def check_step(run: Run) -> None:
