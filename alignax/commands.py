@@ -42,7 +42,7 @@ from alignax.prepare import (
 )
 from alignax.programs import abstract_models
 from alignax.ridge import fit_ridge
-from alignax.start import start
+from alignax.start import check_same, described, fingerprint, start
 from alignax.types import Params
 
 # How samples of a policy are read, whatever data a reward model was trained on.
@@ -173,6 +173,11 @@ def newest_models(workdir: Path, config: Any, source: hf.Source, mesh: Mesh, nam
     lora, members = make_lora(config, source), config.ensemble.members
     with closing(Checkpoints(workdir)) as checkpoints:
         step = newest(checkpoints)
+        about = checkpoints.about(step)
+        now = described(source, load_tokenizer(source.path, source.config.vocab_size))
+        if lora is not None:  # the base is read again
+            now["policy"] = fingerprint(hf.load_params(source, mesh, jax.random.key(config.seed)))
+        check_same(workdir, step, about, now)
         trained = abstract_models(source, lora, open_critic(config), members, mesh)
         params = checkpoints.restore_params(step, trained, name)
         params.pop(CRITIC, None)

@@ -1,8 +1,8 @@
 """What is written appears whole or not at all, and takes the place of nothing that another has written.
 
 A file or a folder is written beside its place under a name of its own, and takes the place in one move: at every moment, a killed
-process and a full disk included, what stands there is an earlier one or the new one, whole. A model folder holds `alignax.json`, which
-says what has written it and the CRC of every file.
+process and a full disk included, what stands there is an earlier one or the new one, whole. A model folder that a command has written
+holds `alignax.json`, which says who wrote it and the CRC of every file.
 """
 
 import ctypes
@@ -90,7 +90,7 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def folder(out: Path, origin: str = "") -> Iterator[Path]:
-    """Where to write a folder that takes the place of `out` at the end, marked; every process enters, process 0 writes."""
+    """Where to write a folder that takes the place of `out` at the end, of an `origin` marked; every process enters, process 0 writes."""
     tmp = _beside(out)
     with _writing(out, tmp):
         with together():
@@ -100,10 +100,10 @@ def folder(out: Path, origin: str = "") -> Iterator[Path]:
         yield tmp
         with together():
             if is_main():
-                files = sorted(p for p in tmp.rglob("*") if p.is_file() and p != tmp / MARK)
-                crcs = {str(p.relative_to(tmp)): _crc(p) for p in files}
-                (tmp / MARK).write_text(json.dumps({"origin": origin, "files": crcs}, indent=2) + "\n", encoding="utf-8")
-                for path in (*files, tmp / MARK, tmp):
+                if origin:
+                    crcs = {str(p.relative_to(tmp)): _crc(p) for p in sorted(tmp.rglob("*")) if p.is_file()}
+                    (tmp / MARK).write_text(json.dumps({"origin": origin, "files": crcs}, indent=2) + "\n", encoding="utf-8")
+                for path in (*tmp.rglob("*"), tmp):
                     _sync(path)
                 _replace(out, tmp)
                 _sync(out.parent)

@@ -1,6 +1,7 @@
 """From a checked run to its arrays on the mesh: models loaded, what is trained made or restored, what is frozen set apart."""
 
 import fcntl
+import json
 import math
 import os
 import socket
@@ -41,6 +42,7 @@ from alignax.rollout import call
 from alignax.train import digest
 from alignax.types import Params, TrainState
 
+UNSAID = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")  # what changes no computation
 BLOCK = 1 << 16  # bytes of a block of which a CRC is taken
 
 
@@ -110,7 +112,8 @@ def start(run: Run, write: bool = True) -> Started:
         check_step(run)
         params = initial_params(run)
         original = reference_params(run, params)
-    about = {"policy": fingerprint(params), "reference": fingerprint(original), "data": data_digest(run)}
+    about = described(run.source, run.tokenizer)
+    about |= {"policy": fingerprint(params), "reference": fingerprint(original), "data": data_digest(run)}
     stored = {"base": split(params)[0], "reference": split(original)[0] if run.reference else None}
     frozen = {name: frozen_copy(run, name, stored[name]) for name in frozen_sources(run)}
     if run.judges:
@@ -289,6 +292,13 @@ def frozen_copy(run: Run, name: str, params: Params) -> Params:
     # Copies, never aliases: the training step gives the policy's own buffers away.
     freeze = lambda path, x: jnp.array(x, frozen_dtype(path, run, name), copy=True)
     return jax.tree_util.tree_map_with_path(freeze, params)
+
+
+def described(source: hf.Source, tokenizer: Any) -> dict[str, str]:
+    """Digests of what a model folder says of its weights: its config.json, names and versions left out, and its tokens."""
+    said = {name: value for name, value in source.hf.items() if name not in UNSAID}
+    digest = lambda x: f"{zlib.crc32(json.dumps(x, sort_keys=True).encode()):08x}"
+    return {"config.json": digest(said), "tokenizer": digest(tokenizer.get_vocab())}
 
 
 def data_digest(run: Run) -> str:

@@ -99,7 +99,7 @@ def test_a_disk_that_is_full_is_one_line_and_leaves_nothing(tmp_path):
 
 def test_a_flipped_bit_in_a_file_of_ours_is_refused(tmp_path):
     out = tmp_path / "out"
-    with output.folder(out) as tmp:
+    with output.folder(out, "run a") as tmp:
         (tmp / "model.safetensors").write_bytes(bytes(1000))
         (tmp / "config.json").write_text("{}")
     (out / "config.json").write_text('{"mine": 1}')  # descriptions may be corrected by hand
