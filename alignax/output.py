@@ -6,9 +6,12 @@ holds `alignax.json`, which says who wrote it and the CRC of every file.
 """
 
 import ctypes
+import fcntl
 import json
 import os
 import shutil
+import socket
+import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -107,6 +110,45 @@ def folder(out: Path, origin: str = "") -> Iterator[Path]:
                     _sync(path)
                 _replace(out, tmp)
                 _sync(out.parent)
+
+
+class Lock:
+    """A workdir held by this process until `close`, or until the process ends, however it does; `path` None holds nothing.
+
+    Raises:
+      ValueError: while another process holds it.
+    """
+
+    def __init__(self, path: Path | None):
+        """Takes the lock, or says that the file system has none."""
+        self._file: int | None = None
+        if path is None:
+            return
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        own = f"process {os.getpid()} on {socket.gethostname()}"
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            holder = os.read(self._file, 300).decode(errors="replace").strip()
+            self.close()
+            if holder != own:
+                raise ValueError(
+                    f"workdir {str(path.parent)!r} is in use: {holder or 'another process'} trains in it; "
+                    "wait until that ends, stop it, or choose another workdir"
+                ) from e
+            return
+        except OSError as e:
+            print(f"{path.parent} is on a file system without locks ({e.strerror}): see that nothing else trains in it", file=sys.stderr)
+        os.ftruncate(self._file, 0)
+        os.write(self._file, own.encode())
+
+    def close(self) -> None:
+        """Lets go of it."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+    __del__ = close  # of a run that was refused after it was opened
 
 
 @contextmanager

@@ -1,10 +1,7 @@
 """From a checked run to its arrays on the mesh: models loaded, what is trained made or restored, what is frozen set apart."""
 
-import fcntl
 import json
 import math
-import os
-import socket
 import sys
 import zlib
 from collections.abc import Callable
@@ -46,45 +43,6 @@ UNSAID = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")  # wh
 BLOCK = 1 << 16  # bytes of a block of which a CRC is taken
 
 
-class Lock:
-    """A workdir held by this process until `close`, or until the process ends, however it does; `path` None holds nothing.
-
-    Raises:
-      ValueError: while another process holds it.
-    """
-
-    def __init__(self, path: Path | None):
-        """Takes the lock, or says that the file system has none."""
-        self._file: int | None = None
-        if path is None:
-            return
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        own = f"process {os.getpid()} on {socket.gethostname()}"
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            holder = os.read(self._file, 300).decode(errors="replace").strip()
-            self.close()
-            if holder != own:
-                raise ValueError(
-                    f"workdir {str(path.parent)!r} is in use: {holder or 'another process'} trains in it; "
-                    "wait until that ends, stop it, or choose another workdir"
-                ) from e
-            return
-        except OSError as e:
-            print(f"{path.parent} is on a file system without locks ({e.strerror}): see that nothing else trains in it", file=sys.stderr)
-        os.ftruncate(self._file, 0)
-        os.write(self._file, own.encode())
-
-    def close(self) -> None:
-        """Lets go of it."""
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
-
-    __del__ = close  # of a run that was refused after it was opened
-
-
 class Started(NamedTuple):
     """A run with its arrays on the mesh, at step 0 or where it was stopped."""
 
@@ -94,7 +52,7 @@ class Started(NamedTuple):
     frozen: dict[str, Params]  # what it holds and does not train: "reference", if there is one
     about: dict[str, str]  # digests of the policy and the reference that it started from
     checkpoints: Checkpoints
-    lock: Lock
+    lock: output.Lock
 
 
 def start(run: Run, write: bool = True) -> Started:
@@ -140,7 +98,7 @@ def start(run: Run, write: bool = True) -> Started:
         with together():
             params = params | {reward.CRITIC: critic_params(run.critic, run.mesh)}
         about["critic"] = fingerprint(params[reward.CRITIC])
-    lock = Lock(None)
+    lock = output.Lock(None)
     if write:
         with together():
             output.require_space(run.workdir, nbytes(abstract_state(run)), "a checkpoint", "make room, or choose another workdir")
@@ -306,12 +264,12 @@ def data_digest(run: Run) -> str:
     return "+".join(f"{stream.digest():08x}" for stream in (run.train, run.pretrain) if stream is not None)
 
 
-def open_workdir(run: Run) -> Lock:
+def open_workdir(run: Run) -> output.Lock:
     """Makes the workdir, holds it, and writes the effective config into it; process 0 does."""
-    lock = Lock(None)
+    lock = output.Lock(None)
     if is_main():
         run.workdir.mkdir(parents=True, exist_ok=True)
-        lock = Lock(run.workdir / LOCK)
+        lock = output.Lock(run.workdir / LOCK)
         output.write_text(run.workdir / "config.py", effective(run.experiment))
     return lock
 

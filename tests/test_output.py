@@ -15,7 +15,6 @@ import runs
 from alignax import output
 from alignax.metrics import Log
 from alignax.overopt import figures
-from alignax.start import Lock
 
 
 def written(place, origin="run a", **files):
@@ -167,11 +166,11 @@ def test_a_workdir_is_held_by_one_process_and_freed_by_its_death(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path / ".lock")], env=os.environ, **pipes)
     assert process.stdout is not None and process.stdout.readline() == b"held\n"
     with pytest.raises(ValueError, match=rf"is in use: process {process.pid} on .* trains in it; wait until that ends"):
-        Lock(tmp_path / ".lock")
+        output.Lock(tmp_path / ".lock")
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    lock = Lock(tmp_path / ".lock")
-    Lock(tmp_path / ".lock").close()  # the same process may begin again
+    lock = output.Lock(tmp_path / ".lock")
+    output.Lock(tmp_path / ".lock").close()  # the same process may begin again
     assert str(os.getpid()) in (tmp_path / ".lock").read_text()
     lock.close()
     lock.close()
