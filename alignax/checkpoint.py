@@ -6,6 +6,7 @@ are restored must have these digests, so no flipped bit is used. Data needs no p
 """
 
 import dataclasses
+import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from alignax.data.files import short
+from alignax.data.files import one_line, short
 from alignax.mesh import gathered
 from alignax.output import require_space
 from alignax.train import leaf_digests
@@ -42,14 +43,14 @@ class Checkpoints:
             rank: Callable[[Any], float] = lambda metrics: sign * metrics[name]
             best_one = ocp.checkpoint_managers.BestN(get_metric_fn=rank, reverse=True, n=1, keep_checkpoints_without_metrics=False)
             policies.append(best_one)
-        self._manager = ocp.CheckpointManager(
-            self.path,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
-                enable_async_checkpointing=True,
-                create=True,
-            ),
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies), enable_async_checkpointing=True, create=True
         )
+        try:
+            self._manager = ocp.CheckpointManager(self.path, options=options)
+        except (ValueError, TypeError, RecursionError) as e:  # what orbax makes of JSON that is none of its own
+            bad = next((file.parent for file in sorted(self.path.glob("*/_CHECKPOINT_METADATA")) if not _is_object(file)), self.path)
+            raise ValueError(f"checkpoint {bad} is damaged ({one_line(e)}); delete that folder, or choose another workdir") from e
 
     def latest(self) -> int | None:
         """The newest complete step, or None."""
@@ -144,6 +145,13 @@ class Checkpoints:
         """
         with _saving(self.path):
             self._manager.close()
+
+
+def _is_object(file: Path) -> bool:
+    try:
+        return isinstance(json.loads(file.read_bytes()), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _items(state: TrainState) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from alignax import distributed, output, plan, rewards
 from alignax.blame import blaming
 from alignax.checkpoint import Checkpoints
-from alignax.config import BadInput, Experiment, default_config, eval_batch_size, load_experiment, set_field, trunk_values
+from alignax.config import BadInput, Experiment, code, default_config, eval_batch_size, load_experiment, set_field, trunk_values
 from alignax.data import Examples, check, load, load_examples, padded_length
 from alignax.data.mixture import sources
 from alignax.distributed import is_main, together
@@ -43,7 +43,7 @@ from alignax.prepare import (
 )
 from alignax.programs import abstract_models
 from alignax.ridge import fit_ridge
-from alignax.start import check_step, start
+from alignax.start import check_same, check_step, described, fingerprint, start
 from alignax.types import Params
 
 # How samples of a policy are read, whatever data a reward model was trained on.
@@ -70,6 +70,7 @@ def train(file: str, overrides: Sequence[str], dry: bool) -> None:
         distributed.initialize()
         with together():
             experiment = load_experiment(file, overrides)
+        distributed.check_alike({"experiment": code(experiment)})
     if dry:
         with refusing():
             if experiment.main is not None and not experiment.config.model.path:
@@ -177,6 +178,11 @@ def newest_models(workdir: Path, config: Any, source: hf.Source, mesh: Mesh, nam
     lora, members = make_lora(config, source), config.ensemble.members
     with closing(Checkpoints(workdir)) as checkpoints:
         step = newest(checkpoints)
+        about = checkpoints.about(step)
+        now = described(source, load_tokenizer(source.path, source.config.vocab_size))
+        if lora is not None:  # the base is read again
+            now["policy"] = fingerprint(hf.load_params(source, mesh, jax.random.key(config.seed)))
+        check_same(workdir, step, about, now)
         trained = abstract_models(source, lora, open_critic(config), members, mesh)
         params = checkpoints.restore_params(step, trained, name)
         params.pop(CRITIC, None)

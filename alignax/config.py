@@ -433,7 +433,7 @@ def literal(name: str, value: Any) -> str:
 def identity(experiment: Experiment, free: Sequence[str]) -> str:
     """A digest of all that makes two experiments one by `difference`."""
     fields = [(name, value) for name, value in sorted(flat(experiment.config).items()) if not name.startswith(tuple(free))]
-    return f"{zlib.crc32(repr((fields, _code(experiment))).encode()):08x}"
+    return f"{zlib.crc32(repr((fields, code(experiment))).encode()):08x}"
 
 
 def check_kept(experiment: Experiment) -> None:
@@ -454,16 +454,17 @@ def difference(old: Experiment, new: Experiment, free: Sequence[str]) -> list[st
     a, b = flat(old.config), flat(new.config)
     names = sorted(n for n in a.keys() | b.keys() if not n.startswith(tuple(free)))
     lines = [f"{n}: {a.get(n)!r} there, {b.get(n)!r} now" for n in names if a.get(n) != b.get(n)]
-    if _code(old) != _code(new):
+    if code(old) != code(new):
         lines.append(f"the code of {new.file.name} has changed")
     return lines
 
 
-def _code(experiment: Experiment) -> str:
+def code(experiment: Experiment) -> str:
+    """The code of an experiment, without comments and the docstring."""
     tree = ast.parse(source(experiment))
     if tree.body and isinstance(tree.body[0], ast.Expr):
-        tree.body = tree.body[1:]  # the docstring
-    return ast.dump(tree)
+        tree.body = tree.body[1:]
+    return ast.unparse(tree)
 
 
 def eval_batch_size(config: Any) -> int:

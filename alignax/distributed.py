@@ -6,13 +6,16 @@ Call `initialize` first of all: jax refuses it once an array exists or a device 
 import os
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+
+from alignax.data.files import short
 
 EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")  # those that jax reads
@@ -58,14 +61,45 @@ def together() -> Iterator[None]:
     except Exception as e:
         error = e
     if jax.process_count() > 1:
-        text = b"" if error is None else (str(error) or type(error).__name__).encode()[:MESSAGE]
-        own = np.frombuffer(text.ljust(MESSAGE, b"\0"), np.uint8)
-        texts = [bytes(row).rstrip(b"\0") for row in multihost_utils.process_allgather(own)]
+        texts = _gathered("" if error is None else str(error) or type(error).__name__, MESSAGE)
         failed = [i for i, text in enumerate(texts) if text]
         if failed and error is None:
-            raise ValueError(f"process {failed[0]} could not go on: {texts[failed[0]].decode(errors='replace')}")
+            raise ValueError(f"process {failed[0]} could not go on: {texts[failed[0]]}")
     if error is not None:
         raise error
+
+
+def check_alike(given: Mapping[str, str]) -> None:
+    """Refuses processes of one run that were not given the same. Every process calls it, with the same names.
+
+    Args:
+      given: what a process has been given, by name, as text whose lines say what differs.
+
+    Raises:
+      ValueError: on every process, with the first that differs from process 0, and the lines in which it does.
+    """
+    if jax.process_count() == 1:
+        return
+    own = np.array([[zlib.crc32(text.encode()), len(text.encode())] for text in given.values()], np.uint32)
+    every = np.asarray(multihost_utils.process_allgather(own))
+    differ = np.argwhere((every != every[0]).any(-1))
+    if not len(differ):
+        return
+    process, place = differ[0].tolist()
+    name = list(given)[place]
+    texts = _gathered(given[name], int(every[:, place, 1].max()))
+    here, there = (texts[i].split("\n") for i in (0, process))
+    first = lambda own, other: short(next((line for line in own if line not in other), ""))
+    raise ValueError(
+        f"process {process} was given another {name} than process 0 ({first(there, here)} and {first(here, there)}); "
+        "start all of them with the same command, files and code"
+    )
+
+
+def _gathered(text: str, most: int) -> list[str]:
+    """The texts of all processes, cut to so many bytes."""
+    own = np.frombuffer(text.encode()[:most].ljust(most, b"\0"), np.uint8)
+    return [bytes(row).rstrip(b"\0").decode(errors="replace") for row in multihost_utils.process_allgather(own)]
 
 
 def _explicit() -> dict[str, Any] | None:

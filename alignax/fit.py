@@ -44,17 +44,22 @@ def fit(started: Started) -> dict[str, dict[str, float]]:
 
     Raises:
       SystemExit: 143 after SIGTERM and 130 after Ctrl-C, once the state is saved.
-      FloatingPointError: when `max_skipped` steps in a row are not finite.
+      FloatingPointError: when `max_skipped` steps in a row are not finite, or all there are.
     """
     run, first = started.run, started.step
     c = run.config.log
     log = Log(run.workdir, steps=run.steps, start=first, every=c.every, tensorboard=c.tensorboard, writes=is_main())
     run.workers.say = log.line
-    with closing(log), closing(run.workers), Stop() as stop:
+    with closing(started.lock), closing(log), closing(run.workers), Stop() as stop:
         for line in summary(run, started.about, first):
             log.line(line)
         with closing(started.checkpoints):  # waits until the last one is whole
             state, results = loop(started, log, stop)
+        if int(state.skipped) >= run.steps:
+            raise FloatingPointError(
+                f"none of the {run.steps} steps was finite, nothing was learnt, and nothing is exported; "
+                "lower optimizer.learning_rate, or look at the rows, and choose another workdir"
+            )
         if run.config.export.final:
             export(run, state, log)
     return results
@@ -62,7 +67,7 @@ def fit(started: Started) -> dict[str, dict[str, float]]:
 
 def loop(started: Started, log: Log, stop: "Stop") -> tuple[TrainState, dict[str, dict[str, float]]]:
     """The steps that are left, with evaluation and saving between them."""
-    run, state, first, frozen, about, checkpoints = started
+    run, state, first, frozen, about, checkpoints, _ = started
     config = run.config
     evaluate = Evaluation(run, frozen, log)
     fresh = not run.config.lora.path  # adapters that were trained before are not their base

@@ -31,8 +31,12 @@ class Log:
         self._file: TextIO | None = None
         if not writes:
             return
-        _keep_rows(workdir / "metrics.jsonl", start)
+        last = _keep_rows(workdir / "metrics.jsonl", start)
         _keep_rows(workdir / "samples.jsonl", start)
+        if last < start:
+            self.line(
+                f"notice: {workdir / 'metrics.jsonl'} ends at step {last}, and this run goes on after step {start}: what is between is lost"
+            )
         self._samples = workdir / "samples.jsonl"
         self._file = open(workdir / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
         if tensorboard:
@@ -123,27 +127,38 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
     Raises:
       BadInput: for a line that no run has written.
     """
-    if not file.is_file():
-        return []
     rows = []
-    # Not splitlines(): that also splits at U+2028 and its like, which a sample may hold.
-    for number, line in enumerate(file.read_bytes().split(b"\n")[:-1], start=1):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if not isinstance(row, dict) or type(row.get("step")) is not int:
+    for number, line, row in _lines(file):
+        if row is None:
             raise BadInput(f"{file}, line {number} is no row of a log: {short(line)}; delete that line")
         rows.append(row)
     return rows
 
 
-def _keep_rows(file: Path, last: int) -> None:
-    """Takes out the rows of later steps, atomically."""
-    rows = read_rows(file)
-    kept = [row for row in rows if row["step"] <= last] if last else []
+def _lines(file: Path) -> Iterator[tuple[int, bytes, dict[str, Any] | None]]:
+    """Number, bytes and row of each line of a log; None of one that no run has written."""
+    # Not splitlines(): that also splits at U+2028 and its like, which a sample may hold.
+    for number, line in enumerate(file.read_bytes().split(b"\n")[:-1] if file.is_file() else (), start=1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        yield number, line, row if isinstance(row, dict) and type(row.get("step")) is int else None
+
+
+def _keep_rows(file: Path, last: int) -> int:
+    """Takes out the rows of later steps, atomically, and lines that are no rows, which it says; returns the last step that is left."""
+    kept, damaged = [], []
+    for number, line, row in _lines(file):
+        if row is None:
+            damaged.append(f"{number} ({short(line)})")
+        elif last and row["step"] <= last:
+            kept.append(row)
+    if damaged:
+        print(f"notice: {file} is damaged in line {', '.join(damaged[:3])}: {len(damaged)} taken out, the rest is kept", file=sys.stderr)
     if file.is_file():
         output.write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+    return max((row["step"] for row in kept), default=0)
 
 
 def table(rows: list[list[str]]) -> str:

@@ -1,14 +1,17 @@
 """What is written appears whole or not at all, and takes the place of nothing that another has written.
 
 A file or a folder is written beside its place under a name of its own, and takes the place in one move: at every moment, a killed
-process and a full disk included, what stands there is an earlier one or the new one, whole. A model folder holds `alignax.json`, which
-says what has written it and the CRC of every file.
+process and a full disk included, what stands there is an earlier one or the new one, whole. A model folder that a command has written
+holds `alignax.json`, which says who wrote it and the CRC of every file.
 """
 
 import ctypes
+import fcntl
 import json
 import os
 import shutil
+import socket
+import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -90,7 +93,7 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def folder(out: Path, origin: str = "") -> Iterator[Path]:
-    """Where to write a folder that takes the place of `out` at the end, marked; every process enters, process 0 writes."""
+    """Where to write a folder that takes the place of `out` at the end, of an `origin` marked; every process enters, process 0 writes."""
     tmp = _beside(out)
     with _writing(out, tmp):
         with together():
@@ -100,13 +103,52 @@ def folder(out: Path, origin: str = "") -> Iterator[Path]:
         yield tmp
         with together():
             if is_main():
-                files = sorted(p for p in tmp.rglob("*") if p.is_file() and p != tmp / MARK)
-                crcs = {str(p.relative_to(tmp)): _crc(p) for p in files}
-                (tmp / MARK).write_text(json.dumps({"origin": origin, "files": crcs}, indent=2) + "\n", encoding="utf-8")
-                for path in (*files, tmp / MARK, tmp):
+                if origin:
+                    crcs = {str(p.relative_to(tmp)): _crc(p) for p in sorted(tmp.rglob("*")) if p.is_file()}
+                    (tmp / MARK).write_text(json.dumps({"origin": origin, "files": crcs}, indent=2) + "\n", encoding="utf-8")
+                for path in (*tmp.rglob("*"), tmp):
                     _sync(path)
                 _replace(out, tmp)
                 _sync(out.parent)
+
+
+class Lock:
+    """A workdir held by this process until `close`, or until the process ends, however it does; `path` None holds nothing.
+
+    Raises:
+      ValueError: while another process holds it.
+    """
+
+    def __init__(self, path: Path | None):
+        """Takes the lock, or says that the file system has none."""
+        self._file: int | None = None
+        if path is None:
+            return
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        own = f"process {os.getpid()} on {socket.gethostname()}"
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            holder = os.read(self._file, 300).decode(errors="replace").strip()
+            self.close()
+            if holder != own:
+                raise ValueError(
+                    f"workdir {str(path.parent)!r} is in use: {holder or 'another process'} trains in it; "
+                    "wait until that ends, stop it, or choose another workdir"
+                ) from e
+            return
+        except OSError as e:
+            print(f"{path.parent} is on a file system without locks ({e.strerror}): see that nothing else trains in it", file=sys.stderr)
+        os.ftruncate(self._file, 0)
+        os.write(self._file, own.encode())
+
+    def close(self) -> None:
+        """Lets go of it."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+    __del__ = close  # of a run that was refused after it was opened
 
 
 @contextmanager

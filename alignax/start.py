@@ -1,6 +1,8 @@
 """From a checked run to its arrays on the mesh: models loaded, what is trained made or restored, what is frozen set apart."""
 
+import json
 import sys
+import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,15 +15,16 @@ from alignax import ensemble, output, rewards
 from alignax.blame import blaming, explained
 from alignax.checkpoint import Checkpoints, nbytes
 from alignax.config import asked as asked_for
-from alignax.config import effective, eval_batch_size, prompts_of_rollout
+from alignax.config import code, effective, eval_batch_size, flat, prompts_of_rollout
+from alignax.data import Examples
 from alignax.data.files import short
-from alignax.distributed import is_main, together
+from alignax.distributed import check_alike, is_main, together
 from alignax.evaluate import SAMPLED, tries
 from alignax.experience import advance, first_carry
 from alignax.models import hf, peft, reward
 from alignax.models.lora import quantise, split
 from alignax.online import make_judge, training_program
-from alignax.prepare import Run
+from alignax.prepare import LOCK, Run
 from alignax.programs import (
     abstract_batch,
     abstract_frozen,
@@ -39,6 +42,9 @@ from alignax.rollout import asked
 from alignax.train import digest
 from alignax.types import Batch, Model, Outputs, Params, TrainState
 
+UNSAID = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")  # what changes no computation
+BLOCK = 1 << 16  # bytes of a block of which a CRC is taken
+
 
 class Started(NamedTuple):
     """A run with its arrays on the mesh, at step 0 or where it was stopped."""
@@ -49,6 +55,7 @@ class Started(NamedTuple):
     frozen: dict[str, Params]  # what it holds and does not train: "reference", if there is one
     about: dict[str, str]  # digests of the policy and the reference that it started from
     checkpoints: Checkpoints
+    lock: output.Lock
 
 
 def start(run: Run, write: bool = True) -> Started:
@@ -60,10 +67,14 @@ def start(run: Run, write: bool = True) -> Started:
     """
     config = run.config
     with together():
+        own = given(run) if jax.process_count() > 1 else {}
+    check_alike(own)
+    with together():
         check_step(run)
         params = initial_params(run)
         original = reference_params(run, params)
-    about = {"policy": fingerprint(params), "reference": fingerprint(original), "data": data_digest(run)}
+    about = described(run.source, run.tokenizer)
+    about |= {"policy": fingerprint(params), "reference": fingerprint(original), "data": data_digest(run)}
     stored = {"base": split(params)[0], "reference": split(original)[0] if run.reference else None}
     frozen = {name: frozen_copy(run, name, stored[name]) for name in frozen_sources(run)}
     if run.judges:
@@ -90,10 +101,11 @@ def start(run: Run, write: bool = True) -> Started:
         with together():
             params = params | {reward.CRITIC: critic_params(run.critic, run.mesh)}
         about["critic"] = fingerprint(params[reward.CRITIC])
+    lock = output.Lock(None)
     if write:
         with together():
             output.require_space(run.workdir, nbytes(abstract_state(run)), "a checkpoint", "make room, or choose another workdir")
-            open_workdir(run)
+            lock = open_workdir(run)
     checkpoints = Checkpoints(run.workdir, config.checkpoint.keep, config.checkpoint.best)
     step = checkpoints.latest() or 0
     if step:
@@ -108,7 +120,38 @@ def start(run: Run, write: bool = True) -> Started:
         fresh = lambda p, key, own, frozen: new_state(run, p, key, averages(p, own), frozen)
         layout = jax.tree.map(lambda x: x.sharding, abstract_state(run))
         state = jax.jit(fresh, out_shardings=layout, donate_argnums=0)(params, jax.random.key(config.seed), own, frozen)
-    return Started(run, state, step, frozen, about, checkpoints)
+    return Started(run, state, step, frozen, about, checkpoints, lock)
+
+
+def given(run: Run) -> dict[str, str]:
+    """All that the processes of a run must have been given alike, by name, as text."""
+    fields = "\n".join(f"{name} = {value!r}" for name, value in sorted(flat(run.config).items()))
+    package = sorted(Path(__file__).parent.rglob("*.py"))
+    ours = "\n".join(f"{file.relative_to(Path(__file__).parent)} {zlib.crc32(file.read_bytes()):08x}" for file in package)
+    streams = {"data.train": run.train, "data.pretrain": run.pretrain, "data.eval": run.evaluation}
+    data = {name: f"{x.digest():08x}" for name, x in streams.items() if x is not None}
+    columns = {name: (x if isinstance(x, Examples) else x.examples).columns for name, x in streams.items() if x is not None}
+    models = {str(x.path) for source in (run.source, run.reference, run.critic, *run.judges) if source for x, _ in hf.ingredients(source)}
+    return {
+        "config": fields,
+        "experiment": code(run.experiment),
+        "alignax": f"jax {jax.__version__}\n{ours}",
+        "data": "\n".join(f"{name} {value} {zlib.crc32(repr(columns[name]).encode()):08x}" for name, value in data.items()),
+        "model": "\n".join(sketch(Path(folder)) for folder in sorted(models | ({run.config.lora.path} - {""}))),
+    }
+
+
+def sketch(folder: Path) -> str:
+    """Every file of a model folder with its size and a CRC, of large ones of 64 blocks between start and end: a file a line."""
+    lines = []
+    for file in sorted(p for p in folder.iterdir() if p.is_file() and p.suffix in (".json", ".jinja", ".model", ".txt", ".safetensors")):
+        size, crc = file.stat().st_size, 0
+        with open(file, "rb") as f:
+            for at in range(0, size, max(size // 64, BLOCK)):
+                f.seek(at)
+                crc = zlib.crc32(f.read(BLOCK), crc)
+        lines.append(f"{file}: {size} bytes, {crc:08x}")
+    return "\n".join(lines)
 
 
 def check_step(run: Run) -> None:
@@ -262,16 +305,26 @@ def frozen_copy(run: Run, name: str, params: Params) -> Params:
     return jax.tree_util.tree_map_with_path(freeze, params)
 
 
+def described(source: hf.Source, tokenizer: Any) -> dict[str, str]:
+    """Digests of what a model folder says of its weights: its config.json, names and versions left out, and its tokens."""
+    said = {name: value for name, value in source.hf.items() if name not in UNSAID}
+    digest = lambda x: f"{zlib.crc32(json.dumps(x, sort_keys=True).encode()):08x}"
+    return {"config.json": digest(said), "tokenizer": digest(tokenizer.get_vocab())}
+
+
 def data_digest(run: Run) -> str:
     """The digest of all that batches are made of, as text."""
     return "+".join(f"{stream.digest():08x}" for stream in (run.train, run.pretrain) if stream is not None)
 
 
-def open_workdir(run: Run) -> None:
-    """Makes the workdir and writes the effective config into it, in one move; process 0 does."""
+def open_workdir(run: Run) -> output.Lock:
+    """Makes the workdir, holds it, and writes the effective config into it; process 0 does."""
+    lock = output.Lock(None)
     if is_main():
         run.workdir.mkdir(parents=True, exist_ok=True)
+        lock = output.Lock(run.workdir / LOCK)
         output.write_text(run.workdir / "config.py", effective(run.experiment))
+    return lock
 
 
 def check_same(workdir: Path, step: int, saved: dict[str, Any], now: dict[str, Any]) -> None:

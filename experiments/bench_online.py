@@ -159,7 +159,7 @@ def ours(folder: Path, case: dict) -> dict:
         "rollout.samples": c.samples, "rollout.max_new_tokens": c.new, "eval.max_new_tokens": c.new,
         "rollout.slots": c.prompts * c.samples, "reward.path": ",".join(map(str, judges(folder, c.members))),
     }  # fmt: skip
-    run, state, _, frozen, _, checkpoints = start(prepare(load_experiment(__file__, [f"{name}={x}" for name, x in fields.items()])))
+    run, state, _, frozen, _, checkpoints, _ = start(prepare(load_experiment(__file__, [f"{name}={x}" for name, x in fields.items()])))
     checkpoints.close()
     turns, seen = Turns(run, frozen), []
     inside = Inside(turns)

@@ -51,18 +51,19 @@ def command(args: list[str]) -> list[str]:
     return [sys.executable, "-m", "alignax", *args]
 
 
-def begin(args: list[str], env: dict[str, str] | None = None) -> subprocess.Popen:
+def begin(args: list[str], env: dict[str, str] | None = None, cwd: Path = REPO) -> subprocess.Popen:
     """Starts the command."""
-    return subprocess.Popen(command(args), env=env or environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=REPO)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command(args), env=env or environment(), stdout=pipe, stderr=subprocess.STDOUT, text=True, cwd=cwd)
 
 
-def begin_two(args: list[list[str]]) -> list[subprocess.Popen]:
-    """Starts two processes of four devices each that find one another."""
+def begin_two(args: list[list[str]], cwds: tuple[Path, Path] = (REPO, REPO)) -> list[subprocess.Popen]:
+    """Starts two processes of four devices each that find one another, each in a folder of its own."""
     with socket.socket() as s:
         s.bind(("localhost", 0))
         address = f"localhost:{s.getsockname()[1]}"
-    place = lambda i: environment(4, JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES="2", JAX_PROCESS_ID=str(i))
-    return [begin(own, place(i)) for i, own in enumerate(args)]
+    place = lambda i: environment(4, JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES="2", JAX_PROCESS_ID=str(i), PYTHONPATH=str(REPO))
+    return [begin(own, place(i), cwd) for i, (own, cwd) in enumerate(zip(args, cwds, strict=True))]
 
 
 def finish(process: subprocess.Popen, code: int = 0, timeout: float = 240) -> str:

@@ -82,6 +82,15 @@ def test_an_array_that_is_not_as_it_was_saved_is_refused(saved):
         Checkpoints(saved).restore(0, state(0.0))
 
 
+@pytest.mark.parametrize("text", ["[]", "1e999", "[" * 100_000])
+def test_metadata_that_is_no_object_is_refused(tmp_path, text):
+    file = tmp_path / "checkpoints" / "4" / "_CHECKPOINT_METADATA"
+    file.parent.mkdir(parents=True)
+    file.write_text(text)
+    with pytest.raises(ValueError, match="checkpoints/4 is damaged .*; delete that folder"):
+        Checkpoints(tmp_path)
+
+
 def test_digests_see_every_bit_and_no_layout():
     rng = np.random.default_rng(0)
     words = rng.integers(0, 2**32, (8, 6), np.uint32)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import runs
 import tiny
 
-from alignax import checkpoint, cli, commands, config, fit  # noqa: F401  (commands: before anything is patched)
+from alignax import cli, commands, config, fit, output  # noqa: F401  (commands: before anything is patched)
 from alignax.prepare import prepare
 from alignax.programs import abstract_batch
 
@@ -263,7 +264,7 @@ def test_wrong_words(args, message, capsys):
 
 
 def test_no_room_on_the_disk(fields, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    monkeypatch.setattr(output.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     assert run(fields | {"workdir": tmp_path / "run"}) == 2
     assert re.search(r"takes 0\.000 GB.*make room", capsys.readouterr().err)
     assert not (tmp_path / "run").exists()
@@ -378,6 +379,34 @@ def test_run_rerun_of_the_effective_config_eval_export(fields, tmp_path, capsys)
 
     assert cli.main(["export", str(workdir), str(tmp_path / "out"), "--config.export.dtype=bfloat16"]) == 0
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert cli.main(["export", str(workdir), str(tmp_path / "out")]) == 0, "its own export"
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
+
+    model = shutil.copytree(str(fields["model.path"]), tmp_path / "model")
+    before = (model / "model.safetensors").read_bytes()
+    (tmp_path / "rows.jsonl").write_text("mine")
+    writes = {
+        str(model): ["export", str(workdir), str(model)],
+        str(tmp_path / "rows.jsonl"): ["generate", str(model), "--prompts", str(other), "--out", str(tmp_path / "rows.jsonl")],
+    }
+    capsys.readouterr()
+    for place, words in writes.items():
+        assert cli.main(words) == 2
+        assert re.search(rf"error: '{place}' exists.*; give --force to replace it, or choose another place", capsys.readouterr().err)
+    assert (model / "model.safetensors").read_bytes() == before and (tmp_path / "rows.jsonl").read_text() == "mine"
+    assert cli.main([*writes[str(model)], "--force"]) == 0
+    assert (model / "model.safetensors").read_bytes() != before
+
+    said = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(said | {"rms_norm_eps": 1e-2}))
+    capsys.readouterr()
+    for words in (
+        ["export", str(workdir), str(tmp_path / "new")],
+        ["eval", str(workdir)],
+        ["generate", str(workdir), "--prompts", str(other)],
+    ):
+        assert cli.main([*words, f"--config.model.path={model}"]) == 2
+        assert f"in '{workdir}' grew from another config.json (" in capsys.readouterr().err
 
 
 def test_a_workdir_that_cannot_be(fields, tmp_path, capsys, monkeypatch):

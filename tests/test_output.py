@@ -1,15 +1,20 @@
 """What is written appears whole or not at all, and destroys nothing of another's."""
 
+import json
 import os
 import resource
 import signal
 import subprocess
 import sys
 
+import matplotlib.cbook
 import numpy as np
 import pytest
+import runs
 
 from alignax import output
+from alignax.metrics import Log
+from alignax.overopt import figures
 
 
 def written(place, origin="run a", **files):
@@ -93,7 +98,7 @@ def test_a_disk_that_is_full_is_one_line_and_leaves_nothing(tmp_path):
 
 def test_a_flipped_bit_in_a_file_of_ours_is_refused(tmp_path):
     out = tmp_path / "out"
-    with output.folder(out) as tmp:
+    with output.folder(out, "run a") as tmp:
         (tmp / "model.safetensors").write_bytes(bytes(1000))
         (tmp / "config.json").write_text("{}")
     (out / "config.json").write_text('{"mine": 1}')  # descriptions may be corrected by hand
@@ -104,33 +109,97 @@ def test_a_flipped_bit_in_a_file_of_ours_is_refused(tmp_path):
 
 
 KILLED = """
-import sys, pathlib
+import os, pathlib, random, signal, sys, time
 from alignax import output
-place = pathlib.Path(sys.argv[1])
-print("ready", flush=True)
-for i in range(10**9):
-    with output.folder(place / "out", "run a") as tmp:
-        for k in range(3):
-            (tmp / str(k)).write_text(str(i))
-    output.write_text(place / "file", str(i) * 1000)
+place, rng, seen = pathlib.Path(sys.argv[1]), random.Random(0), 0
+
+def write_for_ever(ready):
+    i = 0
+    while True:
+        with output.folder(place / "out", "run a") as tmp:
+            for k in range(3):
+                (tmp / str(k)).write_text(str(i))
+        output.write_text(place / "file", str(i % 10) * 10000)
+        i += 1
+        os.write(ready, b".")
+
+for _ in range(20):
+    ended, ready = os.pipe()
+    if not (child := os.fork()):
+        write_for_ever(ready)
+    os.close(ready)
+    os.read(ended, 1)
+    time.sleep(rng.uniform(0, 0.05))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    os.close(ended)
+    output.claim(place / "out", "run a")
+    assert len({(place / "out" / str(k)).read_text() for k in range(3)}) == 1
+    text = (place / "file").read_text()
+    assert text == text[0] * 10000
+    seen += any(output.unfinished(p) for p in place.iterdir())
+assert {p.name for p in place.iterdir() if not output.unfinished(p)} == {"out", "file"}
+assert seen, "no write was ever cut short"
 """
 
 
 @pytest.mark.slow
 def test_killed_at_any_moment_what_stands_is_whole(tmp_path):
-    rng = np.random.default_rng(0)
-    for _ in range(8):
-        process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE, env=os.environ)
-        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
-        try:
-            process.wait(rng.uniform(0.02, 0.3))
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-        process.communicate()
-        if (tmp_path / "out").exists():
-            output.claim(tmp_path / "out", "run a")
-            assert len({(tmp_path / "out" / str(k)).read_text() for k in range(3)}) == 1
-        if (tmp_path / "file").exists():
-            text = (tmp_path / "file").read_text()
-            assert len(text) % 1000 == 0 and text == text[: len(text) // 1000] * 1000
-    assert {p.name for p in tmp_path.iterdir() if not output.unfinished(p)} <= {"out", "file"}
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path)], env=runs.environment(), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+HOLDER = """
+import fcntl, os, socket, sys
+file = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
+fcntl.flock(file, fcntl.LOCK_EX)
+os.write(file, f"process {os.getpid()} on {socket.gethostname()}".encode())
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_workdir_is_held_by_one_process_and_freed_by_its_death(tmp_path):
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path / ".lock")], env=os.environ, **pipes)
+    assert process.stdout is not None and process.stdout.readline() == b"held\n"
+    with pytest.raises(ValueError, match=rf"is in use: process {process.pid} on .* trains in it; wait until that ends"):
+        output.Lock(tmp_path / ".lock")
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    lock = output.Lock(tmp_path / ".lock")
+    output.Lock(tmp_path / ".lock").close()  # the same process may begin again
+    assert str(os.getpid()) in (tmp_path / ".lock").read_text()
+    lock.close()
+    lock.close()
+
+
+@pytest.mark.parametrize("lost", ["nothing", "the file", "the end", "a line"])
+def test_what_a_log_has_lost_is_said_when_a_run_goes_on(tmp_path, capsys, lost):
+    file, rows = tmp_path / "metrics.jsonl", [json.dumps({"step": i, "loss": 0.5}) + "\n" for i in range(1, 8)]
+    kept = {"the end": rows[:3], "a line": [*rows[:2], "\x00{broken\n", *rows[3:]]}.get(lost, rows)
+    if lost != "the file":
+        file.write_text("".join(kept))
+    Log(tmp_path, steps=9, start=6, every=1, tensorboard=False).close()
+    said = capsys.readouterr().err
+    expected = {
+        "nothing": "",
+        "the file": f"notice: {file} ends at step 0, and this run goes on after step 6: what is between is lost\n",
+        "the end": f"notice: {file} ends at step 3, and this run goes on after step 6: what is between is lost\n",
+        "a line": f"notice: {file} is damaged in line 3 (b'\\x00{{broken'): 1 taken out, the rest is kept\n",
+    }
+    assert said == expected[lost]
+    left = {"nothing": rows[:6], "the file": [], "the end": rows[:3], "a line": [*rows[:2], *rows[3:6]]}
+    assert file.read_text() == "".join(left[lost])
+
+
+@pytest.mark.parametrize("name", [r"$\foo$", "a_$x^2$", "$", "_run", "100 $"])
+def test_a_name_in_a_figure_is_no_formula(name):
+    drawing = figures.figure([figures.Panel([figures.Line(name, [0.0, 1.0], [0.0, 1.0])], name, "x", "y")])
+    assert figures.png(drawing)
+    (text,) = drawing.axes[0].get_legend().get_texts()
+    for shown in (text, drawing.axes[0].title):
+        assert not matplotlib.cbook.is_math_text(shown.get_text())
+        assert shown.get_text().replace(r"\$", "$").strip() == name

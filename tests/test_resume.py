@@ -1,6 +1,8 @@
 """Killed at any moment, a run goes on bit for bit; on another mesh or process count, to rounding."""
 
+import pathlib
 import random
+import shutil
 import signal
 
 import numpy as np
@@ -125,3 +127,29 @@ def test_a_workdir_that_process_0_cannot_write_ends_both(fields, tmp_path):
     group = runs.begin_two([runs.arguments(fields | {"workdir": tmp_path / "run"})] * 2)
     out = [runs.finish(process, code=2, timeout=60) for process in group]
     assert "Is a directory" in out[0] and "process 0 could not go on" in out[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["data", *(pytest.param(x, marks=pytest.mark.long) for x in ("config", "experiment", "model"))])
+def test_processes_that_were_given_different_things_all_end_with_its_name(what, fields, tmp_path):
+    hosts = (tmp_path / "a", tmp_path / "b")
+    for i, host in enumerate(hosts):
+        host.mkdir()
+        rows = pathlib.Path(str(fields["data.train"])).read_text()
+        (host / "pairs.jsonl").write_text(rows.replace("yes", "YES", 1) if (what, i) == ("data", 1) else rows)
+        shutil.copytree(str(fields["model.path"]), host / "model")
+        source = (runs.REPO / "experiments" / "dpo_hh.py").read_text()
+        (host / "mine.py").write_text(source + "\nother = 1\n" if (what, i) == ("experiment", 1) else source)
+    if what == "model":
+        with open(hosts[1] / "model" / "model.safetensors", "r+b") as f:
+            f.seek(-1, 2)
+            f.write(b"\x07")
+        (hosts[1] / "model" / "alignax.json").unlink()
+    own = fields | {"workdir": tmp_path / "run", "data.train": "pairs.jsonl", "data.eval": "pairs.jsonl", "model.path": "model"}
+    words = [runs.arguments(own | ({"seed": 1} if (what, i) == ("config", 1) else {})) for i in range(2)]
+    words = [["train", "--config", "mine.py", *own[3:]] for own in words]
+    out = [runs.finish(process, code=2, timeout=120) for process in runs.begin_two(words, hosts)]
+    for said in out:
+        assert f"error: process 1 was given another {what} than process 0 (" in said, said
+    assert {"config": "seed = 1", "experiment": "other = 1", "data": "data.train", "model": "model.safetensors"}[what] in out[0]
+    assert not (tmp_path / "run").exists()

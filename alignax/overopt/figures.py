@@ -52,7 +52,7 @@ def figure(panels: Sequence[Panel], width: float = 4.2, height: float = 3.4) -> 
                 if len(line.x):
                     # The more bands, the lighter each: where all of them overlap, lines are still seen.
                     _draw(axes, line, i, ring=not panel.diagonal, shade=max(0.07, 0.3 / (1 + len(panel.lines))))
-            axes.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)
+            axes.set(title=plain(panel.title), xlabel=panel.x_label, ylabel=panel.y_label)
             if panel.diagonal:
                 axes.axline((0.5, 0.5), slope=1, color="0.5", ls=":", lw=1)
                 axes.set_xlim(0.48, panel.reach)
@@ -70,6 +70,11 @@ def figure(panels: Sequence[Panel], width: float = 4.2, height: float = 3.4) -> 
     return drawing
 
 
+def plain(text: str) -> str:
+    """A name as it is: matplotlib takes what stands between dollars for formulas, and leaves names that begin with _ out of legends."""
+    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
+
+
 def _legends(drawing: Any, panels: Sequence[Panel]) -> None:
     """Below each panel, or where all have lines of the same names one below all."""
     if len(panels) > 1 and len({tuple(line.label for line in panel.lines) for panel in panels}) == 1:
@@ -81,7 +86,7 @@ def _legends(drawing: Any, panels: Sequence[Panel]) -> None:
 
 def _draw(axes: Any, line: Line, i: int, ring: bool, shade: float) -> None:
     colour, marker, stroke = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)], STROKES[i // len(COLOURS) % len(STROKES)]
-    axes.plot(*_broken(line.x, line.y), marker, ls=stroke, color=colour, ms=4, lw=1.2, label=line.label, clip_on=False)
+    axes.plot(*_broken(line.x, line.y), marker, ls=stroke, color=colour, ms=4, lw=1.2, label=plain(line.label), clip_on=False)
     if ring:
         axes.plot(line.x[-1], line.y[-1], marker, color=colour, ms=10, mfc="none", clip_on=False)
     if line.low is not None and line.high is not None:
