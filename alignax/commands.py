@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,7 @@ from jax.sharding import Mesh
 from alignax import distributed, plan, rewards
 from alignax.blame import blaming
 from alignax.checkpoint import Checkpoints
-from alignax.config import BadInput, Experiment, default_config, eval_batch_size, load_experiment, set_field, trunk_values
+from alignax.config import BadInput, Experiment, default_config, eval_batch_size, flat, load_experiment, set_field, trunk_values
 from alignax.data import Examples, check, load, load_examples, padded_length
 from alignax.data.mixture import sources
 from alignax.distributed import is_main, together
@@ -126,8 +127,8 @@ def newest(checkpoints: Checkpoints) -> int:
     return step
 
 
-def evaluate(workdir: Path, overrides: Sequence[str]) -> None:
-    """`alignax eval`: the newest checkpoint on the evaluation data, as a table; nothing is written."""
+def evaluate(workdir: Path, overrides: Sequence[str], out: str = "") -> None:
+    """`alignax eval`: the newest checkpoint on the evaluation data, as a table; `out` is a file for JSON, "-" for JSON alone, or empty."""
     with refusing():
         distributed.initialize()
         with together():
@@ -139,7 +140,13 @@ def evaluate(workdir: Path, overrides: Sequence[str]) -> None:
     scores = evaluation(started.state, step)
     started.checkpoints.close()
     if is_main():
-        print(table([["metric", f"step {step}"], *([name, f"{x:.4f}"] for name, x in sorted(scores.items()))]))
+        if out != "-":
+            print(table([["metric", f"step {step}"], *([name, f"{x:.4f}"] for name, x in sorted(scores.items()))]))
+        if out:
+            rows = 0 if run.evaluation is None or evaluation.online else len(run.evaluation)
+            of = {"workdir": str(workdir), "step": step, "params": run.config.eval.params, "rows": rows, "prompts": len(evaluation.sampled)}
+            metrics = {name: x if math.isfinite(x) else None for name, x in sorted(scores.items())}
+            write_json(of | {"metrics": metrics, "config": flat(run.config)}, out)
 
 
 class Saved(NamedTuple):
@@ -225,8 +232,13 @@ def eval_rm(place: str, file: str, overrides: Sequence[str], out: str) -> None:
         if out != "-":
             print("\n".join(rewards.text(result)))
         if out:
-            lines = json.dumps(result, indent=2)
-            print(lines) if out == "-" else Path(out).write_text(lines + "\n", encoding="utf-8")
+            write_json(result, out)
+
+
+def write_json(value: Any, out: str) -> None:
+    """Writes JSON into a file, or with "-" onto the console."""
+    lines = json.dumps(value, indent=2, ensure_ascii=False)
+    print(lines) if out == "-" else Path(out).write_text(lines + "\n", encoding="utf-8")
 
 
 def is_workdir(place: str) -> bool:
@@ -390,8 +402,7 @@ def check_data(file: str, overrides: Sequence[str], out: str) -> None:
         if out != "-":
             print("\n".join(check.text(result)))
         if out:
-            lines = json.dumps(result, indent=2, ensure_ascii=False)
-            print(lines) if out == "-" else Path(out).write_text(lines + "\n", encoding="utf-8")
+            write_json(result, out)
         if config.data.bad_rows == "error" and (found := check.stops(result)):
             raise ValueError(f"a run would stop here: {found}. Correct the rows, or leave them out with --config.data.bad_rows=drop")
 
