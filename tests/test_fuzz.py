@@ -38,7 +38,8 @@ from alignax.losses import at_step
 from alignax.mesh import make_mesh
 from alignax.models import families, hf, peft, transformer
 from alignax.models.lora import Lora
-from alignax.prepare import load_tokenizer
+from alignax.prepare import load_tokenizer, prepare
+from alignax.start import check_step
 from alignax.train import init_state
 from alignax.types import Outputs
 
@@ -418,13 +419,37 @@ def traced(path: Path) -> None:
         raise ValueError(explained(e, path)) from e
 
 
-@fuzz(120)
-@given(misspelt(OWN))
-def test_mistakes_in_experiment_files(folder, source):
+@pytest.mark.parametrize("examples", [40, pytest.param(800, marks=pytest.mark.slow)])
+def test_mistakes_in_experiment_files(folder, examples):
     path = folder / "own.py"
+
+    @fuzz(examples)
+    @given(misspelt(OWN))
+    def check(source):
+        written(path, source)
+        read(lambda: traced(path), "")
+
+    check()
+
+
+def written(path: Path, source: str) -> None:
+    """Writes an experiment file that is not taken for the one before it: the clock of compiled files knows seconds alone."""
     path.write_text(source)
-    shutil.rmtree(folder / "__pycache__", ignore_errors=True)  # its clock knows seconds alone
-    read(lambda: traced(path), "")
+    shutil.rmtree(path.parent / "__pycache__", ignore_errors=True)
+
+
+@pytest.mark.slow
+def test_mistakes_of_an_experiment_whose_model_and_data_are_there(folder):
+    path, fields = folder / "whole.py", runs.world(folder) | {"workdir": folder / "whole"}
+    overrides = [f"{name}={value}" for name, value in fields.items()]
+
+    @fuzz(30)
+    @given(misspelt(OWN))
+    def check(source):
+        written(path, source)
+        read(lambda: check_step(prepare(config.load_experiment(path, overrides))), "")
+
+    check()
 
 
 ARGUMENTS = st.one_of(
@@ -436,7 +461,7 @@ ARGUMENTS = st.one_of(
 )
 
 
-@fuzz(60)
+@fuzz(150)
 @given(st.sampled_from([name for name in cli.WANTED if name != "generate"]), st.lists(ARGUMENTS, max_size=5))
 def test_command_lines(folder, monkeypatch, capsys, command, words):
     """None of these names a model, so each is refused, in one line."""
