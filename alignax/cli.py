@@ -179,5 +179,5 @@ def with_option(request: Request, option: str, value: str | None) -> Request:
 
 def fail(error: BaseException) -> int:
     """One line on the console for bad input."""
-    print(f"alignax: error: {error}", file=sys.stderr)
+    print(f"alignax: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
     return 2
