@@ -42,10 +42,10 @@ def blaming(file: Path, always: bool = True, own: bool = False) -> Iterator[None
         raise
     except Exception as e:
         path = _path(e)
-        places = [(_file(tb), tb.tb_lineno) for tb in path if _theirs(_file(tb), file)]
-        if isinstance(e, SyntaxError) and e.filename and _theirs(Path(e.filename).resolve(), file):
+        places = [(_file(tb), tb.tb_lineno) for tb in path if theirs(_file(tb), file)]
+        if isinstance(e, SyntaxError) and e.filename and theirs(Path(e.filename).resolve(), file):
             places = [(Path(e.filename).resolve(), e.lineno)]
-        if not (places or always) or (own and not _theirs(_file(path[-1]), file)):
+        if not (places or always) or (own and not theirs(_file(path[-1]), file)):
             raise
         where, line = places[-1] if places else (file.resolve(), None)
         place = (str(file) if where == file.resolve() else str(where)) + (f", line {line}" if line else "")
@@ -59,7 +59,7 @@ def explained(error: Exception, file: Path) -> str:
     experiment file had them.
     """
     path = _path(error)
-    known = [tb for tb in path if _theirs(_file(tb), file) or PACKAGE in _file(tb).parents]
+    known = [tb for tb in path if theirs(_file(tb), file) or PACKAGE in _file(tb).parents]
     if known and (missing := _missing(error, known[-1])):
         return missing
     text = str(error).strip()
@@ -69,7 +69,7 @@ def explained(error: Exception, file: Path) -> str:
         text = linecache.getline(path[-1].tb_frame.f_code.co_filename, path[-1].tb_lineno).strip()
     said = one_line(ValueError(text), 500).rstrip(".") if text else ""
     what = said if type(error) is ValueError else f"{type(error).__name__}: {said}".removesuffix(": ")
-    inside = [tb for tb in path if _theirs(_file(tb), file)]
+    inside = [tb for tb in path if theirs(_file(tb), file)]
     if not inside or type(error) not in (TypeError, ValueError, IndexError) or (inside[-1] is path[-1] and type(error) is ValueError):
         return what
     return what + (f". There: {arrays}" if (arrays := _arrays(inside[-1].tb_frame.f_locals)) else "")
@@ -91,6 +91,13 @@ def check_call(function: Any, what: str, *names: str) -> None:
         signature.bind(*names)
     except TypeError:
         raise ValueError(f"{what} takes {_bare(signature)}; it is called with ({', '.join(names)})") from None
+
+
+def theirs(file: Path, experiment: Path) -> bool:
+    """Whether code is the user's: the experiment file, or another that is neither ours nor installed."""
+    if file == experiment.resolve():
+        return True
+    return file.is_file() and not {PACKAGE, PYTHON} & set(file.parents) and not set(INSTALLED) & set(file.parts)
 
 
 def near(name: object, known: Sequence[str], like: float = LIKE) -> str:
@@ -177,13 +184,6 @@ def _path(error: Exception) -> list[TracebackType]:
 
 def _file(tb: TracebackType) -> Path:
     return Path(tb.tb_frame.f_code.co_filename).resolve()
-
-
-def _theirs(file: Path, experiment: Path) -> bool:
-    """Whether code is the user's: the experiment file, or another that is neither ours nor installed."""
-    if file == experiment.resolve():
-        return True
-    return file.is_file() and not {PACKAGE, PYTHON} & set(file.parents) and not set(INSTALLED) & set(file.parts)
 
 
 def _node(tb: TracebackType) -> ast.expr | None:
