@@ -8,6 +8,7 @@ import itertools
 import linecache
 import re
 import sys
+import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,8 @@ from alignax.data.files import one_line
 
 LIKE = 0.6  # of two names, from which on the one may be meant by the other
 PLAIN = (ast.Name, ast.Attribute, ast.Subscript, ast.Constant, ast.expr_context)  # what may be evaluated a second time
-PACKAGE = Path(__file__).parent
+PACKAGE, PYTHON = Path(__file__).resolve().parent, Path(sysconfig.get_path("stdlib")).resolve()
+INSTALLED = ("site-packages", "dist-packages")
 
 
 class BadInput(ValueError):
@@ -27,12 +29,12 @@ class BadInput(ValueError):
 
 @contextmanager
 def blaming(file: Path, always: bool = True, own: bool = False) -> Iterator[None]:
-    """Turns an error in the code of an experiment file into one line that says where.
+    """Turns an error in the code of an experiment file, or in what it imports of its user's, into one line that says where.
 
     Args:
       file: of the experiment.
       always: also an error that has no line there.
-      own: only one that the file's own code has raised, not what it calls.
+      own: only one that such code has raised itself, not what it calls.
     """
     try:
         yield
@@ -40,12 +42,13 @@ def blaming(file: Path, always: bool = True, own: bool = False) -> Iterator[None
         raise
     except Exception as e:
         path = _path(e)
-        lines = [tb.tb_lineno for tb in path if _file(tb) == file.resolve()]
-        if isinstance(e, SyntaxError) and e.filename and Path(e.filename).resolve() == file.resolve():
-            lines = [e.lineno]
-        if not (lines or always) or (own and _file(path[-1]) != file.resolve()):
+        places = [(_file(tb), tb.tb_lineno) for tb in path if theirs(_file(tb), file)]
+        if isinstance(e, SyntaxError) and e.filename and theirs(Path(e.filename).resolve(), file):
+            places = [(Path(e.filename).resolve(), e.lineno)]
+        if not (places or always) or (own and not theirs(_file(path[-1]), file)):
             raise
-        place = f"{file}, line {lines[-1]}" if lines else str(file)
+        where, line = places[-1] if places else (file.resolve(), None)
+        place = (str(file) if where == file.resolve() else str(where)) + (f", line {line}" if line else "")
         raise BadInput(f"{place}: {explained(e, file)}") from e
 
 
@@ -56,7 +59,7 @@ def explained(error: Exception, file: Path) -> str:
     experiment file had them.
     """
     path = _path(error)
-    known = [tb for tb in path if _file(tb) == file.resolve() or PACKAGE in _file(tb).parents]
+    known = [tb for tb in path if theirs(_file(tb), file) or PACKAGE in _file(tb).parents]
     if known and (missing := _missing(error, known[-1])):
         return missing
     text = str(error).strip()
@@ -66,7 +69,7 @@ def explained(error: Exception, file: Path) -> str:
         text = linecache.getline(path[-1].tb_frame.f_code.co_filename, path[-1].tb_lineno).strip()
     said = one_line(ValueError(text), 500).rstrip(".") if text else ""
     what = said if type(error) is ValueError else f"{type(error).__name__}: {said}".removesuffix(": ")
-    inside = [tb for tb in path if _file(tb) == file.resolve()]
+    inside = [tb for tb in path if theirs(_file(tb), file)]
     if not inside or type(error) not in (TypeError, ValueError, IndexError) or (inside[-1] is path[-1] and type(error) is ValueError):
         return what
     return what + (f". There: {arrays}" if (arrays := _arrays(inside[-1].tb_frame.f_locals)) else "")
@@ -88,6 +91,13 @@ def check_call(function: Any, what: str, *names: str) -> None:
         signature.bind(*names)
     except TypeError:
         raise ValueError(f"{what} takes {_bare(signature)}; it is called with ({', '.join(names)})") from None
+
+
+def theirs(file: Path, experiment: Path) -> bool:
+    """Whether code is the user's: the experiment file, or another that is neither ours nor installed."""
+    if file == experiment.resolve():
+        return True
+    return file.is_file() and not {PACKAGE, PYTHON} & set(file.parents) and not set(INSTALLED) & set(file.parts)
 
 
 def near(name: object, known: Sequence[str], like: float = LIKE) -> str:

@@ -11,7 +11,7 @@ from alignax.data.files import check_local
 from alignax.generate.console import Request
 
 USAGE = """usage: alignax train  --config FILE.py [--config.FIELD=VALUE ...] [--dry-run]
-       alignax eval   WORKDIR [--config.FIELD=VALUE ...]
+       alignax eval   WORKDIR [--config.FIELD=VALUE ...] [--json OUT]
        alignax eval-rm MODELS [--config FILE.py] [--config.FIELD=VALUE ...] [--json OUT]
        alignax anchor MODELS FOLDER --samples FILE [--scale] [--config FILE.py] [--config.FIELD=VALUE ...]
        alignax ridge  FOLDER --config FILE.py [--penalty X] [--config.FIELD=VALUE ...]
@@ -22,10 +22,11 @@ USAGE = """usage: alignax train  --config FILE.py [--config.FIELD=VALUE ...] [--
        alignax check-data --config FILE.py [--config.FIELD=VALUE ...] [--json OUT]
        alignax overopt --config FILE.py [--config.FIELD=VALUE ...]
        alignax report WORKDIR ...
-       --force with eval-rm, anchor, ridge, generate, export, check-data: replace what another run or program has written there
+       --force with eval, eval-rm, anchor, ridge, generate, export, check-data: replace what another run or program has written there
 
 train       runs an experiment, or goes on where it was stopped; --dry-run shows what it would do and writes nothing
-eval        evaluates the newest checkpoint of a run on its evaluation data
+eval        evaluates the newest checkpoint of a run on its evaluation data; --json writes the metrics, with what they are of, to a file
+            too, --json - prints them instead
 eval-rm     judges a reward model or an ensemble on the pairs of data.eval, and of data.ood, which come from elsewhere: accuracy,
             margin, calibration, score against length, disagreement; MODELS: a run's workdir, or model folders with commas between them
             (then with --config, for how data are read)
@@ -40,7 +41,7 @@ export      writes the newest checkpoint of a run as a Hugging Face folder, of a
 check-data  reads and tokenises the data and reports on it, every bad row counted; needs the tokenizer of the model folder, no
             weights; --json writes the report to a file too, --json - prints it instead; ends with 2 if a run would refuse the data
 overopt     measures reward overoptimisation: best-of-n and direct alignment against a gold reward; goes on where it was stopped
-report      writes WORKDIR/report.html anew, of a laboratory or a run with a gold reward; for several comparison.html in the first, too
+report      writes WORKDIR/report.html anew, of a laboratory or of a training run; for several comparison.html in the first, too
 FIELD       any field of the config, such as data.max_length; `alignax train --config FILE.py --dry-run` lists them"""
 WANTED = {
     "train": [], "eval": ["WORKDIR"], "eval-rm": ["MODELS"], "anchor": ["MODELS", "FOLDER"], "ridge": ["FOLDER"],
@@ -48,7 +49,7 @@ WANTED = {
 }  # fmt: skip
 
 
-WRITING = ("eval-rm", "anchor", "ridge", "generate", "export", "check-data")  # where they are told to
+WRITING = ("eval", "eval-rm", "anchor", "ridge", "generate", "export", "check-data")  # where they are told to
 
 
 class Arguments(NamedTuple):
@@ -59,7 +60,7 @@ class Arguments(NamedTuple):
     overrides: list[str]  # FIELD=VALUE
     file: str  # the experiment
     dry: bool
-    json: str  # where check-data and eval-rm write JSON; empty: nowhere
+    json: str  # where check-data, eval and eval-rm write JSON; empty: nowhere
     samples: str  # of anchor
     scale: bool  # of anchor
     penalty: float  # of ridge
@@ -85,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if given.command == "train":
             commands.train(given.file, given.overrides, given.dry)
         elif given.command == "eval":
-            commands.evaluate(Path(given.words[0]), given.overrides)
+            commands.evaluate(Path(given.words[0]), given.overrides, given.json, given.force)
         elif given.command == "eval-rm":
             commands.eval_rm(given.words[0], given.file, given.overrides, given.json, given.force)
         elif given.command == "anchor":
@@ -132,7 +133,7 @@ def parse(args: Sequence[str]) -> Arguments:
             dry = True
         elif arg == "--force" and command in WRITING:
             force = True
-        elif arg == "--json" and command in ("check-data", "eval-rm"):
+        elif arg == "--json" and command in ("check-data", "eval", "eval-rm"):
             json = next(rest, "")
             if not json:
                 raise ValueError("--json names no file; write --json FILE, or --json - for the console")
@@ -189,5 +190,5 @@ def with_option(request: Request, option: str, value: str | None) -> Request:
 
 def fail(error: BaseException) -> int:
     """One line on the console for bad input."""
-    print(f"alignax: error: {error}", file=sys.stderr)
+    print(f"alignax: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
     return 2

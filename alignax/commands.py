@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,7 @@ from jax.sharding import Mesh
 from alignax import distributed, output, plan, rewards
 from alignax.blame import blaming
 from alignax.checkpoint import Checkpoints
-from alignax.config import BadInput, Experiment, code, default_config, eval_batch_size, load_experiment, set_field, trunk_values
+from alignax.config import BadInput, Experiment, code, default_config, eval_batch_size, flat, load_experiment, set_field, trunk_values
 from alignax.data import Examples, check, load, load_examples, padded_length
 from alignax.data.mixture import sources
 from alignax.distributed import is_main, together
@@ -138,10 +139,12 @@ def newest(checkpoints: Checkpoints) -> int:
     return step
 
 
-def evaluate(workdir: Path, overrides: Sequence[str]) -> None:
-    """`alignax eval`: the newest checkpoint on the evaluation data, as a table; nothing is written."""
+def evaluate(workdir: Path, overrides: Sequence[str], out: str = "", force: bool = False) -> None:
+    """`alignax eval`: the newest checkpoint on the evaluation data, as a table; `out` is a file for JSON, "-" for JSON alone, or empty."""
     with refusing():
         distributed.initialize()
+        if out not in ("", "-"):
+            claim(Path(out), force=force)
         with together():
             run = prepare(saved_experiment(workdir, overrides))
         started = start(run, write=False)
@@ -151,7 +154,13 @@ def evaluate(workdir: Path, overrides: Sequence[str]) -> None:
     with closing(started.checkpoints), closing(run.workers):
         scores = evaluation(started.state, step)
     if is_main():
-        print(table([["metric", f"step {step}"], *([name, f"{x:.4f}"] for name, x in sorted(scores.items()))]))
+        if out != "-":
+            print(table([["metric", f"step {step}"], *([name, f"{x:.4f}"] for name, x in sorted(scores.items()))]))
+        if out:
+            rows = 0 if run.evaluation is None or evaluation.online else len(run.evaluation)
+            of = {"workdir": str(workdir), "step": step, "params": run.config.eval.params, "rows": rows, "prompts": len(evaluation.sampled)}
+            metrics = {name: x if math.isfinite(x) else None for name, x in sorted(scores.items())}
+            write_json(of | {"metrics": metrics, "config": flat(run.config)}, out)
 
 
 class Saved(NamedTuple):
@@ -265,8 +274,13 @@ def eval_rm(place: str, file: str, overrides: Sequence[str], out: str, force: bo
         if out != "-":
             print("\n".join(rewards.text(result)))
         if out:
-            lines = json.dumps(result, indent=2)
-            print(lines) if out == "-" else output.write_text(Path(out), lines + "\n")
+            write_json(result, out)
+
+
+def write_json(value: Any, out: str) -> None:
+    """Writes JSON into a file, or with "-" onto the console."""
+    lines = json.dumps(value, indent=2, ensure_ascii=False)
+    print(lines) if out == "-" else output.write_text(Path(out), lines + "\n")
 
 
 def is_workdir(place: str) -> bool:
@@ -440,8 +454,7 @@ def check_data(file: str, overrides: Sequence[str], out: str, force: bool = Fals
         if out != "-":
             print("\n".join(check.text(result)))
         if out:
-            lines = json.dumps(result, indent=2, ensure_ascii=False)
-            print(lines) if out == "-" else output.write_text(Path(out), lines + "\n")
+            write_json(result, out)
         if config.data.bad_rows == "error" and (found := check.stops(result)):
             raise ValueError(f"a run would stop here: {found}. Correct the rows, or leave them out with --config.data.bad_rows=drop")
 

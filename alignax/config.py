@@ -13,10 +13,10 @@ import tempfile
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import CodeType, ModuleType
+from types import ModuleType
 from typing import Any, NamedTuple
 
-from alignax.blame import BadInput, blaming, check_call, near
+from alignax.blame import BadInput, blaming, check_call, near, theirs
 from alignax.data.files import check_local, one_line, short
 
 OFFERED = ("config", "reference", "policy", "ensemble", "prompts")  # what an experience may ask for, by the names of its parameters
@@ -237,8 +237,8 @@ def check_config(config: Any, file: Path) -> None:
         raise ValueError(f"get_config() of {file} returns {config!r}; it must return a ConfigDict, such as default_config() changed")
     known = list(default_config())
     for name in config:
-        if name not in known and (near := difflib.get_close_matches(name, known, 1, 0.8)):
-            raise ValueError(f"config field {name!r} of {file} is unknown; the nearest is {near[0]!r}")
+        if name not in known and (likely := near(name, known, 0.8)):
+            raise ValueError(f"config field {name!r} of {file} is unknown{likely}")
     fields = flat(config)
     for name, default in flat(default_config()).items():
         if type(value := fields.get(name)) is not type(default):
@@ -249,21 +249,23 @@ def check_config(config: Any, file: Path) -> None:
 
 
 def check_own_fields(config: Any, module: ModuleType, file: Path) -> None:
-    """Refuses a top-level field of an experiment's own that no function there reads and that is called as one of ours in a group is."""
-
-    def names(code: CodeType) -> set[str]:
-        inner = (names(x) if isinstance(x, CodeType) else {x} if isinstance(x, str) else set() for x in code.co_consts)
-        return set(code.co_names).union(*inner)
-
+    """Refuses a top-level field of an experiment's own that no code of its user reads and that is called as one of ours in a group is."""
     known = flat(default_config())
     leaves = {path.rpartition(".")[2]: path for path in reversed(known)}
     initials = {"".join(word[0] for word in leaf.split("_")): leaf for leaf in leaves if "_" in leaf}
-    functions = [x for x in vars(module).values() if inspect.isfunction(x) and not x.__module__.startswith("alignax.")]
-    read = set().union(*(names(x.__code__) for x in functions if x is not module.get_config))
-    for name in sorted(set(map(str, config)) - set(default_config()) - read):
-        found = difflib.get_close_matches(initials.get(name, name), leaves, 1, 0.8)
-        if found and not hasattr(module, "main"):  # which may give the config to other code
-            raise BadInput(f"config field {name!r} of {file} is unknown, and nothing there reads it; the nearest is {leaves[found[0]]!r}")
+    names = sorted(set(map(str, config)) - set(default_config()))
+    own = {name: difflib.get_close_matches(initials.get(name, name), leaves, 1, 0.8) for name in names}
+    if not any(own.values()) or hasattr(module, "main"):  # which may give the config to other code
+        return
+    code = [x.__code__.co_filename for x in vars(module).values() if inspect.isfunction(x)]
+    code += [vars(x).get("__file__") or "" for x in vars(module).values() if inspect.ismodule(x)]
+    files = {path for path in map(Path, code) if theirs(path.resolve(), file)} | {file}
+    nodes = [node for path in files for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+    read = {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
+    read |= {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    for name, likely in own.items():
+        if likely and name not in read:
+            raise BadInput(f"config field {name!r} of {file} is unknown, and nothing there reads it; the nearest is {leaves[likely[0]]!r}")
 
 
 def asked(experience: Callable | None) -> tuple[str, ...]:

@@ -11,13 +11,16 @@ Command:
 
 Hardware: 2 CPU cores, one process; within seven minutes of CPU time, of which the online methods take four.
 
-Expected, gold reward at its peak and at the end, in standard deviations under the initial policy. Best of 4,096, 8 seeds: single 0.93 and
--0.35, mean 1.18 and -0.33, WCO 1.29 and 0.42, UWO 1.38 and 0.95; without the tail all end within 0.05 of their peak, 1.4 (single) to 2.0
-(mean). At beta 0.02, 4 seeds: DPO 0.39 and -0.99 at a KL of 8 nats, RPO 1.31 and 0.89 at 3.4.
-PPO, 8 seeds: single 0.47 and -0.98 without a KL, 0.48 and 0.47 at a coefficient of 1; UWO 0.90 and 0.07 without, 1.32 and 1.19 at 0.3.
+Expected, gold reward at its peak and at the end, in standard deviations under the initial policy, means over seeds with 95 % confidence
+intervals. Best of 4,096, 8 seeds: single 0.93 and -0.37 +- 0.09, mean 1.18 and -0.33 +- 0.44, WCO 1.29 and 0.41 +- 0.35, UWO 1.40 and
+1.02 +- 0.58 (on other processors 0.95 and 1.15); without the tail all end within 0.05 of their peak, 1.4 (single) to 2.0 (mean). At beta
+0.02, 4 seeds: DPO 0.39 and -0.99 at a KL of 8 nats, RPO 1.31 and 0.89 at 3.4. PPO, 8 seeds: single 0.47 and -0.98 without a KL, 0.48 and
+0.47 at a coefficient of 1; UWO 0.90 and 0.07 +- 1.66 without, 1.32 and 1.19 +- 0.56 at 0.3. docs/tables/overoptimization.md has all of
+them.
 
-It leaves in `runs/overoptimization` a page, report.html, its figures as PNG, and the numbers as JSON and CSV; docs/overoptimisation.md
-says how to read them. `--config.world.responses=12600 --config.best_of_n.n='(1,16,256,4096,12500)'` goes as far as Coste et al.
+It leaves in `runs/overoptimization` a page, report.html, its figures as PNG, and the numbers as JSON, CSV and Markdown;
+docs/overoptimisation.md says how to read them. `--config.world.responses=12600 --config.best_of_n.n='(1,16,256,4096,12500)'` goes as far
+as Coste et al.
 """
 
 from functools import partial

@@ -11,9 +11,10 @@ Commands:
 
 Hardware of the first: 2 CPU cores, one process; 7 minutes of CPU time.
 
-Expected of it, gold reward at its peak and at the end, in standard deviations under the initial policy. Best of 4,096, 6 seeds: single
-1.41 and 0.50, mean 1.54 and 0.52, WCO 1.56 and 0.81, UWO 1.61 and 1.32; without loops all end within 0.1 of their peak, 1.9 (single) to
-2.3 (UWO). At beta 0.01, 3 seeds: DPO 1.68 and 1.30 at a KL of 13 nats, RPO 1.33 and 1.02 at 4.4.
+Expected of it, gold reward at its peak and at the end, in standard deviations under the initial policy, means over seeds with 95 %
+confidence intervals. Best of 4,096, 6 seeds: single 1.46 and 0.50 +- 0.56, mean 1.59 and 0.38 +- 0.82, WCO 1.63 and 0.82 +- 1.10, UWO
+1.67 and 0.92 +- 1.48; without loops none falls, 2.1 (single) to 2.5 (mean). At beta 0.01, 3 seeds: DPO 1.42 and 0.62 +- 3.22 at a KL of 9
+nats, RPO 1.34 and 0.99 +- 0.31 at 4.5. docs/tables/overoptimization_tokens.md has all of them.
 
 It leaves in `runs/overoptimization_tokens` what experiments/overoptimization.py leaves; docs/overoptimisation.md says how to read it.
 """

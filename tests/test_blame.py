@@ -1,5 +1,6 @@
 """What is said of errors in a user's code: the place, what is not there, what there is, the nearest to it."""
 
+import functools
 import importlib.util
 import itertools
 
@@ -9,10 +10,11 @@ import numpy as np
 import pytest
 import tiny
 
-from alignax import default_config, dpo
+from alignax import config, default_config, dpo
 from alignax.blame import BadInput, blaming, check_call
 from alignax.experience import advance, chain
 from alignax.losses import make_loss
+from alignax.losses.algebra import token_logps
 from alignax.types import Outputs
 
 HEAD = """import jax
@@ -28,13 +30,13 @@ def said(tmp_path, code: str, always: bool = True) -> str:
     file.write_text(HEAD + code + "\n")
     spec = importlib.util.spec_from_file_location("mine", file)
     module = importlib.util.module_from_spec(spec)
-    config = default_config()
-    config.beta = 0.1
+    own = default_config()
+    own.beta = 0.1
     out = Outputs(jnp.zeros((2, 2, 3)), jnp.zeros((2, 2, 3)))
     batch = {"tokens": jnp.zeros((2, 2, 3), jnp.int32), "ref_logps": jnp.zeros((2, 2, 3))}
     with pytest.raises(BadInput) as caught, blaming(file, always):
         spec.loader.exec_module(module)
-        jax.eval_shape(lambda out, batch: module.value(out, batch, config), out, batch)
+        jax.eval_shape(lambda out, batch: module.value(out, batch, own), out, batch)
     text = str(caught.value)
     assert "\n" not in text
     return text.removeprefix(f"{file}, line 4: ")
@@ -77,17 +79,32 @@ def test_arrays_that_do_not_fit_are_named_with_their_shapes(tmp_path, code):
     assert text.endswith("batch (ref_logps float32[2, 2, 3], tokens int32[2, 2, 3])")
 
 
+OURS = "def run(guard, call):\n    with guard:\n        call()\n"
+
+
 def test_errors_of_our_own_are_not_blamed_on_a_file_that_they_never_passed(tmp_path):
-    with pytest.raises(KeyError), blaming(tmp_path / "mine.py", always=False):
-        {}["ours"]
-    file = tmp_path / "main.py"
+    file, names = tmp_path / "main.py", {}
+    exec(compile(OURS, config.__file__, "exec"), names)  # as if it stood in the package
+    ours = functools.partial(token_logps, None)
+    with pytest.raises(AttributeError):
+        names["run"](blaming(file, always=False), ours)
     file.write_text("def main(call):\n    call()\n    return undefined\n")
-    names: dict = {}
     exec(compile(file.read_text(), str(file), "exec"), names)
-    with pytest.raises(KeyError), blaming(file, own=True):  # what a main() calls is not its own
-        names["main"](lambda: {}["ours"])
-    with pytest.raises(BadInput, match=r"main\.py, line 3: NameError: name 'undefined'"), blaming(file, own=True):
-        names["main"](lambda: None)
+    with pytest.raises(AttributeError):  # what a main() calls is not its own
+        names["run"](blaming(file, own=True), lambda: names["main"](ours))
+    with pytest.raises(BadInput, match=r"main\.py, line 3: NameError: name 'undefined'"):
+        names["run"](blaming(file, own=True), lambda: names["main"](list))
+
+
+def test_what_an_experiment_imports_of_its_users_is_blamed_too(tmp_path):
+    helper, names = tmp_path / "helper.py", {}
+    helper.write_text('def value(out, batch):\n    return batch["reference"], {}\n')
+    exec(compile(helper.read_text(), str(helper), "exec"), names)
+    loss = make_loss("own", names["value"])
+    batch = {"completion_mask": np.ones((2, 1, 3), bool)}
+    with pytest.raises(BadInput, match=r"helper\.py, line 2: batch has no field 'reference'; it has completion_mask bool\[2, 1, 3\]"):
+        exec(compile(OURS, config.__file__, "exec"), names)
+        names["run"](blaming(tmp_path / "mine.py", always=False), functools.partial(loss, None, batch, loss.normalised(batch)))
 
 
 def test_functions_of_other_arguments_are_refused_where_they_are_given():

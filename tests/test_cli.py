@@ -368,10 +368,13 @@ def test_run_rerun_of_the_effective_config_eval_export(fields, tmp_path, capsys)
     assert run(fields | {"workdir": workdir, "steps": 5}) == 2
     assert "belongs to another run (steps: 4 there, 5 now)" in capsys.readouterr().err
 
-    assert cli.main(["eval", str(workdir)]) == 0
+    assert cli.main(["eval", str(workdir), "--json", str(tmp_path / "eval.json")]) == 0
     table = capsys.readouterr().out
     loss = runs.evaluations(workdir)[-1]["eval/loss"]
     assert f"{loss:.4f}" in table
+    found = json.loads((tmp_path / "eval.json").read_text())
+    assert (found["step"], found["rows"], found["prompts"], found["params"]) == (4, 40, 4, "policy")
+    assert found["metrics"]["loss"] == loss and found["config"]["batch_size"] == 8 and found["workdir"] == str(workdir)
 
     other = tiny.pairs(tmp_path / "other.jsonl", n=9, seed=5)
     assert cli.main(["eval", str(workdir), f"--config.data.eval={other}"]) == 0

@@ -82,3 +82,10 @@ def test_the_laboratorys_fields_files_and_functions_exist():
     for path in re.findall(r"((?:alignax|experiments)/[\w/]+\.py)", LABORATORY):
         assert (runs.REPO / path).is_file(), path
     assert all(hasattr(ensembles, name) for name in ("mean", "median", "wco", "uwo", "quantile"))
+
+
+def test_tables_of_the_laboratory_are_as_the_command_wrote_them():
+    kept = "".join(file.read_text() for file in sorted((runs.REPO / "docs" / "tables").glob("*.md")))
+    assert kept.count("Measured by overoptimization") == 2 and "-dirty" not in kept
+    quoted = [line for line in (README + LABORATORY).splitlines() if line.startswith("| ") and "±" in line]
+    assert len(quoted) > 40 and not set(quoted) - set(kept.splitlines())

@@ -11,6 +11,7 @@ import gzip
 import io
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,16 +26,22 @@ import tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from alignax import config, metrics, reference
+from alignax import Model, chain, cli, config, metrics, reference
+from alignax.blame import blaming, check_call, explained
 from alignax.checkpoint import Checkpoints
+from alignax.checks import check_objective
 from alignax.data import Examples, Prompted, mixture, read_rows
 from alignax.data.kinds import prompted_rows
 from alignax.data.tokens import tokenize
+from alignax.experience import advance
+from alignax.losses import at_step
 from alignax.mesh import make_mesh
 from alignax.models import families, hf, peft, transformer
 from alignax.models.lora import Lora
-from alignax.prepare import load_tokenizer
+from alignax.prepare import load_tokenizer, prepare
+from alignax.start import check_step
 from alignax.train import init_state
+from alignax.types import Outputs
 
 ONE = make_mesh({}, jax.devices()[:1])
 
@@ -322,6 +329,147 @@ def test_an_experiment_file_that_ends_early(folder, length, more):
     path = folder / "cut.py"  # cut and no more: any other change to code may mean anything
     path.write_bytes(DPO.read_bytes()[:length] + more)
     read(lambda: config.load_experiment(path), path)
+
+
+OWN = """
+import jax
+import jax.numpy as jnp
+from alignax import chain, default_config, ema, logps, sft
+from alignax.losses import make_loss, sequence
+
+def get_config():
+    config = default_config()
+    config.beta = 0.1
+    config.optimizer.learning_rate = 1e-3
+    return config
+
+def loss(config):
+    return own(beta=config.beta) + 0.1 * sft()
+
+def experience(config, reference):
+    return chain(logps("ref_logps", reference, config.microbatches), lambda batch: batch | {"twice": 2.0 * batch["ref_logps"]})
+
+def averages(config):
+    return {"ema": ema(0.9)}
+
+def gold(prompts, completions):
+    return [float(len(text)) for text in completions]
+
+def own(beta):
+    def value(out, batch):
+        ratios = sequence(out.logps - batch["ref_logps"], batch)
+        margins = ratios[:, 0] - ratios[:, 1]
+        return -jax.nn.log_sigmoid(beta * margins), {"margins": jnp.abs(margins)}
+    return make_loss("own", value)
+"""
+WORDS = ("name", "id", "attr", "arg")  # where nodes of a syntax tree hold a word
+ODD = st.sampled_from([None, True, 0, -1, 1.5, math.nan, 2**40, "", "x", "ref_logps", b"x", ..., (), "a" * 300])
+
+
+@st.composite
+def misspelt(draw: Any, source: str) -> str:
+    """Code of which one or two places are otherwise: a letter of a word, a constant, an argument, a statement that is not there."""
+    tree = ast.parse(source)
+    for _ in range(draw(st.integers(1, 2))):
+        nodes = [
+            node for node in ast.walk(tree) if isinstance(node, (ast.expr, ast.FunctionDef, ast.arg, ast.keyword, ast.alias, ast.Assign))
+        ]
+        node = draw(st.sampled_from(nodes))
+        words = [(name, word) for name in WORDS if isinstance(word := getattr(node, name, None), str)]
+        how = draw(st.sampled_from(["letter", "letter", "part", "statement"]))
+        if words and how == "letter":
+            name, word = words[0]
+            at = draw(st.integers(0, len(word) - 1))
+            setattr(node, name, word[:at] + draw(st.sampled_from(["", word[at] * 2, "x"])) + word[at + 1 :] or "x")
+        elif isinstance(node, ast.Constant):
+            node.value = draw(ODD)
+        elif isinstance(node, ast.Call) and how == "part":
+            node.args, node.keywords = node.args[:-1], node.keywords[: -1 if not node.args else None]
+        elif isinstance(node, ast.arguments | ast.FunctionDef) and how == "part" and node.args.args:
+            node.args.args.pop()
+        elif isinstance(node, ast.FunctionDef) and how == "statement":
+            node.body.pop(draw(st.integers(0, len(node.body) - 1)))
+            node.body = node.body or [ast.Pass()]
+    return ast.unparse(ast.fix_missing_locations(tree)) + "\n"
+
+
+def traced(path: Path) -> None:
+    """What a run does with an experiment file before it computes, without a model."""
+    experiment = config.load_experiment(path)
+    with blaming(path):
+        objective = experiment.loss(experiment.config)
+    check_objective(objective, path)
+    batch = {name: jax.ShapeDtypeStruct((4, 2, 8), dtype) for name, dtype in (("tokens", jnp.int32), ("completion_mask", jnp.bool_))}
+    out = Outputs(*[jax.ShapeDtypeStruct((4, 2, 8), jnp.float32)] * 2)
+    zeros = lambda params, batch: Outputs(jnp.zeros((4, 2, 8)), jnp.zeros((4, 2, 8)))
+    given = {"config": experiment.config, "reference": Model(zeros, {}), "policy": Model(zeros, {}), "prompts": 4}
+
+    def step(out: Outputs, batch: Any) -> Any:
+        make = experiment.experience or chain
+        made = make(**{name: given[name] for name in config.asked(experiment.experience)})
+        check_call(made, "what experience() returns", "batch")
+        batch = advance(made, {}, batch)[1]
+        loss = at_step(objective, jnp.zeros((), jnp.int32))
+        return loss(out, batch, loss.normalised(batch))
+
+    try:
+        with blaming(path, always=False):
+            jax.eval_shape(step, out, batch)
+    except KeyError as e:
+        raise ValueError(explained(e, path)) from e
+
+
+@pytest.mark.parametrize("examples", [40, pytest.param(800, marks=pytest.mark.slow)])
+def test_mistakes_in_experiment_files(folder, examples):
+    path = folder / "own.py"
+
+    @fuzz(examples)
+    @given(misspelt(OWN))
+    def check(source):
+        written(path, source)
+        read(lambda: traced(path), "")
+
+    check()
+
+
+def written(path: Path, source: str) -> None:
+    """Writes an experiment file that is not taken for the one before it: the clock of compiled files knows seconds alone."""
+    path.write_text(source)
+    shutil.rmtree(path.parent / "__pycache__", ignore_errors=True)
+
+
+@pytest.mark.slow
+def test_mistakes_of_an_experiment_whose_model_and_data_are_there(folder):
+    path, fields = folder / "whole.py", runs.world(folder) | {"workdir": folder / "whole"}
+    overrides = [f"{name}={value}" for name, value in fields.items()]
+
+    @fuzz(30)
+    @given(misspelt(OWN))
+    def check(source):
+        written(path, source)
+        read(lambda: check_step(prepare(config.load_experiment(path, overrides))), "")
+
+    check()
+
+
+ARGUMENTS = st.one_of(
+    st.sampled_from(["--config", str(DPO), "--dry-run", "--json", "-", "--", "-x", "--config.", "--config.=", "--help=1", "eval", "x"]),
+    st.tuples(st.sampled_from([*sorted(FIELDS), "optimizer", "lr", "data.columns", "a.b.c", "optimizer.name.x"]), LITERALS).map(
+        lambda x: f"--config.{x[0]}={x[1]}"
+    ),
+    st.text(max_size=8),
+)
+
+
+@fuzz(150)
+@given(st.sampled_from([name for name in cli.WANTED if name != "generate"]), st.lists(ARGUMENTS, max_size=5))
+def test_command_lines(folder, monkeypatch, capsys, command, words):
+    """None of these names a model, so each is refused, in one line."""
+    (folder / "here").mkdir(exist_ok=True)
+    monkeypatch.chdir(folder / "here")
+    assert cli.main([command, *words]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("alignax: error: ") and said.count("\n") == 1 and len(said) < 2000, said
 
 
 # Models -------------------------------------------------------------------------------------------------------------------

@@ -637,7 +637,7 @@ def test_values_must_be_shaped_like_the_weights():
     wrong = make_loss("wrong", lambda out, batch: (out.logps, {}))
     with pytest.raises(ValueError, match=r"values of loss 'wrong' have shape \(6, 2, 7\), its weights \(6,\)"):
         run(wrong, logps, batch)
-    with pytest.raises(ValueError, match=r"values of shape \(6, 2\) against weights of shape \(6,\)"):
+    with pytest.raises(ValueError, match=r"metric 'm' of loss 'metric' has shape \(6, 2\), its weights \(6,\)"):
         run(make_loss("metric", lambda out, batch: (sequence(out.logps, batch)[:, 0], {"m": sequence(out.logps, batch)})), logps, batch)
 
 

@@ -6,6 +6,7 @@ import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import runs
@@ -181,6 +182,11 @@ def test_the_page_is_whole_and_needs_no_network(workdir):
 def test_the_numbers_agree(workdir):
     out = json.loads((workdir / "results.json").read_text())
     by = {(c["kind"], c["world"], c["objective"], c["beta"]): c for c in out["curves"]}
+    assert len(out["made"]) == 1 and out["made"][0]["jax"] == jax.__version__ and out["made"][0]["file"] == "overoptimization.py"
+    assert (
+        out["made"][0]["processor"] not in ("", "cpu")
+        and "Measured by overoptimization.py, alignax " in (workdir / "tables.md").read_text()
+    )
     uwo = by["best_of_n", "tail", "UWO", None]
     stage = json.loads((workdir / "stages" / "00-best-of-n-tail.json").read_text())
     gold = np.array(stage["curves"]["UWO"]["gold"])
@@ -237,18 +243,21 @@ def test_report_rebuilds_and_lays_side_by_side(workdir, tmp_path, capsys):
     assert (one / "report.html").read_bytes() == page, "the same numbers give the same page"
     assert f"comparison: {other / 'comparison.html'}" in capsys.readouterr().out
     text = (other / "comparison.html").read_text()
-    assert len(Page(other / "comparison.html").all("img")) == 2 * 4 + 2
-    for part in ('<th scope="row">other</th>', '<th scope="row">one</th>', "Training runs", "&lt;b&gt;p", "c &amp; d"):
+    assert len(Page(other / "comparison.html").all("img")) == 2 * 4 + 2 + 3, "of the training run gold, KL and margin over steps, too"
+    for part in (
+        '<th scope="row" data-head="run">other</th>',
+        'data-head="run">one</th>',
+        "Evaluations of training runs",
+        "&lt;b&gt;p",
+        "c &amp; d",
+    ):
         assert part in text, part
     assert "<b>" not in text, "texts are escaped"
 
 
 def test_report_of_what_has_nothing_to_report(tmp_path, workdir, capsys):
     assert cli.main(["report", str(tmp_path)]) == 2
-    assert "has no evaluation in its metrics.jsonl" in capsys.readouterr().err
-    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "eval/loss": 1.0}\n')
-    assert cli.main(["report", str(tmp_path)]) == 2
-    assert "has both gold reward and KL; give the experiment a gold(prompts, completions)" in capsys.readouterr().err
+    assert "has no step and no evaluation in its metrics.jsonl" in capsys.readouterr().err
     assert cli.main(["report", str(workdir), str(workdir)]) == 2
     assert "a workdir is given twice" in capsys.readouterr().err
     assert cli.main(["report"]) == 2

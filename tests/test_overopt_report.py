@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from alignax.overopt import figures, report, results, tables
+from alignax.overopt import figures, report, results, tables, training
 
 
 def curve(objective: str = "single", gold=(0.0, 1.0, 0.5), arm: str = "tail", kind: str = "best_of_n") -> results.Curve:
@@ -143,10 +143,10 @@ def test_the_course_of_an_online_run_and_what_became_of_its_samples(tmp_path):
         "samples.jsonl",
         ({"step": i, "prompt": p, "completion": f"{p} at {i}", "gold": 0.5} for i in (0, 16, 32) for p in ("one", "two")),
     )
-    own = results.of_training(tmp_path)
+    (own,) = training.of_training(tmp_path)
     found = tables.Run("x", tmp_path, [own], results.curves([own]))
     course = tables.course([(found, found.curves)])
-    assert course["head"] == ["step", "proxy", "gold", "KL (nats)"]
+    assert course["head"] == ["step", "reward", "gold reward", "KL (nats)"]
     assert course["rows"][0] == ["0", "0.000", "1.000", "0.000"] and course["rows"][-1] == ["32", "8.000", "−3.000", "4.000"]
     assert [row[0] for row in course["rows"]] == [str(i) for i in range(0, 33, 4)]
     (samples,) = tables.samples([(found, own)])

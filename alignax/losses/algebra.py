@@ -67,7 +67,7 @@ class Loss:
         loss, metrics = jnp.zeros(()), {}
         for (coefficient, term), w in zip(self.terms, weights, strict=True):
             result = term.value(out, batch)
-            if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[1], Mapping):
+            if not isinstance(result, tuple) or len(result) != 2 or not _named(result[1]):
                 raise ValueError(f"the value of loss {term.name!r} is {type(result).__name__}; return (values, {{metric: values}})")
             values, extra = result
             if jnp.shape(values) != w.shape:
@@ -80,6 +80,11 @@ class Loss:
             metrics |= {name: weighted_sum(jax.lax.stop_gradient(x), w) for name, x in extra.items()}
             metrics["loss/" + term.name] = average
         return loss, metrics
+
+
+def _named(values: Any) -> bool:
+    """Whether these are values by name."""
+    return isinstance(values, Mapping) and all(isinstance(name, str) for name in values)
 
 
 Objective = Loss | Callable[[jax.Array], Loss]  # a loss, or step -> loss
@@ -97,6 +102,8 @@ def make_loss(name: str, value: Value, over: Over | None = None) -> Loss:
     Raises:
       ValueError: for functions of other arguments.
     """
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"a loss is called {name!r}; its name is a text, which metrics have too")
     check_call(value, f"the value of loss {name!r}", "out", "batch")
     check_call(over or examples, f"over of loss {name!r}", "batch")
     return Loss(((1.0, Term(name, value, over or examples)),))

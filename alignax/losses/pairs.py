@@ -9,6 +9,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from alignax.blame import near
 from alignax.losses.algebra import Loss, lengths, make_loss, sequence, token_logps
 from alignax.types import Batch, Metrics, Outputs
 
@@ -93,9 +94,10 @@ def ref_logps(batch: Batch) -> jax.Array:
 
 
 def field(batch: Batch, name: str, experience: str) -> jax.Array:
-    """A field that an experience writes, or an error that names it."""
+    """A field that an experience writes, or an error that names it and those that there are."""
     if name not in batch:
-        raise ValueError(f'the batch has no "{name}"; let experience(..) return chain(.., {experience})')
+        there = f"{near(name, list(batch))}; it has {', '.join(batch)}"
+        raise ValueError(f'the batch has no "{name}"; let experience(..) return chain(.., {experience}){there}')
     return batch[name]
 
 

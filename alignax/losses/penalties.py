@@ -200,7 +200,7 @@ def value_loss(clip: float = 0.2, aggregate: Aggregate = token_mean, heads: Sequ
     def value(out: Outputs, batch: Batch) -> tuple[jax.Array, Metrics]:
         if out.values is None:
             raise ValueError("value_loss needs Outputs.values, which this model leaves out; give the policy a critic (model.critic)")
-        returns, old = field(batch, "returns", "gae()"), field(batch, "values", "critic_values(..), gae()")
+        returns, old = field(batch, "returns", "gae()"), field(batch, "values", "a critic's values, gae()")
         near = old + jnp.clip(out.values - old, -clip, clip)
         error = jnp.square(out.values - returns)
         loss = 0.5 * jnp.maximum(error, jnp.square(near - returns))

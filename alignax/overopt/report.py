@@ -164,7 +164,7 @@ def section(runs: Sequence[Run], kind: str, arm: str, family: str) -> dict[str, 
     elif kind in RUNS:
         images = [image for quantity in PANELS for image in over_distance(quantity, panels)] if kind == "training" else []
         lines = [(run.name, c) for run, found in own for c in found]
-        images += over_steps([q for q in COURSE if any(q in c.values for _, c in lines)], lines)
+        images += [image for q in COURSE if any(q in c.values for _, c in lines) for image in over_steps([q], lines)]
     else:
         images = [image for quantity in PANELS for image in over_distance(quantity, panels)] + calibration(measured)
     for image in images:
@@ -228,7 +228,8 @@ def over_steps(quantities: Sequence[str], own: Sequence[tuple[str, Curve]]) -> l
         label, reach = OVER_STEPS[quantity], max(float(c.at[-1]) for _, c in having) or 1.0
         panels.append(figures.Panel(drawn, f"{label[0].upper()}{label[1:]} in training", "step", label, reach=reach))
     words = ", ".join(OVER_STEPS[quantity] for quantity in quantities)
-    return [image(panels, "steps", f"Over steps of training: {words}.")] if panels else []
+    file = "steps" if len(panels) > 1 else f"steps {' '.join(quantities)}"
+    return [image(panels, file, f"Over steps of training: {words}.")] if panels else []
 
 
 def pooled_law(own: Sequence[Curve]) -> tuple[list[float], list[float]] | None:
