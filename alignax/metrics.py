@@ -13,6 +13,7 @@ from typing import Any, TextIO
 from alignax.config import BadInput
 from alignax.data.files import short
 
+MOST = 1 << 24  # bytes of rollouts.jsonl
 SHOWN = {"loss": "loss", "rewards/accuracies": "acc", "rewards/margins": "margin", "reward": "reward", "kl": "kl", "grad_norm": "grad"}
 
 
@@ -32,8 +33,9 @@ class Log:
         if not writes:
             return
         _keep_rows(workdir / "metrics.jsonl", start)
-        _keep_rows(workdir / "samples.jsonl", start)
-        self._samples = workdir / "samples.jsonl"
+        self._samples, self._rollouts = workdir / "samples.jsonl", workdir / "rollouts.jsonl"
+        _keep_rows(self._samples, start)
+        _keep_rows(self._rollouts, start)
         self._file = open(workdir / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
         if tensorboard:
             from tensorboardX import SummaryWriter
@@ -94,11 +96,19 @@ class Log:
         """Sampled completions, as JSONL rows and TensorBoard text."""
         if not self.writes:
             return
-        with open(self._samples, "a", encoding="utf-8") as f:
-            f.writelines(json.dumps({"step": step} | row, ensure_ascii=False) + "\n" for row in rows)
+        _append(self._samples, step, rows)
         if self._tensorboard is not None:
             text = "\n\n".join(f"**{row['prompt']}**{row['completion']}" for row in rows)
             self._tensorboard.add_text("samples", text, step)
+
+    def rollouts(self, step: int, rows: list[dict[str, Any]]) -> None:
+        """What a step was trained on, as JSONL rows; of a file that is too long the older half goes."""
+        if not self.writes or not rows:
+            return
+        _append(self._rollouts, step, rows)
+        if self._rollouts.stat().st_size > MOST:
+            newer = self._rollouts.read_bytes()[-MOST // 2 :].split(b"\n", 1)[1]  # from the next whole row on
+            _replace(self._rollouts, newer)
 
     def line(self, text: str) -> None:
         """A line on the console, above the progress line if there is one."""
@@ -143,9 +153,18 @@ def _keep_rows(file: Path, last: int) -> None:
     rows = read_rows(file)
     kept = [row for row in rows if row["step"] <= last] if last else []
     if file.is_file():
-        tmp = file.with_suffix(".tmp")
-        tmp.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
-        os.replace(tmp, file)
+        _replace(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept).encode())
+
+
+def _append(file: Path, step: int, rows: list[dict[str, Any]]) -> None:
+    with open(file, "a", encoding="utf-8") as f:
+        f.writelines(json.dumps({"step": step} | row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _replace(file: Path, content: bytes) -> None:
+    tmp = file.with_suffix(".tmp")
+    tmp.write_bytes(content)
+    os.replace(tmp, file)
 
 
 def table(rows: list[list[str]]) -> str:
