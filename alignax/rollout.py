@@ -252,11 +252,11 @@ def rewards_of(run: Run, name: str, examples: Examples, rows: np.ndarray, comple
         found = np.asarray(multihost_utils.broadcast_one_to_all(found))
     bad = ~np.isfinite(found)
     what = what or f"{bad.sum()} of {len(bad)} rewards are not finite, that of {short(flat[bad.argmax()])} first"
-    where = f"{name}() of {run.experiment.file}"
+    where = f"{name}() of {run.experiment.file}{behind_file(what)}"
     if bad.any() and c.bad_rewards == "error":
-        raise RewardFailed(f"{where}: {what}. Mend it, or go on without these with rollout.bad_rewards=drop")
+        raise RewardFailed(f"{where}. Mend it, or go on without these with rollout.bad_rewards=drop")
     if bad.any() and jax.process_index() == 0:
-        run.workers.tell(f"{where}: {what}. Such are dropped, and counted as bad_rewards")
+        run.workers.tell(f"{where}. Such are dropped, and counted as bad_rewards")
     return np.where(bad, np.nan, found).reshape(len(rows), n)
 
 
@@ -282,6 +282,11 @@ def asked(
     c = run.config.rollout
     call = Call(name, qualified(function), wanted.positional, given, "config" in names, len(texts), c.timeout)
     return run.workers(call, group, strict=c.bad_rewards == "error")
+
+
+def behind_file(problem: str) -> str:
+    """A problem behind the name of its file: ", line 3: .." or ": .."."""
+    return (", " if problem.startswith("line ") else ": ") + problem
 
 
 def has_signal(rewards: np.ndarray) -> np.ndarray:
