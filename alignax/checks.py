@@ -24,7 +24,8 @@ LEAST = {
     "model.logps_chunk": 1, "eval.every": 0, "eval.batch_size": 0, "eval.samples": 0, "eval.sample_prompts": 0, "eval.max_new_tokens": 1,
     "eval.samples_per_prompt": 1,
     "model.critic_heads": 1, "data.limit": 0, "seed": 0, "model.num_labels": 0, "ensemble.members": 0, "rollout.samples": 0,
-    "rollout.max_new_tokens": 1, "rollout.minibatches": 1, "rollout.epochs": 1, "rollout.slots": 0, "rollout.reward_workers": 1,
+    "rollout.max_new_tokens": 1, "rollout.minibatches": 1, "rollout.epochs": 1, "rollout.slots": 0,
+    "rollout.reward_workers": 1, "rollout.refill": 0, "log.rollouts": 0,
     "epochs": 0, "eval.temperature": 0, "optimizer.clip": 0, "optimizer.final": 0, "optimizer.weight_decay": 0,
     "optimizer.b1": 0, "optimizer.b2": 0, "optimizer.eps": 0,
 }  # fmt: skip
@@ -111,6 +112,11 @@ def check_rollout(config: Any, source: hf.Source, critic: hf.Source | None, expe
         raise ValueError(f"rollout.samples is {c.samples}, and a reward model gives scores and no text; train a language model")
     if c.bad_rewards not in ("error", "drop"):
         raise ValueError(f"rollout.bad_rewards is {c.bad_rewards!r}; use 'error' or 'drop'")
+    if c.refill and (c.ahead or c.samples < 2 or experiment.reward is None):
+        raise ValueError(
+            f"rollout.refill is {c.refill}: it looks at the rewards of groups before the step, so it needs reward(..) in "
+            f"{experiment.file}, rollout.samples of 2 or more, and rollout.ahead=false"
+        )
     if not c.timeout > 0:
         raise ValueError(f"rollout.timeout is {c.timeout}; it is a number of seconds above 0")
     if c.temperature != 1 and config.data.pretrain:

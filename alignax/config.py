@@ -99,6 +99,7 @@ def default_config() -> Any:
     c.rollout.epochs = 1  # times that a rollout is gone through
     c.rollout.ahead = False  # sample the next rollout before the steps on this one: rewards are waited for while the device trains
     c.rollout.slots = 0  # completions that are sampled side by side; 0: all, at most 64
+    c.rollout.refill = 0  # times at most that groups whose rewards do not differ are replaced by those of further prompts (DAPO); 0: kept
     c.rollout.timeout = 600.0  # seconds for reward(..) on a rollout, and for gold(..)
     c.rollout.reward_workers = 1  # processes that these run in; each of several is given a share of the prompts
     c.rollout.bad_rewards = "error"  # or "drop" (counted): where reward(..) raises, hangs, or gives no number
@@ -164,6 +165,7 @@ def default_config() -> Any:
     c.log = ConfigDict()
     c.log.every = 10  # steps between lines of a plain console
     c.log.tensorboard = True
+    c.log.rollouts = 8  # responses of each rollout that rollouts.jsonl has as they were trained on; 0: none
 
     c.export = ConfigDict()
     c.export.final = True  # write WORKDIR/export, a Hugging Face folder, at the end

@@ -24,7 +24,7 @@ from alignax.models import hf, peft, reward
 from alignax.models.lora import Lora, merge
 from alignax.prepare import Run, origin
 from alignax.programs import abstract_trained, batch_sizes, make_programs
-from alignax.rollout import RewardFailed, Turns
+from alignax.rollout import RewardFailed, Turns, trained_on
 from alignax.start import Started
 from alignax.types import Metrics, Params, TrainState
 
@@ -40,7 +40,7 @@ def fit(started: Started) -> dict[str, dict[str, float]]:
     """Trains to the end; returns evaluation metrics, {"before": .., "after": ..}.
 
     Everything goes into the workdir: `config.py` (runs the same again), `metrics.jsonl`, `samples.jsonl`, `tensorboard/`,
-    `checkpoints/`, `export/`.
+    `rollouts.jsonl` (online), `checkpoints/`, `export/`.
 
     Raises:
       SystemExit: 143 after SIGTERM and 130 after Ctrl-C, once the state is saved.
@@ -214,7 +214,10 @@ class Observer:
 
     def __call__(self, step: int, metrics: Metrics) -> None:
         """Logs the metrics of a step, fetched now."""
-        values = {name: float(x) for name, x in jax.device_get(metrics).items()}
+        fetched = jax.device_get(dict(metrics))
+        if shown := fetched.pop("shown", None):
+            self.log.rollouts(step, trained_on(self.run, shown))
+        values = {name: float(x) for name, x in fetched.items()}
         infinite = [name.removeprefix("finite/") for name, x in values.items() if name.startswith("finite/") and not x]
         values = {name: x for name, x in values.items() if not name.startswith("finite/")}
         if step == 1 and self.equal and not values["skipped"] and "logps/chosen_drift" in values:

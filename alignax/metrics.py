@@ -13,6 +13,7 @@ from alignax import output
 from alignax.config import BadInput
 from alignax.data.files import short
 
+MOST = 1 << 24  # bytes of rollouts.jsonl
 SHOWN = {"loss": "loss", "rewards/accuracies": "acc", "rewards/margins": "margin", "reward": "reward", "kl": "kl", "grad_norm": "grad"}
 
 
@@ -31,13 +32,14 @@ class Log:
         self._file: TextIO | None = None
         if not writes:
             return
+        self._samples, self._rollouts = workdir / "samples.jsonl", workdir / "rollouts.jsonl"
         last = _keep_rows(workdir / "metrics.jsonl", start)
-        _keep_rows(workdir / "samples.jsonl", start)
+        _keep_rows(self._samples, start)
+        _keep_rows(self._rollouts, start)
         if last < start:
             self.line(
                 f"notice: {workdir / 'metrics.jsonl'} ends at step {last}, and this run goes on after step {start}: what is between is lost"
             )
-        self._samples = workdir / "samples.jsonl"
         self._file = open(workdir / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
         if tensorboard:
             from tensorboardX import SummaryWriter
@@ -98,11 +100,19 @@ class Log:
         """Sampled completions, as JSONL rows and TensorBoard text."""
         if not self.writes:
             return
-        with open(self._samples, "a", encoding="utf-8") as f:
-            f.writelines(json.dumps({"step": step} | row, ensure_ascii=False) + "\n" for row in rows)
+        _append(self._samples, step, rows)
         if self._tensorboard is not None:
             text = "\n\n".join(f"**{row['prompt']}**{row['completion']}" for row in rows)
             self._tensorboard.add_text("samples", text, step)
+
+    def rollouts(self, step: int, rows: list[dict[str, Any]]) -> None:
+        """What a step was trained on, as JSONL rows; of a file that is too long the older half goes."""
+        if not self.writes or not rows:
+            return
+        _append(self._rollouts, step, rows)
+        if self._rollouts.stat().st_size > MOST:
+            newer = self._rollouts.read_bytes()[-MOST // 2 :].split(b"\n", 1)[1]  # from the next whole row on
+            output.write_text(self._rollouts, newer.decode())
 
     def line(self, text: str) -> None:
         """A line on the console, above the progress line if there is one."""
@@ -159,6 +169,11 @@ def _keep_rows(file: Path, last: int) -> int:
     if file.is_file():
         output.write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
     return max((row["step"] for row in kept), default=0)
+
+
+def _append(file: Path, step: int, rows: list[dict[str, Any]]) -> None:
+    with open(file, "a", encoding="utf-8") as f:
+        f.writelines(json.dumps({"step": step} | row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def table(rows: list[list[str]]) -> str:

@@ -63,7 +63,7 @@ def pretraining(run: Run, step: int) -> dict[str, Batch]:
 def make_learn(run: Run) -> Callable[[TrainState, dict[str, Params], dict[str, Batch]], tuple[TrainState, Metrics]]:
     """The jitted program `(state, frozen, batches) -> (state, metrics)`; metrics are means over its steps.
 
-    The batches are `rollouts`, and those of `pretraining`.
+    The batches are `rollouts`, and those of `pretraining`. With `log.rollouts` a metric `shown` is what `first_responses` gives.
     """
     c, after = run.config, averaged(run.averages)
 
@@ -100,11 +100,29 @@ def make_learn(run: Run) -> Callable[[TrainState, dict[str, Params], dict[str, B
             orders = jax.vmap(draw)(jnp.arange(c.rollout.epochs - 1))
             state, more = jax.lax.scan(epoch, state, (orders, jax.tree.map(lambda x: x[1:], beside)))
             found = jax.tree.map(lambda a, b: jnp.concatenate([a, b.reshape((-1, *a.shape[1:]))]), found, more)
+        shown: dict[str, Any] = {"shown": first_responses(run, batch)} if c.log.rollouts else {}
         tokens = c.rollout.epochs * batch["mask"].sum(dtype=jnp.float32)
         tokens += sum(x["mask"].sum(dtype=jnp.float32) for x in further.values())
-        return state, metrics | pooled(found) | {"tokens": tokens}
+        return state, metrics | pooled(found) | {"tokens": tokens} | shown
 
     return jax.jit(learn, donate_argnums=0)
+
+
+def first_responses(run: Run, batch: Batch) -> Batch:
+    """The first groups of what is trained on, of `log.rollouts` responses or more, whole on every device.
+
+    `tokens`, `mask`, `completion_mask` [b, N, T], `prompt_id` [b], and as far as there are any `reward` (before any KL penalty),
+    `advantage` (the mean over scored tokens) and `truncated` [b, N].
+    """
+    groups = -(-run.config.log.rollouts // batch["tokens"].shape[1])
+    out = {name: batch[name] for name in ("tokens", "mask", "completion_mask", "prompt_id", "truncated") if name in batch}
+    if "rewards" in batch:
+        out["reward"] = batch.get("raw_rewards", batch["rewards"])
+    if "advantages" in batch:
+        total = jnp.where(batch["completion_mask"], batch["advantages"], 0.0).sum(axis=-1)
+        out["advantage"] = total / jnp.maximum(lengths(batch), 1)
+    whole = meshes.sharding(run.mesh)
+    return {name: jax.lax.with_sharding_constraint(x[:groups], whole) for name, x in out.items()}
 
 
 def check_corrected(train_step: Callable, state: TrainState, batch: Batch, minibatches: int) -> None:

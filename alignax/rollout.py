@@ -73,11 +73,27 @@ class Rollouts:
             mesh=run.mesh,
         )
 
-    def sample(self, state: TrainState, frozen: dict[str, Params], step: int) -> Sampled:
-        """What the rollout before training step `step` says: of the policy as it stands, or of the average that samples for it."""
-        run, rows, began = self.run, self.rows(step), time.monotonic()
+    def __call__(self, state: TrainState, frozen: dict[str, Params], step: int) -> Rollout:
+        """The rollout before training step `step`, with `rollout.refill` of groups whose rewards differ, as far as they are found.
+
+        Raises:
+          RewardFailed: see there.
+        """
+        batch, metrics = self.judged(self.sample(state, frozen, step))
+        if self.run.config.rollout.refill:
+            batch, more = self.refilled(state, frozen, step, batch)
+            metrics |= more | {name: metrics[name] + more[name] for name in ("time/generate", "time/reward")}
+        return self.placed(batch, metrics)
+
+    def sample(self, state: TrainState, frozen: dict[str, Params], step: int, again: int = 0, count: int | None = None) -> Sampled:
+        """What the rollout before training step `step` says: of the policy as it stands, or of the average that samples for it.
+
+        `again`: the how manieth time that groups are replaced, `count` of them.
+        """
+        run, rows, began = self.run, self.rows(step, again)[:count], time.monotonic()
         prompts = [run.train.examples.prompt_tokens(row).tolist() for row in rows]
         key = jax.random.fold_in(jax.random.fold_in(state.key, step), 2)
+        key = jax.random.fold_in(key, again) if again else key
         params = full(run, frozen, state.averages.get(PROPOSAL, state.params))
         completions = self.generate(params, prompts, key, n=run.config.rollout.samples)
         return Sampled(rows, prompts, completions, {"time/generate": time.monotonic() - began} | text_metrics(completions))
@@ -88,6 +104,15 @@ class Rollouts:
         Raises:
           RewardFailed: see there.
         """
+        return self.placed(*self.judged(sampled))
+
+    def placed(self, batch: dict[str, np.ndarray], metrics: dict[str, float]) -> Rollout:
+        """The rollout on the mesh."""
+        count = len(batch["prompt_id"])
+        return Rollout(meshes.put_batch(self.run.mesh, lambda part: {name: x[part] for name, x in batch.items()}, count), metrics)
+
+    def judged(self, sampled: Sampled) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+        """Batch and metrics of what was sampled, on the host."""
         run, began = self.run, time.monotonic()
         rows, prompts, completions, metrics = sampled
         examples, texts = run.train.examples, decoded(run.tokenizer, completions, self.generate.stops)
@@ -99,14 +124,42 @@ class Rollouts:
         if run.experiment.gold is not None:
             batch["gold"] = rewards_of(run, "gold", examples, rows, completions, texts)
             metrics["gold"] = known_mean(batch["gold"])
-        metrics |= {"time/reward": time.monotonic() - began}
-        return Rollout(meshes.put_batch(run.mesh, lambda part: {name: x[part] for name, x in batch.items()}, len(rows)), metrics)
+        return batch, metrics | {"time/reward": time.monotonic() - began}
 
-    def rows(self, step: int) -> np.ndarray:
-        """The rows of the data that the rollout before training step `step` is of: those of so many steps of the stream."""
-        c, stream = self.run.config.rollout, self.run.train
+    def refilled(
+        self, state: TrainState, frozen: dict[str, Params], step: int, batch: dict[str, np.ndarray]
+    ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+        """Dynamic sampling (DAPO, Yu et al. 2025, arXiv:2503.14476, section 3.2): groups without a signal make room for other prompts'.
+
+        Those that still have none after `rollout.refill` times have no scored token. The prompts of each time are a function of the step.
+        """
+        heard = has_signal(batch["rewards"])
+        found = {"signal_rate": float(heard.mean()), "reward_sampled": known_mean(batch["rewards"]), "refill/times": 0.0}
+        times = {"time/generate": 0.0, "time/reward": 0.0}
+        while found["refill/times"] < self.run.config.rollout.refill and not heard.all():
+            found["refill/times"] += 1
+            silent = np.flatnonzero(~heard)
+            other, metrics = self.judged(self.sample(state, frozen, step, int(found["refill/times"]), len(silent)))
+            new = np.flatnonzero(has_signal(other["rewards"]))
+            place = silent[: len(new)]
+            for name, x in batch.items():
+                x[place] = other[name][new]
+            heard[place] = True
+            times = {name: seconds + metrics[name] for name, seconds in times.items()}
+        batch["completion_mask"] &= heard[:, None, None]
+        return batch, found | times | {"refill/dropped": float((~heard).sum())}
+
+    def rows(self, step: int, again: int = 0) -> np.ndarray:
+        """The rows of the data that the rollout before training step `step` is of: those of so many steps of the stream.
+
+        `again`: those that it goes on with; they come after the last ones of the whole run in the stream.
+        """
+        run, c = self.run, self.run.config.rollout
         first = step // c.epochs
-        return np.concatenate([stream.rows(first + i) for i in range(c.minibatches)])
+        if again:
+            before = run.steps // c.epochs  # batches of the stream that rollouts begin with
+            first = before + (step // steps_of_turn(run.config) * c.refill + again - 1) * c.minibatches
+        return np.concatenate([run.train.rows(first + i) for i in range(c.minibatches)])
 
 
 class Turns:
@@ -127,7 +180,7 @@ class Turns:
 
     def now(self, state: TrainState, step: int) -> tuple[TrainState, Metrics]:
         """The policy learns from what it says now."""
-        batch, metrics = self.rollouts.judge(self.rollouts.sample(state, self.frozen, step))
+        batch, metrics = self.rollouts(state, self.frozen, step)
         began = time.monotonic()
         batches = {ROLLOUTS: batch} | pretraining(self.rollouts.run, step)
         state, learnt = jax.block_until_ready(self.learn(state, self.frozen, batches))
@@ -207,11 +260,11 @@ def rewards_of(run: Run, name: str, examples: Examples, rows: np.ndarray, comple
         found = np.asarray(multihost_utils.broadcast_one_to_all(found))
     bad = ~np.isfinite(found)
     what = what or f"{bad.sum()} of {len(bad)} rewards are not finite, that of {short(flat[bad.argmax()])} first"
-    where = f"{name}() of {run.experiment.file}"
+    where = f"{name}() of {run.experiment.file}{behind_file(what)}"
     if bad.any() and c.bad_rewards == "error":
-        raise RewardFailed(f"{where}: {what}. Mend it, or go on without these with rollout.bad_rewards=drop")
+        raise RewardFailed(f"{where}. Mend it, or go on without these with rollout.bad_rewards=drop")
     if bad.any() and jax.process_index() == 0:
-        run.workers.tell(f"{where}: {what}. Such are dropped, and counted as bad_rewards")
+        run.workers.tell(f"{where}. Such are dropped, and counted as bad_rewards")
     return np.where(bad, np.nan, found).reshape(len(rows), n)
 
 
@@ -237,6 +290,31 @@ def asked(
     c = run.config.rollout
     call = Call(name, qualified(function), wanted.positional, given, "config" in names, len(texts), c.timeout)
     return run.workers(call, group, strict=c.bad_rewards == "error")
+
+
+def behind_file(problem: str) -> str:
+    """A problem behind the name of its file: ", line 3: .." or ": .."."""
+    return (", " if problem.startswith("line ") else ": ") + problem
+
+
+def has_signal(rewards: np.ndarray) -> np.ndarray:
+    """Which groups have two known rewards that differ: [B, N] -> [B] bool."""
+    known = np.isfinite(rewards)
+    return np.where(known, rewards, -np.inf).max(axis=1) > np.where(known, rewards, np.inf).min(axis=1)
+
+
+def trained_on(run: Run, shown: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+    """Rows of `rollouts.jsonl`: what `make_learn` shows of a rollout, as texts with their special tokens."""
+    tokens, mask, scored = (shown[name] for name in ("tokens", "mask", "completion_mask"))  # [b, N, T]
+    rows = []
+    for b, n in list(np.ndindex(tokens.shape[:2]))[: run.config.log.rollouts]:
+        # Where no token is scored, as without a reward, the prompt of the data says where the completion begins.
+        first = int(scored[b, n].argmax()) if scored[b, n].any() else len(run.train.examples.prompt_tokens(int(shown["prompt_id"][b])))
+        own = tokens[b, n][mask[b, n]]
+        row = {"prompt": run.tokenizer.decode(own[:first]), "completion": run.tokenizer.decode(own[first:])}
+        numbers = {name: shown[name][b, n].item() for name in ("reward", "advantage", "truncated") if name in shown}
+        rows.append(row | {name: None if x != x else x for name, x in numbers.items()})
+    return rows
 
 
 def known_mean(x: np.ndarray) -> float:

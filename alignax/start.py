@@ -38,7 +38,7 @@ from alignax.programs import (
     reference_name,
 )
 from alignax.reference import with_stored
-from alignax.rollout import asked
+from alignax.rollout import asked, behind_file
 from alignax.train import digest
 from alignax.types import Batch, Model, Outputs, Params, TrainState
 
@@ -229,17 +229,23 @@ def check_advantages(run: Run) -> None:
 def check_reward(run: Run, name: str) -> None:
     """Asks `reward` or `gold` of the experiment once, as a rollout does, of a prompt of the data and the answer that stands there.
 
-    No reward is an answer. What fails is refused; with `rollout.bad_rewards` "drop" it is told, since it may do so for that answer alone.
+    What would stop the run is refused. With `rollout.bad_rewards` "drop" no reward is an answer, and a failure is told, since it may be of
+    that answer alone.
     """
     examples, file = run.evaluation or run.train.examples, run.experiment.file
     answer = examples.tokens[: examples.offsets[1]][examples.scored[: examples.offsets[1]]]
     text = run.tokenizer.decode(answer, skip_special_tokens=True)
     found = asked(run, name, examples, [0], [text], [answer], 1)
     if found.problem:
-        what = f"{name}() of {file}: {found.problem}, asked of a prompt of the data and the completion {short(text)}"
+        what = f"{name}() of {file}{behind_file(found.problem)}, asked of a prompt of the data and the completion {short(text)}"
         if found.final or run.config.rollout.bad_rewards == "error":
             raise ValueError(f"{what}; it must take any completion, an empty one too, and return a list with a number or None for each")
         run.workers.say(what)
+    elif run.config.rollout.bad_rewards == "error" and not np.isfinite(found.rewards[0]):
+        raise ValueError(
+            f"{name}() of {file} returns {found.rewards} for one prompt and its completion {short(text)}; it must return a finite number "
+            "for each, or set rollout.bad_rewards=drop, which leaves out those without"
+        )
 
 
 def initial_params(run: Run) -> Params:

@@ -66,7 +66,7 @@ class Lost(Exception):
     """A worker that gave no answer in its time, or ended."""
 
 
-class Malformed(ValueError):
+class Malformed(TypeError):
     """What a reward function must not return, whatever the completion."""
 
 
@@ -430,7 +430,9 @@ def qualified(function: Any) -> str:
 
 def told(error: BaseException, file: Path) -> str:
     """An error in one line, with the line of the experiment's file that it comes from."""
-    if isinstance(error, (Malformed, TimeoutError)):
+    if isinstance(error, TimeoutError):
         return one_line(error, 500)
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(file)]
-    return (f"line {lines[-1]}: " if lines else "") + f"{type(error).__name__}: {one_line(error, 500)}"
+    return (
+        f"line {lines[-1]}: " if lines else ""
+    ) + f"{'TypeError' if isinstance(error, Malformed) else type(error).__name__}: {one_line(error, 500)}"

@@ -157,7 +157,7 @@ def ours(folder: Path, case: dict) -> dict:
         "model.path": folder / "model", "data.train": folder / "prompts.jsonl", "workdir": folder / "run", "batch_size": c.prompts,
         "microbatches": c.microbatches, "steps": WARMUP + c.iterations,
         "rollout.samples": c.samples, "rollout.max_new_tokens": c.new, "eval.max_new_tokens": c.new,
-        "rollout.slots": c.prompts * c.samples, "reward.path": ",".join(map(str, judges(folder, c.members))),
+        "rollout.slots": c.prompts * c.samples, "log.rollouts": 0, "reward.path": ",".join(map(str, judges(folder, c.members))),
     }  # fmt: skip
     run, state, _, frozen, _, checkpoints, _ = start(prepare(load_experiment(__file__, [f"{name}={x}" for name, x in fields.items()])))
     checkpoints.close()

@@ -30,3 +30,27 @@ def test_the_speed_is_of_the_step_it_is_logged_with(tmp_path, monkeypatch):
     step(33, 4.0, 100.0)
     log.close()
     assert [row["tokens_per_second"] for row in rows(tmp_path / "metrics.jsonl")] == pytest.approx([5.0, 50.0, 25.0])
+
+
+def test_rollouts_are_bounded_and_go_on_without_a_row_twice(tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics, "MOST", 4000)
+    file = tmp_path / "rollouts.jsonl"
+
+    def write(start, steps):
+        log = Log(tmp_path, steps=100, start=start, every=1, tensorboard=False)
+        for step in steps:
+            log.rollouts(step, [{"completion": f"\u2028ä{step}", "reward": None}] * 4)
+            assert file.stat().st_size <= 4000
+        log.close()
+
+    write(0, range(1, 61))
+    found = [row["step"] for row in rows_of(file)]
+    assert found == sorted(found) and found[-4:] == [60] * 4 and len(found) > 30
+    write(50, range(51, 61))  # going on from a checkpoint at step 50
+    again = [row["step"] for row in rows_of(file)]
+    assert again[-40:] == [step for step in range(51, 61) for _ in range(4)]
+    assert max(map(again.count, again)) == 4
+
+
+def rows_of(file):
+    return [json.loads(line) for line in file.read_bytes().split(b"\n")[:-1]]

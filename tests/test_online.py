@@ -1,6 +1,7 @@
 """Online training: rollouts in front of the shared step, on a tiny model, in one process."""
 
 import json
+import re
 import shutil
 import textwrap
 import time
@@ -29,7 +30,7 @@ from alignax.models import hf
 from alignax.online import make_learn, measured, pretraining, reads_once, training_program
 from alignax.prepare import prepare
 from alignax.programs import abstract_frozen, abstract_rollout, abstract_state, make_experience, policy_model
-from alignax.rollout import RewardFailed, Rollouts, decoded
+from alignax.rollout import RewardFailed, Rollouts, decoded, has_signal
 from alignax.start import check_step, critic_params, start
 from alignax.train import make_step
 
@@ -468,6 +469,8 @@ REFUSED = {
     "groups of one": ({"rollout.samples": "1"}, GRPO, "every advantage is 0"),
     "a list of rewards": ({}, GRPO + "\nreward = [reward, reward]\n", "is a list, no function; write one"),
     "an async reward": ({}, GRPO.replace("def reward", "async def reward"), "asyncio.run(..)"),
+    "a refill of samples ahead": (AHEAD | {"rollout.refill": "2"}, OFF_POLICY, "rollout.refill is 2: it looks at the rewards"),
+    "a refill without rewards": ({"rollout.refill": "2"}, UNREWARDED, "so it needs reward(..)"),
     "no process": ({"rollout.reward_workers": "0"}, GRPO, "'rollout.reward_workers' is 0"),
     "prompts without rollouts": ({"rollout.samples": "0"}, GRPO, "set rollout.samples"),
     "an unknown column": ({}, GRPO.replace("weight):", "answer):").replace("weight)", "answer)"), "asks for column 'answer'"),
@@ -703,6 +706,52 @@ def test_the_kl_of_anothers_samples_is_weighted_to_be_the_policys(shift):
     weights = np.exp(logs - logs.max())
     np.testing.assert_allclose(found["kl"], weights @ (own - reference).sum(axis=-1).ravel()[1:] / weights.sum(), rtol=1e-4)
     np.testing.assert_allclose(found["sampler_kl"], -logs.mean(), rtol=1e-4)
+
+
+def test_prompts_of_refills_are_a_function_of_the_step(fields, tmp_path):
+    args = arguments(tmp_path, GRPO, fields | {"workdir": str(tmp_path / "run"), "rollout.refill": "2"})
+    rollouts = Rollouts(checked(args))
+    stream = rollouts.run.train
+    first = 8 // 2  # steps over epochs: batches that the rollouts begin with
+    asked = [rollouts.rows(step, again) for step in (0, 4) for again in (1, 2)]
+    for i, rows in enumerate(asked):
+        np.testing.assert_array_equal(rows, np.concatenate([stream.rows(first + 2 * i), stream.rows(first + 2 * i + 1)]))
+    np.testing.assert_array_equal(rollouts.rows(4), np.concatenate([stream.rows(2), stream.rows(3)]))
+
+
+def test_groups_with_a_signal():
+    nan = float("nan")
+    rewards = np.array([[1, 1, 1], [0, 0, 1], [nan, 2, 2], [nan, nan, 5], [nan, nan, nan], [nan, 1, 2]])
+    np.testing.assert_array_equal(has_signal(rewards), [False, True, False, False, False, True])
+
+
+@pytest.mark.slow
+def test_groups_without_a_signal_are_replaced_and_the_rollouts_are_written(fields, tmp_path):
+    """Every group that is trained on differs, as far as it is found; stopped and gone on, the run is the same bit for bit."""
+    source = (
+        GRPO[: GRPO.index("def reward")] + "def reward(prompts, completions):\n    return [float('a' in text) for text in completions]\n"
+    )
+    given = fields | {"rollout.refill": "2", "log.rollouts": "48", "eval.every": "0", "rollout.epochs": "1", "checkpoint.every": "2"}
+    args = arguments(tmp_path, source, given | {"workdir": str(tmp_path / "run"), "steps": "4"})
+    assert main(args) == 0
+    train, file = [row for row in rows(tmp_path / "run") if "loss" in row], tmp_path / "run" / "rollouts.jsonl"
+    for row in train:
+        assert 0 < row["signal_rate"] < 1 <= row["refill/times"] <= 2
+        written = [own for own in map(json.loads, file.read_text().splitlines()) if own["step"] == row["step"]]
+        assert len(written) == 48 and all(own["prompt"].startswith("<s>the ") for own in written)
+        groups = [written[i : i + 3] for i in range(0, 48, 3)]
+        alike = [group for group in groups if len({own["reward"] for own in group}) == 1]
+        assert len(alike) == row["refill/dropped"] < 16 * (1 - row["signal_rate"])
+        for group in groups:
+            r = np.array([own["reward"] for own in group])
+            np.testing.assert_allclose([own["advantage"] for own in group], (r - r.mean()) / (r.std(ddof=1) + 1e-4), atol=1e-5)
+            assert all(own["reward"] == float("a" in re.sub("<(pad|s|/s|unk)>", "", own["completion"])) for own in group)
+            assert all(own["truncated"] != own["completion"].endswith("</s>") for own in group)
+    whole, params = file.read_text(), trained(tmp_path / "run", args)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
+    assert main(args) == 0
+    assert file.read_text() == whole
+    jax.tree.map(np.testing.assert_array_equal, params, trained(tmp_path / "run", args))
 
 
 def observed(steps, **config):
