@@ -113,7 +113,7 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
                 "they must share a tokenizer"
             )
     if config.reference.token_kl:
-        check_token_kl(source, reference)
+        check_token_kl(source, reference, config.reference)
     lora = make_lora(config, source)
     tokenizer = load_tokenizer(source.path, source.config.vocab_size)
     critic = open_critic(config)
@@ -282,5 +282,5 @@ def check_workdir(run: Run) -> None:
 
 def make_apply(model: transformer.ModelConfig, config: Any, dtype: Any, mesh: Mesh, teacher: Any = None) -> Apply:
     """A forward pass as the config wants it."""
-    c = config.model
-    return transformer.forward(model, dtype=dtype, remat=c.remat, chunk=c.logps_chunk, mesh=mesh, teacher=teacher)
+    c, mixture = config.model, (config.reference.jsd_beta, config.reference.jsd_temperature)
+    return transformer.forward(model, dtype=dtype, remat=c.remat, chunk=c.logps_chunk, mesh=mesh, teacher=teacher, mixture=mixture)
