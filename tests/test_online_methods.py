@@ -1,7 +1,9 @@
 """The methods of docs/online.md, each on a tiny run: what a loss reads is written, and what is new trains from end to end."""
 
 import json
+from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import tiny
@@ -10,8 +12,11 @@ from test_online import arguments, checked, rows
 from test_rewards import reward_folder
 
 from alignax.cli import main
-from alignax.fit import summary
-from alignax.start import check_step
+from alignax.config import load_experiment
+from alignax.fit import fit, summary
+from alignax.mesh import make_mesh
+from alignax.prepare import prepare
+from alignax.start import check_step, start
 
 ENSEMBLE = "score(ensemble), uwo(0.5), "
 METHODS = {  # experience after the reference's log-probs, loss, and fields of the config; as the table of the page has them
@@ -91,13 +96,19 @@ def test_a_kl_of_another_average_is_told_of_at_the_start(given, tmp_path):
     assert "grpo over responses, kl_k3 over tokens" in line
 
 
+def trained(args: list[str], workdir: Path) -> list[dict]:
+    """The log of a run on one device."""
+    overrides = [a.removeprefix("--config.") for a in args[3:]]
+    fit(start(prepare(load_experiment(args[2], overrides), make_mesh({"data": 1}, jax.devices()[:1]))))
+    return [row for row in rows(workdir) if "loss" in row]
+
+
 @pytest.mark.slow
 def test_several_rewards_at_uncertain_tokens_of_samples_ahead(given, tmp_path):
     """GDPO's advantages at the tokens of highest entropy, VESPO's weights on samples of the policy a turn ago."""
     fields = given | {"workdir": str(tmp_path / "run"), "rollout.ahead": "true", "log.every": "1", "optimizer.learning_rate": "1e-2"}
     experience = "score(ensemble), gdpo((1.0, 0.5)), top_entropy(0.2)"
-    assert main(arguments(tmp_path, source(experience, "vespo() + b * kl_k3(token_mean)"), fields)) == 0
-    found = [row for row in rows(tmp_path / "run") if "loss" in row]
+    found = trained(arguments(tmp_path, source(experience, "vespo() + b * kl_k3(token_mean)"), fields), tmp_path / "run")
     assert [row["step"] for row in found] == [1, 2, 3, 4] and all(row["skipped"] == 0 and row["grad_norm"] > 0 for row in found)
     np.testing.assert_allclose(found[0]["vespo/weight"], 1.0, atol=1e-4)  # the first samples are the policy's own
     assert all(0 < row["vespo/weight"] < 1.6 and row["vespo/weight"] != 1.0 for row in found[1:])
@@ -124,8 +135,7 @@ def experience(config, reference):
         "optimizer.learning_rate": "1e-2",
         "log.every": "4",
     }
-    assert main(arguments(tmp_path, experiment, fields)) == 0
-    found = [row["loss/gkd"] for row in rows(tmp_path / "run") if "loss" in row]
+    found = [row["loss/gkd"] for row in trained(arguments(tmp_path, experiment, fields), tmp_path / "run")]
     assert 0 < found[-1] < 0.7 * found[0]
 
 
