@@ -180,8 +180,12 @@ def check_columns(name: str, function: Any, file: Path, examples: dict[str, Exam
             )
 
 
-def check_token_kl(source: hf.Source, reference: hf.Source | None) -> None:
-    """Refuses a teacher that is not there, or whose head is another one."""
+def check_token_kl(source: hf.Source, reference: hf.Source | None, config: Any) -> None:
+    """Refuses a teacher that is not there, or whose head is another one, and a mixture that is none."""
+    if not 0 <= config.jsd_beta <= 1:
+        raise ValueError(f"reference.jsd_beta is {config.jsd_beta}; it is the teacher's share of the mixture, in [0, 1] (0.5 is usual)")
+    if not config.jsd_temperature > 0:
+        raise ValueError(f"reference.jsd_temperature is {config.jsd_temperature}; it must be above 0 (1 is usual)")
     if reference is None:
         raise ValueError("reference.token_kl is true and no reference is held; let experience(..) ask for reference")
     caps = [s.config.final_logit_softcapping for s in (source, reference)]

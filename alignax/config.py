@@ -84,7 +84,9 @@ def default_config() -> Any:
     c.reference = ConfigDict()
     c.reference.path = ""  # Hugging Face folder, or A@0.5,B@0.5; empty: the policy that the run starts from, of adapters their base
     c.reference.cache = ""  # folder for its log-probs of the data, computed once; empty: computed in every step
-    c.reference.token_kl = False  # its KL from the policy in every token, over the whole vocabulary: TDPO and Quark read it
+    c.reference.token_kl = False  # its KL from the policy in every token, over the whole vocabulary: TDPO, Quark and GKD read it
+    c.reference.jsd_beta = 0.5  # of GKD's divergence: the reference's share of the mixture; 0: the forward KL, 1: the reverse
+    c.reference.jsd_temperature = 1.0  # of GKD's divergence: what the logits of both are divided by
 
     c.reward = ConfigDict()
     c.reward.path = ""  # Hugging Face folders of reward models, commas between them: what experience calls `ensemble`

@@ -8,6 +8,7 @@ from contextlib import closing
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
@@ -179,7 +180,7 @@ def summary(run: Run, about: dict[str, Any], start: int) -> list[str]:
     if run.members:
         kind = "all parameters" if run.lora is None else "adapters" if run.lora.targets else "a head"
         lines.append(f"ensemble of {run.members} members {about['members']}, each with {kind} of its own; seeds from {run.config.seed} on")
-    lines += filter(None, [differing(at_step(run.objective, np.zeros((), np.int32)))])
+    lines += filter(None, [differing(at_step(run.objective, jnp.zeros((), jnp.int32)))])
     for name, report in run.reports.items():
         lines += [f"{name} data: {line}" if i == 0 else f"  {line}" for i, line in enumerate(report.lines())]
     for stream in (run.train, run.pretrain):

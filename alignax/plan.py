@@ -10,12 +10,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from alignax import mesh as meshes
 from alignax.config import flat
 from alignax.data import decode_example
 from alignax.fit import sizes
+from alignax.losses.algebra import at_step
+from alignax.losses.responses import differing
 from alignax.metrics import table
 from alignax.models import hf
 from alignax.online import training_program
@@ -62,6 +65,7 @@ def describe(run: Run) -> str:
             f"memory of the training step, a device: {memory.argument_size_in_bytes / 1e9:.3f} GB state, reference and batch, "
             f"{memory.temp_size_in_bytes / 1e9:.3f} GB temporary",
             f"steps {run.steps}",
+            *filter(None, [differing(at_step(run.objective, jnp.zeros((), jnp.int32)))]),
             *(f"{split} data: {line}" for split, report in run.reports.items() for line in report.lines()),
             *(f"mixture: {line}" for line in (run.train.mixture.lines(run.steps * run.config.batch_size) if run.train.mixture else [])),
             "config " + json.dumps(flat(run.config), indent=2),

@@ -141,7 +141,7 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
                 "they must share a tokenizer"
             )
     if config.reference.token_kl:
-        check_token_kl(source, reference)
+        check_token_kl(source, reference, config.reference)
     lora = make_lora(config, source)
     critic = open_critic(config)
     if critic is not None:
@@ -348,5 +348,5 @@ def exports(run: Run) -> list[Path]:
 
 def make_apply(model: transformer.ModelConfig, config: Any, dtype: Any, mesh: Mesh, teacher: Any = None) -> Apply:
     """A forward pass as the config wants it."""
-    c = config.model
-    return transformer.forward(model, dtype=dtype, remat=c.remat, chunk=c.logps_chunk, mesh=mesh, teacher=teacher)
+    c, mixture = config.model, (config.reference.jsd_beta, config.reference.jsd_temperature)
+    return transformer.forward(model, dtype=dtype, remat=c.remat, chunk=c.logps_chunk, mesh=mesh, teacher=teacher, mixture=mixture)

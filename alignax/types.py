@@ -77,6 +77,7 @@ class Outputs(NamedTuple):
     policy_kl: jax.Array | None = None  # [B, N, T] KL(pi || ref) of the same
     scores: jax.Array | None = None  # [B, N] a reward model's score of each response; [B, N, labels] or, of an ensemble, [B, N, K]
     values: jax.Array | None = None  # [B, N, T] a critic's estimate of what is to come before tokens[t] is chosen; [B, N, T, H] of heads
+    jsd: jax.Array | None = None  # [B, N, T] generalised Jensen-Shannon divergence of the same, see alignax.models.heads.jsd, nats
 
 
 class Model(NamedTuple):

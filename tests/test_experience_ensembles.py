@@ -1,5 +1,8 @@
 """Aggregates of ensembles: hand-computed numbers, identities, and where their gradients go."""
 
+import json
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +13,7 @@ from alignax.experience import chain
 from alignax.experience.ensembles import mean, median, quantile, score, uwo, wco
 from alignax.types import Model
 
+ORACLES = json.loads((Path(__file__).parent / "oracles" / "ensembles.json").read_text())
 SCORES = jnp.array([1.0, 1.2, 2.6])
 ALL = {"mean": mean, "median": median, "wco": wco, "uwo": uwo(0.5), "quantile": quantile(0.3)}
 
@@ -26,6 +30,14 @@ ALL = {"mean": mean, "median": median, "wco": wco, "uwo": uwo(0.5), "quantile": 
 )
 def test_by_hand(aggregate, value):
     np.testing.assert_allclose(aggregate(SCORES), value, rtol=1e-6)
+
+
+@pytest.mark.parametrize("o", ORACLES["ensemble"], ids=lambda o: o["id"])
+def test_numbers_of_the_papers_formulas(o):
+    members = jnp.asarray(ORACLES["members"], jnp.float32)
+    aggregate = mean if o["objective"] == "mean" else uwo(o["uwo_weight"])
+    np.testing.assert_allclose(aggregate(members), o["reward"], rtol=2e-5, atol=1e-6)
+    np.testing.assert_allclose(mean(members) - uwo(1.0)(members), o["variance"], rtol=2e-5, atol=1e-5)
 
 
 def test_limits_of_one_another():

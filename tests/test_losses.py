@@ -101,6 +101,7 @@ LOSSES = {
     "kl_k3_weighted": losses.kl_k3_weighted(),
     "kl_ref_pi": losses.kl_ref_pi(),
     "kl_pi_ref": losses.kl_pi_ref(losses.token_mean),
+    "gkd": losses.gkd(),
     "chi2": losses.chi2(),
     "chi2_exact": losses.chi2_exact(),
     "square_root": losses.square_root(losses.chi2()),
@@ -147,7 +148,7 @@ SURROGATES = (  # of sampled responses, weighted by their advantages
 )  # fmt: skip
 SAMPLED = (  # of any number of responses, each by itself
     *SURROGATES, "kl_k1", "kl_k2", "kl_k3", "kl_k3_weighted", "chi2", "chi2_exact", "square_root", "entropy_bonus", "value_loss", "fdpg",
-    "kl_ref_pi", "kl_pi_ref", "quark",
+    "kl_ref_pi", "kl_pi_ref", "gkd", "quark",
 )  # fmt: skip
 PAIRED = [name for name in LOSSES if name not in UNPAIRED + SCORED + SINGLE + SAMPLED]
 FREE = ("simpo", "cpo", "orpo", "slic_hf")  # of any reference
@@ -170,6 +171,7 @@ SAMPLED_METRICS = dict.fromkeys(SURROGATES, SURROGATE_METRICS) | {
     **dict.fromkeys(("kl_k1", "kl_k2", "kl_k3", "kl_k3_weighted"), KL_METRICS),
     "kl_ref_pi": {"kl/ref_pi"},
     "kl_pi_ref": {"kl/pi_ref"},
+    "gkd": {"jsd"},
     "quark": {"logps", "kl/ref_pi", "entropy"},
     **dict.fromkeys(("chi2", "chi2_exact", "square_root"), {"kl/sequence_k1"}),
     "entropy_bonus": {"entropy"},
@@ -231,7 +233,7 @@ def outputs(logps: jax.Array, batch: dict[str, jax.Array], entropy: jax.Array | 
     entropy = jnp.zeros_like(logps) if entropy is None else entropy
     statistic = lambda x: jnp.where(batch["completion_mask"], x, 0.0)
     kl = 0.1 * jnp.square(statistic(logps - batch["ref_logps"])) if "ref_logps" in batch else None
-    return Outputs(logps, entropy, statistic(-0.5), kl, kl, sequence(logps, batch), statistic(0.5 * logps))
+    return Outputs(logps, entropy, statistic(-0.5), kl, kl, sequence(logps, batch), statistic(0.5 * logps), kl)
 
 
 def run(objective: Loss, logps: jax.Array, batch: dict[str, jax.Array]):

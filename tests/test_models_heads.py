@@ -16,14 +16,21 @@ import tiny
 from alignax import losses, train
 from alignax import mesh as meshes
 from alignax.models import hf, transformer
-from alignax.models.heads import Shaping, token_logps
+from alignax.models.heads import Shaping, jsd, jsd_slope, token_logps
 from alignax.types import Outputs
 
 ORACLE = json.loads((Path(__file__).parent / "oracles" / "heads.json").read_text())
 
 
 def naive(
-    hidden: jax.Array, weight: jax.Array, targets: jax.Array, mask: jax.Array, cap: float | None = None, teacher=None, **_
+    hidden: jax.Array,
+    weight: jax.Array,
+    targets: jax.Array,
+    mask: jax.Array,
+    cap: float | None = None,
+    teacher=None,
+    mixture=(0.5, 1.0),
+    **_,
 ) -> Outputs:
     """The same with all logits [R, T, V] at once."""
     logits = (hidden @ weight.astype(hidden.dtype)).astype(jnp.float32)
@@ -36,7 +43,13 @@ def naive(
         t = teacher[0] @ teacher[1]
         t = jax.nn.log_softmax(t if cap is None else jnp.tanh(t / cap) * cap, axis=-1)
         statistics += [(jnp.exp(t) * (t - logps)).sum(-1), (jnp.exp(logps) * (logps - t)).sum(-1)]
-    return Outputs(*(jnp.where(mask, x, 0.0) for x in statistics))
+        beta, temperature = mixture
+        p, q = (jax.nn.softmax(x / temperature) for x in (t, logps))  # the teacher's and the student's
+        m = beta * p + (1 - beta) * q
+        kl = lambda a, b: (a * jnp.log(a / b)).sum(-1)
+        statistics += [kl(p, q) if beta == 0 else kl(q, p) if beta == 1 else beta * kl(p, m) + (1 - beta) * kl(q, m)]
+    found = [jnp.where(mask, x, 0.0) for x in statistics]
+    return Outputs(*found[:5]) if teacher is None else Outputs(*found[:5], jsd=found[5])
 
 
 def problem(R: int = 3, T: int = 11, D: int = 8, V: int = 13, share: float = 0.5):
@@ -48,12 +61,12 @@ def problem(R: int = 3, T: int = 11, D: int = 8, V: int = 13, share: float = 0.5
 
 def pull(head, hidden, weight, targets, mask, **options):
     """Outputs, and the gradients of a random combination of all their entries, unscored ones included."""
-    keys = jax.random.split(jax.random.key(0), 4)
-    a, b, c, d = (jax.random.normal(key, targets.shape) for key in keys)
+    keys = jax.random.split(jax.random.key(0), 5)
+    a, b, c, d, e = (jax.random.normal(key, targets.shape) for key in keys)
 
     def value(hidden, weight):
         out = head(hidden, weight, targets, mask, **options)
-        taught = 0.0 if out.ref_kl is None or out.policy_kl is None else (c * out.ref_kl + d * out.policy_kl).sum()
+        taught = 0.0 if out.ref_kl is None else (c * out.ref_kl + d * out.policy_kl + e * out.jsd).sum()
         return (a * out.logps + b * out.entropy).sum() + taught, out
 
     grads, out = jax.jit(jax.grad(value, (0, 1), has_aux=True))(hidden, weight)
@@ -105,16 +118,49 @@ def test_kl_of_a_teacher_and_its_gradient_are_the_naive_ones(chunk, cap):
     close(alone[:3], out[:3], 0)
 
 
+@pytest.mark.parametrize("mixture, cap", [((0.0, 1.0), None), ((1.0, 2.0), None), ((0.1, 0.7), None), ((0.9, 3.0), 2.0)])
+def test_the_generalised_jsd_and_its_gradient_are_the_naive_ones(mixture, cap):
+    args = problem()
+    options = {"cap": cap, "teacher": teacher(args[2]), "mixture": mixture}
+    out, grads = pull(token_logps, *args, chunk=7, **options)
+    close((out, grads), pull(naive, *args, **options), 1e-5)
+    if mixture[1] == 1:
+        close(out.jsd, out.ref_kl, 1e-5)  # beta 0
+
+
+@pytest.mark.parametrize("o", ORACLE["gkd"]["cases"], ids=lambda o: f"beta {o['beta']}")
+def test_the_generalised_jsd_is_trls(o):
+    """An average over tokens, and its gradient at the student's logits."""
+    given = ORACLE["gkd"]
+    student, taught = (jnp.asarray(given[name], jnp.float32) for name in ("student_logits", "teacher_logits"))
+    mask, mixture = np.array(given["labels"]) >= 0, (o["beta"], o["temperature"])
+    loss = lambda z: jnp.where(mask, jsd(z, taught, *mixture), 0.0).sum() / mask.sum()
+    np.testing.assert_allclose(loss(student), o["loss"], rtol=2e-5)
+    np.testing.assert_allclose(jax.grad(loss)(student), o["grads"], rtol=2e-5, atol=1e-6)
+    own = np.where(mask[..., None], jsd_slope(student, taught, *mixture), 0.0) / mask.sum()
+    np.testing.assert_allclose(own, o["grads"], rtol=2e-5, atol=1e-6)
+
+
+def test_a_jsd_of_distributions_that_share_nothing_is_finite():
+    """Logits of +-1000: ln 2 at beta 1/2, and a gradient of 0."""
+    z = jnp.array([[1000.0, -1000.0, 0.0], [-1000.0, 1000.0, 0.0]])
+    np.testing.assert_allclose(jsd(z, z[::-1], 0.5, 1.0), math.log(2), rtol=1e-6)
+    for beta in (0.0, 0.3, 0.5, 1.0):
+        assert np.isfinite(jsd(z, z[::-1], beta, 0.5)).all() and np.isfinite(jsd_slope(z, z[::-1], beta, 0.5)).all()
+    np.testing.assert_array_equal(jsd_slope(z, z[::-1], 0.5, 1.0), 0.0)
+
+
 def test_a_model_is_no_kl_from_itself():
     hidden, weight, targets, mask = problem()
-    kl = lambda h: jnp.stack(token_logps(h, weight, targets, mask, teacher=(hidden, weight))[3:5])
+    out = lambda h: token_logps(h, weight, targets, mask, teacher=(hidden, weight))
+    kl = lambda h: jnp.stack([x for x in (*out(h)[3:5], out(h).jsd)])
     np.testing.assert_allclose(kl(hidden), 0.0, atol=1e-6)
     np.testing.assert_allclose(jax.grad(lambda h: kl(h).sum())(hidden), 0.0, atol=1e-6)
 
 
 def test_a_kl_that_no_loss_reads_is_not_computed():
     """By the compiled program's own count of operations."""
-    args, names = problem(R=2, D=32, V=64), ("logps", "ref_kl", "policy_kl")
+    args, names = problem(R=2, D=32, V=64), ("logps", "ref_kl", "policy_kl", "jsd")
 
     def compiled(*read: str):
         def value(hidden, weight):
@@ -123,8 +169,8 @@ def test_a_kl_that_no_loss_reads_is_not_computed():
 
         return jax.jit(jax.grad(value, (0, 1))).lower(*args[:2]).compile()
 
-    none, one, both = (compiled(*names[:n]).cost_analysis()["flops"] for n in (1, 2, 3))
-    assert none < one < both
+    none, one, both, every = (compiled(*names[:n]).cost_analysis()["flops"] for n in (1, 2, 3, 4))
+    assert none < one < both < every
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
@@ -258,7 +304,7 @@ def test_no_array_of_the_training_step_spans_tokens_and_vocabulary(shape, monkey
     # Sizes are such that the output weight is the largest array, before a chunk's logits, and a row's logits would be larger.
     assert math.prod(arrays()[0]) == (V * D if mesh is None else V * D // 2)
     if mesh is None:
-        monkeypatch.setattr(transformer, "token_logps", lambda *args, chunk, mesh, how, teacher: naive(*args))
+        monkeypatch.setattr(transformer, "token_logps", lambda *args, **_: naive(*args))
         assert math.prod(arrays()[0]) >= 8 * (T - 1) * V
 
 

@@ -1,13 +1,17 @@
 """Best-of-n against the mean over all subsets, in memory that 12,600 responses do not burst, and what it refuses."""
 
 import itertools
+import json
 import math
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from alignax.overopt.bestofn import best_of_n, kl, weights
+
+ORACLES = json.loads((Path(__file__).parent / "oracles" / "ensembles.json").read_text())
 
 
 def over_all_subsets(proxy: np.ndarray, gold: np.ndarray, n: int) -> float:
@@ -29,6 +33,15 @@ def test_every_n_is_the_mean_over_all_subsets_with_ties():
             np.testing.assert_allclose(best.values[name]["proxy"][p], expected, atol=1e-12)
     np.testing.assert_allclose(best.values["a"]["gold"][:, 0], gold.mean(axis=1))
     np.testing.assert_allclose(best.values["a"]["gold"][:, -1], np.take_along_axis(gold, proxies["a"].argmax(1)[:, None], 1)[:, 0])
+
+
+@pytest.mark.parametrize("o", ORACLES["best_of_n"], ids=lambda o: o["id"])
+def test_numbers_of_the_papers_formula(o):
+    proxy, gold = np.array(ORACLES["proxy"]), np.array(ORACLES["gold"])
+    found = best_of_n({"one": proxy}, {"gold": gold}, (o["n"],)).values["one"]
+    for name in ("proxy", "gold"):
+        np.testing.assert_allclose(found[name].mean(), o[name], rtol=1e-9)
+    np.testing.assert_allclose(kl(o["n"]), o["kl"], atol=1e-12)
 
 
 def test_gold_follows_each_proxys_own_order():

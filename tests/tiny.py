@@ -64,14 +64,17 @@ def plain_apply(params: Params, batch: Batch, teacher: Params | None = None) -> 
     last = mask & ~jnp.pad(mask[:, :, 1:], ((0, 0), (0, 0), (0, 1)))
     scores = jnp.where(last, jnp.tanh(params["embed"])[batch["tokens"], 0], 0.0).sum(-1)
     q = None if teacher is None else predict(teacher)
+    kl = lambda a, b: jnp.sum(jnp.exp(a) * (a - b), axis=-1)
+    m = None if q is None else jnp.logaddexp(p, q) - jnp.log(2.0)
     return Outputs(
         scored(logps),
         scored(-jnp.sum(jnp.exp(p) * p, axis=-1)),
         scored(jax.lax.stop_gradient(jax.nn.logsumexp(2 * p, axis=-1))),
-        None if q is None else scored(jnp.sum(jnp.exp(q) * (q - p), axis=-1)),
-        None if q is None else scored(jnp.sum(jnp.exp(p) * (p - q), axis=-1)),
+        None if q is None else scored(kl(q, p)),
+        None if q is None else scored(kl(p, q)),
         scores,
         scored(jnp.tanh(params["embed"])[before, 1]),
+        None if q is None else scored(0.5 * (kl(p, m) + kl(q, m))),
     )
 
 

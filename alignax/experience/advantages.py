@@ -101,7 +101,7 @@ def _gdpo(weights: tuple[float, ...], eps: float, batch: Batch) -> Batch:
     real = batch["completion_mask"].any(axis=-1)
     valid = real[..., None] & jnp.isfinite(scores)
     each = [_standardised(jnp.where(valid[..., k], scores[..., k], 0.0), valid[..., k], eps) for k in range(K)]
-    total = sum(w * z for w, z in zip(weights or (1.0,) * K, each, strict=True))
+    total = jnp.stack([w * z for w, z in zip(weights or (1.0,) * K, each, strict=True)]).sum(axis=0)
     known = valid.any(axis=-1)
     return _of_responses(batch, _white(total, known, eps))
 

@@ -102,9 +102,24 @@ def kl_pi_ref(aggregate: Aggregate = response_mean) -> Loss:
     return aggregate("kl_pi_ref", lambda out, batch: _exact(out.policy_kl, "policy_kl", "kl/pi_ref"))
 
 
+def gkd(aggregate: Aggregate = response_mean) -> Loss:
+    """Generalised knowledge distillation (Agarwal et al. 2023, arXiv:2306.13649, eq. 1): a divergence of next-token distributions.
+
+    beta KL(t || m) + (1 - beta) KL(pi || m),   m = beta t + (1 - beta) pi,   t the teacher, the reference of the run
+
+    Exact over the whole vocabulary, at the prefixes that the batch holds: the data's, or of rollouts the policy's own. beta and a
+    temperature that both distributions have are `--config.reference.jsd_beta` and `.jsd_temperature`; beta 0 is the forward KL(t || pi),
+    1 the reverse KL(pi || t). By response, as in the paper; TRL averages over tokens. Needs `--config.reference.token_kl=true`, or
+    `alignax.forward(.., teacher=..)`.
+    """
+    return aggregate("gkd", lambda out, batch: _exact(out.jsd, "jsd", "jsd"))
+
+
 def _exact(values: jax.Array | None, name: str, metric: str) -> tuple[jax.Array, Metrics]:
     if values is None:
-        raise ValueError(f"a KL of whole distributions needs Outputs.{name}, which this model leaves out; set reference.token_kl=true")
+        raise ValueError(
+            f"a divergence of whole distributions needs Outputs.{name}, which this model leaves out; set reference.token_kl=true"
+        )
     return values, {metric: values}
 
 

@@ -118,7 +118,7 @@ def reference_log_ratios(out: Outputs, batch: Batch) -> jax.Array:
 
 def advantages_of(batch: Batch) -> jax.Array:
     """The field `advantages` [B, N, T], or an error that says where it comes from."""
-    return field(batch, "advantages", "group_relative()) or another of alignax.experience.advantages")
+    return field(batch, "advantages", "group_relative(), or another of alignax.experience.advantages")
 
 
 @jax.custom_jvp

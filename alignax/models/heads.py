@@ -5,6 +5,7 @@ shard. Logits exist for one chunk at a time and are made again in the backward p
 
     z = x W, p = softmax(z), q = log p, H the entropy:   d q_y / dz = onehot(y) - p,   dH / dz = -p (q + H)
     with a teacher of distribution t:                    d KL(t || p) / dz = p - t,   d KL(p || t) / dz = p (q - log t - KL(p || t))
+    the generalised Jensen-Shannon divergence of both, of softmax(z / T):   see `jsd` and `jsd_slope`
 
 With a soft cap and a temperature s, z = cap tanh(x W / cap) / s, and both are multiplied by dz / d(x W) = (1 - (s z / cap)^2) / s.
 Tokens that are never predicted have a logit so low that their probability is 0, and no gradient.
@@ -14,6 +15,7 @@ the data shards in every chunk rather than once. A KL that no loss reads is not 
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -49,6 +51,7 @@ def token_logps(
     mesh: Mesh | None = None,
     how: Shaping = PLAIN,
     teacher: Teacher = None,
+    mixture: tuple[float, float] = (0.5, 1.0),
 ) -> Outputs:
     """Log-prob of each target, entropy and log sum of squares of its distribution, where `mask` is True; 0 elsewhere.
 
@@ -60,8 +63,9 @@ def token_logps(
       chunk: positions scored at a time in each batch shard; memory is about `chunk * V` floats, a few times over.
       mesh: gives the number of batch shards; positions never leave theirs.
       how: what becomes of the logits, and of the teacher's too.
-      teacher: [R, T, E] in the compute dtype and [E, V]; then KL(teacher || softmax) and KL(softmax || teacher) are among the outputs,
-        with their gradients. None goes to the teacher.
+      teacher: [R, T, E] in the compute dtype and [E, V]; then KL(teacher || softmax), KL(softmax || teacher) and `jsd` are among the
+        outputs, with their gradients. None goes to the teacher.
+      mixture: beta and the temperature of `jsd`.
 
     Returns:
       Outputs with [R, T] float32 arrays; the sum of squares has no gradient.
@@ -81,9 +85,11 @@ def token_logps(
     x = meshes.constrain(pack(hidden), mesh, "batch", None, None)
     y = jnp.take_along_axis(targets.reshape(S, P), order, axis=1)
     taught = None if teacher is None else (meshes.constrain(pack(teacher[0]), mesh, "batch", None, None), teacher[1])
-    scores: Any = score(chunk, mesh, how, x, weight, y, count, taught)
+    scores: Any = score(chunk, mesh, how, mixture, x, weight, y, count, taught)
     restore = lambda a: jnp.where(mask, jnp.take_along_axis(a[:, :P], back, axis=1).reshape(R, T), 0.0)
-    return Outputs(*map(restore, scores))
+    found = list(map(restore, scores))
+    out = Outputs(*found[:5])
+    return out if teacher is None else out._replace(jsd=found[5])
 
 
 def last_scores(hidden: jax.Array, mask: jax.Array, weight: jax.Array, offset: jax.Array) -> jax.Array:
@@ -140,23 +146,69 @@ def predicted(how: Shaping, z: jax.Array) -> jax.Array:
     return functools.reduce(jnp.logical_and, [(at < first) | (at >= behind) for first, behind in how.unused])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def jsd(z: jax.Array, zt: jax.Array, beta: float, temperature: float) -> jax.Array:
+    """The generalised Jensen-Shannon divergence of s = softmax(z / T) and t = softmax(zt / T): [.., V] -> [..] nats.
+
+    beta KL(t || m) + (1 - beta) KL(s || m),   m = beta t + (1 - beta) s
+
+    Agarwal et al. 2023, arXiv:2306.13649, eq. 1, t the teacher. 0 and 1, where that is 0, stand for its limits over beta and over
+    1 - beta: KL(t || s), the forward KL, and KL(s || t), the reverse one.
+    """
+    s, t, m = _mixed(z, zt, beta, temperature)
+    kl = lambda p, q: jnp.sum(jnp.exp(p) * (p - q), axis=-1)
+    if beta in (0, 1):
+        return kl(s, t) if beta else kl(t, s)
+    return beta * kl(t, m) + (1 - beta) * kl(s, m)
+
+
+def jsd_slope(z: jax.Array, zt: jax.Array, beta: float, temperature: float) -> jax.Array:
+    """The gradient of `jsd` at z: (1 - beta) s (log s - log m - KL(s || m)) / T; at beta 0 (s - t) / T, at 1 with t for m. [.., V]."""
+    s, t, m = _mixed(z, zt, beta, temperature)
+    if beta == 0:
+        return (jnp.exp(s) - jnp.exp(t)) / temperature
+    p, d = jnp.exp(s), s - m
+    return (1.0 if beta == 1 else 1 - beta) / temperature * p * (d - jnp.sum(p * d, axis=-1, keepdims=True))
+
+
+def _mixed(z: jax.Array, zt: jax.Array, beta: float, temperature: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """log s, log t, log m."""
+    s, t = jax.nn.log_softmax(z / temperature), jax.nn.log_softmax(zt / temperature)
+    return s, t, t if beta in (0, 1) else jnp.logaddexp(s + math.log1p(-beta), t + math.log(beta))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def score(
-    chunk: int, mesh: Mesh | None, how: Shaping, x: jax.Array, weight: jax.Array, y: jax.Array, count: jax.Array, teacher: Teacher
+    chunk: int,
+    mesh: Mesh | None,
+    how: Shaping,
+    mixture: tuple[float, float],
+    x: jax.Array,
+    weight: jax.Array,
+    y: jax.Array,
+    count: jax.Array,
+    teacher: Teacher,
 ) -> tuple[jax.Array, ...]:
     """Log-prob of y [S, P], entropy and log sum of squares of softmax(x W), from x [S, P, D] and W [D, V]; 0 after `count` chunks.
 
-    With a teacher, KL(teacher || softmax(x W)) and KL(softmax(x W) || teacher) too.
+    With a teacher, KL(teacher || softmax(x W)), KL(softmax(x W) || teacher) and their `jsd` too.
     """
-    return _scores(chunk, mesh, how, x, weight, y, count, teacher)[0]
+    return _scores(chunk, mesh, how, mixture, x, weight, y, count, teacher)[0]
 
 
-def _forward(chunk: int, mesh: Mesh | None, how: Shaping, *primals: Any) -> Any:
-    return _scores(chunk, mesh, how, *jax.tree.map(lambda x: x.value, primals))
+def _forward(chunk: int, mesh: Mesh | None, how: Shaping, mixture: tuple[float, float], *primals: Any) -> Any:
+    return _scores(chunk, mesh, how, mixture, *jax.tree.map(lambda x: x.value, primals))
 
 
 def _scores(
-    chunk: int, mesh: Mesh | None, how: Shaping, x: jax.Array, weight: jax.Array, y: jax.Array, count: jax.Array, teacher: Teacher
+    chunk: int,
+    mesh: Mesh | None,
+    how: Shaping,
+    mixture: tuple[float, float],
+    x: jax.Array,
+    weight: jax.Array,
+    y: jax.Array,
+    count: jax.Array,
+    teacher: Teacher,
 ) -> Any:
     w = _whole(weight, x.dtype, mesh)
     taught = None if teacher is None else (teacher[0], _whole(teacher[1], teacher[0].dtype, mesh))
@@ -178,15 +230,15 @@ def _scores(
             # From the difference of logits, so that the KL of equal models is 0 and not a difference of large numbers.
             kl = jnp.einsum("scv,scv->sc", jnp.exp(zt - lse_t[..., None]), zt - z) + lse - lse_t
             reverse = jnp.einsum("scv,scv->sc", e, z - zt) / total - lse + lse_t
-            parts += (kl, reverse, lse_t)
+            parts += (kl, reverse, jsd(z, zt, *mixture), lse_t)
         return tuple(_place(a, b, i, chunk) for a, b in zip(out, parts, strict=True))
 
-    zeros = (jnp.zeros(y.shape, jnp.float32),) * (4 if teacher is None else 7)
+    zeros = (jnp.zeros(y.shape, jnp.float32),) * (4 if teacher is None else 8)
     logp, entropy, lse, squares, *rest = jax.lax.fori_loop(0, count, body, zeros)
-    return (logp, entropy, squares, *rest[:2]), (x, weight, y, count, entropy, lse, teacher, rest[1:])
+    return (logp, entropy, squares, *rest[:3]), (x, weight, y, count, entropy, lse, teacher, rest[1::2])
 
 
-def _backward(chunk: int, mesh: Mesh | None, how: Shaping, saved: Any, cotangents: tuple[Any, ...]) -> Any:
+def _backward(chunk: int, mesh: Mesh | None, how: Shaping, mixture: tuple[float, float], saved: Any, cotangents: tuple[Any, ...]) -> Any:
     x, weight, y, count, entropy, lse, teacher, of_teacher = saved
     w = _whole(weight, x.dtype, mesh)
     read = [not isinstance(cotangent, SymbolicZero) for cotangent in cotangents]
@@ -205,11 +257,14 @@ def _backward(chunk: int, mesh: Mesh | None, how: Shaping, saved: Any, cotangent
         dz = jnp.where(hit, dlogp, 0.0) - jnp.exp(q) * slope
         if taught is not None:
             reverse, lse_t = map(at, of_teacher)
-            log_t = shaped(_logits(_part(taught[0], i, chunk), taught[1]), how) - lse_t
+            zt = shaped(_logits(_part(taught[0], i, chunk), taught[1]), how)
+            log_t = zt - lse_t
             if read[3]:
                 dz = dz + at(cotangents[3]) * (jnp.exp(q) - jnp.exp(log_t))
             if read[4]:
                 dz = dz + at(cotangents[4]) * jnp.exp(q) * (q - log_t - reverse)
+            if read[5]:
+                dz = dz + at(cotangents[5]) * jsd_slope(z, zt, *mixture)
         if how.cap is not None:
             dz = dz * (1 - jnp.square(z * (how.temperature / how.cap)))
         if how.temperature != 1:

@@ -376,6 +376,7 @@ def forward(
     chunk: int = 256,
     mesh: Mesh | None = None,
     teacher: tuple[ModelConfig, Params] | None = None,
+    mixture: tuple[float, float] = (0.5, 1.0),
 ) -> Callable[[Params, Batch], Outputs]:
     """The pure `(params, batch) -> Outputs` of a decoder: per-token statistics at completion positions, or a reward model's scores.
 
@@ -386,8 +387,9 @@ def forward(
       chunk: positions scored at a time, see `alignax.models.heads.token_logps`.
       mesh: where activations are laid out; None for one device.
       teacher: a frozen model of the same vocabulary; then the outputs have `ref_kl` and `policy_kl`, the KL from either to the other in
-        every scored position. It takes a forward pass of the teacher, which reads `ref_tokens` where the batch has them. Under jit its
-        parameters must be arguments of the program, not constants.
+        every scored position, and `jsd`. It takes a forward pass of the teacher, which reads `ref_tokens` where the batch has them. Under
+        jit its parameters must be arguments of the program, not constants.
+      mixture: beta and the temperature of `jsd`, see `alignax.models.heads.jsd`.
     """
     if remat not in REMAT:
         raise ValueError(f"remat {remat!r} is unknown; use {', '.join(REMAT)}")
@@ -408,8 +410,8 @@ def forward(
             states, _ = Decoder(teacher[0], dtype, remat, mesh).apply({"params": teacher[1]}, read, real)
             taught = states[:, :-1], head_weight(*teacher)
         # Position t - 1 predicts token t; the last position predicts nothing.
-        weight, how = head_weight(config, params), shaping(config)
-        out = token_logps(hidden[:, :-1], weight, tokens[:, 1:], scored[:, 1:], chunk=chunk, mesh=mesh, how=how, teacher=taught)
+        weight, options = head_weight(config, params), {"how": shaping(config), "teacher": taught, "mixture": mixture}
+        out = token_logps(hidden[:, :-1], weight, tokens[:, 1:], scored[:, 1:], chunk=chunk, mesh=mesh, **options)
         back = lambda x: jnp.pad(x, ((0, 0), (1, 0))).reshape(batch["tokens"].shape)  # [B, N, T]
         out = jax.tree.map(back, out)
         return out._replace(values=token_values(hidden, batch["completion_mask"], params["value"])) if config.critic_heads else out
