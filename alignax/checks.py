@@ -52,6 +52,11 @@ def check_fields(config: Any) -> None:
             f"eval.samples_per_prompt is {config.eval.samples_per_prompt}, and at eval.temperature 0 all samples of a prompt are one; "
             "raise the temperature, or set it to 1"
         )
+    beta, temperature = config.reference.jsd_beta, config.reference.jsd_temperature
+    if not 0 <= beta <= 1:
+        raise ValueError(f"reference.jsd_beta is {beta}; it is the teacher's share of the mixture, in [0, 1] (0.5 is usual)")
+    if not temperature > 0:
+        raise ValueError(f"reference.jsd_temperature is {temperature}; it must be above 0 (1 is usual)")
     if config.model.critic.lower() in ("true", "false"):
         raise ValueError(
             f"model.critic {config.model.critic!r} is no critic; use {HEAD!r} (on the policy's trunk), a folder, or leave it empty"
@@ -180,12 +185,8 @@ def check_columns(name: str, function: Any, file: Path, examples: dict[str, Exam
             )
 
 
-def check_token_kl(source: hf.Source, reference: hf.Source | None, config: Any) -> None:
-    """Refuses a teacher that is not there, or whose head is another one, and a mixture that is none."""
-    if not 0 <= config.jsd_beta <= 1:
-        raise ValueError(f"reference.jsd_beta is {config.jsd_beta}; it is the teacher's share of the mixture, in [0, 1] (0.5 is usual)")
-    if not config.jsd_temperature > 0:
-        raise ValueError(f"reference.jsd_temperature is {config.jsd_temperature}; it must be above 0 (1 is usual)")
+def check_token_kl(source: hf.Source, reference: hf.Source | None) -> None:
+    """Refuses a teacher that is not there, or whose head is another one."""
     if reference is None:
         raise ValueError("reference.token_kl is true and no reference is held; let experience(..) ask for reference")
     caps = [s.config.final_logit_softcapping for s in (source, reference)]

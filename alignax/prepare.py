@@ -141,7 +141,7 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
                 "they must share a tokenizer"
             )
     if config.reference.token_kl:
-        check_token_kl(source, reference, config.reference)
+        check_token_kl(source, reference)
     lora = make_lora(config, source)
     critic = open_critic(config)
     if critic is not None:
