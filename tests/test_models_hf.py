@@ -202,6 +202,14 @@ def test_a_damaged_generation_config(copy):
         hf.stop_ids(hf.open_folder(folder))
 
 
+def test_what_a_generation_config_asks_for_and_nothing_does(copy):
+    neutral = {"eos_token_id": 2, "do_sample": True, "temperature": 1.0, "top_p": None, "bad_words_ids": [], "transformers_version": "5.0"}
+    (copy / "generation_config.json").write_text(json.dumps(neutral))
+    assert hf.unread(hf.open_folder(copy)) == ""
+    (copy / "generation_config.json").write_text(json.dumps(neutral | {"temperature": 0.6, "top_k": 20, "suppress_tokens": [7]}))
+    assert hf.unread(hf.open_folder(copy)) == "suppress_tokens [7], temperature 0.6, top_k 20"
+
+
 def test_round_trip_is_bit_for_bit(written, tmp_path):
     hf.export(load(written), hf.open_folder(written), tmp_path / "out")
     before, after = weights(written), weights(tmp_path / "out")
@@ -454,7 +462,8 @@ def test_links_out_of_a_folder_are_not_exported(written, tmp_path):
 def test_nothing_of_a_folder_is_run(copy, tmp_path, monkeypatch):
     marker = tmp_path / "marker"
     monkeypatch.setattr("builtins.input", lambda *_: "y")  # transformers asks whether to run it, where nobody said no
-    code = f"import pathlib\npathlib.Path({str(marker)!r}).touch()\nfrom transformers import PreTrainedTokenizerFast as Own, LlamaConfig as Config\n"
+    code = f"import pathlib\npathlib.Path({str(marker)!r}).touch()\n"
+    code += "from transformers import PreTrainedTokenizerFast as Own, LlamaConfig as Config\n"
     for name in ("own", "configuration_own", "tokenization_own", "modeling_own"):
         (copy / f"{name}.py").write_text(code)
     classes = {"AutoTokenizer": ["own.Own", "own.Own"], "AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Own"}
