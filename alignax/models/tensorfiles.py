@@ -75,7 +75,7 @@ def save_tensors(content: dict[str, np.ndarray], file: Path) -> None:
 
 def digest(x: np.ndarray) -> int:
     """A tensor's bytes as a checksum, which any one flipped bit changes."""
-    return zlib.crc32(np.ascontiguousarray(x).reshape(-1).view(np.uint8))
+    return zlib.crc32(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data)
 
 
 def check_digests(opened: Any, file: Path) -> None:
