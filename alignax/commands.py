@@ -396,6 +396,8 @@ def generate(model: Path, request: Request, overrides: Sequence[str], force: boo
                 raise ValueError(f"{str(model)!r} is a reward model, which gives scores and no text; give a language model")
             tokenizer = load_tokenizer(source.path, source.config.vocab_size)
             source = hf.with_vocabulary(source, tokenizer)
+            if (beyond := hf.unread(source)) and is_main():
+                print(f"alignax: {hf.GENERATION} asks for {beyond}; not read here, see --help for what is", file=sys.stderr)
             stops = Stops(tokenizer, tuple(request.stop)) if request.stop else None
             prompts = console.read(request, tokenizer)
             longest = max((len(p.ids) for p in prompts or ()), default=1)

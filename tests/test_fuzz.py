@@ -593,6 +593,19 @@ def test_an_index_of_weight_files(model, shapes, folder, data):
         index.write_bytes(good)
 
 
+@fuzz(60)
+@given(st.data())
+def test_generation_configs(model, folder, data):
+    path = folder / "generation"
+    path.mkdir(exist_ok=True)
+    good = {"eos_token_id": [2, 3], "bos_token_id": 1, "temperature": 0.6, "top_k": 20, "suppress_tokens": [1, 2], "do_sample": True}
+    (path / hf.GENERATION).write_bytes(data.draw(st.one_of(damaged(dumps(good)), spoiled(good).map(dumps))))
+    source = model._replace(path=path)
+    for reader in (hf.stop_ids, hf.unread):
+        found = read(lambda reader=reader: reader(source), path / hf.GENERATION)
+        assert found is REFUSED or "\n" not in str(found)
+
+
 @fuzz(30)
 @given(st.data())
 def test_tokenizers(model, folder, data):
@@ -617,6 +630,11 @@ def adapter(model, folder) -> Path:
     spec = Lora(2, 4.0, ("q", "up"), dora=True)
     adapters = hf.init_adapters(model, spec, ONE, hf.load_params(model, ONE), jax.random.key(0))
     peft.write_adapter(adapters, spec, model, str(model.path), folder / "adapter")
+    file = folder / "adapter" / peft.CONFIG  # with everything that is read, each as PEFT's default or of no effect
+    config = json.loads(file.read_text()) | {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {r"layers\.0\..*up_proj": 8.0}}
+    config |= {"exclude_modules": ["lm_head"], "layers_to_transform": [0, 1], "layers_pattern": "layers", "init_lora_weights": True}
+    file.write_text(json.dumps(config | {"modules_to_save": [], "lora_bias": False, "loftq_config": {}}))
+    peft.read_adapter(folder / "adapter", model, ONE)
     return folder / "adapter"
 
 

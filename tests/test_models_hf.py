@@ -4,6 +4,7 @@ import ast
 import contextlib
 import json
 import math
+import runpy
 import shutil
 from pathlib import Path
 
@@ -235,6 +236,14 @@ def test_a_damaged_generation_config(copy):
     (folder / "generation_config.json").write_text("[1]")
     with pytest.raises(ValueError, match=r"generation_config.json is not a JSON object"):
         hf.stop_ids(hf.open_folder(folder))
+
+
+def test_what_a_generation_config_asks_for_and_nothing_does(copy):
+    neutral = {"eos_token_id": 2, "do_sample": True, "temperature": 1.0, "top_p": None, "bad_words_ids": [], "transformers_version": "5.0"}
+    (copy / "generation_config.json").write_text(json.dumps(neutral))
+    assert hf.unread(hf.open_folder(copy)) == ""
+    (copy / "generation_config.json").write_text(json.dumps(neutral | {"temperature": 0.6, "top_k": 20, "suppress_tokens": [7]}))
+    assert hf.unread(hf.open_folder(copy)) == "suppress_tokens [7], temperature 0.6, top_k 20"
 
 
 def test_round_trip_is_bit_for_bit(written, tmp_path):
@@ -475,7 +484,8 @@ def test_links_out_of_a_folder_are_not_exported(written, tmp_path):
 def test_nothing_of_a_folder_is_run(copy, tmp_path, monkeypatch):
     marker = tmp_path / "marker"
     monkeypatch.setattr("builtins.input", lambda *_: "y")  # transformers asks whether to run it, where nobody said no
-    code = f"import pathlib\npathlib.Path({str(marker)!r}).touch()\nfrom transformers import PreTrainedTokenizerFast as Own, LlamaConfig as Config\n"
+    code = f"import pathlib\npathlib.Path({str(marker)!r}).touch()\n"
+    code += "import transformers\nclass Own(transformers.PreTrainedTokenizerFast): pass\nclass Config(transformers.LlamaConfig): pass\n"
     for name in ("own", "configuration_own", "tokenization_own", "modeling_own"):
         (copy / f"{name}.py").write_text(code)
     classes = {"AutoTokenizer": ["own.Own", "own.Own"], "AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Own"}
@@ -487,9 +497,8 @@ def test_nothing_of_a_folder_is_run(copy, tmp_path, monkeypatch):
             load_tokenizer(copy, 96)
         load(copy)
     assert not marker.exists()
-    with contextlib.suppress(Exception):
-        transformers.AutoTokenizer.from_pretrained(copy, trust_remote_code=True)
-    assert marker.exists(), "the folder runs where it is let"
+    runpy.run_path(str(copy / "own.py"))
+    assert marker.exists(), "it would have been written"
 
 
 def test_every_loader_of_ours_says_that_it_trusts_no_code():

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from alignax.data import load_examples
 from alignax.ensemble import stacked
 from alignax.mesh import AXES, make_mesh
 from alignax.models import hf
-from alignax.prepare import load_tokenizer
+from alignax.prepare import load_tokenizer, open_judges
 
 ONE = make_mesh({}, jax.devices()[:1])
 COLLECTIVES = r"all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
@@ -123,6 +124,19 @@ def test_another_tokenizer_is_refused(folders, tmp_path):
     file.write_text(file.read_text().replace('"a"', '"ä"'))
     with pytest.raises(ValueError, match="has another tokenizer than"):
         rewards.load_ensemble([folders[0], folder], ONE)
+
+
+def test_a_classifier_of_two_labels_is_no_ensemble_of_two_members(folders, tmp_path):
+    folder = shutil.copytree(folders[0], tmp_path / "two")
+    content = json.loads((folder / "config.json").read_text())
+    names = {"0": "bad", "1": "good"}
+    (folder / "config.json").write_text(json.dumps(content | {"id2label": names, "label2id": {"bad": 0, "good": 1}}))
+    c = default_config()
+    c.reward.path = str(folder)
+    with pytest.raises(ValueError, match=r"gives 2 scores of a response \(\['bad', 'good'\]\), and one is asked for; give a reward model"):
+        open_judges(c, load_tokenizer(folder, 96))
+    c.reward.path = str(folders[0])
+    assert [s.path for s in open_judges(c, load_tokenizer(folder, 96))] == [folders[0]]
 
 
 def test_scores_that_are_not_finite_are_named(folders, pairs):

@@ -414,6 +414,25 @@ def generation_config(source: Source) -> dict[str, Any]:
     return read_object(file, "fetch the model folder again")
 
 
+def unread(source: Source) -> str:
+    """What a folder's generation config asks for beyond the tokens that end a text, which nothing here does; empty: nothing."""
+    asked = generation_config(source)
+    plain = {
+        "do_sample": True,
+        "use_cache": True,
+        "temperature": 1,
+        "top_p": 1,
+        "repetition_penalty": 1,
+        "length_penalty": 1,
+        "num_beams": 1,
+    }
+    plain |= {"num_return_sequences": 1, "transformers_version": asked.get("transformers_version")}
+    beyond = {name: x for name, x in asked.items() if x and not name.endswith("token_id") and plain.get(name) != x}
+    if source.config.predicted_tokens:  # which keeps them out of every distribution
+        beyond.pop("suppress_tokens", None)
+    return ", ".join(f"{short(name)[1:-1]} {short(x)}" for name, x in sorted(beyond.items()))
+
+
 def stop_ids(source: Source) -> list[int]:
     """The tokens that a folder's generation stops at, as transformers decides.
 
@@ -453,7 +472,7 @@ def small_files(source: Source) -> list[Path]:
       ValueError: for a link to a file elsewhere, which an export would hold: only those of the hub's cache are followed.
     """
     found = []
-    for file in sorted(source.path.iterdir()):
+    for file in sorted([*source.path.iterdir(), *source.path.glob("additional_chat_templates/*.jinja")]):
         small = file.suffix in (".json", ".jinja", ".model", ".txt", ".tiktoken")
         if file.is_file() and small and file.name not in ("config.json", output.MARK) and not file.name.endswith(".index.json"):
             _check_link(file, source.path)
@@ -471,4 +490,6 @@ def _check_link(file: Path, folder: Path) -> None:
 def _copy_small_files(source: Source, out: Path) -> None:
     """The small files as they were."""
     for file in small_files(source):
-        shutil.copyfile(file, out / file.name)
+        copy = out / file.relative_to(source.path)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copy)
