@@ -22,7 +22,7 @@ USAGE = """usage: alignax train  --config FILE.py [--config.FIELD=VALUE ...] [--
        alignax check-data --config FILE.py [--config.FIELD=VALUE ...] [--json OUT]
        alignax overopt --config FILE.py [--config.FIELD=VALUE ...]
        alignax report WORKDIR ...
-       --force with eval-rm, anchor, ridge, generate, export, check-data: replace what another run or program has written there
+       --force with eval-rm, anchor, ridge, generate, export, check-data, report: replace what another run or program has written there
 
 train       runs an experiment, or goes on where it was stopped; --dry-run shows what it would do and writes nothing
 eval        evaluates the newest checkpoint of a run on its evaluation data
@@ -48,7 +48,7 @@ WANTED = {
 }  # fmt: skip
 
 
-WRITING = ("eval-rm", "anchor", "ridge", "generate", "export", "check-data")  # where they are told to
+WRITING = ("eval-rm", "anchor", "ridge", "generate", "export", "check-data", "report")  # where they are told to
 
 
 class Arguments(NamedTuple):
@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif given.command == "overopt":
             commands.overopt(given.file, given.overrides)
         elif given.command == "report":
-            commands.report([Path(word) for word in given.words])
+            commands.report([Path(word) for word in given.words], given.force)
         else:
             commands.check_data(given.file, given.overrides, given.json, given.force)
     except (commands.BadInput, OSError) as e:  # OSError: a full disk, say, in the middle of a run
