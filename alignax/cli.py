@@ -22,7 +22,7 @@ USAGE = """usage: alignax train  --config FILE.py [--config.FIELD=VALUE ...] [--
        alignax check-data --config FILE.py [--config.FIELD=VALUE ...] [--json OUT]
        alignax overopt --config FILE.py [--config.FIELD=VALUE ...]
        alignax report WORKDIR ...
-       --force with eval, eval-rm, anchor, ridge, generate, export, check-data: replace what another run or program has written there
+       --force with eval, eval-rm, anchor, ridge, generate, export, check-data, report: replace what another has written there
 
 train       runs an experiment, or goes on where it was stopped; --dry-run shows what it would do and writes nothing
 eval        evaluates the newest checkpoint of a run on its evaluation data; --json writes the metrics, with what they are of, to a file
@@ -49,7 +49,7 @@ WANTED = {
 }  # fmt: skip
 
 
-WRITING = ("eval", "eval-rm", "anchor", "ridge", "generate", "export", "check-data")  # where they are told to
+WRITING = ("eval", "eval-rm", "anchor", "ridge", "generate", "export", "check-data", "report")  # where they are told to
 
 
 class Arguments(NamedTuple):
@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif given.command == "overopt":
             commands.overopt(given.file, given.overrides)
         elif given.command == "report":
-            commands.report([Path(word) for word in given.words])
+            commands.report([Path(word) for word in given.words], given.force)
         else:
             commands.check_data(given.file, given.overrides, given.json, given.force)
     except (commands.BadInput, OSError) as e:  # OSError: a full disk, say, in the middle of a run

@@ -111,11 +111,13 @@ def overopt(file: str, overrides: Sequence[str]) -> None:
             experiment.main(experiment)
 
 
-def report(workdirs: Sequence[Path]) -> None:
+def report(workdirs: Sequence[Path], force: bool = False) -> None:
     """`alignax report`: the page of each workdir anew, and of several one more, on which they lie side by side."""
     from alignax.overopt import report
 
     with refusing():
+        for page in [*(workdir / "report.html" for workdir in workdirs), workdirs[0] / "comparison.html"]:
+            output.claim(page, 'name="generator" content="alignax"', force)
         for workdir in workdirs:
             print(report.write(workdir))
         if len(workdirs) > 1:

@@ -29,7 +29,7 @@ def claim(place: Path, origin: str = "", force: bool = False, remedy: str = "giv
 
     Args:
       place: a file, or a folder, that is about to be written.
-      origin: who writes a folder; an untouched one by the same may be replaced. Empty for a file, which says nothing of its writer.
+      origin: who writes a folder, an untouched one by the same may be replaced; of a file what stands in its first lines. Empty: of none.
       force: replace what stands there.
       remedy: the end of the error.
 
@@ -45,7 +45,9 @@ def claim(place: Path, origin: str = "", force: bool = False, remedy: str = "giv
                 return
             raise ValueError(f"{str(place)!r} was changed since it was written ({changed}); {remedy}")
         raise ValueError(f"{str(place)!r} exists, and {'another run' if there else 'something else'} wrote it; {remedy}")
-    raise ValueError(f"{str(place)!r} exists; {remedy}")
+    with open(place, "rb") as f:
+        if not origin or origin.encode() not in f.read(1000):
+            raise ValueError(f"{str(place)!r} exists; {remedy}")
 
 
 def check(folder: Path, suffix: str = ".safetensors") -> None:

@@ -479,6 +479,9 @@ def test_nonfinite_steps_are_named_and_stop_the_run(fields, tmp_path, capsys, mo
     err = capsys.readouterr().err
     assert "step 1: loss, loss/dpo is not finite; step skipped (1 so far, 1 in a row)" in err
     assert "stopped: 3 steps in a row were not finite" in err
+    assert run(fields | {"workdir": tmp_path / "all", "steps": 2, "eval.samples": 0, "eval.sample_prompts": 0, "export.final": True}) == 1
+    assert "stopped: none of the 2 steps was finite, nothing was learnt, and nothing is exported" in capsys.readouterr().err
+    assert not (tmp_path / "all" / "export").exists()
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [(row["step"], row["loss"], row["skipped"]) for row in rows if "loss" in row] == [(1, None, 1), (2, None, 1), (3, None, 1)]
 

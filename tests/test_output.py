@@ -59,6 +59,8 @@ def test_a_file_is_replaced_with_force_alone_and_what_is_empty_is_free(tmp_path)
     with pytest.raises(ValueError, match="a' exists; give --force"):
         output.claim(file)
     output.claim(file, force=True)
+    file.write_text("<head> by me")
+    output.claim(file, "by me")
 
 
 def test_an_error_leaves_what_stood_there_and_nothing_else(tmp_path):
