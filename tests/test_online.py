@@ -182,7 +182,7 @@ def test_rollouts_at_a_temperature_with_stop_strings_are_scored_as_they_are_samp
     rollouts = Rollouts(run)
     sampled = rollouts.sample(types.SimpleNamespace(key=jax.random.key(0), params=hf.load_params(run.source, run.mesh), averages={}), {}, 0)
     out = sampled.completions
-    assert not (out.tokens[out.mask] == 95).any() and (out.ended == STOP_STRING).mean() > 0.2
+    assert not (out.tokens[out.mask] == 95).any() and (out.ended == STOP_STRING).mean() > 0.1
     texts = np.array(decoded(run.tokenizer, out, rollouts.generate.stops))
     assert not any("e" in text for text in texts.ravel())
     batch = rollouts.judge(sampled).batch
