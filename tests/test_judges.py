@@ -114,10 +114,10 @@ def test_a_reward_model_of_the_policys_format_reads_the_policys_tokens(models, t
     own = {"data.kind": "prompt", "rollout.samples": 2, "rollout.max_new_tokens": 4}
     args = arguments(tmp_path, ONLINE, fields(models, tmp_path, models[2], tmp_path / "prompts.jsonl", **own))
     assert checked(args).judge is None
-    config = json.loads((models[2] / "tokenizer.json").read_text())
-    (models[2] / "tokenizer.json").write_text(json.dumps(config | {"post_processor": None}))  # the same tokens, and no <s> in front
+    file, before = models[2] / "tokenizer.json", (models[2] / "tokenizer.json").read_text()
+    file.write_text(json.dumps(json.loads(before) | {"post_processor": None}))  # the same tokens, and no <s> in front
     assert checked(args).judge.length % 8 == 0
-    (models[2] / "tokenizer.json").write_text(json.dumps(config))
+    file.write_text(before)
 
 
 def test_members_of_several_templates_are_no_ensemble(models, tmp_path):
