@@ -46,10 +46,11 @@ def _cells(name: str, rows: list[dict[str, Any]]) -> list[str]:
     first, last = rows[0], rows[-1]
     change = lambda metric: f"{first[metric]:.2f} -> {last[metric]:.2f}" if metric in first and metric in last else ""
     at_end = lambda metric, form: format(last[metric], form) if metric in last else ""
+    error = f" +- {last['gold_se']:.2f} ({last['prompts']:.0f} prompts)" if "gold_se" in last else ""
     best = max((row for row in rows if "gold" in row), key=lambda row: row["gold"], default=None)
     return [
         name, change("logps/chosen"), at_end("logps/chosen_drift", "+.2f"), change("logps/rejected"),
-        at_end("logps/rejected_drift", "+.2f"), at_end("rewards/accuracies", ".3f"), change("gold"),
+        at_end("logps/rejected_drift", "+.2f"), at_end("rewards/accuracies", ".3f"), f"{change('gold')}{error}",
         f"{best['gold']:.2f} ({best['step']})" if best else "", at_end("kl", ".2f"),
     ]  # fmt: skip
 

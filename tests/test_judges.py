@@ -48,7 +48,7 @@ def models(tmp_path_factory):
 
 def fields(models, tmp_path, judge, data, **more):
     own = {
-        "model.path": models[0], "reward.path": judge, "data.train": data, "workdir": tmp_path / "run", "batch_size": 4, "steps": 2,
+        "model.path": models[0], "reward.path": judge, "data.train": data, "workdir": tmp_path / "run", "batch_size": 8, "steps": 2,
         "eval.samples": 0, "log.tensorboard": False, "export.final": False,
     }  # fmt: skip
     return {name: str(value) for name, value in (own | more).items()}
@@ -77,7 +77,7 @@ def test_samples_are_scored_as_the_reward_models_template_has_them(models, tmp_p
     rollouts, params = Rollouts(run), hf.load_params(run.source, run.mesh)
     sampled = rollouts.sample(types.SimpleNamespace(key=jax.random.key(0), params=params, averages={}), {}, 0)
     batch = rollouts.judge(sampled).batch
-    assert {n: (x.shape, x.dtype) for n, x in batch.items()} == {n: (x.shape, x.dtype) for n, x in abstract_rollout(run, 4, 3).items()}
+    assert {n: (x.shape, x.dtype) for n, x in batch.items()} == {n: (x.shape, x.dtype) for n, x in abstract_rollout(run, 8, 3).items()}
     judge, texts = transformers.AutoTokenizer.from_pretrained(models[1]), decoded(run.tokenizer, sampled.completions)
     rows = [
         judge.apply_chat_template([*prompts[i], {"role": "assistant", "content": text}])["input_ids"]
@@ -111,13 +111,13 @@ def test_a_reward_model_of_the_policys_format_reads_the_policys_tokens(models, t
     run = checked(arguments(tmp_path, OFFLINE, fields(models, tmp_path, models[2], data, **{"data.max_length": 48})))
     assert run.judge is None and "judge_tokens" not in run.train.batch(0)
     (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "is it?"}) + "\n")
-    own = {"data.kind": "prompt", "rollout.samples": 2, "rollout.max_new_tokens": 4, "batch_size": 1}
+    own = {"data.kind": "prompt", "rollout.samples": 2, "rollout.max_new_tokens": 4}
     args = arguments(tmp_path, ONLINE, fields(models, tmp_path, models[2], tmp_path / "prompts.jsonl", **own))
     assert checked(args).judge is None
-    config = json.loads((models[2] / "tokenizer.json").read_text())
-    (models[2] / "tokenizer.json").write_text(json.dumps(config | {"post_processor": None}))  # the same tokens, and no <s> in front
+    file, before = models[2] / "tokenizer.json", (models[2] / "tokenizer.json").read_text()
+    file.write_text(json.dumps(json.loads(before) | {"post_processor": None}))  # the same tokens, and no <s> in front
     assert checked(args).judge.length % 8 == 0
-    (models[2] / "tokenizer.json").write_text(json.dumps(config))
+    file.write_text(before)
 
 
 def test_members_of_several_templates_are_no_ensemble(models, tmp_path):

