@@ -122,7 +122,8 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
     judges = open_judges(config, tokenizer) if "ensemble" in asked(experiment.experience) else []
     if not config.data.train:
         raise ValueError("config field 'data.train' is empty; set --config.data.train=FILE")
-    loaded = {s: load(s, config.data, tokenizer, source.config.vocab_size) for s in ("train", "eval", "pretrain") if config.data[s]}
+    splits = [split for split in ("train", "eval", "pretrain") if config.data[split]]
+    loaded = {split: load(split, config.data, tokenizer, source.config.vocab_size, experiment.row) for split in splits}
     every = {split: data.examples for split, data in loaded.items()}
     examples = {split: own for split, own in every.items() if split != "pretrain"}
     reports = {
@@ -141,7 +142,12 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
     if config.rollout.samples:
         longest = max(int(e.prompt_lengths.max()) for e in examples.values())
         length = -(-(longest + max(config.rollout.max_new_tokens, config.eval.max_new_tokens)) // tile) * tile
-    drawn = {"bootstrap": config.ensemble.bootstrap, "noise": config.data.label_noise, "noise_seed": config.seed}
+    drawn = {
+        "shuffle": config.data.order != "file",
+        "bootstrap": config.ensemble.bootstrap,
+        "noise": config.data.label_noise,
+        "noise_seed": config.seed,
+    }
     train = Batches(examples["train"], config.batch_size, config.seed, length, loaded["train"].mixture, **drawn)
     pretrain = None
     if config.data.pretrain:

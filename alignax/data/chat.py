@@ -26,6 +26,7 @@ class Encoded(NamedTuple):
     text: str  # of the prompt
     merged: bool = False  # a token spans the boundary
     turns_without_eos: int = 0
+    counts: Mapping[str, int] = {}  # of texts: further counts of the report
 
 
 def split(prompt: list | None, sides: Mapping[str, Any], tools: Any, turns: str) -> Prompted | Bad:

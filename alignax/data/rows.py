@@ -18,6 +18,7 @@ class Prompted(NamedTuple):
     fields: Mapping[str, Any] = {}  # further fields of the batch: labels, margin
     tools: list[Any] | None = None  # what the chat template is told of tools
     columns: Mapping[str, Any] = {}  # of a prompt alone: what else its row holds, for reward functions
+    order: float = 0.0  # where it stands in a curriculum: rows of smaller numbers come first
 
 
 class Bad(NamedTuple):
