@@ -197,5 +197,7 @@ def test_formats_of_well_known_sets(name, row, expected):
 def test_every_format_has_a_row_here_and_an_unknown_one_names_the_nearest(tmp_path):
     assert {name for name, *_ in CARDS} == set(FORMATS)
     (tmp_path / "a.jsonl").write_text("{}")
+    with pytest.raises(ValueError, match=r"no column 'chosen', .*; its rows look like those of data\.format=helpsteer3$"):
+        only({"context": [USER], "response1": "hello", "response2": "go", "overall_preference": 0})
     with pytest.raises(ValueError, match="data.format is 'helpsteer-3'; the nearest is 'helpsteer3', and there are hh_rlhf, "):
         load_examples(tmp_path / "a.jsonl", config(format="helpsteer-3"), tiny.byte_tokenizer(), 280)

@@ -125,3 +125,15 @@ def named(name: str) -> Callable[[Mapping], Row | None]:
         near = max(FORMATS, key=lambda known: difflib.SequenceMatcher(None, name.lower(), known).ratio())
         raise ValueError(f"data.format is {name!r}; the nearest is {near!r}, and there are {', '.join(FORMATS)}")
     return FORMATS[name]
+
+
+def likely(row: Mapping) -> str:
+    """The formats that take a row with columns of other names, in words; empty: none does."""
+    found = []
+    for name, function in FORMATS.items():
+        try:
+            function(row)
+            found.append(name)
+        except Exception:  # a row of another structure may raise anything
+            continue
+    return f"; its rows look like those of data.format={' or '.join(found)}" if found else ""

@@ -14,7 +14,7 @@ from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
-from alignax.data import chat, shapes
+from alignax.data import chat, formats, shapes
 from alignax.data.files import short
 from alignax.data.rows import Bad, Prompted, Rejected
 from alignax.data.shapes import Shaped
@@ -128,7 +128,9 @@ def _reader(rows: Sequence[Mapping], data: Any, there: Mapping[str, None], path:
     named += [("order", order_column(data))] if order_column(data) else []
     for name, column in named:
         if rows and column not in there:
-            raise ValueError(f"{path} has no column {column!r}, named by data.{name}; it has: {_nearest(column, there)}")
+            raise ValueError(
+                f"{path} has no column {column!r}, named by data.{name}; it has: {_nearest(column, there)}{formats.likely(rows[0])}"
+            )
     names = [name for name in wanted[data.kind] if name != "label"]
     columns = [c[name] for name in names]
     if data.kind == "prompt":
