@@ -2,14 +2,18 @@
 
 import json
 
+import jax
 import pytest
+import runs
 import tiny
 
 from alignax.config import default_config, load_experiment
-from alignax.data import Prompted, check, load_examples, prompted_rows
+from alignax.data import Prompted, check, load_examples, prompted_rows, read_rows
 from alignax.data.formats import FORMATS
 from alignax.data.kinds import unread
 from alignax.data.shapes import messages, shaped
+from alignax.mesh import make_mesh
+from alignax.prepare import prepare
 
 USER, YES, NO = ({"role": role, "content": text} for role, text in (("user", "hi"), ("assistant", "hello"), ("assistant", "go")))
 SYSTEM = {"role": "system", "content": "French."}
@@ -57,6 +61,8 @@ def test_shapes_of_one_pair(row):
 def test_a_conversation_that_begins_otherwise_than_its_prompt_is_refused_with_the_remedy():
     with pytest.raises(ValueError, match=r"'chosen' is a conversation and 'prompt' is text.*--config.data.columns.prompt= \(empty\)"):
         only({"prompt": "other", "chosen": [USER, YES], "rejected": [USER, NO]})
+    with pytest.raises(ValueError, match=r"no prompt column 'prompt' .* Name the column with data\.columns\.prompt=turns, which holds"):
+        only({"turns": [{"from": "human", "value": "hi"}], "chosen": YES, "rejected": NO})
     with pytest.raises(ValueError, match="'rejected' is 7, neither text nor messages, and 'prompt' is a conversation"):
         only({"prompt": [USER], "chosen": "hello", "rejected": 7})
     with pytest.raises(ValueError, match="a message of 'prompt' is from 'narrator', not from one of human, "):
@@ -127,6 +133,18 @@ def test_a_run_reads_its_rows_through_the_hook_of_its_experiment(tmp_path):
     assert source["kept"] == 2 and source["dropped"] == {"left out by row()": 1} and not check.stops(result)
 
 
+def test_a_run_goes_through_a_column_that_its_rows_are_given(tmp_path):
+    file = tmp_path / "experiment.py"
+    dpo = (runs.REPO / "experiments" / "dpo_hh.py").read_text()
+    file.write_text(dpo + "\n\ndef row(row):\n    return row | {'length': len(row['chosen'])}\n")
+    fields = runs.world(tmp_path) | {"data.order": "-length", "workdir": str(tmp_path / "run")}
+    run = prepare(load_experiment(file, [f"{name}={value}" for name, value in fields.items()]), make_mesh({}, jax.devices()[:1]))
+    lengths = [len(row["chosen"]) for row in read_rows(tmp_path / "pairs.jsonl")]
+    drawn = [lengths[row] for step in range(len(lengths) // 8) for row in run.train.rows(step)]
+    assert drawn == sorted(lengths, reverse=True)[: len(drawn)] and len(set(drawn)) > 1
+    assert not run.reports["train"].dropped and run.train.examples.order is not None
+
+
 A, TEXTS = "\n\nAssistant:", {"prompt": "hi", "chosen": "hello", "rejected": "go"}
 PAIR, MARGIN = {"chosen": [USER, YES], "rejected": [USER, NO]}, {"margin": 2.0}
 POST = {"id": "x", "post": "Long.", "title": "T", "subreddit": "tifu", "site": None, "article": None}
@@ -182,6 +200,11 @@ CARDS = [
         {**TEXTS, "prompt": "Article:\n\nLong.\n\nTL;DR:"},
     ),
     ("skywork_reward_preference", {"source": "x", **PAIR}, PAIR),
+    (
+        "openai_preference",
+        {"input": {"messages": [USER], "tools": [], "parallel_tool_calls": True}, "preferred_output": [YES], "non_preferred_output": [NO]},
+        {"prompt": [USER], "chosen": [YES], "rejected": [NO]},
+    ),
 ]
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from alignax.data.rows import Bad, Prompted
 
 LONG = 2**18  # characters up to which a text is tokenised whole
-MOST = 2**24  # characters of a row that are tokenised at all
+MOST = 2**24  # characters that are tokenised for a row at all, as `characters` counts them
 WINDOW = 2**12  # characters in which a space between two letters is looked for
 GAP = re.compile(r"(?<=[A-Za-z])(?= [A-Za-z])")
 
@@ -72,10 +72,11 @@ def same_tokens(row: Prompted, short: Prompted, prompt: Sequence[int], completio
 
 def too_long(row: Prompted) -> Bad | None:
     """Whether a row is too long to be tokenised at all."""
-    size = sum(map(_size, (row.prompt, *row.completions)))
+    size = characters(row)
     if size <= MOST:
         return None
-    return Bad("too long", f"it has {size:,} characters, and at most {MOST:,} are tokenised; shorten it, or split it into rows")
+    what = f"{size:,} characters would be tokenised for it, its prompt once with each completion, and at most {MOST:,} are"
+    return Bad("too long", f"{what}; shorten it, or split it into rows")
 
 
 def characters(row: Prompted) -> int:

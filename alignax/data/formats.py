@@ -94,6 +94,12 @@ def skywork_reward_preference(row: Mapping) -> Row:
     return {"chosen": row["chosen"], "rejected": row["rejected"]}
 
 
+def openai_preference(row: Mapping) -> Row:
+    """The format of OpenAI's preference fine-tuning: messages, perhaps tools, and two lists of messages."""
+    pair = _ordered(row["input"]["messages"], row["preferred_output"], row["non_preferred_output"], True)
+    return pair | ({"tools": row["input"]["tools"]} if row["input"].get("tools") else {})
+
+
 def _by_strength(prompt: Any, first: Any, second: Any, strength: float) -> Row | None:
     """A pair by a number that is negative where the first response is better; its size is the margin."""
     return _ordered(prompt, first, second, strength < 0) | {"margin": abs(strength)} if strength else None
@@ -114,7 +120,7 @@ FORMATS: dict[str, Callable[[Mapping], Row | None]] = {
     function.__name__: function
     for function in (
         hh_rlhf, ultrafeedback_binarized, helpsteer2, helpsteer3, shp, pku_saferlhf, pku_saferlhf_safer, orca_dpo_pairs, dpo_mix,
-        capybara, nectar, webgpt_comparisons, summarize_from_feedback, skywork_reward_preference,
+        capybara, nectar, webgpt_comparisons, summarize_from_feedback, skywork_reward_preference, openai_preference,
     )
 }  # fmt: skip
 

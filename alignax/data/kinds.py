@@ -138,10 +138,11 @@ def _reader(rows: Sequence[Mapping], data: Any, there: Mapping[str, None], path:
     # A column of messages is the whole conversation, whatever else a file tells of its prompt.
     prompt = c.prompt if c.prompt in there and names != ["messages"] else ""
     if rows and not prompt and not data.prompt_separator and not any(isinstance(row.get(columns[0]), list) for row in rows):
+        held = next((name for name in there if name not in columns and shapes.holds_messages(rows[0].get(name))), "")
         raise ValueError(
-            f"{path} has no prompt column {c.prompt!r} (it has: {_nearest(c.prompt, there)}), and a prompt is never guessed. Name "
-            "the column with data.columns.prompt, or, where a text is a whole transcript, say where its last answer begins with "
-            "data.prompt_separator, such as '\\n\\nAssistant:'"
+            f"{path} has no prompt column {c.prompt!r} (it has: {_nearest(c.prompt, there)}), and a prompt is never guessed. Name the "
+            f"column with data.columns.prompt{f'={held}, which holds a conversation' if held else ''}, or, where a text is a whole "
+            "transcript, say where its last answer begins with data.prompt_separator, such as '\\n\\nAssistant:'"
         )
 
     def read(row: Mapping) -> Prompted | Bad:

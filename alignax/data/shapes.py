@@ -98,6 +98,11 @@ def _call(name: str, value: Any, rest: Message) -> Message | Bad:
     return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call} for call in calls], **rest}
 
 
+def holds_messages(value: Any) -> bool:
+    """Whether a value is a conversation, in any of the shapes that `messages` reads."""
+    return isinstance(value, list) and bool(value) and all(isinstance(m, dict) and ("role" in m or "from" in m) for m in value)
+
+
 def together(prompt: Any, sides: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Prompt and sides of which one is text and the other messages, both as messages; whatever else there is, as it is.
 
