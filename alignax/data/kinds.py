@@ -128,9 +128,8 @@ def _reader(rows: Sequence[Mapping], data: Any, there: Mapping[str, None], path:
     named += [("order", order_column(data))] if order_column(data) else []
     for name, column in named:
         if rows and column not in there:
-            raise ValueError(
-                f"{path} has no column {column!r}, named by data.{name}; it has: {_nearest(column, there)}{formats.likely(rows[0])}"
-            )
+            known = formats.likely(rows[0]) if name in ("columns.chosen", "columns.rejected", "columns.completions") else ""
+            raise ValueError(f"{path} has no column {column!r}, named by data.{name}; it has: {_nearest(column, there)}{known}")
     names = [name for name in wanted[data.kind] if name != "label"]
     columns = [c[name] for name in names]
     if data.kind == "prompt":
