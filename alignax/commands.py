@@ -5,7 +5,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,7 +50,7 @@ from alignax.types import Params
 # How samples of a policy are read, whatever data a reward model was trained on.
 SAMPLES = (
     "data.kind=sft", "data.bad_rows=drop", "data.limit=0", "data.columns.prompt=prompt", "data.columns.completion=completion",
-    "data.columns.margin=", "data.columns.attributes=",
+    "data.columns.margin=", "data.columns.attributes=", "data.columns.system=", "data.format=", "data.order=",
 )  # fmt: skip
 
 
@@ -263,7 +263,8 @@ def eval_rm(place: str, file: str, overrides: Sequence[str], out: str, force: bo
             raise ValueError(f"{place!r} is no workdir of a run; for model folders give --config FILE.py too, experiments/rm_hh.py say")
         config, source, mesh, params = reward_models(place, file, overrides)
         rewards.check_one_score(source)
-        loaded = pairs_of(config, source)
+        row = load_experiment(Path(place) / "config.py" if is_workdir(place) else file).row
+        loaded = pairs_of(config, source, row)
     result = {}
     model = rewards.ensemble_model(source.config, params, mesh)
     for split, examples in loaded.items():
@@ -355,7 +356,8 @@ def ridge(folder: Path, file: str, overrides: Sequence[str], penalty: float, for
         if not source.config.num_labels:
             raise ValueError(f"{config.model.path!r} is a language model; set model.num_labels to 1, or to how many attributes there are")
         tokenizer = load_tokenizer(source.path, source.config.vocab_size)
-        examples, reports, _ = load("train", config.data, tokenizer, source.config.vocab_size, hf.end_ids(source, tokenizer))
+        ends = hf.end_ids(source, tokenizer)
+        examples, reports, _ = load("train", config.data, tokenizer, source.config.vocab_size, ends, experiment.row)
         mesh = make_mesh(config.mesh)
         how = {"penalty": penalty, "batch_size": eval_batch_size(config), "dtype": compute_dtype(config, mesh)}
         params = fit_ridge(source.config, hf.load_params(source, mesh), examples, mesh, **how)
@@ -371,14 +373,14 @@ def numbers(values: np.ndarray) -> str:
     return ", ".join(f"{x:.4g}" for x in values)
 
 
-def pairs_of(config: Any, source: hf.Source) -> dict[str, Examples]:
-    """The pairs of `data.eval` and `data.ood`, tokenised."""
+def pairs_of(config: Any, source: hf.Source, row: Callable[[dict], Any] | None) -> dict[str, Examples]:
+    """The pairs of `data.eval` and `data.ood`, tokenised; `row` is the experiment's."""
     if not config.data.eval:
         raise ValueError("config field 'data.eval' is empty; set --config.data.eval=FILE")
     tokenizer = load_tokenizer(source.path, source.config.vocab_size)
     splits = [split for split in ("eval", "ood") if config.data[split]]
     ends = hf.end_ids(source, tokenizer)
-    loaded = {split: load(split, config.data, tokenizer, source.config.vocab_size, ends).examples for split in splits}
+    loaded = {split: load(split, config.data, tokenizer, source.config.vocab_size, ends, row).examples for split in splits}
     for split, examples in loaded.items():
         if examples.N != 2:
             raise ValueError(f"data.{split} has {examples.N} responses of a prompt, eval-rm takes pairs; set data.kind to preference")
@@ -450,11 +452,12 @@ def check_data(file: str, overrides: Sequence[str], out: str, force: bool = Fals
       BadInput: also after the report, for bad rows that a run would stop at.
     """
     with refusing():
-        config = load_experiment(file, overrides).config
+        experiment = load_experiment(file, overrides)
+        config = experiment.config
         if out not in ("", "-"):
             output.claim(Path(out), force=force)
         colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and out != "-"
-        result = check.check(config.data, *tokenizer_alone(config.model.path), colour=colour)
+        result = check.check(config.data, *tokenizer_alone(config.model.path), colour=colour, row=experiment.row)
         if out != "-":
             print("\n".join(check.text(result)))
         if out:

@@ -1,8 +1,8 @@
 """Configuration is Python: an experiment file builds a ConfigDict and names its loss; the command line overrides fields.
 
 An experiment file has `get_config() -> ConfigDict` and `loss(config) -> Loss` (or a function of the step), and may have
-`experience(config, reference)`, `reward(prompts, completions)`, `gold(..)` likewise, `averages(config)` and `main(experiment)`; see
-`Experiment`.
+`experience(config, reference)`, `reward(prompts, completions)`, `gold(..)` likewise, `averages(config)`, `row(row)` and
+`main(experiment)`; see `Experiment`.
 """
 
 import ast
@@ -41,6 +41,7 @@ class Experiment(NamedTuple):
     reward: Callable[..., Sequence[float]] | None  # likewise -> the rewards that rollouts are trained on
     averages: Callable[[Any], dict[str, Any]] | None  # config -> averages of the parameters, by name (see alignax.averages)
     main: Callable[["Experiment"], Any] | None  # replaces the single run: several stages, a sweep
+    row: Callable[[dict[str, Any]], dict[str, Any] | None] | None = None  # a raw row of data -> the row to read; None: it is left out
 
 
 def default_config() -> Any:
@@ -107,11 +108,12 @@ def default_config() -> Any:
     c.rollout.bad_rewards = "error"  # or "drop" (counted): where reward(..) raises, hangs, or gives no number
 
     c.data = ConfigDict()
-    c.data.train = ""  # a .json, .jsonl, .csv (each also .gz) or .parquet file, a folder, hf://org/name:split, or A@0.7,B@0.3
+    c.data.train = ""  # a file of rows, a folder of them, FOLDER:split, a pattern DIR/*.jsonl, hf://org/name:split, or A@0.7,B@0.3
     c.data.eval = ""  # the same, without weights
     c.data.pretrain = ""  # online, for the loss called "pretrain": rows of kind "sft", sources as of `train`
     c.data.ood = ""  # the same, from elsewhere: out of distribution, for `alignax eval-rm`
     c.data.kind = "preference"  # or "sft", "unpaired" (labelled completions, or pairs taken apart), "ranked" (k completions), "prompt"
+    c.data.format = ""  # the name of a well-known set, "helpsteer3" say, whose rows are then read as its card describes them
     c.data.columns = ConfigDict()
     c.data.columns.prompt = "prompt"  # text or messages; where the file has no such column, the sides hold their prompt
     c.data.columns.chosen = "chosen"
@@ -124,12 +126,14 @@ def default_config() -> Any:
     c.data.columns.attributes = ""  # of "sft": columns of numbers, or lists of numbers, "helpfulness,verbosity" say; empty: none
     c.data.columns.tools = "tools"  # of conversations: what the chat template is told of tools, where there is such a column
     c.data.template = ConfigDict()  # variables of the chat template: --config.data.template.enable_thinking=false, say
+    c.data.columns.system = ""  # a text that becomes the system message of a conversation; texts beside it become its turns
     c.data.prompt_separator = ""  # for texts without a prompt column: the text that ends a prompt
     c.data.turns = "last"  # or "all": the assistant turns of a conversation that are scored
     c.data.max_length = 512  # tokens of prompt and completion
     c.data.max_prompt_length = 0  # keep the last so many prompt tokens; 0: all
     c.data.bad_rows = "error"  # or "drop" (counted)
     c.data.label_noise = 0.0  # share of the training pairs whose sides change places
+    c.data.order = ""  # of training rows: shuffled; "file": as they stand; a column of numbers: the first epoch by it, "-column": downwards
     c.data.limit = 0  # the first so many rows of each source; 0: all
 
     c.optimizer = ConfigDict()
@@ -194,7 +198,7 @@ def load_experiment(file: str | Path, overrides: Sequence[str] = ()) -> Experime
     check_own_fields(config, module, file)
     for override in overrides:
         set_field(config, override)
-    optional = (getattr(module, name, None) for name in ("experience", "gold", "reward", "averages", "main"))
+    optional = (getattr(module, name, None) for name in ("experience", "gold", "reward", "averages", "main", "row"))
     return Experiment(file, config, module.loss, *optional)
 
 

@@ -5,7 +5,7 @@ the batch carries what it reads as `judge_tokens`, `judge_mask` and `judge_compl
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +35,9 @@ class Judge(NamedTuple):
     tools: str  # of what the template is told of tools
 
 
-def of_data(config: Any, source: hf.Source, judge: Any, tokenizer: Any, loaded: Mapping[str, Loaded]) -> dict[str, Examples]:
+def of_data(
+    config: Any, source: hf.Source, judge: Any, tokenizer: Any, loaded: Mapping[str, Loaded], row: Callable[[dict], Any] | None = None
+) -> dict[str, Examples]:
     """The examples of a run's splits, with what its reward models read of them where that is not what the policy does.
 
     Args:
@@ -44,12 +46,13 @@ def of_data(config: Any, source: hf.Source, judge: Any, tokenizer: Any, loaded: 
       judge: its tokenizer.
       tokenizer: the policy's.
       loaded: the splits, as the policy reads them.
+      row: the experiment's, see `alignax.data.shapes.shaped`.
 
     Raises:
       ValueError: for rows that the reward model cannot read.
     """
     most, limit = source.config.max_position_embeddings, min(config.data.limit or COMPARED, COMPARED)
-    how, same = (judge, source.config.vocab_size, hf.end_ids(source, judge)), judge.get_vocab() == tokenizer.get_vocab()
+    how, same = (judge, source.config.vocab_size, hf.end_ids(source, judge), row), judge.get_vocab() == tokenizer.get_vocab()
     few, every = (data_of(config, **changes) for changes in ({"limit": limit}, {"max_length": most, "max_prompt_length": 0}))
     out = {}
     for split, own in loaded.items():

@@ -150,14 +150,14 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
     if not config.data.train:
         raise ValueError("config field 'data.train' is empty; set --config.data.train=FILE")
     ends, splits = hf.end_ids(source, tokenizer), ("train", "eval", "pretrain")
-    loaded = {s: load(s, config.data, tokenizer, source.config.vocab_size, ends) for s in splits if config.data[s]}
+    loaded = {s: load(s, config.data, tokenizer, source.config.vocab_size, ends, experiment.row) for s in splits if config.data[s]}
     judge, every = None, {split: data.examples for split, data in loaded.items()}
     if judges:
         own, read = load_tokenizer(judges[0].path, judges[0].config.vocab_size), {s: x for s, x in loaded.items() if s != "pretrain"}
         if config.rollout.samples:
             judge = judging.of_rollouts(config, judges[0], own, tokenizer, ends, [data.examples for data in read.values()])
         else:
-            every |= judging.of_data(config, judges[0], own, tokenizer, read)
+            every |= judging.of_data(config, judges[0], own, tokenizer, read, experiment.row)
     examples = {split: own for split, own in every.items() if split != "pretrain"}
     reports = {
         split if len(data.reports) == 1 else f"{split} ({path})": report
@@ -177,7 +177,12 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
     if config.rollout.samples:
         longest = max(int(e.prompt_lengths.max()) for e in examples.values())
         length = -(-(longest + max(config.rollout.max_new_tokens, config.eval.max_new_tokens)) // tile) * tile
-    drawn = {"bootstrap": config.ensemble.bootstrap, "noise": config.data.label_noise, "noise_seed": config.seed}
+    drawn = {
+        "shuffle": config.data.order != "file",
+        "bootstrap": config.ensemble.bootstrap,
+        "noise": config.data.label_noise,
+        "noise_seed": config.seed,
+    }
     train = Batches(examples["train"], config.batch_size, config.seed, length, loaded["train"].mixture, **drawn)
     pretrain = None
     if config.data.pretrain:

@@ -73,6 +73,24 @@ def test_without_shuffling_the_order_is_that_of_the_file():
     assert [batches.rows(step).tolist() for step in range(3)] == [[0, 1, 2], [3, 4, 0], [1, 2, 3]]
 
 
+def test_a_curriculum_orders_the_first_epoch_alone_and_ties_lie_as_in_the_file():
+    order = np.array([3, 1, 2, 1, 9, -4, 2, 0, 5, 1, 2], np.float64)
+    expected = [5, 7, 1, 3, 9, 2, 6, 10, 0, 8, 4]
+    examples = dataclasses.replace(make(11), order=order)
+    batches = Batches(examples, 4, seed=0, length=16)
+    stream = np.concatenate([batches.rows(step) for step in range(6)])
+    assert stream[:11].tolist() == expected
+    assert stream[11:22].tolist() == np.concatenate([Batches(make(11), 4, 0, 16).rows(step) for step in range(6)])[11:22].tolist()
+    np.testing.assert_array_equal(Batches(examples, 4, seed=0, length=16).rows(1), stream[4:8])  # a resumed run starts anywhere
+    mixed = Batches(examples, 2, 0, 16, Mixture((5, 6), (0.5, 0.5), ("a", "b")))
+    rows = np.concatenate([mixed.rows(step) for step in range(5)])
+    assert rows[rows < 5].tolist() == [1, 3, 2, 0, 4] and rows[rows >= 5].tolist() == [5, 7, 9, 6, 10]
+    drawn = Batches(examples, 11, 0, 16, bootstrap=True).rows(0)
+    assert (np.diff(order[drawn]) >= 0).all()
+    assert sorted(drawn) == sorted(Batches(make(11), 11, 0, 16, bootstrap=True).rows(0)), "the same sample"
+    assert len({batches.digest(), Batches(make(11), 4, 0, 16).digest(), Batches(make(11), 4, 0, 16, shuffle=False).digest()}) == 3
+
+
 def test_steps_of_epochs():
     batches = Batches(make(10), batch_size=4, seed=0, length=16)
     assert batches.steps(1) == 3 and batches.steps(2) == 5 and batches.steps(0.4) == 1 and batches.steps(0.5) == 2

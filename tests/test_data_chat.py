@@ -147,7 +147,7 @@ def test_bad_conversations(row, reason):
 
 
 def test_a_text_prompt_beside_a_whole_conversation_names_the_remedy():
-    row = {"prompt": "hi", "chosen": turns("hi", "a"), "rejected": turns("hi", "b")}
+    row = {"prompt": "well", "chosen": turns("hi", "a"), "rejected": turns("hi", "b")}
     with pytest.raises(ValueError, match=r"'chosen' is a conversation and 'prompt' is text.*--config.data.columns.prompt= \(empty\)"):
         read([row], "preference")
     data = default_config().data

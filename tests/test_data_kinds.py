@@ -158,3 +158,14 @@ def test_the_first_bad_rows_are_kept_in_words():
     _, rejected = prompted_rows([*rows, GOOD], config(bad_rows="drop"), "x.jsonl")
     assert rejected.first == {"not text": [f"row {i} (counted from 0): 'chosen' is {i}, not text" for i in range(3)]}
     assert rejected.counts == {"not text": 9}
+
+
+def test_the_order_is_a_column_of_numbers_up_or_down():
+    rows = [GOOD | {"length": value} for value in (3, "1.5", -2)]
+    for order, expected in (("length", [3, 1.5, -2]), ("-length", [-3, -1.5, 2]), ("file", [0, 0, 0]), ("", [0, 0, 0])):
+        assert [row.order for row in read(rows, order=order)[0]] == expected
+    with pytest.raises(ValueError, match="no column 'lenght', named by data.order; it has: 'length'"):
+        read(rows, order="-lenght")
+    for value in (None, "long", float("nan")):
+        with pytest.raises(ValueError, match=r"row 3 .*'length', named by data.order, is .*, not a finite number"):
+            read([*rows, GOOD | {"length": value}], order="length")

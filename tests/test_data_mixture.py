@@ -7,7 +7,7 @@ import pytest
 import tiny
 
 from alignax.config import default_config
-from alignax.data import Batches, Mixture, load, schedule
+from alignax.data import Batches, Mixture, concatenate, load, schedule
 from alignax.data.mixture import sources
 
 
@@ -132,3 +132,18 @@ def test_sources_must_fit_one_another_and_evaluation_takes_no_weights(files, tmp
     pair.write_text(json.dumps({"prompt": "p", "completions": ["a", "b"]}))
     with pytest.raises(ValueError, match=r"the sources differ in their responses \(3 and 2\)"):
         read(f"{ranked},{pair}", kind="ranked")
+
+
+def test_only_training_rows_have_an_order(tmp_path):
+    rows = [{"prompt": "p", "chosen": f" {i}", "rejected": " b", "length": -i} for i in range(3)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "b.jsonl").write_text("\n".join(json.dumps({k: v for k, v in row.items() if k != "length"}) for row in rows))
+    data = default_config().data
+    data.update(train=str(tmp_path / "a.jsonl"), eval=str(tmp_path / "b.jsonl"), order="length")
+    train, evaluation = (load(split, data, tiny.byte_tokenizer(), 300).examples for split in ("train", "eval"))
+    assert train.order is not None and train.order.tolist() == [0, -1, -2] and evaluation.order is None
+    both = concatenate([train, train])
+    assert both.order is not None and both.order.tolist() == [0, -1, -2] * 2
+    data.update(kind="unpaired")
+    with pytest.raises(ValueError, match="data.order would put the two sides of a pair side by side"):
+        load("train", data, tiny.byte_tokenizer(), 300)

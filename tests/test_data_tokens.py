@@ -4,7 +4,8 @@ import tokenizers
 import transformers
 
 from alignax.config import default_config
-from alignax.data import Prompted, Rejected, assemble, load_examples, padded_length, tokenize
+from alignax.data import Prompted, Rejected, assemble, bounds, load_examples, padded_length, tokenize, tokens
+from alignax.data.tokens import prompt_ids
 
 SENTENCES = ["Hello world, the world is round.", "the sky is blue and the sea is blue", "a cat, a hat, a world of cats"] * 4
 
@@ -226,3 +227,83 @@ def test_counts_add_up_on_real_pairs(data_dir):
     with pytest.raises(ValueError, match="data.kind is 'ppo'; use one of preference, sft, unpaired, ranked"):
         config.kind = "ppo"
         load_examples(path, config, tokenizer, 512)
+
+
+def test_a_text_that_begins_with_the_tokenizers_own_front_has_it_once(bos, bare):
+    plain, none = run([("the sky", " is blue", " is round")], bos)
+    examples, report = run([("<s>the sky", " is blue", " is round")], bos)
+    assert examples.tokens.tolist() == plain.tokens.tolist() and examples.offsets.tolist() == plain.offsets.tolist()
+    assert (report.fronts_written, none.fronts_written) == (1, 0)
+    assert "  prompts that begin with the tokens which the tokenizer puts in front, kept once: 1" in report.lines()
+    assert prompt_ids(["<s>the sky", "the sky"], bos) == [bos("the sky")["input_ids"]] * 2
+    assert sides(run([("<s>the sky", " a")], bare)[0])[0][0] == bare("<s>the sky")["input_ids"], "no front of its own"
+    two = make("<s> </s> $A </s>")  # two tokens in front, and one behind
+    assert sides(run([("<s></s>the sky", " a")], two)[0]) == sides(run([("the sky", " a")], two)[0])
+    assert sides(run([("</s>the sky", " a")], bos)[0])[0][0] == [0, 1, *bare("the sky")["input_ids"]], "another token stays"
+
+
+def test_what_the_tokenizer_puts_behind_a_text_is_no_part_of_it():
+    examples, report = run([("the sky", " is</s>", " is round")], make("$A <s>"))  # as BERT's [SEP], which is no EOS
+    bare = make("")
+    whole = lambda text: bare(text)["input_ids"]
+    assert [prompt + rest for prompt, rest in sides(examples)] == [[*whole("the sky is"), 1], [*whole("the sky is round"), 1]]
+    assert report.ends_written == 1 and "  completions that end with an EOS of their own, kept once: 1" in report.lines()
+
+
+WORDS = "the sky is blue, and a cat of 12 hats sat. Hello   world\n\nround, worlds of words "
+
+
+@pytest.mark.parametrize(("max_length", "max_prompt_length"), [(40, 0), (40, 12), (2, 1)])
+def test_of_long_texts_only_what_is_kept_is_tokenised_and_it_is_the_same(bos, monkeypatch, max_length, max_prompt_length):
+    rows = [("the sky", " is " + WORDS * 200, " is round"), (WORDS * 300, " a" * 300, " b " + WORDS * 100), ("a cat", " x" * 9000, " yes")]
+    rows += [("<s>" + WORDS * 300, " yes", " no"), (" ".join(WORDS) * 90, " yes", " no"), ("-" * 20_000, " yes", " no")]
+    seen = []
+    whole, before = run(rows, bos, max_length, max_prompt_length, "drop")
+    monkeypatch.setattr(bounds, "LONG", 0)
+    monkeypatch.setattr(bounds, "WINDOW", 64)
+    monkeypatch.setattr(tokens, "_ids", lambda texts, tokenizer, own=tokens._ids: seen.extend(map(len, texts)) or own(texts, tokenizer))
+    examples, after = run(rows, bos, max_length, max_prompt_length, "drop")
+    assert examples.digest() == whole.digest() and examples.prompts == whole.prompts
+    assert after.dropped == before.dropped and after.shortened >= 1 > before.shortened
+    same = ("kept", "prompts_cut", "completions_cut", "fronts_written")
+    assert [getattr(after, name) for name in same] == [getattr(before, name) for name in same]
+    assert sum(seen) < 0.7 * sum((len(row) * len(row[0]) + sum(map(len, row[1:]))) for row in rows)
+
+
+def test_tokenizers_that_do_not_split_at_spaces_read_texts_whole_up_to_a_limit(bos, monkeypatch):
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=60, special_tokens=["<s>", "</s>"], show_progress=False)
+    model.train_from_iterator(SENTENCES, trainer)
+    unsplit = transformers.PreTrainedTokenizerFast(tokenizer_object=model, bos_token="<s>", eos_token="</s>")
+    spaced = make()
+    spaced.add_tokens(["blue and the"])
+    replaced = make()  # as Gemma's: the spaces are gone before the texts are split at them
+    replaced.backend_tokenizer.normalizer = tokenizers.normalizers.Replace(" ", "\u2581")
+    replaced.backend_tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(" ", "isolated")
+    meta = make()
+    meta.backend_tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    assert [bounds.splits_at_spaces(t) for t in (bos, meta, unsplit, spaced, replaced)] == [True, True, False, False, False]
+    monkeypatch.setattr(bounds, "MOST", 2000)
+    monkeypatch.setattr(bounds, "LONG", 500)
+    row = ("the sky", " is blue" * 300, " a")
+    with pytest.raises(
+        ValueError, match=r"row 0 \(counted from 0\): 2,423 characters would be tokenised for it, .* and at most 2,000 are; shorten"
+    ):
+        run([row], unsplit)
+    assert run([("the sky", " is", " a"), row], unsplit, bad_rows="drop")[1].dropped == {"too long": 1}
+
+
+def test_the_last_id_of_the_vocabulary_and_the_first_beyond_it(bos):
+    last = len(bos) - 1
+    examples, _ = run([("the sky", " " + bos.convert_tokens_to_string([bos.convert_ids_to_tokens(last)]))], bos, vocab_size=len(bos))
+    assert last in examples.tokens
+    with pytest.raises(ValueError, match=rf"token id {last} .* lies outside the model's {last} embedding rows"):
+        run([("the sky", " " + bos.convert_tokens_to_string([bos.convert_ids_to_tokens(last)]))], bos, vocab_size=last)
+
+
+def test_chunks_are_bounded_in_characters(bos, monkeypatch):
+    rows = [(f"the sky {i}", " is blue", " is round") for i in range(20)]
+    whole, _ = run(rows, bos)
+    monkeypatch.setattr(tokens, "CHARACTERS_AT_ONCE", 100)
+    assert [len(chunk) for chunk in tokens._chunks([Prompted("x" * 60, ("y",), i) for i in range(3)])] == [1, 1, 1]
+    assert run(rows, bos)[0].digest() == whole.digest()

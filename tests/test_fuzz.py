@@ -4,12 +4,14 @@ Examples are derandomised, so a failure comes back; a bug that was found here ha
 """
 
 import ast
+import bz2
 import copy
 import csv
 import functools
 import gzip
 import io
 import json
+import lzma
 import math
 import shutil
 from collections.abc import Callable
@@ -30,8 +32,10 @@ from alignax import Model, chain, cli, config, metrics, reference
 from alignax.blame import blaming, check_call, explained
 from alignax.checkpoint import Checkpoints
 from alignax.checks import check_objective
-from alignax.data import Examples, Prompted, mixture, read_rows
+from alignax.data import Examples, Prompted, formats, mixture, read_rows
 from alignax.data.kinds import prompted_rows
+from alignax.data.rows import Bad
+from alignax.data.shapes import shaped
 from alignax.data.tokens import tokenize
 from alignax.experience import advance
 from alignax.losses import at_step
@@ -136,9 +140,9 @@ PAIR = {"prompt": "Is it?", "chosen": " yes", "rejected": " no", "gap": 1.5}
 PAIRS = [PAIR | {"chosen": f" yes {i}"} for i in range(4)]
 
 
-def written_csv() -> bytes:
+def written_csv(delimiter: str = ",") -> bytes:
     out = io.StringIO()
-    writer = csv.DictWriter(out, list(PAIR))
+    writer = csv.DictWriter(out, list(PAIR), delimiter=delimiter)
     writer.writeheader()
     writer.writerows(PAIRS)
     return out.getvalue().encode()
@@ -153,27 +157,87 @@ def written_parquet() -> bytes:
     return out.getvalue()
 
 
+def written_arrow() -> bytes:
+    import pyarrow
+
+    out, table = io.BytesIO(), pyarrow.Table.from_pylist(PAIRS)
+    with pyarrow.ipc.new_stream(out, table.schema) as writer:
+        writer.write_table(table)
+    return out.getvalue()
+
+
+LINES = b"".join(dumps(row) + b"\n" for row in PAIRS)
 FILES = {
     "a.json": dumps(PAIRS),
-    "a.jsonl": b"".join(dumps(row) + b"\n" for row in PAIRS),
-    "a.jsonl.gz": gzip.compress(b"".join(dumps(row) + b"\n" for row in PAIRS), mtime=0),
+    "a.jsonl": LINES,
+    "a.jsonl.gz": gzip.compress(LINES, mtime=0),
+    "a.jsonl.bz2": bz2.compress(LINES),
+    "a.jsonl.xz": lzma.compress(LINES),
     "a.csv": written_csv(),
+    "a.tsv": written_csv("\t"),
     "a.parquet": written_parquet(),
+    "a.arrow": written_arrow(),
 }
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_damaged_bytes_of_data_files(name, folder):
+@pytest.mark.parametrize("examples", [60, pytest.param(3000, marks=pytest.mark.slow)])
+def test_damaged_bytes_of_data_files(name, examples, folder):
     path = folder / name
 
-    @fuzz(100)
+    @fuzz(examples)
     @given(damaged(FILES[name]))
     def check(content):
         path.write_bytes(content)
-        rows = read(lambda: read_rows(path), path)
-        assert rows is REFUSED or (rows and all(isinstance(row, dict) and all(isinstance(k, str) for k in row) for row in rows))
+        are_rows(read(lambda: read_rows(path), path))
 
     check()
+
+
+def are_rows(rows: Any) -> None:
+    assert rows is REFUSED or (rows and all(isinstance(row, dict) and all(isinstance(k, str) for k in row) for row in rows))
+
+
+@pytest.mark.parametrize("examples", [8, pytest.param(400, marks=pytest.mark.slow)])
+def test_folders_of_save_to_disk(examples, folder):
+    import datasets
+
+    path = folder / "saved"
+    datasets.Dataset.from_list(PAIRS).save_to_disk(path)
+    files = {file: file.read_bytes() for file in sorted(path.iterdir())}
+
+    @fuzz(examples)
+    @given(st.data())
+    def check(data):
+        spoil = data.draw(st.sampled_from(sorted(files)))
+        good = files[spoil]
+        change = damaged(good) if spoil.suffix != ".json" else st.one_of(damaged(good), spoiled(json.loads(good)).map(dumps))
+        spoil.write_bytes(data.draw(change))
+        try:
+            are_rows(read(lambda: read_rows(path), path))
+        finally:
+            spoil.write_bytes(good)
+
+    check()
+
+
+@fuzz(30)
+@given(
+    st.lists(
+        st.sampled_from(["a.jsonl", "B.JSONL", "train-00000-of-00001.jsonl", "test/c.ndjson", "d.txt", "README.md", "e/f.csv", ".g.jsonl"])
+    )
+)
+def test_folders_of_files(names):
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as where:
+        for name in names:
+            (Path(where) / name).parent.mkdir(exist_ok=True)
+            (Path(where) / name).write_bytes(FILES["a.csv"] if name.endswith("csv") else LINES)
+        rows = read(lambda: read_rows(where), where)
+        data = {name for name in names if name not in ("README.md", ".g.jsonl", "d.txt")}
+        assert rows is REFUSED or ("d.txt" not in names and len(rows) == len(PAIRS) * len(data))
+        assert data or rows is REFUSED
 
 
 @fuzz(150)
@@ -197,6 +261,10 @@ KINDS = {
     "unpaired": [{"prompt": "Is it?", "completion": " yes", "label": label} for label in (True, "false", 1)],
     "ranked": [{"prompt": "Is it?", "completions": [" yes", " no", f" {i}"]} for i in range(2)],
     "preference of conversations": [{"chosen": MESSAGES, "rejected": OTHER, "tools": "[]"}] * 2,
+    "preference of other shapes": [
+        {"prompt": [{"from": "human", "value": "Is it?"}], "chosen": {"from": "gpt", "value": "yes"}, "rejected": "no", "system": "Hm."}
+    ]
+    * 2,
     "preference with calls": [{"prompt": MESSAGES[:1], "chosen": CALL, "rejected": OTHER[1:]}],
 }
 TEMPLATE = (
@@ -215,6 +283,7 @@ def test_rows_are_kept_dropped_or_refused(kind, tokenizer):
     data = config.default_config().data
     data.kind, data.bad_rows, data.max_length = kind.split()[0], "drop", 200
     data.columns.margin = "gap" if kind == "preference" else ""
+    data.columns.system = "system" if kind.endswith("shapes") else ""
     strict = data.copy_and_resolve_references()
     strict.bad_rows = "error"
 
@@ -238,6 +307,21 @@ def test_rows_are_kept_dropped_or_refused(kind, tokenizer):
             assert careful[0].digest() == made[0].digest()
 
     check()
+
+
+CARD = {"info": {"post": "x", "title": "t", "subreddit": "s"}, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 1, **PAIR}
+CARD |= {"answers": [{"answer": "a", "rank": 1.0}, {"answer": "b", "rank": 2}], "labels": 1, "overall_preference": -2, "system": "s"}
+
+
+@fuzz(80)
+@given(st.data())
+def test_formats(data):
+    c = config.default_config().data
+    c.format = data.draw(st.sampled_from(sorted(formats.FORMATS)))
+    row = data.draw(spoiled(CARD))
+    if isinstance(row, dict):
+        (made,) = shaped([row], c)
+        assert isinstance(made, dict | str) or (isinstance(made, Bad) and "\n" not in made.what and len(made.what) < 500)
 
 
 def whole(examples: Examples, report: Any, rows: int) -> None:

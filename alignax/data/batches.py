@@ -27,7 +27,7 @@ class Batches:
     Epochs follow one another without a gap: example i of step s is entry (s*B + i) mod n of the permutation of epoch
     (s*B + i) div n. So no example is left out at the end of an epoch, and the batch there holds rows of two epochs. Of a
     mixture, place s*B + i of the stream belongs to the source that `schedule` says, and each source goes through epochs and
-    permutations of its own.
+    permutations of its own. Examples with an `order` are drawn in it in epoch 0, the smallest first, ties as they lie.
     """
 
     examples: Examples
@@ -69,12 +69,29 @@ class Batches:
         epoch, index = np.divmod(draws, count)
         if self.shuffle:
             for e in np.unique(epoch):
-                index[epoch == e] = _permutation(self.seed, int(e), count, source)[index[epoch == e]]
+                first = e == 0 and self.examples.order is not None
+                permutation = self._curriculum[source] if first else _permutation(self.seed, int(e), count, source)
+                index[epoch == e] = permutation[index[epoch == e]]
         return _sample(self.seed, count, source)[index] if self.bootstrap else index
 
+    @functools.cached_property
+    def _curriculum(self) -> list[np.ndarray]:
+        """Of each source its places by the `order` of the examples there."""
+        assert self.examples.order is not None
+        out = []
+        for source, (first, count) in enumerate([(0, len(self.examples))] if self.mixture is None else self.mixture.spans()):
+            keys = self.examples.order[first : first + count]
+            keys = keys[_sample(self.seed, count, source)] if self.bootstrap else keys
+            out.append(np.argsort(keys, kind="stable"))
+        return out
+
     def digest(self) -> int:
-        """A fingerprint of what batches are made of: tokens, masks, further fields, the length, the mixture."""
+        """A fingerprint of what batches are made of: tokens, masks, further fields, the length, the mixture, their order."""
         crc = zlib.crc32(repr((self.length, self.mixture and self.mixture[:2])).encode())
+        if not self.shuffle:
+            crc = zlib.crc32(b"file", crc)
+        if self.examples.order is not None:
+            crc = zlib.crc32(self.examples.order.tobytes(), crc)
         if self.noise:
             crc = zlib.crc32(repr((self.noise, self.noise_seed)).encode(), crc)
         return self.examples.digest(crc)

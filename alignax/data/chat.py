@@ -30,6 +30,7 @@ class Encoded(NamedTuple):
     merged: bool = False  # a token spans the boundary
     turns_without_eos: int = 0
     told: Collection[str] = ()  # what a person should know of the row, in words that many rows share
+    counts: Mapping[str, int] = {}  # of texts: further counts of the report
 
 
 def split(prompt: list | None, sides: Mapping[str, Any], tools: Any, turns: str) -> Prompted | Bad:

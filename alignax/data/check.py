@@ -1,7 +1,7 @@
 """What a run would make of its data, looked at before the run: `alignax check-data`."""
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,18 +15,25 @@ BINS, BAR = 12, 40  # of a histogram: the most bins, and the characters of its l
 SIDES_AT_ONCE = 2048
 
 
-def check(data: Any, tokenizer: Any, vocab_size: int, ends: Collection[int] = (), colour: bool = False) -> dict[str, Any]:
+def check(
+    data: Any,
+    tokenizer: Any,
+    vocab_size: int,
+    ends: Collection[int] = (),
+    colour: bool = False,
+    row: Callable[[dict], Any] | None = None,
+) -> dict[str, Any]:
     """Reads and tokenises what `config.data` names, bad rows and all, and returns what is to be known of it.
 
     Bad rows are counted by reason and the first few described, whatever `data.bad_rows` says: what a run would stop at is in
-    `stops`. All values are plain, for JSON; `text` writes them for people.
+    `stops`. All values are plain, for JSON; `text` writes them for people. `row` is the experiment's.
 
     Raises:
       ValueError: for what is no matter of single rows, such as a missing column, and when no row is left.
     """
     lenient = data.copy_and_resolve_references()
     lenient.bad_rows = "drop"
-    loaded = {split: load(split, lenient, tokenizer, vocab_size, ends) for split in ("train", "eval") if data[split]}
+    loaded = {split: load(split, lenient, tokenizer, vocab_size, ends, row) for split in ("train", "eval") if data[split]}
     if not loaded:
         raise ValueError("config fields 'data.train' and 'data.eval' are empty; set --config.data.train=FILE")
     out: dict[str, Any] = {split: _split(split_data, data, tokenizer, colour) for split, split_data in loaded.items()}

@@ -30,6 +30,7 @@ class Examples:
     columns: dict[str, list[Any]] = dataclasses.field(default_factory=dict)  # name -> [n], of prompts: what reward functions may read
     rows: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))  # [n], of the files; none of examples of no file
     judge: "Examples | None" = None  # the same rows as reward models read them; None: as they are
+    order: np.ndarray | None = None  # [n] float64: rows of smaller numbers are drawn first in the first epoch; None: no curriculum
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -93,6 +94,7 @@ def concatenate(parts: Sequence[Examples]) -> Examples:
         fields={name: np.concatenate([p.fields[name] for p in parts]) for name in parts[0].fields},
         columns={name: [x for p in parts for x in p.columns[name]] for name in parts[0].columns if all(name in p.columns for p in parts)},
         rows=np.concatenate([p.rows for p in parts]),
+        order=None if any(p.order is None for p in parts) else np.concatenate([p.order for p in parts if p.order is not None]),
     )
 
 
@@ -101,6 +103,10 @@ def unpair(pairs: Examples) -> Examples:
 
     The sides of a pair lie n rows apart, and neighbours differ in prompt and label: unpaired losses compare neighbours.
     """
+    if pairs.order is not None:
+        raise ValueError(
+            "data.order would put the two sides of a pair side by side, and unpaired losses compare neighbours; leave it empty"
+        )
     n = len(pairs)
     pair = np.arange(n)
     sides = np.concatenate([2 * pair + pair % 2, 2 * pair + 1 - pair % 2])

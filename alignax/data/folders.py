@@ -37,7 +37,7 @@ def place(text: str) -> tuple[Path, str]:
 
 def matching(pattern: str) -> list[Path]:
     """The files that a pattern such as data/*.jsonl stands for, in the order of their names; none where it is no pattern."""
-    if not glob.has_magic(pattern):
+    if not re.search(r"[*?[]", pattern):
         return []
     found = [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]
     folders = [path for path in found if path.is_dir()]

@@ -14,19 +14,21 @@ from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
-from alignax.data import chat
+from alignax.data import chat, formats, shapes
 from alignax.data.files import short
 from alignax.data.rows import Bad, Prompted, Rejected
+from alignax.data.shapes import Shaped
 
 
-def prompted_rows(rows: Sequence[Mapping], data: Any, path: str | Path = "data") -> tuple[list[Prompted], Rejected]:
+def prompted_rows(rows: Sequence[Shaped], data: Any, path: str | Path = "data") -> tuple[list[Prompted], Rejected]:
     """Turn raw rows into prompts with completions as the `config.data` section says, and count the rows left out.
 
     `data.kind`: "preference" (chosen, rejected), "sft" (a completion, or messages, or the chosen side of pairs), "unpaired"
     (a completion and a label), "ranked" (k completions, best first), "prompt" (nothing more: completions are sampled). Numbers beside
     them are the margin of pairs and the attributes of "sft".
     Texts that have no prompt column are whole transcripts, and each side is split after its own last `data.prompt_separator`.
-    Conversations are lists of messages; without a prompt column the sides share their leading turns. With `data.bad_rows="error"`
+    Conversations are lists of messages; without a prompt column the sides share their leading turns. Those of ShareGPT, a single
+    message, and a text beside messages are read as `alignax.data.shapes` says. With `data.bad_rows="error"`
     the first bad row raises `ValueError`; with "drop" it is counted. `len(prompted) + rejected.counts.total() == len(rows)`.
     """
     rejected = Rejected(path, data.bad_rows)
@@ -34,12 +36,15 @@ def prompted_rows(rows: Sequence[Mapping], data: Any, path: str | Path = "data")
         raise ValueError(f"data.limit is {data.limit}; use a number of rows, or 0 for all of them")
     if data.turns not in ("last", "all"):
         raise ValueError(f"data.turns is {data.turns!r}; use last or all")
-    there = {column: None for row in rows for column in row}  # a dict keeps the order of the file
-    read = _reader(rows, data, there, path)
     taken = rows[: data.limit] if data.limit else rows
+    there = columns_of(taken)
+    read = _reader([row for row in taken if isinstance(row, Mapping)], data, there, path)
     kept = []
     for index, row in enumerate(taken):
-        result = read(row)
+        if isinstance(row, str):
+            rejected.counts[row] += 1
+            continue
+        result = row if isinstance(row, Bad) else _read(read, row, data)
         if isinstance(result, Bad):
             rejected.add(result, index)
         else:
@@ -53,12 +58,53 @@ def prompted_rows(rows: Sequence[Mapping], data: Any, path: str | Path = "data")
     return kept, rejected
 
 
-def holds_pairs(rows: Sequence[Mapping], data: Any) -> bool:
+def _read(read: Callable[[Mapping], Prompted | Bad], row: Mapping, data: Any) -> Prompted | Bad:
+    """A row by its reader, with its place in a curriculum."""
+    result = read(row)
+    if isinstance(result, Bad) or not (column := order_column(data)):
+        return result
+    number = _number(row.get(column))
+    if number is None:
+        return Bad("no order", f"{column!r}, named by data.order, is {short(row.get(column))}, not a finite number")
+    return result._replace(order=-number if data.order.startswith("-") else number)
+
+
+def order_column(data: Any) -> str:
+    """The column that `data.order` names; empty: none."""
+    return "" if data.order == "file" else data.order.removeprefix("-")
+
+
+def columns_of(rows: Sequence[Shaped]) -> dict[str, None]:
+    """The columns that any of the rows has, in the order of the file."""
+    return {column: None for row in rows if isinstance(row, Mapping) for column in row}
+
+
+def unread(rows: Sequence[Shaped], data: Any) -> list[str]:
+    """The columns that rows of this kind have and nothing reads, each with the type of its first value."""
+    if data.kind == "prompt":  # reward functions may read any
+        return []
+    taken = [row for row in (rows[: data.limit] if data.limit else rows) if isinstance(row, Mapping)]
+    there, c = columns_of(taken), data.columns
+    sides = {"preference": ("chosen", "rejected"), "sft": (_sft_column(data, there),), "ranked": ("completions",)}
+    named = [c[name] for name in sides.get(data.kind, ("completion", "label"))]
+    if named != [c.messages]:
+        named.append(c.prompt)
+    named += [c.margin, *_columns(c.attributes), c.tools, c.system, order_column(data)]
+    first = {column: next((row[column] for row in taken if row.get(column) is not None), None) for column in there if column not in named}
+    return [f"{column} ({_type(value)})" for column, value in first.items()]
+
+
+def _type(value: Any) -> str:
+    names = {str: "text", bool: "true or false", int: "number", float: "number", list: "list", dict: "object", type(None): "empty"}
+    return names.get(type(value), type(value).__name__)
+
+
+def holds_pairs(rows: Sequence[Shaped], data: Any) -> bool:
     """Whether a file for data of kind "unpaired" has pairs instead, which are to be taken apart."""
     if data.kind != "unpaired" or data.columns.margin:
         return False
-    there = {column for row in rows for column in row}
-    return data.columns.label not in there and {data.columns.chosen, data.columns.rejected} <= there
+    there = columns_of(rows)
+    return data.columns.label not in there and {data.columns.chosen, data.columns.rejected} <= there.keys()
 
 
 def _reader(rows: Sequence[Mapping], data: Any, there: Mapping[str, None], path: Any) -> Callable[[Mapping], Prompted | Bad]:
@@ -77,21 +123,25 @@ def _reader(rows: Sequence[Mapping], data: Any, there: Mapping[str, None], path:
         raise ValueError(f"data.columns.margin is {c.margin!r}, and data of kind {data.kind!r} has no margins; leave it empty")
     if c.attributes and data.kind != "sft":
         raise ValueError(f"data.columns.attributes is {c.attributes!r}, and only data of kind 'sft' have attributes; set data.kind=sft")
-    named = [(name, c[name]) for name in (*wanted[data.kind], *(["margin"] if c.margin else []))]
-    for name, column in [*named, *(("attributes", column) for column in _columns(c.attributes))]:
-        if column not in there:
-            raise ValueError(f"{path} has no column {column!r}, named by data.columns.{name}; it has: {_nearest(column, there)}")
+    named = [(f"columns.{name}", c[name]) for name in (*wanted[data.kind], *(name for name in ("margin", "system") if c[name]))]
+    named += [("columns.attributes", column) for column in _columns(c.attributes)]
+    named += [("order", order_column(data))] if order_column(data) else []
+    for name, column in named:
+        if rows and column not in there:
+            known = formats.likely(rows[0]) if name in ("columns.chosen", "columns.rejected", "columns.completions") else ""
+            raise ValueError(f"{path} has no column {column!r}, named by data.{name}; it has: {_nearest(column, there)}{known}")
     names = [name for name in wanted[data.kind] if name != "label"]
     columns = [c[name] for name in names]
     if data.kind == "prompt":
-        return _prompt_reader(c, there, path)
+        return _prompt_reader(c, there, path) if rows else lambda row: Bad("no prompt", "there is no row")
     # A column of messages is the whole conversation, whatever else a file tells of its prompt.
     prompt = c.prompt if c.prompt in there and names != ["messages"] else ""
-    if not prompt and not data.prompt_separator and not any(isinstance(row.get(columns[0]), list) for row in rows):
+    if rows and not prompt and not data.prompt_separator and not any(isinstance(row.get(columns[0]), list) for row in rows):
+        held = next((name for name in there if name not in columns and shapes.holds_messages(rows[0].get(name))), "")
         raise ValueError(
-            f"{path} has no prompt column {c.prompt!r} (it has: {_nearest(c.prompt, there)}), and a prompt is never guessed. Name "
-            "the column with data.columns.prompt, or, where a text is a whole transcript, say where its last answer begins with "
-            "data.prompt_separator, such as '\\n\\nAssistant:'"
+            f"{path} has no prompt column {c.prompt!r} (it has: {_nearest(c.prompt, there)}), and a prompt is never guessed. Name the "
+            f"column with data.columns.prompt{f'={held}, which holds a conversation' if held else ''}, or, where a text is a whole "
+            "transcript, say where its last answer begins with data.prompt_separator, such as '\\n\\nAssistant:'"
         )
 
     def read(row: Mapping) -> Prompted | Bad:
@@ -114,7 +164,12 @@ def _prompt_reader(names: Any, there: Mapping[str, None], path: Any) -> Callable
         raise ValueError(f"{path} has no column {column!r}, named by data.columns.prompt; it has: {_nearest(column, there)}")
 
     def read(row: Mapping) -> Prompted | Bad:
-        value = row.get(column)
+        value = shapes.messages(column, row.get(column))
+        if names.system and not isinstance(value, Bad):
+            joined = shapes.with_system(row.get(names.system), value, {})
+            value = joined if isinstance(joined, Bad) else joined[0]
+        if isinstance(value, Bad):
+            return value
         if isinstance(value, list):
             found = chat.prompt_alone(value, row.get(names.tools))
         else:
@@ -196,18 +251,31 @@ def _number(value: Any) -> float | None:
 
 def _prompted(row: Mapping, prompt: str, sides: Mapping[str, Any], data: Any) -> Prompted | Bad:
     """A row's prompt, from its column, or from `sides` (column or place in it -> value) themselves, and its completions."""
-    values: dict[str, Any] = ({prompt: row.get(prompt)} if prompt else {}) | dict(sides)
-    lists = [name for name, value in values.items() if isinstance(value, list)]
-    if lists and len(lists) == len(values):
-        return chat.split(values.pop(prompt) if prompt else None, values, row.get(data.columns.tools), data.turns)
-    if lists == [*sides] and isinstance(values.get(prompt), str):
+    sides = {name: shapes.messages(name, value) for name, value in sides.items()}
+    asked = shapes.messages(prompt, row.get(prompt)) if prompt else None
+    if bad := next((value for value in (asked, *sides.values()) if isinstance(value, Bad)), None):
+        return bad
+    joined = shapes.together(asked, sides)
+    if data.columns.system:
+        joined = shapes.with_system(row.get(data.columns.system), *joined)
+        if isinstance(joined, Bad):
+            return joined
+    asked, sides = joined[0], joined[1]
+    lists = [name for name, side in sides.items() if isinstance(side, list)]
+    if lists == [*sides] and (asked is None or isinstance(asked, list)) and (asked is not None or not prompt or row.get(prompt)):
+        return chat.split(asked, sides, row.get(data.columns.tools), data.turns)
+    if isinstance(asked, list):
+        name = next(name for name in sides if name not in lists)
+        return Bad("not messages", f"{name!r} is {short(sides[name])}, neither text nor messages, and {prompt!r} is a conversation")
+    if lists == [*sides] and isinstance(asked, str):
         what = f"{lists[0]!r} is a conversation and {prompt!r} is text. Where the conversation has the prompt in it, set"
         return Bad("conversation with a text prompt", f"{what} --config.data.columns.prompt= (empty)")
+    values = ({prompt: asked} if prompt else {}) | sides
     bad = next((bad for name, value in values.items() if (bad := _bad_text(name, value))), None)
     if bad:
         return bad
     if prompt:
-        return _filled(Prompted(row[prompt], tuple(sides.values())), list(sides))
+        return _filled(Prompted(str(asked), tuple(sides.values())), list(sides))
     if not data.prompt_separator:
         return Bad("no prompt", f"{next(iter(sides))!r} is text, and the file has no prompt column; name it with data.columns.prompt")
     return _split(sides, data.prompt_separator)

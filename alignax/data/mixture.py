@@ -1,7 +1,7 @@
 """Mixtures: one stream of examples out of several sources, in exact proportions, with no state but the position."""
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,20 +38,25 @@ class Loaded(NamedTuple):
     mixture: Mixture | None  # None: the rows are drawn alike
 
 
-def load(field: str, data: Any, tokenizer: Any, vocab_size: int, ends: Collection[int] = ()) -> Loaded:
+def load(
+    field: str, data: Any, tokenizer: Any, vocab_size: int, ends: Collection[int] = (), row: Callable[[dict], Any] | None = None
+) -> Loaded:
     """Read and tokenise what `config.data.train` or `.eval` (the field) names, or `.pretrain`, of kind "sft": see `sources`.
 
     Sources with weights are drawn from in these proportions; without, they are one set of rows. An epoch is as many draws as
-    all sources together have rows, whatever the weights. Evaluation takes every row once and refuses weights. For `ends` see `tokenize`.
+    all sources together have rows, whatever the weights. Evaluation takes every row once and refuses weights. For `ends` see `tokenize`;
+    `row` is the experiment's, see `alignax.data.shapes.shaped`; only the rows of `train` have a `data.order`.
     """
     named = sources(data[field], f"data.{field}")
     weights = [weight for _, weight in named if weight is not None]
     if weights and field == "eval":
         raise ValueError(f"data.eval {data.eval!r} has weights, and evaluation takes every row once; leave them out")
+    data = data.copy_and_resolve_references()
     if field == "pretrain":
-        data = data.copy_and_resolve_references()
         data.kind = "sft"
-    loaded = {path: load_examples(path, data, tokenizer, vocab_size, ends) for path, _ in named}
+    if field != "train":
+        data.order = ""
+    loaded = {path: load_examples(path, data, tokenizer, vocab_size, ends, row) for path, _ in named}
     parts = [examples for examples, _ in loaded.values()]
     mixture = None
     if weights:

@@ -19,6 +19,7 @@ class Prompted(NamedTuple):
     tools: list[Any] | None = None  # what the chat template is told of tools
     columns: Mapping[str, Any] = {}  # of a prompt alone: what else its row holds, for reward functions
     told: tuple[str, ...] = ()  # what the report counts of it, in words that many rows share
+    order: float = 0.0  # where it stands in a curriculum: rows of smaller numbers come first
 
 
 class Bad(NamedTuple):

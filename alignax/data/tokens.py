@@ -3,20 +3,22 @@
 import itertools
 import pathlib
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from alignax.data import chat
+from alignax.data import bounds, chat
+from alignax.data.bounds import Bound
 from alignax.data.chat import Encoded
 from alignax.data.examples import FIELDS, Examples, unpair
-from alignax.data.files import read_rows
-from alignax.data.kinds import holds_pairs, prompted_rows
+from alignax.data.files import rows_and_faults
+from alignax.data.kinds import holds_pairs, order_column, prompted_rows, unread
 from alignax.data.rows import Bad, Prompted, Rejected
+from alignax.data.shapes import shaped
 
 IDENTICAL = "identical after the cut"
-ROWS_AT_ONCE = 2048  # bounds the memory of Python lists of ids, and keeps the tokenizer's threads busy
+ROWS_AT_ONCE, CHARACTERS_AT_ONCE = 2048, 2**22  # bound the memory of lists of ids, and keep the tokenizer's threads busy
 
 
 class _Fitted(NamedTuple):
@@ -38,6 +40,9 @@ class Report(NamedTuple):
     boundary_merges: int
     separators_added: int
     eos_inside: int
+    fronts_written: int  # prompts of text that begin with what the tokenizer itself puts in front; it stands there once
+    ends_written: int  # completions of text that end with an end token of their own; one stands there
+    shortened: int  # rows of which only the part was tokenised that is kept, so that their lengths are lower bounds
     turns_without_eos: int
     told: dict[str, int]  # what the chat template leaves out of conversations and the like, in words, and its rows
     masks: str  # how the scored turns of conversations were found; empty: there are none
@@ -47,6 +52,7 @@ class Report(NamedTuple):
     longest: int
     responses: int
     longest_prompt: int  # characters, before any cut
+    unread: list[str]  # columns that nothing reads, each with the type of its values
     uncut: tuple[tuple[int, ...], tuple[int, ...]]  # tokens of prompts and of completions, before any cut and those too long for it
 
     def lines(self) -> list[str]:
@@ -63,6 +69,17 @@ class Report(NamedTuple):
             lines.append(f"  prompts without a token, given a BOS or EOS: {self.separators_added:,}")
         if self.eos_inside:
             lines.append(f"  completions with an end token inside the text: {self.eos_inside:,}")
+        if self.fronts_written:
+            lines.append(f"  prompts that begin with the tokens which the tokenizer puts in front, kept once: {self.fronts_written:,}")
+        if self.ends_written:
+            lines.append(f"  completions that end with an end token of their own, kept once: {self.ends_written:,}")
+        if self.shortened:
+            lines.append(
+                f"  long rows, tokenised as far as they are kept, so that they are longer than is said of them: {self.shortened:,}"
+            )
+        if self.unread:
+            more = f", and {len(self.unread) - 12} more" if len(self.unread) > 12 else ""
+            lines.append(f"  columns not read: {', '.join(self.unread[:12])}{more}; data.columns names those to read{self._system()}")
         if self.masks:
             lines.append(f"  conversations: scored turns are those of {self.masks}")
         lines += [f"  {what}: {count:,} rows" for what, count in sorted(self.told.items())]
@@ -77,26 +94,39 @@ class Report(NamedTuple):
         lines.append(f"  tokens: {self.tokens:,}, of them scored {self.completion_tokens:,}; the longest row has {self.longest:,}")
         return lines
 
+    def _system(self) -> str:
+        found = next((column.rpartition(" (")[0] for column in self.unread if column.lower().startswith("system")), "")
+        return f", such as data.columns.system={found}" if found else ""
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; without `uncut`."""
         return {name: value for name, value in self._asdict().items() if name != "uncut"}
 
 
 def load_examples(
-    path: str | pathlib.Path, data: Any, tokenizer: Any, vocab_size: int, ends: Collection[int] = ()
+    path: str | pathlib.Path,
+    data: Any,
+    tokenizer: Any,
+    vocab_size: int,
+    ends: Collection[int] = (),
+    row: Callable[[dict], Any] | None = None,
 ) -> tuple[Examples, Report]:
-    """Read and tokenise one source (a file, a folder, a data set of the hub) as the `config.data` section says."""
-    raw = read_rows(path)
+    """Read and tokenise one source (a file, a folder, a data set of the hub) as the `config.data` section says.
+
+    For `ends` see `tokenize`; `row` is the experiment's, see `alignax.data.shapes.shaped`.
+    """
+    raw = shaped(rows_and_faults(path), data, row)
     apart = holds_pairs(raw, data)
     if apart:
         data = data.copy_and_resolve_references()
         data.kind = "preference"
     rows, rejected = prompted_rows(raw, data, path)
+    not_read = unread(raw, data)
     del raw
     lengths = {"max_length": data.max_length, "max_prompt_length": data.max_prompt_length}
-    template = dict(data.template)
-    given = {"vocab_size": vocab_size, "ends": ends, "rejected": rejected, "template": template}
-    examples, report = tokenize(rows, tokenizer, **given, **lengths)
+    given = {"vocab_size": vocab_size, "ends": ends, "rejected": rejected, "template": dict(data.template)}
+    examples, report = tokenize(rows, tokenizer, ordered=bool(order_column(data)), **given, **lengths)
+    report = report._replace(unread=not_read)
     return (unpair(examples), report._replace(pairs_split=report.kept)) if apart else (examples, report)
 
 
@@ -110,12 +140,14 @@ def tokenize(
     ends: Collection[int] = (),
     rejected: Rejected | None = None,
     template: Mapping[str, Any] = chat.NO_VARIABLES,
+    ordered: bool = False,
 ) -> tuple[Examples, Report]:
     """Tokenise rows, each side as one string.
 
     A prompt tokenised alone may end in other tokens than it has in front of its completion, so the boundary is the common
     prefix of ids of the prompt alone and of every side. A completion is the rest and exactly one end: the EOS, where it has none.
-    Special tokens in front are the tokenizer's own; where neither it nor the prompt gives a first token, BOS (else EOS) is put there.
+    Special tokens in front are the tokenizer's own, once, also where a text begins with them; where neither it nor the prompt gives a
+    first token, BOS (else EOS) is put there. Of a very long text only the part is tokenised that is kept, see `alignax.data.bounds`.
     Conversations are tokenised by the chat template alone, see `alignax.data.chat.encode`.
 
     A prompt over `max_prompt_length` (0: no rule) keeps its last tokens, and a BOS in front within that number; a side over
@@ -131,6 +163,7 @@ def tokenize(
       ends: tokens that end a completion beside the tokenizer's EOS, see `alignax.models.hf.end_ids`.
       rejected: what `prompted_rows` has left out, taken up in the report; says what becomes of bad rows.
       template: values of the chat template's variables.
+      ordered: whether the rows have places in a curriculum.
 
     Returns:
       The examples and the report.
@@ -147,7 +180,8 @@ def tokenize(
     uncut: tuple[list[int], list[int]] = ([], [])
     ids, scored, lengths, longest_prompt = [], [], [], 0
     told: Counter[str] = Counter()
-    for chunk, encoded in _encoded(rows, tokenizer, ends, template):
+    bound = bounds.bound(tokenizer, tokenizer.decode(_own(tokenizer)[0]), max_length, max_prompt_length)
+    for chunk, encoded in _encoded(rows, tokenizer, ends, template, bound):
         sides, marks = [], []
         for row, code in zip(chunk, encoded, strict=True):
             if isinstance(code, Bad):
@@ -185,6 +219,7 @@ def tokenize(
         fields={name: np.asarray([row.fields[name] for row in kept], FIELDS[name]) for name in kept[0].fields},
         columns={name: [row.columns[name] for row in kept] for name in kept[0].columns},
         rows=np.array([row.row for row in kept], np.int64),
+        order=np.asarray([row.order for row in kept], np.float64) if ordered else None,
     )
     return examples, _report(examples, kept, rejected, counts, uncut, longest_prompt, tokenizer)._replace(told=dict(told))
 
@@ -203,6 +238,9 @@ def _report(
         boundary_merges=counts["boundary_merges"],
         separators_added=counts["separators_added"],
         eos_inside=counts["eos_inside"],
+        fronts_written=counts["fronts_written"],
+        ends_written=counts["ends_written"],
+        shortened=counts["shortened"],
         turns_without_eos=counts["turns_without_eos"],
         told={},
         masks=chat.masks(tokenizer) if any(not isinstance(row.prompt, str) for row in kept) else "",
@@ -212,6 +250,7 @@ def _report(
         longest=int(examples.lengths.max()),
         responses=examples.N,
         longest_prompt=longest_prompt,
+        unread=[],
         uncut=(tuple(uncut[0]), tuple(uncut[1])),
     )
 
@@ -237,44 +276,92 @@ def _check_limits(max_length: int, max_prompt_length: int, tokenizer: Any, path:
 
 
 def _encoded(
-    rows: Sequence[Prompted], tokenizer: Any, ends: Collection[int], template: Mapping[str, Any]
+    rows: Sequence[Prompted], tokenizer: Any, ends: Collection[int], template: Mapping[str, Any], bound: Bound
 ) -> Iterator[tuple[Sequence[Prompted], list[Encoded | Bad]]]:
     """Chunks of rows, in tokens, each kind by its own way."""
-    for start in range(0, len(rows), ROWS_AT_ONCE):
-        chunk = rows[start : start + ROWS_AT_ONCE]
-        texts = [row for row in chunk if isinstance(row.prompt, str)]
-        conversations = [row for row in chunk if not isinstance(row.prompt, str)]
-        done = iter(encode_texts(texts, tokenizer, ends) if texts else ())
-        chats = iter(chat.encode(conversations, tokenizer, ends, template) if conversations else ())
-        yield chunk, [next(done) if isinstance(row.prompt, str) else next(chats) for row in chunk]
+    for chunk in _chunks(rows):
+        found: list[Encoded | Bad | None] = [bounds.too_long(row) if not isinstance(row.prompt, str) else None for row in chunk]
+        left = [i for i, bad in enumerate(found) if bad is None]
+        texts, conversations = ([i for i in left if isinstance(chunk[i].prompt, str) is text] for text in (True, False))
+        for i, code in zip(texts, _bounded([chunk[i] for i in texts], tokenizer, ends, bound), strict=True):
+            found[i] = code
+        chats = chat.encode([chunk[i] for i in conversations], tokenizer, ends, template) if conversations else []
+        for i, code in zip(conversations, chats, strict=True):
+            found[i] = code
+        yield chunk, [code for code in found if code is not None]
+
+
+def _chunks(rows: Sequence[Prompted]) -> Iterator[Sequence[Prompted]]:
+    """Rows that are tokenised together: so many that neither they nor their characters are too many."""
+    start, size = 0, 0
+    for i, row in enumerate(rows):
+        if i > start and (i - start == ROWS_AT_ONCE or size > CHARACTERS_AT_ONCE):
+            yield rows[start:i]
+            start, size = i, 0
+        size += bounds.characters(row)
+    if start < len(rows):
+        yield rows[start:]
+
+
+def _bounded(rows: Sequence[Prompted], tokenizer: Any, ends: Collection[int], bound: Bound) -> list[Encoded | Bad]:
+    """Rows of text in tokens, of long ones only the part that is kept."""
+    short = [bounds.shortened(row, bound) for row in rows]
+    bad = [bounds.too_long(row) for row in short]
+    whole = [row for row, refused in zip(short, bad, strict=True) if refused is None]
+    codes = iter(encode_texts(whole, tokenizer, ends))
+    out: list[Encoded | Bad] = []
+    for row, part, refused in zip(rows, short, bad, strict=True):
+        found = refused or next(codes)
+        if part is not row and isinstance(found, Encoded):
+            if bounds.same_tokens(row, part, found.prompt, found.completions, bound):
+                found = found._replace(text=str(row.prompt), counts={**found.counts, "shortened": 1})
+            else:
+                found = bounds.too_long(row) or encode_texts([row], tokenizer, ends)[0]
+        out.append(found)
+    return out
 
 
 def encode_texts(rows: Sequence[Prompted], tokenizer: Any, ends: Collection[int]) -> list[Encoded]:
     """Rows of text in tokens, split at their boundaries, completions ended by one of `ends`: the EOS, where they have none."""
-    eos = tokenizer.eos_token_id
-    prompts = _text_ids([str(row.prompt) for row in rows], tokenizer)
-    sides = iter(_text_ids([f"{row.prompt}{completion}" for row in rows for completion in row.completions], tokenizer))
+    if not rows:
+        return []
+    eos, own = tokenizer.eos_token_id, _own(tokenizer)
+    prompts = [_once(ids, *own) for ids in _ids([str(row.prompt) for row in rows], tokenizer)]
+    sides = iter(_ids([f"{row.prompt}{completion}" for row in rows for completion in row.completions], tokenizer))
     out = []
-    for prompt, row in zip(prompts, rows, strict=True):
-        full = [next(sides) for _ in row.completions]
+    for (prompt, written), row in zip(prompts, rows, strict=True):
+        full = [_once(next(sides), *own)[0] for _ in row.completions]
         boundary = min(_common(prompt, side) for side in full)
         completions = [_ended(side[boundary:], eos, ends) for side in full]
-        merged = boundary < len(prompt)
-        out.append(Encoded(prompt[:boundary], completions, [b"\1" * len(c) for c in completions], str(row.prompt), merged))
+        written_ends = sum(bool(text) and side[-1] in ends for text, side in zip(row.completions, full, strict=True))
+        marks, counts = [b"\1" * len(c) for c in completions], {"fronts_written": int(written), "ends_written": written_ends}
+        out.append(Encoded(prompt[:boundary], completions, marks, str(row.prompt), boundary < len(prompt), counts=counts))
     return out
 
 
 def prompt_ids(texts: list[str], tokenizer: Any) -> list[list[int]]:
     """Tokens of prompts that stand alone, each at least one."""
-    return [ids or [_separator(tokenizer)] for ids in _text_ids(texts, tokenizer)]
+    own = _own(tokenizer)
+    return [_once(ids, *own)[0] or [_separator(tokenizer)] for ids in _ids(texts, tokenizer)]
 
 
-def _text_ids(texts: list[str], tokenizer: Any) -> list[list[int]]:
-    """Tokens of texts, with what the tokenizer puts in front and without an EOS that it appends."""
+def _ids(texts: list[str], tokenizer: Any) -> list[list[int]]:
+    return tokenizer(texts, truncation=False, padding=False, return_attention_mask=False, verbose=False)["input_ids"]
+
+
+def _own(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The tokens that the tokenizer itself puts in front of a text, and those behind it."""
     # By a probe and not by the last id of each text: a text may itself end in an EOS, which is then part of it.
-    appended = tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id
-    ids = tokenizer(texts, truncation=False, padding=False, return_attention_mask=False, verbose=False)["input_ids"]
-    return [row[:-1] for row in ids] if appended else ids
+    whole, bare = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    at = next((i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare), 0)
+    return whole[:at], whole[at + len(bare) :]
+
+
+def _once(ids: list[int], front: list[int], end: list[int]) -> tuple[list[int], bool]:
+    """Tokens of a text without what the tokenizer put behind it, and with its front once; and whether the text had that too."""
+    ids = ids[: len(ids) - len(end)]
+    written = bool(front) and ids[: 2 * len(front)] == front * 2
+    return ids[len(front) :] if written else ids, written
 
 
 def _separator(tokenizer: Any) -> int:
@@ -301,6 +388,7 @@ def _fit(row: Encoded, tokenizer: Any, ends: Collection[int], max_length: int, m
         "completions_cut": sum(len(completion) > room for completion in row.completions),
         "eos_inside": sum(_end_inside(*side, ends) for side in zip(completions, row.scored, strict=True)),
         "turns_without_eos": row.turns_without_eos,
+        **row.counts,
     }
     return _Fitted(prompt, completions, [side[:room] for side in row.scored], counts)
 

@@ -1,0 +1,149 @@
+"""Shapes of rows: what other programs write for a conversation becomes a list of messages with a role and a content."""
+
+import copy
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from alignax.data import formats
+from alignax.data.rows import Bad, Message
+from alignax.data.words import one_line, short
+
+# The speakers of ShareGPT rows, `from` and `value` for `role` and `content`.
+SPEAKERS = {
+    "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant", "model": "assistant",
+    "bot": "assistant", "system": "system", "tool": "tool", "observation": "tool", "function_call": "function_call",
+}  # fmt: skip
+
+
+LEFT_OUT, NO_PREFERENCE = "left out by row()", "no preference (data.format)"
+Shaped = Mapping | Bad | str  # a row, a bad one, or the reason why it is left out
+
+
+def shaped(rows: Sequence[Mapping | Bad], data: Any, row: Callable[[dict], Any] | None = None) -> list[Shaped]:
+    """The first `data.limit` rows as an experiment's `row(row)` and then `data.format` make them; those after it are left as they are.
+
+    A row for which `row` gives None is left out; whatever it raises makes the row a bad one.
+    """
+    ways = [("row()", row, LEFT_OUT)] if row else []
+    ways += [(f"data.format {data.format!r}", formats.named(data.format), NO_PREFERENCE)] if data.format else []
+    if not ways:
+        return [*rows]
+    out: list[Shaped] = [*rows]
+    for i, value in enumerate(rows[: data.limit or None]):
+        found: Any = value
+        for name, function, without in ways:
+            if isinstance(found, dict):
+                found = _changed(name, function, found)
+                found = without if found is None else found
+        out[i] = found
+    return out
+
+
+def _changed(name: str, function: Callable[[dict], Any], row: dict) -> Any:
+    try:
+        found = function(copy.deepcopy(row) if name == "row()" else row)
+    except Exception as error:  # whatever the code of an experiment raises, and a row of another structure makes a format raise
+        return Bad(f"error in {name}", f"{name} raises {type(error).__name__}: {one_line(error)}")
+    if found is None or (isinstance(found, dict) and all(isinstance(column, str) for column in found)):
+        return found
+    return Bad(f"error in {name}", f"{name} gives {short(found)}, not a row (a dict of columns) or None")
+
+
+def messages(name: str, value: Any) -> Any:
+    """A conversation, or one message of it, as messages; any other value as it is.
+
+    Of ShareGPT `from` becomes `role` and `value` becomes `content`, a `function_call` the tool calls that its JSON holds; a content
+    of several parts, all of them text, becomes one text.
+    """
+    if isinstance(value, dict) and ("role" in value or "from" in value):
+        value = [value]
+    if not isinstance(value, list):
+        return value
+    out: list[Any] = []
+    for message in value:
+        found = _message(name, message)
+        if isinstance(found, Bad):
+            return found
+        out.append(found)
+    return out
+
+
+def _message(name: str, message: Any) -> Any:
+    if not isinstance(message, dict):
+        return message
+    if isinstance(message.get("from"), str) and message.get("role") is None:
+        role, rest = (
+            SPEAKERS.get(message["from"]),
+            {key: x for key, x in message.items() if key not in ("from", "value", "role", "content")},
+        )
+        if role is None:
+            return Bad("unknown speaker", f"a message of {name!r} is from {short(message['from'])}, not from one of {', '.join(SPEAKERS)}")
+        if role == "function_call":
+            return _call(name, message.get("value"), rest)
+        message = {"role": role, "content": message.get("value"), **rest}
+    parts = message.get("content")
+    if isinstance(parts, list) and parts and all(isinstance(x, dict) and x.get("type") == "text" for x in parts):
+        if all(isinstance(x.get("text"), str) for x in parts):
+            return {**message, "content": "".join(x["text"] for x in parts)}
+    return message
+
+
+def _call(name: str, value: Any, rest: Message) -> Message | Bad:
+    try:
+        calls = json.loads(value)
+        calls = [{"name": call["name"], "arguments": call["arguments"]} for call in (calls if isinstance(calls, list) else [calls])]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return Bad("bad function call", f"a function_call of {name!r} is {short(value)}, not JSON with a name and arguments")
+    return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call} for call in calls], **rest}
+
+
+def holds_messages(value: Any) -> bool:
+    """Whether a value is a conversation, in any of the shapes that `messages` reads."""
+    return isinstance(value, list) and bool(value) and all(isinstance(m, dict) and ("role" in m or "from" in m) for m in value)
+
+
+def together(prompt: Any, sides: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Prompt and sides of which one is text and the other messages, both as messages; whatever else there is, as it is.
+
+    A text beside messages is a user's turn in the prompt, and an assistant's in a side. A conversation that itself begins with
+    a prompt's text has the prompt in it: None is returned for the prompt.
+    """
+    if isinstance(prompt, list):
+        return prompt, {name: said("assistant", side) if isinstance(side, str) else side for name, side in sides.items()}
+    if isinstance(prompt, str) and sides and all(_are_messages(side) for side in sides.values()):
+        if all(side[0]["role"] == "assistant" for side in sides.values()):
+            return said("user", prompt), dict(sides)
+        asked = [next((m.get("content") for m in side if m["role"] == "user"), None) for side in sides.values()]
+        if all(text == prompt for text in asked):
+            return None, dict(sides)
+    return prompt, dict(sides)
+
+
+def said(role: str, text: str) -> list[Message]:
+    """A text as a conversation of one message."""
+    return [{"role": role, "content": text}]
+
+
+def _are_messages(side: Any) -> bool:
+    return isinstance(side, list) and bool(side) and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in side)
+
+
+def with_system(system: Any, prompt: Any, sides: Mapping[str, Any]) -> tuple[Any, dict[str, Any]] | Bad:
+    """A row with the text of its system column as the first message; texts become conversations, an empty system prompt none."""
+    if system is not None and not isinstance(system, str):
+        return Bad("no system prompt", f"the system prompt is {short(system)}, not text")
+    sides = {name: said("assistant", side) if isinstance(side, str) else side for name, side in sides.items()}
+    prompt = said("user", prompt) if isinstance(prompt, str) else prompt
+    first = said("system", system) if system else []
+    if prompt is None:
+        whole = {name: first + side if isinstance(side, list) else side for name, side in sides.items()}
+        return _one_system(None, whole)
+    return _one_system(first + prompt if isinstance(prompt, list) else prompt, sides)
+
+
+def _one_system(prompt: Any, sides: dict[str, Any]) -> tuple[Any, dict[str, Any]] | Bad:
+    for value in [prompt] if prompt is not None else sides.values():
+        if isinstance(value, list) and sum(isinstance(m, dict) and m.get("role") == "system" for m in value) > 1:
+            return Bad("two system prompts", "the row has a system prompt in data.columns.system and another in its messages")
+    return prompt, sides

@@ -1,0 +1,226 @@
+"""Shapes of rows that other programs write, an experiment's `row(row)`, and the formats of well-known sets."""
+
+import json
+
+import jax
+import pytest
+import runs
+import tiny
+
+from alignax.config import default_config, load_experiment
+from alignax.data import Prompted, check, load_examples, prompted_rows, read_rows
+from alignax.data.formats import FORMATS
+from alignax.data.kinds import unread
+from alignax.data.shapes import messages, shaped
+from alignax.mesh import make_mesh
+from alignax.prepare import prepare
+
+USER, YES, NO = ({"role": role, "content": text} for role, text in (("user", "hi"), ("assistant", "hello"), ("assistant", "go")))
+SYSTEM = {"role": "system", "content": "French."}
+
+
+def config(kind="preference", columns=(), **changes):
+    data = default_config().data
+    data.update(kind=kind, **changes)
+    data.columns.update(dict(columns))
+    return data
+
+
+def only(row, kind="preference", row_hook=None, **columns):
+    data = config(kind, columns)
+    (prompted,), rejected = prompted_rows(shaped([row], data, row_hook), data)
+    assert not rejected.counts
+    return prompted
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": [USER], "chosen": "hello", "rejected": "go"},
+        {"prompt": [USER], "chosen": YES, "rejected": NO},
+        {"prompt": [USER], "chosen": [YES], "rejected": "go"},
+        {"prompt": USER, "chosen": [YES], "rejected": [NO]},
+        {"prompt": "hi", "chosen": [YES], "rejected": [NO]},
+        {"prompt": "hi", "chosen": [USER, YES], "rejected": [USER, NO]},
+        {
+            "prompt": [{"from": "human", "value": "hi"}],
+            "chosen": {"from": "gpt", "value": "hello"},
+            "rejected": {"from": "gpt", "value": "go"},
+        },
+        {
+            "prompt": [{"role": "user", "content": [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]}],
+            "chosen": YES,
+            "rejected": NO,
+        },
+    ],
+)
+def test_shapes_of_one_pair(row):
+    assert only(row) == Prompted([USER], ([YES], [NO]))
+
+
+def test_a_conversation_that_begins_otherwise_than_its_prompt_is_refused_with_the_remedy():
+    with pytest.raises(ValueError, match=r"'chosen' is a conversation and 'prompt' is text.*--config.data.columns.prompt= \(empty\)"):
+        only({"prompt": "other", "chosen": [USER, YES], "rejected": [USER, NO]})
+    with pytest.raises(ValueError, match=r"no prompt column 'prompt' .* Name the column with data\.columns\.prompt=turns, which holds"):
+        only({"turns": [{"from": "human", "value": "hi"}], "chosen": YES, "rejected": NO})
+    with pytest.raises(ValueError, match="'rejected' is 7, neither text nor messages, and 'prompt' is a conversation"):
+        only({"prompt": [USER], "chosen": "hello", "rejected": 7})
+    with pytest.raises(ValueError, match="a message of 'prompt' is from 'narrator', not from one of human, "):
+        only({"prompt": [{"from": "narrator", "value": "hi"}], "chosen": "hello", "rejected": "go"})
+
+
+def test_share_gpt_conversations_with_calls():
+    call = {"name": "f", "arguments": {"x": 1}}
+    turns = [("system", "French."), ("human", "hi"), ("function_call", json.dumps(call)), ("observation", "3"), ("gpt", "hello")]
+    found = messages("conversations", [{"from": speaker, "value": text} for speaker, text in turns])
+    called = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]}
+    assert found == [SYSTEM, USER, called, {"role": "tool", "content": "3"}, YES]
+    row = {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]}
+    assert only(row, "sft", messages="conversations") == Prompted([USER], ([YES],))
+    assert messages("c", [{"from": "function_call", "value": "f(1)"}]).what.endswith("'f(1)', not JSON with a name and arguments")
+
+
+def test_a_system_column_becomes_a_message_or_is_said_not_to_be_read():
+    row = {"system": "French.", "prompt": "hi", "chosen": "hello", "rejected": "go", "n": 1, "tags": ["a"], "none": None}
+    assert only(row, system="system") == Prompted([SYSTEM, USER], ([YES], [NO]))
+    assert only(row | {"system": ""}, system="system") == Prompted([USER], ([YES], [NO]))
+    whole = {"system": "French.", "chosen": [USER, YES], "rejected": [USER, NO]}
+    assert only(whole, system="system") == Prompted([SYSTEM, USER], ([YES], [NO]))
+    assert only({"system": "French.", "prompt": "hi"}, "prompt", system="system").prompt == [SYSTEM, USER]
+    with pytest.raises(ValueError, match="another in its messages"):
+        only(row | {"prompt": [SYSTEM, USER]}, system="system")
+    with pytest.raises(ValueError, match="no column 'sytem', named by data.columns.system"):
+        only(row, system="sytem")
+    assert unread([row], config()) == ["system (text)", "n (number)", "tags (list)", "none (empty)"]
+    assert unread([row], config("prompt")) == []
+    assert unread([row], config(columns={"system": "system", "margin": "n"})) == ["tags (list)", "none (empty)"]
+
+
+def hook(row):
+    if row["n"] == 1:
+        return None
+    if row["n"] == 2:
+        raise KeyError("absent")
+    return {"prompt": row.pop("q"), "chosen": "hello", "rejected": "go"} if row["n"] else [row]
+
+
+def test_an_experiments_row_comes_first_and_its_errors_are_named():
+    rows = [{"q": "hi", "n": n} for n in (3, 1, 2, 0, 4)]
+    data = config(bad_rows="drop", limit=4)
+    kept, rejected = prompted_rows(shaped(rows, data, hook), data)
+    assert kept == [Prompted("hi", ("hello", "go"), 0)] and rows[0] == {"q": "hi", "n": 3}
+    assert rejected.counts == {"left out by row()": 1, "error in row()": 2, "beyond data.limit": 1}
+    assert rejected.first["error in row()"] == [
+        "row 2 (counted from 0): row() raises KeyError: 'absent'",
+        "row 3 (counted from 0): row() gives [{'n': 0, 'q': 'hi'}], not a row (a dict of columns) or None",
+    ]
+    with pytest.raises(ValueError, match=r"data, row 2 \(counted from 0\): row\(\) raises KeyError: 'absent'\. Correct the row, or"):
+        prompted_rows(shaped(rows, config(), hook), config())
+
+
+def test_a_run_reads_its_rows_through_the_hook_of_its_experiment(tmp_path):
+    file = tmp_path / "experiment.py"
+    file.write_text(
+        "from alignax.config import default_config\n"
+        "def get_config():\n    return default_config()\n"
+        "def loss(config):\n    return None\n"
+        "def row(row):\n    return None if row['n'] else {'prompt': row['q'], 'chosen': ' a', 'rejected': ' b'}\n"
+    )
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"q": "hi", "n": n}) + "\n" for n in (0, 1, 0)))
+    experiment = load_experiment(file, [f"data.train={tmp_path / 'a.jsonl'}"])
+    result = check.check(experiment.config.data, tiny.byte_tokenizer(), 280, row=experiment.row)
+    (source,) = result["train"]["sources"].values()
+    assert source["kept"] == 2 and source["dropped"] == {"left out by row()": 1} and not check.stops(result)
+
+
+def test_a_run_goes_through_a_column_that_its_rows_are_given(tmp_path):
+    file = tmp_path / "experiment.py"
+    dpo = (runs.REPO / "experiments" / "dpo_hh.py").read_text()
+    file.write_text(dpo + "\n\ndef row(row):\n    return row | {'length': len(row['chosen'])}\n")
+    fields = runs.world(tmp_path) | {"data.order": "-length", "workdir": str(tmp_path / "run")}
+    run = prepare(load_experiment(file, [f"{name}={value}" for name, value in fields.items()]), make_mesh({}, jax.devices()[:1]))
+    lengths = [len(row["chosen"]) for row in read_rows(tmp_path / "pairs.jsonl")]
+    drawn = [lengths[row] for step in range(len(lengths) // 8) for row in run.train.rows(step)]
+    assert drawn == sorted(lengths, reverse=True)[: len(drawn)] and len(set(drawn)) > 1
+    assert not run.reports["train"].dropped and run.train.examples.order is not None
+
+
+A, TEXTS = "\n\nAssistant:", {"prompt": "hi", "chosen": "hello", "rejected": "go"}
+PAIR, MARGIN = {"chosen": [USER, YES], "rejected": [USER, NO]}, {"margin": 2.0}
+POST = {"id": "x", "post": "Long.", "title": "T", "subreddit": "tifu", "site": None, "article": None}
+SUMMARIES = [{"text": "go", "policy": "a", "note": None}, {"text": "hello", "policy": "b", "note": None}]
+CARDS = [
+    (
+        "hh_rlhf",
+        {"chosen": f"\n\nHuman: hi{A} hello", "rejected": f"\n\nHuman: hi{A} go"},
+        {"prompt": f"\n\nHuman: hi{A}", "chosen": " hello", "rejected": " go"},
+    ),
+    (
+        "ultrafeedback_binarized",
+        {"prompt": "hi", "prompt_id": "1", "messages": [], "score_chosen": 8.5, "score_rejected": 6.5, **PAIR},
+        PAIR | MARGIN,
+    ),
+    ("helpsteer2", {"split": "train", "prompt": "hi", "response_1": "go", "response_2": "hello", "preference_strength": 2}, TEXTS | MARGIN),
+    (
+        "helpsteer3",
+        {"domain": "general", "context": [USER], "response1": "hello", "response2": "go", "overall_preference": -2},
+        {**TEXTS, **MARGIN, "prompt": [USER]},
+    ),
+    ("helpsteer3", {"context": [USER], "response1": "hello", "response2": "go", "overall_preference": 0}, None),
+    ("shp", {"history": "hi", "human_ref_A": "go", "human_ref_B": "hello", "labels": 0, "score_ratio": 2.0}, TEXTS),
+    ("pku_saferlhf", {"prompt": "hi", "response_0": "go", "response_1": "hello", "better_response_id": 1, "safer_response_id": 0}, TEXTS),
+    (
+        "pku_saferlhf_safer",
+        {"prompt": "hi", "response_0": "hello", "response_1": "go", "better_response_id": 1, "safer_response_id": 0},
+        TEXTS,
+    ),
+    ("orca_dpo_pairs", {"system": "French.", "question": "hi", "chosen": "hello", "rejected": "go"}, {**TEXTS, "prompt": [SYSTEM, USER]}),
+    ("orca_dpo_pairs", {"system": "", "input": "hi", "chosen": "hello", "rejected": "go"}, {**TEXTS, "prompt": [USER]}),
+    ("dpo_mix", {"dataset": "x", "prompt": [USER], "chosen_rating": 5.0, "rejected_rating": 3.0, **PAIR}, PAIR | MARGIN),
+    ("capybara", {"source": "x", "conversation": [{"input": "hi", "output": "hello"}], "prompt": "hi", "rating_chosen": 5, **PAIR}, PAIR),
+    (
+        "nectar",
+        {"prompt": "hi", "answers": [{"answer": "go", "rank": 3.0}, {"answer": "hello", "rank": 1.0}, {"answer": "so", "rank": 2.0}]},
+        TEXTS | {"completions": ["hello", "so", "go"]},
+    ),
+    (
+        "webgpt_comparisons",
+        {"question": {"full_text": "hi"}, "answer_0": "hello", "score_0": 1.0, "answer_1": "go", "score_1": -1.0},
+        TEXTS | MARGIN,
+    ),
+    ("webgpt_comparisons", {"question": {"full_text": "hi"}, "answer_0": "hello", "score_0": 0.0, "answer_1": "go", "score_1": 0.0}, None),
+    (
+        "summarize_from_feedback",
+        {"info": POST, "summaries": SUMMARIES, "choice": 1, "worker": "w"},
+        {**TEXTS, "prompt": "SUBREDDIT: r/tifu\nTITLE: T\nPOST: Long.\nTL;DR:"},
+    ),
+    (
+        "summarize_from_feedback",
+        {"info": POST | {"post": None, "article": "Long."}, "summaries": SUMMARIES[::-1], "choice": 0},
+        {**TEXTS, "prompt": "Article:\n\nLong.\n\nTL;DR:"},
+    ),
+    ("skywork_reward_preference", {"source": "x", **PAIR}, PAIR),
+    (
+        "openai_preference",
+        {"input": {"messages": [USER], "tools": [], "parallel_tool_calls": True}, "preferred_output": [YES], "non_preferred_output": [NO]},
+        {"prompt": [USER], "chosen": [YES], "rejected": [NO]},
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "row", "expected"), CARDS)
+def test_formats_of_well_known_sets(name, row, expected):
+    assert FORMATS[name](row) == expected
+    data = config(format=name, bad_rows="drop")
+    kept, rejected = prompted_rows(shaped([row, {"x": 1}], data), data)
+    assert rejected.counts == {f"error in data.format {name!r}": 1} | ({"no preference (data.format)": 1} if expected is None else {})
+    assert len(kept) == (expected is not None) and all(len(row.completions) == 2 for row in kept)
+
+
+def test_every_format_has_a_row_here_and_an_unknown_one_names_the_nearest(tmp_path):
+    assert {name for name, *_ in CARDS} == set(FORMATS)
+    (tmp_path / "a.jsonl").write_text("{}")
+    with pytest.raises(ValueError, match=r"no column 'chosen', .*; its rows look like those of data\.format=helpsteer3$"):
+        only({"context": [USER], "response1": "hello", "response2": "go", "overall_preference": 0})
+    with pytest.raises(ValueError, match="data.format is 'helpsteer-3'; the nearest is 'helpsteer3', and there are hh_rlhf, "):
+        load_examples(tmp_path / "a.jsonl", config(format="helpsteer-3"), tiny.byte_tokenizer(), 280)
