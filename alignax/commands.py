@@ -330,7 +330,7 @@ def generate(model: Path, request: Request, overrides: Sequence[str]) -> None:
                 raise ValueError(f"{str(model)!r} is a reward model, which gives scores and no text; give a language model")
             tokenizer = load_tokenizer(source.path, source.config.vocab_size)
             stops = Stops(tokenizer, tuple(request.stop)) if request.stop else None
-            prompts = console.read(request, tokenizer)
+            prompts = console.read(request, tokenizer, config.data.template)
             longest = max((len(p.ids) for p in prompts or ()), default=1)
             check_room(source.config, longest, request.max_new_tokens)
             console.begin(request)
@@ -354,7 +354,7 @@ def generate(model: Path, request: Request, overrides: Sequence[str]) -> None:
     if prompts is not None:
         console.answer(generator(request.n * len(prompts), longest), params, prompts, key, request, tokenizer)
         return
-    for i, prompt in enumerate(console.typed(tokenizer)):
+    for i, prompt in enumerate(console.typed(request, tokenizer, config.data.template)):
         room = source.config.max_position_embeddings - request.max_new_tokens
         # In powers of 2, so that few lengths are compiled.
         longest = min(max(64, 1 << (len(prompt.ids) - 1).bit_length()), room)

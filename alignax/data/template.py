@@ -21,7 +21,11 @@ class Opening(NamedTuple):
 
     tail: str | None  # what it puts behind the message in the prompt of generation; None: it leaves the message out
     beyond: int  # characters at the end of that which stand in front of no answer without reasoning
-    slot: str  # what it puts in front of such an answer where reasoning would be, "<think>\\n\\n</think>\\n\\n" say
+    lead: str  # what it puts behind the shared part in front of such an answer, "<think>\\n\\n</think>\\n\\n" say
+    empty: bool  # whether that is where reasoning would be
+
+
+NO_OPENING = Opening(None, 0, "", False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +103,7 @@ class Template:
             try:
                 self.openings[role] = self._opening([*before[:-1], before[-1] | {"content": QUESTION}], tools)
             except refusals():
-                return Opening(None, 0, "")
+                return NO_OPENING
         return self.openings[role]
 
     def _opening(self, before: list[Message], tools: Any) -> Opening:
@@ -109,20 +113,20 @@ class Template:
 
         prompt = self.text(before, tools, opened=True)
         if QUESTION not in prompt:
-            return Opening(None, 0, "")
+            return NO_OPENING
         tail = between(prompt, len(prompt))
         answer = {"role": "assistant", "content": ANSWER}
         text = self.text([*before, answer], tools)
         front = between(text, text.find(ANSWER))
         start = shared(front, tail)
-        slot = front[start:]
+        lead = front[start:]
         thoughts = [answer | {"reasoning_content": THOUGHT}, answer | {"content": f"<think>\n{THOUGHT}\n</think>\n\n{ANSWER}"}]
-        for thinking in thoughts if slot.strip() else ():
+        for thinking in thoughts if lead.strip() else ():
             text = self.text([*before, thinking], tools)
             filled = between(text, text.find(ANSWER))[start:]
-            if THOUGHT in filled and squeezed(filled.replace(THOUGHT, "")) == squeezed(slot):
-                return Opening(tail, len(tail) - start, slot)
-        return Opening(tail, len(tail) - start, "")
+            if THOUGHT in filled and squeezed(filled.replace(THOUGHT, "")) == squeezed(lead):
+                return Opening(tail, len(tail) - start, lead, True)
+        return Opening(tail, len(tail) - start, lead, False)
 
     @functools.cached_property
     def specials(self) -> list[str]:
@@ -173,6 +177,7 @@ def _variables(sources: list[str]) -> str:
             tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(MARKS.sub("", source))
         except jinja2.TemplateError:
             continue
-        found |= meta.find_undeclared_variables(tree)
+        own = {name for name in re.findall(r"\bset\s+(\w+)", source) if not re.search(rf"\b{name} is (not )?(un)?defined", source)}
+        found |= meta.find_undeclared_variables(tree) - own
     names = sorted(name for name in found - given - set(jinja2.Environment().globals) if not name.endswith("_token"))
     return f"it reads {', '.join(map(repr, names))}" if names else "it reads none; leave it out"

@@ -436,8 +436,10 @@ def stop_ids(source: Source) -> list[int]:
 
 
 def _copy_small_files(source: Source, out: Path) -> None:
-    """Tokenizer, chat template and generation config as they were."""
-    for file in source.path.iterdir():
+    """Tokenizer, chat templates and generation config as they were."""
+    for file in [*source.path.iterdir(), *source.path.glob("additional_chat_templates/*.jinja")]:
         small = file.suffix in (".json", ".jinja", ".model", ".txt", ".tiktoken")
         if file.is_file() and small and file.name != "config.json" and not file.name.endswith(".index.json"):
-            shutil.copyfile(file, out / file.name)
+            copy = out / file.relative_to(source.path)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, copy)
