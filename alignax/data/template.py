@@ -86,8 +86,9 @@ class Template:
 
         said = {**self.tokenizer.special_tokens_map, **self.variables}
         source = self.source(tools)
-        texts, spans = render_jinja_template([messages], tools=tools, chat_template=source, return_assistant_tokens_mask=True, **said)
-        return texts[0], [(start, end) for start, end in spans[0] if start < end]
+        found: Any = render_jinja_template([messages], tools=tools, chat_template=source, return_assistant_tokens_mask=True, **said)
+        (text,), (spans,) = found
+        return text, [(start, end) for start, end in spans if start < end]
 
     def opening(self, before: list[Message], tools: Any, prompt: str) -> Opening:
         """How the answer to messages begins; asked of the template once for each role that stands in front of it.
