@@ -51,7 +51,7 @@ PHI = (
     "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}"
 )
-ZEPHYR = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content + eos_token }}\n{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+ZEPHYR = PHI.replace("{{ m.content }}<|end|>", "{{ m.content + eos_token }}").replace("{% else %}{{ eos_token }}", "")
 # Of channels: the last answer ends otherwise than earlier ones, and thought stands in a channel of its own.
 HARMONY = (
     "{% for m in messages %}{% if m.role == 'assistant' %}{% if m.reasoning_content and loop.last %}<|start|>assistant<|channel|>analysis"

@@ -58,6 +58,9 @@ class Template:
         try:
             template = self.tokenizer.get_chat_template(None, tools)
         except ValueError as error:
+            if isinstance(self.tokenizer.chat_template, dict):
+                names = ", ".join(map(repr, self.tokenizer.chat_template))
+                raise ValueError(f"the tokenizer's chat templates are {names}, and none is 'default'; name one of them so") from error
             raise ValueError(
                 "the data holds conversations, and the tokenizer has no chat template; put the model's chat_template.jinja into its "
                 "folder, or use columns of text"

@@ -313,8 +313,9 @@ def _unseen(prompt: list[Message], messages: list[Message], given: str, side: Si
         return {"prompts are written otherwise at generation than in front of these answers"}
     beyond, slot = given[side.opened :], side.text[side.opened : start]
     if (beyond, slot) not in template.unseen:
-        words = f"at generation the chat template goes on with {repr(beyond) if beyond else 'nothing'} where these answers follow {repr(slot) if slot else 'nothing'}"
-        template.unseen[beyond, slot] = f"{words}; {_remedy(prompt, messages, side.text[start:], tools, template)}"
+        asked, there = (repr(words) if words else "nothing" for words in (beyond, slot))
+        told = f"at generation the chat template goes on with {asked} where these answers follow {there}"
+        template.unseen[beyond, slot] = f"{told}; {_remedy(prompt, messages, side.text[start:], tools, template)}"
     return {template.unseen[beyond, slot]}
 
 
