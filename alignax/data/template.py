@@ -13,7 +13,7 @@ from alignax.data.rows import Bad, Message
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 MARKS = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 REFUSED = "refused by the template"
-QUESTION, ANSWER, THOUGHT = "\ufdd0", "\ufdd1", "\ufdd2"  # stand for texts, and no text has these characters
+QUESTION, ANSWER, THOUGHT, LATER = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"  # stand for texts, and no text has these characters
 
 
 class Opening(NamedTuple):
@@ -34,7 +34,7 @@ class Template:
 
     tokenizer: Any
     variables: Mapping[str, Any]
-    openings: dict[str, Opening] = dataclasses.field(default_factory=dict)  # role of the message in front -> how an answer begins
+    openings: dict[tuple[str, bool], Opening] = dataclasses.field(default_factory=dict)  # by the role in front, and whether it is the last
     unseen: dict[tuple[str, str], str] = dataclasses.field(default_factory=dict)  # what generation and rows have there -> the words for it
 
     def __post_init__(self) -> None:
@@ -93,24 +93,27 @@ class Template:
         (text,), (spans,) = found
         return text, [(start, end) for start, end in spans if start < end]
 
-    def opening(self, before: list[Message], tools: Any, prompt: str) -> Opening:
+    def opening(self, before: list[Message], tools: Any, prompt: str, last: bool) -> Opening:
         """How the answer to messages begins; asked of the template once for each role that stands in front of it.
 
         Args:
           before: the messages in front of the answer.
           tools: what the template is told of tools.
           prompt: `before` as the template has it, opened.
+          last: whether the answer ends the conversation, or another follows.
         """
-        role = before[-1]["role"]
+        role = before[-1]["role"], last
         known = self.openings.get(role)
         if known is None or known.tail is None or not prompt.endswith(known.tail):
             try:
-                self.openings[role] = self._opening([*before[:-1], before[-1] | {"content": QUESTION}], tools)
+                self.openings[role] = self._opening([*before[:-1], before[-1] | {"content": QUESTION}], tools, last)
             except refusals():
                 return NO_OPENING
         return self.openings[role]
 
-    def _opening(self, before: list[Message], tools: Any) -> Opening:
+    def _opening(self, before: list[Message], tools: Any, last: bool) -> Opening:
+        after = [] if last else [{"role": "user", "content": LATER}, {"role": "assistant", "content": LATER}]
+
         def between(text: str, end: int) -> str:
             start = text.rfind(QUESTION, 0, end)
             return text[start + len(QUESTION) : end] if start >= 0 else ""
@@ -120,13 +123,13 @@ class Template:
             return NO_OPENING
         tail = between(prompt, len(prompt))
         answer = {"role": "assistant", "content": ANSWER}
-        text = self.text([*before, answer], tools)
+        text = self.text([*before, answer, *after], tools)
         front = between(text, text.find(ANSWER))
         start = shared(front, tail)
         lead = front[start:]
         thoughts = [answer | {"reasoning_content": THOUGHT}, answer | {"content": f"<think>\n{THOUGHT}\n</think>\n\n{ANSWER}"}]
         for thinking in thoughts if lead.strip() else ():
-            text = self.text([*before, thinking], tools)
+            text = self.text([*before, thinking, *after], tools)
             filled = between(text, text.find(ANSWER))[start:]
             if THOUGHT in filled and squeezed(filled.replace(THOUGHT, "")) == squeezed(lead):
                 return Opening(tail, len(tail) - start, lead, True)

@@ -105,7 +105,7 @@ def _unmarked(
     for i in answers:
         before = prompt if i == first else messages[:i]
         given = opened if i == first else template.text(before, tools, opened=True)
-        place = _place(text, given, before, tools, template, after=places[-1].start if places else 0)
+        place = _place(text, given, before, tools, template, places[-1].start if places else 0, i == answers[-1])
         if place is None:
             return Bad(
                 "template is no prefix",
@@ -124,7 +124,7 @@ def _unmarked(
     return Side(text, places[0].start, turns, told)
 
 
-def _place(text: str, given: str, before: list[Message], tools: Any, template: Template, after: int) -> Place | None:
+def _place(text: str, given: str, before: list[Message], tools: Any, template: Template, after: int, last: bool) -> Place | None:
     """Where an answer begins, or None where that cannot be told.
 
     Args:
@@ -134,8 +134,9 @@ def _place(text: str, given: str, before: list[Message], tools: Any, template: T
       tools: what the template is told of tools.
       template: the chat template.
       after: the characters of the text that lie in front for certain.
+      last: whether the answer ends the conversation.
     """
-    opening = Opening("", 0, "", False) if is_prefill(before) else template.opening(before, tools, given)
+    opening = Opening("", 0, "", False) if is_prefill(before) else template.opening(before, tools, given, last)
     both, limit = shared(text, given), len(given) - opening.beyond
     cut = len(given) - len(opening.tail) if opening.tail is not None else min(len(template.text(before, tools)), limit)
     if both == len(given) or both >= limit:
@@ -197,8 +198,9 @@ def _unended(text: str, messages: list[Message], i: int, said: int, until: int, 
     """Where a turn ends that no end token closes: with what the template puts behind it when it is the last, or a special token."""
     if i == len(messages) - 1:
         return len(text)
-    if closing := next((token for token in template.specials if text.startswith(token, said)), ""):
-        return said + len(closing)
+    behind = until - len(text[said:until].lstrip())
+    if closing := next((token for token in template.specials if text.startswith(token, behind)), ""):
+        return behind + len(closing)
     try:
         return max(said, min(until, shared(text, template.text(messages[: i + 1], tools))))
     except refusals():
@@ -210,7 +212,7 @@ def _marked(
 ) -> Side | Bad:
     """The turns from message `first` on, by the template's marks; what generation is given in front of an answer is not scored."""
     text, marks = template.marks(messages, tools)
-    place = _place(text, opened, prompt, tools, template, 0)
+    place = _place(text, opened, prompt, tools, template, 0, first == len(messages) - 1)
     start = place.start if place else 0
     joined: list[list[int]] = []
     for begin, end in marks:
