@@ -137,6 +137,9 @@ def _place(text: str, given: str, before: list[Message], tools: Any, template: T
       last: whether the answer ends the conversation.
     """
     opening = Opening("", 0, "", False) if is_prefill(before) else template.opening(before, tools, given, last)
+    final = template.opening(before, tools, given, last=True) if not last and not is_prefill(before) else opening
+    if final.empty and text.startswith(given[: len(given) - final.beyond] + final.lead):
+        opening = final  # behind the last question, an answer that calls tools is opened as the last one is
     both, limit = shared(text, given), len(given) - opening.beyond
     cut = len(given) - len(opening.tail) if opening.tail is not None else min(len(template.text(before, tools)), limit)
     if both == len(given) or both >= limit:
