@@ -17,7 +17,7 @@ USAGE = """usage: alignax train  --config FILE.py [--config.FIELD=VALUE ...] [--
        alignax ridge  FOLDER --config FILE.py [--penalty X] [--config.FIELD=VALUE ...]
        alignax generate MODEL [--prompts FILE] [--out FILE] [--n N] [--max-new-tokens N] [--temperature T] [--top-k K] [--top-p P]
                         [--min-p P] [--repetition-penalty R] [--stop TEXT ...] [--seed N] [--slots N] [--cache DTYPE]
-                        [--config.FIELD=VALUE ...]
+                        [--raw] [--config.FIELD=VALUE ...]
        alignax export WORKDIR FOLDER [--config.FIELD=VALUE ...]
        alignax check-data --config FILE.py [--config.FIELD=VALUE ...] [--json OUT]
        alignax overopt --config FILE.py [--config.FIELD=VALUE ...]
@@ -34,7 +34,8 @@ anchor      writes reward models whose scores on samples of the initial policy h
             for eval-rm; FILE: rows with a prompt and a completion, as `alignax generate --out` writes them
 ridge       writes a reward model whose head is fitted to data.train in closed form, the trunk as it is: to pairs, or to attributes
 generate    completes prompts; MODEL is a Hugging Face folder, or the WORKDIR of a run. FILE has a prompt a line, or rows (.jsonl, .csv,
-            .parquet) with a column "prompt", text or messages; without one, prompts are typed. --out writes JSONL with tokens and
+            .parquet) with a column "prompt", text or messages; without one, prompts are typed. Lines go through the model's chat template
+            where it has one, --raw sends them as they are. --out writes JSONL with tokens and
             log-probs, --out - prints it; --temperature 0 is greedy; --stop may be given several times
 export      writes the newest checkpoint of a run as a Hugging Face folder, of an ensemble one for each member; for WORKDIR also the
             mean of model folders, A@0.5,B@0.5, which model.path, reference.path and generate take too
@@ -143,6 +144,8 @@ def parse(args: Sequence[str]) -> Arguments:
             scale = True
         elif arg == "--penalty" and command == "ridge":
             penalty = number(arg, next(rest, ""))
+        elif arg == "--raw" and command == "generate":
+            request = dataclasses.replace(request, raw=True)
         elif command == "generate" and arg.startswith("--") and not arg.startswith("--config"):
             name, equals, value = arg.partition("=")
             request = with_option(request, name, value if equals else next(rest, None))

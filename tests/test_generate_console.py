@@ -97,6 +97,20 @@ def test_two_processes_say_what_one_does(model, tmp_path):
     assert one == two and len(one) == 9
 
 
+def test_lines_go_through_the_chat_template_or_raw(tmp_path, monkeypatch):
+    (file := tmp_path / "lines.txt").write_text("hi\n")
+    tokenizer = tiny.byte_tokenizer(CHATML)
+    (line,) = console.read(Request(prompts=str(file)), tokenizer)
+    said = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True)
+    assert line.text == said and line.ids == tokenizer(said, add_special_tokens=False)["input_ids"]
+    monkeypatch.setattr("builtins.input", lambda _: "hi")
+    assert next(console.typed(Request(), tokenizer)) == line
+    (raw,) = console.read(Request(prompts=str(file), raw=True), tokenizer)
+    assert raw == next(console.typed(Request(raw=True), tokenizer)) and raw.text == "hi"
+    assert console.read(Request(prompts=str(file)), tiny.byte_tokenizer()) == [raw], "no template: as it is"
+    assert cli.parse(["generate", "M", "--raw", "--n", "2"]).request == Request(raw=True, n=2)
+
+
 def test_conversations_go_through_the_chat_template(tmp_path):
     tokenizer = tiny.byte_tokenizer(CHATML)
     file = tmp_path / "prompts.jsonl"

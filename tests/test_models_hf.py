@@ -160,6 +160,9 @@ def test_transformers_loads_an_export(tied, written, tmp_path):
         torch_llama.write(tmp_path / "tied")
         source = hf.open_folder(tmp_path / "tied")
     (source.path / "pytorch_model.bin.index.json").write_text("{}")  # of other weights: must not follow
+    (source.path / "chat_template.jinja").write_text("default")
+    (source.path / "additional_chat_templates").mkdir(exist_ok=True)
+    (source.path / "additional_chat_templates" / "tool_use.jinja").write_text("of tools")
     params = jax.tree.map(lambda x: x * 1.25, hf.load_params(source, make_mesh({"fsdp": 4, "tensor": 2})))  # as if trained
     hf.export(params, source, tmp_path / "out", eos=5)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
@@ -169,6 +172,7 @@ def test_transformers_loads_an_export(tied, written, tmp_path):
     if not tied:
         tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
         assert tokenizer.decode(tokenizer("Is it so?")["input_ids"]) == tiny.tokenizer().decode(tiny.tokenizer()("Is it so?")["input_ids"])
+        assert tokenizer.chat_template == {"default": "default", "tool_use": "of tools"}
         assert model.generation_config.eos_token_id == [2, 5] and model.generation_config.max_new_tokens == 17
 
 

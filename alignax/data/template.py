@@ -13,7 +13,7 @@ from alignax.data.rows import Bad, Message
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 MARKS = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 REFUSED = "refused by the template"
-QUESTION, ANSWER, THOUGHT = "\ufdd0", "\ufdd1", "\ufdd2"  # stand for texts, and no text has these characters
+QUESTION, ANSWER, THOUGHT, LATER = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"  # stand for texts, and no text has these characters
 
 
 class Opening(NamedTuple):
@@ -21,7 +21,11 @@ class Opening(NamedTuple):
 
     tail: str | None  # what it puts behind the message in the prompt of generation; None: it leaves the message out
     beyond: int  # characters at the end of that which stand in front of no answer without reasoning
-    slot: str  # what it puts in front of such an answer where reasoning would be, "<think>\\n\\n</think>\\n\\n" say
+    lead: str  # what it puts behind the shared part in front of such an answer, "<think>\\n\\n</think>\\n\\n" say
+    empty: bool  # whether that is where reasoning would be
+
+
+NO_OPENING = Opening(None, 0, "", False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Template:
 
     tokenizer: Any
     variables: Mapping[str, Any]
-    openings: dict[str, Opening] = dataclasses.field(default_factory=dict)  # role of the message in front -> how an answer begins
+    openings: dict[tuple[str, bool], Opening] = dataclasses.field(default_factory=dict)  # by the role in front, and whether it is the last
     unseen: dict[tuple[str, str], str] = dataclasses.field(default_factory=dict)  # what generation and rows have there -> the words for it
 
     def __post_init__(self) -> None:
@@ -54,6 +58,9 @@ class Template:
         try:
             template = self.tokenizer.get_chat_template(None, tools)
         except ValueError as error:
+            if isinstance(self.tokenizer.chat_template, dict):
+                names = ", ".join(map(repr, self.tokenizer.chat_template))
+                raise ValueError(f"the tokenizer's chat templates are {names}, and none is 'default'; name one of them so") from error
             raise ValueError(
                 "the data holds conversations, and the tokenizer has no chat template; put the model's chat_template.jinja into its "
                 "folder, or use columns of text"
@@ -82,47 +89,51 @@ class Template:
 
         said = {**self.tokenizer.special_tokens_map, **self.variables}
         source = self.source(tools)
-        texts, spans = render_jinja_template([messages], tools=tools, chat_template=source, return_assistant_tokens_mask=True, **said)
-        return texts[0], [(start, end) for start, end in spans[0] if start < end]
+        found: Any = render_jinja_template([messages], tools=tools, chat_template=source, return_assistant_tokens_mask=True, **said)
+        (text,), (spans,) = found
+        return text, [(start, end) for start, end in spans if start < end]
 
-    def opening(self, before: list[Message], tools: Any, prompt: str) -> Opening:
+    def opening(self, before: list[Message], tools: Any, prompt: str, last: bool) -> Opening:
         """How the answer to messages begins; asked of the template once for each role that stands in front of it.
 
         Args:
           before: the messages in front of the answer.
           tools: what the template is told of tools.
           prompt: `before` as the template has it, opened.
+          last: whether the answer ends the conversation, or another follows.
         """
-        role = before[-1]["role"]
+        role = before[-1]["role"], last
         known = self.openings.get(role)
         if known is None or known.tail is None or not prompt.endswith(known.tail):
             try:
-                self.openings[role] = self._opening([*before[:-1], before[-1] | {"content": QUESTION}], tools)
+                self.openings[role] = self._opening([*before[:-1], before[-1] | {"content": QUESTION}], tools, last)
             except refusals():
-                return Opening(None, 0, "")
+                return NO_OPENING
         return self.openings[role]
 
-    def _opening(self, before: list[Message], tools: Any) -> Opening:
+    def _opening(self, before: list[Message], tools: Any, last: bool) -> Opening:
+        after = [] if last else [{"role": "user", "content": LATER}, {"role": "assistant", "content": LATER}]
+
         def between(text: str, end: int) -> str:
             start = text.rfind(QUESTION, 0, end)
             return text[start + len(QUESTION) : end] if start >= 0 else ""
 
         prompt = self.text(before, tools, opened=True)
         if QUESTION not in prompt:
-            return Opening(None, 0, "")
+            return NO_OPENING
         tail = between(prompt, len(prompt))
         answer = {"role": "assistant", "content": ANSWER}
-        text = self.text([*before, answer], tools)
+        text = self.text([*before, answer, *after], tools)
         front = between(text, text.find(ANSWER))
         start = shared(front, tail)
-        slot = front[start:]
+        lead = front[start:]
         thoughts = [answer | {"reasoning_content": THOUGHT}, answer | {"content": f"<think>\n{THOUGHT}\n</think>\n\n{ANSWER}"}]
-        for thinking in thoughts if slot.strip() else ():
-            text = self.text([*before, thinking], tools)
+        for thinking in thoughts if lead.strip() else ():
+            text = self.text([*before, thinking, *after], tools)
             filled = between(text, text.find(ANSWER))[start:]
-            if THOUGHT in filled and squeezed(filled.replace(THOUGHT, "")) == squeezed(slot):
-                return Opening(tail, len(tail) - start, slot)
-        return Opening(tail, len(tail) - start, "")
+            if THOUGHT in filled and squeezed(filled.replace(THOUGHT, "")) == squeezed(lead):
+                return Opening(tail, len(tail) - start, lead, True)
+        return Opening(tail, len(tail) - start, lead, False)
 
     @functools.cached_property
     def specials(self) -> list[str]:
@@ -173,6 +184,7 @@ def _variables(sources: list[str]) -> str:
             tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(MARKS.sub("", source))
         except jinja2.TemplateError:
             continue
-        found |= meta.find_undeclared_variables(tree)
+        own = {name for name in re.findall(r"\bset\s+(\w+)", source) if not re.search(rf"\b{name} is (not )?(un)?defined", source)}
+        found |= meta.find_undeclared_variables(tree) - own
     names = sorted(name for name in found - given - set(jinja2.Environment().globals) if not name.endswith("_token"))
     return f"it reads {', '.join(map(repr, names))}" if names else "it reads none; leave it out"

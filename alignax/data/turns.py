@@ -26,6 +26,14 @@ class Side(NamedTuple):
     told: set[str]  # what a person should know of it, in words
 
 
+class Place(NamedTuple):
+    """Where an answer begins in a text."""
+
+    header: int  # the message in front of it ends here
+    start: int  # the generation prompt ends here, or what the text has of it
+    opening: Opening
+
+
 class Found(NamedTuple):
     """A row as text."""
 
@@ -93,11 +101,11 @@ def _unmarked(
     """The turns from message `first` on, by what the messages say."""
     text = template.text(messages, tools)
     answers = [i for i, message in enumerate(messages) if i >= first and message["role"] == "assistant"]
-    places: list[tuple[int, int, str]] = []
+    places: list[Place] = []
     for i in answers:
         before = prompt if i == first else messages[:i]
         given = opened if i == first else template.text(before, tools, opened=True)
-        place = _place(text, given, before, tools, template, after=places[-1][1] if places else 0)
+        place = _place(text, given, before, tools, template, places[-1].start if places else 0, i == answers[-1])
         if place is None:
             return Bad(
                 "template is no prefix",
@@ -106,18 +114,18 @@ def _unmarked(
             )
         places.append(place)
     turns, told = [], set()
-    bounds = [*(header for header, *_ in places[1:]), len(text)]
+    bounds = [*(place.header for place in places[1:]), len(text)]
     for i, place, bound in zip(answers, places, bounds, strict=True):
         turn = _turn(text, messages, i, place, bound, tools, template, ends)
         if isinstance(turn, Bad):
             return turn
         turns.append(turn[0])
         told |= turn[1]
-    return Side(text, places[0][1], turns, told)
+    return Side(text, places[0].start, turns, told)
 
 
-def _place(text: str, given: str, before: list[Message], tools: Any, template: Template, after: int) -> tuple[int, int, str] | None:
-    """Where the message in front of an answer ends, where the answer's own text may begin, and the empty reasoning that may stand there.
+def _place(text: str, given: str, before: list[Message], tools: Any, template: Template, after: int, last: bool) -> Place | None:
+    """Where an answer begins, or None where that cannot be told.
 
     Args:
       text: of the whole conversation.
@@ -126,32 +134,36 @@ def _place(text: str, given: str, before: list[Message], tools: Any, template: T
       tools: what the template is told of tools.
       template: the chat template.
       after: the characters of the text that lie in front for certain.
+      last: whether the answer ends the conversation.
     """
-    opening = Opening("", 0, "") if is_prefill(before) else template.opening(before, tools, given)
+    opening = Opening("", 0, "", False) if is_prefill(before) else template.opening(before, tools, given, last)
+    final = template.opening(before, tools, given, last=True) if not last and not is_prefill(before) else opening
+    if final.empty and text.startswith(given[: len(given) - final.beyond] + final.lead):
+        opening = final  # behind the last question, an answer that calls tools is opened as the last one is
     both, limit = shared(text, given), len(given) - opening.beyond
     cut = len(given) - len(opening.tail) if opening.tail is not None else min(len(template.text(before, tools)), limit)
     if both == len(given) or both >= limit:
-        return cut, both if both == len(given) else limit, opening.slot
+        return Place(cut, both if both == len(given) else limit, opening)
     if both >= cut:  # an earlier answer may be opened otherwise than the last one
-        return cut, both, opening.slot
+        return Place(cut, both, opening)
     # The conversation in front is written otherwise than in the whole: the message and its tail are looked for there.
     anchor = str(before[-1].get("content") or "").strip() + given[cut:limit]
     at = text.find(anchor, after) if opening.tail is not None and given[:limit].endswith(anchor) else -1
-    return (at + len(anchor) - (limit - cut), at + len(anchor), opening.slot) if at >= 0 else None
+    return Place(at + len(anchor) - (limit - cut), at + len(anchor), opening) if at >= 0 else None
 
 
 def _turn(
-    text: str, messages: list[Message], i: int, place: tuple[int, int, str], bound: int, tools: Any, template: Template, ends: Sequence[str]
+    text: str, messages: list[Message], i: int, place: Place, bound: int, tools: Any, template: Template, ends: Sequence[str]
 ) -> tuple[tuple[int, int], set[str]] | Bad:
     """Beginning and end of what is scored of message i, and what is left out of it; `bound`: where the next answer is opened."""
-    header, start, slot = place
+    header, start, opening = place
+    led = start + len(opening.lead) if text.startswith(opening.lead, start) else start
     own = _own(messages[i], ends)
-    until = _until(text, [words for _, words in own], messages[i + 1 : i + 2], start, bound)
-    said = max([start, *(_said(text, words, start, until) for _, words in own)])
+    until = _until(text, [words for _, words in own], messages[i + 1 : i + 2], led, bound)
+    said = max([led, *(_said(text, words, led, until) for _, words in own)])
     missing = {key for key, words in own if words not in text[header:until] and squeezed(words) not in squeezed(text[header:until])}
-    if slot and text.startswith(slot, start) and _inserted(text, start + len(slot), slot, str(messages[i].get("content") or "").strip()):
-        start += len(slot)
-        said = max(said, start)
+    if opening.empty and _inserted(text, led, opening.lead, str(messages[i].get("content") or "").strip()):
+        start = led
     stops = [at + len(end) for end in ends if (at := text.find(end, said, until)) >= 0]
     stop = min(stops) if stops else _unended(text, messages, i, said, until, tools, template)
     if not _without(text[start:stop], template.specials if missing == {key for key, _ in own} else ends):
@@ -160,10 +172,10 @@ def _turn(
     return (start, stop), {_of(key, "assistant") for key in missing}
 
 
-def _inserted(text: str, end: int, slot: str, content: str) -> bool:
+def _inserted(text: str, end: int, lead: str, content: str) -> bool:
     """Whether the template itself put empty reasoning in front of an answer that begins at `end`, and the message has it not."""
     place = text.find(content, end)
-    return slot.strip() not in content or place >= 0 and not text[end:place].strip()
+    return lead.strip() not in content or place >= 0 and not text[end:place].strip()
 
 
 def _until(text: str, own: list[str], following: list[Message], start: int, bound: int) -> int:
@@ -189,11 +201,13 @@ def _unended(text: str, messages: list[Message], i: int, said: int, until: int, 
     """Where a turn ends that no end token closes: with what the template puts behind it when it is the last, or a special token."""
     if i == len(messages) - 1:
         return len(text)
-    closing = next((said + len(token) for token in template.specials if text.startswith(token, said)), said)
+    behind = until - len(text[said:until].lstrip())
+    if closing := next((token for token in template.specials if text.startswith(token, behind)), ""):
+        return behind + len(closing)
     try:
-        return max(closing, min(until, shared(text, template.text(messages[: i + 1], tools))))
+        return max(said, min(until, shared(text, template.text(messages[: i + 1], tools))))
     except refusals():
-        return closing
+        return said
 
 
 def _marked(
@@ -201,8 +215,8 @@ def _marked(
 ) -> Side | Bad:
     """The turns from message `first` on, by the template's marks; what generation is given in front of an answer is not scored."""
     text, marks = template.marks(messages, tools)
-    place = _place(text, opened, prompt, tools, template, 0)
-    start = place[1] if place else 0
+    place = _place(text, opened, prompt, tools, template, 0, first == len(messages) - 1)
+    start = place.start if place else 0
     joined: list[list[int]] = []
     for begin, end in marks:
         if place and end <= start:
@@ -304,17 +318,19 @@ def _unseen(prompt: list[Message], messages: list[Message], given: str, side: Si
         return {"prompts are written otherwise at generation than in front of these answers"}
     beyond, slot = given[side.opened :], side.text[side.opened : start]
     if (beyond, slot) not in template.unseen:
-        words = f"at generation the chat template goes on with {repr(beyond) if beyond else 'nothing'} where these answers follow {repr(slot) if slot else 'nothing'}"
-        template.unseen[beyond, slot] = f"{words}; {_remedy(prompt, messages, tools, template)}"
+        asked, there = (repr(words) if words else "nothing" for words in (beyond, slot))
+        told = f"at generation the chat template goes on with {asked} where these answers follow {there}"
+        template.unseen[beyond, slot] = f"{told}; {_remedy(prompt, messages, side.text[start:], tools, template)}"
     return {template.unseen[beyond, slot]}
 
 
-def _remedy(prompt: list[Message], messages: list[Message], tools: Any, template: Template) -> str:
+def _remedy(prompt: list[Message], messages: list[Message], said: str, tools: Any, template: Template) -> str:
     """What makes generation and rows alike: a value of a variable with which they are, where there is one."""
     for name in THINKING:
         for value in (False, True) if name in template.source(tools) else ():
-            given = {name: value}
-            if template.text(messages, tools, **given).startswith(template.text(prompt, tools, opened=True, **given)):
+            text = template.text(messages, tools, **{name: value})
+            given = template.text(prompt, tools, opened=True, **{name: value})
+            if text.startswith(given) and text[len(given) :].lstrip() == said.lstrip():
                 return f"set --config.data.template.{name}={str(value).lower()}, which begins both alike"
     return "take rows with reasoning where the prompt asks for it (reasoning_content), or a chat template that begins both alike"
 

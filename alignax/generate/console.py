@@ -5,7 +5,7 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +34,7 @@ class Request:
     stop: tuple[str, ...] = ()  # strings that end a completion
     seed: int = 0
     slots: int = 0  # rows that are decoded at once; 0: as many as there are completions, at most 64
+    raw: bool = False  # lines go to the model as they are, and not through its chat template
     cache: str = ""  # dtype of keys and values; empty: that of activations
     temperature: float = Sampling.temperature
     top_k: int = Sampling.top_k
@@ -60,8 +61,15 @@ class Prompt(NamedTuple):
     ids: list[int]
 
 
-def read(request: Request, tokenizer: Any) -> list[Prompt] | None:
-    """The prompts of a file: rows with a `prompt`, text or messages (and `tools`), or else one text a line; None: a person types them.
+def read(request: Request, tokenizer: Any, template: Mapping[str, Any] = chat.NO_VARIABLES) -> list[Prompt] | None:
+    """The prompts of a file: rows with a `prompt`, text or messages (and `tools`), or else one a line; None: a person types them.
+
+    A line is what a user says, where the tokenizer has a chat template; the text of a row is a text, as in training.
+
+    Args:
+      request: the file, and whether lines are raw.
+      tokenizer: a Hugging Face tokenizer.
+      template: values of the chat template's variables.
 
     Raises:
       ValueError: for a file that is not there, holds none, or holds a row that is no prompt, with its number.
@@ -72,7 +80,7 @@ def read(request: Request, tokenizer: Any) -> list[Prompt] | None:
     if file == "-" and sys.stdin.isatty():
         return None
     if file != "-" and Path(file).suffixes and any(s.lower() in SUFFIXES for s in Path(file).suffixes[-2:]):
-        return [encoded(i, row.get("prompt"), row.get("tools"), tokenizer, file) for i, row in enumerate(read_rows(file))]
+        return [encoded(i, row.get("prompt"), row.get("tools"), tokenizer, file, template) for i, row in enumerate(read_rows(file))]
     if file != "-" and not Path(file).is_file():
         raise ValueError(f"there is no file {file!r}; give --prompts a file with a prompt a line, or rows with a column 'prompt'")
     try:
@@ -82,15 +90,20 @@ def read(request: Request, tokenizer: Any) -> list[Prompt] | None:
     lines = [line for line in text.split("\n") if line.strip()]
     if not lines:
         raise ValueError(f"{'standard input' if file == '-' else file} holds no prompts; write one a line")
-    return [encoded(i, line, None, tokenizer, file) for i, line in enumerate(lines)]
+    return [encoded(i, said(line, request, tokenizer), None, tokenizer, file, template) for i, line in enumerate(lines)]
 
 
-def encoded(row: int, prompt: Any, tools: Any, tokenizer: Any, file: str) -> Prompt:
+def said(line: str, request: Request, tokenizer: Any) -> Any:
+    """A line as what a user says, or as it is."""
+    return line if request.raw or not tokenizer.chat_template else [{"role": "user", "content": line}]
+
+
+def encoded(row: int, prompt: Any, tools: Any, tokenizer: Any, file: str, template: Mapping[str, Any] = chat.NO_VARIABLES) -> Prompt:
     """A prompt in tokens, as training has it."""
     if isinstance(prompt, str):
         return Prompt(prompt, prompt_ids([prompt], tokenizer)[0])
     found = (
-        chat.encode_prompt(prompt, tools, tokenizer)
+        chat.encode_prompt(prompt, tools, tokenizer, template)
         if isinstance(prompt, list) and prompt
         else Bad("", f"the column 'prompt' is {short(prompt)}; give text or a list of messages")
     )
@@ -99,7 +112,7 @@ def encoded(row: int, prompt: Any, tools: Any, tokenizer: Any, file: str) -> Pro
     return Prompt(*found)
 
 
-def typed(tokenizer: Any) -> Iterator[Prompt]:
+def typed(request: Request, tokenizer: Any, template: Mapping[str, Any] = chat.NO_VARIABLES) -> Iterator[Prompt]:
     """Prompts that a person types, one a line, until the end of the input."""
     while True:
         try:
@@ -108,7 +121,7 @@ def typed(tokenizer: Any) -> Iterator[Prompt]:
             print()
             return
         if line.strip():
-            yield encoded(0, line, None, tokenizer, "the terminal")
+            yield encoded(0, said(line, request, tokenizer), None, tokenizer, "the terminal", template)
 
 
 def answer(

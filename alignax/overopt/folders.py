@@ -145,7 +145,7 @@ def read_prompts(config: Any, tokenizer: Any, wanted: int) -> list[Prompt]:
     out = []
     for i, row in enumerate(rows[:wanted]):
         content, tools = row.get(column), row.get(config.data.columns.tools)
-        own = encoded(i, content, tools, tokenizer, file)  # refuses what is neither text nor messages
+        own = encoded(i, content, tools, tokenizer, file, config.data.template)  # refuses what is neither text nor messages
         out.append(Prompt(content or "", tools, own.text, own.ids))
     return out
 
@@ -164,8 +164,9 @@ def rated(config: Any, mesh: Mesh, paths: Sequence[str], every: Sequence[Respons
     try:
         most = source.config.max_position_embeddings
         rejected = Rejected(config.folders.prompts)
-        sizes = {"max_length": most, "max_prompt_length": 0, "vocab_size": source.config.vocab_size}
-        examples, report = tokenize(rows, tokenizer, ends=hf.end_ids(source, tokenizer), rejected=rejected, **sizes)
+        limits: dict[str, Any] = {"max_length": most, "max_prompt_length": 0, "vocab_size": source.config.vocab_size}
+        given = {"ends": hf.end_ids(source, tokenizer), "rejected": rejected, "template": config.data.template}
+        examples, report = tokenize(rows, tokenizer, **given, **limits)
         scores = rewards.score_examples(model.apply, model.params, examples, mesh, whole_rows(config, mesh), padded_length(examples))
     except ValueError as e:
         raise BadInput(f"{', '.join(paths)}: {e}") from e
