@@ -15,6 +15,7 @@ from alignax.data import Examples, chat, load
 from alignax.data.chat import Encoded
 from alignax.data.mixture import Loaded
 from alignax.data.rows import Bad, Prompted
+from alignax.data.template import mentioned
 from alignax.data.tokens import encode_texts
 from alignax.generate import Completions
 from alignax.generate.stops import added_text
@@ -33,6 +34,7 @@ class Judge(NamedTuple):
     length: int  # T', of what they read
     column: str  # of the prompts, text or messages
     tools: str  # of what the template is told of tools
+    variables: Mapping[str, Any]  # of its chat template
 
 
 def of_data(
@@ -53,7 +55,7 @@ def of_data(
     """
     most, limit = source.config.max_position_embeddings, min(config.data.limit or COMPARED, COMPARED)
     how, same = (judge, source.config.vocab_size, hf.end_ids(source, judge), row), judge.get_vocab() == tokenizer.get_vocab()
-    few, every = (data_of(config, **changes) for changes in ({"limit": limit}, {"max_length": most, "max_prompt_length": 0}))
+    few, every = (data_of(config, judge, **changes) for changes in ({"limit": limit}, {"max_length": most, "max_prompt_length": 0}))
     out = {}
     for split, own in loaded.items():
         formless = judge.chat_template is None and any(report.masks for report in own.reports.values())
@@ -64,10 +66,11 @@ def of_data(
     return out
 
 
-def data_of(config: Any, **changes: Any) -> Any:
-    """The section `data`, changed."""
+def data_of(config: Any, judge: Any, **changes: Any) -> Any:
+    """The section `data` as the judge's tokenizer reads it, changed: of the template's variables those that its own has."""
     data = config.data.copy_and_resolve_references()
     data.update(bad_rows="drop", **changes)
+    data.template = type(data)(mentioned(judge, data.template))
     return data
 
 
@@ -103,7 +106,7 @@ def of_rollouts(config: Any, source: hf.Source, judge: Any, tokenizer: Any, ends
       ValueError: for prompts that the reward model cannot read, or that leave no room for an answer.
     """
     c, names = config.rollout, (config.data.columns.prompt, config.data.columns.tools)
-    own = Judge(judge, hf.end_ids(source, judge), 0, *names)
+    own = Judge(judge, hf.end_ids(source, judge), 0, *names, mentioned(judge, config.data.template))
     same = judge.get_vocab() == tokenizer.get_vocab()
     if any(names[0] not in examples.columns for examples in every):  # rows that are no prompts alone: what was made of them is gone
         if same:
@@ -117,9 +120,9 @@ def of_rollouts(config: Any, source: hf.Source, judge: Any, tokenizer: Any, ends
             return None
         raise ValueError(f"reward model {str(source.path)!r} has another tokenizer than the policy, and no chat template for conversations")
     few = [row for row in rows[:COMPARED] if not isinstance(row, Bad)]
-    if same and tokens_of(few, judge, own.ends) == tokens_of(few, tokenizer, ends):
+    if same and tokens_of(few, judge, own.ends, own.variables) == tokens_of(few, tokenizer, ends, config.data.template):
         return None
-    found = tokens_of(rows, judge, own.ends)
+    found = tokens_of(rows, judge, own.ends, own.variables)
     if bad := next((code for code in found if isinstance(code, Bad)), None):
         raise ValueError(f"the reward model {str(source.path)!r} cannot read a prompt of the data: {bad.what}")
     longest, most = max(len(code.prompt) for code in found if isinstance(code, Encoded)), source.config.max_position_embeddings
@@ -143,12 +146,12 @@ def asked(judge: Judge, examples: Examples, row: int, text: str) -> Prompted | B
     return found._replace(completions=([{"role": "assistant", "content": text}],))
 
 
-def tokens_of(rows: Sequence[Prompted | Bad], tokenizer: Any, ends: Sequence[int]) -> list[Encoded | Bad]:
+def tokens_of(rows: Sequence[Prompted | Bad], tokenizer: Any, ends: Sequence[int], variables: Mapping[str, Any]) -> list[Encoded | Bad]:
     """Rows of one answer each, in tokens."""
     texts = [row for row in rows if isinstance(row, Prompted) and isinstance(row.prompt, str)]
     conversations = [row for row in rows if isinstance(row, Prompted) and not isinstance(row.prompt, str)]
     done = iter(encode_texts(texts, tokenizer, {tokenizer.eos_token_id, *ends}) if texts else ())
-    chats = iter(chat.encode(conversations, tokenizer, ends) if conversations else ())
+    chats = iter(chat.encode(conversations, tokenizer, ends, variables) if conversations else ())
     return [row if isinstance(row, Bad) else next(done) if isinstance(row.prompt, str) else next(chats) for row in rows]
 
 
@@ -182,7 +185,7 @@ def read(
     shape = (*said.ended.shape, judge.length)
     out = {"tokens": np.zeros(shape, np.int32), "mask": np.zeros(shape, bool), "completion_mask": np.zeros(shape, bool)}
     flat = {name: x.reshape(-1, judge.length) for name, x in out.items()}
-    for k, code in enumerate(tokens_of(asks, judge.tokenizer, judge.ends)):
+    for k, code in enumerate(tokens_of(asks, judge.tokenizer, judge.ends, judge.variables)):
         if isinstance(code, Bad):
             continue
         ids = (code.prompt + code.completions[0])[: judge.length]

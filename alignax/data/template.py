@@ -44,9 +44,9 @@ class Template:
             field = f"config field 'data.template.{name}'"
             if name in own:
                 raise ValueError(f"{field}: {name!r} is no variable of a chat template's own; leave it out")
-            sources = self.tokenizer.chat_template
-            sources = [*sources.values()] if isinstance(sources, dict) else [self.source(None)]
-            if not any(re.search(rf"\b{re.escape(name)}\b", source) for source in sources):
+            own_template = self.tokenizer.chat_template
+            sources = [*own_template.values()] if isinstance(own_template, dict) else [self.source(None)]
+            if name not in mentioned(self.tokenizer, self.variables):
                 raise ValueError(f"{field}: the chat template never mentions {name!r}; {_variables(sources)}")
 
     def source(self, tools: Any) -> str:
@@ -139,6 +139,13 @@ class Template:
     def specials(self) -> list[str]:
         """The tokens that the tokenizer cuts out of a text before all else, the longest first."""
         return sorted({*self.tokenizer.all_special_tokens, *self.tokenizer.get_added_vocab()}, key=len, reverse=True)
+
+
+def mentioned(tokenizer: Any, variables: Mapping[str, Any]) -> dict[str, Any]:
+    """The variables that a chat template of the tokenizer mentions: of another model's, those that this one can take."""
+    sources = tokenizer.chat_template
+    sources = [*sources.values()] if isinstance(sources, dict) else [str(sources)]
+    return {name: value for name, value in variables.items() if any(re.search(rf"\b{re.escape(name)}\b", source) for source in sources)}
 
 
 def is_prefill(messages: list[Message]) -> bool:

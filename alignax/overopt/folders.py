@@ -24,6 +24,7 @@ from alignax.config import BadInput
 from alignax.data import padded_length
 from alignax.data.files import read_rows
 from alignax.data.rows import Message, Prompted, Rejected
+from alignax.data.template import mentioned
 from alignax.data.tokens import tokenize
 from alignax.generate import LENGTH, Generator, shape_for
 from alignax.generate.console import encoded
@@ -165,7 +166,7 @@ def rated(config: Any, mesh: Mesh, paths: Sequence[str], every: Sequence[Respons
         most = source.config.max_position_embeddings
         rejected = Rejected(config.folders.prompts)
         limits: dict[str, Any] = {"max_length": most, "max_prompt_length": 0, "vocab_size": source.config.vocab_size}
-        given = {"ends": hf.end_ids(source, tokenizer), "rejected": rejected, "template": config.data.template}
+        given = {"ends": hf.end_ids(source, tokenizer), "rejected": rejected, "template": mentioned(tokenizer, config.data.template)}
         examples, report = tokenize(rows, tokenizer, **given, **limits)
         scores = rewards.score_examples(model.apply, model.params, examples, mesh, whole_rows(config, mesh), padded_length(examples))
     except ValueError as e:
