@@ -17,8 +17,8 @@ import transformers
 
 from alignax import mesh as meshes
 from alignax.models import cache as caches
-from alignax.models import hf
-from alignax.models.families import FAMILIES, FIELDS, FOREIGN
+from alignax.models import hf, reward
+from alignax.models.families import FAMILIES, FIELDS, OWN, noted
 from alignax.models.families import read as read_config
 from alignax.models.heads import soft_cap
 from alignax.models.transformer import Decoder, ModelConfig, forward, head_weight
@@ -256,7 +256,7 @@ def refuses(row: str, *words: str, **changes) -> None:
     kind = row.split(",")[0]
     base = {k: v for k, v in (tiny.CONFIG | ROWS.get(row, {})).items() if k != "architectures"}
     with pytest.raises(ValueError) as error:
-        FAMILIES[kind].config(json.loads(json.dumps(base | {"model_type": kind} | changes)))
+        read_config(json.loads(json.dumps(base | {"model_type": kind} | changes)), "config.json")
     for word in words:
         assert word in str(error.value)
 
@@ -266,7 +266,7 @@ def test_what_the_decoder_has_not_is_refused():
         refuses(kind, "hidden_act 'quick_gelu'", kind, "only silu, gelu", hidden_act="quick_gelu")
     for kind in ("gemma2", "gemma3_text"):
         refuses(kind, "hidden_activation 'quick_gelu'", "only silu, gelu", hidden_activation="quick_gelu")
-        refuses(kind, "use_bidirectional_attention True", "only False is", use_bidirectional_attention=True)
+        refuses(kind, "use_bidirectional_attention True", use_bidirectional_attention=True)
     refuses("gemma3_text", "attn_logit_softcapping 50.0", attn_logit_softcapping=50.0)
     refuses("gemma3_text", "rope_type 'linear'", rope_parameters={"sliding_attention": {"rope_type": "linear", "factor": 2.0}})
     refuses("gemma3_text", "rope_parameters", "['rope_theta']", rope_parameters={"rope_theta": 1e4})
@@ -281,27 +281,18 @@ def test_what_the_decoder_has_not_is_refused():
     refuses("phi3", "rope_type 'linear'", "'default' or 'longrope'", rope_parameters={"rope_type": "linear", "factor": 2.0})
     refuses("qwen3_moe", "decoder_sparse_step 2", decoder_sparse_step=2)
     refuses("qwen3_moe", "mlp_only_layers [1]", mlp_only_layers=[1])
-    refuses("mixtral", "router_jitter_noise 0.1", "only 0.0 is", router_jitter_noise=0.1)
+    refuses("mixtral", "router_jitter_noise 0.1", router_jitter_noise=0.1)
     refuses("mixtral", "output_router_logits True", output_router_logits=True)
 
 
-# What the config classes of transformers have and we do not read: notes, dropout, and how a forward pass or its outputs are arranged.
-HARMLESS = {
-    "_name_or_path", "architectures", "bos_token_id", "eos_token_id", "pad_token_id", "chunk_size_feed_forward", "dtype", "id2label",
-    "label2id", "is_decoder",
-    "output_attentions", "output_hidden_states", "return_dict", "problem_type", "transformers_version", "use_cache",
-    "attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout", "classifier_dropout", "pretraining_tp",
-    "reorder_and_upcast_attn", "router_aux_loss_coef", "summary_activation", "summary_first_dropout", "summary_proj_to_labels",
-    "summary_type", "summary_use_proj", "_sliding_window_pattern",
-}  # fmt: skip
-ONLY = {"add_cross_attention", "scale_attn_by_inverse_layer_idx", "output_router_logits", "router_jitter_noise", "mlp_only_layers",
-        "decoder_sparse_step"}  # fmt: skip
+REFUSED = {"is_encoder_decoder", "add_cross_attention", "scale_attn_by_inverse_layer_idx", "output_router_logits", "router_jitter_noise",
+           "mlp_only_layers", "use_bidirectional_attention"}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", sorted(FAMILIES))
 def test_every_field_of_transformers_is_read_harmless_or_refused(kind):
-    foreign = {entry.partition(":")[0] for entry in FOREIGN.split()}
-    assert set(transformers.AutoConfig.for_model(kind).to_dict()) <= {*FIELDS, *HARMLESS, *ONLY, *foreign}
+    beyond = set(transformers.AutoConfig.for_model(kind).to_dict()) - {*FIELDS, *OWN, "decoder_sparse_step"}
+    assert {name for name in beyond if not noted(name)} <= REFUSED
 
 
 @pytest.mark.parametrize("kind", sorted(FAMILIES))
@@ -311,15 +302,50 @@ def test_fields_of_other_models_are_refused_by_name(kind):
         "quantization_config": {"quant_method": "gptq", "bits": 4}, "quantization": {"bits": 4}, "attention_multiplier": 0.0078125,
         "logit_scale": 0.0625, "residual_multiplier": 0.22, "clip_qkv": 8.0, "alibi": True, "parallel_attn": True, "is_causal": False,
         "no_rope_layers": [1, 0], "kv_lora_rank": 512, "text_config": {"model_type": "x"}, "transformers_weights": "other.safetensors",
-        "per_layer_config": {"0": {"num_attention_heads": 2}}, "num_nextn_predict_layers": 1,
+        "per_layer_config": {"0": {"num_attention_heads": 2}}, "num_nextn_predict_layers": 1, "is_encoder_decoder": True,
+        "an_unknown_field": "x",
     }.items():  # fmt: skip
         with pytest.raises(ValueError, match=f"config.json: {name} .* is not supported for {kind}; give a model without it"):
             read_config(full | {name: value}, "config.json")
-    neutral = {"clip_qkv": None, "alibi": False, "logit_scale": 1.0, "is_causal": True, "quantization_config": None, "no_rope_layers": []}
+    neutral = {"clip_qkv": None, "alibi": False, "logit_scale": 1.0, "is_causal": True, "quantization_config": None, "no_rope_layers": [],
+               "pruned_heads": {}, "an_unknown_field": 0}  # fmt: skip
     assert read_config(full | neutral, "config.json") == read_config(full, "config.json")
     if kind not in ("gemma2", "gemma3_text"):
         with pytest.raises(ValueError, match="final_logit_softcapping 30.0 is not supported"):
             read_config(full | {"final_logit_softcapping": 30.0}, "config.json")
+
+
+# Of models that are much used, as their folders have them.
+CONFIGS = json.loads((Path(__file__).parent / "oracles" / "configs.json").read_text())
+
+
+@pytest.mark.parametrize("name", CONFIGS["read"])
+def test_much_used_models_are_read_as_transformers_has_them(name, tmp_path):
+    fields = CONFIGS["read"][name]
+    family, config = read_config(fields, "config.json")
+    own = transformers.AutoConfig.for_model(**fields)
+    assert config == read_config(own.to_dict() | {"model_type": fields["model_type"]}, "config.json")[1]
+    assert (config.vocab_size, config.num_hidden_layers) == (own.vocab_size, own.num_hidden_layers)
+    assert reward.labels(fields) == (own.num_labels if "Reward" in name or "RM" in name else 0)
+
+
+@pytest.mark.parametrize("name", CONFIGS["refused"])
+def test_much_used_models_that_are_not_read_are_refused_by_name(name):
+    fields, word = CONFIGS["refused"][name]
+    with pytest.raises(ValueError, match=word):
+        read_config(fields, "config.json")
+        reward.labels(fields)
+
+
+def test_a_head_that_is_not_known_is_refused():
+    for name in ("LlamaForTokenClassification", "LlamaForCausalLMEagle", "LlamaForRewardModelWithGating"):
+        with pytest.raises(ValueError, match=f"architectures in config.json name '{name}', whose head is not known"):
+            reward.labels({"architectures": [name]})
+    assert [reward.labels({"architectures": x}) for x in (None, [], ["GPT2LMHeadModel"], ["LlamaModel"], ["PeftModelForCausalLM"])] == [
+        0
+    ] * 5
+    with pytest.raises(ValueError, match="architectures in config.json is 'LlamaForCausalLM'; it must be a list of texts"):
+        read_config(tiny.CONFIG | {"architectures": "LlamaForCausalLM"}, "config.json")
 
 
 def test_other_fields_of_the_angles_are_refused():

@@ -50,28 +50,38 @@ FIELDS: dict[str, str] = {
         "norm_topk_prob truncate",
         "text": "model_type hidden_act hidden_activation activation_function rope_type type",
         "an object": "rope_parameters rope_scaling full_attention sliding_attention",
-        "a list of texts": "layer_types",
+        "a list of texts": "layer_types architectures",
         "a list of numbers above 0": "short_factor long_factor",
     }.items()
     for name in names.split()
 }
 # Where null is a choice of its own; elsewhere it is as a field left out.
 NULL = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping", "head_dim", "num_key_value_heads")
-# Fields with which other models, or a model's own code, compute something else; what neither these nor FIELDS name is passed over, as
-# transformers does. Those that are 0, false or empty change nothing; behind a colon the families that read one.
-FOREIGN = (
-    "quantization_config quantization compression_config transformers_weights is_encoder_decoder per_layer_config vision_config "
-    "audio_config text_config clip_qkv alibi use_alibi parallel_attn multi_query new_decoder_architecture qk_layernorm use_qk_norm "
-    "no_rope_layers no_rope_layer_interval kv_lora_rank q_lora_rank n_routed_experts n_shared_experts attention_chunk_size "
-    "shared_expert_intermediate_size num_nextn_predict_layers mtp_num_hidden_layers attn_output_gate linear_num_value_heads lm_head_bias "
-    "altup_num_inputs laurel_rank hidden_size_per_layer_input num_kv_shared_layers use_bidirectional_attention "
-    "attn_logit_softcapping:gemma2,gemma3_text final_logit_softcapping:gemma2,gemma3_text num_experts:mixtral,qwen3_moe "
-    "num_local_experts:mixtral,qwen3_moe"
+# Fields of FIELDS that ask for something, with the families that have it.
+OWN = {
+    "attn_logit_softcapping": ("gemma2",),  # gemma3_text has the field, and transformers does not apply it
+    "final_logit_softcapping": ("gemma2", "gemma3_text"),
+    "num_experts": ("mixtral", "qwen3_moe"),
+    "num_local_experts": ("mixtral", "qwen3_moe"),
+}
+# Those that change nothing here: what tools note, labels, how a forward pass or its outputs are arranged, and the defaults of generation
+# that older files hold. So are all with "drop" in the name, as dropout, and the endings and beginnings below.
+NOTES = frozenset(
+    "architectures auto_map finetuning_task id2label label2id num_labels score_offset problem_type task_specific_params torch_dtype dtype "
+    "tokenizer_class model_max_length max_sequence_length n_ctx seq_length is_decoder is_llama_config transformers.js_config "
+    "predict_special_tokens use_cache cache_implementation attn_implementation use_flash_attn flash_attn gradient_checkpointing "
+    "output_attentions output_hidden_states return_dict torchscript use_bfloat16 tf_legacy_loss chunk_size_feed_forward pretraining_tp "
+    "reorder_and_upcast_attn router_aux_loss_coef max_length min_length max_new_tokens do_sample temperature top_k top_p typical_p "
+    "early_stopping num_beams num_beam_groups diversity_penalty length_penalty repetition_penalty no_repeat_ngram_size "
+    "encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores return_dict_in_generate remove_invalid_values "
+    "exponential_decay_length_penalty suppress_tokens begin_suppress_tokens prefix output_past custom_pipelines value_head_prefix "
+    "sliding_window_size trust_remote_code".split()
 )
+NOTED = ("_", "unsloth_", "summary_"), ("_token_id", "_version")  # beginnings, endings
 FACTORS = (  # those that are 1, or true, change nothing
     "logit_scale logits_scaling attention_multiplier embedding_multiplier residual_multiplier scale_emb scale_depth rope_ratio "
-    "lm_head_multiplier is_causal"
-)
+    "lm_head_multiplier is_causal interpolate_factor full_attn_mod decoder_sparse_step"
+).split()
 ROPE_NOTES = ("finetuned",)  # fields of rope_parameters that nothing reads
 
 
@@ -131,7 +141,6 @@ def _late_windows(hf: Json) -> list[bool]:
 def _gemma2(hf: Json) -> ModelConfig:
     hf = {"num_key_value_heads": 4, "head_dim": 256, "max_position_embeddings": 8192, "tie_word_embeddings": True} | dict(hf)
     hf = {"final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0, "sliding_window": 4096, "query_pre_attn_scalar": 256} | hf
-    only(hf, use_bidirectional_attention=False)
     c = _llama({**hf, "hidden_act": activation(hf, "hidden_activation", "gelu_pytorch_tanh"), "mlp_bias": False})
     return dataclasses.replace(
         c,
@@ -147,7 +156,6 @@ def _gemma2(hf: Json) -> ModelConfig:
 
 def _gemma3(hf: Json) -> ModelConfig:
     hf = {"max_position_embeddings": 131072, "final_logit_softcapping": None, "sliding_window_pattern": 6} | dict(hf)
-    only(hf, attn_logit_softcapping=None)  # transformers has the field and does not apply it
     given = hf.get("rope_parameters") or {}
     if odd := sorted(set(given) - {"full_attention", "sliding_attention"}):
         raise ValueError(f"rope_parameters of gemma3_text hold {short(odd)}; give full_attention and sliding_attention")
@@ -171,7 +179,6 @@ def _gpt2(hf: Json) -> ModelConfig:
     }
     hf = {own: hf[alias] for alias, own in aliases.items() if alias in hf} | dict(hf)
     only(hf, **{alias: hf[own] for alias, own in aliases.items() if own in hf})
-    only(hf, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
     return ModelConfig(
         vocab_size=hf["vocab_size"],
         hidden_size=hf["n_embd"],
@@ -224,7 +231,6 @@ def _phi3(hf: Json) -> ModelConfig:
 def _mixtral(hf: Json) -> ModelConfig:
     defaults = {"num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 1e6}
     hf = defaults | {"num_experts_per_tok": 2, "num_local_experts": 8} | dict(hf)
-    only(hf, router_jitter_noise=0.0, output_router_logits=False)
     c = _llama({**hf, "attention_bias": False, "mlp_bias": False})
     return dataclasses.replace(
         c,
@@ -237,7 +243,6 @@ def _mixtral(hf: Json) -> ModelConfig:
 
 def _qwen3_moe(hf: Json) -> ModelConfig:
     hf = {"num_key_value_heads": 4, "max_position_embeddings": 32768, "sliding_window": 4096, "num_experts_per_tok": 8} | dict(hf)
-    only(hf, decoder_sparse_step=1, mlp_only_layers=[], output_router_logits=False)
     c = _llama({**hf, "intermediate_size": hf.get("moe_intermediate_size", 768), "mlp_bias": False})
     return dataclasses.replace(
         c,
@@ -408,14 +413,23 @@ def read(hf: Any, where: str) -> tuple[Family, ModelConfig]:
 
 
 def refuse_foreign(fields: Json, kind: str) -> None:
-    """Refuses fields that ask for what the family's decoder has not."""
-    unused = {name for name, _, families in (entry.partition(":") for entry in FOREIGN.split()) if kind not in families.split(",")}
+    """Refuses what is neither read nor known to change nothing, unless it is 0, false or empty."""
     for name, value in fields.items():
-        if value is not None and ((name in unused and value) or (name in FACTORS.split() and value != 1)):
-            raise ValueError(f"{name} {short(value)} is not supported for {kind}; give a model without it")
+        known = kind in OWN[name] if name in OWN else name in FIELDS or noted(name)
+        if value is not None and (value != 1 if name in FACTORS else value and not known):
+            raise ValueError(
+                f"{short(name)[1:-1]} {short(value)} is not supported for {kind}; give a model without it "
+                "(if it is a note and nothing is computed with it, delete the field)"
+            )
     old, new = fields.get("rope_scaling"), fields.get("rope_parameters")
     if kind != "gemma3_text" and old and new and old != new:  # transformers takes the former whole, without the latter's rope_theta
         raise ValueError(f"rope_scaling {short(old)} stands beside rope_parameters {short(new)}; join them in rope_parameters")
+
+
+def noted(name: str) -> bool:
+    """Whether a field is known to change nothing that is computed here."""
+    beginnings, endings = NOTED
+    return name in NOTES or "drop" in name or name.startswith(beginnings) or name.endswith(endings)
 
 
 def checked(fields: Json, where: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from alignax.data.files import short
 
-CLASSIFIER = "ForSequenceClassification"  # ends the name of its architecture
+CLASSIFIER, LANGUAGE = "ForSequenceClassification", "ForCausalLM"  # end the names of their architectures
 OFFSET = "score_offset"  # a leaf, and the field of config.json that holds it
 VALUE = "value"  # the leaf of a critic on the policy's trunk, which no folder holds
 CRITIC = "critic"  # the name of a critic of its own tree, among the policy's leaves; no folder of a policy holds it either
@@ -18,8 +18,10 @@ HEAD = ("score", OFFSET, VALUE)  # the leaves that a language model has not
 
 def labels(hf: Mapping[str, Any], where: str = "config.json") -> int:
     """Scores that the model of a config.json gives, two being transformers' default; 0 of a language model."""
-    names = hf.get("architectures")
-    if not (isinstance(names, list) and names and str(names[0]).endswith(CLASSIFIER)):
+    name = (hf.get("architectures") or [""])[0]
+    if not name.endswith(CLASSIFIER):
+        if "For" in name and not name.endswith(LANGUAGE):
+            raise ValueError(f"architectures in {where} name {short(name)}, whose head is not known; only {LANGUAGE} and {CLASSIFIER} are")
         return 0
     named = hf.get("id2label") or {}
     count = hf.get("num_labels") or (len(named) if isinstance(named, dict) else 0) or 2
