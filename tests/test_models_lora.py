@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -143,6 +144,34 @@ def test_every_field_of_pefts_config_is_read_harmless_or_refused():
         "megatron_config", "trainable_token_indices", "velora_config", "alora_invocation_tokens", "use_qalora", "monteclora_config",
         "layer_replication", "lora_bias", "target_parameters", "use_bdlora", "arrow_config", "kasa_config",
     }  # fmt: skip
+
+
+WHOLE_NAMES = [f"model.layers.{i}.{name}" for i in range(2) for name in (Q, V, UP)]
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r".*layers\.1.*\.(q|up)_proj", r"^model\.layers\.(0|1)\.self_attn\.[qk]_proj$", r"(?:.*\.)*v_proj", r"q_proj",
+        r"^(?!.*layers\.0).*(?:q|v)_proj", r"(?i).*Q_PROJ", r"(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|mlp)\.(?:(?:q_proj|up_proj)))",
+        r"(?:.*?(?:language|text).*?(?:self_attn|mlp).*?(?:k_proj|v_proj).*?)|(?:\bmodel\.layers\.\d+\.mlp\..*)",
+    ],
+)  # fmt: skip
+def test_regular_expressions_match_as_pefts_do(pattern):
+    found = [adapter_config._whole(pattern, "target_modules", Path("a.json"))(m) for m in WHOLE_NAMES]
+    assert found == [bool(re.fullmatch(pattern, m)) for m in WHOLE_NAMES]
+
+
+def test_a_regular_expression_that_goes_back_for_ever():
+    assert not adapter_config._whole(r"([a-z._0-9]+)+!", "target_modules", Path("a.json"))(WHOLE_NAMES[0] * 20)
+    for pattern in (r"(?=m)([a-z._0-9]+)+!", r"\b(a|a)*!", r"(?x)(?=m)([a-z]+)#\n+", r"\b" + ".*" * 13, r"(?=m)((\)|[)]|a)+){2}"):
+        with pytest.raises(ValueError, match="a.json has target_modules with the regular expression .* may take for ever to match"):
+            adapter_config._whole(pattern, "target_modules", Path("a.json"))
+    with pytest.raises(ValueError, match="regular expression of 20,001 characters; at most 20,000 are read"):
+        adapter_config._whole("a" * 20_001, "target_modules", Path("a.json"))
+    with pytest.raises(ValueError, match="layers_pattern with the regular expression .* write the names plainly"):
+        config = {"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": r"(?:[a-z._0-9]+)+!"}
+        adapter_config.chosen(config, WHOLE_NAMES, [], Path("a.json"))
 
 
 @pytest.mark.filterwarnings("ignore")  # of PEFT

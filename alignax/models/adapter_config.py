@@ -4,6 +4,7 @@ A field is used, or changes nothing that an adapter computes once its weights ar
 is refused too, unless it is null, false or empty. Modules are matched by PEFT's own rules, on their whole names.
 """
 
+import functools
 import math
 import re
 import warnings
@@ -13,6 +14,7 @@ from typing import Any
 
 from alignax.data.files import one_line, short
 from alignax.models import families, reward
+from alignax.rules import Machine
 
 Json = dict[str, Any]
 REMEDY = "merge that adapter with peft first"
@@ -24,6 +26,7 @@ HARMLESS = (
 )  # fmt: skip
 # Ways to begin that leave the base as it is. The others (pissa, olora, corda, loftq, lora_ga) took the adapter's first value off the base.
 BEGINNINGS = ("gaussian", "eva", "orthogonal", "mica")
+LONGEST, REPEATS = 20_000, 12  # characters of a regular expression, and repetitions of one that `re` matches by going back
 HEADS = ("score", "classifier")  # that PEFT names of every model for sequence classification
 
 _WHOLE, _NUMBER, _NAMES = (families.KINDS[kind] for kind in ("a whole number above 0", "a number above 0", "a list of texts"))
@@ -101,13 +104,13 @@ def chosen(config: Json, modules: Sequence[str], others: Iterable[str], file: Pa
 
 def of_each(config: Json, field: str, plain: float, modules: Sequence[str], file: Path) -> dict[str, Any]:
     """Module -> its value in `rank_pattern` or `alpha_pattern`: that of the first key that its name ends with, as PEFT has it."""
-    patterns = {key: _compiled(rf"(.*\.)?({key})$", field, file) for key in config.get(field) or {}}
+    patterns = {key: _whole(rf"(.*\.)?({key})", field, file) for key in config.get(field) or {}}
     for key, pattern in patterns.items():
-        if not any(map(pattern.match, modules)):
+        if not any(map(pattern, modules)):
             raise ValueError(
                 f"{file} has {field} for {short(key)}, which matches no module that is adapted ({modules[0]}, say); correct it"
             )
-    own = lambda m: next((config[field][key] for key, pattern in patterns.items() if pattern.match(m)), plain)
+    own = lambda m: next((config[field][key] for key, pattern in patterns.items() if pattern(m)), plain)
     return {m: own(m) for m in modules}
 
 
@@ -120,7 +123,7 @@ def _excluded(config: Json, module: str, file: Path) -> bool:
     """Whether PEFT leaves a module out before it looks at the targets."""
     names = config.get("exclude_modules") or []
     if isinstance(names, str):
-        return bool(_compiled(names, "exclude_modules", file).fullmatch(module))
+        return _whole(names, "exclude_modules", file)(module)
     saved = config.get("modules_to_save") or []
     return _ends(module, names) or any(re.match(rf"(^|.*\.){re.escape(name)}($|\..*)", module) for name in saved)
 
@@ -129,12 +132,15 @@ def _targeted(config: Json, module: str, file: Path) -> bool:
     """Whether `target_modules` and `layers_to_transform` name a module."""
     wanted, layers = config["target_modules"], config.get("layers_to_transform")
     if isinstance(wanted, str):
-        return bool(_compiled(wanted, "target_modules", file).fullmatch(module))
+        return _whole(wanted, "target_modules", file)(module)
     if module in wanted or layers in (None, []):
         return _ends(module, wanted)
     lists = config.get("layers_pattern") or r"[^.]*"
     for name in [lists] if isinstance(lists, str) else lists:
-        if at := _compiled(rf"(?:^|.*?\.){name}\.(?P<idx>\d+)\.", "layers_pattern", file).match(module):
+        pattern = rf"(?:^|.*?\.){name}\.(?P<idx>\d+)\."
+        compiled = _compiled(pattern, "layers_pattern", file)
+        _check_repeats(pattern, compiled, "layers_pattern", file)
+        if at := compiled.match(module):
             return _ends(module, wanted) and int(at["idx"]) in (layers if isinstance(layers, list) else [layers])
     return False
 
@@ -144,8 +150,31 @@ def _ends(module: str, names: Sequence[str]) -> bool:
     return any(module == name or module.endswith("." + name) for name in names)
 
 
+@functools.lru_cache(maxsize=64)
+def _whole(pattern: str, field: str, file: Path) -> Callable[[str], bool]:
+    """Whether the whole of a module's name matches, in time linear in it wherever the expression can be followed so."""
+    compiled = _compiled(pattern, field, file)
+    try:
+        return Machine(pattern).matches
+    except ValueError:  # of lookaround, say
+        _check_repeats(pattern, compiled, field, file)
+        return lambda module: bool(compiled.fullmatch(module))
+
+
+def _check_repeats(pattern: str, compiled: re.Pattern[str], field: str, file: Path) -> None:
+    """Refuses an expression with which `re` may go back on what it matched for hours: of groups that repeat, and of many repetitions."""
+    plain = re.sub(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", "x", pattern, flags=re.DOTALL)
+    if re.search(r"\)[*+{]", plain) or len(re.findall(r"[*+{]", plain)) > REPEATS or compiled.flags & re.VERBOSE:
+        raise ValueError(
+            f"{file} has {field} with the regular expression {short(pattern)}, which may take for ever to match: a group that repeats, or "
+            f"over {REPEATS} repetitions, where lookaround, \\b or flags have them matched by going back; write the names plainly"
+        )
+
+
 def _compiled(pattern: str, field: str, file: Path) -> re.Pattern[str]:
     """A regular expression of a field."""
+    if len(pattern) > LONGEST:
+        raise ValueError(f"{file} has {field} with a regular expression of {len(pattern):,} characters; at most {LONGEST:,} are read")
     try:
         with warnings.catch_warnings(action="ignore"):  # of odd, valid expressions
             return re.compile(pattern)
