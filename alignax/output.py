@@ -51,9 +51,11 @@ def claim(place: Path, origin: str = "", force: bool = False, remedy: str = "giv
 
 
 def check(folder: Path, suffix: str = ".safetensors") -> None:
-    """Refuses a folder of ours whose files of a suffix are not as they were written."""
+    """Refuses a folder of ours whose files of a suffix are not as they were written; what a person deleted or added is let be."""
     there = _mark(folder)
     if there is None:
+        if (folder / MARK).exists():
+            raise ValueError(f"{folder / MARK} is damaged, and holds the CRCs of the folder's files; write or fetch the folder again")
         return
     for name, crc in there["files"].items():
         if name.endswith(suffix) and (folder / name).is_file() and _crc(folder / name) != crc:

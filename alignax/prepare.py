@@ -304,6 +304,12 @@ def load_tokenizer(path: Path, vocab_size: int) -> Any:
     """The tokenizer of a model folder, from local files only; `vocab_size`: rows of the model's embedding."""
     from transformers import AutoTokenizer
 
+    bare = next((name for name in ("tokenizer.model", "tekken.json") if (path / name).is_file()), "")
+    if bare and not (path / "tokenizer.json").is_file():
+        raise ValueError(
+            f"{str(path)!r} has {bare} and no tokenizer.json, and what transformers makes of that alone has other ids in places; "
+            "fetch the model's tokenizer.json too"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
         eos, size, _ = tokenizer.eos_token_id, len(tokenizer), tokenizer("a")  # some damage shows only in use

@@ -160,6 +160,10 @@ BAD = {
     "damaged tokenizer": (
         lambda f, t: {"model.path": edited(f, t, lambda d: (d / "tokenizer.json").write_text("{"))}, r"no tokenizer that transformers reads"
     ),
+    "tokenizer of sentencepiece alone": (
+        lambda f, t: {"model.path": edited(f, t, lambda d: (d / "tokenizer.json").rename(d / "tokenizer.model"))},
+        r"has tokenizer\.model and no tokenizer\.json, and what transformers makes of that alone has other ids in places; fetch",
+    ),
     "batch that the mesh does not divide": (lambda f, t: {"batch_size": 12}, r"batch_size 12.*multiple of 8"),
     "batch that microbatches do not divide": (lambda f, t: {"microbatches": 3}, r"multiple of 24"),
     "mesh that the devices do not fill": (lambda f, t: {"mesh.data": 3}, r"3.*8 devices"),

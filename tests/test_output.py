@@ -108,6 +108,11 @@ def test_a_flipped_bit_in_a_file_of_ours_is_refused(tmp_path):
     (out / "model.safetensors").write_bytes(bytes(999) + b"\x01")
     with pytest.raises(ValueError, match=r"model\.safetensors is damaged: .* delete .*alignax\.json"):
         output.check(out)
+    (out / "alignax.json").write_text('{"origin": "run a", ')
+    with pytest.raises(ValueError, match=r"alignax\.json is damaged, and holds the CRCs of the folder's files"):
+        output.check(out)
+    (out / "alignax.json").unlink()
+    output.check(out)
 
 
 KILLED = """

@@ -126,6 +126,24 @@ def test_another_tokenizer_is_refused(folders, tmp_path):
         rewards.load_ensemble([folders[0], folder], ONE)
 
 
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "vocab.json", "merges.txt"])
+def test_another_tokenizer_in_other_files_is_refused(name, folders, tmp_path):
+    """The ends are named beside the vocabulary; older folders have it in two files."""
+    both = [shutil.copytree(folders[0], tmp_path / str(i)) for i in range(2)]
+    for i, folder in enumerate(both):
+        config = folder / "tokenizer_config.json"
+        if name == config.name:
+            eos = json.loads(config.read_text())["eos_token"]
+            config.write_text(json.dumps(json.loads(config.read_text()) | {"eos_token": [{"content": eos, "special": True}, "a"][i]}))
+            hf.check_alike([hf.open_folder(folders[0]), hf.open_folder(both[0])])  # as an object it is the same
+        else:
+            (folder / "tokenizer.json").unlink()
+            (folder / "vocab.json").write_text("{}")
+            (folder / name).write_text(str(i))
+    with pytest.raises(ValueError, match="has another tokenizer than"):
+        hf.check_alike([hf.open_folder(folder) for folder in both])
+
+
 def test_a_classifier_of_two_labels_is_no_ensemble_of_two_members(folders, tmp_path):
     folder = shutil.copytree(folders[0], tmp_path / "two")
     content = json.loads((folder / "config.json").read_text())

@@ -54,7 +54,7 @@ def with_tokens(
     params = grown(hf.load_params(source, make_mesh({"fsdp": -1})), source.config, first, len(ids), jax.random.key(seed))
     new = {"vocab_size": params["embed"].shape[0], "predicted_tokens": source.config.predicted_tokens or first}
     shaped = {name: dataclasses.replace(getattr(source, name), **new) for name in ("config", "stored")}
-    with output.folder(out) as half:
+    with output.folder(out, "added tokens") as half:
         hf.export(params, source._replace(hf=source.hf | new, **shaped), half, dtype)
         with together():
             if is_main():

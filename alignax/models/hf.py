@@ -124,10 +124,14 @@ def check_alike(sources: Sequence[Source]) -> None:
             raise ValueError(f"{str(source.path)!r} has another {differs} than {str(first.path)!r}; all must have the same")
 
 
-def _tokenizer(folder: Path) -> bytes:
-    """What tells the folder's tokenizer from another."""
-    file = folder / "tokenizer.json"
-    return file.read_bytes() if file.is_file() else b""
+def _tokenizer(folder: Path) -> list[Any]:
+    """What tells the folder's tokenizer from another: its first file of a vocabulary (others are that one's sources), and its two ends."""
+    files = [folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt")]
+    there = [file.read_bytes() for file in files if file.is_file()]
+    config = folder / "tokenizer_config.json"
+    fields = read_object(config, "fetch the model folder again") if config.is_file() else {}
+    ends = [fields.get(name) for name in ("bos_token", "eos_token")]
+    return [*(there[:1] if files[0].is_file() else there), *(end.get("content") if isinstance(end, dict) else end for end in ends)]
 
 
 def chat_template(folder: Path) -> Any:
