@@ -238,15 +238,20 @@ def test_a_temperature_and_tokens_that_are_never_predicted(cap):
     targets = jnp.clip(targets, 2, V - 4)
 
     def value(hidden, weight):
-        out = token_logps(hidden, weight, targets, mask, chunk=7, how=Shaping(cap, T, unused), teacher=(0.5 * hidden, weight))
-        return sum(c * x.sum() for c, x in zip((1.0, 0.3, 0.0, 0.2, 0.4), out[:5], strict=True))
+        how = {"how": Shaping(cap, T, unused), "teacher": (0.5 * hidden, weight), "mixture": (0.3, 2.0)}
+        out = token_logps(hidden, weight, targets, mask, chunk=7, **how)
+        return sum(c * x.sum() for c, x in zip((1.0, 0.3, 0.0, 0.2, 0.4, 0.7), (*out[:5], out.jsd), strict=True))
 
     def plain(hidden, weight):
-        shape = lambda h: jax.nn.log_softmax((h @ weight if cap is None else cap * jnp.tanh(h @ weight / cap))[..., kept] / T)
-        q, t = shape(hidden), jax.lax.stop_gradient(shape(0.5 * hidden))
+        logits = lambda h: (h @ weight if cap is None else cap * jnp.tanh(h @ weight / cap))[..., kept] / T
+        z, zt = logits(hidden), jax.lax.stop_gradient(logits(0.5 * hidden))
+        q, t = jax.nn.log_softmax(z), jax.nn.log_softmax(zt)
         logp = jnp.take_along_axis(q, targets[..., None] - 2, axis=-1)[..., 0]
         kls = 0.2 * (jnp.exp(t) * (t - q)).sum(-1) + 0.4 * (jnp.exp(q) * (q - t)).sum(-1)
-        return jnp.where(mask, logp - 0.3 * (jnp.exp(q) * q).sum(-1) + kls, 0.0).sum()
+        s, t = jax.nn.softmax(z / 2), jax.nn.softmax(zt / 2)
+        m = jnp.log(0.3 * t + 0.7 * s)
+        mixed = 0.3 * (t * (jnp.log(t) - m)).sum(-1) + 0.7 * (s * (jnp.log(s) - m)).sum(-1)
+        return jnp.where(mask, logp - 0.3 * (jnp.exp(q) * q).sum(-1) + kls + 0.7 * mixed, 0.0).sum()
 
     ours, theirs = (jax.jit(jax.value_and_grad(f, (0, 1)))(hidden, weight) for f in (value, plain))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), ours, theirs)
