@@ -19,7 +19,7 @@ from alignax.data.shapes import shaped
 
 IDENTICAL = "identical after the cut"
 ROWS_AT_ONCE, CHARACTERS_AT_ONCE = 2048, 2**22  # bound the memory of lists of ids, and keep the tokenizer's threads busy
-PROBES, MOST_PROBES = ("a", "1", "The sky."), 64  # texts that show what a tokenizer adds, and how many tokens of its vocabulary may, after them
+PROBES, MOST_PROBES = ("a", "1", "The sky."), 64  # texts that show what a tokenizer adds; how many of its tokens do, after them
 
 
 class _Fitted(NamedTuple):
