@@ -9,6 +9,7 @@ import ast
 import difflib
 import inspect
 import math
+import sys
 import tempfile
 import zlib
 from collections.abc import Callable, Sequence
@@ -232,9 +233,16 @@ def check_hooks(module: ModuleType, file: Path) -> None:
 
 
 def load_module(file: Path, source: bytes) -> ModuleType:
-    """The module of an experiment's source, which may be that of a file that has changed since."""
+    """The module of an experiment's source, which may be that of a file that has changed since.
+
+    It imports modules that lie beside the file, behind all others; and it is one of `sys.modules`, where data classes and the processes
+    that it starts look for what it defines.
+    """
     module = ModuleType("alignax_experiment_" + file.stem)
     module.__file__ = str(file)
+    sys.modules[module.__name__] = module
+    if (folder := str(file.resolve().parent)) not in sys.path:
+        sys.path.append(folder)
     exec(compile(source, str(file), "exec", dont_inherit=True), module.__dict__)
     return module
 
