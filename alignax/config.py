@@ -157,7 +157,7 @@ def default_config() -> Any:
     c.eval.samples = 4  # completions written to the log; 0: none
     c.eval.sample_prompts = 0  # prompts sampled for reward, gold reward and KL; 0: as many as `samples`
     c.eval.samples_per_prompt = 1  # completions of each of them; from 2 on with pass@k
-    c.eval.pass_reward = 1.0  # a completion passes whose gold reward (where there is none, whose reward) is at least this
+    c.eval.pass_reward = 1.0  # a completion passes whose gold reward (where there is none, whose reward) is at least this, and is known
     c.eval.max_new_tokens = 64
     c.eval.temperature = 1.0  # 0: greedy
     c.eval.top_p = 1.0
