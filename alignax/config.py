@@ -9,6 +9,7 @@ import ast
 import difflib
 import inspect
 import math
+import sys
 import tempfile
 import zlib
 from collections.abc import Callable, Sequence
@@ -156,7 +157,7 @@ def default_config() -> Any:
     c.eval.samples = 4  # completions written to the log; 0: none
     c.eval.sample_prompts = 0  # prompts sampled for reward, gold reward and KL; 0: as many as `samples`
     c.eval.samples_per_prompt = 1  # completions of each of them; from 2 on with pass@k
-    c.eval.pass_reward = 1.0  # a completion passes whose gold reward (where there is none, whose reward) is at least this
+    c.eval.pass_reward = 1.0  # a completion passes whose gold reward (where there is none, whose reward) is at least this, and is known
     c.eval.max_new_tokens = 64
     c.eval.temperature = 1.0  # 0: greedy
     c.eval.top_p = 1.0
@@ -232,9 +233,16 @@ def check_hooks(module: ModuleType, file: Path) -> None:
 
 
 def load_module(file: Path, source: bytes) -> ModuleType:
-    """The module of an experiment's source, which may be that of a file that has changed since."""
+    """The module of an experiment's source, which may be that of a file that has changed since.
+
+    It imports modules that lie beside the file, behind all others; and it is one of `sys.modules`, where data classes and the processes
+    that it starts look for what it defines.
+    """
     module = ModuleType("alignax_experiment_" + file.stem)
     module.__file__ = str(file)
+    sys.modules[module.__name__] = module
+    if (folder := str(file.resolve().parent)) not in sys.path:
+        sys.path.append(folder)
     exec(compile(source, str(file), "exec", dont_inherit=True), module.__dict__)
     return module
 

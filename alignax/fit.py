@@ -4,7 +4,7 @@ import functools
 import math
 import signal
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from typing import Any
 
 import jax
@@ -28,6 +28,7 @@ from alignax.programs import abstract_trained, batch_sizes, make_programs
 from alignax.rollout import RewardFailed, Turns, trained_on
 from alignax.start import Started
 from alignax.types import Metrics, Params, TrainState
+from alignax.workers import Abandoned, never
 
 DRIFT = 2.0  # nats that the chosen response falls before the notice
 EQUAL = {"float32": 1e-3, "bfloat16": 0.1}  # nats that the margin of equal models may differ from 0 by rounding
@@ -78,10 +79,11 @@ def loop(started: Started, log: Log, stop: "Stop") -> tuple[TrainState, dict[str
     results: dict[str, dict[str, float]] = {}
     pending: tuple[int, Metrics] | None = None
     if first == 0:
-        with log.paused():
+        with log.paused(), leaving(started, log, stop, state, 0):
             results["before"] = evaluate(state, 0)
     for s in range(first + turn, run.steps + 1, turn):
-        state, metrics = train(state, s - turn)
+        with leaving(started, log, stop, state, s - turn):
+            state, metrics = train(state, s - turn)
         if pending:  # fetched a step late, so that the device never waits for the host
             observe(*pending)
         pending = (s, metrics)
@@ -103,6 +105,28 @@ def loop(started: Started, log: Log, stop: "Stop") -> tuple[TrainState, dict[str
             log.line(f"stopped by {SIGNALS[signal.Signals(stop.signal)]} after step {s}; saved. The same command goes on from here.")
             raise SystemExit(128 + stop.signal)
     return state, results
+
+
+@contextmanager
+def leaving(started: Started, log: Log, stop: "Stop", state: TrainState, step: int) -> Iterator[None]:
+    """Lets a signal end the wait for a reward function, as if it had come at `step`, after which nothing has been learnt yet.
+
+    Where rollouts are judged while the policy learns, `state` is given away by then, so there a signal waits for the turn's end.
+    """
+    workers = started.run.workers
+    workers.stop = never if step and started.run.config.rollout.ahead else lambda: stop.signal
+    try:
+        yield
+    except Abandoned as e:
+        where = "before the first step; the same command begins again."
+        if step:
+            started.checkpoints.save(state, started.about, {})
+            started.checkpoints.close()
+            where = f"after step {step}, a rollout waited for its rewards; saved. The same command goes on from here."
+        log.line(f"stopped by {SIGNALS[signal.Signals(e.number)]} {where}")
+        raise SystemExit(128 + e.number) from None
+    finally:
+        workers.stop = never
 
 
 class Batched:

@@ -25,7 +25,7 @@ from alignax.online import make_learn, pretraining
 from alignax.prepare import Run
 from alignax.programs import AHEAD, full
 from alignax.types import Batch, Metrics, Params, TrainState
-from alignax.workers import Answer, Call, qualified
+from alignax.workers import Abandoned, Answer, Call, qualified
 from alignax.workers import within as within
 
 
@@ -246,18 +246,24 @@ def rewards_of(run: Run, name: str, examples: Examples, rows: np.ndarray, comple
 
     Raises:
       RewardFailed: where there is none and `rollout.bad_rewards` is "error".
+      Abandoned: in every process, where a signal has ended the wait of the one that asks.
     """
     c, n = run.config.rollout, len(texts[0])
-    found, what = np.full(len(rows) * n, np.nan, np.float32), ""
+    found, what, left = np.full(len(rows) * n, np.nan, np.float32), "", 0
     flat = [text for group in texts for text in group]
     if jax.process_index() == 0:  # one process asks for all: the function may be random, or dear
         ids = [row for group in completions.rows() for row in group]
-        answer = asked(run, name, examples, np.repeat(rows, n), flat, ids, n)
+        try:
+            answer = asked(run, name, examples, np.repeat(rows, n), flat, ids, n)
+        except Abandoned as e:
+            answer, left = Answer([np.nan] * len(found)), e.number
         with np.errstate(over="ignore"):
             found[:] = answer.rewards
         what = answer.problem + (f", for {short(flat[answer.at])}" if answer.at >= 0 else "")
     if jax.process_count() > 1:
-        found = np.asarray(multihost_utils.broadcast_one_to_all(found))
+        found, left = map(np.asarray, multihost_utils.broadcast_one_to_all((found, np.int32(left))))
+    if left:
+        raise Abandoned(int(left))
     bad = ~np.isfinite(found)
     what = what or f"{bad.sum()} of {len(bad)} rewards are not finite, that of {short(flat[bad.argmax()])} first"
     where = f"{name}() of {run.experiment.file}{behind_file(what)}"

@@ -25,6 +25,7 @@ from alignax.config import load_module
 from alignax.data.files import one_line, short
 
 START = 120.0  # seconds that a worker may take to load the experiment's file, where rollout.timeout is shorter
+POLL = 0.2  # seconds between two looks at whether the run is to stop
 GRACE = 1.0  # seconds between the exception that ends a call and the end of its process
 BAD = 10  # completions that may cost their whole time, or their process, before the rest of a call is given up
 PRINTED = 2000  # bytes of what a function prints in a call that are shown: the last ones
@@ -66,6 +67,15 @@ class Lost(Exception):
     """A worker that gave no answer in its time, or ended."""
 
 
+class Abandoned(Exception):
+    """A wait for a worker that a signal has ended."""
+
+    def __init__(self, number: int):
+        """`number`: of the signal."""
+        super().__init__(number)
+        self.number = number
+
+
 class Malformed(TypeError):
     """What a reward function must not return, whatever the completion."""
 
@@ -91,6 +101,7 @@ class Workers:
             raise ValueError(f"the config of {file} cannot be sent to the process of its reward function ({one_line(e)})") from e
         self.count, self.patience = count, max(START, timeout)
         self.say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True)
+        self.stop: Callable[[], int] = never
         self.workers: list[Worker] = []
         self.told = False
 
@@ -102,7 +113,12 @@ class Workers:
 
     def start(self) -> None:
         """Starts the processes that are missing, without waiting for them."""
-        self.workers += [Worker(self.setup, self.patience) for _ in range(self.count - len(self.workers))]
+        self.workers += [Worker(self.setup, self.patience, self.look) for _ in range(self.count - len(self.workers))]
+
+    def look(self) -> None:
+        """Leaves what is waited for, once `stop` gives a signal's number."""
+        if number := self.stop():
+            raise Abandoned(number)
 
     def close(self) -> None:
         """Ends the processes; a later call starts others."""
@@ -119,6 +135,9 @@ class Workers:
           call: of all completions, the groups one after another.
           group: completions of a group, which stay together.
           strict: whether to stop at the first failure.
+
+        Raises:
+          Abandoned: where `stop` says so while there is no answer.
         """
         self.start()
         groups = call.count // group
@@ -191,8 +210,13 @@ class Workers:
     def ask(self, i: int, call: Call) -> Answer:
         """The first answer of worker i, or of the one in its place."""
         if self.workers[i].ended:
-            self.workers[i] = Worker(self.setup, self.patience)
+            self.workers[i] = Worker(self.setup, self.patience, self.look)
         return self.workers[i].ask(call)
+
+
+def never() -> int:
+    """No signal."""
+    return 0
 
 
 def share(call: Call, first: int, last: int) -> Call:
@@ -203,8 +227,11 @@ def share(call: Call, first: int, last: int) -> Call:
 class Worker:
     """A process that calls reward functions, seen from the run."""
 
-    def __init__(self, setup: bytes, start: float):
-        """Starts it, and does not wait until it has loaded the experiment, for which it has `start` seconds."""
+    def __init__(self, setup: bytes, start: float, look: Callable[[], None]):
+        """Starts it, and does not wait until it has loaded the experiment, for which it has `start` seconds.
+
+        `look` is called every `POLL` seconds of a wait, which an exception that it raises ends.
+        """
         self.connection, theirs = Pipe()
         leash, own = os.pipe()
         code = CODE.format(leash=leash, path=sys.path, connection=theirs.fileno())
@@ -217,7 +244,7 @@ class Worker:
         theirs.close()
         os.close(leash)
         self._end = weakref.finalize(self, end, self.process, self.connection, own)
-        self.begun, self.start = time.monotonic(), start
+        self.begun, self.start, self.look = time.monotonic(), start, look
         self.ready = self.unable = False
         self.printed, self.cut = b"", False
         try:
@@ -263,7 +290,9 @@ class Worker:
         """
         end, sources = time.monotonic() + seconds, [self.connection, self.output]
         while True:
-            ready = wait(sources, max(end - time.monotonic(), 0.0))
+            ready = wait(sources, min(max(end - time.monotonic(), 0.0), POLL))
+            if not ready:
+                self.look()
             if self.output in ready and not self.read():
                 sources.remove(self.output)
             if self.connection in ready:

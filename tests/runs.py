@@ -40,7 +40,8 @@ def arguments(fields: dict[str, object], experiment: str = "dpo_hh") -> list[str
 def environment(devices: int = 1, **more: str) -> dict[str, str]:
     """Of a process with so many simulated devices; compiled programs are shared between the runs of a test session."""
     cache = os.environ.get("PYTEST_COMPILE_CACHE", "")
-    own = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {conftest.QUICK}", "JAX_PLATFORMS": "cpu"}
+    flags = f"--xla_force_host_platform_device_count={devices} {conftest.QUICK} {conftest.PATIENT}"
+    own = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     if cache:
         own |= {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     return os.environ | own | more

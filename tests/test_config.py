@@ -1,7 +1,9 @@
 """Experiment files: what is wrong in them is said in one line, with the place, before anything is written."""
 
 import math
+import pickle
 import re
+import sys
 
 import pytest
 import runs
@@ -119,6 +121,16 @@ def test_what_an_experiment_file_may_have(name, tmp_path):
         GOOD.replace("return config\n", "config.alpha = 0.1\n    return config\n") + FINE[name] + "\nALPHA = lambda c: c.alpha\n"
     )
     assert load_experiment(file).config.alpha == 0.1
+
+
+def test_an_experiment_file_is_a_module_like_any_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "lies_beside.py").write_text("scale = 3")
+    future = "from __future__ import annotations\nimport dataclasses\nfrom lies_beside import scale\n"
+    record = "@dataclasses.dataclass\nclass Record:\n    x: int = scale\n"
+    (tmp_path / "mine.py").write_text(future + GOOD + record + "RECORD = Record()\n")
+    record = load_experiment(tmp_path / "mine.py").loss.__globals__["RECORD"]
+    assert record.x == 3 and type(pickle.loads(pickle.dumps(record))) is type(record)
 
 
 @pytest.mark.parametrize("file", sorted(runs.REPO.glob("experiments/*.py")), ids=lambda file: file.stem)

@@ -242,12 +242,36 @@ def test_a_text_that_begins_with_the_tokenizers_own_front_has_it_once(bos, bare)
     assert sides(run([("</s>the sky", " a")], bos)[0])[0][0] == [0, 1, *bare("the sky")["input_ids"]], "another token stays"
 
 
+def words(template, unknown, vocabulary=("</s>", "<s>", "+", "=", "0", "9")):
+    """A tokenizer of whole words, to which "a" and "The sky." are unknown ones, or none."""
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token=unknown))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    if template:
+        model.post_processor = tokenizers.processors.TemplateProcessing(single=template, special_tokens=[("<s>", 1), ("</s>", 0)])
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=model, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.parametrize("unknown", ["</s>", "<s>", "="])
+@pytest.mark.parametrize(
+    ("template", "own"),
+    [
+        ("", ([], [])), ("$A", ([], [])), ("$A </s>", ([], [0])), ("<s> $A", ([1], [])), ("<s> $A </s>", ([1], [0])),
+        ("<s> $A <s>", ([1], [1])), ("</s> $A", ([0], [])), ("</s> </s> $A </s>", ([0, 0], [0])),
+    ],
+)  # fmt: skip
+def test_what_the_tokenizer_adds_is_found_whatever_its_unknown_token(template, own, unknown):
+    tokenizer = words(template, unknown)
+    assert tokens._own(tokenizer) == own
+    assert prompt_ids(["0 + 9 =", "0 ="], tokenizer) == [own[0] + [4, 2, 5, 3], own[0] + [4, 3]]
+    assert sides(run([("0 + 9 =", " 9")], tokenizer)[0])[0] == (own[0] + [4, 2, 5, 3], [5, 0])
+
+
 def test_what_the_tokenizer_puts_behind_a_text_is_no_part_of_it():
     examples, report = run([("the sky", " is</s>", " is round")], make("$A <s>"))  # as BERT's [SEP], which is no EOS
     bare = make("")
     whole = lambda text: bare(text)["input_ids"]
     assert [prompt + rest for prompt, rest in sides(examples)] == [[*whole("the sky is"), 1], [*whole("the sky is round"), 1]]
-    assert report.ends_written == 1 and "  completions that end with an EOS of their own, kept once: 1" in report.lines()
+    assert report.ends_written == 1 and "  completions that end with an end token of their own, kept once: 1" in report.lines()
 
 
 WORDS = "the sky is blue, and a cat of 12 hats sat. Hello   world\n\nround, worlds of words "

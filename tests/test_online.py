@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import signal
 import textwrap
 import time
 import types
@@ -163,6 +164,54 @@ def test_rollouts_and_evaluations_stop_at_every_end(fields, tmp_path):
     }
     assert len(ended - {2}) > 3 and not np.isin(np.concatenate(sum(out.answers(), [])), run.ends).any()
     assert decoded(run.tokenizer, out) == [run.tokenizer.batch_decode(group, skip_special_tokens=True) for group in out.answers()]
+
+
+SLEEPER = """
+import pathlib, time
+
+calls = []
+
+def loss(config):
+    return grpo()
+
+def experience(config):
+    return group_relative()
+
+def reward(prompts, completions, config):
+    asleep = pathlib.Path(config.workdir).parent / "asleep"
+    calls.append(1)
+    if len(calls) == 5 and not asleep.exists():  # asked once before the run, once by the evaluation, then by rollouts
+        asleep.touch()
+        time.sleep(100)
+    return [float(len(text) % 7) for text in completions]
+"""
+
+
+@pytest.mark.slow
+def test_a_signal_does_not_wait_for_a_reward_function(fields, tmp_path):
+    """The rollout is given up, the step before it is saved, and the next start samples the rollout again."""
+    given = fields | {"steps": "8", "eval.every": "4", "checkpoint.every": "100"}
+    whole, parts = [tmp_path / name / "run" for name in ("whole", "parts")]
+    for folder in (whole, parts):
+        folder.parent.mkdir()
+    (whole.parent / "asleep").touch()
+    args = {folder: arguments(folder.parent, SLEEPER, given | {"workdir": str(folder)}) for folder in (whole, parts)}
+    assert main(args[whole]) == 0
+    process = runs.begin(args[parts], runs.environment(8))
+    assert runs.stop_when(process, (parts.parent / "asleep").exists, signal.SIGTERM)
+    began = time.monotonic()
+    out = runs.finish(process, code=143)
+    assert time.monotonic() - began < 50 and "stopped by SIGTERM after step" in out and "saved" in out
+    last = rows(parts)[-1]["step"]
+    checkpoints = Checkpoints(parts)
+    assert 0 < last == checkpoints.latest() < 8
+    checkpoints.close()
+    assert main(args[parts]) == 0
+    found, wanted = (trained(folder, args[folder]) for folder in (parts, whole))
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+    timed = ("time/", "tokens_per_second", "compilations")
+    told = [[{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows(folder)] for folder in (parts, whole)]
+    assert told[0] == told[1]
 
 
 @pytest.mark.slow

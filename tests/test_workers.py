@@ -13,10 +13,10 @@ import pytest
 import runs
 
 from alignax.checks import parameters
-from alignax.workers import Call, Malformed, Workers, numbers, within
+from alignax.workers import Abandoned, Call, Malformed, Workers, numbers, within
 
 SOURCE = """
-import os, re, sys, time
+import multiprocessing, os, re, sys, time
 
 calls = []
 
@@ -49,6 +49,10 @@ def judged(text):
         print("looked at it")
         os.write(1, b"from below\\n")
     return None if text == "none" else float(len(text))
+
+def pooled(prompts, completions):
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        return pool.map(judged, completions)
 
 def gold(prompts, completions, config, **columns):
     return [config["scale"] * len(p) + float("-".join(columns) == "answer") for p in prompts]
@@ -96,6 +100,23 @@ def test_what_is_printed_is_told_and_bounded(workers):
     assert said == ["reward(): looked at it", "reward(): from below"]
     workers(call(["prints"] * 2000), 1, strict=True)
     assert sum(map(len, said)) < 6000 and "not shown" in said[2]
+
+
+def test_a_reward_function_may_use_processes_of_its_own(workers):
+    assert workers(call(["a", "bb", "ccc"], "pooled"), 3, strict=True) == ([1.0, 2.0, 3.0], "", -1, False)
+
+
+@pytest.mark.slow
+def test_a_stop_ends_the_wait_for_a_worker(tmp_path):
+    with closing(workers_of(tmp_path)) as own:
+        own(call(["a"]), 1, strict=True)
+        began = time.monotonic()
+        own.stop = lambda: 15 if time.monotonic() > began + 0.5 else 0
+        with pytest.raises(Abandoned) as found:
+            own(call(["sleeps"]), 1, strict=False)
+        assert found.value.number == 15 and time.monotonic() - began < 10 and not own.workers
+        own.stop = lambda: 0
+        assert own(call(["a"]), 1, strict=True).rewards == [1]
 
 
 def test_columns_and_the_config_are_given_by_name(workers):

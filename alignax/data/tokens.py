@@ -19,6 +19,7 @@ from alignax.data.shapes import shaped
 
 IDENTICAL = "identical after the cut"
 ROWS_AT_ONCE, CHARACTERS_AT_ONCE = 2048, 2**22  # bound the memory of lists of ids, and keep the tokenizer's threads busy
+PROBES, MOST_PROBES = ("a", "1", "The sky."), 64  # texts that show what a tokenizer adds; how many of its tokens do, after them
 
 
 class _Fitted(NamedTuple):
@@ -351,10 +352,18 @@ def _ids(texts: list[str], tokenizer: Any) -> list[list[int]]:
 
 def _own(tokenizer: Any) -> tuple[list[int], list[int]]:
     """The tokens that the tokenizer itself puts in front of a text, and those behind it."""
-    # By a probe and not by the last id of each text: a text may itself end in an EOS, which is then part of it.
-    whole, bare = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
-    at = next((i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare), 0)
-    return whole[:at], whole[at + len(bare) :]
+    # By probes and not by the last id of each text: a text may itself end in an EOS, which is then part of it. A probe says nothing where
+    # it has no token, and little where it becomes the unknown token and that is what the tokenizer adds; then the vocabulary's are asked.
+    found: list[tuple[list[int], list[int]]] = []
+    words = map(tokenizer.convert_ids_to_tokens, range(0, len(tokenizer), -(-len(tokenizer) // MOST_PROBES)))
+    for text in map(str, itertools.chain(PROBES, words)):
+        whole, bare = tokenizer(text)["input_ids"], tokenizer(text, add_special_tokens=False)["input_ids"]
+        places = [i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare]
+        around = [(whole[:i], whole[i + len(bare) :]) for i in places]
+        found = [pair for pair in found if pair in around] or around or found
+        if len(found) == 1:
+            return found[0]
+    return found[0] if found else ([], [])
 
 
 def _once(ids: list[int], front: list[int], end: list[int]) -> tuple[list[int], bool]:
