@@ -31,8 +31,8 @@ AVERAGE = "average_"  # before the name of an item that holds an average of the 
 class Checkpoints:
     """The checkpoints of one run, in `WORKDIR/checkpoints`; the newest `keep`, and the best by a metric if there is one."""
 
-    def __init__(self, workdir: str | Path, keep: int = 2, best: str = ""):
-        """`best` names an evaluation metric, lower is better; a leading "-" turns that around."""
+    def __init__(self, workdir: str | Path, keep: int = 2, best: str = "", writes: bool = True):
+        """`best` names an evaluation metric, lower is better, a leading "-" turns that around; without `writes` nothing is touched."""
         self.path = Path(workdir).absolute() / "checkpoints"
         # What fails in the background is raised again when we wait for it; orbax prints a traceback of every thread besides.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -44,7 +44,11 @@ class Checkpoints:
             best_one = ocp.checkpoint_managers.BestN(get_metric_fn=rank, reverse=True, n=1, keep_checkpoints_without_metrics=False)
             policies.append(best_one)
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies), enable_async_checkpointing=True, create=True
+            preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
+            enable_async_checkpointing=True,
+            create=writes,
+            cleanup_tmp_directories=writes,  # what a killed run left half-written
+            read_only=not writes,
         )
         try:
             self._manager = ocp.CheckpointManager(self.path, options=options)
@@ -67,7 +71,7 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         items = _items(state)
-        own = {"format": FORMAT, "step": step, "digests": digests(items)}
+        own = {"format": FORMAT, "step": step, "skipped": int(state.skipped), "digests": digests(items)}
         saved = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
         args = ocp.args.Composite(**saved, about=ocp.args.JsonSave(dict(about) | own))
         with _saving(self.path):
@@ -130,6 +134,11 @@ class Checkpoints:
             if "RESOURCE_EXHAUSTED" in str(e):  # the checkpoint is whole: this machine is too small for it
                 raise
             cause = (str(e).strip().splitlines() or [""])[0][:200]
+            if not (self.path / str(step)).is_dir():
+                raise ValueError(
+                    f"checkpoint {self.path / str(step)} is gone: the run that trains here has taken newer ones meanwhile; "
+                    "run the same command again"
+                ) from e
             before = [there for there in self._manager.all_steps() if there < step]
             goes_on = f"the run goes on from step {max(before)}" if before else "the run begins again, as no earlier one is there"
             raise ValueError(
@@ -164,7 +173,8 @@ def _items(state: TrainState) -> dict[str, Any]:
 def digests(tree: Any) -> dict[str, str]:
     """The digest of every array, by its path; equal in every layout and on any number of processes, which all call it."""
     paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
-    found = gathered(jax.jit(leaf_digests)(tree))
+    # An array at a time, since XLA for CPUs would hold the hashes of all at once, as much memory again as the state takes.
+    found = gathered(jnp.concatenate([jax.jit(leaf_digests)([leaf]) for leaf in jax.tree.leaves(tree)]))
     return {path: f"{value:08x}" for path, value in zip(paths, found.tolist(), strict=True)}
 
 

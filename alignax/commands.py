@@ -30,6 +30,7 @@ from alignax.mesh import make_mesh
 from alignax.metrics import Log, table
 from alignax.models import hf
 from alignax.models.reward import CRITIC
+from alignax.models.tensorfiles import check_finite
 from alignax.prepare import (
     Run,
     check_workdir,
@@ -71,6 +72,7 @@ def train(file: str, overrides: Sequence[str], dry: bool) -> None:
         distributed.initialize()
         with together():
             experiment = load_experiment(file, overrides)
+            check_moved(experiment, overrides)
         distributed.check_alike({"experiment": code(experiment)})
     if dry:
         with refusing():
@@ -101,10 +103,22 @@ def checked(experiment: Experiment) -> Run:
     return run
 
 
+def check_moved(experiment: Experiment, overrides: Sequence[str]) -> None:
+    """Refuses the config.py of a workdir that says another one, which would begin there anew; an override says what is meant."""
+    here, said = experiment.file.parent, experiment.config.workdir
+    of_run = experiment.file.name == "config.py" and any((here / part).is_dir() for part in ("checkpoints", "stages"))
+    if of_run and here.resolve() != Path(said).resolve() and not any(override.startswith("workdir=") for override in overrides):
+        raise ValueError(
+            f"{experiment.file} is of a run in {str(here)!r}, and its workdir is {said!r}: it was moved, or this is another folder to "
+            f"start from; add --config.workdir={here} to go on, or name another workdir to begin anew"
+        )
+
+
 def overopt(file: str, overrides: Sequence[str]) -> None:
     """`alignax overopt`: an experiment that measures with the laboratory."""
     with refusing():
         experiment = load_experiment(file, overrides)
+        check_moved(experiment, overrides)
         if experiment.main is None:
             raise ValueError(f"{file} has no main(), which runs the laboratory; see experiments/overoptimization.py")
         with blaming(experiment.file, own=True):
@@ -187,15 +201,18 @@ def saved_models(workdir: Path, overrides: Sequence[str]) -> Saved:
 def newest_models(workdir: Path, config: Any, source: hf.Source, mesh: Mesh, name: str) -> tuple[int, Iterator[tuple[str, Params]]]:
     """The step of a run's newest checkpoint, and its models (see `Saved`); `name`: "policy" or an average."""
     lora, members = make_lora(config, source), config.ensemble.members
-    with closing(Checkpoints(workdir)) as checkpoints:
+    with closing(Checkpoints(workdir, writes=False)) as checkpoints:
         step = newest(checkpoints)
         about = checkpoints.about(step)
         now = described(source, load_tokenizer(source.path, source.config.vocab_size))
         if lora is not None:  # the base is read again
             now["policy"] = fingerprint(hf.load_params(source, mesh, jax.random.key(config.seed)))
         check_same(workdir, step, about, now)
+        if step and about.get("skipped") == step:
+            raise ValueError(f"none of the {step} steps in {str(workdir)!r} was finite: it holds the model that it began from alone")
         trained = abstract_models(source, lora, open_critic(config), members, mesh)
         params = checkpoints.restore_params(step, trained, name)
+        check_finite(params, "float32", f"checkpoint {step} in {str(workdir)!r}")
         params.pop(CRITIC, None)
     return step, ((name, merged(source, lora, one, mesh) if lora else one) for name, one in members_of(params, members))
 

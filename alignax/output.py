@@ -21,11 +21,13 @@ from alignax.data.files import one_line
 from alignax.distributed import is_main, together
 
 MARK = "alignax.json"
+LOCK = ".lock"  # of a workdir, the file that says who works in it
+TMP = "alignax-tmp"  # the end of the name of what is half written
 EXCHANGE, HERE = 2, -100  # RENAME_EXCHANGE and AT_FDCWD of Linux
 
 
 def claim(place: Path, origin: str = "", force: bool = False, remedy: str = "give --force to replace it, or choose another place") -> None:
-    """Refuses a place where something stands that is not by this writer; what is empty is free.
+    """Refuses a place that cannot be written, or where something stands that is not by this writer; what is empty is free.
 
     Args:
       place: a file, or a folder, that is about to be written.
@@ -34,8 +36,13 @@ def claim(place: Path, origin: str = "", force: bool = False, remedy: str = "giv
       remedy: the end of the error.
 
     Raises:
-      ValueError: for what would be destroyed.
+      ValueError: for what would be destroyed, and for a place that is closed or lies in a file.
     """
+    if not (above := standing(place.absolute().parent)).is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        why = "closed to you" if above.is_dir() else "a file"
+        raise ValueError(f"{str(place)!r} cannot be written: {str(above)!r} is {why}; choose another place")
+    if place.is_dir() and not origin:
+        raise ValueError(f"{str(place)!r} is a folder; name a file")
     if force or not place.exists() or (place.is_file() and not place.stat().st_size) or (place.is_dir() and not any(place.iterdir())):
         return
     if place.is_dir():
@@ -65,24 +72,27 @@ def check(folder: Path, suffix: str = ".safetensors") -> None:
             )
 
 
+def standing(path: Path) -> Path:
+    """The path, or the nearest of the folders above it that there is."""
+    return next(p for p in (path, *path.absolute().parents) if p.exists())
+
+
 def require_space(path: Path, need: int, what: str, remedy: str = "make room, or choose another place") -> None:
     """An error before anything is written, if the disk has no room for `need` bytes and a tenth."""
-    place = next(p for p in (path, *path.absolute().parents) if p.exists())
-    free = shutil.disk_usage(place).free
+    free = shutil.disk_usage(standing(path)).free
     if free < 1.1 * need:
         raise OSError(f"{what} takes {need / 1e9:.3f} GB and {str(path)!r} has {free / 1e9:.3f} GB free; {remedy}")
 
 
 @contextmanager
-def file(path: Path, tag: str = "") -> Iterator[Path]:
+def file(path: Path, shared: bool = False) -> Iterator[Path]:
     """Where to write a file that takes the place of `path` at the end; after an error nothing stays of it.
 
-    Args:
-      path: its folder is there.
-      tag: tells processes apart that may write the same file at the same time.
+    `shared`: several processes may write the same file at the same time; `sweep` removes what killed ones left of it.
     """
-    tmp = _beside(path, tag)
+    tmp = _beside(path, f"{socket.gethostname()}-{os.getpid()}" if shared else "")
     with _writing(path, tmp):
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield tmp
         _sync(tmp)
         os.replace(tmp, path)
@@ -93,6 +103,17 @@ def write_text(path: Path, text: str) -> None:
     """Writes a text file in one move."""
     with file(path) as tmp:
         tmp.write_text(text, encoding="utf-8")
+
+
+def sweep(folder: Path) -> None:
+    """Removes what processes of this machine that are gone left of shared files."""
+    for left in folder.glob(f".*.{socket.gethostname()}-*.{TMP}"):
+        try:
+            os.kill(int(left.name.removesuffix(f".{TMP}").rpartition("-")[2]), 0)
+        except ProcessLookupError:
+            left.unlink(missing_ok=True)
+        except (ValueError, OSError):  # none of ours, or of another user
+            pass
 
 
 @contextmanager
@@ -137,12 +158,12 @@ class Lock:
             self.close()
             if holder != own:
                 raise ValueError(
-                    f"workdir {str(path.parent)!r} is in use: {holder or 'another process'} trains in it; "
+                    f"workdir {str(path.parent)!r} is in use: {holder or 'another process'} works in it; "
                     "wait until that ends, stop it, or choose another workdir"
                 ) from e
             return
         except OSError as e:
-            print(f"{path.parent} is on a file system without locks ({e.strerror}): see that nothing else trains in it", file=sys.stderr)
+            print(f"{path.parent} is on a file system without locks ({e.strerror}): see that nothing else works in it", file=sys.stderr)
         os.ftruncate(self._file, 0)
         os.write(self._file, own.encode())
 
@@ -172,12 +193,12 @@ def _writing(path: Path, tmp: Path) -> Iterator[None]:
 
 
 def _beside(path: Path, tag: str = "") -> Path:
-    return path.with_name(f".{path.name}.{tag + '.' if tag else ''}alignax-tmp")
+    return path.with_name(f".{path.name}.{tag + '.' if tag else ''}{TMP}")
 
 
 def unfinished(path: Path) -> bool:
     """Whether this is what a killed process left of a write."""
-    return path.name.endswith("alignax-tmp")
+    return path.name.endswith(TMP)
 
 
 def _replace(out: Path, new: Path) -> None:

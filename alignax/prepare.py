@@ -70,7 +70,6 @@ FREE = (
     "reference.cache",
     "rollout.reward_workers",
 )
-LOCK = ".lock"  # of a workdir, the file that says who trains in it
 STORED = "stored_ref_logps"  # the batch field that a cache of the reference brings
 
 
@@ -335,14 +334,14 @@ def check_workdir(run: Run) -> None:
     workdir, experiment = run.workdir, run.experiment
     check_kept(experiment)
     saved = workdir / "config.py"
-    place = next(p for p in (workdir, *workdir.absolute().parents) if p.exists())
+    place = output.standing(workdir)
     if saved.is_file():
         lines = difference(load_experiment(saved), experiment, FREE)
         if lines:
             raise ValueError(f"workdir {str(workdir)!r} belongs to another run ({'; '.join(lines[:4])}); choose another workdir")
     elif not place.is_dir():
         raise ValueError(f"workdir {str(workdir)!r} cannot be a folder: {str(place)!r} is a file; choose another workdir")
-    elif place == workdir and any(p.name != LOCK and not output.unfinished(p) for p in workdir.iterdir()):
+    elif place == workdir and any(p.name != output.LOCK and not output.unfinished(p) for p in workdir.iterdir()):
         raise ValueError(f"workdir {str(workdir)!r} holds other files; choose a new or empty folder")
     if not os.access(place, os.W_OK | os.X_OK):
         raise ValueError(f"workdir {str(workdir)!r} cannot be written: {str(place)!r} is closed to you; choose another workdir")

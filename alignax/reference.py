@@ -6,8 +6,6 @@ A part is written whole or not at all: an interrupted computation goes on with t
 """
 
 import dataclasses
-import os
-import socket
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,6 +60,7 @@ def stored(run: Run, examples: Examples, params: Params, digest: str, split: str
     folder = Path(run.config.reference.cache) / key(run, examples, digest)
     with together():
         folder.mkdir(parents=True, exist_ok=True)
+        output.sweep(folder)
         found = [read(folder, i, examples) for i in range(-(-len(examples) // ROWS))]
     # What one process lacks all compute, since a sharded program takes all of them.
     have = np.array([part is not None for part in found])
@@ -129,5 +128,5 @@ def write(folder: Path, index: int, values: np.ndarray) -> None:
     """Writes a part in one move; two processes that write the same one do no harm."""
     from safetensors.numpy import save_file
 
-    with output.file(folder / f"{index:06d}.safetensors", f"{socket.gethostname()}-{os.getpid()}") as tmp:
+    with output.file(folder / f"{index:06d}.safetensors", shared=True) as tmp:
         save_file({"logps": values}, tmp, metadata={"crc": f"{zlib.crc32(values.tobytes()):08x}"})

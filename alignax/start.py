@@ -24,7 +24,7 @@ from alignax.experience import advance, first_carry
 from alignax.models import hf, peft, reward
 from alignax.models.lora import quantise, split
 from alignax.online import make_judge, training_program
-from alignax.prepare import LOCK, Run
+from alignax.prepare import Run
 from alignax.programs import (
     abstract_batch,
     abstract_frozen,
@@ -106,7 +106,7 @@ def start(run: Run, write: bool = True) -> Started:
         with together():
             output.require_space(run.workdir, nbytes(abstract_state(run)), "a checkpoint", "make room, or choose another workdir")
             lock = open_workdir(run)
-    checkpoints = Checkpoints(run.workdir, config.checkpoint.keep, config.checkpoint.best)
+    checkpoints = Checkpoints(run.workdir, config.checkpoint.keep, config.checkpoint.best, write)
     step = checkpoints.latest() or 0
     if step:
         saved = checkpoints.about(step)
@@ -328,7 +328,7 @@ def open_workdir(run: Run) -> output.Lock:
     lock = output.Lock(None)
     if is_main():
         run.workdir.mkdir(parents=True, exist_ok=True)
-        lock = output.Lock(run.workdir / LOCK)
+        lock = output.Lock(run.workdir / output.LOCK)
         output.write_text(run.workdir / "config.py", effective(run.experiment))
     return lock
 

@@ -1,5 +1,6 @@
 """Checkpoints are exact, whole or absent, and refused when they are damaged or another run's."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -69,6 +70,23 @@ def test_a_renamed_checkpoint_is_refused(saved):
     shutil.copytree(saved / "checkpoints" / "0", saved / "checkpoints" / "3")
     with pytest.raises(ValueError, match="saved at step 0, its folder was renamed.*; delete that folder, and the run goes on from step 0"):
         Checkpoints(saved).restore_params(3, state().params)
+
+
+def test_who_only_reads_touches_nothing_and_what_a_killed_save_left_goes_with_the_next(tmp_path, saved):
+    assert Checkpoints(tmp_path / "none", writes=False).latest() is None and not (tmp_path / "none").exists()
+    half = saved / "checkpoints" / "1.orbax-checkpoint-tmp"
+    shutil.copytree(saved / "checkpoints" / "0", half)
+    there = lambda: sorted(path.relative_to(saved) for path in saved.rglob("*"))
+    before = there()
+    reader = Checkpoints(saved, writes=False)
+    reader.restore(0, state(0.0))
+    assert there() == before
+    writer = Checkpoints(saved, keep=1)
+    writer.save(dataclasses.replace(state(), step=jnp.int32(2)), ABOUT, {})
+    writer.close()
+    assert [path.name for path in (saved / "checkpoints").iterdir()] == ["2"]
+    with pytest.raises(ValueError, match="checkpoint .*0 is gone: the run that trains here has taken newer ones meanwhile; run the same"):
+        reader.restore(0, state(0.0))
 
 
 def test_an_array_that_is_not_as_it_was_saved_is_refused(saved):

@@ -503,3 +503,18 @@ def test_notice_names_rpo_once_when_the_chosen_log_prob_falls():
     for step in range(60):  # far from a reference that is another model, from the start, is no fall
         observer(step + 2, base | {"logps/chosen_drift": -50 + 0.1 * step, "rewards/margins": 0.02 * step})
     assert not lines
+
+
+def test_a_workdir_that_was_moved_is_not_begun_anew_elsewhere(tmp_path, monkeypatch):
+    """Its config.py says where it was; an override says what is meant."""
+    moved = tmp_path / "moved"
+    (moved / "checkpoints").mkdir(parents=True)
+    experiment = config.load_experiment(DPO)._replace(file=moved / "config.py")
+    experiment.config.workdir = str(tmp_path / "before")
+    with pytest.raises(ValueError, match="moved', and its workdir is '.*before': it was moved, .* add --config.workdir=.*moved to go on"):
+        commands.check_moved(experiment, [])
+    commands.check_moved(experiment, [f"workdir={tmp_path / 'before'}"])
+    commands.check_moved(experiment._replace(file=moved / "other.py"), [])
+    monkeypatch.chdir(tmp_path)
+    experiment.config.workdir = "moved"
+    commands.check_moved(experiment, [])

@@ -140,7 +140,7 @@ def test_conversations_go_through_the_chat_template(tmp_path):
         (["--stop", "é"], "stop string 'é' can never occur"),
         (["--cache", "int4"], "cache dtype 'int4' is unknown"),
         (["--max-new-tokens", "128"], "prompts of 5 tokens and max_new_tokens 128 exceed the model's 128 positions; lower"),
-        (["--out", "nowhere/out.jsonl"], "No such file or directory: 'nowhere/out.jsonl'"),
+        (["--out", "/dev/null/out.jsonl"], "'/dev/null/out.jsonl' cannot be written: '/dev/null' is a file"),
         (["--prompts", "nowhere.txt"], "there is no file 'nowhere.txt'"),
         (["--slots", "3"], "slots 3 do not divide into 8 batch shards; use a multiple of 8"),
         (["--config.model.dtyp", "x"], "the nearest is 'model.dtype'"),

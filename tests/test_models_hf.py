@@ -281,6 +281,16 @@ def test_export_in_half_precision(dtype, written, tmp_path):
     equal(load(tmp_path / "out"), jax.tree.map(lambda x: x.astype(dtype).astype(jnp.float32), params))
 
 
+@pytest.mark.parametrize(("value", "dtype"), [(np.nan, "float32"), (-np.inf, "bfloat16"), (70000.0, "float16")])
+def test_values_that_are_not_finite_are_not_exported(value, dtype, written, tmp_path):
+    params = load(written)
+    spoilt = params | {"norm": params["norm"].at[0].set(value)}
+    remedy = "" if dtype == "float32" else ", or set export.dtype=float32 if they are finite there"
+    with pytest.raises(FloatingPointError, match=rf"out' holds values that are not finite in {dtype} \(norm\); .*learning_rate{remedy}$"):
+        hf.export(spoilt, hf.open_folder(written), tmp_path / "out", dtype)
+    assert not list(tmp_path.iterdir())
+
+
 def test_unknown_type_of_export(written, tmp_path):
     with pytest.raises(ValueError, match="dtype 'int8' is unknown; use float32, float16, bfloat16"):
         hf.export(load(written), hf.open_folder(written), tmp_path / "out", dtype="int8")

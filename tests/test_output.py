@@ -172,7 +172,7 @@ def test_a_workdir_is_held_by_one_process_and_freed_by_its_death(tmp_path):
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     process = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path / ".lock")], env=os.environ, **pipes)
     assert process.stdout is not None and process.stdout.readline() == b"held\n"
-    with pytest.raises(ValueError, match=rf"is in use: process {process.pid} on .* trains in it; wait until that ends"):
+    with pytest.raises(ValueError, match=rf"is in use: process {process.pid} on .* works in it; wait until that ends"):
         output.Lock(tmp_path / ".lock")
     process.send_signal(signal.SIGKILL)
     process.communicate()
@@ -210,3 +210,32 @@ def test_a_name_in_a_figure_is_no_formula(name):
     for shown in (text, drawing.axes[0].title):
         assert not matplotlib.cbook.is_math_text(shown.get_text())
         assert shown.get_text().replace(r"\$", "$").strip() == name
+
+
+def test_a_place_that_cannot_be_written_is_refused_at_once(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"file/out' cannot be written: .*file' is a file; choose another place"):
+        output.claim(tmp_path / "file" / "out")
+    with pytest.raises(ValueError, match="empty' is a folder; name a file"):
+        output.claim(tmp_path / "empty")
+    output.claim(tmp_path / "not" / "there" / "out")
+    output.write_text(tmp_path / "not" / "there" / "out", "1")
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # of root no folder is closed
+    with pytest.raises(ValueError, match="out' cannot be written: .* is closed to you; choose another place"):
+        output.claim(tmp_path / "out", "run a", force=True)
+
+
+def test_what_dead_writers_of_a_shared_file_left_is_swept(tmp_path):
+    done = subprocess.Popen(["true"])
+    done.wait()
+    dead = str(done.pid)
+    with output.file(tmp_path / "0.part", shared=True) as own:
+        own.write_text("new")
+        mine = own.name
+        names = [mine, mine.replace(str(os.getpid()), dead), ".0.part.elsewhere-1.alignax-tmp", mine.replace(str(os.getpid()), "x")]
+        for name in names[1:]:
+            (tmp_path / name).write_text("half")
+        output.sweep(tmp_path)
+        assert {p.name for p in tmp_path.iterdir()} == {names[0], *names[2:]}
+    assert (tmp_path / "0.part").read_text() == "new"

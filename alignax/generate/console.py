@@ -174,14 +174,11 @@ def show(found: Sequence[Sequence[dict[str, Any]]], prompts: bool) -> None:
 
 
 def begin(request: Request, typed: bool, force: bool) -> None:
-    """Refuses a file that cannot be written to, or that would be lost, before anything is computed."""
+    """Refuses a file that cannot be written to, or that would be lost, before anything is computed; an earlier one stays until then."""
     if request.out not in ("", "-") and is_main():
-        file = Path(request.out)
-        output.claim(file, force=force)
-        with open(file, "a", encoding="utf-8"):  # an earlier one stays until the new one is whole
-            pass
+        output.claim(Path(request.out), force=force)
         if typed:  # answers are added one by one
-            output.write_text(file, "")
+            output.write_text(Path(request.out), "")
 
 
 def write(file: str, found: Sequence[Sequence[dict[str, Any]]], typed: bool) -> None:

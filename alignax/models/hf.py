@@ -30,7 +30,7 @@ from alignax.models import families, reward, transformer
 from alignax.models.families import Family
 from alignax.models.layout import Place, Tensor, joined, leaf_name, leaf_shapes, places, tensors
 from alignax.models.lora import Lora, split, with_norms
-from alignax.models.tensorfiles import DTYPES, WEIGHT_FILES, check_type, header, named_files, read_object, save_tensors
+from alignax.models.tensorfiles import DTYPES, WEIGHT_FILES, check_finite, check_type, header, named_files, read_object, save_tensors
 from alignax.models.transformer import ModelConfig
 from alignax.types import Params
 
@@ -348,6 +348,7 @@ def export(
     Raises:
       ValueError: for another dtype, and for a place where something else than a model stands.
       OSError: when the disk has no room; what stood there is whole.
+      FloatingPointError: for values that are not finite in that dtype.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is unknown; use {', '.join(DTYPES)}")
@@ -356,6 +357,7 @@ def export(
         raise ValueError(f"{str(out)!r} exists and is not a model folder; choose another place")
     with together():
         output.require_space(out, sum(math.prod(t.shape) for t in plan(source, source.config)) * jnp.dtype(dtype).itemsize, "the model")
+    check_finite(params, dtype, f"the model for {str(out)!r}")
     with output.folder(out, origin) as tmp:
         _write(params, source, tmp, dtype, shard_bytes, eos)
 

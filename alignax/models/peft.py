@@ -21,6 +21,7 @@ from alignax.distributed import is_main, together
 from alignax.models import adapter_config, hf, lora, reward
 from alignax.models.layout import Place, joined, places
 from alignax.models.lora import MARK, Lora
+from alignax.models.tensorfiles import check_finite
 from alignax.types import Params
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -75,6 +76,7 @@ def write_adapter(adapters: Params, spec: Lora, source: hf.Source, base: str, ou
     """
     if out.exists() and not (out / CONFIG).is_file() and any(out.iterdir()):
         raise ValueError(f"{str(out)!r} exists and is not an adapter folder; choose another place")
+    check_finite(adapters, "float32", f"the adapter for {str(out)!r}")
     layers = {name: meshes.gathered(x) for name, x in adapters["layers"].items()}
     adapted = Adapted(source)
     tensors: dict[str, np.ndarray] = {}

@@ -5,9 +5,13 @@ import os
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from alignax.data.files import one_line, short
+from alignax.mesh import gathered
+from alignax.types import Params
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
@@ -69,6 +73,26 @@ def save_tensors(content: dict[str, np.ndarray], file: Path) -> None:
 
     save_file(content, file, metadata={"format": "pt"})
     os.chmod(file, 0o666 & ~umask())  # which safetensors leaves at 0600
+
+
+def check_finite(params: Params, dtype: str, what: str) -> None:
+    """Refuses parameters that hold values which are not finite, as they are or in the dtype that they are written in.
+
+    Every process calls it.
+
+    Raises:
+      FloatingPointError: with the leaves that hold them.
+    """
+    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    within = lambda x: jnp.all(jnp.abs(x) <= jnp.finfo(dtype).max)  # also where a compiler computes a narrow type in a wider one
+    fine = gathered(jax.jit(lambda tree: jnp.stack([within(x) for x in jax.tree.leaves(tree)]))(params))
+    bad = [name for name, there in zip(names, fine, strict=True) if not there]
+    if bad:
+        wider = "" if dtype == "float32" else ", or set export.dtype=float32 if they are finite there"
+        raise FloatingPointError(
+            f"{what} holds values that are not finite in {dtype} ({', '.join(bad[:3])}); train again with a lower "
+            f"optimizer.learning_rate{wider}"
+        )
 
 
 def umask() -> int:

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -78,14 +79,15 @@ def run(
         own = range(config.seed, config.seed + config.online.repeats)
         for method in methods:
             stages.append((titled(method, name), partial(learn, name, world, method, own)))
-    workdir, made = open_workdir(experiment), made_by(experiment.file)
-    for i, (name, measure) in enumerate(stages):
-        stage(workdir, f"{i:02d} {name}", measure, made)
-    print(report.write(workdir))
+    (workdir, lock), made = open_workdir(experiment), made_by(experiment.file)
+    with closing(lock):
+        for i, (name, measure) in enumerate(stages):
+            stage(workdir, f"{i:02d} {name}", measure, made)
+        print(report.write(workdir))
 
 
-def open_workdir(experiment: Experiment) -> Path:
-    """The workdir, with the effective config in it; that of another run, or a folder of other files, is refused."""
+def open_workdir(experiment: Experiment) -> tuple[Path, output.Lock]:
+    """The workdir, held, with the effective config in it; that of another run, or a folder of other files, is refused."""
     if not experiment.config.workdir:
         raise BadInput("config field 'workdir' is empty; set --config.workdir=FOLDER")
     workdir = Path(experiment.config.workdir)
@@ -94,13 +96,15 @@ def open_workdir(experiment: Experiment) -> Path:
         raise BadInput(f"workdir {str(workdir)!r} is a file; choose a new or empty folder")
     check_kept(experiment)
     workdir.mkdir(parents=True, exist_ok=True)
-    if {file.name for file in workdir.iterdir() if not output.unfinished(file)} <= {"config.py"}:  # nothing was measured yet
-        output.write_text(saved, effective(experiment))
-    elif not saved.is_file():
+    there = {file.name for file in workdir.iterdir() if not output.unfinished(file)}
+    if not there <= {"config.py", output.LOCK} and not saved.is_file():
         raise BadInput(f"workdir {str(workdir)!r} holds other files; choose a new or empty folder")
+    lock = output.Lock(workdir / output.LOCK)
+    if there <= {"config.py", output.LOCK}:  # nothing was measured yet
+        output.write_text(saved, effective(experiment))
     elif lines := difference(load_experiment(saved), experiment, FREE):
         raise BadInput(f"workdir {str(workdir)!r} belongs to another run ({'; '.join(lines[:4])}); choose another workdir")
-    return workdir
+    return workdir, lock
 
 
 def made_by(file: Path) -> dict[str, str]:
