@@ -52,6 +52,7 @@ def only(row, kind="preference", row_hook=None, **columns):
             "chosen": YES,
             "rejected": NO,
         },
+        {"prompt": [{"role": "user", "content": [{"text": "h", "type": None}, "i"]}], "chosen": "hello", "rejected": "go"},
     ],
 )
 def test_shapes_of_one_pair(row):
@@ -67,6 +68,22 @@ def test_a_conversation_that_begins_otherwise_than_its_prompt_is_refused_with_th
         only({"prompt": [USER], "chosen": "hello", "rejected": 7})
     with pytest.raises(ValueError, match="a message of 'prompt' is from 'narrator', not from one of human, "):
         only({"prompt": [{"from": "narrator", "value": "hi"}], "chosen": "hello", "rejected": "go"})
+
+
+@pytest.mark.parametrize("part", [{"type": "image_url", "image_url": {"url": "x"}}, {"type": "image", "text": None}, {"type": "text"}, 3])
+@pytest.mark.parametrize("kind", ["preference", "prompt"])
+def test_a_part_that_is_no_text_is_refused_by_name(part, kind):
+    row = {"prompt": [{"role": "user", "content": [{"type": "text", "text": "hi"}, part]}], "chosen": "hello", "rejected": "go"}
+    with pytest.raises(ValueError, match=r"a message of 'prompt' has the part .*, and parts are read that are text; leave such rows out"):
+        only(row, kind)
+
+
+def test_openais_earlier_calls_of_functions():
+    call = {"name": "weather", "arguments": '{"city": "Paris"}'}
+    said = {"role": "assistant", "content": None, "function_call": call}
+    result = {"role": "function", "name": "weather", "content": "18 C"}
+    row = only({"messages": [USER, said, result, YES]}, "sft")
+    assert row.prompt == [USER, {"role": "assistant", "tool_calls": [{"type": "function", "function": call}]}, result]
 
 
 def test_share_gpt_conversations_with_calls():

@@ -104,8 +104,9 @@ def _unmarked(
     places: list[Place] = []
     for i in answers:
         before = prompt if i == first else messages[:i]
-        given = opened if i == first else template.text(before, tools, opened=True)
-        place = _place(text, given, before, tools, template, places[-1].start if places else 0, i == answers[-1])
+        given = opened if i == first else template.text(before, tools, opened=True, whole=True)
+        begun, after = i == first and is_prefill(before), places[-1].start if places else 0
+        place = _place(text, given, before, messages[i], tools, template, after, i == answers[-1], begun)
         if place is None:
             return Bad(
                 "template is no prefix",
@@ -119,32 +120,40 @@ def _unmarked(
         turn = _turn(text, messages, i, place, bound, tools, template, ends)
         if isinstance(turn, Bad):
             return turn
-        turns.append(turn[0])
+        turns += [turn[0]] if is_scored(messages[i]) else []
         told |= turn[1]
     return Side(text, places[0].start, turns, told)
 
 
-def _place(text: str, given: str, before: list[Message], tools: Any, template: Template, after: int, last: bool) -> Place | None:
+def _place(
+    text: str, given: str, before: list[Message], answer: Message, tools: Any, template: Template, after: int, last: bool, begun: bool
+) -> Place | None:
     """Where an answer begins, or None where that cannot be told.
 
     Args:
       text: of the whole conversation.
       given: the prompt that would be answered here.
       before: its messages.
+      answer: the message that begins here.
       tools: what the template is told of tools.
       template: the chat template.
       after: the characters of the text that lie in front for certain.
       last: whether the answer ends the conversation.
+      begun: whether the prompt has the beginning of the answer.
     """
-    opening = Opening("", 0, "", False) if is_prefill(before) else template.opening(before, tools, given, last)
-    final = template.opening(before, tools, given, last=True) if not last and not is_prefill(before) else opening
+    opening = Opening("", 0, "", False) if begun else template.opening(before, tools, given, last)
+    final = template.opening(before, tools, given, last=True) if not last and not begun else opening
     if final.empty and text.startswith(given[: len(given) - final.beyond] + final.lead):
         opening = final  # behind the last question, an answer that calls tools is opened as the last one is
+    behind_another = before[-1]["role"] == "assistant" and not begun
+    if behind_another and opening.beyond and opening.lead and not opening.empty:
+        return None  # the answer in front ends otherwise as the last, so that the header between them cannot be told
     both, limit = shared(text, given), len(given) - opening.beyond
     cut = len(given) - len(opening.tail) if opening.tail is not None else min(len(template.text(before, tools)), limit)
     if both == len(given) or both >= limit:
-        return Place(cut, both if both == len(given) else limit, opening)
-    if both >= cut:  # an earlier answer may be opened otherwise than the last one
+        beyond = given[limit:].strip()  # which may also be all that the answer says
+        return Place(cut, both if both == len(given) and not (beyond and _own(answer) == [("content", beyond)]) else limit, opening)
+    if both >= cut and not behind_another:  # an earlier answer may be opened otherwise than the last one
         return Place(cut, both, opening)
     # The conversation in front is written otherwise than in the whole: the message and its tail are looked for there.
     anchor = str(before[-1].get("content") or "").strip() + given[cut:limit]
@@ -215,7 +224,7 @@ def _marked(
 ) -> Side | Bad:
     """The turns from message `first` on, by the template's marks; what generation is given in front of an answer is not scored."""
     text, marks = template.marks(messages, tools)
-    place = _place(text, opened, prompt, tools, template, 0, first == len(messages) - 1)
+    place = _place(text, opened, prompt, messages[first], tools, template, 0, first == len(messages) - 1, is_prefill(prompt))
     start = place.start if place else 0
     joined: list[list[int]] = []
     for begin, end in marks:
@@ -225,8 +234,9 @@ def _marked(
             joined[-1][1] = end
         else:
             joined.append([begin, end])
-    wanted = sum(message["role"] == "assistant" for message in messages[first:])
-    if place is None or len(joined) < wanted:
+    answers = [is_scored(message) for message in messages[first:] if message["role"] == "assistant"]
+    wanted = len(answers)
+    if place is None or len(joined) < wanted or len(joined) > wanted and not all(answers):
         return Bad("marks do not fit", f"the chat template marks {len(joined)} spans in {wanted} assistant turns; correct its marks")
     header = text[joined[0][0] : start]
     turns = []
@@ -235,6 +245,7 @@ def _marked(
         turns.append((begin, _marked_end(text, begin, end, ends)))
     if any(not _without(text[begin:end], ends) for begin, end in turns):
         return Bad("left out by the template", "the chat template marks an answer that says nothing: its text is left out")
+    turns = turns if all(answers) else [turn for turn, scored in zip(turns, answers, strict=True) if scored]
     return Side(text, min(start, turns[0][0]), turns, set())
 
 
@@ -244,6 +255,11 @@ def _marked_end(text: str, begin: int, end: int, ends: Sequence[str]) -> int:
     while doubled := next((e for e in ends for f in ends if text.endswith(e + f, begin, stop)), None):
         stop -= next(len(f) for f in ends if text.endswith(doubled + f, begin, stop))
     return stop
+
+
+def is_scored(message: Message) -> bool:
+    """Whether a message is an answer that may be scored: the assistant's, without a weight of 0."""
+    return message["role"] == "assistant" and message.get("weight") != 0
 
 
 def _without(text: str, ends: Sequence[str]) -> str:
@@ -297,7 +313,7 @@ def _left_out(messages: list[Message], first: int, text: str, tools: Any, templa
     told = {"the tools"} if tools and unread(messages, None) else set()
     for key in {key: None for message in messages for key in message if key not in ("role", "content")}:
         if unread([{k: v for k, v in message.items() if k != key} for message in messages], tools):
-            told |= {_of(key, message["role"]) for message in messages if key in message}
+            told |= {_of(key, m["role"]) for m in messages if key in m and not (key == "weight" and m["role"] == "assistant")}
     for message in messages[:first]:
         content = str(message.get("content") or "").strip()
         if content not in text and squeezed(content) not in squeezed(text):
@@ -349,7 +365,7 @@ def _forms(row: Prompted) -> Iterator[tuple[list[Message], list[list[Message]]]]
 
 def _form(message: Any, as_text: bool, toggle: bool) -> Message:
     if not message.get("tool_calls"):
-        return message
+        return message if "content" in message or not isinstance(message, dict) else message | {"content": ""}
     calls = [_call(call, as_text) for call in message["tool_calls"]] if isinstance(message["tool_calls"], list) else message["tool_calls"]
     message = message | {"tool_calls": calls}
     if toggle and not message.get("content"):
