@@ -130,6 +130,11 @@ REASONED = [says("assistant", "4", reasoning_content="add")]
         (DROPPING, "<think>add</think>4", "[4<|im_end|>]"),
         (DROPPING, "<think>\n", "[<think>\n<|im_end|>]"),  # all that it says is what generation goes on with
         (DROPPING, "<think>\n4", "[4<|im_end|>]"),
+        (
+            ONE_LINE.replace("{{ c }}", "{{ c | trim }}").replace("if r else", "if r else '' if '<think>' in c else"),
+            "<think>\n",
+            "[<think><|im_end|>]",
+        ),
         (THINKING, [says("assistant", "", reasoning_content="add")], "[<think>\nadd\n</think>\n\n<|im_end|>]"),
         (OPENING, [{"role": "assistant", "reasoning_content": "add"}], "[add\n</think>\n\n<|im_end|>]"),
     ],
@@ -359,6 +364,7 @@ def test_rows_that_go_on_with_an_answer_have_one_turn():
     assert shown(PLAIN, prompt, "4.", "5.") == ["[4.<|im_end|>]", "[5.<|im_end|>]"]
     tokenizer, code = encoded(PLAIN, prompt, "4.", "5.")
     assert tokenizer.decode(code.prompt) == code.text == chat.encode_prompt(prompt, None, tokenizer)[0]
+    assert not code.told
     bad = chat.encode_prompt([*HI, says("assistant", "", tool_calls=[CALL])], None, tokenizer)
     assert "ends with the assistant's call of a tool" in bad.what
 
@@ -380,3 +386,23 @@ def test_parquet_and_json_lines_give_the_same_tokens(tmp_path):
     lines, parquet = (load_examples(tmp_path / f"rows.{kind}", data, tokenizer, 999) for kind in ("jsonl", "parquet"))
     assert lines[0].digest() == parquet[0].digest() and "null" not in tokenizer.decode(parquet[0].tokens)
     assert not lines[1].told and parquet[1].told == {chat.NULLS[0]: 2}
+
+
+def test_a_message_in_front_of_an_answer_that_the_template_leaves_out():
+    """What is opened behind it is what is opened behind a user's, and its text is told wherever it stands."""
+    template = THINKING.replace(
+        "{{ m.content }}<|im_end|>\n{% else %}", "{{ m.content }}<|im_end|>\n{% elif m.role == 'assistant' %}"
+    ).replace("m.role != 'assistant'", "m.role in ('system', 'user')")
+    turns = [says("assistant", "look"), says("function", "18 C"), says("assistant", "18.")]
+    header = "\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    assert shown(template, HI, turns, turns="all") == [f"[look<|im_end|>]{header}[18.<|im_end|>]"]
+    assert "'content' of messages of 'function', in part or whole" in encoded(template, HI, turns, turns="all")[1].told
+
+
+def test_a_template_that_refuses_is_quoted_and_not_another_try():
+    raising = CALLING.replace(
+        "{% if m.role != 'assistant' %}", "{% if m.role == 'x' %}{{ raise_exception('no x') }}{% elif m.role != 'assistant' %}"
+    )
+    turns = [says("assistant", "", tool_calls=[CALL]), says("x", "18 C"), says("assistant", "18.")]
+    _, bad = encoded(raising.replace("arguments | tojson", "arguments.items() | list | tojson"), HI, turns, turns="all")
+    assert bad.what.endswith("'no x'")

@@ -148,8 +148,9 @@ class Template:
             return text[start + len(QUESTION) : end] if start >= 0 else ""
 
         prompt = self.text(before, tools, opened=True, whole=True)
-        if QUESTION not in prompt:
-            return NO_OPENING
+        if QUESTION not in prompt:  # what stands behind a user's message is put behind one that is left out
+            user = [*before[:-1], {"role": "user", "content": QUESTION}]
+            return NO_OPENING if before[-1]["role"] == "user" else self._opening(user, tools, last)._replace(tail=None)
         tail = between(prompt, len(prompt))
         answer = {"role": "assistant", "content": ANSWER}
         text = self.text([*before, answer, *after], tools)

@@ -50,16 +50,20 @@ def find(row: Prompted, template: Template, ends: Sequence[str]) -> Found | Bad:
       template: the chat template.
       ends: texts of the tokens that end a turn.
     """
-    bad: Bad | None = None
+    import jinja2
+
+    bad, own = None, None  # own: what the template itself says when it refuses
     for prompt, completions in _forms(row):
         try:
             found = _find(prompt, completions, row.tools, template, ends)
             found = found if isinstance(found, Bad) else found._replace(told=found.told | {*row.told})
         except refusals() as error:
             found = refused(error)
+            own = own or (found if type(error) is jinja2.TemplateError else None)
         if isinstance(found, Found):
             return found
         bad = found if bad is None or bad.reason == REFUSED else bad
+    bad = own if own is not None and bad is not None and bad.reason == REFUSED else bad
     assert bad is not None
     return bad
 
@@ -113,6 +117,8 @@ def _unmarked(
                 f"the chat template writes what stands in front of message {i} otherwise than the prompt that would be answered there; "
                 "give it {% generation %} marks, or score other turns with data.turns",
             )
+        if begun:
+            place = place._replace(header=max(given.rfind(str(before[-1].get("content") or "").strip()), 0))
         places.append(place)
     turns, told = [], set()
     bounds = [*(place.header for place in places[1:]), len(text)]
@@ -150,15 +156,23 @@ def _place(
         return None  # the answer in front ends otherwise as the last, so that the header between them cannot be told
     both, limit = shared(text, given), len(given) - opening.beyond
     cut = len(given) - len(opening.tail) if opening.tail is not None else min(len(template.text(before, tools)), limit)
-    if both == len(given) or both >= limit:
-        beyond = given[limit:].strip()  # which may also be all that the answer says
-        return Place(cut, both if both == len(given) and not (beyond and _own(answer) == [("content", beyond)]) else limit, opening)
+    if both >= limit:
+        start = both if both == len(given) else limit
+        words = "" if text.startswith(opening.lead or "\0", limit) else _only_opening(answer, given, opening.tail or "")
+        alone = words and not text[start:].lstrip().startswith(words)
+        return Place(cut, len(given.rstrip()) - len(words) if alone else start, opening)
     if both >= cut and not behind_another:  # an earlier answer may be opened otherwise than the last one
         return Place(cut, both, opening)
     # The conversation in front is written otherwise than in the whole: the message and its tail are looked for there.
     anchor = str(before[-1].get("content") or "").strip() + given[cut:limit]
     at = text.find(anchor, after) if opening.tail is not None and given[:limit].endswith(anchor) else -1
     return Place(at + len(anchor) - (limit - cut), at + len(anchor), opening) if at >= 0 else None
+
+
+def _only_opening(answer: Message, given: str, tail: str) -> str:
+    """What an answer says if that is no more than its prompt ends with, "<think>" say; else nothing."""
+    (key, words), *more = _own(answer) or [("", "")]
+    return words if key == "content" and not more and words in tail and given.rstrip().endswith(words) else ""
 
 
 def _turn(
@@ -314,7 +328,7 @@ def _left_out(messages: list[Message], first: int, text: str, tools: Any, templa
     for key in {key: None for message in messages for key in message if key not in ("role", "content")}:
         if unread([{k: v for k, v in message.items() if k != key} for message in messages], tools):
             told |= {_of(key, m["role"]) for m in messages if key in m and not (key == "weight" and m["role"] == "assistant")}
-    for message in messages[:first]:
+    for message in (message for i, message in enumerate(messages) if i < first or message["role"] != "assistant"):
         content = str(message.get("content") or "").strip()
         if content not in text and squeezed(content) not in squeezed(text):
             told.add(_of("content", message["role"]))
