@@ -78,6 +78,20 @@ def test_a_part_that_is_no_text_is_refused_by_name(part, kind):
         only(row, kind)
 
 
+@pytest.mark.parametrize("form", [json.dumps, str, lambda value: json.dumps(value, indent=1, sort_keys=True)])
+def test_messages_as_text_are_refused_with_the_remedy(form):
+    """A table of CSV, say, holds them as JSON, or as Python writes them; they are no text to be learnt."""
+    for row, kind in (
+        ({"prompt": form([USER])}, "prompt"),
+        ({"messages": form([USER, YES])}, "sft"),
+        ({"prompt": "hi", "chosen": form([USER, YES]), "rejected": form([USER, NO])}, "preference"),
+        ({"conversations": form([{"from": "human", "value": "hi"}])}, "sft"),
+    ):
+        with pytest.raises(ValueError, match=r"text that holds messages as .*; make a list of them in row\(row\)"):
+            only(row, kind, **({"messages": "conversations"} if "conversations" in row else {}))
+    assert only({"prompt": "hi", "completion": '[{"roles": 1}]'}, "sft").completions == ('[{"roles": 1}]',)
+
+
 def test_openais_earlier_calls_of_functions():
     call = {"name": "weather", "arguments": '{"city": "Paris"}'}
     said = {"role": "assistant", "content": None, "function_call": call}

@@ -18,6 +18,7 @@ from alignax.data.turns import REASONING, Found, find, is_scored
 BY_MARKS, BY_TEXT = "the template's {% generation %} marks", "the text that the chat template makes of each"
 NULLS = ("keys of tool calls or tools that hold null, which are left out",)
 GOES_ON = "answers behind another message of the assistant's, which they go on with in one turn; data.turns=all has two turns"
+BEGUN = "prompts that end in a message of the assistant's, whose turn is gone on with; where it is the answer, leave it out of them"
 WEIGHTS = ("weight", "train", "training", "loss")  # of OpenAI and Mistral, of axolotl, of ms-swift: 0 or false is not to be trained on
 PARTLY = ("train_detail", "training_detail")
 NO_VARIABLES: Mapping[str, Any] = MappingProxyType({})
@@ -61,7 +62,9 @@ def split(prompt: list | None, sides: Mapping[str, Any], tools: Any, turns: str)
     whole = {name: _until_last_answer([*(prompt or []), *side], len(prompt or [])) for name, side in sides.items()}
     for name, messages in whole.items():
         if len(messages) <= len(prompt or []):
-            return Bad("no answer", f"{name!r} has no assistant turn{' that is to be trained on' if _unweighted(sides[name]) else ''}")
+            roles = ", ".join(dict.fromkeys(message["role"] for message in sides[name]))
+            which = "assistant turn that is to be trained on" if _unweighted(sides[name]) else f"assistant turn; its roles are {roles}"
+            return Bad("no answer", f"{name!r} has no {which}")
     start = _start([*whole.values()], prompt, turns)
     for name, messages in whole.items():
         if bad := _bad_completion(name, messages[start:], turns, single=len(sides) == 1):
@@ -81,7 +84,7 @@ def prompt_alone(messages: list, tools: Any) -> Prompted | Bad:
         return bad or read
     if messages[-1].get("tool_calls"):
         return Bad("no prompt", "the prompt ends with the assistant's call of a tool; put the tool's answer behind it")
-    told = NULLS if _nested_nulls(messages, tools) else ()
+    told = (NULLS if _nested_nulls(messages, tools) else ()) + ((BEGUN,) if is_prefill(messages) else ())
     return Prompted(_without_nulls(messages), ([],), tools=read, told=told)
 
 
@@ -102,7 +105,7 @@ def _tools(tools: Any) -> Any:
     """A list of tool descriptions or its JSON, as a list; None of none."""
     bad = Bad("bad tools", f"the tools are {short(tools)}; give a list of JSON schemas")
     try:
-        tools = json.loads(tools) if isinstance(tools, str) else _without_nulls(tools)
+        tools = json.loads(tools.strip() or "null") if isinstance(tools, str) else _without_nulls(tools)
         json.dumps(tools, ensure_ascii=False).encode()
     except (ValueError, TypeError, RecursionError):
         return bad

@@ -136,7 +136,8 @@ def _reader(rows: Sequence[Mapping], data: Any, there: Mapping[str, None], path:
         return _prompt_reader(c, there, path) if rows else lambda row: Bad("no prompt", "there is no row")
     # A column of messages is the whole conversation, whatever else a file tells of its prompt.
     prompt = c.prompt if c.prompt in there and names != ["messages"] else ""
-    if rows and not prompt and not data.prompt_separator and not any(isinstance(row.get(columns[0]), list) for row in rows):
+    listed = any(isinstance(value := row.get(columns[0]), list) or shapes.is_json(value) for row in rows)
+    if rows and not prompt and not data.prompt_separator and not listed:
         held = next((name for name in there if name not in columns and shapes.holds_messages(rows[0].get(name))), "")
         raise ValueError(
             f"{path} has no prompt column {c.prompt!r} (it has: {_nearest(c.prompt, there)}), and a prompt is never guessed. Name the "

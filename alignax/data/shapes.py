@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,9 @@ SPEAKERS = {
 }  # fmt: skip
 
 
+AS_JSON = re.compile(
+    r"""\s*\[\s*\{\s*("(role|from)"\s*:\s*"|'(role|from)'\s*:\s*'|"(content|value)"\s*:\s*"[^"]*"\s*,\s*"(role|from)"\s*:)"""
+)
 LEFT_OUT, NO_PREFERENCE = "left out by row()", "no preference (data.format)"
 Shaped = Mapping | Bad | str  # a row, a bad one, or the reason why it is left out
 
@@ -54,9 +58,12 @@ def messages(name: str, value: Any) -> Any:
     """A conversation, or one message of it, as messages; any other value as it is.
 
     Of ShareGPT `from` becomes `role` and `value` becomes `content`, a `function_call` the tool calls that its JSON holds; OpenAI's
-    `function_call` of a message becomes a tool call. A content of several parts, all of them text, becomes one text, with nothing
+    `function_call` of a message becomes a tool call. A text that holds messages as JSON makes a bad row. A content of several parts, all of them text, becomes one text, with nothing
     between them, as templates write parts; `Template.takes_parts` gives it back to those that take nothing else.
     """
+    if is_json(value):
+        what = f"{name!r} is {short(value)}, text that holds messages as JSON or as Python writes them"
+        return Bad("messages as text", f"{what}; make a list of them in row(row), with json.loads or ast.literal_eval")
     if isinstance(value, dict) and ("role" in value or "from" in value):
         value = [value]
     if not isinstance(value, list):
@@ -110,6 +117,11 @@ def _call(name: str, value: Any, rest: Message) -> Message | Bad:
     except (ValueError, TypeError, KeyError, RecursionError):
         return Bad("bad function call", f"a function_call of {name!r} is {short(value)}, not JSON with a name and arguments")
     return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call} for call in calls], **rest}
+
+
+def is_json(value: Any) -> bool:
+    """Whether a value is text that holds messages as JSON."""
+    return isinstance(value, str) and AS_JSON.match(value) is not None
 
 
 def holds_messages(value: Any) -> bool:
