@@ -58,8 +58,9 @@ def messages(name: str, value: Any) -> Any:
     """A conversation, or one message of it, as messages; any other value as it is.
 
     Of ShareGPT `from` becomes `role` and `value` becomes `content`, a `function_call` the tool calls that its JSON holds; OpenAI's
-    `function_call` of a message becomes a tool call. A text that holds messages as JSON makes a bad row. A content of several parts, all of them text, becomes one text, with nothing
-    between them, as templates write parts; `Template.takes_parts` gives it back to those that take nothing else.
+    `function_call` of a message becomes a tool call. A content of several parts, all of them text, becomes one text, with nothing
+    between them, as templates write parts; `Template.takes_parts` gives it back to those that take nothing else. A text that holds
+    messages as JSON makes a bad row.
     """
     if is_json(value):
         what = f"{name!r} is {short(value)}, text that holds messages as JSON or as Python writes them"
