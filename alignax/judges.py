@@ -13,6 +13,7 @@ import numpy as np
 
 from alignax.data import Examples, chat, load
 from alignax.data.chat import Encoded
+from alignax.data.kinds import prompt_alone
 from alignax.data.mixture import Loaded
 from alignax.data.rows import Bad, Prompted
 from alignax.data.template import mentioned
@@ -32,8 +33,7 @@ class Judge(NamedTuple):
     tokenizer: Any
     ends: tuple[int, ...]
     length: int  # T', of what they read
-    column: str  # of the prompts, text or messages
-    tools: str  # of what the template is told of tools
+    columns: Any  # `data.columns`, which name those of the prompts and of what belongs to them
     variables: Mapping[str, Any]  # of its chat template
 
 
@@ -105,10 +105,10 @@ def of_rollouts(config: Any, source: hf.Source, judge: Any, tokenizer: Any, ends
     Raises:
       ValueError: for prompts that the reward model cannot read, or that leave no room for an answer.
     """
-    c, names = config.rollout, (config.data.columns.prompt, config.data.columns.tools)
-    own = Judge(judge, hf.end_ids(source, judge), 0, *names, mentioned(judge, config.data.template))
+    c, names = config.rollout, config.data.columns
+    own = Judge(judge, hf.end_ids(source, judge), 0, names, mentioned(judge, config.data.template))
     same = judge.get_vocab() == tokenizer.get_vocab()
-    if any(names[0] not in examples.columns for examples in every):  # rows that are no prompts alone: what was made of them is gone
+    if any(names.prompt not in examples.columns for examples in every):  # rows that are no prompts alone: what was made of them is gone
         if same:
             return None
         raise ValueError(f"reward model {str(source.path)!r} has another tokenizer than the policy; for that, set data.kind to prompt")
@@ -133,13 +133,11 @@ def of_rollouts(config: Any, source: hf.Source, judge: Any, tokenizer: Any, ends
 
 def asked(judge: Judge, examples: Examples, row: int, text: str) -> Prompted | Bad:
     """A prompt of the data with an answer, as rows of data have them."""
-    content = examples.columns[judge.column][row]
-    if isinstance(content, str):
-        return Prompted(content, (text,))
-    tools = examples.columns[judge.tools][row] if judge.tools in examples.columns else None
-    found = chat.prompt_alone(content, tools)
+    found = prompt_alone({name: values[row] for name, values in examples.columns.items()}, judge.columns)
     if isinstance(found, Bad):
         return found
+    if isinstance(found.prompt, str):
+        return found._replace(completions=(text,))
     *before, last = found.prompt
     if isinstance(last, dict) and last["role"] == "assistant":  # an answer that was begun is gone on with
         return found._replace(prompt=before, completions=([last | {"content": (last.get("content") or "") + text}],))

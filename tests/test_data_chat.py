@@ -7,7 +7,7 @@ import pytest
 import tiny
 
 from alignax.config import default_config
-from alignax.data import assemble, decode_example, padded_length, prompted_rows, tokenize
+from alignax.data import assemble, chat, decode_example, padded_length, prompted_rows, tokenize
 from alignax.data.chat import Encoded, encode, masks
 
 CHATML = (
@@ -146,6 +146,14 @@ def test_bad_conversations(row, reason):
     assert len(prompted) == 1 and rejected.counts == {reason: 1}
 
 
+def test_an_unknown_speaker_of_answers_is_named_and_empty_tools_are_none():
+    rows = [{"messages": [{"role": "human", "content": "hi"}, {"role": "gpt", "content": "a"}]}]
+    _, rejected = read(rows, bad_rows="drop")
+    assert "'messages' has no assistant turn; its roles are human, gpt" in rejected.first["no answer"][0]
+    (row,), _ = read([{"messages": turns("hi", "a"), "tools": " "}])
+    assert row.tools is None
+
+
 def test_a_text_prompt_beside_a_whole_conversation_names_the_remedy():
     row = {"prompt": "well", "chosen": turns("hi", "a"), "rejected": turns("hi", "b")}
     with pytest.raises(ValueError, match=r"'chosen' is a conversation and 'prompt' is text.*--config.data.columns.prompt= \(empty\)"):
@@ -257,6 +265,13 @@ def test_text_and_conversations_may_share_a_file(chatml):
     sides = np.split(examples.tokens, examples.offsets[1:-1])
     assert chatml.decode(sides[0]) == "<s>hi ho<|im_end|>"
     assert chatml.decode(sides[1]) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nho<|im_end|>"
+
+
+def test_prompts_that_hold_the_answer_are_told(chatml):
+    rows = [{"prompt": turns("hi", "a")}, {"prompt": turns("hi")}]
+    prompted, _ = read(rows, "prompt")
+    _, report = tokenize(prompted, chatml, max_length=99, max_prompt_length=0, vocab_size=999)
+    assert report.told == {chat.BEGUN: 1}
 
 
 @pytest.mark.parametrize("template", [CHATML, MARKED])

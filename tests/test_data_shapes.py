@@ -52,6 +52,7 @@ def only(row, kind="preference", row_hook=None, **columns):
             "chosen": YES,
             "rejected": NO,
         },
+        {"prompt": [{"role": "user", "content": [{"text": "h", "type": None}, "i"]}], "chosen": "hello", "rejected": "go"},
     ],
 )
 def test_shapes_of_one_pair(row):
@@ -67,6 +68,36 @@ def test_a_conversation_that_begins_otherwise_than_its_prompt_is_refused_with_th
         only({"prompt": [USER], "chosen": "hello", "rejected": 7})
     with pytest.raises(ValueError, match="a message of 'prompt' is from 'narrator', not from one of human, "):
         only({"prompt": [{"from": "narrator", "value": "hi"}], "chosen": "hello", "rejected": "go"})
+
+
+@pytest.mark.parametrize("part", [{"type": "image_url", "image_url": {"url": "x"}}, {"type": "image", "text": None}, {"type": "text"}, 3])
+@pytest.mark.parametrize("kind", ["preference", "prompt"])
+def test_a_part_that_is_no_text_is_refused_by_name(part, kind):
+    row = {"prompt": [{"role": "user", "content": [{"type": "text", "text": "hi"}, part]}], "chosen": "hello", "rejected": "go"}
+    with pytest.raises(ValueError, match=r"a message of 'prompt' has the part .*, and parts are read that are text; leave such rows out"):
+        only(row, kind)
+
+
+@pytest.mark.parametrize("form", [json.dumps, str, lambda value: json.dumps(value, indent=1, sort_keys=True)])
+def test_messages_as_text_are_refused_with_the_remedy(form):
+    """A table of CSV, say, holds them as JSON, or as Python writes them; they are no text to be learnt."""
+    for row, kind in (
+        ({"prompt": form([USER])}, "prompt"),
+        ({"messages": form([USER, YES])}, "sft"),
+        ({"prompt": "hi", "chosen": form([USER, YES]), "rejected": form([USER, NO])}, "preference"),
+        ({"conversations": form([{"from": "human", "value": "hi"}])}, "sft"),
+    ):
+        with pytest.raises(ValueError, match=r"text that holds messages as .*; make a list of them in row\(row\)"):
+            only(row, kind, **({"messages": "conversations"} if "conversations" in row else {}))
+    assert only({"prompt": "hi", "completion": '[{"roles": 1}]'}, "sft").completions == ('[{"roles": 1}]',)
+
+
+def test_openais_earlier_calls_of_functions():
+    call = {"name": "weather", "arguments": '{"city": "Paris"}'}
+    said = {"role": "assistant", "content": None, "function_call": call}
+    result = {"role": "function", "name": "weather", "content": "18 C"}
+    row = only({"messages": [USER, said, result, YES]}, "sft")
+    assert row.prompt == [USER, {"role": "assistant", "tool_calls": [{"type": "function", "function": call}]}, result]
 
 
 def test_share_gpt_conversations_with_calls():

@@ -11,6 +11,7 @@ import tiny
 from alignax.config import default_config, set_field
 from alignax.data import chat, load_examples, tokenize
 from alignax.data.rows import Bad, Prompted
+from alignax.data.tokens import NO_TEMPLATE
 
 HEAD = "{% for m in messages %}{% if m.role != 'assistant' %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% else %}"
 ASK = "{% if add_generation_prompt %}<|im_start|>assistant\n"
@@ -127,6 +128,15 @@ REASONED = [says("assistant", "4", reasoning_content="add")]
         (DROPPING, "4", "[4<|im_end|>]"),
         (DROPPING, "<b>4</b>", "[<b>4</b><|im_end|>]"),  # what generation goes on with begins as the answer does
         (DROPPING, "<think>add</think>4", "[4<|im_end|>]"),
+        (DROPPING, "<think>\n", "[<think>\n<|im_end|>]"),  # all that it says is what generation goes on with
+        (DROPPING, "<think>\n4", "[4<|im_end|>]"),
+        (
+            ONE_LINE.replace("{{ c }}", "{{ c | trim }}").replace("if r else", "if r else '' if '<think>' in c else"),
+            "<think>\n",
+            "[<think><|im_end|>]",
+        ),
+        (THINKING, [says("assistant", "", reasoning_content="add")], "[<think>\nadd\n</think>\n\n<|im_end|>]"),
+        (OPENING, [{"role": "assistant", "reasoning_content": "add"}], "[add\n</think>\n\n<|im_end|>]"),
     ],
 )
 def test_what_is_scored_of_an_answer(template, answer, scored):
@@ -168,6 +178,56 @@ def test_several_turns_each_as_the_whole_has_it():
 
 def test_a_side_with_reasoning_and_one_without_share_their_prompt():
     assert shown(THINKING, HI, REASONED, "5") == ["[<think>\nadd\n</think>\n\n4<|im_end|>]", "<think>\n\n</think>\n\n[5<|im_end|>]"]
+
+
+def test_two_answers_in_a_row():
+    """The header of the second is the template's; where it cannot be told from the first, the row is refused."""
+    turns = [says("assistant", "a"), says("assistant", "b")]
+    header = "\n<|im_start|>assistant\n"
+    assert shown(PLAIN, HI, turns, turns="all") == [f"[a<|im_end|>]{header}[b<|im_end|>]"]
+    assert shown(THINKING, HI, turns, turns="all") == [f"[a<|im_end|>]{header}<think>\n\n</think>\n\n[b<|im_end|>]"]
+    _, bad = encoded(HARMONY, HI, turns, turns="all", eos="<|return|>", special=CHANNELS)
+    assert bad.reason == "template is no prefix"
+    row = chat.split(None, {"messages": [*HI, *turns]}, None, "last")
+    assert row.told == (chat.GOES_ON,)
+    code = chat.encode([row], tokenizer_of(PLAIN))[0]
+    assert code.text.endswith("<|im_start|>assistant\na") and chat.GOES_ON in code.told
+
+
+MARKED = PLAIN.replace(
+    "{{ m.content }}<|im_end|>\n{% endif %}", "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{{ '\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [PLAIN, MARKED])
+@pytest.mark.parametrize("key", chat.WEIGHTS)
+def test_turns_of_weight_0_are_not_scored(template, key):
+    """As OpenAI's, Mistral's, axolotl's and ms-swift's rows say it."""
+    turns = conversation("q", "one", "and?", "two", "so?", "three", "and?", "four")
+    for i, weight in ((1, 0), (3, 1), (5, False), (7, True)):
+        turns[i] = turns[i] | {key: weight}
+    whole = chat.split(None, {"messages": turns}, None, "all")
+    tokenizer = tokenizer_of(template)
+    code = chat.encode([whole], tokenizer)[0]
+    assert spans(tokenizer, code) == [["two<|im_end|>", "four<|im_end|>"]] and not code.told
+    assert code.text.endswith("one<|im_end|>\n<|im_start|>user\nand?<|im_end|>\n<|im_start|>assistant\n")
+    last = chat.encode([chat.split(None, {"messages": [*turns[:6], says("user", "x")]}, None, "last")], tokenizer)[0]
+    assert spans(tokenizer, last) == [["two<|im_end|>"]]
+    bad = chat.split(None, {"messages": turns[:2]}, None, "all")
+    assert bad.reason == "no answer" and "no assistant turn that is to be trained on" in bad.what
+    bad = chat.split(None, {"messages": [*HI, says("assistant", "a", **{key: 0.5})]}, None, "all")
+    assert bad.reason == "bad weight" and f"{key!r}: 0.5" in bad.what
+
+
+def test_a_template_that_takes_parts_alone():
+    """As SmolVLM's: a text is no list of parts, and nothing is written of it."""
+    parts = "{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}"
+    for template in (PLAIN, MARKED, THINKING.replace(SPLIT, "").replace("{{ c }}", "{{ m.content }}").replace("{{ r }}", "")):
+        seeing = template.replace("{{ m.content }}", parts)
+        for prompt in (HI, [*HI, says("assistant", "It is ")]):
+            (tokenizer, code), (_, plain) = (encoded(own, prompt, "4", "5 or 6") for own in (seeing, template))
+            assert code == plain and tokenizer.decode(code.prompt) == plain.text
+        assert chat.encode_prompt(HI, None, tokenizer) == chat.encode_prompt(HI, None, tokenizer_of(template))
 
 
 def test_the_system_in_front_of_the_last_user_only():
@@ -232,7 +292,7 @@ def test_what_a_template_leaves_out_is_told():
     prompt = [says("user", "hi", name="Ann"), call, says("tool", "18 C", tool_call_id="1"), says("user", "so?")]
     _, code = encoded(PLAIN, prompt, "ok", tools=TOOLS)
     assert code.told == {
-        "the tools", "'name' of messages of 'user'", "'tool_calls' of messages of 'assistant'", "'weight' of messages of 'assistant'",
+        "the tools", "'name' of messages of 'user'", "'tool_calls' of messages of 'assistant'",
         "'reasoning_content' of messages of 'assistant'", "'tool_call_id' of messages of 'tool'",
     }  # fmt: skip
     _, code = encoded(PLAIN.replace("messages %}", "messages if m.role != 'tool' %}"), prompt, "ok")
@@ -280,6 +340,8 @@ def test_variables_of_the_config_reach_rows_and_prompts(tmp_path):
     assert not report.told and examples.prompts[0].endswith("<think>\n\n</think>\n\n")
     set_field(data, "data.kind=prompt")
     assert load_examples(tmp_path / "a.jsonl", data.data, *options)[0].prompts == examples.prompts
+    (tmp_path / "text.jsonl").write_text(json.dumps({"prompt": "hi"}) + "\n")
+    assert load_examples(tmp_path / "text.jsonl", data.data, *options)[1].told == {NO_TEMPLATE: 1}
     set_field(data, "data.template.enable_thinkin=false")
     with pytest.raises(ValueError, match=r"data.template.enable_thinkin'.*never mentions.*it reads 'enable_thinking'"):
         load_examples(tmp_path / "a.jsonl", data.data, *options)
@@ -302,6 +364,7 @@ def test_rows_that_go_on_with_an_answer_have_one_turn():
     assert shown(PLAIN, prompt, "4.", "5.") == ["[4.<|im_end|>]", "[5.<|im_end|>]"]
     tokenizer, code = encoded(PLAIN, prompt, "4.", "5.")
     assert tokenizer.decode(code.prompt) == code.text == chat.encode_prompt(prompt, None, tokenizer)[0]
+    assert not code.told
     bad = chat.encode_prompt([*HI, says("assistant", "", tool_calls=[CALL])], None, tokenizer)
     assert "ends with the assistant's call of a tool" in bad.what
 
@@ -323,3 +386,23 @@ def test_parquet_and_json_lines_give_the_same_tokens(tmp_path):
     lines, parquet = (load_examples(tmp_path / f"rows.{kind}", data, tokenizer, 999) for kind in ("jsonl", "parquet"))
     assert lines[0].digest() == parquet[0].digest() and "null" not in tokenizer.decode(parquet[0].tokens)
     assert not lines[1].told and parquet[1].told == {chat.NULLS[0]: 2}
+
+
+def test_a_message_in_front_of_an_answer_that_the_template_leaves_out():
+    """What is opened behind it is what is opened behind a user's, and its text is told wherever it stands."""
+    template = THINKING.replace(
+        "{{ m.content }}<|im_end|>\n{% else %}", "{{ m.content }}<|im_end|>\n{% elif m.role == 'assistant' %}"
+    ).replace("m.role != 'assistant'", "m.role in ('system', 'user')")
+    turns = [says("assistant", "look"), says("function", "18 C"), says("assistant", "18.")]
+    header = "\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    assert shown(template, HI, turns, turns="all") == [f"[look<|im_end|>]{header}[18.<|im_end|>]"]
+    assert "'content' of messages of 'function', in part or whole" in encoded(template, HI, turns, turns="all")[1].told
+
+
+def test_a_template_that_refuses_is_quoted_and_not_another_try():
+    raising = CALLING.replace(
+        "{% if m.role != 'assistant' %}", "{% if m.role == 'x' %}{{ raise_exception('no x') }}{% elif m.role != 'assistant' %}"
+    )
+    turns = [says("assistant", "", tool_calls=[CALL]), says("x", "18 C"), says("assistant", "18.")]
+    _, bad = encoded(raising.replace("arguments | tojson", "arguments.items() | list | tojson"), HI, turns, turns="all")
+    assert bad.what.endswith("'no x'")

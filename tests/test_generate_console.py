@@ -119,6 +119,9 @@ def test_conversations_go_through_the_chat_template(tmp_path):
     chat, text, empty = console.read(Request(prompts=str(file)), tokenizer)
     assert chat.text == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     assert tokenizer.decode(chat.ids) == chat.text and tokenizer.decode(text.ids) == "<s>hi" and tokenizer.decode(empty.ids) == "<s>"
+    shapes = ([{"from": "human", "value": "hi"}], turns[0], [{"role": "user", "content": [{"type": "text", "text": "hi"}]}])
+    (tmp_path / "shapes.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in shapes))
+    assert console.read(Request(prompts=str(tmp_path / "shapes.jsonl")), tokenizer) == [chat] * 3, "as training reads them"
     (tmp_path / "other.jsonl").write_text(json.dumps({"prompt": [{"role": "user", "content": 3}]}))
     with pytest.raises(ValueError, match=r"row 0 of .*other.jsonl: message 0 of 'the prompt' is"):
         console.read(Request(prompts=str(tmp_path / "other.jsonl")), tokenizer)

@@ -13,7 +13,9 @@ import transformers
 from test_online import arguments, checked
 from test_rewards import reward_folder
 
-from alignax import rewards
+from alignax import judges, rewards
+from alignax.config import default_config
+from alignax.data import load_examples
 from alignax.models import hf
 from alignax.programs import abstract_rollout
 from alignax.rollout import Rollouts, decoded
@@ -86,6 +88,18 @@ def test_samples_are_scored_as_the_reward_models_template_has_them(models, tmp_p
     ]
     assert rows[0] != np.asarray(batch["tokens"][0, 0])[: len(rows[0])].tolist() and len({*map(tuple, rows)}) > 6
     np.testing.assert_allclose(scores_of(run, batch).ravel(), transformers_scores(models[1], rows), atol=1e-4)
+
+
+def test_prompts_of_every_shape_are_the_reward_models_as_they_are_the_policys(tmp_path):
+    """A system column and the messages of ShareGPT too."""
+    tokenizer, data = tiny.byte_tokenizer(THEIRS), default_config().data
+    data.kind, data.columns.system = "prompt", "system"
+    (tmp_path / "a.jsonl").write_text(json.dumps({"system": "be brief", "prompt": [{"from": "human", "value": "hi"}]}) + "\n")
+    examples, _ = load_examples(tmp_path / "a.jsonl", data, tokenizer, 999)
+    row = judges.asked(judges.Judge(tokenizer, (), 0, data.columns, {}), examples, 0, "ok")
+    (code,) = judges.tokens_of([row], tokenizer, (), {})
+    turns = [{"role": role, "content": text} for role, text in (("system", "be brief"), ("user", "hi"), ("assistant", "ok"))]
+    assert code.prompt + code.completions[0] == tokenizer.apply_chat_template(turns)["input_ids"]
 
 
 @pytest.mark.parametrize("kind", ["text", "messages"])

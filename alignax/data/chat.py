@@ -12,11 +12,15 @@ from typing import Any, NamedTuple
 
 from alignax.data.files import short
 from alignax.data.rows import Bad, Message, Prompted
-from alignax.data.template import Template
-from alignax.data.turns import Found, find
+from alignax.data.template import Template, is_prefill
+from alignax.data.turns import REASONING, Found, find, is_scored
 
 BY_MARKS, BY_TEXT = "the template's {% generation %} marks", "the text that the chat template makes of each"
 NULLS = ("keys of tool calls or tools that hold null, which are left out",)
+GOES_ON = "answers behind another message of the assistant's, which they go on with in one turn; data.turns=all has two turns"
+BEGUN = "prompts that end in a message of the assistant's, whose turn is gone on with; where it is the answer, leave it out of them"
+WEIGHTS = ("weight", "train", "training", "loss")  # of OpenAI and Mistral, of axolotl, of ms-swift: 0 or false is not to be trained on
+PARTLY = ("train_detail", "training_detail")
 NO_VARIABLES: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -37,7 +41,8 @@ def split(prompt: list | None, sides: Mapping[str, Any], tools: Any, turns: str)
     """Prompt and completions of a conversational row.
 
     Without a prompt, several sides share their leading turns, and a single one is a whole conversation, whose completion
-    begins at its last assistant turn, or with turns="all" at its first. What follows the last assistant turn is left out.
+    begins at its last assistant turn, or with turns="all" at its first. What follows the last assistant turn is left out. A turn of the
+    assistant with a weight of 0, as `WEIGHTS` names it, is no turn to be scored, and only stands there.
 
     Args:
       prompt: messages, or None.
@@ -46,9 +51,10 @@ def split(prompt: list | None, sides: Mapping[str, Any], tools: Any, turns: str)
       turns: "last" or "all": the assistant turns of a completion that are scored.
     """
     values = ({"the prompt": prompt} if prompt is not None else {}) | dict(sides)
-    bad = next((bad for name, value in values.items() if (bad := _bad_messages(name, value))), None)
+    bad = next((bad for name, value in values.items() if (bad := _bad_messages(name, value) or _bad_weight(name, value))), None)
     if bad:
         return bad
+    prompt, sides = prompt and _weighed(prompt), {name: _weighed(side) for name, side in sides.items()}
     told = NULLS if _nested_nulls([*(prompt or []), *(message for side in sides.values() for message in side)], tools) else ()
     tools = _tools(tools)
     if isinstance(tools, Bad):
@@ -56,7 +62,9 @@ def split(prompt: list | None, sides: Mapping[str, Any], tools: Any, turns: str)
     whole = {name: _until_last_answer([*(prompt or []), *side], len(prompt or [])) for name, side in sides.items()}
     for name, messages in whole.items():
         if len(messages) <= len(prompt or []):
-            return Bad("no answer", f"{name!r} has no assistant turn")
+            roles = ", ".join(dict.fromkeys(message["role"] for message in sides[name]))
+            which = "assistant turn that is to be trained on" if _unweighted(sides[name]) else f"assistant turn; its roles are {roles}"
+            return Bad("no answer", f"{name!r} has no {which}")
     start = _start([*whole.values()], prompt, turns)
     for name, messages in whole.items():
         if bad := _bad_completion(name, messages[start:], turns, single=len(sides) == 1):
@@ -64,6 +72,7 @@ def split(prompt: list | None, sides: Mapping[str, Any], tools: Any, turns: str)
     if start == 0:
         return Bad("no prompt", f"{next(iter(sides))!r} begins with the assistant's turn; put a user turn in front")
     first = next(iter(whole.values()))
+    told += (GOES_ON,) if prompt is None and is_prefill(first[:start]) else ()
     return Prompted(first[:start], tuple(messages[start:] for messages in whole.values()), tools=tools, told=told)
 
 
@@ -75,7 +84,7 @@ def prompt_alone(messages: list, tools: Any) -> Prompted | Bad:
         return bad or read
     if messages[-1].get("tool_calls"):
         return Bad("no prompt", "the prompt ends with the assistant's call of a tool; put the tool's answer behind it")
-    told = NULLS if _nested_nulls(messages, tools) else ()
+    told = (NULLS if _nested_nulls(messages, tools) else ()) + ((BEGUN,) if is_prefill(messages) else ())
     return Prompted(_without_nulls(messages), ([],), tools=read, told=told)
 
 
@@ -96,7 +105,7 @@ def _tools(tools: Any) -> Any:
     """A list of tool descriptions or its JSON, as a list; None of none."""
     bad = Bad("bad tools", f"the tools are {short(tools)}; give a list of JSON schemas")
     try:
-        tools = json.loads(tools) if isinstance(tools, str) else _without_nulls(tools)
+        tools = json.loads(tools.strip() or "null") if isinstance(tools, str) else _without_nulls(tools)
         json.dumps(tools, ensure_ascii=False).encode()
     except (ValueError, TypeError, RecursionError):
         return bad
@@ -116,16 +125,43 @@ def _bad_messages(name: str, messages: Any) -> Bad | None:
     return None
 
 
+def _bad_weight(name: str, messages: list[Message]) -> Bad | None:
+    for i, message in enumerate(messages):
+        for key in (*WEIGHTS, *PARTLY) if message["role"] == "assistant" else ():
+            if (value := message.get(key)) is not None and (key in PARTLY or value not in (0, 1)):
+                what = f"message {i} of {name!r} has {key!r}: {short(value)}, and a message is trained on as a whole or not at all"
+                return Bad("bad weight", f"{what}; use 0 or 1, or leave {key!r} out")
+    return None
+
+
+def _weighed(messages: list[Message]) -> list[Message]:
+    """Messages of which those of the assistant have `weight`, 0, where they are not to be trained on, and no other key for that."""
+    out = []
+    for message in messages:
+        bare = {key: value for key, value in message.items() if key not in (*WEIGHTS, *PARTLY)}
+        without = any(message.get(key) == 0 for key in WEIGHTS)
+        out.append(message if message["role"] != "assistant" else bare | ({"weight": 0} if without else {}))
+    return out
+
+
+def _unweighted(messages: list[Message]) -> bool:
+    return any(message["role"] == "assistant" and not is_scored(message) for message in messages)
+
+
+def _reasons(message: Message) -> bool:
+    return any(isinstance(value := message.get(key), str) and value.strip() for key in REASONING)
+
+
 def _is_message(message: Any) -> bool:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         return False
     content = message.get("content")
-    return isinstance(content, str) or (content is None and bool(message.get("tool_calls")))
+    return isinstance(content, str) or (content is None and (bool(message.get("tool_calls")) or _reasons(message)))
 
 
 def _until_last_answer(messages: list[Message], prompt: int) -> list[Message]:
     """Messages up to the last assistant turn after the prompt, without the keys that hold null."""
-    last = max((i for i, m in enumerate(messages) if m["role"] == "assistant" and i >= prompt), default=-1)
+    last = max((i for i, message in enumerate(messages) if is_scored(message) and i >= prompt), default=-1)
     return _without_nulls(messages[: last + 1])
 
 
@@ -133,12 +169,12 @@ def _start(whole: list[list[Message]], prompt: list | None, turns: str) -> int:
     """The index of the message that the completions begin with."""
     if len(whole) > 1:
         return len(prompt) if prompt is not None else len(list(takewhile(lambda m: all(x == m[0] for x in m), zip(*whole, strict=False))))
-    answers = [i for i, message in enumerate(whole[0]) if message["role"] == "assistant" and i >= len(prompt or [])]
+    answers = [i for i, message in enumerate(whole[0]) if is_scored(message) and i >= len(prompt or [])]
     return answers[-1] if turns == "last" else answers[0]
 
 
 def _bad_completion(name: str, completion: list[Message], turns: str, single: bool) -> Bad | None:
-    answers = [message for message in completion if message["role"] == "assistant"]
+    answers = [message for message in completion if is_scored(message)]
     if not answers:
         return Bad("empty completion", f"{name!r} has no turn after those that all sides share")
     if completion[0]["role"] != "assistant":
@@ -148,7 +184,7 @@ def _bad_completion(name: str, completion: list[Message], turns: str, single: bo
             "several answers", f"{name!r} has {len(answers)} assistant turns after the prompt; score them with --config.data.turns=all"
         )
     for message in answers:
-        if not message.get("content", "").strip() and not message.get("tool_calls"):
+        if not message.get("content", "").strip() and not message.get("tool_calls") and not _reasons(message):
             return Bad("empty completion", f"an assistant turn in {name!r} is empty: {short(message)}")
     return None
 

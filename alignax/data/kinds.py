@@ -136,7 +136,8 @@ def _reader(rows: Sequence[Mapping], data: Any, there: Mapping[str, None], path:
         return _prompt_reader(c, there, path) if rows else lambda row: Bad("no prompt", "there is no row")
     # A column of messages is the whole conversation, whatever else a file tells of its prompt.
     prompt = c.prompt if c.prompt in there and names != ["messages"] else ""
-    if rows and not prompt and not data.prompt_separator and not any(isinstance(row.get(columns[0]), list) for row in rows):
+    listed = any(isinstance(value := row.get(columns[0]), list) or shapes.is_json(value) for row in rows)
+    if rows and not prompt and not data.prompt_separator and not listed:
         held = next((name for name in there if name not in columns and shapes.holds_messages(rows[0].get(name))), "")
         raise ValueError(
             f"{path} has no prompt column {c.prompt!r} (it has: {_nearest(c.prompt, there)}), and a prompt is never guessed. Name the "
@@ -164,19 +165,21 @@ def _prompt_reader(names: Any, there: Mapping[str, None], path: Any) -> Callable
         raise ValueError(f"{path} has no column {column!r}, named by data.columns.prompt; it has: {_nearest(column, there)}")
 
     def read(row: Mapping) -> Prompted | Bad:
-        value = shapes.messages(column, row.get(column))
-        if names.system and not isinstance(value, Bad):
-            joined = shapes.with_system(row.get(names.system), value, {})
-            value = joined if isinstance(joined, Bad) else joined[0]
-        if isinstance(value, Bad):
-            return value
-        if isinstance(value, list):
-            found = chat.prompt_alone(value, row.get(names.tools))
-        else:
-            found = _bad_text(column, value) or Prompted(row[column], ("",))
+        found = prompt_alone(row, names)
         return found if isinstance(found, Bad) else found._replace(columns={name: row.get(name) for name in there})
 
     return read
+
+
+def prompt_alone(row: Mapping, names: Any) -> Prompted | Bad:
+    """The prompt of a row, text or messages, without a completion; `names`: `data.columns`."""
+    value = shapes.messages(names.prompt, row.get(names.prompt))
+    if names.system and not isinstance(value, Bad):
+        joined = shapes.with_system(row.get(names.system), value, {})
+        value = joined if isinstance(joined, Bad) else joined[0]
+    if isinstance(value, list):
+        return chat.prompt_alone(value, row.get(names.tools))
+    return value if isinstance(value, Bad) else _bad_text(names.prompt, value) or Prompted(value, ("",))
 
 
 def _sft_column(data: Any, there: Mapping[str, None]) -> str:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,9 @@ SPEAKERS = {
 }  # fmt: skip
 
 
+AS_JSON = re.compile(
+    r"""\s*\[\s*\{\s*("(role|from)"\s*:\s*"|'(role|from)'\s*:\s*'|"(content|value)"\s*:\s*"[^"]*"\s*,\s*"(role|from)"\s*:)"""
+)
 LEFT_OUT, NO_PREFERENCE = "left out by row()", "no preference (data.format)"
 Shaped = Mapping | Bad | str  # a row, a bad one, or the reason why it is left out
 
@@ -53,9 +57,14 @@ def _changed(name: str, function: Callable[[dict], Any], row: dict) -> Any:
 def messages(name: str, value: Any) -> Any:
     """A conversation, or one message of it, as messages; any other value as it is.
 
-    Of ShareGPT `from` becomes `role` and `value` becomes `content`, a `function_call` the tool calls that its JSON holds; a content
-    of several parts, all of them text, becomes one text.
+    Of ShareGPT `from` becomes `role` and `value` becomes `content`, a `function_call` the tool calls that its JSON holds; OpenAI's
+    `function_call` of a message becomes a tool call. A content of several parts, all of them text, becomes one text, with nothing
+    between them, as templates write parts; `Template.takes_parts` gives it back to those that take nothing else. A text that holds
+    messages as JSON makes a bad row.
     """
+    if is_json(value):
+        what = f"{name!r} is {short(value)}, text that holds messages as JSON or as Python writes them"
+        return Bad("messages as text", f"{what}; make a list of them in row(row), with json.loads or ast.literal_eval")
     if isinstance(value, dict) and ("role" in value or "from" in value):
         value = [value]
     if not isinstance(value, list):
@@ -82,11 +91,24 @@ def _message(name: str, message: Any) -> Any:
         if role == "function_call":
             return _call(name, message.get("value"), rest)
         message = {"role": role, "content": message.get("value"), **rest}
-    parts = message.get("content")
-    if isinstance(parts, list) and parts and all(isinstance(x, dict) and x.get("type") == "text" for x in parts):
-        if all(isinstance(x.get("text"), str) for x in parts):
-            return {**message, "content": "".join(x["text"] for x in parts)}
-    return message
+    if isinstance(message.get("function_call"), dict) and not message.get("tool_calls"):
+        call = {"type": "function", "function": message["function_call"]}
+        message = {key: x for key, x in message.items() if key != "function_call"} | {"tool_calls": [call]}
+    if not isinstance(message.get("content"), list):
+        return message
+    texts = [_text_of(part) for part in message["content"]]
+    if None in texts:
+        part = message["content"][texts.index(None)]
+        what = f"a message of {name!r} has the part {short(part)}, and parts are read that are text"
+        return Bad("not text", f"{what}; leave such rows out, or take the part out in row(row) of the experiment")
+    return {**message, "content": "".join(map(str, texts))}
+
+
+def _text_of(part: Any) -> str | None:
+    """The text of a part of a content; None: the part is an image or the like."""
+    if isinstance(part, dict) and part.get("type") in (None, "text", "input_text", "output_text"):
+        part = part.get("text")
+    return part if isinstance(part, str) else None
 
 
 def _call(name: str, value: Any, rest: Message) -> Message | Bad:
@@ -96,6 +118,11 @@ def _call(name: str, value: Any, rest: Message) -> Message | Bad:
     except (ValueError, TypeError, KeyError, RecursionError):
         return Bad("bad function call", f"a function_call of {name!r} is {short(value)}, not JSON with a name and arguments")
     return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call} for call in calls], **rest}
+
+
+def is_json(value: Any) -> bool:
+    """Whether a value is text that holds messages as JSON."""
+    return isinstance(value, str) and AS_JSON.match(value) is not None
 
 
 def holds_messages(value: Any) -> bool:

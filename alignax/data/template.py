@@ -75,12 +75,39 @@ class Template:
         """Whether the template says with `{% generation %}` what is an assistant's own."""
         return bool(GENERATION.search(self.source(tools)))
 
-    def text(self, messages: list[Message], tools: Any, opened: bool = False, **variables: Any) -> str:
-        """The messages as the template has them; `opened`: up to where the next answer begins, or the last one goes on."""
+    @functools.cached_property
+    def takes_parts(self) -> bool:
+        """Whether the template writes contents that are lists of parts and none that are text, as those of some models that see."""
+
+        def written(content: Any) -> bool:
+            try:
+                return QUESTION in self.tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+            except refusals():
+                return False
+
+        return not written(QUESTION) and written([{"type": "text", "text": QUESTION}])
+
+    def _given(self, messages: list[Message]) -> list[Message]:
+        """Messages as the template takes them."""
+        if not self.takes_parts:
+            return messages
+        parts = lambda text: [{"type": "text", "text": text}]
+        return [m | {"content": parts(m["content"])} if isinstance(m.get("content"), str) else m for m in messages]
+
+    def text(self, messages: list[Message], tools: Any, opened: bool = False, whole: bool = False, **variables: Any) -> str:
+        """The messages as the template has them.
+
+        Args:
+          messages: a conversation.
+          tools: what the template is told of tools.
+          opened: up to where the next answer begins; a last message of the assistant is the beginning of one, which goes on.
+          whole: such a message is no beginning, and another answer follows.
+          variables: values of variables instead of the template's own.
+        """
         said = dict(self.variables) | variables
-        on = opened and is_prefill(messages)
+        on = opened and not whole and is_prefill(messages)
         return self.tokenizer.apply_chat_template(
-            messages, tools=tools, add_generation_prompt=opened and not on, continue_final_message=on, tokenize=False, **said
+            self._given(messages), tools=tools, add_generation_prompt=opened and not on, continue_final_message=on, tokenize=False, **said
         )
 
     def marks(self, messages: list[Message], tools: Any) -> tuple[str, list[tuple[int, int]]]:
@@ -89,7 +116,9 @@ class Template:
 
         said = {**self.tokenizer.special_tokens_map, **self.variables}
         source = self.source(tools)
-        found: Any = render_jinja_template([messages], tools=tools, chat_template=source, return_assistant_tokens_mask=True, **said)
+        found: Any = render_jinja_template(
+            [self._given(messages)], tools=tools, chat_template=source, return_assistant_tokens_mask=True, **said
+        )
         (text,), (spans,) = found
         return text, [(start, end) for start, end in spans if start < end]
 
@@ -118,9 +147,10 @@ class Template:
             start = text.rfind(QUESTION, 0, end)
             return text[start + len(QUESTION) : end] if start >= 0 else ""
 
-        prompt = self.text(before, tools, opened=True)
-        if QUESTION not in prompt:
-            return NO_OPENING
+        prompt = self.text(before, tools, opened=True, whole=True)
+        if QUESTION not in prompt:  # what stands behind a user's message is put behind one that is left out
+            user = [*before[:-1], {"role": "user", "content": QUESTION}]
+            return NO_OPENING if before[-1]["role"] == "user" else self._opening(user, tools, last)._replace(tail=None)
         tail = between(prompt, len(prompt))
         answer = {"role": "assistant", "content": ANSWER}
         text = self.text([*before, answer, *after], tools)

@@ -18,6 +18,7 @@ from alignax.data.rows import Bad, Prompted, Rejected
 from alignax.data.shapes import shaped
 
 IDENTICAL = "identical after the cut"
+NO_TEMPLATE = "rows of text, which go through no chat template, so that data.template changes nothing in them"
 ROWS_AT_ONCE, CHARACTERS_AT_ONCE = 2048, 2**22  # bound the memory of lists of ids, and keep the tokenizer's threads busy
 PROBES, MOST_PROBES = ("a", "1", "The sky."), 64  # texts that show what a tokenizer adds; how many of its tokens do, after them
 
@@ -200,6 +201,7 @@ def tokenize(
             prompts.append(code.text)
             counts.update(fitted.counts)
             told.update(code.told)
+            told.update([NO_TEMPLATE] if template and isinstance(row.prompt, str) else [])
             sides += [fitted.prompt + completion for completion in fitted.completions]
             marks += [bytes(len(fitted.prompt)) + side for side in fitted.scored]
         lengths += [len(side) for side in sides]

@@ -50,16 +50,20 @@ def find(row: Prompted, template: Template, ends: Sequence[str]) -> Found | Bad:
       template: the chat template.
       ends: texts of the tokens that end a turn.
     """
-    bad: Bad | None = None
+    import jinja2
+
+    bad, own = None, None  # own: what the template itself says when it refuses
     for prompt, completions in _forms(row):
         try:
             found = _find(prompt, completions, row.tools, template, ends)
             found = found if isinstance(found, Bad) else found._replace(told=found.told | {*row.told})
         except refusals() as error:
             found = refused(error)
+            own = own or (found if type(error) is jinja2.TemplateError else None)
         if isinstance(found, Found):
             return found
         bad = found if bad is None or bad.reason == REFUSED else bad
+    bad = own if own is not None and bad is not None and bad.reason == REFUSED else bad
     assert bad is not None
     return bad
 
@@ -104,14 +108,17 @@ def _unmarked(
     places: list[Place] = []
     for i in answers:
         before = prompt if i == first else messages[:i]
-        given = opened if i == first else template.text(before, tools, opened=True)
-        place = _place(text, given, before, tools, template, places[-1].start if places else 0, i == answers[-1])
+        given = opened if i == first else template.text(before, tools, opened=True, whole=True)
+        begun, after = i == first and is_prefill(before), places[-1].start if places else 0
+        place = _place(text, given, before, messages[i], tools, template, after, i == answers[-1], begun)
         if place is None:
             return Bad(
                 "template is no prefix",
                 f"the chat template writes what stands in front of message {i} otherwise than the prompt that would be answered there; "
                 "give it {% generation %} marks, or score other turns with data.turns",
             )
+        if begun:
+            place = place._replace(header=max(given.rfind(str(before[-1].get("content") or "").strip()), 0))
         places.append(place)
     turns, told = [], set()
     bounds = [*(place.header for place in places[1:]), len(text)]
@@ -119,37 +126,53 @@ def _unmarked(
         turn = _turn(text, messages, i, place, bound, tools, template, ends)
         if isinstance(turn, Bad):
             return turn
-        turns.append(turn[0])
+        turns += [turn[0]] if is_scored(messages[i]) else []
         told |= turn[1]
     return Side(text, places[0].start, turns, told)
 
 
-def _place(text: str, given: str, before: list[Message], tools: Any, template: Template, after: int, last: bool) -> Place | None:
+def _place(
+    text: str, given: str, before: list[Message], answer: Message, tools: Any, template: Template, after: int, last: bool, begun: bool
+) -> Place | None:
     """Where an answer begins, or None where that cannot be told.
 
     Args:
       text: of the whole conversation.
       given: the prompt that would be answered here.
       before: its messages.
+      answer: the message that begins here.
       tools: what the template is told of tools.
       template: the chat template.
       after: the characters of the text that lie in front for certain.
       last: whether the answer ends the conversation.
+      begun: whether the prompt has the beginning of the answer.
     """
-    opening = Opening("", 0, "", False) if is_prefill(before) else template.opening(before, tools, given, last)
-    final = template.opening(before, tools, given, last=True) if not last and not is_prefill(before) else opening
+    opening = Opening("", 0, "", False) if begun else template.opening(before, tools, given, last)
+    final = template.opening(before, tools, given, last=True) if not last and not begun else opening
     if final.empty and text.startswith(given[: len(given) - final.beyond] + final.lead):
         opening = final  # behind the last question, an answer that calls tools is opened as the last one is
+    behind_another = before[-1]["role"] == "assistant" and not begun
+    if behind_another and opening.beyond and opening.lead and not opening.empty:
+        return None  # the answer in front ends otherwise as the last, so that the header between them cannot be told
     both, limit = shared(text, given), len(given) - opening.beyond
     cut = len(given) - len(opening.tail) if opening.tail is not None else min(len(template.text(before, tools)), limit)
-    if both == len(given) or both >= limit:
-        return Place(cut, both if both == len(given) else limit, opening)
-    if both >= cut:  # an earlier answer may be opened otherwise than the last one
+    if both >= limit:
+        start = both if both == len(given) else limit
+        words = "" if text.startswith(opening.lead or "\0", limit) else _only_opening(answer, given, opening.tail or "")
+        alone = words and not text[start:].lstrip().startswith(words)
+        return Place(cut, len(given.rstrip()) - len(words) if alone else start, opening)
+    if both >= cut and not behind_another:  # an earlier answer may be opened otherwise than the last one
         return Place(cut, both, opening)
     # The conversation in front is written otherwise than in the whole: the message and its tail are looked for there.
     anchor = str(before[-1].get("content") or "").strip() + given[cut:limit]
     at = text.find(anchor, after) if opening.tail is not None and given[:limit].endswith(anchor) else -1
     return Place(at + len(anchor) - (limit - cut), at + len(anchor), opening) if at >= 0 else None
+
+
+def _only_opening(answer: Message, given: str, tail: str) -> str:
+    """What an answer says if that is no more than its prompt ends with, "<think>" say; else nothing."""
+    (key, words), *more = _own(answer) or [("", "")]
+    return words if key == "content" and not more and words in tail and given.rstrip().endswith(words) else ""
 
 
 def _turn(
@@ -215,7 +238,7 @@ def _marked(
 ) -> Side | Bad:
     """The turns from message `first` on, by the template's marks; what generation is given in front of an answer is not scored."""
     text, marks = template.marks(messages, tools)
-    place = _place(text, opened, prompt, tools, template, 0, first == len(messages) - 1)
+    place = _place(text, opened, prompt, messages[first], tools, template, 0, first == len(messages) - 1, is_prefill(prompt))
     start = place.start if place else 0
     joined: list[list[int]] = []
     for begin, end in marks:
@@ -225,8 +248,9 @@ def _marked(
             joined[-1][1] = end
         else:
             joined.append([begin, end])
-    wanted = sum(message["role"] == "assistant" for message in messages[first:])
-    if place is None or len(joined) < wanted:
+    answers = [is_scored(message) for message in messages[first:] if message["role"] == "assistant"]
+    wanted = len(answers)
+    if place is None or len(joined) < wanted or len(joined) > wanted and not all(answers):
         return Bad("marks do not fit", f"the chat template marks {len(joined)} spans in {wanted} assistant turns; correct its marks")
     header = text[joined[0][0] : start]
     turns = []
@@ -235,6 +259,7 @@ def _marked(
         turns.append((begin, _marked_end(text, begin, end, ends)))
     if any(not _without(text[begin:end], ends) for begin, end in turns):
         return Bad("left out by the template", "the chat template marks an answer that says nothing: its text is left out")
+    turns = turns if all(answers) else [turn for turn, scored in zip(turns, answers, strict=True) if scored]
     return Side(text, min(start, turns[0][0]), turns, set())
 
 
@@ -244,6 +269,11 @@ def _marked_end(text: str, begin: int, end: int, ends: Sequence[str]) -> int:
     while doubled := next((e for e in ends for f in ends if text.endswith(e + f, begin, stop)), None):
         stop -= next(len(f) for f in ends if text.endswith(doubled + f, begin, stop))
     return stop
+
+
+def is_scored(message: Message) -> bool:
+    """Whether a message is an answer that may be scored: the assistant's, without a weight of 0."""
+    return message["role"] == "assistant" and message.get("weight") != 0
 
 
 def _without(text: str, ends: Sequence[str]) -> str:
@@ -297,8 +327,8 @@ def _left_out(messages: list[Message], first: int, text: str, tools: Any, templa
     told = {"the tools"} if tools and unread(messages, None) else set()
     for key in {key: None for message in messages for key in message if key not in ("role", "content")}:
         if unread([{k: v for k, v in message.items() if k != key} for message in messages], tools):
-            told |= {_of(key, message["role"]) for message in messages if key in message}
-    for message in messages[:first]:
+            told |= {_of(key, m["role"]) for m in messages if key in m and not (key == "weight" and m["role"] == "assistant")}
+    for message in (message for i, message in enumerate(messages) if i < first or message["role"] != "assistant"):
         content = str(message.get("content") or "").strip()
         if content not in text and squeezed(content) not in squeezed(text):
             told.add(_of("content", message["role"]))
@@ -349,7 +379,7 @@ def _forms(row: Prompted) -> Iterator[tuple[list[Message], list[list[Message]]]]
 
 def _form(message: Any, as_text: bool, toggle: bool) -> Message:
     if not message.get("tool_calls"):
-        return message
+        return message if "content" in message or not isinstance(message, dict) else message | {"content": ""}
     calls = [_call(call, as_text) for call in message["tool_calls"]] if isinstance(message["tool_calls"], list) else message["tool_calls"]
     message = message | {"tool_calls": calls}
     if toggle and not message.get("content"):

@@ -15,6 +15,7 @@ from alignax import output
 from alignax.data import chat
 from alignax.data.files import SUFFIXES, read_rows, short
 from alignax.data.rows import Bad
+from alignax.data.shapes import messages
 from alignax.data.tokens import prompt_ids
 from alignax.distributed import is_main
 from alignax.generate.generator import Completions, Generator
@@ -102,11 +103,11 @@ def encoded(row: int, prompt: Any, tools: Any, tokenizer: Any, file: str, templa
     """A prompt in tokens, as training has it."""
     if isinstance(prompt, str):
         return Prompt(prompt, prompt_ids([prompt], tokenizer)[0])
-    found = (
-        chat.encode_prompt(prompt, tools, tokenizer, template)
-        if isinstance(prompt, list) and prompt
-        else Bad("", f"the column 'prompt' is {short(prompt)}; give text or a list of messages")
-    )
+    found = messages("prompt", prompt)
+    if isinstance(found, list) and found:
+        found = chat.encode_prompt(found, tools, tokenizer, template)
+    elif not isinstance(found, Bad):
+        found = Bad("", f"the column 'prompt' is {short(prompt)}; give text or a list of messages")
     if isinstance(found, Bad):
         raise ValueError(f"row {row} of {file}: {found.what}")
     return Prompt(*found)

@@ -24,6 +24,7 @@ from alignax.config import BadInput
 from alignax.data import padded_length
 from alignax.data.files import read_rows
 from alignax.data.rows import Message, Prompted, Rejected
+from alignax.data.shapes import messages
 from alignax.data.template import mentioned
 from alignax.data.tokens import tokenize
 from alignax.generate import LENGTH, Generator, shape_for
@@ -145,7 +146,7 @@ def read_prompts(config: Any, tokenizer: Any, wanted: int) -> list[Prompt]:
         raise BadInput(f"{file} has {len(rows)} prompts, {wanted} are needed; {remedy}")
     out = []
     for i, row in enumerate(rows[:wanted]):
-        content, tools = row.get(column), row.get(config.data.columns.tools)
+        content, tools = messages(column, row.get(column)), row.get(config.data.columns.tools)
         own = encoded(i, content, tools, tokenizer, file, config.data.template)  # refuses what is neither text nor messages
         out.append(Prompt(content or "", tools, own.text, own.ids))
     return out
