@@ -247,7 +247,7 @@ def test_what_the_tokenizer_puts_behind_a_text_is_no_part_of_it():
     bare = make("")
     whole = lambda text: bare(text)["input_ids"]
     assert [prompt + rest for prompt, rest in sides(examples)] == [[*whole("the sky is"), 1], [*whole("the sky is round"), 1]]
-    assert report.ends_written == 1 and "  completions that end with an EOS of their own, kept once: 1" in report.lines()
+    assert report.ends_written == 1 and "  completions that end with an end token of their own, kept once: 1" in report.lines()
 
 
 WORDS = "the sky is blue, and a cat of 12 hats sat. Hello   world\n\nround, worlds of words "
