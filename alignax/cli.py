@@ -35,8 +35,8 @@ anchor      writes reward models whose scores on samples of the initial policy h
 ridge       writes a reward model whose head is fitted to data.train in closed form, the trunk as it is: to pairs, or to attributes
 generate    completes prompts; MODEL is a Hugging Face folder, or the WORKDIR of a run. FILE has a prompt a line, or rows (.jsonl, .csv,
             .parquet) with a column "prompt", text or messages; without one, prompts are typed. Lines go through the model's chat template
-            where it has one, --raw sends them as they are. --out writes JSONL with tokens and
-            log-probs, --out - prints it; --temperature 0 is greedy; --stop may be given several times
+            where it has one, --raw sends them as they are. --out writes JSONL with tokens and log-probs, --out - prints it;
+            --temperature 0 is greedy; --stop may be given several times
 export      writes the newest checkpoint of a run as a Hugging Face folder, of an ensemble one for each member; for WORKDIR also the
             mean of model folders, A@0.5,B@0.5, which model.path, reference.path and generate take too
 check-data  reads and tokenises the data and reports on it, every bad row counted; needs the tokenizer of the model folder, no
@@ -48,8 +48,7 @@ WANTED = {
     "train": [], "eval": ["WORKDIR"], "eval-rm": ["MODELS"], "anchor": ["MODELS", "FOLDER"], "ridge": ["FOLDER"],
     "generate": ["MODEL"], "export": ["WORKDIR", "FOLDER"], "check-data": [], "overopt": [], "report": ["WORKDIR ..."],
 }  # fmt: skip
-
-
+CONFIGURED = ("train", "eval-rm", "anchor", "ridge", "check-data", "overopt")  # commands that take an experiment file
 WRITING = ("eval", "eval-rm", "anchor", "ridge", "generate", "export", "check-data", "report")  # where they are told to
 
 
@@ -123,11 +122,11 @@ def parse(args: Sequence[str]) -> Arguments:
     words, overrides, file, dry, json, samples, scale, penalty, request, force = [], [], "", False, "", "", False, 1.0, Request(), False
     rest = iter(rest)
     for arg in rest:
-        if arg == "--config":
+        if arg == "--config" and command in CONFIGURED:
             file = next(rest, "")
-        elif arg.startswith("--config="):
+        elif arg.startswith("--config=") and command in CONFIGURED:
             file = arg.removeprefix("--config=")
-        elif arg.startswith("--config."):
+        elif arg.startswith("--config.") and command != "report":
             override = arg.removeprefix("--config.")
             overrides.append(override if "=" in override else f"{override}={next(rest, '')}")
         elif arg == "--dry-run" and command == "train":
@@ -150,7 +149,7 @@ def parse(args: Sequence[str]) -> Arguments:
             name, equals, value = arg.partition("=")
             request = with_option(request, name, value if equals else next(rest, None))
         elif arg.startswith("-"):
-            raise ValueError(f"option {arg!r} is unknown; `alignax --help` lists them")
+            raise ValueError(f"option {arg!r} is unknown to `alignax {command}`; `alignax --help` lists what it takes")
         else:
             words.append(arg)
     if len(words) != len(WANTED[command]) and not (command == "report" and words):

@@ -314,6 +314,8 @@ def reward_models(place: str, file: str, overrides: Sequence[str]) -> tuple[Any,
     Of folders the config is that of the experiment file; without one, the default.
     """
     if is_workdir(place):
+        if file:
+            raise ValueError(f"{place!r} is the workdir of a run, which has a config of its own; leave out --config {file}")
         config, source, mesh, _, models = saved_models(Path(place), overrides)
         if not source.config.num_labels:
             raise ValueError(f"{place!r} is the run of a language model; give reward models (model.num_labels 1)")

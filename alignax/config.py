@@ -311,7 +311,8 @@ def set_field(config: Any, override: str) -> None:
     name = _known(node, parts[-1], path, config)
     old = node[name]
     if hasattr(old, "items"):
-        raise ValueError(f"config field {path!r} is a group; set one of its fields: {', '.join(sorted(old))}")
+        there = ", ".join(sorted(old)) or f"--config.{path}.NAME=VALUE"
+        raise ValueError(f"config field {path!r} is a group; set one of its fields: {there}")
     if isinstance(old, str):
         check_path(path, text)
         node[name] = text

@@ -55,7 +55,7 @@ def member_batches(batches: Batches, members: int, own_noise: bool) -> list[Batc
 
 
 def member_batch(streams: list[Batches], step: int, members: slice, rows: slice) -> dict[str, np.ndarray]:
-    """Those rows of those members' batches of a step: [K, B, ...]."""
+    """Rows of the members' batches of a step: [K, B, ...]."""
     parts = [stream.batch(step, rows) for stream in streams[members]]
     return {name: np.stack([part[name] for part in parts]) for name in parts[0]}
 

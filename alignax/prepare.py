@@ -44,7 +44,7 @@ from alignax.config import (
 )
 from alignax.data import Batches, Examples, Report, load, padded_length
 from alignax.data.files import one_line
-from alignax.data.mixture import sources
+from alignax.data.mixture import Mixture, sources
 from alignax.generate import stops_of
 from alignax.judges import Judge
 from alignax.losses.algebra import Objective
@@ -129,19 +129,15 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
     check_members(config, mesh)
     tokenizer = load_tokenizer(source.path, source.config.vocab_size)
     unused = hf.with_vocabulary(source, tokenizer).config.unused_tokens
-    source, reference = spoken(config, source, unused), None
-    if "reference" in asked(experiment.experience):
-        reference = source
-        if config.reference.path:
-            reference = spoken(config, open_model(config.reference.path, "pretrained", "reference.path"), unused)
-        if reference.config.vocab_size != source.config.vocab_size:
-            raise ValueError(
-                f"the reference has a vocabulary of {reference.config.vocab_size}, the policy of {source.config.vocab_size}; "
-                "they must share a tokenizer"
-            )
+    source = spoken(config, source, unused)
+    reference = open_reference(config, source, unused) if "reference" in asked(experiment.experience) else None
+    if config.reference.path and reference is None:
+        raise ValueError("reference.path is set and no reference is held; let experience(..) ask for reference, or leave it empty")
     if config.reference.token_kl:
         check_token_kl(source, reference)
     lora = make_lora(config, source)
+    if config.lora.path:
+        peft.weights(Path(config.lora.path))
     critic = open_critic(config)
     if critic is not None:
         check_tokenizer(critic, f"model.critic {config.model.critic!r}", tokenizer)
@@ -171,28 +167,8 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
     check_rollout(config, source, critic, experiment, examples)
     for strings in (config.rollout.stop, config.eval.stop):
         stops_of(tokenizer, strings)  # refuses those that cannot occur
-    tile = 8 if on_cpu else 128  # of TPU and GPU attention
-    length = max(padded_length(e, tile) for e in examples.values())
-    if config.rollout.samples:
-        longest = max(int(e.prompt_lengths.max()) for e in examples.values())
-        length = -(-(longest + max(config.rollout.max_new_tokens, config.eval.max_new_tokens)) // tile) * tile
-    drawn = {
-        "shuffle": config.data.order != "file",
-        "bootstrap": config.ensemble.bootstrap,
-        "noise": config.data.label_noise,
-        "noise_seed": config.seed,
-    }
-    train = Batches(examples["train"], config.batch_size, config.seed, length, loaded["train"].mixture, **drawn)
-    pretrain = None
-    if config.data.pretrain:
-        own = every["pretrain"]
-        pretrain = Batches(own, config.batch_size, config.seed, padded_length(own, tile), loaded["pretrain"].mixture)
-    turn = steps_of_turn(config)
-    steps = config.steps or -(-train.steps(config.epochs) * (config.rollout.epochs if config.rollout.samples else 1) // turn) * turn
-    if steps < 1:
-        raise ValueError(f"epochs {config.epochs} make no step; raise epochs, or set steps")
-    if steps % turn:
-        raise ValueError(f"steps {steps} do not divide into rollouts of {turn} steps (minibatches x epochs); use a multiple of {turn}")
+    train, pretrain = streams(config, examples, every, {split: data.mixture for split, data in loaded.items()}, 8 if on_cpu else 128)
+    steps = step_count(config, train)
     dtype = compute_dtype(config, mesh)
     apply = make_apply(dataclasses.replace(source.config, lora=lora), config, dtype, mesh)
     schedule = make_schedule(config.optimizer, steps)
@@ -215,6 +191,41 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
     )  # fmt: skip
 
 
+def streams(
+    config: Any, examples: dict[str, Examples], every: dict[str, Examples], mixtures: Mapping[str, Mixture | None], tile: int
+) -> tuple[Batches, Batches | None]:
+    """The batches of training, in rows that hold evaluation data and samples too, and those of `data.pretrain`, if there are any.
+
+    Lengths of rows are multiples of `tile`, which TPU and GPU attention asks for.
+    """
+    length = max(padded_length(e, tile) for e in examples.values())
+    if config.rollout.samples:
+        longest = max(int(e.prompt_lengths.max()) for e in examples.values())
+        length = -(-(longest + max(config.rollout.max_new_tokens, config.eval.max_new_tokens)) // tile) * tile
+    drawn = {
+        "shuffle": config.data.order != "file",
+        "bootstrap": config.ensemble.bootstrap,
+        "noise": config.data.label_noise,
+        "noise_seed": config.seed,
+    }
+    train = Batches(examples["train"], config.batch_size, config.seed, length, mixtures["train"], **drawn)
+    if not config.data.pretrain:
+        return train, None
+    own = every["pretrain"]
+    return train, Batches(own, config.batch_size, config.seed, padded_length(own, tile), mixtures["pretrain"])
+
+
+def step_count(config: Any, train: Batches) -> int:
+    """Training steps: `steps`, or as many as `epochs` take; whole rollouts."""
+    turn = steps_of_turn(config)
+    steps = config.steps or -(-train.steps(config.epochs) * (config.rollout.epochs if config.rollout.samples else 1) // turn) * turn
+    if steps < 1:
+        raise ValueError(f"epochs {config.epochs} make no step; raise epochs, or set steps")
+    if steps % turn:
+        raise ValueError(f"steps {steps} do not divide into rollouts of {turn} steps (minibatches x epochs); use a multiple of {turn}")
+    return steps
+
+
 def spoken(config: Any, source: hf.Source, unused: tuple[tuple[int, int], ...]) -> hf.Source:
     """A policy or a reference whose samples are scored: its distribution is the one that is sampled from.
 
@@ -223,6 +234,19 @@ def spoken(config: Any, source: hf.Source, unused: tuple[tuple[int, int], ...]) 
     if not config.rollout.samples:
         return source
     return source._replace(config=dataclasses.replace(source.config, unused_tokens=unused, temperature=config.rollout.temperature))
+
+
+def open_reference(config: Any, source: hf.Source, unused: tuple[tuple[int, int], ...]) -> hf.Source:
+    """The model of `reference.path`, or the one that the policy starts from."""
+    if not config.reference.path:
+        return source
+    reference = spoken(config, open_model(config.reference.path, "pretrained", "reference.path"), unused)
+    if reference.config.vocab_size != source.config.vocab_size:
+        raise ValueError(
+            f"the reference has a vocabulary of {reference.config.vocab_size}, the policy of {source.config.vocab_size}; "
+            "they must share a tokenizer"
+        )
+    return reference
 
 
 def open_judges(config: Any) -> list[hf.Source]:
@@ -283,7 +307,10 @@ def make_lora(config: Any, source: hf.Source) -> Lora | None:
     """The adapters that a config asks for, their patterns resolved to matrices of the model."""
     c = config.lora
     if c.path:
-        return dataclasses.replace(peft.read_config(Path(c.path), source)[0], int8=c.int8)
+        given = peft.read_config(Path(c.path), source)[0]
+        if c.rank not in (0, given.rank):
+            raise ValueError(f"lora.rank is {c.rank}, and the adapters in lora.path {c.path!r} have rank {given.rank}; set it to 0")
+        return dataclasses.replace(given, int8=c.int8)
     lora.check(c)
     if config.model.freeze:
         if c.rank or not source.config.num_labels:

@@ -128,7 +128,7 @@ def abstract_trained(run: Run, mesh: Mesh | None = None) -> Params:
 
 
 def abstract_models(source: hf.Source, lora: Lora | None, critic: hf.Source | None, members: int, mesh: Mesh | None) -> Params:
-    """Those of a run of these."""
+    """Shapes, types and shardings of what a run of these models trains, see `abstract_trained`."""
     one = hf.abstract_params(source.config, mesh) if lora is None else hf.abstract_adapters(source.config, lora, mesh)
     if critic is not None:
         one = one | {reward.CRITIC: hf.abstract_params(critic.config, mesh)}

@@ -119,7 +119,7 @@ def routed(models: Model, router: Model) -> Model:
 
 
 def adapted(function: Callable[[Params, Batch], Any]) -> Callable[[Params, Batch], Any]:
-    """The same of parameters in two parts, {"base": .., "adapters": ..}."""
+    """The function, of parameters in two parts, {"base": .., "adapters": ..}."""
     return lambda params, batch: function(join(params["base"], params["adapters"]), batch)
 
 

@@ -37,6 +37,14 @@ def chatml():
     return tiny.byte_tokenizer(CHATML)
 
 
+def test_a_template_that_is_none_is_no_fault_of_a_row():
+    broken = tiny.byte_tokenizer("{% for m in messages %}{{ m.role }")
+    sides = {side: turns(side, first="assistant") for side in ("chosen", "rejected")}
+    prompted, _ = prompted_rows([{"prompt": turns("hi"), **sides}], default_config().data)
+    with pytest.raises(ValueError, match=r"chat template is none of jinja \(line 1: .*correct chat_template\.jinja"):
+        tokenize(prompted, broken, max_length=99, max_prompt_length=0, vocab_size=999)
+
+
 @pytest.fixture(scope="module")
 def marked():
     return tiny.byte_tokenizer(MARKED)

@@ -166,6 +166,8 @@ def test_the_order_is_a_column_of_numbers_up_or_down():
         assert [row.order for row in read(rows, order=order)[0]] == expected
     with pytest.raises(ValueError, match="no column 'lenght', named by data.order; it has: 'length'"):
         read(rows, order="-lenght")
+    with pytest.raises(ValueError, match="data.order is '-', which names no column"):
+        read(rows, order="-")
     for value in (None, "long", float("nan")):
         with pytest.raises(ValueError, match=r"row 3 .*'length', named by data.order, is .*, not a finite number"):
             read([*rows, GOOD | {"length": value}], order="length")

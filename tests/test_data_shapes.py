@@ -149,6 +149,12 @@ def test_an_experiments_row_comes_first_and_its_errors_are_named():
         prompted_rows(shaped(rows, config(), hook), config())
 
 
+def test_rows_of_another_set_are_told_by_the_column_that_a_format_reads():
+    data = config(format="helpsteer3")
+    with pytest.raises(ValueError, match=r"'helpsteer3' reads 'context', which the row has not \(it has: 'prompt'\); is it a row of that"):
+        prompted_rows(shaped([{"prompt": "hi"}], data), data)
+
+
 def test_a_run_reads_its_rows_through_the_hook_of_its_experiment(tmp_path):
     file = tmp_path / "experiment.py"
     file.write_text(

@@ -1,5 +1,6 @@
 """A run that trains adapters alone: what it says, stores, resumes and exports."""
 
+import json
 import signal
 
 import numpy as np
@@ -104,11 +105,18 @@ def test_goes_on_from_a_peft_folder_on_eight_devices(whole, fields, tmp_path):
         ({"lora.rank": -1}, "lora.rank is -1"),
         ({"lora.alpha": 0.0}, "lora.alpha is 0.0"),
         ({"lora.path": "/nowhere"}, "'/nowhere' has no adapter_config.json"),
+        ({"lora.path": {}, "lora.rank": 0}, "has no adapter_model.safetensors; fetch the adapter again"),
+        ({"lora.path": {}, "lora.rank": 8}, "lora.rank is 8, and the adapters in lora.path"),
         ({"model.init": "random"}, "adapts trained weights, model.init is 'random'"),
     ],
 )
 def test_refused(change, message, fields, tmp_path, capsys):
     from alignax.cli import main
 
+    if change.get("lora.path") == {}:  # a folder of PEFT without its weights
+        (tmp_path / "adapter").mkdir()
+        described = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+        (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(described))
+        change = change | {"lora.path": tmp_path / "adapter"}
     assert main(runs.arguments(fields | {"workdir": tmp_path / "run"} | change)) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "run").exists()

@@ -351,6 +351,9 @@ def refuses(folder: Path, *words: str) -> None:
 def test_no_folder_and_no_config(tmp_path):
     refuses(tmp_path / "absent", repr(str(tmp_path / "absent")), "does not exist", "give the path of a Hugging Face model folder")
     refuses(tmp_path, repr(str(tmp_path)), "has no config.json", "give the path of a Hugging Face model folder")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    refuses(tmp_path, "holds adapters and no model", "as lora.path")
+    refuses(tmp_path / "adapter_config.json", "is a file", f"such as {str(tmp_path)!r}")
 
 
 @pytest.mark.parametrize("content", ['{"model_type": "lla', "", "[1, 2]", "7", b"\xff\xfe"], ids=repr)

@@ -52,7 +52,7 @@ class Examples:
         return self.tokens[self.offsets[side] :][: self.prompt_lengths[side]]
 
     def taken(self, rows: np.ndarray) -> "Examples":
-        """Those rows, in that order; columns and token fields are left behind."""
+        """The examples of these rows, in their order; columns and token fields are left behind."""
         sides = (rows[:, None] * self.N + np.arange(self.N)[None]).ravel()
         lengths = self.lengths[sides]
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])

@@ -71,6 +71,8 @@ def _read(read: Callable[[Mapping], Prompted | Bad], row: Mapping, data: Any) ->
 
 def order_column(data: Any) -> str:
     """The column that `data.order` names; empty: none."""
+    if data.order == "-":
+        raise ValueError("data.order is '-', which names no column; write -COLUMN, COLUMN, or file")
     return "" if data.order == "file" else data.order.removeprefix("-")
 
 

@@ -48,7 +48,10 @@ def _changed(name: str, function: Callable[[dict], Any], row: dict) -> Any:
     try:
         found = function(copy.deepcopy(row) if name == "row()" else row)
     except Exception as error:  # whatever the code of an experiment raises, and a row of another structure makes a format raise
-        return Bad(f"error in {name}", f"{name} raises {type(error).__name__}: {one_line(error)}")
+        what = f"raises {type(error).__name__}: {one_line(error)}"
+        if isinstance(error, KeyError) and name != "row()":
+            what = f"reads {one_line(error)}, which the row has not (it has: {', '.join(map(repr, row))}); is it a row of that set?"
+        return Bad(f"error in {name}", f"{name} {what}")
     if found is None or (isinstance(found, dict) and all(isinstance(column, str) for column in found)):
         return found
     return Bad(f"error in {name}", f"{name} gives {short(found)}, not a row (a dict of columns) or None")

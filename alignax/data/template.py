@@ -205,7 +205,18 @@ def refusals() -> tuple[type[Exception], ...]:
 
 
 def refused(error: Exception) -> Bad:
-    """The bad row that a template makes of a conversation it refuses."""
+    """The bad row that a template makes of a conversation it refuses.
+
+    Raises:
+      ValueError: for a template that is none.
+    """
+    import jinja2
+
+    if isinstance(error, jinja2.TemplateSyntaxError):
+        raise ValueError(
+            f"the chat template is none of jinja (line {error.lineno}: {short(str(error.message))}); correct chat_template.jinja, or "
+            "chat_template of tokenizer_config.json, in the model's folder"
+        )
     return Bad(REFUSED, f"the chat template refuses the conversation: {short(str(error))}")
 
 

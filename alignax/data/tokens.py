@@ -171,11 +171,8 @@ def tokenize(
       The examples and the report.
     """
     rejected = rejected or Rejected()
-    _check_limits(max_length, max_prompt_length, tokenizer, rejected.path)
+    _check_limits(rows, max_length, max_prompt_length, tokenizer, rejected.path)
     ends = {tokenizer.eos_token_id, *ends}
-    responses = {len(row.completions) for row in rows}
-    if len(responses) > 1:
-        raise ValueError(f"{rejected.path} has rows of {sorted(responses)} completions; give every row the same number")
     counts: Counter[str] = Counter()
     kept: list[Prompted] = []
     prompts: list[str] = []
@@ -213,10 +210,19 @@ def tokenize(
         raise ValueError(
             f"none of the {read} rows of {rejected.path} is left ({_reasons(rejected)}); correct the file or the settings named"
         )
-    examples = Examples(
-        tokens=np.concatenate(ids),
-        scored=np.concatenate(scored),
-        offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)]),
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
+    examples = _examples(kept, prompts, np.concatenate(ids), np.concatenate(scored), offsets, ordered)
+    return examples, _report(examples, kept, rejected, counts, uncut, longest_prompt, tokenizer)._replace(told=dict(told))
+
+
+def _examples(
+    kept: list[Prompted], prompts: list[str], tokens: np.ndarray, scored: np.ndarray, offsets: np.ndarray, ordered: bool
+) -> Examples:
+    """Rows that are kept, with their tokens."""
+    return Examples(
+        tokens=tokens,
+        scored=scored,
+        offsets=offsets,
         N=len(kept[0].completions),
         prompts=prompts,
         fields={name: np.asarray([row.fields[name] for row in kept], FIELDS[name]) for name in kept[0].fields},
@@ -224,7 +230,6 @@ def tokenize(
         rows=np.array([row.row for row in kept], np.int64),
         order=np.asarray([row.order for row in kept], np.float64) if ordered else None,
     )
-    return examples, _report(examples, kept, rejected, counts, uncut, longest_prompt, tokenizer)._replace(told=dict(told))
 
 
 def _report(
@@ -263,7 +268,7 @@ def _reasons(rejected: Rejected) -> str:
     return "; ".join(f"{reason}: {count}{first.get(reason, '')}" for reason, count in rejected.counts.items())
 
 
-def _check_limits(max_length: int, max_prompt_length: int, tokenizer: Any, path: Any) -> None:
+def _check_limits(rows: Sequence[Prompted], max_length: int, max_prompt_length: int, tokenizer: Any, path: Any) -> None:
     if max_length < 2:
         raise ValueError(f"data.max_length is {max_length}; a row needs a prompt token and a completion token: use 2 or more")
     if max_prompt_length < 0 or max_prompt_length >= max_length:
@@ -276,6 +281,9 @@ def _check_limits(max_length: int, max_prompt_length: int, tokenizer: Any, path:
             f"the tokenizer has no EOS token, so no completion of {path} could be ended; set tokenizer.eos_token to the token "
             "that ends an answer (eos_token in tokenizer_config.json)"
         )
+    responses = {len(row.completions) for row in rows}
+    if len(responses) > 1:
+        raise ValueError(f"{path} has rows of {sorted(responses)} completions; give every row the same number")
 
 
 def _encoded(

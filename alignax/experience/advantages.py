@@ -289,5 +289,5 @@ def _centre(rewards: jax.Array, valid: jax.Array) -> jax.Array:
 
 
 def _of_responses(batch: Batch, advantages: jax.Array) -> Batch:
-    """The same advantage at every completion token of a response."""
+    """The batch with each response's advantage at all of its completion tokens."""
     return batch | {"advantages": jnp.where(batch["completion_mask"], advantages[..., None], 0.0)}

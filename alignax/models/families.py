@@ -278,7 +278,7 @@ def only(hf: Json, **supported: Any) -> None:
 
 
 def everywhere(hf: Json) -> tuple[int, ...]:
-    """The same sliding window in every layer, if there is one."""
+    """Sliding windows of the layers, all alike; none where there is no window."""
     return (hf["sliding_window"],) * hf["num_hidden_layers"] if hf.get("sliding_window") else ()
 
 

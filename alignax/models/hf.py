@@ -62,8 +62,12 @@ def open_folder(path: str | os.PathLike) -> Source:
     """Reads a folder's config.json; the weights stay on disk."""
     path = Path(path)
     file = path / "config.json"
+    if path.is_file():
+        raise ValueError(f"{str(path)!r} is a file; give the path of a Hugging Face model folder, such as {str(path.parent)!r}")
     if not path.is_dir():
         raise ValueError(f"model folder {str(path)!r} does not exist; give the path of a Hugging Face model folder")
+    if not file.is_file() and (path / "adapter_config.json").is_file():
+        raise ValueError(f"{str(path)!r} holds adapters and no model; give its base here, and the adapters as lora.path")
     if not file.is_file():
         raise ValueError(f"{str(path)!r} has no config.json; give the path of a Hugging Face model folder")
     hf = read_object(file, "fetch the model folder again")
@@ -143,7 +147,7 @@ def chat_template(folder: Path) -> Any:
 
 
 def with_heads(source: Source, num_labels: int, values: int = 0) -> Source:
-    """The same trunk with that many scores (0: as the folder is) and values; a head that the folder has not begins anew."""
+    """The folder's trunk with that many scores (0: as the folder is) and values; a head that the folder has not begins anew."""
     config = dataclasses.replace(source.config, num_labels=num_labels or source.config.num_labels, critic_heads=values)
     return source._replace(config=config)
 
@@ -247,7 +251,7 @@ def layer_reader(source: Source, opened: Callable[[Path], Any]) -> LayerReader:
 
 
 def soup_reader(parts: Sequence[tuple[Source, float]], opened: Callable[[Path], Any]) -> LayerReader:
-    """The same of a soup: the mean of its folders' layers, which are read together."""
+    """What `layer_reader` gives, of a soup: the mean of its folders' layers, which are read together."""
     readers = [layer_reader(source, opened) for source, _ in parts]
 
     def layers(name: str, ranges: Sequence[range]) -> Iterator[np.ndarray]:

@@ -224,9 +224,12 @@ def read_config(folder: Path, source: hf.Source) -> tuple[Lora, dict[str, tuple[
     return spec, {m: (ranks[m], scales[m]) for m in chosen}
 
 
-def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
-    from safetensors import safe_open
+def weights(folder: Path) -> Path:
+    """The file of a folder's tensors, which are of types that are read.
 
+    Raises:
+      ValueError: where there is none, or one that is damaged.
+    """
     file = folder / WEIGHTS
     if not file.is_file():
         if (folder / "adapter_model.bin").is_file():
@@ -236,6 +239,13 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
         raise ValueError(f"{str(folder)!r} has no {WEIGHTS}; fetch the adapter again")
     for name, (dtype, _) in hf.header(file).items():
         hf.check_type(name, dtype, file)
+    return file
+
+
+def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
+    from safetensors import safe_open
+
+    file = weights(folder)
     output.check(folder)
     with safe_open(file, framework="np") as opened:
         return {name: np.asarray(opened.get_tensor(name), np.float32) for name in opened.keys()}  # noqa: SIM118
