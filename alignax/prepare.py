@@ -338,14 +338,14 @@ def load_tokenizer(path: Path, vocab_size: int) -> Any:
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-        eos, size, _ = tokenizer.eos_token_id, len(tokenizer), tokenizer("a")  # some damage shows only in use
+        eos, last, _ = tokenizer.eos_token_id, max(tokenizer.get_vocab().values()), tokenizer("a")  # some damage shows only in use
     except Exception as e:  # a damaged tokenizer.json raises a bare Exception
         raise ValueError(f"{str(path)!r} has no tokenizer that transformers reads ({one_line(e)})") from e
     if eos is None:
         raise ValueError(f"the tokenizer in {str(path)!r} has no EOS token; set eos_token in its tokenizer_config.json")
-    if size > vocab_size:
+    if last >= vocab_size:  # there may be fewer tokens, with ids left out between them
         raise ValueError(
-            f"the tokenizer in {str(path)!r} has {size} tokens and the embedding {vocab_size} rows; "
+            f"the tokenizer in {str(path)!r} has tokens up to id {last} and the embedding {vocab_size} rows; "
             "use the tokenizer that the model was trained with"
         )
     return tokenizer

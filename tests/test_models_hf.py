@@ -20,6 +20,7 @@ import transformers
 
 from alignax.mesh import make_mesh
 from alignax.models import hf
+from alignax.models.added import with_tokens
 from alignax.prepare import load_tokenizer, open_model
 
 UNTIED = {"tie_word_embeddings": False}
@@ -226,6 +227,21 @@ def test_the_ends_are_the_tokenizers_and_those_that_transformers_stops_at(file, 
     name = "generation_config.json" if file is not None else "config.json"
     theirs = transformers.GenerationConfig.from_pretrained(copy, config_file_name=name, _from_model_config=file is None).eos_token_id
     assert {2, *(theirs if isinstance(theirs, list) else [] if theirs is None else [theirs])} == ends
+
+
+def test_ids_that_a_tokenizer_leaves_out(copy, tmp_path):
+    tiny.tokenizer().save_pretrained(copy)
+    file = copy / "tokenizer.json"
+    fields = json.loads(file.read_text())
+    fields["model"]["vocab"]["a"] = 95
+    file.write_text(json.dumps(fields))
+    assert hf.with_vocabulary(hf.open_folder(copy), load_tokenizer(copy, 96)).config.unused_tokens == ((69, 70),)
+    fields["model"]["vocab"]["a"] = 96
+    file.write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match="has tokens up to id 96 and the embedding 96 rows"):  # 95 tokens in all
+        load_tokenizer(copy, 96)
+    with pytest.raises(ValueError, match="leaves ids out between its 95 tokens; none can be added to it"):
+        with_tokens(copy, tmp_path / "out", ["<|new|>"])
 
 
 @pytest.mark.parametrize("ids", [96, -1, True, "2", [2, None], [2, [5]], {"a": 1}])

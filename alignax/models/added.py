@@ -47,10 +47,11 @@ def with_tokens(
     if known := sorted(set(tokens) & tokenizer.get_vocab().keys()):
         raise ValueError(f"the tokenizer in {str(source.path)!r} has a token {known[0]!r}; choose other texts")
     first = len(tokenizer)
+    if max(tokenizer.get_vocab().values()) >= first:
+        raise ValueError(f"the tokenizer in {str(source.path)!r} leaves ids out between its {first} tokens; none can be added to it")
     if tokenizer.add_tokens(list(tokens), special_tokens=True) < len(tokens):
         raise ValueError(f"the tokens {list(tokens)} are not all different; give each a text of its own")
     ids = tokenizer.convert_tokens_to_ids(list(tokens))
-    assert ids == list(range(first, first + len(tokens)))
     params = grown(hf.load_params(source, make_mesh({"fsdp": -1})), source.config, first, len(ids), jax.random.key(seed))
     new = {"vocab_size": params["embed"].shape[0], "predicted_tokens": source.config.predicted_tokens or first}
     shaped = {name: dataclasses.replace(getattr(source, name), **new) for name in ("config", "stored")}
