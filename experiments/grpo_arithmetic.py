@@ -9,9 +9,9 @@ Hardware: 2 CPU cores, one process.
 
 A model of random weights is asked "3 + 4 =" and answers with tokens of its own choice; nobody shows it an answer.
 
-Expected, with seed 0 (2.5 minutes of CPU time): of 100 answers sampled at temperature 1, one to each sum, 0.07 are right at first, 0.82
-after 100 steps, 0.91 from step 500 on; seeds 1 and 2 end at 0.94 and 0.96. The rest are sums whose 16 samples have all become one wrong
-answer: such a group has no gradient. These figures are of a bonus averaged over tokens; here it is averaged as the surrogate, by response.
+Expected, with seed 0 (5 minutes of CPU time on an AMD EPYC): of 100 answers sampled at temperature 1, one to each sum, 0.14 are
+right at first, 0.88 after 100 steps, 0.93 after 300, 0.96 after 700. The rest are sums whose 16 samples have all become one
+wrong answer: such a group has no gradient. No answer ends by itself: `1 1 1` is as good as `1`, since the last number counts.
 """
 
 import json
