@@ -25,6 +25,7 @@ from alignax.train import leaf_digests
 from alignax.types import TrainState
 
 FORMAT = 2  # of the checkpoint's layout
+TRIES = 20  # to read a checkpoint of a run that goes on and removes older ones
 AVERAGE = "average_"  # before the name of an item that holds an average of the parameters
 
 
@@ -33,7 +34,7 @@ class Checkpoints:
 
     def __init__(self, workdir: str | Path, keep: int = 2, best: str = "", writes: bool = True):
         """`best` names an evaluation metric, lower is better, a leading "-" turns that around; without `writes` nothing is touched."""
-        self.path = Path(workdir).absolute() / "checkpoints"
+        self.path, self._writes = Path(workdir).absolute() / "checkpoints", writes
         # What fails in the background is raised again when we wait for it; orbax prints a traceback of every thread besides.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         name = best.removeprefix("-")
@@ -59,6 +60,23 @@ class Checkpoints:
     def latest(self) -> int | None:
         """The newest complete step, or None."""
         return self._manager.latest_step()
+
+    def newest(self, read: Callable[[int], Any]) -> tuple[int, Any]:
+        """The newest step, and what `read` makes of it; of a newer one, where a run that goes on has removed that meanwhile.
+
+        Raises:
+          ValueError: if there is none, and what `read` raises.
+        """
+        for _ in range(TRIES):
+            step = self.latest()
+            if step is None:
+                raise ValueError(f"{str(self.path)!r} holds no complete checkpoint yet")
+            try:
+                return step, read(step)
+            except ValueError:
+                if self.latest() == step:
+                    raise
+        raise ValueError(f"the run in {str(self.path.parent)!r} removes its checkpoints faster than they are read; raise checkpoint.keep")
 
     def save(self, state: TrainState, about: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
         """Starts saving; returns when the state has been copied. Half-written checkpoints are never listed.
@@ -134,11 +152,10 @@ class Checkpoints:
             if "RESOURCE_EXHAUSTED" in str(e):  # the checkpoint is whole: this machine is too small for it
                 raise
             cause = (str(e).strip().splitlines() or [""])[0][:200]
-            if not (self.path / str(step)).is_dir():
-                raise ValueError(
-                    f"checkpoint {self.path / str(step)} is gone: the run that trains here has taken newer ones meanwhile; "
-                    "run the same command again"
-                ) from e
+            if not self._writes:
+                self._manager.reload()
+                if (self.latest() or 0) > step:
+                    raise ValueError(f"checkpoint {self.path / str(step)} was removed while it was read, as there are newer ones") from e
             before = [there for there in self._manager.all_steps() if there < step]
             goes_on = f"the run goes on from step {max(before)}" if before else "the run begins again, as no earlier one is there"
             raise ValueError(

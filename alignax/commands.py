@@ -147,14 +147,6 @@ def saved_experiment(workdir: Path, overrides: Sequence[str]) -> Experiment:
     return load_experiment(file, [*here, *overrides])
 
 
-def newest(checkpoints: Checkpoints) -> int:
-    """The newest step of a run that must have one."""
-    step = checkpoints.latest()
-    if step is None:
-        raise ValueError(f"{str(checkpoints.path)!r} holds no complete checkpoint yet")
-    return step
-
-
 def evaluate(workdir: Path, overrides: Sequence[str], out: str = "", force: bool = False) -> None:
     """`alignax eval`: the newest checkpoint on the evaluation data, as a table; `out` is a file for JSON, "-" for JSON alone, or empty."""
     with refusing():
@@ -164,7 +156,7 @@ def evaluate(workdir: Path, overrides: Sequence[str], out: str = "", force: bool
         with together():
             run = prepare(saved_experiment(workdir, overrides))
         started = start(run, write=False)
-        step = newest(started.checkpoints)
+        step, _ = started.checkpoints.newest(lambda step: step)
     log = Log(workdir, steps=step, start=step, every=1, tensorboard=False, writes=False)
     evaluation = Evaluation(run, started.frozen, log)
     with closing(started.checkpoints), closing(run.workers):
@@ -202,16 +194,19 @@ def newest_models(workdir: Path, config: Any, source: hf.Source, mesh: Mesh, nam
     """The step of a run's newest checkpoint, and its models (see `Saved`); `name`: "policy" or an average."""
     lora, members = make_lora(config, source), config.ensemble.members
     with closing(Checkpoints(workdir, writes=False)) as checkpoints:
-        step = newest(checkpoints)
-        about = checkpoints.about(step)
         now = described(source, load_tokenizer(source.path, source.config.vocab_size))
         if lora is not None:  # the base is read again
             now["policy"] = fingerprint(hf.load_params(source, mesh, jax.random.key(config.seed)))
-        check_same(workdir, step, about, now)
+        trained = abstract_models(source, lora, open_critic(config), members, mesh)
+
+        def read(step: int) -> tuple[dict[str, Any], Params]:
+            about = checkpoints.about(step)
+            check_same(workdir, step, about, now)
+            return about, checkpoints.restore_params(step, trained, name)
+
+        step, (about, params) = checkpoints.newest(read)
         if step and about.get("skipped") == step:
             raise ValueError(f"none of the {step} steps in {str(workdir)!r} was finite: it holds the model that it began from alone")
-        trained = abstract_models(source, lora, open_critic(config), members, mesh)
-        params = checkpoints.restore_params(step, trained, name)
         check_finite(params, "float32", f"checkpoint {step} in {str(workdir)!r}")
         params.pop(CRITIC, None)
     return step, ((name, merged(source, lora, one, mesh) if lora else one) for name, one in members_of(params, members))

@@ -107,13 +107,16 @@ def start(run: Run, write: bool = True) -> Started:
             output.require_space(run.workdir, nbytes(abstract_state(run)), "a checkpoint", "make room, or choose another workdir")
             lock = open_workdir(run)
     checkpoints = Checkpoints(run.workdir, config.checkpoint.keep, config.checkpoint.best, write)
+    compared = about if write else {name: x for name, x in about.items() if name != "data"}  # evaluation may have other data
+
+    def restored(step: int) -> TrainState:
+        check_same(run.workdir, step, checkpoints.about(step), compared)
+        return checkpoints.restore(step, abstract_state(run))
+
     step = checkpoints.latest() or 0
     if step:
-        saved = checkpoints.about(step)
-        compared = about if write else {name: x for name, x in about.items() if name != "data"}  # evaluation may have other data
-        check_same(run.workdir, step, saved, compared)
         del params, original, own  # one training state at a time
-        state = checkpoints.restore(step, abstract_state(run))
+        step, state = checkpoints.newest(restored)
     else:
         # A critic is the policy's alone, whatever an average starts from.
         averages = lambda p, own: {name: p | own.get(name, {}) for name in run.averages}
