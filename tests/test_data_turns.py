@@ -180,6 +180,23 @@ def test_a_side_with_reasoning_and_one_without_share_their_prompt():
     assert shown(THINKING, HI, REASONED, "5") == ["[<think>\nadd\n</think>\n\n4<|im_end|>]", "<think>\n\n</think>\n\n[5<|im_end|>]"]
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        PLAIN,
+        PLAIN.replace(
+            "{{ m.content }}<|im_end|>\n{% endif %}", "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}\n{% endif %}"
+        ),
+    ],
+)
+def test_a_sample_that_ends_at_once_has_its_end(template):
+    """As a reward model reads it; a row of data that says nothing is refused before."""
+    tokenizer = tokenizer_of(template)
+    (code,) = chat.encode([Prompted(HI, ([says("assistant", "")],))], tokenizer)
+    assert spans(tokenizer, code) == [["<|im_end|>"]]
+    assert chat.split(HI, {"a": [says("assistant", "")]}, None, "last").reason == "empty completion"
+
+
 def test_two_answers_in_a_row():
     """The header of the second is the template's; where it cannot be told from the first, the row is refused."""
     turns = [says("assistant", "a"), says("assistant", "b")]

@@ -247,8 +247,8 @@ def _encoded(row: Found, tokens: list["Tokens"], ends: Collection[int]) -> Encod
             first, inside = (boundary, False) if start == front else own.place(start)
             last, cut = own.place(stop)
             last, merged = last + (cut and last == first), merged or inside
-            if last <= first or all(i in ends for i in own.ids[first:last]):
-                return Bad("empty completion", "the chat template makes no token of an assistant turn but its end")
+            if last <= first:
+                return Bad("empty completion", "the chat template makes no token of an assistant turn")
             scored[first:last] = b"\1" * (last - first)
             without += own.ids[last - 1] not in ends
         end = scored.rindex(1) + 1

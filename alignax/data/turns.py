@@ -189,7 +189,8 @@ def _turn(
         start = led
     stops = [at + len(end) for end in ends if (at := text.find(end, said, until)) >= 0]
     stop = min(stops) if stops else _unended(text, messages, i, said, until, tools, template)
-    if not _without(text[start:stop], template.specials if missing == {key for key, _ in own} else ends):
+    # A sample may say nothing and end at once; rows of data that do are refused as they are read.
+    if own and not _without(text[start:stop], template.specials if missing == {key for key, _ in own} else ends):
         what = " and ".join(f"{key!r}" for key in sorted(missing)) or "the text"
         return Bad("left out by the template", f"the chat template leaves out {what} of message {i}, and with it all that it says")
     return (start, stop), {_of(key, "assistant") for key in missing}
@@ -257,7 +258,8 @@ def _marked(
     for begin, end in joined:
         begin += len(header) if header and text.startswith(header, begin) else 0
         turns.append((begin, _marked_end(text, begin, end, ends)))
-    if any(not _without(text[begin:end], ends) for begin, end in turns):
+    silent = any(message["role"] == "assistant" and not _own(message) for message in messages[first:])
+    if not silent and any(not _without(text[begin:end], ends) for begin, end in turns):
         return Bad("left out by the template", "the chat template marks an answer that says nothing: its text is left out")
     turns = turns if all(answers) else [turn for turn, scored in zip(turns, answers, strict=True) if scored]
     return Side(text, min(start, turns[0][0]), turns, set())
