@@ -26,7 +26,6 @@ from alignax.prepare import Run
 from alignax.programs import AHEAD, full
 from alignax.types import Batch, Metrics, Params, TrainState
 from alignax.workers import Answer, Call, qualified
-from alignax.workers import within as within
 
 
 class Sampled(NamedTuple):
@@ -252,7 +251,7 @@ def rewards_of(run: Run, name: str, examples: Examples, rows: np.ndarray, comple
     flat = [text for group in texts for text in group]
     if jax.process_index() == 0:  # one process asks for all: the function may be random, or dear
         ids = [row for group in completions.rows() for row in group]
-        answer = asked(run, name, examples, np.repeat(rows, n), flat, ids, n)
+        answer = answer_of(run, name, examples, np.repeat(rows, n), flat, ids, n)
         with np.errstate(over="ignore"):
             found[:] = answer.rewards
         what = answer.problem + (f", for {short(flat[answer.at])}" if answer.at >= 0 else "")
@@ -268,7 +267,7 @@ def rewards_of(run: Run, name: str, examples: Examples, rows: np.ndarray, comple
     return np.where(bad, np.nan, found).reshape(len(rows), n)
 
 
-def asked(
+def answer_of(
     run: Run, name: str, examples: Examples, rows: Sequence[int] | np.ndarray, texts: list[str], ids: Sequence[np.ndarray], group: int
 ) -> Answer:
     """What `reward` or `gold` of the experiment says of completions of rows of the data, those of a prompt, `group`, one after another."""
