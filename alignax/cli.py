@@ -181,6 +181,8 @@ def with_option(request: Request, option: str, value: str | None) -> Request:
     if value is None:
         raise ValueError(f"{option} has no value; write {option} VALUE")
     old = getattr(request, name)
+    if isinstance(old, bool):
+        raise ValueError(f"{option} takes no value; write {option} alone, or leave it out")
     if isinstance(old, tuple):
         return dataclasses.replace(request, **{name: (*old, value)})
     try:

@@ -254,9 +254,9 @@ def rewards_of(run: Run, name: str, examples: Examples, rows: np.ndarray, comple
     if jax.process_index() == 0:  # one process asks for all: the function may be random, or dear
         ids = [row for group in completions.rows() for row in group]
         try:
-            answer = asked(run, name, examples, np.repeat(rows, n), flat, ids, n)
+            answer = answer_of(run, name, examples, np.repeat(rows, n), flat, ids, n)
         except Abandoned as e:
-            answer, left = Answer([np.nan] * len(found)), e.number
+            answer, left = Answer([np.nan] * len(found), e.number)
         with np.errstate(over="ignore"):
             found[:] = answer.rewards
         what = answer.problem + (f", for {short(flat[answer.at])}" if answer.at >= 0 else "")
@@ -274,7 +274,7 @@ def rewards_of(run: Run, name: str, examples: Examples, rows: np.ndarray, comple
     return np.where(bad, np.nan, found).reshape(len(rows), n)
 
 
-def asked(
+def answer_of(
     run: Run, name: str, examples: Examples, rows: Sequence[int] | np.ndarray, texts: list[str], ids: Sequence[np.ndarray], group: int
 ) -> Answer:
     """What `reward` or `gold` of the experiment says of completions of rows of the data, those of a prompt, `group`, one after another."""

@@ -14,8 +14,7 @@ from jax.sharding import Mesh
 from alignax import ensemble, output, rewards
 from alignax.blame import blaming, explained
 from alignax.checkpoint import Checkpoints, nbytes
-from alignax.config import asked as asked_for
-from alignax.config import code, effective, eval_batch_size, flat, prompts_of_rollout
+from alignax.config import asked, code, effective, eval_batch_size, flat, prompts_of_rollout
 from alignax.data import Examples
 from alignax.data.files import short
 from alignax.distributed import check_alike, is_main, together
@@ -38,7 +37,7 @@ from alignax.programs import (
     reference_name,
 )
 from alignax.reference import with_stored
-from alignax.rollout import asked, behind_file
+from alignax.rollout import answer_of, behind_file
 from alignax.train import digest
 from alignax.types import Batch, Model, Outputs, Params, TrainState
 
@@ -217,7 +216,7 @@ def check_advantages(run: Run) -> None:
     given = {name: Model(apply, {}) for name in ("policy", "reference", "ensemble")}
     given |= {"config": run.config, "prompts": len(run.train.examples)}
     try:
-        experience = make(**{name: given[name] for name in asked_for(make)})
+        experience = make(**{name: given[name] for name in asked(make)})
         advantages = advance(experience, first_carry(experience), batch)[1].get("advantages")
     except Exception:  # an experience may ask for more than this knows of
         return
@@ -238,7 +237,7 @@ def check_reward(run: Run, name: str) -> None:
     examples, file = run.evaluation or run.train.examples, run.experiment.file
     answer = examples.tokens[: examples.offsets[1]][examples.scored[: examples.offsets[1]]]
     text = run.tokenizer.decode(answer, skip_special_tokens=True)
-    found = asked(run, name, examples, [0], [text], [answer], 1)
+    found = answer_of(run, name, examples, [0], [text], [answer], 1)
     if found.problem:
         what = f"{name}() of {file}{behind_file(found.problem)}, asked of a prompt of the data and the completion {short(text)}"
         if found.final or run.config.rollout.bad_rewards == "error":

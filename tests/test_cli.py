@@ -258,6 +258,7 @@ def test_missing_and_broken_experiment_files(tmp_path, capsys):
         (["train", "--config", DPO, "--json", "-"], "'--json' is unknown"),
         (["eval", "runs/x", "--config", DPO], "'--config' is unknown to `alignax eval`"),
         (["report", "runs/x", "--config.seed=1"], "'--config.seed=1' is unknown to `alignax report`"),
+        (["generate", "here", "--raw=no"], "--raw takes no value"),
         (["check-data"], "needs --config"),
         (["check-data", "--config", DPO, "--json"], "--json names no file"),
         (["check-data", "--config", DPO], "model folder '' does not exist; set --config.model.path=FOLDER"),

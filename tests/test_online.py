@@ -525,6 +525,9 @@ REFUSED = {
     "an unknown column": ({}, GRPO.replace("weight):", "answer):").replace("weight)", "answer)"), "asks for column 'answer'"),
     "steps": ({"steps": "6"}, GRPO, "use a multiple of 4"),
     "room": ({"rollout.max_new_tokens": "4000"}, GRPO, "exceed the model's"),
+    "a reference that nobody reads": (
+        {"reference.path": "here"}, GRPO.replace("reference)", ")").replace('logps("ref_logps", ), ', ""), "no reference is held"
+    ),
     "no reward models": ({}, GRPO.replace("reference):", "reference, ensemble):"), "reward.path"),
     "a reward model": (SCORES, GRPO[: GRPO.index("def gold")], "scores and no text"),
     "bad rewards": ({"rollout.bad_rewards": "ignore"}, GRPO, "use 'error' or 'drop'"),
