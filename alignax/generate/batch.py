@@ -35,8 +35,9 @@ def sampled_batch(prompts: Sequence[Sequence[int]], completions: Completions, le
     takes them for the model's is to be corrected for it.
     """
     batch = token_batch(prompts, completions, length)
+    drawn = completions.logps if completions.drawn is None else completions.drawn
     logps = np.zeros(batch["tokens"].shape, np.float32)
-    logps[_places(prompts, completions, length)[0]] = completions.drawn[completions.mask]
+    logps[_places(prompts, completions, length)[0]] = drawn[completions.mask]
     return batch | {"sampled_logps": logps}
 
 

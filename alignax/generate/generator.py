@@ -26,11 +26,11 @@ class Completions(NamedTuple):
     tokens: np.ndarray  # [B, n, C] int32, with the stop id, or the tokens of the stop string, at their end
     mask: np.ndarray  # [B, n, C] bool
     logps: np.ndarray  # [B, n, C] float32, of the model's own distribution, in nats
-    drawn: np.ndarray  # [B, n, C] float32, of the distribution that was sampled from; 0 where that is greedy
     ended: np.ndarray  # [B, n] text: STOP_ID, STOP_STRING or LENGTH
     sampling: Sampling
     steps: int  # decoding steps of all rows that it took
     prefills: int  # calls of the prefill program
+    drawn: np.ndarray | None = None  # [B, n, C] float32, of what was sampled from (0 where it is greedy); None: the same as `logps`
 
     def rows(self) -> list[list[np.ndarray]]:
         """The tokens of each prompt's completions."""
@@ -142,7 +142,7 @@ class Batching:
         split = lambda x: x.reshape(len(self.prompts), self.n, *x.shape[1:])
         mask = np.arange(shape.new) < self.length[:, None]
         tokens, mask, logps, drawn, ended = map(split, (self.tokens, mask, self.logps, self.drawn, self.ended))
-        return Completions(tokens, mask, logps, drawn, ended, self.own.sampling, self.steps, self.block + 1)
+        return Completions(tokens, mask, logps, ended, self.own.sampling, self.steps, self.block + 1, drawn)
 
     def admit(self) -> Entries:
         """Gives free rows to completions whose prompt is staged, after the next block of prompts is read if none of them is."""
