@@ -155,7 +155,7 @@ BAD = {
     "weights of evaluation data": (lambda f, t: {"data.eval": f"{f['data.eval']}@1"}, r"data\.eval .*leave them out"),
     "folder of several splits": (
         lambda f, t: {"data.train": [rows(t / f"{split}.jsonl", GOOD) for split in ("dev", "train")] and t},
-        r"several splits \(dev\.jsonl, train",
+        r"several splits \(dev, train\); name one",
     ),
     "damaged tokenizer": (
         lambda f, t: {"model.path": edited(f, t, lambda d: (d / "tokenizer.json").write_text("{"))}, r"no tokenizer that transformers reads"

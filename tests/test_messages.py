@@ -16,6 +16,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 LABORATORIES = [load_experiment(runs.REPO / "experiments" / f"overoptimization{which}.py").config for which in ("", "_tokens")]
 FIELDS = {name for config in (default_config(), *LABORATORIES) for name in flat(config)} | {"FIELD"}
 GROUPS = {".".join(name.split(".")[:n]) for name in FIELDS for n in range(1, name.count(".") + 1)}
+GROUPS.add("data.template")  # whose fields are those of the model's template
 SUFFIXES = {"json", "safetensors", "py", "jsonl", "md"}  # of files that are called as groups are: model.safetensors
 GIT = {"--always", "--dirty", "--exclude"}
 TENSORS = {"model.layers", "model.embed_tokens.weight", "model.norm.weight"}

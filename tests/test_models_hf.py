@@ -481,7 +481,7 @@ def test_a_tensor_that_the_index_does_not_name(sharded):
 
 
 def test_a_flipped_bit_in_an_export_is_refused(written, tmp_path):
-    hf.export(load(written), hf.open_folder(written), tmp_path / "out", "bfloat16")
+    hf.export(load(written), hf.open_folder(written), tmp_path / "out", "bfloat16", origin="a test")
     file = tmp_path / "out" / "model.safetensors"
     whole, random = file.read_bytes(), np.random.default_rng(0)
     for at in random.integers(8 + int.from_bytes(whole[:8], "little"), len(whole), 4):
@@ -490,7 +490,7 @@ def test_a_flipped_bit_in_an_export_is_refused(written, tmp_path):
         file.write_bytes(spoiled)
         refuses(tmp_path / "out", f"{file} is damaged", "write or fetch the folder again")
     file.write_bytes(whole)
-    rewrite(tmp_path / "out", note="edited by hand")  # nothing but the weights is checked
+    rewrite(tmp_path / "out", _note="edited by hand")  # nothing but the weights is checked
     load(tmp_path / "out")
 
 
@@ -499,7 +499,7 @@ def test_links_out_of_a_folder_are_not_exported(written, tmp_path):
     (cache / "blobs").mkdir(parents=True)
     snapshot = cache / "snapshots" / "0f"
     snapshot.mkdir(parents=True)
-    for i, file in enumerate(sorted(written.iterdir())):  # as the hub's cache lays a model out
+    for i, file in enumerate(sorted(p for p in written.iterdir() if p.is_file())):  # as the hub's cache lays a model out
         shutil.copyfile(file, cache / "blobs" / str(i))
         (snapshot / file.name).symlink_to(Path("../../blobs") / str(i))
     assert {f.name for f in hf.small_files(hf.open_folder(snapshot))} >= {"tokenizer.json", "generation_config.json"}
@@ -538,7 +538,8 @@ def test_every_loader_of_ours_says_that_it_trusts_no_code():
     root = Path(__file__).parents[1]
     for file in sorted(root.glob("alignax/**/*.py")):
         text = file.read_text()
-        assert not any(word in text for word in ("allow_pickle=True", "torch.load", "trust_remote_code=True", "import pickle")), file
+        pickled = () if file.name == "workers.py" else ("import pickle",)  # which reads what the run itself has sent, and no file
+        assert not any(word in text for word in ("allow_pickle=True", "torch.load", "trust_remote_code=True", *pickled)), file
         for node in ast.walk(ast.parse(text)):
             name = node.func.attr if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) else ""
             if name == "from_pretrained":

@@ -152,9 +152,9 @@ def test_a_classifier_of_two_labels_is_no_ensemble_of_two_members(folders, tmp_p
     c = default_config()
     c.reward.path = str(folder)
     with pytest.raises(ValueError, match=r"gives 2 scores of a response \(\['bad', 'good'\]\), and one is asked for; give a reward model"):
-        open_judges(c, load_tokenizer(folder, 96))
+        open_judges(c)
     c.reward.path = str(folders[0])
-    assert [s.path for s in open_judges(c, load_tokenizer(folder, 96))] == [folders[0]]
+    assert [s.path for s in open_judges(c)] == [folders[0]]
 
 
 def test_scores_that_are_not_finite_are_named(folders, pairs):
