@@ -360,6 +360,8 @@ def check_workdir(run: Run) -> None:
     """Refuses the workdir of another run, and one that cannot be written."""
     workdir, experiment = run.workdir, run.experiment
     check_kept(experiment)
+    if "\\" in str(workdir.absolute()):  # tensorstore reads it as a slash: the arrays would go into another folder
+        raise ValueError(f"workdir {str(workdir)!r} has a backslash, which checkpoints take for a slash; choose another name")
     saved = workdir / "config.py"
     place = output.standing(workdir)
     if saved.is_file():

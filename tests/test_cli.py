@@ -77,6 +77,7 @@ BAD = {
     "missing model folder": (lambda f, t: {"model.path": t / "nowhere"}, r"nowhere.*does not exist"),
     "no model": (lambda f, t: {"model.path": ""}, r"model\.path.*--config\.model\.path="),
     "no data": (lambda f, t: {"data.train": ""}, r"data\.train.*--config\.data\.train="),
+    "workdir with a backslash": (lambda f, t: {"workdir": str(t / "a\\b")}, r"a\\+b' has a backslash.*choose another name"),
     "no workdir": (lambda f, t: {"workdir": ""}, r"workdir.*--config\.workdir="),
     "unknown model_type": (
         lambda f, t: {"model.path": edited(f, t, lambda d: set_json(d / "config.json", model_type="mamba"))},
