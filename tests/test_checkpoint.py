@@ -72,6 +72,7 @@ def test_a_renamed_checkpoint_is_refused(saved):
         Checkpoints(saved).restore_params(3, state().params)
 
 
+@pytest.mark.slow
 def test_who_only_reads_touches_nothing_and_what_a_killed_save_left_goes_with_the_next(tmp_path, saved):
     assert Checkpoints(tmp_path / "none", writes=False).latest() is None and not (tmp_path / "none").exists()
     half = saved / "checkpoints" / "1.orbax-checkpoint-tmp"

@@ -316,7 +316,9 @@ def test_a_batch_holds_prompt_and_completion_side_by_side():
         token_batch(PROMPTS, out, 10)
 
 
-@pytest.mark.parametrize("sampling", [Sampling(temperature=0.7, top_p=0.9), Sampling(temperature=0.0)])
+@pytest.mark.parametrize(
+    "sampling", [pytest.param(Sampling(temperature=0.7, top_p=0.9), marks=pytest.mark.slow), Sampling(temperature=0.0)]
+)
 def test_the_batch_has_the_log_probs_that_completions_were_drawn_with(sampling):
     """Those of the changed distribution, of which its tokens' own log-probs are summed; the model's own stay beside them."""
     out = Generator(tiny.MODEL, Shape(8, 3, 7, 7, 3), sampling)(PARAMS, PROMPTS, KEY)
@@ -340,7 +342,7 @@ def test_the_batch_has_the_log_probs_that_completions_were_drawn_with(sampling):
     np.testing.assert_array_equal(base()[1].drawn, base()[1].logps)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("temperature", [1.0, pytest.param(0.6, marks=pytest.mark.slow)])
 def test_tokens_that_the_tokenizer_has_not_are_never_sampled(temperature):
     """Of a padded head, and of holes in it, even where their logits are the largest; the scorer's distribution is the sampler's."""
     unused = ((0, 2), (20, 30), (90, 96))

@@ -70,6 +70,7 @@ def transformers_scores(folder, rows):
         return np.array([float(model(input_ids=torch.tensor([ids])).logits[0, 0]) for ids in rows])
 
 
+@pytest.mark.slow
 def test_samples_are_scored_as_the_reward_models_template_has_them(models, tmp_path):
     prompts = [[{"role": "user", "content": f"{word} and?"}] for word in ("sun", "moon", "sea", "a tree", "cat", "dog", "the owl", "x")]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts))

@@ -22,7 +22,7 @@ def load(folder):
     return hf.load_params(hf.open_folder(folder), make_mesh({"fsdp": -1}))
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_transformers_loads_a_folder_with_added_tokens(tied, tmp_path):
     """The tokenizer has 95 tokens and the embedding 96 rows: the row that was free is a token's now."""
     folder = tiny.folder(tmp_path / "model", tie_word_embeddings=tied)

@@ -88,6 +88,7 @@ def test_the_command_measures_folders(place, tmp_path, capsys):
     assert {row["prompt"] for row in samples} == {"Is it old?", "Is it new?"} and all(len(row["members"]) == 2 for row in samples)
 
 
+@pytest.mark.slow
 def test_a_score_is_that_of_the_text_as_training_has_it(place, answered):
     one, other = folders.score(settings(place), [0, 1])
     assert one.lengths is not None

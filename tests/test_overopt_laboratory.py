@@ -255,6 +255,7 @@ def test_report_rebuilds_and_lays_side_by_side(workdir, tmp_path, capsys):
     assert "<b>" not in text, "texts are escaped"
 
 
+@pytest.mark.slow
 def test_report_of_what_has_nothing_to_report(tmp_path, workdir, capsys):
     assert cli.main(["report", str(tmp_path)]) == 2
     assert "has no step and no evaluation in its metrics.jsonl" in capsys.readouterr().err
