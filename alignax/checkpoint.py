@@ -89,7 +89,7 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         items = _items(state)
-        own = {"format": FORMAT, "step": step, "skipped": int(state.skipped), "digests": digests(items)}
+        own = {"format": FORMAT, "step": step, "skipped": int(state.skipped.max()), "digests": digests(items)}
         saved = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
         args = ocp.args.Composite(**saved, about=ocp.args.JsonSave(dict(about) | own))
         with _saving(self.path):

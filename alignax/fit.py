@@ -57,7 +57,7 @@ def fit(started: Started) -> dict[str, dict[str, float]]:
             log.line(line)
         with closing(started.checkpoints):  # waits until the last one is whole
             state, results = loop(started, log, stop)
-        if int(state.skipped) >= run.steps:
+        if int(state.skipped.max()) >= run.steps:
             raise FloatingPointError(
                 f"none of the {run.steps} steps was finite, nothing was learnt, and nothing is exported; "
                 "lower optimizer.learning_rate, or look at the rows, and choose another workdir"

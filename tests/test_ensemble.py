@@ -111,7 +111,9 @@ def test_a_run_writes_a_folder_of_each_member_and_goes_on_where_it_was(fields, t
     assert json.loads((tmp_path / "out" / "member_1" / "config.json").read_text())["architectures"] == ["LlamaForSequenceClassification"]
     rows = [{"prompt": "Is it?", "completion": f" {word}"} for word in ("yes", "no", "abc", "a b c")]
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert main(["anchor", str(tmp_path / "run"), str(tmp_path / "out"), "--samples", str(tmp_path / "samples.jsonl"), "--scale"]) == 0
+    anchor = ["anchor", str(tmp_path / "run"), str(tmp_path / "out"), "--samples", str(tmp_path / "samples.jsonl"), "--scale"]
+    assert main(anchor) == 2 and "another run wrote it; give --force" in capsys.readouterr().err
+    assert main([*anchor, "--force"]) == 0
     std = float(re.findall(r"member 1: .* standard deviation (\S+) becomes 1", capsys.readouterr().out)[0])
     scaled = load_file(tmp_path / "out" / "member_1" / "model.safetensors")["score.weight"]
     np.testing.assert_allclose(scaled, heads[1] / std, rtol=1e-3)
