@@ -285,7 +285,7 @@ def test_anchored_members_have_a_zero_of_their_own(options, dtype, folders, samp
 def test_a_single_model_is_anchored_twice_as_once(folders, samples, tmp_path):
     out = tmp_path / "out"
     for source in (folders[0], out):
-        assert main(["anchor", str(source), str(out), "--samples", str(samples), "--config.batch_size=16"]) == 0
+        assert main(["anchor", str(source), str(out), "--samples", str(samples), "--config.batch_size=16", "--force"]) == 0
     (after,) = on_samples([out], samples)[0]
     (before,) = on_samples(folders[:1], samples)[0]
     np.testing.assert_allclose(after, before - before.mean(), atol=1e-5)
