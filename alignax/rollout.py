@@ -256,7 +256,7 @@ def rewards_of(run: Run, name: str, examples: Examples, rows: np.ndarray, comple
         try:
             answer = answer_of(run, name, examples, np.repeat(rows, n), flat, ids, n)
         except Abandoned as e:
-            answer, left = Answer([np.nan] * len(found), e.number)
+            answer, left = Answer([np.nan] * len(found)), e.number
         with np.errstate(over="ignore"):
             found[:] = answer.rewards
         what = answer.problem + (f", for {short(flat[answer.at])}" if answer.at >= 0 else "")
