@@ -20,6 +20,9 @@ import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 REPO = Path(__file__).resolve().parents[1]
+# Programs are compiled once for all files, workers and later runs of the tests.
+jax.config.update("jax_compilation_cache_dir", str(REPO / ".pytest_cache" / "compiled"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 @pytest.fixture(scope="session")

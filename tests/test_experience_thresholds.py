@@ -109,6 +109,7 @@ def test_a_run_tries_what_the_host_would(met, patience, last, length):
     assert np.abs(best - PEAK).max() < 0.02
 
 
+@pytest.mark.slow
 def test_thresholds_found_while_a_policy_trains_are_those_of_the_planted_gold():
     """A bandit whose policies are those of least KL at a mean score, and gold that falls beyond a score: near the best one's gold.
 

@@ -135,6 +135,7 @@ def test_a_reward_model_of_the_policys_format_reads_the_policys_tokens(models, t
     file.write_text(before)
 
 
+@pytest.mark.slow
 def test_members_of_several_templates_are_no_ensemble(models, tmp_path):
     other = reward_folder(tmp_path, 3)
     (other / "chat_template.jinja").write_text(OURS)

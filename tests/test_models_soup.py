@@ -93,6 +93,7 @@ def begun(fields, workdir: Path, **changes):
     return start(prepare(load_experiment(runs.REPO / "experiments" / "dpo_hh.py", [f"{k}={v}" for k, v in fields.items()])), write=False)
 
 
+@pytest.mark.slow
 def test_a_policy_is_away_from_its_soup_before_the_first_step(world, loaded, tmp_path):
     """KL(policy || soup) is above 0 at step 0, unlike that from a reference that the policy starts from."""
     started = begun(world, tmp_path / "run", **{"reference.path": mean_of(world, 0.5)})

@@ -110,6 +110,7 @@ def test_a_score_is_that_of_the_text_as_training_has_it(place, answered):
     np.testing.assert_allclose(one.margins[0, [0, 4]], np.where(better, first, -first), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_one_proxy_is_allowed_and_said(place, answered, capsys):
     alone = settings(place, **{"folders.proxies": place / "a"})
     assert next(folders.score(alone, [0, 1])).members.shape == (1, 2, 8)
@@ -138,6 +139,7 @@ def test_bad_input_is_one_line(changes, message, place, more, tmp_path, capsys):
     assert message in err and err.splitlines()[-1].startswith("alignax: error: ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

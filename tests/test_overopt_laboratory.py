@@ -160,6 +160,7 @@ class Page(HTMLParser):
         return [attrs for name, attrs in self.found if name == tag]
 
 
+@pytest.mark.slow
 def test_the_page_is_whole_and_needs_no_network(workdir):
     page = Page(workdir / "report.html")
     images = page.all("img")
@@ -179,6 +180,7 @@ def test_the_page_is_whole_and_needs_no_network(workdir):
     assert len(figures) == len(images)
 
 
+@pytest.mark.slow
 def test_the_numbers_agree(workdir):
     out = json.loads((workdir / "results.json").read_text())
     by = {(c["kind"], c["world"], c["objective"], c["beta"]): c for c in out["curves"]}
@@ -206,6 +208,7 @@ def test_the_numbers_agree(workdir):
     assert float(row["mean"]) == pytest.approx(gold.mean(axis=0)[-1], rel=1e-5) and row["seeds"] == "2"
 
 
+@pytest.mark.slow
 def test_a_finished_run_measures_nothing_again_and_its_config_runs_the_same(workdir, tmp_path, capsys, monkeypatch):
     for measure in ("score", "align", "learn"):
         monkeypatch.setattr(laboratory, measure, lambda *args: pytest.fail("measured again"))
@@ -228,6 +231,7 @@ def test_a_config_that_measured_nothing_may_be_corrected(tmp_path, capsys, monke
     assert config.load_experiment(tmp_path / "run" / "config.py").config.repeats == 3
 
 
+@pytest.mark.slow
 def test_report_rebuilds_and_lays_side_by_side(workdir, tmp_path, capsys):
     one, other, trained = (tmp_path / name for name in ("one", "other", "dpo"))
     for folder in (one, other):

@@ -149,6 +149,7 @@ def test_every_method_is_made_of_the_librarys_parts():
 # What the papers say --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_single_proxy_is_overoptimised_and_a_kl_penalty_stops_early():
     """Gao et al. 2022, section 3.6: the penalty does not change where gold is at a KL, only how far the policy goes."""
     free, held = trained(3, "PPO", "single", (0.0, 1.0), *SMALL)

@@ -319,6 +319,7 @@ def trained() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return best, by_token, distance
 
 
+@pytest.mark.slow
 def test_the_policy_becomes_better_behind_the_best_token_and_is_ranked_behind_the_others(trained):
     best, by_token, _ = trained
     assert (np.diff(best[:, :3], axis=1) > 0).all() and (best[:, 3] > best[:, 2] - 0.01).all()
@@ -326,6 +327,7 @@ def test_the_policy_becomes_better_behind_the_best_token_and_is_ranked_behind_th
     assert (by_token[:, 0] > by_token[:, -1] + 0.5).all()  # what the token says is heeded
 
 
+@pytest.mark.slow
 def test_the_kl_holds_and_its_direction_matters(trained):
     best, _, distance = trained
     for side in ([0, 1, 2, 3], [0, 4, 5, 6]):  # by beta

@@ -33,6 +33,7 @@ def test_the_first_example_is_rpo():
     assert batch["ref_logps"].shape == batch["tokens"].shape and params
 
 
+@pytest.mark.slow
 def test_kto_scores_mismatched_responses():
     names = run_block(1)
     models = (Model(tiny.plain_apply, tiny.plain_params(seed=seed)) for seed in (0, 1))
@@ -62,6 +63,7 @@ def test_averages():
     assert set(run_block(4)["averages"](None)) == {"ema", "reference"}
 
 
+@pytest.mark.slow
 def test_generation():
     mesh = make_mesh({"fsdp": -1})
     layout = jax.tree.map(lambda x: x.sharding, hf.abstract_params(tiny.MODEL, mesh))

@@ -105,6 +105,7 @@ def program():
     return jax.jit(jax.vmap(accuracies, in_axes=(0, None)))
 
 
+@pytest.mark.slow
 def test_routing_wins_where_categories_conflict_and_loses_where_they_agree():
     pooled, told, alone = measured(4, 1.2)
     assert alone - pooled >= 0.03
