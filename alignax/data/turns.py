@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from alignax.data.rows import Bad, Message, Prompted
 from alignax.data.template import REFUSED, Opening, Template, is_prefill, refusals, refused, shared, squeezed
 
+TOOLS = "the tools"  # of what a template leaves out
 REASONING = ("reasoning_content", "reasoning", "thinking")
 THINKING = ("enable_thinking", "thinking")  # variables that turn reasoning on and off in the templates that have one
 
@@ -326,7 +327,7 @@ def _left_out(messages: list[Message], first: int, text: str, tools: Any, templa
         except refusals():
             return False
 
-    told = {"the tools"} if tools and unread(messages, None) else set()
+    told = {TOOLS} if tools and unread(messages, None) else set()
     for key in {key: None for message in messages for key in message if key not in ("role", "content")}:
         if unread([{k: v for k, v in message.items() if k != key} for message in messages], tools):
             told |= {_of(key, m["role"]) for m in messages if key in m and not (key == "weight" and m["role"] == "assistant")}
