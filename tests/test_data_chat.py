@@ -177,7 +177,7 @@ def test_a_template_that_rewrites_history_is_read_as_the_whole_has_it():
     conversation = turns("hi", "hm|hello", "and?", "hm|bye")
     (every,), _ = read([{"messages": conversation}], turns="all")
     assert shown(tokenizer, every) == ["[hello<|im_end|>]\n<|im_start|>user\nand?<|im_end|>\n<|im_start|>assistant\n[hm|bye<|im_end|>]"]
-    assert encode([every], tokenizer)[0].told == {"'content' of messages of 'assistant', in part or whole"}
+    assert encode([every], tokenizer)[0].told == {"left out by the chat template: 'content' of messages of 'assistant', in part or whole"}
     (last,), _ = read([{"messages": conversation}])
     assert shown(tokenizer, last) == ["[hm|bye<|im_end|>]"] and "hm|hello" not in shown(tokenizer, last, prompt=True)
 

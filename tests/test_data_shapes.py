@@ -87,7 +87,7 @@ def test_messages_as_text_are_refused_with_the_remedy(form):
         ({"prompt": "hi", "chosen": form([USER, YES]), "rejected": form([USER, NO])}, "preference"),
         ({"conversations": form([{"from": "human", "value": "hi"}])}, "sft"),
     ):
-        with pytest.raises(ValueError, match=r"text that holds messages as .*; make a list of them in row\(row\)"):
+        with pytest.raises(ValueError, match=r"text that holds messages as .*; make a list of them, with .* as row\(row\)"):
             only(row, kind, **({"messages": "conversations"} if "conversations" in row else {}))
     assert only({"prompt": "hi", "completion": '[{"roles": 1}]'}, "sft").completions == ('[{"roles": 1}]',)
 
@@ -97,7 +97,9 @@ def test_openais_earlier_calls_of_functions():
     said = {"role": "assistant", "content": None, "function_call": call}
     result = {"role": "function", "name": "weather", "content": "18 C"}
     row = only({"messages": [USER, said, result, YES]}, "sft")
-    assert row.prompt == [USER, {"role": "assistant", "tool_calls": [{"type": "function", "function": call}]}, result]
+    calls = [{"type": "function", "function": call}]
+    assert row.prompt == [USER, {"role": "assistant", "tool_calls": calls}, result | {"role": "tool"}]
+    assert messages("c", [{"from": "function", "value": "18 C"}]) == [{"role": "tool", "content": "18 C"}]
 
 
 def test_share_gpt_conversations_with_calls():

@@ -13,7 +13,7 @@ from alignax.data.words import one_line, short
 # The speakers of ShareGPT rows, `from` and `value` for `role` and `content`.
 SPEAKERS = {
     "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant", "model": "assistant",
-    "bot": "assistant", "system": "system", "tool": "tool", "observation": "tool", "function_call": "function_call",
+    "bot": "assistant", "system": "system", "tool": "tool", "observation": "tool", "function": "tool", "function_call": "function_call",
 }  # fmt: skip
 
 
@@ -61,13 +61,15 @@ def messages(name: str, value: Any) -> Any:
     """A conversation, or one message of it, as messages; any other value as it is.
 
     Of ShareGPT `from` becomes `role` and `value` becomes `content`, a `function_call` the tool calls that its JSON holds; OpenAI's
-    `function_call` of a message becomes a tool call. A content of several parts, all of them text, becomes one text, with nothing
-    between them, as templates write parts; `Template.takes_parts` gives it back to those that take nothing else. A text that holds
-    messages as JSON makes a bad row.
+    `function_call` of a message becomes a tool call, and the role `function` becomes `tool`. A content of several parts, all of them
+    text, becomes one text, with nothing between them, as templates write parts; `Template.takes_parts` gives it back to those that take
+    nothing else. A text that holds messages as JSON makes a bad row.
     """
     if is_json(value):
         what = f"{name!r} is {short(value)}, text that holds messages as JSON or as Python writes them"
-        return Bad("messages as text", f"{what}; make a list of them in row(row), with json.loads or ast.literal_eval")
+        return Bad(
+            "messages as text", f"{what}; make a list of them, with json.loads or ast.literal_eval, as row(row) of an experiment can"
+        )
     if isinstance(value, dict) and ("role" in value or "from" in value):
         value = [value]
     if not isinstance(value, list):
@@ -97,6 +99,8 @@ def _message(name: str, message: Any) -> Any:
     if isinstance(message.get("function_call"), dict) and not message.get("tool_calls"):
         call = {"type": "function", "function": message["function_call"]}
         message = {key: x for key, x in message.items() if key != "function_call"} | {"tool_calls": [call]}
+    if message.get("role") == "function":
+        message = {**message, "role": "tool"}
     if not isinstance(message.get("content"), list):
         return message
     texts = [_text_of(part) for part in message["content"]]

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 from alignax.data.rows import Bad, Message, Prompted
 from alignax.data.template import REFUSED, Opening, Template, is_prefill, refusals, refused, shared, squeezed
 
-TOOLS = "the tools"  # of what a template leaves out
+LEFT_OUT = "left out by the chat template: {}"
+TOOLS = LEFT_OUT.format("the tools")
 REASONING = ("reasoning_content", "reasoning", "thinking")
 THINKING = ("enable_thinking", "thinking")  # variables that turn reasoning on and off in the templates that have one
 
@@ -339,7 +340,7 @@ def _left_out(messages: list[Message], first: int, text: str, tools: Any, templa
 
 
 def _of(key: str, role: str) -> str:
-    return f"{key!r} of messages of {role!r}, in part or whole" if key == "content" else f"{key!r} of messages of {role!r}"
+    return LEFT_OUT.format(f"{key!r} of messages of {role!r}{', in part or whole' if key == 'content' else ''}")
 
 
 def _unseen(prompt: list[Message], messages: list[Message], given: str, side: Side, tools: Any, template: Template) -> set[str]:
