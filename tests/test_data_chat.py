@@ -156,9 +156,9 @@ def test_bad_conversations(row, reason):
 
 
 def test_an_unknown_speaker_of_answers_is_named_and_empty_tools_are_none():
-    rows = [{"messages": [{"role": "human", "content": "hi"}, {"role": "gpt", "content": "a"}]}]
+    rows = [{"messages": [{"role": "user", "content": "hi"}, {"role": "judge", "content": "a"}]}]
     _, rejected = read(rows, bad_rows="drop")
-    assert "'messages' has no assistant turn; its roles are human, gpt" in rejected.first["no answer"][0]
+    assert "'messages' has no assistant turn; its roles are user, judge" in rejected.first["no answer"][0]
     (row,), _ = read([{"messages": turns("hi", "a"), "tools": " "}])
     assert row.tools is None
 

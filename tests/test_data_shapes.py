@@ -102,6 +102,12 @@ def test_openais_earlier_calls_of_functions():
     assert messages("c", [{"from": "function", "value": "18 C"}]) == [{"role": "tool", "content": "18 C"}]
 
 
+def test_roles_of_other_names():
+    there = {"human": "user", "User": "user", "gpt": "assistant", "ASSISTANT": "assistant", "model": "assistant", "System": "system"}
+    there |= {"observation": "observation", "developer": "developer", "judge": "judge"}
+    assert [m["role"] for m in messages("c", [{"role": role, "content": "x"} for role in there])] == [*there.values()]
+
+
 def test_share_gpt_conversations_with_calls():
     call = {"name": "f", "arguments": {"x": 1}}
     turns = [("system", "French."), ("human", "hi"), ("function_call", json.dumps(call)), ("observation", "3"), ("gpt", "hello")]

@@ -305,6 +305,13 @@ def test_calls_of_tools_with_arguments_as_object_or_text(arguments, content):
     assert shown(printed, HI, turns, turns="all") == [expected]
 
 
+@pytest.mark.parametrize("arguments", [{"arguments": ""}, {"arguments": None}, {}])
+def test_calls_without_arguments_have_none(arguments):
+    call = says("assistant", None, tool_calls=[{"type": "function", "function": {"name": "now", **arguments}}])
+    for template in (CALLING, CALLING.replace("c.function.arguments | tojson", "'' + c.function.arguments")):
+        assert shown(template, HI, [call]) == ["[<call>now {}</call><|im_end|>]"]
+
+
 def test_what_a_template_leaves_out_is_told():
     call = says("assistant", "look", tool_calls=[CALL], reasoning_content="hm", weight=1)
     prompt = [says("user", "hi", name="Ann"), call, says("tool", "18 C", tool_call_id="1"), says("user", "so?")]

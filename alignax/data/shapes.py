@@ -17,6 +17,8 @@ SPEAKERS = {
 }  # fmt: skip
 
 
+# Names of roles that no chat template of today knows; GLM's knows "observation".
+ROLES = {name: role for name, role in SPEAKERS.items() if name not in ("function_call", "observation")}
 AS_JSON = re.compile(
     r"""\s*\[\s*\{\s*("(role|from)"\s*:\s*"|'(role|from)'\s*:\s*'|"(content|value)"\s*:\s*"[^"]*"\s*,\s*"(role|from)"\s*:)"""
 )
@@ -61,9 +63,9 @@ def messages(name: str, value: Any) -> Any:
     """A conversation, or one message of it, as messages; any other value as it is.
 
     Of ShareGPT `from` becomes `role` and `value` becomes `content`, a `function_call` the tool calls that its JSON holds; OpenAI's
-    `function_call` of a message becomes a tool call, and the role `function` becomes `tool`. A content of several parts, all of them
-    text, becomes one text, with nothing between them, as templates write parts; `Template.takes_parts` gives it back to those that take
-    nothing else. A text that holds messages as JSON makes a bad row.
+    `function_call` of a message becomes a tool call. Roles such as `function`, `human` and `User` become `tool` and `user`. A content of
+    several parts, all of them text, becomes one text, with nothing between them, as templates write parts; `Template.takes_parts` gives
+    it back to those that take nothing else. A text that holds messages as JSON makes a bad row.
     """
     if is_json(value):
         what = f"{name!r} is {short(value)}, text that holds messages as JSON or as Python writes them"
@@ -99,8 +101,8 @@ def _message(name: str, message: Any) -> Any:
     if isinstance(message.get("function_call"), dict) and not message.get("tool_calls"):
         call = {"type": "function", "function": message["function_call"]}
         message = {key: x for key, x in message.items() if key != "function_call"} | {"tool_calls": [call]}
-    if message.get("role") == "function":
-        message = {**message, "role": "tool"}
+    if isinstance(role := message.get("role"), str) and role not in ROLES.values():
+        message = {**message, "role": ROLES.get(role.lower(), role)}
     if not isinstance(message.get("content"), list):
         return message
     texts = [_text_of(part) for part in message["content"]]

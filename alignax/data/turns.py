@@ -64,7 +64,7 @@ def find(row: Prompted, template: Template, ends: Sequence[str]) -> Found | Bad:
             own = own or (found if type(error) is jinja2.TemplateError else None)
         if isinstance(found, Found):
             return found
-        bad = found if bad is None or bad.reason == REFUSED else bad
+        bad = found if bad is None or bad.reason == REFUSED != found.reason else bad
     bad = own if own is not None and bad is not None and bad.reason == REFUSED else bad
     assert bad is not None
     return bad
@@ -396,9 +396,11 @@ def _call(call: Any, as_text: bool) -> Any:
         return call
     if isinstance(call.get("function"), dict):
         return call | {"function": _call(call["function"], as_text)}
-    if "arguments" not in call:
+    if "name" not in call:
         return call
-    value = call["arguments"]
+    value = call.get("arguments")
+    if value is None or isinstance(value, str) and not value.strip():
+        value = {}  # of a function that takes none
     if as_text:
         return call | {"arguments": value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}
     try:
