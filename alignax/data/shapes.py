@@ -143,9 +143,11 @@ def together(prompt: Any, sides: Mapping[str, Any]) -> tuple[Any, dict[str, Any]
     """Prompt and sides of which one is text and the other messages, both as messages; whatever else there is, as it is.
 
     A text beside messages is a user's turn in the prompt, and an assistant's in a side. A conversation that itself begins with
-    a prompt's text has the prompt in it: None is returned for the prompt.
+    a prompt's text has the prompt in it: None is returned for the prompt. Messages of the prompt that all sides repeat stand there once.
     """
     if isinstance(prompt, list):
+        if prompt and sides and all(isinstance(side, list) and side[: len(prompt)] == prompt for side in sides.values()):
+            sides = {name: side[len(prompt) :] for name, side in sides.items()}
         return prompt, {name: said("assistant", side) if isinstance(side, str) else side for name, side in sides.items()}
     if isinstance(prompt, str) and sides and all(_are_messages(side) for side in sides.values()):
         if all(side[0]["role"] == "assistant" for side in sides.values()):
