@@ -9,6 +9,7 @@ import tiny
 from alignax.config import default_config
 from alignax.data import assemble, chat, decode_example, padded_length, prompted_rows, tokenize
 from alignax.data.chat import Encoded, encode, masks
+from alignax.data.tokens import CUT
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -155,9 +156,9 @@ def test_bad_conversations(row, reason):
 
 
 def test_an_unknown_speaker_of_answers_is_named_and_empty_tools_are_none():
-    rows = [{"messages": [{"role": "human", "content": "hi"}, {"role": "gpt", "content": "a"}]}]
+    rows = [{"messages": [{"role": "user", "content": "hi"}, {"role": "judge", "content": "a"}]}]
     _, rejected = read(rows, bad_rows="drop")
-    assert "'messages' has no assistant turn; its roles are human, gpt" in rejected.first["no answer"][0]
+    assert "'messages' has no assistant turn; its roles are user, judge" in rejected.first["no answer"][0]
     (row,), _ = read([{"messages": turns("hi", "a"), "tools": " "}])
     assert row.tools is None
 
@@ -176,7 +177,7 @@ def test_a_template_that_rewrites_history_is_read_as_the_whole_has_it():
     conversation = turns("hi", "hm|hello", "and?", "hm|bye")
     (every,), _ = read([{"messages": conversation}], turns="all")
     assert shown(tokenizer, every) == ["[hello<|im_end|>]\n<|im_start|>user\nand?<|im_end|>\n<|im_start|>assistant\n[hm|bye<|im_end|>]"]
-    assert encode([every], tokenizer)[0].told == {"'content' of messages of 'assistant', in part or whole"}
+    assert encode([every], tokenizer)[0].told == {"left out by the chat template: 'content' of messages of 'assistant', in part or whole"}
     (last,), _ = read([{"messages": conversation}])
     assert shown(tokenizer, last) == ["[hm|bye<|im_end|>]"] and "hm|hello" not in shown(tokenizer, last, prompt=True)
 
@@ -264,6 +265,22 @@ def test_several_spans_reach_the_batch_and_are_cut(chatml):
     cut, report = tokenize(rows, chatml, max_length=whole - 2, **options)
     assert len(cut.scored) == len(cut.tokens) and chatml.decode(cut.tokens[whole - 2 :][cut.scored[whole - 2 :]]) == "hello<|im_end|>"
     assert report.completions_cut == 1 and chatml.eos_token_id not in cut.tokens[: whole - 2][-2:] and cut.lengths[0] == whole - 2
+    assert report.ends_lost == 1 and any("completions cut: 1 (50.0%), EOS lost: 1" in line for line in report.lines())
+    between = tokenize(rows, chatml, max_length=whole - 6, **options)[1]  # the cut lies in front of the second answer
+    assert (between.completions_cut, between.ends_lost) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("role", "template", "lost"), [("system", CHATML, ["system message"]), ("user", TOOLS, ["tools"]), ("user", CHATML, [])]
+)
+def test_a_cut_prompt_that_loses_its_system_message_or_its_tools_is_told(role, template, lost):
+    tokenizer, tools = tiny.byte_tokenizer(template), [{"name": "f"}]
+    prompt = [{"role": role, "content": "Be brief."}, *turns("hi")]
+    rows, _ = read([{"prompt": prompt, "completion": turns("ho", first="assistant"), "tools": tools}])
+    for most, is_cut in ((20, True), (119, False)):
+        _, report = tokenize(rows, tokenizer, max_length=180, max_prompt_length=most, vocab_size=999)
+        assert report.prompts_cut == is_cut
+        assert [what for what in report.told if what.startswith("cut prompts")] == [CUT.format(what) for what in lost if is_cut]
 
 
 def test_text_and_conversations_may_share_a_file(chatml):

@@ -64,6 +64,8 @@ def test_a_conversation_that_begins_otherwise_than_its_prompt_is_refused_with_th
         only({"prompt": "other", "chosen": [USER, YES], "rejected": [USER, NO]})
     with pytest.raises(ValueError, match=r"no prompt column 'prompt' .* Name the column with data\.columns\.prompt=turns, which holds"):
         only({"turns": [{"from": "human", "value": "hi"}], "chosen": YES, "rejected": NO})
+    with pytest.raises(ValueError, match=r"no column 'completion', .*; 'talk' holds a conversation: .*data.columns.messages=talk"):
+        only({"talk": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]}, "sft")
     with pytest.raises(ValueError, match="'rejected' is 7, neither text nor messages, and 'prompt' is a conversation"):
         only({"prompt": [USER], "chosen": "hello", "rejected": 7})
     with pytest.raises(ValueError, match="a message of 'prompt' is from 'narrator', not from one of human, "):
@@ -87,7 +89,7 @@ def test_messages_as_text_are_refused_with_the_remedy(form):
         ({"prompt": "hi", "chosen": form([USER, YES]), "rejected": form([USER, NO])}, "preference"),
         ({"conversations": form([{"from": "human", "value": "hi"}])}, "sft"),
     ):
-        with pytest.raises(ValueError, match=r"text that holds messages as .*; make a list of them in row\(row\)"):
+        with pytest.raises(ValueError, match=r"text that holds messages as .*; make a list of them, with .* as row\(row\)"):
             only(row, kind, **({"messages": "conversations"} if "conversations" in row else {}))
     assert only({"prompt": "hi", "completion": '[{"roles": 1}]'}, "sft").completions == ('[{"roles": 1}]',)
 
@@ -97,7 +99,20 @@ def test_openais_earlier_calls_of_functions():
     said = {"role": "assistant", "content": None, "function_call": call}
     result = {"role": "function", "name": "weather", "content": "18 C"}
     row = only({"messages": [USER, said, result, YES]}, "sft")
-    assert row.prompt == [USER, {"role": "assistant", "tool_calls": [{"type": "function", "function": call}]}, result]
+    calls = [{"type": "function", "function": call}]
+    assert row.prompt == [USER, {"role": "assistant", "tool_calls": calls}, result | {"role": "tool"}]
+    assert messages("c", [{"from": "function", "value": "18 C"}]) == [{"role": "tool", "content": "18 C"}]
+
+
+def test_sides_that_repeat_the_prompt_have_it_once():
+    row = only({"prompt": [USER], "chosen": [USER, YES], "rejected": [USER, NO]})
+    assert (row.prompt, row.completions) == ([USER], ([YES], [NO]))
+
+
+def test_roles_of_other_names():
+    there = {"human": "user", "User": "user", "gpt": "assistant", "ASSISTANT": "assistant", "model": "assistant", "System": "system"}
+    there |= {"observation": "observation", "developer": "developer", "judge": "judge"}
+    assert [m["role"] for m in messages("c", [{"role": role, "content": "x"} for role in there])] == [*there.values()]
 
 
 def test_share_gpt_conversations_with_calls():

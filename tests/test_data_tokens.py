@@ -275,46 +275,69 @@ def test_what_the_tokenizer_puts_behind_a_text_is_no_part_of_it():
 
 
 WORDS = "the sky is blue, and a cat of 12 hats sat. Hello   world\n\nround, worlds of words "
+CHATML = "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}{% if add_generation_prompt %}<s>assistant\n{% endif %}"
 
 
-@pytest.mark.parametrize(("max_length", "max_prompt_length"), [(40, 0), (40, 12), (2, 1)])
-def test_of_long_texts_only_what_is_kept_is_tokenised_and_it_is_the_same(bos, monkeypatch, max_length, max_prompt_length):
-    rows = [("the sky", " is " + WORDS * 200, " is round"), (WORDS * 300, " a" * 300, " b " + WORDS * 100), ("a cat", " x" * 9000, " yes")]
-    rows += [("<s>" + WORDS * 300, " yes", " no"), (" ".join(WORDS) * 90, " yes", " no"), ("-" * 20_000, " yes", " no")]
-    seen = []
-    whole, before = run(rows, bos, max_length, max_prompt_length, "drop")
-    monkeypatch.setattr(bounds, "LONG", 0)
-    monkeypatch.setattr(bounds, "WINDOW", 64)
-    monkeypatch.setattr(tokens, "_ids", lambda texts, tokenizer, own=tokens._ids: seen.extend(map(len, texts)) or own(texts, tokenizer))
-    examples, after = run(rows, bos, max_length, max_prompt_length, "drop")
-    assert examples.digest() == whole.digest() and examples.prompts == whole.prompts
-    assert after.dropped == before.dropped and after.shortened >= 1 > before.shortened
-    same = ("kept", "prompts_cut", "completions_cut", "fronts_written")
-    assert [getattr(after, name) for name in same] == [getattr(before, name) for name in same]
-    assert sum(seen) < 0.7 * sum((len(row) * len(row[0]) + sum(map(len, row[1:]))) for row in rows)
+def unsplit(model, trainer):
+    """A tokenizer as of Llama 2 and Gemma: a text is one piece, and its spaces are replaced."""
+    own = tokenizers.Tokenizer(model)
+    own.normalizer = tokenizers.normalizers.Replace(" ", "\u2581")
+    given = {"vocab_size": 90, "special_tokens": ["<s>", "</s>", "<unk>"], "show_progress": False}
+    own.train_from_iterator([text.replace(" ", "\u2581") for text in (*SENTENCES, WORDS)], trainer(**given))
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=own, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
-def test_tokenizers_that_do_not_split_at_spaces_read_texts_whole_up_to_a_limit(bos, monkeypatch):
-    model = tokenizers.Tokenizer(tokenizers.models.BPE())
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=60, special_tokens=["<s>", "</s>"], show_progress=False)
-    model.train_from_iterator(SENTENCES, trainer)
-    unsplit = transformers.PreTrainedTokenizerFast(tokenizer_object=model, bos_token="<s>", eos_token="</s>")
-    spaced = make()
-    spaced.add_tokens(["blue and the"])
-    replaced = make()  # as Gemma's: the spaces are gone before the texts are split at them
-    replaced.backend_tokenizer.normalizer = tokenizers.normalizers.Replace(" ", "\u2581")
-    replaced.backend_tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(" ", "isolated")
-    meta = make()
-    meta.backend_tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
-    assert [bounds.splits_at_spaces(t) for t in (bos, meta, unsplit, spaced, replaced)] == [True, True, False, False, False]
-    monkeypatch.setattr(bounds, "MOST", 2000)
-    monkeypatch.setattr(bounds, "LONG", 500)
-    row = ("the sky", " is blue" * 300, " a")
-    with pytest.raises(
-        ValueError, match=r"row 0 \(counted from 0\): 2,423 characters would be tokenised for it, .* and at most 2,000 are; shorten"
-    ):
-        run([row], unsplit)
-    assert run([("the sky", " is", " a"), row], unsplit, bad_rows="drop")[1].dropped == {"too long": 1}
+TOKENIZERS = {
+    "bytes": make,
+    "bpe": lambda: unsplit(tokenizers.models.BPE(unk_token="<unk>"), tokenizers.trainers.BpeTrainer),
+    "unigram": lambda: unsplit(tokenizers.models.Unigram(), lambda **x: tokenizers.trainers.UnigramTrainer(unk_token="<unk>", **x)),
+    "words": lambda: words("<s> $A", "</s>", ("</s>", "<s>", "the", "a", "x", "yes", "no")),
+}
+
+
+def as_turns(row):
+    says = lambda role, text: {"role": role, "content": text}
+    return Prompted([says("user", "Hi"), says("user", row.prompt)], tuple([says("assistant", text)] for text in row.completions), row.row)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize(("max_length", "max_prompt_length"), [(40, 0), (40, 12), (3, 1)])
+def test_of_long_rows_only_what_is_kept_is_tokenised_and_it_is_the_same(name, monkeypatch, max_length, max_prompt_length):
+    tokenizer = TOKENIZERS[name]()
+    tokenizer.chat_template = CHATML
+    rows = [("the sky", " is " + WORDS * 20, " is round"), (WORDS * 20, " a" * 300, " b " + WORDS * 20), ("a cat", " x" * 900, " yes")]
+    rows += [("<s>" + WORDS * 20, " yes", " no"), (" ".join(WORDS) * 10, " yes", " no"), ("-" * 2000, " yes", " no")]
+    rows = [Prompted(prompt, sides, i) for i, (prompt, *sides) in enumerate(rows)]
+    turns = [{"role": role, "content": WORDS[:9]} for _ in range(30) for role in ("assistant", "user")]
+    for given in (rows, [as_turns(row) for row in rows], [Prompted([turns[1]], (turns[:-1],)), Prompted(turns, (turns[:-1],), 1)]):
+        limits = {"max_length": max_length, "max_prompt_length": max_prompt_length, "vocab_size": 512}
+        monkeypatch.setattr(bounds, "LONG", 2**18)
+        whole, before = tokenize(given, tokenizer, rejected=Rejected("rows", "drop"), **limits)
+        monkeypatch.setattr(bounds, "LONG", 0)
+        monkeypatch.setattr(bounds, "STEP", 67)
+        examples, after = tokenize(given, tokenizer, rejected=Rejected("rows", "drop"), **limits)
+        assert examples.digest() == whole.digest() and examples.prompts == whole.prompts
+        assert after.dropped == before.dropped and after.shortened >= 1 > before.shortened
+        same = ("kept", "prompts_cut", "completions_cut", "ends_lost", "fronts_written")
+        assert [getattr(after, name) for name in same] == [getattr(before, name) for name in same]
+
+
+def test_rows_whose_parts_do_not_tell_their_tokens_are_read_whole_up_to_a_limit(bos, monkeypatch):
+    runs = tokenizers.Tokenizer(
+        tokenizers.models.BPE({"</s>": 0, "<s>": 1, "a": 2, "b": 3, "aa": 4, "aaaa": 5}, [("a", "a"), ("aa", "aa")])
+    )
+    runs = transformers.PreTrainedTokenizerFast(tokenizer_object=runs, bos_token="<s>", eos_token="</s>")
+    row, limits = ("b" + "a" * 1202, "a", "b"), {"max_prompt_length": 5}  # the last runs of four begin where the first one does
+    whole, _ = run([row], runs, **limits)
+    for name, value in (("UNSETTLED", 4000), ("LONG", 100), ("STEP", 67)):
+        monkeypatch.setattr(bounds, name, value)
+    examples, report = run([row], runs, **limits)
+    assert examples.digest() == whole.digest() and report.shortened == 0
+    monkeypatch.setattr(bounds, "UNSETTLED", 2000)
+    with pytest.raises(ValueError, match=r"row 0 .*: 3,611 characters would be tokenised for it, .* and at most 2,000 are; shorten"):
+        run([row], runs, **limits)
+    assert run([("ab", "a", "b"), row], runs, bad_rows="drop", **limits)[1].dropped == {"too long": 1}
+    assert run([(WORDS * 90, " is blue", " a")], bos, **limits)[1].shortened == 1
 
 
 def test_the_last_id_of_the_vocabulary_and_the_first_beyond_it(bos):

@@ -12,6 +12,7 @@ from alignax.config import default_config, set_field
 from alignax.data import chat, load_examples, tokenize
 from alignax.data.rows import Bad, Prompted
 from alignax.data.tokens import NO_TEMPLATE
+from alignax.data.turns import LEFT_OUT
 
 HEAD = "{% for m in messages %}{% if m.role != 'assistant' %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% else %}"
 ASK = "{% if add_generation_prompt %}<|im_start|>assistant\n"
@@ -173,7 +174,7 @@ def test_several_turns_each_as_the_whole_has_it():
     assert shown(THINKING, HI, turns, turns="all") == [f"[4<|im_end|>]{between}<think>\n\n</think>\n\n[6<|im_end|>]"]
     assert shown(OPENING, HI, turns, turns="all") == [f"[4<|im_end|>]{between}<think>\n\n</think>\n\n[6<|im_end|>]"]
     _, code = encoded(THINKING, HI, turns, turns="all")
-    assert code.told == {"'reasoning_content' of messages of 'assistant'"}, "the earlier one's is left out"
+    assert code.told == {"left out by the chat template: 'reasoning_content' of messages of 'assistant'"}, "the earlier one's is left out"
 
 
 def test_a_side_with_reasoning_and_one_without_share_their_prompt():
@@ -304,18 +305,25 @@ def test_calls_of_tools_with_arguments_as_object_or_text(arguments, content):
     assert shown(printed, HI, turns, turns="all") == [expected]
 
 
+@pytest.mark.parametrize("arguments", [{"arguments": ""}, {"arguments": None}, {}])
+def test_calls_without_arguments_have_none(arguments):
+    call = says("assistant", None, tool_calls=[{"type": "function", "function": {"name": "now", **arguments}}])
+    for template in (CALLING, CALLING.replace("c.function.arguments | tojson", "'' + c.function.arguments")):
+        assert shown(template, HI, [call]) == ["[<call>now {}</call><|im_end|>]"]
+
+
 def test_what_a_template_leaves_out_is_told():
     call = says("assistant", "look", tool_calls=[CALL], reasoning_content="hm", weight=1)
     prompt = [says("user", "hi", name="Ann"), call, says("tool", "18 C", tool_call_id="1"), says("user", "so?")]
     _, code = encoded(PLAIN, prompt, "ok", tools=TOOLS)
     assert code.told == {
-        "the tools", "'name' of messages of 'user'", "'tool_calls' of messages of 'assistant'",
-        "'reasoning_content' of messages of 'assistant'", "'tool_call_id' of messages of 'tool'",
+        LEFT_OUT.format(what) for what in ("the tools", "'name' of messages of 'user'", "'tool_calls' of messages of 'assistant'",
+        "'reasoning_content' of messages of 'assistant'", "'tool_call_id' of messages of 'tool'")
     }  # fmt: skip
     _, code = encoded(PLAIN.replace("messages %}", "messages if m.role != 'tool' %}"), prompt, "ok")
-    assert "'content' of messages of 'tool', in part or whole" in code.told
+    assert "left out by the chat template: 'content' of messages of 'tool', in part or whole" in code.told
     assert encoded(CALLING.replace("{{ m.content }}", "{{ m.content }}{{ tools }}", 1), prompt[:1], "ok", tools=TOOLS)[1].told == {
-        "'name' of messages of 'user'"
+        "left out by the chat template: 'name' of messages of 'user'"
     }
 
 
@@ -413,7 +421,7 @@ def test_a_message_in_front_of_an_answer_that_the_template_leaves_out():
     turns = [says("assistant", "look"), says("function", "18 C"), says("assistant", "18.")]
     header = "\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
     assert shown(template, HI, turns, turns="all") == [f"[look<|im_end|>]{header}[18.<|im_end|>]"]
-    assert "'content' of messages of 'function', in part or whole" in encoded(template, HI, turns, turns="all")[1].told
+    assert LEFT_OUT.format("'content' of messages of 'function', in part or whole") in encoded(template, HI, turns, turns="all")[1].told
 
 
 def test_a_template_that_refuses_is_quoted_and_not_another_try():

@@ -11,11 +11,15 @@ import runs
 import tiny
 
 from alignax import cli
+from alignax.config import default_config
 from alignax.generate import console
 from alignax.generate.console import Request
 
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 CHATML += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+
+
+DATA = default_config().data
 
 
 @pytest.fixture(scope="module")
@@ -100,14 +104,21 @@ def test_two_processes_say_what_one_does(model, tmp_path):
 def test_lines_go_through_the_chat_template_or_raw(tmp_path, monkeypatch):
     (file := tmp_path / "lines.txt").write_text("hi\n")
     tokenizer = tiny.byte_tokenizer(CHATML)
-    (line,) = console.read(Request(prompts=str(file)), tokenizer)
+    (line,) = console.read(Request(prompts=str(file)), tokenizer, DATA)
     said = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True)
     assert line.text == said and line.ids == tokenizer(said, add_special_tokens=False)["input_ids"]
     monkeypatch.setattr("builtins.input", lambda _: "hi")
-    assert next(console.typed(Request(), tokenizer)) == line
-    (raw,) = console.read(Request(prompts=str(file), raw=True), tokenizer)
-    assert raw == next(console.typed(Request(raw=True), tokenizer)) and raw.text == "hi"
-    assert console.read(Request(prompts=str(file)), tiny.byte_tokenizer()) == [raw], "no template: as it is"
+    assert next(console.typed(Request(), tokenizer, DATA)) == line
+    (raw,) = console.read(Request(prompts=str(file), raw=True), tokenizer, DATA)
+    assert raw == next(console.typed(Request(raw=True), tokenizer, DATA)) and raw.text == "hi"
+    assert console.read(Request(prompts=str(file)), tiny.byte_tokenizer(), DATA) == [raw], "no template: as it is"
+    for read in (json.dumps, str):  # a conversation, as JSON or Python writes it
+        file.write_text(read([{"role": "user", "content": "hi"}]))
+        assert console.read(Request(prompts=str(file)), tokenizer, DATA) == [line]
+        (raw,) = console.read(Request(prompts=str(file), raw=True), tokenizer, DATA)
+        assert raw.text == file.read_text()
+    file.write_text('[{"role": "user"}] is what?')
+    assert console.read(Request(prompts=str(file)), tokenizer, DATA)[0].text == said.replace("hi", file.read_text())
     assert cli.parse(["generate", "M", "--raw", "--n", "2"]).request == Request(raw=True, n=2)
 
 
@@ -116,17 +127,25 @@ def test_conversations_go_through_the_chat_template(tmp_path):
     file = tmp_path / "prompts.jsonl"
     turns = [{"role": "user", "content": "hi"}]
     file.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in (turns, "hi", "")))
-    chat, text, empty = console.read(Request(prompts=str(file)), tokenizer)
+    chat, text, empty = console.read(Request(prompts=str(file)), tokenizer, DATA)
     assert chat.text == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     assert tokenizer.decode(chat.ids) == chat.text and tokenizer.decode(text.ids) == "<s>hi" and tokenizer.decode(empty.ids) == "<s>"
     shapes = ([{"from": "human", "value": "hi"}], turns[0], [{"role": "user", "content": [{"type": "text", "text": "hi"}]}])
     (tmp_path / "shapes.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in shapes))
-    assert console.read(Request(prompts=str(tmp_path / "shapes.jsonl")), tokenizer) == [chat] * 3, "as training reads them"
+    assert console.read(Request(prompts=str(tmp_path / "shapes.jsonl")), tokenizer, DATA) == [chat] * 3, "as training reads them"
     (tmp_path / "other.jsonl").write_text(json.dumps({"prompt": [{"role": "user", "content": 3}]}))
     with pytest.raises(ValueError, match=r"row 0 of .*other.jsonl: message 0 of 'the prompt' is"):
-        console.read(Request(prompts=str(tmp_path / "other.jsonl")), tokenizer)
+        console.read(Request(prompts=str(tmp_path / "other.jsonl")), tokenizer, DATA)
+    (tmp_path / "text.jsonl").write_text(json.dumps({"prompt": json.dumps(turns)}))
+    with pytest.raises(ValueError, match="row 0 of .*text.jsonl: 'prompt' is .*, text that holds messages as JSON"):
+        console.read(Request(prompts=str(tmp_path / "text.jsonl")), tokenizer, DATA)
+    data = default_config().data
+    data.columns.prompt, data.columns.system = "question", "system"
+    (tmp_path / "columns.jsonl").write_text(json.dumps({"question": "hi", "system": "Be brief."}) + "\n" + json.dumps({"prompt": "hi"}))
+    first, second = console.read(Request(prompts=str(tmp_path / "columns.jsonl")), tokenizer, data)
+    assert first.text == "<|im_start|>system\nBe brief.<|im_end|>\n" + second.text and second == chat, "columns that the run's data have"
     with pytest.raises(ValueError, match="has no chat template"):
-        console.read(Request(prompts=str(file)), tiny.byte_tokenizer())
+        console.read(Request(prompts=str(file)), tiny.byte_tokenizer(), DATA)
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,15 @@ def test_the_command_measures_folders(place, tmp_path, capsys):
     assert {row["prompt"] for row in samples} == {"Is it old?", "Is it new?"} and all(len(row["members"]) == 2 for row in samples)
 
 
+def test_prompts_are_read_by_the_columns_of_the_data(tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"question": "hi", "rules": "Be brief."}))
+    own = settings(tmp_path, **{"folders.prompts": tmp_path / "rows.jsonl"})
+    tokenizer = tiny.byte_tokenizer("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    own.data.columns.prompt, own.data.columns.system = "question", "rules"
+    (prompt,) = folders.read_prompts(own, tokenizer, 1)
+    assert prompt.text == "system: Be brief.\nuser: hi\n" and prompt.content[0] == {"role": "system", "content": "Be brief."}
+
+
 @pytest.mark.slow
 def test_a_score_is_that_of_the_text_as_training_has_it(place, answered):
     one, other = folders.score(settings(place), [0, 1])

@@ -1,12 +1,13 @@
 """Files to batches: rows of text, tokenised examples, batches that are a function of the step."""
 
 from alignax.data.batches import Batches, assemble, decode_example, evaluation_batch, padded_length
+from alignax.data.counts import Report
 from alignax.data.examples import Examples, concatenate, unpair
 from alignax.data.files import read_rows
 from alignax.data.kinds import prompted_rows
 from alignax.data.mixture import Mixture, load, schedule
 from alignax.data.rows import Prompted, Rejected
-from alignax.data.tokens import Report, load_examples, tokenize
+from alignax.data.tokens import load_examples, tokenize
 
 __all__ = [
     "Batches",

@@ -1,105 +1,117 @@
-"""Bounds: of a text much longer than what is kept of its tokens, only the part that can matter is tokenised.
+"""Bounds: of a row much longer than what is kept of its tokens, only the part around the end of its prompt is tokenised.
 
-A tokenizer takes hundreds of bytes for every token. Where it splits a text at spaces before anything else, the tokens on one
-side of a space between two letters do not depend on the other side, and a text may be cut there.
+A tokenizer takes hundreds of bytes for every token. What stands far from a place seldom changes the tokens there, and whether it does is
+tried: a smaller and a larger part of the row have to give the same tokens, as far as they are kept.
 """
 
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from alignax.data.rows import Bad, Prompted
+from alignax.data.chat import Encoded
+from alignax.data.rows import Bad
 
 LONG = 2**18  # characters up to which a text is tokenised whole
 MOST = 2**24  # characters that are tokenised for a row at all, as `characters` counts them
-WINDOW = 2**12  # characters in which a space between two letters is looked for
-GAP = re.compile(r"(?<=[A-Za-z])(?= [A-Za-z])")
+UNSETTLED = 2**22  # the same, of a row whose parts do not tell what its tokens are
+STEP = 4099  # characters by which the larger part is longer: a prime, so that no period of a text makes both parts alike
+TOKEN = 16  # characters of a token, with which the search for a part that is large enough begins
 
 
 class Bound(NamedTuple):
-    """How long texts may be for a tokenizer and the lengths of a run."""
+    """The lengths of a run, and what stays in front of a prompt that is cut."""
 
-    characters: int  # that hold more tokens than are kept; 0: no text may be cut
-    front: str  # what the tokenizer itself puts in front of a text
     max_length: int
     max_prompt_length: int
+    fronts: tuple[str, ...]  # what the tokenizer itself puts in front of a text, and the BOS
 
 
-def bound(tokenizer: Any, front: str, max_length: int, max_prompt_length: int) -> Bound:
-    """The bound of a tokenizer: so many characters that even its longest tokens fill the lengths."""
-    longest = max(map(len, tokenizer.get_vocab()), default=1)
-    return Bound((max_length + 2) * longest if splits_at_spaces(tokenizer) else 0, front, max_length, max_prompt_length)
+class Texts(NamedTuple):
+    """A row as texts."""
+
+    prompt: str
+    rests: Sequence[str]  # what follows it in each completion
 
 
-def splits_at_spaces(tokenizer: Any) -> bool:
-    """Whether no token has a letter, a space and a letter in a row, by the tokenizer's own first splitting of texts."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    split, normal = getattr(backend, "pre_tokenizer", None), getattr(backend, "normalizer", None)
-    if split is None or any(re.search(r"[A-Za-z] +[A-Za-z]", str(token)) for token in tokenizer.added_tokens_decoder.values()):
-        return False
-    for text in ("ab cd", "x, ab cd 12 ef."):
-        text = text if normal is None else normal.normalize_str(text)  # which may replace spaces, so that nothing splits at them
-        if text.find("cd") < 1 or text.find("cd") - 1 not in {end for _, (_, end) in split.pre_tokenize_str(text)}:
+class Way(NamedTuple):
+    """How rows of a kind become tokens."""
+
+    kind: type
+    texts: Callable[[Any], tuple[str, Sequence[str]]]  # of a row, its prompt and what follows it in each completion
+    part: Callable[[Any, str, Sequence[str]], Any]  # the row with others for them
+    encode: Callable[[list[Any]], Sequence[Encoded | Bad]]
+
+
+def encoded(rows: Sequence[Any], way: Way, kept: Callable[[Encoded], Any], bound: Bound) -> list[Encoded | Bad]:
+    """Rows of a kind in tokens; long ones alone, and as far as they are kept, see `bounded`."""
+    texts = [Texts(*way.texts(row)) for row in rows]
+    out: list[Encoded | Bad | None] = [None if is_long(own) else too_long(own) for own in texts]
+    short = [i for i, own in enumerate(texts) if out[i] is None and not is_long(own)]
+    for i, code in zip(short, way.encode([rows[i] for i in short]), strict=True):
+        out[i] = code
+    one = lambda row, own: bounded(own, lambda part: way.encode([way.part(row, *part)])[0], kept, bound)
+    return [one(rows[i], texts[i]) if code is None else code for i, code in enumerate(out)]
+
+
+def is_long(row: Texts) -> bool:
+    """Whether a row has a text that need not be tokenised whole."""
+    return max(map(len, [row.prompt, *row.rests])) > LONG
+
+
+def bounded(row: Texts, encode: Callable[[Texts], Encoded | Bad], kept: Callable[[Encoded], Any], bound: Bound) -> Encoded | Bad:
+    """A long row in tokens, as far as they are kept.
+
+    Args:
+      row: its texts.
+      encode: makes tokens of them, or of a part of them.
+      kept: what is kept of tokens, to be compared.
+      bound: the lengths of the run.
+    """
+    size = max(LONG, TOKEN * bound.max_length)
+    while size + STEP < max(map(len, [row.prompt, *row.rests])):
+        few, more = (part(row, characters, bound) for characters in (size, size + STEP))
+        if characters(more) > MOST:
+            break
+        code = encode(few)
+        if isinstance(code, Bad):
+            break
+        if _enough(code, few, row, bound):
+            other = encode(more)
+            if isinstance(other, Bad) or kept(code) != kept(other):
+                break
+            return code._replace(text=row.prompt, counts={**code.counts, "shortened": 1})
+        size *= 4
+    return too_long(row, UNSETTLED) or encode(row)
+
+
+def part(row: Texts, size: int, bound: Bound) -> Texts:
+    """The part of a row that has at most so many characters on each side of the end of its prompt."""
+    prompt, rests = row.prompt, [rest[:size] for rest in row.rests]
+    if not bound.max_prompt_length:
+        return Texts(prompt[:size], rests)  # a longer prompt, which is never cut, leaves no room, whatever it ends with
+    front = next((front for front in bound.fronts if front and prompt.startswith(front)), "")
+    return Texts(prompt if len(prompt) <= size + len(front) else front + prompt[-size:], rests)
+
+
+def _enough(code: Encoded, few: Texts, row: Texts, bound: Bound) -> bool:
+    """Whether the texts that are cut have more tokens than are kept of them."""
+    if len(few.prompt) < len(row.prompt):
+        if not bound.max_prompt_length:
+            return len(code.prompt) >= bound.max_length
+        if len(code.prompt) <= bound.max_prompt_length:
             return False
-    return True
+    cut = [len(a) < len(b) for a, b in zip(few.rests, row.rests, strict=True)]
+    return all(len(ids) > bound.max_length for ids, is_cut in zip(code.completions, cut, strict=False) if is_cut)
 
 
-def shortened(row: Prompted, bound: Bound) -> Prompted:
-    """A row of text without the parts whose tokens are cut off in any case; the row itself where nothing can be said of that."""
-    enough = max(bound.characters, LONG)
-    texts = [str(row.prompt), *map(str, row.completions)]
-    if not bound.characters or all(len(text) <= enough + WINDOW for text in texts):
-        return row
-    prompt, completions = texts[0], [_head(text, enough) for text in texts[1:]]
-    if bound.max_prompt_length:
-        prompt = _tail(prompt, enough, bound.front)
-    elif len(prompt) > enough + WINDOW:
-        # A prompt that is never cut leaves no room, whatever stands behind it.
-        prompt, completions = _head(prompt, enough), [text[:1] for text in completions]
-    return row._replace(prompt=prompt, completions=tuple(completions))
-
-
-def same_tokens(row: Prompted, short: Prompted, prompt: Sequence[int], completions: Sequence[Sequence[int]], bound: Bound) -> bool:
-    """Whether the tokens of a shortened row are, as far as they are kept, those of the row."""
-    if len(str(short.prompt)) < len(str(row.prompt)):
-        first = len(str(short.prompt).removeprefix(bound.front).split(" ", 2)[1])  # tokens of the first word may be others
-        if bound.max_prompt_length:
-            if len(prompt) < bound.max_prompt_length + first + len(bound.front) + 4:
-                return False
-        elif len(prompt) <= bound.max_length:
-            return False
-        else:
-            return True
-    cut = [len(str(a)) < len(str(b)) for a, b in zip(short.completions, row.completions, strict=True)]
-    return all(len(ids) > bound.max_length + 1 for ids, is_cut in zip(completions, cut, strict=True) if is_cut)
-
-
-def too_long(row: Prompted) -> Bad | None:
-    """Whether a row is too long to be tokenised at all."""
+def too_long(row: Texts, most: int = MOST) -> Bad | None:
+    """Whether a row is too long to be tokenised."""
     size = characters(row)
-    if size <= MOST:
+    if size <= most:
         return None
-    what = f"{size:,} characters would be tokenised for it, its prompt once with each completion, and at most {MOST:,} are"
+    what = f"{size:,} characters would be tokenised for it, its prompt once with each completion, and at most {most:,} are"
     return Bad("too long", f"{what}; shorten it, or split it into rows")
 
 
-def characters(row: Prompted) -> int:
+def characters(row: Texts) -> int:
     """Characters that are tokenised of a row: its prompt once alone and once with each completion."""
-    return _size(row.prompt) * (len(row.completions) + 1) + sum(map(_size, row.completions))
-
-
-def _size(value: Any) -> int:
-    return len(value) if isinstance(value, str) else sum(len(message.get("content") or "") for message in value)
-
-
-def _head(text: str, enough: int) -> str:
-    """The beginning of a text, up to a gap behind `enough` characters."""
-    gap = GAP.search(text, enough, enough + WINDOW) if len(text) > enough + WINDOW else None
-    return text[: gap.start()] if gap else text
-
-
-def _tail(text: str, enough: int, front: str) -> str:
-    """The end of a text, from a gap in front of its last `enough` characters on, with the tokenizer's front where it begins so."""
-    start = len(text) - enough - WINDOW
-    gap = GAP.search(text, start, start + WINDOW) if start > 0 else None
-    return (front if front and text.startswith(front) else "") + text[gap.start() :] if gap else text
+    return len(row.prompt) * (len(row.rests) + 1) + sum(map(len, row.rests))

@@ -213,16 +213,51 @@ def encode(
       ends: tokens that end a turn, beside the EOS.
       variables: values of the template's variables.
     """
-    ends = {tokenizer.eos_token_id, *ends}
-    template, texts = Template(tokenizer, variables), tokenizer.batch_decode([[end] for end in sorted(ends)])
+    found = rendered(rows, tokenizer, ends, variables)
+    codes = iter(tokenized([row for row in found if isinstance(row, Found)], tokenizer, ends))
+    return [row if isinstance(row, Bad) else next(codes) for row in found]
+
+
+def rendered(rows: Sequence[Prompted], tokenizer: Any, ends: Collection[int], variables: Mapping[str, Any]) -> list[Found | Bad]:
+    """Conversational rows as text, with the places of their scored turns; the arguments are those of `encode`."""
+    template = Template(tokenizer, variables)
+    texts = tokenizer.batch_decode([[end] for end in sorted({tokenizer.eos_token_id, *ends})])
     template.source(None)
-    found = [find(row, template, texts) for row in rows]
-    every = [text for row in found if isinstance(row, Found) for text in ([side.text for side in row.sides] or [row.prompt])]
+    return [find(row, template, texts) for row in rows]
+
+
+def tokenized(rows: Sequence[Found], tokenizer: Any, ends: Collection[int]) -> list[Encoded | Bad]:
+    """Tokens of what `rendered` found."""
+    every = [text for row in rows for text in ([side.text for side in row.sides] or [row.prompt])]
     if not every:
-        return [row for row in found if isinstance(row, Bad)]
+        return []
     batch = tokenizer(every, add_special_tokens=False, return_attention_mask=False, verbose=False)
     tokens = iter(Tokens(tokenizer, text, ids, batch, i) for i, (text, ids) in enumerate(zip(every, batch["input_ids"], strict=True)))
-    return [row if isinstance(row, Bad) else _encoded(row, [next(tokens) for _ in row.sides or "1"], ends) for row in found]
+    return [_encoded(row, [next(tokens) for _ in row.sides or "1"], {tokenizer.eos_token_id, *ends}) for row in rows]
+
+
+def parts(row: Found) -> tuple[str, list[str]]:
+    """The text of a row up to the first scored turn, and from there to the end of each side."""
+    front = _front(row)
+    return (row.sides[0].text[:front] if row.sides else row.prompt), [side.text[front:] for side in row.sides]
+
+
+def part(row: Found, prompt: str, rests: Sequence[str]) -> Found:
+    """A row of which only the end or the beginning of the prompt, and the beginnings of the sides are left."""
+    front, sides = _front(row), []
+    for side, rest in zip(row.sides, rests, strict=True):
+        # A turn whose end is cut off stops beyond the text, so that it is not counted as one without an end.
+        turns = [(start - front, min(stop - front, len(rest) + 1)) for start, stop in side.turns if start - front < len(rest)]
+        turns = [(start + len(prompt), stop + len(prompt)) for start, stop in turns]
+        sides.append(side._replace(text=prompt + rest, opened=max(side.opened - front, 0) + len(prompt), turns=turns))
+    return row._replace(prompt=row.prompt if row.sides else prompt, sides=sides)
+
+
+def _front(row: Found) -> int:
+    """Characters that the sides share in front of what is scored."""
+    starts = [side.turns[0][0] for side in row.sides]
+    texts = {side.text[:start] for side, start in zip(row.sides, starts, strict=True)}
+    return starts[0] if len(texts) == 1 else min((side.opened for side in row.sides), default=len(row.prompt))
 
 
 def _encoded(row: Found, tokens: list["Tokens"], ends: Collection[int]) -> Encoded | Bad:
@@ -232,9 +267,7 @@ def _encoded(row: Found, tokens: list["Tokens"], ends: Collection[int]) -> Encod
         if not prompt.ids:
             return Bad("no prompt", "the chat template makes no token of the conversation")
         return Encoded(prompt.ids, [[eos]], [b"\1"], row.prompt, told=row.told)
-    starts = [side.turns[0][0] for side in row.sides]
-    texts = {side.text[:start] for side, start in zip(row.sides, starts, strict=True)}
-    front = starts[0] if len(texts) == 1 else min(side.opened for side in row.sides)
+    front = _front(row)
     places = [own.place(front) for own in tokens]
     boundary = min(place for place, _ in places)
     while any(own.ids[:boundary] != tokens[0].ids[:boundary] for own in tokens):
@@ -250,7 +283,7 @@ def _encoded(row: Found, tokens: list["Tokens"], ends: Collection[int]) -> Encod
             if last <= first:
                 return Bad("empty completion", "the chat template makes no token of an assistant turn")
             scored[first:last] = b"\1" * (last - first)
-            without += own.ids[last - 1] not in ends
+            without += own.ids[last - 1] not in ends and stop <= len(side.text)
         end = scored.rindex(1) + 1
         completions.append(own.ids[boundary:end])
         marks.append(bytes(scored[boundary:end]))

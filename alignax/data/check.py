@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 
 from alignax.data.batches import decode_example
+from alignax.data.counts import Report
 from alignax.data.examples import Examples
 from alignax.data.mixture import Loaded, load
-from alignax.data.tokens import IDENTICAL, Report
+from alignax.data.tokens import IDENTICAL
 
 BINS, BAR = 12, 40  # of a histogram: the most bins, and the characters of its longest bar
 SIDES_AT_ONCE = 2048

@@ -128,19 +128,21 @@ def _reader(rows: Sequence[Mapping], data: Any, there: Mapping[str, None], path:
     named = [(f"columns.{name}", c[name]) for name in (*wanted[data.kind], *(name for name in ("margin", "system") if c[name]))]
     named += [("columns.attributes", column) for column in _columns(c.attributes)]
     named += [("order", order_column(data))] if order_column(data) else []
+    names = [name for name in wanted[data.kind] if name != "label"]
+    columns = [c[name] for name in names]
     for name, column in named:
         if rows and column not in there:
             known = formats.likely(rows[0]) if name in ("columns.chosen", "columns.rejected", "columns.completions") else ""
+            if name == "columns.completion" and (held := _conversation(rows[0], columns)):
+                known = f"; {held!r} holds a conversation: for data.kind=sft name it with data.columns.messages={held}"
             raise ValueError(f"{path} has no column {column!r}, named by data.{name}; it has: {_nearest(column, there)}{known}")
-    names = [name for name in wanted[data.kind] if name != "label"]
-    columns = [c[name] for name in names]
     if data.kind == "prompt":
         return _prompt_reader(c, there, path) if rows else lambda row: Bad("no prompt", "there is no row")
     # A column of messages is the whole conversation, whatever else a file tells of its prompt.
     prompt = c.prompt if c.prompt in there and names != ["messages"] else ""
     listed = any(isinstance(value := row.get(columns[0]), list) or shapes.is_json(value) for row in rows)
     if rows and not prompt and not data.prompt_separator and not listed:
-        held = next((name for name in there if name not in columns and shapes.holds_messages(rows[0].get(name))), "")
+        held = _conversation(rows[0], columns)
         raise ValueError(
             f"{path} has no prompt column {c.prompt!r} (it has: {_nearest(c.prompt, there)}), and a prompt is never guessed. Name the "
             f"column with data.columns.prompt{f'={held}, which holds a conversation' if held else ''}, or, where a text is a whole "
@@ -184,6 +186,11 @@ def prompt_alone(row: Mapping, names: Any) -> Prompted | Bad:
     return value if isinstance(value, Bad) else _bad_text(names.prompt, value) or Prompted(value, ("",))
 
 
+def _conversation(row: Mapping, columns: Sequence[str]) -> str:
+    """A column that holds messages and is none of these; empty: there is none."""
+    return next((name for name, value in row.items() if name not in columns and shapes.holds_messages(value)), "")
+
+
 def _sft_column(data: Any, there: Mapping[str, None]) -> str:
     """Of data for SFT: a completion, else messages, else the chosen side of pairs."""
     return next((name for name in ("completion", "messages", "chosen") if data.columns[name] in there), "completion")
@@ -211,7 +218,7 @@ def _fields(row: Mapping, data: Any) -> dict[str, Any] | Bad:
     fields: dict[str, Any] = {}
     if data.kind == "unpaired":
         value = row.get(data.columns.label)
-        label = {"true": True, "1": True, "false": False, "0": False}.get(str(value).lower())
+        label = {"true": True, "1": True, "false": False, "0": False}.get(str(value).strip().lower())
         if label is None or not isinstance(value, bool | int | str):
             return Bad("no label", f"{data.columns.label!r} is {short(value)}, not true or false")
         fields["labels"] = (label,)  # [N]

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from alignax.data.counts import Report
 from alignax.data.examples import Examples, concatenate
-from alignax.data.tokens import Report, load_examples
+from alignax.data.tokens import load_examples
 
 
 class Mixture(NamedTuple):

@@ -13,10 +13,12 @@ from alignax.data.words import one_line, short
 # The speakers of ShareGPT rows, `from` and `value` for `role` and `content`.
 SPEAKERS = {
     "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant", "model": "assistant",
-    "bot": "assistant", "system": "system", "tool": "tool", "observation": "tool", "function_call": "function_call",
+    "bot": "assistant", "system": "system", "tool": "tool", "observation": "tool", "function": "tool", "function_call": "function_call",
 }  # fmt: skip
 
 
+# Names of roles that no chat template of today knows; GLM's knows "observation".
+ROLES = {name: role for name, role in SPEAKERS.items() if name not in ("function_call", "observation")}
 AS_JSON = re.compile(
     r"""\s*\[\s*\{\s*("(role|from)"\s*:\s*"|'(role|from)'\s*:\s*'|"(content|value)"\s*:\s*"[^"]*"\s*,\s*"(role|from)"\s*:)"""
 )
@@ -61,13 +63,15 @@ def messages(name: str, value: Any) -> Any:
     """A conversation, or one message of it, as messages; any other value as it is.
 
     Of ShareGPT `from` becomes `role` and `value` becomes `content`, a `function_call` the tool calls that its JSON holds; OpenAI's
-    `function_call` of a message becomes a tool call. A content of several parts, all of them text, becomes one text, with nothing
-    between them, as templates write parts; `Template.takes_parts` gives it back to those that take nothing else. A text that holds
-    messages as JSON makes a bad row.
+    `function_call` of a message becomes a tool call. Roles such as `function`, `human` and `User` become `tool` and `user`. A content of
+    several parts, all of them text, becomes one text, with nothing between them, as templates write parts; `Template.takes_parts` gives
+    it back to those that take nothing else. A text that holds messages as JSON makes a bad row.
     """
     if is_json(value):
         what = f"{name!r} is {short(value)}, text that holds messages as JSON or as Python writes them"
-        return Bad("messages as text", f"{what}; make a list of them in row(row), with json.loads or ast.literal_eval")
+        return Bad(
+            "messages as text", f"{what}; make a list of them, with json.loads or ast.literal_eval, as row(row) of an experiment can"
+        )
     if isinstance(value, dict) and ("role" in value or "from" in value):
         value = [value]
     if not isinstance(value, list):
@@ -97,6 +101,8 @@ def _message(name: str, message: Any) -> Any:
     if isinstance(message.get("function_call"), dict) and not message.get("tool_calls"):
         call = {"type": "function", "function": message["function_call"]}
         message = {key: x for key, x in message.items() if key != "function_call"} | {"tool_calls": [call]}
+    if isinstance(role := message.get("role"), str) and role not in ROLES.values():
+        message = {**message, "role": ROLES.get(role.lower(), role)}
     if not isinstance(message.get("content"), list):
         return message
     texts = [_text_of(part) for part in message["content"]]
@@ -137,9 +143,11 @@ def together(prompt: Any, sides: Mapping[str, Any]) -> tuple[Any, dict[str, Any]
     """Prompt and sides of which one is text and the other messages, both as messages; whatever else there is, as it is.
 
     A text beside messages is a user's turn in the prompt, and an assistant's in a side. A conversation that itself begins with
-    a prompt's text has the prompt in it: None is returned for the prompt.
+    a prompt's text has the prompt in it: None is returned for the prompt. Messages of the prompt that all sides repeat stand there once.
     """
     if isinstance(prompt, list):
+        if prompt and sides and all(isinstance(side, list) and side[: len(prompt)] == prompt for side in sides.values()):
+            sides = {name: side[len(prompt) :] for name, side in sides.items()}
         return prompt, {name: said("assistant", side) if isinstance(side, str) else side for name, side in sides.items()}
     if isinstance(prompt, str) and sides and all(_are_messages(side) for side in sides.values()):
         if all(side[0]["role"] == "assistant" for side in sides.values()):

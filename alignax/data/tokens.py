@@ -1,5 +1,6 @@
 """Tokens: a prompt and its completions become ids, split where the tokens say, with one EOS each and every loss counted."""
 
+import dataclasses
 import itertools
 import pathlib
 from collections import Counter
@@ -9,15 +10,22 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from alignax.data import bounds, chat
-from alignax.data.bounds import Bound
+from alignax.data.bounds import Bound, Way
 from alignax.data.chat import Encoded
+from alignax.data.counts import Report
 from alignax.data.examples import FIELDS, Examples, unpair
 from alignax.data.files import rows_and_faults
 from alignax.data.kinds import holds_pairs, order_column, prompted_rows, unread
-from alignax.data.rows import Bad, Prompted, Rejected
+from alignax.data.rows import Bad, Message, Prompted, Rejected
 from alignax.data.shapes import shaped
+from alignax.data.turns import TOOLS, Found
 
 IDENTICAL = "identical after the cut"
+COUNTS = (
+    "prompts_cut", "completions_cut", "ends_lost", "boundary_merges", "separators_added", "eos_inside", "fronts_written", "ends_written",
+    "shortened", "turns_without_eos",
+)  # fmt: skip
+CUT = "cut prompts, which lose the {} that they begin with, in part or whole"
 NO_TEMPLATE = "rows of text, which go through no chat template, so that data.template changes nothing in them"
 ROWS_AT_ONCE, CHARACTERS_AT_ONCE = 2048, 2**22  # bound the memory of lists of ids, and keep the tokenizer's threads busy
 PROBES, MOST_PROBES = ("a", "1", "The sky."), 64  # texts that show what a tokenizer adds; how many of its tokens do, after them
@@ -28,81 +36,6 @@ class _Fitted(NamedTuple):
     completions: list[list[int]]
     scored: list[bytes]
     counts: dict[str, int]
-
-
-class Report(NamedTuple):
-    """What became of every row: `kept + sum(dropped.values()) == rows`; the other counts are of kept rows."""
-
-    rows: int
-    kept: int
-    dropped: dict[str, int]
-    bad: dict[str, list[str]]  # the first few bad rows of each reason, in words
-    prompts_cut: int
-    completions_cut: int
-    boundary_merges: int
-    separators_added: int
-    eos_inside: int
-    fronts_written: int  # prompts of text that begin with what the tokenizer itself puts in front; it stands there once
-    ends_written: int  # completions of text that end with an end token of their own; one stands there
-    shortened: int  # rows of which only the part was tokenised that is kept, so that their lengths are lower bounds
-    turns_without_eos: int
-    told: dict[str, int]  # what the chat template leaves out of conversations and the like, in words, and its rows
-    masks: str  # how the scored turns of conversations were found; empty: there are none
-    pairs_split: int  # pairs of which two unpaired rows each were made
-    tokens: int
-    completion_tokens: int  # scored
-    longest: int
-    responses: int
-    longest_prompt: int  # characters, before any cut
-    unread: list[str]  # columns that nothing reads, each with the type of its values
-    uncut: tuple[tuple[int, ...], tuple[int, ...]]  # tokens of prompts and of completions, before any cut and those too long for it
-
-    def lines(self) -> list[str]:
-        """Lines for the console."""
-        lines = [f"rows: {self.kept:,} of {self.rows:,} kept"]
-        lines += [f"  dropped, {reason}: {count:,}" for reason, count in sorted(self.dropped.items()) if count]
-        sides = self.kept * self.responses
-        lines += [
-            f"  prompts cut: {self.prompts_cut:,} ({self.prompts_cut / self.kept:.1%} of rows)",
-            f"  completions cut, EOS lost: {self.completions_cut:,} ({self.completions_cut / sides:.1%} of completions)",
-            f"  tokens merged over the boundary: {self.boundary_merges:,} ({self.boundary_merges / self.kept:.1%} of rows)",
-        ]
-        if self.separators_added:
-            lines.append(f"  prompts without a token, given a BOS or EOS: {self.separators_added:,}")
-        if self.eos_inside:
-            lines.append(f"  completions with an end token inside the text: {self.eos_inside:,}")
-        if self.fronts_written:
-            lines.append(f"  prompts that begin with the tokens which the tokenizer puts in front, kept once: {self.fronts_written:,}")
-        if self.ends_written:
-            lines.append(f"  completions that end with an end token of their own, kept once: {self.ends_written:,}")
-        if self.shortened:
-            lines.append(
-                f"  long rows, tokenised as far as they are kept, so that they are longer than is said of them: {self.shortened:,}"
-            )
-        if self.unread:
-            more = f", and {len(self.unread) - 12} more" if len(self.unread) > 12 else ""
-            lines.append(f"  columns not read: {', '.join(self.unread[:12])}{more}; data.columns names those to read{self._system()}")
-        if self.masks:
-            lines.append(f"  conversations: scored turns are those of {self.masks}")
-        lines += [f"  {what}: {count:,} rows" for what, count in sorted(self.told.items())]
-        if self.turns_without_eos:
-            remedy = "put the template's own into eos_token_id of generation_config.json"
-            lines.append(
-                f"  scored turns that the chat template ends without an end token, so that no end is learnt: {self.turns_without_eos:,}"
-            )
-            lines.append(f"    {remedy}")
-        if self.pairs_split:
-            lines.append(f"  pairs split into a True and a False row each: {self.pairs_split:,}")
-        lines.append(f"  tokens: {self.tokens:,}, of them scored {self.completion_tokens:,}; the longest row has {self.longest:,}")
-        return lines
-
-    def _system(self) -> str:
-        found = next((column.rpartition(" (")[0] for column in self.unread if column.lower().startswith("system")), "")
-        return f", such as data.columns.system={found}" if found else ""
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON; without `uncut`."""
-        return {name: value for name, value in self._asdict().items() if name != "uncut"}
 
 
 def load_examples(
@@ -172,94 +105,118 @@ def tokenize(
     """
     rejected = rejected or Rejected()
     _check_limits(rows, max_length, max_prompt_length, tokenizer, rejected.path)
-    ends = {tokenizer.eos_token_id, *ends}
-    counts: Counter[str] = Counter()
-    kept: list[Prompted] = []
-    prompts: list[str] = []
-    uncut: tuple[list[int], list[int]] = ([], [])
-    ids, scored, lengths, longest_prompt = [], [], [], 0
-    told: Counter[str] = Counter()
-    bound = bounds.bound(tokenizer, tokenizer.decode(_own(tokenizer)[0]), max_length, max_prompt_length)
-    for chunk, encoded in _encoded(rows, tokenizer, ends, template, bound):
-        sides, marks = [], []
-        for row, code in zip(chunk, encoded, strict=True):
-            if isinstance(code, Bad):
-                rejected.add(code, row.row)
-                continue
-            uncut[0].append(len(code.prompt))
-            uncut[1].extend(map(len, code.completions))
-            longest_prompt = max(longest_prompt, len(code.text))
-            fitted = _fit(code, tokenizer, ends, max_length, max_prompt_length)
-            if isinstance(fitted, Bad):
-                # Equal after the cut is no fault of the row, and nothing could be corrected in it.
-                rejected.add(fitted, row.row, fault=fitted.reason != IDENTICAL)
-                continue
-            kept.append(row)
-            prompts.append(code.text)
-            counts.update(fitted.counts)
-            told.update(code.told)
-            told.update([NO_TEMPLATE] if template and isinstance(row.prompt, str) else [])
-            sides += [fitted.prompt + completion for completion in fitted.completions]
-            marks += [bytes(len(fitted.prompt)) + side for side in fitted.scored]
-        lengths += [len(side) for side in sides]
-        ids.append(np.fromiter(itertools.chain.from_iterable(sides), np.int32))
-        scored.append(np.frombuffer(b"".join(marks), np.bool_))
-        _check_vocabulary(ids[-1], tokenizer, vocab_size)
-    if not kept:
+    fronts = (tokenizer.decode(_own(tokenizer)[0]), tokenizer.bos_token or "")
+    kept = _Kept(tokenizer, {tokenizer.eos_token_id, *ends}, Bound(max_length, max_prompt_length, fronts), rejected)
+    for chunk in _chunks(rows):
+        kept.add(chunk, _encoded(chunk, kept, template))
+        _check_vocabulary(kept.ids[-1], tokenizer, vocab_size)
+    if not kept.rows:
         read = rejected.counts.total()
         raise ValueError(
             f"none of the {read} rows of {rejected.path} is left ({_reasons(rejected)}); correct the file or the settings named"
         )
-    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
-    examples = _examples(kept, prompts, np.concatenate(ids), np.concatenate(scored), offsets, ordered)
-    return examples, _report(examples, kept, rejected, counts, uncut, longest_prompt, tokenizer)._replace(told=dict(told))
+    if template and (texts := sum(isinstance(row.prompt, str) for row in kept.rows)):
+        kept.told[NO_TEMPLATE] = texts
+    examples = _examples(kept, ordered)
+    return examples, _report(examples, kept)
 
 
-def _examples(
-    kept: list[Prompted], prompts: list[str], tokens: np.ndarray, scored: np.ndarray, offsets: np.ndarray, ordered: bool
-) -> Examples:
-    """Rows that are kept, with their tokens."""
+@dataclasses.dataclass
+class _Kept:
+    """The rows that are kept, in tokens, and what is counted of them; grows by a chunk at a time."""
+
+    tokenizer: Any
+    ends: Collection[int]
+    bound: Bound
+    rejected: Rejected
+    rows: list[Prompted] = dataclasses.field(default_factory=list)
+    prompts: list[str] = dataclasses.field(default_factory=list)
+    ids: list[np.ndarray] = dataclasses.field(default_factory=list)  # of a chunk each
+    scored: list[np.ndarray] = dataclasses.field(default_factory=list)
+    lengths: list[int] = dataclasses.field(default_factory=list)  # of the sides
+    uncut: tuple[list[int], list[int]] = dataclasses.field(default_factory=lambda: ([], []))
+    counts: Counter[str] = dataclasses.field(default_factory=Counter)
+    told: Counter[str] = dataclasses.field(default_factory=Counter)
+    longest_prompt: int = 0
+
+    def fit(self, code: Encoded) -> "_Fitted | Bad":
+        """A row cut to length."""
+        return _fit(code, self.tokenizer, self.ends, self.bound)
+
+    def same(self, code: Encoded) -> Any:
+        """What is kept of a row, or why it is not."""
+        fitted = self.fit(code)
+        return fitted.reason if isinstance(fitted, Bad) else fitted[:3]
+
+    def add(self, chunk: Sequence[Prompted], codes: Sequence[Encoded | Bad]) -> None:
+        """Take up rows, cut to length."""
+        sides, marks = [], []
+        for row, code in zip(chunk, codes, strict=True):
+            if isinstance(code, Bad):
+                self.rejected.add(code, row.row)
+                continue
+            self.uncut[0].append(len(code.prompt))
+            self.uncut[1].extend(map(len, code.completions))
+            self.longest_prompt = max(self.longest_prompt, len(code.text))
+            fitted = self.fit(code)
+            if isinstance(fitted, Bad):
+                # Equal after the cut is no fault of the row, and nothing could be corrected in it.
+                self.rejected.add(fitted, row.row, fault=fitted.reason != IDENTICAL)
+                continue
+            self.rows.append(row)
+            self.prompts.append(code.text)
+            self.counts.update(fitted.counts)
+            self.told.update(code.told)
+            self.told.update(_lost(row, code) if fitted.counts["prompts_cut"] else ())
+            sides += [fitted.prompt + completion for completion in fitted.completions]
+            marks += [bytes(len(fitted.prompt)) + side for side in fitted.scored]
+        self.lengths += map(len, sides)
+        self.ids.append(np.fromiter(itertools.chain.from_iterable(sides), np.int32))
+        self.scored.append(np.frombuffer(b"".join(marks), np.bool_))
+
+
+def _lost(row: Prompted, code: Encoded) -> list[str]:
+    """What a conversation begins with, in words: a prompt that is cut loses its beginning."""
+    if isinstance(row.prompt, str):
+        return []
+    system = any(message["role"] in ("system", "developer") for message in row.prompt[:1])
+    return [CUT.format(what) for what, there in (("system message", system), ("tools", row.tools and TOOLS not in code.told)) if there]
+
+
+def _examples(kept: _Kept, ordered: bool) -> Examples:
+    rows = kept.rows
     return Examples(
-        tokens=tokens,
-        scored=scored,
-        offsets=offsets,
-        N=len(kept[0].completions),
-        prompts=prompts,
-        fields={name: np.asarray([row.fields[name] for row in kept], FIELDS[name]) for name in kept[0].fields},
-        columns={name: [row.columns[name] for row in kept] for name in kept[0].columns},
-        rows=np.array([row.row for row in kept], np.int64),
-        order=np.asarray([row.order for row in kept], np.float64) if ordered else None,
+        tokens=np.concatenate(kept.ids),
+        scored=np.concatenate(kept.scored),
+        offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(kept.lengths, dtype=np.int64)]),
+        N=len(rows[0].completions),
+        prompts=kept.prompts,
+        fields={name: np.asarray([row.fields[name] for row in rows], FIELDS[name]) for name in rows[0].fields},
+        columns={name: [row.columns[name] for row in rows] for name in rows[0].columns},
+        rows=np.array([row.row for row in rows], np.int64),
+        order=np.asarray([row.order for row in rows], np.float64) if ordered else None,
     )
 
 
-def _report(
-    examples: Examples, kept: list[Prompted], rejected: Rejected, counts: Counter[str], uncut: Any, longest_prompt: int, tokenizer: Any
-) -> Report:
-    """What became of the rows; `uncut`: tokens of prompts and of completions before any cut."""
+def _report(examples: Examples, kept: _Kept) -> Report:
+    """What became of the rows."""
+    counts: dict[str, Any] = {name: kept.counts[name] for name in COUNTS}
     return Report(
-        rows=len(kept) + rejected.counts.total(),
-        kept=len(kept),
-        dropped=dict(rejected.counts),
-        bad=rejected.first,
-        prompts_cut=counts["prompts_cut"],
-        completions_cut=counts["completions_cut"],
-        boundary_merges=counts["boundary_merges"],
-        separators_added=counts["separators_added"],
-        eos_inside=counts["eos_inside"],
-        fronts_written=counts["fronts_written"],
-        ends_written=counts["ends_written"],
-        shortened=counts["shortened"],
-        turns_without_eos=counts["turns_without_eos"],
-        told={},
-        masks=chat.masks(tokenizer) if any(not isinstance(row.prompt, str) for row in kept) else "",
+        rows=len(kept.rows) + kept.rejected.counts.total(),
+        kept=len(kept.rows),
+        dropped=dict(kept.rejected.counts),
+        bad=kept.rejected.first,
+        **counts,
+        told=dict(kept.told),
+        masks=chat.masks(kept.tokenizer) if any(not isinstance(row.prompt, str) for row in kept.rows) else "",
         pairs_split=0,
         tokens=len(examples.tokens),
         completion_tokens=int(examples.scored.sum()),
         longest=int(examples.lengths.max()),
         responses=examples.N,
-        longest_prompt=longest_prompt,
+        longest_prompt=kept.longest_prompt,
         unread=[],
-        uncut=(tuple(uncut[0]), tuple(uncut[1])),
+        uncut=(tuple(kept.uncut[0]), tuple(kept.uncut[1])),
     )
 
 
@@ -286,22 +243,6 @@ def _check_limits(rows: Sequence[Prompted], max_length: int, max_prompt_length: 
         raise ValueError(f"{path} has rows of {sorted(responses)} completions; give every row the same number")
 
 
-def _encoded(
-    rows: Sequence[Prompted], tokenizer: Any, ends: Collection[int], template: Mapping[str, Any], bound: Bound
-) -> Iterator[tuple[Sequence[Prompted], list[Encoded | Bad]]]:
-    """Chunks of rows, in tokens, each kind by its own way."""
-    for chunk in _chunks(rows):
-        found: list[Encoded | Bad | None] = [bounds.too_long(row) if not isinstance(row.prompt, str) else None for row in chunk]
-        left = [i for i, bad in enumerate(found) if bad is None]
-        texts, conversations = ([i for i in left if isinstance(chunk[i].prompt, str) is text] for text in (True, False))
-        for i, code in zip(texts, _bounded([chunk[i] for i in texts], tokenizer, ends, bound), strict=True):
-            found[i] = code
-        chats = chat.encode([chunk[i] for i in conversations], tokenizer, ends, template) if conversations else []
-        for i, code in zip(conversations, chats, strict=True):
-            found[i] = code
-        yield chunk, [code for code in found if code is not None]
-
-
 def _chunks(rows: Sequence[Prompted]) -> Iterator[Sequence[Prompted]]:
     """Rows that are tokenised together: so many that neither they nor their characters are too many."""
     start, size = 0, 0
@@ -309,27 +250,32 @@ def _chunks(rows: Sequence[Prompted]) -> Iterator[Sequence[Prompted]]:
         if i > start and (i - start == ROWS_AT_ONCE or size > CHARACTERS_AT_ONCE):
             yield rows[start:i]
             start, size = i, 0
-        size += bounds.characters(row)
+        size += _size(row.prompt) * (len(row.completions) + 1) + sum(map(_size, row.completions))
     if start < len(rows):
         yield rows[start:]
 
 
-def _bounded(rows: Sequence[Prompted], tokenizer: Any, ends: Collection[int], bound: Bound) -> list[Encoded | Bad]:
-    """Rows of text in tokens, of long ones only the part that is kept."""
-    short = [bounds.shortened(row, bound) for row in rows]
-    bad = [bounds.too_long(row) for row in short]
-    whole = [row for row, refused in zip(short, bad, strict=True) if refused is None]
-    codes = iter(encode_texts(whole, tokenizer, ends))
-    out: list[Encoded | Bad] = []
-    for row, part, refused in zip(rows, short, bad, strict=True):
-        found = refused or next(codes)
-        if part is not row and isinstance(found, Encoded):
-            if bounds.same_tokens(row, part, found.prompt, found.completions, bound):
-                found = found._replace(text=str(row.prompt), counts={**found.counts, "shortened": 1})
-            else:
-                found = bounds.too_long(row) or encode_texts([row], tokenizer, ends)[0]
-        out.append(found)
+def _size(value: str | list[Message]) -> int:
+    return len(value) if isinstance(value, str) else sum(len(message.get("content") or "") for message in value)
+
+
+def _encoded(chunk: Sequence[Prompted], kept: _Kept, template: Mapping[str, Any]) -> list[Encoded | Bad]:
+    """Rows in tokens, texts and conversations each in their own way, long ones as far as they are kept."""
+    tokenizer, ends = kept.tokenizer, kept.ends
+    conversations = [row for row in chunk if not isinstance(row.prompt, str)]
+    found = iter(chat.rendered(conversations, tokenizer, ends, template) if conversations else ())
+    out: list[Any] = [row if isinstance(row.prompt, str) else next(found) for row in chunk]
+    texts = Way(Prompted, lambda row: (row.prompt, row.completions), _part, lambda rows: encode_texts(rows, tokenizer, ends))
+    chats = Way(Found, chat.parts, chat.part, lambda rows: chat.tokenized(rows, tokenizer, ends))
+    for way in (texts, chats):
+        own = [i for i, row in enumerate(out) if isinstance(row, way.kind)]
+        for i, code in zip(own, bounds.encoded([out[i] for i in own], way, kept.same, kept.bound), strict=True):
+            out[i] = code
     return out
+
+
+def _part(row: Prompted, prompt: str, rests: Sequence[str]) -> Prompted:
+    return row._replace(prompt=prompt, completions=tuple(rests))
 
 
 def encode_texts(rows: Sequence[Prompted], tokenizer: Any, ends: Collection[int]) -> list[Encoded]:
@@ -388,14 +334,14 @@ def _separator(tokenizer: Any) -> int:
     return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
 
-def _fit(row: Encoded, tokenizer: Any, ends: Collection[int], max_length: int, max_prompt_length: int) -> _Fitted | Bad:
+def _fit(row: Encoded, tokenizer: Any, ends: Collection[int], bound: Bound) -> _Fitted | Bad:
     """Cut a row to length."""
-    bos = tokenizer.bos_token_id
     whole = row.prompt or [_separator(tokenizer)]
-    prompt = _cut_prompt(whole, max_prompt_length, bos)
-    room = max_length - len(prompt)
+    prompt = _cut_prompt(whole, bound.max_prompt_length, tokenizer.bos_token_id)
+    room = bound.max_length - len(prompt)
     if room < 1 or not all(any(side[:room]) for side in row.scored):
-        what = f"a prompt of {len(prompt)} tokens leaves no room within max_length {max_length}"
+        least = "at least " if "shortened" in row.counts else ""
+        what = f"a prompt of {least}{len(prompt)} tokens leaves no room within max_length {bound.max_length}"
         return Bad("prompt leaves no room", f"{what}; set data.max_prompt_length or raise data.max_length")
     completions = [completion[:room] for completion in row.completions]
     if len(set(map(tuple, completions))) < len(completions):
@@ -405,6 +351,7 @@ def _fit(row: Encoded, tokenizer: Any, ends: Collection[int], max_length: int, m
         "separators_added": int(not row.prompt),
         "prompts_cut": int(len(prompt) < len(whole)),
         "completions_cut": sum(len(completion) > room for completion in row.completions),
+        "ends_lost": sum(side[room - 1 : room + 1] == b"\1\1" for side in row.scored),
         "eos_inside": sum(_end_inside(*side, ends) for side in zip(completions, row.scored, strict=True)),
         "turns_without_eos": row.turns_without_eos,
         **row.counts,

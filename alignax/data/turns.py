@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 from alignax.data.rows import Bad, Message, Prompted
 from alignax.data.template import REFUSED, Opening, Template, is_prefill, refusals, refused, shared, squeezed
 
+LEFT_OUT = "left out by the chat template: {}"
+TOOLS = LEFT_OUT.format("the tools")
 REASONING = ("reasoning_content", "reasoning", "thinking")
 THINKING = ("enable_thinking", "thinking")  # variables that turn reasoning on and off in the templates that have one
 
@@ -62,7 +64,7 @@ def find(row: Prompted, template: Template, ends: Sequence[str]) -> Found | Bad:
             own = own or (found if type(error) is jinja2.TemplateError else None)
         if isinstance(found, Found):
             return found
-        bad = found if bad is None or bad.reason == REFUSED else bad
+        bad = found if bad is None or bad.reason == REFUSED != found.reason else bad
     bad = own if own is not None and bad is not None and bad.reason == REFUSED else bad
     assert bad is not None
     return bad
@@ -118,7 +120,7 @@ def _unmarked(
                 "give it {% generation %} marks, or score other turns with data.turns",
             )
         if begun:
-            place = place._replace(header=max(given.rfind(str(before[-1].get("content") or "").strip()), 0))
+            place = place._replace(header=max(given.rfind(_content(before[-1])), 0))
         places.append(place)
     turns, told = [], set()
     bounds = [*(place.header for place in places[1:]), len(text)]
@@ -164,7 +166,7 @@ def _place(
     if both >= cut and not behind_another:  # an earlier answer may be opened otherwise than the last one
         return Place(cut, both, opening)
     # The conversation in front is written otherwise than in the whole: the message and its tail are looked for there.
-    anchor = str(before[-1].get("content") or "").strip() + given[cut:limit]
+    anchor = _content(before[-1]) + given[cut:limit]
     at = text.find(anchor, after) if opening.tail is not None and given[:limit].endswith(anchor) else -1
     return Place(at + len(anchor) - (limit - cut), at + len(anchor), opening) if at >= 0 else None
 
@@ -184,8 +186,8 @@ def _turn(
     own = _own(messages[i], ends)
     until = _until(text, [words for _, words in own], messages[i + 1 : i + 2], led, bound)
     said = max([led, *(_said(text, words, led, until) for _, words in own)])
-    missing = {key for key, words in own if words not in text[header:until] and squeezed(words) not in squeezed(text[header:until])}
-    if opening.empty and _inserted(text, led, opening.lead, str(messages[i].get("content") or "").strip()):
+    missing = {key for key, words in own if not _written(words, text[header:until])}
+    if opening.empty and _inserted(text, led, opening.lead, _content(messages[i])):
         start = led
     stops = [at + len(end) for end in ends if (at := text.find(end, said, until)) >= 0]
     stop = min(stops) if stops else _unended(text, messages, i, said, until, tools, template)
@@ -284,10 +286,19 @@ def _without(text: str, ends: Sequence[str]) -> str:
     return text.strip()
 
 
+def _written(words: str, text: str) -> bool:
+    """Whether a text holds these words, be it with other white space."""
+    return words in text or squeezed(words) in squeezed(text)
+
+
+def _content(message: Message) -> str:
+    return str(message.get("content") or "").strip()
+
+
 def _own(message: Message, ends: Sequence[str] = ()) -> list[tuple[str, str]]:
     """What a message says: the texts, none blank, that its rendering should hold, each with the key that has it."""
     out = [(key, value.strip()) for key in REASONING if isinstance(value := message.get(key), str)][:1]
-    content = str(message.get("content") or "").strip()
+    content = _content(message)
     while end := next((end for end in ends if content.endswith(end) and content != end), None):
         content = content.removesuffix(end).rstrip()
     out.append(("content", content))
@@ -326,19 +337,18 @@ def _left_out(messages: list[Message], first: int, text: str, tools: Any, templa
         except refusals():
             return False
 
-    told = {"the tools"} if tools and unread(messages, None) else set()
+    told = {TOOLS} if tools and unread(messages, None) else set()
     for key in {key: None for message in messages for key in message if key not in ("role", "content")}:
         if unread([{k: v for k, v in message.items() if k != key} for message in messages], tools):
             told |= {_of(key, m["role"]) for m in messages if key in m and not (key == "weight" and m["role"] == "assistant")}
     for message in (message for i, message in enumerate(messages) if i < first or message["role"] != "assistant"):
-        content = str(message.get("content") or "").strip()
-        if content not in text and squeezed(content) not in squeezed(text):
+        if not _written(_content(message), text):
             told.add(_of("content", message["role"]))
     return told
 
 
 def _of(key: str, role: str) -> str:
-    return f"{key!r} of messages of {role!r}, in part or whole" if key == "content" else f"{key!r} of messages of {role!r}"
+    return LEFT_OUT.format(f"{key!r} of messages of {role!r}{', in part or whole' if key == 'content' else ''}")
 
 
 def _unseen(prompt: list[Message], messages: list[Message], given: str, side: Side, tools: Any, template: Template) -> set[str]:
@@ -394,9 +404,11 @@ def _call(call: Any, as_text: bool) -> Any:
         return call
     if isinstance(call.get("function"), dict):
         return call | {"function": _call(call["function"], as_text)}
-    if "arguments" not in call:
+    if "name" not in call:
         return call
-    value = call["arguments"]
+    value = call.get("arguments")
+    if value is None or isinstance(value, str) and not value.strip():
+        value = {}  # of a function that takes none
     if as_text:
         return call | {"arguments": value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}
     try:

@@ -1,5 +1,6 @@
 """What `alignax generate` reads and writes: prompts from a file or a terminal, completions as text or JSONL."""
 
+import ast
 import dataclasses
 import json
 import sys
@@ -13,9 +14,10 @@ import jax
 
 from alignax import output
 from alignax.data import chat
-from alignax.data.files import SUFFIXES, read_rows, short
-from alignax.data.rows import Bad
-from alignax.data.shapes import messages
+from alignax.data.files import SUFFIXES, read_rows
+from alignax.data.kinds import prompt_alone
+from alignax.data.rows import Bad, Prompted
+from alignax.data.shapes import holds_messages, is_json, said
 from alignax.data.tokens import prompt_ids
 from alignax.distributed import is_main
 from alignax.generate.generator import Completions, Generator
@@ -62,15 +64,15 @@ class Prompt(NamedTuple):
     ids: list[int]
 
 
-def read(request: Request, tokenizer: Any, template: Mapping[str, Any] = chat.NO_VARIABLES) -> list[Prompt] | None:
+def read(request: Request, tokenizer: Any, data: Any) -> list[Prompt] | None:
     """The prompts of a file: rows with a `prompt`, text or messages (and `tools`), or else one a line; None: a person types them.
 
-    A line is what a user says, where the tokenizer has a chat template; the text of a row is a text, as in training.
+    A line is what a user says, or a conversation in JSON, where the tokenizer has a chat template; rows are read as in training.
 
     Args:
       request: the file, and whether lines are raw.
       tokenizer: a Hugging Face tokenizer.
-      template: values of the chat template's variables.
+      data: `config.data`, for the names of columns and the values of the chat template's variables.
 
     Raises:
       ValueError: for a file that is not there, holds none, or holds a row that is no prompt, with its number.
@@ -81,7 +83,8 @@ def read(request: Request, tokenizer: Any, template: Mapping[str, Any] = chat.NO
     if file == "-" and sys.stdin.isatty():
         return None
     if file != "-" and Path(file).suffixes and any(s.lower() in SUFFIXES for s in Path(file).suffixes[-2:]):
-        return [encoded(i, row.get("prompt"), row.get("tools"), tokenizer, file, template) for i, row in enumerate(read_rows(file))]
+        found = [row_prompt(i, row, file, data.columns) for i, row in enumerate(read_rows(file))]
+        return [encoded(i, row.prompt, row.tools, tokenizer, file, data.template) for i, row in enumerate(found)]
     if file != "-" and not Path(file).is_file():
         raise ValueError(f"there is no file {file!r}; give --prompts a file with a prompt a line, or rows with a column 'prompt'")
     try:
@@ -91,29 +94,42 @@ def read(request: Request, tokenizer: Any, template: Mapping[str, Any] = chat.NO
     lines = [line for line in text.split("\n") if line.strip()]
     if not lines:
         raise ValueError(f"{'standard input' if file == '-' else file} holds no prompts; write one a line")
-    return [encoded(i, said(line, request, tokenizer), None, tokenizer, file, template) for i, line in enumerate(lines)]
+    return [encoded(i, turns(line, request, tokenizer), None, tokenizer, file, data.template) for i, line in enumerate(lines)]
 
 
-def said(line: str, request: Request, tokenizer: Any) -> Any:
-    """A line as what a user says, or as it is."""
-    return line if request.raw or not tokenizer.chat_template else [{"role": "user", "content": line}]
+def turns(line: str, request: Request, tokenizer: Any) -> Any:
+    """A line as what a user says, as the conversation that it holds, or as it is."""
+    if request.raw or not tokenizer.chat_template:
+        return line
+    for loads in (json.loads, ast.literal_eval) if is_json(line) else ():
+        try:
+            if holds_messages(found := loads(line.strip())):
+                return found
+        except (ValueError, SyntaxError, RecursionError, MemoryError):  # a line that speaks of JSON
+            continue
+    return said("user", line)
+
+
+def row_prompt(i: int, row: Mapping[str, Any], file: str, columns: Any) -> Prompted:
+    """The prompt of a row by `data.columns`, or by the name that it has without them."""
+    row = {columns.prompt: row["prompt"], **row} if "prompt" in row else row
+    found = prompt_alone(row, columns)
+    if isinstance(found, Bad):
+        raise ValueError(f"row {i} of {file}: {found.what}")
+    return found
 
 
 def encoded(row: int, prompt: Any, tools: Any, tokenizer: Any, file: str, template: Mapping[str, Any] = chat.NO_VARIABLES) -> Prompt:
     """A prompt in tokens, as training has it."""
     if isinstance(prompt, str):
         return Prompt(prompt, prompt_ids([prompt], tokenizer)[0])
-    found = messages("prompt", prompt)
-    if isinstance(found, list) and found:
-        found = chat.encode_prompt(found, tools, tokenizer, template)
-    elif not isinstance(found, Bad):
-        found = Bad("", f"the column 'prompt' is {short(prompt)}; give text or a list of messages")
+    found = chat.encode_prompt(prompt, tools, tokenizer, template)
     if isinstance(found, Bad):
         raise ValueError(f"row {row} of {file}: {found.what}")
     return Prompt(*found)
 
 
-def typed(request: Request, tokenizer: Any, template: Mapping[str, Any] = chat.NO_VARIABLES) -> Iterator[Prompt]:
+def typed(request: Request, tokenizer: Any, data: Any) -> Iterator[Prompt]:
     """Prompts that a person types, one a line, until the end of the input."""
     while True:
         try:
@@ -122,7 +138,7 @@ def typed(request: Request, tokenizer: Any, template: Mapping[str, Any] = chat.N
             print()
             return
         if line.strip():
-            yield encoded(0, said(line, request, tokenizer), None, tokenizer, "the terminal", template)
+            yield encoded(0, turns(line, request, tokenizer), None, tokenizer, "the terminal", data.template)
 
 
 def answer(

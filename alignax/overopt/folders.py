@@ -24,11 +24,10 @@ from alignax.config import BadInput
 from alignax.data import padded_length
 from alignax.data.files import read_rows
 from alignax.data.rows import Message, Prompted, Rejected
-from alignax.data.shapes import messages
 from alignax.data.template import mentioned
 from alignax.data.tokens import tokenize
 from alignax.generate import LENGTH, Generator, shape_for
-from alignax.generate.console import encoded
+from alignax.generate.console import encoded, row_prompt
 from alignax.generate.generator import check_room
 from alignax.generate.stops import added_text
 from alignax.models import hf
@@ -139,16 +138,16 @@ def sampled(config: Any, mesh: Mesh, seeds: Sequence[int]) -> list[Responses]:
 
 def read_prompts(config: Any, tokenizer: Any, wanted: int) -> list[Prompt]:
     """The first prompts of the file."""
-    file, column = config.folders.prompts, config.data.columns.prompt
+    file = config.folders.prompts
     rows = read_rows(file)
     if len(rows) < wanted:
         remedy = "lower world.prompts or repeats, each seed takes prompts of its own"
         raise BadInput(f"{file} has {len(rows)} prompts, {wanted} are needed; {remedy}")
     out = []
     for i, row in enumerate(rows[:wanted]):
-        content, tools = messages(column, row.get(column)), row.get(config.data.columns.tools)
-        own = encoded(i, content, tools, tokenizer, file, config.data.template)  # refuses what is neither text nor messages
-        out.append(Prompt(content or "", tools, own.text, own.ids))
+        asked = row_prompt(i, row, file, config.data.columns)
+        own = encoded(i, asked.prompt, asked.tools, tokenizer, file, config.data.template)
+        out.append(Prompt(asked.prompt, asked.tools, own.text, own.ids))
     return out
 
 

@@ -1,0 +1,79 @@
+"""Counts: what became of every row of a source, in numbers and in lines for the console."""
+
+from typing import Any, NamedTuple
+
+
+class Report(NamedTuple):
+    """What became of every row: `kept + sum(dropped.values()) == rows`; the other counts are of kept rows."""
+
+    rows: int
+    kept: int
+    dropped: dict[str, int]
+    bad: dict[str, list[str]]  # the first few bad rows of each reason, in words
+    prompts_cut: int
+    completions_cut: int
+    ends_lost: int  # completions that are cut inside of what is scored
+    boundary_merges: int
+    separators_added: int
+    eos_inside: int
+    fronts_written: int  # prompts of text that begin with what the tokenizer itself puts in front; it stands there once
+    ends_written: int  # completions of text that end with an end token of their own; one stands there
+    shortened: int  # rows of which only the part was tokenised that is kept, so that their lengths are lower bounds
+    turns_without_eos: int
+    told: dict[str, int]  # what the chat template leaves out of conversations and the like, in words, and its rows
+    masks: str  # how the scored turns of conversations were found; empty: there are none
+    pairs_split: int  # pairs of which two unpaired rows each were made
+    tokens: int
+    completion_tokens: int  # scored
+    longest: int
+    responses: int
+    longest_prompt: int  # characters, before any cut
+    unread: list[str]  # columns that nothing reads, each with the type of its values
+    uncut: tuple[tuple[int, ...], tuple[int, ...]]  # tokens of prompts and of completions, before any cut and those too long for it
+
+    def lines(self) -> list[str]:
+        """Lines for the console."""
+        lines = [f"rows: {self.kept:,} of {self.rows:,} kept"]
+        lines += [f"  dropped, {reason}: {count:,}" for reason, count in sorted(self.dropped.items()) if count]
+        sides = self.kept * self.responses
+        lines += [
+            f"  prompts cut: {self.prompts_cut:,} ({self.prompts_cut / self.kept:.1%} of rows)",
+            f"  completions cut: {self.completions_cut:,} ({self.completions_cut / sides:.1%}), EOS lost: {self.ends_lost:,}",
+            f"  tokens merged over the boundary: {self.boundary_merges:,} ({self.boundary_merges / self.kept:.1%} of rows)",
+        ]
+        if self.separators_added:
+            lines.append(f"  prompts without a token, given a BOS or EOS: {self.separators_added:,}")
+        if self.eos_inside:
+            lines.append(f"  completions with an end token inside the text: {self.eos_inside:,}")
+        if self.fronts_written:
+            lines.append(f"  prompts that begin with the tokens which the tokenizer puts in front, kept once: {self.fronts_written:,}")
+        if self.ends_written:
+            lines.append(f"  completions that end with an end token of their own, kept once: {self.ends_written:,}")
+        if self.shortened:
+            lines.append(
+                f"  long rows, tokenised as far as they are kept, so that they are longer than is said of them: {self.shortened:,}"
+            )
+        if self.unread:
+            more = f", and {len(self.unread) - 12} more" if len(self.unread) > 12 else ""
+            lines.append(f"  columns not read: {', '.join(self.unread[:12])}{more}; data.columns names those to read{self._system()}")
+        if self.masks:
+            lines.append(f"  conversations: scored turns are those of {self.masks}")
+        lines += [f"  {what}: {count:,} rows" for what, count in sorted(self.told.items())]
+        if self.turns_without_eos:
+            remedy = "put the template's own into eos_token_id of generation_config.json"
+            lines.append(
+                f"  scored turns that the chat template ends without an end token, so that no end is learnt: {self.turns_without_eos:,}"
+            )
+            lines.append(f"    {remedy}")
+        if self.pairs_split:
+            lines.append(f"  pairs split into a True and a False row each: {self.pairs_split:,}")
+        lines.append(f"  tokens: {self.tokens:,}, of them scored {self.completion_tokens:,}; the longest row has {self.longest:,}")
+        return lines
+
+    def _system(self) -> str:
+        found = next((column.rpartition(" (")[0] for column in self.unread if column.lower().startswith("system")), "")
+        return f", such as data.columns.system={found}" if found else ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON; without `uncut`."""
+        return {name: value for name, value in self._asdict().items() if name != "uncut"}
