@@ -7,6 +7,7 @@ holds `alignax.json`, which says who wrote it and the CRC of every file.
 
 import ctypes
 import fcntl
+import functools
 import json
 import os
 import shutil
@@ -65,7 +66,7 @@ def check(folder: Path, suffix: str = ".safetensors") -> None:
             raise ValueError(f"{folder / MARK} is damaged, and holds the CRCs of the folder's files; write or fetch the folder again")
         return
     for name, crc in there["files"].items():
-        if name.endswith(suffix) and (folder / name).is_file() and _crc(folder / name) != crc:
+        if name.endswith(suffix) and (folder / name).is_file() and _remembered_crc(folder / name) != crc:
             raise ValueError(
                 f"{folder / name} is damaged: it is not as alignax wrote it; write or fetch the folder again "
                 f"(if it was changed on purpose, delete {folder / MARK})"
@@ -242,6 +243,17 @@ def _changed(folder: Path, files: dict[str, str]) -> str:
     """A file that is not as it was written, came, or went; empty where there is none."""
     there = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {MARK}
     return next((name for name in sorted(there | files.keys()) if name not in there or files.get(name) != _crc(folder / name)), "")
+
+
+def _remembered_crc(path: Path) -> str:
+    """The CRC of a file; one that several readers of this process take is read once, until it changes."""
+    there = path.stat()
+    return _crc_of(path, there.st_ino, there.st_size, there.st_mtime_ns, there.st_ctime_ns)
+
+
+@functools.lru_cache(maxsize=1024)
+def _crc_of(path: Path, *_: int) -> str:
+    return _crc(path)
 
 
 def _crc(path: Path) -> str:

@@ -17,9 +17,10 @@ import transformers
 
 from alignax import mesh as meshes
 from alignax.models import cache as caches
-from alignax.models import hf, reward
-from alignax.models.families import FAMILIES, FIELDS, OWN, noted
+from alignax.models import hf, parameters, reward
+from alignax.models.families import FAMILIES
 from alignax.models.families import read as read_config
+from alignax.models.fields import FIELDS, OWN, noted
 from alignax.models.heads import soft_cap
 from alignax.models.transformer import Decoder, ModelConfig, forward, head_weight
 from alignax.programs import frozen_dtype
@@ -199,7 +200,7 @@ def test_files_of_a_bare_model(written, tmp_path):
 def test_sharded_model_is_the_unsharded_one(row, written):
     c, params = written(row).source.config, written(row).params
     batch, mesh = tiny.batch(), meshes.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
-    layout = jax.tree.map(lambda x: x.sharding, hf.abstract_params(c, mesh))
+    layout = jax.tree.map(lambda x: x.sharding, parameters.abstract_params(c, mesh))
 
     def value(params, batch, mesh=None):
         out = forward(c, mesh=mesh)(params, batch)

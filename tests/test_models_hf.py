@@ -21,6 +21,7 @@ import transformers
 from alignax.mesh import make_mesh
 from alignax.models import hf
 from alignax.models.added import with_tokens
+from alignax.models.small_files import small_files
 from alignax.prepare import load_tokenizer, open_model
 
 UNTIED = {"tie_word_embeddings": False}
@@ -502,7 +503,7 @@ def test_links_out_of_a_folder_are_not_exported(written, tmp_path):
     for i, file in enumerate(sorted(p for p in written.iterdir() if p.is_file())):  # as the hub's cache lays a model out
         shutil.copyfile(file, cache / "blobs" / str(i))
         (snapshot / file.name).symlink_to(Path("../../blobs") / str(i))
-    assert {f.name for f in hf.small_files(hf.open_folder(snapshot))} >= {"tokenizer.json", "generation_config.json"}
+    assert {f.name for f in small_files(snapshot)} >= {"tokenizer.json", "generation_config.json"}
     (tmp_path / "secret").write_text("TOKEN=abc")
     for target in (tmp_path / "secret", Path("../../../secret"), Path("../../blobs/../../secret")):
         link = snapshot / "notes.txt"
@@ -511,7 +512,7 @@ def test_links_out_of_a_folder_are_not_exported(written, tmp_path):
             open_model(str(snapshot), "pretrained", "model.path")
         link.unlink()
     (snapshot / "notes.txt").symlink_to("tokenizer.json")  # within the folder, by name of another link
-    hf.small_files(hf.open_folder(snapshot))
+    small_files(snapshot)
 
 
 def test_nothing_of_a_folder_is_run(copy, tmp_path, monkeypatch):
