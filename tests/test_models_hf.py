@@ -415,7 +415,17 @@ def test_tensors_that_the_config_does_not_describe(copy):
     refuses(
         copy,
         "13 tensors that config.json does not describe, 'model.layers.1.input_layernorm.weight' first",
-        "this model's config?",
+        "is it this model's config, and",
+    )
+
+
+def test_tensors_under_the_names_of_a_wrapper(copy):
+    def wrap(tensors: dict) -> None:
+        tensors |= {f"_orig_mod.{name}": tensors.pop(name) for name in list(tensors)}
+
+    retensor(copy, wrap)
+    refuses(
+        copy, "lacks 21 tensors", "and has 21 tensors", "'_orig_mod.lm_head.weight' first", "the names that transformers saves it with?"
     )
 
 

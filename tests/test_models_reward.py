@@ -14,7 +14,7 @@ from test_models_families import ROWS
 
 from alignax.losses import apo_zero_unpaired, bradley_terry, centring, dpo, sft
 from alignax.mesh import batch_sharding, make_mesh
-from alignax.models import hf, parameters
+from alignax.models import hf, parameters, reward
 from alignax.models.transformer import critic, forward
 from alignax.optim import decays
 
@@ -102,6 +102,16 @@ def test_several_labels(tmp_path):
     scores = our_scores(source, hf.load_params(source, ONE), batch)
     assert scores.shape == (4, 2, 3)
     np.testing.assert_allclose(scores, their_scores(model, batch), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "LlamaForSequenceClassification"])
+@pytest.mark.parametrize("said", [{}, {"num_labels": 2}, {"num_labels": 1}, {"id2label": {"0": "a", "1": "b"}}])
+def test_an_exported_config_says_the_labels_that_its_head_has(architecture, said):
+    before = tiny.CONFIG | {"architectures": [architecture]} | said
+    for count in (1, 2, 3):
+        after = before | reward.fields(before, [0.0] * count, 0)
+        theirs = transformers.LlamaConfig(**after)
+        assert reward.labels(after) == theirs.num_labels == len(theirs.id2label) == count
 
 
 @pytest.mark.slow

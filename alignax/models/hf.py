@@ -233,12 +233,13 @@ def check_tensors(source: Source, files: Mapping[str, Stored]) -> None:
     tied = {source.family.weights["lm_head"].name} if source.config.tie_word_embeddings else set()
     names = {n for n in files if not n.endswith(source.family.ignored)} - tied
     where = f"{str(source.path)!r}"
-    if missing := sorted(set(wanted) - names):
+    missing, extra = sorted(set(wanted) - names), sorted(files[n].name for n in names - set(wanted))
+    if missing and not extra:
         raise ValueError(f"{where} lacks {len(missing)} tensors, {missing[0]} first; fetch the folder again")
-    if extra := sorted(names - set(wanted)):
-        raise ValueError(
-            f"{where} has {len(extra)} tensors that config.json does not describe, {short(extra[0])} first; is it this model's config?"
-        )
+    if extra:
+        lacks = f"lacks {len(missing)} tensors, {missing[0]} first, and " if missing else ""
+        asked = "is it this model's config, and are these the names that transformers saves it with?"
+        raise ValueError(f"{where} {lacks}has {len(extra)} tensors that config.json does not describe, {short(extra[0])} first; {asked}")
     headers = {file: header(file) for file in sorted({s.file for s in files.values()})}
     for name, shape in wanted.items():
         if files[name].name not in headers[files[name].file]:
