@@ -44,6 +44,8 @@ def claim(place: Path, origin: str = "", force: bool = False, remedy: str = "giv
         raise ValueError(f"{str(place)!r} cannot be written: {str(above)!r} is {why}; choose another place")
     if place.is_dir() and not origin:
         raise ValueError(f"{str(place)!r} is a folder; name a file")
+    if place.exists() and not (place.is_dir() or place.is_file()):
+        raise ValueError(f"{str(place)!r} is a device or a pipe, in whose place nothing is put; name a file, or - where that is taken")
     if force or not place.exists() or (place.is_file() and not place.stat().st_size) or (place.is_dir() and not any(place.iterdir())):
         return
     if place.is_dir():
@@ -91,6 +93,7 @@ def file(path: Path, shared: bool = False) -> Iterator[Path]:
 
     `shared`: several processes may write the same file at the same time; `sweep` removes what killed ones left of it.
     """
+    path = path.resolve()  # what a link points to, which stays
     tmp = _beside(path, f"{socket.gethostname()}-{os.getpid()}" if shared else "")
     with _writing(path, tmp):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -120,6 +123,7 @@ def sweep(folder: Path) -> None:
 @contextmanager
 def folder(out: Path, origin: str = "") -> Iterator[Path]:
     """Where to write a folder that takes the place of `out` at the end, of an `origin` marked; every process enters, process 0 writes."""
+    out = out.resolve()
     tmp = _beside(out)
     with _writing(out, tmp):
         with together():

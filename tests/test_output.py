@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import matplotlib.cbook
 import numpy as np
@@ -61,6 +62,27 @@ def test_a_file_is_replaced_with_force_alone_and_what_is_empty_is_free(tmp_path)
     output.claim(file, force=True)
     file.write_text("<head> by me")
     output.claim(file, "by me")
+
+
+def test_what_a_link_points_to_is_replaced_and_the_link_stays(tmp_path):
+    (tmp_path / "disk").mkdir()
+    for name in ("disk", "absent"):
+        link = tmp_path / f"to_{name}"
+        link.symlink_to(name)
+        for _ in range(2):
+            output.claim(link, "run a")
+            assert written(link) == link and link.is_symlink() and (tmp_path / name / "config.json").is_file()
+    (tmp_path / "file").symlink_to("target")
+    output.write_text(tmp_path / "file", "new")
+    assert (tmp_path / "file").is_symlink() and (tmp_path / "target").read_text() == "new"
+    assert {p.name for p in tmp_path.iterdir()} == {"disk", "to_disk", "absent", "to_absent", "file", "target"}
+
+
+def test_a_device_is_left_alone(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for place in (Path("/dev/null"), tmp_path / "pipe"):
+        with pytest.raises(ValueError, match="is a device or a pipe, in whose place nothing is put; name a file"):
+            output.claim(place, force=True)
 
 
 def test_an_error_leaves_what_stood_there_and_nothing_else(tmp_path):
