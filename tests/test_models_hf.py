@@ -371,6 +371,8 @@ def test_no_folder_and_no_config(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     refuses(tmp_path, "holds adapters and no model", "as lora.path")
     refuses(tmp_path / "adapter_config.json", "is a file", f"such as {str(tmp_path)!r}")
+    (tmp_path / "config.json").write_text(json.dumps(tiny.CONFIG))  # transformers would put the adapters onto the model
+    refuses(tmp_path, "holds a model and adapters", "as lora.path, or, where they are merged already, delete adapter_config.json")
 
 
 @pytest.mark.parametrize("content", ['{"model_type": "lla', "", "[1, 2]", "7", b"\xff\xfe"], ids=repr)

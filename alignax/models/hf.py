@@ -67,6 +67,11 @@ def open_folder(path: str | os.PathLike) -> Source:
         raise ValueError(f"model folder {str(path)!r} does not exist; give the path of a Hugging Face model folder")
     if not file.is_file() and (path / "adapter_config.json").is_file():
         raise ValueError(f"{str(path)!r} holds adapters and no model; give its base here, and the adapters as lora.path")
+    if (path / "adapter_config.json").is_file():  # which transformers puts onto the model
+        raise ValueError(
+            f"{str(path)!r} holds a model and adapters; move the adapters into a folder of their own, to be given as lora.path, or, where "
+            "they are merged already, delete adapter_config.json"
+        )
     if not file.is_file():
         raise ValueError(f"{str(path)!r} has no config.json; give the path of a Hugging Face model folder")
     hf = read_object(file, "fetch the model folder again")
