@@ -394,6 +394,8 @@ def test_earlier_names_of_fields_mean_the_same():
     )
     old = {"rotary_pct": 0.5, "rotary_emb_base": 100}
     assert read("gpt_neox", drop=("rope_parameters",), **old) == read("gpt_neox")
+    assert read("gpt_neox", drop=("rope_parameters",), partial_rotary_factor=0.5, rope_theta=100, **old) == read("gpt_neox")
+    refuses("gpt_neox", "partial_rotary_factor 0.25 is not supported", "only 0.5 is", partial_rotary_factor=0.25)
     scaling = {"rope_scaling": {"rope_type": "linear", "factor": 4.0}, "rope_theta": 100.0, "rope_local_base_freq": 10.0}
     assert read("gemma3_text", drop=("rope_parameters",), **scaling) == read("gemma3_text")
     by_pattern = read("gemma3_text", drop=("layer_types",), sliding_window_pattern=2)

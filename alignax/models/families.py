@@ -145,7 +145,9 @@ def _gpt_neox(hf: Json) -> ModelConfig:
     rope = {"rope_theta": hf.get("rotary_emb_base", 1e4), "partial_rotary_factor": hf.get("rotary_pct", 0.25)}
     rope |= hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     share = float(rope.pop("partial_rotary_factor"))
+    only(hf, partial_rotary_factor=share)  # which transformers 4 notes beside rotary_pct, and 5 passes over
     own = {"num_key_value_heads": None, "head_dim": None, "mlp_bias": True, "rms_norm_eps": hf.get("layer_norm_eps", 1e-5)}
+    own |= {"partial_rotary_factor": None}
     c = _llama({"attention_bias": True, "hidden_act": "gelu"} | dict(hf) | own | {"rope_parameters": rope})
     parallel = hf.get("use_parallel_residual", True)
     return dataclasses.replace(c, norm="layer", gated_mlp=False, parallel_residual=parallel, partial_rotary_factor=share)
