@@ -348,7 +348,10 @@ def plain(folder, tmp_path_factory):
                 "bias": "lora_only",
             }.items()
         ],
-        ({"target_modules": ["q_proj", "k_proj"]}, "lacks base_model.model.model.layers.0.self_attn.k_proj.lora_A.weight"),
+        (
+            {"target_modules": ["q_proj", "k_proj"]},
+            r"lacks base_model.model.model.layers.0.self_attn.k_proj.lora_A.weight and holds .base_model.*; is it of this model",
+        ),
         ({"target_modules": []}, "adapts nothing"),
         ({"r": 0}, "has r 0; it must be a whole number above 0"),
         ({"r": 3}, r"lora_A.weight in .* has shape \(2, 32\), not \(3, 32\); is it an adapter of this model"),
@@ -375,6 +378,12 @@ def test_an_adapter_of_another_base(folder, tmp_path):
     deeper = source._replace(config=dataclasses.replace(source.config, num_hidden_layers=3))
     with pytest.raises(ValueError, match=r"lacks base_model\.model\.model\.layers\.2\."):
         read_adapter(tmp_path / "out", deeper, ONE)
+    file = tmp_path / "out" / "adapter_model.safetensors"
+    named = {name.replace(".weight", ".default.weight"): x for name, x in safetensors.numpy.load_file(file).items()}
+    safetensors.numpy.save_file(named, file)
+    (tmp_path / "out" / "alignax.json").unlink(missing_ok=True)
+    with pytest.raises(ValueError, match=r"lora_A\.weight and holds 'base_model.*lora_A\.default\.weight'; is it of this model, under"):
+        read_adapter(tmp_path / "out", source, ONE)
 
 
 def test_damaged_adapter_files(folder, tmp_path):

@@ -257,7 +257,8 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
 
 def _take(stored: dict[str, np.ndarray], name: str, shape: tuple[int, ...], folder: Path) -> np.ndarray:
     if name not in stored:
-        raise ValueError(f"{folder / WEIGHTS} lacks {name}; fetch the adapter again")
+        there = f" and holds {short(min(stored))}; is it of this model, under the names that PEFT saves?" if stored else "; fetch it again"
+        raise ValueError(f"{folder / WEIGHTS} lacks {name}{there}")
     x = stored.pop(name)
     if x.shape != shape:
         raise ValueError(f"{name} in {folder / WEIGHTS} has shape {x.shape}, not {shape}; is it an adapter of this model?")
