@@ -21,7 +21,7 @@ from alignax.evaluate import Evaluation
 from alignax.losses.algebra import at_step
 from alignax.losses.responses import differing
 from alignax.metrics import Log
-from alignax.models import hf, peft, reward
+from alignax.models import hf, parameters, peft, reward
 from alignax.models.lora import Lora, merge
 from alignax.prepare import Run, origin
 from alignax.programs import abstract_trained, batch_sizes, make_programs
@@ -180,7 +180,7 @@ def parameter_count(tree: Params) -> int:
 
 def sizes(run: Run) -> str:
     """The model's size in words."""
-    whole, trained = parameter_count(hf.abstract_params(run.source.config)), parameter_count(abstract_trained(run))
+    whole, trained = parameter_count(parameters.abstract_params(run.source.config)), parameter_count(abstract_trained(run))
     if run.lora is None:
         return f"{whole / 1e6:.3f} M parameters, {run.dtype.name} on float32 weights"
     held = "int8" if run.lora.int8 else run.dtype.name
@@ -199,7 +199,7 @@ def summary(run: Run, about: dict[str, Any], start: int) -> list[str]:
         base = "; the reference is their base, without adapters" if run.reference is run.source else ""
         lines.append(f"adapters {about['adapters']} of rank {run.lora.rank} on {', '.join(run.lora.targets)}{base}")
     if run.critic is not None:
-        size = parameter_count(hf.abstract_params(run.critic.config)) / 1e6
+        size = parameter_count(parameters.abstract_params(run.critic.config)) / 1e6
         lines.append(f"critic {about['critic']} of its own tree, {run.config.model.critic}: {size:.3f} M parameters")
     if run.members:
         kind = "all parameters" if run.lora is None else "adapters" if run.lora.targets else "a head"

@@ -7,6 +7,7 @@ holds `alignax.json`, which says who wrote it and the CRC of every file.
 
 import ctypes
 import fcntl
+import functools
 import json
 import os
 import shutil
@@ -43,6 +44,8 @@ def claim(place: Path, origin: str = "", force: bool = False, remedy: str = "giv
         raise ValueError(f"{str(place)!r} cannot be written: {str(above)!r} is {why}; choose another place")
     if place.is_dir() and not origin:
         raise ValueError(f"{str(place)!r} is a folder; name a file")
+    if place.exists() and not (place.is_dir() or place.is_file()):
+        raise ValueError(f"{str(place)!r} is a device or a pipe, in whose place nothing is put; name a file, or - where that is taken")
     if force or not place.exists() or (place.is_file() and not place.stat().st_size) or (place.is_dir() and not any(place.iterdir())):
         return
     if place.is_dir():
@@ -65,7 +68,7 @@ def check(folder: Path, suffix: str = ".safetensors") -> None:
             raise ValueError(f"{folder / MARK} is damaged, and holds the CRCs of the folder's files; write or fetch the folder again")
         return
     for name, crc in there["files"].items():
-        if name.endswith(suffix) and (folder / name).is_file() and _crc(folder / name) != crc:
+        if name.endswith(suffix) and (folder / name).is_file() and _remembered_crc(folder / name) != crc:
             raise ValueError(
                 f"{folder / name} is damaged: it is not as alignax wrote it; write or fetch the folder again "
                 f"(if it was changed on purpose, delete {folder / MARK})"
@@ -90,6 +93,7 @@ def file(path: Path, shared: bool = False) -> Iterator[Path]:
 
     `shared`: several processes may write the same file at the same time; `sweep` removes what killed ones left of it.
     """
+    path = path.resolve()  # what a link points to, which stays
     tmp = _beside(path, f"{socket.gethostname()}-{os.getpid()}" if shared else "")
     with _writing(path, tmp):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -119,6 +123,7 @@ def sweep(folder: Path) -> None:
 @contextmanager
 def folder(out: Path, origin: str = "") -> Iterator[Path]:
     """Where to write a folder that takes the place of `out` at the end, of an `origin` marked; every process enters, process 0 writes."""
+    out = out.resolve()
     tmp = _beside(out)
     with _writing(out, tmp):
         with together():
@@ -242,6 +247,17 @@ def _changed(folder: Path, files: dict[str, str]) -> str:
     """A file that is not as it was written, came, or went; empty where there is none."""
     there = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {MARK}
     return next((name for name in sorted(there | files.keys()) if name not in there or files.get(name) != _crc(folder / name)), "")
+
+
+def _remembered_crc(path: Path) -> str:
+    """The CRC of a file; one that several readers of this process take is read once, until it changes."""
+    there = path.stat()
+    return _crc_of(path, there.st_ino, there.st_size, there.st_mtime_ns, there.st_ctime_ns)
+
+
+@functools.lru_cache(maxsize=1024)
+def _crc_of(path: Path, *_: int) -> str:
+    return _crc(path)
 
 
 def _crc(path: Path) -> str:

@@ -50,6 +50,7 @@ from alignax.judges import Judge
 from alignax.losses.algebra import Objective
 from alignax.models import hf, lora, peft, transformer
 from alignax.models.lora import Lora
+from alignax.models.small_files import small_files
 from alignax.optim import make_optimizer, make_schedule
 from alignax.rewards import check_one_score, open_ensemble
 from alignax.train import Apply
@@ -284,7 +285,7 @@ def open_model(path: str, init: str, field: str) -> hf.Source:
         raise ValueError(f"model.init {init!r} is unknown; use pretrained or random")
     source = open_source(path, field)
     hf.stop_ids(source)  # refuses what is no token
-    hf.small_files(source)
+    small_files(source.path)
     if init == "pretrained":
         for part, _ in hf.ingredients(source):
             hf.check_tensors(part, hf.tensor_files(part))

@@ -16,7 +16,7 @@ from alignax.config import asked, eval_batch_size, prompts_of_rollout
 from alignax.data import Batches
 from alignax.experience import Experience, advance, chain, first_carry
 from alignax.judges import FIELDS
-from alignax.models import hf, reward, transformer
+from alignax.models import hf, parameters, reward, transformer
 from alignax.models.lora import Lora, is_quantised, join, split
 from alignax.prepare import STORED, Run, make_apply
 from alignax.rewards import ensemble_model
@@ -105,7 +105,7 @@ def abstract_frozen(run: Run) -> dict[str, Any]:
 
     def described(name: str, source: hf.Source) -> Params:
         config = dataclasses.replace(source.config, lora=run.lora if name == "base" else None, critic_heads=0)
-        params = hf.abstract_params(config, run.mesh)
+        params = parameters.abstract_params(config, run.mesh)
         params = params if name == "ensemble" else split(params)[0]
         describe = lambda path, x: jax.ShapeDtypeStruct(x.shape, frozen_dtype(path, run, name), sharding=x.sharding)
         return jax.tree_util.tree_map_with_path(describe, params)
@@ -129,9 +129,9 @@ def abstract_trained(run: Run, mesh: Mesh | None = None) -> Params:
 
 def abstract_models(source: hf.Source, lora: Lora | None, critic: hf.Source | None, members: int, mesh: Mesh | None) -> Params:
     """Shapes, types and shardings of what a run of these models trains, see `abstract_trained`."""
-    one = hf.abstract_params(source.config, mesh) if lora is None else hf.abstract_adapters(source.config, lora, mesh)
+    one = parameters.abstract_params(source.config, mesh) if lora is None else parameters.abstract_adapters(source.config, lora, mesh)
     if critic is not None:
-        one = one | {reward.CRITIC: hf.abstract_params(critic.config, mesh)}
+        one = one | {reward.CRITIC: parameters.abstract_params(critic.config, mesh)}
     return ensemble.stacked(one, members, mesh) if members else one
 
 

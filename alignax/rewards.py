@@ -18,7 +18,8 @@ from alignax.experience.ensembles import mean, median, uwo, wco
 from alignax.judges import FIELDS
 from alignax.losses.reward import correct
 from alignax.metrics import table
-from alignax.models import hf
+from alignax.models import hf, parameters
+from alignax.models.small_files import chat_template
 from alignax.models.transformer import ModelConfig, forward
 from alignax.train import digest
 from alignax.types import Batch, Model, Outputs, Params
@@ -54,7 +55,7 @@ def open_ensemble(paths: Sequence[str | Path]) -> list[hf.Source]:
             raise ValueError(f"{str(source.path)!r} is no reward model: its config.json names no architecture for sequence classification")
     hf.check_alike(sources)
     for source in sources[1:]:
-        if hf.chat_template(source.path) != hf.chat_template(sources[0].path):
+        if chat_template(source.path) != chat_template(sources[0].path):
             raise ValueError(f"{str(source.path)!r} has another chat template than {str(sources[0].path)!r}; members read one text")
     return sources
 
@@ -76,7 +77,7 @@ def stack(members: Sequence[Params], config: ModelConfig, mesh: Mesh) -> Params:
     for k, print_ in enumerate(prints):
         if (first := prints.index(print_)) < k:
             raise ValueError(f"members {first} and {k} of the ensemble are the same weights; leave one out")
-    layout = jax.tree.map(lambda x: x.sharding, stacked(hf.abstract_params(config, mesh), len(members), mesh))
+    layout = jax.tree.map(lambda x: x.sharding, stacked(parameters.abstract_params(config, mesh), len(members), mesh))
     return jax.jit(lambda *trees: jax.tree.map(lambda *x: jnp.stack(x), *trees), out_shardings=layout)(*members)
 
 

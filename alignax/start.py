@@ -20,7 +20,7 @@ from alignax.data.files import short
 from alignax.distributed import check_alike, is_main, together
 from alignax.evaluate import SAMPLED, tries
 from alignax.experience import advance, first_carry
-from alignax.models import hf, peft, reward
+from alignax.models import hf, parameters, peft, reward
 from alignax.models.lora import quantise, split
 from alignax.online import make_judge, training_program
 from alignax.prepare import Run
@@ -253,7 +253,7 @@ def check_reward(run: Run, name: str) -> None:
 def initial_params(run: Run) -> Params:
     """The policy's parameters at step 0."""
     if run.config.model.init == "random":
-        return hf.init_params(run.source.config, run.mesh, jax.random.key(run.config.seed))
+        return parameters.init_params(run.source.config, run.mesh, jax.random.key(run.config.seed))
     return hf.load_params(run.source, run.mesh, jax.random.key(run.config.seed))
 
 
@@ -274,8 +274,8 @@ def spread(run: Run, params: Params, base: Params | None) -> Params:
     layout = jax.tree.map(lambda x: x.sharding, abstract_trained(run, run.mesh))
 
     def member(params: Params, base: Params, key: jax.Array) -> Params:
-        trained = params if lora is None else hf.fresh_adapters(config, lora, base, key)
-        fresh = hf.fresh(config, key) if own else params
+        trained = params if lora is None else parameters.fresh_adapters(config, lora, base, key)
+        fresh = parameters.fresh(config, key) if own else params
         return trained | {name: fresh[name] for name in reward.HEAD if name in fresh}
 
     every = ensemble.over_members(member, (None, None, 0), 0)
@@ -289,7 +289,7 @@ def initial_adapters(run: Run, params: Params, base: Params) -> Params:
     if path := run.config.lora.path:
         with together():
             return peft.read_adapter(Path(path), run.source, run.mesh)[1] | {name: x for name, x in head.items() if name == reward.VALUE}
-    return hf.init_adapters(run.source, run.lora, run.mesh, base, jax.random.key(run.config.seed)) | head
+    return parameters.init_adapters(run.source.config, run.lora, run.mesh, base, jax.random.key(run.config.seed)) | head
 
 
 def reference_params(run: Run, params: Params) -> Params | None:

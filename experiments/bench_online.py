@@ -188,7 +188,7 @@ def judges(folder: Path, members: int) -> list[Path]:
     import jax
 
     from alignax.mesh import make_mesh
-    from alignax.models import hf
+    from alignax.models import hf, parameters
 
     out = [folder / f"judge_{k}" for k in range(members)]
     for k, judge in enumerate(out):
@@ -197,7 +197,7 @@ def judges(folder: Path, members: int) -> list[Path]:
         reward = {"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "score"}}
         (judge / "config.json").write_text(json.dumps(description | reward))
         source = hf.open_folder(judge)
-        hf.export(hf.init_params(source.config, make_mesh({}, jax.devices()[:1]), jax.random.key(k)), source, judge)
+        hf.export(parameters.init_params(source.config, make_mesh({}, jax.devices()[:1]), jax.random.key(k)), source, judge)
     return out
 
 

@@ -40,7 +40,8 @@ from alignax.data.tokens import tokenize
 from alignax.experience import advance
 from alignax.losses import at_step
 from alignax.mesh import make_mesh
-from alignax.models import families, hf, peft, transformer
+from alignax.models import families, hf, parameters, peft, transformer
+from alignax.models.fields import FIELDS as MODEL_FIELDS
 from alignax.models.lora import Lora
 from alignax.prepare import load_tokenizer, prepare
 from alignax.start import check_step
@@ -594,7 +595,7 @@ def test_config_json(kind, folder):
     import transformers
 
     full = transformers.AutoConfig.for_model(kind).to_dict() | {"model_type": kind}
-    good = json.loads(json.dumps({name: value for name, value in full.items() if name in families.FIELDS}))
+    good = json.loads(json.dumps({name: value for name, value in full.items() if name in MODEL_FIELDS}))
     good |= {"num_hidden_layers": 2} if "num_hidden_layers" in good else {}
     good |= {"layer_types": ["full_attention"] * 2} if "layer_types" in good else {}
     path = folder / kind
@@ -626,7 +627,7 @@ def shapes(model, monkeypatch):
     """Shapes of the tiny model, found once: only its files are spoiled."""
     plan = hf.plan(model, model.config)
     monkeypatch.setattr(hf, "plan", lambda source, config: plan)
-    found = {name: hf.abstract_params(model.config, mesh) for name, mesh in (("none", None), ("one", ONE))}
+    found = {name: parameters.abstract_params(model.config, mesh) for name, mesh in (("none", None), ("one", ONE))}
     monkeypatch.setattr(hf, "abstract_params", lambda config, mesh=None: found["one" if mesh else "none"])
 
 
@@ -712,7 +713,7 @@ def test_tokenizers(model, folder, data):
 def adapter(model, folder) -> Path:
     """A PEFT folder of the tiny model."""
     spec = Lora(2, 4.0, ("q", "up"), dora=True)
-    adapters = hf.init_adapters(model, spec, ONE, hf.load_params(model, ONE), jax.random.key(0))
+    adapters = parameters.init_adapters(model.config, spec, ONE, hf.load_params(model, ONE), jax.random.key(0))
     peft.write_adapter(adapters, spec, model, str(model.path), folder / "adapter")
     file = folder / "adapter" / peft.CONFIG  # with everything that is read, each as PEFT's default or of no effect
     config = json.loads(file.read_text()) | {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {r"layers\.0\..*up_proj": 8.0}}

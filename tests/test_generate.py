@@ -29,7 +29,7 @@ from alignax.generate import (
 )
 from alignax.generate.engine import Engine
 from alignax.mesh import make_mesh
-from alignax.models import hf, transformer
+from alignax.models import hf, parameters, transformer
 from alignax.models.lora import MATRICES, Lora, join, quantise, split
 from alignax.models.transformer import forward
 
@@ -105,7 +105,7 @@ def test_rows_and_refilling_change_nothing(shape):
 @pytest.mark.parametrize("sizes", [{"data": 2, "fsdp": 2, "tensor": 2}, pytest.param({"fsdp": 8}, marks=SLOW)])
 def test_the_mesh_changes_nothing(sizes):
     mesh = make_mesh(sizes)
-    layout = jax.tree.map(lambda x: x.sharding, hf.abstract_params(tiny.MODEL, mesh))
+    layout = jax.tree.map(lambda x: x.sharding, parameters.abstract_params(tiny.MODEL, mesh))
     generator = Generator(tiny.MODEL, shape_for(21, 8, 12, mesh=mesh, slots=8), stop_ids=STOPS, mesh=mesh)
     same(generator(jax.device_put(PARAMS, layout), PROMPTS, KEY, n=3), base()[1])
 

@@ -14,7 +14,7 @@ from alignax import mesh as meshes
 from alignax import train
 from alignax.losses import dpo
 from alignax.mesh import AXES, make_mesh, param_shardings, put_batch, sharding
-from alignax.models import hf, transformer
+from alignax.models import parameters, transformer
 from alignax.train import init_state, make_step
 
 EVERYDAY = [((8, 1, 1), 2), ((2, 2, 2), 2), ((1, 1, 1), 2)]
@@ -107,7 +107,7 @@ def test_parameters_lie_as_the_table_says():
         },
     }  # fmt: skip
     assert jax.tree.map(lambda s: s.spec, found) == expected
-    params = hf.init_params(tiny.MODEL, mesh, jax.random.key(0))
+    params = parameters.init_params(tiny.MODEL, mesh, jax.random.key(0))
     assert jax.tree.map(lambda x: x.sharding.spec, params) == expected
     assert params["layers"]["gate"].addressable_shards[0].data.shape == (2, 16, 24)
 
@@ -121,7 +121,7 @@ def state_shardings(mesh, optimizer, params):
 @pytest.mark.parametrize("make", [optax.adamw, optax.lion, optax.rmsprop, functools.partial(optax.sgd, momentum=0.9)])
 def test_moments_lie_as_their_parameters(make):
     mesh, optimizer = split(2, 2, 2), optax.chain(optax.clip_by_global_norm(1.0), make(optax.constant_schedule(1e-3)))
-    params = hf.init_params(tiny.MODEL, mesh, jax.random.key(0))
+    params = parameters.init_params(tiny.MODEL, mesh, jax.random.key(0))
     state = jax.jit(optimizer.init, out_shardings=state_shardings(mesh, optimizer, params))(params)
     like_params = lambda x: jax.tree.structure(x) == jax.tree.structure(params)
     moments = [x for x in jax.tree.leaves(state, is_leaf=like_params) if like_params(x)]

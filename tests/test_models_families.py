@@ -17,9 +17,10 @@ import transformers
 
 from alignax import mesh as meshes
 from alignax.models import cache as caches
-from alignax.models import hf, reward
-from alignax.models.families import FAMILIES, FIELDS, OWN, noted
+from alignax.models import hf, parameters, reward
+from alignax.models.families import FAMILIES
 from alignax.models.families import read as read_config
+from alignax.models.fields import FIELDS, OWN, noted
 from alignax.models.heads import soft_cap
 from alignax.models.transformer import Decoder, ModelConfig, forward, head_weight
 from alignax.programs import frozen_dtype
@@ -199,7 +200,7 @@ def test_files_of_a_bare_model(written, tmp_path):
 def test_sharded_model_is_the_unsharded_one(row, written):
     c, params = written(row).source.config, written(row).params
     batch, mesh = tiny.batch(), meshes.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
-    layout = jax.tree.map(lambda x: x.sharding, hf.abstract_params(c, mesh))
+    layout = jax.tree.map(lambda x: x.sharding, parameters.abstract_params(c, mesh))
 
     def value(params, batch, mesh=None):
         out = forward(c, mesh=mesh)(params, batch)
@@ -393,6 +394,8 @@ def test_earlier_names_of_fields_mean_the_same():
     )
     old = {"rotary_pct": 0.5, "rotary_emb_base": 100}
     assert read("gpt_neox", drop=("rope_parameters",), **old) == read("gpt_neox")
+    assert read("gpt_neox", drop=("rope_parameters",), partial_rotary_factor=0.5, rope_theta=100, **old) == read("gpt_neox")
+    refuses("gpt_neox", "partial_rotary_factor 0.25 is not supported", "only 0.5 is", partial_rotary_factor=0.25)
     scaling = {"rope_scaling": {"rope_type": "linear", "factor": 4.0}, "rope_theta": 100.0, "rope_local_base_freq": 10.0}
     assert read("gemma3_text", drop=("rope_parameters",), **scaling) == read("gemma3_text")
     by_pattern = read("gemma3_text", drop=("layer_types",), sliding_window_pattern=2)

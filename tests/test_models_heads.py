@@ -15,7 +15,7 @@ import tiny
 
 from alignax import losses, train
 from alignax import mesh as meshes
-from alignax.models import hf, transformer
+from alignax.models import parameters, transformer
 from alignax.models.heads import Shaping, jsd, jsd_slope, token_logps
 from alignax.types import Outputs
 
@@ -297,7 +297,7 @@ def test_no_array_of_the_training_step_spans_tokens_and_vocabulary(shape, monkey
     mesh = None if shape is None else meshes.make_mesh(shape)
     batch = tiny.batch(T=T, V=V)  # 8 rows
     batch |= {"ref_logps": jnp.zeros(batch["tokens"].shape)}
-    params = hf.abstract_params(config, mesh)
+    params = parameters.abstract_params(config, mesh)
     if mesh:
         batch = {name: jax.device_put(x, meshes.batch_sharding(mesh)) for name, x in batch.items()}
     optimizer = optax.sgd(1e-3)

@@ -21,6 +21,7 @@ import transformers
 from alignax.mesh import make_mesh
 from alignax.models import hf
 from alignax.models.added import with_tokens
+from alignax.models.small_files import small_files
 from alignax.prepare import load_tokenizer, open_model
 
 UNTIED = {"tie_word_embeddings": False}
@@ -370,6 +371,8 @@ def test_no_folder_and_no_config(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     refuses(tmp_path, "holds adapters and no model", "as lora.path")
     refuses(tmp_path / "adapter_config.json", "is a file", f"such as {str(tmp_path)!r}")
+    (tmp_path / "config.json").write_text(json.dumps(tiny.CONFIG))  # transformers would put the adapters onto the model
+    refuses(tmp_path, "holds a model and adapters", "as lora.path, or, where they are merged already, delete adapter_config.json")
 
 
 @pytest.mark.parametrize("content", ['{"model_type": "lla', "", "[1, 2]", "7", b"\xff\xfe"], ids=repr)
@@ -414,7 +417,17 @@ def test_tensors_that_the_config_does_not_describe(copy):
     refuses(
         copy,
         "13 tensors that config.json does not describe, 'model.layers.1.input_layernorm.weight' first",
-        "this model's config?",
+        "is it this model's config, and",
+    )
+
+
+def test_tensors_under_the_names_of_a_wrapper(copy):
+    def wrap(tensors: dict) -> None:
+        tensors |= {f"_orig_mod.{name}": tensors.pop(name) for name in list(tensors)}
+
+    retensor(copy, wrap)
+    refuses(
+        copy, "lacks 29 tensors", "and has 29 tensors", "'_orig_mod.lm_head.weight' first", "the names that transformers saves it with?"
     )
 
 
@@ -502,7 +515,7 @@ def test_links_out_of_a_folder_are_not_exported(written, tmp_path):
     for i, file in enumerate(sorted(p for p in written.iterdir() if p.is_file())):  # as the hub's cache lays a model out
         shutil.copyfile(file, cache / "blobs" / str(i))
         (snapshot / file.name).symlink_to(Path("../../blobs") / str(i))
-    assert {f.name for f in hf.small_files(hf.open_folder(snapshot))} >= {"tokenizer.json", "generation_config.json"}
+    assert {f.name for f in small_files(snapshot)} >= {"tokenizer.json", "generation_config.json"}
     (tmp_path / "secret").write_text("TOKEN=abc")
     for target in (tmp_path / "secret", Path("../../../secret"), Path("../../blobs/../../secret")):
         link = snapshot / "notes.txt"
@@ -511,7 +524,7 @@ def test_links_out_of_a_folder_are_not_exported(written, tmp_path):
             open_model(str(snapshot), "pretrained", "model.path")
         link.unlink()
     (snapshot / "notes.txt").symlink_to("tokenizer.json")  # within the folder, by name of another link
-    hf.small_files(hf.open_folder(snapshot))
+    small_files(snapshot)
 
 
 def test_nothing_of_a_folder_is_run(copy, tmp_path, monkeypatch):

@@ -5,12 +5,14 @@ import dataclasses
 import json
 import re
 import shutil
+import signal
 from pathlib import Path
 
 import jax
 import numpy as np
 import peft
 import pytest
+import safetensors.numpy
 import tiny
 import torch
 import torch_llama
@@ -18,7 +20,7 @@ from test_models_families import ROWS, T, logits_of
 
 from alignax.losses import dpo
 from alignax.mesh import make_mesh
-from alignax.models import adapter_config, hf, lora
+from alignax.models import adapter_config, hf, lora, parameters
 from alignax.models.lora import Lora, column_norms, find_targets, join, merge, modules, quantise, split
 from alignax.models.peft import Adapted, read_adapter, write_adapter
 from alignax.models.transformer import forward
@@ -162,16 +164,19 @@ def test_regular_expressions_match_as_pefts_do(pattern):
     assert found == [bool(re.fullmatch(pattern, m)) for m in WHOLE_NAMES]
 
 
-def test_a_regular_expression_that_goes_back_for_ever():
-    assert not adapter_config._whole(r"([a-z._0-9]+)+!", "target_modules", Path("a.json"))(WHOLE_NAMES[0] * 20)
-    for pattern in (r"(?=m)([a-z._0-9]+)+!", r"\b(a|a)*!", r"(?x)(?=m)([a-z]+)#\n+", r"\b" + ".*" * 13, r"(?=m)((\)|[)]|a)+){2}"):
-        with pytest.raises(ValueError, match="a.json has target_modules with the regular expression .* may take for ever to match"):
-            adapter_config._whole(pattern, "target_modules", Path("a.json"))
+def test_a_regular_expression_that_goes_back_for_ever(monkeypatch):
+    monkeypatch.setattr(adapter_config, "SECONDS", 0.05)
+    file = Path("a.json")
+    for pattern in (r"(?=m)([a-z._0-9]+)+!", r".*" * 13 + "!", r"(?:.?){40}!", r"(?:.|.|a)" * 25 + "!"):
+        for config in (
+            {"target_modules": pattern},
+            {"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": pattern},
+        ):
+            with pytest.raises(ValueError, match=r"a.json has a regular expression that takes over 0.05 s .* write their names plainly"):
+                adapter_config.in_time(lambda c=config: adapter_config.chosen(c, WHOLE_NAMES, [], file), file)
+    assert adapter_config.in_time(lambda: 3, file) == 3 and signal.getitimer(signal.ITIMER_REAL) == (0, 0)
     with pytest.raises(ValueError, match="regular expression of 20,001 characters; at most 20,000 are read"):
-        adapter_config._whole("a" * 20_001, "target_modules", Path("a.json"))
-    with pytest.raises(ValueError, match="layers_pattern with the regular expression .* write the names plainly"):
-        config = {"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": r"(?:[a-z._0-9]+)+!"}
-        adapter_config.chosen(config, WHOLE_NAMES, [], Path("a.json"))
+        adapter_config._whole("a" * 20_001, "target_modules", file)
 
 
 @pytest.mark.filterwarnings("ignore")  # of PEFT
@@ -199,7 +204,7 @@ def test_fresh_adapters_are_the_base_and_only_they_have_a_gradient(dora, folder)
     source = hf.open_folder(folder)
     base = hf.load_params(source, ONE)
     spec = Lora(2, 4.0, ("q", "v", "down"), dora=dora)
-    adapters = hf.init_adapters(source, spec, ONE, base, jax.random.key(0))
+    adapters = parameters.init_adapters(source.config, spec, ONE, base, jax.random.key(0))
     assert {n.split("_lora_")[0] for n in adapters["layers"]} == {"q", "v", "down"}
     apply = forward(dataclasses.replace(source.config, lora=spec))
     batch = tiny.batch()
@@ -222,7 +227,7 @@ def test_sharded_adapters_are_the_unsharded_ones(folder):
     out = []
     for mesh in (ONE, make_mesh({"data": 2, "fsdp": 2, "tensor": 2})):
         base = hf.load_params(source, mesh)
-        adapters = hf.init_adapters(source, spec, mesh, base, jax.random.key(0))
+        adapters = parameters.init_adapters(source.config, spec, mesh, base, jax.random.key(0))
         adapters = jax.tree.map(lambda x: x + 0.1, adapters)
         apply = jax.jit(forward(dataclasses.replace(source.config, lora=spec), mesh=mesh))
         out.append(apply(join(base, adapters), batch).logps)
@@ -242,7 +247,7 @@ def test_an_int8_base_is_the_base_to_the_rounding_of_its_weights(dora, folder):
         step = np.abs(base["layers"][n]).max(axis=1, keepdims=True) / 127
         assert (np.abs(back - base["layers"][n]) <= 0.5001 * step).all()
     assert stored["embed"] is base["embed"] and "attention_norm_scale" not in stored["layers"]
-    adapters = hf.init_adapters(source, spec, ONE, stored, jax.random.key(0))
+    adapters = parameters.init_adapters(source.config, spec, ONE, stored, jax.random.key(0))
     score = lambda config, params: forward(config)(params, batch).logps
     alone = score(dataclasses.replace(source.config, lora=dataclasses.replace(spec, targets=())), stored)
     adapted = score(dataclasses.replace(source.config, lora=spec), join(stored, adapters))
@@ -254,7 +259,7 @@ def test_an_int8_base_is_the_base_to_the_rounding_of_its_weights(dora, folder):
 def test_join_and_split_are_inverse(folder):
     source = hf.open_folder(folder)
     base = hf.load_params(source, ONE)
-    adapters = hf.init_adapters(source, Lora(2, 4.0, ("k",)), ONE, base, jax.random.key(0))
+    adapters = parameters.init_adapters(source.config, Lora(2, 4.0, ("k",)), ONE, base, jax.random.key(0))
     a, b = split(join(base, adapters))
     assert jax.tree.structure((a, b)) == jax.tree.structure((base, adapters))
     assert all(x is y for x, y in zip(jax.tree.leaves((a, b)), jax.tree.leaves((base, adapters)), strict=True))
@@ -293,7 +298,7 @@ def test_modules_of_a_family(folder):
 def plain(folder, tmp_path_factory):
     """An adapter folder of rank 2 for q alone."""
     source, spec = hf.open_folder(folder), Lora(2, 4.0, ("q",))
-    adapters = hf.init_adapters(source, spec, ONE, hf.load_params(source, ONE), jax.random.key(0))
+    adapters = parameters.init_adapters(source.config, spec, ONE, hf.load_params(source, ONE), jax.random.key(0))
     out = tmp_path_factory.mktemp("plain") / "adapter"
     write_adapter(adapters, spec, source, str(folder), out)
     return out
@@ -363,7 +368,7 @@ def test_adapter_folders_that_are_refused(change, message, folder, plain, tmp_pa
 def test_an_adapter_of_another_base(folder, tmp_path):
     source = hf.open_folder(folder)
     spec = Lora(2, 4.0, ("q", "k"))
-    adapters = hf.init_adapters(source, spec, ONE, hf.load_params(source, ONE), jax.random.key(0))
+    adapters = parameters.init_adapters(source.config, spec, ONE, hf.load_params(source, ONE), jax.random.key(0))
     write_adapter(adapters, spec, source, str(folder), tmp_path / "out")
     other = source._replace(config=dataclasses.replace(source.config, num_key_value_heads=source.config.num_attention_heads))
     with pytest.raises(ValueError, match=r"k_proj\.lora_B\.weight in .* has shape \(16, 2\), not \(32, 2\); is it an adapter of this"):
@@ -371,12 +376,18 @@ def test_an_adapter_of_another_base(folder, tmp_path):
     deeper = source._replace(config=dataclasses.replace(source.config, num_hidden_layers=3))
     with pytest.raises(ValueError, match=r"lacks base_model\.model\.model\.layers\.2\."):
         read_adapter(tmp_path / "out", deeper, ONE)
+    file = tmp_path / "out" / "adapter_model.safetensors"
+    named = {name.replace(".weight", ".default.weight"): x for name, x in safetensors.numpy.load_file(file).items()}
+    safetensors.numpy.save_file(named, file)
+    (tmp_path / "out" / "alignax.json").unlink(missing_ok=True)
+    with pytest.raises(ValueError, match=r"lora_A\.weight and holds 'base_model.*lora_A\.default\.weight'; is it of this model, under"):
+        read_adapter(tmp_path / "out", source, ONE)
 
 
 def test_damaged_adapter_files(folder, tmp_path):
     source = hf.open_folder(folder)
     spec = Lora(2, 4.0, ("q",))
-    adapters = hf.init_adapters(source, spec, ONE, hf.load_params(source, ONE), jax.random.key(0))
+    adapters = parameters.init_adapters(source.config, spec, ONE, hf.load_params(source, ONE), jax.random.key(0))
     out = tmp_path / "out"
     write_adapter(adapters, spec, source, str(folder), out)
     weights = (out / "adapter_model.safetensors").read_bytes()

@@ -14,7 +14,7 @@ from test_models_families import ROWS
 
 from alignax.losses import apo_zero_unpaired, bradley_terry, centring, dpo, sft
 from alignax.mesh import batch_sharding, make_mesh
-from alignax.models import hf
+from alignax.models import hf, parameters, reward
 from alignax.models.transformer import critic, forward
 from alignax.optim import decays
 
@@ -77,7 +77,7 @@ def test_a_critic_of_its_own_tree_reads_the_score_of_what_is_there(llama):
         assert both.sum() > 3
         np.testing.assert_allclose(values[..., end + 1][both], np.asarray(score(end))[both], atol=1e-5, rtol=0)
     mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
-    placed = jax.device_put(params, jax.tree.map(lambda x: x.sharding, hf.abstract_params(source.config, mesh)))
+    placed = jax.device_put(params, jax.tree.map(lambda x: x.sharding, parameters.abstract_params(source.config, mesh)))
     sharded = jax.jit(critic(source.config, mesh=mesh))(placed, jax.device_put(batch, batch_sharding(mesh)))
     np.testing.assert_allclose(sharded, values, atol=1e-5, rtol=0)
 
@@ -85,7 +85,7 @@ def test_a_critic_of_its_own_tree_reads_the_score_of_what_is_there(llama):
 def test_values_of_several_heads_lie_side_by_side(llama):
     source, _ = llama
     config = dataclasses.replace(source.stored, critic_heads=3)
-    params, batch = hf.init_params(config, ONE, jax.random.key(0)), tiny.batch(T=16)
+    params, batch = parameters.init_params(config, ONE, jax.random.key(0)), tiny.batch(T=16)
     assert not params["value"].any()
     one = np.random.default_rng(0).normal(size=(32, 1))
     params |= {"value": jnp.asarray(np.concatenate([one, 2 * one, -one], axis=1), jnp.float32)}
@@ -102,6 +102,16 @@ def test_several_labels(tmp_path):
     scores = our_scores(source, hf.load_params(source, ONE), batch)
     assert scores.shape == (4, 2, 3)
     np.testing.assert_allclose(scores, their_scores(model, batch), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "LlamaForSequenceClassification"])
+@pytest.mark.parametrize("said", [{}, {"num_labels": 2}, {"num_labels": 1}, {"id2label": {"0": "a", "1": "b"}}])
+def test_an_exported_config_says_the_labels_that_its_head_has(architecture, said):
+    before = tiny.CONFIG | {"architectures": [architecture]} | said
+    for count in (1, 2, 3):
+        after = before | reward.fields(before, [0.0] * count, 0)
+        theirs = transformers.LlamaConfig(**after)
+        assert reward.labels(after) == theirs.num_labels == len(theirs.id2label) == count
 
 
 @pytest.mark.slow
@@ -173,7 +183,7 @@ def test_losses_on_log_probs_refuse_a_reward_model_and_reward_losses_a_policy(ll
     with pytest.raises(ValueError, match="takes one score of a response, the model gives 3; set model.num_labels to 1"):
         jax.eval_shape(
             lambda p: bradley_terry()(forward(three.config)(p, batch), batch, bradley_terry().normalised(batch)),
-            hf.abstract_params(three.config),
+            parameters.abstract_params(three.config),
         )
 
 

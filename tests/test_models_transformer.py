@@ -13,7 +13,7 @@ import torch
 import torch_llama
 
 from alignax import mesh as meshes
-from alignax.models import hf, transformer
+from alignax.models import hf, parameters, transformer
 from alignax.models.families import rope_options
 from alignax.models.transformer import Decoder
 
@@ -282,7 +282,7 @@ def test_initial_parameters_follow_the_seed():
 
 def test_sharded_model_is_the_unsharded_one():
     batch, mesh = tiny.batch(), meshes.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
-    layout = jax.tree.map(lambda x: x.sharding, hf.abstract_params(tiny.MODEL, mesh))
+    layout = jax.tree.map(lambda x: x.sharding, parameters.abstract_params(tiny.MODEL, mesh))
 
     def value(params, batch, mesh=None):
         out = transformer.forward(tiny.MODEL, mesh=mesh)(params, batch)

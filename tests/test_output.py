@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import matplotlib.cbook
 import numpy as np
@@ -63,6 +64,27 @@ def test_a_file_is_replaced_with_force_alone_and_what_is_empty_is_free(tmp_path)
     output.claim(file, "by me")
 
 
+def test_what_a_link_points_to_is_replaced_and_the_link_stays(tmp_path):
+    (tmp_path / "disk").mkdir()
+    for name in ("disk", "absent"):
+        link = tmp_path / f"to_{name}"
+        link.symlink_to(name)
+        for _ in range(2):
+            output.claim(link, "run a")
+            assert written(link) == link and link.is_symlink() and (tmp_path / name / "config.json").is_file()
+    (tmp_path / "file").symlink_to("target")
+    output.write_text(tmp_path / "file", "new")
+    assert (tmp_path / "file").is_symlink() and (tmp_path / "target").read_text() == "new"
+    assert {p.name for p in tmp_path.iterdir()} == {"disk", "to_disk", "absent", "to_absent", "file", "target"}
+
+
+def test_a_device_is_left_alone(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for place in (Path("/dev/null"), tmp_path / "pipe"):
+        with pytest.raises(ValueError, match="is a device or a pipe, in whose place nothing is put; name a file"):
+            output.claim(place, force=True)
+
+
 def test_an_error_leaves_what_stood_there_and_nothing_else(tmp_path):
     out, file = written(tmp_path / "out"), tmp_path / "file"
     output.write_text(file, "old")
@@ -98,14 +120,19 @@ def test_a_disk_that_is_full_is_one_line_and_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_flipped_bit_in_a_file_of_ours_is_refused(tmp_path):
+def test_a_flipped_bit_in_a_file_of_ours_is_refused(tmp_path, monkeypatch):
     out = tmp_path / "out"
     with output.folder(out, "run a") as tmp:
         (tmp / "model.safetensors").write_bytes(bytes(1000))
         (tmp / "config.json").write_text("{}")
     (out / "config.json").write_text('{"mine": 1}')  # descriptions may be corrected by hand
+    summed, plain = [], output._crc
+    monkeypatch.setattr(output, "_crc", lambda path: summed.append(path) or plain(path))
     output.check(out)
+    output.check(out)
+    assert len(summed) == 1  # once for each file and process, until it changes
     (out / "model.safetensors").write_bytes(bytes(999) + b"\x01")
+    os.utime(out / "model.safetensors", ns=(0, 1))  # later than a clock of few ticks tells
     with pytest.raises(ValueError, match=r"model\.safetensors is damaged: .* delete .*alignax\.json"):
         output.check(out)
     (out / "alignax.json").write_text('{"origin": "run a", ')

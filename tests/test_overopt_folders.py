@@ -12,7 +12,7 @@ import tiny
 from alignax import cli, config
 from alignax.config import BadInput
 from alignax.mesh import make_mesh
-from alignax.models import hf
+from alignax.models import hf, parameters
 from alignax.overopt import folders
 
 FILE = str(runs.REPO / "experiments" / "overoptimization_tokens.py")
@@ -25,7 +25,7 @@ def reward_model(path: Path, seed: int, **changes) -> Path:
     (path / "config.json").write_text(json.dumps(tiny.CONFIG | REWARD | changes))
     tiny.tokenizer().save_pretrained(path)
     source = hf.open_folder(path)
-    hf.export(hf.init_params(source.config, make_mesh({"fsdp": -1}), jax.random.key(seed)), source, path)
+    hf.export(parameters.init_params(source.config, make_mesh({"fsdp": -1}), jax.random.key(seed)), source, path)
     return path
 
 

@@ -12,7 +12,7 @@ import tiny
 from alignax import Model, chain, init_state, logps, make_step
 from alignax.config import default_config, flat
 from alignax.mesh import make_mesh
-from alignax.models import hf
+from alignax.models import parameters
 
 README = (runs.REPO / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
@@ -66,7 +66,7 @@ def test_averages():
 @pytest.mark.slow
 def test_generation():
     mesh = make_mesh({"fsdp": -1})
-    layout = jax.tree.map(lambda x: x.sharding, hf.abstract_params(tiny.MODEL, mesh))
+    layout = jax.tree.map(lambda x: x.sharding, parameters.abstract_params(tiny.MODEL, mesh))
     block = BLOCKS[5].replace("256", "8")  # positions of a tiny model
     names: dict = {"config": tiny.MODEL, "mesh": mesh, "params": jax.device_put(tiny.params(), layout), "eos": 2}
     names |= {"key": jax.random.key(0), "prompts": [[5, 6, 7], [8]]}

@@ -20,7 +20,7 @@ from alignax.config import default_config
 from alignax.data import load_examples
 from alignax.ensemble import stacked
 from alignax.mesh import AXES, make_mesh
-from alignax.models import hf
+from alignax.models import hf, parameters
 from alignax.prepare import load_tokenizer, open_judges
 
 ONE = make_mesh({}, jax.devices()[:1])
@@ -85,7 +85,7 @@ def test_members_send_each_other_nothing(members):
     """The compiled program of a member mesh has no collective at all, be it one member a device or two."""
     mesh = make_mesh({"member": 3}, jax.devices()[:3])
     config = dataclasses.replace(tiny.MODEL, num_labels=1)
-    params = stacked(hf.abstract_params(config, mesh), members, mesh)
+    params = stacked(parameters.abstract_params(config, mesh), members, mesh)
     apply = rewards.ensemble_model(config, params, mesh).apply
     text = lambda f: jax.jit(f).lower(params, tiny.batch(T=16)).compile().as_text()
     assert not re.findall(COLLECTIVES, text(lambda p, b: apply(p, b).scores))
@@ -97,7 +97,7 @@ def test_members_of_a_device_take_the_memory_of_one():
     config = dataclasses.replace(tiny.MODEL, num_labels=1)
 
     def temporary(members: int) -> int:
-        params = stacked(hf.abstract_params(config, ONE), members, ONE)
+        params = stacked(parameters.abstract_params(config, ONE), members, ONE)
         apply = rewards.ensemble_model(config, params, ONE).apply
         return jax.jit(lambda p, b: apply(p, b).scores).lower(params, tiny.batch(8)).compile().memory_analysis().temp_size_in_bytes
 

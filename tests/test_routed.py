@@ -16,7 +16,7 @@ import tiny
 from alignax import Model, Outputs, bradley_terry, forward, init_state, make_step, score_l2
 from alignax.losses.reward import correct
 from alignax.mesh import make_mesh
-from alignax.models import hf, peft
+from alignax.models import hf, parameters, peft
 from alignax.models.lora import Lora
 from alignax.models.reward import HEAD
 from alignax.overopt import vectors
@@ -146,7 +146,7 @@ def initial(source):
     """Before the first step: a router on the base's trunk, two experts with copies of its head, and the head of a mixture."""
     base = hf.load_params(source, ONE)
     heads = {name: jnp.stack([base[name]] * 2) for name in HEAD if name in base}
-    adapters = jax.jit(jax.vmap(lambda key: hf.fresh_adapters(BASE, LORA, base, key)))(jax.random.split(jax.random.key(0)))
+    adapters = jax.jit(jax.vmap(lambda key: parameters.fresh_adapters(BASE, LORA, base, key)))(jax.random.split(jax.random.key(0)))
     router = base | {"score": jnp.zeros((SIZE, 2)), "score_offset": jnp.zeros((2,))}
     head = init_mixture(jax.random.key(2), 2 * SIZE, SIZE)
     return jax.tree.map(np.asarray, {"models": {"base": base, "adapters": adapters | heads}, "router": router, "head": head})

@@ -15,7 +15,7 @@ from alignax import mesh as meshes
 from alignax.config import default_config
 from alignax.experience import chain, logps
 from alignax.losses import Loss, dpo, ipo, make_loss, per_sequence, ppo, rpo, rpo_token_mean, sft
-from alignax.models import hf
+from alignax.models import parameters
 from alignax.optim import OPTIMIZERS, SCHEDULES, decays, make_optimizer, make_schedule
 from alignax.train import digest, init_state, make_evaluation, make_step, means
 from alignax.types import Model, microbatch
@@ -315,7 +315,7 @@ def test_the_digest_is_the_same_in_every_layout():
     alone = int(jax.jit(digest)(params))
     for shape in ({"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"data": 8}, {"tensor": 8}):
         mesh = meshes.make_mesh(shape)
-        shardings = jax.tree.map(lambda x: x.sharding, hf.abstract_params(tiny.MODEL, mesh))
+        shardings = jax.tree.map(lambda x: x.sharding, parameters.abstract_params(tiny.MODEL, mesh))
         assert int(jax.jit(digest)(jax.device_put(params, shardings))) == alone, shape
 
 
@@ -424,7 +424,7 @@ def test_weight_decay_shrinks_by_rate_times_decay_and_spares_norms_and_biases(na
 
 def test_what_decays_in_a_real_model():
     config = dataclasses.replace(tiny.MODEL, attention_bias=True, mlp_bias=True, tie_word_embeddings=False)
-    mask = decays(hf.abstract_params(config))
+    mask = decays(parameters.abstract_params(config))
     names = {jax.tree_util.keystr(p, simple=True, separator="."): x for p, x in jax.tree_util.tree_leaves_with_path(mask)}
     assert {n.removeprefix("layers.") for n, x in names.items() if x} == {
         "embed", "lm_head", "q", "k", "v", "o", "gate", "up", "down",

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alignax.models import transformer
+from alignax.models import parameters, transformer
 from alignax.types import Batch, Outputs, Params
 
 CONFIG = {
@@ -126,7 +126,7 @@ def folder(path: Path, **changes) -> Path:
     tokenizer().save_pretrained(path)
     (path / "generation_config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": 2}))
     source = hf.open_folder(path)
-    hf.export(hf.init_params(source.config, make_mesh({"fsdp": -1}), jax.random.key(1)), source, path)
+    hf.export(parameters.init_params(source.config, make_mesh({"fsdp": -1}), jax.random.key(1)), source, path)
     return path
 
 

@@ -7,14 +7,15 @@ is refused too, unless it is null, false or empty. Modules are matched by PEFT's
 import functools
 import math
 import re
+import signal
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from alignax.data.files import one_line, short
-from alignax.models import families, reward
-from alignax.rules import Machine
+from alignax.models import fields, reward
 
 Json = dict[str, Any]
 REMEDY = "merge that adapter with peft first"
@@ -26,11 +27,11 @@ HARMLESS = (
 )  # fmt: skip
 # Ways to begin that leave the base as it is. The others (pissa, olora, corda, loftq, lora_ga) took the adapter's first value off the base.
 BEGINNINGS = ("gaussian", "eva", "orthogonal", "mica")
-LONGEST, REPEATS = 20_000, 12  # characters of a regular expression, and repetitions of one that `re` matches by going back
+LONGEST, SECONDS = 20_000, 10.0  # characters of a regular expression, and what all of a file may take
 HEADS = ("score", "classifier")  # that PEFT names of every model for sequence classification
 
-_WHOLE, _NUMBER, _NAMES = (families.KINDS[kind] for kind in ("a whole number above 0", "a number above 0", "a list of texts"))
-_INDEX = families.KINDS["a whole number, 0 or more"]
+_WHOLE, _NUMBER, _NAMES = (fields.KINDS[kind] for kind in ("a whole number above 0", "a number above 0", "a list of texts"))
+_INDEX = fields.KINDS["a whole number, 0 or more"]
 _text_or_names = lambda x: type(x) is str or _NAMES(x)
 Kind = tuple[str, Callable[[Any], bool]]
 _SWITCH: Kind = ("true or false", lambda x: x is None or type(x) is bool)
@@ -137,10 +138,7 @@ def _targeted(config: Json, module: str, file: Path) -> bool:
         return _ends(module, wanted)
     lists = config.get("layers_pattern") or r"[^.]*"
     for name in [lists] if isinstance(lists, str) else lists:
-        pattern = rf"(?:^|.*?\.){name}\.(?P<idx>\d+)\."
-        compiled = _compiled(pattern, "layers_pattern", file)
-        _check_repeats(pattern, compiled, "layers_pattern", file)
-        if at := compiled.match(module):
+        if at := _compiled(rf"(?:^|.*?\.){name}\.(?P<idx>\d+)\.", "layers_pattern", file).match(module):
             return _ends(module, wanted) and int(at["idx"]) in (layers if isinstance(layers, list) else [layers])
     return False
 
@@ -150,25 +148,34 @@ def _ends(module: str, names: Sequence[str]) -> bool:
     return any(module == name or module.endswith("." + name) for name in names)
 
 
+def in_time(match: Callable[[], Any], file: Path) -> Any:
+    """What a function gives that matches expressions of a file.
+
+    Raises:
+      ValueError: where that takes too long: `re` goes back on what it matched, with some expressions for years.
+    """
+    if threading.current_thread() is not threading.main_thread():  # which alone has signals
+        return match()
+
+    def leave(*_: Any) -> None:
+        raise ValueError(
+            f"{file} has a regular expression that takes over {SECONDS:g} s to match the modules of this model; write their names plainly"
+        )
+
+    old = signal.signal(signal.SIGALRM, leave)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    try:
+        return match()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, old)
+
+
 @functools.lru_cache(maxsize=64)
 def _whole(pattern: str, field: str, file: Path) -> Callable[[str], bool]:
-    """Whether the whole of a module's name matches, in time linear in it wherever the expression can be followed so."""
+    """Whether the whole of a module's name matches."""
     compiled = _compiled(pattern, field, file)
-    try:
-        return Machine(pattern).matches
-    except ValueError:  # of lookaround, say
-        _check_repeats(pattern, compiled, field, file)
-        return lambda module: bool(compiled.fullmatch(module))
-
-
-def _check_repeats(pattern: str, compiled: re.Pattern[str], field: str, file: Path) -> None:
-    """Refuses an expression with which `re` may go back on what it matched for hours: of groups that repeat, and of many repetitions."""
-    plain = re.sub(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", "x", pattern, flags=re.DOTALL)
-    if re.search(r"\)[*+{]", plain) or len(re.findall(r"[*+{]", plain)) > REPEATS or compiled.flags & re.VERBOSE:
-        raise ValueError(
-            f"{file} has {field} with the regular expression {short(pattern)}, which may take for ever to match: a group that repeats, or "
-            f"over {REPEATS} repetitions, where lookaround, \\b or flags have them matched by going back; write the names plainly"
-        )
+    return lambda module: bool(compiled.fullmatch(module))
 
 
 def _compiled(pattern: str, field: str, file: Path) -> re.Pattern[str]:

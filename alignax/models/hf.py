@@ -11,12 +11,10 @@ import itertools
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,10 +24,11 @@ from alignax import mesh as meshes
 from alignax import output
 from alignax.data.files import short
 from alignax.distributed import is_main, together
-from alignax.models import families, reward, transformer
+from alignax.models import families, reward
 from alignax.models.families import Family
 from alignax.models.layout import Place, Tensor, joined, leaf_name, leaf_shapes, places, tensors
-from alignax.models.lora import Lora, split, with_norms
+from alignax.models.parameters import abstract_params, fresh_leaf
+from alignax.models.small_files import copy_small_files, tokenizer_parts
 from alignax.models.tensorfiles import DTYPES, WEIGHT_FILES, check_finite, check_type, header, named_files, read_object, save_tensors
 from alignax.models.transformer import ModelConfig
 from alignax.types import Params
@@ -68,6 +67,11 @@ def open_folder(path: str | os.PathLike) -> Source:
         raise ValueError(f"model folder {str(path)!r} does not exist; give the path of a Hugging Face model folder")
     if not file.is_file() and (path / "adapter_config.json").is_file():
         raise ValueError(f"{str(path)!r} holds adapters and no model; give its base here, and the adapters as lora.path")
+    if (path / "adapter_config.json").is_file():  # which transformers puts onto the model
+        raise ValueError(
+            f"{str(path)!r} holds a model and adapters; move the adapters into a folder of their own, to be given as lora.path, or, where "
+            "they are merged already, delete adapter_config.json"
+        )
     if not file.is_file():
         raise ValueError(f"{str(path)!r} has no config.json; give the path of a Hugging Face model folder")
     hf = read_object(file, "fetch the model folder again")
@@ -124,69 +128,14 @@ def check_alike(sources: Sequence[Source]) -> None:
     first = sources[0]
     for source in sources[1:]:
         differs = "shape or vocabulary" if source.stored != first.stored else "tokenizer"
-        if source.stored != first.stored or _tokenizer(source.path) != _tokenizer(first.path):
+        if source.stored != first.stored or tokenizer_parts(source.path) != tokenizer_parts(first.path):
             raise ValueError(f"{str(source.path)!r} has another {differs} than {str(first.path)!r}; all must have the same")
-
-
-def _tokenizer(folder: Path) -> list[Any]:
-    """What tells the folder's tokenizer from another: its first file of a vocabulary (others are that one's sources), and its two ends."""
-    files = [folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt")]
-    there = [file.read_bytes() for file in files if file.is_file()]
-    config = folder / "tokenizer_config.json"
-    fields = read_object(config, "fetch the model folder again") if config.is_file() else {}
-    ends = [fields.get(name) for name in ("bos_token", "eos_token")]
-    return [*(there[:1] if files[0].is_file() else there), *(end.get("content") if isinstance(end, dict) else end for end in ends)]
-
-
-def chat_template(folder: Path) -> Any:
-    """The chat template that a folder's files hold; None of none."""
-    file, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    return read_object(config, "fetch the model folder again").get("chat_template") if config.is_file() else None
 
 
 def with_heads(source: Source, num_labels: int, values: int = 0) -> Source:
     """The folder's trunk with that many scores (0: as the folder is) and values; a head that the folder has not begins anew."""
     config = dataclasses.replace(source.config, num_labels=num_labels or source.config.num_labels, critic_heads=values)
     return source._replace(config=config)
-
-
-def abstract_params(config: ModelConfig, mesh: Mesh | None = None) -> Params:
-    """Shapes, types and (with a mesh) shardings of the parameters; nothing is computed."""
-    boxed = jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))
-    shapes = nn.unbox(boxed)
-    if mesh is None:
-        return shapes
-    described = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
-    return jax.tree.map(described, shapes, meshes.param_shardings(mesh, boxed))
-
-
-def abstract_adapters(config: ModelConfig, lora: Lora, mesh: Mesh | None = None) -> Params:
-    """Shapes, types and (with a mesh) shardings of the adapters alone."""
-    return split(abstract_params(dataclasses.replace(config, lora=lora), mesh))[1]
-
-
-def init_adapters(source: "Source", lora: Lora, mesh: Mesh, base: Params, key: jax.Array) -> Params:
-    """Fresh adapters, with which the model is its base."""
-    shardings = jax.tree.map(lambda x: x.sharding, abstract_adapters(source.config, lora, mesh))
-    return jax.jit(functools.partial(fresh_adapters, source.config, lora), out_shardings=shardings)(base, key)
-
-
-def fresh_adapters(config: ModelConfig, lora: Lora, base: Params, key: jax.Array) -> Params:
-    """The adapters that a key gives; pure."""
-    return with_norms(lora, base, split(fresh(dataclasses.replace(config, lora=lora), key))[1])
-
-
-def fresh(config: ModelConfig, key: jax.Array) -> Params:
-    """The parameters that a key gives; pure, and under jit only those that are used are made."""
-    return nn.unbox(transformer.init(config, key))
-
-
-def init_params(config: ModelConfig, mesh: Mesh, key: jax.Array) -> Params:
-    """Random parameters, made where they live: no device holds more than its shards."""
-    shardings = jax.tree.map(lambda x: x.sharding, abstract_params(config, mesh))
-    return jax.jit(functools.partial(fresh, config), out_shardings=shardings)(key)
 
 
 def load_params(source: Source, mesh: Mesh, key: jax.Array | None = None) -> Params:
@@ -261,12 +210,6 @@ def soup_reader(parts: Sequence[tuple[Source, float]], opened: Callable[[Path], 
     return layers
 
 
-def fresh_leaf(config: ModelConfig, name: str, sharding: Any, key: jax.Array | None) -> jax.Array:
-    """One leaf of the parameters that the key gives, made where it lives."""
-    make = jax.jit(lambda key: fresh(config, key)[name], out_shardings=sharding)
-    return make(jax.random.key(0) if key is None else key)
-
-
 def read_part(opened: Any, stored: Stored, place: Place, ranges: Sequence[range]) -> np.ndarray:
     """Rows and columns of a leaf's layer as float32, in our layout."""
     turned = place.turned(len(ranges))
@@ -295,12 +238,13 @@ def check_tensors(source: Source, files: Mapping[str, Stored]) -> None:
     tied = {source.family.weights["lm_head"].name} if source.config.tie_word_embeddings else set()
     names = {n for n in files if not n.endswith(source.family.ignored)} - tied
     where = f"{str(source.path)!r}"
-    if missing := sorted(set(wanted) - names):
+    missing, extra = sorted(set(wanted) - names), sorted(files[n].name for n in names - set(wanted))
+    if missing and not extra:
         raise ValueError(f"{where} lacks {len(missing)} tensors, {missing[0]} first; fetch the folder again")
-    if extra := sorted(names - set(wanted)):
-        raise ValueError(
-            f"{where} has {len(extra)} tensors that config.json does not describe, {short(extra[0])} first; is it this model's config?"
-        )
+    if extra:
+        lacks = f"lacks {len(missing)} tensors, {missing[0]} first, and " if missing else ""
+        asked = "is it this model's config, and are these the names that transformers saves it with?"
+        raise ValueError(f"{where} {lacks}has {len(extra)} tensors that config.json does not describe, {short(extra[0])} first; {asked}")
     headers = {file: header(file) for file in sorted({s.file for s in files.values()})}
     for name, shape in wanted.items():
         if files[name].name not in headers[files[name].file]:
@@ -391,7 +335,7 @@ def _write(params: Params, source: Source, tmp: Path, dtype: str, shard_bytes: i
                 total = sum(math.prod(t.shape) for shard in shards for t in shard) * jnp.dtype(dtype).itemsize
                 content = {"metadata": {"total_size": total}, "weight_map": index}
                 (tmp / WEIGHT_FILES[1]).write_text(json.dumps(content, indent=2))
-            _copy_small_files(source, tmp)
+            copy_small_files(source.path, tmp)
             untied = {} if source.config.tie_word_embeddings or not source.hf.get("tie_word_embeddings") else {"tie_word_embeddings": False}
             changes = {"dtype": dtype} | untied | ({} if offset is None else reward.fields(source.hf, offset, reward.pad_token(tmp)))
             hf = {k: v for k, v in source.hf.items() if k != "torch_dtype"} | changes
@@ -473,33 +417,3 @@ def with_vocabulary(source: Source, tokenizer: Any) -> Source:
     there[[0, -1]] = 1
     edges = np.flatnonzero(np.diff(there)).tolist()  # where a range of absent ids begins, and behind its end, in turns
     return source._replace(config=dataclasses.replace(source.config, unused_tokens=tuple(zip(edges[::2], edges[1::2], strict=True))))
-
-
-def small_files(source: Source) -> list[Path]:
-    """Tokenizer, chat template and generation config, which an export takes along.
-
-    Raises:
-      ValueError: for a link to a file elsewhere, which an export would hold: only those of the hub's cache are followed.
-    """
-    found = []
-    for file in sorted([*source.path.iterdir(), *source.path.glob("additional_chat_templates/*.jinja")]):
-        small = file.suffix in (".json", ".jinja", ".model", ".txt", ".tiktoken")
-        if file.is_file() and small and file.name not in ("config.json", output.MARK) and not file.name.endswith(".index.json"):
-            _check_link(file, source.path)
-            found.append(file)
-    return found
-
-
-def _check_link(file: Path, folder: Path) -> None:
-    target, root = file.resolve(), folder.resolve()
-    cached = root.parent.name == "snapshots" and target.parent == root.parent.parent / "blobs"
-    if not (target.is_relative_to(root) or cached):
-        raise ValueError(f"{file} is a link out of its folder, to {str(target)!r}; put a copy of the file in its place, or remove the link")
-
-
-def _copy_small_files(source: Source, out: Path) -> None:
-    """The small files as they were."""
-    for file in small_files(source):
-        copy = out / file.relative_to(source.path)
-        copy.parent.mkdir(exist_ok=True)
-        shutil.copyfile(file, copy)

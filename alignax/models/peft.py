@@ -18,7 +18,7 @@ from alignax import mesh as meshes
 from alignax import output
 from alignax.data.files import short
 from alignax.distributed import is_main, together
-from alignax.models import adapter_config, hf, lora, reward
+from alignax.models import adapter_config, hf, lora, parameters, reward
 from alignax.models.layout import Place, joined, places
 from alignax.models.lora import MARK, Lora
 from alignax.models.tensorfiles import check_finite
@@ -188,7 +188,7 @@ def _read_head(folder: Path, stored: dict[str, np.ndarray], source: hf.Source, m
     """A reward model's head, taken from the stored tensors; nothing, for a language model."""
     if not source.config.num_labels:
         return {}
-    abstract = hf.abstract_params(source.config, mesh)
+    abstract = parameters.abstract_params(source.config, mesh)
     offset = reward.offsets(hf.read_object(folder / CONFIG, "fetch the adapter again"), source.config.num_labels, folder / CONFIG)
     found = {"score": _take(stored, SCORE, abstract["score"].shape[::-1], folder).T, reward.OFFSET: offset}
     return {name: jax.device_put(x, abstract[name].sharding) for name, x in found.items()}
@@ -196,7 +196,7 @@ def _read_head(folder: Path, stored: dict[str, np.ndarray], source: hf.Source, m
 
 def place_adapters(layers: dict[str, np.ndarray], spec: Lora, source: hf.Source, mesh: Mesh) -> Params:
     """Adapters from host arrays, laid out over the mesh."""
-    abstract = hf.abstract_adapters(source.config, spec, mesh)["layers"]
+    abstract = parameters.abstract_adapters(source.config, spec, mesh)["layers"]
     put = lambda x, like: jax.make_array_from_callback(like.shape, like.sharding, lambda index: np.asarray(x[index], np.float32))
     return {"layers": {name: put(layers[name], like) for name, like in abstract.items()}}
 
@@ -209,9 +209,13 @@ def read_config(folder: Path, source: hf.Source) -> tuple[Lora, dict[str, tuple[
     config = DEFAULTS | hf.read_object(file, "fetch the adapter again")
     adapter_config.check(config, file)
     adapted = Adapted(source)
-    chosen = adapter_config.chosen(config, adapted.every(), adapted.others, file)
-    ranks = adapter_config.of_each(config, "rank_pattern", config["r"], chosen, file)
-    alphas = adapter_config.of_each(config, "alpha_pattern", config["lora_alpha"], chosen, file)
+
+    def match() -> tuple[list[str], dict[str, int], dict[str, float]]:
+        chosen = adapter_config.chosen(config, adapted.every(), adapted.others, file)
+        ranks = adapter_config.of_each(config, "rank_pattern", config["r"], chosen, file)
+        return chosen, ranks, adapter_config.of_each(config, "alpha_pattern", config["lora_alpha"], chosen, file)
+
+    chosen, ranks, alphas = adapter_config.in_time(match, file)
     largest = max(chosen, key=lambda m: ranks[m])
     own = {module: [m for m in map(module.format, range(adapted.layers)) if m in ranks] for module in adapted.modules}
     if config.get("use_dora") and (partly := next((m for m, there in own.items() if 0 < len(there) < adapted.layers), None)):
@@ -253,7 +257,8 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
 
 def _take(stored: dict[str, np.ndarray], name: str, shape: tuple[int, ...], folder: Path) -> np.ndarray:
     if name not in stored:
-        raise ValueError(f"{folder / WEIGHTS} lacks {name}; fetch the adapter again")
+        there = f" and holds {short(min(stored))}; is it of this model, under the names that PEFT saves?" if stored else "; fetch it again"
+        raise ValueError(f"{folder / WEIGHTS} lacks {name}{there}")
     x = stored.pop(name)
     if x.shape != shape:
         raise ValueError(f"{name} in {folder / WEIGHTS} has shape {x.shape}, not {shape}; is it an adapter of this model?")

@@ -45,6 +45,7 @@ def fields(hf: Mapping[str, Any], offset: list[float], pad: int | None) -> dict[
     own = {"architectures": [NAMES[hf["model_type"]]], OFFSET: offset, "pad_token_id": hf.get("pad_token_id") if pad is None else pad}
     if labels(hf) == len(offset):  # the names that the folder had
         return own
+    own |= {"num_labels": len(offset)} if "num_labels" in hf else {}  # which goes before the names
     names = [f"LABEL_{i}" for i in range(len(offset))]
     return own | {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
 

@@ -24,7 +24,7 @@ from alignax.evaluate import compare
 from alignax.generate import Generator, sampled_batch, shape_for
 from alignax.losses import Loss, sft
 from alignax.mesh import make_mesh
-from alignax.models import hf
+from alignax.models import parameters
 from alignax.models.transformer import ModelConfig, forward
 from alignax.overopt import words
 from alignax.overopt.words import Gold
@@ -106,7 +106,7 @@ def train_policy(config: Any) -> Policy:
     c, own = config.sft, model(config.sft.width, config.sft.layers)
     optimizer = optax.adam(optax.cosine_decay_schedule(c.learning_rate, c.steps))
     step = jax.jit(make_step(forward(own, remat="none"), sft(), optimizer), donate_argnums=0)
-    state = init_state(hf.fresh(own, jax.random.key(config.seed)), optimizer, jax.random.key(config.seed))
+    state = init_state(parameters.fresh(own, jax.random.key(config.seed)), optimizer, jax.random.key(config.seed))
     # Many loops first, so that it learns how to go on with one; then as many as there are to be, so that it learns how rarely one begins.
     third, tail = c.steps // 3, config.world.tail
     for part, steps in enumerate((range(third), range(third, c.steps))):
@@ -164,7 +164,7 @@ def score(config: Any, loss: Loss, policy: Callable[[], Policy], data: Callable[
 
 def new_members(own: ModelConfig, optimizer: optax.GradientTransformation, members: int, seed: int) -> TrainState:
     """K reward models at step 0; no two seeds share one."""
-    start = lambda key: init_state(hf.fresh(own, key), optimizer, jax.random.key(0))
+    start = lambda key: init_state(parameters.fresh(own, key), optimizer, jax.random.key(0))
     return ensemble.over_members(start, 0, ensemble.AXES)(ensemble.keys(seed * members, members))
 
 
