@@ -177,7 +177,13 @@ def check_columns(name: str, function: Any, file: Path, examples: dict[str, Exam
     if inspect.iscoroutinefunction(function):
         raise ValueError(f"{name}() of {file} is async; write a plain function that calls asyncio.run(..) on it")
     for split, own in examples.items():
-        if missing := parameters(function, own.columns).missing:
+        wanted = parameters(function, own.columns)
+        if both := [column for column in wanted.named if column in GIVEN[2:] and column in own.columns]:
+            raise ValueError(
+                f"{name}() of {file} asks for {both[0]!r}, which every reward function is offered, and data.{split} has a column of that "
+                "name; rename the column, in row(row) say"
+            )
+        if missing := wanted.missing:
             there = ", ".join(own.columns) or "none (set data.kind=prompt)"
             raise ValueError(
                 f"{name}() of {file} asks for column {missing[0]!r}, which data.{split} has not; it has: {there}. Beside columns "

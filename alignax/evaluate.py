@@ -28,7 +28,13 @@ from alignax.types import Batch, Model, Params, TrainState
 SAMPLED = (  # metrics of samples
     "completion_length", "eos_rate", "truncated_rate", "distinct", "kl", "kl_se", "kl_k3", "sampler_gap", "gold", "gold_se", "prompts",
 )  # fmt: skip
-JUDGED = ("reward", "score/", "disagreement", "entropy")  # how metrics begin that are taken from what experience makes of samples
+JUDGED = (
+    "reward",
+    "score/",
+    "disagreement",
+    "judge_cut",
+    "entropy",
+)  # how metrics begin that are taken from what experience makes of samples
 SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "reward", "kl", "gold", "pass@1")
 
 

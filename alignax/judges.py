@@ -126,8 +126,11 @@ def of_rollouts(config: Any, source: hf.Source, judge: Any, tokenizer: Any, ends
     if bad := next((code for code in found if isinstance(code, Bad)), None):
         raise ValueError(f"the reward model {str(source.path)!r} cannot read a prompt of the data: {bad.what}")
     longest, most = max(len(code.prompt) for code in found if isinstance(code, Encoded)), source.config.max_position_embeddings
-    if longest >= most:
-        raise ValueError(f"the reward model {str(source.path)!r} reads {most} tokens, and a prompt has {longest} of its own; leave it out")
+    if longest + c.max_new_tokens > most:
+        raise ValueError(
+            f"the reward model {str(source.path)!r} reads {most} tokens, and a prompt of {longest} of its own with an answer of "
+            f"rollout.max_new_tokens {c.max_new_tokens} does not fit; lower it, or leave that prompt out"
+        )
     return own._replace(length=min(most, -(-(longest + 2 * c.max_new_tokens) // 8) * 8))
 
 
@@ -164,7 +167,7 @@ def read(
 ) -> dict[str, np.ndarray]:
     """What reward models read of samples, `judge_tokens` and so on, [B, N, T']; an answer that they refuse has no scored token.
 
-    What is longer loses its end.
+    What is longer loses its end, and `judge_cut` [B, N] says so.
 
     Args:
       judge: how they read.
@@ -183,11 +186,13 @@ def read(
     shape = (*said.ended.shape, judge.length)
     out = {"tokens": np.zeros(shape, np.int32), "mask": np.zeros(shape, bool), "completion_mask": np.zeros(shape, bool)}
     flat = {name: x.reshape(-1, judge.length) for name, x in out.items()}
+    cut = np.zeros(len(asks), bool)
     for k, code in enumerate(tokens_of(asks, judge.tokenizer, judge.ends, judge.variables)):
         if isinstance(code, Bad):
             continue
-        ids = (code.prompt + code.completions[0])[: judge.length]
+        ids = code.prompt + code.completions[0]
+        cut[k], ids = len(ids) > judge.length, ids[: judge.length]
         scored = (bytes(len(code.prompt)) + code.scored[0])[: len(ids)]
         flat["tokens"][k, : len(ids)], flat["mask"][k, : len(ids)] = ids, True
         flat["completion_mask"][k, : len(ids)] = np.frombuffer(scored, np.bool_)
-    return {f"judge_{name}": x for name, x in out.items()}
+    return {f"judge_{name}": x for name, x in out.items()} | {"judge_cut": cut.reshape(said.ended.shape)}

@@ -30,10 +30,13 @@ class Log:
         self._bar: Any = None
         self._tensorboard: Any = None
         self._file: TextIO | None = None
+        self.evaluated = False  # whether the state at `start` was
         if not writes:
             return
         self._samples, self._rollouts = workdir / "samples.jsonl", workdir / "rollouts.jsonl"
-        last = _keep_rows(workdir / "metrics.jsonl", start)
+        kept = _keep_rows(workdir / "metrics.jsonl", start)
+        last = max((row["step"] for row in kept), default=0)
+        self.evaluated = any(row["step"] == start and _is_evaluation(row) for row in kept)
         _keep_rows(self._samples, start)
         _keep_rows(self._rollouts, start)
         if last < start:
@@ -156,8 +159,13 @@ def _lines(file: Path) -> Iterator[tuple[int, bytes, dict[str, Any] | None]]:
         yield number, line, row if isinstance(row, dict) and type(row.get("step")) is int else None
 
 
-def _keep_rows(file: Path, last: int) -> int:
-    """Takes out the rows of later steps, atomically, and lines that are no rows, which it says; returns the last step that is left."""
+def _is_evaluation(row: dict[str, Any]) -> bool:
+    """Whether a row is of an evaluation, which may have found nothing."""
+    return all(name == "step" or name.startswith("eval/") for name in row)
+
+
+def _keep_rows(file: Path, last: int) -> list[dict[str, Any]]:
+    """Takes out the rows of later steps, atomically, and lines that are no rows, which it says; returns the rows that are left."""
     kept, damaged = [], []
     for number, line, row in _lines(file):
         if row is None:
@@ -168,7 +176,7 @@ def _keep_rows(file: Path, last: int) -> int:
         print(f"notice: {file} is damaged in line {', '.join(damaged[:3])}: {len(damaged)} taken out, the rest is kept", file=sys.stderr)
     if file.is_file():
         output.write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
-    return max((row["step"] for row in kept), default=0)
+    return kept
 
 
 def _append(file: Path, step: int, rows: list[dict[str, Any]]) -> None:

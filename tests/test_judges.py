@@ -132,6 +132,8 @@ def test_a_reward_model_of_the_policys_format_reads_the_policys_tokens(models, t
     file, before = models[2] / "tokenizer.json", (models[2] / "tokenizer.json").read_text()
     file.write_text(json.dumps(json.loads(before) | {"post_processor": None}))  # the same tokens, and no <s> in front
     assert checked(args).judge.length % 8 == 0
+    with pytest.raises(ValueError, match=r"rm2' reads 128 tokens, and a prompt of 6 of its own with an answer of .* 123 does not fit"):
+        checked([*args, "--config.rollout.max_new_tokens=123", "--config.eval.max_new_tokens=1"])
     file.write_text(before)
 
 
