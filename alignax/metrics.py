@@ -91,8 +91,7 @@ class Log:
         if self._file is None:
             return
         step = int(values["step"])
-        plain = {k: v if isinstance(v, (int, str)) or math.isfinite(v) else None for k, v in values.items()}
-        self._file.write(json.dumps(plain) + "\n")
+        self._file.write(json.dumps(_plain(values)) + "\n")
         self._file.flush()
         if self._tensorboard is not None:
             for name, value in values.items():
@@ -181,7 +180,12 @@ def _keep_rows(file: Path, last: int) -> list[dict[str, Any]]:
 
 def _append(file: Path, step: int, rows: list[dict[str, Any]]) -> None:
     with open(file, "a", encoding="utf-8") as f:
-        f.writelines(json.dumps({"step": step} | row, ensure_ascii=False) + "\n" for row in rows)
+        f.writelines(json.dumps({"step": step} | _plain(row), ensure_ascii=False) + "\n" for row in rows)
+
+
+def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row as JSON has it, which knows no number that is not finite."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
 
 
 def table(rows: list[list[str]]) -> str:

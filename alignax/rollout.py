@@ -366,7 +366,7 @@ def trained_on(run: Run, shown: dict[str, np.ndarray]) -> list[dict[str, Any]]:
         own = tokens[b, n][mask[b, n]]
         row = {"prompt": run.tokenizer.decode(own[:first]), "completion": run.tokenizer.decode(own[first:])}
         numbers = {name: shown[name][b, n].item() for name in ("reward", "advantage", "truncated") if name in shown}
-        rows.append(row | {name: None if x != x else x for name, x in numbers.items()})
+        rows.append(row | numbers)
     return rows
 
 
