@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 from alignax.config import load_module
 from alignax.data.files import one_line, short
 
+LONGEST = 1e9  # seconds of a timer; it takes no infinity
+
 
 class Call(NamedTuple):
     """What a worker is asked: a function of the experiment, of so many completions."""
@@ -143,7 +145,7 @@ def within(seconds: float, function: Callable[[], Any], alone: bool = False) -> 
         raise late[0]
 
     old = signal.signal(signal.SIGALRM, leave)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, min(seconds, LONGEST))
     try:
         result = function()
     finally:

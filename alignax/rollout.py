@@ -247,7 +247,7 @@ class Turns:
         began = time.monotonic()
         state, learnt = jax.block_until_ready((state, learnt))
         times = {name: sum(metrics[name] for metrics in said) for name in ("time/generate", "time/reward")}
-        newest = said[-1] if said else {}
+        newest = said[-1] if step == 0 or sampled is not None else {}  # what waited for its rewards was told of when it was sampled
         state = dataclasses.replace(state, carry=state.carry | {AHEAD: batch})
         return state, learnt | newest | times | {"time/learn": time.monotonic() - began}
 
