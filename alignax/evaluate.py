@@ -104,7 +104,9 @@ class Evaluation:
             judged = jax.device_get(self.program(state, self.frozen, self._placed(batch)))
             own = completions.sampling.exact and c.temperature == run.config.rollout.temperature  # what rollouts are sampled from
             scores |= {m: float(x) for m, x in judged.items() if m.startswith(JUDGED) and np.isfinite(x) and (own or m != "entropy")}
-            found |= {"reward": batch["rewards"]} if "rewards" in batch else {}
+            if "rewards" in batch:
+                found["reward"] = batch["rewards"]
+                scores["bad_rewards"] = float(np.isnan(batch["rewards"]).sum())
         if reference_model(run, self.frozen) is not None and completions.sampling.exact:
             batch = sampled_batch(self.prompts, completions)
             k1, k3, gaps = map(meshes.gathered, self._compared(state.params, self.frozen, self._placed(batch)))

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from alignax.checks import longest_answer
 from alignax.data import Examples, chat, load
 from alignax.data.chat import Encoded
 from alignax.data.kinds import prompt_alone
@@ -105,7 +106,7 @@ def of_rollouts(config: Any, source: hf.Source, judge: Any, tokenizer: Any, ends
     Raises:
       ValueError: for prompts that the reward model cannot read, or that leave no room for an answer.
     """
-    c, names = config.rollout, config.data.columns
+    new, names = longest_answer(config), config.data.columns
     own = Judge(judge, hf.end_ids(source, judge), 0, names, mentioned(judge, config.data.template))
     same = judge.get_vocab() == tokenizer.get_vocab()
     if any(names.prompt not in examples.columns for examples in every):  # rows that are no prompts alone: what was made of them is gone
@@ -126,12 +127,12 @@ def of_rollouts(config: Any, source: hf.Source, judge: Any, tokenizer: Any, ends
     if bad := next((code for code in found if isinstance(code, Bad)), None):
         raise ValueError(f"the reward model {str(source.path)!r} cannot read a prompt of the data: {bad.what}")
     longest, most = max(len(code.prompt) for code in found if isinstance(code, Encoded)), source.config.max_position_embeddings
-    if longest + c.max_new_tokens > most:
+    if longest + new > most:
         raise ValueError(
             f"the reward model {str(source.path)!r} reads {most} tokens, and a prompt of {longest} of its own with an answer of "
-            f"rollout.max_new_tokens {c.max_new_tokens} does not fit; lower it, or leave that prompt out"
+            f"max_new_tokens {new} does not fit; lower it, or leave that prompt out"
         )
-    return own._replace(length=min(most, -(-(longest + 2 * c.max_new_tokens) // 8) * 8))
+    return own._replace(length=min(most, -(-(longest + 2 * new) // 8) * 8))
 
 
 def asked(judge: Judge, examples: Examples, row: int, text: str) -> Prompted | Bad:

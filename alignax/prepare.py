@@ -22,6 +22,7 @@ from alignax.checks import (
     check_cache,
     check_fields,
     check_head,
+    check_judged,
     check_members,
     check_objective,
     check_positions,
@@ -138,12 +139,13 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
         for split, data in loaded.items()
         for path, report in data.reports.items()
     }
-    for model in filter(None, (source, models.critic)):
-        check_positions(config, model, examples, every)
+    readers = [source, *filter(None, (reference if reference is not source else None, models.critic))]
+    for model in readers:
+        check_positions(config, model, examples, every if model is source else examples)
     if config.reference.cache:  # shapes of what is read or computed before the first step
         place = lambda e: dataclasses.replace(e, token_fields={STORED: np.zeros(len(e.tokens), np.float32)})
         examples = {split: place(e) for split, e in examples.items()}
-    check_rollout(config, source, models.critic, experiment, examples)
+    check_rollout(config, readers, experiment, examples)
     for strings in (config.rollout.stop, config.eval.stop):
         stops_of(models.tokenizer, strings)  # refuses those that cannot occur
     train, pretrain = streams(config, examples, every, {split: data.mixture for split, data in loaded.items()}, 8 if on_cpu else 128)
@@ -212,9 +214,15 @@ def judged(
         return None, every
     own, read = load_tokenizer(judges[0].path, judges[0].config.vocab_size), {s: x for s, x in loaded.items() if s != "pretrain"}
     if not config.rollout.samples:
-        return None, every | judging.of_data(config, judges[0], own, models.tokenizer, read, experiment.row)
-    prompts = [data.examples for data in read.values()]
-    return judging.of_rollouts(config, judges[0], own, models.tokenizer, ends, prompts), every
+        every |= judging.of_data(config, judges[0], own, models.tokenizer, read, experiment.row)
+        judge, shared = None, [every[split] for split in read if every[split].judge is None]
+    else:
+        prompts = [data.examples for data in read.values()]
+        judge = judging.of_rollouts(config, judges[0], own, models.tokenizer, ends, prompts)
+        shared = prompts if judge is None else []
+    if shared:
+        check_judged(config, judges[0], shared)
+    return judge, every
 
 
 def learning(experiment: Experiment) -> tuple[dict[str, Objective], dict[str, Average]]:
