@@ -287,10 +287,11 @@ class Observer:
             )
         self._silent = self._silent + 1 if values.get("signal_rate") == 0 and not values.get("advantage_std") and not none else 0
         if self._silent == QUIET:
+            reward = values.get("reward_sampled", values["reward"])
             self._once(
                 "silent",
                 f"notice at step {step}: the rewards of no group differ, for {QUIET} rollouts (signal_rate 0, reward "
-                f"{values['reward']:.3g}), so nothing is learnt from comparing them. Take prompts that are neither hopeless nor solved, "
+                f"{reward:.3g}), so nothing is learnt from comparing them. Take prompts that are neither hopeless nor solved, "
                 "a reward with more than two values, or more samples of a prompt (rollout.samples).",
             )
         self._cut = self._cut + 1 if values.get("truncated_rate") == 1 else 0
@@ -314,7 +315,8 @@ class Observer:
             self.log.line(line)
 
     def _notice_nothing(self, step: int, values: dict[str, float]) -> None:
-        alike = f": the rewards of no group differ (reward {values['reward']:.3g})" if values.get("signal_rate") == 0 else ""
+        reward = values.get("reward_sampled", values.get("reward", math.nan))  # before any refill
+        alike = f": the rewards of no group differ (reward {reward:.3g})" if values.get("signal_rate") == 0 else ""
         self.log.line(
             f"notice at step {step}: the gradient is exactly 0{alike}, so nothing was learnt. Where that does not change, look at the "
             "loss, at the masks of the data (`alignax check-data`), and at what the experience writes."
