@@ -217,10 +217,10 @@ def check_advantages(run: Run) -> None:
     given |= {"config": run.config, "prompts": len(run.train.examples)}
     try:
         experience = make(**{name: given[name] for name in asked(make)})
-        advantages = advance(experience, first_carry(experience), batch)[1].get("advantages")
+        written = advance(experience, first_carry(experience), batch)[1]
     except Exception:  # an experience may ask for more than this knows of
         return
-    if advantages is not None and not np.any(np.asarray(advantages)):
+    if not np.any(np.asarray(written.get("advantages", written["completion_mask"]))):  # best_and_worst() leaves no token
         if B == 1:
             raise ValueError(
                 f"a rollout is of one response (batch_size, rollout.minibatches and rollout.samples are 1), and experience() of "

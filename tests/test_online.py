@@ -527,6 +527,9 @@ PROPOSAL = "\ndef averages(config):\n    return {'proposal': adopt_if_better(eve
 SCORES = {"model.num_labels": "1", "eval.samples": "0", "eval.sample_prompts": "0"}
 REFUSED = {
     "groups of one": ({"rollout.samples": "1"}, GRPO, "every advantage is 0"),
+    "pairs of groups of one": (
+        {"rollout.samples": "1"}, GRPO.replace("grpo()", "dpo()").replace("group_relative", "best_and_worst"), "every advantage is 0"
+    ),
     "a list of rewards": ({}, GRPO + "\nreward = [reward, reward]\n", "is a list, no function; write one"),
     "an async reward": ({}, GRPO.replace("def reward", "async def reward"), "asyncio.run(..)"),
     "a refill of samples ahead": (AHEAD | {"rollout.refill": "2"}, OFF_POLICY, "rollout.refill is 2: it looks at the rewards"),
