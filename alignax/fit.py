@@ -111,7 +111,10 @@ def loop(started: Started, log: Log, stop: "Stop") -> tuple[TrainState, dict[str
 
 @contextmanager
 def leaving(started: Started, log: Log, stop: "Stop", state: TrainState, step: int, waiting: str) -> Iterator[None]:
-    """Lets a signal end the wait of `waiting` for a reward function, as if it had come at `step`, after which nothing is learnt yet."""
+    """Lets a signal end the wait of `waiting` for a reward function, as if it had come at `step`, after which nothing is learnt yet.
+
+    A reward function that fails loses nothing of what was learnt before, either.
+    """
     workers = started.run.workers
     workers.stop = lambda: stop.signal
     try:
@@ -124,6 +127,11 @@ def leaving(started: Started, log: Log, stop: "Stop", state: TrainState, step: i
             where = f"after step {step}, {waiting} waited for its rewards; saved. The same command goes on from here."
         log.line(f"stopped by {SIGNALS[signal.Signals(e.number)]} {where}")
         raise SystemExit(128 + e.number) from None
+    except RewardFailed:
+        if step:
+            started.checkpoints.save(state, started.about, {})
+            log.line(f"saved after step {step}: a run whose reward is mended, or which drops what fails, goes on from there")
+        raise
     finally:
         workers.stop = never
 

@@ -69,6 +69,8 @@ FREE = (
     "model.logps_chunk",
     "reference.cache",
     "rollout.reward_workers",
+    "rollout.timeout",
+    "rollout.bad_rewards",
 )
 STORED = "stored_ref_logps"  # the batch field that a cache of the reference brings
 

@@ -224,8 +224,8 @@ class Turns:
         """The policy learns from what it said a turn ago, while the host judges what it says now; that waits in the carry.
 
         `time/learn` is how long the device went on after the host was done. Before the first turn and after the last there is nothing
-        to overlap. Where a signal ends the wait for rewards, the state before is given away: the turn is brought to its end, and what
-        was sampled is judged when the run goes on.
+        to overlap. Where a signal ends the wait for rewards, or there are none, the state before is given away: the turn is brought to
+        its end, and what was sampled is judged before the next.
         """
         rollouts, run, said = self.rollouts, self.rollouts.run, []
         carry = dict(state.carry)
@@ -241,7 +241,7 @@ class Turns:
         if sampled is not None:
             try:
                 batch, metrics = rollouts.judge(sampled)
-            except Abandoned:
+            except (Abandoned, RewardFailed):
                 batch, metrics = rollouts.unjudged(sampled)
             said.append(metrics)
         began = time.monotonic()

@@ -226,6 +226,28 @@ def test_a_signal_does_not_wait_for_a_reward_function(ahead, call, where, fields
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("ahead", "call"), [("false", 5), ("false", 4), ("true", 4)])
+def test_what_was_learnt_before_a_reward_fails_is_saved(ahead, call, fields, tmp_path, capsys):
+    """By a rollout, by an evaluation, and by samples ahead, which are asked for once more; the run goes on as if nothing had been."""
+    given = fields | {"checkpoint.every": "100", "rollout.ahead": ahead, "max_skipped": str(call)}
+    source = SLEEPER.replace("asleep.touch()", "pass").replace("time.sleep(100)", "raise KeyError('no answer')")
+    source = source.replace("len(calls) ==", "len(calls) >=").replace("max_skipped and", "max_skipped and len(completions) > 1 and")
+    found = {}
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
+        args = arguments(tmp_path / name, source, given | {"workdir": str(tmp_path / name / "run")})
+        asleep = tmp_path / name / "asleep"
+        if name == "parts":
+            assert main(args) == 1 and "KeyError" in capsys.readouterr().err
+            assert Checkpoints(tmp_path / name / "run").latest() == 4
+            args += ["--config.rollout.timeout=99", "--config.rollout.bad_rewards=drop"]
+        asleep.touch()
+        assert main(args) == 0
+        found[name] = trained(tmp_path / name / "run", args)
+    jax.tree.map(np.testing.assert_array_equal, found["parts"], found["whole"])
+
+
+@pytest.mark.slow
 def test_rollouts_at_a_temperature_with_stop_strings_are_scored_as_they_are_sampled(fields, tmp_path):
     """The head's one token that the tokenizer has not is the most likely by far, and never said; evaluations count what passes."""
     shutil.copytree(fields["model.path"], tmp_path / "model")
