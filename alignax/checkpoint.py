@@ -37,7 +37,7 @@ class Checkpoints:
         self.path, self._writes = Path(workdir).absolute() / "checkpoints", writes
         # What fails in the background is raised again when we wait for it; orbax prints a traceback of every thread besides.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
-        name = best.removeprefix("-")
+        self._best = name = best.removeprefix("-")
         policies: list[Any] = [ocp.checkpoint_managers.LatestN(keep)]
         if best:
             sign = -1.0 if best.startswith("-") else 1.0
@@ -93,7 +93,8 @@ class Checkpoints:
         saved = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
         args = ocp.args.Composite(**saved, about=ocp.args.JsonSave(dict(about) | own))
         with _saving(self.path):
-            self._manager.save(step, args=args, metrics=dict(metrics) or None)
+            ranked = not self._best or self._best in metrics  # an evaluation may not have it: no reward was known
+            self._manager.save(step, args=args, metrics=dict(metrics) or None if ranked else None)
 
     def about(self, step: int) -> dict[str, Any]:
         """What the checkpoint says of its run.

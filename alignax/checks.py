@@ -2,7 +2,7 @@
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -97,8 +97,11 @@ def check_members(config: Any, mesh: Mesh) -> None:
         raise ValueError(f"ensemble.members {members} does not divide over mesh.member {axis}; use a multiple of {axis}")
 
 
-def check_rollout(config: Any, source: hf.Source, critic: hf.Source | None, experiment: Experiment, examples: dict[str, Examples]) -> None:
-    """Refuses online training of what cannot be sampled from, without a reward, or without room; and prompts where it is not online."""
+def check_rollout(config: Any, readers: Sequence[hf.Source], experiment: Experiment, examples: dict[str, Examples]) -> None:
+    """Refuses online training of what cannot be sampled from, without a reward, or without room; and prompts where it is not online.
+
+    `readers`: the models that read samples, the policy first.
+    """
     c = config.rollout
     for name, function in (("reward", experiment.reward), ("gold", experiment.gold)):
         if function is not None:
@@ -113,7 +116,7 @@ def check_rollout(config: Any, source: hf.Source, critic: hf.Source | None, expe
         if experiment.reward is not None:
             raise ValueError(f"reward() of {experiment.file} is for samples, and rollout.samples is 0; set it to 8, say")
         return
-    if source.config.num_labels:
+    if readers[0].config.num_labels:
         raise ValueError(f"rollout.samples is {c.samples}, and a reward model gives scores and no text; train a language model")
     if c.bad_rewards not in ("error", "drop"):
         raise ValueError(f"rollout.bad_rewards is {c.bad_rewards!r}; use 'error' or 'drop'")
@@ -129,7 +132,7 @@ def check_rollout(config: Any, source: hf.Source, critic: hf.Source | None, expe
     if config.reference.cache:
         raise ValueError("reference.cache holds log-probs of the data's own rows, and online training scores samples; leave it empty")
     longest = max(int(e.prompt_lengths.max()) for e in examples.values())
-    for model in filter(None, (source, critic)):
+    for model in readers:
         check_room(model.config, longest, c.max_new_tokens, "rollout.max_new_tokens")
 
 
@@ -177,7 +180,13 @@ def check_columns(name: str, function: Any, file: Path, examples: dict[str, Exam
     if inspect.iscoroutinefunction(function):
         raise ValueError(f"{name}() of {file} is async; write a plain function that calls asyncio.run(..) on it")
     for split, own in examples.items():
-        if missing := parameters(function, own.columns).missing:
+        wanted = parameters(function, own.columns)
+        if both := [column for column in wanted.named if column in GIVEN[2:] and column in own.columns]:
+            raise ValueError(
+                f"{name}() of {file} asks for {both[0]!r}, which every reward function is offered, and data.{split} has a column of that "
+                "name; rename the column, in row(row) say"
+            )
+        if missing := wanted.missing:
             there = ", ".join(own.columns) or "none (set data.kind=prompt)"
             raise ValueError(
                 f"{name}() of {file} asks for column {missing[0]!r}, which data.{split} has not; it has: {there}. Beside columns "
@@ -294,7 +303,22 @@ def check_positions(config: Any, source: hf.Source, examples: dict[str, Examples
     most = source.config.max_position_embeddings
     longest = max(int(e.lengths.max()) for e in every.values())
     if longest > most and dict(source.config.rope_scaling).get("rope_type") != "dynamic":
-        raise ValueError(f"rows of {longest} tokens exceed the model's {most} positions; lower data.max_length")
+        raise ValueError(f"rows of {longest} tokens exceed the {most} positions of {str(source.path)!r}; lower data.max_length")
     prompt = max(int(e.prompt_lengths.max()) for e in examples.values())
     if max(config.eval.samples, config.eval.sample_prompts):
         check_room(source.config, prompt, config.eval.max_new_tokens, "eval.max_new_tokens")
+
+
+def check_judged(config: Any, source: hf.Source, examples: list[Examples]) -> None:
+    """Refuses rows and samples that are longer than the positions of a reward model that reads the policy's tokens."""
+    most, online = source.config.max_position_embeddings, config.rollout.samples > 0
+    longest = max(int((e.prompt_lengths if online else e.lengths).max()) for e in examples)
+    longest, field = (longest + longest_answer(config), "max_new_tokens") if online else (longest, "data.max_length")
+    if longest > most and dict(source.config.rope_scaling).get("rope_type") != "dynamic":
+        raise ValueError(f"rows of {longest} tokens exceed the {most} positions of the reward model {str(source.path)!r}; lower {field}")
+
+
+def longest_answer(config: Any) -> int:
+    """Tokens of the longest completion that an online run samples."""
+    c = config.eval
+    return max(config.rollout.max_new_tokens, c.max_new_tokens if max(c.samples, c.sample_prompts) else 0)

@@ -28,7 +28,13 @@ from alignax.types import Batch, Model, Params, TrainState
 SAMPLED = (  # metrics of samples
     "completion_length", "eos_rate", "truncated_rate", "distinct", "kl", "kl_se", "kl_k3", "sampler_gap", "gold", "gold_se", "prompts",
 )  # fmt: skip
-JUDGED = ("reward", "score/", "disagreement", "entropy")  # how metrics begin that are taken from what experience makes of samples
+JUDGED = (
+    "reward",
+    "score/",
+    "disagreement",
+    "judge_cut",
+    "entropy",
+)  # how metrics begin that are taken from what experience makes of samples
 SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "reward", "kl", "gold", "pass@1")
 
 
@@ -98,7 +104,9 @@ class Evaluation:
             judged = jax.device_get(self.program(state, self.frozen, self._placed(batch)))
             own = completions.sampling.exact and c.temperature == run.config.rollout.temperature  # what rollouts are sampled from
             scores |= {m: float(x) for m, x in judged.items() if m.startswith(JUDGED) and np.isfinite(x) and (own or m != "entropy")}
-            found |= {"reward": batch["rewards"]} if "rewards" in batch else {}
+            if "rewards" in batch:
+                found["reward"] = batch["rewards"]
+                scores["bad_rewards"] = float(np.isnan(batch["rewards"]).sum())
         if reference_model(run, self.frozen) is not None and completions.sampling.exact:
             batch = sampled_batch(self.prompts, completions)
             k1, k3, gaps = map(meshes.gathered, self._compared(state.params, self.frozen, self._placed(batch)))

@@ -78,23 +78,25 @@ def loop(started: Started, log: Log, stop: "Stop") -> tuple[TrainState, dict[str
     observe = Observer(run, log, equal=fresh and about["policy"] == about["reference"])
     results: dict[str, dict[str, float]] = {}
     pending: tuple[int, Metrics] | None = None
-    if first == 0:
-        with log.paused(), leaving(started, log, stop, state, 0):
-            results["before"] = evaluate(state, 0)
+    due = lambda every, s: s == run.steps or (every > 0 and s // every > (s - turn) // every)
+    if first == 0 or (due(config.eval.every, first) and not evaluated(log)):  # the run left while that evaluation waited for its rewards
+        with log.paused(), leaving(started, log, stop, state, first, "the evaluation"):
+            scores = evaluate(state, first)
+        if first in (0, run.steps):
+            results["after" if first else "before"] = scores
     for s in range(first + turn, run.steps + 1, turn):
-        with leaving(started, log, stop, state, s - turn):
+        with leaving(started, log, stop, state, s - turn, "a rollout"):
             state, metrics = train(state, s - turn)
         if pending:  # fetched a step late, so that the device never waits for the host
             observe(*pending)
         pending = (s, metrics)
-        due = lambda every, s=s: s == run.steps or (every > 0 and s // every > (s - turn) // every)
         stopping = stop.requested(s // turn, 1 if config.rollout.samples else AGREE)
-        evaluating = due(config.eval.every)
-        saving = due(config.checkpoint.every) or (evaluating and config.checkpoint.best)
+        evaluating = due(config.eval.every, s)
+        saving = due(config.checkpoint.every, s) or (evaluating and config.checkpoint.best)
         if stopping or evaluating or saving or config.rollout.samples:  # never behind a checkpoint; a turn has waited for the device
             observe(*pending)
             pending = None
-        with log.paused():
+        with log.paused(), leaving(started, log, stop, state, s, "the evaluation"):
             scores = evaluate(state, s) if evaluating else {}
             if stopping or saving:
                 checkpoints.save(state, about, scores)
@@ -108,13 +110,13 @@ def loop(started: Started, log: Log, stop: "Stop") -> tuple[TrainState, dict[str
 
 
 @contextmanager
-def leaving(started: Started, log: Log, stop: "Stop", state: TrainState, step: int) -> Iterator[None]:
-    """Lets a signal end the wait for a reward function, as if it had come at `step`, after which nothing has been learnt yet.
+def leaving(started: Started, log: Log, stop: "Stop", state: TrainState, step: int, waiting: str) -> Iterator[None]:
+    """Lets a signal end the wait of `waiting` for a reward function, as if it had come at `step`, after which nothing is learnt yet.
 
-    Where rollouts are judged while the policy learns, `state` is given away by then, so there a signal waits for the turn's end.
+    A reward function that fails loses nothing of what was learnt before, either.
     """
     workers = started.run.workers
-    workers.stop = never if step and started.run.config.rollout.ahead else lambda: stop.signal
+    workers.stop = lambda: stop.signal
     try:
         yield
     except Abandoned as e:
@@ -122,11 +124,21 @@ def leaving(started: Started, log: Log, stop: "Stop", state: TrainState, step: i
         if step:
             started.checkpoints.save(state, started.about, {})
             started.checkpoints.close()
-            where = f"after step {step}, a rollout waited for its rewards; saved. The same command goes on from here."
+            where = f"after step {step}, {waiting} waited for its rewards; saved. The same command goes on from here."
         log.line(f"stopped by {SIGNALS[signal.Signals(e.number)]} {where}")
         raise SystemExit(128 + e.number) from None
+    except RewardFailed:
+        if step:
+            started.checkpoints.save(state, started.about, {})
+            log.line(f"saved after step {step}: a run whose reward is mended, or which drops what fails, goes on from there")
+        raise
     finally:
         workers.stop = never
+
+
+def evaluated(log: Log) -> bool:
+    """Whether the step that a run goes on after was evaluated, as process 0 has it in its log."""
+    return bool(multihost_utils.broadcast_one_to_all(np.array(log.evaluated)))
 
 
 class Batched:
@@ -235,6 +247,7 @@ class Observer:
         self._smooth: dict[str, float] = {}
         self._since = 0
         self._noticed = False
+        self._told: set[str] = set()  # the notices of rollouts that were given
         self._seen = self._unrewarded = self._silent = self._cut = 0  # steps, and rollouts in a row
 
     def __call__(self, step: int, metrics: Metrics) -> None:
@@ -282,20 +295,36 @@ class Observer:
             )
         self._silent = self._silent + 1 if values.get("signal_rate") == 0 and not values.get("advantage_std") and not none else 0
         if self._silent == QUIET:
-            self.log.line(
+            reward = values.get("reward_sampled", values["reward"])
+            self._once(
+                "silent",
                 f"notice at step {step}: the rewards of no group differ, for {QUIET} rollouts (signal_rate 0, reward "
-                f"{values['reward']:.3g}), so nothing is learnt from comparing them. Take prompts that are neither hopeless nor solved, "
-                "a reward with more than two values, or more samples of a prompt (rollout.samples)."
+                f"{reward:.3g}), so nothing is learnt from comparing them. Take prompts that are neither hopeless nor solved, "
+                "a reward with more than two values, or more samples of a prompt (rollout.samples).",
             )
         self._cut = self._cut + 1 if values.get("truncated_rate") == 1 else 0
         if self._cut == QUIET:
-            self.log.line(
+            self._once(
+                "cut",
                 f"notice at step {step}: every completion of {QUIET} rollouts was cut at rollout.max_new_tokens, none has ended. Raise "
-                "it, or look at samples.jsonl for whether the policy ends what it says."
+                "it, or look at samples.jsonl for whether the policy ends what it says.",
+            )
+        if count := int(values.get("judge_cut", 0)):
+            self._once(
+                "judge",
+                f"notice at step {step}: {count} answers do not fit into what the reward models read, and are scored without their end "
+                "(judge_cut). Lower rollout.max_new_tokens, or leave out the longest prompts.",
             )
 
+    def _once(self, name: str, line: str) -> None:
+        """Says a line, unless one of that name was said."""
+        if name not in self._told:
+            self._told.add(name)
+            self.log.line(line)
+
     def _notice_nothing(self, step: int, values: dict[str, float]) -> None:
-        alike = f": the rewards of no group differ (reward {values['reward']:.3g})" if values.get("signal_rate") == 0 else ""
+        reward = values.get("reward_sampled", values.get("reward", math.nan))  # before any refill
+        alike = f": the rewards of no group differ (reward {reward:.3g})" if values.get("signal_rate") == 0 else ""
         self.log.line(
             f"notice at step {step}: the gradient is exactly 0{alike}, so nothing was learnt. Where that does not change, look at the "
             "loss, at the masks of the data (`alignax check-data`), and at what the experience writes."

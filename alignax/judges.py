@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from alignax.checks import longest_answer
 from alignax.data import Examples, chat, load
 from alignax.data.chat import Encoded
 from alignax.data.kinds import prompt_alone
@@ -105,7 +106,7 @@ def of_rollouts(config: Any, source: hf.Source, judge: Any, tokenizer: Any, ends
     Raises:
       ValueError: for prompts that the reward model cannot read, or that leave no room for an answer.
     """
-    c, names = config.rollout, config.data.columns
+    new, names = longest_answer(config), config.data.columns
     own = Judge(judge, hf.end_ids(source, judge), 0, names, mentioned(judge, config.data.template))
     same = judge.get_vocab() == tokenizer.get_vocab()
     if any(names.prompt not in examples.columns for examples in every):  # rows that are no prompts alone: what was made of them is gone
@@ -126,9 +127,12 @@ def of_rollouts(config: Any, source: hf.Source, judge: Any, tokenizer: Any, ends
     if bad := next((code for code in found if isinstance(code, Bad)), None):
         raise ValueError(f"the reward model {str(source.path)!r} cannot read a prompt of the data: {bad.what}")
     longest, most = max(len(code.prompt) for code in found if isinstance(code, Encoded)), source.config.max_position_embeddings
-    if longest >= most:
-        raise ValueError(f"the reward model {str(source.path)!r} reads {most} tokens, and a prompt has {longest} of its own; leave it out")
-    return own._replace(length=min(most, -(-(longest + 2 * c.max_new_tokens) // 8) * 8))
+    if longest + new > most:
+        raise ValueError(
+            f"the reward model {str(source.path)!r} reads {most} tokens, and a prompt of {longest} of its own with an answer of "
+            f"max_new_tokens {new} does not fit; lower it, or leave that prompt out"
+        )
+    return own._replace(length=min(most, -(-(longest + 2 * new) // 8) * 8))
 
 
 def asked(judge: Judge, examples: Examples, row: int, text: str) -> Prompted | Bad:
@@ -164,7 +168,7 @@ def read(
 ) -> dict[str, np.ndarray]:
     """What reward models read of samples, `judge_tokens` and so on, [B, N, T']; an answer that they refuse has no scored token.
 
-    What is longer loses its end.
+    What is longer loses its end, and `judge_cut` [B, N] says so.
 
     Args:
       judge: how they read.
@@ -183,11 +187,13 @@ def read(
     shape = (*said.ended.shape, judge.length)
     out = {"tokens": np.zeros(shape, np.int32), "mask": np.zeros(shape, bool), "completion_mask": np.zeros(shape, bool)}
     flat = {name: x.reshape(-1, judge.length) for name, x in out.items()}
+    cut = np.zeros(len(asks), bool)
     for k, code in enumerate(tokens_of(asks, judge.tokenizer, judge.ends, judge.variables)):
         if isinstance(code, Bad):
             continue
-        ids = (code.prompt + code.completions[0])[: judge.length]
+        ids = code.prompt + code.completions[0]
+        cut[k], ids = len(ids) > judge.length, ids[: judge.length]
         scored = (bytes(len(code.prompt)) + code.scored[0])[: len(ids)]
         flat["tokens"][k, : len(ids)], flat["mask"][k, : len(ids)] = ids, True
         flat["completion_mask"][k, : len(ids)] = np.frombuffer(scored, np.bool_)
-    return {f"judge_{name}": x for name, x in out.items()}
+    return {f"judge_{name}": x for name, x in out.items()} | {"judge_cut": cut.reshape(said.ended.shape)}

@@ -30,10 +30,13 @@ class Log:
         self._bar: Any = None
         self._tensorboard: Any = None
         self._file: TextIO | None = None
+        self.evaluated = False  # whether the state at `start` was
         if not writes:
             return
         self._samples, self._rollouts = workdir / "samples.jsonl", workdir / "rollouts.jsonl"
-        last = _keep_rows(workdir / "metrics.jsonl", start)
+        kept = _keep_rows(workdir / "metrics.jsonl", start)
+        last = max((row["step"] for row in kept), default=0)
+        self.evaluated = any(row["step"] == start and _is_evaluation(row) for row in kept)
         _keep_rows(self._samples, start)
         _keep_rows(self._rollouts, start)
         if last < start:
@@ -88,8 +91,7 @@ class Log:
         if self._file is None:
             return
         step = int(values["step"])
-        plain = {k: v if isinstance(v, (int, str)) or math.isfinite(v) else None for k, v in values.items()}
-        self._file.write(json.dumps(plain) + "\n")
+        self._file.write(json.dumps(_plain(values)) + "\n")
         self._file.flush()
         if self._tensorboard is not None:
             for name, value in values.items():
@@ -156,8 +158,13 @@ def _lines(file: Path) -> Iterator[tuple[int, bytes, dict[str, Any] | None]]:
         yield number, line, row if isinstance(row, dict) and type(row.get("step")) is int else None
 
 
-def _keep_rows(file: Path, last: int) -> int:
-    """Takes out the rows of later steps, atomically, and lines that are no rows, which it says; returns the last step that is left."""
+def _is_evaluation(row: dict[str, Any]) -> bool:
+    """Whether a row is of an evaluation, which may have found nothing."""
+    return all(name == "step" or name.startswith("eval/") for name in row)
+
+
+def _keep_rows(file: Path, last: int) -> list[dict[str, Any]]:
+    """Takes out the rows of later steps, atomically, and lines that are no rows, which it says; returns the rows that are left."""
     kept, damaged = [], []
     for number, line, row in _lines(file):
         if row is None:
@@ -168,12 +175,17 @@ def _keep_rows(file: Path, last: int) -> int:
         print(f"notice: {file} is damaged in line {', '.join(damaged[:3])}: {len(damaged)} taken out, the rest is kept", file=sys.stderr)
     if file.is_file():
         output.write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
-    return max((row["step"] for row in kept), default=0)
+    return kept
 
 
 def _append(file: Path, step: int, rows: list[dict[str, Any]]) -> None:
     with open(file, "a", encoding="utf-8") as f:
-        f.writelines(json.dumps({"step": step} | row, ensure_ascii=False) + "\n" for row in rows)
+        f.writelines(json.dumps({"step": step} | _plain(row), ensure_ascii=False) + "\n" for row in rows)
+
+
+def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row as JSON has it, which knows no number that is not finite."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
 
 
 def table(rows: list[list[str]]) -> str:

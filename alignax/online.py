@@ -208,6 +208,7 @@ def measured(batch: Batch, other: bool = False) -> Metrics:
     divergence"): k1 = sum_t lr and k3 = sum_t exp(-lr) - 1 + lr, lr = log pi - log ref; both unbiased, k1 signed, k3 >= 0.
     `reward`, `reward_std`: of the responses, NaN where none has one, and within a group. `bad_rewards`: responses without one.
     `signal_rate`: the share of groups whose rewards differ. `score/member_k`, `disagreement`: of an ensemble.
+    `judge_cut`: responses whose end the reward models do not read.
     `constraint/multiplier_k`: how much a reward model counts that is held at a threshold. `constraint/threshold_k`, `constraint/phase`,
     `constraint/evaluations`: of a search for thresholds.
     """
@@ -238,6 +239,8 @@ def measured(batch: Batch, other: bool = False) -> Metrics:
     if "scores" in batch and batch["scores"].shape[-1] > 1:
         out |= {f"score/member_{k}": mean(batch["scores"][..., k]) for k in range(batch["scores"].shape[-1])}
         out["disagreement"] = mean(batch["scores"].std(axis=-1))
+    if "judge_cut" in batch:
+        out["judge_cut"] = (batch["judge_cut"] & real).sum()
     if "kl_coefficient" in batch:
         out["kl_coefficient"] = batch["kl_coefficient"].mean()
     if "multipliers" in batch:

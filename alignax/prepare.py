@@ -22,6 +22,7 @@ from alignax.checks import (
     check_cache,
     check_fields,
     check_head,
+    check_judged,
     check_members,
     check_objective,
     check_positions,
@@ -31,7 +32,6 @@ from alignax.checks import (
 )
 from alignax.config import (
     HEAD,
-    PRETRAIN,
     ROLLOUTS,
     Experiment,
     asked,
@@ -44,7 +44,7 @@ from alignax.config import (
 )
 from alignax.data import Batches, Examples, Report, load, padded_length
 from alignax.data.files import one_line
-from alignax.data.mixture import Mixture, sources
+from alignax.data.mixture import Loaded, Mixture, sources
 from alignax.generate import stops_of
 from alignax.judges import Judge
 from alignax.losses.algebra import Objective
@@ -70,6 +70,8 @@ FREE = (
     "model.logps_chunk",
     "reference.cache",
     "rollout.reward_workers",
+    "rollout.timeout",
+    "rollout.bad_rewards",
 )
 STORED = "stored_ref_logps"  # the batch field that a cache of the reference brings
 
@@ -120,10 +122,68 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
     if not config.workdir:
         raise ValueError("config field 'workdir' is empty; set --config.workdir=runs/NAME")
     check_fields(config)
-    workdir = Path(config.workdir)
     mesh = mesh or meshes.make_mesh(config.mesh)
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     check_batches(config, mesh)
+    models = open_models(experiment, mesh)
+    source, reference = models.source, models.reference
+    if not config.data.train:
+        raise ValueError("config field 'data.train' is empty; set --config.data.train=FILE")
+    ends = hf.end_ids(source, models.tokenizer)
+    loaded = {
+        split: load(split, config.data, models.tokenizer, source.config.vocab_size, ends, experiment.row)
+        for split in ("train", "eval", "pretrain")
+        if config.data[split]
+    }
+    judge, every = judged(experiment, models, ends, loaded)
+    examples = {split: own for split, own in every.items() if split != "pretrain"}
+    reports = {
+        split if len(data.reports) == 1 else f"{split} ({path})": report
+        for split, data in loaded.items()
+        for path, report in data.reports.items()
+    }
+    readers = [source, *filter(None, (reference if reference is not source else None, models.critic))]
+    for model in readers:
+        check_positions(config, model, examples, every if model is source else examples)
+    if config.reference.cache:  # shapes of what is read or computed before the first step
+        place = lambda e: dataclasses.replace(e, token_fields={STORED: np.zeros(len(e.tokens), np.float32)})
+        examples = {split: place(e) for split, e in examples.items()}
+    check_rollout(config, readers, experiment, examples)
+    for strings in (config.rollout.stop, config.eval.stop):
+        stops_of(models.tokenizer, strings)  # refuses those that cannot occur
+    train, pretrain = streams(config, examples, every, {split: data.mixture for split, data in loaded.items()}, 8 if on_cpu else 128)
+    steps = step_count(config, train)
+    dtype = compute_dtype(config, mesh)
+    apply = make_apply(dataclasses.replace(source.config, lora=models.lora), config, dtype, mesh)
+    schedule = make_schedule(config.optimizer, steps)
+    optimizer = make_optimizer(config.optimizer, schedule)
+    objectives, averages = learning(experiment)
+    check_averages(config, averages, reference)
+    check_cache(config, averages, reference)
+    beside = {name: objective for name, objective in objectives.items() if name != ROLLOUTS}
+    return Run(
+        experiment, config, Path(config.workdir), mesh, source, reference, models.lora, models.critic, models.tokenizer, ends,
+        models.unused, train, pretrain, models.judges, judge, config.ensemble.members, examples.get("eval"), reports, steps, dtype, apply,
+        objectives[ROLLOUTS], beside, schedule, optimizer, averages,
+        Workers(experiment.file, config, config.rollout.reward_workers, config.rollout.timeout),
+    )  # fmt: skip
+
+
+class Models(NamedTuple):
+    """The models of a run, checked and not loaded; see `Run`."""
+
+    source: hf.Source
+    reference: hf.Source | None
+    lora: Lora | None
+    critic: hf.Source | None
+    judges: list[hf.Source]
+    tokenizer: Any
+    unused: tuple[tuple[int, int], ...]
+
+
+def open_models(experiment: Experiment, mesh: Mesh) -> Models:
+    """Opens the folders that a run reads, and refuses those that do not go together."""
+    config = experiment.config
     source = open_model(config.model.path, config.model.init, "model.path")
     source = hf.with_heads(source, config.model.num_labels, trunk_values(config))
     check_head(config, source, experiment)
@@ -136,60 +196,49 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
         raise ValueError("reference.path is set and no reference is held; let experience(..) ask for reference, or leave it empty")
     if config.reference.token_kl:
         check_token_kl(source, reference)
-    lora = make_lora(config, source)
+    adapters = make_lora(config, source)
     if config.lora.path:
         peft.weights(Path(config.lora.path))
     critic = open_critic(config)
     if critic is not None:
         check_tokenizer(critic, f"model.critic {config.model.critic!r}", tokenizer)
     judges = open_judges(config) if "ensemble" in asked(experiment.experience) else []
-    if not config.data.train:
-        raise ValueError("config field 'data.train' is empty; set --config.data.train=FILE")
-    ends, splits = hf.end_ids(source, tokenizer), ("train", "eval", "pretrain")
-    loaded = {s: load(s, config.data, tokenizer, source.config.vocab_size, ends, experiment.row) for s in splits if config.data[s]}
-    judge, every = None, {split: data.examples for split, data in loaded.items()}
-    if judges:
-        own, read = load_tokenizer(judges[0].path, judges[0].config.vocab_size), {s: x for s, x in loaded.items() if s != "pretrain"}
-        if config.rollout.samples:
-            judge = judging.of_rollouts(config, judges[0], own, tokenizer, ends, [data.examples for data in read.values()])
-        else:
-            every |= judging.of_data(config, judges[0], own, tokenizer, read, experiment.row)
-    examples = {split: own for split, own in every.items() if split != "pretrain"}
-    reports = {
-        split if len(data.reports) == 1 else f"{split} ({path})": report
-        for split, data in loaded.items()
-        for path, report in data.reports.items()
-    }
-    for model in filter(None, (source, critic)):
-        check_positions(config, model, examples, every)
-    if config.reference.cache:  # shapes of what is read or computed before the first step
-        place = lambda e: dataclasses.replace(e, token_fields={STORED: np.zeros(len(e.tokens), np.float32)})
-        examples = {split: place(e) for split, e in examples.items()}
-    check_rollout(config, source, critic, experiment, examples)
-    for strings in (config.rollout.stop, config.eval.stop):
-        stops_of(tokenizer, strings)  # refuses those that cannot occur
-    train, pretrain = streams(config, examples, every, {split: data.mixture for split, data in loaded.items()}, 8 if on_cpu else 128)
-    steps = step_count(config, train)
-    dtype = compute_dtype(config, mesh)
-    apply = make_apply(dataclasses.replace(source.config, lora=lora), config, dtype, mesh)
-    schedule = make_schedule(config.optimizer, steps)
-    optimizer = make_optimizer(config.optimizer, schedule)
-    with blaming(experiment.file):
+    if config.reward.path and not judges:
+        raise ValueError("reward.path is set and no reward model is asked for; let experience(..) ask for ensemble, or leave it empty")
+    return Models(source, reference, adapters, critic, judges, tokenizer, unused)
+
+
+def judged(
+    experiment: Experiment, models: Models, ends: tuple[int, ...], loaded: dict[str, Loaded]
+) -> tuple[Judge | None, dict[str, Examples]]:
+    """How the reward models read samples, and every split, with what they read of rows where that is not what the policy does."""
+    config, judges, every = experiment.config, models.judges, {split: data.examples for split, data in loaded.items()}
+    if not judges:
+        return None, every
+    own, read = load_tokenizer(judges[0].path, judges[0].config.vocab_size), {s: x for s, x in loaded.items() if s != "pretrain"}
+    if not config.rollout.samples:
+        every |= judging.of_data(config, judges[0], own, models.tokenizer, read, experiment.row)
+        judge, shared = None, [every[split] for split in read if every[split].judge is None]
+    else:
+        prompts = [data.examples for data in read.values()]
+        judge = judging.of_rollouts(config, judges[0], own, models.tokenizer, ends, prompts)
+        shared = prompts if judge is None else []
+    if shared:
+        check_judged(config, judges[0], shared)
+    return judge, every
+
+
+def learning(experiment: Experiment) -> tuple[dict[str, Objective], dict[str, Average]]:
+    """The losses of an experiment by the batch that they are of, a single one of rollouts, and its averages."""
+    config, file = experiment.config, experiment.file
+    with blaming(file):
         given = experiment.loss(config)
-        kept = {} if experiment.averages is None else experiment.averages(config)
-    if not isinstance(kept, Mapping):
-        raise ValueError(f'averages() of {experiment.file} returns {kept!r}; return averages by name, {{"ema": ema(0.999)}} say')
-    averages = dict(kept)
-    check_objective(given, experiment.file)
-    check_pretrain(config, given, experiment.file)
-    objective, beside = (given[ROLLOUTS], {PRETRAIN: given[PRETRAIN]}) if isinstance(given, Mapping) else (given, {})
-    check_averages(config, averages, reference)
-    check_cache(config, averages, reference)
-    return Run(
-        experiment, config, workdir, mesh, source, reference, lora, critic, tokenizer, ends, unused, train, pretrain, judges, judge,
-        config.ensemble.members, examples.get("eval"), reports, steps, dtype, apply, objective, beside, schedule, optimizer, averages,
-        Workers(experiment.file, config, config.rollout.reward_workers, config.rollout.timeout),
-    )  # fmt: skip
+        averages = {} if experiment.averages is None else experiment.averages(config)
+    if not isinstance(averages, Mapping):
+        raise ValueError(f'averages() of {file} returns {averages!r}; return averages by name, {{"ema": ema(0.999)}} say')
+    check_objective(given, file)
+    check_pretrain(config, given, file)
+    return dict(given) if isinstance(given, Mapping) else {ROLLOUTS: given}, dict(averages)
 
 
 def streams(

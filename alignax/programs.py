@@ -200,6 +200,7 @@ def abstract_rollout(run: Run, prompts: int, samples: int) -> dict[str, jax.Shap
     fields |= {"truncated": ((B, N), jnp.bool_), "prompt_id": ((B,), jnp.int32)}
     if run.judge is not None:
         fields |= {f"judge_{name}": ((B, N, run.judge.length), tokens[name]) for name in FIELDS}
+        fields["judge_cut"] = (B, N), jnp.bool_
     if run.experiment.reward is not None:
         fields["rewards"] = (B, N), jnp.float32
     if run.experiment.gold is not None:

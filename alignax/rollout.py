@@ -16,17 +16,22 @@ from jax.experimental import multihost_utils
 from alignax import judges
 from alignax import mesh as meshes
 from alignax.averages import PROPOSAL
+from alignax.calls import Answer, Call, qualified
+from alignax.calls import within as within
 from alignax.checks import parameters
 from alignax.config import ROLLOUTS, prompts_of_rollout, steps_of_turn
 from alignax.data import Examples
 from alignax.data.files import short
-from alignax.generate import LENGTH, Completions, Generator, Sampling, Stops, sampled_batch, shape_for, stops_of, text_of
+from alignax.generate import Completions, Generator, Sampling, Stops, sampled_batch, shape_for, stops_of, text_of
+from alignax.generate.stops import LENGTH, STOP_ID, STOP_STRING
 from alignax.online import make_learn, pretraining
 from alignax.prepare import Run
 from alignax.programs import AHEAD, full
 from alignax.types import Batch, Metrics, Params, TrainState
-from alignax.workers import Abandoned, Answer, Call, qualified
-from alignax.workers import within as within
+from alignax.workers import Abandoned
+
+MOST = 1e15  # that a reward may be from 0: squares of larger ones, summed over a rollout, overflow float32
+REWARDS = {"reward": "rewards", "gold": "gold"}  # functions of an experiment -> fields of a batch
 
 
 class Sampled(NamedTuple):
@@ -106,6 +111,37 @@ class Rollouts:
         """
         return self.placed(*self.judged(sampled))
 
+    def unjudged(self, sampled: Sampled) -> Rollout:
+        """What was sampled, where a signal came before reward functions had said anything of it: all rewards are infinite, as none is."""
+        texts = decoded(self.run.tokenizer, sampled.completions, self.generate.stops)
+        batch = said_batch(self.run, self.run.train.examples, sampled.rows, sampled.prompts, sampled.completions, texts)
+        none = np.full(batch["truncated"].shape, np.inf, np.float32)
+        asked = {field: none for name, field in REWARDS.items() if getattr(self.run.experiment, name) is not None}
+        return self.placed(batch | asked, sampled.metrics | {"time/reward": 0.0})
+
+    def sampled(self, batch: Batch) -> Sampled | None:
+        """What `unjudged` was given; None of a rollout that is judged."""
+        asked = [batch[field] for field in REWARDS.values() if field in batch]
+        if not asked or not np.isposinf(meshes.gathered(asked[0])).all():
+            return None
+        host = {name: meshes.gathered(batch[name]) for name in ("tokens", "mask", "sampled_logps", "truncated", "prompt_id")}
+        rows = host["prompt_id"]
+        prompts = [self.run.train.examples.prompt_tokens(row).tolist() for row in rows]
+        shape = (*host["truncated"].shape, self.run.config.rollout.max_new_tokens)
+        tokens, mask, logps = np.zeros(shape, np.int32), np.zeros(shape, bool), np.zeros(shape, np.float32)
+        ended = np.full(shape[:2], STOP_STRING, object)
+        for b, n in np.ndindex(shape[:2]):
+            own = slice(len(prompts[b]), int(host["mask"][b, n].sum()))
+            count = own.stop - own.start
+            tokens[b, n, :count], mask[b, n, :count] = host["tokens"][b, n, own], True
+            logps[b, n, :count] = host["sampled_logps"][b, n, own]
+            if host["truncated"][b, n]:
+                ended[b, n] = LENGTH
+            elif tokens[b, n, count - 1] in self.run.ends:
+                ended[b, n] = STOP_ID
+        completions = Completions(tokens, mask, logps, ended, self.generate.sampling, 0, 0)
+        return Sampled(rows, prompts, completions, {"time/generate": 0.0} | text_metrics(completions))
+
     def placed(self, batch: dict[str, np.ndarray], metrics: dict[str, float]) -> Rollout:
         """The rollout on the mesh."""
         count = len(batch["prompt_id"])
@@ -117,8 +153,6 @@ class Rollouts:
         rows, prompts, completions, metrics = sampled
         examples, texts = run.train.examples, decoded(run.tokenizer, completions, self.generate.stops)
         batch = samples_batch(run, examples, rows, prompts, completions, texts)
-        if run.judge is not None:
-            metrics["judge_cut"] = float(batch["judge_mask"][..., -1].sum())
         if "rewards" in batch:
             metrics["bad_rewards"] = float(np.isnan(batch["rewards"]).sum())
         if run.experiment.gold is not None:
@@ -190,25 +224,30 @@ class Turns:
         """The policy learns from what it said a turn ago, while the host judges what it says now; that waits in the carry.
 
         `time/learn` is how long the device went on after the host was done. Before the first turn and after the last there is nothing
-        to overlap.
+        to overlap. Where a signal ends the wait for rewards, or there are none, the state before is given away: the turn is brought to
+        its end, and what was sampled is judged before the next.
         """
         rollouts, run, said = self.rollouts, self.rollouts.run, []
         carry = dict(state.carry)
         batch = carry.pop(AHEAD)
         state = dataclasses.replace(state, carry=carry)
-        if step == 0:
-            batch, metrics = rollouts.judge(rollouts.sample(state, self.frozen, step))
+        waits = rollouts.sample(state, self.frozen, step) if step == 0 else rollouts.sampled(batch)
+        if waits is not None:
+            batch, metrics = rollouts.judge(waits)
             said.append(metrics)
         following = step + steps_of_turn(run.config)
         sampled = rollouts.sample(state, self.frozen, following) if following < run.steps else None
         state, learnt = self.learn(state, self.frozen, {ROLLOUTS: batch} | pretraining(run, step))  # goes on by itself
         if sampled is not None:
-            batch, metrics = rollouts.judge(sampled)
+            try:
+                batch, metrics = rollouts.judge(sampled)
+            except (Abandoned, RewardFailed):
+                batch, metrics = rollouts.unjudged(sampled)
             said.append(metrics)
         began = time.monotonic()
         state, learnt = jax.block_until_ready((state, learnt))
         times = {name: sum(metrics[name] for metrics in said) for name in ("time/generate", "time/reward")}
-        newest = said[-1] if said else {}
+        newest = said[-1] if step == 0 or sampled is not None else {}  # what waited for its rewards was told of when it was sampled
         state = dataclasses.replace(state, carry=state.carry | {AHEAD: batch})
         return state, learnt | newest | times | {"time/learn": time.monotonic() - began}
 
@@ -229,16 +268,23 @@ def samples_batch(
     run: Run, examples: Examples, rows: np.ndarray, prompts: Sequence[Sequence[int]], completions: Completions, texts: list[list[str]]
 ) -> dict[str, np.ndarray]:
     """The batch of completions of rows of the data, on the host, with their rewards; see `Rollouts`."""
+    batch = said_batch(run, examples, rows, prompts, completions, texts)
+    if run.experiment.reward is None:
+        return batch
+    rewards = rewards_of(run, "reward", examples, rows, completions, texts)
+    return batch | {"rewards": rewards, "completion_mask": batch["completion_mask"] & np.isfinite(rewards)[..., None]}
+
+
+def said_batch(
+    run: Run, examples: Examples, rows: np.ndarray, prompts: Sequence[Sequence[int]], completions: Completions, texts: list[list[str]]
+) -> dict[str, np.ndarray]:
+    """The batch of completions of rows of the data, on the host, before reward functions are asked."""
     batch = sampled_batch(prompts, completions, run.train.length)
     batch |= {"truncated": completions.ended == LENGTH, "prompt_id": rows.astype(np.int32)}
     if run.judge is not None:
         own = judges.read(run.judge, run.tokenizer, examples, rows, prompts, completions, texts)
         batch |= own | {"completion_mask": batch["completion_mask"] & own["judge_completion_mask"].any(axis=-1, keepdims=True)}
-    if run.experiment.reward is None:
-        return batch
-    rewards = rewards_of(run, "reward", examples, rows, completions, texts)
-    batch["completion_mask"] &= np.isfinite(rewards)[..., None]
-    return batch | {"rewards": rewards}
+    return batch
 
 
 def rewards_of(run: Run, name: str, examples: Examples, rows: np.ndarray, completions: Completions, texts: list[list[str]]) -> np.ndarray:
@@ -264,8 +310,9 @@ def rewards_of(run: Run, name: str, examples: Examples, rows: np.ndarray, comple
         found, left = map(np.asarray, multihost_utils.broadcast_one_to_all((found, np.int32(left))))
     if left:
         raise Abandoned(int(left))
-    bad = ~np.isfinite(found)
-    what = what or f"{bad.sum()} of {len(bad)} rewards are not finite, that of {short(flat[bad.argmax()])} first"
+    bad = ~(np.abs(found) <= MOST)  # NaN, too
+    first = int(bad.argmax())
+    what = what or f"{bad.sum()} of {len(bad)} rewards are not finite or beyond {MOST:g}: {found[first]:g} for {short(flat[first])} first"
     where = f"{name}() of {run.experiment.file}{behind_file(what)}"
     if bad.any() and c.bad_rewards == "error":
         raise RewardFailed(f"{where}. Mend it, or go on without these with rollout.bad_rewards=drop")
@@ -319,7 +366,7 @@ def trained_on(run: Run, shown: dict[str, np.ndarray]) -> list[dict[str, Any]]:
         own = tokens[b, n][mask[b, n]]
         row = {"prompt": run.tokenizer.decode(own[:first]), "completion": run.tokenizer.decode(own[first:])}
         numbers = {name: shown[name][b, n].item() for name in ("reward", "advantage", "truncated") if name in shown}
-        rows.append(row | {name: None if x != x else x for name, x in numbers.items()})
+        rows.append(row | numbers)
     return rows
 
 

@@ -37,7 +37,7 @@ from alignax.programs import (
     reference_name,
 )
 from alignax.reference import with_stored
-from alignax.rollout import answer_of, behind_file
+from alignax.rollout import MOST, answer_of, behind_file
 from alignax.train import digest
 from alignax.types import Batch, Model, Outputs, Params, TrainState
 
@@ -217,10 +217,16 @@ def check_advantages(run: Run) -> None:
     given |= {"config": run.config, "prompts": len(run.train.examples)}
     try:
         experience = make(**{name: given[name] for name in asked(make)})
-        advantages = advance(experience, first_carry(experience), batch)[1].get("advantages")
+        written = advance(experience, first_carry(experience), batch)[1]
     except Exception:  # an experience may ask for more than this knows of
         return
-    if advantages is not None and not np.any(np.asarray(advantages)):
+    if not np.any(np.asarray(written.get("advantages", written["completion_mask"]))):  # best_and_worst() leaves no token
+        if B == 1:
+            raise ValueError(
+                f"a rollout is of one response (batch_size, rollout.minibatches and rollout.samples are 1), and experience() of "
+                f"{run.experiment.file} compares responses: every advantage is 0, and no reward is learnt from. Set rollout.samples or "
+                "batch_size to 2 or more"
+            )
         raise ValueError(
             f"rollout.samples is 1, and experience() of {run.experiment.file} compares a response with the others of its group: every "
             "advantage is 0, and no reward is learnt from. Set it to 2 or more, or compare otherwise: reinforce_plus_plus(), or gae() with "
@@ -243,10 +249,10 @@ def check_reward(run: Run, name: str) -> None:
         if found.final or run.config.rollout.bad_rewards == "error":
             raise ValueError(f"{what}; it must take any completion, an empty one too, and return a list with a number or None for each")
         run.workers.say(what)
-    elif run.config.rollout.bad_rewards == "error" and not np.isfinite(found.rewards[0]):
+    elif run.config.rollout.bad_rewards == "error" and not abs(found.rewards[0]) <= MOST:
         raise ValueError(
             f"{name}() of {file} returns {found.rewards} for one prompt and its completion {short(text)}; it must return a finite number "
-            "for each, or set rollout.bad_rewards=drop, which leaves out those without"
+            f"up to {MOST:g} for each, or set rollout.bad_rewards=drop, which leaves out those without"
         )
 
 

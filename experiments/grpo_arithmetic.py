@@ -10,8 +10,9 @@ Hardware: 2 CPU cores, one process.
 A model of random weights is asked "3 + 4 =" and answers with tokens of its own choice; nobody shows it an answer.
 
 Expected, with seed 0 (5 minutes of CPU time on an AMD EPYC): of 100 answers sampled at temperature 1, one to each sum, 0.14 are
-right at first, 0.88 after 100 steps, 0.93 after 300, 0.96 after 700. The rest are sums whose 16 samples have all become one
-wrong answer: such a group has no gradient. No answer ends by itself: `1 1 1` is as good as `1`, since the last number counts.
+right at first, 0.88 after 100 steps, 0.93 after 300, 0.96 after 700; with seed 1 0.10, 0.97, 0.98, 0.99, with seed 2 0.09, 0.91,
+0.90, 0.96. The rest are sums whose 16 samples have all become one wrong answer: such a group has no gradient. No answer ends by
+itself: `1 1 1` is as good as `1`, since the last number counts.
 """
 
 import json

@@ -53,6 +53,15 @@ def test_saved_state_is_that_of_its_step_though_the_next_steps_take_its_buffers(
     again.close()
 
 
+@pytest.mark.slow
+def test_an_evaluation_without_the_metric_is_saved_and_never_the_best(tmp_path):
+    checkpoints, now = Checkpoints(tmp_path, keep=1, best="-reward"), state()
+    for step, scores in enumerate(({"reward": 0.5}, {"kl": 0.1}, {}), start=1):
+        checkpoints.save(now.replace(step=jnp.int32(step)), ABOUT, scores)
+    checkpoints.close()
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "3"]
+
+
 @pytest.fixture
 def saved(tmp_path):
     checkpoints = Checkpoints(tmp_path)

@@ -9,7 +9,7 @@ import tiny
 
 from alignax import losses
 from alignax import mesh as meshes
-from alignax.experience import chain, logps, matched_margins, matched_ratios, mismatched_kl, reward_shift
+from alignax.experience import advance, chain, logps, matched_margins, matched_ratios, mismatched_kl, reward_shift
 from alignax.experience.kto import mismatched
 from alignax.losses import sequence
 from alignax.train import init_state, make_step
@@ -188,3 +188,17 @@ def test_unpaired_parts_equal_the_whole(name):
     kept = np.array(batch["labels"][:, 0] & batch["completion_mask"].any((1, 2)))
     assert 0 < kept.sum() < 6
     np.testing.assert_allclose(metrics["rewards/chosen"], 0.1 * np.array(ratio)[kept].mean(), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "axes", "text"),
+    [
+        ("rewards", lambda x: x.sum(axis=(1, 2)), r"'rewards' of shape \(4,\); they are \[B, N\], \(4, 2\) here"),
+        ("rewards", lambda x: x.sum(axis=(1, 2))[:, None], r"'rewards' of shape \(4, 1\)"),  # jax would give it to the whole group
+        ("advantages", lambda x: x.sum(axis=2), r"'advantages' of shape \(4, 2\); they are \[B, N, T\], \(4, 2, 24\) here"),
+    ],
+)
+def test_a_field_of_another_shape_is_named(name, axes, text):
+    write = lambda batch: batch | {name: axes(batch["completion_mask"].astype(jnp.float32))}
+    with pytest.raises(ValueError, match=text):
+        advance(chain(write), {}, tiny.batch())

@@ -299,7 +299,15 @@ def test_penalties_and_limits():
     np.testing.assert_allclose(run(overlong_penalty(10, 4), batch)["rewards"][0], [0.5, -3.0, 6.5, -0.75, np.nan])
     long = batch | {"rewards": np.zeros((1, 5))}
     assert run(overlong_penalty(10, 4), long)["rewards"][0, 4] == -1.0
-    for make, text in [(lambda: clip_rewards(0), "limit is 0"), (lambda: overlong_penalty(10, 11), "the margin is 11 tokens of 10")]:
+    for make, text in [
+        (lambda: clip_rewards(0), "limit is 0"),
+        (lambda: overlong_penalty(10, 11), "the margin is 11 tokens of 10"),
+        (lambda: group_relative(eps=0.0), r"eps is 0\.0; it must be above 0"),  # equal rewards would be 0 / 0
+        (lambda: whiten_advantages(-1.0), r"eps is -1\.0"),
+        (lambda: gae(lam=1.5), r"lam is 1\.5; it discounts what is further away, in \[0, 1\]"),
+        (lambda: kl_reward(-0.1), r"the coefficient of the KL is -0\.1; it must be a number of at least 0"),
+        (lambda: gdpo((1.0, np.nan)), "the weights of gdpo"),
+    ]:
         with pytest.raises(ValueError, match=text):
             make()
 

@@ -25,6 +25,7 @@ from alignax.generate import (
     sampled_batch,
     sampler_gap,
     shape_for,
+    text_of,
     token_batch,
 )
 from alignax.generate.engine import Engine
@@ -287,6 +288,23 @@ def test_stop_strings_across_pieces_of_a_character():
                 assert n is not None and stops.text(ids[:n]) == end
     assert Stops(tokenizer, ("x",)).end(np.asarray(ids), 0) is None
     assert Stops(tokenizer, ("d", "→ d")).first("abc → d") == (4, "→ d")
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "text", "strings", "wanted"),
+    [
+        (tiny.tokenizer, "hello ab", ("ab", "a"), "hello "),
+        (tiny.tokenizer, "hello a<s>b", ("a<s>",), "hello "),
+        (tiny.tokenizer, "Us<s>er: x User:", ("User:",), "User: x "),  # the first of them is none: a token stands in it
+        (tiny.byte_tokenizer, "hé the assistant<|im_start|>user", ("nt<|im_start|>u",), "hé the assista"),
+        (tiny.byte_tokenizer, "hé→ the assistant", ("→ th",), "hé"),
+    ],
+)
+def test_the_text_of_a_completion_ends_before_its_stop_string(tokenizer, text, strings, wanted):
+    """Also of one that holds special tokens, which texts leave out."""
+    tokens = np.asarray((own := tokenizer())(text, add_special_tokens=False)["input_ids"])
+    stops = Stops(own, strings)
+    assert text_of(tokens[: stops.end(tokens, 0)], STOP_STRING, own, stops) == wanted
 
 
 def test_stop_strings_that_can_never_occur():

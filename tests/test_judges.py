@@ -1,6 +1,7 @@
 """Reward models read what their own tokenizer and chat template make of prompt and completion: transformers gives the same scores."""
 
 import json
+import shutil
 import types
 
 import jax
@@ -132,7 +133,22 @@ def test_a_reward_model_of_the_policys_format_reads_the_policys_tokens(models, t
     file, before = models[2] / "tokenizer.json", (models[2] / "tokenizer.json").read_text()
     file.write_text(json.dumps(json.loads(before) | {"post_processor": None}))  # the same tokens, and no <s> in front
     assert checked(args).judge.length % 8 == 0
+    with pytest.raises(ValueError, match=r"rm2' reads 128 tokens, and a prompt of 6 of its own with an answer of max_new_tokens 123 does"):
+        checked([*args, "--config.rollout.max_new_tokens=123"])
     file.write_text(before)
+    config, known = models[2] / "config.json", (models[2] / "config.json").read_text()
+    config.write_text(json.dumps(json.loads(known) | {"max_position_embeddings": 16}))
+    with pytest.raises(ValueError, match=r"rows of 17 tokens exceed the 16 positions of the reward model .*rm2'; lower max_new_tokens"):
+        checked([*args, "--config.rollout.max_new_tokens=10"])
+    checked([*args, "--config.rollout.max_new_tokens=9"])
+    with pytest.raises(ValueError, match=r"rows of \d+ tokens exceed the 16 positions of the reward model .*; lower data.max_length"):
+        checked(arguments(tmp_path, OFFLINE, fields(models, tmp_path, models[2], data, **{"data.max_length": 48})))
+    config.write_text(known)
+    short = shutil.copytree(models[0], tmp_path / "short")
+    (short / "config.json").write_text(json.dumps(tiny.CONFIG | {"max_position_embeddings": 16}))
+    own |= {"reference.path": short, "rollout.max_new_tokens": 10}
+    with pytest.raises(ValueError, match="prompts of 7 tokens and rollout.max_new_tokens 10 exceed the model's 16 positions"):
+        checked(arguments(tmp_path, ONLINE, fields(models, tmp_path, models[2], tmp_path / "prompts.jsonl", **own)))
 
 
 @pytest.mark.slow

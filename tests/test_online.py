@@ -7,6 +7,7 @@ import signal
 import textwrap
 import time
 import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from safetensors.numpy import load_file
 from test_rewards import reward_folder
 
 from alignax import mesh as meshes
+from alignax.calls import Answer
 from alignax.checkpoint import Checkpoints
 from alignax.cli import main
 from alignax.config import load_experiment, prompts_of_rollout
@@ -31,8 +33,8 @@ from alignax.models import hf
 from alignax.online import make_learn, measured, pretraining, reads_once, training_program
 from alignax.prepare import prepare
 from alignax.programs import abstract_frozen, abstract_rollout, abstract_state, make_experience, policy_model
-from alignax.rollout import RewardFailed, Rollouts, decoded, has_signal
-from alignax.start import check_step, critic_params, start
+from alignax.rollout import RewardFailed, Rollouts, decoded, has_signal, rewards_of
+from alignax.start import check_advantages, check_step, critic_params, start
 from alignax.train import make_step
 
 HEAD = """
@@ -172,7 +174,7 @@ import pathlib, time
 calls = []
 
 def loss(config):
-    return grpo()
+    return importance_weighted(grpo())
 
 def experience(config):
     return group_relative()
@@ -180,7 +182,7 @@ def experience(config):
 def reward(prompts, completions, config):
     asleep = pathlib.Path(config.workdir).parent / "asleep"
     calls.append(1)
-    if len(calls) == 5 and not asleep.exists():  # asked once before the run, once by the evaluation, then by rollouts
+    if len(calls) == config.max_skipped and not asleep.exists():
         asleep.touch()
         time.sleep(100)
     return [float(len(text) % 7) for text in completions]
@@ -188,9 +190,19 @@ def reward(prompts, completions, config):
 
 
 @pytest.mark.slow
-def test_a_signal_does_not_wait_for_a_reward_function(fields, tmp_path):
-    """The rollout is given up, the step before it is saved, and the next start samples the rollout again."""
-    given = fields | {"steps": "8", "eval.every": "4", "checkpoint.every": "100"}
+@pytest.mark.parametrize(
+    ("ahead", "call", "where"),  # which call sleeps: one before the run, one of each evaluation (steps 0, 4, 8), one of each rollout
+    [
+        ("false", 5, "4, a rollout"),
+        ("false", 4, "4, the evaluation"),
+        ("false", 6, "8, the evaluation"),
+        ("true", 4, "4, the evaluation"),
+        ("true", 6, "8, the evaluation"),
+    ],
+)
+def test_a_signal_does_not_wait_for_a_reward_function(ahead, call, where, fields, tmp_path):
+    """What waits is given up, the step before it is saved, and the next start samples it again, or judges what was sampled ahead."""
+    given = fields | {"steps": "8", "eval.every": "4", "checkpoint.every": "100", "rollout.ahead": ahead, "max_skipped": str(call)}
     whole, parts = [tmp_path / name / "run" for name in ("whole", "parts")]
     for folder in (whole, parts):
         folder.parent.mkdir()
@@ -201,10 +213,9 @@ def test_a_signal_does_not_wait_for_a_reward_function(fields, tmp_path):
     assert runs.stop_when(process, (parts.parent / "asleep").exists, signal.SIGTERM)
     began = time.monotonic()
     out = runs.finish(process, code=143)
-    assert time.monotonic() - began < 50 and "stopped by SIGTERM after step" in out and "saved" in out
-    last = rows(parts)[-1]["step"]
+    assert time.monotonic() - began < 50 and f"stopped by SIGTERM after step {where} waited for its rewards; saved" in out
     checkpoints = Checkpoints(parts)
-    assert 0 < last == checkpoints.latest() < 8
+    assert rows(parts)[-1]["step"] == checkpoints.latest() == int(where[0])
     checkpoints.close()
     assert main(args[parts]) == 0
     found, wanted = (trained(folder, args[folder]) for folder in (parts, whole))
@@ -212,6 +223,32 @@ def test_a_signal_does_not_wait_for_a_reward_function(fields, tmp_path):
     timed = ("time/", "tokens_per_second", "compilations")
     told = [[{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows(folder)] for folder in (parts, whole)]
     assert told[0] == told[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ahead", "call"), [("false", 5), ("false", 4), ("true", 4)])
+def test_what_was_learnt_before_a_reward_fails_is_saved(ahead, call, fields, tmp_path, capsys):
+    """By a rollout, by an evaluation, and by samples ahead, which are asked for once more; the run goes on as if nothing had been."""
+    given = fields | {"checkpoint.every": "100", "rollout.ahead": ahead, "max_skipped": str(call)}
+    source = SLEEPER.replace("time.sleep(100)", "raise KeyError('no answer')").replace("asleep.touch()", "failing.touch()")
+    # A process that has failed is replaced, and counts anew.
+    source = source.replace("    calls.append(1)", "    failing = asleep.with_name('failing')\n    calls.append(1)")
+    source = source.replace(
+        "len(calls) == config.max_skipped", "(len(calls) == config.max_skipped or failing.exists()) and any(completions)"
+    )
+    found = {}
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
+        args = arguments(tmp_path / name, source, given | {"workdir": str(tmp_path / name / "run")})
+        asleep = tmp_path / name / "asleep"
+        if name == "parts":
+            assert main(args) == 1 and "KeyError" in capsys.readouterr().err
+            assert Checkpoints(tmp_path / name / "run").latest() == 4
+            args += ["--config.rollout.timeout=99", "--config.rollout.bad_rewards=drop"]
+        asleep.touch()
+        assert main(args) == 0
+        found[name] = trained(tmp_path / name / "run", args)
+    jax.tree.map(np.testing.assert_array_equal, found["parts"], found["whole"])
 
 
 @pytest.mark.slow
@@ -516,6 +553,9 @@ PROPOSAL = "\ndef averages(config):\n    return {'proposal': adopt_if_better(eve
 SCORES = {"model.num_labels": "1", "eval.samples": "0", "eval.sample_prompts": "0"}
 REFUSED = {
     "groups of one": ({"rollout.samples": "1"}, GRPO, "every advantage is 0"),
+    "pairs of groups of one": (
+        {"rollout.samples": "1"}, GRPO.replace("grpo()", "dpo()").replace("group_relative", "best_and_worst"), "every advantage is 0"
+    ),
     "a list of rewards": ({}, GRPO + "\nreward = [reward, reward]\n", "is a list, no function; write one"),
     "an async reward": ({}, GRPO.replace("def reward", "async def reward"), "asyncio.run(..)"),
     "a refill of samples ahead": (AHEAD | {"rollout.refill": "2"}, OFF_POLICY, "rollout.refill is 2: it looks at the rewards"),
@@ -529,6 +569,8 @@ REFUSED = {
         {"reference.path": "here"}, GRPO.replace("reference)", ")").replace('logps("ref_logps", ), ', ""), "no reference is held"
     ),
     "no reward models": ({}, GRPO.replace("reference):", "reference, ensemble):"), "reward.path"),
+    "reward models that nobody reads": ({"reward.path": "here"}, GRPO, "no reward model is asked for"),
+    "a reward that overflows": ({}, GRPO.replace("[w *", "[1e30 + w *"), "a finite number up to 1e+15 for each"),
     "a reward model": (SCORES, GRPO[: GRPO.index("def gold")], "scores and no text"),
     "bad rewards": ({"rollout.bad_rewards": "ignore"}, GRPO, "use 'error' or 'drop'"),
     "a reset in a rollout": ({}, GRPO + "\ndef averages(config):\n    return elastic_reset(0.9, every=6)\n", "middle of a rollout of 4"),
@@ -565,6 +607,20 @@ def test_what_cannot_be_is_refused_before_any_compute(name, fields, tmp_path, ca
     assert main(arguments(tmp_path, source, fields | {"workdir": str(tmp_path / "run")} | changes)) == 2
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_a_rollout_of_one_response_is_refused(fields, tmp_path):
+    """By a method that needs no group, too, which is what groups of one are told to take."""
+    source = GRPO.replace("group_relative()", "reinforce_plus_plus()")
+    more = {"workdir": str(tmp_path / "run"), "rollout.samples": "1", "rollout.minibatches": "1"}
+    begun = lambda **more: prepare(
+        load_experiment(args[2], [a.removeprefix("--config.") for a in args[3:]] + [f"{k}={v}" for k, v in more.items()]),
+        meshes.make_mesh({"data": 1}, jax.devices()[:1]),
+    )
+    args = arguments(tmp_path, source, fields | more)
+    with pytest.raises(ValueError, match="a rollout is of one response .* Set rollout.samples or batch_size to 2 or more"):
+        check_advantages(begun(batch_size=1))
+    check_advantages(begun(batch_size=2))
 
 
 @pytest.mark.slow
@@ -820,9 +876,12 @@ def test_a_run_that_cannot_learn_is_told_so_once():
     silent = {"signal_rate": 0.0, "advantage_std": 0.0, "grad_norm": 0.1}
     (line,) = observed([silent] * 2 + [silent | {"signal_rate": 0.1}] + [silent] * 9)
     assert line.startswith("notice at step 6: the rewards of no group differ, for 3 rollouts (signal_rate 0, reward 1)")
+    assert len(observed(([silent] * 3 + [{}]) * 3)) == 1
     assert observed([silent | {"advantage_std": 0.5}] * 9) == []  # a critic or the whole batch still compares
     (line,) = observed([{"truncated_rate": 1.0}] * 9)
     assert "every completion of 3 rollouts was cut" in line
+    (line,) = observed([{"judge_cut": 0.0}, {"judge_cut": 3.0}, {"judge_cut": 1.0}])
+    assert line.startswith("notice at step 2: 3 answers do not fit into what the reward models read")
     (line,) = observed([{"grad_norm": 0.0, "signal_rate": 0.0}, {"grad_norm": 0.0, "signal_rate": 0.5}])
     assert line.startswith("notice at step 1: the gradient is exactly 0: the rewards of no group differ (reward 1)")
     said = []
@@ -836,6 +895,19 @@ def test_a_run_without_any_reward_stops():
     assert observed([none, none, {"bad_rewards": 1.0}, none, none], max_skipped=3) == []
     with pytest.raises(RewardFailed, match="no completion of 3 rollouts in a row has a reward"):
         observed([{}, none, none, none], max_skipped=3)
+
+
+def test_rewards_that_float32_cannot_compare_are_none(monkeypatch):
+    """Squares of 1e20 are infinite: a group's deviation would be, and every advantage 0."""
+    c = types.SimpleNamespace(rollout=types.SimpleNamespace(bad_rewards="error"))
+    run: Any = types.SimpleNamespace(config=c, experiment=types.SimpleNamespace(file="e.py"), workers=types.SimpleNamespace(tell=print))
+    ids = types.SimpleNamespace(rows=lambda: [[np.arange(3)] * 5])
+    monkeypatch.setattr("alignax.rollout.answer_of", lambda *_: Answer([1.0, -1e15, -1e20, np.inf, 2e300]))
+    ask = lambda: rewards_of(run, "reward", None, np.arange(1), ids, [list("abcde")])  # type: ignore
+    with pytest.raises(RewardFailed, match=r"3 of 5 rewards are not finite or beyond 1e\+15: -1e\+20 for 'c' first"):
+        ask()
+    c.rollout.bad_rewards = "drop"
+    np.testing.assert_array_equal(ask(), [[1, np.float32(-1e15), np.nan, np.nan, np.nan]])
 
 
 def test_signal_is_where_rewards_of_a_group_differ():

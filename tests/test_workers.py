@@ -6,14 +6,17 @@ import subprocess
 import sys
 import textwrap
 import time
+import types
 from contextlib import closing
+from pathlib import Path
 
 import numpy as np
 import pytest
 import runs
 
-from alignax.checks import parameters
-from alignax.workers import Abandoned, Call, Malformed, Workers, numbers, within
+from alignax.calls import Answer, Call, Malformed, numbers, within
+from alignax.checks import check_columns, parameters
+from alignax.workers import Abandoned, Workers
 
 SOURCE = """
 import multiprocessing, os, re, sys, time
@@ -48,6 +51,10 @@ def judged(text):
     if text == "prints":
         print("looked at it")
         os.write(1, b"from below\\n")
+    if text == "forks" and os.fork() == 0:
+        return -1.0
+    if text == "imports":
+        import slow_module
     return None if text == "none" else float(len(text))
 
 def pooled(prompts, completions):
@@ -103,7 +110,24 @@ def test_what_is_printed_is_told_and_bounded(workers):
 
 
 def test_a_reward_function_may_use_processes_of_its_own(workers):
-    assert workers(call(["a", "bb", "ccc"], "pooled"), 3, strict=True) == ([1.0, 2.0, 3.0], "", -1, False)
+    assert workers(call(["a", "bb", "ccc"], "pooled"), 3, strict=True) == Answer([1.0, 2.0, 3.0])
+
+
+def test_a_child_that_comes_back_answers_no_other_call(workers):
+    found = [workers(call([*["forks"] * 3, text]), 1, strict=True).rewards for text in ("a", "bb", "ccc")]
+    assert found == [[5.0, 5.0, 5.0, float(n)] for n in (1, 2, 3)]
+
+
+@pytest.mark.slow
+def test_a_process_whose_import_was_interrupted_is_replaced(tmp_path):
+    (tmp_path / "slow_module.py").write_text("import time\ntime.sleep(3)\n")
+    with closing(workers_of(tmp_path)) as own:
+        own(call(["a"]), 1, strict=True)
+        (pid,) = {worker.process.pid for worker in own.workers}
+        found = own(call(["imports", "bb"], limit=1.0), 1, strict=False)
+        np.testing.assert_array_equal(found.rewards, [np.nan, 2])
+        assert "(rollout.timeout), in the middle of an import; do it at the top of the file" in found.problem
+        assert own.workers[0].process.pid != pid and own(call(["imports"]), 1, strict=True).rewards == [7]
 
 
 @pytest.mark.slow
@@ -279,6 +303,14 @@ class Judge:
 )  # fmt: skip
 def test_what_a_reward_function_is_given(function, wanted):
     assert parameters(function, ["prompt", "answer", "level"]) == wanted
+
+
+def test_a_column_of_what_every_reward_is_offered_is_no_argument():
+    columns = {"train": types.SimpleNamespace(columns={"config": [1], "answer": [1]})}
+    for function in (lambda prompts, completions, config: 0, lambda completions, config=None: 0):
+        with pytest.raises(ValueError, match=r"asks for 'config', .* and data.train has a column of that name; rename the column"):
+            check_columns("reward", function, Path("e.py"), columns)  # type: ignore
+    check_columns("reward", lambda prompts, completions, answer, **rest: 0, Path("e.py"), columns)  # type: ignore
 
 
 def test_a_worker_that_cannot_load_the_experiment(tmp_path):

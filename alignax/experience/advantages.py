@@ -10,6 +10,7 @@ whose reward is missing (NaN, or not finite) has advantage 0 and takes no part i
 completion. Statistics are two-pass, of the whole batch that the experience sees, padding rows excluded.
 """
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -18,7 +19,7 @@ from jax.tree_util import Partial
 
 from alignax.experience.chain import Experience, chain
 from alignax.losses.algebra import lengths, sequence
-from alignax.losses.pairs import field, of_rollout
+from alignax.losses.pairs import check_positive, field, of_rollout
 from alignax.losses.responses import advantages_of
 from alignax.types import Batch
 
@@ -35,6 +36,7 @@ def group_relative(std: bool = True, eps: float = 1e-4) -> Experience:
       std: whether to divide by the standard deviation.
       eps: added to it.
     """
+    check_positive("eps", eps)  # a group of equal rewards is 0 / eps
     return Partial(_scaled, eps) if std else Partial(_centred)
 
 
@@ -65,6 +67,7 @@ def batch_scaled(eps: float = 1e-4) -> Experience:
     Args:
       eps: added to the deviation.
     """
+    check_positive("eps", eps)
     return Partial(_batch_scaled, eps)
 
 
@@ -88,6 +91,9 @@ def gdpo(weights: Sequence[float] = (), eps: float = 1e-4) -> Experience:
       weights: w, one of each score; () is 1 each.
       eps: added to the deviations.
     """
+    check_positive("eps", eps)
+    if not all(map(math.isfinite, weights)):
+        raise ValueError(f"the weights of gdpo() are {tuple(weights)}; give a finite number for each reward")
     return Partial(_gdpo, tuple(weights), eps)
 
 
@@ -136,6 +142,8 @@ def gae(gamma: float = 1.0, lam: float = 0.95) -> Experience:
       gamma: discount, of tokens: below 1 a long response is worth less.
       lam: 1 is the whole return, without bias by the critic; 0 trusts the critic after one token.
     """
+    check_discount("gamma", gamma)
+    check_discount("lam", lam)
     return Partial(_gae, gamma, lam)
 
 
@@ -163,6 +171,7 @@ def rewards_to_go(gamma: float = 1.0) -> Experience:
 
     That is `gae` with lam 1 and a critic that knows nothing. A missing reward makes advantages 0.
     """
+    check_discount("gamma", gamma)
     return Partial(_rewards_to_go, gamma)
 
 
@@ -176,6 +185,7 @@ def whiten_advantages(eps: float = 1e-8) -> Experience:
 
     Responses whose reward is missing take no part, and keep 0.
     """
+    check_positive("eps", eps)
     return Partial(_whiten_advantages, eps)
 
 
@@ -191,6 +201,7 @@ def whiten_responses(eps: float = 1e-4) -> Experience:
     `normalize_advantages`. Of advantages that differ by token mean and deviation are those of each response's mean. Responses whose
     reward is missing take no part, and keep 0.
     """
+    check_positive("eps", eps)
     return Partial(_whiten_responses, eps)
 
 
@@ -231,6 +242,12 @@ def reinforce_plus_plus(gamma: float = 1.0) -> Experience:
     `chain(group_relative(std=False), whiten_advantages())`.
     """
     return chain(rewards_to_go(gamma), whiten_advantages())
+
+
+def check_discount(name: str, value: float) -> None:
+    """Refuses what is no discount."""
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} is {value}; it discounts what is further away, in [0, 1]")
 
 
 def whiten(x: jax.Array, mask: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:

@@ -11,12 +11,16 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.struct
+import jax.numpy as jnp
 
 from alignax.blame import check_call
 from alignax.data.files import short
 from alignax.types import Batch
 
 Experience = Callable[[Batch], Batch]
+AXES = {  # of fields that experience functions write and others read
+    "rewards": 2, "raw_rewards": 2, "advantages": 3, "token_rewards": 3, "ref_logps": 3, "old_logps": 3, "old_entropy": 3,
+}  # fmt: skip
 Carry = dict[str, Any]  # name of a stateful function -> what it remembers
 
 
@@ -88,4 +92,18 @@ def advance(experience: Experience, carry: Carry, batch: Batch) -> tuple[Carry, 
         raise ValueError(
             f"{short(experience)} returns {type(given).__name__}; an experience function returns the batch, with the fields that it writes"
         )
+    check_shapes(experience, batch, given)
     return carry, given
+
+
+def check_shapes(function: Any, before: Batch, after: Mapping[str, Any]) -> None:
+    """Refuses known fields of another shape than theirs, which jax would stretch over responses, or over prompts, without a word."""
+    if "completion_mask" not in after:
+        return
+    whole = after["completion_mask"].shape
+    for name, axes in AXES.items():
+        if name in after and after[name] is not before.get(name) and jnp.shape(after[name]) != whole[:axes]:
+            raise ValueError(
+                f"{short(function)} writes {name!r} of shape {jnp.shape(after[name])}; they are {'[B, N, T]' if axes == 3 else '[B, N]'}, "
+                f"{whole[:axes]} here"
+            )

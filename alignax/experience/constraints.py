@@ -18,6 +18,7 @@ All rewards need one kind of baseline: a group's, or that of a critic with a val
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -122,7 +123,7 @@ def _satisfied(scores: jax.Array, *thresholds: float) -> jax.Array:
 
 def _checked(thresholds: Sequence[float]) -> jax.Array:
     theta = jnp.asarray(thresholds, jnp.float32)
-    if theta.ndim != 1 or not theta.size:
+    if theta.ndim != 1 or not theta.size or any(isinstance(x, float) and not math.isfinite(x) for x in thresholds):
         raise ValueError(f"thresholds are {thresholds!r}; give a number for each reward model, (0.5, 0.5) say")
     return theta
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from alignax.experience.advantages import rewarded_tokens, token_rewards, whiten
+from alignax.experience.advantages import check_discount, rewarded_tokens, token_rewards, whiten
 from alignax.experience.chain import Experience, Stateful
 from alignax.losses.algebra import lengths, sequence
 from alignax.losses.pairs import check_positive, field, of_rollout, ref_logps
@@ -32,7 +32,14 @@ def kl_reward(coefficient: jax.Array | float) -> Experience:
     Args:
       coefficient: beta, a number or a traced scalar; changing it does not compile anew.
     """
+    check_coefficient(coefficient)
     return Partial(_kl_reward, coefficient)
+
+
+def check_coefficient(coefficient: jax.Array | float) -> None:
+    """Refuses a KL that would be rewarded, where that is known."""
+    if isinstance(coefficient, str) or (isinstance(coefficient, (int, float)) and not coefficient >= 0):
+        raise ValueError(f"the coefficient of the KL is {coefficient!r}; it must be a number of at least 0 (0.05 is usual)")
 
 
 def _kl_reward(coefficient: jax.Array, batch: Batch) -> Batch:
@@ -53,6 +60,7 @@ def adaptive_kl_reward(coefficient: float = 0.1, target: float = 6.0, horizon: f
       target: of the KL, in nats.
       horizon: responses in which the coefficient may change by a fifth.
     """
+    check_coefficient(coefficient)
     check_positive("target", target)
     check_positive("horizon", horizon)
     return Stateful("adaptive_kl_reward", jnp.float32(coefficient), Partial(_adaptive_kl_reward, target, horizon))
@@ -127,6 +135,7 @@ def whiten_rewards(shift_mean: bool = False, eps: float = 1e-8) -> Experience:
       shift_mean: whether to take the mean to 0 too. It is kept by default: an offset of every token would reward or punish length.
       eps: added to the variance (ddof 1).
     """
+    check_positive("eps", eps)
     return Partial(_whiten_and_shift, eps) if shift_mean else Partial(_whiten_in_place, eps)
 
 
@@ -156,6 +165,7 @@ def shaping(potential: Callable[[Batch], jax.Array], gamma: float = 1.0) -> Expe
         parameters is a `jax.tree_util.Partial` of them.
       gamma: the discount that `gae` has.
     """
+    check_discount("gamma", gamma)
     return Partial(_shaping, potential if isinstance(potential, Partial) else Partial(potential), gamma)
 
 

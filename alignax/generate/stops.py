@@ -68,9 +68,17 @@ def text_of(tokens: Any, ended: str, tokenizer: Any, stops: Stops | None = None)
       tokenizer: of the model.
       stops: its stop strings.
     """
-    text = tokenizer.decode(bare(tokens, ended), skip_special_tokens=True)  # an end need not be a special token
-    found = stops.first(text) if stops is not None and ended == STOP_STRING else None
-    return text if found is None else text[: found[0]]
+    said = lambda own: tokenizer.decode(own, skip_special_tokens=True)
+    if stops is None or ended != STOP_STRING:
+        return said(bare(tokens, ended))  # an end need not be a special token
+    whole = stops.text(tokens)
+    found = stops.first(whole)  # it may hold special tokens, and what they stand between is no string
+    if found is None:
+        return said(tokens)
+    end, count = found[0], len(tokens)
+    while count and not (whole.startswith(before := stops.text(tokens[:count])) and len(before) <= end):
+        count -= 1
+    return said(tokens[:count]) + whole[len(stops.text(tokens[:count])) : end]
 
 
 def added_text(tokenizer: Any, prompt: Sequence[int], tokens: Any) -> str:
