@@ -79,7 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as e:
         return fail(e)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is not there, say
-    from alignax import commands
+    from alignax import commands, reward_commands
+    from alignax.blame import BadInput
     from alignax.rollout import RewardFailed
 
     try:
@@ -88,11 +89,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif given.command == "eval":
             commands.evaluate(Path(given.words[0]), given.overrides, given.json, given.force)
         elif given.command == "eval-rm":
-            commands.eval_rm(given.words[0], given.file, given.overrides, given.json, given.force)
+            reward_commands.eval_rm(given.words[0], given.file, given.overrides, given.json, given.force)
         elif given.command == "anchor":
-            commands.anchor(given.words[0], Path(given.words[1]), given.file, given.overrides, given.samples, given.scale, given.force)
+            models, folder = given.words
+            reward_commands.anchor(models, Path(folder), given.file, given.overrides, given.samples, given.scale, given.force)
         elif given.command == "ridge":
-            commands.ridge(Path(given.words[0]), given.file, given.overrides, given.penalty, given.force)
+            reward_commands.ridge(Path(given.words[0]), given.file, given.overrides, given.penalty, given.force)
         elif given.command == "generate":
             commands.generate(Path(given.words[0]), given.request, given.overrides, given.force)
         elif given.command == "export":
@@ -103,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             commands.report([Path(word) for word in given.words], given.force)
         else:
             commands.check_data(given.file, given.overrides, given.json, given.force)
-    except (commands.BadInput, OSError) as e:  # OSError: a full disk, say, in the middle of a run
+    except (BadInput, OSError) as e:  # OSError: a full disk, say, in the middle of a run
         return fail(e)
     except (FloatingPointError, RewardFailed) as e:
         print(f"alignax: stopped: {e}", file=sys.stderr)

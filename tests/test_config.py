@@ -10,7 +10,8 @@ import runs
 
 from alignax.checks import check_fields
 from alignax.cli import main, parse
-from alignax.config import PATHS, check_kept, default_config, effective, load_experiment, set_field
+from alignax.config import check_kept, default_config, effective, load_experiment, set_field
+from alignax.defaults import PATHS
 
 GOOD = """
 from alignax import chain, default_config, dpo, logps, sft
