@@ -1,6 +1,7 @@
 """The `alignax` command: train, eval, eval-rm, anchor, ridge, generate, export, check-data, overopt, report."""
 
 import dataclasses
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -69,8 +70,21 @@ class Arguments(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code: 0, 2 for bad input, 1 for a run that had to stop."""
-    args = list(sys.argv[1:] if argv is None else argv)
+    """Runs the command; returns its exit code: 0, 2 for bad input, 1 for a run that had to stop, 141 when nobody reads on."""
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115  (after `>&-`)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # of a console that has no arrows, say
+    try:
+        code = command(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # as after `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left is written at the end of the process
+        return 141
+
+
+def command(args: list[str]) -> int:
+    """Runs a command line; returns its exit code."""
     if not args or args[0] == "help" or {"-h", "--help"} & set(args):
         print(USAGE)
         return 0 if args else 2
@@ -105,6 +119,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             commands.report([Path(word) for word in given.words], given.force)
         else:
             commands.check_data(given.file, given.overrides, given.json, given.force)
+    except BrokenPipeError:
+        raise
     except (BadInput, OSError) as e:  # OSError: a full disk, say, in the middle of a run
         return fail(e)
     except (FloatingPointError, RewardFailed) as e:

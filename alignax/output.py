@@ -115,8 +115,15 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(value: Any, out: str) -> None:
     """Writes JSON into a file, or with "-" onto the console."""
-    lines = json.dumps(value, indent=2, ensure_ascii=False)
-    print(lines) if out == "-" else write_text(Path(out), lines + "\n")
+    if out == "-":
+        print(json_text(value, indent=2))
+    else:
+        write_text(Path(out), json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """JSON for the console, of its characters alone."""
+    return json.dumps(value, indent=indent, ensure_ascii="utf" not in sys.stdout.encoding.lower())
 
 
 def sweep(folder: Path) -> None:

@@ -18,7 +18,7 @@ def set_field(config: Any, override: str) -> None:
     """
     path, equals, text = override.partition("=")
     if not equals:
-        raise ValueError(f"config field {override!r} has no value; write --config.FIELD=VALUE")
+        raise ValueError(f"config field {short(override)} has no value; write --config.FIELD=VALUE")
     node, parts = config, path.split(".")
     if parts[:-1] == ["data", "template"]:
         config.data.template[parts[-1]] = _literal(text)
@@ -26,7 +26,7 @@ def set_field(config: Any, override: str) -> None:
     for part in parts[:-1]:
         node = node[_known(node, part, path, config)]
         if not hasattr(node, "items"):
-            raise ValueError(f"config field {path!r} is unknown: {part!r} has no fields")
+            raise ValueError(f"config field {short(path)} is unknown: {short(part)} has no fields")
     name = _known(node, parts[-1], path, config)
     old = node[name]
     if hasattr(old, "items"):
@@ -60,7 +60,7 @@ def _literal(text: str) -> Any:
 def _known(node: Any, part: str, path: str, config: Any) -> str:
     if part in node:
         return part
-    raise ValueError(f"config field {path!r} is unknown; the nearest is {nearest(path, list(flat(config)))!r}")
+    raise ValueError(f"config field {short(path)} is unknown; the nearest is {nearest(path, list(flat(config)))!r}")
 
 
 def refusal(group: Any, name: str, place: str) -> str:

@@ -1,9 +1,12 @@
 """The command line: overrides, dry run, re-running an effective config, and one clear error for each bad input."""
 
+import io
 import json
 import os
 import re
 import shutil
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -27,6 +30,41 @@ def fields(tmp_path_factory):
 
 def run(fields, experiment="dpo_hh", *more):
     return cli.main([*runs.arguments(fields, experiment), *more])
+
+
+# The console --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_reader_that_goes_is_no_error():
+    gone, out = os.pipe()
+    os.close(gone)
+    ended = subprocess.run([sys.executable, "-m", "alignax", "--help"], stdout=out, stderr=subprocess.PIPE, cwd=runs.REPO)
+    os.close(out)
+    assert (ended.returncode, ended.stderr) == (141, b"")
+
+
+def test_a_console_of_few_characters_is_told_all(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    monkeypatch.setattr(cli, "command", lambda args: print("0 → 1") or print(output.json_text({"é": "😀"})) or 0)
+    assert cli.main([]) == 0
+    first, second = sys.stdout.buffer.getvalue().decode("ascii").splitlines()
+    assert first == r"0 \u2192 1" and json.loads(second) == {"é": "😀"}
+    monkeypatch.setattr(sys, "stdout", None)  # as after `>&-`
+    assert cli.main([]) == 0
+    sys.stdout.close()
+
+
+def test_the_end_of_a_terminal_saves_and_nohup_goes_on():
+    try:
+        with fit.Stop() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.requested(1) and stop.signal == signal.SIGHUP
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with fit.Stop() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.requested(1)
+    finally:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 # Bad input ----------------------------------------------------------------------------------------------------------------
