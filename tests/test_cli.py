@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,25 @@ def test_a_console_of_few_characters_is_told_all(monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)  # as after `>&-`
     assert cli.main([]) == 0
     sys.stdout.close()
+
+
+def test_ctrl_c_is_not_lost_where_the_garbage_collector_calls(monkeypatch, capsys):
+    """Errors there are ignored."""
+
+    def _xla_gc_callback():  # as jax's is called
+        os.kill(os.getpid(), signal.SIGINT)
+
+    def work(args):
+        _xla_gc_callback()
+        while True:
+            time.sleep(0.01)
+
+    monkeypatch.setattr(cli, "parse", work)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert cli.main(["train"]) == 130 and "interrupted" in capsys.readouterr().err
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_the_end_of_a_terminal_saves_and_nohup_goes_on():

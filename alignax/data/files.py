@@ -299,4 +299,6 @@ def check_local(text: str, what: str, hub: bool = False) -> None:
         scheme = re.match(r"\s*([A-Za-z][A-Za-z0-9+.-]+):/", part)  # with one slash too: what a path makes of two
         if scheme and not (hub and part.startswith(HUB)):
             also = f", or {HUB}org/name" if hub else ""
-            raise ValueError(f"{what} is {text!r}, and {scheme[1]}:// is not read or written; give a path of this machine{also}")
+            raise ValueError(
+                f"{what} is {short(text)}, and {short(scheme[1])[1:-1]}:// is not read or written; give a path of this machine{also}"
+            )
