@@ -78,7 +78,7 @@ def check_hooks(module: ModuleType, file: Path) -> None:
                 f"experience() of {file} asks for {name!r}{near(name, OFFERED, 0.5)}; its parameters are any of {', '.join(OFFERED)}"
             )
     hooks = ("get_config", *Experiment._fields[2:])
-    tree = ast.parse(file.read_text(encoding="utf-8"))
+    tree = ast.parse(read_source(file))
     used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
     for node in tree.body:
         names = [node.name] if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not node.decorator_list else []
@@ -133,7 +133,7 @@ def check_own_fields(config: Any, module: ModuleType, file: Path) -> None:
     code = [x.__code__.co_filename for x in vars(module).values() if inspect.isfunction(x)]
     code += [vars(x).get("__file__") or "" for x in vars(module).values() if inspect.ismodule(x)]
     files = {path for path in map(Path, code) if theirs(path.resolve(), file)} | {file}
-    nodes = [node for path in files for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+    nodes = [node for path in files for node in ast.walk(ast.parse(read_source(path)))]
     read = {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
     read |= {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     for name, likely in own.items():
@@ -150,11 +150,15 @@ def asked(experience: Callable | None) -> tuple[str, ...]:
 
 def source(experiment: Experiment) -> str:
     """The experiment's own source, without the part that a run has written."""
+    return read_source(experiment.file).split(MARK)[0].rstrip() + "\n"
+
+
+def read_source(file: Path) -> str:
+    """The text of a Python file, which may begin with a byte order mark."""
     try:
-        text = experiment.file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as e:
-        raise ValueError(f"{experiment.file} is not UTF-8 text ({e.reason} at byte {e.start}); convert it to UTF-8") from e
-    return text.split(MARK)[0].rstrip() + "\n"
+        raise BadInput(f"{file} is not UTF-8 text ({e.reason} at byte {e.start}); convert it to UTF-8") from e
 
 
 def effective(experiment: Experiment) -> str:

@@ -235,3 +235,14 @@ def test_paths_and_the_hub_are_no_urls():
     set_field(config, "data.train=hf://org/name:train")
     with pytest.raises(ValueError, match="'model.path' is 'hf://org/name'"):
         set_field(config, "model.path=hf://org/name")
+
+
+def test_an_experiment_file_of_another_encoding(tmp_path):
+    file = tmp_path / "experiment.py"
+    file.write_bytes(b"\xef\xbb\xbf" + GOOD.replace("\n", "\r\n").encode())
+    experiment = load_experiment(file)
+    check_kept(experiment)
+    assert "\ufeff" not in effective(experiment)
+    file.write_bytes(b"# -*- coding: latin-1 -*-\n# \xe9\n" + GOOD.encode())
+    with pytest.raises(ValueError, match=r"experiment.py is not UTF-8 text .* convert it to UTF-8"):
+        load_experiment(file)
