@@ -36,6 +36,10 @@ def refusing() -> Iterator[None]:
         raise
     except (ValueError, OSError) as e:
         raise BadInput(str(e)) from e
+    except RuntimeError as e:
+        if not str(e).startswith("Unable to initialize backend"):
+            raise
+        raise BadInput(f"jax finds no device ({one_line(e)}); unset JAX_PLATFORMS, or name one that is there") from e
 
 
 @contextmanager

@@ -17,7 +17,8 @@ import runs
 import tiny
 
 from alignax import cli, commands, config, fit, output  # noqa: F401  (commands: before anything is patched)
-from alignax.prepare import prepare
+from alignax.blame import refusing
+from alignax.prepare import load_tokenizer, prepare
 from alignax.programs import abstract_batch
 
 DPO = str(runs.REPO / "experiments" / "dpo_hh.py")
@@ -72,6 +73,25 @@ def test_ctrl_c_is_not_lost_where_the_garbage_collector_calls(monkeypatch, capsy
         assert cli.main(["train"]) == 130 and "interrupted" in capsys.readouterr().err
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(
+    "message, code", [("Unable to initialize backend 'tpu': no chips", "jax finds no device .*'tpu': no chips"), ("other", None)]
+)
+def test_a_machine_without_the_device_that_was_asked_for(message, code):
+    with pytest.raises(ValueError if code else RuntimeError, match=code or message), refusing():
+        raise RuntimeError(message)
+
+
+def test_a_tokenizer_that_panics_is_refused(fields, tmp_path):
+    """A template of special tokens names one that it has no entry for: an error of Rust, which is no Exception of Python."""
+    copy = shutil.copytree(fields["model.path"], tmp_path / "model")
+    content = json.loads((copy / "tokenizer.json").read_text())
+    named = {"SpecialToken": {"id": "<absent>", "type_id": 0}}
+    content["post_processor"] = {"type": "TemplateProcessing", "single": [named], "pair": [named], "special_tokens": {}}
+    (copy / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="has no tokenizer that transformers reads"):
+        load_tokenizer(copy, 96)
 
 
 def test_the_end_of_a_terminal_saves_and_nohup_goes_on():
