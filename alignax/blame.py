@@ -28,6 +28,21 @@ class BadInput(ValueError):
 
 
 @contextmanager
+def refusing() -> Iterator[None]:
+    """Marks the errors of bad input, so that they are told apart from failures of a run."""
+    try:
+        yield
+    except BadInput:
+        raise
+    except (ValueError, OSError) as e:
+        raise BadInput(str(e)) from e
+    except RuntimeError as e:
+        if not str(e).startswith("Unable to initialize backend"):
+            raise
+        raise BadInput(f"jax finds no device ({one_line(e)}); unset JAX_PLATFORMS, or name one that is there") from e
+
+
+@contextmanager
 def blaming(file: Path, always: bool = True, own: bool = False) -> Iterator[None]:
     """Turns an error in the code of an experiment file, or in what it imports of its user's, into one line that says where.
 
@@ -157,7 +172,7 @@ def _missing(error: Exception, tb: TracebackType) -> str:
     name = node.attr if isinstance(node, ast.Attribute) else _value(node.slice, names)
     owner, of = _value(node.value, names), ast.unparse(node.value)
     if isinstance(name, str) and hasattr(owner, "lock") and hasattr(owner, "items"):  # a ConfigDict
-        from alignax.config import refusal
+        from alignax.overrides import refusal
 
         return refusal(owner, name, re.sub(r"\['(\w+)'\]", r".\1", of).partition(".")[2])
     return _absent(name, owner, of, error) if isinstance(error, AttributeError | KeyError) else ""

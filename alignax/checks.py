@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from alignax import mesh as meshes
 from alignax.averages import PROPOSAL, Average, Turning
 from alignax.blame import check_call, explained
-from alignax.config import HEAD, PATHS, PRETRAIN, ROLLOUTS, Experiment, check_path, eval_batch_size, flat, steps_of_turn
+from alignax.config import HEAD, PRETRAIN, ROLLOUTS, Experiment, check_path, eval_batch_size, flat, steps_of_turn
 from alignax.data import Examples
 from alignax.generate.generator import check_room
 from alignax.losses.algebra import Loss
@@ -34,8 +34,8 @@ LEAST = {
 def check_fields(config: Any) -> None:
     """Refuses values that no run can have."""
     fields = flat(config)
-    for name in PATHS:
-        check_path(name, fields[name])
+    for name, value in fields.items():
+        check_path(name, value)
     for name, least in LEAST.items():
         if fields[name] < least:
             raise ValueError(f"config field {name!r} is {fields[name]}; it must be at least {least}")

@@ -1,13 +1,19 @@
 """The `alignax` command: train, eval, eval-rm, anchor, ridge, generate, export, check-data, overopt, report."""
 
 import dataclasses
+import io
 import os
+import signal
 import sys
+import threading
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 from typing import NamedTuple
 
 from alignax.data.files import check_local
+from alignax.data.words import short
 from alignax.generate.console import Request
 
 USAGE = """usage: alignax train  --config FILE.py [--config.FIELD=VALUE ...] [--dry-run]
@@ -69,8 +75,34 @@ class Arguments(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code: 0, 2 for bad input, 1 for a run that had to stop."""
-    args = list(sys.argv[1:] if argv is None else argv)
+    """Runs the command; returns its exit code: 0, 2 for bad input, 1 for a run that had to stop, 141 when nobody reads on."""
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115  (after `>&-`)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # of a console that has no arrows, say
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        code = command(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # as after `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left is written at the end of the process
+        return 141
+    except KeyboardInterrupt:  # before or after training, which saves first
+        print("alignax: interrupted", file=sys.stderr)
+        return 130
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """Ctrl-C as Python takes it, but a moment later inside what the garbage collector calls, jax's callback say, where errors are lost."""
+    if any(at.f_code.co_name in ("_xla_gc_callback", "__del__") for at, _ in traceback.walk_stack(frame)):
+        threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
+    else:
+        raise KeyboardInterrupt
+
+
+def command(args: list[str]) -> int:
+    """Runs a command line; returns its exit code."""
     if not args or args[0] == "help" or {"-h", "--help"} & set(args):
         print(USAGE)
         return 0 if args else 2
@@ -79,7 +111,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as e:
         return fail(e)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is not there, say
-    from alignax import commands
+    from alignax import commands, reward_commands
+    from alignax.blame import BadInput
     from alignax.rollout import RewardFailed
 
     try:
@@ -88,11 +121,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif given.command == "eval":
             commands.evaluate(Path(given.words[0]), given.overrides, given.json, given.force)
         elif given.command == "eval-rm":
-            commands.eval_rm(given.words[0], given.file, given.overrides, given.json, given.force)
+            reward_commands.eval_rm(given.words[0], given.file, given.overrides, given.json, given.force)
         elif given.command == "anchor":
-            commands.anchor(given.words[0], Path(given.words[1]), given.file, given.overrides, given.samples, given.scale, given.force)
+            models, folder = given.words
+            reward_commands.anchor(models, Path(folder), given.file, given.overrides, given.samples, given.scale, given.force)
         elif given.command == "ridge":
-            commands.ridge(Path(given.words[0]), given.file, given.overrides, given.penalty, given.force)
+            reward_commands.ridge(Path(given.words[0]), given.file, given.overrides, given.penalty, given.force)
         elif given.command == "generate":
             commands.generate(Path(given.words[0]), given.request, given.overrides, given.force)
         elif given.command == "export":
@@ -103,14 +137,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             commands.report([Path(word) for word in given.words], given.force)
         else:
             commands.check_data(given.file, given.overrides, given.json, given.force)
-    except (commands.BadInput, OSError) as e:  # OSError: a full disk, say, in the middle of a run
+    except BrokenPipeError:
+        raise
+    except (BadInput, OSError) as e:  # OSError: a full disk, say, in the middle of a run
         return fail(e)
     except (FloatingPointError, RewardFailed) as e:
         print(f"alignax: stopped: {e}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:  # before or after training, which saves first
-        print("alignax: interrupted", file=sys.stderr)
-        return 130
     return 0
 
 
@@ -118,7 +151,7 @@ def parse(args: Sequence[str]) -> Arguments:
     """Takes a command line apart."""
     command, *rest = args
     if command not in WANTED:
-        raise ValueError(f"command {command!r} is unknown; use {', '.join(WANTED)}")
+        raise ValueError(f"command {short(command)} is unknown; use {', '.join(WANTED)}")
     words, overrides, file, dry, json, samples, scale, penalty, request, force = [], [], "", False, "", "", False, 1.0, Request(), False
     rest = iter(rest)
     for arg in rest:
@@ -149,11 +182,11 @@ def parse(args: Sequence[str]) -> Arguments:
             name, equals, value = arg.partition("=")
             request = with_option(request, name, value if equals else next(rest, None))
         elif arg.startswith("-"):
-            raise ValueError(f"option {arg!r} is unknown to `alignax {command}`; `alignax --help` lists what it takes")
+            raise ValueError(f"option {short(arg)} is unknown to `alignax {command}`; `alignax --help` lists what it takes")
         else:
             words.append(arg)
     if len(words) != len(WANTED[command]) and not (command == "report" and words):
-        raise ValueError(f"`alignax {command}` takes {' and '.join(WANTED[command]) or 'no further words'}, not {words}")
+        raise ValueError(f"`alignax {command}` takes {' and '.join(WANTED[command]) or 'no further words'}, not {short(words)}")
     if command in ("train", "ridge", "check-data", "overopt") and not file:
         example = {"overopt": "overoptimization", "ridge": "rm_hh"}.get(command, "dpo_hh")
         raise ValueError(f"`alignax {command}` needs --config FILE.py, such as experiments/{example}.py")
@@ -170,14 +203,14 @@ def number(option: str, value: str) -> float:
     try:
         return float(value)
     except ValueError as e:
-        raise ValueError(f"{option} is {value!r}; it must be a number") from e
+        raise ValueError(f"{option} is {short(value)}; it must be a number") from e
 
 
 def with_option(request: Request, option: str, value: str | None) -> Request:
     """The request with an option of `alignax generate` set; `--stop` adds to those before."""
     name = option.removeprefix("--").replace("-", "_")
     if name not in (f.name for f in dataclasses.fields(request)):
-        raise ValueError(f"option {option!r} is unknown; `alignax --help` lists them")
+        raise ValueError(f"option {short(option)} is unknown; `alignax --help` lists them")
     if value is None:
         raise ValueError(f"{option} has no value; write {option} VALUE")
     old = getattr(request, name)
@@ -188,7 +221,7 @@ def with_option(request: Request, option: str, value: str | None) -> Request:
     try:
         new = type(old)(value)
     except ValueError as e:
-        raise ValueError(f"{option} is {value!r}; it must be {'a whole number' if isinstance(old, int) else 'a number'}") from e
+        raise ValueError(f"{option} is {short(value)}; it must be {'a whole number' if isinstance(old, int) else 'a number'}") from e
     return dataclasses.replace(request, **{name: new})
 
 

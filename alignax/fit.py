@@ -35,7 +35,7 @@ EQUAL = {"float32": 1e-3, "bfloat16": 0.1}  # nats that the margin of equal mode
 QUIET = 3  # rollouts in a row that say nothing before the notice
 SAME = 0.2  # of the first rollout's different completions: with fewer there is a notice
 AGREE = 10  # steps between the processes' agreements on whether to stop
-SIGNALS = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}  # exit codes: 128 + the number
+SIGNALS = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C", signal.SIGHUP: "SIGHUP"}  # exit codes: 128 + the number
 
 
 def fit(started: Started) -> dict[str, dict[str, float]]:
@@ -45,7 +45,7 @@ def fit(started: Started) -> dict[str, dict[str, float]]:
     `rollouts.jsonl` (online), `checkpoints/`, `export/`.
 
     Raises:
-      SystemExit: 143 after SIGTERM and 130 after Ctrl-C, once the state is saved.
+      SystemExit: 143 after SIGTERM, 130 after Ctrl-C and 129 after SIGHUP, once the state is saved.
       FloatingPointError: when `max_skipped` steps in a row are not finite, or all there are.
     """
     run, first = started.run, started.step
@@ -365,11 +365,14 @@ class Observer:
 
 
 class Stop:
-    """Notes SIGTERM and Ctrl-C, so that the loop can save before it ends; a second Ctrl-C does not wait for that."""
+    """Notes SIGTERM, Ctrl-C and the end of the terminal, so that the loop can save before it ends; a second Ctrl-C does not wait for that.
+
+    What is ignored stays so: `nohup` goes on without a terminal.
+    """
 
     def __enter__(self) -> "Stop":
         self.signal = 0  # the one that came
-        self._old = {number: signal.signal(number, self._note) for number in SIGNALS}
+        self._old = {n: signal.signal(n, self._note) for n in SIGNALS if signal.getsignal(n) is not signal.SIG_IGN}
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -378,7 +381,8 @@ class Stop:
 
     def _note(self, number: int, _: Any) -> None:
         self.signal = number
-        signal.signal(signal.SIGINT, self._old[signal.SIGINT])
+        if signal.SIGINT in self._old:
+            signal.signal(signal.SIGINT, self._old[signal.SIGINT])
 
     def requested(self, turn: int, every: int = AGREE) -> bool:
         """Whether to stop after this turn; several processes agree on it every few turns, since that waits for the device."""

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -72,8 +73,9 @@ class Log:
         shown = "  ".join(f"{short} {metrics[name]:.4g}" for name, short in SHOWN.items() if name in metrics)
         pace = f"  {_si(rate)} tok/s  {_clock(left)} left" if step > self._first else ""
         if self._bar is not None:
-            self._bar.set_description_str(shown + pace, refresh=False)
-            self._bar.update(step - self._bar.n)
+            with self._console():
+                self._bar.set_description_str(shown + pace, refresh=False)
+                self._bar.update(step - self._bar.n)
         elif self.writes and (step // self.every > self._shown // self.every or step in (self._first, self.steps)):
             self.line(f"step {step}/{self.steps}  {shown}{pace}")
             self._shown = step
@@ -118,10 +120,19 @@ class Log:
 
     def line(self, text: str) -> None:
         """A line on the console, above the progress line if there is one."""
-        if self._bar is not None:
-            self._bar.write(text, file=sys.stderr)
-        elif self.writes:
-            print(text, file=sys.stderr, flush=True)
+        with self._console():
+            if self._bar is not None:
+                self._bar.write(text, file=sys.stderr)
+            elif self.writes:
+                print(text, file=sys.stderr, flush=True)
+
+    @contextmanager
+    def _console(self) -> Iterator[None]:
+        """Goes on without a console that has gone, as after `| head` and the end of a terminal: the files say the same."""
+        try:
+            yield
+        except OSError:
+            self._bar, sys.stderr = None, open(os.devnull, "w")  # noqa: SIM115
 
     def close(self) -> None:
         """Flushes and closes what is open."""

@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from alignax.data.files import one_line
 from alignax.distributed import is_main, together
@@ -58,6 +59,13 @@ def claim(place: Path, origin: str = "", force: bool = False, remedy: str = "giv
     with open(place, "rb") as f:
         if not origin or origin.encode() not in f.read(1000):
             raise ValueError(f"{str(place)!r} exists; {remedy}")
+
+
+def claim_on_all(place: Path, origin: str = "", force: bool = False) -> None:
+    """What `claim` refuses, on all processes; process 0 looks."""
+    with together():
+        if is_main():
+            claim(place, origin, force)
 
 
 def check(folder: Path, suffix: str = ".safetensors") -> None:
@@ -107,6 +115,19 @@ def write_text(path: Path, text: str) -> None:
     """Writes a text file in one move."""
     with file(path) as tmp:
         tmp.write_text(text, encoding="utf-8")
+
+
+def write_json(value: Any, out: str) -> None:
+    """Writes JSON into a file, or with "-" onto the console."""
+    if out == "-":
+        print(json_text(value, indent=2))
+    else:
+        write_text(Path(out), json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """JSON for the console, of its characters alone."""
+    return json.dumps(value, indent=indent, ensure_ascii="utf" not in sys.stdout.encoding.lower())
 
 
 def sweep(folder: Path) -> None:

@@ -389,7 +389,9 @@ def load_tokenizer(path: Path, vocab_size: int) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
         eos, last, _ = tokenizer.eos_token_id, max(tokenizer.get_vocab().values()), tokenizer("a")  # some damage shows only in use
-    except Exception as e:  # a damaged tokenizer.json raises a bare Exception
+    except BaseException as e:  # a damaged tokenizer.json raises a bare Exception, or a panic of Rust, which is none
+        if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
+            raise
         raise ValueError(f"{str(path)!r} has no tokenizer that transformers reads ({one_line(e)})") from e
     if eos is None:
         raise ValueError(f"the tokenizer in {str(path)!r} has no EOS token; set eos_token in its tokenizer_config.json")

@@ -8,8 +8,8 @@ Hardware: any. The defaults suit a model of a few hundred thousand parameters on
 learning_rate 5e-7, max_length 2048, and the mesh.
 
 Expected: with the 260k-parameter stories model after sft_hh.py, on harmless-base: held-out accuracy at least 0.60, loss at most 0.68,
-margin 0.2 to 0.6. A learning rate of 1e-3 ends above ln 2: too hot. Trained on harmless pairs alone the policy ranks helpful
-pairs below chance.
+margin 0.2 to 0.6 (0.649, 0.658 and 0.43 of one seed at commit cc1d45d, the chosen responses 9.0 nats lower). A learning rate of 1e-3
+ends above ln 2: too hot. Trained on harmless pairs alone the policy ranks helpful pairs below chance.
 """
 
 from alignax import chain, default_config, dpo, logps

@@ -1,10 +1,14 @@
 """The command line: overrides, dry run, re-running an effective config, and one clear error for each bad input."""
 
+import io
 import json
 import os
 import re
 import shutil
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +17,8 @@ import runs
 import tiny
 
 from alignax import cli, commands, config, fit, output  # noqa: F401  (commands: before anything is patched)
-from alignax.prepare import prepare
+from alignax.blame import refusing
+from alignax.prepare import load_tokenizer, prepare
 from alignax.programs import abstract_batch
 
 DPO = str(runs.REPO / "experiments" / "dpo_hh.py")
@@ -27,6 +32,79 @@ def fields(tmp_path_factory):
 
 def run(fields, experiment="dpo_hh", *more):
     return cli.main([*runs.arguments(fields, experiment), *more])
+
+
+# The console --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_reader_that_goes_is_no_error():
+    gone, out = os.pipe()
+    os.close(gone)
+    ended = subprocess.run([sys.executable, "-m", "alignax", "--help"], stdout=out, stderr=subprocess.PIPE, cwd=runs.REPO)
+    os.close(out)
+    assert (ended.returncode, ended.stderr) == (141, b"")
+
+
+def test_a_console_of_few_characters_is_told_all(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    monkeypatch.setattr(cli, "command", lambda args: print("0 → 1") or print(output.json_text({"é": "😀"})) or 0)
+    assert cli.main([]) == 0
+    first, second = sys.stdout.buffer.getvalue().decode("ascii").splitlines()
+    assert first == r"0 \u2192 1" and json.loads(second) == {"é": "😀"}
+    monkeypatch.setattr(sys, "stdout", None)  # as after `>&-`
+    assert cli.main([]) == 0
+    sys.stdout.close()
+
+
+def test_ctrl_c_is_not_lost_where_the_garbage_collector_calls(monkeypatch, capsys):
+    """Errors there are ignored."""
+
+    def _xla_gc_callback():  # as jax's is called
+        os.kill(os.getpid(), signal.SIGINT)
+
+    def work(args):
+        _xla_gc_callback()
+        while True:
+            time.sleep(0.01)
+
+    monkeypatch.setattr(cli, "parse", work)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert cli.main(["train"]) == 130 and "interrupted" in capsys.readouterr().err
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(
+    "message, code", [("Unable to initialize backend 'tpu': no chips", "jax finds no device .*'tpu': no chips"), ("other", None)]
+)
+def test_a_machine_without_the_device_that_was_asked_for(message, code):
+    with pytest.raises(ValueError if code else RuntimeError, match=code or message), refusing():
+        raise RuntimeError(message)
+
+
+def test_a_tokenizer_that_panics_is_refused(fields, tmp_path):
+    """A template of special tokens names one that it has no entry for: an error of Rust, which is no Exception of Python."""
+    copy = shutil.copytree(fields["model.path"], tmp_path / "model")
+    content = json.loads((copy / "tokenizer.json").read_text())
+    named = {"SpecialToken": {"id": "<absent>", "type_id": 0}}
+    content["post_processor"] = {"type": "TemplateProcessing", "single": [named], "pair": [named], "special_tokens": {}}
+    (copy / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="has no tokenizer that transformers reads"):
+        load_tokenizer(copy, 96)
+
+
+def test_the_end_of_a_terminal_saves_and_nohup_goes_on():
+    try:
+        with fit.Stop() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.requested(1) and stop.signal == signal.SIGHUP
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with fit.Stop() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.requested(1)
+    finally:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 # Bad input ----------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ import runs
 
 from alignax.checks import check_fields
 from alignax.cli import main, parse
-from alignax.config import PATHS, check_kept, default_config, effective, load_experiment, set_field
+from alignax.config import check_kept, default_config, effective, load_experiment, set_field
+from alignax.defaults import PATHS
 
 GOOD = """
 from alignax import chain, default_config, dpo, logps, sft
@@ -218,6 +219,8 @@ def test_a_url_in_any_field_of_paths_is_refused_as_it_was_written(url):
     for name in PATHS:
         with pytest.raises(ValueError, match=rf"^config field '{name}' is '{re.escape(url)}', and \w+:// is not read or written"):
             set_field(default_config(), f"{name}={url}")
+    with pytest.raises(ValueError, match=r"'workdir' is '~/run', and shells fill in ~ at the beginning of a word alone; write \$HOME"):
+        set_field(default_config(), "workdir=~/run")
     for command in ("train --config X", "export X here", "export runs/a X", "generate X", "generate m --out X", "generate m --prompts X"):
         with pytest.raises(ValueError, match=re.escape(repr(url))):
             parse(command.replace("X", url).split())
@@ -234,3 +237,14 @@ def test_paths_and_the_hub_are_no_urls():
     set_field(config, "data.train=hf://org/name:train")
     with pytest.raises(ValueError, match="'model.path' is 'hf://org/name'"):
         set_field(config, "model.path=hf://org/name")
+
+
+def test_an_experiment_file_of_another_encoding(tmp_path):
+    file = tmp_path / "experiment.py"
+    file.write_bytes(b"\xef\xbb\xbf" + GOOD.replace("\n", "\r\n").encode())
+    experiment = load_experiment(file)
+    check_kept(experiment)
+    assert "\ufeff" not in effective(experiment)
+    file.write_bytes(b"# -*- coding: latin-1 -*-\n# \xe9\n" + GOOD.encode())
+    with pytest.raises(ValueError, match=r"experiment.py is not UTF-8 text .* convert it to UTF-8"):
+        load_experiment(file)

@@ -37,6 +37,7 @@ from alignax.data.kinds import prompted_rows
 from alignax.data.rows import Bad
 from alignax.data.shapes import shaped
 from alignax.data.tokens import tokenize
+from alignax.data.words import short
 from alignax.experience import advance
 from alignax.losses import at_step
 from alignax.mesh import make_mesh
@@ -376,7 +377,7 @@ def test_overrides(field, text):
 @given(st.one_of(damaged(b"optimizer.learning_rate=1e-5").map(lambda x: x.decode("latin-1")), st.text(max_size=20)))
 def test_names_of_fields(override):
     c = config.default_config()
-    read(lambda: config.set_field(c, override), override, repr(override.partition("=")[0]))
+    read(lambda: config.set_field(c, override), override, short(override), short(override.partition("=")[0]))
     assert config.flat(c).keys() == FIELDS.keys()
 
 

@@ -32,6 +32,24 @@ def test_the_speed_is_of_the_step_it_is_logged_with(tmp_path, monkeypatch):
     assert [row["tokens_per_second"] for row in rows(tmp_path / "metrics.jsonl")] == pytest.approx([5.0, 50.0, 25.0])
 
 
+def test_a_run_goes_on_without_its_console(tmp_path, monkeypatch):
+    class Gone:
+        def write(self, text):
+            raise BrokenPipeError
+
+        def isatty(self):
+            return False
+
+    monkeypatch.setattr(metrics.sys, "stderr", Gone())
+    log = Log(tmp_path, steps=2, start=0, every=1, tensorboard=False)
+    for step in (1, 2):
+        log.step(step, {"loss": 1.0}, 10.0)
+        log.line("a line")
+    log.close()
+    metrics.sys.stderr.close()
+    assert [row["step"] for row in rows(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
 def test_rollouts_are_bounded_and_go_on_without_a_row_twice(tmp_path, monkeypatch):
     monkeypatch.setattr(metrics, "MOST", 4000)
     file = tmp_path / "rollouts.jsonl"

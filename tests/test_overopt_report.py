@@ -116,6 +116,17 @@ def test_many_panels_are_laid_out_in_rows_with_one_legend():
     assert all(axes.get_legend() for axes in figures.figure([own, other]).axes)
 
 
+def test_names_of_any_kind_leave_the_axes_their_place():
+    names = ["dpo-beta0.1-lr2e-4-seed0", "x" * 200, "run-猫", "a\tb\udcff", "$\\foo$"]
+    drawing = figures.figure([figures.Panel([figures.Line(name, [0.0, 1.0], [0.0, 1.0]) for name in names], "x" * 100, "x", "y")])
+    figures.png(drawing)  # a warning is an error
+    (axes,) = drawing.axes
+    assert axes.get_position().width > 0.6 and axes.get_position().height * drawing.get_size_inches()[1] > 2.0
+    shown = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert shown[0] == names[0] and shown[1].replace("\n", "") == names[1]
+    assert shown[2:] == [r"run-\u732b", r"a\tb\udcff", r"\$\foo\$"]
+
+
 def test_numbers():
     assert [tables.number(x) for x in (1.005, -0.5, -0.001, None)] == ["1.00", "−0.50", "0.00", "–"]
 

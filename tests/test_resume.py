@@ -52,8 +52,12 @@ def test_killed_in_the_middle_of_saves_and_steps(fields, whole, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "how, name",
-    [(signal.SIGTERM, "SIGTERM"), pytest.param(signal.SIGINT, "Ctrl-C", marks=pytest.mark.long)],
-    ids=["term", "int"],
+    [
+        (signal.SIGTERM, "SIGTERM"),
+        pytest.param(signal.SIGINT, "Ctrl-C", marks=pytest.mark.long),
+        pytest.param(signal.SIGHUP, "SIGHUP", marks=pytest.mark.long),
+    ],
+    ids=["term", "int", "hup"],
 )
 def test_sigterm_and_ctrl_c_save_and_exit(how, name, fields, whole, tmp_path):
     workdir = tmp_path / "run"

@@ -294,9 +294,16 @@ def _read_hub(path: str) -> list[Row]:
 
 
 def check_local(text: str, what: str, hub: bool = False) -> None:
-    """Refuses a URL, in a list with commas too, where only local files are read and written; with `hub` hf:// is read."""
+    """Refuses a URL, in a list with commas too, where only local files are read and written; with `hub` hf:// is read.
+
+    A home that no shell has filled in is refused too: a folder called ~ would be meant.
+    """
     for part in text.split(","):
+        if part == "~" or part.startswith("~/"):
+            raise ValueError(f"{what} is {short(text)}, and shells fill in ~ at the beginning of a word alone; write $HOME in its place")
         scheme = re.match(r"\s*([A-Za-z][A-Za-z0-9+.-]+):/", part)  # with one slash too: what a path makes of two
         if scheme and not (hub and part.startswith(HUB)):
             also = f", or {HUB}org/name" if hub else ""
-            raise ValueError(f"{what} is {text!r}, and {scheme[1]}:// is not read or written; give a path of this machine{also}")
+            raise ValueError(
+                f"{what} is {short(text)}, and {short(scheme[1])[1:-1]}:// is not read or written; give a path of this machine{also}"
+            )

@@ -200,9 +200,10 @@ def begin(request: Request, typed: bool, force: bool) -> None:
 
 def write(file: str, found: Sequence[Sequence[dict[str, Any]]], typed: bool) -> None:
     """Writes completions as JSONL, a row each, those of typed prompts behind one another; "-" is the console."""
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for samples in found for row in samples)
+    rows = [row for samples in found for row in samples]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     if file == "-":
-        print(text, end="")
+        print("\n".join(map(output.json_text, rows)))
     elif typed:
         with open(file, "a", encoding="utf-8") as f:
             f.write(text)

@@ -9,8 +9,11 @@ COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # 
 MARKERS = "osD^vP"
 STROKES = ("-", "--", ":")
 DISTANCE = r"$\sqrt{\mathrm{KL}(\mathrm{policy}\,\|\,\mathrm{reference})}$  ($\sqrt{\mathrm{nats}}$)"
+LETTERS = 40  # of a line that is as wide as a panel
+LINE = 0.18  # inches from a line of a legend to the next
 FALL = 0.5  # of x between neighbouring points, from which on they are not joined
-STYLE: Any = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "mathtext.fontset": "dejavusans"}
+FONT = "DejaVu Sans"  # comes with matplotlib
+STYLE: Any = {"font.family": FONT, "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "mathtext.fontset": "dejavusans"}
 
 
 class Line(NamedTuple):
@@ -46,6 +49,7 @@ def figure(panels: Sequence[Panel], width: float = 4.2, height: float = 3.4) -> 
     with matplotlib.rc_context(STYLE):
         columns = len(panels) if len(panels) <= 3 else 2
         rows = -(-len(panels) // columns)
+        height += LINE * max(0, max(_lines(panel, _columns(panel, len(panels))) for panel in panels) - 2)
         drawing = Figure(figsize=(width * columns, height * rows), layout=ConstrainedLayoutEngine(wspace=0.06, hspace=0.06))
         for axes, panel in zip(drawing.subplots(rows, columns, squeeze=False).flat, panels, strict=False):
             for i, line in enumerate(panel.lines):
@@ -71,17 +75,37 @@ def figure(panels: Sequence[Panel], width: float = 4.2, height: float = 3.4) -> 
 
 
 def plain(text: str) -> str:
-    """A name as it is: matplotlib takes what stands between dollars for formulas, and leaves names that begin with _ out of legends."""
+    """A name as it is: matplotlib takes what stands between dollars for formulas, and leaves names that begin with _ out of legends.
+
+    A character that the font has not is spelt by its number, and a long name takes several lines.
+    """
+    from matplotlib import font_manager
+
+    there = font_manager.get_font(font_manager.findfont(FONT)).get_charmap()
+    text = "".join(x if x.isprintable() and ord(x) in there else ascii(x)[1:-1] for x in text)
+    text = "\n".join(text[i : i + LETTERS] for i in range(0, len(text), LETTERS))
     return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
+
+
+def _columns(panel: Panel, panels: int) -> int:
+    """Of its legend: so many that the names do not push the axes together."""
+    longest = max((len(part) for line in panel.lines for part in plain(line.label).split("\n")), default=0)
+    return max(1, min(3 if panels == 1 else 2, LETTERS // (longest + 5)))
+
+
+def _lines(panel: Panel, columns: int) -> int:
+    """Of its legend."""
+    return -(-len(panel.lines) // columns) * max((1 + plain(line.label).count("\n") for line in panel.lines), default=1)
 
 
 def _legends(drawing: Any, panels: Sequence[Panel]) -> None:
     """Below each panel, or where all have lines of the same names one below all."""
     if len(panels) > 1 and len({tuple(line.label for line in panel.lines) for panel in panels}) == 1:
-        drawing.legend(*drawing.axes[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=6)
+        columns = min(6, 2 * _columns(panels[0], 1))
+        drawing.legend(*drawing.axes[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=columns)
         return
-    for axes in drawing.axes:
-        axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.19), ncols=3 if len(panels) == 1 else 2)
+    for axes, panel in zip(drawing.axes, panels, strict=True):
+        axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.19), ncols=_columns(panel, len(panels)))
 
 
 def _draw(axes: Any, line: Line, i: int, ring: bool, shade: float) -> None:
