@@ -3,7 +3,9 @@
 import functools
 import math
 import signal
+import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from typing import Any
 
@@ -77,7 +79,8 @@ def loop(started: Started, log: Log, stop: "Stop") -> tuple[TrainState, dict[str
     train = Turns(run, frozen) if config.rollout.samples else Batched(run, frozen)
     observe = Observer(run, log, equal=fresh and about["policy"] == about["reference"])
     results: dict[str, dict[str, float]] = {}
-    pending: tuple[int, Metrics] | None = None
+    pending: tuple[int, Metrics, Future[float]] | None = None
+    clock = ThreadPoolExecutor(1)  # a step may be over long before the host looks at it, or after it has given out the next
     due = lambda every, s: s == run.steps or (every > 0 and s // every > (s - turn) // every)
     if first == 0 or (due(config.eval.every, first) and not evaluated(log)):  # the run left while that evaluation waited for its rewards
         with log.paused(), leaving(started, log, stop, state, first, "the evaluation"):
@@ -89,7 +92,7 @@ def loop(started: Started, log: Log, stop: "Stop") -> tuple[TrainState, dict[str
             state, metrics = train(state, s - turn)
         if pending:  # fetched a step late, so that the device never waits for the host
             observe(*pending)
-        pending = (s, metrics)
+        pending = (s, metrics, clock.submit(over, metrics))
         stopping = stop.requested(s // turn, 1 if config.rollout.samples else AGREE)
         evaluating = due(config.eval.every, s)
         saving = due(config.checkpoint.every, s) or (evaluating and config.checkpoint.best)
@@ -107,6 +110,12 @@ def loop(started: Started, log: Log, stop: "Stop") -> tuple[TrainState, dict[str
             log.line(f"stopped by {SIGNALS[signal.Signals(stop.signal)]} after step {s}; saved. The same command goes on from here.")
             raise SystemExit(128 + stop.signal)
     return state, results
+
+
+def over(metrics: Metrics) -> float:
+    """When a step is over, on the clock of `time.monotonic`; waits for it."""
+    jax.block_until_ready(metrics)
+    return time.monotonic()
 
 
 @contextmanager
@@ -250,8 +259,8 @@ class Observer:
         self._told: set[str] = set()  # the notices of rollouts that were given
         self._seen = self._unrewarded = self._silent = self._cut = 0  # steps, and rollouts in a row
 
-    def __call__(self, step: int, metrics: Metrics) -> None:
-        """Logs the metrics of a step, fetched now."""
+    def __call__(self, step: int, metrics: Metrics, ended: Future[float] | None = None) -> None:
+        """Logs the metrics of a step, fetched now; `ended` tells when it was over, if not now."""
         fetched = jax.device_get(dict(metrics))
         if shown := fetched.pop("shown", None):
             self.log.rollouts(step, trained_on(self.run, shown))
@@ -260,7 +269,7 @@ class Observer:
         values = {name: x for name, x in values.items() if not name.startswith("finite/")}
         if step == 1 and self.equal and not values["skipped"] and "logps/chosen_drift" in values:
             self._check_equal(values)
-        self.log.step(step, values, values.pop("tokens"))
+        self.log.step(step, values, values.pop("tokens"), ended and ended.result())
         self._seen += 1
         if self._seen == 1 and values.get("grad_norm") == 0 and not values["skipped"]:
             self._notice_nothing(step, values)

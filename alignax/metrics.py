@@ -55,12 +55,12 @@ class Log:
             shape = "step {n_fmt}/{total_fmt} |{bar:20}| {desc}"
             self._bar = tqdm(total=steps, initial=start, bar_format=shape, dynamic_ncols=True, leave=True)
 
-    def step(self, step: int, metrics: Mapping[str, float], tokens: float) -> None:
-        """Logs a training step that is just over; `tokens` are those of its batch, padding left out.
+    def step(self, step: int, metrics: Mapping[str, float], tokens: float, ended: float | None = None) -> None:
+        """Logs a training step that was over at `ended` (of `time.monotonic`), or just now; `tokens`: those of its batch, padding left out.
 
         `tokens_per_second` is of this step, from the end of the step before; of a process's first one with all that it compiles.
         """
-        now = time.monotonic()
+        now = time.monotonic() if ended is None else ended
         own, self._last = tokens / max(now - self._last, 1e-9), now
         if self._first is None:
             self._began, self._first = now, step

@@ -14,7 +14,7 @@ def rows(file):
 
 
 def test_the_speed_is_of_the_step_it_is_logged_with(tmp_path, monkeypatch):
-    """Also at first, when going on, after a pause, and where the wall clock goes backwards, which nobody reads."""
+    """Also at first, when going on, after a pause, looked at late, and where the wall clock goes backwards, which nobody reads."""
     clock = [100.0]
     monkeypatch.setattr(metrics, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))  # no other clock is there
     log = Log(tmp_path, steps=40, start=30, every=1, tensorboard=False)
@@ -28,8 +28,11 @@ def test_the_speed_is_of_the_step_it_is_logged_with(tmp_path, monkeypatch):
     with log.paused():
         clock[0] += 1000.0
     step(33, 4.0, 100.0)
+    clock[0] += 30.0
+    log.step(34, {"loss": 1.0}, 100.0, ended=clock[0] - 20.0)  # two steps that are looked at together
+    log.step(35, {"loss": 1.0}, 100.0, ended=clock[0])
     log.close()
-    assert [row["tokens_per_second"] for row in rows(tmp_path / "metrics.jsonl")] == pytest.approx([5.0, 50.0, 25.0])
+    assert [row["tokens_per_second"] for row in rows(tmp_path / "metrics.jsonl")] == pytest.approx([5.0, 50.0, 25.0, 10.0, 5.0])
 
 
 def test_a_run_goes_on_without_its_console(tmp_path, monkeypatch):
