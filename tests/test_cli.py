@@ -95,6 +95,7 @@ def test_a_tokenizer_that_panics_is_refused(fields, tmp_path):
 
 
 def test_the_end_of_a_terminal_saves_and_nohup_goes_on():
+    old = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
     try:
         with fit.Stop() as stop:
             os.kill(os.getpid(), signal.SIGHUP)
@@ -104,7 +105,7 @@ def test_the_end_of_a_terminal_saves_and_nohup_goes_on():
             os.kill(os.getpid(), signal.SIGHUP)
             assert not stop.requested(1)
     finally:
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        signal.signal(signal.SIGHUP, old)
 
 
 # Bad input ----------------------------------------------------------------------------------------------------------------

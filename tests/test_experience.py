@@ -140,7 +140,8 @@ def sorted_loss(name: str, params, batch: Batch) -> jax.Array:
     return -jax.nn.log_sigmoid(0.3 * (jnp.sort(x) - jnp.sort(y))).mean()
 
 
-@pytest.mark.parametrize("name", [pytest.param("aot", marks=pytest.mark.slow), "aot_unpaired"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["aot", "aot_unpaired"])
 def test_ranks_give_the_sorted_loss_and_its_gradient(name):
     """Exactly, in 1 part and in 4, with a padding row in the batch."""
     batch = ranked(8)

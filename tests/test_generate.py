@@ -334,9 +334,8 @@ def test_a_batch_holds_prompt_and_completion_side_by_side():
         token_batch(PROMPTS, out, 10)
 
 
-@pytest.mark.parametrize(
-    "sampling", [pytest.param(Sampling(temperature=0.7, top_p=0.9), marks=pytest.mark.slow), Sampling(temperature=0.0)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("sampling", [Sampling(temperature=0.7, top_p=0.9), Sampling(temperature=0.0)])
 def test_the_batch_has_the_log_probs_that_completions_were_drawn_with(sampling):
     """Those of the changed distribution, of which its tokens' own log-probs are summed; the model's own stay beside them."""
     out = Generator(tiny.MODEL, Shape(8, 3, 7, 7, 3), sampling)(PARAMS, PROMPTS, KEY)

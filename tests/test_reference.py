@@ -51,6 +51,7 @@ def parts(cache: Path) -> list[Path]:
     return sorted(cache.glob("*/*.safetensors"))
 
 
+@pytest.mark.slow
 def test_a_cached_reference_trains_as_the_live_one(fields, cached, tmp_path):
     assert train(fields, tmp_path / "live") == 0
     a, b = runs.losses(tmp_path / "live"), runs.losses(cached / "run")

@@ -300,7 +300,7 @@ def check_local(text: str, what: str, hub: bool = False) -> None:
     """
     for part in text.split(","):
         if part == "~" or part.startswith("~/"):
-            raise ValueError(f"{what} is {short(text)}, and shells fill in ~ at the beginning of a word alone; write $HOME in its place")
+            raise ValueError(f"{what} is {short(text)}, and no shell has filled in its ~; write the whole path")
         scheme = re.match(r"\s*([A-Za-z][A-Za-z0-9+.-]+):/", part)  # with one slash too: what a path makes of two
         if scheme and not (hub and part.startswith(HUB)):
             also = f", or {HUB}org/name" if hub else ""
