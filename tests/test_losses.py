@@ -1,5 +1,6 @@
 """Losses against hand-computed numbers, other people's numbers, and their own algebra."""
 
+import doctest
 import json
 import math
 from pathlib import Path
@@ -13,6 +14,7 @@ from alignax import losses
 from alignax.losses import (
     Loss,
     Term,
+    algebra,
     at_step,
     chosen_examples,
     chosen_tokens,
@@ -514,14 +516,33 @@ def test_losses_add_and_scale():
     value, metrics, grads = run(0.5 * (dpo() + 2 * ipo()) + 3 * sft(), logps, batch)
     close(value, 0.5 * a + b + 3 * c)
     close(grads, 0.5 * da + db + 3 * dc)
+    other, _, gradient = run(sum([dpo() / 2, ipo()]) - -sft() * 3, logps, batch)
+    close(other, value)
+    close(gradient, grads)
     assert (metrics["loss/dpo"], metrics["loss/ipo"], metrics["loss/sft"]) == (a, b, c)  # without their coefficients
 
 
 @pytest.mark.parametrize("scalar", [0.25, np.float32(0.25), np.float64(0.25), jnp.asarray(0.25)], ids=lambda x: type(x).__name__)
 def test_any_scalar_scales(scalar):
     logps, batch = ragged()
-    assert isinstance(scalar * dpo(), Loss)
-    assert run(scalar * dpo(), logps, batch)[0] == 0.25 * run(dpo(), logps, batch)[0]
+    assert isinstance(scalar * dpo(), Loss) and isinstance(dpo() * scalar, Loss)
+    assert run(scalar * dpo(), logps, batch)[0] == run(dpo() * scalar, logps, batch)[0] == 0.25 * run(dpo(), logps, batch)[0]
+
+
+def test_a_loss_reads_as_its_formula():
+    assert doctest.testmod(algebra) == (0, 3)
+    assert repr(dpo() - 0.2 * sft() + jnp.asarray(2) * dpo()) == "dpo - 0.2 * sft + 2 * dpo_2" and repr(-sft()) == "-sft"
+    shown = []
+    jax.jit(lambda step: shown.append(repr(dpo() + step * sft())))(1.0)
+    assert shown == ["dpo + c(step) * sft"]
+
+
+@pytest.mark.parametrize("add", [lambda x: x + 0.1, lambda x: 0.1 + x, lambda x: x - 0.1, lambda x: x + None, lambda x: 0.1 - x])
+def test_what_is_no_loss_is_not_added(add):
+    with pytest.raises(TypeError, match="is added to the loss -?dpo: a constant has no gradient; add a loss"):
+        add(dpo())
+    with pytest.raises(TypeError, match=r"the losses dpo and sft are multiplied; only numbers scale a loss"):
+        dpo() * sft()
 
 
 def test_a_schedule_is_a_function_from_step_to_loss():

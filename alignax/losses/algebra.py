@@ -30,16 +30,29 @@ class Term(NamedTuple):
     averaged: str = ""  # how tokens are averaged, in words; "" of a term whose values are not of tokens
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Loss:
-    """A weighted sum of averages; losses add, and scale by numbers from the left."""
+    """A weighted sum of averages, which is read as its formula: losses add, subtract, and scale by numbers from either side.
+
+    >>> from alignax.losses import dpo, sft
+    >>> dpo(beta=0.1) + 0.2 * sft()
+    dpo + 0.2 * sft
+    >>> sum([dpo(), sft() / 4]) - dpo()
+    dpo + 0.25 * sft - dpo_2
+    """
 
     terms: tuple[tuple[Any, Term], ...]
 
-    def __add__(self, other: "Loss") -> "Loss":
-        """The sum of both; a term whose name is taken is called name_2, so that its metric is its own."""
+    __array_ufunc__ = None  # an array of numpy's leaves the product to `__rmul__`, as other numbers do
+
+    def __add__(self, other: Any) -> "Loss":
+        """The sum of both; a term whose name is taken is called name_2, so that its metric is its own.
+
+        Raises:
+          TypeError: for a number, which has no gradient.
+        """
         if not isinstance(other, Loss):
-            return NotImplemented
+            raise TypeError(f"{other!r} is added to the loss {self!r}: a constant has no gradient; add a loss, such as 0.1 * sft()")
         terms = list(self.terms)
         for coefficient, term in other.terms:
             taken = {t.name for _, t in terms}
@@ -47,9 +60,41 @@ class Loss:
             terms.append((coefficient, term._replace(name=next(name for name in names if name not in taken))))
         return Loss(tuple(terms))
 
-    def __rmul__(self, coefficient: Any) -> "Loss":
-        """This loss times a scalar."""
+    def __radd__(self, other: Any) -> "Loss":
+        """This loss, behind the 0 that `sum` begins with."""
+        return self if isinstance(other, int) and other == 0 else self + other
+
+    def __mul__(self, coefficient: Any) -> "Loss":
+        """This loss times a scalar.
+
+        Raises:
+          TypeError: for another loss.
+        """
+        if isinstance(coefficient, Loss):
+            raise TypeError(f"the losses {self!r} and {coefficient!r} are multiplied; only numbers scale a loss")
         return Loss(tuple((coefficient * c, term) for c, term in self.terms))
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: Any) -> "Loss":
+        """This loss divided by a scalar."""
+        return self * (1 / divisor)
+
+    def __neg__(self) -> "Loss":
+        """This loss with the other sign."""
+        return self * -1
+
+    def __sub__(self, other: Any) -> "Loss":
+        """The difference of both."""
+        return self + (-other if isinstance(other, Loss) else other)
+
+    def __rsub__(self, other: Any) -> "Loss":
+        """Nothing but a loss has a difference from one."""
+        return -self + other
+
+    def __repr__(self) -> str:
+        """The formula: coefficients and names of terms."""
+        return " + ".join(_shown(c) + term.name for c, term in self.terms).replace("+ -", "- ")
 
     def weights(self, batch: Batch) -> tuple[jax.Array, ...]:
         """The raw weights of each term, as data gives them."""
@@ -80,6 +125,15 @@ class Loss:
             metrics |= {name: weighted_sum(jax.lax.stop_gradient(x), w) for name, x in extra.items()}
             metrics["loss/" + term.name] = average
         return loss, metrics
+
+
+def _shown(coefficient: Any) -> str:
+    """A coefficient in front of a term; one that a schedule gives is known inside the step alone."""
+    try:
+        number = float(coefficient)
+    except jax.errors.ConcretizationTypeError:
+        return "c(step) * "
+    return {1.0: "", -1.0: "-"}.get(number, f"{number:.6g} * ")
 
 
 def _named(values: Any) -> bool:
