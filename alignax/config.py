@@ -148,6 +148,11 @@ def asked(experience: Callable | None) -> tuple[str, ...]:
     return tuple(p.name for p in named if p.default is p.empty or p.name in OFFERED)
 
 
+def of_run(file: Path) -> bool:
+    """Whether a run has written this file: told by its text, as the code of a stranger's folder is not to be run."""
+    return file.is_file() and MARK in file.read_text(encoding="utf-8", errors="replace").splitlines()
+
+
 def source(experiment: Experiment) -> str:
     """The experiment's own source, without the part that a run has written."""
     return read_source(experiment.file).split(MARK)[0].rstrip() + "\n"

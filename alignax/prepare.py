@@ -39,6 +39,7 @@ from alignax.config import (
     difference,
     identity,
     load_experiment,
+    of_run,
     steps_of_turn,
     trunk_values,
 )
@@ -416,7 +417,7 @@ def check_workdir(run: Run) -> None:
         raise ValueError(f"workdir {str(workdir)!r} has a backslash, which checkpoints take for a slash; choose another name")
     saved = workdir / "config.py"
     place = output.standing(workdir)
-    if saved.is_file():
+    if of_run(saved):
         lines = difference(load_experiment(saved), experiment, FREE)
         if lines:
             raise ValueError(f"workdir {str(workdir)!r} belongs to another run ({'; '.join(lines[:4])}); choose another workdir")

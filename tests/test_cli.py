@@ -351,6 +351,19 @@ def test_wrong_words(args, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("line", ["generate X --prompts P", "eval-rm X", "anchor X Y --samples P", "eval X", "export X Y", "train"])
+def test_the_code_of_a_folder_that_no_run_wrote_is_not_run(line, fields, tmp_path, capsys):
+    """A folder of the hub may have a config.py beside its config.json; a project too, in which a run is started."""
+    (tmp_path / "config.py").write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\n")
+    (tmp_path / "P").write_text("{}")
+    (tmp_path / "config.json").write_text("{}")
+    words = [str(tmp_path) if word == "X" else str(tmp_path / word) if word in "PY" else word for word in line.split()]
+    assert (run(fields | {"workdir": tmp_path}) if words == ["train"] else cli.main(words)) == 2
+    said = capsys.readouterr().err
+    assert not (tmp_path / "ran").exists() and said.count("\n") == 1
+    assert line[0] not in "et" or re.search("no workdir of a run|not the workdir of a run|holds other files", said), said
+
+
 def test_no_room_on_the_disk(fields, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(output.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     assert run(fields | {"workdir": tmp_path / "run"}) == 2
