@@ -132,6 +132,15 @@ def test_an_experiment_file_is_a_module_like_any_other(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(future + GOOD + record + "RECORD = Record()\n")
     record = load_experiment(tmp_path / "mine.py").loss.__globals__["RECORD"]
     assert record.x == 3 and type(pickle.loads(pickle.dumps(record))) is type(record)
+    file = tmp_path / "mine.py"
+    for workdir in ("run", "again"):  # a later process finds the modules too, and one that goes on from the workdir's file
+        text = effective(load_experiment(file))
+        (tmp_path / workdir).mkdir()
+        file = tmp_path / workdir / "config.py"
+        file.write_text(text)
+        monkeypatch.setattr(sys, "path", [path for path in sys.path if not path.startswith(str(tmp_path))])
+        del sys.modules["lies_beside"]
+        assert load_experiment(file).loss.__globals__["RECORD"].x == 3
 
 
 @pytest.mark.parametrize("file", sorted(runs.REPO.glob("experiments/*.py")), ids=lambda file: file.stem)
