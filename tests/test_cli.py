@@ -570,6 +570,40 @@ def test_overrides_take_the_type_of_the_field():
         config.set_field(c, "optimizer=adam")
 
 
+@pytest.mark.parametrize(
+    "old, text, value",
+    [
+        ((), "END", ("END",)),
+        ((), "'END'", ("END",)),
+        ((), r"('\n\n')", ("\n\n",)),
+        ((), "'", ("'",)),
+        ((), "5", ("5",)),
+        ((), "()", ()),
+        ((), "['a', 'b']", ("a", "b")),
+        ((), "(1, 'a')", (1, "a")),
+        (("a",), "true", ("true",)),
+        ((1, 2), "16", (16,)),
+        ((1, 2), "(4.0, 2)", (4, 2)),
+        ((0.1, 0.2), "1", (1.0,)),
+        ((1, 0.5), "(0.1, 2)", (0.1, 2)),
+        ((1, 2), "(1, 2.5)", "a list of whole numbers, such as .1, 2."),
+        ((0.1, 0.2), "many", "a list of numbers, such as"),
+        ((1, 2), "(1, true)", "a list of whole numbers"),
+        (("a",), "(1, 2)", "a list of texts"),
+        ((0.1,), "(1e999,)", "is inf; use a finite number"),
+    ],
+)
+def test_an_override_of_several_values_has_elements_of_their_kind(old, text, value):
+    c = config.default_config()
+    c.own = old
+    if isinstance(value, str):
+        with pytest.raises(ValueError, match=f"'own' .*{value}"):
+            config.set_field(c, f"own={text}")
+    else:
+        config.set_field(c, f"own={text}")
+        assert c.own == value and list(map(type, c.own)) == list(map(type, value)) or old == (1, 0.5)
+
+
 def test_nonfinite_steps_are_named_and_stop_the_run(fields, tmp_path, capsys, monkeypatch):
     import alignax.losses.preference as preference
 
