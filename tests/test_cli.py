@@ -340,7 +340,20 @@ def test_missing_and_broken_experiment_files(tmp_path, capsys):
         (["report", "runs/x", "--config.seed=1"], "'--config.seed=1' is unknown to `alignax report`"),
         (["generate", "here", "--raw=no"], "--raw takes no value"),
         (["check-data"], "needs --config"),
-        (["check-data", "--config", DPO, "--json"], "--json names no file"),
+        (["check-data", "--config", DPO, "--json"], "--json has no value; write --json=FILE"),
+        (["eval", "here", "--json", "--force"], "--json has no value"),
+        (["eval", "here", "--json="], "--json has no value"),
+        (["train", "--config", "--dry-run"], "--config has no value; write --config=FILE"),
+        (["train", "--config", DPO, "--config.workdir", "--dry-run"], "--config.workdir has no value; write --config.workdir=VALUE"),
+        (["train", "--config", DPO, "--config.workdir"], "--config.workdir has no value"),
+        (["generate", "here", "--out", "--raw"], "--out has no value; write --out=VALUE"),
+        (["generate", "here", "--colour", "--raw"], "'--colour' is unknown"),
+        (["anchor", "here", "there", "--samples", "--scale"], "--samples has no value"),
+        (["ridge", "there", "--config", DPO, "--penalty"], "--penalty has no value; write --penalty=X"),
+        (["ridge", "there", "--config", DPO, "--penalty=much"], "--penalty is 'much'; it must be a number"),
+        (["train", "--config", DPO, f"--config={SFT}"], "--config is given twice, as "),
+        (["eval", "here", "--json", "a", "--json=b"], "--json is given twice, as 'a' and 'b'; leave one out"),
+        (["anchor", "here", "there", "--samples", "a", "--samples", "b"], "--samples is given twice"),
         (["check-data", "--config", DPO], "model folder '' does not exist; set --config.model.path=FOLDER"),
         (["export", "here"], "takes WORKDIR and FOLDER"),
         (["eval", "/nowhere/at/all"], "no config.py"),
@@ -349,6 +362,17 @@ def test_missing_and_broken_experiment_files(tmp_path, capsys):
 def test_wrong_words(args, message, capsys):
     assert cli.main(args) == 2
     assert message in capsys.readouterr().err
+
+
+def test_values_of_options_behind_a_space_or_an_equals_sign():
+    for join in (lambda name, value: [name, value], lambda name, value: [f"{name}={value}"]):
+        assert cli.parse(["eval", "here", *join("--json", "F"), "--force"]).json == "F"
+        assert cli.parse(["anchor", "here", "there", *join("--samples", "F")]).samples == "F"
+        assert cli.parse(["ridge", "there", *join("--config", DPO), *join("--penalty", "2")]).penalty == 2.0
+        given = cli.parse(["generate", "here", *join("--config.data.kind", "sft"), *join("--stop", "-"), *join("--out", "-")])
+        assert given.overrides == ["data.kind=sft"] and given.request.stop == ("-",) and given.request.out == "-"
+    assert cli.parse(["generate", "here", "--stop=--"]).request.stop == ("--",)
+    assert cli.parse(["train", "--config", DPO, "--config.lora.path=", "--config.seed", "-1"]).overrides == ["lora.path=", "seed=-1"]
 
 
 @pytest.mark.parametrize("line", ["generate X --prompts P", "eval-rm X", "anchor X Y --samples P", "eval X", "export X Y", "train"])
