@@ -45,8 +45,9 @@ generate    completes prompts; MODEL is a Hugging Face folder, or the WORKDIR of
             --temperature 0 is greedy; --stop may be given several times
 export      writes the newest checkpoint of a run as a Hugging Face folder, of an ensemble one for each member; for WORKDIR also the
             mean of model folders, A@0.5,B@0.5, which model.path, reference.path and generate take too
-check-data  reads and tokenises the data and reports on it, every bad row counted; needs the tokenizer of the model folder, no
-            weights; --json writes the report to a file too, --json - prints it instead; ends with 2 if a run would refuse the data
+check-data  reads and tokenises the data (train, eval, pretrain, ood) and reports on it, every bad row counted; needs the tokenizer of
+            the model folder, no weights; --json writes the report to a file too, --json - prints it instead; ends with 2 if a run would
+            refuse the data
 overopt     measures reward overoptimisation: best-of-n and direct alignment against a gold reward; goes on where it was stopped
 report      writes WORKDIR/report.html anew, of a laboratory or of a training run; for several comparison.html in the first, too
 FIELD       any field of the config, such as data.max_length; `alignax train --config FILE.py --dry-run` lists them
