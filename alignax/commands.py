@@ -54,7 +54,7 @@ def train(file: str, overrides: Sequence[str], dry: bool) -> None:
             check_step(planned)
             print(plan.describe(planned))
     elif experiment.main is not None:
-        with blaming(experiment.file, own=True):
+        with refusing(), blaming(experiment.file, own=True):
             experiment.main(experiment)
     else:
         run(experiment)

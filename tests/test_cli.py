@@ -322,6 +322,10 @@ def test_missing_and_broken_experiment_files(tmp_path, capsys):
     (tmp_path / "syntax.py").write_text("def get_config(:\n")
     assert cli.main(["train", "--config", str(tmp_path / "syntax.py")]) == 2
     assert "syntax.py, line 1: SyntaxError" in capsys.readouterr().err
+    stages = "from alignax.prepare import *\nfrom alignax import default_config as get_config\nloss = lambda config: None\n"
+    (tmp_path / "stages.py").write_text(stages + "def main(experiment):\n    load_tokenizer(Path('none'), 9)\n")
+    assert cli.main(["train", "--config", str(tmp_path / "stages.py")]) == 2
+    assert "error: 'none' has no tokenizer" in capsys.readouterr().err
     text = "from alignax import default_config as c\ndef get_config():\n    d = c()\n    d.optimizer.learningrate = 1.0\n    return d\n"
     (tmp_path / "typo.py").write_text(text + "def loss(config):\n    return None\n")
     assert cli.main(["train", "--config", str(tmp_path / "typo.py")]) == 2
