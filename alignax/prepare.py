@@ -300,11 +300,16 @@ def open_reference(config: Any, source: hf.Source, unused: tuple[tuple[int, int]
     return reference
 
 
+def paths_of(text: str) -> list[str]:
+    """The paths of a text with commas between them."""
+    return [path.strip() for path in text.split(",")]
+
+
 def open_judges(config: Any) -> list[hf.Source]:
     """The reward models of `reward.path`."""
     if not config.reward.path:
         raise ValueError("experience(..) asks for ensemble and config field 'reward.path' is empty; set --config.reward.path=FOLDER,FOLDER")
-    judges = open_ensemble(config.reward.path.split(","))
+    judges = open_ensemble(paths_of(config.reward.path))
     check_one_score(judges[0])
     return judges
 

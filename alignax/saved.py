@@ -17,7 +17,7 @@ from alignax.mesh import make_mesh
 from alignax.models import hf
 from alignax.models.reward import CRITIC
 from alignax.models.tensorfiles import check_finite
-from alignax.prepare import load_tokenizer, make_lora, open_critic, open_model, open_source
+from alignax.prepare import load_tokenizer, make_lora, open_critic, open_model, open_source, paths_of
 from alignax.programs import abstract_models
 from alignax.start import check_same, described, fingerprint
 from alignax.types import Params
@@ -112,7 +112,7 @@ def reward_models(place: str, file: str, overrides: Sequence[str]) -> tuple[Any,
         if not source.config.num_labels:
             raise ValueError(f"{place!r} is the run of a language model; give reward models (model.num_labels 1)")
         return config, source, mesh, rewards.stack([params for _, params in models], source.config, mesh)
-    folders = place.split(",")
+    folders = paths_of(place)
     config = load_experiment(file, overrides).config if file else folder_config(Path(folders[0]), overrides)
     mesh = make_mesh(config.mesh)
     source, params = rewards.load_ensemble(folders, mesh)

@@ -12,6 +12,8 @@ from alignax.checks import check_fields
 from alignax.cli import main, parse
 from alignax.config import check_kept, default_config, effective, load_experiment, set_field
 from alignax.defaults import PATHS
+from alignax.prepare import open_judges
+from alignax.saved import reward_models
 
 GOOD = """
 from alignax import chain, default_config, dpo, logps, sft
@@ -246,6 +248,15 @@ def test_paths_and_the_hub_are_no_urls():
     set_field(config, "data.train=hf://org/name:train")
     with pytest.raises(ValueError, match="'model.path' is 'hf://org/name'"):
         set_field(config, "model.path=hf://org/name")
+
+
+def test_reward_models_may_have_spaces_between_them(tmp_path):
+    config = default_config()
+    for place in (" here, there", "here,there "):
+        config.reward.path = place
+        for read in (lambda: open_judges(config), lambda place=place: reward_models(place, "", [])):
+            with pytest.raises(ValueError, match="folder 'here'"):
+                read()
 
 
 def test_an_experiment_file_of_another_encoding(tmp_path):
