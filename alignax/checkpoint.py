@@ -126,8 +126,17 @@ class Checkpoints:
         return dataclasses.replace(like, params=restored["params"], averages=averages, carry=carry, **restored["train"])
 
     def restore_params(self, step: int, like: Any, name: str = "policy") -> Any:
-        """The parameters alone, or those of an average. Errors are those of `restore`."""
+        """The parameters alone, or those of an average, which must be there. Other errors are those of `restore`."""
         item = "params" if name == "policy" else AVERAGE + name
+        about = self.about(step)
+        with self._reading(step):
+            kept = {leaf.partition("/")[0] for leaf in about["digests"]}
+        if item not in kept:
+            known = ["policy", *sorted(x.removeprefix(AVERAGE) for x in kept if x.startswith(AVERAGE))]
+            raise ValueError(
+                f"checkpoint {self.path / str(step)} has no average {short(name)}; "
+                f"export.params (of generate eval.params) is one of {', '.join(known)}"
+            )
         return self._restore(step, {item: like})[item]
 
     def _restore(self, step: int, like: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
@@ -45,17 +45,20 @@ generate    completes prompts; MODEL is a Hugging Face folder, or the WORKDIR of
             --temperature 0 is greedy; --stop may be given several times
 export      writes the newest checkpoint of a run as a Hugging Face folder, of an ensemble one for each member; for WORKDIR also the
             mean of model folders, A@0.5,B@0.5, which model.path, reference.path and generate take too
-check-data  reads and tokenises the data and reports on it, every bad row counted; needs the tokenizer of the model folder, no
-            weights; --json writes the report to a file too, --json - prints it instead; ends with 2 if a run would refuse the data
+check-data  reads and tokenises the data (train, eval, pretrain, ood) and reports on it, every bad row counted; needs the tokenizer of
+            the model folder, no weights; --json writes the report to a file too, --json - prints it instead; ends with 2 if a run would
+            refuse the data
 overopt     measures reward overoptimisation: best-of-n and direct alignment against a gold reward; goes on where it was stopped
 report      writes WORKDIR/report.html anew, of a laboratory or of a training run; for several comparison.html in the first, too
-FIELD       any field of the config, such as data.max_length; `alignax train --config FILE.py --dry-run` lists them"""
+FIELD       any field of the config, such as data.max_length; `alignax train --config FILE.py --dry-run` lists them
+            Any option's value may follow an =, as in --json=OUT; one that begins with -- must"""
 WANTED = {
     "train": [], "eval": ["WORKDIR"], "eval-rm": ["MODELS"], "anchor": ["MODELS", "FOLDER"], "ridge": ["FOLDER"],
     "generate": ["MODEL"], "export": ["WORKDIR", "FOLDER"], "check-data": [], "overopt": [], "report": ["WORKDIR ..."],
 }  # fmt: skip
 CONFIGURED = ("train", "eval-rm", "anchor", "ridge", "check-data", "overopt")  # commands that take an experiment file
 WRITING = ("eval", "eval-rm", "anchor", "ridge", "generate", "export", "check-data", "report")  # where they are told to
+VALUED = {"--config": CONFIGURED, "--json": ("eval", "eval-rm", "check-data"), "--samples": ("anchor",), "--penalty": ("ridge",)}
 
 
 class Arguments(NamedTuple):
@@ -152,39 +155,39 @@ def parse(args: Sequence[str]) -> Arguments:
     command, *rest = args
     if command not in WANTED:
         raise ValueError(f"command {short(command)} is unknown; use {', '.join(WANTED)}")
-    words, overrides, file, dry, json, samples, scale, penalty, request, force = [], [], "", False, "", "", False, 1.0, Request(), False
+    words, overrides, dry, scale, request, force = [], [], False, False, Request(), False
+    values: dict[str, str] = {}
     rest = iter(rest)
     for arg in rest:
-        if arg == "--config" and command in CONFIGURED:
-            file = next(rest, "")
-        elif arg.startswith("--config=") and command in CONFIGURED:
-            file = arg.removeprefix("--config=")
-        elif arg.startswith("--config.") and command != "report":
-            override = arg.removeprefix("--config.")
-            overrides.append(override if "=" in override else f"{override}={next(rest, '')}")
+        name, equals, value = arg.partition("=")
+        if command in VALUED.get(name, ()):
+            value = value if equals else following(rest)
+            if not value:
+                raise ValueError(f"{name} has no value; write {name}={'X' if name == '--penalty' else 'FILE'}")
+            if name in values:
+                raise ValueError(f"{name} is given twice, as {short(values[name])} and {short(value)}; leave one out")
+            values[name] = value
+        elif name.startswith("--config.") and command != "report":
+            value = value if equals else following(rest)
+            if value is None:
+                raise ValueError(f"{name} has no value; write {name}=VALUE")
+            overrides.append(f"{name.removeprefix('--config.')}={value}")
         elif arg == "--dry-run" and command == "train":
             dry = True
         elif arg == "--force" and command in WRITING:
             force = True
-        elif arg == "--json" and command in ("check-data", "eval", "eval-rm"):
-            json = next(rest, "")
-            if not json:
-                raise ValueError("--json names no file; write --json FILE, or --json - for the console")
-        elif arg == "--samples" and command == "anchor":
-            samples = next(rest, "")
         elif arg == "--scale" and command == "anchor":
             scale = True
-        elif arg == "--penalty" and command == "ridge":
-            penalty = number(arg, next(rest, ""))
         elif arg == "--raw" and command == "generate":
             request = dataclasses.replace(request, raw=True)
         elif command == "generate" and arg.startswith("--") and not arg.startswith("--config"):
-            name, equals, value = arg.partition("=")
-            request = with_option(request, name, value if equals else next(rest, None))
+            request = with_option(request, name, value if equals else following(rest))
         elif arg.startswith("-"):
             raise ValueError(f"option {short(arg)} is unknown to `alignax {command}`; `alignax --help` lists what it takes")
         else:
             words.append(arg)
+    file, json, samples = (values.get(name, "") for name in ("--config", "--json", "--samples"))
+    penalty = number("--penalty", values.get("--penalty", "1.0"))
     if len(words) != len(WANTED[command]) and not (command == "report" and words):
         raise ValueError(f"`alignax {command}` takes {' and '.join(WANTED[command]) or 'no further words'}, not {short(words)}")
     if command in ("train", "ridge", "check-data", "overopt") and not file:
@@ -196,6 +199,12 @@ def parse(args: Sequence[str]) -> Arguments:
     for name, text in [*named.items(), *((f"a word of `alignax {command}`", word) for word in words)]:
         check_local(text, name, hub=name in ("--samples", "--prompts"))
     return Arguments(command, words, overrides, file, dry, json, samples, scale, penalty, request, force)
+
+
+def following(rest: Iterator[str]) -> str | None:
+    """The word behind an option, its value; None where that is another option, or nothing."""
+    word = next(rest, None)
+    return None if word is None or word.startswith("--") else word
 
 
 def number(option: str, value: str) -> float:
@@ -212,7 +221,7 @@ def with_option(request: Request, option: str, value: str | None) -> Request:
     if name not in (f.name for f in dataclasses.fields(request)):
         raise ValueError(f"option {short(option)} is unknown; `alignax --help` lists them")
     if value is None:
-        raise ValueError(f"{option} has no value; write {option} VALUE")
+        raise ValueError(f"{option} has no value; write {option}=VALUE")
     old = getattr(request, name)
     if isinstance(old, bool):
         raise ValueError(f"{option} takes no value; write {option} alone, or leave it out")

@@ -34,7 +34,7 @@ from alignax.prepare import (
     origin,
     prepare,
 )
-from alignax.saved import averaged_models, folder_config, names_of, newest_models, saved_experiment, saved_models
+from alignax.saved import averaged_models, folder_config, is_workdir, names_of, newest_models, saved_experiment, saved_models
 from alignax.start import check_step, start
 
 
@@ -54,7 +54,7 @@ def train(file: str, overrides: Sequence[str], dry: bool) -> None:
             check_step(planned)
             print(plan.describe(planned))
     elif experiment.main is not None:
-        with blaming(experiment.file, own=True):
+        with refusing(), blaming(experiment.file, own=True):
             experiment.main(experiment)
     else:
         run(experiment)
@@ -163,7 +163,7 @@ def generate(model: Path, request: Request, overrides: Sequence[str], force: boo
     with refusing():
         distributed.initialize()
         with together():
-            saved = (model / "config.py").is_file()
+            saved = is_workdir(model)
             config = saved_experiment(model, overrides).config if saved else folder_config(model, overrides)
             source = open_model(config.model.path, config.model.init, "model.path")
             source = hf.with_heads(source, config.model.num_labels, trunk_values(config))

@@ -26,6 +26,7 @@ CALLED = {"get_config": (), "loss": ("config",), "averages": ("config",), "main"
 HEAD = "head"  # what `model.critic` is of a critic on the policy's trunk
 ROLLOUTS, PRETRAIN = "rollouts", "pretrain"  # the batches that losses of online training may be of, by name
 MARK = "# --- the effective config of this run; alignax wrote this part ---"
+FOLDER = "_modules_lie_in = "  # what the line begins with that names the folder from which the experiment imports
 
 
 class Experiment(NamedTuple):
@@ -92,14 +93,15 @@ def check_hooks(module: ModuleType, file: Path) -> None:
 def load_module(file: Path, source: bytes) -> ModuleType:
     """The module of an experiment's source, which may be that of a file that has changed since.
 
-    It imports modules that lie beside the file, behind all others; and it is one of `sys.modules`, where data classes and the processes
-    that it starts look for what it defines.
+    It imports modules that lie beside the file, or beside the one that a run began from, behind all others; and it is one of
+    `sys.modules`, where data classes and the processes that it starts look for what it defines.
     """
     module = ModuleType("alignax_experiment_" + file.stem)
     module.__file__ = str(file)
     sys.modules[module.__name__] = module
-    if (folder := str(file.resolve().parent)) not in sys.path:
-        sys.path.append(folder)
+    for folder in (str(file.resolve().parent), imports_from(file, source.decode(errors="replace"))):
+        if folder not in sys.path:
+            sys.path.append(folder)
     exec(compile(source, str(file), "exec", dont_inherit=True), module.__dict__)
     return module
 
@@ -148,6 +150,11 @@ def asked(experience: Callable | None) -> tuple[str, ...]:
     return tuple(p.name for p in named if p.default is p.empty or p.name in OFFERED)
 
 
+def of_run(file: Path) -> bool:
+    """Whether a run has written this file: told by its text, as the code of a stranger's folder is not to be run."""
+    return file.is_file() and MARK in file.read_text(encoding="utf-8", errors="replace").splitlines()
+
+
 def source(experiment: Experiment) -> str:
     """The experiment's own source, without the part that a run has written."""
     return read_source(experiment.file).split(MARK)[0].rstrip() + "\n"
@@ -159,6 +166,14 @@ def read_source(file: Path) -> str:
         return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as e:
         raise BadInput(f"{file} is not UTF-8 text ({e.reason} at byte {e.start}); convert it to UTF-8") from e
+
+
+def imports_from(file: Path, text: str) -> str:
+    """The folder of modules that an experiment file of this text imports: its own, or the one that the config.py of a workdir names."""
+    for line in text.partition(MARK)[2].splitlines():
+        if line.startswith(FOLDER):
+            return ast.literal_eval(line.removeprefix(FOLDER))
+    return str(file.resolve().parent)
 
 
 def effective(experiment: Experiment) -> str:
@@ -173,6 +188,7 @@ def effective(experiment: Experiment) -> str:
     return f"""{source(experiment)}
 
 {MARK}
+{FOLDER}{imports_from(experiment.file, read_source(experiment.file))!r}
 _get_config = get_config
 
 

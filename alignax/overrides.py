@@ -38,15 +38,36 @@ def set_field(config: Any, override: str) -> None:
         return
     value = _literal(text.capitalize() if isinstance(old, bool) else text)
     check_range(path, value)
-    if isinstance(old, tuple):
-        value = tuple(value) if isinstance(value, (tuple, list)) else (text,)
-    if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if isinstance(old, int) and isinstance(value, float) and value.is_integer():
-        value = int(value)
+    value = _elements(path, text, value, old) if isinstance(old, tuple) else _as(value, old)
     if type(value) is not type(old):
         raise ValueError(f"config field {path!r} is {short(text)}; it must be {a_kind(old)}, such as {old!r}")
     node[name] = value
+
+
+def _as(value: Any, like: Any) -> Any:
+    """A number as one of the kind of `like`, where that is the same number."""
+    if isinstance(like, float) and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(like, int) and isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
+
+
+def _elements(path: str, text: str, value: Any, old: tuple) -> tuple:
+    """A value for a field of several, which may be one alone: elements of the kind of those before, of none before texts."""
+    alone = not isinstance(value, (tuple, list))
+    kinds = {type(x): x for x in old} or {str: ""}
+    if kinds.keys() == {int, float}:
+        del kinds[int]
+    if alone:
+        value = (text if str in kinds and not isinstance(value, str) else value,)
+    like = next(iter(kinds.values()))
+    values = tuple(_as(x, like) for x in value) if len(kinds) == 1 else tuple(value)
+    if len(kinds) == 1 and (old or alone) and any(type(x) is not type(like) for x in values):
+        raise ValueError(f"config field {path!r} is {short(text)}; it must be {a_kind((like,))}, such as {old!r}")
+    for x in values:
+        check_range(path, x)
+    return values
 
 
 def _literal(text: str) -> Any:
@@ -100,7 +121,9 @@ def check_range(name: str, value: Any) -> None:
 
 def a_kind(value: Any) -> str:
     """What a field of the kind of this value must be, in words."""
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", tuple: "a list of texts"}
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    if isinstance(value, tuple):
+        return f"a list of {names.get(type((*value, '')[0]), 'value').removeprefix('a ')}s"
     return names.get(type(value), f"a {type(value).__name__}")
 
 

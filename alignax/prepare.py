@@ -39,6 +39,7 @@ from alignax.config import (
     difference,
     identity,
     load_experiment,
+    of_run,
     steps_of_turn,
     trunk_values,
 )
@@ -299,11 +300,16 @@ def open_reference(config: Any, source: hf.Source, unused: tuple[tuple[int, int]
     return reference
 
 
+def paths_of(text: str) -> list[str]:
+    """The paths of a text with commas between them."""
+    return [path.strip() for path in text.split(",")]
+
+
 def open_judges(config: Any) -> list[hf.Source]:
     """The reward models of `reward.path`."""
     if not config.reward.path:
         raise ValueError("experience(..) asks for ensemble and config field 'reward.path' is empty; set --config.reward.path=FOLDER,FOLDER")
-    judges = open_ensemble(config.reward.path.split(","))
+    judges = open_ensemble(paths_of(config.reward.path))
     check_one_score(judges[0])
     return judges
 
@@ -416,7 +422,7 @@ def check_workdir(run: Run) -> None:
         raise ValueError(f"workdir {str(workdir)!r} has a backslash, which checkpoints take for a slash; choose another name")
     saved = workdir / "config.py"
     place = output.standing(workdir)
-    if saved.is_file():
+    if of_run(saved):
         lines = difference(load_experiment(saved), experiment, FREE)
         if lines:
             raise ValueError(f"workdir {str(workdir)!r} belongs to another run ({'; '.join(lines[:4])}); choose another workdir")

@@ -10,14 +10,14 @@ from jax.sharding import Mesh
 
 from alignax import rewards
 from alignax.checkpoint import Checkpoints
-from alignax.config import Experiment, default_config, load_experiment, set_field, trunk_values
+from alignax.config import Experiment, default_config, load_experiment, of_run, set_field, trunk_values
 from alignax.distributed import together
 from alignax.fit import members_of, merged
 from alignax.mesh import make_mesh
 from alignax.models import hf
 from alignax.models.reward import CRITIC
 from alignax.models.tensorfiles import check_finite
-from alignax.prepare import load_tokenizer, make_lora, open_critic, open_model, open_source
+from alignax.prepare import load_tokenizer, make_lora, open_critic, open_model, open_source, paths_of
 from alignax.programs import abstract_models
 from alignax.start import check_same, described, fingerprint
 from alignax.types import Params
@@ -26,15 +26,15 @@ from alignax.types import Params
 def saved_experiment(workdir: Path, overrides: Sequence[str]) -> Experiment:
     """The experiment of a past run, to be looked at on the devices at hand rather than on those that it ran on."""
     file = workdir / "config.py"
-    if not file.is_file():
-        raise ValueError(f"{str(workdir)!r} is not the workdir of a run: it has no config.py")
+    if not of_run(file):
+        raise ValueError(f"{str(workdir)!r} is not the workdir of a run: it has no config.py{' that a run wrote' if file.exists() else ''}")
     here = [f"workdir={workdir}", "reference.cache=", "mesh.member=1", "mesh.data=1", "mesh.fsdp=-1", "mesh.tensor=1"]
     return load_experiment(file, [*here, *overrides])
 
 
-def is_workdir(place: str) -> bool:
+def is_workdir(place: str | Path) -> bool:
     """Whether a run has written there."""
-    return (Path(place) / "config.py").is_file()
+    return of_run(Path(place) / "config.py")
 
 
 def folder_config(folder: Path, overrides: Sequence[str]) -> Any:
@@ -112,7 +112,7 @@ def reward_models(place: str, file: str, overrides: Sequence[str]) -> tuple[Any,
         if not source.config.num_labels:
             raise ValueError(f"{place!r} is the run of a language model; give reward models (model.num_labels 1)")
         return config, source, mesh, rewards.stack([params for _, params in models], source.config, mesh)
-    folders = place.split(",")
+    folders = paths_of(place)
     config = load_experiment(file, overrides).config if file else folder_config(Path(folders[0]), overrides)
     mesh = make_mesh(config.mesh)
     source, params = rewards.load_ensemble(folders, mesh)

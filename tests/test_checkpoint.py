@@ -79,6 +79,10 @@ def test_a_renamed_checkpoint_is_refused(saved):
     shutil.copytree(saved / "checkpoints" / "0", saved / "checkpoints" / "3")
     with pytest.raises(ValueError, match="saved at step 0, its folder was renamed.*; delete that folder, and the run goes on from step 0"):
         Checkpoints(saved).restore_params(3, state().params)
+    with pytest.raises(
+        ValueError, match="0 has no average 'emaa'; export.params .of generate eval.params. is one of policy$"
+    ):  # which is no damage
+        Checkpoints(saved).restore_params(0, state().params, "emaa")
 
 
 @pytest.mark.slow

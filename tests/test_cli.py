@@ -322,6 +322,10 @@ def test_missing_and_broken_experiment_files(tmp_path, capsys):
     (tmp_path / "syntax.py").write_text("def get_config(:\n")
     assert cli.main(["train", "--config", str(tmp_path / "syntax.py")]) == 2
     assert "syntax.py, line 1: SyntaxError" in capsys.readouterr().err
+    stages = "from alignax.prepare import *\nfrom alignax import default_config as get_config\nloss = lambda config: None\n"
+    (tmp_path / "stages.py").write_text(stages + "def main(experiment):\n    load_tokenizer(Path('none'), 9)\n")
+    assert cli.main(["train", "--config", str(tmp_path / "stages.py")]) == 2
+    assert "error: 'none' has no tokenizer" in capsys.readouterr().err
     text = "from alignax import default_config as c\ndef get_config():\n    d = c()\n    d.optimizer.learningrate = 1.0\n    return d\n"
     (tmp_path / "typo.py").write_text(text + "def loss(config):\n    return None\n")
     assert cli.main(["train", "--config", str(tmp_path / "typo.py")]) == 2
@@ -340,7 +344,20 @@ def test_missing_and_broken_experiment_files(tmp_path, capsys):
         (["report", "runs/x", "--config.seed=1"], "'--config.seed=1' is unknown to `alignax report`"),
         (["generate", "here", "--raw=no"], "--raw takes no value"),
         (["check-data"], "needs --config"),
-        (["check-data", "--config", DPO, "--json"], "--json names no file"),
+        (["check-data", "--config", DPO, "--json"], "--json has no value; write --json=FILE"),
+        (["eval", "here", "--json", "--force"], "--json has no value"),
+        (["eval", "here", "--json="], "--json has no value"),
+        (["train", "--config", "--dry-run"], "--config has no value; write --config=FILE"),
+        (["train", "--config", DPO, "--config.workdir", "--dry-run"], "--config.workdir has no value; write --config.workdir=VALUE"),
+        (["train", "--config", DPO, "--config.workdir"], "--config.workdir has no value"),
+        (["generate", "here", "--out", "--raw"], "--out has no value; write --out=VALUE"),
+        (["generate", "here", "--colour", "--raw"], "'--colour' is unknown"),
+        (["anchor", "here", "there", "--samples", "--scale"], "--samples has no value"),
+        (["ridge", "there", "--config", DPO, "--penalty"], "--penalty has no value; write --penalty=X"),
+        (["ridge", "there", "--config", DPO, "--penalty=much"], "--penalty is 'much'; it must be a number"),
+        (["train", "--config", DPO, f"--config={SFT}"], "--config is given twice, as "),
+        (["eval", "here", "--json", "a", "--json=b"], "--json is given twice, as 'a' and 'b'; leave one out"),
+        (["anchor", "here", "there", "--samples", "a", "--samples", "b"], "--samples is given twice"),
         (["check-data", "--config", DPO], "model folder '' does not exist; set --config.model.path=FOLDER"),
         (["export", "here"], "takes WORKDIR and FOLDER"),
         (["eval", "/nowhere/at/all"], "no config.py"),
@@ -349,6 +366,30 @@ def test_missing_and_broken_experiment_files(tmp_path, capsys):
 def test_wrong_words(args, message, capsys):
     assert cli.main(args) == 2
     assert message in capsys.readouterr().err
+
+
+def test_values_of_options_behind_a_space_or_an_equals_sign():
+    for join in (lambda name, value: [name, value], lambda name, value: [f"{name}={value}"]):
+        assert cli.parse(["eval", "here", *join("--json", "F"), "--force"]).json == "F"
+        assert cli.parse(["anchor", "here", "there", *join("--samples", "F")]).samples == "F"
+        assert cli.parse(["ridge", "there", *join("--config", DPO), *join("--penalty", "2")]).penalty == 2.0
+        given = cli.parse(["generate", "here", *join("--config.data.kind", "sft"), *join("--stop", "-"), *join("--out", "-")])
+        assert given.overrides == ["data.kind=sft"] and given.request.stop == ("-",) and given.request.out == "-"
+    assert cli.parse(["generate", "here", "--stop=--"]).request.stop == ("--",)
+    assert cli.parse(["train", "--config", DPO, "--config.lora.path=", "--config.seed", "-1"]).overrides == ["lora.path=", "seed=-1"]
+
+
+@pytest.mark.parametrize("line", ["generate X --prompts P", "eval-rm X", "anchor X Y --samples P", "eval X", "export X Y", "train"])
+def test_the_code_of_a_folder_that_no_run_wrote_is_not_run(line, fields, tmp_path, capsys):
+    """A folder of the hub may have a config.py beside its config.json; a project too, in which a run is started."""
+    (tmp_path / "config.py").write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\n")
+    (tmp_path / "P").write_text("{}")
+    (tmp_path / "config.json").write_text("{}")
+    words = [str(tmp_path) if word == "X" else str(tmp_path / word) if word in "PY" else word for word in line.split()]
+    assert (run(fields | {"workdir": tmp_path}) if words == ["train"] else cli.main(words)) == 2
+    said = capsys.readouterr().err
+    assert not (tmp_path / "ran").exists() and said.count("\n") == 1
+    assert line[0] not in "et" or re.search("no workdir of a run|not the workdir of a run|holds other files", said), said
 
 
 def test_no_room_on_the_disk(fields, tmp_path, capsys, monkeypatch):
@@ -555,6 +596,40 @@ def test_overrides_take_the_type_of_the_field():
     assert (c.batch_size, c.epochs, c.log.tensorboard, c.workdir, c.optimizer.learning_rate) == (64, 2.0, False, "runs/7", 1e-4)
     with pytest.raises(ValueError, match="is a group"):
         config.set_field(c, "optimizer=adam")
+
+
+@pytest.mark.parametrize(
+    "old, text, value",
+    [
+        ((), "END", ("END",)),
+        ((), "'END'", ("END",)),
+        ((), r"('\n\n')", ("\n\n",)),
+        ((), "'", ("'",)),
+        ((), "5", ("5",)),
+        ((), "()", ()),
+        ((), "['a', 'b']", ("a", "b")),
+        ((), "(1, 'a')", (1, "a")),
+        (("a",), "true", ("true",)),
+        ((1, 2), "16", (16,)),
+        ((1, 2), "(4.0, 2)", (4, 2)),
+        ((0.1, 0.2), "1", (1.0,)),
+        ((1, 0.5), "(0.1, 2)", (0.1, 2)),
+        ((1, 2), "(1, 2.5)", "a list of whole numbers, such as .1, 2."),
+        ((0.1, 0.2), "many", "a list of numbers, such as"),
+        ((1, 2), "(1, true)", "a list of whole numbers"),
+        (("a",), "(1, 2)", "a list of texts"),
+        ((0.1,), "(1e999,)", "is inf; use a finite number"),
+    ],
+)
+def test_an_override_of_several_values_has_elements_of_their_kind(old, text, value):
+    c = config.default_config()
+    c.own = old
+    if isinstance(value, str):
+        with pytest.raises(ValueError, match=f"'own' .*{value}"):
+            config.set_field(c, f"own={text}")
+    else:
+        config.set_field(c, f"own={text}")
+        assert c.own == value and list(map(type, c.own)) == list(map(type, value)) or old == (1, 0.5)
 
 
 def test_nonfinite_steps_are_named_and_stop_the_run(fields, tmp_path, capsys, monkeypatch):

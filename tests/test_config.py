@@ -12,6 +12,8 @@ from alignax.checks import check_fields
 from alignax.cli import main, parse
 from alignax.config import check_kept, default_config, effective, load_experiment, set_field
 from alignax.defaults import PATHS
+from alignax.prepare import open_judges
+from alignax.saved import reward_models
 
 GOOD = """
 from alignax import chain, default_config, dpo, logps, sft
@@ -132,6 +134,15 @@ def test_an_experiment_file_is_a_module_like_any_other(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(future + GOOD + record + "RECORD = Record()\n")
     record = load_experiment(tmp_path / "mine.py").loss.__globals__["RECORD"]
     assert record.x == 3 and type(pickle.loads(pickle.dumps(record))) is type(record)
+    file = tmp_path / "mine.py"
+    for workdir in ("run", "again"):  # a later process finds the modules too, and one that goes on from the workdir's file
+        text = effective(load_experiment(file))
+        (tmp_path / workdir).mkdir()
+        file = tmp_path / workdir / "config.py"
+        file.write_text(text)
+        monkeypatch.setattr(sys, "path", [path for path in sys.path if not path.startswith(str(tmp_path))])
+        del sys.modules["lies_beside"]
+        assert load_experiment(file).loss.__globals__["RECORD"].x == 3
 
 
 @pytest.mark.parametrize("file", sorted(runs.REPO.glob("experiments/*.py")), ids=lambda file: file.stem)
@@ -237,6 +248,15 @@ def test_paths_and_the_hub_are_no_urls():
     set_field(config, "data.train=hf://org/name:train")
     with pytest.raises(ValueError, match="'model.path' is 'hf://org/name'"):
         set_field(config, "model.path=hf://org/name")
+
+
+def test_reward_models_may_have_spaces_between_them(tmp_path):
+    config = default_config()
+    for place in (" here, there", "here,there "):
+        config.reward.path = place
+        for read in (lambda: open_judges(config), lambda place=place: reward_models(place, "", [])):
+            with pytest.raises(ValueError, match="folder 'here'"):
+                read()
 
 
 def test_an_experiment_file_of_another_encoding(tmp_path):

@@ -179,6 +179,21 @@ def test_lost_text_is_counted(tmp_path):
     assert "unknown tokens, whose text is lost: 4" in text
 
 
+def test_texts_to_pretrain_on_and_pairs_from_elsewhere_are_looked_at_too(tmp_path):
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text(json.dumps({"prompt": "p", "completion": "c"}) + "\n" + json.dumps({"prompt": "p", "completion": ""}))
+    ood = tmp_path / "ood.jsonl"
+    ood.write_text(json.dumps(raw(1)[0]))
+    result, text = look(tmp_path, raw(3), pretrain=str(texts), ood=str(ood))
+    assert result["pretrain"]["sources"][str(texts)]["kept"] == 1 and "eval_prompts" not in result
+    assert f"pretrain data: {texts}" in text and f"ood data: {ood}" in text
+    assert check.stops(result) == f"{texts} has bad rows (empty completion: 1)"
+    result, _ = look(tmp_path, quirks(), raw(3), ood=str(tmp_path / "eval.jsonl"), pretrain=str(tmp_path / "train.jsonl"))
+    assert "chosen equals rejected: 1" in check.stops(result), "as pairs, though not as texts"
+    with pytest.raises(ValueError, match="missing.jsonl"):
+        look(tmp_path, raw(3), pretrain="missing.jsonl")
+
+
 def test_nothing_to_look_at():
     with pytest.raises(ValueError, match="'data.train' and 'data.eval' are empty; set --config.data.train=FILE"):
         check.check(default_config().data, tiny.byte_tokenizer(), 280)

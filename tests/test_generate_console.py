@@ -156,6 +156,8 @@ def test_conversations_go_through_the_chat_template(tmp_path):
         (["--top-k", "-3"], "top_k is -3"),
         (["--top-k", "few"], "--top-k is 'few'; it must be a whole number"),
         (["--n", "0"], "n is 0; it must be at least 1"),
+        (["--seed", str(2**32)], "seed is 4294967296; it must be at least 0 and less than 2^31"),
+        (["--seed", str(2**64)], "seed is 18446744073709551616; it must be"),
         (["--max-new-tokens"], "--max-new-tokens has no value"),
         (["--beams", "3"], "option '--beams' is unknown"),
         (["--stop", ""], "a stop string is empty"),

@@ -14,6 +14,7 @@ from alignax.data.tokens import IDENTICAL
 
 BINS, BAR = 12, 40  # of a histogram: the most bins, and the characters of its longest bar
 SIDES_AT_ONCE = 2048
+SPLITS = ("train", "eval", "pretrain", "ood")
 
 
 def check(
@@ -34,24 +35,24 @@ def check(
     """
     lenient = data.copy_and_resolve_references()
     lenient.bad_rows = "drop"
-    loaded = {split: load(split, lenient, tokenizer, vocab_size, ends, row) for split in ("train", "eval") if data[split]}
+    loaded = {split: load(split, lenient, tokenizer, vocab_size, ends, row) for split in SPLITS if data[split]}
     if not loaded:
         raise ValueError("config fields 'data.train' and 'data.eval' are empty; set --config.data.train=FILE")
     out: dict[str, Any] = {split: _split(split_data, data, tokenizer, colour) for split, split_data in loaded.items()}
-    if len(loaded) == 2:
-        train, evaluation = (set(split_data.examples.prompts) for split_data in loaded.values())
+    if "train" in loaded and "eval" in loaded:
+        train, evaluation = (set(loaded[split].examples.prompts) for split in ("train", "eval"))
         out["eval_prompts"], out["eval_prompts_in_train"] = len(evaluation), len(evaluation & train)
     return out
 
 
 def stops(result: dict[str, Any]) -> str:
     """The bad rows at which a run with `data.bad_rows="error"` would stop, in words; empty if there are none."""
-    sources = {path: source for split in ("train", "eval") if split in result for path, source in result[split]["sources"].items()}
-    found = {
-        path: ", ".join(f"{reason}: {source['dropped'][reason]}" for reason in source["bad"] if reason != IDENTICAL)
-        for path, source in sources.items()
-    }
-    return "; ".join(f"{path} has bad rows ({reasons})" for path, reasons in found.items() if reasons)
+    sources = [item for split in SPLITS if split in result for item in result[split]["sources"].items()]
+    found = [
+        (path, ", ".join(f"{reason}: {source['dropped'][reason]}" for reason in source["bad"] if reason != IDENTICAL))
+        for path, source in sources
+    ]
+    return "; ".join(f"{path} has bad rows ({reasons})" for path, reasons in dict.fromkeys(found) if reasons)
 
 
 def _split(loaded: Loaded, data: Any, tokenizer: Any, colour: bool) -> dict[str, Any]:
@@ -151,7 +152,7 @@ def _middling(examples: Examples) -> int:
 def text(result: dict[str, Any]) -> list[str]:
     """The lines of what `check` found, for the console."""
     lines = []
-    for split in ("train", "eval"):
+    for split in SPLITS:
         if split not in result:
             continue
         for path, source in result[split]["sources"].items():

@@ -19,6 +19,7 @@ from alignax.data.kinds import prompt_alone
 from alignax.data.rows import Bad, Prompted
 from alignax.data.shapes import holds_messages, is_json, said
 from alignax.data.tokens import prompt_ids
+from alignax.data.words import short
 from alignax.distributed import is_main
 from alignax.generate.generator import Completions, Generator
 from alignax.generate.sampling import Sampling
@@ -49,8 +50,8 @@ class Request:
         """Raises ValueError for numbers that cannot be."""
         self.sampling()
         for name, least in (("n", 1), ("max_new_tokens", 1), ("seed", 0), ("slots", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+            if not least <= getattr(self, name) < 2**31:  # beyond, seeds are equal by 32 bits, and sizes no size
+                raise ValueError(f"{name} is {short(getattr(self, name))}; it must be at least {least} and less than 2^31")
 
     def sampling(self) -> Sampling:
         """The distribution."""
