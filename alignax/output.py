@@ -144,6 +144,12 @@ def file(path: Path, shared: bool = False) -> Iterator[Path]:
         _sync(path.parent)
 
 
+def named(title: str) -> str:
+    """A title as the name of a file, without its ending: one name, whatever is in it and however long it is."""
+    name = re.sub(r"[ /\0]", "-", title).encode(errors="replace")
+    return (name if len(name) <= 200 else name[:100] + name[-100:]).decode(errors="ignore")
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a text file in one move."""
     with file(path) as tmp:

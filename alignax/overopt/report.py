@@ -168,7 +168,7 @@ def section(runs: Sequence[Run], kind: str, arm: str, family: str) -> dict[str, 
     else:
         images = [image for quantity in PANELS for image in over_distance(quantity, panels)] + calibration(measured)
     for image in images:
-        image["file"] = "-".join(f"{name} {arm} {image['file']}".lower().split())
+        image["file"] = output.named(" ".join(f"{name} {arm} {image['file']}".lower().split()))
     tables = [course(own), ends(own), laws(own), *samples(measured)]
     tables = [{"cards": False} | table for table in tables if table["rows"]]
     return {"title": title, "findings": findings(own), "figures": images, "tables": tables}
