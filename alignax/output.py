@@ -82,7 +82,7 @@ def _closed(place: Path) -> str:
             for name in (*place.relative_to(above).parts[:-1], _beside(place).name):
                 (Path(tmp) / name).touch()
     except OSError as e:
-        return one_line(e.strerror or e)
+        return e.strerror or one_line(e)
     return ""
 
 
