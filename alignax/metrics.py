@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -15,6 +16,10 @@ from alignax.config import BadInput
 from alignax.data.files import short
 
 MOST = 1 << 24  # bytes of rollouts.jsonl
+LARGE = 1e300  # beyond every number that a run writes
+SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which no file can hold
+ROW = {"step": int, str: (float,)}  # of metrics.jsonl
+SAMPLE = {"step": int, "prompt": str, "completion": str} | dict.fromkeys(("reward", "gold", "log_ratio"), (float,))  # of samples.jsonl
 SHOWN = {"loss": "loss", "rewards/accuracies": "acc", "rewards/margins": "margin", "reward": "reward", "kl": "kl", "grad_norm": "grad"}
 
 
@@ -144,18 +149,42 @@ class Log:
             self._file.close()
 
 
-def read_rows(file: Path) -> list[dict[str, Any]]:
-    """Rows of a JSONL log; a last line that a killed run cut short is left out.
+def read_rows(file: Path, shape: Any = ROW) -> list[dict[str, Any]]:
+    """Rows of a JSONL log, of this shape (see `misfit`); a last line that a killed run cut short is left out.
 
     Raises:
       BadInput: for a line that no run has written.
     """
     rows = []
     for number, line, row in _lines(file):
-        if row is None:
-            raise BadInput(f"{file}, line {number} is no row of a log: {short(line)}; delete that line")
+        if row is None or (wrong := misfit(row, shape)):
+            what = short(line) if row is None else f"its {wrong}"
+            raise BadInput(f"{file}, line {number} is no row of a log: {what}; delete that line")
         rows.append(row)
     return rows
+
+
+def misfit(value: Any, shape: Any) -> str:
+    """What of a JSON value is not of a shape, as "curves.gold is 3"; empty of one that fits.
+
+    A shape is `str`, `int` or `float`, whose numbers are finite; `(shape,)`, which may be null or missing; `[shape]`, a list; or
+    `{key: shape}`, an object with these keys, of which `str` stands for every one that there is.
+    """
+    if isinstance(shape, tuple):
+        return "" if value is None else misfit(value, shape[0])
+    if isinstance(shape, dict) and isinstance(value, dict):
+        inner = [(key, value.get(key), own) for key, own in shape.items() if key is not str]
+        inner += [(key, own, shape[str]) for key, own in value.items()] if str in shape else []
+    elif isinstance(shape, list) and isinstance(value, list):
+        inner = [(i, own, shape[0]) for i, own in enumerate(value)]
+    else:
+        if shape is str:
+            fits = isinstance(value, str) and not SURROGATE.search(value)
+        else:
+            fits = shape in (int, float) and type(value) in (int, shape) and abs(value) < LARGE
+        return "" if fits else f"is {short(value)}"
+    wrong = next(((key, found) for key, own, of in inner if (found := misfit(own, of))), None)
+    return f"{wrong[0]}{' ' if wrong[1].startswith('is ') else '.'}{wrong[1]}" if wrong else ""
 
 
 def _lines(file: Path) -> Iterator[tuple[int, bytes, dict[str, Any] | None]]:

@@ -10,9 +10,12 @@ import fcntl
 import functools
 import json
 import os
+import re
 import shutil
 import socket
 import sys
+import tempfile
+import weakref
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +28,7 @@ from alignax.distributed import is_main, together
 MARK = "alignax.json"
 LOCK = ".lock"  # of a workdir, the file that says who works in it
 TMP = "alignax-tmp"  # the end of the name of what is half written
+HELD: set[tuple[int, int]] = set()  # device and inode of the locks that this process holds
 EXCHANGE, HERE = 2, -100  # RENAME_EXCHANGE and AT_FDCWD of Linux
 
 
@@ -38,15 +42,12 @@ def claim(place: Path, origin: str = "", force: bool = False, remedy: str = "giv
       remedy: the end of the error.
 
     Raises:
-      ValueError: for what would be destroyed, and for a place that is closed or lies in a file.
+      ValueError: for what would be destroyed, and for a place that cannot be taken: a closed one, one in a file, a mount point.
     """
-    if not (above := standing(place.absolute().parent)).is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        why = "closed to you" if above.is_dir() else "a file"
-        raise ValueError(f"{str(place)!r} cannot be written: {str(above)!r} is {why}; choose another place")
+    if why := _closed(place):
+        raise ValueError(f"{str(place)!r} cannot be written: {why}; choose another place")
     if place.is_dir() and not origin:
         raise ValueError(f"{str(place)!r} is a folder; name a file")
-    if place.exists() and not (place.is_dir() or place.is_file()):
-        raise ValueError(f"{str(place)!r} is a device or a pipe, in whose place nothing is put; name a file, or - where that is taken")
     if force or not place.exists() or (place.is_file() and not place.stat().st_size) or (place.is_dir() and not any(place.iterdir())):
         return
     if place.is_dir():
@@ -59,6 +60,38 @@ def claim(place: Path, origin: str = "", force: bool = False, remedy: str = "giv
     with open(place, "rb") as f:
         if not origin or origin.encode() not in f.read(1000):
             raise ValueError(f"{str(place)!r} exists; {remedy}")
+
+
+def _closed(place: Path) -> str:
+    """Why nothing can be put into a place; empty where it can. What a link points to is looked at, since that is written."""
+    try:
+        if place.exists() and not (place.is_dir() or place.is_file()):
+            return "it is a device or a pipe, in whose place nothing is put (- is the console, where that is taken)"
+        place = _real(place)
+        if loop := next((str(p) for p in (place, *place.parents) if p.is_symlink()), ""):
+            return f"the link {loop!r} leads back to itself"
+        if _is_mount(place):
+            return "it is a mount point, which cannot be replaced" + (" (a folder in it can be written)" if place.is_dir() else "")
+        above = standing(place.parent)
+        if not above.is_dir():
+            return f"{str(above)!r} is a file"
+        if not os.access(above, os.W_OK | os.X_OK):
+            return f"{str(above)!r} is closed to you"
+        # Only a trial tells of a file system that takes no files, and of names that are too long for it.
+        with tempfile.TemporaryDirectory(prefix=".", suffix=f".{TMP}", dir=above) as tmp:
+            for name in (*place.relative_to(above).parts[:-1], _beside(place).name):
+                (Path(tmp) / name).touch()
+    except OSError as e:
+        return e.strerror or one_line(e)
+    return ""
+
+
+def _is_mount(path: Path) -> bool:
+    """Whether a file or a folder is mounted there, which the system keeps in its place."""
+    about = Path("/proc/self/mountinfo")
+    lines = about.read_bytes().splitlines() if about.is_file() else []
+    mounted = re.sub(rb"[\s\\]", lambda found: b"\\%03o" % ord(found[0]), os.fsencode(path))  # as the system writes it
+    return os.path.ismount(path) if path.is_dir() else any(line.split()[4] == mounted for line in lines)
 
 
 def claim_on_all(place: Path, origin: str = "", force: bool = False) -> None:
@@ -101,7 +134,7 @@ def file(path: Path, shared: bool = False) -> Iterator[Path]:
 
     `shared`: several processes may write the same file at the same time; `sweep` removes what killed ones left of it.
     """
-    path = path.resolve()  # what a link points to, which stays
+    path = _real(path)  # what a link points to, which stays
     tmp = _beside(path, f"{socket.gethostname()}-{os.getpid()}" if shared else "")
     with _writing(path, tmp):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -109,6 +142,12 @@ def file(path: Path, shared: bool = False) -> Iterator[Path]:
         _sync(tmp)
         os.replace(tmp, path)
         _sync(path.parent)
+
+
+def named(title: str) -> str:
+    """A title as the name of a file, without its ending: one name, whatever is in it and however long it is."""
+    name = re.sub(r"[ /\0]", "-", title).encode(errors="replace")
+    return (name if len(name) <= 200 else name[:100] + name[-100:]).decode(errors="ignore")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -144,7 +183,7 @@ def sweep(folder: Path) -> None:
 @contextmanager
 def folder(out: Path, origin: str = "") -> Iterator[Path]:
     """Where to write a folder that takes the place of `out` at the end, of an `origin` marked; every process enters, process 0 writes."""
-    out = out.resolve()
+    out = _real(out)
     tmp = _beside(out)
     with _writing(out, tmp):
         with together():
@@ -172,17 +211,18 @@ class Lock:
 
     def __init__(self, path: Path | None):
         """Takes the lock, or says that the file system has none."""
-        self._file: int | None = None
+        self._release: weakref.finalize | None = None
         if path is None:
             return
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        own = f"process {os.getpid()} on {socket.gethostname()}"
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        place = os.fstat(file).st_dev, os.fstat(file).st_ino
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:
-            holder = os.read(self._file, 300).decode(errors="replace").strip()
-            self.close()
-            if holder != own:
+            holder = os.read(file, 300).decode(errors="replace").strip()
+            os.close(file)
+            # Not by what the holder wrote: in containers, two processes of one host name have one number.
+            if place not in HELD:
                 raise ValueError(
                     f"workdir {str(path.parent)!r} is in use: {holder or 'another process'} works in it; "
                     "wait until that ends, stop it, or choose another workdir"
@@ -190,16 +230,20 @@ class Lock:
             return
         except OSError as e:
             print(f"{path.parent} is on a file system without locks ({e.strerror}): see that nothing else works in it", file=sys.stderr)
-        os.ftruncate(self._file, 0)
-        os.write(self._file, own.encode())
+        HELD.add(place)
+        self._release = weakref.finalize(self, _let_go, file, place)  # also of a run that was refused after it was opened
+        os.ftruncate(file, 0)
+        os.write(file, f"process {os.getpid()} on {socket.gethostname()}".encode())
 
     def close(self) -> None:
         """Lets go of it."""
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
+        if self._release is not None:
+            self._release()
 
-    __del__ = close  # of a run that was refused after it was opened
+
+def _let_go(file: int, place: tuple[int, int]) -> None:
+    HELD.discard(place)
+    os.close(file)
 
 
 @contextmanager
@@ -216,6 +260,11 @@ def _writing(path: Path, tmp: Path) -> Iterator[None]:
             raise
         kept = "; what stood there is whole" if path.exists() else ""
         raise OSError(f"{str(path)!r} could not be written ({one_line(e)}){kept}; make room, or choose another place") from e
+
+
+def _real(path: Path) -> Path:
+    """The path without links; a link that leads back to itself stays."""
+    return Path(os.path.realpath(path))
 
 
 def _beside(path: Path, tag: str = "") -> Path:

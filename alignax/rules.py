@@ -65,9 +65,8 @@ class Machine:
         except (re.error, OverflowError, RecursionError) as e:
             raise ValueError(f"{pattern!r} is no regular expression ({e})") from e
         self.pattern = pattern
-        inner = pattern.removeprefix("\\A").removeprefix("^").removesuffix("\\Z")
-        odd = (len(inner) - len(inner[:-1].rstrip("\\"))) % 2 == 1  # the last character is not escaped
-        self.text = inner[:-1] if inner.endswith("$") and odd else inner
+        inner = pattern.removeprefix("\\A").removeprefix("^")
+        self.text = re.sub(r"(?<!\\)((?:\\\\)*)(?:\\Z|\$)+\Z", r"\1", inner)  # unless the backslash or the dollar is escaped
         self.states: list[tuple[re.Pattern | None, tuple[int, ...]]] = [(None, ())]  # what character it takes, and which come next
         place, tree = self.alternatives(0)
         first = self.emit(tree, 0)

@@ -309,7 +309,10 @@ def test_of_long_rows_only_what_is_kept_is_tokenised_and_it_is_the_same(name, mo
     rows += [("<s>" + WORDS * 20, " yes", " no"), (" ".join(WORDS) * 10, " yes", " no"), ("-" * 2000, " yes", " no")]
     rows = [Prompted(prompt, sides, i) for i, (prompt, *sides) in enumerate(rows)]
     turns = [{"role": role, "content": WORDS[:9]} for _ in range(30) for role in ("assistant", "user")]
-    for given in (rows, [as_turns(row) for row in rows], [Prompted([turns[1]], (turns[:-1],)), Prompted(turns, (turns[:-1],), 1)]):
+    every = [rows, [as_turns(row) for row in rows], [Prompted([turns[1]], (turns[:-1],)), Prompted(turns, (turns[:-1],), 1)]]
+    begun = lambda text: [{"role": "assistant", "content": text, "weight": 0}, *turns[1:3]]  # what is scored lies far behind
+    every += [[every[1][0], Prompted([turns[1]], (begun("a" + WORDS * 20), begun("b" + end)), 1)] for end in (WORDS * 20, "")]
+    for given in every:
         limits = {"max_length": max_length, "max_prompt_length": max_prompt_length, "vocab_size": 512}
         monkeypatch.setattr(bounds, "LONG", 2**18)
         whole, before = tokenize(given, tokenizer, rejected=Rejected("rows", "drop"), **limits)

@@ -81,7 +81,7 @@ def test_what_a_link_points_to_is_replaced_and_the_link_stays(tmp_path):
 def test_a_device_is_left_alone(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for place in (Path("/dev/null"), tmp_path / "pipe"):
-        with pytest.raises(ValueError, match="is a device or a pipe, in whose place nothing is put; name a file"):
+        with pytest.raises(ValueError, match="it is a device or a pipe, in whose place nothing is put .*; choose another place"):
             output.claim(place, force=True)
 
 
@@ -189,17 +189,18 @@ HOLDER = """
 import fcntl, os, socket, sys
 file = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
 fcntl.flock(file, fcntl.LOCK_EX)
-os.write(file, f"process {os.getpid()} on {socket.gethostname()}".encode())
+os.write(file, f"process {sys.argv[2]} on {socket.gethostname()}".encode())
 print("held", flush=True)
 sys.stdin.read()
 """
 
 
-def test_a_workdir_is_held_by_one_process_and_freed_by_its_death(tmp_path):
+@pytest.mark.parametrize("pid", [1, os.getpid()])  # in another container, the holder may have our number
+def test_a_workdir_is_held_by_one_process_and_freed_by_its_death(pid, tmp_path):
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path / ".lock")], env=os.environ, **pipes)
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path / ".lock"), str(pid)], env=os.environ, **pipes)
     assert process.stdout is not None and process.stdout.readline() == b"held\n"
-    with pytest.raises(ValueError, match=rf"is in use: process {process.pid} on .* works in it; wait until that ends"):
+    with pytest.raises(ValueError, match=rf"is in use: process {pid} on .* works in it; wait until that ends"):
         output.Lock(tmp_path / ".lock")
     process.send_signal(signal.SIGKILL)
     process.communicate()
@@ -208,6 +209,7 @@ def test_a_workdir_is_held_by_one_process_and_freed_by_its_death(tmp_path):
     assert str(os.getpid()) in (tmp_path / ".lock").read_text()
     lock.close()
     lock.close()
+    output.Lock(tmp_path / ".lock").close()
 
 
 @pytest.mark.parametrize("lost", ["nothing", "the file", "the end", "a line"])
@@ -246,7 +248,19 @@ def test_a_place_that_cannot_be_written_is_refused_at_once(tmp_path, monkeypatch
         output.claim(tmp_path / "file" / "out")
     with pytest.raises(ValueError, match="empty' is a folder; name a file"):
         output.claim(tmp_path / "empty")
+    links = {"gone": "/proc/not/there", "loop": "loop", "under": "file/out"}
+    for name, target in links.items():
+        (tmp_path / name).symlink_to(target)
+    for place, why in {
+        "gone": "No such file", "loop": "the link .*loop' leads back to itself", "loop/out": "leads back", "under": "file' is a file",
+        "x" * 250: "File name too long", "a/" + "x" * 300 + "/b": "File name too long",
+        "/": "it is a mount point, .*a folder in it can be written",
+    }.items():  # fmt: skip
+        with pytest.raises(ValueError, match=f"cannot be written: .*{why}.*; choose another place"):
+            output.claim(tmp_path / place, "run a", force=True)
+    before = sorted(tmp_path.iterdir())
     output.claim(tmp_path / "not" / "there" / "out")
+    assert sorted(tmp_path.iterdir()) == before
     output.write_text(tmp_path / "not" / "there" / "out", "1")
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # of root no folder is closed
     with pytest.raises(ValueError, match="out' cannot be written: .* is closed to you; choose another place"):

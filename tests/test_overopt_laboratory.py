@@ -14,7 +14,7 @@ import runs
 from alignax import cli, config
 from alignax.config import BadInput
 from alignax.experience import ensembles
-from alignax.overopt import laboratory, report
+from alignax.overopt import figures, laboratory, report, results
 from alignax.overopt.worlds import Scored
 
 FILE = str(runs.REPO / "experiments" / "overoptimization.py")
@@ -25,6 +25,7 @@ TINY = {
     "online.families": "('Elastic Reset', 'Optima')", "online.proxies": "('single',)", "online.rollouts": 4, "online.every": 2,
     "online.batch_size": 4, "online.reset": 2,
 }  # fmt: skip
+MADE = dict.fromkeys(("file", "alignax", "commit", "jax", "processor"), "x")
 AGGREGATES = {"mean": ensembles.mean, "WCO": ensembles.wco}
 
 
@@ -84,6 +85,9 @@ def test_scores_that_are_not_finite_are_left_out_and_counted(capsys):
     m = laboratory.score("tail", [scored(members=members, margins=margins)], AGGREGATES, (1, 16), [0])
     assert (m["excluded"], m["excluded_pairs"]) == (2, 1)
     assert "left out since a score is not finite: 2 responses, 1 held-out pairs" in capsys.readouterr().err
+    rows = laboratory.samples_of(scored(members=members), AGGREGATES, (1,))
+    shown = {(row["objective"], row["prompt"]) for row in rows}
+    assert ("mean", "<p0>") in shown and ("mean", "<p1>") not in shown, "of none there is no best"
     assert np.isfinite(json.loads(json.dumps(m["curves"]))["mean"]["gold"]).all() and np.sum(m["calibration"]["single"][0]) == 3 * 49
 
 
@@ -105,6 +109,16 @@ def spoilt(**changes) -> Scored:
 def test_worlds_that_cannot_be_measured_are_refused(world, message):
     with pytest.raises(BadInput, match=message):
         measure(world)
+
+
+def test_a_stage_of_any_name_is_a_file_of_the_report(tmp_path, monkeypatch):
+    names, own = ["w/o tail", "a\0b/../..", "é" * 300], measure(scored())
+    for i, name in enumerate(names):
+        laboratory.stage(tmp_path, f"{i} best-of-n {name}", lambda name=name: own | {"arm": name}, MADE)
+    assert [m["arm"] for m in results.load(tmp_path)] == names
+    monkeypatch.setattr(figures, "png", lambda drawing: bytes(24))
+    report.write(tmp_path)
+    assert len([file for file in (tmp_path / "figures").iterdir() if file.is_file()]) == 5 * len(names)
 
 
 # The command ----------------------------------------------------------------------------------------------------------------

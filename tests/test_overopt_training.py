@@ -57,6 +57,72 @@ def test_offline_runs_and_runs_that_never_evaluated(tmp_path):
         training.of_training(write(tmp_path / "none", [{"step": 0}]))
 
 
+CURVE = {"gold": [[0.0, 1.0]], "kl": [[0.0, 0.5]]}
+ABOUT = {"arm": "tail", "seeds": [0], "objective": "DPO"}
+DIRECT = ABOUT | {"kind": "direct", "beta": 0.1, "step": [0, 1], "curves": CURVE}
+ONLINE = ABOUT | {"kind": "online", "family": "PPO", "over_steps": ["other", "none"]}
+ONLINE |= {"runs": [{"setting": "", "beta": None, "step": [0, 1], "curves": CURVE | {"other": [[1.0, 2.0]]}}]}
+
+
+def without(value, key):
+    return {k: v for k, v in value.items() if k != key}
+
+
+@pytest.mark.parametrize(
+    ("value", "wrong"),
+    [
+        *[(value, f"is {value!r}") for value in ([], 3, None, "x")],
+        ({}, "kind is None"), ({"kind": "x"}, "kind is 'x'"), ({"kind": "best_of_n"}, "arm is None"),
+        *[(without(DIRECT, key), f"{key} is None") for key in DIRECT], (DIRECT | {"beta": "0.1"}, "beta is '0.1'"),
+        (DIRECT | {"step": [0, float("nan")]}, "step.1 is nan"), (DIRECT | {"step": [0, 10**400]}, "step.1 is 1000"),
+        (DIRECT | {"seeds": [True]}, "seeds.0 is True"), (DIRECT | {"arm": "\ud800"}, "arm is "),
+        (DIRECT | {"curves": CURVE | {"x": [[0.0]]}}, "x is of another size"), (DIRECT | {"curves": CURVE | {"x": []}}, "x is of another"),
+        (DIRECT | {"curves": {"kl": [[0.0, 1.0]]}}, "curves.gold is None"), (DIRECT | {"curves": {"gold": [0.0]}}, "curves.gold.0 is 0.0"),
+        (ONLINE | {"runs": []}, "runs is []"), (ONLINE | {"runs": [3]}, "runs.0 is 3"),
+        (DIRECT | {"made": {"file": "x"}}, "made.alignax is None"),
+        (b"", "Expecting value"), (json.dumps(DIRECT).encode()[:-9], "delimiter"), (b"\xff", "decode byte"), (b"[" * 10**5, "recursion"),
+    ],
+)  # fmt: skip
+def test_a_damaged_stage_is_named_with_the_remedy(value, wrong, tmp_path, capsys):
+    (tmp_path / "stages").mkdir()
+    (tmp_path / "stages" / "00-x.json").write_bytes(value if isinstance(value, bytes) else json.dumps(value).encode())
+    assert cli.main(["report", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "stages/00-x.json is damaged (" in line and wrong in line
+    assert line.endswith("); delete it, and `alignax overopt` measures that stage again")
+
+
+@pytest.mark.parametrize(
+    ("file", "row", "wrong"),
+    [
+        ("metrics.jsonl", {"step": 2, "loss": "x"}, "its loss is 'x'"),
+        ("metrics.jsonl", {"step": 2, "loss": float("inf")}, "its loss is inf"),
+        ("metrics.jsonl", {"step": 2, "eval/kl": [1]}, "its eval/kl is [1]"),
+        ("metrics.jsonl", [], "b'[]'"),
+        ("samples.jsonl", {"step": 2, "completion": "x"}, "its prompt is None"),
+        ("samples.jsonl", {"step": 2, "prompt": "x"}, "its completion is None"),
+        ("samples.jsonl", {"step": 2, "prompt": "x", "completion": "y", "gold": "z"}, "its gold is 'z'"),
+        ("samples.jsonl", {}, "b'{}'"),
+    ],
+)
+def test_a_damaged_row_of_a_run_is_named_with_the_remedy(file, row, wrong, tmp_path, capsys):
+    write(tmp_path, [{"step": 1, "eval/reward": 0.5}])
+    with open(tmp_path / file, "a") as f:
+        f.write(json.dumps(row) + "\n")
+    assert cli.main(["report", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    number = 2 if file == "metrics.jsonl" else 1
+    assert f"{file}, line {number} is no row of a log: {wrong}" in line and line.endswith("; delete that line")
+
+
+def test_what_is_drawn_over_steps_may_have_any_name(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(report, "image", lambda panels, file, caption: drawn.extend(panels) or {"file": file})
+    run = tables.Run("x", tmp_path, [ONLINE], results.curves([ONLINE]))
+    report.section([run], "online", "tail", "PPO")
+    assert [panel.title for panel in drawn if panel.x_label == "step"] == ["Other in training"]
+
+
 def test_a_bin_of_pairs_that_are_all_wrong_stays_on_the_axes(monkeypatch):
     panels = []
     monkeypatch.setattr(report, "image", lambda own, file, caption: panels.extend(own))

@@ -38,6 +38,8 @@ def test_real_solutions_are_judged_as_their_authors_judged_them(data_dir):
 
 def test_formats_and_lengths():
     assert matches(["<answer>\n7</answer>", "x <answer>7</answer>"], r"<answer>.*</answer>") == [1, 0]
+    escaped = {r"\\Z": "\\Z", r"\\\Z": "\\", r"a\$": "a$", r"\$$": "$", r"\\$": "\\", r"a$\Z": "a"}  # pattern -> what it matches
+    assert all(matches([text, "a"], pattern) == [1, text == "a"] for pattern, text in escaped.items())
     assert near_length(["a b c d", "a b", "", "a b c d e f g h i"], 4) == [1, 0.5, 0, 0]
     with pytest.raises(ValueError, match="words is 0"):
         near_length(["a"], 0)

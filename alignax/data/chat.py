@@ -267,6 +267,8 @@ def _encoded(row: Found, tokens: list["Tokens"], ends: Collection[int]) -> Encod
         if not prompt.ids:
             return Bad("no prompt", "the chat template makes no token of the conversation")
         return Encoded(prompt.ids, [[eos]], [b"\1"], row.prompt, told=row.told)
+    if not all(side.turns for side in row.sides):  # of a part of a row
+        return Bad("empty completion", "what is scored begins beyond the end of the text")
     front = _front(row)
     places = [own.place(front) for own in tokens]
     boundary = min(place for place, _ in places)

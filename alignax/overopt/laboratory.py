@@ -123,7 +123,7 @@ def made_by(file: Path) -> dict[str, str]:
 
 def stage(workdir: Path, name: str, measure: Callable[[], dict[str, Any]], made: dict[str, str]) -> None:
     """Measures, unless that was done before."""
-    file = workdir / "stages" / f"{name.replace(' ', '-')}.json"
+    file = workdir / "stages" / f"{output.named(name)}.json"
     if file.is_file():
         print(f"{name}: measured before", file=sys.stderr)
         return
@@ -227,7 +227,10 @@ def samples_of(scored: Scored, aggregates: Mapping[str, Aggregate], n: Sequence[
         for name, aggregate in {SINGLE: lambda x: x[0], **aggregates}.items():
             proxy = np.asarray(aggregate(jnp.asarray(members)))
             for size in dict.fromkeys((n[len(n) // 2], n[-1])):
-                i = int(np.argmax(np.where(np.isfinite(proxy[:size]) & np.isfinite(scored.gold[p, :size]), proxy[:size], -np.inf)))
+                finite = np.isfinite(proxy[:size]) & np.isfinite(scored.gold[p, :size])
+                if not finite.any():
+                    continue
+                i = int(np.argmax(np.where(finite, proxy[:size], -np.inf)))
                 prompt, response = scored.show(p, i)
                 own = [float(x) if np.isfinite(x) else None for x in members[:, i]]
                 scores = {"proxy": float(proxy[i]), "gold": float(scored.gold[p, i]), "members": own}

@@ -160,7 +160,8 @@ def section(runs: Sequence[Run], kind: str, arm: str, family: str) -> dict[str, 
     if kind == "online":
         images = [image for quantity in SIDE_BY_SIDE for image in over_distance(quantity, panels, together=True)]
         stepped = dict.fromkeys(quantity for _, m in measured for quantity in m["over_steps"])
-        images += over_steps(list(stepped), [(c.name, c) for _, found in own for c in found if c.kind == "online"])
+        lines = [(c.name, c) for _, found in own for c in found if c.kind == "online"]
+        images += over_steps([q for q in stepped if any(q in c.values for _, c in lines)], lines)
     elif kind in RUNS:
         images = [image for quantity in PANELS for image in over_distance(quantity, panels)] if kind == "training" else []
         lines = [(run.name, c) for run, found in own for c in found]
@@ -168,7 +169,7 @@ def section(runs: Sequence[Run], kind: str, arm: str, family: str) -> dict[str, 
     else:
         images = [image for quantity in PANELS for image in over_distance(quantity, panels)] + calibration(measured)
     for image in images:
-        image["file"] = "-".join(f"{name} {arm} {image['file']}".lower().split())
+        image["file"] = output.named(" ".join(f"{name} {arm} {image['file']}".lower().split()))
     tables = [course(own), ends(own), laws(own), *samples(measured)]
     tables = [{"cards": False} | table for table in tables if table["rows"]]
     return {"title": title, "findings": findings(own), "figures": images, "tables": tables}
@@ -225,9 +226,9 @@ def over_steps(quantities: Sequence[str], own: Sequence[tuple[str, Curve]]) -> l
     for quantity in quantities:
         having = [(name, c) for name, c in own if quantity in c.values]
         drawn = [figures.Line(name, c.at.tolist(), *plain(c.values[quantity], np.arange(len(c.at)))) for name, c in having]
-        label, reach = OVER_STEPS[quantity], max(float(c.at[-1]) for _, c in having) or 1.0
+        label, reach = OVER_STEPS.get(quantity, quantity), max(float(c.at[-1]) for _, c in having) or 1.0
         panels.append(figures.Panel(drawn, f"{label[0].upper()}{label[1:]} in training", "step", label, reach=reach))
-    words = ", ".join(OVER_STEPS[quantity] for quantity in quantities)
+    words = ", ".join(OVER_STEPS.get(quantity, quantity) for quantity in quantities)
     file = "steps" if len(panels) > 1 else f"steps {' '.join(quantities)}"
     return [image(panels, file, f"Over steps of training: {words}.")] if panels else []
 

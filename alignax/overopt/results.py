@@ -11,9 +11,24 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.special import stdtrit
 
+from alignax.data.files import one_line
+from alignax.metrics import misfit
 from alignax.overopt import fits, training
 
 LEVEL = 0.95  # of the bands
+CURVES = {"gold": [[float]], str: [[float]]}  # quantity -> [S][E]
+SAMPLES = {"objective": str, "n": int, "prompt": str, "response": str, "proxy": float, "gold": float, "members": [(float,)]}
+MADE = dict.fromkeys(("file", "alignax", "commit", "jax", "processor"), str)
+ANY = {"arm": str, "seeds": [int], "made": (MADE,), "excluded": (int,), "excluded_pairs": (int,)}
+RUNS = ANY | {"family": str, "objective": str, "over_steps": [str]}
+RUNS |= {"runs": [{"setting": str, "beta": (float,), "step": [float], "curves": CURVES}]}
+STAGES = {  # kind -> what its file holds, see `alignax.metrics.misfit`
+    "best_of_n": ANY | dict.fromkeys(("members", "prompts", "responses"), int) | {"n": [int], "kl": [float], "accuracy": [[float]],
+        "curves": {str: CURVES}, "calibration": {str: [[float]]}, "samples": [SAMPLES]},
+    "direct": ANY | {"objective": str, "beta": float, "step": [float], "curves": CURVES},
+    "online": RUNS,
+    "optima": RUNS,
+}  # fmt: skip
 LAWS = {"bon": fits.BON, "rl": fits.RL}
 
 
@@ -52,8 +67,38 @@ def load(workdir: Path) -> list[dict[str, Any]]:
       ValueError: for a folder that has neither.
     """
     if files := sorted((workdir / "stages").glob("*.json")):
-        return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+        return [read_stage(file) for file in files]
     return training.of_training(workdir)
+
+
+def read_stage(file: Path) -> dict[str, Any]:
+    """The measurements of a stage.
+
+    Raises:
+      ValueError: for a file that the laboratory has not written so.
+    """
+    try:
+        m = json.loads(file.read_bytes())
+        wrong = misfit(m, {"kind": str}) or (misfit(m, STAGES[m["kind"]]) if m["kind"] in STAGES else f"kind is {m['kind']!r}") or uneven(m)
+    except (ValueError, RecursionError) as e:
+        wrong = one_line(e)
+    if wrong:
+        raise ValueError(f"{file} is damaged ({wrong}); delete it, and `alignax overopt` measures that stage again")
+    return m
+
+
+def uneven(m: dict[str, Any]) -> str:
+    """What of a stage has another number of seeds or of places than the rest; empty where nothing has."""
+    S, runs = len(m["seeds"]), m.get("runs", [m])
+    if m["kind"] == "best_of_n":
+        E, bins = len(m["n"]), [len(rows[0]) if rows else 0 for rows in m["calibration"].values()]
+        tables = [("kl", [m["kl"]], 1, E), ("accuracy", m["accuracy"], S, m["members"])]
+        tables += [(name, rows, 3, B) for (name, rows), B in zip(m["calibration"].items(), bins, strict=True)]
+        tables += [(name, rows, S, E) for own in m["curves"].values() for name, rows in own.items()]
+    else:
+        tables = [(name, rows, S, len(run["step"])) for run in runs for name, rows in run["curves"].items()]
+    odd = [name for name, rows, height, width in tables if not height * width or [len(row) for row in rows] != [width] * height]
+    return f"{odd[0]} is of another size than the rest" if odd else "" if runs else "runs is []"
 
 
 def curves(measurements: Sequence[dict[str, Any]]) -> list[Curve]:
@@ -61,7 +106,7 @@ def curves(measurements: Sequence[dict[str, Any]]) -> list[Curve]:
     out = []
     for m in measurements:
         if m["kind"] == "best_of_n":
-            d = np.sqrt(m["kl"])
+            d = np.sqrt(np.maximum(m["kl"], 0.0))
             for objective, values in m["curves"].items():
                 bands = {quantity: band(np.array(x)) for quantity, x in values.items()}
                 out.append(Curve(m["kind"], m["arm"], objective, None, np.array(m["n"]), d, bands, len(m["seeds"])))
@@ -73,7 +118,7 @@ def curves(measurements: Sequence[dict[str, Any]]) -> list[Curve]:
                 at = np.array(run["step"])
                 d = np.sqrt(np.maximum(bands["kl"].mean, 0.0)) if "kl" in bands else np.full(len(at), np.nan)
                 family, seeds = m.get("family", ""), len(m["seeds"])
-                out.append(Curve(m["kind"], m["arm"], m["objective"], run["beta"], at, d, bands, seeds, run["setting"], family))
+                out.append(Curve(m["kind"], m["arm"], m["objective"], run.get("beta"), at, d, bands, seeds, run["setting"], family))
     return out
 
 
@@ -132,7 +177,7 @@ def as_json(measurements: Sequence[dict[str, Any]]) -> str:
 
 def makers(measurements: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
     """What code and which processors have measured these (see `alignax.overopt.laboratory.made_by`), each once."""
-    found = [m["made"] for m in measurements if "made" in m]
+    found = [m["made"] for m in measurements if m.get("made")]
     return [made for i, made in enumerate(found) if made not in found[:i]]
 
 

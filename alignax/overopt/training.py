@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from alignax.metrics import read_rows
+from alignax.metrics import SAMPLE, read_rows
 from alignax.report import evaluated
 
 QUANTITIES = {  # what a training run logs, as the laboratory calls it
@@ -28,7 +28,7 @@ def of_training(workdir: Path) -> list[dict[str, Any]]:
     evaluations, steps = evaluated(logged), [row for row in logged if "loss" in row]
     out = []
     if any(name in row for row in evaluations for name in QUANTITIES):
-        out.append(measurement("training", workdir, evaluations) | {"samples": ends_of(read_rows(workdir / "samples.jsonl"))})
+        out.append(measurement("training", workdir, evaluations) | {"samples": ends_of(read_rows(workdir / "samples.jsonl", SAMPLE))})
     if steps:
         out.append(measurement("steps", workdir, parts_of(steps)))
     if not out:
