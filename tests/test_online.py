@@ -193,11 +193,11 @@ def reward(prompts, completions, config):
 @pytest.mark.parametrize(
     ("ahead", "call", "where"),  # which call sleeps: one before the run, one of each evaluation (steps 0, 4, 8), one of each rollout
     [
-        ("false", 5, "4, a rollout"),
-        ("false", 4, "4, the evaluation"),
-        ("false", 6, "8, the evaluation"),
-        ("true", 4, "4, the evaluation"),
-        ("true", 6, "8, the evaluation"),
+        ("false", 5, "4, in a rollout"),
+        ("false", 4, "4, in the evaluation"),
+        ("false", 6, "8, in the evaluation"),
+        ("true", 4, "4, in the evaluation"),
+        ("true", 6, "8, in the evaluation"),
     ],
 )
 def test_a_signal_does_not_wait_for_a_reward_function(ahead, call, where, fields, tmp_path):
@@ -213,7 +213,7 @@ def test_a_signal_does_not_wait_for_a_reward_function(ahead, call, where, fields
     assert runs.stop_when(process, (parts.parent / "asleep").exists, signal.SIGTERM)
     began = time.monotonic()
     out = runs.finish(process, code=143)
-    assert time.monotonic() - began < 50 and f"stopped by SIGTERM after step {where} waited for its rewards; saved" in out
+    assert time.monotonic() - began < 50 and f"stopped by SIGTERM after step {where}; saved" in out
     checkpoints = Checkpoints(parts)
     assert rows(parts)[-1]["step"] == checkpoints.latest() == int(where[0])
     checkpoints.close()
