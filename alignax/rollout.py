@@ -17,7 +17,6 @@ from alignax import judges
 from alignax import mesh as meshes
 from alignax.averages import PROPOSAL
 from alignax.calls import Answer, Call, qualified
-from alignax.calls import within as within
 from alignax.checks import parameters
 from alignax.config import ROLLOUTS, prompts_of_rollout, steps_of_turn
 from alignax.data import Examples
@@ -81,6 +80,8 @@ class Rollouts:
     def __call__(self, state: TrainState, frozen: dict[str, Params], step: int) -> Rollout:
         """The rollout before training step `step`, with `rollout.refill` of groups whose rewards differ, as far as they are found.
 
+        Its metrics of text, `bad_rewards` and `gold` are those of the first sample, as what the policy says, before any refill.
+
         Raises:
           RewardFailed: see there.
         """
@@ -93,7 +94,7 @@ class Rollouts:
     def sample(self, state: TrainState, frozen: dict[str, Params], step: int, again: int = 0, count: int | None = None) -> Sampled:
         """What the rollout before training step `step` says: of the policy as it stands, or of the average that samples for it.
 
-        `again`: the how manieth time that groups are replaced, `count` of them.
+        `again`: which time it is that groups are replaced, from 1 on, `count` of them; 0: the rollout itself.
         """
         run, rows, began = self.run, self.rows(step, again)[:count], time.monotonic()
         prompts = [run.train.examples.prompt_tokens(row).tolist() for row in rows]

@@ -893,6 +893,8 @@ def test_a_run_that_cannot_learn_is_told_so_once():
 def test_a_run_without_any_reward_stops():
     none = {"bad_rewards": 4.0, "reward": float("nan")}
     assert observed([none, none, {"bad_rewards": 1.0}, none, none], max_skipped=3) == []
+    (line,) = observed([none | {"reward_sampled": 0.5, "signal_rate": 0.0, "grad_norm": 0.1}] * 9, max_skipped=3)
+    assert "the rewards of no group differ" in line  # there are some, and a refill has found none that differ
     with pytest.raises(RewardFailed, match="no completion of 3 rollouts in a row has a reward"):
         observed([{}, none, none, none], max_skipped=3)
 
