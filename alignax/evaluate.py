@@ -42,8 +42,8 @@ SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "reward", "kl", "gold"
 class Evaluation:
     """Evaluates a state, logs what it finds, and returns it."""
 
-    def __init__(self, run: Run, frozen: dict[str, Params], log: Log, look: Callable[[int], None] = lambda _: None):
-        """`frozen` may hold a reference and reward models; `look` is called with the number of each batch, and may raise to leave."""
+    def __init__(self, run: Run, frozen: dict[str, Params], log: Log, look: Callable[[], None] = lambda: None):
+        """`frozen` may hold a reference and reward models; `look` is called all the while, and may raise to leave."""
         self.run, self.frozen, self.log, self.look, self.online = run, frozen, log, look, run.config.rollout.samples > 0
         self.program = make_judge(run) if self.online else make_programs(run)[1]
         c = run.config.eval
@@ -61,6 +61,7 @@ class Evaluation:
                 dtype=run.dtype,
                 mesh=run.mesh,
             )
+            self.generate.look = look
         self._compared = jax.jit(self._compare)
 
     def __call__(self, state: TrainState, step: int) -> dict[str, float]:
@@ -81,7 +82,7 @@ class Evaluation:
         size = eval_batch_size(run.config)
         total: dict[str, np.ndarray] = {}
         for i in range(-(-len(examples) // size)):
-            self.look(i)
+            self.look()
             make = lambda rows, i=i: evaluation_batch(examples, i, size, run.train.length, rows)
             batch = meshes.put_batch(run.mesh, make, size)
             sums = jax.device_get(self.program(state, self.frozen, batch))
@@ -93,7 +94,6 @@ class Evaluation:
         run, c, n = self.run, self.run.config.eval, len(self.sampled)
         if not self.sampled:
             return {}
-        self.look(0)
         key = jax.random.fold_in(jax.random.fold_in(state.key, step), 1)
         completions = self.generate(full(run, self.frozen, state.params), self.prompts, key, c.samples_per_prompt)
         rows, texts = np.asarray(self.sampled), decoded(run.tokenizer, completions, self.generate.stops)

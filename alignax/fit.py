@@ -76,7 +76,7 @@ def loop(started: Started, log: Log, stop: "Stop") -> tuple[TrainState, dict[str
     evaluate = Evaluation(run, frozen, log, stop.look)
     fresh = not run.config.lora.path  # adapters that were trained before are not their base
     turn = steps_of_turn(config)  # steps between two looks: 1, or those on a rollout
-    train = Turns(run, frozen) if config.rollout.samples else Batched(run, frozen)
+    train = Turns(run, frozen, stop.look) if config.rollout.samples else Batched(run, frozen)
     observe = Observer(run, log, equal=fresh and about["policy"] == about["reference"])
     results: dict[str, dict[str, float]] = {}
     pending: tuple[int, Metrics, Future[float]] | None = None
@@ -121,7 +121,7 @@ def over(metrics: Metrics) -> float:
 
 @contextmanager
 def leaving(started: Started, log: Log, stop: "Stop", state: TrainState, step: int, what: str) -> Iterator[None]:
-    """Lets a signal end `what`, a wait for rewards or an evaluation, as if it had come at `step`, after which nothing is learnt yet.
+    """Lets a signal end `what`, a rollout or an evaluation, as if it had come at `step`, after which nothing is learnt yet.
 
     Rewards that fail lose nothing of what was learnt before, either.
     """
@@ -387,7 +387,7 @@ class Stop:
     """
 
     def __enter__(self) -> "Stop":
-        self.signal = 0  # the one that came
+        self.signal = self._looks = 0  # the one that came
         self._old = {n: signal.signal(n, self._note) for n in SIGNALS if signal.getsignal(n) is not signal.SIG_IGN}
         return self
 
@@ -400,9 +400,10 @@ class Stop:
         if signal.SIGINT in self._old:
             signal.signal(signal.SIGINT, self._old[signal.SIGINT])
 
-    def look(self, turn: int) -> None:
-        """Leaves what is done, an evaluation, where this is to stop after this part of it."""
-        if self.requested(turn):
+    def look(self) -> None:
+        """Leaves a rollout or an evaluation between two parts of it, of which every process has as many."""
+        self._looks += 1
+        if self.requested(self._looks):
             raise Abandoned(self.signal)
 
     def requested(self, turn: int, every: int = AGREE) -> bool:

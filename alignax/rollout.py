@@ -6,7 +6,7 @@ goes on bit for bit.
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -62,8 +62,8 @@ class Rollouts:
     rewards, where it has those, are `gold` [B, N] float32.
     """
 
-    def __init__(self, run: Run):
-        """Compiles nothing yet."""
+    def __init__(self, run: Run, look: Callable[[], None] = lambda: None):
+        """Compiles nothing yet; `look` is called while it samples, and may raise to leave."""
         c, self.run = run.config.rollout, run
         count = prompts_of_rollout(run.config)
         longest = int(run.train.examples.prompt_lengths.max())
@@ -76,6 +76,7 @@ class Rollouts:
             dtype=run.dtype,
             mesh=run.mesh,
         )
+        self.generate.look = look
 
     def __call__(self, state: TrainState, frozen: dict[str, Params], step: int) -> Rollout:
         """The rollout before training step `step`, with `rollout.refill` of groups whose rewards differ, as far as they are found.
@@ -200,9 +201,9 @@ class Rollouts:
 class Turns:
     """Online training: a rollout of the policy as it stands, then the steps on it."""
 
-    def __init__(self, run: Run, frozen: dict[str, Params]):
-        """Compiles nothing yet."""
-        self.rollouts, self.frozen, self.learn = Rollouts(run), frozen, make_learn(run)
+    def __init__(self, run: Run, frozen: dict[str, Params], look: Callable[[], None] = lambda: None):
+        """Compiles nothing yet; `look`: see `Rollouts`."""
+        self.rollouts, self.frozen, self.learn = Rollouts(run, look), frozen, make_learn(run)
         self.compiled = Compiled()
 
     def __call__(self, state: TrainState, step: int) -> tuple[TrainState, Metrics]:

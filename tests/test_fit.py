@@ -13,7 +13,7 @@ from alignax.config import difference, load_experiment
 from alignax.defaults import default_config
 from alignax.prepare import FREE
 from alignax.rollout import RewardFailed
-from alignax.workers import Abandoned, never
+from alignax.workers import never
 
 
 @pytest.fixture
@@ -21,8 +21,7 @@ def looped(monkeypatch):
     """What a loop of 4 steps does, and how it ends; evaluations and checkpoints are due after every second one."""
 
     def run(signal_at=0, during="train", failing_at=0, first=0):
-        done, stop = [], fit.Stop()
-        stop.signal = 0
+        done = []
         config = default_config()
         config.eval.every = config.checkpoint.every = 2
 
@@ -38,7 +37,7 @@ def looped(monkeypatch):
         def evaluation(run, frozen, log, look):
             def evaluate(state, step):
                 come("eval", step)
-                look(0)
+                look()
                 done.append(f"eval {step}")
                 return {"loss": 1.0}
 
@@ -59,10 +58,11 @@ def looped(monkeypatch):
         given = {"config": config, "steps": 4, "workers": types.SimpleNamespace(stop=never), "experiment": experiment, "workdir": "run"}
         state = types.SimpleNamespace(step=jnp.int32(first))
         started = fit.Started(types.SimpleNamespace(**given), state, first, {}, {"policy": "", "reference": ""}, checkpoints, None)  # type: ignore
-        try:
-            done.append(sorted(fit.loop(started, log, stop)[1]))  # type: ignore
-        except (SystemExit, RewardFailed, Abandoned) as e:
-            done.append(e.code if isinstance(e, SystemExit) else repr(e))
+        with fit.Stop() as stop:
+            try:
+                done.append(sorted(fit.loop(started, log, stop)[1]))  # type: ignore
+            except (SystemExit, RewardFailed) as e:
+                done.append(e.code if isinstance(e, SystemExit) else repr(e))
         return done
 
     return run
