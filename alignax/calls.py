@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from alignax.config import load_module
 from alignax.data.files import one_line, short
 
-LONGEST = 1e9  # seconds of a timer; it takes no infinity
+LONGEST = 1e9  # seconds of a timer, which takes no 1e15; a config may
 
 
 class Call(NamedTuple):

@@ -6,6 +6,7 @@ estimate of KL(policy || reference). Greedy samples, and those of a nucleus, est
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -41,9 +42,9 @@ SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "reward", "kl", "gold"
 class Evaluation:
     """Evaluates a state, logs what it finds, and returns it."""
 
-    def __init__(self, run: Run, frozen: dict[str, Params], log: Log):
-        """`frozen` may hold a reference and reward models."""
-        self.run, self.frozen, self.log, self.online = run, frozen, log, run.config.rollout.samples > 0
+    def __init__(self, run: Run, frozen: dict[str, Params], log: Log, look: Callable[[], None] = lambda: None):
+        """`frozen` may hold a reference and reward models; `look` is called all the while, and may raise to leave."""
+        self.run, self.frozen, self.log, self.look, self.online = run, frozen, log, look, run.config.rollout.samples > 0
         self.program = make_judge(run) if self.online else make_programs(run)[1]
         c = run.config.eval
         self.examples = run.evaluation or run.train.examples
@@ -60,6 +61,7 @@ class Evaluation:
                 dtype=run.dtype,
                 mesh=run.mesh,
             )
+            self.generate.look = look
         self._compared = jax.jit(self._compare)
 
     def __call__(self, state: TrainState, step: int) -> dict[str, float]:
@@ -80,6 +82,7 @@ class Evaluation:
         size = eval_batch_size(run.config)
         total: dict[str, np.ndarray] = {}
         for i in range(-(-len(examples) // size)):
+            self.look()
             make = lambda rows, i=i: evaluation_batch(examples, i, size, run.train.length, rows)
             batch = meshes.put_batch(run.mesh, make, size)
             sums = jax.device_get(self.program(state, self.frozen, batch))

@@ -73,16 +73,16 @@ def loop(started: Started, log: Log, stop: "Stop") -> tuple[TrainState, dict[str
     """The steps that are left, with evaluation and saving between them."""
     run, state, first, frozen, about, checkpoints, _ = started
     config = run.config
-    evaluate = Evaluation(run, frozen, log)
+    evaluate = Evaluation(run, frozen, log, stop.look)
     fresh = not run.config.lora.path  # adapters that were trained before are not their base
     turn = steps_of_turn(config)  # steps between two looks: 1, or those on a rollout
-    train = Turns(run, frozen) if config.rollout.samples else Batched(run, frozen)
+    train = Turns(run, frozen, stop.look) if config.rollout.samples else Batched(run, frozen)
     observe = Observer(run, log, equal=fresh and about["policy"] == about["reference"])
     results: dict[str, dict[str, float]] = {}
     pending: tuple[int, Metrics, Future[float]] | None = None
     clock = ThreadPoolExecutor(1)  # a step may be over long before the host looks at it, or after it has given out the next
     due = lambda every, s: s == run.steps or (every > 0 and s // every > (s - turn) // every)
-    if first == 0 or (due(config.eval.every, first) and not evaluated(log)):  # the run left while that evaluation waited for its rewards
+    if first == 0 or (due(config.eval.every, first) and not evaluated(log)):  # the run left before the end of that evaluation
         with log.paused(), leaving(started, log, stop, state, first, "the evaluation"):
             scores = evaluate(state, first)
         if first in (0, run.steps):
@@ -97,18 +97,19 @@ def loop(started: Started, log: Log, stop: "Stop") -> tuple[TrainState, dict[str
         evaluating = due(config.eval.every, s)
         saving = due(config.checkpoint.every, s) or (evaluating and config.checkpoint.best)
         if stopping or evaluating or saving or config.rollout.samples:  # never behind a checkpoint; a turn has waited for the device
-            observe(*pending)
+            with leaving(started, log, stop, state, s, "a rollout"):
+                observe(*pending)
             pending = None
         with log.paused(), leaving(started, log, stop, state, s, "the evaluation"):
-            scores = evaluate(state, s) if evaluating else {}
+            scores = evaluate(state, s) if evaluating and not stopping else {}  # the next start makes it up
             if stopping or saving:
                 checkpoints.save(state, about, scores)
-        if s == run.steps:
-            results["after"] = scores
-        elif stopping:
+        if stopping:
             checkpoints.close()
             log.line(f"stopped by {SIGNALS[signal.Signals(stop.signal)]} after step {s}; saved. The same command goes on from here.")
             raise SystemExit(128 + stop.signal)
+        if s == run.steps:
+            results["after"] = scores
     return state, results
 
 
@@ -119,10 +120,10 @@ def over(metrics: Metrics) -> float:
 
 
 @contextmanager
-def leaving(started: Started, log: Log, stop: "Stop", state: TrainState, step: int, waiting: str) -> Iterator[None]:
-    """Lets a signal end the wait of `waiting` for a reward function, as if it had come at `step`, after which nothing is learnt yet.
+def leaving(started: Started, log: Log, stop: "Stop", state: TrainState, step: int, what: str) -> Iterator[None]:
+    """Lets a signal end `what`, a rollout or an evaluation, as if it had come at `step`, after which nothing is learnt yet.
 
-    A reward function that fails loses nothing of what was learnt before, either.
+    Rewards that fail lose nothing of what was learnt before, either.
     """
     workers = started.run.workers
     workers.stop = lambda: stop.signal
@@ -133,13 +134,18 @@ def leaving(started: Started, log: Log, stop: "Stop", state: TrainState, step: i
         if step:
             started.checkpoints.save(state, started.about, {})
             started.checkpoints.close()
-            where = f"after step {step}, {waiting} waited for its rewards; saved. The same command goes on from here."
+            where = f"after step {step}, in {what}; saved. The same command goes on from here."
         log.line(f"stopped by {SIGNALS[signal.Signals(e.number)]} {where}")
         raise SystemExit(128 + e.number) from None
     except RewardFailed:
         if step:
             started.checkpoints.save(state, started.about, {})
-            log.line(f"saved after step {step}: a run whose reward is mended, or which drops what fails, goes on from there")
+            log.line(
+                f"saved after step {step}. The same command goes on from there: once what the reward asks, or a module that it imports, "
+                "is mended, or with rollout.bad_rewards=drop or a longer rollout.timeout. Where "
+                f"{started.run.experiment.file.name} changes it is another run, which may begin with the model that `alignax export "
+                f"{started.run.workdir} FOLDER` writes."
+            )
         raise
     finally:
         workers.stop = never
@@ -295,7 +301,8 @@ class Observer:
 
     def _check_rewards(self, step: int, values: dict[str, float]) -> None:
         """Stops a run without rewards, and tells of one whose rollouts say nothing."""
-        none = values.get("bad_rewards", 0) and np.isnan(values["reward"])
+        # Where no group has a signal, a refill leaves nothing to train on, whatever its rewards were.
+        none = values.get("bad_rewards", 0) and np.isnan([values["reward"], values.get("reward_sampled", math.nan)]).all()
         self._unrewarded = self._unrewarded + 1 if none else 0
         if none and self._unrewarded >= self.run.config.max_skipped:
             raise RewardFailed(
@@ -380,7 +387,7 @@ class Stop:
     """
 
     def __enter__(self) -> "Stop":
-        self.signal = 0  # the one that came
+        self.signal = self._looks = 0  # the one that came
         self._old = {n: signal.signal(n, self._note) for n in SIGNALS if signal.getsignal(n) is not signal.SIG_IGN}
         return self
 
@@ -392,6 +399,12 @@ class Stop:
         self.signal = number
         if signal.SIGINT in self._old:
             signal.signal(signal.SIGINT, self._old[signal.SIGINT])
+
+    def look(self) -> None:
+        """Leaves a rollout or an evaluation between two parts of it, of which every process has as many."""
+        self._looks += 1
+        if self.requested(self._looks):
+            raise Abandoned(self.signal)
 
     def requested(self, turn: int, every: int = AGREE) -> bool:
         """Whether to stop after this turn; several processes agree on it every few turns, since that waits for the device."""

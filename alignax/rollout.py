@@ -6,7 +6,7 @@ goes on bit for bit.
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +17,6 @@ from alignax import judges
 from alignax import mesh as meshes
 from alignax.averages import PROPOSAL
 from alignax.calls import Answer, Call, qualified
-from alignax.calls import within as within
 from alignax.checks import parameters
 from alignax.config import ROLLOUTS, prompts_of_rollout, steps_of_turn
 from alignax.data import Examples
@@ -63,8 +62,8 @@ class Rollouts:
     rewards, where it has those, are `gold` [B, N] float32.
     """
 
-    def __init__(self, run: Run):
-        """Compiles nothing yet."""
+    def __init__(self, run: Run, look: Callable[[], None] = lambda: None):
+        """Compiles nothing yet; `look` is called while it samples, and may raise to leave."""
         c, self.run = run.config.rollout, run
         count = prompts_of_rollout(run.config)
         longest = int(run.train.examples.prompt_lengths.max())
@@ -77,9 +76,12 @@ class Rollouts:
             dtype=run.dtype,
             mesh=run.mesh,
         )
+        self.generate.look = look
 
     def __call__(self, state: TrainState, frozen: dict[str, Params], step: int) -> Rollout:
         """The rollout before training step `step`, with `rollout.refill` of groups whose rewards differ, as far as they are found.
+
+        Its metrics of text, `bad_rewards` and `gold` are those of the first sample, as what the policy says, before any refill.
 
         Raises:
           RewardFailed: see there.
@@ -93,7 +95,7 @@ class Rollouts:
     def sample(self, state: TrainState, frozen: dict[str, Params], step: int, again: int = 0, count: int | None = None) -> Sampled:
         """What the rollout before training step `step` says: of the policy as it stands, or of the average that samples for it.
 
-        `again`: the how manieth time that groups are replaced, `count` of them.
+        `again`: which time it is that groups are replaced, from 1 on, `count` of them; 0: the rollout itself.
         """
         run, rows, began = self.run, self.rows(step, again)[:count], time.monotonic()
         prompts = [run.train.examples.prompt_tokens(row).tolist() for row in rows]
@@ -199,9 +201,9 @@ class Rollouts:
 class Turns:
     """Online training: a rollout of the policy as it stands, then the steps on it."""
 
-    def __init__(self, run: Run, frozen: dict[str, Params]):
-        """Compiles nothing yet."""
-        self.rollouts, self.frozen, self.learn = Rollouts(run), frozen, make_learn(run)
+    def __init__(self, run: Run, frozen: dict[str, Params], look: Callable[[], None] = lambda: None):
+        """Compiles nothing yet; `look`: see `Rollouts`."""
+        self.rollouts, self.frozen, self.learn = Rollouts(run, look), frozen, make_learn(run)
         self.compiled = Compiled()
 
     def __call__(self, state: TrainState, step: int) -> tuple[TrainState, Metrics]:

@@ -93,9 +93,9 @@ class Workers:
 
     def close(self) -> None:
         """Ends the processes; a later call starts others."""
-        for worker in self.workers:
+        workers, self.workers = self.workers, []  # first, so that a thread that has lost its process finds no place for another
+        for worker in workers:
             worker.end()
-        self.workers = []
 
     def __call__(self, call: Call, group: int, strict: bool) -> Answer:
         """What the function gives for each completion; its own failure costs a completion its reward, and no other.
@@ -200,7 +200,7 @@ class Worker:
     def __init__(self, setup: bytes, start: float, look: Callable[[], None]):
         """Starts it, and does not wait until it has loaded the experiment, for which it has `start` seconds.
 
-        `look` is called every `POLL` seconds of a wait, which an exception that it raises ends.
+        `look` is called every `POLL` seconds of a call, whatever it prints or answers meanwhile; an exception that it raises ends the call.
         """
         self.connection, theirs = Pipe()
         leash, own = os.pipe()
@@ -215,6 +215,7 @@ class Worker:
         os.close(leash)
         self._end = weakref.finalize(self, end, self.process, self.connection, own)
         self.begun, self.start, self.look = time.monotonic(), start, look
+        self.looked = self.begun
         self.ready = self.unable = False
         self.printed, self.cut = b"", False
         try:
@@ -246,6 +247,7 @@ class Worker:
                 self.end()
                 raise Lost(f"it runs in a process of its own, which cannot load the file: {problem}")
             self.ready, self.unable = True, False
+        self.looked = time.monotonic()  # a call that is over in less goes on
         try:
             self.connection.send(call)
         except OSError:
@@ -261,7 +263,8 @@ class Worker:
         end, sources = time.monotonic() + seconds, [self.connection, self.output]
         while True:
             ready = wait(sources, min(max(end - time.monotonic(), 0.0), POLL))
-            if not ready:
+            if time.monotonic() >= self.looked + POLL:
+                self.looked = time.monotonic()
                 self.look()
             if self.output in ready and not self.read():
                 sources.remove(self.output)

@@ -5,10 +5,13 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import types
 from contextlib import closing
+from multiprocessing.connection import Pipe
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -16,7 +19,7 @@ import runs
 
 from alignax.calls import Answer, Call, Malformed, numbers, within
 from alignax.checks import check_columns, parameters
-from alignax.workers import Abandoned, Workers
+from alignax.workers import POLL, Abandoned, Lost, Worker, Workers
 
 SOURCE = """
 import multiprocessing, os, re, sys, time
@@ -33,6 +36,8 @@ def judged(text):
         re.fullmatch("(a+)+", "a" * 40 + "!")
     if text == "sleeps":
         time.sleep(60)
+    while text == "prints on":
+        print("still at it")
     if text == "holds the interpreter":  # C code that never looks at signals
         sum(range(10**12))
     if text == "catches all":
@@ -130,14 +135,64 @@ def test_a_process_whose_import_was_interrupted_is_replaced(tmp_path):
         assert own.workers[0].process.pid != pid and own(call(["imports"]), 1, strict=True).rewards == [7]
 
 
+def test_a_stop_is_looked_for_whatever_a_function_prints_or_answers():
+    """By the clock: where it prints without end, and where each completion's answer comes at once."""
+    here, there = Pipe()
+    worker, began = object.__new__(Worker), time.monotonic()
+    worker.connection, worker.output, worker.printed, worker.cut, worker.looked = here, os.open("/dev/zero", os.O_RDONLY), b"", False, began
+    worker._end = lambda: None  # type: ignore
+    stopped = Abandoned(15)
+    worker.look = Mock(side_effect=stopped)
+    with pytest.raises(Abandoned):
+        worker.receive(0.6, "late")
+    worker.looked, worker.drain = time.monotonic(), lambda: None
+    with pytest.raises(Abandoned):
+        for _ in range(60):
+            there.send(Answer([1.0]))
+            worker.receive(1.0, "late")
+            time.sleep(0.01)
+    assert 2 * POLL <= time.monotonic() - began < 1
+    os.close(worker.output)
+
+
+def test_no_process_is_started_while_those_of_a_call_are_ended(monkeypatch):
+    """Ctrl-C beside a thread whose process has just been ended."""
+    made = []
+
+    class Started:
+        ended = unable = False
+
+        def __init__(self, *_):
+            made.append(self)
+            self.gone = threading.Event()
+
+        def ask(self, call):
+            if self is made[0]:
+                raise KeyboardInterrupt
+            self.gone.wait(5)
+            raise Lost("it ended")
+
+        def end(self):
+            self.ended = True
+            self.gone.set()
+            time.sleep(0.1)
+
+    monkeypatch.setattr("alignax.workers.Worker", Started)
+    own = Workers(Path(__file__), {}, 3, 30.0)
+    with pytest.raises(KeyboardInterrupt):
+        own(call(["a"] * 6), 1, strict=False)
+    assert all(one.ended for one in made) and not own.workers
+
+
 @pytest.mark.slow
-def test_a_stop_ends_the_wait_for_a_worker(tmp_path):
+@pytest.mark.parametrize("text", ["sleeps", "prints on"])
+def test_a_stop_ends_the_wait_for_a_worker(text, tmp_path):
     with closing(workers_of(tmp_path)) as own:
         own(call(["a"]), 1, strict=True)
         began = time.monotonic()
         own.stop = lambda: 15 if time.monotonic() > began + 0.5 else 0
         with pytest.raises(Abandoned) as found:
-            own(call(["sleeps"]), 1, strict=False)
+            own(call([text]), 1, strict=False)
         assert found.value.number == 15 and time.monotonic() - began < 10 and not own.workers
         own.stop = lambda: 0
         assert own(call(["a"]), 1, strict=True).rewards == [1]

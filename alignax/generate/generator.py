@@ -1,7 +1,7 @@
 """Prompts to completions: the host's loop over the two programs. It decides by what every process sees alike, so it runs on any mesh."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -81,6 +81,7 @@ class Generator:
         ids = tuple(sorted(set(map(int, stop_ids))))
         self.engine = Engine(config, shape, self.sampling, ids, dtype, jnp.dtype(cache_dtype or dtype), mesh)
         self.stop_ids = frozenset(ids)
+        self.look: Callable[[], None] = lambda: None  # called between two programs; what it raises ends the call
         state, staged, emitted = self.engine.layout()
         self._empty = jax.jit(self.engine.empty, out_shardings=state)
         self._prefill = jax.jit(self.engine.prefill, out_shardings=staged)
@@ -132,6 +133,7 @@ class Batching:
         """Decodes until nothing waits and nothing is alive."""
         total, shape = len(self.length), self.own.shape
         while self.waiting < total or (self.owner >= 0).any():
+            self.own.look()
             entries = self.admit()
             # A row stays empty only for want of prompts: those that are read next are staged before anything is decoded.
             more = self.waiting < total and (self.owner < 0).any()

@@ -1,0 +1,117 @@
+"""The loop, with everything that computes replaced: what is saved, and in what order, however it ends."""
+
+import tempfile
+import types
+from contextlib import nullcontext
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+from alignax import fit
+from alignax.config import difference, load_experiment
+from alignax.defaults import default_config
+from alignax.prepare import FREE
+from alignax.rollout import RewardFailed
+from alignax.workers import never
+
+
+@pytest.fixture
+def looped(monkeypatch):
+    """What a loop of 4 steps does, and how it ends; evaluations and checkpoints are due after every second one."""
+
+    def run(signal_at=0, during="train", failing_at=0, first=0):
+        done = []
+        config = default_config()
+        config.eval.every = config.checkpoint.every = 2
+
+        def come(what, step):
+            if (what, step) == (during, signal_at):
+                stop.signal = 15
+
+        def train(state, step):
+            done.append(f"train {step + 1}")
+            come("train", step + 1)
+            return types.SimpleNamespace(step=step + 1), {}
+
+        def evaluation(run, frozen, log, look):
+            def evaluate(state, step):
+                come("eval", step)
+                look()
+                done.append(f"eval {step}")
+                return {"loss": 1.0}
+
+            return evaluate
+
+        def observe(step, *_):
+            if step == failing_at:
+                raise RewardFailed("no reward")
+
+        monkeypatch.setattr(fit, "Evaluation", evaluation)
+        monkeypatch.setattr(fit, "Batched", lambda *_: train)
+        monkeypatch.setattr(fit, "Observer", lambda *_, **__: observe)
+        monkeypatch.setattr(fit, "evaluated", lambda _: False)
+        save = lambda state, about, scores: done.append(f"save {state.step}{' with scores' if scores else ''}")
+        checkpoints = types.SimpleNamespace(save=save, close=lambda: None)
+        log = types.SimpleNamespace(paused=nullcontext, line=done.append)
+        experiment = types.SimpleNamespace(file=types.SimpleNamespace(name="mine.py"))
+        given = {"config": config, "steps": 4, "workers": types.SimpleNamespace(stop=never), "experiment": experiment, "workdir": "run"}
+        state = types.SimpleNamespace(step=jnp.int32(first))
+        started = fit.Started(types.SimpleNamespace(**given), state, first, {}, {"policy": "", "reference": ""}, checkpoints, None)  # type: ignore
+        with fit.Stop() as stop:
+            try:
+                done.append(sorted(fit.loop(started, log, stop)[1]))  # type: ignore
+            except (SystemExit, RewardFailed) as e:
+                done.append(e.code if isinstance(e, SystemExit) else repr(e))
+        return done
+
+    return run
+
+
+GOES_ON = "saved. The same command goes on from here."
+
+
+def test_an_evaluation_is_done_before_the_checkpoint_that_has_its_scores(looped):
+    second, last = ["train 1", "train 2", "eval 2", "save 2 with scores"], ["train 3", "train 4", "eval 4", "save 4 with scores"]
+    assert looped() == ["eval 0", *second, *last, ["after", "before"]]
+
+
+def test_a_stop_does_not_wait_for_an_evaluation(looped):
+    """Neither for one that is due, at the end either, nor for the rest of one; the next start makes it up."""
+    begun = ["eval 0", "train 1", "train 2"]
+    assert looped(2) == [*begun, "save 2", f"stopped by SIGTERM after step 2; {GOES_ON}", 143]
+    assert looped(2, "eval") == [*begun, "save 2", f"stopped by SIGTERM after step 2, in the evaluation; {GOES_ON}", 143]
+    assert looped(4)[-4:] == ["train 4", "save 4", f"stopped by SIGTERM after step 4; {GOES_ON}", 143]
+    assert looped(0, "eval") == ["stopped by SIGTERM before the first step; the same command begins again.", 143]
+    assert looped(first=4) == ["eval 4", ["after"]]
+
+
+def test_a_run_goes_on_with_other_patience_and_not_with_another_reward(tmp_path):
+    """As the words say that a run leaves with whose reward fails."""
+
+    def changed(source, *overrides):
+        folder = Path(tempfile.mkdtemp(dir=tmp_path))
+        (folder / "mine.py").write_text(source)
+        return load_experiment(folder / "mine.py", overrides)
+
+    source = """
+from alignax import *
+
+def get_config():
+    return default_config()
+
+def loss(config):
+    return grpo()
+
+def reward(prompts, completions):
+    return [1.0 for _ in completions]
+"""
+    began = changed(source)
+    assert difference(began, changed(source, "rollout.timeout=1200", "rollout.bad_rewards=drop"), FREE) == []
+    assert difference(began, changed(source.replace("1.0", "2.0")), FREE) == ["the code of mine.py has changed"]
+
+
+def test_what_was_learnt_is_saved_where_no_rollout_has_a_reward(looped):
+    *_, saved, told, end = looped(failing_at=2)
+    assert saved == "save 2" and end == "RewardFailed('no reward')"
+    assert told.startswith("saved after step 2. The same command goes on from there") and "Where mine.py changes it is another run" in told
