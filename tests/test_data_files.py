@@ -341,6 +341,11 @@ def test_a_line_too_long_is_a_bad_row_and_is_not_held(tmp_path, monkeypatch):
     ]
     with pytest.raises(ValueError, match=r"a\.jsonl, row 1 \(counted from 0\): line 2 has 310 bytes, and a row at most"):
         read_rows(path)
+    array = [{"a": "x" * 20}] * 9 + [{"a": "x" * 57}]
+    assert read_rows(write(tmp_path / "b.json", "\n " + json.dumps(array[:9]))) == array[:9], "an array on one line is no row"
+    assert read_rows(f"{write(tmp_path / 'd.json', json.dumps({'data': array[:9]}))}:data") == array[:9], "nor one object of rows"
+    with pytest.raises(ValueError, match=r"b\.json, row 9 .*: element 9 \(counted from 0\) has 66 bytes, and a row at most 64"):
+        read_rows(write(tmp_path / "b.json", json.dumps(array)))
 
 
 def test_utf_16_and_other_text_is_named_with_its_line(tmp_path):

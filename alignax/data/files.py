@@ -10,9 +10,10 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from alignax.data import streams
 from alignax.data.folders import SUFFIXES, files, matching, place, saved, suffix
 from alignax.data.rows import Bad
-from alignax.data.streams import ROW, check_size, lines, opened
+from alignax.data.streams import check_size, lines, opened, opens_array
 from alignax.data.words import one_line, short
 
 __all__ = ["SUFFIXES", "Row", "one_line", "read_rows", "rows_and_faults", "short"]
@@ -33,7 +34,7 @@ def read_rows(path: str | pathlib.Path) -> list[Row]:
     `hf://org/name:config:split` are data sets of the Hugging Face hub, or of its local cache.
 
     Errors: `ValueError` for a missing path, a damaged file (with its line, where it has lines), a file in a folder that cannot
-    be read, a row that is no object, has a key twice or is longer than `ROW` bytes, a hub that does not answer, and no rows.
+    be read, a row that is no object, has a key twice or is longer than `streams.ROW` bytes, a hub that does not answer, and no rows.
     """
     rows: list[Row] = []
     for i, row in enumerate(rows_and_faults(path)):
@@ -64,7 +65,7 @@ def _read_path(text: str) -> list[Row | Bad]:
         hint = f"; for a data set of the Hugging Face hub write {HUB}{path}" if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) else ""
         raise ValueError(f"there is no file or folder {str(path)!r} (looked from {str(pathlib.Path.cwd())!r}); correct the path{hint}")
     if not path.is_dir():
-        return _under(path, split, [*_read_file(path)])
+        return _under(path, split, [*_read_file(path, whole=bool(split))])
     if (folder := saved(path, split)) is not None:
         return [*_saved(folder)]
     return [row for file in files(path, split) for row in _read_file(file)]
@@ -85,7 +86,8 @@ def _under(path: pathlib.Path, key: str, rows: list[Row | Bad]) -> list[Row | Ba
     return rows
 
 
-def _read_file(path: pathlib.Path) -> Iterator[Row | Bad]:
+def _read_file(path: pathlib.Path, whole: bool = False) -> Iterator[Row | Bad]:
+    """Rows of a file; a `whole` one is a single object, which may be longer than a row."""
     with opened(path) as stream:
         head = stream.read(8)
     with opened(path) as stream:
@@ -96,7 +98,7 @@ def _read_file(path: pathlib.Path) -> Iterator[Row | Bad]:
         elif suffix(path) in (".csv", ".tsv"):
             yield from _csv(path, _text(path, stream.read(), 1))
         else:
-            yield from _json(path, stream)
+            yield from _Decoder(path).values(_text(path, stream.read(), 1), 1) if whole else _json(path, stream)
 
 
 def _text(path: pathlib.Path, content: bytes, line: int) -> str:
@@ -172,13 +174,17 @@ def _csv(path: pathlib.Path, text: str) -> list[Row]:
         raise ValueError(f"{path} is no readable CSV file ({one_line(error)}); its first line names the columns") from error
 
 
+def _too_long(place: str, size: int) -> Bad:
+    return Bad("too long", f"{place} has {size:,} bytes, and a row at most {streams.ROW:,}; shorten it, or split it into rows")
+
+
 def _json(path: pathlib.Path, stream: io.BufferedReader) -> Iterator[Row | Bad]:
     """Rows of a JSON array, or of objects one after another: one a line, or each over several lines."""
     decoder = _Decoder(path)
     for number, line in lines(stream):
         if isinstance(line, int):
-            yield Bad("too long", f"line {number} has {line:,} bytes, and a row at most {ROW:,}; shorten it, or split it into rows")
-        elif not decoder.begun and (line.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[" or line.strip(b"\xef\xbb\xbf \t\r\n") == b"{"):
+            yield _too_long(f"line {number}", line)
+        elif not decoder.begun and (opens_array(line) or line.strip(b"\xef\xbb\xbf \t\r\n") == b"{"):
             yield from decoder.values(_text(path, line + stream.read(), number), number)
         else:
             yield decoder.row(_text(path, line, number), number)
@@ -206,7 +212,7 @@ class _Decoder:
 
     def values(self, text: str, number: int) -> Iterator[Row | Bad]:
         at = _blank(text, 0)
-        if text[at] != "[":  # objects over several lines each
+        if text[at : at + 1] != "[":  # objects over several lines each
             while at < len(text):
                 line = number + text.count("\n", 0, at)
                 value, end = self._value(text, at, number)
@@ -216,7 +222,9 @@ class _Decoder:
         at, element, after = _blank(text, at + 1), 0, ","
         while element or text[at : at + 1] != "]":
             value, end = self._value(text, at, number)
-            yield self._checked(value, f"element {element} (counted from 0)")
+            size = len(text[at:end].encode()) if end - at > streams.ROW // 4 else 0
+            place = f"element {element} (counted from 0)"
+            yield _too_long(place, size) if size > streams.ROW else self._checked(value, place)
             element, end = element + 1, _blank(text, end)
             after = text[end : end + 1]
             if after == "]":
