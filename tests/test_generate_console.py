@@ -112,7 +112,8 @@ def test_lines_go_through_the_chat_template_or_raw(tmp_path, monkeypatch):
     (raw,) = console.read(Request(prompts=str(file), raw=True), tokenizer, DATA)
     assert raw == next(console.typed(Request(raw=True), tokenizer, DATA)) and raw.text == "hi"
     assert console.read(Request(prompts=str(file)), tiny.byte_tokenizer(), DATA) == [raw], "no template: as it is"
-    for read in (json.dumps, str):  # a conversation, as JSON or Python writes it
+    content_first = lambda turns: str([dict(reversed(m.items())) for m in turns])
+    for read in (json.dumps, str, content_first, lambda turns: json.dumps(turns[0])):  # a conversation, as JSON or Python writes it
         file.write_text(read([{"role": "user", "content": "hi"}]))
         assert console.read(Request(prompts=str(file)), tokenizer, DATA) == [line]
         (raw,) = console.read(Request(prompts=str(file), raw=True), tokenizer, DATA)

@@ -1,8 +1,10 @@
 """Shapes of rows: what other programs write for a conversation becomes a list of messages with a role and a content."""
 
+import ast
 import copy
 import json
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,9 +21,10 @@ SPEAKERS = {
 
 # Names of roles that no chat template of today knows; GLM's knows "observation".
 ROLES = {name: role for name, role in SPEAKERS.items() if name not in ("function_call", "observation")}
-AS_JSON = re.compile(
-    r"""\s*\[\s*\{\s*("(role|from)"\s*:\s*"|'(role|from)'\s*:\s*'|"(content|value)"\s*:\s*"[^"]*"\s*,\s*"(role|from)"\s*:)"""
-)
+# How a text begins that may hold messages, and, where it cannot be read to its end (it was cut, say), one that does.
+MAY_HOLD = re.compile(r"""\s*[\[{](?=.*["'](role|from)["']\s*:)""", re.DOTALL)
+BEGINS_AS_MESSAGES = re.compile(r"""\s*\[\s*\{\s*(["'])(role|from|content|value)\1\s*:\s*["']""")
+WRITTEN_BY_NUMPY = re.compile(r"""\}\s+\{(?=["'])""")  # no comma between objects: a list of to_csv in pandas and datasets
 LEFT_OUT, NO_PREFERENCE = "left out by row()", "no preference (data.format)"
 Shaped = Mapping | Bad | str  # a row, a bad one, or the reason why it is left out
 
@@ -130,8 +133,30 @@ def _call(name: str, value: Any, rest: Message) -> Message | Bad:
 
 
 def is_json(value: Any) -> bool:
-    """Whether a value is text that holds messages as JSON."""
-    return isinstance(value, str) and AS_JSON.match(value) is not None
+    """Whether a value is text that holds messages as JSON, or as Python writes them."""
+    return isinstance(value, str) and in_text(value) is not None
+
+
+def in_text(text: str) -> list[Any] | None:
+    """The messages that a text holds as JSON, or as Python writes them; an empty list where only its beginning can be read; None: none.
+
+    A list of other objects with a role, such as {"name": "Ann", "role": "engineer"}, is an answer like any other.
+    """
+    if not MAY_HOLD.match(text):
+        return None
+    for loads in (json.loads, ast.literal_eval, lambda text: ast.literal_eval(WRITTEN_BY_NUMPY.sub("}, {", text))):
+        try:
+            with warnings.catch_warnings(action="ignore"):  # of escapes that Python does not know
+                found = loads(text.strip())
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        if isinstance(found, dict) and not {"role", "from"} & found.keys():
+            found = next((value for key, value in found.items() if key in ("messages", "conversations")), None) if len(found) == 1 else None
+        found = [found] if isinstance(found, dict) else found
+        return (
+            found if holds_messages(found) and all({"content", "value", "tool_calls", "function_call"} & m.keys() for m in found) else None
+        )
+    return [] if BEGINS_AS_MESSAGES.match(text) else None
 
 
 def holds_messages(value: Any) -> bool:

@@ -1,6 +1,5 @@
 """What `alignax generate` reads and writes: prompts from a file or a terminal, completions as text or JSONL."""
 
-import ast
 import dataclasses
 import json
 import sys
@@ -17,7 +16,7 @@ from alignax.data import chat
 from alignax.data.files import SUFFIXES, read_rows
 from alignax.data.kinds import prompt_alone
 from alignax.data.rows import Bad, Prompted
-from alignax.data.shapes import holds_messages, is_json, said
+from alignax.data.shapes import in_text, said
 from alignax.data.tokens import prompt_ids
 from alignax.distributed import is_main
 from alignax.generate.generator import Completions, Generator
@@ -101,13 +100,7 @@ def turns(line: str, request: Request, tokenizer: Any) -> Any:
     """A line as what a user says, as the conversation that it holds, or as it is."""
     if request.raw or not tokenizer.chat_template:
         return line
-    for loads in (json.loads, ast.literal_eval) if is_json(line) else ():
-        try:
-            if holds_messages(found := loads(line.strip())):
-                return found
-        except (ValueError, SyntaxError, RecursionError, MemoryError):  # a line that speaks of JSON
-            continue
-    return said("user", line)
+    return in_text(line) or said("user", line)
 
 
 def row_prompt(i: int, row: Mapping[str, Any], file: str, columns: Any) -> Prompted:
