@@ -133,9 +133,14 @@ def test_openais_earlier_calls_of_functions():
     assert messages("c", [{"from": "function", "value": "18 C"}]) == [{"role": "tool", "content": "18 C"}]
 
 
-def test_sides_that_repeat_the_prompt_have_it_once():
-    row = only({"prompt": [USER], "chosen": [USER, YES], "rejected": [USER, NO]})
-    assert (row.prompt, row.completions) == ([USER], ([YES], [NO]))
+@pytest.mark.parametrize("null", [{}, {"tool_calls": None}])
+@pytest.mark.parametrize(("asked", "front"), [([], []), ([SYSTEM], [SYSTEM]), ([SYSTEM], []), ([], [SYSTEM])])
+def test_sides_that_repeat_the_prompt_have_it_once(asked, front, null):
+    repeated = [m | null for m in (*front, USER)]
+    row = only({"prompt": [*asked, USER], "chosen": [*repeated, YES], "rejected": [*repeated, NO]})
+    assert (row.prompt, row.completions) == ([*(asked or front), USER], ([YES], [NO]))
+    row = only({"prompt": [*asked, USER], "completion": [*repeated, YES]}, "sft")
+    assert (row.prompt, row.completions) == ([*(asked or front), USER], ([YES],))
 
 
 def test_roles_of_other_names():

@@ -6,6 +6,7 @@ import json
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 from alignax.data import formats
@@ -168,11 +169,12 @@ def together(prompt: Any, sides: Mapping[str, Any]) -> tuple[Any, dict[str, Any]
     """Prompt and sides of which one is text and the other messages, both as messages; whatever else there is, as it is.
 
     A text beside messages is a user's turn in the prompt, and an assistant's in a side. A conversation that itself begins with
-    a prompt's text has the prompt in it: None is returned for the prompt. Messages of the prompt that all sides repeat stand there once.
+    a prompt's text has the prompt in it: None is returned for the prompt. Messages of the prompt that all sides repeat stand there once,
+    with the system message that the prompt or all of the sides have.
     """
     if isinstance(prompt, list):
-        if prompt and sides and all(isinstance(side, list) and side[: len(prompt)] == prompt for side in sides.values()):
-            sides = {name: side[len(prompt) :] for name, side in sides.items()}
+        if prompt and sides and all(_are_messages(value) for value in (prompt, *sides.values())):
+            prompt, sides = _once(prompt, sides)
         return prompt, {name: said("assistant", side) if isinstance(side, str) else side for name, side in sides.items()}
     if isinstance(prompt, str) and sides and all(_are_messages(side) for side in sides.values()):
         if all(side[0]["role"] == "assistant" for side in sides.values()):
@@ -181,6 +183,29 @@ def together(prompt: Any, sides: Mapping[str, Any]) -> tuple[Any, dict[str, Any]
         if all(text == prompt for text in asked):
             return None, dict(sides)
     return prompt, dict(sides)
+
+
+def _once(prompt: list[Message], sides: Mapping[str, list[Message]]) -> tuple[list[Message], Mapping[str, list[Message]]]:
+    """A prompt, and the sides without it where all repeat it; columnar files give messages of one column keys that hold null."""
+    (system, asked), *split = (_system_and_rest(value) for value in (prompt, *sides.values()))
+    first = split[0][0]
+    if any(front != first or without_nulls(rest[: len(asked)]) != without_nulls(asked) for front, rest in split):
+        return prompt, sides
+    if system and first and system != first:
+        return prompt, sides
+    return [*(system or first), *asked], {name: rest[len(asked) :] for name, (_, rest) in zip(sides, split, strict=True)}
+
+
+def _system_and_rest(messages: list[Message]) -> tuple[list[Message], list[Message]]:
+    count = sum(1 for _ in takewhile(lambda message: message["role"] in ("system", "developer"), messages))
+    return without_nulls(messages[:count]), messages[count:]
+
+
+def without_nulls(value: Any) -> Any:
+    """A value without the keys of its objects that hold null: columnar files give every object the keys of all others."""
+    if isinstance(value, dict):
+        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def said(role: str, text: str) -> list[Message]:
