@@ -169,13 +169,30 @@ def test_damaged_bytes_are_a_value_error_whatever_they_are(tmp_path, name):
     ("name", "text", "message"),
     [
         ("a.csv", "a,a\n1,2\n", "two columns have the same name"),
-        ("a.csv", "a,b\n1,2,3\n", "no readable CSV file .*Expected 2 columns, got 3"),
+        ("a.csv", "a,b\n1,2,3\n", "row 0 .*: line 2 has 3 columns, and the first line 2; put a value with"),
         ("a.csv", "a,b\n", "holds no rows"),
     ],
 )
 def test_bad_csv(tmp_path, name, text, message):
     with pytest.raises(ValueError, match=message):
         read_rows(write(tmp_path / name, text))
+
+
+@pytest.mark.parametrize(
+    ("name", "lines", "rows"),
+    [
+        ("a.csv", ['q1,"a', "q2,b", 'q3,"c"'], ["line 2", ["q2", "b"], ["q3", "c"]]),
+        ("a.csv", ["q1,x", 'q2,"a', "q3,c"], [["q1", "x"], "line 3", ["q3", "c"]]),
+        ("a.csv", ['q1,"a" b', "q2,b"], ["line 2", ["q2", "b"]]),
+        ("a.csv", ['q1,"a', 'q2,b",c', "q3,d"], ["line 2", "line 3", ["q3", "d"]]),
+        ("a.csv", ['q1,"a', 'b ""c"""', "", 'q2,5" of "it"'], [["q1", 'a\nb "c"'], ["q2", '5" of "it"']]),
+        ("a.tsv", ['q1\t"a', 'q2\t"c"', 'q3\tc"'], [["q1", '"a'], ["q2", "c"], ["q3", 'c"']]),
+        ("a.tsv", ['q1\t"a', 'b"', "q2\t"], [["q1", "a\nb"], ["q2", ""]]),
+    ],
+)
+def test_quotes_that_do_not_fit_make_a_bad_row_and_swallow_no_other(tmp_path, name, lines, rows):
+    found = rows_and_faults(write(tmp_path / name, "\n".join([f"a{',' if name == 'a.csv' else chr(9)}b", *lines])))
+    assert [[*row.values()] if isinstance(row, dict) else row.what[:6] for row in found] == rows
 
 
 def test_a_damaged_data_set_on_disk(tmp_path):

@@ -3,6 +3,7 @@
 Only a path that begins with hf:// touches the network. Whatever bytes a file holds, what is wrong with it is a `ValueError`.
 """
 
+import csv
 import io
 import json
 import pathlib
@@ -151,27 +152,64 @@ def _columns(path: pathlib.Path, packed: int, schema: Any, batches: Any) -> Iter
         yield from (row for i in range(0, len(batch), ROWS_AT_ONCE) for row in batch[i : i + ROWS_AT_ONCE].to_pylist())
 
 
-def _csv(path: pathlib.Path, text: str) -> list[Row]:
-    import pyarrow
-    import pyarrow.csv as csv
+def _csv(path: pathlib.Path, text: str) -> Iterator[Row | Bad]:
+    """Rows of CSV and TSV; where quotes or columns do not fit the row is a bad one, and the next line begins another."""
+    held, mark = list(io.StringIO(text, newline="")), "\t" if suffix(path) == ".tsv" else ","
+    names: list[str] = []
+    for number, found in _lines_of_tabs(held) if mark == "\t" and _are_rows(held) else _records(held, mark):
+        if not names:
+            names = _header(path, found, "tabs" if mark == "\t" else "commas (in a .tsv tabs)")
+        else:
+            # Every value as text: "007" and "true" may be answers; the columns that are numbers are converted where they are used.
+            yield Bad("not CSV", f"line {number} {found}") if isinstance(found, str) else dict(zip(names, found, strict=True))
 
-    content = pyarrow.py_buffer(text.encode())
-    tabs = suffix(path) == ".tsv"
-    # One block: a row may be of any length. Quoted values may hold line ends.
-    whole = csv.ReadOptions(block_size=min(len(content) + 1, 2**31 - 1), use_threads=False)
-    layout = csv.ParseOptions(delimiter="\t" if tabs else ",", newlines_in_values=True)
-    try:
-        names = csv.open_csv(content, whole, layout).schema.names
-        if len(set(names)) < len(names):
-            raise ValueError("two columns have the same name")
-        if len(names) == 1 and (other := next((mark for mark in ";\t|," if mark in names[0]), None)):
-            between = "tabs" if tabs else "commas (in a .tsv tabs)"
-            raise ValueError(f"one column, {short(names[0])}, with {other!r} in it: put {between} between columns")
-        # Every value as text: "007" and "true" may be answers; the columns that are numbers are converted where they are used.
-        types = csv.ConvertOptions(column_types=dict.fromkeys(names, "string"))
-        return csv.read_csv(content, whole, layout, types).to_pylist()
-    except (ValueError, NotImplementedError, OSError) as error:
-        raise ValueError(f"{path} is no readable CSV file ({one_line(error)}); its first line names the columns") from error
+
+def _header(path: pathlib.Path, names: list[str] | str, between: str) -> list[str]:
+    wrong = f"line 1 {names}" if isinstance(names, str) else ""
+    if len(set(names)) < len(names) and not wrong:
+        wrong = "two columns have the same name"
+    if len(names) == 1 and (other := next((mark for mark in ";\t|," if mark in names[0]), None)):
+        wrong = f"one column, {short(names[0])}, with {other!r} in it: put {between} between columns"
+    if wrong:
+        raise ValueError(f"{path} is no readable CSV file ({wrong}); its first line names the columns")
+    return [*names]
+
+
+def _records(held: list[str], mark: str) -> Iterator[tuple[int, list[str] | str]]:
+    """The values of each row, or what is wrong with it, with the number of its first line."""
+    csv.field_size_limit(2**31 - 1)  # a row may be of any length
+    at, width = 0, 0
+    while at < len(held):
+        begun, reader = at, csv.reader(map(held.__getitem__, range(at, len(held))), delimiter=mark, strict=True)
+        try:
+            for values in reader:
+                width = width or len(values)
+                if values and len(values) != width:
+                    raise csv.Error(f"has {len(values)} columns, and the first line {width}")
+                if values:
+                    yield begun + 1, values
+                begun = at + reader.line_num
+            return
+        except csv.Error as error:
+            what = str(error)
+            if not what.startswith("has "):
+                what = (
+                    f"has a quote that opens a value and {'never ends it' if 'end of data' in what else 'text behind the one that ends it'}"
+                )
+            yield begun + 1, f"{what}; put a value with quotes, line ends or {mark!r} in it between quotes, and write its own twice"
+            at = begun + 1
+
+
+def _are_rows(held: list[str]) -> bool:
+    """Whether every line has as many tabs as the first, so that no quotes hold any, and those in a value are of its own."""
+    counts = {line.count("\t") for line in held if line.strip("\r\n")}
+    return len(counts) == 1 and 0 not in counts
+
+
+def _lines_of_tabs(held: list[str]) -> Iterator[tuple[int, list[str] | str]]:
+    for number, line in enumerate(held, 1):
+        if values := line.strip("\r\n"):
+            yield number, [x[1:-1].replace('""', '"') if QUOTED.fullmatch(x) else x for x in values.split("\t")]
 
 
 def _too_long(place: str, size: int) -> Bad:
@@ -260,6 +298,7 @@ class _Decoder:
         return ValueError(f"{self.path}, line {line} is not JSON: {what}; write one JSON array, or one object a line")
 
 
+QUOTED = re.compile(r'"([^"]|"")*"')
 BLANK = re.compile(r"[ \t\r\n]*")
 
 
