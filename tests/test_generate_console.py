@@ -196,3 +196,17 @@ def test_text_ends_before_a_stop_string():
     stops = Stops(tokenizer, ("Human:",))
     assert console.text_of(ids, STOP_STRING, tokenizer, stops) == "yes. "
     assert console.text_of(ids, LENGTH, tokenizer, stops) == "yes. Human:"
+
+
+def test_a_text_is_what_its_tokens_say_whatever_the_folder_asks_for(tmp_path):
+    from alignax.generate.stops import added_text
+    from alignax.prepare import load_tokenizer
+
+    tokenizer = tiny.tokenizer()
+    tokenizer.clean_up_tokenization_spaces = True
+    tokenizer.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"clean_up_tokenization_spaces": True}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = load_tokenizer(tmp_path, 96)
+    ids = np.asarray(tokenizer("a , . do n't ?", add_special_tokens=False)["input_ids"])
+    assert console.text_of(ids, "length", tokenizer, None) == added_text(tokenizer, [1], ids) == tokenizer.decode(ids) == "a , . do n't ?"
