@@ -19,6 +19,7 @@ from alignax.data.turns import REASONING, Found, find, is_scored
 BY_MARKS, BY_TEXT = "the template's {% generation %} marks", "the text that the chat template makes of each"
 NULLS = ("keys of tool calls or tools that hold null, which are left out",)
 GOES_ON = "answers behind another message of the assistant's, which they go on with in one turn; data.turns=all has two turns"
+BEHIND = "messages behind the last answer that is trained on, which are left out"
 BEGUN = "prompts that end in a message of the assistant's, whose turn is gone on with; where it is the answer, leave it out of them"
 WEIGHTS = ("weight", "train", "training", "loss")  # of OpenAI and Mistral, of axolotl, of ms-swift: 0 or false is not to be trained on
 PARTLY = ("train_detail", "training_detail")
@@ -73,6 +74,7 @@ def split(prompt: list | None, sides: Mapping[str, Any], tools: Any, turns: str)
     if start == 0:
         return Bad("no prompt", f"{next(iter(sides))!r} begins with the assistant's turn; put a user turn in front")
     first = next(iter(whole.values()))
+    told += (BEHIND,) if any(len(messages) < len(prompt or []) + len(sides[name]) for name, messages in whole.items()) else ()
     told += (GOES_ON,) if prompt is None and is_prefill(first[:start]) else ()
     return Prompted(first[:start], tuple(messages[start:] for messages in whole.values()), tools=tools, told=told)
 
