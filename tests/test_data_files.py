@@ -55,6 +55,10 @@ def test_a_dataset_on_disk_gives_the_same_rows_and_several_splits_are_named(tmp_
         read_rows(f"{tmp_path}/two:test")
     with pytest.raises(ValueError, match=r"one is a single data set, without splits; leave out ':dev'"):
         read_rows(f"{tmp_path}/one:dev")
+    for name in ("one", "two"):
+        write(tmp_path / name / "extra.jsonl", jsonl(ROWS))
+        with pytest.raises(ValueError, match=r"written by Dataset\.save_to_disk, and other files lie there \(extra\.jsonl\)"):
+            read_rows(f"{tmp_path}/{name}")
 
 
 @pytest.mark.parametrize(
@@ -284,12 +288,40 @@ def test_the_split_of_a_file_is_told_by_its_name_or_its_folder(tmp_path):
     assert [row["a"][-14:] for row in read_rows(f"{tmp_path}/hub:train_sft")] == ["0-of-00002.jsonl"[-14:], "1-of-00002.jsonl"[-14:]]
     for name in ("helpful/train.jsonl", "helpful/test.jsonl", "harmless/train.jsonl", "harmless/test.jsonl"):
         write(tmp_path / "hh" / name, jsonl([{"a": name}]))
-    assert read_rows(f"{tmp_path}/hh:test") == [{"a": "harmless/test.jsonl"}, {"a": "helpful/test.jsonl"}]
+    with pytest.raises(ValueError, match=r"holds 'test' in several folders \(harmless, helpful\); point to one of them, or name the"):
+        read_rows(f"{tmp_path}/hh:test")
+    assert read_rows(f"{tmp_path}/hh/helpful:test") == [{"a": "helpful/test.jsonl"}]
+    assert read_rows(f"{tmp_path}/hh/*/test.jsonl") == [{"a": "harmless/test.jsonl"}, {"a": "helpful/test.jsonl"}]
     for name in ("train/b.jsonl", "test/a.jsonl"):
         write(tmp_path / "by folder" / name, jsonl([{"a": name}]))
     assert read_rows(f"{tmp_path}/by folder:train") == [{"a": "train/b.jsonl"}]
     write(tmp_path / "a:train", jsonl(ROWS))
     assert read_rows(f"{tmp_path}/a:train") == ROWS, "a path that exists is itself"
+
+
+@pytest.mark.parametrize(
+    ("names", "split", "message"),
+    [
+        (["main/train-00000-of-00001.jsonl", "socratic/train-00000-of-00001.jsonl"], ":train", r"in several folders \(main, socratic\)"),
+        (["main/train/0000.jsonl", "socratic/train/0000.jsonl"], "", r"in several folders \(main, socratic\)"),
+        (["train_sft.jsonl", "train_prefs.jsonl"], "", r"holds several splits \(train_prefs, train_sft\)"),
+        (["train_v1.jsonl", "train_v2.jsonl"], ":train", r"several splits that are 'train' \(train_v1, train_v2\)"),
+        ([f"train_{x}-00000-of-00001-0123456789abcdef.jsonl" for x in ("sft", "gen")], ":train", r"\(train_gen, train_sft\)"),
+        (["train.jsonl", "heldout.jsonl"], "", r"holds 'train' and files whose names tell of no split \(heldout.jsonl\); write .*:train"),
+        (["train.jsonl", "notice.csv"], "", r"tell of no split \(notice.csv\)"),
+        (["train-00000.jsonl", "train-1.jsonl", "train2.jsonl", "train-2024-05.jsonl", "train-00003-of-00004-0123456789abcdef.jsonl"], "", ""),
+        (["train/en/a.jsonl", "train/b.jsonl"], "", ""),
+        (["license-questions.jsonl", "LICENSE.txt", "README_en.md", "citation"], "", ""),
+    ],
+)
+def test_files_are_one_split_by_their_numbers_alone(tmp_path, names, split, message):
+    for name in names:
+        write(tmp_path / name, jsonl([{"a": name}]))
+    if not message:
+        assert len(read_rows(f"{tmp_path}{split}")) == sum(name.endswith(".jsonl") for name in names)
+        return
+    with pytest.raises(ValueError, match=message):
+        read_rows(f"{tmp_path}{split}")
 
 
 def test_the_cache_of_the_hub_is_read_where_it_holds_one_version(tmp_path):
