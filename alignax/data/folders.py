@@ -13,7 +13,7 @@ PACKED = (".gz", ".bz2", ".xz", ".zst", ".zstd")
 SPLITS = ("train", "training", "dev", "val", "valid", "validation", "eval", "evaluation", "test", "testing")
 # train-00000-of-00002, as the hub names the files of a split, once with a hash behind it; and train-1, but not train_v1.
 SHARD = re.compile(r"(.+?)[-_.]\d{3,6}[-_.]of[-_.]\d{3,6}([-_.][0-9a-f]{8,})?")
-NUMBER = re.compile(r"(?<![-_.]v)(?<!\d)([-_.]*\d+)+$")
+NUMBER = re.compile(r"(?<![-_.]v)(?<!\d)[-_.]*\d+([-_.]+\d+)*$")
 DEEPEST = 12  # folders inside one another; a link to a folder above it has no end
 # What lies beside data and has no rows: hidden files, papers, programs, pictures, and what `datasets` writes of its own.
 NO_ROWS = re.compile(
