@@ -123,7 +123,7 @@ def test_lines_go_through_the_chat_template_or_raw(tmp_path, monkeypatch):
     assert cli.parse(["generate", "M", "--raw", "--n", "2"]).request == Request(raw=True, n=2)
 
 
-def test_conversations_go_through_the_chat_template(tmp_path):
+def test_conversations_go_through_the_chat_template(tmp_path, monkeypatch):
     tokenizer = tiny.byte_tokenizer(CHATML)
     file = tmp_path / "prompts.jsonl"
     turns = [{"role": "user", "content": "hi"}]
@@ -134,6 +134,14 @@ def test_conversations_go_through_the_chat_template(tmp_path):
     shapes = ([{"from": "human", "value": "hi"}], turns[0], [{"role": "user", "content": [{"type": "text", "text": "hi"}]}])
     (tmp_path / "shapes.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in shapes))
     assert console.read(Request(prompts=str(tmp_path / "shapes.jsonl")), tokenizer, DATA) == [chat] * 3, "as training reads them"
+    (tmp_path / "folder").mkdir()
+    for place, content in (("folder/a.jsonl", '{"prompt": "hi"}'), ("held.json", '{"data": [{"prompt": "hi"}]}')):
+        (tmp_path / place).write_text(content)
+    for place in ("folder", "held.json:data", "folder/*.jsonl", "folder/a.jsonl"):
+        assert console.read(Request(prompts=str(tmp_path / place)), tokenizer, DATA) == [text], "wherever training reads rows"
+    with monkeypatch.context() as patched:
+        patched.setattr(console, "read_rows", lambda path: [{"prompt": path}])
+        assert console.read(Request(prompts="hf://org/name"), tokenizer, DATA)[0].text == "hf://org/name"
     (tmp_path / "other.jsonl").write_text(json.dumps({"prompt": [{"role": "user", "content": 3}]}))
     with pytest.raises(ValueError, match=r"row 0 of .*other.jsonl: message 0 of 'the prompt' is"):
         console.read(Request(prompts=str(tmp_path / "other.jsonl")), tokenizer, DATA)
