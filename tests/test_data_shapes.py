@@ -262,6 +262,9 @@ CARDS = [
     ),
     ("orca_dpo_pairs", {"system": "French.", "question": "hi", "chosen": "hello", "rejected": "go"}, {**TEXTS, "prompt": [SYSTEM, USER]}),
     ("orca_dpo_pairs", {"system": "", "input": "hi", "chosen": "hello", "rejected": "go"}, {**TEXTS, "prompt": [USER]}),
+    ("orca_dpo_pairs", {"system": "", "input": "hi", "chosen": "hello", "rejected": "go", "status": "tie"}, None),
+    ("ultrafeedback_binarized", {"prompt": "hi", "score_chosen": 8.0, "score_rejected": 8.0, **PAIR}, None),
+    ("dpo_mix", {"dataset": "x", "chosen_rating": 5.0, "rejected_rating": 5.0, **PAIR}, None),
     ("dpo_mix", {"dataset": "x", "prompt": [USER], "chosen_rating": 5.0, "rejected_rating": 3.0, **PAIR}, PAIR | MARGIN),
     ("capybara", {"source": "x", "conversation": [{"input": "hi", "output": "hello"}], "prompt": "hi", "rating_chosen": 5, **PAIR}, PAIR),
     (
