@@ -148,7 +148,7 @@ def in_text(text: str) -> list[Any] | None:
     for loads in (json.loads, ast.literal_eval, lambda text: ast.literal_eval(WRITTEN_BY_NUMPY.sub("}, {", text))):
         try:
             with warnings.catch_warnings(action="ignore"):  # of escapes that Python does not know
-                found = loads(text.strip())
+                found: Any = loads(text.strip())
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
         if isinstance(found, dict) and not {"role", "from"} & found.keys():
