@@ -292,11 +292,13 @@ def test_text_and_conversations_may_share_a_file(chatml):
     assert chatml.decode(sides[1]) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nho<|im_end|>"
 
 
-def test_prompts_that_hold_the_answer_are_told(chatml):
+def test_prompts_that_hold_the_answer_and_turns_behind_it_are_told(chatml):
     rows = [{"prompt": turns("hi", "a")}, {"prompt": turns("hi")}]
     prompted, _ = read(rows, "prompt")
     _, report = tokenize(prompted, chatml, max_length=99, max_prompt_length=0, vocab_size=999)
     assert report.told == {chat.BEGUN: 1}
+    (row, other), _ = read([{"messages": turns("hi", "a", "b")}, {"messages": turns("hi", "a")}])
+    assert (row.told, row.prompt, row.completions) == ((chat.BEHIND,), other.prompt, other.completions) and other.told == ()
 
 
 @pytest.mark.parametrize("template", [CHATML, MARKED])

@@ -55,6 +55,10 @@ def test_a_dataset_on_disk_gives_the_same_rows_and_several_splits_are_named(tmp_
         read_rows(f"{tmp_path}/two:test")
     with pytest.raises(ValueError, match=r"one is a single data set, without splits; leave out ':dev'"):
         read_rows(f"{tmp_path}/one:dev")
+    for name in ("one", "two"):
+        write(tmp_path / name / "extra.jsonl", jsonl(ROWS))
+        with pytest.raises(ValueError, match=r"written by Dataset\.save_to_disk, and other files lie there \(extra\.jsonl\)"):
+            read_rows(f"{tmp_path}/{name}")
 
 
 @pytest.mark.parametrize(
@@ -169,13 +173,30 @@ def test_damaged_bytes_are_a_value_error_whatever_they_are(tmp_path, name):
     ("name", "text", "message"),
     [
         ("a.csv", "a,a\n1,2\n", "two columns have the same name"),
-        ("a.csv", "a,b\n1,2,3\n", "no readable CSV file .*Expected 2 columns, got 3"),
+        ("a.csv", "a,b\n1,2,3\n", "row 0 .*: line 2 has 3 columns, and the first line 2; put a value with"),
         ("a.csv", "a,b\n", "holds no rows"),
     ],
 )
 def test_bad_csv(tmp_path, name, text, message):
     with pytest.raises(ValueError, match=message):
         read_rows(write(tmp_path / name, text))
+
+
+@pytest.mark.parametrize(
+    ("name", "lines", "rows"),
+    [
+        ("a.csv", ['q1,"a', "q2,b", 'q3,"c"'], ["line 2", ["q2", "b"], ["q3", "c"]]),
+        ("a.csv", ["q1,x", 'q2,"a', "q3,c"], [["q1", "x"], "line 3", ["q3", "c"]]),
+        ("a.csv", ['q1,"a" b', "q2,b"], ["line 2", ["q2", "b"]]),
+        ("a.csv", ['q1,"a', 'q2,b",c', "q3,d"], ["line 2", "line 3", ["q3", "d"]]),
+        ("a.csv", ['q1,"a', 'b ""c"""', "", 'q2,5" of "it"'], [["q1", 'a\nb "c"'], ["q2", '5" of "it"']]),
+        ("a.tsv", ['q1\t"a', 'q2\t"c"', 'q3\tc"'], [["q1", '"a'], ["q2", "c"], ["q3", 'c"']]),
+        ("a.tsv", ['q1\t"a', 'b"', "q2\t"], [["q1", "a\nb"], ["q2", ""]]),
+    ],
+)
+def test_quotes_that_do_not_fit_make_a_bad_row_and_swallow_no_other(tmp_path, name, lines, rows):
+    found = rows_and_faults(write(tmp_path / name, "\n".join([f"a{',' if name == 'a.csv' else chr(9)}b", *lines])))
+    assert [[*row.values()] if isinstance(row, dict) else row.what[:6] for row in found] == rows
 
 
 def test_a_damaged_data_set_on_disk(tmp_path):
@@ -267,12 +288,41 @@ def test_the_split_of_a_file_is_told_by_its_name_or_its_folder(tmp_path):
     assert [row["a"][-14:] for row in read_rows(f"{tmp_path}/hub:train_sft")] == ["0-of-00002.jsonl"[-14:], "1-of-00002.jsonl"[-14:]]
     for name in ("helpful/train.jsonl", "helpful/test.jsonl", "harmless/train.jsonl", "harmless/test.jsonl"):
         write(tmp_path / "hh" / name, jsonl([{"a": name}]))
-    assert read_rows(f"{tmp_path}/hh:test") == [{"a": "harmless/test.jsonl"}, {"a": "helpful/test.jsonl"}]
+    with pytest.raises(ValueError, match=r"holds 'test' in several folders \(harmless, helpful\); point to one of them, or name the"):
+        read_rows(f"{tmp_path}/hh:test")
+    assert read_rows(f"{tmp_path}/hh/helpful:test") == [{"a": "helpful/test.jsonl"}]
+    assert read_rows(f"{tmp_path}/hh/*/test.jsonl") == [{"a": "harmless/test.jsonl"}, {"a": "helpful/test.jsonl"}]
     for name in ("train/b.jsonl", "test/a.jsonl"):
         write(tmp_path / "by folder" / name, jsonl([{"a": name}]))
     assert read_rows(f"{tmp_path}/by folder:train") == [{"a": "train/b.jsonl"}]
     write(tmp_path / "a:train", jsonl(ROWS))
     assert read_rows(f"{tmp_path}/a:train") == ROWS, "a path that exists is itself"
+
+
+@pytest.mark.parametrize(
+    ("names", "split", "message"),
+    [
+        (["main/train-00000-of-00001.jsonl", "socratic/train-00000-of-00001.jsonl"], ":train", r"in several folders \(main, socratic\)"),
+        (["main/train/0000.jsonl", "socratic/train/0000.jsonl"], "", r"in several folders \(main, socratic\)"),
+        (["train_sft.jsonl", "train_prefs.jsonl"], "", r"holds several splits \(train_prefs, train_sft\)"),
+        (["train_v1.jsonl", "train_v2.jsonl"], ":train", r"several splits that are 'train' \(train_v1, train_v2\)"),
+        ([f"train_{x}-00000-of-00001-0123456789abcdef.jsonl" for x in ("sft", "gen")], ":train", r"\(train_gen, train_sft\)"),
+        (["train.jsonl", "heldout.jsonl"], "", r"holds 'train' and files whose names tell of no split \(heldout.jsonl\); write .*:train"),
+        (["train.jsonl", "notice.csv"], "", r"tell of no split \(notice.csv\)"),
+        (["train-00000.jsonl", "train-1.jsonl", "train2.jsonl", "train-2024-05.jsonl"], "", ""),
+        (["train-00000-of-00002.jsonl", "train-00001-of-00002-0123456789abcdef.jsonl"], "", ""),
+        (["train/en/a.jsonl", "train/b.jsonl"], "", ""),
+        (["license-questions.jsonl", "LICENSE.txt", "README_en.md", "citation"], "", ""),
+    ],
+)
+def test_files_are_one_split_by_their_numbers_alone(tmp_path, names, split, message):
+    for name in names:
+        write(tmp_path / name, jsonl([{"a": name}]))
+    if not message:
+        assert len(read_rows(f"{tmp_path}{split}")) == sum(name.endswith(".jsonl") for name in names)
+        return
+    with pytest.raises(ValueError, match=message):
+        read_rows(f"{tmp_path}{split}")
 
 
 def test_the_cache_of_the_hub_is_read_where_it_holds_one_version(tmp_path):
@@ -341,6 +391,11 @@ def test_a_line_too_long_is_a_bad_row_and_is_not_held(tmp_path, monkeypatch):
     ]
     with pytest.raises(ValueError, match=r"a\.jsonl, row 1 \(counted from 0\): line 2 has 310 bytes, and a row at most"):
         read_rows(path)
+    array = [{"a": "x" * 20}] * 9 + [{"a": "x" * 57}]
+    assert read_rows(write(tmp_path / "b.json", "\n " + json.dumps(array[:9]))) == array[:9], "an array on one line is no row"
+    assert read_rows(f"{write(tmp_path / 'd.json', json.dumps({'data': array[:9]}))}:data") == array[:9], "nor one object of rows"
+    with pytest.raises(ValueError, match=r"b\.json, row 9 .*: element 9 \(counted from 0\) has 66 bytes, and a row at most 64"):
+        read_rows(write(tmp_path / "b.json", json.dumps(array)))
 
 
 def test_utf_16_and_other_text_is_named_with_its_line(tmp_path):

@@ -3,6 +3,7 @@
 import json
 
 import jax
+import numpy as np
 import pytest
 import runs
 import tiny
@@ -80,7 +81,27 @@ def test_a_part_that_is_no_text_is_refused_by_name(part, kind):
         only(row, kind)
 
 
-@pytest.mark.parametrize("form", [json.dumps, str, lambda value: json.dumps(value, indent=1, sort_keys=True)])
+def flipped(value):
+    """Messages whose contents come first."""
+    return [dict(reversed(m.items())) for m in value]
+
+
+FORMS = [
+    json.dumps,
+    str,
+    lambda value: json.dumps(value, indent=1, sort_keys=True),
+    lambda value: str(flipped(value)),
+    lambda value: str(np.array(flipped(value))),
+    lambda value: json.dumps([{"id": 1, "name": None, **m} for m in value]),
+    lambda value: json.dumps([{"content": 'so "he" said', "role": "user"}, *value]),
+    lambda value: json.dumps([{"content": None} | value[0]]),
+    lambda value: json.dumps(value[0]),
+    lambda value: json.dumps({"messages": value}),
+    lambda value: json.dumps(value)[:-9],
+]
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_messages_as_text_are_refused_with_the_remedy(form):
     """A table of CSV, say, holds them as JSON, or as Python writes them; they are no text to be learnt."""
     for row, kind in (
@@ -91,7 +112,15 @@ def test_messages_as_text_are_refused_with_the_remedy(form):
     ):
         with pytest.raises(ValueError, match=r"text that holds messages as .*; make a list of them, with .* as row\(row\)"):
             only(row, kind, **({"messages": "conversations"} if "conversations" in row else {}))
-    assert only({"prompt": "hi", "completion": '[{"roles": 1}]'}, "sft").completions == ('[{"roles": 1}]',)
+    others = (
+        '[{"roles": 1}]',
+        '[{"name": "Ann", "role": "user"}]',
+        '[{"from": "A", "to": "B"}]',
+        '{"role": "user"} it is',
+        "['\\d', 'from':",
+    )
+    for text in others:
+        assert only({"prompt": "hi", "completion": text}, "sft").completions == (text,)
 
 
 def test_openais_earlier_calls_of_functions():
@@ -104,9 +133,14 @@ def test_openais_earlier_calls_of_functions():
     assert messages("c", [{"from": "function", "value": "18 C"}]) == [{"role": "tool", "content": "18 C"}]
 
 
-def test_sides_that_repeat_the_prompt_have_it_once():
-    row = only({"prompt": [USER], "chosen": [USER, YES], "rejected": [USER, NO]})
-    assert (row.prompt, row.completions) == ([USER], ([YES], [NO]))
+@pytest.mark.parametrize("null", [{}, {"tool_calls": None}])
+@pytest.mark.parametrize(("asked", "front"), [([], []), ([SYSTEM], [SYSTEM]), ([SYSTEM], []), ([], [SYSTEM])])
+def test_sides_that_repeat_the_prompt_have_it_once(asked, front, null):
+    repeated = [m | null for m in (*front, USER)]
+    row = only({"prompt": [*asked, USER], "chosen": [*repeated, YES], "rejected": [*repeated, NO]})
+    assert (row.prompt, row.completions) == ([*(asked or front), USER], ([YES], [NO]))
+    row = only({"prompt": [*asked, USER], "completion": [*repeated, YES]}, "sft")
+    assert (row.prompt, row.completions) == ([*(asked or front), USER], ([YES],))
 
 
 def test_roles_of_other_names():
@@ -228,6 +262,9 @@ CARDS = [
     ),
     ("orca_dpo_pairs", {"system": "French.", "question": "hi", "chosen": "hello", "rejected": "go"}, {**TEXTS, "prompt": [SYSTEM, USER]}),
     ("orca_dpo_pairs", {"system": "", "input": "hi", "chosen": "hello", "rejected": "go"}, {**TEXTS, "prompt": [USER]}),
+    ("orca_dpo_pairs", {"system": "", "input": "hi", "chosen": "hello", "rejected": "go", "status": "tie"}, None),
+    ("ultrafeedback_binarized", {"prompt": "hi", "score_chosen": 8.0, "score_rejected": 8.0, **PAIR}, None),
+    ("dpo_mix", {"dataset": "x", "chosen_rating": 5.0, "rejected_rating": 5.0, **PAIR}, None),
     ("dpo_mix", {"dataset": "x", "prompt": [USER], "chosen_rating": 5.0, "rejected_rating": 3.0, **PAIR}, PAIR | MARGIN),
     ("capybara", {"source": "x", "conversation": [{"input": "hi", "output": "hello"}], "prompt": "hi", "rating_chosen": 5, **PAIR}, PAIR),
     (

@@ -75,7 +75,7 @@ def test_a_merge_over_the_boundary_moves_it_to_the_common_prefix(bare):
 
 
 @pytest.mark.parametrize("template", ["", "<s> $A", "<s> $A </s>", "$A </s>"])
-@pytest.mark.parametrize("ending", ["", "</s>", "</s></s>"])
+@pytest.mark.parametrize("ending", ["", "</s>", "</s></s>", "</s>\n", "</s> \n\n"])
 def test_exactly_one_eos_whoever_adds_it(template, ending):
     tokenizer = make(template)
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
@@ -83,7 +83,7 @@ def test_exactly_one_eos_whoever_adds_it(template, ending):
     for prompt, completion in sides(examples):
         assert completion.count(1) == 1 and completion[-1] == 1 and len(completion) > 1
         assert 1 not in prompt and (prompt[0] == 0) == template.startswith("<s>")
-    assert report.eos_inside == 0 and report.boundary_merges == 0
+    assert report.eos_inside == 0 and report.boundary_merges == 0 and report.ends_written == bool(ending)
 
 
 def test_an_eos_in_the_texts_is_kept_and_counted(bos):

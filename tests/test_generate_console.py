@@ -112,7 +112,8 @@ def test_lines_go_through_the_chat_template_or_raw(tmp_path, monkeypatch):
     (raw,) = console.read(Request(prompts=str(file), raw=True), tokenizer, DATA)
     assert raw == next(console.typed(Request(raw=True), tokenizer, DATA)) and raw.text == "hi"
     assert console.read(Request(prompts=str(file)), tiny.byte_tokenizer(), DATA) == [raw], "no template: as it is"
-    for read in (json.dumps, str):  # a conversation, as JSON or Python writes it
+    content_first = lambda turns: str([dict(reversed(m.items())) for m in turns])
+    for read in (json.dumps, str, content_first, lambda turns: json.dumps(turns[0])):  # a conversation, as JSON or Python writes it
         file.write_text(read([{"role": "user", "content": "hi"}]))
         assert console.read(Request(prompts=str(file)), tokenizer, DATA) == [line]
         (raw,) = console.read(Request(prompts=str(file), raw=True), tokenizer, DATA)
@@ -122,7 +123,7 @@ def test_lines_go_through_the_chat_template_or_raw(tmp_path, monkeypatch):
     assert cli.parse(["generate", "M", "--raw", "--n", "2"]).request == Request(raw=True, n=2)
 
 
-def test_conversations_go_through_the_chat_template(tmp_path):
+def test_conversations_go_through_the_chat_template(tmp_path, monkeypatch):
     tokenizer = tiny.byte_tokenizer(CHATML)
     file = tmp_path / "prompts.jsonl"
     turns = [{"role": "user", "content": "hi"}]
@@ -133,6 +134,14 @@ def test_conversations_go_through_the_chat_template(tmp_path):
     shapes = ([{"from": "human", "value": "hi"}], turns[0], [{"role": "user", "content": [{"type": "text", "text": "hi"}]}])
     (tmp_path / "shapes.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in shapes))
     assert console.read(Request(prompts=str(tmp_path / "shapes.jsonl")), tokenizer, DATA) == [chat] * 3, "as training reads them"
+    (tmp_path / "folder").mkdir()
+    for place, content in (("folder/a.jsonl", '{"prompt": "hi"}'), ("held.json", '{"data": [{"prompt": "hi"}]}')):
+        (tmp_path / place).write_text(content)
+    for place in ("folder", "held.json:data", "folder/*.jsonl", "folder/a.jsonl"):
+        assert console.read(Request(prompts=str(tmp_path / place)), tokenizer, DATA) == [text], "wherever training reads rows"
+    with monkeypatch.context() as patched:
+        patched.setattr(console, "read_rows", lambda path: [{"prompt": path}])
+        assert console.read(Request(prompts="hf://org/name"), tokenizer, DATA)[0].text == "hf://org/name"
     (tmp_path / "other.jsonl").write_text(json.dumps({"prompt": [{"role": "user", "content": 3}]}))
     with pytest.raises(ValueError, match=r"row 0 of .*other.jsonl: message 0 of 'the prompt' is"):
         console.read(Request(prompts=str(tmp_path / "other.jsonl")), tokenizer, DATA)
@@ -197,3 +206,17 @@ def test_text_ends_before_a_stop_string():
     stops = Stops(tokenizer, ("Human:",))
     assert console.text_of(ids, STOP_STRING, tokenizer, stops) == "yes. "
     assert console.text_of(ids, LENGTH, tokenizer, stops) == "yes. Human:"
+
+
+def test_a_text_is_what_its_tokens_say_whatever_the_folder_asks_for(tmp_path):
+    from alignax.generate.stops import added_text
+    from alignax.prepare import load_tokenizer
+
+    tokenizer = tiny.tokenizer()
+    tokenizer.clean_up_tokenization_spaces = True
+    tokenizer.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"clean_up_tokenization_spaces": True}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = load_tokenizer(tmp_path, 96)
+    ids = np.asarray(tokenizer("a , . do n't ?", add_special_tokens=False)["input_ids"])
+    assert console.text_of(ids, "length", tokenizer, None) == added_text(tokenizer, [1], ids) == tokenizer.decode(ids) == "a , . do n't ?"

@@ -12,12 +12,14 @@ from typing import Any, NamedTuple
 
 from alignax.data.files import short
 from alignax.data.rows import Bad, Message, Prompted
+from alignax.data.shapes import without_nulls
 from alignax.data.template import Template, is_prefill
 from alignax.data.turns import REASONING, Found, find, is_scored
 
 BY_MARKS, BY_TEXT = "the template's {% generation %} marks", "the text that the chat template makes of each"
 NULLS = ("keys of tool calls or tools that hold null, which are left out",)
 GOES_ON = "answers behind another message of the assistant's, which they go on with in one turn; data.turns=all has two turns"
+BEHIND = "messages behind the last answer that is trained on, which are left out"
 BEGUN = "prompts that end in a message of the assistant's, whose turn is gone on with; where it is the answer, leave it out of them"
 WEIGHTS = ("weight", "train", "training", "loss")  # of OpenAI and Mistral, of axolotl, of ms-swift: 0 or false is not to be trained on
 PARTLY = ("train_detail", "training_detail")
@@ -72,6 +74,7 @@ def split(prompt: list | None, sides: Mapping[str, Any], tools: Any, turns: str)
     if start == 0:
         return Bad("no prompt", f"{next(iter(sides))!r} begins with the assistant's turn; put a user turn in front")
     first = next(iter(whole.values()))
+    told += (BEHIND,) if any(len(messages) < len(prompt or []) + len(sides[name]) for name, messages in whole.items()) else ()
     told += (GOES_ON,) if prompt is None and is_prefill(first[:start]) else ()
     return Prompted(first[:start], tuple(messages[start:] for messages in whole.values()), tools=tools, told=told)
 
@@ -85,27 +88,20 @@ def prompt_alone(messages: list, tools: Any) -> Prompted | Bad:
     if messages[-1].get("tool_calls"):
         return Bad("no prompt", "the prompt ends with the assistant's call of a tool; put the tool's answer behind it")
     told = (NULLS if _nested_nulls(messages, tools) else ()) + ((BEGUN,) if is_prefill(messages) else ())
-    return Prompted(_without_nulls(messages), ([],), tools=read, told=told)
-
-
-def _without_nulls(value: Any) -> Any:
-    """A value without the keys of its objects that hold null: columnar files give every object the keys of all others."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
-    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
+    return Prompted(without_nulls(messages), ([],), tools=read, told=told)
 
 
 def _nested_nulls(messages: list[Message], tools: Any) -> bool:
     """Whether tool calls or descriptions of tools have keys that hold null."""
     values = [message["tool_calls"] for message in messages if message.get("tool_calls")] + ([tools] if isinstance(tools, list) else [])
-    return _without_nulls(values) != values
+    return without_nulls(values) != values
 
 
 def _tools(tools: Any) -> Any:
     """A list of tool descriptions or its JSON, as a list; None of none."""
     bad = Bad("bad tools", f"the tools are {short(tools)}; give a list of JSON schemas")
     try:
-        tools = json.loads(tools.strip() or "null") if isinstance(tools, str) else _without_nulls(tools)
+        tools = json.loads(tools.strip() or "null") if isinstance(tools, str) else without_nulls(tools)
         json.dumps(tools, ensure_ascii=False).encode()
     except (ValueError, TypeError, RecursionError):
         return bad
@@ -162,7 +158,7 @@ def _is_message(message: Any) -> bool:
 def _until_last_answer(messages: list[Message], prompt: int) -> list[Message]:
     """Messages up to the last assistant turn after the prompt, without the keys that hold null."""
     last = max((i for i, message in enumerate(messages) if is_scored(message) and i >= prompt), default=-1)
-    return _without_nulls(messages[: last + 1])
+    return without_nulls(messages[: last + 1])
 
 
 def _start(whole: list[list[Message]], prompt: list | None, turns: str) -> int:

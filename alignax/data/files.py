@@ -3,6 +3,7 @@
 Only a path that begins with hf:// touches the network. Whatever bytes a file holds, what is wrong with it is a `ValueError`.
 """
 
+import csv
 import io
 import json
 import pathlib
@@ -10,9 +11,10 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from alignax.data import streams
 from alignax.data.folders import SUFFIXES, files, matching, place, saved, suffix
 from alignax.data.rows import Bad
-from alignax.data.streams import ROW, check_size, lines, opened
+from alignax.data.streams import check_size, lines, opened, opens_array
 from alignax.data.words import one_line, short
 
 __all__ = ["SUFFIXES", "Row", "one_line", "read_rows", "rows_and_faults", "short"]
@@ -33,7 +35,7 @@ def read_rows(path: str | pathlib.Path) -> list[Row]:
     `hf://org/name:config:split` are data sets of the Hugging Face hub, or of its local cache.
 
     Errors: `ValueError` for a missing path, a damaged file (with its line, where it has lines), a file in a folder that cannot
-    be read, a row that is no object, has a key twice or is longer than `ROW` bytes, a hub that does not answer, and no rows.
+    be read, a row that is no object, has a key twice or is longer than `streams.ROW` bytes, a hub that does not answer, and no rows.
     """
     rows: list[Row] = []
     for i, row in enumerate(rows_and_faults(path)):
@@ -64,7 +66,7 @@ def _read_path(text: str) -> list[Row | Bad]:
         hint = f"; for a data set of the Hugging Face hub write {HUB}{path}" if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) else ""
         raise ValueError(f"there is no file or folder {str(path)!r} (looked from {str(pathlib.Path.cwd())!r}); correct the path{hint}")
     if not path.is_dir():
-        return _under(path, split, [*_read_file(path)])
+        return _under(path, split, [*_read_file(path, whole=bool(split))])
     if (folder := saved(path, split)) is not None:
         return [*_saved(folder)]
     return [row for file in files(path, split) for row in _read_file(file)]
@@ -85,7 +87,8 @@ def _under(path: pathlib.Path, key: str, rows: list[Row | Bad]) -> list[Row | Ba
     return rows
 
 
-def _read_file(path: pathlib.Path) -> Iterator[Row | Bad]:
+def _read_file(path: pathlib.Path, whole: bool = False) -> Iterator[Row | Bad]:
+    """Rows of a file; a `whole` one is a single object, which may be longer than a row."""
     with opened(path) as stream:
         head = stream.read(8)
     with opened(path) as stream:
@@ -96,7 +99,7 @@ def _read_file(path: pathlib.Path) -> Iterator[Row | Bad]:
         elif suffix(path) in (".csv", ".tsv"):
             yield from _csv(path, _text(path, stream.read(), 1))
         else:
-            yield from _json(path, stream)
+            yield from _Decoder(path).values(_text(path, stream.read(), 1), 1) if whole else _json(path, stream)
 
 
 def _text(path: pathlib.Path, content: bytes, line: int) -> str:
@@ -149,27 +152,68 @@ def _columns(path: pathlib.Path, packed: int, schema: Any, batches: Any) -> Iter
         yield from (row for i in range(0, len(batch), ROWS_AT_ONCE) for row in batch[i : i + ROWS_AT_ONCE].to_pylist())
 
 
-def _csv(path: pathlib.Path, text: str) -> list[Row]:
-    import pyarrow
-    import pyarrow.csv as csv
+def _csv(path: pathlib.Path, text: str) -> Iterator[Row | Bad]:
+    """Rows of CSV and TSV; where quotes or columns do not fit the row is a bad one, and the next line begins another."""
+    held, mark = list(io.StringIO(text, newline="")), "\t" if suffix(path) == ".tsv" else ","
+    names: list[str] = []
+    for number, found in _lines_of_tabs(held) if mark == "\t" and _are_rows(held) else _records(held, mark):
+        if not names:
+            names = _header(path, found, "tabs" if mark == "\t" else "commas (in a .tsv tabs)")
+        else:
+            # Every value as text: "007" and "true" may be answers; the columns that are numbers are converted where they are used.
+            yield Bad("not CSV", f"line {number} {found}") if isinstance(found, str) else dict(zip(names, found, strict=True))
 
-    content = pyarrow.py_buffer(text.encode())
-    tabs = suffix(path) == ".tsv"
-    # One block: a row may be of any length. Quoted values may hold line ends.
-    whole = csv.ReadOptions(block_size=min(len(content) + 1, 2**31 - 1), use_threads=False)
-    layout = csv.ParseOptions(delimiter="\t" if tabs else ",", newlines_in_values=True)
-    try:
-        names = csv.open_csv(content, whole, layout).schema.names
-        if len(set(names)) < len(names):
-            raise ValueError("two columns have the same name")
-        if len(names) == 1 and (other := next((mark for mark in ";\t|," if mark in names[0]), None)):
-            between = "tabs" if tabs else "commas (in a .tsv tabs)"
-            raise ValueError(f"one column, {short(names[0])}, with {other!r} in it: put {between} between columns")
-        # Every value as text: "007" and "true" may be answers; the columns that are numbers are converted where they are used.
-        types = csv.ConvertOptions(column_types=dict.fromkeys(names, "string"))
-        return csv.read_csv(content, whole, layout, types).to_pylist()
-    except (ValueError, NotImplementedError, OSError) as error:
-        raise ValueError(f"{path} is no readable CSV file ({one_line(error)}); its first line names the columns") from error
+
+def _header(path: pathlib.Path, names: list[str] | str, between: str) -> list[str]:
+    wrong = f"line 1 {names}" if isinstance(names, str) else ""
+    if len(set(names)) < len(names) and not wrong:
+        wrong = "two columns have the same name"
+    if len(names) == 1 and (other := next((mark for mark in ";\t|," if mark in names[0]), None)):
+        wrong = f"one column, {short(names[0])}, with {other!r} in it: put {between} between columns"
+    if wrong:
+        raise ValueError(f"{path} is no readable CSV file ({wrong}); its first line names the columns")
+    return [*names]
+
+
+def _records(held: list[str], mark: str) -> Iterator[tuple[int, list[str] | str]]:
+    """The values of each row, or what is wrong with it, with the number of its first line."""
+    csv.field_size_limit(2**31 - 1)  # a row may be of any length
+    at, width = 0, 0
+    while at < len(held):
+        begun, reader = at, csv.reader(map(held.__getitem__, range(at, len(held))), delimiter=mark, strict=True)
+        try:
+            for values in reader:
+                width = width or len(values)
+                if values and len(values) != width:
+                    raise csv.Error(f"has {len(values)} columns, and the first line {width}")
+                if values:
+                    yield begun + 1, values
+                begun = at + reader.line_num
+            return
+        except csv.Error as error:
+            what = str(error)
+            if not what.startswith("has "):
+                what = (
+                    f"has a quote that opens a value and {'never ends it' if 'end of data' in what else 'text behind the one that ends it'}"
+                )
+            yield begun + 1, f"{what}; put a value with quotes, line ends or {mark!r} in it between quotes, and write its own twice"
+            at = begun + 1
+
+
+def _are_rows(held: list[str]) -> bool:
+    """Whether every line has as many tabs as the first, so that no quotes hold any, and those in a value are of its own."""
+    counts = {line.count("\t") for line in held if line.strip("\r\n")}
+    return len(counts) == 1 and 0 not in counts
+
+
+def _lines_of_tabs(held: list[str]) -> Iterator[tuple[int, list[str] | str]]:
+    for number, line in enumerate(held, 1):
+        if values := line.strip("\r\n"):
+            yield number, [x[1:-1].replace('""', '"') if QUOTED.fullmatch(x) else x for x in values.split("\t")]
+
+
+def _too_long(place: str, size: int) -> Bad:
+    return Bad("too long", f"{place} has {size:,} bytes, and a row at most {streams.ROW:,}; shorten it, or split it into rows")
 
 
 def _json(path: pathlib.Path, stream: io.BufferedReader) -> Iterator[Row | Bad]:
@@ -177,8 +221,8 @@ def _json(path: pathlib.Path, stream: io.BufferedReader) -> Iterator[Row | Bad]:
     decoder = _Decoder(path)
     for number, line in lines(stream):
         if isinstance(line, int):
-            yield Bad("too long", f"line {number} has {line:,} bytes, and a row at most {ROW:,}; shorten it, or split it into rows")
-        elif not decoder.begun and (line.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[" or line.strip(b"\xef\xbb\xbf \t\r\n") == b"{"):
+            yield _too_long(f"line {number}", line)
+        elif not decoder.begun and (opens_array(line) or line.strip(b"\xef\xbb\xbf \t\r\n") == b"{"):
             yield from decoder.values(_text(path, line + stream.read(), number), number)
         else:
             yield decoder.row(_text(path, line, number), number)
@@ -206,7 +250,7 @@ class _Decoder:
 
     def values(self, text: str, number: int) -> Iterator[Row | Bad]:
         at = _blank(text, 0)
-        if text[at] != "[":  # objects over several lines each
+        if text[at : at + 1] != "[":  # objects over several lines each
             while at < len(text):
                 line = number + text.count("\n", 0, at)
                 value, end = self._value(text, at, number)
@@ -216,7 +260,9 @@ class _Decoder:
         at, element, after = _blank(text, at + 1), 0, ","
         while element or text[at : at + 1] != "]":
             value, end = self._value(text, at, number)
-            yield self._checked(value, f"element {element} (counted from 0)")
+            size = len(text[at:end].encode()) if end - at > streams.ROW // 4 else 0
+            place = f"element {element} (counted from 0)"
+            yield _too_long(place, size) if size > streams.ROW else self._checked(value, place)
             element, end = element + 1, _blank(text, end)
             after = text[end : end + 1]
             if after == "]":
@@ -252,6 +298,7 @@ class _Decoder:
         return ValueError(f"{self.path}, line {line} is not JSON: {what}; write one JSON array, or one object a line")
 
 
+QUOTED = re.compile(r'"([^"]|"")*"')
 BLANK = re.compile(r"[ \t\r\n]*")
 
 

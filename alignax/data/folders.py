@@ -11,11 +11,14 @@ SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
 PACKED = (".gz", ".bz2", ".xz", ".zst", ".zstd")
 # Words by which files and folders name the split that they hold.
 SPLITS = ("train", "training", "dev", "val", "valid", "validation", "eval", "evaluation", "test", "testing")
-SHARD = re.compile(r"(.+?)[-_.]\d{3,6}[-_.]of[-_.]\d{3,6}")  # train-00000-of-00002, as the hub names the files of a split
+# train-00000-of-00002, as the hub names the files of a split, once with a hash behind it; and train-1, but not train_v1.
+SHARD = re.compile(r"(.+?)[-_.]\d{3,6}[-_.]of[-_.]\d{3,6}([-_.][0-9a-f]{8,})?")
+NUMBER = re.compile(r"(?<![-_.]v)(?<!\d)[-_.]*\d+([-_.]+\d+)*$")
 DEEPEST = 12  # folders inside one another; a link to a folder above it has no end
 # What lies beside data and has no rows: hidden files, papers, programs, pictures, and what `datasets` writes of its own.
 NO_ROWS = re.compile(
-    r"\..*|_success|(readme|licen[cs]e|notice|copying|citation|changelog|authors|datasheet|dataset_card)\b.*"
+    r"\..*|_success"
+    r"|(readme|licen[cs]e|notice|copying|citation|changelog|authors|datasheet|dataset_card)\b(?!.*\.(jsonl?|ndjson|csv|tsv|parquet|arrow)\b).*"
     r"|(dataset_infos?|dataset_dict|state)\.json|cache-[0-9a-f]+\.arrow"
     r"|.*\.(md|rst|py|ipynb|sh|ya?ml|toml|cff|bib|pdf|png|jpe?g|gif|svg|lock|sha256|md5|crc)",
     re.IGNORECASE,
@@ -48,6 +51,12 @@ def matching(pattern: str) -> list[Path]:
 
 def saved(folder: Path, split: str) -> Path | None:
     """The folder of one split, where `Dataset.save_to_disk` wrote this one; None: other programs did."""
+    own = [file for file in ("dataset_dict.json", "state.json") if (folder / file).exists()]
+    other = [file.name for file in sorted(folder.iterdir()) if own and file.is_file() and not NO_ROWS.fullmatch(file.name)]
+    if other := [name for name in other if suffix(Path(name)) in SUFFIXES and suffix(Path(name)) != ".arrow"]:
+        raise ValueError(
+            f"{folder} was written by Dataset.save_to_disk, and other files lie there{_also(other)}; point to one, or move them"
+        )
     if (folder / "dataset_dict.json").exists():
         names = _splits(folder / "dataset_dict.json")
         if split not in names:
@@ -72,8 +81,8 @@ def _splits(file: Path) -> list[str]:
 def files(folder: Path, split: str) -> list[Path]:
     """The data files of one split in a folder and in those inside it, in the order of their names.
 
-    The split of a file is what stands in front of its number (train_prefs-00000-of-00001.parquet), else a word of its name, else
-    a word of the folder that it lies in.
+    The split of a file is its name in front of a number (train_prefs-00000-of-00001.parquet, train_sft.jsonl), or a word of that, else a
+    word of the folder that it lies in. Files of one split in several folders are several configurations, of which one is to be named.
     """
     root = _snapshot(folder)
     found = list(_inside(root, DEEPEST))
@@ -97,6 +106,15 @@ def files(folder: Path, split: str) -> list[Path]:
         what = "holds several splits" if not split else f"holds several splits that are {split!r}" if found else f"has no split {split!r}"
         shown = f"{', '.join(splits or known) or 'no name tells of one'}"
         raise ValueError(f"the folder {folder} {what} ({shown}); name one{f', such as {folder}:{known[0]}' if known else ' of its files'}")
+    if splits and (unnamed := [str(file.relative_to(root)) for file in found if not held[file]]):
+        what = f"holds {splits[0]!r} and files whose names tell of no split{_also(unnamed)}"
+        raise ValueError(f"the folder {folder} {what}; write {folder}:{splits[0]}, or name the files to read, such as '{folder}/*.jsonl'")
+    places = sorted({str(_place(file.relative_to(root))) for file in found}) if splits else []
+    if len(places) > 1:
+        what = f"holds {splits[0]!r} in several folders ({', '.join(places[:8])})"
+        raise ValueError(
+            f"the folder {folder} {what}; point to one of them, or name the files to read with a pattern, such as '{folder}/*/*'"
+        )
     return found
 
 
@@ -108,9 +126,20 @@ def _also(names: list[str]) -> str:
 
 def _names(file: Path) -> list[str]:
     """The names of the split that a file, by its path inside the folder, holds; the first is the one it goes by."""
-    shard = SHARD.fullmatch(Path(file.stem if file.suffix.lower() in PACKED else file.name).stem)
-    words = [word for part in [file.name, *reversed(file.parent.parts)] for word in re.split(r"[\W_\d]+", part.lower()) if word in SPLITS]
-    return list(dict.fromkeys([*([shard[1]] if shard else []), *words]))
+    stem = Path(file.stem if file.suffix.lower() in PACKED else file.name).stem
+    shard, inside = SHARD.fullmatch(stem), _words(stem)
+    name = [shard[1]] if shard else [NUMBER.sub("", stem)] if inside else []
+    return list(dict.fromkeys([*name, *inside, *(word for part in reversed(file.parent.parts) for word in _words(part))]))
+
+
+def _words(name: str) -> list[str]:
+    return [word for word in re.split(r"[\W_\d]+", name.lower()) if word in SPLITS]
+
+
+def _place(file: Path) -> Path:
+    """The folder, inside the one that is read, in which a file and others of its split lie: that of a folder named as a split too."""
+    named = [i for i, part in enumerate(file.parent.parts) if _words(part)]
+    return Path(*file.parent.parts[: named[-1]]) if named and not _words(file.name) else file.parent
 
 
 def _snapshot(folder: Path) -> Path:

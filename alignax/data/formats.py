@@ -21,9 +21,10 @@ def hh_rlhf(row: Mapping) -> Row:
     return {"prompt": prompts[0]} | {name: after for name, (_, _, after) in sides.items()}
 
 
-def ultrafeedback_binarized(row: Mapping) -> Row:
+def ultrafeedback_binarized(row: Mapping) -> Row | None:
     """HuggingFaceH4/ultrafeedback_binarized: two conversations with the prompt in them, and their scores."""
-    return {"chosen": row["chosen"], "rejected": row["rejected"], "margin": row["score_chosen"] - row["score_rejected"]}
+    pair = {"chosen": row["chosen"], "rejected": row["rejected"], "margin": row["score_chosen"] - row["score_rejected"]}
+    return pair if pair["margin"] else None
 
 
 def helpsteer2(row: Mapping) -> Row | None:
@@ -51,16 +52,19 @@ def pku_saferlhf_safer(row: Mapping) -> Row:
     return _ordered(row["prompt"], row["response_0"], row["response_1"], _choice(row["safer_response_id"]) == 0)
 
 
-def orca_dpo_pairs(row: Mapping) -> Row:
-    """Intel/orca_dpo_pairs: a system prompt, which may be empty, and a question; the copy of argilla calls it `input`."""
+def orca_dpo_pairs(row: Mapping) -> Row | None:
+    """Intel/orca_dpo_pairs: a system prompt, which may be empty, and a question; the copy of argilla calls it `input`, and has ties."""
+    if row.get("status") == "tie":
+        return None
     system = [{"role": "system", "content": row["system"]}] if row["system"] else []
     question = row["question"] if "question" in row else row["input"]
     return {"prompt": [*system, {"role": "user", "content": question}], "chosen": row["chosen"], "rejected": row["rejected"]}
 
 
-def dpo_mix(row: Mapping) -> Row:
+def dpo_mix(row: Mapping) -> Row | None:
     """argilla/dpo-mix-7k: two conversations with the prompt in them, and their ratings."""
-    return {"chosen": row["chosen"], "rejected": row["rejected"], "margin": row["chosen_rating"] - row["rejected_rating"]}
+    pair = {"chosen": row["chosen"], "rejected": row["rejected"], "margin": row["chosen_rating"] - row["rejected_rating"]}
+    return pair if pair["margin"] else None
 
 
 def capybara(row: Mapping) -> Row:

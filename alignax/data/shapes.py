@@ -1,9 +1,12 @@
 """Shapes of rows: what other programs write for a conversation becomes a list of messages with a role and a content."""
 
+import ast
 import copy
 import json
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 from alignax.data import formats
@@ -19,9 +22,10 @@ SPEAKERS = {
 
 # Names of roles that no chat template of today knows; GLM's knows "observation".
 ROLES = {name: role for name, role in SPEAKERS.items() if name not in ("function_call", "observation")}
-AS_JSON = re.compile(
-    r"""\s*\[\s*\{\s*("(role|from)"\s*:\s*"|'(role|from)'\s*:\s*'|"(content|value)"\s*:\s*"[^"]*"\s*,\s*"(role|from)"\s*:)"""
-)
+# How a text begins that may hold messages, and, where it cannot be read to its end (it was cut, say), one that does.
+MAY_HOLD = re.compile(r"""\s*[\[{](?=.*["'](role|from)["']\s*:)""", re.DOTALL)
+BEGINS_AS_MESSAGES = re.compile(r"""\s*\[\s*\{\s*(["'])(role|from|content|value)\1\s*:\s*["']""")
+WRITTEN_BY_NUMPY = re.compile(r"""\}\s+\{(?=["'])""")  # no comma between objects: a list of to_csv in pandas and datasets
 LEFT_OUT, NO_PREFERENCE = "left out by row()", "no preference (data.format)"
 Shaped = Mapping | Bad | str  # a row, a bad one, or the reason why it is left out
 
@@ -130,8 +134,30 @@ def _call(name: str, value: Any, rest: Message) -> Message | Bad:
 
 
 def is_json(value: Any) -> bool:
-    """Whether a value is text that holds messages as JSON."""
-    return isinstance(value, str) and AS_JSON.match(value) is not None
+    """Whether a value is text that holds messages as JSON, or as Python writes them."""
+    return isinstance(value, str) and in_text(value) is not None
+
+
+def in_text(text: str) -> list[Any] | None:
+    """The messages that a text holds as JSON, or as Python writes them; an empty list where only its beginning can be read; None: none.
+
+    A list of other objects with a role, such as {"name": "Ann", "role": "engineer"}, is an answer like any other.
+    """
+    if not MAY_HOLD.match(text):
+        return None
+    for loads in (json.loads, ast.literal_eval, lambda text: ast.literal_eval(WRITTEN_BY_NUMPY.sub("}, {", text))):
+        try:
+            with warnings.catch_warnings(action="ignore"):  # of escapes that Python does not know
+                found: Any = loads(text.strip())
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        if isinstance(found, dict) and not {"role", "from"} & found.keys():
+            found = next((value for key, value in found.items() if key in ("messages", "conversations")), None) if len(found) == 1 else None
+        found = [found] if isinstance(found, dict) else found
+        return (
+            found if holds_messages(found) and all({"content", "value", "tool_calls", "function_call"} & m.keys() for m in found) else None
+        )
+    return [] if BEGINS_AS_MESSAGES.match(text) else None
 
 
 def holds_messages(value: Any) -> bool:
@@ -143,11 +169,12 @@ def together(prompt: Any, sides: Mapping[str, Any]) -> tuple[Any, dict[str, Any]
     """Prompt and sides of which one is text and the other messages, both as messages; whatever else there is, as it is.
 
     A text beside messages is a user's turn in the prompt, and an assistant's in a side. A conversation that itself begins with
-    a prompt's text has the prompt in it: None is returned for the prompt. Messages of the prompt that all sides repeat stand there once.
+    a prompt's text has the prompt in it: None is returned for the prompt. Messages of the prompt that all sides repeat stand there once,
+    with the system message that the prompt or all of the sides have.
     """
     if isinstance(prompt, list):
-        if prompt and sides and all(isinstance(side, list) and side[: len(prompt)] == prompt for side in sides.values()):
-            sides = {name: side[len(prompt) :] for name, side in sides.items()}
+        if prompt and sides and all(_are_messages(value) for value in (prompt, *sides.values())):
+            prompt, sides = _once(prompt, sides)
         return prompt, {name: said("assistant", side) if isinstance(side, str) else side for name, side in sides.items()}
     if isinstance(prompt, str) and sides and all(_are_messages(side) for side in sides.values()):
         if all(side[0]["role"] == "assistant" for side in sides.values()):
@@ -156,6 +183,29 @@ def together(prompt: Any, sides: Mapping[str, Any]) -> tuple[Any, dict[str, Any]
         if all(text == prompt for text in asked):
             return None, dict(sides)
     return prompt, dict(sides)
+
+
+def _once(prompt: list[Message], sides: Mapping[str, list[Message]]) -> tuple[list[Message], Mapping[str, list[Message]]]:
+    """A prompt, and the sides without it where all repeat it; columnar files give messages of one column keys that hold null."""
+    (system, asked), *split = (_system_and_rest(value) for value in (prompt, *sides.values()))
+    first = split[0][0]
+    if any(front != first or without_nulls(rest[: len(asked)]) != without_nulls(asked) for front, rest in split):
+        return prompt, sides
+    if system and first and system != first:
+        return prompt, sides
+    return [*(system or first), *asked], {name: rest[len(asked) :] for name, (_, rest) in zip(sides, split, strict=True)}
+
+
+def _system_and_rest(messages: list[Message]) -> tuple[list[Message], list[Message]]:
+    count = sum(1 for _ in takewhile(lambda message: message["role"] in ("system", "developer"), messages))
+    return without_nulls(messages[:count]), messages[count:]
+
+
+def without_nulls(value: Any) -> Any:
+    """A value without the keys of its objects that hold null: columnar files give every object the keys of all others."""
+    if isinstance(value, dict):
+        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def said(role: str, text: str) -> list[Message]:

@@ -81,11 +81,16 @@ def check_size(path: Path, packed: int, size: int) -> None:
 def lines(stream: io.BufferedReader) -> Iterator[tuple[int, bytes | int]]:
     """Numbers, from 1, and bytes of the lines that are not blank; of a line longer than `ROW` how many bytes it has.
 
-    Lines end with \\n alone: U+2028 and its like are legal inside a JSON string.
+    Lines end with \\n alone: U+2028 and its like are legal inside a JSON string. Where a JSON array begins, its first line may be a part:
+    an array is no row, and whoever wants it reads on.
     """
-    number = 0
+    number, begun = 0, False
     while line := stream.readline(ROW):
         number, size, rest = number + 1, len(line), line
+        if not begun and opens_array(line):
+            yield number, line
+            continue
+        begun = begun or bool(line.strip())
         while len(rest) == ROW and rest[-1:] != b"\n":
             rest = stream.readline(ROW)
             size += len(rest)
@@ -93,3 +98,8 @@ def lines(stream: io.BufferedReader) -> Iterator[tuple[int, bytes | int]]:
             yield number, size
         elif line.strip():
             yield number, line
+
+
+def opens_array(line: bytes) -> bool:
+    """Whether a file whose first line this is holds a JSON array."""
+    return line.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"["

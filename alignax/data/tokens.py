@@ -289,6 +289,7 @@ def encode_texts(rows: Sequence[Prompted], tokenizer: Any, ends: Collection[int]
     for (prompt, written), row in zip(prompts, rows, strict=True):
         full = [_once(next(sides), *own)[0] for _ in row.completions]
         boundary = min(_common(prompt, side) for side in full)
+        full = [_until_end(side, text, boundary, tokenizer, ends) for text, side in zip(row.completions, full, strict=True)]
         completions = [_ended(side[boundary:], eos, ends) for side in full]
         written_ends = sum(bool(text) and side[-1] in ends for text, side in zip(row.completions, full, strict=True))
         marks, counts = [b"\1" * len(c) for c in completions], {"fronts_written": int(written), "ends_written": written_ends}
@@ -362,6 +363,12 @@ def _fit(row: Encoded, tokenizer: Any, ends: Collection[int], bound: Bound) -> _
 def _end_inside(completion: list[int], scored: bytes, ends: Collection[int]) -> bool:
     """Whether a scored end is followed by another scored token."""
     return any(token in ends and scored[i : i + 2] == b"\1\1" for i, token in enumerate(completion[:-1]))
+
+
+def _until_end(side: list[int], text: Any, boundary: int, tokenizer: Any, ends: Collection[int]) -> list[int]:
+    """A side up to its last end, where it is the completion's with white space alone behind it, as templates write turns."""
+    last = next((i for i in range(len(side) - 1, boundary - 1, -1) if side[i] in ends), None) if text[-1:].isspace() else None
+    return side if last is None or tokenizer.decode(side[last + 1 :]).strip() else side[: last + 1]
 
 
 def _ended(completion: list[int], eos: int, ends: Collection[int]) -> list[int]:

@@ -1,6 +1,5 @@
 """What `alignax generate` reads and writes: prompts from a file or a terminal, completions as text or JSONL."""
 
-import ast
 import dataclasses
 import json
 import sys
@@ -14,10 +13,11 @@ import jax
 
 from alignax import output
 from alignax.data import chat
-from alignax.data.files import SUFFIXES, read_rows
+from alignax.data.files import HUB, read_rows
+from alignax.data.folders import SUFFIXES, place, suffix
 from alignax.data.kinds import prompt_alone
 from alignax.data.rows import Bad, Prompted
-from alignax.data.shapes import holds_messages, is_json, said
+from alignax.data.shapes import in_text, said
 from alignax.data.tokens import prompt_ids
 from alignax.data.words import short
 from alignax.distributed import is_main
@@ -31,7 +31,7 @@ from alignax.types import Params
 class Request:
     """What is asked for on the command line; an option is a field with dashes for its underscores."""
 
-    prompts: str = ""  # a file; "-" is standard input, and empty too, which may be a terminal
+    prompts: str = ""  # a file, or rows as `read_rows` finds them; "-" is standard input, and empty too, which may be a terminal
     out: str = ""  # a file for JSONL, "-" for the console; empty: text on the console
     n: int = 1  # completions of each prompt
     max_new_tokens: int = 64
@@ -66,7 +66,9 @@ class Prompt(NamedTuple):
 
 
 def read(request: Request, tokenizer: Any, data: Any) -> list[Prompt] | None:
-    """The prompts of a file: rows with a `prompt`, text or messages (and `tools`), or else one a line; None: a person types them.
+    """The prompts of a file, or of what else holds rows: those with a `prompt`, text or messages (and `tools`), or else one a line.
+
+    None: a person types them.
 
     A line is what a user says, or a conversation in JSON, where the tokenizer has a chat template; rows are read as in training.
 
@@ -83,7 +85,8 @@ def read(request: Request, tokenizer: Any, data: Any) -> list[Prompt] | None:
         raise ValueError("several processes have no terminal in common; give --prompts FILE")
     if file == "-" and sys.stdin.isatty():
         return None
-    if file != "-" and Path(file).suffixes and any(s.lower() in SUFFIXES for s in Path(file).suffixes[-2:]):
+    path = place(file)[0]
+    if file != "-" and (file.startswith(HUB) or path.is_dir() or suffix(path) in SUFFIXES):
         found = [row_prompt(i, row, file, data.columns) for i, row in enumerate(read_rows(file))]
         return [encoded(i, row.prompt, row.tools, tokenizer, file, data.template) for i, row in enumerate(found)]
     if file != "-" and not Path(file).is_file():
@@ -102,13 +105,7 @@ def turns(line: str, request: Request, tokenizer: Any) -> Any:
     """A line as what a user says, as the conversation that it holds, or as it is."""
     if request.raw or not tokenizer.chat_template:
         return line
-    for loads in (json.loads, ast.literal_eval) if is_json(line) else ():
-        try:
-            if holds_messages(found := loads(line.strip())):
-                return found
-        except (ValueError, SyntaxError, RecursionError, MemoryError):  # a line that speaks of JSON
-            continue
-    return said("user", line)
+    return in_text(line) or said("user", line)
 
 
 def row_prompt(i: int, row: Mapping[str, Any], file: str, columns: Any) -> Prompted:
