@@ -43,14 +43,14 @@ from alignax.config import (
     trunk_values,
 )
 from alignax.data import Batches, Examples, Report, load, padded_length
-from alignax.data.files import one_line
+from alignax.data.files import one_line, short
 from alignax.data.mixture import Loaded, Mixture, sources
 from alignax.generate import stops_of
 from alignax.judges import Judge
 from alignax.losses.algebra import Objective
 from alignax.models import hf, lora, peft, transformer
 from alignax.models.lora import Lora
-from alignax.models.small_files import small_files
+from alignax.models.small_files import small_files, tokenizer_parts
 from alignax.optim import make_optimizer, make_schedule
 from alignax.rewards import check_one_score, open_ensemble
 from alignax.train import Apply
@@ -191,7 +191,7 @@ def open_models(experiment: Experiment, mesh: Mesh) -> Models:
     tokenizer = load_tokenizer(source.path, source.config.vocab_size)
     unused = hf.with_vocabulary(source, tokenizer).config.unused_tokens
     source = spoken(config, source, unused)
-    reference = open_reference(config, source, unused) if "reference" in asked(experiment.experience) else None
+    reference = open_reference(config, source, tokenizer, unused) if "reference" in asked(experiment.experience) else None
     if config.reference.path and reference is None:
         raise ValueError("reference.path is set and no reference is held; let experience(..) ask for reference, or leave it empty")
     if config.reference.token_kl:
@@ -286,7 +286,7 @@ def spoken(config: Any, source: hf.Source, unused: tuple[tuple[int, int], ...]) 
     return source._replace(config=dataclasses.replace(source.config, unused_tokens=unused, temperature=config.rollout.temperature))
 
 
-def open_reference(config: Any, source: hf.Source, unused: tuple[tuple[int, int], ...]) -> hf.Source:
+def open_reference(config: Any, source: hf.Source, tokenizer: Any, unused: tuple[tuple[int, int], ...]) -> hf.Source:
     """The model of `reference.path`, or the one that the policy starts from."""
     if not config.reference.path:
         return source
@@ -296,6 +296,8 @@ def open_reference(config: Any, source: hf.Source, unused: tuple[tuple[int, int]
             f"the reference has a vocabulary of {reference.config.vocab_size}, the policy of {source.config.vocab_size}; "
             "they must share a tokenizer"
         )
+    if tokenizer_parts(reference.path)[:-2]:  # a folder of weights alone is taken at its size
+        check_tokenizer(reference, f"reference.path {config.reference.path!r}", tokenizer)
     return reference
 
 
@@ -315,9 +317,14 @@ def open_critic(config: Any) -> hf.Source | None:
 
 
 def check_tokenizer(source: hf.Source, what: str, tokenizer: Any) -> None:
-    """Refuses a model that reads other tokens than the policy."""
-    if load_tokenizer(source.path, source.config.vocab_size).get_vocab() != tokenizer.get_vocab():
-        raise ValueError(f"{what} has another tokenizer than the policy; they must share one")
+    """Refuses a model that reads other tokens than the policy; either may have further ones."""
+    own = {i: token for token, i in tokenizer.get_vocab().items()}
+    theirs = load_tokenizer(source.path, source.config.vocab_size).get_vocab()
+    if odd := sorted((i, token) for token, i in theirs.items() if own.get(i, token) != token):
+        (i, token), *_ = odd
+        raise ValueError(
+            f"{what} has another tokenizer than the policy; they must share one (id {i} is {short(token)} there, {short(own[i])} here)"
+        )
 
 
 def compute_dtype(config: Any, mesh: Mesh) -> Any:

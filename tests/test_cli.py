@@ -275,6 +275,14 @@ BAD = {
         lambda f, t: {"model.path": edited(f, t, lambda d: set_json(d / "tokenizer_config.json", model_max_length="long"))},
         r"no tokenizer that transformers reads",
     ),
+    "reference of another tokenizer": (
+        lambda f, t: {
+            "reference.path": edited(
+                f, t, lambda d: (d / "tokenizer.json").write_text((d / "tokenizer.json").read_text().replace('"a":', '"ä":'))
+            )
+        },
+        r"reference\.path '.*' has another tokenizer than the policy.*'ä' there, 'a' here",
+    ),
     "reference of another vocabulary": (
         lambda f, t: {"reference.path": edited(f, t, lambda d: set_json(d / "config.json", vocab_size=97)), "model.init": "random"},
         r"embed_tokens.*\(96, 32\), config\.json says \(97, 32\)",

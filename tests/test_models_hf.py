@@ -369,7 +369,7 @@ def test_no_folder_and_no_config(tmp_path):
     refuses(tmp_path / "absent", repr(str(tmp_path / "absent")), "does not exist", "give the path of a Hugging Face model folder")
     refuses(tmp_path, repr(str(tmp_path)), "has no config.json", "give the path of a Hugging Face model folder")
     (tmp_path / "adapter_config.json").write_text("{}")
-    refuses(tmp_path, "holds adapters and no model", "as lora.path")
+    refuses(tmp_path, "holds adapters and no model; merge them into their base", "as model.path and the adapters as lora.path")
     refuses(tmp_path / "adapter_config.json", "is a file", f"such as {str(tmp_path)!r}")
     (tmp_path / "config.json").write_text(json.dumps(tiny.CONFIG))  # transformers would put the adapters onto the model
     refuses(tmp_path, "holds a model and adapters", "as lora.path, or, where they are merged already, delete adapter_config.json")

@@ -66,7 +66,10 @@ def open_folder(path: str | os.PathLike) -> Source:
     if not path.is_dir():
         raise ValueError(f"model folder {str(path)!r} does not exist; give the path of a Hugging Face model folder")
     if not file.is_file() and (path / "adapter_config.json").is_file():
-        raise ValueError(f"{str(path)!r} holds adapters and no model; give its base here, and the adapters as lora.path")
+        raise ValueError(
+            f"{str(path)!r} holds adapters and no model; merge them into their base with peft (merge_and_unload) and give that, or, to train "
+            "them on, give their base as model.path and the adapters as lora.path"
+        )
     if (path / "adapter_config.json").is_file():  # which transformers puts onto the model
         raise ValueError(
             f"{str(path)!r} holds a model and adapters; move the adapters into a folder of their own, to be given as lora.path, or, where "
