@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,6 +46,7 @@ from alignax.config import (
 from alignax.data import Batches, Examples, Report, load, padded_length
 from alignax.data.files import one_line, short
 from alignax.data.mixture import Loaded, Mixture, sources
+from alignax.distributed import is_main
 from alignax.generate import stops_of
 from alignax.judges import Judge
 from alignax.losses.algebra import Objective
@@ -161,6 +163,8 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
     check_averages(config, averages, reference)
     check_cache(config, averages, reference)
     beside = {name: objective for name, objective in objectives.items() if name != ROLLOUTS}
+    for line in notices(models) if is_main() else ():
+        print(f"notice: {line}", file=sys.stderr)
     return Run(
         experiment, config, Path(config.workdir), mesh, source, reference, models.lora, models.critic, models.tokenizer, ends,
         models.unused, train, pretrain, models.judges, judge, config.ensemble.members, examples.get("eval"), reports, steps, dtype, apply,
@@ -189,6 +193,8 @@ def open_models(experiment: Experiment, mesh: Mesh) -> Models:
     check_head(config, source, experiment)
     check_members(config, mesh)
     tokenizer = load_tokenizer(source.path, source.config.vocab_size)
+    if source.config.num_labels:  # an export says what it pads with
+        check_token("pad token", source.path, tokenizer.pad_token_id, source.config.vocab_size)
     unused = hf.with_vocabulary(source, tokenizer).config.unused_tokens
     source = spoken(config, source, unused)
     reference = open_reference(config, source, tokenizer, unused) if "reference" in asked(experiment.experience) else None
@@ -395,19 +401,43 @@ def load_tokenizer(path: Path, vocab_size: int) -> Any:
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-        eos, last, _ = tokenizer.eos_token_id, max(tokenizer.get_vocab().values()), tokenizer("a")  # some damage shows only in use
+        eos, _, _ = tokenizer.eos_token_id, max(tokenizer.get_vocab().values()), tokenizer("a")  # some damage shows only in use
     except BaseException as e:  # a damaged tokenizer.json raises a bare Exception, or a panic of Rust, which is none
         if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
             raise
         raise ValueError(f"{str(path)!r} has no tokenizer that transformers reads ({one_line(e)})") from e
     if eos is None:
         raise ValueError(f"the tokenizer in {str(path)!r} has no EOS token; set eos_token in its tokenizer_config.json")
-    if last >= vocab_size:  # there may be fewer tokens, with ids left out between them
+    check_token("EOS", path, eos, vocab_size)
+    check_token("BOS", path, tokenizer.bos_token_id, vocab_size)
+    return tokenizer
+
+
+def check_token(name: str, path: Path, token: int | None, vocab_size: int) -> None:
+    """Refuses a special token that the embedding has no row for."""
+    if token is not None and token >= vocab_size:
         raise ValueError(
-            f"the tokenizer in {str(path)!r} has tokens up to id {last} and the embedding {vocab_size} rows; "
+            f"the {name} of the tokenizer in {str(path)!r} has id {token}, and the embedding has {vocab_size} rows; "
             "use the tokenizer that the model was trained with"
         )
-    return tokenizer
+
+
+def notices(models: Models) -> list[str]:
+    """What a user should know of the models of a run, none of which stops it."""
+    source, critic, lines = models.source, models.critic, []
+    if beyond := sorted((i, token) for token, i in models.tokenizer.get_vocab().items() if i >= source.config.vocab_size):
+        shown = ", ".join(f"{short(token)} ({i})" for i, token in beyond[:3])
+        lines.append(
+            f"the tokenizer in {str(source.path)!r} has {len(beyond)} tokens beyond the {source.config.vocab_size} rows of the embedding, "
+            f"{shown}{' ..' if beyond[3:] else ''}; texts with them are refused"
+        )
+    for field, model in (("model.num_labels", source), ("model.critic", critic)):
+        if model is not None and model.stored.num_labels not in (0, model.config.num_labels):
+            lines.append(
+                f"the head in {str(model.path)!r} gives {model.stored.num_labels} scores, and {field} asks for {model.config.num_labels}: "
+                "it is left out, and a head begins anew"
+            )
+    return lines
 
 
 def origin(experiment: Experiment) -> str:

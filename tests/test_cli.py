@@ -193,7 +193,7 @@ BAD = {
     ),
     "vocabulary larger than the embedding": (
         lambda f, t: {"model.path": str(tiny.folder(t / "model", vocab_size=40))},
-        r"tokens up to id 94.*embedding 40 rows",
+        r"token id \d+ \('.+'\) lies outside the model's 40 embedding rows",
     ),
     "empty dataset": (lambda f, t: {"data.train": rows(t / "x.jsonl")}, r"x\.jsonl.*(empty|no rows)"),
     "missing column": (lambda f, t: {"data.train": rows(t / "x.jsonl", {"prompt": "a", "chosem": " b", "rejected": "c"})}, r"chosen"),

@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import dataclasses
 import json
 import math
 import runpy
@@ -22,7 +23,7 @@ from alignax.mesh import make_mesh
 from alignax.models import hf
 from alignax.models.added import with_tokens
 from alignax.models.small_files import small_files
-from alignax.prepare import load_tokenizer, open_model
+from alignax.prepare import Models, load_tokenizer, notices, open_model
 
 UNTIED = {"tie_word_embeddings": False}
 
@@ -239,8 +240,14 @@ def test_ids_that_a_tokenizer_leaves_out(copy, tmp_path):
     assert hf.with_vocabulary(hf.open_folder(copy), load_tokenizer(copy, 96)).config.unused_tokens == ((69, 70),)
     fields["model"]["vocab"]["a"] = 96
     file.write_text(json.dumps(fields))
-    with pytest.raises(ValueError, match="has tokens up to id 96 and the embedding 96 rows"):  # 95 tokens in all
-        load_tokenizer(copy, 96)
+    assert hf.with_vocabulary(hf.open_folder(copy), load_tokenizer(copy, 96)).config.unused_tokens == ((69, 70), (95, 96))
+    two = hf.open_folder(copy)
+    two = two._replace(stored=dataclasses.replace(two.stored, num_labels=2), config=dataclasses.replace(two.config, num_labels=1))
+    told = notices(Models(two, None, None, None, [], load_tokenizer(copy, 96), ()))
+    assert "has 1 tokens beyond the 96 rows of the embedding, 'a' (96); texts with them are refused" in told[0] and len(told) == 2
+    assert "gives 2 scores, and model.num_labels asks for 1: it is left out, and a head begins anew" in told[1]
+    with pytest.raises(ValueError, match=r"the EOS of the tokenizer in .* has id 2, and the embedding has 2 rows; use the tokenizer"):
+        load_tokenizer(copy, 2)
     with pytest.raises(ValueError, match="leaves ids out between its 95 tokens; none can be added to it"):
         with_tokens(copy, tmp_path / "out", ["<|new|>"])
 
