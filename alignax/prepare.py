@@ -52,7 +52,7 @@ from alignax.judges import Judge
 from alignax.losses.algebra import Objective
 from alignax.models import hf, lora, peft, transformer
 from alignax.models.lora import Lora
-from alignax.models.small_files import small_files, tokenizer_parts
+from alignax.models.small_files import chat_template, small_files, tokenizer_parts
 from alignax.optim import make_optimizer, make_schedule
 from alignax.rewards import check_one_score, open_ensemble
 from alignax.train import Apply
@@ -163,7 +163,7 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
     check_averages(config, averages, reference)
     check_cache(config, averages, reference)
     beside = {name: objective for name, objective in objectives.items() if name != ROLLOUTS}
-    for line in notices(models) if is_main() else ():
+    for line in notices(models, config.lora.path) if is_main() else ():
         print(f"notice: {line}", file=sys.stderr)
     return Run(
         experiment, config, Path(config.workdir), mesh, source, reference, models.lora, models.critic, models.tokenizer, ends,
@@ -205,9 +205,11 @@ def open_models(experiment: Experiment, mesh: Mesh) -> Models:
     adapters = make_lora(config, source)
     if config.lora.path:
         peft.weights(Path(config.lora.path))
+        if tokenizer_parts(Path(config.lora.path))[:-2]:
+            check_tokenizer(Path(config.lora.path), source.config.vocab_size, f"lora.path {config.lora.path!r}", source, tokenizer)
     critic = open_critic(config)
     if critic is not None:
-        check_tokenizer(critic, f"model.critic {config.model.critic!r}", tokenizer)
+        check_tokenizer(critic.path, critic.config.vocab_size, f"model.critic {config.model.critic!r}", source, tokenizer)
     judges = open_judges(config) if "ensemble" in asked(experiment.experience) else []
     if config.reward.path and not judges:
         raise ValueError("reward.path is set and no reward model is asked for; let experience(..) ask for ensemble, or leave it empty")
@@ -303,7 +305,7 @@ def open_reference(config: Any, source: hf.Source, tokenizer: Any, unused: tuple
             "they must share a tokenizer"
         )
     if tokenizer_parts(reference.path)[:-2]:  # a folder of weights alone is taken at its size
-        check_tokenizer(reference, f"reference.path {config.reference.path!r}", tokenizer)
+        check_tokenizer(reference.path, reference.config.vocab_size, f"reference.path {config.reference.path!r}", source, tokenizer)
     return reference
 
 
@@ -322,14 +324,15 @@ def open_critic(config: Any) -> hf.Source | None:
     return None if c.critic in ("", HEAD) else hf.with_heads(open_model(c.critic, "pretrained", "model.critic"), c.critic_heads)
 
 
-def check_tokenizer(source: hf.Source, what: str, tokenizer: Any) -> None:
-    """Refuses a model that reads other tokens than the policy; either may have further ones."""
-    own = {i: token for token, i in tokenizer.get_vocab().items()}
-    theirs = load_tokenizer(source.path, source.config.vocab_size).get_vocab()
-    if odd := sorted((i, token) for token, i in theirs.items() if own.get(i, token) != token):
-        (i, token), *_ = odd
+def check_tokenizer(path: Path, vocab_size: int, what: str, source: hf.Source, tokenizer: Any) -> None:
+    """Refuses a model that reads other tokens than the policy, or fewer; it may have further ones."""
+    own = {i: token for token, i in tokenizer.get_vocab().items() if i < source.config.vocab_size}
+    theirs = {i: token for token, i in load_tokenizer(path, vocab_size).get_vocab().items() if i < vocab_size}
+    odd = min((i for i, token in own.items() if i >= vocab_size or theirs.get(i, token) != token), default=None)
+    if odd is not None:
+        there = short(theirs[odd]) if odd in theirs else "none"
         raise ValueError(
-            f"{what} has another tokenizer than the policy; they must share one (id {i} is {short(token)} there, {short(own[i])} here)"
+            f"{what} has another tokenizer than the policy; they must share one (id {odd} is {there} there, {short(own[odd])} here)"
         )
 
 
@@ -422,8 +425,8 @@ def check_token(name: str, path: Path, token: int | None, vocab_size: int) -> No
         )
 
 
-def notices(models: Models) -> list[str]:
-    """What a user should know of the models of a run, none of which stops it."""
+def notices(models: Models, adapters: str = "") -> list[str]:
+    """What a user should know of the models of a run, and of the folder of adapters that it goes on from; none of it stops the run."""
     source, critic, lines = models.source, models.critic, []
     if beyond := sorted((i, token) for token, i in models.tokenizer.get_vocab().items() if i >= source.config.vocab_size):
         shown = ", ".join(f"{short(token)} ({i})" for i, token in beyond[:3])
@@ -437,6 +440,16 @@ def notices(models: Models) -> list[str]:
                 f"the head in {str(model.path)!r} gives {model.stored.num_labels} scores, and {field} asks for {model.config.num_labels}: "
                 "it is left out, and a head begins anew"
             )
+    if adapters and (theirs := chat_template(Path(adapters))) is not None and theirs != chat_template(source.path):
+        lines.append(
+            f"the chat template in lora.path {adapters!r} is another than the one in {str(source.path)!r}, which is used; put the "
+            "adapters' chat_template.jinja into that folder, if conversations are to read as they were trained on"
+        )
+    if adapters and (end := tokenizer_parts(Path(adapters))[-1]) not in (None, models.tokenizer.eos_token):
+        lines.append(
+            f"the tokenizer in lora.path {adapters!r} ends texts with {short(end)}, and the one in {str(source.path)!r}, which is used, "
+            f"with {short(models.tokenizer.eos_token)}; set eos_token in the latter's tokenizer_config.json, if they are to end as trained"
+        )
     return lines
 
 
