@@ -17,6 +17,7 @@ from alignax import mesh as meshes
 from alignax import output
 from alignax.averages import Average
 from alignax.blame import blaming
+from alignax.checkpoint import began
 from alignax.checks import (
     check_averages,
     check_batches,
@@ -46,6 +47,7 @@ from alignax.config import (
 from alignax.data import Batches, Examples, Report, load, padded_length
 from alignax.data.files import one_line, short
 from alignax.data.mixture import Loaded, Mixture, sources
+from alignax.data.template import Today
 from alignax.distributed import is_main
 from alignax.generate import stops_of
 from alignax.judges import Judge
@@ -132,6 +134,7 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
     if not config.data.train:
         raise ValueError("config field 'data.train' is empty; set --config.data.train=FILE")
     ends = hf.end_ids(source, models.tokenizer)
+    Today.day = began(Path(config.workdir))  # a run that goes on tomorrow has the same rows
     loaded = {
         split: load(split, config.data, models.tokenizer, source.config.vocab_size, ends, experiment.row)
         for split in ("train", "eval", "pretrain")
@@ -163,7 +166,7 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
     check_averages(config, averages, reference)
     check_cache(config, averages, reference)
     beside = {name: objective for name, objective in objectives.items() if name != ROLLOUTS}
-    for line in notices(models, config.lora.path) if is_main() else ():
+    for line in notices(models, config.lora.path, config.rollout.samples > 0) if is_main() else ():
         print(f"notice: {line}", file=sys.stderr)
     return Run(
         experiment, config, Path(config.workdir), mesh, source, reference, models.lora, models.critic, models.tokenizer, ends,
@@ -425,7 +428,7 @@ def check_token(name: str, path: Path, token: int | None, vocab_size: int) -> No
         )
 
 
-def notices(models: Models, adapters: str = "") -> list[str]:
+def notices(models: Models, adapters: str = "", online: bool = False) -> list[str]:
     """What a user should know of the models of a run, and of the folder of adapters that it goes on from; none of it stops the run."""
     source, critic, lines = models.source, models.critic, []
     if beyond := sorted((i, token) for token, i in models.tokenizer.get_vocab().items() if i >= source.config.vocab_size):
@@ -434,6 +437,8 @@ def notices(models: Models, adapters: str = "") -> list[str]:
             f"the tokenizer in {str(source.path)!r} has {len(beyond)} tokens beyond the {source.config.vocab_size} rows of the embedding, "
             f"{shown}{' ..' if beyond[3:] else ''}; texts with them are refused"
         )
+    if online and (unread := hf.unread(source)):
+        lines.append(f"{hf.GENERATION} in {str(source.path)!r} asks for {unread}; rollouts are sampled as the config says, without it")
     for field, model in (("model.num_labels", source), ("model.critic", critic)):
         if model is not None and model.stored.num_labels not in (0, model.config.num_labels):
             lines.append(

@@ -268,10 +268,13 @@ def test_a_damaged_generation_config(copy):
 
 def test_what_a_generation_config_asks_for_and_nothing_does(copy):
     neutral = {"eos_token_id": 2, "do_sample": True, "temperature": 1.0, "top_p": None, "bad_words_ids": [], "transformers_version": "5.0"}
+    neutral |= {"_from_model_config": True}
     (copy / "generation_config.json").write_text(json.dumps(neutral))
     assert hf.unread(hf.open_folder(copy)) == ""
     (copy / "generation_config.json").write_text(json.dumps(neutral | {"temperature": 0.6, "top_k": 20, "suppress_tokens": [7]}))
     assert hf.unread(hf.open_folder(copy)) == "suppress_tokens [7], temperature 0.6, top_k 20"
+    models = Models(hf.open_folder(copy), None, None, None, [], load_tokenizer(copy, 96), ())
+    assert not notices(models) and "asks for suppress_tokens [7], temperature" in notices(models, online=True)[0]
 
 
 def test_round_trip_is_bit_for_bit(written, tmp_path):

@@ -384,7 +384,9 @@ def unread(source: Source) -> str:
         "num_beams": 1,
     }
     plain |= {"num_return_sequences": 1, "transformers_version": asked.get("transformers_version")}
-    beyond = {name: x for name, x in asked.items() if x and not name.endswith("token_id") and plain.get(name) != x}
+    beyond = {
+        name: x for name, x in asked.items() if x and not (name.startswith("_") or name.endswith("token_id")) and plain.get(name) != x
+    }
     if source.config.predicted_tokens:  # which keeps them out of every distribution
         beyond.pop("suppress_tokens", None)
     return ", ".join(f"{short(name)[1:-1]} {short(x)}" for name, x in sorted(beyond.items()))
