@@ -6,11 +6,12 @@ are restored must have these digests, so no flipped bit is used. Data needs no p
 """
 
 import dataclasses
+import datetime
 import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +218,15 @@ def _saving(where: Path) -> Iterator[None]:
             f"a checkpoint could not be written to {str(where)!r} ({type(e).__name__}: {cause}); those before it are whole: "
             "make room, and run the same command again"
         ) from e
+
+
+def began(workdir: Path) -> datetime.date:
+    """The day that a run began, as its newest checkpoint says; of a run without one today."""
+    found = {int(file.parts[-3]): file for file in (workdir / "checkpoints").glob("*/about/metadata") if file.parts[-3].isdigit()}
+    for step in sorted(found, reverse=True):
+        with suppress(OSError, ValueError, TypeError, KeyError):  # damaged ones are told of where they are read
+            return datetime.date.fromisoformat(json.loads(found[step].read_text(encoding="utf-8"))["day"])
+    return datetime.date.today()
 
 
 def nbytes(tree: Any) -> int:

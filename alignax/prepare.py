@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from alignax import mesh as meshes
 from alignax import output
 from alignax.averages import Average
 from alignax.blame import blaming
+from alignax.checkpoint import began
 from alignax.checks import (
     check_averages,
     check_batches,
@@ -44,14 +46,16 @@ from alignax.config import (
     trunk_values,
 )
 from alignax.data import Batches, Examples, Report, load, padded_length
-from alignax.data.files import one_line
+from alignax.data.files import one_line, short
 from alignax.data.mixture import Loaded, Mixture, sources
+from alignax.data.template import Today
+from alignax.distributed import is_main
 from alignax.generate import stops_of
 from alignax.judges import Judge
 from alignax.losses.algebra import Objective
 from alignax.models import hf, lora, peft, transformer
 from alignax.models.lora import Lora
-from alignax.models.small_files import small_files
+from alignax.models.small_files import chat_template, small_files, tokenizer_parts
 from alignax.optim import make_optimizer, make_schedule
 from alignax.rewards import check_one_score, open_ensemble
 from alignax.train import Apply
@@ -131,6 +135,7 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
     if not config.data.train:
         raise ValueError("config field 'data.train' is empty; set --config.data.train=FILE")
     ends = hf.end_ids(source, models.tokenizer)
+    Today.day = began(Path(config.workdir))  # a run that goes on tomorrow has the same rows
     loaded = {
         split: load(split, config.data, models.tokenizer, source.config.vocab_size, ends, experiment.row)
         for split in ("train", "eval", "pretrain")
@@ -162,6 +167,8 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
     check_averages(config, averages, reference)
     check_cache(config, averages, reference)
     beside = {name: objective for name, objective in objectives.items() if name != ROLLOUTS}
+    for line in notices(models, config.lora.path, config.rollout.samples > 0) if is_main() else ():
+        print(f"notice: {line}", file=sys.stderr)
     return Run(
         experiment, config, Path(config.workdir), mesh, source, reference, models.lora, models.critic, models.tokenizer, ends,
         models.unused, train, pretrain, models.judges, judge, config.ensemble.members, examples.get("eval"), reports, steps, dtype, apply,
@@ -190,9 +197,11 @@ def open_models(experiment: Experiment, mesh: Mesh) -> Models:
     check_head(config, source, experiment)
     check_members(config, mesh)
     tokenizer = load_tokenizer(source.path, source.config.vocab_size)
+    if source.config.num_labels:  # an export says what it pads with
+        check_token("pad token", source.path, tokenizer.pad_token_id, source.config.vocab_size)
     unused = hf.with_vocabulary(source, tokenizer).config.unused_tokens
     source = spoken(config, source, unused)
-    reference = open_reference(config, source, unused) if "reference" in asked(experiment.experience) else None
+    reference = open_reference(config, source, tokenizer, unused) if "reference" in asked(experiment.experience) else None
     if config.reference.path and reference is None:
         raise ValueError("reference.path is set and no reference is held; let experience(..) ask for reference, or leave it empty")
     if config.reference.token_kl:
@@ -200,9 +209,11 @@ def open_models(experiment: Experiment, mesh: Mesh) -> Models:
     adapters = make_lora(config, source)
     if config.lora.path:
         peft.weights(Path(config.lora.path))
+        if tokenizer_parts(Path(config.lora.path))[:-2]:
+            check_tokenizer(Path(config.lora.path), source.config.vocab_size, f"lora.path {config.lora.path!r}", source, tokenizer)
     critic = open_critic(config)
     if critic is not None:
-        check_tokenizer(critic, f"model.critic {config.model.critic!r}", tokenizer)
+        check_tokenizer(critic.path, critic.config.vocab_size, f"model.critic {config.model.critic!r}", source, tokenizer)
     judges = open_judges(config) if "ensemble" in asked(experiment.experience) else []
     if config.reward.path and not judges:
         raise ValueError("reward.path is set and no reward model is asked for; let experience(..) ask for ensemble, or leave it empty")
@@ -287,7 +298,7 @@ def spoken(config: Any, source: hf.Source, unused: tuple[tuple[int, int], ...]) 
     return source._replace(config=dataclasses.replace(source.config, unused_tokens=unused, temperature=config.rollout.temperature))
 
 
-def open_reference(config: Any, source: hf.Source, unused: tuple[tuple[int, int], ...]) -> hf.Source:
+def open_reference(config: Any, source: hf.Source, tokenizer: Any, unused: tuple[tuple[int, int], ...]) -> hf.Source:
     """The model of `reference.path`, or the one that the policy starts from."""
     if not config.reference.path:
         return source
@@ -297,6 +308,8 @@ def open_reference(config: Any, source: hf.Source, unused: tuple[tuple[int, int]
             f"the reference has a vocabulary of {reference.config.vocab_size}, the policy of {source.config.vocab_size}; "
             "they must share a tokenizer"
         )
+    if tokenizer_parts(reference.path)[:-2]:  # a folder of weights alone is taken at its size
+        check_tokenizer(reference.path, reference.config.vocab_size, f"reference.path {config.reference.path!r}", source, tokenizer)
     return reference
 
 
@@ -320,10 +333,16 @@ def open_critic(config: Any) -> hf.Source | None:
     return None if c.critic in ("", HEAD) else hf.with_heads(open_model(c.critic, "pretrained", "model.critic"), c.critic_heads)
 
 
-def check_tokenizer(source: hf.Source, what: str, tokenizer: Any) -> None:
-    """Refuses a model that reads other tokens than the policy."""
-    if load_tokenizer(source.path, source.config.vocab_size).get_vocab() != tokenizer.get_vocab():
-        raise ValueError(f"{what} has another tokenizer than the policy; they must share one")
+def check_tokenizer(path: Path, vocab_size: int, what: str, source: hf.Source, tokenizer: Any) -> None:
+    """Refuses a model that reads other tokens than the policy, or fewer; it may have further ones."""
+    own = {i: token for token, i in tokenizer.get_vocab().items() if i < source.config.vocab_size}
+    theirs = {i: token for token, i in load_tokenizer(path, vocab_size).get_vocab().items() if i < vocab_size}
+    odd = min((i for i, token in own.items() if i >= vocab_size or theirs.get(i, token) != token), default=None)
+    if odd is not None:
+        there = short(theirs[odd]) if odd in theirs else "none"
+        raise ValueError(
+            f"{what} has another tokenizer than the policy; they must share one (id {odd} is {there} there, {short(own[odd])} here)"
+        )
 
 
 def compute_dtype(config: Any, mesh: Mesh) -> Any:
@@ -396,19 +415,55 @@ def load_tokenizer(path: Path, vocab_size: int) -> Any:
         # A text is what its tokens say: some folders, Llama 3's among them, ask for its spaces before punctuation to be taken out.
         own = {"local_files_only": True, "trust_remote_code": False, "clean_up_tokenization_spaces": False}
         tokenizer = AutoTokenizer.from_pretrained(str(path), **own)
-        eos, last, _ = tokenizer.eos_token_id, max(tokenizer.get_vocab().values()), tokenizer("a")  # some damage shows only in use
+        eos, _, _ = tokenizer.eos_token_id, max(tokenizer.get_vocab().values()), tokenizer("a")  # some damage shows only in use
     except BaseException as e:  # a damaged tokenizer.json raises a bare Exception, or a panic of Rust, which is none
         if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
             raise
         raise ValueError(f"{str(path)!r} has no tokenizer that transformers reads ({one_line(e)})") from e
     if eos is None:
         raise ValueError(f"the tokenizer in {str(path)!r} has no EOS token; set eos_token in its tokenizer_config.json")
-    if last >= vocab_size:  # there may be fewer tokens, with ids left out between them
+    check_token("EOS", path, eos, vocab_size)
+    check_token("BOS", path, tokenizer.bos_token_id, vocab_size)
+    return tokenizer
+
+
+def check_token(name: str, path: Path, token: int | None, vocab_size: int) -> None:
+    """Refuses a special token that the embedding has no row for."""
+    if token is not None and token >= vocab_size:
         raise ValueError(
-            f"the tokenizer in {str(path)!r} has tokens up to id {last} and the embedding {vocab_size} rows; "
+            f"the {name} of the tokenizer in {str(path)!r} has id {token}, and the embedding has {vocab_size} rows; "
             "use the tokenizer that the model was trained with"
         )
-    return tokenizer
+
+
+def notices(models: Models, adapters: str = "", online: bool = False) -> list[str]:
+    """What a user should know of the models of a run, and of the folder of adapters that it goes on from; none of it stops the run."""
+    source, critic, lines = models.source, models.critic, []
+    if beyond := sorted((i, token) for token, i in models.tokenizer.get_vocab().items() if i >= source.config.vocab_size):
+        shown = ", ".join(f"{short(token)} ({i})" for i, token in beyond[:3])
+        lines.append(
+            f"the tokenizer in {str(source.path)!r} has {len(beyond)} tokens beyond the {source.config.vocab_size} rows of the embedding, "
+            f"{shown}{' ..' if beyond[3:] else ''}; texts with them are refused"
+        )
+    if online and (unread := hf.unread(source)):
+        lines.append(f"{hf.GENERATION} in {str(source.path)!r} asks for {unread}; rollouts are sampled as the config says, without it")
+    for field, model in (("model.num_labels", source), ("model.critic", critic)):
+        if model is not None and model.stored.num_labels not in (0, model.config.num_labels):
+            lines.append(
+                f"the head in {str(model.path)!r} gives {model.stored.num_labels} scores, and {field} asks for {model.config.num_labels}: "
+                "it is left out, and a head begins anew"
+            )
+    if adapters and (theirs := chat_template(Path(adapters))) is not None and theirs != chat_template(source.path):
+        lines.append(
+            f"the chat template in lora.path {adapters!r} is another than the one in {str(source.path)!r}, which is used; put the "
+            "adapters' chat_template.jinja into that folder, if conversations are to read as they were trained on"
+        )
+    if adapters and (end := tokenizer_parts(Path(adapters))[-1]) not in (None, models.tokenizer.eos_token):
+        lines.append(
+            f"the tokenizer in lora.path {adapters!r} ends texts with {short(end)}, and the one in {str(source.path)!r}, which is used, "
+            f"with {short(models.tokenizer.eos_token)}; set eos_token in the latter's tokenizer_config.json, if they are to end as trained"
+        )
+    return lines
 
 
 def origin(experiment: Experiment) -> str:

@@ -4,16 +4,17 @@ import math
 import re
 from collections.abc import Sequence
 
-NUMBER = re.compile(r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
+GROUPS = r"\d{1,3}(?:,\d{3})+(?!\d)|\d{1,2}(?:,\d{2})+,\d{3}(?!\d)|\d+"  # the second as India groups them
+NUMBER = re.compile(rf"[-+]?(?:(?:{GROUPS})(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+(?!\w))?")
 
 
 def last_number(text: str) -> float | None:
     """The last number of a text, as GSM8K's answers are read (Cobbe et al. 2021, arXiv:2110.14168); None where there is none.
 
-    Commas between digits are taken out; a sign counts where no digit stands in front of it. A number of more digits than a float has room
-    for is none.
+    Commas between groups of digits are taken out, others stand between numbers; a sign, U+2212 too, counts where no digit stands in front
+    of it; 1e-5 is one number. A number of more digits than a float has room for is none.
     """
-    found = NUMBER.findall(re.sub(r"(?<=\d)[-+](?=\d)", " ", text))
+    found = NUMBER.findall(re.sub(r"(?<=\d)[-+](?=\d)", " ", text.replace("\N{MINUS SIGN}", "-")))
     number = float(found[-1].replace(",", "")) if found else math.inf
     return number if math.isfinite(number) else None
 

@@ -17,6 +17,7 @@ from alignax.checkpoint import Checkpoints, nbytes
 from alignax.config import asked, code, effective, eval_batch_size, flat, prompts_of_rollout
 from alignax.data import Examples
 from alignax.data.files import short
+from alignax.data.template import Today
 from alignax.distributed import check_alike, is_main, together
 from alignax.evaluate import SAMPLED, tries
 from alignax.experience import advance, first_carry
@@ -107,6 +108,7 @@ def start(run: Run, write: bool = True) -> Started:
             lock = open_workdir(run)
     checkpoints = Checkpoints(run.workdir, config.checkpoint.keep, config.checkpoint.best, write)
     compared = about if write else {name: x for name, x in about.items() if name != "data"}  # evaluation may have other data
+    about = about | {"day": Today.day.isoformat()}  # what templates call today, also when the run goes on tomorrow
 
     def restored(step: int) -> TrainState:
         check_same(run.workdir, step, checkpoints.about(step), compared)

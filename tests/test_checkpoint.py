@@ -1,6 +1,7 @@
 """Checkpoints are exact, whole or absent, and refused when they are damaged or another run's."""
 
 import dataclasses
+import datetime
 import json
 import shutil
 import subprocess
@@ -16,10 +17,10 @@ import runs
 import tiny
 
 from alignax import cli, init_state
-from alignax.checkpoint import Checkpoints, digests
+from alignax.checkpoint import Checkpoints, began, digests
 from alignax.mesh import make_mesh, sharding
 
-ABOUT = {"policy": "p", "reference": "r"}
+ABOUT = {"policy": "p", "reference": "r", "day": "2026-01-02"}
 adam = optax.adam(1e-2)
 
 
@@ -73,6 +74,11 @@ def saved(tmp_path):
 def test_half_written_checkpoint_is_never_listed(saved):
     shutil.copytree(saved / "checkpoints" / "0", saved / "checkpoints" / "1.orbax-checkpoint-tmp")
     assert Checkpoints(saved).latest() == 0
+
+
+def test_a_run_goes_on_with_the_day_that_it_began(saved, tmp_path):
+    assert str(began(saved)) == "2026-01-02"
+    assert began(tmp_path / "new") == datetime.date.today()
 
 
 def test_a_renamed_checkpoint_is_refused(saved):

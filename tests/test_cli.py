@@ -193,7 +193,7 @@ BAD = {
     ),
     "vocabulary larger than the embedding": (
         lambda f, t: {"model.path": str(tiny.folder(t / "model", vocab_size=40))},
-        r"tokens up to id 94.*embedding 40 rows",
+        r"token id \d+ \('.+'\) lies outside the model's 40 embedding rows",
     ),
     "empty dataset": (lambda f, t: {"data.train": rows(t / "x.jsonl")}, r"x\.jsonl.*(empty|no rows)"),
     "missing column": (lambda f, t: {"data.train": rows(t / "x.jsonl", {"prompt": "a", "chosem": " b", "rejected": "c"})}, r"chosen"),
@@ -274,6 +274,14 @@ BAD = {
     "tokenizer that breaks in use": (
         lambda f, t: {"model.path": edited(f, t, lambda d: set_json(d / "tokenizer_config.json", model_max_length="long"))},
         r"no tokenizer that transformers reads",
+    ),
+    "reference of another tokenizer": (
+        lambda f, t: {
+            "reference.path": edited(
+                f, t, lambda d: (d / "tokenizer.json").write_text((d / "tokenizer.json").read_text().replace('"a":', '"ä":'))
+            )
+        },
+        r"reference\.path '.*' has another tokenizer than the policy.*'ä' there, 'a' here",
     ),
     "reference of another vocabulary": (
         lambda f, t: {"reference.path": edited(f, t, lambda d: set_json(d / "config.json", vocab_size=97)), "model.init": "random"},

@@ -230,8 +230,9 @@ def test_a_url_in_any_field_of_paths_is_refused_as_it_was_written(url):
     for name in PATHS:
         with pytest.raises(ValueError, match=rf"^config field '{name}' is '{re.escape(url)}', and \w+:// is not read or written"):
             set_field(default_config(), f"{name}={url}")
-    with pytest.raises(ValueError, match=r"'workdir' is '~/run', and no shell has filled in its ~; write the whole path"):
-        set_field(default_config(), "workdir=~/run")
+    for path, part in (("~/run", "~"), ("~bob/run", "~bob"), ("$WORK/run", "$WORK"), ("/a/${X}/run", "${X}")):
+        with pytest.raises(ValueError, match=re.escape(f"'workdir' is {path!r}, and no shell has filled in its {part}; write the whole")):
+            set_field(default_config(), f"workdir={path}")
     for command in ("train --config X", "export X here", "export runs/a X", "generate X", "generate m --out X", "generate m --prompts X"):
         with pytest.raises(ValueError, match=re.escape(repr(url))):
             parse(command.replace("X", url).split())

@@ -1,5 +1,6 @@
 """Conversations by chat templates of real forms: ChatML, Llama 2's [INST], one with generation marks, one that rewrites history."""
 
+import datetime
 import json
 
 import numpy as np
@@ -9,6 +10,7 @@ import tiny
 from alignax.config import default_config
 from alignax.data import assemble, chat, decode_example, padded_length, prompted_rows, tokenize
 from alignax.data.chat import Encoded, encode, masks
+from alignax.data.template import Template, Today
 from alignax.data.tokens import CUT
 
 CHATML = (
@@ -44,6 +46,13 @@ def test_a_template_that_is_none_is_no_fault_of_a_row():
     prompted, _ = prompted_rows([{"prompt": turns("hi"), **sides}], default_config().data)
     with pytest.raises(ValueError, match=r"chat template is none of jinja \(line 1: .*correct chat_template\.jinja"):
         tokenize(prompted, broken, max_length=99, max_prompt_length=0, vocab_size=999)
+
+
+def test_a_template_tells_the_day_that_the_run_began(monkeypatch):
+    monkeypatch.setattr(Today, "day", datetime.date(2026, 1, 2))
+    dated = tiny.byte_tokenizer("{{ strftime_now( \"%d %b %Y\" ) if strftime_now is defined }} {{ strftime_now('%H:%M') }}" + MARKED)
+    assert Template(dated, {}).text(turns("hi"), None).startswith("02 Jan 2026 00:00")
+    assert Template(dated, {}).marks(turns("hi", "ho"), None)[0].startswith("02 Jan 2026 00:00")
 
 
 @pytest.fixture(scope="module")

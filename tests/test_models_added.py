@@ -76,3 +76,14 @@ def test_what_cannot_be_added_is_refused(tmp_path):
     source = hf.open_folder(folder)
     with pytest.raises(ValueError, match=r"one predicted_tokens, policy and reference have \[95, 0\]"):
         check_token_kl(source, source._replace(config=dataclasses.replace(source.config, predicted_tokens=0)))
+
+
+def test_none_are_added_behind_tokens_without_a_row(tmp_path):
+    folder = tiny.folder(tmp_path / "model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<|a|>", "<|b|>"])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(
+        ValueError, match="has 97 tokens and the embedding 96 rows; none can be added to it before the embedding is resized"
+    ):
+        with_tokens(folder, tmp_path / "out", ["<|c|>"])

@@ -304,7 +304,7 @@ def test_fields_of_other_models_are_refused_by_name(kind):
         "logit_scale": 0.0625, "residual_multiplier": 0.22, "clip_qkv": 8.0, "alibi": True, "parallel_attn": True, "is_causal": False,
         "no_rope_layers": [1, 0], "kv_lora_rank": 512, "text_config": {"model_type": "x"}, "transformers_weights": "other.safetensors",
         "per_layer_config": {"0": {"num_attention_heads": 2}}, "num_nextn_predict_layers": 1, "is_encoder_decoder": True,
-        "an_unknown_field": "x",
+        "an_unknown_field": "x", "drop_first_norm": True,
     }.items():  # fmt: skip
         with pytest.raises(ValueError, match=f"config.json: {name} .* is not supported for {kind}; give a model without it"):
             read_config(full | {name: value}, "config.json")
@@ -351,6 +351,7 @@ def test_a_head_that_is_not_known_is_refused():
 
 def test_other_fields_of_the_angles_are_refused():
     refuses("llama", "rope_parameters hold ['mrope_section']", rope_parameters={"rope_type": "default", "mrope_section": [2, 1, 1]})
+    refuses("llama", "rope_parameters hold ['full_attention']", rope_parameters={"full_attention": {"rope_theta": 1e6}})
     refuses("qwen2", "rope_parameters hold ['alpha']", rope_parameters={"type": "dynamic", "factor": 1.0, "alpha": 1000.0})
     refuses(
         "phi3",

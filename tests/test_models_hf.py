@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import dataclasses
 import json
 import math
 import runpy
@@ -22,7 +23,7 @@ from alignax.mesh import make_mesh
 from alignax.models import hf
 from alignax.models.added import with_tokens
 from alignax.models.small_files import small_files
-from alignax.prepare import load_tokenizer, open_model
+from alignax.prepare import Models, load_tokenizer, notices, open_model
 
 UNTIED = {"tie_word_embeddings": False}
 
@@ -239,8 +240,14 @@ def test_ids_that_a_tokenizer_leaves_out(copy, tmp_path):
     assert hf.with_vocabulary(hf.open_folder(copy), load_tokenizer(copy, 96)).config.unused_tokens == ((69, 70),)
     fields["model"]["vocab"]["a"] = 96
     file.write_text(json.dumps(fields))
-    with pytest.raises(ValueError, match="has tokens up to id 96 and the embedding 96 rows"):  # 95 tokens in all
-        load_tokenizer(copy, 96)
+    assert hf.with_vocabulary(hf.open_folder(copy), load_tokenizer(copy, 96)).config.unused_tokens == ((69, 70), (95, 96))
+    two = hf.open_folder(copy)
+    two = two._replace(stored=dataclasses.replace(two.stored, num_labels=2), config=dataclasses.replace(two.config, num_labels=1))
+    told = notices(Models(two, None, None, None, [], load_tokenizer(copy, 96), ()))
+    assert "has 1 tokens beyond the 96 rows of the embedding, 'a' (96); texts with them are refused" in told[0] and len(told) == 2
+    assert "gives 2 scores, and model.num_labels asks for 1: it is left out, and a head begins anew" in told[1]
+    with pytest.raises(ValueError, match=r"the EOS of the tokenizer in .* has id 2, and the embedding has 2 rows; use the tokenizer"):
+        load_tokenizer(copy, 2)
     with pytest.raises(ValueError, match="leaves ids out between its 95 tokens; none can be added to it"):
         with_tokens(copy, tmp_path / "out", ["<|new|>"])
 
@@ -261,10 +268,13 @@ def test_a_damaged_generation_config(copy):
 
 def test_what_a_generation_config_asks_for_and_nothing_does(copy):
     neutral = {"eos_token_id": 2, "do_sample": True, "temperature": 1.0, "top_p": None, "bad_words_ids": [], "transformers_version": "5.0"}
+    neutral |= {"_from_model_config": True}
     (copy / "generation_config.json").write_text(json.dumps(neutral))
     assert hf.unread(hf.open_folder(copy)) == ""
     (copy / "generation_config.json").write_text(json.dumps(neutral | {"temperature": 0.6, "top_k": 20, "suppress_tokens": [7]}))
     assert hf.unread(hf.open_folder(copy)) == "suppress_tokens [7], temperature 0.6, top_k 20"
+    models = Models(hf.open_folder(copy), None, None, None, [], load_tokenizer(copy, 96), ())
+    assert not notices(models) and "asks for suppress_tokens [7], temperature" in notices(models, online=True)[0]
 
 
 def test_round_trip_is_bit_for_bit(written, tmp_path):
@@ -369,7 +379,7 @@ def test_no_folder_and_no_config(tmp_path):
     refuses(tmp_path / "absent", repr(str(tmp_path / "absent")), "does not exist", "give the path of a Hugging Face model folder")
     refuses(tmp_path, repr(str(tmp_path)), "has no config.json", "give the path of a Hugging Face model folder")
     (tmp_path / "adapter_config.json").write_text("{}")
-    refuses(tmp_path, "holds adapters and no model", "as lora.path")
+    refuses(tmp_path, "holds adapters and no model; merge them into their base", "as model.path and the adapters as lora.path")
     refuses(tmp_path / "adapter_config.json", "is a file", f"such as {str(tmp_path)!r}")
     (tmp_path / "config.json").write_text(json.dumps(tiny.CONFIG))  # transformers would put the adapters onto the model
     refuses(tmp_path, "holds a model and adapters", "as lora.path, or, where they are merged already, delete adapter_config.json")

@@ -487,7 +487,7 @@ def test_a_critic_of_its_own_tree_is_trained_beside_the_policy(fields, tmp_path)
     np.testing.assert_array_equal(zeroed["embed"], folder["embed"])
     file = tmp_path / "rm7" / "tokenizer.json"
     file.write_text(file.read_text().replace('"a":', '"ä":'))
-    with pytest.raises(ValueError, match="rm7' has another tokenizer than the policy; they must share one"):
+    with pytest.raises(ValueError, match="rm7' has another tokenizer than the policy; they must share one .id .* 'ä' there, 'a' here"):
         checked(arguments(tmp_path, PPO, given))
 
 

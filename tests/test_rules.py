@@ -17,6 +17,8 @@ from alignax.rules import exact_match, last_number, matches, near_length
         ("x = .5", 0.5),
         ("18\nand nothing more", 18), ("", None), ("none", None), ("7, 8, 9,", 9), ("a 1,000,000", 1_000_000), ("+3", 3), ("2 - 6", 6),
         ("2 - -6", -6), ("10%", 10), ("1" * 400, None), ("." * 9, None),
+        ("\N{MINUS SIGN}5", -5), ("3\N{MINUS SIGN}5", 5), ("1e5", 1e5), ("1.5e-3", 0.0015), ("2E+3 m", 2000), ("1e5f", 5), ("1e999", None),
+        ("(1,2,3)", 3), ("1234,567", 567), ("1,2345", 2345), ("1,23,456.5", 123456.5), (str(1e-5), 1e-5),
     ],
 )  # fmt: skip
 def test_the_last_number(text, number):
@@ -25,6 +27,7 @@ def test_the_last_number(text, number):
 
 def test_answers_may_be_numbers_or_texts():
     assert exact_match(["A: 18", "18 or 19", "no idea", "A: 18.0"], [18, "18", "18", "#### 18"]) == [1, 0, 0, 1]
+    assert exact_match(["-5", "5"], ["\N{MINUS SIGN}5"] * 2) == [1, 0]
     assert exact_match(["no number", "7"], ["no number", "none"]) == [0, 0]  # an answer without a number is matched by nothing
 
 

@@ -1,6 +1,7 @@
 """Chat templates: a tokenizer's own, with the values of its variables, as text and never as tokens."""
 
 import dataclasses
+import datetime
 import functools
 import inspect
 import re
@@ -12,6 +13,7 @@ from alignax.data.rows import Bad, Message
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 MARKS = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
+NOW = re.compile(r"""\bstrftime_now\(\s*(['"])([^'"\\]*)\1\s*\)""")
 REFUSED = "refused by the template"
 QUESTION, ANSWER, THOUGHT, LATER = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"  # stand for texts, and no text has these characters
 
@@ -26,6 +28,18 @@ class Opening(NamedTuple):
 
 
 NO_OPENING = Opening(None, 0, "", False)
+
+
+class Today:
+    """The day that templates call today, as Llama 3.2's do: one for all rows, see `alignax.prepare`."""
+
+    day = datetime.date.today()
+
+    @classmethod
+    def said(cls, source: str) -> str:
+        """A template with that day in the place of each call of `strftime_now`, which looks at the clock."""
+        now = datetime.datetime.combine(cls.day, datetime.time())
+        return NOW.sub(lambda call: repr(now.strftime(call[2])), source)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +83,7 @@ class Template:
             raise ValueError(
                 f"the tokenizer's chat template is {short(template)}, not text; put the model's chat_template.jinja into its folder"
             )
-        return template
+        return Today.said(template)
 
     def has_marks(self, tools: Any) -> bool:
         """Whether the template says with `{% generation %}` what is an assistant's own."""
@@ -105,6 +119,7 @@ class Template:
           variables: values of variables instead of the template's own.
         """
         said = dict(self.variables) | variables
+        said |= {"chat_template": self.source(tools)} if "strftime_now" in str(self.tokenizer.chat_template) else {}
         on = opened and not whole and is_prefill(messages)
         return self.tokenizer.apply_chat_template(
             self._given(messages), tools=tools, add_generation_prompt=opened and not on, continue_final_message=on, tokenize=False, **said

@@ -49,6 +49,11 @@ def with_tokens(
     first = len(tokenizer)
     if max(tokenizer.get_vocab().values()) >= first:
         raise ValueError(f"the tokenizer in {str(source.path)!r} leaves ids out between its {first} tokens; none can be added to it")
+    if first > (rows := source.config.vocab_size):
+        raise ValueError(
+            f"the tokenizer in {str(source.path)!r} has {first} tokens and the embedding {rows} rows; none can be added to it before the "
+            "embedding is resized (resize_token_embeddings of transformers)"
+        )
     if tokenizer.add_tokens(list(tokens), special_tokens=True) < len(tokens):
         raise ValueError(f"the tokens {list(tokens)} are not all different; give each a text of its own")
     ids = tokenizer.convert_tokens_to_ids(list(tokens))

@@ -251,7 +251,8 @@ def rope_options(hf: Json) -> dict[str, Any]:
         raise ValueError(f"rope_type {short(rope['rope_type'])} is unknown; one of {', '.join(ROPE_FIELDS)} is supported")
     if missing := [field for field in ROPE_FIELDS[rope["rope_type"]] if rope.get(field) is None]:
         raise ValueError(f"rope_parameters of type {rope['rope_type']!r} lack {', '.join(missing)}; is config.json complete?")
-    if odd := sorted(name for name, value in rope.items() if value and name not in (*FIELDS, *ROPE_NOTES)):
+    inner = lambda name: FIELDS.get(name) == "an object"  # parameters by kind of layer, which gemma3_text has taken apart
+    if odd := sorted(name for name, value in rope.items() if inner(name) or (value and name not in (*FIELDS, *ROPE_NOTES))):
         raise ValueError(f"rope_parameters hold {short(odd)}, which are not supported for {hf.get('model_type')}")
     if hf.get("original_max_position_embeddings"):
         rope["original_max_position_embeddings"] = hf["original_max_position_embeddings"]

@@ -49,7 +49,7 @@ OWN = {
     "num_local_experts": ("mixtral", "qwen3_moe"),
 }
 # Those that change nothing here: what tools note, labels, how a forward pass or its outputs are arranged, and the defaults of generation
-# that older files hold. So are all with "drop" in the name, as dropout, and the endings and beginnings below.
+# that older files hold. So are all with "dropout" in the name, and the endings and beginnings below.
 NOTES = frozenset(
     "architectures auto_map finetuning_task id2label label2id num_labels score_offset problem_type task_specific_params torch_dtype dtype "
     "tokenizer_class model_max_length max_sequence_length n_ctx seq_length is_decoder is_llama_config transformers.js_config "
@@ -61,7 +61,7 @@ NOTES = frozenset(
     "exponential_decay_length_penalty suppress_tokens begin_suppress_tokens prefix output_past custom_pipelines value_head_prefix "
     "sliding_window_size trust_remote_code".split()
 )
-NOTED = ("_", "unsloth_", "summary_"), ("_token_id", "_version")  # beginnings, endings
+NOTED = ("_", "unsloth_", "summary_"), ("_token_id", "_version", "_pdrop")  # beginnings, endings
 FACTORS = (  # those that are 1, or true, change nothing
     "logit_scale logits_scaling attention_multiplier embedding_multiplier residual_multiplier scale_emb scale_depth rope_ratio "
     "lm_head_multiplier is_causal interpolate_factor full_attn_mod decoder_sparse_step"
@@ -86,7 +86,7 @@ def refuse_foreign(fields: Json, kind: str) -> None:
 def noted(name: str) -> bool:
     """Whether a field is known to change nothing that is computed here."""
     beginnings, endings = NOTED
-    return name in NOTES or "drop" in name or name.startswith(beginnings) or name.endswith(endings)
+    return name in NOTES or "dropout" in name or name.startswith(beginnings) or name.endswith(endings)
 
 
 def checked(fields: Json, where: str) -> dict[str, Any]:

@@ -66,7 +66,10 @@ def open_folder(path: str | os.PathLike) -> Source:
     if not path.is_dir():
         raise ValueError(f"model folder {str(path)!r} does not exist; give the path of a Hugging Face model folder")
     if not file.is_file() and (path / "adapter_config.json").is_file():
-        raise ValueError(f"{str(path)!r} holds adapters and no model; give its base here, and the adapters as lora.path")
+        raise ValueError(
+            f"{str(path)!r} holds adapters and no model; merge them into their base with peft (merge_and_unload) and give that, or, to "
+            "train them on, give their base as model.path and the adapters as lora.path"
+        )
     if (path / "adapter_config.json").is_file():  # which transformers puts onto the model
         raise ValueError(
             f"{str(path)!r} holds a model and adapters; move the adapters into a folder of their own, to be given as lora.path, or, where "
@@ -381,7 +384,9 @@ def unread(source: Source) -> str:
         "num_beams": 1,
     }
     plain |= {"num_return_sequences": 1, "transformers_version": asked.get("transformers_version")}
-    beyond = {name: x for name, x in asked.items() if x and not name.endswith("token_id") and plain.get(name) != x}
+    beyond = {
+        name: x for name, x in asked.items() if x and not (name.startswith("_") or name.endswith("token_id")) and plain.get(name) != x
+    }
     if source.config.predicted_tokens:  # which keeps them out of every distribution
         beyond.pop("suppress_tokens", None)
     return ", ".join(f"{short(name)[1:-1]} {short(x)}" for name, x in sorted(beyond.items()))
@@ -413,7 +418,8 @@ def end_ids(source: Source, tokenizer: Any) -> tuple[int, ...]:
 def with_vocabulary(source: Source, tokenizer: Any) -> Source:
     """The model as it speaks: ids that its head has and its tokenizer has not, of a padded vocabulary say, are never predicted."""
     there = np.zeros(source.config.vocab_size + 2, np.int8)
-    there[1 + np.fromiter(tokenizer.get_vocab().values(), np.int64)] = 1
+    ids = np.fromiter(tokenizer.get_vocab().values(), np.int64)
+    there[1 + ids[ids < source.config.vocab_size]] = 1  # the tokenizer may have tokens beyond the head too, see `prepare.load_tokenizer`
     there[[0, -1]] = 1
     edges = np.flatnonzero(np.diff(there)).tolist()  # where a range of absent ids begins, and behind its end, in turns
     return source._replace(config=dataclasses.replace(source.config, unused_tokens=tuple(zip(edges[::2], edges[1::2], strict=True))))
