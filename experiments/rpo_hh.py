@@ -7,7 +7,8 @@ Command, after sft_hh.py:
 Hardware: as dpo_hh.py, whose settings it shares, so that the two can be compared.
 
 Expected: with the 260k-parameter stories model after sft_hh.py, on harmless-base: held-out accuracy 0.65 and DPO loss 0.66, as dpo_hh.py;
-the chosen responses fall 8.5 nats where they fall 9.0 under DPO. A larger eta holds them more.
+the chosen responses fall 8.5 nats where they fall 9.0 under DPO (0.652, 0.656 and 8.5 of one seed at commit 53bdd18). A larger eta holds
+them more.
 """
 
 from alignax import chain, default_config, dpo, logps, summed_sft
