@@ -195,7 +195,7 @@ sys.stdin.read()
 """
 
 
-@pytest.mark.parametrize("pid", [1, os.getpid()])  # in another container, the holder may have our number
+@pytest.mark.parametrize("pid", [1, os.getpid()], ids=["another", "our own"])  # in another container, the holder may have our number
 def test_a_workdir_is_held_by_one_process_and_freed_by_its_death(pid, tmp_path):
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     process = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path / ".lock"), str(pid)], env=os.environ, **pipes)
