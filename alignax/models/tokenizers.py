@@ -19,8 +19,9 @@ def load_tokenizer(path: Path, vocab_size: int) -> Any:
         )
     try:
         # A text is what its tokens say: some folders, Llama 3's among them, ask for its spaces before punctuation to be taken out.
-        own = {"local_files_only": True, "trust_remote_code": False, "clean_up_tokenization_spaces": False}
-        tokenizer = AutoTokenizer.from_pretrained(str(path), **own)
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(path), clean_up_tokenization_spaces=False, local_files_only=True, trust_remote_code=False
+        )
         eos, _, _ = tokenizer.eos_token_id, max(tokenizer.get_vocab().values()), tokenizer("a")  # some damage shows only in use
     except BaseException as e:  # a damaged tokenizer.json raises a bare Exception, or a panic of Rust, which is none
         if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
