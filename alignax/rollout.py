@@ -17,6 +17,7 @@ from alignax import judges
 from alignax import mesh as meshes
 from alignax.averages import PROPOSAL
 from alignax.calls import Answer, Call, qualified
+from alignax.calls import within as within  # how a reward function is timed, to try one by hand
 from alignax.checks import parameters
 from alignax.config import ROLLOUTS, prompts_of_rollout, steps_of_turn
 from alignax.data import Examples

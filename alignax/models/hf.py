@@ -27,7 +27,10 @@ from alignax.distributed import is_main, together
 from alignax.models import families, reward
 from alignax.models.families import Family
 from alignax.models.layout import Place, Tensor, joined, leaf_name, leaf_shapes, places, tensors
-from alignax.models.parameters import abstract_params, fresh_leaf
+from alignax.models.parameters import abstract_params as abstract_params
+from alignax.models.parameters import fresh as fresh
+from alignax.models.parameters import fresh_leaf
+from alignax.models.parameters import init_params as init_params  # those of no folder, beside `load_params`
 from alignax.models.small_files import copy_small_files, tokenizer_parts
 from alignax.models.tensorfiles import DTYPES, WEIGHT_FILES, check_finite, check_type, header, named_files, read_object, save_tensors
 from alignax.models.transformer import ModelConfig
