@@ -306,6 +306,12 @@ def test_bad_input_is_one_line(changes, message, tmp_path, capsys):
     assert not (tmp_path / "run" / "stages" / "00-best-of-n-tail.json").exists()
 
 
+def test_a_config_that_no_run_wrote_is_neither_run_nor_replaced(tmp_path, capsys):
+    (tmp_path / "config.py").write_text(mine := "raise SystemExit('this was run')")
+    assert cli.main(arguments(tmp_path)) == 2
+    assert "holds other files" in capsys.readouterr().err and (tmp_path / "config.py").read_text() == mine
+
+
 def test_overopt_needs_a_laboratory(capsys):
     assert cli.main(["overopt", "--config", str(runs.REPO / "experiments" / "dpo_hh.py")]) == 2
     assert "has no main()" in capsys.readouterr().err

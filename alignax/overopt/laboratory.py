@@ -21,7 +21,7 @@ import numpy as np
 
 import alignax
 from alignax import output
-from alignax.config import BadInput, Experiment, check_kept, difference, effective, load_experiment
+from alignax.config import BadInput, Experiment, check_kept, difference, effective, load_experiment, of_run
 from alignax.experience.ensembles import Aggregate
 from alignax.losses import Loss
 from alignax.overopt import bestofn
@@ -97,7 +97,7 @@ def open_workdir(experiment: Experiment) -> tuple[Path, output.Lock]:
     check_kept(experiment)
     workdir.mkdir(parents=True, exist_ok=True)
     there = {file.name for file in workdir.iterdir() if not output.unfinished(file)}
-    if not there <= {"config.py", output.LOCK} and not saved.is_file():
+    if there - {output.LOCK} and not of_run(saved):
         raise BadInput(f"workdir {str(workdir)!r} holds other files; choose a new or empty folder")
     lock = output.Lock(workdir / output.LOCK)
     if there <= {"config.py", output.LOCK}:  # nothing was measured yet
