@@ -45,4 +45,4 @@ bench: $(VENV)/installed-test
 	$(BIN)/python experiments/bench_online.py
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache
+	rm -rf $(VENV) runs

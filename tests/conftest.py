@@ -20,9 +20,6 @@ import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 REPO = Path(__file__).resolve().parents[1]
-# Programs are compiled once for all files, workers and later runs of the tests.
-jax.config.update("jax_compilation_cache_dir", str(REPO / ".pytest_cache" / "compiled"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 @pytest.fixture(scope="session")
@@ -49,5 +46,5 @@ def no_network(monkeypatch):
 
 @pytest.fixture(autouse=True, scope="session")
 def compile_cache(tmp_path_factory):
-    """Commands that tests start share their compiled programs."""
+    """Commands that tests start on one device share their compiled programs."""
     os.environ["PYTEST_COMPILE_CACHE"] = str(tmp_path_factory.mktemp("compile_cache"))
