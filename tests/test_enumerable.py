@@ -172,6 +172,7 @@ def test_f_dpo_finds_the_policy_of_its_divergence(divergence, beta):
     assert np.abs(beta * (ratio - ratio.mean()) - (r - r.mean())).max() > 0.1
 
 
+@pytest.mark.slow
 def test_robust_dpo_finds_the_policy_without_flips():
     """Bradley-Terry labels that are flipped with probability e: told of e, it finds what DPO finds without them."""
     e, beta, r, reference = 0.3, 1.0, rewards(), table(1)
@@ -249,6 +250,7 @@ def chosen_ratio(loss: Loss, seed: int, steps: int) -> np.ndarray:
     return ratio[np.r_[CHOSEN, REJECTED[:1]]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("regularised", [rpo(beta=0.1, eta=0.5), rpo_token_mean(beta=0.1, eta=0.2)], ids=["rpo", "rpo_token_mean"])
 def test_rpo_keeps_the_chosen_more_likely_than_dpo(regularised, seed):
@@ -257,6 +259,7 @@ def test_rpo_keeps_the_chosen_more_likely_than_dpo(regularised, seed):
     assert kept.mean() > plain.mean() + 0.3
 
 
+@pytest.mark.slow
 def test_dpo_lets_the_chosen_fall_and_mass_leave_the_data():
     reference = table(1)
     inside = np.unique(np.r_[CHOSEN, REJECTED])

@@ -187,6 +187,7 @@ def test_losses_on_log_probs_refuse_a_reward_model_and_reward_losses_a_policy(ll
         )
 
 
+@pytest.mark.slow
 def test_an_export_never_pads_with_the_eos(llama, tmp_path):
     """transformers would read the score in front of the EOS rather than at it."""
     source, params = llama

@@ -207,6 +207,7 @@ def test_rematerialisation_changes_memory_not_gradients():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6 * scale, rtol=0), gradients[remat], gradients["none"])
 
 
+@pytest.mark.slow
 def test_a_teacher_gives_its_kl():
     """Of the whole next-token distributions, from all logits; a model is no KL from itself."""
     model = dataclasses.replace(tiny.MODEL, num_hidden_layers=1)

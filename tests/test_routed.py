@@ -259,6 +259,7 @@ def test_a_router_does_not_read_responses(initial, see, held_out):
     np.testing.assert_array_equal(a["router"], b["router"])
 
 
+@pytest.mark.slow
 def test_experts_of_peft_folders(initial, source, tmp_path):
     models = initial["models"]
     for k in range(2):
@@ -275,6 +276,7 @@ def test_experts_of_peft_folders(initial, source, tmp_path):
         load_experts(folders, source, ONE)
 
 
+@pytest.mark.slow
 def test_mixtures_side_by_side_are_one_model_to_route(initial, held_out):
     """The whole of DMoERM: two categories, a mixture of two experts each."""
     whole = jax.tree.map(lambda x: np.stack([x] * 2), initial["models"] | {"head": initial["head"]})
