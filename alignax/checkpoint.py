@@ -201,8 +201,10 @@ def _items(state: TrainState) -> dict[str, Any]:
 def digests(tree: Any) -> dict[str, str]:
     """The digest of every array, by its path; equal in every layout and on any number of processes, which all call it."""
     paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
-    # An array at a time, since XLA for CPUs would hold the hashes of all at once, as much memory again as the state takes.
-    found = gathered(jnp.concatenate([jax.jit(leaf_digests)([leaf]) for leaf in jax.tree.leaves(tree)]))
+    # An array at a time, and the next when it is done: XLA for CPUs would hold the hashes of all at once, as much memory again as the
+    # state takes, and where several programs reduce at once, some devices may wait in one and some in another for ever (seen with two
+    # processes of four devices).
+    found = gathered(jnp.concatenate([jax.block_until_ready(jax.jit(leaf_digests)([leaf])) for leaf in jax.tree.leaves(tree)]))
     return {path: f"{value:08x}" for path, value in zip(paths, found.tolist(), strict=True)}
 
 
