@@ -29,13 +29,8 @@ from alignax.types import Batch, Model, Params, TrainState
 SAMPLED = (  # metrics of samples
     "completion_length", "eos_rate", "truncated_rate", "distinct", "kl", "kl_se", "kl_k3", "sampler_gap", "gold", "gold_se", "prompts",
 )  # fmt: skip
-JUDGED = (
-    "reward",
-    "score/",
-    "disagreement",
-    "judge_cut",
-    "entropy",
-)  # how metrics begin that are taken from what experience makes of samples
+# How metrics begin that are taken from what experience makes of samples.
+JUDGED = ("reward", "score/", "disagreement", "judge_cut", "entropy")
 SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "reward", "kl", "gold", "pass@1")
 
 
@@ -60,8 +55,8 @@ class Evaluation:
                 stops=stops_of(run.tokenizer, c.stop),
                 dtype=run.dtype,
                 mesh=run.mesh,
+                look=look,
             )
-            self.generate.look = look
         self._compared = jax.jit(self._compare)
 
     def __call__(self, state: TrainState, step: int) -> dict[str, float]:

@@ -76,8 +76,8 @@ class Rollouts:
             stops=stops_of(run.tokenizer, c.stop),
             dtype=run.dtype,
             mesh=run.mesh,
+            look=look,
         )
-        self.generate.look = look
 
     def __call__(self, state: TrainState, frozen: dict[str, Params], step: int) -> Rollout:
         """The rollout before training step `step`, with `rollout.refill` of groups whose rewards differ, as far as they are found.
@@ -122,8 +122,8 @@ class Rollouts:
         asked = {field: none for name, field in REWARDS.items() if getattr(self.run.experiment, name) is not None}
         return self.placed(batch | asked, sampled.metrics | {"time/reward": 0.0})
 
-    def sampled(self, batch: Batch) -> Sampled | None:
-        """What `unjudged` was given; None of a rollout that is judged."""
+    def waiting(self, batch: Batch) -> Sampled | None:
+        """What a rollout that `unjudged` made has sampled, to be judged now; None of one that is judged."""
         asked = [batch[field] for field in REWARDS.values() if field in batch]
         if not asked or not np.isposinf(meshes.gathered(asked[0])).all():
             return None
@@ -234,7 +234,7 @@ class Turns:
         carry = dict(state.carry)
         batch = carry.pop(AHEAD)
         state = dataclasses.replace(state, carry=carry)
-        waits = rollouts.sample(state, self.frozen, step) if step == 0 else rollouts.sampled(batch)
+        waits = rollouts.sample(state, self.frozen, step) if step == 0 else rollouts.waiting(batch)
         if waits is not None:
             batch, metrics = rollouts.judge(waits)
             said.append(metrics)

@@ -244,7 +244,7 @@ def test_a_url_in_any_field_of_paths_is_refused_as_it_was_written(url):
 
 def test_paths_and_the_hub_are_no_urls():
     config = default_config()
-    for path in ("runs/a", "C:/a", "/tmp/a:b", "a@0.5,b@0.5", "a~/x"):
+    for path in ("runs/a", "C:/a", "/tmp/a:b", "a@0.5,b@0.5", "a~/x", "data$v1/a", "$5/a"):
         set_field(config, f"model.path={path}")
     set_field(config, "data.train=hf://org/name:train")
     with pytest.raises(ValueError, match="'model.path' is 'hf://org/name'"):

@@ -1,6 +1,7 @@
 """The loop, with everything that computes replaced: what is saved, and in what order, however it ends."""
 
 import tempfile
+import time
 import types
 from contextlib import nullcontext
 from pathlib import Path
@@ -43,7 +44,8 @@ def looped(monkeypatch):
 
             return evaluate
 
-        def observe(step, *_):
+        def observe(step, metrics, ended):
+            assert ended.result() <= time.monotonic()  # when the step was over, however late it is looked at
             if step == failing_at:
                 raise RewardFailed("no reward")
 

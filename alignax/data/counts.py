@@ -17,9 +17,7 @@ class Report(NamedTuple):
     separators_added: int
     eos_inside: int
     fronts_written: int  # prompts of text that begin with what the tokenizer itself puts in front; it stands there once
-    ends_written: (
-        int  # completions of text that end with an end token of their own, perhaps with white space behind it; one end stands there
-    )
+    ends_written: int  # completions of text that end with an end token of their own, or with white space behind one; it stands there once
     shortened: int  # rows of which only the part was tokenised that is kept, so that their lengths are lower bounds
     turns_without_eos: int
     told: dict[str, int]  # what the chat template leaves out of conversations and the like, in words, and its rows

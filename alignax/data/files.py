@@ -343,10 +343,10 @@ def _read_hub(path: str) -> list[Row]:
 def check_local(text: str, what: str, hub: bool = False) -> None:
     """Refuses a URL, in a list with commas too, where only local files are read and written; with `hub` hf:// is read.
 
-    A home or a variable that no shell has filled in is refused too: a folder called ~ or $WORK would be meant.
+    A home or a variable in the place of a folder, that no shell has filled in, is refused too: a folder called ~ or $WORK would be meant.
     """
     for part in text.split(","):
-        if found := re.search(r"^~[\w.-]*(?=/|$)|\$(?:[A-Za-z_]\w*|\{\w+\})", part):
+        if found := re.search(r"^~[\w.-]*(?=/|$)|(?<![^/])\$(?:[A-Za-z_]\w*|\{\w+\})(?=/|$)", part):
             raise ValueError(f"{what} is {short(text)}, and no shell has filled in its {found[0]}; write the whole path")
         scheme = re.match(r"\s*([A-Za-z][A-Za-z0-9+.-]+):/", part)  # with one slash too: what a path makes of two
         if scheme and not (hub and part.startswith(HUB)):

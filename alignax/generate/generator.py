@@ -59,6 +59,7 @@ class Generator:
         dtype: Any = jnp.float32,
         cache_dtype: str = "",
         mesh: Mesh | None = None,
+        look: Callable[[], None] = lambda: None,
     ):
         """Checks everything; computes nothing.
 
@@ -71,17 +72,17 @@ class Generator:
           dtype: of activations, as in `alignax.models.transformer.forward`.
           cache_dtype: "float32", "bfloat16" or "int8"; empty: that of activations.
           mesh: of the parameters; None for one device.
+          look: called between two programs; what it raises ends the call.
 
         Raises:
           ValueError: for sizes, ids or dtypes that cannot be.
         """
         check(config, shape, stop_ids, cache_dtype, mesh)
-        self.config, self.shape, self.stops, self.mesh = config, shape, stops, mesh
+        self.config, self.shape, self.stops, self.mesh, self.look = config, shape, stops, mesh, look
         self.sampling = sampling or Sampling()
         ids = tuple(sorted(set(map(int, stop_ids))))
         self.engine = Engine(config, shape, self.sampling, ids, dtype, jnp.dtype(cache_dtype or dtype), mesh)
         self.stop_ids = frozenset(ids)
-        self.look: Callable[[], None] = lambda: None  # called between two programs; what it raises ends the call
         state, staged, emitted = self.engine.layout()
         self._empty = jax.jit(self.engine.empty, out_shardings=state)
         self._prefill = jax.jit(self.engine.prefill, out_shardings=staged)
