@@ -206,7 +206,7 @@ def check_token_kl(source: hf.Source, reference: hf.Source | None) -> None:
         raise ValueError(f"reference.token_kl needs one predicted_tokens, policy and reference have {counts}; add the same tokens to both")
 
 
-def check_cache(config: Any, averages: dict[str, Average], reference: hf.Source | None) -> None:
+def check_cache(config: Any, averages: dict[str, Average], reference: Any) -> None:
     """Refuses stored log-probs where there is nothing to store, or where they would go stale."""
     if not config.reference.cache:
         return
@@ -221,7 +221,7 @@ def check_cache(config: Any, averages: dict[str, Average], reference: hf.Source 
         raise ValueError(f"{where} holds no distributions, which reference.token_kl needs; leave one of them out")
 
 
-def check_averages(config: Any, averages: dict[str, Average], reference: hf.Source | None) -> None:
+def check_averages(config: Any, averages: dict[str, Average], reference: Any) -> None:
     """Refuses averages that nobody reads, or that are read and not there."""
     for name, rule in averages.items():
         check_call(rule, f"the average {name!r}", "average", "params", "step")

@@ -25,15 +25,9 @@ from alignax.generate.generator import check_room
 from alignax.mesh import make_mesh
 from alignax.metrics import Log, table
 from alignax.models import hf
-from alignax.prepare import (
-    Run,
-    check_workdir,
-    compute_dtype,
-    load_tokenizer,
-    open_model,
-    origin,
-    prepare,
-)
+from alignax.models.tokenizers import load_tokenizer
+from alignax.prepare import Run, check_workdir, origin, prepare
+from alignax.run.opening import compute_dtype, open_model
 from alignax.saved import averaged_models, folder_config, is_workdir, names_of, newest_models, saved_experiment, saved_models
 from alignax.start import check_step, start
 
@@ -121,14 +115,14 @@ def evaluate(workdir: Path, overrides: Sequence[str], out: str = "", force: bool
         started = start(run, write=False)
         step, _ = started.checkpoints.newest(lambda step: step)
     log = Log(workdir, steps=step, start=step, every=1, tensorboard=False, writes=False)
-    evaluation = Evaluation(run, started.frozen, log)
+    evaluation = Evaluation(run, started.held, started.programs, log)
     with closing(started.checkpoints), closing(run.workers):
         scores = evaluation(started.state, step)
     if is_main():
         if out != "-":
             print(table([["metric", f"step {step}"], *([name, f"{x:.4f}"] for name, x in sorted(scores.items()))]))
         if out:
-            rows = 0 if run.evaluation is None or evaluation.online else len(run.evaluation)
+            rows = 0 if run.data.evaluation is None or evaluation.online else len(run.data.evaluation)
             of = {"workdir": str(workdir), "step": step, "params": run.config.eval.params, "rows": rows, "prompts": len(evaluation.sampled)}
             metrics = {name: x if math.isfinite(x) else None for name, x in sorted(scores.items())}
             output.write_json(of | {"metrics": metrics, "config": flat(run.config)}, out)

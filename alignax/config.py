@@ -17,14 +17,21 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from alignax.blame import BadInput, blaming, check_call, near, theirs
-from alignax.data.files import one_line, short
+from alignax.data.files import check_local, one_line, short
 from alignax.defaults import default_config
 from alignax.overrides import a_kind, check_path, check_range, flat, set_field
 
-OFFERED = ("config", "reference", "policy", "ensemble", "prompts")  # what an experience may ask for, by the names of its parameters
-CALLED = {"get_config": (), "loss": ("config",), "averages": ("config",), "main": ("experiment",)}  # how a run calls functions of the file
+OFFERED = ("config", "reference", "policy", "ensemble", "prompts")  # what an experience may ask for, beside the names of `config.models`
+ALIASES = {
+    "policy": "model.path",
+    "reference": "reference.path",
+    "ensemble": "reward.path",
+    "critic": "model.critic",
+}  # of models.NAME.path
+CALLED = {"get_config": (), "averages": ("config",), "main": ("experiment",)}  # how a run calls functions of the file
 HEAD = "head"  # what `model.critic` is of a critic on the policy's trunk
 ROLLOUTS, PRETRAIN = "rollouts", "pretrain"  # the batches that losses of online training may be of, by name
+DATA = "data"  # the batch of training that is not online
 MARK = "# --- the effective config of this run; alignax wrote this part ---"
 FOLDER = "_modules_lie_in = "  # what the line begins with that names the folder from which the experiment imports
 
@@ -57,6 +64,8 @@ def load_experiment(file: str | Path, overrides: Sequence[str] = ()) -> Experime
     check_own_fields(config, module, file)
     for override in overrides:
         set_field(config, override)
+    name_models(config)
+    check_asked(module, config, file)
     optional = (getattr(module, name, None) for name in ("experience", "gold", "reward", "averages", "main", "row"))
     return Experiment(file, config, module.loss, *optional)
 
@@ -73,11 +82,6 @@ def check_hooks(module: ModuleType, file: Path) -> None:
     for name, parameters in CALLED.items():
         if getattr(module, name, None) is not None:
             check_call(getattr(module, name), f"{name}() of {file}", *parameters)
-    for name in asked(getattr(module, "experience", None)):
-        if name not in OFFERED:
-            raise BadInput(
-                f"experience() of {file} asks for {name!r}{near(name, OFFERED, 0.5)}; its parameters are any of {', '.join(OFFERED)}"
-            )
     hooks = ("get_config", *Experiment._fields[2:])
     tree = ast.parse(read_source(file))
     used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
@@ -88,6 +92,42 @@ def check_hooks(module: ModuleType, file: Path) -> None:
         for name in names:
             if name not in (*hooks, *used) and not name.startswith("_") and (nearest := near(name.lower(), hooks, 0.8)):
                 raise BadInput(f"{file} has a function {name}(), which nothing calls{nearest}; a run calls {', '.join(hooks)}")
+
+
+def name_models(config: Any) -> None:
+    """Moves those of `config.models` that have a field of their own there, and refuses names that no model can have."""
+    for name in list(config.models):
+        if name in ("config", "prompts", "base") or not name.isidentifier():
+            raise ValueError(f"config.models has a model called {name!r}; give it another name, which a parameter can have")
+        given = config.models[name]
+        if not hasattr(given, "items") or not isinstance(given.get("path", ""), str) or not given.get("path", ""):
+            raise ValueError(f"config field 'models.{name}.path' is empty; set --config.models.{name}.path=FOLDER")
+        check_local(given.path, f"config field 'models.{name}.path'")
+        if name not in ALIASES:
+            continue
+        group, _, field = ALIASES[name].partition(".")
+        if extra := sorted(set(given) - {"path"}):
+            raise ValueError(f"config field 'models.{name}.{extra[0]}' is unknown: {name!r} is {ALIASES[name]}, which has a path alone")
+        if config[group][field] not in ("", given.path):
+            raise ValueError(f"models.{name}.path is {given.path!r} and {ALIASES[name]} {config[group][field]!r}; leave one of them out")
+        config[group][field] = given.path
+        del config.models[name]
+
+
+def check_asked(module: ModuleType, config: Any, file: Path) -> None:
+    """Refuses an experience, or a loss, that asks for what no run gives it."""
+    own = asked(module.loss)[1:]  # the first is the config, whatever it is called
+    check_call(module.loss, f"loss() of {file}", "config", *own)
+    wants = {
+        "experience": (asked(getattr(module, "experience", None)), (*OFFERED, *config.models)),
+        "loss": (own, (*ALIASES, *config.models)),
+    }
+    for name, (every, offered) in wants.items():
+        for wanted in every:
+            if wanted not in offered:
+                raise BadInput(
+                    f"{name}() of {file} asks for {wanted!r}{near(wanted, offered, 0.5)}; its parameters are any of {', '.join(offered)}"
+                )
 
 
 def load_module(file: Path, source: bytes) -> ModuleType:
@@ -200,6 +240,8 @@ def get_config():  # noqa: D103, F811
         *_groups, _name = _path.split(".")
         _node = config
         for _group in _groups:
+            if _group not in _node:
+                _node[_group] = {{}}
             _node = _node[_group]
         _node[_name] = _value
     return config

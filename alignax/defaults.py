@@ -56,6 +56,10 @@ def default_config() -> Any:
     c.reward = ConfigDict()
     c.reward.path = ""  # Hugging Face folders of reward models, commas between them: what experience calls `ensemble`
 
+    # Further models by names of one's own, which experience(..) and loss(..) ask for: --config.models.weak.path=FOLDER, say. A folder as
+    # of `reference.path`, or reward models as of `reward.path`; `adapters` is a PEFT folder that is put onto it.
+    c.models = ConfigDict()
+
     c.rollout = ConfigDict()
     c.rollout.samples = 0  # completions of each prompt, which the policy samples as it is trained; 0: the data's completions
     c.rollout.max_new_tokens = 64
@@ -145,4 +149,5 @@ def default_config() -> Any:
         if isinstance(group, ConfigDict):
             group.lock()  # a misspelt field in an experiment file is an error; the top level takes its own fields, such as beta
     c.data.template.unlock()
+    c.models.unlock()
     return c

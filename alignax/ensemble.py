@@ -60,6 +60,28 @@ def member_batch(streams: list[Batches], step: int, members: slice, rows: slice)
     return {name: np.stack([part[name] for part in parts]) for name in parts[0]}
 
 
+def trained_together(step: Callable) -> Callable:
+    """The training step of one member, `(state, frozen, batches) -> (state, metrics)`, as that of all: batches are [K, B, ...]."""
+    every = over_members(step, (AXES, None, 0), (AXES, 0))
+
+    def steps(state: TrainState, frozen: Any, batches: Any) -> tuple[TrainState, Metrics]:
+        state, metrics = every(state, frozen, batches)
+        return state, training_metrics(metrics)
+
+    return steps
+
+
+def evaluated_together(evaluate: Callable) -> Callable:
+    """The evaluation of one member, `(state, frozen, batch) -> (sums, Outputs)`, as that of all on one batch."""
+    every = over_members(evaluate, (AXES, None, None), 0)
+
+    def evaluations(state: TrainState, frozen: Any, batch: Batch) -> tuple[Any, Outputs]:
+        sums, out = every(state, frozen, batch)
+        return evaluation_sums(sums, out, batch), out
+
+    return evaluations
+
+
 def training_metrics(metrics: Metrics) -> Metrics:
     """Of metrics [K]: their mean, for losses and rewards each member's own too; tokens are added up, a skipped step is the worst one's."""
     worst = {name: x.max(axis=0) for name, x in metrics.items() if name.startswith("skipped")}

@@ -6,7 +6,7 @@ estimate of KL(policy || reference). Greedy samples, and those of a nucleus, est
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -19,10 +19,11 @@ from alignax.data import evaluation_batch
 from alignax.generate import Generator, Sampling, sampled_batch, sampler_gap, shape_for, stops_of
 from alignax.metrics import Log
 from alignax.models.transformer import ModelConfig
-from alignax.online import make_judge
-from alignax.prepare import Run, make_apply
-from alignax.programs import full, make_programs, reference_config, reference_model, reference_name
+from alignax.prepare import Run
 from alignax.rollout import decoded, rewards_of, samples_batch, text_metrics
+from alignax.run.programs import Program
+from alignax.run.roles import REFERENCE, make_apply, whole
+from alignax.run.state import Held
 from alignax.train import means
 from alignax.types import Batch, Model, Params, TrainState
 
@@ -37,26 +38,28 @@ SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "reward", "kl", "gold"
 class Evaluation:
     """Evaluates a state, logs what it finds, and returns it."""
 
-    def __init__(self, run: Run, frozen: dict[str, Params], log: Log, look: Callable[[], None] = lambda: None):
-        """`frozen` may hold a reference and reward models; `look` is called all the while, and may raise to leave."""
+    def __init__(self, run: Run, frozen: Held, programs: Mapping[str, Program], log: Log, look: Callable[[], None] = lambda: None):
+        """`programs` are the run's; `look` is called all the while, and may raise to leave."""
         self.run, self.frozen, self.log, self.look, self.online = run, frozen, log, look, run.config.rollout.samples > 0
-        self.program = make_judge(run) if self.online else make_programs(run)[1]
+        self.program = programs["judge" if self.online else "evaluate"].call
         c = run.config.eval
-        self.examples = run.evaluation or run.train.examples
+        self.examples = run.data.evaluated
         self.sampled = range(min(max(c.samples, c.sample_prompts), len(self.examples)))
         if self.sampled:
             self.prompts = [self.examples.prompt_tokens(i).tolist() for i in self.sampled]
             count, longest = len(self.prompts) * c.samples_per_prompt, max(map(len, self.prompts))
             self.generate = Generator(
-                self._spoken(dataclasses.replace(run.source.config, lora=run.lora)),
+                self._spoken(run.policy.config),
                 shape_for(count, longest, c.max_new_tokens, mesh=run.mesh),
                 Sampling(temperature=float(c.temperature > 0), top_p=c.top_p),
-                stop_ids=run.ends,
-                stops=stops_of(run.tokenizer, c.stop),
-                dtype=run.dtype,
+                stop_ids=run.words.ends,
+                stops=stops_of(run.words.tokenizer, c.stop),
+                dtype=run.policy.dtype,
                 mesh=run.mesh,
                 look=look,
             )
+        reference = run.roles.get(REFERENCE)
+        self.reference = reference if reference is not None and reference.tree in frozen else None
         self._compared = jax.jit(self._compare)
 
     def __call__(self, state: TrainState, step: int) -> dict[str, float]:
@@ -71,14 +74,14 @@ class Evaluation:
 
     def held_out(self, state: TrainState) -> dict[str, float]:
         """Exact averages over the evaluation data, its last ragged batch weighed by its rows."""
-        run, examples = self.run, self.run.evaluation
+        run, examples = self.run, self.run.data.evaluation
         if examples is None or self.online:  # a policy that is trained on its samples is judged by them
             return {}
         size = eval_batch_size(run.config)
         total: dict[str, np.ndarray] = {}
         for i in range(-(-len(examples) // size)):
             self.look()
-            make = lambda rows, i=i: evaluation_batch(examples, i, size, run.train.length, rows)
+            make = lambda rows, i=i: evaluation_batch(examples, i, size, run.data.train.length, rows)
             batch = meshes.put_batch(run.mesh, make, size)
             sums = jax.device_get(self.program(state, self.frozen, batch))
             total = {name: total.get(name, 0.0) + np.asarray(pair, np.float64) for name, pair in sums.items()}
@@ -90,8 +93,8 @@ class Evaluation:
         if not self.sampled:
             return {}
         key = jax.random.fold_in(jax.random.fold_in(state.key, step), 1)
-        completions = self.generate(full(run, self.frozen, state.params), self.prompts, key, c.samples_per_prompt)
-        rows, texts = np.asarray(self.sampled), decoded(run.tokenizer, completions, self.generate.stops)
+        completions = self.generate(whole(run.roles, self.frozen, state.params), self.prompts, key, c.samples_per_prompt)
+        rows, texts = np.asarray(self.sampled), decoded(run.words.tokenizer, completions, self.generate.stops)
         scores = {"prompts": float(n)} | text_metrics(completions)
         prompts = np.repeat(np.array([self.examples.prompts[i] for i in self.sampled], object)[:, None], c.samples_per_prompt, axis=1)
         found: dict[str, Any] = {"prompt": prompts, "completion": np.array(texts, object)}  # [n, samples_per_prompt]
@@ -105,7 +108,7 @@ class Evaluation:
             if "rewards" in batch:
                 found["reward"] = batch["rewards"]
                 scores["bad_rewards"] = float(np.isnan(batch["rewards"]).sum())
-        if reference_model(run, self.frozen) is not None and completions.sampling.exact:
+        if self.reference is not None and completions.sampling.exact:
             batch = sampled_batch(self.prompts, completions)
             k1, k3, gaps = map(meshes.gathered, self._compared(state.params, self.frozen, self._placed(batch)))
             found["log_ratio"] = k1[:n]
@@ -124,13 +127,14 @@ class Evaluation:
 
     def _spoken(self, model: ModelConfig) -> ModelConfig:
         """The model as it is sampled from here: at the evaluation's temperature, over the tokenizer's tokens."""
-        return dataclasses.replace(model, unused_tokens=self.run.unused, temperature=self.run.config.eval.temperature or 1.0)
+        return dataclasses.replace(model, unused_tokens=self.run.words.unused, temperature=self.run.config.eval.temperature or 1.0)
 
-    def _compare(self, params: Params, frozen: dict[str, Params], batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def _compare(self, params: Params, frozen: Held, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
         run = self.run
-        apply = lambda model: make_apply(self._spoken(model), run.config, run.dtype, run.mesh)
-        policy = Model(apply(dataclasses.replace(run.source.config, lora=run.lora)), full(run, frozen, params))
-        return compare(policy, Model(apply(reference_config(run)), frozen[reference_name(run)]), batch)
+        apply = lambda model: make_apply(self._spoken(model), run.config, run.policy.dtype, run.mesh)
+        policy = Model(apply(run.policy.config), whole(run.roles, frozen, params))
+        assert self.reference is not None
+        return compare(policy, Model(apply(self.reference.config), frozen[self.reference.tree]), batch)
 
     def _placed(self, batch: dict[str, np.ndarray]) -> Batch:
         """The batch on the mesh, filled up with padding rows."""

@@ -15,7 +15,6 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from alignax import ensemble
 from alignax import mesh as meshes
 from alignax.config import steps_of_turn
 from alignax.distributed import is_main
@@ -23,11 +22,13 @@ from alignax.evaluate import Evaluation
 from alignax.losses.algebra import at_step
 from alignax.losses.responses import differing
 from alignax.metrics import Log
-from alignax.models import hf, parameters, peft, reward
+from alignax.models import hf, parameters, peft
 from alignax.models.lora import Lora, merge
+from alignax.models.reward import CRITIC
 from alignax.prepare import Run, origin
-from alignax.programs import abstract_trained, batch_sizes, make_programs
-from alignax.rollout import RewardFailed, Turns, trained_on
+from alignax.rollout import RewardFailed, trained_on
+from alignax.run.feed import make_feed
+from alignax.run.roles import BASE, REFERENCE, abstract, abstract_trained
 from alignax.start import Started
 from alignax.types import Metrics, Params, TrainState
 from alignax.workers import Abandoned, never
@@ -71,12 +72,12 @@ def fit(started: Started) -> dict[str, dict[str, float]]:
 
 def loop(started: Started, log: Log, stop: "Stop") -> tuple[TrainState, dict[str, dict[str, float]]]:
     """The steps that are left, with evaluation and saving between them."""
-    run, state, first, frozen, about, checkpoints, _ = started
+    run, state, first, held, programs, about, checkpoints, _ = started
     config = run.config
-    evaluate = Evaluation(run, frozen, log, stop.look)
+    evaluate = Evaluation(run, held, programs, log, stop.look)
     fresh = not run.config.lora.path  # adapters that were trained before are not their base
     turn = steps_of_turn(config)  # steps between two looks: 1, or those on a rollout
-    train = Turns(run, frozen, stop.look) if config.rollout.samples else Batched(run, frozen)
+    feed, learn = make_feed(run, held, stop.look), programs["train"].call
     observe = Observer(run, log, equal=fresh and about["policy"] == about["reference"])
     results: dict[str, dict[str, float]] = {}
     pending: tuple[int, Metrics, Future[float]] | None = None
@@ -89,14 +90,17 @@ def loop(started: Started, log: Log, stop: "Stop") -> tuple[TrainState, dict[str
             results["after" if first else "before"] = scores
     for s in range(first + turn, run.steps + 1, turn):
         with leaving(started, log, stop, state, s - turn, "a rollout"):
-            state, metrics = train(state, s - turn)
+            state, batches, seen = feed(state, s - turn)
+            state, metrics = learn(state, held, batches)
+            state, more = feed.after(state, metrics)
+            metrics = metrics | seen | more
         if pending:  # fetched a step late, so that the device never waits for the host
             observe(*pending)
         pending = (s, metrics, clock.submit(over, metrics))
-        stopping = stop.requested(s // turn, 1 if config.rollout.samples else AGREE)
+        stopping = stop.requested(s // turn, 1 if feed.waits else AGREE)
         evaluating = due(config.eval.every, s)
         saving = due(config.checkpoint.every, s) or (evaluating and config.checkpoint.best)
-        if stopping or evaluating or saving or config.rollout.samples:  # never behind a checkpoint; a turn has waited for the device
+        if stopping or evaluating or saving or feed.waits:  # never behind a checkpoint; a turn has waited for the device
             with leaving(started, log, stop, state, s, "a rollout"):
                 observe(*pending)
             pending = None
@@ -156,23 +160,6 @@ def evaluated(log: Log) -> bool:
     return bool(multihost_utils.broadcast_one_to_all(np.array(log.evaluated)))
 
 
-class Batched:
-    """Offline training: a step on a batch of the data."""
-
-    def __init__(self, run: Run, frozen: dict[str, Params]):
-        """Compiles nothing yet."""
-        self.run, self.frozen, (self.step, _) = run, frozen, make_programs(run)
-        self.draw = run.train.batch
-        if run.members:
-            streams = ensemble.member_batches(run.train, run.members, run.config.ensemble.own_noise)
-            self.draw = functools.partial(ensemble.member_batch, streams)
-
-    def __call__(self, state: TrainState, step: int) -> tuple[TrainState, Metrics]:
-        """The state after the step on batch `step`, and metrics."""
-        batch = meshes.put_batch(self.run.mesh, functools.partial(self.draw, step), *batch_sizes(self.run))
-        return self.step(state, self.frozen, batch)
-
-
 def export(run: Run, state: TrainState, log: Log) -> None:
     """Writes the Hugging Face folder `export`, adapters merged into their base, and the adapters themselves as PEFT's folder `adapter`.
 
@@ -180,12 +167,13 @@ def export(run: Run, state: TrainState, log: Log) -> None:
     """
     c, params, by = run.config.export, state.params, origin(run.experiment)
     params = params if c.params == "policy" else state.averages[c.params]
-    for name, one in members_of({leaf: x for leaf, x in params.items() if leaf != reward.CRITIC}, run.members):
-        if run.lora is not None and run.lora.targets:
-            peft.write_adapter(one, run.lora, run.source, run.config.model.path, run.workdir / "adapter" / name, by)
+    source, lora = run.policy.source, run.policy.lora
+    for name, one in members_of({leaf: x for leaf, x in params.items() if leaf != CRITIC}, run.policy.members):
+        if lora is not None and lora.targets:
+            peft.write_adapter(one, lora, source, run.config.model.path, run.workdir / "adapter" / name, by)
             log.line(f"adapters written to {run.workdir / 'adapter' / name}")
-        whole = merged(run.source, run.lora, one, run.mesh) if run.lora is not None else one
-        hf.export(whole, run.source, run.workdir / "export" / name, c.dtype, eos=run.tokenizer.eos_token_id, origin=by)
+        whole = merged(source, lora, one, run.mesh) if lora is not None else one
+        hf.export(whole, source, run.workdir / "export" / name, c.dtype, eos=run.words.tokenizer.eos_token_id, origin=by)
         log.line(f"exported to {run.workdir / 'export' / name}")
 
 
@@ -207,44 +195,51 @@ def parameter_count(tree: Params) -> int:
 
 def sizes(run: Run) -> str:
     """The model's size in words."""
-    whole, trained = parameter_count(parameters.abstract_params(run.source.config)), parameter_count(abstract_trained(run))
-    if run.lora is None:
-        return f"{whole / 1e6:.3f} M parameters, {run.dtype.name} on float32 weights"
-    held = "int8" if run.lora.int8 else run.dtype.name
+    policy, dtype = run.policy, run.policy.dtype.name
+    whole, trained = parameter_count(parameters.abstract_params(policy.source.config)), parameter_count(abstract_trained(run.roles))
+    if policy.lora is None:
+        return f"{whole / 1e6:.3f} M parameters, {dtype} on float32 weights"
+    held = "int8" if policy.lora.int8 else dtype
     return f"{whole / 1e6:.3f} M parameters in {held}, {trained / 1e6:.3f} M more in float32 that are trained"
 
 
 def summary(run: Run, about: dict[str, Any], start: int) -> list[str]:
     """What a run says before it starts."""
+    policy, data = run.policy, run.data
     lines = [
         f"model {run.config.model.path}: {sizes(run)}; mesh {meshes.words(run.mesh)}",
         f"policy {about['policy']}" + (f", reference {about['reference']}" if about["reference"] else ", no reference"),
     ]
-    if run.lora is not None and not run.lora.targets:
+    if policy.lora is not None and not policy.lora.targets:
         lines.append("the trunk is frozen: the head alone is trained")
-    elif run.lora is not None and not run.members:
-        base = "; the reference is their base, without adapters" if run.reference is run.source else ""
-        lines.append(f"adapters {about['adapters']} of rank {run.lora.rank} on {', '.join(run.lora.targets)}{base}")
-    if run.critic is not None:
-        size = parameter_count(parameters.abstract_params(run.critic.config)) / 1e6
+    elif policy.lora is not None and not policy.members:
+        base = "; the reference is their base, without adapters" if REFERENCE in run.roles and run.roles[REFERENCE].tree == BASE else ""
+        lines.append(f"adapters {about['adapters']} of rank {policy.lora.rank} on {', '.join(policy.lora.targets)}{base}")
+    if CRITIC in run.roles:
+        size = parameter_count(parameters.abstract_params(run.roles[CRITIC].config)) / 1e6
         lines.append(f"critic {about['critic']} of its own tree, {run.config.model.critic}: {size:.3f} M parameters")
-    if run.members:
-        kind = "all parameters" if run.lora is None else "adapters" if run.lora.targets else "a head"
-        lines.append(f"ensemble of {run.members} members {about['members']}, each with {kind} of its own; seeds from {run.config.seed} on")
-    lines += filter(None, [differing(at_step(run.objective, jnp.zeros((), jnp.int32)))])
-    for name, report in run.reports.items():
+    if policy.members:
+        kind = "all parameters" if policy.lora is None else "adapters" if policy.lora.targets else "a head"
+        lines.append(
+            f"ensemble of {policy.members} members {about['members']}, each with {kind} of its own; seeds from {run.config.seed} on"
+        )
+    for name in run.config.models:
+        size = parameter_count(abstract(run.roles[name])) / 1e6
+        lines.append(f"{name} {about[name]}, {run.config.models[name].path}: {size:.3f} M parameters")
+    lines += filter(None, [differing(at_step(run.learning.objective, jnp.zeros((), jnp.int32)))])
+    for name, report in data.reports.items():
         lines += [f"{name} data: {line}" if i == 0 else f"  {line}" for i, line in enumerate(report.lines())]
-    for stream in (run.train, run.pretrain):
+    for stream in (data.train, data.pretrain):
         if stream is not None and stream.mixture:
             lines += [f"mixture: {line}" for line in stream.mixture.lines(run.steps * run.config.batch_size)]
-    if run.unused and not run.source.config.num_labels:
-        count, rows = sum(behind - first for first, behind in run.unused), run.source.config.vocab_size
+    if run.words.unused and not policy.source.config.num_labels:
+        count, rows = sum(behind - first for first, behind in run.words.unused), policy.source.config.vocab_size
         lines.append(f"{count:,} of the {rows:,} tokens of the model's head are none of its tokenizer's: they are never sampled")
-    if run.config.batch_size > len(run.train.examples):
+    if run.config.batch_size > len(data.train.examples):
         lines.append(
-            f"a batch of {run.config.batch_size} is more than the {len(run.train.examples)} rows there are: it holds rows more than once"
+            f"a batch of {run.config.batch_size} is more than the {len(data.train.examples)} rows there are: it holds rows more than once"
         )
-    lines.append(f"steps {run.steps} of {run.config.batch_size} examples, rows of {run.train.length} tokens, workdir {run.workdir}")
+    lines.append(f"steps {run.steps} of {run.config.batch_size} examples, rows of {data.train.length} tokens, workdir {run.workdir}")
     if start >= run.steps:
         lines.append(f"this run is complete: step {start} is saved; a longer one needs another workdir")
     elif start:
@@ -348,7 +343,7 @@ class Observer:
 
     def _check_equal(self, values: dict[str, float]) -> None:
         margin = max(abs(values[f"logps/{side}_drift"]) for side in ("chosen", "rejected"))
-        if margin > EQUAL[self.run.dtype.name]:
+        if margin > EQUAL[self.run.policy.dtype.name]:
             raise FloatingPointError(
                 f"policy and reference are the same parameters, yet their log-probs differ by {margin:.3g} nats at step 0; "
                 "is the experience given the right reference?"

@@ -10,64 +10,32 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from alignax import mesh as meshes
 from alignax.averages import PROPOSAL, averaged
-from alignax.config import PRETRAIN, ROLLOUTS, prompts_of_rollout, steps_of_turn
+from alignax.config import ROLLOUTS, steps_of_turn
 from alignax.experience import advance
 from alignax.experience.logps import in_parts
 from alignax.generate import sampler_gap
 from alignax.losses.algebra import lengths, sequence
 from alignax.prepare import Run
-from alignax.programs import (
-    abstract_batch,
-    abstract_rollout,
-    abstract_rows,
-    make_experience,
-    make_programs,
-    off_policy,
-    policy_model,
-    taught_apply,
-)
+from alignax.run.roles import policy_model
+from alignax.run.state import Held, make_experience, off_policy
+from alignax.run.steps import objectives, taught_apply
 from alignax.train import make_step
-from alignax.types import Batch, Metrics, Outputs, Params, TrainState, microbatch
+from alignax.types import Batch, Metrics, Outputs, TrainState, microbatch
 
 LAST = ("skipped_total", "skipped_in_a_row", "learning_rate")  # metrics that are states: of several steps the last one's
 
 
-def training_program(run: Run) -> tuple[Any, dict[str, Any]]:
-    """The jitted program that trains, and the shapes of the batch that it takes, after state and frozen parameters."""
-    c = run.config
-    if not c.rollout.samples:
-        return make_programs(run)[0], abstract_batch(run)
-    batches: dict[str, Any] = {ROLLOUTS: abstract_rollout(run, prompts_of_rollout(c), c.rollout.samples)}
-    if run.pretrain is not None:
-        batches[PRETRAIN] = abstract_rows(run.mesh, run.pretrain, steps_of_turn(c), c.batch_size)
-    return make_learn(run), batches
+def make_learn(run: Run) -> Callable[[TrainState, Held, dict[str, Batch]], tuple[TrainState, Metrics]]:
+    """The program of online training, `(state, frozen, batches) -> (state, metrics)`; metrics are means over its steps.
 
-
-def pretraining(run: Run, step: int) -> dict[str, Batch]:
-    """The batches that the steps from `step` to the next rollout take beside theirs, by name: [steps, B, 1, T], a function of the step."""
-    if run.pretrain is None:
-        return {}
-    steps, stream = range(step, step + steps_of_turn(run.config)), run.pretrain
-
-    def make(which: slice, rows: slice) -> dict[str, np.ndarray]:
-        parts = [stream.batch(s, rows) for s in steps[which]]
-        return {name: np.stack([part[name] for part in parts]) for name in parts[0]}
-
-    return {PRETRAIN: meshes.put_batch(run.mesh, make, len(steps), run.config.batch_size)}
-
-
-def make_learn(run: Run) -> Callable[[TrainState, dict[str, Params], dict[str, Batch]], tuple[TrainState, Metrics]]:
-    """The jitted program `(state, frozen, batches) -> (state, metrics)`; metrics are means over its steps.
-
-    The batches are `rollouts`, and those of `pretraining`. With `log.rollouts` a metric `shown` is what `first_responses` gives.
+    The batches are `rollouts`, and of `pretrain` those of every step. With `log.rollouts` a metric `shown` is what `first_responses` gives.
     """
-    c, after = run.config, averaged(run.averages)
+    c, after, learning = run.config, averaged(run.learning.averages), run.learning
 
-    def learn(state: TrainState, frozen: dict[str, Params], batches: dict[str, Batch]) -> tuple[TrainState, Metrics]:
+    def learn(state: TrainState, frozen: Held, batches: dict[str, Batch]) -> tuple[TrainState, Metrics]:
         batch, further = batches[ROLLOUTS], {name: x for name, x in batches.items() if name != ROLLOUTS}
         parts = c.rollout.minibatches * c.microbatches
         once = reads_once(run, state, frozen, batch)
@@ -76,13 +44,15 @@ def make_learn(run: Run) -> Callable[[TrainState, dict[str, Params], dict[str, B
         else:
             (carry, batch), metrics = experienced(run, state, frozen, batch, parts)
         state = dataclasses.replace(state, carry=carry)
-        apply = taught_apply(run, frozen)
-        train_step = make_step(apply, {ROLLOUTS: run.objective} | run.beside, run.optimizer, c.microbatches, outputs=once)
+        apply, losses = taught_apply(run, frozen), objectives(run, frozen, state)
+        train_step = make_step(apply, losses, learning.optimizer, c.microbatches, outputs=once)
         if off_policy(run):
-            check_corrected(make_step(apply, run.objective, run.optimizer), state, batch, c.rollout.minibatches)
+            check_corrected(
+                make_step(apply, objectives(run, frozen, state)[ROLLOUTS], learning.optimizer), state, batch, c.rollout.minibatches
+            )
 
         def step(state: TrainState, part: dict[str, Batch]) -> tuple[TrainState, Metrics]:
-            rate = run.schedule(state.step - state.skipped)
+            rate = learning.schedule(state.step - state.skipped)
             state, metrics, *out = train_step(state, part)
             metrics = (scored(run, part[ROLLOUTS], out[0]) if once else {}) | metrics
             return after(state), metrics | {"learning_rate": jnp.asarray(rate)}
@@ -105,7 +75,7 @@ def make_learn(run: Run) -> Callable[[TrainState, dict[str, Params], dict[str, B
         tokens += sum(x["mask"].sum(dtype=jnp.float32) for x in further.values())
         return state, metrics | pooled(found) | {"tokens": tokens} | shown
 
-    return jax.jit(learn, donate_argnums=0)
+    return learn
 
 
 def first_responses(run: Run, batch: Batch) -> Batch:
@@ -139,7 +109,7 @@ def check_corrected(train_step: Callable, state: TrainState, batch: Batch, minib
     )
 
 
-def reads_once(run: Run, state: TrainState, frozen: dict[str, Params], batch: Batch) -> bool:
+def reads_once(run: Run, state: TrainState, frozen: Held, batch: Batch) -> bool:
     """Whether the step's own forward pass is all that a rollout needs of the policy that learns from it; on shapes alone.
 
     So it is where there is one step on a rollout, all of whose ratios are 1, and where what comes before it asks the policy for nothing: no
@@ -149,10 +119,10 @@ def reads_once(run: Run, state: TrainState, frozen: dict[str, Params], batch: Ba
         return False
     kept = []
 
-    def loss(state: TrainState, frozen: dict[str, Params], batch: Batch) -> Metrics:
+    def loss(state: TrainState, frozen: Held, batch: Batch) -> Metrics:
         _, after = advance(make_experience(run, frozen, state), state.carry, batch)
         kept.extend(after[name] is batch[name] for name in ("tokens", "mask", "completion_mask"))
-        return make_step(taught_apply(run, frozen), run.objective, run.optimizer)(state, after)[1]
+        return make_step(taught_apply(run, frozen), objectives(run, frozen, state)[ROLLOUTS], run.learning.optimizer)(state, after)[1]
 
     try:
         jax.eval_shape(loss, state, frozen, batch)
@@ -161,13 +131,13 @@ def reads_once(run: Run, state: TrainState, frozen: dict[str, Params], batch: Ba
     return all(kept)
 
 
-def make_judge(run: Run) -> Callable[[TrainState, dict[str, Params], Batch], Metrics]:
-    """The jitted program `(state, frozen, samples) -> metrics`, each []: what experience and the reference say of samples.
+def make_judge(run: Run) -> Callable[[TrainState, Held, Batch], Metrics]:
+    """The program `(state, frozen, samples) -> metrics`, each []: what experience and the reference say of samples.
 
     `reward_se` is the standard error of `reward`, that of the prompts' means; no number of a single prompt.
     """
 
-    def judge(state: TrainState, frozen: dict[str, Params], batch: Batch) -> Metrics:
+    def judge(state: TrainState, frozen: Held, batch: Batch) -> Metrics:
         (_, batch), metrics = experienced(run, state, frozen, batch, 1)
         if "rewards" not in batch:
             return metrics
@@ -178,12 +148,12 @@ def make_judge(run: Run) -> Callable[[TrainState, dict[str, Params], Batch], Met
         squares = jnp.where(real, jnp.square(each - each.sum() / jnp.maximum(n, 1)), 0.0).sum()
         return metrics | {"reward_se": jnp.sqrt(squares / (n - 1) / n)}
 
-    return jax.jit(judge)
+    return judge
 
 
-def experienced(run: Run, state: TrainState, frozen: dict[str, Params], batch: Batch, parts: int) -> tuple[Any, Metrics]:
+def experienced(run: Run, state: TrainState, frozen: Held, batch: Batch, parts: int) -> tuple[Any, Metrics]:
     """A rollout with `old_logps`, `old_entropy`, a critic's `values` and all that experience writes, the next carry, and its metrics."""
-    policy = policy_model(run, frozen, state.params)
+    policy = policy_model(run.roles, frozen, state.params)
     outputs = lambda part: policy.apply(policy.params, part)
     out = in_parts(outputs, batch, parts)
     sampled = scored(run, batch, out)  # an experience may put other responses in their place

@@ -9,6 +9,8 @@ from typing import Any
 from alignax.data.files import check_local, short
 from alignax.defaults import PATHS
 
+MODEL = ("path", "adapters")  # fields of each of `config.models`
+
 
 def set_field(config: Any, override: str) -> None:
     """Applies one `a.b=value`; the value is a Python literal, or a plain string for a text field.
@@ -22,6 +24,11 @@ def set_field(config: Any, override: str) -> None:
     node, parts = config, path.split(".")
     if parts[:-1] == ["data", "template"]:
         config.data.template[parts[-1]] = _literal(text)
+        return
+    if parts[0] == "models" and len(parts) == 3 and parts[2] in MODEL:
+        if parts[1] not in config.models:
+            config.models[parts[1]] = {}
+        config.models[parts[1]][parts[2]] = text
         return
     for part in parts[:-1]:
         node = node[_known(node, part, path, config)]

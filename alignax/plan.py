@@ -21,9 +21,9 @@ from alignax.losses.algebra import at_step
 from alignax.losses.responses import differing
 from alignax.metrics import table
 from alignax.models import hf
-from alignax.online import training_program
 from alignax.prepare import Run
-from alignax.programs import abstract_frozen, abstract_state
+from alignax.run.programs import programs
+from alignax.run.state import abstract_batches, abstract_state
 
 
 def topology_mesh(topology: str, shape: Mapping[str, int]) -> Mesh:
@@ -35,17 +35,8 @@ def topology_mesh(topology: str, shape: Mapping[str, int]) -> Mesh:
 
 
 def compile_step(run: Run) -> Any:
-    """Compiles experience and training step for the run's mesh from shapes alone; no array is made.
-
-    Returns:
-      The compiled program, with `memory_analysis()` and `as_text()`. Its FLOP count is no use: it counts a loop's body once.
-
-    Raises:
-      jax.errors.JaxRuntimeError: RESOURCE_EXHAUSTED, where a TPU's memory does not hold the step.
-    """
-    step, batch = training_program(run)
-    traced = step.trace(abstract_state(run), abstract_frozen(run), batch)
-    return traced.lower(lowering_platforms=(run.mesh.devices.flat[0].platform,)).compile()
+    """Compiles experience and training step for the run's mesh from shapes alone, see `alignax.run.programs.Program.compiled`."""
+    return programs(run)["train"].compiled(run.mesh.devices.flat[0].platform)
 
 
 def describe(run: Run) -> str:
@@ -55,8 +46,9 @@ def describe(run: Run) -> str:
     rows = [["parameter", "shape", "sharding", "MB a device"]]
     for path, x in jax.tree_util.tree_leaves_with_path(state.params):
         rows.append([hf.leaf_name(path), str(x.shape), str(x.sharding.spec), f"{size(x) / 1e6:.3f}"])
+    mixture = run.data.train.mixture
     memory = compile_step(run).memory_analysis()
-    batches = [(hf.leaf_name(path), x) for path, x in jax.tree_util.tree_leaves_with_path(training_program(run)[1])]
+    batches = [(hf.leaf_name(path), x) for path, x in jax.tree_util.tree_leaves_with_path(abstract_batches(run))]
     return "\n".join(
         [
             f"{sizes(run)}; mesh {meshes.words(run.mesh)}",
@@ -65,12 +57,12 @@ def describe(run: Run) -> str:
             f"memory of the training step, a device: {memory.argument_size_in_bytes / 1e9:.3f} GB state, reference and batch, "
             f"{memory.temp_size_in_bytes / 1e9:.3f} GB temporary",
             f"steps {run.steps}",
-            *filter(None, [differing(at_step(run.objective, jnp.zeros((), jnp.int32)))]),
-            *(f"{split} data: {line}" for split, report in run.reports.items() for line in report.lines()),
-            *(f"mixture: {line}" for line in (run.train.mixture.lines(run.steps * run.config.batch_size) if run.train.mixture else [])),
+            *filter(None, [differing(at_step(run.learning.objective, jnp.zeros((), jnp.int32)))]),
+            *(f"{split} data: {line}" for split, report in run.data.reports.items() for line in report.lines()),
+            *(f"mixture: {line}" for line in (mixture.lines(run.steps * run.config.batch_size) if mixture else [])),
             "config " + json.dumps(flat(run.config), indent=2),
             "the first row of the first batch, scored tokens in [ ]:",
-            decode_example(run.train.examples, int(run.train.rows(0)[0]), run.tokenizer),
+            decode_example(run.data.train.examples, int(run.data.train.rows(0)[0]), run.words.tokenizer),
             "dry run: nothing was written",
         ]
     )

@@ -21,8 +21,8 @@ from alignax.config import eval_batch_size
 from alignax.data import Examples, assemble
 from alignax.data.files import one_line
 from alignax.distributed import together
-from alignax.prepare import STORED, Run
-from alignax.programs import reference_apply
+from alignax.prepare import Run
+from alignax.run.roles import REFERENCE, STORED
 from alignax.types import Params
 
 FORMAT = 1  # of the parts and of the key
@@ -43,15 +43,16 @@ def with_stored(run: Run, params: Params, digest: str, say: Any) -> Run:
       ValueError: for a part that is damaged or does not hold what the reference says.
       OSError: when the folder cannot be written.
     """
-    train = dataclasses.replace(run.train, examples=stored(run, run.train.examples, params, digest, "train", say))
-    evaluation = run.evaluation and stored(run, run.evaluation, params, digest, "eval", say)
-    return run._replace(train=train, evaluation=evaluation)
+    data = run.data
+    train = dataclasses.replace(data.train, examples=stored(run, data.train.examples, params, digest, "train", say))
+    evaluation = data.evaluation and stored(run, data.evaluation, params, digest, "eval", say)
+    return run._replace(data=data._replace(train=train, evaluation=evaluation))
 
 
 def key(run: Run, examples: Examples, digest: str) -> str:
     """What the numbers depend on, in 16 hexadecimal digits."""
-    assert run.reference is not None
-    model = repr((FORMAT, digest, run.reference.config, run.dtype.name)).encode()
+    role = run.roles[REFERENCE]
+    model = repr((FORMAT, digest, role.source.config, role.dtype.name)).encode()
     return f"{zlib.crc32(model):08x}{examples.token_digest():08x}"
 
 
@@ -67,7 +68,7 @@ def stored(run: Run, examples: Examples, params: Params, digest: str, split: str
     if jax.process_count() > 1:
         have = multihost_utils.process_allgather(have).all(axis=0)
     say(f"{split} data: reference log-probs of {len(examples):,} rows, {have.sum()} of {len(have)} parts in {folder}")
-    score = jax.jit(lambda params, batch: reference_apply(run)(params, batch).logps)
+    score = jax.jit(lambda params, batch: run.roles[REFERENCE].apply(params, batch).logps)
     values = np.zeros(len(examples.tokens), np.float32)
     for i in range(len(have)):
         part = found[i]
@@ -89,9 +90,9 @@ def computed(run: Run, examples: Examples, params: Params, score: Any, start: in
     for first in range(start, min(stop, len(examples)), size):
         rows = np.arange(first, first + size)
         rows[rows >= min(stop, len(examples))] = len(examples)  # padding rows
-        make = lambda part, rows=rows: assemble(examples, rows[part], run.train.length)
+        make = lambda part, rows=rows: assemble(examples, rows[part], run.data.train.length)
         batch = meshes.put_batch(run.mesh, make, size)
-        mask = assemble(examples, rows, run.train.length)["completion_mask"]
+        mask = assemble(examples, rows, run.data.train.length)["completion_mask"]
         yield meshes.gathered(score(params, batch))[mask]
 
 
@@ -101,7 +102,7 @@ def check(run: Run, examples: Examples, params: Params, score: Any, values: np.n
     now = np.concatenate(list(computed(run, examples, params, score, row, stop)))
     side = slice(*examples.offsets[[row * examples.N, stop * examples.N]])
     worst = np.abs(values[side][examples.scored[side]] - now).max(initial=0.0)
-    if not worst < AGREE[run.dtype.name]:
+    if not worst < AGREE[run.policy.dtype.name]:
         raise ValueError(f"the log-probs in {folder} differ from the reference's by {worst:.3g} nats; delete that folder")
 
 

@@ -15,8 +15,10 @@ from alignax.distributed import is_main
 from alignax.fit import members_of
 from alignax.mesh import make_mesh
 from alignax.models import hf
-from alignax.prepare import compute_dtype, load_tokenizer, open_model, origin
+from alignax.models.tokenizers import load_tokenizer
+from alignax.prepare import origin
 from alignax.ridge import fit_ridge
+from alignax.run.opening import compute_dtype, open_model
 from alignax.saved import is_workdir, names_of, reward_models
 
 # How samples of a policy are read, whatever data a reward model was trained on.

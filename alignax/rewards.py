@@ -82,7 +82,12 @@ def stack(members: Sequence[Params], config: ModelConfig, mesh: Mesh) -> Params:
 
 
 def ensemble_model(config: ModelConfig, params: Params, mesh: Mesh, dtype: Any = jnp.float32) -> Model:
-    """K reward models as one, whose `Outputs.scores` are [B, N, K]; nothing is sent between members.
+    """K reward models of stacked parameters [K, ...] as one, see `ensemble_apply`."""
+    return Model(ensemble_apply(config, mesh, dtype), params)
+
+
+def ensemble_apply(config: ModelConfig, mesh: Mesh, dtype: Any = jnp.float32) -> Callable[[Params, Batch], Outputs]:
+    """The forward pass of K reward models as one, whose `Outputs.scores` are [B, N, K]; nothing is sent between members.
 
     They read `judge_tokens` and its masks where the batch has them, see `alignax.judges`, and `tokens` otherwise.
 
@@ -103,7 +108,7 @@ def ensemble_model(config: ModelConfig, params: Params, mesh: Mesh, dtype: Any =
             found = found.reshape(-1, *found.shape[2:])
         return Outputs(None, None, scores=jnp.moveaxis(found, 0, -1))  # pyright: ignore[reportArgumentType]
 
-    return Model(rate, params)
+    return rate
 
 
 def score_examples(

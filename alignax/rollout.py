@@ -4,7 +4,6 @@ A rollout is a batch [B, N, T] like any other. It is a function of the training 
 goes on bit for bit.
 """
 
-import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -19,15 +18,15 @@ from alignax.averages import PROPOSAL
 from alignax.calls import Answer, Call, qualified
 from alignax.calls import within as within  # how a reward function is timed, to try one by hand
 from alignax.checks import parameters
-from alignax.config import ROLLOUTS, prompts_of_rollout, steps_of_turn
+from alignax.config import prompts_of_rollout, steps_of_turn
 from alignax.data import Examples
 from alignax.data.files import short
 from alignax.generate import Completions, Generator, Sampling, Stops, sampled_batch, shape_for, stops_of, text_of
 from alignax.generate.stops import LENGTH, STOP_ID, STOP_STRING
-from alignax.online import make_learn, pretraining
 from alignax.prepare import Run
-from alignax.programs import AHEAD, full
-from alignax.types import Batch, Metrics, Params, TrainState
+from alignax.run.roles import whole
+from alignax.run.state import Held
+from alignax.types import Batch, TrainState
 from alignax.workers import Abandoned
 
 MOST = 1e15  # that a reward may be from 0: squares of larger ones, summed over a rollout, overflow float32
@@ -67,19 +66,19 @@ class Rollouts:
         """Compiles nothing yet; `look` is called while it samples, and may raise to leave."""
         c, self.run = run.config.rollout, run
         count = prompts_of_rollout(run.config)
-        longest = int(run.train.examples.prompt_lengths.max())
+        longest = int(run.data.train.examples.prompt_lengths.max())
         self.generate = Generator(
-            dataclasses.replace(run.source.config, lora=run.lora),
+            run.policy.config,
             shape_for(count * c.samples, longest, c.max_new_tokens, mesh=run.mesh, slots=c.slots),
             Sampling(top_p=c.top_p),  # of the policy at rollout.temperature, which its config has
-            stop_ids=run.ends,
-            stops=stops_of(run.tokenizer, c.stop),
-            dtype=run.dtype,
+            stop_ids=run.words.ends,
+            stops=stops_of(run.words.tokenizer, c.stop),
+            dtype=run.policy.dtype,
             mesh=run.mesh,
             look=look,
         )
 
-    def __call__(self, state: TrainState, frozen: dict[str, Params], step: int) -> Rollout:
+    def __call__(self, state: TrainState, frozen: Held, step: int) -> Rollout:
         """The rollout before training step `step`, with `rollout.refill` of groups whose rewards differ, as far as they are found.
 
         Its metrics of text, `bad_rewards` and `gold` are those of the first sample, as what the policy says, before any refill.
@@ -93,16 +92,16 @@ class Rollouts:
             metrics |= more | {name: metrics[name] + more[name] for name in ("time/generate", "time/reward")}
         return self.placed(batch, metrics)
 
-    def sample(self, state: TrainState, frozen: dict[str, Params], step: int, again: int = 0, count: int | None = None) -> Sampled:
+    def sample(self, state: TrainState, frozen: Held, step: int, again: int = 0, count: int | None = None) -> Sampled:
         """What the rollout before training step `step` says: of the policy as it stands, or of the average that samples for it.
 
         `again`: which time it is that groups are replaced, from 1 on, `count` of them; 0: the rollout itself.
         """
         run, rows, began = self.run, self.rows(step, again)[:count], time.monotonic()
-        prompts = [run.train.examples.prompt_tokens(row).tolist() for row in rows]
+        prompts = [run.data.train.examples.prompt_tokens(row).tolist() for row in rows]
         key = jax.random.fold_in(jax.random.fold_in(state.key, step), 2)
         key = jax.random.fold_in(key, again) if again else key
-        params = full(run, frozen, state.averages.get(PROPOSAL, state.params))
+        params = whole(run.roles, frozen, state.averages.get(PROPOSAL, state.params))
         completions = self.generate(params, prompts, key, n=run.config.rollout.samples)
         return Sampled(rows, prompts, completions, {"time/generate": time.monotonic() - began} | text_metrics(completions))
 
@@ -116,8 +115,8 @@ class Rollouts:
 
     def unjudged(self, sampled: Sampled) -> Rollout:
         """What was sampled, where a signal came before reward functions had said anything of it: all rewards are infinite, as none is."""
-        texts = decoded(self.run.tokenizer, sampled.completions, self.generate.stops)
-        batch = said_batch(self.run, self.run.train.examples, sampled.rows, sampled.prompts, sampled.completions, texts)
+        texts = decoded(self.run.words.tokenizer, sampled.completions, self.generate.stops)
+        batch = said_batch(self.run, self.run.data.train.examples, sampled.rows, sampled.prompts, sampled.completions, texts)
         none = np.full(batch["truncated"].shape, np.inf, np.float32)
         asked = {field: none for name, field in REWARDS.items() if getattr(self.run.experiment, name) is not None}
         return self.placed(batch | asked, sampled.metrics | {"time/reward": 0.0})
@@ -129,7 +128,7 @@ class Rollouts:
             return None
         host = {name: meshes.gathered(batch[name]) for name in ("tokens", "mask", "sampled_logps", "truncated", "prompt_id")}
         rows = host["prompt_id"]
-        prompts = [self.run.train.examples.prompt_tokens(row).tolist() for row in rows]
+        prompts = [self.run.data.train.examples.prompt_tokens(row).tolist() for row in rows]
         shape = (*host["truncated"].shape, self.run.config.rollout.max_new_tokens)
         tokens, mask, logps = np.zeros(shape, np.int32), np.zeros(shape, bool), np.zeros(shape, np.float32)
         ended = np.full(shape[:2], STOP_STRING, object)
@@ -140,7 +139,7 @@ class Rollouts:
             logps[b, n, :count] = host["sampled_logps"][b, n, own]
             if host["truncated"][b, n]:
                 ended[b, n] = LENGTH
-            elif tokens[b, n, count - 1] in self.run.ends:
+            elif tokens[b, n, count - 1] in self.run.words.ends:
                 ended[b, n] = STOP_ID
         completions = Completions(tokens, mask, logps, ended, self.generate.sampling, 0, 0)
         return Sampled(rows, prompts, completions, {"time/generate": 0.0} | text_metrics(completions))
@@ -154,7 +153,7 @@ class Rollouts:
         """Batch and metrics of what was sampled, on the host."""
         run, began = self.run, time.monotonic()
         rows, prompts, completions, metrics = sampled
-        examples, texts = run.train.examples, decoded(run.tokenizer, completions, self.generate.stops)
+        examples, texts = run.data.train.examples, decoded(run.words.tokenizer, completions, self.generate.stops)
         batch = samples_batch(run, examples, rows, prompts, completions, texts)
         if "rewards" in batch:
             metrics["bad_rewards"] = float(np.isnan(batch["rewards"]).sum())
@@ -164,7 +163,7 @@ class Rollouts:
         return batch, metrics | {"time/reward": time.monotonic() - began}
 
     def refilled(
-        self, state: TrainState, frozen: dict[str, Params], step: int, batch: dict[str, np.ndarray]
+        self, state: TrainState, frozen: Held, step: int, batch: dict[str, np.ndarray]
     ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
         """Dynamic sampling (DAPO, Yu et al. 2025, arXiv:2503.14476, section 3.2): groups without a signal make room for other prompts'.
 
@@ -196,75 +195,7 @@ class Rollouts:
         if again:
             before = run.steps // c.epochs  # batches of the stream that rollouts begin with
             first = before + (step // steps_of_turn(run.config) * c.refill + again - 1) * c.minibatches
-        return np.concatenate([run.train.rows(first + i) for i in range(c.minibatches)])
-
-
-class Turns:
-    """Online training: a rollout of the policy as it stands, then the steps on it."""
-
-    def __init__(self, run: Run, frozen: dict[str, Params], look: Callable[[], None] = lambda: None):
-        """Compiles nothing yet; `look`: see `Rollouts`."""
-        self.rollouts, self.frozen, self.learn = Rollouts(run, look), frozen, make_learn(run)
-        self.compiled = Compiled()
-
-    def __call__(self, state: TrainState, step: int) -> tuple[TrainState, Metrics]:
-        """The state after the steps on the rollout that step `step` begins, and metrics: means over them, and of the rollout."""
-        compiled, began = self.compiled.programs, time.monotonic()
-        turn = self.ahead if self.rollouts.run.config.rollout.ahead else self.now
-        state, metrics = turn(state, step)
-        seen = sum(metrics[f"time/{part}"] for part in ("generate", "reward", "learn"))
-        return state, metrics | {"time/host": time.monotonic() - began - seen, "compilations": self.compiled.programs - compiled}
-
-    def now(self, state: TrainState, step: int) -> tuple[TrainState, Metrics]:
-        """The policy learns from what it says now."""
-        batch, metrics = self.rollouts(state, self.frozen, step)
-        began = time.monotonic()
-        batches = {ROLLOUTS: batch} | pretraining(self.rollouts.run, step)
-        state, learnt = jax.block_until_ready(self.learn(state, self.frozen, batches))
-        return state, learnt | metrics | {"time/learn": time.monotonic() - began}
-
-    def ahead(self, state: TrainState, step: int) -> tuple[TrainState, Metrics]:
-        """The policy learns from what it said a turn ago, while the host judges what it says now; that waits in the carry.
-
-        `time/learn` is how long the device went on after the host was done. Before the first turn and after the last there is nothing
-        to overlap. Where a signal ends the wait for rewards, or there are none, the state before is given away: the turn is brought to
-        its end, and what was sampled is judged before the next.
-        """
-        rollouts, run, said = self.rollouts, self.rollouts.run, []
-        carry = dict(state.carry)
-        batch = carry.pop(AHEAD)
-        state = dataclasses.replace(state, carry=carry)
-        waits = rollouts.sample(state, self.frozen, step) if step == 0 else rollouts.waiting(batch)
-        if waits is not None:
-            batch, metrics = rollouts.judge(waits)
-            said.append(metrics)
-        following = step + steps_of_turn(run.config)
-        sampled = rollouts.sample(state, self.frozen, following) if following < run.steps else None
-        state, learnt = self.learn(state, self.frozen, {ROLLOUTS: batch} | pretraining(run, step))  # goes on by itself
-        if sampled is not None:
-            try:
-                batch, metrics = rollouts.judge(sampled)
-            except (Abandoned, RewardFailed):
-                batch, metrics = rollouts.unjudged(sampled)
-            said.append(metrics)
-        began = time.monotonic()
-        state, learnt = jax.block_until_ready((state, learnt))
-        times = {name: sum(metrics[name] for metrics in said) for name in ("time/generate", "time/reward")}
-        newest = said[-1] if step == 0 or sampled is not None else {}  # what waited for its rewards was told of when it was sampled
-        state = dataclasses.replace(state, carry=state.carry | {AHEAD: batch})
-        return state, learnt | newest | times | {"time/learn": time.monotonic() - began}
-
-
-class Compiled:
-    """Counts the programs that are compiled from now on. jax keeps its listeners, so this holds nothing else."""
-
-    def __init__(self):
-        """Starts at 0."""
-        self.programs = 0
-        jax.monitoring.register_event_duration_secs_listener(self._listen)
-
-    def _listen(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
-        self.programs += event.endswith("backend_compile_duration")
+        return np.concatenate([run.data.train.rows(first + i) for i in range(c.minibatches)])
 
 
 def samples_batch(
@@ -282,10 +213,10 @@ def said_batch(
     run: Run, examples: Examples, rows: np.ndarray, prompts: Sequence[Sequence[int]], completions: Completions, texts: list[list[str]]
 ) -> dict[str, np.ndarray]:
     """The batch of completions of rows of the data, on the host, before reward functions are asked."""
-    batch = sampled_batch(prompts, completions, run.train.length)
+    batch = sampled_batch(prompts, completions, run.data.train.length)
     batch |= {"truncated": completions.ended == LENGTH, "prompt_id": rows.astype(np.int32)}
-    if run.judge is not None:
-        own = judges.read(run.judge, run.tokenizer, examples, rows, prompts, completions, texts)
+    for judge in run.judges.values():
+        own = judges.read(judge, run.words.tokenizer, examples, rows, prompts, completions, texts)
         batch |= own | {"completion_mask": batch["completion_mask"] & own["judge_completion_mask"].any(axis=-1, keepdims=True)}
     return batch
 
@@ -340,7 +271,7 @@ def answer_of(
         elif column == "completion_ids":
             given[column] = [own.tolist() for own in ids]
         elif column == "raw_completions":
-            given[column] = run.tokenizer.batch_decode(list(ids), skip_special_tokens=False)
+            given[column] = run.words.tokenizer.batch_decode(list(ids), skip_special_tokens=False)
         else:
             given[column] = [examples.columns[column][row] for row in rows]
     c = run.config.rollout
@@ -365,9 +296,9 @@ def trained_on(run: Run, shown: dict[str, np.ndarray]) -> list[dict[str, Any]]:
     rows = []
     for b, n in list(np.ndindex(tokens.shape[:2]))[: run.config.log.rollouts]:
         # Where no token is scored, as without a reward, the prompt of the data says where the completion begins.
-        first = int(scored[b, n].argmax()) if scored[b, n].any() else len(run.train.examples.prompt_tokens(int(shown["prompt_id"][b])))
+        first = int(scored[b, n].argmax()) if scored[b, n].any() else len(run.data.train.examples.prompt_tokens(int(shown["prompt_id"][b])))
         own = tokens[b, n][mask[b, n]]
-        row = {"prompt": run.tokenizer.decode(own[:first]), "completion": run.tokenizer.decode(own[first:])}
+        row = {"prompt": run.words.tokenizer.decode(own[:first]), "completion": run.words.tokenizer.decode(own[first:])}
         numbers = {name: shown[name][b, n].item() for name in ("reward", "advantage", "truncated") if name in shown}
         rows.append(row | numbers)
     return rows

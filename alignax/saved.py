@@ -17,8 +17,9 @@ from alignax.mesh import make_mesh
 from alignax.models import hf
 from alignax.models.reward import CRITIC
 from alignax.models.tensorfiles import check_finite
-from alignax.prepare import load_tokenizer, make_lora, open_critic, open_model, open_source, paths_of
-from alignax.programs import abstract_models
+from alignax.models.tokenizers import load_tokenizer
+from alignax.run.opening import compute_dtype, make_lora, open_model, open_source, paths_of, trained_roles
+from alignax.run.roles import abstract_trained
 from alignax.start import check_same, described, fingerprint
 from alignax.types import Params
 
@@ -76,7 +77,7 @@ def newest_models(workdir: Path, config: Any, source: hf.Source, mesh: Mesh, nam
         now = described(source, load_tokenizer(source.path, source.config.vocab_size))
         if lora is not None:  # the base is read again
             now["policy"] = fingerprint(hf.load_params(source, mesh, jax.random.key(config.seed)))
-        trained = abstract_models(source, lora, open_critic(config), members, mesh)
+        trained = abstract_trained(trained_roles(config, source, lora, compute_dtype(config, mesh), mesh), mesh)
 
         def read(step: int) -> tuple[dict[str, Any], Params]:
             about = checkpoints.about(step)

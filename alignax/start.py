@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
-from alignax import ensemble, output, rewards
+from alignax import ensemble, output
 from alignax.blame import blaming, explained
 from alignax.checkpoint import Checkpoints, nbytes
-from alignax.config import asked, code, effective, eval_batch_size, flat, prompts_of_rollout
+from alignax.config import asked, code, effective, flat, prompts_of_rollout
 from alignax.data import Examples
 from alignax.data.files import short
 from alignax.data.template import Today
@@ -22,23 +21,13 @@ from alignax.distributed import check_alike, is_main, together
 from alignax.evaluate import SAMPLED, tries
 from alignax.experience import advance, first_carry
 from alignax.models import hf, parameters, peft, reward
-from alignax.models.lora import quantise, split
-from alignax.online import make_judge, training_program
+from alignax.models.reward import CRITIC
 from alignax.prepare import Run
-from alignax.programs import (
-    abstract_batch,
-    abstract_frozen,
-    abstract_rollout,
-    abstract_state,
-    abstract_trained,
-    frozen_dtype,
-    frozen_sources,
-    make_programs,
-    new_state,
-    reference_name,
-)
 from alignax.reference import with_stored
 from alignax.rollout import MOST, answer_of, behind_file
+from alignax.run.programs import Program, programs
+from alignax.run.roles import BASE, ENSEMBLE, REFERENCE, Role, abstract_trained, freeze, load
+from alignax.run.state import abstract_state, new_state
 from alignax.train import digest
 from alignax.types import Batch, Model, Outputs, Params, TrainState
 
@@ -52,8 +41,9 @@ class Started(NamedTuple):
     run: Run
     state: TrainState
     step: int  # steps taken
-    frozen: dict[str, Params]  # what it holds and does not train: "reference", if there is one
-    about: dict[str, str]  # digests of the policy and the reference that it started from
+    held: dict[str, Params]  # the frozen trees
+    programs: dict[str, Program]
+    about: dict[str, str]  # digests of the models that it started from
     checkpoints: Checkpoints
     lock: output.Lock
 
@@ -71,36 +61,16 @@ def start(run: Run, write: bool = True) -> Started:
     check_alike(own)
     with together():
         check_step(run)
-        params = initial_params(run)
-        original = reference_params(run, params)
-    about = described(run.source, run.tokenizer)
-    about |= {"policy": fingerprint(params), "reference": fingerprint(original), "data": data_digest(run)}
-    stored = {"base": split(params)[0], "reference": split(original)[0] if run.reference else None}
-    frozen = {name: frozen_copy(run, name, stored[name]) for name in frozen_sources(run)}
-    if run.judges:
-        with together():
-            judges = rewards.load_members(run.judges, run.mesh)
-        about["ensemble"] = fingerprint(judges)
-        frozen["ensemble"] = frozen_copy(run, "ensemble", judges)
-        del judges
-    if config.reference.cache:
-        name = reference_name(run)
-        scorer = frozen[name] if name in frozen else frozen_copy(run, name, original)
-        say = lambda line: print(line, file=sys.stderr, flush=True) if is_main() else None
-        run = with_stored(run, scorer, about["reference"], say)
-        del scorer
-    if run.members:
-        params = original = spread(run, params, frozen.get("base"))
-        about["members"] = fingerprint(params)
-    elif run.lora is not None:
-        params = original = initial_adapters(run, params, frozen["base"])
-        about["adapters"] = fingerprint(params)
-    del stored
-    own = {} if original is params else {"reference": original}  # what is given away may not be an argument twice
-    if run.critic is not None:
-        with together():
-            params = params | {reward.CRITIC: critic_params(run.critic, run.mesh)}
-        about["critic"] = fingerprint(params[reward.CRITIC])
+        params = load(run.policy, run.mesh, jax.random.key(config.seed))
+    about = described(run.policy.source, run.words.tokenizer)
+    about |= {"policy": fingerprint(params), "reference": "", "data": data_digest(run)}
+    held: dict[str, Params] = {}
+    for name, role in run.roles.items():
+        if name != REFERENCE and role.tree == name:
+            held[name] = hold(run, role, params, about)
+    if REFERENCE in run.roles:
+        run = with_reference(run, params, held, about)
+    params = begin(run, params, held, about)
     lock = output.Lock(None)
     if write:
         with together():
@@ -116,15 +86,52 @@ def start(run: Run, write: bool = True) -> Started:
 
     step = checkpoints.latest() or 0
     if step:
-        del params, original, own  # one training state at a time
+        del params  # one training state at a time
         step, state = checkpoints.newest(restored)
     else:
-        # A critic is the policy's alone, whatever an average starts from.
-        averages = lambda p, own: {name: p | own.get(name, {}) for name in run.averages}
-        fresh = lambda p, key, own, frozen: new_state(run, p, key, averages(p, own), frozen)
         layout = jax.tree.map(lambda x: x.sharding, abstract_state(run))
-        state = jax.jit(fresh, out_shardings=layout, donate_argnums=0)(params, jax.random.key(config.seed), own, frozen)
-    return Started(run, state, step, frozen, about, checkpoints, lock)
+        fresh = lambda params, key, held: new_state(run, params, key, held)
+        state = jax.jit(fresh, out_shardings=layout, donate_argnums=0)(params, jax.random.key(config.seed), held)
+    return Started(run, state, step, held, programs(run), about, checkpoints, lock)
+
+
+def hold(run: Run, role: Role, params: Params, about: dict[str, str]) -> Params:
+    """The frozen tree of a role, whose digest goes among those of the run; the policy's parameters serve its base."""
+    if (role.sources, role.init, role.adapters) == (run.policy.sources, run.policy.init, ""):
+        return freeze(role, params)
+    with together():
+        own = load(role, run.mesh)
+    about[role.name] = fingerprint(own)
+    return freeze(role, own)
+
+
+def with_reference(run: Run, params: Params, held: dict[str, Params], about: dict[str, str]) -> Run:
+    """Holds the reference as far as the run needs it: its parameters, or its log-probs of the data with `reference.cache`."""
+    role = run.roles[REFERENCE]
+    about[REFERENCE] = about["policy"]  # of a reference that starts as the policy does
+    own = held[BASE] if role.tree == BASE else hold(run, role, params, about)
+    if role.tree == REFERENCE:
+        held[REFERENCE] = own
+    if not run.config.reference.cache:
+        return run
+    say = lambda line: print(line, file=sys.stderr, flush=True) if is_main() else None
+    return with_stored(run, own, about[REFERENCE], say)
+
+
+def begin(run: Run, params: Params, held: dict[str, Params], about: dict[str, str]) -> Params:
+    """What is trained, at step 0: the policy's parameters or its adapters, of an ensemble every member's, and a critic's."""
+    policy = run.policy
+    if policy.members:
+        params = spread(run, params, held.get(BASE))
+        about["members"] = fingerprint(params)
+    elif policy.lora is not None:
+        params = initial_adapters(run, params, held[BASE])
+        about["adapters"] = fingerprint(params)
+    if CRITIC in run.roles:
+        with together():
+            params = params | {CRITIC: load(run.roles[CRITIC], run.mesh)}
+        about[CRITIC] = fingerprint(params[CRITIC])
+    return params
 
 
 def given(run: Run) -> dict[str, str]:
@@ -132,16 +139,17 @@ def given(run: Run) -> dict[str, str]:
     fields = "\n".join(f"{name} = {value!r}" for name, value in sorted(flat(run.config).items()))
     package = sorted(Path(__file__).parent.rglob("*.py"))
     ours = "\n".join(f"{file.relative_to(Path(__file__).parent)} {zlib.crc32(file.read_bytes()):08x}" for file in package)
-    streams = {"data.train": run.train, "data.pretrain": run.pretrain, "data.eval": run.evaluation}
+    streams = {"data.train": run.data.train, "data.pretrain": run.data.pretrain, "data.eval": run.data.evaluation}
     data = {name: f"{x.digest():08x}" for name, x in streams.items() if x is not None}
     columns = {name: (x if isinstance(x, Examples) else x.examples).columns for name, x in streams.items() if x is not None}
-    models = {str(x.path) for source in (run.source, run.reference, run.critic, *run.judges) if source for x, _ in hf.ingredients(source)}
+    models = {str(x.path) for role in run.roles.values() for source in role.sources for x, _ in hf.ingredients(source)}
+    adapters = {run.config.lora.path, *(role.adapters for role in run.roles.values())} - {""}
     return {
         "config": fields,
         "experiment": code(run.experiment),
         "alignax": f"jax {jax.__version__}\n{ours}",
         "data": "\n".join(f"{name} {value} {zlib.crc32(repr(columns[name]).encode()):08x}" for name, value in data.items()),
-        "model": "\n".join(sketch(Path(folder)) for folder in sorted(models | ({run.config.lora.path} - {""}))),
+        "model": "\n".join(sketch(Path(folder)) for folder in sorted(models | adapters)),
     }
 
 
@@ -160,20 +168,13 @@ def sketch(folder: Path) -> str:
 
 def check_step(run: Run) -> None:
     """Traces the training step on shapes alone, so that a loss that does not fit its data is refused before anything is written."""
-    online = run.config.rollout.samples > 0
     functions = [name for name in ("gold", "reward") if getattr(run.experiment, name) is not None]
     if functions and is_main():
         run.workers.start()  # they load the experiment meanwhile
     try:
         with blaming(run.experiment.file, always=False):
-            state, frozen, (step, batch) = abstract_state(run), abstract_frozen(run), training_program(run)
-            jax.eval_shape(step, state, frozen, batch)
-            if online:
-                metrics = jax.eval_shape(
-                    make_judge(run), state, frozen, abstract_rollout(run, eval_batch_size(run.config), run.config.eval.samples_per_prompt)
-                )
-            else:
-                metrics = jax.eval_shape(make_programs(run)[1], state, frozen, abstract_batch(run, evaluation=True))
+            given = {name: program.shapes() for name, program in programs(run).items()}
+            metrics = given["judge" if "judge" in given else "evaluate"]
     except KeyError as e:
         raise ValueError(
             f"{explained(e, run.experiment.file)}. The loss or the experience reads it: let an experience write it, or bring it with the "
@@ -212,11 +213,12 @@ def check_advantages(run: Run) -> None:
 
     def apply(_: Params, batch: Batch) -> Outputs:
         x = jnp.where(batch["completion_mask"], 0.1 * batch["tokens"], 0.0)
-        scores = x.sum(axis=-1)[..., None] * jnp.arange(1, 1 + max(len(run.judges), 1))[None, None]
+        scores = x.sum(axis=-1)[..., None] * jnp.arange(1, 1 + members)[None, None]
         return Outputs(-x, x, -x, x, x, scores)
 
-    given = {name: Model(apply, {}) for name in ("policy", "reference", "ensemble")}
-    given |= {"config": run.config, "prompts": len(run.train.examples)}
+    members = run.roles[ENSEMBLE].members if ENSEMBLE in run.roles else 1
+    given: dict[str, Any] = {name: Model(apply, {}) for name in (REFERENCE, *run.roles)}
+    given |= {"config": run.config, "prompts": len(run.data.train.examples)}
     try:
         experience = make(**{name: given[name] for name in asked(make)})
         written = advance(experience, first_carry(experience), batch)[1]
@@ -242,9 +244,9 @@ def check_reward(run: Run, name: str) -> None:
     What would stop the run is refused. With `rollout.bad_rewards` "drop" no reward is an answer, and a failure is told, since it may be of
     that answer alone.
     """
-    examples, file = run.evaluation or run.train.examples, run.experiment.file
+    examples, file = run.data.evaluated, run.experiment.file
     answer = examples.tokens[: examples.offsets[1]][examples.scored[: examples.offsets[1]]]
-    text = run.tokenizer.decode(answer, skip_special_tokens=True)
+    text = run.words.tokenizer.decode(answer, skip_special_tokens=True)
     found = answer_of(run, name, examples, [0], [text], [answer], 1)
     if found.problem:
         what = f"{name}() of {file}{behind_file(found.problem)}, asked of a prompt of the data and the completion {short(text)}"
@@ -258,28 +260,14 @@ def check_reward(run: Run, name: str) -> None:
         )
 
 
-def initial_params(run: Run) -> Params:
-    """The policy's parameters at step 0."""
-    if run.config.model.init == "random":
-        return parameters.init_params(run.source.config, run.mesh, jax.random.key(run.config.seed))
-    return hf.load_params(run.source, run.mesh, jax.random.key(run.config.seed))
-
-
-def critic_params(source: hf.Source, mesh: Mesh) -> Params:
-    """The parameters of a critic at step 0: its folder's, with a head of 0 unless that scores as many labels as there are values."""
-    params = hf.load_params(source, mesh)
-    kept = source.stored.num_labels == source.config.num_labels
-    return params if kept else params | {"score": jnp.zeros_like(params["score"])}
-
-
 def spread(run: Run, params: Params, base: Params | None) -> Params:
     """What the members of an ensemble train, at step 0 [K, ...]: all parameters, or adapters of the base, and each its own head.
 
     The head is what each member's seed gives, unless the folder has one: then all begin with that.
     """
-    config, lora = run.source.config, run.lora
-    own = run.source.stored.num_labels != config.num_labels
-    layout = jax.tree.map(lambda x: x.sharding, abstract_trained(run, run.mesh))
+    config, lora = run.policy.source.config, run.policy.lora
+    own = run.policy.source.stored.num_labels != config.num_labels
+    layout = jax.tree.map(lambda x: x.sharding, abstract_trained(run.roles, run.mesh))
 
     def member(params: Params, base: Params, key: jax.Array) -> Params:
         trained = params if lora is None else parameters.fresh_adapters(config, lora, base, key)
@@ -287,38 +275,23 @@ def spread(run: Run, params: Params, base: Params | None) -> Params:
         return trained | {name: fresh[name] for name in reward.HEAD if name in fresh}
 
     every = ensemble.over_members(member, (None, None, 0), 0)
-    return jax.jit(every, out_shardings=layout)(params, base, ensemble.keys(run.config.seed, run.members))
+    return jax.jit(every, out_shardings=layout)(params, base, ensemble.keys(run.config.seed, run.policy.members))
 
 
 def initial_adapters(run: Run, params: Params, base: Params) -> Params:
     """The adapters at step 0, with a reward model's head."""
-    assert run.lora is not None
+    source, lora = run.policy.source, run.policy.lora
+    assert lora is not None
     head = {name: params[name] for name in reward.HEAD if name in params}
     if path := run.config.lora.path:
         with together():
-            return peft.read_adapter(Path(path), run.source, run.mesh)[1] | {name: x for name, x in head.items() if name == reward.VALUE}
-    return parameters.init_adapters(run.source.config, run.lora, run.mesh, base, jax.random.key(run.config.seed)) | head
-
-
-def reference_params(run: Run, params: Params) -> Params | None:
-    """The reference's parameters as they were stored: those that the run starts from unless `reference.path` is another folder's."""
-    if run.reference is None or run.reference is run.source:
-        return params if run.reference else None
-    return hf.load_params(run.reference, run.mesh)
+            return peft.read_adapter(Path(path), source, run.mesh)[1] | {name: x for name, x in head.items() if name == reward.VALUE}
+    return parameters.init_adapters(source.config, lora, run.mesh, base, jax.random.key(run.config.seed)) | head
 
 
 def fingerprint(params: Params | None) -> str:
     """The digest of parameters, as text; none of none."""
     return "" if params is None else f"{int(jax.jit(digest)(params)):08x}"
-
-
-def frozen_copy(run: Run, name: str, params: Params) -> Params:
-    """Parameters that are only read, "base" or "reference", in the types that `frozen_dtype` says."""
-    if name == "base" and run.lora is not None and run.lora.int8:
-        params = jax.jit(quantise)(params)
-    # Copies, never aliases: the training step gives the policy's own buffers away.
-    freeze = lambda path, x: jnp.array(x, frozen_dtype(path, run, name), copy=True)
-    return jax.tree_util.tree_map_with_path(freeze, params)
 
 
 def described(source: hf.Source, tokenizer: Any) -> dict[str, str]:
@@ -330,7 +303,7 @@ def described(source: hf.Source, tokenizer: Any) -> dict[str, str]:
 
 def data_digest(run: Run) -> str:
     """The digest of all that batches are made of, as text."""
-    return "+".join(f"{stream.digest():08x}" for stream in (run.train, run.pretrain) if stream is not None)
+    return "+".join(f"{stream.digest():08x}" for stream in (run.data.train, run.data.pretrain) if stream is not None)
 
 
 def open_workdir(run: Run) -> output.Lock:

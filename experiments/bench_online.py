@@ -12,7 +12,7 @@ sides. What is scored or trained on is gone through in `--microbatches` parts, o
 
 Each side runs in a process of its own, kept to one core and one thread: ours, theirs, ours, theirs. Tokens are those of prompts and
 completions that are trained on; CPU seconds are those of the process, the median over the iterations after the first. Ours is
-`alignax.rollout.Turns` on a prepared run, as `alignax train` has it; `outside_programs` is the share of an iteration's wall time in which
+the turns of `alignax.run.feed` on a prepared run, as `alignax train` has it; `outside_programs` is the share of an iteration's wall time in which
 no compiled program runs, `compilations` are those after the first iteration. `--against` runs a command in place of TRL: the last line that
 it prints must be JSON with `tokens_per_cpu_second`, and fields of the case in braces are filled in.
 
@@ -149,7 +149,7 @@ def ours(folder: Path, case: dict) -> dict:
 
     from alignax.config import load_experiment
     from alignax.prepare import prepare
-    from alignax.rollout import Turns
+    from alignax.run.feed import make_feed
     from alignax.start import start
 
     c = argparse.Namespace(**case)
@@ -159,17 +159,22 @@ def ours(folder: Path, case: dict) -> dict:
         "rollout.samples": c.samples, "rollout.max_new_tokens": c.new, "eval.max_new_tokens": c.new,
         "rollout.slots": c.prompts * c.samples, "log.rollouts": 0, "reward.path": ",".join(map(str, judges(folder, c.members))),
     }  # fmt: skip
-    run, state, _, frozen, _, checkpoints, _ = start(prepare(load_experiment(__file__, [f"{name}={x}" for name, x in fields.items()])))
-    checkpoints.close()
-    turns, seen = Turns(run, frozen), []
-    inside = Inside(turns)
+    started = start(prepare(load_experiment(__file__, [f"{name}={x}" for name, x in fields.items()])))
+    started.checkpoints.close()
+    run, state, held = started.run, started.state, started.held
+    feed, seen = make_feed(run, held), []
+    inside = Inside(feed)
+    learn = inside.clocked(started.programs["train"].call)
     for step in range(WARMUP + c.iterations):
         inside.seconds, wall, cpu = 0.0, time.perf_counter(), time.process_time()
-        state, metrics = turns(state, step)
+        state, batches, metrics = feed(state, step)
+        state, learnt = learn(state, held, batches)
+        state, times = feed.after(state, learnt)
+        metrics = learnt | metrics | times
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
         seen.append({name: float(x) for name, x in metrics.items()} | {"wall": wall, "cpu": cpu, "outside": 1 - inside.seconds / wall})
     middle = lambda name: statistics.median(row[name] for row in seen[WARMUP:])
-    gflops, rate = model_flops(c, run.train.examples.prompt_lengths.tolist()) / 1e9, matmul_rate()
+    gflops, rate = model_flops(c, run.data.train.examples.prompt_lengths.tolist()) / 1e9, matmul_rate()
     return found(case, middle("tokens"), middle("wall"), middle("cpu"), seen[0]["wall"]) | {
         "seconds": {part: round(middle(f"time/{part}"), 4) for part in ("generate", "reward", "learn", "host")},
         "outside_programs": round(middle("outside"), 4),
@@ -204,11 +209,10 @@ def judges(folder: Path, members: int) -> list[Path]:
 class Inside:
     """Wall seconds that are spent in the compiled programs of an iteration, from call to finished result."""
 
-    def __init__(self, turns: Any):
-        """Puts a clock around each of them."""
-        self.seconds, generate = 0.0, turns.rollouts.generate
+    def __init__(self, feed: Any):
+        """Puts a clock around each of those that sample."""
+        self.seconds, generate = 0.0, feed.rollouts.generate
         generate._empty, generate._prefill, generate._decode = map(self.clocked, (generate._empty, generate._prefill, generate._decode))
-        turns.learn = self.clocked(turns.learn)
 
     def clocked(self, program: Callable) -> Callable:
         """The program with the clock around it."""

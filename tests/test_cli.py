@@ -18,8 +18,9 @@ import tiny
 
 from alignax import cli, commands, config, fit, output  # noqa: F401  (commands: before anything is patched)
 from alignax.blame import refusing
-from alignax.prepare import load_tokenizer, prepare
-from alignax.programs import abstract_batch
+from alignax.models.tokenizers import load_tokenizer
+from alignax.prepare import prepare
+from alignax.run.state import abstract_batch
 
 DPO = str(runs.REPO / "experiments" / "dpo_hh.py")
 SFT = str(runs.REPO / "experiments" / "sft_hh.py")
@@ -432,10 +433,10 @@ def test_further_fields_and_mixtures_reach_the_step(fields, tmp_path):
     other = rows(tmp_path / "more.jsonl", *(GOOD | {"chosen": f" ja {i}", "gap": -i} for i in range(9)))
     changes = {"workdir": tmp_path / "run", "data.train": f"{mixed}@3,{other}@1", "data.eval": mixed, "data.columns.margin": "gap"}
     run = prepare(config.load_experiment(DPO, [f"{name}={value}" for name, value in (fields | changes).items()]))
-    batch, described = run.train.batch(0), abstract_batch(run)
+    batch, described = run.data.train.batch(0), abstract_batch(run)
     assert described.keys() == batch.keys() and "margin" in batch
     assert all((described[name].shape, described[name].dtype) == (x.shape, x.dtype) for name, x in batch.items())
-    assert (batch["margin"] >= 0).sum() >= 6 and set(run.reports) == {f"train ({mixed})", f"train ({other})", "eval"}
+    assert (batch["margin"] >= 0).sum() >= 6 and set(run.data.reports) == {f"train ({mixed})", f"train ({other})", "eval"}
     lines = fit.summary(run, {"policy": "a", "reference": "a"}, 0)
     assert f"mixture: 75.0% of the examples from {mixed}: 9 rows, 16.00 times" in lines
 

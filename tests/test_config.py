@@ -12,7 +12,7 @@ from alignax.checks import check_fields
 from alignax.cli import main, parse
 from alignax.config import check_kept, default_config, effective, load_experiment, set_field
 from alignax.defaults import PATHS
-from alignax.prepare import open_judges
+from alignax.run.opening import open_judges
 from alignax.saved import reward_models
 
 GOOD = """

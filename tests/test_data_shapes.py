@@ -226,9 +226,9 @@ def test_a_run_goes_through_a_column_that_its_rows_are_given(tmp_path):
     fields = runs.world(tmp_path) | {"data.order": "-length", "workdir": str(tmp_path / "run")}
     run = prepare(load_experiment(file, [f"{name}={value}" for name, value in fields.items()]), make_mesh({}, jax.devices()[:1]))
     lengths = [len(row["chosen"]) for row in read_rows(tmp_path / "pairs.jsonl")]
-    drawn = [lengths[row] for step in range(len(lengths) // 8) for row in run.train.rows(step)]
+    drawn = [lengths[row] for step in range(len(lengths) // 8) for row in run.data.train.rows(step)]
     assert drawn == sorted(lengths, reverse=True)[: len(drawn)] and len(set(drawn)) > 1
-    assert not run.reports["train"].dropped and run.train.examples.order is not None
+    assert not run.data.reports["train"].dropped and run.data.train.examples.order is not None
 
 
 A, TEXTS = "\n\nAssistant:", {"prompt": "hi", "chosen": "hello", "rejected": "go"}

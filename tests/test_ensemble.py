@@ -16,7 +16,6 @@ from alignax.cli import main
 from alignax.config import load_experiment
 from alignax.data import evaluation_batch
 from alignax.prepare import prepare
-from alignax.programs import make_programs
 from alignax.start import start
 
 STEPS = 3
@@ -38,19 +37,19 @@ def trained(fields, tmp_path, **changes):
     """What the run trained after its steps, and the metrics of each step."""
     run = prepared(fields, workdir=tmp_path / "run", **changes)
     started = start(run, write=False)
-    step, evaluate = make_programs(run)
+    step, evaluate = (started.programs[name].call for name in ("train", "evaluate"))
     state, metrics = started.state, []
-    draw, sizes = run.train.batch, (run.config.batch_size,)
-    if run.members:
-        streams = ensemble.member_batches(run.train, run.members, run.config.ensemble.own_noise)
-        draw, sizes = lambda step, *part: ensemble.member_batch(streams, step, *part), (run.members, *sizes)
+    draw, sizes = run.data.train.batch, (run.config.batch_size,)
+    if run.policy.members:
+        streams = ensemble.member_batches(run.data.train, run.policy.members, run.config.ensemble.own_noise)
+        draw, sizes = lambda step, *part: ensemble.member_batch(streams, step, *part), (run.policy.members, *sizes)
     for s in range(STEPS):
         batch = mesh.put_batch(run.mesh, lambda *part, s=s: draw(s, *part), *sizes)
-        state, found = step(state, started.frozen, batch)
+        state, found = step(state, started.held, {"data": batch})
         metrics.append({name: float(x) for name, x in found.items()})
-    held_out = lambda part: evaluation_batch(run.train.examples, 0, run.config.batch_size, run.train.length, part)
+    held_out = lambda part: evaluation_batch(run.data.train.examples, 0, run.config.batch_size, run.data.train.length, part)
     rows = mesh.put_batch(run.mesh, held_out, run.config.batch_size)
-    sums = evaluate(state, started.frozen, rows)
+    sums = evaluate(state, started.held, rows)
     started.checkpoints.close()
     return jax.tree.map(np.asarray, state.params), metrics, {name: float(x / w) for name, (x, w) in sums.items()}
 
@@ -122,22 +121,22 @@ def test_a_run_writes_a_folder_of_each_member_and_goes_on_where_it_was(fields, t
 
 def test_bootstrap_and_noise(fields, tmp_path):
     run = prepared(fields, workdir=tmp_path / "run", **{"ensemble.members": 3})
-    n, size = len(run.train.examples), run.config.batch_size
+    n, size = len(run.data.train.examples), run.config.batch_size
     epoch = range(n // size)
     rows = lambda stream: np.concatenate([stream.rows(s) for s in epoch])
-    streams = ensemble.member_batches(dataclasses.replace(run.train, bootstrap=True, noise=0.25), 3, False)
+    streams = ensemble.member_batches(dataclasses.replace(run.data.train, bootstrap=True, noise=0.25), 3, False)
     drawn = [rows(s) for s in streams]
     assert all(0.4 * n < len(set(d)) < 0.8 * n for d in drawn) and len({tuple(sorted(d)) for d in drawn}) == 3
-    assert sorted(rows(run.train)) == list(range(n))
+    assert sorted(rows(run.data.train)) == list(range(n))
     swapped = lambda stream, row: (_both(stream, row)[0] != _both(dataclasses.replace(stream, noise=0.0), row)[0]).any()
     wrong = [{r for s in epoch for i, r in enumerate(stream.rows(s)) if swapped(stream, (s, i))} for stream in streams]
     assert all(wrong) and not (wrong[0] & set(drawn[1])) - wrong[1], "one mask for all"
-    whole = dataclasses.replace(run.train, noise=0.25)
+    whole = dataclasses.replace(run.data.train, noise=0.25)
     assert len({r for s in epoch for i, r in enumerate(whole.rows(s)) if swapped(whole, (s, i))}) == round(0.25 * n)
     own = ensemble.member_batches(whole, 2, True)
     mine, yours = ({r for s in epoch for i, r in enumerate(stream.rows(s)) if swapped(stream, (s, i))} for stream in own)
     assert mine != yours
-    assert whole.digest() != run.train.digest() and run.train.digest() == dataclasses.replace(run.train, seed=9).digest()
+    assert whole.digest() != run.data.train.digest() and run.data.train.digest() == dataclasses.replace(run.data.train, seed=9).digest()
 
 
 def _both(stream, place):
@@ -170,13 +169,13 @@ def test_what_is_refused(changes, message, fields, tmp_path, capsys):
 def test_a_member_that_is_not_finite_is_skipped_alone(fields, tmp_path):
     run = prepared(fields, workdir=tmp_path / "run", **{"ensemble.members": 2})
     started = start(run, write=False)
-    step, _ = make_programs(run)
+    step = started.programs["train"].call
     params = started.state.params | {"score": started.state.params["score"].at[1].set(jnp.nan)}
     state = dataclasses.replace(started.state, params=params)
     before = np.asarray(params["layers"]["q"])
-    streams = ensemble.member_batches(run.train, 2, False)
+    streams = ensemble.member_batches(run.data.train, 2, False)
     batch = mesh.put_batch(run.mesh, lambda *part: ensemble.member_batch(streams, 0, *part), 2, run.config.batch_size)
-    state, metrics = step(state, started.frozen, batch)
+    state, metrics = step(state, started.held, {"data": batch})
     assert state.skipped.tolist() == [0, 1] and metrics["skipped"] == 1 and int(state.step) == 1
     after = np.asarray(state.params["layers"]["q"])
     assert (after[0] != before[0]).any() and (after[1] == before[1]).all()

@@ -15,7 +15,7 @@ from alignax.config import default_config
 from alignax.data import load_examples
 from alignax.mesh import make_mesh
 from alignax.models import hf
-from alignax.prepare import load_tokenizer
+from alignax.models.tokenizers import load_tokenizer
 
 ONE = make_mesh({}, jax.devices()[:1])
 NAMES = ("help", "length", "never")

@@ -44,7 +44,8 @@ from alignax.mesh import make_mesh
 from alignax.models import families, hf, parameters, peft, transformer
 from alignax.models.fields import FIELDS as MODEL_FIELDS
 from alignax.models.lora import Lora
-from alignax.prepare import load_tokenizer, prepare
+from alignax.models.tokenizers import load_tokenizer
+from alignax.prepare import prepare
 from alignax.start import check_step
 from alignax.train import init_state
 from alignax.types import Outputs

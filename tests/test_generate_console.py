@@ -210,7 +210,7 @@ def test_text_ends_before_a_stop_string():
 
 def test_a_text_is_what_its_tokens_say_whatever_the_folder_asks_for(tmp_path):
     from alignax.generate.stops import added_text
-    from alignax.prepare import load_tokenizer
+    from alignax.models.tokenizers import load_tokenizer
 
     tokenizer = tiny.tokenizer()
     tokenizer.clean_up_tokenization_spaces = True

@@ -18,8 +18,8 @@ from alignax import judges, rewards
 from alignax.config import default_config
 from alignax.data import load_examples
 from alignax.models import hf
-from alignax.programs import abstract_rollout
 from alignax.rollout import Rollouts, decoded
+from alignax.run.state import abstract_rollout
 from alignax.start import check_step
 
 THEIRS = (
@@ -59,8 +59,8 @@ def fields(models, tmp_path, judge, data, **more):
 
 def scores_of(run, batch):
     """What the run's reward models give a batch: [B, N]."""
-    params = rewards.load_members(run.judges, run.mesh)
-    model = rewards.ensemble_model(run.judges[0].config, params, run.mesh)
+    params = rewards.load_members(run.roles["ensemble"].sources, run.mesh)
+    model = rewards.ensemble_model(run.roles["ensemble"].config, params, run.mesh)
     return np.asarray(jax.jit(model.apply)(model.params, {name: jnp.asarray(x) for name, x in batch.items()}).scores)[..., 0]
 
 
@@ -78,11 +78,11 @@ def test_samples_are_scored_as_the_reward_models_template_has_them(models, tmp_p
     own = {"data.kind": "prompt", "rollout.samples": 3, "rollout.max_new_tokens": 6}
     run = checked(arguments(tmp_path, ONLINE, fields(models, tmp_path, models[1], tmp_path / "prompts.jsonl", **own)))
     check_step(run)
-    rollouts, params = Rollouts(run), hf.load_params(run.source, run.mesh)
+    rollouts, params = Rollouts(run), hf.load_params(run.policy.source, run.mesh)
     sampled = rollouts.sample(types.SimpleNamespace(key=jax.random.key(0), params=params, averages={}), {}, 0)
     batch = rollouts.judge(sampled).batch
     assert {n: (x.shape, x.dtype) for n, x in batch.items()} == {n: (x.shape, x.dtype) for n, x in abstract_rollout(run, 8, 3).items()}
-    judge, texts = transformers.AutoTokenizer.from_pretrained(models[1]), decoded(run.tokenizer, sampled.completions)
+    judge, texts = transformers.AutoTokenizer.from_pretrained(models[1]), decoded(run.words.tokenizer, sampled.completions)
     rows = [
         judge.apply_chat_template([*prompts[i], {"role": "assistant", "content": text}])["input_ids"]
         for i, group in zip(sampled.rows, texts, strict=True)
@@ -117,15 +117,15 @@ def test_pairs_are_scored_as_the_reward_model_tokenises_them(kind, models, tmp_p
         "text": lambda p, a: judge(p + a)["input_ids"] + [judge.eos_token_id],
         "messages": lambda p, a: judge.apply_chat_template(turn("user", p) + turn("assistant", a))["input_ids"],
     }[kind]
-    which = run.train.rows(0)
+    which = run.data.train.rows(0)
     wanted = transformers_scores(models[1], [read(p, a) for p, *answers in (pairs[i] for i in which) for a in answers])
-    np.testing.assert_allclose(scores_of(run, run.train.batch(0)).ravel(), wanted, atol=1e-4)
+    np.testing.assert_allclose(scores_of(run, run.data.train.batch(0)).ravel(), wanted, atol=1e-4)
 
 
 def test_a_reward_model_of_the_policys_format_reads_the_policys_tokens(models, tmp_path):
     data = tiny.pairs(tmp_path / "pairs.jsonl", 8)
     run = checked(arguments(tmp_path, OFFLINE, fields(models, tmp_path, models[2], data, **{"data.max_length": 48})))
-    assert run.judge is None and "judge_tokens" not in run.train.batch(0)
+    assert not run.judges and "judge_tokens" not in run.data.train.batch(0)
     (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "is it?"}) + "\n")
     own = {"data.kind": "prompt", "rollout.samples": 2, "rollout.max_new_tokens": 4}
     args = arguments(tmp_path, ONLINE, fields(models, tmp_path, models[2], tmp_path / "prompts.jsonl", **own))

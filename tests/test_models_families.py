@@ -23,7 +23,7 @@ from alignax.models.families import read as read_config
 from alignax.models.fields import FIELDS, OWN, noted
 from alignax.models.heads import soft_cap
 from alignax.models.transformer import Decoder, ModelConfig, forward, head_weight
-from alignax.programs import frozen_dtype
+from alignax.run.roles import leaf_dtype
 
 T = 24
 UNTIED = {"tie_word_embeddings": False}
@@ -219,8 +219,8 @@ def test_sharded_model_is_the_unsharded_one(row, written):
 def test_a_frozen_model_in_bfloat16_scores_as_the_trained_one(row, written):
     run: Any = SimpleNamespace(dtype=jnp.dtype("bfloat16"))
     c, params = written(row).source.config, written(row).params
-    apply = jax.jit(forward(c, dtype=run.dtype, remat="none"))
-    frozen = jax.tree_util.tree_map_with_path(lambda path, x: x.astype(frozen_dtype(path, run, "reference")), params)
+    apply = jax.jit(forward(c, dtype=run.policy.dtype, remat="none"))
+    frozen = jax.tree_util.tree_map_with_path(lambda path, x: x.astype(leaf_dtype(run.roles["reference"], path)), params)
     assert {x.dtype.name for x in jax.tree.leaves(frozen)} == {"float32", "bfloat16"}
     np.testing.assert_array_equal(apply(frozen, tiny.batch()).logps, apply(params, tiny.batch()).logps)
 

@@ -8,6 +8,7 @@ import math
 import runpy
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,8 @@ from alignax.mesh import make_mesh
 from alignax.models import hf
 from alignax.models.added import with_tokens
 from alignax.models.small_files import small_files
-from alignax.prepare import Models, load_tokenizer, notices, open_model
+from alignax.models.tokenizers import load_tokenizer
+from alignax.run.opening import notices, open_model
 
 UNTIED = {"tie_word_embeddings": False}
 
@@ -243,7 +245,7 @@ def test_ids_that_a_tokenizer_leaves_out(copy, tmp_path):
     assert hf.with_vocabulary(hf.open_folder(copy), load_tokenizer(copy, 96)).config.unused_tokens == ((69, 70), (95, 96))
     two = hf.open_folder(copy)
     two = two._replace(stored=dataclasses.replace(two.stored, num_labels=2), config=dataclasses.replace(two.config, num_labels=1))
-    told = notices(Models(two, None, None, None, [], load_tokenizer(copy, 96), ()))
+    told = notices({"policy": SimpleNamespace(source=two)}, load_tokenizer(copy, 96))
     assert "has 1 tokens beyond the 96 rows of the embedding, 'a' (96); texts with them are refused" in told[0] and len(told) == 2
     assert "gives 2 scores, and model.num_labels asks for 1: it is left out, and a head begins anew" in told[1]
     with pytest.raises(ValueError, match=r"the EOS of the tokenizer in .* has id 2, and the embedding has 2 rows; use the tokenizer"):
@@ -273,8 +275,8 @@ def test_what_a_generation_config_asks_for_and_nothing_does(copy):
     assert hf.unread(hf.open_folder(copy)) == ""
     (copy / "generation_config.json").write_text(json.dumps(neutral | {"temperature": 0.6, "top_k": 20, "suppress_tokens": [7]}))
     assert hf.unread(hf.open_folder(copy)) == "suppress_tokens [7], temperature 0.6, top_k 20"
-    models = Models(hf.open_folder(copy), None, None, None, [], load_tokenizer(copy, 96), ())
-    assert not notices(models) and "asks for suppress_tokens [7], temperature" in notices(models, online=True)[0]
+    models = {"policy": SimpleNamespace(source=hf.open_folder(copy))}, load_tokenizer(copy, 96)
+    assert not notices(*models) and "asks for suppress_tokens [7], temperature" in notices(*models, online=True)[0]
 
 
 def test_round_trip_is_bit_for_bit(written, tmp_path):

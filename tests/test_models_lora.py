@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -23,8 +24,9 @@ from alignax.mesh import make_mesh
 from alignax.models import adapter_config, hf, lora, parameters
 from alignax.models.lora import Lora, column_norms, find_targets, join, merge, modules, quantise, split
 from alignax.models.peft import Adapted, read_adapter, write_adapter
+from alignax.models.tokenizers import check_tokenizer, load_tokenizer
 from alignax.models.transformer import forward
-from alignax.prepare import Models, check_tokenizer, load_tokenizer, notices
+from alignax.run.opening import notices
 
 FAMILY = {row: row.split(",")[0] for row in ROWS if "," not in row} | {"llama": "llama"}
 VARIANT = {"gpt2": {"use_rslora": True}, "gpt_neox": {"use_dora": True}, "qwen3": {"use_dora": True}, "gemma2": {"use_rslora": True}}
@@ -369,17 +371,17 @@ def test_adapter_folders_that_are_refused(change, message, folder, plain, tmp_pa
 def test_a_tokenizer_beside_adapters_is_the_bases(folder, tmp_path):
     """As TRL and axolotl save it."""
     source, tokenizer = hf.open_folder(folder), load_tokenizer(folder, 96)
-    models = Models(source, None, None, None, [], tokenizer, ())
-    assert not notices(models, str(tmp_path))  # no tokenizer
+    models = {"policy": SimpleNamespace(source=source)}, tokenizer
+    assert not notices(*models, str(tmp_path))  # no tokenizer
     tokenizer.save_pretrained(tmp_path)
     check_tokenizer(tmp_path, 96, "lora.path 'x'", source, tokenizer)
     with pytest.raises(ValueError, match=r"x has another tokenizer .*id 90 is none there, 'v' here"):
         check_tokenizer(tmp_path, 90, "x", source, tokenizer)
-    assert not notices(models, str(tmp_path))
+    assert not notices(*models, str(tmp_path))
     (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
     config = tmp_path / "tokenizer_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"eos_token": "<unk>"}))
-    template, end = notices(models, str(tmp_path))
+    template, end = notices(*models, str(tmp_path))
     assert "the chat template in lora.path" in template and "put the adapters' chat_template.jinja into that folder" in template
     assert "ends texts with '<unk>'" in end and "which is used, with '</s>'" in end
     file = tmp_path / "tokenizer.json"

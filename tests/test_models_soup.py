@@ -15,7 +15,8 @@ from alignax import cli, commands
 from alignax.config import load_experiment
 from alignax.mesh import make_mesh
 from alignax.models import hf, transformer
-from alignax.prepare import open_source, prepare
+from alignax.prepare import prepare
+from alignax.run.opening import open_source
 from alignax.start import fingerprint, start
 
 ONE = make_mesh({}, jax.devices()[:1])
@@ -99,7 +100,7 @@ def test_a_policy_is_away_from_its_soup_before_the_first_step(world, loaded, tmp
     started = begun(world, tmp_path / "run", **{"reference.path": mean_of(world, 0.5)})
     policy, other, soup = loaded
     assert started.about["reference"] == fingerprint(soup) != started.about["policy"] == fingerprint(policy)
-    equal(started.frozen["reference"], soup)
+    equal(started.held["reference"], soup)
 
     batch = tiny.batch(B=2, T=12)
 

@@ -31,11 +31,14 @@ from alignax.fit import Observer
 from alignax.generate import LENGTH, STOP_ID, STOP_STRING
 from alignax.metrics import Log
 from alignax.models import hf
-from alignax.online import make_learn, measured, pretraining, reads_once, training_program
+from alignax.online import measured, reads_once
 from alignax.prepare import prepare
-from alignax.programs import abstract_frozen, abstract_rollout, abstract_state, make_experience, policy_model
 from alignax.rollout import RewardFailed, Rollouts, decoded, has_signal, rewards_of
-from alignax.start import check_advantages, check_step, critic_params, start
+from alignax.run.feed import Online
+from alignax.run.programs import programs
+from alignax.run.roles import abstract_frozen, load, policy_model
+from alignax.run.state import abstract_batches, abstract_rollout, abstract_state, make_experience
+from alignax.start import check_advantages, check_step, start
 from alignax.train import make_step
 from alignax.workers import Abandoned
 
@@ -159,20 +162,22 @@ def test_rollouts_and_evaluations_stop_at_every_end(fields, tmp_path):
     run = checked(arguments(tmp_path, GRPO, fields | {"workdir": str(tmp_path / "run"), "model.path": str(tmp_path / "model")}))
     log = Log(run.workdir, steps=1, start=0, every=1, tensorboard=False, writes=False)
     look = Mock(side_effect=Abandoned(15))
-    left = Rollouts(run, look).generate, Evaluation(run, {}, log, look).generate
+    left = Rollouts(run, look).generate, Evaluation(run, {}, programs(run), log, look).generate
     generate = Rollouts(run).generate
-    assert run.ends == (2, *range(14, 40))
-    assert generate.stop_ids == Evaluation(run, {}, log).generate.stop_ids == {*run.ends}
-    prompts = [run.train.examples.prompt_tokens(i).tolist() for i in range(8)]
-    out = generate(params := hf.load_params(run.source, run.mesh), prompts, jax.random.key(0), n=8)
+    assert run.words.ends == (2, *range(14, 40))
+    assert generate.stop_ids == Evaluation(run, {}, programs(run), log).generate.stop_ids == {*run.words.ends}
+    prompts = [run.data.train.examples.prompt_tokens(i).tolist() for i in range(8)]
+    out = generate(params := hf.load_params(run.policy.source, run.mesh), prompts, jax.random.key(0), n=8)
     for own in left:  # a signal does not wait for what is being sampled
         with pytest.raises(Abandoned):
             own(params, prompts[:4], jax.random.key(0))
     ended = {
         int(row[-1]) for group, why in zip(out.rows(), out.ended, strict=True) for row, w in zip(group, why, strict=True) if w == STOP_ID
     }
-    assert len(ended - {2}) > 3 and not np.isin(np.concatenate(sum(out.answers(), [])), run.ends).any()
-    assert decoded(run.tokenizer, out) == [run.tokenizer.batch_decode(group, skip_special_tokens=True) for group in out.answers()]
+    assert len(ended - {2}) > 3 and not np.isin(np.concatenate(sum(out.answers(), [])), run.words.ends).any()
+    assert decoded(run.words.tokenizer, out) == [
+        run.words.tokenizer.batch_decode(group, skip_special_tokens=True) for group in out.answers()
+    ]
 
 
 SLEEPER = """
@@ -272,12 +277,18 @@ def test_rollouts_at_a_temperature_with_stop_strings_are_scored_as_they_are_samp
     }  # fmt: skip
     args = arguments(tmp_path, GRPO, fields | {name: str(value) for name, value in more.items()})
     run = checked(args)
-    assert run.unused == ((95, 96),) and run.source.config.temperature == 0.7 and run.reference is run.source
+    assert (
+        run.words.unused == ((95, 96),)
+        and run.policy.source.config.temperature == 0.7
+        and run.roles["reference"].source is run.policy.source
+    )
     rollouts = Rollouts(run)
-    sampled = rollouts.sample(types.SimpleNamespace(key=jax.random.key(0), params=hf.load_params(run.source, run.mesh), averages={}), {}, 0)
+    sampled = rollouts.sample(
+        types.SimpleNamespace(key=jax.random.key(0), params=hf.load_params(run.policy.source, run.mesh), averages={}), {}, 0
+    )
     out = sampled.completions
     assert not (out.tokens[out.mask] == 95).any() and (out.ended == STOP_STRING).mean() > 0.1
-    texts = np.array(decoded(run.tokenizer, out, rollouts.generate.stops))
+    texts = np.array(decoded(run.words.tokenizer, out, rollouts.generate.stops))
     assert not any("e" in text for text in texts.ravel())
     batch = rollouts.judge(sampled).batch
     np.testing.assert_array_equal(batch["truncated"], out.ended == LENGTH)
@@ -320,11 +331,11 @@ def test_a_turn_is_the_shared_step_on_each_part_of_a_rollout(fields, tmp_path):
 
     one, eight = (meshes.make_mesh({"data": n}, jax.devices()[:n]) for n in (1, 8))
     run, started, batch = begun(one)
-    state, frozen = started.state, started.frozen
-    apply = policy_model(run, frozen, state.params).apply
+    state, frozen = started.state, started.held
+    apply = policy_model(run.roles, frozen, state.params).apply
     experience = make_experience(run, frozen, state)
     written = jax.jit(lambda params, batch: experience(batch | {"old_logps": apply(params, batch).logps}))(state.params, batch)
-    step = jax.jit(make_step(apply, run.objective, run.optimizer))
+    step = jax.jit(make_step(apply, run.learning.objective, run.learning.optimizer))
     by_hand, losses = state, []
     key = jax.random.fold_in(jax.random.fold_in(state.key, 2), 3)
     order = jax.random.permutation(jax.random.fold_in(key, 0), 16)
@@ -336,7 +347,7 @@ def test_a_turn_is_the_shared_step_on_each_part_of_a_rollout(fields, tmp_path):
     expected = jax.tree.map(np.asarray, by_hand.params)
 
     for own, begin, rollout in (begun(one), begun(eight), begun(one, microbatches=2)):
-        learnt, metrics = make_learn(own)(begin.state, begin.frozen, {"rollouts": rollout})
+        learnt, metrics = begin.programs["train"].call(begin.state, begin.held, {"rollouts": rollout})
         assert learnt.step == 4
         np.testing.assert_allclose(metrics["loss"], np.mean(losses), rtol=1e-4, atol=1e-6)
         close = lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5)
@@ -365,11 +376,11 @@ def test_a_single_step_reads_the_rollout_once(fields, tmp_path):
                 fields | ONE_STEP | {"workdir": str(tmp_path / name / "run"), "microbatches": "2", "batch_size": "16"},
             )
         )
-        state, frozen = (begun := start(run, write=False)).state, begun.frozen
+        state, frozen = (begun := start(run, write=False)).state, begun.held
         rollouts = Rollouts(run)
         rollout = rollouts.judge(rollouts.sample(state, frozen, 0)).batch
         assert reads_once(run, state, frozen, rollout) == (name == "once")
-        program = make_learn(run).lower(state, frozen, {"rollouts": rollout}).compile()
+        program = begun.programs["train"].call.lower(state, frozen, {"rollouts": rollout}).compile()
         learnt, metrics = program(state, frozen, {"rollouts": rollout})
         found[name] = jax.tree.map(np.asarray, (learnt.params, metrics)), program.cost_analysis()["flops"]
     (once, flops), (twice, more) = found.values()
@@ -390,7 +401,7 @@ def test_a_single_step_reads_the_rollout_once(fields, tmp_path):
 )
 def test_a_policy_that_is_asked_before_the_step_reads_the_rollout_then(fields, tmp_path, source, changes):
     run = checked(arguments(tmp_path, source, fields | ONE_STEP | changes | {"workdir": str(tmp_path / "run")}))
-    abstract = abstract_state(run), abstract_frozen(run), abstract_rollout(run, prompts_of_rollout(run.config), 3)
+    abstract = abstract_state(run), abstract_frozen(run.roles, run.mesh), abstract_rollout(run, prompts_of_rollout(run.config), 3)
     assert not reads_once(run, *abstract)
 
 
@@ -435,11 +446,11 @@ def pretrained(fields, tmp_path):
 
 def test_every_step_of_a_turn_has_its_own_pretraining_batch(pretrained):
     run = checked(pretrained)
-    found = pretraining(run, 4)["pretrain"]
-    assert found["tokens"].shape == (4, 8, 1, run.pretrain.length) and run.pretrain.length > run.train.length
+    found = Online(run, {})._pretraining(4)["pretrain"]
+    assert found["tokens"].shape == (4, 8, 1, run.data.pretrain.length) and run.data.pretrain.length > run.data.train.length
     for u in range(4):
-        jax.tree.map(np.testing.assert_array_equal, jax.tree.map(lambda x: x[u], found), run.pretrain.batch(4 + u))  # noqa: B023
-    described = training_program(run)[1]["pretrain"]
+        jax.tree.map(np.testing.assert_array_equal, jax.tree.map(lambda x: x[u], found), run.data.pretrain.batch(4 + u))  # noqa: B023
+    described = abstract_batches(run)["pretrain"]
     assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), found) == jax.tree.map(
         lambda x: (x.shape, x.dtype, x.sharding), described
     )
@@ -479,10 +490,11 @@ def test_a_critic_of_its_own_tree_is_trained_beside_the_policy(fields, tmp_path)
     assert params["critic"]["embed"].shape == (96, 16) and params["embed"].shape == (96, 32)
     assert params["critic"]["embed"].sharding.spec == params["embed"].sharding.spec != jax.sharding.PartitionSpec()
     assert "value" not in params and params["critic"]["score"].shape == (16, 1)
-    start = critic_params(run.critic, run.mesh)
+    critic = run.roles["critic"]
+    start = load(critic, run.mesh)
     folder = hf.load_params(hf.open_folder(given["model.critic"]), run.mesh)
     jax.tree.map(np.testing.assert_array_equal, start, folder)
-    zeroed = critic_params(hf.with_heads(hf.open_folder(given["model.critic"]), 2), run.mesh)
+    zeroed = load(critic._replace(sources=(hf.with_heads(critic.source, 2),)), run.mesh)
     assert zeroed["score"].shape == (16, 2) and not zeroed["score"].any()
     np.testing.assert_array_equal(zeroed["embed"], folder["embed"])
     file = tmp_path / "rm7" / "tokenizer.json"
@@ -666,8 +678,10 @@ def test_samples_ahead_are_of_the_policy_a_turn_ago(grpo, fields, tmp_path):
     state = checkpoints.restore(8, abstract_state(run))
     checkpoints.close()
     waiting = state.carry["ahead"]
-    gap = lambda params: np.abs(np.where(waiting["completion_mask"], run.apply(params, waiting).logps - waiting["sampled_logps"], 0)).max()
-    first = hf.load_params(run.source, run.mesh)
+    gap = lambda params: np.abs(
+        np.where(waiting["completion_mask"], run.policy.apply(params, waiting).logps - waiting["sampled_logps"], 0)
+    ).max()
+    first = hf.load_params(run.policy.source, run.mesh)
     assert gap(first) > 1e-4 and gap(state.params) > 1e-4  # neither the initial policy's nor the newest one's
     assert np.isfinite(waiting["rewards"]).all() and np.array_equal(waiting["prompt_id"], Rollouts(run).rows(8))
 
@@ -706,7 +720,7 @@ def test_fdpg_samples_from_its_proposal(fields, tmp_path):
     states = {step: checkpoints.restore(step, abstract_state(run)) for step in (4, 8, 12)}
     checkpoints.close()
     differ = lambda a, b: any(not np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
-    first = hf.load_params(run.source, run.mesh)
+    first = hf.load_params(run.policy.source, run.mesh)
     assert not differ(states[4].averages["proposal"], first) and states[8].carry["log_z"]["log_z"].shape == (24,)
     gains = states[4].carry["proposal"]["gain"], states[8].carry["proposal"]["gain"]
     assert gains[0] != 0 and gains[1] == 0

@@ -21,7 +21,7 @@ from alignax.experience.quark import draw, quantiles, without
 from alignax.losses import Loss, kl_pi_ref, kl_ref_pi, quark
 from alignax.models import hf, transformer
 from alignax.prepare import prepare
-from alignax.programs import abstract_state
+from alignax.run.state import abstract_state
 from alignax.train import init_state, make_step
 from alignax.types import Batch, Outputs, Params, TrainState
 

@@ -13,7 +13,7 @@ from alignax import reference
 from alignax.cli import main
 from alignax.config import load_experiment
 from alignax.prepare import prepare
-from alignax.programs import abstract_frozen
+from alignax.run.roles import frozen
 
 FAST = {"steps": 6, "eval.samples": 0, "eval.sample_prompts": 0, "eval.every": 0}
 
@@ -72,7 +72,7 @@ def test_another_run_reads_it_and_computes_nothing(fields, cached, tmp_path, mon
 
 def test_the_key_is_what_the_numbers_depend_on(fields):
     run = prepared(fields)
-    key = lambda run, digest="a": reference.key(run, run.train.examples, digest)
+    key = lambda run, digest="a": reference.key(run, run.data.train.examples, digest)
     same = [prepared(fields, **{name: value}) for name, value in (("batch_size", 16), ("seed", 3), ("optimizer.learning_rate", 1.0))]
     other = [
         prepared(fields, **{name: value})
@@ -80,7 +80,7 @@ def test_the_key_is_what_the_numbers_depend_on(fields):
     ]
     assert {key(r) for r in same} == {key(run)}
     assert len({key(run), key(run, "b"), *map(key, other)}) == 5
-    e = run.train.examples
+    e = run.data.train.examples
     swapped = dataclasses.replace(e, tokens=np.concatenate([e.tokens[:-1], e.tokens[-1:] + 1]))
     masked = dataclasses.replace(e, scored=np.roll(e.scored, 1))
     assert len({reference.key(run, x, "a") for x in (e, swapped, masked)}) == 3
@@ -100,7 +100,7 @@ def test_an_interrupted_computation_goes_on(fields, cached, tmp_path, monkeypatc
         whole = next(p for p in parts(cached / "cache") if p.name == name)
         run = prepared(fields)
         index = int(name.split(".")[0])
-        a, b = (reference.read(p.parent, index, run.train.examples) for p in (part, whole))
+        a, b = (reference.read(p.parent, index, run.data.train.examples) for p in (part, whole))
         np.testing.assert_array_equal(a, b)
 
 
@@ -173,9 +173,9 @@ def test_what_a_cache_cannot_serve_is_refused(code, change, message, fields, tmp
 
 def test_the_reference_is_held_only_where_samples_are_compared_with_it(fields):
 
-    assert "reference" not in abstract_frozen(prepared(fields, **{"reference.cache": "c"}))
-    assert "reference" in abstract_frozen(prepared(fields, **{"reference.cache": "c", "eval.samples": 2}))
-    assert "reference" in abstract_frozen(prepared(fields))
+    assert "reference" not in frozen(prepared(fields, **{"reference.cache": "c"}).roles)
+    assert "reference" in frozen(prepared(fields, **{"reference.cache": "c", "eval.samples": 2}).roles)
+    assert "reference" in frozen(prepared(fields).roles)
 
 
 @pytest.mark.long

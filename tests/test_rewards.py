@@ -21,7 +21,8 @@ from alignax.data import load_examples
 from alignax.ensemble import stacked
 from alignax.mesh import AXES, make_mesh
 from alignax.models import hf, parameters
-from alignax.prepare import load_tokenizer, open_judges
+from alignax.models.tokenizers import load_tokenizer
+from alignax.run.opening import open_judges
 
 ONE = make_mesh({}, jax.devices()[:1])
 COLLECTIVES = r"all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"

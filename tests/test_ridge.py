@@ -14,8 +14,8 @@ from alignax.config import default_config
 from alignax.data import assemble, load_examples, padded_length
 from alignax.mesh import make_mesh
 from alignax.models import hf
+from alignax.models.tokenizers import load_tokenizer
 from alignax.models.transformer import Decoder
-from alignax.prepare import load_tokenizer
 
 ONE = make_mesh({}, jax.devices()[:1])
 

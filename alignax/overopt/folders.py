@@ -31,8 +31,9 @@ from alignax.generate.console import encoded, row_prompt
 from alignax.generate.generator import check_room
 from alignax.generate.stops import added_text
 from alignax.models import hf
+from alignax.models.tokenizers import load_tokenizer
 from alignax.overopt.worlds import Scored, World, check_ranges, check_sizes, check_varies, margins
-from alignax.prepare import compute_dtype, load_tokenizer, open_model
+from alignax.run.opening import compute_dtype, open_model
 
 RANGES = (("world.prompts", 1, math.inf), ("world.responses", 2, math.inf), ("folders.batch_size", 1, math.inf),
           ("folders.max_new_tokens", 1, math.inf))  # fmt: skip

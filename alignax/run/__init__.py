@@ -1,0 +1,1 @@
+"""A run: from an experiment's config to its loop."""

@@ -1,0 +1,172 @@
+"""What a run is trained on: batches of the data, rollouts of the policy as it stands, or rollouts that were sampled a turn ahead.
+
+Each is a feed: a function of the state and the step, so a run that is stopped goes on bit for bit.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from alignax import ensemble
+from alignax import mesh as meshes
+from alignax.config import DATA, PRETRAIN, ROLLOUTS, steps_of_turn
+from alignax.prepare import Run
+from alignax.rollout import RewardFailed, Rollouts, Sampled
+from alignax.run.state import AHEAD, Held, batch_sizes
+from alignax.types import Batch, TrainState
+from alignax.workers import Abandoned
+
+Seen = Mapping[str, Any]  # metrics
+Fed = tuple[TrainState, dict[str, Any], Seen]
+
+
+class Feed(Protocol):
+    """The batches of a run's training program, see `alignax.run.state.abstract_batches`."""
+
+    waits: bool  # whether a turn ends when the device is done, rather than when it has been given its work
+
+    def __call__(self, state: TrainState, step: int) -> Fed:
+        """The state, the batches that training step `step` begins with, and what is seen of them."""
+        ...
+
+    def after(self, state: TrainState, metrics: Seen) -> tuple[TrainState, Seen]:
+        """The state after the steps on these batches, and what is seen of the time between; `metrics` are those of the steps."""
+        ...
+
+
+def make_feed(run: Run, held: Held, look: Callable[[], None] = lambda: None) -> Feed:
+    """The feed that the config asks for; `look` is called while it samples, and may raise to leave."""
+    if not run.config.rollout.samples:
+        return Offline(run)
+    return (Ahead if run.config.rollout.ahead else Online)(run, held, look)
+
+
+class Offline:
+    """A batch of the data for every step."""
+
+    waits = False
+
+    def __init__(self, run: Run):
+        """Draws nothing yet."""
+        self.run, self.draw = run, run.data.train.batch
+        if run.policy.members:
+            streams = ensemble.member_batches(run.data.train, run.policy.members, run.config.ensemble.own_noise)
+            self.draw = functools.partial(ensemble.member_batch, streams)
+
+    def __call__(self, state: TrainState, step: int) -> Fed:
+        """The batch of step `step`."""
+        batch = meshes.put_batch(self.run.mesh, functools.partial(self.draw, step), *batch_sizes(self.run))
+        return state, {DATA: batch}, {}
+
+    def after(self, state: TrainState, metrics: Seen) -> tuple[TrainState, Seen]:
+        """Nothing more is seen; the device may go on by itself."""
+        return state, {}
+
+
+class Online:
+    """A rollout of the policy as it stands, and texts to pretrain on beside it."""
+
+    waits = True
+
+    def __init__(self, run: Run, held: Held, look: Callable[[], None] = lambda: None):
+        """Compiles nothing yet; `look`: see `make_feed`."""
+        self.run, self.held, self.rollouts, self.compiled = run, held, Rollouts(run, look), Compiled()
+
+    def __call__(self, state: TrainState, step: int) -> Fed:
+        """The rollout before step `step`, and what is seen of it."""
+        self._begin()
+        batch, metrics = self.rollouts(state, self.held, step)
+        return self._fed(state, step, batch, metrics)
+
+    def after(self, state: TrainState, metrics: Seen) -> tuple[TrainState, Seen]:
+        """How long the device took, once it is done, and what else took time."""
+        jax.block_until_ready((state, metrics))
+        return state, self._timed()
+
+    def _begin(self) -> None:
+        self._programs, self._began, self._times = self.compiled.programs, time.monotonic(), dict.fromkeys(("generate", "reward"), 0.0)
+
+    def _fed(self, state: TrainState, step: int, batch: Batch, metrics: Seen) -> Fed:
+        self._note(metrics)
+        batches = {ROLLOUTS: batch} | self._pretraining(step)
+        self._handed = time.monotonic()
+        return state, batches, metrics
+
+    def _note(self, metrics: Seen) -> None:
+        self._times = {part: seconds + float(metrics[f"time/{part}"]) for part, seconds in self._times.items()}
+
+    def _timed(self) -> dict[str, Any]:
+        now = time.monotonic()
+        times: dict[str, Any] = {f"time/{part}": seconds for part, seconds in (self._times | {"learn": now - self._handed}).items()}
+        host = {"time/host": now - self._began - sum(times.values()), "compilations": self.compiled.programs - self._programs}
+        return times | host
+
+    def _pretraining(self, step: int) -> dict[str, Batch]:
+        """The batches that the steps from `step` to the next rollout take beside theirs: [steps, B, 1, T], a function of the step."""
+        stream = self.run.data.pretrain
+        if stream is None:
+            return {}
+        steps = range(step, step + steps_of_turn(self.run.config))
+
+        def make(which: slice, rows: slice) -> dict[str, np.ndarray]:
+            parts = [stream.batch(s, rows) for s in steps[which]]
+            return {name: np.stack([part[name] for part in parts]) for name in parts[0]}
+
+        return {PRETRAIN: meshes.put_batch(self.run.mesh, make, len(steps), self.run.config.batch_size)}
+
+
+class Ahead(Online):
+    """What the policy said a turn ago, while the host judges what it says now; that waits in the carry.
+
+    `time/learn` is how long the device went on after the host was done. Before the first turn and after the last there is nothing to
+    overlap. Where a signal ends the wait for rewards, or there are none, the state before is given away: the turn is brought to its end,
+    and what was sampled is judged before the next.
+    """
+
+    def __call__(self, state: TrainState, step: int) -> Fed:
+        """What was sampled a turn ago, and is judged by now; and the next rollout is sampled."""
+        self._begin()
+        carry = dict(state.carry)
+        batch = carry.pop(AHEAD)
+        state = dataclasses.replace(state, carry=carry)
+        waits = self.rollouts.sample(state, self.held, step) if step == 0 else self.rollouts.waiting(batch)
+        newest: Seen = {}
+        if waits is not None:
+            batch, seen = self.rollouts.judge(waits)
+            self._note(seen)
+            newest = seen if step == 0 else {}  # what waited for its rewards was told of when it was sampled
+        following = step + steps_of_turn(self.run.config)
+        self.batch: Batch = batch
+        self.sampled: Sampled | None = self.rollouts.sample(state, self.held, following) if following < self.run.steps else None
+        batches = {ROLLOUTS: batch} | self._pretraining(step)
+        return state, batches, newest
+
+    def after(self, state: TrainState, metrics: Seen) -> tuple[TrainState, Seen]:
+        """Judges what was sampled, while the device learns."""
+        newest: Seen = {}
+        if self.sampled is not None:
+            try:
+                self.batch, newest = self.rollouts.judge(self.sampled)
+            except (Abandoned, RewardFailed):
+                self.batch, newest = self.rollouts.unjudged(self.sampled)
+            self._note(newest)
+        self._handed = time.monotonic()
+        jax.block_until_ready((state, metrics))
+        return dataclasses.replace(state, carry=state.carry | {AHEAD: self.batch}), {**newest, **self._timed()}
+
+
+class Compiled:
+    """Counts the programs that are compiled from now on. jax keeps its listeners, so this holds nothing else."""
+
+    def __init__(self):
+        """Starts at 0."""
+        self.programs = 0
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+
+    def _listen(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
+        self.programs += event.endswith("backend_compile_duration")

@@ -1,0 +1,280 @@
+"""The model folders that a config names, opened and checked as roles; no weight is read."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from alignax.checks import check_head, check_members, check_token_kl
+from alignax.config import HEAD, Experiment, asked, trunk_values
+from alignax.data.files import short
+from alignax.data.mixture import sources
+from alignax.models import hf, lora, peft, transformer
+from alignax.models.lora import Lora
+from alignax.models.reward import CRITIC
+from alignax.models.small_files import chat_template, small_files, tokenizer_parts
+from alignax.models.tokenizers import check_token, check_tokenizer, load_tokenizer
+from alignax.rewards import check_one_score, ensemble_apply, open_ensemble
+from alignax.run.roles import BASE, ENSEMBLE, POLICY, REFERENCE, STORED, TRAINED, Role, make_apply
+from alignax.types import Batch, Outputs, Params
+
+
+class Vocabulary(NamedTuple):
+    """What the tokens of a run are."""
+
+    tokenizer: Any  # the policy's
+    ends: tuple[int, ...]  # tokens that end a completion, see `hf.end_ids`
+    unused: tuple[tuple[int, int], ...]  # those that are never sampled, see `hf.with_vocabulary`
+
+
+def open_models(experiment: Experiment, mesh: Mesh) -> tuple[dict[str, Role], Vocabulary]:
+    """Opens the folders that a run reads, and refuses those that do not go together.
+
+    Returns:
+      The roles by name: "policy", with adapters their "base", and as far as there are any "reference", "critic", "ensemble" and those of
+      `config.models`; and the policy's vocabulary.
+    """
+    config, asks = experiment.config, asked(experiment.experience)
+    source = open_model(config.model.path, config.model.init, "model.path")
+    source = hf.with_heads(source, config.model.num_labels, trunk_values(config))
+    check_head(config, source, experiment)
+    check_members(config, mesh)
+    tokenizer = load_tokenizer(source.path, source.config.vocab_size)
+    if source.config.num_labels:  # an export says what it pads with
+        check_token("pad token", source.path, tokenizer.pad_token_id, source.config.vocab_size)
+    words = Vocabulary(tokenizer, hf.end_ids(source, tokenizer), hf.with_vocabulary(source, tokenizer).config.unused_tokens)
+    source = spoken(config, source, words.unused)
+    reference = open_reference(config, source, words) if "reference" in asks else None
+    if config.reference.path and reference is None:
+        raise ValueError("reference.path is set and no reference is held; let experience(..) ask for reference, or leave it empty")
+    if config.reference.token_kl:
+        check_token_kl(source, reference)
+    adapters = make_lora(config, source)
+    if config.lora.path:
+        peft.weights(Path(config.lora.path))
+        if tokenizer_parts(Path(config.lora.path))[:-2]:
+            check_tokenizer(Path(config.lora.path), source.config.vocab_size, f"lora.path {config.lora.path!r}", source, tokenizer)
+    dtype = compute_dtype(config, mesh)
+    roles = trained_roles(config, source, adapters, dtype, mesh)
+    if CRITIC in roles:
+        critic = roles[CRITIC].source
+        check_tokenizer(critic.path, critic.config.vocab_size, f"model.critic {config.model.critic!r}", source, tokenizer)
+    judges = open_judges(config) if "ensemble" in asks else []
+    if config.reward.path and not judges:
+        raise ValueError("reward.path is set and no reward model is asked for; let experience(..) ask for ensemble, or leave it empty")
+    if adapters is not None:
+        bare = dataclasses.replace(roles[POLICY].config, critic_heads=0)
+        roles[BASE] = roles[POLICY]._replace(name=BASE, tree=BASE, config=bare, members=0)
+    if reference is not None:
+        roles[REFERENCE] = reference_role(config, reference, roles, mesh)
+    if judges:
+        roles[ENSEMBLE] = scoring_role(ENSEMBLE, judges, dtype, mesh)
+    return roles | open_others(config, roles[POLICY], words, mesh), words
+
+
+def trained_roles(config: Any, source: hf.Source, adapters: Lora | None, dtype: Any, mesh: Mesh) -> dict[str, Role]:
+    """The policy, and a critic of its own tree where `model.critic` names a folder."""
+    model = dataclasses.replace(source.config, lora=adapters)
+    apply = make_apply(model, config, dtype, mesh)
+    policy = Role(POLICY, (source,), model, dtype, TRAINED, apply, config.model.init, members=config.ensemble.members)
+    critic = open_critic(config)
+    return {POLICY: policy} if critic is None else {POLICY: policy, CRITIC: critic_role(config, critic, dtype, mesh)}
+
+
+def reference_role(config: Any, source: hf.Source, roles: Mapping[str, Role], mesh: Mesh) -> Role:
+    """What the policy is measured against: of adapters their base, unless it is another folder."""
+    policy, own = roles[POLICY], source is not roles[POLICY].source
+    shared = policy.lora is not None and not own
+    bare = dataclasses.replace(policy.lora, targets=()) if policy.lora is not None and shared else None
+    model = dataclasses.replace(source.config, lora=bare, critic_heads=0)
+    # The policy's own forward pass where it can be, so that equal parameters give equal numbers.
+    apply = policy.apply if model == policy.config else make_apply(model, config, policy.dtype, mesh)
+    c = config.eval
+    idle = config.reference.cache and not (c.temperature > 0 and c.top_p == 1 and max(c.samples, c.sample_prompts))
+    tree = BASE if shared else STORED if idle else REFERENCE
+    return Role(REFERENCE, (source,), model, policy.dtype, tree, apply, "pretrained" if own else policy.init)
+
+
+def critic_role(config: Any, source: hf.Source, dtype: Any, mesh: Mesh) -> Role:
+    """A critic of its own tree, a reward model that is read before every token; it is trained beside the policy."""
+    values = transformer.critic(source.config, dtype=dtype, remat=config.model.remat, mesh=mesh)
+    apply = lambda params, batch: Outputs(None, None, values=values(params, batch))  # pyright: ignore[reportArgumentType]
+    return Role(CRITIC, (source,), source.config, dtype, TRAINED, apply)
+
+
+def scoring_role(name: str, sources: Iterable[hf.Source], dtype: Any, mesh: Mesh) -> Role:
+    """Reward models that are read as one ensemble, or one of several labels: its scores are [B, N, K]."""
+    sources = tuple(sources)
+    each = ensemble_apply(sources[0].config, mesh, dtype)
+    several = sources[0].config.num_labels > 1  # of one model, whose labels are its scores
+
+    def apply(params: Params, batch: Batch) -> Outputs:
+        out = each(params, batch)
+        return out._replace(scores=out.scores[..., 0]) if several and out.scores is not None else out
+
+    return Role(name, sources, sources[0].config, dtype, name, apply, members=len(sources))
+
+
+def spoken(config: Any, source: hf.Source, unused: tuple[tuple[int, int], ...]) -> hf.Source:
+    """A policy or a reference whose samples are scored: its distribution is the one that is sampled from.
+
+    Without rollouts it is the model's own, over all rows of its head, as transformers has it: data are scored, which hold no other tokens.
+    """
+    if not config.rollout.samples:
+        return source
+    return source._replace(config=dataclasses.replace(source.config, unused_tokens=unused, temperature=config.rollout.temperature))
+
+
+def open_reference(config: Any, source: hf.Source, words: Vocabulary) -> hf.Source:
+    """The model of `reference.path`, or the one that the policy starts from."""
+    if not config.reference.path:
+        return source
+    reference = spoken(config, open_model(config.reference.path, "pretrained", "reference.path"), words.unused)
+    check_speech(reference, source, words, "reference.path", "the reference")
+    return reference
+
+
+def check_speech(other: hf.Source, source: hf.Source, words: Vocabulary, field: str, what: str) -> None:
+    """Refuses a language model of another vocabulary than the policy's, whose tokens it reads."""
+    if other.config.vocab_size != source.config.vocab_size:
+        raise ValueError(
+            f"{what} has a vocabulary of {other.config.vocab_size}, the policy of {source.config.vocab_size}; they must share a tokenizer"
+        )
+    if tokenizer_parts(other.path)[:-2]:  # a folder of weights alone is taken at its size
+        check_tokenizer(other.path, other.config.vocab_size, f"{field} {str(other.path)!r}", source, words.tokenizer)
+
+
+def open_others(config: Any, policy: Role, words: Vocabulary, mesh: Mesh) -> dict[str, Role]:
+    """The roles of `config.models`: frozen language models, which read the policy's tokens, and reward models.
+
+    Raises:
+      ValueError: for a field that no model has, and what is refused of a reference or of reward models.
+    """
+    roles = {}
+    for name, given in config.models.items():
+        field = f"models.{name}.path"
+        if unknown := sorted(set(given) - {"path", "adapters"}):
+            raise ValueError(f"config field 'models.{name}.{unknown[0]}' is unknown; a model has a path, and may have adapters")
+        path, adapters = given.get("path", ""), given.get("adapters", "")
+        folders = paths_of(path) if "," in path and "@" not in path else [path]
+        opened = [open_model(folder, "pretrained", field) for folder in folders]
+        if opened[0].config.num_labels or len(opened) > 1:
+            judges = open_ensemble([source.path for source in opened]) if len(opened) > 1 else opened
+            if len(judges) > 1:
+                check_one_score(judges[0])
+            roles[name] = scoring_role(name, judges, policy.dtype, mesh)._replace(adapters=adapters)
+            continue
+        source = spoken(config, opened[0], words.unused)
+        check_speech(source, policy.source, words, field, f"the model {name!r}")
+        apply = make_apply(source.config, config, policy.dtype, mesh)
+        roles[name] = Role(name, (source,), source.config, policy.dtype, name, apply, adapters=adapters)
+    return roles
+
+
+def paths_of(text: str) -> list[str]:
+    """The paths of a text with commas between them."""
+    return [path.strip() for path in text.split(",")]
+
+
+def open_judges(config: Any) -> list[hf.Source]:
+    """The reward models of `reward.path`."""
+    if not config.reward.path:
+        raise ValueError("experience(..) asks for ensemble and config field 'reward.path' is empty; set --config.reward.path=FOLDER,FOLDER")
+    judges = open_ensemble(paths_of(config.reward.path))
+    check_one_score(judges[0])
+    return judges
+
+
+def open_critic(config: Any) -> hf.Source | None:
+    """The folder that `model.critic` names, as a reward model with a score for every value; None, where it names none."""
+    c = config.model
+    return None if c.critic in ("", HEAD) else hf.with_heads(open_model(c.critic, "pretrained", "model.critic"), c.critic_heads)
+
+
+def compute_dtype(config: Any, mesh: Mesh) -> Any:
+    """The dtype of activations."""
+    auto = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
+    return jnp.dtype(auto if config.model.dtype == "auto" else config.model.dtype)
+
+
+def open_model(path: str, init: str, field: str) -> hf.Source:
+    """Opens a model folder, or a soup of several, and checks its tensors against its config."""
+    if not path:
+        raise ValueError(f"config field {field!r} is empty; set --config.{field}=FOLDER, a Hugging Face model folder")
+    if init not in ("pretrained", "random"):
+        raise ValueError(f"model.init {init!r} is unknown; use pretrained or random")
+    source = open_source(path, field)
+    hf.stop_ids(source)  # refuses what is no token
+    small_files(source.path)
+    if init == "pretrained":
+        for part, _ in hf.ingredients(source):
+            hf.check_tensors(part, hf.tensor_files(part))
+    elif source.soup:
+        raise ValueError(f"{field} {path!r} is a mean of weights, and model.init 'random' reads none; name one folder")
+    return source
+
+
+def open_source(text: str, field: str) -> hf.Source:
+    """The folder that a field names, or the soup of several: `FOLDER@0.5,OTHER@0.5`. The weights stay on disk."""
+    named = sources(text, field)
+    if all(share is not None for _, share in named):
+        return hf.make_soup([(hf.open_folder(path), share) for path, share in named if share is not None])
+    if len(named) > 1:
+        raise ValueError(f"{field} {text!r} names several models; give each its share of the mean, as in FOLDER@0.5,OTHER@0.5")
+    return hf.open_folder(text)
+
+
+def make_lora(config: Any, source: hf.Source) -> Lora | None:
+    """The adapters that a config asks for, their patterns resolved to matrices of the model."""
+    c = config.lora
+    if c.path:
+        given = peft.read_config(Path(c.path), source)[0]
+        if c.rank not in (0, given.rank):
+            raise ValueError(f"lora.rank is {c.rank}, and the adapters in lora.path {c.path!r} have rank {given.rank}; set it to 0")
+        return dataclasses.replace(given, int8=c.int8)
+    lora.check(c)
+    if config.model.freeze:
+        if c.rank or not source.config.num_labels:
+            raise ValueError("model.freeze trains a reward model's head alone; set model.num_labels to 1 and lora.rank to 0")
+        return Lora(1, 1.0, ())
+    if not c.rank:
+        return None
+    if config.model.init != "pretrained":
+        raise ValueError(
+            f"lora.rank {c.rank} adapts trained weights, model.init is {config.model.init!r}; set it to pretrained, or rank to 0"
+        )
+    targets = lora.find_targets(c.targets, peft.Adapted(source).names, source.config.num_experts > 0)
+    return Lora(c.rank, c.alpha, targets, c.rslora, c.dora, c.int8)
+
+
+def notices(roles: Mapping[str, Role], tokenizer: Any, adapters: str = "", online: bool = False) -> list[str]:
+    """What a user should know of the models of a run, and of the folder of adapters that it goes on from; none of it stops the run."""
+    source, lines = roles[POLICY].source, []
+    if beyond := sorted((i, token) for token, i in tokenizer.get_vocab().items() if i >= source.config.vocab_size):
+        shown = ", ".join(f"{short(token)} ({i})" for i, token in beyond[:3])
+        lines.append(
+            f"the tokenizer in {str(source.path)!r} has {len(beyond)} tokens beyond the {source.config.vocab_size} rows of the embedding, "
+            f"{shown}{' ..' if beyond[3:] else ''}; texts with them are refused"
+        )
+    if online and (unread := hf.unread(source)):
+        lines.append(f"{hf.GENERATION} in {str(source.path)!r} asks for {unread}; rollouts are sampled as the config says, without it")
+    for field, model in (("model.num_labels", source), *(("model.critic", role.source) for name, role in roles.items() if name == CRITIC)):
+        if model.stored.num_labels not in (0, model.config.num_labels):
+            lines.append(
+                f"the head in {str(model.path)!r} gives {model.stored.num_labels} scores, and {field} asks for {model.config.num_labels}: "
+                "it is left out, and a head begins anew"
+            )
+    if adapters and (theirs := chat_template(Path(adapters))) is not None and theirs != chat_template(source.path):
+        lines.append(
+            f"the chat template in lora.path {adapters!r} is another than the one in {str(source.path)!r}, which is used; put the "
+            "adapters' chat_template.jinja into that folder, if conversations are to read as they were trained on"
+        )
+    if adapters and (end := tokenizer_parts(Path(adapters))[-1]) not in (None, tokenizer.eos_token):
+        lines.append(
+            f"the tokenizer in lora.path {adapters!r} ends texts with {short(end)}, and the one in {str(source.path)!r}, which is used, "
+            f"with {short(tokenizer.eos_token)}; set eos_token in the latter's tokenizer_config.json, if they are to end as trained"
+        )
+    return lines

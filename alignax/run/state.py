@@ -1,0 +1,136 @@
+"""What a run's programs are called with: experience, the training state and batches, and of all of these shapes and shardings."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from alignax import ensemble
+from alignax import mesh as meshes
+from alignax.averages import PROPOSAL
+from alignax.blame import check_call
+from alignax.config import DATA, PRETRAIN, ROLLOUTS, asked, eval_batch_size, prompts_of_rollout, steps_of_turn
+from alignax.data import Batches
+from alignax.experience import Experience, chain, first_carry
+from alignax.judges import FIELDS
+from alignax.prepare import Run
+from alignax.run.roles import REFERENCE, abstract_frozen, abstract_trained, models, policy_model, stored_outputs
+from alignax.train import init_state
+from alignax.types import Model, Params, TrainState
+
+AHEAD = "ahead"  # the part of the carry that is the next rollout
+Held = Mapping[str, Params]  # frozen trees by name, see `alignax.run.roles.frozen`
+
+
+def make_experience(run: Run, held: Held, state: TrainState) -> Experience:
+    """What the experiment puts in front of the step, from the models that it asks for; nothing, where it names none."""
+    make = run.experiment.experience
+    if make is None:
+        return chain()
+    given: dict[str, Any] = models(run.roles, held, state.params) | {"config": run.config, "prompts": len(run.data.train.examples)}
+    if run.config.reference.cache:
+        given[REFERENCE] = Model(stored_outputs, {})
+    if REFERENCE in state.averages:
+        given[REFERENCE] = policy_model(run.roles, held, state.averages[REFERENCE])
+    made = make(**{name: given[name] for name in asked(make)})
+    check_call(made, f"what experience() of {run.experiment.file} returns", "batch")
+    return made
+
+
+def off_policy(run: Run) -> bool:
+    """Whether rollouts are of another policy, or of another distribution of it, than the one that learns from them."""
+    return run.config.rollout.ahead or PROPOSAL in run.learning.averages or run.config.rollout.top_p < 1
+
+
+# State ----------------------------------------------------------------------------------------------------------------------
+
+
+def new_state(run: Run, params: Params, key: jax.Array, held: Held) -> TrainState:
+    """The state at step 0, of an ensemble all members'; averages start from the parameters. Pure."""
+
+    def make(params: Params) -> TrainState:
+        state = init_state(params, run.learning.optimizer, key, dict.fromkeys(run.learning.averages, params))
+        carry = first_carry(make_experience(run, held, state))
+        return dataclasses.replace(state, carry=carry | jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), waiting(run)))
+
+    return ensemble.over_members(make, 0, ensemble.AXES)(params) if run.policy.members else make(params)
+
+
+def waiting(run: Run) -> dict[str, Any]:
+    """The part of the carry that is no experience's: with `rollout.ahead` the rollout that comes next, as shapes."""
+    return {AHEAD: training_rollout(run)} if run.config.rollout.ahead else {}
+
+
+def state_shardings(run: Run, carry: Any) -> TrainState:
+    """Where each leaf of the training state lives; `carry` says what is remembered: that of experience every device holds."""
+    abstract = abstract_trained(run.roles, run.mesh)
+    params = jax.tree.map(lambda x: x.sharding, abstract)
+    optimizer = run.learning.optimizer
+    init = ensemble.over_members(optimizer.init, 0, 0) if run.policy.members else optimizer.init
+    one: Any = meshes.sharding(run.mesh)
+    opt_state = meshes.optimizer_shardings(run.mesh, optimizer, jax.eval_shape(init, abstract), params)
+    remembered = jax.tree.map(lambda _: one, carry) | jax.tree.map(lambda x: x.sharding, waiting(run))
+    return TrainState(one, params, opt_state, one, one, one, dict.fromkeys(run.learning.averages, params), remembered)
+
+
+def abstract_state(run: Run) -> TrainState:
+    """Shapes, types and shardings of the training state; nothing is computed."""
+    held = abstract_frozen(run.roles, run.mesh)
+    shapes = jax.eval_shape(lambda p, f: new_state(run, p, jax.random.key(0), f), abstract_trained(run.roles), held)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, state_shardings(run, shapes.carry))
+
+
+# Batches --------------------------------------------------------------------------------------------------------------------
+
+
+def abstract_batches(run: Run) -> dict[str, Any]:
+    """Shapes and shardings of the batches that the training program takes, by name: of the data, or of rollouts and of pretraining."""
+    c = run.config
+    if not c.rollout.samples:
+        return {DATA: abstract_batch(run)}
+    batches: dict[str, Any] = {ROLLOUTS: training_rollout(run)}
+    if run.data.pretrain is not None:
+        batches[PRETRAIN] = abstract_rows(run.mesh, run.data.pretrain, steps_of_turn(c), c.batch_size)
+    return batches
+
+
+def abstract_batch(run: Run, evaluation: bool = False) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and shardings of a batch of the data, or of an evaluation batch, which members of an ensemble share."""
+    return abstract_rows(run.mesh, run.data.train, *((eval_batch_size(run.config),) if evaluation else batch_sizes(run)))
+
+
+def abstract_rows(mesh: Mesh, stream: Batches, *sizes: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and shardings of rows of a stream whose leading axes are of those sizes, see `alignax.mesh.put_batch`."""
+    layout = meshes.batch_sharding(mesh, len(sizes) == 2)
+    describe = lambda x: jax.ShapeDtypeStruct((*sizes, *x.shape[1:]), x.dtype, sharding=layout)
+    return {name: describe(x) for name, x in stream.batch(0, slice(0)).items()}
+
+
+def batch_sizes(run: Run) -> tuple[int, ...]:
+    """The leading axes of a training batch: [B], of an ensemble [K, B]."""
+    return (run.policy.members, run.config.batch_size) if run.policy.members else (run.config.batch_size,)
+
+
+def training_rollout(run: Run) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and shardings of a rollout that is trained on."""
+    return abstract_rollout(run, prompts_of_rollout(run.config), run.config.rollout.samples)
+
+
+def abstract_rollout(run: Run, prompts: int, samples: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and shardings of a rollout."""
+    B, N, T = prompts, samples, run.data.train.length
+    layout = meshes.batch_sharding(run.mesh)
+    tokens: dict[str, Any] = {"tokens": jnp.int32, "mask": jnp.bool_, "completion_mask": jnp.bool_, "sampled_logps": jnp.float32}
+    fields = {name: ((B, N, T), dtype) for name, dtype in tokens.items()}
+    fields |= {"truncated": ((B, N), jnp.bool_), "prompt_id": ((B,), jnp.int32)}
+    for judge in run.judges.values():
+        fields |= {f"judge_{name}": ((B, N, judge.length), tokens[name]) for name in FIELDS}
+        fields["judge_cut"] = (B, N), jnp.bool_
+    if run.experiment.reward is not None:
+        fields["rewards"] = (B, N), jnp.float32
+    if run.experiment.gold is not None:
+        fields["gold"] = (B, N), jnp.float32
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=layout) for name, (shape, dtype) in fields.items()}

@@ -1,0 +1,61 @@
+"""The training step and the evaluation of a run, each behind its experience, as pure functions of state, frozen parameters and batches."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+
+from alignax.averages import averaged
+from alignax.config import DATA, asked
+from alignax.experience import advance
+from alignax.losses.algebra import Objective
+from alignax.prepare import Run, by_batch
+from alignax.run.roles import REFERENCE, make_apply, models, policy_model
+from alignax.run.state import Held, make_experience
+from alignax.train import Apply, make_evaluation, make_step
+from alignax.types import Batch, Metrics, Outputs, TrainState
+
+
+def objectives(run: Run, held: Held, state: TrainState) -> dict[str, Objective]:
+    """The losses of a run by the batch that each is of, made of the models that they ask for."""
+    names = [name for name in asked(run.experiment.loss) if name in run.roles]
+    if not names:
+        return run.learning.objectives
+    given = models(run.roles, held, state.params)
+    return by_batch(run.config, run.experiment.loss(run.config, **{name: given[name] for name in names}))
+
+
+def taught_apply(run: Run, held: Held) -> Apply:
+    """The forward pass that is trained: the policy's, with the reference at its side where `reference.token_kl` asks for their KL."""
+    role, apply = run.policy, None
+    if run.config.reference.token_kl:
+        teacher = run.roles[REFERENCE]
+        apply = make_apply(role.config, run.config, role.dtype, run.mesh, (teacher.config, held[teacher.tree]))
+    return policy_model(run.roles, held, None, apply).apply
+
+
+def make_data_step(run: Run) -> Callable[[TrainState, Held, dict[str, Batch]], tuple[TrainState, Metrics]]:
+    """The program of training on data, `(state, frozen, batches) -> (state, metrics)`: one step on the batch of that name."""
+    after, learning = averaged(run.learning.averages), run.learning
+
+    def step(state: TrainState, held: Held, batches: dict[str, Batch]) -> tuple[TrainState, Metrics]:
+        rate = learning.schedule(state.step - state.skipped)
+        train_step = make_step(taught_apply(run, held), objectives(run, held, state)[DATA], learning.optimizer, run.config.microbatches)
+        carry, batch = advance(make_experience(run, held, state), state.carry, batches[DATA])
+        state, metrics = train_step(dataclasses.replace(state, carry=carry), batch)
+        state = after(state)
+        return state, metrics | {"learning_rate": jnp.asarray(rate), "tokens": batch["mask"].sum(dtype=jnp.float32)}
+
+    return step
+
+
+def make_evaluate(run: Run) -> Callable[[TrainState, Held, Batch], tuple[Any, Outputs]]:
+    """The program that evaluates a batch of data: `(state, frozen, batch) -> (sums, Outputs)`, see `alignax.train.make_evaluation`."""
+
+    def evaluate(state: TrainState, held: Held, batch: Batch) -> tuple[Any, Outputs]:
+        _, batch = advance(make_experience(run, held, state), state.carry, batch)
+        out = taught_apply(run, held)(state.params, batch)
+        return make_evaluation(lambda out, batch: out, objectives(run, held, state)[DATA])(out, state.step, batch), out
+
+    return evaluate
