@@ -5,6 +5,7 @@ import time
 import types
 from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import Mock
 
 import jax.numpy as jnp
 import pytest
@@ -30,12 +31,12 @@ def looped(monkeypatch):
             if (what, step) == (during, signal_at):
                 stop.signal = 15
 
-        def train(state, step):
-            done.append(f"train {step + 1}")
-            come("train", step + 1)
-            return types.SimpleNamespace(step=step + 1), {}
+        def train(state, held, batches):
+            done.append(f"train {state.step + 1}")
+            come("train", state.step + 1)
+            return types.SimpleNamespace(step=state.step + 1), {}
 
-        def evaluation(run, frozen, log, look):
+        def evaluation(run, held, programs, log, look):
             def evaluate(state, step):
                 come("eval", step)
                 look()
@@ -50,7 +51,9 @@ def looped(monkeypatch):
                 raise RewardFailed("no reward")
 
         monkeypatch.setattr(fit, "Evaluation", evaluation)
-        monkeypatch.setattr(fit, "Batched", lambda *_: train)
+        feed = Mock(waits=False, side_effect=lambda state, step: (state, {}, {}))
+        feed.after.side_effect = lambda state, metrics: (state, {})
+        monkeypatch.setattr(fit, "make_feed", lambda *_: feed)
         monkeypatch.setattr(fit, "Observer", lambda *_, **__: observe)
         monkeypatch.setattr(fit, "evaluated", lambda _: False)
         save = lambda state, about, scores: done.append(f"save {state.step}{' with scores' if scores else ''}")
@@ -59,7 +62,9 @@ def looped(monkeypatch):
         experiment = types.SimpleNamespace(file=types.SimpleNamespace(name="mine.py"))
         given = {"config": config, "steps": 4, "workers": types.SimpleNamespace(stop=never), "experiment": experiment, "workdir": "run"}
         state = types.SimpleNamespace(step=jnp.int32(first))
-        started = fit.Started(types.SimpleNamespace(**given), state, first, {}, {"policy": "", "reference": ""}, checkpoints, None)  # type: ignore
+        programs = {"train": types.SimpleNamespace(call=train)}
+        about = {"policy": "", "reference": ""}
+        started = fit.Started(types.SimpleNamespace(**given), state, first, {}, programs, about, checkpoints, None)  # type: ignore
         with fit.Stop() as stop:
             try:
                 done.append(sorted(fit.loop(started, log, stop)[1]))  # type: ignore

@@ -346,7 +346,7 @@ def test_a_turn_is_the_shared_step_on_each_part_of_a_rollout(fields, tmp_path):
             losses.append(metrics["loss"])
     expected = jax.tree.map(np.asarray, by_hand.params)
 
-    for own, begin, rollout in (begun(one), begun(eight), begun(one, microbatches=2)):
+    for _, begin, rollout in (begun(one), begun(eight), begun(one, microbatches=2)):
         learnt, metrics = begin.programs["train"].call(begin.state, begin.held, {"rollouts": rollout})
         assert learnt.step == 4
         np.testing.assert_allclose(metrics["loss"], np.mean(losses), rtol=1e-4, atol=1e-6)
@@ -840,7 +840,7 @@ def test_the_kl_of_anothers_samples_is_weighted_to_be_the_policys(shift):
 def test_prompts_of_refills_are_a_function_of_the_step(fields, tmp_path):
     args = arguments(tmp_path, GRPO, fields | {"workdir": str(tmp_path / "run"), "rollout.refill": "2"})
     rollouts = Rollouts(checked(args))
-    stream = rollouts.run.train
+    stream = rollouts.run.data.train
     first = 8 // 2  # steps over epochs: batches that the rollouts begin with
     asked = [rollouts.rows(step, again) for step in (0, 4) for again in (1, 2)]
     for i, rows in enumerate(asked):
