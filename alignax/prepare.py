@@ -99,7 +99,7 @@ class Run(NamedTuple):
     train: Batches  # of an ensemble those of its first member
     pretrain: Batches | None  # of the loss called "pretrain"
     judges: list[hf.Source]  # reward models that experience asks for as `ensemble`
-    judge: Judge | None  # how they read samples; None: as the policy has them
+    judge: Judge | None  # how they read samples, if there are any
     members: int  # of an ensemble that is trained; 0: one model
     evaluation: Examples | None
     reports: dict[str, Report]
@@ -137,8 +137,9 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
         raise ValueError("config field 'data.train' is empty; set --config.data.train=FILE")
     ends = hf.end_ids(source, models.tokenizer)
     Today.day = began(Path(config.workdir))  # a run that goes on tomorrow has the same rows
+    whole = source.config.num_labels > 0 or bool(models.judges)  # a reward model reads what the chat template writes behind an end
     loaded = {
-        split: load(split, config.data, models.tokenizer, source.config.vocab_size, ends, experiment.row)
+        split: load(split, config.data, models.tokenizer, source.config.vocab_size, ends, experiment.row, whole and split != "pretrain")
         for split in ("train", "eval", "pretrain")
         if config.data[split]
     }
@@ -225,20 +226,20 @@ def judged(
     experiment: Experiment, models: Models, ends: tuple[int, ...], loaded: dict[str, Loaded]
 ) -> tuple[Judge | None, dict[str, Examples]]:
     """How the reward models read samples, and every split, with what they read of rows where that is not what the policy does."""
-    config, judges, every = experiment.config, models.judges, {split: data.examples for split, data in loaded.items()}
+    config, judges = experiment.config, models.judges
+    # Conversations are kept for samples that reward models read, and for nobody else.
+    every = {split: dataclasses.replace(data.examples, conversations=[]) for split, data in loaded.items()}
     if not judges:
         return None, every
-    own, read = load_tokenizer(judges[0].path, judges[0].config.vocab_size), {s: x for s, x in loaded.items() if s != "pretrain"}
-    if not config.rollout.samples:
-        every |= judging.of_data(config, judges[0], own, models.tokenizer, read, experiment.row)
-        judge, shared = None, [every[split] for split in read if every[split].judge is None]
-    else:
-        prompts = [data.examples for data in read.values()]
-        judge = judging.of_rollouts(config, judges[0], own, models.tokenizer, ends, prompts)
-        shared = prompts if judge is None else []
-    if shared:
-        check_judged(config, judges[0], shared)
-    return judge, every
+    own, read = load_tokenizer(judges[0].path, judges[0].config.vocab_size), [split for split in loaded if split != "pretrain"]
+    if config.rollout.samples:
+        every |= {split: loaded[split].examples for split in read}
+        return judging.of_rollouts(config, judges[0], own, models.tokenizer, [every[split] for split in read]), every
+    bare = {split: loaded[split]._replace(examples=every[split]) for split in read}
+    every |= judging.of_data(config, judges[0], own, models.tokenizer, ends, bare, experiment.row)
+    if shared := [every[split] for split in read if every[split].judge is None]:
+        check_judged(judges[0], shared)
+    return None, every
 
 
 def learning(experiment: Experiment) -> tuple[dict[str, Objective], dict[str, Average]]:

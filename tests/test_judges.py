@@ -22,9 +22,10 @@ from alignax.programs import abstract_rollout
 from alignax.rollout import Rollouts, decoded
 from alignax.start import check_step
 
+# As Qwen's and Gemma's, with a line break behind the end.
 THEIRS = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }} {{ m['content'] }}<|im_end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 OURS = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
 SCORED = """
@@ -98,8 +99,7 @@ def test_prompts_of_every_shape_are_the_reward_models_as_they_are_the_policys(tm
     data.kind, data.columns.system = "prompt", "system"
     (tmp_path / "a.jsonl").write_text(json.dumps({"system": "be brief", "prompt": [{"from": "human", "value": "hi"}]}) + "\n")
     examples, _ = load_examples(tmp_path / "a.jsonl", data, tokenizer, 999)
-    row = judges.asked(judges.Judge(tokenizer, (), 0, data.columns, {}), examples, 0, "ok")
-    (code,) = judges.tokens_of([row], tokenizer, (), {})
+    (code,) = judges.tokens_of([judges.asked(examples, 0, "ok")], judges.Judge(tokenizer, (), 0, 999, {}, False))
     turns = [{"role": role, "content": text} for role, text in (("system", "be brief"), ("user", "hi"), ("assistant", "ok"))]
     assert code.prompt + code.completions[0] == tokenizer.apply_chat_template(turns)["input_ids"]
 
@@ -129,16 +129,16 @@ def test_a_reward_model_of_the_policys_format_reads_the_policys_tokens(models, t
     (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "is it?"}) + "\n")
     own = {"data.kind": "prompt", "rollout.samples": 2, "rollout.max_new_tokens": 4}
     args = arguments(tmp_path, ONLINE, fields(models, tmp_path, models[2], tmp_path / "prompts.jsonl", **own))
-    assert checked(args).judge is None
+    assert checked(args).judge.shared and not checked([*args, "--config.rollout.stop=('x',)"]).judge.shared
     file, before = models[2] / "tokenizer.json", (models[2] / "tokenizer.json").read_text()
     file.write_text(json.dumps(json.loads(before) | {"post_processor": None}))  # the same tokens, and no <s> in front
-    assert checked(args).judge.length % 8 == 0
+    assert not (judge := checked(args).judge).shared and judge.length % 8 == 0
     with pytest.raises(ValueError, match=r"rm2' reads 128 tokens, and a prompt of 6 of its own with an answer of max_new_tokens 123 does"):
         checked([*args, "--config.rollout.max_new_tokens=123"])
     file.write_text(before)
     config, known = models[2] / "config.json", (models[2] / "config.json").read_text()
     config.write_text(json.dumps(json.loads(known) | {"max_position_embeddings": 16}))
-    with pytest.raises(ValueError, match=r"rows of 17 tokens exceed the 16 positions of the reward model .*rm2'; lower max_new_tokens"):
+    with pytest.raises(ValueError, match=r"rm2' reads 16 tokens, and a prompt of 7 of its own with an answer of max_new_tokens 10 does"):
         checked([*args, "--config.rollout.max_new_tokens=10"])
     checked([*args, "--config.rollout.max_new_tokens=9"])
     with pytest.raises(ValueError, match=r"rows of \d+ tokens exceed the 16 positions of the reward model .*; lower data.max_length"):

@@ -1,4 +1,4 @@
-"""Reward models: a score in place of logits, read at the last completion token; folders in and out."""
+"""Reward models: a score in place of logits, read at the last token; folders in and out."""
 
 import dataclasses
 
@@ -147,16 +147,17 @@ def test_a_score_depends_on_no_padding_and_on_no_other_row(llama):
     np.testing.assert_allclose(our_scores(source, params, alone), scores[2:3, 1:], atol=1e-6)
 
 
-def test_the_score_is_read_at_the_last_completion_token(llama):
-    """The completion's own end decides, not what stands behind it in the row."""
+def test_the_score_is_read_at_the_last_token(llama):
+    """The end of what is there decides, whatever of it is scored; where nothing is, there is no score."""
     source, params = llama
-    batch = {"tokens": jnp.arange(3, 15).reshape(1, 1, 12), "mask": jnp.ones((1, 1, 12), bool)}
-    read = lambda first, end: batch | {"completion_mask": (jnp.arange(12) >= first)[None, None] & (jnp.arange(12) < end)[None, None]}
-    longer, shorter = (our_scores(source, params, read(4, end)) for end in (12, 8))
-    cut = {k: x[:, :, :8] for k, x in read(4, 8).items()}
-    np.testing.assert_allclose(shorter, our_scores(source, params, cut), atol=1e-6)
-    assert abs(longer - shorter).max() > 1e-3
-    assert our_scores(source, params, read(4, 4)) == 0.0  # no completion
+    inside = lambda first, end: ((jnp.arange(12) >= first) & (jnp.arange(12) < end))[None, None]
+    read = lambda end, first, last: our_scores(
+        source, params, {"tokens": jnp.arange(3, 15).reshape(1, 1, 12), "mask": inside(0, end), "completion_mask": inside(first, last)}
+    )
+    np.testing.assert_array_equal(read(12, 4, 8), read(12, 4, 12))
+    np.testing.assert_array_equal(read(8, 4, 5), read(8, 4, 8))
+    assert abs(read(12, 4, 8) - read(8, 4, 8)).max() > 1e-3
+    assert read(12, 4, 4) == 0.0  # no completion
 
 
 def test_the_offset_is_neither_trained_nor_decayed(llama):

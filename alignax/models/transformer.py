@@ -398,7 +398,8 @@ def forward(
     def rate(params: Params, batch: Batch) -> Outputs:
         tokens, mask, scored = rows(batch["tokens"]), rows(batch["mask"]), rows(batch["completion_mask"])  # [R, T]
         hidden, _ = decoder.apply({"params": params}, tokens, mask)
-        scores = last_scores(hidden, scored, params["score"], params["score_offset"]).reshape(*batch["tokens"].shape[:2], -1)
+        whole = mask & scored.any(axis=1, keepdims=True)  # a row of which nothing is scored has no score either
+        scores = last_scores(hidden, whole, params["score"], params["score_offset"]).reshape(*batch["tokens"].shape[:2], -1)
         return Outputs(None, None, scores=scores[..., 0] if config.num_labels == 1 else scores)  # pyright: ignore[reportArgumentType]
 
     def apply(params: Params, batch: Batch) -> Outputs:
