@@ -15,6 +15,7 @@ from test_online import arguments, checked
 from test_rewards import reward_folder
 
 from alignax import judges, rewards
+from alignax.cli import main
 from alignax.config import default_config
 from alignax.data import load_examples
 from alignax.generate import Completions, Sampling
@@ -278,3 +279,18 @@ def test_formats_are_compared_by_content_and_not_by_rows(models, tmp_path):
     (other / "chat_template.jinja").write_text(OURS.replace("</s>", " </s>"))
     assert checked(given(other, data)).train.examples.judge is None, "a text goes through no template"
     assert checked(given(other, tmp_path / "chats.jsonl")).train.examples.judge is not None
+
+
+@pytest.mark.slow
+def test_samples_of_conversations_anchor_a_reward_model_of_another_template(models, tmp_path):
+    """As `alignax generate --out` writes them."""
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": pair[0][:1]}) + "\n" for pair in conversations(tmp_path / "x")))
+    samples, out = tmp_path / "samples.jsonl", tmp_path / "out"
+    told = ["--prompts", tmp_path / "prompts.jsonl", "--out", samples, "--n", 2, "--max-new-tokens", 8]
+    assert main(["generate", *map(str, [models[0], *told])]) == 0
+    assert main(["anchor", *map(str, [models[1], out, "--samples", samples, "--config.batch_size=8"])]) == 0
+    judge, rows = transformers.AutoTokenizer.from_pretrained(models[1]), [json.loads(line) for line in samples.read_text().splitlines()]
+    chats = [[*row["prompt"], {"role": "assistant", "content": row["completion"]}] for row in rows if row["completion"].strip()]
+    wanted = transformers_scores(models[1], [judge.apply_chat_template(chat)["input_ids"] for chat in chats])
+    assert len(chats) > 4 and wanted.std() > 0.01
+    np.testing.assert_allclose(json.loads((out / "config.json").read_text())["score_offset"], [wanted.mean()], atol=1e-4)
