@@ -97,7 +97,8 @@ def last_scores(hidden: jax.Array, mask: jax.Array, weight: jax.Array, offset: j
 
     Args:
       hidden: [R, T, D].
-      mask: [R, T] bool, real tokens, the last of which may be what a chat template writes behind the end; a row without one scores 0.
+      mask: [R, T] bool, where it may be read: at real tokens, those that a chat template writes behind the end too; a row without one
+        scores 0.
       weight: [D, labels].
       offset: [labels], taken from every score: what the initial policy's samples score. It is not trained.
     """
