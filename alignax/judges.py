@@ -91,7 +91,8 @@ def alike(judge: Any, policy: Any, vocab_size: int) -> bool:
 
 def written(tokenizer: Any) -> tuple[Any, Any]:
     """What the text of a conversation depends on beside the variables of its template."""
-    return tokenizer.chat_template, tokenizer.special_tokens_map
+    template = tokenizer.chat_template
+    return template, {name: token for name, token in tokenizer.special_tokens_map.items() if name in str(template)}
 
 
 def form(source: hf.Source, judge: Any, tokenizer: Any) -> None:
