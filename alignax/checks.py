@@ -309,13 +309,13 @@ def check_positions(config: Any, source: hf.Source, examples: dict[str, Examples
         check_room(source.config, prompt, config.eval.max_new_tokens, "eval.max_new_tokens")
 
 
-def check_judged(config: Any, source: hf.Source, examples: list[Examples]) -> None:
-    """Refuses rows and samples that are longer than the positions of a reward model that reads the policy's tokens."""
-    most, online = source.config.max_position_embeddings, config.rollout.samples > 0
-    longest = max(int((e.prompt_lengths if online else e.lengths).max()) for e in examples)
-    longest, field = (longest + longest_answer(config), "max_new_tokens") if online else (longest, "data.max_length")
+def check_judged(source: hf.Source, examples: list[Examples]) -> None:
+    """Refuses rows of data that are longer than the positions of a reward model that reads the policy's tokens."""
+    most, longest = source.config.max_position_embeddings, max(int(e.lengths.max()) for e in examples)
     if longest > most and dict(source.config.rope_scaling).get("rope_type") != "dynamic":
-        raise ValueError(f"rows of {longest} tokens exceed the {most} positions of the reward model {str(source.path)!r}; lower {field}")
+        raise ValueError(
+            f"rows of {longest} tokens exceed the {most} positions of the reward model {str(source.path)!r}; lower data.max_length"
+        )
 
 
 def longest_answer(config: Any) -> int:

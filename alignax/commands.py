@@ -214,7 +214,9 @@ def check_data(file: str, overrides: Sequence[str], out: str, force: bool = Fals
         if out not in ("", "-"):
             output.claim(Path(out), force=force)
         colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and out != "-"
-        result = check.check(config.data, *tokenizer_alone(config.model.path), colour=colour, row=experiment.row)
+        tokenizer, vocab_size, ends, labels = tokenizer_alone(config.model.path)
+        whole = bool(labels or config.model.num_labels or config.reward.path)
+        result = check.check(config.data, tokenizer, vocab_size, ends, colour, experiment.row, whole)
         if out != "-":
             print("\n".join(check.text(result)))
         if out:
@@ -223,8 +225,8 @@ def check_data(file: str, overrides: Sequence[str], out: str, force: bool = Fals
             raise ValueError(f"a run would stop here: {found}. Correct the rows, or leave them out with --config.data.bad_rows=drop")
 
 
-def tokenizer_alone(path: str) -> tuple[Any, int, tuple[int, ...]]:
-    """The tokenizer of a folder that may lack a model, and, where it has a config.json, the rows of the embedding and the ends."""
+def tokenizer_alone(path: str) -> tuple[Any, int, tuple[int, ...], int]:
+    """The tokenizer of a folder that may lack a model, and, where it has a config.json, the rows of the embedding, the ends, the labels."""
     if path and not Path(path).is_dir():
         path = sources(path, "model.path")[0][0]  # of a soup the first one's
     if not Path(path or " ").is_dir():
@@ -232,6 +234,6 @@ def tokenizer_alone(path: str) -> tuple[Any, int, tuple[int, ...]]:
     if (Path(path) / "config.json").is_file():
         source = hf.open_folder(path)
         tokenizer = load_tokenizer(Path(path), source.config.vocab_size)
-        return tokenizer, source.config.vocab_size, hf.end_ids(source, tokenizer)
+        return tokenizer, source.config.vocab_size, hf.end_ids(source, tokenizer), source.config.num_labels
     tokenizer = load_tokenizer(Path(path), sys.maxsize)
-    return tokenizer, len(tokenizer), ()
+    return tokenizer, len(tokenizer), (), 0

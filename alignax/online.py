@@ -5,6 +5,7 @@ come, each further one in an order of its own.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -209,8 +210,8 @@ def measured(batch: Batch, other: bool = False) -> Metrics:
     if "scores" in batch and batch["scores"].shape[-1] > 1:
         out |= {f"score/member_{k}": mean(batch["scores"][..., k]) for k in range(batch["scores"].shape[-1])}
         out["disagreement"] = mean(batch["scores"].std(axis=-1))
-    if "judge_cut" in batch:
-        out["judge_cut"] = (batch["judge_cut"] & real).sum()
+    if cut := [x for name, x in batch.items() if name.endswith("_cut")]:
+        out["judge_cut"] = (functools.reduce(jnp.logical_or, cut) & real).sum()
     if "kl_coefficient" in batch:
         out["kl_coefficient"] = batch["kl_coefficient"].mean()
     if "multipliers" in batch:

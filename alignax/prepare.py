@@ -40,7 +40,7 @@ from alignax.models.reward import CRITIC
 from alignax.models.tokenizers import load_tokenizer
 from alignax.optim import make_optimizer, make_schedule
 from alignax.run.opening import Vocabulary, notices, open_models
-from alignax.run.roles import ENSEMBLE, POLICY, REFERENCE, STORED, Role, abstract_frozen, models
+from alignax.run.roles import GOLD, POLICY, REFERENCE, STORED, Role, abstract_frozen, models
 from alignax.workers import Workers
 
 # Fields that may change when a run is resumed: they do not say what is computed, only where and how it is told.
@@ -132,8 +132,11 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
     if not config.data.train:
         raise ValueError("config field 'data.train' is empty; set --config.data.train=FILE")
     Today.day = began(Path(config.workdir))  # a run that goes on tomorrow has the same rows
+    whole = source.config.num_labels > 0 or bool(scoring(roles))  # a reward model reads what the chat template writes behind an end
     loaded = {
-        split: load(split, config.data, words.tokenizer, source.config.vocab_size, words.ends, experiment.row)
+        split: load(
+            split, config.data, words.tokenizer, source.config.vocab_size, words.ends, experiment.row, whole and split != "pretrain"
+        )
         for split in ("train", "eval", "pretrain")
         if config.data[split]
     }
@@ -164,25 +167,31 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
     )  # fmt: skip
 
 
+def scoring(roles: dict[str, Role]) -> dict[str, Role]:
+    """The reward models that are read, by name."""
+    return {name: role for name, role in roles.items() if role.members and not role.trained}
+
+
 def judged(
     experiment: Experiment, roles: dict[str, Role], words: Vocabulary, loaded: dict[str, Loaded]
 ) -> tuple[dict[str, Judge], dict[str, Examples]]:
     """How the reward models read samples, and every split, with what they read of rows where that is not what the policy does."""
-    config, every = experiment.config, {split: data.examples for split, data in loaded.items()}
-    if ENSEMBLE not in roles:
-        return {}, every
-    source = roles[ENSEMBLE].source
-    own, read = load_tokenizer(source.path, source.config.vocab_size), {s: x for s, x in loaded.items() if s != "pretrain"}
-    if not config.rollout.samples:
-        every |= judging.of_data(config, source, own, words.tokenizer, read, experiment.row)
-        judge, shared = None, [every[split] for split in read if every[split].judge is None]
-    else:
-        prompts = [data.examples for data in read.values()]
-        judge = judging.of_rollouts(config, source, own, words.tokenizer, words.ends, prompts)
-        shared = prompts if judge is None else []
-    if shared:
-        check_judged(config, source, shared)
-    return ({} if judge is None else {ENSEMBLE: judge}), every
+    config, read = experiment.config, [split for split in loaded if split != "pretrain"]
+    # Conversations are kept for samples that reward models read, and for nobody else.
+    every = {split: dataclasses.replace(data.examples, conversations=[]) for split, data in loaded.items()}
+    judges, asks = {}, (*asked(experiment.experience), *asked(experiment.loss))
+    for name, role in scoring(roles).items():
+        own = load_tokenizer(role.source.path, role.source.config.vocab_size)
+        if config.rollout.samples or name == GOLD:
+            judges[name] = judging.of_rollouts(config, name, role.source, own, words.tokenizer, [loaded[split].examples for split in read])
+        if not config.rollout.samples and name in asks:
+            bare = {split: loaded[split]._replace(examples=every[split]) for split in read}
+            every |= judging.of_data(config, name, role.source, own, words.tokenizer, words.ends, bare, experiment.row)
+            if shared := [every[split] for split in read if name not in every[split].others]:
+                check_judged(role.source, shared)
+    if judges:
+        every |= {split: dataclasses.replace(every[split], conversations=loaded[split].examples.conversations) for split in read}
+    return judges, every
 
 
 def learning(experiment: Experiment, roles: dict[str, Role], mesh: Mesh) -> tuple[dict[str, Objective], dict[str, Average]]:

@@ -81,7 +81,7 @@ def anchor(place: str, folder: Path, file: str, overrides: Sequence[str], sample
         config, source, mesh, params = reward_models(place, file, [*SAMPLES, *overrides])
         tokenizer = load_tokenizer(source.path, source.config.vocab_size)
         ends = hf.end_ids(source, tokenizer)
-        examples, report = load_examples(samples, config.data, tokenizer, source.config.vocab_size, ends)
+        examples, report = load_examples(samples, config.data, tokenizer, source.config.vocab_size, ends, whole=True)
         dtype, members = config.export.dtype, len(jax.tree.leaves(params)[0])
         for name in names_of(members if members > 1 else 0):
             output.claim_on_all(folder / name, by, force)
@@ -112,7 +112,7 @@ def ridge(folder: Path, file: str, overrides: Sequence[str], penalty: float, for
             raise ValueError(f"{config.model.path!r} is a language model; set model.num_labels to 1, or to how many attributes there are")
         tokenizer = load_tokenizer(source.path, source.config.vocab_size)
         ends = hf.end_ids(source, tokenizer)
-        examples, reports, _ = load("train", config.data, tokenizer, source.config.vocab_size, ends, experiment.row)
+        examples, reports, _ = load("train", config.data, tokenizer, source.config.vocab_size, ends, experiment.row, whole=True)
         mesh = make_mesh(config.mesh)
         how = {"penalty": penalty, "batch_size": eval_batch_size(config), "dtype": compute_dtype(config, mesh)}
         params = fit_ridge(source.config, hf.load_params(source, mesh), examples, mesh, **how)
@@ -135,7 +135,8 @@ def pairs_of(config: Any, source: hf.Source, row: Callable[[dict], Any] | None) 
     tokenizer = load_tokenizer(source.path, source.config.vocab_size)
     splits = [split for split in ("eval", "ood") if config.data[split]]
     ends = hf.end_ids(source, tokenizer)
-    loaded = {split: load(split, config.data, tokenizer, source.config.vocab_size, ends, row).examples for split in splits}
+    read = lambda split: load(split, config.data, tokenizer, source.config.vocab_size, ends, row, whole=True).examples
+    loaded = {split: read(split) for split in splits}
     for split, examples in loaded.items():
         if examples.N != 2:
             raise ValueError(f"data.{split} has {examples.N} responses of a prompt, eval-rm takes pairs; set data.kind to preference")

@@ -86,17 +86,17 @@ def ensemble_model(config: ModelConfig, params: Params, mesh: Mesh, dtype: Any =
     return Model(ensemble_apply(config, mesh, dtype), params)
 
 
-def ensemble_apply(config: ModelConfig, mesh: Mesh, dtype: Any = jnp.float32) -> Callable[[Params, Batch], Outputs]:
+def ensemble_apply(config: ModelConfig, mesh: Mesh, dtype: Any = jnp.float32, role: str = "ensemble") -> Callable[[Params, Batch], Outputs]:
     """The forward pass of K reward models as one, whose `Outputs.scores` are [B, N, K]; nothing is sent between members.
 
-    They read `judge_tokens` and its masks where the batch has them, see `alignax.judges`, and `tokens` otherwise.
+    They read `ensemble_tokens` and its masks where the batch has them, see `alignax.judges`, and `tokens` otherwise; of another role so.
 
     Members lie side by side along the mesh axis `member`; those of one device score one after another, in one program.
     """
     apply, side = forward(config, dtype=dtype, remat="none", mesh=mesh), mesh.shape["member"]
 
     def rate(params: Params, batch: Batch) -> Outputs:
-        batch = {name: batch.get(f"judge_{name}", batch[name]) for name in FIELDS}
+        batch = {name: batch.get(f"{role}_{name}", batch[name]) for name in FIELDS}
         # Those of a device under vmap took 1.2 to 1.9 times the time of scoring alone, and K times the memory: their activations leave
         # the caches.
         scores = lambda members: jax.lax.map(lambda one: apply(one, batch).scores, members)

@@ -24,7 +24,7 @@ from alignax.data.files import short
 from alignax.generate import Completions, Generator, Sampling, Stops, sampled_batch, shape_for, stops_of, text_of
 from alignax.generate.stops import LENGTH, STOP_ID, STOP_STRING
 from alignax.prepare import Run
-from alignax.run.roles import whole
+from alignax.run.roles import GOLD, whole
 from alignax.run.state import Held
 from alignax.types import Batch, TrainState
 from alignax.workers import Abandoned
@@ -215,9 +215,10 @@ def said_batch(
     """The batch of completions of rows of the data, on the host, before reward functions are asked."""
     batch = sampled_batch(prompts, completions, run.data.train.length)
     batch |= {"truncated": completions.ended == LENGTH, "prompt_id": rows.astype(np.int32)}
-    for judge in run.judges.values():
+    for role, judge in run.judges.items():
         own = judges.read(judge, run.words.tokenizer, examples, rows, prompts, completions, texts)
-        batch |= own | {"completion_mask": batch["completion_mask"] & own["judge_completion_mask"].any(axis=-1, keepdims=True)}
+        readable = own[f"{role}_completion_mask"].any(axis=-1, keepdims=True)
+        batch |= own | {"completion_mask": batch["completion_mask"] & (readable | (role == GOLD))}
     return batch
 
 

@@ -162,12 +162,12 @@ def load_experts(folders: Sequence[str | Path], source: hf.Source, mesh: Mesh) -
 
 
 def state_of(config: ModelConfig, dtype: Any = jnp.float32, remat: str = "none", mesh: Mesh | None = None) -> States:
-    """A model's state at the last token of each response: `(params, batch) -> [B, N, D]` float32."""
+    """A model's state at the last token of each row, where reward models are read: `(params, batch) -> [B, N, D]` float32."""
     decoder = Decoder(config, dtype, remat, mesh)
 
     def states(params: Params, batch: Batch) -> jax.Array:
         hidden, _ = decoder.apply({"params": params}, rows(batch["tokens"]), rows(batch["mask"]))  # [R, T, D]
-        return last_states(hidden, rows(batch["completion_mask"])).reshape(*batch["tokens"].shape[:2], -1)
+        return last_states(hidden, rows(batch["mask"])).reshape(*batch["tokens"].shape[:2], -1)
 
     return states
 

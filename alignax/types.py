@@ -16,8 +16,8 @@ A batch is a plain dict of arrays whose leading axis is B. Every method has the 
 | `ref_logps`       | [B, N, T] f32    | per-token log-probs of the reference (an experience writes them)                 |
 | `ref_tokens`      | [B, N, T] int32  | what the reference beside the policy reads in the place of `tokens`              |
 | `ref_mask`        | [B, N, T] bool   | the real ones of these                                                           |
-| `judge_tokens`    | [B, N, T'] int32 | what reward models of another format read in the place of `tokens`; `judge_mask` |
-|                   |                  | and `judge_completion_mask` are its masks (see `alignax.judges`)                 |
+| `ensemble_tokens` | [B, N, T'] int32 | what the reward models read in the place of `tokens`: samples, and rows in another |
+|                   |                  | format; with `ensemble_mask`, `ensemble_completion_mask` (see `alignax.judges`)  |
 | `old_logps`       | [B, N, T] f32    | those of the policy as it stands before the step (likewise)                      |
 | `old_entropy`     | [B, N, T] f32    | entropy of that policy's next-token distributions, nats; of a rollout            |
 | `sampled_logps`   | [B, N, T] f32    | those that a completion was sampled with (see `alignax.generate`)                |

@@ -104,3 +104,12 @@ def test_an_aggregate_wants_scores_and_scores_a_reward_model():
     policy = Model(lambda params, batch: tiny.plain_apply(params, batch)._replace(scores=None), tiny.plain_params())
     with pytest.raises(ValueError, match="takes a reward model, and this one gives no scores"):
         score(policy)(tiny.batch())
+
+
+@pytest.mark.parametrize("members", [(), (3,)])
+def test_a_reward_model_of_several_labels_is_no_ensemble(members):
+    """Alone or in an ensemble: its labels would be taken for members."""
+    scores = lambda labels: Model(lambda params, batch: None, {"score": jnp.zeros((*members, 8, labels))})  # pyright: ignore
+    score(scores(1))
+    with pytest.raises(ValueError, match="takes a reward model with one score of a response, or an ensemble of such, and this one gives 2"):
+        score(scores(2))

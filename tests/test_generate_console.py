@@ -12,7 +12,8 @@ import tiny
 
 from alignax import cli
 from alignax.config import default_config
-from alignax.generate import console
+from alignax.data import load_examples
+from alignax.generate import Completions, Sampling, console
 from alignax.generate.console import Request
 
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -220,3 +221,18 @@ def test_a_text_is_what_its_tokens_say_whatever_the_folder_asks_for(tmp_path):
     tokenizer = load_tokenizer(tmp_path, 96)
     ids = np.asarray(tokenizer("a , . do n't ?", add_special_tokens=False)["input_ids"])
     assert console.text_of(ids, "length", tokenizer, None) == added_text(tokenizer, [1], ids) == tokenizer.decode(ids) == "a , . do n't ?"
+
+
+def test_completions_of_a_conversation_are_rows_that_any_template_can_read(tmp_path):
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": [{"from": "human", "value": "hi"}], "tools": "[]"}) + "\n")
+    tokenizer = tiny.byte_tokenizer("{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}")
+    prompts = console.read(Request(prompts=str(tmp_path / "prompts.jsonl")), tokenizer, DATA)
+    tokens = np.array([[tokenizer("ok", add_special_tokens=False)["input_ids"]]], np.int32)
+    out = Completions(tokens, tokens >= 0, np.zeros(tokens.shape, np.float32), np.array([["length"]], object), Sampling(), 0, 0)
+    ((row,),) = console.rows(prompts, out, tokenizer, None)
+    assert row["prompt"] == [{"role": "user", "content": "hi"}] and row["completion"] == "ok" and "tools" not in row
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    data, other = default_config().data, tiny.byte_tokenizer("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}")
+    data.kind = "sft"
+    examples, _ = load_examples(tmp_path / "rows.jsonl", data, other, 999, {1})
+    assert other.decode(examples.tokens) == "user: hi</s>assistant: ok</s>"

@@ -1,4 +1,4 @@
-"""Reward models: a score in place of logits, read at the last completion token; folders in and out."""
+"""Reward models: a score in place of logits, read at the last token; folders in and out."""
 
 import dataclasses
 
@@ -128,7 +128,7 @@ def test_a_language_models_folder_gets_a_head_of_the_runs_seed(llama, tmp_path):
     theirs, batch = AUTO.from_pretrained(tmp_path / "out"), tiny.batch(T=16)
     assert theirs.config.pad_token_id == 0
     back = hf.open_folder(tmp_path / "out")
-    assert back.config.num_labels == 1 and back.config == source.config
+    assert back.config.num_labels == 1 and back.config == dataclasses.replace(source.config, padding=0)
     scores = our_scores(back, hf.load_params(back, ONE), batch)
     np.testing.assert_array_equal(scores, our_scores(source, anchored, batch))
     np.testing.assert_allclose(scores, their_scores(theirs, batch)[..., 0] - 0.75, atol=1e-5)  # transformers knows no offset
@@ -147,16 +147,31 @@ def test_a_score_depends_on_no_padding_and_on_no_other_row(llama):
     np.testing.assert_allclose(our_scores(source, params, alone), scores[2:3, 1:], atol=1e-6)
 
 
-def test_the_score_is_read_at_the_last_completion_token(llama):
-    """The completion's own end decides, not what stands behind it in the row."""
+def test_the_score_is_read_at_the_last_token(llama):
+    """The end of what is there decides, whatever of it is scored; where nothing is, there is no score."""
     source, params = llama
-    batch = {"tokens": jnp.arange(3, 15).reshape(1, 1, 12), "mask": jnp.ones((1, 1, 12), bool)}
-    read = lambda first, end: batch | {"completion_mask": (jnp.arange(12) >= first)[None, None] & (jnp.arange(12) < end)[None, None]}
-    longer, shorter = (our_scores(source, params, read(4, end)) for end in (12, 8))
-    cut = {k: x[:, :, :8] for k, x in read(4, 8).items()}
-    np.testing.assert_allclose(shorter, our_scores(source, params, cut), atol=1e-6)
-    assert abs(longer - shorter).max() > 1e-3
-    assert our_scores(source, params, read(4, 4)) == 0.0  # no completion
+    inside = lambda first, end: ((jnp.arange(12) >= first) & (jnp.arange(12) < end))[None, None]
+    read = lambda end, first, last: our_scores(
+        source, params, {"tokens": jnp.arange(3, 15).reshape(1, 1, 12), "mask": inside(0, end), "completion_mask": inside(first, last)}
+    )
+    np.testing.assert_array_equal(read(12, 4, 8), read(12, 4, 12))
+    np.testing.assert_array_equal(read(8, 4, 5), read(8, 4, 8))
+    assert abs(read(12, 4, 8) - read(8, 4, 8)).max() > 1e-3
+    assert read(12, 4, 4) == 0.0  # no completion
+
+
+def test_a_folder_that_pads_with_the_end_is_read_in_front_of_it(tmp_path):
+    """As transformers does, and so is its export."""
+    model = torch_llama.write(tmp_path / "in", auto=AUTO, model_type="llama", pad_token_id=2, num_labels=1)
+    source, batch = hf.open_folder(tmp_path / "in"), tiny.batch(T=16)
+    inside = np.arange(16) < np.asarray(batch["mask"]).sum(axis=-1, keepdims=True) - 1
+    ended = batch | {"tokens": jnp.where(inside, batch["tokens"], 2)}
+    params = hf.load_params(source, ONE)
+    scores = our_scores(source, params, ended)
+    np.testing.assert_allclose(scores, their_scores(model, ended)[..., 0], atol=1e-4, rtol=0)
+    assert np.abs(our_scores(source._replace(config=dataclasses.replace(source.config, padding=None)), params, ended) - scores).min() > 1e-4
+    hf.export(params, source, tmp_path / "out")
+    np.testing.assert_array_equal(their_scores(AUTO.from_pretrained(tmp_path / "out"), ended), their_scores(model, ended))
 
 
 def test_the_offset_is_neither_trained_nor_decayed(llama):

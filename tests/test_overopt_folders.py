@@ -94,7 +94,7 @@ def test_prompts_are_read_by_the_columns_of_the_data(tmp_path):
     tokenizer = tiny.byte_tokenizer("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
     own.data.columns.prompt, own.data.columns.system = "question", "rules"
     (prompt,) = folders.read_prompts(own, tokenizer, 1)
-    assert prompt.text == "system: Be brief.\nuser: hi\n" and prompt.content[0] == {"role": "system", "content": "Be brief."}
+    assert prompt.text == "system: Be brief.\nuser: hi\n" and prompt.given[0] == {"role": "system", "content": "Be brief."}
 
 
 @pytest.mark.slow

@@ -138,9 +138,9 @@ def assemble(examples: Examples, indices: np.ndarray, length: int) -> dict[str, 
     for name, values in examples.fields.items():
         batch[name] = values[side[:, 0] // examples.N]  # [B, ...]
         batch[name][~real[:, 0]] = 0
-    if examples.judge is not None:
-        own = assemble(examples.judge, indices, padded_length(examples.judge))
-        batch |= {f"judge_{name}": own[name] for name in ("tokens", "mask", "completion_mask")}
+    for role, read in examples.others.items():
+        own = assemble(read, indices, padded_length(read))
+        batch |= {f"{role}_{name}": own[name] for name in ("tokens", "mask", "completion_mask")}
     return batch
 
 

@@ -27,7 +27,7 @@ NO_VARIABLES: Mapping[str, Any] = MappingProxyType({})
 
 
 class Encoded(NamedTuple):
-    """A row in tokens: the prompt that the N completions share, and each from there to its last scored token."""
+    """A row in tokens: the prompt that the N completions share, and each from there to its last scored token, or to the end of its text."""
 
     prompt: list[int]
     completions: list[list[int]]
@@ -195,22 +195,27 @@ def masks(tokenizer: Any) -> str:
 
 
 def encode(
-    rows: Sequence[Prompted], tokenizer: Any, ends: Collection[int] = (), variables: Mapping[str, Any] = NO_VARIABLES
+    rows: Sequence[Prompted],
+    tokenizer: Any,
+    ends: Collection[int] = (),
+    variables: Mapping[str, Any] = NO_VARIABLES,
+    whole: bool = False,
 ) -> list[Encoded | Bad]:
     """Tokens of conversational rows, as the chat template has them: no BOS and no EOS is added, and none taken away.
 
     A scored turn ends with the first end behind what it says, the tokenizer's EOS or one of `ends`; what the template puts behind that
-    is not scored, and behind the last turn it is left out. A turn that the template ends without one is counted. What the template puts
-    in front of an answer by itself where reasoning would be is not scored either.
+    is not scored, and behind the last turn it is left out, unless rows are `whole`. A turn that the template ends without one is counted.
+    What the template puts in front of an answer by itself where reasoning would be is not scored either.
 
     Args:
       rows: prompts and their completions, conversations.
       tokenizer: a Hugging Face tokenizer with a chat template.
       ends: tokens that end a turn, beside the EOS.
       variables: values of the template's variables.
+      whole: completions go on to the end of the text, "<|im_end|>\\n" say, where transformers reads a reward model's score.
     """
     found = rendered(rows, tokenizer, ends, variables)
-    codes = iter(tokenized([row for row in found if isinstance(row, Found)], tokenizer, ends))
+    codes = iter(tokenized([row for row in found if isinstance(row, Found)], tokenizer, ends, whole))
     return [row if isinstance(row, Bad) else next(codes) for row in found]
 
 
@@ -222,14 +227,14 @@ def rendered(rows: Sequence[Prompted], tokenizer: Any, ends: Collection[int], va
     return [find(row, template, texts) for row in rows]
 
 
-def tokenized(rows: Sequence[Found], tokenizer: Any, ends: Collection[int]) -> list[Encoded | Bad]:
-    """Tokens of what `rendered` found."""
+def tokenized(rows: Sequence[Found], tokenizer: Any, ends: Collection[int], whole: bool = False) -> list[Encoded | Bad]:
+    """Tokens of what `rendered` found; for `whole` see `encode`."""
     every = [text for row in rows for text in ([side.text for side in row.sides] or [row.prompt])]
     if not every:
         return []
     batch = tokenizer(every, add_special_tokens=False, return_attention_mask=False, verbose=False)
     tokens = iter(Tokens(tokenizer, text, ids, batch, i) for i, (text, ids) in enumerate(zip(every, batch["input_ids"], strict=True)))
-    return [_encoded(row, [next(tokens) for _ in row.sides or "1"], {tokenizer.eos_token_id, *ends}) for row in rows]
+    return [_encoded(row, [next(tokens) for _ in row.sides or "1"], {tokenizer.eos_token_id, *ends}, whole) for row in rows]
 
 
 def parts(row: Found) -> tuple[str, list[str]]:
@@ -256,7 +261,7 @@ def _front(row: Found) -> int:
     return starts[0] if len(texts) == 1 else min((side.opened for side in row.sides), default=len(row.prompt))
 
 
-def _encoded(row: Found, tokens: list["Tokens"], ends: Collection[int]) -> Encoded | Bad:
+def _encoded(row: Found, tokens: list["Tokens"], ends: Collection[int], whole: bool) -> Encoded | Bad:
     if not row.sides:
         (prompt,) = tokens
         eos = prompt.tokenizer.eos_token_id
@@ -282,7 +287,7 @@ def _encoded(row: Found, tokens: list["Tokens"], ends: Collection[int]) -> Encod
                 return Bad("empty completion", "the chat template makes no token of an assistant turn")
             scored[first:last] = b"\1" * (last - first)
             without += own.ids[last - 1] not in ends and stop <= len(side.text)
-        end = scored.rindex(1) + 1
+        end = len(scored) if whole else scored.rindex(1) + 1
         completions.append(own.ids[boundary:end])
         marks.append(bytes(scored[boundary:end]))
     return Encoded(tokens[0].ids[:boundary], completions, marks, row.sides[0].text[:front], merged, without, row.told)

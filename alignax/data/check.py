@@ -24,18 +24,20 @@ def check(
     ends: Collection[int] = (),
     colour: bool = False,
     row: Callable[[dict], Any] | None = None,
+    whole: bool = False,
 ) -> dict[str, Any]:
     """Reads and tokenises what `config.data` names, bad rows and all, and returns what is to be known of it.
 
     Bad rows are counted by reason and the first few described, whatever `data.bad_rows` says: what a run would stop at is in
-    `stops`. All values are plain, for JSON; `text` writes them for people. `row` is the experiment's.
+    `stops`. All values are plain, for JSON; `text` writes them for people. `row` is the experiment's; for `whole` see
+    `alignax.data.tokens.tokenize`.
 
     Raises:
       ValueError: for what is no matter of single rows, such as a missing column, and when no row is left.
     """
     lenient = data.copy_and_resolve_references()
     lenient.bad_rows = "drop"
-    loaded = {split: load(split, lenient, tokenizer, vocab_size, ends, row) for split in SPLITS if data[split]}
+    loaded = {split: load(split, lenient, tokenizer, vocab_size, ends, row, whole) for split in SPLITS if data[split]}
     if not loaded:
         raise ValueError("config fields 'data.train' and 'data.eval' are empty; set --config.data.train=FILE")
     out: dict[str, Any] = {split: _split(split_data, data, tokenizer, colour) for split, split_data in loaded.items()}

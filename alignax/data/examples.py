@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from alignax.data.rows import Message
+
 # Fields that rows bring into the batch beside their tokens, and their types; a further one costs a line here and one in rows.py.
 FIELDS = {"labels": np.bool_, "margin": np.float32, "attributes": np.float32}
 
@@ -29,7 +31,10 @@ class Examples:
     token_fields: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # name -> [total], computed from the tokens
     columns: dict[str, list[Any]] = dataclasses.field(default_factory=dict)  # name -> [n], of prompts: what reward functions may read
     rows: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))  # [n], of the files; none of examples of no file
-    judge: "Examples | None" = None  # the same rows as reward models read them; None: as they are
+    conversations: list[tuple[list[Message], Any] | None] = dataclasses.field(default_factory=list)  # [n], or []: see `asked`
+    others: "dict[str, Examples]" = dataclasses.field(
+        default_factory=dict
+    )  # role -> the same rows, as a model of another format reads them
     order: np.ndarray | None = None  # [n] float64: rows of smaller numbers are drawn first in the first epoch; None: no curriculum
 
     def __len__(self) -> int:
@@ -51,8 +56,12 @@ class Examples:
         side = row * self.N
         return self.tokens[self.offsets[side] :][: self.prompt_lengths[side]]
 
+    def asked(self, row: int) -> tuple[str | list[Message], Any]:
+        """The prompt of a row as the file has it, text or messages, before any template, and its tools."""
+        return self.conversations[row] or (self.prompts[row], None)
+
     def taken(self, rows: np.ndarray) -> "Examples":
-        """The examples of these rows, in their order; columns and token fields are left behind."""
+        """The examples of these rows, in their order; columns, conversations and token fields are left behind."""
         sides = (rows[:, None] * self.N + np.arange(self.N)[None]).ravel()
         lengths = self.lengths[sides]
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
@@ -66,7 +75,9 @@ class Examples:
         crc = zlib.crc32(repr((self.N, sorted(self.fields))).encode(), self.token_digest(crc))
         for name in sorted(self.fields):
             crc = zlib.crc32(np.ascontiguousarray(self.fields[name]).tobytes(), crc)
-        return crc if self.judge is None else self.judge.digest(crc)
+        for name in sorted(self.others):
+            crc = self.others[name].digest(crc)
+        return crc
 
     def token_digest(self, crc: int = 0) -> int:
         """A fingerprint of what a model's log-probs depend on: tokens, their masks and lengths."""
@@ -94,6 +105,7 @@ def concatenate(parts: Sequence[Examples]) -> Examples:
         fields={name: np.concatenate([p.fields[name] for p in parts]) for name in parts[0].fields},
         columns={name: [x for p in parts for x in p.columns[name]] for name in parts[0].columns if all(name in p.columns for p in parts)},
         rows=np.concatenate([p.rows for p in parts]),
+        conversations=[x for p in parts for x in p.conversations],
         order=None if any(p.order is None for p in parts) else np.concatenate([p.order for p in parts if p.order is not None]),
     )
 
@@ -115,4 +127,5 @@ def unpair(pairs: Examples) -> Examples:
     gather = np.arange(offsets[-1]) + np.repeat(pairs.offsets[sides] - offsets[:-1], lengths)
     labels = (sides % 2 == 0)[:, None]  # [2n, N = 1]
     prompts, rows = [*pairs.prompts, *pairs.prompts], np.concatenate([pairs.rows, pairs.rows])
-    return Examples(pairs.tokens[gather], pairs.scored[gather], offsets, 1, prompts, {"labels": labels}, rows=rows)
+    given = {"rows": rows, "conversations": [*pairs.conversations, *pairs.conversations]}
+    return Examples(pairs.tokens[gather], pairs.scored[gather], offsets, 1, prompts, {"labels": labels}, **given)

@@ -40,13 +40,19 @@ class Loaded(NamedTuple):
 
 
 def load(
-    field: str, data: Any, tokenizer: Any, vocab_size: int, ends: Collection[int] = (), row: Callable[[dict], Any] | None = None
+    field: str,
+    data: Any,
+    tokenizer: Any,
+    vocab_size: int,
+    ends: Collection[int] = (),
+    row: Callable[[dict], Any] | None = None,
+    whole: bool = False,
 ) -> Loaded:
     """Read and tokenise what `config.data.train` or `.eval` (the field) names, or `.pretrain`, of kind "sft": see `sources`.
 
     Sources with weights are drawn from in these proportions; without, they are one set of rows. An epoch is as many draws as
-    all sources together have rows, whatever the weights. Evaluation takes every row once and refuses weights. For `ends` see `tokenize`;
-    `row` is the experiment's, see `alignax.data.shapes.shaped`; only the rows of `train` have a `data.order`.
+    all sources together have rows, whatever the weights. Evaluation takes every row once and refuses weights. For `ends` and `whole`
+    see `tokenize`; `row` is the experiment's, see `alignax.data.shapes.shaped`; only the rows of `train` have a `data.order`.
     """
     named = sources(data[field], f"data.{field}")
     weights = [weight for _, weight in named if weight is not None]
@@ -57,7 +63,7 @@ def load(
         data.kind = "sft"
     if field != "train":
         data.order = ""
-    loaded = {path: load_examples(path, data, tokenizer, vocab_size, ends, row) for path, _ in named}
+    loaded = {path: load_examples(path, data, tokenizer, vocab_size, ends, row, whole) for path, _ in named}
     parts = [examples for examples, _ in loaded.values()]
     mixture = None
     if weights:

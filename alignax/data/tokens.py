@@ -45,10 +45,11 @@ def load_examples(
     vocab_size: int,
     ends: Collection[int] = (),
     row: Callable[[dict], Any] | None = None,
+    whole: bool = False,
 ) -> tuple[Examples, Report]:
     """Read and tokenise one source (a file, a folder, a data set of the hub) as the `config.data` section says.
 
-    For `ends` see `tokenize`; `row` is the experiment's, see `alignax.data.shapes.shaped`.
+    For `ends` and `whole` see `tokenize`; `row` is the experiment's, see `alignax.data.shapes.shaped`.
     """
     raw = shaped(rows_and_faults(path), data, row)
     apart = holds_pairs(raw, data)
@@ -59,7 +60,7 @@ def load_examples(
     not_read = unread(raw, data)
     del raw
     lengths = {"max_length": data.max_length, "max_prompt_length": data.max_prompt_length}
-    given = {"vocab_size": vocab_size, "ends": ends, "rejected": rejected, "template": dict(data.template)}
+    given = {"vocab_size": vocab_size, "ends": ends, "rejected": rejected, "template": dict(data.template), "whole": whole}
     examples, report = tokenize(rows, tokenizer, ordered=bool(order_column(data)), **given, **lengths)
     report = report._replace(unread=not_read)
     return (unpair(examples), report._replace(pairs_split=report.kept)) if apart else (examples, report)
@@ -76,6 +77,7 @@ def tokenize(
     rejected: Rejected | None = None,
     template: Mapping[str, Any] = chat.NO_VARIABLES,
     ordered: bool = False,
+    whole: bool = False,
 ) -> tuple[Examples, Report]:
     """Tokenise rows, each side as one string.
 
@@ -99,6 +101,7 @@ def tokenize(
       rejected: what `prompted_rows` has left out, taken up in the report; says what becomes of bad rows.
       template: values of the chat template's variables.
       ordered: whether the rows have places in a curriculum.
+      whole: conversations keep what the chat template writes behind their last end, unscored: rows of a reward model, see `chat.encode`.
 
     Returns:
       The examples and the report.
@@ -106,7 +109,7 @@ def tokenize(
     rejected = rejected or Rejected()
     _check_limits(rows, max_length, max_prompt_length, tokenizer, rejected.path)
     fronts = (tokenizer.decode(_own(tokenizer)[0]), tokenizer.bos_token or "")
-    kept = _Kept(tokenizer, {tokenizer.eos_token_id, *ends}, Bound(max_length, max_prompt_length, fronts), rejected)
+    kept = _Kept(tokenizer, {tokenizer.eos_token_id, *ends}, Bound(max_length, max_prompt_length, fronts), rejected, whole)
     for chunk in _chunks(rows):
         kept.add(chunk, _encoded(chunk, kept, template))
         _check_vocabulary(kept.ids[-1], tokenizer, vocab_size)
@@ -129,6 +132,7 @@ class _Kept:
     ends: Collection[int]
     bound: Bound
     rejected: Rejected
+    whole: bool
     rows: list[Prompted] = dataclasses.field(default_factory=list)
     prompts: list[str] = dataclasses.field(default_factory=list)
     ids: list[np.ndarray] = dataclasses.field(default_factory=list)  # of a chunk each
@@ -194,6 +198,7 @@ def _examples(kept: _Kept, ordered: bool) -> Examples:
         fields={name: np.asarray([row.fields[name] for row in rows], FIELDS[name]) for name in rows[0].fields},
         columns={name: [row.columns[name] for row in rows] for name in rows[0].columns},
         rows=np.array([row.row for row in rows], np.int64),
+        conversations=[None if isinstance(row.prompt, str) else (row.prompt, row.tools) for row in rows],
         order=np.asarray([row.order for row in rows], np.float64) if ordered else None,
     )
 
@@ -266,7 +271,7 @@ def _encoded(chunk: Sequence[Prompted], kept: _Kept, template: Mapping[str, Any]
     found = iter(chat.rendered(conversations, tokenizer, ends, template) if conversations else ())
     out: list[Any] = [row if isinstance(row.prompt, str) else next(found) for row in chunk]
     texts = Way(Prompted, lambda row: (row.prompt, row.completions), _part, lambda rows: encode_texts(rows, tokenizer, ends))
-    chats = Way(Found, chat.parts, chat.part, lambda rows: chat.tokenized(rows, tokenizer, ends))
+    chats = Way(Found, chat.parts, chat.part, lambda rows: chat.tokenized(rows, tokenizer, ends, kept.whole))
     for way in (texts, chats):
         own = [i for i, row in enumerate(out) if isinstance(row, way.kind)]
         for i, code in zip(own, bounds.encoded([out[i] for i in own], way, kept.same, kept.bound), strict=True):

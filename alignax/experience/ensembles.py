@@ -10,7 +10,7 @@ finite makes the result not finite. K = 1 works: all of them are then that membe
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -44,7 +44,16 @@ def score(model: Model, microbatches: int = 1) -> Experience:
     Args:
       model: its `Outputs.scores` are [B, N], or [B, N, K] as those of `alignax.rewards.ensemble_model`; no gradient goes into it.
       microbatches: parts that the batch is scored in, one after another, to bound memory.
+
+    Raises:
+      ValueError: for reward models of several labels, whose scores would stand where those of an ensemble's members do.
     """
+    head = model.params.get("score") if isinstance(model.params, Mapping) else None  # [D, labels], of an ensemble [K, D, labels]
+    if head is not None and head.shape[-1] > 1:
+        raise ValueError(
+            f"score() takes a reward model with one score of a response, or an ensemble of such, and this one gives {head.shape[-1]}; "
+            "give a model with one label (model.num_labels 1)"
+        )
     return Partial(_Score(microbatches, model.apply), model.params)
 
 

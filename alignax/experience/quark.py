@@ -64,7 +64,7 @@ class _Unconditioned:
     tokens: tuple[int, ...]
 
     def __call__(self, experience: Experience, batch: Batch) -> Batch:
-        if "judge_tokens" in batch:
+        if any(name.endswith("_tokens") and name != "ref_tokens" for name in batch):
             raise ValueError(
                 "unconditioned() shortens the policy's prompts, and these reward models read others; give some of its own format"
             )

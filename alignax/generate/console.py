@@ -16,7 +16,7 @@ from alignax.data import chat
 from alignax.data.files import HUB, read_rows
 from alignax.data.folders import SUFFIXES, place, suffix
 from alignax.data.kinds import prompt_alone
-from alignax.data.rows import Bad, Prompted
+from alignax.data.rows import Bad, Message, Prompted
 from alignax.data.shapes import in_text, said
 from alignax.data.tokens import prompt_ids
 from alignax.data.words import short
@@ -59,8 +59,10 @@ class Request:
 
 
 class Prompt(NamedTuple):
-    """A prompt: its text, of a conversation as the chat template has it, and its tokens."""
+    """A prompt: as it was given, text or messages and tools, its text, of a conversation as the chat template has it, and its tokens."""
 
+    given: str | list[Message]
+    tools: Any
     text: str
     ids: list[int]
 
@@ -120,11 +122,11 @@ def row_prompt(i: int, row: Mapping[str, Any], file: str, columns: Any) -> Promp
 def encoded(row: int, prompt: Any, tools: Any, tokenizer: Any, file: str, template: Mapping[str, Any] = chat.NO_VARIABLES) -> Prompt:
     """A prompt in tokens, as training has it."""
     if isinstance(prompt, str):
-        return Prompt(prompt, prompt_ids([prompt], tokenizer)[0])
+        return Prompt(prompt, None, prompt, prompt_ids([prompt], tokenizer)[0])
     found = chat.encode_prompt(prompt, tools, tokenizer, template)
     if isinstance(found, Bad):
         raise ValueError(f"row {row} of {file}: {found.what}")
-    return Prompt(*found)
+    return Prompt(prompt, tools, *found)
 
 
 def typed(request: Request, tokenizer: Any, data: Any) -> Iterator[Prompt]:
@@ -153,17 +155,18 @@ def answer(
     if request.out:
         write(request.out, found, typed)
     else:
-        show(found, len(prompts) > 1)
+        show(found, [prompt.text for prompt in prompts] if len(prompts) > 1 else None)
     for line in summary(out, seconds, generator.shape.slots, stops):
         print(line, file=sys.stderr)
 
 
 def rows(prompts: Sequence[Prompt], out: Completions, tokenizer: Any, stops: Stops | None) -> list[list[dict[str, Any]]]:
-    """For each prompt its completions, as they are written in JSON."""
+    """For each prompt its completions, as they are written in JSON: rows of data, whose conversations any model's template can read."""
     return [
         [
             {
-                "prompt": prompt.text,
+                "prompt": prompt.given,
+                **({"tools": prompt.tools} if prompt.tools else {}),
                 "sample": s,
                 "completion": text_of(tokens, str(out.ended[p, s]), tokenizer, stops),
                 "ended": str(out.ended[p, s]),
@@ -177,11 +180,11 @@ def rows(prompts: Sequence[Prompt], out: Completions, tokenizer: Any, stops: Sto
     ]
 
 
-def show(found: Sequence[Sequence[dict[str, Any]]], prompts: bool) -> None:
-    """Prints completions for a person, each prompt (if asked for) in front of its own."""
-    for samples in found:
+def show(found: Sequence[Sequence[dict[str, Any]]], prompts: Sequence[str] | None) -> None:
+    """Prints completions for a person, each prompt's text (if asked for) in front of its own."""
+    for i, samples in enumerate(found):
         if prompts:
-            print(f"> {samples[0]['prompt']}")
+            print(f"> {prompts[i]}")
         for row in samples:
             print(row["completion"] + (" ..." if row["ended"] == LENGTH else ""))
         if prompts:

@@ -93,11 +93,12 @@ def token_logps(
 
 
 def last_scores(hidden: jax.Array, mask: jax.Array, weight: jax.Array, offset: jax.Array) -> jax.Array:
-    """A reward model's scores of rows, read at the last completion token wherever padding stands: [R, labels] float32.
+    """A reward model's scores of rows, read at the last token wherever padding stands, as transformers does: [R, labels] float32.
 
     Args:
       hidden: [R, T, D].
-      mask: [R, T] bool, completion tokens; a row without one scores 0.
+      mask: [R, T] bool, where it may be read: at real tokens, those that a chat template writes behind the end too; a row without one
+        scores 0.
       weight: [D, labels].
       offset: [labels], taken from every score: what the initial policy's samples score. It is not trained.
     """

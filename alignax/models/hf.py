@@ -82,7 +82,8 @@ def open_folder(path: str | os.PathLike) -> Source:
         raise ValueError(f"{str(path)!r} has no config.json; give the path of a Hugging Face model folder")
     hf = read_object(file, "fetch the model folder again")
     kind, config = families.read(hf, str(file))
-    config = dataclasses.replace(config, num_labels=reward.labels(hf, str(file)))
+    labels = reward.labels(hf, str(file))
+    config = dataclasses.replace(config, num_labels=labels, padding=reward.padding(hf, str(file)) if labels else None)
     source = Source(path, hf, kind, config, config)
     if config.tie_word_embeddings and not config.num_labels and _has_own_head(source):
         config = dataclasses.replace(config, tie_word_embeddings=False)
@@ -343,7 +344,9 @@ def _write(params: Params, source: Source, tmp: Path, dtype: str, shard_bytes: i
                 (tmp / WEIGHT_FILES[1]).write_text(json.dumps(content, indent=2))
             copy_small_files(source.path, tmp)
             untied = {} if source.config.tie_word_embeddings or not source.hf.get("tie_word_embeddings") else {"tie_word_embeddings": False}
-            changes = {"dtype": dtype} | untied | ({} if offset is None else reward.fields(source.hf, offset, reward.pad_token(tmp)))
+            pad = source.config.padding  # a score is read where it was in the folder that it comes from
+            pad = reward.pad_token(tmp) if offset is not None and pad is None else pad
+            changes = {"dtype": dtype} | untied | ({} if offset is None else reward.fields(source.hf, offset, pad))
             hf = {k: v for k, v in source.hf.items() if k != "torch_dtype"} | changes
             (tmp / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
             if eos is not None and eos not in (ids := stop_ids(source)):

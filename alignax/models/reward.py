@@ -30,6 +30,14 @@ def labels(hf: Mapping[str, Any], where: str = "config.json") -> int:
     return count
 
 
+def padding(hf: Mapping[str, Any], where: str = "config.json") -> int | None:
+    """The token that a config.json pads with, if it names one."""
+    pad = hf.get("pad_token_id")
+    if pad is not None and type(pad) is not int:
+        raise ValueError(f"pad_token_id in {where} is {short(pad)}; it must be a token's id, or null")
+    return pad
+
+
 def offsets(fields: Mapping[str, Any], count: int, where: Path) -> np.ndarray:
     """What is taken from the scores: [labels] float32, 0 where a config does not say."""
     given = fields.get(OFFSET, [0.0] * count)

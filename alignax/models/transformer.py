@@ -62,6 +62,7 @@ class ModelConfig:
     final_logit_softcapping: float | None = None
     embedding_scale: float = 1.0
     num_labels: int = 0  # scores of a reward model, in place of logits; 0: a language model
+    padding: int | None = None  # what its folder pads with: as in transformers a score is read at the last token that is another
     critic_heads: int = 0  # values of every token beside the logits
     predicted_tokens: int = 0  # the first so many of the vocabulary are ever predicted, the others only read; 0: all
     unused_tokens: tuple[tuple[int, int], ...] = ()  # ranges of ids, first and behind the last, that are never predicted either
@@ -398,7 +399,9 @@ def forward(
     def rate(params: Params, batch: Batch) -> Outputs:
         tokens, mask, scored = rows(batch["tokens"]), rows(batch["mask"]), rows(batch["completion_mask"])  # [R, T]
         hidden, _ = decoder.apply({"params": params}, tokens, mask)
-        scores = last_scores(hidden, scored, params["score"], params["score_offset"]).reshape(*batch["tokens"].shape[:2], -1)
+        read = mask & scored.any(axis=1, keepdims=True)  # a row of which nothing is scored has no score either
+        read = read if config.padding is None else read & (tokens != config.padding)
+        scores = last_scores(hidden, read, params["score"], params["score_offset"]).reshape(*batch["tokens"].shape[:2], -1)
         return Outputs(None, None, scores=scores[..., 0] if config.num_labels == 1 else scores)  # pyright: ignore[reportArgumentType]
 
     def apply(params: Params, batch: Batch) -> Outputs:

@@ -23,11 +23,11 @@ from alignax import rewards
 from alignax.config import BadInput
 from alignax.data import padded_length
 from alignax.data.files import read_rows
-from alignax.data.rows import Message, Prompted, Rejected
+from alignax.data.rows import Prompted, Rejected
 from alignax.data.template import mentioned
 from alignax.data.tokens import tokenize
 from alignax.generate import LENGTH, Generator, shape_for
-from alignax.generate.console import encoded, row_prompt
+from alignax.generate.console import Prompt, encoded, row_prompt
 from alignax.generate.generator import check_room
 from alignax.generate.stops import added_text
 from alignax.models import hf
@@ -37,15 +37,6 @@ from alignax.run.opening import compute_dtype, open_model
 
 RANGES = (("world.prompts", 1, math.inf), ("world.responses", 2, math.inf), ("folders.batch_size", 1, math.inf),
           ("folders.max_new_tokens", 1, math.inf))  # fmt: skip
-
-
-class Prompt(NamedTuple):
-    """A prompt, as the file has it and in the policy's tokens."""
-
-    content: str | list[Message]
-    tools: Any
-    text: str
-    ids: list[int]
 
 
 class Responses(NamedTuple):
@@ -147,8 +138,7 @@ def read_prompts(config: Any, tokenizer: Any, wanted: int) -> list[Prompt]:
     out = []
     for i, row in enumerate(rows[:wanted]):
         asked = row_prompt(i, row, file, config.data.columns)
-        own = encoded(i, asked.prompt, asked.tools, tokenizer, file, config.data.template)
-        out.append(Prompt(asked.prompt, asked.tools, own.text, own.ids))
+        out.append(encoded(i, asked.prompt, asked.tools, tokenizer, file, config.data.template))
     return out
 
 
@@ -168,7 +158,7 @@ def rated(config: Any, mesh: Mesh, paths: Sequence[str], every: Sequence[Respons
         rejected = Rejected(config.folders.prompts)
         limits: dict[str, Any] = {"max_length": most, "max_prompt_length": 0, "vocab_size": source.config.vocab_size}
         given = {"ends": hf.end_ids(source, tokenizer), "rejected": rejected, "template": mentioned(tokenizer, config.data.template)}
-        examples, report = tokenize(rows, tokenizer, **given, **limits)
+        examples, report = tokenize(rows, tokenizer, whole=True, **given, **limits)
         scores = rewards.score_examples(model.apply, model.params, examples, mesh, whole_rows(config, mesh), padded_length(examples))
     except ValueError as e:
         raise BadInput(f"{', '.join(paths)}: {e}") from e
@@ -180,7 +170,7 @@ def rated(config: Any, mesh: Mesh, paths: Sequence[str], every: Sequence[Respons
 def asked(prompt: Prompt, texts: Sequence[str]) -> Iterator[tuple[Any, Any]]:
     """A prompt with each of its responses, as rows of data have them."""
     for text in texts:
-        yield prompt.content, (text,) if isinstance(prompt.content, str) else ([{"role": "assistant", "content": text}],)
+        yield prompt.given, (text,) if isinstance(prompt.given, str) else ([{"role": "assistant", "content": text}],)
 
 
 def whole_rows(config: Any, mesh: Mesh) -> int:

@@ -108,7 +108,7 @@ def critic_role(config: Any, source: hf.Source, dtype: Any, mesh: Mesh) -> Role:
 def scoring_role(name: str, sources: Iterable[hf.Source], dtype: Any, mesh: Mesh) -> Role:
     """Reward models that are read as one ensemble, or one of several labels: its scores are [B, N, K]."""
     sources = tuple(sources)
-    each = ensemble_apply(sources[0].config, mesh, dtype)
+    each = ensemble_apply(sources[0].config, mesh, dtype, name)
     several = sources[0].config.num_labels > 1  # of one model, whose labels are its scores
 
     def apply(params: Params, batch: Batch) -> Outputs:

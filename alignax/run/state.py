@@ -127,8 +127,8 @@ def abstract_rollout(run: Run, prompts: int, samples: int) -> dict[str, jax.Shap
     fields = {name: ((B, N, T), dtype) for name, dtype in tokens.items()}
     fields |= {"truncated": ((B, N), jnp.bool_), "prompt_id": ((B,), jnp.int32)}
     for judge in run.judges.values():
-        fields |= {f"judge_{name}": ((B, N, judge.length), tokens[name]) for name in FIELDS}
-        fields["judge_cut"] = (B, N), jnp.bool_
+        fields |= {f"{judge.role}_{name}": ((B, N, judge.length), tokens[name]) for name in FIELDS}
+        fields[f"{judge.role}_cut"] = (B, N), jnp.bool_
     if run.experiment.reward is not None:
         fields["rewards"] = (B, N), jnp.float32
     if run.experiment.gold is not None:
