@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 
 from alignax import ensemble
 from alignax import mesh as meshes
@@ -24,7 +23,6 @@ from alignax.losses.algebra import at_step
 from alignax.losses.responses import differing
 from alignax.metrics import Log
 from alignax.models import hf, parameters, peft, reward
-from alignax.models.lora import Lora, merge
 from alignax.prepare import Run, origin
 from alignax.programs import abstract_trained, batch_sizes, make_programs
 from alignax.rollout import RewardFailed, Turns, trained_on
@@ -184,7 +182,7 @@ def export(run: Run, state: TrainState, log: Log) -> None:
         if run.lora is not None and run.lora.targets:
             peft.write_adapter(one, run.lora, run.source, run.config.model.path, run.workdir / "adapter" / name, by)
             log.line(f"adapters written to {run.workdir / 'adapter' / name}")
-        whole = merged(run.source, run.lora, one, run.mesh) if run.lora is not None else one
+        whole = peft.merged(run.source, run.lora, one, run.mesh) if run.lora is not None else one
         hf.export(whole, run.source, run.workdir / "export" / name, c.dtype, eos=run.tokenizer.eos_token_id, origin=by)
         log.line(f"exported to {run.workdir / 'export' / name}")
 
@@ -193,11 +191,6 @@ def members_of(params: Params, members: int) -> Iterator[tuple[str, Params]]:
     """Name and parameters of each member; without members the model itself, whose name is empty."""
     take = jax.jit(lambda tree, k: jax.tree.map(lambda x: x[k], tree), static_argnums=1)
     return ((f"member_{k}", take(params, k)) for k in range(members)) if members else iter([("", params)])
-
-
-def merged(source: hf.Source, lora: Lora, adapters: Params, mesh: Mesh) -> Params:
-    """The base's parameters, read again in full precision, with the adapters folded in."""
-    return jax.jit(functools.partial(merge, lora), donate_argnums=0)(hf.load_params(source, mesh), adapters)
 
 
 def parameter_count(tree: Params) -> int:

@@ -135,7 +135,9 @@ def given(run: Run) -> dict[str, str]:
     streams = {"data.train": run.train, "data.pretrain": run.pretrain, "data.eval": run.evaluation}
     data = {name: f"{x.digest():08x}" for name, x in streams.items() if x is not None}
     columns = {name: (x if isinstance(x, Examples) else x.examples).columns for name, x in streams.items() if x is not None}
-    models = {str(x.path) for source in (run.source, run.reference, run.critic, *run.judges) if source for x, _ in hf.ingredients(source)}
+    sources = [source for source in (run.source, run.reference, run.critic, *run.judges) if source]
+    models = {str(x.path) for source in sources for x, _ in hf.ingredients(source)}
+    models |= {str(source.adapters) for source in sources if source.adapters}
     return {
         "config": fields,
         "experiment": code(run.experiment),

@@ -187,9 +187,9 @@ OTHER = {"role": "system", "content": "German."}
         ({"system": "French.", "messages": [OTHER, USER, YES]}, "system prompt 'French.' in data.columns.system and 'German.' in its mess"),
         ({"system": "French.", "messages": [SYSTEM, USER, OTHER, YES]}, "'French.' in data.columns.system and 'German.' in its messages"),
         ({"system": "French.", "prompt": [OTHER, USER], "completion": [YES]}, "and 'German.' in its messages"),
-        ({"prompt": [SYSTEM, USER], "completion": [OTHER, USER, YES]}, "'completion' begins with a system message, as the prompt 'French.'"),
-        ({"prompt": [SYSTEM, USER], "completion": [SYSTEM, YES]}, "'completion' begins with a system message, as the prompt 'French.' does"),
-        ({"prompt": [USER], "completion": [OTHER, YES]}, "'completion' begins with a system message, behind the messages of the prompt; le"),
+        ({"prompt": [SYSTEM, USER], "completion": [OTHER, USER, YES]}, "'completion' begins with a system message, as the prompt 'Fren"),
+        ({"prompt": [SYSTEM, USER], "completion": [SYSTEM, YES]}, "'completion' begins with a system message, as the prompt 'French.' "),
+        ({"prompt": [USER], "completion": [OTHER, YES]}, "'completion' begins with a system message, behind the messages of the prompt"),
     ],
 )
 def test_two_places_that_give_a_row_different_system_prompts(row, message):

@@ -24,7 +24,7 @@ BEGUN = "prompts that end in a message of the assistant's, whose turn is gone on
 SYSTEMS = "conversations with several system messages, which are all kept where the chat template writes them"
 WEIGHTS = ("weight", "train", "training", "loss")  # of OpenAI and Mistral, of axolotl, of ms-swift: 0 or false is not to be trained on
 PARTLY = ("train_detail", "training_detail")
-_NO_PROMPT = "{} begins with the assistant's turn, and no prompt stands in front of what is scored; put a user's or a system message there{}"
+_NO_PROMPT = "{} begins with the assistant's turn, and no prompt is in front of what is scored; put a user's or a system message there{}"
 _UNLESS = ", give that turn the weight 0, or score the last turn alone (data.turns=last)"
 NO_VARIABLES: Mapping[str, Any] = MappingProxyType({})
 

@@ -122,7 +122,7 @@ def files(folder: Path, split: str) -> list[Path]:
 
 
 def _check_formats(where: str, found: list[Path]) -> None:
-    """Refuses files of one name in two formats, which as a rule hold the same rows; shards that differ in their numbers are read together."""
+    """Refuses files of one name in two formats, which as a rule hold the same rows; shards of other numbers are read together."""
     first: dict[tuple[str, str], Path] = {}
     for file in sorted(found, key=lambda file: _shard(file)[1] != ""):  # whole ones in front
         name, number = _shard(file)
