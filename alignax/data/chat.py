@@ -5,11 +5,13 @@ that it makes of the whole conversation, see `alignax.data.turns`. A token that 
 """
 
 import json
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from itertools import takewhile
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from alignax.data import bounds
 from alignax.data.files import short
 from alignax.data.rows import Bad, Message, Prompted
 from alignax.data.shapes import is_system, without_nulls
@@ -330,8 +332,16 @@ class Tokens(NamedTuple):
         return common, common < len(alone)
 
 
-def encode_prompt(messages: Any, tools: Any, tokenizer: Any, variables: Mapping[str, Any] = NO_VARIABLES) -> tuple[str, list[int]] | Bad:
-    """Text and tokens of a conversation up to where the next answer begins, as rows have them; the beginning of one is gone on with."""
+def encode_prompt(
+    messages: Any, tools: Any, tokenizer: Any, variables: Mapping[str, Any] = NO_VARIABLES, most: int = sys.maxsize
+) -> tuple[str, list[int]] | Bad:
+    """Text and tokens of a conversation up to where the next answer begins, as rows have them; the beginning of one is gone on with.
+
+    Of a long one of more than `most` tokens they are those of its beginning, see `alignax.data.bounds.beginning`.
+    """
     row = prompt_alone(messages, tools)
-    found = row if isinstance(row, Bad) else encode([row], tokenizer, variables=variables)[0]
-    return found if isinstance(found, Bad) else (found.text, found.prompt)
+    found = row if isinstance(row, Bad) else rendered([row], tokenizer, (), variables)[0]
+    if isinstance(found, Bad):
+        return found
+    code = bounds.beginning(found.prompt, lambda own: tokenized([part(found, own.prompt, ())], tokenizer, ())[0], most)
+    return code if isinstance(code, Bad) else (code.text, code.prompt)
