@@ -1,170 +1,26 @@
 """Align language models with JAX on TPU and GPU meshes."""
 
-from alignax.averages import elastic_reset, ema, reset_to_average, swa, sync
-from alignax.config import default_config
-from alignax.experience import (
-    Experience,
-    Stateful,
-    adaptive_kl_reward,
-    adopt_if_better,
-    all_ppo,
-    batch_scaled,
-    best_and_worst,
-    boolean_target,
-    chain,
-    chi2_estimate,
-    clip_rewards,
-    exponential_target,
-    fit_moments,
-    gae,
-    gdpo,
-    group_relative,
-    kl_reward,
-    leave_one_out,
-    logps,
-    matched_margins,
-    matched_ratios,
-    mean,
-    median,
-    mismatched_kl,
-    missing_eos_penalty,
-    mu_ppo,
-    nelder_mead,
-    nm_ppo,
-    overlong_penalty,
-    ppo_sat,
-    proposal_evidence,
-    proxy_point,
-    quantile,
-    quark_pool,
-    reinforce_plus_plus,
-    reward_shift,
-    reward_target,
-    rewards_to_go,
-    running_baseline,
-    running_log_z,
-    score,
-    shaping,
-    top_entropy,
-    unconditioned,
-    uwo,
-    wco,
-    whiten_advantages,
-    whiten_responses,
-    whiten_rewards,
-    xi_ppo,
-)
-from alignax.losses import (
-    Aggregate,
-    FDivergence,
-    Loss,
-    Objective,
-    alpha_divergence,
-    alpha_pi_p,
-    aot,
-    aot_unpaired,
-    apo_down,
-    apo_zero,
-    apo_zero_unpaired,
-    attribute_regression,
-    bco,
-    bradley_terry,
-    by_mean,
-    by_response,
-    by_token,
-    centring,
-    chi2,
-    chi2_exact,
-    chi2_p_pi,
-    chi2_pi_p,
-    chi_squared,
-    cispo,
-    cpo,
-    discopop,
-    dpo,
-    dpop,
-    entropy_bonus,
-    exo,
-    f_dpo,
-    fdpg,
-    finished,
-    forward_kl,
-    gkd,
-    gmpo,
-    grpo,
-    gspo,
-    hellinger_pi_p,
-    hinge,
-    importance_masked,
-    importance_weighted,
-    ipo,
-    ipo_daa,
-    ipo_mean,
-    jensen_shannon,
-    js_pi_p,
-    kl_k1,
-    kl_k2,
-    kl_k3,
-    kl_k3_weighted,
-    kl_p_pi,
-    kl_pi_p,
-    kl_pi_ref,
-    kl_ref_pi,
-    kto,
-    ld_dpo,
-    nca,
-    off_policy_masked,
-    orpo,
-    ppo,
-    quark,
-    r_dpo,
-    reinforce,
-    response_mean,
-    reverse_kl,
-    rloo,
-    robust_dpo,
-    rpo,
-    rpo_token_mean,
-    sapo,
-    score_l2,
-    sft,
-    sigmoid_norm,
-    simpo,
-    slic_hf,
-    sppo,
-    square_root,
-    summed_sft,
-    tdpo,
-    tdpo2,
-    token_mean,
-    token_sum,
-    total_variation,
-    tv_pi_p,
-    value_loss,
-    vespo,
-    wpo,
-)
-from alignax.mesh import make_mesh
-from alignax.models.transformer import ModelConfig, forward
-from alignax.train import init_state, make_evaluation, make_step
-from alignax.types import Batch, Model, Outputs, TrainState
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from alignax.public import *  # noqa: F403
 
 __version__ = "0.1.0"
-__all__ = [
-    "Aggregate", "Batch", "Experience", "FDivergence", "Loss", "Model", "ModelConfig", "Objective", "Outputs", "Stateful", "TrainState",
-    "adaptive_kl_reward", "adopt_if_better", "all_ppo", "alpha_divergence", "alpha_pi_p", "aot", "aot_unpaired", "apo_down", "apo_zero",
-    "apo_zero_unpaired", "attribute_regression", "batch_scaled", "bco", "best_and_worst", "boolean_target", "bradley_terry", "by_mean",
-    "by_response", "by_token", "centring", "chain", "chi2", "chi2_estimate", "chi2_exact", "chi2_p_pi", "chi2_pi_p", "chi_squared", "cispo",
-    "clip_rewards", "cpo", "default_config", "discopop", "dpo", "dpop", "elastic_reset", "ema", "entropy_bonus", "exo",
-    "exponential_target", "f_dpo", "fdpg", "finished", "fit_moments", "forward", "forward_kl", "gae", "gdpo", "gkd", "gmpo",
-    "group_relative", "grpo", "gspo", "hellinger_pi_p", "hinge", "importance_masked", "importance_weighted", "init_state", "ipo", "ipo_daa",
-    "ipo_mean", "jensen_shannon", "js_pi_p", "kl_k1", "kl_k2", "kl_k3", "kl_k3_weighted", "kl_p_pi", "kl_pi_p", "kl_pi_ref", "kl_ref_pi",
-    "kl_reward", "kto", "ld_dpo", "leave_one_out", "logps", "make_evaluation", "make_mesh", "make_step", "matched_margins",
-    "matched_ratios", "mean", "median", "mismatched_kl", "missing_eos_penalty", "mu_ppo", "nca", "nelder_mead", "nm_ppo",
-    "off_policy_masked", "orpo", "overlong_penalty", "ppo", "ppo_sat", "proposal_evidence", "proxy_point", "quantile", "quark",
-    "quark_pool", "r_dpo", "reinforce", "reinforce_plus_plus", "reset_to_average", "response_mean", "reverse_kl", "reward_shift",
-    "reward_target", "rewards_to_go", "rloo", "robust_dpo", "rpo", "rpo_token_mean", "running_baseline", "running_log_z", "sapo", "score",
-    "score_l2", "sft", "shaping", "sigmoid_norm", "simpo", "slic_hf", "sppo", "square_root", "summed_sft", "swa", "sync", "tdpo", "tdpo2",
-    "token_mean", "token_sum", "top_entropy", "total_variation", "tv_pi_p", "unconditioned", "uwo", "value_loss", "vespo", "wco",
-    "whiten_advantages", "whiten_responses", "whiten_rewards", "wpo", "xi_ppo",
-]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """A module of the library, or one of the names of `alignax.public`.
+
+    They are imported when they are asked for: jax takes a second, in which the command line must already know what Ctrl-C means.
+    """
+    if name.startswith("__") and name != "__all__":
+        raise AttributeError(f"module 'alignax' has no attribute {name!r}")
+    if importlib.util.find_spec(f"alignax.{name}") is not None:
+        return importlib.import_module(f"alignax.{name}")
+    return getattr(importlib.import_module("alignax.public"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *importlib.import_module("alignax.public").__all__})

@@ -2,6 +2,10 @@
 
 import sys
 
-from alignax.cli import main
+from alignax.interrupts import install
+
+install()  # before the command line is imported
+
+from alignax.cli import main  # noqa: E402
 
 sys.exit(main())

@@ -1,20 +1,20 @@
-"""The `alignax` command: train, eval, eval-rm, anchor, ridge, generate, export, check-data, overopt, report."""
+"""The `alignax` command: train, eval, eval-rm, anchor, ridge, generate, export, check-data, overopt, report.
+
+Of the library nothing is imported here but in functions: jax takes a second, in which Ctrl-C is to end the command as later.
+"""
 
 import dataclasses
 import io
 import os
-import signal
 import sys
-import threading
-import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import FrameType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from alignax.data.files import check_local
-from alignax.data.words import short
-from alignax.generate.console import Request
+from alignax.interrupts import CODE, LINE, install
+
+if TYPE_CHECKING:
+    from alignax.generate.console import Request
 
 USAGE = """usage: alignax train  --config FILE.py [--config.FIELD=VALUE ...] [--dry-run]
        alignax eval   WORKDIR [--config.FIELD=VALUE ...] [--json OUT]
@@ -73,7 +73,7 @@ class Arguments(NamedTuple):
     samples: str  # of anchor
     scale: bool  # of anchor
     penalty: float  # of ridge
-    request: Request  # of generate
+    request: "Request"  # of generate
     force: bool  # replace what stands where is written
 
 
@@ -82,8 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115  (after `>&-`)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # of a console that has no arrows, say
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, interrupt)
+    install()
     try:
         code = command(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
@@ -92,16 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left is written at the end of the process
         return 141
     except KeyboardInterrupt:  # before or after training, which saves first
-        print("alignax: interrupted", file=sys.stderr)
-        return 130
-
-
-def interrupt(number: int, frame: FrameType | None) -> None:
-    """Ctrl-C as Python takes it, but a moment later inside what the garbage collector calls, jax's callback say, where errors are lost."""
-    if any(at.f_code.co_name in ("_xla_gc_callback", "__del__") for at, _ in traceback.walk_stack(frame)):
-        threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
-    else:
-        raise KeyboardInterrupt
+        print(LINE, file=sys.stderr)
+        return CODE
 
 
 def command(args: list[str]) -> int:
@@ -152,6 +143,10 @@ def command(args: list[str]) -> int:
 
 def parse(args: Sequence[str]) -> Arguments:
     """Takes a command line apart."""
+    from alignax.data.files import check_local
+    from alignax.data.words import short
+    from alignax.generate.console import Request
+
     command, *rest = args
     if command not in WANTED:
         raise ValueError(f"command {short(command)} is unknown; use {', '.join(WANTED)}")
@@ -209,14 +204,18 @@ def following(rest: Iterator[str]) -> str | None:
 
 def number(option: str, value: str) -> float:
     """The number that an option gives."""
+    from alignax.data.words import short
+
     try:
         return float(value)
     except ValueError as e:
         raise ValueError(f"{option} is {short(value)}; it must be a number") from e
 
 
-def with_option(request: Request, option: str, value: str | None) -> Request:
+def with_option(request: "Request", option: str, value: str | None) -> "Request":
     """The request with an option of `alignax generate` set; `--stop` adds to those before."""
+    from alignax.data.words import short
+
     name = option.removeprefix("--").replace("-", "_")
     if name not in (f.name for f in dataclasses.fields(request)):
         raise ValueError(f"option {short(option)} is unknown; `alignax --help` lists them")

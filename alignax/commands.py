@@ -168,7 +168,8 @@ def generate(model: Path, request: Request, overrides: Sequence[str], force: boo
             if (beyond := hf.unread(source)) and is_main():
                 print(f"alignax: {hf.GENERATION} asks for {beyond}; not read here, see --help for what is", file=sys.stderr)
             stops = Stops(tokenizer, tuple(request.stop)) if request.stop else None
-            prompts = console.read(request, tokenizer, config.data)
+            room = source.config.max_position_embeddings - request.max_new_tokens
+            prompts = console.read(request, tokenizer, config.data, max(room, 1))
             longest = max((len(p.ids) for p in prompts or ()), default=1)
             check_room(source.config, longest, request.max_new_tokens)
             console.begin(request, prompts is None, force)
@@ -192,8 +193,7 @@ def generate(model: Path, request: Request, overrides: Sequence[str], force: boo
     if prompts is not None:
         console.answer(generator(request.n * len(prompts), longest), params, prompts, key, request, tokenizer)
         return
-    for i, prompt in enumerate(console.typed(request, tokenizer, config.data)):
-        room = source.config.max_position_embeddings - request.max_new_tokens
+    for i, prompt in enumerate(console.typed(request, tokenizer, config.data, max(room, 1))):
         # In powers of 2, so that few lengths are compiled.
         longest = min(max(64, 1 << (len(prompt.ids) - 1).bit_length()), room)
         try:

@@ -7,11 +7,13 @@ An experiment file has `get_config() -> ConfigDict` and `loss(config) -> Loss` (
 
 import ast
 import difflib
+import importlib.util
 import inspect
+import itertools
 import sys
 import tempfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -34,6 +36,7 @@ ROLLOUTS, PRETRAIN = "rollouts", "pretrain"  # the batches that losses of online
 DATA = "data"  # the batch of training that is not online
 MARK = "# --- the effective config of this run; alignax wrote this part ---"
 FOLDER = "_modules_lie_in = "  # what the line begins with that names the folder from which the experiment imports
+MODULES = "_modules_were = "  # likewise, of the files that it imported from there: name -> digest of their code
 
 
 class Experiment(NamedTuple):
@@ -223,12 +226,14 @@ def effective(experiment: Experiment) -> str:
       ValueError: for a value that has no literal in Python.
     """
     fields = "".join(f"        {name!r}: {literal(name, value)},\n" for name, value in sorted(flat(experiment.config).items()))
+    imported = {name: digest(text) for name, text in modules(experiment).items()}
     # An experiment of several stages leaves the experience out of those that need no reference.
     without = "" if experiment.experience else "\nexperience = None\n"
     return f"""{source(experiment)}
 
 {MARK}
 {FOLDER}{imports_from(experiment.file, read_source(experiment.file))!r}
+{MODULES}{imported!r}
 _get_config = get_config
 
 
@@ -265,7 +270,7 @@ def literal(name: str, value: Any) -> str:
 def identity(experiment: Experiment, free: Sequence[str]) -> str:
     """A digest of all that makes two experiments one by `difference`."""
     fields = [(name, value) for name, value in sorted(flat(experiment.config).items()) if not name.startswith(tuple(free))]
-    return f"{zlib.crc32(repr((fields, code(experiment))).encode()):08x}"
+    return digest(repr((fields, code(experiment))))
 
 
 def check_kept(experiment: Experiment) -> None:
@@ -274,7 +279,7 @@ def check_kept(experiment: Experiment) -> None:
         file = Path(folder) / "config.py"
         file.write_text(effective(experiment), encoding="utf-8")
         try:
-            lines = difference(experiment, load_experiment(file), ())
+            lines = difference(load_experiment(file), experiment, ())
         except ValueError as e:
             lines = [one_line(e, 300)]
     if lines:
@@ -282,21 +287,84 @@ def check_kept(experiment: Experiment) -> None:
 
 
 def difference(old: Experiment, new: Experiment, free: Sequence[str]) -> list[str]:
-    """How two experiments differ, as lines; fields that start with one of `free` may."""
+    """How an experiment differs from the one that a run began with, as lines; fields that start with one of `free` may."""
     a, b = flat(old.config), flat(new.config)
     names = sorted(n for n in a.keys() | b.keys() if not n.startswith(tuple(free)))
     lines = [f"{n}: {a.get(n)!r} there, {b.get(n)!r} now" for n in names if a.get(n) != b.get(n)]
-    if code(old) != code(new):
+    if bare(source(old), old.file) != bare(source(new), new.file):
         lines.append(f"the code of {new.file.name} has changed")
-    return lines
+    there, now = kept_modules(old), {name: digest(text) for name, text in modules(new).items()}
+    changed = [name for name in sorted(there.keys() | now.keys()) if there.get(name) != now.get(name)]
+    return [*lines, *(f"the code of {name}, which {new.file.name} imports, has changed" for name in changed)]
 
 
 def code(experiment: Experiment) -> str:
-    """The code of an experiment, without comments and the docstring."""
-    tree = ast.parse(source(experiment))
+    """The code of an experiment and of the modules beside it that it imports, without comments and docstrings of files."""
+    own = bare(source(experiment), experiment.file)
+    return "\n".join([own, *(f"# {name}\n{text}" for name, text in modules(experiment).items())])
+
+
+def bare(text: str, file: Path) -> str:
+    """The code of a file's text, without comments and the docstring."""
+    with blaming(file):
+        tree = ast.parse(text)
     if tree.body and isinstance(tree.body[0], ast.Expr):
         tree.body = tree.body[1:]
     return ast.unparse(tree)
+
+
+def digest(text: str) -> str:
+    """A text in eight letters."""
+    return f"{zlib.crc32(text.encode()):08x}"
+
+
+def kept_modules(experiment: Experiment) -> dict[str, str]:
+    """The digests of the modules that an experiment imported, of a run those that its config.py has kept."""
+    for line in read_source(experiment.file).partition(MARK)[2].splitlines():
+        if line.startswith(MODULES):
+            return ast.literal_eval(line.removeprefix(MODULES))
+    return {name: digest(text) for name, text in modules(experiment).items()}
+
+
+def modules(experiment: Experiment) -> dict[str, str]:
+    """The code of its user's modules that an experiment or one of them imports, anywhere in a file, by their names in their folder."""
+    found: dict[Path, tuple[str, str]] = {}
+    waiting = [*imported(experiment.file, "")]
+    while waiting:
+        file, name = waiting.pop()
+        if file not in found and theirs(file, experiment.file):
+            found[file] = name, bare(read_source(file), file)
+            waiting += imported(file, ".".join(Path(name).parent.parts))
+    return dict(sorted(found.values()))
+
+
+def imported(file: Path, package: str) -> Iterator[tuple[Path, str]]:
+    """The files that a file, of such a package, imports, and their names in the folders that Python finds them in."""
+    names: list[str] = []
+    for node in ast.walk(ast.parse(read_source(file))):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = [*above, *filter(None, [node.module])]
+            names += [".".join([*base, alias.name]) for alias in node.names]
+    for name in names:
+        parts = name.split(".")
+        for folder, i in itertools.product(_homes(parts[0]), range(1, len(parts) + 1)):
+            path = folder.joinpath(*parts[:i])
+            there = (file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file())
+            yield from ((file.resolve(), str(file.relative_to(folder))) for file in there)
+
+
+def _homes(module: str) -> list[Path]:
+    """The folders that a module lies in, as Python finds it, which may have imported it already."""
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        return []
+    if spec is None or spec.submodule_search_locations is None:
+        return [Path(spec.origin).parent] if spec is not None and spec.origin and spec.has_location else []
+    return [Path(place).parent for place in spec.submodule_search_locations]
 
 
 def eval_batch_size(config: Any) -> int:

@@ -1,6 +1,5 @@
 """The loop: batch, step, log, evaluate, save; readable top to bottom."""
 
-import functools
 import math
 import signal
 import time
@@ -13,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 
 from alignax import mesh as meshes
 from alignax.config import steps_of_turn
@@ -23,7 +21,6 @@ from alignax.losses.algebra import at_step
 from alignax.losses.responses import differing
 from alignax.metrics import Log
 from alignax.models import hf, parameters, peft
-from alignax.models.lora import Lora, merge
 from alignax.models.reward import CRITIC
 from alignax.prepare import Run, origin
 from alignax.rollout import RewardFailed, trained_on
@@ -172,7 +169,7 @@ def export(run: Run, state: TrainState, log: Log) -> None:
         if lora is not None and lora.targets:
             peft.write_adapter(one, lora, source, run.config.model.path, run.workdir / "adapter" / name, by)
             log.line(f"adapters written to {run.workdir / 'adapter' / name}")
-        whole = merged(source, lora, one, run.mesh) if lora is not None else one
+        whole = peft.merged(source, lora, one, run.mesh) if lora is not None else one
         hf.export(whole, source, run.workdir / "export" / name, c.dtype, eos=run.words.tokenizer.eos_token_id, origin=by)
         log.line(f"exported to {run.workdir / 'export' / name}")
 
@@ -181,11 +178,6 @@ def members_of(params: Params, members: int) -> Iterator[tuple[str, Params]]:
     """Name and parameters of each member; without members the model itself, whose name is empty."""
     take = jax.jit(lambda tree, k: jax.tree.map(lambda x: x[k], tree), static_argnums=1)
     return ((f"member_{k}", take(params, k)) for k in range(members)) if members else iter([("", params)])
-
-
-def merged(source: hf.Source, lora: Lora, adapters: Params, mesh: Mesh) -> Params:
-    """The base's parameters, read again in full precision, with the adapters folded in."""
-    return jax.jit(functools.partial(merge, lora), donate_argnums=0)(hf.load_params(source, mesh), adapters)
 
 
 def parameter_count(tree: Params) -> int:

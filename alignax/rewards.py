@@ -18,7 +18,7 @@ from alignax.experience.ensembles import mean, median, uwo, wco
 from alignax.judges import FIELDS
 from alignax.losses.reward import correct
 from alignax.metrics import table
-from alignax.models import hf, parameters
+from alignax.models import hf, parameters, peft
 from alignax.models.small_files import chat_template
 from alignax.models.transformer import ModelConfig, forward
 from alignax.train import digest
@@ -40,16 +40,16 @@ def load_members(sources: Sequence[hf.Source], mesh: Mesh) -> Params:
     Raises:
       ValueError: for the same member twice.
     """
-    return stack([hf.load_params(source, mesh) for source in sources], sources[0].config, mesh)
+    return stack([peft.load_reward(source, mesh) for source in sources], sources[0].config, mesh)
 
 
 def open_ensemble(paths: Sequence[str | Path]) -> list[hf.Source]:
-    """Reward models' folders, checked; nothing is loaded.
+    """Reward models' folders, or PEFT folders of adapters and a head over the base that they name, checked; nothing is loaded.
 
     Raises:
       ValueError: for a folder that is no reward model, and for members of different shapes or tokenizers.
     """
-    sources = [hf.open_folder(path) for path in paths]
+    sources = [peft.open_reward(Path(path)) if peft.is_adapter(Path(path)) else hf.open_folder(path) for path in paths]
     for source in sources:
         if not source.config.num_labels:
             raise ValueError(f"{str(source.path)!r} is no reward model: its config.json names no architecture for sequence classification")

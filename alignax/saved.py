@@ -12,9 +12,9 @@ from alignax import rewards
 from alignax.checkpoint import Checkpoints
 from alignax.config import Experiment, default_config, load_experiment, of_run, set_field, trunk_values
 from alignax.distributed import together
-from alignax.fit import members_of, merged
+from alignax.fit import members_of
 from alignax.mesh import make_mesh
-from alignax.models import hf
+from alignax.models import hf, peft
 from alignax.models.reward import CRITIC
 from alignax.models.tensorfiles import check_finite
 from alignax.models.tokenizers import load_tokenizer
@@ -89,7 +89,7 @@ def newest_models(workdir: Path, config: Any, source: hf.Source, mesh: Mesh, nam
             raise ValueError(f"none of the {step} steps in {str(workdir)!r} was finite: it holds the model that it began from alone")
         check_finite(params, "float32", f"checkpoint {step} in {str(workdir)!r}")
         params.pop(CRITIC, None)
-    return step, ((name, merged(source, lora, one, mesh) if lora else one) for name, one in members_of(params, members))
+    return step, ((name, peft.merged(source, lora, one, mesh) if lora else one) for name, one in members_of(params, members))
 
 
 def averaged_models(soup: Path, overrides: Sequence[str]) -> Saved:

@@ -144,6 +144,7 @@ def given(run: Run) -> dict[str, str]:
     columns = {name: (x if isinstance(x, Examples) else x.examples).columns for name, x in streams.items() if x is not None}
     models = {str(x.path) for role in run.roles.values() for source in role.sources for x, _ in hf.ingredients(source)}
     adapters = {run.config.lora.path, *(role.adapters for role in run.roles.values())} - {""}
+    adapters |= {str(source.adapters) for role in run.roles.values() for source in role.sources if source.adapters}
     return {
         "config": fields,
         "experiment": code(run.experiment),

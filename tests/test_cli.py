@@ -76,6 +76,21 @@ def test_ctrl_c_is_not_lost_where_the_garbage_collector_calls(monkeypatch, capsy
         signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.parametrize("module", ["numpy.version", "numpy", "jax._src.config", "jax", "flax.core", "optax", "orbax.checkpoint.args"])
+@pytest.mark.parametrize(
+    "command", [["-m", "alignax"], ["-c", "import sys; from alignax.cli import main; sys.exit(main())"]], ids=["m", "script"]
+)
+def test_ctrl_c_while_libraries_are_imported(command, module):
+    """It comes as soon as Python tells that it has imported the module, with others still to come."""
+    words = [sys.executable, "-X", "importtime", *command, "train", "--config", "absent.py"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=runs.REPO) as process:
+        assert process.stderr is not None
+        next(line for line in process.stderr if line.rpartition("|")[2].strip() == module)
+        process.send_signal(signal.SIGINT)
+        last = [line for line in process.stderr if not line.startswith("import time:")]
+    assert (process.returncode, last) == (130, ["alignax: interrupted\n"])
+
+
 @pytest.mark.parametrize(
     "message, code", [("Unable to initialize backend 'tpu': no chips", "jax finds no device .*'tpu': no chips"), ("other", None)]
 )

@@ -10,7 +10,17 @@ import runs
 
 from alignax.checks import check_fields
 from alignax.cli import main, parse
-from alignax.config import check_kept, default_config, effective, load_experiment, set_field
+from alignax.config import (
+    check_kept,
+    code,
+    default_config,
+    difference,
+    effective,
+    identity,
+    load_experiment,
+    modules,
+    set_field,
+)
 from alignax.defaults import PATHS
 from alignax.run.opening import open_judges
 from alignax.saved import reward_models
@@ -143,6 +153,53 @@ def test_an_experiment_file_is_a_module_like_any_other(tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "path", [path for path in sys.path if not path.startswith(str(tmp_path))])
         del sys.modules["lies_beside"]
         assert load_experiment(file).loss.__globals__["RECORD"].x == 3
+
+
+def test_modules_that_an_experiment_imports_are_a_part_of_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path / "elsewhere")])
+    files = {
+        "helper_a.py": "from package_a import inner\n",
+        "package_a/__init__.py": "",
+        "package_a/inner.py": "from . import deep\nfrom .deep import x\n",
+        "package_a/deep.py": "x = 1  # of version 1\n",
+        "spaces_a/late.py": "y = 1\n",
+        "elsewhere/far_a.py": "z = 1\n",
+        "unused_a.py": "import json\n",
+    }
+    files["mine.py"] = (
+        f"import json, numpy.linalg\nimport helper_a, far_a\n{GOOD}\ndef gold(prompts, completions):\n    import spaces_a.late\n"
+    )
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    experiment = load_experiment(tmp_path / "mine.py")
+    within = {name for name in files if name not in ("mine.py", "unused_a.py", "elsewhere/far_a.py")} | {"far_a.py"}
+    assert set(modules(experiment)) == within
+    assert "# package_a/deep.py\nx = 1" in code(experiment), "processes compare it"
+    saved, first = tmp_path / "run" / "config.py", identity(experiment, ())
+    saved.parent.mkdir()
+    saved.write_text(effective(experiment))
+    assert "x = 1" not in saved.read_text(), "the copy stays readable"
+
+    def change(name, text):
+        (tmp_path / name).write_text(text)
+        now = load_experiment(tmp_path / "mine.py")
+        check_kept(now)
+        here, there = (
+            [line.partition(",")[0] for line in difference(load_experiment(saved), new, ())] for new in (now, load_experiment(saved))
+        )
+        assert here == there, "a run that goes on from its own copy is compared too"
+        return identity(now, ()), here
+
+    assert change("package_a/deep.py", "# of version 2\nx = 1\n") == (first, [])
+    assert change("unused_a.py", "x = 2\n") == (first, [])
+    for name in within - {"far_a.py"}:
+        now, lines = change(name, files[name] + "w = 2\n")
+        assert now != first and lines == [f"the code of {name}"]
+        change(name, files[name])
+    assert change("helper_a.py", "")[1] == [
+        f"the code of {n}" for n in ("helper_a.py", *(f"package_a/{n}.py" for n in ("__init__", "deep", "inner")))
+    ]
 
 
 @pytest.mark.parametrize("file", sorted(runs.REPO.glob("experiments/*.py")), ids=lambda file: file.stem)

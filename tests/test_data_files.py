@@ -313,13 +313,22 @@ def test_the_split_of_a_file_is_told_by_its_name_or_its_folder(tmp_path):
         (["train-00000-of-00002.jsonl", "train-00001-of-00002-0123456789abcdef.jsonl"], "", ""),
         (["train/en/a.jsonl", "train/b.jsonl"], "", ""),
         (["license-questions.jsonl", "LICENSE.txt", "README_en.md", "citation"], "", ""),
+        (["train.jsonl", "train.parquet"], "", r"holds 'train' in two formats, .*/train.jsonl and .*/train.parquet, .*; name the files"),
+        (["train.jsonl", "train.jsonl.gz"], ":train", r"such as .*/train.jsonl or '.*/\*.jsonl.gz', or move the others away"),
+        (["train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl", "train.csv"], "", "holds 'train' in two formats, .*train.csv and .*"),
+        (["train-00000-of-00002.jsonl", "train-00000-of-00001.parquet"], ":train", "in two formats"),
+        (["train/a.jsonl", "train/a.csv"], "", "holds 'a' in two formats"),
+        (["jsonl/rows.jsonl", "parquet/rows.parquet"], "", "holds 'rows' in two formats"),
+        (["train.jsonl", "train.csv"], "/*", "holds 'train' in two formats"),
+        (["train-2024-05.jsonl", "train-2024-06.JSONL"], "", ""),
+        (["a.jsonl", "b.ndjson", "test.csv"], "/[ab].*", ""),
     ],
 )
 def test_files_are_one_split_by_their_numbers_alone(tmp_path, names, split, message):
     for name in names:
         write(tmp_path / name, jsonl([{"a": name}]))
     if not message:
-        assert len(read_rows(f"{tmp_path}{split}")) == sum(name.endswith(".jsonl") for name in names)
+        assert len(read_rows(f"{tmp_path}{split}")) == sum(name.lower().endswith((".jsonl", ".ndjson")) for name in names)
         return
     with pytest.raises(ValueError, match=message):
         read_rows(f"{tmp_path}{split}")

@@ -10,6 +10,7 @@ import tiny
 
 from alignax.config import default_config, load_experiment
 from alignax.data import Prompted, check, load_examples, prompted_rows, read_rows
+from alignax.data.chat import SYSTEMS
 from alignax.data.formats import FORMATS
 from alignax.data.kinds import unread
 from alignax.data.shapes import messages, shaped
@@ -27,8 +28,8 @@ def config(kind="preference", columns=(), **changes):
     return data
 
 
-def only(row, kind="preference", row_hook=None, **columns):
-    data = config(kind, columns)
+def only(row, kind="preference", row_hook=None, turns="last", **columns):
+    data = config(kind, columns, turns=turns)
     (prompted,), rejected = prompted_rows(shaped([row], data, row_hook), data)
     assert not rejected.counts
     return prompted
@@ -167,13 +168,50 @@ def test_a_system_column_becomes_a_message_or_is_said_not_to_be_read():
     whole = {"system": "French.", "chosen": [USER, YES], "rejected": [USER, NO]}
     assert only(whole, system="system") == Prompted([SYSTEM, USER], ([YES], [NO]))
     assert only({"system": "French.", "prompt": "hi"}, "prompt", system="system").prompt == [SYSTEM, USER]
-    with pytest.raises(ValueError, match="another in its messages"):
-        only(row | {"prompt": [SYSTEM, USER]}, system="system")
+    assert only(row | {"prompt": [SYSTEM, USER]}, system="system") == Prompted([SYSTEM, USER], ([YES], [NO])), "once"
+    whole = {"system": "French. ", "messages": [SYSTEM | {"role": "developer"}, USER, YES]}
+    assert only(whole, "sft", system="system").prompt == [SYSTEM | {"role": "developer"}, USER]
     with pytest.raises(ValueError, match="no column 'sytem', named by data.columns.system"):
         only(row, system="sytem")
     assert unread([row], config()) == ["system (text)", "n (number)", "tags (list)", "none (empty)"]
     assert unread([row], config("prompt")) == []
     assert unread([row], config(columns={"system": "system", "margin": "n"})) == ["tags (list)", "none (empty)"]
+
+
+OTHER = {"role": "system", "content": "German."}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"system": "French.", "messages": [OTHER, USER, YES]}, "system prompt 'French.' in data.columns.system and 'German.' in its mess"),
+        ({"system": "French.", "messages": [SYSTEM, USER, OTHER, YES]}, "'French.' in data.columns.system and 'German.' in its messages"),
+        ({"system": "French.", "prompt": [OTHER, USER], "completion": [YES]}, "and 'German.' in its messages"),
+        ({"prompt": [SYSTEM, USER], "completion": [OTHER, USER, YES]}, "'completion' begins with a system message, as the prompt 'Fren"),
+        ({"prompt": [SYSTEM, USER], "completion": [SYSTEM, YES]}, "'completion' begins with a system message, as the prompt 'French.' "),
+        ({"prompt": [USER], "completion": [OTHER, YES]}, "'completion' begins with a system message, behind the messages of the prompt"),
+    ],
+)
+def test_two_places_that_give_a_row_different_system_prompts(row, message):
+    with pytest.raises(ValueError, match=message):
+        only(row, "sft", system="system" if "system" in row else "")
+
+
+def test_several_system_messages_of_one_conversation_are_counted():
+    conversation = [SYSTEM, USER, YES, OTHER, USER, NO]
+    row = only({"messages": conversation}, "sft")
+    assert row.prompt == conversation[:-1] and SYSTEMS in row.told
+    assert SYSTEMS in only({"prompt": conversation[:-1]}, "prompt").told
+    assert only({"messages": conversation[:3]}, "sft").told == ()
+
+
+def test_a_conversation_that_opens_with_an_answer():
+    opened = [YES, USER, NO]
+    assert only({"messages": opened}, "sft").prompt == opened[:2]
+    with pytest.raises(ValueError, match="a user's or a system message there, give that turn the weight 0, or score the last turn alone"):
+        only({"messages": opened}, "sft", turns="all")
+    assert only({"messages": [SYSTEM, *opened]}, "sft", turns="all") == Prompted([SYSTEM], (opened,))
+    assert only({"messages": [YES | {"weight": 0}, USER, NO]}, "sft", turns="all").completions == ([NO],)
 
 
 def hook(row):

@@ -13,6 +13,7 @@ import tiny
 from alignax import cli
 from alignax.config import default_config
 from alignax.data import load_examples
+from alignax.data.shapes import said
 from alignax.generate import Completions, Sampling, console
 from alignax.generate.console import Request
 
@@ -197,6 +198,21 @@ def test_files_that_hold_no_prompts(model, tmp_path, capsys):
         assert message in capsys.readouterr().err
     assert generate(tmp_path / "nowhere", "--prompts", tmp_path / "latin.txt") == 2
     assert "nowhere' does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("conversation", [False, True])
+def test_a_very_long_prompt_is_not_tokenised_whole_to_be_refused(conversation, monkeypatch):
+    tokenizer = tiny.byte_tokenizer(CHATML)
+    given, own = [], type(tokenizer).__call__
+    monkeypatch.setattr(type(tokenizer), "__call__", lambda self, text, **how: given.append(sum(map(len, text))) or own(self, text, **how))
+    text = "abc " * 500_000
+    prompt = said("user", text) if conversation else text
+    found = console.encoded(0, prompt, None, tokenizer, "x.jsonl", most=100)
+    assert len(found.ids) > 100 and len(found.text) >= len(text) and max(given) < 300_000
+    short = said("user", "abc") if conversation else "abc"
+    assert console.encoded(0, short, None, tokenizer, "x.jsonl", most=2) == console.encoded(0, short, None, tokenizer, "x.jsonl")
+    with pytest.raises(ValueError, match=r"row 7 of x\.jsonl: 20,0.* characters would be tokenised for it.* shorten it"):
+        console.encoded(7, said("user", text * 10) if conversation else text * 10, None, tokenizer, "x.jsonl")
 
 
 def test_text_ends_before_a_stop_string():

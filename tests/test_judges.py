@@ -151,10 +151,10 @@ def test_a_reward_model_of_the_policys_format_reads_the_policys_tokens(models, t
     (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "is it?"}) + "\n")
     own = {"data.kind": "prompt", "rollout.samples": 2, "rollout.max_new_tokens": 4}
     args = arguments(tmp_path, ONLINE, fields(models, tmp_path, models[2], tmp_path / "prompts.jsonl", **own))
-    assert checked(args).judges["ensemble"]s["ensemble"].shared and not checked([*args, "--config.rollout.stop=('x',)"]).judges["ensemble"].shared
+    assert checked(args).judges["ensemble"].shared and not checked([*args, "--config.rollout.stop=('x',)"]).judges["ensemble"].shared
     file, before = models[2] / "tokenizer.json", (models[2] / "tokenizer.json").read_text()
     file.write_text(json.dumps(json.loads(before) | {"post_processor": None}))  # the same tokens, and no <s> in front
-    assert not (judge := checked(args).judges["ensemble"]s["ensemble"]).shared and judge.length % 8 == 0
+    assert not (judge := checked(args).judges["ensemble"]).shared and judge.length % 8 == 0
     with pytest.raises(ValueError, match=r"rm2' reads 128 tokens, and a prompt of 6 of its own with an answer of max_new_tokens 123 does"):
         checked([*args, "--config.rollout.max_new_tokens=123"])
     file.write_text(before)

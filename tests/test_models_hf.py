@@ -101,6 +101,23 @@ def test_tied_head_with_and_without_its_copy_in_the_file(tmp_path):
     logits_agree(tmp_path, model)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "family", [{}, {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}], ids=["llama", "gpt2"]
+)
+def test_a_tied_model_whose_files_hold_the_output_matrix_alone(family, tmp_path):
+    """Which transformers takes for the embedding."""
+    model = torch_llama.write(tmp_path, tie_word_embeddings=True, **family)
+    params, stored = load(tmp_path), weights(tmp_path)
+    embed = next(name for name in stored if name.endswith(("embed_tokens.weight", "wte.weight")))
+    safetensors.numpy.save_file(
+        {"lm_head.weight" if n == embed else n: x for n, x in stored.items()}, tmp_path / "model.safetensors", {"format": "pt"}
+    )
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(theirs.get_input_embeddings().weight, model.get_input_embeddings().weight)
+    equal(load(tmp_path), params)
+
+
 def test_a_tied_flag_beside_another_head_ties_nothing(tmp_path):
     model = torch_llama.write(tmp_path, tie_word_embeddings=False)
     rewrite(tmp_path, tie_word_embeddings=True)

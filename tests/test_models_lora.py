@@ -26,6 +26,7 @@ from alignax.models.lora import Lora, column_norms, find_targets, join, merge, m
 from alignax.models.peft import Adapted, read_adapter, write_adapter
 from alignax.models.tokenizers import check_tokenizer, load_tokenizer
 from alignax.models.transformer import forward
+from alignax.rewards import ensemble_model, load_members, open_ensemble
 from alignax.run.opening import notices
 
 FAMILY = {row: row.split(",")[0] for row in ROWS if "," not in row} | {"llama": "llama"}
@@ -105,6 +106,8 @@ Q, V, UP = "self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj"
         {"alpha_pattern": {"q_proj": 7, f"model.layers.1.{Q}": 64}},  # the first that matches
         {"rank_pattern": {"[qk]_proj": 2, r"^model\.layers\.1\..*": 6}, "alpha_pattern": {f"layers.1.{V}": 3}, "use_rslora": True},
         {"rank_pattern": {"q_proj": 5}, "alpha_pattern": {"v_proj": 9}, "use_dora": True},
+        {"layers_to_transform": [1], "rank_pattern": {"v_proj": 2}, "use_dora": True},
+        {"target_modules": [f"model.layers.0.{Q}", f"layers.1.{UP}"], "use_dora": True},
         {"target_modules": r".*layers\.1.*\.(q|up)_proj"},
         {"target_modules": [f"model.layers.0.{Q}", f"layers.1.{UP}"]},
         {"target_modules": ["q_proj", f"model.layers.0.{UP}"], "layers_to_transform": 1},  # a whole name is taken all the same
@@ -127,6 +130,8 @@ def test_options_mean_what_peft_makes_of_them(options, base, tmp_path):
         for name, p in theirs.named_parameters():
             if "lora_A" in name or "lora_B" in name:
                 p.copy_(0.3 * torch.randn_like(p))
+            elif "magnitude" in name:
+                p.mul_(1 + 0.3 * torch.rand_like(p))
     theirs.save_pretrained(tmp_path / "adapter")
     spec, adapters = read_adapter(tmp_path / "adapter", source, ONE)
     write_adapter(adapters, spec, source, str(source.path), tmp_path / "again")
@@ -194,6 +199,60 @@ def test_an_adapter_of_a_reward_model_as_peft_saves_it(tmp_path):
     _, adapters = read_adapter(tmp_path / "adapter", hf.open_folder(tmp_path / "base"), ONE)
     score = model.base_model.model.score.modules_to_save["default"].weight
     np.testing.assert_array_equal(adapters["score"], score.detach().numpy().T)
+
+
+@pytest.mark.filterwarnings("ignore")  # of PEFT
+def test_dora_of_some_layers_is_trained_there_alone(base, tmp_path):
+    model, source, params = base
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[1], use_dora=True, task_type="CAUSAL_LM")
+    peft.get_peft_model(copy.deepcopy(model), config).save_pretrained(tmp_path)
+    spec, adapters = read_adapter(tmp_path, source, ONE)
+    tokens, mask = torch_llama.rows([T, 13], T)
+    logits = logits_of(dataclasses.replace(source.config, lora=spec))
+    np.testing.assert_allclose(logits(join(params, adapters), tokens, mask), logits_of(source.config)(params, tokens, mask), atol=1e-5)
+    slopes = jax.grad(lambda own: (logits(join(params, own), tokens, mask) ** 2).sum())(adapters)["layers"]
+    for leaf in ("q_lora_a", "q_lora_b", "q_lora_m"):
+        assert not slopes[leaf][0].any(), f"{leaf} of a layer that is not adapted"
+    assert slopes["q_lora_m"][1].all() and slopes["q_lora_b"][1].any()
+
+
+@pytest.mark.filterwarnings("ignore")  # of PEFT
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_reward_model_of_adapters_over_a_language_model(tied, tmp_path):
+    """As TRL's RewardTrainer leaves it: the head in modules_to_save, the base as it was published."""
+    tiny.folder(tmp_path / "base", tie_word_embeddings=tied)
+    model = torch_llama.transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=1, pad_token_id=0)
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["q_proj"], modules_to_save=["score"], init_lora_weights=False)
+    model = peft.get_peft_model(model, config).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    load_tokenizer(tmp_path / "base", 96).save_pretrained(tmp_path / "adapter")
+    (source,) = open_ensemble([tmp_path / "adapter"])
+    params = load_members([source], ONE)
+    tokens = torch_llama.rows([T, T], T)[0]
+    with torch.no_grad():
+        theirs = model(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
+    batch = {"tokens": tokens[:, None], "mask": np.ones((2, 1, T), bool), "completion_mask": np.ones((2, 1, T), bool)}
+    rated = ensemble_model(source.config, params, ONE)
+    np.testing.assert_allclose(rated.apply(params, batch).scores[:, 0], theirs, atol=1e-5)
+
+    with pytest.raises(
+        ValueError, match=r"is of a reward model \(task_type 'SEQ_CLS', modules_to_save .*'score'.*is a language model; give"
+    ):
+        read_adapter(tmp_path / "adapter", hf.open_folder(tmp_path / "base"), ONE)
+    with pytest.raises(ValueError, match=r"holds adapters and no model; .* those of a reward model can be a reward\.path"):
+        hf.open_folder(tmp_path / "adapter")
+    (tmp_path / "adapter" / "chat_template.jinja").write_text("{{ messages }}")
+    with pytest.raises(ValueError, match="the chat template in .*adapter' is another than in its base"):
+        open_ensemble([tmp_path / "adapter"])
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "org/name"}))
+    with pytest.raises(ValueError, match="names the base 'org/name', which is no folder here; write its path into base_model_name_or_p"):
+        open_ensemble([tmp_path / "adapter"])
+
+
+def test_adapters_of_a_language_model_are_no_reward_model(plain):
+    with pytest.raises(ValueError, match="holds adapters of a language model, without base_model.model.score.weight"):
+        open_ensemble([plain])
 
 
 @pytest.fixture(scope="module")
@@ -322,10 +381,6 @@ def plain(folder, tmp_path_factory):
         ({"layers_to_transform": [5]}, "adapts nothing"),
         ({"layers_to_transform": [0], "target_modules": ".*q_proj"}, "layers_to_transform beside target_modules '.*q_proj'"),
         ({"layers_to_transform": [0]}, r"has 2 tensors that its config does not describe, '.*layers\.1\.self_attn\.q_proj"),
-        (
-            {"layers_to_transform": [0], "use_dora": True},
-            r"adapts model\.layers\.\{\}\.self_attn\.q_proj of some layers alone with use_dora",
-        ),
         ({"alpha_pattern": {"layers.7.self_attn.q_proj": 3}}, "alpha_pattern for 'layers.7.self_attn.q_proj', which matches no module"),
         ({"rank_pattern": {"q_pro": 3}}, "rank_pattern for 'q_pro', which matches no module that is adapted"),
         ({"alpha_pattern": {"layers.1.self_attn.q_proj": 1e-20}}, "float32 cannot hold both"),

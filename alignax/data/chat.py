@@ -5,14 +5,16 @@ that it makes of the whole conversation, see `alignax.data.turns`. A token that 
 """
 
 import json
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from itertools import takewhile
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from alignax.data import bounds
 from alignax.data.files import short
 from alignax.data.rows import Bad, Message, Prompted
-from alignax.data.shapes import without_nulls
+from alignax.data.shapes import is_system, without_nulls
 from alignax.data.template import Template, is_prefill
 from alignax.data.turns import REASONING, Found, find, is_scored
 
@@ -21,8 +23,11 @@ NULLS = ("keys of tool calls or tools that hold null, which are left out",)
 GOES_ON = "answers behind another message of the assistant's, which they go on with in one turn; data.turns=all has two turns"
 BEHIND = "messages behind the last answer that is trained on, which are left out"
 BEGUN = "prompts that end in a message of the assistant's, whose turn is gone on with; where it is the answer, leave it out of them"
+SYSTEMS = "conversations with several system messages, which are all kept where the chat template writes them"
 WEIGHTS = ("weight", "train", "training", "loss")  # of OpenAI and Mistral, of axolotl, of ms-swift: 0 or false is not to be trained on
 PARTLY = ("train_detail", "training_detail")
+_NO_PROMPT = "{} begins with the assistant's turn, and no prompt is in front of what is scored; put a user's or a system message there{}"
+_UNLESS = ", give that turn the weight 0, or score the last turn alone (data.turns=last)"
 NO_VARIABLES: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -54,6 +59,7 @@ def split(prompt: list | None, sides: Mapping[str, Any], tools: Any, turns: str)
     """
     values = ({"the prompt": prompt} if prompt is not None else {}) | dict(sides)
     bad = next((bad for name, value in values.items() if (bad := _bad_messages(name, value) or _bad_weight(name, value))), None)
+    bad = bad or next((_two_systems(name, prompt) for name, side in sides.items() if prompt and side and is_system(side[0])), None)
     if bad:
         return bad
     prompt, sides = prompt and _weighed(prompt), {name: _weighed(side) for name, side in sides.items()}
@@ -72,10 +78,11 @@ def split(prompt: list | None, sides: Mapping[str, Any], tools: Any, turns: str)
         if bad := _bad_completion(name, messages[start:], turns, single=len(sides) == 1):
             return bad
     if start == 0:
-        return Bad("no prompt", f"{next(iter(sides))!r} begins with the assistant's turn; put a user turn in front")
+        return Bad("no prompt", _NO_PROMPT.format(repr(next(iter(sides))), _UNLESS if turns == "all" and len(sides) == 1 else ""))
     first = next(iter(whole.values()))
     told += (BEHIND,) if any(len(messages) < len(prompt or []) + len(sides[name]) for name, messages in whole.items()) else ()
     told += (GOES_ON,) if prompt is None and is_prefill(first[:start]) else ()
+    told += (SYSTEMS,) if any(map(_has_systems, whole.values())) else ()
     return Prompted(first[:start], tuple(messages[start:] for messages in whole.values()), tools=tools, told=told)
 
 
@@ -88,7 +95,18 @@ def prompt_alone(messages: list, tools: Any) -> Prompted | Bad:
     if messages[-1].get("tool_calls"):
         return Bad("no prompt", "the prompt ends with the assistant's call of a tool; put the tool's answer behind it")
     told = (NULLS if _nested_nulls(messages, tools) else ()) + ((BEGUN,) if is_prefill(messages) else ())
+    told += (SYSTEMS,) if _has_systems(messages) else ()
     return Prompted(without_nulls(messages), ([],), tools=read, told=told)
+
+
+def _two_systems(name: str, prompt: list) -> Bad:
+    there = f"as the prompt {short(prompt[0].get('content'))} does" if is_system(prompt[0]) else "behind the messages of the prompt"
+    return Bad("two system prompts", f"{name!r} begins with a system message, {there}; leave one out, as row(row) of an experiment can")
+
+
+def _has_systems(messages: list[Message]) -> bool:
+    """Whether a conversation has more than one system message."""
+    return sum(map(is_system, messages)) > 1
 
 
 def _nested_nulls(messages: list[Message], tools: Any) -> bool:
@@ -319,8 +337,16 @@ class Tokens(NamedTuple):
         return common, common < len(alone)
 
 
-def encode_prompt(messages: Any, tools: Any, tokenizer: Any, variables: Mapping[str, Any] = NO_VARIABLES) -> tuple[str, list[int]] | Bad:
-    """Text and tokens of a conversation up to where the next answer begins, as rows have them; the beginning of one is gone on with."""
+def encode_prompt(
+    messages: Any, tools: Any, tokenizer: Any, variables: Mapping[str, Any] = NO_VARIABLES, most: int = sys.maxsize
+) -> tuple[str, list[int]] | Bad:
+    """Text and tokens of a conversation up to where the next answer begins, as rows have them; the beginning of one is gone on with.
+
+    Of a long one of more than `most` tokens they are those of its beginning, see `alignax.data.bounds.beginning`.
+    """
     row = prompt_alone(messages, tools)
-    found = row if isinstance(row, Bad) else encode([row], tokenizer, variables=variables)[0]
-    return found if isinstance(found, Bad) else (found.text, found.prompt)
+    found = row if isinstance(row, Bad) else rendered([row], tokenizer, (), variables)[0]
+    if isinstance(found, Bad):
+        return found
+    code = bounds.beginning(found.prompt, lambda own: tokenized([part(found, own.prompt, ())], tokenizer, ())[0], most)
+    return code if isinstance(code, Bad) else (code.text, code.prompt)

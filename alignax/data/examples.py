@@ -32,9 +32,7 @@ class Examples:
     columns: dict[str, list[Any]] = dataclasses.field(default_factory=dict)  # name -> [n], of prompts: what reward functions may read
     rows: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))  # [n], of the files; none of examples of no file
     conversations: list[tuple[list[Message], Any] | None] = dataclasses.field(default_factory=list)  # [n], or []: see `asked`
-    others: "dict[str, Examples]" = dataclasses.field(
-        default_factory=dict
-    )  # role -> the same rows, as a model of another format reads them
+    others: "dict[str, Examples]" = dataclasses.field(default_factory=dict)  # role -> the same rows, in that model's format
     order: np.ndarray | None = None  # [n] float64: rows of smaller numbers are drawn first in the first epoch; None: no curriculum
 
     def __len__(self) -> int:

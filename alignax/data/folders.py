@@ -46,7 +46,9 @@ def matching(pattern: str) -> list[Path]:
     folders = [path for path in found if path.is_dir()]
     if folders and "**" not in pattern:
         raise ValueError(f"{pattern} stands for the folder {folders[0]} too; write a pattern of files alone, such as {pattern}.jsonl")
-    return [path for path in found if path.is_file()]
+    found = [path for path in found if path.is_file()]
+    _check_formats(pattern, found)
+    return found
 
 
 def saved(folder: Path, split: str) -> Path | None:
@@ -115,7 +117,38 @@ def files(folder: Path, split: str) -> list[Path]:
         raise ValueError(
             f"the folder {folder} {what}; point to one of them, or name the files to read with a pattern, such as '{folder}/*/*'"
         )
+    _check_formats(f"the folder {folder}", found)
     return found
+
+
+def _check_formats(where: str, found: list[Path]) -> None:
+    """Refuses files of one name in two formats, which as a rule hold the same rows; shards of other numbers are read together."""
+    first: dict[tuple[str, str], Path] = {}
+    for file in sorted(found, key=lambda file: _shard(file)[1] != ""):  # whole ones in front
+        name, number = _shard(file)
+        for other in (first.get((name, "")), first.get((name, number))):
+            if other is not None and _format(other) != _format(file):
+                raise ValueError(
+                    f"{where} holds {name!r} in two formats, {other} and {file}, and rows that are in both would be read twice; "
+                    f"name the files to read, such as {other} or '{file.parent}/*{_format(file)}', or move the others away"
+                )
+        first.setdefault((name, number), file)
+
+
+def _shard(file: Path) -> tuple[str, str]:
+    """What a file holds, by its name, and the number that it has of it; empty: it holds the whole."""
+    stem = file.name[: len(file.name) - len(_format(file))]
+    name = _names(Path(file.name))[:1]
+    if not name:  # whose name tells of no split
+        return stem, ""
+    shard = SHARD.fullmatch(stem)
+    numbers = re.findall(r"\d+", stem[len(name[0]) :])
+    return name[0], "-".join(str(int(number)) for number in numbers[: 1 if shard else None])
+
+
+def _format(file: Path) -> str:
+    """The end of a name that says how the file is written, in small letters: of train.CSV.gz it is .csv.gz."""
+    return "".join(file.suffixes[-2:] if file.suffix.lower() in PACKED else file.suffixes[-1:]).lower()
 
 
 def _also(names: list[str]) -> str:

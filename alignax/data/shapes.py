@@ -197,7 +197,7 @@ def _once(prompt: list[Message], sides: Mapping[str, list[Message]]) -> tuple[li
 
 
 def _system_and_rest(messages: list[Message]) -> tuple[list[Message], list[Message]]:
-    count = sum(1 for _ in takewhile(lambda message: message["role"] in ("system", "developer"), messages))
+    count = sum(1 for _ in takewhile(is_system, messages))
     return without_nulls(messages[:count]), messages[count:]
 
 
@@ -217,21 +217,35 @@ def _are_messages(side: Any) -> bool:
     return isinstance(side, list) and bool(side) and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in side)
 
 
+def is_system(message: Any) -> bool:
+    """Whether a message is a system prompt, which some call the developer's."""
+    return isinstance(message, dict) and message.get("role") in ("system", "developer")
+
+
 def with_system(system: Any, prompt: Any, sides: Mapping[str, Any]) -> tuple[Any, dict[str, Any]] | Bad:
-    """A row with the text of its system column as the first message; texts become conversations, an empty system prompt none."""
+    """A row with the text of its system column as the first message; texts become conversations, an empty system prompt none.
+
+    Messages that begin with the same system prompt have it once; those that have another make a bad row.
+    """
     if system is not None and not isinstance(system, str):
         return Bad("no system prompt", f"the system prompt is {short(system)}, not text")
     sides = {name: said("assistant", side) if isinstance(side, str) else side for name, side in sides.items()}
     prompt = said("user", prompt) if isinstance(prompt, str) else prompt
-    first = said("system", system) if system else []
-    if prompt is None:
-        whole = {name: first + side if isinstance(side, list) else side for name, side in sides.items()}
-        return _one_system(None, whole)
-    return _one_system(first + prompt if isinstance(prompt, list) else prompt, sides)
+    if not system:
+        return prompt, sides
+    values = {"the prompt": prompt} if prompt is not None else sides
+    found = {name: _begun(system, value) if isinstance(value, list) else value for name, value in values.items()}
+    if bad := next((value for value in found.values() if isinstance(value, Bad)), None):
+        return bad
+    return (found["the prompt"], sides) if prompt is not None else (None, found)
 
 
-def _one_system(prompt: Any, sides: dict[str, Any]) -> tuple[Any, dict[str, Any]] | Bad:
-    for value in [prompt] if prompt is not None else sides.values():
-        if isinstance(value, list) and sum(isinstance(m, dict) and m.get("role") == "system" for m in value) > 1:
-            return Bad("two system prompts", "the row has a system prompt in data.columns.system and another in its messages")
-    return prompt, sides
+def _begun(system: str, messages: list[Any]) -> list[Any] | Bad:
+    """Messages that begin with this system prompt, and have no other."""
+    own = [message for message in messages if is_system(message)]
+    if not own:
+        return said("system", system) + messages
+    if own == messages[:1] and str(own[0].get("content")).strip() == system.strip():
+        return messages
+    what = f"the row has the system prompt {short(system)} in data.columns.system and {short(own[-1].get('content'))} in its messages"
+    return Bad("two system prompts", f"{what}; leave one of them out, as row(row) of an experiment can")

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 
 from alignax import output
-from alignax.data import chat
+from alignax.data import bounds, chat
 from alignax.data.files import HUB, read_rows
 from alignax.data.folders import SUFFIXES, place, suffix
 from alignax.data.kinds import prompt_alone
@@ -67,7 +67,7 @@ class Prompt(NamedTuple):
     ids: list[int]
 
 
-def read(request: Request, tokenizer: Any, data: Any) -> list[Prompt] | None:
+def read(request: Request, tokenizer: Any, data: Any, most: int = sys.maxsize) -> list[Prompt] | None:
     """The prompts of a file, or of what else holds rows: those with a `prompt`, text or messages (and `tools`), or else one a line.
 
     None: a person types them.
@@ -78,6 +78,7 @@ def read(request: Request, tokenizer: Any, data: Any) -> list[Prompt] | None:
       request: the file, and whether lines are raw.
       tokenizer: a Hugging Face tokenizer.
       data: `config.data`, for the names of columns and the values of the chat template's variables.
+      most: tokens beyond which a prompt is of no use, so that a very long one need not be tokenised whole.
 
     Raises:
       ValueError: for a file that is not there, holds none, or holds a row that is no prompt, with its number.
@@ -90,7 +91,7 @@ def read(request: Request, tokenizer: Any, data: Any) -> list[Prompt] | None:
     path = place(file)[0]
     if file != "-" and (file.startswith(HUB) or path.is_dir() or suffix(path) in SUFFIXES):
         found = [row_prompt(i, row, file, data.columns) for i, row in enumerate(read_rows(file))]
-        return [encoded(i, row.prompt, row.tools, tokenizer, file, data.template) for i, row in enumerate(found)]
+        return [encoded(i, row.prompt, row.tools, tokenizer, file, data.template, most) for i, row in enumerate(found)]
     if file != "-" and not Path(file).is_file():
         raise ValueError(f"there is no file {file!r}; give --prompts a file with a prompt a line, or rows with a column 'prompt'")
     try:
@@ -100,7 +101,7 @@ def read(request: Request, tokenizer: Any, data: Any) -> list[Prompt] | None:
     lines = [line for line in text.split("\n") if line.strip()]
     if not lines:
         raise ValueError(f"{'standard input' if file == '-' else file} holds no prompts; write one a line")
-    return [encoded(i, turns(line, request, tokenizer), None, tokenizer, file, data.template) for i, line in enumerate(lines)]
+    return [encoded(i, turns(line, request, tokenizer), None, tokenizer, file, data.template, most) for i, line in enumerate(lines)]
 
 
 def turns(line: str, request: Request, tokenizer: Any) -> Any:
@@ -119,18 +120,29 @@ def row_prompt(i: int, row: Mapping[str, Any], file: str, columns: Any) -> Promp
     return found
 
 
-def encoded(row: int, prompt: Any, tools: Any, tokenizer: Any, file: str, template: Mapping[str, Any] = chat.NO_VARIABLES) -> Prompt:
-    """A prompt in tokens, as training has it."""
+def encoded(
+    row: int,
+    prompt: Any,
+    tools: Any,
+    tokenizer: Any,
+    file: str,
+    template: Mapping[str, Any] = chat.NO_VARIABLES,
+    most: int = sys.maxsize,
+) -> Prompt:
+    """A prompt in tokens, as training has it; of one much longer than `most` tokens the beginning, which has more than so many."""
     if isinstance(prompt, str):
-        return Prompt(prompt, None, prompt, prompt_ids([prompt], tokenizer)[0])
-    found = chat.encode_prompt(prompt, tools, tokenizer, template)
+        encode = lambda part: chat.Encoded(prompt_ids([part.prompt], tokenizer)[0], [], [], part.prompt)
+        code = bounds.beginning(prompt, encode, most)
+        found = code if isinstance(code, Bad) else (code.text, code.prompt)
+    else:
+        found = chat.encode_prompt(prompt, tools, tokenizer, template, most)
     if isinstance(found, Bad):
         raise ValueError(f"row {row} of {file}: {found.what}")
     return Prompt(prompt, tools, *found)
 
 
-def typed(request: Request, tokenizer: Any, data: Any) -> Iterator[Prompt]:
-    """Prompts that a person types, one a line, until the end of the input."""
+def typed(request: Request, tokenizer: Any, data: Any, most: int = sys.maxsize) -> Iterator[Prompt]:
+    """Prompts that a person types, one a line, until the end of the input; `most` as in `read`."""
     while True:
         try:
             line = input("> ")
@@ -138,7 +150,7 @@ def typed(request: Request, tokenizer: Any, data: Any) -> Iterator[Prompt]:
             print()
             return
         if line.strip():
-            yield encoded(0, turns(line, request, tokenizer), None, tokenizer, "the terminal", data.template)
+            yield encoded(0, turns(line, request, tokenizer), None, tokenizer, "the terminal", data.template, most)
 
 
 def answer(

@@ -78,6 +78,11 @@ def check(config: Json, file: Path) -> None:
         raise ValueError(f"{file} has layers_to_transform beside target_modules {short(config['target_modules'])}, which PEFT refuses")
 
 
+def is_reward(config: Json) -> bool:
+    """Whether adapters are those of a model for sequence classification, with its head."""
+    return config.get("task_type") == "SEQ_CLS" or not set(HEADS).isdisjoint(config.get("modules_to_save") or ())
+
+
 def chosen(config: Json, modules: Sequence[str], others: Iterable[str], file: Path) -> list[str]:
     """The modules that are adapted.
 

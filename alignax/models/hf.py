@@ -58,6 +58,7 @@ class Source(NamedTuple):
     stored: ModelConfig  # of the files
     config: ModelConfig  # of the model that is made of them: it may have another head, see `with_heads`
     soup: tuple[tuple["Source", float], ...] = ()  # folders and their shares of every weight; (): this folder alone
+    adapters: Path | None = None  # a PEFT folder whose adapters and head make a reward model of it, see `peft.open_reward`
 
 
 def open_folder(path: str | os.PathLike) -> Source:
@@ -71,7 +72,7 @@ def open_folder(path: str | os.PathLike) -> Source:
     if not file.is_file() and (path / "adapter_config.json").is_file():
         raise ValueError(
             f"{str(path)!r} holds adapters and no model; merge them into their base with peft (merge_and_unload) and give that, or, to "
-            "train them on, give their base as model.path and the adapters as lora.path"
+            "train them on, give their base as model.path and the adapters as lora.path; those of a reward model can be a reward.path"
         )
     if (path / "adapter_config.json").is_file():  # which transformers puts onto the model
         raise ValueError(
@@ -134,8 +135,8 @@ def check_alike(sources: Sequence[Source]) -> None:
     """Refuses folders of different shapes, vocabularies or tokenizers."""
     first = sources[0]
     for source in sources[1:]:
-        differs = "shape or vocabulary" if source.stored != first.stored else "tokenizer"
-        if source.stored != first.stored or tokenizer_parts(source.path) != tokenizer_parts(first.path):
+        differs = "shape or vocabulary" if source.config != first.config else "tokenizer"
+        if source.config != first.config or tokenizer_parts(source.path) != tokenizer_parts(first.path):
             raise ValueError(f"{str(source.path)!r} has another {differs} than {str(first.path)!r}; all must have the same")
 
 
@@ -232,11 +233,16 @@ def read_slice(opened: Any, name: str, index: tuple[slice, ...]) -> np.ndarray:
 
 
 def tensor_files(source: Source) -> dict[str, Stored]:
-    """Tensor name -> where it is stored; files of a bare model (GPT-2's own, say) leave the first word of every name out."""
+    """Tensor name -> where it is stored; files of a bare model (GPT-2's own, say) leave the first word of every name out.
+
+    Of a tied model whose files hold the output matrix alone, the embedding is that matrix, as transformers has it.
+    """
     found = named_files(source.path)
-    first = source.family.weights["embed"].name.split(".")[0] + "."
+    embed, head = (source.family.weights[leaf].name for leaf in ("embed", "lm_head"))
+    first = embed.split(".")[0] + "."
     bare = not any(name.startswith(first) for name in found)
-    return {first + name if bare else name: Stored(file, name) for name, file in found.items()}
+    files = {first + name if bare else name: Stored(file, name) for name, file in found.items()}
+    return {embed: files[head]} | files if source.stored.tie_word_embeddings and head in files else files
 
 
 def check_tensors(source: Source, files: Mapping[str, Stored]) -> None:

@@ -8,6 +8,8 @@ An adapted model has one parameter tree: the base's leaves and beside each adapt
 `W_lora_b` [rank, out], for DoRA also `W_lora_m` [out]. `join` makes it of the frozen base and the adapters, which alone are trained,
 stored and checkpointed. At first B is 0, and m the norm of W: the adapted model is its base. The base may be stored in a quarter of the
 bytes (`quantise`), as QLoRA does (Dettmers et al. 2023, arXiv:2305.14314) with a finer code.
+
+Where a folder adapts a matrix of some layers alone, A, B and m of the others are 0 and have no gradient; such an m stands for the norm.
 """
 
 import dataclasses
@@ -94,13 +96,19 @@ def adapt(
     if lora.dora:
         m = param(f"{name}{MARK}m", nn.with_logical_partitioning(nn.initializers.ones, axes[1:]), (outputs,), jnp.float32)
         norm = jax.lax.stop_gradient(column_norms(weight, a, b, lora.scale))
-        y = y * (m / norm).astype(y.dtype)[None]
+        y = y * relative(m, norm).astype(y.dtype)[None]
     return y
 
 
 def column_norms(weight: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
     """|W + s A B| of each output: [.., out] float32."""
     return jnp.linalg.norm(weight.astype(jnp.float32) + scale * (a @ b), axis=-2)
+
+
+def relative(m: jax.Array, norm: jax.Array) -> jax.Array:
+    """DoRA's m / norm [.., out]; 1 without a gradient where all of m is 0, as it is of a matrix that is not adapted."""
+    there = jnp.any(m != 0, axis=-1, keepdims=True)
+    return jnp.where(there, m / jnp.where(there, norm, 1.0), 1.0)
 
 
 def is_adapter(name: str) -> bool:
@@ -156,7 +164,7 @@ def merge(lora: Lora, base: Params, adapters: Params) -> Params:
         a, b = (adapters["layers"][f"{n}{MARK}{part}"] for part in "ab")
         whole = layers[n].astype(jnp.float32) + lora.scale * (a @ b)  # [L, in, out]
         if lora.dora:
-            whole = whole * (adapters["layers"][f"{n}{MARK}m"] / jnp.linalg.norm(whole, axis=-2))[..., None, :]
+            whole = whole * relative(adapters["layers"][f"{n}{MARK}m"], jnp.linalg.norm(whole, axis=-2))[..., None, :]
         layers[n] = whole
     return jax.tree.map(lambda x: x.astype(jnp.float32), {**base, **adapters, "layers": layers})
 

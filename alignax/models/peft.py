@@ -5,6 +5,7 @@ and v), a folder's A is each one's A, and its B is cut as the weight is; written
 diagonal, so the rank is the sum of theirs.
 """
 
+import functools
 import json
 import math
 from pathlib import Path
@@ -21,6 +22,7 @@ from alignax.distributed import is_main, together
 from alignax.models import adapter_config, hf, lora, parameters, reward
 from alignax.models.layout import Place, joined, places
 from alignax.models.lora import MARK, Lora
+from alignax.models.small_files import chat_template, tokenizer_parts
 from alignax.models.tensorfiles import check_finite
 from alignax.types import Params
 
@@ -81,6 +83,7 @@ def write_adapter(adapters: Params, spec: Lora, source: hf.Source, base: str, ou
     adapted = Adapted(source)
     tensors: dict[str, np.ndarray] = {}
     ranks: dict[str, int] = {}
+    names: list[str] = []  # of the modules that are adapted
     for module, matrices in adapted.modules.items():
         chosen = [n for n in matrices if n in spec.targets]
         if not chosen:
@@ -89,6 +92,9 @@ def write_adapter(adapters: Params, spec: Lora, source: hf.Source, base: str, ou
         for i in range(adapted.layers):
             at = PREFIX + module.format(i)
             a = np.concatenate([layers[f"{n}{MARK}a"][i] for n in chosen], axis=1)  # [in, ranks]
+            if not a.any():  # not adapted in this layer
+                continue
+            names.append(module.format(i))
             tensors[f"{at}.lora_A.weight"] = np.ascontiguousarray(a.T)
             blocks = [np.zeros((a.shape[1], adapted.width(n)), np.float32) for n in matrices]
             for j, n in enumerate(chosen):
@@ -108,7 +114,7 @@ def write_adapter(adapters: Params, spec: Lora, source: hf.Source, base: str, ou
             hf.save_tensors(tensors, tmp / WEIGHTS)
             kept = any(adapted.place(m[0]).weight.kept for m in adapted.modules.values())
             head = {"modules_to_save": ["score"], reward.OFFSET: offset} if offset else {}
-            content = _config(spec, adapted, ranks, base, kept, head)
+            content = _config(spec, names, len(ranks) * adapted.layers, ranks, base, kept, head)
             (tmp / CONFIG).write_text(json.dumps(content, indent=2) + "\n")
 
 
@@ -118,18 +124,30 @@ def _columns(blocks: list[np.ndarray], place: Place) -> np.ndarray:
     return whole if place.turned(2) else np.ascontiguousarray(whole.T)
 
 
-def _config(spec: Lora, adapted: Adapted, ranks: dict[str, int], base: str, fan_in_fan_out: bool, head: dict[str, Any]) -> dict[str, Any]:
-    """The content of adapter_config.json; `head`: what it says of a reward model's.
+def _config(
+    spec: Lora, names: list[str], most: int, ranks: dict[str, int], base: str, fan_in_fan_out: bool, head: dict[str, Any]
+) -> dict[str, Any]:
+    """The content of adapter_config.json.
+
+    Args:
+      spec: how the modules are adapted.
+      names: whole names of the adapted modules; fewer than `most` where some are adapted in some layers alone.
+      most: how many there are in all layers.
+      ranks: module -> rank.
+      base: where PEFT is to look for the base.
+      fan_in_fan_out: the base's matrices have their inputs first.
+      head: what the file says of a reward model's head.
 
     Where a module's rank is larger its alpha is too, so that the scale is the same.
     """
     own = {module: rank for module, rank in ranks.items() if rank != spec.rank}
     name = lambda module: module.rpartition(".{}.")[2]
     alpha = lambda rank: spec.scale * (math.sqrt(rank) if spec.rslora else rank)
+    targets = sorted({name(module) for module in ranks}) if len(names) == most else names
     return {
         "peft_type": "LORA", "task_type": "SEQ_CLS" if head else "CAUSAL_LM", **head,
         "base_model_name_or_path": base, "r": spec.rank, "lora_alpha": spec.alpha,
-        "target_modules": sorted({name(module) for module in ranks}), "use_rslora": spec.rslora, "use_dora": spec.dora,
+        "target_modules": targets, "use_rslora": spec.rslora, "use_dora": spec.dora,
         "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": fan_in_fan_out, "inference_mode": True,
         "rank_pattern": {name(module): rank for module, rank in own.items()},
         "alpha_pattern": {name(module): alpha(rank) for module, rank in own.items()},
@@ -173,14 +191,14 @@ def _read_module(
     at, (rank, scale) = PREFIX + module, how
     place, inputs = adapted.place(matrices[0]), adapted.shapes["layers." + matrices[0]][-2]
     outputs, leaves = place.groups * place.stride, {}
-    a, b, m = np.zeros((inputs, spec.rank), np.float32), np.zeros((spec.rank, outputs), np.float32), None
+    a, b, m = np.zeros((inputs, spec.rank), np.float32), np.zeros((spec.rank, outputs), np.float32), np.zeros(outputs, np.float32)
     if rank:
         a[:, :rank] = _take(stored, f"{at}.lora_A.weight", (rank, inputs), folder).T
         b[:rank] = _take(stored, f"{at}.lora_B.weight", (outputs, rank), folder).T * (scale / spec.scale)
-        m = _take(stored, f"{at}.lora_magnitude_vector", (outputs,), folder) if spec.dora else None
+        m = _take(stored, f"{at}.lora_magnitude_vector", (outputs,), folder) if spec.dora else m
     for n in matrices:
         columns = np.concatenate([np.arange(s.start, s.stop) for s in adapted.place(n).spans(range(adapted.width(n)))])
-        leaves |= {f"{n}{MARK}a": a, f"{n}{MARK}b": b[:, columns]} | ({} if m is None else {f"{n}{MARK}m": m[columns]})
+        leaves |= {f"{n}{MARK}a": a, f"{n}{MARK}b": b[:, columns]} | ({f"{n}{MARK}m": m[columns]} if spec.dora else {})
     return leaves
 
 
@@ -201,6 +219,47 @@ def place_adapters(layers: dict[str, np.ndarray], spec: Lora, source: hf.Source,
     return {"layers": {name: put(layers[name], like) for name, like in abstract.items()}}
 
 
+def merged(source: hf.Source, spec: Lora, adapters: Params, mesh: Mesh) -> Params:
+    """The base's parameters, read again in full precision, with the adapters folded in."""
+    return jax.jit(functools.partial(lora.merge, spec), donate_argnums=0)(hf.load_params(source, mesh), adapters)
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds adapters and no model."""
+    return (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
+
+
+def open_reward(folder: Path) -> hf.Source:
+    """The reward model that a PEFT folder makes of its base, a language model as a rule: adapters and a head, as TRL saves them.
+
+    Raises:
+      ValueError: for adapters of a language model, a base that is not on this machine, and a folder that reads texts otherwise than it.
+    """
+    file = folder / CONFIG
+    base = hf.read_object(file, "fetch the adapter again").get("base_model_name_or_path")
+    if not isinstance(base, str) or not Path(base).is_dir():
+        raise ValueError(f"{file} names the base {short(base)}, which is no folder here; write its path into base_model_name_or_path")
+    head = hf.header(weights(folder)).get(SCORE)
+    if head is None:
+        raise ValueError(f"{str(folder)!r} holds adapters of a language model, without {SCORE}; give those of a reward model")
+    source = hf.with_heads(hf.open_folder(base), head[1][0])._replace(adapters=folder)
+    read_config(folder, source)
+    own, theirs = ((tokenizer_parts(path)[-1], chat_template(path)) for path in (folder, source.path))
+    if any(mine not in (None, other) for mine, other in zip(own, theirs, strict=True)):
+        raise ValueError(
+            f"the tokenizer or the chat template in {str(folder)!r} is another than in its base {str(source.path)!r}, whose are read; copy "
+            "the adapter's chat_template.jinja and tokenizer_config.json into a copy of the base, and name that in base_model_name_or_path"
+        )
+    return source
+
+
+def load_reward(source: hf.Source, mesh: Mesh) -> Params:
+    """A reward model's parameters, those of `open_reward` with the adapters folded in."""
+    if source.adapters is None:
+        return hf.load_params(source, mesh)
+    return merged(source, *read_adapter(source.adapters, source, mesh), mesh)
+
+
 def read_config(folder: Path, source: hf.Source) -> tuple[Lora, dict[str, tuple[int, float]]]:
     """How a PEFT folder adapts, and the rank and the scale of each module, by its whole name; the rank of the whole is the largest."""
     file = folder / CONFIG
@@ -208,6 +267,12 @@ def read_config(folder: Path, source: hf.Source) -> tuple[Lora, dict[str, tuple[
         raise ValueError(f"{str(folder)!r} has no {CONFIG}; give the path of a PEFT adapter folder")
     config = DEFAULTS | hf.read_object(file, "fetch the adapter again")
     adapter_config.check(config, file)
+    if adapter_config.is_reward(config) and not source.config.num_labels:
+        raise ValueError(
+            f"{file} is of a reward model (task_type {short(config.get('task_type'))}, modules_to_save "
+            f"{short(config.get('modules_to_save'))}), and {str(source.path)!r} is a language model; give the adapters as reward.path, or "
+            "set model.num_labels to train them on as a reward model"
+        )
     adapted = Adapted(source)
 
     def match() -> tuple[list[str], dict[str, int], dict[str, float]]:
@@ -217,10 +282,8 @@ def read_config(folder: Path, source: hf.Source) -> tuple[Lora, dict[str, tuple[
 
     chosen, ranks, alphas = adapter_config.in_time(match, file)
     largest = max(chosen, key=lambda m: ranks[m])
-    own = {module: [m for m in map(module.format, range(adapted.layers)) if m in ranks] for module in adapted.modules}
-    if config.get("use_dora") and (partly := next((m for m, there in own.items() if 0 < len(there) < adapted.layers), None)):
-        raise ValueError(f"{file} adapts {partly} of some layers alone with use_dora, which is not supported; {adapter_config.REMEDY}")
-    targets = tuple(n for n in lora.MATRICES if n in adapted.names and own[adapted.names[n]])
+    some = {module for module in adapted.modules if any(module.format(i) in ranks for i in range(adapted.layers))}
+    targets = tuple(n for n in lora.MATRICES if adapted.names.get(n) in some)
     spec = Lora(ranks[largest], alphas[largest], targets, bool(config.get("use_rslora")), bool(config.get("use_dora")))
     scales = {m: adapter_config.scale(config, ranks[m], alphas[m]) for m in chosen}
     if odd := next((m for m in chosen if not 1e-6 < scales[m] / spec.scale < 1e6), None):

@@ -159,15 +159,15 @@ def open_others(config: Any, policy: Role, words: Vocabulary, mesh: Mesh) -> dic
         if unknown := sorted(set(given) - {"path", "adapters"}):
             raise ValueError(f"config field 'models.{name}.{unknown[0]}' is unknown; a model has a path, and may have adapters")
         path, adapters = given.get("path", ""), given.get("adapters", "")
-        folders = paths_of(path) if "," in path and "@" not in path else [path]
-        opened = [open_model(folder, "pretrained", field) for folder in folders]
-        if opened[0].config.num_labels or len(opened) > 1:
-            judges = open_ensemble([source.path for source in opened]) if len(opened) > 1 else opened
+        several = paths_of(path) if "," in path and "@" not in path else [path]
+        source = None if len(several) > 1 or peft.is_adapter(Path(path)) else open_model(path, "pretrained", field)
+        if source is None or source.config.num_labels:
+            judges = open_ensemble(several)
             if len(judges) > 1:
                 check_one_score(judges[0])
-            roles[name] = scoring_role(name, judges, policy.dtype, mesh)._replace(adapters=adapters)
+            roles[name] = scoring_role(name, judges, policy.dtype, mesh)
             continue
-        source = spoken(config, opened[0], words.unused)
+        source = spoken(config, source, words.unused)
         check_speech(source, policy.source, words, field, f"the model {name!r}")
         apply = make_apply(source.config, config, policy.dtype, mesh)
         roles[name] = Role(name, (source,), source.config, policy.dtype, name, apply, adapters=adapters)
