@@ -13,8 +13,8 @@ sides. What is scored or trained on is gone through in `--microbatches` parts, o
 Each side runs in a process of its own, kept to one core and one thread: ours, theirs, ours, theirs. Tokens are those of prompts and
 completions that are trained on; CPU seconds are those of the process, the median over the iterations after the first. Ours is
 the turns of `alignax.run.feed` on a prepared run, as `alignax train` has it; `outside_programs` is the share of an iteration's wall time
-in which no compiled program runs, `compilations` are those after the first iteration. `--against` runs a command in place of TRL: the last line that
-it prints must be JSON with `tokens_per_cpu_second`, and fields of the case in braces are filled in.
+in which no compiled program runs, `compilations` are those after the first iteration. `--against` runs a command in place of TRL: the last
+line that it prints must be JSON with `tokens_per_cpu_second`, and fields of the case in braces are filled in.
 
 Model FLOPs leave out recomputation, padding, and log-probs of the policy that has sampled (for one step its ratios are 1 anyway): a prompt
 is read once for its samples; completions are read token by token, then by the reference, by each reward model, and by the policy forwards

@@ -203,7 +203,7 @@ def test_an_exported_reward_model_gives_in_transformers_what_training_and_judgin
     given |= {"workdir": tmp_path / "run", "batch_size": 8, "eval.samples": 0, "data.max_length": 64, "steps": 1}
     run = checked(arguments(tmp_path, "def loss(config):\n    return bradley_terry()", given))
     params, batch = hf.load_params(run.policy.source, run.mesh, jax.random.key(7)), run.data.train.batch(0)
-    trained = np.asarray(jax.jit(run.apply)(params, {name: jnp.asarray(x) for name, x in batch.items()}).scores)
+    trained = np.asarray(jax.jit(run.policy.apply)(params, {name: jnp.asarray(x) for name, x in batch.items()}).scores)
     hf.export(params, run.policy.source, tmp_path / "out", eos=run.words.tokenizer.eos_token_id)
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
@@ -268,7 +268,7 @@ def test_formats_are_compared_by_content_and_not_by_rows(models, tmp_path):
     content = json.loads((other / "tokenizer.json").read_text())
     (other / "tokenizer.json").write_text(json.dumps(content | {"normalizer": {"type": "Lowercase"}}))
     given = lambda judge, data: arguments(tmp_path, OFFLINE, fields(models, tmp_path, judge, data, **{"data.max_length": 64}))
-    examples = checked(given(other, data)).train.examples
+    examples = checked(given(other, data)).data.train.examples
     tokenizer = transformers.AutoTokenizer.from_pretrained(other)
     last = lambda examples: tokenizer.decode(examples.tokens[examples.offsets[140] : examples.offsets[141]])
     assert last(examples) != last(examples.others["ensemble"]) == last(examples).replace("YES", "yes")
