@@ -15,6 +15,7 @@ from alignax.blame import check_call
 from alignax.config import asked, eval_batch_size, prompts_of_rollout
 from alignax.data import Batches
 from alignax.experience import Experience, advance, chain, first_carry
+from alignax.functions import reward_fields
 from alignax.judges import FIELDS
 from alignax.models import hf, parameters, reward, transformer
 from alignax.models.lora import Lora, is_quantised, join, split
@@ -201,10 +202,7 @@ def abstract_rollout(run: Run, prompts: int, samples: int) -> dict[str, jax.Shap
     if run.judge is not None:
         fields |= {f"judge_{name}": ((B, N, run.judge.length), tokens[name]) for name in FIELDS}
         fields["judge_cut"] = (B, N), jnp.bool_
-    if run.experiment.reward is not None:
-        fields["rewards"] = (B, N), jnp.float32
-    if run.experiment.gold is not None:
-        fields["gold"] = (B, N), jnp.float32
+    fields |= {name: ((B, N, *more), jnp.float32) for name, more in reward_fields(run.experiment).items()}
     return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=layout) for name, (shape, dtype) in fields.items()}
 
 

@@ -18,7 +18,7 @@ import pytest
 import runs
 
 from alignax.calls import Answer, Call, Malformed, numbers, within
-from alignax.checks import check_columns, parameters
+from alignax.functions import check_columns, parameters
 from alignax.workers import POLL, Abandoned, Lost, Worker, Workers
 
 SOURCE = """
