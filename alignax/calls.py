@@ -123,7 +123,7 @@ def answered(function: Any, call: Call, config: Any, file: Path) -> Answer:
 async def gathered(function: Any, call: Call, config: Any, file: Path, send: Callable[[Answer], None]) -> None:
     """Sends what an async function says of each completion from `call.start` on, in their order; it is asked for all of them at once.
 
-    One that holds the interpreter, and with it all others, is none that this can end.
+    One that holds the interpreter, and with it all others, or that ends the process is none that this can tell apart.
     """
 
     async def one(i: int) -> Answer:
@@ -132,6 +132,8 @@ async def gathered(function: Any, call: Call, config: Any, file: Path, send: Cal
             try:
                 async with clock:
                     return numbers(await asked(function, part, config), 1, call.names)
+            except asyncio.CancelledError:  # another has ended the loop, sys.exit() say
+                raise
             except BaseException as e:
                 return failed(TimeoutError(too_late(call.limit, True)) if clock.expired() else e, part, file)
 
