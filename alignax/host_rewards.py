@@ -174,7 +174,8 @@ def check_reward(run: Run, hook: str) -> None:
 
 def told(functions: Functions, numbers: np.ndarray) -> str:
     """The numbers of a completion [K], with their names."""
-    return ", ".join(f"{name} {x:g}" for name, x in zip(functions.names, numbers, strict=True)) or f"{numbers[0]:g}"
+    labels = [f"{name} " for name in functions.names] or [""]
+    return ", ".join(f"{label}{x:g}" for label, x in zip(labels, numbers, strict=True))
 
 
 def named(names: Sequence[str], scores: np.ndarray) -> dict[str, float | None]:

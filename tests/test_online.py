@@ -7,7 +7,6 @@ import signal
 import textwrap
 import time
 import types
-from typing import Any
 from unittest.mock import Mock
 
 import jax
@@ -21,7 +20,6 @@ from safetensors.numpy import load_file
 from test_rewards import reward_folder
 
 from alignax import mesh as meshes
-from alignax.calls import Answer
 from alignax.checkpoint import Checkpoints
 from alignax.cli import main
 from alignax.config import load_experiment, prompts_of_rollout
@@ -29,12 +27,13 @@ from alignax.evaluate import Evaluation
 from alignax.experience import best_and_worst, wco
 from alignax.fit import Observer
 from alignax.generate import LENGTH, STOP_ID, STOP_STRING
+from alignax.host_rewards import RewardFailed
 from alignax.metrics import Log
 from alignax.models import hf
 from alignax.online import make_learn, measured, pretraining, reads_once, training_program
 from alignax.prepare import prepare
 from alignax.programs import abstract_frozen, abstract_rollout, abstract_state, make_experience, policy_model
-from alignax.rollout import RewardFailed, Rollouts, decoded, has_signal, rewards_of
+from alignax.rollout import Rollouts, decoded
 from alignax.start import check_advantages, check_step, critic_params, start
 from alignax.train import make_step
 from alignax.workers import Abandoned
@@ -108,6 +107,11 @@ def arguments(folder, source, fields):
 
 def rows(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def names(*given):
+    """The field that names what a reward gives."""
+    return {"rollout.reward_names": repr(given)}
 
 
 def checked(args):
@@ -555,6 +559,13 @@ OFFLINE = {
     "data.prompt_separator": " ",
 }
 AHEAD = {"rollout.ahead": "true"}
+SEVERAL = (
+    UNREWARDED
+    + """
+def reward(prompts, completions):
+    return {"short": [float(len(text) < 6) for text in completions], "a": [float("a" in text) for text in completions]}
+"""
+)
 OFF_POLICY = GRPO.replace("grpo()", "importance_weighted(grpo())")
 PROPOSAL = "\ndef averages(config):\n    return {'proposal': adopt_if_better(every=4)}\n"
 SCORES = {"model.num_labels": "1", "eval.samples": "0", "eval.sample_prompts": "0"}
@@ -563,8 +574,25 @@ REFUSED = {
     "pairs of groups of one": (
         {"rollout.samples": "1"}, GRPO.replace("grpo()", "dpo()").replace("group_relative", "best_and_worst"), "every advantage is 0"
     ),
-    "a list of rewards": ({}, GRPO + "\nreward = [reward, reward]\n", "is a list, no function; write one"),
-    "an async reward": ({}, GRPO.replace("def reward", "async def reward"), "asyncio.run(..)"),
+    "rewards of one name": ({}, GRPO + "\nreward = [reward, reward]\n", "gives the name 'reward' twice"),
+    "several gold rewards": ({}, GRPO + "\ngold = [gold, reward]\n", "gold is one number"),
+    "weights of one reward": ({"rollout.reward_weights": "2"}, GRPO, "gives one number without a name; leave it empty"),
+    "numbers without names": ({}, SEVERAL, "several numbers of it are named by rollout.reward_names=('short', 'a')"),
+    "names of other numbers": (names("short", "b"), SEVERAL, "gives 'short', 'a', and rollout.reward_names are 'short', 'b'"),
+    "numbers that nobody makes one": (names("short", "a"), SEVERAL, 'several "scores" of a response and no "rewards"; let experience(..)'),
+    "a KL of numbers that nobody makes one": (
+        names("short", "a"), SEVERAL.replace("group_relative()", "kl_reward(0.1), leave_one_out()"), 'no "rewards"; let experience(..)'
+    ),
+    "a refill of numbers without weights": (
+        names("short", "a") | {"rollout.refill": "2"}, SEVERAL.replace("group_relative", "wco, group_relative"), "rollout.reward_weights"
+    ),
+    "what TRL's trainer has": ({}, GRPO.replace("weight):", "weight, trainer_state):"), "'trainer_state', which there is not here"),
+    "completions read as messages": (
+        {}, GRPO.replace("len(text) %", "len(text[0]['content']) %"), "completions are texts, also of conversations, asked of a prompt"
+    ),
+    "one of a list that raises": (
+        {}, GRPO + "\ndef other(prompts, completions):\n    raise KeyError('x')\nreward = [reward, other]\n", "other() of"
+    ),
     "a refill of samples ahead": (AHEAD | {"rollout.refill": "2"}, OFF_POLICY, "rollout.refill is 2: it looks at the rewards"),
     "a refill without rewards": ({"rollout.refill": "2"}, UNREWARDED, "so it needs reward(..)"),
     "no process": ({"rollout.reward_workers": "0"}, GRPO, "'rollout.reward_workers' is 0"),
@@ -834,12 +862,6 @@ def test_prompts_of_refills_are_a_function_of_the_step(fields, tmp_path):
     np.testing.assert_array_equal(rollouts.rows(4), np.concatenate([stream.rows(2), stream.rows(3)]))
 
 
-def test_groups_with_a_signal():
-    nan = float("nan")
-    rewards = np.array([[1, 1, 1], [0, 0, 1], [nan, 2, 2], [nan, nan, 5], [nan, nan, nan], [nan, 1, 2]])
-    np.testing.assert_array_equal(has_signal(rewards), [False, True, False, False, False, True])
-
-
 @pytest.mark.slow
 def test_groups_without_a_signal_are_replaced_and_the_rollouts_are_written(fields, tmp_path):
     """Every group that is trained on differs, as far as it is found; stopped and gone on, the run is the same bit for bit."""
@@ -904,19 +926,6 @@ def test_a_run_without_any_reward_stops():
     assert "the rewards of no group differ" in line  # there are some, and a refill has found none that differ
     with pytest.raises(RewardFailed, match="no completion of 3 rollouts in a row has a reward"):
         observed([{}, none, none, none], max_skipped=3)
-
-
-def test_rewards_that_float32_cannot_compare_are_none(monkeypatch):
-    """Squares of 1e20 are infinite: a group's deviation would be, and every advantage 0."""
-    c = types.SimpleNamespace(rollout=types.SimpleNamespace(bad_rewards="error"))
-    run: Any = types.SimpleNamespace(config=c, experiment=types.SimpleNamespace(file="e.py"), workers=types.SimpleNamespace(tell=print))
-    ids = types.SimpleNamespace(rows=lambda: [[np.arange(3)] * 5])
-    monkeypatch.setattr("alignax.rollout.answer_of", lambda *_: Answer([1.0, -1e15, -1e20, np.inf, 2e300]))
-    ask = lambda: rewards_of(run, "reward", None, np.arange(1), ids, [list("abcde")])  # type: ignore
-    with pytest.raises(RewardFailed, match=r"3 of 5 rewards are not finite or beyond 1e\+15: -1e\+20 for 'c' first"):
-        ask()
-    c.rollout.bad_rewards = "drop"
-    np.testing.assert_array_equal(ask(), [[1, np.float32(-1e15), np.nan, np.nan, np.nan]])
 
 
 def test_signal_is_where_rewards_of_a_group_differ():
