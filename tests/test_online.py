@@ -578,7 +578,7 @@ REFUSED = {
     "several gold rewards": ({}, GRPO + "\ngold = [gold, reward]\n", "gold is one number"),
     "weights of one reward": ({"rollout.reward_weights": "2"}, GRPO, "gives one number without a name; leave it empty"),
     "numbers without names": ({}, SEVERAL, "several numbers of it are named by rollout.reward_names=('short', 'a')"),
-    "names of other numbers": (names("short", "b"), SEVERAL, "gives 'short', 'a', and rollout.reward_names are 'short', 'b'"),
+    "names of other numbers": (names("short", "b") | {"rollout.reward_weights": "1,2"}, SEVERAL, "gives 'short', 'a', and rollout.reward_names are 'short', 'b'"),
     "numbers that nobody makes one": (names("short", "a"), SEVERAL, 'several "scores" of a response and no "rewards"; let experience(..)'),
     "a KL of numbers that nobody makes one": (
         names("short", "a"), SEVERAL.replace("group_relative()", "kl_reward(0.1), leave_one_out()"), 'no "rewards"; let experience(..)'
@@ -889,6 +889,74 @@ def test_groups_without_a_signal_are_replaced_and_the_rollouts_are_written(field
     assert main(args) == 0
     assert file.read_text() == whole
     jax.tree.map(np.testing.assert_array_equal, params, trained(tmp_path / "run", args))
+
+
+LISTED = (
+    UNREWARDED
+    + """
+import asyncio
+
+def short(completions, **columns):
+    return [float(len(text) < 6) for text in completions]
+
+async def has_a(prompts, completions, logprobs, level=1):
+    await asyncio.sleep(0.01)
+    assert all(x <= 0 for own in logprobs for x in own)
+    return [float("a" in text) if len(text) % 3 else None for text in completions]
+
+reward = [short, has_a]
+"""
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ahead", ["false", "true"])
+def test_rewards_of_a_list_are_in_every_log(ahead, fields, tmp_path):
+    """Each under its function's name, and their weighted sum, which leaves out what a function has not given."""
+    given = fields | {"workdir": str(tmp_path / "run"), "rollout.reward_weights": "1,0.5", "log.rollouts": "48", "rollout.ahead": ahead}
+    source = LISTED.replace("grpo()", "importance_weighted(grpo())") if ahead == "true" else LISTED
+    args = arguments(tmp_path, source, given | {"rollout.epochs": "1", "rollout.reward_workers": "2", "steps": "4"})
+    assert main(args) == 0
+    found = rows(tmp_path / "run")
+    file, samples = (
+        [json.loads(line) for line in (tmp_path / "run" / name).read_text().splitlines()] for name in ("rollouts.jsonl", "samples.jsonl")
+    )
+    evaluation = [row for row in found if "eval/reward" in row][-1]
+    train = [row for row in found if "loss" in row]
+    shown = [([own for own in file if own["step"] == row["step"]], row, "") for row in train]
+    shown.append(([own for own in samples if own["step"] == evaluation["step"]], evaluation, "eval/"))
+    for written, metrics, begin in shown:
+        assert len(written) == (4 if begin else 48)
+        for own in written:
+            text = re.sub("<(pad|s|/s|unk)>", "", own["completion"])
+            assert own["scores"] == {"short": float(len(text) < 6), "has_a": float("a" in text) if len(text) % 3 else None}
+            assert own["reward"] == own["scores"]["short"] + 0.5 * (own["scores"]["has_a"] or 0.0)
+        for name in ("short", "has_a"):
+            known = [own["scores"][name] for own in written if own["scores"][name] is not None]
+            assert metrics[f"{begin}score/{name}"] == pytest.approx(np.mean(known))
+        assert metrics[f"{begin}reward"] == pytest.approx(np.mean([own["reward"] for own in written]))
+        assert metrics[f"{begin}bad_rewards"] == 0 and f"{begin}score/member_0" not in metrics and f"{begin}disagreement" not in metrics
+    whole = trained(tmp_path / "run", args)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
+    assert main(args) == 0
+    jax.tree.map(np.testing.assert_array_equal, whole, trained(tmp_path / "run", args))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("aggregate", ["wco, group_relative()", "gdpo((1.0, 0.5))", "xi_ppo((0.5, 0.5))"])
+def test_named_numbers_are_scores_as_those_of_reward_models(aggregate, fields, tmp_path):
+    source = SEVERAL.replace("[float(len(text) < 6) for", "[float(len(text) < 6) if len(text) % 3 else None for")
+    given = fields | names("short", "a") | {"workdir": str(tmp_path / "run"), "log.rollouts": "48", "rollout.bad_rewards": "drop"}
+    given |= {"steps": "2", "rollout.epochs": "1", "eval.every": "0"}
+    assert main(arguments(tmp_path, source.replace("group_relative()", aggregate), given)) == 0
+    (row,) = [row for row in rows(tmp_path / "run") if "loss" in row]
+    written = [json.loads(line) for line in (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()]
+    missing = [own["scores"]["short"] is None for own in written]
+    assert 0 < sum(missing) == row["bad_rewards"] < 48 and {"score/short", "score/a"} <= row.keys() and row["skipped"] == 0
+    assert row["advantage_std"] > 0 and np.isfinite(row["grad_norm"])
+    if aggregate.startswith("wco"):
+        for own, none in zip(written, missing, strict=True):
+            assert own["reward"] == (None if none else min(own["scores"].values())) and (not none or own["advantage"] == 0)
 
 
 def observed(steps, **config):
