@@ -578,7 +578,9 @@ REFUSED = {
     "several gold rewards": ({}, GRPO + "\ngold = [gold, reward]\n", "gold is one number"),
     "weights of one reward": ({"rollout.reward_weights": "2"}, GRPO, "gives one number without a name; leave it empty"),
     "numbers without names": ({}, SEVERAL, "several numbers of it are named by rollout.reward_names=('short', 'a')"),
-    "names of other numbers": (names("short", "b") | {"rollout.reward_weights": "1,2"}, SEVERAL, "gives 'short', 'a', and rollout.reward_names are 'short', 'b'"),
+    "names of other numbers": (
+        names("short", "b") | {"rollout.reward_weights": "1,2"}, SEVERAL, "gives 'short', 'a', and rollout.reward_names are 'short', 'b'"
+    ),
     "numbers that nobody makes one": (names("short", "a"), SEVERAL, 'several "scores" of a response and no "rewards"; let experience(..)'),
     "a KL of numbers that nobody makes one": (
         names("short", "a"), SEVERAL.replace("group_relative()", "kl_reward(0.1), leave_one_out()"), 'no "rewards"; let experience(..)'
@@ -915,12 +917,13 @@ def test_rewards_of_a_list_are_in_every_log(ahead, fields, tmp_path):
     """Each under its function's name, and their weighted sum, which leaves out what a function has not given."""
     given = fields | {"workdir": str(tmp_path / "run"), "rollout.reward_weights": "1,0.5", "log.rollouts": "48", "rollout.ahead": ahead}
     source = LISTED.replace("grpo()", "importance_weighted(grpo())") if ahead == "true" else LISTED
-    args = arguments(tmp_path, source, given | {"rollout.epochs": "1", "rollout.reward_workers": "2", "steps": "4"})
+    args = arguments(
+        tmp_path, source, given | {"rollout.epochs": "1", "rollout.reward_workers": "2", "steps": "4", "checkpoint.every": "2"}
+    )
     assert main(args) == 0
     found = rows(tmp_path / "run")
-    file, samples = (
-        [json.loads(line) for line in (tmp_path / "run" / name).read_text().splitlines()] for name in ("rollouts.jsonl", "samples.jsonl")
-    )
+    read = lambda name: [json.loads(line) for line in (tmp_path / "run" / name).read_text().splitlines()]
+    file, samples = read("rollouts.jsonl"), read("samples.jsonl")
     evaluation = [row for row in found if "eval/reward" in row][-1]
     train = [row for row in found if "loss" in row]
     shown = [([own for own in file if own["step"] == row["step"]], row, "") for row in train]
@@ -936,16 +939,17 @@ def test_rewards_of_a_list_are_in_every_log(ahead, fields, tmp_path):
             assert metrics[f"{begin}score/{name}"] == pytest.approx(np.mean(known))
         assert metrics[f"{begin}reward"] == pytest.approx(np.mean([own["reward"] for own in written]))
         assert metrics[f"{begin}bad_rewards"] == 0 and f"{begin}score/member_0" not in metrics and f"{begin}disagreement" not in metrics
-    whole = trained(tmp_path / "run", args)
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
-    assert main(args) == 0
-    jax.tree.map(np.testing.assert_array_equal, whole, trained(tmp_path / "run", args))
+    if ahead == "true":  # what waits for the next turn is in the checkpoint
+        whole = trained(tmp_path / "run", args)
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
+        assert main(args) == 0
+        jax.tree.map(np.testing.assert_array_equal, whole, trained(tmp_path / "run", args))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("aggregate", ["wco, group_relative()", "gdpo((1.0, 0.5))", "xi_ppo((0.5, 0.5))"])
 def test_named_numbers_are_scores_as_those_of_reward_models(aggregate, fields, tmp_path):
-    source = SEVERAL.replace("[float(len(text) < 6) for", "[float(len(text) < 6) if len(text) % 3 else None for")
+    source = SEVERAL.replace("float(len(text) < 6)", "float(s % 7) if (s := sum(map(ord, text))) % 5 else None")
     given = fields | names("short", "a") | {"workdir": str(tmp_path / "run"), "log.rollouts": "48", "rollout.bad_rewards": "drop"}
     given |= {"steps": "2", "rollout.epochs": "1", "eval.every": "0"}
     assert main(arguments(tmp_path, source.replace("group_relative()", aggregate), given)) == 0
