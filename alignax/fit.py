@@ -302,7 +302,8 @@ class Observer:
     def _check_rewards(self, step: int, values: dict[str, float]) -> None:
         """Stops a run without rewards, and tells of one whose rollouts say nothing."""
         # Where no group has a signal, a refill leaves nothing to train on, whatever its rewards were.
-        none = values.get("bad_rewards", 0) and np.isnan([values["reward"], values.get("reward_sampled", math.nan)]).all()
+        each = [x for name, x in values.items() if name.startswith("score/")]  # of gdpo(), which makes no reward of them
+        none = values.get("bad_rewards", 0) and np.isnan([values[n] for n in ("reward", "reward_sampled") if n in values] or each).all()
         self._unrewarded = self._unrewarded + 1 if none else 0
         if none and self._unrewarded >= self.run.config.max_skipped:
             raise RewardFailed(

@@ -969,7 +969,8 @@ def observed(steps, **config):
     log = types.SimpleNamespace(step=lambda *_: None, line=said.append)
     observe = Observer(types.SimpleNamespace(config=types.SimpleNamespace(**config)), log, equal=False)  # type: ignore
     for step, metrics in enumerate(steps, start=1):
-        observe(step, {"skipped": 0, "tokens": 8, "distinct": 0.9, "entropy": 1.0, "reward": 1.0} | metrics)
+        whole = {"skipped": 0, "tokens": 8, "distinct": 0.9, "entropy": 1.0, "reward": 1.0} | metrics
+        observe(step, {name: x for name, x in whole.items() if x is not None})
     return said
 
 
@@ -998,6 +999,11 @@ def test_a_run_without_any_reward_stops():
     assert "the rewards of no group differ" in line  # there are some, and a refill has found none that differ
     with pytest.raises(RewardFailed, match="no completion of 3 rollouts in a row has a reward"):
         observed([{}, none, none, none], max_skipped=3)
+    # Of gdpo(), which makes no reward of several numbers: there are some, and there are none.
+    some, none = ({"bad_rewards": 4.0, "reward": None, "score/a": a, "score/b": float("nan")} for a in (1.0, float("nan")))
+    assert observed([some] * 9, max_skipped=3) == []
+    with pytest.raises(RewardFailed, match="no completion of 3 rollouts in a row has a reward"):
+        observed([none] * 3, max_skipped=3)
 
 
 def test_signal_is_where_rewards_of_a_group_differ():
