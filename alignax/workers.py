@@ -176,8 +176,8 @@ class Workers:
                     found = self.workers[i].receive(limit + GRACE, too_late(limit, True))
             except Lost as e:
                 self.workers[i].end()
-                if call.gathered and time.monotonic() <= end:
-                    call = call._replace(gathered=False)
+                if call.gathered:
+                    call, end = call._replace(gathered=False), time.monotonic() + BAD * limit
                     continue
                 problem, at = (problem, at) if problem else (str(e), here)
                 here, lost = here + 1, lost + 1

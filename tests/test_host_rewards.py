@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from alignax.calls import Answer
+from alignax.calls import Answer, Call
 from alignax.config import default_config
 from alignax.generate import Completions, Sampling
 from alignax.host_rewards import RewardFailed, bad_rewards, has_signal, named, rewarded, rewards_of
@@ -31,19 +31,17 @@ class Run(types.SimpleNamespace):
     """A run whose functions have been asked already: `answers` are theirs, one after another."""
 
     def __init__(self, reward: Any, *answers: Answer, gold: Any = None, **rollout: Any):
-        config, self.asked, self.lines, answers = default_config(), [], [], iter(answers)  # type: ignore
+        config, self.asked, self.lines, given = default_config(), [], [], iter(answers)
         config.rollout.update(rollout)
         own = types.SimpleNamespace(file=Path("e.py"), config=config, reward=reward, gold=gold, experience=None)
 
-        class Workers:
-            tell = staticmethod(self.lines.append)
+        def workers(call: Call, group: int, strict: bool) -> Answer:
+            self.asked.append((call, group, strict))
+            return next(given)
 
-            def __call__(_, call, group, strict):
-                self.asked.append((call, group, strict))
-                return next(answers)
-
+        workers.tell = self.lines.append
         tokenizer = types.SimpleNamespace(batch_decode=lambda ids, skip_special_tokens: [f"<s>{len(x)}" for x in ids])
-        super().__init__(config=config, experiment=own, workers=Workers(), tokenizer=tokenizer)
+        super().__init__(config=config, experiment=own, workers=workers, tokenizer=tokenizer)
 
 
 def ask(run: Any, hook: str = "reward", texts: str = "abcd", drawn: np.ndarray | None = None) -> dict[str, np.ndarray]:
