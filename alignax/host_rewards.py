@@ -167,7 +167,7 @@ def check_reward(run: Run, hook: str) -> None:
     elif run.config.rollout.bad_rewards == "error" and unusable(functions, found.numbers).any():
         name, given = hook + "()" * (not functions.listed), told(functions, found.numbers[0])
         raise ValueError(
-            f"{name} of {file} returns {given} for one prompt and its completion {short(text)}; it must return a finite number up to "
+            f"{name} of {file} returns [{given}] for one prompt and its completion {short(text)}; it must return a finite number up to "
             f"{MOST:g} for each, or set rollout.bad_rewards=drop, which leaves out those without"
         )
 
