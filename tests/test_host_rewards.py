@@ -3,6 +3,7 @@
 import types
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from alignax.calls import Answer, Call
 from alignax.config import default_config
 from alignax.generate import Completions, Sampling
 from alignax.host_rewards import RewardFailed, bad_rewards, has_signal, named, rewarded, rewards_of
+from alignax.workers import Abandoned
 
 NAN = float("nan")
 
@@ -145,3 +147,22 @@ def test_a_function_is_given_what_it_asks_for(exact):
 def test_groups_with_a_signal():
     rewards = np.array([[1, 1, 1], [0, 0, 1], [NAN, 2, 2], [NAN, NAN, 5], [NAN, NAN, NAN], [NAN, 1, 2]])
     np.testing.assert_array_equal(has_signal(rewards), [False, True, False, False, False, True])
+
+
+def test_all_processes_do_what_the_one_that_asks_has_found(monkeypatch):
+    """A failure that leaves every completion a reward stops them all; so does a signal."""
+    numbers = np.array([[1, 1], [2, NAN], [3, 1], [4, 1]], np.float32)
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    for left, failed, error, message in ((0, 1, RewardFailed, "a reward function fails, as process 0 says"), (15, 0, Abandoned, "15")):
+        said = []
+        monkeypatch.setattr("alignax.host_rewards.multihost_utils.broadcast_one_to_all", lambda x, said=said: said.append(x) or said[0])
+        monkeypatch.setattr("jax.process_index", lambda: 0)
+        answers = Answer(numbers[:, 0].tolist()), Answer(numbers[:, 1].tolist(), "it gives 'x', which is no number" * failed, 1)
+        here = Run([right, brief], *answers)
+        if left:
+            here.workers = Mock(side_effect=Abandoned(left))
+        with pytest.raises(error):
+            ask(here)
+        monkeypatch.setattr("jax.process_index", lambda: 1)
+        with pytest.raises(error, match=message):
+            ask(Run([right, brief]))
