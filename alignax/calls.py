@@ -1,12 +1,15 @@
 """Reward functions in the process that runs them: calls come through a pipe, rewards and what went wrong go back."""
 
+import asyncio
 import inspect
 import math
 import os
 import pickle
 import signal
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Set, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set, Sized
+from contextlib import contextmanager
+from functools import cache
 from itertools import islice
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -15,6 +18,7 @@ from typing import Any, NamedTuple
 
 from alignax.config import load_module
 from alignax.data.files import one_line, short
+from alignax.functions import is_async
 
 LONGEST = 1e9  # seconds of a timer, which takes no 1e15; a config may
 
@@ -30,12 +34,25 @@ class Call(NamedTuple):
     count: int
     limit: float  # seconds
     start: int = -1  # the whole in one call; from 0 on: a call for each completion from this one on
+    part: int | None = None  # which function of a list
+    names: tuple[str, ...] = ()  # of the numbers that it gives a completion; (): one without a name
+    gathered: bool = False  # whether calls for each completion are awaited at once
+
+    @property
+    def title(self) -> str:
+        """What the function is called."""
+        return self.name if self.part is None else self.defined
+
+    @property
+    def nothing(self) -> Any:
+        """The numbers of a completion without any."""
+        return (math.nan,) * len(self.names) if self.names else math.nan
 
 
 class Answer(NamedTuple):
     """Rewards, NaN where there is none, and what went wrong first."""
 
-    rewards: list[float]
+    rewards: list[Any]  # of each completion a number, or where they have names a tuple of them
     problem: str = ""
     at: int = -1  # which completion it went wrong with; -1: all together
     final: bool = False  # whether it is no use to ask for each completion alone
@@ -70,11 +87,22 @@ def serve(descriptor: int) -> None:
             call: Call = connection.recv()
         except EOFError:
             return
-        function = getattr(module, call.name, None)
+        function = found(module, call)
         if call.start < 0:
             connection.send(answered(function, call, config, file))
-        for i in range(call.start, call.count) if call.start >= 0 else ():
-            connection.send(answered(function, share(call, i, i + 1), config, file))
+        elif call.gathered and is_async(function):
+            finished(gathered(function, call, config, file, connection.send))
+        else:
+            for i in range(call.start, call.count):
+                connection.send(answered(function, share(call, i, i + 1), config, file))
+
+
+def found(module: Any, call: Call) -> Any:
+    """The function of a module that a call is for; None, where there is none."""
+    hook = getattr(module, call.name, None)
+    if call.part is None:
+        return hook
+    return hook[call.part] if isinstance(hook, Sequence) and call.part < len(hook) else None
 
 
 def answered(function: Any, call: Call, config: Any, file: Path) -> Answer:
@@ -84,44 +112,147 @@ def answered(function: Any, call: Call, config: Any, file: Path) -> Answer:
         return Answer(
             [], f"the run's is {call.defined}, and the file loaded anew has {there}; let the file choose by the config", final=True
         )
-    own = os.getpid()
+    with no_child():
+        try:
+            ask = lambda: numbers(finished(asked(function, call, config)), call.count, call.names)
+            return within(call.limit, ask, alone=call.start >= 0)
+        except BaseException as e:  # sys.exit(), too, is no answer
+            return failed(e, call, file)
+
+
+async def gathered(function: Any, call: Call, config: Any, file: Path, send: Callable[[Answer], None]) -> None:
+    """Sends what an async function says of each completion from `call.start` on, in their order; it is asked for all of them at once.
+
+    One that holds the interpreter, and with it all others, or that ends the process is none that this can tell apart.
+    """
+
+    async def one(i: int) -> Answer:
+        part, clock = share(call, i, i + 1), asyncio.timeout(min(call.limit, LONGEST))
+        with no_child():
+            try:
+                async with clock:
+                    return numbers(await asked(function, part, config), 1, call.names)
+            except asyncio.CancelledError:  # another has ended the loop, sys.exit() say
+                raise
+            except BaseException as e:
+                return failed(TimeoutError(too_late(call.limit, True)) if clock.expired() else e, part, file)
+
+    for task in [asyncio.ensure_future(one(i)) for i in range(call.start, call.count)]:
+        send(await task)
+
+
+def asked(function: Any, call: Call, config: Any) -> Any:
+    """What a function returns, which of an async one is a coroutine."""
     given = dict(call.given) | ({"config": config} if call.config else {})
     first = [given.pop(name) for name in ("prompts", "completions")] if call.positional else []
+    return function(*first, **given)
+
+
+def failed(error: BaseException, call: Call, file: Path) -> Answer:
+    """How a call has failed."""
+    alone = [call.nothing] if call.start >= 0 else []
+    return Answer(alone, told(error, file), final=isinstance(error, Malformed), spoilt=isinstance(error, HalfImported))
+
+
+@contextmanager
+def no_child() -> Iterator[None]:
+    """Ends a child that the function has forked and that has come back: its answer would be taken for another call's."""
+    own = os.getpid()
     try:
-        return within(call.limit, lambda: numbers(function(*first, **given), call.count), alone=call.start >= 0)
-    except BaseException as e:  # sys.exit(), too, is no answer
-        alone = [math.nan] if call.start >= 0 else []
-        return Answer(alone, told(e, file), final=isinstance(e, Malformed), spoilt=isinstance(e, HalfImported))
+        yield
     finally:
-        if os.getpid() != own:  # a child that the function has forked and that has come back: its answer would be taken for another call's
+        if os.getpid() != own:
             os._exit(0)
 
 
-def numbers(given: Any, count: int) -> Answer:
+@cache
+def loop() -> asyncio.AbstractEventLoop:
+    """The event loop of this process: one for all calls, as a client that the experiment has opened goes on in no other."""
+    return asyncio.new_event_loop()
+
+
+def finished(given: Any) -> Any:
+    """What a function has returned; a coroutine is awaited, and what it has begun and not awaited is ended."""
+    if not inspect.isawaitable(given):
+        return given
+
+    async def whole() -> Any:
+        return await given
+
+    try:
+        return loop().run_until_complete(whole())
+    finally:
+        left = asyncio.all_tasks(loop())
+        for task in left:
+            task.cancel()
+        if left:
+            loop().run_until_complete(asyncio.gather(*left, return_exceptions=True))
+
+
+def numbers(given: Any, count: int, names: Sequence[str] = ()) -> Answer:
     """What a reward function returned as numbers; None is no reward.
+
+    Args:
+      given: a number for each completion; with names a tuple of numbers or a mapping for each, or a mapping of lists of numbers.
+      count: completions.
+      names: of the numbers of a completion.
 
     Raises:
       Malformed: for anything else than so many.
     """
-    if inspect.iscoroutine(given):
-        given.close()
-        raise Malformed("it gives a coroutine; let a plain function run it, asyncio.run(..) say")
+    if names and isinstance(given, Mapping):
+        return of_columns(given, count, names)
     if isinstance(given, (str, bytes, Mapping, Set)) or not isinstance(given, Iterable) or getattr(given, "shape", None) == ():
-        raise Malformed(f"it gives a {type(given).__name__}; it must return a list with a number for each completion")
+        many = f"; several numbers of it are named by rollout.reward_names={(*given,)}" if isinstance(given, Mapping) else ""
+        raise Malformed(f"it gives a {type(given).__name__}; it must return a list with a number for each completion{many}")
     found = list(islice(given, count + 1))  # it may be endless
     if len(found) != count:
         size = str(len(given)) if isinstance(given, Sized) else f"{len(found)} or more" if len(found) > count else str(len(found))
         raise Malformed(f"it gives {size} rewards for {count} completions")
     rewards, problem, at = [], "", -1
     for i, x in enumerate(found):
-        try:
-            if isinstance(x, (str, bytes)):
-                raise TypeError
-            rewards.append(math.nan if x is None else float(x.item() if hasattr(x, "item") else x))  # arrays [1], too
-        except (TypeError, ValueError, OverflowError):
-            rewards.append(math.nan)
-            problem, at = (problem, at) if problem else (f"it gives {short(repr(x))}, which is no number", i)
+        reward, wrong = of_row(x, names) if names else number(x)
+        rewards.append(reward)
+        problem, at = (problem, at) if problem or not wrong else (wrong, i)
     return Answer(rewards, problem, at)
+
+
+def of_columns(given: Mapping[str, Any], count: int, names: Sequence[str]) -> Answer:
+    """Several numbers of each completion, given as a list of each name's."""
+    if {*given} != {*names}:
+        raise Malformed(f"it gives {', '.join(map(repr, given)) or 'nothing'}, and rollout.reward_names are {', '.join(map(repr, names))}")
+    columns = []
+    for name in names:
+        try:
+            columns.append(numbers(given[name], count))
+        except Malformed as e:
+            raise Malformed(f"{e}, as {name!r}") from None
+    first = next((column for column in columns if column.problem), columns[0])
+    return first._replace(rewards=list(zip(*(column.rewards for column in columns), strict=True)))
+
+
+def of_row(given: Any, names: Sequence[str]) -> tuple[tuple[float, ...], str]:
+    """The numbers of a completion, given as a mapping or in the order of their names, and what is wrong with one of them."""
+    if isinstance(given, Mapping) and (unknown := [name for name in given if name not in names]):
+        raise Malformed(f"it gives a completion {unknown[0]!r}, and rollout.reward_names are {', '.join(map(repr, names))}")
+    row = [None] * len(names) if given is None else [given.get(name) for name in names] if isinstance(given, Mapping) else given
+    found = [] if isinstance(row, (str, bytes, Set)) or not isinstance(row, Iterable) or getattr(row, "shape", None) == () else [*row]
+    if len(found) != len(names):
+        raise Malformed(f"it gives {short(repr(given))} for a completion, and rollout.reward_names are {', '.join(map(repr, names))}")
+    each = [number(x) for x in found]
+    return tuple(x for x, _ in each), next((wrong for _, wrong in each if wrong), "")
+
+
+def number(given: Any) -> tuple[float, str]:
+    """A number, NaN for None and for what is none, and what is wrong with it."""
+    if isinstance(given, (Mapping, tuple, list)):
+        raise Malformed(f"it gives {short(repr(given))} for a completion; several numbers of it are named in rollout.reward_names")
+    try:
+        if isinstance(given, (str, bytes)):
+            raise TypeError
+        return math.nan if given is None else float(given.item() if hasattr(given, "item") else given), ""  # arrays [1], too
+    except (TypeError, ValueError, OverflowError):
+        return math.nan, f"it gives {short(repr(given))}, which is no number"
 
 
 def within(seconds: float, function: Callable[[], Any], alone: bool = False) -> Any:
@@ -171,6 +302,7 @@ def told(error: BaseException, file: Path) -> str:
     if isinstance(error, TimeoutError):
         return one_line(error, 500)
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(file)]
-    return (
-        f"line {lines[-1]}: " if lines else ""
-    ) + f"{'TypeError' if isinstance(error, Malformed) else type(error).__name__}: {one_line(error, 500)}"
+    name, place = "TypeError" if isinstance(error, Malformed) else type(error).__name__, f"line {lines[-1]}: " if lines else ""
+    # `completions[0][0]["content"]`, as TRL has them of conversations
+    text = isinstance(error, (TypeError, IndexError)) and str(error).startswith("string ind")
+    return f"{place}{name}: {one_line(error, 500)}" + ("; completions are texts, also of conversations" if text else "")

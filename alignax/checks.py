@@ -1,14 +1,14 @@
 """What no run can be: refused with the value and the remedy, before any compute."""
 
 import difflib
-import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from alignax import functions
 from alignax import mesh as meshes
 from alignax.averages import PROPOSAL, Average, Turning
 from alignax.blame import check_call, explained
@@ -18,7 +18,6 @@ from alignax.generate.generator import check_room
 from alignax.losses.algebra import Loss
 from alignax.models import hf
 
-GIVEN = ("prompts", "completions", "completion_ids", "raw_completions", "config")  # what reward functions may ask for beside columns
 LEAST = {
     "batch_size": 1, "microbatches": 1, "max_skipped": 1, "steps": 0, "checkpoint.every": 1, "checkpoint.keep": 1, "log.every": 1,
     "model.logps_chunk": 1, "eval.every": 0, "eval.batch_size": 0, "eval.samples": 0, "eval.sample_prompts": 0, "eval.max_new_tokens": 1,
@@ -103,9 +102,7 @@ def check_rollout(config: Any, readers: Sequence[hf.Source], experiment: Experim
     `readers`: the models that read samples, the policy first.
     """
     c = config.rollout
-    for name, function in (("reward", experiment.reward), ("gold", experiment.gold)):
-        if function is not None:
-            check_columns(name, function, experiment.file, examples)
+    functions.check(experiment, examples)
     if not c.samples:
         if c.ahead:
             raise ValueError("rollout.ahead is true, and rollout.samples is 0: there are no rollouts to sample ahead; set it to false")
@@ -120,10 +117,10 @@ def check_rollout(config: Any, readers: Sequence[hf.Source], experiment: Experim
         raise ValueError(f"rollout.samples is {c.samples}, and a reward model gives scores and no text; train a language model")
     if c.bad_rewards not in ("error", "drop"):
         raise ValueError(f"rollout.bad_rewards is {c.bad_rewards!r}; use 'error' or 'drop'")
-    if c.refill and (c.ahead or c.samples < 2 or experiment.reward is None):
+    if c.refill and (c.ahead or c.samples < 2 or "rewards" not in functions.reward_fields(experiment)):
         raise ValueError(
             f"rollout.refill is {c.refill}: it looks at the rewards of groups before the step, so it needs reward(..) in "
-            f"{experiment.file}, rollout.samples of 2 or more, and rollout.ahead=false"
+            f"{experiment.file}, of several numbers rollout.reward_weights, rollout.samples of 2 or more, and rollout.ahead=false"
         )
     if not c.timeout > 0:
         raise ValueError(f"rollout.timeout is {c.timeout}; it is a number of seconds above 0")
@@ -134,64 +131,6 @@ def check_rollout(config: Any, readers: Sequence[hf.Source], experiment: Experim
     longest = max(int(e.prompt_lengths.max()) for e in examples.values())
     for model in readers:
         check_room(model.config, longest, c.max_new_tokens, "rollout.max_new_tokens")
-
-
-class Parameters(NamedTuple):
-    """What a reward function is given."""
-
-    positional: bool  # prompts and completions, by their position
-    named: tuple[str, ...]  # what it is given by name: of `GIVEN`, and columns of the data
-    missing: tuple[str, ...]  # what it asks for and nobody has
-
-
-def parameters(function: Callable, columns: Iterable[str]) -> Parameters:
-    """What a reward function is given of data with such columns.
-
-    The first two parameters are prompts and completions, whatever they are called, unless `completions` stands elsewhere: then all go by
-    name. Further ones are columns, or of `GIVEN`. One with a default keeps that where there is no such column; `**` takes all columns
-    that are left.
-    """
-    try:
-        there = list(inspect.signature(function).parameters.values())
-    except (TypeError, ValueError):  # written in C
-        return Parameters(True, (), ())
-    places = [p.name for p in there if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    named = [p for p in there if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    every = any(p.kind == p.VAR_KEYWORD for p in there)
-    columns = [name for name in columns if name not in GIVEN]
-    by_name = "completions" in [p.name for p in named] or (every and len(there) == 1)
-    positional = not by_name or (places[1:2] == ["completions"] and (places[0] not in columns or places[0].startswith("prompt")))
-    if positional:
-        named = [p for p in named if p.name not in places[:2]]
-    own = [p.name for p in named if p.name in (*GIVEN, *columns)]
-    rest = []
-    if every:
-        taken = {*own, *(places[:2] if positional else ())}
-        rest = [name for name in (*(() if positional else GIVEN[:2]), *columns) if name not in taken]
-    missing = [p.name for p in named if p.name not in own and p.default is p.empty]
-    return Parameters(positional, (*own, *rest), tuple(missing))
-
-
-def check_columns(name: str, function: Any, file: Path, examples: dict[str, Examples]) -> None:
-    """Refuses what is no reward function, and one that asks for columns which the data has not."""
-    if not callable(function):
-        kind = f"a {type(function).__name__}"
-        raise ValueError(f"{name} of {file} is {kind}, no function; write one `def {name}(prompts, completions)`, which may add up others")
-    if inspect.iscoroutinefunction(function):
-        raise ValueError(f"{name}() of {file} is async; write a plain function that calls asyncio.run(..) on it")
-    for split, own in examples.items():
-        wanted = parameters(function, own.columns)
-        if both := [column for column in wanted.named if column in GIVEN[2:] and column in own.columns]:
-            raise ValueError(
-                f"{name}() of {file} asks for {both[0]!r}, which every reward function is offered, and data.{split} has a column of that "
-                "name; rename the column, in row(row) say"
-            )
-        if missing := wanted.missing:
-            there = ", ".join(own.columns) or "none (set data.kind=prompt)"
-            raise ValueError(
-                f"{name}() of {file} asks for column {missing[0]!r}, which data.{split} has not; it has: {there}. Beside columns "
-                f"there are {', '.join(GIVEN)}; a parameter with a default is not needed"
-            )
 
 
 def check_token_kl(source: hf.Source, reference: hf.Source | None) -> None:

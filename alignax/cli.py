@@ -107,7 +107,7 @@ def command(args: list[str]) -> int:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is not there, say
     from alignax import commands, reward_commands
     from alignax.blame import BadInput
-    from alignax.rollout import RewardFailed
+    from alignax.host_rewards import RewardFailed
 
     try:
         if given.command == "train":

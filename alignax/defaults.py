@@ -73,6 +73,8 @@ def default_config() -> Any:
     c.rollout.refill = 0  # times at most that groups whose rewards do not differ are replaced by those of further prompts (DAPO); 0: kept
     c.rollout.timeout = 600.0  # seconds for reward(..) on a rollout, and for gold(..)
     c.rollout.reward_workers = 1  # processes that these run in; each of several is given a share of the prompts
+    c.rollout.reward_names = ()  # of several numbers that reward(..) gives a completion, ("correct", "format") say
+    c.rollout.reward_weights = ()  # of these numbers in their sum; (): 1 each of a list, otherwise experience(..) makes one of them
     c.rollout.bad_rewards = "error"  # or "drop" (counted): where reward(..) raises, hangs, or gives no number
 
     c.data = ConfigDict()

@@ -16,11 +16,13 @@ import numpy as np
 from alignax import mesh as meshes
 from alignax.config import eval_batch_size
 from alignax.data import evaluation_batch
+from alignax.functions import names_of
 from alignax.generate import Generator, Sampling, sampled_batch, sampler_gap, shape_for, stops_of
+from alignax.host_rewards import bad_rewards, named, rewards_of
 from alignax.metrics import Log
 from alignax.models.transformer import ModelConfig
 from alignax.prepare import Run
-from alignax.rollout import decoded, rewards_of, samples_batch, text_metrics
+from alignax.rollout import decoded, samples_batch, text_metrics
 from alignax.run.programs import Program
 from alignax.run.roles import REFERENCE, make_apply, whole
 from alignax.run.state import Held
@@ -98,16 +100,18 @@ class Evaluation:
         scores = {"prompts": float(n)} | text_metrics(completions)
         prompts = np.repeat(np.array([self.examples.prompts[i] for i in self.sampled], object)[:, None], c.samples_per_prompt, axis=1)
         found: dict[str, Any] = {"prompt": prompts, "completion": np.array(texts, object)}  # [n, samples_per_prompt]
-        gold = None if run.experiment.gold is None else rewards_of(run, "gold", self.examples, rows, completions, texts)
+        gold = None if run.experiment.gold is None else rewards_of(run, "gold", self.examples, rows, completions, texts)["gold"]
         if self.online:
             batch = samples_batch(run, self.examples, rows, self.prompts, completions, texts)
             batch |= {} if gold is None else {"gold": gold}
             judged = jax.device_get(self.program(state, self.frozen, self._placed(batch)))
             own = completions.sampling.exact and c.temperature == run.config.rollout.temperature  # what rollouts are sampled from
             scores |= {m: float(x) for m, x in judged.items() if m.startswith(JUDGED) and np.isfinite(x) and (own or m != "entropy")}
-            if "rewards" in batch:
-                found["reward"] = batch["rewards"]
-                scores["bad_rewards"] = float(np.isnan(batch["rewards"]).sum())
+            if run.experiment.reward is not None:
+                found |= {"reward": batch["rewards"]} if "rewards" in batch else {}
+                scores["bad_rewards"] = bad_rewards(batch)
+            if names := names_of(run.experiment):
+                found["scores"] = np.array([[named(names, x) for x in group] for group in batch["scores"]], object)
         if self.reference is not None and completions.sampling.exact:
             batch = sampled_batch(self.prompts, completions)
             k1, k3, gaps = map(meshes.gathered, self._compared(state.params, self.frozen, self._placed(batch)))

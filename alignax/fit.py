@@ -17,13 +17,14 @@ from alignax import mesh as meshes
 from alignax.config import steps_of_turn
 from alignax.distributed import is_main
 from alignax.evaluate import Evaluation
+from alignax.host_rewards import RewardFailed
 from alignax.losses.algebra import at_step
 from alignax.losses.responses import differing
 from alignax.metrics import Log
 from alignax.models import hf, parameters, peft
 from alignax.models.reward import CRITIC
 from alignax.prepare import Run, origin
-from alignax.rollout import RewardFailed, trained_on
+from alignax.rollout import trained_on
 from alignax.run.feed import make_feed
 from alignax.run.roles import BASE, REFERENCE, abstract, abstract_trained
 from alignax.start import Started
@@ -289,7 +290,8 @@ class Observer:
     def _check_rewards(self, step: int, values: dict[str, float]) -> None:
         """Stops a run without rewards, and tells of one whose rollouts say nothing."""
         # Where no group has a signal, a refill leaves nothing to train on, whatever its rewards were.
-        none = values.get("bad_rewards", 0) and np.isnan([values["reward"], values.get("reward_sampled", math.nan)]).all()
+        each = [x for name, x in values.items() if name.startswith("score/")]  # of gdpo(), which makes no reward of them
+        none = values.get("bad_rewards", 0) and np.isnan([values[n] for n in ("reward", "reward_sampled") if n in values] or each).all()
         self._unrewarded = self._unrewarded + 1 if none else 0
         if none and self._unrewarded >= self.run.config.max_skipped:
             raise RewardFailed(

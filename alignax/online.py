@@ -6,7 +6,7 @@ come, each further one in an order of its own.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ from alignax.averages import PROPOSAL, averaged
 from alignax.config import ROLLOUTS, steps_of_turn
 from alignax.experience import advance
 from alignax.experience.logps import in_parts
+from alignax.functions import names_of
 from alignax.generate import sampler_gap
 from alignax.losses.algebra import lengths, sequence
 from alignax.prepare import Run
@@ -83,12 +84,14 @@ def first_responses(run: Run, batch: Batch) -> Batch:
     """The first groups of what is trained on, of `log.rollouts` responses or more, whole on every device.
 
     `tokens`, `mask`, `completion_mask` [b, N, T], `prompt_id` [b], and as far as there are any `reward` (before any KL penalty),
-    `advantage` (the mean over scored tokens) and `truncated` [b, N].
+    `advantage` (the mean over scored tokens) and `truncated` [b, N], and of several numbers of `reward(..)` their `scores` [b, N, K].
     """
     groups = -(-run.config.log.rollouts // batch["tokens"].shape[1])
     out = {name: batch[name] for name in ("tokens", "mask", "completion_mask", "prompt_id", "truncated") if name in batch}
     if "rewards" in batch:
         out["reward"] = batch.get("raw_rewards", batch["rewards"])
+    if names_of(run.experiment):
+        out["scores"] = batch["scores"]
     if "advantages" in batch:
         total = jnp.where(batch["completion_mask"], batch["advantages"], 0.0).sum(axis=-1)
         out["advantage"] = total / jnp.maximum(lengths(batch), 1)
@@ -160,15 +163,17 @@ def experienced(run: Run, state: TrainState, frozen: Held, batch: Batch, parts: 
     sampled = scored(run, batch, out)  # an experience may put other responses in their place
     batch = batch | {"old_logps": out.logps, "old_entropy": out.entropy} | ({} if out.values is None else {"values": out.values})
     carry, batch = advance(make_experience(run, frozen, state), state.carry, batch)
-    return (carry, batch), sampled | measured(batch, off_policy(run))
+    return (carry, batch), sampled | measured(batch, off_policy(run), names_of(run.experiment))
 
 
 def scored(run: Run, batch: Batch, out: Outputs) -> Metrics:
     """What is seen of a rollout beside what the policy's forward pass says of it."""
-    return measured(batch | {"old_logps": out.logps}, off_policy(run)) | {"entropy": per_token(out.entropy, batch)}
+    return measured(batch | {"old_logps": out.logps}, off_policy(run), names_of(run.experiment)) | {
+        "entropy": per_token(out.entropy, batch)
+    }
 
 
-def measured(batch: Batch, other: bool = False) -> Metrics:
+def measured(batch: Batch, other: bool = False, names: Sequence[str] = ()) -> Metrics:
     """What is seen of a rollout, over responses with a scored token: each []. `other`: another policy has sampled it.
 
     `sampler_kl`, of another's rollout: an estimate of KL(sampler || policy) in nats, summed over a response; importance weights then make
@@ -178,7 +183,8 @@ def measured(batch: Batch, other: bool = False) -> Metrics:
     `kl` and `kl_k3`: estimates of KL(policy || reference) in nats, summed over a response (Schulman 2020, "Approximating KL
     divergence"): k1 = sum_t lr and k3 = sum_t exp(-lr) - 1 + lr, lr = log pi - log ref; both unbiased, k1 signed, k3 >= 0.
     `reward`, `reward_std`: of the responses, NaN where none has one, and within a group. `bad_rewards`: responses without one.
-    `signal_rate`: the share of groups whose rewards differ. `score/member_k`, `disagreement`: of an ensemble.
+    `signal_rate`: the share of groups whose rewards differ. `score/member_k`, `disagreement`: of an ensemble. `score/NAME`: of several
+    numbers of `reward(..)`, which `names` are of, the mean of each over the responses that have it.
     `judge_cut`: responses whose end the reward models do not read.
     `constraint/multiplier_k`: how much a reward model counts that is held at a threshold. `constraint/threshold_k`, `constraint/phase`,
     `constraint/evaluations`: of a search for thresholds.
@@ -207,7 +213,11 @@ def measured(batch: Batch, other: bool = False) -> Metrics:
             highest, lowest = (jnp.where(known, group, x) for x in (-jnp.inf, jnp.inf))
             out["signal_rate"] = (highest.max(axis=1) > lowest.min(axis=1)).mean()
         out["reward_std"] = jnp.sqrt(jnp.square(centred).sum(axis=1) / count[:, 0]).mean()
-    if "scores" in batch and batch["scores"].shape[-1] > 1:
+    if names:
+        known = real[..., None] & jnp.isfinite(batch["scores"])  # [B, N, K]
+        each = jnp.where(known, batch["scores"], 0.0).sum(axis=(0, 1)) / known.sum(axis=(0, 1))  # 0 / 0 where there is none
+        out |= {f"score/{name}": each[k] for k, name in enumerate(names)}
+    elif "scores" in batch and batch["scores"].shape[-1] > 1:
         out |= {f"score/member_{k}": mean(batch["scores"][..., k]) for k in range(batch["scores"].shape[-1])}
         out["disagreement"] = mean(batch["scores"].std(axis=-1))
     if cut := [x for name, x in batch.items() if name.endswith("_cut")]:

@@ -10,27 +10,21 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from alignax import judges
 from alignax import mesh as meshes
 from alignax.averages import PROPOSAL
-from alignax.calls import Answer, Call, qualified
 from alignax.calls import within as within  # how a reward function is timed, to try one by hand
-from alignax.checks import parameters
 from alignax.config import prompts_of_rollout, steps_of_turn
 from alignax.data import Examples
-from alignax.data.files import short
+from alignax.functions import names_of, reward_fields
 from alignax.generate import Completions, Generator, Sampling, Stops, sampled_batch, shape_for, stops_of, text_of
 from alignax.generate.stops import LENGTH, STOP_ID, STOP_STRING
+from alignax.host_rewards import bad_rewards, has_signal, known_mean, named, rewarded, rewards_of
 from alignax.prepare import Run
 from alignax.run.roles import GOLD, whole
 from alignax.run.state import Held
 from alignax.types import Batch, TrainState
-from alignax.workers import Abandoned
-
-MOST = 1e15  # that a reward may be from 0: squares of larger ones, summed over a rollout, overflow float32
-REWARDS = {"reward": "rewards", "gold": "gold"}  # functions of an experiment -> fields of a batch
 
 
 class Sampled(NamedTuple):
@@ -49,17 +43,13 @@ class Rollout(NamedTuple):
     metrics: dict[str, float]
 
 
-class RewardFailed(RuntimeError):
-    """A reward function that raises, hangs, or gives what is no number, where `rollout.bad_rewards` is "error"."""
-
-
 class Rollouts:
     """Makes the rollouts of a run.
 
     A batch has `tokens`, `mask`, `completion_mask` and `sampled_logps` [B, N, T], `truncated` [B, N] bool (no EOS within
     `rollout.max_new_tokens`), `prompt_id` [B] int32 (the row of the data), and where the experiment has a reward function its
-    `rewards` [B, N] float32. A completion whose reward is not known has reward NaN and no scored token, so it weighs nothing. Gold
-    rewards, where it has those, are `gold` [B, N] float32.
+    `rewards` [B, N] float32, and `scores` [B, N, K] of several numbers with names. A completion whose reward is not known has reward NaN
+    and no scored token, so it weighs nothing. Gold rewards, where it has those, are `gold` [B, N] float32.
     """
 
     def __init__(self, run: Run, look: Callable[[], None] = lambda: None):
@@ -117,13 +107,13 @@ class Rollouts:
         """What was sampled, where a signal came before reward functions had said anything of it: all rewards are infinite, as none is."""
         texts = decoded(self.run.words.tokenizer, sampled.completions, self.generate.stops)
         batch = said_batch(self.run, self.run.data.train.examples, sampled.rows, sampled.prompts, sampled.completions, texts)
-        none = np.full(batch["truncated"].shape, np.inf, np.float32)
-        asked = {field: none for name, field in REWARDS.items() if getattr(self.run.experiment, name) is not None}
+        fields = reward_fields(self.run.experiment)
+        asked = {name: np.full((*batch["truncated"].shape, *more), np.inf, np.float32) for name, more in fields.items()}
         return self.placed(batch | asked, sampled.metrics | {"time/reward": 0.0})
 
     def waiting(self, batch: Batch) -> Sampled | None:
         """What a rollout that `unjudged` made has sampled, to be judged now; None of one that is judged."""
-        asked = [batch[field] for field in REWARDS.values() if field in batch]
+        asked = [batch[name] for name in reward_fields(self.run.experiment)]
         if not asked or not np.isposinf(meshes.gathered(asked[0])).all():
             return None
         host = {name: meshes.gathered(batch[name]) for name in ("tokens", "mask", "sampled_logps", "truncated", "prompt_id")}
@@ -155,10 +145,10 @@ class Rollouts:
         rows, prompts, completions, metrics = sampled
         examples, texts = run.data.train.examples, decoded(run.words.tokenizer, completions, self.generate.stops)
         batch = samples_batch(run, examples, rows, prompts, completions, texts)
-        if "rewards" in batch:
-            metrics["bad_rewards"] = float(np.isnan(batch["rewards"]).sum())
+        if run.experiment.reward is not None:
+            metrics["bad_rewards"] = bad_rewards(batch)
         if run.experiment.gold is not None:
-            batch["gold"] = rewards_of(run, "gold", examples, rows, completions, texts)
+            batch |= rewards_of(run, "gold", examples, rows, completions, texts)
             metrics["gold"] = known_mean(batch["gold"])
         return batch, metrics | {"time/reward": time.monotonic() - began}
 
@@ -206,7 +196,7 @@ def samples_batch(
     if run.experiment.reward is None:
         return batch
     rewards = rewards_of(run, "reward", examples, rows, completions, texts)
-    return batch | {"rewards": rewards, "completion_mask": batch["completion_mask"] & np.isfinite(rewards)[..., None]}
+    return batch | rewards | {"completion_mask": batch["completion_mask"] & rewarded(rewards)[..., None]}
 
 
 def said_batch(
@@ -222,75 +212,6 @@ def said_batch(
     return batch
 
 
-def rewards_of(run: Run, name: str, examples: Examples, rows: np.ndarray, completions: Completions, texts: list[list[str]]) -> np.ndarray:
-    """Rewards [B, N] float32 of completions of rows of the data, by `reward` or `gold` of the experiment; NaN where there is none.
-
-    Raises:
-      RewardFailed: where there is none and `rollout.bad_rewards` is "error".
-      Abandoned: in every process, where a signal has ended the wait of the one that asks.
-    """
-    c, n = run.config.rollout, len(texts[0])
-    found, what, left = np.full(len(rows) * n, np.nan, np.float32), "", 0
-    flat = [text for group in texts for text in group]
-    if jax.process_index() == 0:  # one process asks for all: the function may be random, or dear
-        ids = [row for group in completions.rows() for row in group]
-        try:
-            answer = answer_of(run, name, examples, np.repeat(rows, n), flat, ids, n)
-        except Abandoned as e:
-            answer, left = Answer([np.nan] * len(found)), e.number
-        with np.errstate(over="ignore"):
-            found[:] = answer.rewards
-        what = answer.problem + (f", for {short(flat[answer.at])}" if answer.at >= 0 else "")
-    if jax.process_count() > 1:
-        found, left = map(np.asarray, multihost_utils.broadcast_one_to_all((found, np.int32(left))))
-    if left:
-        raise Abandoned(int(left))
-    bad = ~(np.abs(found) <= MOST)  # NaN, too
-    first = int(bad.argmax())
-    what = what or f"{bad.sum()} of {len(bad)} rewards are not finite or beyond {MOST:g}: {found[first]:g} for {short(flat[first])} first"
-    where = f"{name}() of {run.experiment.file}{behind_file(what)}"
-    if bad.any() and c.bad_rewards == "error":
-        raise RewardFailed(f"{where}. Mend it, or go on without these with rollout.bad_rewards=drop")
-    if bad.any() and jax.process_index() == 0:
-        run.workers.tell(f"{where}. Such are dropped, and counted as bad_rewards")
-    return np.where(bad, np.nan, found).reshape(len(rows), n)
-
-
-def answer_of(
-    run: Run, name: str, examples: Examples, rows: Sequence[int] | np.ndarray, texts: list[str], ids: Sequence[np.ndarray], group: int
-) -> Answer:
-    """What `reward` or `gold` of the experiment says of completions of rows of the data, those of a prompt, `group`, one after another."""
-    function = getattr(run.experiment, name)
-    wanted = parameters(function, examples.columns)
-    names = ("prompts", "completions", *wanted.named) if wanted.positional else wanted.named
-    given: dict[str, list[Any]] = {}
-    for column in (name for name in names if name != "config"):
-        if column == "prompts":
-            given[column] = [examples.prompts[row] for row in rows]
-        elif column == "completions":
-            given[column] = texts
-        elif column == "completion_ids":
-            given[column] = [own.tolist() for own in ids]
-        elif column == "raw_completions":
-            given[column] = run.words.tokenizer.batch_decode(list(ids), skip_special_tokens=False)
-        else:
-            given[column] = [examples.columns[column][row] for row in rows]
-    c = run.config.rollout
-    call = Call(name, qualified(function), wanted.positional, given, "config" in names, len(texts), c.timeout)
-    return run.workers(call, group, strict=c.bad_rewards == "error")
-
-
-def behind_file(problem: str) -> str:
-    """A problem behind the name of its file: ", line 3: .." or ": .."."""
-    return (", " if problem.startswith("line ") else ": ") + problem
-
-
-def has_signal(rewards: np.ndarray) -> np.ndarray:
-    """Which groups have two known rewards that differ: [B, N] -> [B] bool."""
-    known = np.isfinite(rewards)
-    return np.where(known, rewards, -np.inf).max(axis=1) > np.where(known, rewards, np.inf).min(axis=1)
-
-
 def trained_on(run: Run, shown: dict[str, np.ndarray]) -> list[dict[str, Any]]:
     """Rows of `rollouts.jsonl`: what `make_learn` shows of a rollout, as texts with their special tokens."""
     tokens, mask, scored = (shown[name] for name in ("tokens", "mask", "completion_mask"))  # [b, N, T]
@@ -301,13 +222,9 @@ def trained_on(run: Run, shown: dict[str, np.ndarray]) -> list[dict[str, Any]]:
         own = tokens[b, n][mask[b, n]]
         row = {"prompt": run.words.tokenizer.decode(own[:first]), "completion": run.words.tokenizer.decode(own[first:])}
         numbers = {name: shown[name][b, n].item() for name in ("reward", "advantage", "truncated") if name in shown}
-        rows.append(row | numbers)
+        scores = {"scores": named(names_of(run.experiment), shown["scores"][b, n])} if "scores" in shown else {}
+        rows.append(row | numbers | scores)
     return rows
-
-
-def known_mean(x: np.ndarray) -> float:
-    """The mean of what is not NaN; NaN where all is."""
-    return float(np.nanmean(x)) if np.isfinite(x).any() else float("nan")
 
 
 def decoded(tokenizer: Any, completions: Completions, stops: Stops | None = None) -> list[list[str]]:

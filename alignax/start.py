@@ -15,16 +15,16 @@ from alignax.blame import blaming, explained
 from alignax.checkpoint import Checkpoints, nbytes
 from alignax.config import asked, code, effective, flat, prompts_of_rollout
 from alignax.data import Examples
-from alignax.data.files import short
 from alignax.data.template import Today
 from alignax.distributed import check_alike, is_main, together
 from alignax.evaluate import SAMPLED, tries
 from alignax.experience import advance, first_carry
+from alignax.functions import reward_fields
+from alignax.host_rewards import check_reward
 from alignax.models import hf, parameters, peft, reward
 from alignax.models.reward import CRITIC
 from alignax.prepare import Run
 from alignax.reference import with_stored
-from alignax.rollout import MOST, answer_of, behind_file
 from alignax.run.programs import Program, programs
 from alignax.run.roles import BASE, ENSEMBLE, REFERENCE, Role, abstract_trained, freeze, load
 from alignax.run.state import abstract_state, new_state
@@ -208,6 +208,7 @@ def check_advantages(run: Run) -> None:
     every = jnp.ones(shape, bool)
     said = {"tokens": jnp.asarray(rng.integers(0, 9, shape), jnp.int32), "mask": every, "completion_mask": every.at[..., :2].set(False)}
     batch = said | {"prompt_id": jnp.arange(B), "truncated": jnp.zeros((B, 1), bool), "gold": draw(B, 1), "rewards": draw(B, 1)}
+    batch |= {name: draw(B, 1, *more) for name, more in reward_fields(run.experiment).items()}
     batch |= {"sampled_logps": -(draw(*shape) ** 2), "old_logps": -(draw(*shape) ** 2)}
     if run.config.model.critic:
         batch["values"] = draw(*shape, *((run.config.model.critic_heads,) if run.config.model.critic_heads > 1 else ()))
@@ -236,28 +237,6 @@ def check_advantages(run: Run) -> None:
             f"rollout.samples is 1, and experience() of {run.experiment.file} compares a response with the others of its group: every "
             "advantage is 0, and no reward is learnt from. Set it to 2 or more, or compare otherwise: reinforce_plus_plus(), or gae() with "
             "a critic"
-        )
-
-
-def check_reward(run: Run, name: str) -> None:
-    """Asks `reward` or `gold` of the experiment once, as a rollout does, of a prompt of the data and the answer that stands there.
-
-    What would stop the run is refused. With `rollout.bad_rewards` "drop" no reward is an answer, and a failure is told, since it may be of
-    that answer alone.
-    """
-    examples, file = run.data.evaluated, run.experiment.file
-    answer = examples.tokens[: examples.offsets[1]][examples.scored[: examples.offsets[1]]]
-    text = run.words.tokenizer.decode(answer, skip_special_tokens=True)
-    found = answer_of(run, name, examples, [0], [text], [answer], 1)
-    if found.problem:
-        what = f"{name}() of {file}{behind_file(found.problem)}, asked of a prompt of the data and the completion {short(text)}"
-        if found.final or run.config.rollout.bad_rewards == "error":
-            raise ValueError(f"{what}; it must take any completion, an empty one too, and return a list with a number or None for each")
-        run.workers.say(what)
-    elif run.config.rollout.bad_rewards == "error" and not abs(found.rewards[0]) <= MOST:
-        raise ValueError(
-            f"{name}() of {file} returns {found.rewards} for one prompt and its completion {short(text)}; it must return a finite number "
-            f"up to {MOST:g} for each, or set rollout.bad_rewards=drop, which leaves out those without"
         )
 
 

@@ -22,7 +22,7 @@ A batch is a plain dict of arrays whose leading axis is B. Every method has the 
 | `old_entropy`     | [B, N, T] f32    | entropy of that policy's next-token distributions, nats; of a rollout            |
 | `sampled_logps`   | [B, N, T] f32    | those that a completion was sampled with (see `alignax.generate`)                |
 | `labels`          | [B, N] bool      | unpaired data: whether a response is desirable                                   |
-| `scores`          | [B, N, K] f32    | those of each member of an ensemble of reward models                             |
+| `scores`          | [B, N, K] f32    | those of each member of an ensemble of reward models, or each number of reward(..) |
 | `rewards`         | [B, N] f32       | reward of a whole response, of several scores their aggregate; NaN is missing    |
 | `truncated`       | [B, N] bool      | a sampled response that was cut at its longest, before an EOS                    |
 | `prompt_id`       | [B] int32        | which prompt a row is of: of a rollout the row of the data that it stands in     |

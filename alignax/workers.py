@@ -4,7 +4,6 @@ A worker is a fresh Python process that loads the experiment's file anew, as it 
 code has changed in that module is not there. Workers start at the first call, are used again, and end with the run, however it ends.
 """
 
-import math
 import os
 import pickle
 import signal
@@ -130,7 +129,7 @@ class Workers:
             raise
         for worker in self.workers:
             for line in worker.said():
-                self.say(f"{call.name}(): {line}")
+                self.say(f"{call.title}(): {line}")
         first = next((i for i, answer in enumerate(answers) if answer.problem), 0)
         at = answers[first].at
         return answers[first]._replace(rewards=[x for a in answers for x in a.rewards], at=at if at < 0 else at + bounds[first])
@@ -146,16 +145,19 @@ class Workers:
         if answer.rewards:
             return answer
         if answer.final or call.count == 1:
-            return answer._replace(rewards=[math.nan] * call.count, at=0 if call.count == 1 else -1)
+            return answer._replace(rewards=[call.nothing] * call.count, at=0 if call.count == 1 else -1)
         alone = self.one_by_one(i, call, strict)
         if not alone.problem:
-            self.say(f"{call.name}(): all completions together: {answer.problem}; each alone has its reward. It was asked twice")
+            self.say(f"{call.title}(): all completions together: {answer.problem}; each alone has its reward. It was asked twice")
         return alone
 
     def one_by_one(self, i: int, call: Call, strict: bool) -> Answer:
-        """A call for each completion; bounded in all by what `BAD` of them may take."""
+        """A call for each completion; bounded in all by what `BAD` of them may take.
+
+        Those of an async function are awaited at once; where the process is lost meanwhile, one after another, to see with which.
+        """
         limit = max(call.limit / BAD, min(call.limit, 1.0))
-        rewards, problem, at = [math.nan] * call.count, "", -1
+        rewards, problem, at = [call.nothing] * call.count, "", -1
         here, lost, end = 0, 0, time.monotonic() + BAD * limit
         while here < call.count and not (strict and problem):
             try:
@@ -173,8 +175,11 @@ class Workers:
                         raise Lost(f"no time is left for {call.count - here} of {call.count} completions (rollout.timeout)")
                     found = self.workers[i].receive(limit + GRACE, too_late(limit, True))
             except Lost as e:
-                problem, at = (problem, at) if problem else (str(e), here)
                 self.workers[i].end()
+                if call.gathered:
+                    call, end = call._replace(gathered=False), time.monotonic() + BAD * limit
+                    continue
+                problem, at = (problem, at) if problem else (str(e), here)
                 here, lost = here + 1, lost + 1
                 if lost == BAD or time.monotonic() > end:
                     break

@@ -7,7 +7,6 @@ import signal
 import textwrap
 import time
 import types
-from typing import Any
 from unittest.mock import Mock
 
 import jax
@@ -21,7 +20,6 @@ from safetensors.numpy import load_file
 from test_rewards import reward_folder
 
 from alignax import mesh as meshes
-from alignax.calls import Answer
 from alignax.checkpoint import Checkpoints
 from alignax.cli import main
 from alignax.config import load_experiment, prompts_of_rollout
@@ -29,11 +27,12 @@ from alignax.evaluate import Evaluation
 from alignax.experience import best_and_worst, wco
 from alignax.fit import Observer
 from alignax.generate import LENGTH, STOP_ID, STOP_STRING
+from alignax.host_rewards import RewardFailed
 from alignax.metrics import Log
 from alignax.models import hf
 from alignax.online import measured, reads_once
 from alignax.prepare import prepare
-from alignax.rollout import RewardFailed, Rollouts, decoded, has_signal, rewards_of
+from alignax.rollout import Rollouts, decoded
 from alignax.run.feed import Online
 from alignax.run.programs import programs
 from alignax.run.roles import abstract_frozen, load, policy_model
@@ -111,6 +110,11 @@ def arguments(folder, source, fields):
 
 def rows(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def names(*given):
+    """The field that names what a reward gives."""
+    return {"rollout.reward_names": repr(given)}
 
 
 def checked(args):
@@ -567,6 +571,13 @@ OFFLINE = {
     "data.prompt_separator": " ",
 }
 AHEAD = {"rollout.ahead": "true"}
+SEVERAL = (
+    UNREWARDED
+    + """
+def reward(prompts, completions):
+    return {"short": [float(len(text) < 6) for text in completions], "a": [float("a" in text) for text in completions]}
+"""
+)
 OFF_POLICY = GRPO.replace("grpo()", "importance_weighted(grpo())")
 PROPOSAL = "\ndef averages(config):\n    return {'proposal': adopt_if_better(every=4)}\n"
 SCORES = {"model.num_labels": "1", "eval.samples": "0", "eval.sample_prompts": "0"}
@@ -575,8 +586,27 @@ REFUSED = {
     "pairs of groups of one": (
         {"rollout.samples": "1"}, GRPO.replace("grpo()", "dpo()").replace("group_relative", "best_and_worst"), "every advantage is 0"
     ),
-    "a list of rewards": ({}, GRPO + "\nreward = [reward, reward]\n", "is a list, no function; write one"),
-    "an async reward": ({}, GRPO.replace("def reward", "async def reward"), "asyncio.run(..)"),
+    "rewards of one name": ({}, GRPO + "\nreward = [reward, reward]\n", "gives the name 'reward' twice"),
+    "several gold rewards": ({}, GRPO + "\ngold = [gold, reward]\n", "gold is one number"),
+    "weights of one reward": ({"rollout.reward_weights": "2"}, GRPO, "gives one number without a name; leave it empty"),
+    "numbers without names": ({}, SEVERAL, "several numbers of it are named by rollout.reward_names=('short', 'a')"),
+    "names of other numbers": (
+        names("short", "b") | {"rollout.reward_weights": "1,2"}, SEVERAL, "gives 'short', 'a', and rollout.reward_names are 'short', 'b'"
+    ),
+    "numbers that nobody makes one": (names("short", "a"), SEVERAL, 'several "scores" of a response and no "rewards"; let experience(..)'),
+    "a KL of numbers that nobody makes one": (
+        names("short", "a"), SEVERAL.replace("group_relative()", "kl_reward(0.1), leave_one_out()"), 'no "rewards"; let experience(..)'
+    ),
+    "a refill of numbers without weights": (
+        names("short", "a") | {"rollout.refill": "2"}, SEVERAL.replace("group_relative", "wco, group_relative"), "rollout.reward_weights"
+    ),
+    "what TRL's trainer has": ({}, GRPO.replace("weight):", "weight, trainer_state):"), "'trainer_state', which there is not here"),
+    "completions read as messages": (
+        {}, GRPO.replace("len(text) %", "len(text[0]['content']) %"), "completions are texts, also of conversations, asked of a prompt"
+    ),
+    "one of a list that raises": (
+        {}, GRPO + "\ndef other(prompts, completions):\n    raise KeyError('x')\nreward = [reward, other]\n", "other() of"
+    ),
     "a refill of samples ahead": (AHEAD | {"rollout.refill": "2"}, OFF_POLICY, "rollout.refill is 2: it looks at the rewards"),
     "a refill without rewards": ({"rollout.refill": "2"}, UNREWARDED, "so it needs reward(..)"),
     "no process": ({"rollout.reward_workers": "0"}, GRPO, "'rollout.reward_workers' is 0"),
@@ -848,12 +878,6 @@ def test_prompts_of_refills_are_a_function_of_the_step(fields, tmp_path):
     np.testing.assert_array_equal(rollouts.rows(4), np.concatenate([stream.rows(2), stream.rows(3)]))
 
 
-def test_groups_with_a_signal():
-    nan = float("nan")
-    rewards = np.array([[1, 1, 1], [0, 0, 1], [nan, 2, 2], [nan, nan, 5], [nan, nan, nan], [nan, 1, 2]])
-    np.testing.assert_array_equal(has_signal(rewards), [False, True, False, False, False, True])
-
-
 @pytest.mark.slow
 def test_groups_without_a_signal_are_replaced_and_the_rollouts_are_written(fields, tmp_path):
     """Every group that is trained on differs, as far as it is found; stopped and gone on, the run is the same bit for bit."""
@@ -883,13 +907,84 @@ def test_groups_without_a_signal_are_replaced_and_the_rollouts_are_written(field
     jax.tree.map(np.testing.assert_array_equal, params, trained(tmp_path / "run", args))
 
 
+LISTED = (
+    UNREWARDED
+    + """
+import asyncio
+
+def short(completions, **columns):
+    return [float(len(text) < 6) for text in completions]
+
+async def has_a(prompts, completions, logprobs, level=1):
+    await asyncio.sleep(0.01)
+    assert all(x <= 0 for own in logprobs for x in own)
+    return [float("a" in text) if len(text) % 3 else None for text in completions]
+
+reward = [short, has_a]
+"""
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ahead", ["false", "true"])
+def test_rewards_of_a_list_are_in_every_log(ahead, fields, tmp_path):
+    """Each under its function's name, and their weighted sum, which leaves out what a function has not given."""
+    given = fields | {"workdir": str(tmp_path / "run"), "rollout.reward_weights": "1,0.5", "log.rollouts": "48", "rollout.ahead": ahead}
+    source = LISTED.replace("grpo()", "importance_weighted(grpo())") if ahead == "true" else LISTED
+    args = arguments(
+        tmp_path, source, given | {"rollout.epochs": "1", "rollout.reward_workers": "2", "steps": "4", "checkpoint.every": "2"}
+    )
+    assert main(args) == 0
+    found = rows(tmp_path / "run")
+    read = lambda name: [json.loads(line) for line in (tmp_path / "run" / name).read_text().splitlines()]
+    file, samples = read("rollouts.jsonl"), read("samples.jsonl")
+    evaluation = [row for row in found if "eval/reward" in row][-1]
+    train = [row for row in found if "loss" in row]
+    shown = [([own for own in file if own["step"] == row["step"]], row, "") for row in train]
+    shown.append(([own for own in samples if own["step"] == evaluation["step"]], evaluation, "eval/"))
+    for written, metrics, begin in shown:
+        assert len(written) == (4 if begin else 48)
+        for own in written:
+            text = re.sub("<(pad|s|/s|unk)>", "", own["completion"])
+            assert own["scores"] == {"short": float(len(text) < 6), "has_a": float("a" in text) if len(text) % 3 else None}
+            assert own["reward"] == own["scores"]["short"] + 0.5 * (own["scores"]["has_a"] or 0.0)
+        for name in ("short", "has_a"):
+            known = [own["scores"][name] for own in written if own["scores"][name] is not None]
+            assert metrics[f"{begin}score/{name}"] == pytest.approx(np.mean(known))
+        assert metrics[f"{begin}reward"] == pytest.approx(np.mean([own["reward"] for own in written]))
+        assert metrics[f"{begin}bad_rewards"] == 0 and f"{begin}score/member_0" not in metrics and f"{begin}disagreement" not in metrics
+    if ahead == "true":  # what waits for the next turn is in the checkpoint
+        whole = trained(tmp_path / "run", args)
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
+        assert main(args) == 0
+        jax.tree.map(np.testing.assert_array_equal, whole, trained(tmp_path / "run", args))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("aggregate", ["wco, group_relative()", "gdpo((1.0, 0.5))", "xi_ppo((0.5, 0.5))"])
+def test_named_numbers_are_scores_as_those_of_reward_models(aggregate, fields, tmp_path):
+    source = SEVERAL.replace("float(len(text) < 6)", "float(s % 7) if (s := sum(map(ord, text))) % 5 else None")
+    given = fields | names("short", "a") | {"workdir": str(tmp_path / "run"), "log.rollouts": "48", "rollout.bad_rewards": "drop"}
+    given |= {"steps": "2", "rollout.epochs": "1", "eval.every": "0"}
+    assert main(arguments(tmp_path, source.replace("group_relative()", aggregate), given)) == 0
+    (row,) = [row for row in rows(tmp_path / "run") if "loss" in row]
+    written = [json.loads(line) for line in (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()]
+    missing = [own["scores"]["short"] is None for own in written]
+    assert 0 < sum(missing) == row["bad_rewards"] < 48 and {"score/short", "score/a"} <= row.keys() and row["skipped"] == 0
+    assert row["advantage_std"] > 0 and np.isfinite(row["grad_norm"])
+    if aggregate.startswith("wco"):
+        for own, none in zip(written, missing, strict=True):
+            assert own["reward"] == (None if none else min(own["scores"].values())) and (not none or own["advantage"] == 0)
+
+
 def observed(steps, **config):
     """What is said of the metrics of steps."""
     said = []
     log = types.SimpleNamespace(step=lambda *_: None, line=said.append)
     observe = Observer(types.SimpleNamespace(config=types.SimpleNamespace(**config)), log, equal=False)  # type: ignore
     for step, metrics in enumerate(steps, start=1):
-        observe(step, {"skipped": 0, "tokens": 8, "distinct": 0.9, "entropy": 1.0, "reward": 1.0} | metrics)
+        whole = {"skipped": 0, "tokens": 8, "distinct": 0.9, "entropy": 1.0, "reward": 1.0} | metrics
+        observe(step, {name: x for name, x in whole.items() if x is not None})
     return said
 
 
@@ -918,19 +1013,11 @@ def test_a_run_without_any_reward_stops():
     assert "the rewards of no group differ" in line  # there are some, and a refill has found none that differ
     with pytest.raises(RewardFailed, match="no completion of 3 rollouts in a row has a reward"):
         observed([{}, none, none, none], max_skipped=3)
-
-
-def test_rewards_that_float32_cannot_compare_are_none(monkeypatch):
-    """Squares of 1e20 are infinite: a group's deviation would be, and every advantage 0."""
-    c = types.SimpleNamespace(rollout=types.SimpleNamespace(bad_rewards="error"))
-    run: Any = types.SimpleNamespace(config=c, experiment=types.SimpleNamespace(file="e.py"), workers=types.SimpleNamespace(tell=print))
-    ids = types.SimpleNamespace(rows=lambda: [[np.arange(3)] * 5])
-    monkeypatch.setattr("alignax.rollout.answer_of", lambda *_: Answer([1.0, -1e15, -1e20, np.inf, 2e300]))
-    ask = lambda: rewards_of(run, "reward", None, np.arange(1), ids, [list("abcde")])  # type: ignore
-    with pytest.raises(RewardFailed, match=r"3 of 5 rewards are not finite or beyond 1e\+15: -1e\+20 for 'c' first"):
-        ask()
-    c.rollout.bad_rewards = "drop"
-    np.testing.assert_array_equal(ask(), [[1, np.float32(-1e15), np.nan, np.nan, np.nan]])
+    # Of gdpo(), which makes no reward of several numbers: there are some, and there are none.
+    some, none = ({"bad_rewards": 4.0, "reward": None, "score/a": a, "score/b": float("nan")} for a in (1.0, float("nan")))
+    assert observed([some] * 9, max_skipped=3) == []
+    with pytest.raises(RewardFailed, match="no completion of 3 rollouts in a row has a reward"):
+        observed([none] * 3, max_skipped=3)
 
 
 def test_signal_is_where_rewards_of_a_group_differ():

@@ -7,7 +7,6 @@ import sys
 import textwrap
 import threading
 import time
-import types
 from contextlib import closing
 from multiprocessing.connection import Pipe
 from pathlib import Path
@@ -17,12 +16,11 @@ import numpy as np
 import pytest
 import runs
 
-from alignax.calls import Answer, Call, Malformed, numbers, within
-from alignax.checks import check_columns, parameters
+from alignax.calls import Answer, Call, Malformed, numbers, told, within
 from alignax.workers import POLL, Abandoned, Lost, Worker, Workers
 
 SOURCE = """
-import multiprocessing, os, re, sys, time
+import asyncio, multiprocessing, os, re, sys, time
 
 calls = []
 
@@ -71,6 +69,31 @@ def gold(prompts, completions, config, **columns):
 
 def group_sizes(prompts, completions):
     return [len(completions)] * len(completions)
+
+async def awaits(prompts, completions):
+    return await asyncio.gather(*map(awaited, completions))
+
+async def awaited(text):
+    await asyncio.sleep(60 if text == "waits" else 0.3)
+    return judged(text)
+
+def columns(prompts, completions):
+    return {"length": reward(prompts, completions), "a": [float("a" in text) for text in completions]}
+
+async def kept(prompts, completions):  # as a client is that was opened in the first call
+    loops.append(asyncio.get_running_loop())
+    return [len(set(loops))] * len(completions)
+
+loops = []
+
+class Scale:
+    def __init__(self, scale):
+        self.scale = scale
+
+    def __call__(self, prompts, completions):
+        return [self.scale * x for x in reward(prompts, completions)]
+
+several = [reward, Scale(2.0), awaits]
 """
 
 
@@ -198,6 +221,67 @@ def test_a_stop_ends_the_wait_for_a_worker(text, tmp_path):
         assert own(call(["a"]), 1, strict=True).rewards == [1]
 
 
+def test_the_numbers_of_a_completion_have_names(workers):
+    """One that fails, or its process, leaves a completion without any number, and no other."""
+    asked = call(["a", "bb", "raises", "no number"], "columns")._replace(names=("a", "length"))
+    found = workers(asked, 1, strict=False)
+    np.testing.assert_array_equal(found.rewards, [(1, 1), (0, 2), (np.nan,) * 2, (0, np.nan)])
+    assert found.problem.endswith("KeyError: 'no such answer'") and found.at == 2
+    lost = workers(asked._replace(defined="another"), 1, strict=False)
+    np.testing.assert_array_equal(lost.rewards, np.full((4, 2), np.nan))
+
+
+def test_functions_of_a_list_are_called_by_their_place(workers):
+    said = []
+    workers.say = said.append
+    texts = ["prints", "bb"]
+    names = ("reward", "Scale", "awaits")
+    found = [workers(call(texts, "several")._replace(part=k, defined=name), 1, strict=True).rewards for k, name in enumerate(names)]
+    assert found == [[6, 2], [12, 4], [6, 2]] and [line for line in said if "looked" in line] == [
+        f"{name}(): looked at it" for name in names
+    ]
+    for part, there in ((1, "Scale"), (7, "none")):
+        other = workers(call(texts, "several")._replace(part=part, defined="reward"), 1, strict=True)
+        assert other.final and f"the run's is reward, and the file loaded anew has {there}" in other.problem
+    listed = workers(call(texts, "several"), 1, strict=True)
+    assert listed.final and "has list" in listed.problem
+
+
+def test_an_async_function_is_awaited_and_asked_for_each_completion_at_once(workers):
+    """Where one fails, the others are not waited for one after another; by the clock."""
+    asked = call(["a", "raises", *["ccc"] * 20, "no number"], "awaits", limit=20.0)._replace(gathered=True)
+    assert workers(call(["a", "ccc"], "awaits"), 1, strict=True) == Answer([1.0, 3.0])
+    (pid,) = {own.process.pid for own in workers.workers}
+    began = time.monotonic()
+    found = workers(asked, 1, strict=False)
+    assert time.monotonic() - began < 4  # 23 times 0.3 s one after another
+    np.testing.assert_array_equal(found.rewards, [1, np.nan, *[3] * 20, np.nan])
+    line = SOURCE[: SOURCE.index("raise KeyError")].count("\n") + 1
+    assert (found.problem, found.at) == (f"line {line}: KeyError: 'no such answer'", 1)
+    assert [own.process.pid for own in workers.workers] == [pid]
+    assert [workers(call(["a"], "kept"), 1, strict=True).rewards for _ in range(3)] == [[1.0]] * 3  # one loop for all calls
+
+
+def test_an_async_completion_that_waits_ends_in_its_time(workers):
+    workers(call(["a"]), 1, strict=True)
+    (pid,) = {own.process.pid for own in workers.workers}
+    began = time.monotonic()
+    found = workers(call(["a", "waits", "ccc", "waits"], "awaits", limit=1.0)._replace(gathered=True), 1, strict=False)
+    np.testing.assert_array_equal(found.rewards, [1, np.nan, 3, np.nan])
+    assert (found.problem, found.at) == ("no answer within 1 s for one completion alone (rollout.timeout)", 1)
+    assert time.monotonic() - began < 4 and [own.process.pid for own in workers.workers] == [pid]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", ["backtracks", "sleeps", "holds the interpreter", "dies", "exits"])
+def test_an_async_completion_that_holds_all_others_costs_its_own_reward_alone(text, tmp_path):
+    with closing(workers_of(tmp_path)) as own:
+        own(call(["a"]), 1, strict=True)
+        found = own(call(["a", "bb", text, "dddd"], "awaits", limit=1.0)._replace(gathered=True), 1, strict=False)
+        np.testing.assert_array_equal(found.rewards, [1, 2, np.nan, 4])
+        assert found.at == 2
+
+
 def test_columns_and_the_config_are_given_by_name(workers):
     asked = call(["a", "bb"], "gold", answer=[1, 2])._replace(config=True)
     assert workers(asked, 1, strict=True).rewards == [11.0, 11.0]
@@ -312,6 +396,9 @@ def test_within_ends_what_looks_at_signals():
         ([1.0], "gives 1 rewards for 2"), ([1.0] * 3, "gives 3 rewards"), (iter(range(9)), "gives 3 or more"), ("01", "gives a str"),
         ({0: 1, 1: 2}, "gives a dict"), ({0.5, 1.5}, "gives a set"), (1.0, "gives a float"), (np.float32(1), "gives a float32"),
         (np.ones(()), "gives a ndarray"), (None, "gives a NoneType"),
+        ({"a": [1, 2], "b": [3, 4]}, r"gives a dict; .* several numbers of it are named by rollout.reward_names=\('a', 'b'\)"),
+        ([(1, 2), (3, 4)], r"gives '\(1, 2\)' for a completion; several numbers of it are named in rollout.reward_names"),
+        ([{"a": 1}, {"a": 2}], "named in rollout.reward_names"),
     ],
 )  # fmt: skip
 def test_what_is_no_list_of_rewards(given, message):
@@ -327,45 +414,53 @@ def test_what_counts_as_numbers():
     assert (found.problem, found.at) == ("it gives \"'7'\", which is no number", 1)
 
 
-class Judge:
-    """A reward that is an object."""
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"a": [1, 2], "b": np.array([3.0, np.nan])}, [{"a": 1, "b": 3}, {"a": 2}], [(1, 3), [2, None]], np.array([[1, 3], [2, np.nan]]),
+        ({"b": x, "a": y} for x, y in ((3, 1), (None, 2))),
+    ],
+    ids=["columns", "mappings", "tuples", "an array", "a generator"],
+)  # fmt: skip
+def test_what_counts_as_several_numbers(given):
+    found = numbers(given, 2, ("a", "b"))
+    np.testing.assert_array_equal(found.rewards, [(1, 3), (2, np.nan)])
+    assert found.problem == ""
 
-    def __call__(self, prompts, completions, answer):
-        return []
+
+def test_several_numbers_of_which_one_is_none():
+    for given in ({"a": [1, 2], "b": ["x", 3]}, [(1, "x"), (2, 3)], [{"a": 1, "b": "x"}, (2, 3)]):
+        found = numbers(given, 2, ("a", "b"))
+        np.testing.assert_array_equal(found.rewards, [(1, np.nan), (2, 3)])
+        assert (found.problem, found.at) == ("it gives \"'x'\", which is no number", 0)
+    np.testing.assert_array_equal(numbers([None, (1, 2)], 2, ("a", "b")).rewards, [(np.nan, np.nan), (1, 2)])
 
 
 @pytest.mark.parametrize(
-    ("function", "wanted"),
+    ("given", "message"),
     [
-        (lambda prompts, completions, answer: 0, (True, ("answer",), ())),
-        (lambda a, b: 0, (True, (), ())),
-        (lambda prompts, completions, answer, bonus=2.0: 0, (True, ("answer",), ())),
-        (lambda prompts, completions, level=1: 0, (True, ("level",), ())),
-        (lambda prompts, completions, **columns: 0, (True, ("prompt", "answer", "level"), ())),
-        (lambda prompt, completions, **columns: 0, (True, ("answer", "level"), ())),
-        (lambda prompts, completions, answer, **columns: 0, (True, ("answer", "prompt", "level"), ())),
-        (lambda prompts, completions, completion_ids, config: 0, (True, ("completion_ids", "config"), ())),
-        (lambda prompts, completions, *, raw_completions: 0, (True, ("raw_completions",), ())),
-        (lambda completions, answer, **columns: 0, (False, ("completions", "answer", "prompts", "prompt", "level"), ())),
-        (lambda answer, completions: 0, (False, ("answer", "completions"), ())),
-        (lambda completions, prompts: 0, (False, ("completions", "prompts"), ())),
-        (lambda **given: 0, (False, ("prompts", "completions", "prompt", "answer", "level"), ())),
-        (lambda *given: 0, (True, (), ())),
-        (lambda prompts, completions, solution, other: 0, (True, (), ("solution", "other"))),
-        (Judge(), (True, ("answer",), ())),
-        (max, (True, (), ())),
+        ({"a": [1, 2]}, "gives 'a', and rollout.reward_names are 'a', 'b'"),
+        ({"a": [1, 2], "b": [1, 2], "c": [1, 2]}, "gives 'a', 'b', 'c', and"),
+        ({"a": [1, 2], "b": [1]}, "gives 1 rewards for 2 completions, as 'b'"),
+        ([{"a": 1, "c": 2}] * 2, "gives a completion 'c', and rollout.reward_names are 'a', 'b'"),
+        ([(1, 2, 3)] * 2, r"gives '\(1, 2, 3\)' for a completion, and rollout.reward_names are"),
+        ([1.0, 2.0], "gives '1.0' for a completion"), (["ab", "cd"], "for a completion"), ([{1, 2}] * 2, "for a completion"),
+        ([(1, 2)], "gives 1 rewards for 2"), (np.ones(2), "for a completion"), ([((1, 2), 3)] * 2, "for a completion"),
     ],
 )  # fmt: skip
-def test_what_a_reward_function_is_given(function, wanted):
-    assert parameters(function, ["prompt", "answer", "level"]) == wanted
+def test_what_are_no_numbers_of_these_names(given, message):
+    with pytest.raises(Malformed, match=message):
+        numbers(given, 2, ("a", "b"))
 
 
-def test_a_column_of_what_every_reward_is_offered_is_no_argument():
-    columns = {"train": types.SimpleNamespace(columns={"config": [1], "answer": [1]})}
-    for function in (lambda prompts, completions, config: 0, lambda completions, config=None: 0):
-        with pytest.raises(ValueError, match=r"asks for 'config', .* and data.train has a column of that name; rename the column"):
-            check_columns("reward", function, Path("e.py"), columns)  # type: ignore
-    check_columns("reward", lambda prompts, completions, answer, **rest: 0, Path("e.py"), columns)  # type: ignore
+def test_what_reads_a_text_as_messages_is_told_what_it_is():
+    """As TRL gives completions of conversations."""
+    for text in ("", "abc"):
+        try:
+            text[0]["content"]  # type: ignore
+        except Exception as e:
+            assert told(e, Path("e.py")).endswith("; completions are texts, also of conversations")
+    assert told(IndexError("list index out of range"), Path("e.py")) == "IndexError: list index out of range"
 
 
 def test_a_worker_that_cannot_load_the_experiment(tmp_path):

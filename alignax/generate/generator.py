@@ -36,6 +36,11 @@ class Completions(NamedTuple):
         """The tokens of each prompt's completions."""
         return [[t[m] for t, m in zip(*pair, strict=True)] for pair in zip(self.tokens, self.mask, strict=True)]
 
+    def drawn_rows(self) -> list[list[np.ndarray]]:
+        """The log-probs that the tokens of each prompt's completions were sampled with."""
+        drawn = self.logps if self.drawn is None else self.drawn
+        return [[x[m] for x, m in zip(*pair, strict=True)] for pair in zip(drawn, self.mask, strict=True)]
+
     def answers(self) -> list[list[np.ndarray]]:
         """The tokens of each prompt's completions, without the stop id that has ended them."""
         return [[bare(*one) for one in zip(*pair, strict=True)] for pair in zip(self.rows(), self.ended, strict=True)]

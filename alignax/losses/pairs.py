@@ -95,6 +95,11 @@ def ref_logps(batch: Batch) -> jax.Array:
 
 def field(batch: Batch, name: str, experience: str) -> jax.Array:
     """A field that an experience writes, or an error that names it and those that there are."""
+    if name == "rewards" and name not in batch and "scores" in batch:
+        raise ValueError(
+            'the batch has several "scores" of a response and no "rewards"; let experience(..) make one of them, chain(.., mean) say (or '
+            "wco, uwo(0.5)), or add up the numbers of reward(..) with rollout.reward_weights"
+        )
     if name not in batch:
         there = f"{near(name, list(batch))}; it has {', '.join(batch)}"
         raise ValueError(f'the batch has no "{name}"; let experience(..) return chain(.., {experience}){there}')

@@ -15,8 +15,9 @@ import numpy as np
 from alignax import ensemble
 from alignax import mesh as meshes
 from alignax.config import DATA, PRETRAIN, ROLLOUTS, steps_of_turn
+from alignax.host_rewards import RewardFailed
 from alignax.prepare import Run
-from alignax.rollout import RewardFailed, Rollouts, Sampled
+from alignax.rollout import Rollouts, Sampled
 from alignax.run.state import AHEAD, Held, batch_sizes
 from alignax.types import Batch, TrainState
 from alignax.workers import Abandoned

@@ -15,6 +15,7 @@ from alignax.blame import check_call
 from alignax.config import DATA, PRETRAIN, ROLLOUTS, asked, eval_batch_size, prompts_of_rollout, steps_of_turn
 from alignax.data import Batches
 from alignax.experience import Experience, chain, first_carry
+from alignax.functions import reward_fields
 from alignax.judges import FIELDS
 from alignax.prepare import Run
 from alignax.run.roles import REFERENCE, abstract_frozen, abstract_trained, models, policy_model, stored_outputs
@@ -129,8 +130,5 @@ def abstract_rollout(run: Run, prompts: int, samples: int) -> dict[str, jax.Shap
     for judge in run.judges.values():
         fields |= {f"{judge.role}_{name}": ((B, N, judge.length), tokens[name]) for name in FIELDS}
         fields[f"{judge.role}_cut"] = (B, N), jnp.bool_
-    if run.experiment.reward is not None:
-        fields["rewards"] = (B, N), jnp.float32
-    if run.experiment.gold is not None:
-        fields["gold"] = (B, N), jnp.float32
+    fields |= {name: ((B, N, *more), jnp.float32) for name, more in reward_fields(run.experiment).items()}
     return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=layout) for name, (shape, dtype) in fields.items()}

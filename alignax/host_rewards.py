@@ -1,0 +1,209 @@
+"""Rewards of completions by the functions of an experiment, which run in processes of the host: fields of a rollout's batch."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from alignax.calls import Call, qualified
+from alignax.data import Examples
+from alignax.data.files import short
+from alignax.functions import Functions, functions_of, is_async, parameters, title
+from alignax.generate import Completions
+from alignax.prepare import Run
+from alignax.workers import Abandoned
+
+MOST = 1e15  # that a reward may be from 0: squares of larger ones, summed over a rollout, overflow float32
+
+
+class RewardFailed(RuntimeError):
+    """A reward function that raises, hangs, or gives what is no number, where `rollout.bad_rewards` is "error"."""
+
+
+class Said(NamedTuple):
+    """R completions as reward functions see them, those of a prompt, `group` of them, one after another."""
+
+    rows: Sequence[int] | np.ndarray  # of the data
+    texts: list[str]
+    ids: Sequence[np.ndarray]
+    logps: Sequence[np.ndarray]  # of these tokens, by the sampler
+    group: int
+
+
+class Found(NamedTuple):
+    """What the functions of `reward` or `gold` say of R completions."""
+
+    numbers: np.ndarray  # [R, K] float32, NaN where there is none
+    problem: str = ""  # what went wrong first, with the name of the function and the line
+    at: int = -1  # with which completion; -1: all together
+    final: bool = False  # whether it would go wrong with any other completions
+
+
+def rewards_of(
+    run: Run, hook: str, examples: Examples, rows: np.ndarray, completions: Completions, texts: list[list[str]]
+) -> dict[str, np.ndarray]:
+    """The fields of a batch that `reward` or `gold` of the experiment writes, of completions of rows of the data.
+
+    `gold` or `rewards` [B, N] float32; of numbers with names `scores` [B, N, K], and where these have weights `rewards`, their sum over
+    those that there are. NaN where there is none. See `alignax.functions.reward_fields`.
+
+    Raises:
+      RewardFailed: where a function fails, or a completion has no reward, and `rollout.bad_rewards` is "error".
+      Abandoned: in every process, where a signal has ended the wait of the one that asks.
+    """
+    functions, B, n = functions_of(run.experiment, hook), len(rows), len(texts[0])
+    assert functions is not None
+    flat = [text for group in texts for text in group]
+    found, left = Found(np.full((B * n, len(functions.names) or 1), np.nan, np.float32)), 0
+    if jax.process_index() == 0:  # one process asks for all: a function may be random, or dear
+        ids, logps = ([own for group in x for own in group] for x in (completions.rows(), completions.drawn_rows()))
+        try:
+            found = ask(run, functions, examples, Said(np.repeat(rows, n), flat, ids, logps, n))
+        except Abandoned as e:
+            left = e.number
+    numbers, problem = found.numbers, found.problem
+    if jax.process_count() > 1:
+        told = numbers, np.array([left, bool(problem)], np.int32)
+        numbers, (left, failed) = map(np.asarray, multihost_utils.broadcast_one_to_all(told))
+        problem = problem or "a reward function fails, as process 0 says" * int(failed)
+    if left:
+        raise Abandoned(int(left))
+    check_found(run, functions, found._replace(numbers=numbers, problem=problem), flat)
+    numbers = np.where(np.abs(numbers) <= MOST, numbers, np.float32(np.nan))
+    total = combined(functions, numbers)
+    total = np.where(np.abs(total) <= MOST, total, np.float32(np.nan)).reshape(B, n)
+    fields = {"gold" if hook == "gold" else "rewards": total} if functions.weights else {}
+    return fields | ({"scores": numbers.reshape(B, n, -1)} if functions.names else {})
+
+
+def ask(run: Run, functions: Functions, examples: Examples, said: Said) -> Found:
+    """What the functions of an experiment say of completions of rows of the data, one function after another."""
+    strict, count = run.config.rollout.bad_rewards == "error", len(said.texts)
+    found = Found(np.full((count, len(functions.names) or 1), np.nan, np.float32))
+    for k, function in enumerate(functions.each):
+        answer = run.workers(call_of(run, functions, k, examples, said), said.group, strict)
+        own = slice(k, k + 1) if functions.listed else slice(None)
+        with np.errstate(over="ignore"):
+            found.numbers[:, own] = np.reshape(answer.rewards, (count, -1))
+        if answer.problem and not found.problem:
+            name = title(function) if functions.listed else functions.hook
+            problem = f"{name}() of {run.experiment.file}{behind_file(answer.problem)}"
+            found = found._replace(problem=problem, at=answer.at, final=answer.final)
+            if strict:
+                break
+    return found
+
+
+def call_of(run: Run, functions: Functions, k: int, examples: Examples, said: Said) -> Call:
+    """The call of function k, with all that it asks for."""
+    function, c = functions.each[k], run.config.rollout
+    wanted = parameters(function, examples.columns)
+    names = ("prompts", "completions", *wanted.named) if wanted.positional else wanted.named
+    offered: dict[str, Callable[[], list[Any]]] = {
+        "prompts": lambda: [examples.prompts[row] for row in said.rows],
+        "completions": lambda: said.texts,
+        "completion_ids": lambda: [own.tolist() for own in said.ids],
+        "raw_completions": lambda: run.words.tokenizer.batch_decode(list(said.ids), skip_special_tokens=False),
+        "logprobs": lambda: [own.tolist() for own in said.logps],
+    }
+    column = lambda name: [examples.columns[name][row] for row in said.rows]
+    given = {name: offered[name]() if name in offered else column(name) for name in names if name != "config"}
+    call = Call(functions.hook, qualified(function), wanted.positional, given, "config" in names, len(said.texts), c.timeout)
+    if functions.listed:
+        return call._replace(part=k, gathered=is_async(function))
+    return call._replace(names=functions.names, gathered=is_async(function))
+
+
+def combined(functions: Functions, numbers: np.ndarray) -> np.ndarray:
+    """The weighted sum of numbers [R, K] over those that there are, NaN where there is none; without weights NaN where one is not there."""
+    if not functions.weights:
+        return numbers.sum(axis=-1)
+    known = ~np.isnan(numbers)
+    total = np.where(known, numbers * np.array(functions.weights, np.float32), 0).sum(axis=-1)
+    return np.where(known.any(axis=-1), total, np.float32(np.nan))
+
+
+def unusable(functions: Functions, numbers: np.ndarray) -> np.ndarray:
+    """Which completions have no reward, or a number that none may be: [R, K] -> [R] bool."""
+    return ~(np.abs(combined(functions, numbers)) <= MOST) | (np.abs(numbers) > MOST).any(axis=-1)
+
+
+def check_found(run: Run, functions: Functions, found: Found, texts: list[str]) -> None:
+    """Raises, or tells the first time, what went wrong, as `rollout.bad_rewards` says."""
+    bad = unusable(functions, found.numbers)
+    if not (bad.any() or found.problem):
+        return
+    what = found.problem + (f", for {short(texts[found.at])}" if found.at >= 0 else "")
+    if not found.problem:
+        first, name = int(bad.argmax()), functions.hook + "()" * (not functions.listed)
+        what = (
+            f"{name} of {run.experiment.file}: {bad.sum()} of {len(bad)} rewards are not finite or beyond {MOST:g}: "
+            f"{told(functions, found.numbers[first])} for {short(texts[first])} first"
+        )
+    if run.config.rollout.bad_rewards == "error":
+        raise RewardFailed(f"{what}. Mend it, or go on without these with rollout.bad_rewards=drop")
+    if jax.process_index() == 0:
+        run.workers.tell(f"{what}. Such are dropped, and counted as bad_rewards")
+
+
+def check_reward(run: Run, hook: str) -> None:
+    """Asks `reward` or `gold` of the experiment once, as a rollout does, of a prompt of the data and the answer that stands there.
+
+    What would stop the run is refused. With `rollout.bad_rewards` "drop" no reward is an answer, and a failure is told, since it may be of
+    that answer alone. Of the answer's tokens the log-probs are given as 0.
+    """
+    functions, examples, file = functions_of(run.experiment, hook), run.data.evaluated, run.experiment.file
+    assert functions is not None
+    answer = examples.tokens[: examples.offsets[1]][examples.scored[: examples.offsets[1]]]
+    text = run.words.tokenizer.decode(answer, skip_special_tokens=True)
+    found = ask(run, functions, examples, Said([0], [text], [answer], [np.zeros(len(answer), np.float32)], 1))
+    if found.problem:
+        what = f"{found.problem}, asked of a prompt of the data and the completion {short(text)}"
+        if found.final or run.config.rollout.bad_rewards == "error":
+            raise ValueError(f"{what}; it must take any completion, an empty one too, and return a list with a number or None for each")
+        run.workers.say(what)
+    elif run.config.rollout.bad_rewards == "error" and unusable(functions, found.numbers).any():
+        name, given = hook + "()" * (not functions.listed), told(functions, found.numbers[0])
+        raise ValueError(
+            f"{name} of {file} returns [{given}] for one prompt and its completion {short(text)}; it must return a finite number up to "
+            f"{MOST:g} for each, or set rollout.bad_rewards=drop, which leaves out those without"
+        )
+
+
+def told(functions: Functions, numbers: np.ndarray) -> str:
+    """The numbers of a completion [K], with their names."""
+    labels = [f"{name} " for name in functions.names] or [""]
+    return ", ".join(f"{label}{x:g}" for label, x in zip(labels, numbers, strict=True))
+
+
+def named(names: Sequence[str], scores: np.ndarray) -> dict[str, float | None]:
+    """The numbers of a completion [K] by their names, for a file; None where there is none."""
+    return {name: x if np.isfinite(x) else None for name, x in zip(names, scores.tolist(), strict=True)}
+
+
+def rewarded(batch: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Which completions have a reward, or one of several numbers: [B, N] bool."""
+    return np.asarray(np.isfinite(batch["rewards"][..., None] if "rewards" in batch else batch["scores"]).any(axis=-1))
+
+
+def bad_rewards(batch: Mapping[str, np.ndarray]) -> float:
+    """How many completions have no reward; without weights, those that lack one of several numbers."""
+    return float(np.isnan(batch["rewards"][..., None] if "rewards" in batch else batch["scores"]).any(axis=-1).sum())
+
+
+def behind_file(problem: str) -> str:
+    """A problem behind the name of its file: ", line 3: .." or ": .."."""
+    return (", " if problem.startswith("line ") else ": ") + problem
+
+
+def has_signal(rewards: np.ndarray) -> np.ndarray:
+    """Which groups have two known rewards that differ: [B, N] -> [B] bool."""
+    known = np.isfinite(rewards)
+    return np.where(known, rewards, -np.inf).max(axis=1) > np.where(known, rewards, np.inf).min(axis=1)
+
+
+def known_mean(x: np.ndarray) -> float:
+    """The mean of what is not NaN; NaN where all is."""
+    return float(np.nanmean(x)) if np.isfinite(x).any() else float("nan")
