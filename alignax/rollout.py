@@ -7,6 +7,7 @@ goes on bit for bit.
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
 
 import jax
@@ -28,7 +29,7 @@ from alignax.online import make_learn, pretraining
 from alignax.prepare import Run
 from alignax.programs import AHEAD, full
 from alignax.types import Batch, Metrics, Params, TrainState
-from alignax.workers import Abandoned
+from alignax.workers import POLL, Abandoned, Workers
 
 MOST = 1e15  # that a reward may be from 0: squares of larger ones, summed over a rollout, overflow float32
 REWARDS = {"reward": "rewards", "gold": "gold"}  # functions of an experiment -> fields of a batch
@@ -300,12 +301,12 @@ def rewards_of(run: Run, name: str, examples: Examples, rows: np.ndarray, comple
     c, n = run.config.rollout, len(texts[0])
     found, what, left = np.full(len(rows) * n, np.nan, np.float32), "", 0
     flat = [text for group in texts for text in group]
-    if jax.process_index() == 0:  # one process asks for all: the function may be random, or dear
-        ids = [row for group in completions.rows() for row in group]
-        try:
-            answer = answer_of(run, name, examples, np.repeat(rows, n), flat, ids, n)
-        except Abandoned as e:
-            answer, left = Answer([np.nan] * len(found)), e.number
+    ids = [row for group in completions.rows() for row in group]
+    try:
+        answer = asked(run.workers, lambda: answer_of(run, name, examples, np.repeat(rows, n), flat, ids, n))
+    except Abandoned as e:
+        answer, left = Answer([np.nan] * len(found)), e.number
+    if answer is not None:
         with np.errstate(over="ignore"):
             found[:] = answer.rewards
         what = answer.problem + (f", for {short(flat[answer.at])}" if answer.at >= 0 else "")
@@ -322,6 +323,26 @@ def rewards_of(run: Run, name: str, examples: Examples, rows: np.ndarray, comple
     if bad.any() and jax.process_index() == 0:
         run.workers.tell(f"{where}. Such are dropped, and counted as bad_rewards")
     return np.where(bad, np.nan, found).reshape(len(rows), n)
+
+
+def asked(workers: Workers, ask: Callable[[], Answer]) -> Answer | None:
+    """The answer of process 0, which asks for all, as the function may be random, or dear; None in the other processes.
+
+    They wait with it, and tell one another all the while what signal came: one that comes to a single process ends the wait too.
+    """
+    if jax.process_count() == 1:
+        return ask()
+    with ThreadPoolExecutor(1) as thread:
+        asking = thread.submit(ask) if jax.process_index() == 0 else None
+        waits = True
+        while waits:
+            if asking is not None:
+                wait([asking], POLL)
+            own = np.array([workers.stop(), asking is not None and not asking.done()], np.int32)
+            number, waits = multihost_utils.process_allgather(own).max(axis=0).tolist()
+            if number:
+                workers.stop = lambda number=number: number
+        return None if asking is None else asking.result()
 
 
 def answer_of(

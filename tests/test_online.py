@@ -34,10 +34,10 @@ from alignax.models import hf
 from alignax.online import make_learn, measured, pretraining, reads_once, training_program
 from alignax.prepare import prepare
 from alignax.programs import abstract_frozen, abstract_rollout, abstract_state, make_experience, policy_model
-from alignax.rollout import RewardFailed, Rollouts, decoded, has_signal, rewards_of
+from alignax.rollout import RewardFailed, Rollouts, asked, decoded, has_signal, rewards_of
 from alignax.start import check_advantages, check_step, critic_params, start
 from alignax.train import make_step
-from alignax.workers import Abandoned
+from alignax.workers import Abandoned, never
 
 HEAD = """
 from alignax import *
@@ -917,6 +917,26 @@ def test_rewards_that_float32_cannot_compare_are_none(monkeypatch):
         ask()
     c.rollout.bad_rewards = "drop"
     np.testing.assert_array_equal(ask(), [[1, np.float32(-1e15), np.nan, np.nan, np.nan]])
+
+
+def test_a_signal_to_another_process_ends_the_wait_for_rewards(monkeypatch):
+    """Seen from process 0, which asks; process 1, which waits with it, has a signal at its second look."""
+    workers: Any = types.SimpleNamespace(stop=never)
+    signals = iter([0, 15])
+    monkeypatch.setattr("alignax.rollout.jax.process_count", lambda: 2)
+    monkeypatch.setattr("alignax.rollout.multihost_utils.process_allgather", lambda own: np.array([own, [next(signals, 0), 0]]))
+
+    def ask():
+        end = time.monotonic() + 10
+        while not (number := workers.stop()):
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        raise Abandoned(number)
+
+    with pytest.raises(Abandoned) as left:
+        asked(workers, ask)
+    assert left.value.number == 15
+    assert asked(workers, lambda: Answer([1.0])) == Answer([1.0])  # what is there already is not lost
 
 
 def test_signal_is_where_rewards_of_a_group_differ():
