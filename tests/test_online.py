@@ -196,6 +196,31 @@ def reward(prompts, completions, config):
 """
 
 
+def sleepers(fields, call, tmp_path):
+    """The workdirs of a run whose reward function never sleeps and of one where it sleeps in that call, and their command lines."""
+    given = fields | {"steps": "8", "eval.every": "4", "checkpoint.every": "100", "max_skipped": str(call)}
+    whole, parts = [tmp_path / name / "run" for name in ("whole", "parts")]
+    for folder in (whole, parts):
+        folder.parent.mkdir()
+    (whole.parent / "asleep").touch()
+    return whole, parts, {folder: arguments(folder.parent, SLEEPER, given | {"workdir": str(folder)}) for folder in (whole, parts)}
+
+
+def saved(workdir, step):
+    """Checks that the run has saved this step alone, the last that its log has."""
+    checkpoints = [folder.name for folder in (workdir / "checkpoints").iterdir()]
+    assert checkpoints == [str(step)] and rows(workdir)[-1]["step"] == step
+
+
+def same(parts, whole, args):
+    """Checks that two runs have ended alike and said the same, bit for bit."""
+    found, wanted = (trained(folder, args[folder]) for folder in (parts, whole))
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+    timed = ("time/", "tokens_per_second", "compilations")
+    told = [[{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows(folder)] for folder in (parts, whole)]
+    assert told[0] == told[1]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("ahead", "call", "where"),  # which call sleeps: one before the run, one of each evaluation (steps 0, 4, 8), one of each rollout
@@ -209,27 +234,33 @@ def reward(prompts, completions, config):
 )
 def test_a_signal_does_not_wait_for_a_reward_function(ahead, call, where, fields, tmp_path):
     """What waits is given up, the step before it is saved, and the next start samples it again, or judges what was sampled ahead."""
-    given = fields | {"steps": "8", "eval.every": "4", "checkpoint.every": "100", "rollout.ahead": ahead, "max_skipped": str(call)}
-    whole, parts = [tmp_path / name / "run" for name in ("whole", "parts")]
-    for folder in (whole, parts):
-        folder.parent.mkdir()
-    (whole.parent / "asleep").touch()
-    args = {folder: arguments(folder.parent, SLEEPER, given | {"workdir": str(folder)}) for folder in (whole, parts)}
+    whole, parts, args = sleepers(fields | {"rollout.ahead": ahead}, call, tmp_path)
     assert main(args[whole]) == 0
     process = runs.begin(args[parts], runs.environment(8))
     assert runs.stop_when(process, (parts.parent / "asleep").exists, signal.SIGTERM)
     began = time.monotonic()
     out = runs.finish(process, code=143)
     assert time.monotonic() - began < 50 and f"stopped by SIGTERM after step {where}; saved" in out
-    checkpoints = Checkpoints(parts)
-    assert rows(parts)[-1]["step"] == checkpoints.latest() == int(where[0])
-    checkpoints.close()
+    saved(parts, int(where[0]))
     assert main(args[parts]) == 0
-    found, wanted = (trained(folder, args[folder]) for folder in (parts, whole))
-    jax.tree.map(np.testing.assert_array_equal, found, wanted)
-    timed = ("time/", "tokens_per_second", "compilations")
-    told = [[{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows(folder)] for folder in (parts, whole)]
-    assert told[0] == told[1]
+    same(parts, whole, args)
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_of_two_processes_ends_both(fields, tmp_path):
+    """Process 0 waits for a reward function, and process 1, which is told to stop, for process 0."""
+    whole, parts, args = sleepers(fields, 5, tmp_path)
+    for process in runs.begin_two([args[whole]] * 2):
+        runs.finish(process)
+    group = runs.begin_two([args[parts]] * 2)
+    assert runs.stop_when(group[1], (parts.parent / "asleep").exists, signal.SIGTERM)
+    began = time.monotonic()
+    out = [runs.finish(process, code=143) for process in group]
+    assert time.monotonic() - began < 50 and "stopped by SIGTERM after step 4, in a rollout; saved" in out[0] and "stopped" not in out[1]
+    saved(parts, 4)
+    for process in runs.begin_two([args[parts]] * 2):
+        runs.finish(process)
+    same(parts, whole, args)
 
 
 @pytest.mark.slow
