@@ -399,7 +399,9 @@ class Stop:
         """Whether to stop after this turn; several processes agree on it every few turns, since that waits for the device."""
         if jax.process_count() == 1:
             return bool(self.signal)
-        if turn % every == 0:
-            self.signal = int(multihost_utils.process_allgather(np.array(self.signal)).max())
-            return bool(self.signal)
-        return False
+        if turn % every:
+            return False
+        agreed = int(multihost_utils.process_allgather(np.array(self.signal)).max())
+        if agreed:  # otherwise a signal that came while this waited is left for the next time
+            self.signal = agreed
+        return bool(agreed)

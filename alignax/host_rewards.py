@@ -1,6 +1,7 @@
 """Rewards of completions by the functions of an experiment, which run in processes of the host: fields of a rollout's batch."""
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ from alignax.data.files import short
 from alignax.functions import Functions, functions_of, is_async, parameters, title
 from alignax.generate import Completions
 from alignax.prepare import Run
-from alignax.workers import Abandoned
+from alignax.workers import POLL, Abandoned, Workers
 
 MOST = 1e15  # that a reward may be from 0: squares of larger ones, summed over a rollout, overflow float32
 
@@ -57,12 +58,12 @@ def rewards_of(
     assert functions is not None
     flat = [text for group in texts for text in group]
     found, left = Found(np.full((B * n, len(functions.names) or 1), np.nan, np.float32)), 0
-    if jax.process_index() == 0:  # one process asks for all: a function may be random, or dear
-        ids, logps = ([own for group in x for own in group] for x in (completions.rows(), completions.drawn_rows()))
-        try:
-            found = ask(run, functions, examples, Said(np.repeat(rows, n), flat, ids, logps, n))
-        except Abandoned as e:
-            left = e.number
+    ids, logps = ([own for group in x for own in group] for x in (completions.rows(), completions.drawn_rows()))
+    said = Said(np.repeat(rows, n), flat, ids, logps, n)
+    try:
+        found = asked(run.workers, lambda: ask(run, functions, examples, said)) or found
+    except Abandoned as e:
+        left = e.number
     numbers, problem = found.numbers, found.problem
     if jax.process_count() > 1:
         told = numbers, np.array([left, bool(problem)], np.int32)
@@ -76,6 +77,26 @@ def rewards_of(
     total = np.where(np.abs(total) <= MOST, total, np.float32(np.nan)).reshape(B, n)
     fields = {"gold" if hook == "gold" else "rewards": total} if functions.weights else {}
     return fields | ({"scores": numbers.reshape(B, n, -1)} if functions.names else {})
+
+
+def asked(workers: Workers, ask: Callable[[], Found]) -> Found | None:
+    """What process 0 finds, which asks for all, as a function may be random, or dear; None in the other processes.
+
+    They wait with it, and tell one another all the while what signal came: one that comes to a single process ends the wait too.
+    """
+    if jax.process_count() == 1:
+        return ask()
+    with ThreadPoolExecutor(1) as thread:
+        asking = thread.submit(ask) if jax.process_index() == 0 else None
+        waits = True
+        while waits:
+            if asking is not None:
+                wait([asking], POLL)
+            own = np.array([workers.stop(), asking is not None and not asking.done()], np.int32)
+            number, waits = multihost_utils.process_allgather(own).max(axis=0).tolist()
+            if number:
+                workers.stop = lambda number=number: number
+        return None if asking is None else asking.result()
 
 
 def ask(run: Run, functions: Functions, examples: Examples, said: Said) -> Found:

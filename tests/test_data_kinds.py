@@ -68,6 +68,15 @@ BAD_TRANSCRIPTS = [
 ]
 
 
+def test_a_separator_is_told_as_a_shell_takes_it():
+    """Copied from the message, it works; typed with a backslash and an n, it is told what a shell makes a line break of."""
+    row = {"chosen": f"Q{A} yes", "rejected": f"Q{A} no"}
+    with pytest.raises(ValueError, match=r"--config\.data\.prompt_separator=\$'\\n\\nAssistant:'$"):
+        read([row])
+    with pytest.raises(ValueError, match=r"no separator '\\\\n\\\\nAssistant:'; in a shell a line break is \$'\\n': "):
+        read([row], "\\n\\nAssistant:")
+
+
 @pytest.mark.parametrize(
     ("row", "separator", "reason", "message"),
     [({**GOOD, **row}, "", reason, message) for row, reason, message in BAD]

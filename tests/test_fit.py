@@ -1,5 +1,6 @@
 """The loop, with everything that computes replaced: what is saved, and in what order, however it ends."""
 
+import signal
 import tempfile
 import time
 import types
@@ -8,13 +9,14 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from alignax import fit
 from alignax.config import difference, load_experiment
 from alignax.defaults import default_config
+from alignax.host_rewards import RewardFailed
 from alignax.prepare import FREE
-from alignax.rollout import RewardFailed
 from alignax.workers import never
 
 
@@ -122,3 +124,19 @@ def test_what_was_learnt_is_saved_where_no_rollout_has_a_reward(looped):
     *_, saved, told, end = looped(failing_at=2)
     assert saved == "save 2" and end == "RewardFailed('no reward')"
     assert told.startswith("saved after step 2. The same command goes on from there") and "Where mine.py changes it is another run" in told
+
+
+def test_a_signal_is_not_forgotten_that_comes_while_processes_agree(monkeypatch):
+    """A process that waits for the others hears its signal when the wait is over, and tells it at the next agreement."""
+    monkeypatch.setattr(fit.jax, "process_count", lambda: 2)
+    with fit.Stop() as stop:
+
+        def gathered(own):
+            if not came:
+                came.append(signal.raise_signal(signal.SIGTERM))
+            return np.array([int(own), 0])
+
+        came = []
+        monkeypatch.setattr(fit.multihost_utils, "process_allgather", gathered)
+        assert not stop.requested(10) and not stop.requested(11)
+        assert stop.requested(20) and stop.signal == signal.SIGTERM

@@ -41,9 +41,9 @@ class Run(types.SimpleNamespace):
             self.asked.append((call, group, strict))
             return next(given)
 
-        workers.tell = self.lines.append
+        workers.tell, workers.stop = self.lines.append, lambda: 0
         tokenizer = types.SimpleNamespace(batch_decode=lambda ids, skip_special_tokens: [f"<s>{len(x)}" for x in ids])
-        super().__init__(config=config, experiment=own, workers=workers, tokenizer=tokenizer)
+        super().__init__(config=config, experiment=own, workers=workers, words=types.SimpleNamespace(tokenizer=tokenizer))
 
 
 def ask(run: Any, hook: str = "reward", texts: str = "abcd", drawn: np.ndarray | None = None) -> dict[str, np.ndarray]:
@@ -153,6 +153,7 @@ def test_all_processes_do_what_the_one_that_asks_has_found(monkeypatch):
     """A failure that leaves every completion a reward stops them all; so does a signal."""
     numbers = np.array([[1, 1], [2, NAN], [3, 1], [4, 1]], np.float32)
     monkeypatch.setattr("jax.process_count", lambda: 2)
+    monkeypatch.setattr("alignax.host_rewards.multihost_utils.process_allgather", lambda own: np.array([own, [0, 0]]))
     for left, failed, error, message in ((0, 1, RewardFailed, "a reward function fails, as process 0 says"), (15, 0, Abandoned, "15")):
         said = []
         monkeypatch.setattr("alignax.host_rewards.multihost_utils.broadcast_one_to_all", lambda x, said=said: said.append(x) or said[0])
@@ -160,7 +161,7 @@ def test_all_processes_do_what_the_one_that_asks_has_found(monkeypatch):
         answers = Answer(numbers[:, 0].tolist()), Answer(numbers[:, 1].tolist(), "it gives 'x', which is no number" * failed, 1)
         here = Run([right, brief], *answers)
         if left:
-            here.workers = Mock(side_effect=Abandoned(left))
+            here.workers = Mock(side_effect=Abandoned(left), stop=lambda: 0)
         with pytest.raises(error):
             ask(here)
         monkeypatch.setattr("jax.process_index", lambda: 1)

@@ -7,6 +7,7 @@ import signal
 import textwrap
 import time
 import types
+from typing import Any
 from unittest.mock import Mock
 
 import jax
@@ -20,6 +21,7 @@ from safetensors.numpy import load_file
 from test_rewards import reward_folder
 
 from alignax import mesh as meshes
+from alignax.calls import Answer
 from alignax.checkpoint import Checkpoints
 from alignax.cli import main
 from alignax.config import load_experiment, prompts_of_rollout
@@ -27,7 +29,7 @@ from alignax.evaluate import Evaluation
 from alignax.experience import best_and_worst, wco
 from alignax.fit import Observer
 from alignax.generate import LENGTH, STOP_ID, STOP_STRING
-from alignax.host_rewards import RewardFailed
+from alignax.host_rewards import RewardFailed, asked
 from alignax.metrics import Log
 from alignax.models import hf
 from alignax.online import measured, reads_once
@@ -39,7 +41,7 @@ from alignax.run.roles import abstract_frozen, load, policy_model
 from alignax.run.state import abstract_batches, abstract_rollout, abstract_state, make_experience
 from alignax.start import check_advantages, check_step, start
 from alignax.train import make_step
-from alignax.workers import Abandoned
+from alignax.workers import Abandoned, never
 
 HEAD = """
 from alignax import *
@@ -205,6 +207,31 @@ def reward(prompts, completions, config):
 """
 
 
+def sleepers(fields, call, tmp_path):
+    """The workdirs of a run whose reward function never sleeps and of one where it sleeps in that call, and their command lines."""
+    given = fields | {"steps": "8", "eval.every": "4", "checkpoint.every": "100", "max_skipped": str(call)}
+    whole, parts = [tmp_path / name / "run" for name in ("whole", "parts")]
+    for folder in (whole, parts):
+        folder.parent.mkdir()
+    (whole.parent / "asleep").touch()
+    return whole, parts, {folder: arguments(folder.parent, SLEEPER, given | {"workdir": str(folder)}) for folder in (whole, parts)}
+
+
+def saved(workdir, step):
+    """Checks that the run has saved this step alone, the last that its log has."""
+    checkpoints = [folder.name for folder in (workdir / "checkpoints").iterdir()]
+    assert checkpoints == [str(step)] and rows(workdir)[-1]["step"] == step
+
+
+def same(parts, whole, args):
+    """Checks that two runs have ended alike and said the same, bit for bit."""
+    found, wanted = (trained(folder, args[folder]) for folder in (parts, whole))
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+    timed = ("time/", "tokens_per_second", "compilations")
+    told = [[{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows(folder)] for folder in (parts, whole)]
+    assert told[0] == told[1]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("ahead", "call", "where"),  # which call sleeps: one before the run, one of each evaluation (steps 0, 4, 8), one of each rollout
@@ -218,27 +245,33 @@ def reward(prompts, completions, config):
 )
 def test_a_signal_does_not_wait_for_a_reward_function(ahead, call, where, fields, tmp_path):
     """What waits is given up, the step before it is saved, and the next start samples it again, or judges what was sampled ahead."""
-    given = fields | {"steps": "8", "eval.every": "4", "checkpoint.every": "100", "rollout.ahead": ahead, "max_skipped": str(call)}
-    whole, parts = [tmp_path / name / "run" for name in ("whole", "parts")]
-    for folder in (whole, parts):
-        folder.parent.mkdir()
-    (whole.parent / "asleep").touch()
-    args = {folder: arguments(folder.parent, SLEEPER, given | {"workdir": str(folder)}) for folder in (whole, parts)}
+    whole, parts, args = sleepers(fields | {"rollout.ahead": ahead}, call, tmp_path)
     assert main(args[whole]) == 0
     process = runs.begin(args[parts], runs.environment(8))
     assert runs.stop_when(process, (parts.parent / "asleep").exists, signal.SIGTERM)
     began = time.monotonic()
     out = runs.finish(process, code=143)
     assert time.monotonic() - began < 50 and f"stopped by SIGTERM after step {where}; saved" in out
-    checkpoints = Checkpoints(parts)
-    assert rows(parts)[-1]["step"] == checkpoints.latest() == int(where[0])
-    checkpoints.close()
+    saved(parts, int(where[0]))
     assert main(args[parts]) == 0
-    found, wanted = (trained(folder, args[folder]) for folder in (parts, whole))
-    jax.tree.map(np.testing.assert_array_equal, found, wanted)
-    timed = ("time/", "tokens_per_second", "compilations")
-    told = [[{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows(folder)] for folder in (parts, whole)]
-    assert told[0] == told[1]
+    same(parts, whole, args)
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_of_two_processes_ends_both(fields, tmp_path):
+    """Process 0 waits for a reward function, and process 1, which is told to stop, for process 0."""
+    whole, parts, args = sleepers(fields, 5, tmp_path)
+    for process in runs.begin_two([args[whole]] * 2):
+        runs.finish(process)
+    group = runs.begin_two([args[parts]] * 2)
+    assert runs.stop_when(group[1], (parts.parent / "asleep").exists, signal.SIGTERM)
+    began = time.monotonic()
+    out = [runs.finish(process, code=143) for process in group]
+    assert time.monotonic() - began < 50 and "stopped by SIGTERM after step 4, in a rollout; saved" in out[0] and "stopped" not in out[1]
+    saved(parts, 4)
+    for process in runs.begin_two([args[parts]] * 2):
+        runs.finish(process)
+    same(parts, whole, args)
 
 
 @pytest.mark.slow
@@ -1018,6 +1051,26 @@ def test_a_run_without_any_reward_stops():
     assert observed([some] * 9, max_skipped=3) == []
     with pytest.raises(RewardFailed, match="no completion of 3 rollouts in a row has a reward"):
         observed([none] * 3, max_skipped=3)
+
+
+def test_a_signal_to_another_process_ends_the_wait_for_rewards(monkeypatch):
+    """Seen from process 0, which asks; process 1, which waits with it, has a signal at its second look."""
+    workers: Any = types.SimpleNamespace(stop=never)
+    signals = iter([0, 15])
+    monkeypatch.setattr("alignax.host_rewards.jax.process_count", lambda: 2)
+    monkeypatch.setattr("alignax.host_rewards.multihost_utils.process_allgather", lambda own: np.array([own, [next(signals, 0), 0]]))
+
+    def ask():
+        end = time.monotonic() + 10
+        while not (number := workers.stop()):
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        raise Abandoned(number)
+
+    with pytest.raises(Abandoned) as left:
+        asked(workers, ask)
+    assert left.value.number == 15
+    assert asked(workers, lambda: Answer([1.0])) == Answer([1.0])  # what is there already is not lost
 
 
 def test_signal_is_where_rewards_of_a_group_differ():

@@ -146,7 +146,7 @@ def _reader(rows: Sequence[Mapping], data: Any, there: Mapping[str, None], path:
         raise ValueError(
             f"{path} has no prompt column {c.prompt!r} (it has: {_nearest(c.prompt, there)}), and a prompt is never guessed. Name the "
             f"column with data.columns.prompt{f'={held}, which holds a conversation' if held else ''}, or, where a text is a whole "
-            "transcript, say where its last answer begins with data.prompt_separator, such as '\\n\\nAssistant:'"
+            "transcript, say where its last answer begins, as a shell takes it: --config.data.prompt_separator=$'\\n\\nAssistant:'"
         )
 
     def read(row: Mapping) -> Prompted | Bad:
@@ -297,7 +297,8 @@ def _split(sides: Mapping[str, str], separator: str) -> Prompted | Bad:
     parts = {name: text.rpartition(separator) for name, text in sides.items()}
     for name, (_, found, _) in parts.items():
         if not found:
-            return Bad("no separator", f"{name!r} holds no separator {separator!r}: {short(sides[name])}")
+            typed = "; in a shell a line break is $'\\n'" if "\\n" in separator else ""  # a backslash and an n
+            return Bad("no separator", f"{name!r} holds no separator {separator!r}{typed}: {short(sides[name])}")
     prompts = [before + found for before, found, _ in parts.values()]
     if len(set(prompts)) > 1:
         shown = " and ".join(_where(prompts, prompt) for prompt in dict.fromkeys(prompts))
