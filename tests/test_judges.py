@@ -192,7 +192,7 @@ def test_what_a_template_writes_behind_the_end_is_read_and_not_scored(alike, tmp
     assert [row[real].tolist() for row, real in zip(batch["tokens"].reshape(16, -1), batch["mask"].reshape(16, -1), strict=True)] == wanted
     np.testing.assert_allclose(scores_of(run, batch).ravel(), transformers_scores(alike[1], wanted), atol=1e-4)
     source = OFFLINE.replace(", ensemble", "").replace(", score(ensemble), mean", "")
-    alone = checked(arguments(tmp_path, source, {k: v for k, v in given.items() if k != "reward.path"})).train.batch(0)
+    alone = checked(arguments(tmp_path, source, {k: v for k, v in given.items() if k != "reward.path"})).data.train.batch(0)
     learnt = lambda batch: batch["tokens"][batch["completion_mask"]].tolist()
     assert learnt(alone) == learnt(batch) and (batch["mask"].sum(-1) == alone["mask"].sum(-1) + 1).all()
 
