@@ -22,6 +22,7 @@ from alignax.experience import (
     kl_reward,
     leave_one_out,
     logps,
+    low_probability_tokens,
     matched_margins,
     matched_ratios,
     mean,
@@ -45,6 +46,7 @@ from alignax.experience import (
     running_log_z,
     score,
     shaping,
+    token_statistic,
     top_entropy,
     unconditioned,
     uwo,
@@ -91,6 +93,7 @@ from alignax.losses import (
     forward_kl,
     gkd,
     gmpo,
+    grm_sft,
     grpo,
     gspo,
     hellinger_pi_p,
@@ -112,6 +115,7 @@ from alignax.losses import (
     kl_ref_pi,
     kto,
     ld_dpo,
+    lp_reg,
     nca,
     off_policy_masked,
     orpo,
@@ -145,26 +149,28 @@ from alignax.losses import (
     wpo,
 )
 from alignax.mesh import make_mesh
+from alignax.models.statistics import Statistic, min_p
 from alignax.models.transformer import ModelConfig, forward
 from alignax.train import init_state, make_evaluation, make_step
 from alignax.types import Batch, Model, Outputs, TrainState
 
 __version__ = "0.1.0"
 __all__ = [
-    "Aggregate", "Batch", "Experience", "FDivergence", "Loss", "Model", "ModelConfig", "Objective", "Outputs", "Stateful", "TrainState",
-    "adaptive_kl_reward", "adopt_if_better", "all_ppo", "alpha_divergence", "alpha_pi_p", "aot", "aot_unpaired", "apo_down", "apo_zero",
-    "apo_zero_unpaired", "attribute_regression", "batch_scaled", "bco", "best_and_worst", "boolean_target", "bradley_terry", "by_mean",
-    "by_response", "by_token", "centring", "chain", "chi2", "chi2_estimate", "chi2_exact", "chi2_p_pi", "chi2_pi_p", "chi_squared", "cispo",
-    "clip_rewards", "cpo", "default_config", "discopop", "dpo", "dpop", "elastic_reset", "ema", "entropy_bonus", "exo",
-    "exponential_target", "f_dpo", "fdpg", "finished", "fit_moments", "forward", "forward_kl", "gae", "gdpo", "gkd", "gmpo",
-    "group_relative", "grpo", "gspo", "hellinger_pi_p", "hinge", "importance_masked", "importance_weighted", "init_state", "ipo", "ipo_daa",
-    "ipo_mean", "jensen_shannon", "js_pi_p", "kl_k1", "kl_k2", "kl_k3", "kl_k3_weighted", "kl_p_pi", "kl_pi_p", "kl_pi_ref", "kl_ref_pi",
-    "kl_reward", "kto", "ld_dpo", "leave_one_out", "logps", "make_evaluation", "make_mesh", "make_step", "matched_margins",
-    "matched_ratios", "mean", "median", "mismatched_kl", "missing_eos_penalty", "mu_ppo", "nca", "nelder_mead", "nm_ppo",
-    "off_policy_masked", "orpo", "overlong_penalty", "ppo", "ppo_sat", "proposal_evidence", "proxy_point", "quantile", "quark",
-    "quark_pool", "r_dpo", "reinforce", "reinforce_plus_plus", "reset_to_average", "response_mean", "reverse_kl", "reward_shift",
-    "reward_target", "rewards_to_go", "rloo", "robust_dpo", "rpo", "rpo_token_mean", "running_baseline", "running_log_z", "sapo", "score",
-    "score_l2", "sft", "shaping", "sigmoid_norm", "simpo", "slic_hf", "sppo", "square_root", "summed_sft", "swa", "sync", "tdpo", "tdpo2",
-    "token_mean", "token_sum", "top_entropy", "total_variation", "tv_pi_p", "unconditioned", "uwo", "value_loss", "vespo", "wco",
-    "whiten_advantages", "whiten_responses", "whiten_rewards", "wpo", "xi_ppo",
+    "Aggregate", "Batch", "Experience", "FDivergence", "Loss", "Model", "ModelConfig", "Objective", "Outputs", "Stateful", "Statistic",
+    "TrainState", "adaptive_kl_reward", "adopt_if_better", "all_ppo", "alpha_divergence", "alpha_pi_p", "aot", "aot_unpaired",
+    "apo_down", "apo_zero", "apo_zero_unpaired", "attribute_regression", "batch_scaled", "bco", "best_and_worst", "boolean_target",
+    "bradley_terry", "by_mean", "by_response", "by_token", "centring", "chain", "chi2", "chi2_estimate", "chi2_exact", "chi2_p_pi",
+    "chi2_pi_p", "chi_squared", "cispo", "clip_rewards", "cpo", "default_config", "discopop", "dpo", "dpop", "elastic_reset", "ema",
+    "entropy_bonus", "exo", "exponential_target", "f_dpo", "fdpg", "finished", "fit_moments", "forward", "forward_kl", "gae", "gdpo",
+    "gkd", "gmpo", "grm_sft", "group_relative", "grpo", "gspo", "hellinger_pi_p", "hinge", "importance_masked", "importance_weighted",
+    "init_state", "ipo", "ipo_daa", "ipo_mean", "jensen_shannon", "js_pi_p", "kl_k1", "kl_k2", "kl_k3", "kl_k3_weighted", "kl_p_pi",
+    "kl_pi_p", "kl_pi_ref", "kl_ref_pi", "kl_reward", "kto", "ld_dpo", "leave_one_out", "logps", "low_probability_tokens", "lp_reg",
+    "make_evaluation", "make_mesh", "make_step", "matched_margins", "matched_ratios", "mean", "median", "min_p", "mismatched_kl",
+    "missing_eos_penalty", "mu_ppo", "nca", "nelder_mead", "nm_ppo", "off_policy_masked", "orpo", "overlong_penalty", "ppo", "ppo_sat",
+    "proposal_evidence", "proxy_point", "quantile", "quark", "quark_pool", "r_dpo", "reinforce", "reinforce_plus_plus",
+    "reset_to_average", "response_mean", "reverse_kl", "reward_shift", "reward_target", "rewards_to_go", "rloo", "robust_dpo", "rpo",
+    "rpo_token_mean", "running_baseline", "running_log_z", "sapo", "score", "score_l2", "sft", "shaping", "sigmoid_norm", "simpo",
+    "slic_hf", "sppo", "square_root", "summed_sft", "swa", "sync", "tdpo", "tdpo2", "token_mean", "token_statistic", "token_sum",
+    "top_entropy", "total_variation", "tv_pi_p", "unconditioned", "uwo", "value_loss", "vespo", "wco", "whiten_advantages",
+    "whiten_responses", "whiten_rewards", "wpo", "xi_ppo",
 ]  # fmt: skip

@@ -75,9 +75,16 @@ def check_fields(config: Any) -> None:
 
 
 def check_head(config: Any, source: hf.Source, experiment: Experiment) -> None:
-    """Refuses what a reward model cannot do: sample, and be the policy of an experience."""
+    """Refuses what a reward model cannot do: sample, and be the policy of an experience; and an output layer that is not there."""
     if not source.config.num_labels:
+        if config.model.language_head:
+            raise ValueError("model.language_head keeps the output layer of a reward model, and this is a language model; set it to false")
         return
+    if config.model.language_head and source.stored.num_labels and not source.config.tie_word_embeddings:
+        raise ValueError(
+            f"model.language_head is true, and the reward model in {str(source.path)!r} has no output layer; start from its language "
+            "model, or set it to false"
+        )
     if config.model.critic:
         raise ValueError("model.critic gives a language model values, and this is a reward model; leave it empty")
     if max(config.eval.samples, config.eval.sample_prompts):

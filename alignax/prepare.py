@@ -56,6 +56,7 @@ from alignax.losses.algebra import Objective
 from alignax.models import hf, lora, peft, transformer
 from alignax.models.lora import Lora
 from alignax.models.small_files import chat_template, small_files, tokenizer_parts
+from alignax.models.statistics import Statistic
 from alignax.models.tokenizers import check_token, check_tokenizer, load_tokenizer
 from alignax.optim import make_optimizer, make_schedule
 from alignax.rewards import check_one_score, open_ensemble
@@ -194,7 +195,7 @@ def open_models(experiment: Experiment, mesh: Mesh) -> Models:
     """Opens the folders that a run reads, and refuses those that do not go together."""
     config = experiment.config
     source = open_model(config.model.path, config.model.init, "model.path")
-    source = hf.with_heads(source, config.model.num_labels, trunk_values(config))
+    source = hf.with_heads(source, config.model.num_labels, trunk_values(config), config.model.language_head)
     check_head(config, source, experiment)
     check_members(config, mesh)
     tokenizer = load_tokenizer(source.path, source.config.vocab_size)
@@ -454,7 +455,10 @@ def exports(run: Run) -> list[Path]:
     return [run.workdir / kind / name for kind in kinds for name in members]
 
 
-def make_apply(model: transformer.ModelConfig, config: Any, dtype: Any, mesh: Mesh, teacher: Any = None) -> Apply:
+def make_apply(
+    model: transformer.ModelConfig, config: Any, dtype: Any, mesh: Mesh, teacher: Any = None, statistics: tuple[Statistic, ...] = ()
+) -> Apply:
     """A forward pass as the config wants it."""
     c, mixture = config.model, (config.reference.jsd_beta, config.reference.jsd_temperature)
-    return transformer.forward(model, dtype=dtype, remat=c.remat, chunk=c.logps_chunk, mesh=mesh, teacher=teacher, mixture=mixture)
+    options: Any = {"teacher": teacher, "mixture": mixture, "statistics": statistics}
+    return transformer.forward(model, dtype=dtype, remat=c.remat, chunk=c.logps_chunk, mesh=mesh, **options)

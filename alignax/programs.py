@@ -1,6 +1,7 @@
 """What a run computes: its models, the shapes and places of its arrays, and its two jitted programs."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,8 +17,10 @@ from alignax.config import asked, eval_batch_size, prompts_of_rollout
 from alignax.data import Batches
 from alignax.experience import Experience, advance, chain, first_carry
 from alignax.judges import FIELDS
+from alignax.losses.algebra import statistics_of
 from alignax.models import hf, parameters, reward, transformer
 from alignax.models.lora import Lora, is_quantised, join, split
+from alignax.models.statistics import Statistic
 from alignax.prepare import STORED, Run, make_apply
 from alignax.rewards import ensemble_model
 from alignax.train import Apply, init_state, make_evaluation, make_step
@@ -26,12 +29,12 @@ from alignax.types import Batch, Metrics, Model, Outputs, Params, TrainState
 AHEAD = "ahead"  # the part of the carry that is the next rollout
 
 
-def reference_apply(run: Run) -> Apply:
+def reference_apply(run: Run, statistics: tuple[Statistic, ...] = ()) -> Apply:
     """The forward pass of the reference: the policy's own, so that equal parameters give equal numbers."""
     assert run.reference is not None
-    if reference_config(run) == run.source.config and run.lora is None:
+    if reference_config(run) == run.source.config and run.lora is None and not statistics:
         return run.apply
-    return make_apply(reference_config(run), run.config, run.dtype, run.mesh)
+    return make_apply(reference_config(run), run.config, run.dtype, run.mesh, statistics=statistics)
 
 
 def reference_config(run: Run) -> transformer.ModelConfig:
@@ -43,12 +46,13 @@ def reference_config(run: Run) -> transformer.ModelConfig:
 
 def taught_apply(run: Run, frozen: dict[str, Any]) -> Apply:
     """The forward pass that is trained: the policy's, with the reference at its side where `reference.token_kl` asks for their KL."""
+    wanted = statistics_of(run.objective, *run.beside.values())
     if not run.config.reference.token_kl:
-        return policy_model(run, frozen, None).apply
+        return policy_apply(run, frozen, wanted)
     reference = reference_model(run, frozen)
     assert run.reference is not None and reference is not None
     adapted = dataclasses.replace(run.source.config, lora=run.lora)
-    apply = make_apply(adapted, run.config, run.dtype, run.mesh, (reference_config(run), reference.params))
+    apply = make_apply(adapted, run.config, run.dtype, run.mesh, (reference_config(run), reference.params), wanted)
     return with_values(run, lambda params, batch: apply(full(run, frozen, params), batch))
 
 
@@ -65,19 +69,24 @@ def full(run: Run, frozen: dict[str, Params], params: Params) -> Params:
     return params if run.lora is None else join(frozen["base"], params)
 
 
+def policy_apply(run: Run, frozen: dict[str, Params], statistics: tuple[Statistic, ...] = ()) -> Apply:
+    """The forward pass of the policy, as a function of what is trained."""
+    adapted = dataclasses.replace(run.source.config, lora=run.lora)
+    apply = make_apply(adapted, run.config, run.dtype, run.mesh, statistics=statistics) if statistics else run.apply
+    return with_values(run, lambda params, batch: apply(full(run, frozen, params), batch))
+
+
 def policy_model(run: Run, frozen: dict[str, Params], params: Params) -> Model:
     """The policy, as a function of what is trained."""
-
-    def apply(params: Params, batch: Batch) -> Outputs:
-        return run.apply(full(run, frozen, params), batch)
-
-    return Model(with_values(run, apply), params)
+    return Model(policy_apply(run, frozen), params, functools.partial(policy_apply, run, frozen))
 
 
 def reference_model(run: Run, frozen: dict[str, Params]) -> Model | None:
     """The frozen reference: of adapters their base, unless `reference.path` is another folder."""
     name = reference_name(run)
-    return Model(reference_apply(run), frozen[name]) if run.reference is not None and name in frozen else None
+    if run.reference is None or name not in frozen:
+        return None
+    return Model(reference_apply(run), frozen[name], functools.partial(reference_apply, run))
 
 
 def reference_name(run: Run) -> str:
@@ -90,6 +99,11 @@ def stored_outputs(params: Params, batch: Batch) -> Outputs:
     if STORED not in batch:
         raise ValueError("reference.cache holds log-probs of the data's own rows, and this experience scores others; leave it empty")
     return Outputs(batch[STORED], jnp.full_like(batch[STORED], jnp.nan))  # the entropy is not stored
+
+
+def stored_statistics(statistics: tuple[Statistic, ...]) -> Apply:
+    """Refuses what was not stored."""
+    raise ValueError(f"reference.cache holds log-probs and not {statistics[0].name!r}, which an experience asks for; leave it empty")
 
 
 def frozen_dtype(path: Any, run: Run, name: str) -> Any:
@@ -223,7 +237,7 @@ def make_experience(run: Run, frozen: dict[str, Params], state: TrainState) -> E
     if run.judges:
         given["ensemble"] = ensemble_model(run.judges[0].config, frozen["ensemble"], run.mesh, run.dtype)
     if run.config.reference.cache:
-        given["reference"] = Model(stored_outputs, {})
+        given["reference"] = Model(stored_outputs, {}, stored_statistics)
     if "reference" in state.averages:
         given["reference"] = policy_model(run, frozen, state.averages["reference"])
     made = make(**{name: given[name] for name in asked(make)})

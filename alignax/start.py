@@ -23,6 +23,7 @@ from alignax.evaluate import SAMPLED, tries
 from alignax.experience import advance, first_carry
 from alignax.models import hf, parameters, peft, reward
 from alignax.models.lora import quantise, split
+from alignax.models.statistics import Statistic
 from alignax.online import make_judge, training_program
 from alignax.prepare import Run
 from alignax.programs import (
@@ -39,7 +40,7 @@ from alignax.programs import (
 )
 from alignax.reference import with_stored
 from alignax.rollout import MOST, answer_of, behind_file
-from alignax.train import digest
+from alignax.train import Apply, digest
 from alignax.types import Batch, Model, Outputs, Params, TrainState
 
 UNSAID = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")  # what changes no computation
@@ -215,7 +216,10 @@ def check_advantages(run: Run) -> None:
         scores = x.sum(axis=-1)[..., None] * jnp.arange(1, 1 + max(len(run.judges), 1))[None, None]
         return Outputs(-x, x, -x, x, x, scores)
 
-    given = {name: Model(apply, {}) for name in ("policy", "reference", "ensemble")}
+    def giving(statistics: tuple[Statistic, ...]) -> Apply:
+        return lambda params, batch: apply(params, batch)._replace(statistics={s.name: apply(params, batch).logps for s in statistics})
+
+    given = {name: Model(apply, {}, giving) for name in ("policy", "reference", "ensemble")}
     given |= {"config": run.config, "prompts": len(run.train.examples)}
     try:
         experience = make(**{name: given[name] for name in asked(make)})

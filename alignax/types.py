@@ -77,7 +77,9 @@ class Outputs(NamedTuple):
     policy_kl: jax.Array | None = None  # [B, N, T] KL(pi || ref) of the same
     scores: jax.Array | None = None  # [B, N] a reward model's score of each response; [B, N, labels] or, of an ensemble, [B, N, K]
     values: jax.Array | None = None  # [B, N, T] a critic's estimate of what is to come before tokens[t] is chosen; [B, N, T, H] of heads
-    jsd: jax.Array | None = None  # [B, N, T] generalised Jensen-Shannon divergence of the same, see alignax.models.heads.jsd, nats
+    jsd: jax.Array | None = None  # [B, N, T] generalised Jensen-Shannon divergence of the same, see alignax.models.statistics.jsd, nats
+    statistics: dict[str, jax.Array] = {}  # [B, N, T] of each further alignax.models.statistics.Statistic that was asked for, by its name
+    hidden: dict[int, jax.Array] = {}  # [B, N, T, D] what each layer that was asked for gives, by its index; in the compute dtype
 
 
 class Model(NamedTuple):
@@ -85,6 +87,7 @@ class Model(NamedTuple):
 
     apply: Callable[[Params, Batch], Outputs]
     params: Params
+    giving: Callable[[Any], Callable[[Params, Batch], Outputs]] | None = None  # statistics -> the `apply` whose outputs have them too
 
 
 @flax.struct.dataclass
