@@ -21,6 +21,8 @@ A batch is a plain dict of arrays whose leading axis is B. Every method has the 
 | `old_logps`       | [B, N, T] f32    | those of the policy as it stands before the step (likewise)                      |
 | `old_entropy`     | [B, N, T] f32    | entropy of that policy's next-token distributions, nats; of a rollout            |
 | `sampled_logps`   | [B, N, T] f32    | those that a completion was sampled with (see `alignax.generate`)                |
+| `proxy_logps`     | [B, N, T] f32    | those of the old policy without its noise, -inf of noise; see `alignax.losses.lp_reg` |
+| `low_probability` | [B, N, T] bool   | tokens that `lp_reg` may protect                                                 |
 | `labels`          | [B, N] bool      | unpaired data: whether a response is desirable                                   |
 | `scores`          | [B, N, K] f32    | those of each member of an ensemble of reward models                             |
 | `rewards`         | [B, N] f32       | reward of a whole response, of several scores their aggregate; NaN is missing    |
