@@ -49,8 +49,7 @@ def bandit(objective: Loss, share: float, seed: jax.Array, turns: int = 250, ste
         logps = lambda theta: column(jnp.take_along_axis(jax.nn.log_softmax(theta), drawn, axis=-1))
         rewarded = (drawn < 6) & jax.random.bernoulli(luck, 0.5, drawn.shape)
         batch = {"completion_mask": mask, "old_logps": logps(theta), "rewards": rewarded.astype(jnp.float32)}
-        e = jnp.exp(each)
-        proxy = min_p(0.02).forward(Chunk(each, drawn, jnp.log(e.sum(axis=-1)), e, e.sum(axis=-1)))
+        proxy = min_p(0.02).forward(Chunk(each, drawn, jax.nn.logsumexp(each, axis=-1)))
         batch = experience(batch | {"proxy_logps": column(proxy)})
         loss = lambda theta: objective(Outputs(x := logps(theta), x), batch, objective.normalised(batch))[0]
         return jax.lax.fori_loop(0, steps, lambda _, theta: theta - 0.3 * P * jax.grad(loss)(theta), theta), None

@@ -27,10 +27,6 @@ class Offer(NamedTuple):
     fields: dict[str, str] = {}
 
 
-REFERENCE = """
-def experience(config, reference):
-    return logps("ref_logps", reference)
-"""
 EXPERIMENTS = {
     "pairs": Offer(
         """
@@ -71,6 +67,11 @@ def averages(config):
         "def loss(config):\n    return bradley_terry() + centring() + score_l2() + grm_sft()\n",
         "pairs",
         {"model.num_labels": "1", "model.language_head": "true"},
+    ),
+    "adapted members": Offer(
+        "def loss(config):\n    return bradley_terry() + 0.01 * sft()\n",
+        "pairs",
+        {"model.num_labels": "1", "model.language_head": "true", "lora.rank": "2", "ensemble.members": "2"},
     ),
     "attributes": Offer(
         "def loss(config):\n    return attribute_regression(['help', 'length'])\n",

@@ -248,18 +248,19 @@ def _backward(
         here = lambda a: _part(a, i, chunk)
         dlogp = here(dlogps)[..., None]
         z = shaped(_logits(part, w), how)
-        lse = here(sums[0])
-        at = Chunk(z, here(y), lse, jnp.exp(z - lse[..., None]), jnp.ones_like(lse))
+        at = Chunk(z, here(y), here(sums[0]))
         if taught is not None:
             at = dataclasses.replace(at, zt=shaped(_logits(here(taught[0]), taught[1]), how), lse_t=here(sums[1]))
-        scale = dlogp
+        q, hit, scale = at.logps, at.hit, dlogp
         for statistic, value, cotangent in read:
             if statistic == entropy:  # in one product with p: bit for bit what it was when log-prob and entropy alone were differentiated
-                scale = dlogp + here(cotangent)[..., None] * (at.logps + here(value)[..., None])
-        dz = jnp.where(at.hit, dlogp, 0.0) - at.probs * scale
+                scale = dlogp + here(cotangent)[..., None] * (q + here(value)[..., None])
+        dz = jnp.where(hit, dlogp, 0.0) - at.probs * scale
         for statistic, value, cotangent in read:
             if statistic != entropy and statistic.slope is not None:
-                dz = dz + here(cotangent)[..., None] * statistic.slope(at, here(value))
+                slope = statistic.slope(at, here(value))
+                factors = slope if isinstance(slope, tuple) else (slope,)
+                dz = dz + functools.reduce(jnp.multiply, factors, here(cotangent)[..., None])
         if how.cap is not None:
             dz = dz * (1 - jnp.square(z * (how.temperature / how.cap)))
         if how.temperature != 1:

@@ -41,28 +41,28 @@ class Chunk:
     z: jax.Array  # [S, C, V] logits, as their softmax takes them
     y: jax.Array  # [S, C] int32, the targets
     lse: jax.Array  # [S, C] the log of the sum of exp(z)
-    e: jax.Array  # [S, C, V] probabilities up to a factor
-    total: jax.Array  # [S, C] the sum of `e`
+    e: jax.Array | None = None  # [S, C, V] probabilities up to a factor, where the head has them; and their sum
+    total: jax.Array | None = None  # [S, C]
     zt: jax.Array | None = None  # [S, C, V] logits of the other model; only a statistic that is `taught` reads them
     lse_t: jax.Array | None = None  # [S, C] the log of the sum of exp(zt)
 
-    @property
-    def probs(self) -> jax.Array:
-        """Probabilities [S, C, V]."""
-        return self.e / self.total[..., None]
-
-    @property
+    @functools.cached_property
     def logps(self) -> jax.Array:
         """Log-probs [S, C, V] in nats."""
         return self.z - self.lse[..., None]
 
-    @property
+    @functools.cached_property
+    def probs(self) -> jax.Array:
+        """Probabilities [S, C, V]."""
+        return jnp.exp(self.logps)
+
+    @functools.cached_property
     def taught_logps(self) -> jax.Array:
         """Log-probs of the other model: [S, C, V] nats."""
         assert self.zt is not None and self.lse_t is not None
         return self.zt - self.lse_t[..., None]
 
-    @property
+    @functools.cached_property
     def hit(self) -> jax.Array:
         """Where the target stands in the vocabulary: [S, C, V] bool."""
         return jnp.arange(self.z.shape[-1])[None, None] == self.y[..., None]
@@ -70,6 +70,8 @@ class Chunk:
     def mean(self, x: jax.Array) -> jax.Array:
         """The mean of x [S, C, V] over tokens as they are predicted: [S, C]."""
         # As a product of vectors: as (e * x).sum() XLA on CPU took 15 times as long, its reduction over an exp being scalar code.
+        if self.e is None or self.total is None:
+            return jnp.einsum("scv,scv->sc", self.probs, x)
         return jnp.einsum("scv,scv->sc", self.e, x) / self.total
 
     def of_target(self, x: jax.Array) -> jax.Array:
@@ -80,12 +82,13 @@ class Chunk:
 class Statistic(NamedTuple):
     """A quantity of the whole vocabulary at a completion position.
 
-    Two with one name cannot be asked for at once; equal ones are one, so a function that makes them is cached.
+    The slope is the gradient at z, [S, C, V], given the value [S, C]; as a tuple its factors, which the head multiplies from the left. None:
+    it has none, and differentiating it is an error. Two with one name cannot be asked for at once; equal ones are one, so a function that makes them is cached.
     """
 
     name: str  # under which it is found
     forward: Callable[[Chunk], jax.Array]  # -> [S, C] float32
-    slope: Callable[[Chunk, jax.Array], jax.Array] | None = None  # (chunk, value [S, C]) -> its gradient at z: [S, C, V]; None: it has none
+    slope: Callable[[Chunk, jax.Array], jax.Array | tuple[jax.Array, ...]] | None = None
     taught: bool = False  # whether it reads another model's logits too
 
 
@@ -109,6 +112,12 @@ def merged(*several: tuple[Statistic, ...]) -> tuple[Statistic, ...]:
 
 # --- of one model ---
 
+
+def _log_sum_sq(at: Chunk) -> jax.Array:
+    assert at.e is not None and at.total is not None
+    return jnp.log(jnp.einsum("scv,scv->sc", at.e, at.e)) - 2 * jnp.log(at.total)
+
+
 entropy = Statistic(
     "entropy",
     lambda at: at.lse - at.mean(at.z),
@@ -116,7 +125,7 @@ entropy = Statistic(
 )
 """The entropy of the next-token distribution, nats."""
 
-log_sum_sq = Statistic("log_sum_sq", lambda at: jnp.log(jnp.einsum("scv,scv->sc", at.e, at.e)) - 2 * jnp.log(at.total))
+log_sum_sq = Statistic("log_sum_sq", _log_sum_sq)
 """log sum_v p(v)^2, which carries no gradient."""
 
 most_likely = Statistic("most_likely", lambda at: jnp.argmax(at.z, axis=-1).astype(jnp.float32))
