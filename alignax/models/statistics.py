@@ -82,8 +82,9 @@ class Chunk:
 class Statistic(NamedTuple):
     """A quantity of the whole vocabulary at a completion position.
 
-    The slope is the gradient at z, [S, C, V], given the value [S, C]; as a tuple its factors, which the head multiplies from the left. None:
-    it has none, and differentiating it is an error. Two with one name cannot be asked for at once; equal ones are one, so a function that makes them is cached.
+    The slope is the gradient at z, [S, C, V], given the value [S, C]; as a tuple its factors, which the head multiplies from the left.
+    None: it has none, and differentiating it is an error. Two with one name cannot be asked for at once. Equal ones are one, so a
+    function that makes them is cached.
     """
 
     name: str  # under which it is found
@@ -211,7 +212,7 @@ def _policy_kl(at: Chunk) -> jax.Array:
 ref_kl = Statistic("ref_kl", _ref_kl, lambda at, value: at.probs - jnp.exp(at.taught_logps), taught=True)
 """KL(t || p) of the next-token distributions, nats."""
 
-policy_kl = Statistic("policy_kl", _policy_kl, lambda at, value: at.probs * (at.logps - at.taught_logps - value[..., None]), taught=True)
+policy_kl = Statistic("policy_kl", _policy_kl, lambda at, value: (at.probs, at.logps - at.taught_logps - value[..., None]), taught=True)
 """KL(p || t) of the next-token distributions, nats."""
 
 
