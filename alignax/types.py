@@ -80,7 +80,7 @@ class Outputs(NamedTuple):
     scores: jax.Array | None = None  # [B, N] a reward model's score of each response; [B, N, labels] or, of an ensemble, [B, N, K]
     values: jax.Array | None = None  # [B, N, T] a critic's estimate of what is to come before tokens[t] is chosen; [B, N, T, H] of heads
     jsd: jax.Array | None = None  # [B, N, T] generalised Jensen-Shannon divergence of the same, see alignax.models.statistics.jsd, nats
-    statistics: dict[str, jax.Array] = {}  # [B, N, T] of each further alignax.models.statistics.Statistic that was asked for, by its name
+    statistics: dict[str, jax.Array] = {}  # [B, N, T] of each alignax.models.statistics.Statistic that was asked for, by its name
     hidden: dict[int, jax.Array] = {}  # [B, N, T, D] what each layer that was asked for gives, by its index; in the compute dtype
 
 

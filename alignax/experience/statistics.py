@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Callable
 
-import jax
 from jax.tree_util import Partial
 
 from alignax.data.files import short
@@ -44,8 +43,4 @@ class _TokenStatistic:
     apply: Callable[[Params, Batch], Outputs]
 
     def __call__(self, params: Params, batch: Batch) -> Batch:
-        return batch | {self.name: in_parts(lambda part: self._of(self.apply(params, part)), batch, self.microbatches)}
-
-    def _of(self, out: Outputs) -> jax.Array:
-        """Those that every forward pass computes have a field of their own."""
-        return out.statistics[self.statistic] if self.statistic in out.statistics else getattr(out, self.statistic)
+        return batch | {self.name: in_parts(lambda part: self.apply(params, part).statistics[self.statistic], batch, self.microbatches)}

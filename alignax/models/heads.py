@@ -84,9 +84,11 @@ def token_logps(
     Raises:
       ValueError: for two statistics of one name, and for one that compares with a teacher where there is none.
     """
-    own = (entropy, log_sum_sq) if teacher is None else (entropy, log_sum_sq, ref_kl, policy_kl, generalised_jsd(*mixture))
-    statistics = merged(own, statistics)
-    check_statistics(statistics, teacher is not None)
+    own = {"entropy": entropy, "log_sum_sq": log_sum_sq}
+    if teacher is not None:
+        own |= {"ref_kl": ref_kl, "policy_kl": policy_kl, "jsd": generalised_jsd(*mixture)}
+    every = merged(tuple(own.values()), statistics)
+    check_statistics(every, teacher is not None)
     R, T, _ = hidden.shape
     S = meshes.batch_shards(mesh) if mesh is not None else 1
     S = S if R % S == 0 else 1  # evaluation of a few rows
@@ -102,13 +104,13 @@ def token_logps(
     x = meshes.constrain(pack(hidden), mesh, "batch", None, None)
     y = jnp.take_along_axis(targets.reshape(S, P), order, axis=1)
     taught = None if teacher is None else (meshes.constrain(pack(teacher[0]), mesh, "batch", None, None), teacher[1])
-    scores: Any = score(chunk, mesh, how, statistics, x, weight, y, count, taught)
+    scores: Any = score(chunk, mesh, how, every, x, weight, y, count, taught)
     restore = lambda a: jnp.where(mask, jnp.take_along_axis(a[:, :P], back, axis=1).reshape(R, T), 0.0)
     logps, *values = map(restore, scores)
-    found = {statistic.name: value for statistic, value in zip(statistics, values, strict=True)}
-    found["log_sum_sq"] = jax.lax.stop_gradient(found["log_sum_sq"])
-    fields = {s.name: found.pop(s.name) for s in own}
-    return Outputs(logps, **fields, statistics=found)
+    found = dict(zip(every, values, strict=True))
+    found[log_sum_sq] = jax.lax.stop_gradient(found[log_sum_sq])
+    fields: Any = {name: found[statistic] for name, statistic in own.items()}
+    return Outputs(logps, **fields, statistics={statistic.name: found[statistic] for statistic in statistics})
 
 
 def last_scores(hidden: jax.Array, mask: jax.Array, weight: jax.Array, offset: jax.Array) -> jax.Array:

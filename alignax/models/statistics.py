@@ -136,7 +136,6 @@ accuracy = Statistic("accuracy", lambda at: (jnp.argmax(at.z, axis=-1) == at.y).
 """1 where the target is the most likely token, else 0."""
 
 
-@functools.cache
 def min_p(kappa: float) -> Statistic:
     """The target's log-prob without noise: tokens below kappa times the likeliest one are left out, and their probability shared out.
 
@@ -148,10 +147,9 @@ def min_p(kappa: float) -> Statistic:
     """
     if not 0 < kappa <= 1:
         raise ValueError(f"kappa is {kappa}; it must be above 0 and at most 1 (0.02 is Lp-Reg's)")
-    return _truncated(f"min_p_{kappa:g}", lambda z: z >= z.max(axis=-1, keepdims=True) + math.log(kappa))
+    return _min_p(float(kappa))
 
 
-@functools.cache
 def top_k(k: int) -> Statistic:
     """The target's log-prob among the k most likely tokens and those as likely as the last of them; see `min_p` of what is left out.
 
@@ -160,6 +158,16 @@ def top_k(k: int) -> Statistic:
     """
     if k < 1:
         raise ValueError(f"k is {k}; it is a number of tokens, at least 1")
+    return _top_k(int(k))
+
+
+@functools.cache
+def _min_p(kappa: float) -> Statistic:
+    return _truncated(f"min_p_{kappa:g}", lambda z: z >= z.max(axis=-1, keepdims=True) + math.log(kappa))
+
+
+@functools.cache
+def _top_k(k: int) -> Statistic:
     return _truncated(f"top_k_{k}", lambda z: most_probable(z, k))
 
 
@@ -216,11 +224,18 @@ policy_kl = Statistic("policy_kl", _policy_kl, lambda at, value: (at.probs, at.l
 """KL(p || t) of the next-token distributions, nats."""
 
 
-@functools.cache
 def generalised_jsd(beta: float = 0.5, temperature: float = 1.0) -> Statistic:
-    """The generalised Jensen-Shannon divergence from the teacher, see `jsd`; beta 1/2 is the Jensen-Shannon divergence."""
+    """The generalised Jensen-Shannon divergence from the teacher, see `jsd`; beta 1/2 is the Jensen-Shannon divergence.
+
+    `Outputs.jsd` is the one of `reference.jsd_beta` and `.jsd_temperature`; another is asked for by its name, `jsd_0.3_1`.
+    """
+    return _generalised_jsd(float(beta), float(temperature))
+
+
+@functools.cache
+def _generalised_jsd(beta: float, temperature: float) -> Statistic:
     return Statistic(
-        "jsd",
+        f"jsd_{beta:g}_{temperature:g}",
         lambda at: jsd(at.z, at.zt, beta, temperature),  # pyright: ignore[reportArgumentType]
         lambda at, value: jsd_slope(at.z, at.zt, beta, temperature),  # pyright: ignore[reportArgumentType]
         taught=True,
