@@ -133,15 +133,20 @@ def averages(config):
         """
 import numpy as np
 
+X = np.linspace(0, 3, 20)
+END = proxy_point(X, X * (2 - X), degree=3)
+FOUND, _ = nelder_mead(lambda p: ((p - END) ** 2).sum(), [[0, 0], [1, 0], [0, 1]])
+
 def loss(config):
     return ppo()
 
 def experience(config, reference, ensemble):
-    x = np.linspace(0, 3, 20)
-    end = proxy_point(x, x * (2 - x), degree=3)
-    found, _ = nelder_mead(lambda p: ((p - end) ** 2).sum(), [[0, 0], [1, 0], [0, 1]])
+    end, found = END, FOUND.tolist()
     held = mu_ppo(found), all_ppo(found), xi_ppo(found), nm_ppo([[9, 1], [9, 2], [8, 1]], patience=1)
-    return chain(logps("ref_logps", reference), score(ensemble), ppo_sat((end, end)), kl_reward(0.1), gae(), *held)
+    return chain(logps("ref_logps", reference), score(ensemble), ppo_sat((end, end)), *held)
+
+def gold(prompts, completions):
+    return [float(len(text)) for text in completions]
 """,
         "online",
         {"model.critic": "head", "model.critic_heads": "3"},
@@ -164,7 +169,7 @@ def loss(config):
 def experience(config, reference, ensemble):
     tokens = [90, 91, 92]
     rewarded = chain(score(ensemble), mean)
-    return chain(unconditioned(tokens, rewarded), quark_pool(tokens, capacity=8, length=24))
+    return chain(unconditioned(tokens, rewarded), quark_pool(tokens, capacity=24, length=96))
 """,
         "online",
         {"reference.token_kl": "true"},
@@ -261,4 +266,6 @@ def test_what_is_offered_finds_what_it_reads(name, kinds, tmp_path):
     if "def main(" in offer.source:
         assert main(args) == 0
     else:
-        check_step(checked(args))
+        run = checked(args)
+        check_step(run)
+        run.workers.close()
