@@ -38,10 +38,13 @@ def reference_apply(run: Run, statistics: tuple[Statistic, ...] = ()) -> Apply:
 
 
 def reference_config(run: Run) -> transformer.ModelConfig:
-    """The reference's shape and options; of adapters, those of their base as it is stored."""
+    """The reference's shape and options; of adapters, those of their base as it is stored, and of a reward model with an output layer its language
+    model's.
+    """
     assert run.reference is not None
     bare = dataclasses.replace(run.lora, targets=()) if run.lora is not None and run.reference is run.source else None
-    return dataclasses.replace(run.reference.config, lora=bare, critic_heads=0)
+    language = {"num_labels": 0, "language_head": False} if run.reference.config.language_head else {}
+    return dataclasses.replace(run.reference.config, lora=bare, critic_heads=0, **language)
 
 
 def taught_apply(run: Run, frozen: dict[str, Any]) -> Apply:

@@ -179,7 +179,14 @@ def test_a_regularised_reward_model_trains_and_is_exported_as_any(regularised):
     "changes, text",
     [
         ({"model.num_labels": 0}, "model.language_head keeps the output layer of a reward model, and this is a language model"),
-        ({"model.language_head": "false"}, "this loss reads log-probs, and a reward model has none; .*model.language_head to true"),
+        (
+            {"model.language_head": "false"},
+            "asks for reference, and the reward model that the run starts from gives no log-probs; set model",
+        ),
+        (
+            {"model.language_head": "false", "reference.path": "model"},
+            "this loss reads log-probs, and a reward model has none; .*model.language_head to true",
+        ),
         ({"model.path": "reward"}, "has no output layer; start from its language model, or set it to false"),
     ],
 )
@@ -189,6 +196,8 @@ def test_an_output_layer_that_is_not_there_is_refused(regularised, changes, text
         classifier(tmp_path / "reward", tie_word_embeddings=False)
         tiny.tokenizer().save_pretrained(tmp_path / "reward")
         changes = {"model.path": tmp_path / "reward"}
+    if "reference.path" in changes:
+        changes = changes | {"reference.path": folder / "model"}
     fields = {"workdir": tmp_path / "run"} | changes
     assert main([*args, *(f"--config.{name}={value}" for name, value in fields.items())]) == 2
     assert re.search(text, capsys.readouterr().err)
