@@ -38,8 +38,9 @@ def reference_apply(run: Run, statistics: tuple[Statistic, ...] = ()) -> Apply:
 
 
 def reference_config(run: Run) -> transformer.ModelConfig:
-    """The reference's shape and options; of adapters, those of their base as it is stored, and of a reward model with an output layer its language
-    model's.
+    """The reference's shape and options; of adapters, those of their base as it is stored.
+
+    Of a reward model with an output layer it is the language model.
     """
     assert run.reference is not None
     bare = dataclasses.replace(run.lora, targets=()) if run.lora is not None and run.reference is run.source else None
