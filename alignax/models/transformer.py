@@ -435,7 +435,8 @@ def forward(
         return jax.tree.map(back, out)
 
     def apply(params: Params, batch: Batch) -> Outputs:
-        states, layers = decoder.apply({"params": params}, rows(batch["tokens"]), rows(batch["mask"]))  # [R, T, D]
+        given: Any = decoder.apply({"params": params}, rows(batch["tokens"]), rows(batch["mask"]))
+        states, layers = given  # [R, T, D], [L, R, T, D] where they are asked for
         out = spoken(params, batch, states) if speaks else Outputs(None, None)  # pyright: ignore[reportArgumentType]
         if config.num_labels:
             scores = last_scores(states, rows(batch["completion_mask"]), params["score"], params["score_offset"])
