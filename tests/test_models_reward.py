@@ -117,7 +117,7 @@ def test_an_exported_config_says_the_labels_that_its_head_has(architecture, said
         assert reward.labels(after) == theirs.num_labels == len(theirs.id2label) == count
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("tied", [pytest.param(True, marks=pytest.mark.slow), False], ids=["tied", "untied"])
 def test_a_reward_model_that_keeps_its_output_layer_gives_both(tied, tmp_path):
     """Scores of the reward model and log-probs of the language model, bit for bit; its export is that of any reward model."""
     folder = tiny.folder(tmp_path / "model", tie_word_embeddings=tied)
