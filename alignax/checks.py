@@ -12,7 +12,7 @@ from alignax import functions
 from alignax import mesh as meshes
 from alignax.averages import PROPOSAL, Average, Turning
 from alignax.blame import check_call, explained
-from alignax.config import HEAD, PRETRAIN, ROLLOUTS, Experiment, check_path, eval_batch_size, flat, steps_of_turn
+from alignax.config import HEAD, PRETRAIN, ROLLOUTS, Experiment, asked, check_path, eval_batch_size, flat, steps_of_turn
 from alignax.data import Examples
 from alignax.generate.generator import check_room
 from alignax.losses.algebra import Loss
@@ -74,9 +74,21 @@ def check_fields(config: Any) -> None:
 
 
 def check_head(config: Any, source: hf.Source, experiment: Experiment) -> None:
-    """Refuses what a reward model cannot do: sample, and be the policy of an experience."""
+    """Refuses what a reward model cannot do: sample, and be the policy of an experience; and an output layer that is not there."""
     if not source.config.num_labels:
+        if config.model.language_head:
+            raise ValueError("model.language_head keeps the output layer of a reward model, and this is a language model; set it to false")
         return
+    if config.model.language_head and source.stored.num_labels and not source.config.tie_word_embeddings:
+        raise ValueError(
+            f"model.language_head is true, and the reward model in {str(source.path)!r} has no output layer; start from its language "
+            "model, or set it to false"
+        )
+    if not (config.model.language_head or config.reference.path) and "reference" in asked(experiment.experience):
+        raise ValueError(
+            f"experience() of {experiment.file} asks for reference, and the reward model that the run starts from gives no log-probs; set "
+            "model.language_head=true, name a language model in reference.path, or ask for none"
+        )
     if config.model.critic:
         raise ValueError("model.critic gives a language model values, and this is a reward model; leave it empty")
     if max(config.eval.samples, config.eval.sample_prompts):

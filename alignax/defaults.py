@@ -25,6 +25,7 @@ def default_config() -> Any:
     c.model.path = ""  # Hugging Face folder: config, tokenizer, weights; or the mean of several's weights, A@0.5,B@0.5
     c.model.init = "pretrained"  # or "random": start without weights
     c.model.num_labels = 0  # 1: a reward model, which gives a score in place of logits; more: so many attributes; 0: as the folder is
+    c.model.language_head = False  # a reward model keeps the output layer of the language model it starts from: log-probs beside scores
     c.model.critic = ""  # of PPO: "head" on the policy's trunk, or a folder, whose trunk is trained beside it; empty: none
     c.model.critic_heads = 1  # values that it gives of a token: of the KL first, then of each reward model; 1: of all together
     c.model.freeze = False  # train a reward model's head alone

@@ -46,7 +46,8 @@ def make_learn(run: Run) -> Callable[[TrainState, Held, dict[str, Batch]], tuple
         else:
             (carry, batch), metrics = experienced(run, state, frozen, batch, parts)
         state = dataclasses.replace(state, carry=carry)
-        apply, losses = taught_apply(run, frozen), objectives(run, frozen, state)
+        losses = objectives(run, frozen, state)
+        apply = taught_apply(run, frozen, losses)
         train_step = make_step(apply, losses, learning.optimizer, c.microbatches, outputs=once)
         if off_policy(run):
             check_corrected(
@@ -126,7 +127,8 @@ def reads_once(run: Run, state: TrainState, frozen: Held, batch: Batch) -> bool:
     def loss(state: TrainState, frozen: Held, batch: Batch) -> Metrics:
         _, after = advance(make_experience(run, frozen, state), state.carry, batch)
         kept.extend(after[name] is batch[name] for name in ("tokens", "mask", "completion_mask"))
-        return make_step(taught_apply(run, frozen), objectives(run, frozen, state)[ROLLOUTS], run.learning.optimizer)(state, after)[1]
+        losses = objectives(run, frozen, state)
+        return make_step(taught_apply(run, frozen, losses), losses[ROLLOUTS], run.learning.optimizer)(state, after)[1]
 
     try:
         jax.eval_shape(loss, state, frozen, batch)

@@ -23,12 +23,13 @@ from alignax.functions import reward_fields
 from alignax.host_rewards import check_reward
 from alignax.models import hf, parameters, peft, reward
 from alignax.models.reward import CRITIC
+from alignax.models.statistics import Statistic
 from alignax.prepare import Run
 from alignax.reference import with_stored
 from alignax.run.programs import Program, programs
 from alignax.run.roles import BASE, ENSEMBLE, REFERENCE, Role, abstract_trained, freeze, load
 from alignax.run.state import abstract_state, new_state
-from alignax.train import digest
+from alignax.train import Apply, digest
 from alignax.types import Batch, Model, Outputs, Params, TrainState
 
 UNSAID = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")  # what changes no computation
@@ -218,8 +219,11 @@ def check_advantages(run: Run) -> None:
         scores = x.sum(axis=-1)[..., None] * jnp.arange(1, 1 + members)[None, None]
         return Outputs(-x, x, -x, x, x, scores)
 
+    def giving(statistics: tuple[Statistic, ...]) -> Apply:
+        return lambda params, batch: apply(params, batch)._replace(statistics={s.name: apply(params, batch).logps for s in statistics})
+
     members = run.roles[ENSEMBLE].members if ENSEMBLE in run.roles else 1
-    given: dict[str, Any] = {name: Model(apply, {}) for name in (REFERENCE, *run.roles)}
+    given: dict[str, Any] = {name: Model(apply, {}, giving) for name in (REFERENCE, *run.roles)}
     given |= {"config": run.config, "prompts": len(run.data.train.examples)}
     try:
         experience = make(**{name: given[name] for name in asked(make)})

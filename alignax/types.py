@@ -21,6 +21,8 @@ A batch is a plain dict of arrays whose leading axis is B. Every method has the 
 | `old_logps`       | [B, N, T] f32    | those of the policy as it stands before the step (likewise)                      |
 | `old_entropy`     | [B, N, T] f32    | entropy of that policy's next-token distributions, nats; of a rollout            |
 | `sampled_logps`   | [B, N, T] f32    | those that a completion was sampled with (see `alignax.generate`)                |
+| `proxy_logps`     | [B, N, T] f32    | those of the old policy without its noise, -inf of noise; see `alignax.losses.lp_reg` |
+| `low_probability` | [B, N, T] bool   | tokens that `lp_reg` may protect                                                 |
 | `labels`          | [B, N] bool      | unpaired data: whether a response is desirable                                   |
 | `scores`          | [B, N, K] f32    | those of each member of an ensemble of reward models, or each number of reward(..) |
 | `rewards`         | [B, N] f32       | reward of a whole response, of several scores their aggregate; NaN is missing    |
@@ -77,7 +79,9 @@ class Outputs(NamedTuple):
     policy_kl: jax.Array | None = None  # [B, N, T] KL(pi || ref) of the same
     scores: jax.Array | None = None  # [B, N] a reward model's score of each response; [B, N, labels] or, of an ensemble, [B, N, K]
     values: jax.Array | None = None  # [B, N, T] a critic's estimate of what is to come before tokens[t] is chosen; [B, N, T, H] of heads
-    jsd: jax.Array | None = None  # [B, N, T] generalised Jensen-Shannon divergence of the same, see alignax.models.heads.jsd, nats
+    jsd: jax.Array | None = None  # [B, N, T] generalised Jensen-Shannon divergence of the same, see alignax.models.statistics.jsd, nats
+    statistics: dict[str, jax.Array] = {}  # [B, N, T] of each alignax.models.statistics.Statistic that was asked for, by its name
+    hidden: dict[int, jax.Array] = {}  # [B, N, T, D] what each layer that was asked for gives, by its index; in the compute dtype
 
 
 class Model(NamedTuple):
@@ -85,6 +89,7 @@ class Model(NamedTuple):
 
     apply: Callable[[Params, Batch], Outputs]
     params: Params
+    giving: Callable[[Any], Callable[[Params, Batch], Outputs]] | None = None  # statistics -> the `apply` whose outputs have them too
 
 
 @flax.struct.dataclass

@@ -30,6 +30,7 @@ from alignax.experience import (
     kl_reward,
     leave_one_out,
     logps,
+    low_probability_tokens,
     matched_margins,
     matched_ratios,
     mismatched_kl,
@@ -63,14 +64,14 @@ def apply(params: Params, batch: Batch) -> Outputs:
 
 
 def critic(batch: Batch) -> Batch:
-    """The values that the sampler's critic has."""
-    return batch | {"values": apply(SAMPLER, batch).values}
+    """The values that the sampler's critic has, and log-probs of it as if without its noise."""
+    return batch | {"values": apply(SAMPLER, batch).values, "proxy_logps": 0.9 * batch["old_logps"]}
 
 
 def rollout(*advantages: Callable[[Batch], Batch]) -> Callable:
     """What is known of sampled responses, by an old policy: log-probs, rewards with their KL, values, and then the advantages."""
     sampled = (logps("old_logps", Model(apply, SAMPLER)), logps("sampled_logps", Model(apply, TEACHER)), critic, kl_reward(0.1))
-    return lambda policy, reference: chain(*sampled, *advantages, chi2_estimate())
+    return lambda policy, reference: chain(*sampled, *advantages, low_probability_tokens(0.3), chi2_estimate())
 
 
 BY_TOKEN, BY_GROUP = rollout(whiten_rewards(), gae(), whiten_advantages()), rollout(group_relative())

@@ -80,6 +80,7 @@ LOSSES = {
     "bradley_terry": losses.bradley_terry(lambda batch: batch["margin"]),
     "centring": losses.centring(),
     "score_l2": losses.score_l2(),
+    "grm_sft": losses.grm_sft(),
     "reinforce": losses.reinforce(),
     "ppo": losses.ppo(),
     "ppo_dual_clip": losses.ppo(clip_high=0.28, dual_clip=3.0),
@@ -93,6 +94,7 @@ LOSSES = {
     "sapo_by_mean": losses.sapo(level=losses.by_mean),
     "vespo": losses.vespo(),
     "gmpo": losses.gmpo(),
+    "lp_reg": losses.lp_reg(),
     "finished": losses.finished(losses.grpo()),
     "importance_weighted": losses.importance_weighted(losses.ppo()),
     "importance_masked": losses.importance_masked(losses.grpo(), level=losses.by_response),
@@ -144,11 +146,11 @@ TERMS = {name: {f"loss/{name}"} for name in LOSSES} | {
     **{name: {"loss/f_dpo"} for name in LOSSES if name.startswith("f_dpo")},
 }  # fmt: skip
 UNPAIRED = ("kto", "apo_zero_unpaired")  # N = 1
-SCORED = ("bradley_terry", "centring", "score_l2", "attribute_regression")  # of reward models
+SCORED = ("bradley_terry", "centring", "score_l2", "grm_sft", "attribute_regression")  # of reward models
 SINGLE = ("sft", "sft_per_sequence", "summed_sft")
 SURROGATES = (  # of sampled responses, weighted by their advantages
     "reinforce", "ppo", "ppo_dual_clip", "ppo_critic", "grpo", "grpo_token_sum", "gspo", "rloo", "cispo", "sapo", "sapo_by_mean", "vespo",
-    "gmpo", "finished", "importance_weighted", "importance_masked", "off_policy_masked",
+    "gmpo", "lp_reg", "finished", "importance_weighted", "importance_masked", "off_policy_masked",
 )  # fmt: skip
 SAMPLED = (  # of any number of responses, each by itself
     *SURROGATES, "kl_k1", "kl_k2", "kl_k3", "kl_k3_weighted", "chi2", "chi2_exact", "square_root", "entropy_bonus", "value_loss", "fdpg",
@@ -170,6 +172,7 @@ KL_METRICS = {"kl/ref_k1", "kl/ref_k3"}
 SAMPLED_METRICS = dict.fromkeys(SURROGATES, SURROGATE_METRICS) | {
     "ppo_critic": SURROGATE_METRICS | VALUE_METRICS,
     "vespo": SURROGATE_METRICS | {"vespo/weight"},
+    "lp_reg": SURROGATE_METRICS | {"lp_reg/protected"},
     **dict.fromkeys(("importance_weighted", "importance_masked"), SURROGATE_METRICS | {"importance_weight"}),
     "off_policy_masked": SURROGATE_METRICS | {"off_policy/kept"},
     **dict.fromkeys(("kl_k1", "kl_k2", "kl_k3", "kl_k3_weighted"), KL_METRICS),
@@ -200,8 +203,8 @@ def with_data(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
     data = {"kto_kl": jnp.abs(draw(B)), "bco_shift": draw(B), "aot_margins": draw(B), "aot_ratios": draw(B, 2), "margin": draw(B)}
     data |= {"labels": jnp.asarray(rng.random((B, N)) < 0.5).at[0].set(True)}
-    data |= {name: draw(B, N, T) for name in ("old_logps", "sampled_logps", "advantages", "values", "returns")}
-    data |= {"chi2": jnp.full(B, 0.3)}
+    data |= {name: draw(B, N, T) for name in ("old_logps", "sampled_logps", "proxy_logps", "advantages", "values", "returns")}
+    data |= {"low_probability": (data["advantages"] < 0) & (data["old_logps"] < 0), "chi2": jnp.full(B, 0.3)}
     data |= {"log_target": draw(B, N), "log_z": draw(B), "fdpg_baseline": draw(B)}
     data |= {"attributes": draw(B, N, 1).at[0, 0].set(jnp.nan)}
     return data | {"truncated": jnp.asarray(rng.random((B, N)) < 0.3)} | batch
@@ -609,7 +612,7 @@ def test_names_of_metrics(name):
         extra = {"kl", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected"}
     elif name in SCORED:
         extra = {m for m in PAIR_METRICS if m.startswith("rewards")} if name == "bradley_terry" else set()
-        extra |= {"errors/reward"} if name == "attribute_regression" else set()
+        extra |= {"attribute_regression": {"errors/reward"}, "grm_sft": {"logps/chosen"}}.get(name, set())
     assert set(run(LOSSES[name], logps, batch)[1]) == TERMS[name] | extra | entropy
     if name in FREE:
         del batch["ref_logps"]

@@ -16,7 +16,8 @@ import tiny
 from alignax import losses, train
 from alignax import mesh as meshes
 from alignax.models import parameters, transformer
-from alignax.models.heads import Shaping, jsd, jsd_slope, token_logps
+from alignax.models.heads import Shaping, token_logps
+from alignax.models.statistics import jsd, jsd_slope
 from alignax.types import Outputs
 
 ORACLE = json.loads((Path(__file__).parent / "oracles" / "heads.json").read_text())

@@ -1,6 +1,7 @@
 """Reward models: a score in place of logits, read at the last token; folders in and out."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,9 @@ import torch
 import torch_llama
 import transformers
 from test_models_families import ROWS
+from test_online import arguments, rows, trained
 
+from alignax.cli import main
 from alignax.losses import apo_zero_unpaired, bradley_terry, centring, dpo, sft
 from alignax.mesh import batch_sharding, make_mesh
 from alignax.models import hf, parameters, reward
@@ -112,6 +115,92 @@ def test_an_exported_config_says_the_labels_that_its_head_has(architecture, said
         after = before | reward.fields(before, [0.0] * count, 0)
         theirs = transformers.LlamaConfig(**after)
         assert reward.labels(after) == theirs.num_labels == len(theirs.id2label) == count
+
+
+@pytest.mark.parametrize("tied", [pytest.param(True, marks=pytest.mark.slow), False], ids=["tied", "untied"])
+def test_a_reward_model_that_keeps_its_output_layer_gives_both(tied, tmp_path):
+    """Scores of the reward model and log-probs of the language model, bit for bit; its export is that of any reward model."""
+    folder = tiny.folder(tmp_path / "model", tie_word_embeddings=tied)
+    language, batch = hf.open_folder(folder), tiny.batch(2, T=12)
+    plain, both = hf.with_heads(language, 1), hf.with_heads(language, 1, language=True)
+    params = hf.load_params(both, ONE, jax.random.key(3))
+    assert ("lm_head" in params) is not tied
+    out = jax.jit(forward(both.config))(params, batch)
+    bare = {name: x for name, x in params.items() if name not in reward.HEAD}
+    np.testing.assert_array_equal(out.logps, jax.jit(forward(language.config))(bare, batch).logps)
+    rated = {name: x for name, x in params.items() if name != "lm_head"}
+    jax.tree.map(np.testing.assert_array_equal, rated, hf.load_params(plain, ONE, jax.random.key(3)))
+    np.testing.assert_array_equal(out.scores, jax.jit(forward(plain.config))(rated, batch).scores)
+    for source, own, name in ((both, params, "both"), (plain, rated, "plain")):
+        hf.export(own, source, tmp_path / name)
+    written = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("both", "plain")]
+    assert written[0] == written[1]
+
+
+GRM = """
+def loss(config):
+    return 0.99 * bradley_terry() + 0.01 * grm_sft() + 0.01 * sft() + 0.01 * dpo()
+
+def experience(config, reference):
+    return logps("ref_logps", reference)
+"""
+
+
+@pytest.fixture(scope="module")
+def regularised(tmp_path_factory):
+    """The command line of a reward model that stays a language model, whose output layer is its own."""
+    folder = tmp_path_factory.mktemp("grm")
+    fields = {
+        "model.path": tiny.folder(folder / "model", tie_word_embeddings=False), "model.num_labels": 1, "model.language_head": "true",
+        "data.train": tiny.pairs(folder / "pairs.jsonl", 16), "data.max_length": 48, "batch_size": 8, "steps": 4, "eval.samples": 0,
+        "optimizer.learning_rate": 1e-2, "log.every": 1, "log.tensorboard": False, "workdir": folder / "run",
+    }  # fmt: skip
+    return arguments(folder, GRM, fields), folder
+
+
+@pytest.mark.slow
+def test_a_regularised_reward_model_trains_and_is_exported_as_any(regularised):
+    args, folder = regularised
+    assert main(args) == 0
+    found = [row for row in rows(folder / "run") if "loss/sft" in row]
+    assert len(found) == 4 and all(row["skipped"] == 0 for row in found)
+    assert found[0]["loss/dpo"] == pytest.approx(np.log(2), abs=1e-5) and found[-1]["loss/sft"] < found[0]["loss/sft"]
+    ended = trained(folder / "run", args)
+    first = hf.load_params(hf.with_heads(hf.open_folder(folder / "model"), 1, language=True), ONE)
+    assert np.abs(ended["lm_head"] - np.asarray(first["lm_head"])).max() > 1e-3
+    source = hf.open_folder(folder / "run" / "export")
+    params, batch = hf.load_params(source, ONE), tiny.batch(2, T=12)
+    assert "lm_head" not in params
+    rated = {name: x for name, x in ended.items() if name != "lm_head"}
+    np.testing.assert_array_equal(our_scores(source, params, batch), our_scores(source, rated, batch))
+
+
+@pytest.mark.parametrize(
+    "changes, text",
+    [
+        ({"model.num_labels": 0}, "model.language_head keeps the output layer of a reward model, and this is a language model"),
+        (
+            {"model.language_head": "false"},
+            "asks for reference, and the reward model that the run starts from gives no log-probs; set model",
+        ),
+        (
+            {"model.language_head": "false", "reference.path": "model"},
+            "this loss reads log-probs, and a reward model has none; .*model.language_head to true",
+        ),
+        ({"model.path": "reward"}, "has no output layer; start from its language model, or set it to false"),
+    ],
+)
+def test_an_output_layer_that_is_not_there_is_refused(regularised, changes, text, tmp_path, capsys):
+    args, folder = regularised
+    if "model.path" in changes:
+        classifier(tmp_path / "reward", tie_word_embeddings=False)
+        tiny.tokenizer().save_pretrained(tmp_path / "reward")
+        changes = {"model.path": tmp_path / "reward"}
+    if "reference.path" in changes:
+        changes = changes | {"reference.path": folder / "model"}
+    fields = {"workdir": tmp_path / "run"} | changes
+    assert main([*args, *(f"--config.{name}={value}" for name, value in fields.items())]) == 2
+    assert re.search(text, capsys.readouterr().err)
 
 
 @pytest.mark.slow

@@ -295,3 +295,25 @@ def test_sharded_model_is_the_unsharded_one():
     grads, sharded_out = gradient(jax.device_put(init(tiny.MODEL), layout), sharded, mesh)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=0), (grads, sharded_out), (expected, out))
     assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected)) > 1e-2
+
+
+@pytest.mark.parametrize("remat", ["full", pytest.param("none", marks=pytest.mark.slow)])
+def test_hidden_states_of_the_layers_that_are_asked_for(remat):
+    """Those of a model cut off behind that layer, without its last norm; a loss on them reaches the layers before, and no others."""
+    c = dataclasses.replace(tiny.MODEL, num_hidden_layers=3)
+    params, batch = tiny.params(c), tiny.batch(2)
+    apply = transformer.forward(c, remat=remat, hidden=(0, 2))
+    out, plain = jax.jit(apply)(params, batch), jax.jit(transformer.forward(c, remat=remat))(params, batch)
+    np.testing.assert_array_equal(out.logps, plain.logps)
+    assert list(out.hidden) == [0, 2] and out.hidden[0].shape == (*batch["tokens"].shape, c.hidden_size) and not plain.hidden
+    rows = lambda x: x.reshape(-1, x.shape[-1])
+    for layer in (0, 2):
+        cut = dataclasses.replace(c, num_hidden_layers=layer + 1)
+        own = params | {"layers": jax.tree.map(lambda x, n=layer + 1: x[:n], params["layers"])}
+        normed, _ = transformer.Decoder(cut, remat="none").apply({"params": own}, rows(batch["tokens"]), rows(batch["mask"]))
+        x = out.hidden[layer].reshape(normed.shape)
+        scaled = x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + c.rms_norm_eps) * params["norm"][None, None]
+        np.testing.assert_allclose(scaled, normed, rtol=1e-5, atol=1e-5)
+    grads = jax.jit(jax.grad(lambda p: jnp.square(apply(p, batch).hidden[0]).sum()))(params)
+    reached = np.asarray(jnp.abs(grads["layers"]["q"]).sum(axis=(1, 2)) > 0)
+    np.testing.assert_array_equal(reached, [True, False, False])

@@ -567,6 +567,19 @@ def test_centring_and_l2_by_hand():
         close(objective(out(s), batch, objective.normalised(batch))[0], expected)
 
 
+def test_a_language_models_likelihood_beside_the_scores_by_hand():
+    """GRM: log-probs of -20 and -25, beta 0.1, beside Bradley and Terry's of three pairs."""
+    s = jnp.array([[1.2, 0.4], [-0.3, 0.5], [2.0, -1.0]])
+    logps = jnp.broadcast_to(jnp.array([-20.0, -25.0])[None, :, None] / 2, (3, 2, 2))  # of two tokens
+    batch = {"completion_mask": jnp.ones((3, 2, 2), bool)}
+    own = losses.grm_sft(0.1)
+    value, grads = jax.value_and_grad(lambda x: own(Outputs(x, x, scores=s), batch, own.normalised(batch))[0])(logps)
+    close(value, 2.12693)
+    close(grads, np.broadcast_to(np.array([-0.08808, 0.0])[None, :, None] / 3, (3, 2, 2)))
+    both = 0.99 * losses.bradley_terry() + 0.01 * own
+    close(both(Outputs(logps, logps, scores=s), batch, both.normalised(batch))[0], 0.54623)
+
+
 Y = jnp.array([[[1.0, 5.0]], [[3.0, jnp.nan]], [[2.0, jnp.nan]], [[jnp.nan, jnp.nan]]])  # [B, N = 1, labels]
 
 

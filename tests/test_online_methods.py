@@ -31,6 +31,11 @@ METHODS = {  # experience after the reference's log-probs, loss, and fields of t
     "GMPO": ("group_relative()", "gmpo()", {}),
     "SAPO": ("group_relative()", "sapo(level=by_mean)", {}),
     "CISPO": ("group_relative()", "cispo()", {}),
+    "Lp-Reg": (
+        'group_relative(), token_statistic("proxy_logps", policy, min_p(0.02)), low_probability_tokens()',
+        "lp_reg()",
+        {"rollout.minibatches": "2"},
+    ),
     "VESPO": ("group_relative()", "vespo()", {"rollout.ahead": "true"}),
     "masked": ("group_relative()", "importance_masked(grpo(), level=by_response)", {"rollout.ahead": "true"}),
     "off-policy": ("group_relative()", "off_policy_masked(grpo())", {"rollout.epochs": "2"}),
@@ -53,7 +58,7 @@ b, n = 0.04, 6
 def loss(config):
     return {loss}
 
-def experience(config, reference, ensemble, prompts):
+def experience(config, policy, reference, ensemble, prompts):
     return chain(logps("ref_logps", reference), {written})
 """
 
@@ -84,7 +89,7 @@ def test_every_method_of_the_page_finds_what_it_reads(given, tmp_path, name):
 
 def test_the_page_has_the_methods():
     plain = ONLINE.replace("overlong_penalty(..)", "overlong_penalty(n, 2)")
-    for name in ("GRPO", "GDPO", "Dr. GRPO", "DAPO", "REINFORCE++", "its baseline", "PPO", "f-DPG", "online DPO", "GKD"):
+    for name in ("GRPO", "GDPO", "Lp-Reg", "Dr. GRPO", "DAPO", "REINFORCE++", "its baseline", "PPO", "f-DPG", "online DPO", "GKD"):
         experience, loss, _ = METHODS[name]
         assert f"`{loss}`" in ONLINE and experience in plain, name
 
@@ -113,6 +118,17 @@ def test_several_rewards_at_uncertain_tokens_of_samples_ahead(given, tmp_path):
     np.testing.assert_allclose(found[0]["vespo/weight"], 1.0, atol=1e-4)  # the first samples are the policy's own
     assert all(0 < row["vespo/weight"] < 1.6 and row["vespo/weight"] != 1.0 for row in found[1:])
     assert all(0 < row["advantage_std"] < 1 for row in found)  # 1 before four tokens in five have none
+
+
+@pytest.mark.slow
+def test_low_probability_tokens_are_kept_by_the_policy_without_its_noise(given, tmp_path):
+    """Through the command line: two steps on a rollout, whose proxy is the policy's that sampled it; some tokens are protected."""
+    fields = given | {"workdir": str(tmp_path / "run"), "rollout.minibatches": "2", "rollout.epochs": "2", "log.every": "1", "steps": "8"}
+    experience = 'group_relative(), token_statistic("proxy_logps", policy, min_p(0.02)), low_probability_tokens(0.5)'
+    assert main(arguments(tmp_path, source(experience, "lp_reg()"), fields | {"optimizer.learning_rate": "1e-2"})) == 0
+    found = [row for row in rows(tmp_path / "run") if "loss/lp_reg" in row]
+    assert len(found) == 2 and all(row["skipped"] == 0 and row["grad_norm"] > 0 for row in found)
+    assert all(0 < row["lp_reg/protected"] < 0.5 for row in found)
 
 
 @pytest.mark.slow

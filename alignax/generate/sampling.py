@@ -6,10 +6,12 @@ takes 144, and finds the same sets. The draw inverts the cumulative distribution
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from alignax.models.statistics import most_probable
 
 BLOCK = 128  # of the vocabulary, in the two levels of the draw
 
@@ -101,26 +103,6 @@ def weights(sampling: Sampling, logits: jax.Array) -> jax.Array:
     if sampling.top_p < 1:
         w = jnp.where(nucleus(w, sampling.top_p), w, 0.0)
     return jnp.where(w >= sampling.min_p, w, 0.0) if sampling.min_p > 0 else w
-
-
-def most_probable(logits: jax.Array, k: int) -> jax.Array:
-    """The k largest of each row [R, V], with those equal to the last of them: [R, V] bool."""
-    bits = jax.lax.bitcast_convert_type(logits, jnp.int32)
-    order = jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # whole numbers in the order of the floats
-
-    def going(carry: Any) -> jax.Array:
-        i, _, count = carry
-        return (i < 32) & (count > k).any()
-
-    def body(carry: Any) -> Any:
-        i, t, count = carry
-        higher = t + jnp.left_shift(jnp.int32(1), 31 - i)  # the first one wraps from the smallest number to 0
-        above = (order >= higher[:, None]).sum(axis=-1, dtype=jnp.int32)
-        return i + 1, jnp.where(above >= k, higher, t), jnp.where(above >= k, above, count)
-
-    R, V = logits.shape
-    _, t, _ = jax.lax.while_loop(going, body, (jnp.int32(0), jnp.full(R, jnp.iinfo(jnp.int32).min), jnp.full(R, V, jnp.int32)))
-    return order >= t[:, None]
 
 
 def nucleus(weights: jax.Array, p: float) -> jax.Array:

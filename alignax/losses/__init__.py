@@ -1,4 +1,16 @@
-from alignax.losses.algebra import Loss, Objective, Term, at_step, chosen_examples, chosen_tokens, examples, lengths, make_loss, sequence
+from alignax.losses.algebra import (
+    Loss,
+    Objective,
+    Term,
+    at_step,
+    chosen_examples,
+    chosen_tokens,
+    examples,
+    lengths,
+    make_loss,
+    sequence,
+    statistics_of,
+)
 from alignax.losses.divergences import (
     alpha_divergence,
     chi_squared,
@@ -9,6 +21,7 @@ from alignax.losses.divergences import (
     reverse_kl,
     total_variation,
 )
+from alignax.losses.exploration import lp_reg
 from alignax.losses.fdpg import (
     FDivergence,
     alpha_pi_p,
@@ -58,7 +71,7 @@ from alignax.losses.responses import (
     token_mean,
     token_sum,
 )
-from alignax.losses.reward import attribute_regression, bradley_terry, centring, score_l2
+from alignax.losses.reward import attribute_regression, bradley_terry, centring, grm_sft, score_l2
 from alignax.losses.supervised import per_sequence, sft, summed_sft
 from alignax.losses.token import tdpo, tdpo2
 from alignax.losses.transport import aot, aot_unpaired
@@ -69,12 +82,12 @@ __all__ = [
     "Aggregate", "FDivergence", "Loss", "Objective", "Term", "alpha_divergence", "alpha_pi_p", "aot", "aot_unpaired", "apo_down",
     "apo_zero", "apo_zero_unpaired", "at_step", "attribute_regression", "bco", "bradley_terry", "by_mean", "by_response", "by_token",
     "centring", "chi2", "chi2_exact", "chi2_p_pi", "chi2_pi_p", "chi_squared", "chosen_examples", "chosen_tokens", "cispo", "cpo",
-    "desensitised", "discopop", "diverged", "dpo", "dpop", "entropy_bonus", "examples", "exo", "f_dpo", "fdpg", "finished", "forward_kl",
-    "gkd", "gmpo", "grpo", "gspo", "hellinger_pi_p", "hinge", "importance_masked", "importance_weighted", "ipo", "ipo_daa", "ipo_mean",
-    "jensen_shannon", "js_pi_p", "kl_k1", "kl_k2", "kl_k3", "kl_k3_weighted", "kl_p_pi", "kl_pi_p", "kl_pi_ref", "kl_ref_pi", "kto",
-    "ld_dpo", "lengths", "log_odds", "log_ratios", "make_loss", "mean_logps", "mean_ratios", "nca", "off_policy_masked", "orpo",
-    "pair_logps", "pair_metrics", "pair_ratios", "pairwise", "per_sequence", "policy_metrics", "ppo", "quark", "r_dpo", "reinforce",
-    "response_mean", "reverse_kl", "rloo", "robust_dpo", "rpo", "rpo_token_mean", "sapo", "score_l2", "sequence", "sft", "sigmoid_norm",
-    "simpo", "slic_hf", "sppo", "square_root", "summed_sft", "target_divergences", "tdpo", "tdpo2", "token_mean", "token_sum",
-    "total_variation", "tv_pi_p", "value_loss", "vespo", "wpo",
+    "desensitised", "discopop", "diverged", "dpo", "dpop", "entropy_bonus", "examples", "exo", "f_dpo", "fdpg", "finished",
+    "forward_kl", "gkd", "gmpo", "grm_sft", "grpo", "gspo", "hellinger_pi_p", "hinge", "importance_masked", "importance_weighted",
+    "ipo", "ipo_daa", "ipo_mean", "jensen_shannon", "js_pi_p", "kl_k1", "kl_k2", "kl_k3", "kl_k3_weighted", "kl_p_pi", "kl_pi_p",
+    "kl_pi_ref", "kl_ref_pi", "kto", "ld_dpo", "lengths", "log_odds", "log_ratios", "lp_reg", "make_loss", "mean_logps", "mean_ratios",
+    "nca", "off_policy_masked", "orpo", "pair_logps", "pair_metrics", "pair_ratios", "pairwise", "per_sequence", "policy_metrics",
+    "ppo", "quark", "r_dpo", "reinforce", "response_mean", "reverse_kl", "rloo", "robust_dpo", "rpo", "rpo_token_mean", "sapo",
+    "score_l2", "sequence", "sft", "sigmoid_norm", "simpo", "slic_hf", "sppo", "square_root", "statistics_of", "summed_sft",
+    "target_divergences", "tdpo", "tdpo2", "token_mean", "token_sum", "total_variation", "tv_pi_p", "value_loss", "vespo", "wpo",
 ]  # fmt: skip

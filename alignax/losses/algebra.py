@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from alignax.blame import check_call
+from alignax.models.statistics import Statistic, merged
 from alignax.types import Batch, Metrics, Outputs
 
 Over = Callable[[Batch], jax.Array]
@@ -28,6 +29,7 @@ class Term(NamedTuple):
     value: Value  # (Outputs, Batch) -> (values, {metric: values}), each shaped like the weights
     over: Over  # Batch -> weights >= 0, of data only, never of parameters
     averaged: str = ""  # how tokens are averaged, in words; "" of a term whose values are not of tokens
+    statistics: tuple[Statistic, ...] = ()  # what the value reads of `Outputs.statistics`
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -96,6 +98,11 @@ class Loss:
         """The formula: coefficients and names of terms."""
         return " + ".join(_shown(c) + term.name for c, term in self.terms).replace("+ -", "- ")
 
+    @property
+    def statistics(self) -> tuple[Statistic, ...]:
+        """The statistics that its terms read, which the forward pass is asked for."""
+        return merged(*(term.statistics for _, term in self.terms))
+
     def weights(self, batch: Batch) -> tuple[jax.Array, ...]:
         """The raw weights of each term, as data gives them."""
         return tuple(term.over(batch).astype(jnp.float32) for _, term in self.terms)
@@ -150,17 +157,30 @@ def at_step(objective: Objective, step: jax.Array) -> Loss:
     return objective if isinstance(objective, Loss) else objective(step)
 
 
-def make_loss(name: str, value: Value, over: Over | None = None) -> Loss:
+def statistics_of(*objectives: Objective) -> tuple[Statistic, ...]:
+    """The statistics that these losses read; a schedule's terms are the same in every step."""
+    return merged(*(at_step(objective, jnp.zeros((), jnp.int32)).statistics for objective in objectives))
+
+
+def make_loss(name: str, value: Value, over: Over | None = None, statistics: tuple[Statistic, ...] = ()) -> Loss:
     """A loss of one term, averaged over the examples unless `over` says otherwise.
 
+    Args:
+      name: of its metric, `loss/<name>`.
+      value: (Outputs, Batch) -> (values, {metric: values}).
+      over: Batch -> the weights that values and metrics are averaged over.
+      statistics: those of `alignax.models.statistics` that the value reads from `Outputs.statistics`, by their names: a run computes them.
+
     Raises:
-      ValueError: for functions of other arguments.
+      ValueError: for functions of other arguments, and for what is no statistic.
     """
     if not isinstance(name, str) or not name:
         raise ValueError(f"a loss is called {name!r}; its name is a text, which metrics have too")
     check_call(value, f"the value of loss {name!r}", "out", "batch")
     check_call(over or examples, f"over of loss {name!r}", "batch")
-    return Loss(((1.0, Term(name, value, over or examples)),))
+    if odd := [s for s in statistics if not isinstance(s, Statistic)]:
+        raise ValueError(f"loss {name!r} reads {odd[0]!r}, which is no statistic; give a tuple of them, (min_p(0.02),) say")
+    return Loss(((1.0, Term(name, value, over or examples, statistics=tuple(statistics))),))
 
 
 def weighted_sum(values: jax.Array, weights: jax.Array) -> jax.Array:
@@ -173,7 +193,10 @@ def weighted_sum(values: jax.Array, weights: jax.Array) -> jax.Array:
 def token_logps(out: Outputs) -> jax.Array:
     """Log-probs of the tokens [B, N, T], which a reward model has not."""
     if out.logps is None:
-        raise ValueError("this loss reads log-probs, and a reward model has none; use bradley_terry(), or set model.num_labels to 0")
+        raise ValueError(
+            "this loss reads log-probs, and a reward model has none; use bradley_terry(), or set model.num_labels to 0, or "
+            "model.language_head to true"
+        )
     return out.logps
 
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from alignax.losses.algebra import Loss, Over, Term, Value, lengths, sequence, token_logps
 from alignax.losses.divergences import CAP, exp, expm1
 from alignax.losses.pairs import check_positive, check_range, field, of_rollout
+from alignax.models.statistics import Statistic
 from alignax.types import Batch, Metrics, Outputs
 
 Level = Callable[[jax.Array, Batch], jax.Array]  # log-ratios of tokens [B, N, T] -> those that a loss compares [B, N, T]
@@ -47,9 +48,10 @@ class Aggregate:
     scale: Callable[[Batch], jax.Array] | None = None  # Batch -> [B, N, 1]
     words: str = ""  # what a run says that it averages over; "": it says nothing
 
-    def __call__(self, name: str, value: Value) -> Loss:
-        """The loss of values [B, N, T]."""
-        return Loss(((1.0, Term(name, value if self.scale is None else self._scaled(value, self.scale), self.over, self.words)),))
+    def __call__(self, name: str, value: Value, statistics: tuple[Statistic, ...] = ()) -> Loss:
+        """The loss of values [B, N, T], which are of `Outputs.statistics` too; see `make_loss`."""
+        value = value if self.scale is None else self._scaled(value, self.scale)
+        return Loss(((1.0, Term(name, value, self.over, self.words, statistics)),))
 
     def _scaled(self, value: Value, scale: Callable[[Batch], jax.Array]) -> Value:
         def scaled(out: Outputs, batch: Batch) -> tuple[jax.Array, Metrics]:

@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from alignax.losses.algebra import Loss, Term, make_loss
-from alignax.losses.pairs import TIE, check_pairs, check_smoothing, logistic
+from alignax.losses.algebra import Loss, Term, chosen_examples, make_loss, sequence, token_logps
+from alignax.losses.pairs import TIE, check_pairs, check_positive, check_smoothing, logistic
 from alignax.types import Batch, Metrics, Outputs
 
 
@@ -53,6 +53,26 @@ def score_l2() -> Loss:
     (s_w^2 + s_l^2) / 2,   weighed 0.001 there
     """
     return make_loss("score_l2", lambda out, batch: (0.5 * jnp.square(pair_scores(out)).sum(axis=1), {}))
+
+
+def grm_sft(beta: float = 0.1) -> Loss:
+    """What keeps a reward model's hidden states those of a language model (GRM, Yang et al. 2024, arXiv:2406.10216).
+
+    -log sigmoid(beta log pi(y_w)),   pi the distribution of the trunk's own output layer, summed over the chosen response
+
+    `0.99 * bradley_terry() + 0.01 * grm_sft()` is the paper's; `sft()` in its place has no logistic. Needs a reward model that gives
+    log-probs too: `--config.model.language_head=true`.
+
+    Args:
+      beta: of the log-prob, above 0.
+    """
+    check_positive("beta", beta)
+
+    def value(out: Outputs, batch: Batch) -> tuple[jax.Array, Metrics]:
+        chosen = sequence(token_logps(out), batch)[:, 0]  # [B]
+        return logistic(beta * chosen), {"logps/chosen": chosen}
+
+    return make_loss("grm_sft", value, chosen_examples)
 
 
 def attribute_regression(names: Sequence[str]) -> Loss:

@@ -1,21 +1,19 @@
-"""Per-token log-probs, entropy and log sum of squares from the final hidden state, in float32, never holding `[.., T, V]` logits.
+"""Per-token log-probs and statistics of the vocabulary from the final hidden state, in float32, never holding `[.., T, V]` logits.
 
 Only completion positions are scored: each batch shard moves its own to the front, and the loop over chunks ends with the fullest
 shard. Logits exist for one chunk at a time and are made again in the backward pass, which is written out:
 
-    z = x W, p = softmax(z), q = log p, H the entropy:   d q_y / dz = onehot(y) - p,   dH / dz = -p (q + H)
-    with a teacher of distribution t:                    d KL(t || p) / dz = p - t,   d KL(p || t) / dz = p (q - log t - KL(p || t))
-    the generalised Jensen-Shannon divergence of both, of softmax(z / T):   see `jsd` and `jsd_slope`
+    z = x W, p = softmax(z):   d log p(y) / dz = onehot(y) - p,   and of each statistic its slope, see `alignax.models.statistics`
 
 With a soft cap and a temperature s, z = cap tanh(x W / cap) / s, and both are multiplied by dz / d(x W) = (1 - (s z / cap)^2) / s.
 Tokens that are never predicted have a logit so low that their probability is 0, and no gradient.
 
 Differentiated by machine, a chunk took three to four sweeps over its logits rather than one, and the gradient of W was summed over
-the data shards in every chunk rather than once. A KL that no loss reads is not computed, an entropy not differentiated.
+the data shards in every chunk rather than once. A statistic that no loss reads is not computed, or not differentiated.
 """
 
+import dataclasses
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +22,17 @@ from jax.custom_derivatives import SymbolicZero
 from jax.sharding import Mesh
 
 from alignax import mesh as meshes
+from alignax.models.statistics import (
+    Chunk,
+    Statistic,
+    check_statistics,
+    entropy,
+    generalised_jsd,
+    log_sum_sq,
+    merged,
+    policy_kl,
+    ref_kl,
+)
 from alignax.types import Outputs
 
 Teacher = tuple[jax.Array, jax.Array] | None  # hidden states and output weight, of a vocabulary that is the student's
@@ -52,8 +61,9 @@ def token_logps(
     how: Shaping = PLAIN,
     teacher: Teacher = None,
     mixture: tuple[float, float] = (0.5, 1.0),
+    statistics: tuple[Statistic, ...] = (),
 ) -> Outputs:
-    """Log-prob of each target, entropy and log sum of squares of its distribution, where `mask` is True; 0 elsewhere.
+    """Log-prob of each target, and statistics of the distribution that predicts it, where `mask` is True; 0 elsewhere.
 
     Args:
       hidden: [R, T, D], in the compute dtype; `hidden[:, t]` predicts `targets[:, t]`.
@@ -66,10 +76,19 @@ def token_logps(
       teacher: [R, T, E] in the compute dtype and [E, V]; then KL(teacher || softmax), KL(softmax || teacher) and `jsd` are among the
         outputs, with their gradients. None goes to the teacher.
       mixture: beta and the temperature of `jsd`.
+      statistics: further ones, beside the entropy, the log sum of squares and those of a teacher.
 
     Returns:
       Outputs with [R, T] float32 arrays; the sum of squares has no gradient.
+
+    Raises:
+      ValueError: for two statistics of one name, and for one that compares with a teacher where there is none.
     """
+    own = {"entropy": entropy, "log_sum_sq": log_sum_sq}
+    if teacher is not None:
+        own |= {"ref_kl": ref_kl, "policy_kl": policy_kl, "jsd": generalised_jsd(*mixture)}
+    every = merged(tuple(own.values()), statistics)
+    check_statistics(every, teacher is not None)
     R, T, _ = hidden.shape
     S = meshes.batch_shards(mesh) if mesh is not None else 1
     S = S if R % S == 0 else 1  # evaluation of a few rows
@@ -85,11 +104,13 @@ def token_logps(
     x = meshes.constrain(pack(hidden), mesh, "batch", None, None)
     y = jnp.take_along_axis(targets.reshape(S, P), order, axis=1)
     taught = None if teacher is None else (meshes.constrain(pack(teacher[0]), mesh, "batch", None, None), teacher[1])
-    scores: Any = score(chunk, mesh, how, mixture, x, weight, y, count, taught)
+    scores: Any = score(chunk, mesh, how, every, x, weight, y, count, taught)
     restore = lambda a: jnp.where(mask, jnp.take_along_axis(a[:, :P], back, axis=1).reshape(R, T), 0.0)
-    found = list(map(restore, scores))
-    out = Outputs(*found[:5])
-    return out if teacher is None else out._replace(jsd=found[5])
+    logps, *values = map(restore, scores)
+    found = dict(zip(every, values, strict=True))
+    found[log_sum_sq] = jax.lax.stop_gradient(found[log_sum_sq])
+    fields: Any = {name: found[statistic] for name, statistic in own.items()}
+    return Outputs(logps, **fields, statistics={statistic.name: found[statistic] for statistic in statistics})
 
 
 def last_scores(hidden: jax.Array, mask: jax.Array, weight: jax.Array, offset: jax.Array) -> jax.Array:
@@ -147,64 +168,31 @@ def predicted(how: Shaping, z: jax.Array) -> jax.Array:
     return functools.reduce(jnp.logical_and, [(at < first) | (at >= behind) for first, behind in how.unused])
 
 
-def jsd(z: jax.Array, zt: jax.Array, beta: float, temperature: float) -> jax.Array:
-    """The generalised Jensen-Shannon divergence of s = softmax(z / T) and t = softmax(zt / T): [.., V] -> [..] nats.
-
-    beta KL(t || m) + (1 - beta) KL(s || m),   m = beta t + (1 - beta) s
-
-    Agarwal et al. 2023, arXiv:2306.13649, eq. 1, t the teacher. 0 and 1, where that is 0, stand for its limits over beta and over
-    1 - beta: KL(t || s), the forward KL, and KL(s || t), the reverse one.
-    """
-    s, t, m = _mixed(z, zt, beta, temperature)
-    kl = lambda p, q: jnp.sum(jnp.exp(p) * (p - q), axis=-1)
-    if beta in (0, 1):
-        return kl(s, t) if beta else kl(t, s)
-    return beta * kl(t, m) + (1 - beta) * kl(s, m)
-
-
-def jsd_slope(z: jax.Array, zt: jax.Array, beta: float, temperature: float) -> jax.Array:
-    """The gradient of `jsd` at z: (1 - beta) s (log s - log m - KL(s || m)) / T; at beta 0 (s - t) / T, at 1 with t for m. [.., V]."""
-    s, t, m = _mixed(z, zt, beta, temperature)
-    if beta == 0:
-        return (jnp.exp(s) - jnp.exp(t)) / temperature
-    p, d = jnp.exp(s), s - m
-    return (1.0 if beta == 1 else 1 - beta) / temperature * p * (d - jnp.sum(p * d, axis=-1, keepdims=True))
-
-
-def _mixed(z: jax.Array, zt: jax.Array, beta: float, temperature: float) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """log s, log t, log m."""
-    s, t = jax.nn.log_softmax(z / temperature), jax.nn.log_softmax(zt / temperature)
-    return s, t, t if beta in (0, 1) else jnp.logaddexp(s + math.log1p(-beta), t + math.log(beta))
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def score(
     chunk: int,
     mesh: Mesh | None,
     how: Shaping,
-    mixture: tuple[float, float],
+    statistics: tuple[Statistic, ...],
     x: jax.Array,
     weight: jax.Array,
     y: jax.Array,
     count: jax.Array,
     teacher: Teacher,
 ) -> tuple[jax.Array, ...]:
-    """Log-prob of y [S, P], entropy and log sum of squares of softmax(x W), from x [S, P, D] and W [D, V]; 0 after `count` chunks.
-
-    With a teacher, KL(teacher || softmax(x W)), KL(softmax(x W) || teacher) and their `jsd` too.
-    """
-    return _scores(chunk, mesh, how, mixture, x, weight, y, count, teacher)[0]
+    """Log-prob of y [S, P], and each statistic of softmax(x W), from x [S, P, D] and W [D, V]; 0 after `count` chunks."""
+    return _scores(chunk, mesh, how, statistics, x, weight, y, count, teacher)[0]
 
 
-def _forward(chunk: int, mesh: Mesh | None, how: Shaping, mixture: tuple[float, float], *primals: Any) -> Any:
-    return _scores(chunk, mesh, how, mixture, *jax.tree.map(lambda x: x.value, primals))
+def _forward(chunk: int, mesh: Mesh | None, how: Shaping, statistics: tuple[Statistic, ...], *primals: Any) -> Any:
+    return _scores(chunk, mesh, how, statistics, *jax.tree.map(lambda x: x.value, primals))
 
 
 def _scores(
     chunk: int,
     mesh: Mesh | None,
     how: Shaping,
-    mixture: tuple[float, float],
+    statistics: tuple[Statistic, ...],
     x: jax.Array,
     weight: jax.Array,
     y: jax.Array,
@@ -219,53 +207,63 @@ def _scores(
         top = z.max(axis=-1, keepdims=True)
         e = jnp.exp(z - top)
         total = e.sum(axis=-1)
-        lse = top[..., 0] + jnp.log(total)
-        # As a product of vectors: as (e * z).sum() XLA on CPU took 15 times as long, its reduction over an exp being scalar code.
-        entropy = lse - jnp.einsum("scv,scv->sc", e, z) / total
-        logp = jnp.take_along_axis(z, _part(y, i, chunk)[..., None], axis=-1)[..., 0] - lse
-        squares = jnp.log(jnp.einsum("scv,scv->sc", e, e)) - 2 * jnp.log(total)
-        parts = (logp, entropy, lse, squares)
+        at = Chunk(z, _part(y, i, chunk), top[..., 0] + jnp.log(total), e, total)
         if taught is not None:
             zt = shaped(_logits(_part(taught[0], i, chunk), taught[1]), how)
-            lse_t = jax.nn.logsumexp(zt, axis=-1)
-            # From the difference of logits, so that the KL of equal models is 0 and not a difference of large numbers.
-            kl = jnp.einsum("scv,scv->sc", jnp.exp(zt - lse_t[..., None]), zt - z) + lse - lse_t
-            reverse = jnp.einsum("scv,scv->sc", e, z - zt) / total - lse + lse_t
-            parts += (kl, reverse, jsd(z, zt, *mixture), lse_t)
+            at = dataclasses.replace(at, zt=zt, lse_t=jax.nn.logsumexp(zt, axis=-1))
+        logp = at.of_target(z) - at.lse
+        parts = (logp, *(_of_shape(s.forward(at), y.shape[0], chunk, s) for s in statistics), at.lse)
+        parts += () if at.lse_t is None else (at.lse_t,)
         return tuple(_place(a, b, i, chunk) for a, b in zip(out, parts, strict=True))
 
-    zeros = (jnp.zeros(y.shape, jnp.float32),) * (4 if teacher is None else 8)
-    logp, entropy, lse, squares, *rest = jax.lax.fori_loop(0, count, body, zeros)
-    return (logp, entropy, squares, *rest[:3]), (x, weight, y, count, entropy, lse, teacher, rest[1::2])
+    zeros = (jnp.zeros(y.shape, jnp.float32),) * (len(statistics) + (2 if teacher is None else 3))
+    logp, *rest = jax.lax.fori_loop(0, count, body, zeros)
+    values, sums = rest[: len(statistics)], rest[len(statistics) :]
+    return (logp, *values), (x, weight, y, count, teacher, values, sums)
 
 
-def _backward(chunk: int, mesh: Mesh | None, how: Shaping, mixture: tuple[float, float], saved: Any, cotangents: tuple[Any, ...]) -> Any:
-    x, weight, y, count, entropy, lse, teacher, of_teacher = saved
+def _of_shape(value: jax.Array, S: int, C: int, statistic: Statistic) -> jax.Array:
+    if jnp.shape(value) != (S, C):
+        raise ValueError(
+            f"the statistic {statistic.name!r} of {C} positions in {S} batch shards has shape {jnp.shape(value)}; it must be {(S, C)}, a "
+            "number for each position"
+        )
+    return value.astype(jnp.float32)
+
+
+def _backward(
+    chunk: int, mesh: Mesh | None, how: Shaping, statistics: tuple[Statistic, ...], saved: Any, cotangents: tuple[Any, ...]
+) -> Any:
+    x, weight, y, count, teacher, values, sums = saved
     w = _whole(weight, x.dtype, mesh)
-    read = [not isinstance(cotangent, SymbolicZero) for cotangent in cotangents]
-    taught = None if teacher is None or not any(read[3:]) else (teacher[0], _whole(teacher[1], teacher[0].dtype, mesh))
-    dlogps = cotangents[0] if read[0] else jnp.zeros_like(lse)
+    every = list(zip(statistics, values, cotangents[1:], strict=True))
+    read = [entry for entry in every if not isinstance(entry[2], SymbolicZero)]
+    if flat := [s.name for s, _, _ in read if s.slope is None]:
+        raise ValueError(f"the statistic {flat[0]!r} is differentiated and has no slope; give it one, or read it under stop_gradient")
+    taught = None
+    if teacher is not None and any(s.taught for s, _, _ in read):
+        taught = teacher[0], _whole(teacher[1], teacher[0].dtype, mesh)
+    dlogps = jnp.zeros_like(sums[0]) if isinstance(cotangents[0], SymbolicZero) else cotangents[0]
 
-    def body(i: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        dx, dw = sums
+    def body(i: jax.Array, sums_of: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        dx, dw = sums_of
         part = _part(x, i, chunk)
-        at = lambda a: _part(a, i, chunk)[..., None]
-        dlogp = at(dlogps)
+        here = lambda a: _part(a, i, chunk)
+        dlogp = here(dlogps)[..., None]
         z = shaped(_logits(part, w), how)
-        q = z - at(lse)
-        hit = jnp.arange(w.shape[1])[None, None] == at(y)
-        slope = dlogp + at(cotangents[1]) * (q + at(entropy)) if read[1] else dlogp
-        dz = jnp.where(hit, dlogp, 0.0) - jnp.exp(q) * slope
+        at = Chunk(z, here(y), here(sums[0]))
         if taught is not None:
-            reverse, lse_t = map(at, of_teacher)
-            zt = shaped(_logits(_part(taught[0], i, chunk), taught[1]), how)
-            log_t = zt - lse_t
-            if read[3]:
-                dz = dz + at(cotangents[3]) * (jnp.exp(q) - jnp.exp(log_t))
-            if read[4]:
-                dz = dz + at(cotangents[4]) * jnp.exp(q) * (q - log_t - reverse)
-            if read[5]:
-                dz = dz + at(cotangents[5]) * jsd_slope(z, zt, *mixture)
+            at = dataclasses.replace(at, zt=shaped(_logits(here(taught[0]), taught[1]), how), lse_t=here(sums[1]))
+        q, hit, scale = at.logps, at.hit, dlogp
+        for statistic, value, cotangent in read:
+            if statistic == entropy:  # in one product with p: bit for bit what it was when log-prob and entropy alone were differentiated
+                scale = dlogp + here(cotangent)[..., None] * (q + here(value)[..., None])
+        dz = jnp.where(hit, dlogp, 0.0) - at.probs * scale
+        for statistic, value, cotangent in read:
+            if statistic != entropy and statistic.slope is not None:
+                slope = statistic.slope(at, here(value))
+                factors = slope if isinstance(slope, tuple) else (slope,)
+                dz = dz + functools.reduce(jnp.multiply, factors, here(cotangent)[..., None])
         if how.cap is not None:
             dz = dz * (1 - jnp.square(z * (how.temperature / how.cap)))
         if how.temperature != 1:

@@ -140,9 +140,13 @@ def check_alike(sources: Sequence[Source]) -> None:
             raise ValueError(f"{str(source.path)!r} has another {differs} than {str(first.path)!r}; all must have the same")
 
 
-def with_heads(source: Source, num_labels: int, values: int = 0) -> Source:
-    """The folder's trunk with that many scores (0: as the folder is) and values; a head that the folder has not begins anew."""
-    config = dataclasses.replace(source.config, num_labels=num_labels or source.config.num_labels, critic_heads=values)
+def with_heads(source: Source, num_labels: int, values: int = 0, language: bool = False) -> Source:
+    """The folder's trunk with that many scores (0: as the folder is) and values; a head that the folder has not begins anew.
+
+    `language`: the output layer stays beside the scores, see `ModelConfig.language_head`.
+    """
+    heads: Any = {"num_labels": num_labels or source.config.num_labels, "critic_heads": values, "language_head": language}
+    config = dataclasses.replace(source.config, **heads)
     return source._replace(config=config)
 
 
@@ -280,7 +284,11 @@ def plan(source: Source, config: ModelConfig) -> list[Tensor]:
 
 
 def stored_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Leaf name -> shape, of those that the weight files hold; the offset of scores is in config.json, and a critic nowhere."""
+    """Leaf name -> shape, of those that the weight files hold.
+
+    The offset of scores is in config.json, and a critic nowhere, nor the output layer beside scores, which transformers has no model for.
+    """
+    config = dataclasses.replace(config, language_head=False)
     return {name: shape for name, shape in leaf_shapes(abstract_params(config)).items() if name not in (reward.OFFSET, reward.VALUE)}
 
 

@@ -23,6 +23,7 @@ from alignax.models.cache import Cache
 from alignax.models.heads import Shaping, last_scores, token_logps, token_values
 from alignax.models.lora import Lora, adapt
 from alignax.models.moe import experts
+from alignax.models.statistics import Statistic, check_statistics
 from alignax.types import Batch, Outputs, Params, rows
 
 
@@ -63,6 +64,7 @@ class ModelConfig:
     embedding_scale: float = 1.0
     num_labels: int = 0  # scores of a reward model, in place of logits; 0: a language model
     padding: int | None = None  # what its folder pads with: as in transformers a score is read at the last token that is another
+    language_head: bool = False  # a reward model that keeps its language model's output layer gives log-probs beside its scores
     critic_heads: int = 0  # values of every token beside the logits
     predicted_tokens: int = 0  # the first so many of the vocabulary are ever predicted, the others only read; 0: all
     unused_tokens: tuple[tuple[int, int], ...] = ()  # ranges of ids, first and behind the last, that are never predicted either
@@ -95,6 +97,7 @@ class Block(nn.Module):
     dtype: Any
     mesh: Mesh | None
     keep: Any
+    states: bool
 
     def dense(self, name: str, x: jax.Array, features: int, axes: tuple[str, str], bias: bool) -> jax.Array:
         """x[.., in] @ W[in, out] (+ b[out]); float32 weights, computed in `dtype`."""
@@ -118,7 +121,7 @@ class Block(nn.Module):
     def __call__(self, carry: Any, layer: jax.Array, window: jax.Array | None, rope: Any, at: jax.Array | None, mask: jax.Array | None):
         """One layer on x [R, T, D], the first part of the carry; see `Decoder`.
 
-        With a cache, the other part, T is 1 and the tokens are at places `at` [R]. Returns the carry, and what `keep` asks for.
+        With a cache, the other part, T is 1 and the tokens are at places `at` [R]. Returns the carry, and what `keep` or `states` asks for.
         """
         c = self.config
         x, cache = carry
@@ -127,7 +130,8 @@ class Block(nn.Module):
         h = x if c.parallel_residual else after
         h = self.mlp(norm(self, "mlp_norm", h) if c.pre_norms else h)
         x = after + (norm(self, "mlp_post_norm", h) if c.post_norms else h)
-        return (constrain(x, self.mesh, "batch", None, None), cache), kept
+        x = constrain(x, self.mesh, "batch", None, None)
+        return (x, cache), x if self.states else kept
 
     def attend(self, x: jax.Array, cache: Cache | None, layer: jax.Array, window: jax.Array | None, rope: Any, at: Any, mask: Any):
         """Attention with its four projections: [R, T, D] to [R, T, D], the cache with the new keys and values, and what is kept."""
@@ -189,12 +193,15 @@ class Decoder(nn.Module):
     remat: str = "full"
     mesh: Mesh | None = None
     keep: Any = None  # the dtype in which whole rows return their keys and values; None: they do not
+    states: bool = False  # whole rows return what every layer gives instead
 
     @nn.compact
     def __call__(
         self, tokens: jax.Array, mask: jax.Array | None = None, cache: Cache | None = None, at: jax.Array | None = None
-    ) -> tuple[jax.Array, Cache | None]:
+    ) -> tuple[jax.Array, Any]:
         """Final hidden states [R, T, D], and a cache: the one given with the new tokens, or of whole rows what `keep` asks for.
+
+        With `states` there are, in the place of the cache, the hidden states behind every layer [L, R, T, D], before the last norm.
 
         Args:
           tokens: [R, T] int; with a cache [R, 1], the next token of each row.
@@ -213,7 +220,7 @@ class Decoder(nn.Module):
         if c.critic_heads:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("embed", None))
             self.param("value", zeros, (c.hidden_size, c.critic_heads), jnp.float32)
-        if not (c.num_labels or c.tie_word_embeddings):
+        if not c.tie_word_embeddings and (c.language_head or not c.num_labels):
             head = nn.with_logical_partitioning(nn.initializers.normal(c.initializer_range), ("embed", "vocab"))
             self.param("lm_head", head, (c.hidden_size, c.vocab_size), jnp.float32)
         if at is None:
@@ -247,8 +254,10 @@ class Decoder(nn.Module):
         )
         layers = jnp.arange(c.num_hidden_layers)
         # The cache is carried and written in place: as an input and an output of the scan it took 1.9 times as long.
-        (x, cache), kept = stack(c, self.dtype, self.mesh, self.keep, name="layers")((x, cache), layers, windows, rope, at, mask)
-        return norm(self, "norm", x), cache if self.keep is None else kept
+        (x, cache), kept = stack(c, self.dtype, self.mesh, self.keep, self.states, name="layers")(
+            (x, cache), layers, windows, rope, at, mask
+        )
+        return norm(self, "norm", x), kept if self.states or self.keep is not None else cache
 
 
 def norm(module: Block | Decoder, name: str, x: jax.Array) -> jax.Array:
@@ -378,8 +387,12 @@ def forward(
     mesh: Mesh | None = None,
     teacher: tuple[ModelConfig, Params] | None = None,
     mixture: tuple[float, float] = (0.5, 1.0),
+    statistics: tuple[Statistic, ...] = (),
+    hidden: tuple[int, ...] = (),
 ) -> Callable[[Params, Batch], Outputs]:
     """The pure `(params, batch) -> Outputs` of a decoder: per-token statistics at completion positions, or a reward model's scores.
+
+    A reward model with a `language_head` gives both.
 
     Args:
       config: the model.
@@ -390,36 +403,53 @@ def forward(
       teacher: a frozen model of the same vocabulary; then the outputs have `ref_kl` and `policy_kl`, the KL from either to the other in
         every scored position, and `jsd`. It takes a forward pass of the teacher, which reads `ref_tokens` where the batch has them. Under
         jit its parameters must be arguments of the program, not constants.
-      mixture: beta and the temperature of `jsd`, see `alignax.models.heads.jsd`.
+      mixture: beta and the temperature of `jsd`, see `alignax.models.statistics.jsd`.
+      statistics: further statistics of the vocabulary, which `Outputs.statistics` has by name.
+      hidden: layers, from 0, whose hidden states `Outputs.hidden` has by index: [B, N, T, D], before the last norm, of padding too. All
+        layers' are held for it.
+
+    Raises:
+      ValueError: for a remat that is none, for layers and statistics that this model has not.
     """
     if remat not in REMAT:
         raise ValueError(f"remat {remat!r} is unknown; use {', '.join(REMAT)}")
-    decoder = Decoder(config, dtype, remat, mesh)
+    if beyond := [layer for layer in hidden if layer not in range(config.num_hidden_layers)]:
+        raise ValueError(f"layer {beyond[0]} is asked for, and the model has {config.num_hidden_layers}; they are counted from 0")
+    speaks = config.language_head or not config.num_labels
+    if statistics and not speaks:
+        raise ValueError(f"the statistic {statistics[0].name!r} is of log-probs, and a reward model has none; set model.language_head=true")
+    check_statistics(statistics, teacher is not None)
+    decoder = Decoder(config, dtype, remat, mesh, states=bool(hidden))
 
-    def rate(params: Params, batch: Batch) -> Outputs:
-        tokens, mask, scored = rows(batch["tokens"]), rows(batch["mask"]), rows(batch["completion_mask"])  # [R, T]
-        hidden, _ = decoder.apply({"params": params}, tokens, mask)
-        read = mask & scored.any(axis=1, keepdims=True)  # a row of which nothing is scored has no score either
-        read = read if config.padding is None else read & (tokens != config.padding)
-        scores = last_scores(hidden, read, params["score"], params["score_offset"]).reshape(*batch["tokens"].shape[:2], -1)
-        return Outputs(None, None, scores=scores[..., 0] if config.num_labels == 1 else scores)  # pyright: ignore[reportArgumentType]
-
-    def apply(params: Params, batch: Batch) -> Outputs:
-        tokens, mask, scored = rows(batch["tokens"]), rows(batch["mask"]), rows(batch["completion_mask"])  # [R, T]
-        hidden, _ = decoder.apply({"params": params}, tokens, mask)  # [R, T, D]
+    def spoken(params: Params, batch: Batch, states: jax.Array) -> Outputs:
+        tokens, scored = rows(batch["tokens"]), rows(batch["completion_mask"])  # [R, T]
         taught = None
         if teacher is not None:
             read, real = rows(batch.get("ref_tokens", batch["tokens"])), rows(batch.get("ref_mask", batch["mask"]))
-            states, _ = Decoder(teacher[0], dtype, remat, mesh).apply({"params": teacher[1]}, read, real)
-            taught = states[:, :-1], head_weight(*teacher)
+            theirs, _ = Decoder(teacher[0], dtype, remat, mesh).apply({"params": teacher[1]}, read, real)
+            taught = theirs[:, :-1], head_weight(*teacher)
         # Position t - 1 predicts token t; the last position predicts nothing.
-        weight, options = head_weight(config, params), {"how": shaping(config), "teacher": taught, "mixture": mixture}
-        out = token_logps(hidden[:, :-1], weight, tokens[:, 1:], scored[:, 1:], chunk=chunk, mesh=mesh, **options)
+        weight = head_weight(config, params)
+        options: Any = {"how": shaping(config), "teacher": taught, "mixture": mixture, "statistics": statistics}
+        out = token_logps(states[:, :-1], weight, tokens[:, 1:], scored[:, 1:], chunk=chunk, mesh=mesh, **options)
         back = lambda x: jnp.pad(x, ((0, 0), (1, 0))).reshape(batch["tokens"].shape)  # [B, N, T]
-        out = jax.tree.map(back, out)
-        return out._replace(values=token_values(hidden, batch["completion_mask"], params["value"])) if config.critic_heads else out
+        return jax.tree.map(back, out)
 
-    return rate if config.num_labels else apply
+    def apply(params: Params, batch: Batch) -> Outputs:
+        given: Any = decoder.apply({"params": params}, rows(batch["tokens"]), rows(batch["mask"]))
+        states, layers = given  # [R, T, D], [L, R, T, D] where they are asked for
+        out = spoken(params, batch, states) if speaks else Outputs(None, None)  # pyright: ignore[reportArgumentType]
+        if config.num_labels:
+            read = rows(batch["mask"]) & rows(batch["completion_mask"]).any(axis=1, keepdims=True)  # nothing scored, no score either
+            read = read if config.padding is None else read & (rows(batch["tokens"]) != config.padding)
+            scores = last_scores(states, read, params["score"], params["score_offset"])
+            scores = scores.reshape(*batch["tokens"].shape[:2], -1)
+            out = out._replace(scores=scores[..., 0] if config.num_labels == 1 else scores)
+        if config.critic_heads:
+            out = out._replace(values=token_values(states, batch["completion_mask"], params["value"]))
+        return out._replace(hidden={i: layers[i].reshape(*batch["tokens"].shape, -1) for i in hidden}) if hidden else out
+
+    return apply
 
 
 def critic(

@@ -18,7 +18,7 @@ from alignax.models.reward import CRITIC
 from alignax.models.small_files import chat_template, small_files, tokenizer_parts
 from alignax.models.tokenizers import check_token, check_tokenizer, load_tokenizer
 from alignax.rewards import check_one_score, ensemble_apply, open_ensemble
-from alignax.run.roles import BASE, ENSEMBLE, POLICY, REFERENCE, STORED, TRAINED, Role, make_apply
+from alignax.run.roles import BASE, ENSEMBLE, POLICY, REFERENCE, STORED, TRAINED, Role, make_giving, scores_alone
 from alignax.types import Batch, Outputs, Params
 
 
@@ -39,7 +39,7 @@ def open_models(experiment: Experiment, mesh: Mesh) -> tuple[dict[str, Role], Vo
     """
     config, asks = experiment.config, asked(experiment.experience)
     source = open_model(config.model.path, config.model.init, "model.path")
-    source = hf.with_heads(source, config.model.num_labels, trunk_values(config))
+    source = hf.with_heads(source, config.model.num_labels, trunk_values(config), config.model.language_head)
     check_head(config, source, experiment)
     check_members(config, mesh)
     tokenizer = load_tokenizer(source.path, source.config.vocab_size)
@@ -78,8 +78,8 @@ def open_models(experiment: Experiment, mesh: Mesh) -> tuple[dict[str, Role], Vo
 def trained_roles(config: Any, source: hf.Source, adapters: Lora | None, dtype: Any, mesh: Mesh) -> dict[str, Role]:
     """The policy, and a critic of its own tree where `model.critic` names a folder."""
     model = dataclasses.replace(source.config, lora=adapters)
-    apply = make_apply(model, config, dtype, mesh)
-    policy = Role(POLICY, (source,), model, dtype, TRAINED, apply, config.model.init, members=config.ensemble.members)
+    giving = make_giving(model, config, dtype, mesh)
+    policy = Role(POLICY, (source,), model, dtype, TRAINED, giving, config.model.init, members=config.ensemble.members)
     critic = open_critic(config)
     return {POLICY: policy} if critic is None else {POLICY: policy, CRITIC: critic_role(config, critic, dtype, mesh)}
 
@@ -89,20 +89,21 @@ def reference_role(config: Any, source: hf.Source, roles: Mapping[str, Role], me
     policy, own = roles[POLICY], source is not roles[POLICY].source
     shared = policy.lora is not None and not own
     bare = dataclasses.replace(policy.lora, targets=()) if policy.lora is not None and shared else None
-    model = dataclasses.replace(source.config, lora=bare, critic_heads=0)
+    language = {"num_labels": 0, "language_head": False} if source.config.language_head else {}  # of a reward model its language model
+    model = dataclasses.replace(source.config, lora=bare, critic_heads=0, **language)
     # The policy's own forward pass where it can be, so that equal parameters give equal numbers.
-    apply = policy.apply if model == policy.config else make_apply(model, config, policy.dtype, mesh)
+    giving = policy.giving if model == policy.config else make_giving(model, config, policy.dtype, mesh)
     c = config.eval
     idle = config.reference.cache and not (c.temperature > 0 and c.top_p == 1 and max(c.samples, c.sample_prompts))
     tree = BASE if shared else STORED if idle else REFERENCE
-    return Role(REFERENCE, (source,), model, policy.dtype, tree, apply, "pretrained" if own else policy.init)
+    return Role(REFERENCE, (source,), model, policy.dtype, tree, giving, "pretrained" if own else policy.init)
 
 
 def critic_role(config: Any, source: hf.Source, dtype: Any, mesh: Mesh) -> Role:
     """A critic of its own tree, a reward model that is read before every token; it is trained beside the policy."""
     values = transformer.critic(source.config, dtype=dtype, remat=config.model.remat, mesh=mesh)
     apply = lambda params, batch: Outputs(None, None, values=values(params, batch))  # pyright: ignore[reportArgumentType]
-    return Role(CRITIC, (source,), source.config, dtype, TRAINED, apply)
+    return Role(CRITIC, (source,), source.config, dtype, TRAINED, scores_alone(apply))
 
 
 def scoring_role(name: str, sources: Iterable[hf.Source], dtype: Any, mesh: Mesh) -> Role:
@@ -115,7 +116,7 @@ def scoring_role(name: str, sources: Iterable[hf.Source], dtype: Any, mesh: Mesh
         out = each(params, batch)
         return out._replace(scores=out.scores[..., 0]) if several and out.scores is not None else out
 
-    return Role(name, sources, sources[0].config, dtype, name, apply, members=len(sources))
+    return Role(name, sources, sources[0].config, dtype, name, scores_alone(apply), members=len(sources))
 
 
 def spoken(config: Any, source: hf.Source, unused: tuple[tuple[int, int], ...]) -> hf.Source:
@@ -169,8 +170,8 @@ def open_others(config: Any, policy: Role, words: Vocabulary, mesh: Mesh) -> dic
             continue
         source = spoken(config, source, words.unused)
         check_speech(source, policy.source, words, field, f"the model {name!r}")
-        apply = make_apply(source.config, config, policy.dtype, mesh)
-        roles[name] = Role(name, (source,), source.config, policy.dtype, name, apply, adapters=adapters)
+        giving = make_giving(source.config, config, policy.dtype, mesh)
+        roles[name] = Role(name, (source,), source.config, policy.dtype, name, giving, adapters=adapters)
     return roles
 
 

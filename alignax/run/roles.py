@@ -6,7 +6,7 @@ here, so that programs, the loop and experience know models by their names alone
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from alignax import ensemble
 from alignax.models import hf, parameters, peft, transformer
 from alignax.models.lora import Lora, is_quantised, join, merge, quantise, split
 from alignax.models.reward import CRITIC
+from alignax.models.statistics import Statistic
 from alignax.models.transformer import ModelConfig
 from alignax.rewards import load_members
 from alignax.train import Apply
@@ -28,6 +29,9 @@ STORED = "stored_ref_logps"  # the batch field of log-probs that come with the d
 POLICY, BASE, REFERENCE, ENSEMBLE, GOLD = "policy", "base", "reference", "ensemble", "gold"  # roles that runs know; and CRITIC
 
 
+Giving = Callable[[tuple[Statistic, ...]], Apply]
+
+
 class Role(NamedTuple):
     """A model of a run."""
 
@@ -36,7 +40,7 @@ class Role(NamedTuple):
     config: ModelConfig  # of its forward pass: heads, adapters, and what becomes of its logits
     dtype: Any  # of its activations, and of its parameters where they are frozen
     tree: str  # which of the trees that a run holds it reads
-    apply: Apply  # its forward pass, of its whole tree
+    giving: Giving  # statistics -> its forward pass, of its whole tree, whose outputs have them
     init: str = "pretrained"  # or "random": without weights
     adapters: str = ""  # a PEFT folder, which is folded into it as it is read
     members: int = 0  # K of an ensemble, whose trees are stacked [K, ...]
@@ -55,6 +59,11 @@ class Role(NamedTuple):
     def lora(self) -> Lora | None:
         """Its adapters, which alone are trained of it."""
         return self.config.lora
+
+    @property
+    def apply(self) -> Apply:
+        """Its forward pass, of its whole tree."""
+        return self.giving(())
 
 
 Roles = Mapping[str, Role]
@@ -138,10 +147,29 @@ def _part(params: Params, like: Params) -> Params:
 # Functions ------------------------------------------------------------------------------------------------------------------
 
 
-def make_apply(model: ModelConfig, config: Any, dtype: Any, mesh: Mesh, teacher: Any = None) -> Apply:
+def make_apply(
+    model: ModelConfig, config: Any, dtype: Any, mesh: Mesh, teacher: Any = None, statistics: tuple[Statistic, ...] = ()
+) -> Apply:
     """A forward pass as the config wants it."""
     c, mixture = config.model, (config.reference.jsd_beta, config.reference.jsd_temperature)
-    return transformer.forward(model, dtype=dtype, remat=c.remat, chunk=c.logps_chunk, mesh=mesh, teacher=teacher, mixture=mixture)
+    options: Any = {"teacher": teacher, "mixture": mixture, "statistics": statistics}
+    return transformer.forward(model, dtype=dtype, remat=c.remat, chunk=c.logps_chunk, mesh=mesh, **options)
+
+
+def make_giving(model: ModelConfig, config: Any, dtype: Any, mesh: Mesh) -> Giving:
+    """A language model's forward passes, one for each set of statistics, so that equal ones are one function."""
+    return functools.cache(lambda statistics: make_apply(model, config, dtype, mesh, statistics=statistics))
+
+
+def scores_alone(apply: Apply) -> Giving:
+    """The forward pass of models that give no log-probs, and refuse what is read of these."""
+
+    def giving(statistics: tuple[Statistic, ...]) -> Apply:
+        if statistics:
+            raise ValueError(f"the statistic {statistics[0].name!r} is of log-probs, and a reward model has none; ask a language model")
+        return apply
+
+    return giving
 
 
 def whole(roles: Roles, held: Mapping[str, Params], params: Params) -> Params:
@@ -149,20 +177,26 @@ def whole(roles: Roles, held: Mapping[str, Params], params: Params) -> Params:
     return params if roles[POLICY].lora is None else join(held[BASE], params)
 
 
-def policy_model(roles: Roles, held: Mapping[str, Params], params: Params, apply: Apply | None = None) -> Model:
-    """The policy as a function of what is trained, with the values of a critic of its own tree; `apply` may stand for its forward pass."""
-    forward, critic = apply or roles[POLICY].apply, roles.get(CRITIC)
+def policy_apply(roles: Roles, held: Mapping[str, Params], forward: Apply) -> Apply:
+    """A forward pass of the policy as a function of what is trained, with the values of a critic of its own tree."""
+    critic = roles.get(CRITIC)
 
     def both(params: Params, batch: Batch) -> Outputs:
         out = forward(whole(roles, held, params), batch)
         return out if critic is None else out._replace(values=critic.apply(params[CRITIC], batch).values)
 
-    return Model(both, params)
+    return both
+
+
+def policy_model(roles: Roles, held: Mapping[str, Params], params: Params) -> Model:
+    """The policy as a function of what is trained."""
+    giving = lambda statistics: policy_apply(roles, held, roles[POLICY].giving(statistics))
+    return Model(giving(()), params, giving)
 
 
 def models(roles: Roles, held: Mapping[str, Params], params: Params) -> dict[str, Model]:
     """Every model of a run by its role's name, as experience is given it; `params` are what is trained."""
-    own = {name: Model(role.apply, held[role.tree]) for name, role in roles.items() if role.tree in held and name != BASE}
+    own = {name: Model(role.apply, held[role.tree], role.giving) for name, role in roles.items() if role.tree in held and name != BASE}
     return own | {POLICY: policy_model(roles, held, params)}
 
 
@@ -171,3 +205,8 @@ def stored_outputs(params: Params, batch: Batch) -> Outputs:
     if STORED not in batch:
         raise ValueError("reference.cache holds log-probs of the data's own rows, and this experience scores others; leave it empty")
     return Outputs(batch[STORED], jnp.full_like(batch[STORED], jnp.nan))  # the entropy is not stored
+
+
+def stored_statistics(statistics: tuple[Statistic, ...]) -> Apply:
+    """Refuses what was not stored."""
+    raise ValueError(f"reference.cache holds log-probs and not {statistics[0].name!r}, which an experience asks for; leave it empty")

@@ -18,7 +18,7 @@ from alignax.experience import Experience, chain, first_carry
 from alignax.functions import reward_fields
 from alignax.judges import FIELDS
 from alignax.prepare import Run
-from alignax.run.roles import REFERENCE, abstract_frozen, abstract_trained, models, policy_model, stored_outputs
+from alignax.run.roles import REFERENCE, abstract_frozen, abstract_trained, models, policy_model, stored_outputs, stored_statistics
 from alignax.train import init_state
 from alignax.types import Model, Params, TrainState
 
@@ -33,7 +33,7 @@ def make_experience(run: Run, held: Held, state: TrainState) -> Experience:
         return chain()
     given: dict[str, Any] = models(run.roles, held, state.params) | {"config": run.config, "prompts": len(run.data.train.examples)}
     if run.config.reference.cache:
-        given[REFERENCE] = Model(stored_outputs, {})
+        given[REFERENCE] = Model(stored_outputs, {}, stored_statistics)
     if REFERENCE in state.averages:
         given[REFERENCE] = policy_model(run.roles, held, state.averages[REFERENCE])
     made = make(**{name: given[name] for name in asked(make)})

@@ -1,7 +1,7 @@
 """The training step and the evaluation of a run, each behind its experience, as pure functions of state, frozen parameters and batches."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from alignax.averages import averaged
 from alignax.config import DATA, asked
 from alignax.experience import advance
-from alignax.losses.algebra import Objective
+from alignax.losses.algebra import Objective, statistics_of
 from alignax.prepare import Run, by_batch
-from alignax.run.roles import REFERENCE, make_apply, models, policy_model
+from alignax.run.roles import REFERENCE, make_apply, models, policy_apply
 from alignax.run.state import Held, make_experience
 from alignax.train import Apply, make_evaluation, make_step
 from alignax.types import Batch, Metrics, Outputs, TrainState
@@ -26,13 +26,17 @@ def objectives(run: Run, held: Held, state: TrainState) -> dict[str, Objective]:
     return by_batch(run.config, run.experiment.loss(run.config, **{name: given[name] for name in names}))
 
 
-def taught_apply(run: Run, held: Held) -> Apply:
-    """The forward pass that is trained: the policy's, with the reference at its side where `reference.token_kl` asks for their KL."""
-    role, apply = run.policy, None
-    if run.config.reference.token_kl:
-        teacher = run.roles[REFERENCE]
-        apply = make_apply(role.config, run.config, role.dtype, run.mesh, (teacher.config, held[teacher.tree]))
-    return policy_model(run.roles, held, None, apply).apply
+def taught_apply(run: Run, held: Held, losses: Mapping[str, Objective]) -> Apply:
+    """The forward pass that is trained: the policy's, with the statistics that the losses read.
+
+    The reference is at its side where `reference.token_kl` asks for their KL.
+    """
+    role, wanted = run.policy, statistics_of(*losses.values())
+    if not run.config.reference.token_kl:
+        return policy_apply(run.roles, held, role.giving(wanted))
+    teacher = run.roles[REFERENCE]
+    forward = make_apply(role.config, run.config, role.dtype, run.mesh, (teacher.config, held[teacher.tree]), wanted)
+    return policy_apply(run.roles, held, forward)
 
 
 def make_data_step(run: Run) -> Callable[[TrainState, Held, dict[str, Batch]], tuple[TrainState, Metrics]]:
@@ -41,7 +45,8 @@ def make_data_step(run: Run) -> Callable[[TrainState, Held, dict[str, Batch]], t
 
     def step(state: TrainState, held: Held, batches: dict[str, Batch]) -> tuple[TrainState, Metrics]:
         rate = learning.schedule(state.step - state.skipped)
-        train_step = make_step(taught_apply(run, held), objectives(run, held, state)[DATA], learning.optimizer, run.config.microbatches)
+        losses = objectives(run, held, state)
+        train_step = make_step(taught_apply(run, held, losses), losses[DATA], learning.optimizer, run.config.microbatches)
         carry, batch = advance(make_experience(run, held, state), state.carry, batches[DATA])
         state, metrics = train_step(dataclasses.replace(state, carry=carry), batch)
         state = after(state)
@@ -55,7 +60,8 @@ def make_evaluate(run: Run) -> Callable[[TrainState, Held, Batch], tuple[Any, Ou
 
     def evaluate(state: TrainState, held: Held, batch: Batch) -> tuple[Any, Outputs]:
         _, batch = advance(make_experience(run, held, state), state.carry, batch)
-        out = taught_apply(run, held)(state.params, batch)
-        return make_evaluation(lambda out, batch: out, objectives(run, held, state)[DATA])(out, state.step, batch), out
+        losses = objectives(run, held, state)
+        out = taught_apply(run, held, losses)(state.params, batch)
+        return make_evaluation(lambda out, batch: out, losses[DATA])(out, state.step, batch), out
 
     return evaluate

@@ -1,0 +1,32 @@
+"""The tokens that `lp_reg` may protect: the least likely of those that are to be made less likely."""
+
+import jax.numpy as jnp
+from jax.tree_util import Partial
+
+from alignax.experience.chain import Experience
+from alignax.losses.pairs import field
+from alignax.losses.responses import advantages_of
+from alignax.types import Batch
+
+
+def low_probability_tokens(share: float = 0.01) -> Experience:
+    """Writes `low_probability` [B, N, T]: of the batch's completion tokens with A < 0 the share that the policy finds least likely.
+
+    Reads `advantages` and `old_logps`. Of n such tokens they are the floor(share * n) lowest, none if that is 1. The released code ranks
+    by the policy as it is being trained, in each microbatch: here it is data, of the whole batch.
+
+    Args:
+      share: rho, in [0, 1]; the paper's are 0.01 and 0.005.
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"the share is {share}; it is one of tokens, in [0, 1] (0.01 is the paper's)")
+    return Partial(_low_probability_tokens, share)
+
+
+def _low_probability_tokens(share: float, batch: Batch) -> Batch:
+    worse = batch["completion_mask"] & (advantages_of(batch) < 0)
+    old = jnp.where(worse, field(batch, "old_logps", 'logps("old_logps", policy)'), jnp.inf)
+    order = jnp.argsort(old.ravel(), stable=True)
+    rank = jnp.zeros(old.size, jnp.int32).at[order].set(jnp.arange(old.size, dtype=jnp.int32)).reshape(old.shape)
+    count = jnp.floor(share * worse.sum())
+    return batch | {"low_probability": worse & (rank < jnp.where(count > 1, count, 0))}

@@ -1,0 +1,46 @@
+"""Statistics of a model's next-token distributions as data."""
+
+import dataclasses
+from collections.abc import Callable
+
+from jax.tree_util import Partial
+
+from alignax.data.files import short
+from alignax.experience.chain import Experience
+from alignax.experience.logps import in_parts
+from alignax.models.statistics import Statistic
+from alignax.types import Batch, Model, Outputs, Params
+
+
+def token_statistic(name: str, model: Model, statistic: Statistic, microbatches: int = 1) -> Experience:
+    """Writes a statistic of the model's next-token distribution at each completion token: `name` [B, N, T] float32, 0 elsewhere.
+
+    `token_statistic("proxy_logps", policy, min_p(0.02))` is what `lp_reg` reads. It takes a forward pass of its own.
+
+    Args:
+      name: the field.
+      model: whose distributions they are, of those that `experience(..)` is given; no gradient goes into it.
+      statistic: one of `alignax.models.statistics`, or one's own; of a single model.
+      microbatches: parts that the batch is scored in, one after another, to bound memory.
+
+    Raises:
+      ValueError: for what is no statistic, and for a model that cannot be asked for one.
+    """
+    if not isinstance(statistic, Statistic):
+        raise ValueError(f"token_statistic({name!r}, ..) is given {short(statistic)}; it takes a Statistic, min_p(0.02) say")
+    if model.giving is None:
+        raise ValueError(f"the model of token_statistic({name!r}, ..) gives no statistics; take the policy or the reference")
+    return Partial(_TokenStatistic(name, statistic.name, microbatches, model.giving((statistic,))), model.params)
+
+
+@dataclasses.dataclass(frozen=True)
+class _TokenStatistic:
+    """The static part of `token_statistic`."""
+
+    name: str
+    statistic: str
+    microbatches: int
+    apply: Callable[[Params, Batch], Outputs]
+
+    def __call__(self, params: Params, batch: Batch) -> Batch:
+        return batch | {self.name: in_parts(lambda part: self.apply(params, part).statistics[self.statistic], batch, self.microbatches)}
