@@ -160,7 +160,7 @@ def generate(model: Path, request: Request, overrides: Sequence[str], force: boo
             saved = is_workdir(model)
             config = saved_experiment(model, overrides).config if saved else folder_config(model, overrides)
             source = open_model(config.model.path, config.model.init, "model.path")
-            source = hf.with_heads(source, config.model.num_labels, trunk_values(config))
+            source = hf.with_heads(source, config.model.num_labels, trunk_values(config), config.model.language_head)
             if source.config.num_labels:
                 raise ValueError(f"{str(model)!r} is a reward model, which gives scores and no text; give a language model")
             tokenizer = load_tokenizer(source.path, source.config.vocab_size)

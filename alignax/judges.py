@@ -210,6 +210,7 @@ def read(
             asks.append(asked(examples, i, whole[: whole.find(text) + len(text)] if text in whole else text))
             codes.append(None)
     anew = iter(tokens_of(asks, judge))
+    foreign = {} if judge.shared else {f"{judge.role}_foreign": np.ones(len(rows), bool)}  # ids of these tokens are not the policy's
     shape = (*said.ended.shape, judge.length)
     out = {"tokens": np.zeros(shape, np.int32), "mask": np.zeros(shape, bool), "completion_mask": np.zeros(shape, bool)}
     flat = {name: x.reshape(-1, judge.length) for name, x in out.items()}
@@ -222,4 +223,4 @@ def read(
         scored = (bytes(len(code.prompt)) + code.scored[0])[: len(ids)]
         flat["tokens"][k, : len(ids)], flat["mask"][k, : len(ids)] = ids, True
         flat["completion_mask"][k, : len(ids)] = np.frombuffer(scored, np.bool_)
-    return {f"{judge.role}_{name}": x for name, x in out.items()} | {f"{judge.role}_cut": cut.reshape(said.ended.shape)}
+    return {f"{judge.role}_{name}": x for name, x in out.items()} | {f"{judge.role}_cut": cut.reshape(said.ended.shape)} | foreign

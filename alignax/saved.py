@@ -65,7 +65,9 @@ def saved_models(workdir: Path, overrides: Sequence[str]) -> Saved:
     """The newest checkpoint of a run, adapters merged. The run's data need not be there."""
     with together():
         config = saved_experiment(workdir, overrides).config
-        source = hf.with_heads(open_source(config.model.path, "model.path"), config.model.num_labels, trunk_values(config))
+        source = hf.with_heads(
+            open_source(config.model.path, "model.path"), config.model.num_labels, trunk_values(config), config.model.language_head
+        )
     mesh = make_mesh(config.mesh)
     return Saved(config, source, mesh, *newest_models(workdir, config, source, mesh, config.export.params))
 

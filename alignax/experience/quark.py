@@ -64,14 +64,18 @@ class _Unconditioned:
     tokens: tuple[int, ...]
 
     def __call__(self, experience: Experience, batch: Batch) -> Batch:
-        if any(name.endswith("_tokens") and name != "ref_tokens" for name in batch):
+        if any(name.endswith("_foreign") for name in batch):
             raise ValueError(
-                "unconditioned() shortens the policy's prompts, and these reward models read others; give some of its own format"
+                "unconditioned() shortens the policy's prompts, and these reward models read others; give some of its own tokenizer"
             )
-        row = {name: rows(batch[name]) for name in ("tokens", "mask", "completion_mask")}  # [R, T]
-        cut = without(places(self.tokens, row), row["tokens"], row["mask"])
-        whole = {name: batch[name] for name in ("tokens", "mask")}
-        return experience(batch | {name: x.reshape(whole[name].shape) for name, x in zip(whole, cut, strict=True)}) | whole
+        roles = [name.removesuffix("tokens") for name in batch if name == "tokens" or (name.endswith("_tokens") and name != "ref_tokens")]
+        bare = {}
+        for role in roles:  # "", and of what reward models read "ensemble_"
+            row = {name: rows(batch[role + name]) for name in ("tokens", "mask", "completion_mask")}  # [R, T]
+            cut = without(places(self.tokens, row), row["tokens"], row["mask"])
+            names = (role + "tokens", role + "mask")
+            bare |= {name: x.reshape(batch[name].shape) for name, x in zip(names, cut, strict=True)}
+        return experience(batch | bare) | {name: batch[name] for name in bare}
 
 
 @dataclasses.dataclass(frozen=True)

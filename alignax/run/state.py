@@ -129,6 +129,6 @@ def abstract_rollout(run: Run, prompts: int, samples: int) -> dict[str, jax.Shap
     fields |= {"truncated": ((B, N), jnp.bool_), "prompt_id": ((B,), jnp.int32)}
     for judge in run.judges.values():
         fields |= {f"{judge.role}_{name}": ((B, N, judge.length), tokens[name]) for name in FIELDS}
-        fields[f"{judge.role}_cut"] = (B, N), jnp.bool_
+        fields |= {f"{judge.role}_cut": ((B, N), jnp.bool_)} | ({} if judge.shared else {f"{judge.role}_foreign": ((B,), jnp.bool_)})
     fields |= {name: ((B, N, *more), jnp.float32) for name, more in reward_fields(run.experiment).items()}
     return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=layout) for name, (shape, dtype) in fields.items()}
