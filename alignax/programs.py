@@ -15,6 +15,7 @@ from alignax.blame import check_call
 from alignax.config import asked, eval_batch_size, prompts_of_rollout
 from alignax.data import Batches
 from alignax.experience import Experience, advance, chain, first_carry
+from alignax.experience.chain import with_reported
 from alignax.judges import FIELDS
 from alignax.models import hf, parameters, reward, transformer
 from alignax.models.lora import Lora, is_quantised, join, split
@@ -241,13 +242,14 @@ def make_programs(run: Run) -> tuple[Callable, Callable]:
     def step(state: TrainState, frozen: dict[str, Params], batch: Batch) -> tuple[TrainState, Metrics]:
         rate = run.schedule(state.step - state.skipped)
         train_step = make_step(taught_apply(run, frozen), run.objective, run.optimizer, run.config.microbatches)
-        carry, batch = advance(make_experience(run, frozen, state), state.carry, batch)
+        carry, batch, reported = advance(make_experience(run, frozen, state), state.carry, batch)
         state, metrics = train_step(dataclasses.replace(state, carry=carry), batch)
         state = after(state)
-        return state, metrics | {"learning_rate": jnp.asarray(rate), "tokens": batch["mask"].sum(dtype=jnp.float32)}
+        metrics |= {"learning_rate": jnp.asarray(rate), "tokens": batch["mask"].sum(dtype=jnp.float32)}
+        return state, with_reported(metrics, reported)
 
     def evaluate(state: TrainState, frozen: dict[str, Params], batch: Batch) -> tuple[Any, Outputs]:
-        _, batch = advance(make_experience(run, frozen, state), state.carry, batch)
+        _, batch, _ = advance(make_experience(run, frozen, state), state.carry, batch)
         out = taught_apply(run, frozen)(state.params, batch)
         return make_evaluation(lambda out, batch: out, run.objective)(out, state.step, batch), out
 

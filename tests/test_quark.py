@@ -298,7 +298,7 @@ def trained() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             state, pool = carry
             key = jax.random.fold_in(state.key, round)
             best = jax.nn.softmax(state.params["policy"][0]) @ rewards
-            pool, batch = advance(experience, pool, explored(key, state.params["policy"], rewards))
+            pool, batch, _ = advance(experience, pool, explored(key, state.params["policy"], rewards))
 
             def epoch(state, key):
                 order = jax.random.permutation(key, SAMPLES).reshape(4, -1)
