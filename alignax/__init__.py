@@ -35,6 +35,7 @@ from alignax.experience import mu_ppo as mu_ppo
 from alignax.experience import nelder_mead as nelder_mead
 from alignax.experience import nm_ppo as nm_ppo
 from alignax.experience import overlong_penalty as overlong_penalty
+from alignax.experience import pama as pama
 from alignax.experience import ppo_sat as ppo_sat
 from alignax.experience import proposal_evidence as proposal_evidence
 from alignax.experience import proxy_point as proxy_point

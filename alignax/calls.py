@@ -16,13 +16,14 @@ from typing import Any, NamedTuple
 from alignax.config import load_module
 from alignax.data.files import one_line, short
 
+METRICS = "metrics"  # the function that gives numbers by name
 LONGEST = 1e9  # seconds of a timer, which takes no 1e15; a config may
 
 
 class Call(NamedTuple):
     """What a worker is asked: a function of the experiment, of so many completions."""
 
-    name: str  # "reward" or "gold"
+    name: str  # "reward", "gold" or "metrics"
     defined: str  # its qualified name
     positional: bool  # whether prompts and completions go by position
     given: dict[str, list[Any]]  # argument -> a value for each completion
@@ -33,9 +34,9 @@ class Call(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """Rewards, NaN where there is none, and what went wrong first."""
+    """Rewards, NaN where there is none, and what went wrong first; of metrics each is numbers by name."""
 
-    rewards: list[float]
+    rewards: list[Any]
     problem: str = ""
     at: int = -1  # which completion it went wrong with; -1: all together
     final: bool = False  # whether it is no use to ask for each completion alone
@@ -87,8 +88,9 @@ def answered(function: Any, call: Call, config: Any, file: Path) -> Answer:
     own = os.getpid()
     given = dict(call.given) | ({"config": config} if call.config else {})
     first = [given.pop(name) for name in ("prompts", "completions")] if call.positional else []
+    read = named_numbers if call.name == METRICS else numbers
     try:
-        return within(call.limit, lambda: numbers(function(*first, **given), call.count), alone=call.start >= 0)
+        return within(call.limit, lambda: read(function(*first, **given), call.count), alone=call.start >= 0)
     except BaseException as e:  # sys.exit(), too, is no answer
         alone = [math.nan] if call.start >= 0 else []
         return Answer(alone, told(e, file), final=isinstance(e, Malformed), spoilt=isinstance(e, HalfImported))
@@ -122,6 +124,25 @@ def numbers(given: Any, count: int) -> Answer:
             rewards.append(math.nan)
             problem, at = (problem, at) if problem else (f"it gives {short(repr(x))}, which is no number", i)
     return Answer(rewards, problem, at)
+
+
+def named_numbers(given: Any, count: int) -> Answer:
+    """What a function of metrics returned, {name: numbers}, as numbers by name of each completion.
+
+    Raises:
+      Malformed: for anything else than so many of each name.
+    """
+    if not isinstance(given, Mapping) or not all(isinstance(name, str) and name for name in given):
+        raise Malformed(f"it gives a {type(given).__name__}; it must return numbers by name, {{'words': [3, 5]}} say, one a completion")
+    found: dict[str, Answer] = {}
+    for name, column in given.items():
+        try:
+            found[name] = numbers(column, count)
+        except Malformed as e:
+            raise Malformed(f"of {name!r} {str(e).replace(' rewards for ', ' numbers for ')}") from None
+    rows = [{name: answer.rewards[i] for name, answer in found.items()} for i in range(count)]
+    wrong = next((answer for answer in found.values() if answer.problem), Answer([]))
+    return wrong._replace(rewards=rows)
 
 
 def within(seconds: float, function: Callable[[], Any], alone: bool = False) -> Any:

@@ -22,7 +22,7 @@ from alignax.models.transformer import ModelConfig
 from alignax.online import make_judge
 from alignax.prepare import Run, make_apply
 from alignax.programs import full, make_programs, reference_config, reference_model, reference_name
-from alignax.rollout import decoded, rewards_of, samples_batch, text_metrics
+from alignax.rollout import decoded, metrics_of, rewards_of, samples_batch, text_metrics
 from alignax.train import means
 from alignax.types import Batch, Model, Params, TrainState
 
@@ -96,6 +96,7 @@ class Evaluation:
         prompts = np.repeat(np.array([self.examples.prompts[i] for i in self.sampled], object)[:, None], c.samples_per_prompt, axis=1)
         found: dict[str, Any] = {"prompt": prompts, "completion": np.array(texts, object)}  # [n, samples_per_prompt]
         gold = None if run.experiment.gold is None else rewards_of(run, "gold", self.examples, rows, completions, texts)
+        scores |= metrics_of(run, self.examples, rows, completions, texts)
         if self.online:
             batch = samples_batch(run, self.examples, rows, self.prompts, completions, texts)
             batch |= {} if gold is None else {"gold": gold}

@@ -20,7 +20,7 @@ from alignax import mesh as meshes
 from alignax.config import steps_of_turn
 from alignax.distributed import is_main
 from alignax.evaluate import Evaluation
-from alignax.losses.algebra import at_step
+from alignax.losses.algebra import by_name
 from alignax.losses.responses import differing
 from alignax.metrics import Log
 from alignax.models import hf, parameters, peft, reward
@@ -231,7 +231,7 @@ def summary(run: Run, about: dict[str, Any], start: int) -> list[str]:
     if run.members:
         kind = "all parameters" if run.lora is None else "adapters" if run.lora.targets else "a head"
         lines.append(f"ensemble of {run.members} members {about['members']}, each with {kind} of its own; seeds from {run.config.seed} on")
-    lines += filter(None, [differing(at_step(run.objective, jnp.zeros((), jnp.int32)))])
+    lines += filter(None, map(differing, by_name(run.objective, jnp.zeros((), jnp.int32)).values()))
     for name, report in run.reports.items():
         lines += [f"{name} data: {line}" if i == 0 else f"  {line}" for i, line in enumerate(report.lines())]
     for stream in (run.train, run.pretrain):

@@ -5,7 +5,7 @@ come, each further one in an order of its own.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from alignax.experience import advance
 from alignax.experience.chain import with_reported
 from alignax.experience.logps import in_parts
 from alignax.generate import sampler_gap
-from alignax.losses.algebra import Objective, at_step, lengths, sequence
+from alignax.losses.algebra import Objectives, by_name, lengths, sequence
 from alignax.prepare import Run
 from alignax.programs import (
     abstract_batch,
@@ -79,13 +79,15 @@ def make_learn(run: Run) -> Callable[[TrainState, dict[str, Params], dict[str, B
             carry, batch, metrics, reported = experienced(run, state, frozen, batch, parts)
         state = dataclasses.replace(state, carry=carry)
         apply = taught_apply(run, frozen)
-        train_step = make_step(apply, {ROLLOUTS: run.objective} | run.beside, run.optimizer, c.microbatches, outputs=once)
+        own = run.objective if isinstance(run.objective, Mapping) else {ROLLOUTS: run.objective}  # those of the rollout
+        objectives = {**own, **run.beside}
+        train_step = make_step(apply, objectives, run.optimizer, c.microbatches, once, run.experiment.combine)
         if off_policy(run):
             check_corrected(apply, run.objective, state, batch, c.rollout.minibatches)
 
         def step(state: TrainState, part: dict[str, Batch]) -> tuple[TrainState, Metrics]:
             rate = run.schedule(state.step - state.skipped)
-            state, metrics, *out = train_step(state, part)
+            state, metrics, *out = train_step(state, {name: part.get(name, part[ROLLOUTS]) for name in objectives})
             metrics = (scored(run, part[ROLLOUTS], out[0]) if once else {}) | metrics
             return after(state), metrics | {"learning_rate": jnp.asarray(rate)}
 
@@ -127,13 +129,13 @@ def first_responses(run: Run, batch: Batch) -> Batch:
     return {name: jax.lax.with_sharding_constraint(x[:groups], whole) for name, x in out.items()}
 
 
-def check_corrected(apply: Apply, objective: Objective, state: TrainState, batch: Batch, minibatches: int) -> None:
+def check_corrected(apply: Apply, objective: Objectives, state: TrainState, batch: Batch, minibatches: int) -> None:
     """Refuses a loss that takes the samples of another policy for the policy's own; on shapes alone."""
     name, read = "sampled_logps", set()
 
-    def look(state: TrainState, batch: Batch) -> jax.Array:
+    def look(state: TrainState, batch: Batch) -> list[jax.Array]:
         part = jax.tree.map(lambda x: x[0], microbatch(Noting(batch, frozenset({name}), read.add), minibatches))
-        return loss_of(apply, objective, state, part)
+        return trained(apply, objective, state, part)
 
     jax.eval_shape(look, state, batch)
     if not read:
@@ -153,21 +155,21 @@ def reads_once(run: Run, state: TrainState, frozen: dict[str, Params], batch: Ba
         return False
     kept, read = [], set()
 
-    def look(state: TrainState, frozen: dict[str, Params], batch: Batch) -> jax.Array:
+    def look(state: TrainState, frozen: dict[str, Params], batch: Batch) -> list[jax.Array]:
         before = dict.fromkeys(("old_logps", "old_entropy"), jnp.zeros(batch["mask"].shape))
         noting = Noting(batch | before, frozenset(before), read.add)
         _, after, _ = advance(make_experience(run, frozen, state), state.carry, noting)
         kept.extend(after[name] is batch[name] for name in ("tokens", "mask", "completion_mask"))
-        return loss_of(taught_apply(run, frozen), run.objective, state, after)
+        return trained(taught_apply(run, frozen), run.objective, state, after)
 
     jax.eval_shape(look, state, frozen, batch)
     return all(kept) and not read
 
 
-def loss_of(apply: Apply, objective: Objective, state: TrainState, batch: Batch) -> jax.Array:
-    """What is trained of a loss, on a batch; what it only observes is left out."""
-    loss = at_step(objective, state.step).trained()
-    return loss(apply(state.params, batch), batch, loss.normalised(batch))[0]
+def trained(apply: Apply, objective: Objectives, state: TrainState, batch: Batch) -> list[jax.Array]:
+    """What is trained of the losses of a batch; what they only observe is left out."""
+    losses, out = [loss.trained() for loss in by_name(objective, state.step).values()], apply(state.params, batch)
+    return [loss(out, batch, loss.normalised(batch))[0] for loss in losses]
 
 
 def make_judge(run: Run) -> Callable[[TrainState, dict[str, Params], Batch], Metrics]:
@@ -267,7 +269,7 @@ def known_rewards(batch: Batch) -> tuple[jax.Array, jax.Array]:
     return jnp.where(known, rewards, 0.0), known
 
 
-def per_token(x: jax.Array, batch: Batch) -> jax.Array:
+def per_token(x: jax.Array, batch: Batch) -> list[jax.Array]:
     """The mean of [B, N, T] over scored tokens."""
     return jnp.where(batch["completion_mask"], x, 0.0).sum() / jnp.maximum(lengths(batch).sum(), 1)
 

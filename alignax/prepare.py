@@ -34,6 +34,7 @@ from alignax.checks import (
 )
 from alignax.config import (
     HEAD,
+    PRETRAIN,
     ROLLOUTS,
     Experiment,
     asked,
@@ -52,12 +53,12 @@ from alignax.data.template import Today
 from alignax.distributed import is_main
 from alignax.generate import stops_of
 from alignax.judges import Judge
-from alignax.losses.algebra import Objective
+from alignax.losses.algebra import Objective, Objectives
 from alignax.models import hf, lora, peft, transformer
 from alignax.models.lora import Lora
 from alignax.models.small_files import chat_template, small_files, tokenizer_parts
 from alignax.models.tokenizers import check_token, check_tokenizer, load_tokenizer
-from alignax.optim import make_optimizer, make_schedule
+from alignax.optim import make_optimizer, make_schedule, own_optimizer
 from alignax.rewards import check_one_score, open_ensemble
 from alignax.train import Apply
 from alignax.workers import Workers
@@ -106,7 +107,7 @@ class Run(NamedTuple):
     steps: int
     dtype: Any
     apply: Apply
-    objective: Objective  # online of rollouts
+    objective: Objectives  # online of rollouts; several by name where the experiment combines their gradients
     beside: dict[str, Objective]  # those of further batches, by name
     schedule: optax.Schedule
     optimizer: optax.GradientTransformation
@@ -163,17 +164,17 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
     dtype = compute_dtype(config, mesh)
     apply = make_apply(dataclasses.replace(source.config, lora=models.lora), config, dtype, mesh)
     schedule = make_schedule(config.optimizer, steps)
-    optimizer = make_optimizer(config.optimizer, schedule)
+    optimizer = own_optimizer(experiment, schedule) if experiment.optimizer else make_optimizer(config.optimizer, schedule)
     objectives, averages = learning(experiment)
     check_averages(config, averages, reference)
     check_cache(config, averages, reference)
-    beside = {name: objective for name, objective in objectives.items() if name != ROLLOUTS}
+    beside = {name: objectives.pop(name) for name in (PRETRAIN,) if name in objectives}
     for line in notices(models, config.lora.path, config.rollout.samples > 0) if is_main() else ():
         print(f"notice: {line}", file=sys.stderr)
     return Run(
         experiment, config, Path(config.workdir), mesh, source, reference, models.lora, models.critic, models.tokenizer, ends,
         models.unused, train, pretrain, models.judges, judge, config.ensemble.members, examples.get("eval"), reports, steps, dtype, apply,
-        objectives[ROLLOUTS], beside, schedule, optimizer, averages,
+        objectives if experiment.combine else objectives[ROLLOUTS], beside, schedule, optimizer, averages,
         Workers(experiment.file, config, config.rollout.reward_workers, config.rollout.timeout),
     )  # fmt: skip
 
@@ -250,7 +251,7 @@ def learning(experiment: Experiment) -> tuple[dict[str, Objective], dict[str, Av
     if not isinstance(averages, Mapping):
         raise ValueError(f'averages() of {file} returns {averages!r}; return averages by name, {{"ema": ema(0.999)}} say')
     check_objective(given, file)
-    check_pretrain(config, given, file)
+    check_pretrain(config, given, file, experiment.combine is not None)
     return dict(given) if isinstance(given, Mapping) else {ROLLOUTS: given}, dict(averages)
 
 

@@ -1,7 +1,7 @@
 """What a run computes: its models, the shapes and places of its arrays, and its two jitted programs."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -241,9 +241,11 @@ def make_programs(run: Run) -> tuple[Callable, Callable]:
 
     def step(state: TrainState, frozen: dict[str, Params], batch: Batch) -> tuple[TrainState, Metrics]:
         rate = run.schedule(state.step - state.skipped)
-        train_step = make_step(taught_apply(run, frozen), run.objective, run.optimizer, run.config.microbatches)
+        apply, c = taught_apply(run, frozen), run.config
+        train_step = make_step(apply, run.objective, run.optimizer, c.microbatches, combine=run.experiment.combine)
         carry, batch, reported = advance(make_experience(run, frozen, state), state.carry, batch)
-        state, metrics = train_step(dataclasses.replace(state, carry=carry), batch)
+        given = dict.fromkeys(run.objective, batch) if isinstance(run.objective, Mapping) else batch
+        state, metrics = train_step(dataclasses.replace(state, carry=carry), given)
         state = after(state)
         metrics |= {"learning_rate": jnp.asarray(rate), "tokens": batch["mask"].sum(dtype=jnp.float32)}
         return state, with_reported(metrics, reported)

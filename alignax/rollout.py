@@ -5,6 +5,7 @@ goes on bit for bit.
 """
 
 import dataclasses
+import json
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -16,12 +17,13 @@ from jax.experimental import multihost_utils
 from alignax import judges
 from alignax import mesh as meshes
 from alignax.averages import PROPOSAL
-from alignax.calls import Answer, Call, qualified
+from alignax.calls import METRICS, Answer, Call, qualified
 from alignax.calls import within as within  # how a reward function is timed, to try one by hand
 from alignax.checks import parameters
 from alignax.config import ROLLOUTS, prompts_of_rollout, steps_of_turn
 from alignax.data import Examples
 from alignax.data.files import short
+from alignax.distributed import from_main
 from alignax.generate import Completions, Generator, Sampling, Stops, sampled_batch, shape_for, stops_of, text_of
 from alignax.generate.stops import LENGTH, STOP_ID, STOP_STRING
 from alignax.online import make_learn, pretraining
@@ -150,8 +152,8 @@ class Rollouts:
         count = len(batch["prompt_id"])
         return Rollout(meshes.put_batch(self.run.mesh, lambda part: {name: x[part] for name, x in batch.items()}, count), metrics)
 
-    def judged(self, sampled: Sampled) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-        """Batch and metrics of what was sampled, on the host."""
+    def judged(self, sampled: Sampled, again: bool = False) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+        """Batch and metrics of what was sampled, on the host; `metrics` of the experiment is not asked `again`, of a refill."""
         run, began = self.run, time.monotonic()
         rows, prompts, completions, metrics = sampled
         examples, texts = run.train.examples, decoded(run.tokenizer, completions, self.generate.stops)
@@ -161,6 +163,8 @@ class Rollouts:
         if run.experiment.gold is not None:
             batch["gold"] = rewards_of(run, "gold", examples, rows, completions, texts)
             metrics["gold"] = known_mean(batch["gold"])
+        if not again:
+            metrics |= metrics_of(run, examples, rows, completions, texts)
         return batch, metrics | {"time/reward": time.monotonic() - began}
 
     def refilled(
@@ -176,7 +180,7 @@ class Rollouts:
         while found["refill/times"] < self.run.config.rollout.refill and not heard.all():
             found["refill/times"] += 1
             silent = np.flatnonzero(~heard)
-            other, metrics = self.judged(self.sample(state, frozen, step, int(found["refill/times"]), len(silent)))
+            other, metrics = self.judged(self.sample(state, frozen, step, int(found["refill/times"]), len(silent)), again=True)
             new = np.flatnonzero(has_signal(other["rewards"]))
             place = silent[: len(new)]
             for name, x in batch.items():
@@ -301,11 +305,7 @@ def rewards_of(run: Run, name: str, examples: Examples, rows: np.ndarray, comple
     found, what, left = np.full(len(rows) * n, np.nan, np.float32), "", 0
     flat = [text for group in texts for text in group]
     if jax.process_index() == 0:  # one process asks for all: the function may be random, or dear
-        ids = [row for group in completions.rows() for row in group]
-        try:
-            answer = answer_of(run, name, examples, np.repeat(rows, n), flat, ids, n)
-        except Abandoned as e:
-            answer, left = Answer([np.nan] * len(found)), e.number
+        answer, left = asked_of(run, name, examples, rows, completions, texts)
         with np.errstate(over="ignore"):
             found[:] = answer.rewards
         what = answer.problem + (f", for {short(flat[answer.at])}" if answer.at >= 0 else "")
@@ -320,14 +320,51 @@ def rewards_of(run: Run, name: str, examples: Examples, rows: np.ndarray, comple
     if bad.any() and c.bad_rewards == "error":
         raise RewardFailed(f"{where}. Mend it, or go on without these with rollout.bad_rewards=drop")
     if bad.any() and jax.process_index() == 0:
-        run.workers.tell(f"{where}. Such are dropped, and counted as bad_rewards")
+        run.workers.tell(name, f"{where}. Such are dropped, and counted as bad_rewards")
     return np.where(bad, np.nan, found).reshape(len(rows), n)
+
+
+def metrics_of(run: Run, examples: Examples, rows: np.ndarray, completions: Completions, texts: list[list[str]]) -> dict[str, float]:
+    """`metrics/NAME`: the means of what `metrics` of the experiment says of completions of rows of the data, over those it knows.
+
+    A failure costs these completions their metrics, and is told once: what is only seen stops no run.
+
+    Raises:
+      Abandoned: in every process, where a signal has ended the wait of the one that asks.
+    """
+    if run.experiment.metrics is None:
+        return {}
+    found, left = {}, 0
+    if jax.process_index() == 0:
+        answer, left = asked_of(run, METRICS, examples, rows, completions, texts)
+        known = [row for row in answer.rewards if isinstance(row, dict)]
+        columns = {name: [row.get(name, np.nan) for row in known] for row in known for name in row}
+        found = {f"metrics/{name}": known_mean(np.where(np.isfinite(x), x, np.nan)) for name, x in columns.items()}
+        if answer.problem:
+            where = f"{METRICS}() of {run.experiment.file}{behind_file(answer.problem)}"
+            run.workers.tell(METRICS, f"{where}. Such completions are left out of its metrics")
+    found, left = json.loads(from_main(json.dumps([found, left])))
+    if left:
+        raise Abandoned(left)
+    return found
+
+
+def asked_of(
+    run: Run, name: str, examples: Examples, rows: np.ndarray, completions: Completions, texts: list[list[str]]
+) -> tuple[Answer, int]:
+    """The answer of a function of the experiment, and 0; where a signal has ended the wait for it, one of NaN, and the signal's number."""
+    n, flat = len(texts[0]), [text for group in texts for text in group]
+    ids = [row for group in completions.rows() for row in group]
+    try:
+        return answer_of(run, name, examples, np.repeat(rows, n), flat, ids, n), 0
+    except Abandoned as e:
+        return Answer([np.nan] * len(flat)), e.number
 
 
 def answer_of(
     run: Run, name: str, examples: Examples, rows: Sequence[int] | np.ndarray, texts: list[str], ids: Sequence[np.ndarray], group: int
 ) -> Answer:
-    """What `reward` or `gold` of the experiment says of completions of rows of the data, those of a prompt, `group`, one after another."""
+    """What a function of the experiment says of completions of rows of the data, those of a prompt, `group`, one after another."""
     function = getattr(run.experiment, name)
     wanted = parameters(function, examples.columns)
     names = ("prompts", "completions", *wanted.named) if wanted.positional else wanted.named

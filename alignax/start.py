@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from alignax import ensemble, output, rewards
 from alignax.blame import blaming, explained
+from alignax.calls import METRICS
 from alignax.checkpoint import Checkpoints, nbytes
 from alignax.config import asked, code, effective, eval_batch_size, flat, prompts_of_rollout
 from alignax.data import Examples
@@ -161,7 +162,7 @@ def sketch(folder: Path) -> str:
 def check_step(run: Run) -> None:
     """Traces the training step on shapes alone, so that a loss that does not fit its data is refused before anything is written."""
     online = run.config.rollout.samples > 0
-    functions = [name for name in ("gold", "reward") if getattr(run.experiment, name) is not None]
+    functions = [name for name in ("gold", "reward", METRICS) if getattr(run.experiment, name) is not None]
     if functions and is_main():
         run.workers.start()  # they load the experiment meanwhile
     try:
@@ -180,16 +181,16 @@ def check_step(run: Run) -> None:
             "data (data.kind, data.columns)"
         ) from e
     check_advantages(run)
-    for name in functions if is_main() else ():
-        check_reward(run, name)
+    seen = [f"{METRICS}/{own}" for name in functions if is_main() for own in check_reward(run, name)]
     best = run.config.checkpoint.best.removeprefix("-")
     names = {
         "loss",
         *SAMPLED,
         *(f"pass@{k}" for k in tries(run.config.eval.samples_per_prompt)),
         *(name for name in metrics if not name.startswith("loss:")),
+        *seen,
     }
-    if best and best not in names:
+    if best and best not in names and is_main():
         raise ValueError(f"checkpoint.best {best!r} is no metric of the evaluation; use one of {', '.join(sorted(names))}")
 
 
@@ -236,11 +237,11 @@ def check_advantages(run: Run) -> None:
         )
 
 
-def check_reward(run: Run, name: str) -> None:
-    """Asks `reward` or `gold` of the experiment once, as a rollout does, of a prompt of the data and the answer that stands there.
+def check_reward(run: Run, name: str) -> list[str]:
+    """Asks a function of the experiment once, as a rollout does, of a prompt of the data and the answer that stands there.
 
     What would stop the run is refused. With `rollout.bad_rewards` "drop" no reward is an answer, and a failure is told, since it may be of
-    that answer alone.
+    that answer alone. Returns the names of metrics, where it is these that it gives.
     """
     examples, file = run.evaluation or run.train.examples, run.experiment.file
     answer = examples.tokens[: examples.offsets[1]][examples.scored[: examples.offsets[1]]]
@@ -249,13 +250,17 @@ def check_reward(run: Run, name: str) -> None:
     if found.problem:
         what = f"{name}() of {file}{behind_file(found.problem)}, asked of a prompt of the data and the completion {short(text)}"
         if found.final or run.config.rollout.bad_rewards == "error":
-            raise ValueError(f"{what}; it must take any completion, an empty one too, and return a list with a number or None for each")
+            numbers = "numbers by name, a list for each with" if name == METRICS else "a list with"
+            raise ValueError(f"{what}; it must take any completion, an empty one too, and return {numbers} a number or None for each")
         run.workers.say(what)
+    elif name == METRICS:
+        return list(found.rewards[0])
     elif run.config.rollout.bad_rewards == "error" and not abs(found.rewards[0]) <= MOST:
         raise ValueError(
             f"{name}() of {file} returns {found.rewards} for one prompt and its completion {short(text)}; it must return a finite number "
             f"up to {MOST:g} for each, or set rollout.bad_rewards=drop, which leaves out those without"
         )
+    return []
 
 
 def initial_params(run: Run) -> Params:

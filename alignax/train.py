@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from alignax.data.files import short
-from alignax.losses.algebra import Loss, Objective, Objectives, at_step
+from alignax.losses.algebra import Loss, Objectives, by_name
 from alignax.types import Batch, Metrics, Outputs, Params, TrainState, gathered, microbatch
 
 Apply = Callable[[Params, Batch], Outputs]
@@ -62,11 +62,10 @@ def make_step(
       ValueError: in the step, where what `combine` gives is no gradient.
     """
 
-    objectives, prefixes = named(objective)
-
     def step(state: TrainState, batch: Any) -> Stepped:
         batches = batch if isinstance(objective, Mapping) else {"": batch}
-        losses = {name: at_step(own, state.step) for name, own in objectives.items()}
+        losses = by_name(objective, state.step)
+        prefixes = prefixed(losses)
         weights = {name: loss.normalised(batches[name]) for name, loss in losses.items()}
 
         def part_loss(
@@ -138,10 +137,9 @@ def check_gradient(grads: Any, params: Params) -> None:
         )
 
 
-def named(objective: Objectives) -> tuple[Mapping[str, Objective], dict[str, str]]:
-    """Losses by name, and what stands before the metrics of each: nothing before the first one's."""
-    objectives = objective if isinstance(objective, Mapping) else {"": objective}
-    return objectives, dict(zip(objectives, ["", *(f"{name}/" for name in list(objectives)[1:])], strict=True))
+def prefixed(losses: dict[str, Loss]) -> dict[str, str]:
+    """What stands before the metrics of each loss: its name, and nothing before the first one's."""
+    return {name: f"{name}/" if i else "" for i, name in enumerate(losses)}
 
 
 def make_evaluation(apply: Apply, objective: Objectives) -> Callable[[Params, jax.Array, Batch], Sums]:
@@ -154,13 +152,11 @@ def make_evaluation(apply: Apply, objective: Objectives) -> Callable[[Params, ja
       terms have weights of their own: `means` puts it together.
     """
 
-    objectives, prefixes = named(objective)
-
     def evaluate(params: Params, step: jax.Array, batch: Batch) -> Sums:
-        out = apply(params, batch)
+        losses, out = by_name(objective, step), apply(params, batch)
         sums = {}
-        for name, prefix in prefixes.items():
-            loss = at_step(objectives[name], step)
+        for name, prefix in prefixed(losses).items():
+            loss = losses[name]
             for i, (term, weights) in enumerate(zip(loss.terms, loss.weights(batch), strict=True)):
                 value, metrics = Loss((term,))(out, batch, (weights,))
                 metrics = {prefix + metric: x for metric, x in metrics.items()}

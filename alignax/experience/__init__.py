@@ -38,6 +38,7 @@ from alignax.experience.matching import chi2_estimate as chi2_estimate
 from alignax.experience.matching import matched_margins as matched_margins
 from alignax.experience.matching import matched_ratios as matched_ratios
 from alignax.experience.matching import reward_shift as reward_shift
+from alignax.experience.pama import pama as pama
 from alignax.experience.quark import quark_pool as quark_pool
 from alignax.experience.quark import unconditioned as unconditioned
 from alignax.experience.selection import best_and_worst as best_and_worst

@@ -157,12 +157,18 @@ def _named(values: Any) -> bool:
 
 
 Objective = Loss | Callable[[jax.Array], Loss]  # a loss, or step -> loss
-Objectives = Objective | Mapping[str, Objective]  # or several by name, each of a batch of its own
+Objectives = Objective | Mapping[str, Objective]  # or several by name, of batches of their own or of one
 
 
 def at_step(objective: Objective, step: jax.Array) -> Loss:
     """The loss at a step."""
     return objective if isinstance(objective, Loss) else objective(step)
+
+
+def by_name(objective: Objectives, step: jax.Array) -> dict[str, Loss]:
+    """The losses at a step by their names; one alone is called ""."""
+    objectives = objective if isinstance(objective, Mapping) else {"": objective}
+    return {name: at_step(own, step) for name, own in objectives.items()}
 
 
 def make_loss(name: str, value: Value, over: Over | None = None) -> Loss:
