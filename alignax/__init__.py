@@ -1,161 +1,173 @@
 """Align language models with JAX on TPU and GPU meshes."""
 
-from alignax.averages import elastic_reset as elastic_reset
-from alignax.averages import ema as ema
-from alignax.averages import reset_to_average as reset_to_average
-from alignax.averages import swa as swa
-from alignax.averages import sync as sync
-from alignax.config import default_config as default_config
-from alignax.experience import Experience as Experience
-from alignax.experience import Stateful as Stateful
-from alignax.experience import adaptive_kl_reward as adaptive_kl_reward
-from alignax.experience import adopt_if_better as adopt_if_better
-from alignax.experience import all_ppo as all_ppo
-from alignax.experience import batch_scaled as batch_scaled
-from alignax.experience import best_and_worst as best_and_worst
-from alignax.experience import boolean_target as boolean_target
-from alignax.experience import chain as chain
-from alignax.experience import chi2_estimate as chi2_estimate
-from alignax.experience import clip_rewards as clip_rewards
-from alignax.experience import exponential_target as exponential_target
-from alignax.experience import fit_moments as fit_moments
-from alignax.experience import gae as gae
-from alignax.experience import gdpo as gdpo
-from alignax.experience import group_relative as group_relative
-from alignax.experience import kl_reward as kl_reward
-from alignax.experience import leave_one_out as leave_one_out
-from alignax.experience import logps as logps
-from alignax.experience import matched_margins as matched_margins
-from alignax.experience import matched_ratios as matched_ratios
-from alignax.experience import mean as mean
-from alignax.experience import median as median
-from alignax.experience import mismatched_kl as mismatched_kl
-from alignax.experience import missing_eos_penalty as missing_eos_penalty
-from alignax.experience import mu_ppo as mu_ppo
-from alignax.experience import nelder_mead as nelder_mead
-from alignax.experience import nm_ppo as nm_ppo
-from alignax.experience import overlong_penalty as overlong_penalty
-from alignax.experience import pama as pama
-from alignax.experience import ppo_sat as ppo_sat
-from alignax.experience import proposal_evidence as proposal_evidence
-from alignax.experience import proxy_point as proxy_point
-from alignax.experience import quantile as quantile
-from alignax.experience import quark_pool as quark_pool
-from alignax.experience import reinforce_plus_plus as reinforce_plus_plus
-from alignax.experience import report as report
-from alignax.experience import reward_shift as reward_shift
-from alignax.experience import reward_target as reward_target
-from alignax.experience import rewards_to_go as rewards_to_go
-from alignax.experience import running_baseline as running_baseline
-from alignax.experience import running_log_z as running_log_z
-from alignax.experience import score as score
-from alignax.experience import shaping as shaping
-from alignax.experience import top_entropy as top_entropy
-from alignax.experience import unconditioned as unconditioned
-from alignax.experience import uwo as uwo
-from alignax.experience import wco as wco
-from alignax.experience import whiten_advantages as whiten_advantages
-from alignax.experience import whiten_responses as whiten_responses
-from alignax.experience import whiten_rewards as whiten_rewards
-from alignax.experience import xi_ppo as xi_ppo
-from alignax.losses import Aggregate as Aggregate
-from alignax.losses import FDivergence as FDivergence
-from alignax.losses import Loss as Loss
-from alignax.losses import Objective as Objective
-from alignax.losses import alpha_divergence as alpha_divergence
-from alignax.losses import alpha_pi_p as alpha_pi_p
-from alignax.losses import aot as aot
-from alignax.losses import aot_unpaired as aot_unpaired
-from alignax.losses import apo_down as apo_down
-from alignax.losses import apo_zero as apo_zero
-from alignax.losses import apo_zero_unpaired as apo_zero_unpaired
-from alignax.losses import attribute_regression as attribute_regression
-from alignax.losses import bco as bco
-from alignax.losses import bradley_terry as bradley_terry
-from alignax.losses import by_mean as by_mean
-from alignax.losses import by_response as by_response
-from alignax.losses import by_token as by_token
-from alignax.losses import centring as centring
-from alignax.losses import chi2 as chi2
-from alignax.losses import chi2_exact as chi2_exact
-from alignax.losses import chi2_p_pi as chi2_p_pi
-from alignax.losses import chi2_pi_p as chi2_pi_p
-from alignax.losses import chi_squared as chi_squared
-from alignax.losses import cispo as cispo
-from alignax.losses import cpo as cpo
-from alignax.losses import discopop as discopop
-from alignax.losses import dpo as dpo
-from alignax.losses import dpop as dpop
-from alignax.losses import entropy_bonus as entropy_bonus
-from alignax.losses import exo as exo
-from alignax.losses import f_dpo as f_dpo
-from alignax.losses import fdpg as fdpg
-from alignax.losses import finished as finished
-from alignax.losses import forward_kl as forward_kl
-from alignax.losses import gkd as gkd
-from alignax.losses import gmpo as gmpo
-from alignax.losses import grpo as grpo
-from alignax.losses import gspo as gspo
-from alignax.losses import hellinger_pi_p as hellinger_pi_p
-from alignax.losses import hinge as hinge
-from alignax.losses import importance_masked as importance_masked
-from alignax.losses import importance_weighted as importance_weighted
-from alignax.losses import ipo as ipo
-from alignax.losses import ipo_daa as ipo_daa
-from alignax.losses import ipo_mean as ipo_mean
-from alignax.losses import jensen_shannon as jensen_shannon
-from alignax.losses import js_pi_p as js_pi_p
-from alignax.losses import kl_k1 as kl_k1
-from alignax.losses import kl_k2 as kl_k2
-from alignax.losses import kl_k3 as kl_k3
-from alignax.losses import kl_k3_weighted as kl_k3_weighted
-from alignax.losses import kl_p_pi as kl_p_pi
-from alignax.losses import kl_pi_p as kl_pi_p
-from alignax.losses import kl_pi_ref as kl_pi_ref
-from alignax.losses import kl_ref_pi as kl_ref_pi
-from alignax.losses import kto as kto
-from alignax.losses import ld_dpo as ld_dpo
-from alignax.losses import nca as nca
-from alignax.losses import observe as observe
-from alignax.losses import off_policy_masked as off_policy_masked
-from alignax.losses import orpo as orpo
-from alignax.losses import ppo as ppo
-from alignax.losses import quark as quark
-from alignax.losses import r_dpo as r_dpo
-from alignax.losses import reinforce as reinforce
-from alignax.losses import response_mean as response_mean
-from alignax.losses import reverse_kl as reverse_kl
-from alignax.losses import rloo as rloo
-from alignax.losses import robust_dpo as robust_dpo
-from alignax.losses import rpo as rpo
-from alignax.losses import rpo_token_mean as rpo_token_mean
-from alignax.losses import sapo as sapo
-from alignax.losses import score_l2 as score_l2
-from alignax.losses import sft as sft
-from alignax.losses import sigmoid_norm as sigmoid_norm
-from alignax.losses import simpo as simpo
-from alignax.losses import slic_hf as slic_hf
-from alignax.losses import sppo as sppo
-from alignax.losses import square_root as square_root
-from alignax.losses import summed_sft as summed_sft
-from alignax.losses import tdpo as tdpo
-from alignax.losses import tdpo2 as tdpo2
-from alignax.losses import token_mean as token_mean
-from alignax.losses import token_sum as token_sum
-from alignax.losses import total_variation as total_variation
-from alignax.losses import tv_pi_p as tv_pi_p
-from alignax.losses import value_loss as value_loss
-from alignax.losses import vespo as vespo
-from alignax.losses import wpo as wpo
-from alignax.mesh import make_mesh as make_mesh
-from alignax.models.transformer import ModelConfig as ModelConfig
-from alignax.models.transformer import forward as forward
-from alignax.train import init_state as init_state
-from alignax.train import make_evaluation as make_evaluation
-from alignax.train import make_step as make_step
-from alignax.types import Batch as Batch
-from alignax.types import Model as Model
-from alignax.types import Outputs as Outputs
-from alignax.types import TrainState as TrainState
+from alignax.averages import elastic_reset, ema, reset_to_average, swa, sync
+from alignax.config import default_config
+from alignax.experience import (
+    Experience,
+    Stateful,
+    adaptive_kl_reward,
+    adopt_if_better,
+    all_ppo,
+    batch_scaled,
+    best_and_worst,
+    boolean_target,
+    chain,
+    chi2_estimate,
+    clip_rewards,
+    exponential_target,
+    fit_moments,
+    gae,
+    gdpo,
+    group_relative,
+    kl_reward,
+    leave_one_out,
+    logps,
+    matched_margins,
+    matched_ratios,
+    mean,
+    median,
+    mismatched_kl,
+    missing_eos_penalty,
+    mu_ppo,
+    nelder_mead,
+    nm_ppo,
+    overlong_penalty,
+    pama,
+    ppo_sat,
+    proposal_evidence,
+    proxy_point,
+    quantile,
+    quark_pool,
+    reinforce_plus_plus,
+    report,
+    reward_shift,
+    reward_target,
+    rewards_to_go,
+    running_baseline,
+    running_log_z,
+    score,
+    shaping,
+    top_entropy,
+    unconditioned,
+    uwo,
+    wco,
+    whiten_advantages,
+    whiten_responses,
+    whiten_rewards,
+    xi_ppo,
+)
+from alignax.losses import (
+    Aggregate,
+    FDivergence,
+    Loss,
+    Objective,
+    alpha_divergence,
+    alpha_pi_p,
+    aot,
+    aot_unpaired,
+    apo_down,
+    apo_zero,
+    apo_zero_unpaired,
+    attribute_regression,
+    bco,
+    bradley_terry,
+    by_mean,
+    by_response,
+    by_token,
+    centring,
+    chi2,
+    chi2_exact,
+    chi2_p_pi,
+    chi2_pi_p,
+    chi_squared,
+    cispo,
+    cpo,
+    discopop,
+    dpo,
+    dpop,
+    entropy_bonus,
+    exo,
+    f_dpo,
+    fdpg,
+    finished,
+    forward_kl,
+    gkd,
+    gmpo,
+    grpo,
+    gspo,
+    hellinger_pi_p,
+    hinge,
+    importance_masked,
+    importance_weighted,
+    ipo,
+    ipo_daa,
+    ipo_mean,
+    jensen_shannon,
+    js_pi_p,
+    kl_k1,
+    kl_k2,
+    kl_k3,
+    kl_k3_weighted,
+    kl_p_pi,
+    kl_pi_p,
+    kl_pi_ref,
+    kl_ref_pi,
+    kto,
+    ld_dpo,
+    nca,
+    observe,
+    off_policy_masked,
+    orpo,
+    ppo,
+    quark,
+    r_dpo,
+    reinforce,
+    response_mean,
+    reverse_kl,
+    rloo,
+    robust_dpo,
+    rpo,
+    rpo_token_mean,
+    sapo,
+    score_l2,
+    sft,
+    sigmoid_norm,
+    simpo,
+    slic_hf,
+    sppo,
+    square_root,
+    summed_sft,
+    tdpo,
+    tdpo2,
+    token_mean,
+    token_sum,
+    total_variation,
+    tv_pi_p,
+    value_loss,
+    vespo,
+    wpo,
+)
+from alignax.mesh import make_mesh
+from alignax.models.transformer import ModelConfig, forward
+from alignax.train import init_state, make_evaluation, make_step
+from alignax.types import Batch, Model, Outputs, TrainState
 
 __version__ = "0.1.0"
+__all__ = [
+    "Aggregate", "Batch", "Experience", "FDivergence", "Loss", "Model", "ModelConfig", "Objective", "Outputs", "Stateful", "TrainState",
+    "adaptive_kl_reward", "adopt_if_better", "all_ppo", "alpha_divergence", "alpha_pi_p", "aot", "aot_unpaired", "apo_down", "apo_zero",
+    "apo_zero_unpaired", "attribute_regression", "batch_scaled", "bco", "best_and_worst", "boolean_target", "bradley_terry", "by_mean",
+    "by_response", "by_token", "centring", "chain", "chi2", "chi2_estimate", "chi2_exact", "chi2_p_pi", "chi2_pi_p", "chi_squared", "cispo",
+    "clip_rewards", "cpo", "default_config", "discopop", "dpo", "dpop", "elastic_reset", "ema", "entropy_bonus", "exo",
+    "exponential_target", "f_dpo", "fdpg", "finished", "fit_moments", "forward", "forward_kl", "gae", "gdpo", "gkd", "gmpo",
+    "group_relative", "grpo", "gspo", "hellinger_pi_p", "hinge", "importance_masked", "importance_weighted", "init_state", "ipo", "ipo_daa",
+    "ipo_mean", "jensen_shannon", "js_pi_p", "kl_k1", "kl_k2", "kl_k3", "kl_k3_weighted", "kl_p_pi", "kl_pi_p", "kl_pi_ref", "kl_ref_pi",
+    "kl_reward", "kto", "ld_dpo", "leave_one_out", "logps", "make_evaluation", "make_mesh", "make_step", "matched_margins",
+    "matched_ratios", "mean", "median", "mismatched_kl", "missing_eos_penalty", "mu_ppo", "nca", "nelder_mead", "nm_ppo", "observe",
+    "off_policy_masked", "orpo", "overlong_penalty", "pama", "ppo", "ppo_sat", "proposal_evidence", "proxy_point", "quantile", "quark",
+    "quark_pool", "r_dpo", "reinforce", "reinforce_plus_plus", "report", "reset_to_average", "response_mean", "reverse_kl", "reward_shift",
+    "reward_target", "rewards_to_go", "rloo", "robust_dpo", "rpo", "rpo_token_mean", "running_baseline", "running_log_z", "sapo", "score",
+    "score_l2", "sft", "shaping", "sigmoid_norm", "simpo", "slic_hf", "sppo", "square_root", "summed_sft", "swa", "sync", "tdpo", "tdpo2",
+    "token_mean", "token_sum", "top_entropy", "total_variation", "tv_pi_p", "unconditioned", "uwo", "value_loss", "vespo", "wco",
+    "whiten_advantages", "whiten_responses", "whiten_rewards", "wpo", "xi_ppo",
+]  # fmt: skip
