@@ -269,7 +269,7 @@ def known_rewards(batch: Batch) -> tuple[jax.Array, jax.Array]:
     return jnp.where(known, rewards, 0.0), known
 
 
-def per_token(x: jax.Array, batch: Batch) -> list[jax.Array]:
+def per_token(x: jax.Array, batch: Batch) -> jax.Array:
     """The mean of [B, N, T] over scored tokens."""
     return jnp.where(batch["completion_mask"], x, 0.0).sum() / jnp.maximum(lengths(batch).sum(), 1)
 

@@ -56,7 +56,7 @@ def without(batch: Batch, b: int, n: int | slice = slice(None)) -> Batch:
 def written(experience, batch: Batch, carry=None):
     """Carry and batch, jitted."""
     carry = first_carry(experience) if carry is None else carry
-    return jax.jit(advance)(experience, carry, batch)
+    return jax.jit(advance)(experience, carry, batch)[:2]
 
 
 # --- targets ---

