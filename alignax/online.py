@@ -5,7 +5,7 @@ come, each further one in an order of its own.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from alignax.experience import advance
 from alignax.experience.chain import with_reported
 from alignax.experience.logps import in_parts
 from alignax.generate import sampler_gap
-from alignax.losses.algebra import Objectives, by_name, lengths, sequence
+from alignax.losses.algebra import Loss, Objectives, by_name, lengths, sequence
 from alignax.prepare import Run
 from alignax.programs import (
     abstract_batch,
@@ -135,7 +135,7 @@ def check_corrected(apply: Apply, objective: Objectives, state: TrainState, batc
 
     def look(state: TrainState, batch: Batch) -> list[jax.Array]:
         part = jax.tree.map(lambda x: x[0], microbatch(Noting(batch, frozenset({name}), read.add), minibatches))
-        return trained(apply, objective, state, part)
+        return values(apply, [loss.trained() for loss in by_name(objective, state.step).values()], state, part)
 
     jax.eval_shape(look, state, batch)
     if not read:
@@ -160,15 +160,15 @@ def reads_once(run: Run, state: TrainState, frozen: dict[str, Params], batch: Ba
         noting = Noting(batch | before, frozenset(before), read.add)
         _, after, _ = advance(make_experience(run, frozen, state), state.carry, noting)
         kept.extend(after[name] is batch[name] for name in ("tokens", "mask", "completion_mask"))
-        return trained(taught_apply(run, frozen), run.objective, state, after)
+        return values(taught_apply(run, frozen), by_name(run.objective, state.step).values(), state, after)
 
     jax.eval_shape(look, state, frozen, batch)
     return all(kept) and not read
 
 
-def trained(apply: Apply, objective: Objectives, state: TrainState, batch: Batch) -> list[jax.Array]:
-    """What is trained of the losses of a batch; what they only observe is left out."""
-    losses, out = [loss.trained() for loss in by_name(objective, state.step).values()], apply(state.params, batch)
+def values(apply: Apply, losses: Iterable[Loss], state: TrainState, batch: Batch) -> list[jax.Array]:
+    """The losses of a batch."""
+    out = apply(state.params, batch)
     return [loss(out, batch, loss.normalised(batch))[0] for loss in losses]
 
 
