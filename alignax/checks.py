@@ -299,11 +299,10 @@ def check_combined(config: Any, objective: Any, file: Path) -> None:
         raise ValueError(f"combine() of {file} takes gradients of several losses, and loss(config) returns one; return {example}, say")
     if odd := [name for name in objective if not isinstance(name, str) or not name]:
         raise ValueError(f"loss(config) of {file} names a loss {odd[0]!r}; a name is a text, as in {example}")
-    texts = bool(config.rollout.samples and config.data.pretrain)
-    if (PRETRAIN in objective) != texts or not objective.keys() - {PRETRAIN}:
+    if (PRETRAIN in objective) != bool(config.rollout.samples and config.data.pretrain):
         raise ValueError(
-            f"loss(config) of {file} names the losses {', '.join(objective)}: {PRETRAIN!r} is the one of data.pretrain, beside rollouts, "
-            f"and {'' if texts else 'not '}there"
+            f"loss(config) of {file} names the losses {', '.join(objective)}: one called {PRETRAIN!r} is of data.pretrain, beside rollouts, "
+            f"and data.pretrain is {config.data.pretrain!r}, rollout.samples {config.rollout.samples}; set both, or neither and another name"
         )
 
 

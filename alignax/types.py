@@ -45,7 +45,8 @@ A batch is a plain dict of arrays whose leading axis is B. Every method has the 
 | `aot_ratios`      | [B, 2] f32       | log-ratio of the other side of the same rank, in nats                            |
 
 A padding row is False in both masks, so it weighs nothing; its further fields are 0. What is not differentiated is data:
-reference log-probs, rewards and advantages are further fields, written by experience functions.
+reference log-probs, rewards and advantages are further fields, written by experience functions. What only the log reads is none: a
+function reports it (`alignax.experience.report`).
 """
 
 from collections.abc import Callable
