@@ -301,8 +301,8 @@ def check_combined(config: Any, objective: Any, file: Path) -> None:
         raise ValueError(f"loss(config) of {file} names a loss {odd[0]!r}; a name is a text, as in {example}")
     if (PRETRAIN in objective) != bool(config.rollout.samples and config.data.pretrain):
         raise ValueError(
-            f"loss(config) of {file} names the losses {', '.join(objective)}: one called {PRETRAIN!r} is of data.pretrain, beside rollouts, "
-            f"and data.pretrain is {config.data.pretrain!r}, rollout.samples {config.rollout.samples}; set both, or neither and another name"
+            f"loss(config) of {file} names the losses {', '.join(objective)}: one called {PRETRAIN!r} is of data.pretrain beside rollouts, "
+            f"and data.pretrain is {config.data.pretrain!r}, rollout.samples {config.rollout.samples}; set both, or take another name"
         )
 
 
