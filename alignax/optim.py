@@ -7,7 +7,6 @@ import optax
 
 from alignax.blame import blaming
 from alignax.config import Experiment
-from alignax.data.files import short
 
 SCHEDULES = ("constant", "linear", "cosine")
 OPTIMIZERS = ("adamw", "adam", "lion", "rmsprop", "sgd", "adafactor")
@@ -78,7 +77,7 @@ def own_optimizer(experiment: Experiment, schedule: optax.Schedule) -> optax.Gra
         made = experiment.optimizer(experiment.config, schedule)
     if not isinstance(made, optax.GradientTransformation):
         raise ValueError(
-            f"optimizer() of {experiment.file} returns {short(repr(made))}; return an optax.GradientTransformation, "
+            f"optimizer() of {experiment.file} returns {made!r}; return an optax.GradientTransformation, "
             "optax.sgd(schedule, momentum=0.9) say"
         )
     return made

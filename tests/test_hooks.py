@@ -2,6 +2,8 @@
 
 import functools
 import json
+import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,7 @@ from alignax import mesh as meshes
 from alignax.calls import Answer, Malformed, named_numbers
 from alignax.checkpoint import Checkpoints
 from alignax.cli import main
-from alignax.config import Experiment, load_experiment
+from alignax.config import load_experiment
 from alignax.losses import dpo
 from alignax.optim import own_optimizer
 from alignax.prepare import prepare
@@ -137,7 +139,7 @@ def test_metrics_of_texts(tmp_path):
 def test_numbers_by_name():
     assert named_numbers({"a": [1, None], "b": (2.0, 3)}, 2).rewards[0] == {"a": 1.0, "b": 2.0}
     found = named_numbers({"a": [1, "x"], "b": [2, 3]}, 2)
-    assert found.at == 1 and found.problem == "it gives 'x', which is no number" and found.rewards[1]["b"] == 3
+    assert found.at == 1 and "'x'" in found.problem and "which is no number" in found.problem and found.rewards[1]["b"] == 3
     assert named_numbers({}, 2) == Answer([{}, {}])
     for given, text in (([1, 2], "it gives a list; it must return numbers by name"), ({"a": [1]}, "of 'a' it gives 1 numbers for 2")):
         with pytest.raises(Malformed, match=text):
@@ -145,8 +147,8 @@ def test_numbers_by_name():
 
 
 def of_ones_own(make) -> optax.GradientTransformation:
-    experiment = Experiment(*[None] * 3, *[None] * 8, optimizer=lambda config, schedule: make(schedule), combine=None)  # type: ignore[arg-type]
-    return own_optimizer(experiment._replace(file=runs.REPO / "mine.py"), optax.constant_schedule(0.1))
+    experiment: Any = types.SimpleNamespace(file=runs.REPO / "mine.py", config=None, optimizer=lambda config, schedule: make(schedule))
+    return own_optimizer(experiment, optax.constant_schedule(0.1))
 
 
 def largest() -> optax.GradientTransformation:
