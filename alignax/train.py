@@ -132,7 +132,7 @@ def check_gradient(grads: Any, params: Params) -> None:
     shapes = lambda tree: jax.tree.map(jnp.shape, tree)
     if jax.tree.structure(grads) != jax.tree.structure(params) or shapes(grads) != shapes(params):
         raise ValueError(
-            f"combine(gradients) gives {short(str(shapes(grads)))}; return one gradient, a tree like each of "
+            f"combine(gradients) gives {short(shapes(grads))}; return one gradient, a tree like each of "
             "those that it is given, jax.tree.map(lambda *g: sum(g), *gradients.values()) say"
         )
 
