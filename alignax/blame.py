@@ -20,6 +20,7 @@ from alignax.data.files import one_line
 LIKE = 0.6  # of two names, from which on the one may be meant by the other
 PLAIN = (ast.Name, ast.Attribute, ast.Subscript, ast.Constant, ast.expr_context)  # what may be evaluated a second time
 PACKAGE, PYTHON = Path(__file__).resolve().parent, Path(sysconfig.get_path("stdlib")).resolve()
+PASSES_ON = PACKAGE / "reading.py"  # what asks a batch there is the code before it
 INSTALLED = ("site-packages", "dist-packages")
 
 
@@ -74,7 +75,7 @@ def explained(error: Exception, file: Path) -> str:
     experiment file had them.
     """
     path = _path(error)
-    known = [tb for tb in path if theirs(_file(tb), file) or PACKAGE in _file(tb).parents]
+    known = [tb for tb in path if theirs(_file(tb), file) or (PACKAGE in _file(tb).parents and _file(tb) != PASSES_ON)]
     if known and (missing := _missing(error, known[-1])):
         return missing
     text = str(error).strip()

@@ -20,13 +20,14 @@ from alignax.config import load_module
 from alignax.data.files import one_line, short
 from alignax.functions import is_async
 
+METRICS = "metrics"  # the function that gives numbers by name
 LONGEST = 1e9  # seconds of a timer, which takes no 1e15; a config may
 
 
 class Call(NamedTuple):
     """What a worker is asked: a function of the experiment, of so many completions."""
 
-    name: str  # "reward" or "gold"
+    name: str  # "reward", "gold" or "metrics"
     defined: str  # its qualified name
     positional: bool  # whether prompts and completions go by position
     given: dict[str, list[Any]]  # argument -> a value for each completion
@@ -50,7 +51,7 @@ class Call(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """Rewards, NaN where there is none, and what went wrong first."""
+    """Rewards, NaN where there is none, and what went wrong first; of metrics each is numbers by name."""
 
     rewards: list[Any]  # of each completion a number, or where they have names a tuple of them
     problem: str = ""
@@ -114,7 +115,7 @@ def answered(function: Any, call: Call, config: Any, file: Path) -> Answer:
         )
     with no_child():
         try:
-            ask = lambda: numbers(finished(asked(function, call, config)), call.count, call.names)
+            ask = lambda: read(finished(asked(function, call, config)), call, call.count)
             return within(call.limit, ask, alone=call.start >= 0)
         except BaseException as e:  # sys.exit(), too, is no answer
             return failed(e, call, file)
@@ -131,7 +132,7 @@ async def gathered(function: Any, call: Call, config: Any, file: Path, send: Cal
         with no_child():
             try:
                 async with clock:
-                    return numbers(await asked(function, part, config), 1, call.names)
+                    return read(await asked(function, part, config), call, 1)
             except asyncio.CancelledError:  # another has ended the loop, sys.exit() say
                 raise
             except BaseException as e:
@@ -253,6 +254,30 @@ def number(given: Any) -> tuple[float, str]:
         return math.nan if given is None else float(given.item() if hasattr(given, "item") else given), ""  # arrays [1], too
     except (TypeError, ValueError, OverflowError):
         return math.nan, f"it gives {short(repr(given))}, which is no number"
+
+
+def read(given: Any, call: Call, count: int) -> Answer:
+    """What a function returned for so many completions, as numbers of each."""
+    return named_numbers(given, count) if call.name == METRICS else numbers(given, count, call.names)
+
+
+def named_numbers(given: Any, count: int) -> Answer:
+    """What a function of metrics returned, {name: numbers}, as numbers by name of each completion.
+
+    Raises:
+      Malformed: for anything else than so many of each name.
+    """
+    if not isinstance(given, Mapping) or not all(isinstance(name, str) and name for name in given):
+        raise Malformed(f"it gives a {type(given).__name__}; it must return numbers by name, {{'words': [3, 5]}} say, one a completion")
+    found: dict[str, Answer] = {}
+    for name, column in given.items():
+        try:
+            found[name] = numbers(column, count)
+        except Malformed as e:
+            raise Malformed(f"of {name!r} {str(e).replace(' rewards for ', ' numbers for ')}") from None
+    rows = [{name: answer.rewards[i] for name, answer in found.items()} for i in range(count)]
+    wrong = next((answer for answer in found.values() if answer.problem), Answer([]))
+    return wrong._replace(rewards=rows)
 
 
 def within(seconds: float, function: Callable[[], Any], alone: bool = False) -> Any:

@@ -93,8 +93,9 @@ def check_head(config: Any, source: hf.Source, experiment: Experiment) -> None:
         raise ValueError("model.critic gives a language model values, and this is a reward model; leave it empty")
     if max(config.eval.samples, config.eval.sample_prompts):
         raise ValueError("a reward model gives scores and no text; set eval.samples and eval.sample_prompts to 0")
-    if experiment.gold is not None:
-        raise ValueError(f"gold() of {experiment.file} rewards text, which a reward model does not give; remove it")
+    for name, function in (("gold", experiment.gold), ("metrics", experiment.metrics)):
+        if function is not None:
+            raise ValueError(f"{name}() of {experiment.file} reads text, which a reward model does not give; remove it")
 
 
 def check_members(config: Any, mesh: Mesh) -> None:
@@ -216,9 +217,14 @@ def check_objective(objective: Any, file: Path) -> None:
         )
 
 
-def check_pretrain(config: Any, objective: Any, file: Path) -> None:
-    """Refuses losses by name where training is not online, of other names, or without their data; and data without a loss."""
+def check_pretrain(config: Any, objective: Any, file: Path, combined: bool = False) -> None:
+    """Refuses losses by name where training is not online, of other names, or without their data; and data without a loss.
+
+    `combined`: the experiment combines gradients of losses, so that they may have any name, and be of one batch.
+    """
     names, example = (ROLLOUTS, PRETRAIN), f'{{"{ROLLOUTS}": ppo(), "{PRETRAIN}": 0.1 * sft()}}'
+    if combined:
+        return check_combined(config, objective, file)
     if not isinstance(objective, Mapping):
         if config.data.pretrain:
             raise ValueError(f"data.pretrain is set and loss(config) of {file} has no loss of it; return {example}, say")
@@ -226,7 +232,7 @@ def check_pretrain(config: Any, objective: Any, file: Path) -> None:
     for name in objective:
         if name not in names:
             near = difflib.get_close_matches(str(name), names, 1, 0.0)[0]
-            raise ValueError(f"loss(config) of {file} names a loss {name!r}; the nearest is {near!r}")
+            raise ValueError(f"loss(config) of {file} names a loss {name!r}; the nearest is {near!r}, and others need combine(gradients)")
     if absent := [name for name in names if name not in objective]:
         raise ValueError(f"loss(config) of {file} names no loss {absent[0]!r}; return {example}, say, or the one loss alone")
     if not config.rollout.samples:
@@ -234,6 +240,20 @@ def check_pretrain(config: Any, objective: Any, file: Path) -> None:
     if not config.data.pretrain:
         raise ValueError(
             f"loss(config) of {file} has a loss called {PRETRAIN!r} and data.pretrain is empty; set --config.data.pretrain=FILE"
+        )
+
+
+def check_combined(config: Any, objective: Any, file: Path) -> None:
+    """Refuses gradients that cannot be combined: of a single loss, or of texts that are not there."""
+    example = '{"helpful": dpo(), "brief": 0.1 * sft()}'
+    if not isinstance(objective, Mapping) or len(objective) < 2:
+        raise ValueError(f"combine() of {file} takes gradients of several losses, and loss(config) returns one; return {example}, say")
+    if odd := [name for name in objective if not isinstance(name, str) or not name]:
+        raise ValueError(f"loss(config) of {file} names a loss {odd[0]!r}; a name is a text, as in {example}")
+    if (PRETRAIN in objective) != bool(config.rollout.samples and config.data.pretrain):
+        raise ValueError(
+            f"loss(config) of {file} names the losses {', '.join(objective)}: one called {PRETRAIN!r} is of data.pretrain beside rollouts, "
+            f"and data.pretrain is {config.data.pretrain!r}, rollout.samples {config.rollout.samples}; set both, or take another name"
         )
 
 

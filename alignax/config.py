@@ -1,8 +1,8 @@
 """Configuration is Python: an experiment file builds a ConfigDict and names its loss; the command line overrides fields.
 
 An experiment file has `get_config() -> ConfigDict` and `loss(config) -> Loss` (or a function of the step), and may have
-`experience(config, reference)`, `reward(prompts, completions)`, `gold(..)` likewise, `averages(config)`, `row(row)` and
-`main(experiment)`; see `Experiment`.
+`experience(config, reference)`, `reward(prompts, completions)`, `gold(..)` and `metrics(..)` likewise, `averages(config)`, `row(row)`,
+`optimizer(config, schedule)`, `combine(gradients)` and `main(experiment)`; see `Experiment`.
 """
 
 import ast
@@ -30,7 +30,9 @@ ALIASES = {
     "ensemble": "reward.path",
     "critic": "model.critic",
 }  # of models.NAME.path
-CALLED = {"get_config": (), "averages": ("config",), "main": ("experiment",)}  # how a run calls functions of the file
+CALLED = {  # how a run calls functions of the file
+    "get_config": (), "averages": ("config",), "main": ("experiment",), "optimizer": ("config", "schedule"), "combine": ("gradients",),
+}  # fmt: skip
 HEAD = "head"  # what `model.critic` is of a critic on the policy's trunk
 ROLLOUTS, PRETRAIN = "rollouts", "pretrain"  # the batches that losses of online training may be of, by name
 DATA = "data"  # the batch of training that is not online
@@ -44,13 +46,16 @@ class Experiment(NamedTuple):
 
     file: Path
     config: Any  # ConfigDict
-    loss: Callable[[Any], Any]  # config -> Loss, or step -> Loss; online also {"rollouts": .., "pretrain": ..} of these
+    loss: Callable[[Any], Any]  # config -> Loss, or step -> Loss; online also {"rollouts": .., "pretrain": ..}, see `combine` too
     experience: Callable[..., Any] | None  # of any of config, reference, policy, ensemble (Models), prompts (how many) -> experience
     gold: Callable[..., Sequence[float]] | None  # (prompts, completions, and by name: columns of prompts, config) -> gold rewards
     reward: Callable[..., Any] | Sequence[Callable] | None  # likewise -> those that rollouts are trained on, see alignax.functions
     averages: Callable[[Any], dict[str, Any]] | None  # config -> averages of the parameters, by name (see alignax.averages)
     main: Callable[["Experiment"], Any] | None  # replaces the single run: several stages, a sweep
     row: Callable[[dict[str, Any]], dict[str, Any] | None] | None = None  # a raw row of data -> the row to read; None: it is left out
+    metrics: Callable[..., dict[str, Sequence[float]]] | None = None  # as reward -> numbers of each completion by name, for the log
+    optimizer: Callable[..., Any] | None = None  # config, schedule -> an optax.GradientTransformation, in place of config.optimizer's
+    combine: Callable[[dict[str, Any]], Any] | None = None  # gradients of losses by name -> the one that is followed; None: their sum
 
 
 def load_experiment(file: str | Path, overrides: Sequence[str] = ()) -> Experiment:
@@ -69,8 +74,7 @@ def load_experiment(file: str | Path, overrides: Sequence[str] = ()) -> Experime
         set_field(config, override)
     name_models(config)
     check_asked(module, config, file)
-    optional = (getattr(module, name, None) for name in ("experience", "gold", "reward", "averages", "main", "row"))
-    return Experiment(file, config, module.loss, *optional)
+    return Experiment(file, config, module.loss, *(getattr(module, name, None) for name in Experiment._fields[3:]))
 
 
 def check_hooks(module: ModuleType, file: Path) -> None:
@@ -78,7 +82,7 @@ def check_hooks(module: ModuleType, file: Path) -> None:
     for name in ("get_config", "loss"):
         if getattr(module, name, None) is None:
             raise BadInput(f"{file} has no function {name}(){near(name, list(vars(module)))}; see experiments/dpo_hh.py")
-    for name in ("experience", "gold", "reward"):
+    for name in ("experience", "gold", "reward", "metrics"):
         given = getattr(module, name, None)
         if given is not None and not callable(given) and not isinstance(given, Sequence):
             raise BadInput(f"{name} of {file} is {given!r}; it must be a function")

@@ -96,6 +96,15 @@ def check_alike(given: Mapping[str, str]) -> None:
     )
 
 
+def from_main(text: str) -> str:
+    """Process 0's text, on every process; every process calls it."""
+    if jax.process_count() == 1:
+        return text
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text.encode()))))
+    own = np.frombuffer(text.encode()[:size].ljust(size, b"\0"), np.uint8)
+    return bytes(np.asarray(multihost_utils.broadcast_one_to_all(own))).decode()
+
+
 def _gathered(text: str, most: int) -> list[str]:
     """The texts of all processes, cut to so many bytes."""
     own = np.frombuffer(text.encode()[:most].ljust(most, b"\0"), np.uint8)

@@ -18,7 +18,7 @@ from alignax.config import eval_batch_size
 from alignax.data import evaluation_batch
 from alignax.functions import names_of
 from alignax.generate import Generator, Sampling, sampled_batch, sampler_gap, shape_for, stops_of
-from alignax.host_rewards import bad_rewards, named, rewards_of
+from alignax.host_rewards import bad_rewards, metrics_of, named, rewards_of
 from alignax.metrics import Log
 from alignax.models.transformer import ModelConfig
 from alignax.prepare import Run
@@ -101,6 +101,7 @@ class Evaluation:
         prompts = np.repeat(np.array([self.examples.prompts[i] for i in self.sampled], object)[:, None], c.samples_per_prompt, axis=1)
         found: dict[str, Any] = {"prompt": prompts, "completion": np.array(texts, object)}  # [n, samples_per_prompt]
         gold = None if run.experiment.gold is None else rewards_of(run, "gold", self.examples, rows, completions, texts)["gold"]
+        scores |= metrics_of(run, self.examples, rows, completions, texts)
         if self.online:
             batch = samples_batch(run, self.examples, rows, self.prompts, completions, texts)
             batch |= {} if gold is None else {"gold": gold}

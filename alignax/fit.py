@@ -18,7 +18,7 @@ from alignax.config import steps_of_turn
 from alignax.distributed import is_main
 from alignax.evaluate import Evaluation
 from alignax.host_rewards import RewardFailed
-from alignax.losses.algebra import at_step
+from alignax.losses.algebra import by_name
 from alignax.losses.responses import differing
 from alignax.metrics import Log
 from alignax.models import hf, parameters, peft
@@ -219,7 +219,7 @@ def summary(run: Run, about: dict[str, Any], start: int) -> list[str]:
     for name in run.config.models:
         size = parameter_count(abstract(run.roles[name])) / 1e6
         lines.append(f"{name} {about[name]}, {run.config.models[name].path}: {size:.3f} M parameters")
-    lines += filter(None, [differing(at_step(run.learning.objective, jnp.zeros((), jnp.int32)))])
+    lines += filter(None, map(differing, by_name(run.learning.objectives, jnp.zeros((), jnp.int32)).values()))
     for name, report in data.reports.items():
         lines += [f"{name} data: {line}" if i == 0 else f"  {line}" for i, line in enumerate(report.lines())]
     for stream in (data.train, data.pretrain):

@@ -31,7 +31,7 @@ NAME = re.compile(r"[\w.-]+")  # of a number, which a metric is called after
 class Functions(NamedTuple):
     """What `reward` or `gold` of an experiment is made of."""
 
-    hook: str  # "reward" or "gold"
+    hook: str  # "reward", "gold" or "metrics"
     listed: bool  # a list of functions, which give a number each
     each: tuple[Callable, ...]
     names: tuple[str, ...]  # of the numbers of a completion; (): it is one number
@@ -53,7 +53,7 @@ def functions_of(experiment: Experiment, hook: str = "reward") -> Functions | No
         return None
     listed = not callable(given)
     each = tuple(given) if listed else (given,)
-    names = () if hook == "gold" else c.reward_names or (tuple(map(title, each)) if listed else ())
+    names = () if hook != "reward" else c.reward_names or (tuple(map(title, each)) if listed else ())
     weights = (c.reward_weights or (1.0,) * len(names) * listed) if names else (1.0,)
     return Functions(hook, listed, each, names, weights)
 
@@ -119,9 +119,9 @@ def parameters(function: Callable, columns: Iterable[str]) -> Parameters:
 def check(experiment: Experiment, examples: Mapping[str, Examples]) -> None:
     """Refuses what are no reward functions, those that ask for what nobody has, and names and weights that do not fit their numbers."""
     file = experiment.file
-    for functions in filter(None, (functions_of(experiment, hook) for hook in ("reward", "gold"))):
-        if functions.listed and (functions.hook == "gold" or not functions.each):
-            what = "a list, and gold is one number" if functions.each else "an empty list"
+    for functions in filter(None, (functions_of(experiment, hook) for hook in ("reward", "gold", "metrics"))):
+        if functions.listed and (functions.hook != "reward" or not functions.each):
+            what = f"a list, and {functions.hook} is one function" if functions.each else "an empty list"
             raise ValueError(f"{functions.hook} of {file} is {what}; write one function `def {functions.hook}(prompts, completions)`")
         for function in functions.each:
             if not callable(function):

@@ -1,21 +1,24 @@
 """Rewards of completions by the functions of an experiment, which run in processes of the host: fields of a rollout's batch."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from alignax.calls import Call, qualified
+from alignax.calls import METRICS, Call, qualified
 from alignax.data import Examples
 from alignax.data.files import short
+from alignax.distributed import from_main
 from alignax.functions import Functions, functions_of, is_async, parameters, title
 from alignax.generate import Completions
 from alignax.prepare import Run
 from alignax.workers import POLL, Abandoned, Workers
 
+T = TypeVar("T")
 MOST = 1e15  # that a reward may be from 0: squares of larger ones, summed over a rollout, overflow float32
 
 
@@ -56,10 +59,8 @@ def rewards_of(
     """
     functions, B, n = functions_of(run.experiment, hook), len(rows), len(texts[0])
     assert functions is not None
-    flat = [text for group in texts for text in group]
+    said = said_of(rows, completions, texts)
     found, left = Found(np.full((B * n, len(functions.names) or 1), np.nan, np.float32)), 0
-    ids, logps = ([own for group in x for own in group] for x in (completions.rows(), completions.drawn_rows()))
-    said = Said(np.repeat(rows, n), flat, ids, logps, n)
     try:
         found = asked(run.workers, lambda: ask(run, functions, examples, said)) or found
     except Abandoned as e:
@@ -71,7 +72,7 @@ def rewards_of(
         problem = problem or "a reward function fails, as process 0 says" * int(failed)
     if left:
         raise Abandoned(int(left))
-    check_found(run, functions, found._replace(numbers=numbers, problem=problem), flat)
+    check_found(run, functions, found._replace(numbers=numbers, problem=problem), said.texts)
     numbers = np.where(np.abs(numbers) <= MOST, numbers, np.float32(np.nan))
     total = combined(functions, numbers)
     total = np.where(np.abs(total) <= MOST, total, np.float32(np.nan)).reshape(B, n)
@@ -79,7 +80,43 @@ def rewards_of(
     return fields | ({"scores": numbers.reshape(B, n, -1)} if functions.names else {})
 
 
-def asked(workers: Workers, ask: Callable[[], Found]) -> Found | None:
+def metrics_of(run: Run, examples: Examples, rows: np.ndarray, completions: Completions, texts: list[list[str]]) -> dict[str, float]:
+    """`metrics/NAME`: the means of what `metrics` of the experiment says of completions of rows of the data, over those it knows.
+
+    A failure costs these completions their metrics, and is told once: what is only seen stops no run.
+
+    Raises:
+      Abandoned: in every process, where a signal has ended the wait of the one that asks.
+    """
+    functions = functions_of(run.experiment, METRICS)
+    if functions is None:
+        return {}
+    said, found, answer, left = said_of(rows, completions, texts), {}, None, 0
+    try:
+        answer = asked(run.workers, lambda: run.workers(call_of(run, functions, 0, examples, said), said.group, strict=False))
+    except Abandoned as e:
+        left = e.number
+    if answer is not None:
+        known = [row for row in answer.rewards if isinstance(row, dict)]
+        columns = {name: [row.get(name, np.nan) for row in known] for row in known for name in row}
+        found = {f"{METRICS}/{name}": known_mean(np.where(np.isfinite(x), x, np.nan)) for name, x in columns.items()}
+        if answer.problem:
+            where = f"{METRICS}() of {run.experiment.file}{behind_file(answer.problem)}"
+            run.workers.tell(METRICS, f"{where}. Such completions are left out of its metrics")
+    found, left = json.loads(from_main(json.dumps([found, left])))
+    if left:
+        raise Abandoned(left)
+    return found
+
+
+def said_of(rows: np.ndarray, completions: Completions, texts: list[list[str]]) -> Said:
+    """Completions of rows of the data as functions see them."""
+    n = len(texts[0])
+    ids, logps = ([own for group in x for own in group] for x in (completions.rows(), completions.drawn_rows()))
+    return Said(np.repeat(rows, n), [text for group in texts for text in group], ids, logps, n)
+
+
+def asked(workers: Workers, ask: Callable[[], T]) -> T | None:
     """What process 0 finds, which asks for all, as a function may be random, or dear; None in the other processes.
 
     They wait with it, and tell one another all the while what signal came: one that comes to a single process ends the wait too.
@@ -166,7 +203,7 @@ def check_found(run: Run, functions: Functions, found: Found, texts: list[str]) 
     if run.config.rollout.bad_rewards == "error":
         raise RewardFailed(f"{what}. Mend it, or go on without these with rollout.bad_rewards=drop")
     if jax.process_index() == 0:
-        run.workers.tell(f"{what}. Such are dropped, and counted as bad_rewards")
+        run.workers.tell(functions.hook, f"{what}. Such are dropped, and counted as bad_rewards")
 
 
 def check_reward(run: Run, hook: str) -> None:
@@ -177,9 +214,8 @@ def check_reward(run: Run, hook: str) -> None:
     """
     functions, examples, file = functions_of(run.experiment, hook), run.data.evaluated, run.experiment.file
     assert functions is not None
-    answer = examples.tokens[: examples.offsets[1]][examples.scored[: examples.offsets[1]]]
-    text = run.words.tokenizer.decode(answer, skip_special_tokens=True)
-    found = ask(run, functions, examples, Said([0], [text], [answer], [np.zeros(len(answer), np.float32)], 1))
+    said = stored_answer(run)
+    found, text = ask(run, functions, examples, said), said.texts[0]
     if found.problem:
         what = f"{found.problem}, asked of a prompt of the data and the completion {short(text)}"
         if found.final or run.config.rollout.bad_rewards == "error":
@@ -191,6 +227,30 @@ def check_reward(run: Run, hook: str) -> None:
             f"{name} of {file} returns [{given}] for one prompt and its completion {short(text)}; it must return a finite number up to "
             f"{MOST:g} for each, or set rollout.bad_rewards=drop, which leaves out those without"
         )
+
+
+def check_metrics(run: Run) -> list[str]:
+    """Asks `metrics` of the experiment once, as `check_reward` does, and refuses what fails; the names that it gives."""
+    functions, examples = functions_of(run.experiment, METRICS), run.data.evaluated
+    if functions is None:
+        return []
+    said = stored_answer(run)
+    answer = run.workers(call_of(run, functions, 0, examples, said), 1, strict=False)
+    if answer.problem:
+        raise ValueError(
+            f"{METRICS}() of {run.experiment.file}{behind_file(answer.problem)}, asked of a prompt of the data and the completion "
+            f"{short(said.texts[0])}; it must take any completion, an empty one too, and return numbers by name, a list for each with a "
+            "number or None for each"
+        )
+    return list(answer.rewards[0])
+
+
+def stored_answer(run: Run) -> Said:
+    """A prompt of the data with the answer that stands there, whose log-probs are 0."""
+    examples = run.data.evaluated
+    answer = examples.tokens[: examples.offsets[1]][examples.scored[: examples.offsets[1]]]
+    text = run.words.tokenizer.decode(answer, skip_special_tokens=True)
+    return Said([0], [text], [answer], [np.zeros(len(answer), np.float32)], 1)
 
 
 def told(functions: Functions, numbers: np.ndarray) -> str:

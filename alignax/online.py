@@ -6,7 +6,7 @@ come, each further one in an order of its own.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -14,17 +14,19 @@ import jax.numpy as jnp
 
 from alignax import mesh as meshes
 from alignax.averages import PROPOSAL, averaged
-from alignax.config import ROLLOUTS, steps_of_turn
+from alignax.config import PRETRAIN, ROLLOUTS, steps_of_turn
 from alignax.experience import advance
+from alignax.experience.chain import with_reported
 from alignax.experience.logps import in_parts
 from alignax.functions import names_of
 from alignax.generate import sampler_gap
-from alignax.losses.algebra import lengths, sequence
+from alignax.losses.algebra import Loss, Objectives, by_name, lengths, sequence
 from alignax.prepare import Run
+from alignax.reading import Noting
 from alignax.run.roles import policy_model
 from alignax.run.state import Held, make_experience, off_policy
 from alignax.run.steps import objectives, taught_apply
-from alignax.train import make_step
+from alignax.train import Apply, make_step
 from alignax.types import Batch, Metrics, Outputs, TrainState, microbatch
 
 LAST = ("skipped_total", "skipped_in_a_row", "learning_rate")  # metrics that are states: of several steps the last one's
@@ -42,21 +44,20 @@ def make_learn(run: Run) -> Callable[[TrainState, Held, dict[str, Batch]], tuple
         parts = c.rollout.minibatches * c.microbatches
         once = reads_once(run, state, frozen, batch)
         if once:
-            (carry, batch), metrics = advance(make_experience(run, frozen, state), state.carry, batch), {}
+            metrics, (carry, batch, reported) = {}, advance(make_experience(run, frozen, state), state.carry, batch)
         else:
-            (carry, batch), metrics = experienced(run, state, frozen, batch, parts)
+            carry, batch, metrics, reported = experienced(run, state, frozen, batch, parts)
         state = dataclasses.replace(state, carry=carry)
         losses = objectives(run, frozen, state)
         apply = taught_apply(run, frozen, losses)
-        train_step = make_step(apply, losses, learning.optimizer, c.microbatches, outputs=once)
+        train_step = make_step(apply, losses, learning.optimizer, c.microbatches, once, run.experiment.combine)
         if off_policy(run):
-            check_corrected(
-                make_step(apply, objectives(run, frozen, state)[ROLLOUTS], learning.optimizer), state, batch, c.rollout.minibatches
-            )
+            own = {name: loss for name, loss in losses.items() if name != PRETRAIN}
+            check_corrected(apply, own, state, batch, c.rollout.minibatches)
 
         def step(state: TrainState, part: dict[str, Batch]) -> tuple[TrainState, Metrics]:
             rate = learning.schedule(state.step - state.skipped)
-            state, metrics, *out = train_step(state, part)
+            state, metrics, *out = train_step(state, {name: part.get(name, part[ROLLOUTS]) for name in losses})
             metrics = (scored(run, part[ROLLOUTS], out[0]) if once else {}) | metrics
             return after(state), metrics | {"learning_rate": jnp.asarray(rate)}
 
@@ -76,7 +77,7 @@ def make_learn(run: Run) -> Callable[[TrainState, Held, dict[str, Batch]], tuple
         shown: dict[str, Any] = {"shown": first_responses(run, batch)} if c.log.rollouts else {}
         tokens = c.rollout.epochs * batch["mask"].sum(dtype=jnp.float32)
         tokens += sum(x["mask"].sum(dtype=jnp.float32) for x in further.values())
-        return state, metrics | pooled(found) | {"tokens": tokens} | shown
+        return state, with_reported(metrics | pooled(found) | {"tokens": tokens} | shown, reported)
 
     return learn
 
@@ -100,41 +101,48 @@ def first_responses(run: Run, batch: Batch) -> Batch:
     return {name: jax.lax.with_sharding_constraint(x[:groups], whole) for name, x in out.items()}
 
 
-def check_corrected(train_step: Callable, state: TrainState, batch: Batch, minibatches: int) -> None:
+def check_corrected(apply: Apply, objective: Objectives, state: TrainState, batch: Batch, minibatches: int) -> None:
     """Refuses a loss that takes the samples of another policy for the policy's own; on shapes alone."""
-    name = "sampled_logps"
-    part = jax.eval_shape(lambda x: jax.tree.map(lambda x: x[0], microbatch(x, minibatches)), batch)
-    try:
-        jax.eval_shape(train_step, state, {field: x for field, x in part.items() if field != name})
-    except (KeyError, ValueError):  # it reads the field that was left out
-        return
-    raise ValueError(
-        "rollouts are sampled by another policy than learns from them (rollout.ahead, rollout.top_p below 1, or the average "
-        f"{PROPOSAL!r}), and the loss does not read {name}; correct it, as in importance_weighted(grpo())"
-    )
+    name, read = "sampled_logps", set()
+
+    def look(state: TrainState, batch: Batch) -> list[jax.Array]:
+        part = jax.tree.map(lambda x: x[0], microbatch(Noting(batch, frozenset({name}), read.add), minibatches))
+        return values(apply, [loss.trained() for loss in by_name(objective, state.step).values()], state, part)
+
+    jax.eval_shape(look, state, batch)
+    if not read:
+        raise ValueError(
+            "rollouts are sampled by another policy than learns from them (rollout.ahead, rollout.top_p below 1, or the average "
+            f"{PROPOSAL!r}), and the loss does not read {name}; correct it, as in importance_weighted(grpo())"
+        )
 
 
 def reads_once(run: Run, state: TrainState, frozen: Held, batch: Batch) -> bool:
     """Whether the step's own forward pass is all that a rollout needs of the policy that learns from it; on shapes alone.
 
     So it is where there is one step on a rollout, all of whose ratios are 1, and where what comes before it asks the policy for nothing: no
-    critic, and an experience that neither reads `old_logps` nor puts other responses in the rollout's place.
+    critic, and neither an experience nor a loss that reads what the policy said of the rollout, nor other responses in the rollout's place.
     """
     if steps_of_turn(run.config) > 1 or off_policy(run) or run.config.model.critic:
         return False
-    kept = []
+    kept, read = [], set()
 
-    def loss(state: TrainState, frozen: Held, batch: Batch) -> Metrics:
-        _, after = advance(make_experience(run, frozen, state), state.carry, batch)
+    def look(state: TrainState, frozen: Held, batch: Batch) -> list[jax.Array]:
+        before = dict.fromkeys(("old_logps", "old_entropy"), jnp.zeros(batch["mask"].shape))
+        noting = Noting(batch | before, frozenset(before), read.add)
+        _, after, _ = advance(make_experience(run, frozen, state), state.carry, noting)
         kept.extend(after[name] is batch[name] for name in ("tokens", "mask", "completion_mask"))
-        losses = objectives(run, frozen, state)
-        return make_step(taught_apply(run, frozen, losses), losses[ROLLOUTS], run.learning.optimizer)(state, after)[1]
+        own = {name: loss for name, loss in objectives(run, frozen, state).items() if name != PRETRAIN}
+        return values(taught_apply(run, frozen, own), by_name(own, state.step).values(), state, after)
 
-    try:
-        jax.eval_shape(loss, state, frozen, batch)
-    except (KeyError, ValueError):  # it reads the field that is not there
-        return False
-    return all(kept)
+    jax.eval_shape(look, state, frozen, batch)
+    return all(kept) and not read
+
+
+def values(apply: Apply, losses: Iterable[Loss], state: TrainState, batch: Batch) -> list[jax.Array]:
+    """The losses of a batch."""
+    out = apply(state.params, batch)
+    return [loss(out, batch, loss.normalised(batch))[0] for loss in losses]
 
 
 def make_judge(run: Run) -> Callable[[TrainState, Held, Batch], Metrics]:
@@ -144,7 +152,7 @@ def make_judge(run: Run) -> Callable[[TrainState, Held, Batch], Metrics]:
     """
 
     def judge(state: TrainState, frozen: Held, batch: Batch) -> Metrics:
-        (_, batch), metrics = experienced(run, state, frozen, batch, 1)
+        _, batch, metrics, _ = experienced(run, state, frozen, batch, 1)
         if "rewards" not in batch:
             return metrics
         x, known = known_rewards(batch)
@@ -157,15 +165,18 @@ def make_judge(run: Run) -> Callable[[TrainState, Held, Batch], Metrics]:
     return judge
 
 
-def experienced(run: Run, state: TrainState, frozen: Held, batch: Batch, parts: int) -> tuple[Any, Metrics]:
-    """A rollout with `old_logps`, `old_entropy`, a critic's `values` and all that experience writes, the next carry, and its metrics."""
+def experienced(run: Run, state: TrainState, frozen: Held, batch: Batch, parts: int) -> tuple[dict[str, Any], Batch, Metrics, Metrics]:
+    """The next carry, a rollout with `old_logps`, `old_entropy`, a critic's `values` and all that experience writes, and metrics.
+
+    The metrics are those of the rollout, and apart from them those that the experience reports.
+    """
     policy = policy_model(run.roles, frozen, state.params)
     outputs = lambda part: policy.apply(policy.params, part)
     out = in_parts(outputs, batch, parts)
     sampled = scored(run, batch, out)  # an experience may put other responses in their place
     batch = batch | {"old_logps": out.logps, "old_entropy": out.entropy} | ({} if out.values is None else {"values": out.values})
-    carry, batch = advance(make_experience(run, frozen, state), state.carry, batch)
-    return (carry, batch), sampled | measured(batch, off_policy(run), names_of(run.experiment))
+    carry, batch, reported = advance(make_experience(run, frozen, state), state.carry, batch)
+    return carry, batch, sampled | measured(batch, off_policy(run), names_of(run.experiment)), reported
 
 
 def scored(run: Run, batch: Batch, out: Outputs) -> Metrics:
@@ -188,8 +199,6 @@ def measured(batch: Batch, other: bool = False, names: Sequence[str] = ()) -> Me
     `signal_rate`: the share of groups whose rewards differ. `score/member_k`, `disagreement`: of an ensemble. `score/NAME`: of several
     numbers of `reward(..)`, which `names` are of, the mean of each over the responses that have it.
     `judge_cut`: responses whose end the reward models do not read.
-    `constraint/multiplier_k`: how much a reward model counts that is held at a threshold. `constraint/threshold_k`, `constraint/phase`,
-    `constraint/evaluations`: of a search for thresholds.
     """
     real = batch["completion_mask"].any(axis=-1)  # [B, N]
     mean = lambda x: jnp.where(real, x, 0.0).sum() / jnp.maximum(real.sum(), 1)
@@ -224,13 +233,6 @@ def measured(batch: Batch, other: bool = False, names: Sequence[str] = ()) -> Me
         out["disagreement"] = mean(batch["scores"].std(axis=-1))
     if cut := [x for name, x in batch.items() if name.endswith("_cut")]:
         out["judge_cut"] = (functools.reduce(jnp.logical_or, cut) & real).sum()
-    if "kl_coefficient" in batch:
-        out["kl_coefficient"] = batch["kl_coefficient"].mean()
-    if "multipliers" in batch:
-        out |= {f"constraint/multiplier_{k}": x for k, x in enumerate(batch["multipliers"].mean(axis=0))}
-    if "thresholds" in batch:
-        out |= {f"constraint/threshold_{k}": x for k, x in enumerate(batch["thresholds"].mean(axis=0))}
-        out |= {f"constraint/{name}": batch[f"search_{name}"].mean() for name in ("phase", "evaluations")}
     if "advantages" in batch:
         out["advantage_mean"] = per_token(batch["advantages"], batch)
         out["advantage_std"] = jnp.sqrt(per_token(jnp.square(batch["advantages"] - out["advantage_mean"]), batch))

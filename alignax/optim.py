@@ -5,6 +5,9 @@ from typing import Any
 import jax
 import optax
 
+from alignax.blame import blaming
+from alignax.config import Experiment
+
 SCHEDULES = ("constant", "linear", "cosine")
 OPTIMIZERS = ("adamw", "adam", "lion", "rmsprop", "sgd", "adafactor")
 
@@ -61,6 +64,23 @@ def make_optimizer(config: Any, schedule: optax.Schedule) -> optax.GradientTrans
         raise ValueError(f"optimizer.name {c.name!r} is unknown; use {', '.join(OPTIMIZERS)}")
     optimizer = table[c.name]()
     return optax.chain(optax.clip_by_global_norm(c.clip), optimizer) if c.clip else optimizer
+
+
+def own_optimizer(experiment: Experiment, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """What `optimizer(config, schedule)` of an experiment file makes; clipping and decay are its own, too.
+
+    Raises:
+      ValueError: for what is no optimizer of optax's.
+    """
+    assert experiment.optimizer is not None
+    with blaming(experiment.file):
+        made = experiment.optimizer(experiment.config, schedule)
+    if not isinstance(made, optax.GradientTransformation):
+        raise ValueError(
+            f"optimizer() of {experiment.file} returns {made!r}; return an optax.GradientTransformation, "
+            "optax.sgd(schedule, momentum=0.9) say"
+        )
+    return made
 
 
 def decays(params: Any) -> Any:

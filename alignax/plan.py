@@ -17,7 +17,7 @@ from alignax import mesh as meshes
 from alignax.config import flat
 from alignax.data import decode_example
 from alignax.fit import sizes
-from alignax.losses.algebra import at_step
+from alignax.losses.algebra import by_name
 from alignax.losses.responses import differing
 from alignax.metrics import table
 from alignax.models import hf
@@ -57,7 +57,7 @@ def describe(run: Run) -> str:
             f"memory of the training step, a device: {memory.argument_size_in_bytes / 1e9:.3f} GB state, reference and batch, "
             f"{memory.temp_size_in_bytes / 1e9:.3f} GB temporary",
             f"steps {run.steps}",
-            *filter(None, [differing(at_step(run.learning.objective, jnp.zeros((), jnp.int32)))]),
+            *filter(None, map(differing, by_name(run.learning.objectives, jnp.zeros((), jnp.int32)).values())),
             *(f"{split} data: {line}" for split, report in run.data.reports.items() for line in report.lines()),
             *(f"mixture: {line}" for line in (mixture.lines(run.steps * run.config.batch_size) if mixture else [])),
             "config " + json.dumps(flat(run.config), indent=2),

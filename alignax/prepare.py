@@ -28,7 +28,19 @@ from alignax.checks import (
     check_pretrain,
     check_rollout,
 )
-from alignax.config import DATA, ROLLOUTS, Experiment, asked, check_kept, difference, identity, load_experiment, of_run, steps_of_turn
+from alignax.config import (
+    DATA,
+    PRETRAIN,
+    ROLLOUTS,
+    Experiment,
+    asked,
+    check_kept,
+    difference,
+    identity,
+    load_experiment,
+    of_run,
+    steps_of_turn,
+)
 from alignax.data import Batches, Examples, Report, load, padded_length
 from alignax.data.mixture import Loaded
 from alignax.data.template import Today
@@ -38,7 +50,7 @@ from alignax.judges import Judge
 from alignax.losses.algebra import Objective
 from alignax.models.reward import CRITIC
 from alignax.models.tokenizers import load_tokenizer
-from alignax.optim import make_optimizer, make_schedule
+from alignax.optim import make_optimizer, make_schedule, own_optimizer
 from alignax.run.opening import Vocabulary, notices, open_models
 from alignax.run.roles import GOLD, POLICY, REFERENCE, STORED, Role, abstract_frozen, models
 from alignax.workers import Workers
@@ -79,7 +91,7 @@ class Data(NamedTuple):
 class Learning(NamedTuple):
     """How a run learns."""
 
-    objectives: dict[str, Objective]  # by the batch that each is of, the first that of the data or of rollouts
+    objectives: dict[str, Objective]  # by name, the first of the data or of rollouts, see `by_batch`
     schedule: optax.Schedule
     optimizer: optax.GradientTransformation
     averages: dict[str, Average]
@@ -154,7 +166,7 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
     data = streams(config, examples, every, loaded, 8 if mesh.devices.flat[0].platform == "cpu" else 128)
     steps = step_count(config, data.train)
     schedule = make_schedule(config.optimizer, steps)
-    optimizer = make_optimizer(config.optimizer, schedule)
+    optimizer = own_optimizer(experiment, schedule) if experiment.optimizer else make_optimizer(config.optimizer, schedule)
     objectives, averages = learning(experiment, roles, mesh)
     check_averages(config, averages, reference)
     check_cache(config, averages, reference)
@@ -204,14 +216,16 @@ def learning(experiment: Experiment, roles: dict[str, Role], mesh: Mesh) -> tupl
     if not isinstance(averages, Mapping):
         raise ValueError(f'averages() of {file} returns {averages!r}; return averages by name, {{"ema": ema(0.999)}} say')
     check_objective(loss, file)
-    check_pretrain(config, loss, file)
+    check_pretrain(config, loss, file, experiment.combine is not None)
     return by_batch(config, loss), dict(averages)
 
 
 def by_batch(config: Any, loss: Any) -> dict[str, Objective]:
-    """What loss(..) of an experiment returns, by the batch that each loss is of; first that of the data or of rollouts."""
+    """What loss(..) of an experiment returns, by name: "data" or "rollouts", "pretrain" last, others where their gradients are combined."""
     first = ROLLOUTS if config.rollout.samples else DATA
-    return {first: loss[first]} | dict(loss) if isinstance(loss, Mapping) else {first: loss}
+    return (
+        dict(sorted(loss.items(), key=lambda own: (own[0] == PRETRAIN) - (own[0] == first))) if isinstance(loss, Mapping) else {first: loss}
+    )
 
 
 def streams(config: Any, examples: dict[str, Examples], every: dict[str, Examples], loaded: dict[str, Loaded], tile: int) -> Data:

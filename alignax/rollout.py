@@ -20,7 +20,7 @@ from alignax.data import Examples
 from alignax.functions import names_of, reward_fields
 from alignax.generate import Completions, Generator, Sampling, Stops, sampled_batch, shape_for, stops_of, text_of
 from alignax.generate.stops import LENGTH, STOP_ID, STOP_STRING
-from alignax.host_rewards import bad_rewards, has_signal, known_mean, named, rewarded, rewards_of
+from alignax.host_rewards import bad_rewards, has_signal, known_mean, metrics_of, named, rewarded, rewards_of
 from alignax.prepare import Run
 from alignax.run.roles import GOLD, whole
 from alignax.run.state import Held
@@ -139,8 +139,8 @@ class Rollouts:
         count = len(batch["prompt_id"])
         return Rollout(meshes.put_batch(self.run.mesh, lambda part: {name: x[part] for name, x in batch.items()}, count), metrics)
 
-    def judged(self, sampled: Sampled) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-        """Batch and metrics of what was sampled, on the host."""
+    def judged(self, sampled: Sampled, again: bool = False) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+        """Batch and metrics of what was sampled, on the host; `metrics` of the experiment is not asked `again`, of a refill."""
         run, began = self.run, time.monotonic()
         rows, prompts, completions, metrics = sampled
         examples, texts = run.data.train.examples, decoded(run.words.tokenizer, completions, self.generate.stops)
@@ -150,6 +150,8 @@ class Rollouts:
         if run.experiment.gold is not None:
             batch |= rewards_of(run, "gold", examples, rows, completions, texts)
             metrics["gold"] = known_mean(batch["gold"])
+        if not again:
+            metrics |= metrics_of(run, examples, rows, completions, texts)
         return batch, metrics | {"time/reward": time.monotonic() - began}
 
     def refilled(
@@ -165,7 +167,7 @@ class Rollouts:
         while found["refill/times"] < self.run.config.rollout.refill and not heard.all():
             found["refill/times"] += 1
             silent = np.flatnonzero(~heard)
-            other, metrics = self.judged(self.sample(state, frozen, step, int(found["refill/times"]), len(silent)))
+            other, metrics = self.judged(self.sample(state, frozen, step, int(found["refill/times"]), len(silent)), again=True)
             new = np.flatnonzero(has_signal(other["rewards"]))
             place = silent[: len(new)]
             for name, x in batch.items():

@@ -12,6 +12,7 @@ import numpy as np
 
 from alignax import ensemble, output
 from alignax.blame import blaming, explained
+from alignax.calls import METRICS
 from alignax.checkpoint import Checkpoints, nbytes
 from alignax.config import asked, code, effective, flat, prompts_of_rollout
 from alignax.data import Examples
@@ -20,7 +21,7 @@ from alignax.distributed import check_alike, is_main, together
 from alignax.evaluate import SAMPLED, tries
 from alignax.experience import advance, first_carry
 from alignax.functions import reward_fields
-from alignax.host_rewards import check_reward
+from alignax.host_rewards import check_metrics, check_reward
 from alignax.models import hf, parameters, peft, reward
 from alignax.models.reward import CRITIC
 from alignax.models.statistics import Statistic
@@ -170,7 +171,7 @@ def sketch(folder: Path) -> str:
 
 def check_step(run: Run) -> None:
     """Traces the training step on shapes alone, so that a loss that does not fit its data is refused before anything is written."""
-    functions = [name for name in ("gold", "reward") if getattr(run.experiment, name) is not None]
+    functions = [name for name in ("gold", "reward", METRICS) if getattr(run.experiment, name) is not None]
     if functions and is_main():
         run.workers.start()  # they load the experiment meanwhile
     try:
@@ -184,15 +185,18 @@ def check_step(run: Run) -> None:
         ) from e
     check_advantages(run)
     for name in functions if is_main() else ():
-        check_reward(run, name)
+        if name != METRICS:
+            check_reward(run, name)
+    seen = [f"{METRICS}/{name}" for name in check_metrics(run)] if is_main() else []
     best = run.config.checkpoint.best.removeprefix("-")
     names = {
         "loss",
         *SAMPLED,
         *(f"pass@{k}" for k in tries(run.config.eval.samples_per_prompt)),
         *(name for name in metrics if not name.startswith("loss:")),
+        *seen,
     }
-    if best and best not in names:
+    if best and best not in names and is_main():
         raise ValueError(f"checkpoint.best {best!r} is no metric of the evaluation; use one of {', '.join(sorted(names))}")
 
 

@@ -1,19 +1,24 @@
 """The one shared training step, and the evaluation that goes with it."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import functools
+import operator
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from alignax.losses.algebra import Loss, Objective, Objectives, at_step
+from alignax.data.files import short
+from alignax.losses.algebra import Loss, Objectives, by_name
 from alignax.types import Batch, Metrics, Outputs, Params, TrainState, gathered, microbatch
 
 Apply = Callable[[Params, Batch], Outputs]
 Stepped = tuple[TrainState, Metrics, *tuple[Outputs, ...]]  # what a step gives, with Outputs where they are asked for
 Sums = dict[str, tuple[jax.Array, jax.Array]]  # metric -> (weighted sum, weight)
+Combine = Callable[[dict[str, Params]], Params]  # gradients of objectives, by name -> the gradient that is followed
 
 
 def init_state(
@@ -25,7 +30,12 @@ def init_state(
 
 
 def make_step(
-    apply: Apply, objective: Objectives, optimizer: optax.GradientTransformation, microbatches: int = 1, outputs: bool = False
+    apply: Apply,
+    objective: Objectives,
+    optimizer: optax.GradientTransformation,
+    microbatches: int = 1,
+    outputs: bool = False,
+    combine: Combine | None = None,
 ) -> Callable[[TrainState, Any], Stepped]:
     """The training step: forward, loss, gradients summed over microbatches, optimizer update.
 
@@ -35,36 +45,47 @@ def make_step(
     Args:
       apply: pure forward pass `(params, batch) -> Outputs`.
       objective: a Loss, or `step -> Loss` where coefficients follow a schedule; or a mapping of these by name. A batch is then a mapping
-        of the same names, and the loss is the sum of each on its own batch, averaged over that one alone: a single gradient.
+        of the same names (which may be one batch), and the loss is the sum of each on its own, averaged over that one alone.
       optimizer: any optax transformation.
       microbatches: parts that B is split into, one forward and backward each; the result is that of one part.
       outputs: whether the step returns what its forward pass gave, too.
+      combine: of a mapping, what makes one gradient of each loss's own: pure, `{name: gradient} -> gradient`, trees like the parameters,
+        of the whole batch. It costs a forward and a backward pass for each. None: the gradient of the sum, in one backward pass.
 
     Returns:
       `step(state, batch) -> (state, metrics)`, to be jitted with `donate_argnums=0`. Metrics are means over the global batch, those of
       a mapping's second loss on with its name before theirs (`pretrain/loss/sft`), and `grad_norm`, `skipped` (this step: 0 or 1),
       `skipped_total`, `skipped_in_a_row`, `finite/<leaf>` for every parameter. With `outputs` it is `(state, metrics, Outputs)`, of the
       parameters before the step, and of a mapping's first batch.
-    """
 
-    objectives = objective if isinstance(objective, Mapping) else {"": objective}
-    prefixes = dict(zip(objectives, ["", *(f"{name}/" for name in list(objectives)[1:])], strict=True))
+    Raises:
+      ValueError: in the step, where what `combine` gives is no gradient.
+    """
 
     def step(state: TrainState, batch: Any) -> Stepped:
         batches = batch if isinstance(objective, Mapping) else {"": batch}
-        losses = {name: at_step(own, state.step) for name, own in objectives.items()}
+        losses = by_name(objective, state.step)
+        prefixes = prefixed(losses)
         weights = {name: loss.normalised(batches[name]) for name, loss in losses.items()}
 
-        def part_loss(params: Params, part: dict[str, Batch], part_weights: Any) -> tuple[jax.Array, tuple[Metrics, list[Outputs]]]:
+        def part_loss(
+            names: Iterable[str], params: Params, part: dict[str, Batch], part_weights: Any
+        ) -> tuple[jax.Array, tuple[Metrics, list[Outputs]]]:
             value, metrics, given = jnp.zeros(()), {}, []
-            for name, loss in losses.items():
+            for name in names:
                 given.append(apply(params, part[name]))
-                own, found = loss(given[-1], part[name], part_weights[name])
+                own, found = losses[name](given[-1], part[name], part_weights[name])
                 value += own
                 metrics |= {prefixes[name] + metric: x for metric, x in found.items()}
             return value, (metrics | {"loss": value}, given[:outputs])
 
-        gradient = jax.grad(part_loss, has_aux=True)
+        def each(params: Params, *part: Any) -> tuple[dict[str, Params], tuple[Metrics, list[Outputs]]]:
+            own = {name: jax.grad(partial(part_loss, [name]), has_aux=True)(params, *part) for name in losses}
+            found = [metrics for _, (metrics, _) in own.values()]
+            metrics = functools.reduce(operator.or_, found) | {"loss": sum(metrics["loss"] for metrics in found)}
+            return {name: grads for name, (grads, _) in own.items()}, (metrics, next(iter(own.values()))[1][1])
+
+        gradient = jax.grad(partial(part_loss, losses), has_aux=True) if combine is None else each
         parts = microbatch((batches, weights), microbatches)
         if microbatches == 1:
             grads, (metrics, given) = gradient(state.params, *jax.tree.map(lambda x: x[0], parts))
@@ -79,6 +100,9 @@ def make_step(
             (grads, metrics), given = jax.lax.scan(add, zeros, parts)
             given = gathered(given)
 
+        if combine is not None:
+            grads = combine(grads)
+            check_gradient(grads, state.params)
         norms = jax.tree.map(jnp.linalg.norm, grads)
         norm = optax.tree.norm(norms)
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
@@ -103,8 +127,25 @@ def make_step(
     return step
 
 
-def make_evaluation(apply: Apply, objective: Objective) -> Callable[[Params, jax.Array, Batch], Sums]:
+def check_gradient(grads: Any, params: Params) -> None:
+    """Refuses a combination of gradients that is none for these parameters."""
+    shapes = lambda tree: jax.tree.map(jnp.shape, tree)
+    if jax.tree.structure(grads) != jax.tree.structure(params) or shapes(grads) != shapes(params):
+        raise ValueError(
+            f"combine(gradients) gives {short(shapes(grads))}; return one gradient, a tree like each of "
+            "those that it is given, jax.tree.map(lambda *g: sum(g), *gradients.values()) say"
+        )
+
+
+def prefixed(losses: dict[str, Loss]) -> dict[str, str]:
+    """What stands before the metrics of each loss: its name, and nothing before the first one's."""
+    return {name: f"{name}/" if i else "" for i, name in enumerate(losses)}
+
+
+def make_evaluation(apply: Apply, objective: Objectives) -> Callable[[Params, jax.Array, Batch], Sums]:
     """Evaluation sums of one batch: those of all batches add up, then `means` gives exact averages, ragged last batch included.
+
+    Of a mapping every loss is of that batch.
 
     Returns:
       `evaluate(params, step, batch) -> {metric: (weighted sum, weight)}`, to be jitted. The whole loss is not among them, since its
@@ -112,13 +153,15 @@ def make_evaluation(apply: Apply, objective: Objective) -> Callable[[Params, jax
     """
 
     def evaluate(params: Params, step: jax.Array, batch: Batch) -> Sums:
-        loss = at_step(objective, step)
-        out = apply(params, batch)
+        losses, out = by_name(objective, step), apply(params, batch)
         sums = {}
-        for i, (term, weights) in enumerate(zip(loss.terms, loss.weights(batch), strict=True)):
-            value, metrics = Loss((term,))(out, batch, (weights,))
-            # Terms of the loss add up after each is averaged over its own weights, so each has its own entry.
-            sums |= {name: (x, weights.sum()) for name, x in (metrics | {f"loss:{i}": value}).items()}
+        for name, prefix in prefixed(losses).items():
+            loss = losses[name]
+            for i, (term, weights) in enumerate(zip(loss.terms, loss.weights(batch), strict=True)):
+                value, metrics = Loss((term,))(out, batch, (weights,))
+                metrics = {prefix + metric: x for metric, x in metrics.items()}
+                # Terms of the loss add up after each is averaged over its own weights, so each has its own entry.
+                sums |= {metric: (x, weights.sum()) for metric, x in (metrics | {f"loss:{prefix}{i}": value}).items()}
         return sums
 
     return evaluate

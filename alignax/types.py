@@ -29,14 +29,9 @@ A batch is a plain dict of arrays whose leading axis is B. Every method has the 
 | `truncated`       | [B, N] bool      | a sampled response that was cut at its longest, before an EOS                    |
 | `prompt_id`       | [B] int32        | which prompt a row is of: of a rollout the row of the data that it stands in     |
 | `gold`            | [B, N] f32       | what gold(..) of the experiment says of a sampled response; NaN is missing       |
-| `multipliers`     | [B, K] f32       | how much each reward model with a threshold counts, in every row the same        |
-| `thresholds`      | [B, K] f32       | those that a search of them is trying, in every row the same                     |
-| `search_phase`    | [B] int32        | what it tries them for, see `alignax.experience.simplex`                         |
-| `search_evaluations` | [B] int32     | how many it has tried before                                                     |
 | `raw_rewards`     | [B, N] f32       | `rewards` before the KL penalty                                                  |
 | `group_rewards`   | [B, N] f32       | where others are trained on: the rewards of what was sampled, NaN where unknown  |
 | `quantiles`       | [B, N] int32     | of Quark's pool, which a response is of by its reward; 0 the best                |
-| `kl_coefficient`  | [B] f32          | that of an adaptive KL penalty                                                   |
 | `values`          | [B, N, T] f32    | a critic's estimate before tokens[t] is chosen, at completion tokens; of a critic |
 |                   |                  | of H heads [B, N, T, H]: of the KL, then of each reward model                    |
 | `token_rewards`   | [B, N, T] f32    | reward of each completion token: the penalties, and on the last `rewards`        |
@@ -52,7 +47,8 @@ A batch is a plain dict of arrays whose leading axis is B. Every method has the 
 | `aot_ratios`      | [B, 2] f32       | log-ratio of the other side of the same rank, in nats                            |
 
 A padding row is False in both masks, so it weighs nothing; its further fields are 0. What is not differentiated is data:
-reference log-probs, rewards and advantages are further fields, written by experience functions.
+reference log-probs, rewards and advantages are further fields, written by experience functions. What only the log reads is none: a
+function reports it (`alignax.experience.report`).
 """
 
 from collections.abc import Callable

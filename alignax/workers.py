@@ -73,13 +73,13 @@ class Workers:
         self.say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True)
         self.stop: Callable[[], int] = never
         self.workers: list[Worker] = []
-        self.told = False
+        self.told: set[str] = set()
 
-    def tell(self, what: str) -> None:
-        """Says what happens to rewards, the first time."""
-        if not self.told:
+    def tell(self, name: str, what: str) -> None:
+        """Says what happens to the answers of a function, the first time."""
+        if name not in self.told:
             self.say(f"notice: {what}")
-        self.told = True
+        self.told.add(name)
 
     def start(self) -> None:
         """Starts the processes that are missing, without waiting for them."""

@@ -9,7 +9,19 @@ import tiny
 
 from alignax import losses
 from alignax import mesh as meshes
-from alignax.experience import advance, chain, logps, matched_margins, matched_ratios, mismatched_kl, reward_shift
+from alignax.experience import (
+    Stateful,
+    advance,
+    best_and_worst,
+    chain,
+    logps,
+    matched_margins,
+    matched_ratios,
+    mismatched_kl,
+    report,
+    reward_shift,
+)
+from alignax.experience.chain import with_reported
 from alignax.experience.kto import mismatched
 from alignax.losses import sequence
 from alignax.train import init_state, make_step
@@ -203,3 +215,48 @@ def test_a_field_of_another_shape_is_named(name, axes, text):
     write = lambda batch: batch | {name: axes(batch["completion_mask"].astype(jnp.float32))}
     with pytest.raises(ValueError, match=text):
         advance(chain(write), {}, tiny.batch())
+
+
+# --- reports ---
+
+
+def counting(batch):
+    return report(batch | {"old_logps": jnp.zeros(batch["mask"].shape)}, tokens_seen=batch["mask"].sum(), **{"share/x": 0.25})
+
+
+def test_what_is_reported_is_no_field():
+    """Through a chain in a chain, a stateful function, and functions that split and select all fields, jitted or not."""
+    stateful = Stateful("mean", jnp.zeros(()), lambda carry, batch: (carry + 1, report(batch, before=carry)))
+    experience = chain(chain(counting, logps("ref_logps", POLICY, 2)), best_and_worst(), stateful)
+    batch = tiny.batch() | {"rewards": jnp.arange(8.0).reshape(4, 2)}
+    carry, after, metrics = jax.jit(lambda carry, batch: advance(experience, carry, batch))({"mean": jnp.float32(3.0)}, batch)
+    assert {name: float(x) for name, x in metrics.items()} == {"tokens_seen": float(batch["mask"].sum()), "share/x": 0.25, "before": 3.0}
+    assert carry["mean"] == 4 and all(x.shape == () for x in metrics.values())
+    assert after.keys() == batch.keys() | {"old_logps", "ref_logps", "group_rewards"}
+    inside = lambda batch: chain(counting, logps("ref_logps", POLICY, 2))(batch) | {"x": jnp.zeros(4)}  # a function that calls another
+    _, after, metrics = advance(chain(inside), {}, batch)
+    assert metrics.keys() == {"tokens_seen", "share/x"} and "x" in after and not [name for name in after if name.startswith("reported")]
+
+
+def test_members_report_each_their_own():
+    every = jax.vmap(lambda k: advance(chain(lambda batch: report(batch, seed=k)), {}, tiny.batch())[2])(jnp.arange(3.0))
+    assert every["seed"].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("experience", "text"),
+    [
+        (lambda batch: report(batch, x=batch["mask"].sum(axis=-1)), r"report\(..\) is given 'x' of shape \(4, 2\); a metric is a scalar"),
+        (chain(counting, counting), "two experience functions report 'share/x'"),
+        (chain(counting, chain(counting)), "two experience functions report 'share/x'"),
+    ],
+)
+def test_a_report_that_is_none_is_refused(experience, text):
+    with pytest.raises(ValueError, match=text):
+        advance(chain(experience), {}, tiny.batch())
+
+
+def test_a_metric_that_the_run_has_itself_is_refused():
+    assert with_reported({"loss": 1}, {"x": 2}) == {"loss": 1, "x": 2}
+    with pytest.raises(ValueError, match="the experience reports 'loss', and every such run has a metric of that name"):
+        with_reported({"loss": 1}, {"loss": 2})

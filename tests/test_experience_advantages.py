@@ -282,9 +282,10 @@ def test_the_adaptive_coefficient():
     experience = chain(adaptive_kl_reward(0.1, target=6.0))
     carry = first_carry(experience)
     for measured, before, after in ((12.0, 0.1, 0.100064), (3.0, 0.100064, 0.099999959), (6.6, 0.099999959, 0.100031959)):
-        carry, out = jax.jit(advance)(experience, carry, batch | {"old_logps": jnp.where(mask[None, None], measured / 4, 0.0)})
+        carry, out, seen = jax.jit(advance)(experience, carry, batch | {"old_logps": jnp.where(mask[None, None], measured / 4, 0.0)})
         np.testing.assert_allclose(carry["adaptive_kl_reward"], after, rtol=2e-7)
-        np.testing.assert_allclose(out["kl_coefficient"], before, rtol=2e-7)
+        np.testing.assert_allclose(seen["kl_coefficient"], before, rtol=2e-7)
+        assert seen.keys() == {"kl_coefficient"} and not {name for name in out if "coefficient" in name}
         np.testing.assert_allclose(out["rewards"], 1 - before * measured, rtol=1e-5)
     assert adaptive_kl_update(jnp.asarray(0.1), jnp.asarray(600.0), n=100) == pytest.approx(0.1 * 1.002)  # a fifth of a step at most
 

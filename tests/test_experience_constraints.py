@@ -24,6 +24,7 @@ from alignax.experience import (
     xi_ppo,
 )
 from alignax.experience.advantages import last_scored
+from alignax.experience.chain import taken
 from alignax.train import init_state, make_step
 from alignax.types import Batch, Outputs, Params
 
@@ -74,10 +75,10 @@ def trained(method: str, steps: int = 1000) -> list[np.ndarray]:
         constraints = METHODS[method][0](thresholds)
 
         def one(state, _):
-            carry, batch = advance(constraints, state.carry, sampled(state.params, scores))
+            carry, batch, seen = advance(constraints, state.carry, sampled(state.params, scores))
             state, _ = step(state.replace(carry=carry), batch)
             p = jax.nn.softmax(state.params)
-            return state, (p @ scores, batch["multipliers"][0], p @ jnp.log(ARMS * p))
+            return state, (p @ scores, jnp.stack([seen[f"constraint/multiplier_{k}"] for k in (0, 1)]), p @ jnp.log(ARMS * p))
 
         state = init_state(jnp.zeros(ARMS), optax.sgd(10.0), jax.random.key(0))
         _, path = jax.lax.scan(one, state.replace(carry=first_carry(constraints)), length=steps)  # type: ignore[attr-defined]
@@ -151,7 +152,9 @@ def test_the_advantage_is_a_sum_of_whitened_ones(method, x):
     if not any(x):
         np.testing.assert_allclose(weights, [2, 0, 0] if method == "xi" else [1, 0.5, 0.5])
     np.testing.assert_allclose(after["advantages"], np.tensordot(weights, own, 1), atol=2e-5)
-    np.testing.assert_allclose(after["multipliers"], np.tile(L, (4, 1)), rtol=1e-6)
+    after, seen = taken(after)
+    np.testing.assert_allclose([seen[f"constraint/multiplier_{k}"] for k in (0, 1)], L, rtol=1e-6)
+    assert not {name for name in after if "multiplier" in name}
 
 
 @each

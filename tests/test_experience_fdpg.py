@@ -56,7 +56,7 @@ def without(batch: Batch, b: int, n: int | slice = slice(None)) -> Batch:
 def written(experience, batch: Batch, carry=None):
     """Carry and batch, jitted."""
     carry = first_carry(experience) if carry is None else carry
-    return jax.jit(advance)(experience, carry, batch)
+    return jax.jit(advance)(experience, carry, batch)[:2]
 
 
 # --- targets ---
@@ -253,7 +253,7 @@ def trained(divergence, off_policy: jax.Array) -> tuple[TrainState, dict[str, ja
         batch["completion_mask"] = jnp.broadcast_to(SCORED[None, None], batch["tokens"].shape)
         fields = {"ref_logps": base, "old_logps": state.params, "sampled_logps": proposal}
         batch |= {name: one_token(params, batch).logps for name, params in fields.items()}
-        carry, batch = advance(experience, state.carry, batch)
+        carry, batch, _ = advance(experience, state.carry, batch)
         state, metrics = train_step(state.replace(carry=carry), batch)
         after = adopt(state)
         return after, metrics | {"swaps": jnp.any(after.averages["proposal"] != state.averages["proposal"])}

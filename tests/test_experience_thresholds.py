@@ -9,6 +9,7 @@ from test_experience_constraints import ARMS, PROGRAM, SCORES, bandit, sampled, 
 
 from alignax import checkpoint, losses
 from alignax.experience import advance, first_carry, nelder_mead, nm_ppo, proxy_point, xi_ppo
+from alignax.experience.chain import taken
 from alignax.experience.simplex import CONTRACT, DONE, EXPAND, FILL, REFLECT
 from alignax.train import init_state, make_step
 
@@ -69,7 +70,7 @@ def quadratic(x):
 
 
 def visits(search, rollouts: int, met: bool = True) -> list[np.ndarray]:
-    """Fields of rollouts whose policies have the scores that are asked for, if `met`, and whose gold rewards are planted on them."""
+    """Metrics of rollouts whose policies have the scores that are asked for, if `met`, and whose gold rewards are planted on them."""
 
     @jax.jit
     def run(carry):
@@ -81,9 +82,10 @@ def visits(search, rollouts: int, met: bool = True) -> list[np.ndarray]:
             noise += jnp.array([-1.0, 1.0, 0.0])[carry.rollouts] * (carry.search.evaluations % 3)
             gold = jnp.where(i % 5 == 3, jnp.nan, quadratic(theta) + noise)
             batch |= {"gold": gold, "old_logps": jnp.zeros((2, 2, 1)), "ref_logps": jnp.zeros((2, 2, 1))}
-            carry, batch = search.function(carry, batch)
-            fields = [batch[name][0] for name in ("thresholds", "search_phase", "search_evaluations")]
-            return carry, (*fields, carry.search.asked)
+            after, _, seen = advance(search, {"nm_ppo": carry}, batch)
+            carry = after["nm_ppo"]
+            theta = jnp.stack([seen[f"constraint/threshold_{k}"] for k in range(theta.size)])
+            return carry, (theta, seen["constraint/phase"], seen["constraint/evaluations"], carry.search.asked)
 
         return jax.lax.scan(one, carry, jnp.arange(rollouts))[1]
 
@@ -125,8 +127,8 @@ def test_thresholds_found_while_a_policy_trains_are_those_of_the_planted_gold():
     def one(state, _):
         batch = sampled(score @ state.params, score)
         batch["gold"] = jnp.asarray(gold, jnp.float32)[batch["tokens"][..., 0]]
-        carry, batch = advance(search, state.carry, batch)
-        return step(state.replace(carry=carry), batch)[0], batch["search_phase"][0]
+        carry, batch, seen = advance(search, state.carry, batch)
+        return step(state.replace(carry=carry), batch)[0], seen["constraint/phase"]
 
     state = init_state(jnp.zeros(1), optimizer, jax.random.key(0)).replace(carry=first_carry(search))  # type: ignore[attr-defined]
     state, phases = jax.jit(lambda state: jax.lax.scan(one, state, length=800))(state)
@@ -151,7 +153,8 @@ def test_a_search_is_in_checkpoints_and_goes_on(tmp_path):
     assert carry.search.evaluations == 2 and carry.rollouts == 1
     jax.tree.map(np.testing.assert_array_equal, restored, carry)
     jax.tree.map(np.testing.assert_array_equal, go(restored, batch), go(carry, batch))
-    np.testing.assert_array_equal(after["thresholds"], np.tile(np.float32([[0.3, 0.4]]), (4, 1)))
+    seen = taken(after)[1]
+    assert [seen[f"constraint/threshold_{k}"] for k in (0, 1)] == [np.float32(0.3), np.float32(0.4)] and seen["constraint/evaluations"] == 2
     _, plain = PROGRAM(xi_ppo((0.3, 0.4)), carry.multipliers, batch)
     np.testing.assert_allclose(go(carry, batch)[1]["advantages"], plain["advantages"], atol=1e-6)
 

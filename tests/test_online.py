@@ -433,6 +433,8 @@ def test_a_single_step_reads_the_rollout_once(fields, tmp_path):
         (GRPO, {"rollout.epochs": "2"}),
         (PPO, {"model.critic": "head"}),
         (by_experience("kl_reward(0.1), group_relative()"), {}),
+        (by_experience("group_relative(), lambda batch: {**batch}"), {}),
+        (GRPO.replace("kl_k3()", "kl_k3() + observe('x', lambda out, batch: batch['old_logps'].sum(axis=(1, 2)))"), {}),
         (by_experience("best_and_worst()").replace("grpo() + 0.01 * kl_k3()", "dpo()"), {}),
     ],
 )
@@ -658,6 +660,10 @@ REFUSED = {
     "a reset in a rollout": ({}, GRPO + "\ndef averages(config):\n    return elastic_reset(0.9, every=6)\n", "middle of a rollout of 4"),
     "a proposal and ahead": (AHEAD, OFF_POLICY + PROPOSAL, "leave one of them out"),
     "samples of before": (AHEAD, GRPO, "does not read sampled_logps; correct it, as in importance_weighted(grpo())"),
+    "samples of before that are only seen": (
+        AHEAD, GRPO.replace("kl_k3()", "kl_k3() + observe('x', lambda out, batch: batch['sampled_logps'].sum(axis=(1, 2)))"),
+        "does not read sampled_logps",
+    ),
     "samples of a proposal": ({}, GRPO + PROPOSAL, "does not read sampled_logps"),
     "no evidence": ({}, OFF_POLICY + PROPOSAL, "put that at the end of the experience's chain"),
     "ahead of nothing": (AHEAD | {"rollout.samples": "0"}, GRPO, "no rollouts to sample ahead"),

@@ -65,7 +65,7 @@ def test_draws_are_uniform_and_none_comes_twice_before_all_have():
 
 TOKENS = (90, 91, 92)  # best first
 POOL = quark_pool(TOKENS, capacity=8, length=7)
-ADVANCE = jax.jit(advance)
+ADVANCE = jax.jit(lambda *given: advance(*given)[:2])
 
 
 def rollout(rewards, first: int = 0) -> Batch:
@@ -298,7 +298,7 @@ def trained() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             state, pool = carry
             key = jax.random.fold_in(state.key, round)
             best = jax.nn.softmax(state.params["policy"][0]) @ rewards
-            pool, batch = advance(experience, pool, explored(key, state.params["policy"], rewards))
+            pool, batch, _ = advance(experience, pool, explored(key, state.params["policy"], rewards))
 
             def epoch(state, key):
                 order = jax.random.permutation(key, SAMPLES).reshape(4, -1)

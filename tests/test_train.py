@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from alignax import mesh as meshes
 from alignax.config import default_config
 from alignax.experience import chain, logps
-from alignax.losses import Loss, dpo, ipo, make_loss, per_sequence, ppo, rpo, rpo_token_mean, sft
+from alignax.losses import Loss, dpo, finished, ipo, kl_k3, make_loss, observe, per_sequence, ppo, rpo, rpo_token_mean, sft, wpo
 from alignax.models import parameters
 from alignax.optim import OPTIMIZERS, SCHEDULES, decays, make_optimizer, make_schedule
 from alignax.train import digest, init_state, make_evaluation, make_step, means
@@ -103,6 +103,138 @@ def test_losses_of_batches_of_their_own_are_one_gradient():
     np.testing.assert_allclose(metrics["loss"], dpo_metrics["loss"] + sft_metrics["loss"], rtol=1e-6)
     np.testing.assert_allclose(metrics["pretrain/loss/sft"], sft_metrics["loss/sft"], rtol=1e-6)
     np.testing.assert_allclose(metrics["rewards/margins"], dpo_metrics["rewards/margins"], rtol=1e-5)
+
+
+TWO = {"dpo": dpo(), "sft": 0.5 * sft()}
+
+
+def dotted(a, b):
+    return sum(jax.tree.leaves(jax.tree.map(jnp.vdot, a, b)))
+
+
+def normalised_sum(gradients):
+    """Each gradient at a norm of 1."""
+    unit = lambda own: optax.tree.scale(1 / optax.tree.norm(own), own)
+    return jax.tree.map(lambda *g: sum(g), *map(unit, gradients.values()))
+
+
+def pcgrad(gradients):
+    """Of each gradient what opposes another one is taken off, then the sum (Yu et al. 2020, arXiv:2001.06782)."""
+    out = []
+    for name, own in gradients.items():
+        for other in (g for n, g in gradients.items() if n != name):
+            share = jnp.minimum(dotted(own, other), 0.0) / dotted(other, other)
+            own = jax.tree.map(lambda x, y, share=share: x - share * y, own, other)
+        out.append(own)
+    return jax.tree.map(lambda *g: sum(g), *out)
+
+
+@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("combine", [normalised_sum, pcgrad])
+def test_gradients_of_several_objectives_are_combined(combine, count):
+    """Each objective's own gradient, of the whole batch however many microbatches, on one batch or several; numpy combines them."""
+    optimizer = optax.sgd(0.1, momentum=0.0)  # its state is the gradient
+    batch, other = padded(ragged(), (1, 6)), padded(ragged(), (0, 2))
+    against = -0.3 * dpo()  # so that PCGrad finds a conflict
+    for objective, batches in ((TWO, dict.fromkeys(TWO, batch)), ({"dpo": dpo(), "against": against}, {"dpo": batch, "against": other})):
+        state = start(optimizer)
+        own = [jax.jit(make_step(tiny.plain_apply, objective[n], optimizer))(state, batches[n]) for n in objective]
+        flat = [np.concatenate([np.ravel(x) for x in jax.tree.leaves(s.opt_state)]).astype(np.float64) for s, _ in own]
+        if combine is normalised_sum:
+            wanted = sum(g / np.linalg.norm(g) for g in flat)
+        else:
+            (a, b), conflict = flat, min(flat[0] @ flat[1], 0.0)
+            assert (conflict < 0) == ("against" in objective)
+            wanted = a - conflict / (b @ b) * b + b - conflict / (a @ a) * a
+        after, metrics = jax.jit(make_step(tiny.plain_apply, objective, optimizer, count, combine=combine))(state, batches)
+        found = np.concatenate([np.ravel(x) for x in jax.tree.leaves(after.opt_state)])
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-6 * max(1.0, *(np.abs(g).max() for g in flat)))
+        np.testing.assert_allclose(metrics["grad_norm"], np.linalg.norm(wanted), rtol=1e-4)
+        np.testing.assert_allclose(metrics["loss"], sum(m["loss"] for _, m in own), rtol=1e-6)
+        second = list(objective)[1]
+        for name in ("loss/dpo", "loss/sft", "rewards/margins"):
+            for place, prefix in enumerate(("", second + "/")):
+                assert (name in own[place][1]) == (prefix + name in metrics)
+                if name in own[place][1]:
+                    np.testing.assert_allclose(metrics[prefix + name], own[place][1][name], rtol=1e-5)
+
+
+def test_a_sum_of_gradients_is_the_gradient_of_the_sum():
+    batch, optimizer = ragged(), optax.sgd(0.1, momentum=0.0)
+    summed = lambda gradients: jax.tree.map(lambda *g: sum(g), *gradients.values())
+    steps = [make_step(tiny.plain_apply, TWO, optimizer, 2, outputs=True, combine=combine) for combine in (None, summed)]
+    (one, metrics, out), (two, others, again) = (jax.jit(step)(start(optimizer), dict.fromkeys(TWO, batch)) for step in steps)
+    assert_near(two.opt_state, one.opt_state)
+    assert_metrics_near(others, metrics)
+    assert_equal(again, out)
+
+
+@pytest.mark.parametrize("combine", [lambda gradients: gradients, lambda gradients: jax.tree.map(jnp.sum, gradients["dpo"])])
+def test_what_is_no_gradient_is_refused(combine):
+    step = make_step(tiny.plain_apply, TWO, optax.sgd(0.1), combine=combine)
+    with pytest.raises(ValueError, match=r"combine\(gradients\) gives .* return one gradient, a tree like each"):
+        jax.eval_shape(step, start(optax.sgd(0.1)), dict.fromkeys(TWO, ragged()))
+
+
+def test_an_evaluation_of_several_objectives_is_each_ones():
+    batch, params, step = ragged(), tiny.plain_params(), jnp.zeros((), jnp.int32)
+    found = means(jax.jit(make_evaluation(tiny.plain_apply, TWO))(params, step, batch))
+    own = {name: means(jax.jit(make_evaluation(tiny.plain_apply, loss))(params, step, batch)) for name, loss in TWO.items()}
+    assert found["loss"] == pytest.approx(own["dpo"]["loss"] + own["sft"]["loss"], rel=1e-6)
+    assert found["loss/dpo"] == pytest.approx(own["dpo"]["loss/dpo"]) and found["sft/loss/sft"] == pytest.approx(own["sft"]["loss/sft"])
+
+
+# --- what is only observed ---
+
+
+def tokens(batch):
+    return batch["completion_mask"]
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_what_is_observed_trains_nothing(count):
+    """The step is that of the loss alone, bit for bit, whatever is seen is, and however it is multiplied; microbatches add up."""
+    batch, optimizer = padded(ragged(), (1, 6)), optax.sgd(0.1, momentum=0.0)
+    entropy = observe("entropy", lambda out, batch: out.entropy, tokens)
+    infinite = observe("inf", lambda out, batch: jnp.log(0.0 * out.logps[:, 0].sum(axis=-1)))
+    root = observe("root", lambda out, batch: jnp.sqrt(out.logps - out.logps), tokens)  # of an infinite slope
+    plain, state = jax.jit(make_step(tiny.plain_apply, dpo(), optimizer, count))(start(optimizer), batch)
+    after, metrics = jax.jit(make_step(tiny.plain_apply, dpo() + 3.0 * entropy + infinite - root, optimizer, count))(
+        start(optimizer), batch
+    )
+    assert_equal((after.params, after.opt_state), (plain.params, plain.opt_state))
+    assert metrics["skipped"] == 0 and metrics["inf"] == -math.inf and metrics["root"] == 0
+    assert_equal({name: metrics[name] for name in state}, state)
+    assert metrics.keys() - state.keys() == {"entropy", "inf", "root"}
+    out = tiny.plain_apply(tiny.plain_params(), batch)
+    np.testing.assert_allclose(metrics["entropy"], out.entropy.sum() / batch["completion_mask"].sum(), rtol=1e-6)
+
+
+def test_what_is_observed_is_read_in_the_formula_and_evaluated():
+    seen = observe("entropy", lambda out, batch: out.entropy, tokens)
+    objective = 2 * (dpo() + seen)
+    assert repr(objective) == "2 * dpo + observe(entropy)" and repr(objective.trained()) == "2 * dpo"
+    weighed = finished(wpo(dpo() + seen) + 0.1 * kl_k3())
+    assert [term.name for _, term in weighed.terms if term.observed] == ["entropy"], "what changes losses leaves it as it is"
+    batch, params = ragged(), tiny.plain_params()
+    found = means(jax.jit(make_evaluation(tiny.plain_apply, objective))(params, jnp.zeros((), jnp.int32), batch))
+    out = tiny.plain_apply(params, batch)
+    assert found["entropy"] == pytest.approx(float(out.entropy.sum() / batch["completion_mask"].sum()), rel=1e-6)
+    assert found["loss"] == pytest.approx(2 * found["loss/dpo"], rel=1e-6) and "loss/entropy" not in found
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: observe("", lambda out, batch: out.entropy), "its name is a text"),
+        (lambda: observe("x", lambda out: out.entropy), r"takes \(out\); it is called with \(out, batch\)"),
+        (lambda: observe("x", lambda out, batch: (out.entropy, {})), "is tuple; return the values alone"),
+        (lambda: observe("x", lambda out, batch: out.entropy), r"values of loss 'x' have shape \(8, 2, 24\), its weights \(8,\)"),
+    ],
+)
+def test_what_cannot_be_observed_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(make_step(tiny.plain_apply, dpo() + make(), optax.sgd(0.1)), start(optax.sgd(0.1)), ragged())
 
 
 @pytest.mark.long

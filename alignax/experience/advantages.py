@@ -3,7 +3,7 @@
     chain(logps("ref_logps", reference), kl_reward(0.05), leave_one_out())        # RLOO
     chain(kl_reward(0.05), gae(), whiten_advantages())                           # PPO, with a critic's `values`
     group_relative()                                                             # GRPO
-    chain(score(ensemble), gdpo((1.0, 0.5)))                                     # GDPO, of several rewards
+    chain(score(ensemble), gdpo((1.0, 0.5)))                                     # GDPO, of several rewards; PAMA is pama()
 
 Each reads what the others wrote and writes `advantages` [B, N, T], 0 off the completion. What a response lacks it does not get: one
 whose reward is missing (NaN, or not finite) has advantage 0 and takes no part in its group's statistics; so has one without a
@@ -41,10 +41,11 @@ def group_relative(std: bool = True, eps: float = 1e-4) -> Experience:
 
 
 def _scaled(eps: float, batch: Batch) -> Batch:
-    return _of_responses(batch, _standardised(*_rewards(batch), eps))
+    return of_responses(batch, standardised(*_rewards(batch), eps))
 
 
-def _standardised(rewards: jax.Array, valid: jax.Array, eps: float) -> jax.Array:
+def standardised(rewards: jax.Array, valid: jax.Array, eps: float) -> jax.Array:
+    """Rewards [B, N] less their group's mean, over its deviation + eps (ddof 1); 0 where there is none."""
     centred = _centre(rewards, valid)
     degrees = jnp.maximum(valid.sum(axis=1, keepdims=True) - 1, 1)
     std = jnp.sqrt(jnp.sum(jnp.square(centred), axis=1, keepdims=True) / degrees)
@@ -52,7 +53,7 @@ def _standardised(rewards: jax.Array, valid: jax.Array, eps: float) -> jax.Array
 
 
 def _centred(batch: Batch) -> Batch:
-    return _of_responses(batch, _centre(*_rewards(batch)))
+    return of_responses(batch, _centre(*_rewards(batch)))
 
 
 def batch_scaled(eps: float = 1e-4) -> Experience:
@@ -74,7 +75,7 @@ def batch_scaled(eps: float = 1e-4) -> Experience:
 def _batch_scaled(eps: float, batch: Batch) -> Batch:
     rewards, valid = _rewards(batch)
     _, std = _moments(rewards, valid)
-    return _of_responses(batch, _centre(rewards, valid) / (std + eps))
+    return of_responses(batch, _centre(rewards, valid) / (std + eps))
 
 
 def gdpo(weights: Sequence[float] = (), eps: float = 1e-4) -> Experience:
@@ -106,10 +107,10 @@ def _gdpo(weights: tuple[float, ...], eps: float, batch: Batch) -> Batch:
         raise ValueError(f"gdpo() has {len(weights)} weights, and scores are of {K} rewards; give one for each")
     real = batch["completion_mask"].any(axis=-1)
     valid = real[..., None] & jnp.isfinite(scores)
-    each = [_standardised(jnp.where(valid[..., k], scores[..., k], 0.0), valid[..., k], eps) for k in range(K)]
+    each = [standardised(jnp.where(valid[..., k], scores[..., k], 0.0), valid[..., k], eps) for k in range(K)]
     total = jnp.stack([w * z for w, z in zip(weights or (1.0,) * K, each, strict=True)]).sum(axis=0)
     known = valid.any(axis=-1)
-    return _of_responses(batch, _white(total, known, eps))
+    return of_responses(batch, _white(total, known, eps))
 
 
 def leave_one_out() -> Experience:
@@ -126,7 +127,7 @@ def _leave_one_out(batch: Batch) -> Batch:
     rewards, valid = _rewards(batch)
     centred = _centre(rewards, valid)
     n = valid.sum(axis=1, keepdims=True)
-    return _of_responses(batch, centred * n / jnp.maximum(n - 1, 1))
+    return of_responses(batch, centred * n / jnp.maximum(n - 1, 1))
 
 
 def gae(gamma: float = 1.0, lam: float = 0.95) -> Experience:
@@ -305,6 +306,6 @@ def _centre(rewards: jax.Array, valid: jax.Array) -> jax.Array:
     return jnp.where(valid & ~equal, rewards - mean, 0.0)
 
 
-def _of_responses(batch: Batch, advantages: jax.Array) -> Batch:
+def of_responses(batch: Batch, advantages: jax.Array) -> Batch:
     """The batch with each response's advantage at all of its completion tokens."""
     return batch | {"advantages": jnp.where(batch["completion_mask"], advantages[..., None], 0.0)}

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from alignax.experience.advantages import leave_one_out, whiten_advantages
-from alignax.experience.chain import Experience, Stateful
+from alignax.experience.chain import Experience, Stateful, numbered, report
 from alignax.experience.ensembles import Aggregate
 from alignax.losses.algebra import sequence
 from alignax.losses.pairs import check_range, field, ref_logps
@@ -47,7 +47,7 @@ def xi_ppo(
     """xi-PPO: the smallest KL at which each reward model's mean score *equals* its threshold; L = tanh(lambda), in (-1, 1).
 
     A score above its threshold is pushed down, once its multiplier is below 0. Writes `advantages` [B, N, T] for `ppo()` or `grpo()`, and
-    `multipliers` [B, K], which are the same for every row. Reads `scores` [B, N, K], `old_logps` and `ref_logps`; of a critic `values`
+    reports L as `constraint/multiplier_k`, k from 0 on. Reads `scores` [B, N, K], `old_logps` and `ref_logps`; of a critic `values`
     [B, N, T, 1 + K], head 0 the KL's and head k reward model k's, for whose heads it writes `returns` of the same shape.
 
     After a batch  m <- momentum m + g,  lambda <- lambda - learning_rate m,  g the gradient of  sum_k w_k (mean score_k - threshold_k),
@@ -164,12 +164,11 @@ class Constrained:
         _check_heads(batch, L.size)
         alone = [estimator(x) for x in (_kl_alone(batch, known), *(_score_alone(batch, known, k) for k in range(L.size)))]
         own = jnp.stack([white(x)["advantages"] for x in alone], axis=-1)  # [B, N, T, 1 + K]
-        multipliers = jnp.broadcast_to(L, (batch["tokens"].shape[0], L.size))
-        written = {"advantages": own @ self.weights(L), "multipliers": multipliers}
+        written = {"advantages": own @ self.weights(L)}
         if all("returns" in x for x in alone):  # of a critic that the estimator takes
             written["returns"] = jnp.stack([x["returns"] for x in alone], axis=-1)  # [B, N, T, 1 + K]
         velocity = momentum * carry[1] + self.gradient(carry[0], slack)
-        return (carry[0] - rate * velocity, velocity), batch | written
+        return (carry[0] - rate * velocity, velocity), report(batch | written, **numbered("constraint/multiplier", L))
 
     def gradient(self, x: jax.Array, slack: jax.Array) -> jax.Array:
         """Of sum_k w_k slack_k, by lambda x [K]: the Lagrangian's."""

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from alignax.experience.advantages import check_discount, rewarded_tokens, token_rewards, whiten
-from alignax.experience.chain import Experience, Stateful
+from alignax.experience.chain import Experience, Stateful, report
 from alignax.losses.algebra import lengths, sequence
 from alignax.losses.pairs import check_positive, field, of_rollout, ref_logps
 from alignax.types import Batch
@@ -52,8 +52,8 @@ def _kl_reward(coefficient: jax.Array, batch: Batch) -> Batch:
 def adaptive_kl_reward(coefficient: float = 0.1, target: float = 6.0, horizon: float = 10_000) -> Stateful:
     """`kl_reward` with a coefficient that holds the KL of whole responses at a target, see `adaptive_kl_update`.
 
-    The coefficient is the carry; a batch is penalised with the one that those before it left, and its own KL makes the next. Writes
-    `kl_coefficient` [B] too.
+    The coefficient is the carry; a batch is penalised with the one that those before it left, which it reports as `kl_coefficient`, and
+    its own KL makes the next.
 
     Args:
       coefficient: the first one.
@@ -71,7 +71,7 @@ def _adaptive_kl_reward(target: float, horizon: float, coefficient: jax.Array, b
     real = batch["completion_mask"].any(axis=-1)  # [B, N]
     n = jnp.maximum(real.sum(), 1)
     kl = sequence(batch["old_logps"] - ref_logps(batch), batch).sum() / n
-    return adaptive_kl_update(coefficient, kl, target, horizon, n), out | {"kl_coefficient": jnp.full(real.shape[0], coefficient)}
+    return adaptive_kl_update(coefficient, kl, target, horizon, n), report(out, kl_coefficient=coefficient)
 
 
 def adaptive_kl_update(beta: jax.Array, kl: jax.Array, target: float = 6.0, horizon: float = 10_000, n: Any = 1) -> jax.Array:

@@ -16,7 +16,7 @@ import numpy as np
 from jax.tree_util import Partial
 
 from alignax.experience.advantages import leave_one_out
-from alignax.experience.chain import Experience, Stateful
+from alignax.experience.chain import Experience, Stateful, numbered, report
 from alignax.experience.constraints import XI, Multipliers, check_descent, first_multipliers, slack_of
 from alignax.experience.simplex import DONE, Rules, Search, first_search, told
 from alignax.losses.pairs import check_positive
@@ -75,8 +75,8 @@ def nm_ppo(
     since what is judged then is a policy that is elsewhere: see docs/online.md for how often, on a bandit.
 
     Reads what `xi_ppo` reads, and `gold` [B, N]: of an experiment that has gold(..), and of which these runs are therefore no measure any
-    more. Writes what it writes, and `thresholds` [B, K], those in force, `search_phase` [B] (0 a first or a smaller simplex, 1 reflection,
-    2 expansion, 3 contraction, 5 the end) and `search_evaluations` [B], how many thresholds have been tried before.
+    more. Writes and reports what it does, and reports `constraint/threshold_k`, those in force, `constraint/phase` (0 a first or a smaller
+    simplex, 1 reflection, 2 expansion, 3 contraction, 5 the end) and `constraint/evaluations`, how many have been tried before.
 
     Args:
       simplex: K + 1 thresholds to begin with: [K + 1, K], as far apart as thresholds may differ.
@@ -113,13 +113,10 @@ class _Searched:
     def __call__(
         self, rate: jax.Array, momentum: jax.Array, estimator: Experience, carry: Searching, batch: Batch
     ) -> tuple[Searching, Batch]:
-        search, rows, following = carry.search, batch["tokens"].shape[0], self.judged(carry, batch)
+        search, following = carry.search, self.judged(carry, batch)
         multipliers, after = XI(search.asked, rate, momentum, estimator, carry.multipliers, batch)
-        after |= {
-            "thresholds": jnp.broadcast_to(search.asked, (rows, search.asked.size)),
-            "search_phase": jnp.full(rows, search.phase),
-            "search_evaluations": jnp.full(rows, search.evaluations),
-        }
+        metrics = {"constraint/phase": search.phase, "constraint/evaluations": search.evaluations}
+        after = report(after, **metrics, **numbered("constraint/threshold", search.asked))
         return following._replace(multipliers=multipliers), after
 
     def judged(self, carry: Searching, batch: Batch) -> Searching:

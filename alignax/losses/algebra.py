@@ -4,11 +4,13 @@ Weights come from data alone and are normalised once, on the global batch; so a 
 microbatches, padding rows and data-parallel shards add up exactly. `dpo(beta=0.1) + 0.005 * sft()` is a loss.
 
 A coefficient may be a schedule: `lambda step: dpo() + eta(step) * sft()` is a loss too, wherever one is taken.
+
+What is only to be seen is added like a loss, and is none: `dpo() + observe("entropy", lambda out, batch: out.entropy, tokens)`.
 """
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -30,6 +32,7 @@ class Term(NamedTuple):
     over: Over  # Batch -> weights >= 0, of data only, never of parameters
     averaged: str = ""  # how tokens are averaged, in words; "" of a term whose values are not of tokens
     statistics: tuple[Statistic, ...] = ()  # what the value reads of `Outputs.statistics`
+    observed: bool = False  # a metric alone: its coefficient says nothing, see `observe`
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -96,7 +99,16 @@ class Loss:
 
     def __repr__(self) -> str:
         """The formula: coefficients and names of terms."""
-        return " + ".join(_shown(c) + term.name for c, term in self.terms).replace("+ -", "- ")
+        shown = (f"observe({term.name})" if term.observed else _shown(c) + term.name for c, term in self.terms)
+        return " + ".join(shown).replace("+ -", "- ")
+
+    def trained(self) -> "Loss":
+        """The loss without what it only observes."""
+        return Loss(tuple((c, term) for c, term in self.terms if not term.observed))
+
+    def mapped(self, change: Callable[[Term], Term]) -> "Loss":
+        """The loss with each of its terms changed; what it only observes stays as it is."""
+        return Loss(tuple((c, term if term.observed else change(term)) for c, term in self.terms))
 
     @property
     def statistics(self) -> tuple[Statistic, ...]:
@@ -128,6 +140,9 @@ class Loss:
                 shape = jnp.shape(extra[odd[0]])
                 raise ValueError(f"metric {odd[0]!r} of loss {term.name!r} has shape {shape}, its weights {w.shape}; they must be equal")
             average = weighted_sum(values, w)
+            if term.observed:
+                metrics[term.name] = average
+                continue
             loss += coefficient * average
             metrics |= {name: weighted_sum(jax.lax.stop_gradient(x), w) for name, x in extra.items()}
             metrics["loss/" + term.name] = average
@@ -149,7 +164,7 @@ def _named(values: Any) -> bool:
 
 
 Objective = Loss | Callable[[jax.Array], Loss]  # a loss, or step -> loss
-Objectives = Objective | Mapping[str, Objective]  # or several by name, each of a batch of its own
+Objectives = Objective | Mapping[str, Objective]  # or several by name, of batches of their own or of one
 
 
 def at_step(objective: Objective, step: jax.Array) -> Loss:
@@ -160,6 +175,12 @@ def at_step(objective: Objective, step: jax.Array) -> Loss:
 def statistics_of(*objectives: Objective) -> tuple[Statistic, ...]:
     """The statistics that these losses read; a schedule's terms are the same in every step."""
     return merged(*(at_step(objective, jnp.zeros((), jnp.int32)).statistics for objective in objectives))
+
+
+def by_name(objective: Objectives, step: jax.Array) -> dict[str, Loss]:
+    """The losses at a step by their names; one alone is called ""."""
+    objectives = objective if isinstance(objective, Mapping) else {"": objective}
+    return {name: at_step(own, step) for name, own in objectives.items()}
 
 
 def make_loss(name: str, value: Value, over: Over | None = None, statistics: tuple[Statistic, ...] = ()) -> Loss:
@@ -174,13 +195,46 @@ def make_loss(name: str, value: Value, over: Over | None = None, statistics: tup
     Raises:
       ValueError: for functions of other arguments, and for what is no statistic.
     """
+    check_term(name, value, over, statistics)
+    return Loss(((1.0, Term(name, value, over or examples, statistics=tuple(statistics))),))
+
+
+def observe(
+    name: str, value: Callable[[Outputs, Batch], jax.Array], over: Over | None = None, statistics: tuple[Statistic, ...] = ()
+) -> Loss:
+    """A metric that is added to a loss and trains nothing: `grpo() + observe("entropy", lambda out, batch: out.entropy, over)`.
+
+    Averaged as a loss is, so microbatches and shards add up exactly. Nothing of it is differentiated, whatever the loss is multiplied
+    by it stays the same, and where it is not finite no step is skipped.
+
+    Args:
+      name: of the metric, as the log has it.
+      value: (Outputs, Batch) -> values, shaped like the weights.
+      over: Batch -> weights, of data only; default: the examples, as `make_loss` has them.
+      statistics: what the value reads from `Outputs.statistics`, as in `make_loss`.
+
+    Raises:
+      ValueError: for functions of other arguments; for values that are not shaped like the weights, in the step.
+    """
+    check_term(name, value, over, statistics)
+
+    def seen(out: Outputs, batch: Batch) -> tuple[jax.Array, Metrics]:
+        values = value(jax.lax.stop_gradient(out), batch)
+        if not hasattr(values, "shape"):
+            raise ValueError(f"what observe({name!r}, ..) sees is {type(values).__name__}; return the values alone, an array")
+        return jax.lax.stop_gradient(values), {}
+
+    return Loss(((1.0, Term(name, seen, over or examples, statistics=tuple(statistics), observed=True)),))
+
+
+def check_term(name: str, value: Any, over: Any, statistics: Sequence[Any]) -> None:
+    """Refuses a term of a name that is no text, of functions of other arguments, and of what is no statistic."""
     if not isinstance(name, str) or not name:
         raise ValueError(f"a loss is called {name!r}; its name is a text, which metrics have too")
     check_call(value, f"the value of loss {name!r}", "out", "batch")
     check_call(over or examples, f"over of loss {name!r}", "batch")
     if odd := [s for s in statistics if not isinstance(s, Statistic)]:
         raise ValueError(f"loss {name!r} reads {odd[0]!r}, which is no statistic; give a tuple of them, (min_p(0.02),) say")
-    return Loss(((1.0, Term(name, value, over or examples, statistics=tuple(statistics))),))
 
 
 def weighted_sum(values: jax.Array, weights: jax.Array) -> jax.Array:

@@ -172,7 +172,7 @@ def square_root(objective: Loss) -> Loss:
 
     A root of an average is no average: c is data, estimated from `old_logps` on the global batch, so that parts still add up.
     """
-    return Loss(tuple((coefficient, term._replace(value=_rooted(term))) for coefficient, term in objective.terms))
+    return objective.mapped(lambda term: term._replace(value=_rooted(term)))
 
 
 def _rooted(term: Term) -> Value:

@@ -160,7 +160,7 @@ def finished(objective: Loss) -> Loss:
 
     What was cut has no fair reward (DAPO's overlong filtering, Yu et al. 2025, arXiv:2503.14476). Where all were cut the loss is 0.
     """
-    return Loss(tuple((coefficient, term._replace(over=_of_finished(term.over))) for coefficient, term in objective.terms))
+    return objective.mapped(lambda term: term._replace(over=_of_finished(term.over)))
 
 
 def _of_finished(over: Over) -> Over:
@@ -263,4 +263,4 @@ def _times(objective: Loss, weight: Callable[[Outputs, Batch, Level], jax.Array]
 
         return term._replace(value=value)
 
-    return Loss(tuple((coefficient, weighed(term)) for coefficient, term in objective.terms))
+    return objective.mapped(weighed)

@@ -18,7 +18,7 @@ def wpo(objective: Loss) -> Loss:
 
     Needs a model that gives `log_sum_sq`, as `alignax.forward` does.
     """
-    return Loss(tuple((coefficient, term._replace(value=_weighed(term))) for coefficient, term in objective.terms))
+    return objective.mapped(lambda term: term._replace(value=_weighed(term)))
 
 
 def _weighed(term: Term):

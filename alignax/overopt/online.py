@@ -135,7 +135,7 @@ def train_policy(c: Any, method: Method, coefficient: jax.Array, keys: jax.Array
         batch: Any = {"tokens": tokens, "completion_mask": jnp.ones(tokens.shape, bool)}
         out = apply(state.params, batch)
         batch |= {"old_logps": out.logps, "sampled_logps": out.logps} | ({"values": out.values} if method.critic else {})
-        carry, batch = advance(experience, state.carry, batch)
+        carry, batch = advance(experience, state.carry, batch)[:2]
         update = lambda state, part: (after(step(state, part)[0]), None)
         return jax.lax.scan(update, dataclasses.replace(state, carry=carry), microbatch(batch, c.minibatches))[0]
 

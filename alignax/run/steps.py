@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from alignax.averages import averaged
 from alignax.config import DATA, asked
 from alignax.experience import advance
+from alignax.experience.chain import with_reported
 from alignax.losses.algebra import Objective, statistics_of
 from alignax.prepare import Run, by_batch
 from alignax.run.roles import REFERENCE, make_apply, models, policy_apply
@@ -46,11 +47,13 @@ def make_data_step(run: Run) -> Callable[[TrainState, Held, dict[str, Batch]], t
     def step(state: TrainState, held: Held, batches: dict[str, Batch]) -> tuple[TrainState, Metrics]:
         rate = learning.schedule(state.step - state.skipped)
         losses = objectives(run, held, state)
-        train_step = make_step(taught_apply(run, held, losses), losses[DATA], learning.optimizer, run.config.microbatches)
-        carry, batch = advance(make_experience(run, held, state), state.carry, batches[DATA])
-        state, metrics = train_step(dataclasses.replace(state, carry=carry), batch)
+        apply, combine = taught_apply(run, held, losses), run.experiment.combine
+        train_step = make_step(apply, losses, learning.optimizer, run.config.microbatches, combine=combine)
+        carry, batch, reported = advance(make_experience(run, held, state), state.carry, batches[DATA])
+        state, metrics = train_step(dataclasses.replace(state, carry=carry), dict.fromkeys(losses, batch))
         state = after(state)
-        return state, metrics | {"learning_rate": jnp.asarray(rate), "tokens": batch["mask"].sum(dtype=jnp.float32)}
+        metrics |= {"learning_rate": jnp.asarray(rate), "tokens": batch["mask"].sum(dtype=jnp.float32)}
+        return state, with_reported(metrics, reported)
 
     return step
 
@@ -59,9 +62,9 @@ def make_evaluate(run: Run) -> Callable[[TrainState, Held, Batch], tuple[Any, Ou
     """The program that evaluates a batch of data: `(state, frozen, batch) -> (sums, Outputs)`, see `alignax.train.make_evaluation`."""
 
     def evaluate(state: TrainState, held: Held, batch: Batch) -> tuple[Any, Outputs]:
-        _, batch = advance(make_experience(run, held, state), state.carry, batch)
+        _, batch, _ = advance(make_experience(run, held, state), state.carry, batch)
         losses = objectives(run, held, state)
         out = taught_apply(run, held, losses)(state.params, batch)
-        return make_evaluation(lambda out, batch: out, losses[DATA])(out, state.step, batch), out
+        return make_evaluation(lambda out, batch: out, losses.get(DATA, losses))(out, state.step, batch), out
 
     return evaluate
