@@ -143,7 +143,7 @@ def loss(config):
 def experience(config, reference, ensemble):
     end, found = END, FOUND.tolist()
     held = mu_ppo(found), all_ppo(found), xi_ppo(found), nm_ppo([[9, 1], [9, 2], [8, 1]], patience=1)
-    return chain(logps("ref_logps", reference), score(ensemble), ppo_sat((end, end)), *held)
+    return chain(logps("ref_logps", reference), score(ensemble), ppo_sat((end, end)), held[-1])
 
 def gold(prompts, completions):
     return [float(len(text)) for text in completions]
