@@ -22,7 +22,7 @@ from alignax.checks import parameters
 from alignax.config import ROLLOUTS, prompts_of_rollout, steps_of_turn
 from alignax.data import Examples
 from alignax.data.files import short
-from alignax.generate import Completions, Generator, Sampling, Stops, sampled_batch, shape_for, stops_of, text_of
+from alignax.generate import Completions, Stops, policy_sampling, sampled_batch, sampler, speaker, stops_of, text_of
 from alignax.generate.stops import LENGTH, STOP_ID, STOP_STRING
 from alignax.online import make_learn, pretraining
 from alignax.prepare import Run
@@ -68,14 +68,15 @@ class Rollouts:
         c, self.run = run.config.rollout, run
         count = prompts_of_rollout(run.config)
         longest = int(run.train.examples.prompt_lengths.max())
-        self.generate = Generator(
-            dataclasses.replace(run.source.config, lora=run.lora),
-            shape_for(count * c.samples, longest, c.max_new_tokens, mesh=run.mesh, slots=c.slots),
-            Sampling(top_p=c.top_p),  # of the policy at rollout.temperature, which its config has
-            stop_ids=run.ends,
+        self.generate = sampler(
+            speaker(dataclasses.replace(run.source.config, lora=run.lora), run.dtype, mesh=run.mesh),
+            count * c.samples,
+            longest,
+            c.max_new_tokens,
+            policy_sampling(c.temperature, c.top_p),
+            ends=run.ends,
             stops=stops_of(run.tokenizer, c.stop),
-            dtype=run.dtype,
-            mesh=run.mesh,
+            slots=c.slots,
             look=look,
         )
 
