@@ -15,6 +15,7 @@ from alignax.blame import check_call
 from alignax.config import asked, eval_batch_size, prompts_of_rollout
 from alignax.data import Batches
 from alignax.experience import Experience, advance, chain, first_carry
+from alignax.generate import policy_sampling
 from alignax.judges import FIELDS
 from alignax.models import hf, parameters, reward, transformer
 from alignax.models.lora import Lora, is_quantised, join, split
@@ -210,7 +211,8 @@ def abstract_rollout(run: Run, prompts: int, samples: int) -> dict[str, jax.Shap
 
 def off_policy(run: Run) -> bool:
     """Whether rollouts are of another policy, or of another distribution of it, than the one that learns from them."""
-    return run.config.rollout.ahead or PROPOSAL in run.averages or run.config.rollout.top_p < 1
+    c = run.config.rollout
+    return c.ahead or PROPOSAL in run.averages or not policy_sampling(c.temperature, c.top_p).exact
 
 
 def make_experience(run: Run, frozen: dict[str, Params], state: TrainState) -> Experience:
