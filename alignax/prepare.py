@@ -50,7 +50,7 @@ from alignax.data.files import short
 from alignax.data.mixture import Loaded, Mixture, sources
 from alignax.data.template import Today
 from alignax.distributed import is_main
-from alignax.generate import stops_of
+from alignax.generate import policy_config, stops_of
 from alignax.judges import Judge
 from alignax.losses.algebra import Objective
 from alignax.models import hf, lora, peft, transformer
@@ -296,7 +296,7 @@ def spoken(config: Any, source: hf.Source, unused: tuple[tuple[int, int], ...]) 
     """
     if not config.rollout.samples:
         return source
-    return source._replace(config=dataclasses.replace(source.config, unused_tokens=unused, temperature=config.rollout.temperature))
+    return source._replace(config=policy_config(source.config, config.rollout.temperature, unused))
 
 
 def open_reference(config: Any, source: hf.Source, tokenizer: Any, unused: tuple[tuple[int, int], ...]) -> hf.Source:
