@@ -157,7 +157,7 @@ def test_a_token_that_one_of_them_never_predicts_is_never_sampled(coefficient, a
 
 
 def test_contrastive_decoding_is_a_combination_with_a_processor():
-    """log p - log q of an amateur q among the tokens with p >= 0.1 max p (Li et al. 2022, arXiv:2210.15097, eq. 2)."""
+    """log p - log q of an amateur q among the tokens with p >= 0.1 max p (Li et al. 2022, arXiv:2210.15097)."""
     plausible = lambda z: jnp.where(z >= z.max(-1, keepdims=True) + np.log(0.1), z, -jnp.inf)
     out = said(combined([processed(bigrams(), plausible), bigrams()], [1.0, -1.0]), (TABLE, OTHER))
     p = np.asarray(jax.nn.softmax(TABLE))

@@ -1,5 +1,5 @@
-"""Speakers: what the sampler takes its next logits from. A language model is one, several models together are one, and so is any of
-these with a function behind it.
+"""Speakers: what the sampler takes its next logits from. A language model is one, several models combined are one, and so is any of
+them with a function behind it.
 
 Proxy-tuning, a large model steered by the difference between a small one that was tuned and the same that was not, is a combination:
 
@@ -28,7 +28,8 @@ from alignax.models.transformer import Decoder, ModelConfig, head_weight, shapin
 class Speaker(NamedTuple):
     """Logits of the next token given those before, as five pure functions of parameters and of a cache of what was read.
 
-    A cache is a tree of arrays whose second axis is rows: R rows of it may be put among S others, at the beginning of their further axes.
+    A cache is any tree of arrays whose second axis is rows. That of a prompt, of P places, is copied into a row of P + C places, where
+    it is the beginning of each further axis.
     """
 
     vocab_size: int  # tokens that it reads
@@ -98,7 +99,7 @@ def combined(speakers: Sequence[Speaker], coefficients: Sequence[float]) -> Spea
     | method | speakers | coefficients |
     |---|---|---|
     | proxy-tuning (Liu et al. 2024, arXiv:2401.08565) | model, small tuned, small untuned | 1, a, -a |
-    | DExperts (Liu et al. 2021, arXiv:2105.03023, eq. 2) | model, expert, anti-expert | 1, a, -a |
+    | DExperts (Liu et al. 2021, arXiv:2105.03023) | model, expert, anti-expert | 1, a, -a |
     | GenARM (Xu et al. 2024, arXiv:2410.08193) | model, autoregressive reward models | 1, 1 / beta of each |
     | contrastive decoding (Li et al. 2022, arXiv:2210.15097) | `processed` model, amateur | 1, -1 |
 
