@@ -23,7 +23,7 @@ USAGE = """usage: alignax train  --config FILE.py [--config.FIELD=VALUE ...] [--
        alignax ridge  FOLDER --config FILE.py [--penalty X] [--config.FIELD=VALUE ...]
        alignax generate MODEL [--prompts FILE] [--out FILE] [--n N] [--max-new-tokens N] [--temperature T] [--top-k K] [--top-p P]
                         [--min-p P] [--repetition-penalty R] [--stop TEXT ...] [--seed N] [--slots N] [--cache DTYPE]
-                        [--raw] [--config.FIELD=VALUE ...]
+                        [--combine MODEL@C,...] [--raw] [--config.FIELD=VALUE ...]
        alignax export WORKDIR FOLDER [--config.FIELD=VALUE ...]
        alignax check-data --config FILE.py [--config.FIELD=VALUE ...] [--json OUT]
        alignax overopt --config FILE.py [--config.FIELD=VALUE ...]
@@ -42,7 +42,8 @@ ridge       writes a reward model whose head is fitted to data.train in closed f
 generate    completes prompts; MODEL is a Hugging Face folder, or the WORKDIR of a run. FILE has a prompt a line, or rows (.jsonl, .csv,
             .parquet) with a column "prompt", text or messages; without one, prompts are typed. Lines go through the model's chat template
             where it has one, --raw sends them as they are. --out writes JSONL with tokens and log-probs, --out - prints it;
-            --temperature 0 is greedy; --stop may be given several times
+            --temperature 0 is greedy; --stop may be given several times; --combine adds the logits of further models, times a coefficient
+            each, to those of MODEL: --combine TUNED@1,UNTUNED@-1 is proxy-tuning
 export      writes the newest checkpoint of a run as a Hugging Face folder, of an ensemble one for each member; for WORKDIR also the
             mean of model folders, A@0.5,B@0.5, which model.path, reference.path and generate take too
 check-data  reads and tokenises the data (train, eval, pretrain, ood) and reports on it, every bad row counted; needs the tokenizer of
@@ -190,8 +191,9 @@ def parse(args: Sequence[str]) -> Arguments:
         raise ValueError(f"`alignax {command}` needs --config FILE.py, such as experiments/{example}.py")
     if command == "anchor" and not samples:
         raise ValueError("`alignax anchor` needs --samples FILE, rows that `alignax generate MODEL --out FILE` wrote of the initial policy")
+    beside = [("a model of --combine", path) for path, _ in request.combination()]
     named = {"--config": file, "--json": json, "--out": request.out, "--samples": samples, "--prompts": request.prompts}
-    for name, text in [*named.items(), *((f"a word of `alignax {command}`", word) for word in words)]:
+    for name, text in [*named.items(), *beside, *((f"a word of `alignax {command}`", word) for word in words)]:
         check_local(text, name, hub=name in ("--samples", "--prompts"))
     return Arguments(command, words, overrides, file, dry, json, samples, scale, penalty, request, force)
 

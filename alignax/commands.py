@@ -1,15 +1,17 @@
 """What the commands do. Bad input is told apart from failures: it is found in `prepare`, before any compute."""
 
+import dataclasses
 import functools
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
 from alignax import distributed, output, plan
 from alignax.blame import blaming, refusing
@@ -19,17 +21,19 @@ from alignax.data.mixture import sources
 from alignax.distributed import is_main, together
 from alignax.evaluate import Evaluation
 from alignax.fit import fit
-from alignax.generate import Generator, Stops, console, shape_for
+from alignax.generate import Generator, Stops, combined, console, sampler, speaker
 from alignax.generate.console import Request
 from alignax.generate.generator import check_room
 from alignax.mesh import make_mesh
 from alignax.metrics import Log, table
 from alignax.models import hf
-from alignax.models.tokenizers import load_tokenizer
+from alignax.models.tokenizers import check_tokenizer, load_tokenizer
+from alignax.models.transformer import ModelConfig
 from alignax.prepare import Run, check_workdir, origin, prepare
 from alignax.run.opening import compute_dtype, open_model
 from alignax.saved import averaged_models, folder_config, is_workdir, names_of, newest_models, saved_experiment, saved_models
 from alignax.start import check_step, start
+from alignax.types import Params
 
 
 def train(file: str, overrides: Sequence[str], dry: bool) -> None:
@@ -157,42 +161,36 @@ def generate(model: Path, request: Request, overrides: Sequence[str], force: boo
     with refusing():
         distributed.initialize()
         with together():
-            saved = is_workdir(model)
-            config = saved_experiment(model, overrides).config if saved else folder_config(model, overrides)
-            source = open_model(config.model.path, config.model.init, "model.path")
-            source = hf.with_heads(source, config.model.num_labels, trunk_values(config), config.model.language_head)
-            if source.config.num_labels:
-                raise ValueError(f"{str(model)!r} is a reward model, which gives scores and no text; give a language model")
+            first = language_model(model, overrides)
+            config, source = first.config, first.source
             tokenizer = load_tokenizer(source.path, source.config.vocab_size)
-            source = hf.with_vocabulary(source, tokenizer)
+            beside = [combined_model(path, source, tokenizer) for path, _ in request.combination()]
             if (beyond := hf.unread(source)) and is_main():
                 print(f"alignax: {hf.GENERATION} asks for {beyond}; not read here, see --help for what is", file=sys.stderr)
             stops = Stops(tokenizer, tuple(request.stop)) if request.stop else None
             room = source.config.max_position_embeddings - request.max_new_tokens
             prompts = console.read(request, tokenizer, config.data, max(room, 1))
             longest = max((len(p.ids) for p in prompts or ()), default=1)
-            check_room(source.config, longest, request.max_new_tokens)
+            configs = one_vocabulary([hf.with_vocabulary(own.source, tokenizer).config for own in (first, *beside)])
+            for own in configs:
+                check_room(own, longest, request.max_new_tokens)
             console.begin(request, prompts is None, force)
         mesh = make_mesh(config.mesh)
+        speakers = [speaker(own, compute_dtype(config, mesh), request.cache, mesh) for own in configs]
+        whole = combined(speakers, [1.0, *(c for _, c in request.combination())]) if beside else speakers[0]
 
         @functools.cache
         def generator(count: int, longest: int) -> Generator:
-            shape = shape_for(count, longest, request.max_new_tokens, mesh=mesh, slots=request.slots)
-            ids = hf.end_ids(source, tokenizer)
-            dtype = compute_dtype(config, mesh)
-            how = request.sampling()
-            return Generator(source.config, shape, how, stop_ids=ids, stops=stops, dtype=dtype, cache_dtype=request.cache, mesh=mesh)
+            ends, how = hf.end_ids(source, tokenizer), request.sampling()
+            return sampler(whole, count, longest, request.max_new_tokens, how, ends=ends, stops=stops, slots=request.slots)
 
         generator(request.n * len(prompts or [0]), longest)
-        if saved:
-            _, models = newest_models(model, config, source, mesh, config.eval.params)
-            ((_, params),) = models
-        else:
-            params = hf.load_params(source, mesh)
+        params = tuple(own.load(mesh) for own in (first, *beside)) if beside else first.load(mesh)
     key = jax.random.key(request.seed)
     if prompts is not None:
         console.answer(generator(request.n * len(prompts), longest), params, prompts, key, request, tokenizer)
         return
+    room = whole.positions - request.max_new_tokens
     for i, prompt in enumerate(console.typed(request, tokenizer, config.data, max(room, 1))):
         # In powers of 2, so that few lengths are compiled.
         longest = min(max(64, 1 << (len(prompt.ids) - 1).bit_length()), room)
@@ -200,6 +198,46 @@ def generate(model: Path, request: Request, overrides: Sequence[str], force: boo
             console.answer(generator(request.n, longest), params, [prompt], jax.random.fold_in(key, i), request, tokenizer, True)
         except ValueError as e:  # a prompt that is too long: the next may be shorter
             print(f"alignax: {e}", file=sys.stderr)
+
+
+class Language(NamedTuple):
+    """A language model that `alignax generate` samples from."""
+
+    config: Any  # that of the run, or the default
+    source: hf.Source
+    load: Callable[[Mesh], Params]
+
+
+def language_model(place: Path, overrides: Sequence[str]) -> Language:
+    """That of a folder, the mean of several folders, or the newest checkpoint of a run; its weights are not read yet."""
+    saved = is_workdir(place)
+    config = saved_experiment(place, overrides).config if saved else folder_config(place, overrides)
+    source = open_model(config.model.path, config.model.init, "model.path")
+    source = hf.with_heads(source, config.model.num_labels, trunk_values(config), config.model.language_head)
+    if source.config.num_labels:
+        raise ValueError(f"{str(place)!r} is a reward model, which gives scores and no text; give a language model")
+
+    def load(mesh: Mesh) -> Params:
+        if not saved:
+            return hf.load_params(source, mesh)
+        _, models = newest_models(place, config, source, mesh, config.eval.params)
+        ((_, params),) = models
+        return params
+
+    return Language(config, source, load)
+
+
+def combined_model(place: str, source: hf.Source, tokenizer: Any) -> Language:
+    """One whose logits are added to those of MODEL, which is of this source and reads the same tokens."""
+    own = language_model(Path(place), [])
+    check_tokenizer(own.source.path, own.source.config.vocab_size, f"{place!r} of --combine", source, tokenizer, "MODEL")
+    return own
+
+
+def one_vocabulary(configs: Sequence[ModelConfig]) -> list[ModelConfig]:
+    """The models with heads of one size: that of the smallest, as what padding is beyond it no tokenizer has."""
+    size = min(config.predicted_tokens or config.vocab_size for config in configs)
+    return [config if config.vocab_size == size else dataclasses.replace(config, predicted_tokens=size) for config in configs]
 
 
 def check_data(file: str, overrides: Sequence[str], out: str, force: bool = False) -> None:

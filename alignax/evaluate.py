@@ -17,7 +17,7 @@ from alignax import mesh as meshes
 from alignax.config import eval_batch_size
 from alignax.data import evaluation_batch
 from alignax.functions import names_of
-from alignax.generate import Generator, Sampling, sampled_batch, sampler_gap, shape_for, stops_of
+from alignax.generate import policy_config, policy_sampling, sampled_batch, sampler, sampler_gap, speaker, stops_of
 from alignax.host_rewards import bad_rewards, metrics_of, named, rewards_of
 from alignax.metrics import Log
 from alignax.models.transformer import ModelConfig
@@ -50,14 +50,14 @@ class Evaluation:
         if self.sampled:
             self.prompts = [self.examples.prompt_tokens(i).tolist() for i in self.sampled]
             count, longest = len(self.prompts) * c.samples_per_prompt, max(map(len, self.prompts))
-            self.generate = Generator(
-                self._spoken(run.policy.config),
-                shape_for(count, longest, c.max_new_tokens, mesh=run.mesh),
-                Sampling(temperature=float(c.temperature > 0), top_p=c.top_p),
-                stop_ids=run.words.ends,
+            self.generate = sampler(
+                speaker(self._spoken(run.policy.config), run.policy.dtype, mesh=run.mesh),
+                count,
+                longest,
+                c.max_new_tokens,
+                policy_sampling(c.temperature, c.top_p),
+                ends=run.words.ends,
                 stops=stops_of(run.words.tokenizer, c.stop),
-                dtype=run.policy.dtype,
-                mesh=run.mesh,
                 look=look,
             )
         reference = run.roles.get(REFERENCE)
@@ -106,14 +106,14 @@ class Evaluation:
             batch = samples_batch(run, self.examples, rows, self.prompts, completions, texts)
             batch |= {} if gold is None else {"gold": gold}
             judged = jax.device_get(self.program(state, self.frozen, self._placed(batch)))
-            own = completions.sampling.exact and c.temperature == run.config.rollout.temperature  # what rollouts are sampled from
+            own = completions.exact and c.temperature == run.config.rollout.temperature  # what rollouts are sampled from
             scores |= {m: float(x) for m, x in judged.items() if m.startswith(JUDGED) and np.isfinite(x) and (own or m != "entropy")}
             if run.experiment.reward is not None:
                 found |= {"reward": batch["rewards"]} if "rewards" in batch else {}
                 scores["bad_rewards"] = bad_rewards(batch)
             if names := names_of(run.experiment):
                 found["scores"] = np.array([[named(names, x) for x in group] for group in batch["scores"]], object)
-        if self.reference is not None and completions.sampling.exact:
+        if self.reference is not None and completions.exact:
             batch = sampled_batch(self.prompts, completions)
             k1, k3, gaps = map(meshes.gathered, self._compared(state.params, self.frozen, self._placed(batch)))
             found["log_ratio"] = k1[:n]
@@ -132,7 +132,7 @@ class Evaluation:
 
     def _spoken(self, model: ModelConfig) -> ModelConfig:
         """The model as it is sampled from here: at the evaluation's temperature, over the tokenizer's tokens."""
-        return dataclasses.replace(model, unused_tokens=self.run.words.unused, temperature=self.run.config.eval.temperature or 1.0)
+        return policy_config(model, self.run.config.eval.temperature, self.run.words.unused)
 
     def _compare(self, params: Params, frozen: Held, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
         run = self.run

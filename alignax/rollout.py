@@ -18,7 +18,7 @@ from alignax.calls import within as within  # how a reward function is timed, to
 from alignax.config import prompts_of_rollout, steps_of_turn
 from alignax.data import Examples
 from alignax.functions import names_of, reward_fields
-from alignax.generate import Completions, Generator, Sampling, Stops, sampled_batch, shape_for, stops_of, text_of
+from alignax.generate import Completions, Stops, policy_sampling, sampled_batch, sampler, speaker, stops_of, text_of
 from alignax.generate.stops import LENGTH, STOP_ID, STOP_STRING
 from alignax.host_rewards import bad_rewards, has_signal, known_mean, metrics_of, named, rewarded, rewards_of
 from alignax.prepare import Run
@@ -57,14 +57,15 @@ class Rollouts:
         c, self.run = run.config.rollout, run
         count = prompts_of_rollout(run.config)
         longest = int(run.data.train.examples.prompt_lengths.max())
-        self.generate = Generator(
-            run.policy.config,
-            shape_for(count * c.samples, longest, c.max_new_tokens, mesh=run.mesh, slots=c.slots),
-            Sampling(top_p=c.top_p),  # of the policy at rollout.temperature, which its config has
-            stop_ids=run.words.ends,
+        self.generate = sampler(
+            speaker(run.policy.config, run.policy.dtype, mesh=run.mesh),
+            count * c.samples,
+            longest,
+            c.max_new_tokens,
+            policy_sampling(c.temperature, c.top_p),
+            ends=run.words.ends,
             stops=stops_of(run.words.tokenizer, c.stop),
-            dtype=run.policy.dtype,
-            mesh=run.mesh,
+            slots=c.slots,
             look=look,
         )
 

@@ -5,6 +5,7 @@ import json
 import re
 import sys
 
+import jax
 import numpy as np
 import pytest
 import runs
@@ -16,6 +17,9 @@ from alignax.data import load_examples
 from alignax.data.shapes import said
 from alignax.generate import Completions, Sampling, console
 from alignax.generate.console import Request
+from alignax.mesh import make_mesh
+from alignax.models import hf
+from alignax.models.transformer import Decoder, head_weight
 
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 CHATML += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -88,6 +92,47 @@ def test_a_run_and_its_export_say_the_same(tmp_path, capsys):
         assert generate(place, "--prompts", tmp_path / "prompts.txt", "--max-new-tokens", 12, "--temperature", 0) == 0
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] != texts[2]
+    both = f"{tmp_path / 'run'}@1,{tmp_path / 'run' / 'export'}@-1"
+    assert generate(place, "--prompts", tmp_path / "prompts.txt", "--max-new-tokens", 12, "--temperature", 0, "--combine", both) == 0
+    assert capsys.readouterr().out == texts[2], "what a run adds to the model its export takes away"
+
+
+def test_proxy_tuning_through_the_command_line(model, tmp_path, capsys):
+    """A small model before and after tuning steers MODEL: log-probs of `--combine` are those of whole forward passes of all three."""
+    small = {"hidden_size": 16, "num_hidden_layers": 1}
+    tuned = tiny.folder(tmp_path / "tuned", **small, vocab_size=104)  # its head is padded
+    untuned = tiny.folder(tmp_path / "untuned", **small, num_attention_heads=2, max_position_embeddings=64)
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "out.jsonl"
+    prompts.write_text("Is it so?\nWhy\n")
+    options = ["--prompts", prompts, "--max-new-tokens", 6, "--temperature", 0, "--combine", f"{tuned}@1.5, {untuned}@-1.5"]
+    assert generate(model, *options, "--out", out) == 0
+    assert "drawn at temperature 0.0; logps are those of the combined models, at temperature 1" in capsys.readouterr().err
+    for row in jsonl(out):
+        prompt = tiny.tokenizer()(row["prompt"])["input_ids"]
+        tokens, z = np.asarray([[*prompt, *row["tokens"]]]), 0.0
+        for folder, coefficient in ((model, 1.0), (tuned, 1.5), (untuned, -1.5)):
+            source = hf.open_folder(folder)
+            params = hf.load_params(source, make_mesh({}, jax.devices()[:1]))
+            hidden, _ = Decoder(source.config).apply({"params": params}, tokens, np.ones(tokens.shape, bool))
+            z += coefficient * (hidden[0] @ head_weight(source.config, params))[len(prompt) - 1 : -1, :95]  # the tokenizer's
+        logps = np.asarray(jax.nn.log_softmax(z))
+        assert row["tokens"] == logps.argmax(-1).tolist() and row["exact"] is False
+        np.testing.assert_allclose(row["logps"], logps.max(-1), atol=1e-5)
+    prompts.write_text("Why" * 20)
+    assert generate(model, *options) == 2
+    assert "prompts of 61 tokens and max_new_tokens 6 exceed the model's 64 positions" in capsys.readouterr().err
+
+
+def test_models_of_other_tokenizers_are_not_combined(model, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("Why?")
+    other = tiny.folder(tmp_path / "other")
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert generate(model, "--prompts", tmp_path / "prompts.txt", "--combine", f"{other}@1.0") == 2
+    _, err = capsys.readouterr()
+    assert f"'{other}' of --combine has another tokenizer than MODEL; they must share one" in err and err.count("\n") == 1
 
 
 @pytest.mark.long
@@ -170,6 +215,10 @@ def test_conversations_go_through_the_chat_template(tmp_path, monkeypatch):
         (["--seed", str(2**32)], "seed is 4294967296; it must be at least 0 and less than 2^31"),
         (["--seed", str(2**64)], "seed is 18446744073709551616; it must be"),
         (["--max-new-tokens"], "--max-new-tokens has no value"),
+        (["--combine", "x@y,z@1"], "combine has 'x@y', no model with its coefficient; write TUNED@1.0,UNTUNED@-1.0 say"),
+        (["--combine", "x@1,"], "combine has '', no model"),
+        (["--combine", "nowhere@1"], "model folder 'nowhere' does not exist"),
+        (["--combine", "gs://bucket/x@1"], "'gs://bucket/x'"),
         (["--beams", "3"], "option '--beams' is unknown"),
         (["--stop", ""], "a stop string is empty"),
         (["--stop", "é"], "stop string 'é' can never occur"),

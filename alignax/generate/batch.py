@@ -31,7 +31,7 @@ def token_batch(prompts: Sequence[Sequence[int]], completions: Completions, leng
 def sampled_batch(prompts: Sequence[Sequence[int]], completions: Completions, length: int = 0) -> dict[str, np.ndarray]:
     """`token_batch` with `sampled_logps` [B, n, T], the log-probs that the completions were drawn with.
 
-    They are the model's own where `completions.sampling.exact`; otherwise, the samples are another distribution's, and a method that
+    They are the model's own where `completions.exact`; otherwise, the samples are another distribution's, and a method that
     takes them for the model's is to be corrected for it.
     """
     batch = token_batch(prompts, completions, length)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import sys
 import time
 from collections import Counter
@@ -24,7 +25,6 @@ from alignax.distributed import is_main
 from alignax.generate.generator import Completions, Generator
 from alignax.generate.sampling import Sampling
 from alignax.generate.stops import LENGTH, STOP_STRING, Stops, text_of
-from alignax.types import Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Request:
     stop: tuple[str, ...] = ()  # strings that end a completion
     seed: int = 0
     slots: int = 0  # rows that are decoded at once; 0: as many as there are completions, at most 64
+    combine: str = ""  # FOLDER@C,WORKDIR@C: models whose logits, times their coefficients C, are added to those of MODEL
     raw: bool = False  # lines go to the model as they are, and not through its chat template
     cache: str = ""  # dtype of keys and values; empty: that of activations
     temperature: float = Sampling.temperature
@@ -49,6 +50,7 @@ class Request:
     def __post_init__(self) -> None:
         """Raises ValueError for numbers that cannot be."""
         self.sampling()
+        self.combination()
         for name, least in (("n", 1), ("max_new_tokens", 1), ("seed", 0), ("slots", 0)):
             if not least <= getattr(self, name) < 2**31:  # beyond, seeds are equal by 32 bits, and sizes no size
                 raise ValueError(f"{name} is {short(getattr(self, name))}; it must be at least {least} and less than 2^31")
@@ -56,6 +58,24 @@ class Request:
     def sampling(self) -> Sampling:
         """The distribution."""
         return Sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
+
+    def combination(self) -> list[tuple[str, float]]:
+        """Model and coefficient of each part of `combine`."""
+        found = []
+        for item in self.combine.split(",") if self.combine else ():
+            model, _, coefficient = item.strip().rpartition("@")
+            if not model or not math.isfinite(number := as_number(coefficient)):
+                raise ValueError(f"combine has {short(item)}, no model with its coefficient; write TUNED@1.0,UNTUNED@-1.0 say")
+            found.append((model, number))
+        return found
+
+
+def as_number(text: str) -> float:
+    """The number that a text writes; NaN of none."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 class Prompt(NamedTuple):
@@ -154,7 +174,7 @@ def typed(request: Request, tokenizer: Any, data: Any, most: int = sys.maxsize) 
 
 
 def answer(
-    generator: Generator, params: Params, prompts: Sequence[Prompt], key: jax.Array, request: Request, tokenizer: Any, typed: bool = False
+    generator: Generator, params: Any, prompts: Sequence[Prompt], key: jax.Array, request: Request, tokenizer: Any, typed: bool = False
 ) -> None:
     """Generates, and writes or prints; what there is to say of it goes to the console's other stream. Process 0 writes."""
     began = time.perf_counter()
@@ -184,7 +204,7 @@ def rows(prompts: Sequence[Prompt], out: Completions, tokenizer: Any, stops: Sto
                 "ended": str(out.ended[p, s]),
                 "tokens": tokens.tolist(),
                 "logps": [float(x) for x in out.logps[p, s][out.mask[p, s]]],
-                "exact": out.sampling.exact,
+                "exact": out.exact,
             }
             for s, tokens in enumerate(samples)
         ]
@@ -238,6 +258,8 @@ def summary(out: Completions, seconds: float, slots: int, stops: Stops | None) -
         ]
         counts = Counter(hit[1] for text in texts if (hit := stops.first(text)))
         lines += [f"stop string {s!r} ended {counts[s]} completions" for s in stops.strings]
-    if not out.sampling.exact:
-        lines.append(f"drawn at {out.sampling}; logps are the model's own, at temperature 1")
+    if not out.exact:
+        drawn = "" if out.sampling.exact else f"drawn at {out.sampling}; "
+        whose = "the model's own" if out.of_model else "those of the combined models"
+        lines.append(f"{drawn}logps are {whose}, at temperature 1")
     return lines

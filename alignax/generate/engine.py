@@ -10,15 +10,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from alignax.generate.sampling import Sampling, draw
-from alignax.mesh import constrain, sharding
-from alignax.models import cache as caches
-from alignax.models.cache import Cache
-from alignax.models.heads import shaped
-from alignax.models.transformer import Decoder, ModelConfig, head_weight, shaping
-from alignax.types import Params
+from alignax.generate.speakers import Speaker
+from alignax.mesh import sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +30,7 @@ class Shape:
 class Staged(NamedTuple):
     """Prompts that were read."""
 
-    cache: Cache  # [L, Q, KV, P, h]
+    cache: Any  # the speaker's, of Q rows with P places; a model's [L, Q, KV, P, h]
     tokens: jax.Array  # [Q, P]
     lengths: jax.Array  # [Q]
 
@@ -43,7 +38,7 @@ class Staged(NamedTuple):
 class State(NamedTuple):
     """The rows. A row's tokens at places 0 .. at - 1 are in the cache; the one at `at` is the next to go in."""
 
-    cache: Cache  # [L, S, KV, P + C, h]
+    cache: Any  # the speaker's, of S rows with P + C places; a model's [L, S, KV, P + C, h]
     tokens: jax.Array  # [S, P + C] int32
     at: jax.Array  # [S] int32
     begin: jax.Array  # [S] int32, the prompt's length
@@ -73,18 +68,15 @@ class Emitted(NamedTuple):
 class Engine:
     """Pure programs, to be jitted. Parameters are arguments: those that are trained, as they are laid out."""
 
-    config: ModelConfig
+    speaker: Speaker
     shape: Shape
     sampling: Sampling
     stop_ids: tuple[int, ...]  # tokens that end a completion, as its last token
-    dtype: Any
-    cache_dtype: Any
-    mesh: Mesh | None
 
     def empty(self) -> State:
         """Rows that hold nothing."""
-        c, S, width = self.config, self.shape.slots, self.shape.prompt + self.shape.new
-        cache = caches.empty((c.num_hidden_layers, S, c.num_key_value_heads, width, c.head_dim), self.cache_dtype)
+        S, width = self.shape.slots, self.shape.prompt + self.shape.new
+        cache = self.speaker.empty(S, width)
         zeros = jnp.zeros(S, jnp.int32)
         return State(cache, jnp.zeros((S, width), jnp.int32), zeros, zeros, jax.random.split(jax.random.key(0), S))
 
@@ -93,29 +85,20 @@ class Engine:
 
         Stated for inputs and outputs alike, since a program whose state came back laid out otherwise would be compiled again.
         """
-        if self.mesh is None:
+        mesh, of = self.speaker.mesh, self.speaker.layout
+        if mesh is None:
             return None, None, None
-        mesh, KV = self.mesh, self.config.num_key_value_heads
         whole: Any = sharding(mesh)
         split: Any = sharding(mesh, ("batch",))
-
-        def of(rows: str | None) -> Cache:
-            values: Any = sharding(mesh, (None, rows, "heads"), (0, 0, KV))
-            return Cache(values, values, *([values] * 2 if self.cache_dtype == jnp.int8 else [None] * 2))
-
         return State(of("batch"), split, split, split, split), Staged(of(None), whole, whole), Emitted(*[whole] * 4)
 
-    def prefill(self, params: Params, tokens: jax.Array, lengths: jax.Array) -> Staged:
+    def prefill(self, params: Any, tokens: jax.Array, lengths: jax.Array) -> Staged:
         """Reads prompts [Q, P], right padded. Their last token is left to `decode`."""
-        decoder = Decoder(self.config, self.dtype, "none", self.mesh, self.cache_dtype)
-        mask = jnp.arange(tokens.shape[1])[None] < lengths[:, None]
-        split = constrain(tokens, self.mesh, "batch", None)
-        _, cache = decoder.apply({"params": params}, split, constrain(mask, self.mesh, "batch", None))
-        assert isinstance(cache, Cache)
-        return Staged(cache, tokens, lengths)
+        real = jnp.arange(tokens.shape[1])[None] < lengths[:, None]
+        return Staged(self.speaker.read(params, tokens, real), tokens, lengths)
 
     def decode(
-        self, params: Params, state: State, staged: Staged, entries: Entries, alive: jax.Array, key: jax.Array, steps: jax.Array
+        self, params: Any, state: State, staged: Staged, entries: Entries, alive: jax.Array, key: jax.Array, steps: jax.Array
     ) -> tuple[State, Emitted]:
         """Begins the completions of `entries`, then adds up to `steps` tokens, at most `chunk`, to the rows that are `alive` [S].
 
@@ -123,8 +106,7 @@ class Engine:
         """
         S, chunk = self.shape.slots, self.shape.chunk
         state = enter(state, staged, entries, jax.random.wrap_key_data(key))
-        # Gathered over fsdp once, rather than at every step.
-        head = constrain(head_weight(self.config, params).astype(self.dtype), self.mesh, None, "vocab")
+        head = self.speaker.head(params)
         blank = jnp.zeros((S, chunk))
         out = Emitted(blank.astype(jnp.int32), blank, blank, blank > 0)
 
@@ -145,16 +127,10 @@ class Engine:
         _, state, _, out = jax.lax.while_loop(going, step, (jnp.int32(0), state, alive, out))
         return state, out
 
-    def step(self, params: Params, head: jax.Array, state: State, alive: jax.Array) -> tuple[State, jax.Array, jax.Array, jax.Array]:
+    def step(self, params: Any, head: Any, state: State, alive: jax.Array) -> tuple[State, jax.Array, jax.Array, jax.Array]:
         """One more token of each row, and its log-probs (see `draw`); a row that is not alive stays as it is."""
-        c, width = self.config, state.tokens.shape[1]
-        place = jnp.arange(width)[None]
-        decoder = Decoder(c, self.dtype, "none", self.mesh)
-        last = jnp.take_along_axis(state.tokens, state.at[:, None], axis=1)
-        hidden, cache = decoder.apply({"params": params}, last, None, state.cache, state.at)
-        assert isinstance(cache, Cache)
-        logits = jnp.einsum("rd,dv->rv", hidden[:, 0], head, preferred_element_type=jnp.float32)
-        logits = constrain(shaped(logits, shaping(c)), self.mesh, "batch", None)
+        place = jnp.arange(state.tokens.shape[1])[None]
+        logits, cache = self.speaker.logits(params, head, state.cache, state.tokens, state.at)
         uniform = jax.vmap(lambda key, t: jax.random.uniform(jax.random.fold_in(key, t)))(state.keys, state.at)
         token, logp, drawn = draw(self.sampling, logits, state.tokens, place <= state.at[:, None], uniform)
         at = jnp.where(alive, state.at + 1, state.at)
@@ -167,7 +143,7 @@ def enter(state: State, staged: Staged, entries: Entries, key: jax.Array) -> Sta
     P = staged.tokens.shape[1]
     count, slots, sources, prompts, samples = entries
 
-    def copy(i: jax.Array, cache: Cache) -> Cache:
+    def copy(i: jax.Array, cache: Any) -> Any:
         def one(whole: jax.Array, prompt: jax.Array) -> jax.Array:
             part = jax.lax.dynamic_index_in_dim(prompt, sources[i], axis=1)
             return jax.lax.dynamic_update_slice(whole, part, (0, slots[i], *(0,) * (whole.ndim - 2)))

@@ -12,10 +12,9 @@ from jax.sharding import Mesh
 from alignax import mesh as meshes
 from alignax.generate.engine import Engine, Entries, Shape, Staged, State
 from alignax.generate.sampling import Sampling
+from alignax.generate.speakers import Speaker, positions, speaker
 from alignax.generate.stops import LENGTH, STOP_ID, STOP_STRING, Stops, bare
-from alignax.models import cache as caches
 from alignax.models.transformer import ModelConfig
-from alignax.types import Params
 
 Prompts = Sequence[Sequence[int]]
 
@@ -25,12 +24,18 @@ class Completions(NamedTuple):
 
     tokens: np.ndarray  # [B, n, C] int32, with the stop id, or the tokens of the stop string, at their end
     mask: np.ndarray  # [B, n, C] bool
-    logps: np.ndarray  # [B, n, C] float32, of the model's own distribution, in nats
+    logps: np.ndarray  # [B, n, C] float32, of the speaker's own distribution, in nats
     ended: np.ndarray  # [B, n] text: STOP_ID, STOP_STRING or LENGTH
     sampling: Sampling
     steps: int  # decoding steps of all rows that it took
     prefills: int  # calls of the prefill program
     drawn: np.ndarray | None = None  # [B, n, C] float32, of what was sampled from (0 where it is greedy); None: the same as `logps`
+    of_model: bool = True  # whether the speaker's distribution is one model's: neither combined nor processed
+
+    @property
+    def exact(self) -> bool:
+        """Whether samples are drawn from a model's own distribution, so that its log-probs are those of the samples."""
+        return self.sampling.exact and self.of_model
 
     def rows(self) -> list[list[np.ndarray]]:
         """The tokens of each prompt's completions."""
@@ -50,18 +55,18 @@ class Generator:
     """A sampler of one static shape: its two programs are compiled at the first call, and serve any parameters and any prompts that fit.
 
     Another number of prompts, of samples, another key or other stop strings compile nothing; another `Shape`, `Sampling`, set of stop
-    ids or dtype is another Generator.
+    ids or speaker is another Generator.
     """
 
     def __init__(
         self,
-        config: ModelConfig,
+        model: ModelConfig | Speaker,
         shape: Shape,
         sampling: Sampling | None = None,
         *,
         stop_ids: Sequence[int] = (),
         stops: Stops | None = None,
-        dtype: Any = jnp.float32,
+        dtype: Any = None,
         cache_dtype: str = "",
         mesh: Mesh | None = None,
         look: Callable[[], None] = lambda: None,
@@ -69,12 +74,13 @@ class Generator:
         """Checks everything; computes nothing.
 
         Args:
-          config: the model, adapters or int8 base included.
+          model: what is sampled from, several models together say, see `alignax.generate.speakers`; a model's config is
+            `speaker(config, dtype, cache_dtype, mesh)`.
           shape: see `shape_for`.
           sampling: default: the model's own distribution.
           stop_ids: tokens that end a completion.
           stops: strings that do.
-          dtype: of activations, as in `alignax.models.transformer.forward`.
+          dtype: of a config's activations, default float32; of a speaker it is known, and so are the next two.
           cache_dtype: "float32", "bfloat16" or "int8"; empty: that of activations.
           mesh: of the parameters; None for one device.
           look: called between two programs; what it raises ends the call.
@@ -82,22 +88,27 @@ class Generator:
         Raises:
           ValueError: for sizes, ids or dtypes that cannot be.
         """
-        check(config, shape, stop_ids, cache_dtype, mesh)
-        self.config, self.shape, self.stops, self.mesh, self.look = config, shape, stops, mesh, look
+        if isinstance(model, Speaker):
+            if (dtype, cache_dtype, mesh) != (None, "", None):
+                raise ValueError("dtype, cache_dtype and mesh of a speaker are its own; give them to speaker(..) instead")
+            self.speaker = model
+        else:
+            self.speaker = speaker(model, dtype or jnp.float32, cache_dtype, mesh)
+        check(self.speaker, shape, stop_ids)
+        self.shape, self.stops, self.mesh, self.look = shape, stops, self.speaker.mesh, look
         self.sampling = sampling or Sampling()
-        ids = tuple(sorted(set(map(int, stop_ids))))
-        self.engine = Engine(config, shape, self.sampling, ids, dtype, jnp.dtype(cache_dtype or dtype), mesh)
-        self.stop_ids = frozenset(ids)
+        self.stop_ids = frozenset(map(int, stop_ids))
+        self.engine = Engine(self.speaker, shape, self.sampling, tuple(sorted(self.stop_ids)))
         state, staged, emitted = self.engine.layout()
         self._empty = jax.jit(self.engine.empty, out_shardings=state)
         self._prefill = jax.jit(self.engine.prefill, out_shardings=staged)
         self._decode = jax.jit(self.engine.decode, donate_argnums=1, out_shardings=(state, emitted))
 
-    def __call__(self, params: Params, prompts: Prompts, key: jax.Array, n: int = 1) -> Completions:
+    def __call__(self, params: Any, prompts: Prompts, key: jax.Array, n: int = 1) -> Completions:
         """Samples `n` completions of each prompt. Every process calls it with the same prompts.
 
         Args:
-          params: the model's, on the mesh; they may be those of another training step at every call.
+          params: the speaker's, on the mesh; they may be those of another training step at every call.
           prompts: token ids of each.
           key: of the random streams, which are those of (key, prompt's number, sample's number, position).
           n: completions of each prompt; it is read once for all of them.
@@ -105,7 +116,7 @@ class Generator:
         Raises:
           ValueError: for n below 1, and for empty or too long prompts.
         """
-        check_prompts(self.shape.prompt, self.config.vocab_size, prompts, n)
+        check_prompts(self.shape.prompt, self.speaker.vocab_size, prompts, n)
         return Batching(self, params, prompts, key, n).run()
 
     def place(self, x: Any) -> Any:
@@ -119,7 +130,7 @@ class Generator:
 class Batching:
     """One call of a generator: which completion has which row."""
 
-    def __init__(self, generator: Generator, params: Params, prompts: Prompts, key: jax.Array, n: int):
+    def __init__(self, generator: Generator, params: Any, prompts: Prompts, key: jax.Array, n: int):
         """Nothing is computed yet."""
         self.own, self.params, self.prompts, self.n, shape = generator, params, prompts, n, generator.shape
         self.key = np.asarray(jax.random.key_data(key).addressable_data(0))
@@ -150,7 +161,8 @@ class Batching:
         split = lambda x: x.reshape(len(self.prompts), self.n, *x.shape[1:])
         mask = np.arange(shape.new) < self.length[:, None]
         tokens, mask, logps, drawn, ended = map(split, (self.tokens, mask, self.logps, self.drawn, self.ended))
-        return Completions(tokens, mask, logps, ended, self.own.sampling, self.steps, self.block + 1, drawn)
+        exact = self.own.speaker.exact
+        return Completions(tokens, mask, logps, ended, self.own.sampling, self.steps, self.block + 1, drawn, exact)
 
     def admit(self) -> Entries:
         """Gives free rows to completions whose prompt is staged, after the next block of prompts is read if none of them is."""
@@ -223,31 +235,27 @@ def shape_for(prompts: int, longest: int, new: int, *, mesh: Mesh | None = None,
     return Shape(longest, new, slots, prefill or whole(slots // 4), chunk)
 
 
-def check(config: ModelConfig, shape: Shape, stop_ids: Sequence[int], cache_dtype: str, mesh: Mesh | None) -> None:
+def check(own: Speaker, shape: Shape, stop_ids: Sequence[int]) -> None:
     """Refuses what no generator can be."""
     for field, value in dataclasses.asdict(shape).items():
         if value < 1:
             raise ValueError(f"{field} is {value} in {shape}; it must be 1 or more")
-    shards = 1 if mesh is None else meshes.batch_shards(mesh)
+    shards = 1 if own.mesh is None else meshes.batch_shards(own.mesh)
     for field in ("slots", "prefill"):
         if getattr(shape, field) % shards:
             raise ValueError(f"{field} {getattr(shape, field)} do not divide into {shards} batch shards; use a multiple of {shards}")
-    if odd := [i for i in stop_ids if not 0 <= i < config.vocab_size]:
-        raise ValueError(f"stop ids {odd} are not among the model's {config.vocab_size} tokens; leave them out")
-    if cache_dtype and cache_dtype not in caches.DTYPES:
-        raise ValueError(f"cache dtype {cache_dtype!r} is unknown; use {', '.join(caches.DTYPES)}")
-    check_room(config, shape.prompt, shape.new)
+    if odd := [i for i in stop_ids if not 0 <= i < own.vocab_size]:
+        raise ValueError(f"stop ids {odd} are not among the model's {own.vocab_size} tokens; leave them out")
+    check_length(own.positions, shape.prompt, shape.new)
 
 
 def check_room(config: ModelConfig, prompt: int, new: int, field: str = "max_new_tokens") -> None:
-    """Refuses completions beyond the model's positions, or beyond the length from which its angles change with every token.
+    """Refuses completions beyond what a model samples up to, see `alignax.generate.speakers.positions`."""
+    check_length(positions(config), prompt, new, field)
 
-    Keys in the cache keep the angles that they got, and those of dynamic NTK and LongRoPE depend on the length past their original context.
-    """
-    scaling = dict(config.rope_scaling)
-    most = config.max_position_embeddings
-    if scaling.get("rope_type") == "longrope":
-        most = scaling.get("original_max_position_embeddings") or most
+
+def check_length(most: int, prompt: int, new: int, field: str = "max_new_tokens") -> None:
+    """Refuses completions beyond `most` positions."""
     if prompt + new > most:
         raise ValueError(
             f"prompts of {prompt} tokens and {field} {new} exceed the model's {most} positions; "

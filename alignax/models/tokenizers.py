@@ -34,15 +34,15 @@ def load_tokenizer(path: Path, vocab_size: int) -> Any:
     return tokenizer
 
 
-def check_tokenizer(path: Path, vocab_size: int, what: str, source: hf.Source, tokenizer: Any) -> None:
-    """Refuses a model that reads other tokens than the policy, or fewer; it may have further ones."""
+def check_tokenizer(path: Path, vocab_size: int, what: str, source: hf.Source, tokenizer: Any, first: str = "the policy") -> None:
+    """Refuses a model that reads other tokens than the first, or fewer; it may have further ones."""
     own = {i: token for token, i in tokenizer.get_vocab().items() if i < source.config.vocab_size}
     theirs = {i: token for token, i in load_tokenizer(path, vocab_size).get_vocab().items() if i < vocab_size}
     odd = min((i for i, token in own.items() if i >= vocab_size or theirs.get(i, token) != token), default=None)
     if odd is not None:
         there = short(theirs[odd]) if odd in theirs else "none"
         raise ValueError(
-            f"{what} has another tokenizer than the policy; they must share one (id {odd} is {there} there, {short(own[odd])} here)"
+            f"{what} has another tokenizer than {first}; they must share one (id {odd} is {there} there, {short(own[odd])} here)"
         )
 
 

@@ -26,7 +26,7 @@ from alignax.data.files import read_rows
 from alignax.data.rows import Prompted, Rejected
 from alignax.data.template import mentioned
 from alignax.data.tokens import tokenize
-from alignax.generate import LENGTH, Generator, shape_for
+from alignax.generate import LENGTH, sampler, speaker
 from alignax.generate.console import Prompt, encoded, row_prompt
 from alignax.generate.generator import check_room
 from alignax.generate.stops import added_text
@@ -112,8 +112,8 @@ def sampled(config: Any, mesh: Mesh, seeds: Sequence[int]) -> list[Responses]:
     longest = max(len(prompt.ids) for prompt in prompts)
     check_room(source.config, longest, c.max_new_tokens)
     rows = whole_rows(config, mesh)
-    shape = shape_for(P * N, longest, c.max_new_tokens, mesh=mesh, slots=rows)
-    generate = Generator(source.config, shape, stop_ids=hf.end_ids(source, tokenizer), dtype=compute_dtype(config, mesh), mesh=mesh)
+    policy = speaker(source.config, compute_dtype(config, mesh), mesh=mesh)
+    generate = sampler(policy, P * N, longest, c.max_new_tokens, ends=hf.end_ids(source, tokenizer), slots=rows)
     params, out, cut = hf.load_params(source, mesh), [], 0
     for i, seed in enumerate(seeds):
         own = prompts[i * P : (i + 1) * P]

@@ -21,7 +21,7 @@ from alignax import ensemble, rewards
 from alignax.config import BadInput
 from alignax.data import Batches, Examples, evaluation_batch, padded_length
 from alignax.evaluate import compare
-from alignax.generate import Generator, sampled_batch, shape_for
+from alignax.generate import Generator, sampled_batch, sampler, speaker
 from alignax.losses import Loss, sft
 from alignax.mesh import make_mesh
 from alignax.models import parameters
@@ -113,7 +113,7 @@ def train_policy(config: Any) -> Policy:
         rng = np.random.default_rng([config.seed, 0, part])
         shown = examples(*words.demonstrations(rng, max(tail, TAUGHT) if tail and not part else tail, c.answers))
         state = trained(step, state, Batches(shown, c.batch_size, config.seed, padded_length(shown)).batch, steps)
-    return Policy(own, state.params, Generator(own, shape_for(SLOTS, 1, NEW, slots=SLOTS), stop_ids=[words.EOS]))
+    return Policy(own, state.params, sampler(speaker(own), SLOTS, 1, NEW, ends=[words.EOS], slots=SLOTS))
 
 
 def examples(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[Any]]) -> Examples:

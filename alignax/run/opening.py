@@ -12,6 +12,7 @@ from alignax.checks import check_head, check_members, check_token_kl
 from alignax.config import HEAD, Experiment, asked, trunk_values
 from alignax.data.files import short
 from alignax.data.mixture import sources
+from alignax.generate import policy_config
 from alignax.models import hf, lora, peft, transformer
 from alignax.models.lora import Lora
 from alignax.models.reward import CRITIC
@@ -126,7 +127,7 @@ def spoken(config: Any, source: hf.Source, unused: tuple[tuple[int, int], ...]) 
     """
     if not config.rollout.samples:
         return source
-    return source._replace(config=dataclasses.replace(source.config, unused_tokens=unused, temperature=config.rollout.temperature))
+    return source._replace(config=policy_config(source.config, config.rollout.temperature, unused))
 
 
 def open_reference(config: Any, source: hf.Source, words: Vocabulary) -> hf.Source:

@@ -16,6 +16,7 @@ from alignax.config import DATA, PRETRAIN, ROLLOUTS, asked, eval_batch_size, pro
 from alignax.data import Batches
 from alignax.experience import Experience, chain, first_carry
 from alignax.functions import reward_fields
+from alignax.generate import policy_sampling
 from alignax.judges import FIELDS
 from alignax.prepare import Run
 from alignax.run.roles import REFERENCE, abstract_frozen, abstract_trained, models, policy_model, stored_outputs, stored_statistics
@@ -43,7 +44,8 @@ def make_experience(run: Run, held: Held, state: TrainState) -> Experience:
 
 def off_policy(run: Run) -> bool:
     """Whether rollouts are of another policy, or of another distribution of it, than the one that learns from them."""
-    return run.config.rollout.ahead or PROPOSAL in run.learning.averages or run.config.rollout.top_p < 1
+    c = run.config.rollout
+    return c.ahead or PROPOSAL in run.learning.averages or not policy_sampling(c.temperature, c.top_p).exact
 
 
 # State ----------------------------------------------------------------------------------------------------------------------
