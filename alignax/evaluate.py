@@ -5,6 +5,7 @@ estimate of KL(policy || reference). Greedy samples, and those of a nucleus, est
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -22,7 +23,7 @@ from alignax.host_rewards import bad_rewards, metrics_of, named, rewards_of
 from alignax.metrics import Log
 from alignax.models.transformer import ModelConfig
 from alignax.prepare import Run
-from alignax.rollout import decoded, samples_batch, text_metrics
+from alignax.rollout import decoded, golden, put_padded, samples_batch, text_metrics
 from alignax.run.programs import Program
 from alignax.run.roles import REFERENCE, make_apply, whole
 from alignax.run.state import Held
@@ -62,6 +63,7 @@ class Evaluation:
             )
         reference = run.roles.get(REFERENCE)
         self.reference = reference if reference is not None and reference.tree in frozen else None
+        self.gold = None if "gold" not in programs else functools.partial(golden, run, frozen, programs["gold"])
         self._compared = jax.jit(self._compare)
 
     def __call__(self, state: TrainState, step: int) -> dict[str, float]:
@@ -100,12 +102,16 @@ class Evaluation:
         scores = {"prompts": float(n)} | text_metrics(completions)
         prompts = np.repeat(np.array([self.examples.prompts[i] for i in self.sampled], object)[:, None], c.samples_per_prompt, axis=1)
         found: dict[str, Any] = {"prompt": prompts, "completion": np.array(texts, object)}  # [n, samples_per_prompt]
-        gold = None if run.experiment.gold is None else rewards_of(run, "gold", self.examples, rows, completions, texts)["gold"]
+        gold = None
+        if run.experiment.gold is not None:
+            gold = rewards_of(run, "gold", self.examples, rows, completions, texts)["gold"]
+        elif self.gold is not None:
+            gold = self.gold(self.examples, rows, self.prompts, completions, texts)
         scores |= metrics_of(run, self.examples, rows, completions, texts)
         if self.online:
             batch = samples_batch(run, self.examples, rows, self.prompts, completions, texts)
             batch |= {} if gold is None else {"gold": gold}
-            judged = jax.device_get(self.program(state, self.frozen, self._placed(batch)))
+            judged = jax.device_get(self.program(state, self.frozen, put_padded(run.mesh, batch)))
             own = completions.exact and c.temperature == run.config.rollout.temperature  # what rollouts are sampled from
             scores |= {m: float(x) for m, x in judged.items() if m.startswith(JUDGED) and np.isfinite(x) and (own or m != "entropy")}
             if run.experiment.reward is not None:
@@ -115,7 +121,7 @@ class Evaluation:
                 found["scores"] = np.array([[named(names, x) for x in group] for group in batch["scores"]], object)
         if self.reference is not None and completions.exact:
             batch = sampled_batch(self.prompts, completions)
-            k1, k3, gaps = map(meshes.gathered, self._compared(state.params, self.frozen, self._placed(batch)))
+            k1, k3, gaps = map(meshes.gathered, self._compared(state.params, self.frozen, put_padded(run.mesh, batch)))
             found["log_ratio"] = k1[:n]
             scores |= spread("kl", k1[:n]) | {"kl_k3": float(k3[:n].mean()), "sampler_gap": float(gaps)}
         if gold is not None:
@@ -140,13 +146,6 @@ class Evaluation:
         policy = Model(apply(run.policy.config), whole(run.roles, frozen, params))
         assert self.reference is not None
         return compare(policy, Model(apply(self.reference.config), frozen[self.reference.tree]), batch)
-
-    def _placed(self, batch: dict[str, np.ndarray]) -> Batch:
-        """The batch on the mesh, filled up with padding rows."""
-        n = len(batch["tokens"])
-        size = -(-n // meshes.batch_shards(self.run.mesh)) * meshes.batch_shards(self.run.mesh)
-        full = {name: np.concatenate([x, np.zeros((size - n, *x.shape[1:]), x.dtype)]) for name, x in batch.items()}
-        return meshes.put_batch(self.run.mesh, lambda rows: {name: x[rows] for name, x in full.items()}, size)
 
 
 def compare(policy: Model, reference: Model, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:

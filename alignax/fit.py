@@ -75,7 +75,7 @@ def loop(started: Started, log: Log, stop: "Stop") -> tuple[TrainState, dict[str
     evaluate = Evaluation(run, held, programs, log, stop.look)
     fresh = not run.config.lora.path  # adapters that were trained before are not their base
     turn = steps_of_turn(config)  # steps between two looks: 1, or those on a rollout
-    feed, learn = make_feed(run, held, stop.look), programs["train"].call
+    feed, learn = make_feed(run, held, programs, stop.look), programs["train"].call
     observe = Observer(run, log, equal=fresh and about["policy"] == about["reference"])
     results: dict[str, dict[str, float]] = {}
     pending: tuple[int, Metrics, Future[float]] | None = None

@@ -118,6 +118,11 @@ class Run(NamedTuple):
     workers: Workers  # that call its reward functions
 
     @property
+    def readers(self) -> dict[str, Judge]:
+        """How those read samples that the experience asks for, by the role's name."""
+        return {name: judge for name, judge in self.judges.items() if name in asked(self.experiment.experience)}
+
+    @property
     def policy(self) -> Role:
         """What is trained."""
         return self.roles[POLICY]

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from alignax import judges
 from alignax import mesh as meshes
@@ -22,6 +23,7 @@ from alignax.generate import Completions, Stops, policy_sampling, sampled_batch,
 from alignax.generate.stops import LENGTH, STOP_ID, STOP_STRING
 from alignax.host_rewards import bad_rewards, has_signal, known_mean, metrics_of, named, rewarded, rewards_of
 from alignax.prepare import Run
+from alignax.run.programs import Program
 from alignax.run.roles import GOLD, whole
 from alignax.run.state import Held
 from alignax.types import Batch, TrainState
@@ -52,9 +54,9 @@ class Rollouts:
     and no scored token, so it weighs nothing. Gold rewards, where it has those, are `gold` [B, N] float32.
     """
 
-    def __init__(self, run: Run, look: Callable[[], None] = lambda: None):
-        """Compiles nothing yet; `look` is called while it samples, and may raise to leave."""
-        c, self.run = run.config.rollout, run
+    def __init__(self, run: Run, look: Callable[[], None] = lambda: None, gold: Callable[..., np.ndarray] | None = None):
+        """Compiles nothing yet; `look` is called while it samples, and may raise to leave; `gold`: see `golden`."""
+        c, self.run, self.gold = run.config.rollout, run, gold
         count = prompts_of_rollout(run.config)
         longest = int(run.data.train.examples.prompt_lengths.max())
         self.generate = sampler(
@@ -109,12 +111,13 @@ class Rollouts:
         texts = decoded(self.run.words.tokenizer, sampled.completions, self.generate.stops)
         batch = said_batch(self.run, self.run.data.train.examples, sampled.rows, sampled.prompts, sampled.completions, texts)
         fields = reward_fields(self.run.experiment)
+        fields |= {} if self.gold is None else {"gold": ()}
         asked = {name: np.full((*batch["truncated"].shape, *more), np.inf, np.float32) for name, more in fields.items()}
         return self.placed(batch | asked, sampled.metrics | {"time/reward": 0.0})
 
     def waiting(self, batch: Batch) -> Sampled | None:
         """What a rollout that `unjudged` made has sampled, to be judged now; None of one that is judged."""
-        asked = [batch[name] for name in reward_fields(self.run.experiment)]
+        asked = [batch[name] for name in (*reward_fields(self.run.experiment), "gold") if name in batch]
         if not asked or not np.isposinf(meshes.gathered(asked[0])).all():
             return None
         host = {name: meshes.gathered(batch[name]) for name in ("tokens", "mask", "sampled_logps", "truncated", "prompt_id")}
@@ -150,6 +153,9 @@ class Rollouts:
             metrics["bad_rewards"] = bad_rewards(batch)
         if run.experiment.gold is not None:
             batch |= rewards_of(run, "gold", examples, rows, completions, texts)
+        elif self.gold is not None:
+            batch["gold"] = self.gold(examples, rows, prompts, completions, texts)
+        if "gold" in batch:
             metrics["gold"] = known_mean(batch["gold"])
         if not again:
             metrics |= metrics_of(run, examples, rows, completions, texts)
@@ -208,11 +214,47 @@ def said_batch(
     """The batch of completions of rows of the data, on the host, before reward functions are asked."""
     batch = sampled_batch(prompts, completions, run.data.train.length)
     batch |= {"truncated": completions.ended == LENGTH, "prompt_id": rows.astype(np.int32)}
-    for role, judge in run.judges.items():
+    for role, judge in run.readers.items():
         own = judges.read(judge, run.words.tokenizer, examples, rows, prompts, completions, texts)
         readable = own[f"{role}_completion_mask"].any(axis=-1, keepdims=True)
-        batch |= own | {"completion_mask": batch["completion_mask"] & (readable | (role == GOLD))}
+        batch |= own | {"completion_mask": batch["completion_mask"] & readable}
     return batch
+
+
+def golden(
+    run: Run,
+    held: Held,
+    program: Program,
+    examples: Examples,
+    rows: np.ndarray,
+    prompts: Sequence[Sequence[int]],
+    completions: Completions,
+    texts: list[list[str]],
+) -> np.ndarray:
+    """What the role "gold" says of completions of rows of data: [B, N] float32, the mean of several members; NaN of what it cannot read.
+
+    Args:
+      run: has that role.
+      held: the frozen trees.
+      program: "gold" of the run.
+      examples: the data.
+      rows: of the data, which the prompts are of [B].
+      prompts: in the policy's tokens.
+      completions: of these prompts.
+      texts: of the completions.
+    """
+    own = judges.read(run.judges[GOLD], run.words.tokenizer, examples, rows, prompts, completions, texts)
+    batch = {name: own[f"{GOLD}_{name}"] for name in judges.FIELDS}
+    scores = meshes.gathered(program.call(held[GOLD], put_padded(run.mesh, batch)))[: len(rows)]
+    return np.where(batch["completion_mask"].any(axis=-1), scores, np.float32(np.nan))
+
+
+def put_padded(mesh: Mesh, batch: dict[str, np.ndarray]) -> Batch:
+    """The batch on the mesh, filled up with padding rows."""
+    n, shards = len(next(iter(batch.values()))), meshes.batch_shards(mesh)
+    size = -(-n // shards) * shards
+    full = {name: np.concatenate([x, np.zeros((size - n, *x.shape[1:]), x.dtype)]) for name, x in batch.items()}
+    return meshes.put_batch(mesh, lambda rows: {name: x[rows] for name, x in full.items()}, size)
 
 
 def trained_on(run: Run, shown: dict[str, np.ndarray]) -> list[dict[str, Any]]:

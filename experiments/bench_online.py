@@ -162,7 +162,7 @@ def ours(folder: Path, case: dict) -> dict:
     started = start(prepare(load_experiment(__file__, [f"{name}={x}" for name, x in fields.items()])))
     started.checkpoints.close()
     run, state, held = started.run, started.state, started.held
-    feed, seen = make_feed(run, held), []
+    feed, seen = make_feed(run, held, started.programs), []
     inside = Inside(feed)
     learn = inside.clocked(started.programs["train"].call)
     for step in range(WARMUP + c.iterations):

@@ -35,6 +35,8 @@ from alignax.losses.length import ipo_mean as ipo_mean
 from alignax.losses.length import ld_dpo as ld_dpo
 from alignax.losses.length import r_dpo as r_dpo
 from alignax.losses.length import sigmoid_norm as sigmoid_norm
+from alignax.losses.multi_objective import implicit_rewards as implicit_rewards
+from alignax.losses.multi_objective import modpo as modpo
 from alignax.losses.pairs import mean_logps as mean_logps
 from alignax.losses.pairs import mean_ratios as mean_ratios
 from alignax.losses.pairs import pair_logps as pair_logps

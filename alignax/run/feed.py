@@ -17,7 +17,8 @@ from alignax import mesh as meshes
 from alignax.config import DATA, PRETRAIN, ROLLOUTS, steps_of_turn
 from alignax.host_rewards import RewardFailed
 from alignax.prepare import Run
-from alignax.rollout import Rollouts, Sampled
+from alignax.rollout import Rollouts, Sampled, golden
+from alignax.run.programs import Program
 from alignax.run.state import AHEAD, Held, batch_sizes
 from alignax.types import Batch, TrainState
 from alignax.workers import Abandoned
@@ -40,11 +41,12 @@ class Feed(Protocol):
         ...
 
 
-def make_feed(run: Run, held: Held, look: Callable[[], None] = lambda: None) -> Feed:
+def make_feed(run: Run, held: Held, programs: Mapping[str, Program], look: Callable[[], None] = lambda: None) -> Feed:
     """The feed that the config asks for; `look` is called while it samples, and may raise to leave."""
     if not run.config.rollout.samples:
         return Offline(run)
-    return (Ahead if run.config.rollout.ahead else Online)(run, held, look)
+    gold = functools.partial(golden, run, held, programs["gold"]) if "gold" in programs else None
+    return (Ahead if run.config.rollout.ahead else Online)(run, held, Rollouts(run, look, gold))
 
 
 class Offline:
@@ -74,9 +76,9 @@ class Online:
 
     waits = True
 
-    def __init__(self, run: Run, held: Held, look: Callable[[], None] = lambda: None):
-        """Compiles nothing yet; `look`: see `make_feed`."""
-        self.run, self.held, self.rollouts, self.compiled = run, held, Rollouts(run, look), Compiled()
+    def __init__(self, run: Run, held: Held, rollouts: Rollouts):
+        """Compiles nothing yet."""
+        self.run, self.held, self.rollouts, self.compiled = run, held, rollouts, Compiled()
 
     def __call__(self, state: TrainState, step: int) -> Fed:
         """The rollout before step `step`, and what is seen of it."""

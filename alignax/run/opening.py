@@ -19,7 +19,7 @@ from alignax.models.reward import CRITIC
 from alignax.models.small_files import chat_template, small_files, tokenizer_parts
 from alignax.models.tokenizers import check_token, check_tokenizer, load_tokenizer
 from alignax.rewards import check_one_score, ensemble_apply, open_ensemble
-from alignax.run.roles import BASE, ENSEMBLE, POLICY, REFERENCE, STORED, TRAINED, Role, make_giving, scores_alone
+from alignax.run.roles import BASE, ENSEMBLE, GOLD, POLICY, REFERENCE, STORED, TRAINED, Role, make_giving, scores_alone
 from alignax.types import Batch, Outputs, Params
 
 
@@ -73,7 +73,21 @@ def open_models(experiment: Experiment, mesh: Mesh) -> tuple[dict[str, Role], Vo
         roles[REFERENCE] = reference_role(config, reference, roles, mesh)
     if judges:
         roles[ENSEMBLE] = scoring_role(ENSEMBLE, judges, dtype, mesh)
-    return roles | open_others(config, roles[POLICY], words, mesh), words
+    others = open_others(experiment, roles[POLICY], words, mesh)
+    if GOLD in others:
+        check_gold(experiment, others[GOLD], roles[POLICY])
+    return roles | others, words
+
+
+def check_gold(experiment: Experiment, gold: Role, policy: Role) -> None:
+    """Refuses a gold reward model that scores nothing, that is none, or that is not the only gold."""
+    c, file = experiment.config, experiment.file
+    if not gold.members:
+        raise ValueError(f"models.gold.path {str(gold.source.path)!r} is a language model; give a reward model, which scores samples")
+    if experiment.gold is not None:
+        raise ValueError(f"models.gold.path is set, and {file} has a gold(); leave one of them out")
+    if policy.source.config.num_labels or not (c.rollout.samples or max(c.eval.samples, c.eval.sample_prompts)):
+        raise ValueError("models.gold.path is set, and nothing is sampled that it could score; set eval.sample_prompts to 64, say")
 
 
 def trained_roles(config: Any, source: hf.Source, adapters: Lora | None, dtype: Any, mesh: Mesh) -> dict[str, Role]:
@@ -149,15 +163,19 @@ def check_speech(other: hf.Source, source: hf.Source, words: Vocabulary, field: 
         check_tokenizer(other.path, other.config.vocab_size, f"{field} {str(other.path)!r}", source, words.tokenizer)
 
 
-def open_others(config: Any, policy: Role, words: Vocabulary, mesh: Mesh) -> dict[str, Role]:
+def open_others(experiment: Experiment, policy: Role, words: Vocabulary, mesh: Mesh) -> dict[str, Role]:
     """The roles of `config.models`: frozen language models, which read the policy's tokens, and reward models.
 
     Raises:
       ValueError: for a field that no model has, and what is refused of a reference or of reward models.
     """
-    roles = {}
+    config, roles = experiment.config, {}
     for name, given in config.models.items():
-        field = f"models.{name}.path"
+        field, asks = f"models.{name}.path", (*asked(experiment.experience), *asked(experiment.loss))
+        if name not in (*asks, GOLD):
+            raise ValueError(
+                f"config field {field!r} is set and nothing asks for that model; let experience(..) or loss(..) ask for {name}"
+            )
         if unknown := sorted(set(given) - {"path", "adapters"}):
             raise ValueError(f"config field 'models.{name}.{unknown[0]}' is unknown; a model has a path, and may have adapters")
         path, adapters = given.get("path", ""), given.get("adapters", "")

@@ -12,9 +12,9 @@ from alignax import ensemble
 from alignax.config import eval_batch_size
 from alignax.online import make_judge, make_learn
 from alignax.prepare import Run
-from alignax.run.roles import abstract_frozen
-from alignax.run.state import abstract_batch, abstract_batches, abstract_rollout, abstract_state
-from alignax.run.steps import make_data_step, make_evaluate
+from alignax.run.roles import GOLD, abstract_frozen
+from alignax.run.state import abstract_batch, abstract_batches, abstract_read, abstract_rollout, abstract_state
+from alignax.run.steps import make_data_step, make_evaluate, make_gold
 
 
 class Program(NamedTuple):
@@ -46,6 +46,8 @@ def programs(run: Run) -> dict[str, Program]:
         step, evaluate = ensemble.trained_together(step), ensemble.evaluated_together(evaluate)
     state, held = abstract_state(run), abstract_frozen(run.roles, run.mesh)
     out = {"train": Program(jax.jit(step, donate_argnums=0), (state, held, abstract_batches(run)))}
+    if GOLD in run.roles:
+        out["gold"] = Program(jax.jit(make_gold(run.roles[GOLD])), (held[GOLD], abstract_read(run, GOLD)))
     if online:
         samples = abstract_rollout(run, eval_batch_size(run.config), run.config.eval.samples_per_prompt)
         return out | {"judge": Program(jax.jit(make_judge(run)), (state, held, samples))}

@@ -19,7 +19,7 @@ from alignax.functions import reward_fields
 from alignax.generate import policy_sampling
 from alignax.judges import FIELDS
 from alignax.prepare import Run
-from alignax.run.roles import REFERENCE, abstract_frozen, abstract_trained, models, policy_model, stored_outputs, stored_statistics
+from alignax.run.roles import GOLD, REFERENCE, abstract_frozen, abstract_trained, models, policy_model, stored_outputs, stored_statistics
 from alignax.train import init_state
 from alignax.types import Model, Params, TrainState
 
@@ -129,8 +129,20 @@ def abstract_rollout(run: Run, prompts: int, samples: int) -> dict[str, jax.Shap
     tokens: dict[str, Any] = {"tokens": jnp.int32, "mask": jnp.bool_, "completion_mask": jnp.bool_, "sampled_logps": jnp.float32}
     fields = {name: ((B, N, T), dtype) for name, dtype in tokens.items()}
     fields |= {"truncated": ((B, N), jnp.bool_), "prompt_id": ((B,), jnp.int32)}
-    for judge in run.judges.values():
+    for judge in run.readers.values():
         fields |= {f"{judge.role}_{name}": ((B, N, judge.length), tokens[name]) for name in FIELDS}
         fields |= {f"{judge.role}_cut": ((B, N), jnp.bool_)} | ({} if judge.shared else {f"{judge.role}_foreign": ((B,), jnp.bool_)})
     fields |= {name: ((B, N, *more), jnp.float32) for name, more in reward_fields(run.experiment).items()}
+    fields |= {GOLD: ((B, N), jnp.float32)} if GOLD in run.roles else {}
     return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=layout) for name, (shape, dtype) in fields.items()}
+
+
+def abstract_read(run: Run, role: str) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and shardings of samples as reward models of that role read them: of a rollout, or of an evaluation where there are none."""
+    c, T = run.config, run.judges[role].length
+    sampled = (prompts_of_rollout(c), c.rollout.samples), (max(c.eval.samples, c.eval.sample_prompts), c.eval.samples_per_prompt)
+    B, N = sampled[0] if c.rollout.samples else sampled[1]
+    shards, layout = meshes.batch_shards(run.mesh), meshes.batch_sharding(run.mesh)
+    shape = (-(-max(B, 1) // shards) * shards, N, T)
+    types = dict(zip(FIELDS, (jnp.int32, jnp.bool_, jnp.bool_), strict=True))
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=layout) for name, dtype in types.items()}

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from alignax.averages import averaged
@@ -12,10 +13,10 @@ from alignax.experience import advance
 from alignax.experience.chain import with_reported
 from alignax.losses.algebra import Objective, statistics_of
 from alignax.prepare import Run, by_batch
-from alignax.run.roles import REFERENCE, make_apply, models, policy_apply
+from alignax.run.roles import REFERENCE, Role, make_apply, models, policy_apply
 from alignax.run.state import Held, make_experience
 from alignax.train import Apply, make_evaluation, make_step
-from alignax.types import Batch, Metrics, Outputs, TrainState
+from alignax.types import Batch, Metrics, Outputs, Params, TrainState
 
 
 def objectives(run: Run, held: Held, state: TrainState) -> dict[str, Objective]:
@@ -68,3 +69,14 @@ def make_evaluate(run: Run) -> Callable[[TrainState, Held, Batch], tuple[Any, Ou
         return make_evaluation(lambda out, batch: out, losses.get(DATA, losses))(out, state.step, batch), out
 
     return evaluate
+
+
+def make_gold(role: Role) -> Callable[[Params, Batch], jax.Array]:
+    """The program that scores samples with the gold reward models, `(parameters, batch) -> scores` [B, N]: the mean of several."""
+
+    def gold(params: Params, batch: Batch) -> jax.Array:
+        scores = role.apply(params, batch).scores
+        assert scores is not None
+        return scores.mean(axis=-1)
+
+    return gold

@@ -1,0 +1,221 @@
+"""Models by name: which a run holds, what their parameters are, and that experience, losses and gold are given them."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+from test_judges import THEIRS, transformers_scores
+from test_online import arguments, checked
+from test_rewards import reward_folder
+
+from alignax import losses
+from alignax.cli import main
+from alignax.models import hf
+from alignax.run.roles import abstract, freeze, frozen, load, models
+from alignax.start import check_step, start
+from alignax.types import Outputs
+
+MODPO = """
+def loss(config):
+    return modpo([0.5, 0.5], implicit_rewards("margin_logps"))
+
+def experience(config, reference, margin):
+    return chain(logps("ref_logps", reference), logps("margin_logps", margin))
+"""
+PLAIN = """
+def loss(config):
+    return sft()
+"""
+ONLINE = """
+def loss(config):
+    return grpo()
+
+def experience(config, reference):
+    return chain(logps("ref_logps", reference), group_relative())
+
+def reward(prompts, completions):
+    return [float(len(text)) for text in completions]
+"""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A policy, a language model of its shape with other weights, and a reward model of a tokenizer and a template of its own."""
+    here = tmp_path_factory.mktemp("roles")
+    gold = reward_folder(here, 7, vocab_size=288, eos_token_id=3)
+    tiny.byte_tokenizer(THEIRS).save_pretrained(gold)
+    return tiny.folder(here / "policy"), tiny.folder(here / "margin", initializer_range=0.05), gold
+
+
+def fields(folders, tmp_path, **more):
+    own = {
+        "model.path": folders[0], "data.train": tiny.pairs(tmp_path / "pairs.jsonl", 8), "workdir": tmp_path / "run", "batch_size": 8,
+        "steps": 2, "eval.samples": 0, "log.tensorboard": False, "export.final": False, "data.max_length": 48,
+    }  # fmt: skip
+    return {name: str(value) for name, value in (own | more).items()}
+
+
+def test_experience_is_given_models_by_the_names_of_the_config(folders, tmp_path):
+    given = fields(folders, tmp_path, **{"models.margin.path": folders[1]})
+    run = checked(arguments(tmp_path, MODPO, given))
+    check_step(run)
+    assert {*run.roles} == {"policy", "reference", "margin"} and {*frozen(run.roles)} == {"reference", "margin"}
+    started = start(run, write=False)
+    started.checkpoints.close()
+    margin = models(run.roles, started.held, started.state.params)["margin"]
+    batch = {name: jnp.asarray(x) for name, x in run.data.train.batch(0).items()}
+    theirs = hf.load_params(hf.open_folder(folders[1]), run.mesh)
+    np.testing.assert_array_equal(margin.apply(margin.params, batch).logps, run.policy.apply(theirs, batch).logps)
+    state, metrics = started.programs["train"].call(started.state, started.held, {"data": batch})
+    ours = run.policy.apply(load(run.policy, run.mesh), batch).logps
+    written = batch | {"ref_logps": ours, "margin_logps": run.policy.apply(theirs, batch).logps}
+    loss = losses.modpo([0.5, 0.5], losses.implicit_rewards("margin_logps"))
+    np.testing.assert_allclose(metrics["loss"], loss(Outputs(ours, ours), written, loss.normalised(written))[0], rtol=1e-5)
+
+
+def test_a_loss_is_given_models_too(folders, tmp_path):
+    """Their log-probs are part of the loss, where no experience has written them."""
+    source = """
+def loss(config, weak):
+    def value(out, batch):
+        return sequence(out.logps - weak.apply(weak.params, batch).logps, batch).mean(axis=1), {}
+    return make_loss("apart", value)
+"""
+    source = "from alignax.losses import make_loss, sequence\n" + source
+    run = checked(arguments(tmp_path, source, fields(folders, tmp_path, **{"models.weak.path": folders[1]})))
+    check_step(run)
+    started = start(run, write=False)
+    started.checkpoints.close()
+    batch = {name: jnp.asarray(x) for name, x in run.data.train.batch(0).items()}
+    _, metrics = started.programs["train"].call(started.state, started.held, {"data": batch})
+    logps = [run.policy.apply(hf.load_params(hf.open_folder(folder), run.mesh), batch).logps for folder in folders[:2]]
+    np.testing.assert_allclose(metrics["loss"], (logps[0] - logps[1]).sum((1, 2)).mean() / 2, rtol=1e-4)
+
+
+def test_a_held_tree_has_the_shapes_that_are_planned(folders, tmp_path):
+    """Of every kind of role: whole, as the base of adapters, without a critic's head, and stacked reward models."""
+    source = MODPO.replace("margin)", "margin, ensemble)")
+    given = {"models.margin.path": folders[1], "models.ensemble.path": reward_folder(tmp_path, 3), "lora.rank": 2, "lora.int8": "true"}
+    run = checked(arguments(tmp_path, source, fields(folders, tmp_path, **given)))
+    assert {*frozen(run.roles)} == {"base", "margin", "ensemble"} and run.roles["reference"].tree == "base"
+    for role in frozen(run.roles).values():
+        held = freeze(role, load(role, run.mesh))
+        shapes = jax.tree.map(lambda x: (x.shape, x.dtype), held)
+        assert shapes == jax.tree.map(lambda x: (x.shape, x.dtype), abstract(role, run.mesh))
+
+
+def test_other_spellings_name_the_same_models(folders, tmp_path):
+    source = (
+        MODPO.replace("margin)", "margin=None)")
+        .replace(', logps("margin_logps", margin)', "")
+        .replace('modpo([0.5, 0.5], implicit_rewards("margin_logps"))', "dpo()")
+    )
+    run = checked(arguments(tmp_path, source, fields(folders, tmp_path, **{"models.reference.path": folders[1]})))
+    assert run.config.reference.path == str(folders[1]) and not run.config.models and run.roles["reference"].tree == "reference"
+
+
+@pytest.mark.parametrize(
+    ("source", "changes", "message"),
+    [
+        (PLAIN, {"models.weak.path": 1}, "'models.weak.path' is set and nothing asks for weak"),
+        (MODPO, {}, r"experience\(\) of .* asks for 'margin'"),
+        (MODPO, {"models.margin.path": "none"}, "model folder 'none' does not exist"),
+        (MODPO, {"models.margin.path": 1, "models.margin.adapters": "none"}, "none"),
+        (MODPO, {"models.margin.path": 1, "models.reference.path": 1, "reference.path": "x"}, "leave one of them out"),
+        (MODPO, {"models.margin.pth": 1}, "models.margin.pth"),
+        (PLAIN, {"models.gold.path": 2}, "nothing is sampled that it could score"),
+        (PLAIN, {"models.gold.path": 1, "eval.samples": 2}, "is a language model; give a reward model"),
+    ],
+)
+def test_models_that_no_run_can_use_are_refused(folders, tmp_path, source, changes, message):
+    changes = {name: folders[x] if isinstance(x, int) and name.startswith("models") else x for name, x in changes.items()}
+    with pytest.raises(ValueError, match=message):
+        start(checked(arguments(tmp_path, source, fields(folders, tmp_path, **changes))), write=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("online", [True, False])
+def test_a_gold_reward_model_scores_samples_as_transformers_does(online, folders, tmp_path):
+    """Online in rollouts and evaluations, offline in evaluations; its tokenizer and its template are its own."""
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("is it?", "why so?", "a b", "go")))
+    own = {"models.gold.path": folders[2], "eval.samples": 4, "eval.max_new_tokens": 6, "mesh.data": 2}
+    if online:
+        own |= {"data.kind": "prompt", "data.train": tmp_path / "prompts.jsonl", "rollout.samples": 2, "rollout.max_new_tokens": 6}
+    given = fields(folders, tmp_path, **own)
+    assert (
+        main(
+            arguments(
+                tmp_path,
+                ONLINE
+                if online
+                else PLAIN.replace("sft()", "dpo()")
+                + MODPO[MODPO.index("def exp") :].replace("reference, margin", "reference").replace(', logps("margin_logps", margin)', ""),
+                given,
+            )
+        )
+        == 0
+    )
+    samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folders[2])
+    rows = [tokenizer(row["prompt"] + row["completion"] + tokenizer.eos_token, add_special_tokens=False)["input_ids"] for row in samples]
+    np.testing.assert_allclose([row["gold"] for row in samples], transformers_scores(folders[2], rows), atol=1e-4)
+    logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(np.isfinite(row["eval/gold"]) and np.isfinite(row["eval/kl"]) for row in logged if "eval/prompts" in row)
+    assert not online or all(np.isfinite(row["gold"]) for row in logged if "loss" in row)
+
+
+# MODPO ----------------------------------------------------------------------------------------------------------------------
+
+
+def batch_of(chosen, rejected, **more):
+    """Pairs of one scored token with these log-probs."""
+    shape = (len(chosen), 2, 2)
+    place = lambda a, b: jnp.stack([jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)], 1)[..., None] * jnp.array([[[0.0, 1.0]]])
+    mask = jnp.broadcast_to(jnp.array([[[False, True]]]), shape)
+    return place(chosen, rejected), {"completion_mask": mask, "ref_logps": place(*more.pop("ref"))} | more
+
+
+def test_modpo_has_the_values_of_its_authors():
+    """Of modpo_loss of github.com/ZHZisZZ/modpo, for three objectives."""
+    margins = jnp.array([[[0.7, -0.2], [-0.3, 0.5]], [[0.1, 0.4], [0.6, 0.0]]])
+    logps, batch = batch_of([-10, -12.5], [-11, -9], ref=([-10.5, -12], [-10, -9.5]), margins=margins)
+    loss = losses.modpo([0.5, 0.3, 0.2], lambda batch: batch["margins"])
+    each = [loss(Outputs(logps, logps), batch, (jnp.eye(2)[i],))[0] for i in range(2)]
+    np.testing.assert_allclose(each, [0.703197, 0.723597], atol=1e-6)
+    with pytest.raises(ValueError, match=r"margins have shape \(2, 2, 2\), and 1 weights ask for \(2, 2, 1\)"):
+        losses.modpo([0.5, 0.5], lambda batch: batch["margins"])(Outputs(logps, logps), batch, (jnp.ones(2),))
+    with pytest.raises(ValueError, match="give one above 0 for the objective of the pairs"):
+        losses.modpo([0.0, 1.0], lambda batch: batch["margins"])
+
+
+@pytest.mark.parametrize("weights", [(0.5, 0.5), (0.9, 0.1)])
+def test_modpos_optimum_is_that_of_the_weighted_reward(weights):
+    """On a bandit whose pairs are labelled by the first reward: pi ~ ref exp(w r / beta)."""
+    beta, rng = 0.5, np.random.default_rng(0)
+    rewards, start_ = jnp.asarray(rng.normal(size=(2, 6)), jnp.float32), jax.nn.log_softmax(jnp.asarray(rng.normal(size=6), jnp.float32))
+    i, j = np.triu_indices(6, 1)
+    i, j = np.concatenate([i, j]), np.concatenate([j, i])
+    wins = jax.nn.sigmoid(rewards[0, i] - rewards[0, j])
+    loss = losses.modpo(weights, lambda batch: batch["margins"], beta)
+    margins = jnp.stack([rewards[1, i], rewards[1, j]], 1)[..., None]
+
+    def value(z):
+        p = jax.nn.log_softmax(z)
+        logps, batch = batch_of(p[i], p[j], ref=(start_[i], start_[j]), margins=margins)
+        return loss(Outputs(logps, logps), batch, (wins / wins.sum(),))[0]
+
+    optimizer = optax.adam(optax.cosine_decay_schedule(0.1, 1500))
+
+    def step(carry, _):
+        updates, state = optimizer.update(jax.grad(value)(carry[0]), carry[1])
+        return (optax.apply_updates(carry[0], updates), state), None
+
+    (z, _), _ = jax.lax.scan(step, (start_, optimizer.init(start_)), None, 1500)
+    best = jax.nn.log_softmax(start_ + jnp.asarray(weights) @ rewards / beta)
+    np.testing.assert_allclose(jax.nn.log_softmax(z), best, atol=1e-2)
