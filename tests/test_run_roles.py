@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 import tiny
+import transformers
 from test_judges import THEIRS, transformers_scores
 from test_online import arguments, checked
 from test_rewards import reward_folder
@@ -29,6 +30,13 @@ def experience(config, reference, margin):
 PLAIN = """
 def loss(config):
     return sft()
+"""
+DPO = """
+def loss(config):
+    return dpo()
+
+def experience(config, reference):
+    return chain(logps("ref_logps", reference))
 """
 ONLINE = """
 def loss(config):
@@ -121,7 +129,7 @@ def test_other_spellings_name_the_same_models(folders, tmp_path):
 @pytest.mark.parametrize(
     ("source", "changes", "message"),
     [
-        (PLAIN, {"models.weak.path": 1}, "'models.weak.path' is set and nothing asks for weak"),
+        (PLAIN, {"models.weak.path": 1}, "'models.weak.path' is set and nothing asks for that model"),
         (MODPO, {}, r"experience\(\) of .* asks for 'margin'"),
         (MODPO, {"models.margin.path": "none"}, "model folder 'none' does not exist"),
         (MODPO, {"models.margin.path": 1, "models.margin.adapters": "none"}, "none"),
@@ -140,31 +148,26 @@ def test_models_that_no_run_can_use_are_refused(folders, tmp_path, source, chang
 @pytest.mark.slow
 @pytest.mark.parametrize("online", [True, False])
 def test_a_gold_reward_model_scores_samples_as_transformers_does(online, folders, tmp_path):
-    """Online in rollouts and evaluations, offline in evaluations; its tokenizer and its template are its own."""
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("is it?", "why so?", "a b", "go")))
-    own = {"models.gold.path": folders[2], "eval.samples": 4, "eval.max_new_tokens": 6, "mesh.data": 2}
+    """Online in rollouts and evaluations, offline in evaluations; its template is its own."""
+    policy, judge = tiny.folder(tmp_path / "policy", vocab_size=288, eos_token_id=3), transformers.AutoTokenizer.from_pretrained(folders[2])
+    tiny.byte_tokenizer(THEIRS.replace("<|im_start|>", "")).save_pretrained(policy)
+    (policy / "generation_config.json").unlink()
+    turn = lambda role, text: [{"role": role, "content": text}]
+    rows = [{"prompt": turn("user", text)} for text in ("is it?", "why so?", "a b", "go")]
+    rows = [row | ({} if online else {"chosen": turn("assistant", "yes"), "rejected": turn("assistant", "no")}) for row in rows]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = {"model.path": policy, "data.train": tmp_path / "rows.jsonl", "models.gold.path": folders[2], "eval.samples": 4}
+    own |= {"eval.max_new_tokens": 6, "data.max_length": 100, "mesh.data": 2}
     if online:
-        own |= {"data.kind": "prompt", "data.train": tmp_path / "prompts.jsonl", "rollout.samples": 2, "rollout.max_new_tokens": 6}
-    given = fields(folders, tmp_path, **own)
-    assert (
-        main(
-            arguments(
-                tmp_path,
-                ONLINE
-                if online
-                else PLAIN.replace("sft()", "dpo()")
-                + MODPO[MODPO.index("def exp") :].replace("reference, margin", "reference").replace(', logps("margin_logps", margin)', ""),
-                given,
-            )
-        )
-        == 0
-    )
+        own |= {"data.kind": "prompt", "rollout.samples": 2, "rollout.max_new_tokens": 6}
+    assert main(arguments(tmp_path, ONLINE if online else DPO, fields(folders, tmp_path, **own))) == 0
     samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
-    import transformers
-
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folders[2])
-    rows = [tokenizer(row["prompt"] + row["completion"] + tokenizer.eos_token, add_special_tokens=False)["input_ids"] for row in samples]
-    np.testing.assert_allclose([row["gold"] for row in samples], transformers_scores(folders[2], rows), atol=1e-4)
+    asked = {json.dumps(row["prompt"][0]["content"])[1:-1]: row["prompt"] for row in rows}
+    whole = [
+        next(turns for text, turns in asked.items() if text in row["prompt"]) + turn("assistant", row["completion"]) for row in samples
+    ]
+    read = [judge.apply_chat_template(chat)["input_ids"] for chat in whole]
+    np.testing.assert_allclose([row["gold"] for row in samples], transformers_scores(folders[2], read), atol=1e-4)
     logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all(np.isfinite(row["eval/gold"]) and np.isfinite(row["eval/kl"]) for row in logged if "eval/prompts" in row)
     assert not online or all(np.isfinite(row["gold"]) for row in logged if "loss" in row)
