@@ -15,9 +15,8 @@ import numpy as np
 
 from alignax.checks import longest_answer
 from alignax.data import Examples, chat, load
-from alignax.data.chat import Encoded
 from alignax.data.mixture import Loaded
-from alignax.data.rows import Bad, Prompted
+from alignax.data.rows import Bad, Encoded, Prompted
 from alignax.data.template import mentioned
 from alignax.data.tokens import encode_texts
 from alignax.generate import Completions

@@ -5,12 +5,9 @@ tried: a smaller and a larger part of the row have to give the same tokens, as f
 """
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from alignax.data.rows import Bad
-
-if TYPE_CHECKING:
-    from alignax.data.chat import Encoded
+from alignax.data.rows import Bad, Encoded
 
 LONG = 2**18  # characters up to which a text is tokenised whole
 MOST = 2**24  # characters that are tokenised for a row at all, as `characters` counts them
@@ -40,10 +37,10 @@ class Way(NamedTuple):
     kind: type
     texts: Callable[[Any], tuple[str, Sequence[str]]]  # of a row, its prompt and what follows it in each completion
     part: Callable[[Any, str, Sequence[str]], Any]  # the row with others for them
-    encode: Callable[[list[Any]], "Sequence[Encoded | Bad]"]
+    encode: Callable[[list[Any]], Sequence[Encoded | Bad]]
 
 
-def encoded(rows: Sequence[Any], way: Way, kept: "Callable[[Encoded], Any]", bound: Bound) -> "list[Encoded | Bad]":
+def encoded(rows: Sequence[Any], way: Way, kept: Callable[[Encoded], Any], bound: Bound) -> list[Encoded | Bad]:
     """Rows of a kind in tokens; long ones alone, and as far as they are kept, see `bounded`."""
     texts = [Texts(*way.texts(row)) for row in rows]
     out: list[Any] = [None if is_long(own) else too_long(own) for own in texts]
@@ -59,12 +56,12 @@ def is_long(row: Texts) -> bool:
     return max(map(len, [row.prompt, *row.rests])) > LONG
 
 
-def beginning(text: str, encode: "Callable[[Texts], Encoded | Bad]", most: int) -> "Encoded | Bad":
+def beginning(text: str, encode: Callable[[Texts], Encoded | Bad], most: int) -> Encoded | Bad:
     """A prompt that stands alone in tokens; of a long one of more than `most` tokens the beginning, which has more than so many."""
     return bounded(Texts(text, ()), encode, lambda code: code.prompt[:most], Bound(most + 1, 0, ()))
 
 
-def bounded(row: Texts, encode: "Callable[[Texts], Encoded | Bad]", kept: "Callable[[Encoded], Any]", bound: Bound) -> "Encoded | Bad":
+def bounded(row: Texts, encode: Callable[[Texts], Encoded | Bad], kept: Callable[[Encoded], Any], bound: Bound) -> Encoded | Bad:
     """A long row in tokens, as far as they are kept.
 
     Args:
@@ -99,7 +96,7 @@ def part(row: Texts, size: int, bound: Bound) -> Texts:
     return Texts(prompt if len(prompt) <= size + len(front) else front + prompt[-size:], rests)
 
 
-def _enough(code: "Encoded", few: Texts, row: Texts, bound: Bound) -> bool:
+def _enough(code: Encoded, few: Texts, row: Texts, bound: Bound) -> bool:
     """Whether the texts that are cut have more tokens than are kept of them."""
     if len(few.prompt) < len(row.prompt):
         if not bound.max_prompt_length:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from alignax.data import bounds
 from alignax.data.files import short
-from alignax.data.rows import Bad, Message, Prompted
+from alignax.data.rows import Bad, Encoded, Message, Prompted
 from alignax.data.shapes import is_system, without_nulls
 from alignax.data.template import Template, is_prefill
 from alignax.data.turns import REASONING, Found, find, is_scored
@@ -29,19 +29,6 @@ PARTLY = ("train_detail", "training_detail")
 _NO_PROMPT = "{} begins with the assistant's turn, and no prompt is in front of what is scored; put a user's or a system message there{}"
 _UNLESS = ", give that turn the weight 0, or score the last turn alone (data.turns=last)"
 NO_VARIABLES: Mapping[str, Any] = MappingProxyType({})
-
-
-class Encoded(NamedTuple):
-    """A row in tokens: the prompt that the N completions share, and each from there to its last scored token, or to the end of its text."""
-
-    prompt: list[int]
-    completions: list[list[int]]
-    scored: list[bytes]  # as completions, 1 for a scored token and 0 for another
-    text: str  # of the prompt
-    merged: bool = False  # a token spans the boundary
-    turns_without_eos: int = 0
-    told: Collection[str] = ()  # what a person should know of the row, in words that many rows share
-    counts: Mapping[str, int] = {}  # of texts: further counts of the report
 
 
 def split(prompt: list | None, sides: Mapping[str, Any], tools: Any, turns: str) -> Prompted | Bad:

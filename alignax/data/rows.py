@@ -1,7 +1,7 @@
 """Rows: a prompt with its completions, or a bad row, named or counted."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,3 +48,16 @@ class Rejected:
         self.counts[bad.reason] += 1
         if self.counts[bad.reason] <= FIRST:
             self.first.setdefault(bad.reason, []).append(where)
+
+
+class Encoded(NamedTuple):
+    """A row in tokens: the prompt that the N completions share, and each from there to its last scored token, or to the end of its text."""
+
+    prompt: list[int]
+    completions: list[list[int]]
+    scored: list[bytes]  # as completions, 1 for a scored token and 0 for another
+    text: str  # of the prompt
+    merged: bool = False  # a token spans the boundary
+    turns_without_eos: int = 0
+    told: Collection[str] = ()  # what a person should know of the row, in words that many rows share
+    counts: Mapping[str, int] = {}  # of texts: further counts of the report

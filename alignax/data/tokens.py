@@ -11,12 +11,11 @@ import numpy as np
 
 from alignax.data import bounds, chat
 from alignax.data.bounds import Bound, Way
-from alignax.data.chat import Encoded
 from alignax.data.counts import Report
 from alignax.data.examples import FIELDS, Examples, unpair
 from alignax.data.files import rows_and_faults
 from alignax.data.kinds import holds_pairs, order_column, prompted_rows, unread
-from alignax.data.rows import Bad, Message, Prompted, Rejected
+from alignax.data.rows import Bad, Encoded, Message, Prompted, Rejected
 from alignax.data.shapes import shaped
 from alignax.data.turns import TOOLS, Found
 
