@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -83,7 +84,9 @@ def test_ctrl_c_is_not_lost_where_the_garbage_collector_calls(monkeypatch, capsy
 def test_ctrl_c_while_libraries_are_imported(command, module):
     """It comes as soon as Python tells that it has imported the module, with others still to come."""
     words = [sys.executable, "-X", "importtime", *command, "train", "--config", "absent.py"]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=runs.REPO) as process:
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # also where the tests run in the background, which ignores it
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": runs.REPO}
+    with subprocess.Popen(words, preexec_fn=heard, **pipes) as process:
         assert process.stderr is not None
         next(line for line in process.stderr if line.rpartition("|")[2].strip() == module)
         process.send_signal(signal.SIGINT)

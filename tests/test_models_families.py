@@ -217,10 +217,10 @@ def test_sharded_model_is_the_unsharded_one(row, written):
 
 @pytest.mark.parametrize("row", ["gemma3_text", *(pytest.param(row, marks=pytest.mark.slow) for row in ("gpt_neox", "qwen3_moe"))])
 def test_a_frozen_model_in_bfloat16_scores_as_the_trained_one(row, written):
-    run: Any = SimpleNamespace(dtype=jnp.dtype("bfloat16"))
+    role: Any = SimpleNamespace(dtype=jnp.dtype("bfloat16"), lora=None)
     c, params = written(row).source.config, written(row).params
-    apply = jax.jit(forward(c, dtype=run.policy.dtype, remat="none"))
-    frozen = jax.tree_util.tree_map_with_path(lambda path, x: x.astype(leaf_dtype(run.roles["reference"], path)), params)
+    apply = jax.jit(forward(c, dtype=role.dtype, remat="none"))
+    frozen = jax.tree_util.tree_map_with_path(lambda path, x: x.astype(leaf_dtype(role, path)), params)
     assert {x.dtype.name for x in jax.tree.leaves(frozen)} == {"float32", "bfloat16"}
     np.testing.assert_array_equal(apply(frozen, tiny.batch()).logps, apply(params, tiny.batch()).logps)
 
