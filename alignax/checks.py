@@ -79,6 +79,8 @@ def check_head(config: Any, source: hf.Source, experiment: Experiment) -> None:
         if config.model.language_head:
             raise ValueError("model.language_head keeps the output layer of a reward model, and this is a language model; set it to false")
         return
+    if samples := config.rollout.samples:
+        raise ValueError(f"rollout.samples is {samples}, and a reward model gives scores and no text; train a language model")
     if config.model.language_head and source.stored.num_labels and not source.config.tie_word_embeddings:
         raise ValueError(
             f"model.language_head is true, and the reward model in {str(source.path)!r} has no output layer; start from its language "
@@ -126,8 +128,6 @@ def check_rollout(config: Any, readers: Sequence[hf.Source], experiment: Experim
         if experiment.reward is not None:
             raise ValueError(f"reward() of {experiment.file} is for samples, and rollout.samples is 0; set it to 8, say")
         return
-    if readers[0].config.num_labels:
-        raise ValueError(f"rollout.samples is {c.samples}, and a reward model gives scores and no text; train a language model")
     if c.bad_rewards not in ("error", "drop"):
         raise ValueError(f"rollout.bad_rewards is {c.bad_rewards!r}; use 'error' or 'drop'")
     if c.refill and (c.ahead or c.samples < 2 or "rewards" not in functions.reward_fields(experiment)):

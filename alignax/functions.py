@@ -121,7 +121,11 @@ def check(experiment: Experiment, examples: Mapping[str, Examples]) -> None:
     file = experiment.file
     for functions in filter(None, (functions_of(experiment, hook) for hook in ("reward", "gold", "metrics"))):
         if functions.listed and (functions.hook != "reward" or not functions.each):
-            what = f"a list, and {functions.hook} is one function" if functions.each else "an empty list"
+            what = (
+                f"a list, and {functions.hook} is one {'number' if functions.hook == 'gold' else 'function'}"
+                if functions.each
+                else "an empty list"
+            )
             raise ValueError(f"{functions.hook} of {file} is {what}; write one function `def {functions.hook}(prompts, completions)`")
         for function in functions.each:
             if not callable(function):

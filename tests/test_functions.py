@@ -139,7 +139,7 @@ def test_what_a_function_is_called_and_whether_it_is_async():
 def experiment(reward: Any, gold: Any = None, experience: Any = None, **rollout: Any) -> Any:
     config = default_config()
     config.rollout.update(rollout)
-    return types.SimpleNamespace(file=Path("e.py"), config=config, reward=reward, gold=gold, experience=experience)
+    return types.SimpleNamespace(file=Path("e.py"), config=config, reward=reward, gold=gold, experience=experience, metrics=None)
 
 
 def test_the_fields_and_names_of_what_rewards_give():

@@ -51,6 +51,7 @@ LOSSES = {
     "rpo": rpo(),
     "rpo_token_mean": rpo_token_mean(),
     "dpo+sft": dpo() + sft(),
+    "modpo": losses.modpo([0.6, 0.4], lambda batch: 0.1 * losses.sequence(batch["ref_logps"], batch)[..., None]),
     "nca": losses.nca(),
     "bco": losses.bco(),
     "sppo": losses.sppo(),
