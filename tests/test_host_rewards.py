@@ -41,7 +41,7 @@ class Run(types.SimpleNamespace):
             self.asked.append((call, group, strict))
             return next(given)
 
-        workers.tell, workers.stop = self.lines.append, lambda: 0
+        workers.tell, workers.stop = lambda name, line: self.lines.append(line), lambda: 0
         tokenizer = types.SimpleNamespace(batch_decode=lambda ids, skip_special_tokens: [f"<s>{len(x)}" for x in ids])
         super().__init__(config=config, experiment=own, workers=workers, words=types.SimpleNamespace(tokenizer=tokenizer))
 
