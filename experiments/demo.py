@@ -26,7 +26,7 @@ from pathlib import Path
 
 import jax
 
-from alignax import chain, commands, default_config, dpo, logps, report, rpo, sft
+from alignax import chain, commands, comparison, default_config, dpo, logps, rpo, sft
 from alignax.config import BadInput
 from alignax.generate import Generator, shape_for
 from alignax.mesh import make_mesh
@@ -117,8 +117,8 @@ def main(experiment):
         commands.run(_experiment(experiment, stage))
     runs = {stage.upper(): work / stage for stage in STAGES}
     aligned = {name: workdir for name, workdir in runs.items() if name != "SFT"}
-    report.figure(aligned, work / "overoptimisation.png")
-    print(f"\n{report.summary_table(runs)}\n\n{report.chosen_line(aligned)}")
+    comparison.figure(aligned, work / "overoptimisation.png")
+    print(f"\n{comparison.summary_table(runs)}\n\n{comparison.chosen_line(aligned)}")
     print(f"figure {work / 'overoptimisation.png'}; Hugging Face folders {work / 'dpo' / 'export'}, {work / 'rpo' / 'export'}")
 
 

@@ -97,6 +97,29 @@ def experience(config, policy, reference, ensemble):
 """,
         "online",
     ),
+    "several objectives": Offer(
+        """
+def loss(config):
+    return modpo([0.5, 0.5], implicit_rewards("margin_logps"))
+
+def experience(config, reference):
+    return chain(logps("ref_logps", reference), logps("margin_logps", reference))
+""",
+        "pairs",
+    ),
+    "what is seen": Offer(
+        """
+import jax.numpy as jnp
+
+def loss(config):
+    return ppo() + observe("surprise", lambda out, batch: -out.logps, lambda batch: batch["completion_mask"])
+
+def experience(config, reference, ensemble):
+    wide = lambda batch: report(batch, width=jnp.float32(batch["tokens"].shape[2]))
+    return chain(logps("ref_logps", reference), score(ensemble), mean, pama(), wide)
+""",
+        "online",
+    ),
     "critic": Offer(
         """
 def loss(config):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from alignax import report
+from alignax import comparison
 
 
 def run(workdir: Path, kl, gold, drift=(0.0, -1.0, -12.3), **more) -> Path:
@@ -29,7 +29,7 @@ def runs(tmp_path):
 
 
 def test_table(runs):
-    head, _, dpo, rpo = report.summary_table(runs).splitlines()
+    head, _, dpo, rpo = comparison.summary_table(runs).splitlines()
     assert head.split()[:3] == ["chosen", "logps", "drift"]
     assert dpo.split() == "DPO -20.00 -> -32.30 -12.30 -22.00 -> -22.00 -4.00 0.700 1.00 -> -2.00 3.00 (10) 9.00".split()
     assert rpo.split()[-3:] == ["2.50", "(20)", "1.00"]
@@ -39,7 +39,7 @@ def test_table_leaves_blank_what_a_run_has_not(tmp_path):
     folder = tmp_path / "sft"
     folder.mkdir()
     (folder / "metrics.jsonl").write_text('{"step": 0, "eval/loss": 5.0}\n{"step": 9, "eval/loss": 3.0, "eval/gold": null}\n')
-    assert report.summary_table({"SFT": folder}).splitlines()[-1] == "SFT"
+    assert comparison.summary_table({"SFT": folder}).splitlines()[-1] == "SFT"
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_table_leaves_blank_what_a_run_has_not(tmp_path):
 )
 def test_the_line_follows_from_the_numbers(tmp_path, dpo, rpo, line):
     runs = {name: run(tmp_path / name, [0.0], [0.0], drift=[drift]) for name, drift in (("DPO", dpo), ("RPO", rpo))}
-    assert report.chosen_line(runs) == "chosen log-prob against the reference: " + line
+    assert comparison.chosen_line(runs) == "chosen log-prob against the reference: " + line
 
 
 def drawn(monkeypatch, runs, path):
@@ -62,7 +62,7 @@ def drawn(monkeypatch, runs, path):
     kept = []
     save = matplotlib.figure.Figure.savefig
     monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda self, *a, **k: (kept.append(self), save(self, *a, **k)))
-    report.figure(runs, path)
+    comparison.figure(runs, path)
     return kept[0].axes
 
 
@@ -86,8 +86,8 @@ def test_figure_without_gold_has_one_panel(tmp_path, monkeypatch):
 
 def test_runs_that_cannot_be_drawn_are_named(runs, tmp_path):
     with pytest.raises(ValueError, match="SFT: no evaluation has a KL; set eval.sample_prompts"):
-        report.figure(runs | {"SFT": run(tmp_path / "sft", [None], [1.0])}, tmp_path / "figure.png")
+        comparison.figure(runs | {"SFT": run(tmp_path / "sft", [None], [1.0])}, tmp_path / "figure.png")
     with pytest.raises(ValueError, match="no evaluation in its metrics.jsonl; give the workdir"):
-        report.figure({"DPO": tmp_path}, tmp_path / "figure.png")
+        comparison.figure({"DPO": tmp_path}, tmp_path / "figure.png")
     with pytest.raises(ValueError, match="at most 6"):
-        report.figure({str(i): tmp_path for i in range(7)}, tmp_path / "figure.png")
+        comparison.figure({str(i): tmp_path for i in range(7)}, tmp_path / "figure.png")
