@@ -108,7 +108,7 @@ def name_models(config: Any) -> None:
             raise ValueError(f"config.models has a model called {name!r}; give it another name, which a parameter can have")
         given = config.models[name]
         if not hasattr(given, "items") or not isinstance(given.get("path", ""), str) or not given.get("path", ""):
-            raise ValueError(f"config field 'models.{name}.path' is empty; set --config.models.{name}.path=FOLDER")
+            raise ValueError(f"config field 'models.{name}.path' is empty; set it to FOLDER, a Hugging Face model folder")
         check_local(given.path, f"config field 'models.{name}.path'")
         if name not in ALIASES:
             continue

@@ -133,7 +133,7 @@ def check_gradient(grads: Any, params: Params) -> None:
     if jax.tree.structure(grads) != jax.tree.structure(params) or shapes(grads) != shapes(params):
         raise ValueError(
             f"combine(gradients) gives {short(shapes(grads))}; return one gradient, a tree like each of "
-            "those that it is given, jax.tree.map(lambda *g: sum(g), *gradients.values()) say"
+            "those that it is given, jax.tree.map(lambda a, b: a + b, *gradients.values()) say, of two"
         )
 
 
