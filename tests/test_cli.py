@@ -77,7 +77,10 @@ def test_ctrl_c_is_not_lost_where_the_garbage_collector_calls(monkeypatch, capsy
         signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.parametrize("module", ["numpy.version", "numpy", "jax._src.config", "jax", "flax.core", "optax", "orbax.checkpoint.args"])
+MOMENTS = ["numpy.version", "numpy", "jax._src.config", "jax", "flax.core", "optax", "orbax.checkpoint.args"]
+
+
+@pytest.mark.parametrize("module", [pytest.param(name, marks=() if name == "jax" else pytest.mark.slow) for name in MOMENTS])
 @pytest.mark.parametrize(
     "command", [["-m", "alignax"], ["-c", "import sys; from alignax.cli import main; sys.exit(main())"]], ids=["m", "script"]
 )
