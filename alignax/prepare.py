@@ -48,6 +48,7 @@ from alignax.distributed import is_main
 from alignax.generate import stops_of
 from alignax.judges import Judge
 from alignax.losses.algebra import Objective
+from alignax.models import hf
 from alignax.models.reward import CRITIC
 from alignax.models.tokenizers import load_tokenizer
 from alignax.optim import make_optimizer, make_schedule, own_optimizer
@@ -126,6 +127,16 @@ class Run(NamedTuple):
     def policy(self) -> Role:
         """What is trained."""
         return self.roles[POLICY]
+
+    @property
+    def source(self) -> hf.Source:
+        """The folder that the policy starts from."""
+        return self.policy.source
+
+    @property
+    def train(self) -> Batches:
+        """The batches of training, of an ensemble those of its first member."""
+        return self.data.train
 
 
 def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
