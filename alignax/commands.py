@@ -209,7 +209,7 @@ class Language(NamedTuple):
 
 
 def language_model(place: Path, overrides: Sequence[str]) -> Language:
-    """That of a folder, the mean of several folders, or the newest checkpoint of a run; its weights are not read yet."""
+    """A language model: a folder's, the mean of several folders, or a run's newest checkpoint; its weights are not read yet."""
     saved = is_workdir(place)
     config = saved_experiment(place, overrides).config if saved else folder_config(place, overrides)
     source = open_model(config.model.path, config.model.init, "model.path")

@@ -109,7 +109,8 @@ def name_models(config: Any) -> None:
         given = config.models[name]
         if not hasattr(given, "items") or not isinstance(given.get("path", ""), str) or not given.get("path", ""):
             raise ValueError(f"config field 'models.{name}.path' is empty; set it to FOLDER, a Hugging Face model folder")
-        check_local(given.path, f"config field 'models.{name}.path'")
+        for field in ("path", "adapters"):
+            check_local(given.get(field, ""), f"config field 'models.{name}.{field}'")
         if name not in ALIASES:
             continue
         group, _, field = ALIASES[name].partition(".")
@@ -127,7 +128,7 @@ def check_asked(module: ModuleType, config: Any, file: Path) -> None:
     check_call(module.loss, f"loss() of {file}", "config", *own)
     wants = {
         "experience": (asked(getattr(module, "experience", None)), (*OFFERED, *config.models)),
-        "loss": (own, (*ALIASES, *config.models)),
+        "loss": (own, ("reference", "policy", "ensemble", *config.models)),
     }
     for name, (every, offered) in wants.items():
         for wanted in every:

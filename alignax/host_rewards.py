@@ -236,13 +236,17 @@ def check_metrics(run: Run) -> list[str]:
         return []
     said = stored_answer(run)
     answer = run.workers(call_of(run, functions, 0, examples, said), 1, strict=False)
-    if answer.problem:
+    if not answer.problem:
+        return list(answer.rewards[0])
+    what = f"{METRICS}() of {run.experiment.file}{behind_file(answer.problem)}, asked of a prompt of the data and the completion "
+    what += short(said.texts[0])
+    if answer.final or run.config.rollout.bad_rewards == "error":
         raise ValueError(
-            f"{METRICS}() of {run.experiment.file}{behind_file(answer.problem)}, asked of a prompt of the data and the completion "
-            f"{short(said.texts[0])}; it must take any completion, an empty one too, and return numbers by name, a list for each with a "
-            "number or None for each"
+            f"{what}; it must take any completion, an empty one too, and return numbers by name, a list for each with a number or None "
+            "for each"
         )
-    return list(answer.rewards[0])
+    run.workers.say(what)
+    return []
 
 
 def stored_answer(run: Run) -> Said:

@@ -27,7 +27,7 @@ from alignax.run.roles import policy_model
 from alignax.run.state import Held, make_experience, off_policy
 from alignax.run.steps import objectives, taught_apply
 from alignax.train import Apply, make_step
-from alignax.types import Batch, Metrics, Outputs, TrainState, microbatch
+from alignax.types import Batch, Metrics, Outputs, TrainState, microbatch, readings
 
 LAST = ("skipped_total", "skipped_in_a_row", "learning_rate")  # metrics that are states: of several steps the last one's
 
@@ -231,7 +231,7 @@ def measured(batch: Batch, other: bool = False, names: Sequence[str] = ()) -> Me
     elif "scores" in batch and batch["scores"].shape[-1] > 1:
         out |= {f"score/member_{k}": mean(batch["scores"][..., k]) for k in range(batch["scores"].shape[-1])}
         out["disagreement"] = mean(batch["scores"].std(axis=-1))
-    if cut := [x for name, x in batch.items() if name.endswith("_cut")]:
+    if cut := [batch[name] for role in readings(batch) if (name := f"{role}_cut") in batch]:
         out["judge_cut"] = (functools.reduce(jnp.logical_or, cut) & real).sum()
     if "advantages" in batch:
         out["advantage_mean"] = per_token(batch["advantages"], batch)

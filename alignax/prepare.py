@@ -99,7 +99,7 @@ class Learning(NamedTuple):
 
     @property
     def objective(self) -> Objective:
-        """That of the data, or of rollouts."""
+        """The loss of the data, or of rollouts."""
         return next(iter(self.objectives.values()))
 
 
@@ -120,8 +120,9 @@ class Run(NamedTuple):
 
     @property
     def readers(self) -> dict[str, Judge]:
-        """How those read samples that the experience asks for, by the role's name."""
-        return {name: judge for name, judge in self.judges.items() if name in asked(self.experiment.experience)}
+        """How the reward models read samples that experience or the loss asks for, by the role's name."""
+        asks = (*asked(self.experiment.experience), *asked(self.experiment.loss)[1:])
+        return {name: judge for name, judge in self.judges.items() if name in asks}
 
     @property
     def policy(self) -> Role:
@@ -207,7 +208,7 @@ def judged(
     config, read = experiment.config, [split for split in loaded if split != "pretrain"]
     # Conversations are kept for samples that reward models read, and for nobody else.
     every = {split: dataclasses.replace(data.examples, conversations=[]) for split, data in loaded.items()}
-    judges, asks = {}, (*asked(experiment.experience), *asked(experiment.loss))
+    judges, asks = {}, (*asked(experiment.experience), *asked(experiment.loss)[1:])
     for name, role in scoring(roles).items():
         own = load_tokenizer(role.source.path, role.source.config.vocab_size)
         if config.rollout.samples or name == GOLD:
@@ -227,7 +228,7 @@ def learning(experiment: Experiment, roles: dict[str, Role], mesh: Mesh) -> tupl
     config, file = experiment.config, experiment.file
     given = models(roles, abstract_frozen(roles, mesh), None)
     with blaming(file):
-        loss = experiment.loss(config, **{name: given[name] for name in asked(experiment.loss) if name in roles})
+        loss = experiment.loss(config, **{name: given[name] for name in asked(experiment.loss)[1:]})
         averages = {} if experiment.averages is None else experiment.averages(config)
     if not isinstance(averages, Mapping):
         raise ValueError(f'averages() of {file} returns {averages!r}; return averages by name, {{"ema": ema(0.999)}} say')

@@ -42,7 +42,7 @@ class Noting(dict):
         return ValuesView(self)
 
     def copy(self) -> "Noting":
-        """The same fields, of which reads are noted on."""
+        """A batch of the same fields, which goes on noting."""
         return self | {}
 
     def __or__(self, other: Any) -> "Noting":

@@ -25,7 +25,7 @@ from alignax.host_rewards import bad_rewards, has_signal, known_mean, metrics_of
 from alignax.prepare import Run
 from alignax.run.programs import Program
 from alignax.run.roles import GOLD, whole
-from alignax.run.state import Held
+from alignax.run.state import Held, padded_prompts
 from alignax.types import Batch, TrainState
 
 
@@ -245,14 +245,15 @@ def golden(
     """
     own = judges.read(run.judges[GOLD], run.words.tokenizer, examples, rows, prompts, completions, texts)
     batch = {name: own[f"{GOLD}_{name}"] for name in judges.FIELDS}
-    scores = meshes.gathered(program.call(held[GOLD], put_padded(run.mesh, batch)))[: len(rows)]
+    padded = put_padded(run.mesh, batch, padded_prompts(run.mesh, len(rows)))
+    scores = meshes.gathered(program.call(held[GOLD], padded))[: len(rows)]
     return np.where(batch["completion_mask"].any(axis=-1), scores, np.float32(np.nan))
 
 
-def put_padded(mesh: Mesh, batch: dict[str, np.ndarray]) -> Batch:
-    """The batch on the mesh, filled up with padding rows."""
+def put_padded(mesh: Mesh, batch: dict[str, np.ndarray], least: int = 0) -> Batch:
+    """The batch on the mesh, filled up with padding rows, to `least` of them at least."""
     n, shards = len(next(iter(batch.values()))), meshes.batch_shards(mesh)
-    size = -(-n // shards) * shards
+    size = -(-max(n, least) // shards) * shards
     full = {name: np.concatenate([x, np.zeros((size - n, *x.shape[1:]), x.dtype)]) for name, x in batch.items()}
     return meshes.put_batch(mesh, lambda rows: {name: x[rows] for name, x in full.items()}, size)
 

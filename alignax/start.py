@@ -99,11 +99,12 @@ def start(run: Run, write: bool = True) -> Started:
 
 def hold(run: Run, role: Role, params: Params, about: dict[str, str]) -> Params:
     """The frozen tree of a role, whose digest goes among those of the run; the policy's parameters serve its base."""
-    if (role.sources, role.init, role.adapters) == (run.policy.sources, run.policy.init, ""):
-        return freeze(role, params)
-    with together():
-        own = load(role, run.mesh)
-    about[role.name] = fingerprint(own)
+    own = params
+    if (role.sources, role.init, role.adapters) != (run.policy.sources, run.policy.init, ""):
+        with together():
+            own = load(role, run.mesh)
+    if role.name != BASE:
+        about[role.name] = about["policy"] if own is params else fingerprint(own)
     return freeze(role, own)
 
 

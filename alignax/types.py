@@ -102,6 +102,12 @@ class TrainState:
     carry: dict[str, Any] = flax.struct.field(default_factory=dict)  # what experience remembers, see alignax.experience.chain
 
 
+def readings(batch: Batch) -> list[str]:
+    """The roles whose models read tokens of their own, which the batch has as `ROLE_tokens`, `ROLE_mask` and `ROLE_completion_mask`."""
+    roles = [name.removesuffix("_completion_mask") for name in batch if name.endswith("_completion_mask")]
+    return [role for role in roles if f"{role}_tokens" in batch and f"{role}_mask" in batch]
+
+
 def rows(x: jax.Array) -> jax.Array:
     """Rows of the forward pass: [B, N, ...] -> [B * N, ...]."""
     return x.reshape((x.shape[0] * x.shape[1],) + x.shape[2:])

@@ -104,6 +104,23 @@ def loss(config, weak):
     np.testing.assert_allclose(metrics["loss"], (logps[0] - logps[1]).sum((1, 2)).mean() / 2, rtol=1e-4)
 
 
+@pytest.mark.parametrize("cache", ["", "cache"])
+def test_a_loss_may_ask_for_the_reference(cache, folders, tmp_path):
+    """Which is then held, or read from the cache, though no experience asks for it; a model from the policy's own folder is held, too."""
+    source = """
+def loss(config, reference, twin):
+    def value(out, batch):
+        apart = out.logps - reference.apply(reference.params, batch).logps
+        return sequence(apart, batch).mean(axis=1) + sequence(out.logps - twin.apply(twin.params, batch).logps, batch).mean(axis=1), {}
+    return make_loss("apart", value)
+"""
+    changes = {"models.twin.path": folders[0], "steps": 1} | ({"reference.cache": tmp_path / cache} if cache else {})
+    source = "from alignax.losses import make_loss, sequence\n" + source
+    assert main(arguments(tmp_path, source, fields(folders, tmp_path, **changes))) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [abs(row["loss"]) < 1e-4 for row in rows if "loss" in row] == [True]
+
+
 def test_a_held_tree_has_the_shapes_that_are_planned(folders, tmp_path):
     """Of every kind of role: whole, as the base of adapters, without a critic's head, and stacked reward models."""
     source = MODPO.replace("margin)", "margin, ensemble)")
@@ -135,6 +152,9 @@ def test_other_spellings_name_the_same_models(folders, tmp_path):
         (MODPO, {"models.margin.path": 1, "models.margin.adapters": "none"}, "none"),
         (MODPO, {"models.margin.path": 1, "models.reference.path": 1, "reference.path": "x"}, "leave one of them out"),
         (MODPO, {"models.margin.pth": 1}, "models.margin.pth"),
+        (MODPO, {"models.margin.path": 2, "models.margin.adapters": 1}, "is a reward model; give the adapters' folder"),
+        (MODPO, {"models.margin.path": 1, "models.margin.adapters": "gs://x/y"}, "gs:// is not read"),
+        (PLAIN.replace("config)", "config, critic)"), {}, r"loss\(\) of .* asks for 'critic'"),
         (PLAIN, {"models.gold.path": 2}, "nothing is sampled that it could score"),
         (PLAIN, {"models.gold.path": 1, "eval.samples": 2}, "is a language model; give a reward model"),
     ],

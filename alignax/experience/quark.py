@@ -9,7 +9,7 @@ from jax.tree_util import Partial
 
 from alignax.experience.chain import Experience, Stateful
 from alignax.losses.pairs import field
-from alignax.types import Batch, rows
+from alignax.types import Batch, readings, rows
 
 Pool = dict[str, jax.Array]
 
@@ -64,13 +64,12 @@ class _Unconditioned:
     tokens: tuple[int, ...]
 
     def __call__(self, experience: Experience, batch: Batch) -> Batch:
-        if any(name.endswith("_foreign") for name in batch):
+        if any(f"{role}_foreign" in batch for role in readings(batch)):
             raise ValueError(
                 "unconditioned() shortens the policy's prompts, and these reward models read others; give some of its own tokenizer"
             )
-        roles = [name.removesuffix("tokens") for name in batch if name == "tokens" or (name.endswith("_tokens") and name != "ref_tokens")]
         bare = {}
-        for role in roles:  # "", and of what reward models read "ensemble_"
+        for role in ("", *(f"{role}_" for role in readings(batch))):
             row = {name: rows(batch[role + name]) for name in ("tokens", "mask", "completion_mask")}  # [R, T]
             cut = without(places(self.tokens, row), row["tokens"], row["mask"])
             names = (role + "tokens", role + "mask")

@@ -38,7 +38,7 @@ def open_models(experiment: Experiment, mesh: Mesh) -> tuple[dict[str, Role], Vo
       The roles by name: "policy", with adapters their "base", and as far as there are any "reference", "critic", "ensemble" and those of
       `config.models`; and the policy's vocabulary.
     """
-    config, asks = experiment.config, asked(experiment.experience)
+    config, asks = experiment.config, (*asked(experiment.experience), *asked(experiment.loss)[1:])
     source = open_model(config.model.path, config.model.init, "model.path")
     source = hf.with_heads(source, config.model.num_labels, trunk_values(config), config.model.language_head)
     check_head(config, source, experiment)
@@ -171,7 +171,7 @@ def open_others(experiment: Experiment, policy: Role, words: Vocabulary, mesh: M
     """
     config, roles = experiment.config, {}
     for name, given in config.models.items():
-        field, asks = f"models.{name}.path", (*asked(experiment.experience), *asked(experiment.loss))
+        field, asks = f"models.{name}.path", (*asked(experiment.experience), *asked(experiment.loss)[1:])
         if name not in (*asks, GOLD):
             raise ValueError(
                 f"config field {field!r} is set and nothing asks for that model; let experience(..) or loss(..) ask for {name}"
@@ -182,6 +182,10 @@ def open_others(experiment: Experiment, policy: Role, words: Vocabulary, mesh: M
         several = paths_of(path) if "," in path and "@" not in path else [path]
         source = None if len(several) > 1 or peft.is_adapter(Path(path)) else open_model(path, "pretrained", field)
         if source is None or source.config.num_labels:
+            if adapters:
+                raise ValueError(
+                    f"models.{name}.adapters is {adapters!r}, and {path!r} is a reward model; give the adapters' folder as {field} itself"
+                )
             judges = open_ensemble(several)
             if len(judges) > 1:
                 check_one_score(judges[0])
@@ -189,6 +193,9 @@ def open_others(experiment: Experiment, policy: Role, words: Vocabulary, mesh: M
             continue
         source = spoken(config, source, words.unused)
         check_speech(source, policy.source, words, field, f"the model {name!r}")
+        if adapters:
+            peft.read_config(Path(adapters), source)
+            peft.weights(Path(adapters))
         giving = make_giving(source.config, config, policy.dtype, mesh)
         roles[name] = Role(name, (source,), source.config, policy.dtype, name, giving, adapters=adapters)
     return roles

@@ -197,7 +197,8 @@ def policy_model(roles: Roles, held: Mapping[str, Params], params: Params) -> Mo
 def models(roles: Roles, held: Mapping[str, Params], params: Params) -> dict[str, Model]:
     """Every model of a run by its role's name, as experience is given it; `params` are what is trained."""
     own = {name: Model(role.apply, held[role.tree], role.giving) for name, role in roles.items() if role.tree in held and name != BASE}
-    return own | {POLICY: policy_model(roles, held, params)}
+    stored = {name: STORED_MODEL for name, role in roles.items() if role.tree == STORED}
+    return own | stored | {POLICY: policy_model(roles, held, params)}
 
 
 def stored_outputs(params: Params, batch: Batch) -> Outputs:
@@ -210,3 +211,6 @@ def stored_outputs(params: Params, batch: Batch) -> Outputs:
 def stored_statistics(statistics: tuple[Statistic, ...]) -> Apply:
     """Refuses what was not stored."""
     raise ValueError(f"reference.cache holds log-probs and not {statistics[0].name!r}, which an experience asks for; leave it empty")
+
+
+STORED_MODEL = Model(stored_outputs, {}, stored_statistics)  # the reference of `reference.cache`

@@ -19,7 +19,7 @@ from alignax.functions import reward_fields
 from alignax.generate import policy_sampling
 from alignax.judges import FIELDS
 from alignax.prepare import Run
-from alignax.run.roles import GOLD, REFERENCE, abstract_frozen, abstract_trained, models, policy_model, stored_outputs, stored_statistics
+from alignax.run.roles import GOLD, REFERENCE, STORED_MODEL, abstract_frozen, abstract_trained, models, policy_model
 from alignax.train import init_state
 from alignax.types import Model, Params, TrainState
 
@@ -32,14 +32,20 @@ def make_experience(run: Run, held: Held, state: TrainState) -> Experience:
     make = run.experiment.experience
     if make is None:
         return chain()
-    given: dict[str, Any] = models(run.roles, held, state.params) | {"config": run.config, "prompts": len(run.data.train.examples)}
-    if run.config.reference.cache:
-        given[REFERENCE] = Model(stored_outputs, {}, stored_statistics)
-    if REFERENCE in state.averages:
-        given[REFERENCE] = policy_model(run.roles, held, state.averages[REFERENCE])
+    given: dict[str, Any] = given_models(run, held, state) | {"config": run.config, "prompts": len(run.data.train.examples)}
     made = make(**{name: given[name] for name in asked(make)})
     check_call(made, f"what experience() of {run.experiment.file} returns", "batch")
     return made
+
+
+def given_models(run: Run, held: Held, state: TrainState) -> dict[str, Model]:
+    """The models that experience and losses are given by name: a reference may move, or be its stored log-probs of the data."""
+    given = models(run.roles, held, state.params)
+    if run.config.reference.cache:
+        given[REFERENCE] = STORED_MODEL
+    if REFERENCE in state.averages:
+        given[REFERENCE] = policy_model(run.roles, held, state.averages[REFERENCE])
+    return given
 
 
 def off_policy(run: Run) -> bool:
@@ -142,7 +148,12 @@ def abstract_read(run: Run, role: str) -> dict[str, jax.ShapeDtypeStruct]:
     c, T = run.config, run.judges[role].length
     sampled = (prompts_of_rollout(c), c.rollout.samples), (max(c.eval.samples, c.eval.sample_prompts), c.eval.samples_per_prompt)
     B, N = sampled[0] if c.rollout.samples else sampled[1]
-    shards, layout = meshes.batch_shards(run.mesh), meshes.batch_sharding(run.mesh)
-    shape = (-(-max(B, 1) // shards) * shards, N, T)
+    layout, shape = meshes.batch_sharding(run.mesh), (padded_prompts(run.mesh, B), N, T)
     types = dict(zip(FIELDS, (jnp.int32, jnp.bool_, jnp.bool_), strict=True))
     return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=layout) for name, dtype in types.items()}
+
+
+def padded_prompts(mesh: Mesh, prompts: int) -> int:
+    """The rows of a batch of so many prompts, or less: a power of 2 for each batch shard, so that few sizes are compiled for refills."""
+    shards = meshes.batch_shards(mesh)
+    return shards << (-(-max(prompts, 1) // shards) - 1).bit_length()

@@ -13,18 +13,18 @@ from alignax.experience import advance
 from alignax.experience.chain import with_reported
 from alignax.losses.algebra import Objective, statistics_of
 from alignax.prepare import Run, by_batch
-from alignax.run.roles import REFERENCE, Role, make_apply, models, policy_apply
-from alignax.run.state import Held, make_experience
+from alignax.run.roles import REFERENCE, Role, make_apply, policy_apply
+from alignax.run.state import Held, given_models, make_experience
 from alignax.train import Apply, make_evaluation, make_step
 from alignax.types import Batch, Metrics, Outputs, Params, TrainState
 
 
 def objectives(run: Run, held: Held, state: TrainState) -> dict[str, Objective]:
     """The losses of a run by the batch that each is of, made of the models that they ask for."""
-    names = [name for name in asked(run.experiment.loss) if name in run.roles]
+    names = asked(run.experiment.loss)[1:]  # the first is the config
     if not names:
         return run.learning.objectives
-    given = models(run.roles, held, state.params)
+    given = given_models(run, held, state)
     return by_batch(run.config, run.experiment.loss(run.config, **{name: given[name] for name in names}))
 
 
