@@ -103,28 +103,34 @@ def make_step(
         if combine is not None:
             grads = combine(grads)
             check_gradient(grads, state.params)
-        norms = jax.tree.map(jnp.linalg.norm, grads)
-        norm = optax.tree.norm(norms)
-        finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
-        skipped = 1 - finite.astype(jnp.int32)
-        state = dataclasses.replace(
-            state,
-            step=state.step + 1,
-            params=keep(params, state.params),
-            opt_state=keep(opt_state, state.opt_state),
-            skipped=state.skipped + skipped,
-            skipped_in_a_row=(state.skipped_in_a_row + 1) * skipped,
-        )
-        metrics |= {"grad_norm": norm, "skipped": skipped}
-        metrics |= {"skipped_total": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
-        names = jax.tree_util.tree_leaves_with_path(norms)
-        metrics |= {"finite/" + jax.tree_util.keystr(p, simple=True, separator="."): jnp.isfinite(n) for p, n in names}
+        state, metrics = followed(state, optimizer, grads, metrics)
         return state, metrics, *given
 
     return step
+
+
+def followed(state: TrainState, optimizer: optax.GradientTransformation, grads: Params, metrics: Metrics) -> tuple[TrainState, Metrics]:
+    """The state after a gradient, as it was where that or the loss is not finite, and the metrics with those of the step itself."""
+    norms = jax.tree.map(jnp.linalg.norm, grads)
+    norm = optax.tree.norm(norms)
+    finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+    skipped = 1 - finite.astype(jnp.int32)
+    state = dataclasses.replace(
+        state,
+        step=state.step + 1,
+        params=keep(params, state.params),
+        opt_state=keep(opt_state, state.opt_state),
+        skipped=state.skipped + skipped,
+        skipped_in_a_row=(state.skipped_in_a_row + 1) * skipped,
+    )
+    metrics |= {"grad_norm": norm, "skipped": skipped}
+    metrics |= {"skipped_total": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
+    names = jax.tree_util.tree_leaves_with_path(norms)
+    metrics |= {"finite/" + jax.tree_util.keystr(p, simple=True, separator="."): jnp.isfinite(n) for p, n in names}
+    return state, metrics
 
 
 def check_gradient(grads: Any, params: Params) -> None:
