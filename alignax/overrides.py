@@ -25,7 +25,9 @@ def set_field(config: Any, override: str) -> None:
     if parts[:-1] == ["data", "template"]:
         config.data.template[parts[-1]] = _literal(text)
         return
-    if parts[0] == "models" and len(parts) == 3 and parts[2] in MODEL:
+    if parts[0] == "models" and len(parts) == 3:
+        if parts[2] not in MODEL:
+            raise ValueError(f"config field {short(path)} is unknown; a model has the fields {' and '.join(MODEL)}")
         if parts[1] not in config.models:
             config.models[parts[1]] = {}
         config.models[parts[1]][parts[2]] = text

@@ -97,6 +97,7 @@ def test_a_run_and_its_export_say_the_same(tmp_path, capsys):
     assert capsys.readouterr().out == texts[2], "what a run adds to the model its export takes away"
 
 
+@pytest.mark.slow
 def test_proxy_tuning_through_the_command_line(model, tmp_path, capsys):
     """A small model before and after tuning steers MODEL: log-probs of `--combine` are those of whole forward passes of all three."""
     small = {"hidden_size": 16, "num_hidden_layers": 1}

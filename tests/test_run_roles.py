@@ -67,6 +67,7 @@ def fields(folders, tmp_path, **more):
     return {name: str(value) for name, value in (own | more).items()}
 
 
+@pytest.mark.slow
 def test_experience_is_given_models_by_the_names_of_the_config(folders, tmp_path):
     given = fields(folders, tmp_path, **{"models.margin.path": folders[1]})
     run = checked(arguments(tmp_path, MODPO, given))
@@ -85,6 +86,7 @@ def test_experience_is_given_models_by_the_names_of_the_config(folders, tmp_path
     np.testing.assert_allclose(metrics["loss"], loss(Outputs(ours, ours), written, loss.normalised(written))[0], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_loss_is_given_models_too(folders, tmp_path):
     """Their log-probs are part of the loss, where no experience has written them."""
     source = """
@@ -104,7 +106,7 @@ def loss(config, weak):
     np.testing.assert_allclose(metrics["loss"], (logps[0] - logps[1]).sum((1, 2)).mean() / 2, rtol=1e-4)
 
 
-@pytest.mark.parametrize("cache", ["", "cache"])
+@pytest.mark.parametrize("cache", [pytest.param("", marks=pytest.mark.slow), "cache"])
 def test_a_loss_may_ask_for_the_reference(cache, folders, tmp_path):
     """Which is then held, or read from the cache, though no experience asks for it; a model from the policy's own folder is held, too."""
     source = """
