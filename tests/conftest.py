@@ -1,6 +1,7 @@
 """8 simulated CPU devices, implicit rank promotion raises, warnings are errors, no network."""
 
 import os
+import signal
 import socket
 from pathlib import Path
 
@@ -48,3 +49,10 @@ def no_network(monkeypatch):
 def compile_cache(tmp_path_factory):
     """Commands that tests start on one device share their compiled programs."""
     os.environ["PYTEST_COMPILE_CACHE"] = str(tmp_path_factory.mktemp("compile_cache"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def ctrl_c_is_heard():
+    """Tests that run in the background ignore Ctrl-C, and so would the processes that they start."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)

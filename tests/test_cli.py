@@ -87,9 +87,8 @@ MOMENTS = ["numpy.version", "numpy", "jax._src.config", "jax", "flax.core", "opt
 def test_ctrl_c_while_libraries_are_imported(command, module):
     """It comes as soon as Python tells that it has imported the module, with others still to come."""
     words = [sys.executable, "-X", "importtime", *command, "train", "--config", "absent.py"]
-    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # also where the tests run in the background, which ignores it
     pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": runs.REPO}
-    with subprocess.Popen(words, preexec_fn=heard, **pipes) as process:
+    with subprocess.Popen(words, **pipes) as process:
         assert process.stderr is not None
         next(line for line in process.stderr if line.rpartition("|")[2].strip() == module)
         process.send_signal(signal.SIGINT)
