@@ -4,10 +4,13 @@ import importlib
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
+from alignax import moved
+
 if TYPE_CHECKING:
     from alignax.public import *  # noqa: F403
 
 __version__ = "0.1.0"
+moved.install()
 
 
 def __getattr__(name: str) -> Any:

@@ -5,8 +5,8 @@ from typing import Any
 import jax
 import optax
 
-from alignax.blame import blaming
 from alignax.config import Experiment
+from alignax.config.blame import blaming
 
 SCHEDULES = ("constant", "linear", "cosine")
 OPTIMIZERS = ("adamw", "adam", "lion", "rmsprop", "sgd", "adafactor")

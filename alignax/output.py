@@ -22,8 +22,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from alignax.data.files import one_line
 from alignax.distributed import is_main, together
+from alignax.text import one_line
 
 MARK = "alignax.json"
 LOCK = ".lock"  # of a workdir, the file that says who works in it

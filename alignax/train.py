@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from alignax.data.files import short
 from alignax.losses.algebra import Loss, Objectives, by_name
+from alignax.text import short
 from alignax.types import Batch, Metrics, Outputs, Params, TrainState, gathered, microbatch
 
 Apply = Callable[[Params, Batch], Outputs]

@@ -17,7 +17,7 @@ A batch is a plain dict of arrays whose leading axis is B. Every method has the 
 | `ref_tokens`      | [B, N, T] int32  | what the reference beside the policy reads in the place of `tokens`              |
 | `ref_mask`        | [B, N, T] bool   | the real ones of these                                                           |
 | `ensemble_tokens` | [B, N, T'] int32 | what the reward models read in the place of `tokens`: samples, and rows in another |
-|                   |                  | format; with `ensemble_mask`, `ensemble_completion_mask` (see `alignax.judges`)  |
+|                   |                  | format; with `ensemble_mask`, `ensemble_completion_mask` (see `alignax.rewards.judge`)  |
 | `old_logps`       | [B, N, T] f32    | those of the policy as it stands before the step (likewise)                      |
 | `old_entropy`     | [B, N, T] f32    | entropy of that policy's next-token distributions, nats; of a rollout            |
 | `sampled_logps`   | [B, N, T] f32    | those that a completion was sampled with (see `alignax.generate`)                |

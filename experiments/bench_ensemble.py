@@ -57,7 +57,7 @@ def measure(case: dict, members: int, calls: int) -> dict:
     import alignax
     from alignax.mesh import make_mesh
     from alignax.models.transformer import init
-    from alignax.rewards import ensemble_model
+    from alignax.rewards.ensembles import ensemble_model
 
     dim, shape = case["dim"], (case["rows"], 1, case["seq"])
     config = alignax.ModelConfig(

@@ -148,9 +148,9 @@ def ours(folder: Path, case: dict) -> dict:
     import jax
 
     from alignax.config import load_experiment
-    from alignax.prepare import prepare
     from alignax.run.feed import make_feed
-    from alignax.start import start
+    from alignax.run.prepare import prepare
+    from alignax.run.start import start
 
     c = argparse.Namespace(**case)
     fields = {

@@ -26,7 +26,8 @@ from pathlib import Path
 
 import jax
 
-from alignax import chain, commands, comparison, default_config, dpo, logps, rpo, sft
+from alignax import chain, default_config, dpo, logps, rpo, sft
+from alignax.cli import commands, comparison
 from alignax.config import BadInput
 from alignax.generate import Generator, shape_for
 from alignax.mesh import make_mesh

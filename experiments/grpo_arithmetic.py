@@ -20,9 +20,10 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from alignax import commands, default_config, entropy_bonus, group_relative, grpo, response_mean
+from alignax import default_config, entropy_bonus, group_relative, grpo, response_mean
+from alignax.cli import commands
 from alignax.config import BadInput
-from alignax.rules import last_number
+from alignax.rewards.rules import last_number
 
 MODULUS = 10
 EOS = "</s>"

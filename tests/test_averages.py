@@ -11,10 +11,11 @@ import pytest
 import runs
 from safetensors.numpy import load_file
 
-from alignax import checkpoint, losses
+from alignax import losses
 from alignax.averages import averaged, elastic_reset, ema, reset_to_average, swa, sync
 from alignax.config import load_experiment
 from alignax.overopt import vectors
+from alignax.run import checkpoint
 from alignax.train import init_state, make_step
 from alignax.types import Outputs, TrainState
 

@@ -17,11 +17,16 @@ import pytest
 import runs
 import tiny
 
-from alignax import cli, commands, config, fit, output  # noqa: F401  (commands: before anything is patched)
-from alignax.blame import refusing
+from alignax import cli, config, output
+from alignax.cli import commands  # noqa: F401  (before anything is patched)
+from alignax.config.blame import refusing
 from alignax.models.tokenizers import load_tokenizer
-from alignax.prepare import prepare
+from alignax.run import loop
+from alignax.run.observer import Observer
+from alignax.run.prepare import prepare
 from alignax.run.state import abstract_batch
+from alignax.run.stop import Stop
+from alignax.run.summary import summary
 
 DPO = str(runs.REPO / "experiments" / "dpo_hh.py")
 SFT = str(runs.REPO / "experiments" / "sft_hh.py")
@@ -118,11 +123,11 @@ def test_a_tokenizer_that_panics_is_refused(fields, tmp_path):
 def test_the_end_of_a_terminal_saves_and_nohup_goes_on():
     old = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
     try:
-        with fit.Stop() as stop:
+        with Stop() as stop:
             os.kill(os.getpid(), signal.SIGHUP)
             assert stop.requested(1) and stop.signal == signal.SIGHUP
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        with fit.Stop() as stop:
+        with Stop() as stop:
             os.kill(os.getpid(), signal.SIGHUP)
             assert not stop.requested(1)
     finally:
@@ -333,7 +338,7 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_one_clear_error_before_compile_and_nothing_written(name, fields, tmp_path, capsys, monkeypatch):
     overrides, pattern = BAD[name]
-    monkeypatch.setattr(fit, "loop", lambda *args: pytest.fail("a step was about to be compiled"))
+    monkeypatch.setattr(loop, "loop", lambda *args: pytest.fail("a step was about to be compiled"))
     workdir = tmp_path / "run"
     assert run(fields | {"workdir": workdir} | overrides(fields, tmp_path)) == 2
     err = capsys.readouterr().err
@@ -351,7 +356,7 @@ def test_missing_and_broken_experiment_files(tmp_path, capsys):
     (tmp_path / "syntax.py").write_text("def get_config(:\n")
     assert cli.main(["train", "--config", str(tmp_path / "syntax.py")]) == 2
     assert "syntax.py, line 1: SyntaxError" in capsys.readouterr().err
-    stages = "from alignax.prepare import *\nfrom alignax import default_config as get_config\nloss = lambda config: None\n"
+    stages = "from alignax.run.prepare import *\nfrom alignax import default_config as get_config\nloss = lambda config: None\n"
     (tmp_path / "stages.py").write_text(stages + "def main(experiment):\n    load_tokenizer(Path('none'), 9)\n")
     assert cli.main(["train", "--config", str(tmp_path / "stages.py")]) == 2
     assert "error: 'none' has no tokenizer" in capsys.readouterr().err
@@ -457,7 +462,7 @@ def test_further_fields_and_mixtures_reach_the_step(fields, tmp_path):
     assert described.keys() == batch.keys() and "margin" in batch
     assert all((described[name].shape, described[name].dtype) == (x.shape, x.dtype) for name, x in batch.items())
     assert (batch["margin"] >= 0).sum() >= 6 and set(run.data.reports) == {f"train ({mixed})", f"train ({other})", "eval"}
-    lines = fit.summary(run, {"policy": "a", "reference": "a"}, 0)
+    lines = summary(run, {"policy": "a", "reference": "a"}, 0)
     assert f"mixture: 75.0% of the examples from {mixed}: 9 rows, 16.00 times" in lines
 
 
@@ -681,13 +686,13 @@ def test_nonfinite_steps_are_named_and_stop_the_run(fields, tmp_path, capsys, mo
 def test_notice_names_rpo_once_when_the_chosen_log_prob_falls():
     lines = []
     log = type("Log", (), {"line": lambda self, text: lines.append(text), "step": lambda *a: None})()
-    observer = fit.Observer(type("Run", (), {})(), log, equal=False)
+    observer = Observer(type("Run", (), {})(), log, equal=False)
     base = {"skipped": 0.0, "loss": 0.6, "tokens": 1.0}
     for step in range(60):
         observer(step + 2, base | {"logps/chosen_drift": -0.1 * step, "rewards/margins": 0.02 * step})
     assert len(lines) == 1 and "rpo(beta, eta=0.005)" in lines[0] and "lose log-probability" in lines[0]
     lines.clear()
-    observer = fit.Observer(type("Run", (), {})(), log, equal=False)
+    observer = Observer(type("Run", (), {})(), log, equal=False)
     for step in range(60):  # far from a reference that is another model, from the start, is no fall
         observer(step + 2, base | {"logps/chosen_drift": -50 + 0.1 * step, "rewards/margins": 0.02 * step})
     assert not lines

@@ -8,7 +8,6 @@ import sys
 import pytest
 import runs
 
-from alignax.checks import check_fields
 from alignax.cli import main, parse
 from alignax.config import (
     check_kept,
@@ -21,9 +20,10 @@ from alignax.config import (
     modules,
     set_field,
 )
-from alignax.defaults import PATHS
+from alignax.config.defaults import PATHS
+from alignax.run.checks import check_fields
 from alignax.run.opening import open_judges
-from alignax.saved import reward_models
+from alignax.run.saved import reward_models
 
 GOOD = """
 from alignax import chain, default_config, dpo, logps, sft

@@ -15,7 +15,7 @@ from alignax.data.formats import FORMATS
 from alignax.data.kinds import unread
 from alignax.data.shapes import messages, shaped
 from alignax.mesh import make_mesh
-from alignax.prepare import prepare
+from alignax.run.prepare import prepare
 
 USER, YES, NO = ({"role": role, "content": text} for role, text in (("user", "hi"), ("assistant", "hello"), ("assistant", "go")))
 SYSTEM = {"role": "system", "content": "French."}

@@ -9,7 +9,7 @@ import optax
 import pytest
 from test_experience_advantages import groups
 
-from alignax import checkpoint, experience, losses
+from alignax import experience, losses
 from alignax.experience import (
     advance,
     all_ppo,
@@ -25,6 +25,7 @@ from alignax.experience import (
 )
 from alignax.experience.advantages import last_scored
 from alignax.experience.chain import taken
+from alignax.run import checkpoint
 from alignax.train import init_state, make_step
 from alignax.types import Batch, Outputs, Params
 

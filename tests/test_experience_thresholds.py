@@ -7,10 +7,11 @@ import optax
 import pytest
 from test_experience_constraints import ARMS, PROGRAM, SCORES, bandit, sampled, scored
 
-from alignax import checkpoint, losses
+from alignax import losses
 from alignax.experience import advance, first_carry, nelder_mead, nm_ppo, proxy_point, xi_ppo
 from alignax.experience.chain import taken
 from alignax.experience.simplex import CONTRACT, DONE, EXPAND, FILL, REFLECT
+from alignax.run import checkpoint
 from alignax.train import init_state, make_step
 
 SIMPLEX = [[0.3, 0.3], [0.4, 0.3], [0.3, 0.4]]

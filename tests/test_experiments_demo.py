@@ -66,7 +66,7 @@ def test_an_unknown_stage_is_refused(capsys, tmp_path):
 
 @pytest.mark.slow
 def test_the_demo_runs_and_goes_on_where_it_was(tmp_path, capsys, monkeypatch):
-    from alignax import commands
+    from alignax.cli import commands
 
     work = tmp_path / "demo"
     args = ["train", "--config", FILE, *(f"--config.{k}={v}" for k, v in (TINY | {"workdir": work}).items())]

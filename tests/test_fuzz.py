@@ -28,16 +28,13 @@ import tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from alignax import Model, chain, cli, config, metrics, reference
-from alignax.blame import blaming, check_call, explained
-from alignax.checkpoint import Checkpoints
-from alignax.checks import check_objective
+from alignax import Model, chain, cli, config
+from alignax.config.blame import blaming, check_call, explained
 from alignax.data import Examples, Prompted, formats, mixture, read_rows
 from alignax.data.kinds import prompted_rows
 from alignax.data.rows import Bad
 from alignax.data.shapes import shaped
 from alignax.data.tokens import tokenize
-from alignax.data.words import short
 from alignax.experience import advance
 from alignax.losses import at_step
 from alignax.mesh import make_mesh
@@ -45,8 +42,13 @@ from alignax.models import families, hf, parameters, peft, transformer
 from alignax.models.fields import FIELDS as MODEL_FIELDS
 from alignax.models.lora import Lora
 from alignax.models.tokenizers import load_tokenizer
-from alignax.prepare import prepare
-from alignax.start import check_step
+from alignax.run import log as metrics
+from alignax.run import reference_cache as reference
+from alignax.run.checkpoint import Checkpoints
+from alignax.run.checks import check_objective
+from alignax.run.prepare import prepare
+from alignax.run.start import check_step
+from alignax.text import short
 from alignax.train import init_state
 from alignax.types import Outputs
 

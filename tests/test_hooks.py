@@ -13,15 +13,15 @@ import pytest
 import runs
 import tiny
 
-from alignax import ensemble
 from alignax import mesh as meshes
-from alignax.calls import Answer, Malformed, named_numbers
-from alignax.checkpoint import Checkpoints
 from alignax.cli import main
 from alignax.config import load_experiment
+from alignax.host.calls import Answer, Malformed, named_numbers
 from alignax.losses import dpo
 from alignax.optim import own_optimizer
-from alignax.prepare import prepare
+from alignax.rewards import members
+from alignax.run.checkpoint import Checkpoints
+from alignax.run.prepare import prepare
 from alignax.run.state import abstract_state
 from alignax.train import init_state, make_step
 
@@ -177,8 +177,8 @@ def test_an_optimizer_of_ones_own_shards_and_stacks(name):
     begin = lambda seed: init_state(tiny.plain_params(seed=seed), optimizer, jax.random.key(0))
     alone = [jax.jit(step)(begin(seed), batch)[0] for seed in (0, 1)]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *[tiny.plain_params(seed=seed) for seed in (0, 1)])
-    make = ensemble.over_members(lambda params: init_state(params, optimizer, jax.random.key(0)), 0, ensemble.AXES)
-    every, _ = jax.jit(ensemble.over_members(step, (ensemble.AXES, None), (ensemble.AXES, 0)))(make(stacked), batch)
+    make = members.over_members(lambda params: init_state(params, optimizer, jax.random.key(0)), 0, members.AXES)
+    every, _ = jax.jit(members.over_members(step, (members.AXES, None), (members.AXES, 0)))(make(stacked), batch)
     mesh = meshes.make_mesh({"fsdp": -1})
     layout = {"embed": meshes.sharding(mesh, (None, "embed"), (96, 8)), "head": meshes.sharding(mesh, ("embed", None), (8, 96))}
     layout["bias"] = meshes.sharding(mesh)

@@ -1,12 +1,15 @@
 """`import alignax` imports little, asks for no device and needs no torch."""
 
+import importlib
 import os
 import pkgutil
 import subprocess
 import sys
 
+import pytest
+
 import alignax
-from alignax import public
+from alignax import moved, public
 
 CODE = """
 import sys
@@ -31,3 +34,14 @@ def test_no_exported_name_is_that_of_a_module():
     modules = {module.name for module in pkgutil.iter_modules(alignax.__path__)}
     assert not modules & set(alignax.__all__)
     assert set(alignax.__all__) == {name for name in vars(public) if not name.startswith("_")}, "what is imported there is exported"
+
+
+def test_modules_are_found_by_their_former_names():
+    """As experiment files of before import them; a module is the same one, by either name."""
+    for name, place in moved.PLACES.items():
+        with pytest.warns(DeprecationWarning, match=rf"alignax\.{name} has moved: import alignax\.{place}"):
+            sys.modules.pop(f"alignax.{name}", None)
+            assert importlib.import_module(f"alignax.{name}") is importlib.import_module(f"alignax.{place}")
+        vars(alignax).pop(name)
+    with pytest.raises(ModuleNotFoundError, match="alignax.absent"):
+        importlib.import_module("alignax.absent")

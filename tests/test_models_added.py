@@ -10,10 +10,10 @@ import tiny
 import torch_llama
 import transformers
 
-from alignax.checks import check_token_kl
 from alignax.mesh import make_mesh
 from alignax.models import hf
 from alignax.models.added import with_tokens
+from alignax.run.checks import check_token_kl
 
 MANY = [f"<|reward_{k}|>" for k in range(40)]
 

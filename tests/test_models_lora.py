@@ -26,7 +26,7 @@ from alignax.models.lora import Lora, column_norms, find_targets, join, merge, m
 from alignax.models.peft import Adapted, read_adapter, write_adapter
 from alignax.models.tokenizers import check_tokenizer, load_tokenizer
 from alignax.models.transformer import forward
-from alignax.rewards import ensemble_model, load_members, open_ensemble
+from alignax.rewards.ensembles import ensemble_model, load_members, open_ensemble
 from alignax.run.opening import notices
 
 FAMILY = {row: row.split(",")[0] for row in ROWS if "," not in row} | {"llama": "llama"}

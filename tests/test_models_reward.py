@@ -12,7 +12,7 @@ import torch
 import torch_llama
 import transformers
 from test_models_families import ROWS
-from test_online import arguments, rows, trained
+from test_run_online import arguments, rows, trained
 
 from alignax.cli import main
 from alignax.losses import apo_zero_unpaired, bradley_terry, centring, dpo, sft

@@ -11,13 +11,14 @@ import pytest
 import runs
 import tiny
 
-from alignax import cli, commands
+from alignax import cli
+from alignax.cli import commands
 from alignax.config import load_experiment
 from alignax.mesh import make_mesh
 from alignax.models import hf, transformer
-from alignax.prepare import prepare
 from alignax.run.opening import open_source
-from alignax.start import fingerprint, start
+from alignax.run.prepare import prepare
+from alignax.run.start import fingerprint, start
 
 ONE = make_mesh({}, jax.devices()[:1])
 

@@ -11,12 +11,12 @@ from typing import NamedTuple
 
 import pytest
 import tiny
-from test_online import HEAD, arguments, checked
-from test_rewards import reward_folder
+from test_rewards_ensembles import reward_folder
+from test_run_online import HEAD, arguments, checked
 
 import alignax
 from alignax.cli import main
-from alignax.start import check_step
+from alignax.run.start import check_step
 
 
 class Offer(NamedTuple):

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import tiny
 from test_docs import ONLINE
-from test_online import arguments, checked, rows
-from test_rewards import reward_folder
+from test_rewards_ensembles import reward_folder
+from test_run_online import arguments, checked, rows
 
 from alignax.cli import main
 from alignax.config import load_experiment
-from alignax.fit import fit, summary
 from alignax.mesh import make_mesh
-from alignax.prepare import prepare
-from alignax.start import check_step, start
+from alignax.run.loop import fit, summary
+from alignax.run.prepare import prepare
+from alignax.run.start import check_step, start
 
 ENSEMBLE = "score(ensemble), uwo(0.5), "
 METHODS = {  # experience after the reference's log-probs, loss, and fields of the config; as the table of the page has them

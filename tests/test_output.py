@@ -14,8 +14,8 @@ import pytest
 import runs
 
 from alignax import output
-from alignax.metrics import Log
 from alignax.overopt import figures
+from alignax.run.log import Log
 
 
 def written(place, origin="run a", **files):

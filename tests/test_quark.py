@@ -13,14 +13,14 @@ import runs
 import tiny
 from jax.tree_util import Partial
 
-from alignax.checkpoint import Checkpoints
 from alignax.cli import main
 from alignax.config import load_experiment
 from alignax.experience import Stateful, advance, first_carry, quark_pool, unconditioned
 from alignax.experience.quark import draw, quantiles, without
 from alignax.losses import Loss, kl_pi_ref, kl_ref_pi, quark
 from alignax.models import hf, transformer
-from alignax.prepare import prepare
+from alignax.run.checkpoint import Checkpoints
+from alignax.run.prepare import prepare
 from alignax.run.state import abstract_state
 from alignax.train import init_state, make_step
 from alignax.types import Batch, Outputs, Params, TrainState

@@ -9,15 +9,15 @@ import optax
 import pytest
 import tiny
 import transformers
-from test_judges import THEIRS, transformers_scores
-from test_online import arguments, checked
-from test_rewards import reward_folder
+from test_rewards_ensembles import reward_folder
+from test_rewards_judge import THEIRS, transformers_scores
+from test_run_online import arguments, checked
 
 from alignax import losses
 from alignax.cli import main
 from alignax.models import hf
 from alignax.run.roles import abstract, freeze, frozen, load, models
-from alignax.start import check_step, start
+from alignax.run.start import check_step, start
 from alignax.types import Outputs
 
 MODPO = """

@@ -12,11 +12,11 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from alignax.data import bounds
-from alignax.data.files import short
 from alignax.data.rows import Bad, Encoded, Message, Prompted
 from alignax.data.shapes import is_system, without_nulls
 from alignax.data.template import Template, is_prefill
 from alignax.data.turns import REASONING, Found, find, is_scored
+from alignax.text import short
 
 BY_MARKS, BY_TEXT = "the template's {% generation %} marks", "the text that the chat template makes of each"
 NULLS = ("keys of tool calls or tools that hold null, which are left out",)

@@ -15,7 +15,7 @@ from alignax.data import streams
 from alignax.data.folders import SUFFIXES, files, matching, place, saved, suffix
 from alignax.data.rows import Bad
 from alignax.data.streams import check_size, lines, opened, opens_array
-from alignax.data.words import one_line, short
+from alignax.text import one_line, short
 
 __all__ = ["SUFFIXES", "Row", "one_line", "read_rows", "rows_and_faults", "short"]
 HUB = "hf://"

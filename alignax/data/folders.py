@@ -5,7 +5,7 @@ import json
 import re
 from pathlib import Path
 
-from alignax.data.words import one_line
+from alignax.text import one_line
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
 PACKED = (".gz", ".bz2", ".xz", ".zst", ".zstd")

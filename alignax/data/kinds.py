@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from alignax.data import chat, formats, shapes
-from alignax.data.files import short
 from alignax.data.rows import Bad, Prompted, Rejected
 from alignax.data.shapes import Shaped
+from alignax.text import short
 
 
 def prompted_rows(rows: Sequence[Shaped], data: Any, path: str | Path = "data") -> tuple[list[Prompted], Rejected]:

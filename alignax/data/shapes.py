@@ -11,7 +11,7 @@ from typing import Any
 
 from alignax.data import formats
 from alignax.data.rows import Bad, Message
-from alignax.data.words import one_line, short
+from alignax.text import one_line, short
 
 # The speakers of ShareGPT rows, `from` and `value` for `role` and `content`.
 SPEAKERS = {

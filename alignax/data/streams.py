@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from alignax.data.words import one_line
+from alignax.text import one_line
 
 ROW = 2**24  # bytes of a row of JSONL; a longer one is no row to train on
 EXPANDED = 2**35  # bytes that a compressed file may become

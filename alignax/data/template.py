@@ -8,8 +8,8 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from alignax.data.files import short
 from alignax.data.rows import Bad, Message
+from alignax.text import short
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 MARKS = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
@@ -31,7 +31,7 @@ NO_OPENING = Opening(None, 0, "", False)
 
 
 class Today:
-    """The day that templates call today, as Llama 3.2's do: one for all rows, see `alignax.prepare`."""
+    """The day that templates call today, as Llama 3.2's do: one for all rows, see `alignax.run.prepare`."""
 
     day = datetime.date.today()
 

@@ -16,8 +16,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from alignax.blame import check_call
-from alignax.data.files import short
+from alignax.config.blame import check_call
+from alignax.text import short
 from alignax.types import Batch, Metrics
 
 Experience = Callable[[Batch], Batch]

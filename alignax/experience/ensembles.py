@@ -42,7 +42,7 @@ def score(model: Model, microbatches: int = 1) -> Experience:
     """Writes a reward model's or an ensemble's `scores` [B, N, K] f32; K = 1 of a single model.
 
     Args:
-      model: its `Outputs.scores` are [B, N], or [B, N, K] as those of `alignax.rewards.ensemble_model`; no gradient goes into it.
+      model: its `Outputs.scores` are [B, N], or [B, N, K] as those of `alignax.rewards.ensembles.ensemble_model`; no gradient goes into it.
       microbatches: parts that the batch is scored in, one after another, to bound memory.
 
     Raises:

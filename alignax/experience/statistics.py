@@ -5,10 +5,10 @@ from collections.abc import Callable
 
 from jax.tree_util import Partial
 
-from alignax.data.files import short
 from alignax.experience.chain import Experience
 from alignax.experience.logps import in_parts
 from alignax.models.statistics import Statistic
+from alignax.text import short
 from alignax.types import Batch, Model, Outputs, Params
 
 

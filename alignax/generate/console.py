@@ -20,11 +20,11 @@ from alignax.data.kinds import prompt_alone
 from alignax.data.rows import Bad, Message, Prompted
 from alignax.data.shapes import in_text, said
 from alignax.data.tokens import prompt_ids
-from alignax.data.words import short
 from alignax.distributed import is_main
 from alignax.generate.generator import Completions, Generator
 from alignax.generate.sampling import Sampling
 from alignax.generate.stops import LENGTH, STOP_STRING, Stops, text_of
+from alignax.text import short
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from alignax.blame import check_call
+from alignax.config.blame import check_call
 from alignax.models.statistics import Statistic, merged
 from alignax.types import Batch, Metrics, Outputs
 

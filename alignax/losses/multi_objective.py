@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from alignax.blame import check_call
+from alignax.config.blame import check_call
 from alignax.losses.algebra import Loss, sequence
 from alignax.losses.pairs import field, logistic, pair_ratios, pairwise, ref_logps
 from alignax.types import Batch, Outputs

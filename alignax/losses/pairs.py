@@ -9,7 +9,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from alignax.blame import near
+from alignax.config.blame import near
 from alignax.losses.algebra import Loss, lengths, make_loss, sequence, token_logps
 from alignax.types import Batch, Metrics, Outputs
 

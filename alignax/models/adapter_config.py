@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from alignax.data.files import one_line, short
 from alignax.models import fields, reward
+from alignax.text import one_line, short
 
 Json = dict[str, Any]
 REMEDY = "merge that adapter with peft first"

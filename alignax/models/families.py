@@ -10,10 +10,10 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from alignax.data.files import short
 from alignax.models.fields import FIELDS, ROPE_NOTES, Json, check_shape, checked, refuse_foreign
 from alignax.models.layout import Weight
 from alignax.models.transformer import ACTIVATIONS, ModelConfig
+from alignax.text import short
 
 ROPE_FIELDS: dict[str, tuple[str, ...]] = {  # rope_type -> what its parameters must give
     "default": (),

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from alignax.data.files import short
 from alignax.models.transformer import ModelConfig
+from alignax.text import short
 
 Json = Mapping[str, Any]
 KINDS: dict[str, Callable[[Any], bool]] = {

@@ -22,7 +22,6 @@ from jax.sharding import Mesh
 
 from alignax import mesh as meshes
 from alignax import output
-from alignax.data.files import short
 from alignax.distributed import is_main, together
 from alignax.models import families, reward
 from alignax.models.families import Family
@@ -34,6 +33,7 @@ from alignax.models.parameters import init_params as init_params  # those of no 
 from alignax.models.small_files import copy_small_files, tokenizer_parts
 from alignax.models.tensorfiles import DTYPES, WEIGHT_FILES, check_finite, check_type, header, named_files, read_object, save_tensors
 from alignax.models.transformer import ModelConfig
+from alignax.text import short
 from alignax.types import Params
 
 SHARD_BYTES = 5 * 10**9  # of an exported file, as transformers has it

@@ -17,13 +17,13 @@ from jax.sharding import Mesh
 
 from alignax import mesh as meshes
 from alignax import output
-from alignax.data.files import short
 from alignax.distributed import is_main, together
 from alignax.models import adapter_config, hf, lora, parameters, reward
 from alignax.models.layout import Place, joined, places
 from alignax.models.lora import MARK, Lora
 from alignax.models.small_files import chat_template, tokenizer_parts
 from alignax.models.tensorfiles import check_finite
+from alignax.text import short
 from alignax.types import Params
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from alignax.data.files import short
+from alignax.text import short
 
 CLASSIFIER, LANGUAGE = "ForSequenceClassification", "ForCausalLM"  # end the names of their architectures
 OFFSET = "score_offset"  # a leaf, and the field of config.json that holds it

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alignax.data.files import one_line, short
 from alignax.mesh import gathered
+from alignax.text import one_line, short
 from alignax.types import Params
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}

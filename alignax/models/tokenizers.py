@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from alignax.data.files import one_line, short
 from alignax.models import hf
+from alignax.text import one_line, short
 
 
 def load_tokenizer(path: Path, vocab_size: int) -> Any:

@@ -1,7 +1,7 @@
 """Online methods in the world of vectors: policies over a pool of responses, trained on their own samples against reward models.
 
 What trains them is the library's: experience writes rewards and advantages, losses read them, and the shared step is taken on each part
-of a rollout, as in `alignax.online`. A rollout is [B, N, 1] samples, a response being one token, its number in the pool, so that gold
+of a rollout, as in `alignax.run.online`. A rollout is [B, N, 1] samples, a response being one token, its number in the pool, so that gold
 reward, KL and proxy of a policy are sums over the pool: they are exact, and only training is sampled.
 
 Reward models are those of best-of-n, each with mean 0 and standard deviation 1 over the pool: coefficients of the KL are then in

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.special import stdtrit
 
-from alignax.data.files import one_line
-from alignax.metrics import misfit
 from alignax.overopt import fits, training
+from alignax.run.log import misfit
+from alignax.text import one_line
 
 LEVEL = 0.95  # of the bands
 CURVES = {"gold": [[float]], str: [[float]]}  # quantity -> [S][E]
@@ -22,7 +22,7 @@ MADE = dict.fromkeys(("file", "alignax", "commit", "jax", "processor"), str)
 ANY = {"arm": str, "seeds": [int], "made": (MADE,), "excluded": (int,), "excluded_pairs": (int,)}
 RUNS = ANY | {"family": str, "objective": str, "over_steps": [str]}
 RUNS |= {"runs": [{"setting": str, "beta": (float,), "step": [float], "curves": CURVES}]}
-STAGES = {  # kind -> what its file holds, see `alignax.metrics.misfit`
+STAGES = {  # kind -> what its file holds, see `alignax.run.log.misfit`
     "best_of_n": ANY | dict.fromkeys(("members", "prompts", "responses"), int) | {"n": [int], "kl": [float], "accuracy": [[float]],
         "curves": {str: CURVES}, "calibration": {str: [[float]]}, "samples": [SAMPLES]},
     "direct": ANY | {"objective": str, "beta": float, "step": [float], "curves": CURVES},

@@ -17,10 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from alignax import ensemble, rewards
+from alignax import rewards
 from alignax.config import BadInput
 from alignax.data import Batches, Examples, evaluation_batch, padded_length
-from alignax.evaluate import compare
 from alignax.generate import Generator, sampled_batch, sampler, speaker
 from alignax.losses import Loss, sft
 from alignax.mesh import make_mesh
@@ -29,6 +28,8 @@ from alignax.models.transformer import ModelConfig, forward
 from alignax.overopt import words
 from alignax.overopt.words import Gold
 from alignax.overopt.worlds import Scored, Trajectory, World, check_ranges, check_sizes, check_trained, margins
+from alignax.rewards.members import AXES, keys, member_batch, member_batches, over_members
+from alignax.run.evaluation import compare
 from alignax.train import init_state, make_evaluation, make_step, means
 from alignax.types import Model, Params, TrainState
 
@@ -147,12 +148,12 @@ def score(config: Any, loss: Loss, policy: Callable[[], Policy], data: Callable[
     c, world = config.proxy, config.world
     own, mesh = model(c.width, c.layers, num_labels=1), make_mesh({}, jax.devices()[:1])
     optimizer = optax.adam(c.learning_rate)
-    step = ensemble.over_members(make_step(forward(own, remat="none"), loss, optimizer), (ensemble.AXES, 0), (ensemble.AXES, 0))
+    step = over_members(make_step(forward(own, remat="none"), loss, optimizer), (AXES, 0), (AXES, 0))
     step, start = jax.jit(step, donate_argnums=0), jax.jit(partial(new_members, own, optimizer, c.members))
     asked = [[1 + topic] for topic in range(world.prompts)]
     for seed in seeds:
         gold, pairs, _ = data(seed)
-        stream = partial(ensemble.member_batch, members=slice(None), rows=slice(None))
+        stream = partial(member_batch, members=slice(None), rows=slice(None))
         state = trained(step, start(seed), partial(stream, member_streams(config, pairs, seed)), range(c.steps))
         answers = policy().generate(policy().params, asked, jax.random.key(2 * seed + 1), n=world.responses)
         shown = examples(asked, answers.rows())
@@ -165,14 +166,14 @@ def score(config: Any, loss: Loss, policy: Callable[[], Policy], data: Callable[
 def new_members(own: ModelConfig, optimizer: optax.GradientTransformation, members: int, seed: int) -> TrainState:
     """K reward models at step 0; no two seeds share one."""
     start = lambda key: init_state(parameters.fresh(own, key), optimizer, jax.random.key(0))
-    return ensemble.over_members(start, 0, ensemble.AXES)(ensemble.keys(seed * members, members))
+    return over_members(start, 0, AXES)(keys(seed * members, members))
 
 
 def member_streams(config: Any, pairs: Examples, seed: int) -> list[Batches]:
     """The pairs as each member meets them: in an order of its own, the same ones with a wrong label, or others."""
     c, world, first = config.proxy, config.world, seed * config.proxy.members
     stream = Batches(pairs, c.batch_size, first, padded_length(pairs), noise=world.noise, noise_seed=first)
-    return ensemble.member_batches(stream, c.members, not world.shared_noise)
+    return member_batches(stream, c.members, not world.shared_noise)
 
 
 def show(tokens: np.ndarray, p: int, i: int) -> tuple[str, str]:

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from alignax.comparison import evaluated
-from alignax.metrics import SAMPLE, read_rows
+from alignax.cli.comparison import evaluated
+from alignax.run.log import SAMPLE, read_rows
 
 QUANTITIES = {  # what a training run logs, as the laboratory calls it
     "loss": "loss", "reward": "reward", "rewards/margins": "margin", "rewards/accuracies": "accuracy", "gold": "gold", "kl": "kl",

@@ -12,16 +12,16 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from alignax import ensemble
 from alignax import mesh as meshes
 from alignax.config import DATA, PRETRAIN, ROLLOUTS, steps_of_turn
-from alignax.host_rewards import RewardFailed
-from alignax.prepare import Run
-from alignax.rollout import Rollouts, Sampled, golden
+from alignax.host.workers import Abandoned
+from alignax.rewards import members
+from alignax.run.host_rewards import RewardFailed
+from alignax.run.prepare import Run
 from alignax.run.programs import Program
+from alignax.run.rollout import Rollouts, Sampled, golden
 from alignax.run.state import AHEAD, Held, batch_sizes
 from alignax.types import Batch, TrainState
-from alignax.workers import Abandoned
 
 Seen = Mapping[str, Any]  # metrics
 Fed = tuple[TrainState, dict[str, Any], Seen]
@@ -58,8 +58,8 @@ class Offline:
         """Draws nothing yet."""
         self.run, self.draw = run, run.data.train.batch
         if run.policy.members:
-            streams = ensemble.member_batches(run.data.train, run.policy.members, run.config.ensemble.own_noise)
-            self.draw = functools.partial(ensemble.member_batch, streams)
+            streams = members.member_batches(run.data.train, run.policy.members, run.config.ensemble.own_noise)
+            self.draw = functools.partial(members.member_batch, streams)
 
     def __call__(self, state: TrainState, step: int) -> Fed:
         """The batch of step `step`."""

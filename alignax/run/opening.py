@@ -8,9 +8,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from alignax.checks import check_head, check_members, check_token_kl
 from alignax.config import HEAD, Experiment, asked, trunk_values
-from alignax.data.files import short
 from alignax.data.mixture import sources
 from alignax.generate import policy_config
 from alignax.models import hf, lora, peft, transformer
@@ -18,8 +16,10 @@ from alignax.models.lora import Lora
 from alignax.models.reward import CRITIC
 from alignax.models.small_files import chat_template, small_files, tokenizer_parts
 from alignax.models.tokenizers import check_token, check_tokenizer, load_tokenizer
-from alignax.rewards import check_one_score, ensemble_apply, open_ensemble
+from alignax.rewards.ensembles import check_one_score, ensemble_apply, open_ensemble
+from alignax.run.checks import check_head, check_members, check_token_kl
 from alignax.run.roles import BASE, ENSEMBLE, GOLD, POLICY, REFERENCE, STORED, TRAINED, Role, make_giving, scores_alone
+from alignax.text import short
 from alignax.types import Batch, Outputs, Params
 
 

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import jax
 
-from alignax import ensemble
 from alignax.config import eval_batch_size
-from alignax.online import make_judge, make_learn
-from alignax.prepare import Run
+from alignax.rewards import members
+from alignax.run.online import make_judge, make_learn
+from alignax.run.prepare import Run
 from alignax.run.roles import GOLD, abstract_frozen
 from alignax.run.state import abstract_batch, abstract_batches, abstract_read, abstract_rollout, abstract_state
 from alignax.run.steps import make_data_step, make_evaluate, make_gold
@@ -43,7 +43,7 @@ def programs(run: Run) -> dict[str, Program]:
     online, together = run.config.rollout.samples > 0, run.policy.members > 0
     step, evaluate = (make_learn if online else make_data_step)(run), make_evaluate(run)
     if together:
-        step, evaluate = ensemble.trained_together(step), ensemble.evaluated_together(evaluate)
+        step, evaluate = members.trained_together(step), members.evaluated_together(evaluate)
     state, held = abstract_state(run), abstract_frozen(run.roles, run.mesh)
     out = {"train": Program(jax.jit(step, donate_argnums=0), (state, held, abstract_batches(run)))}
     if GOLD in run.roles:

@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from alignax import ensemble
 from alignax.models import hf, parameters, peft, transformer
 from alignax.models.lora import Lora, is_quantised, join, merge, quantise, split
 from alignax.models.reward import CRITIC
 from alignax.models.statistics import Statistic
 from alignax.models.transformer import ModelConfig
-from alignax.rewards import load_members
+from alignax.rewards import members
+from alignax.rewards.ensembles import load_members
 from alignax.train import Apply
 from alignax.types import Batch, Model, Outputs, Params
 
@@ -81,7 +81,7 @@ def abstract(role: Role, mesh: Mesh | None = None) -> Params:
     """Shapes, types and (with a mesh) shardings of what a run holds of a role; of adapters and their base that is a part of it each."""
     one = parameters.abstract_params(role.config, mesh)
     one = one if role.lora is None else split(one)[role.trained]
-    one = ensemble.stacked(one, role.members, mesh) if role.members else one
+    one = members.stacked(one, role.members, mesh) if role.members else one
     if role.trained:
         return one
     describe = lambda path, x: jax.ShapeDtypeStruct(x.shape, leaf_dtype(role, path), sharding=x.sharding)

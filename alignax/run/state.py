@@ -8,17 +8,17 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from alignax import ensemble
 from alignax import mesh as meshes
 from alignax.averages import PROPOSAL
-from alignax.blame import check_call
 from alignax.config import DATA, PRETRAIN, ROLLOUTS, asked, eval_batch_size, prompts_of_rollout, steps_of_turn
+from alignax.config.blame import check_call
 from alignax.data import Batches
 from alignax.experience import Experience, chain, first_carry
-from alignax.functions import reward_fields
 from alignax.generate import policy_sampling
-from alignax.judges import FIELDS
-from alignax.prepare import Run
+from alignax.host.functions import reward_fields
+from alignax.rewards import members
+from alignax.rewards.judge import FIELDS
+from alignax.run.prepare import Run
 from alignax.run.roles import GOLD, REFERENCE, STORED_MODEL, abstract_frozen, abstract_trained, models, policy_model
 from alignax.train import init_state
 from alignax.types import Model, Params, TrainState
@@ -65,7 +65,7 @@ def new_state(run: Run, params: Params, key: jax.Array, held: Held) -> TrainStat
         carry = first_carry(make_experience(run, held, state))
         return dataclasses.replace(state, carry=carry | jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), waiting(run)))
 
-    return ensemble.over_members(make, 0, ensemble.AXES)(params) if run.policy.members else make(params)
+    return members.over_members(make, 0, members.AXES)(params) if run.policy.members else make(params)
 
 
 def waiting(run: Run) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def state_shardings(run: Run, carry: Any) -> TrainState:
     abstract = abstract_trained(run.roles, run.mesh)
     params = jax.tree.map(lambda x: x.sharding, abstract)
     optimizer = run.learning.optimizer
-    init = ensemble.over_members(optimizer.init, 0, 0) if run.policy.members else optimizer.init
+    init = members.over_members(optimizer.init, 0, 0) if run.policy.members else optimizer.init
     one: Any = meshes.sharding(run.mesh)
     opt_state = meshes.optimizer_shardings(run.mesh, optimizer, jax.eval_shape(init, abstract), params)
     remembered = jax.tree.map(lambda _: one, carry) | jax.tree.map(lambda x: x.sharding, waiting(run))

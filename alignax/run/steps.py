@@ -12,7 +12,7 @@ from alignax.config import DATA, asked
 from alignax.experience import advance
 from alignax.experience.chain import with_reported
 from alignax.losses.algebra import Objective, statistics_of
-from alignax.prepare import Run, by_batch
+from alignax.run.prepare import Run, by_batch
 from alignax.run.roles import REFERENCE, Role, make_apply, policy_apply
 from alignax.run.state import Held, given_models, make_experience
 from alignax.train import Apply, make_evaluation, make_step

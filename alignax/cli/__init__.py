@@ -1,0 +1,241 @@
+"""The `alignax` command: train, eval, eval-rm, anchor, ridge, generate, export, check-data, overopt, report.
+
+Of the library nothing is imported here but in functions: jax takes a second, in which Ctrl-C is to end the command as later.
+"""
+
+import dataclasses
+import io
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from alignax.interrupts import CODE, LINE, install
+
+if TYPE_CHECKING:
+    from alignax.generate.console import Request
+
+USAGE = """usage: alignax train  --config FILE.py [--config.FIELD=VALUE ...] [--dry-run]
+       alignax eval   WORKDIR [--config.FIELD=VALUE ...] [--json OUT]
+       alignax eval-rm MODELS [--config FILE.py] [--config.FIELD=VALUE ...] [--json OUT]
+       alignax anchor MODELS FOLDER --samples FILE [--scale] [--config FILE.py] [--config.FIELD=VALUE ...]
+       alignax ridge  FOLDER --config FILE.py [--penalty X] [--config.FIELD=VALUE ...]
+       alignax generate MODEL [--prompts FILE] [--out FILE] [--n N] [--max-new-tokens N] [--temperature T] [--top-k K] [--top-p P]
+                        [--min-p P] [--repetition-penalty R] [--stop TEXT ...] [--seed N] [--slots N] [--cache DTYPE]
+                        [--combine MODEL@C,...] [--raw] [--config.FIELD=VALUE ...]
+       alignax export WORKDIR FOLDER [--config.FIELD=VALUE ...]
+       alignax check-data --config FILE.py [--config.FIELD=VALUE ...] [--json OUT]
+       alignax overopt --config FILE.py [--config.FIELD=VALUE ...]
+       alignax report WORKDIR ...
+       --force with eval, eval-rm, anchor, ridge, generate, export, check-data, report: replace what another has written there
+
+train       runs an experiment, or goes on where it was stopped; --dry-run shows what it would do and writes nothing
+eval        evaluates the newest checkpoint of a run on its evaluation data; --json writes the metrics, with what they are of, to a file
+            too, --json - prints them instead
+eval-rm     judges a reward model or an ensemble on the pairs of data.eval, and of data.ood, which come from elsewhere: accuracy,
+            margin, calibration, score against length, disagreement; MODELS: a run's workdir, or model folders with commas between them
+            (then with --config, for how data are read)
+anchor      writes reward models whose scores on samples of the initial policy have mean 0, with --scale standard deviation 1; MODELS as
+            for eval-rm; FILE: rows with a prompt and a completion, as `alignax generate --out` writes them
+ridge       writes a reward model whose head is fitted to data.train in closed form, the trunk as it is: to pairs, or to attributes
+generate    completes prompts; MODEL is a Hugging Face folder, or the WORKDIR of a run. FILE has a prompt a line, or rows (.jsonl, .csv,
+            .parquet) with a column "prompt", text or messages; without one, prompts are typed. Lines go through the model's chat template
+            where it has one, --raw sends them as they are. --out writes JSONL with tokens and log-probs, --out - prints it;
+            --temperature 0 is greedy; --stop may be given several times; --combine adds the logits of further models, times a coefficient
+            each, to those of MODEL: --combine TUNED@1,UNTUNED@-1 is proxy-tuning
+export      writes the newest checkpoint of a run as a Hugging Face folder, of an ensemble one for each member; for WORKDIR also the
+            mean of model folders, A@0.5,B@0.5, which model.path, reference.path and generate take too
+check-data  reads and tokenises the data (train, eval, pretrain, ood) and reports on it, every bad row counted; needs the tokenizer of
+            the model folder, no weights; --json writes the report to a file too, --json - prints it instead; ends with 2 if a run would
+            refuse the data
+overopt     measures reward overoptimisation: best-of-n and direct alignment against a gold reward; goes on where it was stopped
+report      writes WORKDIR/report.html anew, of a laboratory or of a training run; for several comparison.html in the first, too
+FIELD       any field of the config, such as data.max_length; `alignax train --config FILE.py --dry-run` lists them
+            Any option's value may follow an =, as in --json=OUT; one that begins with -- must"""
+WANTED = {
+    "train": [], "eval": ["WORKDIR"], "eval-rm": ["MODELS"], "anchor": ["MODELS", "FOLDER"], "ridge": ["FOLDER"],
+    "generate": ["MODEL"], "export": ["WORKDIR", "FOLDER"], "check-data": [], "overopt": [], "report": ["WORKDIR ..."],
+}  # fmt: skip
+CONFIGURED = ("train", "eval-rm", "anchor", "ridge", "check-data", "overopt")  # commands that take an experiment file
+WRITING = ("eval", "eval-rm", "anchor", "ridge", "generate", "export", "check-data", "report")  # where they are told to
+VALUED = {"--config": CONFIGURED, "--json": ("eval", "eval-rm", "check-data"), "--samples": ("anchor",), "--penalty": ("ridge",)}
+
+
+class Arguments(NamedTuple):
+    """The words of a command line."""
+
+    command: str
+    words: list[str]  # those that are no options
+    overrides: list[str]  # FIELD=VALUE
+    file: str  # the experiment
+    dry: bool
+    json: str  # where check-data, eval and eval-rm write JSON; empty: nowhere
+    samples: str  # of anchor
+    scale: bool  # of anchor
+    penalty: float  # of ridge
+    request: "Request"  # of generate
+    force: bool  # replace what stands where is written
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code: 0, 2 for bad input, 1 for a run that had to stop, 141 when nobody reads on."""
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115  (after `>&-`)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # of a console that has no arrows, say
+    install()
+    try:
+        code = command(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # as after `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left is written at the end of the process
+        return 141
+    except KeyboardInterrupt:  # before or after training, which saves first
+        print(LINE, file=sys.stderr)
+        return CODE
+
+
+def command(args: list[str]) -> int:
+    """Runs a command line; returns its exit code."""
+    if not args or args[0] == "help" or {"-h", "--help"} & set(args):
+        print(USAGE)
+        return 0 if args else 2
+    try:
+        given = parse(args)
+    except ValueError as e:
+        return fail(e)
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is not there, say
+    from alignax.cli import commands, reward_commands
+    from alignax.config.blame import BadInput
+    from alignax.run.host_rewards import RewardFailed
+
+    try:
+        if given.command == "train":
+            commands.train(given.file, given.overrides, given.dry)
+        elif given.command == "eval":
+            commands.evaluate(Path(given.words[0]), given.overrides, given.json, given.force)
+        elif given.command == "eval-rm":
+            reward_commands.eval_rm(given.words[0], given.file, given.overrides, given.json, given.force)
+        elif given.command == "anchor":
+            models, folder = given.words
+            reward_commands.anchor(models, Path(folder), given.file, given.overrides, given.samples, given.scale, given.force)
+        elif given.command == "ridge":
+            reward_commands.ridge(Path(given.words[0]), given.file, given.overrides, given.penalty, given.force)
+        elif given.command == "generate":
+            commands.generate(Path(given.words[0]), given.request, given.overrides, given.force)
+        elif given.command == "export":
+            commands.export(Path(given.words[0]), Path(given.words[1]), given.overrides, given.force)
+        elif given.command == "overopt":
+            commands.overopt(given.file, given.overrides)
+        elif given.command == "report":
+            commands.report([Path(word) for word in given.words], given.force)
+        else:
+            commands.check_data(given.file, given.overrides, given.json, given.force)
+    except BrokenPipeError:
+        raise
+    except (BadInput, OSError) as e:  # OSError: a full disk, say, in the middle of a run
+        return fail(e)
+    except (FloatingPointError, RewardFailed) as e:
+        print(f"alignax: stopped: {e}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def parse(args: Sequence[str]) -> Arguments:
+    """Takes a command line apart."""
+    from alignax.data.files import check_local
+    from alignax.generate.console import Request
+    from alignax.text import short
+
+    command, *rest = args
+    if command not in WANTED:
+        raise ValueError(f"command {short(command)} is unknown; use {', '.join(WANTED)}")
+    words, overrides, dry, scale, request, force = [], [], False, False, Request(), False
+    values: dict[str, str] = {}
+    rest = iter(rest)
+    for arg in rest:
+        name, equals, value = arg.partition("=")
+        if command in VALUED.get(name, ()):
+            value = value if equals else following(rest)
+            if not value:
+                raise ValueError(f"{name} has no value; write {name}={'X' if name == '--penalty' else 'FILE'}")
+            if name in values:
+                raise ValueError(f"{name} is given twice, as {short(values[name])} and {short(value)}; leave one out")
+            values[name] = value
+        elif name.startswith("--config.") and command != "report":
+            value = value if equals else following(rest)
+            if value is None:
+                raise ValueError(f"{name} has no value; write {name}=VALUE")
+            overrides.append(f"{name.removeprefix('--config.')}={value}")
+        elif arg == "--dry-run" and command == "train":
+            dry = True
+        elif arg == "--force" and command in WRITING:
+            force = True
+        elif arg == "--scale" and command == "anchor":
+            scale = True
+        elif arg == "--raw" and command == "generate":
+            request = dataclasses.replace(request, raw=True)
+        elif command == "generate" and arg.startswith("--") and not arg.startswith("--config"):
+            request = with_option(request, name, value if equals else following(rest))
+        elif arg.startswith("-"):
+            raise ValueError(f"option {short(arg)} is unknown to `alignax {command}`; `alignax --help` lists what it takes")
+        else:
+            words.append(arg)
+    file, json, samples = (values.get(name, "") for name in ("--config", "--json", "--samples"))
+    penalty = number("--penalty", values.get("--penalty", "1.0"))
+    if len(words) != len(WANTED[command]) and not (command == "report" and words):
+        raise ValueError(f"`alignax {command}` takes {' and '.join(WANTED[command]) or 'no further words'}, not {short(words)}")
+    if command in ("train", "ridge", "check-data", "overopt") and not file:
+        example = {"overopt": "overoptimization", "ridge": "rm_hh"}.get(command, "dpo_hh")
+        raise ValueError(f"`alignax {command}` needs --config FILE.py, such as experiments/{example}.py")
+    if command == "anchor" and not samples:
+        raise ValueError("`alignax anchor` needs --samples FILE, rows that `alignax generate MODEL --out FILE` wrote of the initial policy")
+    beside = [("a model of --combine", path) for path, _ in request.combination()]
+    named = {"--config": file, "--json": json, "--out": request.out, "--samples": samples, "--prompts": request.prompts}
+    for name, text in [*named.items(), *beside, *((f"a word of `alignax {command}`", word) for word in words)]:
+        check_local(text, name, hub=name in ("--samples", "--prompts"))
+    return Arguments(command, words, overrides, file, dry, json, samples, scale, penalty, request, force)
+
+
+def following(rest: Iterator[str]) -> str | None:
+    """The word behind an option, its value; None where that is another option, or nothing."""
+    word = next(rest, None)
+    return None if word is None or word.startswith("--") else word
+
+
+def number(option: str, value: str) -> float:
+    """The number that an option gives."""
+    from alignax.text import short
+
+    try:
+        return float(value)
+    except ValueError as e:
+        raise ValueError(f"{option} is {short(value)}; it must be a number") from e
+
+
+def with_option(request: "Request", option: str, value: str | None) -> "Request":
+    """The request with an option of `alignax generate` set; `--stop` adds to those before."""
+    from alignax.text import short
+
+    name = option.removeprefix("--").replace("-", "_")
+    if name not in (f.name for f in dataclasses.fields(request)):
+        raise ValueError(f"option {short(option)} is unknown; `alignax --help` lists them")
+    if value is None:
+        raise ValueError(f"{option} has no value; write {option}=VALUE")
+    old = getattr(request, name)
+    if isinstance(old, bool):
+        raise ValueError(f"{option} takes no value; write {option} alone, or leave it out")
+    if isinstance(old, tuple):
+        return dataclasses.replace(request, **{name: (*old, value)})
+    try:
+        new = type(old)(value)
+    except ValueError as e:
+        raise ValueError(f"{option} is {short(value)}; it must be {'a whole number' if isinstance(old, int) else 'a number'}") from e
+    return dataclasses.replace(request, **{name: new})
+
+
+def fail(error: BaseException) -> int:
+    """One line on the console for bad input."""
+    print(f"alignax: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+    return 2

@@ -1,0 +1,279 @@
+"""What the commands do. Bad input is told apart from failures: it is found in `prepare`, before any compute."""
+
+import dataclasses
+import functools
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from alignax import distributed, output
+from alignax.config import Experiment, code, flat, load_experiment, trunk_values
+from alignax.config.blame import blaming, refusing
+from alignax.data import check
+from alignax.data.mixture import sources
+from alignax.distributed import is_main, together
+from alignax.generate import Generator, Stops, combined, console, sampler, speaker
+from alignax.generate.console import Request
+from alignax.generate.generator import check_room
+from alignax.mesh import make_mesh
+from alignax.models import hf
+from alignax.models.tokenizers import check_tokenizer, load_tokenizer
+from alignax.models.transformer import ModelConfig
+from alignax.run import plan
+from alignax.run.evaluation import Evaluation
+from alignax.run.log import Log
+from alignax.run.loop import fit
+from alignax.run.opening import compute_dtype, open_model
+from alignax.run.prepare import Run, check_workdir, origin, prepare
+from alignax.run.saved import averaged_models, folder_config, is_workdir, names_of, newest_models, saved_experiment, saved_models
+from alignax.run.start import check_step, start
+from alignax.text import table
+from alignax.types import Params
+
+
+def train(file: str, overrides: Sequence[str], dry: bool) -> None:
+    """`alignax train`."""
+    with refusing():
+        distributed.initialize()
+        with together():
+            experiment = load_experiment(file, overrides)
+            check_moved(experiment, overrides)
+        distributed.check_alike({"experiment": code(experiment)})
+    if dry:
+        with refusing():
+            if experiment.main is not None and not experiment.config.model.path:
+                raise ValueError(f"{file} runs several stages, each with a config of its own; --dry-run shows a single run")
+            planned = checked(experiment)
+            check_step(planned)
+            print(plan.describe(planned))
+    elif experiment.main is not None:
+        with refusing(), blaming(experiment.file, own=True):
+            experiment.main(experiment)
+    else:
+        run(experiment)
+
+
+def run(experiment: Experiment) -> dict[str, dict[str, float]]:
+    """The single run that an experiment describes, or what is left of it; returns its evaluation metrics before and after."""
+    with refusing():
+        started = start(checked(experiment))
+    return fit(started)
+
+
+def checked(experiment: Experiment) -> Run:
+    """A run that may write into its workdir."""
+    with together():
+        run = prepare(experiment)
+        check_workdir(run)
+    return run
+
+
+def check_moved(experiment: Experiment, overrides: Sequence[str]) -> None:
+    """Refuses the config.py of a workdir that says another one, which would begin there anew; an override says what is meant."""
+    here, said = experiment.file.parent, experiment.config.workdir
+    of_run = experiment.file.name == "config.py" and any((here / part).is_dir() for part in ("checkpoints", "stages"))
+    if of_run and here.resolve() != Path(said).resolve() and not any(override.startswith("workdir=") for override in overrides):
+        raise ValueError(
+            f"{experiment.file} is of a run in {str(here)!r}, and its workdir is {said!r}: it was moved, or this is another folder to "
+            f"start from; add --config.workdir={here} to go on, or name another workdir to begin anew"
+        )
+
+
+def overopt(file: str, overrides: Sequence[str]) -> None:
+    """`alignax overopt`: an experiment that measures with the laboratory."""
+    with refusing():
+        experiment = load_experiment(file, overrides)
+        check_moved(experiment, overrides)
+        if experiment.main is None:
+            raise ValueError(f"{file} has no main(), which runs the laboratory; see experiments/overoptimization.py")
+        with blaming(experiment.file, own=True):
+            experiment.main(experiment)
+
+
+def report(workdirs: Sequence[Path], force: bool = False) -> None:
+    """`alignax report`: the page of each workdir anew, and of several one more, on which they lie side by side."""
+    from alignax.overopt import report
+
+    with refusing():
+        for page in [*(workdir / "report.html" for workdir in workdirs), workdirs[0] / "comparison.html"]:
+            output.claim(page, 'name="generator" content="alignax"', force)
+        for workdir in workdirs:
+            print(report.write(workdir))
+        if len(workdirs) > 1:
+            print(report.compare(workdirs))
+
+
+def evaluate(workdir: Path, overrides: Sequence[str], out: str = "", force: bool = False) -> None:
+    """`alignax eval`: the newest checkpoint on the evaluation data, as a table; `out` is a file for JSON, "-" for JSON alone, or empty."""
+    with refusing():
+        distributed.initialize()
+        if out not in ("", "-"):
+            output.claim_on_all(Path(out), force=force)
+        with together():
+            run = prepare(saved_experiment(workdir, overrides))
+        started = start(run, write=False)
+        step, _ = started.checkpoints.newest(lambda step: step)
+    log = Log(workdir, steps=step, start=step, every=1, tensorboard=False, writes=False)
+    evaluation = Evaluation(run, started.held, started.programs, log)
+    with closing(started.checkpoints), closing(run.workers):
+        scores = evaluation(started.state, step)
+    if is_main():
+        if out != "-":
+            print(table([["metric", f"step {step}"], *([name, f"{x:.4f}"] for name, x in sorted(scores.items()))]))
+        if out:
+            rows = 0 if run.data.evaluation is None or evaluation.online else len(run.data.evaluation)
+            of = {"workdir": str(workdir), "step": step, "params": run.config.eval.params, "rows": rows, "prompts": len(evaluation.sampled)}
+            metrics = {name: x if math.isfinite(x) else None for name, x in sorted(scores.items())}
+            output.write_json(of | {"metrics": metrics, "config": flat(run.config)}, out)
+
+
+def export(workdir: Path, folder: Path, overrides: Sequence[str], force: bool = False) -> None:
+    """`alignax export`: the newest checkpoint as a Hugging Face folder, of an ensemble one for each member; or the mean of folders.
+
+    What another run or program has written there is replaced with `force` alone.
+    """
+    with refusing():
+        distributed.initialize()
+        soup = "@" in str(workdir) and not workdir.exists()
+        by, members = f"mean {workdir}", 0
+        if not soup:
+            experiment = saved_experiment(workdir, overrides)
+            by, members = origin(experiment), experiment.config.ensemble.members
+        for name in names_of(members):
+            output.claim_on_all(folder / name, by, force)
+        saved = (averaged_models if soup else saved_models)(workdir, overrides)
+        eos = load_tokenizer(saved.source.path, saved.source.config.vocab_size).eos_token_id
+        there, dtype = folder.exists(), saved.config.export.dtype
+        for name, params in saved.models:
+            hf.export(params, saved.source, folder / name, dtype, eos=eos, origin=by)
+    if is_main():
+        what = f"the mean {workdir}" if soup else f"step {saved.step} of {workdir}"
+        print(f"{what} is in {folder}, in {dtype}{' (an earlier export there was replaced)' if there else ''}")
+
+
+def generate(model: Path, request: Request, overrides: Sequence[str], force: bool = False) -> None:
+    """`alignax generate`: completions of prompts, by a Hugging Face folder or by the newest checkpoint of a run, data not needed."""
+    with refusing():
+        distributed.initialize()
+        with together():
+            first = language_model(model, overrides)
+            config, source = first.config, first.source
+            tokenizer = load_tokenizer(source.path, source.config.vocab_size)
+            beside = [combined_model(path, source, tokenizer) for path, _ in request.combination()]
+            if (beyond := hf.unread(source)) and is_main():
+                print(f"alignax: {hf.GENERATION} asks for {beyond}; not read here, see --help for what is", file=sys.stderr)
+            stops = Stops(tokenizer, tuple(request.stop)) if request.stop else None
+            room = source.config.max_position_embeddings - request.max_new_tokens
+            prompts = console.read(request, tokenizer, config.data, max(room, 1))
+            longest = max((len(p.ids) for p in prompts or ()), default=1)
+            configs = one_vocabulary([hf.with_vocabulary(own.source, tokenizer).config for own in (first, *beside)])
+            for own in configs:
+                check_room(own, longest, request.max_new_tokens)
+            console.begin(request, prompts is None, force)
+        mesh = make_mesh(config.mesh)
+        speakers = [speaker(own, compute_dtype(config, mesh), request.cache, mesh) for own in configs]
+        whole = combined(speakers, [1.0, *(c for _, c in request.combination())]) if beside else speakers[0]
+
+        @functools.cache
+        def generator(count: int, longest: int) -> Generator:
+            ends, how = hf.end_ids(source, tokenizer), request.sampling()
+            return sampler(whole, count, longest, request.max_new_tokens, how, ends=ends, stops=stops, slots=request.slots)
+
+        generator(request.n * len(prompts or [0]), longest)
+        params = tuple(own.load(mesh) for own in (first, *beside)) if beside else first.load(mesh)
+    key = jax.random.key(request.seed)
+    if prompts is not None:
+        console.answer(generator(request.n * len(prompts), longest), params, prompts, key, request, tokenizer)
+        return
+    room = whole.positions - request.max_new_tokens
+    for i, prompt in enumerate(console.typed(request, tokenizer, config.data, max(room, 1))):
+        # In powers of 2, so that few lengths are compiled.
+        longest = min(max(64, 1 << (len(prompt.ids) - 1).bit_length()), room)
+        try:
+            console.answer(generator(request.n, longest), params, [prompt], jax.random.fold_in(key, i), request, tokenizer, True)
+        except ValueError as e:  # a prompt that is too long: the next may be shorter
+            print(f"alignax: {e}", file=sys.stderr)
+
+
+class Language(NamedTuple):
+    """A language model that `alignax generate` samples from."""
+
+    config: Any  # that of the run, or the default
+    source: hf.Source
+    load: Callable[[Mesh], Params]
+
+
+def language_model(place: Path, overrides: Sequence[str]) -> Language:
+    """A language model: a folder's, the mean of several folders, or a run's newest checkpoint; its weights are not read yet."""
+    saved = is_workdir(place)
+    config = saved_experiment(place, overrides).config if saved else folder_config(place, overrides)
+    source = open_model(config.model.path, config.model.init, "model.path")
+    source = hf.with_heads(source, config.model.num_labels, trunk_values(config), config.model.language_head)
+    if source.config.num_labels:
+        raise ValueError(f"{str(place)!r} is a reward model, which gives scores and no text; give a language model")
+
+    def load(mesh: Mesh) -> Params:
+        if not saved:
+            return hf.load_params(source, mesh)
+        _, models = newest_models(place, config, source, mesh, config.eval.params)
+        ((_, params),) = models
+        return params
+
+    return Language(config, source, load)
+
+
+def combined_model(place: str, source: hf.Source, tokenizer: Any) -> Language:
+    """One whose logits are added to those of MODEL, which is of this source and reads the same tokens."""
+    own = language_model(Path(place), [])
+    check_tokenizer(own.source.path, own.source.config.vocab_size, f"{place!r} of --combine", source, tokenizer, "MODEL")
+    return own
+
+
+def one_vocabulary(configs: Sequence[ModelConfig]) -> list[ModelConfig]:
+    """The models with heads of one size: that of the smallest, as what padding is beyond it no tokenizer has."""
+    size = min(config.predicted_tokens or config.vocab_size for config in configs)
+    return [config if config.vocab_size == size else dataclasses.replace(config, predicted_tokens=size) for config in configs]
+
+
+def check_data(file: str, overrides: Sequence[str], out: str, force: bool = False) -> None:
+    """`alignax check-data`: what a run would make of its data; `out` is a file for JSON, "-" for JSON alone, or empty.
+
+    Raises:
+      BadInput: also after the report, for bad rows that a run would stop at.
+    """
+    with refusing():
+        experiment = load_experiment(file, overrides)
+        config = experiment.config
+        if out not in ("", "-"):
+            output.claim(Path(out), force=force)
+        colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and out != "-"
+        tokenizer, vocab_size, ends, labels = tokenizer_alone(config.model.path)
+        whole = bool(labels or config.model.num_labels or config.reward.path)
+        result = check.check(config.data, tokenizer, vocab_size, ends, colour, experiment.row, whole)
+        if out != "-":
+            print("\n".join(check.text(result)))
+        if out:
+            output.write_json(result, out)
+        if config.data.bad_rows == "error" and (found := check.stops(result)):
+            raise ValueError(f"a run would stop here: {found}. Correct the rows, or leave them out with --config.data.bad_rows=drop")
+
+
+def tokenizer_alone(path: str) -> tuple[Any, int, tuple[int, ...], int]:
+    """The tokenizer of a folder that may lack a model, and, where it has a config.json, the rows of the embedding, the ends, the labels."""
+    if path and not Path(path).is_dir():
+        path = sources(path, "model.path")[0][0]  # of a soup the first one's
+    if not Path(path or " ").is_dir():
+        raise ValueError(f"model folder {path!r} does not exist; set --config.model.path=FOLDER, one with a tokenizer")
+    if (Path(path) / "config.json").is_file():
+        source = hf.open_folder(path)
+        tokenizer = load_tokenizer(Path(path), source.config.vocab_size)
+        return tokenizer, source.config.vocab_size, hf.end_ids(source, tokenizer), source.config.num_labels
+    tokenizer = load_tokenizer(Path(path), sys.maxsize)
+    return tokenizer, len(tokenizer), (), 0

@@ -1,0 +1,189 @@
+"""An experiment file, read and checked.
+
+An experiment file has `get_config() -> ConfigDict` and `loss(config) -> Loss` (or a function of the step), and may have
+`experience(config, reference)`, `reward(prompts, completions)`, `gold(..)` and `metrics(..)` likewise, `averages(config)`, `row(row)`,
+`optimizer(config, schedule)`, `combine(gradients)` and `main(experiment)`; see `Experiment`.
+"""
+
+import ast
+import difflib
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from alignax.config.blame import BadInput, blaming, check_call, near, theirs
+from alignax.config.defaults import default_config
+from alignax.config.overrides import a_kind, check_path, check_range, flat, set_field
+from alignax.config.source import imports_from, read_source
+from alignax.data.files import check_local
+
+OFFERED = ("config", "reference", "policy", "ensemble", "prompts")  # what an experience may ask for, beside the names of `config.models`
+ALIASES = {
+    "policy": "model.path",
+    "reference": "reference.path",
+    "ensemble": "reward.path",
+    "critic": "model.critic",
+}  # of models.NAME.path
+CALLED = {  # how a run calls functions of the file
+    "get_config": (), "averages": ("config",), "main": ("experiment",), "optimizer": ("config", "schedule"), "combine": ("gradients",),
+}  # fmt: skip
+
+
+class Experiment(NamedTuple):
+    """What an experiment file says."""
+
+    file: Path
+    config: Any  # ConfigDict
+    loss: Callable[[Any], Any]  # config -> Loss, or step -> Loss; online also {"rollouts": .., "pretrain": ..}, see `combine` too
+    experience: Callable[..., Any] | None  # of any of config, reference, policy, ensemble (Models), prompts (how many) -> experience
+    gold: Callable[..., Sequence[float]] | None  # (prompts, completions, and by name: columns of prompts, config) -> gold rewards
+    reward: Callable[..., Any] | Sequence[Callable] | None  # likewise -> those that rollouts are trained on, see alignax.functions
+    averages: Callable[[Any], dict[str, Any]] | None  # config -> averages of the parameters, by name (see alignax.averages)
+    main: Callable[["Experiment"], Any] | None  # replaces the single run: several stages, a sweep
+    row: Callable[[dict[str, Any]], dict[str, Any] | None] | None = None  # a raw row of data -> the row to read; None: it is left out
+    metrics: Callable[..., dict[str, Sequence[float]]] | None = None  # as reward -> numbers of each completion by name, for the log
+    optimizer: Callable[..., Any] | None = None  # config, schedule -> an optax.GradientTransformation, in place of config.optimizer's
+    combine: Callable[[dict[str, Any]], Any] | None = None  # gradients of losses by name -> the one that is followed; None: their sum
+
+
+def load_experiment(file: str | Path, overrides: Sequence[str] = ()) -> Experiment:
+    """Reads an experiment file and applies overrides such as `data.max_length=160`."""
+    file = Path(file)
+    if not file.is_file():
+        raise ValueError(f"experiment file {str(file)!r} does not exist; give the path of a Python file such as experiments/dpo_hh.py")
+    with blaming(file):
+        module = load_module(file, file.read_bytes())
+    check_hooks(module, file)
+    with blaming(file):
+        config = module.get_config()
+    check_config(config, file)
+    check_own_fields(config, module, file)
+    for override in overrides:
+        set_field(config, override)
+    name_models(config)
+    check_asked(module, config, file)
+    return Experiment(file, config, module.loss, *(getattr(module, name, None) for name in Experiment._fields[3:]))
+
+
+def check_hooks(module: ModuleType, file: Path) -> None:
+    """Refuses an experiment file without what a run needs, with a function that nothing calls, or with one that cannot be called."""
+    for name in ("get_config", "loss"):
+        if getattr(module, name, None) is None:
+            raise BadInput(f"{file} has no function {name}(){near(name, list(vars(module)))}; see experiments/dpo_hh.py")
+    for name in ("experience", "gold", "reward", "metrics"):
+        given = getattr(module, name, None)
+        if given is not None and not callable(given) and not isinstance(given, Sequence):
+            raise BadInput(f"{name} of {file} is {given!r}; it must be a function")
+    for name, parameters in CALLED.items():
+        if getattr(module, name, None) is not None:
+            check_call(getattr(module, name), f"{name}() of {file}", *parameters)
+    hooks = ("get_config", *Experiment._fields[2:])
+    tree = ast.parse(read_source(file))
+    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    for node in tree.body:
+        names = [node.name] if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not node.decorator_list else []
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Lambda):
+            names = [target.id for target in node.targets if isinstance(target, ast.Name)]
+        for name in names:
+            if name not in (*hooks, *used) and not name.startswith("_") and (nearest := near(name.lower(), hooks, 0.8)):
+                raise BadInput(f"{file} has a function {name}(), which nothing calls{nearest}; a run calls {', '.join(hooks)}")
+
+
+def name_models(config: Any) -> None:
+    """Moves those of `config.models` that have a field of their own there, and refuses names that no model can have."""
+    for name in list(config.models):
+        if name in ("config", "prompts", "base") or not name.isidentifier():
+            raise ValueError(f"config.models has a model called {name!r}; give it another name, which a parameter can have")
+        given = config.models[name]
+        if not hasattr(given, "items") or not isinstance(given.get("path", ""), str) or not given.get("path", ""):
+            raise ValueError(f"config field 'models.{name}.path' is empty; set it to FOLDER, a Hugging Face model folder")
+        for field in ("path", "adapters"):
+            check_local(given.get(field, ""), f"config field 'models.{name}.{field}'")
+        if name not in ALIASES:
+            continue
+        group, _, field = ALIASES[name].partition(".")
+        if extra := sorted(set(given) - {"path"}):
+            raise ValueError(f"config field 'models.{name}.{extra[0]}' is unknown: {name!r} is {ALIASES[name]}, which has a path alone")
+        if config[group][field] not in ("", given.path):
+            raise ValueError(f"models.{name}.path is {given.path!r} and {ALIASES[name]} {config[group][field]!r}; leave one of them out")
+        config[group][field] = given.path
+        del config.models[name]
+
+
+def check_asked(module: ModuleType, config: Any, file: Path) -> None:
+    """Refuses an experience, or a loss, that asks for what no run gives it."""
+    own = asked(module.loss)[1:]  # the first is the config, whatever it is called
+    check_call(module.loss, f"loss() of {file}", "config", *own)
+    wants = {
+        "experience": (asked(getattr(module, "experience", None)), (*OFFERED, *config.models)),
+        "loss": (own, ("reference", "policy", "ensemble", *config.models)),
+    }
+    for name, (every, offered) in wants.items():
+        for wanted in every:
+            if wanted not in offered:
+                raise BadInput(
+                    f"{name}() of {file} asks for {wanted!r}{near(wanted, offered, 0.5)}; its parameters are any of {', '.join(offered)}"
+                )
+
+
+def load_module(file: Path, source: bytes) -> ModuleType:
+    """The module of an experiment's source, which may be that of a file that has changed since.
+
+    It imports modules that lie beside the file, or beside the one that a run began from, behind all others; and it is one of
+    `sys.modules`, where data classes and the processes that it starts look for what it defines.
+    """
+    module = ModuleType("alignax_experiment_" + file.stem)
+    module.__file__ = str(file)
+    sys.modules[module.__name__] = module
+    for folder in (str(file.resolve().parent), imports_from(file, source.decode(errors="replace"))):
+        if folder not in sys.path:
+            sys.path.append(folder)
+    exec(compile(source, str(file), "exec", dont_inherit=True), module.__dict__)
+    return module
+
+
+def check_config(config: Any, file: Path) -> None:
+    """Refuses what is no config, and a field of its own that is one of ours misspelt."""
+    if not hasattr(config, "lock"):
+        raise ValueError(f"get_config() of {file} returns {config!r}; it must return a ConfigDict, such as default_config() changed")
+    known = list(default_config())
+    for name in config:
+        if name not in known and (likely := near(name, known, 0.8)):
+            raise ValueError(f"config field {name!r} of {file} is unknown{likely}")
+    fields = flat(config)
+    for name, default in flat(default_config()).items():
+        if type(value := fields.get(name)) is not type(default):
+            raise ValueError(f"config field {name!r} of {file} is {value!r}; it must be {a_kind(default)}, such as {default!r}")
+    for name, value in fields.items():
+        check_range(name, value)
+        check_path(name, value)
+
+
+def check_own_fields(config: Any, module: ModuleType, file: Path) -> None:
+    """Refuses a top-level field of an experiment's own that no code of its user reads and that is called as one of ours in a group is."""
+    known = flat(default_config())
+    leaves = {path.rpartition(".")[2]: path for path in reversed(known)}
+    initials = {"".join(word[0] for word in leaf.split("_")): leaf for leaf in leaves if "_" in leaf}
+    names = sorted(set(map(str, config)) - set(default_config()))
+    own = {name: difflib.get_close_matches(initials.get(name, name), leaves, 1, 0.8) for name in names}
+    if not any(own.values()) or hasattr(module, "main"):  # which may give the config to other code
+        return
+    code = [x.__code__.co_filename for x in vars(module).values() if inspect.isfunction(x)]
+    code += [vars(x).get("__file__") or "" for x in vars(module).values() if inspect.ismodule(x)]
+    files = {path for path in map(Path, code) if theirs(path.resolve(), file)} | {file}
+    nodes = [node for path in files for node in ast.walk(ast.parse(read_source(path)))]
+    read = {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
+    read |= {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    for name, likely in own.items():
+        if likely and name not in read:
+            raise BadInput(f"config field {name!r} of {file} is unknown, and nothing there reads it; the nearest is {leaves[likely[0]]!r}")
+
+
+def asked(experience: Callable | None) -> tuple[str, ...]:
+    """The names of an experience's parameters, but defaults of its own; no reference is held that it does not ask for."""
+    parameters = () if experience is None else inspect.signature(experience).parameters.values()
+    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    return tuple(p.name for p in named if p.default is p.empty or p.name in OFFERED)

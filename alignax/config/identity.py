@@ -1,0 +1,169 @@
+"""Which experiments are the same: the effective config as a Python file, and digests of the fields and of the code that a run reads."""
+
+import ast
+import importlib.util
+import itertools
+import tempfile
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from alignax.config.blame import blaming, theirs
+from alignax.config.experiment import Experiment, load_experiment
+from alignax.config.overrides import flat
+from alignax.config.source import FOLDER, MARK, MODULES, imports_from, read_source
+from alignax.text import one_line, short
+
+
+def source(experiment: Experiment) -> str:
+    """The experiment's own source, without the part that a run has written."""
+    return read_source(experiment.file).split(MARK)[0].rstrip() + "\n"
+
+
+def effective(experiment: Experiment) -> str:
+    """A Python file that runs the same again: the experiment's source, with every field of its config pinned.
+
+    Raises:
+      ValueError: for a value that has no literal in Python.
+    """
+    fields = "".join(f"        {name!r}: {literal(name, value)},\n" for name, value in sorted(flat(experiment.config).items()))
+    imported = {name: digest(text) for name, text in modules(experiment).items()}
+    # An experiment of several stages leaves the experience out of those that need no reference.
+    without = "" if experiment.experience else "\nexperience = None\n"
+    return f"""{source(experiment)}
+
+{MARK}
+{FOLDER}{imports_from(experiment.file, read_source(experiment.file))!r}
+{MODULES}{imported!r}
+_get_config = get_config
+
+
+def get_config():  # noqa: D103, F811
+    config = _get_config()
+    pinned = {{
+{fields}    }}
+    for _path, _value in pinned.items():
+        *_groups, _name = _path.split(".")
+        _node = config
+        for _group in _groups:
+            if _group not in _node:
+                _node[_group] = {{}}
+            _node = _node[_group]
+        _node[_name] = _value
+    return config
+{without}"""
+
+
+def literal(name: str, value: Any) -> str:
+    """A field's value as Python text that gives an equal one."""
+    text = repr(value)
+    try:
+        if ast.literal_eval(text) == value:
+            return text
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):  # all that a text which is no literal makes of it
+        pass
+    raise ValueError(
+        f"config field {name!r} is {short(value)} of type {type(value).__name__}, which the config of a run cannot hold; "
+        "use text, true, false, None, finite numbers of Python, and tuples, lists and dictionaries of these"
+    )
+
+
+def identity(experiment: Experiment, free: Sequence[str]) -> str:
+    """A digest of all that makes two experiments one by `difference`."""
+    fields = [(name, value) for name, value in sorted(flat(experiment.config).items()) if not name.startswith(tuple(free))]
+    return digest(repr((fields, code(experiment))))
+
+
+def check_kept(experiment: Experiment) -> None:
+    """Refuses an experiment that a run could not go on from: the file of its workdir is read back as a later run would."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "config.py"
+        file.write_text(effective(experiment), encoding="utf-8")
+        try:
+            lines = difference(load_experiment(file), experiment, ())
+        except ValueError as e:
+            lines = [one_line(e, 300)]
+    if lines:
+        raise ValueError(f"this run could not be resumed: config.py of its workdir would not give it again ({'; '.join(lines[:4])})")
+
+
+def difference(old: Experiment, new: Experiment, free: Sequence[str]) -> list[str]:
+    """How an experiment differs from the one that a run began with, as lines; fields that start with one of `free` may."""
+    a, b = flat(old.config), flat(new.config)
+    names = sorted(n for n in a.keys() | b.keys() if not n.startswith(tuple(free)))
+    lines = [f"{n}: {a.get(n)!r} there, {b.get(n)!r} now" for n in names if a.get(n) != b.get(n)]
+    if bare(source(old), old.file) != bare(source(new), new.file):
+        lines.append(f"the code of {new.file.name} has changed")
+    there, now = kept_modules(old), {name: digest(text) for name, text in modules(new).items()}
+    changed = [name for name in sorted(there.keys() | now.keys()) if there.get(name) != now.get(name)]
+    return [*lines, *(f"the code of {name}, which {new.file.name} imports, has changed" for name in changed)]
+
+
+def code(experiment: Experiment) -> str:
+    """The code of an experiment and of the modules beside it that it imports, without comments and docstrings of files."""
+    own = bare(source(experiment), experiment.file)
+    return "\n".join([own, *(f"# {name}\n{text}" for name, text in modules(experiment).items())])
+
+
+def bare(text: str, file: Path) -> str:
+    """The code of a file's text, without comments and the docstring."""
+    with blaming(file):
+        tree = ast.parse(text)
+    if tree.body and isinstance(tree.body[0], ast.Expr):
+        tree.body = tree.body[1:]
+    return ast.unparse(tree)
+
+
+def digest(text: str) -> str:
+    """A text in eight letters."""
+    return f"{zlib.crc32(text.encode()):08x}"
+
+
+def kept_modules(experiment: Experiment) -> dict[str, str]:
+    """The digests of the modules that an experiment imported, of a run those that its config.py has kept."""
+    for line in read_source(experiment.file).partition(MARK)[2].splitlines():
+        if line.startswith(MODULES):
+            return ast.literal_eval(line.removeprefix(MODULES))
+    return {name: digest(text) for name, text in modules(experiment).items()}
+
+
+def modules(experiment: Experiment) -> dict[str, str]:
+    """The code of its user's modules that an experiment or one of them imports, anywhere in a file, by their names in their folder."""
+    found: dict[Path, tuple[str, str]] = {}
+    waiting = [*imported(experiment.file, "")]
+    while waiting:
+        file, name = waiting.pop()
+        if file not in found and theirs(file, experiment.file):
+            found[file] = name, bare(read_source(file), file)
+            waiting += imported(file, ".".join(Path(name).parent.parts))
+    return dict(sorted(found.values()))
+
+
+def imported(file: Path, package: str) -> Iterator[tuple[Path, str]]:
+    """The files that a file, of such a package, imports, and their names in the folders that Python finds them in."""
+    names: list[str] = []
+    for node in ast.walk(ast.parse(read_source(file))):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = [*above, *filter(None, [node.module])]
+            names += [".".join([*base, alias.name]) for alias in node.names]
+    for name in names:
+        parts = name.split(".")
+        for folder, i in itertools.product(_homes(parts[0]), range(1, len(parts) + 1)):
+            path = folder.joinpath(*parts[:i])
+            there = (file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file())
+            yield from ((file.resolve(), str(file.relative_to(folder))) for file in there)
+
+
+def _homes(module: str) -> list[Path]:
+    """The folders that a module lies in, as Python finds it, which may have imported it already."""
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        return []
+    if spec is None or spec.submodule_search_locations is None:
+        return [Path(spec.origin).parent] if spec is not None and spec.origin and spec.has_location else []
+    return [Path(place).parent for place in spec.submodule_search_locations]

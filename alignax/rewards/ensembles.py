@@ -1,0 +1,255 @@
+"""Reward models at work: folders loaded as one ensemble, responses scored, and how good the scores are."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from alignax import mesh as meshes
+from alignax.data import Examples, evaluation_batch
+from alignax.experience.ensembles import mean, median, uwo, wco
+from alignax.losses.reward import correct
+from alignax.models import hf, parameters, peft
+from alignax.models.small_files import chat_template
+from alignax.models.transformer import ModelConfig, forward
+from alignax.rewards.judge import FIELDS
+from alignax.rewards.members import over_members, stacked
+from alignax.text import short, table
+from alignax.train import digest
+from alignax.types import Batch, Model, Outputs, Params
+
+AGGREGATES = {"mean": mean, "median": median, "wco": wco, "uwo 0.5": uwo(0.5)}
+BINS = 10  # of a calibration curve
+
+
+def load_ensemble(paths: Sequence[str | Path], mesh: Mesh) -> tuple[hf.Source, Params]:
+    """Reward models' folders as one stacked tree [K, ...], and the first one's folder; for what is refused see `open_ensemble`."""
+    sources = open_ensemble(paths)
+    return sources[0], load_members(sources, mesh)
+
+
+def load_members(sources: Sequence[hf.Source], mesh: Mesh) -> Params:
+    """The parameters of reward models as one stacked tree [K, ...].
+
+    Raises:
+      ValueError: for the same member twice.
+    """
+    return stack([peft.load_reward(source, mesh) for source in sources], sources[0].config, mesh)
+
+
+def open_ensemble(paths: Sequence[str | Path]) -> list[hf.Source]:
+    """Reward models' folders, or PEFT folders of adapters and a head over the base that they name, checked; nothing is loaded.
+
+    Raises:
+      ValueError: for a folder that is no reward model, and for members of different shapes or tokenizers.
+    """
+    sources = [peft.open_reward(Path(path)) if peft.is_adapter(Path(path)) else hf.open_folder(path) for path in paths]
+    for source in sources:
+        if not source.config.num_labels:
+            raise ValueError(f"{str(source.path)!r} is no reward model: its config.json names no architecture for sequence classification")
+    hf.check_alike(sources)
+    for source in sources[1:]:
+        if chat_template(source.path) != chat_template(sources[0].path):
+            raise ValueError(f"{str(source.path)!r} has another chat template than {str(sources[0].path)!r}; members read one text")
+    return sources
+
+
+def check_one_score(source: hf.Source) -> None:
+    """Refuses a model of several labels, whose scores would stand where those of an ensemble's members do."""
+    if (count := source.config.num_labels) > 1:
+        names = source.hf.get("id2label")
+        told = f" ({short(list(names.values()))})" if isinstance(names, dict) else ""
+        raise ValueError(
+            f"{str(source.path)!r} gives {count} scores of a response{told}, and one is asked for; give a reward model with one label "
+            "(model.num_labels 1), or of a classifier keep the wanted row of score.weight alone and num_labels 1"
+        )
+
+
+def stack(members: Sequence[Params], config: ModelConfig, mesh: Mesh) -> Params:
+    """Parameter trees as one [K, ...], along the mesh axis `member`."""
+    prints = [int(jax.jit(digest)(params)) for params in members]
+    for k, print_ in enumerate(prints):
+        if (first := prints.index(print_)) < k:
+            raise ValueError(f"members {first} and {k} of the ensemble are the same weights; leave one out")
+    layout = jax.tree.map(lambda x: x.sharding, stacked(parameters.abstract_params(config, mesh), len(members), mesh))
+    return jax.jit(lambda *trees: jax.tree.map(lambda *x: jnp.stack(x), *trees), out_shardings=layout)(*members)
+
+
+def ensemble_model(config: ModelConfig, params: Params, mesh: Mesh, dtype: Any = jnp.float32) -> Model:
+    """K reward models of stacked parameters [K, ...] as one, see `ensemble_apply`."""
+    return Model(ensemble_apply(config, mesh, dtype), params)
+
+
+def ensemble_apply(config: ModelConfig, mesh: Mesh, dtype: Any = jnp.float32, role: str = "ensemble") -> Callable[[Params, Batch], Outputs]:
+    """The forward pass of K reward models as one, whose `Outputs.scores` are [B, N, K]; nothing is sent between members.
+
+    They read `ensemble_tokens` and its masks where the batch has them, see `judge`, and `tokens` otherwise; of another role so.
+
+    Members lie side by side along the mesh axis `member`; those of one device score one after another, in one program.
+    """
+    apply, side = forward(config, dtype=dtype, remat="none", mesh=mesh), mesh.shape["member"]
+
+    def rate(params: Params, batch: Batch) -> Outputs:
+        batch = {name: batch.get(f"{role}_{name}", batch[name]) for name in FIELDS}
+        # Those of a device under vmap took 1.2 to 1.9 times the time of scoring alone, and K times the memory: their activations leave
+        # the caches.
+        scores = lambda members: jax.lax.map(lambda one: apply(one, batch).scores, members)
+        if side == 1:
+            found = scores(params)  # [K, B, N]
+        else:
+            apart = jax.tree.map(lambda x: x.reshape(side, -1, *x.shape[1:]), params)  # [side, K / side, ...]
+            found = over_members(scores, 0, 0)(apart)
+            found = found.reshape(-1, *found.shape[2:])
+        return Outputs(None, None, scores=jnp.moveaxis(found, 0, -1))  # pyright: ignore[reportArgumentType]
+
+    return rate
+
+
+def score_examples(
+    apply: Callable[[Params, Batch], Outputs], params: Params, examples: Examples, mesh: Mesh, batch_size: int, length: int
+) -> np.ndarray:
+    """Scores of every response of the data by every member: [K, n, N] float32; of models with several labels [K, n, N, labels].
+
+    Raises:
+      ValueError: for scores that are not finite, with the member, the row and how many there are.
+    """
+    scores = np.moveaxis(np.concatenate(list(rated(apply, params, examples, mesh, batch_size, length))), -1, 0)
+    if bad := np.argwhere(~np.isfinite(scores)).tolist():
+        member, row, *_ = bad[0]
+        raise ValueError(f"{len(bad)} scores are not finite, of member {member} for row {row} first (counted from 0); look at that model")
+    return scores
+
+
+def rated(
+    apply: Callable[[Params, Batch], Outputs], params: Params, examples: Examples, mesh: Mesh, batch_size: int, length: int
+) -> Iterator[np.ndarray]:
+    """What a model scores the examples, batch by batch in their order, without padding rows: [b, N, ...]."""
+    rate = jax.jit(lambda params, batch: apply(params, batch).scores)
+    for i in range(-(-len(examples) // batch_size)):
+        make = lambda rows, i=i: evaluation_batch(examples, i, batch_size, length, rows)
+        found = meshes.gathered(rate(params, meshes.put_batch(mesh, make, batch_size)))
+        yield found[: len(examples) - i * batch_size]
+
+
+class Anchored(NamedTuple):
+    """Members whose scores have a zero of their own, and what they gave before: [K, labels]."""
+
+    params: Params
+    mean: np.ndarray
+    std: np.ndarray
+
+
+def anchored(params: Params, scores: np.ndarray, scale: bool = False) -> Anchored:
+    """Members whose scores on samples of the initial policy have mean 0, and with `scale` standard deviation 1.
+
+    r_k <- (r_k - mean_k) / std_k. Preferences say nothing of a member's offset, which minima and variances over members read (Gao et
+    al. 2022, arXiv:2210.10760, section 2, recentre so). The mean goes into `score_offset`, the scale into the head, ddof 0.
+
+    Args:
+      params: [K, ...].
+      scores: what they give the samples, [K, n, N] or [K, n, N, labels].
+      scale: divide by the standard deviation too, so that no member counts more than another.
+
+    Raises:
+      ValueError: for a member that gives all samples one score, which tells nothing apart.
+    """
+    K, _, labels = params["score"].shape
+    flat = scores.astype(np.float64).reshape(K, -1, labels)
+    mean, std = flat.mean(axis=1), flat.std(axis=1, ddof=0)  # [K, labels]
+    if alike := np.argwhere(std <= 1e-6 * np.abs(flat).max(axis=1)).tolist():
+        k, label = alike[0]
+        raise ValueError(
+            f"member {k} gives all {flat.shape[1]} samples the score {mean[k, label]:.6g}; give more samples, or leave this member out"
+        )
+    divisor = np.asarray(std if scale else np.ones_like(std), np.float32)
+    offset = (params["score_offset"] + np.asarray(mean, np.float32)) / divisor
+    return Anchored(params | {"score": params["score"] / divisor[:, None], "score_offset": offset}, mean, std)
+
+
+def rounded(params: Params, dtype: str) -> Params:
+    """The parameters as a folder of that dtype will hold them, in float32."""
+    # Each leaf by itself: in one program XLA may leave out a rounding that is undone at once.
+    return params if dtype == "float32" else jax.tree.map(lambda x: x.astype(dtype).astype(x.dtype), params)
+
+
+def assess(scores: np.ndarray, lengths: np.ndarray) -> dict[str, Any]:
+    """How well scores of pairs tell the chosen response; all values plain, for JSON.
+
+    Args:
+      scores: [K, n, 2], chosen first.
+      lengths: completion tokens [n, 2].
+
+    Returns:
+      For each member and aggregate: `accuracy` (ties count half) and its standard error, `margin` (chosen less rejected), `calibration`
+      (bins of equal count: mean predicted probability that the chosen response wins, share that does, pairs; each pair is counted with
+      both of its sides in front, so that a bin's truth is not 1), `calibration_error` (mean distance of the two), `length_correlation`
+      (of a response's score with its length). For the whole: `pairs`, `longer_is_chosen`, `disagreement` (mean over pairs of the
+      members' standard deviation of the margin) and `split_votes` (share of pairs on whose winner members differ).
+    """
+    rated = {f"member {k}": s for k, s in enumerate(scores)}
+    if len(scores) > 1:
+        rated |= {name: np.asarray(aggregate(jnp.asarray(scores))) for name, aggregate in AGGREGATES.items()}
+    margins = scores[..., 0] - scores[..., 1]  # [K, n]
+    return {
+        "pairs": int(scores.shape[1]),
+        "longer_is_chosen": float(np.mean(0.5 * (1 + np.sign(lengths[:, 0] - lengths[:, 1])))),
+        "disagreement": float(margins.std(axis=0).mean()),
+        "split_votes": float((np.sign(margins) != np.sign(margins[:1])).any(axis=0).mean()),
+        "models": {name: _assess(s, lengths) for name, s in rated.items()},
+    }
+
+
+def _assess(scores: np.ndarray, lengths: np.ndarray) -> dict[str, Any]:
+    right = np.asarray(correct(jnp.asarray(scores)), np.float64)  # [n]
+    margin = (scores[:, 0] - scores[:, 1]).astype(np.float64)
+    both = np.concatenate([margin, -margin])
+    order = np.argsort(both, kind="stable")
+    predicted, won = 1 / (1 + np.exp(-both[order])), np.repeat([1.0, 0.0], len(margin))[order]
+    bins = [
+        [float(p.mean()), float(w.mean()), len(p)]
+        for p, w in zip(np.array_split(predicted, BINS), np.array_split(won, BINS), strict=True)
+        if len(p)
+    ]
+    total = sum(count for *_, count in bins)
+    return {
+        "accuracy": float(right.mean()),
+        "standard_error": float(right.std() / math.sqrt(len(right))),
+        "margin": float(margin.mean()),
+        "calibration": bins,
+        "calibration_error": sum(abs(p - w) * count for p, w, count in bins) / total,
+        "length_correlation": _correlation(scores.ravel(), lengths.ravel()),
+    }
+
+
+def described(result: Mapping[str, Any]) -> list[str]:
+    """The lines of what `judge` found on each split, for the console."""
+    lines = []
+    for split, found in result.items():
+        where = {"eval": "evaluation data", "ood": "data from elsewhere"}[split]
+        lines.append(f"{where}: {found['pairs']:,} pairs; the longer response is the chosen one in {found['longer_is_chosen']:.1%}")
+        rows = [["", "accuracy", "+-", "margin", "calibration error", "score ~ length"]]
+        for name, x in found["models"].items():
+            numbers = (x["accuracy"], x["standard_error"], x["margin"], x["calibration_error"], x["length_correlation"])
+            rows.append([name, *(f"{number:.3f}" for number in numbers)])
+        lines += [table(rows), ""]
+        if len(found["models"]) > 1:
+            lines += [
+                f"members disagree by {found['disagreement']:.3f} (standard deviation of the margin), on the winner in "
+                f"{found['split_votes']:.1%} of pairs",
+                "",
+            ]
+        name = "mean" if "mean" in found["models"] else "member 0"
+        curve = [[f"{p:.3f}", f"{w:.3f}", f"{count / 2:.0f}"] for p, w, count in found["models"][name]["calibration"]]
+        lines += [f"calibration of {name}: the probability that it gives, and the share that wins"]
+        lines += [table([["said", "was", "pairs"], *curve]), ""]
+    return lines
+
+
+def _correlation(x: np.ndarray, y: np.ndarray) -> float:
+    """Pearson's; 0 where one does not vary."""
+    return float(np.corrcoef(x, y)[0, 1]) if x.std() > 0 and y.std() > 0 else 0.0

@@ -1,0 +1,225 @@
+"""What reward models read: prompt and completion as their own tokenizer and chat template have them.
+
+Rows of data are the policy's tokens where both formats are the same by content: nothing is made twice, and nothing decided by samples.
+Otherwise, and for every sample of the policy, the batch carries what the reward models of the role "ensemble" read as `ensemble_tokens`,
+`ensemble_mask` and `ensemble_completion_mask` [B, N, T'], made on the host; of another role with its name in front.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from alignax.config import longest_answer
+from alignax.data import Examples, chat, load
+from alignax.data.mixture import Loaded
+from alignax.data.rows import Bad, Encoded, Prompted
+from alignax.data.template import mentioned
+from alignax.data.tokens import encode_texts
+from alignax.generate import Completions
+from alignax.generate.stops import added_text
+from alignax.models import hf
+
+FIELDS = ("tokens", "mask", "completion_mask")  # of a batch, which a reward model has of its own with its role's name in front
+PROBE = "Yes: 1 + 1 = 2, and so on."  # the answer that prompts are tried with
+
+
+class Judge(NamedTuple):
+    """How the reward models of a run read its samples."""
+
+    role: str
+    tokenizer: Any
+    ends: tuple[int, ...]
+    length: int  # T', of what they read
+    vocab_size: int  # rows of their embedding
+    variables: Mapping[str, Any]  # of their chat template
+    shared: bool  # their tokenizer is the policy's, so that an answer to a prompt of text is read in the policy's tokens
+
+
+def of_data(
+    config: Any,
+    role: str,
+    source: hf.Source,
+    judge: Any,
+    tokenizer: Any,
+    ends: Sequence[int],
+    loaded: Mapping[str, Loaded],
+    row: Callable[[dict], Any] | None = None,
+) -> dict[str, Examples]:
+    """The examples of a run's splits, with what its reward models read of them where that is not what the policy does.
+
+    Args:
+      config: its section `data` says how rows are read.
+      role: of the reward models.
+      source: the first one's folder.
+      judge: its tokenizer.
+      tokenizer: the policy's.
+      ends: of the policy's completions.
+      loaded: the splits, as the policy reads them, `whole`.
+      row: the experiment's, see `alignax.data.shapes.shaped`.
+
+    Raises:
+      ValueError: for rows that the reward model cannot read.
+    """
+    chats = any(report.masks for own in loaded.values() for report in own.reports.values())
+    if chats:
+        form(source, judge, tokenizer)
+    own_ends, vocab_size = hf.end_ids(source, judge), source.config.vocab_size
+    if alike(judge, tokenizer, vocab_size) and {*own_ends} == {*ends} and (not chats or written(judge) == written(tokenizer)):
+        return {split: own.examples for split, own in loaded.items()}
+    data = config.data.copy_and_resolve_references()
+    data.update(bad_rows="drop", max_length=source.config.max_position_embeddings, max_prompt_length=0)
+    data.template = type(data)(mentioned(judge, data.template))
+    read = {split: load(split, data, judge, vocab_size, own_ends, row, whole=True) for split in loaded}
+    judged = {split: aligned(split, source.path, own, read[split]) for split, own in loaded.items()}
+    return {split: dataclasses.replace(own.examples, others=own.examples.others | {role: judged[split]}) for split, own in loaded.items()}
+
+
+def alike(judge: Any, policy: Any, vocab_size: int) -> bool:
+    """Whether two tokenizers make the same tokens of every text, by what they consist of, and an embedding of so many rows has all."""
+    if not (judge.is_fast and policy.is_fast) or max(policy.get_vocab().values()) >= vocab_size:
+        return False
+
+    def content(tokenizer: Any) -> Any:
+        parts = json.loads(tokenizer.backend_tokenizer.to_str())  # what it is asked to cut or to fill up is said with every call
+        kept = {name: part for name, part in parts.items() if name not in ("truncation", "padding")}
+        return type(tokenizer), tokenizer.split_special_tokens, tokenizer.bos_token_id, tokenizer.eos_token_id, kept
+
+    return content(judge) == content(policy)
+
+
+def written(tokenizer: Any) -> tuple[Any, Any]:
+    """What the text of a conversation depends on beside the variables of its template."""
+    template = tokenizer.chat_template
+    return template, {name: token for name, token in tokenizer.special_tokens_map.items() if name in str(template)}
+
+
+def form(source: hf.Source, judge: Any, tokenizer: Any) -> None:
+    """Gives a reward model's tokenizer without a chat template the policy's, if it has the policy's vocabulary."""
+    if judge.chat_template is not None:
+        return
+    if judge.get_vocab() != tokenizer.get_vocab():
+        raise ValueError(f"reward model {str(source.path)!r} has another tokenizer than the policy, and no chat template for conversations")
+    judge.chat_template = tokenizer.chat_template
+
+
+def aligned(split: str, path: Path, own: Loaded, read: Loaded) -> Examples:
+    """What a reward model reads, row by row as the policy has them; rows that the policy's limits left out are left out."""
+    place = {key: i for i, key in enumerate(keys(read))}
+    if absent := [row for row in keys(own) if row not in place]:
+        why = "; ".join(f"{reason}: {shown[0]}" for report in read.reports.values() for reason, shown in report.bad.items())
+        raise ValueError(f"{len(absent)} rows of data.{split} cannot be read by the reward model {str(path)!r} ({why}); leave them out")
+    return read.examples.taken(np.array([place[key] for key in keys(own)]))
+
+
+def keys(data: Loaded) -> list[tuple[int, ...]]:
+    """What tells a row from another: its source, its row there, and of pairs that were split its side."""
+    counts = [report.kept * (2 if report.pairs_split else 1) for report in data.reports.values()]
+    source, side = np.repeat(np.arange(len(counts)), counts), data.examples.fields.get("labels")
+    return list(zip(source.tolist(), data.examples.rows.tolist(), *([] if side is None else [side[:, 0].tolist()]), strict=True))
+
+
+def of_rollouts(config: Any, role: str, source: hf.Source, judge: Any, tokenizer: Any, every: Sequence[Examples]) -> Judge:
+    """How reward models read samples.
+
+    Raises:
+      ValueError: for prompts that the reward model cannot read, or that leave no room for an answer.
+    """
+    new, most = longest_answer(config), source.config.max_position_embeddings
+    tried = [asked(examples, i, PROBE) for examples in every for i in range(len(examples))]
+    if any(not isinstance(row.prompt, str) for row in tried):
+        form(source, judge, tokenizer)
+    # A stop string is no part of an answer, and its tokens may hold some of the answer too.
+    shared = alike(judge, tokenizer, source.config.vocab_size) and not (config.rollout.stop or config.eval.stop)
+    own = Judge(role, judge, hf.end_ids(source, judge), 0, source.config.vocab_size, mentioned(judge, config.data.template), shared)
+    sizes = []  # of prompts alone, and of what is read
+    for code in tokens_of([row for row in tried if not (shared and isinstance(row.prompt, str))], own):
+        if isinstance(code, Bad):
+            raise ValueError(f"the reward model {str(source.path)!r} cannot read a prompt of the data: {code.what}")
+        sizes.append((len(code.prompt), len(code.prompt) + len(code.completions[0]) + 2 * new))
+    if shared:  # an answer that was cut gets an EOS
+        sizes += [(longest, longest + new + 1) for examples in every if (longest := int(examples.prompt_lengths.max()))]
+    prompt, length = (max(values) for values in zip(*sizes, strict=True))
+    if prompt + new > most:
+        raise ValueError(
+            f"the reward model {str(source.path)!r} reads {most} tokens, and a prompt of {prompt} of its own with an answer of "
+            f"max_new_tokens {new} does not fit; lower it, or leave that prompt out"
+        )
+    return own._replace(length=min(most, -(-length // 8) * 8))
+
+
+def asked(examples: Examples, row: int, text: str) -> Prompted:
+    """A prompt of the data with an answer, as rows of data have them."""
+    prompt, tools = examples.asked(row)
+    if isinstance(prompt, str):
+        return Prompted(prompt, (text,))
+    *before, last = prompt
+    if last["role"] == "assistant":  # an answer that was begun is gone on with
+        return Prompted(before, ([last | {"content": (last.get("content") or "") + text}],), tools=tools)
+    return Prompted(prompt, ([{"role": "assistant", "content": text}],), tools=tools)
+
+
+def tokens_of(rows: Sequence[Prompted], judge: Judge) -> list[Encoded | Bad]:
+    """Rows of one answer each, in a reward model's tokens; an answer with a token that it has not is a bad row."""
+    ends = {judge.tokenizer.eos_token_id, *judge.ends}
+    texts = iter(encode_texts([row for row in rows if isinstance(row.prompt, str)], judge.tokenizer, ends))
+    conversations = [row for row in rows if not isinstance(row.prompt, str)]
+    chats = iter(chat.encode(conversations, judge.tokenizer, ends, judge.variables, whole=True) if conversations else ())
+    out = [next(texts) if isinstance(row.prompt, str) else next(chats) for row in rows]
+    beyond = lambda code: isinstance(code, Encoded) and max(code.prompt + code.completions[0]) >= judge.vocab_size
+    told = Bad("beyond the embedding", f"it has tokens beyond the {judge.vocab_size} rows of the embedding")
+    return [told if beyond(code) else code for code in out]
+
+
+def read(
+    judge: Judge,
+    policy: Any,
+    examples: Examples,
+    rows: np.ndarray,
+    prompts: Sequence[Sequence[int]],
+    said: Completions,
+    texts: list[list[str]],
+) -> dict[str, np.ndarray]:
+    """What reward models read of samples, `ensemble_tokens` and so on, [B, N, T']; an answer that they refuse has no scored token.
+
+    Every answer is read as one that has ended: with the EOS, or with what the chat template writes behind it, whatever has ended it. What
+    is longer than a row loses its end, and `ensemble_cut` [B, N] says so.
+
+    Args:
+      judge: how they read.
+      policy: its tokenizer.
+      examples: the data.
+      rows: of the data, which the prompts are of [B].
+      prompts: in the policy's tokens.
+      said: completions.
+      texts: of the completions, without stop strings.
+    """
+    codes: list[Encoded | Bad | None] = []
+    asks: list[Prompted] = []  # in the places of None
+    for i, prompt, answers, own in zip(rows.tolist(), prompts, said.answers(), texts, strict=True):
+        for tokens, text in zip(answers, own, strict=True):
+            if judge.shared and isinstance(examples.asked(i)[0], str):
+                answer = [*tokens.tolist(), policy.eos_token_id]
+                codes.append(Encoded([*prompt], [answer], [b"\1" * len(answer)], ""))
+                continue
+            whole = added_text(policy, prompt, tokens)  # a space in front is the answer's own
+            asks.append(asked(examples, i, whole[: whole.find(text) + len(text)] if text in whole else text))
+            codes.append(None)
+    anew = iter(tokens_of(asks, judge))
+    foreign = {} if judge.shared else {f"{judge.role}_foreign": np.ones(len(rows), bool)}  # ids of these tokens are not the policy's
+    shape = (*said.ended.shape, judge.length)
+    out = {"tokens": np.zeros(shape, np.int32), "mask": np.zeros(shape, bool), "completion_mask": np.zeros(shape, bool)}
+    flat = {name: x.reshape(-1, judge.length) for name, x in out.items()}
+    cut = np.zeros(len(codes), bool)
+    for k, code in enumerate(next(anew) if code is None else code for code in codes):
+        if isinstance(code, Bad):
+            continue
+        ids = code.prompt + code.completions[0]
+        cut[k], ids = len(ids) > judge.length, ids[: judge.length]
+        scored = (bytes(len(code.prompt)) + code.scored[0])[: len(ids)]
+        flat["tokens"][k, : len(ids)], flat["mask"][k, : len(ids)] = ids, True
+        flat["completion_mask"][k, : len(ids)] = np.frombuffer(scored, np.bool_)
+    return {f"{judge.role}_{name}": x for name, x in out.items()} | {f"{judge.role}_cut": cut.reshape(said.ended.shape)} | foreign

@@ -1,0 +1,236 @@
+"""Save and restore: orbax behind one module. Asynchronous, atomic, exact.
+
+A checkpoint of step s holds the state after s steps: parameters, each of their averages and the rest of the state as separate items
+(so that any can be read alone), and a JSON item that says which run wrote it, at which step, and a digest of every array. Arrays that
+are restored must have these digests, so no flipped bit is used. Data needs no position of its own: a batch is a function of the step.
+"""
+
+import dataclasses
+import datetime
+import json
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from alignax.mesh import gathered
+from alignax.output import require_space
+from alignax.text import one_line, short
+from alignax.train import leaf_digests
+from alignax.types import TrainState
+
+FORMAT = 2  # of the checkpoint's layout
+TRIES = 20  # to read a checkpoint of a run that goes on and removes older ones
+AVERAGE = "average_"  # before the name of an item that holds an average of the parameters
+
+
+class Checkpoints:
+    """The checkpoints of one run, in `WORKDIR/checkpoints`; the newest `keep`, and the best by a metric if there is one."""
+
+    def __init__(self, workdir: str | Path, keep: int = 2, best: str = "", writes: bool = True):
+        """`best` names an evaluation metric, lower is better, a leading "-" turns that around; without `writes` nothing is touched."""
+        self.path, self._writes = Path(workdir).absolute() / "checkpoints", writes
+        # What fails in the background is raised again when we wait for it; orbax prints a traceback of every thread besides.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        self._best = name = best.removeprefix("-")
+        policies: list[Any] = [ocp.checkpoint_managers.LatestN(keep)]
+        if best:
+            sign = -1.0 if best.startswith("-") else 1.0
+            rank: Callable[[Any], float] = lambda metrics: sign * metrics[name]
+            best_one = ocp.checkpoint_managers.BestN(get_metric_fn=rank, reverse=True, n=1, keep_checkpoints_without_metrics=False)
+            policies.append(best_one)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
+            enable_async_checkpointing=True,
+            create=writes,
+            cleanup_tmp_directories=writes,  # what a killed run left half-written
+            read_only=not writes,
+        )
+        try:
+            self._manager = ocp.CheckpointManager(self.path, options=options)
+        except (ValueError, TypeError, RecursionError) as e:  # what orbax makes of JSON that is none of its own
+            bad = next((file.parent for file in sorted(self.path.glob("*/_CHECKPOINT_METADATA")) if not _is_object(file)), self.path)
+            raise ValueError(f"checkpoint {bad} is damaged ({one_line(e)}); delete that folder, or choose another workdir") from e
+
+    def latest(self) -> int | None:
+        """The newest complete step, or None."""
+        return self._manager.latest_step()
+
+    def newest(self, read: Callable[[int], Any]) -> tuple[int, Any]:
+        """The newest step, and what `read` makes of it; of a newer one, where a run that goes on has removed that meanwhile.
+
+        Raises:
+          ValueError: if there is none, and what `read` raises.
+        """
+        for _ in range(TRIES):
+            step = self.latest()
+            if step is None:
+                raise ValueError(f"{str(self.path)!r} holds no complete checkpoint yet")
+            try:
+                return step, read(step)
+            except ValueError:
+                if self.latest() == step:
+                    raise
+        raise ValueError(f"the run in {str(self.path.parent)!r} removes its checkpoints faster than they are read; raise checkpoint.keep")
+
+    def save(self, state: TrainState, about: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+        """Starts saving; returns when the state has been copied. Half-written checkpoints are never listed.
+
+        Raises:
+          OSError: when the disk has no room for it; nothing is written then.
+        """
+        require_space(self.path, nbytes(state), "a checkpoint", "make room, or choose another workdir")
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
+        items = _items(state)
+        own = {"format": FORMAT, "step": step, "skipped": int(state.skipped.max()), "digests": digests(items)}
+        saved = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+        args = ocp.args.Composite(**saved, about=ocp.args.JsonSave(dict(about) | own))
+        with _saving(self.path):
+            ranked = not self._best or self._best in metrics  # an evaluation may not have it: no reward was known
+            self._manager.save(step, args=args, metrics=dict(metrics) or None if ranked else None)
+
+    def about(self, step: int) -> dict[str, Any]:
+        """What the checkpoint says of its run.
+
+        Raises:
+          ValueError: if it is damaged or is not one of ours.
+        """
+        with self._reading(step):
+            about = dict(self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"])
+        if about.get("format") != FORMAT:
+            raise ValueError(f"checkpoint {self.path / str(step)} has format {short(about.get('format'))}, this version reads {FORMAT}")
+        with self._reading(step):
+            if about["step"] != step:
+                raise ValueError(f"it was saved at step {short(about['step'])}, its folder was renamed")
+        return about
+
+    def restore(self, step: int, like: TrainState) -> TrainState:
+        """The state of a step, laid out as `like`, whose leaves may be abstract: any mesh, any number of processes.
+
+        Raises:
+          ValueError: if it is damaged, in a single bit of an array say, or of another model.
+        """
+        restored = self._restore(step, _items(like))
+        with self._reading(step):
+            if int(restored["train"]["step"]) != step:
+                raise ValueError(f"its state is of step {int(restored['train']['step'])}")
+        averages = {name: restored[AVERAGE + name] for name in like.averages}
+        carry = restored["carry"] if like.carry else {}
+        return dataclasses.replace(like, params=restored["params"], averages=averages, carry=carry, **restored["train"])
+
+    def restore_params(self, step: int, like: Any, name: str = "policy") -> Any:
+        """The parameters alone, or those of an average, which must be there. Other errors are those of `restore`."""
+        item = "params" if name == "policy" else AVERAGE + name
+        about = self.about(step)
+        with self._reading(step):
+            kept = {leaf.partition("/")[0] for leaf in about["digests"]}
+        if item not in kept:
+            known = ["policy", *sorted(x.removeprefix(AVERAGE) for x in kept if x.startswith(AVERAGE))]
+            raise ValueError(
+                f"checkpoint {self.path / str(step)} has no average {short(name)}; "
+                f"export.params (of generate eval.params) is one of {', '.join(known)}"
+            )
+        return self._restore(step, {item: like})[item]
+
+    def _restore(self, step: int, like: dict[str, Any]) -> dict[str, Any]:
+        """Items of a checkpoint, every array as it was saved."""
+        described = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+        about = self.about(step)
+        with self._reading(step):
+            args = ocp.args.Composite(**{name: ocp.args.StandardRestore(tree) for name, tree in described.items()})
+            restored = dict(self._manager.restore(step, args=args))
+            for leaf, found in digests(restored).items():
+                if about["digests"].get(leaf) != found:
+                    raise ValueError(f"{leaf} is not as it was saved")
+        return restored
+
+    @contextmanager
+    def _reading(self, step: int) -> Iterator[None]:
+        """Whatever a damaged or foreign checkpoint raises becomes one error with the remedy."""
+        try:
+            yield
+        except MemoryError:
+            raise
+        except Exception as e:
+            if "RESOURCE_EXHAUSTED" in str(e):  # the checkpoint is whole: this machine is too small for it
+                raise
+            cause = (str(e).strip().splitlines() or [""])[0][:200]
+            if not self._writes:
+                self._manager.reload()
+                if (self.latest() or 0) > step:
+                    raise ValueError(f"checkpoint {self.path / str(step)} was removed while it was read, as there are newer ones") from e
+            before = [there for there in self._manager.all_steps() if there < step]
+            goes_on = f"the run goes on from step {max(before)}" if before else "the run begins again, as no earlier one is there"
+            raise ValueError(
+                f"checkpoint {self.path / str(step)} is damaged, or of another model ({type(e).__name__}: {cause}); "
+                f"delete that folder, and {goes_on}, or choose another workdir"
+            ) from e
+
+    def close(self) -> None:
+        """Waits until what was saved is complete on disk, and lets go of the directory.
+
+        Raises:
+          OSError: if that failed; the checkpoints before are whole.
+        """
+        with _saving(self.path):
+            self._manager.close()
+
+
+def _is_object(file: Path) -> bool:
+    try:
+        return isinstance(json.loads(file.read_bytes()), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _items(state: TrainState) -> dict[str, Any]:
+    """What is saved apart: parameters, the rest that every run has, each average, and what experience remembers."""
+    rest = {name: getattr(state, name) for name in ("step", "opt_state", "key", "skipped", "skipped_in_a_row")}
+    averages = {AVERAGE + name: tree for name, tree in state.averages.items()}
+    return {"params": state.params, "train": rest} | averages | ({"carry": state.carry} if state.carry else {})
+
+
+def digests(tree: Any) -> dict[str, str]:
+    """The digest of every array, by its path; equal in every layout and on any number of processes, which all call it."""
+    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    # An array at a time, and the next when it is done: XLA for CPUs would hold the hashes of all at once, as much memory again as the
+    # state takes, and where several programs reduce at once, some devices may wait in one and some in another for ever (seen with two
+    # processes of four devices).
+    found = gathered(jnp.concatenate([jax.block_until_ready(jax.jit(leaf_digests)([leaf])) for leaf in jax.tree.leaves(tree)]))
+    return {path: f"{value:08x}" for path, value in zip(paths, found.tolist(), strict=True)}
+
+
+@contextmanager
+def _saving(where: Path) -> Iterator[None]:
+    """What goes wrong while a checkpoint is written, now or in the background, becomes one error with the remedy."""
+    try:
+        yield
+    except Exception as e:
+        cause = (str(e).strip().splitlines() or [""])[0][:200]
+        raise OSError(
+            f"a checkpoint could not be written to {str(where)!r} ({type(e).__name__}: {cause}); those before it are whole: "
+            "make room, and run the same command again"
+        ) from e
+
+
+def began(workdir: Path) -> datetime.date:
+    """The day that a run began, as its newest checkpoint says; of a run without one today."""
+    found = {int(file.parts[-3]): file for file in (workdir / "checkpoints").glob("*/about/metadata") if file.parts[-3].isdigit()}
+    for step in sorted(found, reverse=True):
+        with suppress(OSError, ValueError, TypeError, KeyError):  # damaged ones are told of where they are read
+            return datetime.date.fromisoformat(json.loads(found[step].read_text(encoding="utf-8"))["day"])
+    return datetime.date.today()
+
+
+def nbytes(tree: Any) -> int:
+    """Bytes of a tree's arrays, all processes together; they may be abstract."""
+    numeric = [x for x in jax.tree.leaves(tree) if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)]
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in numeric)

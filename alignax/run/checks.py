@@ -1,0 +1,289 @@
+"""What no run can be: refused with the value and the remedy, before any compute."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from alignax import mesh as meshes
+from alignax.averages import PROPOSAL, Average, Turning
+from alignax.config import HEAD, PRETRAIN, ROLLOUTS, Experiment, asked, check_path, eval_batch_size, flat, steps_of_turn
+from alignax.config.blame import check_call, explained
+from alignax.data import Examples
+from alignax.generate.generator import check_room
+from alignax.host import functions
+from alignax.losses.algebra import Loss
+from alignax.models import hf
+
+LEAST = {
+    "batch_size": 1, "microbatches": 1, "max_skipped": 1, "steps": 0, "checkpoint.every": 1, "checkpoint.keep": 1, "log.every": 1,
+    "model.logps_chunk": 1, "eval.every": 0, "eval.batch_size": 0, "eval.samples": 0, "eval.sample_prompts": 0, "eval.max_new_tokens": 1,
+    "eval.samples_per_prompt": 1,
+    "model.critic_heads": 1, "data.limit": 0, "seed": 0, "model.num_labels": 0, "ensemble.members": 0, "rollout.samples": 0,
+    "rollout.max_new_tokens": 1, "rollout.minibatches": 1, "rollout.epochs": 1, "rollout.slots": 0,
+    "rollout.reward_workers": 1, "rollout.refill": 0, "log.rollouts": 0,
+    "epochs": 0, "eval.temperature": 0, "optimizer.clip": 0, "optimizer.final": 0, "optimizer.weight_decay": 0,
+    "optimizer.b1": 0, "optimizer.b2": 0, "optimizer.eps": 0,
+}  # fmt: skip
+
+
+def check_fields(config: Any) -> None:
+    """Refuses values that no run can have."""
+    fields = flat(config)
+    for name, value in fields.items():
+        check_path(name, value)
+    for name, least in LEAST.items():
+        if fields[name] < least:
+            raise ValueError(f"config field {name!r} is {fields[name]}; it must be at least {least}")
+    for name in ("optimizer.b1", "optimizer.b2"):
+        if fields[name] >= 1:
+            raise ValueError(f"config field {name!r} is {fields[name]}; it must be below 1")
+    for name in ("rollout.top_p", "eval.top_p"):
+        if not 0 < fields[name] <= 1:
+            raise ValueError(f"config field {name!r} is {fields[name]}; it must be above 0 and at most 1 (all tokens)")
+    if not config.rollout.temperature > 0:
+        raise ValueError(f"config field 'rollout.temperature' is {config.rollout.temperature}; it must be above 0, to sample from")
+    if config.eval.temperature == 0 and config.eval.samples_per_prompt > 1:
+        raise ValueError(
+            f"eval.samples_per_prompt is {config.eval.samples_per_prompt}, and at eval.temperature 0 all samples of a prompt are one; "
+            "raise the temperature, or set it to 1"
+        )
+    beta, temperature = config.reference.jsd_beta, config.reference.jsd_temperature
+    if not 0 <= beta <= 1:
+        raise ValueError(f"reference.jsd_beta is {beta}; it is the teacher's share of the mixture, in [0, 1] (0.5 is usual)")
+    if not temperature > 0:
+        raise ValueError(f"reference.jsd_temperature is {temperature}; it must be above 0 (1 is usual)")
+    if config.model.critic.lower() in ("true", "false"):
+        raise ValueError(
+            f"model.critic {config.model.critic!r} is no critic; use {HEAD!r} (on the policy's trunk), a folder, or leave it empty"
+        )
+    if config.model.critic_heads > 1 and not config.model.critic:
+        raise ValueError(
+            f"model.critic_heads is {config.model.critic_heads} and there is no critic; set model.critic to {HEAD!r} or a folder"
+        )
+    if config.model.dtype not in ("auto", "float32", "bfloat16"):
+        raise ValueError(f"model.dtype {config.model.dtype!r} is unknown; use auto, float32 or bfloat16")
+    if config.export.dtype not in hf.DTYPES:
+        raise ValueError(f"export.dtype {config.export.dtype!r} is unknown; use {', '.join(hf.DTYPES)}")
+    best = config.checkpoint.best.removeprefix("-")
+    if best and not (config.data.eval and config.eval.every):
+        raise ValueError(f"checkpoint.best {best!r} needs evaluations; set data.eval and eval.every")
+
+
+def check_head(config: Any, source: hf.Source, experiment: Experiment) -> None:
+    """Refuses what a reward model cannot do: sample, and be the policy of an experience; and an output layer that is not there."""
+    if not source.config.num_labels:
+        if config.model.language_head:
+            raise ValueError("model.language_head keeps the output layer of a reward model, and this is a language model; set it to false")
+        return
+    if samples := config.rollout.samples:
+        raise ValueError(f"rollout.samples is {samples}, and a reward model gives scores and no text; train a language model")
+    if config.model.language_head and source.stored.num_labels and not source.config.tie_word_embeddings:
+        raise ValueError(
+            f"model.language_head is true, and the reward model in {str(source.path)!r} has no output layer; start from its language "
+            "model, or set it to false"
+        )
+    if not (config.model.language_head or config.reference.path) and "reference" in asked(experiment.experience):
+        raise ValueError(
+            f"experience() of {experiment.file} asks for reference, and the reward model that the run starts from gives no log-probs; set "
+            "model.language_head=true, name a language model in reference.path, or ask for none"
+        )
+    if config.model.critic:
+        raise ValueError("model.critic gives a language model values, and this is a reward model; leave it empty")
+    if max(config.eval.samples, config.eval.sample_prompts):
+        raise ValueError("a reward model gives scores and no text; set eval.samples and eval.sample_prompts to 0")
+    for name, function in (("gold", experiment.gold), ("metrics", experiment.metrics)):
+        if function is not None:
+            raise ValueError(f"{name}() of {experiment.file} reads text, which a reward model does not give; remove it")
+
+
+def check_members(config: Any, mesh: Mesh) -> None:
+    """Refuses ensembles that are none, or that the mesh does not divide."""
+    members, axis = config.ensemble.members, mesh.shape["member"]
+    if not members and (axis > 1 or config.ensemble.bootstrap or config.ensemble.own_noise):
+        raise ValueError(f"mesh.member is {axis} and ensemble.members 0; set ensemble.members, or leave bootstrap and own_noise out")
+    if members and not config.model.num_labels:
+        raise ValueError(f"ensemble.members is {members}, and only reward models have members; set model.num_labels to 1")
+    if members % axis:
+        raise ValueError(f"ensemble.members {members} does not divide over mesh.member {axis}; use a multiple of {axis}")
+
+
+def check_rollout(config: Any, readers: Sequence[hf.Source], experiment: Experiment, examples: dict[str, Examples]) -> None:
+    """Refuses online training of what cannot be sampled from, without a reward, or without room; and prompts where it is not online.
+
+    `readers`: the models that read samples, the policy first.
+    """
+    c = config.rollout
+    functions.check(experiment, examples)
+    if not c.samples:
+        if c.ahead:
+            raise ValueError("rollout.ahead is true, and rollout.samples is 0: there are no rollouts to sample ahead; set it to false")
+        if config.data.kind == "prompt":
+            raise ValueError(
+                "data of kind 'prompt' has no completions; set rollout.samples, the completions that are sampled of each prompt"
+            )
+        if experiment.reward is not None:
+            raise ValueError(f"reward() of {experiment.file} is for samples, and rollout.samples is 0; set it to 8, say")
+        return
+    if c.bad_rewards not in ("error", "drop"):
+        raise ValueError(f"rollout.bad_rewards is {c.bad_rewards!r}; use 'error' or 'drop'")
+    if c.refill and (c.ahead or c.samples < 2 or "rewards" not in functions.reward_fields(experiment)):
+        raise ValueError(
+            f"rollout.refill is {c.refill}: it looks at the rewards of groups before the step, so it needs reward(..) in "
+            f"{experiment.file}, of several numbers rollout.reward_weights, rollout.samples of 2 or more, and rollout.ahead=false"
+        )
+    if not c.timeout > 0:
+        raise ValueError(f"rollout.timeout is {c.timeout}; it is a number of seconds above 0")
+    if c.temperature != 1 and config.data.pretrain:
+        raise ValueError(f"rollout.temperature is {c.temperature}, and data.pretrain is learnt at 1; set it to 1, or leave these texts out")
+    if config.reference.cache:
+        raise ValueError("reference.cache holds log-probs of the data's own rows, and online training scores samples; leave it empty")
+    longest = max(int(e.prompt_lengths.max()) for e in examples.values())
+    for model in readers:
+        check_room(model.config, longest, c.max_new_tokens, "rollout.max_new_tokens")
+
+
+def check_token_kl(source: hf.Source, reference: hf.Source | None) -> None:
+    """Refuses a teacher that is not there, or whose head is another one."""
+    if reference is None:
+        raise ValueError("reference.token_kl is true and no reference is held; let experience(..) ask for reference")
+    caps = [s.config.final_logit_softcapping for s in (source, reference)]
+    if caps[0] != caps[1]:
+        raise ValueError(f"reference.token_kl needs one final_logit_softcapping, policy and reference have {caps}; set it to false")
+    counts = [s.config.predicted_tokens for s in (source, reference)]
+    if counts[0] != counts[1]:
+        raise ValueError(f"reference.token_kl needs one predicted_tokens, policy and reference have {counts}; add the same tokens to both")
+
+
+def check_cache(config: Any, averages: dict[str, Average], reference: Any) -> None:
+    """Refuses stored log-probs where there is nothing to store, or where they would go stale."""
+    if not config.reference.cache:
+        return
+    where = f"reference.cache {config.reference.cache!r}"
+    if Path(config.reference.cache).is_file():
+        raise ValueError(f"{where} is a file; give a folder")
+    if reference is None:
+        raise ValueError(f"{where} is set and no reference is held; let experience(..) ask for reference, or leave it empty")
+    if "reference" in averages:
+        raise ValueError(f"{where} would go stale: the average 'reference' moves; leave it empty")
+    if config.reference.token_kl:
+        raise ValueError(f"{where} holds no distributions, which reference.token_kl needs; leave one of them out")
+
+
+def check_averages(config: Any, averages: dict[str, Average], reference: Any) -> None:
+    """Refuses averages that nobody reads, or that are read and not there."""
+    for name, rule in averages.items():
+        check_call(rule, f"the average {name!r}", "average", "params", "step")
+    known = ["policy", *(name for name in averages if name != "reference")]
+    for field, name in (("eval.params", config.eval.params), ("export.params", config.export.params)):
+        if name not in known:
+            raise ValueError(f"config field {field!r} is {name!r}; this experiment has {', '.join(known)}")
+    if "reference" in averages and config.reference.token_kl:
+        raise ValueError("reference.token_kl needs a reference that stands still; remove the average 'reference', or set it to false")
+    if PROPOSAL in averages and config.rollout.ahead:
+        raise ValueError(f"rollout.ahead samples by the policy, and the average {PROPOSAL!r} is there to sample; leave one of them out")
+    if "policy" in averages or ("reference" in averages and reference is None):
+        raise ValueError('an average is called "policy", or "reference" where no experience asks for one; rename or remove it')
+    if "reference" in averages and config.reference.path and (config.reference.path != config.model.path):
+        raise ValueError(f"a moving reference starts from the policy, not from reference.path {config.reference.path!r}; leave it empty")
+    turn = steps_of_turn(config)
+    for name, rule in averages.items():
+        if isinstance(rule, Turning) and rule.every % turn:  # the rest of the rollout would be of a policy that is gone
+            raise ValueError(
+                f"the average {name!r} changes models every {rule.every} steps, in the middle of a rollout of {turn}; use a multiple"
+            )
+    if PROPOSAL in averages and not config.rollout.samples:
+        raise ValueError(f"the average {PROPOSAL!r} samples rollouts, and rollout.samples is 0; set it, or give the average another name")
+
+
+def check_objective(objective: Any, file: Path) -> None:
+    """Refuses what is no loss, nor a function from the step to one, nor several of these by name."""
+    if isinstance(objective, Mapping):
+        for own in objective.values():
+            check_objective(own, file)
+        return
+    cause = ""
+    if callable(objective) and not isinstance(objective, Loss):
+        try:
+            objective = objective(jnp.zeros((), jnp.int32))
+        except Exception as e:
+            cause = f" (called with a step: {explained(e, file)})"
+    if not isinstance(objective, Loss):
+        raise ValueError(
+            f"loss(config) of {file} returns {objective!r}{cause}; return a loss, dpo() say, or a function from the step to one"
+        )
+
+
+def check_pretrain(config: Any, objective: Any, file: Path, combined: bool = False) -> None:
+    """Refuses losses by name where training is not online, of other names, or without their data; and data without a loss.
+
+    `combined`: the experiment combines gradients of losses, so that they may have any name, and be of one batch.
+    """
+    names, example = (ROLLOUTS, PRETRAIN), f'{{"{ROLLOUTS}": ppo(), "{PRETRAIN}": 0.1 * sft()}}'
+    if combined:
+        return check_combined(config, objective, file)
+    if not isinstance(objective, Mapping):
+        if config.data.pretrain:
+            raise ValueError(f"data.pretrain is set and loss(config) of {file} has no loss of it; return {example}, say")
+        return
+    for name in objective:
+        if name not in names:
+            near = difflib.get_close_matches(str(name), names, 1, 0.0)[0]
+            raise ValueError(f"loss(config) of {file} names a loss {name!r}; the nearest is {near!r}, and others need combine(gradients)")
+    if absent := [name for name in names if name not in objective]:
+        raise ValueError(f"loss(config) of {file} names no loss {absent[0]!r}; return {example}, say, or the one loss alone")
+    if not config.rollout.samples:
+        raise ValueError(f"loss(config) of {file} has a loss of rollouts, and rollout.samples is 0; set it to 8, say")
+    if not config.data.pretrain:
+        raise ValueError(
+            f"loss(config) of {file} has a loss called {PRETRAIN!r} and data.pretrain is empty; set --config.data.pretrain=FILE"
+        )
+
+
+def check_combined(config: Any, objective: Any, file: Path) -> None:
+    """Refuses gradients that cannot be combined: of a single loss, or of texts that are not there."""
+    example = '{"helpful": dpo(), "brief": 0.1 * sft()}'
+    if not isinstance(objective, Mapping) or len(objective) < 2:
+        raise ValueError(f"combine() of {file} takes gradients of several losses, and loss(config) returns one; return {example}, say")
+    if odd := [name for name in objective if not isinstance(name, str) or not name]:
+        raise ValueError(f"loss(config) of {file} names a loss {odd[0]!r}; a name is a text, as in {example}")
+    if (PRETRAIN in objective) != bool(config.rollout.samples and config.data.pretrain):
+        raise ValueError(
+            f"loss(config) of {file} names the losses {', '.join(objective)}: one called {PRETRAIN!r} is of data.pretrain beside rollouts, "
+            f"and data.pretrain is {config.data.pretrain!r}, rollout.samples {config.rollout.samples}; set both, or take another name"
+        )
+
+
+def check_batches(config: Any, mesh: Mesh) -> None:
+    """Refuses batches that do not divide into their parts."""
+    shards = meshes.batch_shards(mesh)
+    parts = shards * config.microbatches
+    for name, size in (("batch_size", config.batch_size), ("eval.batch_size", eval_batch_size(config))):
+        if size % parts:
+            raise ValueError(
+                f"{name} {size} does not divide into {parts} parts ({shards} batch shards x {config.microbatches} microbatches); "
+                f"use a multiple of {parts}"
+            )
+
+
+def check_positions(config: Any, source: hf.Source, examples: dict[str, Examples], every: dict[str, Examples]) -> None:
+    """Refuses rows of `every` split, and samples of `examples`, that are longer than the model's positions; padding has none."""
+    most = source.config.max_position_embeddings
+    longest = max(int(e.lengths.max()) for e in every.values())
+    if longest > most and dict(source.config.rope_scaling).get("rope_type") != "dynamic":
+        raise ValueError(f"rows of {longest} tokens exceed the {most} positions of {str(source.path)!r}; lower data.max_length")
+    prompt = max(int(e.prompt_lengths.max()) for e in examples.values())
+    if max(config.eval.samples, config.eval.sample_prompts):
+        check_room(source.config, prompt, config.eval.max_new_tokens, "eval.max_new_tokens")
+
+
+def check_judged(source: hf.Source, examples: list[Examples]) -> None:
+    """Refuses rows of data that are longer than the positions of a reward model that reads the policy's tokens."""
+    most, longest = source.config.max_position_embeddings, max(int(e.lengths.max()) for e in examples)
+    if longest > most and dict(source.config.rope_scaling).get("rope_type") != "dynamic":
+        raise ValueError(
+            f"rows of {longest} tokens exceed the {most} positions of the reward model {str(source.path)!r}; lower data.max_length"
+        )

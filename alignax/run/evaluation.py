@@ -1,0 +1,202 @@
+"""Evaluation on a schedule: held-out loss, samples, and what reward overoptimisation is seen by: gold reward against KL.
+
+Samples come from the policy itself, at `eval.temperature`, so the mean log-ratio to the reference at that temperature is an unbiased
+estimate of KL(policy || reference). Greedy samples, and those of a nucleus, estimate none.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from alignax import mesh as meshes
+from alignax.config import eval_batch_size
+from alignax.data import evaluation_batch
+from alignax.generate import policy_config, policy_sampling, sampled_batch, sampler, sampler_gap, speaker, stops_of
+from alignax.host.functions import names_of
+from alignax.models.transformer import ModelConfig
+from alignax.run.host_rewards import bad_rewards, metrics_of, named, rewards_of
+from alignax.run.log import Log
+from alignax.run.prepare import Run
+from alignax.run.programs import Program
+from alignax.run.roles import REFERENCE, make_apply, whole
+from alignax.run.rollout import decoded, golden, put_padded, samples_batch, text_metrics
+from alignax.run.state import Held
+from alignax.train import means
+from alignax.types import Batch, Model, Params, TrainState
+
+SAMPLED = (  # metrics of samples
+    "completion_length", "eos_rate", "truncated_rate", "distinct", "kl", "kl_se", "kl_k3", "sampler_gap", "gold", "gold_se", "prompts",
+)  # fmt: skip
+# How metrics begin that are taken from what experience makes of samples.
+JUDGED = ("reward", "score/", "disagreement", "judge_cut", "entropy")
+SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "reward", "kl", "gold", "pass@1")
+
+
+class Evaluation:
+    """Evaluates a state, logs what it finds, and returns it."""
+
+    def __init__(self, run: Run, frozen: Held, programs: Mapping[str, Program], log: Log, look: Callable[[], None] = lambda: None):
+        """`programs` are the run's; `look` is called all the while, and may raise to leave."""
+        self.run, self.frozen, self.log, self.look, self.online = run, frozen, log, look, run.config.rollout.samples > 0
+        self.program = programs["judge" if self.online else "evaluate"].call
+        c = run.config.eval
+        self.examples = run.data.evaluated
+        self.sampled = range(min(max(c.samples, c.sample_prompts), len(self.examples)))
+        if self.sampled:
+            self.prompts = [self.examples.prompt_tokens(i).tolist() for i in self.sampled]
+            count, longest = len(self.prompts) * c.samples_per_prompt, max(map(len, self.prompts))
+            self.generate = sampler(
+                speaker(self._spoken(run.policy.config), run.policy.dtype, mesh=run.mesh),
+                count,
+                longest,
+                c.max_new_tokens,
+                policy_sampling(c.temperature, c.top_p),
+                ends=run.words.ends,
+                stops=stops_of(run.words.tokenizer, c.stop),
+                look=look,
+            )
+        reference = run.roles.get(REFERENCE)
+        self.reference = reference if reference is not None and reference.tree in frozen else None
+        self.gold = None if "gold" not in programs else functools.partial(golden, run, frozen, programs["gold"])
+        self._compared = jax.jit(self._compare)
+
+    def __call__(self, state: TrainState, step: int) -> dict[str, float]:
+        """Metrics of the evaluation data and of fresh samples, without the `eval/` that the log puts before them."""
+        if (name := self.run.config.eval.params) != "policy":
+            state = dataclasses.replace(state, params=state.averages[name])
+        scores = self.held_out(state) | self.samples(state, step)
+        self.log.row({"step": step} | {f"eval/{name}": x for name, x in scores.items()})
+        if scores:
+            self.log.line(f"eval at step {step}: {line(scores, self.run.config.eval.samples_per_prompt)}")
+        return scores
+
+    def held_out(self, state: TrainState) -> dict[str, float]:
+        """Exact averages over the evaluation data, its last ragged batch weighed by its rows."""
+        run, examples = self.run, self.run.data.evaluation
+        if examples is None or self.online:  # a policy that is trained on its samples is judged by them
+            return {}
+        size = eval_batch_size(run.config)
+        total: dict[str, np.ndarray] = {}
+        for i in range(-(-len(examples) // size)):
+            self.look()
+            make = lambda rows, i=i: evaluation_batch(examples, i, size, run.data.train.length, rows)
+            batch = meshes.put_batch(run.mesh, make, size)
+            sums = jax.device_get(self.program(state, self.frozen, batch))
+            total = {name: total.get(name, 0.0) + np.asarray(pair, np.float64) for name, pair in sums.items()}
+        return means({name: (pair[0], pair[1]) for name, pair in total.items()})
+
+    def samples(self, state: TrainState, step: int) -> dict[str, float]:
+        """Completions of the first prompts: their KL to the reference, rewards, length; some of them into the log."""
+        run, c, n = self.run, self.run.config.eval, len(self.sampled)
+        if not self.sampled:
+            return {}
+        key = jax.random.fold_in(jax.random.fold_in(state.key, step), 1)
+        completions = self.generate(whole(run.roles, self.frozen, state.params), self.prompts, key, c.samples_per_prompt)
+        rows, texts = np.asarray(self.sampled), decoded(run.words.tokenizer, completions, self.generate.stops)
+        scores = {"prompts": float(n)} | text_metrics(completions)
+        prompts = np.repeat(np.array([self.examples.prompts[i] for i in self.sampled], object)[:, None], c.samples_per_prompt, axis=1)
+        found: dict[str, Any] = {"prompt": prompts, "completion": np.array(texts, object)}  # [n, samples_per_prompt]
+        gold = None
+        if run.experiment.gold is not None:
+            gold = rewards_of(run, "gold", self.examples, rows, completions, texts)["gold"]
+        elif self.gold is not None:
+            gold = self.gold(self.examples, rows, self.prompts, completions, texts)
+        scores |= metrics_of(run, self.examples, rows, completions, texts)
+        if self.online:
+            batch = samples_batch(run, self.examples, rows, self.prompts, completions, texts)
+            batch |= {} if gold is None else {"gold": gold}
+            judged = jax.device_get(self.program(state, self.frozen, put_padded(run.mesh, batch)))
+            own = completions.exact and c.temperature == run.config.rollout.temperature  # what rollouts are sampled from
+            scores |= {m: float(x) for m, x in judged.items() if m.startswith(JUDGED) and np.isfinite(x) and (own or m != "entropy")}
+            if run.experiment.reward is not None:
+                found |= {"reward": batch["rewards"]} if "rewards" in batch else {}
+                scores["bad_rewards"] = bad_rewards(batch)
+            if names := names_of(run.experiment):
+                found["scores"] = np.array([[named(names, x) for x in group] for group in batch["scores"]], object)
+        if self.reference is not None and completions.exact:
+            batch = sampled_batch(self.prompts, completions)
+            k1, k3, gaps = map(meshes.gathered, self._compared(state.params, self.frozen, put_padded(run.mesh, batch)))
+            found["log_ratio"] = k1[:n]
+            scores |= spread("kl", k1[:n]) | {"kl_k3": float(k3[:n].mean()), "sampler_gap": float(gaps)}
+        if gold is not None:
+            found["gold"] = gold
+            scores |= spread("gold", gold)
+        true = gold if gold is not None else found.get("reward")
+        for k in tries(c.samples_per_prompt) if true is not None else ():
+            scores |= spread(f"pass@{k}", pass_at(true >= c.pass_reward, k)[:, None])
+        # The first sample of each prompt, then the second.
+        columns = {name: x.T.ravel().tolist() for name, x in found.items()}
+        table = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        self.log.samples(step, table[: c.samples])
+        return scores
+
+    def _spoken(self, model: ModelConfig) -> ModelConfig:
+        """The model as it is sampled from here: at the evaluation's temperature, over the tokenizer's tokens."""
+        return policy_config(model, self.run.config.eval.temperature, self.run.words.unused)
+
+    def _compare(self, params: Params, frozen: Held, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
+        run = self.run
+        apply = lambda model: make_apply(self._spoken(model), run.config, run.policy.dtype, run.mesh)
+        policy = Model(apply(run.policy.config), whole(run.roles, frozen, params))
+        assert self.reference is not None
+        return compare(policy, Model(apply(self.reference.config), frozen[self.reference.tree]), batch)
+
+
+def compare(policy: Model, reference: Model, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Estimates of KL(policy || reference) from each sampled completion, in nats summed over its tokens: k1 and k3, each [B, N].
+
+    k1 = sum_t lr and k3 = sum_t exp(-lr) - 1 + lr with lr = log pi - log ref; both unbiased, k1 signed, k3 >= 0 (Schulman 2020,
+    "Approximating KL divergence"). Third, by how much the sampler's log-probs differ from those of the forward pass that trains, [].
+
+    Args:
+      policy: whose samples they are.
+      reference: what they are measured against.
+      batch: completions with their `sampled_logps`, [B, N, T].
+    """
+    logps = policy.apply(policy.params, batch).logps
+    lr = logps - reference.apply(reference.params, batch).logps  # [B, N, T], 0 outside completions
+    return lr.sum(-1), (jnp.expm1(-lr) + lr).sum(-1), sampler_gap(logps, batch)
+
+
+def line(scores: dict[str, float], samples: int) -> str:
+    """What an evaluation found, for the console, with standard errors and the number of prompts that samples are of."""
+    error = lambda name: f" +- {scores[name + '_se']:.4f}" if name + "_se" in scores else ""
+    shown = [name for name in SHOWN if name in scores]
+    told = "  ".join(f"{name} {scores[name]:.4f}{error(name)}" for name in shown)
+    if "prompts" not in scores or not {"reward", "kl", "gold"} & {*shown}:
+        return told
+    return f"{told}  (samples: {scores['prompts']:.0f} prompts{f' x {samples}' if samples > 1 else ''})"
+
+
+def spread(name: str, values: np.ndarray) -> dict[str, float]:
+    """The mean of what is known of samples [B, N], NaN being unknown, and its standard error: that of the B prompts' means (ddof 1).
+
+    Samples of one prompt are no independent ones of the task, so the prompts are counted. One prompt has no standard error.
+    """
+    known = np.isfinite(values)
+    if not known.any():
+        return {}
+    x = np.where(known, values, 0.0).astype(np.float64)
+    each = x.sum(axis=1)[known.any(axis=1)] / known.sum(axis=1)[known.any(axis=1)]
+    error = {f"{name}_se": float(each.std(ddof=1) / math.sqrt(len(each)))} if len(each) > 1 else {}
+    return {name: float(x.sum() / known.sum())} | error
+
+
+def tries(samples: int) -> list[int]:
+    """The k of pass@k: powers of 2 up to the samples of a prompt; none, where there is one sample."""
+    return [1 << i for i in range(samples.bit_length())] if samples > 1 else []
+
+
+def pass_at(passed: np.ndarray, k: int) -> np.ndarray:
+    """The probability that one of k samples of a prompt passes, 1 - C(n - c, k) / C(n, k), of c in n that do: [B, n] bool -> [B].
+
+    Unbiased (Chen et al. 2021, arXiv:2107.03374, eq. 1).
+    """
+    n = passed.shape[1]
+    return np.array([1 - math.comb(n - c, k) / math.comb(n, k) for c in passed.sum(axis=1).tolist()])

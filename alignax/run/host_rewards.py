@@ -1,0 +1,294 @@
+"""Rewards of completions by the functions of an experiment, which run in processes of the host: fields of a rollout's batch."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from alignax.data import Examples
+from alignax.distributed import from_main
+from alignax.generate import Completions
+from alignax.host.calls import METRICS, Call, qualified
+from alignax.host.functions import Functions, functions_of, is_async, parameters, title
+from alignax.host.workers import POLL, Abandoned, Workers
+from alignax.run.prepare import Run
+from alignax.text import short
+
+T = TypeVar("T")
+MOST = 1e15  # that a reward may be from 0: squares of larger ones, summed over a rollout, overflow float32
+
+
+class RewardFailed(RuntimeError):
+    """A reward function that raises, hangs, or gives what is no number, where `rollout.bad_rewards` is "error"."""
+
+
+class Said(NamedTuple):
+    """R completions as reward functions see them, those of a prompt, `group` of them, one after another."""
+
+    rows: Sequence[int] | np.ndarray  # of the data
+    texts: list[str]
+    ids: Sequence[np.ndarray]
+    logps: Sequence[np.ndarray]  # of these tokens, by the sampler
+    group: int
+
+
+class Found(NamedTuple):
+    """What the functions of `reward` or `gold` say of R completions."""
+
+    numbers: np.ndarray  # [R, K] float32, NaN where there is none
+    problem: str = ""  # what went wrong first, with the name of the function and the line
+    at: int = -1  # with which completion; -1: all together
+    final: bool = False  # whether it would go wrong with any other completions
+
+
+def rewards_of(
+    run: Run, hook: str, examples: Examples, rows: np.ndarray, completions: Completions, texts: list[list[str]]
+) -> dict[str, np.ndarray]:
+    """The fields of a batch that `reward` or `gold` of the experiment writes, of completions of rows of the data.
+
+    `gold` or `rewards` [B, N] float32; of numbers with names `scores` [B, N, K], and where these have weights `rewards`, their sum over
+    those that there are. NaN where there is none. See `alignax.host.functions.reward_fields`.
+
+    Raises:
+      RewardFailed: where a function fails, or a completion has no reward, and `rollout.bad_rewards` is "error".
+      Abandoned: in every process, where a signal has ended the wait of the one that asks.
+    """
+    functions, B, n = functions_of(run.experiment, hook), len(rows), len(texts[0])
+    assert functions is not None
+    said = said_of(rows, completions, texts)
+    found, left = Found(np.full((B * n, len(functions.names) or 1), np.nan, np.float32)), 0
+    try:
+        found = asked(run.workers, lambda: ask(run, functions, examples, said)) or found
+    except Abandoned as e:
+        left = e.number
+    numbers, problem = found.numbers, found.problem
+    if jax.process_count() > 1:
+        told = numbers, np.array([left, bool(problem)], np.int32)
+        numbers, (left, failed) = map(np.asarray, multihost_utils.broadcast_one_to_all(told))
+        problem = problem or "a reward function fails, as process 0 says" * int(failed)
+    if left:
+        raise Abandoned(int(left))
+    check_found(run, functions, found._replace(numbers=numbers, problem=problem), said.texts)
+    numbers = np.where(np.abs(numbers) <= MOST, numbers, np.float32(np.nan))
+    total = combined(functions, numbers)
+    total = np.where(np.abs(total) <= MOST, total, np.float32(np.nan)).reshape(B, n)
+    fields = {"gold" if hook == "gold" else "rewards": total} if functions.weights else {}
+    return fields | ({"scores": numbers.reshape(B, n, -1)} if functions.names else {})
+
+
+def metrics_of(run: Run, examples: Examples, rows: np.ndarray, completions: Completions, texts: list[list[str]]) -> dict[str, float]:
+    """`metrics/NAME`: the means of what `metrics` of the experiment says of completions of rows of the data, over those it knows.
+
+    A failure costs these completions their metrics, and is told once: what is only seen stops no run.
+
+    Raises:
+      Abandoned: in every process, where a signal has ended the wait of the one that asks.
+    """
+    functions = functions_of(run.experiment, METRICS)
+    if functions is None:
+        return {}
+    said, found, answer, left = said_of(rows, completions, texts), {}, None, 0
+    try:
+        answer = asked(run.workers, lambda: run.workers(call_of(run, functions, 0, examples, said), said.group, strict=False))
+    except Abandoned as e:
+        left = e.number
+    if answer is not None:
+        known = [row for row in answer.rewards if isinstance(row, dict)]
+        columns = {name: [row.get(name, np.nan) for row in known] for row in known for name in row}
+        found = {f"{METRICS}/{name}": known_mean(np.where(np.isfinite(x), x, np.nan)) for name, x in columns.items()}
+        if answer.problem:
+            where = f"{METRICS}() of {run.experiment.file}{behind_file(answer.problem)}"
+            run.workers.tell(METRICS, f"{where}. Such completions are left out of its metrics")
+    found, left = json.loads(from_main(json.dumps([found, left])))
+    if left:
+        raise Abandoned(left)
+    return found
+
+
+def said_of(rows: np.ndarray, completions: Completions, texts: list[list[str]]) -> Said:
+    """Completions of rows of the data as functions see them."""
+    n = len(texts[0])
+    ids, logps = ([own for group in x for own in group] for x in (completions.rows(), completions.drawn_rows()))
+    return Said(np.repeat(rows, n), [text for group in texts for text in group], ids, logps, n)
+
+
+def asked(workers: Workers, ask: Callable[[], T]) -> T | None:
+    """What process 0 finds, which asks for all, as a function may be random, or dear; None in the other processes.
+
+    They wait with it, and tell one another all the while what signal came: one that comes to a single process ends the wait too.
+    """
+    if jax.process_count() == 1:
+        return ask()
+    with ThreadPoolExecutor(1) as thread:
+        asking = thread.submit(ask) if jax.process_index() == 0 else None
+        waits = True
+        while waits:
+            if asking is not None:
+                wait([asking], POLL)
+            own = np.array([workers.stop(), asking is not None and not asking.done()], np.int32)
+            number, waits = multihost_utils.process_allgather(own).max(axis=0).tolist()
+            if number:
+                workers.stop = lambda number=number: number
+        return None if asking is None else asking.result()
+
+
+def ask(run: Run, functions: Functions, examples: Examples, said: Said) -> Found:
+    """What the functions of an experiment say of completions of rows of the data, one function after another."""
+    strict, count = run.config.rollout.bad_rewards == "error", len(said.texts)
+    found = Found(np.full((count, len(functions.names) or 1), np.nan, np.float32))
+    for k, function in enumerate(functions.each):
+        answer = run.workers(call_of(run, functions, k, examples, said), said.group, strict)
+        own = slice(k, k + 1) if functions.listed else slice(None)
+        with np.errstate(over="ignore"):
+            found.numbers[:, own] = np.reshape(answer.rewards, (count, -1))
+        if answer.problem and not found.problem:
+            name = title(function) if functions.listed else functions.hook
+            problem = f"{name}() of {run.experiment.file}{behind_file(answer.problem)}"
+            found = found._replace(problem=problem, at=answer.at, final=answer.final)
+            if strict:
+                break
+    return found
+
+
+def call_of(run: Run, functions: Functions, k: int, examples: Examples, said: Said) -> Call:
+    """The call of function k, with all that it asks for."""
+    function, c = functions.each[k], run.config.rollout
+    wanted = parameters(function, examples.columns)
+    names = ("prompts", "completions", *wanted.named) if wanted.positional else wanted.named
+    offered: dict[str, Callable[[], list[Any]]] = {
+        "prompts": lambda: [examples.prompts[row] for row in said.rows],
+        "completions": lambda: said.texts,
+        "completion_ids": lambda: [own.tolist() for own in said.ids],
+        "raw_completions": lambda: run.words.tokenizer.batch_decode(list(said.ids), skip_special_tokens=False),
+        "logprobs": lambda: [own.tolist() for own in said.logps],
+    }
+    column = lambda name: [examples.columns[name][row] for row in said.rows]
+    given = {name: offered[name]() if name in offered else column(name) for name in names if name != "config"}
+    call = Call(functions.hook, qualified(function), wanted.positional, given, "config" in names, len(said.texts), c.timeout)
+    if functions.listed:
+        return call._replace(part=k, gathered=is_async(function))
+    return call._replace(names=functions.names, gathered=is_async(function))
+
+
+def combined(functions: Functions, numbers: np.ndarray) -> np.ndarray:
+    """The weighted sum of numbers [R, K] over those that there are, NaN where there is none; without weights NaN where one is not there."""
+    if not functions.weights:
+        return numbers.sum(axis=-1)
+    known = ~np.isnan(numbers)
+    total = np.where(known, numbers * np.array(functions.weights, np.float32), 0).sum(axis=-1)
+    return np.where(known.any(axis=-1), total, np.float32(np.nan))
+
+
+def unusable(functions: Functions, numbers: np.ndarray) -> np.ndarray:
+    """Which completions have no reward, or a number that none may be: [R, K] -> [R] bool."""
+    return ~(np.abs(combined(functions, numbers)) <= MOST) | (np.abs(numbers) > MOST).any(axis=-1)
+
+
+def check_found(run: Run, functions: Functions, found: Found, texts: list[str]) -> None:
+    """Raises, or tells the first time, what went wrong, as `rollout.bad_rewards` says."""
+    bad = unusable(functions, found.numbers)
+    if not (bad.any() or found.problem):
+        return
+    what = found.problem + (f", for {short(texts[found.at])}" if found.at >= 0 else "")
+    if not found.problem:
+        first, name = int(bad.argmax()), functions.hook + "()" * (not functions.listed)
+        what = (
+            f"{name} of {run.experiment.file}: {bad.sum()} of {len(bad)} rewards are not finite or beyond {MOST:g}: "
+            f"{told(functions, found.numbers[first])} for {short(texts[first])} first"
+        )
+    if run.config.rollout.bad_rewards == "error":
+        raise RewardFailed(f"{what}. Mend it, or go on without these with rollout.bad_rewards=drop")
+    if jax.process_index() == 0:
+        run.workers.tell(functions.hook, f"{what}. Such are dropped, and counted as bad_rewards")
+
+
+def check_reward(run: Run, hook: str) -> None:
+    """Asks `reward` or `gold` of the experiment once, as a rollout does, of a prompt of the data and the answer that stands there.
+
+    What would stop the run is refused. With `rollout.bad_rewards` "drop" no reward is an answer, and a failure is told, since it may be of
+    that answer alone. Of the answer's tokens the log-probs are given as 0.
+    """
+    functions, examples, file = functions_of(run.experiment, hook), run.data.evaluated, run.experiment.file
+    assert functions is not None
+    said = stored_answer(run)
+    found, text = ask(run, functions, examples, said), said.texts[0]
+    if found.problem:
+        what = f"{found.problem}, asked of a prompt of the data and the completion {short(text)}"
+        if found.final or run.config.rollout.bad_rewards == "error":
+            raise ValueError(f"{what}; it must take any completion, an empty one too, and return a list with a number or None for each")
+        run.workers.say(what)
+    elif run.config.rollout.bad_rewards == "error" and unusable(functions, found.numbers).any():
+        name, given = hook + "()" * (not functions.listed), told(functions, found.numbers[0])
+        raise ValueError(
+            f"{name} of {file} returns [{given}] for one prompt and its completion {short(text)}; it must return a finite number up to "
+            f"{MOST:g} for each, or set rollout.bad_rewards=drop, which leaves out those without"
+        )
+
+
+def check_metrics(run: Run) -> list[str]:
+    """Asks `metrics` of the experiment once, as `check_reward` does, and refuses what fails; the names that it gives."""
+    functions, examples = functions_of(run.experiment, METRICS), run.data.evaluated
+    if functions is None:
+        return []
+    said = stored_answer(run)
+    answer = run.workers(call_of(run, functions, 0, examples, said), 1, strict=False)
+    if not answer.problem:
+        return list(answer.rewards[0])
+    what = f"{METRICS}() of {run.experiment.file}{behind_file(answer.problem)}, asked of a prompt of the data and the completion "
+    what += short(said.texts[0])
+    if answer.final or run.config.rollout.bad_rewards == "error":
+        raise ValueError(
+            f"{what}; it must take any completion, an empty one too, and return numbers by name, a list for each with a number or None "
+            "for each"
+        )
+    run.workers.say(what)
+    return []
+
+
+def stored_answer(run: Run) -> Said:
+    """A prompt of the data with the answer that stands there, whose log-probs are 0."""
+    examples = run.data.evaluated
+    answer = examples.tokens[: examples.offsets[1]][examples.scored[: examples.offsets[1]]]
+    text = run.words.tokenizer.decode(answer, skip_special_tokens=True)
+    return Said([0], [text], [answer], [np.zeros(len(answer), np.float32)], 1)
+
+
+def told(functions: Functions, numbers: np.ndarray) -> str:
+    """The numbers of a completion [K], with their names."""
+    labels = [f"{name} " for name in functions.names] or [""]
+    return ", ".join(f"{label}{x:g}" for label, x in zip(labels, numbers, strict=True))
+
+
+def named(names: Sequence[str], scores: np.ndarray) -> dict[str, float | None]:
+    """The numbers of a completion [K] by their names, for a file; None where there is none."""
+    return {name: x if np.isfinite(x) else None for name, x in zip(names, scores.tolist(), strict=True)}
+
+
+def rewarded(batch: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Which completions have a reward, or one of several numbers: [B, N] bool."""
+    return np.asarray(np.isfinite(batch["rewards"][..., None] if "rewards" in batch else batch["scores"]).any(axis=-1))
+
+
+def bad_rewards(batch: Mapping[str, np.ndarray]) -> float:
+    """How many completions have no reward; without weights, those that lack one of several numbers."""
+    return float(np.isnan(batch["rewards"][..., None] if "rewards" in batch else batch["scores"]).any(axis=-1).sum())
+
+
+def behind_file(problem: str) -> str:
+    """A problem behind the name of its file: ", line 3: .." or ": .."."""
+    return (", " if problem.startswith("line ") else ": ") + problem
+
+
+def has_signal(rewards: np.ndarray) -> np.ndarray:
+    """Which groups have two known rewards that differ: [B, N] -> [B] bool."""
+    known = np.isfinite(rewards)
+    return np.where(known, rewards, -np.inf).max(axis=1) > np.where(known, rewards, np.inf).min(axis=1)
+
+
+def known_mean(x: np.ndarray) -> float:
+    """The mean of what is not NaN; NaN where all is."""
+    return float(np.nanmean(x)) if np.isfinite(x).any() else float("nan")

@@ -1,0 +1,241 @@
+"""What a run says of itself: JSONL, TensorBoard, and one calm line on the console."""
+
+import json
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from alignax import output
+from alignax.config import BadInput
+from alignax.text import short
+
+MOST = 1 << 24  # bytes of rollouts.jsonl
+LARGE = 1e300  # beyond every number that a run writes
+SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which no file can hold
+ROW = {"step": int, str: (float,)}  # of metrics.jsonl
+SAMPLE = {"step": int, "prompt": str, "completion": str} | dict.fromkeys(("reward", "gold", "log_ratio"), (float,))  # of samples.jsonl
+SHOWN = {"loss": "loss", "rewards/accuracies": "acc", "rewards/margins": "margin", "reward": "reward", "kl": "kl", "grad_norm": "grad"}
+
+
+class Log:
+    """The log of one run, in its workdir; only process 0 has one that writes."""
+
+    def __init__(self, workdir: Path, *, steps: int, start: int, every: int, tensorboard: bool, writes: bool = True):
+        """Opens the log at `start`; rows of later steps, left by a killed run, are taken out, since they are about to be made again."""
+        self.steps, self.every, self.writes = steps, every, writes
+        self._last = time.monotonic()  # when the step before was over, moved by what is no training
+        self._began, self._tokens = self._last, 0.0
+        self._shown = start
+        self._first: int | None = None  # the first step of this process compiles: what is left is reckoned without it
+        self._bar: Any = None
+        self._tensorboard: Any = None
+        self._file: TextIO | None = None
+        self.evaluated = False  # whether the state at `start` was
+        if not writes:
+            return
+        self._samples, self._rollouts = workdir / "samples.jsonl", workdir / "rollouts.jsonl"
+        kept = _keep_rows(workdir / "metrics.jsonl", start)
+        last = max((row["step"] for row in kept), default=0)
+        self.evaluated = any(row["step"] == start and _is_evaluation(row) for row in kept)
+        _keep_rows(self._samples, start)
+        _keep_rows(self._rollouts, start)
+        if last < start:
+            self.line(
+                f"notice: {workdir / 'metrics.jsonl'} ends at step {last}, and this run goes on after step {start}: what is between is lost"
+            )
+        self._file = open(workdir / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        if tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1, write_to_disk=True)
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            shape = "step {n_fmt}/{total_fmt} |{bar:20}| {desc}"
+            self._bar = tqdm(total=steps, initial=start, bar_format=shape, dynamic_ncols=True, leave=True)
+
+    def step(self, step: int, metrics: Mapping[str, float], tokens: float, ended: float | None = None) -> None:
+        """Logs a training step that was over at `ended` (of `time.monotonic`), or just now; `tokens`: those of its batch, padding left out.
+
+        `tokens_per_second` is of this step, from the end of the step before; of a process's first one with all that it compiles.
+        """
+        now = time.monotonic() if ended is None else ended
+        own, self._last = tokens / max(now - self._last, 1e-9), now
+        if self._first is None:
+            self._began, self._first = now, step
+        else:
+            self._tokens += tokens
+        seconds = max(now - self._began, 1e-9)
+        rate = self._tokens / seconds
+        left = (self.steps - step) * seconds / max(step - self._first, 1)
+        self.row({"step": step} | dict(metrics) | {"tokens": tokens, "tokens_per_second": own})
+        shown = "  ".join(f"{short} {metrics[name]:.4g}" for name, short in SHOWN.items() if name in metrics)
+        pace = f"  {_si(rate)} tok/s  {_clock(left)} left" if step > self._first else ""
+        if self._bar is not None:
+            with self._console():
+                self._bar.set_description_str(shown + pace, refresh=False)
+                self._bar.update(step - self._bar.n)
+        elif self.writes and (step // self.every > self._shown // self.every or step in (self._first, self.steps)):
+            self.line(f"step {step}/{self.steps}  {shown}{pace}")
+            self._shown = step
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Keeps what is done inside, evaluation and saving, out of the speed of training."""
+        began = time.monotonic()
+        yield
+        away = time.monotonic() - began
+        self._began, self._last = self._began + away, self._last + away
+
+    def row(self, values: Mapping[str, float]) -> None:
+        """One JSONL row and its TensorBoard points. Not-a-number is written as null, so that every reader takes it."""
+        if self._file is None:
+            return
+        step = int(values["step"])
+        self._file.write(json.dumps(_plain(values)) + "\n")
+        self._file.flush()
+        if self._tensorboard is not None:
+            for name, value in values.items():
+                if name != "step":
+                    self._tensorboard.add_scalar(name, value, step)
+
+    def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
+        """Sampled completions, as JSONL rows and TensorBoard text."""
+        if not self.writes:
+            return
+        _append(self._samples, step, rows)
+        if self._tensorboard is not None:
+            text = "\n\n".join(f"**{row['prompt']}**{row['completion']}" for row in rows)
+            self._tensorboard.add_text("samples", text, step)
+
+    def rollouts(self, step: int, rows: list[dict[str, Any]]) -> None:
+        """What a step was trained on, as JSONL rows; of a file that is too long the older half goes."""
+        if not self.writes or not rows:
+            return
+        _append(self._rollouts, step, rows)
+        if self._rollouts.stat().st_size > MOST:
+            newer = self._rollouts.read_bytes()[-MOST // 2 :].split(b"\n", 1)[1]  # from the next whole row on
+            output.write_text(self._rollouts, newer.decode())
+
+    def line(self, text: str) -> None:
+        """A line on the console, above the progress line if there is one."""
+        with self._console():
+            if self._bar is not None:
+                self._bar.write(text, file=sys.stderr)
+            elif self.writes:
+                print(text, file=sys.stderr, flush=True)
+
+    @contextmanager
+    def _console(self) -> Iterator[None]:
+        """Goes on without a console that has gone, as after `| head` and the end of a terminal: the files say the same."""
+        try:
+            yield
+        except OSError:
+            self._bar, sys.stderr = None, open(os.devnull, "w")  # noqa: SIM115
+
+    def close(self) -> None:
+        """Flushes and closes what is open."""
+        if self._bar is not None:
+            self._bar.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._file is not None:
+            self._file.close()
+
+
+def read_rows(file: Path, shape: Any = ROW) -> list[dict[str, Any]]:
+    """Rows of a JSONL log, of this shape (see `misfit`); a last line that a killed run cut short is left out.
+
+    Raises:
+      BadInput: for a line that no run has written.
+    """
+    rows = []
+    for number, line, row in _lines(file):
+        if row is None or (wrong := misfit(row, shape)):
+            what = short(line) if row is None else f"its {wrong}"
+            raise BadInput(f"{file}, line {number} is no row of a log: {what}; delete that line")
+        rows.append(row)
+    return rows
+
+
+def misfit(value: Any, shape: Any) -> str:
+    """What of a JSON value is not of a shape, as "curves.gold is 3"; empty of one that fits.
+
+    A shape is `str`, `int` or `float`, whose numbers are finite; `(shape,)`, which may be null or missing; `[shape]`, a list; or
+    `{key: shape}`, an object with these keys, of which `str` stands for every one that there is.
+    """
+    if isinstance(shape, tuple):
+        return "" if value is None else misfit(value, shape[0])
+    if isinstance(shape, dict) and isinstance(value, dict):
+        inner = [(key, value.get(key), own) for key, own in shape.items() if key is not str]
+        inner += [(key, own, shape[str]) for key, own in value.items()] if str in shape else []
+    elif isinstance(shape, list) and isinstance(value, list):
+        inner = [(i, own, shape[0]) for i, own in enumerate(value)]
+    else:
+        if shape is str:
+            fits = isinstance(value, str) and not SURROGATE.search(value)
+        else:
+            fits = shape in (int, float) and type(value) in (int, shape) and abs(value) < LARGE
+        return "" if fits else f"is {short(value)}"
+    wrong = next(((key, found) for key, own, of in inner if (found := misfit(own, of))), None)
+    return f"{wrong[0]}{' ' if wrong[1].startswith('is ') else '.'}{wrong[1]}" if wrong else ""
+
+
+def _lines(file: Path) -> Iterator[tuple[int, bytes, dict[str, Any] | None]]:
+    """Number, bytes and row of each line of a log; None of one that no run has written."""
+    # Not splitlines(): that also splits at U+2028 and its like, which a sample may hold.
+    for number, line in enumerate(file.read_bytes().split(b"\n")[:-1] if file.is_file() else (), start=1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        yield number, line, row if isinstance(row, dict) and type(row.get("step")) is int else None
+
+
+def _is_evaluation(row: dict[str, Any]) -> bool:
+    """Whether a row is of an evaluation, which may have found nothing."""
+    return all(name == "step" or name.startswith("eval/") for name in row)
+
+
+def _keep_rows(file: Path, last: int) -> list[dict[str, Any]]:
+    """Takes out the rows of later steps, atomically, and lines that are no rows, which it says; returns the rows that are left."""
+    kept, damaged = [], []
+    for number, line, row in _lines(file):
+        if row is None:
+            damaged.append(f"{number} ({short(line)})")
+        elif last and row["step"] <= last:
+            kept.append(row)
+    if damaged:
+        print(f"notice: {file} is damaged in line {', '.join(damaged[:3])}: {len(damaged)} taken out, the rest is kept", file=sys.stderr)
+    if file.is_file():
+        output.write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+    return kept
+
+
+def _append(file: Path, step: int, rows: list[dict[str, Any]]) -> None:
+    with open(file, "a", encoding="utf-8") as f:
+        f.writelines(json.dumps({"step": step} | _plain(row), ensure_ascii=False) + "\n" for row in rows)
+
+
+def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row as JSON has it, which knows no number that is not finite."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+
+
+def _si(x: float) -> str:
+    for unit, size in (("M", 1e6), ("k", 1e3)):
+        if x >= size:
+            return f"{x / size:.3g}{unit}"
+    return f"{x:.3g}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, s = divmod(int(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"

@@ -1,0 +1,144 @@
+"""The loop: batch, step, log, evaluate, save; readable top to bottom."""
+
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from alignax.config import steps_of_turn
+from alignax.distributed import is_main
+from alignax.host.workers import Abandoned, never
+from alignax.run.evaluation import Evaluation
+from alignax.run.export import export
+from alignax.run.feed import make_feed
+from alignax.run.host_rewards import RewardFailed
+from alignax.run.log import Log
+from alignax.run.observer import Observer
+from alignax.run.start import Started
+from alignax.run.stop import AGREE, SIGNALS, Stop
+from alignax.run.summary import summary
+from alignax.types import Metrics, TrainState
+
+
+def fit(started: Started) -> dict[str, dict[str, float]]:
+    """Trains to the end; returns evaluation metrics, {"before": .., "after": ..}.
+
+    Everything goes into the workdir: `config.py` (runs the same again), `metrics.jsonl`, `samples.jsonl`, `tensorboard/`,
+    `rollouts.jsonl` (online), `checkpoints/`, `export/`.
+
+    Raises:
+      SystemExit: 143 after SIGTERM, 130 after Ctrl-C and 129 after SIGHUP, once the state is saved.
+      FloatingPointError: when `max_skipped` steps in a row are not finite, or all there are.
+    """
+    run, first = started.run, started.step
+    c = run.config.log
+    log = Log(run.workdir, steps=run.steps, start=first, every=c.every, tensorboard=c.tensorboard, writes=is_main())
+    run.workers.say = log.line
+    with closing(started.lock), closing(log), closing(run.workers), Stop() as stop:
+        for line in summary(run, started.about, first):
+            log.line(line)
+        with closing(started.checkpoints):  # waits until the last one is whole
+            state, results = loop(started, log, stop)
+        if int(state.skipped.max()) >= run.steps:
+            raise FloatingPointError(
+                f"none of the {run.steps} steps was finite, nothing was learnt, and nothing is exported; "
+                "lower optimizer.learning_rate, or look at the rows, and choose another workdir"
+            )
+        if run.config.export.final:
+            export(run, state, log)
+    return results
+
+
+def loop(started: Started, log: Log, stop: Stop) -> tuple[TrainState, dict[str, dict[str, float]]]:
+    """The steps that are left, with evaluation and saving between them."""
+    run, state, first, held, programs, about, checkpoints, _ = started
+    config = run.config
+    evaluate = Evaluation(run, held, programs, log, stop.look)
+    fresh = not run.config.lora.path  # adapters that were trained before are not their base
+    turn = steps_of_turn(config)  # steps between two looks: 1, or those on a rollout
+    feed, learn = make_feed(run, held, programs, stop.look), programs["train"].call
+    observe = Observer(run, log, equal=fresh and about["policy"] == about["reference"])
+    results: dict[str, dict[str, float]] = {}
+    pending: tuple[int, Metrics, Future[float]] | None = None
+    clock = ThreadPoolExecutor(1)  # a step may be over long before the host looks at it, or after it has given out the next
+    due = lambda every, s: s == run.steps or (every > 0 and s // every > (s - turn) // every)
+    if first == 0 or (due(config.eval.every, first) and not evaluated(log)):  # the run left before the end of that evaluation
+        with log.paused(), leaving(started, log, stop, state, first, "the evaluation"):
+            scores = evaluate(state, first)
+        if first in (0, run.steps):
+            results["after" if first else "before"] = scores
+    for s in range(first + turn, run.steps + 1, turn):
+        with leaving(started, log, stop, state, s - turn, "a rollout"):
+            state, batches, seen = feed(state, s - turn)
+            state, metrics = learn(state, held, batches)
+            state, more = feed.after(state, metrics)
+            metrics = metrics | seen | more
+        if pending:  # fetched a step late, so that the device never waits for the host
+            observe(*pending)
+        pending = (s, metrics, clock.submit(over, metrics))
+        stopping = stop.requested(s // turn, 1 if feed.waits else AGREE)
+        evaluating = due(config.eval.every, s)
+        saving = due(config.checkpoint.every, s) or (evaluating and config.checkpoint.best)
+        if stopping or evaluating or saving or feed.waits:  # never behind a checkpoint; a turn has waited for the device
+            with leaving(started, log, stop, state, s, "a rollout"):
+                observe(*pending)
+            pending = None
+        with log.paused(), leaving(started, log, stop, state, s, "the evaluation"):
+            scores = evaluate(state, s) if evaluating and not stopping else {}  # the next start makes it up
+            if stopping or saving:
+                checkpoints.save(state, about, scores)
+        if stopping:
+            checkpoints.close()
+            log.line(f"stopped by {SIGNALS[signal.Signals(stop.signal)]} after step {s}; saved. The same command goes on from here.")
+            raise SystemExit(128 + stop.signal)
+        if s == run.steps:
+            results["after"] = scores
+    return state, results
+
+
+def over(metrics: Metrics) -> float:
+    """When a step is over, on the clock of `time.monotonic`; waits for it."""
+    jax.block_until_ready(metrics)
+    return time.monotonic()
+
+
+@contextmanager
+def leaving(started: Started, log: Log, stop: Stop, state: TrainState, step: int, what: str) -> Iterator[None]:
+    """Lets a signal end `what`, a rollout or an evaluation, as if it had come at `step`, after which nothing is learnt yet.
+
+    Rewards that fail lose nothing of what was learnt before, either.
+    """
+    workers = started.run.workers
+    workers.stop = lambda: stop.signal
+    try:
+        yield
+    except Abandoned as e:
+        where = "before the first step; the same command begins again."
+        if step:
+            started.checkpoints.save(state, started.about, {})
+            started.checkpoints.close()
+            where = f"after step {step}, in {what}; saved. The same command goes on from here."
+        log.line(f"stopped by {SIGNALS[signal.Signals(e.number)]} {where}")
+        raise SystemExit(128 + e.number) from None
+    except RewardFailed:
+        if step:
+            started.checkpoints.save(state, started.about, {})
+            log.line(
+                f"saved after step {step}. The same command goes on from there: once what the reward asks, or a module that it imports, "
+                "is mended, or with rollout.bad_rewards=drop or a longer rollout.timeout. Where "
+                f"{started.run.experiment.file.name} changes it is another run, which may begin with the model that `alignax export "
+                f"{started.run.workdir} FOLDER` writes."
+            )
+        raise
+    finally:
+        workers.stop = never
+
+
+def evaluated(log: Log) -> bool:
+    """Whether the step that a run goes on after was evaluated, as process 0 has it in its log."""
+    return bool(multihost_utils.broadcast_one_to_all(np.array(log.evaluated)))

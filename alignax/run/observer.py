@@ -1,0 +1,147 @@
+"""What is watched while a run trains: the metrics of each step, logged, and what a person should know of them, said once."""
+
+import math
+from concurrent.futures import Future
+
+import jax
+import numpy as np
+
+from alignax.run.host_rewards import RewardFailed
+from alignax.run.log import Log
+from alignax.run.prepare import Run
+from alignax.run.rollout import trained_on
+from alignax.types import Metrics
+
+DRIFT = 2.0  # nats that the chosen response falls before the notice
+EQUAL = {"float32": 1e-3, "bfloat16": 0.1}  # nats that the margin of equal models may differ from 0 by rounding
+QUIET = 3  # rollouts in a row that say nothing before the notice
+SAME = 0.2  # of the first rollout's different completions: with fewer there is a notice
+
+
+class Observer:
+    """Logs training metrics and says what a person should know of them, once each."""
+
+    def __init__(self, run: Run, log: Log, equal: bool):
+        """`equal`: policy and reference start as the same parameters."""
+        self.run, self.log, self.equal = run, log, equal
+        self._first: dict[str, float] = {}
+        self._smooth: dict[str, float] = {}
+        self._since = 0
+        self._noticed = False
+        self._told: set[str] = set()  # the notices of rollouts that were given
+        self._seen = self._unrewarded = self._silent = self._cut = 0  # steps, and rollouts in a row
+
+    def __call__(self, step: int, metrics: Metrics, ended: Future[float] | None = None) -> None:
+        """Logs the metrics of a step, fetched now; `ended` tells when it was over, if not now."""
+        fetched = jax.device_get(dict(metrics))
+        if shown := fetched.pop("shown", None):
+            self.log.rollouts(step, trained_on(self.run, shown))
+        values = {name: float(x) for name, x in fetched.items()}
+        infinite = [name.removeprefix("finite/") for name, x in values.items() if name.startswith("finite/") and not x]
+        values = {name: x for name, x in values.items() if not name.startswith("finite/")}
+        if step == 1 and self.equal and not values["skipped"] and "logps/chosen_drift" in values:
+            self._check_equal(values)
+        self.log.step(step, values, values.pop("tokens"), ended and ended.result())
+        self._seen += 1
+        if self._seen == 1 and values.get("grad_norm") == 0 and not values["skipped"]:
+            self._notice_nothing(step, values)
+        if "distinct" in values:
+            self._check_rewards(step, values)
+        if values["skipped"]:
+            self._skipped(step, values, infinite)
+        elif "distinct" in values:
+            self._notice_sameness(step, values)
+        elif "logps/chosen_drift" in values:
+            self._since = self._since or step
+            self._notice(step, values)
+
+    def _skipped(self, step: int, values: dict[str, float], infinite: list[str]) -> None:
+        losses = [name for name, x in values.items() if name.startswith("loss") and not np.isfinite(x)]
+        what = ", ".join(losses) or f"the gradient of {', '.join(infinite[:3])}"
+        row = int(values["skipped_in_a_row"])
+        self.log.line(f"step {step}: {what} is not finite; step skipped ({int(values['skipped_total'])} so far, {row} in a row)")
+        if row >= self.run.config.max_skipped:
+            raise FloatingPointError(
+                f"{row} steps in a row were not finite ({what} at step {step}); lower optimizer.learning_rate, or look at these rows"
+            )
+
+    def _check_rewards(self, step: int, values: dict[str, float]) -> None:
+        """Stops a run without rewards, and tells of one whose rollouts say nothing."""
+        # Where no group has a signal, a refill leaves nothing to train on, whatever its rewards were.
+        each = [x for name, x in values.items() if name.startswith("score/")]  # of gdpo(), which makes no reward of them
+        none = values.get("bad_rewards", 0) and np.isnan([values[n] for n in ("reward", "reward_sampled") if n in values] or each).all()
+        self._unrewarded = self._unrewarded + 1 if none else 0
+        if none and self._unrewarded >= self.run.config.max_skipped:
+            raise RewardFailed(
+                f"no completion of {self._unrewarded} rollouts in a row has a reward (max_skipped; the last one before step {step}); "
+                "look at what the reward function or the reward models give"
+            )
+        self._silent = self._silent + 1 if values.get("signal_rate") == 0 and not values.get("advantage_std") and not none else 0
+        if self._silent == QUIET:
+            reward = values.get("reward_sampled", values["reward"])
+            self._once(
+                "silent",
+                f"notice at step {step}: the rewards of no group differ, for {QUIET} rollouts (signal_rate 0, reward "
+                f"{reward:.3g}), so nothing is learnt from comparing them. Take prompts that are neither hopeless nor solved, "
+                "a reward with more than two values, or more samples of a prompt (rollout.samples).",
+            )
+        self._cut = self._cut + 1 if values.get("truncated_rate") == 1 else 0
+        if self._cut == QUIET:
+            self._once(
+                "cut",
+                f"notice at step {step}: every completion of {QUIET} rollouts was cut at rollout.max_new_tokens, none has ended. Raise "
+                "it, or look at samples.jsonl for whether the policy ends what it says.",
+            )
+        if count := int(values.get("judge_cut", 0)):
+            self._once(
+                "judge",
+                f"notice at step {step}: {count} answers do not fit into what the reward models read, and are scored without their end "
+                "(judge_cut). Lower rollout.max_new_tokens, or leave out the longest prompts.",
+            )
+
+    def _once(self, name: str, line: str) -> None:
+        """Says a line, unless one of that name was said."""
+        if name not in self._told:
+            self._told.add(name)
+            self.log.line(line)
+
+    def _notice_nothing(self, step: int, values: dict[str, float]) -> None:
+        reward = values.get("reward_sampled", values.get("reward", math.nan))  # before any refill
+        alike = f": the rewards of no group differ (reward {reward:.3g})" if values.get("signal_rate") == 0 else ""
+        self.log.line(
+            f"notice at step {step}: the gradient is exactly 0{alike}, so nothing was learnt. Where that does not change, look at the "
+            "loss, at the masks of the data (`alignax check-data`), and at what the experience writes."
+        )
+
+    def _check_equal(self, values: dict[str, float]) -> None:
+        margin = max(abs(values[f"logps/{side}_drift"]) for side in ("chosen", "rejected"))
+        if margin > EQUAL[self.run.policy.dtype.name]:
+            raise FloatingPointError(
+                f"policy and reference are the same parameters, yet their log-probs differ by {margin:.3g} nats at step 0; "
+                "is the experience given the right reference?"
+            )
+        self.log.line(f"step 0: policy = reference, margin {values['rewards/margins']:.1e}, loss {values['loss']:.4f}")
+
+    def _notice(self, step: int, values: dict[str, float]) -> None:
+        for name in ("logps/chosen_drift", "rewards/margins"):
+            first = self._first.setdefault(name, values[name])
+            self._smooth[name] = 0.9 * self._smooth.get(name, 0.0) + 0.1 * (values[name] - first)
+        drift, margin = self._smooth["logps/chosen_drift"], self._smooth["rewards/margins"]
+        if not self._noticed and drift < -DRIFT and margin > 0:
+            self._noticed = True
+            self.log.line(
+                f"notice at step {step}: the chosen responses lose log-probability ({drift:.1f} nats since step {self._since}) while the "
+                f"margin grows (+{margin:.2f}). Only their difference is trained. To hold them, use rpo(beta, eta=0.005) with a larger "
+                "eta where that is not enough, or add sft() to the loss, with a larger weight where it is there."
+            )
+
+    def _notice_sameness(self, step: int, values: dict[str, float]) -> None:
+        first = self._first.setdefault("distinct", values["distinct"])
+        if not self._noticed and values["distinct"] < SAME * first:
+            self._noticed = True
+            reward = values.get("reward", np.nan)
+            self.log.line(
+                f"notice at step {step}: {values['distinct']:.1%} of the completions differ ({first:.1%} at first), with an entropy of "
+                f"{values['entropy']:.2g} nats a token, at a reward of {reward:.3g}. Where prompts have one right answer that is as it "
+                "should be; otherwise look at samples.jsonl, and add 0.01 * entropy_bonus() or more KL to the reference."
+            )

@@ -1,0 +1,260 @@
+"""The program of online training: experience once for a rollout, then the shared step on each of its parts.
+
+A rollout of B = minibatches x batch_size prompts is trained on in minibatches x epochs steps. The first epoch takes its prompts as they
+come, each further one in an order of its own.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from alignax import mesh as meshes
+from alignax.averages import PROPOSAL, averaged
+from alignax.config import PRETRAIN, ROLLOUTS, steps_of_turn
+from alignax.experience import advance
+from alignax.experience.chain import with_reported
+from alignax.experience.logps import in_parts
+from alignax.generate import sampler_gap
+from alignax.host.functions import names_of
+from alignax.losses.algebra import Loss, Objectives, by_name, lengths, sequence
+from alignax.reading import Noting
+from alignax.run.prepare import Run
+from alignax.run.roles import policy_model
+from alignax.run.state import Held, make_experience, off_policy
+from alignax.run.steps import objectives, taught_apply
+from alignax.train import Apply, make_step
+from alignax.types import Batch, Metrics, Outputs, TrainState, microbatch, readings
+
+LAST = ("skipped_total", "skipped_in_a_row", "learning_rate")  # metrics that are states: of several steps the last one's
+
+
+def make_learn(run: Run) -> Callable[[TrainState, Held, dict[str, Batch]], tuple[TrainState, Metrics]]:
+    """The program of online training, `(state, frozen, batches) -> (state, metrics)`; metrics are means over its steps.
+
+    The batches are `rollouts`, and of `pretrain` those of every step. With `log.rollouts` a metric `shown` is what `first_responses` gives.
+    """
+    c, after, learning = run.config, averaged(run.learning.averages), run.learning
+
+    def learn(state: TrainState, frozen: Held, batches: dict[str, Batch]) -> tuple[TrainState, Metrics]:
+        batch, further = batches[ROLLOUTS], {name: x for name, x in batches.items() if name != ROLLOUTS}
+        parts = c.rollout.minibatches * c.microbatches
+        once = reads_once(run, state, frozen, batch)
+        if once:
+            metrics, (carry, batch, reported) = {}, advance(make_experience(run, frozen, state), state.carry, batch)
+        else:
+            carry, batch, metrics, reported = experienced(run, state, frozen, batch, parts)
+        state = dataclasses.replace(state, carry=carry)
+        losses = objectives(run, frozen, state)
+        apply = taught_apply(run, frozen, losses)
+        train_step = make_step(apply, losses, learning.optimizer, c.microbatches, once, run.experiment.combine)
+        if off_policy(run):
+            own = {name: loss for name, loss in losses.items() if name != PRETRAIN}
+            check_corrected(apply, own, state, batch, c.rollout.minibatches)
+
+        def step(state: TrainState, part: dict[str, Batch]) -> tuple[TrainState, Metrics]:
+            rate = learning.schedule(state.step - state.skipped)
+            state, metrics, *out = train_step(state, {name: part.get(name, part[ROLLOUTS]) for name in losses})
+            metrics = (scored(run, part[ROLLOUTS], out[0]) if once else {}) | metrics
+            return after(state), metrics | {"learning_rate": jnp.asarray(rate)}
+
+        def epoch(state: TrainState, given: tuple[jax.Array | None, dict[str, Batch]]) -> tuple[TrainState, Metrics]:
+            order, beside = given
+            taken = batch if order is None else jax.tree.map(lambda x: x[order], batch)
+            return jax.lax.scan(step, state, {ROLLOUTS: microbatch(taken, c.rollout.minibatches)} | beside)
+
+        beside = jax.tree.map(lambda x: x.reshape((c.rollout.epochs, -1, *x.shape[1:])), further)
+        state, found = epoch(state, (None, jax.tree.map(lambda x: x[0], beside)))
+        if c.rollout.epochs > 1:
+            key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 3)
+            draw = lambda i: jax.random.permutation(jax.random.fold_in(key, i), batch["tokens"].shape[0])
+            orders = jax.vmap(draw)(jnp.arange(c.rollout.epochs - 1))
+            state, more = jax.lax.scan(epoch, state, (orders, jax.tree.map(lambda x: x[1:], beside)))
+            found = jax.tree.map(lambda a, b: jnp.concatenate([a, b.reshape((-1, *a.shape[1:]))]), found, more)
+        shown: dict[str, Any] = {"shown": first_responses(run, batch)} if c.log.rollouts else {}
+        tokens = c.rollout.epochs * batch["mask"].sum(dtype=jnp.float32)
+        tokens += sum(x["mask"].sum(dtype=jnp.float32) for x in further.values())
+        return state, with_reported(metrics | pooled(found) | {"tokens": tokens} | shown, reported)
+
+    return learn
+
+
+def first_responses(run: Run, batch: Batch) -> Batch:
+    """The first groups of what is trained on, of `log.rollouts` responses or more, whole on every device.
+
+    `tokens`, `mask`, `completion_mask` [b, N, T], `prompt_id` [b], and as far as there are any `reward` (before any KL penalty),
+    `advantage` (the mean over scored tokens) and `truncated` [b, N], and of several numbers of `reward(..)` their `scores` [b, N, K].
+    """
+    groups = -(-run.config.log.rollouts // batch["tokens"].shape[1])
+    out = {name: batch[name] for name in ("tokens", "mask", "completion_mask", "prompt_id", "truncated") if name in batch}
+    if "rewards" in batch:
+        out["reward"] = batch.get("raw_rewards", batch["rewards"])
+    if names_of(run.experiment):
+        out["scores"] = batch["scores"]
+    if "advantages" in batch:
+        total = jnp.where(batch["completion_mask"], batch["advantages"], 0.0).sum(axis=-1)
+        out["advantage"] = total / jnp.maximum(lengths(batch), 1)
+    whole = meshes.sharding(run.mesh)
+    return {name: jax.lax.with_sharding_constraint(x[:groups], whole) for name, x in out.items()}
+
+
+def check_corrected(apply: Apply, objective: Objectives, state: TrainState, batch: Batch, minibatches: int) -> None:
+    """Refuses a loss that takes the samples of another policy for the policy's own; on shapes alone."""
+    name, read = "sampled_logps", set()
+
+    def look(state: TrainState, batch: Batch) -> list[jax.Array]:
+        part = jax.tree.map(lambda x: x[0], microbatch(Noting(batch, frozenset({name}), read.add), minibatches))
+        return values(apply, [loss.trained() for loss in by_name(objective, state.step).values()], state, part)
+
+    jax.eval_shape(look, state, batch)
+    if not read:
+        raise ValueError(
+            "rollouts are sampled by another policy than learns from them (rollout.ahead, rollout.top_p below 1, or the average "
+            f"{PROPOSAL!r}), and the loss does not read {name}; correct it, as in importance_weighted(grpo())"
+        )
+
+
+def reads_once(run: Run, state: TrainState, frozen: Held, batch: Batch) -> bool:
+    """Whether the step's own forward pass is all that a rollout needs of the policy that learns from it; on shapes alone.
+
+    So it is where there is one step on a rollout, all of whose ratios are 1, and where what comes before it asks the policy for nothing: no
+    critic, and neither an experience nor a loss that reads what the policy said of the rollout, nor other responses in the rollout's place.
+    """
+    if steps_of_turn(run.config) > 1 or off_policy(run) or run.config.model.critic:
+        return False
+    kept, read = [], set()
+
+    def look(state: TrainState, frozen: Held, batch: Batch) -> list[jax.Array]:
+        before = dict.fromkeys(("old_logps", "old_entropy"), jnp.zeros(batch["mask"].shape))
+        noting = Noting(batch | before, frozenset(before), read.add)
+        _, after, _ = advance(make_experience(run, frozen, state), state.carry, noting)
+        kept.extend(after[name] is batch[name] for name in ("tokens", "mask", "completion_mask"))
+        own = {name: loss for name, loss in objectives(run, frozen, state).items() if name != PRETRAIN}
+        return values(taught_apply(run, frozen, own), by_name(own, state.step).values(), state, after)
+
+    jax.eval_shape(look, state, frozen, batch)
+    return all(kept) and not read
+
+
+def values(apply: Apply, losses: Iterable[Loss], state: TrainState, batch: Batch) -> list[jax.Array]:
+    """The losses of a batch."""
+    out = apply(state.params, batch)
+    return [loss(out, batch, loss.normalised(batch))[0] for loss in losses]
+
+
+def make_judge(run: Run) -> Callable[[TrainState, Held, Batch], Metrics]:
+    """The program `(state, frozen, samples) -> metrics`, each []: what experience and the reference say of samples.
+
+    `reward_se` is the standard error of `reward`, that of the prompts' means; no number of a single prompt.
+    """
+
+    def judge(state: TrainState, frozen: Held, batch: Batch) -> Metrics:
+        _, batch, metrics, _ = experienced(run, state, frozen, batch, 1)
+        if "rewards" not in batch:
+            return metrics
+        x, known = known_rewards(batch)
+        count, real = known.sum(axis=1), known.any(axis=1)  # [B]
+        each = jnp.where(real, x.sum(axis=1) / jnp.maximum(count, 1), 0.0)
+        n = real.sum()
+        squares = jnp.where(real, jnp.square(each - each.sum() / jnp.maximum(n, 1)), 0.0).sum()
+        return metrics | {"reward_se": jnp.sqrt(squares / (n - 1) / n)}
+
+    return judge
+
+
+def experienced(run: Run, state: TrainState, frozen: Held, batch: Batch, parts: int) -> tuple[dict[str, Any], Batch, Metrics, Metrics]:
+    """The next carry, a rollout with `old_logps`, `old_entropy`, a critic's `values` and all that experience writes, and metrics.
+
+    The metrics are those of the rollout, and apart from them those that the experience reports.
+    """
+    policy = policy_model(run.roles, frozen, state.params)
+    outputs = lambda part: policy.apply(policy.params, part)
+    out = in_parts(outputs, batch, parts)
+    sampled = scored(run, batch, out)  # an experience may put other responses in their place
+    batch = batch | {"old_logps": out.logps, "old_entropy": out.entropy} | ({} if out.values is None else {"values": out.values})
+    carry, batch, reported = advance(make_experience(run, frozen, state), state.carry, batch)
+    return carry, batch, sampled | measured(batch, off_policy(run), names_of(run.experiment)), reported
+
+
+def scored(run: Run, batch: Batch, out: Outputs) -> Metrics:
+    """What is seen of a rollout beside what the policy's forward pass says of it."""
+    return measured(batch | {"old_logps": out.logps}, off_policy(run), names_of(run.experiment)) | {
+        "entropy": per_token(out.entropy, batch)
+    }
+
+
+def measured(batch: Batch, other: bool = False, names: Sequence[str] = ()) -> Metrics:
+    """What is seen of a rollout, over responses with a scored token: each []. `other`: another policy has sampled it.
+
+    `sampler_kl`, of another's rollout: an estimate of KL(sampler || policy) in nats, summed over a response; importance weights then make
+    `kl` and `kl_k3` the policy's. `sampler_gap`, of its own: by how much its log-probs as a sampler differ from those of the forward pass
+    that trains.
+
+    `kl` and `kl_k3`: estimates of KL(policy || reference) in nats, summed over a response (Schulman 2020, "Approximating KL
+    divergence"): k1 = sum_t lr and k3 = sum_t exp(-lr) - 1 + lr, lr = log pi - log ref; both unbiased, k1 signed, k3 >= 0.
+    `reward`, `reward_std`: of the responses, NaN where none has one, and within a group. `bad_rewards`: responses without one.
+    `signal_rate`: the share of groups whose rewards differ. `score/member_k`, `disagreement`: of an ensemble. `score/NAME`: of several
+    numbers of `reward(..)`, which `names` are of, the mean of each over the responses that have it.
+    `judge_cut`: responses whose end the reward models do not read.
+    """
+    real = batch["completion_mask"].any(axis=-1)  # [B, N]
+    mean = lambda x: jnp.where(real, x, 0.0).sum() / jnp.maximum(real.sum(), 1)
+    out: Metrics = {"scored_rate": real.mean()}
+    weights = jnp.ones(real.shape)  # [B, N] pi / sampler
+    if "sampled_logps" in batch and other:
+        distance = sequence(batch["sampled_logps"] - batch["old_logps"], batch)
+        out["sampler_kl"] = mean(distance)
+        # Of mean 1, and finite however far the two are.
+        weights = real.sum() * jax.nn.softmax(jnp.where(real, -distance, -jnp.inf), axis=None)
+    elif "sampled_logps" in batch:
+        out["sampler_gap"] = sampler_gap(batch["old_logps"], batch)
+    if "ref_logps" in batch:
+        lr = jnp.where(batch["completion_mask"], batch["old_logps"] - batch["ref_logps"], 0.0)
+        out |= {"kl": mean(weights * lr.sum(axis=-1)), "kl_k3": mean(weights * (jnp.expm1(-lr) + lr).sum(axis=-1))}
+    if "rewards" in batch:
+        group, known = known_rewards(batch)
+        count = jnp.maximum(known.sum(axis=1, keepdims=True), 1)
+        centred = jnp.where(known, group - group.sum(axis=1, keepdims=True) / count, 0.0)
+        out["reward"] = jnp.where(known.any(), group.sum() / jnp.maximum(known.sum(), 1), jnp.nan)
+        out["bad_rewards"] = (real & ~jnp.isfinite(batch["rewards"])).sum()
+        if known.shape[1] > 1:
+            highest, lowest = (jnp.where(known, group, x) for x in (-jnp.inf, jnp.inf))
+            out["signal_rate"] = (highest.max(axis=1) > lowest.min(axis=1)).mean()
+        out["reward_std"] = jnp.sqrt(jnp.square(centred).sum(axis=1) / count[:, 0]).mean()
+    if names:
+        known = real[..., None] & jnp.isfinite(batch["scores"])  # [B, N, K]
+        each = jnp.where(known, batch["scores"], 0.0).sum(axis=(0, 1)) / known.sum(axis=(0, 1))  # 0 / 0 where there is none
+        out |= {f"score/{name}": each[k] for k, name in enumerate(names)}
+    elif "scores" in batch and batch["scores"].shape[-1] > 1:
+        out |= {f"score/member_{k}": mean(batch["scores"][..., k]) for k in range(batch["scores"].shape[-1])}
+        out["disagreement"] = mean(batch["scores"].std(axis=-1))
+    if cut := [batch[name] for role in readings(batch) if (name := f"{role}_cut") in batch]:
+        out["judge_cut"] = (functools.reduce(jnp.logical_or, cut) & real).sum()
+    if "advantages" in batch:
+        out["advantage_mean"] = per_token(batch["advantages"], batch)
+        out["advantage_std"] = jnp.sqrt(per_token(jnp.square(batch["advantages"] - out["advantage_mean"]), batch))
+    return out
+
+
+def known_rewards(batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Rewards of responses, without a KL penalty and of all that were sampled, 0 where there is none; and where there are some: [B, N]."""
+    rewards = batch.get("raw_rewards", batch["rewards"])
+    rewards = batch.get("group_rewards", jnp.where(batch["completion_mask"].any(axis=-1), rewards, jnp.nan))
+    known = jnp.isfinite(rewards)
+    return jnp.where(known, rewards, 0.0), known
+
+
+def per_token(x: jax.Array, batch: Batch) -> jax.Array:
+    """The mean of [B, N, T] over scored tokens."""
+    return jnp.where(batch["completion_mask"], x, 0.0).sum() / jnp.maximum(lengths(batch).sum(), 1)
+
+
+def pooled(metrics: Metrics) -> Metrics:
+    """Of metrics [U] of several steps: means; skipped steps counted; of states the last."""
+    out = {}
+    for name, x in metrics.items():
+        out[name] = x[-1] if name in LAST else x.all() if name.startswith("finite/") else x.sum() if name == "skipped" else jnp.mean(x)
+    return out

@@ -1,0 +1,68 @@
+"""What a run would do, before it does it: shapes, memory as the compiler sees it, the config, and the first batch.
+
+A step is compiled ahead of time from shapes alone, for the devices at hand or for a TPU slice that nobody here owns (with
+`libtpu` installed): does it fit, what does it take.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from alignax import mesh as meshes
+from alignax.config import flat
+from alignax.data import decode_example
+from alignax.losses.algebra import by_name
+from alignax.losses.responses import differing
+from alignax.models import hf
+from alignax.run.prepare import Run
+from alignax.run.programs import programs
+from alignax.run.state import abstract_batches, abstract_state
+from alignax.run.summary import sizes
+from alignax.text import table
+
+
+def topology_mesh(topology: str, shape: Mapping[str, int]) -> Mesh:
+    """A mesh over the chips of a TPU slice, such as "v5e:4x4", which need not be there; needs `libtpu`."""
+    from jax.experimental import topologies
+
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    return meshes.make_mesh(shape, devices)
+
+
+def compile_step(run: Run) -> Any:
+    """Compiles experience and training step for the run's mesh from shapes alone, see `alignax.run.programs.Program.compiled`."""
+    return programs(run)["train"].compiled(run.mesh.devices.flat[0].platform)
+
+
+def describe(run: Run) -> str:
+    """What `alignax train --dry-run` prints."""
+    state = abstract_state(run)
+    size = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    rows = [["parameter", "shape", "sharding", "MB a device"]]
+    for path, x in jax.tree_util.tree_leaves_with_path(state.params):
+        rows.append([hf.leaf_name(path), str(x.shape), str(x.sharding.spec), f"{size(x) / 1e6:.3f}"])
+    mixture = run.data.train.mixture
+    memory = compile_step(run).memory_analysis()
+    batches = [(hf.leaf_name(path), x) for path, x in jax.tree_util.tree_leaves_with_path(abstract_batches(run))]
+    return "\n".join(
+        [
+            f"{sizes(run)}; mesh {meshes.words(run.mesh)}",
+            table(rows),
+            *(f"batch {n} {x.shape} (.., examples, responses, tokens), {x.sharding.spec}" for n, x in batches if n.endswith("tokens")),
+            f"memory of the training step, a device: {memory.argument_size_in_bytes / 1e9:.3f} GB state, reference and batch, "
+            f"{memory.temp_size_in_bytes / 1e9:.3f} GB temporary",
+            f"steps {run.steps}",
+            *filter(None, map(differing, by_name(run.learning.objectives, jnp.zeros((), jnp.int32)).values())),
+            *(f"{split} data: {line}" for split, report in run.data.reports.items() for line in report.lines()),
+            *(f"mixture: {line}" for line in (mixture.lines(run.steps * run.config.batch_size) if mixture else [])),
+            "config " + json.dumps(flat(run.config), indent=2),
+            "the first row of the first batch, scored tokens in [ ]:",
+            decode_example(run.data.train.examples, int(run.data.train.rows(0)[0]), run.words.tokenizer),
+            "dry run: nothing was written",
+        ]
+    )

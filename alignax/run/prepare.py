@@ -1,0 +1,318 @@
+"""From an experiment to a checked run: everything that can be refused is refused here, before any compute."""
+
+import dataclasses
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from alignax import mesh as meshes
+from alignax import output
+from alignax.averages import Average
+from alignax.config import (
+    DATA,
+    PRETRAIN,
+    ROLLOUTS,
+    Experiment,
+    asked,
+    check_kept,
+    difference,
+    identity,
+    load_experiment,
+    of_run,
+    steps_of_turn,
+)
+from alignax.config.blame import blaming
+from alignax.data import Batches, Examples, Report, load, padded_length
+from alignax.data.mixture import Loaded
+from alignax.data.template import Today
+from alignax.distributed import is_main
+from alignax.generate import stops_of
+from alignax.host.workers import Workers
+from alignax.losses.algebra import Objective
+from alignax.models import hf
+from alignax.models.reward import CRITIC
+from alignax.models.tokenizers import load_tokenizer
+from alignax.optim import make_optimizer, make_schedule, own_optimizer
+from alignax.rewards import judge as judging
+from alignax.rewards.judge import Judge
+from alignax.run.checkpoint import began
+from alignax.run.checks import (
+    check_averages,
+    check_batches,
+    check_cache,
+    check_fields,
+    check_judged,
+    check_objective,
+    check_positions,
+    check_pretrain,
+    check_rollout,
+)
+from alignax.run.opening import Vocabulary, notices, open_models
+from alignax.run.roles import GOLD, POLICY, REFERENCE, STORED, Role, abstract_frozen, models
+
+# Fields that may change when a run is resumed: they do not say what is computed, only where and how it is told.
+FREE = (
+    "workdir",
+    "mesh.",
+    "log.",
+    "checkpoint.",
+    "eval.",
+    "export.",
+    "max_skipped",
+    "microbatches",
+    "model.remat",
+    "model.logps_chunk",
+    "reference.cache",
+    "rollout.reward_workers",
+    "rollout.timeout",
+    "rollout.bad_rewards",
+)
+
+
+class Data(NamedTuple):
+    """What a run reads."""
+
+    train: Batches  # of an ensemble those of its first member
+    pretrain: Batches | None  # of the loss called "pretrain"
+    evaluation: Examples | None
+    reports: dict[str, Report]
+
+    @property
+    def evaluated(self) -> Examples:
+        """What samples are evaluated on."""
+        return self.evaluation or self.train.examples
+
+
+class Learning(NamedTuple):
+    """How a run learns."""
+
+    objectives: dict[str, Objective]  # by name, the first of the data or of rollouts, see `by_batch`
+    schedule: optax.Schedule
+    optimizer: optax.GradientTransformation
+    averages: dict[str, Average]
+
+    @property
+    def objective(self) -> Objective:
+        """The loss of the data, or of rollouts."""
+        return next(iter(self.objectives.values()))
+
+
+class Run(NamedTuple):
+    """A checked run: nothing computed, nothing written."""
+
+    experiment: Experiment
+    config: Any
+    workdir: Path
+    mesh: Mesh
+    roles: dict[str, Role]  # its models by name
+    judges: dict[str, Judge]  # how those of them that read text of their own read samples, by the role's name
+    words: Vocabulary
+    data: Data
+    learning: Learning
+    steps: int
+    workers: Workers  # that call its reward functions
+
+    @property
+    def readers(self) -> dict[str, Judge]:
+        """How the reward models read samples that experience or the loss asks for, by the role's name."""
+        asks = (*asked(self.experiment.experience), *asked(self.experiment.loss)[1:])
+        return {name: judge for name, judge in self.judges.items() if name in asks}
+
+    @property
+    def policy(self) -> Role:
+        """What is trained."""
+        return self.roles[POLICY]
+
+    @property
+    def source(self) -> hf.Source:
+        """The folder that the policy starts from."""
+        return self.policy.source
+
+    @property
+    def train(self) -> Batches:
+        """The batches of training, of an ensemble those of its first member."""
+        return self.data.train
+
+
+def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
+    """Reads config, data and model descriptions, and refuses what cannot work.
+
+    Args:
+      experiment: what to run.
+      mesh: default: the config's, over the devices at hand.
+
+    Raises:
+      ValueError: with what is wrong, the value, and the remedy.
+    """
+    config = experiment.config
+    if not config.workdir:
+        raise ValueError("config field 'workdir' is empty; set --config.workdir=runs/NAME")
+    check_fields(config)
+    mesh = mesh or meshes.make_mesh(config.mesh)
+    check_batches(config, mesh)
+    roles, words = open_models(experiment, mesh)
+    source, reference = roles[POLICY].source, roles.get(REFERENCE)
+    if not config.data.train:
+        raise ValueError("config field 'data.train' is empty; set --config.data.train=FILE")
+    Today.day = began(Path(config.workdir))  # a run that goes on tomorrow has the same rows
+    whole = source.config.num_labels > 0 or bool(scoring(roles))  # a reward model reads what the chat template writes behind an end
+    loaded = {
+        split: load(
+            split, config.data, words.tokenizer, source.config.vocab_size, words.ends, experiment.row, whole and split != "pretrain"
+        )
+        for split in ("train", "eval", "pretrain")
+        if config.data[split]
+    }
+    judges, every = judged(experiment, roles, words, loaded)
+    examples = {split: own for split, own in every.items() if split != "pretrain"}
+    readers = [source, *(roles[name].source for name in (REFERENCE, CRITIC) if name in roles and roles[name].source is not source)]
+    for model in readers:
+        check_positions(config, model, examples, every if model is source else examples)
+    if config.reference.cache:  # shapes of what is read or computed before the first step
+        place = lambda e: dataclasses.replace(e, token_fields={STORED: np.zeros(len(e.tokens), np.float32)})
+        examples = {split: place(e) for split, e in examples.items()}
+    check_rollout(config, readers, experiment, examples)
+    for strings in (config.rollout.stop, config.eval.stop):
+        stops_of(words.tokenizer, strings)  # refuses those that cannot occur
+    data = streams(config, examples, every, loaded, 8 if mesh.devices.flat[0].platform == "cpu" else 128)
+    steps = step_count(config, data.train)
+    schedule = make_schedule(config.optimizer, steps)
+    optimizer = own_optimizer(experiment, schedule) if experiment.optimizer else make_optimizer(config.optimizer, schedule)
+    objectives, averages = learning(experiment, roles, mesh)
+    check_averages(config, averages, reference)
+    check_cache(config, averages, reference)
+    for line in notices(roles, words.tokenizer, config.lora.path, config.rollout.samples > 0) if is_main() else ():
+        print(f"notice: {line}", file=sys.stderr)
+    return Run(
+        experiment, config, Path(config.workdir), mesh, roles, judges, words, data,
+        Learning(objectives, schedule, optimizer, averages), steps,
+        Workers(experiment.file, config, config.rollout.reward_workers, config.rollout.timeout),
+    )  # fmt: skip
+
+
+def scoring(roles: dict[str, Role]) -> dict[str, Role]:
+    """The reward models that are read, by name."""
+    return {name: role for name, role in roles.items() if role.members and not role.trained}
+
+
+def judged(
+    experiment: Experiment, roles: dict[str, Role], words: Vocabulary, loaded: dict[str, Loaded]
+) -> tuple[dict[str, Judge], dict[str, Examples]]:
+    """How the reward models read samples, and every split, with what they read of rows where that is not what the policy does."""
+    config, read = experiment.config, [split for split in loaded if split != "pretrain"]
+    # Conversations are kept for samples that reward models read, and for nobody else.
+    every = {split: dataclasses.replace(data.examples, conversations=[]) for split, data in loaded.items()}
+    judges, asks = {}, (*asked(experiment.experience), *asked(experiment.loss)[1:])
+    for name, role in scoring(roles).items():
+        own = load_tokenizer(role.source.path, role.source.config.vocab_size)
+        if config.rollout.samples or name == GOLD:
+            judges[name] = judging.of_rollouts(config, name, role.source, own, words.tokenizer, [loaded[split].examples for split in read])
+        if not config.rollout.samples and name in asks:
+            bare = {split: loaded[split]._replace(examples=every[split]) for split in read}
+            every |= judging.of_data(config, name, role.source, own, words.tokenizer, words.ends, bare, experiment.row)
+            if shared := [every[split] for split in read if name not in every[split].others]:
+                check_judged(role.source, shared)
+    if judges:
+        every |= {split: dataclasses.replace(every[split], conversations=loaded[split].examples.conversations) for split in read}
+    return judges, every
+
+
+def learning(experiment: Experiment, roles: dict[str, Role], mesh: Mesh) -> tuple[dict[str, Objective], dict[str, Average]]:
+    """The losses of an experiment by the batch that each is of, and its averages; models that the losses ask for are not there yet."""
+    config, file = experiment.config, experiment.file
+    given = models(roles, abstract_frozen(roles, mesh), None)
+    with blaming(file):
+        loss = experiment.loss(config, **{name: given[name] for name in asked(experiment.loss)[1:]})
+        averages = {} if experiment.averages is None else experiment.averages(config)
+    if not isinstance(averages, Mapping):
+        raise ValueError(f'averages() of {file} returns {averages!r}; return averages by name, {{"ema": ema(0.999)}} say')
+    check_objective(loss, file)
+    check_pretrain(config, loss, file, experiment.combine is not None)
+    return by_batch(config, loss), dict(averages)
+
+
+def by_batch(config: Any, loss: Any) -> dict[str, Objective]:
+    """What loss(..) of an experiment returns, by name: "data" or "rollouts", "pretrain" last, others where their gradients are combined."""
+    first = ROLLOUTS if config.rollout.samples else DATA
+    return (
+        dict(sorted(loss.items(), key=lambda own: (own[0] == PRETRAIN) - (own[0] == first))) if isinstance(loss, Mapping) else {first: loss}
+    )
+
+
+def streams(config: Any, examples: dict[str, Examples], every: dict[str, Examples], loaded: dict[str, Loaded], tile: int) -> Data:
+    """The batches of training, in rows that hold evaluation data and samples too, and those of `data.pretrain`, if there are any.
+
+    Lengths of rows are multiples of `tile`, which TPU and GPU attention asks for.
+    """
+    length = max(padded_length(e, tile) for e in examples.values())
+    if config.rollout.samples:
+        longest = max(int(e.prompt_lengths.max()) for e in examples.values())
+        length = -(-(longest + max(config.rollout.max_new_tokens, config.eval.max_new_tokens)) // tile) * tile
+    drawn = {
+        "shuffle": config.data.order != "file",
+        "bootstrap": config.ensemble.bootstrap,
+        "noise": config.data.label_noise,
+        "noise_seed": config.seed,
+    }
+    train = Batches(examples["train"], config.batch_size, config.seed, length, loaded["train"].mixture, **drawn)
+    pretrain = None
+    if config.data.pretrain:
+        own = every["pretrain"]
+        pretrain = Batches(own, config.batch_size, config.seed, padded_length(own, tile), loaded["pretrain"].mixture)
+    reports = {
+        split if len(own.reports) == 1 else f"{split} ({path})": report
+        for split, own in loaded.items()
+        for path, report in own.reports.items()
+    }
+    return Data(train, pretrain, examples.get("eval"), reports)
+
+
+def step_count(config: Any, train: Batches) -> int:
+    """Training steps: `steps`, or as many as `epochs` take; whole rollouts."""
+    turn = steps_of_turn(config)
+    steps = config.steps or -(-train.steps(config.epochs) * (config.rollout.epochs if config.rollout.samples else 1) // turn) * turn
+    if steps < 1:
+        raise ValueError(f"epochs {config.epochs} make no step; raise epochs, or set steps")
+    if steps % turn:
+        raise ValueError(f"steps {steps} do not divide into rollouts of {turn} steps (minibatches x epochs); use a multiple of {turn}")
+    return steps
+
+
+def origin(experiment: Experiment) -> str:
+    """What a run writes into the folders of its models, to know them again."""
+    return f"run {identity(experiment, FREE)}"
+
+
+def check_workdir(run: Run) -> None:
+    """Refuses the workdir of another run, and one that cannot be written."""
+    workdir, experiment = run.workdir, run.experiment
+    check_kept(experiment)
+    if "\\" in str(workdir.absolute()):  # tensorstore reads it as a slash: the arrays would go into another folder
+        raise ValueError(f"workdir {str(workdir)!r} has a backslash, which checkpoints take for a slash; choose another name")
+    saved = workdir / "config.py"
+    place = output.standing(workdir)
+    if of_run(saved):
+        lines = difference(load_experiment(saved), experiment, FREE)
+        if lines:
+            raise ValueError(f"workdir {str(workdir)!r} belongs to another run ({'; '.join(lines[:4])}); choose another workdir")
+    elif not place.is_dir():
+        raise ValueError(f"workdir {str(workdir)!r} cannot be a folder: {str(place)!r} is a file; choose another workdir")
+    elif place == workdir and any(p.name != output.LOCK and not output.unfinished(p) for p in workdir.iterdir()):
+        raise ValueError(f"workdir {str(workdir)!r} holds other files; choose a new or empty folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ValueError(f"workdir {str(workdir)!r} cannot be written: {str(place)!r} is closed to you; choose another workdir")
+    for folder in exports(run) if run.config.export.final else ():
+        output.claim(folder, origin(experiment), remedy="move it away")
+
+
+def exports(run: Run) -> list[Path]:
+    """The folders that a run writes at its end: `export`, of adapters also `adapter`, of an ensemble one in each for every member."""
+    kinds = ["adapter", "export"] if run.policy.lora is not None and run.policy.lora.targets else ["export"]
+    members = [f"member_{k}" for k in range(run.policy.members)] or [""]
+    return [run.workdir / kind / name for kind in kinds for name in members]

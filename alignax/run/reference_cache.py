@@ -1,0 +1,133 @@
+"""The reference's log-probs of the data, computed once into a cache that later steps, runs and hosts read.
+
+A cache is a folder of parts under a key: a fingerprint of all that the numbers depend on (weights, config and dtype of the reference,
+tokens and masks of the data) and of nothing else, so another learning rate, loss, batch size, mesh or workdir finds them again.
+A part is written whole or not at all: an interrupted computation goes on with those that are missing.
+"""
+
+import dataclasses
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from alignax import mesh as meshes
+from alignax import output
+from alignax.config import eval_batch_size
+from alignax.data import Examples, assemble
+from alignax.distributed import together
+from alignax.run.prepare import Run
+from alignax.run.roles import REFERENCE, STORED
+from alignax.text import one_line
+from alignax.types import Params
+
+FORMAT = 1  # of the parts and of the key
+ROWS = 1024  # examples of a part
+AGREE = {"float32": 1e-3, "bfloat16": 0.1}  # nats by which a token's log-prob may differ between meshes and batch sizes
+
+
+def with_stored(run: Run, params: Params, digest: str, say: Any) -> Run:
+    """The run with the reference's log-probs beside its tokens, from the cache or computed into it. Every process calls it.
+
+    Args:
+      run: one with `reference.cache`.
+      params: the reference's, as the forward pass reads them.
+      digest: of its weights.
+      say: takes lines for the console.
+
+    Raises:
+      ValueError: for a part that is damaged or does not hold what the reference says.
+      OSError: when the folder cannot be written.
+    """
+    data = run.data
+    train = dataclasses.replace(data.train, examples=stored(run, data.train.examples, params, digest, "train", say))
+    evaluation = data.evaluation and stored(run, data.evaluation, params, digest, "eval", say)
+    return run._replace(data=data._replace(train=train, evaluation=evaluation))
+
+
+def key(run: Run, examples: Examples, digest: str) -> str:
+    """What the numbers depend on, in 16 hexadecimal digits."""
+    role = run.roles[REFERENCE]
+    model = repr((FORMAT, digest, role.source.config, role.dtype.name)).encode()
+    return f"{zlib.crc32(model):08x}{examples.token_digest():08x}"
+
+
+def stored(run: Run, examples: Examples, params: Params, digest: str, split: str, say: Any) -> Examples:
+    """The examples with the reference's log-prob of every scored token."""
+    folder = Path(run.config.reference.cache) / key(run, examples, digest)
+    with together():
+        folder.mkdir(parents=True, exist_ok=True)
+        output.sweep(folder)
+        found = [read(folder, i, examples) for i in range(-(-len(examples) // ROWS))]
+    # What one process lacks all compute, since a sharded program takes all of them.
+    have = np.array([part is not None for part in found])
+    if jax.process_count() > 1:
+        have = multihost_utils.process_allgather(have).all(axis=0)
+    say(f"{split} data: reference log-probs of {len(examples):,} rows, {have.sum()} of {len(have)} parts in {folder}")
+    score = jax.jit(lambda params, batch: run.roles[REFERENCE].apply(params, batch).logps)
+    values = np.zeros(len(examples.tokens), np.float32)
+    for i in range(len(have)):
+        part = found[i]
+        if part is None or not have[i]:
+            part = np.concatenate(list(computed(run, examples, params, score, i * ROWS, (i + 1) * ROWS)))
+            with together():
+                write(folder, i, part)
+            say(f"{split} data: reference log-probs, part {i + 1} of {len(have)} computed")
+        side = slice(*examples.offsets[[i * ROWS * examples.N, min((i + 1) * ROWS, len(examples)) * examples.N]])
+        values[side][examples.scored[side]] = part
+    if have.any():
+        check(run, examples, params, score, values, folder, int(np.flatnonzero(have)[0]) * ROWS)
+    return dataclasses.replace(examples, token_fields={STORED: values})
+
+
+def computed(run: Run, examples: Examples, params: Params, score: Any, start: int, stop: int) -> Iterator[np.ndarray]:
+    """Log-probs of the scored tokens of rows start .. stop, in the order of the tokens."""
+    size = eval_batch_size(run.config)
+    for first in range(start, min(stop, len(examples)), size):
+        rows = np.arange(first, first + size)
+        rows[rows >= min(stop, len(examples))] = len(examples)  # padding rows
+        make = lambda part, rows=rows: assemble(examples, rows[part], run.data.train.length)
+        batch = meshes.put_batch(run.mesh, make, size)
+        mask = assemble(examples, rows, run.data.train.length)["completion_mask"]
+        yield meshes.gathered(score(params, batch))[mask]
+
+
+def check(run: Run, examples: Examples, params: Params, score: Any, values: np.ndarray, folder: Path, row: int) -> None:
+    """Compares one batch of what was read with what the reference says now."""
+    stop = min(row + eval_batch_size(run.config), len(examples))
+    now = np.concatenate(list(computed(run, examples, params, score, row, stop)))
+    side = slice(*examples.offsets[[row * examples.N, stop * examples.N]])
+    worst = np.abs(values[side][examples.scored[side]] - now).max(initial=0.0)
+    if not worst < AGREE[run.policy.dtype.name]:
+        raise ValueError(f"the log-probs in {folder} differ from the reference's by {worst:.3g} nats; delete that folder")
+
+
+def read(folder: Path, index: int, examples: Examples) -> np.ndarray | None:
+    """A part, or None if it is not there."""
+    from safetensors import SafetensorError, safe_open
+
+    file = folder / f"{index:06d}.safetensors"
+    if not file.is_file():
+        return None
+    try:
+        with safe_open(file, framework="np") as f:
+            values, crc = f.get_tensor("logps"), f.metadata()["crc"]
+    except (SafetensorError, KeyError, TypeError, OSError) as e:
+        raise ValueError(f"{file} is damaged or cut short ({one_line(e)}); delete it, and it is computed again") from e
+    side = slice(*examples.offsets[[index * ROWS * examples.N, min((index + 1) * ROWS, len(examples)) * examples.N]])
+    whole = values.dtype == np.float32 and values.shape == (examples.scored[side].sum(),)
+    if not whole or crc != f"{zlib.crc32(values.tobytes()):08x}":
+        raise ValueError(f"{file} is damaged: it does not hold what it says; delete it, and it is computed again")
+    return values
+
+
+def write(folder: Path, index: int, values: np.ndarray) -> None:
+    """Writes a part in one move; two processes that write the same one do no harm."""
+    from safetensors.numpy import save_file
+
+    with output.file(folder / f"{index:06d}.safetensors", shared=True) as tmp:
+        save_file({"logps": values}, tmp, metadata={"crc": f"{zlib.crc32(values.tobytes()):08x}"})

@@ -1,0 +1,291 @@
+"""Rollouts: prompts of the data, completions that the policy samples now, and what a reward function on the host says of them.
+
+A rollout is a batch [B, N, T] like any other. It is a function of the training state and the step alone, so a run that is stopped
+goes on bit for bit.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from alignax import mesh as meshes
+from alignax.averages import PROPOSAL
+from alignax.config import prompts_of_rollout, steps_of_turn
+from alignax.data import Examples
+from alignax.generate import Completions, Stops, policy_sampling, sampled_batch, sampler, speaker, stops_of, text_of
+from alignax.generate.stops import LENGTH, STOP_ID, STOP_STRING
+from alignax.host.calls import within as within  # how a reward function is timed, to try one by hand
+from alignax.host.functions import names_of, reward_fields
+from alignax.rewards import judge as judges
+from alignax.run.host_rewards import bad_rewards, has_signal, known_mean, metrics_of, named, rewarded, rewards_of
+from alignax.run.prepare import Run
+from alignax.run.programs import Program
+from alignax.run.roles import GOLD, whole
+from alignax.run.state import Held, padded_prompts
+from alignax.types import Batch, TrainState
+
+
+class Sampled(NamedTuple):
+    """What a policy has just said, before anybody has judged it."""
+
+    rows: np.ndarray  # [B] of the data
+    prompts: list[list[int]]
+    completions: Completions
+    metrics: dict[str, float]
+
+
+class Rollout(NamedTuple):
+    """A batch to learn from."""
+
+    batch: Batch  # on the mesh, see `Rollouts`
+    metrics: dict[str, float]
+
+
+class Rollouts:
+    """Makes the rollouts of a run.
+
+    A batch has `tokens`, `mask`, `completion_mask` and `sampled_logps` [B, N, T], `truncated` [B, N] bool (no EOS within
+    `rollout.max_new_tokens`), `prompt_id` [B] int32 (the row of the data), and where the experiment has a reward function its
+    `rewards` [B, N] float32, and `scores` [B, N, K] of several numbers with names. A completion whose reward is not known has reward NaN
+    and no scored token, so it weighs nothing. Gold rewards, where it has those, are `gold` [B, N] float32.
+    """
+
+    def __init__(self, run: Run, look: Callable[[], None] = lambda: None, gold: Callable[..., np.ndarray] | None = None):
+        """Compiles nothing yet; `look` is called while it samples, and may raise to leave; `gold`: see `golden`."""
+        c, self.run, self.gold = run.config.rollout, run, gold
+        count = prompts_of_rollout(run.config)
+        longest = int(run.data.train.examples.prompt_lengths.max())
+        self.generate = sampler(
+            speaker(run.policy.config, run.policy.dtype, mesh=run.mesh),
+            count * c.samples,
+            longest,
+            c.max_new_tokens,
+            policy_sampling(c.temperature, c.top_p),
+            ends=run.words.ends,
+            stops=stops_of(run.words.tokenizer, c.stop),
+            slots=c.slots,
+            look=look,
+        )
+
+    def __call__(self, state: TrainState, frozen: Held, step: int) -> Rollout:
+        """The rollout before training step `step`, with `rollout.refill` of groups whose rewards differ, as far as they are found.
+
+        Its metrics of text, `bad_rewards` and `gold` are those of the first sample, as what the policy says, before any refill.
+
+        Raises:
+          RewardFailed: see there.
+        """
+        batch, metrics = self.judged(self.sample(state, frozen, step))
+        if self.run.config.rollout.refill:
+            batch, more = self.refilled(state, frozen, step, batch)
+            metrics |= more | {name: metrics[name] + more[name] for name in ("time/generate", "time/reward")}
+        return self.placed(batch, metrics)
+
+    def sample(self, state: TrainState, frozen: Held, step: int, again: int = 0, count: int | None = None) -> Sampled:
+        """What the rollout before training step `step` says: of the policy as it stands, or of the average that samples for it.
+
+        `again`: which time it is that groups are replaced, from 1 on, `count` of them; 0: the rollout itself.
+        """
+        run, rows, began = self.run, self.rows(step, again)[:count], time.monotonic()
+        prompts = [run.data.train.examples.prompt_tokens(row).tolist() for row in rows]
+        key = jax.random.fold_in(jax.random.fold_in(state.key, step), 2)
+        key = jax.random.fold_in(key, again) if again else key
+        params = whole(run.roles, frozen, state.averages.get(PROPOSAL, state.params))
+        completions = self.generate(params, prompts, key, n=run.config.rollout.samples)
+        return Sampled(rows, prompts, completions, {"time/generate": time.monotonic() - began} | text_metrics(completions))
+
+    def judge(self, sampled: Sampled) -> Rollout:
+        """What was sampled, with what reward functions say of it.
+
+        Raises:
+          RewardFailed: see there.
+        """
+        return self.placed(*self.judged(sampled))
+
+    def unjudged(self, sampled: Sampled) -> Rollout:
+        """What was sampled, where a signal came before reward functions had said anything of it: all rewards are infinite, as none is."""
+        texts = decoded(self.run.words.tokenizer, sampled.completions, self.generate.stops)
+        batch = said_batch(self.run, self.run.data.train.examples, sampled.rows, sampled.prompts, sampled.completions, texts)
+        fields = reward_fields(self.run.experiment)
+        fields |= {} if self.gold is None else {"gold": ()}
+        asked = {name: np.full((*batch["truncated"].shape, *more), np.inf, np.float32) for name, more in fields.items()}
+        return self.placed(batch | asked, sampled.metrics | {"time/reward": 0.0})
+
+    def waiting(self, batch: Batch) -> Sampled | None:
+        """What a rollout that `unjudged` made has sampled, to be judged now; None of one that is judged."""
+        asked = [batch[name] for name in (*reward_fields(self.run.experiment), "gold") if name in batch]
+        if not asked or not np.isposinf(meshes.gathered(asked[0])).all():
+            return None
+        host = {name: meshes.gathered(batch[name]) for name in ("tokens", "mask", "sampled_logps", "truncated", "prompt_id")}
+        rows = host["prompt_id"]
+        prompts = [self.run.data.train.examples.prompt_tokens(row).tolist() for row in rows]
+        shape = (*host["truncated"].shape, self.run.config.rollout.max_new_tokens)
+        tokens, mask, logps = np.zeros(shape, np.int32), np.zeros(shape, bool), np.zeros(shape, np.float32)
+        ended = np.full(shape[:2], STOP_STRING, object)
+        for b, n in np.ndindex(shape[:2]):
+            own = slice(len(prompts[b]), int(host["mask"][b, n].sum()))
+            count = own.stop - own.start
+            tokens[b, n, :count], mask[b, n, :count] = host["tokens"][b, n, own], True
+            logps[b, n, :count] = host["sampled_logps"][b, n, own]
+            if host["truncated"][b, n]:
+                ended[b, n] = LENGTH
+            elif tokens[b, n, count - 1] in self.run.words.ends:
+                ended[b, n] = STOP_ID
+        completions = Completions(tokens, mask, logps, ended, self.generate.sampling, 0, 0)
+        return Sampled(rows, prompts, completions, {"time/generate": 0.0} | text_metrics(completions))
+
+    def placed(self, batch: dict[str, np.ndarray], metrics: dict[str, float]) -> Rollout:
+        """The rollout on the mesh."""
+        count = len(batch["prompt_id"])
+        return Rollout(meshes.put_batch(self.run.mesh, lambda part: {name: x[part] for name, x in batch.items()}, count), metrics)
+
+    def judged(self, sampled: Sampled, again: bool = False) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+        """Batch and metrics of what was sampled, on the host; `metrics` of the experiment is not asked `again`, of a refill."""
+        run, began = self.run, time.monotonic()
+        rows, prompts, completions, metrics = sampled
+        examples, texts = run.data.train.examples, decoded(run.words.tokenizer, completions, self.generate.stops)
+        batch = samples_batch(run, examples, rows, prompts, completions, texts)
+        if run.experiment.reward is not None:
+            metrics["bad_rewards"] = bad_rewards(batch)
+        if run.experiment.gold is not None:
+            batch |= rewards_of(run, "gold", examples, rows, completions, texts)
+        elif self.gold is not None:
+            batch["gold"] = self.gold(examples, rows, prompts, completions, texts)
+        if "gold" in batch:
+            metrics["gold"] = known_mean(batch["gold"])
+        if not again:
+            metrics |= metrics_of(run, examples, rows, completions, texts)
+        return batch, metrics | {"time/reward": time.monotonic() - began}
+
+    def refilled(
+        self, state: TrainState, frozen: Held, step: int, batch: dict[str, np.ndarray]
+    ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+        """Dynamic sampling (DAPO, Yu et al. 2025, arXiv:2503.14476, section 3.2): groups without a signal make room for other prompts'.
+
+        Those that still have none after `rollout.refill` times have no scored token. The prompts of each time are a function of the step.
+        """
+        heard = has_signal(batch["rewards"])
+        found = {"signal_rate": float(heard.mean()), "reward_sampled": known_mean(batch["rewards"]), "refill/times": 0.0}
+        times = {"time/generate": 0.0, "time/reward": 0.0}
+        while found["refill/times"] < self.run.config.rollout.refill and not heard.all():
+            found["refill/times"] += 1
+            silent = np.flatnonzero(~heard)
+            other, metrics = self.judged(self.sample(state, frozen, step, int(found["refill/times"]), len(silent)), again=True)
+            new = np.flatnonzero(has_signal(other["rewards"]))
+            place = silent[: len(new)]
+            for name, x in batch.items():
+                x[place] = other[name][new]
+            heard[place] = True
+            times = {name: seconds + metrics[name] for name, seconds in times.items()}
+        batch["completion_mask"] &= heard[:, None, None]
+        return batch, found | times | {"refill/dropped": float((~heard).sum())}
+
+    def rows(self, step: int, again: int = 0) -> np.ndarray:
+        """The rows of the data that the rollout before training step `step` is of: those of so many steps of the stream.
+
+        `again`: those that it goes on with; they come after the last ones of the whole run in the stream.
+        """
+        run, c = self.run, self.run.config.rollout
+        first = step // c.epochs
+        if again:
+            before = run.steps // c.epochs  # batches of the stream that rollouts begin with
+            first = before + (step // steps_of_turn(run.config) * c.refill + again - 1) * c.minibatches
+        return np.concatenate([run.data.train.rows(first + i) for i in range(c.minibatches)])
+
+
+def samples_batch(
+    run: Run, examples: Examples, rows: np.ndarray, prompts: Sequence[Sequence[int]], completions: Completions, texts: list[list[str]]
+) -> dict[str, np.ndarray]:
+    """The batch of completions of rows of the data, on the host, with their rewards; see `Rollouts`."""
+    batch = said_batch(run, examples, rows, prompts, completions, texts)
+    if run.experiment.reward is None:
+        return batch
+    rewards = rewards_of(run, "reward", examples, rows, completions, texts)
+    return batch | rewards | {"completion_mask": batch["completion_mask"] & rewarded(rewards)[..., None]}
+
+
+def said_batch(
+    run: Run, examples: Examples, rows: np.ndarray, prompts: Sequence[Sequence[int]], completions: Completions, texts: list[list[str]]
+) -> dict[str, np.ndarray]:
+    """The batch of completions of rows of the data, on the host, before reward functions are asked."""
+    batch = sampled_batch(prompts, completions, run.data.train.length)
+    batch |= {"truncated": completions.ended == LENGTH, "prompt_id": rows.astype(np.int32)}
+    for role, judge in run.readers.items():
+        own = judges.read(judge, run.words.tokenizer, examples, rows, prompts, completions, texts)
+        readable = own[f"{role}_completion_mask"].any(axis=-1, keepdims=True)
+        batch |= own | {"completion_mask": batch["completion_mask"] & readable}
+    return batch
+
+
+def golden(
+    run: Run,
+    held: Held,
+    program: Program,
+    examples: Examples,
+    rows: np.ndarray,
+    prompts: Sequence[Sequence[int]],
+    completions: Completions,
+    texts: list[list[str]],
+) -> np.ndarray:
+    """What the role "gold" says of completions of rows of data: [B, N] float32, the mean of several members; NaN of what it cannot read.
+
+    Args:
+      run: has that role.
+      held: the frozen trees.
+      program: "gold" of the run.
+      examples: the data.
+      rows: of the data, which the prompts are of [B].
+      prompts: in the policy's tokens.
+      completions: of these prompts.
+      texts: of the completions.
+    """
+    own = judges.read(run.judges[GOLD], run.words.tokenizer, examples, rows, prompts, completions, texts)
+    batch = {name: own[f"{GOLD}_{name}"] for name in judges.FIELDS}
+    padded = put_padded(run.mesh, batch, padded_prompts(run.mesh, len(rows)))
+    scores = meshes.gathered(program.call(held[GOLD], padded))[: len(rows)]
+    return np.where(batch["completion_mask"].any(axis=-1), scores, np.float32(np.nan))
+
+
+def put_padded(mesh: Mesh, batch: dict[str, np.ndarray], least: int = 0) -> Batch:
+    """The batch on the mesh, filled up with padding rows, to `least` of them at least."""
+    n, shards = len(next(iter(batch.values()))), meshes.batch_shards(mesh)
+    size = -(-max(n, least) // shards) * shards
+    full = {name: np.concatenate([x, np.zeros((size - n, *x.shape[1:]), x.dtype)]) for name, x in batch.items()}
+    return meshes.put_batch(mesh, lambda rows: {name: x[rows] for name, x in full.items()}, size)
+
+
+def trained_on(run: Run, shown: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+    """Rows of `rollouts.jsonl`: what `make_learn` shows of a rollout, as texts with their special tokens."""
+    tokens, mask, scored = (shown[name] for name in ("tokens", "mask", "completion_mask"))  # [b, N, T]
+    rows = []
+    for b, n in list(np.ndindex(tokens.shape[:2]))[: run.config.log.rollouts]:
+        # Where no token is scored, as without a reward, the prompt of the data says where the completion begins.
+        first = int(scored[b, n].argmax()) if scored[b, n].any() else len(run.data.train.examples.prompt_tokens(int(shown["prompt_id"][b])))
+        own = tokens[b, n][mask[b, n]]
+        row = {"prompt": run.words.tokenizer.decode(own[:first]), "completion": run.words.tokenizer.decode(own[first:])}
+        numbers = {name: shown[name][b, n].item() for name in ("reward", "advantage", "truncated") if name in shown}
+        scores = {"scores": named(names_of(run.experiment), shown["scores"][b, n])} if "scores" in shown else {}
+        rows.append(row | numbers | scores)
+    return rows
+
+
+def decoded(tokenizer: Any, completions: Completions, stops: Stops | None = None) -> list[list[str]]:
+    """Texts [B][N], special tokens and what has ended them left out."""
+    each = lambda rows, ended: [text_of(row, why, tokenizer, stops) for row, why in zip(rows, ended.tolist(), strict=True)]
+    return [each(*pair) for pair in zip(completions.rows(), completions.ended, strict=True)]
+
+
+def text_metrics(completions: Completions) -> dict[str, float]:
+    """Of what was sampled: mean length in tokens, how much of it ended, and how much of it differs."""
+    lengths = completions.mask.sum(axis=-1)
+    rows = completions.tokens.reshape(-1, completions.tokens.shape[-1])
+    return {
+        "completion_length": float(lengths.mean()),
+        "eos_rate": float((completions.ended != LENGTH).mean()),
+        "truncated_rate": float((completions.ended == LENGTH).mean()),
+        "distinct": len(np.unique(rows, axis=0)) / len(rows),
+    }

@@ -1,0 +1,122 @@
+"""The models that past runs and folders hold, read again for a command."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from alignax import rewards
+from alignax.config import Experiment, default_config, load_experiment, of_run, set_field, trunk_values
+from alignax.distributed import together
+from alignax.mesh import make_mesh
+from alignax.models import hf, peft
+from alignax.models.reward import CRITIC
+from alignax.models.tensorfiles import check_finite
+from alignax.models.tokenizers import load_tokenizer
+from alignax.run.checkpoint import Checkpoints
+from alignax.run.export import members_of
+from alignax.run.opening import compute_dtype, make_lora, open_model, open_source, paths_of, trained_roles
+from alignax.run.roles import abstract_trained
+from alignax.run.start import check_same, described, fingerprint
+from alignax.types import Params
+
+
+def saved_experiment(workdir: Path, overrides: Sequence[str]) -> Experiment:
+    """The experiment of a past run, to be looked at on the devices at hand rather than on those that it ran on."""
+    file = workdir / "config.py"
+    if not of_run(file):
+        raise ValueError(f"{str(workdir)!r} is not the workdir of a run: it has no config.py{' that a run wrote' if file.exists() else ''}")
+    here = [f"workdir={workdir}", "reference.cache=", "mesh.member=1", "mesh.data=1", "mesh.fsdp=-1", "mesh.tensor=1"]
+    return load_experiment(file, [*here, *overrides])
+
+
+def is_workdir(place: str | Path) -> bool:
+    """Whether a run has written there."""
+    return of_run(Path(place) / "config.py")
+
+
+def folder_config(folder: Path, overrides: Sequence[str]) -> Any:
+    """The default config, of a model folder."""
+    config = default_config()
+    for override in [f"model.path={folder}", *overrides]:
+        set_field(config, override)
+    return config
+
+
+def names_of(members: int) -> list[str]:
+    """The folders of the members of an ensemble; of one model the folder itself."""
+    return [f"member_{k}" for k in range(members)] or [""]
+
+
+class Saved(NamedTuple):
+    """What a run has trained, as whole models."""
+
+    config: Any
+    source: hf.Source
+    mesh: Mesh
+    step: int
+    models: Iterator[tuple[str, Params]]  # name and parameters of each member; of a run without members one, whose name is empty
+
+
+def saved_models(workdir: Path, overrides: Sequence[str]) -> Saved:
+    """The newest checkpoint of a run, adapters merged. The run's data need not be there."""
+    with together():
+        config = saved_experiment(workdir, overrides).config
+        source = hf.with_heads(
+            open_source(config.model.path, "model.path"), config.model.num_labels, trunk_values(config), config.model.language_head
+        )
+    mesh = make_mesh(config.mesh)
+    return Saved(config, source, mesh, *newest_models(workdir, config, source, mesh, config.export.params))
+
+
+def newest_models(workdir: Path, config: Any, source: hf.Source, mesh: Mesh, name: str) -> tuple[int, Iterator[tuple[str, Params]]]:
+    """The step of a run's newest checkpoint, and its models (see `Saved`); `name`: "policy" or an average."""
+    lora, members = make_lora(config, source), config.ensemble.members
+    with closing(Checkpoints(workdir, writes=False)) as checkpoints:
+        now = described(source, load_tokenizer(source.path, source.config.vocab_size))
+        if lora is not None:  # the base is read again
+            now["policy"] = fingerprint(hf.load_params(source, mesh, jax.random.key(config.seed)))
+        trained = abstract_trained(trained_roles(config, source, lora, compute_dtype(config, mesh), mesh), mesh)
+
+        def read(step: int) -> tuple[dict[str, Any], Params]:
+            about = checkpoints.about(step)
+            check_same(workdir, step, about, now)
+            return about, checkpoints.restore_params(step, trained, name)
+
+        step, (about, params) = checkpoints.newest(read)
+        if step and about.get("skipped") == step:
+            raise ValueError(f"none of the {step} steps in {str(workdir)!r} was finite: it holds the model that it began from alone")
+        check_finite(params, "float32", f"checkpoint {step} in {str(workdir)!r}")
+        params.pop(CRITIC, None)
+    return step, ((name, peft.merged(source, lora, one, mesh) if lora else one) for name, one in members_of(params, members))
+
+
+def averaged_models(soup: Path, overrides: Sequence[str]) -> Saved:
+    """The mean of model folders, as `saved_models` gives what a run has trained."""
+    with together():
+        config = folder_config(soup, overrides)
+        source = open_model(config.model.path, config.model.init, "model.path")
+    mesh = make_mesh(config.mesh)
+    return Saved(config, source, mesh, 0, iter([("", hf.load_params(source, mesh))]))
+
+
+def reward_models(place: str, file: str, overrides: Sequence[str]) -> tuple[Any, hf.Source, Mesh, Params]:
+    """Config, first folder, mesh and parameters [K, ...] of reward models: the workdir of a run, or folders with commas between them.
+
+    Of folders the config is that of the experiment file; without one, the default.
+    """
+    if is_workdir(place):
+        if file:
+            raise ValueError(f"{place!r} is the workdir of a run, which has a config of its own; leave out --config {file}")
+        config, source, mesh, _, models = saved_models(Path(place), overrides)
+        if not source.config.num_labels:
+            raise ValueError(f"{place!r} is the run of a language model; give reward models (model.num_labels 1)")
+        return config, source, mesh, rewards.stack([params for _, params in models], source.config, mesh)
+    folders = paths_of(place)
+    config = load_experiment(file, overrides).config if file else folder_config(Path(folders[0]), overrides)
+    mesh = make_mesh(config.mesh)
+    source, params = rewards.load_ensemble(folders, mesh)
+    return config, source, mesh, params

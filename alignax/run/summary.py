@@ -1,0 +1,75 @@
+"""What a run says before it starts: its models, its data, and how long it goes."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from alignax import mesh as meshes
+from alignax.losses.algebra import by_name
+from alignax.losses.responses import differing
+from alignax.models import parameters
+from alignax.models.reward import CRITIC
+from alignax.run.prepare import Run
+from alignax.run.roles import BASE, REFERENCE, abstract, abstract_trained
+from alignax.types import Params
+
+
+def parameter_count(tree: Params) -> int:
+    """Parameters of a tree, which may be abstract."""
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
+
+
+def sizes(run: Run) -> str:
+    """The model's size in words."""
+    policy, dtype = run.policy, run.policy.dtype.name
+    whole, trained = parameter_count(parameters.abstract_params(policy.source.config)), parameter_count(abstract_trained(run.roles))
+    if policy.lora is None:
+        return f"{whole / 1e6:.3f} M parameters, {dtype} on float32 weights"
+    held = "int8" if policy.lora.int8 else dtype
+    return f"{whole / 1e6:.3f} M parameters in {held}, {trained / 1e6:.3f} M more in float32 that are trained"
+
+
+def summary(run: Run, about: dict[str, Any], start: int) -> list[str]:
+    """What a run says before it starts."""
+    policy, data = run.policy, run.data
+    lines = [
+        f"model {run.config.model.path}: {sizes(run)}; mesh {meshes.words(run.mesh)}",
+        f"policy {about['policy']}" + (f", reference {about['reference']}" if about["reference"] else ", no reference"),
+    ]
+    if policy.lora is not None and not policy.lora.targets:
+        lines.append("the trunk is frozen: the head alone is trained")
+    elif policy.lora is not None and not policy.members:
+        base = "; the reference is their base, without adapters" if REFERENCE in run.roles and run.roles[REFERENCE].tree == BASE else ""
+        lines.append(f"adapters {about['adapters']} of rank {policy.lora.rank} on {', '.join(policy.lora.targets)}{base}")
+    if CRITIC in run.roles:
+        size = parameter_count(parameters.abstract_params(run.roles[CRITIC].config)) / 1e6
+        lines.append(f"critic {about['critic']} of its own tree, {run.config.model.critic}: {size:.3f} M parameters")
+    if policy.members:
+        kind = "all parameters" if policy.lora is None else "adapters" if policy.lora.targets else "a head"
+        lines.append(
+            f"ensemble of {policy.members} members {about['members']}, each with {kind} of its own; seeds from {run.config.seed} on"
+        )
+    for name in run.config.models:
+        size = parameter_count(abstract(run.roles[name])) / 1e6
+        lines.append(f"{name} {about[name]}, {run.config.models[name].path}: {size:.3f} M parameters")
+    lines += filter(None, map(differing, by_name(run.learning.objectives, jnp.zeros((), jnp.int32)).values()))
+    for name, report in data.reports.items():
+        lines += [f"{name} data: {line}" if i == 0 else f"  {line}" for i, line in enumerate(report.lines())]
+    for stream in (data.train, data.pretrain):
+        if stream is not None and stream.mixture:
+            lines += [f"mixture: {line}" for line in stream.mixture.lines(run.steps * run.config.batch_size)]
+    if run.words.unused and not policy.source.config.num_labels:
+        count, rows = sum(behind - first for first, behind in run.words.unused), policy.source.config.vocab_size
+        lines.append(f"{count:,} of the {rows:,} tokens of the model's head are none of its tokenizer's: they are never sampled")
+    if run.config.batch_size > len(data.train.examples):
+        lines.append(
+            f"a batch of {run.config.batch_size} is more than the {len(data.train.examples)} rows there are: it holds rows more than once"
+        )
+    lines.append(f"steps {run.steps} of {run.config.batch_size} examples, rows of {data.train.length} tokens, workdir {run.workdir}")
+    if start >= run.steps:
+        lines.append(f"this run is complete: step {start} is saved; a longer one needs another workdir")
+    elif start:
+        lines.append(f"going on after step {start}")
+    return lines

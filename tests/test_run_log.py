@@ -1,0 +1,77 @@
+"""The log of a run: the speed of the step that it is logged with, and files that grow and go on."""
+
+import json
+import types
+
+import pytest
+
+from alignax.run import log as metrics
+from alignax.run.log import Log
+
+
+def rows(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_the_speed_is_of_the_step_it_is_logged_with(tmp_path, monkeypatch):
+    """Also at first, when going on, after a pause, looked at late, and where the wall clock goes backwards, which nobody reads."""
+    clock = [100.0]
+    monkeypatch.setattr(metrics, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))  # no other clock is there
+    log = Log(tmp_path, steps=40, start=30, every=1, tensorboard=False)
+
+    def step(number, seconds, tokens):
+        clock[0] += seconds
+        log.step(number, {"loss": 1.0}, tokens)
+
+    step(31, 20.0, 100.0)
+    step(32, 2.0, 100.0)
+    with log.paused():
+        clock[0] += 1000.0
+    step(33, 4.0, 100.0)
+    clock[0] += 30.0
+    log.step(34, {"loss": 1.0}, 100.0, ended=clock[0] - 20.0)  # two steps that are looked at together
+    log.step(35, {"loss": 1.0}, 100.0, ended=clock[0])
+    log.close()
+    assert [row["tokens_per_second"] for row in rows(tmp_path / "metrics.jsonl")] == pytest.approx([5.0, 50.0, 25.0, 10.0, 5.0])
+
+
+def test_a_run_goes_on_without_its_console(tmp_path, monkeypatch):
+    class Gone:
+        def write(self, text):
+            raise BrokenPipeError
+
+        def isatty(self):
+            return False
+
+    monkeypatch.setattr(metrics.sys, "stderr", Gone())
+    log = Log(tmp_path, steps=2, start=0, every=1, tensorboard=False)
+    for step in (1, 2):
+        log.step(step, {"loss": 1.0}, 10.0)
+        log.line("a line")
+    log.close()
+    metrics.sys.stderr.close()
+    assert [row["step"] for row in rows(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+def test_rollouts_are_bounded_and_go_on_without_a_row_twice(tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics, "MOST", 4000)
+    file = tmp_path / "rollouts.jsonl"
+
+    def write(start, steps):
+        log = Log(tmp_path, steps=100, start=start, every=1, tensorboard=False)
+        for step in steps:
+            log.rollouts(step, [{"completion": f"\u2028ä{step}", "reward": float("nan")}] * 4)
+            assert file.stat().st_size <= 4000
+        log.close()
+
+    write(0, range(1, 61))
+    found = [row["step"] for row in rows_of(file)]
+    assert found == sorted(found) and found[-4:] == [60] * 4 and len(found) > 30
+    write(50, range(51, 61))  # going on from a checkpoint at step 50
+    again = [row["step"] for row in rows_of(file)]
+    assert again[-40:] == [step for step in range(51, 61) for _ in range(4)]
+    assert max(map(again.count, again)) == 4
+
+
+def rows_of(file):
+    return [json.loads(line, parse_constant=pytest.fail) for line in file.read_bytes().split(b"\n")[:-1]]
