@@ -19,7 +19,7 @@ from alignax.cli import main
 from alignax.cli.reward_commands import pairs_of
 from alignax.config import default_config
 from alignax.data import load_examples
-from alignax.generate import Completions, Sampling
+from alignax.generate import Answers, Completions, Sampling
 from alignax.models import hf
 from alignax.rewards import judge as judges
 from alignax.run.rollout import Rollouts, decoded
@@ -252,7 +252,7 @@ def test_an_answer_that_was_cut_is_read_as_one_that_has_ended(shared, tmp_path):
     completions = Completions(tokens, mask, np.zeros(mask.shape, np.float32), ended, Sampling(), 0, 0)
     judge = judges.Judge("ensemble", tokenizer, (2,), 16, 96, {}, shared)
     texts = decoded(tokenizer, completions)
-    batch = judges.read(judge, tokenizer, examples, np.zeros(1, np.int64), [prompt], completions, texts)
+    batch = judges.read(judge, tokenizer, Answers(examples, np.zeros(1, np.int64), [prompt], completions, texts))
     whole = [*prompt, *said, 2]
     for n in range(2):
         assert batch["ensemble_tokens"][0, n][batch["ensemble_mask"][0, n]].tolist() == whole

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from alignax.config import default_config
-from alignax.generate import Completions, Sampling
+from alignax.generate import Answers, Completions, Sampling
 from alignax.host.calls import Answer, Call
 from alignax.host.workers import Abandoned
 from alignax.run.host_rewards import RewardFailed, bad_rewards, has_signal, named, rewarded, rewards_of
@@ -54,7 +54,7 @@ def ask(run: Any, hook: str = "reward", texts: str = "abcd", drawn: np.ndarray |
     tokens, logps = np.arange(2 * len(texts), dtype=np.int32).reshape(shape), -np.ones(shape, np.float32)
     completions = Completions(tokens, mask, logps, np.full(shape[:2], "length", object), Sampling(), 0, 0, drawn)
     examples: Any = types.SimpleNamespace(prompts=["p", "q"], columns={"answer": [3, 4]})
-    return rewards_of(run, hook, examples, np.array([1]), completions, [list(texts)])
+    return rewards_of(run, hook, Answers(examples, np.array([1]), [[1]], completions, [list(texts)]), {})
 
 
 def test_rewards_that_float32_cannot_compare_are_none():

@@ -167,16 +167,18 @@ def test_rollouts_and_evaluations_stop_at_every_end(fields, tmp_path):
     (tmp_path / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, *range(14, 40)]}))
     run = checked(arguments(tmp_path, GRPO, fields | {"workdir": str(tmp_path / "run"), "model.path": str(tmp_path / "model")}))
     log = Log(run.workdir, steps=1, start=0, every=1, tensorboard=False, writes=False)
-    look = Mock(side_effect=Abandoned(15))
-    left = Rollouts(run, look).generate, Evaluation(run, {}, programs(run), log, look).generate
-    generate = Rollouts(run).generate
+    generate, table = Rollouts(run).generate, programs(run)
     assert run.words.ends == (2, *range(14, 40))
-    assert generate.stop_ids == Evaluation(run, {}, programs(run), log).generate.stop_ids == {*run.words.ends}
+    assert generate.stop_ids == Evaluation(run, {}, table, log).generate.stop_ids == {*run.words.ends}
     prompts = [run.data.train.examples.prompt_tokens(i).tolist() for i in range(8)]
     out = generate(params := hf.load_params(run.policy.source, run.mesh), prompts, jax.random.key(0), n=8)
-    for own in left:  # a signal does not wait for what is being sampled
+    state, look = types.SimpleNamespace(params=params, averages={}, key=jax.random.key(0)), Mock(side_effect=Abandoned(15))
+    for sampled in (
+        lambda: Rollouts(run, look).sample(state, {}, 0),
+        lambda: Evaluation(run, {}, table, log, look).samples(state, 0),
+    ):  # a signal does not wait for what is being sampled
         with pytest.raises(Abandoned):
-            own(params, prompts[:4], jax.random.key(0))
+            sampled()
     ended = {
         int(row[-1]) for group, why in zip(out.rows(), out.ended, strict=True) for row, w in zip(group, why, strict=True) if w == STOP_ID
     }

@@ -16,6 +16,7 @@ from test_run_online import arguments, checked
 from alignax import losses
 from alignax.cli import main
 from alignax.models import hf
+from alignax.run.loop import fit
 from alignax.run.roles import abstract, freeze, frozen, load, models
 from alignax.run.start import check_step, start
 from alignax.types import Outputs
@@ -47,6 +48,13 @@ def experience(config, reference):
 
 def reward(prompts, completions):
     return [float(len(text)) for text in completions]
+"""
+
+
+TWIN = """
+def metrics(prompts, completions, gold, twin, logprobs):
+    gaps = [[abs(a - b) for a, b in zip(*pair, strict=True)] for pair in zip(twin, logprobs, strict=True)]
+    return {"gold": gold, "gap": [max(gap, default=0.0) for gap in gaps]}
 """
 
 
@@ -170,7 +178,7 @@ def test_models_that_no_run_can_use_are_refused(folders, tmp_path, source, chang
 @pytest.mark.slow
 @pytest.mark.parametrize("online", [True, False])
 def test_a_gold_reward_model_scores_samples_as_transformers_does(online, folders, tmp_path):
-    """Online in rollouts and evaluations, offline in evaluations; its template is its own."""
+    """Online in rollouts and evaluations, offline in evaluations; its template is its own. Functions are given what models say, too."""
     policy, judge = tiny.folder(tmp_path / "policy", vocab_size=288, eos_token_id=3), transformers.AutoTokenizer.from_pretrained(folders[2])
     tiny.byte_tokenizer(THEIRS.replace("<|im_start|>", "")).save_pretrained(policy)
     (policy / "generation_config.json").unlink()
@@ -182,7 +190,9 @@ def test_a_gold_reward_model_scores_samples_as_transformers_does(online, folders
     own |= {"eval.max_new_tokens": 6, "data.max_length": 100, "mesh.data": 2}
     if online:
         own |= {"data.kind": "prompt", "rollout.samples": 2, "rollout.max_new_tokens": 6}
-    assert main(arguments(tmp_path, ONLINE if online else DPO, fields(folders, tmp_path, **own))) == 0
+        own |= {"models.helpful.path": folders[2]}  # which the reward is of
+    source = (ONLINE.replace("completions)", "completions, helpful)").replace("[float(len(text)) for text in completions]", "helpful"), DPO)
+    assert main(arguments(tmp_path, source[not online] + TWIN, fields(folders, tmp_path, **own, **{"models.twin.path": policy}))) == 0
     samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
     asked = {json.dumps(row["prompt"][0]["content"])[1:-1]: row["prompt"] for row in rows}
     whole = [
@@ -193,6 +203,10 @@ def test_a_gold_reward_model_scores_samples_as_transformers_does(online, folders
     logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all(np.isfinite(row["eval/gold"]) and np.isfinite(row["eval/kl"]) for row in logged if "eval/prompts" in row)
     assert not online or all(np.isfinite(row["gold"]) for row in logged if "loss" in row)
+    first = next(row for row in logged if "eval/prompts" in row)
+    np.testing.assert_allclose(first["eval/metrics/gold"], first["eval/gold"], atol=1e-5)
+    assert not online or first["eval/metrics/gap"] < 1e-4  # offline a model is scored over all rows of its head, and sampled without some
+    assert not online or np.allclose([row["reward"] for row in samples], [row["gold"] for row in samples], atol=1e-6)
 
 
 # MODPO ----------------------------------------------------------------------------------------------------------------------
@@ -244,3 +258,43 @@ def test_modpos_optimum_is_that_of_the_weighted_reward(weights):
     (z, _), _ = jax.lax.scan(step, (start_, optimizer.init(start_)), None, 1500)
     best = jax.nn.log_softmax(start_ + jnp.asarray(weights) @ rewards / beta)
     np.testing.assert_allclose(jax.nn.log_softmax(z), best, atol=1e-2)
+
+
+def test_a_model_that_no_function_asks_for_is_refused_and_a_column_of_its_name(folders, tmp_path):
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "a", "helpful": 1}) + "\n")
+    online = {"data.train": tmp_path / "p.jsonl", "data.kind": "prompt", "rollout.samples": 2, "models.helpful.path": folders[2]}
+    with pytest.raises(
+        ValueError, match=r"'models\.helpful\.path' is set and nothing asks for that model; .* or reward\(..\) ask for helpful"
+    ):
+        checked(arguments(tmp_path, ONLINE, fields(folders, tmp_path, **online)))
+    asking = ONLINE.replace("completions):", "completions, helpful):")
+    with pytest.raises(ValueError, match=r"asks for 'helpful', which is models\.helpful\.path, and data\.train has a column of"):
+        checked(arguments(tmp_path, asking, fields(folders, tmp_path, **online)))
+
+
+@pytest.mark.slow
+def test_programs_are_called_with_the_shapes_that_are_planned(folders, tmp_path, monkeypatch):
+    """All that an online run calls is in the table, and is compiled once."""
+    called = {}
+
+    def recorded(name, program):
+        def call(*args):
+            kinds = lambda tree: jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), tree)
+            called.setdefault(name, []).append(kinds(args) == kinds(program.arguments))
+            return program.call(*args)
+
+        return call
+
+    changes = {"models.gold.path": folders[2], "eval.sample_prompts": 3, "eval.max_new_tokens": 5, "steps": 3}
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("a", "sun and", "it", "b c")))
+    changes |= {"data.train": tmp_path / "p.jsonl", "data.kind": "prompt", "rollout.samples": 4, "rollout.max_new_tokens": 6}
+    run = checked(arguments(tmp_path, ONLINE, fields(folders, tmp_path, **changes)))
+    started = start(run)
+    for generator, name in ((run.samplers[name], name) for name in ("rollout", "eval")):
+        for part in ("prefill", "decode"):
+            setattr(generator, f"_{part}", recorded(f"{name}/{part}", started.programs[f"{name}/{part}"]))
+    table = {name: program._replace(call=recorded(name, program)) for name, program in started.programs.items()}
+    fit(started._replace(programs=table))
+    assert {*called} == {*table} - {"fingerprint", "begin"}
+    assert all(all(same) for same in called.values()), called
+    assert {name: program.call._cache_size() for name, program in started.programs.items() if name in called} == dict.fromkeys(called, 1)

@@ -1,13 +1,25 @@
 """Completions as a batch: the prompt and what was sampled, `[B, N, T]`, ready to be scored and trained on."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from alignax.data import Examples
 from alignax.generate.generator import Completions
 from alignax.types import Batch
+
+
+class Answers(NamedTuple):
+    """Completions of B prompts of the data, N each, with their texts."""
+
+    examples: Examples  # the data
+    rows: np.ndarray  # [B] of the data, which the prompts are of
+    prompts: Sequence[Sequence[int]]  # in the policy's tokens
+    completions: Completions
+    texts: list[list[str]]  # [B][N], without special tokens and stop strings
 
 
 def token_batch(prompts: Sequence[Sequence[int]], completions: Completions, length: int = 0) -> dict[str, np.ndarray]:

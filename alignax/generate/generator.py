@@ -15,6 +15,7 @@ from alignax.generate.sampling import Sampling
 from alignax.generate.speakers import Speaker, positions, speaker
 from alignax.generate.stops import LENGTH, STOP_ID, STOP_STRING, Stops, bare
 from alignax.models.transformer import ModelConfig
+from alignax.program import Program
 
 Prompts = Sequence[Sequence[int]]
 
@@ -69,7 +70,6 @@ class Generator:
         dtype: Any = None,
         cache_dtype: str = "",
         mesh: Mesh | None = None,
-        look: Callable[[], None] = lambda: None,
     ):
         """Checks everything; computes nothing.
 
@@ -83,7 +83,6 @@ class Generator:
           dtype: of a config's activations, default float32; of a speaker it is known, and so are the next two.
           cache_dtype: "float32", "bfloat16" or "int8"; empty: that of activations.
           mesh: of the parameters; None for one device.
-          look: called between two programs; what it raises ends the call.
 
         Raises:
           ValueError: for sizes, ids or dtypes that cannot be.
@@ -95,7 +94,7 @@ class Generator:
         else:
             self.speaker = speaker(model, dtype or jnp.float32, cache_dtype, mesh)
         check(self.speaker, shape, stop_ids)
-        self.shape, self.stops, self.mesh, self.look = shape, stops, self.speaker.mesh, look
+        self.shape, self.stops, self.mesh = shape, stops, self.speaker.mesh
         self.sampling = sampling or Sampling()
         self.stop_ids = frozenset(map(int, stop_ids))
         self.engine = Engine(self.speaker, shape, self.sampling, tuple(sorted(self.stop_ids)))
@@ -104,7 +103,7 @@ class Generator:
         self._prefill = jax.jit(self.engine.prefill, out_shardings=staged)
         self._decode = jax.jit(self.engine.decode, donate_argnums=1, out_shardings=(state, emitted))
 
-    def __call__(self, params: Any, prompts: Prompts, key: jax.Array, n: int = 1) -> Completions:
+    def __call__(self, params: Any, prompts: Prompts, key: jax.Array, n: int = 1, look: Callable[[], None] = lambda: None) -> Completions:
         """Samples `n` completions of each prompt. Every process calls it with the same prompts.
 
         Args:
@@ -112,12 +111,29 @@ class Generator:
           prompts: token ids of each.
           key: of the random streams, which are those of (key, prompt's number, sample's number, position).
           n: completions of each prompt; it is read once for all of them.
+          look: called between two programs; what it raises ends the call.
 
         Raises:
           ValueError: for n below 1, and for empty or too long prompts.
         """
         check_prompts(self.shape.prompt, self.speaker.vocab_size, prompts, n)
-        return Batching(self, params, prompts, key, n).run()
+        return Batching(self, params, prompts, key, n).run(look)
+
+    def programs(self, params: Any) -> dict[str, Program]:
+        """The programs of generation by name, "prefill" and "decode", with the shapes that they are called with.
+
+        Args:
+          params: shapes, types and (with a mesh) shardings of the speaker's parameters.
+        """
+        S, P, Q = self.shape.slots, self.shape.prompt, self.shape.prefill
+        one = None if self.mesh is None else meshes.sharding(self.mesh)
+        whole = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct(shape, dtype, sharding=one)
+        state, staged, _ = self.engine.layout()
+        prefill = Program(self._prefill, (params, whole(Q, P), whole(Q)))
+        key = whole(*jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).shape, dtype=jnp.uint32)
+        arguments = laid(jax.eval_shape(self._empty), state), laid(prefill.shapes(), staged)
+        entries = Entries(whole(), *[whole(S)] * 4)
+        return {"prefill": prefill, "decode": Program(self._decode, (params, *arguments, entries, whole(S, dtype=jnp.bool_), key, whole()))}
 
     def place(self, x: Any) -> Any:
         """A small host array on every device."""
@@ -146,11 +162,11 @@ class Batching:
         self.length = np.zeros(total, np.int64)
         self.ended = np.full(total, LENGTH, dtype="<U11")
 
-    def run(self) -> Completions:
-        """Decodes until nothing waits and nothing is alive."""
+    def run(self, look: Callable[[], None]) -> Completions:
+        """Decodes until nothing waits and nothing is alive; `look` is called between two programs."""
         total, shape = len(self.length), self.own.shape
         while self.waiting < total or (self.owner >= 0).any():
-            self.own.look()
+            look()
             entries = self.admit()
             # A row stays empty only for want of prompts: those that are read next are staged before anything is decoded.
             more = self.waiting < total and (self.owner < 0).any()
@@ -215,6 +231,12 @@ class Batching:
         self.length[i] = end
         if self.ended[i] != LENGTH or end == self.own.shape.new:
             self.owner[row] = -1
+
+
+def laid(shapes: Any, layout: Any) -> Any:
+    """Shapes with the shardings of a layout, which may say one for a whole part of the tree, or None for all of it."""
+    place = lambda sharding, part: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), part)
+    return jax.tree.map(place, layout, shapes, is_leaf=lambda x: x is None or isinstance(x, jax.sharding.Sharding))
 
 
 def shape_for(prompts: int, longest: int, new: int, *, mesh: Mesh | None = None, slots: int = 0, prefill: int = 0, chunk: int = 8) -> Shape:

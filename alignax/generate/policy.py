@@ -5,7 +5,7 @@ that temperature (`policy_config`). What else changes the distribution is `Sampl
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from alignax.generate.generator import Generator, shape_for
 from alignax.generate.sampling import Sampling
@@ -40,7 +40,6 @@ def sampler(
     ends: Sequence[int],
     stops: Stops | None = None,
     slots: int = 0,
-    look: Callable[[], None] = lambda: None,
 ) -> Generator:
     """The generator of a run, of so many completions.
 
@@ -53,10 +52,9 @@ def sampler(
       ends: tokens that end a completion, see `alignax.models.hf.end_ids`.
       stops: strings that do, see `stops_of`.
       slots: completions that are sampled side by side; 0: all, at most 64.
-      look: called between two programs; what it raises ends the call.
 
     Raises:
       ValueError: for what no generator can be.
     """
     shape = shape_for(completions, longest, new, mesh=speaker.mesh, slots=slots)
-    return Generator(speaker, shape, sampling, stop_ids=ends, stops=stops, look=look)
+    return Generator(speaker, shape, sampling, stop_ids=ends, stops=stops)

@@ -9,7 +9,6 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from alignax.config import Experiment, asked
@@ -87,12 +86,12 @@ def is_async(function: Any) -> bool:
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
-def parameters(function: Callable, columns: Iterable[str]) -> Parameters:
-    """What a reward function is given of data with such columns.
+def parameters(function: Callable, columns: Iterable[str], models: Iterable[str] = ()) -> Parameters:
+    """What a reward function is given of data with such columns, in a run with such frozen models.
 
     The first two parameters are prompts and completions, whatever they are called, unless `completions` stands elsewhere, or one of the
-    two is called as something else that is offered: then all go by name. Further ones are columns, or of `GIVEN`. One with a default
-    keeps that where there is no such column; `**` takes all columns that are left.
+    two is called as something else that is offered: then all go by name. Further ones are columns, models, or of `GIVEN`. One with a
+    default keeps that where there is no such column; `**` takes all columns that are left, and no model.
     """
     try:
         there = list(inspect.signature(function).parameters.values())
@@ -104,16 +103,24 @@ def parameters(function: Callable, columns: Iterable[str]) -> Parameters:
     columns = [name for name in columns if name not in GIVEN]
     by_name = "completions" in [p.name for p in named] or (every and len(there) == 1)
     second = places[1:2] == ["completions"] and (places[0] not in columns or places[0].startswith("prompt"))
-    positional = (second or not by_name) and not {*places[:2]} & {*GIVEN[2:]}
+    positional = (second or not by_name) and not {*places[:2]} & {*GIVEN[2:], *models}
     if positional:
         named = [p for p in named if p.name not in places[:2]]
-    own = [p.name for p in named if p.name in (*GIVEN, *columns)]
+    own = [p.name for p in named if p.name in (*GIVEN, *columns, *models)]
     rest = []
     if every:
         taken = {*own, *(places[:2] if positional else ())}
         rest = [name for name in (*(() if positional else GIVEN[:2]), *columns) if name not in taken]
     missing = [p.name for p in named if p.name not in own and p.default is p.empty]
     return Parameters(positional, (*own, *rest), tuple(missing))
+
+
+def models_asked(experiment: Experiment) -> tuple[str, ...]:
+    """The models of `config.models` that `reward`, `gold` or `metrics` of the experiment ask for by name."""
+    models = tuple(experiment.config.models)
+    every = [f for hook in ("reward", "gold", "metrics") if (own := functions_of(experiment, hook)) for f in own.each if callable(f)]
+    wanted = {name for function in every for name in parameters(function, (), models).named}
+    return tuple(name for name in models if name in wanted)
 
 
 def check(experiment: Experiment, examples: Mapping[str, Examples]) -> None:
@@ -133,18 +140,20 @@ def check(experiment: Experiment, examples: Mapping[str, Examples]) -> None:
                     f"{functions.hook} of {file} is a list with a {type(function).__name__}, {short(function)}, which is no function; "
                     "let it hold functions (prompts, completions) alone"
                 )
-            check_columns(title(function) if functions.listed else functions.hook, function, file, examples)
+            check_columns(title(function) if functions.listed else functions.hook, function, experiment, examples)
     check_names(experiment)
 
 
-def check_columns(name: str, function: Callable, file: Path, examples: Mapping[str, Examples]) -> None:
+def check_columns(name: str, function: Callable, experiment: Experiment, examples: Mapping[str, Examples]) -> None:
     """Refuses a reward function that asks for columns which the data has not."""
+    file, models = experiment.file, tuple(experiment.config.models)
     for split, own in examples.items():
-        wanted = parameters(function, own.columns)
-        if both := [column for column in wanted.named if column in GIVEN[2:] and column in own.columns]:
+        wanted = parameters(function, own.columns, models)
+        if both := [column for column in wanted.named if column in (*GIVEN[2:], *models) and column in own.columns]:
+            what = f"is models.{both[0]}.path" if both[0] in models else "every reward function is offered"
             raise ValueError(
-                f"{name}() of {file} asks for {both[0]!r}, which every reward function is offered, and data.{split} has a column of that "
-                "name; rename the column, in row(row) say"
+                f"{name}() of {file} asks for {both[0]!r}, which {what}, and data.{split} has a column of that name; rename the column, in "
+                "row(row) say"
             )
         if not wanted.missing:
             continue
@@ -153,8 +162,9 @@ def check_columns(name: str, function: Callable, file: Path, examples: Mapping[s
             raise ValueError(f"{name}() of {file} asks for {missing!r}, which there is not here: {ELSEWHERE[missing]}")
         there = ", ".join(own.columns) or "none (set data.kind=prompt)"
         raise ValueError(
-            f"{name}() of {file} asks for column {missing!r}, which data.{split} has not{near(missing, [*GIVEN, *own.columns], 0.8)}; "
-            f"it has: {there}. Beside columns there are {', '.join(GIVEN)}; a parameter with a default is not needed"
+            f"{name}() of {file} asks for column {missing!r}, which data.{split} has not"
+            f"{near(missing, [*GIVEN, *models, *own.columns], 0.8)}; "
+            f"it has: {there}. Beside columns there are {', '.join([*GIVEN, *models])}; a parameter with a default is not needed"
         )
 
 

@@ -29,7 +29,7 @@ from alignax.overopt import words
 from alignax.overopt.words import Gold
 from alignax.overopt.worlds import Scored, Trajectory, World, check_ranges, check_sizes, check_trained, margins
 from alignax.rewards.members import AXES, keys, member_batch, member_batches, over_members
-from alignax.run.evaluation import compare
+from alignax.run.steps import compare
 from alignax.train import init_state, make_evaluation, make_step, means
 from alignax.types import Model, Params, TrainState
 

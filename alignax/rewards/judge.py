@@ -19,7 +19,7 @@ from alignax.data.mixture import Loaded
 from alignax.data.rows import Bad, Encoded, Prompted
 from alignax.data.template import mentioned
 from alignax.data.tokens import encode_texts
-from alignax.generate import Completions
+from alignax.generate import Answers
 from alignax.generate.stops import added_text
 from alignax.models import hf
 
@@ -174,15 +174,7 @@ def tokens_of(rows: Sequence[Prompted], judge: Judge) -> list[Encoded | Bad]:
     return [told if beyond(code) else code for code in out]
 
 
-def read(
-    judge: Judge,
-    policy: Any,
-    examples: Examples,
-    rows: np.ndarray,
-    prompts: Sequence[Sequence[int]],
-    said: Completions,
-    texts: list[list[str]],
-) -> dict[str, np.ndarray]:
+def read(judge: Judge, policy: Any, answers: Answers) -> dict[str, np.ndarray]:
     """What reward models read of samples, `ensemble_tokens` and so on, [B, N, T']; an answer that they refuse has no scored token.
 
     Every answer is read as one that has ended: with the EOS, or with what the chat template writes behind it, whatever has ended it. What
@@ -191,16 +183,13 @@ def read(
     Args:
       judge: how they read.
       policy: its tokenizer.
-      examples: the data.
-      rows: of the data, which the prompts are of [B].
-      prompts: in the policy's tokens.
-      said: completions.
-      texts: of the completions, without stop strings.
+      answers: the samples.
     """
     codes: list[Encoded | Bad | None] = []
     asks: list[Prompted] = []  # in the places of None
-    for i, prompt, answers, own in zip(rows.tolist(), prompts, said.answers(), texts, strict=True):
-        for tokens, text in zip(answers, own, strict=True):
+    examples, rows, said = answers.examples, answers.rows, answers.completions
+    for i, prompt, group, own in zip(rows.tolist(), answers.prompts, said.answers(), answers.texts, strict=True):
+        for tokens, text in zip(group, own, strict=True):
             if judge.shared and isinstance(examples.asked(i)[0], str):
                 answer = [*tokens.tolist(), policy.eos_token_id]
                 codes.append(Encoded([*prompt], [answer], [b"\1" * len(answer)], ""))

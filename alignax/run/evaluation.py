@@ -5,30 +5,29 @@ estimate of KL(policy || reference). Greedy samples, and those of a nucleus, est
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from alignax import mesh as meshes
 from alignax.config import eval_batch_size
 from alignax.data import evaluation_batch
-from alignax.generate import policy_config, policy_sampling, sampled_batch, sampler, sampler_gap, speaker, stops_of
+from alignax.generate import Answers, sampled_batch
 from alignax.host.functions import names_of
-from alignax.models.transformer import ModelConfig
+from alignax.program import Program
 from alignax.run.host_rewards import bad_rewards, metrics_of, named, rewards_of
 from alignax.run.log import Log
 from alignax.run.prepare import Run
-from alignax.run.programs import Program
-from alignax.run.roles import REFERENCE, make_apply, whole
-from alignax.run.rollout import decoded, golden, put_padded, samples_batch, text_metrics
-from alignax.run.state import Held
+from alignax.run.roles import whole
+from alignax.run.rollout import decoded, samples_batch, text_metrics
+from alignax.run.sampling import EVALUATION, sampled_rows
+from alignax.run.scoring import Scorers
+from alignax.run.state import Held, put_padded
 from alignax.train import means
-from alignax.types import Batch, Model, Params, TrainState
+from alignax.types import TrainState
 
 SAMPLED = (  # metrics of samples
     "completion_length", "eos_rate", "truncated_rate", "distinct", "kl", "kl_se", "kl_k3", "sampler_gap", "gold", "gold_se", "prompts",
@@ -44,27 +43,12 @@ class Evaluation:
     def __init__(self, run: Run, frozen: Held, programs: Mapping[str, Program], log: Log, look: Callable[[], None] = lambda: None):
         """`programs` are the run's; `look` is called all the while, and may raise to leave."""
         self.run, self.frozen, self.log, self.look, self.online = run, frozen, log, look, run.config.rollout.samples > 0
-        self.program = programs["judge" if self.online else "evaluate"].call
-        c = run.config.eval
+        self.programs, self.scorers = programs, Scorers(run, frozen, programs, EVALUATION)
         self.examples = run.data.evaluated
-        self.sampled = range(min(max(c.samples, c.sample_prompts), len(self.examples)))
+        self.sampled = sampled_rows(run.config, self.examples)
         if self.sampled:
             self.prompts = [self.examples.prompt_tokens(i).tolist() for i in self.sampled]
-            count, longest = len(self.prompts) * c.samples_per_prompt, max(map(len, self.prompts))
-            self.generate = sampler(
-                speaker(self._spoken(run.policy.config), run.policy.dtype, mesh=run.mesh),
-                count,
-                longest,
-                c.max_new_tokens,
-                policy_sampling(c.temperature, c.top_p),
-                ends=run.words.ends,
-                stops=stops_of(run.words.tokenizer, c.stop),
-                look=look,
-            )
-        reference = run.roles.get(REFERENCE)
-        self.reference = reference if reference is not None and reference.tree in frozen else None
-        self.gold = None if "gold" not in programs else functools.partial(golden, run, frozen, programs["gold"])
-        self._compared = jax.jit(self._compare)
+            self.generate = run.samplers[EVALUATION]
 
     def __call__(self, state: TrainState, step: int) -> dict[str, float]:
         """Metrics of the evaluation data and of fresh samples, without the `eval/` that the log puts before them."""
@@ -87,7 +71,7 @@ class Evaluation:
             self.look()
             make = lambda rows, i=i: evaluation_batch(examples, i, size, run.data.train.length, rows)
             batch = meshes.put_batch(run.mesh, make, size)
-            sums = jax.device_get(self.program(state, self.frozen, batch))
+            sums = jax.device_get(self.programs["evaluate"].call(state, self.frozen, batch))
             total = {name: total.get(name, 0.0) + np.asarray(pair, np.float64) for name, pair in sums.items()}
         return means({name: (pair[0], pair[1]) for name, pair in total.items()})
 
@@ -97,21 +81,20 @@ class Evaluation:
         if not self.sampled:
             return {}
         key = jax.random.fold_in(jax.random.fold_in(state.key, step), 1)
-        completions = self.generate(whole(run.roles, self.frozen, state.params), self.prompts, key, c.samples_per_prompt)
+        completions = self.generate(whole(run.roles, self.frozen, state.params), self.prompts, key, c.samples_per_prompt, self.look)
         rows, texts = np.asarray(self.sampled), decoded(run.words.tokenizer, completions, self.generate.stops)
         scores = {"prompts": float(n)} | text_metrics(completions)
         prompts = np.repeat(np.array([self.examples.prompts[i] for i in self.sampled], object)[:, None], c.samples_per_prompt, axis=1)
         found: dict[str, Any] = {"prompt": prompts, "completion": np.array(texts, object)}  # [n, samples_per_prompt]
-        gold = None
+        answers = Answers(self.examples, rows, self.prompts, completions, texts)
+        models, gold = self.scorers.given(answers), self.scorers.gold(answers)
         if run.experiment.gold is not None:
-            gold = rewards_of(run, "gold", self.examples, rows, completions, texts)["gold"]
-        elif self.gold is not None:
-            gold = self.gold(self.examples, rows, self.prompts, completions, texts)
-        scores |= metrics_of(run, self.examples, rows, completions, texts)
+            gold = rewards_of(run, "gold", answers, models)["gold"]
+        scores |= metrics_of(run, answers, models)
         if self.online:
-            batch = samples_batch(run, self.examples, rows, self.prompts, completions, texts)
+            batch = samples_batch(run, answers, models)
             batch |= {} if gold is None else {"gold": gold}
-            judged = jax.device_get(self.program(state, self.frozen, put_padded(run.mesh, batch)))
+            judged = jax.device_get(self.programs["judge"].call(state, self.frozen, put_padded(run.mesh, batch)))
             own = completions.exact and c.temperature == run.config.rollout.temperature  # what rollouts are sampled from
             scores |= {m: float(x) for m, x in judged.items() if m.startswith(JUDGED) and np.isfinite(x) and (own or m != "entropy")}
             if run.experiment.reward is not None:
@@ -119,9 +102,9 @@ class Evaluation:
                 scores["bad_rewards"] = bad_rewards(batch)
             if names := names_of(run.experiment):
                 found["scores"] = np.array([[named(names, x) for x in group] for group in batch["scores"]], object)
-        if self.reference is not None and completions.exact:
+        if "compare" in self.programs:
             batch = sampled_batch(self.prompts, completions)
-            k1, k3, gaps = map(meshes.gathered, self._compared(state.params, self.frozen, put_padded(run.mesh, batch)))
+            k1, k3, gaps = map(meshes.gathered, self.programs["compare"].call(state.params, self.frozen, put_padded(run.mesh, batch)))
             found["log_ratio"] = k1[:n]
             scores |= spread("kl", k1[:n]) | {"kl_k3": float(k3[:n].mean()), "sampler_gap": float(gaps)}
         if gold is not None:
@@ -135,33 +118,6 @@ class Evaluation:
         table = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         self.log.samples(step, table[: c.samples])
         return scores
-
-    def _spoken(self, model: ModelConfig) -> ModelConfig:
-        """The model as it is sampled from here: at the evaluation's temperature, over the tokenizer's tokens."""
-        return policy_config(model, self.run.config.eval.temperature, self.run.words.unused)
-
-    def _compare(self, params: Params, frozen: Held, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
-        run = self.run
-        apply = lambda model: make_apply(self._spoken(model), run.config, run.policy.dtype, run.mesh)
-        policy = Model(apply(run.policy.config), whole(run.roles, frozen, params))
-        assert self.reference is not None
-        return compare(policy, Model(apply(self.reference.config), frozen[self.reference.tree]), batch)
-
-
-def compare(policy: Model, reference: Model, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Estimates of KL(policy || reference) from each sampled completion, in nats summed over its tokens: k1 and k3, each [B, N].
-
-    k1 = sum_t lr and k3 = sum_t exp(-lr) - 1 + lr with lr = log pi - log ref; both unbiased, k1 signed, k3 >= 0 (Schulman 2020,
-    "Approximating KL divergence"). Third, by how much the sampler's log-probs differ from those of the forward pass that trains, [].
-
-    Args:
-      policy: whose samples they are.
-      reference: what they are measured against.
-      batch: completions with their `sampled_logps`, [B, N, T].
-    """
-    logps = policy.apply(policy.params, batch).logps
-    lr = logps - reference.apply(reference.params, batch).logps  # [B, N, T], 0 outside completions
-    return lr.sum(-1), (jnp.expm1(-lr) + lr).sum(-1), sampler_gap(logps, batch)
 
 
 def line(scores: dict[str, float], samples: int) -> str:

@@ -15,11 +15,13 @@ import numpy as np
 from alignax import mesh as meshes
 from alignax.config import DATA, PRETRAIN, ROLLOUTS, steps_of_turn
 from alignax.host.workers import Abandoned
+from alignax.program import Program
 from alignax.rewards import members
 from alignax.run.host_rewards import RewardFailed
 from alignax.run.prepare import Run
-from alignax.run.programs import Program
-from alignax.run.rollout import Rollouts, Sampled, golden
+from alignax.run.rollout import Rollouts, Sampled
+from alignax.run.sampling import ROLLOUT
+from alignax.run.scoring import Scorers
 from alignax.run.state import AHEAD, Held, batch_sizes
 from alignax.types import Batch, TrainState
 
@@ -45,8 +47,7 @@ def make_feed(run: Run, held: Held, programs: Mapping[str, Program], look: Calla
     """The feed that the config asks for; `look` is called while it samples, and may raise to leave."""
     if not run.config.rollout.samples:
         return Offline(run)
-    gold = functools.partial(golden, run, held, programs["gold"]) if "gold" in programs else None
-    return (Ahead if run.config.rollout.ahead else Online)(run, held, Rollouts(run, look, gold))
+    return (Ahead if run.config.rollout.ahead else Online)(run, held, Rollouts(run, look, Scorers(run, held, programs, ROLLOUT)))
 
 
 class Offline:

@@ -11,14 +11,15 @@ from jax.experimental import multihost_utils
 
 from alignax.data import Examples
 from alignax.distributed import from_main
-from alignax.generate import Completions
+from alignax.generate import Answers
 from alignax.host.calls import METRICS, Call, qualified
-from alignax.host.functions import Functions, functions_of, is_async, parameters, title
+from alignax.host.functions import Functions, functions_of, is_async, models_asked, parameters, title
 from alignax.host.workers import POLL, Abandoned, Workers
 from alignax.run.prepare import Run
 from alignax.text import short
 
 T = TypeVar("T")
+Models = Mapping[str, list[Any]]
 MOST = 1e15  # that a reward may be from 0: squares of larger ones, summed over a rollout, overflow float32
 
 
@@ -34,6 +35,7 @@ class Said(NamedTuple):
     ids: Sequence[np.ndarray]
     logps: Sequence[np.ndarray]  # of these tokens, by the sampler
     group: int
+    models: Models  # what frozen models say of each completion, by name
 
 
 class Found(NamedTuple):
@@ -45,24 +47,28 @@ class Found(NamedTuple):
     final: bool = False  # whether it would go wrong with any other completions
 
 
-def rewards_of(
-    run: Run, hook: str, examples: Examples, rows: np.ndarray, completions: Completions, texts: list[list[str]]
-) -> dict[str, np.ndarray]:
+def rewards_of(run: Run, hook: str, answers: Answers, models: Models) -> dict[str, np.ndarray]:
     """The fields of a batch that `reward` or `gold` of the experiment writes, of completions of rows of the data.
 
     `gold` or `rewards` [B, N] float32; of numbers with names `scores` [B, N, K], and where these have weights `rewards`, their sum over
     those that there are. NaN where there is none. See `alignax.host.functions.reward_fields`.
 
+    Args:
+      run: the run.
+      hook: "reward" or "gold".
+      answers: the completions.
+      models: what frozen models say of them, see `alignax.run.scoring.Scorers.given`.
+
     Raises:
       RewardFailed: where a function fails, or a completion has no reward, and `rollout.bad_rewards` is "error".
       Abandoned: in every process, where a signal has ended the wait of the one that asks.
     """
-    functions, B, n = functions_of(run.experiment, hook), len(rows), len(texts[0])
+    functions, B, n = functions_of(run.experiment, hook), len(answers.texts), len(answers.texts[0])
     assert functions is not None
-    said = said_of(rows, completions, texts)
+    said = said_of(answers, models)
     found, left = Found(np.full((B * n, len(functions.names) or 1), np.nan, np.float32)), 0
     try:
-        found = asked(run.workers, lambda: ask(run, functions, examples, said)) or found
+        found = asked(run.workers, lambda: ask(run, functions, answers.examples, said)) or found
     except Abandoned as e:
         left = e.number
     numbers, problem = found.numbers, found.problem
@@ -80,7 +86,7 @@ def rewards_of(
     return fields | ({"scores": numbers.reshape(B, n, -1)} if functions.names else {})
 
 
-def metrics_of(run: Run, examples: Examples, rows: np.ndarray, completions: Completions, texts: list[list[str]]) -> dict[str, float]:
+def metrics_of(run: Run, answers: Answers, models: Models) -> dict[str, float]:
     """`metrics/NAME`: the means of what `metrics` of the experiment says of completions of rows of the data, over those it knows.
 
     A failure costs these completions their metrics, and is told once: what is only seen stops no run.
@@ -91,9 +97,9 @@ def metrics_of(run: Run, examples: Examples, rows: np.ndarray, completions: Comp
     functions = functions_of(run.experiment, METRICS)
     if functions is None:
         return {}
-    said, found, answer, left = said_of(rows, completions, texts), {}, None, 0
+    said, found, answer, left = said_of(answers, models), {}, None, 0
     try:
-        answer = asked(run.workers, lambda: run.workers(call_of(run, functions, 0, examples, said), said.group, strict=False))
+        answer = asked(run.workers, lambda: run.workers(call_of(run, functions, 0, answers.examples, said), said.group, strict=False))
     except Abandoned as e:
         left = e.number
     if answer is not None:
@@ -109,11 +115,11 @@ def metrics_of(run: Run, examples: Examples, rows: np.ndarray, completions: Comp
     return found
 
 
-def said_of(rows: np.ndarray, completions: Completions, texts: list[list[str]]) -> Said:
+def said_of(answers: Answers, models: Models) -> Said:
     """Completions of rows of the data as functions see them."""
-    n = len(texts[0])
+    n, completions = len(answers.texts[0]), answers.completions
     ids, logps = ([own for group in x for own in group] for x in (completions.rows(), completions.drawn_rows()))
-    return Said(np.repeat(rows, n), [text for group in texts for text in group], ids, logps, n)
+    return Said(np.repeat(answers.rows, n), [text for group in answers.texts for text in group], ids, logps, n, models)
 
 
 def asked(workers: Workers, ask: Callable[[], T]) -> T | None:
@@ -157,7 +163,7 @@ def ask(run: Run, functions: Functions, examples: Examples, said: Said) -> Found
 def call_of(run: Run, functions: Functions, k: int, examples: Examples, said: Said) -> Call:
     """The call of function k, with all that it asks for."""
     function, c = functions.each[k], run.config.rollout
-    wanted = parameters(function, examples.columns)
+    wanted = parameters(function, examples.columns, run.config.models)
     names = ("prompts", "completions", *wanted.named) if wanted.positional else wanted.named
     offered: dict[str, Callable[[], list[Any]]] = {
         "prompts": lambda: [examples.prompts[row] for row in said.rows],
@@ -165,7 +171,7 @@ def call_of(run: Run, functions: Functions, k: int, examples: Examples, said: Sa
         "completion_ids": lambda: [own.tolist() for own in said.ids],
         "raw_completions": lambda: run.words.tokenizer.batch_decode(list(said.ids), skip_special_tokens=False),
         "logprobs": lambda: [own.tolist() for own in said.logps],
-    }
+    } | {name: lambda name=name: said.models[name] for name in said.models}
     column = lambda name: [examples.columns[name][row] for row in said.rows]
     given = {name: offered[name]() if name in offered else column(name) for name in names if name != "config"}
     call = Call(functions.hook, qualified(function), wanted.positional, given, "config" in names, len(said.texts), c.timeout)
@@ -210,7 +216,7 @@ def check_reward(run: Run, hook: str) -> None:
     """Asks `reward` or `gold` of the experiment once, as a rollout does, of a prompt of the data and the answer that stands there.
 
     What would stop the run is refused. With `rollout.bad_rewards` "drop" no reward is an answer, and a failure is told, since it may be of
-    that answer alone. Of the answer's tokens the log-probs are given as 0.
+    that answer alone. Log-probs, and scores of models, are given as 0.
     """
     functions, examples, file = functions_of(run.experiment, hook), run.data.evaluated, run.experiment.file
     assert functions is not None
@@ -254,7 +260,12 @@ def stored_answer(run: Run) -> Said:
     examples = run.data.evaluated
     answer = examples.tokens[: examples.offsets[1]][examples.scored[: examples.offsets[1]]]
     text = run.words.tokenizer.decode(answer, skip_special_tokens=True)
-    return Said([0], [text], [answer], [np.zeros(len(answer), np.float32)], 1)
+    models: dict[str, list[Any]] = {}
+    for name in models_asked(run.experiment):
+        judged, role = name in run.judges, run.roles[name]
+        count = max(role.members, role.config.num_labels) if judged else len(answer)
+        models[name] = [0.0 if judged and count == 1 else [0.0] * count]
+    return Said([0], [text], [answer], [np.zeros(len(answer), np.float32)], 1, models)
 
 
 def told(functions: Functions, numbers: np.ndarray) -> str:

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from alignax.config import HEAD, Experiment, asked, trunk_values
 from alignax.data.mixture import sources
 from alignax.generate import policy_config
+from alignax.host.functions import models_asked
 from alignax.models import hf, lora, peft, transformer
 from alignax.models.lora import Lora
 from alignax.models.reward import CRITIC
@@ -171,10 +172,10 @@ def open_others(experiment: Experiment, policy: Role, words: Vocabulary, mesh: M
     """
     config, roles = experiment.config, {}
     for name, given in config.models.items():
-        field, asks = f"models.{name}.path", (*asked(experiment.experience), *asked(experiment.loss)[1:])
+        field, asks = f"models.{name}.path", (*asked(experiment.experience), *asked(experiment.loss)[1:], *models_asked(experiment))
         if name not in (*asks, GOLD):
             raise ValueError(
-                f"config field {field!r} is set and nothing asks for that model; let experience(..) or loss(..) ask for {name}"
+                f"config field {field!r} is set and nothing asks for that model; let experience(..), loss(..) or reward(..) ask for {name}"
             )
         if unknown := sorted(set(given) - {"path", "adapters"}):
             raise ValueError(f"config field 'models.{name}.{unknown[0]}' is unknown; a model has a path, and may have adapters")

@@ -39,6 +39,17 @@ def compile_step(run: Run) -> Any:
     return programs(run)["train"].compiled(run.mesh.devices.flat[0].platform)
 
 
+def memory(run: Run) -> str:
+    """A table of the run's programs and of the memory that each takes on a device, as the compiler sees it."""
+    platform = run.mesh.devices.flat[0].platform
+    rows = [["program", "arguments GB", "temporary GB", "GB a device"]]
+    for name, program in programs(run).items():
+        found = program.compiled(platform).memory_analysis()
+        sizes = found.argument_size_in_bytes, found.temp_size_in_bytes, found.output_size_in_bytes - found.alias_size_in_bytes
+        rows.append([name, *(f"{x / 1e9:.3f}" for x in (*sizes[:2], sum(sizes)))])
+    return table(rows)
+
+
 def describe(run: Run) -> str:
     """What `alignax train --dry-run` prints."""
     state = abstract_state(run)
@@ -47,15 +58,13 @@ def describe(run: Run) -> str:
     for path, x in jax.tree_util.tree_leaves_with_path(state.params):
         rows.append([hf.leaf_name(path), str(x.shape), str(x.sharding.spec), f"{size(x) / 1e6:.3f}"])
     mixture = run.data.train.mixture
-    memory = compile_step(run).memory_analysis()
     batches = [(hf.leaf_name(path), x) for path, x in jax.tree_util.tree_leaves_with_path(abstract_batches(run))]
     return "\n".join(
         [
             f"{sizes(run)}; mesh {meshes.words(run.mesh)}",
             table(rows),
             *(f"batch {n} {x.shape} (.., examples, responses, tokens), {x.sharding.spec}" for n, x in batches if n.endswith("tokens")),
-            f"memory of the training step, a device: {memory.argument_size_in_bytes / 1e9:.3f} GB state, reference and batch, "
-            f"{memory.temp_size_in_bytes / 1e9:.3f} GB temporary",
+            memory(run),
             f"steps {run.steps}",
             *filter(None, map(differing, by_name(run.learning.objectives, jnp.zeros((), jnp.int32)).values())),
             *(f"{split} data: {line}" for split, report in run.data.reports.items() for line in report.lines()),

@@ -32,7 +32,8 @@ from alignax.data import Batches, Examples, Report, load, padded_length
 from alignax.data.mixture import Loaded
 from alignax.data.template import Today
 from alignax.distributed import is_main
-from alignax.generate import stops_of
+from alignax.generate import Generator, stops_of
+from alignax.host.functions import models_asked
 from alignax.host.workers import Workers
 from alignax.losses.algebra import Objective
 from alignax.models import hf
@@ -55,6 +56,7 @@ from alignax.run.checks import (
 )
 from alignax.run.opening import Vocabulary, notices, open_models
 from alignax.run.roles import GOLD, POLICY, REFERENCE, STORED, Role, abstract_frozen, models
+from alignax.run.sampling import make_samplers
 
 # Fields that may change when a run is resumed: they do not say what is computed, only where and how it is told.
 FREE = (
@@ -117,6 +119,7 @@ class Run(NamedTuple):
     learning: Learning
     steps: int
     workers: Workers  # that call its reward functions
+    samplers: dict[str, Generator]  # that it samples with, see `alignax.run.sampling`
 
     @property
     def readers(self) -> dict[str, Judge]:
@@ -193,6 +196,7 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
         experiment, config, Path(config.workdir), mesh, roles, judges, words, data,
         Learning(objectives, schedule, optimizer, averages), steps,
         Workers(experiment.file, config, config.rollout.reward_workers, config.rollout.timeout),
+        make_samplers(config, roles[POLICY], words, mesh, data.train.examples, data.evaluated),
     )  # fmt: skip
 
 
@@ -208,10 +212,10 @@ def judged(
     config, read = experiment.config, [split for split in loaded if split != "pretrain"]
     # Conversations are kept for samples that reward models read, and for nobody else.
     every = {split: dataclasses.replace(data.examples, conversations=[]) for split, data in loaded.items()}
-    judges, asks = {}, (*asked(experiment.experience), *asked(experiment.loss)[1:])
+    judges, asks, functions = {}, (*asked(experiment.experience), *asked(experiment.loss)[1:]), (GOLD, *models_asked(experiment))
     for name, role in scoring(roles).items():
         own = load_tokenizer(role.source.path, role.source.config.vocab_size)
-        if config.rollout.samples or name == GOLD:
+        if config.rollout.samples or name in functions:
             judges[name] = judging.of_rollouts(config, name, role.source, own, words.tokenizer, [loaded[split].examples for split in read])
         if not config.rollout.samples and name in asks:
             bare = {split: loaded[split]._replace(examples=every[split]) for split in read}

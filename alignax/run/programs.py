@@ -4,51 +4,80 @@ Checks trace them, the plan compiles them, and the loop runs them: what was plan
 they stay sharded where they are, and are never compiled into a program.
 """
 
-from typing import Any, NamedTuple
-
 import jax
 
-from alignax.config import eval_batch_size
+from alignax import mesh as meshes
+from alignax.host.functions import models_asked
+from alignax.program import Program
 from alignax.rewards import members
 from alignax.run.online import make_judge, make_learn
 from alignax.run.prepare import Run
-from alignax.run.roles import GOLD, abstract_frozen
-from alignax.run.state import abstract_batch, abstract_batches, abstract_read, abstract_rollout, abstract_state
-from alignax.run.steps import make_data_step, make_evaluate, make_gold
-
-
-class Program(NamedTuple):
-    """A jitted function and the shapes of its arguments."""
-
-    call: Any
-    arguments: tuple[Any, ...]  # shapes, types and shardings
-
-    def shapes(self) -> Any:
-        """Shapes of what it returns; the function is traced, and nothing is compiled."""
-        return jax.eval_shape(self.call, *self.arguments)
-
-    def compiled(self, platform: str) -> Any:
-        """The program compiled for that platform, with `memory_analysis()` and `as_text()`. No array is made.
-
-        Its FLOP count is no use: it counts a loop's body once.
-
-        Raises:
-          jax.errors.JaxRuntimeError: RESOURCE_EXHAUSTED, where the memory of a TPU does not hold it.
-        """
-        return self.call.trace(*self.arguments).lower(lowering_platforms=(platform,)).compile()
+from alignax.run.reference_cache import CACHE
+from alignax.run.roles import GOLD, REFERENCE, abstract, abstract_frozen, abstract_trained, whole
+from alignax.run.sampling import EVALUATION, sampled_rows
+from alignax.run.scoring import score_of
+from alignax.run.state import (
+    abstract_batch,
+    abstract_batches,
+    abstract_compared,
+    abstract_read,
+    abstract_rollout,
+    abstract_state,
+    new_state,
+)
+from alignax.run.steps import make_compare, make_data_step, make_evaluate, make_score
+from alignax.train import digest
 
 
 def programs(run: Run) -> dict[str, Program]:
-    """The programs of a run: "train", which takes a state and gives the next, and "evaluate" of data, or "judge" of samples."""
+    """The programs of a run by name, as far as the run calls them.
+
+    | name | program |
+    |---|---|
+    | fingerprint, begin | a digest of what is trained, and the state at step 0 |
+    | train | a state and batches to the next state |
+    | evaluate, online judge | the metrics of held-out data, of samples |
+    | rollout/prefill, rollout/decode | the sampler of rollouts |
+    | eval/prefill, eval/decode | the sampler of evaluations |
+    | compare | the KL of an evaluation's samples to the reference |
+    | rollout/score/NAME, eval/score/NAME | what a frozen model says of samples |
+    | reference.cache | what the reference says of data |
+    """
     online, together = run.config.rollout.samples > 0, run.policy.members > 0
     step, evaluate = (make_learn if online else make_data_step)(run), make_evaluate(run)
     if together:
         step, evaluate = members.trained_together(step), members.evaluated_together(evaluate)
     state, held = abstract_state(run), abstract_frozen(run.roles, run.mesh)
-    out = {"train": Program(jax.jit(step, donate_argnums=0), (state, held, abstract_batches(run)))}
-    if GOLD in run.roles:
-        out["gold"] = Program(jax.jit(make_gold(run.roles[GOLD])), (held[GOLD], abstract_read(run, GOLD)))
+    trained, key = abstract_trained(run.roles, run.mesh), jax.eval_shape(lambda: jax.random.key(0))
+    begin = jax.jit(lambda *args: new_state(run, *args), out_shardings=jax.tree.map(lambda x: x.sharding, state), donate_argnums=0)
+    out = {
+        "fingerprint": Program(jax.jit(digest), (trained,)),
+        "begin": Program(begin, (trained, key, held)),
+        "train": Program(jax.jit(step, donate_argnums=0), (state, held, abstract_batches(run))),
+    }
     if online:
-        samples = abstract_rollout(run, eval_batch_size(run.config), run.config.eval.samples_per_prompt)
-        return out | {"judge": Program(jax.jit(make_judge(run)), (state, held, samples))}
-    return out | {"evaluate": Program(jax.jit(lambda *args: evaluate(*args)[0]), (state, held, abstract_batch(run, evaluation=True)))}
+        n, shards = len(sampled_rows(run.config, run.data.evaluated)) or 1, meshes.batch_shards(run.mesh)
+        samples = abstract_rollout(run, -(-n // shards) * shards, run.config.eval.samples_per_prompt)
+        out["judge"] = Program(jax.jit(make_judge(run)), (state, held, samples))
+    else:
+        out["evaluate"] = Program(jax.jit(lambda *args: evaluate(*args)[0]), (state, held, abstract_batch(run, evaluation=True)))
+    for name, generator in run.samplers.items():
+        parts = generator.programs(whole(run.roles, held, trained))
+        out |= {f"{name}/{part}": program for part, program in parts.items()}
+    if compared(run):
+        out["compare"] = Program(jax.jit(make_compare(run)), (state.params, held, abstract_compared(run)))
+    for name in {*models_asked(run.experiment), *({GOLD} & {*run.roles})}:
+        role = run.roles[name]
+        for sampler in run.samplers:
+            out[score_of(sampler, name)] = Program(jax.jit(make_score(role)), (held[role.tree], abstract_read(run, name, sampler)))
+    if run.config.reference.cache:
+        role = run.roles[REFERENCE]
+        out[CACHE] = Program(jax.jit(make_score(role)), (abstract(role, run.mesh), abstract_batch(run, evaluation=True)))
+    return out
+
+
+def compared(run: Run) -> bool:
+    """Whether the samples of evaluations are measured against a reference that the run holds."""
+    sampler, reference = run.samplers.get(EVALUATION), run.roles.get(REFERENCE)
+    held = reference is not None and reference.tree in abstract_frozen(run.roles, run.mesh)
+    return held and sampler is not None and sampler.sampling.exact and sampler.speaker.exact

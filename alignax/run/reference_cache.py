@@ -20,23 +20,26 @@ from alignax import output
 from alignax.config import eval_batch_size
 from alignax.data import Examples, assemble
 from alignax.distributed import together
+from alignax.program import Program
 from alignax.run.prepare import Run
 from alignax.run.roles import REFERENCE, STORED
 from alignax.text import one_line
 from alignax.types import Params
 
+CACHE = "reference.cache"  # the program that scores data
 FORMAT = 1  # of the parts and of the key
 ROWS = 1024  # examples of a part
 AGREE = {"float32": 1e-3, "bfloat16": 0.1}  # nats by which a token's log-prob may differ between meshes and batch sizes
 
 
-def with_stored(run: Run, params: Params, digest: str, say: Any) -> Run:
+def with_stored(run: Run, params: Params, digest: str, program: Program, say: Any) -> Run:
     """The run with the reference's log-probs beside its tokens, from the cache or computed into it. Every process calls it.
 
     Args:
       run: one with `reference.cache`.
       params: the reference's, as the forward pass reads them.
       digest: of its weights.
+      program: that scores a batch of the data with it, see `alignax.run.programs`.
       say: takes lines for the console.
 
     Raises:
@@ -44,8 +47,8 @@ def with_stored(run: Run, params: Params, digest: str, say: Any) -> Run:
       OSError: when the folder cannot be written.
     """
     data = run.data
-    train = dataclasses.replace(data.train, examples=stored(run, data.train.examples, params, digest, "train", say))
-    evaluation = data.evaluation and stored(run, data.evaluation, params, digest, "eval", say)
+    train = dataclasses.replace(data.train, examples=stored(run, data.train.examples, params, digest, "train", program, say))
+    evaluation = data.evaluation and stored(run, data.evaluation, params, digest, "eval", program, say)
     return run._replace(data=data._replace(train=train, evaluation=evaluation))
 
 
@@ -56,7 +59,7 @@ def key(run: Run, examples: Examples, digest: str) -> str:
     return f"{zlib.crc32(model):08x}{examples.token_digest():08x}"
 
 
-def stored(run: Run, examples: Examples, params: Params, digest: str, split: str, say: Any) -> Examples:
+def stored(run: Run, examples: Examples, params: Params, digest: str, split: str, program: Program, say: Any) -> Examples:
     """The examples with the reference's log-prob of every scored token."""
     folder = Path(run.config.reference.cache) / key(run, examples, digest)
     with together():
@@ -68,8 +71,7 @@ def stored(run: Run, examples: Examples, params: Params, digest: str, split: str
     if jax.process_count() > 1:
         have = multihost_utils.process_allgather(have).all(axis=0)
     say(f"{split} data: reference log-probs of {len(examples):,} rows, {have.sum()} of {len(have)} parts in {folder}")
-    score = jax.jit(lambda params, batch: run.roles[REFERENCE].apply(params, batch).logps)
-    values = np.zeros(len(examples.tokens), np.float32)
+    score, values = program.call, np.zeros(len(examples.tokens), np.float32)
     for i in range(len(have)):
         part = found[i]
         if part is None or not have[i]:

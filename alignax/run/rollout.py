@@ -5,27 +5,26 @@ goes on bit for bit.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from alignax import mesh as meshes
 from alignax.averages import PROPOSAL
-from alignax.config import prompts_of_rollout, steps_of_turn
-from alignax.data import Examples
-from alignax.generate import Completions, Stops, policy_sampling, sampled_batch, sampler, speaker, stops_of, text_of
+from alignax.config import steps_of_turn
+from alignax.generate import Answers, Completions, Stops, sampled_batch, text_of
 from alignax.generate.stops import LENGTH, STOP_ID, STOP_STRING
 from alignax.host.calls import within as within  # how a reward function is timed, to try one by hand
 from alignax.host.functions import names_of, reward_fields
 from alignax.rewards import judge as judges
-from alignax.run.host_rewards import bad_rewards, has_signal, known_mean, metrics_of, named, rewarded, rewards_of
+from alignax.run.host_rewards import Models, bad_rewards, has_signal, known_mean, metrics_of, named, rewarded, rewards_of
 from alignax.run.prepare import Run
-from alignax.run.programs import Program
 from alignax.run.roles import GOLD, whole
-from alignax.run.state import Held, padded_prompts
+from alignax.run.sampling import ROLLOUT
+from alignax.run.scoring import Scorers
+from alignax.run.state import Held
 from alignax.types import Batch, TrainState
 
 
@@ -54,22 +53,16 @@ class Rollouts:
     and no scored token, so it weighs nothing. Gold rewards, where it has those, are `gold` [B, N] float32.
     """
 
-    def __init__(self, run: Run, look: Callable[[], None] = lambda: None, gold: Callable[..., np.ndarray] | None = None):
-        """Compiles nothing yet; `look` is called while it samples, and may raise to leave; `gold`: see `golden`."""
-        c, self.run, self.gold = run.config.rollout, run, gold
-        count = prompts_of_rollout(run.config)
-        longest = int(run.data.train.examples.prompt_lengths.max())
-        self.generate = sampler(
-            speaker(run.policy.config, run.policy.dtype, mesh=run.mesh),
-            count * c.samples,
-            longest,
-            c.max_new_tokens,
-            policy_sampling(c.temperature, c.top_p),
-            ends=run.words.ends,
-            stops=stops_of(run.words.tokenizer, c.stop),
-            slots=c.slots,
-            look=look,
-        )
+    def __init__(self, run: Run, look: Callable[[], None] = lambda: None, scorers: Scorers | None = None):
+        """Compiles nothing yet.
+
+        Args:
+          run: online.
+          look: called while completions are sampled; what it raises ends the rollout.
+          scorers: the frozen models that score samples, where the run has some.
+        """
+        self.run, self.look, self.generate = run, look, run.samplers[ROLLOUT]
+        self.scorers = scorers or Scorers(run, {}, {}, ROLLOUT)
 
     def __call__(self, state: TrainState, frozen: Held, step: int) -> Rollout:
         """The rollout before training step `step`, with `rollout.refill` of groups whose rewards differ, as far as they are found.
@@ -95,7 +88,7 @@ class Rollouts:
         key = jax.random.fold_in(jax.random.fold_in(state.key, step), 2)
         key = jax.random.fold_in(key, again) if again else key
         params = whole(run.roles, frozen, state.averages.get(PROPOSAL, state.params))
-        completions = self.generate(params, prompts, key, n=run.config.rollout.samples)
+        completions = self.generate(params, prompts, key, run.config.rollout.samples, self.look)
         return Sampled(rows, prompts, completions, {"time/generate": time.monotonic() - began} | text_metrics(completions))
 
     def judge(self, sampled: Sampled) -> Rollout:
@@ -108,10 +101,8 @@ class Rollouts:
 
     def unjudged(self, sampled: Sampled) -> Rollout:
         """What was sampled, where a signal came before reward functions had said anything of it: all rewards are infinite, as none is."""
-        texts = decoded(self.run.words.tokenizer, sampled.completions, self.generate.stops)
-        batch = said_batch(self.run, self.run.data.train.examples, sampled.rows, sampled.prompts, sampled.completions, texts)
-        fields = reward_fields(self.run.experiment)
-        fields |= {} if self.gold is None else {"gold": ()}
+        batch = said_batch(self.run, self.answers(sampled))
+        fields = reward_fields(self.run.experiment) | ({GOLD: ()} if GOLD in self.run.roles else {})
         asked = {name: np.full((*batch["truncated"].shape, *more), np.inf, np.float32) for name, more in fields.items()}
         return self.placed(batch | asked, sampled.metrics | {"time/reward": 0.0})
 
@@ -138,6 +129,11 @@ class Rollouts:
         completions = Completions(tokens, mask, logps, ended, self.generate.sampling, 0, 0)
         return Sampled(rows, prompts, completions, {"time/generate": 0.0} | text_metrics(completions))
 
+    def answers(self, sampled: Sampled) -> Answers:
+        """What was sampled, with its texts."""
+        texts = decoded(self.run.words.tokenizer, sampled.completions, self.generate.stops)
+        return Answers(self.run.data.train.examples, sampled.rows, sampled.prompts, sampled.completions, texts)
+
     def placed(self, batch: dict[str, np.ndarray], metrics: dict[str, float]) -> Rollout:
         """The rollout on the mesh."""
         count = len(batch["prompt_id"])
@@ -145,20 +141,19 @@ class Rollouts:
 
     def judged(self, sampled: Sampled, again: bool = False) -> tuple[dict[str, np.ndarray], dict[str, float]]:
         """Batch and metrics of what was sampled, on the host; `metrics` of the experiment is not asked `again`, of a refill."""
-        run, began = self.run, time.monotonic()
-        rows, prompts, completions, metrics = sampled
-        examples, texts = run.data.train.examples, decoded(run.words.tokenizer, completions, self.generate.stops)
-        batch = samples_batch(run, examples, rows, prompts, completions, texts)
+        run, began, metrics, answers = self.run, time.monotonic(), sampled.metrics, self.answers(sampled)
+        models, gold = self.scorers.given(answers), self.scorers.gold(answers)
+        batch = samples_batch(run, answers, models)
         if run.experiment.reward is not None:
             metrics["bad_rewards"] = bad_rewards(batch)
         if run.experiment.gold is not None:
-            batch |= rewards_of(run, "gold", examples, rows, completions, texts)
-        elif self.gold is not None:
-            batch["gold"] = self.gold(examples, rows, prompts, completions, texts)
+            batch |= rewards_of(run, "gold", answers, models)
+        elif gold is not None:
+            batch["gold"] = gold
         if "gold" in batch:
             metrics["gold"] = known_mean(batch["gold"])
         if not again:
-            metrics |= metrics_of(run, examples, rows, completions, texts)
+            metrics |= metrics_of(run, answers, models)
         return batch, metrics | {"time/reward": time.monotonic() - began}
 
     def refilled(
@@ -197,65 +192,24 @@ class Rollouts:
         return np.concatenate([run.data.train.rows(first + i) for i in range(c.minibatches)])
 
 
-def samples_batch(
-    run: Run, examples: Examples, rows: np.ndarray, prompts: Sequence[Sequence[int]], completions: Completions, texts: list[list[str]]
-) -> dict[str, np.ndarray]:
-    """The batch of completions of rows of the data, on the host, with their rewards; see `Rollouts`."""
-    batch = said_batch(run, examples, rows, prompts, completions, texts)
+def samples_batch(run: Run, answers: Answers, models: Models) -> dict[str, np.ndarray]:
+    """The batch of completions of rows of the data, on the host, with their rewards; see `Rollouts` and `Scorers.given`."""
+    batch = said_batch(run, answers)
     if run.experiment.reward is None:
         return batch
-    rewards = rewards_of(run, "reward", examples, rows, completions, texts)
+    rewards = rewards_of(run, "reward", answers, models)
     return batch | rewards | {"completion_mask": batch["completion_mask"] & rewarded(rewards)[..., None]}
 
 
-def said_batch(
-    run: Run, examples: Examples, rows: np.ndarray, prompts: Sequence[Sequence[int]], completions: Completions, texts: list[list[str]]
-) -> dict[str, np.ndarray]:
+def said_batch(run: Run, answers: Answers) -> dict[str, np.ndarray]:
     """The batch of completions of rows of the data, on the host, before reward functions are asked."""
-    batch = sampled_batch(prompts, completions, run.data.train.length)
-    batch |= {"truncated": completions.ended == LENGTH, "prompt_id": rows.astype(np.int32)}
+    batch = sampled_batch(answers.prompts, answers.completions, run.data.train.length)
+    batch |= {"truncated": answers.completions.ended == LENGTH, "prompt_id": answers.rows.astype(np.int32)}
     for role, judge in run.readers.items():
-        own = judges.read(judge, run.words.tokenizer, examples, rows, prompts, completions, texts)
+        own = judges.read(judge, run.words.tokenizer, answers)
         readable = own[f"{role}_completion_mask"].any(axis=-1, keepdims=True)
         batch |= own | {"completion_mask": batch["completion_mask"] & readable}
     return batch
-
-
-def golden(
-    run: Run,
-    held: Held,
-    program: Program,
-    examples: Examples,
-    rows: np.ndarray,
-    prompts: Sequence[Sequence[int]],
-    completions: Completions,
-    texts: list[list[str]],
-) -> np.ndarray:
-    """What the role "gold" says of completions of rows of data: [B, N] float32, the mean of several members; NaN of what it cannot read.
-
-    Args:
-      run: has that role.
-      held: the frozen trees.
-      program: "gold" of the run.
-      examples: the data.
-      rows: of the data, which the prompts are of [B].
-      prompts: in the policy's tokens.
-      completions: of these prompts.
-      texts: of the completions.
-    """
-    own = judges.read(run.judges[GOLD], run.words.tokenizer, examples, rows, prompts, completions, texts)
-    batch = {name: own[f"{GOLD}_{name}"] for name in judges.FIELDS}
-    padded = put_padded(run.mesh, batch, padded_prompts(run.mesh, len(rows)))
-    scores = meshes.gathered(program.call(held[GOLD], padded))[: len(rows)]
-    return np.where(batch["completion_mask"].any(axis=-1), scores, np.float32(np.nan))
-
-
-def put_padded(mesh: Mesh, batch: dict[str, np.ndarray], least: int = 0) -> Batch:
-    """The batch on the mesh, filled up with padding rows, to `least` of them at least."""
-    n, shards = len(next(iter(batch.values()))), meshes.batch_shards(mesh)
-    size = -(-max(n, least) // shards) * shards
-    full = {name: np.concatenate([x, np.zeros((size - n, *x.shape[1:]), x.dtype)]) for name, x in batch.items()}
-    return meshes.put_batch(mesh, lambda rows: {name: x[rows] for name, x in full.items()}, size)
 
 
 def trained_on(run: Run, shown: dict[str, np.ndarray]) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 import json
 import sys
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,15 +23,16 @@ from alignax.host.functions import reward_fields
 from alignax.models import hf, parameters, peft, reward
 from alignax.models.reward import CRITIC
 from alignax.models.statistics import Statistic
+from alignax.program import Program
 from alignax.rewards import members
 from alignax.run.checkpoint import Checkpoints, nbytes
 from alignax.run.evaluation import SAMPLED, tries
 from alignax.run.host_rewards import check_metrics, check_reward
 from alignax.run.prepare import Run
-from alignax.run.programs import Program, programs
-from alignax.run.reference_cache import with_stored
+from alignax.run.programs import programs
+from alignax.run.reference_cache import CACHE, with_stored
 from alignax.run.roles import BASE, ENSEMBLE, REFERENCE, Role, abstract_trained, freeze, load
-from alignax.run.state import abstract_state, new_state
+from alignax.run.state import abstract_state
 from alignax.train import Apply, digest
 from alignax.types import Batch, Model, Outputs, Params, TrainState
 
@@ -63,7 +65,7 @@ def start(run: Run, write: bool = True) -> Started:
         own = given(run) if jax.process_count() > 1 else {}
     check_alike(own)
     with together():
-        check_step(run)
+        table = check_step(run)
         params = load(run.policy, run.mesh, jax.random.key(config.seed))
     about = described(run.policy.source, run.words.tokenizer)
     about |= {"policy": fingerprint(params), "reference": "", "data": data_digest(run)}
@@ -72,7 +74,7 @@ def start(run: Run, write: bool = True) -> Started:
         if name != REFERENCE and role.tree == name:
             held[name] = hold(run, role, params, about)
     if REFERENCE in run.roles:
-        run = with_reference(run, params, held, about)
+        run = with_reference(run, params, held, about, table)
     params = begin(run, params, held, about)
     lock = output.Lock(None)
     if write:
@@ -92,10 +94,8 @@ def start(run: Run, write: bool = True) -> Started:
         del params  # one training state at a time
         step, state = checkpoints.newest(restored)
     else:
-        layout = jax.tree.map(lambda x: x.sharding, abstract_state(run))
-        fresh = lambda params, key, held: new_state(run, params, key, held)
-        state = jax.jit(fresh, out_shardings=layout, donate_argnums=0)(params, jax.random.key(config.seed), held)
-    return Started(run, state, step, held, programs(run), about, checkpoints, lock)
+        state = table["begin"].call(params, jax.random.key(config.seed), held)
+    return Started(run, state, step, held, table, about, checkpoints, lock)
 
 
 def hold(run: Run, role: Role, params: Params, about: dict[str, str]) -> Params:
@@ -109,7 +109,7 @@ def hold(run: Run, role: Role, params: Params, about: dict[str, str]) -> Params:
     return freeze(role, own)
 
 
-def with_reference(run: Run, params: Params, held: dict[str, Params], about: dict[str, str]) -> Run:
+def with_reference(run: Run, params: Params, held: dict[str, Params], about: dict[str, str], table: Mapping[str, Program]) -> Run:
     """Holds the reference as far as the run needs it: its parameters, or its log-probs of the data with `reference.cache`."""
     role = run.roles[REFERENCE]
     about[REFERENCE] = about["policy"]  # of a reference that starts as the policy does
@@ -119,7 +119,7 @@ def with_reference(run: Run, params: Params, held: dict[str, Params], about: dic
     if not run.config.reference.cache:
         return run
     say = lambda line: print(line, file=sys.stderr, flush=True) if is_main() else None
-    return with_stored(run, own, about[REFERENCE], say)
+    return with_stored(run, own, about[REFERENCE], table[CACHE], say)
 
 
 def begin(run: Run, params: Params, held: dict[str, Params], about: dict[str, str]) -> Params:
@@ -171,14 +171,15 @@ def sketch(folder: Path) -> str:
     return "\n".join(lines)
 
 
-def check_step(run: Run) -> None:
-    """Traces the training step on shapes alone, so that a loss that does not fit its data is refused before anything is written."""
+def check_step(run: Run) -> dict[str, Program]:
+    """The programs of a run, traced on shapes alone: a loss that does not fit its data is refused before anything is written."""
     functions = [name for name in ("gold", "reward", METRICS) if getattr(run.experiment, name) is not None]
     if functions and is_main():
         run.workers.start()  # they load the experiment meanwhile
     try:
         with blaming(run.experiment.file, always=False):
-            given = {name: program.shapes() for name, program in programs(run).items()}
+            table = programs(run)
+            given = {name: program.shapes() for name, program in table.items()}
             metrics = given["judge" if "judge" in given else "evaluate"]
     except KeyError as e:
         raise ValueError(
@@ -200,6 +201,7 @@ def check_step(run: Run) -> None:
     }
     if best and best not in names and is_main():
         raise ValueError(f"checkpoint.best {best!r} is no metric of the evaluation; use one of {', '.join(sorted(names))}")
+    return table
 
 
 def check_advantages(run: Run) -> None:

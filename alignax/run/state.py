@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from alignax import mesh as meshes
@@ -20,8 +21,9 @@ from alignax.rewards import members
 from alignax.rewards.judge import FIELDS
 from alignax.run.prepare import Run
 from alignax.run.roles import GOLD, REFERENCE, STORED_MODEL, abstract_frozen, abstract_trained, models, policy_model
+from alignax.run.sampling import EVALUATION, sampled_rows
 from alignax.train import init_state
-from alignax.types import Model, Params, TrainState
+from alignax.types import Batch, Model, Params, TrainState
 
 AHEAD = "ahead"  # the part of the carry that is the next rollout
 Held = Mapping[str, Params]  # frozen trees by name, see `alignax.run.roles.frozen`
@@ -143,17 +145,37 @@ def abstract_rollout(run: Run, prompts: int, samples: int) -> dict[str, jax.Shap
     return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=layout) for name, (shape, dtype) in fields.items()}
 
 
-def abstract_read(run: Run, role: str) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and shardings of samples as reward models of that role read them: of a rollout, or of an evaluation where there are none."""
-    c, T = run.config, run.judges[role].length
-    sampled = (prompts_of_rollout(c), c.rollout.samples), (max(c.eval.samples, c.eval.sample_prompts), c.eval.samples_per_prompt)
-    B, N = sampled[0] if c.rollout.samples else sampled[1]
+def abstract_read(run: Run, role: str, sampler: str) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and shardings of the samples of a sampler as a frozen model of that role reads them."""
+    c, shape = run.config, run.samplers[sampler].shape
+    B, N = prompts_of_rollout(c), c.rollout.samples
+    if sampler == EVALUATION:
+        B, N = len(sampled_rows(c, run.data.evaluated)), c.eval.samples_per_prompt
+    T = run.data.train.length if c.rollout.samples else shape.prompt + shape.new
+    T = run.judges[role].length if role in run.judges else T
     layout, shape = meshes.batch_sharding(run.mesh), (padded_prompts(run.mesh, B), N, T)
     types = dict(zip(FIELDS, (jnp.int32, jnp.bool_, jnp.bool_), strict=True))
     return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=layout) for name, dtype in types.items()}
+
+
+def abstract_compared(run: Run) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and shardings of an evaluation's samples, which policy and reference score."""
+    shape, shards = run.samplers[EVALUATION].shape, meshes.batch_shards(run.mesh)
+    B, N, T = len(sampled_rows(run.config, run.data.evaluated)), run.config.eval.samples_per_prompt, shape.prompt + shape.new
+    types = dict(zip((*FIELDS, "sampled_logps"), (jnp.int32, jnp.bool_, jnp.bool_, jnp.float32), strict=True))
+    layout, rows = meshes.batch_sharding(run.mesh), -(-B // shards) * shards
+    return {name: jax.ShapeDtypeStruct((rows, N, T), dtype, sharding=layout) for name, dtype in types.items()}
 
 
 def padded_prompts(mesh: Mesh, prompts: int) -> int:
     """The rows of a batch of so many prompts, or less: a power of 2 for each batch shard, so that few sizes are compiled for refills."""
     shards = meshes.batch_shards(mesh)
     return shards << (-(-max(prompts, 1) // shards) - 1).bit_length()
+
+
+def put_padded(mesh: Mesh, batch: dict[str, np.ndarray], least: int = 0) -> Batch:
+    """The batch on the mesh, filled up with padding rows, to `least` of them at least."""
+    n, shards = len(next(iter(batch.values()))), meshes.batch_shards(mesh)
+    size = -(-max(n, least) // shards) * shards
+    full = {name: np.concatenate([x, np.zeros((size - n, *x.shape[1:]), x.dtype)]) for name, x in batch.items()}
+    return meshes.put_batch(mesh, lambda rows: {name: x[rows] for name, x in full.items()}, size)

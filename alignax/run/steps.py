@@ -11,12 +11,13 @@ from alignax.averages import averaged
 from alignax.config import DATA, asked
 from alignax.experience import advance
 from alignax.experience.chain import with_reported
+from alignax.generate import policy_config, sampler_gap
 from alignax.losses.algebra import Objective, statistics_of
 from alignax.run.prepare import Run, by_batch
-from alignax.run.roles import REFERENCE, Role, make_apply, policy_apply
+from alignax.run.roles import REFERENCE, Role, make_apply, policy_apply, whole
 from alignax.run.state import Held, given_models, make_experience
 from alignax.train import Apply, make_evaluation, make_step
-from alignax.types import Batch, Metrics, Outputs, Params, TrainState
+from alignax.types import Batch, Metrics, Model, Outputs, Params, TrainState
 
 
 def objectives(run: Run, held: Held, state: TrainState) -> dict[str, Objective]:
@@ -71,12 +72,46 @@ def make_evaluate(run: Run) -> Callable[[TrainState, Held, Batch], tuple[Any, Ou
     return evaluate
 
 
-def make_gold(role: Role) -> Callable[[Params, Batch], jax.Array]:
-    """The program that scores samples with the gold reward models, `(parameters, batch) -> scores` [B, N]: the mean of several."""
+def make_score(role: Role) -> Callable[[Params, Batch], jax.Array]:
+    """The program that scores samples with a frozen model, `(parameters, batch) -> array`.
 
-    def gold(params: Params, batch: Batch) -> jax.Array:
-        scores = role.apply(params, batch).scores
-        assert scores is not None
-        return scores.mean(axis=-1)
+    Scores [B, N, K] of reward models, log-probs [B, N, T] of a language model, float32.
+    """
 
-    return gold
+    def score(params: Params, batch: Batch) -> jax.Array:
+        out = role.apply(params, batch)
+        return out.logps if out.scores is None else out.scores
+
+    return score
+
+
+def make_compare(run: Run) -> Callable[[Params, Held, Batch], tuple[jax.Array, jax.Array, jax.Array]]:
+    """The program that measures samples of an evaluation against the reference, `(trained, frozen, batch) -> (k1, k3, gap)`; see `compare`.
+
+    Both models are read as they are sampled from: at `eval.temperature`, over the tokens of the tokenizer.
+    """
+    spoken = lambda role: policy_config(role.config, run.config.eval.temperature, run.words.unused)
+    apply = lambda role: make_apply(spoken(role), run.config, run.policy.dtype, run.mesh)
+
+    def program(params: Params, held: Held, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
+        reference = run.roles[REFERENCE]
+        policy = Model(apply(run.policy), whole(run.roles, held, params))
+        return compare(policy, Model(apply(reference), held[reference.tree]), batch)
+
+    return program
+
+
+def compare(policy: Model, reference: Model, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Estimates of KL(policy || reference) from each sampled completion, in nats summed over its tokens: k1 and k3, each [B, N].
+
+    k1 = sum_t lr and k3 = sum_t exp(-lr) - 1 + lr with lr = log pi - log ref; both unbiased, k1 signed, k3 >= 0 (Schulman 2020,
+    "Approximating KL divergence"). Third, by how much the sampler's log-probs differ from those of the forward pass that trains, [].
+
+    Args:
+      policy: whose samples they are.
+      reference: what they are measured against.
+      batch: completions with their `sampled_logps`, [B, N, T].
+    """
+    logps = policy.apply(policy.params, batch).logps
+    lr = logps - reference.apply(reference.params, batch).logps  # [B, N, T], 0 outside completions
+    return lr.sum(-1), (jnp.expm1(-lr) + lr).sum(-1), sampler_gap(logps, batch)

@@ -1,0 +1,72 @@
+"""What the frozen models of a run say of samples on the host: to reward functions that ask for them by name, and as gold rewards."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from alignax import mesh as meshes
+from alignax.generate import Answers, sampled_batch
+from alignax.host.functions import models_asked
+from alignax.program import Program
+from alignax.rewards import judge as judges
+from alignax.run.prepare import Run
+from alignax.run.roles import GOLD
+from alignax.run.state import Held, padded_prompts, put_padded
+
+
+def score_of(sampler: str, name: str) -> str:
+    """How the program is called by which a model of that name scores the samples of a sampler."""
+    return f"{sampler}/score/{name}"
+
+
+class Scorers:
+    """The frozen models that score samples on the host."""
+
+    def __init__(self, run: Run, held: Held, programs: Mapping[str, Program], sampler: str):
+        """Computes nothing yet.
+
+        Args:
+          run: the run.
+          held: its frozen trees.
+          programs: its programs.
+          sampler: whose samples they score, "rollout" or "eval".
+        """
+        self.run, self.held, place = run, held, score_of(sampler, "")
+        self.programs = {name.removeprefix(place): program for name, program in programs.items() if name.startswith(place)}
+
+    def gold(self, answers: Answers) -> np.ndarray | None:
+        """Gold rewards [B, N] float32 by the role "gold": the mean of its scores, NaN of what the model cannot read; None without it."""
+        return self.said(GOLD, answers)[0].mean(axis=-1) if GOLD in self.programs else None
+
+    def given(self, answers: Answers) -> dict[str, list[Any]]:
+        """What reward functions are given of the models that they ask for, by name: a value for each of the B * N completions.
+
+        Of a reward model the value is its score, of one with several scores a list of these; of a language model it is a list of the
+        log-probs of the completion's tokens.
+        """
+        out: dict[str, list[Any]] = {}
+        for name in models_asked(self.run.experiment):
+            said, mask = (x.reshape(-1, x.shape[-1]) for x in self.said(name, answers))
+            if name not in self.run.judges:
+                out[name] = [row[scored].tolist() for row, scored in zip(said, mask, strict=True)]
+            else:
+                out[name] = said.tolist() if said.shape[-1] > 1 else said[:, 0].tolist()
+        return out
+
+    def said(self, name: str, answers: Answers) -> tuple[np.ndarray, np.ndarray]:
+        """What a model says of samples, float32, and the mask of the tokens that it says it of, bool [B, N, T].
+
+        Scores [B, N, K] of a reward model, NaN of what the model cannot read; log-probs [B, N, T] of a language model.
+        """
+        run, role, judge = self.run, self.run.roles[name], self.run.judges.get(name)
+        if judge is None:
+            whole = sampled_batch(answers.prompts, answers.completions, run.data.train.length if run.config.rollout.samples else 0)
+            batch = {field: whole[field] for field in judges.FIELDS}
+        else:
+            own = judges.read(judge, run.words.tokenizer, answers)
+            batch = {field: own[f"{name}_{field}"] for field in judges.FIELDS}
+        mask, B = batch["completion_mask"], len(answers.rows)
+        placed = put_padded(run.mesh, batch, padded_prompts(run.mesh, B))
+        said = meshes.gathered(self.programs[name].call(self.held[role.tree], placed))[:B]
+        return said if judge is None else np.where(mask.any(axis=-1, keepdims=True), said, np.float32(np.nan)), mask
