@@ -180,7 +180,7 @@ def _check_length(examples: Examples, length: int) -> None:
 
 
 def swapped(batch: dict[str, np.ndarray], wrong: np.ndarray) -> dict[str, np.ndarray]:
-    """Swaps the two responses in the fields [B, 2, T] of a batch, at rows where `wrong` [B] is True; `margin` [B] changes its sign there."""
+    """Swaps the two responses in fields [B, 2, T] of a batch, at rows where `wrong` [B] is True; `margin` [B] changes its sign there."""
     turn = lambda x: np.where(wrong[:, None, None], x[:, ::-1], x)
     out = {name: turn(x) if x.ndim == 3 else x for name, x in batch.items()}
     return out | ({"margin": np.where(wrong, -batch["margin"], batch["margin"])} if "margin" in batch else {})
@@ -188,7 +188,7 @@ def swapped(batch: dict[str, np.ndarray], wrong: np.ndarray) -> dict[str, np.nda
 
 @functools.lru_cache(maxsize=16)
 def _wrong(seed: int, count: int, share: float) -> np.ndarray:
-    """Marks the rows that get a wrong label: [count] bool, of which a share of `share` is True, exact to a row."""
+    """Marks the rows that get a wrong label: [count] bool, True for a share of the rows that is exact to a row."""
     stream = np.random.Philox(key=np.asarray([seed, 0], np.uint64), counter=np.asarray([0, 0, 1, 0], np.uint64))
     wrong = np.zeros(count, bool)
     wrong[np.argsort(stream.random_raw(count), kind="stable")[: round(share * count)]] = True

@@ -69,7 +69,7 @@ def _split(loaded: Loaded, data: Any, tokenizer: Any, colour: bool) -> dict[str,
 
 
 def _rows(examples: Examples, first: int, end: int) -> Examples:
-    """The examples of rows `first` to `end`, without the row `end` itself."""
+    """The examples of rows `first` to `end` - 1."""
     sides = slice(first * examples.N, end * examples.N + 1)
     offsets = examples.offsets[sides]
     tokens = slice(offsets[0], offsets[-1])

@@ -29,7 +29,7 @@ class Report(NamedTuple):
     responses: int
     longest_prompt: int  # characters, before any cut
     unread: list[str]  # columns that nothing reads, each with the type of its values
-    uncut: tuple[tuple[int, ...], tuple[int, ...]]  # token counts of prompts and of completions before any cut, with rows that the cut drops
+    uncut: tuple[tuple[int, ...], tuple[int, ...]]  # tokens of prompts and of completions before any cut, of rows too long for it too
 
     def lines(self) -> list[str]:
         """Formats the counts as lines for the console."""

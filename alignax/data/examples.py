@@ -29,8 +29,8 @@ class Examples:
     prompts: list[str]  # [n]
     fields: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # name -> [n, ...], as in FIELDS
     token_fields: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # name -> [total], computed from the tokens
-    columns: dict[str, list[Any]] = dataclasses.field(default_factory=dict)  # name -> [n], of data of kind "prompt": what reward functions may read
-    rows: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))  # [n]: row numbers in the files; [0] if from no file
+    columns: dict[str, list[Any]] = dataclasses.field(default_factory=dict)  # name -> [n], of prompt data, for reward functions
+    rows: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))  # [n] row numbers in the files, or [0]
     conversations: list[tuple[list[Message], Any] | None] = dataclasses.field(default_factory=list)  # [n] (messages, tools), or []
     others: "dict[str, Examples]" = dataclasses.field(default_factory=dict)  # role -> the same rows in the format of that role's model
     order: np.ndarray | None = None  # [n] float64: the first epoch draws rows by ascending numbers; None: no curriculum
