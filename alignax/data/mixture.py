@@ -122,8 +122,8 @@ def schedule(weights: Sequence[float], start: int, count: int) -> tuple[np.ndarr
     Returns:
       The source [count] and the draw [count] of each place, int64.
     """
-    # At time t a source has drawn w * t times to within 1/2, so place p is due within k/2 of time p. So every draw before `first`
-    # lies in front of the window.
+    # At time t a source has drawn w * t times to within 1/2, so place p is due within k/2 of time p. So every draw before
+    # `first` takes a place in front of the window.
     w, k = np.asarray(weights, np.float64), len(weights)
     first = np.maximum(np.floor(w * start - k - 1), 0).astype(np.int64)
     stop = np.ceil(w * (start + count) + k + 1).astype(np.int64)
