@@ -314,7 +314,7 @@ def _ids(texts: list[str], tokenizer: Any) -> list[list[int]]:
 def _own(tokenizer: Any) -> tuple[list[int], list[int]]:
     """The tokens that the tokenizer itself puts in front of a text, and those that it puts behind it."""
     # Probes tell these tokens, not the last id of each text: a text may itself end in an EOS, which is then part of it. A probe tells
-    # nothing if it has no token, and little if it becomes the unknown token and the tokenizer adds that one. Then vocabulary tokens are tried.
+    # nothing if it has no token, and little if it becomes the unknown token and the tokenizer adds it; then the vocabulary is tried.
     found: list[tuple[list[int], list[int]]] = []
     words = map(tokenizer.convert_ids_to_tokens, range(0, len(tokenizer), -(-len(tokenizer) // MOST_PROBES)))
     for text in map(str, itertools.chain(PROBES, words)):
