@@ -1,4 +1,4 @@
-"""Starts `jax.distributed` when the environment says that this process is one of several.
+"""Processes of a run: starts `jax.distributed` if the environment says that there are several, and keeps them in agreement.
 
 Call `initialize` first of all: jax refuses it once an array exists or a device was asked for.
 """
@@ -18,19 +18,20 @@ from jax.experimental import multihost_utils
 from alignax.text import short
 
 EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")  # those that jax reads
-MESSAGE = 1000  # bytes of an error that the other processes are told
+SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")  # the variables that jax reads
+MESSAGE = 1000  # bytes of an error that are sent to the other processes
 REMEDY = f"set {', '.join(EXPLICIT)}, or for a single host TPU_SKIP_MDS_QUERY=1"
 
 
 def initialize() -> None:
-    """Joins the processes of this run; a single process is left alone, its devices untouched.
+    """Joins the processes of this run; a single process is left alone, and its devices stay untouched.
 
-    The first that applies: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; a SLURM step of several tasks (on
-    GPUs jax gives each task one device: start a task per GPU, or set JAX_LOCAL_DEVICE_IDS); a Cloud TPU of several hosts.
+    The first of these that applies is used: the variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; a SLURM
+    step of several tasks (on GPUs jax gives each task one device: start a task per GPU, or set JAX_LOCAL_DEVICE_IDS); a Cloud TPU
+    of several hosts.
 
     Raises:
-        ValueError: some of the three variables are missing or are no numbers, or a TPU VM could not tell its workers.
+        ValueError: some of the three variables are missing or not whole numbers, or a TPU VM could not tell its workers.
     """
     if jax.distributed.is_initialized():
         return
@@ -42,18 +43,19 @@ def initialize() -> None:
 
 
 def is_main() -> bool:
-    """Whether this is process 0, the one that writes logs and reports; asks for devices, so call it after `initialize`."""
+    """Whether this is process 0, which writes logs and reports; it asks jax for devices, so call it after `initialize`."""
     return jax.process_index() == 0
 
 
 @contextmanager
 def together() -> Iterator[None]:
-    """What one process raises here, all raise, so that none waits for ever for one that is gone; and all leave at the same time.
+    """A context that fails on all processes if it fails on one, so that none waits forever for a process that is gone.
 
-    Nothing inside may wait for other processes: no collective, no sharded program whose result is read.
+    All processes leave the context at the same time. Nothing inside may wait for other processes: no collective, and no sharded
+    program whose result is read.
 
     Raises:
-      ValueError: on the processes that did not fail, with the number and the words of the first that did.
+      ValueError: on the processes that did not fail, with the number and the message of the first process that did.
     """
     error: Exception | None = None
     try:
@@ -70,13 +72,13 @@ def together() -> Iterator[None]:
 
 
 def check_alike(given: Mapping[str, str]) -> None:
-    """Refuses processes of one run that were not given the same. Every process calls it, with the same names.
+    """Refuses a run whose processes were given different things, such as another command or file. Every process calls it.
 
     Args:
-      given: what a process has been given, by name, as text whose lines say what differs.
+      given: name -> what this process was given, as text whose lines tell what differs; every process gives the same names.
 
     Raises:
-      ValueError: on every process, with the first that differs from process 0, and the lines in which it does.
+      ValueError: on every process, with the first process that differs from process 0, and the first line in which it does.
     """
     if jax.process_count() == 1:
         return
@@ -97,7 +99,7 @@ def check_alike(given: Mapping[str, str]) -> None:
 
 
 def from_main(text: str) -> str:
-    """Process 0's text, on every process; every process calls it."""
+    """The text of process 0, on every process; every process has to call it."""
     if jax.process_count() == 1:
         return text
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text.encode()))))
@@ -106,7 +108,7 @@ def from_main(text: str) -> str:
 
 
 def _gathered(text: str, most: int) -> list[str]:
-    """The texts of all processes, cut to so many bytes."""
+    """The texts of all processes, each cut to `most` bytes."""
     own = np.frombuffer(text.encode()[:most].ljust(most, b"\0"), np.uint8)
     return [bytes(row).rstrip(b"\0").decode(errors="replace") for row in multihost_utils.process_allgather(own)]
 
@@ -132,7 +134,7 @@ def _slurm() -> dict[str, Any] | None:
 
 def _cloud_tpu() -> dict[str, Any] | None:
     # On import jax puts "tpu" into this option if it finds TPU chips and libtpu, and sets TPU_SKIP_MDS_QUERY if there are no
-    # chips: so no other machine is made to wait for a metadata server that it does not have.
+    # chips. So a machine without TPUs never waits for a metadata server that it does not have.
     if "tpu" not in (jax.config.values["jax_platforms"] or "").split(","):
         return None
     if hosts := os.environ.get("TPU_PROCESS_ADDRESSES") or os.environ.get("TPU_WORKER_HOSTNAMES"):  # Kubernetes

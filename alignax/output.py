@@ -1,8 +1,8 @@
-"""What is written appears whole or not at all, and takes the place of nothing that another has written.
+"""Output files and folders: each appears whole or not at all, and none replaces what another program has written.
 
-A file or a folder is written beside its place under a name of its own, and takes the place in one move: at every moment, a killed
-process and a full disk included, what stands there is an earlier one or the new one, whole. A model folder that a command has written
-holds `alignax.json`, which says who wrote it and the CRC of every file.
+A file or a folder is written beside its place under a temporary name, and is then moved there in one step. So even after a killed
+process or on a full disk, the place holds the earlier version or the new one, whole. A model folder that a command has written holds
+`alignax.json`, with the name of its writer and the CRC of every file.
 """
 
 import ctypes
@@ -26,23 +26,24 @@ from alignax.distributed import is_main, together
 from alignax.text import one_line
 
 MARK = "alignax.json"
-LOCK = ".lock"  # of a workdir, the file that says who works in it
-TMP = "alignax-tmp"  # the end of the name of what is half written
+LOCK = ".lock"  # the file in a workdir that says who works there
+TMP = "alignax-tmp"  # the end of the names of unfinished files and folders
 HELD: set[tuple[int, int]] = set()  # device and inode of the locks that this process holds
 EXCHANGE, HERE = 2, -100  # RENAME_EXCHANGE and AT_FDCWD of Linux
 
 
 def claim(place: Path, origin: str = "", force: bool = False, remedy: str = "give --force to replace it, or choose another place") -> None:
-    """Refuses a place that cannot be written, or where something stands that is not by this writer; what is empty is free.
+    """Refuses a place that cannot be written, or that holds something by another writer; an empty file or folder is free.
 
     Args:
-      place: a file, or a folder, that is about to be written.
-      origin: who writes a folder, an untouched one by the same may be replaced; of a file what stands in its first lines. Empty: of none.
+      place: the file or folder that is about to be written.
+      origin: the writer. An untouched folder of the same origin may be replaced, and so may a file with the origin in its first 1000
+        bytes. Empty: `place` is a file, and none that exists may be replaced.
       force: replace what stands there.
-      remedy: the end of the error.
+      remedy: the end of the error message.
 
     Raises:
-      ValueError: for what would be destroyed, and for a place that cannot be taken: a closed one, one in a file, a mount point.
+      ValueError: something would be destroyed, or the place cannot be taken: it is closed, inside a file, or a mount point.
     """
     if why := _closed(place):
         raise ValueError(f"{str(place)!r} cannot be written: {why}; choose another place")
@@ -63,7 +64,7 @@ def claim(place: Path, origin: str = "", force: bool = False, remedy: str = "giv
 
 
 def _closed(place: Path) -> str:
-    """Why nothing can be put into a place; empty where it can. What a link points to is looked at, since that is written."""
+    """The reason why nothing can be written to a place; empty if it can. Links are followed, since their targets are written."""
     try:
         if place.exists() and not (place.is_dir() or place.is_file()):
             return "it is a device or a pipe, in whose place nothing is put (- is the console, where that is taken)"
@@ -77,7 +78,7 @@ def _closed(place: Path) -> str:
             return f"{str(above)!r} is a file"
         if not os.access(above, os.W_OK | os.X_OK):
             return f"{str(above)!r} is closed to you"
-        # Only a trial tells of a file system that takes no files, and of names that are too long for it.
+        # Only a trial shows that the file system takes files, and that the names are not too long for it.
         with tempfile.TemporaryDirectory(prefix=".", suffix=f".{TMP}", dir=above) as tmp:
             for name in (*place.relative_to(above).parts[:-1], _beside(place).name):
                 (Path(tmp) / name).touch()
@@ -87,22 +88,26 @@ def _closed(place: Path) -> str:
 
 
 def _is_mount(path: Path) -> bool:
-    """Whether a file or a folder is mounted there, which the system keeps in its place."""
+    """Whether a path is a mount point, which cannot be replaced."""
     about = Path("/proc/self/mountinfo")
     lines = about.read_bytes().splitlines() if about.is_file() else []
-    mounted = re.sub(rb"[\s\\]", lambda found: b"\\%03o" % ord(found[0]), os.fsencode(path))  # as the system writes it
+    mounted = re.sub(rb"[\s\\]", lambda found: b"\\%03o" % ord(found[0]), os.fsencode(path))  # escaped as in mountinfo
     return os.path.ismount(path) if path.is_dir() else any(line.split()[4] == mounted for line in lines)
 
 
 def claim_on_all(place: Path, origin: str = "", force: bool = False) -> None:
-    """What `claim` refuses, on all processes; process 0 looks."""
+    """Claims a place with `claim` on process 0; an error is raised on all processes."""
     with together():
         if is_main():
             claim(place, origin, force)
 
 
 def check(folder: Path, suffix: str = ".safetensors") -> None:
-    """Refuses a folder of ours whose files of a suffix are not as they were written; what a person deleted or added is let be."""
+    """Refuses a folder by alignax in which a file with the suffix was changed; files that a person deleted or added are allowed.
+
+    Raises:
+      ValueError: such a file, or the folder's `alignax.json`, is damaged.
+    """
     there = _mark(folder)
     if there is None:
         if (folder / MARK).exists():
@@ -117,12 +122,12 @@ def check(folder: Path, suffix: str = ".safetensors") -> None:
 
 
 def standing(path: Path) -> Path:
-    """The path, or the nearest of the folders above it that there is."""
+    """The path if it exists, else its nearest parent folder that exists."""
     return next(p for p in (path, *path.absolute().parents) if p.exists())
 
 
 def require_space(path: Path, need: int, what: str, remedy: str = "make room, or choose another place") -> None:
-    """An error before anything is written, if the disk has no room for `need` bytes and a tenth."""
+    """Raises an OSError, before anything is written, if the disk has no room for 1.1 times `need` bytes."""
     free = shutil.disk_usage(standing(path)).free
     if free < 1.1 * need:
         raise OSError(f"{what} takes {need / 1e9:.3f} GB and {str(path)!r} has {free / 1e9:.3f} GB free; {remedy}")
@@ -130,11 +135,11 @@ def require_space(path: Path, need: int, what: str, remedy: str = "make room, or
 
 @contextmanager
 def file(path: Path, shared: bool = False) -> Iterator[Path]:
-    """Where to write a file that takes the place of `path` at the end; after an error nothing stays of it.
+    """A context with a temporary path to write, which takes the place of `path` at the end; after an error nothing of it remains.
 
-    `shared`: several processes may write the same file at the same time; `sweep` removes what killed ones left of it.
+    `shared`: several processes may write the same file at the same time; `sweep` removes what killed processes left.
     """
-    path = _real(path)  # what a link points to, which stays
+    path = _real(path)  # the target of a link is replaced, and the link stays
     tmp = _beside(path, f"{socket.gethostname()}-{os.getpid()}" if shared else "")
     with _writing(path, tmp):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -145,19 +150,19 @@ def file(path: Path, shared: bool = False) -> Iterator[Path]:
 
 
 def named(title: str) -> str:
-    """A title as the name of a file, without its ending: one name, whatever is in it and however long it is."""
+    """A title as a file name without suffix: a single name of at most 200 bytes, whatever the title holds."""
     name = re.sub(r"[ /\0]", "-", title).encode(errors="replace")
     return (name if len(name) <= 200 else name[:100] + name[-100:]).decode(errors="ignore")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file in one move."""
+    """Writes a text file, which appears whole or not at all."""
     with file(path) as tmp:
         tmp.write_text(text, encoding="utf-8")
 
 
 def write_json(value: Any, out: str) -> None:
-    """Writes JSON into a file, or with "-" onto the console."""
+    """Writes a value as JSON into the file `out`, or onto the console if `out` is "-"."""
     if out == "-":
         print(json_text(value, indent=2))
     else:
@@ -165,24 +170,27 @@ def write_json(value: Any, out: str) -> None:
 
 
 def json_text(value: Any, indent: int | None = None) -> str:
-    """JSON for the console, of its characters alone."""
+    """A value as JSON, in characters that the console can show."""
     return json.dumps(value, indent=indent, ensure_ascii="utf" not in sys.stdout.encoding.lower())
 
 
 def sweep(folder: Path) -> None:
-    """Removes what processes of this machine that are gone left of shared files."""
+    """Removes the unfinished shared files in a folder whose processes, of this machine, are gone."""
     for left in folder.glob(f".*.{socket.gethostname()}-*.{TMP}"):
         try:
             os.kill(int(left.name.removesuffix(f".{TMP}").rpartition("-")[2]), 0)
         except ProcessLookupError:
             left.unlink(missing_ok=True)
-        except (ValueError, OSError):  # none of ours, or of another user
+        except (ValueError, OSError):  # not such a name, or a process of another user
             pass
 
 
 @contextmanager
 def folder(out: Path, origin: str = "") -> Iterator[Path]:
-    """Where to write a folder that takes the place of `out` at the end, of an `origin` marked; every process enters, process 0 writes."""
+    """A context with a temporary folder to write, which takes the place of `out` at the end; after an error nothing of it remains.
+
+    Every process enters the context, and process 0 writes. With an `origin`, the folder gets an `alignax.json` with it and the CRCs.
+    """
     out = _real(out)
     tmp = _beside(out)
     with _writing(out, tmp):
@@ -203,14 +211,14 @@ def folder(out: Path, origin: str = "") -> Iterator[Path]:
 
 
 class Lock:
-    """A workdir held by this process until `close`, or until the process ends, however it does; `path` None holds nothing.
+    """A lock on a workdir, held until `close` or the end of the process, however it ends; with `path` None nothing is locked.
 
     Raises:
-      ValueError: while another process holds it.
+      ValueError: another process holds the lock.
     """
 
     def __init__(self, path: Path | None):
-        """Takes the lock, or says that the file system has none."""
+        """Takes the lock, or prints that the file system has no locks."""
         self._release: weakref.finalize | None = None
         if path is None:
             return
@@ -221,7 +229,7 @@ class Lock:
         except BlockingIOError as e:
             holder = os.read(file, 300).decode(errors="replace").strip()
             os.close(file)
-            # Not by what the holder wrote: in containers, two processes of one host name have one number.
+            # The text of the holder cannot tell whether it is this process: in containers, two may share host name and process number.
             if place not in HELD:
                 raise ValueError(
                     f"workdir {str(path.parent)!r} is in use: {holder or 'another process'} works in it; "
@@ -231,12 +239,12 @@ class Lock:
         except OSError as e:
             print(f"{path.parent} is on a file system without locks ({e.strerror}): see that nothing else works in it", file=sys.stderr)
         HELD.add(place)
-        self._release = weakref.finalize(self, _let_go, file, place)  # also of a run that was refused after it was opened
+        self._release = weakref.finalize(self, _let_go, file, place)  # also if a run is refused after it took the lock
         os.ftruncate(file, 0)
         os.write(file, f"process {os.getpid()} on {socket.gethostname()}".encode())
 
     def close(self) -> None:
-        """Lets go of it."""
+        """Releases the lock."""
         if self._release is not None:
             self._release()
 
@@ -248,7 +256,7 @@ def _let_go(file: int, place: tuple[int, int]) -> None:
 
 @contextmanager
 def _writing(path: Path, tmp: Path) -> Iterator[None]:
-    """After an error what was half written goes; a disk that is full becomes one line with the remedy."""
+    """Removes the half-written `tmp` after an error, and turns a failure to write into one line with the remedy."""
     from safetensors import SafetensorError
 
     try:
@@ -263,7 +271,7 @@ def _writing(path: Path, tmp: Path) -> Iterator[None]:
 
 
 def _real(path: Path) -> Path:
-    """The path without links; a link that leads back to itself stays."""
+    """The path with its links resolved, except a link that leads back to itself."""
     return Path(os.path.realpath(path))
 
 
@@ -272,20 +280,20 @@ def _beside(path: Path, tag: str = "") -> Path:
 
 
 def unfinished(path: Path) -> bool:
-    """Whether this is what a killed process left of a write."""
+    """Whether a path is an unfinished file or folder, which a killed process left."""
     return path.name.endswith(TMP)
 
 
 def _replace(out: Path, new: Path) -> None:
-    """Puts a finished folder in the place of an earlier one, which goes."""
+    """Puts a finished folder in the place of an earlier one, and removes the earlier one."""
     if not out.exists():
         new.rename(out)
         return
     try:
         exchanged = ctypes.CDLL(None).renameat2(HERE, os.fsencode(new), HERE, os.fsencode(out), EXCHANGE) == 0
-    except AttributeError:  # a system without it
+    except AttributeError:  # a system without renameat2
         exchanged = False
-    if not exchanged:  # or a file system: there is a moment without either, and both stand beside
+    if not exchanged:  # nor can the file system: for a moment the place is empty, and both folders stand beside it
         old = new.with_name(new.name + "-old")
         shutil.rmtree(old, ignore_errors=True)
         out.rename(old)
@@ -295,7 +303,7 @@ def _replace(out: Path, new: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Has the disk hold what was written, before anything refers to it."""
+    """Forces a written file or folder onto the disk, before anything refers to it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -304,7 +312,7 @@ def _sync(path: Path) -> None:
 
 
 def _mark(folder: Path) -> dict | None:
-    """What a folder of ours says of itself; None of another's."""
+    """The content of a folder's `alignax.json`; None if there is none or it is damaged."""
     try:
         found = json.loads((folder / MARK).read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -314,13 +322,13 @@ def _mark(folder: Path) -> dict | None:
 
 
 def _changed(folder: Path, files: dict[str, str]) -> str:
-    """A file that is not as it was written, came, or went; empty where there is none."""
+    """The first file that was changed, added or removed since a folder was written; empty if there is none."""
     there = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {MARK}
     return next((name for name in sorted(there | files.keys()) if name not in there or files.get(name) != _crc(folder / name)), "")
 
 
 def _remembered_crc(path: Path) -> str:
-    """The CRC of a file; one that several readers of this process take is read once, until it changes."""
+    """The CRC of a file, which this process remembers until the file changes."""
     there = path.stat()
     return _crc_of(path, there.st_ino, there.st_size, there.st_mtime_ns, there.st_ctime_ns)
 

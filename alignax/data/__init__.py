@@ -1,4 +1,4 @@
-"""Files to batches: rows of text, tokenised examples, batches that are a function of the step."""
+"""Training data: reads files into rows, tokenises rows into examples, and draws batches as a function of the step."""
 
 from alignax.data.batches import Batches, assemble, decode_example, evaluation_batch, padded_length
 from alignax.data.counts import Report

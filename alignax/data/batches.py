@@ -1,9 +1,9 @@
-"""Batches: a batch is a pure function of the step, so the data position in a checkpoint is one integer.
+"""Batches of training data: a batch is a pure function of the step, so the data position in a checkpoint is one integer.
 
-Fields of a batch, with B prompts, N responses and T tokens, right padded: tokens [B, N, T] int32; mask [B, N, T] bool, the real
-tokens; completion_mask [B, N, T] bool, the scored ones; and those of `alignax.data.examples.FIELDS` that the rows have. Masks
-never come from token ids, so a pad token that is also the EOS does no harm. A padding row is False in both masks, and 0 or
-False in every further field.
+A batch has B prompts, N responses and T tokens, right padded. Its fields are tokens [B, N, T] int32; mask [B, N, T] bool, the
+real tokens; completion_mask [B, N, T] bool, the scored tokens; and the fields of `alignax.data.examples.FIELDS` that the rows
+have. Masks never come from token ids, so the pad token may be the EOS. A padding row is False in both masks, and 0 or False in
+every further field.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ import numpy as np
 from alignax.data.examples import Examples
 from alignax.data.mixture import Mixture, schedule
 
-SCORED, UNSCORED = ("[{}]", "\x1b[1;32m{}\x1b[0m"), ("{}", "\x1b[2m{}\x1b[0m")  # marks of a token, plain and on a terminal
+SCORED, UNSCORED = ("[{}]", "\x1b[1;32m{}\x1b[0m"), ("{}", "\x1b[2m{}\x1b[0m")  # how a token is shown: (plain, on a terminal)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,20 +25,20 @@ class Batches:
     """An endless, index-addressed stream of batches.
 
     Epochs follow one another without a gap: example i of step s is entry (s*B + i) mod n of the permutation of epoch
-    (s*B + i) div n. So no example is left out at the end of an epoch, and the batch there holds rows of two epochs. Of a
-    mixture, place s*B + i of the stream belongs to the source that `schedule` says, and each source goes through epochs and
-    permutations of its own. Examples with an `order` are drawn in it in epoch 0, the smallest first, ties as they lie.
+    (s*B + i) div n. So no example is left out at the end of an epoch, and the batch there holds rows of two epochs. In a
+    mixture, `schedule` chooses the source of place s*B + i of the stream, and each source has its own epochs and permutations.
+    If the examples have an `order`, epoch 0 draws them by ascending `order`; ties keep the order of the rows.
     """
 
     examples: Examples
     batch_size: int
     seed: int
     length: int  # T, the same for every batch
-    mixture: Mixture | None = None  # the sources that the examples consist of; None: one
+    mixture: Mixture | None = None  # the sources of the examples; None: a single source
     shuffle: bool = True
-    bootstrap: bool = False  # the rows are a sample of themselves, drawn with replacement by the seed
-    noise: float = 0.0  # share of the pairs whose two sides change places, as if their label were wrong
-    noise_seed: int = 0  # which pairs they are
+    bootstrap: bool = False  # the rows are resampled with replacement, by the seed
+    noise: float = 0.0  # share of the pairs whose two sides are swapped, as if their label were wrong
+    noise_seed: int = 0  # decides which pairs are swapped
 
     def __post_init__(self):
         if self.batch_size < 1:
@@ -50,11 +50,11 @@ class Batches:
         _check_length(self.examples, self.length)
 
     def steps(self, epochs: float) -> int:
-        """Steps until `epochs` times the number of examples were drawn, of all sources together, rounded up."""
+        """The number of steps that draw `epochs` times the number of examples of all sources, rounded up."""
         return math.ceil(round(epochs * len(self.examples), 6) / self.batch_size)
 
     def rows(self, step: int) -> np.ndarray:
-        """Indices into the examples of a step: [B] int64."""
+        """The indices of the examples that a step draws: [B] int64."""
         start = int(step) * self.batch_size
         if self.mixture is None:
             return self._drawn(0, len(self.examples), start + np.arange(self.batch_size, dtype=np.int64))
@@ -65,7 +65,7 @@ class Batches:
         return rows
 
     def _drawn(self, source: int, count: int, draws: np.ndarray) -> np.ndarray:
-        """The rows, of `count` of a source, that its draws give: [draws] int64."""
+        """The rows that the given draws of a source with `count` rows select: [draws] int64."""
         epoch, index = np.divmod(draws, count)
         if self.shuffle:
             for e in np.unique(epoch):
@@ -76,7 +76,7 @@ class Batches:
 
     @functools.cached_property
     def _curriculum(self) -> list[np.ndarray]:
-        """Of each source its places by the `order` of the examples there."""
+        """For each source, the places of its rows by ascending `order`: [count] int64 each."""
         assert self.examples.order is not None
         out = []
         for source, (first, count) in enumerate([(0, len(self.examples))] if self.mixture is None else self.mixture.spans()):
@@ -86,7 +86,7 @@ class Batches:
         return out
 
     def digest(self) -> int:
-        """A fingerprint of what batches are made of: tokens, masks, further fields, the length, the mixture, their order."""
+        """A fingerprint of what batches are made of: tokens, masks, further fields, length, mixture, order and label noise."""
         crc = zlib.crc32(repr((self.length, self.mixture and self.mixture[:2])).encode())
         if not self.shuffle:
             crc = zlib.crc32(b"file", crc)
@@ -97,25 +97,29 @@ class Batches:
         return self.examples.digest(crc)
 
     def batch(self, step: int, rows: slice | None = None) -> dict[str, np.ndarray]:
-        """The batch of a step; with `rows` only that slice of its B prompts, which is what a host of several asks for."""
+        """The batch of a step, fields [B, ...]; `rows` selects a slice of the B prompts, as each of several hosts needs its own."""
         indices = self.rows(step) if rows is None else self.rows(step)[rows]
         batch = assemble(self.examples, indices, self.length)
         return swapped(batch, _wrong(self.noise_seed, len(self.examples), self.noise)[indices]) if self.noise else batch
 
 
 def evaluation_batch(examples: Examples, index: int, batch_size: int, length: int, rows: slice | None = None) -> dict[str, np.ndarray]:
-    """Batch `index` of the examples in order; the last one is filled up with padding rows. `rows` as in `Batches.batch`."""
+    """Batch `index` of the examples in order, fields [B, ...]; padding rows fill the last batch. For `rows` see `Batches.batch`."""
     indices = np.arange(index * batch_size, (index + 1) * batch_size, dtype=np.int64)
     return assemble(examples, indices if rows is None else indices[rows], length)
 
 
 def padded_length(examples: Examples, multiple: int = 8) -> int:
-    """The longest side, rounded up to a multiple: the smallest T that holds every example."""
+    """The smallest T, a multiple of `multiple`, at which a batch holds every example."""
     return -(-int(examples.lengths.max()) // multiple) * multiple
 
 
 def assemble(examples: Examples, indices: np.ndarray, length: int) -> dict[str, np.ndarray]:
-    """Gather the examples at indices [B] into a batch of T = length; an index past the last example gives a padding row."""
+    """Gathers the examples at indices [B] into a batch with T = length; an index past the last example gives a padding row.
+
+    The batch has tokens, mask, completion_mask and token fields [B, N, T], and further fields [B, ...]. For each role in
+    `examples.others` it has ROLE_tokens, ROLE_mask and ROLE_completion_mask [B, N, T'], with the smallest T' for that role.
+    """
     side = indices[:, None] * examples.N + np.arange(examples.N)  # [B, N]
     real = np.broadcast_to((indices < len(examples))[:, None], side.shape)
     side = np.where(real, side, 0)
@@ -124,7 +128,7 @@ def assemble(examples: Examples, indices: np.ndarray, length: int) -> dict[str, 
     position = np.arange(length, dtype=np.int32)  # [T]
     mask = position < lengths[..., None]  # [B, N, T]
     tokens = np.zeros(mask.shape, np.int32)
-    # Row-major, as `mask` is read: the k-th real token of the batch lies at its side's start plus its place in the side.
+    # `tokens[mask]` is row-major: the k-th real token of the batch comes from its side's start plus its place in the side.
     flat = lengths.ravel()
     first = np.cumsum(flat) - flat
     place = np.arange(flat.sum()) + np.repeat(start.ravel() - first, flat)
@@ -145,9 +149,9 @@ def assemble(examples: Examples, indices: np.ndarray, length: int) -> dict[str, 
 
 
 def decode_example(examples: Examples, index: int, tokenizer: Any, colour: bool = False) -> str:
-    """Show one example as the model will see it: text, and tokens with the scored ones in [ ], or in colour, and the padding counted.
+    """Shows one example as the model sees it: its text, its tokens with the scored ones in [ ] or in colour, and its padding count.
 
-    Read back from an assembled batch, so that what is shown is what the masks say.
+    The example is read back from an assembled batch, so that it shows what the masks say.
     """
     batch = assemble(examples, np.asarray([index]), padded_length(examples))
     lines = []
@@ -176,7 +180,7 @@ def _check_length(examples: Examples, length: int) -> None:
 
 
 def swapped(batch: dict[str, np.ndarray], wrong: np.ndarray) -> dict[str, np.ndarray]:
-    """The batch with the two responses of the rows `wrong` [B] changed about; a margin changes its sign."""
+    """Swaps the two responses in fields [B, 2, T] of a batch, at rows where `wrong` [B] is True; `margin` [B] changes its sign there."""
     turn = lambda x: np.where(wrong[:, None, None], x[:, ::-1], x)
     out = {name: turn(x) if x.ndim == 3 else x for name, x in batch.items()}
     return out | ({"margin": np.where(wrong, -batch["margin"], batch["margin"])} if "margin" in batch else {})
@@ -184,7 +188,7 @@ def swapped(batch: dict[str, np.ndarray], wrong: np.ndarray) -> dict[str, np.nda
 
 @functools.lru_cache(maxsize=16)
 def _wrong(seed: int, count: int, share: float) -> np.ndarray:
-    """Which of the rows have a wrong label: [count] bool, their share exact to a row."""
+    """Marks the rows that get a wrong label: [count] bool, True for a share of the rows that is exact to a row."""
     stream = np.random.Philox(key=np.asarray([seed, 0], np.uint64), counter=np.asarray([0, 0, 1, 0], np.uint64))
     wrong = np.zeros(count, bool)
     wrong[np.argsort(stream.random_raw(count), kind="stable")[: round(share * count)]] = True
@@ -193,14 +197,14 @@ def _wrong(seed: int, count: int, share: float) -> np.ndarray:
 
 @functools.lru_cache(maxsize=16)
 def _sample(seed: int, count: int, source: int) -> np.ndarray:
-    """The rows of a bootstrap sample: [count] int64."""
+    """The rows of a source's bootstrap sample: [count] int64."""
     stream = np.random.Philox(key=np.asarray([seed, 0], np.uint64), counter=np.asarray([0, 0, 2, source], np.uint64))
-    return (stream.random_raw(count) % count).astype(np.int64)  # the bias of the remainder is count / 2**64
+    return (stream.random_raw(count) % count).astype(np.int64)  # the modulo bias is count / 2**64
 
 
 @functools.lru_cache(maxsize=16)
 def _permutation(seed: int, epoch: int, count: int, source: int) -> np.ndarray:
-    # Sorted raw Philox output: NumPy keeps that stream for ever, and makes no such promise for Generator.permutation.
+    # Raw Philox output is sorted, since NumPy guarantees that this stream never changes; Generator.permutation has no such guarantee.
     stream = np.random.Philox(key=np.asarray([seed, epoch], np.uint64), counter=np.asarray([0, 0, 0, source], np.uint64))
     permutation = np.argsort(stream.random_raw(count), kind="stable")
     permutation.flags.writeable = False

@@ -1,7 +1,7 @@
-"""Bounds: of a row much longer than what is kept of its tokens, only the part around the end of its prompt is tokenised.
+"""Bounds on tokenisation: of a row with far more text than is kept, only the part around the end of its prompt is tokenised.
 
-A tokenizer takes hundreds of bytes for every token. What stands far from a place seldom changes the tokens there, and whether it does is
-tried: a smaller and a larger part of the row have to give the same tokens, as far as they are kept.
+A tokenizer takes hundreds of bytes of memory for every token. Distant text seldom changes a token, and each row is checked for it:
+a smaller and a larger part of the row must give the same tokens, as far as they are kept.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,39 +9,39 @@ from typing import Any, NamedTuple
 
 from alignax.data.rows import Bad, Encoded
 
-LONG = 2**18  # characters up to which a text is tokenised whole
-MOST = 2**24  # characters that are tokenised for a row at all, as `characters` counts them
-UNSETTLED = 2**22  # the same, of a row whose parts do not tell what its tokens are
-STEP = 4099  # characters by which the larger part is longer: a prime, so that no period of a text makes both parts alike
-TOKEN = 16  # characters of a token, with which the search for a part that is large enough begins
+LONG = 2**18  # characters up to which a text is always tokenised whole
+MOST = 2**24  # the most characters that are tokenised for a row, as `characters` counts them
+UNSETTLED = 2**22  # the same limit for a row that is tokenised whole, since its parts do not settle its tokens
+STEP = 4099  # characters that the larger part has more: a prime, so that no period of a repetitive text makes both parts alike
+TOKEN = 16  # characters per token that the first part assumes
 
 
 class Bound(NamedTuple):
-    """The lengths of a run, and what stays in front of a prompt that is cut."""
+    """The length limits of a run, and the texts that stay in front of a prompt that is cut."""
 
     max_length: int
     max_prompt_length: int
-    fronts: tuple[str, ...]  # what the tokenizer itself puts in front of a text, and the BOS
+    fronts: tuple[str, ...]  # the text that the tokenizer itself puts in front of any text, and the BOS
 
 
 class Texts(NamedTuple):
-    """A row as texts."""
+    """The texts of a row: its prompt and what follows it."""
 
     prompt: str
-    rests: Sequence[str]  # what follows it in each completion
+    rests: Sequence[str]  # what follows the prompt in each completion
 
 
 class Way(NamedTuple):
-    """How rows of a kind become tokens."""
+    """The functions that read, shorten and encode rows of one type."""
 
     kind: type
-    texts: Callable[[Any], tuple[str, Sequence[str]]]  # of a row, its prompt and what follows it in each completion
-    part: Callable[[Any, str, Sequence[str]], Any]  # the row with others for them
+    texts: Callable[[Any], tuple[str, Sequence[str]]]  # row -> its prompt, and what follows the prompt in each completion
+    part: Callable[[Any, str, Sequence[str]], Any]  # row, prompt, rests -> the row with these texts
     encode: Callable[[list[Any]], Sequence[Encoded | Bad]]
 
 
 def encoded(rows: Sequence[Any], way: Way, kept: Callable[[Encoded], Any], bound: Bound) -> list[Encoded | Bad]:
-    """Rows of a kind in tokens; long ones alone, and as far as they are kept, see `bounded`."""
+    """Encodes rows of one type into tokens; a long row alone, and as far as its tokens are kept, see `bounded`."""
     texts = [Texts(*way.texts(row)) for row in rows]
     out: list[Any] = [None if is_long(own) else too_long(own) for own in texts]
     short = [i for i, own in enumerate(texts) if out[i] is None and not is_long(own)]
@@ -52,23 +52,23 @@ def encoded(rows: Sequence[Any], way: Way, kept: Callable[[Encoded], Any], bound
 
 
 def is_long(row: Texts) -> bool:
-    """Whether a row has a text that need not be tokenised whole."""
+    """Whether a row has a text of more than `LONG` characters, which need not be tokenised whole."""
     return max(map(len, [row.prompt, *row.rests])) > LONG
 
 
 def beginning(text: str, encode: Callable[[Texts], Encoded | Bad], most: int) -> Encoded | Bad:
-    """A prompt that stands alone in tokens; of a long one of more than `most` tokens the beginning, which has more than so many."""
+    """Encodes a prompt without completions; of a long one with more than `most` tokens, a beginning that has more than `most` tokens."""
     return bounded(Texts(text, ()), encode, lambda code: code.prompt[:most], Bound(most + 1, 0, ()))
 
 
 def bounded(row: Texts, encode: Callable[[Texts], Encoded | Bad], kept: Callable[[Encoded], Any], bound: Bound) -> Encoded | Bad:
-    """A long row in tokens, as far as they are kept.
+    """Encodes a long row into tokens, as far as they are kept.
 
     Args:
-      row: its texts.
-      encode: makes tokens of them, or of a part of them.
-      kept: what is kept of tokens, to be compared.
-      bound: the lengths of the run.
+      row: the texts of the row.
+      encode: turns these texts, or a part of them, into tokens.
+      kept: gives what a run keeps of the tokens; by it, two parts of the row are compared.
+      bound: the length limits of the run.
     """
     size = max(LONG, TOKEN * bound.max_length)
     while size + STEP < max(map(len, [row.prompt, *row.rests])):
@@ -88,16 +88,16 @@ def bounded(row: Texts, encode: Callable[[Texts], Encoded | Bad], kept: Callable
 
 
 def part(row: Texts, size: int, bound: Bound) -> Texts:
-    """The part of a row that has at most so many characters on each side of the end of its prompt."""
+    """The part of a row with at most `size` characters on each side of the end of its prompt."""
     prompt, rests = row.prompt, [rest[:size] for rest in row.rests]
     if not bound.max_prompt_length:
-        return Texts(prompt[:size], rests)  # a longer prompt, which is never cut, leaves no room, whatever it ends with
+        return Texts(prompt[:size], rests)  # a prompt is never cut, and a longer one leaves no room, whatever its end
     front = next((front for front in bound.fronts if front and prompt.startswith(front)), "")
     return Texts(prompt if len(prompt) <= size + len(front) else front + prompt[-size:], rests)
 
 
 def _enough(code: Encoded, few: Texts, row: Texts, bound: Bound) -> bool:
-    """Whether the texts that are cut have more tokens than are kept of them."""
+    """Whether every shortened text of a row still has more tokens than are kept of it."""
     if len(few.prompt) < len(row.prompt):
         if not bound.max_prompt_length:
             return len(code.prompt) >= bound.max_length
@@ -108,7 +108,7 @@ def _enough(code: Encoded, few: Texts, row: Texts, bound: Bound) -> bool:
 
 
 def too_long(row: Texts, most: int = MOST) -> Bad | None:
-    """Whether a row is too long to be tokenised."""
+    """The error for a row of more than `most` characters to tokenise; None for a shorter row."""
     size = characters(row)
     if size <= most:
         return None
@@ -117,5 +117,5 @@ def too_long(row: Texts, most: int = MOST) -> Bad | None:
 
 
 def characters(row: Texts) -> int:
-    """Characters that are tokenised of a row: its prompt once alone and once with each completion."""
+    """The number of characters that are tokenised for a row: its prompt once alone and once with each completion."""
     return len(row.prompt) * (len(row.rests) + 1) + sum(map(len, row.rests))

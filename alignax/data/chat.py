@@ -1,7 +1,8 @@
-"""Conversations: lists of messages become prompts and completions, and tokens by the tokenizer's own chat template.
+"""Conversations: splits lists of messages into prompts and completions, and tokenises them by the tokenizer's own chat template.
 
-Which tokens are scored is read off the template, never assumed: off its `{% generation %}` marks where it has them, else off the text
-that it makes of the whole conversation, see `alignax.data.turns`. A token that spans the boundary is scored, and its row counted.
+The scored tokens are read from the template, never assumed: from its `{% generation %}` marks if it has them, else from the text
+that it makes of the whole conversation, see `alignax.data.turns`. A token that spans the boundary is scored, and the report counts
+its row.
 """
 
 import json
@@ -24,7 +25,7 @@ GOES_ON = "answers behind another message of the assistant's, which they go on w
 BEHIND = "messages behind the last answer that is trained on, which are left out"
 BEGUN = "prompts that end in a message of the assistant's, whose turn is gone on with; where it is the answer, leave it out of them"
 SYSTEMS = "conversations with several system messages, which are all kept where the chat template writes them"
-WEIGHTS = ("weight", "train", "training", "loss")  # of OpenAI and Mistral, of axolotl, of ms-swift: 0 or false is not to be trained on
+WEIGHTS = ("weight", "train", "training", "loss")  # keys of OpenAI and Mistral, axolotl (two), ms-swift; 0 or false: not trained on
 PARTLY = ("train_detail", "training_detail")
 _NO_PROMPT = "{} begins with the assistant's turn, and no prompt is in front of what is scored; put a user's or a system message there{}"
 _UNLESS = ", give that turn the weight 0, or score the last turn alone (data.turns=last)"
@@ -32,17 +33,17 @@ NO_VARIABLES: Mapping[str, Any] = MappingProxyType({})
 
 
 def split(prompt: list | None, sides: Mapping[str, Any], tools: Any, turns: str) -> Prompted | Bad:
-    """Prompt and completions of a conversational row.
+    """Splits a conversational row into a prompt and its completions.
 
-    Without a prompt, several sides share their leading turns, and a single one is a whole conversation, whose completion
-    begins at its last assistant turn, or with turns="all" at its first. What follows the last assistant turn is left out. A turn of the
-    assistant with a weight of 0, as `WEIGHTS` names it, is no turn to be scored, and only stands there.
+    If there is no prompt, the leading turns that several sides share become the prompt, and a single side is a whole conversation.
+    The completion of a single side begins at its last assistant turn, or with turns="all" at its first. Turns after the last
+    assistant turn are left out. An assistant turn whose weight (a key of `WEIGHTS`) is 0 is not scored, and stays as context.
 
     Args:
       prompt: messages, or None.
       sides: column -> messages.
-      tools: a list of tool descriptions or its JSON, or None.
-      turns: "last" or "all": the assistant turns of a completion that are scored.
+      tools: a list of tool descriptions, the JSON text of such a list, or None.
+      turns: "last" or "all": which assistant turns of a completion are scored.
     """
     values = ({"the prompt": prompt} if prompt is not None else {}) | dict(sides)
     bad = next((bad for name, value in values.items() if (bad := _bad_messages(name, value) or _bad_weight(name, value))), None)
@@ -74,7 +75,7 @@ def split(prompt: list | None, sides: Mapping[str, Any], tools: Any, turns: str)
 
 
 def prompt_alone(messages: list, tools: Any) -> Prompted | Bad:
-    """A conversation that is to be gone on with: its completion has no message yet."""
+    """Turns messages and tools into a prompt for generation, whose completion has no message yet."""
     bad = _bad_messages("the prompt", messages) if messages else Bad("no prompt", "the prompt has no message; put a user turn there")
     read = _tools(tools)
     if bad or isinstance(read, Bad):
@@ -97,13 +98,13 @@ def _has_systems(messages: list[Message]) -> bool:
 
 
 def _nested_nulls(messages: list[Message], tools: Any) -> bool:
-    """Whether tool calls or descriptions of tools have keys that hold null."""
+    """Whether tool calls or tool descriptions have keys that hold null."""
     values = [message["tool_calls"] for message in messages if message.get("tool_calls")] + ([tools] if isinstance(tools, list) else [])
     return without_nulls(values) != values
 
 
 def _tools(tools: Any) -> Any:
-    """A list of tool descriptions or its JSON, as a list; None of none."""
+    """Reads tool descriptions, from a list or from JSON text, as a list; None if there are none."""
     bad = Bad("bad tools", f"the tools are {short(tools)}; give a list of JSON schemas")
     try:
         tools = json.loads(tools.strip() or "null") if isinstance(tools, str) else without_nulls(tools)
@@ -136,7 +137,7 @@ def _bad_weight(name: str, messages: list[Message]) -> Bad | None:
 
 
 def _weighed(messages: list[Message]) -> list[Message]:
-    """Messages of which those of the assistant have `weight`, 0, where they are not to be trained on, and no other key for that."""
+    """Gives assistant messages that are not trained on the key `weight` with 0, and removes all other keys of `WEIGHTS` and `PARTLY`."""
     out = []
     for message in messages:
         bare = {key: value for key, value in message.items() if key not in (*WEIGHTS, *PARTLY)}
@@ -161,13 +162,13 @@ def _is_message(message: Any) -> bool:
 
 
 def _until_last_answer(messages: list[Message], prompt: int) -> list[Message]:
-    """Messages up to the last assistant turn after the prompt, without the keys that hold null."""
+    """The messages up to the last scored assistant turn after the first `prompt` messages, without keys that hold null."""
     last = max((i for i, message in enumerate(messages) if is_scored(message) and i >= prompt), default=-1)
     return without_nulls(messages[: last + 1])
 
 
 def _start(whole: list[list[Message]], prompt: list | None, turns: str) -> int:
-    """The index of the message that the completions begin with."""
+    """The index of the message at which the completions begin."""
     if len(whole) > 1:
         return len(prompt) if prompt is not None else len(list(takewhile(lambda m: all(x == m[0] for x in m), zip(*whole, strict=False))))
     answers = [i for i, message in enumerate(whole[0]) if is_scored(message) and i >= len(prompt or [])]
@@ -191,7 +192,7 @@ def _bad_completion(name: str, completion: list[Message], turns: str, single: bo
 
 
 def masks(tokenizer: Any) -> str:
-    """How scored turns are found, in words.
+    """Tells in words how the scored turns are found with a tokenizer.
 
     Raises:
       ValueError: the tokenizer has no chat template.
@@ -206,18 +207,18 @@ def encode(
     variables: Mapping[str, Any] = NO_VARIABLES,
     whole: bool = False,
 ) -> list[Encoded | Bad]:
-    """Tokens of conversational rows, as the chat template has them: no BOS and no EOS is added, and none taken away.
+    """Encodes conversational rows into tokens exactly as the chat template writes them: no BOS or EOS is added or removed.
 
-    A scored turn ends with the first end behind what it says, the tokenizer's EOS or one of `ends`; what the template puts behind that
-    is not scored, and behind the last turn it is left out, unless rows are `whole`. A turn that the template ends without one is counted.
-    What the template puts in front of an answer by itself where reasoning would be is not scored either.
+    A scored turn ends with the first end token after its text: the tokenizer's EOS or one of `ends`. What the template writes after
+    the end token is not scored, and after the last turn it is left out, unless `whole`. Turns that the template closes without an end
+    token are counted. Empty reasoning that the template itself writes in front of an answer is not scored either.
 
     Args:
-      rows: prompts and their completions, conversations.
+      rows: prompts and their completions, both conversations.
       tokenizer: a Hugging Face tokenizer with a chat template.
       ends: tokens that end a turn, beside the EOS.
       variables: values of the template's variables.
-      whole: completions go on to the end of the text, "<|im_end|>\\n" say, where transformers reads a reward model's score.
+      whole: completions go on to the end of the text, such as "<|im_end|>\\n", where transformers reads a reward model's score.
     """
     found = rendered(rows, tokenizer, ends, variables)
     codes = iter(tokenized([row for row in found if isinstance(row, Found)], tokenizer, ends, whole))
@@ -225,7 +226,7 @@ def encode(
 
 
 def rendered(rows: Sequence[Prompted], tokenizer: Any, ends: Collection[int], variables: Mapping[str, Any]) -> list[Found | Bad]:
-    """Conversational rows as text, with the places of their scored turns; the arguments are those of `encode`."""
+    """Renders conversational rows as text, with the places of their scored turns; for the arguments see `encode`."""
     template = Template(tokenizer, variables)
     texts = tokenizer.batch_decode([[end] for end in sorted({tokenizer.eos_token_id, *ends})])
     template.source(None)
@@ -233,7 +234,7 @@ def rendered(rows: Sequence[Prompted], tokenizer: Any, ends: Collection[int], va
 
 
 def tokenized(rows: Sequence[Found], tokenizer: Any, ends: Collection[int], whole: bool = False) -> list[Encoded | Bad]:
-    """Tokens of what `rendered` found; for `whole` see `encode`."""
+    """Tokenises the rows that `rendered` found; for `whole` see `encode`."""
     every = [text for row in rows for text in ([side.text for side in row.sides] or [row.prompt])]
     if not every:
         return []
@@ -243,16 +244,16 @@ def tokenized(rows: Sequence[Found], tokenizer: Any, ends: Collection[int], whol
 
 
 def parts(row: Found) -> tuple[str, list[str]]:
-    """The text of a row up to the first scored turn, and from there to the end of each side."""
+    """Splits the text of a row at its first scored turn: the text in front of it, and the rest of each side."""
     front = _front(row)
     return (row.sides[0].text[:front] if row.sides else row.prompt), [side.text[front:] for side in row.sides]
 
 
 def part(row: Found, prompt: str, rests: Sequence[str]) -> Found:
-    """A row of which only the end or the beginning of the prompt, and the beginnings of the sides are left."""
+    """Shortens a row to `prompt`, the end or beginning of its prompt, and to `rests`, the beginnings of its rests (see `parts`)."""
     front, sides = _front(row), []
     for side, rest in zip(row.sides, rests, strict=True):
-        # A turn whose end is cut off stops beyond the text, so that it is not counted as one without an end.
+        # A turn whose end is cut off stops beyond the text, so that it does not count as a turn without an end token.
         turns = [(start - front, min(stop - front, len(rest) + 1)) for start, stop in side.turns if start - front < len(rest)]
         turns = [(start + len(prompt), stop + len(prompt)) for start, stop in turns]
         sides.append(side._replace(text=prompt + rest, opened=max(side.opened - front, 0) + len(prompt), turns=turns))
@@ -260,7 +261,7 @@ def part(row: Found, prompt: str, rests: Sequence[str]) -> Found:
 
 
 def _front(row: Found) -> int:
-    """Characters that the sides share in front of what is scored."""
+    """The number of characters, in front of the scored ones, that all sides of a row share."""
     starts = [side.turns[0][0] for side in row.sides]
     texts = {side.text[:start] for side, start in zip(row.sides, starts, strict=True)}
     return starts[0] if len(texts) == 1 else min((side.opened for side in row.sides), default=len(row.prompt))
@@ -273,7 +274,7 @@ def _encoded(row: Found, tokens: list["Tokens"], ends: Collection[int], whole: b
         if not prompt.ids:
             return Bad("no prompt", "the chat template makes no token of the conversation")
         return Encoded(prompt.ids, [[eos]], [b"\1"], row.prompt, told=row.told)
-    if not all(side.turns for side in row.sides):  # of a part of a row
+    if not all(side.turns for side in row.sides):  # happens to a shortened row only
         return Bad("empty completion", "what is scored begins beyond the end of the text")
     front = _front(row)
     places = [own.place(front) for own in tokens]
@@ -299,16 +300,16 @@ def _encoded(row: Found, tokens: list["Tokens"], ends: Collection[int], whole: b
 
 
 class Tokens(NamedTuple):
-    """The tokens of a text, and which of them stand in front of a character."""
+    """The tokens of a text, with the places of tokens in it."""
 
     tokenizer: Any
     text: str
     ids: list[int]
-    batch: Any  # of the tokenizer, for the places of tokens in texts
-    row: int
+    batch: Any  # the tokenizer's output for several texts, which knows the places of tokens
+    row: int  # the place of this text in `batch`
 
     def place(self, at: int) -> tuple[int, bool]:
-        """The number of tokens that lie in front of character `at`, and whether the next one begins in front of it too."""
+        """The number of tokens that end before character `at`, and whether the next token begins before it and so spans it."""
         if at >= len(self.text) or at == 0:
             return (len(self.ids) if at else 0), False
         if self.tokenizer.is_fast and (token := self.batch.char_to_token(self.row, at)) is not None:
@@ -317,7 +318,7 @@ class Tokens(NamedTuple):
                 return token, True
             if token == 0 or (before := self.batch.token_to_chars(self.row, token - 1)) is not None and before.end == at:
                 return token, False
-        # The tokenizer does not tell the places of its tokens, or not those of white space.
+        # The tokenizer tells no places of tokens here, or none of white space, so the text in front is tokenised alone.
         alone = self.tokenizer(self.text[:at], add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
         pairs = zip(alone, self.ids, strict=False)
         common = next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(alone), len(self.ids)))
@@ -327,9 +328,10 @@ class Tokens(NamedTuple):
 def encode_prompt(
     messages: Any, tools: Any, tokenizer: Any, variables: Mapping[str, Any] = NO_VARIABLES, most: int = sys.maxsize
 ) -> tuple[str, list[int]] | Bad:
-    """Text and tokens of a conversation up to where the next answer begins, as rows have them; the beginning of one is gone on with.
+    """Encodes a conversation for generation: its text and tokens up to the next answer, as training rows have them.
 
-    Of a long one of more than `most` tokens they are those of its beginning, see `alignax.data.bounds.beginning`.
+    A last message of the assistant is the beginning of that answer, which goes on. Of a long conversation with more than `most` tokens
+    only the beginning is encoded, see `alignax.data.bounds.beginning`.
     """
     row = prompt_alone(messages, tools)
     found = row if isinstance(row, Bad) else rendered([row], tokenizer, (), variables)[0]

@@ -1,4 +1,4 @@
-"""What a run would make of its data, looked at before the run: `alignax check-data`."""
+"""Checks of the data before a run: `alignax check-data` reports what a run would make of it."""
 
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
@@ -12,7 +12,7 @@ from alignax.data.examples import Examples
 from alignax.data.mixture import Loaded, load
 from alignax.data.tokens import IDENTICAL
 
-BINS, BAR = 12, 40  # of a histogram: the most bins, and the characters of its longest bar
+BINS, BAR = 12, 40  # histograms: the most bins, and the characters of the longest bar
 SIDES_AT_ONCE = 2048
 SPLITS = ("train", "eval", "pretrain", "ood")
 
@@ -26,14 +26,14 @@ def check(
     row: Callable[[dict], Any] | None = None,
     whole: bool = False,
 ) -> dict[str, Any]:
-    """Reads and tokenises what `config.data` names, bad rows and all, and returns what is to be known of it.
+    """Reads and tokenises the data that `config.data` names, bad rows included, and returns a report on it.
 
-    Bad rows are counted by reason and the first few described, whatever `data.bad_rows` says: what a run would stop at is in
-    `stops`. All values are plain, for JSON; `text` writes them for people. `row` is the experiment's; for `whole` see
-    `alignax.data.tokens.tokenize`.
+    Bad rows are counted by reason, and the first few are described, whatever `data.bad_rows` says; `stops` names those at which a
+    run would stop. All values are plain Python values, for JSON; `text` formats them for the console. `row` is the experiment's
+    row function, see `alignax.data.shapes.shaped`; for `whole` see `alignax.data.tokens.tokenize`.
 
     Raises:
-      ValueError: for what is no matter of single rows, such as a missing column, and when no row is left.
+      ValueError: for an error that is not one of single rows, such as a missing column, and when no row is left.
     """
     lenient = data.copy_and_resolve_references()
     lenient.bad_rows = "drop"
@@ -69,7 +69,7 @@ def _split(loaded: Loaded, data: Any, tokenizer: Any, colour: bool) -> dict[str,
 
 
 def _rows(examples: Examples, first: int, end: int) -> Examples:
-    """Rows `first` to `end`."""
+    """The examples of rows `first` to `end` - 1."""
     sides = slice(first * examples.N, end * examples.N + 1)
     offsets = examples.offsets[sides]
     tokens = slice(offsets[0], offsets[-1])
@@ -78,7 +78,7 @@ def _rows(examples: Examples, first: int, end: int) -> Examples:
 
 
 def _source(report: Report, examples: Examples, data: Any, tokenizer: Any) -> dict[str, Any]:
-    prompts = examples.prompts[: report.kept]  # pairs taken apart have each of theirs twice
+    prompts = examples.prompts[: report.kept]  # the rest repeats them where pairs were split into two rows each
     out = report.as_dict() | {
         "lines": report.lines(),
         "prompt_lengths": _lengths(report.uncut[0], data.max_prompt_length),
@@ -104,22 +104,22 @@ def _source(report: Report, examples: Examples, data: Any, tokenizer: Any) -> di
 
 
 def _spread(values: np.ndarray) -> dict[str, float]:
-    """The share of an attribute that is given, and its range."""
+    """The share of rows that have an attribute, and its least, mean and greatest value; NaN is missing."""
     given = values[~np.isnan(values)].astype(np.float64)
     numbers = {"least": float(given.min()), "mean": float(given.mean()), "most": float(given.max())} if len(given) else {}
     return {"given": len(given) / len(values)} | numbers
 
 
 def _whole(report: Report) -> np.ndarray:
-    """Tokens of the sides before any cut: [n*N]."""
+    """The number of tokens of each side before any cut: [n*N]."""
     return np.repeat(report.uncut[0], report.responses) + np.asarray(report.uncut[1])
 
 
 def _lengths(values: Sequence[int] | np.ndarray, limit: int) -> dict[str, Any]:
-    """Quantiles of lengths, their histogram, whose bin BINS is open above, and the share above a limit (0: none)."""
+    """Quantiles of lengths, their histogram, and the share above a limit (0: no limit); bin number BINS is open above."""
     x = np.asarray(values)
     quantiles = np.quantile(x, [0.5, 0.95], method="higher")
-    # By the 95 % quantile: a few very long rows would put all others into one bin. The last bin holds them.
+    # The 95 % quantile sets the width: a few very long rows would put all others into one bin. The last bin holds those few.
     width = next(w * 10**e for e in range(12) for w in (1, 2, 5) if quantiles[1] < (BINS - 1) * w * 10**e)
     counts = np.bincount(np.minimum(x // width, BINS - 1)).tolist()
     return {
@@ -134,7 +134,7 @@ def _lengths(values: Sequence[int] | np.ndarray, limit: int) -> dict[str, Any]:
 
 
 def _spelled(examples: Examples, tokenizer: Any) -> list[dict[str, Any]]:
-    """The most frequent characters that the tokenizer has no token for, and spells in several: its bytes."""
+    """The most frequent characters that the tokenizer has no token for, so that it spells their bytes in several tokens."""
     found: Counter[str] = Counter()
     sides = range(0, len(examples.offsets) - 1, SIDES_AT_ONCE)
     for start in sides:
@@ -146,13 +146,13 @@ def _spelled(examples: Examples, tokenizer: Any) -> list[dict[str, Any]]:
 
 
 def _middling(examples: Examples) -> int:
-    """The first example that is no longer than the median one."""
+    """The index of the first example that is no longer than the median."""
     longest = examples.lengths.reshape(-1, examples.N).max(1)
     return int(np.argmax(longest <= np.median(longest)))
 
 
 def text(result: dict[str, Any]) -> list[str]:
-    """The lines of what `check` found, for the console."""
+    """Formats the report of `check` as lines for the console."""
     lines = []
     for split in SPLITS:
         if split not in result:

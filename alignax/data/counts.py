@@ -1,10 +1,10 @@
-"""Counts: what became of every row of a source, in numbers and in lines for the console."""
+"""Counts of rows: what became of every row of a source, in numbers and in lines for the console."""
 
 from typing import Any, NamedTuple
 
 
 class Report(NamedTuple):
-    """What became of every row: `kept + sum(dropped.values()) == rows`; the other counts are of kept rows."""
+    """The counts of one source's rows: `kept + sum(dropped.values()) == rows`; all other counts are of kept rows."""
 
     rows: int
     kept: int
@@ -12,27 +12,27 @@ class Report(NamedTuple):
     bad: dict[str, list[str]]  # the first few bad rows of each reason, in words
     prompts_cut: int
     completions_cut: int
-    ends_lost: int  # completions that are cut inside of what is scored
+    ends_lost: int  # completions that are cut inside a scored turn, before its end token
     boundary_merges: int
     separators_added: int
     eos_inside: int
-    fronts_written: int  # prompts of text that begin with what the tokenizer itself puts in front; it stands there once
-    ends_written: int  # completions of text that end with an end token of their own, or with white space behind one; it stands there once
-    shortened: int  # rows of which only the part was tokenised that is kept, so that their lengths are lower bounds
+    fronts_written: int  # text prompts that begin with the tokens that the tokenizer itself puts in front, which are kept once
+    ends_written: int  # text completions that end with an end token of their own, or with white space behind one; it is kept once
+    shortened: int  # long rows of which only the kept part was tokenised, so that their lengths are lower bounds
     turns_without_eos: int
-    told: dict[str, int]  # what the chat template leaves out of conversations and the like, in words, and its rows
-    masks: str  # how the scored turns of conversations were found; empty: there are none
-    pairs_split: int  # pairs of which two unpaired rows each were made
+    told: dict[str, int]  # remarks in words, such as what the chat template leaves out -> number of rows
+    masks: str  # how the scored turns of conversations were found; empty: no conversations
+    pairs_split: int  # pairs that were split into two unpaired rows each
     tokens: int
-    completion_tokens: int  # scored
+    completion_tokens: int  # scored tokens
     longest: int
     responses: int
     longest_prompt: int  # characters, before any cut
     unread: list[str]  # columns that nothing reads, each with the type of its values
-    uncut: tuple[tuple[int, ...], tuple[int, ...]]  # tokens of prompts and of completions, before any cut and those too long for it
+    uncut: tuple[tuple[int, ...], tuple[int, ...]]  # tokens of prompts and of completions before any cut, of rows too long for it too
 
     def lines(self) -> list[str]:
-        """Lines for the console."""
+        """Formats the counts as lines for the console."""
         lines = [f"rows: {self.kept:,} of {self.rows:,} kept"]
         lines += [f"  dropped, {reason}: {count:,}" for reason, count in sorted(self.dropped.items()) if count]
         sides = self.kept * self.responses
@@ -75,5 +75,5 @@ class Report(NamedTuple):
         return f", such as data.columns.system={found}" if found else ""
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON; without `uncut`."""
+        """The counts as plain values for JSON, without `uncut`."""
         return {name: value for name, value in self._asdict().items() if name != "uncut"}

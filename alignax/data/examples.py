@@ -1,4 +1,4 @@
-"""Examples: tokenised rows, stored flat, with what else a batch takes from them."""
+"""Examples: tokenised rows in flat arrays, with the further fields that a batch takes from them."""
 
 import dataclasses
 import functools
@@ -10,16 +10,16 @@ import numpy as np
 
 from alignax.data.rows import Message
 
-# Fields that rows bring into the batch beside their tokens, and their types; a further one costs a line here and one in rows.py.
+# Batch fields that come from columns of the rows, and their types; a further field costs a line here and its reading in kinds.py.
 FIELDS = {"labels": np.bool_, "margin": np.float32, "attributes": np.float32}
 
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """n tokenised rows of N responses each: side s = row * N + response is `tokens[offsets[s]:offsets[s + 1]]`.
+    """The tokenised rows of a data set, n rows of N responses: side s = row * N + response is `tokens[offsets[s]:offsets[s + 1]]`.
 
-    The N sides of a row begin with the same prompt, the tokens in front of the first scored one; there is at least one. A text
-    in `prompts` is what the file holds, or the chat template made of it, before any cut.
+    The N sides of a row begin with the same prompt: the tokens in front of the first scored token, at least one. The texts in
+    `prompts` are as the file holds them, or as the chat template writes them, before any cut.
     """
 
     tokens: np.ndarray  # [total] int32
@@ -29,37 +29,37 @@ class Examples:
     prompts: list[str]  # [n]
     fields: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # name -> [n, ...], as in FIELDS
     token_fields: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # name -> [total], computed from the tokens
-    columns: dict[str, list[Any]] = dataclasses.field(default_factory=dict)  # name -> [n], of prompts: what reward functions may read
-    rows: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))  # [n], of the files; none of examples of no file
-    conversations: list[tuple[list[Message], Any] | None] = dataclasses.field(default_factory=list)  # [n], or []: see `asked`
-    others: "dict[str, Examples]" = dataclasses.field(default_factory=dict)  # role -> the same rows, in that model's format
-    order: np.ndarray | None = None  # [n] float64: rows of smaller numbers are drawn first in the first epoch; None: no curriculum
+    columns: dict[str, list[Any]] = dataclasses.field(default_factory=dict)  # name -> [n], of prompt data, for reward functions
+    rows: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))  # [n] row numbers in the files, or [0]
+    conversations: list[tuple[list[Message], Any] | None] = dataclasses.field(default_factory=list)  # [n] (messages, tools), or []
+    others: "dict[str, Examples]" = dataclasses.field(default_factory=dict)  # role -> the same rows in the format of that role's model
+    order: np.ndarray | None = None  # [n] float64: the first epoch draws rows by ascending numbers; None: no curriculum
 
     def __len__(self) -> int:
         return len(self.prompts)
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each side, prompt included: [n*N] int64."""
+        """The number of tokens of each side, prompt included: [n*N] int64."""
         return np.diff(self.offsets)
 
     @functools.cached_property
     def prompt_lengths(self) -> np.ndarray:
-        """Tokens of each side in front of its first scored one: [n*N] int64, at least 1."""
+        """The number of prompt tokens of each side, those in front of its first scored token: [n*N] int64, at least 1."""
         scored = np.flatnonzero(self.scored)
         return scored[np.searchsorted(scored, self.offsets[:-1])] - self.offsets[:-1]
 
     def prompt_tokens(self, row: int) -> np.ndarray:
-        """The prompt of a row, after any cut: [P] int32."""
+        """The tokens of a row's prompt, after any cut: [P] int32, for P tokens."""
         side = row * self.N
         return self.tokens[self.offsets[side] :][: self.prompt_lengths[side]]
 
     def asked(self, row: int) -> tuple[str | list[Message], Any]:
-        """The prompt of a row as the file has it, text or messages, before any template, and its tools."""
+        """The prompt of a row as the file has it (text, or messages before any template), and its tools."""
         return self.conversations[row] or (self.prompts[row], None)
 
     def taken(self, rows: np.ndarray) -> "Examples":
-        """The examples of these rows, in their order; columns, conversations and token fields are left behind."""
+        """The examples of the given rows [m], in that order; without columns, conversations, token fields, `others` and `order`."""
         sides = (rows[:, None] * self.N + np.arange(self.N)[None]).ravel()
         lengths = self.lengths[sides]
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
@@ -69,7 +69,7 @@ class Examples:
         return Examples(self.tokens[gather], self.scored[gather], offsets, self.N, prompts, fields, rows=self.rows[rows])
 
     def digest(self, crc: int = 0) -> int:
-        """A fingerprint of all that batches are made of, taken on from `crc`."""
+        """A fingerprint of the tokens and fields that batches are made of, `others` included, continued from `crc`."""
         crc = zlib.crc32(repr((self.N, sorted(self.fields))).encode(), self.token_digest(crc))
         for name in sorted(self.fields):
             crc = zlib.crc32(np.ascontiguousarray(self.fields[name]).tobytes(), crc)
@@ -78,14 +78,14 @@ class Examples:
         return crc
 
     def token_digest(self, crc: int = 0) -> int:
-        """A fingerprint of what a model's log-probs depend on: tokens, their masks and lengths."""
+        """A fingerprint of what a model's log-probs depend on: tokens, masks and lengths; continued from `crc`."""
         for array in (self.tokens, self.scored, self.offsets):
             crc = zlib.crc32(np.ascontiguousarray(array).tobytes(), crc)
         return crc
 
 
 def concatenate(parts: Sequence[Examples]) -> Examples:
-    """All rows of the parts, in their order; they must have the same number of responses and the same fields."""
+    """Joins parts into one set of examples, in order; ValueError if they differ in the number of responses or in their fields."""
     if len(parts) == 1:
         return parts[0]
     fields = [sorted((name, *x.shape[1:]) for name, x in p.fields.items()) for p in parts]
@@ -109,9 +109,10 @@ def concatenate(parts: Sequence[Examples]) -> Examples:
 
 
 def unpair(pairs: Examples) -> Examples:
-    """Each pair as two rows of one response, labelled True and False.
+    """Splits n pairs into 2n rows of one response: the chosen ones are labelled True and the rejected ones False.
 
-    The sides of a pair lie n rows apart, and neighbours differ in prompt and label: unpaired losses compare neighbours.
+    The two rows of a pair lie n rows apart, and neighbours differ in prompt and label, since unpaired losses compare neighbours.
+    ValueError if the pairs have an `order`.
     """
     if pairs.order is not None:
         raise ValueError(

@@ -1,6 +1,6 @@
-"""Files to raw rows: JSON, JSONL, CSV, Parquet, Arrow, folders of them, folders of `Dataset.save_to_disk`, and on request a hub.
+"""Readers of data files: JSON, JSONL, CSV, Parquet, Arrow, folders of these, folders of `Dataset.save_to_disk`, and hf:// data sets.
 
-Only a path that begins with hf:// touches the network. Whatever bytes a file holds, what is wrong with it is a `ValueError`.
+Only a path that begins with hf:// uses the network. Any fault in the bytes of a file is a `ValueError`.
 """
 
 import csv
@@ -19,20 +19,23 @@ from alignax.text import one_line, short
 
 __all__ = ["SUFFIXES", "Row", "one_line", "read_rows", "rows_and_faults", "short"]
 HUB = "hf://"
-HOLDERS = ("data", "rows", "examples", "train", "validation", "dev", "test")  # keys under which one JSON object may hold the rows
-ROWS_AT_ONCE = 1024  # of a columnar file that become Python values together
+HOLDERS = ("data", "rows", "examples", "train", "validation", "dev", "test")  # keys under which a single JSON object may hold the rows
+ROWS_AT_ONCE = 1024  # rows of a columnar file that become Python values together
 Row = dict[str, Any]
 
 
 def read_rows(path: str | pathlib.Path) -> list[Row]:
-    """Read the rows of one split.
+    """Reads the rows of one split from a path.
 
-    The content decides between gzip, bzip2, xz, zstd, Parquet, Arrow (each by its magic number), a JSON array (by its opening
-    bracket) and JSONL; only CSV and TSV are known by their names, and their values are text. A folder is one that
-    `Dataset.save_to_disk` wrote, or holds files of one split, read in the order of their names, those in its folders too;
-    `FOLDER:train` is one split of several, `FILE.json:data` the rows that one JSON object holds under a key, and
-    `FOLDER/*.jsonl` the files that the pattern stands for. `hf://org/name`, `hf://org/name:split` and
-    `hf://org/name:config:split` are data sets of the Hugging Face hub, or of its local cache.
+    A path is one of:
+
+    - a file. Its content decides between gzip, bzip2, xz, zstd, Parquet, Arrow (each by its magic number), a JSON array (by its
+      opening bracket) and JSONL. Only CSV and TSV are known by their names, and their values are text.
+    - a folder that `Dataset.save_to_disk` wrote, or one with files of one split. These are read in the order of their names,
+      those in subfolders too.
+    - `FOLDER:train`, one split of several; `FILE.json:data`, the rows that a single JSON object holds under a key;
+      `FOLDER/*.jsonl`, the files that match a pattern.
+    - `hf://org/name`, `hf://org/name:split` or `hf://org/name:config:split`, a data set of the Hugging Face hub or its local cache.
 
     Errors: `ValueError` for a missing path, a damaged file (with its line, where it has lines), a file in a folder that cannot
     be read, a row that is no object, has a key twice or is longer than `streams.ROW` bytes, a hub that does not answer, and no rows.
@@ -46,7 +49,7 @@ def read_rows(path: str | pathlib.Path) -> list[Row]:
 
 
 def rows_and_faults(path: str | pathlib.Path) -> list[Row | Bad]:
-    """Read the rows as `read_rows` does, with a `Bad` in the place of each that has a key twice or is too long."""
+    """Reads rows as `read_rows` does, with a `Bad` in the place of each row that has a key twice, is too long or is not CSV."""
     try:
         rows: list[Row | Bad] = [*_read_hub(str(path))] if str(path).startswith(HUB) else _read_path(str(path))
     except MemoryError as error:
@@ -73,7 +76,7 @@ def _read_path(text: str) -> list[Row | Bad]:
 
 
 def _under(path: pathlib.Path, key: str, rows: list[Row | Bad]) -> list[Row | Bad]:
-    """The rows, or those that a file of one object holds under a key."""
+    """The rows of a file; with a `key`, the rows that the file's single JSON object holds under it."""
     one = rows[0] if len(rows) == 1 and isinstance(rows[0], dict) else {}
     held = [name for name in one if isinstance(one[name], list) and one[name] and all(isinstance(x, dict) for x in one[name])]
     if key and key in held:
@@ -88,7 +91,7 @@ def _under(path: pathlib.Path, key: str, rows: list[Row | Bad]) -> list[Row | Ba
 
 
 def _read_file(path: pathlib.Path, whole: bool = False) -> Iterator[Row | Bad]:
-    """Rows of a file; a `whole` one is a single object, which may be longer than a row."""
+    """Yields the rows of a file; a `whole` file is a single JSON object, which may be longer than a row."""
     with opened(path) as stream:
         head = stream.read(8)
     with opened(path) as stream:
@@ -120,7 +123,7 @@ def _parquet(path: pathlib.Path, content: bytes) -> Iterator[Row]:
         yield from _columns(path, len(content), file.schema_arrow, file.iter_batches(ROWS_AT_ONCE))
     except MemoryError:
         raise
-    except Exception as error:  # pyarrow has no common class for what damaged bytes make it raise
+    except Exception as error:  # pyarrow's errors on damaged bytes have no common class
         raise ValueError(f"{path} is no readable Parquet file ({one_line(error)}); write or download it again") from error
 
 
@@ -136,12 +139,12 @@ def _arrow(path: pathlib.Path, content: bytes) -> Iterator[Row]:
             yield from _columns(path, len(content), stream.schema, stream)
     except MemoryError:
         raise
-    except Exception as error:  # as of Parquet
+    except Exception as error:  # pyarrow's errors have no common class
         raise ValueError(f"{path} is no readable Arrow file ({one_line(error)}); write or download it again") from error
 
 
 def _columns(path: pathlib.Path, packed: int, schema: Any, batches: Any) -> Iterator[Row]:
-    """Rows of a columnar file out of its batches."""
+    """Yields the rows of a columnar file from its record batches."""
     if len(set(schema.names)) < len(schema.names):
         raise ValueError("two columns have the same name")
     size = 0
@@ -153,14 +156,14 @@ def _columns(path: pathlib.Path, packed: int, schema: Any, batches: Any) -> Iter
 
 
 def _csv(path: pathlib.Path, text: str) -> Iterator[Row | Bad]:
-    """Rows of CSV and TSV; where quotes or columns do not fit the row is a bad one, and the next line begins another."""
+    """Yields the rows of CSV or TSV; a row whose quotes or columns do not fit is bad, and the line after its first begins the next row."""
     held, mark = list(io.StringIO(text, newline="")), "\t" if suffix(path) == ".tsv" else ","
     names: list[str] = []
     for number, found in _lines_of_tabs(held) if mark == "\t" and _are_rows(held) else _records(held, mark):
         if not names:
             names = _header(path, found, "tabs" if mark == "\t" else "commas (in a .tsv tabs)")
         else:
-            # Every value as text: "007" and "true" may be answers; the columns that are numbers are converted where they are used.
+            # Every value stays text, since "007" and "true" may be answers; columns of numbers are converted where they are used.
             yield Bad("not CSV", f"line {number} {found}") if isinstance(found, str) else dict(zip(names, found, strict=True))
 
 
@@ -176,7 +179,7 @@ def _header(path: pathlib.Path, names: list[str] | str, between: str) -> list[st
 
 
 def _records(held: list[str], mark: str) -> Iterator[tuple[int, list[str] | str]]:
-    """The values of each row, or what is wrong with it, with the number of its first line."""
+    """Yields the number of each row's first line, and the row's values or what is wrong with it."""
     csv.field_size_limit(2**31 - 1)  # a row may be of any length
     at, width = 0, 0
     while at < len(held):
@@ -201,7 +204,7 @@ def _records(held: list[str], mark: str) -> Iterator[tuple[int, list[str] | str]
 
 
 def _are_rows(held: list[str]) -> bool:
-    """Whether every line has as many tabs as the first, so that no quotes hold any, and those in a value are of its own."""
+    """Whether every line has as many tabs as the first, so that no quoted value holds a tab, and quotes inside a value are text."""
     counts = {line.count("\t") for line in held if line.strip("\r\n")}
     return len(counts) == 1 and 0 not in counts
 
@@ -217,7 +220,7 @@ def _too_long(place: str, size: int) -> Bad:
 
 
 def _json(path: pathlib.Path, stream: io.BufferedReader) -> Iterator[Row | Bad]:
-    """Rows of a JSON array, or of objects one after another: one a line, or each over several lines."""
+    """Yields the rows of a JSON array, or of JSON objects one after another: one a line, or each over several lines."""
     decoder = _Decoder(path)
     for number, line in lines(stream):
         if isinstance(line, int):
@@ -229,7 +232,7 @@ def _json(path: pathlib.Path, stream: io.BufferedReader) -> Iterator[Row | Bad]:
 
 
 class _Decoder:
-    """JSON to rows; an object of a row with the same key twice makes it a bad row."""
+    """Decodes JSON into rows; a row with an object that has the same key twice is a bad row."""
 
     def __init__(self, path: pathlib.Path):
         self.path, self.begun, self.twice = path, False, ""
@@ -250,7 +253,7 @@ class _Decoder:
 
     def values(self, text: str, number: int) -> Iterator[Row | Bad]:
         at = _blank(text, 0)
-        if text[at : at + 1] != "[":  # objects over several lines each
+        if text[at : at + 1] != "[":  # objects one after another, each over several lines
             while at < len(text):
                 line = number + text.count("\n", 0, at)
                 value, end = self._value(text, at, number)
@@ -280,7 +283,7 @@ class _Decoder:
             return self.json.raw_decode(text, at)
         except json.JSONDecodeError as error:
             raise self._error(error, number) from error
-        except (RecursionError, ValueError) as error:  # nested without end; a number of thousands of digits
+        except (RecursionError, ValueError) as error:  # too deeply nested; a number of thousands of digits
             raise ValueError(f"{self.path}, line {number} is not JSON that can be read ({one_line(error)}); correct it") from error
 
     def _checked(self, value: Any, place: str) -> Row | Bad:
@@ -303,7 +306,7 @@ BLANK = re.compile(r"[ \t\r\n]*")
 
 
 def _blank(text: str, at: int) -> int:
-    """The place of the first character from `at` on that is no white space of JSON."""
+    """The place of the first character at or after `at` that is not JSON white space."""
     return BLANK.match(text, at).end()  # type: ignore[union-attr]
 
 
@@ -312,11 +315,11 @@ def _saved(path: pathlib.Path) -> list[Row]:
 
     try:
         dataset: Any = datasets.load_from_disk(str(path))
-        dataset.data.validate(full=True)  # what damaged offsets point to is never read
+        dataset.data.validate(full=True)  # so that nothing is read where damaged offsets point
         return list(dataset.with_format(None))
     except MemoryError:
         raise
-    except Exception as error:  # whatever datasets and pyarrow raise on damaged files
+    except Exception as error:  # errors of datasets and pyarrow on damaged files have no common class
         raise ValueError(f"the data set in {path} does not load ({one_line(error)}); save it again") from error
 
 
@@ -329,7 +332,7 @@ def _read_hub(path: str) -> list[Row]:
     config, split = (rest[0] if len(rest) == 2 else None), (rest[-1] if rest else None)
     try:
         dataset: Any = datasets.load_dataset(name, config, split=split)
-    except Exception as error:  # no network, no such data set, no such split: each library below has its own classes
+    except Exception as error:  # no network, no such data set, no such split: each library has its own error classes
         raise ValueError(
             f"{path} could not be fetched ({one_line(error)}); check the name and the network, or save it to a folder"
         ) from error
@@ -341,14 +344,14 @@ def _read_hub(path: str) -> list[Row]:
 
 
 def check_local(text: str, what: str, hub: bool = False) -> None:
-    """Refuses a URL, in a list with commas too, where only local files are read and written; with `hub` hf:// is read.
+    """Refuses URLs, also in a list with commas, where only local files are read or written; with `hub`, hf:// is allowed.
 
-    A home or a variable in the place of a folder, that no shell has filled in, is refused too: a folder called ~ or $WORK would be meant.
+    A ~ or $WORK that no shell has filled in is refused too, since it would mean a folder of that very name. Errors: `ValueError`.
     """
     for part in text.split(","):
         if found := re.search(r"^~[\w.-]*(?=/|$)|(?<![^/])\$(?:[A-Za-z_]\w*|\{\w+\})(?=/|$)", part):
             raise ValueError(f"{what} is {short(text)}, and no shell has filled in its {found[0]}; write the whole path")
-        scheme = re.match(r"\s*([A-Za-z][A-Za-z0-9+.-]+):/", part)  # with one slash too: what a path makes of two
+        scheme = re.match(r"\s*([A-Za-z][A-Za-z0-9+.-]+):/", part)  # one slash too, since a Path makes one of two
         if scheme and not (hub and part.startswith(HUB)):
             also = f", or {HUB}org/name" if hub else ""
             raise ValueError(

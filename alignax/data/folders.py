@@ -1,4 +1,4 @@
-"""Folders and patterns: which files a path means. Every file in a folder is read, known to hold no rows, or named in an error."""
+"""Folders and patterns: finds the files that a path means. Every file in a folder is read, known to hold no rows, or named in an error."""
 
 import glob
 import json
@@ -9,13 +9,14 @@ from alignax.text import one_line
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
 PACKED = (".gz", ".bz2", ".xz", ".zst", ".zstd")
-# Words by which files and folders name the split that they hold.
+# Words in the names of files and folders that tell their split.
 SPLITS = ("train", "training", "dev", "val", "valid", "validation", "eval", "evaluation", "test", "testing")
-# train-00000-of-00002, as the hub names the files of a split, once with a hash behind it; and train-1, but not train_v1.
+# SHARD: train-00000-of-00002, as the hub names the files of a split, formerly with a hash at the end.
+# NUMBER: the end of train-1, but not of train_v1.
 SHARD = re.compile(r"(.+?)[-_.]\d{3,6}[-_.]of[-_.]\d{3,6}([-_.][0-9a-f]{8,})?")
 NUMBER = re.compile(r"(?<![-_.]v)(?<!\d)[-_.]*\d+([-_.]+\d+)*$")
-DEEPEST = 12  # folders inside one another; a link to a folder above it has no end
-# What lies beside data and has no rows: hidden files, papers, programs, pictures, and what `datasets` writes of its own.
+DEEPEST = 12  # the most folders inside one another; a link to a folder above itself would have no end
+# Files beside data that hold no rows: hidden files, documents, programs, pictures, and the bookkeeping of `datasets`.
 NO_ROWS = re.compile(
     r"\..*|_success"
     r"|(readme|licen[cs]e|notice|copying|citation|changelog|authors|datasheet|dataset_card)\b(?!.*\.(jsonl?|ndjson|csv|tsv|parquet|arrow)\b).*"
@@ -26,12 +27,12 @@ NO_ROWS = re.compile(
 
 
 def suffix(path: Path) -> str:
-    """The suffix of a name that says how a file is to be read, in small letters: of a.CSV.gz it is .csv."""
+    """The suffix of a file name that tells its format, in lower case: .csv for a.CSV.gz."""
     return Path(path.stem if path.suffix.lower() in PACKED else path.name).suffix.lower()
 
 
 def place(text: str) -> tuple[Path, str]:
-    """A path and the split asked for, empty: none. Of FOLDER:test it is "test"; a path that exists is itself."""
+    """Splits FOLDER:test into the path and the split "test"; the split is empty if the text names none, or is a path that exists."""
     before, colon, split = text.rpartition(":")
     if colon and split and not Path(text).exists() and Path(before).exists():
         return Path(before), split
@@ -39,7 +40,7 @@ def place(text: str) -> tuple[Path, str]:
 
 
 def matching(pattern: str) -> list[Path]:
-    """The files that a pattern such as data/*.jsonl stands for, in the order of their names; none where it is no pattern."""
+    """The files that match a pattern such as data/*.jsonl, in the order of their names; none if the text is no pattern."""
     if not re.search(r"[*?[]", pattern):
         return []
     found = [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]
@@ -52,7 +53,7 @@ def matching(pattern: str) -> list[Path]:
 
 
 def saved(folder: Path, split: str) -> Path | None:
-    """The folder of one split, where `Dataset.save_to_disk` wrote this one; None: other programs did."""
+    """The folder of one split, if `Dataset.save_to_disk` wrote `folder`; None if another program did."""
     own = [file for file in ("dataset_dict.json", "state.json") if (folder / file).exists()]
     other = [file.name for file in sorted(folder.iterdir()) if own and file.is_file() and not NO_ROWS.fullmatch(file.name)]
     if other := [name for name in other if suffix(Path(name)) in SUFFIXES and suffix(Path(name)) != ".arrow"]:
@@ -81,10 +82,11 @@ def _splits(file: Path) -> list[str]:
 
 
 def files(folder: Path, split: str) -> list[Path]:
-    """The data files of one split in a folder and in those inside it, in the order of their names.
+    """The data files of one split in a folder and its subfolders, in the order of their names.
 
-    The split of a file is its name in front of a number (train_prefs-00000-of-00001.parquet, train_sft.jsonl), or a word of that, else a
-    word of the folder that it lies in. Files of one split in several folders are several configurations, of which one is to be named.
+    The split of a file is its name without the number at the end (train_prefs-00000-of-00001.parquet, train_sft.jsonl), or a word of
+    that name, else a word of its folder's name. Files of one split in several folders are several configurations: the caller has to
+    name one. Errors: `ValueError` where the files of one split cannot be told, or may hold the same rows twice.
     """
     root = _snapshot(folder)
     found = list(_inside(root, DEEPEST))
@@ -122,9 +124,9 @@ def files(folder: Path, split: str) -> list[Path]:
 
 
 def _check_formats(where: str, found: list[Path]) -> None:
-    """Refuses files of one name in two formats, which as a rule hold the same rows; shards of other numbers are read together."""
+    """Refuses files of one name in two formats, which usually hold the same rows; shards with different numbers are read together."""
     first: dict[tuple[str, str], Path] = {}
-    for file in sorted(found, key=lambda file: _shard(file)[1] != ""):  # whole ones in front
+    for file in sorted(found, key=lambda file: _shard(file)[1] != ""):  # whole files first
         name, number = _shard(file)
         for other in (first.get((name, "")), first.get((name, number))):
             if other is not None and _format(other) != _format(file):
@@ -136,10 +138,10 @@ def _check_formats(where: str, found: list[Path]) -> None:
 
 
 def _shard(file: Path) -> tuple[str, str]:
-    """What a file holds, by its name, and the number that it has of it; empty: it holds the whole."""
+    """The name of what a file holds and the number of its shard, both from the file's name; an empty number means the whole."""
     stem = file.name[: len(file.name) - len(_format(file))]
     name = _names(Path(file.name))[:1]
-    if not name:  # whose name tells of no split
+    if not name:  # the name tells no split
         return stem, ""
     shard = SHARD.fullmatch(stem)
     numbers = re.findall(r"\d+", stem[len(name[0]) :])
@@ -147,7 +149,7 @@ def _shard(file: Path) -> tuple[str, str]:
 
 
 def _format(file: Path) -> str:
-    """The end of a name that says how the file is written, in small letters: of train.CSV.gz it is .csv.gz."""
+    """The suffixes of a file name that tell how the file is written, in lower case: .csv.gz for train.CSV.gz."""
     return "".join(file.suffixes[-2:] if file.suffix.lower() in PACKED else file.suffixes[-1:]).lower()
 
 
@@ -158,7 +160,7 @@ def _also(names: list[str]) -> str:
 
 
 def _names(file: Path) -> list[str]:
-    """The names of the split that a file, by its path inside the folder, holds; the first is the one it goes by."""
+    """The names of the split that a file may hold, by its path inside the folder; the main one comes first."""
     stem = Path(file.stem if file.suffix.lower() in PACKED else file.name).stem
     shard, inside = SHARD.fullmatch(stem), _words(stem)
     name = [shard[1]] if shard else [NUMBER.sub("", stem)] if inside else []
@@ -170,13 +172,13 @@ def _words(name: str) -> list[str]:
 
 
 def _place(file: Path) -> Path:
-    """The folder, inside the one that is read, in which a file and others of its split lie: that of a folder named as a split too."""
+    """The subfolder in which the files of a split lie; if a folder has the name of the split, the parent of that folder."""
     named = [i for i, part in enumerate(file.parent.parts) if _words(part)]
     return Path(*file.parent.parts[: named[-1]]) if named and not _words(file.name) else file.parent
 
 
 def _snapshot(folder: Path) -> Path:
-    """Of a folder of the hub's cache the version that it holds; else the folder itself."""
+    """The version inside a folder of the hub's cache; any other folder itself."""
     versions = folder / "snapshots"
     if not versions.is_dir() or not (folder / "blobs").is_dir():
         return folder
@@ -189,7 +191,7 @@ def _snapshot(folder: Path) -> Path:
 
 
 def _inside(folder: Path, depth: int) -> list[Path]:
-    """The files of a folder and of those inside it, without those that are known to hold no rows."""
+    """The files of a folder and its subfolders, without files that are known to hold no rows."""
     if not depth:
         raise ValueError(f"{folder} lies in more than {DEEPEST} folders, or in a circle of links; point to the folder of the files")
     found = []

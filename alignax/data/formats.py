@@ -1,7 +1,7 @@
-"""Formats of well-known preference sets: each a function from a row, as its card describes it, to a row with columns of ours.
+"""Formats of well-known preference data sets: each function turns a row, as the data set's card describes it, into alignax columns.
 
-The columns are `prompt`, `chosen` and `rejected` (texts, or messages, which may have the prompt in them), `margin` where the set
-has a strength of preference, and of rankings `completions`, best first. None is a row without a preference.
+The columns are `prompt`, `chosen` and `rejected`: texts, or messages that may contain the prompt. A data set with a strength of
+preference has `margin` too, and one of rankings `completions`, best first. A function returns None for a row without a preference.
 """
 
 import difflib
@@ -28,12 +28,12 @@ def ultrafeedback_binarized(row: Mapping) -> Row | None:
 
 
 def helpsteer2(row: Mapping) -> Row | None:
-    """nvidia/HelpSteer2, its preference set: -3 says that response 1 is much better, 3 that response 2 is."""
+    """nvidia/HelpSteer2, preferences: a strength of -3 says that response 1 is much better, and 3 that response 2 is."""
     return _by_strength(row["prompt"], row["response_1"], row["response_2"], row["preference_strength"])
 
 
 def helpsteer3(row: Mapping) -> Row | None:
-    """nvidia/HelpSteer3: messages and two texts; -3 says that response 1 is much better, 3 that response 2 is."""
+    """nvidia/HelpSteer3: messages and two texts; -3 says that response 1 is much better, and 3 that response 2 is."""
     return _by_strength(row["context"], row["response1"], row["response2"], row["overall_preference"])
 
 
@@ -53,7 +53,7 @@ def pku_saferlhf_safer(row: Mapping) -> Row:
 
 
 def orca_dpo_pairs(row: Mapping) -> Row | None:
-    """Intel/orca_dpo_pairs: a system prompt, which may be empty, and a question; the copy of argilla calls it `input`, and has ties."""
+    """Intel/orca_dpo_pairs: a system prompt, which may be empty, and a question; argilla's copy calls the question `input` and has ties."""
     if row.get("status") == "tie":
         return None
     system = [{"role": "system", "content": row["system"]}] if row["system"] else []
@@ -73,7 +73,7 @@ def capybara(row: Mapping) -> Row:
 
 
 def nectar(row: Mapping) -> Row:
-    """berkeley-nest/Nectar: seven answers with ranks, 1 the best; as pairs the first and the last of them."""
+    """berkeley-nest/Nectar: seven answers with ranks, 1 the best; a pair takes the best and the worst answer."""
     answers = [answer["answer"] for answer in sorted(row["answers"], key=lambda answer: answer["rank"])]
     return {"prompt": row["prompt"], "completions": answers, "chosen": answers[0], "rejected": answers[-1]}
 
@@ -99,13 +99,13 @@ def skywork_reward_preference(row: Mapping) -> Row:
 
 
 def openai_preference(row: Mapping) -> Row:
-    """The format of OpenAI's preference fine-tuning: messages, perhaps tools, and two lists of messages."""
+    """The format of OpenAI's preference fine-tuning: input messages, optional tools, and two lists of output messages."""
     pair = _ordered(row["input"]["messages"], row["preferred_output"], row["non_preferred_output"], True)
     return pair | ({"tools": row["input"]["tools"]} if row["input"].get("tools") else {})
 
 
 def _by_strength(prompt: Any, first: Any, second: Any, strength: float) -> Row | None:
-    """A pair by a number that is negative where the first response is better; its size is the margin."""
+    """A pair from a strength that is negative where the first response is better; its absolute value is the margin, and 0 gives None."""
     return _ordered(prompt, first, second, strength < 0) | {"margin": abs(strength)} if strength else None
 
 
@@ -130,7 +130,7 @@ FORMATS: dict[str, Callable[[Mapping], Row | None]] = {
 
 
 def named(name: str) -> Callable[[Mapping], Row | None]:
-    """The function of a format; refuses an unknown one with the nearest."""
+    """The function of a format; an unknown name is a ValueError that suggests the nearest one."""
     if name not in FORMATS:
         near = max(FORMATS, key=lambda known: difflib.SequenceMatcher(None, name.lower(), known).ratio())
         raise ValueError(f"data.format is {name!r}; the nearest is {near!r}, and there are {', '.join(FORMATS)}")
@@ -138,7 +138,7 @@ def named(name: str) -> Callable[[Mapping], Row | None]:
 
 
 def likely(row: Mapping) -> str:
-    """The formats that take a row with columns of other names, in words; empty: none does."""
+    """The formats that can read a row, in words for an error about its columns; empty if none can."""
     found = []
     for name, function in FORMATS.items():
         try:

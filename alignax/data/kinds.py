@@ -1,8 +1,8 @@
-"""Kinds of data: raw rows become prompts with completions.
+"""Kinds of data: turns raw rows into prompts with completions.
 
-No prompt is ever guessed: it is a column, or what stands before a separator that the configuration names, or the leading
-turns of a conversation. (The longest common prefix of "Paris " and "London" is nothing, of "The sky" and "The sky is blue" a
-whole answer: a prompt inferred so is silently wrong.)
+A prompt is never guessed. It is a column, the text before a separator that the configuration names, or the leading turns of a
+conversation. (A prompt inferred as the longest common prefix is silently wrong: "Paris " and "London" share nothing, and "The sky"
+and "The sky is blue" share a whole answer.)
 """
 
 import difflib
@@ -21,15 +21,15 @@ from alignax.text import short
 
 
 def prompted_rows(rows: Sequence[Shaped], data: Any, path: str | Path = "data") -> tuple[list[Prompted], Rejected]:
-    """Turn raw rows into prompts with completions as the `config.data` section says, and count the rows left out.
+    """Turns raw rows into prompts with completions, as `config.data` says, and counts the rows that are left out.
 
-    `data.kind`: "preference" (chosen, rejected), "sft" (a completion, or messages, or the chosen side of pairs), "unpaired"
-    (a completion and a label), "ranked" (k completions, best first), "prompt" (nothing more: completions are sampled). Numbers beside
-    them are the margin of pairs and the attributes of "sft".
-    Texts that have no prompt column are whole transcripts, and each side is split after its own last `data.prompt_separator`.
-    Conversations are lists of messages; without a prompt column the sides share their leading turns. Those of ShareGPT, a single
-    message, and a text beside messages are read as `alignax.data.shapes` says. With `data.bad_rows="error"`
-    the first bad row raises `ValueError`; with "drop" it is counted. `len(prompted) + rejected.counts.total() == len(rows)`.
+    `data.kind` is "preference" (chosen, rejected), "sft" (a completion, or messages, or the chosen side of pairs), "unpaired"
+    (a completion and a label), "ranked" (k completions, best first) or "prompt" (a prompt alone: completions are sampled). Pairs may
+    also have a margin, and "sft" rows attributes.
+    Texts without a prompt column are whole transcripts, and each side is split after its own last `data.prompt_separator`.
+    Conversations are lists of messages; without a prompt column, the leading turns that the sides share are the prompt.
+    `alignax.data.shapes` reads ShareGPT conversations, single messages, and a text beside messages. With `data.bad_rows="error"`
+    the first bad row raises `ValueError`; with "drop" bad rows are counted. `len(prompted) + rejected.counts.total() == len(rows)`.
     """
     rejected = Rejected(path, data.bad_rows)
     if data.limit < 0:
@@ -59,7 +59,7 @@ def prompted_rows(rows: Sequence[Shaped], data: Any, path: str | Path = "data") 
 
 
 def _read(read: Callable[[Mapping], Prompted | Bad], row: Mapping, data: Any) -> Prompted | Bad:
-    """A row by its reader, with its place in a curriculum."""
+    """Reads a row with the reader of its kind, and adds its place in a curriculum."""
     result = read(row)
     if isinstance(result, Bad) or not (column := order_column(data)):
         return result
@@ -70,20 +70,20 @@ def _read(read: Callable[[Mapping], Prompted | Bad], row: Mapping, data: Any) ->
 
 
 def order_column(data: Any) -> str:
-    """The column that `data.order` names; empty: none."""
+    """The column that `data.order` names; empty if it names none."""
     if data.order == "-":
         raise ValueError("data.order is '-', which names no column; write -COLUMN, COLUMN, or file")
     return "" if data.order == "file" else data.order.removeprefix("-")
 
 
 def columns_of(rows: Sequence[Shaped]) -> dict[str, None]:
-    """The columns that any of the rows has, in the order of the file."""
+    """The columns that at least one row has, in the order of the file."""
     return {column: None for row in rows if isinstance(row, Mapping) for column in row}
 
 
 def unread(rows: Sequence[Shaped], data: Any) -> list[str]:
-    """The columns that rows of this kind have and nothing reads, each with the type of its first value."""
-    if data.kind == "prompt":  # reward functions may read any
+    """The columns of a file that data of this kind does not read, each with the type of its first value."""
+    if data.kind == "prompt":  # reward functions may read any column
         return []
     taken = [row for row in (rows[: data.limit] if data.limit else rows) if isinstance(row, Mapping)]
     there, c = columns_of(taken), data.columns
@@ -102,7 +102,7 @@ def _type(value: Any) -> str:
 
 
 def holds_pairs(rows: Sequence[Shaped], data: Any) -> bool:
-    """Whether a file for data of kind "unpaired" has pairs instead, which are to be taken apart."""
+    """Whether rows for data of kind "unpaired" hold pairs instead, which have to be split."""
     if data.kind != "unpaired" or data.columns.margin:
         return False
     there = columns_of(rows)
@@ -110,7 +110,7 @@ def holds_pairs(rows: Sequence[Shaped], data: Any) -> bool:
 
 
 def _reader(rows: Sequence[Mapping], data: Any, there: Mapping[str, None], path: Any) -> Callable[[Mapping], Prompted | Bad]:
-    """The function from a raw row to its prompt and completions; refuses a file that lacks the columns for it."""
+    """Builds the function from a raw row to its prompt and completions; refuses a file that lacks the needed columns."""
     c = data.columns
     wanted = {
         "preference": ("chosen", "rejected"),
@@ -138,7 +138,7 @@ def _reader(rows: Sequence[Mapping], data: Any, there: Mapping[str, None], path:
             raise ValueError(f"{path} has no column {column!r}, named by data.{name}; it has: {_nearest(column, there)}{known}")
     if data.kind == "prompt":
         return _prompt_reader(c, there, path) if rows else lambda row: Bad("no prompt", "there is no row")
-    # A column of messages is the whole conversation, whatever else a file tells of its prompt.
+    # A column of messages is the whole conversation, even where the file has a prompt column too.
     prompt = c.prompt if c.prompt in there and names != ["messages"] else ""
     listed = any(isinstance(value := row.get(columns[0]), list) or shapes.is_json(value) for row in rows)
     if rows and not prompt and not data.prompt_separator and not listed:
@@ -163,7 +163,7 @@ def _reader(rows: Sequence[Mapping], data: Any, there: Mapping[str, None], path:
 
 
 def _prompt_reader(names: Any, there: Mapping[str, None], path: Any) -> Callable[[Mapping], Prompted | Bad]:
-    """The function from a raw row to its prompt, text or messages, without a completion; reward functions may read the columns."""
+    """Builds the function from a raw row to its prompt without a completion; the row keeps all columns for reward functions."""
     column = names.prompt
     if column not in there:
         raise ValueError(f"{path} has no column {column!r}, named by data.columns.prompt; it has: {_nearest(column, there)}")
@@ -176,7 +176,7 @@ def _prompt_reader(names: Any, there: Mapping[str, None], path: Any) -> Callable
 
 
 def prompt_alone(row: Mapping, names: Any) -> Prompted | Bad:
-    """The prompt of a row, text or messages, without a completion; `names`: `data.columns`."""
+    """The prompt of a row (text or messages) without a completion; `names` is `data.columns`."""
     value = shapes.messages(names.prompt, row.get(names.prompt))
     if names.system and not isinstance(value, Bad):
         joined = shapes.with_system(row.get(names.system), value, {})
@@ -187,12 +187,12 @@ def prompt_alone(row: Mapping, names: Any) -> Prompted | Bad:
 
 
 def _conversation(row: Mapping, columns: Sequence[str]) -> str:
-    """A column that holds messages and is none of these; empty: there is none."""
+    """The name of a column, outside `columns`, that holds messages; empty if there is none."""
     return next((name for name, value in row.items() if name not in columns and shapes.holds_messages(value)), "")
 
 
 def _sft_column(data: Any, there: Mapping[str, None]) -> str:
-    """Of data for SFT: a completion, else messages, else the chosen side of pairs."""
+    """The kind of column that SFT data is read from: "completion", else "messages", else "chosen"."""
     return next((name for name in ("completion", "messages", "chosen") if data.columns[name] in there), "completion")
 
 
@@ -204,7 +204,7 @@ def _ranking(row: Mapping, column: str) -> dict[str, Any] | Bad:
 
 
 def _of_one_size(rows: list[Prompted], rejected: Rejected, what: str, size: Callable[[Prompted], int]) -> Iterator[Prompted]:
-    """The rows with as many of something as most have."""
+    """Yields the rows whose `size` is the most frequent one, and rejects the others."""
     most = Counter(map(size, rows)).most_common(1)
     for row in rows:
         if (k := size(row)) == most[0][0]:
@@ -214,7 +214,7 @@ def _of_one_size(rows: list[Prompted], rejected: Rejected, what: str, size: Call
 
 
 def _fields(row: Mapping, data: Any) -> dict[str, Any] | Bad:
-    """Further fields of the batch; their types are in `alignax.data.examples.FIELDS`."""
+    """The further batch fields of a row; `alignax.data.examples.FIELDS` has their types."""
     fields: dict[str, Any] = {}
     if data.kind == "unpaired":
         value = row.get(data.columns.label)
@@ -240,7 +240,7 @@ def _columns(names: str) -> list[str]:
 
 
 def _attributes(row: Mapping, columns: Sequence[str]) -> list[float] | Bad:
-    """The numbers in the columns, each of which holds one or a list of them; NaN for those that are not given."""
+    """The numbers in the columns of attributes, where a column holds a number or a list of numbers; NaN for a missing one."""
     cells = [row.get(column) for column in columns]
     values = [value for cell in cells for value in (cell if isinstance(cell, list) else [cell])]
     missing = [value is None or value == "" or value != value for value in values]
@@ -258,11 +258,11 @@ def _number(value: Any) -> float | None:
         number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
         return None
-    return number if abs(number) < 1e38 else None  # float32 holds it
+    return number if abs(number) < 1e38 else None  # float32 can hold it
 
 
 def _prompted(row: Mapping, prompt: str, sides: Mapping[str, Any], data: Any) -> Prompted | Bad:
-    """A row's prompt, from its column, or from `sides` (column or place in it -> value) themselves, and its completions."""
+    """A row's prompt and completions; the prompt comes from its column or from the `sides` (column or place in it -> value)."""
     sides = {name: shapes.messages(name, value) for name, value in sides.items()}
     asked = shapes.messages(prompt, row.get(prompt)) if prompt else None
     if bad := next((value for value in (asked, *sides.values()) if isinstance(value, Bad)), None):
@@ -297,7 +297,7 @@ def _split(sides: Mapping[str, str], separator: str) -> Prompted | Bad:
     parts = {name: text.rpartition(separator) for name, text in sides.items()}
     for name, (_, found, _) in parts.items():
         if not found:
-            typed = "; in a shell a line break is $'\\n'" if "\\n" in separator else ""  # a backslash and an n
+            typed = "; in a shell a line break is $'\\n'" if "\\n" in separator else ""  # typed as a backslash and an n
             return Bad("no separator", f"{name!r} holds no separator {separator!r}{typed}: {short(sides[name])}")
     prompts = [before + found for before, found, _ in parts.values()]
     if len(set(prompts)) > 1:
@@ -343,6 +343,6 @@ def _nearest(column: str, there: Mapping[str, Any]) -> str:
 
 
 def _where(prompts: Sequence[str], prompt: str) -> str:
-    """The part of a prompt where the prompts begin to differ."""
+    """The part of a prompt where it begins to differ from the other prompts."""
     start = max(len(commonprefix(prompts)) - 20, 0)
     return f"{'...' if start else ''}{prompt[start : start + 50]!r}{'...' if start + 50 < len(prompt) else ''}"

@@ -1,4 +1,4 @@
-"""Mixtures: one stream of examples out of several sources, in exact proportions, with no state but the position."""
+"""Mixtures of data sources: one stream of examples in exact proportions, whose only state is the position."""
 
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -13,18 +13,18 @@ from alignax.data.tokens import load_examples
 
 
 class Mixture(NamedTuple):
-    """The sources of a stream, in the order in which their rows lie in the examples."""
+    """The sources of a mixture, in the order in which their rows lie in the examples."""
 
-    sizes: tuple[int, ...]  # examples
+    sizes: tuple[int, ...]  # examples of each source
     weights: tuple[float, ...]  # shares of the stream; they sum to 1
     paths: tuple[str, ...]
 
     def spans(self) -> Iterator[tuple[int, int]]:
-        """First row and number of rows of each source."""
+        """The first row and the number of rows of each source."""
         return zip(np.cumsum([0, *self.sizes[:-1]]).tolist(), self.sizes, strict=True)
 
     def lines(self, draws: int) -> list[str]:
-        """How often each source is gone through in so many draws, for the console."""
+        """Tells how many times `draws` draws go through each source, as lines for the console."""
         return [
             f"{weight:.1%} of the examples from {path}: {size:,} rows, {draws * weight / size:.2f} times"
             for size, weight, path in zip(*self, strict=True)
@@ -32,11 +32,11 @@ class Mixture(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    """The data of a split."""
+    """The loaded data of one split."""
 
     examples: Examples
-    reports: dict[str, Report]  # by source
-    mixture: Mixture | None  # None: the rows are drawn alike
+    reports: dict[str, Report]  # path of a source -> its report
+    mixture: Mixture | None  # None: every row is drawn equally often
 
 
 def load(
@@ -48,11 +48,12 @@ def load(
     row: Callable[[dict], Any] | None = None,
     whole: bool = False,
 ) -> Loaded:
-    """Read and tokenise what `config.data.train` or `.eval` (the field) names, or `.pretrain`, of kind "sft": see `sources`.
+    """Reads and tokenises the data of one split, whose sources `config.data` names in `field`: "train", "eval", "pretrain" or "ood".
 
-    Sources with weights are drawn from in these proportions; without, they are one set of rows. An epoch is as many draws as
-    all sources together have rows, whatever the weights. Evaluation takes every row once and refuses weights. For `ends` and `whole`
-    see `tokenize`; `row` is the experiment's, see `alignax.data.shapes.shaped`; only the rows of `train` have a `data.order`.
+    For the text that names sources see `sources`. Sources with weights are drawn from in these proportions; sources without weights
+    are one set of rows. An epoch is as many draws as all sources together have rows, whatever the weights. The split "eval" takes
+    every row once and refuses weights, "pretrain" is of kind "sft", and only "train" has a `data.order`. For `ends` and `whole` see
+    `tokenize`; `row` is the experiment's row function, see `alignax.data.shapes.shaped`.
     """
     named = sources(data[field], f"data.{field}")
     weights = [weight for _, weight in named if weight is not None]
@@ -73,7 +74,11 @@ def load(
 
 
 def sources(text: str, field: str = "data.train") -> list[tuple[str, float | None]]:
-    """Paths and weights of `a.jsonl@0.7,b.jsonl@0.3`: all have weights, or none. A path that exists is itself."""
+    """Splits `a.jsonl@0.7,b.jsonl@0.3` into paths and weights: all sources have a weight, or none. A path that exists is not split.
+
+    >>> sources("a.jsonl@0.7,b.jsonl@0.3")
+    [('a.jsonl', 0.7), ('b.jsonl', 0.3)]
+    """
     out: list[tuple[str, float | None]] = []
     for item in [text] if Path(text).exists() else text.split(","):
         path, at, weight = item.strip().rpartition("@")
@@ -100,22 +105,25 @@ def _weight(text: str, item: str, field: str) -> float:
 
 
 def schedule(weights: Sequence[float], start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which source each place of the stream draws from, and how often that source was drawn from before.
+    """The source that each place of the stream draws from, and the number of earlier draws from that source.
 
-    Draw j of source s is due at (j + 1/2) / w_s, and the draws take their places in the order of these times (ties: by source).
-    So of any n places in a row, a source of two gets its share to within one, in any mixture to within a few; and the places
-    from `start` on are found without those before.
+    Draw j of source s is due at time (j + 1/2) / w_s, and the draws take their places in the order of these times (ties: by source).
+    So in any run of consecutive places each of two sources gets its share to within one, and each of more sources to within a few.
+    The places from `start` on are found without the places before.
+
+    >>> schedule([0.75, 0.25], start=0, count=4)
+    (array([0, 0, 1, 0]), array([0, 1, 0, 2]))
 
     Args:
-      weights: shares of the k sources, summing to 1.
+      weights: shares of the k sources; they sum to 1.
       start: the first place.
       count: the number of places.
 
     Returns:
-      Source [count] and draw [count], int64.
+      The source [count] and the draw [count] of each place, int64.
     """
-    # A source has drawn w * t times at time t to within 1/2, so place p is due within k/2 of p: nothing in front of `first` can
-    # fall into the window, and all of it does fall before it.
+    # At time t a source has drawn w * t times to within 1/2, so place p is due within k/2 of time p. So every draw before
+    # `first` takes a place in front of the window.
     w, k = np.asarray(weights, np.float64), len(weights)
     first = np.maximum(np.floor(w * start - k - 1), 0).astype(np.int64)
     stop = np.ceil(w * (start + count) + k + 1).astype(np.int64)

@@ -1,4 +1,4 @@
-"""Rows: a prompt with its completions, or a bad row, named or counted."""
+"""Rows of data: prompts with completions, bad rows, and the counts of rows that are left out."""
 
 from collections import Counter
 from collections.abc import Collection, Mapping
@@ -6,34 +6,34 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 Message = dict[str, Any]  # role, content, and whatever else the chat template reads
-FIRST = 3  # bad rows that are shown for a reason
+FIRST = 3  # bad rows that are shown for each reason
 
 
 class Prompted(NamedTuple):
-    """One row: a prompt and its N completions, the best first, each as text, or each as the messages of a conversation."""
+    """A row of data: a prompt and its N completions, best first, all of them texts, or all of them messages of a conversation."""
 
     prompt: str | list[Message]
     completions: tuple[str, ...] | tuple[list[Message], ...]
-    row: int = 0  # its index in the file
-    fields: Mapping[str, Any] = {}  # further fields of the batch: labels, margin
-    tools: list[Any] | None = None  # what the chat template is told of tools
-    columns: Mapping[str, Any] = {}  # of a prompt alone: what else its row holds, for reward functions
-    told: tuple[str, ...] = ()  # what the report counts of it, in words that many rows share
-    order: float = 0.0  # where it stands in a curriculum: rows of smaller numbers come first
+    row: int = 0  # the index of the row in the file
+    fields: Mapping[str, Any] = {}  # further fields of the batch: labels, margin, attributes
+    tools: list[Any] | None = None  # tool descriptions for the chat template
+    columns: Mapping[str, Any] = {}  # of a prompt without a completion: all columns of its row, for reward functions
+    told: tuple[str, ...] = ()  # remarks that the report counts, in words that many rows share
+    order: float = 0.0  # the place in a curriculum: rows with smaller numbers come first
 
 
 class Bad(NamedTuple):
-    """Why a row cannot be used: the reason it is counted under, and what is wrong in words."""
+    """A row that cannot be used: the reason under which it is counted, and what is wrong in words."""
 
     reason: str
     what: str
 
 
 class Rejected:
-    """The rows left out: `counts` by reason, and the `first` few of each in words."""
+    """The rows that are left out: their `counts` by reason, and the `first` few of each reason in words."""
 
     def __init__(self, path: str | Path = "data", bad_rows: str = "error"):
-        """With `bad_rows="error"` the first bad row raises; with "drop" it is counted."""
+        """Begins with no rows; `bad_rows="error"` makes the first bad row a ValueError, "drop" counts bad rows."""
         if bad_rows not in ("error", "drop"):
             raise ValueError(f"data.bad_rows is {bad_rows!r}; use 'error' or 'drop'")
         self.path, self.bad_rows = path, bad_rows
@@ -41,7 +41,7 @@ class Rejected:
         self.first: dict[str, list[str]] = {}
 
     def add(self, bad: Bad, row: int, fault: bool = True) -> None:
-        """Take up a row; one that is not at fault itself is counted and never raises."""
+        """Counts a bad row, or raises ValueError for it; a row without a fault of its own (`fault=False`) never raises."""
         where = f"row {row} (counted from 0): {bad.what}"
         if fault and self.bad_rows == "error":
             raise ValueError(f"{self.path}, {where}. Correct the row, or leave such rows out, counted, with --config.data.bad_rows=drop")
@@ -51,13 +51,13 @@ class Rejected:
 
 
 class Encoded(NamedTuple):
-    """A row in tokens: the prompt that the N completions share, and each from there to its last scored token, or to the end of its text."""
+    """A row in tokens: the prompt that N completions share, and each completion to its last scored token or the end of its text."""
 
     prompt: list[int]
     completions: list[list[int]]
-    scored: list[bytes]  # as completions, 1 for a scored token and 0 for another
-    text: str  # of the prompt
-    merged: bool = False  # a token spans the boundary
+    scored: list[bytes]  # for each token of `completions`: 1 if it is scored, else 0
+    text: str  # the text of the prompt
+    merged: bool = False  # a token spans the boundary of prompt and completion
     turns_without_eos: int = 0
-    told: Collection[str] = ()  # what a person should know of the row, in words that many rows share
-    counts: Mapping[str, int] = {}  # of texts: further counts of the report
+    told: Collection[str] = ()  # remarks that the report counts, in words that many rows share
+    counts: Mapping[str, int] = {}  # further counts for the report

@@ -1,4 +1,4 @@
-"""Shapes of rows: what other programs write for a conversation becomes a list of messages with a role and a content."""
+"""Shapes of conversations: turns what other programs write into lists of messages with a role and a content."""
 
 import ast
 import copy
@@ -13,27 +13,28 @@ from alignax.data import formats
 from alignax.data.rows import Bad, Message
 from alignax.text import one_line, short
 
-# The speakers of ShareGPT rows, `from` and `value` for `role` and `content`.
+# The speakers of ShareGPT rows, which have `from` and `value` for `role` and `content` -> our roles.
 SPEAKERS = {
     "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant", "model": "assistant",
     "bot": "assistant", "system": "system", "tool": "tool", "observation": "tool", "function": "tool", "function_call": "function_call",
 }  # fmt: skip
 
 
-# Names of roles that no chat template of today knows; GLM's knows "observation".
+# Roles under names that no chat template of today knows -> our roles. "observation" stays: GLM's template knows it.
 ROLES = {name: role for name, role in SPEAKERS.items() if name not in ("function_call", "observation")}
-# How a text begins that may hold messages, and, where it cannot be read to its end (it was cut, say), one that does.
+# MAY_HOLD: the beginning of a text that may hold messages. BEGINS_AS_MESSAGES: the beginning of a text that surely does, for texts
+# that cannot be read to their end (they were cut, say).
 MAY_HOLD = re.compile(r"""\s*[\[{](?=.*["'](role|from)["']\s*:)""", re.DOTALL)
 BEGINS_AS_MESSAGES = re.compile(r"""\s*\[\s*\{\s*(["'])(role|from|content|value)\1\s*:\s*["']""")
-WRITTEN_BY_NUMPY = re.compile(r"""\}\s+\{(?=["'])""")  # no comma between objects: a list of to_csv in pandas and datasets
+WRITTEN_BY_NUMPY = re.compile(r"""\}\s+\{(?=["'])""")  # no comma between objects: a list as to_csv of pandas and datasets writes it
 LEFT_OUT, NO_PREFERENCE = "left out by row()", "no preference (data.format)"
-Shaped = Mapping | Bad | str  # a row, a bad one, or the reason why it is left out
+Shaped = Mapping | Bad | str  # a row, a bad row, or the reason why a row is left out
 
 
 def shaped(rows: Sequence[Mapping | Bad], data: Any, row: Callable[[dict], Any] | None = None) -> list[Shaped]:
-    """The first `data.limit` rows as an experiment's `row(row)` and then `data.format` make them; those after it are left as they are.
+    """Applies an experiment's `row(row)`, and then `data.format`, to the first `data.limit` rows; later rows stay as they are.
 
-    A row for which `row` gives None is left out; whatever it raises makes the row a bad one.
+    A row for which either gives None is left out; whatever either raises makes the row a bad row.
     """
     ways = [("row()", row, LEFT_OUT)] if row else []
     ways += [(f"data.format {data.format!r}", formats.named(data.format), NO_PREFERENCE)] if data.format else []
@@ -53,7 +54,7 @@ def shaped(rows: Sequence[Mapping | Bad], data: Any, row: Callable[[dict], Any] 
 def _changed(name: str, function: Callable[[dict], Any], row: dict) -> Any:
     try:
         found = function(copy.deepcopy(row) if name == "row()" else row)
-    except Exception as error:  # whatever the code of an experiment raises, and a row of another structure makes a format raise
+    except Exception as error:  # an experiment's code, or a format on a row of another structure, may raise anything
         what = f"raises {type(error).__name__}: {one_line(error)}"
         if isinstance(error, KeyError) and name != "row()":
             what = f"reads {one_line(error)}, which the row has not (it has: {', '.join(map(repr, row))}); is it a row of that set?"
@@ -64,12 +65,12 @@ def _changed(name: str, function: Callable[[dict], Any], row: dict) -> Any:
 
 
 def messages(name: str, value: Any) -> Any:
-    """A conversation, or one message of it, as messages; any other value as it is.
+    """Reads a conversation, or a single message, as a list of messages; any other value stays as it is.
 
-    Of ShareGPT `from` becomes `role` and `value` becomes `content`, a `function_call` the tool calls that its JSON holds; OpenAI's
-    `function_call` of a message becomes a tool call. Roles such as `function`, `human` and `User` become `tool` and `user`. A content of
-    several parts, all of them text, becomes one text, with nothing between them, as templates write parts; `Template.takes_parts` gives
-    it back to those that take nothing else. A text that holds messages as JSON makes a bad row.
+    ShareGPT's `from` becomes `role`, its `value` becomes `content`, and its `function_call` becomes the tool calls that its JSON holds.
+    OpenAI's `function_call` of a message becomes a tool call. Roles such as `function`, `human` and `User` become `tool` and `user`. A
+    content of several text parts becomes one text, with nothing between the parts, as templates write them; templates that take only
+    parts get one again (`Template.takes_parts`). A text that holds messages as JSON makes a bad row.
     """
     if is_json(value):
         what = f"{name!r} is {short(value)}, text that holds messages as JSON or as Python writes them"
@@ -118,7 +119,7 @@ def _message(name: str, message: Any) -> Any:
 
 
 def _text_of(part: Any) -> str | None:
-    """The text of a part of a content; None: the part is an image or the like."""
+    """The text of one part of a message's content; None if the part is an image or the like."""
     if isinstance(part, dict) and part.get("type") in (None, "text", "input_text", "output_text"):
         part = part.get("text")
     return part if isinstance(part, str) else None
@@ -134,20 +135,20 @@ def _call(name: str, value: Any, rest: Message) -> Message | Bad:
 
 
 def is_json(value: Any) -> bool:
-    """Whether a value is text that holds messages as JSON, or as Python writes them."""
+    """Whether a value is a text that holds messages, as JSON or as Python writes them."""
     return isinstance(value, str) and in_text(value) is not None
 
 
 def in_text(text: str) -> list[Any] | None:
-    """The messages that a text holds as JSON, or as Python writes them; an empty list where only its beginning can be read; None: none.
+    """The messages that a text holds, as JSON or as Python writes them; [] if only its beginning can be read; None if it holds none.
 
-    A list of other objects with a role, such as {"name": "Ann", "role": "engineer"}, is an answer like any other.
+    A list of other objects with a role, such as {"name": "Ann", "role": "engineer"}, is an ordinary answer and holds none.
     """
     if not MAY_HOLD.match(text):
         return None
     for loads in (json.loads, ast.literal_eval, lambda text: ast.literal_eval(WRITTEN_BY_NUMPY.sub("}, {", text))):
         try:
-            with warnings.catch_warnings(action="ignore"):  # of escapes that Python does not know
+            with warnings.catch_warnings(action="ignore"):  # warnings of escapes that Python does not know
                 found: Any = loads(text.strip())
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
@@ -161,16 +162,16 @@ def in_text(text: str) -> list[Any] | None:
 
 
 def holds_messages(value: Any) -> bool:
-    """Whether a value is a conversation, in any of the shapes that `messages` reads."""
+    """Whether a value is a conversation in any of the shapes that `messages` reads."""
     return isinstance(value, list) and bool(value) and all(isinstance(m, dict) and ("role" in m or "from" in m) for m in value)
 
 
 def together(prompt: Any, sides: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Prompt and sides of which one is text and the other messages, both as messages; whatever else there is, as it is.
+    """Turns prompt and sides into messages if one of them is text and the other messages; any other values stay as they are.
 
-    A text beside messages is a user's turn in the prompt, and an assistant's in a side. A conversation that itself begins with
-    a prompt's text has the prompt in it: None is returned for the prompt. Messages of the prompt that all sides repeat stand there once,
-    with the system message that the prompt or all of the sides have.
+    A text beside messages becomes a user's turn if it is the prompt, and an assistant's turn if it is a side. If the first user message
+    of every side is the text of the prompt, the sides contain the prompt, and None is returned for it. Messages of the prompt that all
+    sides repeat are kept once, with the system message that the prompt or all sides have.
     """
     if isinstance(prompt, list):
         if prompt and sides and all(_are_messages(value) for value in (prompt, *sides.values())):
@@ -186,7 +187,7 @@ def together(prompt: Any, sides: Mapping[str, Any]) -> tuple[Any, dict[str, Any]
 
 
 def _once(prompt: list[Message], sides: Mapping[str, list[Message]]) -> tuple[list[Message], Mapping[str, list[Message]]]:
-    """A prompt, and the sides without it where all repeat it; columnar files give messages of one column keys that hold null."""
+    """A prompt, and its sides without the prompt if all repeat it; keys that hold null, which columnar files add, do not count."""
     (system, asked), *split = (_system_and_rest(value) for value in (prompt, *sides.values()))
     first = split[0][0]
     if any(front != first or without_nulls(rest[: len(asked)]) != without_nulls(asked) for front, rest in split):
@@ -202,14 +203,14 @@ def _system_and_rest(messages: list[Message]) -> tuple[list[Message], list[Messa
 
 
 def without_nulls(value: Any) -> Any:
-    """A value without the keys of its objects that hold null: columnar files give every object the keys of all others."""
+    """A value without the keys that hold null in its objects, since columnar files give every object the keys of all others."""
     if isinstance(value, dict):
         return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
     return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def said(role: str, text: str) -> list[Message]:
-    """A text as a conversation of one message."""
+    """A conversation of one message with the given role and text."""
     return [{"role": role, "content": text}]
 
 
@@ -218,14 +219,14 @@ def _are_messages(side: Any) -> bool:
 
 
 def is_system(message: Any) -> bool:
-    """Whether a message is a system prompt, which some call the developer's."""
+    """Whether a message is a system prompt, whose role some programs call "developer"."""
     return isinstance(message, dict) and message.get("role") in ("system", "developer")
 
 
 def with_system(system: Any, prompt: Any, sides: Mapping[str, Any]) -> tuple[Any, dict[str, Any]] | Bad:
-    """A row with the text of its system column as the first message; texts become conversations, an empty system prompt none.
+    """Puts the text of a row's system column in front of its messages; texts become conversations, and an empty text adds no message.
 
-    Messages that begin with the same system prompt have it once; those that have another make a bad row.
+    Messages that already begin with the same system prompt keep it once; messages with another system prompt make a bad row.
     """
     if system is not None and not isinstance(system, str):
         return Bad("no system prompt", f"the system prompt is {short(system)}, not text")
@@ -241,7 +242,7 @@ def with_system(system: Any, prompt: Any, sides: Mapping[str, Any]) -> tuple[Any
 
 
 def _begun(system: str, messages: list[Any]) -> list[Any] | Bad:
-    """Messages that begin with this system prompt, and have no other."""
+    """The messages with the given system prompt in front; a bad row if they have another one."""
     own = [message for message in messages if is_system(message)]
     if not own:
         return said("system", system) + messages

@@ -1,4 +1,4 @@
-"""Streams of bytes out of files, decompressed as they are read, and never beyond a bound."""
+"""Byte streams of files, decompressed while they are read and bounded in size."""
 
 import bz2
 import gzip
@@ -12,9 +12,9 @@ from typing import Any
 
 from alignax.text import one_line
 
-ROW = 2**24  # bytes of a row of JSONL; a longer one is no row to train on
-EXPANDED = 2**35  # bytes that a compressed file may become
-RATIO, HARMLESS = 200, 2**26  # bytes that a byte of a compressed file may become, once all of them are more than HARMLESS
+ROW = 2**24  # the most bytes of a JSONL row; a longer row is nothing to train on
+EXPANDED = 2**35  # the most bytes that a compressed file may become
+RATIO, HARMLESS = 200, 2**26  # the most bytes that a compressed byte may become, once there are more than HARMLESS in all
 ARCHIVES = {b"PK\x03\x04": "a zip archive", b"7z\xbc\xaf\x27\x1c": "a 7z archive", b"Rar!\x1a\x07": "a rar archive"}
 
 
@@ -34,9 +34,9 @@ UNPACK: dict[bytes, tuple[str, Callable[[Any], Any]]] = {
 
 @contextmanager
 def opened(path: Path) -> Iterator[io.BufferedReader]:
-    """The bytes of a file, decompressed where its first bytes say that it is gzip, bzip2, xz or zstd, whatever its name.
+    """Opens the bytes of a file, decompressed if its first bytes say that it is gzip, bzip2, xz or zstd, whatever its name.
 
-    Errors: `ValueError`, when it is opened or read, for an archive, for damage, and for a file that grows beyond the bounds.
+    Errors: `ValueError`, on opening or reading, for an archive, a damaged file, and a file that grows beyond the bounds.
     """
     with path.open("rb") as file:
         head = file.read(8)
@@ -50,7 +50,7 @@ def opened(path: Path) -> Iterator[io.BufferedReader]:
 
 
 class _Unpacked(io.RawIOBase):
-    """What a compressed file holds; counts it while it is read."""
+    """The content of a compressed file; its size is checked while it is read."""
 
     def __init__(self, path: Path, file: Any, name: str, unpack: Callable[[Any], Any]):
         self.path, self.file, self.name, self.inner, self.size = path, file, name, unpack(file), 0
@@ -70,7 +70,7 @@ class _Unpacked(io.RawIOBase):
 
 
 def check_size(path: Path, packed: int, size: int) -> None:
-    """Refuses what has grown beyond the bounds: `size` bytes out of `packed`."""
+    """Refuses a file that has grown beyond the bounds, with `size` bytes out of `packed` compressed bytes; raises ValueError."""
     if size > EXPANDED or (size > HARMLESS and size > RATIO * packed):
         raise ValueError(
             f"{path} grows from {packed:,} to more than {size:,} bytes when it is decompressed, beyond the bound of {RATIO} times and "
@@ -79,10 +79,10 @@ def check_size(path: Path, packed: int, size: int) -> None:
 
 
 def lines(stream: io.BufferedReader) -> Iterator[tuple[int, bytes | int]]:
-    """Numbers, from 1, and bytes of the lines that are not blank; of a line longer than `ROW` how many bytes it has.
+    """Yields the number (from 1) and the bytes of each line that is not blank; of a line longer than `ROW`, the number of bytes instead.
 
-    Lines end with \\n alone: U+2028 and its like are legal inside a JSON string. Where a JSON array begins, its first line may be a part:
-    an array is no row, and whoever wants it reads on.
+    Lines end with \\n alone, since U+2028 and its like are legal inside a JSON string. The first line of a JSON array may be cut at
+    `ROW` bytes: an array is no row, and the caller reads the rest from the stream.
     """
     number, begun = 0, False
     while line := stream.readline(ROW):
@@ -101,5 +101,5 @@ def lines(stream: io.BufferedReader) -> Iterator[tuple[int, bytes | int]]:
 
 
 def opens_array(line: bytes) -> bool:
-    """Whether a file whose first line this is holds a JSON array."""
+    """Whether a file holds a JSON array, by its first line."""
     return line.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"["

@@ -1,4 +1,4 @@
-"""Chat templates: a tokenizer's own, with the values of its variables, as text and never as tokens."""
+"""Chat templates: renders conversations by a tokenizer's own template and its variables, as text and never as tokens."""
 
 import dataclasses
 import datetime
@@ -15,44 +15,44 @@ GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 MARKS = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 NOW = re.compile(r"""\bstrftime_now\(\s*(['"])([^'"\\]*)\1\s*\)""")
 REFUSED = "refused by the template"
-QUESTION, ANSWER, THOUGHT, LATER = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"  # stand for texts, and no text has these characters
+QUESTION, ANSWER, THOUGHT, LATER = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"  # placeholders for texts: no text has these characters
 
 
 class Opening(NamedTuple):
-    """How a template goes on from a message to the answer that follows."""
+    """The text that a template writes between a message and the answer to it."""
 
-    tail: str | None  # what it puts behind the message in the prompt of generation; None: it leaves the message out
-    beyond: int  # characters at the end of that which stand in front of no answer without reasoning
-    lead: str  # what it puts behind the shared part in front of such an answer, "<think>\\n\\n</think>\\n\\n" say
-    empty: bool  # whether that is where reasoning would be
+    tail: str | None  # the text behind the message in the generation prompt; None: the template leaves the message out
+    beyond: int  # characters at the end of `tail` that rows lack in front of an answer without reasoning
+    lead: str  # what rows have there instead, "<think>\\n\\n</think>\\n\\n" say
+    empty: bool  # whether `lead` stands where reasoning would be
 
 
 NO_OPENING = Opening(None, 0, "", False)
 
 
 class Today:
-    """The day that templates call today, as Llama 3.2's do: one for all rows, see `alignax.run.prepare`."""
+    """The date that templates such as Llama 3.2's call today: one date for all rows, see `alignax.run.prepare`."""
 
     day = datetime.date.today()
 
     @classmethod
     def said(cls, source: str) -> str:
-        """A template with that day in the place of each call of `strftime_now`, which looks at the clock."""
+        """A template's source with this date in the place of each call of `strftime_now`, which would look at the clock."""
         now = datetime.datetime.combine(cls.day, datetime.time())
         return NOW.sub(lambda call: repr(now.strftime(call[2])), source)
 
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """The chat template of a tokenizer, and the values of its variables (`data.template`)."""
+    """A tokenizer's chat template with the values of its variables (`data.template`)."""
 
     tokenizer: Any
     variables: Mapping[str, Any]
-    openings: dict[tuple[str, bool], Opening] = dataclasses.field(default_factory=dict)  # by the role in front, and whether it is the last
-    unseen: dict[tuple[str, str], str] = dataclasses.field(default_factory=dict)  # what generation and rows have there -> the words for it
+    openings: dict[tuple[str, bool], Opening] = dataclasses.field(default_factory=dict)  # (role in front, last answer?) -> opening
+    unseen: dict[tuple[str, str], str] = dataclasses.field(default_factory=dict)  # (text at generation, text in rows) -> remark
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a variable that no template of the tokenizer mentions, and for what alignax says itself."""
+        """Raises ValueError for a variable that no template of the tokenizer mentions, or that alignax sets itself."""
         own = set(inspect.signature(self.tokenizer.apply_chat_template).parameters) - {"documents", "kwargs"} | {"messages"}
         for name in self.variables:
             field = f"config field 'data.template.{name}'"
@@ -64,10 +64,10 @@ class Template:
                 raise ValueError(f"{field}: the chat template never mentions {name!r}; {_variables(sources)}")
 
     def source(self, tools: Any) -> str:
-        """The Jinja text of the template.
+        """The Jinja source of the template, with today's date filled in.
 
         Raises:
-          ValueError: there is none.
+          ValueError: the tokenizer has no chat template.
         """
         try:
             template = self.tokenizer.get_chat_template(None, tools)
@@ -86,12 +86,12 @@ class Template:
         return Today.said(template)
 
     def has_marks(self, tools: Any) -> bool:
-        """Whether the template says with `{% generation %}` what is an assistant's own."""
+        """Whether the template marks the assistant's own text with `{% generation %}`."""
         return bool(GENERATION.search(self.source(tools)))
 
     @functools.cached_property
     def takes_parts(self) -> bool:
-        """Whether the template writes contents that are lists of parts and none that are text, as those of some models that see."""
+        """Whether the template writes only contents that are lists of parts, not text, as templates of some vision models do."""
 
         def written(content: Any) -> bool:
             try:
@@ -102,21 +102,21 @@ class Template:
         return not written(QUESTION) and written([{"type": "text", "text": QUESTION}])
 
     def _given(self, messages: list[Message]) -> list[Message]:
-        """Messages as the template takes them."""
+        """The messages in the form that the template takes: contents as text or as parts."""
         if not self.takes_parts:
             return messages
         parts = lambda text: [{"type": "text", "text": text}]
         return [m | {"content": parts(m["content"])} if isinstance(m.get("content"), str) else m for m in messages]
 
     def text(self, messages: list[Message], tools: Any, opened: bool = False, whole: bool = False, **variables: Any) -> str:
-        """The messages as the template has them.
+        """Renders messages as text.
 
         Args:
           messages: a conversation.
-          tools: what the template is told of tools.
-          opened: up to where the next answer begins; a last message of the assistant is the beginning of one, which goes on.
-          whole: such a message is no beginning, and another answer follows.
-          variables: values of variables instead of the template's own.
+          tools: tool descriptions for the template.
+          opened: end where the next answer begins; a last message of the assistant is the beginning of that answer.
+          whole: a last message of the assistant is a whole answer instead, and another answer follows.
+          variables: values of variables that replace those of this object.
         """
         said = dict(self.variables) | variables
         said |= {"chat_template": self.source(tools)} if "strftime_now" in str(self.tokenizer.chat_template) else {}
@@ -126,7 +126,7 @@ class Template:
         )
 
     def marks(self, messages: list[Message], tools: Any) -> tuple[str, list[tuple[int, int]]]:
-        """The messages as the template has them, and what it marks as the assistant's own, in characters."""
+        """Renders messages as text, with the spans (start, end) that the template marks as the assistant's own, in characters."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         said = {**self.tokenizer.special_tokens_map, **self.variables}
@@ -138,12 +138,12 @@ class Template:
         return text, [(start, end) for start, end in spans if start < end]
 
     def opening(self, before: list[Message], tools: Any, prompt: str, last: bool) -> Opening:
-        """How the answer to messages begins; asked of the template once for each role that stands in front of it.
+        """The opening of the answer to messages, which the template tells once for each role in front of the answer.
 
         Args:
           before: the messages in front of the answer.
-          tools: what the template is told of tools.
-          prompt: `before` as the template has it, opened.
+          tools: tool descriptions for the template.
+          prompt: `before` as `text` renders it with `opened`.
           last: whether the answer ends the conversation, or another follows.
         """
         role = before[-1]["role"], last
@@ -163,7 +163,7 @@ class Template:
             return text[start + len(QUESTION) : end] if start >= 0 else ""
 
         prompt = self.text(before, tools, opened=True, whole=True)
-        if QUESTION not in prompt:  # what stands behind a user's message is put behind one that is left out
+        if QUESTION not in prompt:  # the message is left out: what follows a user's message follows it
             user = [*before[:-1], {"role": "user", "content": QUESTION}]
             return NO_OPENING if before[-1]["role"] == "user" else self._opening(user, tools, last)._replace(tail=None)
         tail = between(prompt, len(prompt))
@@ -182,24 +182,24 @@ class Template:
 
     @functools.cached_property
     def specials(self) -> list[str]:
-        """The tokens that the tokenizer cuts out of a text before all else, the longest first."""
+        """The special and added tokens, which the tokenizer cuts out of a text before all else; longest first."""
         return sorted({*self.tokenizer.all_special_tokens, *self.tokenizer.get_added_vocab()}, key=len, reverse=True)
 
 
 def mentioned(tokenizer: Any, variables: Mapping[str, Any]) -> dict[str, Any]:
-    """The variables that a chat template of the tokenizer mentions: of another model's, those that this one can take."""
+    """Keeps the variables that a chat template of the tokenizer mentions, since variables of another model's template may be given."""
     sources = tokenizer.chat_template
     sources = [*sources.values()] if isinstance(sources, dict) else [str(sources)]
     return {name: value for name, value in variables.items() if any(re.search(rf"\b{re.escape(name)}\b", source) for source in sources)}
 
 
 def is_prefill(messages: list[Message]) -> bool:
-    """Whether a prompt ends in the beginning of an answer, which is to be gone on with."""
+    """Whether a prompt ends in the beginning of an answer, which generation goes on with."""
     return bool(messages) and messages[-1]["role"] == "assistant" and not messages[-1].get("tool_calls")
 
 
 def shared(a: str, b: str) -> int:
-    """The length of what two texts begin with in common."""
+    """The length of the longest common prefix of two texts."""
     low, high = 0, min(len(a), len(b))
     while low < high:
         middle = (low + high + 1) // 2
@@ -213,17 +213,17 @@ def squeezed(text: str) -> str:
 
 
 def refusals() -> tuple[type[Exception], ...]:
-    """A template is a program of its own, and may refuse a conversation in any of these ways."""
+    """The exceptions by which a template may refuse a conversation: it is a program, and may fail in many ways."""
     import jinja2
 
     return (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError)
 
 
 def refused(error: Exception) -> Bad:
-    """The bad row that a template makes of a conversation it refuses.
+    """The bad row for a conversation that a template refuses with an error.
 
     Raises:
-      ValueError: for a template that is none.
+      ValueError: the template is not valid Jinja.
     """
     import jinja2
 
@@ -236,7 +236,7 @@ def refused(error: Exception) -> Bad:
 
 
 def _variables(sources: list[str]) -> str:
-    """The variables that templates read, in words."""
+    """Names the variables that templates read, in words."""
     import jinja2
     from jinja2 import meta
 

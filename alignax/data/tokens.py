@@ -1,4 +1,4 @@
-"""Tokens: a prompt and its completions become ids, split where the tokens say, with one EOS each and every loss counted."""
+"""Tokenisation: turns prompts and completions into token ids, ends each completion with one EOS, and counts all that is lost."""
 
 import dataclasses
 import itertools
@@ -26,8 +26,8 @@ COUNTS = (
 )  # fmt: skip
 CUT = "cut prompts, which lose the {} that they begin with, in part or whole"
 NO_TEMPLATE = "rows of text, which go through no chat template, so that data.template changes nothing in them"
-ROWS_AT_ONCE, CHARACTERS_AT_ONCE = 2048, 2**22  # bound the memory of lists of ids, and keep the tokenizer's threads busy
-PROBES, MOST_PROBES = ("a", "1", "The sky."), 64  # texts that show what a tokenizer adds; how many of its tokens do, after them
+ROWS_AT_ONCE, CHARACTERS_AT_ONCE = 2048, 2**22  # of a chunk: bounds the lists of ids, and keeps the tokenizer's threads busy
+PROBES, MOST_PROBES = ("a", "1", "The sky."), 64  # texts that show what a tokenizer adds; the most vocabulary tokens tried after them
 
 
 class _Fitted(NamedTuple):
@@ -46,9 +46,9 @@ def load_examples(
     row: Callable[[dict], Any] | None = None,
     whole: bool = False,
 ) -> tuple[Examples, Report]:
-    """Read and tokenise one source (a file, a folder, a data set of the hub) as the `config.data` section says.
+    """Reads and tokenises one source (a file, a folder, or a data set of the hub), as `config.data` says.
 
-    For `ends` and `whole` see `tokenize`; `row` is the experiment's, see `alignax.data.shapes.shaped`.
+    For `ends` and `whole` see `tokenize`; `row` is the experiment's row function, see `alignax.data.shapes.shaped`.
     """
     raw = shaped(rows_and_faults(path), data, row)
     apart = holds_pairs(raw, data)
@@ -78,29 +78,29 @@ def tokenize(
     ordered: bool = False,
     whole: bool = False,
 ) -> tuple[Examples, Report]:
-    """Tokenise rows, each side as one string.
+    """Tokenises rows, prompt and completion together as one string.
 
-    A prompt tokenised alone may end in other tokens than it has in front of its completion, so the boundary is the common
-    prefix of ids of the prompt alone and of every side. A completion is the rest and exactly one end: the EOS, where it has none.
-    Special tokens in front are the tokenizer's own, once, also where a text begins with them; where neither it nor the prompt gives a
-    first token, BOS (else EOS) is put there. Of a very long text only the part is tokenised that is kept, see `alignax.data.bounds`.
-    Conversations are tokenised by the chat template alone, see `alignax.data.chat.encode`.
+    A prompt tokenised alone may end in other tokens than in front of its completion. So the boundary is where the ids of the prompt
+    alone and of every side stop being the same. A completion is the rest and exactly one end token: the EOS, if it has none.
+    The tokenizer's own special tokens stand in front once, even if a text begins with them. If neither the tokenizer nor the prompt
+    gives a first token, BOS (else EOS) is put there. Of a very long text only the kept part is tokenised, see `alignax.data.bounds`.
+    The chat template alone writes the special tokens of conversations, see `alignax.data.chat.encode`.
 
-    A prompt over `max_prompt_length` (0: no rule) keeps its last tokens, and a BOS in front within that number; a side over
-    `max_length` loses the end of its completion, and the EOS with it. Rows of which two completions are equal after that are
-    dropped. A prompt that leaves no room for one completion token is a bad row.
+    A prompt over `max_prompt_length` (0: no limit) keeps its last tokens, and a BOS in front within that number. A side over
+    `max_length` loses the end of its completion, and the EOS with it. Rows in which two completions are then equal are dropped.
+    A prompt that leaves no room for one completion token makes a bad row.
 
     Args:
-      rows: what `prompted_rows` returned, all with the same number N of completions.
+      rows: the rows of `prompted_rows`, all with the same number N of completions.
       tokenizer: a Hugging Face tokenizer.
-      max_length: tokens of prompt and completion.
-      max_prompt_length: tokens of the prompt.
+      max_length: the most tokens of prompt and completion together.
+      max_prompt_length: the most tokens of the prompt.
       vocab_size: rows of the model's embedding; an id at or above it is an error.
       ends: tokens that end a completion beside the tokenizer's EOS, see `alignax.models.hf.end_ids`.
-      rejected: what `prompted_rows` has left out, taken up in the report; says what becomes of bad rows.
+      rejected: the rows that `prompted_rows` left out, for the report; it also says whether a bad row is an error.
       template: values of the chat template's variables.
       ordered: whether the rows have places in a curriculum.
-      whole: conversations keep what the chat template writes behind their last end, unscored: rows of a reward model, see `chat.encode`.
+      whole: conversations keep, unscored, what the chat template writes after their last end token; for reward models, see `chat.encode`.
 
     Returns:
       The examples and the report.
@@ -125,7 +125,7 @@ def tokenize(
 
 @dataclasses.dataclass
 class _Kept:
-    """The rows that are kept, in tokens, and what is counted of them; grows by a chunk at a time."""
+    """The rows that are kept, in tokens, and their counts; grows by one chunk at a time."""
 
     tokenizer: Any
     ends: Collection[int]
@@ -134,25 +134,25 @@ class _Kept:
     whole: bool
     rows: list[Prompted] = dataclasses.field(default_factory=list)
     prompts: list[str] = dataclasses.field(default_factory=list)
-    ids: list[np.ndarray] = dataclasses.field(default_factory=list)  # of a chunk each
+    ids: list[np.ndarray] = dataclasses.field(default_factory=list)  # one array a chunk
     scored: list[np.ndarray] = dataclasses.field(default_factory=list)
-    lengths: list[int] = dataclasses.field(default_factory=list)  # of the sides
+    lengths: list[int] = dataclasses.field(default_factory=list)  # of each side
     uncut: tuple[list[int], list[int]] = dataclasses.field(default_factory=lambda: ([], []))
     counts: Counter[str] = dataclasses.field(default_factory=Counter)
     told: Counter[str] = dataclasses.field(default_factory=Counter)
     longest_prompt: int = 0
 
     def fit(self, code: Encoded) -> "_Fitted | Bad":
-        """A row cut to length."""
+        """Cuts a row to the length limits."""
         return _fit(code, self.tokenizer, self.ends, self.bound)
 
     def same(self, code: Encoded) -> Any:
-        """What is kept of a row, or why it is not."""
+        """The kept part of a row, or the reason why the row is not kept; two parts of a row are compared by it."""
         fitted = self.fit(code)
         return fitted.reason if isinstance(fitted, Bad) else fitted[:3]
 
     def add(self, chunk: Sequence[Prompted], codes: Sequence[Encoded | Bad]) -> None:
-        """Take up rows, cut to length."""
+        """Adds the rows of a chunk, cut to length."""
         sides, marks = [], []
         for row, code in zip(chunk, codes, strict=True):
             if isinstance(code, Bad):
@@ -163,7 +163,7 @@ class _Kept:
             self.longest_prompt = max(self.longest_prompt, len(code.text))
             fitted = self.fit(code)
             if isinstance(fitted, Bad):
-                # Equal after the cut is no fault of the row, and nothing could be corrected in it.
+                # Completions that only the cut made equal are no fault of the row, and there is nothing to correct in it.
                 self.rejected.add(fitted, row.row, fault=fitted.reason != IDENTICAL)
                 continue
             self.rows.append(row)
@@ -179,7 +179,7 @@ class _Kept:
 
 
 def _lost(row: Prompted, code: Encoded) -> list[str]:
-    """What a conversation begins with, in words: a prompt that is cut loses its beginning."""
+    """Remarks on what a conversation begins with and loses when its prompt is cut: its system message, its tools."""
     if isinstance(row.prompt, str):
         return []
     system = any(message["role"] in ("system", "developer") for message in row.prompt[:1])
@@ -203,7 +203,7 @@ def _examples(kept: _Kept, ordered: bool) -> Examples:
 
 
 def _report(examples: Examples, kept: _Kept) -> Report:
-    """What became of the rows."""
+    """The report on what became of the rows."""
     counts: dict[str, Any] = {name: kept.counts[name] for name in COUNTS}
     return Report(
         rows=len(kept.rows) + kept.rejected.counts.total(),
@@ -248,7 +248,7 @@ def _check_limits(rows: Sequence[Prompted], max_length: int, max_prompt_length: 
 
 
 def _chunks(rows: Sequence[Prompted]) -> Iterator[Sequence[Prompted]]:
-    """Rows that are tokenised together: so many that neither they nor their characters are too many."""
+    """Splits rows into chunks that are tokenised together, bounded in rows and in characters."""
     start, size = 0, 0
     for i, row in enumerate(rows):
         if i > start and (i - start == ROWS_AT_ONCE or size > CHARACTERS_AT_ONCE):
@@ -264,7 +264,7 @@ def _size(value: str | list[Message]) -> int:
 
 
 def _encoded(chunk: Sequence[Prompted], kept: _Kept, template: Mapping[str, Any]) -> list[Encoded | Bad]:
-    """Rows in tokens, texts and conversations each in their own way, long ones as far as they are kept."""
+    """Encodes the rows of a chunk, texts and conversations each in their own way, and long rows as far as they are kept."""
     tokenizer, ends = kept.tokenizer, kept.ends
     conversations = [row for row in chunk if not isinstance(row.prompt, str)]
     found = iter(chat.rendered(conversations, tokenizer, ends, template) if conversations else ())
@@ -283,7 +283,7 @@ def _part(row: Prompted, prompt: str, rests: Sequence[str]) -> Prompted:
 
 
 def encode_texts(rows: Sequence[Prompted], tokenizer: Any, ends: Collection[int]) -> list[Encoded]:
-    """Rows of text in tokens, split at their boundaries, completions ended by one of `ends`: the EOS, where they have none."""
+    """Encodes rows of text: splits them at their boundaries, and ends each completion with one of `ends`, the EOS if it has none."""
     if not rows:
         return []
     eos, own = tokenizer.eos_token_id, _own(tokenizer)
@@ -302,7 +302,7 @@ def encode_texts(rows: Sequence[Prompted], tokenizer: Any, ends: Collection[int]
 
 
 def prompt_ids(texts: list[str], tokenizer: Any) -> list[list[int]]:
-    """Tokens of prompts that stand alone, each at least one."""
+    """Token ids of prompts without completions, at least one id each."""
     own = _own(tokenizer)
     return [_once(ids, *own)[0] or [_separator(tokenizer)] for ids in _ids(texts, tokenizer)]
 
@@ -312,9 +312,9 @@ def _ids(texts: list[str], tokenizer: Any) -> list[list[int]]:
 
 
 def _own(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The tokens that the tokenizer itself puts in front of a text, and those behind it."""
-    # By probes and not by the last id of each text: a text may itself end in an EOS, which is then part of it. A probe says nothing where
-    # it has no token, and little where it becomes the unknown token and that is what the tokenizer adds; then the vocabulary's are asked.
+    """The tokens that the tokenizer itself puts in front of a text, and those that it puts behind it."""
+    # Probes tell these tokens, not the last id of each text: a text may itself end in an EOS, which is then part of it. A probe tells
+    # nothing if it has no token, and little if it becomes the unknown token and the tokenizer adds it; then the vocabulary is tried.
     found: list[tuple[list[int], list[int]]] = []
     words = map(tokenizer.convert_ids_to_tokens, range(0, len(tokenizer), -(-len(tokenizer) // MOST_PROBES)))
     for text in map(str, itertools.chain(PROBES, words)):
@@ -328,19 +328,19 @@ def _own(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 
 def _once(ids: list[int], front: list[int], end: list[int]) -> tuple[list[int], bool]:
-    """Tokens of a text without what the tokenizer put behind it, and with its front once; and whether the text had that too."""
+    """Tokens of a text with the tokenizer's front tokens once and without its end tokens; and whether the text wrote the front too."""
     ids = ids[: len(ids) - len(end)]
     written = bool(front) and ids[: 2 * len(front)] == front * 2
     return ids[len(front) :] if written else ids, written
 
 
 def _separator(tokenizer: Any) -> int:
-    """The first token of a prompt that has none."""
+    """The token that a prompt without tokens is given: BOS, else EOS."""
     return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
 
 def _fit(row: Encoded, tokenizer: Any, ends: Collection[int], bound: Bound) -> _Fitted | Bad:
-    """Cut a row to length."""
+    """Cuts an encoded row to the length limits; a bad row if no scored token is left, or if two completions become equal."""
     whole = row.prompt or [_separator(tokenizer)]
     prompt = _cut_prompt(whole, bound.max_prompt_length, tokenizer.bos_token_id)
     room = bound.max_length - len(prompt)
@@ -365,18 +365,18 @@ def _fit(row: Encoded, tokenizer: Any, ends: Collection[int], bound: Bound) -> _
 
 
 def _end_inside(completion: list[int], scored: bytes, ends: Collection[int]) -> bool:
-    """Whether a scored end is followed by another scored token."""
+    """Whether a scored end token is followed by another scored token."""
     return any(token in ends and scored[i : i + 2] == b"\1\1" for i, token in enumerate(completion[:-1]))
 
 
 def _until_end(side: list[int], text: Any, boundary: int, tokenizer: Any, ends: Collection[int]) -> list[int]:
-    """A side up to its last end, where it is the completion's with white space alone behind it, as templates write turns."""
+    """A side up to its last end token, if only white space of the completion follows that token, as templates write turns."""
     last = next((i for i in range(len(side) - 1, boundary - 1, -1) if side[i] in ends), None) if text[-1:].isspace() else None
     return side if last is None or tokenizer.decode(side[last + 1 :]).strip() else side[: last + 1]
 
 
 def _ended(completion: list[int], eos: int, ends: Collection[int]) -> list[int]:
-    """The completion with the first of the ends at its back alone, or with the EOS where it has none."""
+    """The completion with one end token: the first of several at its end, or the EOS if it has none."""
     end = len(completion)
     while end and completion[end - 1] in ends:
         end -= 1

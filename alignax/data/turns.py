@@ -1,8 +1,8 @@
-"""What an assistant said, found in the text that a chat template makes of a conversation.
+"""Scored turns: finds what the assistant said in the text that a chat template makes of a conversation.
 
-A turn is scored from where the generation prompt in front of it ends to the end that the template puts behind what the turn says. The
-first is read off the generation prompt, the second off the message, and both are looked for in the text of the whole conversation:
-earlier turns may be written otherwise there than when they were the last.
+A turn is scored from the end of the generation prompt in front of it to the end token that the template puts after its text. The
+generation prompt tells the beginning, and the message tells the end. Both are searched in the text of the whole conversation, since
+the template may write an earlier turn otherwise than when it was the last.
 """
 
 import json
@@ -16,36 +16,36 @@ from alignax.data.template import REFUSED, Opening, Template, is_prefill, refusa
 LEFT_OUT = "left out by the chat template: {}"
 TOOLS = LEFT_OUT.format("the tools")
 REASONING = ("reasoning_content", "reasoning", "thinking")
-THINKING = ("enable_thinking", "thinking")  # variables that turn reasoning on and off in the templates that have one
+THINKING = ("enable_thinking", "thinking")  # variables that turn reasoning on and off in templates that have such a variable
 
 
 class Side(NamedTuple):
-    """A conversation as text, and what of it is scored."""
+    """A conversation as text, and the spans of it that are scored."""
 
     text: str
-    opened: int  # characters in front of the first turn that generation is given too
-    turns: list[tuple[int, int]]  # beginning and end of what is scored, in characters
-    told: set[str]  # what a person should know of it, in words
+    opened: int  # characters in front of the first turn that the generation prompt has too
+    turns: list[tuple[int, int]]  # beginning and end of each scored span, in characters
+    told: set[str]  # remarks for the report, in words
 
 
 class Place(NamedTuple):
-    """Where an answer begins in a text."""
+    """The place in a text where an answer begins."""
 
-    header: int  # the message in front of it ends here
+    header: int  # the message in front of the answer ends here
     start: int  # the generation prompt ends here, or what the text has of it
     opening: Opening
 
 
 class Found(NamedTuple):
-    """A row as text."""
+    """A row rendered as text: its prompt and its sides."""
 
-    prompt: str  # as generation is given it
-    sides: list[Side]  # none of a prompt alone
+    prompt: str  # the generation prompt
+    sides: list[Side]  # empty for a prompt without completions
     told: set[str]
 
 
 def find(row: Prompted, template: Template, ends: Sequence[str]) -> Found | Bad:
-    """The text of a row, and its scored turns.
+    """Renders a row as text, and finds its scored turns.
 
     Args:
       row: a prompt and its completions, all of them messages.
@@ -54,7 +54,7 @@ def find(row: Prompted, template: Template, ends: Sequence[str]) -> Found | Bad:
     """
     import jinja2
 
-    bad, own = None, None  # own: what the template itself says when it refuses
+    bad, own = None, None  # own: the error that the template itself raises
     for prompt, completions in _forms(row):
         try:
             found = _find(prompt, completions, row.tools, template, ends)
@@ -93,7 +93,7 @@ def _find(prompt: list[Message], completions: list[list[Message]], tools: Any, t
 
 
 def _joined(prompt: list[Message], completion: list[Message]) -> tuple[list[Message], int]:
-    """The conversation and the place of its first scored message; the beginning of an answer makes one message with the rest of it."""
+    """Joins prompt and completion, and gives the index of the first scored message; a begun answer and its rest become one message."""
     if not is_prefill(prompt) or completion[0]["role"] != "assistant":
         return [*prompt, *completion], len(prompt)
     begun, rest = prompt[-1], completion[0]
@@ -104,7 +104,7 @@ def _joined(prompt: list[Message], completion: list[Message]) -> tuple[list[Mess
 def _unmarked(
     messages: list[Message], first: int, prompt: list[Message], opened: str, tools: Any, template: Template, ends: Sequence[str]
 ) -> Side | Bad:
-    """The turns from message `first` on, by what the messages say."""
+    """Finds the turns from message `first` on by the text of the messages, for a template without marks."""
     text = template.text(messages, tools)
     answers = [i for i, message in enumerate(messages) if i >= first and message["role"] == "assistant"]
     places: list[Place] = []
@@ -136,26 +136,26 @@ def _unmarked(
 def _place(
     text: str, given: str, before: list[Message], answer: Message, tools: Any, template: Template, after: int, last: bool, begun: bool
 ) -> Place | None:
-    """Where an answer begins, or None where that cannot be told.
+    """The place where an answer begins, or None if it cannot be told.
 
     Args:
-      text: of the whole conversation.
-      given: the prompt that would be answered here.
-      before: its messages.
-      answer: the message that begins here.
-      tools: what the template is told of tools.
+      text: the text of the whole conversation.
+      given: the generation prompt of the answer.
+      before: the messages of this prompt.
+      answer: the message of the answer.
+      tools: tool descriptions for the template.
       template: the chat template.
-      after: the characters of the text that lie in front for certain.
+      after: a number of characters of `text` that certainly lie in front of the answer.
       last: whether the answer ends the conversation.
       begun: whether the prompt has the beginning of the answer.
     """
     opening = Opening("", 0, "", False) if begun else template.opening(before, tools, given, last)
     final = template.opening(before, tools, given, last=True) if not last and not begun else opening
     if final.empty and text.startswith(given[: len(given) - final.beyond] + final.lead):
-        opening = final  # behind the last question, an answer that calls tools is opened as the last one is
+        opening = final  # after the last question, an answer that calls tools is opened like a last answer
     behind_another = before[-1]["role"] == "assistant" and not begun
     if behind_another and opening.beyond and opening.lead and not opening.empty:
-        return None  # the answer in front ends otherwise as the last, so that the header between them cannot be told
+        return None  # the answer in front would end otherwise as the last one, so the header between the two cannot be told
     both, limit = shared(text, given), len(given) - opening.beyond
     cut = len(given) - len(opening.tail) if opening.tail is not None else min(len(template.text(before, tools)), limit)
     if both >= limit:
@@ -165,14 +165,14 @@ def _place(
         return Place(cut, len(given.rstrip()) - len(words) if alone else start, opening)
     if both >= cut and not behind_another:  # an earlier answer may be opened otherwise than the last one
         return Place(cut, both, opening)
-    # The conversation in front is written otherwise than in the whole: the message and its tail are looked for there.
+    # The prompt is written otherwise alone than in the whole text, so its last message and the tail are searched there.
     anchor = _content(before[-1]) + given[cut:limit]
     at = text.find(anchor, after) if opening.tail is not None and given[:limit].endswith(anchor) else -1
     return Place(at + len(anchor) - (limit - cut), at + len(anchor), opening) if at >= 0 else None
 
 
 def _only_opening(answer: Message, given: str, tail: str) -> str:
-    """What an answer says if that is no more than its prompt ends with, "<think>" say; else nothing."""
+    """The text of an answer, if it says no more than its prompt ends with, "<think>" say; else empty."""
     (key, words), *more = _own(answer) or [("", "")]
     return words if key == "content" and not more and words in tail and given.rstrip().endswith(words) else ""
 
@@ -180,7 +180,7 @@ def _only_opening(answer: Message, given: str, tail: str) -> str:
 def _turn(
     text: str, messages: list[Message], i: int, place: Place, bound: int, tools: Any, template: Template, ends: Sequence[str]
 ) -> tuple[tuple[int, int], set[str]] | Bad:
-    """Beginning and end of what is scored of message i, and what is left out of it; `bound`: where the next answer is opened."""
+    """The span of message i that is scored, and remarks on what is left out; `bound` is where the next answer is opened."""
     header, start, opening = place
     led = start + len(opening.lead) if text.startswith(opening.lead, start) else start
     own = _own(messages[i], ends)
@@ -191,7 +191,7 @@ def _turn(
         start = led
     stops = [at + len(end) for end in ends if (at := text.find(end, said, until)) >= 0]
     stop = min(stops) if stops else _unended(text, messages, i, said, until, tools, template)
-    # A sample may say nothing and end at once; rows of data that do are refused as they are read.
+    # A sampled answer may say nothing and end at once; rows of data with such an answer are refused when they are read.
     if own and not _without(text[start:stop], template.specials if missing == {key for key, _ in own} else ends):
         what = " and ".join(f"{key!r}" for key in sorted(missing)) or "the text"
         return Bad("left out by the template", f"the chat template leaves out {what} of message {i}, and with it all that it says")
@@ -199,23 +199,23 @@ def _turn(
 
 
 def _inserted(text: str, end: int, lead: str, content: str) -> bool:
-    """Whether the template itself put empty reasoning in front of an answer that begins at `end`, and the message has it not."""
+    """Whether the empty reasoning in front of an answer at `end` comes from the template itself and not from the message."""
     place = text.find(content, end)
     return lead.strip() not in content or place >= 0 and not text[end:place].strip()
 
 
 def _until(text: str, own: list[str], following: list[Message], start: int, bound: int) -> int:
-    """Where the text of the message that follows a turn begins, or `bound`."""
-    # The last place where it may begin: a short text may stand in the header in front of it too.
+    """The place where the text of the message after a turn begins, or `bound`."""
+    # The last place counts: a short text may stand in the header in front of the message too.
     place = next((at for m in following for _, words in _own(m) if (at := text.rfind(words, start, bound)) >= 0), bound)
-    inside = any(0 <= (at := text.find(words, start, bound)) <= place < at + len(words) for words in own)  # what follows is left out
+    inside = any(0 <= (at := text.find(words, start, bound)) <= place < at + len(words) for words in own)  # the next message is left out
     return bound if inside else place
 
 
 def _said(text: str, words: str, start: int, until: int) -> int:
-    """Where words of a turn end, or the last of them where the template writes them otherwise; `start` if they are left out.
+    """The end of a turn's words in a text, or of their last one if the template writes them otherwise; `start` if they are left out.
 
-    What is found may lie in front of the true place, in what the template puts there, and never behind it.
+    The place that is found may lie before the true one, in what the template puts there, but never after it.
     """
     for part in (words, next(iter(re.findall(r"[^\s<>]+$", words)), "")):
         if part and (at := text.find(part, start, until)) >= 0:
@@ -224,7 +224,7 @@ def _said(text: str, words: str, start: int, until: int) -> int:
 
 
 def _unended(text: str, messages: list[Message], i: int, said: int, until: int, tools: Any, template: Template) -> int:
-    """Where a turn ends that no end token closes: with what the template puts behind it when it is the last, or a special token."""
+    """The end of a turn without an end token: after a special token, or after what the template puts behind it as the last turn."""
     if i == len(messages) - 1:
         return len(text)
     behind = until - len(text[said:until].lstrip())
@@ -239,7 +239,7 @@ def _unended(text: str, messages: list[Message], i: int, said: int, until: int, 
 def _marked(
     messages: list[Message], first: int, prompt: list[Message], opened: str, tools: Any, template: Template, ends: Sequence[str]
 ) -> Side | Bad:
-    """The turns from message `first` on, by the template's marks; what generation is given in front of an answer is not scored."""
+    """Finds the turns from message `first` on by the template's marks; what the generation prompt contains is not scored."""
     text, marks = template.marks(messages, tools)
     place = _place(text, opened, prompt, messages[first], tools, template, 0, first == len(messages) - 1, is_prefill(prompt))
     start = place.start if place else 0
@@ -268,7 +268,7 @@ def _marked(
 
 
 def _marked_end(text: str, begin: int, end: int, ends: Sequence[str]) -> int:
-    """The end of a marked turn: its last end token, the first of several in a row."""
+    """The end of a marked turn: after its last end token, or after the first of several in a row."""
     stop = max((at + len(e) for e in ends if (at := text.rfind(e, begin, end)) >= 0), default=end)
     while doubled := next((e for e in ends for f in ends if text.endswith(e + f, begin, stop)), None):
         stop -= next(len(f) for f in ends if text.endswith(doubled + f, begin, stop))
@@ -276,7 +276,7 @@ def _marked_end(text: str, begin: int, end: int, ends: Sequence[str]) -> int:
 
 
 def is_scored(message: Message) -> bool:
-    """Whether a message is an answer that may be scored: the assistant's, without a weight of 0."""
+    """Whether a message may be scored: it is the assistant's and has no weight of 0."""
     return message["role"] == "assistant" and message.get("weight") != 0
 
 
@@ -287,7 +287,7 @@ def _without(text: str, ends: Sequence[str]) -> str:
 
 
 def _written(words: str, text: str) -> bool:
-    """Whether a text holds these words, be it with other white space."""
+    """Whether a text holds the given words, perhaps with other white space."""
     return words in text or squeezed(words) in squeezed(text)
 
 
@@ -296,7 +296,7 @@ def _content(message: Message) -> str:
 
 
 def _own(message: Message, ends: Sequence[str] = ()) -> list[tuple[str, str]]:
-    """What a message says: the texts, none blank, that its rendering should hold, each with the key that has it."""
+    """The texts, none blank, that the rendering of a message should hold, each with its key in the message."""
     out = [(key, value.strip()) for key in REASONING if isinstance(value := message.get(key), str)][:1]
     content = _content(message)
     while end := next((end for end in ends if content.endswith(end) and content != end), None):
@@ -315,7 +315,7 @@ def _calls(message: Message) -> Iterator[dict[str, Any]]:
 
 
 def _leaves(value: Any) -> Iterator[str]:
-    """The plain words in the arguments of a call; what JSON would escape may be written otherwise."""
+    """Yields the strings in a call's arguments that are letters and digits alone; JSON may escape others."""
     if isinstance(value, str) and value.isalnum():
         yield value
     for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
@@ -329,7 +329,7 @@ def _arguments(messages: Iterable[Message]) -> Iterator[Any]:
 
 
 def _left_out(messages: list[Message], first: int, text: str, tools: Any, template: Template, opened: bool = False) -> set[str]:
-    """What a template leaves out: tools, keys of messages, and the text of messages in front of the scored ones."""
+    """Remarks on what a template leaves out: tools, keys of messages, and the text of messages in front of and between the answers."""
 
     def unread(fewer: list[Message], tools: Any) -> bool:
         try:
@@ -352,7 +352,7 @@ def _of(key: str, role: str) -> str:
 
 
 def _unseen(prompt: list[Message], messages: list[Message], given: str, side: Side, tools: Any, template: Template) -> set[str]:
-    """What generation begins an answer with and no answer of the row has in front of it, if there is something."""
+    """Remarks on text that generation has in front of an answer and the row has not."""
     start = side.turns[0][0]
     if side.text[:start] == given:
         return set()
@@ -367,7 +367,7 @@ def _unseen(prompt: list[Message], messages: list[Message], given: str, side: Si
 
 
 def _remedy(prompt: list[Message], messages: list[Message], said: str, tools: Any, template: Template) -> str:
-    """What makes generation and rows alike: a value of a variable with which they are, where there is one."""
+    """The remedy, in words, that makes generation and rows alike: the value of a variable that does so, if there is one."""
     for name in THINKING:
         for value in (False, True) if name in template.source(tools) else ():
             text = template.text(messages, tools, **{name: value})
@@ -378,7 +378,7 @@ def _remedy(prompt: list[Message], messages: list[Message], said: str, tools: An
 
 
 def _forms(row: Prompted) -> Iterator[tuple[list[Message], list[list[Message]]]]:
-    """The row's messages, in the ways that templates want calls of tools: arguments as an object or as text, content empty or not there."""
+    """Yields a row's messages in the forms that templates want for tool calls: arguments as object or text, empty content or none."""
     conversations = [list(row.prompt), *(list(completion) for completion in row.completions)]
     every: list[Message] = [message for conversation in conversations for message in conversation if isinstance(message, dict)]
     called = [message for message in every if message.get("tool_calls")]
@@ -408,7 +408,7 @@ def _call(call: Any, as_text: bool) -> Any:
         return call
     value = call.get("arguments")
     if value is None or isinstance(value, str) and not value.strip():
-        value = {}  # of a function that takes none
+        value = {}  # the function takes no arguments
     if as_text:
         return call | {"arguments": value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}
     try:
