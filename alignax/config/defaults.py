@@ -24,7 +24,7 @@ def default_config() -> Any:
     c.model = ConfigDict()
     c.model.path = ""  # Hugging Face folder of config, tokenizer and weights; A@0.5,B@0.5: the weighted mean of several folders' weights
     c.model.init = "pretrained"  # "pretrained": the folder's weights; "random": new weights
-    c.model.num_labels = 0  # scores of a response; 1: a reward model, without logits; 2 or more: one score an attribute; 0: as the folder has
+    c.model.num_labels = 0  # scores of a response; 1: a reward model, no logits; 2 or more: one score an attribute; 0: as the folder has
     c.model.language_head = False  # a reward model keeps its language model's output layer, and gives log-probs beside scores
     c.model.critic = ""  # PPO's critic: "head": on the policy's trunk; a model folder: a trunk of its own, also trained; empty: none
     c.model.critic_heads = 1  # the critic's values of a token; 1: of the whole reward; more: of the KL, then of each reward model
