@@ -55,7 +55,7 @@ def member_batches(batches: Batches, members: int, own_noise: bool) -> list[Batc
 
 
 def member_batch(streams: list[Batches], step: int, members: slice, rows: slice) -> dict[str, np.ndarray]:
-    """The batches of some members at a step, or some rows of them, stacked: [K, B, ...]."""
+    """The batches of the given members at a step, stacked, with the given rows of each: [K, B, ...]."""
     parts = [stream.batch(step, rows) for stream in streams[members]]
     return {name: np.stack([part[name] for part in parts]) for name in parts[0]}
 
