@@ -24,10 +24,10 @@ def default_config() -> Any:
     c.model = ConfigDict()
     c.model.path = ""  # Hugging Face folder of config, tokenizer and weights; A@0.5,B@0.5: the weighted mean of several folders' weights
     c.model.init = "pretrained"  # "pretrained": the folder's weights; "random": new weights
-    c.model.num_labels = 0  # scores of a response; 1: a reward model, no logits; 2 or more: one score an attribute; 0: as the folder has
+    c.model.num_labels = 0  # scores of a response; 1: a reward model, no logits; 2 or more: one score per attribute; 0: as the folder has
     c.model.language_head = False  # a reward model keeps its language model's output layer, and gives log-probs beside scores
     c.model.critic = ""  # PPO's critic: "head": on the policy's trunk; a model folder: a trunk of its own, also trained; empty: none
-    c.model.critic_heads = 1  # the critic's values of a token; 1: of the whole reward; more: of the KL, then of each reward model
+    c.model.critic_heads = 1  # values that the critic gives per token; 1: of the whole reward; more: of the KL, then of each reward model
     c.model.freeze = False  # train only the head of a reward model
     c.model.dtype = "auto"  # of activations: "float32" or "bfloat16"; "auto": bfloat16 on accelerators, float32 on CPU
     c.model.remat = "full"  # the backward pass recomputes each layer; "dots": all but matrix products; "none": nothing, most memory
@@ -40,7 +40,7 @@ def default_config() -> Any:
     c.lora.rslora = False  # scale by alpha / sqrt(rank) instead of alpha / rank
     c.lora.dora = False  # train the magnitude of each output of an adapted matrix, too (DoRA)
     c.lora.int8 = False  # hold the frozen base in int8
-    c.lora.path = ""  # PEFT folder of adapters to start from: its rank, alpha, targets, rslora and dora replace the fields above
+    c.lora.path = ""  # PEFT folder of adapters to start from; it sets rank, alpha, targets, rslora and dora; `lora.rank` stays 0
 
     c.ensemble = ConfigDict()
     c.ensemble.members = 0  # reward models trained as one ensemble, member k with the seed `seed` + k; 0: a single model
@@ -126,7 +126,7 @@ def default_config() -> Any:
     c.eval.every = 0  # steps between evaluations; 0: only before and after training
     c.eval.batch_size = 0  # examples of an evaluation batch; 0: `batch_size`
     c.eval.samples = 4  # completions written to the log; 0: none
-    c.eval.sample_prompts = 0  # prompts whose completions are sampled for reward, gold reward and KL; 0: `samples`
+    c.eval.sample_prompts = 0  # prompts whose completions are sampled for reward, gold reward and KL; never fewer than `samples`
     c.eval.samples_per_prompt = 1  # completions sampled for each of these prompts; 2 or more also give pass@k
     c.eval.pass_reward = 1.0  # a completion passes if its gold reward (its reward, where there is no gold) is known and at least this
     c.eval.max_new_tokens = 64  # longest sampled completion, in tokens

@@ -13,7 +13,7 @@ def eval_batch_size(config: Any) -> int:
 
 
 def trunk_values(config: Any) -> int:
-    """The number of values a token that a critic reads from the policy's own trunk; 0 without such a critic."""
+    """The number of values per token that a critic reads from the policy's own trunk; 0 without such a critic."""
     return config.model.critic_heads if config.model.critic == HEAD else 0
 
 

@@ -61,11 +61,11 @@ class Answer(NamedTuple):
 
 
 class HalfImported(TimeoutError):
-    """A timeout in the middle of an import, after which Python would use the half-imported module."""
+    """Raised for a timeout in the middle of an import, after which Python would use the half-imported module."""
 
 
 class Malformed(TypeError):
-    """A return value of a wrong form, which no completion excuses."""
+    """Raised for a return value of a wrong form, whatever the completions."""
 
 
 def share(call: Call, first: int, last: int) -> Call:

@@ -23,7 +23,11 @@ def last_number(text: str) -> float | None:
 
 
 def exact_match(completions: Sequence[str], answers: Sequence[str | float]) -> list[float]:
-    """The reward 1 for each completion whose last number equals the last number of its answer, else 0: [n]."""
+    """The reward 1 for each completion whose last number equals the last number of its answer, else 0: [n].
+
+    >>> exact_match(["so 6 * 7 = 42", "41"], [42, "#### 42"])
+    [1.0, 0.0]
+    """
     right = [last_number(str(answer)) for answer in answers]
     return [float(a is not None and last_number(text) == a) for text, a in zip(completions, right, strict=True)]
 
@@ -35,6 +39,9 @@ def matches(completions: Sequence[str], pattern: str) -> list[float]:
     1968, "Regular expression search algorithm"). Lookaround, back-references, `\\b`, flags, possessive repetitions and anchors inside the
     pattern cannot be matched in this way and are refused. For these, use `re` in a reward of your own; `rollout.timeout` limits its time.
 
+    >>> matches(["yes", "yes!"], "yes|no")
+    [1.0, 0.0]
+
     Raises:
       ValueError: for an invalid pattern, a refused construct, and a pattern that is too large with its repetitions written out.
     """
@@ -43,7 +50,11 @@ def matches(completions: Sequence[str], pattern: str) -> list[float]:
 
 
 def near_length(completions: Sequence[str], words: int) -> list[float]:
-    """The reward for completions near a number of words: 1 at `words`, falling linearly to 0 at no words and at twice as many: [n]."""
+    """The reward for completions near a number of words: 1 at `words`, falling linearly to 0 at no words and at twice as many: [n].
+
+    >>> near_length(["one two", "one", ""], 2)
+    [1.0, 0.5, 0.0]
+    """
     if words < 1:
         raise ValueError(f"words is {words}; it must be 1 or more")
     return [max(0.0, 1 - abs(len(text.split()) - words) / words) for text in completions]

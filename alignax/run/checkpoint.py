@@ -137,7 +137,7 @@ class Checkpoints:
         return dataclasses.replace(like, params=restored["params"], averages=averages, carry=carry, **restored["train"])
 
     def restore_params(self, step: int, like: Any, name: str = "policy") -> Any:
-        """The parameters of a checkpoint alone: those of the policy, or of the average `name`.
+        """Restores the parameters alone: of the policy, or of the average `name`.
 
         Raises:
           ValueError: if there is no such average, and as `restore` does.

@@ -113,7 +113,7 @@ def leaf_dtype(role: Role, path: Any) -> Any:
 def load(role: Role, mesh: Mesh, key: jax.Array | None = None) -> Params:
     """Loads the whole initial parameters of a role, float32: the weights of its folders; a missing head is drawn from `key`.
 
-    A missing critic's head is 0 instead, and so is one whose number of labels differs from the critic's number of values.
+    A critic's head begins at 0 instead, unless its folder has a head with as many labels as the critic has values.
     """
     if role.members and not role.trained:
         return load_members(role.sources, mesh)
@@ -140,7 +140,7 @@ def freeze(role: Role, params: Params) -> Params:
 
 
 def _part(params: Params, like: Params) -> Params:
-    """The leaves of `params` that `like` has; a reference that starts as the policy has no critic's head."""
+    """The leaves of `params` that `like` has; a reference made from the policy's weights has no critic's head."""
     return {name: _part(params[name], x) if isinstance(x, dict) else params[name] for name, x in like.items()}
 
 
