@@ -1,4 +1,4 @@
-"""Ctrl-C on the command line. This module imports next to nothing, so that it stands before all others are imported."""
+"""The handling of Ctrl-C on the command line; this module imports little, so that the handler is in place before other imports."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ IMPORTS = "<frozen importlib"  # how the file names of Python's own import funct
 
 
 def install() -> None:
-    """Makes `interrupt` the handler of Ctrl-C where Python's own one is it, in the main thread, which alone may."""
+    """Installs `interrupt` as the handler of Ctrl-C, if Python's default handler is in place and this is the main thread."""
     import threading
 
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler and threading.current_thread() is threading.main_thread():
@@ -20,11 +20,11 @@ def install() -> None:
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:
-    """Ctrl-C as Python takes it, but where an error would be lost.
+    """Handles Ctrl-C with KeyboardInterrupt, except where the exception would be lost.
 
-    In what the garbage collector calls, jax's callback say, it comes a moment later. While a module is imported, the process ends at
-    once: an error there is swallowed by callbacks of Python's import, becomes another one in modules of C, and, in what `exec` runs for
-    a named tuple, has Python end by a signal whatever code is asked for.
+    In functions that the garbage collector calls, such as jax's callback, the signal is repeated a moment later. While a module is
+    imported, the process ends at once: there the exception is swallowed by callbacks of Python's import, or turned into another one by C
+    modules; in the `exec` of a named tuple, it makes Python end by a signal, whatever exit code is asked for.
     """
     while frame is not None:
         if frame.f_code.co_name in DEAF:

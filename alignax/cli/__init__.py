@@ -1,6 +1,6 @@
 """The `alignax` command: train, eval, eval-rm, anchor, ridge, generate, export, check-data, overopt, report.
 
-Of the library nothing is imported here but in functions: jax takes a second, in which Ctrl-C is to end the command as later.
+Library modules are imported inside functions only: the import of jax takes a second, and Ctrl-C must end the command then, too.
 """
 
 import dataclasses
@@ -57,8 +57,8 @@ WANTED = {
     "train": [], "eval": ["WORKDIR"], "eval-rm": ["MODELS"], "anchor": ["MODELS", "FOLDER"], "ridge": ["FOLDER"],
     "generate": ["MODEL"], "export": ["WORKDIR", "FOLDER"], "check-data": [], "overopt": [], "report": ["WORKDIR ..."],
 }  # fmt: skip
-CONFIGURED = ("train", "eval-rm", "anchor", "ridge", "check-data", "overopt")  # commands that take an experiment file
-WRITING = ("eval", "eval-rm", "anchor", "ridge", "generate", "export", "check-data", "report")  # where they are told to
+CONFIGURED = ("train", "eval-rm", "anchor", "ridge", "check-data", "overopt")  # commands that take an experiment file (--config)
+WRITING = ("eval", "eval-rm", "anchor", "ridge", "generate", "export", "check-data", "report")  # commands that take --force
 VALUED = {"--config": CONFIGURED, "--json": ("eval", "eval-rm", "check-data"), "--samples": ("anchor",), "--penalty": ("ridge",)}
 
 
@@ -66,38 +66,41 @@ class Arguments(NamedTuple):
     """The words of a command line."""
 
     command: str
-    words: list[str]  # those that are no options
+    words: list[str]  # positional words: MODELS, FOLDER ..
     overrides: list[str]  # FIELD=VALUE
-    file: str  # the experiment
-    dry: bool
-    json: str  # where check-data, eval and eval-rm write JSON; empty: nowhere
-    samples: str  # of anchor
-    scale: bool  # of anchor
-    penalty: float  # of ridge
-    request: "Request"  # of generate
-    force: bool  # replace what stands where is written
+    file: str  # --config: the experiment file
+    dry: bool  # --dry-run
+    json: str  # --json: where check-data, eval and eval-rm write JSON; "-": to the console; empty: nowhere
+    samples: str  # --samples of anchor
+    scale: bool  # --scale of anchor
+    penalty: float  # --penalty of ridge
+    request: "Request"  # options of generate
+    force: bool  # --force: replace what is there
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code: 0, 2 for bad input, 1 for a run that had to stop, 141 when nobody reads on."""
+    """Runs the `alignax` command; returns its exit code.
+
+    The code is 0, 2 for bad input, 1 for a run that had to stop, 130 after Ctrl-C, 141 if the reader of the output has gone.
+    """
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115  (after `>&-`)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # of a console that has no arrows, say
+        sys.stdout.reconfigure(errors="backslashreplace")  # for a console that cannot encode a character, an arrow for example
     install()
     try:
         code = command(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
         return code
-    except BrokenPipeError:  # as after `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left is written at the end of the process
+    except BrokenPipeError:  # the reader has gone, as after `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # output that is flushed at exit
         return 141
-    except KeyboardInterrupt:  # before or after training, which saves first
+    except KeyboardInterrupt:  # before or after training; during training, the run saves first
         print(LINE, file=sys.stderr)
         return CODE
 
 
 def command(args: list[str]) -> int:
-    """Runs a command line; returns its exit code."""
+    """Runs a command line of words and returns its exit code."""
     if not args or args[0] == "help" or {"-h", "--help"} & set(args):
         print(USAGE)
         return 0 if args else 2
@@ -105,7 +108,7 @@ def command(args: list[str]) -> int:
         given = parse(args)
     except ValueError as e:
         return fail(e)
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is not there, say
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # for example that PyTorch is missing
     from alignax.cli import commands, reward_commands
     from alignax.config.blame import BadInput
     from alignax.run.host_rewards import RewardFailed
@@ -134,7 +137,7 @@ def command(args: list[str]) -> int:
             commands.check_data(given.file, given.overrides, given.json, given.force)
     except BrokenPipeError:
         raise
-    except (BadInput, OSError) as e:  # OSError: a full disk, say, in the middle of a run
+    except (BadInput, OSError) as e:  # OSError: a full disk in the middle of a run, for example
         return fail(e)
     except (FloatingPointError, RewardFailed) as e:
         print(f"alignax: stopped: {e}", file=sys.stderr)
@@ -143,7 +146,11 @@ def command(args: list[str]) -> int:
 
 
 def parse(args: Sequence[str]) -> Arguments:
-    """Takes a command line apart."""
+    """Parses a command line.
+
+    Raises:
+      ValueError: for an unknown command or option, and for missing or superfluous words and values.
+    """
     from alignax.data.files import check_local
     from alignax.generate.console import Request
     from alignax.text import short
@@ -199,13 +206,13 @@ def parse(args: Sequence[str]) -> Arguments:
 
 
 def following(rest: Iterator[str]) -> str | None:
-    """The word behind an option, its value; None where that is another option, or nothing."""
+    """The value after an option: the next word; None if that is an option or missing."""
     word = next(rest, None)
     return None if word is None or word.startswith("--") else word
 
 
 def number(option: str, value: str) -> float:
-    """The number that an option gives."""
+    """The value of an option as a number."""
     from alignax.text import short
 
     try:
@@ -215,7 +222,7 @@ def number(option: str, value: str) -> float:
 
 
 def with_option(request: "Request", option: str, value: str | None) -> "Request":
-    """The request with an option of `alignax generate` set; `--stop` adds to those before."""
+    """The request with one option of `alignax generate` set; each `--stop` adds a string."""
     from alignax.text import short
 
     name = option.removeprefix("--").replace("-", "_")
@@ -236,6 +243,6 @@ def with_option(request: "Request", option: str, value: str | None) -> "Request"
 
 
 def fail(error: BaseException) -> int:
-    """One line on the console for bad input."""
+    """Prints an error in one line to stderr; returns exit code 2."""
     print(f"alignax: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
     return 2

@@ -1,4 +1,4 @@
-"""What the commands do. Bad input is told apart from failures: it is found in `prepare`, before any compute."""
+"""The commands of `alignax`, except those on reward models. Bad input is found in `prepare`, before any compute."""
 
 import dataclasses
 import functools
@@ -39,7 +39,7 @@ from alignax.types import Params
 
 
 def train(file: str, overrides: Sequence[str], dry: bool) -> None:
-    """`alignax train`."""
+    """`alignax train`: trains an experiment, or goes on where it was stopped; `dry` prints the plan and writes nothing."""
     with refusing():
         distributed.initialize()
         with together():
@@ -61,14 +61,14 @@ def train(file: str, overrides: Sequence[str], dry: bool) -> None:
 
 
 def run(experiment: Experiment) -> dict[str, dict[str, float]]:
-    """The single run that an experiment describes, or what is left of it; returns its evaluation metrics before and after."""
+    """Runs an experiment as a single run, or what is left of it; returns its evaluation metrics before and after training."""
     with refusing():
         started = start(checked(experiment))
     return fit(started)
 
 
 def checked(experiment: Experiment) -> Run:
-    """A run that may write into its workdir."""
+    """Prepares the run of an experiment, and checks that it may write into its workdir."""
     with together():
         run = prepare(experiment)
         check_workdir(run)
@@ -76,7 +76,7 @@ def checked(experiment: Experiment) -> Run:
 
 
 def check_moved(experiment: Experiment, overrides: Sequence[str]) -> None:
-    """Refuses the config.py of a workdir that says another one, which would begin there anew; an override says what is meant."""
+    """Refuses the config.py of a moved workdir: it names the old folder, where the run would begin anew; --config.workdir decides."""
     here, said = experiment.file.parent, experiment.config.workdir
     of_run = experiment.file.name == "config.py" and any((here / part).is_dir() for part in ("checkpoints", "stages"))
     if of_run and here.resolve() != Path(said).resolve() and not any(override.startswith("workdir=") for override in overrides):
@@ -87,7 +87,7 @@ def check_moved(experiment: Experiment, overrides: Sequence[str]) -> None:
 
 
 def overopt(file: str, overrides: Sequence[str]) -> None:
-    """`alignax overopt`: an experiment that measures with the laboratory."""
+    """`alignax overopt`: runs the `main` of an experiment, which measures overoptimisation with the laboratory."""
     with refusing():
         experiment = load_experiment(file, overrides)
         check_moved(experiment, overrides)
@@ -98,7 +98,7 @@ def overopt(file: str, overrides: Sequence[str]) -> None:
 
 
 def report(workdirs: Sequence[Path], force: bool = False) -> None:
-    """`alignax report`: the page of each workdir anew, and of several one more, on which they lie side by side."""
+    """`alignax report`: writes report.html of each workdir anew; for several workdirs also comparison.html, in the first."""
     from alignax.overopt import report
 
     with refusing():
@@ -111,7 +111,7 @@ def report(workdirs: Sequence[Path], force: bool = False) -> None:
 
 
 def evaluate(workdir: Path, overrides: Sequence[str], out: str = "", force: bool = False) -> None:
-    """`alignax eval`: the newest checkpoint on the evaluation data, as a table; `out` is a file for JSON, "-" for JSON alone, or empty."""
+    """`alignax eval`: evaluates the newest checkpoint and prints a table; `out`: a file for JSON too, "-" for JSON only, or empty."""
     with refusing():
         distributed.initialize()
         if out not in ("", "-"):
@@ -135,9 +135,9 @@ def evaluate(workdir: Path, overrides: Sequence[str], out: str = "", force: bool
 
 
 def export(workdir: Path, folder: Path, overrides: Sequence[str], force: bool = False) -> None:
-    """`alignax export`: the newest checkpoint as a Hugging Face folder, of an ensemble one for each member; or the mean of folders.
+    """`alignax export`: writes a Hugging Face folder of the newest checkpoint, or of the mean of model folders.
 
-    What another run or program has written there is replaced with `force` alone.
+    An ensemble gets a folder for each member. Files of another run or program are replaced only with `force`.
     """
     with refusing():
         distributed.initialize()
@@ -159,7 +159,7 @@ def export(workdir: Path, folder: Path, overrides: Sequence[str], force: bool = 
 
 
 def generate(model: Path, request: Request, overrides: Sequence[str], force: bool = False) -> None:
-    """`alignax generate`: completions of prompts, by a Hugging Face folder or by the newest checkpoint of a run, data not needed."""
+    """`alignax generate`: completes prompts with a Hugging Face model or the newest checkpoint of a run; needs no training data."""
     with refusing():
         distributed.initialize()
         with together():
@@ -194,24 +194,24 @@ def generate(model: Path, request: Request, overrides: Sequence[str], force: boo
         return
     room = whole.positions - request.max_new_tokens
     for i, prompt in enumerate(console.typed(request, tokenizer, config.data, max(room, 1))):
-        # In powers of 2, so that few lengths are compiled.
+        # Powers of 2 keep the number of compiled lengths small.
         longest = min(max(64, 1 << (len(prompt.ids) - 1).bit_length()), room)
         try:
             console.answer(generator(request.n, longest), params, [prompt], jax.random.fold_in(key, i), request, tokenizer, True)
-        except ValueError as e:  # a prompt that is too long: the next may be shorter
+        except ValueError as e:  # the prompt is too long; the next may fit
             print(f"alignax: {e}", file=sys.stderr)
 
 
 class Language(NamedTuple):
-    """A language model that `alignax generate` samples from."""
+    """A language model for `alignax generate`, with its weights still on disk."""
 
-    config: Any  # that of the run, or the default
+    config: Any  # config of the run; of a folder, the default
     source: hf.Source
     load: Callable[[Mesh], Params]
 
 
 def language_model(place: Path, overrides: Sequence[str]) -> Language:
-    """A language model: a folder's, the mean of several folders, or a run's newest checkpoint; its weights are not read yet."""
+    """Opens a language model: a folder, the mean of several folders, or a run's newest checkpoint; its weights are read later."""
     saved = is_workdir(place)
     config = saved_experiment(place, overrides).config if saved else folder_config(place, overrides)
     source = open_model(config.model.path, config.model.init, "model.path")
@@ -230,23 +230,23 @@ def language_model(place: Path, overrides: Sequence[str]) -> Language:
 
 
 def combined_model(place: str, source: hf.Source, tokenizer: Any) -> Language:
-    """One whose logits are added to those of MODEL, which is of this source and reads the same tokens."""
+    """Opens a model of --combine, whose logits are added to those of MODEL; both must have the same tokens."""
     own = language_model(Path(place), [])
     check_tokenizer(own.source.path, own.source.config.vocab_size, f"{place!r} of --combine", source, tokenizer, "MODEL")
     return own
 
 
 def one_vocabulary(configs: Sequence[ModelConfig]) -> list[ModelConfig]:
-    """The models with heads of one size: that of the smallest, as what padding is beyond it no tokenizer has."""
+    """The configs with heads of one size, the smallest: rows beyond it are padding without a token."""
     size = min(config.predicted_tokens or config.vocab_size for config in configs)
     return [config if config.vocab_size == size else dataclasses.replace(config, predicted_tokens=size) for config in configs]
 
 
 def check_data(file: str, overrides: Sequence[str], out: str, force: bool = False) -> None:
-    """`alignax check-data`: what a run would make of its data; `out` is a file for JSON, "-" for JSON alone, or empty.
+    """`alignax check-data`: reports how a run would read its data; `out`: a file for JSON too, "-" for JSON only, or empty.
 
     Raises:
-      BadInput: also after the report, for bad rows that a run would stop at.
+      BadInput: for bad input, and after the report for bad rows that would stop a run.
     """
     with refusing():
         experiment = load_experiment(file, overrides)
@@ -266,9 +266,9 @@ def check_data(file: str, overrides: Sequence[str], out: str, force: bool = Fals
 
 
 def tokenizer_alone(path: str) -> tuple[Any, int, tuple[int, ...], int]:
-    """The tokenizer of a folder that may lack a model, and, where it has a config.json, the rows of the embedding, the ends, the labels."""
+    """Tokenizer, vocabulary size, end tokens and number of labels of a model folder; without config.json, the tokenizer gives the size."""
     if path and not Path(path).is_dir():
-        path = sources(path, "model.path")[0][0]  # of a soup the first one's
+        path = sources(path, "model.path")[0][0]  # of a mean of models, the first folder
     if not Path(path or " ").is_dir():
         raise ValueError(f"model folder {path!r} does not exist; set --config.model.path=FOLDER, one with a tokenizer")
     if (Path(path) / "config.json").is_file():

@@ -1,6 +1,6 @@
-"""What runs say together: a table, a line on the chosen responses, and the figure of reward overoptimisation.
+"""Comparison of runs: a table, a line on the chosen responses, and the figure of reward overoptimisation.
 
-All of it is read from the runs' metrics.jsonl, so a finished run can be reported on at any time.
+Everything is read from the metrics.jsonl of the runs, so finished runs can be compared at any time.
 """
 
 import math
@@ -12,18 +12,18 @@ from alignax import output
 from alignax.run.log import read_rows
 from alignax.text import table
 
-HELD = 1.0  # nats: a chosen log-prob that moves by less is held
-PANELS = (  # metric, title, label of the axis
+HELD = 1.0  # nats: a chosen log-prob that changes by at most this counts as held
+PANELS = (  # metric, title, label of the y axis
     ("gold", "What is wanted", "gold reward of samples"),
     ("rewards/margins", "What is trained", "implicit reward, held-out margin"),
 )
 
 
 def evaluations(workdir: Path) -> list[dict[str, Any]]:
-    """The evaluation rows of a run, in order of steps; `eval/` is taken off the names.
+    """The evaluation rows of a run in order of steps, with metric names without `eval/`.
 
     Raises:
-      ValueError: for a folder that has none.
+      ValueError: for a workdir without evaluations.
     """
     found = evaluated(read_rows(Path(workdir) / "metrics.jsonl"))
     if not found:
@@ -32,13 +32,13 @@ def evaluations(workdir: Path) -> list[dict[str, Any]]:
 
 
 def evaluated(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of a log that are of evaluations; `eval/` is taken off the names."""
+    """The evaluation rows of a log, with metric names without `eval/`, and without null values."""
     found = [row for row in rows if any(name.startswith("eval/") for name in row)]
     return [{name.removeprefix("eval/"): value for name, value in row.items() if value is not None} for row in found]
 
 
 def summary_table(runs: Mapping[str, Path]) -> str:
-    """Runs by name: held-out log-probs, accuracy, gold reward and KL at the last evaluation, and what they were at the first."""
+    """A table of runs (name -> workdir): held-out log-probs and gold reward at the first and last evaluation, last accuracy and KL."""
     head = ["", "chosen logps", "drift", "rejected logps", "drift", "accuracy", "gold reward", "best (at step)", "KL"]
     return table([head, *(_cells(name, evaluations(workdir)) for name, workdir in runs.items())])
 
@@ -57,7 +57,7 @@ def _cells(name: str, rows: list[dict[str, Any]]) -> list[str]:
 
 
 def chosen_line(runs: Mapping[str, Path]) -> str:
-    """What became of the log-prob of the held-out chosen responses, in one line."""
+    """A line on how far the log-prob of held-out chosen responses has moved in each run, in nats."""
     drifts = {name: evaluations(workdir)[-1]["logps/chosen_drift"] for name, workdir in runs.items()}
     figures = ", ".join(f"{name} {drift:+.1f} nats" for name, drift in drifts.items())
     return f"chosen log-prob against the reference: {figures}: " + ", ".join(f"{name} {_fate(d)}" for name, d in drifts.items())
@@ -70,17 +70,17 @@ def _fate(drift: float) -> str:
 
 
 def figure(runs: Mapping[str, Path], path: Path) -> None:
-    """Draws gold reward and implicit reward over sqrt(KL), for each run a line with a marker at each evaluation, the last in a ring.
+    """Draws gold reward and implicit reward over sqrt(KL): a line for each run, a marker for each evaluation, a ring for the last.
 
-    The axes of Gao et al. 2022, arXiv:2210.10760: where the right panel rises while the left one falls, the reward is overoptimised.
-    A panel is left out where no run has its metric.
+    The axes are those of Gao et al. 2022, arXiv:2210.10760. Where the right panel rises while the left one falls, the reward is
+    overoptimised. A panel is left out if no run has its metric.
 
     Args:
       runs: name -> workdir.
-      path: of the figure; its suffix says the format.
+      path: file of the figure; its suffix gives the format.
 
     Raises:
-      ValueError: for runs without KL, and for more runs than there are colours.
+      ValueError: for runs without a KL, and for more runs than colours.
     """
     from alignax.overopt import figures
 
@@ -100,5 +100,5 @@ def figure(runs: Mapping[str, Path], path: Path) -> None:
 
 
 def _distance(kl: float) -> float:
-    """sqrt(KL) of an estimate, whose noise may take a small KL below 0."""
+    """The distance sqrt(KL); the noise of an estimate may make a small KL negative, which counts as 0."""
     return math.sqrt(max(kl, 0.0))

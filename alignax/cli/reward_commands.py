@@ -1,4 +1,4 @@
-"""What the commands do that judge, move or fit reward models."""
+"""The commands on reward models: eval-rm, anchor, ridge."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ from alignax.run.opening import compute_dtype, open_model
 from alignax.run.prepare import origin
 from alignax.run.saved import is_workdir, names_of, reward_models
 
-# How samples of a policy are read, whatever data a reward model was trained on.
+# Overrides for reading samples of a policy, whatever data the reward model was trained on.
 SAMPLES = (
     "data.kind=sft", "data.bad_rows=drop", "data.limit=0", "data.columns.prompt=prompt", "data.columns.completion=completion",
     "data.columns.margin=", "data.columns.attributes=", "data.columns.system=", "data.format=", "data.order=",
@@ -29,14 +29,14 @@ SAMPLES = (
 
 
 def eval_rm(place: str, file: str, overrides: Sequence[str], out: str, force: bool = False) -> None:
-    """`alignax eval-rm`: how well a reward model, or an ensemble, tells chosen from rejected responses, on `data.eval` and `data.ood`.
+    """`alignax eval-rm`: judges a reward model or an ensemble on the pairs of `data.eval` and `data.ood`.
 
     Args:
-      place: the workdir of a run, or folders of reward models with commas between them.
-      file: of folders, an experiment file, which says how the data are read.
-      overrides: of the config.
-      out: a file for JSON, "-" for JSON alone, or empty.
-      force: replace what stands there.
+      place: workdir of a run, or folders of reward models, separated by commas.
+      file: for folders, an experiment file, which says how the data are read; else empty.
+      overrides: overrides of the config, as `FIELD=VALUE`.
+      out: a file for JSON too, "-" for JSON only, or empty.
+      force: whether to replace an existing file.
     """
     with refusing():
         distributed.initialize()
@@ -64,16 +64,16 @@ def eval_rm(place: str, file: str, overrides: Sequence[str], out: str, force: bo
 
 
 def anchor(place: str, folder: Path, file: str, overrides: Sequence[str], samples: str, scale: bool, force: bool = False) -> None:
-    """`alignax anchor`: folders of reward models whose scores on samples have mean 0, and with `scale` standard deviation 1.
+    """`alignax anchor`: writes reward models whose scores on samples have mean 0, with `scale` standard deviation 1.
 
     Args:
-      place: as for `eval_rm`.
-      folder: what is written; of several members it holds a folder for each.
-      file: of folders, an experiment file that says how long rows may be; may be empty.
-      overrides: of the config.
-      samples: rows with a prompt and a completion by the initial policy, as `alignax generate --out` writes them.
+      place: workdir of a run, or folders of reward models, separated by commas.
+      folder: output folder; for several members it holds a folder each.
+      file: for folders, an experiment file, which says how long rows may be; may be empty.
+      overrides: overrides of the config, as `FIELD=VALUE`.
+      samples: rows with a prompt and a completion of the initial policy, as `alignax generate --out` writes them.
       scale: whether to divide by the standard deviation.
-      force: replace what another has written there.
+      force: whether to replace files of another run or program.
     """
     by = f"anchor {place} by {samples}"
     with refusing():
@@ -99,7 +99,7 @@ def anchor(place: str, folder: Path, file: str, overrides: Sequence[str], sample
 
 
 def ridge(folder: Path, file: str, overrides: Sequence[str], penalty: float, force: bool = False) -> None:
-    """`alignax ridge`: a reward model whose head is fitted in closed form to `data.train`, on the trunk of `model.path` as it stands."""
+    """`alignax ridge`: writes a reward model with the unchanged trunk of `model.path` and a head fitted in closed form to `data.train`."""
     with refusing():
         distributed.initialize()
         experiment = load_experiment(file, overrides)
@@ -124,12 +124,16 @@ def ridge(folder: Path, file: str, overrides: Sequence[str], penalty: float, for
 
 
 def numbers(values: np.ndarray) -> str:
-    """Numbers in a line."""
+    """Numbers as text, separated by commas."""
     return ", ".join(f"{x:.4g}" for x in values)
 
 
 def pairs_of(config: Any, source: hf.Source, row: Callable[[dict], Any] | None) -> dict[str, Examples]:
-    """The pairs of `data.eval` and `data.ood`, tokenised; `row` is the experiment's."""
+    """The tokenised pairs of `data.eval` and, if set, `data.ood`; `row` is that of the experiment.
+
+    Raises:
+      ValueError: for an empty `data.eval`, and for data other than pairs.
+    """
     if not config.data.eval:
         raise ValueError("config field 'data.eval' is empty; set --config.data.eval=FILE")
     tokenizer = load_tokenizer(source.path, source.config.vocab_size)

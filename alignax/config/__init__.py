@@ -1,4 +1,4 @@
-"""Configuration is Python: an experiment file builds a ConfigDict and names its loss; the command line overrides fields."""
+"""Configuration in Python: an experiment file builds a ConfigDict and names its loss; the command line overrides fields."""
 
 from alignax.config.blame import BadInput
 from alignax.config.defaults import default_config

@@ -1,4 +1,4 @@
-"""Errors in the code of an experiment file: one line that says where, what is not there, what there is, and the nearest to it."""
+"""Errors in the code of an experiment file, as one line: the place, the missing name, the known names and the nearest of them."""
 
 import ast
 import builtins
@@ -17,20 +17,20 @@ from typing import Any
 
 from alignax.text import one_line
 
-LIKE = 0.6  # of two names, from which on the one may be meant by the other
-PLAIN = (ast.Name, ast.Attribute, ast.Subscript, ast.Constant, ast.expr_context)  # what may be evaluated a second time
+LIKE = 0.6  # similarity of two names, in [0, 1]: from here on one may be a misspelling of the other
+PLAIN = (ast.Name, ast.Attribute, ast.Subscript, ast.Constant, ast.expr_context)  # nodes that can be evaluated again without side effects
 PACKAGE, PYTHON = Path(__file__).resolve().parents[1], Path(sysconfig.get_path("stdlib")).resolve()
-PASSES_ON = PACKAGE / "reading.py"  # what asks a batch there is the code before it
+PASSES_ON = PACKAGE / "reading.py"  # its code reads batch fields for a caller; the caller is to blame
 INSTALLED = ("site-packages", "dist-packages")
 
 
 class BadInput(ValueError):
-    """Input that was refused, told apart from the failure of a run."""
+    """An error in what the user gave: a config, a file or data; not the failure of a run."""
 
 
 @contextmanager
 def refusing() -> Iterator[None]:
-    """Marks the errors of bad input, so that they are told apart from failures of a run."""
+    """Turns ValueError, OSError and missing devices into `BadInput`, so that callers can tell bad input from a failed run."""
     try:
         yield
     except BadInput:
@@ -45,12 +45,14 @@ def refusing() -> Iterator[None]:
 
 @contextmanager
 def blaming(file: Path, always: bool = True, own: bool = False) -> Iterator[None]:
-    """Turns an error in the code of an experiment file, or in what it imports of its user's, into one line that says where.
+    """Turns an error in the user's code into a `BadInput` of one line with file and line number.
+
+    The user's code is the experiment file and the user's modules that it imports, see `theirs`.
 
     Args:
-      file: of the experiment.
-      always: also an error that has no line there.
-      own: only one that such code has raised itself, not what it calls.
+      file: the experiment file.
+      always: turn errors that passed no line of the user's code, too.
+      own: turn only errors that the user's code itself raised, not those of the functions that it calls.
     """
     try:
         yield
@@ -69,17 +71,17 @@ def blaming(file: Path, always: bool = True, own: bool = False) -> Iterator[None
 
 
 def explained(error: Exception, file: Path) -> str:
-    """What an error says, as one line.
+    """The message of an error, as one line.
 
-    Of a name that is not there: the nearest one, and those that are there. Of arrays that do not fit: their shapes, as the code of the
-    experiment file had them.
+    For a missing name it adds the nearest name and the names there are. For arrays that do not fit it adds their shapes in the
+    experiment's code.
     """
     path = _path(error)
     known = [tb for tb in path if theirs(_file(tb), file) or (PACKAGE in _file(tb).parents and _file(tb) != PASSES_ON)]
     if known and (missing := _missing(error, known[-1])):
         return missing
     text = str(error).strip()
-    if type(error).__module__.startswith("jax"):  # what follows is advice on jax, over many lines
+    if type(error).__module__.startswith("jax"):  # the rest of its message is advice on jax, over many lines
         text = re.split(r"\n\n|\nThe error occurred|\nSee ", text)[0]
     if isinstance(error, AssertionError) and not text:
         text = linecache.getline(path[-1].tb_frame.f_code.co_filename, path[-1].tb_lineno).strip()
@@ -92,10 +94,10 @@ def explained(error: Exception, file: Path) -> str:
 
 
 def check_call(function: Any, what: str, *names: str) -> None:
-    """Refuses what cannot be called with arguments of these names, in their order.
+    """Refuses a `function` that cannot be called with positional arguments called `names`; `what` names it in the error.
 
     Raises:
-      ValueError: with the parameters that it has.
+      ValueError: with the function's own parameters.
     """
     if not callable(function):
         raise ValueError(f"{what} is {function!r}; it must be a function of ({', '.join(names)})")
@@ -110,20 +112,20 @@ def check_call(function: Any, what: str, *names: str) -> None:
 
 
 def theirs(file: Path, experiment: Path) -> bool:
-    """Whether code is the user's: the experiment file, or another that is neither ours nor installed."""
+    """Whether a file is the user's code: the experiment file, or one outside alignax, Python and installed packages."""
     if file == experiment.resolve():
         return True
     return file.is_file() and not {PACKAGE, PYTHON} & set(file.parents) and not set(INSTALLED) & set(file.parts)
 
 
 def near(name: object, known: Sequence[str], like: float = LIKE) -> str:
-    """The name that is most like this one, as the end of a sentence; nothing where none is like it."""
+    """The known name most similar to `name`, as the end of an error's sentence; empty where the similarity stays below `like`."""
     found = difflib.get_close_matches(str(name), known, 1, like)
     return f"; the nearest is {found[0]!r}" if found else ""
 
 
 def fields(names: Mapping[str, Any]) -> str:
-    """Names with types and shapes: `tokens int32[8, 2, 48], mask bool[8, 2, 48]`."""
+    """Fields as text, each with type and shape: `tokens int32[8, 2, 48], mask bool[8, 2, 48]`."""
     return ", ".join(f"{name} {_described(x)}" for name, x in names.items())
 
 
@@ -134,7 +136,7 @@ def _described(value: Any) -> str:
 
 
 def _inner(value: Any) -> dict[str, Any] | None:
-    """The fields of a mapping or a named tuple."""
+    """The fields of a mapping or a named tuple; None for other values."""
     if isinstance(value, Mapping):
         return {str(name): x for name, x in value.items()}
     names = getattr(value, "_fields", None) if isinstance(value, tuple) else None
@@ -142,7 +144,7 @@ def _inner(value: Any) -> dict[str, Any] | None:
 
 
 def _arrays(names: Mapping[str, Any]) -> str:
-    """The arrays among local names, those in batches and outputs included."""
+    """The arrays among local variables as text, with those inside batches and outputs."""
     parts = []
     for name, value in names.items():
         if (inner := _inner(value)) and any(hasattr(x, "dtype") for x in inner.values()):
@@ -153,7 +155,7 @@ def _arrays(names: Mapping[str, Any]) -> str:
 
 
 def _missing(error: Exception, tb: TracebackType) -> str:
-    """Of an error about a name that is not there: what has not got it, the nearest, and what there is; else nothing."""
+    """The message for an error about a missing name: its owner, the nearest name, the names there are; empty for other errors."""
     names = tb.tb_frame.f_globals | tb.tb_frame.f_locals
     if isinstance(error, NameError) and error.name:
         return f"{type(error).__name__}: {one_line(error)}{near(error.name, [*names, *dir(builtins)])}"
@@ -180,7 +182,7 @@ def _missing(error: Exception, tb: TracebackType) -> str:
 
 
 def _absent(name: Any, owner: Any, of: str, error: Exception) -> str:
-    """Why there is nothing called `name` in `owner`, which the code calls `of`."""
+    """The message for a `name` that `owner` lacks; `of` is the owner's expression in the code."""
     inner = _inner(owner)
     if inner is not None and name not in inner:
         there = fields(inner) if any(hasattr(x, "dtype") for x in inner.values()) else ", ".join(inner)
@@ -190,7 +192,7 @@ def _absent(name: Any, owner: Any, of: str, error: Exception) -> str:
 
 
 def _path(error: Exception) -> list[TracebackType]:
-    """The places that an error has passed, from the outermost to the innermost."""
+    """The traceback entries of an error, from the outermost to the innermost."""
     out, tb = [], error.__traceback__
     while tb is not None:
         out.append(tb)
@@ -203,7 +205,7 @@ def _file(tb: TracebackType) -> Path:
 
 
 def _node(tb: TracebackType) -> ast.expr | None:
-    """The expression that was being evaluated, where it is one that asks for a name or calls."""
+    """The expression that was being evaluated, if it is an attribute, a subscript or a call."""
     code = tb.tb_frame.f_code
     at = next(itertools.islice(code.co_positions(), tb.tb_lasti // 2, None), None)
     linecache.checkcache(code.co_filename)
@@ -219,7 +221,7 @@ def _node(tb: TracebackType) -> ast.expr | None:
 
 
 def _value(node: ast.expr, names: dict[str, Any]) -> Any:
-    """What an expression of names, attributes and constants is; None, where it is another or cannot be known."""
+    """The value of an expression of names, attributes, subscripts and constants; None for other expressions and on errors."""
     if not all(isinstance(part, PLAIN) for part in ast.walk(node)):
         return None
     try:
@@ -229,6 +231,6 @@ def _value(node: ast.expr, names: dict[str, Any]) -> Any:
 
 
 def _bare(signature: inspect.Signature) -> str:
-    """The parameters of a signature."""
+    """The parameters of a signature as text, without annotations."""
     plain = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
     return str(inspect.Signature(plain))

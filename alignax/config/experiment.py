@@ -1,8 +1,8 @@
-"""An experiment file, read and checked.
+"""Reading and checking of an experiment file.
 
-An experiment file has `get_config() -> ConfigDict` and `loss(config) -> Loss` (or a function of the step), and may have
-`experience(config, reference)`, `reward(prompts, completions)`, `gold(..)` and `metrics(..)` likewise, `averages(config)`, `row(row)`,
-`optimizer(config, schedule)`, `combine(gradients)` and `main(experiment)`; see `Experiment`.
+An experiment file defines `get_config() -> ConfigDict` and `loss(config) -> Loss` (or a function from the step to a Loss). It may also
+define `experience(config, reference)`, `reward(prompts, completions)`, `gold(..)` and `metrics(..)` with the arguments of `reward`,
+`averages(config)`, `row(row)`, `optimizer(config, schedule)`, `combine(gradients)` and `main(experiment)`; see `Experiment`.
 """
 
 import ast
@@ -20,33 +20,33 @@ from alignax.config.overrides import a_kind, check_path, check_range, flat, set_
 from alignax.config.source import imports_from, read_source
 from alignax.data.files import check_local
 
-OFFERED = ("config", "reference", "policy", "ensemble", "prompts")  # what an experience may ask for, beside the names of `config.models`
+OFFERED = ("config", "reference", "policy", "ensemble", "prompts")  # parameters of experience(..), beside the names of `config.models`
 ALIASES = {
     "policy": "model.path",
     "reference": "reference.path",
     "ensemble": "reward.path",
     "critic": "model.critic",
-}  # of models.NAME.path
-CALLED = {  # how a run calls functions of the file
+}  # name in `config.models` -> the field that its path moves to
+CALLED = {  # function of an experiment file -> the arguments that a run gives it
     "get_config": (), "averages": ("config",), "main": ("experiment",), "optimizer": ("config", "schedule"), "combine": ("gradients",),
 }  # fmt: skip
 
 
 class Experiment(NamedTuple):
-    """What an experiment file says."""
+    """An experiment: its config, and the functions that its file defines."""
 
     file: Path
     config: Any  # ConfigDict
-    loss: Callable[[Any], Any]  # config -> Loss, or step -> Loss; online also {"rollouts": .., "pretrain": ..}, see `combine` too
-    experience: Callable[..., Any] | None  # of any of config, reference, policy, ensemble (Models), prompts (how many) -> experience
-    gold: Callable[..., Sequence[float]] | None  # (prompts, completions, and by name: columns of prompts, config) -> gold rewards
-    reward: Callable[..., Any] | Sequence[Callable] | None  # likewise -> those that rollouts are trained on, see alignax.functions
-    averages: Callable[[Any], dict[str, Any]] | None  # config -> averages of the parameters, by name (see alignax.averages)
-    main: Callable[["Experiment"], Any] | None  # replaces the single run: several stages, a sweep
-    row: Callable[[dict[str, Any]], dict[str, Any] | None] | None = None  # a raw row of data -> the row to read; None: it is left out
-    metrics: Callable[..., dict[str, Sequence[float]]] | None = None  # as reward -> numbers of each completion by name, for the log
-    optimizer: Callable[..., Any] | None = None  # config, schedule -> an optax.GradientTransformation, in place of config.optimizer's
-    combine: Callable[[dict[str, Any]], Any] | None = None  # gradients of losses by name -> the one that is followed; None: their sum
+    loss: Callable[[Any], Any]  # config -> Loss, step -> Loss, or losses by name: {"rollouts": .., "pretrain": ..}; `combine`: any names
+    experience: Callable[..., Any] | None  # any of config, reference, policy, ensemble (Models), prompts (a count) -> experience
+    gold: Callable[..., Sequence[float]] | None  # prompts, completions, by name also columns of the data, config -> gold rewards
+    reward: Callable[..., Any] | Sequence[Callable] | None  # arguments of gold -> rewards to train on, see alignax.host.functions
+    averages: Callable[[Any], dict[str, Any]] | None  # config -> averages of the parameters by name, see alignax.averages
+    main: Callable[["Experiment"], Any] | None  # runs in place of the single run: several stages, a sweep
+    row: Callable[[dict[str, Any]], dict[str, Any] | None] | None = None  # raw row of data -> row to read, or None to leave it out
+    metrics: Callable[..., dict[str, Sequence[float]]] | None = None  # arguments of reward -> numbers by name, for the log
+    optimizer: Callable[..., Any] | None = None  # config, schedule -> optax optimizer, in place of config.optimizer's
+    combine: Callable[[dict[str, Any]], Any] | None = None  # gradients by name of loss -> gradient to follow; None: their sum
 
 
 def load_experiment(file: str | Path, overrides: Sequence[str] = ()) -> Experiment:
@@ -69,7 +69,7 @@ def load_experiment(file: str | Path, overrides: Sequence[str] = ()) -> Experime
 
 
 def check_hooks(module: ModuleType, file: Path) -> None:
-    """Refuses an experiment file without what a run needs, with a function that nothing calls, or with one that cannot be called."""
+    """Refuses an experiment file that lacks a needed function, misspells one, or defines one with wrong parameters."""
     for name in ("get_config", "loss"):
         if getattr(module, name, None) is None:
             raise BadInput(f"{file} has no function {name}(){near(name, list(vars(module)))}; see experiments/dpo_hh.py")
@@ -93,7 +93,7 @@ def check_hooks(module: ModuleType, file: Path) -> None:
 
 
 def name_models(config: Any) -> None:
-    """Moves those of `config.models` that have a field of their own there, and refuses names that no model can have."""
+    """Moves models of `config.models` such as `reference` to their own fields (`ALIASES`), and refuses impossible names and empty paths."""
     for name in list(config.models):
         if name in ("config", "prompts", "base") or not name.isidentifier():
             raise ValueError(f"config.models has a model called {name!r}; give it another name, which a parameter can have")
@@ -114,8 +114,8 @@ def name_models(config: Any) -> None:
 
 
 def check_asked(module: ModuleType, config: Any, file: Path) -> None:
-    """Refuses an experience, or a loss, that asks for what no run gives it."""
-    own = asked(module.loss)[1:]  # the first is the config, whatever it is called
+    """Refuses an experience or a loss with a parameter that no run passes."""
+    own = asked(module.loss)[1:]  # without the first parameter, the config under any name
     check_call(module.loss, f"loss() of {file}", "config", *own)
     wants = {
         "experience": (asked(getattr(module, "experience", None)), (*OFFERED, *config.models)),
@@ -130,10 +130,10 @@ def check_asked(module: ModuleType, config: Any, file: Path) -> None:
 
 
 def load_module(file: Path, source: bytes) -> ModuleType:
-    """The module of an experiment's source, which may be that of a file that has changed since.
+    """Runs the source of an experiment file and returns its module; `source` may be older than the file on disk.
 
-    It imports modules that lie beside the file, or beside the one that a run began from, behind all others; and it is one of
-    `sys.modules`, where data classes and the processes that it starts look for what it defines.
+    The folders of the experiment, and of the file that a run began from, are appended to `sys.path` for its imports. The module enters
+    `sys.modules`, where data classes and child processes look for its definitions.
     """
     module = ModuleType("alignax_experiment_" + file.stem)
     module.__file__ = str(file)
@@ -146,7 +146,7 @@ def load_module(file: Path, source: bytes) -> ModuleType:
 
 
 def check_config(config: Any, file: Path) -> None:
-    """Refuses what is no config, and a field of its own that is one of ours misspelt."""
+    """Refuses a value that is no config, misspelt top-level fields, and fields of a wrong type, range or path."""
     if not hasattr(config, "lock"):
         raise ValueError(f"get_config() of {file} returns {config!r}; it must return a ConfigDict, such as default_config() changed")
     known = list(default_config())
@@ -163,13 +163,13 @@ def check_config(config: Any, file: Path) -> None:
 
 
 def check_own_fields(config: Any, module: ModuleType, file: Path) -> None:
-    """Refuses a top-level field of an experiment's own that no code of its user reads and that is called as one of ours in a group is."""
+    """Refuses an experiment's own top-level field that the user's code never reads and that resembles a grouped field, such as `lr`."""
     known = flat(default_config())
     leaves = {path.rpartition(".")[2]: path for path in reversed(known)}
     initials = {"".join(word[0] for word in leaf.split("_")): leaf for leaf in leaves if "_" in leaf}
     names = sorted(set(map(str, config)) - set(default_config()))
     own = {name: difflib.get_close_matches(initials.get(name, name), leaves, 1, 0.8) for name in names}
-    if not any(own.values()) or hasattr(module, "main"):  # which may give the config to other code
+    if not any(own.values()) or hasattr(module, "main"):  # main() may give the config to code that is not seen here
         return
     code = [x.__code__.co_filename for x in vars(module).values() if inspect.isfunction(x)]
     code += [vars(x).get("__file__") or "" for x in vars(module).values() if inspect.ismodule(x)]
@@ -183,7 +183,7 @@ def check_own_fields(config: Any, module: ModuleType, file: Path) -> None:
 
 
 def asked(experience: Callable | None) -> tuple[str, ...]:
-    """The names of an experience's parameters, but defaults of its own; no reference is held that it does not ask for."""
+    """The parameters of an experience, except its own with a default; a run holds a reference only if this has it."""
     parameters = () if experience is None else inspect.signature(experience).parameters.values()
     named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     return tuple(p.name for p in named if p.default is p.empty or p.name in OFFERED)

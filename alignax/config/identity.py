@@ -1,4 +1,4 @@
-"""Which experiments are the same: the effective config as a Python file, and digests of the fields and of the code that a run reads."""
+"""The identity of an experiment: its effective config as a Python file, and digests of its fields and code."""
 
 import ast
 import importlib.util
@@ -17,19 +17,19 @@ from alignax.text import one_line, short
 
 
 def source(experiment: Experiment) -> str:
-    """The experiment's own source, without the part that a run has written."""
+    """The source of an experiment file, without the part that a run appended."""
     return read_source(experiment.file).split(MARK)[0].rstrip() + "\n"
 
 
 def effective(experiment: Experiment) -> str:
-    """A Python file that runs the same again: the experiment's source, with every field of its config pinned.
+    """The text of a Python file that runs the same experiment again: its source, with every field of its config pinned.
 
     Raises:
-      ValueError: for a value that has no literal in Python.
+      ValueError: for a value that no Python literal gives.
     """
     fields = "".join(f"        {name!r}: {literal(name, value)},\n" for name, value in sorted(flat(experiment.config).items()))
     imported = {name: digest(text) for name, text in modules(experiment).items()}
-    # An experiment of several stages leaves the experience out of those that need no reference.
+    # An experiment of several stages removes the experience from stages that need no reference.
     without = "" if experiment.experience else "\nexperience = None\n"
     return f"""{source(experiment)}
 
@@ -56,12 +56,12 @@ def get_config():  # noqa: D103, F811
 
 
 def literal(name: str, value: Any) -> str:
-    """A field's value as Python text that gives an equal one."""
+    """The value of a field as a Python literal."""
     text = repr(value)
     try:
         if ast.literal_eval(text) == value:
             return text
-    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):  # all that a text which is no literal makes of it
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):  # every error of a text that is no literal
         pass
     raise ValueError(
         f"config field {name!r} is {short(value)} of type {type(value).__name__}, which the config of a run cannot hold; "
@@ -70,13 +70,13 @@ def literal(name: str, value: Any) -> str:
 
 
 def identity(experiment: Experiment, free: Sequence[str]) -> str:
-    """A digest of all that makes two experiments one by `difference`."""
+    """The digest of an experiment's fields and code; fields that start with one of `free` do not count, as in `difference`."""
     fields = [(name, value) for name, value in sorted(flat(experiment.config).items()) if not name.startswith(tuple(free))]
     return digest(repr((fields, code(experiment))))
 
 
 def check_kept(experiment: Experiment) -> None:
-    """Refuses an experiment that a run could not go on from: the file of its workdir is read back as a later run would."""
+    """Refuses an experiment that could not be resumed: its config.py is written, read back and compared."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.py"
         file.write_text(effective(experiment), encoding="utf-8")
@@ -89,7 +89,7 @@ def check_kept(experiment: Experiment) -> None:
 
 
 def difference(old: Experiment, new: Experiment, free: Sequence[str]) -> list[str]:
-    """How an experiment differs from the one that a run began with, as lines; fields that start with one of `free` may."""
+    """The differences of two experiments in fields and code, one a line; fields that start with one of `free` are ignored."""
     a, b = flat(old.config), flat(new.config)
     names = sorted(n for n in a.keys() | b.keys() if not n.startswith(tuple(free)))
     lines = [f"{n}: {a.get(n)!r} there, {b.get(n)!r} now" for n in names if a.get(n) != b.get(n)]
@@ -101,13 +101,13 @@ def difference(old: Experiment, new: Experiment, free: Sequence[str]) -> list[st
 
 
 def code(experiment: Experiment) -> str:
-    """The code of an experiment and of the modules beside it that it imports, without comments and docstrings of files."""
+    """The code of an experiment and of the user's modules that it imports, without comments and module docstrings."""
     own = bare(source(experiment), experiment.file)
     return "\n".join([own, *(f"# {name}\n{text}" for name, text in modules(experiment).items())])
 
 
 def bare(text: str, file: Path) -> str:
-    """The code of a file's text, without comments and the docstring."""
+    """The code of a Python file, without comments and module docstring."""
     with blaming(file):
         tree = ast.parse(text)
     if tree.body and isinstance(tree.body[0], ast.Expr):
@@ -116,12 +116,12 @@ def bare(text: str, file: Path) -> str:
 
 
 def digest(text: str) -> str:
-    """A text in eight letters."""
+    """The CRC-32 of a text, as eight hexadecimal digits."""
     return f"{zlib.crc32(text.encode()):08x}"
 
 
 def kept_modules(experiment: Experiment) -> dict[str, str]:
-    """The digests of the modules that an experiment imported, of a run those that its config.py has kept."""
+    """The digests of an experiment's modules by name; a run's config.py holds those from the start of the run."""
     for line in read_source(experiment.file).partition(MARK)[2].splitlines():
         if line.startswith(MODULES):
             return ast.literal_eval(line.removeprefix(MODULES))
@@ -129,7 +129,7 @@ def kept_modules(experiment: Experiment) -> dict[str, str]:
 
 
 def modules(experiment: Experiment) -> dict[str, str]:
-    """The code of its user's modules that an experiment or one of them imports, anywhere in a file, by their names in their folder."""
+    """The code of the user's modules that an experiment imports, directly or not, by file name relative to its import folder."""
     found: dict[Path, tuple[str, str]] = {}
     waiting = [*imported(experiment.file, "")]
     while waiting:
@@ -141,7 +141,7 @@ def modules(experiment: Experiment) -> dict[str, str]:
 
 
 def imported(file: Path, package: str) -> Iterator[tuple[Path, str]]:
-    """The files that a file, of such a package, imports, and their names in the folders that Python finds them in."""
+    """The files that a Python file of `package` imports, each with its name relative to its import folder."""
     names: list[str] = []
     for node in ast.walk(ast.parse(read_source(file))):
         if isinstance(node, ast.Import):
@@ -159,7 +159,7 @@ def imported(file: Path, package: str) -> Iterator[tuple[Path, str]]:
 
 
 def _homes(module: str) -> list[Path]:
-    """The folders that a module lies in, as Python finds it, which may have imported it already."""
+    """The import folders where Python finds a module; it need not be imported."""
     try:
         spec = importlib.util.find_spec(module)
     except (ImportError, ValueError):

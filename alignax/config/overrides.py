@@ -1,4 +1,4 @@
-"""Fields of a config: set by name, listed by path, and what is said of a name or a value that does not fit."""
+"""Access to config fields by path: setting, listing, and the errors for unknown names and wrong values."""
 
 import ast
 import difflib
@@ -10,14 +10,14 @@ from alignax.config.defaults import PATHS
 from alignax.data.files import check_local
 from alignax.text import short
 
-MODEL = ("path", "adapters")  # fields of each of `config.models`
+MODEL = ("path", "adapters")  # fields of each model in `config.models`
 
 
 def set_field(config: Any, override: str) -> None:
-    """Applies one `a.b=value`; the value is a Python literal, or a plain string for a text field.
+    """Sets one field of a config from `a.b=value`; the value is a Python literal, or plain text for a text field.
 
     Raises:
-      ValueError: for an unknown field (naming the nearest) and for a value of another type.
+      ValueError: for an unknown field (with the nearest name) and for a value of another type.
     """
     path, equals, text = override.partition("=")
     if not equals:
@@ -55,7 +55,7 @@ def set_field(config: Any, override: str) -> None:
 
 
 def _as(value: Any, like: Any) -> Any:
-    """A number as one of the kind of `like`, where that is the same number."""
+    """A number as the type of `like` (int or float), if that keeps its value; other values unchanged."""
     if isinstance(like, float) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(like, int) and isinstance(value, float) and value.is_integer():
@@ -64,7 +64,7 @@ def _as(value: Any, like: Any) -> Any:
 
 
 def _elements(path: str, text: str, value: Any, old: tuple) -> tuple:
-    """A value for a field of several, which may be one alone: elements of the kind of those before, of none before texts."""
+    """The value of a tuple field, from a sequence or a single element; elements have the type of the old ones, text if there are none."""
     alone = not isinstance(value, (tuple, list))
     kinds = {type(x): x for x in old} or {str: ""}
     if kinds.keys() == {int, float}:
@@ -81,10 +81,10 @@ def _elements(path: str, text: str, value: Any, old: tuple) -> tuple:
 
 
 def _literal(text: str) -> Any:
-    """The Python literal that a text is, or the text itself; true and false are literals too."""
+    """The value of a text that is a Python literal, or true or false; else the text itself."""
     try:
         return ast.literal_eval(text.capitalize() if text in ("true", "false") else text)
-    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):  # all that a text which is no literal makes of it
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):  # every error of a text that is no literal
         return text
 
 
@@ -95,7 +95,7 @@ def _known(node: Any, part: str, path: str, config: Any) -> str:
 
 
 def refusal(group: Any, name: str, place: str) -> str:
-    """Why code may not read or set a field of a ConfigDict in this way; `place` is where it is in the config."""
+    """The message for code that reads or sets a ConfigDict field wrongly; `place` is the path of its group in the config."""
     path = ".".join(filter(None, (place, name)))
     if name not in group:
         likely = difflib.get_close_matches(name, group, 1, 0.8) or [nearest(name, list(flat(group)))]
@@ -106,7 +106,7 @@ def refusal(group: Any, name: str, place: str) -> str:
 
 
 def nearest(path: str, fields: Sequence[str]) -> str:
-    """The field that a misspelt one most likely means: of its own group, by its initials (`lr`) or its spelling."""
+    """The field that a misspelt `path` most likely means, by its spelling or initials (`lr`); of the same group if that exists."""
     group, _, name = path.rpartition(".")
     own = [field for field in fields if field.rpartition(".")[0] == group] if group else []
 
@@ -118,19 +118,19 @@ def nearest(path: str, fields: Sequence[str]) -> str:
 
 
 def check_path(name: str, value: str) -> None:
-    """Refuses a URL in a field of paths."""
+    """Refuses a URL in a field that takes a path."""
     if name in PATHS:
         check_local(value, f"config field {name!r}", hub=name.startswith("data."))
 
 
 def check_range(name: str, value: Any) -> None:
-    """Refuses a number that is not finite, and a whole one that 32 bits do not hold."""
+    """Refuses a number that is not finite, and an integer beyond 32 bits."""
     if type(value) is int and abs(value) >= 2**31 or type(value) is float and not math.isfinite(value):
         raise ValueError(f"config field {name!r} is {short(value)}; use a finite number, a whole one of less than 2^31")
 
 
 def a_kind(value: Any) -> str:
-    """What a field of the kind of this value must be, in words."""
+    """The type of a config value in words, for errors: "a whole number"."""
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
     if isinstance(value, tuple):
         return f"a list of {names.get(type((*value, '')[0]), 'value').removeprefix('a ')}s"
@@ -138,10 +138,10 @@ def a_kind(value: Any) -> str:
 
 
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Field path -> value: {"data.max_length": 512, ...}.
+    """The fields of a config as path -> value: {"data.max_length": 512, ...}.
 
     Raises:
-      ValueError: for a name that no path can have.
+      ValueError: for a field name that is no text or has a dot.
     """
     out = {}
     for name, value in config.items():

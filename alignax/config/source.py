@@ -1,4 +1,4 @@
-"""The text of an experiment file: its own part, and the part that a run has written behind it."""
+"""The text of an experiment file: the user's part, and the part that a run appends in its workdir."""
 
 import ast
 from pathlib import Path
@@ -6,17 +6,21 @@ from pathlib import Path
 from alignax.config.blame import BadInput
 
 MARK = "# --- the effective config of this run; alignax wrote this part ---"
-FOLDER = "_modules_lie_in = "  # what the line begins with that names the folder from which the experiment imports
-MODULES = "_modules_were = "  # likewise, of the files that it imported from there: name -> digest of their code
+FOLDER = "_modules_lie_in = "  # prefix of the line that holds the folder of the experiment's modules
+MODULES = "_modules_were = "  # prefix of the line that holds the imported modules: name -> digest of its code
 
 
 def of_run(file: Path) -> bool:
-    """Whether a run has written this file: told by its text, as the code of a stranger's folder is not to be run."""
+    """Whether a run wrote this file; only its text is read, so that code of an unknown folder never runs."""
     return file.is_file() and MARK in file.read_text(encoding="utf-8", errors="replace").splitlines()
 
 
 def read_source(file: Path) -> str:
-    """The text of a Python file, which may begin with a byte order mark."""
+    """The text of a Python file in UTF-8, without its byte order mark.
+
+    Raises:
+      BadInput: for other encodings.
+    """
     try:
         return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as e:
@@ -24,7 +28,7 @@ def read_source(file: Path) -> str:
 
 
 def imports_from(file: Path, text: str) -> str:
-    """The folder of modules that an experiment file of this text imports: its own, or the one that the config.py of a workdir names."""
+    """The folder that an experiment imports its modules from: the file's own, or the one that a workdir's config.py names."""
     for line in text.partition(MARK)[2].splitlines():
         if line.startswith(FOLDER):
             return ast.literal_eval(line.removeprefix(FOLDER))

@@ -1,4 +1,4 @@
-"""Reward functions in the process that runs them: calls come through a pipe, rewards and what went wrong go back."""
+"""The worker's side of reward functions: calls arrive through a pipe, rewards and errors go back."""
 
 import asyncio
 import inspect
@@ -20,56 +20,56 @@ from alignax.config import load_module
 from alignax.host.functions import is_async
 from alignax.text import one_line, short
 
-METRICS = "metrics"  # the function that gives numbers by name
-LONGEST = 1e9  # seconds of a timer, which takes no 1e15; a config may
+METRICS = "metrics"  # name of the function that gives numbers by name
+LONGEST = 1e9  # seconds; longest timer: setitimer refuses 1e15, which a config may hold
 
 
 class Call(NamedTuple):
-    """What a worker is asked: a function of the experiment, of so many completions."""
+    """A request to a worker: call one function of the experiment with `count` completions."""
 
     name: str  # "reward", "gold" or "metrics"
-    defined: str  # its qualified name
-    positional: bool  # whether prompts and completions go by position
+    defined: str  # qualified name of the function in the run's process
+    positional: bool  # whether prompts and completions are passed by position
     given: dict[str, list[Any]]  # argument -> a value for each completion
-    config: bool  # whether the config is an argument, too
-    count: int
-    limit: float  # seconds
-    start: int = -1  # the whole in one call; from 0 on: a call for each completion from this one on
-    part: int | None = None  # which function of a list
-    names: tuple[str, ...] = ()  # of the numbers that it gives a completion; (): one without a name
-    gathered: bool = False  # whether calls for each completion are awaited at once
+    config: bool  # whether the function also takes the config
+    count: int  # completions
+    limit: float  # seconds that a call may take
+    start: int = -1  # -1: one call for all completions; 0 or more: one call for each completion, beginning with this index
+    part: int | None = None  # index of the function, where the experiment has a list of them
+    names: tuple[str, ...] = ()  # of the numbers of a completion; (): a single number
+    gathered: bool = False  # whether the calls for single completions run concurrently (async functions)
 
     @property
     def title(self) -> str:
-        """What the function is called."""
+        """The name of the function in messages."""
         return self.name if self.part is None else self.defined
 
     @property
     def nothing(self) -> Any:
-        """The numbers of a completion without any."""
+        """The value of a completion that has no reward: NaN, or a tuple of NaN."""
         return (math.nan,) * len(self.names) if self.names else math.nan
 
 
 class Answer(NamedTuple):
-    """Rewards, NaN where there is none, and what went wrong first; of metrics each is numbers by name."""
+    """The result of a call: rewards (NaN: no reward; for metrics, numbers by name) and the first problem."""
 
-    rewards: list[Any]  # of each completion a number, or where they have names a tuple of them
+    rewards: list[Any]  # a number for each completion, or a tuple if the numbers have names
     problem: str = ""
-    at: int = -1  # which completion it went wrong with; -1: all together
-    final: bool = False  # whether it is no use to ask for each completion alone
-    spoilt: bool = False  # whether the process is none that can be asked again
+    at: int = -1  # index of the completion with the problem; -1: the call as a whole
+    final: bool = False  # whether calls for single completions would fail as well
+    spoilt: bool = False  # whether the process must not be used again
 
 
 class HalfImported(TimeoutError):
-    """Time that was up in the middle of an import, after which Python takes a half-made module for the whole."""
+    """Raised for a timeout in the middle of an import, after which Python would use the half-imported module."""
 
 
 class Malformed(TypeError):
-    """What a reward function must not return, whatever the completion."""
+    """Raised for a return value of a wrong form, whatever the completions."""
 
 
 def share(call: Call, first: int, last: int) -> Call:
-    """The part of a call from completion `first` up to `last`."""
+    """The part of a call for the completions from `first` up to, not including, `last`."""
     return call._replace(given={name: x[first:last] for name, x in call.given.items()}, count=last - first)
 
 
@@ -99,7 +99,7 @@ def serve(descriptor: int) -> None:
 
 
 def found(module: Any, call: Call) -> Any:
-    """The function of a module that a call is for; None, where there is none."""
+    """The function of a module that a call names; None if it is missing."""
     hook = getattr(module, call.name, None)
     if call.part is None:
         return hook
@@ -107,7 +107,7 @@ def found(module: Any, call: Call) -> Any:
 
 
 def answered(function: Any, call: Call, config: Any, file: Path) -> Answer:
-    """What a function says of completions, or how it fails."""
+    """The answer of a function to a call, or of its failure."""
     if function is None or qualified(function) != call.defined:
         there = "none" if function is None else qualified(function)
         return Answer(
@@ -122,9 +122,9 @@ def answered(function: Any, call: Call, config: Any, file: Path) -> Answer:
 
 
 async def gathered(function: Any, call: Call, config: Any, file: Path, send: Callable[[Answer], None]) -> None:
-    """Sends what an async function says of each completion from `call.start` on, in their order; it is asked for all of them at once.
+    """Calls an async function for all completions from `call.start` on concurrently, and sends the answers in their order.
 
-    One that holds the interpreter, and with it all others, or that ends the process is none that this can tell apart.
+    It cannot tell which completion made the function block the interpreter, and with it all the others, or end the process.
     """
 
     async def one(i: int) -> Answer:
@@ -133,7 +133,7 @@ async def gathered(function: Any, call: Call, config: Any, file: Path, send: Cal
             try:
                 async with clock:
                     return read(await asked(function, part, config), call, 1)
-            except asyncio.CancelledError:  # another has ended the loop, sys.exit() say
+            except asyncio.CancelledError:  # another task ended the loop, with sys.exit() for example
                 raise
             except BaseException as e:
                 return failed(TimeoutError(too_late(call.limit, True)) if clock.expired() else e, part, file)
@@ -143,21 +143,21 @@ async def gathered(function: Any, call: Call, config: Any, file: Path, send: Cal
 
 
 def asked(function: Any, call: Call, config: Any) -> Any:
-    """What a function returns, which of an async one is a coroutine."""
+    """The return value of a function for a call; a coroutine if the function is async."""
     given = dict(call.given) | ({"config": config} if call.config else {})
     first = [given.pop(name) for name in ("prompts", "completions")] if call.positional else []
     return function(*first, **given)
 
 
 def failed(error: BaseException, call: Call, file: Path) -> Answer:
-    """How a call has failed."""
+    """The answer for a call that raised `error`."""
     alone = [call.nothing] if call.start >= 0 else []
     return Answer(alone, told(error, file), final=isinstance(error, Malformed), spoilt=isinstance(error, HalfImported))
 
 
 @contextmanager
 def no_child() -> Iterator[None]:
-    """Ends a child that the function has forked and that has come back: its answer would be taken for another call's."""
+    """Ends a forked child that returns from the function: its answer would be taken for that of another call."""
     own = os.getpid()
     try:
         yield
@@ -168,12 +168,12 @@ def no_child() -> Iterator[None]:
 
 @cache
 def loop() -> asyncio.AbstractEventLoop:
-    """The event loop of this process: one for all calls, as a client that the experiment has opened goes on in no other."""
+    """The event loop of this process, one for all calls: clients that the experiment opened are bound to their loop."""
     return asyncio.new_event_loop()
 
 
 def finished(given: Any) -> Any:
-    """What a function has returned; a coroutine is awaited, and what it has begun and not awaited is ended."""
+    """The return value of a function, awaited if it is a coroutine; tasks that the coroutine left running are cancelled."""
     if not inspect.isawaitable(given):
         return given
 
@@ -191,15 +191,15 @@ def finished(given: Any) -> Any:
 
 
 def numbers(given: Any, count: int, names: Sequence[str] = ()) -> Answer:
-    """What a reward function returned as numbers; None is no reward.
+    """The return value of a reward function as an answer; None stands for no reward.
 
     Args:
-      given: a number for each completion; with names a tuple of numbers or a mapping for each, or a mapping of lists of numbers.
+      given: a number for each completion; with `names`, a tuple of numbers or a mapping for each, or a mapping of lists of numbers.
       count: completions.
-      names: of the numbers of a completion.
+      names: names of the numbers of a completion; empty for a single number.
 
     Raises:
-      Malformed: for anything else than so many.
+      Malformed: for a value of another form, or another number of rewards.
     """
     if names and isinstance(given, Mapping):
         return of_columns(given, count, names)
@@ -219,7 +219,7 @@ def numbers(given: Any, count: int, names: Sequence[str] = ()) -> Answer:
 
 
 def of_columns(given: Mapping[str, Any], count: int, names: Sequence[str]) -> Answer:
-    """Several numbers of each completion, given as a list of each name's."""
+    """The answer from a mapping of each name to a list of numbers, one for each completion."""
     if {*given} != {*names}:
         raise Malformed(f"it gives {', '.join(map(repr, given)) or 'nothing'}, and rollout.reward_names are {', '.join(map(repr, names))}")
     columns = []
@@ -233,7 +233,7 @@ def of_columns(given: Mapping[str, Any], count: int, names: Sequence[str]) -> An
 
 
 def of_row(given: Any, names: Sequence[str]) -> tuple[tuple[float, ...], str]:
-    """The numbers of a completion, given as a mapping or in the order of their names, and what is wrong with one of them."""
+    """The numbers of one completion, given as a mapping or in the order of `names`, and the first problem; empty if there is none."""
     if isinstance(given, Mapping) and (unknown := [name for name in given if name not in names]):
         raise Malformed(f"it gives a completion {unknown[0]!r}, and rollout.reward_names are {', '.join(map(repr, names))}")
     row = [None] * len(names) if given is None else [given.get(name) for name in names] if isinstance(given, Mapping) else given
@@ -245,27 +245,27 @@ def of_row(given: Any, names: Sequence[str]) -> tuple[tuple[float, ...], str]:
 
 
 def number(given: Any) -> tuple[float, str]:
-    """A number, NaN for None and for what is none, and what is wrong with it."""
+    """A reward as a float (NaN for None and for values that are no number), and the problem; empty if there is none."""
     if isinstance(given, (Mapping, tuple, list)):
         raise Malformed(f"it gives {short(repr(given))} for a completion; several numbers of it are named in rollout.reward_names")
     try:
         if isinstance(given, (str, bytes)):
             raise TypeError
-        return math.nan if given is None else float(given.item() if hasattr(given, "item") else given), ""  # arrays [1], too
+        return math.nan if given is None else float(given.item() if hasattr(given, "item") else given), ""  # item() also takes arrays [1]
     except (TypeError, ValueError, OverflowError):
         return math.nan, f"it gives {short(repr(given))}, which is no number"
 
 
 def read(given: Any, call: Call, count: int) -> Answer:
-    """What a function returned for so many completions, as numbers of each."""
+    """The return value of the function of a call, for `count` completions, as an answer."""
     return named_numbers(given, count) if call.name == METRICS else numbers(given, count, call.names)
 
 
 def named_numbers(given: Any, count: int) -> Answer:
-    """What a function of metrics returned, {name: numbers}, as numbers by name of each completion.
+    """The return value of a metrics function, {name: numbers}, as an answer with numbers by name for each completion.
 
     Raises:
-      Malformed: for anything else than so many of each name.
+      Malformed: for a value of another form, or another count of numbers under a name.
     """
     if not isinstance(given, Mapping) or not all(isinstance(name, str) and name for name in given):
         raise Malformed(f"it gives a {type(given).__name__}; it must return numbers by name, {{'words': [3, 5]}} say, one a completion")
@@ -281,13 +281,13 @@ def named_numbers(given: Any, count: int) -> Answer:
 
 
 def within(seconds: float, function: Callable[[], Any], alone: bool = False) -> Any:
-    """What a function returns, if it does within so many seconds; in the main thread, of which there is one.
+    """Calls `function` with a time limit and returns its result; for the main thread, where Python handles signals.
 
-    A regular expression, a loop or a wait are left where they stand. What does not look at signals is left when it returns, so a worker
-    that does not answer is ended.
+    The timeout interrupts loops, waits and regular expressions. C code that ignores signals is interrupted only when it returns, so the
+    run ends a worker that does not answer.
 
     Raises:
-      TimeoutError: otherwise, also where the function caught it.
+      TimeoutError: if the time was up, even if the function caught the exception.
     """
     late: list[TimeoutError] = []
 
@@ -313,21 +313,21 @@ def within(seconds: float, function: Callable[[], Any], alone: bool = False) -> 
 
 
 def too_late(seconds: float, alone: bool) -> str:
-    """What is said of a call that was not over in its time."""
+    """The message for a call that took too long; `alone`: it was for a single completion."""
     return f"no answer within {seconds:g} s{' for one completion alone' if alone else ''} (rollout.timeout)"
 
 
 def qualified(function: Any) -> str:
-    """The name of a function, or of the class of an object that is called like one."""
+    """The qualified name of a function, or of the class of a callable object."""
     return getattr(function, "__qualname__", type(function).__qualname__)
 
 
 def told(error: BaseException, file: Path) -> str:
-    """An error in one line, with the line of the experiment's file that it comes from."""
+    """The message of an error in one line, with the line number in the experiment file where it arose."""
     if isinstance(error, TimeoutError):
         return one_line(error, 500)
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(file)]
     name, place = "TypeError" if isinstance(error, Malformed) else type(error).__name__, f"line {lines[-1]}: " if lines else ""
-    # `completions[0][0]["content"]`, as TRL has them of conversations
+    # Functions written for TRL index messages: `completions[0][0]["content"]`.
     text = isinstance(error, (TypeError, IndexError)) and str(error).startswith("string ind")
     return f"{place}{name}: {one_line(error, 500)}" + ("; completions are texts, also of conversations" if text else "")

@@ -1,7 +1,8 @@
-"""Reward functions in processes of their own: a function may hang, hold the interpreter or die, and the run goes on.
+"""Processes for reward functions: a function may hang, block the interpreter or crash, and the run goes on.
 
-A worker is a fresh Python process that loads the experiment's file anew, as it was when the run began, with the run's config. What other
-code has changed in that module is not there. Workers start at the first call, are used again, and end with the run, however it ends.
+A worker is a fresh Python process. It loads the experiment file as it was when the run began, and gets the run's config. Changes that
+other code made to the experiment's module are not there. Workers start at the first call, serve all later calls, and end with the run,
+however the run ends.
 """
 
 import os
@@ -20,13 +21,13 @@ from typing import Any
 from alignax.host.calls import Answer, Call, share, too_late
 from alignax.text import one_line, short
 
-START = 120.0  # seconds that a worker may take to load the experiment's file, where rollout.timeout is shorter
-POLL = 0.2  # seconds between two looks at whether the run is to stop
-GRACE = 1.0  # seconds between the exception that ends a call and the end of its process
-BAD = 10  # completions that may cost their whole time, or their process, before the rest of a call is given up
-PRINTED = 2000  # bytes of what a function prints in a call that are shown: the last ones
+START = 120.0  # seconds that a worker may take to load the experiment file; rollout.timeout if that is longer
+POLL = 0.2  # seconds between two checks whether the run should stop
+GRACE = 1.0  # seconds that a timed-out call has to raise its exception before its process is killed
+BAD = 10  # completions that may time out, or end the process, before the rest of a call is given up
+PRINTED = 2000  # last bytes of a function's output in a call that are shown
 
-# A worker goes with the run however that ends, kill -9 included: the kernel then sends SIGIO to the worker and to what it has started.
+# A worker ends with the run, even after kill -9: the pipe `leash` then closes, and the kernel sends SIGIO to the worker's process group.
 CODE = """
 import fcntl, os, sys
 fcntl.fcntl({leash}, fcntl.F_SETOWN, -os.getpgrp())
@@ -38,14 +39,14 @@ serve({connection})
 
 
 class Lost(Exception):
-    """A worker that gave no answer in its time, or ended."""
+    """Raised when a worker gives no answer in time, or has ended."""
 
 
 class Abandoned(Exception):
-    """A wait for a worker that a signal has ended."""
+    """Raised when a signal ends the wait for a worker."""
 
     def __init__(self, number: int):
-        """`number`: of the signal."""
+        """`number` is the number of the signal."""
         super().__init__(number)
         self.number = number
 
@@ -54,13 +55,13 @@ class Workers:
     """The processes that call an experiment's reward functions."""
 
     def __init__(self, file: Path, config: Any, count: int, timeout: float):
-        """Starts nothing yet.
+        """Prepares the workers; no process starts yet.
 
         Args:
-          file: the experiment.
-          config: the run's.
-          count: processes.
-          timeout: seconds that a worker may take to load the experiment's file, where they are more than `START`.
+          file: the experiment file.
+          config: the config of the run.
+          count: number of processes.
+          timeout: seconds that a worker may take to load the experiment file, if that is more than `START`.
 
         Raises:
           ValueError: for a config that cannot be sent to another process.
@@ -76,38 +77,38 @@ class Workers:
         self.told: set[str] = set()
 
     def tell(self, name: str, what: str) -> None:
-        """Says what happens to the answers of a function, the first time."""
+        """Prints a notice about the function `name`, once for each function."""
         if name not in self.told:
             self.say(f"notice: {what}")
         self.told.add(name)
 
     def start(self) -> None:
-        """Starts the processes that are missing, without waiting for them."""
+        """Starts the missing processes, without waiting for them."""
         self.workers += [Worker(self.setup, self.patience, self.look) for _ in range(self.count - len(self.workers))]
 
     def look(self) -> None:
-        """Leaves what is waited for, once `stop` gives a signal's number."""
+        """Raises `Abandoned` if `stop` returns the number of a signal."""
         if number := self.stop():
             raise Abandoned(number)
 
     def close(self) -> None:
-        """Ends the processes; a later call starts others."""
-        workers, self.workers = self.workers, []  # first, so that a thread that has lost its process finds no place for another
+        """Ends the processes; a later call starts new ones."""
+        workers, self.workers = self.workers, []  # cleared first: a thread that lost its process must not start another one in its place
         for worker in workers:
             worker.end()
 
     def __call__(self, call: Call, group: int, strict: bool) -> Answer:
-        """What the function gives for each completion; its own failure costs a completion its reward, and no other.
+        """Asks the function for every completion; a failure takes the reward of that completion only.
 
-        Several workers have a share of the groups each.
+        The groups are divided among the workers.
 
         Args:
-          call: of all completions, the groups one after another.
-          group: completions of a group, which stay together.
+          call: the call for all completions, group after group.
+          group: completions in a group; a group stays in one worker.
           strict: whether to stop at the first failure.
 
         Raises:
-          Abandoned: where `stop` says so while there is no answer.
+          Abandoned: if `stop` returns a signal while an answer is awaited.
         """
         self.start()
         groups = call.count // group
@@ -122,7 +123,7 @@ class Workers:
                     try:
                         answers = list(threads.map(ask, range(parts)))
                     except BaseException:
-                        self.close()  # ends what the threads wait for
+                        self.close()  # ends the processes that the threads wait for
                         raise
         except BaseException:
             self.close()
@@ -135,7 +136,7 @@ class Workers:
         return answers[first]._replace(rewards=[x for a in answers for x in a.rewards], at=at if at < 0 else at + bounds[first])
 
     def judge(self, i: int, call: Call, strict: bool) -> Answer:
-        """One worker's share: all in one call, and where that fails, one by one."""
+        """The answer of worker `i` to its share: one call for all completions, and if that fails, a call for each."""
         try:
             answer = self.ask(i, call)
         except Lost as e:
@@ -152,9 +153,9 @@ class Workers:
         return alone
 
     def one_by_one(self, i: int, call: Call, strict: bool) -> Answer:
-        """A call for each completion; bounded in all by what `BAD` of them may take.
+        """The answers of worker `i` to a call for each completion; in all they may take the time of `BAD` timeouts.
 
-        Those of an async function are awaited at once; where the process is lost meanwhile, one after another, to see with which.
+        Calls of an async function run concurrently. If the process is lost, they run one after another to find the completion at fault.
         """
         limit = max(call.limit / BAD, min(call.limit, 1.0))
         rewards, problem, at = [call.nothing] * call.count, "", -1
@@ -184,28 +185,28 @@ class Workers:
                 if lost == BAD or time.monotonic() > end:
                     break
         if here < call.count:
-            self.workers[i].end()  # it is still at it
+            self.workers[i].end()  # it still runs the function
         return Answer(rewards, problem, at)
 
     def ask(self, i: int, call: Call) -> Answer:
-        """The first answer of worker i, or of the one in its place."""
+        """The first answer of worker `i` to a call; an ended worker is replaced."""
         if self.workers[i].ended:
             self.workers[i] = Worker(self.setup, self.patience, self.look)
         return self.workers[i].ask(call)
 
 
 def never() -> int:
-    """No signal."""
+    """The default of `Workers.stop`: no signal came."""
     return 0
 
 
 class Worker:
-    """A process that calls reward functions, seen from the run."""
+    """The run's side of one worker process."""
 
     def __init__(self, setup: bytes, start: float, look: Callable[[], None]):
-        """Starts it, and does not wait until it has loaded the experiment, for which it has `start` seconds.
+        """Starts the process, without waiting until it has loaded the experiment; it has `start` seconds for that.
 
-        `look` is called every `POLL` seconds of a call, whatever it prints or answers meanwhile; an exception that it raises ends the call.
+        During a call, `look` is called every `POLL` seconds, whatever the process prints or answers; an exception of `look` ends the call.
         """
         self.connection, theirs = Pipe()
         leash, own = os.pipe()
@@ -226,7 +227,7 @@ class Worker:
         try:
             self.connection.send_bytes(setup)
         except OSError:
-            pass  # it ended at once: so says the first call
+            pass  # the process ended at once; the first call reports it
 
     @property
     def ended(self) -> bool:
@@ -234,25 +235,25 @@ class Worker:
         return not self._end.alive
 
     def end(self) -> None:
-        """Ends the process and all that it has started."""
+        """Ends the process and all processes that it started."""
         self._end()
 
     def ask(self, call: Call) -> Answer:
         """The first answer to a call.
 
         Raises:
-          Lost: see `receive`.
+          Lost: if the process cannot load the file, has ended, or gives no answer in time; see `receive`.
         """
         if not self.ready:
             self.unable = True
             late = f"the process that it is to run in has not loaded the file within {self.start:g} s"
             problem = self.receive(max(self.begun + self.start - time.monotonic(), 1.0), late)
-            self.printed, self.cut = b"", False  # the run has seen it when it loaded the file itself
+            self.printed, self.cut = b"", False  # the run printed the same when it loaded the file itself
             if problem:
                 self.end()
                 raise Lost(f"it runs in a process of its own, which cannot load the file: {problem}")
             self.ready, self.unable = True, False
-        self.looked = time.monotonic()  # a call that is over in less goes on
+        self.looked = time.monotonic()  # so that a call shorter than POLL is never abandoned
         try:
             self.connection.send(call)
         except OSError:
@@ -260,10 +261,10 @@ class Worker:
         return self.receive(call.limit + GRACE, too_late(call.limit, call.start >= 0))
 
     def receive(self, seconds: float, late: str) -> Any:
-        """The next answer.
+        """The next answer of the process.
 
         Raises:
-          Lost: where there is none in so many seconds, with the words `late`; the process is ended.
+          Lost: if the process has ended, or gives no answer within `seconds`; then it is killed, and `late` is the message.
         """
         end, sources = time.monotonic() + seconds, [self.connection, self.output]
         while True:
@@ -285,27 +286,27 @@ class Worker:
                 raise Lost(late)
 
     def read(self) -> bool:
-        """Takes up what was printed; False at its end."""
+        """Reads output of the process; returns False at its end."""
         new = os.read(self.output, 1 << 16)
         self.cut |= len(self.printed) + len(new) > PRINTED
         self.printed = (self.printed + new)[-PRINTED:]
         return bool(new)
 
     def drain(self) -> None:
-        """Takes up what was printed before now."""
+        """Reads all output that the process printed before now."""
         end = time.monotonic() + GRACE  # a thread may print without end
         while wait([self.output], 0.0) and self.read() and time.monotonic() < end:
             pass
 
     def said(self) -> list[str]:
-        """The lines that were printed since this was asked last."""
+        """The lines that the process printed since the last call of this method."""
         lines = self.printed.decode(errors="replace").splitlines()
         lines = [f"(what was printed before is not shown) {line}" if i == 0 and self.cut else line for i, line in enumerate(lines)]
         self.printed, self.cut = b"", False
         return lines
 
     def last_words(self) -> str:
-        """How the process ended."""
+        """The message on how the process ended, with its last printed line; ends what is left of it."""
         try:
             code = self.process.wait(GRACE)
         except subprocess.TimeoutExpired:
@@ -318,7 +319,7 @@ class Worker:
 
 
 def end(process: subprocess.Popen, connection: Connection, leash: int) -> None:
-    """Ends a process and its children, and leaves nothing of it."""
+    """Kills a process and its children, and closes its pipes."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except (ProcessLookupError, PermissionError):

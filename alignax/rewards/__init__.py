@@ -1,4 +1,4 @@
-"""Reward models at work: ensembles that score, what they read, heads in closed form, routed models, and rules that need no model."""
+"""Reward models in use: ensembles, their inputs, closed-form heads, routed models, and reward rules without a model."""
 
 from alignax.rewards.ensembles import (
     anchored,

@@ -1,4 +1,4 @@
-"""Reward models at work: folders loaded as one ensemble, responses scored, and how good the scores are."""
+"""Ensembles of reward models: loading from folders, scoring of responses, and the quality of the scores."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,29 +24,29 @@ from alignax.train import digest
 from alignax.types import Batch, Model, Outputs, Params
 
 AGGREGATES = {"mean": mean, "median": median, "wco": wco, "uwo 0.5": uwo(0.5)}
-BINS = 10  # of a calibration curve
+BINS = 10  # of a calibration curve; fewer where there are fewer pairs
 
 
 def load_ensemble(paths: Sequence[str | Path], mesh: Mesh) -> tuple[hf.Source, Params]:
-    """Reward models' folders as one stacked tree [K, ...], and the first one's folder; for what is refused see `open_ensemble`."""
+    """Loads an ensemble from K model folders: the first folder's `Source`, and parameters [K, ...]; raises as `open_ensemble` does."""
     sources = open_ensemble(paths)
     return sources[0], load_members(sources, mesh)
 
 
 def load_members(sources: Sequence[hf.Source], mesh: Mesh) -> Params:
-    """The parameters of reward models as one stacked tree [K, ...].
+    """Loads the parameters of K opened reward models as one stacked tree [K, ...].
 
     Raises:
-      ValueError: for the same member twice.
+      ValueError: for two members with the same weights.
     """
     return stack([peft.load_reward(source, mesh) for source in sources], sources[0].config, mesh)
 
 
 def open_ensemble(paths: Sequence[str | Path]) -> list[hf.Source]:
-    """Reward models' folders, or PEFT folders of adapters and a head over the base that they name, checked; nothing is loaded.
+    """Opens and checks folders of reward models, without their weights; a PEFT folder of adapters and a head names its base model.
 
     Raises:
-      ValueError: for a folder that is no reward model, and for members of different shapes or tokenizers.
+      ValueError: for a folder that is no reward model, and for members of different shapes, tokenizers or chat templates.
     """
     sources = [peft.open_reward(Path(path)) if peft.is_adapter(Path(path)) else hf.open_folder(path) for path in paths]
     for source in sources:
@@ -60,7 +60,7 @@ def open_ensemble(paths: Sequence[str | Path]) -> list[hf.Source]:
 
 
 def check_one_score(source: hf.Source) -> None:
-    """Refuses a model of several labels, whose scores would stand where those of an ensemble's members do."""
+    """Refuses a model of several labels: its scores would be taken for the scores of ensemble members."""
     if (count := source.config.num_labels) > 1:
         names = source.hf.get("id2label")
         told = f" ({short(list(names.values()))})" if isinstance(names, dict) else ""
@@ -71,7 +71,11 @@ def check_one_score(source: hf.Source) -> None:
 
 
 def stack(members: Sequence[Params], config: ModelConfig, mesh: Mesh) -> Params:
-    """Parameter trees as one [K, ...], along the mesh axis `member`."""
+    """Stacks the parameter trees of K members into one [K, ...], sharded along the mesh axis `member`.
+
+    Raises:
+      ValueError: for two members with the same weights.
+    """
     prints = [int(jax.jit(digest)(params)) for params in members]
     for k, print_ in enumerate(prints):
         if (first := prints.index(print_)) < k:
@@ -81,23 +85,23 @@ def stack(members: Sequence[Params], config: ModelConfig, mesh: Mesh) -> Params:
 
 
 def ensemble_model(config: ModelConfig, params: Params, mesh: Mesh, dtype: Any = jnp.float32) -> Model:
-    """K reward models of stacked parameters [K, ...] as one, see `ensemble_apply`."""
+    """The ensemble of K reward models with stacked parameters [K, ...] as one `Model`, see `ensemble_apply`."""
     return Model(ensemble_apply(config, mesh, dtype), params)
 
 
 def ensemble_apply(config: ModelConfig, mesh: Mesh, dtype: Any = jnp.float32, role: str = "ensemble") -> Callable[[Params, Batch], Outputs]:
-    """The forward pass of K reward models as one, whose `Outputs.scores` are [B, N, K]; nothing is sent between members.
+    """The forward pass of an ensemble: `(params [K, ...], batch) -> Outputs` with scores [B, N, K].
 
-    They read `ensemble_tokens` and its masks where the batch has them, see `judge`, and `tokens` otherwise; of another role so.
-
-    Members lie side by side along the mesh axis `member`; those of one device score one after another, in one program.
+    Members read `ROLE_tokens` [B, N, T'] and its masks where the batch has them (`ensemble_tokens`, see `alignax.rewards.judge`), and
+    `tokens` [B, N, T] otherwise. Members are sharded over the mesh axis `member` and send each other nothing; the members of one device
+    score one after another, in one program.
     """
     apply, side = forward(config, dtype=dtype, remat="none", mesh=mesh), mesh.shape["member"]
 
     def rate(params: Params, batch: Batch) -> Outputs:
         batch = {name: batch.get(f"{role}_{name}", batch[name]) for name in FIELDS}
-        # Those of a device under vmap took 1.2 to 1.9 times the time of scoring alone, and K times the memory: their activations leave
-        # the caches.
+        # A vmap over the members of a device took 1.2 to 1.9 times as long as this loop, and K times the memory: the activations no
+        # longer fit into the caches.
         scores = lambda members: jax.lax.map(lambda one: apply(one, batch).scores, members)
         if side == 1:
             found = scores(params)  # [K, B, N]
@@ -113,10 +117,10 @@ def ensemble_apply(config: ModelConfig, mesh: Mesh, dtype: Any = jnp.float32, ro
 def score_examples(
     apply: Callable[[Params, Batch], Outputs], params: Params, examples: Examples, mesh: Mesh, batch_size: int, length: int
 ) -> np.ndarray:
-    """Scores of every response of the data by every member: [K, n, N] float32; of models with several labels [K, n, N, labels].
+    """The score of every response by every member: [K, n, N] float32, or [K, n, N, labels] for models with several labels.
 
     Raises:
-      ValueError: for scores that are not finite, with the member, the row and how many there are.
+      ValueError: for scores that are not finite, with their count, and member and row of the first.
     """
     scores = np.moveaxis(np.concatenate(list(rated(apply, params, examples, mesh, batch_size, length))), -1, 0)
     if bad := np.argwhere(~np.isfinite(scores)).tolist():
@@ -128,7 +132,7 @@ def score_examples(
 def rated(
     apply: Callable[[Params, Batch], Outputs], params: Params, examples: Examples, mesh: Mesh, batch_size: int, length: int
 ) -> Iterator[np.ndarray]:
-    """What a model scores the examples, batch by batch in their order, without padding rows: [b, N, ...]."""
+    """The scores of a model for the examples, batch by batch in order and without padding rows: [b, N, ...]."""
     rate = jax.jit(lambda params, batch: apply(params, batch).scores)
     for i in range(-(-len(examples) // batch_size)):
         make = lambda rows, i=i: evaluation_batch(examples, i, batch_size, length, rows)
@@ -137,7 +141,7 @@ def rated(
 
 
 class Anchored(NamedTuple):
-    """Members whose scores have a zero of their own, and what they gave before: [K, labels]."""
+    """Ensemble parameters [K, ...] with anchored scores, and mean and standard deviation of the scores before: [K, labels]."""
 
     params: Params
     mean: np.ndarray
@@ -145,18 +149,20 @@ class Anchored(NamedTuple):
 
 
 def anchored(params: Params, scores: np.ndarray, scale: bool = False) -> Anchored:
-    """Members whose scores on samples of the initial policy have mean 0, and with `scale` standard deviation 1.
+    """Anchors the members of an ensemble: their scores on samples of the initial policy get mean 0, with `scale` standard deviation 1.
 
-    r_k <- (r_k - mean_k) / std_k. Preferences say nothing of a member's offset, which minima and variances over members read (Gao et
-    al. 2022, arXiv:2210.10760, section 2, recentre so). The mean goes into `score_offset`, the scale into the head, ddof 0.
+        r_k <- (r_k - mean_k) / std_k     std_k = 1 without `scale`
+
+    Preferences do not determine the offset of a member, yet minima and variances over members depend on it; Gao et al. 2022,
+    arXiv:2210.10760, section 2, recentre in the same way. The mean goes into `score_offset`, the scale into the head. ddof is 0.
 
     Args:
-      params: [K, ...].
-      scores: what they give the samples, [K, n, N] or [K, n, N, labels].
-      scale: divide by the standard deviation too, so that no member counts more than another.
+      params: parameters of the K members, [K, ...].
+      scores: their scores of the samples, [K, n, N] or [K, n, N, labels].
+      scale: whether to divide by the standard deviation too, so that all members count equally.
 
     Raises:
-      ValueError: for a member that gives all samples one score, which tells nothing apart.
+      ValueError: for a member that gives all samples the same score.
     """
     K, _, labels = params["score"].shape
     flat = scores.astype(np.float64).reshape(K, -1, labels)
@@ -172,24 +178,25 @@ def anchored(params: Params, scores: np.ndarray, scale: bool = False) -> Anchore
 
 
 def rounded(params: Params, dtype: str) -> Params:
-    """The parameters as a folder of that dtype will hold them, in float32."""
-    # Each leaf by itself: in one program XLA may leave out a rounding that is undone at once.
+    """The parameters rounded to the dtype of an exported folder, held in float32."""
+    # Leaf by leaf: within one program XLA may remove a cast and its inverse.
     return params if dtype == "float32" else jax.tree.map(lambda x: x.astype(dtype).astype(x.dtype), params)
 
 
 def assess(scores: np.ndarray, lengths: np.ndarray) -> dict[str, Any]:
-    """How well scores of pairs tell the chosen response; all values plain, for JSON.
+    """The quality of an ensemble's scores on pairs, as plain values for JSON.
 
     Args:
-      scores: [K, n, 2], chosen first.
-      lengths: completion tokens [n, 2].
+      scores: [K, n, 2], the chosen response first.
+      lengths: completion tokens of each response, [n, 2].
 
     Returns:
-      For each member and aggregate: `accuracy` (ties count half) and its standard error, `margin` (chosen less rejected), `calibration`
-      (bins of equal count: mean predicted probability that the chosen response wins, share that does, pairs; each pair is counted with
-      both of its sides in front, so that a bin's truth is not 1), `calibration_error` (mean distance of the two), `length_correlation`
-      (of a response's score with its length). For the whole: `pairs`, `longer_is_chosen`, `disagreement` (mean over pairs of the
-      members' standard deviation of the margin) and `split_votes` (share of pairs on whose winner members differ).
+      Under `models`, for each member and aggregate: `accuracy` (a tie counts half) and its `standard_error`; `margin` (chosen minus
+      rejected score, mean); `calibration` (bins of equal count: mean predicted probability that the first response wins, share that does,
+      number of pairs; each pair counts in both orders, as otherwise the first would always win); `calibration_error` (mean distance of
+      probability and share); `length_correlation` (of score and length of a response). For the whole: `pairs`; `longer_is_chosen` (share
+      of pairs, a tie counts half); `disagreement` (standard deviation of the margin over members, mean over pairs); `split_votes` (share
+      of pairs on whose winner members differ).
     """
     rated = {f"member {k}": s for k, s in enumerate(scores)}
     if len(scores) > 1:
@@ -227,7 +234,7 @@ def _assess(scores: np.ndarray, lengths: np.ndarray) -> dict[str, Any]:
 
 
 def described(result: Mapping[str, Any]) -> list[str]:
-    """The lines of what `judge` found on each split, for the console."""
+    """The results of `assess` on each split as lines for the console."""
     lines = []
     for split, found in result.items():
         where = {"eval": "evaluation data", "ood": "data from elsewhere"}[split]
@@ -251,5 +258,5 @@ def described(result: Mapping[str, Any]) -> list[str]:
 
 
 def _correlation(x: np.ndarray, y: np.ndarray) -> float:
-    """Pearson's; 0 where one does not vary."""
+    """Pearson's correlation of two arrays; 0 if one is constant."""
     return float(np.corrcoef(x, y)[0, 1]) if x.std() > 0 and y.std() > 0 else 0.0

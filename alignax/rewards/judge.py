@@ -1,8 +1,9 @@
-"""What reward models read: prompt and completion as their own tokenizer and chat template have them.
+"""The inputs of reward models: prompts and completions in the models' own tokens and chat template.
 
-Rows of data are the policy's tokens where both formats are the same by content: nothing is made twice, and nothing decided by samples.
-Otherwise, and for every sample of the policy, the batch carries what the reward models of the role "ensemble" read as `ensemble_tokens`,
-`ensemble_mask` and `ensemble_completion_mask` [B, N, T'], made on the host; of another role with its name in front.
+If tokenizer and chat template of policy and reward models are equal in content, rows of data are tokenised once, for both. That is
+decided by content, not by samples. Otherwise, and for every sample of the policy, the batch holds the input of the reward models as
+`ensemble_tokens`, `ensemble_mask` and `ensemble_completion_mask` [B, N, T'], made on the host. Reward models of another role have its name
+in the place of "ensemble".
 """
 
 import dataclasses
@@ -23,20 +24,20 @@ from alignax.generate import Answers
 from alignax.generate.stops import added_text
 from alignax.models import hf
 
-FIELDS = ("tokens", "mask", "completion_mask")  # of a batch, which a reward model has of its own with its role's name in front
-PROBE = "Yes: 1 + 1 = 2, and so on."  # the answer that prompts are tried with
+FIELDS = ("tokens", "mask", "completion_mask")  # batch fields that a reward model may have its own of, as ROLE_tokens
+PROBE = "Yes: 1 + 1 = 2, and so on."  # an answer to try prompts with before there are samples
 
 
 class Judge(NamedTuple):
-    """How the reward models of a run read its samples."""
+    """The input format of the reward models of one role."""
 
     role: str
     tokenizer: Any
-    ends: tuple[int, ...]
-    length: int  # T', of what they read
-    vocab_size: int  # rows of their embedding
-    variables: Mapping[str, Any]  # of their chat template
-    shared: bool  # their tokenizer is the policy's, so that an answer to a prompt of text is read in the policy's tokens
+    ends: tuple[int, ...]  # tokens that end a completion
+    length: int  # T', tokens of an input row
+    vocab_size: int  # rows of the models' embedding
+    variables: Mapping[str, Any]  # variables of the chat template
+    shared: bool  # same tokenizer as the policy's: an answer to a text prompt keeps the policy's tokens
 
 
 def of_data(
@@ -49,17 +50,17 @@ def of_data(
     loaded: Mapping[str, Loaded],
     row: Callable[[dict], Any] | None = None,
 ) -> dict[str, Examples]:
-    """The examples of a run's splits, with what its reward models read of them where that is not what the policy does.
+    """The examples of each split of a run, with the reward models' own input in `Examples.others` if it differs from the policy's.
 
     Args:
-      config: its section `data` says how rows are read.
-      role: of the reward models.
-      source: the first one's folder.
-      judge: its tokenizer.
-      tokenizer: the policy's.
-      ends: of the policy's completions.
-      loaded: the splits, as the policy reads them, `whole`.
-      row: the experiment's, see `alignax.data.shapes.shaped`.
+      config: config of the run, whose section `data` says how rows are read.
+      role: role of the reward models.
+      source: folder of the first reward model.
+      judge: tokenizer of the reward models.
+      tokenizer: tokenizer of the policy.
+      ends: tokens that end the policy's completions.
+      loaded: the splits in the policy's tokens, loaded with `whole=True`.
+      row: `row` of the experiment, see `alignax.data.shapes.shaped`.
 
     Raises:
       ValueError: for rows that the reward model cannot read.
@@ -79,12 +80,12 @@ def of_data(
 
 
 def alike(judge: Any, policy: Any, vocab_size: int) -> bool:
-    """Whether two tokenizers make the same tokens of every text, by what they consist of, and an embedding of so many rows has all."""
+    """Whether two tokenizers are equal in content, so that every text gets the same tokens, all below `vocab_size`."""
     if not (judge.is_fast and policy.is_fast) or max(policy.get_vocab().values()) >= vocab_size:
         return False
 
     def content(tokenizer: Any) -> Any:
-        parts = json.loads(tokenizer.backend_tokenizer.to_str())  # what it is asked to cut or to fill up is said with every call
+        parts = json.loads(tokenizer.backend_tokenizer.to_str())  # truncation and padding are arguments of every call
         kept = {name: part for name, part in parts.items() if name not in ("truncation", "padding")}
         return type(tokenizer), tokenizer.split_special_tokens, tokenizer.bos_token_id, tokenizer.eos_token_id, kept
 
@@ -92,13 +93,17 @@ def alike(judge: Any, policy: Any, vocab_size: int) -> bool:
 
 
 def written(tokenizer: Any) -> tuple[Any, Any]:
-    """What the text of a conversation depends on beside the variables of its template."""
+    """The chat template and the special tokens that it uses; with its variables, they determine the text of a conversation."""
     template = tokenizer.chat_template
     return template, {name: token for name, token in tokenizer.special_tokens_map.items() if name in str(template)}
 
 
 def form(source: hf.Source, judge: Any, tokenizer: Any) -> None:
-    """Gives a reward model's tokenizer without a chat template the policy's, if it has the policy's vocabulary."""
+    """Gives the policy's chat template to a reward model's tokenizer that has none.
+
+    Raises:
+      ValueError: if the tokenizer has another vocabulary than the policy's.
+    """
     if judge.chat_template is not None:
         return
     if judge.get_vocab() != tokenizer.get_vocab():
@@ -107,7 +112,7 @@ def form(source: hf.Source, judge: Any, tokenizer: Any) -> None:
 
 
 def aligned(split: str, path: Path, own: Loaded, read: Loaded) -> Examples:
-    """What a reward model reads, row by row as the policy has them; rows that the policy's limits left out are left out."""
+    """The examples in a reward model's tokens, with the rows of the policy's examples in their order."""
     place = {key: i for i, key in enumerate(keys(read))}
     if absent := [row for row in keys(own) if row not in place]:
         why = "; ".join(f"{reason}: {shown[0]}" for report in read.reports.values() for reason, shown in report.bad.items())
@@ -116,14 +121,14 @@ def aligned(split: str, path: Path, own: Loaded, read: Loaded) -> Examples:
 
 
 def keys(data: Loaded) -> list[tuple[int, ...]]:
-    """What tells a row from another: its source, its row there, and of pairs that were split its side."""
+    """A key for each row: its source, its row number there, and its side if pairs were split."""
     counts = [report.kept * (2 if report.pairs_split else 1) for report in data.reports.values()]
     source, side = np.repeat(np.arange(len(counts)), counts), data.examples.fields.get("labels")
     return list(zip(source.tolist(), data.examples.rows.tolist(), *([] if side is None else [side[:, 0].tolist()]), strict=True))
 
 
 def of_rollouts(config: Any, role: str, source: hf.Source, judge: Any, tokenizer: Any, every: Sequence[Examples]) -> Judge:
-    """How reward models read samples.
+    """The input format of reward models for samples of the policy, with a length that holds every prompt and its answer.
 
     Raises:
       ValueError: for prompts that the reward model cannot read, or that leave no room for an answer.
@@ -132,15 +137,15 @@ def of_rollouts(config: Any, role: str, source: hf.Source, judge: Any, tokenizer
     tried = [asked(examples, i, PROBE) for examples in every for i in range(len(examples))]
     if any(not isinstance(row.prompt, str) for row in tried):
         form(source, judge, tokenizer)
-    # A stop string is no part of an answer, and its tokens may hold some of the answer too.
+    # With stop strings the texts are tokenised anew: a token of a stop string may also hold part of the answer.
     shared = alike(judge, tokenizer, source.config.vocab_size) and not (config.rollout.stop or config.eval.stop)
     own = Judge(role, judge, hf.end_ids(source, judge), 0, source.config.vocab_size, mentioned(judge, config.data.template), shared)
-    sizes = []  # of prompts alone, and of what is read
+    sizes = []  # tokens of a prompt, and of the whole input row
     for code in tokens_of([row for row in tried if not (shared and isinstance(row.prompt, str))], own):
         if isinstance(code, Bad):
             raise ValueError(f"the reward model {str(source.path)!r} cannot read a prompt of the data: {code.what}")
         sizes.append((len(code.prompt), len(code.prompt) + len(code.completions[0]) + 2 * new))
-    if shared:  # an answer that was cut gets an EOS
+    if shared:  # + 1: an answer that was cut gets an EOS
         sizes += [(longest, longest + new + 1) for examples in every if (longest := int(examples.prompt_lengths.max()))]
     prompt, length = (max(values) for values in zip(*sizes, strict=True))
     if prompt + new > most:
@@ -152,18 +157,18 @@ def of_rollouts(config: Any, role: str, source: hf.Source, judge: Any, tokenizer
 
 
 def asked(examples: Examples, row: int, text: str) -> Prompted:
-    """A prompt of the data with an answer, as rows of data have them."""
+    """A prompt of the data with `text` as its answer, in the form of data rows."""
     prompt, tools = examples.asked(row)
     if isinstance(prompt, str):
         return Prompted(prompt, (text,))
     *before, last = prompt
-    if last["role"] == "assistant":  # an answer that was begun is gone on with
+    if last["role"] == "assistant":  # the prompt ends with the beginning of an answer, which `text` continues
         return Prompted(before, ([last | {"content": (last.get("content") or "") + text}],), tools=tools)
     return Prompted(prompt, ([{"role": "assistant", "content": text}],), tools=tools)
 
 
 def tokens_of(rows: Sequence[Prompted], judge: Judge) -> list[Encoded | Bad]:
-    """Rows of one answer each, in a reward model's tokens; an answer with a token that it has not is a bad row."""
+    """Rows of one answer each in a reward model's tokens; a row with a token beyond the model's embedding is `Bad`."""
     ends = {judge.tokenizer.eos_token_id, *judge.ends}
     texts = iter(encode_texts([row for row in rows if isinstance(row.prompt, str)], judge.tokenizer, ends))
     conversations = [row for row in rows if not isinstance(row.prompt, str)]
@@ -175,18 +180,19 @@ def tokens_of(rows: Sequence[Prompted], judge: Judge) -> list[Encoded | Bad]:
 
 
 def read(judge: Judge, policy: Any, answers: Answers) -> dict[str, np.ndarray]:
-    """What reward models read of samples, `ensemble_tokens` and so on, [B, N, T']; an answer that they refuse has no scored token.
+    """The batch fields with the reward models' input for samples: `ROLE_tokens` and its two masks, each [B, N, T'].
 
-    Every answer is read as one that has ended: with the EOS, or with what the chat template writes behind it, whatever has ended it. What
-    is longer than a row loses its end, and `ensemble_cut` [B, N] says so.
+    Every answer ends with the EOS, or with what the chat template writes after it, even if it was cut. A row longer than T' loses its
+    end, and is True in `ROLE_cut` [B, N]. An answer that the reward models cannot read has no scored token. If the reward models have
+    other tokens than the policy, `ROLE_foreign` [B] is True.
 
     Args:
-      judge: how they read.
-      policy: its tokenizer.
+      judge: input format of the reward models.
+      policy: tokenizer of the policy.
       answers: the samples.
     """
     codes: list[Encoded | Bad | None] = []
-    asks: list[Prompted] = []  # in the places of None
+    asks: list[Prompted] = []  # one for each None in `codes`
     examples, rows, said = answers.examples, answers.rows, answers.completions
     for i, prompt, group, own in zip(rows.tolist(), answers.prompts, said.answers(), answers.texts, strict=True):
         for tokens, text in zip(group, own, strict=True):
@@ -194,11 +200,11 @@ def read(judge: Judge, policy: Any, answers: Answers) -> dict[str, np.ndarray]:
                 answer = [*tokens.tolist(), policy.eos_token_id]
                 codes.append(Encoded([*prompt], [answer], [b"\1" * len(answer)], ""))
                 continue
-            whole = added_text(policy, prompt, tokens)  # a space in front is the answer's own
+            whole = added_text(policy, prompt, tokens)  # as text after the prompt: a leading space belongs to the answer
             asks.append(asked(examples, i, whole[: whole.find(text) + len(text)] if text in whole else text))
             codes.append(None)
     anew = iter(tokens_of(asks, judge))
-    foreign = {} if judge.shared else {f"{judge.role}_foreign": np.ones(len(rows), bool)}  # ids of these tokens are not the policy's
+    foreign = {} if judge.shared else {f"{judge.role}_foreign": np.ones(len(rows), bool)}  # the ids are not the policy's
     shape = (*said.ended.shape, judge.length)
     out = {"tokens": np.zeros(shape, np.int32), "mask": np.zeros(shape, bool), "completion_mask": np.zeros(shape, bool)}
     flat = {name: x.reshape(-1, judge.length) for name, x in out.items()}

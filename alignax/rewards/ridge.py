@@ -1,4 +1,4 @@
-"""A reward head in closed form: ridge regression on the hidden states of a trunk that stands still; no step is trained."""
+"""A reward head in closed form: ridge regression on the hidden states of a frozen trunk, without training steps."""
 
 import dataclasses
 from typing import Any
@@ -25,27 +25,31 @@ def fit_ridge(
     batch_size: int = 32,
     dtype: Any = jnp.float32,
 ) -> Params:
-    """The parameters with a reward head fitted to data: of each label (Hoerl & Kennard 1970)
+    """Fits the reward head of a model to data by ridge regression, for each label (Hoerl & Kennard 1970):
 
         w = (X^T X + penalty I)^-1 X^T y
 
-    Of pairs, x is the chosen response's hidden state less the rejected one's, at their last tokens, and y = 1. Of single responses
-    with attributes, x is the hidden state and y what people gave; each label is fitted on the responses that have it, with an intercept,
-    which is not penalised and becomes `score_offset`.
+    For pairs, a row x of X is the hidden state of the chosen response minus that of the rejected one, each at its last token, and y = 1.
+    For single responses with attributes, x is the hidden state and y the given attribute. Each label is fitted to the responses that have
+    it, with an intercept, which is not penalised; it becomes `score_offset`.
 
-    Sums are float64 on the host, [D, D] for each set of labels that the same responses have; a batch's hidden states are there at a time.
+    The sums are float64 on the host, [D + 1, D + 1] for each set of labels that are given for the same responses. Memory holds the hidden
+    states of one batch at a time.
 
     Args:
-      config: of a reward model, with `num_labels` 1 for pairs, or as many as there are attributes.
-      params: its parameters; only their head is replaced.
+      config: config of the reward model; `num_labels` is 1 for pairs, else the number of attributes.
+      params: parameters of the reward model.
       examples: pairs, or single responses with the field `attributes`.
-      mesh: where the parameters lie.
-      penalty: above 0; it is to be compared with the rows times the variance of a hidden state.
+      mesh: mesh of the parameters.
+      penalty: above 0; on the scale of the number of rows times the variance of a hidden state.
       batch_size: examples of a forward pass.
-      dtype: of activations.
+      dtype: dtype of activations.
+
+    Returns:
+      The parameters with a new head: `score` [D, labels] and `score_offset` [labels].
 
     Raises:
-      ValueError: for other data, an attribute that no response has, and hidden states that are not finite.
+      ValueError: for other data, an attribute that no response has, hidden states that are not finite, or a penalty that is not positive.
     """
     if not 0 < penalty < np.inf:
         raise ValueError(f"the penalty is {penalty}; it must be above 0 and finite (1 is usual)")
@@ -53,7 +57,7 @@ def fit_ridge(
     D, pairs = config.hidden_size, "attributes" not in examples.fields
     sets, of = np.unique(there, axis=1, return_inverse=True)  # [n, S], and the set of each label
     xx, xy = np.zeros((sets.shape[1], D + 1, D + 1)), np.zeros((D + 1, y.shape[1]))
-    # A head that is the identity gives the hidden states.
+    # With the identity as head, the scores are the hidden states.
     replicated = meshes.sharding(mesh)
     whole = params | {"score": jax.device_put(np.eye(D, dtype=np.float32), replicated)}
     whole |= {"score_offset": jax.device_put(np.zeros(D, np.float32), replicated)}
@@ -62,7 +66,7 @@ def fit_ridge(
         x = (h[:, 0] - h[:, 1] if pairs else h[:, 0]).astype(np.float64)
         if not np.isfinite(x).all():
             raise ValueError(f"hidden states are not finite in rows {first} to {first + len(x) - 1} (counted from 0); look at that model")
-        x = np.concatenate([x, np.full((len(x), 1), 0.0 if pairs else 1.0)], axis=1)  # the last one is the intercept's
+        x = np.concatenate([x, np.full((len(x), 1), 0.0 if pairs else 1.0)], axis=1)  # the last column is for the intercept
         rows = slice(first, first + len(x))
         for s in range(len(xx)):
             part = x[sets[rows, s]]
@@ -76,7 +80,7 @@ def fit_ridge(
 
 
 def _targets(examples: Examples, labels: int) -> tuple[np.ndarray, np.ndarray]:
-    """What each label is to be, float64, 0 where it is not given, and where it is: both [n, labels]."""
+    """The regression targets, float64 with 0 for missing labels, and a mask of the labels that are given: both [n, labels]."""
     if "attributes" not in examples.fields and examples.N == 2 and labels == 1:
         return np.ones((len(examples), 1)), np.ones((len(examples), 1), bool)
     if "attributes" not in examples.fields or examples.N != 1:

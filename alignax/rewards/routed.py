@@ -1,13 +1,13 @@
-"""Routed reward models: a prompt's category decides which model scores it; a model may be a mixture of experts on one frozen base.
+"""Routed reward models: the category of a prompt selects the model that scores it; a model may be a mixture of experts on a frozen base.
 
-DMoERM (Quan 2024, arXiv:2403.01197), with C categories and K experts of each:
+DMoERM (Quan 2024, arXiv:2403.01197), with C categories and K experts in each:
 
-    outer   r(x, y) = sum_c m_c(x) r_c(x, y),   m(x) one-hot: the largest of the router's C scores of the prompt
+    outer   r(x, y) = sum_c m_c(x) r_c(x, y),   m(x) one-hot at the largest of the router's C scores of the prompt
     inner   r_c = W2 PReLU(W1 [h_1; ..; h_K] + b1) + b2,   h_k [D] the state of expert k at the response's last token
 
-Each part is something that the library has: a router is a model with C labels that reads the prompt alone, an expert is a reward model's
-adapters and head over the frozen base, K of them one tree with a leading axis. All are trained by `make_step`: the router with
-`category_nll()`, the base, the experts and the mixture's head with `bradley_terry()`. docs/routed.md goes through the phases.
+The parts are those of the library. A router is a model with C labels that reads only the prompt. An expert is the adapters and the head
+of a reward model on the frozen base; K experts are one tree with a leading axis. `make_step` trains all parts: the router with
+`category_nll()`; the base, the experts and the mixture's head with `bradley_terry()`. docs/routed.md describes the phases.
 """
 
 import dataclasses
@@ -35,13 +35,13 @@ from alignax.train import Apply, Stepped, init_state, make_step
 from alignax.types import Batch, Metrics, Model, Outputs, Params, TrainState, rows
 
 States = Callable[[Params, Batch], jax.Array]  # (params, batch) -> [B, N, features]
-EXPERTS = {"base": None, "adapters": 0}  # the axis of each part of the parameters of K experts along which they lie
+EXPERTS = {"base": None, "adapters": 0}  # the expert axis of each part of the parameters; None: shared
 
 # The outer layer: which model scores a prompt --------------------------------------------------------------------------------
 
 
 def of_prompts(apply: Apply) -> Apply:
-    """A model that is given the prompts alone, [B, 1, T], and is read at the last token of each: what a router is."""
+    """A router's forward pass, from a model's: it reads only the prompts, [B, 1, T], and scores each at its last token."""
 
     def read(params: Params, batch: Batch) -> Outputs:
         mask, completion = batch["mask"][:, :1], batch["completion_mask"][:, :1]
@@ -52,9 +52,9 @@ def of_prompts(apply: Apply) -> Apply:
 
 
 def category_nll() -> Loss:
-    """The router's loss: -log softmax(scores)_c, c being the prompt's category in the field `category` [B] int.
+    """The loss of a router: -log softmax(scores)_c, where c is the prompt's category, in the batch field `category` [B] int.
 
-    The model gives `Outputs.scores` [B, 1, C] as they are: a softmax of its own before this one would flatten them.
+    `Outputs.scores` are [B, 1, C], without a softmax: a second softmax would flatten the distribution.
     """
 
     def value(out: Outputs, batch: Batch) -> tuple[jax.Array, Metrics]:
@@ -66,10 +66,10 @@ def category_nll() -> Loss:
 
 
 def category_scores(out: Outputs) -> jax.Array:
-    """A router's scores of the prompts: [B, C].
+    """The scores of a router for each prompt and category: `Outputs.scores` [B, 1, C] -> [B, C].
 
     Raises:
-      ValueError: for a model that gives each response scores, or one score alone.
+      ValueError: for a model that scores each response, or that gives a single score.
     """
     if out.scores is None or out.scores.ndim != 3 or out.scores.shape[1] != 1:
         shape = None if out.scores is None else out.scores.shape
@@ -80,12 +80,12 @@ def category_scores(out: Outputs) -> jax.Array:
 
 
 def one_hot(scores: jax.Array) -> jax.Array:
-    """Which category is the prompt's: [B, C] -> [B, C], 1 for the largest score (the first of equal ones) and else 0; no gradient."""
+    """The category of each prompt, one-hot: 1 at its largest score (the first of equal ones), else 0; [B, C] -> [B, C], no gradient."""
     return jax.nn.one_hot(jnp.argmax(scores, axis=-1), scores.shape[-1])
 
 
 def side_by_side(apply: Apply, axes: Any = 0) -> Apply:
-    """Reward models of one shape as one, whose scores are [B, N, C]; `axes` says where in their parameters they lie, as `vmap` does."""
+    """The forward pass of C reward models of one shape, with scores [B, N, C]; `axes` is `in_axes` of `vmap` for their parameters."""
     every = over_members(apply, (axes, None), 0)
 
     def rate(params: Params, batch: Batch) -> Outputs:
@@ -96,13 +96,13 @@ def side_by_side(apply: Apply, axes: Any = 0) -> Apply:
 
 
 def routed(models: Model, router: Model) -> Model:
-    """The reward model that scores each prompt's responses, [B, N], with the model of its category.
+    """The routed reward model: the model of a prompt's category scores its responses, [B, N].
 
-    Every model scores every response, and all but one score is dropped: C times the time of one model.
+    Every model scores every response, and one score is kept. This takes C times as long as one model.
 
     Args:
-      models: C of them, with scores [B, N, C]: `side_by_side`, or `alignax.rewards.ensembles.ensemble_model` of C folders.
-      router: with scores [B, 1, C], see `of_prompts`; it gets no gradient from here.
+      models: C reward models as one, with scores [B, N, C]: `side_by_side`, or `alignax.rewards.ensembles.ensemble_model` of C folders.
+      router: model with scores [B, 1, C], see `of_prompts`; it gets no gradient from these scores.
     """
 
     def rate(params: Params, batch: Batch) -> Outputs:
@@ -119,25 +119,27 @@ def routed(models: Model, router: Model) -> Model:
 
 
 def adapted(function: Callable[[Params, Batch], Any]) -> Callable[[Params, Batch], Any]:
-    """The function, of parameters in two parts, {"base": .., "adapters": ..}."""
+    """A function of whole parameters, as a function of {"base": .., "adapters": ..}."""
     return lambda params, batch: function(join(params["base"], params["adapters"]), batch)
 
 
 def expert_states(params: Params, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
-    """The state at step 0 of K experts with the adapters [K, ...] that `params` hold."""
+    """The training state of K experts at step 0; `params["adapters"]` are [K, ...]."""
     init = over_members(lambda adapters: init_state(adapters, optimizer, key), 0, AXES)
     return init(params["adapters"])
 
 
 def expert_step(apply: Apply, objective: Objective, optimizer: optax.GradientTransformation, microbatches: int = 1) -> Callable:
-    """The shared training step of K experts at once, each on data of its own (phase 2).
+    """The training step of K experts together, each on its own data (phase 2).
 
     Args:
-      apply: of a whole adapted model, `forward(config)` with `config.lora`.
-      objective: as of `make_step`, and the others too.
+      apply: forward pass of a whole adapted model, `forward(config)` with `config.lora`.
+      objective: loss of an expert, see `make_step`.
+      optimizer: optimizer of an expert, see `make_step`.
+      microbatches: parts of a batch, see `make_step`.
 
     Returns:
-      `step(state, base, batch) -> (state, metrics)`, to be jitted: state of `expert_states`, batch [K, B, ...], metrics [K].
+      `step(state, base, batch) -> (state, metrics)`, not jitted: state of `expert_states`, batch [K, B, ...], metrics [K].
     """
 
     def step(state: TrainState, base: Params, batch: Batch) -> Stepped:
@@ -148,10 +150,10 @@ def expert_step(apply: Apply, objective: Objective, optimizer: optax.GradientTra
 
 
 def load_experts(folders: Sequence[str | Path], source: hf.Source, mesh: Mesh) -> tuple[ModelConfig, Params]:
-    """PEFT folders of one kind, over the folder that they were trained on: the adapted model, and {"base": .., "adapters": [K, ...]}.
+    """Loads K experts from PEFT folders over one base: config of the adapted model, and {"base": .., "adapters": [K, ...]}.
 
     Raises:
-      ValueError: for folders that are no such adapters, or adapt otherwise than the first.
+      ValueError: for folders without adapters of this base, and adapters of another kind than the first.
     """
     found = [peft.read_adapter(Path(folder), source, mesh) for folder in folders]
     for folder, (spec, _) in zip(folders, found, strict=True):
@@ -162,7 +164,7 @@ def load_experts(folders: Sequence[str | Path], source: hf.Source, mesh: Mesh) -
 
 
 def state_of(config: ModelConfig, dtype: Any = jnp.float32, remat: str = "none", mesh: Mesh | None = None) -> States:
-    """A model's state at the last token of each row, where reward models are read: `(params, batch) -> [B, N, D]` float32."""
+    """The function for a model's state at the last token of each row, which reward heads read: `(params, batch) -> [B, N, D]` float32."""
     decoder = Decoder(config, dtype, remat, mesh)
 
     def states(params: Params, batch: Batch) -> jax.Array:
@@ -173,8 +175,8 @@ def state_of(config: ModelConfig, dtype: Any = jnp.float32, remat: str = "none",
 
 
 def concatenated(states: States) -> States:
-    """[h_1; ..; h_K] of K experts whose parameters are {"base": .., "adapters": [K, ...]}: [B, N, K D]."""
-    every = jax.vmap(adapted(states), in_axes=(EXPERTS, None))  # not along the mesh axis `member`, where whole mixtures may lie
+    """The function for the states of K experts, [h_1; ..; h_K]: `({"base": .., "adapters": [K, ...]}, batch) -> [B, N, K D]`."""
+    every = jax.vmap(adapted(states), in_axes=(EXPERTS, None))  # the mesh axis `member` stays free: whole mixtures may lie along it
 
     def features(params: Params, batch: Batch) -> jax.Array:
         h = jnp.moveaxis(every(params, batch), 0, 2)  # [B, N, K, D]
@@ -184,19 +186,19 @@ def concatenated(states: States) -> States:
 
 
 def features(states: States, params: Params, microbatches: int = 1) -> Experience:
-    """Writes `features` [B, N, K D]: what the frozen experts make of each response, which `mixture` reads.
+    """An experience that writes `features` [B, N, K D], the states of frozen experts for each response; `mixture` reads them.
 
     Args:
       states: `concatenated(..)`, or another function of parameters and batch.
-      params: of the experts; no gradient goes into them.
-      microbatches: parts that the batch is read in, one after another, to bound memory.
+      params: parameters of the experts; they get no gradient.
+      microbatches: parts of the batch that are computed one after another, to bound memory.
     """
     return Partial(_Features(microbatches, states), params)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Features:
-    """The static part of `features`."""
+    """The experience of `features`, static under jit."""
 
     microbatches: int
     states: States
@@ -206,12 +208,12 @@ class _Features:
 
 
 def init_mixture(key: jax.Array, size: int, hidden: int) -> Params:
-    """The mixture's head: W1 [F, H] and W2 [H, 1] from N(0, 1 / inputs), biases 0, the slope 1/4 as PReLU's paper has it.
+    """Initial parameters of a mixture's head: W1 [F, H] and W2 [H, 1] from N(0, 1 / inputs), biases 0, slope 1/4 as in PReLU's paper.
 
     Args:
-      key: of the weights.
-      size: F = K D, of the features.
-      hidden: H, the D of one expert in the paper.
+      key: PRNG key of the weights.
+      size: F = K D, the number of features.
+      hidden: H; in the paper D of one expert.
     """
     one, other = jax.random.split(key)
     weight = lambda key, shape: jax.random.normal(key, shape) / math.sqrt(shape[0])
@@ -220,9 +222,11 @@ def init_mixture(key: jax.Array, size: int, hidden: int) -> Params:
 
 
 def mixture(params: Params, batch: Batch) -> Outputs:
-    """Scores [B, N] of `features` [B, N, F]: W2 PReLU(W1 f + b1) + b2, PReLU being x where positive, else slope x (arXiv:1502.01852).
+    """The mixture's head, which phase 3 trains: scores [B, N] from the batch field `features` [B, N, F].
 
-    The model that phase 3 trains: its parameters are W1, b1, the slope, W2 and b2, and the experts are data.
+        W2 PReLU(W1 f + b1) + b2,   PReLU(x) = x if x > 0, else slope x (arXiv:1502.01852)
+
+    The parameters are W1, b1, slope, W2 and b2; the outputs of the experts are data.
     """
     f = field(batch, "features", "features(states, experts)")
     x = f.reshape(-1, f.shape[-1]) @ params["W1"] + params["b1"][None]
@@ -231,7 +235,7 @@ def mixture(params: Params, batch: Batch) -> Outputs:
 
 
 def mixture_model(states: States) -> Apply:
-    """Experts and head as one reward model, of parameters {"base": .., "adapters": [K, ...], "head": ..}."""
+    """The forward pass of a whole mixture: scores [B, N] from {"base": .., "adapters": [K, ...], "head": ..} and a batch."""
 
     def rate(params: Params, batch: Batch) -> Outputs:
         experts = {name: params[name] for name in EXPERTS}

@@ -1,18 +1,21 @@
-"""Verifiable rewards: plain functions of text, to be called in an experiment's `reward(prompts, completions, ..)`."""
+"""Verifiable rewards: plain functions of texts, for use in `reward(prompts, completions, ..)` of an experiment."""
 
 import math
 import re
 from collections.abc import Sequence
 
-GROUPS = r"\d{1,3}(?:,\d{3})+(?!\d)|\d{1,2}(?:,\d{2})+,\d{3}(?!\d)|\d+"  # the second as India groups them
+GROUPS = r"\d{1,3}(?:,\d{3})+(?!\d)|\d{1,2}(?:,\d{2})+,\d{3}(?!\d)|\d+"  # 1,234,567; Indian groups: 12,34,567; no groups
 NUMBER = re.compile(rf"[-+]?(?:(?:{GROUPS})(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+(?!\w))?")
 
 
 def last_number(text: str) -> float | None:
-    """The last number of a text, as GSM8K's answers are read (Cobbe et al. 2021, arXiv:2110.14168); None where there is none.
+    """The last number of a text, which is the answer in GSM8K (Cobbe et al. 2021, arXiv:2110.14168); None if there is none.
 
-    Commas between groups of digits are taken out, others stand between numbers; a sign, U+2212 too, counts where no digit stands in front
-    of it; 1e-5 is one number. A number of more digits than a float has room for is none.
+    Commas between groups of digits are removed; other commas separate numbers. A sign (also U+2212) counts unless a digit precedes it.
+    1e-5 is one number. If the last number overflows a float, the result is None.
+
+    >>> last_number("so 1,200 + 34 = 1,234.")
+    1234.0
     """
     found = NUMBER.findall(re.sub(r"(?<=\d)[-+](?=\d)", " ", text.replace("\N{MINUS SIGN}", "-")))
     number = float(found[-1].replace(",", "")) if found else math.inf
@@ -20,34 +23,45 @@ def last_number(text: str) -> float | None:
 
 
 def exact_match(completions: Sequence[str], answers: Sequence[str | float]) -> list[float]:
-    """1 where the last number of a completion is that of its answer, else 0."""
+    """The reward 1 for each completion whose last number equals the last number of its answer, else 0: [n].
+
+    >>> exact_match(["so 6 * 7 = 42", "41"], [42, "#### 42"])
+    [1.0, 0.0]
+    """
     right = [last_number(str(answer)) for answer in answers]
     return [float(a is not None and last_number(text) == a) for text, a in zip(completions, right, strict=True)]
 
 
 def matches(completions: Sequence[str], pattern: str) -> list[float]:
-    """1 where the whole of a completion matches a regular expression, in which a dot is any character, else 0.
+    """The reward 1 for each completion that matches a regular expression as a whole, else 0: [n]; a dot is any character.
 
-    In time linear in the completion, whatever the pattern: all ways to match are followed at once, none is gone back on (Thompson 1968,
-    "Regular expression search algorithm"). What cannot be matched so is refused: lookaround, back-references, `\\b`, flags, possessive
-    repetitions, and anchors inside; a function of your own may use `re` for it, which `rollout.timeout` ends.
+    The time is linear in the completion, whatever the pattern: all ways to match are followed in parallel, without backtracking (Thompson
+    1968, "Regular expression search algorithm"). Lookaround, back-references, `\\b`, flags, possessive repetitions and anchors inside the
+    pattern cannot be matched in this way and are refused. For these, use `re` in a reward of your own; `rollout.timeout` limits its time.
+
+    >>> matches(["yes", "yes!"], "yes|no")
+    [1.0, 0.0]
 
     Raises:
-      ValueError: for a pattern that is none, has one of these, or is too large with its repetitions written out.
+      ValueError: for an invalid pattern, a refused construct, and a pattern that is too large with its repetitions written out.
     """
     machine = Machine(pattern)
     return [float(machine.matches(text)) for text in completions]
 
 
 def near_length(completions: Sequence[str], words: int) -> list[float]:
-    """1 at so many words, falling linearly to 0 at none and at twice as many."""
+    """The reward for completions near a number of words: 1 at `words`, falling linearly to 0 at no words and at twice as many: [n].
+
+    >>> near_length(["one two", "one", ""], 2)
+    [1.0, 0.5, 0.0]
+    """
     if words < 1:
         raise ValueError(f"words is {words}; it must be 1 or more")
     return [max(0.0, 1 - abs(len(text.split()) - words) / words) for text in completions]
 
 
-STATES = 5000  # of a pattern, its repetitions written out
-REMEMBERED = 5000  # sets of states whose successors are kept
+STATES = 5000  # most states of a pattern, with its repetitions written out
+REMEMBERED = 5000  # most sets of states whose successors are cached
 TOKEN = re.compile(
     r"""(?P<open>\((?:\?:|\?P<\w+>|(?!\?))) | (?P<close>\)) | (?P<bar>\|)
     | (?P<repeat>(?:[*+?]|\{(?:\d+|\d*,\d*)\})\??(?!\+))
@@ -57,25 +71,25 @@ TOKEN = re.compile(
 
 
 class Machine:
-    """A regular expression as states: a set of them is stepped from character to character."""
+    """A regular expression as a nondeterministic automaton; matching steps a set of states from character to character."""
 
     def __init__(self, pattern: str):
-        """Raises ValueError, see `matches`."""
+        """Compiles `pattern`; raises ValueError as the function `matches` does."""
         try:
             re.compile(pattern, re.DOTALL)
         except (re.error, OverflowError, RecursionError) as e:
             raise ValueError(f"{pattern!r} is no regular expression ({e})") from e
         self.pattern = pattern
         inner = pattern.removeprefix("\\A").removeprefix("^")
-        self.text = re.sub(r"(?<!\\)((?:\\\\)*)(?:\\Z|\$)+\Z", r"\1", inner)  # unless the backslash or the dollar is escaped
-        self.states: list[tuple[re.Pattern | None, tuple[int, ...]]] = [(None, ())]  # what character it takes, and which come next
+        self.text = re.sub(r"(?<!\\)((?:\\\\)*)(?:\\Z|\$)+\Z", r"\1", inner)  # removes final \Z and $, unless escaped
+        self.states: list[tuple[re.Pattern | None, tuple[int, ...]]] = [(None, ())]  # test of a character (None: takes none), next states
         place, tree = self.alternatives(0)
         first = self.emit(tree, 0)
         self.first = self.reached([first])
         self.table: dict[frozenset[int], dict[str, frozenset[int]]] = {}
 
     def matches(self, text: str) -> bool:
-        """Whether the whole of a text matches."""
+        """Whether the pattern matches a text as a whole."""
         here = self.first
         for character in text:
             known = self.table.get(here)
@@ -94,7 +108,7 @@ class Machine:
         return 0 in here
 
     def reached(self, states: list[int]) -> frozenset[int]:
-        """The states, and those that they lead to without a character."""
+        """The states that are reached from `states` without a character, themselves included; only those with a test, and the end."""
         found: set[int] = set()
         while states:
             state = states.pop()
@@ -105,7 +119,7 @@ class Machine:
         return frozenset(state for state in found if self.states[state][0] or state == 0)
 
     def alternatives(self, place: int) -> tuple[int, tuple]:
-        """The part of the pattern up to the end of its group, as a tree, and where that is."""
+        """Parses the pattern from `place` to the end of its group; returns the place after it, and the tree."""
         branches: list[list[tuple]] = [[]]
         while place < len(self.text):
             token = TOKEN.match(self.text, place)
@@ -127,7 +141,7 @@ class Machine:
         return place, ("either", [("all", branch) for branch in branches])
 
     def emit(self, tree: tuple, following: int) -> int:
-        """The state that a tree begins with, where `following` comes after it."""
+        """Adds the states of a tree that continues at state `following`; returns its first state."""
         kind, part, *counts = tree
         if kind == "one":
             return self.add(part, following)
@@ -151,7 +165,7 @@ class Machine:
         return entry
 
     def add(self, test: re.Pattern | None, *following: int) -> int:
-        """A further state."""
+        """Adds a state and returns its index."""
         if len(self.states) >= STATES:
             raise ValueError(f"{self.pattern!r} has more than {STATES} characters, repetitions written out; repeat less")
         self.states.append((test, following))
@@ -159,7 +173,7 @@ class Machine:
 
 
 def bounds(word: str) -> tuple[int, int | None]:
-    """How often at least and at most, of `*`, `{2,5}` and the like."""
+    """The least and most repetitions of `*`, `{2,5}` and the like; None: no upper limit."""
     if word[0] != "{":
         return {"*": (0, None), "+": (1, None), "?": (0, 1)}[word[0]]
     least, comma, most = word[1 : word.index("}")].partition(",")

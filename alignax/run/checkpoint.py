@@ -1,8 +1,8 @@
-"""Save and restore: orbax behind one module. Asynchronous, atomic, exact.
+"""Saving and restoring of checkpoints with orbax: asynchronous, atomic, exact.
 
-A checkpoint of step s holds the state after s steps: parameters, each of their averages and the rest of the state as separate items
-(so that any can be read alone), and a JSON item that says which run wrote it, at which step, and a digest of every array. Arrays that
-are restored must have these digests, so no flipped bit is used. Data needs no position of its own: a batch is a function of the step.
+A checkpoint of step s holds the state after s steps. Parameters, each of their averages and the rest of the state are separate items, so
+that each can be read alone. A JSON item says which run wrote the checkpoint, at which step, and holds a digest of every array. Restored
+arrays must have these digests, so a flipped bit is detected. The data position is not saved: a batch is a function of the step.
 """
 
 import dataclasses
@@ -25,18 +25,24 @@ from alignax.text import one_line, short
 from alignax.train import leaf_digests
 from alignax.types import TrainState
 
-FORMAT = 2  # of the checkpoint's layout
-TRIES = 20  # to read a checkpoint of a run that goes on and removes older ones
-AVERAGE = "average_"  # before the name of an item that holds an average of the parameters
+FORMAT = 2  # version of the checkpoint layout
+TRIES = 20  # attempts to read a checkpoint of a live run, which removes older ones
+AVERAGE = "average_"  # prefix of the items that hold averages of the parameters
 
 
 class Checkpoints:
-    """The checkpoints of one run, in `WORKDIR/checkpoints`; the newest `keep`, and the best by a metric if there is one."""
+    """The checkpoints of one run in `WORKDIR/checkpoints`: the newest `keep`, and the best one by a metric if `best` names it."""
 
     def __init__(self, workdir: str | Path, keep: int = 2, best: str = "", writes: bool = True):
-        """`best` names an evaluation metric, lower is better, a leading "-" turns that around; without `writes` nothing is touched."""
+        """Opens the checkpoints of a run; without `writes`, for reading only.
+
+        `best` names an evaluation metric. Lower is better; with a leading "-", higher.
+
+        Raises:
+          ValueError: for a damaged checkpoint folder.
+        """
         self.path, self._writes = Path(workdir).absolute() / "checkpoints", writes
-        # What fails in the background is raised again when we wait for it; orbax prints a traceback of every thread besides.
+        # Errors in the background are raised when we wait for them; this hides the traceback that orbax prints of every thread.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         self._best = name = best.removeprefix("-")
         policies: list[Any] = [ocp.checkpoint_managers.LatestN(keep)]
@@ -49,24 +55,26 @@ class Checkpoints:
             preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
             enable_async_checkpointing=True,
             create=writes,
-            cleanup_tmp_directories=writes,  # what a killed run left half-written
+            cleanup_tmp_directories=writes,  # half-written folders of a killed run
             read_only=not writes,
         )
         try:
             self._manager = ocp.CheckpointManager(self.path, options=options)
-        except (ValueError, TypeError, RecursionError) as e:  # what orbax makes of JSON that is none of its own
+        except (ValueError, TypeError, RecursionError) as e:  # errors of orbax for JSON in another form
             bad = next((file.parent for file in sorted(self.path.glob("*/_CHECKPOINT_METADATA")) if not _is_object(file)), self.path)
             raise ValueError(f"checkpoint {bad} is damaged ({one_line(e)}); delete that folder, or choose another workdir") from e
 
     def latest(self) -> int | None:
-        """The newest complete step, or None."""
+        """The step of the newest complete checkpoint, or None."""
         return self._manager.latest_step()
 
     def newest(self, read: Callable[[int], Any]) -> tuple[int, Any]:
-        """The newest step, and what `read` makes of it; of a newer one, where a run that goes on has removed that meanwhile.
+        """The step of the newest checkpoint, and the result of `read(step)`.
+
+        If a live run removes the checkpoint during the reading, the next newer one is read.
 
         Raises:
-          ValueError: if there is none, and what `read` raises.
+          ValueError: if there is no checkpoint, and errors of `read`.
         """
         for _ in range(TRIES):
             step = self.latest()
@@ -80,10 +88,10 @@ class Checkpoints:
         raise ValueError(f"the run in {str(self.path.parent)!r} removes its checkpoints faster than they are read; raise checkpoint.keep")
 
     def save(self, state: TrainState, about: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
-        """Starts saving; returns when the state has been copied. Half-written checkpoints are never listed.
+        """Starts to save a state; returns as soon as the state has been copied. Half-written checkpoints are never listed.
 
         Raises:
-          OSError: when the disk has no room for it; nothing is written then.
+          OSError: if the disk has no room for the checkpoint; then nothing is written.
         """
         require_space(self.path, nbytes(state), "a checkpoint", "make room, or choose another workdir")
         step = int(state.step)
@@ -94,14 +102,14 @@ class Checkpoints:
         saved = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
         args = ocp.args.Composite(**saved, about=ocp.args.JsonSave(dict(about) | own))
         with _saving(self.path):
-            ranked = not self._best or self._best in metrics  # an evaluation may not have it: no reward was known
+            ranked = not self._best or self._best in metrics  # an evaluation lacks it if no reward was known
             self._manager.save(step, args=args, metrics=dict(metrics) or None if ranked else None)
 
     def about(self, step: int) -> dict[str, Any]:
-        """What the checkpoint says of its run.
+        """The JSON item of a checkpoint: its run, step, number of skipped steps, and digests.
 
         Raises:
-          ValueError: if it is damaged or is not one of ours.
+          ValueError: if the checkpoint is damaged, of another format, or in a renamed folder.
         """
         with self._reading(step):
             about = dict(self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"])
@@ -113,10 +121,12 @@ class Checkpoints:
         return about
 
     def restore(self, step: int, like: TrainState) -> TrainState:
-        """The state of a step, laid out as `like`, whose leaves may be abstract: any mesh, any number of processes.
+        """The training state of a checkpoint, with the shapes, dtypes and shardings of `like`, whose leaves may be abstract.
+
+        The mesh and the number of processes may differ from those that saved it.
 
         Raises:
-          ValueError: if it is damaged, in a single bit of an array say, or of another model.
+          ValueError: if the checkpoint is damaged, even in a single bit, or is of another model.
         """
         restored = self._restore(step, _items(like))
         with self._reading(step):
@@ -127,7 +137,11 @@ class Checkpoints:
         return dataclasses.replace(like, params=restored["params"], averages=averages, carry=carry, **restored["train"])
 
     def restore_params(self, step: int, like: Any, name: str = "policy") -> Any:
-        """The parameters alone, or those of an average, which must be there. Other errors are those of `restore`."""
+        """Restores the parameters alone: of the policy, or of the average `name`.
+
+        Raises:
+          ValueError: if there is no such average, and as `restore` does.
+        """
         item = "params" if name == "policy" else AVERAGE + name
         about = self.about(step)
         with self._reading(step):
@@ -141,7 +155,7 @@ class Checkpoints:
         return self._restore(step, {item: like})[item]
 
     def _restore(self, step: int, like: dict[str, Any]) -> dict[str, Any]:
-        """Items of a checkpoint, every array as it was saved."""
+        """Restores items of a checkpoint and checks the digest of every array."""
         described = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
         about = self.about(step)
         with self._reading(step):
@@ -154,13 +168,13 @@ class Checkpoints:
 
     @contextmanager
     def _reading(self, step: int) -> Iterator[None]:
-        """Whatever a damaged or foreign checkpoint raises becomes one error with the remedy."""
+        """Turns errors of a damaged or foreign checkpoint into one ValueError with the remedy."""
         try:
             yield
         except MemoryError:
             raise
         except Exception as e:
-            if "RESOURCE_EXHAUSTED" in str(e):  # the checkpoint is whole: this machine is too small for it
+            if "RESOURCE_EXHAUSTED" in str(e):  # the checkpoint is whole; this machine has too little memory
                 raise
             cause = (str(e).strip().splitlines() or [""])[0][:200]
             if not self._writes:
@@ -175,10 +189,10 @@ class Checkpoints:
             ) from e
 
     def close(self) -> None:
-        """Waits until what was saved is complete on disk, and lets go of the directory.
+        """Waits until all saved checkpoints are complete on disk, and closes the directory.
 
         Raises:
-          OSError: if that failed; the checkpoints before are whole.
+          OSError: if saving failed; earlier checkpoints are whole.
         """
         with _saving(self.path):
             self._manager.close()
@@ -192,25 +206,28 @@ def _is_object(file: Path) -> bool:
 
 
 def _items(state: TrainState) -> dict[str, Any]:
-    """What is saved apart: parameters, the rest that every run has, each average, and what experience remembers."""
+    """The items of a checkpoint: `params`, `train` (the rest of the state), one for each average, and `carry` of the experience."""
     rest = {name: getattr(state, name) for name in ("step", "opt_state", "key", "skipped", "skipped_in_a_row")}
     averages = {AVERAGE + name: tree for name, tree in state.averages.items()}
     return {"params": state.params, "train": rest} | averages | ({"carry": state.carry} if state.carry else {})
 
 
 def digests(tree: Any) -> dict[str, str]:
-    """The digest of every array, by its path; equal in every layout and on any number of processes, which all call it."""
+    """The digest of every array of a tree, by its path; all processes must call it.
+
+    Digests do not depend on sharding or on the number of processes.
+    """
     paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
-    # An array at a time, and the next when it is done: XLA for CPUs would hold the hashes of all at once, as much memory again as the
-    # state takes, and where several programs reduce at once, some devices may wait in one and some in another for ever (seen with two
-    # processes of four devices).
+    # One array after another. XLA for CPUs would otherwise hold the hashes of all arrays at once, which takes as much memory as the state.
+    # Programs that reduce concurrently may also deadlock: some devices wait in one, some in another (seen with two processes of four
+    # devices).
     found = gathered(jnp.concatenate([jax.block_until_ready(jax.jit(leaf_digests)([leaf])) for leaf in jax.tree.leaves(tree)]))
     return {path: f"{value:08x}" for path, value in zip(paths, found.tolist(), strict=True)}
 
 
 @contextmanager
 def _saving(where: Path) -> Iterator[None]:
-    """What goes wrong while a checkpoint is written, now or in the background, becomes one error with the remedy."""
+    """Turns errors of writing a checkpoint, now or in the background, into one OSError with the remedy."""
     try:
         yield
     except Exception as e:
@@ -222,15 +239,15 @@ def _saving(where: Path) -> Iterator[None]:
 
 
 def began(workdir: Path) -> datetime.date:
-    """The day that a run began, as its newest checkpoint says; of a run without one today."""
+    """The day on which a run began, from its newest readable checkpoint; today for a run without one."""
     found = {int(file.parts[-3]): file for file in (workdir / "checkpoints").glob("*/about/metadata") if file.parts[-3].isdigit()}
     for step in sorted(found, reverse=True):
-        with suppress(OSError, ValueError, TypeError, KeyError):  # damaged ones are told of where they are read
+        with suppress(OSError, ValueError, TypeError, KeyError):  # damaged checkpoints are reported when they are restored
             return datetime.date.fromisoformat(json.loads(found[step].read_text(encoding="utf-8"))["day"])
     return datetime.date.today()
 
 
 def nbytes(tree: Any) -> int:
-    """Bytes of a tree's arrays, all processes together; they may be abstract."""
+    """The size of a tree's arrays in bytes, over all processes; arrays may be abstract."""
     numeric = [x for x in jax.tree.leaves(tree) if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)]
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in numeric)

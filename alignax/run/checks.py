@@ -1,4 +1,4 @@
-"""What no run can be: refused with the value and the remedy, before any compute."""
+"""Checks of a run before any compute; each raises ValueError with the value and the remedy."""
 
 import difflib
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,7 @@ LEAST = {
 
 
 def check_fields(config: Any) -> None:
-    """Refuses values that no run can have."""
+    """Refuses config fields with impossible values."""
     fields = flat(config)
     for name, value in fields.items():
         check_path(name, value)
@@ -74,7 +74,7 @@ def check_fields(config: Any) -> None:
 
 
 def check_head(config: Any, source: hf.Source, experiment: Experiment) -> None:
-    """Refuses what a reward model cannot do: sample, and be the policy of an experience; and an output layer that is not there."""
+    """Refuses settings that a reward model cannot have: sampling, a critic, a reference without log-probs, a missing output layer."""
     if not source.config.num_labels:
         if config.model.language_head:
             raise ValueError("model.language_head keeps the output layer of a reward model, and this is a language model; set it to false")
@@ -101,7 +101,7 @@ def check_head(config: Any, source: hf.Source, experiment: Experiment) -> None:
 
 
 def check_members(config: Any, mesh: Mesh) -> None:
-    """Refuses ensembles that are none, or that the mesh does not divide."""
+    """Refuses ensemble settings without members, members of language models, and members that the mesh does not divide."""
     members, axis = config.ensemble.members, mesh.shape["member"]
     if not members and (axis > 1 or config.ensemble.bootstrap or config.ensemble.own_noise):
         raise ValueError(f"mesh.member is {axis} and ensemble.members 0; set ensemble.members, or leave bootstrap and own_noise out")
@@ -112,9 +112,9 @@ def check_members(config: Any, mesh: Mesh) -> None:
 
 
 def check_rollout(config: Any, readers: Sequence[hf.Source], experiment: Experiment, examples: dict[str, Examples]) -> None:
-    """Refuses online training of what cannot be sampled from, without a reward, or without room; and prompts where it is not online.
+    """Refuses online training with impossible settings, reward functions or lengths, and prompts or rewards in offline training.
 
-    `readers`: the models that read samples, the policy first.
+    `readers` are the models that read samples, the policy first.
     """
     c = config.rollout
     functions.check(experiment, examples)
@@ -147,7 +147,7 @@ def check_rollout(config: Any, readers: Sequence[hf.Source], experiment: Experim
 
 
 def check_token_kl(source: hf.Source, reference: hf.Source | None) -> None:
-    """Refuses a teacher that is not there, or whose head is another one."""
+    """Refuses `reference.token_kl` without a reference, or with one whose head differs from the policy's."""
     if reference is None:
         raise ValueError("reference.token_kl is true and no reference is held; let experience(..) ask for reference")
     caps = [s.config.final_logit_softcapping for s in (source, reference)]
@@ -159,7 +159,7 @@ def check_token_kl(source: hf.Source, reference: hf.Source | None) -> None:
 
 
 def check_cache(config: Any, averages: dict[str, Average], reference: Any) -> None:
-    """Refuses stored log-probs where there is nothing to store, or where they would go stale."""
+    """Refuses `reference.cache` without a reference, with a moving reference, and with token_kl."""
     if not config.reference.cache:
         return
     where = f"reference.cache {config.reference.cache!r}"
@@ -174,7 +174,7 @@ def check_cache(config: Any, averages: dict[str, Average], reference: Any) -> No
 
 
 def check_averages(config: Any, averages: dict[str, Average], reference: Any) -> None:
-    """Refuses averages that nobody reads, or that are read and not there."""
+    """Refuses averages with impossible names or rules, and config fields that name an average that does not exist."""
     for name, rule in averages.items():
         check_call(rule, f"the average {name!r}", "average", "params", "step")
     known = ["policy", *(name for name in averages if name != "reference")]
@@ -191,7 +191,7 @@ def check_averages(config: Any, averages: dict[str, Average], reference: Any) ->
         raise ValueError(f"a moving reference starts from the policy, not from reference.path {config.reference.path!r}; leave it empty")
     turn = steps_of_turn(config)
     for name, rule in averages.items():
-        if isinstance(rule, Turning) and rule.every % turn:  # the rest of the rollout would be of a policy that is gone
+        if isinstance(rule, Turning) and rule.every % turn:  # the rest of the rollout would come from the old policy
             raise ValueError(
                 f"the average {name!r} changes models every {rule.every} steps, in the middle of a rollout of {turn}; use a multiple"
             )
@@ -200,7 +200,7 @@ def check_averages(config: Any, averages: dict[str, Average], reference: Any) ->
 
 
 def check_objective(objective: Any, file: Path) -> None:
-    """Refuses what is no loss, nor a function from the step to one, nor several of these by name."""
+    """Refuses an objective that is no Loss, no function from the step to a Loss, and no mapping of names to these."""
     if isinstance(objective, Mapping):
         for own in objective.values():
             check_objective(own, file)
@@ -218,9 +218,9 @@ def check_objective(objective: Any, file: Path) -> None:
 
 
 def check_pretrain(config: Any, objective: Any, file: Path, combined: bool = False) -> None:
-    """Refuses losses by name where training is not online, of other names, or without their data; and data without a loss.
+    """Refuses named losses with unknown names, without rollouts or without pretraining data, and pretraining data without a loss.
 
-    `combined`: the experiment combines gradients of losses, so that they may have any name, and be of one batch.
+    With `combined`, the experiment combines the gradients of its losses; they may then have any names, and share a batch.
     """
     names, example = (ROLLOUTS, PRETRAIN), f'{{"{ROLLOUTS}": ppo(), "{PRETRAIN}": 0.1 * sft()}}'
     if combined:
@@ -244,7 +244,7 @@ def check_pretrain(config: Any, objective: Any, file: Path, combined: bool = Fal
 
 
 def check_combined(config: Any, objective: Any, file: Path) -> None:
-    """Refuses gradients that cannot be combined: of a single loss, or of texts that are not there."""
+    """Refuses combined gradients of a single loss, of losses with bad names, and of pretraining without its data or rollouts."""
     example = '{"helpful": dpo(), "brief": 0.1 * sft()}'
     if not isinstance(objective, Mapping) or len(objective) < 2:
         raise ValueError(f"combine() of {file} takes gradients of several losses, and loss(config) returns one; return {example}, say")
@@ -258,7 +258,7 @@ def check_combined(config: Any, objective: Any, file: Path) -> None:
 
 
 def check_batches(config: Any, mesh: Mesh) -> None:
-    """Refuses batches that do not divide into their parts."""
+    """Refuses batch sizes that do not divide into batch shards and microbatches."""
     shards = meshes.batch_shards(mesh)
     parts = shards * config.microbatches
     for name, size in (("batch_size", config.batch_size), ("eval.batch_size", eval_batch_size(config))):
@@ -270,7 +270,7 @@ def check_batches(config: Any, mesh: Mesh) -> None:
 
 
 def check_positions(config: Any, source: hf.Source, examples: dict[str, Examples], every: dict[str, Examples]) -> None:
-    """Refuses rows of `every` split, and samples of `examples`, that are longer than the model's positions; padding has none."""
+    """Refuses rows of `every` split, and samples for prompts of `examples`, longer than the model's positions; padding does not count."""
     most = source.config.max_position_embeddings
     longest = max(int(e.lengths.max()) for e in every.values())
     if longest > most and dict(source.config.rope_scaling).get("rope_type") != "dynamic":
@@ -281,7 +281,7 @@ def check_positions(config: Any, source: hf.Source, examples: dict[str, Examples
 
 
 def check_judged(source: hf.Source, examples: list[Examples]) -> None:
-    """Refuses rows of data that are longer than the positions of a reward model that reads the policy's tokens."""
+    """Refuses rows of data longer than the positions of a reward model that reads the policy's tokens."""
     most, longest = source.config.max_position_embeddings, max(int(e.lengths.max()) for e in examples)
     if longest > most and dict(source.config.rope_scaling).get("rope_type") != "dynamic":
         raise ValueError(

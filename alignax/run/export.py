@@ -1,4 +1,4 @@
-"""The folders that a run leaves for others: the trained model as Hugging Face has it, and its adapters as PEFT has them."""
+"""Export of a run: the trained model as a Hugging Face folder, and its adapters as a PEFT folder."""
 
 from collections.abc import Iterator
 
@@ -12,9 +12,9 @@ from alignax.types import Params, TrainState
 
 
 def export(run: Run, state: TrainState, log: Log) -> None:
-    """Writes the Hugging Face folder `export`, adapters merged into their base, and the adapters themselves as PEFT's folder `adapter`.
+    """Writes the trained model to the Hugging Face folder `export`, with adapters merged, and the adapters to the PEFT folder `adapter`.
 
-    Of an ensemble a folder each: `export/member_0`, `adapter/member_0`.
+    Each member of an ensemble has a folder of its own: `export/member_0`, `adapter/member_0`.
     """
     c, params, by = run.config.export, state.params, origin(run.experiment)
     params = params if c.params == "policy" else state.averages[c.params]
@@ -29,6 +29,6 @@ def export(run: Run, state: TrainState, log: Log) -> None:
 
 
 def members_of(params: Params, members: int) -> Iterator[tuple[str, Params]]:
-    """Name and parameters of each member; without members the model itself, whose name is empty."""
+    """Name and parameters of each member of an ensemble [K, ...]; a single model (`members` 0) has an empty name."""
     take = jax.jit(lambda tree, k: jax.tree.map(lambda x: x[k], tree), static_argnums=1)
     return ((f"member_{k}", take(params, k)) for k in range(members)) if members else iter([("", params)])

@@ -1,4 +1,4 @@
-"""What a run says of itself: JSONL, TensorBoard, and one calm line on the console."""
+"""The log of a run: JSONL files, TensorBoard, and a line on the console."""
 
 import json
 import math
@@ -15,28 +15,28 @@ from alignax import output
 from alignax.config import BadInput
 from alignax.text import short
 
-MOST = 1 << 24  # bytes of rollouts.jsonl
-LARGE = 1e300  # beyond every number that a run writes
-SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which no file can hold
-ROW = {"step": int, str: (float,)}  # of metrics.jsonl
-SAMPLE = {"step": int, "prompt": str, "completion": str} | dict.fromkeys(("reward", "gold", "log_ratio"), (float,))  # of samples.jsonl
+MOST = 1 << 24  # largest size of rollouts.jsonl, in bytes
+LARGE = 1e300  # larger than any number that a run writes
+SURROGATE = re.compile("[\ud800-\udfff]")  # half of a surrogate pair, which UTF-8 cannot encode
+ROW = {"step": int, str: (float,)}  # shape of a row of metrics.jsonl, see `misfit`
+SAMPLE = {"step": int, "prompt": str, "completion": str} | dict.fromkeys(("reward", "gold", "log_ratio"), (float,))  # row of samples.jsonl
 SHOWN = {"loss": "loss", "rewards/accuracies": "acc", "rewards/margins": "margin", "reward": "reward", "kl": "kl", "grad_norm": "grad"}
 
 
 class Log:
-    """The log of one run, in its workdir; only process 0 has one that writes."""
+    """The log of one run in its workdir; only the log of process 0 writes."""
 
     def __init__(self, workdir: Path, *, steps: int, start: int, every: int, tensorboard: bool, writes: bool = True):
-        """Opens the log at `start`; rows of later steps, left by a killed run, are taken out, since they are about to be made again."""
+        """Opens the log after step `start`; removes rows of later steps, which a killed run left and this run makes again."""
         self.steps, self.every, self.writes = steps, every, writes
-        self._last = time.monotonic()  # when the step before was over, moved by what is no training
+        self._last = time.monotonic()  # end of the previous step, moved on by the time of pauses
         self._began, self._tokens = self._last, 0.0
         self._shown = start
-        self._first: int | None = None  # the first step of this process compiles: what is left is reckoned without it
+        self._first: int | None = None  # first step of this process; it compiles, so speed and time left exclude it
         self._bar: Any = None
         self._tensorboard: Any = None
         self._file: TextIO | None = None
-        self.evaluated = False  # whether the state at `start` was
+        self.evaluated = False  # whether the log has an evaluation of the state at `start`
         if not writes:
             return
         self._samples, self._rollouts = workdir / "samples.jsonl", workdir / "rollouts.jsonl"
@@ -61,9 +61,16 @@ class Log:
             self._bar = tqdm(total=steps, initial=start, bar_format=shape, dynamic_ncols=True, leave=True)
 
     def step(self, step: int, metrics: Mapping[str, float], tokens: float, ended: float | None = None) -> None:
-        """Logs a training step that was over at `ended` (of `time.monotonic`), or just now; `tokens`: those of its batch, padding left out.
+        """Logs a training step.
 
-        `tokens_per_second` is of this step, from the end of the step before; of a process's first one with all that it compiles.
+        The metric `tokens_per_second` is of this step, from the end of the previous step; in the first step of a process it includes
+        compilation.
+
+        Args:
+          step: number of the step, from 1 on.
+          metrics: metrics by name.
+          tokens: tokens of the batch, without padding.
+          ended: when the step ended, by `time.monotonic`; None: now.
         """
         now = time.monotonic() if ended is None else ended
         own, self._last = tokens / max(now - self._last, 1e-9), now
@@ -87,14 +94,14 @@ class Log:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Keeps what is done inside, evaluation and saving, out of the speed of training."""
+        """Excludes the time inside the context, for evaluation or saving, from the speed of training."""
         began = time.monotonic()
         yield
         away = time.monotonic() - began
         self._began, self._last = self._began + away, self._last + away
 
     def row(self, values: Mapping[str, float]) -> None:
-        """One JSONL row and its TensorBoard points. Not-a-number is written as null, so that every reader takes it."""
+        """Writes one row to metrics.jsonl and its points to TensorBoard; numbers that are not finite become null in JSON."""
         if self._file is None:
             return
         step = int(values["step"])
@@ -106,7 +113,7 @@ class Log:
                     self._tensorboard.add_scalar(name, value, step)
 
     def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
-        """Sampled completions, as JSONL rows and TensorBoard text."""
+        """Writes sampled completions to samples.jsonl and as TensorBoard text."""
         if not self.writes:
             return
         _append(self._samples, step, rows)
@@ -115,16 +122,16 @@ class Log:
             self._tensorboard.add_text("samples", text, step)
 
     def rollouts(self, step: int, rows: list[dict[str, Any]]) -> None:
-        """What a step was trained on, as JSONL rows; of a file that is too long the older half goes."""
+        """Writes the responses that a step was trained on to rollouts.jsonl; beyond `MOST` bytes, the older half is dropped."""
         if not self.writes or not rows:
             return
         _append(self._rollouts, step, rows)
         if self._rollouts.stat().st_size > MOST:
-            newer = self._rollouts.read_bytes()[-MOST // 2 :].split(b"\n", 1)[1]  # from the next whole row on
+            newer = self._rollouts.read_bytes()[-MOST // 2 :].split(b"\n", 1)[1]  # begins with a whole row
             output.write_text(self._rollouts, newer.decode())
 
     def line(self, text: str) -> None:
-        """A line on the console, above the progress line if there is one."""
+        """Prints a line on the console, above the progress line if there is one."""
         with self._console():
             if self._bar is not None:
                 self._bar.write(text, file=sys.stderr)
@@ -133,14 +140,14 @@ class Log:
 
     @contextmanager
     def _console(self) -> Iterator[None]:
-        """Goes on without a console that has gone, as after `| head` and the end of a terminal: the files say the same."""
+        """Stops console output if the console has gone, as after `| head` or the end of a terminal; the files have the metrics."""
         try:
             yield
         except OSError:
             self._bar, sys.stderr = None, open(os.devnull, "w")  # noqa: SIM115
 
     def close(self) -> None:
-        """Flushes and closes what is open."""
+        """Flushes and closes the files, TensorBoard and the progress line."""
         if self._bar is not None:
             self._bar.close()
         if self._tensorboard is not None:
@@ -150,10 +157,10 @@ class Log:
 
 
 def read_rows(file: Path, shape: Any = ROW) -> list[dict[str, Any]]:
-    """Rows of a JSONL log, of this shape (see `misfit`); a last line that a killed run cut short is left out.
+    """The rows of a JSONL log, without a last line that a killed run cut short.
 
     Raises:
-      BadInput: for a line that no run has written.
+      BadInput: for a line that is no row of this shape, see `misfit`.
     """
     rows = []
     for number, line, row in _lines(file):
@@ -165,10 +172,13 @@ def read_rows(file: Path, shape: Any = ROW) -> list[dict[str, Any]]:
 
 
 def misfit(value: Any, shape: Any) -> str:
-    """What of a JSON value is not of a shape, as "curves.gold is 3"; empty of one that fits.
+    """The first part of a JSON value that does not fit a shape, as "curves.gold is 3"; empty if the value fits.
 
-    A shape is `str`, `int` or `float`, whose numbers are finite; `(shape,)`, which may be null or missing; `[shape]`, a list; or
-    `{key: shape}`, an object with these keys, of which `str` stands for every one that there is.
+    Shapes are `str`; `int` and `float`, for finite numbers; `(shape,)`, for a value that may be null or missing; `[shape]`, for a list;
+    and `{key: shape}`, for an object with these keys, where the key `str` stands for all keys of the object.
+
+    >>> misfit({"curves": {"gold": 3}}, {"curves": {"gold": str}})
+    'curves.gold is 3'
     """
     if isinstance(shape, tuple):
         return "" if value is None else misfit(value, shape[0])
@@ -188,8 +198,8 @@ def misfit(value: Any, shape: Any) -> str:
 
 
 def _lines(file: Path) -> Iterator[tuple[int, bytes, dict[str, Any] | None]]:
-    """Number, bytes and row of each line of a log; None of one that no run has written."""
-    # Not splitlines(): that also splits at U+2028 and its like, which a sample may hold.
+    """Number, bytes and row of each complete line of a log; the row is None if it is no object with a step."""
+    # Not splitlines(), which also splits at characters such as U+2028 that a sample may hold.
     for number, line in enumerate(file.read_bytes().split(b"\n")[:-1] if file.is_file() else (), start=1):
         try:
             row = json.loads(line)
@@ -199,12 +209,12 @@ def _lines(file: Path) -> Iterator[tuple[int, bytes, dict[str, Any] | None]]:
 
 
 def _is_evaluation(row: dict[str, Any]) -> bool:
-    """Whether a row is of an evaluation, which may have found nothing."""
+    """Whether a row of metrics.jsonl is an evaluation, even one without metrics."""
     return all(name == "step" or name.startswith("eval/") for name in row)
 
 
 def _keep_rows(file: Path, last: int) -> list[dict[str, Any]]:
-    """Takes out the rows of later steps, atomically, and lines that are no rows, which it says; returns the rows that are left."""
+    """Removes rows of steps after `last` from a log, atomically, and damaged lines, with a notice; returns the rows left."""
     kept, damaged = [], []
     for number, line, row in _lines(file):
         if row is None:
@@ -224,7 +234,7 @@ def _append(file: Path, step: int, rows: list[dict[str, Any]]) -> None:
 
 
 def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row as JSON has it, which knows no number that is not finite."""
+    """A row for JSON: numbers that are not finite become None."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
 
 

@@ -1,4 +1,4 @@
-"""What is watched while a run trains: the metrics of each step, logged, and what a person should know of them, said once."""
+"""The observer of a training run: it logs the metrics of each step and prints notices on problems, each once."""
 
 import math
 from concurrent.futures import Future
@@ -12,27 +12,32 @@ from alignax.run.prepare import Run
 from alignax.run.rollout import trained_on
 from alignax.types import Metrics
 
-DRIFT = 2.0  # nats that the chosen response falls before the notice
-EQUAL = {"float32": 1e-3, "bfloat16": 0.1}  # nats that the margin of equal models may differ from 0 by rounding
-QUIET = 3  # rollouts in a row that say nothing before the notice
-SAME = 0.2  # of the first rollout's different completions: with fewer there is a notice
+DRIFT = 2.0  # nats that the log-prob of chosen responses falls before a notice
+EQUAL = {"float32": 1e-3, "bfloat16": 0.1}  # nats that log-probs of equal models may differ by rounding
+QUIET = 3  # rollouts in a row without a signal before a notice
+SAME = 0.2  # share of the first rollout's distinct completions; below it there is a notice
 
 
 class Observer:
-    """Logs training metrics and says what a person should know of them, once each."""
+    """Logs training metrics, prints notices on problems (each once), and stops a run that cannot learn."""
 
     def __init__(self, run: Run, log: Log, equal: bool):
-        """`equal`: policy and reference start as the same parameters."""
+        """`equal`: whether policy and reference start with the same parameters."""
         self.run, self.log, self.equal = run, log, equal
         self._first: dict[str, float] = {}
         self._smooth: dict[str, float] = {}
         self._since = 0
         self._noticed = False
-        self._told: set[str] = set()  # the notices of rollouts that were given
-        self._seen = self._unrewarded = self._silent = self._cut = 0  # steps, and rollouts in a row
+        self._told: set[str] = set()  # names of the notices on rollouts that were printed
+        self._seen = self._unrewarded = self._silent = self._cut = 0  # steps; then rollouts in a row
 
     def __call__(self, step: int, metrics: Metrics, ended: Future[float] | None = None) -> None:
-        """Logs the metrics of a step, fetched now; `ended` tells when it was over, if not now."""
+        """Fetches and logs the metrics of a step; `ended` gives the time at which the step ended, None: now.
+
+        Raises:
+          FloatingPointError: after `max_skipped` non-finite steps in a row, or if equal models differ.
+          RewardFailed: after `max_skipped` rollouts in a row without a reward.
+        """
         fetched = jax.device_get(dict(metrics))
         if shown := fetched.pop("shown", None):
             self.log.rollouts(step, trained_on(self.run, shown))
@@ -66,9 +71,9 @@ class Observer:
             )
 
     def _check_rewards(self, step: int, values: dict[str, float]) -> None:
-        """Stops a run without rewards, and tells of one whose rollouts say nothing."""
-        # Where no group has a signal, a refill leaves nothing to train on, whatever its rewards were.
-        each = [x for name, x in values.items() if name.startswith("score/")]  # of gdpo(), which makes no reward of them
+        """Stops a run without rewards; prints notices on rollouts without signal, cut completions and cut inputs of reward models."""
+        # After a refill that finds no group with a signal, `reward` is NaN even if samples had rewards; `reward_sampled` knows them.
+        each = [x for name, x in values.items() if name.startswith("score/")]  # gdpo() trains on scores and makes no `reward` of them
         none = values.get("bad_rewards", 0) and np.isnan([values[n] for n in ("reward", "reward_sampled") if n in values] or each).all()
         self._unrewarded = self._unrewarded + 1 if none else 0
         if none and self._unrewarded >= self.run.config.max_skipped:
@@ -100,13 +105,13 @@ class Observer:
             )
 
     def _once(self, name: str, line: str) -> None:
-        """Says a line, unless one of that name was said."""
+        """Prints a notice, unless one with this name was printed."""
         if name not in self._told:
             self._told.add(name)
             self.log.line(line)
 
     def _notice_nothing(self, step: int, values: dict[str, float]) -> None:
-        reward = values.get("reward_sampled", values.get("reward", math.nan))  # before any refill
+        reward = values.get("reward_sampled", values.get("reward", math.nan))  # reward of the samples before any refill
         alike = f": the rewards of no group differ (reward {reward:.3g})" if values.get("signal_rate") == 0 else ""
         self.log.line(
             f"notice at step {step}: the gradient is exactly 0{alike}, so nothing was learnt. Where that does not change, look at the "

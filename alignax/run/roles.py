@@ -1,8 +1,8 @@
-"""The models of a run by name: what each is made of, whether it is trained, and how its forward pass goes.
+"""Roles: the models of a run by name, with their folders, parameter trees, dtypes and forward passes.
 
-A run holds one tree of what is trained, and frozen trees by name. A role says which of these its parameters are: a reference may be the
-base of the policy's adapters, and is then the same tree. What differs between a policy, a reference, a critic and reward models stands
-here, so that programs, the loop and experience know models by their names alone.
+A run holds one tree of trained parameters, and named trees of frozen ones. A role names the tree of its model. Two roles may share a
+tree: the reference may be the base of the policy's adapters. The differences between policy, reference, critic and reward models are in
+this file, so that programs, the loop and experiences know models only by name.
 """
 
 import functools
@@ -24,45 +24,45 @@ from alignax.rewards.ensembles import load_members
 from alignax.train import Apply
 from alignax.types import Batch, Model, Outputs, Params
 
-TRAINED = ""  # the tree of what is trained
-STORED = "stored_ref_logps"  # the batch field of log-probs that come with the data, and the tree of a reference that is held as these alone
-POLICY, BASE, REFERENCE, ENSEMBLE, GOLD = "policy", "base", "reference", "ensemble", "gold"  # roles that runs know; and CRITIC
+TRAINED = ""  # name of the tree of trained parameters
+STORED = "stored_ref_logps"  # batch field of stored reference log-probs, and tree name of a reference that has only these
+POLICY, BASE, REFERENCE, ENSEMBLE, GOLD = "policy", "base", "reference", "ensemble", "gold"  # names of roles, beside CRITIC
 
 
 Giving = Callable[[tuple[Statistic, ...]], Apply]
 
 
 class Role(NamedTuple):
-    """A model of a run."""
+    """A model of a run, and how the run holds and computes it."""
 
     name: str
-    sources: tuple[hf.Source, ...]  # its folder; of several reward models, which are one ensemble, the folder of each
-    config: ModelConfig  # of its forward pass: heads, adapters, and what becomes of its logits
-    dtype: Any  # of its activations, and of its parameters where they are frozen
-    tree: str  # which of the trees that a run holds it reads
-    giving: Giving  # statistics -> its forward pass, of its whole tree, whose outputs have them
-    init: str = "pretrained"  # or "random": without weights
-    adapters: str = ""  # a PEFT folder, which is folded into it as it is read
-    members: int = 0  # K of an ensemble, whose trees are stacked [K, ...]
+    sources: tuple[hf.Source, ...]  # folder of the model; of an ensemble, the folder of each member
+    config: ModelConfig  # of the forward pass: heads, adapters, treatment of logits
+    dtype: Any  # dtype of activations, and of frozen parameters
+    tree: str  # name of the tree with its parameters
+    giving: Giving  # statistics -> forward pass on the whole tree whose outputs have these statistics
+    init: str = "pretrained"  # "pretrained": weights of the folder; "random": new weights
+    adapters: str = ""  # PEFT folder that is merged into the weights on loading
+    members: int = 0  # K of an ensemble with stacked trees [K, ...]; 0: a single model
 
     @property
     def source(self) -> hf.Source:
-        """Its folder, of an ensemble the first one."""
+        """The folder of the model; of an ensemble, the first member's."""
         return self.sources[0]
 
     @property
     def trained(self) -> bool:
-        """Whether training changes it."""
+        """Whether the model is trained."""
         return self.tree == TRAINED
 
     @property
     def lora(self) -> Lora | None:
-        """Its adapters, which alone are trained of it."""
+        """The adapters of the model, or None; with adapters, only they are trained."""
         return self.config.lora
 
     @property
     def apply(self) -> Apply:
-        """Its forward pass, of its whole tree."""
+        """The forward pass of the model on its whole tree, without further statistics."""
         return self.giving(())
 
 
@@ -70,7 +70,7 @@ Roles = Mapping[str, Role]
 
 
 def frozen(roles: Roles) -> dict[str, Role]:
-    """The frozen trees that a run holds, and the role that says what each is."""
+    """The frozen trees of a run by name, each with the role that describes it."""
     return {role.tree: roles.get(role.tree, role) for role in roles.values() if role.tree not in (TRAINED, STORED)}
 
 
@@ -78,7 +78,7 @@ def frozen(roles: Roles) -> dict[str, Role]:
 
 
 def abstract(role: Role, mesh: Mesh | None = None) -> Params:
-    """Shapes, types and (with a mesh) shardings of what a run holds of a role; of adapters and their base that is a part of it each."""
+    """Shapes, dtypes and (with a mesh) shardings of the tree that a run holds for a role: of an adapted model the adapters or the base."""
     one = parameters.abstract_params(role.config, mesh)
     one = one if role.lora is None else split(one)[role.trained]
     one = members.stacked(one, role.members, mesh) if role.members else one
@@ -89,18 +89,18 @@ def abstract(role: Role, mesh: Mesh | None = None) -> Params:
 
 
 def abstract_trained(roles: Roles, mesh: Mesh | None = None) -> Params:
-    """Shapes, types and (with a mesh) shardings of what is trained: the policy, and a critic of its own tree beside it."""
+    """Shapes, dtypes and (with a mesh) shardings of the trained parameters: the policy, and a critic with its own trunk."""
     policy = abstract(roles[POLICY], mesh)
     return policy | {CRITIC: abstract(roles[CRITIC], mesh)} if CRITIC in roles else policy
 
 
 def abstract_frozen(roles: Roles, mesh: Mesh) -> dict[str, Params]:
-    """Shapes, types and shardings of the frozen trees, by name."""
+    """Shapes, dtypes and shardings of the frozen trees, by name."""
     return {tree: abstract(role, mesh) for tree, role in frozen(roles).items()}
 
 
 def leaf_dtype(role: Role, path: Any) -> Any:
-    """The dtype of a frozen leaf: that of activations, to which the forward pass casts everything but the norms anyway."""
+    """The dtype of a frozen leaf: that of activations, to which the forward pass casts all but norms anyway; int8 if quantised."""
     leaf = hf.leaf_name(path)
     if is_quantised(role.lora, leaf):
         return jnp.int8
@@ -111,9 +111,9 @@ def leaf_dtype(role: Role, path: Any) -> Any:
 
 
 def load(role: Role, mesh: Mesh, key: jax.Array | None = None) -> Params:
-    """The whole parameters of a role as they begin, float32: those of its folders; a head that they lack is drawn from the key.
+    """Loads the whole initial parameters of a role, float32: the weights of its folders; a missing head is drawn from `key`.
 
-    A critic's head begins at 0 instead, unless its folder scores as many labels as there are values.
+    A critic's head begins at 0 instead, unless its folder has a head with as many labels as the critic has values.
     """
     if role.members and not role.trained:
         return load_members(role.sources, mesh)
@@ -129,18 +129,18 @@ def load(role: Role, mesh: Mesh, key: jax.Array | None = None) -> Params:
 
 
 def freeze(role: Role, params: Params) -> Params:
-    """The tree that a run holds of a frozen role, from its whole parameters: copies, in the types that `leaf_dtype` says."""
+    """The tree that a run holds for a frozen role, copied from its whole parameters, with the dtypes of `leaf_dtype`."""
     if role.lora is not None:
         params = split(jax.jit(quantise)(params) if role.lora.int8 else params)[0]
     elif not role.members:
         params = _part(params, parameters.abstract_params(role.config))
-    # Copies, never aliases: the training step gives the policy's own buffers away.
+    # Copies, never aliases: the training step donates the policy's buffers.
     copy = lambda path, x: jnp.array(x, leaf_dtype(role, path), copy=True)
     return jax.tree_util.tree_map_with_path(copy, params)
 
 
 def _part(params: Params, like: Params) -> Params:
-    """The leaves that a tree like that has: a reference that starts as the policy does has no critic's head."""
+    """The leaves of `params` that `like` has; a reference made from the policy's weights has no critic's head."""
     return {name: _part(params[name], x) if isinstance(x, dict) else params[name] for name, x in like.items()}
 
 
@@ -150,19 +150,19 @@ def _part(params: Params, like: Params) -> Params:
 def make_apply(
     model: ModelConfig, config: Any, dtype: Any, mesh: Mesh, teacher: Any = None, statistics: tuple[Statistic, ...] = ()
 ) -> Apply:
-    """A forward pass as the config wants it."""
+    """The forward pass of a model with the config's remat, chunk size and divergence, on `mesh`."""
     c, mixture = config.model, (config.reference.jsd_beta, config.reference.jsd_temperature)
     options: Any = {"teacher": teacher, "mixture": mixture, "statistics": statistics}
     return transformer.forward(model, dtype=dtype, remat=c.remat, chunk=c.logps_chunk, mesh=mesh, **options)
 
 
 def make_giving(model: ModelConfig, config: Any, dtype: Any, mesh: Mesh) -> Giving:
-    """A language model's forward passes, one for each set of statistics, so that equal ones are one function."""
+    """The cached forward passes of a language model by statistics: equal statistics give the same function."""
     return functools.cache(lambda statistics: make_apply(model, config, dtype, mesh, statistics=statistics))
 
 
 def scores_alone(apply: Apply) -> Giving:
-    """The forward pass of models that give no log-probs, and refuse what is read of these."""
+    """The forward pass of a model without log-probs, which refuses statistics of log-probs."""
 
     def giving(statistics: tuple[Statistic, ...]) -> Apply:
         if statistics:
@@ -173,12 +173,12 @@ def scores_alone(apply: Apply) -> Giving:
 
 
 def whole(roles: Roles, held: Mapping[str, Params], params: Params) -> Params:
-    """The whole of the policy's parameters, from those that are trained."""
+    """The whole parameters of the policy, from its trained ones and, with adapters, the frozen base."""
     return params if roles[POLICY].lora is None else join(held[BASE], params)
 
 
 def policy_apply(roles: Roles, held: Mapping[str, Params], forward: Apply) -> Apply:
-    """A forward pass of the policy as a function of what is trained, with the values of a critic of its own tree."""
+    """The policy's forward pass as a function of the trained parameters, with `values` of a critic with its own trunk."""
     critic = roles.get(CRITIC)
 
     def both(params: Params, batch: Batch) -> Outputs:
@@ -189,27 +189,27 @@ def policy_apply(roles: Roles, held: Mapping[str, Params], forward: Apply) -> Ap
 
 
 def policy_model(roles: Roles, held: Mapping[str, Params], params: Params) -> Model:
-    """The policy as a function of what is trained."""
+    """The policy as a `Model` of the trained parameters."""
     giving = lambda statistics: policy_apply(roles, held, roles[POLICY].giving(statistics))
     return Model(giving(()), params, giving)
 
 
 def models(roles: Roles, held: Mapping[str, Params], params: Params) -> dict[str, Model]:
-    """Every model of a run by its role's name, as experience is given it; `params` are what is trained."""
+    """All models of a run by role, as an experience gets them; `params` are the trained parameters."""
     own = {name: Model(role.apply, held[role.tree], role.giving) for name, role in roles.items() if role.tree in held and name != BASE}
     stored = {name: STORED_MODEL for name, role in roles.items() if role.tree == STORED}
     return own | stored | {POLICY: policy_model(roles, held, params)}
 
 
 def stored_outputs(params: Params, batch: Batch) -> Outputs:
-    """A reference whose log-probs came with the data; it can score nothing else."""
+    """The forward pass of a reference with stored log-probs: [B, N, T] from the batch; other rows are refused, the entropy is NaN."""
     if STORED not in batch:
         raise ValueError("reference.cache holds log-probs of the data's own rows, and this experience scores others; leave it empty")
-    return Outputs(batch[STORED], jnp.full_like(batch[STORED], jnp.nan))  # the entropy is not stored
+    return Outputs(batch[STORED], jnp.full_like(batch[STORED], jnp.nan))  # entropy is not stored
 
 
 def stored_statistics(statistics: tuple[Statistic, ...]) -> Apply:
-    """Refuses what was not stored."""
+    """Refuses statistics of a reference with stored log-probs."""
     raise ValueError(f"reference.cache holds log-probs and not {statistics[0].name!r}, which an experience asks for; leave it empty")
 
 

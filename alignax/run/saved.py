@@ -1,4 +1,4 @@
-"""The models that past runs and folders hold, read again for a command."""
+"""Models of past runs and of model folders, loaded for commands."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -25,7 +25,11 @@ from alignax.types import Params
 
 
 def saved_experiment(workdir: Path, overrides: Sequence[str]) -> Experiment:
-    """The experiment of a past run, to be looked at on the devices at hand rather than on those that it ran on."""
+    """Loads the experiment of a past run, with a mesh of the devices at hand.
+
+    Raises:
+      ValueError: for a folder that is no workdir of a run.
+    """
     file = workdir / "config.py"
     if not of_run(file):
         raise ValueError(f"{str(workdir)!r} is not the workdir of a run: it has no config.py{' that a run wrote' if file.exists() else ''}")
@@ -34,12 +38,12 @@ def saved_experiment(workdir: Path, overrides: Sequence[str]) -> Experiment:
 
 
 def is_workdir(place: str | Path) -> bool:
-    """Whether a run has written there."""
+    """Whether a folder is the workdir of a run."""
     return of_run(Path(place) / "config.py")
 
 
 def folder_config(folder: Path, overrides: Sequence[str]) -> Any:
-    """The default config, of a model folder."""
+    """The default config for a model folder, with overrides."""
     config = default_config()
     for override in [f"model.path={folder}", *overrides]:
         set_field(config, override)
@@ -47,22 +51,22 @@ def folder_config(folder: Path, overrides: Sequence[str]) -> Any:
 
 
 def names_of(members: int) -> list[str]:
-    """The folders of the members of an ensemble; of one model the folder itself."""
+    """The folder names of an ensemble's members: member_0, ..; for a single model one empty name."""
     return [f"member_{k}" for k in range(members)] or [""]
 
 
 class Saved(NamedTuple):
-    """What a run has trained, as whole models."""
+    """The trained models of a run, with adapters merged."""
 
     config: Any
     source: hf.Source
     mesh: Mesh
-    step: int
-    models: Iterator[tuple[str, Params]]  # name and parameters of each member; of a run without members one, whose name is empty
+    step: int  # of the checkpoint
+    models: Iterator[tuple[str, Params]]  # name and parameters of each member; a single model has an empty name
 
 
 def saved_models(workdir: Path, overrides: Sequence[str]) -> Saved:
-    """The newest checkpoint of a run, adapters merged. The run's data need not be there."""
+    """Loads the models of a run's newest checkpoint, with adapters merged; the run's data are not needed."""
     with together():
         config = saved_experiment(workdir, overrides).config
         source = hf.with_heads(
@@ -73,11 +77,15 @@ def saved_models(workdir: Path, overrides: Sequence[str]) -> Saved:
 
 
 def newest_models(workdir: Path, config: Any, source: hf.Source, mesh: Mesh, name: str) -> tuple[int, Iterator[tuple[str, Params]]]:
-    """The step of a run's newest checkpoint, and its models (see `Saved`); `name`: "policy" or an average."""
+    """Loads the step and the models of a run's newest checkpoint, see `Saved`; `name` is "policy" or that of an average.
+
+    Raises:
+      ValueError: for a run without a checkpoint or a finite step, and for other models than those of the run.
+    """
     lora, members = make_lora(config, source), config.ensemble.members
     with closing(Checkpoints(workdir, writes=False)) as checkpoints:
         now = described(source, load_tokenizer(source.path, source.config.vocab_size))
-        if lora is not None:  # the base is read again
+        if lora is not None:  # the base is read from its folder, so check that it is the same
             now["policy"] = fingerprint(hf.load_params(source, mesh, jax.random.key(config.seed)))
         trained = abstract_trained(trained_roles(config, source, lora, compute_dtype(config, mesh), mesh), mesh)
 
@@ -95,7 +103,7 @@ def newest_models(workdir: Path, config: Any, source: hf.Source, mesh: Mesh, nam
 
 
 def averaged_models(soup: Path, overrides: Sequence[str]) -> Saved:
-    """The mean of model folders, as `saved_models` gives what a run has trained."""
+    """Loads the mean of model folders (A@0.5,B@0.5) in the form of `saved_models`."""
     with together():
         config = folder_config(soup, overrides)
         source = open_model(config.model.path, config.model.init, "model.path")
@@ -104,9 +112,18 @@ def averaged_models(soup: Path, overrides: Sequence[str]) -> Saved:
 
 
 def reward_models(place: str, file: str, overrides: Sequence[str]) -> tuple[Any, hf.Source, Mesh, Params]:
-    """Config, first folder, mesh and parameters [K, ...] of reward models: the workdir of a run, or folders with commas between them.
+    """Loads K reward models from the workdir of a run, or from folders separated by commas.
 
-    Of folders the config is that of the experiment file; without one, the default.
+    Args:
+      place: the workdir, or the folders.
+      file: for folders, the experiment file of the config; empty: the default config.
+      overrides: overrides of the config, as `FIELD=VALUE`.
+
+    Returns:
+      Config, source of the first model, mesh, and parameters [K, ...].
+
+    Raises:
+      ValueError: for a workdir with an experiment file, and for a language model.
     """
     if is_workdir(place):
         if file:

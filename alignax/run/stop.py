@@ -1,4 +1,4 @@
-"""Signals that end a run: noted as they come, and agreed on by all processes."""
+"""Signals that stop a run: each process notes them, and all processes agree to stop at the same step."""
 
 import signal
 from typing import Any
@@ -9,18 +9,18 @@ from jax.experimental import multihost_utils
 
 from alignax.host.workers import Abandoned
 
-AGREE = 10  # steps between the processes' agreements on whether to stop
+AGREE = 10  # steps between two agreements of the processes on whether to stop
 SIGNALS = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C", signal.SIGHUP: "SIGHUP"}  # exit codes: 128 + the number
 
 
 class Stop:
-    """Notes SIGTERM, Ctrl-C and the end of the terminal, so that the loop can save before it ends; a second Ctrl-C does not wait for that.
+    """Notes SIGTERM, Ctrl-C and SIGHUP, so that the loop can save before it ends; a second Ctrl-C ends the run at once.
 
-    What is ignored stays so: `nohup` goes on without a terminal.
+    Ignored signals stay ignored: under `nohup`, a run goes on without a terminal.
     """
 
     def __enter__(self) -> "Stop":
-        self.signal = self._looks = 0  # the one that came
+        self.signal = self._looks = 0  # number of the signal that came; 0: none
         self._old = {n: signal.signal(n, self._note) for n in SIGNALS if signal.getsignal(n) is not signal.SIG_IGN}
         return self
 
@@ -34,18 +34,18 @@ class Stop:
             signal.signal(signal.SIGINT, self._old[signal.SIGINT])
 
     def look(self) -> None:
-        """Leaves a rollout or an evaluation between two parts of it, of which every process has as many."""
+        """Raises `Abandoned` if a signal came; called between parts of a rollout or evaluation, equally often in every process."""
         self._looks += 1
         if self.requested(self._looks):
             raise Abandoned(self.signal)
 
     def requested(self, turn: int, every: int = AGREE) -> bool:
-        """Whether to stop after this turn; several processes agree on it every few turns, since that waits for the device."""
+        """Whether to stop after turn `turn`; several processes agree on it only every `every` turns, as that waits for the device."""
         if jax.process_count() == 1:
             return bool(self.signal)
         if turn % every:
             return False
         agreed = int(multihost_utils.process_allgather(np.array(self.signal)).max())
-        if agreed:  # otherwise a signal that came while this waited is left for the next time
+        if agreed:  # else a signal that came during the agreement would be lost; it counts in the next one
             self.signal = agreed
         return bool(agreed)

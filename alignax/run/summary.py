@@ -1,4 +1,4 @@
-"""What a run says before it starts: its models, its data, and how long it goes."""
+"""The summary of a run that is printed before it starts: models, data and number of steps."""
 
 import math
 from typing import Any
@@ -17,12 +17,12 @@ from alignax.types import Params
 
 
 def parameter_count(tree: Params) -> int:
-    """Parameters of a tree, which may be abstract."""
+    """The number of parameters of a tree, which may be abstract."""
     return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
 
 
 def sizes(run: Run) -> str:
-    """The model's size in words."""
+    """The size of the policy in words: parameters, trained parameters and dtypes."""
     policy, dtype = run.policy, run.policy.dtype.name
     whole, trained = parameter_count(parameters.abstract_params(policy.source.config)), parameter_count(abstract_trained(run.roles))
     if policy.lora is None:
@@ -32,7 +32,7 @@ def sizes(run: Run) -> str:
 
 
 def summary(run: Run, about: dict[str, Any], start: int) -> list[str]:
-    """What a run says before it starts."""
+    """The lines of a run's summary; `about` has the names of its models, `start` is the step it goes on from."""
     policy, data = run.policy, run.data
     lines = [
         f"model {run.config.model.path}: {sizes(run)}; mesh {meshes.words(run.mesh)}",
