@@ -39,7 +39,8 @@ def with_tokens(
       dtype: the dtype of the written weights: "float32", "bfloat16" or "float16".
 
     Raises:
-      ValueError: for tokens that the tokenizer has or that are equal, for an `out` that exists, and for an embedding without room.
+      ValueError: for an `out` that exists, for tokens that the tokenizer has or that are equal to each other, and for a tokenizer with
+        unused ids between its tokens or with more tokens than the embedding has rows.
     """
     from transformers import AutoTokenizer
 
