@@ -217,7 +217,10 @@ def activation(hf: Json, field: str, default: str) -> str:
 def only(hf: Json, **supported: Any) -> None:
     """Refuses fields whose value is not among the supported ones; an absent or null field has transformers' default.
 
-        only(hf, rope_type=("default", "longrope"), layer_types=None)
+    `supported`: field -> its supported value, or a tuple of them.
+
+    Raises:
+      ValueError: names the field and its supported values.
     """
     for field, values in supported.items():
         values = values if isinstance(values, tuple) else (values,)

@@ -122,7 +122,7 @@ def last_scores(hidden: jax.Array, mask: jax.Array, weight: jax.Array, offset: j
       mask: [R, T] bool, True for real tokens, also those that a chat template writes after the completion. Padding may stand at
         either end. A row without real tokens has score 0.
       weight: [D, labels].
-      offset: [labels], subtracted from every score: the mean score of the initial policy's samples. It is not trained.
+      offset: [labels], subtracted from every score: the mean score of the initial policy's samples, say. It is not trained.
     """
     scores = last_states(hidden, mask) @ weight.astype(jnp.float32) - jax.lax.stop_gradient(offset)[None]
     return jnp.where(mask.any(axis=1)[:, None], scores, 0.0)
@@ -140,7 +140,7 @@ def last_states(hidden: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def token_values(hidden: jax.Array, scored: jax.Array, weight: jax.Array, offset: jax.Array | None = None) -> jax.Array:
-    """A critic's values: its estimates of the future reward before tokens[t] is chosen, [B, N, T] float32, or [B, N, T, H] of H heads.
+    """A critic's values: its estimates of the return before tokens[t] is chosen, [B, N, T] float32, or [B, N, T, H] of H heads.
 
     Args:
       hidden: [R, T, D] hidden states; R = B * N.

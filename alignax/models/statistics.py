@@ -149,6 +149,7 @@ def min_p(kappa: float) -> Statistic:
 
     A token is kept if its probability is at least kappa times that of the most likely token. A target that is removed has -inf and
     gradient 0. The kept set counts as a constant, so the gradient of a kept target is onehot(y) - p, with p over the kept tokens.
+    Outside of completions the statistic is 0.
 
     Args:
       kappa: in (0, 1].
@@ -256,8 +257,8 @@ def jsd(z: jax.Array, zt: jax.Array, beta: float, temperature: float) -> jax.Arr
 
     beta KL(t || m) + (1 - beta) KL(s || m),   m = beta t + (1 - beta) s
 
-    Agarwal et al. 2023, arXiv:2306.13649, eq. 1; t is the teacher. At beta 0 and 1 the formula is 0. There the function returns its
-    limit over beta, the forward KL(t || s), and its limit over 1 - beta, the reverse KL(s || t).
+    Agarwal et al. 2023, arXiv:2306.13649, eq. 1; t is the teacher. At beta 0 and 1 the formula is 0. There the function returns
+    the limit of formula / beta, which is the forward KL(t || s), and of formula / (1 - beta), which is the reverse KL(s || t).
     """
     s, t, m = _mixed(z, zt, beta, temperature)
     kl = lambda p, q: jnp.sum(jnp.exp(p) * (p - q), axis=-1)
