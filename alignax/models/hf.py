@@ -347,7 +347,7 @@ def export(
       dtype: "float32", "bfloat16" or "float16".
       shard_bytes: the most bytes of one file.
       eos: the token that ends completions in training; it is added to the stop tokens of the generation config.
-      origin: a note on the folder's writer, see `alignax.output.claim`.
+      origin: who writes the folder, see `alignax.output.claim`.
 
     Raises:
       ValueError: for an unknown dtype, and for an `out` that holds something other than a model.

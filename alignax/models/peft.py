@@ -74,7 +74,7 @@ def write_adapter(adapters: Params, spec: Lora, source: hf.Source, base: str, ou
       source: the base model's folder.
       base: the path or name under which PEFT will look for the base.
       out: a folder that does not exist yet, is empty, or is an earlier adapter folder.
-      origin: a note on the folder's writer, see `alignax.output.claim`.
+      origin: who writes the folder, see `alignax.output.claim`.
 
     Raises:
       ValueError: for an `out` that holds something other than adapters, and for DoRA on part of a fused module.
