@@ -129,7 +129,7 @@ def put_batch(mesh: Mesh, make: Callable[..., Mapping[str, np.ndarray]], *sizes:
     parts: dict[tuple[tuple[int, ...], ...], Mapping[str, np.ndarray]] = {}
 
     def part(index: Sequence[slice]) -> Mapping[str, np.ndarray]:
-        index = (*index, *(slice(None),) * len(sizes))  # jax leaves out the slices of axes that are not sharded
+        index = (*index, *(slice(None),) * len(sizes))  # jax leaves out the slices of whole axes
         key = tuple(rows.indices(size)[:2] for rows, size in zip(index, sizes, strict=False))
         if key not in parts:
             parts[key] = make(*(slice(*ends) for ends in key))

@@ -60,11 +60,7 @@ class Request:
         return Sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
 
     def combination(self) -> list[tuple[str, float]]:
-        """The models in `combine`, each with its coefficient.
-
-        Raises:
-          ValueError: for a part without a model or without a finite coefficient.
-        """
+        """The models in `combine`, each with its coefficient."""
         found = []
         for item in self.combine.split(",") if self.combine else ():
             model, _, coefficient = item.strip().rpartition("@")
@@ -135,11 +131,7 @@ def turns(line: str, request: Request, tokenizer: Any) -> Any:
 
 
 def row_prompt(i: int, row: Mapping[str, Any], file: str, columns: Any) -> Prompted:
-    """The prompt of a row of data, in the column `data.columns.prompt` or else "prompt".
-
-    Raises:
-      ValueError: for a row that is no prompt; it names the row and the file.
-    """
+    """The prompt of a row of data, in the column `data.columns.prompt` or else "prompt"; a row without one is refused."""
     row = {columns.prompt: row["prompt"], **row} if "prompt" in row else row
     found = prompt_alone(row, columns)
     if isinstance(found, Bad):
@@ -156,11 +148,7 @@ def encoded(
     template: Mapping[str, Any] = chat.NO_VARIABLES,
     most: int = sys.maxsize,
 ) -> Prompt:
-    """Encodes a prompt as in training. Of a prompt much longer than `most` tokens, only a beginning of more than `most` is encoded.
-
-    Raises:
-      ValueError: for a prompt that cannot be encoded; it names the row and the file.
-    """
+    """Encodes a prompt as in training. Of a prompt much longer than `most` tokens, only a beginning of more than `most` is encoded."""
     if isinstance(prompt, str):
         encode = lambda part: chat.Encoded(prompt_ids([part.prompt], tokenizer)[0], [], [], part.prompt)
         code = bounds.beginning(prompt, encode, most)
@@ -238,10 +226,9 @@ def show(found: Sequence[Sequence[dict[str, Any]]], prompts: Sequence[str] | Non
 
 
 def begin(request: Request, typed: bool, force: bool) -> None:
-    """Checks, before anything is computed, that the request's file can be written; an earlier file stays until the results are there.
+    """Refuses a request's file that cannot be written, or that would be lost without `force`, before anything is computed.
 
-    Raises:
-      ValueError: for a file that cannot be written, or that would be lost without `force`.
+    An earlier file stays until the results are there, unless the prompts are `typed`.
     """
     if request.out not in ("", "-") and is_main():
         output.claim(Path(request.out), force=force)

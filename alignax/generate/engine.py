@@ -94,13 +94,7 @@ class Engine:
         return State(of("batch"), split, split, split, split), Staged(of(None), whole, whole), Emitted(*[whole] * 4)
 
     def prefill(self, params: Any, tokens: jax.Array, lengths: jax.Array) -> Staged:
-        """Reads a block of prompts; `decode` reads each prompt's last token again, to sample from its logits.
-
-        Args:
-          params: the speaker's parameters.
-          tokens: [Q, P] int32, padded on the right.
-          lengths: [Q] int32.
-        """
+        """Reads prompts, `tokens` [Q, P] int32 padded on the right; `decode` reads their last tokens again, to sample from the logits."""
         real = jnp.arange(tokens.shape[1])[None] < lengths[:, None]
         return Staged(self.speaker.read(params, tokens, real), tokens, lengths)
 

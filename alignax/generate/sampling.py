@@ -18,10 +18,7 @@ BLOCK = 128  # tokens of a block: `pick` first chooses a block of the vocabulary
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """The settings of sampling: changes to the model's distribution, in the order of transformers.
-
-    The order is repetition penalty, temperature, top-k, top-p, min-p.
-    """
+    """The settings of sampling; as in transformers, they apply in the order repetition penalty, temperature, top-k, top-p, min-p."""
 
     temperature: float = 1.0  # 0: greedy, the most probable token
     top_k: int = 0  # keeps the k most probable tokens, with ties of the k-th; 0: all
@@ -43,7 +40,7 @@ class Sampling:
 
     @property
     def exact(self) -> bool:
-        """Whether the settings change nothing: samples come from the model's own distribution, and its log-probs are theirs."""
+        """Whether the settings change nothing: the model's own log-probs are then those of the samples."""
         return self == Sampling()
 
     def __str__(self) -> str:
@@ -124,6 +121,9 @@ def nucleus(weights: jax.Array, p: float) -> jax.Array:
     """The mask of top-p: the fewest largest weights of each row whose sum is at least p times the row's sum; [R, V] bool.
 
     `weights`: [R, V], from 0 to 1. Ties of the smallest kept weight are kept too.
+
+    >>> nucleus(jnp.array([[1.0, 0.2, 0.5]]), 0.8).tolist()
+    [[True, False, True]]
     """
     enough = p * weights.sum(axis=-1)
     # Bits of non-negative floats order as the floats do; the highest bit of 1.0 is bit 29.

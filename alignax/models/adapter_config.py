@@ -55,11 +55,7 @@ KINDS: dict[str, Kind] = {
 
 
 def check(config: Json, file: Path) -> None:
-    """Refuses an adapter config with values of the wrong kind, or with options that are not supported.
-
-    Raises:
-      ValueError: names the field.
-    """
+    """Refuses an adapter config with values of the wrong kind, or with options that are not supported."""
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{file} has peft_type {short(config.get('peft_type'))}; only LORA is supported")
     for field, (kind, is_kind) in KINDS.items():
@@ -88,10 +84,10 @@ def is_reward(config: Json) -> bool:
 
 
 def chosen(config: Json, modules: Sequence[str], others: Iterable[str], file: Path) -> list[str]:
-    """The full names of the modules that an adapter config adapts.
+    """The full names of the modules that a checked adapter config adapts.
 
     Args:
-      config: an adapter config that `check` accepts.
+      config: accepted by `check`.
       modules: full names of the modules that can be adapted, such as `model.layers.0.self_attn.q_proj`.
       others: full names of the model's other modules with weights.
       file: for messages.
@@ -115,14 +111,7 @@ def chosen(config: Json, modules: Sequence[str], others: Iterable[str], file: Pa
 def of_each(config: Json, field: str, plain: float, modules: Sequence[str], file: Path) -> dict[str, Any]:
     """Each adapted module's rank or alpha, by full name.
 
-    As in PEFT, the first key of `rank_pattern` or `alpha_pattern` that matches the end of the module's name decides.
-
-    Args:
-      config: an adapter config that `check` accepts.
-      field: "rank_pattern" or "alpha_pattern".
-      plain: the value of modules that no key matches.
-      modules: full names of the adapted modules.
-      file: for messages.
+    As in PEFT, the first key of `field` (`rank_pattern` or `alpha_pattern`) that matches the end of the name decides; else `plain`.
 
     Raises:
       ValueError: for a key that matches no adapted module.
@@ -173,8 +162,7 @@ def _ends(module: str, names: Sequence[str]) -> bool:
 def in_time(match: Callable[[], Any], file: Path) -> Any:
     """Calls a function that matches the regular expressions of a file, under a time limit, and returns its result.
 
-    The limit guards against catastrophic backtracking: with some expressions `re` would run for years. Only the main thread can
-    receive the timer's signal, so other threads have no limit.
+    Some expressions make `re` backtrack for years. Only the main thread receives the timer's signal; other threads have no limit.
 
     Raises:
       ValueError: if matching takes more than `SECONDS`.

@@ -22,7 +22,7 @@ def with_tokens(
 ) -> list[int]:
     """Writes a copy of a model folder with new special tokens, and returns the ids of these tokens in order.
 
-    Transformers loads the new folder too. The new embedding rows are drawn from a normal distribution with the mean and the standard
+    Transformers loads the new folder too. New embedding rows are drawn from a normal distribution with the mean and the standard
     deviation, in each dimension, of the old rows, as in Quark (Lu et al. 2022, arXiv:2205.13636). An untied output layer gets new
     rows in the same way.
 

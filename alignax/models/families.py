@@ -204,24 +204,14 @@ def shared(hf: Json, size: str, heads: str) -> int:
 
 
 def activation(hf: Json, field: str, default: str) -> str:
-    """The name of the MLP's activation, from a field of the config.
-
-    Raises:
-      ValueError: for an activation that is not supported.
-    """
+    """The name of the MLP's activation, from a field of the config; unsupported activations are refused."""
     if (name := hf.get(field) or default) not in ACTIVATIONS:
         raise ValueError(f"{field} {short(name)} is not supported for {hf['model_type']}; only {', '.join(ACTIVATIONS)} are")
     return name
 
 
 def only(hf: Json, **supported: Any) -> None:
-    """Refuses fields whose value is not among the supported ones; an absent or null field has transformers' default.
-
-    `supported`: field -> its supported value, or a tuple of them.
-
-    Raises:
-      ValueError: names the field and its supported values.
-    """
+    """Refuses fields whose value is not the supported one, or in the tuple of supported ones; absent and null fields pass."""
     for field, values in supported.items():
         values = values if isinstance(values, tuple) else (values,)
         if hf.get(field) is not None and hf[field] not in values:
@@ -237,12 +227,7 @@ def everywhere(hf: Json) -> tuple[int, ...]:
 def sliding_windows(hf: Json, default: list[bool]) -> tuple[int, ...]:
     """The sliding window of each layer: 0 for a layer without one, () if no layer has one.
 
-    Args:
-      hf: the config.
-      default: whether each layer has a window, if the config has no `layer_types`.
-
-    Raises:
-      ValueError: for `layer_types` of the wrong length or kind, and for windows without a size.
+    `default`: whether each layer has a window, for a config without `layer_types`.
     """
     types = hf.get("layer_types") or ["sliding_attention" if x else "full_attention" for x in default]
     if odd := sorted(set(types) - {"full_attention", "sliding_attention"}):

@@ -70,11 +70,7 @@ ROPE_NOTES = ("finetuned",)  # ignored fields of rope_parameters
 
 
 def refuse_foreign(fields: Json, kind: str) -> None:
-    """Refuses fields that are neither read nor ignored, unless they are 0, false or empty.
-
-    Raises:
-      ValueError: for such a field, and for a `rope_scaling` that differs from `rope_parameters`.
-    """
+    """Refuses fields that are neither read nor ignored (unless 0, false or empty), and rope fields that contradict each other."""
     for name, value in fields.items():
         known = kind in OWN[name] if name in OWN else name in FIELDS or noted(name)
         if value is not None and (value != 1 if name in FACTORS else value and not known):
@@ -94,11 +90,7 @@ def noted(name: str) -> bool:
 
 
 def checked(fields: Json, where: str) -> dict[str, Any]:
-    """The fields of a config without null ones; every field that is read is checked for its kind.
-
-    Raises:
-      ValueError: for a field of the wrong kind; it names `where`.
-    """
+    """The fields of a config without null ones; a field of the wrong kind is refused."""
     known = {name: value for name, value in fields.items() if value is not None or name in NULL}
     for name, value in known.items():
         if name in FIELDS and value is not None and not KINDS[FIELDS[name]](value):
@@ -108,11 +100,7 @@ def checked(fields: Json, where: str) -> dict[str, Any]:
 
 
 def check_shape(c: ModelConfig) -> None:
-    """Refuses a model config whose sizes do not fit together.
-
-    Raises:
-      ValueError: names the sizes.
-    """
+    """Refuses a model config whose sizes do not fit together."""
     if c.predicted_tokens > c.vocab_size:
         raise ValueError(f"predicted_tokens {c.predicted_tokens} exceed the vocabulary of {c.vocab_size}; they are its first so many")
     if c.num_attention_heads % c.num_key_value_heads:

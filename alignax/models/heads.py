@@ -186,20 +186,10 @@ def score(
     count: jax.Array,
     teacher: Teacher,
 ) -> tuple[jax.Array, ...]:
-    """The log-probs of targets and the statistics of softmax(x W), each [S, P] float32; differentiable, see the module's docstring.
+    """The log-probs of targets y [S, P] and the statistics of softmax(x W), each [S, P] float32, from x [S, P, D] and W [D, V].
 
-    S are the batch shards and P the positions of each, completion positions first. Positions after the first `count` chunks give 0.
-
-    Args:
-      chunk: positions of a chunk, which divides P.
-      mesh: as in `token_logps`.
-      how: as in `token_logps`.
-      statistics: all statistics that are computed.
-      x: [S, P, D] hidden states.
-      weight: W [D, V].
-      y: [S, P] int targets.
-      count: [] int, the number of chunks that are computed.
-      teacher: hidden states [S, P, E] and output weight [E, V] of another model, or None.
+    S are the batch shards, P the positions of each. Positions after the first `count` chunks give 0. The teacher has hidden states
+    [S, P, E] and output weight [E, V].
     """
     return _scores(chunk, mesh, how, statistics, x, weight, y, count, teacher)[0]
 
@@ -276,7 +266,7 @@ def _backward(
             at = dataclasses.replace(at, zt=shaped(_logits(here(taught[0]), taught[1]), how), lse_t=here(sums[1]))
         q, hit, scale = at.logps, at.hit, dlogp
         for statistic, value, cotangent in read:
-            if statistic == entropy:  # one product with p for log-prob and entropy keeps results bit for bit the same
+            if statistic == entropy:  # shares the product with p; further statistics then change no bit of these gradients
                 scale = dlogp + here(cotangent)[..., None] * (q + here(value)[..., None])
         dz = jnp.where(hit, dlogp, 0.0) - at.probs * scale
         for statistic, value, cotangent in read:

@@ -62,11 +62,7 @@ class Source(NamedTuple):
 
 
 def open_folder(path: str | os.PathLike) -> Source:
-    """Opens a Hugging Face model folder: reads its config.json, and leaves the weights on disk.
-
-    Raises:
-      ValueError: for a path that is no model folder, and for a config.json that is damaged or not supported.
-    """
+    """Opens a Hugging Face model folder: reads and checks its config.json, and leaves the weights on disk."""
     path = Path(path)
     file = path / "config.json"
     if path.is_file():
@@ -136,11 +132,7 @@ def ingredients(source: Source) -> tuple[tuple[Source, float], ...]:
 
 
 def check_alike(sources: Sequence[Source]) -> None:
-    """Refuses model folders that differ in shape, vocabulary or tokenizer.
-
-    Raises:
-      ValueError: names the first such folder.
-    """
+    """Refuses model folders that differ in shape, vocabulary or tokenizer."""
     first = sources[0]
     for source in sources[1:]:
         differs = "shape or vocabulary" if source.config != first.config else "tokenizer"
@@ -210,14 +202,9 @@ def load_params(source: Source, mesh: Mesh, key: jax.Array | None = None) -> Par
 
 
 def layer_reader(source: Source, opened: Callable[[Path], Any]) -> LayerReader:
-    """A function that reads part of a leaf from a folder: (leaf, index ranges) -> that part of each layer in turn, float32, our layout.
+    """Makes the reader of a folder's leaves: (leaf, index ranges) -> that part of each layer in turn, float32, in our layout.
 
-    Args:
-      source: one folder, no soup.
-      opened: opens a safetensors file.
-
-    Raises:
-      ValueError: for tensors that do not fit the config, see `check_tensors`.
+    The folder's tensors are checked first, see `check_tensors`. `opened`: opens a safetensors file.
     """
     files = tensor_files(source)
     check_tensors(source, files)
@@ -248,11 +235,7 @@ def soup_reader(parts: Sequence[tuple[Source, float]], opened: Callable[[Path], 
 
 
 def read_part(opened: Any, stored: Stored, place: Place, ranges: Sequence[range]) -> np.ndarray:
-    """Reads part of one layer of a leaf, in our layout, as float32: a vector [columns] or a matrix [rows, columns].
-
-    Raises:
-      ValueError: for values that are not finite.
-    """
+    """Reads part of one layer of a leaf as float32, in our layout; a vector or a matrix. Values that are not finite are refused."""
     turned = place.turned(len(ranges))
     part = np.concatenate([read_slice(opened, stored.name, i) for i in place.indices(ranges)], axis=0 if turned else -1)
     if not np.isfinite(part).all():
@@ -280,11 +263,7 @@ def tensor_files(source: Source) -> dict[str, Stored]:
 
 
 def check_tensors(source: Source, files: Mapping[str, Stored]) -> None:
-    """Refuses a folder whose tensors differ from its config in names, shapes or types.
-
-    Raises:
-      ValueError: names the first tensor that is missing, extra, stored twice, misshapen or of a type that is not read.
-    """
+    """Refuses a folder whose tensors differ from its config in names, shapes or types, or are stored twice."""
     wanted = {t.name: t.shape for t in plan(source, source.stored)}
     tied = {source.family.weights["lm_head"].name} if source.config.tie_word_embeddings else set()
     names = {n for n in files if not n.endswith(source.family.ignored)} - tied

@@ -49,7 +49,8 @@ class Lora:
 def find_targets(patterns: str, modules: dict[str, str], experts: bool) -> tuple[str, ...]:
     """The matrices that comma-separated patterns select for adaptation.
 
-        find_targets("q,*_proj", modules, experts=False)
+    >>> find_targets("q,*_proj", {"q": "h.{}.attn.c_attn", "o": "h.{}.attn.c_proj", "up": "h.{}.mlp.c_fc"}, experts=False)
+    ('q', 'o')
 
     Args:
       patterns: "all-linear", or shell patterns of our names (`q`, `up`) or the family's names (`q_proj`, `c_attn`, `*_proj`).
@@ -190,11 +191,7 @@ def merge(lora: Lora, base: Params, adapters: Params) -> Params:
 
 
 def check(config: Any) -> None:
-    """Refuses a `config.lora` section with an impossible rank or alpha.
-
-    Raises:
-      ValueError: for a rank below 0, and for an alpha that is not above 0.
-    """
+    """Refuses a `config.lora` section with a rank below 0, or an alpha that is not above 0."""
     if config.rank < 0:
         raise ValueError(f"lora.rank is {config.rank}; use 1 or more, or 0 to train all parameters")
     if config.rank and not config.alpha > 0:

@@ -31,15 +31,7 @@ def abstract_adapters(config: ModelConfig, lora: Lora, mesh: Mesh | None = None)
 
 
 def init_adapters(config: ModelConfig, lora: Lora, mesh: Mesh, base: Params, key: jax.Array) -> Params:
-    """Initialises adapters, sharded over the mesh; at first the adapted model equals its base.
-
-    Args:
-      config: the base model.
-      lora: the settings of the adapters.
-      mesh: the mesh to shard over.
-      base: the base's parameters.
-      key: the PRNG key.
-    """
+    """Initialises adapters of a base's parameters, sharded over the mesh; at first the adapted model equals its base."""
     shardings = jax.tree.map(lambda x: x.sharding, abstract_adapters(config, lora, mesh))
     return jax.jit(functools.partial(fresh_adapters, config, lora), out_shardings=shardings)(base, key)
 

@@ -271,10 +271,7 @@ def load_reward(source: hf.Source, mesh: Mesh) -> Params:
 def read_config(folder: Path, source: hf.Source) -> tuple[Lora, dict[str, tuple[int, float]]]:
     """Reads a PEFT folder's config: the settings of its adapters, and each adapted module's rank and scale by its full name.
 
-    The settings have the rank and alpha of a module with the largest rank.
-
-    Raises:
-      ValueError: for a damaged folder, for adapters of another base, and for options of PEFT that are not supported.
+    The settings have the rank and alpha of a module with the largest rank. Errors are those of `read_adapter`.
     """
     file = folder / CONFIG
     if not file.is_file():
@@ -308,8 +305,7 @@ def read_config(folder: Path, source: hf.Source) -> tuple[Lora, dict[str, tuple[
 def weights(folder: Path) -> Path:
     """The path of an adapter folder's tensor file.
 
-    Raises:
-      ValueError: for a file that is missing or damaged, or that holds a type that is not read.
+    A file that is missing, damaged or of a type that is not read is refused.
     """
     file = folder / WEIGHTS
     if not file.is_file():

@@ -17,11 +17,7 @@ HEAD = ("score", OFFSET, VALUE)  # the leaves that a language model does not hav
 
 
 def labels(hf: Mapping[str, Any], where: str = "config.json") -> int:
-    """The number of scores of the model in a config.json: 0 for a language model, else its labels (transformers' default is 2).
-
-    Raises:
-      ValueError: for an architecture with another head, and for an impossible `num_labels`.
-    """
+    """The number of scores of the model in a config.json: 0 for a language model, else its labels (transformers' default is 2)."""
     name = (hf.get("architectures") or [""])[0]
     if not name.endswith(CLASSIFIER):
         if "For" in name and not name.endswith(LANGUAGE):
@@ -35,11 +31,7 @@ def labels(hf: Mapping[str, Any], where: str = "config.json") -> int:
 
 
 def padding(hf: Mapping[str, Any], where: str = "config.json") -> int | None:
-    """The id of a config.json's padding token, or None.
-
-    Raises:
-      ValueError: for an id that is no whole number.
-    """
+    """The id of a config.json's padding token, or None."""
     pad = hf.get("pad_token_id")
     if pad is not None and type(pad) is not int:
         raise ValueError(f"pad_token_id in {where} is {short(pad)}; it must be a token's id, or null")
@@ -47,11 +39,7 @@ def padding(hf: Mapping[str, Any], where: str = "config.json") -> int | None:
 
 
 def offsets(fields: Mapping[str, Any], count: int, where: Path) -> np.ndarray:
-    """The offsets that are subtracted from the scores: [labels] float32, from the field `score_offset`; zeros without the field.
-
-    Raises:
-      ValueError: for a field that is not a list of `count` finite numbers.
-    """
+    """The offsets that are subtracted from the scores: [labels] float32, from the field `score_offset`; zeros without the field."""
     given = fields.get(OFFSET, [0.0] * count)
     if not (isinstance(given, list) and len(given) == count and all(type(x) in (int, float) and math.isfinite(x) for x in given)):
         raise ValueError(f"{OFFSET} in {where} is {short(given)}; it must be a list of {count} finite numbers")

@@ -96,11 +96,7 @@ class Statistic(NamedTuple):
 
 
 def check_statistics(statistics: tuple[Statistic, ...], teacher: bool) -> None:
-    """Refuses two different statistics with the same name, and statistics that need a teacher if there is none.
-
-    Raises:
-      ValueError: names the statistic.
-    """
+    """Refuses two different statistics with the same name, and statistics that need a teacher if there is none."""
     by_name: dict[str, Statistic] = {}
     for statistic in statistics:
         if by_name.setdefault(statistic.name, statistic) != statistic:
@@ -193,7 +189,11 @@ def _truncated(name: str, keep: Callable[[jax.Array], jax.Array]) -> Statistic:
 
 
 def most_probable(logits: jax.Array, k: int) -> jax.Array:
-    """The mask of the k largest logits along the last axis of [.., V], with ties of the k-th: [.., V] bool."""
+    """The mask of the k largest logits along the last axis of [.., V], with ties of the k-th: [.., V] bool.
+
+    >>> most_probable(jnp.array([3.0, 1.0, 2.0, 2.0]), 2).tolist()
+    [True, False, True, True]
+    """
     bits = jax.lax.bitcast_convert_type(logits, jnp.int32)
     order = jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # integers that order as the floats do
 
@@ -234,7 +234,7 @@ policy_kl = Statistic("policy_kl", _policy_kl, lambda at, value: (at.probs, at.l
 
 
 def generalised_jsd(beta: float = 0.5, temperature: float = 1.0) -> Statistic:
-    """The statistic of the generalised Jensen-Shannon divergence from the teacher, see `jsd`; beta 1/2 is the plain divergence.
+    """The statistic of the generalised Jensen-Shannon divergence from the teacher, see `jsd`; beta 1/2 is the plain one.
 
     `Outputs.jsd` has beta and temperature of the config (`reference.jsd_beta`, `reference.jsd_temperature`). Another one is found in
     `Outputs.statistics` by its name: "jsd_0.3_1" for beta 0.3 and temperature 1.

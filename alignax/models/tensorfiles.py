@@ -19,11 +19,7 @@ OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5",
 
 
 def read_object(file: Path, remedy: str) -> dict[str, Any]:
-    """Reads the JSON object in a file.
-
-    Raises:
-      ValueError: for a file that holds no JSON object; the message ends with `remedy`.
-    """
+    """Reads the JSON object in a file; a file without one is refused, with `remedy` at the end of the error."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as e:
@@ -34,11 +30,7 @@ def read_object(file: Path, remedy: str) -> dict[str, Any]:
 
 
 def named_files(path: Path) -> dict[str, Path]:
-    """The file that holds each tensor of a folder, by the tensor's name; from model.safetensors or an index of shards.
-
-    Raises:
-      ValueError: for a folder without weights or with weights of another format, and for a damaged index.
-    """
+    """The file that holds each tensor of a folder, by the tensor's name; from model.safetensors or an index of shards."""
     single, index = (path / name for name in WEIGHT_FILES)
     if single.is_file():  # as in transformers, an index beside the single file is ignored
         return dict.fromkeys(header(single), single)
@@ -58,11 +50,7 @@ def named_files(path: Path) -> dict[str, Path]:
 
 
 def header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """The header of a safetensors file: tensor name -> type, as safetensors names it, and shape.
-
-    Raises:
-      ValueError: for a damaged file.
-    """
+    """The header of a safetensors file: tensor name -> type, as safetensors names it, and shape; a damaged file is refused."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -74,11 +62,7 @@ def header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def check_type(name: str, dtype: str, file: Path) -> None:
-    """Refuses a tensor whose type is not float32, float16 or bfloat16.
-
-    Raises:
-      ValueError: names the tensor.
-    """
+    """Refuses a tensor whose type is not float32, float16 or bfloat16."""
     if dtype not in DTYPES.values():
         raise ValueError(f"{short(name)} in {file} is stored as {dtype}; only {', '.join(DTYPES)} are read")
 

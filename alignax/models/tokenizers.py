@@ -8,11 +8,7 @@ from alignax.text import one_line, short
 
 
 def load_tokenizer(path: Path, vocab_size: int) -> Any:
-    """Loads the tokenizer of a model folder from local files, without remote code.
-
-    Args:
-      path: the model folder.
-      vocab_size: rows of the model's embedding.
+    """Loads the tokenizer of a model folder from local files, without remote code; `vocab_size`: rows of the model's embedding.
 
     Raises:
       ValueError: for a tokenizer that is missing or damaged, without an EOS, or whose EOS or BOS has no row in the embedding.
@@ -43,18 +39,9 @@ def load_tokenizer(path: Path, vocab_size: int) -> Any:
 
 
 def check_tokenizer(path: Path, vocab_size: int, what: str, source: hf.Source, tokenizer: Any, first: str = "the policy") -> None:
-    """Refuses a model that reads a token id of the first model as another token, or not at all; it may have further tokens.
+    """Refuses a model that reads a token id of another model as a different token, or not at all; it may have further tokens.
 
-    Args:
-      path: the model's folder.
-      vocab_size: rows of the model's embedding.
-      what: the model's name in messages.
-      source: the first model's folder.
-      tokenizer: the first model's tokenizer.
-      first: the first model's name in messages.
-
-    Raises:
-      ValueError: names the first token id that differs.
+    `path`, `vocab_size` and `what` (its name in messages) are of the model; `source`, `tokenizer` and `first` of the other one.
     """
     own = {i: token for token, i in tokenizer.get_vocab().items() if i < source.config.vocab_size}
     theirs = {i: token for token, i in load_tokenizer(path, vocab_size).get_vocab().items() if i < vocab_size}
@@ -67,11 +54,7 @@ def check_tokenizer(path: Path, vocab_size: int, what: str, source: hf.Source, t
 
 
 def check_token(name: str, path: Path, token: int | None, vocab_size: int) -> None:
-    """Refuses a special token whose id has no row in the embedding.
-
-    Raises:
-      ValueError: names the token.
-    """
+    """Refuses a special token whose id has no row in the embedding."""
     if token is not None and token >= vocab_size:
         raise ValueError(
             f"the {name} of the tokenizer in {str(path)!r} has id {token}, and the embedding has {vocab_size} rows; "
