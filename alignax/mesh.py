@@ -1,7 +1,7 @@
-"""The mesh and the one table from logical to mesh axes.
+"""The device mesh, and the one table from logical axes to mesh axes.
 
-Parameters, optimizer state, batches and activations name their axes by what they mean; `RULES` says over which mesh axes each is
-laid out. Adding an axis to the mesh, or sharding something otherwise, is a line here.
+Parameters, optimizer state, batches and activations name their axes by meaning: "embed", "heads", "batch". `RULES` says over which
+mesh axes each logical axis is sharded. A new mesh axis, or another sharding, is a line here.
 """
 
 import math
@@ -18,26 +18,28 @@ from jax.sharding import PartitionSpec as P
 
 AXES = ("member", "data", "fsdp", "tensor")
 RULES: dict[str, Any] = {
-    "member": "member",  # K of an ensemble, whose members send each other nothing
+    "member": "member",  # K of an ensemble; its members exchange nothing
     "batch": ("data", "fsdp"),  # B, and R = B * N
-    "layers": None,  # L: the axis of the scan
+    "layers": None,  # L, the axis of the scan over layers
     "embed": "fsdp",  # D of a weight; D of an activation is not sharded
     "heads": "tensor",  # H * head_dim
     "mlp": "tensor",  # F
     "vocab": "tensor",  # V
-    "expert": "tensor",  # E: every shard has all tokens of its batch shard, so none travels; one sum joins, as for a dense MLP
+    "expert": "tensor",  # E; a shard has all tokens of its batch shard, so no token travels and one sum joins the results
 }
 
 
 def make_mesh(shape: Mapping[str, int], devices: Any = None) -> Mesh:
-    """A mesh of axes member, data, fsdp and tensor; one size may be -1, the rest of the devices.
+    """Makes a mesh with the axes member, data, fsdp and tensor.
+
+        make_mesh({"data": 2, "fsdp": -1})  # on 8 devices: data 2 x fsdp 4 x tensor 1
 
     Args:
-      shape: axis name -> size; axes left out have size 1.
+      shape: axis name -> size. One size may be -1: that axis takes the remaining devices. An axis left out has size 1.
       devices: default: all devices of all processes, in the order that suits their interconnect.
 
     Raises:
-      ValueError: for an unknown axis, two free ones, or sizes that do not multiply to the number of devices.
+      ValueError: for an unknown axis, for two sizes of -1, and for sizes that do not multiply to the number of devices.
     """
     unknown = sorted(set(shape) - set(AXES))
     if unknown:
@@ -57,19 +59,19 @@ def make_mesh(shape: Mapping[str, int], devices: Any = None) -> Mesh:
 
 
 def words(mesh: Mesh) -> str:
-    """The mesh for the console: data 2 x fsdp 4 x tensor 1; members only where there are several."""
+    """A mesh as text for the console: "data 2 x fsdp 4 x tensor 1". The member axis is shown only if its size is above 1."""
     return " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if axis != "member" or size > 1)
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """Over how many devices the batch axis is split."""
+    """The number of shards that the batch axis is split into."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def sharding(mesh: Mesh, logical: tuple[str | None, ...] = (), shape: tuple[int, ...] | None = None) -> NamedSharding:
-    """The sharding of an array with these logical axes.
+    """The sharding of an array, by the names of its logical axes.
 
-    A dimension that its mesh axes do not divide is replicated (a vocabulary of 50,257 over 8, say): give `shape` for that.
+    With `shape`, a dimension that its mesh axes do not divide is replicated (a vocabulary of 50,257 over 8 devices, say).
     """
     spec = [RULES[name] if name else None for name in logical]
     if shape is not None:
@@ -82,12 +84,12 @@ def _size(mesh: Mesh, axes: str | tuple[str, ...]) -> int:
 
 
 def constrain(x: jax.Array, mesh: Mesh | None, *logical: str | None) -> jax.Array:
-    """Pins an activation's layout; without a mesh, does nothing."""
+    """Pins the sharding of an activation, by its logical axes; without a mesh, returns the activation unchanged."""
     return x if mesh is None else jax.lax.with_sharding_constraint(x, sharding(mesh, logical, x.shape))
 
 
 def param_shardings(mesh: Mesh, abstract: Any) -> Any:
-    """Shardings for abstract Flax variables whose leaves are boxed with logical axes (`nn.with_logical_partitioning`)."""
+    """The shardings of abstract Flax variables whose leaves are boxed with logical axes (`nn.with_logical_partitioning`)."""
     logical = nn.get_partition_spec(abstract)
     shapes = nn.unbox(abstract)
     is_spec = lambda x: isinstance(x, P)
@@ -95,7 +97,7 @@ def param_shardings(mesh: Mesh, abstract: Any) -> Any:
 
 
 def optimizer_shardings(mesh: Mesh, optimizer: optax.GradientTransformation, opt_state: Any, params: Any) -> Any:
-    """Moments are laid out as the parameters that they belong to; counters and factored moments (adafactor) are replicated."""
+    """The shardings of an optimizer state: moments as their parameters; counters and factored moments (adafactor) replicated."""
     replicated = sharding(mesh)
 
     def as_parameter(x: Any, s: NamedSharding) -> NamedSharding:
@@ -106,21 +108,28 @@ def optimizer_shardings(mesh: Mesh, optimizer: optax.GradientTransformation, opt
 
 
 def batch_sharding(mesh: Mesh, members: bool = False) -> NamedSharding:
-    """The leading axis B over data and fsdp, with members [K, B] of an ensemble in front; everything else whole."""
+    """The sharding of a batch: its leading axis B over data and fsdp, the other axes replicated.
+
+    With `members`, the leading axes are [K, B] of an ensemble, and K is sharded over the member axis.
+    """
     return sharding(mesh, ("member", "batch") if members else ("batch",))
 
 
 def put_batch(mesh: Mesh, make: Callable[..., Mapping[str, np.ndarray]], *sizes: int) -> dict[str, jax.Array]:
-    """A global batch of `sizes` [B], or [K, B], examples from a function that builds any slice of them, given a slice for each size.
+    """Builds a global batch of sharded arrays [B, ...], or [K, B, ...] of an ensemble.
 
-    K are members; where there are none it may be anything, which every device then has the whole of.
-    Each process builds the slices of its own devices, once each, and no others.
+    Each process builds only the slices of its own devices, and each slice once.
+
+    Args:
+      mesh: the mesh that the batch is sharded over.
+      make: builds the fields of any part of the batch, given one slice for each of `sizes`.
+      sizes: B, or K and B. On a mesh with one member K may be any number, and every device holds all of K.
     """
     layout = batch_sharding(mesh, len(sizes) == 2)
     parts: dict[tuple[tuple[int, ...], ...], Mapping[str, np.ndarray]] = {}
 
     def part(index: Sequence[slice]) -> Mapping[str, np.ndarray]:
-        index = (*index, *(slice(None),) * len(sizes))  # jax leaves out what is whole
+        index = (*index, *(slice(None),) * len(sizes))  # jax leaves out the slices of whole axes
         key = tuple(rows.indices(size)[:2] for rows, size in zip(index, sizes, strict=False))
         if key not in parts:
             parts[key] = make(*(slice(*ends) for ends in key))
@@ -136,5 +145,5 @@ def put_batch(mesh: Mesh, make: Callable[..., Mapping[str, np.ndarray]], *sizes:
 
 
 def gathered(x: jax.Array) -> np.ndarray:
-    """The whole of an array, on every process."""
+    """A sharded array of any shape as one whole host array, on every process; all processes must call this."""
     return np.asarray(x if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True))

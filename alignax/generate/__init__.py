@@ -1,4 +1,4 @@
-"""Generation: prompts to completions and their log-probs, from the training parameters as they are laid out."""
+"""Generation: samples completions of prompts, with their log-probs, from the parameters and shardings of training."""
 
 from alignax.generate.batch import Answers, sampled_batch, sampler_gap, token_batch
 from alignax.generate.engine import Shape

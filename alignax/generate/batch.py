@@ -1,4 +1,4 @@
-"""Completions as a batch: the prompt and what was sampled, `[B, N, T]`, ready to be scored and trained on."""
+"""Batches from sampled completions: prompts and completions as arrays [B, N, T], ready to be scored and trained on."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -23,12 +23,15 @@ class Answers(NamedTuple):
 
 
 def token_batch(prompts: Sequence[Sequence[int]], completions: Completions, length: int = 0) -> dict[str, np.ndarray]:
-    """`tokens`, `mask` and `completion_mask` [B, n, T] of prompts and their completions.
+    """The batch fields `tokens`, `mask` and `completion_mask`, each [B, n, T], of prompts and their completions.
 
     Args:
-      prompts: those that were sampled from.
-      completions: what was sampled.
-      length: T; 0: the longest prompt and the longest completion that there could be.
+      prompts: token ids of the B prompts.
+      completions: n sampled completions of each prompt.
+      length: T; 0: the length of the longest prompt plus C, the longest possible completion.
+
+    Raises:
+      ValueError: for a T that is too small.
     """
     place, begin, length = _places(prompts, completions, length)
     end = begin[..., None] + completions.mask.sum(axis=-1, keepdims=True)  # [B, n, 1]
@@ -41,10 +44,10 @@ def token_batch(prompts: Sequence[Sequence[int]], completions: Completions, leng
 
 
 def sampled_batch(prompts: Sequence[Sequence[int]], completions: Completions, length: int = 0) -> dict[str, np.ndarray]:
-    """`token_batch` with `sampled_logps` [B, n, T], the log-probs that the completions were drawn with.
+    """The batch fields of `token_batch`, and `sampled_logps` [B, n, T]: the log-probs under the distribution that was sampled from.
 
-    They are the model's own where `completions.exact`; otherwise, the samples are another distribution's, and a method that
-    takes them for the model's is to be corrected for it.
+    If `completions.exact`, that distribution is the model's own. Otherwise a method that assumes samples of the model needs a correction.
+    Arguments and errors are those of `token_batch`.
     """
     batch = token_batch(prompts, completions, length)
     drawn = completions.logps if completions.drawn is None else completions.drawn
@@ -54,17 +57,17 @@ def sampled_batch(prompts: Sequence[Sequence[int]], completions: Completions, le
 
 
 def sampler_gap(logps: jax.Array, batch: Batch) -> jax.Array:
-    """max |log-prob when sampled - log-prob when scored| over completion tokens, in nats: [] float32.
+    """The largest difference |scored log-prob - sampled log-prob| over all completion tokens, in nats: [] float32.
 
     Args:
-      logps: [B, N, T] of the model that the samples are from.
-      batch: with `sampled_logps`.
+      logps: [B, N, T] log-probs of the model that generated the samples, from a forward pass.
+      batch: a batch with `sampled_logps`.
     """
     return jnp.where(batch["completion_mask"], jnp.abs(logps - batch["sampled_logps"]), 0.0).max()
 
 
 def _places(prompts: Sequence[Sequence[int]], completions: Completions, length: int) -> tuple[tuple, np.ndarray, int]:
-    """Where each token of a completion goes in `[B, n, T]`, where each prompt ends [B, 1], and T."""
+    """The indices of all completion tokens in [B, n, T], the lengths of the prompts [B, 1], and T."""
     sizes = np.array([len(p) for p in prompts])
     length = length or int(sizes.max()) + completions.tokens.shape[-1]
     need = int((sizes[:, None] + completions.mask.sum(axis=-1)).max())

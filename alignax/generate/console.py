@@ -1,4 +1,4 @@
-"""What `alignax generate` reads and writes: prompts from a file or a terminal, completions as text or JSONL."""
+"""Input and output of `alignax generate`: prompts from a file or the terminal, completions as text or JSONL."""
 
 import dataclasses
 import json
@@ -29,18 +29,18 @@ from alignax.text import short
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What is asked for on the command line; an option is a field with dashes for its underscores."""
+    """The options of `alignax generate`. An option's name is its field's, with dashes in place of underscores."""
 
-    prompts: str = ""  # a file, or rows as `read_rows` finds them; "-" is standard input, and empty too, which may be a terminal
-    out: str = ""  # a file for JSONL, "-" for the console; empty: text on the console
+    prompts: str = ""  # a file, or rows for `read_rows`; "-" or empty: standard input, which may be a terminal
+    out: str = ""  # a file for JSONL, "-" for JSON on the console; empty: text on the console
     n: int = 1  # completions of each prompt
     max_new_tokens: int = 64
     stop: tuple[str, ...] = ()  # strings that end a completion
     seed: int = 0
     slots: int = 0  # rows that are decoded at once; 0: as many as there are completions, at most 64
-    combine: str = ""  # FOLDER@C,WORKDIR@C: models whose logits, times their coefficients C, are added to those of MODEL
-    raw: bool = False  # lines go to the model as they are, and not through its chat template
-    cache: str = ""  # dtype of keys and values; empty: that of activations
+    combine: str = ""  # FOLDER@C,WORKDIR@C: models whose logits, times their coefficients C, are added to the model's logits
+    raw: bool = False  # whether lines are given to the model without its chat template
+    cache: str = ""  # dtype of keys and values; empty: the dtype of activations
     temperature: float = Sampling.temperature
     top_k: int = Sampling.top_k
     top_p: float = Sampling.top_p
@@ -48,19 +48,19 @@ class Request:
     repetition_penalty: float = Sampling.repetition_penalty
 
     def __post_init__(self) -> None:
-        """Raises ValueError for numbers that cannot be."""
+        """Refuses impossible values of the options with a ValueError."""
         self.sampling()
         self.combination()
         for name, least in (("n", 1), ("max_new_tokens", 1), ("seed", 0), ("slots", 0)):
-            if not least <= getattr(self, name) < 2**31:  # beyond, seeds are equal by 32 bits, and sizes no size
+            if not least <= getattr(self, name) < 2**31:  # larger seeds would collide in their 32 bits
                 raise ValueError(f"{name} is {short(getattr(self, name))}; it must be at least {least} and less than 2^31")
 
     def sampling(self) -> Sampling:
-        """The distribution."""
+        """The sampling settings of the request."""
         return Sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
 
     def combination(self) -> list[tuple[str, float]]:
-        """Model and coefficient of each part of `combine`."""
+        """The models in `combine`, each with its coefficient."""
         found = []
         for item in self.combine.split(",") if self.combine else ():
             model, _, coefficient = item.strip().rpartition("@")
@@ -71,7 +71,7 @@ class Request:
 
 
 def as_number(text: str) -> float:
-    """The number that a text writes; NaN of none."""
+    """The number in a text; NaN for a text that is no number."""
     try:
         return float(text)
     except ValueError:
@@ -79,29 +79,28 @@ def as_number(text: str) -> float:
 
 
 class Prompt(NamedTuple):
-    """A prompt: as it was given, text or messages and tools, its text, of a conversation as the chat template has it, and its tokens."""
+    """A prompt of `alignax generate`, as given and as encoded for the model."""
 
-    given: str | list[Message]
-    tools: Any
-    text: str
-    ids: list[int]
+    given: str | list[Message]  # as given: text, or the messages of a conversation
+    tools: Any  # tools of the conversation, or None
+    text: str  # as text; a conversation as its chat template writes it
+    ids: list[int]  # as token ids
 
 
 def read(request: Request, tokenizer: Any, data: Any, most: int = sys.maxsize) -> list[Prompt] | None:
-    """The prompts of a file, or of what else holds rows: those with a `prompt`, text or messages (and `tools`), or else one a line.
+    """Reads the prompts of a request from rows of data, a text file or standard input; None if a person types them at a terminal.
 
-    None: a person types them.
-
-    A line is what a user says, or a conversation in JSON, where the tokenizer has a chat template; rows are read as in training.
+    Rows are read as in training: each has a `prompt`, text or messages (and `tools`). A text file has one prompt per line. If the
+    tokenizer has a chat template and the request is not `raw`, a line is a user's message, or a conversation in JSON.
 
     Args:
-      request: the file, and whether lines are raw.
+      request: the options of the command.
       tokenizer: a Hugging Face tokenizer.
-      data: `config.data`, for the names of columns and the values of the chat template's variables.
-      most: tokens beyond which a prompt is of no use, so that a very long one need not be tokenised whole.
+      data: `config.data`, for the names of columns and the variables of the chat template.
+      most: the most tokens of a useful prompt; a longer prompt is not tokenised whole.
 
     Raises:
-      ValueError: for a file that is not there, holds none, or holds a row that is no prompt, with its number.
+      ValueError: for a file that is missing or without prompts, and for a row that is no prompt; it names the row.
     """
     file = request.prompts or "-"
     if file == "-" and jax.process_count() > 1:
@@ -125,14 +124,14 @@ def read(request: Request, tokenizer: Any, data: Any, most: int = sys.maxsize) -
 
 
 def turns(line: str, request: Request, tokenizer: Any) -> Any:
-    """A line as what a user says, as the conversation that it holds, or as it is."""
+    """The prompt in a line of text: a user's message, a conversation in JSON, or without a chat template the plain text."""
     if request.raw or not tokenizer.chat_template:
         return line
     return in_text(line) or said("user", line)
 
 
 def row_prompt(i: int, row: Mapping[str, Any], file: str, columns: Any) -> Prompted:
-    """The prompt of a row by `data.columns`, or by the name that it has without them."""
+    """The prompt of a row of data, in the column `data.columns.prompt` or else "prompt"; a row without one is refused."""
     row = {columns.prompt: row["prompt"], **row} if "prompt" in row else row
     found = prompt_alone(row, columns)
     if isinstance(found, Bad):
@@ -149,7 +148,7 @@ def encoded(
     template: Mapping[str, Any] = chat.NO_VARIABLES,
     most: int = sys.maxsize,
 ) -> Prompt:
-    """A prompt in tokens, as training has it; of one much longer than `most` tokens the beginning, which has more than so many."""
+    """Encodes a prompt as in training. Of a prompt much longer than `most` tokens, only a beginning of more than `most` is encoded."""
     if isinstance(prompt, str):
         encode = lambda part: chat.Encoded(prompt_ids([part.prompt], tokenizer)[0], [], [], part.prompt)
         code = bounds.beginning(prompt, encode, most)
@@ -162,7 +161,7 @@ def encoded(
 
 
 def typed(request: Request, tokenizer: Any, data: Any, most: int = sys.maxsize) -> Iterator[Prompt]:
-    """Prompts that a person types, one a line, until the end of the input; `most` as in `read`."""
+    """Iterates over prompts that a person types at the terminal, one per line, until the end of input; arguments as in `read`."""
     while True:
         try:
             line = input("> ")
@@ -176,7 +175,10 @@ def typed(request: Request, tokenizer: Any, data: Any, most: int = sys.maxsize) 
 def answer(
     generator: Generator, params: Any, prompts: Sequence[Prompt], key: jax.Array, request: Request, tokenizer: Any, typed: bool = False
 ) -> None:
-    """Generates, and writes or prints; what there is to say of it goes to the console's other stream. Process 0 writes."""
+    """Samples completions of prompts, and writes or prints them; a summary goes to stderr. All processes sample, process 0 writes.
+
+    `typed`: the prompts come from a terminal, so completions are appended to the request's file.
+    """
     began = time.perf_counter()
     out = generator(params, [p.ids for p in prompts], key, request.n)
     seconds = time.perf_counter() - began
@@ -193,7 +195,7 @@ def answer(
 
 
 def rows(prompts: Sequence[Prompt], out: Completions, tokenizer: Any, stops: Stops | None) -> list[list[dict[str, Any]]]:
-    """For each prompt its completions, as they are written in JSON: rows of data, whose conversations any model's template can read."""
+    """The completions of each prompt as rows for JSON. A conversation stays a list of messages, for any model's chat template."""
     return [
         [
             {
@@ -213,7 +215,7 @@ def rows(prompts: Sequence[Prompt], out: Completions, tokenizer: Any, stops: Sto
 
 
 def show(found: Sequence[Sequence[dict[str, Any]]], prompts: Sequence[str] | None) -> None:
-    """Prints completions for a person, each prompt's text (if asked for) in front of its own."""
+    """Prints completions for a person to read; with `prompts`, each prompt's text stands before its completions."""
     for i, samples in enumerate(found):
         if prompts:
             print(f"> {prompts[i]}")
@@ -224,15 +226,18 @@ def show(found: Sequence[Sequence[dict[str, Any]]], prompts: Sequence[str] | Non
 
 
 def begin(request: Request, typed: bool, force: bool) -> None:
-    """Refuses a file that cannot be written to, or that would be lost, before anything is computed; an earlier one stays until then."""
+    """Refuses a request's file that cannot be written, or that would be lost without `force`, before anything is computed.
+
+    An earlier file stays until the results are there, unless the prompts are `typed`.
+    """
     if request.out not in ("", "-") and is_main():
         output.claim(Path(request.out), force=force)
-        if typed:  # answers are added one by one
+        if typed:  # completions are appended prompt by prompt
             output.write_text(Path(request.out), "")
 
 
 def write(file: str, found: Sequence[Sequence[dict[str, Any]]], typed: bool) -> None:
-    """Writes completions as JSONL, a row each, those of typed prompts behind one another; "-" is the console."""
+    """Writes completions as JSONL, one row each: to a file, or to the console for "-". Those of typed prompts are appended."""
     rows = [row for samples in found for row in samples]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     if file == "-":
@@ -245,7 +250,7 @@ def write(file: str, found: Sequence[Sequence[dict[str, Any]]], typed: bool) -> 
 
 
 def summary(out: Completions, seconds: float, slots: int, stops: Stops | None) -> list[str]:
-    """What a person should know at the end; every stop string with the number of completions that it ended."""
+    """The lines of a summary: counts, speed, how completions ended, completions per stop string, and the meaning of the log-probs."""
     tokens, ended = int(out.mask.sum()), Counter(out.ended.ravel().tolist())
     how = ", ".join(f"{why} {count}" for why, count in sorted(ended.items()))
     lines = [

@@ -1,8 +1,8 @@
-"""The two programs of generation: `prefill` reads prompts, `decode` gives them places and adds tokens to all rows at once.
+"""The two compiled programs of generation: `prefill` reads prompts, `decode` starts completions and adds tokens to all rows at once.
 
-Rows are S places of a static shape. A row that has ended gives its place to the next completion, which takes the keys and values of its
-prompt from where `prefill` has left them: a prompt is read once, whatever the number of its samples. What a row draws depends on the key,
-its prompt's number, its sample's number and the position alone, so on no other row, place or mesh.
+There are S rows of a static shape. When a completion ends, its row is given to the next completion, which copies the keys and values of
+its prompt from the result of `prefill`. So a prompt is read once, for any number of samples. The random numbers of a completion depend
+only on the key, the prompt's number, the sample's number and the position: not on other rows, the row's index or the mesh.
 """
 
 import dataclasses
@@ -18,72 +18,73 @@ from alignax.mesh import sharding
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """All that the two programs are compiled for; another one compiles them again, and nothing else does."""
+    """The static sizes of the two programs; only a new Shape compiles the programs of an engine again."""
 
     prompt: int  # P, the most tokens of a prompt
     new: int  # C, the most tokens of a completion, at least 1
-    slots: int  # S rows that are decoded at once
-    prefill: int  # Q prompts that are read at once
-    chunk: int  # steps between two looks of the host at what has ended
+    slots: int  # S, the rows that are decoded at once
+    prefill: int  # Q, the prompts that are read at once
+    chunk: int  # decoding steps of one call, after which the host looks for completions that have ended
 
 
 class Staged(NamedTuple):
-    """Prompts that were read."""
+    """A block of Q prompts that `prefill` has read."""
 
-    cache: Any  # the speaker's, of Q rows with P places; a model's [L, Q, KV, P, h]
+    cache: Any  # the speaker's cache of Q rows with P positions; of a model [L, Q, KV, P, h]
     tokens: jax.Array  # [Q, P]
     lengths: jax.Array  # [Q]
 
 
 class State(NamedTuple):
-    """The rows. A row's tokens at places 0 .. at - 1 are in the cache; the one at `at` is the next to go in."""
+    """The state of the S rows. The cache holds a row's tokens at positions 0 .. at - 1; the token at `at` is the next to be read."""
 
-    cache: Any  # the speaker's, of S rows with P + C places; a model's [L, S, KV, P + C, h]
+    cache: Any  # the speaker's cache of S rows with P + C positions; of a model [L, S, KV, P + C, h]
     tokens: jax.Array  # [S, P + C] int32
-    at: jax.Array  # [S] int32
-    begin: jax.Array  # [S] int32, the prompt's length
-    keys: jax.Array  # [S] PRNG keys, of prompt and sample
+    at: jax.Array  # [S] int32, the position of each row's last token
+    begin: jax.Array  # [S] int32, the length of each row's prompt
+    keys: jax.Array  # [S] PRNG keys, each for one prompt and sample
 
 
 class Entries(NamedTuple):
-    """Completions that are to begin, `count` of them; arrays [S], those beyond are not read."""
+    """The completions that `decode` starts: the first `count` entries of arrays [S] int32."""
 
     count: Any  # [] int32
-    slots: Any  # the row that each gets; S for those that are not there
-    sources: Any  # the staged prompt that each continues
-    prompts: Any  # numbers that the random stream depends on
-    samples: Any
+    slots: Any  # [S] the row of each completion; S in unused entries
+    sources: Any  # [S] the index of its prompt among the staged ones
+    prompts: Any  # [S] the number of its prompt, for its random numbers
+    samples: Any  # [S] the number of its sample, for its random numbers
 
 
 class Emitted(NamedTuple):
-    """What a call has added, on every device: [S, chunk]; `real` is True where a token was added."""
+    """The tokens that one call of `decode` has added, [S, chunk] each, replicated over all devices."""
 
-    tokens: jax.Array
-    logps: jax.Array
-    drawn: jax.Array  # log-probs of what was sampled from
-    real: jax.Array
+    tokens: jax.Array  # int32
+    logps: jax.Array  # log-probs of the tokens under the speaker's own distribution
+    drawn: jax.Array  # log-probs of the tokens under the distribution that was sampled from
+    real: jax.Array  # bool, True where a token was added
 
 
 @dataclasses.dataclass(frozen=True)
 class Engine:
-    """Pure programs, to be jitted. Parameters are arguments: those that are trained, as they are laid out."""
+    """The programs of generation as pure functions, to be jitted. Their `params` are the training parameters, sharded as in training."""
 
     speaker: Speaker
     shape: Shape
     sampling: Sampling
-    stop_ids: tuple[int, ...]  # tokens that end a completion, as its last token
+    stop_ids: tuple[int, ...]  # tokens that end a completion; its last token is then one of them
 
     def empty(self) -> State:
-        """Rows that hold nothing."""
+        """The state of empty rows."""
         S, width = self.shape.slots, self.shape.prompt + self.shape.new
         cache = self.speaker.empty(S, width)
         zeros = jnp.zeros(S, jnp.int32)
         return State(cache, jnp.zeros((S, width), jnp.int32), zeros, zeros, jax.random.split(jax.random.key(0), S))
 
     def layout(self) -> tuple[Any, Any, Any]:
-        """Where a state, staged prompts and what is emitted lie: rows over the batch axes, heads as those of the weights, all else whole.
+        """The shardings of State, Staged and Emitted; None for each without a mesh.
 
-        Stated for inputs and outputs alike, since a program whose state came back laid out otherwise would be compiled again.
+        The rows of State are sharded over the batch axes, heads as in the weights; everything else is replicated. Inputs and outputs have
+        the same shardings, because a state that came back with other shardings would compile the program again.
         """
         mesh, of = self.speaker.mesh, self.speaker.layout
         if mesh is None:
@@ -93,16 +94,23 @@ class Engine:
         return State(of("batch"), split, split, split, split), Staged(of(None), whole, whole), Emitted(*[whole] * 4)
 
     def prefill(self, params: Any, tokens: jax.Array, lengths: jax.Array) -> Staged:
-        """Reads prompts [Q, P], right padded. Their last token is left to `decode`."""
+        """Reads prompts, `tokens` [Q, P] int32 padded on the right; `decode` reads their last tokens again, to sample from the logits."""
         real = jnp.arange(tokens.shape[1])[None] < lengths[:, None]
         return Staged(self.speaker.read(params, tokens, real), tokens, lengths)
 
     def decode(
         self, params: Any, state: State, staged: Staged, entries: Entries, alive: jax.Array, key: jax.Array, steps: jax.Array
     ) -> tuple[State, Emitted]:
-        """Begins the completions of `entries`, then adds up to `steps` tokens, at most `chunk`, to the rows that are `alive` [S].
+        """Starts completions, then samples tokens of all alive rows, one per step.
 
-        `key` is the data of one, which every process can place on its devices.
+        Args:
+          params: the speaker's parameters.
+          state: the rows.
+          staged: the prompts of the entries.
+          entries: the completions to start.
+          alive: [S] bool, the rows that are decoded, with those that start.
+          key: the data of a PRNG key, because every process can place plain data on its devices.
+          steps: [] int32, the most steps, at most `chunk`; it ends earlier if no row is alive.
         """
         S, chunk = self.shape.slots, self.shape.chunk
         state = enter(state, staged, entries, jax.random.wrap_key_data(key))
@@ -128,7 +136,10 @@ class Engine:
         return state, out
 
     def step(self, params: Any, head: Any, state: State, alive: jax.Array) -> tuple[State, jax.Array, jax.Array, jax.Array]:
-        """One more token of each row, and its log-probs (see `draw`); a row that is not alive stays as it is."""
+        """Samples one more token of each row; a row that is not alive keeps its tokens.
+
+        Returns the state, the tokens [S] int32, and their log-probs `logp` and `drawn` of `Drawn`, [S] float32 each.
+        """
         place = jnp.arange(state.tokens.shape[1])[None]
         logits, cache = self.speaker.logits(params, head, state.cache, state.tokens, state.at)
         uniform = jax.vmap(lambda key, t: jax.random.uniform(jax.random.fold_in(key, t)))(state.keys, state.at)
@@ -139,7 +150,10 @@ class Engine:
 
 
 def enter(state: State, staged: Staged, entries: Entries, key: jax.Array) -> State:
-    """Puts staged prompts into rows, whose former content is overwritten or lies behind what is read."""
+    """The state with staged prompts copied into the rows of new completions.
+
+    A row's former content is overwritten, or stands after the positions that are read.
+    """
     P = staged.tokens.shape[1]
     count, slots, sources, prompts, samples = entries
 

@@ -1,7 +1,7 @@
-"""Speakers: what the sampler takes its next logits from. A language model is one, several models combined are one, and so is any of
-them with a function behind it.
+"""Speakers: the sources of next-token logits that a sampler reads.
 
-Proxy-tuning, a large model steered by the difference between a small one that was tuned and the same that was not, is a combination:
+A speaker is a language model (`speaker`), a combination of several models (`combined`), or a speaker with a function of its logits
+(`processed`). For example, proxy-tuning steers a large model by the difference between a small tuned model and its untuned version:
 
     large, small = speaker(large_config), speaker(small_config)
     generate = Generator(combined([large, small, small], [1.0, 1.0, -1.0]), shape, Sampling(temperature=0.0))
@@ -26,37 +26,37 @@ from alignax.models.transformer import Decoder, ModelConfig, head_weight, shapin
 
 
 class Speaker(NamedTuple):
-    """Logits of the next token given those before, as five pure functions of parameters and of a cache of what was read.
+    """A source of next-token logits: pure functions of parameters and of a cache of the tokens read so far.
 
-    A cache is any tree of arrays whose second axis is rows. That of a prompt, of P places, is copied into a row of P + C places, where
-    it is the beginning of each further axis.
+    A cache is any tree of arrays whose second axis is rows. The cache of a prompt has P positions. It is copied into a row of P + C
+    positions, to the beginning of every further axis.
     """
 
     vocab_size: int  # tokens that it reads
-    predicted: int  # V, the first so many of them, which it gives logits of
+    predicted: int  # V, the tokens that it gives logits for: the first V of the vocabulary
     positions: int  # the most tokens of prompt and completion
-    exact: bool  # whether its distribution is that of one model, whose log-probs are then those of its samples
-    mesh: Mesh | None  # of its parameters
-    empty: Callable[[int, int], Any]  # (rows, places) -> the cache of rows that hold nothing
-    layout: Callable[[str | None], Any]  # (the logical axis of rows, "batch" or None) -> shardings of a cache; there is a mesh
-    read: Callable[[Any, jax.Array, jax.Array], Any]  # (params, tokens [R, P], real ones [R, P] bool) -> the cache of these prompts
-    head: Callable[[Any], Any]  # (params) -> what does not change from token to token, made once for all of them
-    # (params, head, cache, tokens [S, W], at [S]) -> logits [S, V] float32 of the token behind `at`, and the cache with the one at `at`.
-    # Those at 0 .. at - 1 are in the cache; what stands behind `at` is of no row.
+    exact: bool  # whether its distribution is that of one model, so that the model's log-probs are those of the samples
+    mesh: Mesh | None  # the mesh of its parameters
+    empty: Callable[[int, int], Any]  # (rows, positions) -> an empty cache
+    layout: Callable[[str | None], Any]  # (logical axis of rows: "batch" or None) -> the shardings of a cache; needs a mesh
+    read: Callable[[Any, jax.Array, jax.Array], Any]  # (params, tokens [R, P], real [R, P] bool) -> the cache of R prompts
+    head: Callable[[Any], Any]  # (params) -> values that are the same for all tokens, computed once per call
+    # (params, head, cache, tokens [S, W], at [S]) -> logits [S, V] float32 of the token after position `at`, and the cache with the token
+    # at `at`. The given cache holds the tokens at 0 .. at - 1. `tokens` after `at` are meaningless.
     logits: Callable[[Any, Any, Any, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
 def speaker(config: ModelConfig, dtype: Any = jnp.float32, cache_dtype: str = "", mesh: Mesh | None = None) -> Speaker:
-    """A language model as it is trained; its parameters are those of training, as they are laid out.
+    """Makes the speaker of one language model. Its parameters are those of training, with the shardings of training.
 
     Args:
-      config: the model, adapters or int8 base included.
-      dtype: of activations, as in `alignax.models.transformer.forward`.
-      cache_dtype: "float32", "bfloat16" or "int8"; empty: that of activations.
-      mesh: of the parameters; None for one device.
+      config: the model; adapters and an int8 base are supported.
+      dtype: the dtype of activations, as in `alignax.models.transformer.forward`.
+      cache_dtype: "float32", "bfloat16" or "int8"; empty: the dtype of activations.
+      mesh: the mesh of the parameters; None for one device.
 
     Raises:
-      ValueError: for another dtype of the cache.
+      ValueError: for an unknown `cache_dtype`.
     """
     if cache_dtype and cache_dtype not in caches.DTYPES:
         raise ValueError(f"cache dtype {cache_dtype!r} is unknown; use {', '.join(caches.DTYPES)}")
@@ -76,7 +76,7 @@ def speaker(config: ModelConfig, dtype: Any = jnp.float32, cache_dtype: str = ""
         return decoder.apply({"params": params}, split, constrain(real, mesh, "batch", None))[1]
 
     def head(params: Any) -> jax.Array:
-        # Gathered over fsdp once, rather than at every step.
+        # Gathered over fsdp once, instead of at every step.
         return constrain(head_weight(config, params).astype(dtype), mesh, None, "vocab")
 
     def logits(params: Any, head: jax.Array, cache: Any, tokens: jax.Array, at: jax.Array) -> tuple[jax.Array, Any]:
@@ -91,10 +91,10 @@ def speaker(config: ModelConfig, dtype: Any = jnp.float32, cache_dtype: str = ""
 
 
 def combined(speakers: Sequence[Speaker], coefficients: Sequence[float]) -> Speaker:
-    """Several speakers of one vocabulary as one: z = sum_m c_m z_m of their logits z_m, each [S, V].
+    """Combines speakers of one vocabulary into one speaker, with logits z = sum_m c_m z_m, [S, V].
 
-    The distribution is the product prod_m p_m^c_m, normalised, as for log-probs in the place of logits, which differ from them by a number
-    of each row. What the literature does with it:
+    Its distribution is the normalised product prod_m p_m^c_m. (Log-probs in place of logits would give the same distribution, because
+    they differ from logits by a constant per row.) Uses in the literature:
 
     | method | speakers | coefficients |
     |---|---|---|
@@ -103,15 +103,15 @@ def combined(speakers: Sequence[Speaker], coefficients: Sequence[float]) -> Spea
     | GenARM (Xu et al. 2024, arXiv:2410.08193) | model, autoregressive reward models | 1, 1 / beta of each |
     | contrastive decoding (Li et al. 2022, arXiv:2210.15097) | `processed` model, amateur | 1, -1 |
 
-    A token that one of them never predicts the combination never predicts, whatever the sign of its coefficient. So the plausible tokens of
-    contrastive decoding are the logits that a processor of the first model leaves. Penalty and temperature of `Sampling` come after.
+    A token that one speaker never predicts is never sampled, whatever the sign of that speaker's coefficient. So in contrastive decoding
+    a processor of the first model selects the plausible tokens. Penalty and temperature of `Sampling` apply to the combined logits.
 
     Args:
-      speakers: on one mesh; each keeps a cache of its own. Parameters of the combination are a tuple of theirs, in this order.
-      coefficients: c_m of each.
+      speakers: speakers on one mesh, each with a cache of its own. The parameters of the combination are the tuple of their parameters.
+      coefficients: c_m of each speaker, finite.
 
     Raises:
-      ValueError: for other numbers of coefficients, for vocabularies or meshes that differ.
+      ValueError: for a wrong number of coefficients or infinite ones, and for vocabularies or meshes that differ.
     """
     speakers, coefficients = tuple(speakers), tuple(map(float, coefficients))
     if not speakers or len(speakers) != len(coefficients) or not all(map(math.isfinite, coefficients)):
@@ -127,7 +127,7 @@ def combined(speakers: Sequence[Speaker], coefficients: Sequence[float]) -> Spea
     def logits(params: Any, heads: Any, caches: Any, tokens: jax.Array, at: jax.Array) -> tuple[jax.Array, Any]:
         each = zip(speakers, params, heads, caches, strict=True)
         every, caches = zip(*(s.logits(own, head, cache, tokens, at) for s, own, head, cache in each), strict=True)
-        never = functools.reduce(jnp.logical_or, [z <= NEVER for z in every])  # -inf of a processor's too
+        never = functools.reduce(jnp.logical_or, [z <= NEVER for z in every])  # a processor may return -inf
         total = sum(c * jnp.where(never, 0.0, z) for c, z in zip(coefficients, every, strict=True))
         return jnp.where(never, NEVER, total), caches
 
@@ -146,13 +146,17 @@ def combined(speakers: Sequence[Speaker], coefficients: Sequence[float]) -> Spea
 
 
 def processed(speaker: Speaker, function: Callable[..., jax.Array]) -> Speaker:
-    """A speaker whose logits are `function(logits)` of another's, [S, V] float32 each; its parameters are the other's.
+    """Applies a function to the logits of a speaker; the result is a speaker with the same parameters.
 
-    A function with parameters `tokens` or `real` gets them by name: the rows so far [S, W] int32, and which of them there are [S, W] bool.
-    A token is never sampled where it returns -inf.
+        processed(speaker, lambda logits: logits.at[:, 7].set(-jnp.inf))  # token 7 is never sampled
+
+    Args:
+      speaker: the speaker whose logits are changed.
+      function: logits [S, V] float32 -> logits [S, V]; a token with -inf is never sampled. If the function has parameters named `tokens`
+        or `real`, it gets the rows so far, [S, W] int32, and which of their positions hold a token, [S, W] bool.
 
     Raises:
-      ValueError: when it is compiled, for a function that returns another shape.
+      ValueError: at compilation, for a function that returns another shape.
     """
     wanted = {"tokens", "real"} & set(inspect.signature(function).parameters)
 
@@ -168,9 +172,10 @@ def processed(speaker: Speaker, function: Callable[..., jax.Array]) -> Speaker:
 
 
 def positions(config: ModelConfig) -> int:
-    """The most tokens that a model samples up to: its positions, or the length from which its angles change with every token.
+    """The most tokens of prompt and completion that a model can sample.
 
-    Keys in the cache keep the angles that they got, and those of dynamic NTK and LongRoPE depend on the length past their original context.
+    This is the number of the model's positions, or the length beyond which its rotary angles depend on the length: keys in the cache keep
+    their angles, while those of dynamic NTK and LongRoPE change past the original context.
     """
     scaling = dict(config.rope_scaling)
     original = scaling.get("original_max_position_embeddings") if scaling.get("rope_type") == "longrope" else None

@@ -1,4 +1,4 @@
-"""Strings that end a completion, looked for in its text by the host."""
+"""Stop strings: strings that end a completion. The host looks for them in the completion's text."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -6,19 +6,19 @@ from typing import Any
 
 import numpy as np
 
-STOP_ID, STOP_STRING, LENGTH = "stop id", "stop string", "length"  # why a completion has ended
-SLACK = 8  # tokens of no text of their own: parts of a character, special ones
+STOP_ID, STOP_STRING, LENGTH = "stop id", "stop string", "length"  # the reasons why a completion has ended
+SLACK = 8  # an allowance for tokens without text of their own: parts of a character, special tokens
 
 
 @dataclasses.dataclass(frozen=True)
 class Stops:
-    """Stop strings of a tokenizer. Special tokens count as the text that they are written as."""
+    """The stop strings of a sampler, with its tokenizer. Special tokens count with their written form as text."""
 
     tokenizer: Any
     strings: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        """Raises ValueError for strings that can never occur."""
+        """Refuses strings that can never occur with a ValueError."""
         for string in self.strings:
             if not isinstance(string, str) or not string:
                 raise ValueError(f"a stop string is {'empty' if string == '' else string}; give some text, or none")
@@ -32,17 +32,20 @@ class Stops:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def text(self, tokens: Any) -> str:
-        """The text of tokens as they are."""
+        """Decodes tokens into text, special tokens included."""
         return self.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def first(self, text: str) -> tuple[int, str] | None:
-        """Where the first stop string of a text begins, and which it is."""
+        """The index at which the first stop string of a text begins, and that string; None without one."""
         found = [(text.find(s), s) for s in self.strings]
         return min((hit for hit in found if hit[0] >= 0), default=None)
 
     def end(self, tokens: np.ndarray, seen: int) -> int | None:
-        """How many tokens there are when the first stop string is whole, or None; in the first `seen` there was none."""
-        # A token is a byte of text at least, so a string that ends after `seen` begins no earlier than this.
+        """The number of tokens [t] of a completion up to the end of its first stop string; None without one.
+
+        `seen`: so many tokens at the beginning are known to hold no stop string.
+        """
+        # A token is at least one byte of text, so a stop string that ends after `seen` cannot begin before `start`.
         start = max(0, seen - max(len(s.encode()) for s in self.strings) - SLACK)
         if self.first(self.text(tokens[start:])) is None:
             return None
@@ -50,29 +53,29 @@ class Stops:
 
 
 def stops_of(tokenizer: Any, strings: Sequence[str]) -> Stops | None:
-    """The stop strings of a config field; None of none."""
+    """The `Stops` of the strings in a config field; None if there are none."""
     return Stops(tokenizer, tuple(strings)) if strings else None
 
 
 def bare(tokens: Any, ended: str) -> Any:
-    """A completion's tokens without the stop id that has ended it."""
+    """The tokens of a completion without its stop id; `ended` is the reason of its end, see `text_of`."""
     return tokens[:-1] if ended == STOP_ID else tokens
 
 
 def text_of(tokens: Any, ended: str, tokenizer: Any, stops: Stops | None = None) -> str:
-    """The text that a completion's tokens say: without special tokens, without what has ended it, and without what follows that.
+    """The text of a completion, without special tokens, and without its stop id or its stop string and what follows that string.
 
     Args:
-      tokens: with the stop id, or the tokens of the stop string, at their end.
-      ended: STOP_ID, STOP_STRING or LENGTH.
-      tokenizer: of the model.
-      stops: its stop strings.
+      tokens: [t] tokens of the completion, with the stop id or the tokens of the stop string at the end.
+      ended: the reason of its end: STOP_ID, STOP_STRING or LENGTH.
+      tokenizer: the model's tokenizer.
+      stops: the stop strings of the sampler.
     """
     said = lambda own: tokenizer.decode(own, skip_special_tokens=True)
     if stops is None or ended != STOP_STRING:
-        return said(bare(tokens, ended))  # an end need not be a special token
+        return said(bare(tokens, ended))  # a stop id need not be a special token
     whole = stops.text(tokens)
-    found = stops.first(whole)  # it may hold special tokens, and what they stand between is no string
+    found = stops.first(whole)  # searched with special tokens, which separate the text around them
     if found is None:
         return said(tokens)
     end, count = found[0], len(tokens)
@@ -82,6 +85,14 @@ def text_of(tokens: Any, ended: str, tokenizer: Any, stops: Stops | None = None)
 
 
 def added_text(tokenizer: Any, prompt: Sequence[int], tokens: Any) -> str:
-    """A completion as text, without special tokens: what it adds to its prompt's, so that a space in front is kept by every tokenizer."""
+    """The text that a completion adds to its prompt, without special tokens.
+
+    Prompt and completion are decoded together, because some tokenizers drop a leading space.
+
+    Args:
+      tokenizer: the model's tokenizer.
+      prompt: token ids of the prompt.
+      tokens: [t] int array, the completion.
+    """
     before, whole = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompt, [*prompt, *tokens.tolist()]))
     return whole.removeprefix(before) if whole.startswith(before) else tokenizer.decode(tokens, skip_special_tokens=True)

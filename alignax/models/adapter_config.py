@@ -1,7 +1,7 @@
-"""PEFT's adapter_config.json: what every field of it means here.
+"""PEFT's adapter_config.json: which fields are used, which are ignored, and which are refused.
 
-A field is used, or changes nothing that an adapter computes once its weights are loaded, or it is refused by name; one that is not known
-is refused too, unless it is null, false or empty. Modules are matched by PEFT's own rules, on their whole names.
+Ignored fields change nothing that a loaded adapter computes. A field that is neither used nor ignored is refused by name, unless it is
+null, false or empty; unknown fields too. Modules are matched by PEFT's own rules, on their full names.
 """
 
 import functools
@@ -19,23 +19,23 @@ from alignax.text import one_line, short
 
 Json = dict[str, Any]
 REMEDY = "merge that adapter with peft first"
-# Fields that change nothing that a loaded adapter computes: notes, dropout, and the settings of ways to begin (`init_lora_weights`).
+# Fields that change nothing that a loaded adapter computes: notes, dropout, and settings of the initialisations (`init_lora_weights`).
 HARMLESS = (
     "task_type", "base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping", "lora_dropout", "fan_in_fan_out",
     "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "ensure_weight_tying",
     "runtime_config", reward.OFFSET,
 )  # fmt: skip
-# Ways to begin that leave the base as it is. The others (pissa, olora, corda, loftq, lora_ga) took the adapter's first value off the base.
+# Initialisations that leave the base unchanged. The others (pissa, olora, corda, loftq, lora_ga) subtract the first adapter from the base.
 BEGINNINGS = ("gaussian", "eva", "orthogonal", "mica")
-LONGEST, SECONDS = 20_000, 10.0  # characters of a regular expression, and what all of a file may take
-HEADS = ("score", "classifier")  # that PEFT names of every model for sequence classification
+LONGEST, SECONDS = 20_000, 10.0  # the limits: characters of a regular expression, and seconds to match all expressions of a file
+HEADS = ("score", "classifier")  # head modules that PEFT names for every sequence classification model
 
 _WHOLE, _NUMBER, _NAMES = (fields.KINDS[kind] for kind in ("a whole number above 0", "a number above 0", "a list of texts"))
 _INDEX = fields.KINDS["a whole number, 0 or more"]
 _text_or_names = lambda x: type(x) is str or _NAMES(x)
 Kind = tuple[str, Callable[[Any], bool]]
 _SWITCH: Kind = ("true or false", lambda x: x is None or type(x) is bool)
-# What is read: field -> its kind.
+# Fields that are used: field -> its kind.
 KINDS: dict[str, Kind] = {
     "peft_type": ("text", lambda x: type(x) is str),
     "r": ("a whole number above 0", _WHOLE),
@@ -55,7 +55,7 @@ KINDS: dict[str, Kind] = {
 
 
 def check(config: Json, file: Path) -> None:
-    """Refuses fields of another kind, and those that ask for what is not here."""
+    """Refuses an adapter config with values of the wrong kind, or with options that are not supported."""
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{file} has peft_type {short(config.get('peft_type'))}; only LORA is supported")
     for field, (kind, is_kind) in KINDS.items():
@@ -79,21 +79,21 @@ def check(config: Json, file: Path) -> None:
 
 
 def is_reward(config: Json) -> bool:
-    """Whether adapters are those of a model for sequence classification, with its head."""
+    """Whether an adapter config belongs to a reward model: a sequence classification model with its head."""
     return config.get("task_type") == "SEQ_CLS" or not set(HEADS).isdisjoint(config.get("modules_to_save") or ())
 
 
 def chosen(config: Json, modules: Sequence[str], others: Iterable[str], file: Path) -> list[str]:
-    """The modules that are adapted.
+    """The full names of the modules that a checked adapter config adapts.
 
     Args:
-      config: checked.
-      modules: whole names of those that can be: `model.layers.0.self_attn.q_proj`.
-      others: of the model's other modules with weights.
+      config: accepted by `check`.
+      modules: full names of the modules that can be adapted, such as `model.layers.0.self_attn.q_proj`.
+      others: full names of the model's other modules with weights.
       file: for messages.
 
     Raises:
-      ValueError: for a target among the others, and where none is left.
+      ValueError: for a target among `others`, and if no module is adapted.
     """
     wanted = config["target_modules"]
     if isinstance(wanted, str) and wanted.lower() == "all-linear":
@@ -109,7 +109,13 @@ def chosen(config: Json, modules: Sequence[str], others: Iterable[str], file: Pa
 
 
 def of_each(config: Json, field: str, plain: float, modules: Sequence[str], file: Path) -> dict[str, Any]:
-    """Module -> its value in `rank_pattern` or `alpha_pattern`: that of the first key that its name ends with, as PEFT has it."""
+    """Each adapted module's rank or alpha, by full name.
+
+    As in PEFT, the first key of `field` (`rank_pattern` or `alpha_pattern`) that matches the end of the name decides; else `plain`.
+
+    Raises:
+      ValueError: for a key that matches no adapted module.
+    """
     patterns = {key: _whole(rf"(.*\.)?({key})", field, file) for key in config.get(field) or {}}
     for key, pattern in patterns.items():
         if not any(map(pattern, modules)):
@@ -121,12 +127,12 @@ def of_each(config: Json, field: str, plain: float, modules: Sequence[str], file
 
 
 def scale(config: Json, rank: int, alpha: float) -> float:
-    """What A B is multiplied by."""
+    """The factor s that multiplies the product A B: alpha / rank, or alpha / sqrt(rank) with rsLoRA."""
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def _excluded(config: Json, module: str, file: Path) -> bool:
-    """Whether PEFT leaves a module out before it looks at the targets."""
+    """Whether PEFT excludes a module before it looks at `target_modules`."""
     names = config.get("exclude_modules") or []
     if isinstance(names, str):
         return _whole(names, "exclude_modules", file)(module)
@@ -135,7 +141,7 @@ def _excluded(config: Json, module: str, file: Path) -> bool:
 
 
 def _targeted(config: Json, module: str, file: Path) -> bool:
-    """Whether `target_modules` and `layers_to_transform` name a module."""
+    """Whether `target_modules` and `layers_to_transform` select a module."""
     wanted, layers = config["target_modules"], config.get("layers_to_transform")
     if isinstance(wanted, str):
         return _whole(wanted, "target_modules", file)(module)
@@ -149,17 +155,19 @@ def _targeted(config: Json, module: str, file: Path) -> bool:
 
 
 def _ends(module: str, names: Sequence[str]) -> bool:
-    """Whether a module has one of the names, or ends with it after a dot."""
+    """Whether a module's full name is one of the names, or ends with a dot and one of them."""
     return any(module == name or module.endswith("." + name) for name in names)
 
 
 def in_time(match: Callable[[], Any], file: Path) -> Any:
-    """What a function gives that matches expressions of a file.
+    """Calls a function that matches the regular expressions of a file, under a time limit, and returns its result.
+
+    Some expressions make `re` backtrack for years. Only the main thread receives the timer's signal; other threads have no limit.
 
     Raises:
-      ValueError: where that takes too long: `re` goes back on what it matched, with some expressions for years.
+      ValueError: if matching takes more than `SECONDS`.
     """
-    if threading.current_thread() is not threading.main_thread():  # which alone has signals
+    if threading.current_thread() is not threading.main_thread():
         return match()
 
     def leave(*_: Any) -> None:
@@ -178,17 +186,17 @@ def in_time(match: Callable[[], Any], file: Path) -> Any:
 
 @functools.lru_cache(maxsize=64)
 def _whole(pattern: str, field: str, file: Path) -> Callable[[str], bool]:
-    """Whether the whole of a module's name matches."""
+    """Compiles a regular expression to a test of whether it matches a module's full name."""
     compiled = _compiled(pattern, field, file)
     return lambda module: bool(compiled.fullmatch(module))
 
 
 def _compiled(pattern: str, field: str, file: Path) -> re.Pattern[str]:
-    """A regular expression of a field."""
+    """Compiles a regular expression of a config field."""
     if len(pattern) > LONGEST:
         raise ValueError(f"{file} has {field} with a regular expression of {len(pattern):,} characters; at most {LONGEST:,} are read")
     try:
-        with warnings.catch_warnings(action="ignore"):  # of odd, valid expressions
+        with warnings.catch_warnings(action="ignore"):  # `re` warns of valid but odd expressions
             return re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as e:
         raise ValueError(f"{file} has {field} with a regular expression that cannot be read ({one_line(e)}); correct it") from e

@@ -1,4 +1,4 @@
-"""Tokens that are added to a model folder: read, as part of prompts, and never predicted."""
+"""New special tokens for a model folder: control tokens that prompts may hold, and that the model never predicts."""
 
 import dataclasses
 import json
@@ -20,23 +20,27 @@ from alignax.types import Params
 def with_tokens(
     folder: str | os.PathLike, out: str | os.PathLike, tokens: Sequence[str], seed: int = 0, dtype: str = "float32"
 ) -> list[int]:
-    """Writes a model folder with further special tokens, which transformers loads too; returns their ids, in order.
+    """Writes a copy of a model folder with new special tokens, and returns the ids of these tokens in order.
 
-    Their rows of the embedding are drawn from the normal distribution that has, in each dimension, the mean and the standard deviation
-    of the tokens that were there, as Quark's authors do (Lu et al. 2022, arXiv:2205.13636); of a head that is not tied likewise.
+    Transformers loads the new folder too. New embedding rows are drawn from a normal distribution with the mean and the standard
+    deviation, in each dimension, of the old rows, as in Quark (Lu et al. 2022, arXiv:2205.13636). An untied output layer gets new
+    rows in the same way.
 
-    They control and are not said: `predicted_tokens` of the config.json leaves them out of every distribution, of samples and of
-    log-probs, and `suppress_tokens` of the generation config keeps transformers from sampling them.
+    The model reads the new tokens and never predicts them: `predicted_tokens` in config.json leaves them out of every distribution, for
+    samples and for log-probs. `suppress_tokens` in the generation config keeps transformers from sampling them.
+
+    Every process must call this; process 0 writes.
 
     Args:
-      folder: a Hugging Face folder with a tokenizer.
-      out: a folder that does not exist yet. It appears whole or not at all. Every process calls this; process 0 writes.
-      tokens: texts, none of which the tokenizer knows as a token.
-      seed: of the new rows.
-      dtype: of the written weights: "float32", "bfloat16" or "float16".
+      folder: a Hugging Face model folder with a tokenizer.
+      out: the new folder, which must not exist. It appears whole or not at all.
+      tokens: texts, none of which is a token of the tokenizer.
+      seed: the random seed of the new rows.
+      dtype: the dtype of the written weights: "float32", "bfloat16" or "float16".
 
     Raises:
-      ValueError: for tokens that are there already, and for `out` that exists.
+      ValueError: for an `out` that exists, for tokens that the tokenizer has or that are equal to each other, and for a tokenizer with
+        unused ids between its tokens or with more tokens than the embedding has rows.
     """
     from transformers import AutoTokenizer
 
@@ -72,7 +76,10 @@ def with_tokens(
 
 
 def grown(params: Params, config: ModelConfig, first: int, count: int, key: jax.Array) -> Params:
-    """Parameters whose embedding, and head where it has its own, have `count` new rows from `first` on; what was there is overwritten."""
+    """Parameters with `count` new tokens from id `first` on: rows of the embedding [V, D], columns of an untied output layer [D, V].
+
+    The new rows overwrite padding rows of the old embedding. V grows only if these are too few.
+    """
 
     def rows(weight: jax.Array, key: jax.Array) -> jax.Array:  # [V, D]
         there = weight[:first]

@@ -1,4 +1,4 @@
-"""Attention of whole rows, in blocks of queries, with the backward pass written out."""
+"""Causal attention over whole sequences, in blocks of queries, with a hand-written backward pass."""
 
 import functools
 import math
@@ -21,27 +21,27 @@ def attention(
     scalar: float | None = None,
     cap: float | None = None,
 ) -> jax.Array:
-    """Causal grouped-query attention; softmax in float32.
+    """Causal grouped-query attention over whole sequences, with the softmax in float32.
 
-    Query blocks attend only to the keys before their end, so memory and work are those of the causal half. No weights are kept for the
-    backward pass, which makes them again from the scores: see `attend`.
+    Each block of queries attends only to keys before the block's end, so memory and work are those of the causal half. No attention
+    weights are stored for the backward pass, which recomputes them: see `attend`.
 
     Args:
-      q: [R, T, H, h].
-      k: [R, T, KV, h].
-      v: [R, T, KV, h].
-      mask: [R, T] bool, real keys.
-      block: queries per block; 0: an eighth of them, from 64 to 512.
-      window: [] int: how many keys a query sees, its own included; 0 or None: all.
-      scalar: scores are divided by its square root; None: h.
-      cap: scores become cap * tanh(score / cap); None: they stay.
+      q: [R, T, H, h] queries; h is the size of a head.
+      k: [R, T, KV, h] keys of the KV key-value heads.
+      v: [R, T, KV, h] values.
+      mask: [R, T] bool, True for real tokens.
+      block: queries per block; 0: an eighth of T, at least 64 and at most 512.
+      window: [] int, the number of keys that a query sees, with its own; 0 or None: all.
+      scalar: scores are divided by sqrt(scalar); None: by sqrt(h).
+      cap: scores become cap * tanh(score / cap); None: scores are not capped.
 
     Returns:
       [R, T, H, h].
     """
     R, T, H, h = q.shape
     KV = k.shape[2]
-    # Heads first, so that products are of matrices as they lie: at 1,024 tokens on a CPU the layer's own order took 1.5 times as long.
+    # Heads come before tokens, so that each product reads contiguous matrices: 1.5 times as fast at 1,024 tokens on a CPU.
     q = q.reshape(R, T, KV, H // KV, h).transpose(0, 2, 3, 1, 4)
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
 
@@ -58,12 +58,24 @@ def attention(
 def attend(
     first: int, scale: float, cap: float | None, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, window: jax.Array | None
 ) -> jax.Array:
-    """softmax(scale q k^T) v of the queries [R, KV, G, t, h] from place `first` on; keys and values [R, KV, s, h], `mask` [R, s].
+    """Attention of one block of queries: softmax(scale q k^T) v, [R, KV, G, t, h].
 
-    The backward pass is written out (as in FlashAttention, Dao et al. 2022, arXiv:2205.14135), from the inputs, the output and log Z of
-    each query. Differentiated by machine, [t, s] arrays of scores and weights were kept for every layer and gone over four times:
+    The backward pass is hand-written, as in FlashAttention (Dao et al. 2022, arXiv:2205.14135). It needs the inputs, the output o and
+    each query's log Z, the log of the softmax's denominator, where z are the scores:
 
-        p = exp(s - log Z),   ds = p (do . v - do . o),   dq = scale ds k,   dk = scale ds^T q,   dv = p^T do
+        p = exp(z - log Z),   dz = p (do . v - do . o),   dq = scale dz k,   dk = scale dz^T q,   dv = p^T do
+
+    Automatic differentiation would store [t, s] arrays of scores and weights for every layer, and pass over them four times.
+
+    Args:
+      first: the position of the first query.
+      scale: the factor of the scores.
+      cap: as in `attention`.
+      q: [R, KV, G, t, h] queries, G for each of the KV key-value heads.
+      k: [R, KV, s, h] keys, from position 0 on.
+      v: [R, KV, s, h] values.
+      mask: [R, s] bool, True for real tokens.
+      window: as in `attention`.
     """
     return _attend(first, scale, cap, q, k, v, mask, window)[0]
 
@@ -86,7 +98,7 @@ def _attend_backward(first: int, scale: float, cap: float | None, saved: Any, do
     along = jnp.einsum("rkgth,rkgth->rkgt", dout, out, preferred_element_type=jnp.float32)
     ds = p * (jnp.einsum("rkgth,rksh->rkgts", dout, v, preferred_element_type=jnp.float32) - along[..., None]) * scale
     if cap is not None:
-        ds = ds * (1 - jnp.square(jnp.maximum(scores / cap, -1.0)))  # 0 where a key is not seen
+        ds = ds * (1 - jnp.square(jnp.maximum(scores / cap, -1.0)))  # 0 for a key that is not seen
     ds, p = ds.astype(q.dtype), p.astype(v.dtype)
     dk, dv = jnp.einsum("rkgts,rkgth->rksh", ds, q), jnp.einsum("rkgts,rkgth->rksh", p, dout)
     return jnp.einsum("rkgts,rksh->rkgth", ds, k), dk, dv, None, None
@@ -98,11 +110,11 @@ attend.defvjp(_attend, _attend_backward)
 def _scores(
     first: int, scale: float, cap: float | None, q: jax.Array, k: jax.Array, mask: jax.Array, window: jax.Array | None
 ) -> jax.Array:
-    """[R, KV, G, t, s] float32, -1e30 for a key that its query does not see."""
-    query = first + jnp.arange(q.shape[3])[None, :, None]  # places, [1, t, 1]
+    """The attention scores [R, KV, G, t, s] float32; -1e30 for a key that its query does not see."""
+    query = first + jnp.arange(q.shape[3])[None, :, None]  # positions, [1, t, 1]
     key = jnp.arange(k.shape[2])[None, None, :]
     seen = query >= key if window is None else (query >= key) & ((query - key < window) | (window == 0))
-    # A padding query sees itself, so that its softmax is finite; nobody reads it.
+    # A padding query sees itself, so that its softmax is finite; its output is never read.
     visible = seen & mask[:, None, :] | (query == key)  # [R, t, s]
     scores = jnp.einsum("rkgth,rksh->rkgts", q, k, preferred_element_type=jnp.float32) * scale
     return jnp.where(visible[:, None, None], soft_cap(scores, cap), -1e30)

@@ -1,7 +1,7 @@
-"""The key-value cache: what attention reads of the tokens before, one row a sequence.
+"""The key-value cache of generation: keys and values of earlier tokens, one row for each sequence.
 
-Rows are filled from place 0 on, each to its own length, so prompts of any length stand side by side without padding between them and
-their completions. In int8 each vector of a head at a place has a scale of its own, the largest of its values over 127.
+Each row is filled from position 0 on, to its own length. So prompts of different lengths need no padding before their completions. In
+int8 every head's vector at every position has its own scale: its largest absolute value / 127.
 """
 
 import math
@@ -18,22 +18,22 @@ DTYPES = ("float32", "bfloat16", "int8")
 
 
 class Cache(NamedTuple):
-    """Keys and values of R rows of S places. Heads come before places, so that attention multiplies them where they lie."""
+    """The keys and values of R rows of S positions. Heads come before positions, so that attention reads contiguous matrices."""
 
     k: jax.Array  # [L, R, KV, S, h]
     v: jax.Array  # [L, R, KV, S, h]
-    k_scale: jax.Array | None = None  # [L, R, KV, S] float32, of int8
+    k_scale: jax.Array | None = None  # [L, R, KV, S] float32, in an int8 cache only, as is v_scale
     v_scale: jax.Array | None = None
 
 
 def empty(shape: tuple[int, ...], dtype: Any) -> Cache:
-    """A cache [L, R, KV, S, h] of zeros."""
+    """A cache of zeros, of shape [L, R, KV, S, h]."""
     scale = jnp.zeros(shape[:-1], jnp.float32) if dtype == jnp.int8 else None
     return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), scale, scale)
 
 
 def pack(k: jax.Array, v: jax.Array, dtype: Any) -> Cache:
-    """Keys and values [.., h] as the cache holds them."""
+    """Keys and values [.., h] in the dtype of the cache; in int8 with their scales [..]."""
     if dtype != jnp.int8:
         return Cache(k.astype(dtype), v.astype(dtype))
     (k, k_scale), (v, v_scale) = _round(k), _round(v)
@@ -48,7 +48,16 @@ def _round(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def write(cache: Cache, layer: jax.Array, at: jax.Array, k: jax.Array, v: jax.Array, mesh: Mesh | None = None) -> Cache:
-    """The cache with one more token of each row: k and v [R, KV, h] of a layer at places `at` [R]."""
+    """The cache with the keys and values of one more token in each row, for one layer.
+
+    Args:
+      cache: [L, R, KV, S, h].
+      layer: [] int.
+      at: [R] int, the position of each row's token.
+      k: [R, KV, h] keys of the tokens.
+      v: [R, KV, h] values of the tokens.
+      mesh: the mesh that the cache is sharded over; None for one device.
+    """
 
     def local(layer: jax.Array, at: jax.Array, cache: Cache, new: Cache) -> Cache:
         row = jnp.arange(at.shape[0])
@@ -57,7 +66,7 @@ def write(cache: Cache, layer: jax.Array, at: jax.Array, k: jax.Array, v: jax.Ar
     new = pack(k, v, cache.k.dtype)
     if mesh is None:
         return local(layer, at, cache, new)
-    # By hand: the partitioner would send every row to every device to find out whose it is.
+    # With shard_map, because the partitioner would send every row to every device.
     spec = lambda x, *logical: sharding(mesh, logical, x.shape[: len(logical)]).spec
     whole = jax.tree.map(lambda x: spec(x, None, "batch", "heads"), cache)
     specs = (PartitionSpec(), spec(at, "batch"), whole, jax.tree.map(lambda x: spec(x, "batch", "heads"), new))
@@ -74,16 +83,16 @@ def attend(
     scalar: float | None = None,
     cap: float | None = None,
 ) -> jax.Array:
-    """Attention of one query a row on the cache; softmax in float32.
+    """Attention of one query per row over the cache, with the softmax in float32.
 
     Args:
-      q: [R, H, h].
-      cache: with the keys and values of the query's own token.
+      q: [R, H, h] queries.
+      cache: [L, R, KV, S, h], with the keys and values of each query's own token.
       layer: [] int.
-      at: [R] int, the place of each query; it sees those up to its own.
-      window: as in `alignax.models.attention.attention`, and so are the others.
-      scalar: of the scores.
-      cap: of the scores.
+      at: [R] int, the position of each query; it sees the positions up to its own.
+      window: as in `alignax.models.attention.attention`.
+      scalar: as in `alignax.models.attention.attention`.
+      cap: as in `alignax.models.attention.attention`.
 
     Returns:
       [R, H, h].

@@ -1,8 +1,8 @@
-"""The families of Hugging Face models: how a config.json becomes a ModelConfig, and where each weight lives.
+"""The supported Hugging Face model families: how a config.json becomes a ModelConfig, and where the files store each weight.
 
-Adding a family is a function and a table here, and a row in its test. What a config leaves out means what transformers makes of it;
-what it asks for and the decoder has not is an error. Dropout is never applied, and a mixture's load-balancing loss is not added:
-the policy is scored as its reference is.
+A new family is a function and a table here, and a row in the test. A field that config.json leaves out has transformers' default; an
+option that the decoder does not support is an error. Dropout is never applied, and the load-balancing loss of a mixture of experts is
+not added: policy and reference are scored in the same way.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from alignax.models.layout import Weight
 from alignax.models.transformer import ACTIVATIONS, ModelConfig
 from alignax.text import short
 
-ROPE_FIELDS: dict[str, tuple[str, ...]] = {  # rope_type -> what its parameters must give
+ROPE_FIELDS: dict[str, tuple[str, ...]] = {  # rope_type -> the fields that its parameters must have
     "default": (),
     "linear": ("factor",),
     "dynamic": ("factor",),
@@ -26,11 +26,11 @@ ROPE_FIELDS: dict[str, tuple[str, ...]] = {  # rope_type -> what its parameters 
 
 
 class Family(NamedTuple):
-    """A Hugging Face `model_type`."""
+    """A model family: how to read the configs and the weights of one Hugging Face `model_type`."""
 
     config: Callable[[Json], ModelConfig]
-    weights: Mapping[str, Weight]  # our leaf -> where the files hold it
-    ignored: tuple[str, ...] = ()  # endings of names that hold no parameter
+    weights: Mapping[str, Weight]  # leaf of our parameters -> where the files store it
+    ignored: tuple[str, ...] = ()  # endings of the names of tensors that are no parameters
 
 
 def _llama(hf: Json) -> ModelConfig:
@@ -56,7 +56,7 @@ def _llama(hf: Json) -> ModelConfig:
 def _mistral(hf: Json) -> ModelConfig:
     hf = {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096} | dict(hf)
     only(hf, layer_types=None)
-    plain = {**hf, "attention_bias": False, "mlp_bias": False}  # fields that its classes do not have
+    plain = {**hf, "attention_bias": False, "mlp_bias": False}  # fields that Mistral's classes do not have
     return dataclasses.replace(_llama(plain), sliding_windows=everywhere(hf))
 
 
@@ -73,7 +73,7 @@ def _qwen3(hf: Json) -> ModelConfig:
 
 
 def _late_windows(hf: Json) -> list[bool]:
-    """Qwen's layers with a window where `layer_types` does not say: those from `max_window_layers` on."""
+    """Whether each layer of a Qwen model without `layer_types` has a window: the layers from `max_window_layers` on."""
     on = bool(hf.get("use_sliding_window")) and hf["sliding_window"] is not None
     return [on and i >= hf["max_window_layers"] for i in range(hf["num_hidden_layers"])]
 
@@ -145,7 +145,7 @@ def _gpt_neox(hf: Json) -> ModelConfig:
     rope = {"rope_theta": hf.get("rotary_emb_base", 1e4), "partial_rotary_factor": hf.get("rotary_pct", 0.25)}
     rope |= hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     share = float(rope.pop("partial_rotary_factor"))
-    only(hf, partial_rotary_factor=share)  # which transformers 4 notes beside rotary_pct, and 5 passes over
+    only(hf, partial_rotary_factor=share)  # a copy of rotary_pct, written by transformers 4 and ignored by transformers 5
     own = {"num_key_value_heads": None, "head_dim": None, "mlp_bias": True, "rms_norm_eps": hf.get("layer_norm_eps", 1e-5)}
     own |= {"partial_rotary_factor": None}
     c = _llama({"attention_bias": True, "hidden_act": "gelu"} | dict(hf) | own | {"rope_parameters": rope})
@@ -164,7 +164,7 @@ def _phi3(hf: Json) -> ModelConfig:
     rope |= hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     share = float(rope.pop("partial_rotary_factor"))
     kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
-    rope["rope_type"] = "longrope" if kind in ("su", "yarn") else kind  # earlier names of its one scaling
+    rope["rope_type"] = "longrope" if kind in ("su", "yarn") else kind  # Phi-3's former names of LongRoPE
     only({**rope, "model_type": "phi3"}, rope_type=("default", "longrope"))
     c = _llama({**hf, "rope_parameters": rope, "attention_bias": False, "mlp_bias": False})
     return dataclasses.replace(c, sliding_windows=everywhere(hf), partial_rotary_factor=share)
@@ -197,21 +197,21 @@ def _qwen3_moe(hf: Json) -> ModelConfig:
 
 
 def shared(hf: Json, size: str, heads: str) -> int:
-    """The size of a head."""
+    """The size of an attention head: field `size` divided by field `heads`."""
     if hf[size] % hf[heads]:
         raise ValueError(f"{size} {hf[size]} does not divide into {heads} {hf[heads]}; is config.json complete?")
     return hf[size] // hf[heads]
 
 
 def activation(hf: Json, field: str, default: str) -> str:
-    """The name of the MLP's activation in that field."""
+    """The name of the MLP's activation, from a field of the config; unsupported activations are refused."""
     if (name := hf.get(field) or default) not in ACTIVATIONS:
         raise ValueError(f"{field} {short(name)} is not supported for {hf['model_type']}; only {', '.join(ACTIVATIONS)} are")
     return name
 
 
 def only(hf: Json, **supported: Any) -> None:
-    """Refuses values of fields that the decoder has not; a field that is absent or null is as transformers' default."""
+    """Refuses fields whose value is not the supported one, or in the tuple of supported ones; absent and null fields pass."""
     for field, values in supported.items():
         values = values if isinstance(values, tuple) else (values,)
         if hf.get(field) is not None and hf[field] not in values:
@@ -220,12 +220,15 @@ def only(hf: Json, **supported: Any) -> None:
 
 
 def everywhere(hf: Json) -> tuple[int, ...]:
-    """Sliding windows of the layers, all alike; none where there is no window."""
+    """The sliding window of each layer, where all layers have the same one; () without a window."""
     return (hf["sliding_window"],) * hf["num_hidden_layers"] if hf.get("sliding_window") else ()
 
 
 def sliding_windows(hf: Json, default: list[bool]) -> tuple[int, ...]:
-    """Each layer's window by `layer_types`, or by `default` where there are none; 0: none."""
+    """The sliding window of each layer: 0 for a layer without one, () if no layer has one.
+
+    `default`: whether each layer has a window, for a config without `layer_types`.
+    """
     types = hf.get("layer_types") or ["sliding_attention" if x else "full_attention" for x in default]
     if odd := sorted(set(types) - {"full_attention", "sliding_attention"}):
         raise ValueError(
@@ -239,7 +242,7 @@ def sliding_windows(hf: Json, default: list[bool]) -> tuple[int, ...]:
 
 
 def rope_options(hf: Json) -> dict[str, Any]:
-    """`rope_theta` and `rope_scaling`, which transformers 5 moved into `rope_parameters`."""
+    """The ModelConfig fields `rope_theta` and `rope_scaling`, from the fields of transformers 4 or 5 (`rope_parameters`)."""
     rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
     theta = rope.pop("rope_theta", None) or hf.get("rope_theta") or 10000.0
     share = rope.pop("partial_rotary_factor", None) or hf.get("partial_rotary_factor") or 1.0
@@ -251,17 +254,17 @@ def rope_options(hf: Json) -> dict[str, Any]:
         raise ValueError(f"rope_type {short(rope['rope_type'])} is unknown; one of {', '.join(ROPE_FIELDS)} is supported")
     if missing := [field for field in ROPE_FIELDS[rope["rope_type"]] if rope.get(field) is None]:
         raise ValueError(f"rope_parameters of type {rope['rope_type']!r} lack {', '.join(missing)}; is config.json complete?")
-    inner = lambda name: FIELDS.get(name) == "an object"  # parameters by kind of layer, which gemma3_text has taken apart
+    inner = lambda name: FIELDS.get(name) == "an object"  # parameters for one kind of layer; _gemma3 has already split them
     if odd := sorted(name for name, value in rope.items() if inner(name) or (value and name not in (*FIELDS, *ROPE_NOTES))):
         raise ValueError(f"rope_parameters hold {short(odd)}, which are not supported for {hf.get('model_type')}")
     if hf.get("original_max_position_embeddings"):
         rope["original_max_position_embeddings"] = hf["original_max_position_embeddings"]
-    hashable = lambda x: tuple(x) if isinstance(x, list) else float(x) if type(x) is int else x  # a large int is none of JAX's
+    hashable = lambda x: tuple(x) if isinstance(x, list) else float(x) if type(x) is int else x  # JAX refuses a large int
     return {"rope_theta": float(theta), "rope_scaling": tuple(sorted((k, hashable(v)) for k, v in rope.items() if k in FIELDS))}
 
 
 def _layer(names: Mapping[str, str], prefix: str = "model.layers.{}.", kept: bool = False) -> dict[str, Weight]:
-    """Leaves of a layer, each with its bias: leaf -> name of the module."""
+    """The weight and the bias of each leaf of a layer, from a table leaf -> name of its module."""
     weights = {f"layers.{leaf}": Weight(f"{prefix}{name}.weight", kept) for leaf, name in names.items()}
     return weights | {f"layers.{leaf}_bias": Weight(f"{prefix}{name}.bias") for leaf, name in names.items()}
 
@@ -314,7 +317,7 @@ _MIXTRAL = _LLAMA | _layer(
     {"router": "gate", "gate": "experts.{}.w1", "up": "experts.{}.w3", "down": "experts.{}.w2"},
     prefix="model.layers.{}.block_sparse_moe.",
 )
-_ROTARY = ("rotary_emb.inv_freq",)  # which older files hold
+_ROTARY = ("rotary_emb.inv_freq",)  # a table in older files
 
 FAMILIES: dict[str, Family] = {
     "gemma2": Family(_gemma2, _GEMMA, _ROTARY),
@@ -333,10 +336,10 @@ FAMILIES: dict[str, Family] = {
 
 
 def read(hf: Any, where: str) -> tuple[Family, ModelConfig]:
-    """The family of a parsed config.json, and its shape and options.
+    """The family and the ModelConfig of a parsed config.json.
 
     Raises:
-      ValueError: for an unknown family and every field that is missing, of another kind or not supported; `where` is named.
+      ValueError: for an unknown family, and for a field that is missing, of the wrong kind or not supported; it names `where`.
     """
     fields = checked(hf, where)
     kind = fields.get("model_type")

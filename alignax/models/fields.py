@@ -1,4 +1,4 @@
-"""The fields of a config.json: their kinds, which are read, which change nothing, and which are refused."""
+"""The fields of a config.json: the kind of each, and which fields are read, ignored or refused."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,7 +18,7 @@ KINDS: dict[str, Callable[[Any], bool]] = {
     "a list of texts": lambda x: type(x) is list and all(type(y) is str for y in x),
     "a list of numbers above 0": lambda x: type(x) is list and all(map(KINDS["a number above 0"], x)),
 }
-# The kind of every field that is read, of rope_parameters too.
+# The kind of every field that is read, at the top level and in rope_parameters.
 FIELDS: dict[str, str] = {
     name: kind
     for kind, names in {
@@ -39,17 +39,17 @@ FIELDS: dict[str, str] = {
     }.items()
     for name in names.split()
 }
-# Where null is a choice of its own; elsewhere it is as a field left out.
+# Fields whose null has a meaning of its own; null in any other field is as if the field were absent.
 NULL = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping", "head_dim", "num_key_value_heads")
-# Fields of FIELDS that ask for something, with the families that have it.
+# Fields of FIELDS that only some families support: field -> these families.
 OWN = {
     "attn_logit_softcapping": ("gemma2",),  # gemma3_text has the field, and transformers does not apply it
     "final_logit_softcapping": ("gemma2", "gemma3_text"),
     "num_experts": ("mixtral", "qwen3_moe"),
     "num_local_experts": ("mixtral", "qwen3_moe"),
 }
-# Those that change nothing here: what tools note, labels, how a forward pass or its outputs are arranged, and the defaults of generation
-# that older files hold. So are all with "dropout" in the name, and the endings and beginnings below.
+# Fields that change nothing here: notes of tools, labels, options of how a forward pass computes or returns its outputs, and the
+# generation defaults of older files. Every name with "dropout" in it is ignored too, and every beginning or ending in NOTED.
 NOTES = frozenset(
     "architectures auto_map finetuning_task id2label label2id num_labels score_offset problem_type task_specific_params torch_dtype dtype "
     "tokenizer_class model_max_length max_sequence_length n_ctx seq_length is_decoder is_llama_config transformers.js_config "
@@ -61,16 +61,16 @@ NOTES = frozenset(
     "exponential_decay_length_penalty suppress_tokens begin_suppress_tokens prefix output_past custom_pipelines value_head_prefix "
     "sliding_window_size trust_remote_code".split()
 )
-NOTED = ("_", "unsloth_", "summary_"), ("_token_id", "_version", "_pdrop")  # beginnings, endings
-FACTORS = (  # those that are 1, or true, change nothing
+NOTED = ("_", "unsloth_", "summary_"), ("_token_id", "_version", "_pdrop")  # beginnings and endings of ignored names
+FACTORS = (  # fields that change nothing if they are 1 or true
     "logit_scale logits_scaling attention_multiplier embedding_multiplier residual_multiplier scale_emb scale_depth rope_ratio "
     "lm_head_multiplier is_causal interpolate_factor full_attn_mod decoder_sparse_step"
 ).split()
-ROPE_NOTES = ("finetuned",)  # fields of rope_parameters that nothing reads
+ROPE_NOTES = ("finetuned",)  # ignored fields of rope_parameters
 
 
 def refuse_foreign(fields: Json, kind: str) -> None:
-    """Refuses what is neither read nor known to change nothing, unless it is 0, false or empty."""
+    """Refuses fields that are neither read nor ignored (unless 0, false or empty), and rope fields that contradict each other."""
     for name, value in fields.items():
         known = kind in OWN[name] if name in OWN else name in FIELDS or noted(name)
         if value is not None and (value != 1 if name in FACTORS else value and not known):
@@ -79,18 +79,18 @@ def refuse_foreign(fields: Json, kind: str) -> None:
                 "(if it is a note and nothing is computed with it, delete the field)"
             )
     old, new = fields.get("rope_scaling"), fields.get("rope_parameters")
-    if kind != "gemma3_text" and old and new and old != new:  # transformers takes the former whole, without the latter's rope_theta
+    if kind != "gemma3_text" and old and new and old != new:  # transformers would drop rope_theta
         raise ValueError(f"rope_scaling {short(old)} stands beside rope_parameters {short(new)}; join them in rope_parameters")
 
 
 def noted(name: str) -> bool:
-    """Whether a field is known to change nothing that is computed here."""
+    """Whether a field is ignored: known to change nothing that is computed here."""
     beginnings, endings = NOTED
     return name in NOTES or "dropout" in name or name.startswith(beginnings) or name.endswith(endings)
 
 
 def checked(fields: Json, where: str) -> dict[str, Any]:
-    """The fields without those that are null, each that is read being of its kind."""
+    """The fields of a config without null ones; a field of the wrong kind is refused."""
     known = {name: value for name, value in fields.items() if value is not None or name in NULL}
     for name, value in known.items():
         if name in FIELDS and value is not None and not KINDS[FIELDS[name]](value):
@@ -100,7 +100,7 @@ def checked(fields: Json, where: str) -> dict[str, Any]:
 
 
 def check_shape(c: ModelConfig) -> None:
-    """Refuses sizes that do not fit one another."""
+    """Refuses a model config whose sizes do not fit together."""
     if c.predicted_tokens > c.vocab_size:
         raise ValueError(f"predicted_tokens {c.predicted_tokens} exceed the vocabulary of {c.vocab_size}; they are its first so many")
     if c.num_attention_heads % c.num_key_value_heads:

@@ -1,15 +1,16 @@
-"""Per-token log-probs and statistics of the vocabulary from the final hidden state, in float32, never holding `[.., T, V]` logits.
+"""The heads of a model: per-token log-probs and vocabulary statistics, reward scores and critic values, from the final hidden states.
 
-Only completion positions are scored: each batch shard moves its own to the front, and the loop over chunks ends with the fullest
-shard. Logits exist for one chunk at a time and are made again in the backward pass, which is written out:
+Log-probs and statistics are float32, and no array of logits `[.., T, V]` is ever held. Only completion positions are scored: each
+batch shard moves its completion positions to the front, and the loop over chunks stops when the fullest shard is done. Logits exist
+for one chunk at a time. The backward pass computes them again; it is hand-written:
 
-    z = x W, p = softmax(z):   d log p(y) / dz = onehot(y) - p,   and of each statistic its slope, see `alignax.models.statistics`
+    z = x W, p = softmax(z):   d log p(y) / dz = onehot(y) - p,   and for each statistic its slope, see `alignax.models.statistics`
 
-With a soft cap and a temperature s, z = cap tanh(x W / cap) / s, and both are multiplied by dz / d(x W) = (1 - (s z / cap)^2) / s.
-Tokens that are never predicted have a logit so low that their probability is 0, and no gradient.
+With a soft cap and a temperature s, z = cap tanh(x W / cap) / s, and both gradients get the factor
+dz / d(x W) = (1 - (s z / cap)^2) / s. A token that is never predicted has a logit so low that its probability is 0, and no gradient.
 
-Differentiated by machine, a chunk took three to four sweeps over its logits rather than one, and the gradient of W was summed over
-the data shards in every chunk rather than once. A statistic that no loss reads is not computed, or not differentiated.
+Automatic differentiation would pass three to four times over the logits of a chunk instead of once. It would also sum the gradient of
+W over the data shards in every chunk instead of once. A statistic that no loss reads is not computed, or not differentiated.
 """
 
 import dataclasses
@@ -35,16 +36,16 @@ from alignax.models.statistics import (
 )
 from alignax.types import Outputs
 
-Teacher = tuple[jax.Array, jax.Array] | None  # hidden states and output weight, of a vocabulary that is the student's
-NEVER = -1e30  # a logit whose probability is 0, and which is a finite number
+Teacher = tuple[jax.Array, jax.Array] | None  # the teacher's hidden states and output weight; the student's vocabulary
+NEVER = -1e30  # the logit of a token that is never predicted: its probability is 0, and the logit itself is finite
 
 
 class Shaping(NamedTuple):
-    """What becomes of logits before their softmax, in this order."""
+    """The changes to logits before their softmax, in this order: soft cap, temperature, tokens that are never predicted."""
 
     cap: float | None = None  # see `soft_cap`
     temperature: float = 1.0
-    unused: tuple[tuple[int, int], ...] = ()  # ranges of tokens, first and behind the last, that are never predicted
+    unused: tuple[tuple[int, int], ...] = ()  # ranges [first, end) of token ids that are never predicted
 
 
 PLAIN = Shaping()
@@ -63,26 +64,26 @@ def token_logps(
     mixture: tuple[float, float] = (0.5, 1.0),
     statistics: tuple[Statistic, ...] = (),
 ) -> Outputs:
-    """Log-prob of each target, and statistics of the distribution that predicts it, where `mask` is True; 0 elsewhere.
+    """The log-prob of each target token, and statistics of the distribution that predicts it; 0 where `mask` is False.
 
     Args:
-      hidden: [R, T, D], in the compute dtype; `hidden[:, t]` predicts `targets[:, t]`.
-      weight: [D, V], in its storage dtype.
+      hidden: [R, T, D] hidden states in the compute dtype; `hidden[:, t]` predicts `targets[:, t]`.
+      weight: [D, V] output weight, in its storage dtype.
       targets: [R, T] int.
-      mask: [R, T] bool.
-      chunk: positions scored at a time in each batch shard; memory is about `chunk * V` floats, a few times over.
-      mesh: gives the number of batch shards; positions never leave theirs.
-      how: what becomes of the logits, and of the teacher's too.
-      teacher: [R, T, E] in the compute dtype and [E, V]; then KL(teacher || softmax), KL(softmax || teacher) and `jsd` are among the
-        outputs, with their gradients. None goes to the teacher.
-      mixture: beta and the temperature of `jsd`.
-      statistics: further ones, beside the entropy, the log sum of squares and those of a teacher.
+      mask: [R, T] bool, True at the positions to score.
+      chunk: positions that each batch shard scores at a time; memory is a few times `chunk * V` floats.
+      mesh: gives the number of batch shards; a position is computed in its own shard. None for one device.
+      how: the changes to the logits, the teacher's too.
+      teacher: hidden states [R, T, E] in the compute dtype and output weight [E, V] of another model. The outputs then have
+        `ref_kl` = KL(teacher || softmax), `policy_kl` = KL(softmax || teacher) and `jsd`. The teacher gets no gradient.
+      mixture: beta and temperature of `jsd`.
+      statistics: further statistics, beside the entropy, the log sum of squares and those of the teacher.
 
     Returns:
-      Outputs with [R, T] float32 arrays; the sum of squares has no gradient.
+      Outputs with [R, T] float32 arrays; `log_sum_sq` carries no gradient.
 
     Raises:
-      ValueError: for two statistics of one name, and for one that compares with a teacher where there is none.
+      ValueError: for two statistics with the same name, and for a statistic that needs a teacher if there is none.
     """
     own = {"entropy": entropy, "log_sum_sq": log_sum_sq}
     if teacher is not None:
@@ -91,12 +92,12 @@ def token_logps(
     check_statistics(every, teacher is not None)
     R, T, _ = hidden.shape
     S = meshes.batch_shards(mesh) if mesh is not None else 1
-    S = S if R % S == 0 else 1  # evaluation of a few rows
+    S = S if R % S == 0 else 1  # an evaluation may have too few rows
     P = R // S * T  # positions of a shard
     chunk = min(chunk, P)
     size = -(-P // chunk) * chunk
     packed = mask.reshape(S, P)
-    order = jnp.argsort(~packed, axis=1, stable=True)  # [S, P] completion positions first
+    order = jnp.argsort(~packed, axis=1, stable=True)  # [S, P], completion positions first
     back = jnp.argsort(order, axis=1)
     order = jnp.pad(order, ((0, 0), (0, size - P)))
     count = -(-packed.sum(axis=1).max() // chunk)  # chunks of the fullest shard
@@ -114,33 +115,38 @@ def token_logps(
 
 
 def last_scores(hidden: jax.Array, mask: jax.Array, weight: jax.Array, offset: jax.Array) -> jax.Array:
-    """A reward model's scores of rows, read at the last token wherever padding stands, as transformers does: [R, labels] float32.
+    """A reward model's scores of rows, [R, labels] float32, from the last real token, as in transformers.
 
     Args:
-      hidden: [R, T, D].
-      mask: [R, T] bool, where it may be read: at real tokens, those that a chat template writes behind the end too; a row without one
-        scores 0.
+      hidden: [R, T, D] hidden states.
+      mask: [R, T] bool, True for real tokens, also those that a chat template writes after the completion. Padding may stand at
+        either end. A row without real tokens has score 0.
       weight: [D, labels].
-      offset: [labels], taken from every score: what the initial policy's samples score. It is not trained.
+      offset: [labels], subtracted from every score: the mean score of the initial policy's samples, say. It is not trained.
     """
     scores = last_states(hidden, mask) @ weight.astype(jnp.float32) - jax.lax.stop_gradient(offset)[None]
     return jnp.where(mask.any(axis=1)[:, None], scores, 0.0)
 
 
 def last_states(hidden: jax.Array, mask: jax.Array) -> jax.Array:
-    """The hidden states [R, T, D] at each row's last True of `mask` [R, T], at its end where there is none: [R, D] float32."""
+    """The hidden state of each row's last real token: [R, D] float32.
+
+    Args:
+      hidden: [R, T, D].
+      mask: [R, T] bool, True for real tokens; a row without any gives its last position.
+    """
     last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)  # [R]
     return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0].astype(jnp.float32)
 
 
 def token_values(hidden: jax.Array, scored: jax.Array, weight: jax.Array, offset: jax.Array | None = None) -> jax.Array:
-    """A critic's values, float32 [B, N, T], of several heads [B, N, T, H]: what is to come, as seen before tokens[t] is chosen.
+    """A critic's values: its estimates of the return before tokens[t] is chosen, [B, N, T] float32, or [B, N, T, H] of H heads.
 
     Args:
-      hidden: [R, T, D].
-      scored: [B, N, T] bool, completion tokens; elsewhere values are 0.
+      hidden: [R, T, D] hidden states; R = B * N.
+      scored: [B, N, T] bool, True for completion tokens; other values are 0.
       weight: [D, H].
-      offset: [H], taken from the values as from a reward model's scores, and not trained either; None: nothing is.
+      offset: [H], subtracted from the values as from a reward model's scores, and not trained; None: no offset.
     """
     values = hidden[:, :-1].astype(jnp.float32) @ weight.astype(jnp.float32)  # [R, T - 1, H]
     if offset is not None:
@@ -151,19 +157,19 @@ def token_values(hidden: jax.Array, scored: jax.Array, weight: jax.Array, offset
 
 
 def soft_cap(z: jax.Array, cap: float | None) -> jax.Array:
-    """cap * tanh(z / cap), which keeps logits within +-cap (Gemma 2, arXiv:2408.00118); z itself without a cap."""
+    """Soft-capped logits cap * tanh(z / cap), within +-cap (Gemma 2, arXiv:2408.00118), of the shape of z; z itself without a cap."""
     return z if cap is None else cap * jnp.tanh(z / cap)
 
 
 def shaped(z: jax.Array, how: Shaping) -> jax.Array:
-    """The logits [.., V] whose softmax is the distribution."""
+    """The logits [.., V] whose softmax is the model's distribution, from the raw logits z [.., V]."""
     z = soft_cap(z, how.cap)
     z = z if how.temperature == 1 else z / how.temperature
     return jnp.where(predicted(how, z), z, NEVER) if how.unused else z
 
 
 def predicted(how: Shaping, z: jax.Array) -> jax.Array:
-    """Which tokens of [.., V] are ever predicted: bool, of the same rank, its other axes 1."""
+    """Whether each token is ever predicted: [1, .., 1, V] bool, of the rank of z [.., V]. `how.unused` must not be empty."""
     at = jax.lax.broadcasted_iota(jnp.int32, (1,) * (z.ndim - 1) + z.shape[-1:], z.ndim - 1)
     return functools.reduce(jnp.logical_and, [(at < first) | (at >= behind) for first, behind in how.unused])
 
@@ -180,7 +186,11 @@ def score(
     count: jax.Array,
     teacher: Teacher,
 ) -> tuple[jax.Array, ...]:
-    """Log-prob of y [S, P], and each statistic of softmax(x W), from x [S, P, D] and W [D, V]; 0 after `count` chunks."""
+    """The log-probs of targets y [S, P] and the statistics of softmax(x W), each [S, P] float32, from x [S, P, D] and W [D, V].
+
+    S are the batch shards, P the positions of each. Positions after the first `count` chunks give 0. The teacher has hidden states
+    [S, P, E] and output weight [E, V].
+    """
     return _scores(chunk, mesh, how, statistics, x, weight, y, count, teacher)[0]
 
 
@@ -256,7 +266,7 @@ def _backward(
             at = dataclasses.replace(at, zt=shaped(_logits(here(taught[0]), taught[1]), how), lse_t=here(sums[1]))
         q, hit, scale = at.logps, at.hit, dlogp
         for statistic, value, cotangent in read:
-            if statistic == entropy:  # in one product with p: bit for bit what it was when log-prob and entropy alone were differentiated
+            if statistic == entropy:  # shares the product with p; further statistics then change no bit of these gradients
                 scale = dlogp + here(cotangent)[..., None] * (q + here(value)[..., None])
         dz = jnp.where(hit, dlogp, 0.0) - at.probs * scale
         for statistic, value, cotangent in read:
@@ -270,7 +280,7 @@ def _backward(
             dz = dz / how.temperature
         if how.unused:
             dz = jnp.where(predicted(how, dz), dz, 0.0)
-        dz = dz.astype(x.dtype)  # what a matrix unit takes; sums stay float32
+        dz = dz.astype(x.dtype)  # matrix units take the compute dtype; sums stay float32
         dpart = jnp.einsum("scv,dv->scd", dz, w, preferred_element_type=jnp.float32)
         dw = dw + jnp.einsum("scd,scv->sdv", part, dz, preferred_element_type=jnp.float32)
         return _place(dx, dpart.astype(x.dtype), i, chunk), dw
@@ -284,7 +294,7 @@ score.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _whole(weight: jax.Array, dtype: Any, mesh: Mesh | None) -> jax.Array:
-    """The weight in the compute dtype, gathered over fsdp once rather than in every chunk."""
+    """The output weight [D, V] in the compute dtype, gathered over fsdp once instead of in every chunk."""
     return meshes.constrain(weight.astype(dtype), mesh, None, "vocab")
 
 

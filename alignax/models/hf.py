@@ -1,7 +1,7 @@
-"""Hugging Face model folders in and out, without torch.
+"""Reads and writes Hugging Face model folders, without torch.
 
-Weights are read slice by slice: each device shard reads only its own part of the files, so no process holds a model that its mesh
-would not. Export writes one file's worth of tensors at a time.
+Weights are read slice by slice: each device shard reads only its own part of the files, so no process holds more of a model than its
+devices do. An export gathers the tensors of one file at a time.
 """
 
 import contextlib
@@ -29,40 +29,40 @@ from alignax.models.layout import Place, Tensor, joined, leaf_name, leaf_shapes,
 from alignax.models.parameters import abstract_params as abstract_params
 from alignax.models.parameters import fresh as fresh
 from alignax.models.parameters import fresh_leaf
-from alignax.models.parameters import init_params as init_params  # those of no folder, beside `load_params`
+from alignax.models.parameters import init_params as init_params  # random parameters, beside `load_params`
 from alignax.models.small_files import copy_small_files, tokenizer_parts
 from alignax.models.tensorfiles import DTYPES, WEIGHT_FILES, check_finite, check_type, header, named_files, read_object, save_tensors
 from alignax.models.transformer import ModelConfig
 from alignax.text import short
 from alignax.types import Params
 
-SHARD_BYTES = 5 * 10**9  # of an exported file, as transformers has it
+SHARD_BYTES = 5 * 10**9  # the most bytes of an exported file, as in transformers
 GENERATION = "generation_config.json"
-SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")  # what a folder without that file says in its config.json
-LayerReader = Callable[[str, Sequence[range]], Iterator[np.ndarray]]  # (leaf, ranges of its indices) -> its layers
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")  # fields of config.json that replace a missing generation config
+LayerReader = Callable[[str, Sequence[range]], Iterator[np.ndarray]]  # (leaf, index ranges) -> that part of each layer, in turn
 
 
 class Stored(NamedTuple):
-    """Where a tensor is, and its name there."""
+    """The file that stores a tensor, and the tensor's name in that file."""
 
     file: Path
     name: str
 
 
 class Source(NamedTuple):
-    """An opened model folder, or a soup of several, which has the first one's small files."""
+    """An opened model folder, or a soup: several folders whose weights are averaged. A soup has the small files of its first folder."""
 
     path: Path
-    hf: dict[str, Any]  # its config.json
+    hf: dict[str, Any]  # the content of config.json
     family: Family
-    stored: ModelConfig  # of the files
-    config: ModelConfig  # of the model that is made of them: it may have another head, see `with_heads`
-    soup: tuple[tuple["Source", float], ...] = ()  # folders and their shares of every weight; (): this folder alone
-    adapters: Path | None = None  # a PEFT folder whose adapters and head make a reward model of it, see `peft.open_reward`
+    stored: ModelConfig  # the model that the files hold
+    config: ModelConfig  # the model that is loaded; its heads may differ, see `with_heads`
+    soup: tuple[tuple["Source", float], ...] = ()  # the folders of a soup with their shares; (): no soup
+    adapters: Path | None = None  # a PEFT folder that turns this model into a reward model, see `peft.open_reward`
 
 
 def open_folder(path: str | os.PathLike) -> Source:
-    """Reads a folder's config.json; the weights stay on disk."""
+    """Opens a Hugging Face model folder: reads and checks its config.json, and leaves the weights on disk."""
     path = Path(path)
     file = path / "config.json"
     if path.is_file():
@@ -74,7 +74,7 @@ def open_folder(path: str | os.PathLike) -> Source:
             f"{str(path)!r} holds adapters and no model; merge them into their base with peft (merge_and_unload) and give that, or, to "
             "train them on, give their base as model.path and the adapters as lora.path; those of a reward model can be a reward.path"
         )
-    if (path / "adapter_config.json").is_file():  # which transformers puts onto the model
+    if (path / "adapter_config.json").is_file():  # transformers would apply these adapters to the model
         raise ValueError(
             f"{str(path)!r} holds a model and adapters; move the adapters into a folder of their own, to be given as lora.path, or, where "
             "they are merged already, delete adapter_config.json"
@@ -92,7 +92,7 @@ def open_folder(path: str | os.PathLike) -> Source:
 
 
 def _has_own_head(source: Source) -> bool:
-    """Whether the files hold an output matrix other than the embedding: transformers ties nothing then, whatever config.json says."""
+    """Whether the files hold an output layer that differs from the embedding. Transformers then ignores the tying in config.json."""
     from safetensors import safe_open
 
     if not any((source.path / name).is_file() for name in WEIGHT_FILES):
@@ -112,12 +112,12 @@ def _has_own_head(source: Source) -> bool:
 
 
 def make_soup(parts: Sequence[tuple[Source, float]]) -> Source:
-    """The mean of several folders' weights (Wortsman et al. 2022, arXiv:2203.05482), as a source like any other.
+    """Makes a model soup: a source whose weights are a weighted mean of several folders' (Wortsman et al. 2022, arXiv:2203.05482).
 
-    theta = sum_i share_i theta_i, of every parameter, norms and embeddings included
+    theta = sum_i share_i theta_i, for every parameter, norms and embeddings included
 
     Raises:
-      ValueError: for folders that are not alike, and for shares that do not sum to 1.
+      ValueError: for folders that differ in shape, vocabulary or tokenizer, and for shares that do not sum to 1.
     """
     shares = [share for _, share in parts]
     if not math.isclose(math.fsum(shares), 1, abs_tol=1e-6):
@@ -127,12 +127,12 @@ def make_soup(parts: Sequence[tuple[Source, float]]) -> Source:
 
 
 def ingredients(source: Source) -> tuple[tuple[Source, float], ...]:
-    """The folders that weights are read from, and the share that each has."""
+    """The folders of a source with the share of each: the parts of a soup, or one folder with share 1."""
     return source.soup or ((source, 1.0),)
 
 
 def check_alike(sources: Sequence[Source]) -> None:
-    """Refuses folders of different shapes, vocabularies or tokenizers."""
+    """Refuses model folders that differ in shape, vocabulary or tokenizer."""
     first = sources[0]
     for source in sources[1:]:
         differs = "shape or vocabulary" if source.config != first.config else "tokenizer"
@@ -141,9 +141,13 @@ def check_alike(sources: Sequence[Source]) -> None:
 
 
 def with_heads(source: Source, num_labels: int, values: int = 0, language: bool = False) -> Source:
-    """The folder's trunk with that many scores (0: as the folder is) and values; a head that the folder has not begins anew.
+    """The source with other heads on its trunk; `load_params` initialises a head that the folder does not have.
 
-    `language`: the output layer stays beside the scores, see `ModelConfig.language_head`.
+    Args:
+      source: an opened folder.
+      num_labels: scores of a reward model; 0: as many as the folder has.
+      values: heads of a critic.
+      language: keeps the output layer beside the scores, see `ModelConfig.language_head`.
     """
     heads: Any = {"num_labels": num_labels or source.config.num_labels, "critic_heads": values, "language_head": language}
     config = dataclasses.replace(source.config, **heads)
@@ -151,9 +155,14 @@ def with_heads(source: Source, num_labels: int, values: int = 0, language: bool 
 
 
 def load_params(source: Source, mesh: Mesh, key: jax.Array | None = None) -> Params:
-    """A folder's weights as sharded float32 parameters; a score head that it has not is drawn from the key (default: 0).
+    """Loads a folder's weights as float32 parameters, sharded over the mesh.
 
-    Of a soup they are averaged as they are read, a layer at a time.
+    The weights of a soup are averaged while they are read, one layer at a time. Every process must call this.
+
+    Args:
+      source: an opened folder or a soup.
+      mesh: the mesh to shard over.
+      key: initialises the heads that the folder does not have; default: `jax.random.key(0)`.
 
     Raises:
       ValueError: for missing, extra or misshapen tensors and damaged files, before any weight is read.
@@ -163,7 +172,7 @@ def load_params(source: Source, mesh: Mesh, key: jax.Array | None = None) -> Par
     abstract = abstract_params(source.config, mesh)
     kept = source.config.num_labels == source.stored.num_labels
     with together():
-        if is_main():  # which reads every byte
+        if is_main():  # the check reads every byte, so one process does it
             for part, _ in ingredients(source):
                 output.check(part.path)
     with contextlib.ExitStack() as stack:
@@ -180,7 +189,7 @@ def load_params(source: Source, mesh: Mesh, key: jax.Array | None = None) -> Par
                 found = list(layers(name, ranges))
                 return (np.stack(found) if len(found) > 1 else found[0]).reshape([len(r) for r in ranges])
 
-            parts: dict[str, np.ndarray] = {}  # devices that hold copies of a shard share one reading of it
+            parts: dict[str, np.ndarray] = {}  # devices with copies of one shard share one read of it
 
             def once(index: Any) -> np.ndarray:
                 if str(index) not in parts:
@@ -193,7 +202,10 @@ def load_params(source: Source, mesh: Mesh, key: jax.Array | None = None) -> Par
 
 
 def layer_reader(source: Source, opened: Callable[[Path], Any]) -> LayerReader:
-    """(leaf, ranges of its indices) -> that part of each of its layers, one after another, as float32 in our layout."""
+    """Makes the reader of a folder's leaves: (leaf, index ranges) -> that part of each layer in turn, float32, in our layout.
+
+    The folder's tensors are checked first, see `check_tensors`. `opened`: opens a safetensors file.
+    """
     files = tensor_files(source)
     check_tensors(source, files)
     where = places(source.family.weights, stored_shapes(source.stored), source.stored.num_attention_heads)
@@ -212,7 +224,7 @@ def layer_reader(source: Source, opened: Callable[[Path], Any]) -> LayerReader:
 
 
 def soup_reader(parts: Sequence[tuple[Source, float]], opened: Callable[[Path], Any]) -> LayerReader:
-    """What `layer_reader` gives, of a soup: the mean of its folders' layers, which are read together."""
+    """The `layer_reader` of a soup: it reads a layer from every folder, and gives the weighted mean."""
     readers = [layer_reader(source, opened) for source, _ in parts]
 
     def layers(name: str, ranges: Sequence[range]) -> Iterator[np.ndarray]:
@@ -223,7 +235,7 @@ def soup_reader(parts: Sequence[tuple[Source, float]], opened: Callable[[Path], 
 
 
 def read_part(opened: Any, stored: Stored, place: Place, ranges: Sequence[range]) -> np.ndarray:
-    """Rows and columns of a leaf's layer as float32, in our layout."""
+    """Reads part of one layer of a leaf as float32, in our layout; a vector or a matrix. Values that are not finite are refused."""
     turned = place.turned(len(ranges))
     part = np.concatenate([read_slice(opened, stored.name, i) for i in place.indices(ranges)], axis=0 if turned else -1)
     if not np.isfinite(part).all():
@@ -232,14 +244,15 @@ def read_part(opened: Any, stored: Stored, place: Place, ranges: Sequence[range]
 
 
 def read_slice(opened: Any, name: str, index: tuple[slice, ...]) -> np.ndarray:
-    """Part of a tensor of an opened file, as float32."""
+    """Reads part of a tensor from an opened safetensors file, as float32."""
     return np.asarray(opened.get_slice(name)[index], np.float32)
 
 
 def tensor_files(source: Source) -> dict[str, Stored]:
-    """Tensor name -> where it is stored; files of a bare model (GPT-2's own, say) leave the first word of every name out.
+    """Where each tensor of a folder is stored: full tensor name -> file and name there.
 
-    Of a tied model whose files hold the output matrix alone, the embedding is that matrix, as transformers has it.
+    The files of a bare model (GPT-2's own, say) leave out the first word of every name; the keys here have it. If a tied model's files
+    hold the output layer and no embedding, the output layer serves as the embedding, as in transformers.
     """
     found = named_files(source.path)
     embed, head = (source.family.weights[leaf].name for leaf in ("embed", "lm_head"))
@@ -250,7 +263,7 @@ def tensor_files(source: Source) -> dict[str, Stored]:
 
 
 def check_tensors(source: Source, files: Mapping[str, Stored]) -> None:
-    """Compares names, shapes and types of a folder's tensors with what its config says."""
+    """Refuses a folder whose tensors differ from its config in names, shapes or types, or are stored twice."""
     wanted = {t.name: t.shape for t in plan(source, source.stored)}
     tied = {source.family.weights["lm_head"].name} if source.config.tie_word_embeddings else set()
     names = {n for n in files if not n.endswith(source.family.ignored)} - tied
@@ -279,14 +292,15 @@ def check_tensors(source: Source, files: Mapping[str, Stored]) -> None:
 
 
 def plan(source: Source, config: ModelConfig) -> list[Tensor]:
-    """All tensors of a folder that holds such a model."""
+    """All tensors that the folder of a model stores, by the model's config."""
     return tensors(source.family.weights, stored_shapes(config), config.num_attention_heads)
 
 
 def stored_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Leaf name -> shape, of those that the weight files hold.
+    """The leaves that the weight files store: leaf name -> shape.
 
-    The offset of scores is in config.json, and a critic nowhere, nor the output layer beside scores, which transformers has no model for.
+    Three leaves are not in these files. The offset of scores is a field of config.json. A critic's value head is not stored, and neither
+    is an output layer beside scores, because transformers has no such model.
     """
     config = dataclasses.replace(config, language_head=False)
     return {name: shape for name, shape in leaf_shapes(abstract_params(config)).items() if name not in (reward.OFFSET, reward.VALUE)}
@@ -303,21 +317,21 @@ def export(
 ) -> None:
     """Writes a Hugging Face folder that transformers loads: weights, config, and the source's tokenizer and generation config.
 
-    The folder appears whole or not at all. Every process calls it; process 0 writes.
+    The folder appears whole or not at all. Every process must call this; process 0 writes.
 
     Args:
-      params: policy parameters, sharded as they are.
-      source: the folder that training started from; its config.json and all its small files are carried over.
-      out: a folder that does not exist yet, or is an earlier export.
+      params: policy or reward model parameters, sharded in any way.
+      source: the folder that training started from. Its small files are copied; its config.json is carried over.
+      out: a folder that does not exist yet, is empty, or is an earlier export.
       dtype: "float32", "bfloat16" or "float16".
-      shard_bytes: the most that one file holds.
-      eos: the token that completions were trained to end with; the generation config then stops at it too.
-      origin: what the folder says of its writer, see `alignax.output.claim`.
+      shard_bytes: the most bytes of one file.
+      eos: the token that ends completions in training; it is added to the stop tokens of the generation config.
+      origin: who writes the folder, see `alignax.output.claim`.
 
     Raises:
-      ValueError: for another dtype, and for a place where something else than a model stands.
-      OSError: when the disk has no room; what stood there is whole.
-      FloatingPointError: for values that are not finite in that dtype.
+      ValueError: for an unknown dtype, and for an `out` that holds something other than a model.
+      OSError: if the disk has too little room; an earlier export stays whole.
+      FloatingPointError: for values that are not finite in the dtype.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is unknown; use {', '.join(DTYPES)}")
@@ -332,7 +346,7 @@ def export(
 
 
 def _write(params: Params, source: Source, tmp: Path, dtype: str, shard_bytes: int, eos: int | None) -> None:
-    """Writes the files of `export`."""
+    """Writes the files of an export into a temporary folder."""
     main = is_main()
     leaves = {leaf_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
     where = places(source.family.weights, stored_shapes(source.config), source.config.num_attention_heads)
@@ -358,7 +372,7 @@ def _write(params: Params, source: Source, tmp: Path, dtype: str, shard_bytes: i
                 (tmp / WEIGHT_FILES[1]).write_text(json.dumps(content, indent=2))
             copy_small_files(source.path, tmp)
             untied = {} if source.config.tie_word_embeddings or not source.hf.get("tie_word_embeddings") else {"tie_word_embeddings": False}
-            pad = source.config.padding  # a score is read where it was in the folder that it comes from
+            pad = source.config.padding  # keeps the position that the score is read at
             pad = reward.pad_token(tmp) if offset is not None and pad is None else pad
             changes = {"dtype": dtype} | untied | ({} if offset is None else reward.fields(source.hf, offset, pad))
             hf = {k: v for k, v in source.hf.items() if k != "torch_dtype"} | changes
@@ -369,7 +383,7 @@ def _write(params: Params, source: Source, tmp: Path, dtype: str, shard_bytes: i
 
 
 def _shards(all_tensors: list[Tensor], itemsize: int, limit: int) -> list[list[Tensor]]:
-    """Tensors cut into files of at most `limit` bytes (or one tensor)."""
+    """Tensors grouped into files of at most `limit` bytes; a larger tensor has a file of its own."""
     shards, size = [[]], 0
     for tensor in all_tensors:
         n = math.prod(tensor.shape) * itemsize
@@ -382,7 +396,7 @@ def _shards(all_tensors: list[Tensor], itemsize: int, limit: int) -> list[list[T
 
 
 def generation_config(source: Source) -> dict[str, Any]:
-    """What a folder says of generation; where it has no file for that, what transformers takes from its config.json."""
+    """The generation config of a folder. Without its file: the special tokens of config.json, as in transformers."""
     file = source.path / GENERATION
     if not file.is_file():
         outer, inner = source.hf, source.hf.get("text_config") or {}
@@ -392,7 +406,10 @@ def generation_config(source: Source) -> dict[str, Any]:
 
 
 def unread(source: Source) -> str:
-    """What a folder's generation config asks for beyond the tokens that end a text, which nothing here does; empty: nothing."""
+    """The options of a folder's generation config that alignax ignores, as text for a message; empty if there are none.
+
+    Only the stop tokens of a generation config are used.
+    """
     asked = generation_config(source)
     plain = {
         "do_sample": True,
@@ -407,16 +424,16 @@ def unread(source: Source) -> str:
     beyond = {
         name: x for name, x in asked.items() if x and not (name.startswith("_") or name.endswith("token_id")) and plain.get(name) != x
     }
-    if source.config.predicted_tokens:  # which keeps them out of every distribution
+    if source.config.predicted_tokens:  # already keeps these tokens out of every distribution
         beyond.pop("suppress_tokens", None)
     return ", ".join(f"{short(name)[1:-1]} {short(x)}" for name, x in sorted(beyond.items()))
 
 
 def stop_ids(source: Source) -> list[int]:
-    """The tokens that a folder's generation stops at, as transformers decides.
+    """The ids of the stop tokens in a folder's generation config, as transformers reads them.
 
     Raises:
-      ValueError: for what is no token of the model.
+      ValueError: for an id that is no token of the model.
     """
     found = generation_config(source).get("eos_token_id")
     ids = [] if found is None else list(found) if isinstance(found, list) else [found]
@@ -427,19 +444,19 @@ def stop_ids(source: Source) -> list[int]:
 
 
 def end_ids(source: Source, tokenizer: Any) -> tuple[int, ...]:
-    """The tokens that end a completion: the tokenizer's EOS, and every one that the folder's generation stops at.
+    """The ids of the tokens that end a completion: the tokenizer's EOS and the stop tokens of the generation config.
 
-    Samplers stop at them, masks of conversations end with them, and a sample without one is truncated. What is put behind a text that has
-    none is the tokenizer's EOS alone.
+    Samplers stop at these tokens, completion masks of conversations end with them, and a sample without one counts as truncated. Only
+    the tokenizer's EOS is appended to a text that has no end token.
     """
     return tuple(sorted({tokenizer.eos_token_id, *stop_ids(source)}))
 
 
 def with_vocabulary(source: Source, tokenizer: Any) -> Source:
-    """The model as it speaks: ids that its head has and its tokenizer has not, of a padded vocabulary say, are never predicted."""
+    """The source with `unused_tokens` set: the model never predicts ids that its tokenizer does not have, of a padded vocabulary say."""
     there = np.zeros(source.config.vocab_size + 2, np.int8)
     ids = np.fromiter(tokenizer.get_vocab().values(), np.int64)
-    there[1 + ids[ids < source.config.vocab_size]] = 1  # the tokenizer may have tokens beyond the head too, see `prepare.load_tokenizer`
+    there[1 + ids[ids < source.config.vocab_size]] = 1  # the tokenizer may have ids beyond the head's
     there[[0, -1]] = 1
-    edges = np.flatnonzero(np.diff(there)).tolist()  # where a range of absent ids begins, and behind its end, in turns
+    edges = np.flatnonzero(np.diff(there)).tolist()  # alternately the first id of an unused range and the first id after it
     return source._replace(config=dataclasses.replace(source.config, unused_tokens=tuple(zip(edges[::2], edges[1::2], strict=True))))

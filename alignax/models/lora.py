@@ -4,12 +4,12 @@ arXiv:2402.09353).
     LoRA    y = x W + s (x A) B,   s = alpha / rank; rsLoRA: s = alpha / sqrt(rank)
     DoRA    y = x (W + s A B) * m / |W + s A B|,   the norm taken over the inputs of each output, without gradient
 
-An adapted model has one parameter tree: the base's leaves and beside each adapted matrix W[in, out] its `W_lora_a` [in, rank] and
-`W_lora_b` [rank, out], for DoRA also `W_lora_m` [out]. `join` makes it of the frozen base and the adapters, which alone are trained,
-stored and checkpointed. At first B is 0, and m the norm of W: the adapted model is its base. The base may be stored in a quarter of the
-bytes (`quantise`), as QLoRA does (Dettmers et al. 2023, arXiv:2305.14314) with a finer code.
+An adapted model has one parameter tree: the base's leaves, and beside each adapted matrix W[in, out] the leaves `W_lora_a` [in, rank]
+and `W_lora_b` [rank, out], with DoRA also `W_lora_m` [out]. `join` makes this tree from the frozen base and the adapters. Only the
+adapters are trained, stored and checkpointed. Initially B is 0 and m is the norm of W, so the adapted model equals its base. The base
+may be stored in int8, a quarter of the bytes (`quantise`); QLoRA does the same with 4 bits (Dettmers et al. 2023, arXiv:2305.14314).
 
-Where a folder adapts a matrix of some layers alone, A, B and m of the others are 0 and have no gradient; such an m stands for the norm.
+A folder may adapt a matrix in some layers only. In the other layers A, B and m are 0 and get no gradient; an m of 0 stands for the norm.
 """
 
 import dataclasses
@@ -25,37 +25,40 @@ import jax.numpy as jnp
 from alignax.models.reward import HEAD
 from alignax.types import Params
 
-MARK = "_lora_"  # in the name of every adapter leaf
-MATRICES = ("q", "k", "v", "o", "gate", "up", "down")  # of a layer
+MARK = "_lora_"  # part of the name of every adapter leaf
+MATRICES = ("q", "k", "v", "o", "gate", "up", "down")  # the matrices of a layer
 
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
-    """Which matrices of a layer are adapted, and how."""
+    """The settings of low-rank adapters: which matrices of a layer are adapted, and how."""
 
     rank: int
     alpha: float
-    targets: tuple[str, ...]  # of MATRICES
+    targets: tuple[str, ...]  # the adapted matrices, from MATRICES
     rslora: bool = False
     dora: bool = False
-    int8: bool = False  # the base's matrices are stored as whole numbers, see `quantise`
+    int8: bool = False  # whether the base's matrices are stored in int8, see `quantise`
 
     @property
     def scale(self) -> float:
-        """s."""
+        """The scale s of the product A B: alpha / rank, or alpha / sqrt(rank) with rsLoRA."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
 def find_targets(patterns: str, modules: dict[str, str], experts: bool) -> tuple[str, ...]:
-    """The matrices that comma-separated patterns name.
+    """The matrices that comma-separated patterns select for adaptation.
+
+    >>> find_targets("q,*_proj", {"q": "h.{}.attn.c_attn", "o": "h.{}.attn.c_proj", "up": "h.{}.mlp.c_fc"}, experts=False)
+    ('q', 'o')
 
     Args:
-      patterns: "all-linear", or shell patterns of our names (`q`, `up`) or of the family's own (`q_proj`, `c_attn`, `*_proj`).
-      modules: matrix -> the family's name of its module.
-      experts: the MLP is a mixture of experts, which is not adapted.
+      patterns: "all-linear", or shell patterns of our names (`q`, `up`) or the family's names (`q_proj`, `c_attn`, `*_proj`).
+      modules: matrix -> the family's name of its module, see `modules`.
+      experts: whether the MLP is a mixture of experts, which cannot be adapted.
 
     Raises:
-      ValueError: for a pattern that names none.
+      ValueError: for a pattern that matches no matrix.
     """
     names = [n for n in MATRICES if n in modules and not (experts and n in ("gate", "up", "down"))]
     if patterns == "all-linear":
@@ -73,22 +76,22 @@ def find_targets(patterns: str, modules: dict[str, str], experts: bool) -> tuple
 def adapt(
     lora: Lora, param: Callable, name: str, x: jax.Array, weight: jax.Array, y: jax.Array, axes: tuple[str | None, str | None]
 ) -> jax.Array:
-    """The adapted product.
+    """The output of an adapted matrix, by LoRA or DoRA; see the equations of the module.
 
     Args:
-      lora: how.
-      param: a Flax module's own, which makes or finds a parameter.
-      name: of the matrix.
-      x: [rows, in].
+      lora: the settings.
+      param: `param` of the Flax module that owns the matrix; creates or reads a parameter.
+      name: the matrix, one of MATRICES.
+      x: [rows, in] inputs.
       weight: W [in, out], in the compute dtype.
-      y: x W [rows, out].
+      y: [rows, out], the output x W of the base.
       axes: logical axes of W.
 
     Returns:
       [rows, out], in the dtype of y.
     """
     (inputs, outputs), r = weight.shape, lora.rank
-    bound = 1 / math.sqrt(inputs)  # as PEFT has it
+    bound = 1 / math.sqrt(inputs)  # as in PEFT
     uniform = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
     a = param(f"{name}{MARK}a", nn.with_logical_partitioning(uniform, (axes[0], None)), (inputs, r), jnp.float32)
     b = param(f"{name}{MARK}b", nn.with_logical_partitioning(nn.initializers.zeros, (None, axes[1])), (r, outputs), jnp.float32)
@@ -101,28 +104,40 @@ def adapt(
 
 
 def column_norms(weight: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
-    """|W + s A B| of each output: [.., out] float32."""
+    """The norm |W + s A B| of each column (output): [.., out] float32.
+
+    Args:
+      weight: W [.., in, out].
+      a: A [.., in, rank].
+      b: B [.., rank, out].
+      scale: s.
+    """
     return jnp.linalg.norm(weight.astype(jnp.float32) + scale * (a @ b), axis=-2)
 
 
 def relative(m: jax.Array, norm: jax.Array) -> jax.Array:
-    """DoRA's m / norm [.., out]; 1 without a gradient where all of m is 0, as it is of a matrix that is not adapted."""
+    """DoRA's factor m / norm, [.., out]; 1 without a gradient if all of m is 0, which marks a matrix that is not adapted.
+
+    Args:
+      m: [.., out] magnitudes.
+      norm: [.., out] column norms of the adapted matrix.
+    """
     there = jnp.any(m != 0, axis=-1, keepdims=True)
     return jnp.where(there, m / jnp.where(there, norm, 1.0), 1.0)
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a leaf is an adapter's."""
+    """Whether a leaf belongs to an adapter, by its name."""
     return MARK in name
 
 
 def join(base: Params, adapters: Params) -> Params:
-    """The adapted model's parameters."""
+    """The parameters of an adapted model, from its base and its adapters; the inverse of `split`."""
     return {**base, **adapters, "layers": base["layers"] | adapters["layers"]}
 
 
 def split(params: Params) -> tuple[Params, Params]:
-    """Base and adapters of an adapted model's parameters; a reward model's head is trained with the adapters."""
+    """The base and the adapters of an adapted model's parameters. A reward model's or critic's head belongs to the adapters."""
     layers = params["layers"]
     base = {n: x for n, x in layers.items() if not is_adapter(n)}
     trunk, head = ({n: x for n, x in params.items() if (n in HEAD) == own} for own in (False, True))
@@ -130,7 +145,10 @@ def split(params: Params) -> tuple[Params, Params]:
 
 
 def quantise(base: Params) -> Params:
-    """The base with each matrix W [L, in, out] as int8 and `W_scale` [L, out], the largest of each output's weights over 127."""
+    """The base with its matrices quantised to int8: W [L, in, out] int8, and beside it `W_scale` [L, out] float32.
+
+    The scale of an output is its largest absolute weight / 127.
+    """
     layers = {}
     for name, x in base["layers"].items():
         if name in MATRICES and x.ndim == 3:
@@ -143,12 +161,12 @@ def quantise(base: Params) -> Params:
 
 
 def is_quantised(lora: Lora | None, name: str) -> bool:
-    """Whether a leaf `layers.q` of the base is stored as int8."""
+    """Whether a leaf of the base is stored in int8; `name` is that of a leaf ("layers.q") or matrix ("q")."""
     return lora is not None and lora.int8 and name.removeprefix("layers.") in MATRICES
 
 
 def with_norms(lora: Lora, base: Params, adapters: Params) -> Params:
-    """Fresh adapters with DoRA's magnitudes set to the norms of the base's columns."""
+    """Adapters with their DoRA magnitudes set to the column norms of W + s A B; without DoRA, the adapters unchanged."""
     if not lora.dora:
         return adapters
     layers = adapters["layers"]
@@ -158,7 +176,10 @@ def with_norms(lora: Lora, base: Params, adapters: Params) -> Params:
 
 
 def merge(lora: Lora, base: Params, adapters: Params) -> Params:
-    """The base's tree with the adapters folded into its matrices, in float32; pure, to be jitted."""
+    """The parameters of the plain model that equals an adapted one: adapters folded into the base's matrices, in float32.
+
+    A pure function, to be jitted. The base must not be quantised.
+    """
     layers = dict(base["layers"])
     for n in lora.targets:
         a, b = (adapters["layers"][f"{n}{MARK}{part}"] for part in "ab")
@@ -170,7 +191,7 @@ def merge(lora: Lora, base: Params, adapters: Params) -> Params:
 
 
 def check(config: Any) -> None:
-    """Refuses a `config.lora` section that cannot be."""
+    """Refuses a `config.lora` section with a rank below 0, or an alpha that is not above 0."""
     if config.rank < 0:
         raise ValueError(f"lora.rank is {config.rank}; use 1 or more, or 0 to train all parameters")
     if config.rank and not config.alpha > 0:
@@ -178,6 +199,6 @@ def check(config: Any) -> None:
 
 
 def modules(weights: dict[str, Any], leaves: Sequence[str]) -> dict[str, str]:
-    """Matrix of a layer -> the module of the family that holds it: {"q": "model.layers.{}.self_attn.q_proj"}."""
+    """The module that holds each matrix of a layer, as the family names it: {"q": "model.layers.{}.self_attn.q_proj"}."""
     own = (leaf.removeprefix("layers.") for leaf in leaves)
     return {n: weights[f"layers.{n}"].name.removesuffix(".weight") for n in own if n in MATRICES}

@@ -1,13 +1,17 @@
-"""A mixture of experts: every token goes through the MLPs of its k experts, and none is dropped.
+"""A mixture of experts: every token goes through the MLPs of its k experts; no token is dropped.
 
-Assignments (token, expert) are sorted by expert and cut into blocks that belong to one expert each. A loop over the blocks that there
-are gathers their rows, applies the expert and adds the result back, so the work is that of the k experts a token has, and memory that
-of one block. The gradient is a second such loop, over the vector-Jacobian product of a block.
+Assignments (token, expert) are sorted by expert and cut into blocks, each of one expert. A loop over the blocks gathers the block's rows,
+applies the expert and adds the results to the output. So the work is that of k experts per token, and the memory that of one block. The
+gradient is a second loop of this kind, over the vector-Jacobian products of the blocks.
 
-Measured on 2 CPU cores in float32, 4,096 tokens of 256, experts of 256, k = 2: one MLP over the 8,192 rows takes 34 ms and 166 ms with its
-gradient; ours 24 and 96 ms with 8 experts (smaller blocks stay in the cache), 36 and 135 ms with 32, 45 and 245 ms with 128.
-`jax.lax.ragged_dot` is a grouped product on TPUs, and elsewhere multiplies every row with every expert: one product of 1,024 rows,
-1 ms of work, took 10, 16 and 93 ms over 4, 16 and 64 experts, and 17, 80 and 532 ms with its gradient. Not yet measured on an accelerator.
+Measured on 2 CPU cores in float32, for 4,096 tokens of D = 256, experts of F = 256 and k = 2. Times are without and with the gradient:
+
+    one MLP over the 8,192 rows: 34 and 166 ms
+    this module: 24 and 96 ms with 8 experts (smaller blocks stay in the cache), 36 and 135 ms with 32, 45 and 245 ms with 128
+
+`jax.lax.ragged_dot` is a grouped product on TPUs; elsewhere it multiplies every row by every expert. On the CPU one product of 1,024
+rows, 1 ms of work, took 10, 16 and 93 ms over 4, 16 and 64 experts, and 17, 80 and 532 ms with its gradient. No accelerator has been
+measured yet.
 """
 
 import functools
@@ -33,27 +37,30 @@ def experts(
     activation: Callable[[jax.Array], jax.Array],
     mesh: Mesh | None = None,
 ) -> jax.Array:
-    """Sum over each token's k most probable experts of probability * down(activation(gate(x)) * up(x)).
+    """The output of a mixture of experts: the sum of probability * down(activation(gate(x)) * up(x)) over each token's top k experts.
 
     Shazeer et al. 2017, arXiv:1701.06538, with the softmax before the choice (Jiang et al. 2024, arXiv:2401.04088, and Qwen3). On a mesh
-    each shard of the "expert" axis holds its experts whole and computes their share for the tokens of its batch shard, which it has
-    already; a sum over that axis joins the shares, as for a dense MLP. No token travels.
+    each shard of the "expert" axis holds some experts whole. It applies them to the tokens of its batch shard, which it has already. A
+    sum over that axis joins the results, as for a dense MLP. No token moves between devices.
 
     Args:
       x: [R, T, D] in the compute dtype.
-      router: [D, E].
-      weights: of the experts, in the compute dtype.
+      router: [D, E] in the compute dtype.
+      weights: gate [E, D, F], up [E, D, F] and down [E, F, D] in the compute dtype.
       k: experts per token.
-      normalise: divide the k probabilities by their sum.
-      activation: of the gate.
-      mesh: where the arrays are laid out; None for one device.
+      normalise: whether to divide the k probabilities by their sum.
+      activation: the function after the gate.
+      mesh: the mesh that the arrays are sharded over; None for one device.
+
+    Returns:
+      [R, T, D] in the dtype of x.
     """
     run = functools.partial(_local, k, normalise, activation)
     if mesh is None:
         return run(None, 1, x, router, *weights)
     rows = meshes.sharding(mesh, ("batch", None, None), x.shape).spec
     split = meshes.sharding(mesh, ("expert", None, None), weights[0].shape).spec
-    axis = split[0]  # None where the shards do not divide the experts: each then has them all
+    axis = split[0]  # None if the shards do not divide the experts; then each shard has all of them
     shards = mesh.shape[axis] if axis else 1
     specs = (rows, PartitionSpec(), split, split, split)
     return jax.shard_map(functools.partial(run, axis, shards), mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)(
@@ -64,7 +71,7 @@ def experts(
 def _local(
     k: int, normalise: bool, activation: Callable, axis: str | None, shards: int, x: jax.Array, router: jax.Array, *weights: Any
 ) -> Any:
-    """What this shard's experts add, and the sum with what others' do."""
+    """The output [R, T, D] for the tokens of a batch shard: computed from this shard's experts, then summed over all shards."""
     flat = x.reshape(-1, x.shape[-1])  # [P, D]
     probs = jax.nn.softmax((flat @ router).astype(jnp.float32), axis=-1)
     share, chosen = jax.lax.top_k(probs, k)  # [P, k]
@@ -76,18 +83,21 @@ def _local(
 
 
 def block_rows(assignments: int, experts: int) -> int:
-    """Rows of a block: about what an expert gets when all get as much, as the last block of each is half empty on average."""
+    """The rows of a block: the number of assignments per expert under equal load, within 16 to 512.
+
+    Larger blocks would waste work, because the last block of each expert is half empty on average.
+    """
     return min(max(assignments // experts, 16), 512)
 
 
 def _blocks(chosen: jax.Array, experts: int) -> tuple[jax.Array, Callable[[jax.Array], tuple[jax.Array, jax.Array, jax.Array]]]:
-    """How many blocks there are, and `block -> (its expert, [b] its assignments, [b] which of them are real)`."""
+    """The number of blocks, and a function from a block's index to (its expert, [b] its assignments, [b] bool: which rows are used)."""
     expert = chosen.reshape(-1)  # [A]
     inside = (expert >= 0) & (expert < experts)
-    order = jnp.argsort(jnp.where(inside, expert, experts), stable=True)  # [A] assignments by expert; others' come last
+    order = jnp.argsort(jnp.where(inside, expert, experts), stable=True)  # [A] assignments by expert; those of other shards come last
     sizes = jnp.zeros(experts, jnp.int32).at[jnp.where(inside, expert, experts)].add(1, mode="drop")
     b = block_rows(expert.size, experts)
-    ends = jnp.cumsum(-(-sizes // b))  # [E] blocks up to and with each expert
+    ends = jnp.cumsum(-(-sizes // b))  # [E] blocks of the experts up to and including each
     starts = jnp.cumsum(sizes) - sizes  # [E] rows before each expert
 
     def block(i: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -100,7 +110,7 @@ def _blocks(chosen: jax.Array, experts: int) -> tuple[jax.Array, Callable[[jax.A
 
 
 def _expert(activation: Callable, x: jax.Array, share: jax.Array, weights: Weights) -> jax.Array:
-    """share [b] * MLP(x [b, D]) in float32."""
+    """The weighted output of one expert: share [b] * MLP(x [b, D]), [b, D] float32."""
     gate, up, down = weights
     y = (activation(x @ gate) * (x @ up)) @ down
     return share[:, None] * y.astype(jnp.float32)
@@ -108,14 +118,14 @@ def _expert(activation: Callable, x: jax.Array, share: jax.Array, weights: Weigh
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def apply_experts(activation: Callable, x: jax.Array, share: jax.Array, weights: Weights, chosen: jax.Array) -> jax.Array:
-    """sum_j share[p, j] * MLP_chosen[p, j](x[p]), [P, D] float32, over those of the choices that are among these experts.
+    """The weighted sum of a shard's experts for each token: sum_j share[p, j] * MLP_chosen[p, j](x[p]), [P, D] float32.
 
     Args:
-      activation: of the gate.
-      x: [P, D].
-      share: [P, k] float32.
-      weights: of E experts.
-      chosen: [P, k] int; below 0 or from E on: another shard's.
+      activation: the function after the gate.
+      x: [P, D] tokens.
+      share: [P, k] float32 weights of the token's experts.
+      weights: gate [E, D, F], up [E, D, F] and down [E, F, D] of the shard's E experts.
+      chosen: [P, k] int indices of the token's experts; an index outside 0 .. E - 1 is another shard's and adds nothing.
     """
     return _forward(activation, x, share, weights, chosen)[0]
 

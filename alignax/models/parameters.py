@@ -1,4 +1,4 @@
-"""Parameters that no folder holds: their shapes, types and shardings, and the values that a key gives."""
+"""Abstract and freshly initialised parameters of models and adapters: shapes, dtypes, shardings, and values from a PRNG key."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ from alignax.types import Params
 
 
 def abstract_params(config: ModelConfig, mesh: Mesh | None = None) -> Params:
-    """Shapes, types and (with a mesh) shardings of the parameters; nothing is computed."""
+    """The shapes, dtypes and (with a mesh) shardings of a model's parameters; nothing is computed."""
     boxed = jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))
     shapes = nn.unbox(boxed)
     if mesh is None:
@@ -26,33 +26,33 @@ def abstract_params(config: ModelConfig, mesh: Mesh | None = None) -> Params:
 
 
 def abstract_adapters(config: ModelConfig, lora: Lora, mesh: Mesh | None = None) -> Params:
-    """Shapes, types and (with a mesh) shardings of the adapters alone."""
+    """The shapes, dtypes and (with a mesh) shardings of a model's adapters, without its base; nothing is computed."""
     return split(abstract_params(dataclasses.replace(config, lora=lora), mesh))[1]
 
 
 def init_adapters(config: ModelConfig, lora: Lora, mesh: Mesh, base: Params, key: jax.Array) -> Params:
-    """Fresh adapters, with which the model is its base."""
+    """Initialises adapters of a base's parameters, sharded over the mesh; at first the adapted model equals its base."""
     shardings = jax.tree.map(lambda x: x.sharding, abstract_adapters(config, lora, mesh))
     return jax.jit(functools.partial(fresh_adapters, config, lora), out_shardings=shardings)(base, key)
 
 
 def fresh_adapters(config: ModelConfig, lora: Lora, base: Params, key: jax.Array) -> Params:
-    """The adapters that a key gives; pure."""
+    """Initialised adapters as a pure function of base and PRNG key, see `init_adapters`."""
     return with_norms(lora, base, split(fresh(dataclasses.replace(config, lora=lora), key))[1])
 
 
 def fresh(config: ModelConfig, key: jax.Array) -> Params:
-    """The parameters that a key gives; pure, and under jit only those that are used are made."""
+    """Initialised parameters as a pure function of a PRNG key. Under jit only the leaves that are used are computed."""
     return nn.unbox(transformer.init(config, key))
 
 
 def init_params(config: ModelConfig, mesh: Mesh, key: jax.Array) -> Params:
-    """Random parameters, made where they live: no device holds more than its shards."""
+    """Initialises parameters, sharded over the mesh; no device ever holds more than its own shards."""
     shardings = jax.tree.map(lambda x: x.sharding, abstract_params(config, mesh))
     return jax.jit(functools.partial(fresh, config), out_shardings=shardings)(key)
 
 
 def fresh_leaf(config: ModelConfig, name: str, sharding: Any, key: jax.Array | None) -> jax.Array:
-    """One leaf of the parameters that the key gives, made where it lives."""
+    """Initialises one top-level leaf of the parameters, with the given sharding; without a key, from `jax.random.key(0)`."""
     make = jax.jit(lambda key: fresh(config, key)[name], out_shardings=sharding)
     return make(jax.random.key(0) if key is None else key)

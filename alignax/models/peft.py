@@ -1,8 +1,8 @@
-"""PEFT's adapter folders in and out: adapter_config.json and adapter_model.safetensors.
+"""Reads and writes PEFT's adapter folders: adapter_config.json and adapter_model.safetensors.
 
-PEFT adapts the modules of the files, we the matrices that they hold. Where a module holds several side by side (GPT-2's c_attn: q, k
-and v), a folder's A is each one's A, and its B is cut as the weight is; written back, their As stand side by side and B is block
-diagonal, so the rank is the sum of theirs.
+PEFT adapts the modules of the files; we adapt the matrices that a module holds. A fused module holds several matrices side by side
+(GPT-2's c_attn: q, k and v). When such a module is read, each matrix gets the module's A, and B is cut into columns as the weight is.
+When it is written, the As of its matrices stand side by side and B is block diagonal, so the module's rank is the sum of their ranks.
 """
 
 import functools
@@ -28,15 +28,15 @@ from alignax.types import Params
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-DEFAULTS = {"r": 8, "lora_alpha": 8}  # of PEFT
-SCORE = PREFIX + "score.weight"  # a reward model's head, which is trained and stored whole
+DEFAULTS = {"r": 8, "lora_alpha": 8}  # PEFT's own
+SCORE = PREFIX + "score.weight"  # a reward model's head; it is trained and stored whole, not as an adapter
 
 
 class Adapted:
-    """Which leaves stand in which module of a folder, for one model."""
+    """The modules of one model that PEFT can adapt, and the matrices that each module holds."""
 
     def __init__(self, source: hf.Source):
-        """`source`: the base model's folder."""
+        """Finds the modules of a base model's folder."""
         c = source.config
         shapes = hf.stored_shapes(c)
         self.layers, self.shapes = c.num_hidden_layers, shapes
@@ -44,37 +44,41 @@ class Adapted:
         experts = ("gate", "up", "down") if c.num_experts else ()
         leaves = [leaf for leaf in shapes if leaf.startswith("layers.") and leaf.removeprefix("layers.") not in experts]
         self.names = lora.modules(dict(source.family.weights), leaves)  # matrix -> module
-        self.modules: dict[str, list[str]] = {}  # module -> its matrices, in the file's order
+        self.modules: dict[str, list[str]] = {}  # module -> its matrices, in the order of the file
         for leaf in source.family.weights:
             if (matrix := leaf.removeprefix("layers.")) in self.names:
                 self.modules.setdefault(self.names[matrix], []).append(matrix)
 
         named = {w.name.rpartition(".")[0].format(i, 0) for w in source.family.weights.values() for i in range(self.layers)}
-        self.others = sorted(named - set(self.every()))  # modules with weights that are not adapted here
+        self.others = sorted(named - set(self.every()))  # modules with weights that cannot be adapted here
 
     def every(self) -> list[str]:
-        """The whole names of the modules that can be adapted, layer by layer."""
+        """The full names of all modules that can be adapted, layer by layer."""
         return [module.format(i) for i in range(self.layers) for module in self.modules]
 
     def width(self, matrix: str) -> int:
-        """Outputs of a matrix."""
+        """The number of outputs of a matrix."""
         return self.shapes["layers." + matrix][-1]
 
     def place(self, matrix: str) -> Place:
-        """Where its columns lie in the module's weight."""
+        """The place of a matrix's columns in its module's weight."""
         return self.places["layers." + matrix]
 
 
 def write_adapter(adapters: Params, spec: Lora, source: hf.Source, base: str, out: Path, origin: str = "") -> None:
-    """Writes a PEFT folder, whole or not at all. Every process calls it; process 0 writes.
+    """Writes adapters as a PEFT folder, which appears whole or not at all. Every process must call this; process 0 writes.
 
     Args:
-      adapters: the trained tree.
-      spec: how they adapt.
+      adapters: the parameter tree of the adapters, with a reward model's head.
+      spec: the settings of the adapters.
       source: the base model's folder.
-      base: where PEFT is to look for the base.
-      out: a folder that does not exist yet, or is an earlier one.
-      origin: what the folder says of its writer, see `alignax.output.claim`.
+      base: the path or name under which PEFT will look for the base.
+      out: a folder that does not exist yet, is empty, or is an earlier adapter folder.
+      origin: who writes the folder, see `alignax.output.claim`.
+
+    Raises:
+      ValueError: for an `out` that holds something other than adapters, and for DoRA on part of a fused module.
+      FloatingPointError: for values that are not finite.
     """
     if out.exists() and not (out / CONFIG).is_file() and any(out.iterdir()):
         raise ValueError(f"{str(out)!r} exists and is not an adapter folder; choose another place")
@@ -83,7 +87,7 @@ def write_adapter(adapters: Params, spec: Lora, source: hf.Source, base: str, ou
     adapted = Adapted(source)
     tensors: dict[str, np.ndarray] = {}
     ranks: dict[str, int] = {}
-    names: list[str] = []  # of the modules that are adapted
+    names: list[str] = []  # full names of the adapted modules
     for module, matrices in adapted.modules.items():
         chosen = [n for n in matrices if n in spec.targets]
         if not chosen:
@@ -119,7 +123,7 @@ def write_adapter(adapters: Params, spec: Lora, source: hf.Source, base: str, ou
 
 
 def _columns(blocks: list[np.ndarray], place: Place) -> np.ndarray:
-    """Matrices of a module side by side as its weight has them, outputs first: [out, rows]."""
+    """The matrices [rows, out] of a module, side by side in the order of its weight, with outputs first: [out of all, rows]."""
     whole = joined(blocks, place)
     return whole if place.turned(2) else np.ascontiguousarray(whole.T)
 
@@ -129,16 +133,16 @@ def _config(
 ) -> dict[str, Any]:
     """The content of adapter_config.json.
 
-    Args:
-      spec: how the modules are adapted.
-      names: whole names of the adapted modules; fewer than `most` where some are adapted in some layers alone.
-      most: how many there are in all layers.
-      ranks: module -> rank.
-      base: where PEFT is to look for the base.
-      fan_in_fan_out: the base's matrices have their inputs first.
-      head: what the file says of a reward model's head.
+    A module with a larger rank gets a larger alpha, so that all modules have the same scale.
 
-    Where a module's rank is larger its alpha is too, so that the scale is the same.
+    Args:
+      spec: the settings of the adapters.
+      names: full names of the adapted modules; fewer than `most` if a module is adapted in some layers only.
+      most: the number of modules of these kinds in all layers.
+      ranks: module -> rank.
+      base: the path or name under which PEFT will look for the base.
+      fan_in_fan_out: whether the base's files store matrices as [in, out].
+      head: fields of a reward model's head; empty for a language model.
     """
     own = {module: rank for module, rank in ranks.items() if rank != spec.rank}
     name = lambda module: module.rpartition(".{}.")[2]
@@ -155,10 +159,10 @@ def _config(
 
 
 def read_adapter(folder: Path, source: hf.Source, mesh: Mesh) -> tuple[Lora, Params]:
-    """A PEFT folder's adapters, sharded, and how they adapt.
+    """Reads the adapters of a PEFT folder: their settings, and their parameters sharded over the mesh.
 
     Raises:
-      ValueError: for a damaged folder, another base, and options of PEFT that alignax has not.
+      ValueError: for a damaged folder, for adapters of another base, and for options of PEFT that are not supported.
     """
     spec, modules = read_config(folder, source)
     adapted = Adapted(source)
@@ -184,9 +188,10 @@ def _read_module(
     adapted: Adapted,
     folder: Path,
 ) -> dict[str, np.ndarray]:
-    """The leaves that a module's tensors hold, filled up to the rank of the whole with zeros, which training leaves zeros.
+    """The adapter leaves of one module, from its stored tensors.
 
-    `how`: its rank, 0 where it is not adapted, and scale.
+    A module of a smaller rank than `spec.rank` is padded with zeros, which stay zeros in training. `how`: the module's rank and scale;
+    rank 0 for a module that is not adapted.
     """
     at, (rank, scale) = PREFIX + module, how
     place, inputs = adapted.place(matrices[0]), adapted.shapes["layers." + matrices[0]][-2]
@@ -203,7 +208,7 @@ def _read_module(
 
 
 def _read_head(folder: Path, stored: dict[str, np.ndarray], source: hf.Source, mesh: Mesh) -> Params:
-    """A reward model's head, taken from the stored tensors; nothing, for a language model."""
+    """The head of a reward model, taken from the stored tensors; empty for a language model."""
     if not source.config.num_labels:
         return {}
     abstract = parameters.abstract_params(source.config, mesh)
@@ -213,14 +218,14 @@ def _read_head(folder: Path, stored: dict[str, np.ndarray], source: hf.Source, m
 
 
 def place_adapters(layers: dict[str, np.ndarray], spec: Lora, source: hf.Source, mesh: Mesh) -> Params:
-    """Adapters from host arrays, laid out over the mesh."""
+    """Places host arrays of adapters [L, ...] on the mesh, as a sharded parameter tree in float32."""
     abstract = parameters.abstract_adapters(source.config, spec, mesh)["layers"]
     put = lambda x, like: jax.make_array_from_callback(like.shape, like.sharding, lambda index: np.asarray(x[index], np.float32))
     return {"layers": {name: put(layers[name], like) for name, like in abstract.items()}}
 
 
 def merged(source: hf.Source, spec: Lora, adapters: Params, mesh: Mesh) -> Params:
-    """The base's parameters, read again in full precision, with the adapters folded in."""
+    """The parameters of an adapted model with its adapters folded in; the base is read from its folder again, in full precision."""
     return jax.jit(functools.partial(lora.merge, spec), donate_argnums=0)(hf.load_params(source, mesh), adapters)
 
 
@@ -230,10 +235,13 @@ def is_adapter(folder: Path) -> bool:
 
 
 def open_reward(folder: Path) -> hf.Source:
-    """The reward model that a PEFT folder makes of its base, a language model as a rule: adapters and a head, as TRL saves them.
+    """Opens a reward model that is stored as a PEFT folder, as TRL saves it: adapters and a head, over a base on this machine.
+
+    The base is a language model as a rule.
 
     Raises:
-      ValueError: for adapters of a language model, a base that is not on this machine, and a folder that reads texts otherwise than it.
+      ValueError: for adapters without a head, for a base that is not on this machine, and for a folder whose tokenizer or chat template
+        differs from the base's.
     """
     file = folder / CONFIG
     base = hf.read_object(file, "fetch the adapter again").get("base_model_name_or_path")
@@ -254,14 +262,17 @@ def open_reward(folder: Path) -> hf.Source:
 
 
 def load_reward(source: hf.Source, mesh: Mesh) -> Params:
-    """A reward model's parameters, those of `open_reward` with the adapters folded in."""
+    """Loads a reward model's parameters, sharded; a source from `open_reward` gets its adapters folded in."""
     if source.adapters is None:
         return hf.load_params(source, mesh)
     return merged(source, *read_adapter(source.adapters, source, mesh), mesh)
 
 
 def read_config(folder: Path, source: hf.Source) -> tuple[Lora, dict[str, tuple[int, float]]]:
-    """How a PEFT folder adapts, and the rank and the scale of each module, by its whole name; the rank of the whole is the largest."""
+    """Reads a PEFT folder's config: the settings of its adapters, and each adapted module's rank and scale by its full name.
+
+    The settings have the rank and alpha of a module with the largest rank. Errors are those of `read_adapter`.
+    """
     file = folder / CONFIG
     if not file.is_file():
         raise ValueError(f"{str(folder)!r} has no {CONFIG}; give the path of a PEFT adapter folder")
@@ -292,10 +303,9 @@ def read_config(folder: Path, source: hf.Source) -> tuple[Lora, dict[str, tuple[
 
 
 def weights(folder: Path) -> Path:
-    """The file of a folder's tensors, which are of types that are read.
+    """The path of an adapter folder's tensor file.
 
-    Raises:
-      ValueError: where there is none, or one that is damaged.
+    A file that is missing, damaged or of a type that is not read is refused.
     """
     file = folder / WEIGHTS
     if not file.is_file():

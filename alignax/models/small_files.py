@@ -9,7 +9,10 @@ from alignax.models.tensorfiles import read_object
 
 
 def tokenizer_parts(folder: Path) -> list[Any]:
-    """What tells the folder's tokenizer from another: its first file of a vocabulary (others are that one's sources), and its two ends."""
+    """The parts that identify a folder's tokenizer: the content of its vocabulary files, and its BOS and EOS.
+
+    If there is a tokenizer.json it alone counts, because the other vocabulary files are its sources.
+    """
     files = [folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt")]
     there = [file.read_bytes() for file in files if file.is_file()]
     config = folder / "tokenizer_config.json"
@@ -19,7 +22,7 @@ def tokenizer_parts(folder: Path) -> list[Any]:
 
 
 def chat_template(folder: Path) -> Any:
-    """The chat template that a folder's files hold; None of none."""
+    """The chat template in a model folder's files, or None."""
     file, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     if file.is_file():
         return file.read_text(encoding="utf-8")
@@ -27,10 +30,10 @@ def chat_template(folder: Path) -> Any:
 
 
 def small_files(folder: Path) -> list[Path]:
-    """Tokenizer, chat template and generation config, which an export takes along.
+    """The small files of a folder that an export copies: tokenizer, chat templates and generation config.
 
     Raises:
-      ValueError: for a link to a file elsewhere, which an export would hold: only those of the hub's cache are followed.
+      ValueError: for a link to a file outside the folder, because an export would copy that file. Links of the hub's cache are allowed.
     """
     found = []
     for file in sorted([*folder.iterdir(), *folder.glob("additional_chat_templates/*.jinja")]):
@@ -49,7 +52,7 @@ def _check_link(file: Path, folder: Path) -> None:
 
 
 def copy_small_files(folder: Path, out: Path) -> None:
-    """The small files as they were."""
+    """Copies a folder's small files, unchanged, into another folder."""
     for file in small_files(folder):
         copy = out / file.relative_to(folder)
         copy.parent.mkdir(exist_ok=True)

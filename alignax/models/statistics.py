@@ -1,6 +1,6 @@
-"""Statistics: quantities of the whole vocabulary at a completion position, as data that the chunked head computes.
+"""Statistics: functions of the next-token distribution at completion positions, which the chunked head computes.
 
-A statistic says what it is of the logits, and what its slope there is where it is differentiated. A few lines make another:
+A statistic is a function of the logits, with its gradient if a loss differentiates it. A few lines define a new one:
 
     varentropy = Statistic("varentropy", lambda at: at.mean(at.logps**2) - at.mean(at.logps) ** 2)
     tsallis = Statistic(
@@ -9,16 +9,16 @@ A statistic says what it is of the logits, and what its slope there is where it 
         lambda at, value: -2 * at.probs * (at.probs - at.mean(at.probs)[..., None]),
     )
 
-`forward(.., statistics=(tsallis,))` gives `Outputs.statistics["tsallis"]`, `make_loss(.., statistics=(tsallis,))` asks for it, and
-`token_statistic("spread", policy, tsallis)` writes it as data. What is not asked for is not computed.
+`forward(.., statistics=(tsallis,))` returns it as `Outputs.statistics["tsallis"]`, `make_loss(.., statistics=(tsallis,))` requests it
+for a loss, and `token_statistic("spread", policy, tsallis)` writes it into the batch. A statistic that nothing requests is not computed.
 
-With z the logits as their softmax takes them, p the distribution, q = log p, and t that of another model (the teacher):
+Let z be the logits that enter the softmax, p = softmax(z), q = log p, and t the distribution of another model, the teacher:
 
     entropy H = -sum p q           dH / dz = -p (q + H)
     ref_kl = KL(t || p)            d / dz = p - t
     policy_kl = KL(p || t)         d / dz = p (q - log t - KL(p || t))
-    the generalised Jensen-Shannon divergence of both, of softmax(z / T):   see `jsd` and `jsd_slope`
-    min_p and top_k, of a target that is kept:   onehot(y) - softmax of z over what is kept
+    the generalised Jensen-Shannon divergence of the student's and the teacher's softmax(z / T):   see `jsd` and `jsd_slope`
+    min_p and top_k, for a kept target y:   onehot(y) - softmax of z over the kept tokens
 """
 
 import dataclasses
@@ -33,68 +33,70 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """What a statistic reads of a chunk of positions: S batch shards, C positions of each, a vocabulary of V; float32.
+    """The input of a statistic, float32: the logits of a chunk of C positions in each of S batch shards, over a vocabulary of V.
 
     A token that is never predicted has a logit so low that its probability is 0.
     """
 
-    z: jax.Array  # [S, C, V] logits, as their softmax takes them
+    z: jax.Array  # [S, C, V] logits that enter the softmax
     y: jax.Array  # [S, C] int32, the targets
-    lse: jax.Array  # [S, C] the log of the sum of exp(z)
-    e: jax.Array | None = None  # [S, C, V] probabilities up to a factor, where the head has them; and their sum
-    total: jax.Array | None = None  # [S, C]
-    zt: jax.Array | None = None  # [S, C, V] logits of the other model; only a statistic that is `taught` reads them
-    lse_t: jax.Array | None = None  # [S, C] the log of the sum of exp(zt)
+    lse: jax.Array  # [S, C] logsumexp of z
+    e: jax.Array | None = None  # [S, C, V] unnormalised probabilities; None in the backward pass
+    total: jax.Array | None = None  # [S, C] their sum
+    zt: jax.Array | None = None  # [S, C, V] logits of the teacher, for statistics that are `taught`
+    lse_t: jax.Array | None = None  # [S, C] logsumexp of zt
 
     @functools.cached_property
     def logps(self) -> jax.Array:
-        """Log-probs [S, C, V] in nats."""
+        """The log-probs of all tokens: [S, C, V], in nats."""
         return self.z - self.lse[..., None]
 
     @functools.cached_property
     def probs(self) -> jax.Array:
-        """Probabilities [S, C, V]."""
+        """The probabilities of all tokens: [S, C, V]."""
         return jnp.exp(self.logps)
 
     @functools.cached_property
     def taught_logps(self) -> jax.Array:
-        """Log-probs of the other model: [S, C, V] nats."""
+        """The teacher's log-probs of all tokens: [S, C, V], in nats."""
         assert self.zt is not None and self.lse_t is not None
         return self.zt - self.lse_t[..., None]
 
     @functools.cached_property
     def hit(self) -> jax.Array:
-        """Where the target stands in the vocabulary: [S, C, V] bool."""
+        """The one-hot mask of the targets: [S, C, V] bool."""
         return jnp.arange(self.z.shape[-1])[None, None] == self.y[..., None]
 
     def mean(self, x: jax.Array) -> jax.Array:
-        """The mean of x [S, C, V] over tokens as they are predicted: [S, C]."""
-        # As a product of vectors: as (e * x).sum() XLA on CPU took 15 times as long, its reduction over an exp being scalar code.
+        """The expectation of x [S, C, V] under the next-token distribution: [S, C]."""
+        # A product of vectors, because (e * x).sum() takes 15 times as long on CPU: XLA makes its reduction over an exp scalar code.
         if self.e is None or self.total is None:
             return jnp.einsum("scv,scv->sc", self.probs, x)
         return jnp.einsum("scv,scv->sc", self.e, x) / self.total
 
     def of_target(self, x: jax.Array) -> jax.Array:
-        """What x [S, C, V] has at the targets: [S, C]."""
+        """The values of x [S, C, V] at the targets: [S, C]."""
         return jnp.take_along_axis(x, self.y[..., None], axis=-1)[..., 0]
 
 
 class Statistic(NamedTuple):
-    """A quantity of the whole vocabulary at a completion position.
+    """A statistic of the next-token distribution at a completion position, see the module's docstring.
 
-    The slope is the gradient at z, [S, C, V], given the value [S, C]; as a tuple its factors, which the head multiplies from the left.
-    None: it has none, and differentiating it is an error. Two with one name cannot be asked for at once. Equal ones are one, so a
-    function that makes them is cached.
+    `slope` computes the gradient [S, C, V] with respect to z, given the statistic's value [S, C]. It may return a tuple of factors,
+    which the head multiplies from left to right. A statistic with slope None cannot be differentiated: that is an error.
+
+    Two different statistics in one forward pass need different names. Equal statistics count as one, so a function that makes a
+    statistic should be cached.
     """
 
-    name: str  # under which it is found
+    name: str  # its key in `Outputs.statistics`
     forward: Callable[[Chunk], jax.Array]  # -> [S, C] float32
     slope: Callable[[Chunk, jax.Array], jax.Array | tuple[jax.Array, ...]] | None = None
-    taught: bool = False  # whether it reads another model's logits too
+    taught: bool = False  # whether it also reads the teacher's logits
 
 
 def check_statistics(statistics: tuple[Statistic, ...], teacher: bool) -> None:
-    """Refuses two statistics of one name, and one that reads another model's logits where there is no other model."""
+    """Refuses two different statistics with the same name, and statistics that need a teacher if there is none."""
     by_name: dict[str, Statistic] = {}
     for statistic in statistics:
         if by_name.setdefault(statistic.name, statistic) != statistic:
@@ -107,7 +109,7 @@ def check_statistics(statistics: tuple[Statistic, ...], teacher: bool) -> None:
 
 
 def merged(*several: tuple[Statistic, ...]) -> tuple[Statistic, ...]:
-    """All of these statistics, each once."""
+    """The statistics of several tuples in one tuple, without duplicates."""
     return tuple(dict.fromkeys(statistic for statistics in several for statistic in statistics))
 
 
@@ -137,13 +139,16 @@ accuracy = Statistic("accuracy", lambda at: (jnp.argmax(at.z, axis=-1) == at.y).
 
 
 def min_p(kappa: float) -> Statistic:
-    """The target's log-prob without noise: tokens below kappa times the likeliest one are left out, and their probability shared out.
+    """The statistic min-p: the target's log-prob if unlikely tokens are removed and the others renormalised.
 
-    log p(y) - log sum of p over what is kept; -inf of a target that is left out. What is kept is a constant, so the gradient is
-    onehot(y) - p over the kept tokens, and 0 of a target that is left out. 0 outside of completions.
+        log p(y) - log sum of p over the kept tokens
+
+    A token is kept if its probability is at least kappa times that of the most likely token. A target that is removed has -inf and
+    gradient 0. The kept set counts as a constant, so the gradient of a kept target is onehot(y) - p, with p over the kept tokens.
+    Outside of completions the statistic is 0.
 
     Args:
-      kappa: share of the likeliest token's probability that a token must have to be kept, in (0, 1].
+      kappa: in (0, 1].
     """
     if not 0 < kappa <= 1:
         raise ValueError(f"kappa is {kappa}; it must be above 0 and at most 1 (0.02 is Lp-Reg's)")
@@ -151,7 +156,7 @@ def min_p(kappa: float) -> Statistic:
 
 
 def top_k(k: int) -> Statistic:
-    """The target's log-prob among the k most likely tokens and those as likely as the last of them; see `min_p` of what is left out.
+    """The statistic top-k: the target's log-prob if only the k most likely tokens are kept, with ties of the k-th; otherwise as `min_p`.
 
     Args:
       k: at least 1.
@@ -184,9 +189,13 @@ def _truncated(name: str, keep: Callable[[jax.Array], jax.Array]) -> Statistic:
 
 
 def most_probable(logits: jax.Array, k: int) -> jax.Array:
-    """The k largest along the last axis [.., V], with those equal to the last of them: [.., V] bool."""
+    """The mask of the k largest logits along the last axis of [.., V], with ties of the k-th: [.., V] bool.
+
+    >>> most_probable(jnp.array([3.0, 1.0, 2.0, 2.0]), 2).tolist()
+    [True, False, True, True]
+    """
     bits = jax.lax.bitcast_convert_type(logits, jnp.int32)
-    order = jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # whole numbers in the order of the floats
+    order = jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # integers that order as the floats do
 
     def going(carry: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         i, _, count = carry
@@ -194,7 +203,7 @@ def most_probable(logits: jax.Array, k: int) -> jax.Array:
 
     def body(carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         i, t, count = carry
-        higher = t + jnp.left_shift(jnp.int32(1), 31 - i)  # the first one wraps from the smallest number to 0
+        higher = t + jnp.left_shift(jnp.int32(1), 31 - i)  # the first addition wraps from the smallest integer to 0
         above = (order >= higher[..., None]).sum(axis=-1, dtype=jnp.int32)
         return i + 1, jnp.where(above >= k, higher, t), jnp.where(above >= k, above, count)
 
@@ -203,12 +212,12 @@ def most_probable(logits: jax.Array, k: int) -> jax.Array:
     return order >= t[..., None]
 
 
-# --- of a model and another one, the teacher ---
+# --- of a model and its teacher ---
 
 
 def _ref_kl(at: Chunk) -> jax.Array:
     assert at.zt is not None and at.lse_t is not None
-    # From the difference of logits, so that the KL of equal models is 0 and not a difference of large numbers.
+    # From the difference of logits, so that the KL of equal models is exactly 0, not a difference of large numbers.
     return jnp.einsum("scv,scv->sc", jnp.exp(at.taught_logps), at.zt - at.z) + at.lse - at.lse_t
 
 
@@ -225,9 +234,10 @@ policy_kl = Statistic("policy_kl", _policy_kl, lambda at, value: (at.probs, at.l
 
 
 def generalised_jsd(beta: float = 0.5, temperature: float = 1.0) -> Statistic:
-    """The generalised Jensen-Shannon divergence from the teacher, see `jsd`; beta 1/2 is the Jensen-Shannon divergence.
+    """The statistic of the generalised Jensen-Shannon divergence from the teacher, see `jsd`; beta 1/2 is the plain one.
 
-    `Outputs.jsd` is the one of `reference.jsd_beta` and `.jsd_temperature`; another is asked for by its name, `jsd_0.3_1`.
+    `Outputs.jsd` has beta and temperature of the config (`reference.jsd_beta`, `reference.jsd_temperature`). Another one is found in
+    `Outputs.statistics` by its name: "jsd_0.3_1" for beta 0.3 and temperature 1.
     """
     return _generalised_jsd(float(beta), float(temperature))
 
@@ -243,12 +253,12 @@ def _generalised_jsd(beta: float, temperature: float) -> Statistic:
 
 
 def jsd(z: jax.Array, zt: jax.Array, beta: float, temperature: float) -> jax.Array:
-    """The generalised Jensen-Shannon divergence of s = softmax(z / T) and t = softmax(zt / T): [.., V] -> [..] nats.
+    """The generalised Jensen-Shannon divergence of s = softmax(z / T) and t = softmax(zt / T): [.., V] -> [..], in nats.
 
     beta KL(t || m) + (1 - beta) KL(s || m),   m = beta t + (1 - beta) s
 
-    Agarwal et al. 2023, arXiv:2306.13649, eq. 1, t the teacher. 0 and 1, where that is 0, stand for its limits over beta and over
-    1 - beta: KL(t || s), the forward KL, and KL(s || t), the reverse one.
+    Agarwal et al. 2023, arXiv:2306.13649, eq. 1; t is the teacher. At beta 0 and 1 the formula is 0. There the function returns
+    the limit of formula / beta, which is the forward KL(t || s), and of formula / (1 - beta), which is the reverse KL(s || t).
     """
     s, t, m = _mixed(z, zt, beta, temperature)
     kl = lambda p, q: jnp.sum(jnp.exp(p) * (p - q), axis=-1)
@@ -258,7 +268,10 @@ def jsd(z: jax.Array, zt: jax.Array, beta: float, temperature: float) -> jax.Arr
 
 
 def jsd_slope(z: jax.Array, zt: jax.Array, beta: float, temperature: float) -> jax.Array:
-    """The gradient of `jsd` at z: (1 - beta) s (log s - log m - KL(s || m)) / T; at beta 0 (s - t) / T, at 1 with t for m. [.., V]."""
+    """The gradient of `jsd` with respect to the logits z: [.., V].
+
+    (1 - beta) s (log s - log m - KL(s || m)) / T;   at beta 0: (s - t) / T;   at beta 1: s (log s - log t - KL(s || t)) / T
+    """
     s, t, m = _mixed(z, zt, beta, temperature)
     if beta == 0:
         return (jnp.exp(s) - jnp.exp(t)) / temperature
@@ -267,6 +280,6 @@ def jsd_slope(z: jax.Array, zt: jax.Array, beta: float, temperature: float) -> j
 
 
 def _mixed(z: jax.Array, zt: jax.Array, beta: float, temperature: float) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """log s, log t, log m."""
+    """The log-probs log s, log t and log m of `jsd`, each [.., V]; m is t at beta 0 and 1."""
     s, t = jax.nn.log_softmax(z / temperature), jax.nn.log_softmax(zt / temperature)
     return s, t, t if beta in (0, 1) else jnp.logaddexp(s + math.log1p(-beta), t + math.log(beta))

@@ -1,4 +1,4 @@
-"""Files of tensors in and out: which of a folder's files are meant, and what they hold."""
+"""Reads and writes safetensors files: which files a model folder's weights are in, their headers and checks of their content."""
 
 import json
 import os
@@ -19,7 +19,7 @@ OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5",
 
 
 def read_object(file: Path, remedy: str) -> dict[str, Any]:
-    """The JSON object that a file holds."""
+    """Reads the JSON object in a file; a file without one is refused, with `remedy` at the end of the error."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as e:
@@ -30,9 +30,9 @@ def read_object(file: Path, remedy: str) -> dict[str, Any]:
 
 
 def named_files(path: Path) -> dict[str, Path]:
-    """Tensor name -> file, for a single file or an index of shards."""
+    """The file that holds each tensor of a folder, by the tensor's name; from model.safetensors or an index of shards."""
     single, index = (path / name for name in WEIGHT_FILES)
-    if single.is_file():  # as transformers has it: an index beside it is of other files
+    if single.is_file():  # as in transformers, an index beside the single file is ignored
         return dict.fromkeys(header(single), single)
     if index.is_file():
         weight_map = read_object(index, "fetch it again").get("weight_map")
@@ -50,7 +50,7 @@ def named_files(path: Path) -> dict[str, Path]:
 
 
 def header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Tensor name -> type (as safetensors names it) and shape, of a safetensors file."""
+    """The header of a safetensors file: tensor name -> type, as safetensors names it, and shape; a damaged file is refused."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -62,29 +62,27 @@ def header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def check_type(name: str, dtype: str, file: Path) -> None:
-    """Refuses a tensor that holds no floating-point numbers of the types that are read."""
+    """Refuses a tensor whose type is not float32, float16 or bfloat16."""
     if dtype not in DTYPES.values():
         raise ValueError(f"{short(name)} in {file} is stored as {dtype}; only {', '.join(DTYPES)} are read")
 
 
 def save_tensors(content: dict[str, np.ndarray], file: Path) -> None:
-    """Writes a safetensors file."""
+    """Writes arrays by name as a safetensors file."""
     from safetensors.numpy import save_file
 
     save_file(content, file, metadata={"format": "pt"})
-    os.chmod(file, 0o666 & ~umask())  # which safetensors leaves at 0600
+    os.chmod(file, 0o666 & ~umask())  # safetensors creates the file with mode 0600
 
 
 def check_finite(params: Params, dtype: str, what: str) -> None:
-    """Refuses parameters that hold values which are not finite, as they are or in the dtype that they are written in.
-
-    Every process calls it.
+    """Refuses parameters with values that are not finite, or that overflow in the dtype of the file; every process must call this.
 
     Raises:
-      FloatingPointError: with the leaves that hold them.
+      FloatingPointError: names the first such leaves.
     """
     names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    within = lambda x: jnp.all(jnp.abs(x) <= jnp.finfo(dtype).max)  # also where a compiler computes a narrow type in a wider one
+    within = lambda x: jnp.all(jnp.abs(x) <= jnp.finfo(dtype).max)  # no cast: compilers may compute narrow types in wider ones
     fine = gathered(jax.jit(lambda tree: jnp.stack([within(x) for x in jax.tree.leaves(tree)]))(params))
     bad = [name for name, there in zip(names, fine, strict=True) if not there]
     if bad:
@@ -96,7 +94,7 @@ def check_finite(params: Params, dtype: str, what: str) -> None:
 
 
 def umask() -> int:
-    """The process's umask, which can only be read by setting it."""
+    """The umask of the process. It can only be read by setting it."""
     mask = os.umask(0o077)
     os.umask(mask)
     return mask

@@ -1,4 +1,4 @@
-"""Tokenizers of model folders: opened without their code, whole, and the same for models that read one another's tokens."""
+"""Tokenizers of model folders: loading them without remote code, and checking that models share one."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,11 @@ from alignax.text import one_line, short
 
 
 def load_tokenizer(path: Path, vocab_size: int) -> Any:
-    """The tokenizer of a model folder, from local files only; `vocab_size`: rows of the model's embedding."""
+    """Loads the tokenizer of a model folder from local files, without remote code; `vocab_size`: rows of the model's embedding.
+
+    Raises:
+      ValueError: for a tokenizer that is missing or damaged, without an EOS, or whose EOS or BOS has no row in the embedding.
+    """
     from transformers import AutoTokenizer
 
     bare = next((name for name in ("tokenizer.model", "tekken.json") if (path / name).is_file()), "")
@@ -18,12 +22,12 @@ def load_tokenizer(path: Path, vocab_size: int) -> Any:
             "fetch the model's tokenizer.json too"
         )
     try:
-        # A text is what its tokens say: some folders, Llama 3's among them, ask for its spaces before punctuation to be taken out.
+        # No clean-up, so that a text is exactly its tokens: some folders (Llama 3's) ask to remove the spaces before punctuation.
         tokenizer = AutoTokenizer.from_pretrained(
             str(path), clean_up_tokenization_spaces=False, local_files_only=True, trust_remote_code=False
         )
         eos, _, _ = tokenizer.eos_token_id, max(tokenizer.get_vocab().values()), tokenizer("a")  # some damage shows only in use
-    except BaseException as e:  # a damaged tokenizer.json raises a bare Exception, or a panic of Rust, which is none
+    except BaseException as e:  # a damaged tokenizer.json raises a bare Exception or a Rust panic, which is no Exception
         if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
             raise
         raise ValueError(f"{str(path)!r} has no tokenizer that transformers reads ({one_line(e)})") from e
@@ -35,7 +39,10 @@ def load_tokenizer(path: Path, vocab_size: int) -> Any:
 
 
 def check_tokenizer(path: Path, vocab_size: int, what: str, source: hf.Source, tokenizer: Any, first: str = "the policy") -> None:
-    """Refuses a model that reads other tokens than the first, or fewer; it may have further ones."""
+    """Refuses a model that reads a token id of another model as a different token, or not at all; it may have further tokens.
+
+    `path`, `vocab_size` and `what` (its name in messages) are of the model; `source`, `tokenizer` and `first` of the other one.
+    """
     own = {i: token for token, i in tokenizer.get_vocab().items() if i < source.config.vocab_size}
     theirs = {i: token for token, i in load_tokenizer(path, vocab_size).get_vocab().items() if i < vocab_size}
     odd = min((i for i, token in own.items() if i >= vocab_size or theirs.get(i, token) != token), default=None)
@@ -47,7 +54,7 @@ def check_tokenizer(path: Path, vocab_size: int, what: str, source: hf.Source, t
 
 
 def check_token(name: str, path: Path, token: int | None, vocab_size: int) -> None:
-    """Refuses a special token that the embedding has no row for."""
+    """Refuses a special token whose id has no row in the embedding."""
     if token is not None and token >= vocab_size:
         raise ValueError(
             f"the {name} of the tokenizer in {str(path)!r} has id {token}, and the embedding has {vocab_size} rows; "

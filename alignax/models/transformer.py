@@ -1,7 +1,7 @@
-"""One decoder for every family; what differs between them is data in `ModelConfig`.
+"""One decoder-only transformer for every model family; the differences between families are data in `ModelConfig`.
 
-A Flax Linen module under `nn.scan`, used only as pure functions: `init` and `apply`. `forward` makes the `(params, batch) ->
-Outputs` that the training step and the experience functions take.
+The decoder is a Flax Linen module under `nn.scan`, used only as pure functions, by `init` and `apply`. `forward` makes the function
+`(params, batch) -> Outputs` that the training step and the experience functions call.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from alignax.types import Batch, Outputs, Params, rows
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Shape and options of a decoder-only transformer (names as in the Hugging Face configs, where those have one)."""
+    """The shape and the options of a decoder-only transformer; fields have Hugging Face's names where there are any."""
 
     vocab_size: int
     hidden_size: int
@@ -39,40 +39,40 @@ class ModelConfig:
     num_key_value_heads: int
     head_dim: int
     max_position_embeddings: int
-    rms_norm_eps: float = 1e-6  # of LayerNorms too
+    rms_norm_eps: float = 1e-6  # of RMS norms and LayerNorms
     rope_theta: float = 10000.0
     rope_scaling: tuple[tuple[str, Any], ...] = ()  # (("rope_type", "llama3"), ...), hashable
     tie_word_embeddings: bool = False
-    attention_bias: bool = False  # of q, k, v and o
+    attention_bias: bool = False  # biases of q, k, v and o
     mlp_bias: bool = False
     initializer_range: float = 0.02
-    qkv_bias: bool = False  # of q, k and v alone
+    qkv_bias: bool = False  # biases of q, k and v only
     norm: str = "rms"  # "rms"; "rms_plus_one": times 1 + weight; "layer": LayerNorm, with a bias
-    pre_norms: bool = True  # of what attention and MLP take
-    post_norms: bool = False  # of what they give, before it is added to the residual stream
-    qk_norm: str = "none"  # of queries and keys: "head", each head by itself; "projection", all heads as one vector
-    parallel_residual: bool = False  # attention and MLP both take the layer's input
+    pre_norms: bool = True  # norms of the inputs of attention and MLP
+    post_norms: bool = False  # norms of the outputs of attention and MLP, before the residual sum
+    qk_norm: str = "none"  # norms of queries and keys: "head", of each head; "projection", of all heads as one vector
+    parallel_residual: bool = False  # attention and MLP both read the layer's input
     hidden_act: str = "silu"  # one of ACTIVATIONS
     gated_mlp: bool = True
-    positions: str = "rope"  # or "learned", added to the embeddings
+    positions: str = "rope"  # or "learned": a position embedding, added to the token embedding
     partial_rotary_factor: float = 1.0  # the share of head_dim that rotates
-    local_rope_theta: float | None = None  # unscaled, of layers with a window; None: as the other layers
-    sliding_windows: tuple[int, ...] = ()  # of each layer: keys that a query sees, its own included; 0: all. (): no layer has one
-    query_pre_attn_scalar: float | None = None  # attention scores are divided by its square root; None: by that of head_dim
-    attn_logit_softcapping: float | None = None  # scores become cap * tanh(score / cap)
+    local_rope_theta: float | None = None  # theta of layers with a window, without rope scaling; None: as in the other layers
+    sliding_windows: tuple[int, ...] = ()  # per layer, the number of keys that a query sees, with its own; 0: all. (): no windows
+    query_pre_attn_scalar: float | None = None  # attention scores are divided by its square root; None: by sqrt(head_dim)
+    attn_logit_softcapping: float | None = None  # attention scores become cap * tanh(score / cap)
     final_logit_softcapping: float | None = None
     embedding_scale: float = 1.0
-    num_labels: int = 0  # scores of a reward model, in place of logits; 0: a language model
-    padding: int | None = None  # what its folder pads with: as in transformers a score is read at the last token that is another
-    language_head: bool = False  # a reward model that keeps its language model's output layer gives log-probs beside its scores
-    critic_heads: int = 0  # values of every token beside the logits
-    predicted_tokens: int = 0  # the first so many of the vocabulary are ever predicted, the others only read; 0: all
-    unused_tokens: tuple[tuple[int, int], ...] = ()  # ranges of ids, first and behind the last, that are never predicted either
-    temperature: float = 1.0  # logits are divided by it, last of all
-    num_experts: int = 0  # 0: one MLP; intermediate_size is that of an expert
+    num_labels: int = 0  # scores of a reward model; 0: a language model
+    padding: int | None = None  # the folder's padding token; as in transformers, a score is read at the last token other than it
+    language_head: bool = False  # whether a reward model keeps the output layer, and gives log-probs beside its scores
+    critic_heads: int = 0  # heads of a critic on this trunk: values per token, beside the logits
+    predicted_tokens: int = 0  # the model predicts only the first so many ids of the vocabulary, and reads all; 0: predicts all
+    unused_tokens: tuple[tuple[int, int], ...] = ()  # further ranges [first, end) of ids that are never predicted
+    temperature: float = 1.0  # divides the logits, after the soft cap
+    num_experts: int = 0  # 0: a dense MLP; otherwise intermediate_size is the size of one expert
     num_experts_per_tok: int = 0
-    norm_topk_prob: bool = False  # the chosen experts' probabilities sum to 1
-    lora: Lora | None = None  # adapters beside the matrices
+    norm_topk_prob: bool = False  # whether the chosen experts' probabilities are normalised to sum to 1
+    lora: Lora | None = None  # low-rank adapters of the layers' matrices
 
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -91,7 +91,7 @@ Rope = tuple[jax.Array, jax.Array]  # cos and sin
 
 
 class Block(nn.Module):
-    """One layer: attention and an MLP (or experts), normed before, after or both, and added to the residual stream."""
+    """One layer of the decoder: attention and an MLP (or experts) on the residual stream, with norms before, after or both."""
 
     config: ModelConfig
     dtype: Any
@@ -100,10 +100,10 @@ class Block(nn.Module):
     states: bool
 
     def dense(self, name: str, x: jax.Array, features: int, axes: tuple[str, str], bias: bool) -> jax.Array:
-        """x[.., in] @ W[in, out] (+ b[out]); float32 weights, computed in `dtype`."""
+        """A linear map x[.., in] @ W[in, out] (+ b[out]), with its adapters; the weights are float32, the products in `dtype`."""
         init = nn.with_logical_partitioning(nn.initializers.normal(self.config.initializer_range), axes)
         weight = self.param(name, init, (x.shape[-1], features), jnp.float32)
-        # Rows flattened: XLA on CPU takes a third less for the backward pass than with the two axes R and T.
+        # One axis of rows instead of R and T: the backward pass takes a third less time on CPU.
         flat, weight, lora = x.reshape(-1, x.shape[-1]), jnp.asarray(weight, self.dtype), self.config.lora
         if lora and lora.int8:
             ones = nn.with_logical_partitioning(nn.initializers.ones, axes[1:])
@@ -119,9 +119,10 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, carry: Any, layer: jax.Array, window: jax.Array | None, rope: Any, at: jax.Array | None, mask: jax.Array | None):
-        """One layer on x [R, T, D], the first part of the carry; see `Decoder`.
+        """Applies one layer to the carry (x [R, T, D], cache); see `Decoder` for the arguments.
 
-        With a cache, the other part, T is 1 and the tokens are at places `at` [R]. Returns the carry, and what `keep` or `states` asks for.
+        With a cache, T is 1 and the tokens are at positions `at` [R]. Returns the new carry, and x with `states`, or else the keys and
+        values with `keep`.
         """
         c = self.config
         x, cache = carry
@@ -134,7 +135,10 @@ class Block(nn.Module):
         return (x, cache), x if self.states else kept
 
     def attend(self, x: jax.Array, cache: Cache | None, layer: jax.Array, window: jax.Array | None, rope: Any, at: Any, mask: Any):
-        """Attention with its four projections: [R, T, D] to [R, T, D], the cache with the new keys and values, and what is kept."""
+        """Attention with its four projections.
+
+        Returns the output [R, T, D], the cache with the new keys and values, and with `keep` the keys and values of x (else None).
+        """
         c = self.config
         R, T, _ = x.shape
         bias = c.attention_bias or c.qkv_bias
@@ -160,7 +164,7 @@ class Block(nn.Module):
         return self.dense("o", h.reshape(R, T, -1), c.hidden_size, ("heads", "embed"), c.attention_bias), cache, kept
 
     def mlp(self, x: jax.Array) -> jax.Array:
-        """[R, T, D] to [R, T, D]: down(act(gate(x)) * up(x)), down(act(up(x))), or the experts' sum."""
+        """The MLP, [R, T, D] -> [R, T, D]: down(act(gate(x)) * up(x)), down(act(up(x))), or a mixture of experts."""
         c = self.config
         act = ACTIVATIONS[c.hidden_act]
         if c.num_experts:
@@ -170,7 +174,7 @@ class Block(nn.Module):
         return self.dense("down", act(up) if gate is None else act(gate) * up, c.hidden_size, ("mlp", "embed"), c.mlp_bias)
 
     def experts(self, x: jax.Array, act: Callable[[jax.Array], jax.Array]) -> jax.Array:
-        """The experts' weights; see `alignax.models.moe.experts`."""
+        """A mixture of experts, [R, T, D] -> [R, T, D]; see `alignax.models.moe.experts`."""
         c = self.config
         E, D, F = c.num_experts, c.hidden_size, c.intermediate_size
 
@@ -186,28 +190,29 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Token ids to the final hidden state; the layers are stacked on a leading L axis and scanned."""
+    """The decoder: token ids to final hidden states. The parameters of its layers are stacked on a leading axis L and scanned."""
 
     config: ModelConfig
     dtype: Any = jnp.float32
     remat: str = "full"
     mesh: Mesh | None = None
-    keep: Any = None  # the dtype in which whole rows return their keys and values; None: they do not
-    states: bool = False  # whole rows return what every layer gives instead
+    keep: Any = None  # without a cache, the dtype of the cache that is returned; None: no cache is returned
+    states: bool = False  # whether the hidden states after every layer are returned instead
 
     @nn.compact
     def __call__(
         self, tokens: jax.Array, mask: jax.Array | None = None, cache: Cache | None = None, at: jax.Array | None = None
     ) -> tuple[jax.Array, Any]:
-        """Final hidden states [R, T, D], and a cache: the one given with the new tokens, or of whole rows what `keep` asks for.
+        """The final hidden states [R, T, D] of whole sequences, or of one more token with a cache; and a cache or None.
 
-        With `states` there are, in the place of the cache, the hidden states behind every layer [L, R, T, D], before the last norm.
+        The returned cache is the given one with the new tokens, or with `keep` a new one of whole sequences. With `states` the hidden
+        states after every layer, [L, R, T, D] before the last norm, are returned in place of the cache.
 
         Args:
           tokens: [R, T] int; with a cache [R, 1], the next token of each row.
-          mask: [R, T] bool, real tokens; with a cache None.
-          cache: keys and values of the tokens before; None scores whole rows.
-          at: [R] int, places of the tokens in the cache: how many stand before each.
+          mask: [R, T] bool, True for real tokens; None with a cache.
+          cache: keys and values of the earlier tokens; None for whole sequences.
+          at: [R] int, with a cache: the position of each row's token, which is the number of tokens before it.
         """
         c = self.config
         normal = nn.with_logical_partitioning(nn.initializers.normal(c.initializer_range), ("vocab", "embed"))
@@ -225,13 +230,13 @@ class Decoder(nn.Module):
             self.param("lm_head", head, (c.hidden_size, c.vocab_size), jnp.float32)
         if at is None:
             assert mask is not None
-            # Positions count real tokens, so a row scores the same wherever its padding stands.
+            # Positions count real tokens only, so that a row's outputs do not depend on where its padding stands.
             positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
         else:
             positions = at[:, None]
         rope = rope_tables(c, positions) if c.positions == "rope" else None
         windows = jnp.asarray(c.sliding_windows, jnp.int32) if any(c.sliding_windows) else None  # [L]
-        # Gathered over fsdp before the lookup: looked up in shards, the partitioner would replicate the batch instead.
+        # Gathered over fsdp before the lookup, because for a sharded table the partitioner would replicate the batch.
         table = constrain(jnp.asarray(embed, self.dtype), self.mesh, "vocab", None)
         x = table[tokens]
         if c.embedding_scale != 1.0:
@@ -253,7 +258,7 @@ class Decoder(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         layers = jnp.arange(c.num_hidden_layers)
-        # The cache is carried and written in place: as an input and an output of the scan it took 1.9 times as long.
+        # The cache is part of the carry, so that it is written in place; as input and output of the scan it takes 1.9 times as long.
         (x, cache), kept = stack(c, self.dtype, self.mesh, self.keep, self.states, name="layers")(
             (x, cache), layers, windows, rope, at, mask
         )
@@ -261,9 +266,12 @@ class Decoder(nn.Module):
 
 
 def norm(module: Block | Decoder, name: str, x: jax.Array) -> jax.Array:
-    """RMS norm (Zhang & Sennrich 2019, arXiv:1910.07467) or LayerNorm of x [.., D] with a weight [D]; in float32, returned in x's dtype."""
+    """RMS norm (Zhang & Sennrich 2019, arXiv:1910.07467) or LayerNorm of x [.., D], computed in float32: [.., D] in the dtype of x.
+
+    `name`: the parameter of the module that holds the weight [D].
+    """
     c, shape = module.config, (x.shape[-1],)
-    # A weight that 1 is added to starts from 0.
+    # "rms_plus_one" adds 1 to the weight, so the weight starts from 0.
     first = nn.initializers.zeros if c.norm == "rms_plus_one" else nn.initializers.ones
     whole = lambda a: a.reshape((1,) * (x.ndim - 1) + shape)
     weight = whole(jnp.asarray(module.param(name, nn.with_logical_partitioning(first, (None,)), shape, jnp.float32), jnp.float32))
@@ -279,9 +287,14 @@ def norm(module: Block | Decoder, name: str, x: jax.Array) -> jax.Array:
 
 
 def rotate(x: jax.Array, rope: Rope) -> jax.Array:
-    """Rotary position embedding on x [R, T, heads, head_dim], halves rotated together as Hugging Face stores them.
+    """Applies a rotary position embedding to x [R, T, heads, head_dim]; pairs are (i, i + dim / 2), as in Hugging Face.
 
-    Angles of fewer than head_dim / 2 pairs rotate the first dimensions and leave the others.
+    Args:
+      x: [R, T, heads, head_dim] queries or keys.
+      rope: cos and sin, [R, T, dim / 2] each. If dim < head_dim, only the first dim dimensions rotate.
+
+    Returns:
+      [R, T, heads, head_dim] in the dtype of x.
     """
     cos, sin = rope[0][:, :, None], rope[1][:, :, None]  # [R, T, 1, head_dim / 2]
     pairs = cos.shape[-1]
@@ -292,7 +305,10 @@ def rotate(x: jax.Array, rope: Rope) -> jax.Array:
 
 
 def rope_tables(c: ModelConfig, positions: jax.Array) -> Rope:
-    """cos and sin for positions [R, T]: [R, T, dim / 2], or [2, R, T, dim / 2] where layers with a window (1) have angles of their own."""
+    """The tables cos and sin of the rotary angles for positions [R, T]: [R, T, dim / 2] each.
+
+    If layers with a window have a theta of their own, the tables are [2, R, T, dim / 2]: index 1 is for layers with a window.
+    """
     length = positions.max(axis=1) + 1
     whole = rope_angles(c, positions, length)
     if c.local_rope_theta is None or not any(c.sliding_windows):
@@ -302,17 +318,17 @@ def rope_tables(c: ModelConfig, positions: jax.Array) -> Rope:
 
 
 def rope_angles(c: ModelConfig, positions: jax.Array, length: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """cos and sin of the rotary angles, [R, T, dim / 2] float32 for the dim that rotate, for every rope scaling that transformers has.
+    """The cos and sin of the rotary angles, [R, T, dim / 2] float32 each, for the dim dimensions of a head that rotate.
 
-    Su et al. 2021, arXiv:2104.09864; linear (Chen et al. 2023, arXiv:2306.15595), dynamic NTK, YaRN (Peng et al. 2023,
-    arXiv:2309.00071), LongRoPE (Ding et al. 2024, arXiv:2402.13753) and the Llama 3.1 ramp. Dynamic NTK and LongRoPE depend on
-    the length of a sequence: here each row's own, where transformers takes the longest of the batch, so that a row's score
-    depends on no other row.
+    Su et al. 2021, arXiv:2104.09864. All rope scalings of transformers are supported: linear (Chen et al. 2023, arXiv:2306.15595),
+    dynamic NTK, YaRN (Peng et al. 2023, arXiv:2309.00071), LongRoPE (Ding et al. 2024, arXiv:2402.13753) and the Llama 3.1 ramp.
+    Dynamic NTK and LongRoPE depend on the length of a sequence. We use each row's own length, so that a row's log-probs do not depend on
+    other rows; transformers uses the longest row of the batch.
 
     Args:
-      c: the model's configuration.
+      c: the model config.
       positions: [R, T] int.
-      length: [R] int, real tokens of each row; with a cache, those so far.
+      length: [R] int, the number of real tokens in each row; with a cache, of those read so far.
     """
     s, dim = dict(c.rope_scaling), int(c.head_dim * c.partial_rotary_factor)
     kind = s.get("rope_type", "default")
@@ -325,7 +341,7 @@ def rope_angles(c: ModelConfig, positions: jax.Array, length: jax.Array) -> tupl
         freq = freq / factor
     elif kind == "llama3":
         low, high = s["low_freq_factor"], s["high_freq_factor"]
-        turns = original * freq / (2 * np.pi)  # of the original context
+        turns = original * freq / (2 * np.pi)  # rotations over the original context
         ramp = np.clip((turns - low) / (high - low), 0.0, 1.0)
         freq = freq / factor * (1 - ramp) + freq * ramp
     elif kind == "yarn":
@@ -342,7 +358,7 @@ def rope_angles(c: ModelConfig, positions: jax.Array, length: jax.Array) -> tupl
         long, short = (jnp.asarray(freq / s[name], jnp.float32)[None] for name in ("long_factor", "short_factor"))
         freq = jnp.where((length > original)[:, None], long, short)  # [R, dim / 2]
     elif kind == "dynamic":
-        context = c.max_position_embeddings  # the original one, whatever else the config says
+        context = c.max_position_embeddings  # dynamic NTK scales from this, even if the config has another original context
         stretch = 1 + factor * (jnp.maximum(length, context) / context - 1)  # [R], 1 within the original context
         theta = c.rope_theta * stretch ** (dim / (dim - 2))
         freq = theta[:, None] ** -jnp.asarray(half, jnp.float32)[None]  # [R, dim / 2]
@@ -352,7 +368,7 @@ def rope_angles(c: ModelConfig, positions: jax.Array, length: jax.Array) -> tupl
 
 
 def _yarn_scale(s: dict[str, Any], factor: float) -> float:
-    """YaRN's attention temperature, with DeepSeek's variant where its two coefficients are given."""
+    """YaRN's attention scale; DeepSeek's variant if both of its coefficients, mscale and mscale_all_dim, are given."""
     get = lambda scale, m: 1.0 if scale <= 1 else 0.1 * m * math.log(scale) + 1.0
     if s.get("attention_factor") is not None:
         return s["attention_factor"]
@@ -362,18 +378,18 @@ def _yarn_scale(s: dict[str, Any], factor: float) -> float:
 
 
 def head_weight(config: ModelConfig, params: Params) -> jax.Array:
-    """The output projection [D, V], which may be the embedding's transpose; of the tokens that are predicted alone."""
+    """The weight [D, V] of the output layer, or the transposed embedding if they are tied; V counts predicted tokens only."""
     weight = params["embed"].T if config.tie_word_embeddings else params["lm_head"]
     return weight[:, : config.predicted_tokens] if config.predicted_tokens else weight
 
 
 def shaping(config: ModelConfig) -> Shaping:
-    """What becomes of the logits that the output projection gives."""
+    """The changes to a model's logits before their softmax: soft cap, temperature and unused tokens of its config."""
     return Shaping(config.final_logit_softcapping, config.temperature, config.unused_tokens)
 
 
 def init(config: ModelConfig, key: jax.Array) -> Any:
-    """Fresh parameters, boxed with their logical axes (see `alignax.mesh.param_shardings`)."""
+    """Initialises a model's parameters, boxed with their logical axes (see `alignax.mesh.param_shardings`)."""
     one = jnp.ones((1, 1), jnp.int32)
     return Decoder(config).init(key, one, one.astype(bool))["params"]
 
@@ -390,26 +406,30 @@ def forward(
     statistics: tuple[Statistic, ...] = (),
     hidden: tuple[int, ...] = (),
 ) -> Callable[[Params, Batch], Outputs]:
-    """The pure `(params, batch) -> Outputs` of a decoder: per-token statistics at completion positions, or a reward model's scores.
+    """Makes the forward pass of a model, a pure function `(params, batch) -> Outputs`.
 
-    A reward model with a `language_head` gives both.
+    A language model gives per-token log-probs and statistics at completion positions, [B, N, T]. A reward model gives scores, [B, N], or
+    [B, N, labels] of several labels. A reward model with a `language_head` gives both.
+
+        apply = forward(config, dtype=jnp.bfloat16)
+        logps = apply(params, batch).logps  # [B, N, T]
 
     Args:
       config: the model.
-      dtype: of activations and matrix products; parameters stay in float32.
+      dtype: the dtype of activations and matrix products; parameters stay in float32.
       remat: "full" (recompute each layer in the backward pass), "dots" (keep the matrix products), "none".
       chunk: positions scored at a time, see `alignax.models.heads.token_logps`.
-      mesh: where activations are laid out; None for one device.
-      teacher: a frozen model of the same vocabulary; then the outputs have `ref_kl` and `policy_kl`, the KL from either to the other in
-        every scored position, and `jsd`. It takes a forward pass of the teacher, which reads `ref_tokens` where the batch has them. Under
-        jit its parameters must be arguments of the program, not constants.
-      mixture: beta and the temperature of `jsd`, see `alignax.models.statistics.jsd`.
-      statistics: further statistics of the vocabulary, which `Outputs.statistics` has by name.
-      hidden: layers, from 0, whose hidden states `Outputs.hidden` has by index: [B, N, T, D], before the last norm, of padding too. All
-        layers' are held for it.
+      mesh: the mesh that activations are sharded over; None for one device.
+      teacher: a frozen model of the same vocabulary. The outputs then have `ref_kl`, `policy_kl` and `jsd` at every scored position, for
+        the price of the teacher's forward pass. The teacher reads `ref_tokens` if the batch has them. Under jit its parameters must be
+        arguments of the program, not constants.
+      mixture: beta and temperature of `jsd`, see `alignax.models.statistics.jsd`.
+      statistics: further statistics of the next-token distributions, which `Outputs.statistics` has by name.
+      hidden: indices of layers, from 0, whose hidden states `Outputs.hidden` has by index: [B, N, T, D], before the last norm, of padding
+        too. It keeps the hidden states of all layers in memory.
 
     Raises:
-      ValueError: for a remat that is none, for layers and statistics that this model has not.
+      ValueError: for an unknown `remat`, and for layers and statistics that this model does not have.
     """
     if remat not in REMAT:
         raise ValueError(f"remat {remat!r} is unknown; use {', '.join(REMAT)}")
@@ -437,10 +457,10 @@ def forward(
 
     def apply(params: Params, batch: Batch) -> Outputs:
         given: Any = decoder.apply({"params": params}, rows(batch["tokens"]), rows(batch["mask"]))
-        states, layers = given  # [R, T, D], [L, R, T, D] where they are asked for
+        states, layers = given  # [R, T, D], and [L, R, T, D] with `hidden`
         out = spoken(params, batch, states) if speaks else Outputs(None, None)  # pyright: ignore[reportArgumentType]
         if config.num_labels:
-            read = rows(batch["mask"]) & rows(batch["completion_mask"]).any(axis=1, keepdims=True)  # nothing scored, no score either
+            read = rows(batch["mask"]) & rows(batch["completion_mask"]).any(axis=1, keepdims=True)  # a row without completion scores 0
             read = read if config.padding is None else read & (rows(batch["tokens"]) != config.padding)
             scores = last_scores(states, read, params["score"], params["score_offset"])
             scores = scores.reshape(*batch["tokens"].shape[:2], -1)
@@ -455,13 +475,15 @@ def forward(
 def critic(
     config: ModelConfig, *, dtype: Any = jnp.float32, remat: str = "full", mesh: Mesh | None = None
 ) -> Callable[[Params, Batch], jax.Array]:
-    """The pure `(params, batch) -> Outputs.values` of a critic of its own tree: a reward model that is read before every token.
+    """Makes the forward pass of a critic with parameters of its own, a pure function `(params, batch) -> values`.
+
+    The critic is a reward model whose score before every token is the value: [B, N, T], or [B, N, T, H] with H labels.
 
     Args:
-      config: a reward model's; its scores are the values.
-      dtype: as in `forward`, and so are the others.
-      remat: of its layers.
-      mesh: where activations are laid out.
+      config: the config of the reward model.
+      dtype: as in `forward`.
+      remat: as in `forward`.
+      mesh: as in `forward`.
     """
     decoder = Decoder(config, dtype, remat, mesh)
 
