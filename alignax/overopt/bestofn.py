@@ -78,7 +78,7 @@ def best_of_n(proxies: Mapping[str, np.ndarray], values: Mapping[str, np.ndarray
         for proxy, scores in proxies.items():
             own["proxy"] = np.asarray(scores[prompt], np.float64)[finite]
             order = np.argsort(own["proxy"], kind="stable")
-            starts = np.flatnonzero(np.diff(own["proxy"][order], prepend=-np.inf))  # of runs of equal scores
+            starts = np.flatnonzero(np.diff(own["proxy"][order], prepend=-np.inf))  # first index of each run of equal scores
             of_run, size = np.add.reduceat(chance, starts, axis=1), np.diff(starts, append=left)
             for name, x in own.items():
                 picked[proxy][name][prompt] = of_run @ (np.add.reduceat(x[order], starts) / size)

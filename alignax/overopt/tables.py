@@ -140,7 +140,7 @@ def samples(measured: Sequence[tuple[Run, dict[str, Any]]]) -> list[dict[str, An
                 for x in m["samples"]
             ]
             texts = [2, 3]
-        else:  # of a training run; direct alignment and online methods have no samples
+        else:  # a training run; direct alignment and online methods have no samples
             shown = [q for q in ("reward", "gold", "log_ratio") if any(x[q] is not None for x in m.get("samples", []))]
             head, texts = ["prompt", "step", "response", *(q.replace("_", "-") for q in shown)], [0, 2]
             rows = [[x["prompt"], number(x["step"], 0), x["response"], *(number(x[q]) for q in shown)] for x in m.get("samples", [])]
