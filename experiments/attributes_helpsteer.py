@@ -1,12 +1,12 @@
-"""A reward model of several attributes by regression, from responses that people rated (HelpSteer2, Wang et al. 2024, arXiv:2406.08673).
+"""A reward model of several attributes, trained by regression on human ratings (HelpSteer2, Wang et al. 2024, arXiv:2406.08673).
 
 Command:
   alignax train --config experiments/attributes_helpsteer.py --config.workdir=runs/attributes \\
     --config.model.path=MODEL --config.data.train=train.jsonl --config.data.eval=validation.jsonl
 
-MODEL is a language model's folder, whose head gives way to a score for each attribute. Rows have a prompt, a response and a number for
-each attribute, or null where nobody gave one. Of other attributes set --config.data.columns.attributes=NAME,NAME and
---config.model.num_labels to how many they are.
+MODEL is the folder of a language model. Its head is replaced by one score per attribute. Rows have a prompt, a response, and a number or
+null (no rating) for each attribute. For other attributes set --config.data.columns.attributes=NAME,NAME and
+--config.model.num_labels to their number.
 
 Hardware: a pod for 7B, with --config.mesh.fsdp=-1; a model of a few 100k parameters runs on 2 CPU cores.
 
@@ -17,7 +17,7 @@ from alignax import attribute_regression, default_config
 
 
 def get_config():
-    """Two epochs over the responses."""
+    """The config: two epochs over the responses."""
     config = default_config()
     config.model.num_labels = 5
     config.data.kind = "sft"
@@ -33,5 +33,5 @@ def get_config():
 
 
 def loss(config):
-    """The mean over attributes of the squared error."""
+    """The loss: the mean over attributes of the squared error."""
     return attribute_regression(config.data.columns.attributes.split(","))

@@ -5,13 +5,13 @@ Command:
   python experiments/bench.py --dim 512 --vocab 32768    one case of your own
   python experiments/bench.py --against 'venv/bin/python peer.py --dim {dim} --layers {layers} ...'
 
-`--against` runs another command in turn with ours, A B A B, and prints the ratios; the last line that it prints must be JSON with
+`--against` alternates another command with ours, A B A B, and prints the ratios. The last line of the command's output must be JSON with
 `tokens_per_step`, and `cpu_s_median` (CPU seconds of a step) or `tokens_per_cpu_s`. Fields of the case in braces are filled in.
 
-A step is: reference forward, policy forward and backward, clip, AdamW; chosen and rejected rows of `--seq` tokens, prompt included,
-count as `pairs * 2 * seq` tokens. CPU seconds are those of all threads of the process: on a shared machine they are steadier than
-wall time. Model FLOPs leave recomputation out: 3 policy forwards and 1 reference forward, attention counted causal, the head only at
-completion positions. Each case runs in a process of its own, so its peak memory is its own.
+A step is: reference forward, policy forward and backward, clip, AdamW. Chosen and rejected rows of `--seq` tokens, including the prompt,
+count as `pairs * 2 * seq` tokens. CPU seconds are summed over all threads of the process; on a shared machine they vary less than
+wall time. Model FLOPs exclude recomputation: 3 policy forwards and 1 reference forward, with causal attention, and with the head only at
+completion positions. Each case runs in its own process, so that its peak memory is measured alone.
 """
 
 import argparse
@@ -39,7 +39,7 @@ CASES = [
 
 
 def main() -> None:
-    """Runs the cases, or one with `--one`."""
+    """Runs all cases, or with `--one` a single case in this process."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     for name, value in CASE.items():
         parser.add_argument("--" + name.replace("_", "-"), type=int, default=value)
@@ -60,13 +60,13 @@ def main() -> None:
 
 
 def in_process(case: dict) -> dict:
-    """A case in a process of its own."""
+    """The measurements of a case, from a new process."""
     options = [f"--{name.replace('_', '-')}={value}" for name, value in case.items()]
     return last_json([sys.executable, __file__, "--one", *options])
 
 
 def last_json(command: list[str]) -> dict:
-    """The last JSON line that a command prints."""
+    """The last JSON line of a command's output, parsed."""
     out = subprocess.run(command, capture_output=True, text=True)
     lines = [line for line in out.stdout.splitlines() if line.startswith("{")]
     if out.returncode or not lines:
@@ -75,7 +75,7 @@ def last_json(command: list[str]) -> dict:
 
 
 def compare(case: dict, command: str, rounds: int) -> None:
-    """Runs ours and another in turn and prints ratios of tokens per CPU second and per second."""
+    """Alternates our case with another command and prints the ratios of tokens per CPU second."""
     other = shlex.split(re.sub(r"{(\w+)}", lambda m: str(case[m.group(1)]), command))
     ratios = []
     for _ in range(rounds):
@@ -87,7 +87,7 @@ def compare(case: dict, command: str, rounds: int) -> None:
 
 
 def measure(case: dict) -> dict:
-    """Times one case in this process."""
+    """The measurements of a case, taken in this process."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     import flax.linen as nn
     import jax
@@ -161,17 +161,17 @@ def measure(case: dict) -> dict:
 
 
 def model_flops(c: argparse.Namespace, hidden: int) -> float:
-    """FLOPs of a step that no implementation can do without."""
+    """The FLOPs of a step that every implementation needs."""
     head_dim = c.dim // c.heads
     layer = 2 * c.dim * (2 * c.heads + 2 * c.kv_heads) * head_dim + 6 * c.dim * hidden
-    attention = 2 * c.seq * c.heads * head_dim  # scores and values, causal half
+    attention = 2 * c.seq * c.heads * head_dim  # scores and values; the causal half
     body = c.layers * (layer + attention) * c.seq
     head = 2 * c.dim * c.vocab * (c.seq - c.prompt)
     return 4.0 * 2 * c.pairs * (body + head)
 
 
 def matmul_rate() -> float:
-    """GFLOPs per CPU second of a float32 matrix product of 1024^3, the best of several."""
+    """The GFLOPs per CPU second of a float32 matrix product of 1024^3, best of several."""
     import jax
     import jax.numpy as jnp
 

@@ -1,13 +1,12 @@
-"""Cost of scoring with an ensemble: K reward models in one program against the same K one after another, a random Llama each, float32.
+"""Cost of scoring with an ensemble: K random Llama reward models in one program, against K calls one after another, in float32.
 
 Command:
   make bench                                        all cases, a JSON line each
   python experiments/bench_ensemble.py --members 3  another number of members
 
-Each case runs in a process of its own, kept to one core. There the two ways alternate, call by call, on the same rows, after a call each
-that compiles; their scores are compared first. What is compared is CPU seconds, the median over the calls; `ratio` is that of the one
-program to the K calls together. FLOPs and bytes are what XLA says of a member's share of the program, whose loop over members it counts
-once, and of the program of one model alone.
+Each case runs in its own process on one core. Both ways compile first, and their scores are compared. Then they alternate, call by call,
+on the same rows. `ratio` is the CPU seconds of the one program over those of the K calls together, each the median over the calls. FLOPs
+and bytes are XLA's estimates, for one member in the program (XLA counts its loop over members once) and for the program of one model.
 """
 
 import argparse
@@ -20,7 +19,7 @@ from typing import Any
 
 from bench import last_json
 
-LIMIT = 1.1  # of the ratio
+LIMIT = 1.1  # largest ratio that passes
 CASES = {
     "short": {"rows": 32, "seq": 64, "dim": 128, "layers": 2},
     "long": {"rows": 16, "seq": 256, "dim": 256, "layers": 4},
@@ -28,7 +27,7 @@ CASES = {
 
 
 def main() -> None:
-    """Runs the cases, or one with `--one`."""
+    """Runs all cases, or with `--one` a single case in this process."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("--cases", default=",".join(CASES))
     parser.add_argument("--members", type=int, default=5)
@@ -47,7 +46,7 @@ def main() -> None:
 
 
 def measure(case: dict, members: int, calls: int) -> dict:
-    """Both ways in this process."""
+    """The measurements of both ways, taken in this process."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     import flax.linen as nn
     import jax

@@ -4,13 +4,13 @@ Command:
   make bench                                   all cases, ours and theirs in turn, a JSON line each, and the ratios
   python experiments/bench_generate.py --rounds 1 --cases greedy
 
-Each case runs in processes of its own, kept to one core and one thread: ours, theirs, ours, theirs. What is compared is CPU seconds, the
-best of several calls after the one that compiles. 64 rows, prompts of 64 tokens:
+Each side of a case runs in its own process, on one core and one thread: ours, theirs, ours, theirs. The measure is useful tokens per CPU
+second, of the best of several calls after the one that compiles. There are 64 rows, and prompts of 64 tokens:
 
   greedy    every row makes 128 tokens
   sampled   the same with top-k 50 and top-p 0.9
-  ragged    192 prompts at temperature 1, and stop ids so many that lengths are geometric with mean 35, at most 128: theirs in three batches
-            that each wait for their longest row, ours in 64 rows that are filled again; useful tokens count
+  ragged    192 prompts at temperature 1. So many ids stop a completion that lengths are geometric with mean 35, at most 128. transformers
+            takes three batches, each as long as its longest row; ours refills 64 rows. Useful tokens are those up to the stop id.
 """
 
 import argparse
@@ -32,7 +32,7 @@ CASES = {
 
 
 def main() -> None:
-    """Runs the cases, or one side of one with `--one`."""
+    """Runs all cases, or with `--one` one side of a case in this process."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("--cases", default=",".join(CASES))
     parser.add_argument("--rounds", type=int, default=3)
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def timed(call, calls: int) -> dict:
-    """CPU seconds of the best of several calls, each of which returns the useful tokens that it made."""
+    """The measurements of the best of several calls. Each call returns its number of useful tokens."""
     wall = time.perf_counter()
     call()
     first, best = time.perf_counter() - wall, {}
@@ -73,7 +73,7 @@ def timed(call, calls: int) -> dict:
 
 
 def ours(case: dict, calls: int) -> dict:
-    """alignax."""
+    """The measurements of alignax on a case."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     import flax.linen as nn
     import jax
@@ -97,7 +97,7 @@ def ours(case: dict, calls: int) -> dict:
 
 
 def theirs(case: dict, calls: int) -> dict:
-    """transformers."""
+    """The measurements of transformers on a case."""
     import numpy as np
     import torch
     import transformers

@@ -5,20 +5,20 @@ Command:
   python experiments/bench_online.py --dim 128          a case of your own
   python experiments/bench_online.py --against 'venv/bin/python experiments/bench_online.py --side theirs --dim {dim} ...'
 
-An iteration: `--samples` completions of `--new` tokens to each of `--prompts` prompts (half of `--prompt` to `--prompt` tokens), their
-log-probs under a reference, the mean of `--members` reward models of the policy's own shape, advantages within each group, one step of
-AdamW on `grpo() + 0.04 * kl_k3()`. The temperature is 1, and a completion ends early where EOS comes up: one token in `--vocab`, on both
-sides. What is scored or trained on is gone through in `--microbatches` parts, on both sides too.
+An iteration samples `--samples` completions of `--new` tokens to each of `--prompts` prompts (half of `--prompt` to `--prompt` tokens). It
+takes their log-probs under a reference, their mean score under `--members` reward models of the policy's shape, and advantages within each
+group. It ends with one AdamW step on `grpo() + 0.04 * kl_k3()`. The temperature is 1. A completion ends early at the EOS, one token in
+`--vocab`. Scoring and training take `--microbatches` parts. All of this is the same on both sides.
 
-Each side runs in a process of its own, kept to one core and one thread: ours, theirs, ours, theirs. Tokens are those of prompts and
-completions that are trained on; CPU seconds are those of the process, the median over the iterations after the first. Ours is
-the turns of `alignax.run.feed` on a prepared run, as `alignax train` has it; `outside_programs` is the share of an iteration's wall time
-in which no compiled program runs, `compilations` are those after the first iteration. `--against` runs a command in place of TRL: the last
-line that it prints must be JSON with `tokens_per_cpu_second`, and fields of the case in braces are filled in.
+Each side runs in its own process on one core and one thread: ours, theirs, ours, theirs. Tokens are those of prompts and completions that
+are trained on. CPU seconds are those of the process, the median over the iterations after the first. Our side takes the turns of
+`alignax.run.feed` on a prepared run, as `alignax train` does. `outside_programs` is the share of an iteration's wall time outside compiled
+programs; `compilations` counts those after the first iteration. `--against` runs a command in place of TRL. The last line of its output
+must be JSON with `tokens_per_cpu_second`; fields of the case in braces are filled in.
 
-Model FLOPs leave out recomputation, padding, and log-probs of the policy that has sampled (for one step its ratios are 1 anyway): a prompt
-is read once for its samples; completions are read token by token, then by the reference, by each reward model, and by the policy forwards
-and backwards; attention counts causal, the head only where it predicts a completion's token.
+Model FLOPs exclude recomputation, padding, and old log-probs of the policy (with a single step all ratios are 1). A prompt is read once for
+all its samples. Completions are decoded token by token, then read by the reference, by each reward model, and by the policy forward and
+backward. Attention counts as causal, and the head only where it predicts a token of a completion.
 """
 
 import argparse
@@ -44,13 +44,13 @@ CASE = {
     "dim": 256, "layers": 4, "heads": 8, "vocab": 8192, "prompts": 16, "samples": 8, "prompt": 64, "new": 64, "members": 3,
     "microbatches": 8, "iterations": 3,
 }  # fmt: skip
-WARMUP = 1  # iterations before those that are timed
+WARMUP = 1  # iterations before the timed ones
 KL = 0.04
-ROWS = 64  # of the data
+ROWS = 64  # prompts in the data
 
 
 def bench() -> None:
-    """Runs ours and theirs in turn, or one side with `--side`."""
+    """Alternates our side and theirs, or with `--side` runs one side in this process."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     for name, value in CASE.items():
         parser.add_argument("--" + name, type=int, default=value)
@@ -84,7 +84,7 @@ def bench() -> None:
 
 
 def write(folder: Path, case: dict) -> None:
-    """What both sides read: prompts, and a model folder of a config and a tokenizer of whole words, without weights."""
+    """Writes the files that both sides read: prompts, and a model folder without weights (a config and a tokenizer of whole words)."""
     import random
 
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -104,18 +104,18 @@ def write(folder: Path, case: dict) -> None:
         "initializer_range": 0.02, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
     }  # fmt: skip
     (folder / "model" / "config.json").write_text(json.dumps(description))
-    # A space at the end, so that a completion's first word stays one where texts are joined.
+    # The final space keeps a prompt's last word and a completion's first word apart when texts are joined.
     line = lambda: " ".join(draw.choice(words[3:]) for _ in range(draw.randint(c.prompt // 2, c.prompt))) + " "
     (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": line()}) + "\n" for _ in range(ROWS)))
 
 
 def hidden_size(c: argparse.Namespace) -> int:
-    """Of the MLP."""
+    """The hidden size F of the MLP."""
     return -(-(8 * c.dim // 3) // 64) * 64
 
 
 def get_config():
-    """Of our side; sizes are those of the case."""
+    """The config of our side; the case sets its sizes."""
     from alignax import default_config
 
     config = default_config()
@@ -129,21 +129,21 @@ def get_config():
 
 
 def loss(config):
-    """GRPO with a KL to the reference."""
+    """The loss: GRPO with a KL to the reference."""
     from alignax import grpo, kl_k3
 
     return grpo() + KL * kl_k3()
 
 
 def experience(config, reference, ensemble):
-    """A response's mean score against the others to its prompt."""
+    """The experience: each response's mean score compared with its group."""
     from alignax import chain, group_relative, logps, mean, score
 
     return chain(logps("ref_logps", reference, config.microbatches), score(ensemble, config.microbatches), mean, group_relative())
 
 
 def ours(folder: Path, case: dict) -> dict:
-    """alignax."""
+    """The measurements of alignax on a case."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     import jax
 
@@ -189,7 +189,7 @@ def ours(folder: Path, case: dict) -> dict:
 
 
 def judges(folder: Path, members: int) -> list[Path]:
-    """Folders of random reward models."""
+    """Writes folders of random reward models, and returns their paths."""
     import jax
 
     from alignax.mesh import make_mesh
@@ -207,15 +207,15 @@ def judges(folder: Path, members: int) -> list[Path]:
 
 
 class Inside:
-    """Wall seconds that are spent in the compiled programs of an iteration, from call to finished result."""
+    """A clock of the wall seconds that an iteration spends in compiled programs, from call to finished result."""
 
     def __init__(self, feed: Any):
-        """Puts a clock around each of those that sample."""
+        """Puts the clock around each program of the sampler."""
         self.seconds, generate = 0.0, feed.rollouts.generate
         generate._empty, generate._prefill, generate._decode = map(self.clocked, (generate._empty, generate._prefill, generate._decode))
 
     def clocked(self, program: Callable) -> Callable:
-        """The program with the clock around it."""
+        """A program with the clock around its calls."""
         import jax
 
         def call(*args: Any) -> Any:
@@ -228,7 +228,7 @@ class Inside:
 
 
 def found(case: dict, tokens: float, wall: float, cpu: float, first: float) -> dict:
-    """What both sides say of an iteration."""
+    """The measurements of an iteration that both sides report."""
     return case | {
         "tokens": round(tokens),
         "wall_s": round(wall, 3),
@@ -241,7 +241,7 @@ def found(case: dict, tokens: float, wall: float, cpu: float, first: float) -> d
 
 
 def model_flops(c: argparse.Namespace, prompts: list[int]) -> float:
-    """FLOPs of an iteration that no implementation can do without, see above; `prompts` are lengths, of which it has the mean."""
+    """The FLOPs of an iteration that every implementation needs (see the module), for the mean of the prompt lengths `prompts`."""
     per_token = c.layers * (8 * c.dim**2 + 6 * c.dim * hidden_size(c))
     read = lambda T: per_token * T + c.layers * 2 * c.dim * T**2  # a forward pass over a row, attention causal
     head = 2 * c.dim * c.vocab * c.new
@@ -250,7 +250,7 @@ def model_flops(c: argparse.Namespace, prompts: list[int]) -> float:
 
 
 def theirs(folder: Path, case: dict) -> dict:
-    """TRL's GRPOTrainer, with what makes it quickest here: no activation recomputed, as many microbatches, no log, nothing saved."""
+    """The measurements of TRL's GRPOTrainer, in its fastest setting: no recomputation, equal microbatches, no log, nothing saved."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     import torch
     import transformers

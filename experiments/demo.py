@@ -1,21 +1,21 @@
-"""The demo: SFT from scratch, then DPO and RPO on noisy pairs, in a world whose gold reward is known. Needs no download.
+"""The demo: SFT from scratch, then DPO and RPO on noisy pairs, in a world with a known gold reward. It needs no download.
 
   DPO: Rafailov et al. 2023, arXiv:2305.18290.  RPO: Liu et al. 2024, arXiv:2405.16436.
-  Overoptimisation seen over sqrt(KL): Gao et al. 2022, arXiv:2210.10760; of DPO: Rafailov et al. 2024, arXiv:2406.02900.
+  Overoptimisation over sqrt(KL): Gao et al. 2022, arXiv:2210.10760; of DPO: Rafailov et al. 2024, arXiv:2406.02900.
 
 Command, the same as `make demo`:
   alignax train --config experiments/demo.py
 
 Hardware: 2 CPU cores, one process.
 
-The world: a prompt names a topic, an answer is a list of words. The gold reward counts the words on the topic, once each; words off
-it, repetitions, and words past the seventh cost. Pairs are drawn from the SFT policy and a quarter of their labels is flipped. That
-policy rarely repeats a word (14 % of its answers) or goes past the seventh (3 %), so the pairs say much of the first and little of the
-rest: there is something to overoptimise. eta is far above the paper's 0.005, since these answers have 6 tokens, not hundreds.
+The world: a prompt names a topic, and an answer is a list of words. The gold reward counts each word on the topic once. Other words,
+repetitions, and words past the seventh cost. Pairs are sampled from the SFT policy, and a quarter of their labels are flipped. This policy
+rarely repeats a word (14 % of its answers) or writes more than seven (3 %). The pairs therefore teach much about topics and little about
+repetition and length, and a policy can overoptimise. eta is far above the paper's 0.005, because these answers have 6 tokens, not hundreds.
 
-Expected, with seed 0 (2.5 minutes of CPU time): the chosen log-prob falls by 11 nats under DPO and by 0.5 under RPO. Gold reward rises
-from 0.9 (SFT) to 2.4 under DPO, then falls to -3.8 at a KL of 16 nats while the implicit reward goes on rising; under RPO it ends at 2.4,
-at a KL below 1. How far DPO falls differs much from seed to seed.
+Expected, with seed 0 (2.5 minutes of CPU time): the chosen log-prob falls by 11 nats under DPO and by 0.5 under RPO. Under DPO the gold
+reward rises from 0.9 (SFT) to 2.4, then falls to -3.8 at a KL of 16 nats, while the implicit reward keeps rising. Under RPO it ends at
+2.4, at a KL below 1. The fall under DPO differs much between seeds.
 """
 
 import json
@@ -49,14 +49,14 @@ TOPICS = {
 }
 FACTS = {topic: words.split() for topic, words in TOPICS.items()}
 PROMPTS = ("tell me about the {}", "what belongs to the {}", "name things of the {}", "what do you know of the {}")
-PATIENCE = 7  # words, and the most that a demonstration has
+PATIENCE = 7  # most words without a cost, and most words of a demonstration
 AT_ONCE = 1024  # answers sampled side by side
 STAGES = ("sft", "dpo", "rpo")
 EOS, UNKNOWN = "</s>", "<unk>"
 
 
 def get_config():
-    """Sizes for two to three minutes on 2 cores."""
+    """The config: sizes for two to three minutes on 2 cores."""
     config = default_config()
     config.stage = "all"  # or one of STAGES, a single run
     config.workdir = "runs/demo"
@@ -84,17 +84,17 @@ def get_config():
 
 
 def loss(config):
-    """Of the stage."""
+    """The loss of the stage."""
     return {"sft": sft, "dpo": lambda: dpo(config.beta), "rpo": lambda: rpo(config.beta, config.eta)}[config.stage]()
 
 
 def experience(config, reference):
-    """The reference is the SFT policy, from which DPO and RPO start; SFT needs none."""
+    """The experience: log-probs of the reference, the SFT policy, for DPO and RPO. SFT needs none."""
     return chain() if config.stage == "sft" else chain(logps("ref_logps", reference))
 
 
 def gold(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
-    """1 for each word on the topic, -1 for each off it and for each repetition, and -1 more for each word past the seventh."""
+    """The gold rewards: 1 per word on the topic, -1 per other word or repetition, and -1 more per word past the seventh."""
     return [_gold(prompt.split()[-1], completion.split()) for prompt, completion in zip(prompts, completions, strict=True)]
 
 
@@ -104,7 +104,7 @@ def _gold(topic: str, words: list[str]) -> float:
 
 
 def main(experiment):
-    """All three stages, or one of them."""
+    """Runs all three stages, or the one that `stage` names."""
     config = experiment.config
     if config.stage not in ("all", *STAGES):
         raise BadInput(f"config field 'stage' is {config.stage!r}; use all, {', '.join(STAGES)}")
@@ -124,7 +124,7 @@ def main(experiment):
 
 
 def _experiment(experiment, stage: str):
-    """The single run of a stage."""
+    """The experiment of a single stage."""
     if experiment.config.stage == stage:
         return experiment if stage != "sft" else experiment._replace(experience=None)
     config = experiment.config.copy_and_resolve_references()
@@ -147,7 +147,7 @@ def _experiment(experiment, stage: str):
 
 
 def write_world(folder: Path, config) -> None:
-    """A model folder without weights, and demonstrations: a function of the seed."""
+    """Writes a model folder without weights, and demonstrations that depend only on the seed."""
     folder.mkdir(parents=True, exist_ok=True)
     write_model(folder / "model", config.width)
     rng = random.Random(f"{config.seed} answers")
@@ -157,12 +157,12 @@ def write_world(folder: Path, config) -> None:
 
 
 def prompt(rng: random.Random) -> str:
-    """A question that ends in its topic."""
+    """A random question whose last word is its topic."""
     return rng.choice(PROMPTS).format(rng.choice(list(FACTS)))
 
 
 def answer(prompt: str, rng: random.Random) -> str:
-    """2 to 7 different words, each on the topic with probability 0.65."""
+    """A random answer of 2 to 7 different words, each on the topic with probability 0.65."""
     own = FACTS[prompt.split()[-1]]
     others = [word for facts in FACTS.values() for word in facts if facts is not own]
     length = rng.randint(2, PATIENCE)
@@ -171,7 +171,7 @@ def answer(prompt: str, rng: random.Random) -> str:
 
 
 def write_model(folder: Path, width: int) -> None:
-    """A Hugging Face folder of the Llama family: config and a tokenizer of whole words, no weights."""
+    """Writes a Hugging Face folder of the Llama family without weights: a config and a tokenizer of whole words."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -179,7 +179,7 @@ def write_model(folder: Path, width: int) -> None:
     vocabulary = {word: i for i, word in enumerate((EOS, UNKNOWN, *words))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    # The only special token ends an answer, so that no token of an answer is hidden from the gold reward.
+    # EOS is the only special token: decoding hides special tokens, and the gold reward must see every word.
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=EOS).save_pretrained(folder)
     description = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": len(vocabulary), "hidden_size": width,
@@ -194,7 +194,7 @@ def write_model(folder: Path, width: int) -> None:
 
 
 def write_pairs(folder: Path, policy: Path, config) -> None:
-    """Pairs of answers of the SFT policy, labelled by the gold reward; ties are left out, and training labels are noisy."""
+    """Writes pairs of the SFT policy's answers, labelled by the gold reward. Ties are left out; training labels are noisy."""
     if (folder / "eval.jsonl").is_file():
         return
     rng = random.Random(f"{config.seed} pairs")
@@ -214,12 +214,12 @@ def write_pairs(folder: Path, policy: Path, config) -> None:
 
 
 def flipped(row: dict[str, str]) -> dict[str, str]:
-    """The pair with the label of the other side."""
+    """The pair with chosen and rejected swapped."""
     return row | {"chosen": row["rejected"], "rejected": row["chosen"]}
 
 
 def sample(policy: Path, prompts: list[str], config) -> list[list[str]]:
-    """Two completions of each prompt at temperature 1."""
+    """Two completions of each prompt, sampled at temperature 1."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(policy), local_files_only=True, trust_remote_code=False)
@@ -234,7 +234,7 @@ def sample(policy: Path, prompts: list[str], config) -> list[list[str]]:
 
 
 def write_jsonl(file: Path, rows: list[dict[str, str]]) -> None:
-    """Rows as JSONL, in one move."""
+    """Writes rows as JSONL; the file appears whole."""
     tmp = file.with_suffix(".tmp")
     tmp.write_text("".join(json.dumps(row) + "\n" for row in rows))
     os.replace(tmp, file)

@@ -1,4 +1,4 @@
-"""GRPO from scratch on arithmetic that this file makes: sums modulo 10, rewarded where the last number of the answer is right.
+"""GRPO from scratch on sums modulo 10, which this file writes. An answer is rewarded if its last number is right.
 
   GRPO: Shao et al. 2024, arXiv:2402.03300.  A reward that is a program: Cobbe et al. 2021, arXiv:2110.14168 (the last number counts).
 
@@ -7,12 +7,12 @@ Command:
 
 Hardware: 2 CPU cores, one process.
 
-A model of random weights is asked "3 + 4 =" and answers with tokens of its own choice; nobody shows it an answer.
+A model with random weights gets the prompt "3 + 4 =" and samples an answer. It never sees a right answer in training.
 
-Expected, with seed 0 (5 minutes of CPU time on an AMD EPYC): of 100 answers sampled at temperature 1, one to each sum, 0.14 are
-right at first, 0.88 after 100 steps, 0.93 after 300, 0.96 after 700; with seed 1 0.10, 0.97, 0.98, 0.99, with seed 2 0.09, 0.91,
-0.90, 0.96. The rest are sums whose 16 samples have all become one wrong answer: such a group has no gradient. No answer ends by
-itself: `1 1 1` is as good as `1`, since the last number counts.
+Expected, with seed 0 (5 minutes of CPU time on an AMD EPYC), the share of right answers at temperature 1, one sample for each of 100
+sums: 0.14 at first, 0.88 after 100 steps, 0.93 after 300, 0.96 after 700. Seed 1: 0.10, 0.97, 0.98, 0.99. Seed 2: 0.09, 0.91, 0.90,
+0.96. The other sums have 16 samples with the same wrong answer; such a group has no gradient. No answer ends with an EOS: `1 1 1` is as
+good as `1`, because only the last number counts.
 """
 
 import json
@@ -30,7 +30,7 @@ EOS = "</s>"
 
 
 def get_config():
-    """Sizes for a few minutes on 2 cores."""
+    """The config: sizes for a few minutes on 2 cores."""
     config = default_config()
     config.workdir = "runs/grpo_arithmetic"
     config.width = 64
@@ -53,22 +53,22 @@ def get_config():
 
 
 def loss(config):
-    """Without a KL: there is no reference to stay near to. The bonus keeps prompts open whose samples are all wrong."""
+    """The loss: GRPO without a KL, since there is no reference. The entropy bonus helps prompts whose samples are all wrong."""
     return grpo() + 0.003 * entropy_bonus(response_mean)
 
 
 def experience(config):
-    """A response against the others to its prompt."""
+    """The experience: each reward compared with the other rewards of its group."""
     return group_relative()
 
 
 def reward(prompts: Sequence[str], completions: Sequence[str], answer: Sequence[int]) -> list[float]:
-    """1 for the right number, else 0."""
+    """The rewards: 1 if the last number is right, else 0."""
     return [float(last_number(text) == right) for text, right in zip(completions, answer, strict=True)]
 
 
 def main(experiment):
-    """Writes the world, then trains on it."""
+    """Writes the prompts and the model folder, then trains."""
     config = experiment.config
     if not config.model.path:
         if config.data.train:
@@ -82,7 +82,7 @@ def main(experiment):
 
 
 def write_world(folder: Path, width: int) -> None:
-    """All sums as prompts, and a model folder without weights: config and a tokenizer of whole words."""
+    """Writes all sums as prompts, and a model folder without weights: a config and a tokenizer of whole words."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,7 +1,7 @@
-"""The overoptimisation laboratory: a gold reward that is known, proxies that learn it from noisy pairs, and what optimising them does.
+"""The overoptimisation laboratory: a known gold reward, proxies that learn it from noisy pairs, and policies optimised against them.
 
   Best-of-n against one reward model: Gao et al. 2022, arXiv:2210.10760.
-  Against an ensemble (mean, WCO, UWO), 25 % label noise: Coste et al. 2023, arXiv:2310.02743.
+  Best-of-n against an ensemble (mean, WCO, UWO), 25 % label noise: Coste et al. 2023, arXiv:2310.02743.
   Direct alignment over a list of betas: Rafailov et al. 2024, arXiv:2406.02900; RPO: Liu et al. 2024, arXiv:2405.16436.
   Online: PPO and RLOO under a KL (Gao, Coste), f-DPG (Go et al. 2023, arXiv:2302.08215), constrained PPO (Moskovitz et al. 2023,
   arXiv:2310.04373), Elastic Reset (Noukhovitch et al. 2023, arXiv:2312.07551), chi-squared (Laidlaw et al. 2024, arXiv:2403.03185).
@@ -9,18 +9,20 @@
 Command:
   alignax overopt --config experiments/overoptimization.py
 
-Hardware: 2 CPU cores, one process; within seven minutes of CPU time, of which the online methods take four.
+Hardware: 2 CPU cores, one process; at most seven minutes of CPU time, four of them for the online methods.
 
-Expected, gold reward at its peak and at the end, in standard deviations under the initial policy, means over seeds with 95 % confidence
-intervals. Best of 4,096, 8 seeds: single 0.93 and -0.37 +- 0.09, mean 1.18 and -0.33 +- 0.44, WCO 1.29 and 0.41 +- 0.35, UWO 1.40 and
-1.02 +- 0.58 (on other processors 0.95 and 1.15); without the tail all end within 0.05 of their peak, 1.4 (single) to 2.0 (mean). At beta
-0.02, 4 seeds: DPO 0.39 and -0.99 at a KL of 8 nats, RPO 1.31 and 0.89 at 3.4. PPO, 8 seeds: single 0.47 and -0.98 without a KL, 0.48 and
-0.47 at a coefficient of 1; UWO 0.90 and 0.07 +- 1.66 without, 1.32 and 1.19 +- 0.56 at 0.3. docs/tables/overoptimization.md has all of
-them.
+Expected gold reward at its peak and at the end, in standard deviations under the initial policy (means over seeds, 95 % confidence
+intervals). docs/tables/overoptimization.md has all numbers.
 
-It leaves in `runs/overoptimization` a page, report.html, its figures as PNG, and the numbers as JSON, CSV and Markdown;
-docs/overoptimisation.md says how to read them. `--config.world.responses=12600 --config.best_of_n.n='(1,16,256,4096,12500)'` goes as far
-as Coste et al.
+  Best of 4,096, 8 seeds: single 0.93 and -0.37 +- 0.09, mean 1.18 and -0.33 +- 0.44, WCO 1.29 and 0.41 +- 0.35, UWO 1.40 and 1.02 +- 0.58
+  (its end on other processors: 0.95 and 1.15). Without the tail all end within 0.05 of their peak, 1.4 (single) to 2.0 (mean).
+  Direct alignment at beta 0.02, 4 seeds: DPO 0.39 and -0.99 at a KL of 8 nats, RPO 1.31 and 0.89 at 3.4.
+  PPO, 8 seeds: single 0.47 and -0.98 without a KL, 0.48 and 0.47 with a KL coefficient of 1; UWO 0.90 and 0.07 +- 1.66 without a KL, 1.32
+  and 1.19 +- 0.56 with 0.3.
+
+The run writes into `runs/overoptimization` a page report.html, its figures as PNG, and the numbers as JSON, CSV and Markdown.
+docs/overoptimisation.md says how to read them. `--config.world.responses=12600 --config.best_of_n.n='(1,16,256,4096,12500)'` reaches the n
+of Coste et al.
 """
 
 from functools import partial
@@ -68,26 +70,26 @@ from alignax.overopt.vectors import vectors
 from alignax.overopt.worlds import Method, Optimum
 
 FAMILIES = ("PPO", "RLOO", "f-DPG", "Constraints", "Elastic Reset", "Chi-squared", "Optima")
-COEFFICIENTS = (4.0, 2.0, 1.0, 0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005)  # of the optima
+COEFFICIENTS = (4.0, 2.0, 1.0, 0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005)  # coefficients of the optima
 
 
 def get_config():
-    """Sizes for minutes on 2 cores."""
+    """The config: sizes for a few minutes on 2 cores."""
     config = default_config()
     config.workdir = "runs/overoptimization"
-    config.repeats = 8  # seeds: other gold rewards, data and models; bands are over them
+    config.repeats = 8  # number of seeds; each has its own gold reward, data and models, and bands are over seeds
     config.uwo = 0.5  # coefficient of the variance between members
-    config.control = True  # measure best-of-n in the same world without its tail, too
+    config.control = True  # also measure best-of-n in the world without the tail
 
     config.world = {
-        "dimension": 16,  # of a response
-        "tail": 0.02,  # share of responses that lie far out
-        "stretch": 2.0,  # how far
-        "radius": 1.45,  # in sqrt(dimension): the gold reward of what lies beyond is `outside`, before it is standardised
+        "dimension": 16,  # of the vector of a response
+        "tail": 0.02,  # share of responses that are stretched
+        "stretch": 2.0,  # factor of stretched responses
+        "radius": 1.45,  # in sqrt(dimension); responses farther out have the gold reward `outside`, before standardisation
         "outside": -1.0,
         "pairs": 1000,
         "noise": 0.25,  # share of the training pairs whose label is flipped
-        "shared_noise": True,  # the same pairs for all members
+        "shared_noise": True,  # the same flipped labels for all members
         "held_out": 1000,  # pairs without noise
         "prompts": 6,
         "responses": 4200,  # to each prompt
@@ -98,8 +100,8 @@ def get_config():
         "repeats": 4,
         "objectives": ("DPO", "IPO", "SLiC", "RPO"),
         "betas": (0.02, 0.1, 0.5),
-        "eta": 0.05,  # of RPO
-        "pool": 3000,  # responses
+        "eta": 0.05,  # RPO's
+        "pool": 3000,  # responses that the policy chooses from
         "steps": 3000,
         "every": 25,  # steps between evaluations
         "batch_size": 64,
@@ -108,42 +110,42 @@ def get_config():
     config.online = {
         "repeats": 8,
         "families": FAMILIES,
-        "proxies": ("single", "mean", "WCO", "UWO"),  # of PPO, RLOO and the optima
+        "proxies": ("single", "mean", "WCO", "UWO"),  # proxies of PPO, RLOO and the optima
         "kl": (0.0, 0.1, 0.3, 1.0),  # coefficients of PPO's and RLOO's KL, in standard deviations of a reward model per nat
         "target": 0.5,  # beta of f-DPG's target
-        "thresholds": (0.5, 0.8),  # of both reward models under constraints
+        "thresholds": (0.5, 0.8),  # each for both reward models of constrained PPO
         "chi2": (0.02, 0.05, 0.1, 0.3),  # coefficients of chi-squared, against a single reward model
-        "decay": 0.99,  # of Elastic Reset
+        "decay": 0.99,  # Elastic Reset's
         "reset": 100,  # steps between resets
-        "pool": 3000,  # responses
+        "pool": 3000,  # responses that the policy chooses from
         "rollouts": 200,
-        "minibatches": 2,  # steps on each
+        "minibatches": 2,  # steps per rollout
         "every": 5,  # rollouts between evaluations
-        "batch_size": 64,  # groups of a rollout
-        "samples": 4,  # responses of a group
+        "batch_size": 64,  # groups per rollout
+        "samples": 4,  # responses per group
         "learning_rate": 1e-3,
     }
     return config
 
 
 def loss(config):
-    """Of the reward models; the second term anchors their offsets."""
+    """The loss of the reward models; its second term anchors their offsets."""
     return bradley_terry() + config.proxy.l2 * score_l2()
 
 
 def proxies(config):
-    """What is made of the scores of reward models, and of how many of them: None is all."""
+    """The proxies by name: an aggregate of scores, and the number of reward models it uses (None: all)."""
     mean = ensembles.mean
     return {"single": (mean, 1), "mean": (mean, None), "WCO": (ensembles.wco, None), "UWO": (ensembles.uwo(config.uwo), None)}
 
 
 def scored(reference, ensemble, *rest):
-    """Experience that begins with what every method here reads."""
+    """An experience that begins with the fields that every method reads: `ref_logps` and `scores`."""
     return chain(logps("ref_logps", reference), score(ensemble), *rest)
 
 
 def policy_gradients(config):
-    """PPO and RLOO against each proxy at each coefficient of the KL; chi-squared in its place; Elastic Reset."""
+    """The policy gradient methods: PPO and RLOO against each proxy at each KL coefficient, RLOO under chi-squared, and Elastic Reset."""
     c = config.online
 
     def with_critic(beta, reference, ensemble, proxy=ensembles.mean):
@@ -171,7 +173,7 @@ def policy_gradients(config):
 
 
 def towards_targets(config):
-    """f-DPG under four divergences, its target; constrained PPO, its KL in the loss too, which damps the swings of its multipliers."""
+    """f-DPG under four divergences and its exact target; constrained PPO with a KL in its loss, which damps the multipliers' swings."""
     c = config.online
 
     def target(_, reference, ensemble, divergence):
@@ -192,7 +194,7 @@ def towards_targets(config):
 
 
 def optima(config):
-    """The best that a KL and a chi-squared penalty have to offer, against each proxy."""
+    """The exact optima under a KL and a chi-squared penalty, against each proxy."""
     for name in config.online.proxies:
         proxy, members = proxies(config)[name]
         for penalty, solution in {"KL": kl_optimum, "chi-squared": chi2_optimum}.items():
@@ -200,7 +202,7 @@ def optima(config):
 
 
 def main(experiment):
-    """The world, the same without its tail as the control, and what is compared in them."""
+    """Runs the laboratory on the world and on its control without the tail."""
     config = experiment.config
     worlds = {"tail": vectors(config, loss(config))._replace(online=online(config, loss(config)))}
     if config.control:

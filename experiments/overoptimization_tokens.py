@@ -1,7 +1,7 @@
-"""The overoptimisation laboratory on transformers: made here in a world of words, or Hugging Face folders.
+"""The overoptimisation laboratory on transformers: trained here in a world of words, or loaded from Hugging Face folders.
 
   Best-of-n against one reward model: Gao et al. 2022, arXiv:2210.10760.
-  Against an ensemble (mean, WCO, UWO), 25 % label noise: Coste et al. 2023, arXiv:2310.02743.
+  Best-of-n against an ensemble (mean, WCO, UWO), 25 % label noise: Coste et al. 2023, arXiv:2310.02743.
   Direct alignment: Rafailov et al. 2024, arXiv:2406.02900; RPO: Liu et al. 2024, arXiv:2405.16436.
 
 Commands:
@@ -9,14 +9,17 @@ Commands:
   alignax overopt --config experiments/overoptimization_tokens.py --config.folders.policy=SFT --config.folders.proxies=RM0,RM1,RM2
       --config.folders.gold=GOLD --config.folders.prompts=prompts.jsonl --config.workdir=runs/mine
 
-Hardware of the first: 2 CPU cores, one process; 7 minutes of CPU time.
+Hardware of the first command: 2 CPU cores, one process; 7 minutes of CPU time.
 
-Expected of it, gold reward at its peak and at the end, in standard deviations under the initial policy, means over seeds with 95 %
-confidence intervals. Best of 4,096, 6 seeds: single 1.46 and 0.50 +- 0.56, mean 1.59 and 0.38 +- 0.82, WCO 1.63 and 0.82 +- 1.10, UWO
-1.67 and 0.92 +- 1.48; without loops none falls, 2.1 (single) to 2.5 (mean). At beta 0.01, 3 seeds: DPO 1.42 and 0.62 +- 3.22 at a KL of 9
-nats, RPO 1.34 and 0.99 +- 0.31 at 4.5. docs/tables/overoptimization_tokens.md has all of them.
+Expected of the first command, gold reward at its peak and at the end, in standard deviations under the initial policy (means over seeds,
+95 % confidence intervals). docs/tables/overoptimization_tokens.md has all numbers.
 
-It leaves in `runs/overoptimization_tokens` what experiments/overoptimization.py leaves; docs/overoptimisation.md says how to read it.
+  Best of 4,096, 6 seeds: single 1.46 and 0.50 +- 0.56, mean 1.59 and 0.38 +- 0.82, WCO 1.63 and 0.82 +- 1.10, UWO 1.67 and 0.92 +- 1.48.
+  Without loops no curve falls; they end at 2.1 (single) to 2.5 (mean).
+  Direct alignment at beta 0.01, 3 seeds: DPO 1.42 and 0.62 +- 3.22 at a KL of 9 nats, RPO 1.34 and 0.99 +- 0.31 at 4.5.
+
+The run writes into `runs/overoptimization_tokens` the same files as experiments/overoptimization.py. docs/overoptimisation.md explains
+them.
 """
 
 from alignax import bradley_terry, default_config, dpo, hinge, ipo_daa, rpo, score_l2
@@ -28,19 +31,19 @@ from alignax.overopt.text import text
 
 
 def get_config():
-    """Sizes for minutes on 2 cores."""
+    """The config: sizes for a few minutes on 2 cores."""
     config = default_config()
     config.workdir = "runs/overoptimization_tokens"
-    config.repeats = 6  # seeds: other gold rewards, pairs and reward models; bands are over them
-    config.uwo = 4.0  # coefficient of the variance between members, whose scores are smaller here than elsewhere
-    config.control = True  # measure best-of-n in the same world without its loops, too
+    config.repeats = 6  # number of seeds; each has its own gold reward, pairs and reward models, and bands are over seeds
+    config.uwo = 4.0  # coefficient of the variance between members; scores are smaller than in the world of vectors
+    config.control = True  # also measure best-of-n in the world without loops
 
     config.world = {
         "tail": 0.01,  # share of the demonstrations that are loops
         "outside": -1.0,  # gold reward of a loop, in standard deviations of other answers
         "pairs": 2000,
         "noise": 0.25,  # share of the training pairs whose label is flipped
-        "shared_noise": True,  # the same pairs for all members
+        "shared_noise": True,  # the same flipped labels for all members
         "held_out": 500,  # pairs without noise
         "prompts": 3,
         "responses": 4200,  # to each prompt
@@ -52,31 +55,31 @@ def get_config():
         "repeats": 3,
         "objectives": ("DPO", "RPO"),
         "betas": (0.01, 0.05),
-        "eta": 0.1,  # of RPO
+        "eta": 0.1,  # RPO's
         "steps": 300,
         "every": 25,  # steps between evaluations
-        "samples": 512,  # answers of an evaluation
+        "samples": 512,  # answers per evaluation
         "batch_size": 64,
         "learning_rate": 1e-3,
     }
     config.folders = {
-        "policy": "",  # a Hugging Face folder: measure best-of-n of that model, and train nothing
-        "proxies": "",  # folders of reward models, with commas between them
-        "gold": "",  # that of another one
-        "prompts": "",  # a file with a column `data.columns.prompt`; each seed takes `world.prompts` of its own
+        "policy": "",  # a Hugging Face folder; if set, nothing is trained, and best-of-n of this model is measured
+        "proxies": "",  # folders of reward models, separated by commas
+        "gold": "",  # folder of the reward model that is gold
+        "prompts": "",  # a file with a column `data.columns.prompt`; each seed takes `world.prompts` other rows
         "max_new_tokens": 128,
-        "batch_size": 32,  # responses sampled, and scored, side by side
+        "batch_size": 32,  # responses sampled or scored side by side
     }
     return config
 
 
 def loss(config):
-    """Of the reward models; the second term anchors their offsets."""
+    """The loss of the reward models; its second term anchors their offsets."""
     return bradley_terry() + config.proxy.l2 * score_l2()
 
 
 def main(experiment):
-    """The world, the same without its loops as the control, and what is compared in them."""
+    """Runs the laboratory on Hugging Face folders, or on the world of words and its control without loops."""
     config = experiment.config
     real = any(config.folders[field] for field in ("policy", "proxies", "gold", "prompts"))
     worlds = {"folders": folders(config)} if real else {"loops": text(config, loss(config))}

@@ -1,23 +1,24 @@
-"""A reward model under Bradley and Terry (Stiennon et al. 2020, arXiv:2009.01325) from the preference pairs of Anthropic HH.
+"""A Bradley-Terry reward model (Stiennon et al. 2020, arXiv:2009.01325) on the preference pairs of Anthropic HH.
 
 Command:
   alignax train --config experiments/rm_hh.py --config.workdir=runs/rm_hh \\
     --config.model.path=MODEL --config.data.train=HH/train.jsonl --config.data.eval=HH/dev.jsonl
 
-MODEL is a language model's folder, whose head gives way to a score, or a reward model's. The run ends with a folder `export` that
-transformers loads as a model for sequence classification.
+MODEL is the folder of a language model, whose head is replaced by a score, or of a reward model. The run writes a folder `export` at its
+end; transformers loads it as a model for sequence classification.
 
-Expected, from the 260k-parameter stories model after sft_hh.py on harmless-base: held-out accuracy 0.64 to 0.65 (a bag of words: 0.651); on
-helpful pairs, with --config.data.ood of `alignax eval-rm`, 0.39 to 0.40, below chance (0.642 and 0.404 of one seed at commit a4f415f).
+Expected, from the 260k-parameter stories model after sft_hh.py on harmless-base: held-out accuracy 0.64 to 0.65 (a bag of words: 0.651).
+On helpful pairs (--config.data.ood of `alignax eval-rm`) it is 0.39 to 0.40, worse than chance. One seed at commit a4f415f gave 0.642 and
+0.404.
 
-Hardware: 2 CPU cores suffice for a model of a few 100k parameters; a pod for 7B, with --config.mesh.fsdp=-1.
+Hardware: 2 CPU cores for a model of a few 100k parameters; a pod for 7B, with --config.mesh.fsdp=-1.
 """
 
 from alignax import bradley_terry, default_config, score_l2
 
 
 def get_config():
-    """One epoch over the pairs."""
+    """The config: one epoch over the pairs."""
     config = default_config()
     config.score_l2 = 0.001
     config.model.num_labels = 1
@@ -31,5 +32,5 @@ def get_config():
 
 
 def loss(config):
-    """Bradley-Terry, with scores held near 0."""
+    """The Bradley-Terry loss, with a small penalty that keeps scores near 0."""
     return bradley_terry() + config.score_l2 * score_l2()

@@ -1,21 +1,21 @@
-"""Online alignment of a small story-teller to cheerful stories, by PPO, RLOO, GRPO, f-DPG or Quark: one experiment, `method` says which.
+"""Online alignment of a small story-teller to cheerful stories, by PPO, RLOO, GRPO, f-DPG or Quark, as the field `method` says.
 
   PPO: Schulman et al. 2017, arXiv:1707.06347.  RLOO: Ahmadian et al. 2024, arXiv:2402.14740.  GRPO: Shao et al. 2024, arXiv:2402.03300.
-  f-DPG: Go et al. 2023, arXiv:2302.08215, with the Jensen-Shannon divergence, to the target ref(y) exp(r(y) / beta).
+  f-DPG: Go et al. 2023, arXiv:2302.08215, with the Jensen-Shannon divergence, towards the target ref(y) exp(r(y) / beta).
   Quark: Lu et al. 2022, arXiv:2205.13636; the model with its reward tokens is written to WORKDIR_model first.
 
 Command:
   alignax train --config experiments/steer_stories.py --config.workdir=runs/steer_grpo --config.method=grpo \\
     --config.model.path=MODEL --config.sentiment=SST2/train.jsonl
 
-MODEL is the folder of a language model that tells stories; SST2 has rows {"text": .., "label": 0 or 1}. The reward is a naive Bayes
-classifier trained on one half of its sentences, and the gold reward one trained on the other half: what rises under the first alone is
-overoptimisation.
+MODEL is the folder of a language model that tells stories. SST2 has rows {"text": .., "label": 0 or 1}. The reward is a naive Bayes
+classifier trained on one half of the sentences; the gold reward is one trained on the other half. If only the first one rises, the policy
+overoptimises.
 
-At its end it writes WORKDIR/report.html: the course of both rewards, KL and entropy, and what became of the held-out prompts' completions.
+The run ends with WORKDIR/report.html: both rewards, KL and entropy over training, and samples to held-out prompts.
 
-Hardware: a CPU core suffices for a model of a few 100k parameters, some two minutes of its time. docs/online.md says what came out, and
-with which learning rate and beta; a beta that is small lets the KL run away, and the stories with it.
+Hardware: a CPU core suffices for a model of a few 100k parameters, some two minutes of its time. docs/online.md has results, with their
+learning rate and beta. With a small beta the KL grows without limit, and the stories degenerate.
 """
 
 import functools
@@ -59,15 +59,15 @@ WHERE = ("Once upon a time, there was {}", "One day, {}", "In a small house live
 HELD_OUT = ("Every morning, {}", "Far away, there was {}")
 METHODS = ("ppo", "rloo", "grpo", "fdpg", "quark")
 QUANTILES = [f"<|reward_{k}|>" for k in range(5)]  # Quark's tokens, best first
-SCALE = 20.0  # words as positive as half of what one strong word says; keeps rewards near [-1, 1]
+SCALE = 20.0  # sum of log-odds at which the reward is tanh(1) = 0.76; larger sums saturate
 
 
 def get_config():
-    """Sizes for minutes on 2 cores."""
+    """The config: sizes for a few minutes on 2 cores."""
     config = default_config()
     config.method = "grpo"
     config.sentiment = ""  # JSONL with `text` and `label`
-    config.beta = 0.15  # of the KL: for GRPO in standard deviations of a group's rewards a nat, otherwise in rewards a nat
+    config.beta = 0.15  # coefficient of the KL per nat: of GRPO in standard deviations of a group's rewards, otherwise in rewards
     config.pool = 16384  # responses that Quark remembers
     config.workdir = "runs/steer"
     config.steps = 80
@@ -88,7 +88,7 @@ def get_config():
 
 
 def loss(config):
-    """Of the method."""
+    """The loss of the method."""
     return {
         "ppo": lambda: ppo() + 0.1 * value_loss(),
         "rloo": rloo,
@@ -99,10 +99,10 @@ def loss(config):
 
 
 def experience(config, reference, prompts):
-    """Of the method: where its KL stands, and what a response is compared with."""
+    """The experience of the method: the place of its KL, and the baseline of a response."""
     start = logps("ref_logps", reference)
     return {
-        # With lambda 0.95 the first of 40 tokens would see an eighth of the reward, for as long as the critic knows nothing.
+        # With lambda 0.95 the first of 40 tokens would get an eighth of the reward until the critic has learned.
         "ppo": lambda: chain(start, kl_reward(config.beta), gae(lam=1.0), whiten_advantages()),
         "rloo": lambda: chain(start, kl_reward(config.beta), leave_one_out()),
         "grpo": lambda: chain(start, group_relative()),
@@ -112,12 +112,12 @@ def experience(config, reference, prompts):
 
 
 def reward(prompts: Sequence[str], completions: Sequence[str], config) -> list[float]:
-    """What is optimised."""
+    """The rewards that training optimises, from the classifier of the first half."""
     return cheerfulness(completions, words(config.sentiment, 0))
 
 
 def gold(prompts: Sequence[str], completions: Sequence[str], config) -> list[float]:
-    """What is wanted: the same of other sentences."""
+    """The gold rewards, from the classifier of the second half."""
     return cheerfulness(completions, words(config.sentiment, 1))
 
 
@@ -143,7 +143,7 @@ def main(experiment):
 
 
 def write_prompts(folder: Path, config) -> None:
-    """Beginnings of stories, those of the evaluation in words of their own; Quark's behind the token of the best."""
+    """Writes prompts that begin stories, with other words for evaluation. Quark's prompts begin with the token of the best quantile."""
     folder.mkdir(parents=True, exist_ok=True)
     front = QUANTILES[0] if config.method == "quark" else ""
     for split, patterns in (("train", WHERE), ("eval", HELD_OUT)):
@@ -154,7 +154,7 @@ def write_prompts(folder: Path, config) -> None:
 
 @functools.cache
 def quantile_ids(folder: str) -> list[int]:
-    """The ids of Quark's tokens."""
+    """The token ids of Quark's quantiles, best first."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False).convert_tokens_to_ids(QUANTILES)
@@ -162,7 +162,7 @@ def quantile_ids(folder: str) -> list[int]:
 
 @functools.cache
 def words(file: str, half: int) -> dict[str, float]:
-    """Log-odds of each word that occurs four times at least in that half: naive Bayes, one added to every count."""
+    """The log-odds of each word in half 0 or 1 of the sentences: naive Bayes, add-one counts, words in at least four sentences."""
     if not Path(file or " ").is_file():
         raise BadInput(f"config field 'sentiment' is {file!r}; give a JSONL file of rows with `text` and `label`, 0 or 1")
     rows = [json.loads(line) for line in Path(file).read_text(encoding="utf-8").splitlines()][half::2]
@@ -173,10 +173,10 @@ def words(file: str, half: int) -> dict[str, float]:
 
 
 def tokens(text: str) -> list[str]:
-    """Words in small letters."""
+    """The words of a text, in lower case."""
     return re.findall(r"[a-z']+", text.lower())
 
 
 def cheerfulness(texts: Sequence[str], odds: dict[str, float]) -> list[float]:
-    """The log-odds of each text's words, added up and squashed into (-1, 1)."""
+    """The rewards of texts: the sum of the words' log-odds, mapped into (-1, 1) by tanh."""
     return [math.tanh(sum(odds.get(word, 0.0) for word in tokens(text)) / SCALE) for text in texts]

@@ -1,1 +1,1 @@
-"""The overoptimisation laboratory: gold reward against proxy over sqrt(KL), measured, fitted and reported."""
+"""The overoptimisation laboratory: it measures, fits and reports gold reward and proxy reward over sqrt(KL)."""

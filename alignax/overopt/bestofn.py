@@ -1,4 +1,4 @@
-"""Best-of-n without sampling it: the expectation over every n of N responses, for any number of proxies at once."""
+"""Exact expectations of best-of-n: the mean over every subset of n of N responses, for any number of proxies at once."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,23 +9,27 @@ import numpy as np
 
 
 class BestOfN(NamedTuple):
-    """What best-of-n picks under each proxy."""
+    """Expected values of the responses that best-of-n picks under each proxy."""
 
     n: tuple[int, ...]
     values: dict[str, dict[str, np.ndarray]]  # proxy -> quantity -> [P, len(n)] expectations; "proxy" is the proxy itself
-    excluded: int  # responses left out, since a score or a value of theirs is not finite
+    excluded: int  # responses left out because a score or a value is not finite
 
 
 def kl(n: float) -> float:
-    """KL(best-of-n || policy) in nats, log n - (n - 1) / n: exact where no two responses tie, an upper bound where some do."""
+    """KL(best-of-n || policy) in nats: log n - (n - 1) / n. Exact if no two responses tie, otherwise an upper bound."""
     return math.log(n) - (n - 1) / n
 
 
 @lru_cache(maxsize=256)
 def weights(N: int, n: int) -> np.ndarray:
-    """The probability C(i-1, n-1) / C(N, n) that of N responses in ascending order the i-th is the best of n of them: float64 [N].
+    """The probabilities that the i-th of N responses is the best of a random n: C(i-1, n-1) / C(N, n), float64 [N].
 
-    In log space, from the top down by the ratio (i - n + 1) / i of neighbours: no binomial is ever formed, so N may be millions.
+    The responses are in ascending order of the proxy. Weights are computed in log space, from the top down, by the ratio
+    (i - n + 1) / i of neighbours. No binomial is formed, so N may be millions.
+
+    Raises:
+      ValueError: for n outside 1 ... N.
     """
     if not 1 <= n <= N:
         raise ValueError(f"best of n = {n} of {N} responses; n must be at least 1 and at most {N}, or sample more responses")
@@ -35,19 +39,27 @@ def weights(N: int, n: int) -> np.ndarray:
 
 
 def best_of_n(proxies: Mapping[str, np.ndarray], values: Mapping[str, np.ndarray], n: Sequence[int]) -> BestOfN:
-    """Expected values of the best of n responses, the best by each proxy's own order.
+    """Expected values of the best of n responses, under each proxy's own order.
 
-    The unbiased estimator: the mean over all C(N, n) subsets (Nakano et al. 2021, arXiv:2112.09332; Gao et al. 2022,
-    arXiv:2210.10760). Where responses tie under a proxy, each of them is as likely to be picked. A response with a score or a value
-    that is not finite is left out, under every proxy, and counted. The work is done prompt by prompt, in memory of order N * len(n).
+    This is the unbiased estimator: the mean over all C(N, n) subsets (Nakano et al. 2021, arXiv:2112.09332; Gao et al. 2022,
+    arXiv:2210.10760). Responses that tie under a proxy are equally likely to be picked. A response with a score or a value that is
+    not finite is left out under every proxy, and counted. Prompts are processed one by one; memory is of order N * len(n).
 
     Args:
       proxies: name -> scores [P, N] of N responses to each of P prompts.
-      values: name -> what to average over the responses picked, [P, N]: gold reward, length, disagreement.
+      values: name -> quantity [P, N] to average over the picked responses: gold reward, length, disagreement.
       n: sizes, each in 1 ... N.
 
+    Returns:
+      For each proxy, each quantity and "proxy" (the proxy's own score): expectations [P, len(n)].
+
     Raises:
-      ValueError: for shapes that differ, for a proxy or a value without one finite entry, for n beyond the responses left.
+      ValueError: for different shapes, for a proxy or a value without a finite entry, and if fewer than n finite responses are left.
+
+    Example:
+      >>> scores = np.array([[0.0, 1.0, 2.0]])
+      >>> best_of_n({"score": scores}, {"gold": scores}, [1, 3]).values["score"]["gold"].tolist()
+      [[1.0, 2.0]]
     """
     if not proxies or "proxy" in values:
         raise ValueError("give at least one proxy, and no value named 'proxy': that is the name of the proxy's own score")
@@ -66,7 +78,7 @@ def best_of_n(proxies: Mapping[str, np.ndarray], values: Mapping[str, np.ndarray
         for proxy, scores in proxies.items():
             own["proxy"] = np.asarray(scores[prompt], np.float64)[finite]
             order = np.argsort(own["proxy"], kind="stable")
-            starts = np.flatnonzero(np.diff(own["proxy"][order], prepend=-np.inf))  # of runs of equal scores
+            starts = np.flatnonzero(np.diff(own["proxy"][order], prepend=-np.inf))  # first index of each run of equal scores
             of_run, size = np.add.reduceat(chance, starts, axis=1), np.diff(starts, append=left)
             for name, x in own.items():
                 picked[proxy][name][prompt] = of_run @ (np.add.reduceat(x[order], starts) / size)
@@ -74,7 +86,7 @@ def best_of_n(proxies: Mapping[str, np.ndarray], values: Mapping[str, np.ndarray
 
 
 def _shape(arrays: Mapping[str, np.ndarray]) -> tuple[int, int]:
-    """The one shape [P, N] of all; refuses others, and what has no finite entry at all."""
+    """The common shape (P, N) of the arrays. Refuses other shapes, and arrays without a finite entry."""
     first, *rest = arrays
     for name, x in arrays.items():
         if x.ndim != 2 or x.shape != arrays[first].shape:

@@ -1,17 +1,17 @@
-"""Lines with confidence bands over sqrt(KL), the axes of Gao et al. 2022, arXiv:2210.10760."""
+"""Figures of the report: lines with confidence bands over sqrt(KL), as in Gao et al. 2022, arXiv:2210.10760."""
 
 import io
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito's, told apart by every eye
+COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # the palette of Okabe and Ito, safe for colour-blind readers
 MARKERS = "osD^vP"
 STROKES = ("-", "--", ":")
 DISTANCE = r"$\sqrt{\mathrm{KL}(\mathrm{policy}\,\|\,\mathrm{reference})}$  ($\sqrt{\mathrm{nats}}$)"
-LETTERS = 40  # of a line that is as wide as a panel
-LINE = 0.18  # inches from a line of a legend to the next
-FALL = 0.5  # of x between neighbouring points, from which on they are not joined
+LETTERS = 40  # letters in a text line as wide as a panel
+LINE = 0.18  # inches between two lines of a legend
+FALL = 0.5  # two neighbouring points are not joined if x falls by more than this
 FONT = "DejaVu Sans"  # comes with matplotlib
 STYLE: Any = {"font.family": FONT, "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "mathtext.fontset": "dejavusans"}
 
@@ -22,9 +22,9 @@ class Line(NamedTuple):
     label: str
     x: Sequence[float]
     y: Sequence[float]
-    low: Sequence[float] | None = None  # a band, if there is one
+    low: Sequence[float] | None = None  # lower and upper edge of the band, if there is one
     high: Sequence[float] | None = None
-    law: tuple[Sequence[float], Sequence[float]] | None = None  # a fitted curve, dotted
+    law: tuple[Sequence[float], Sequence[float]] | None = None  # x and y of a fitted curve, drawn dotted
 
 
 class Panel(NamedTuple):
@@ -34,14 +34,14 @@ class Panel(NamedTuple):
     title: str
     x_label: str
     y_label: str
-    limits: tuple[float, float] | None = None  # of y, where several panels share them
-    reach: float | None = None  # of x, likewise
-    diagonal: bool = False  # y = x, dotted
-    law: tuple[Sequence[float], Sequence[float]] | None = None  # a curve fitted to all of its lines, dotted in grey
+    limits: tuple[float, float] | None = None  # of the y axis, if several panels share them
+    reach: float | None = None  # upper limit of the x axis
+    diagonal: bool = False  # whether to draw y = x, dotted
+    law: tuple[Sequence[float], Sequence[float]] | None = None  # x and y of a curve fitted to all lines, dotted in grey
 
 
 def figure(panels: Sequence[Panel], width: float = 4.2, height: float = 3.4) -> Any:
-    """A matplotlib Figure of panels, at most three side by side; lines differ in colour and marker, their last point is in a ring."""
+    """A matplotlib Figure of panels, at most three in a row. Lines differ in colour and marker; a ring marks the last point of each."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -54,7 +54,7 @@ def figure(panels: Sequence[Panel], width: float = 4.2, height: float = 3.4) -> 
         for axes, panel in zip(drawing.subplots(rows, columns, squeeze=False).flat, panels, strict=False):
             for i, line in enumerate(panel.lines):
                 if len(line.x):
-                    # The more bands, the lighter each: where all of them overlap, lines are still seen.
+                    # More bands are drawn lighter, so that lines stay visible where all bands overlap.
                     _draw(axes, line, i, ring=not panel.diagonal, shade=max(0.07, 0.3 / (1 + len(panel.lines))))
             axes.set(title=plain(panel.title), xlabel=panel.x_label, ylabel=panel.y_label)
             if panel.diagonal:
@@ -88,18 +88,18 @@ def plain(text: str) -> str:
 
 
 def _columns(panel: Panel, panels: int) -> int:
-    """Of its legend: so many that the names do not push the axes together."""
+    """Columns of a panel's legend: few enough that long names do not squeeze the axes."""
     longest = max((len(part) for line in panel.lines for part in plain(line.label).split("\n")), default=0)
     return max(1, min(3 if panels == 1 else 2, LETTERS // (longest + 5)))
 
 
 def _lines(panel: Panel, columns: int) -> int:
-    """Of its legend."""
+    """Text lines of a panel's legend with this number of columns."""
     return -(-len(panel.lines) // columns) * max((1 + plain(line.label).count("\n") for line in panel.lines), default=1)
 
 
 def _legends(drawing: Any, panels: Sequence[Panel]) -> None:
-    """Below each panel, or where all have lines of the same names one below all."""
+    """Draws a legend below each panel, or one below all panels if their lines have the same names."""
     if len(panels) > 1 and len({tuple(line.label for line in panel.lines) for panel in panels}) == 1:
         columns = min(6, 2 * _columns(panels[0], 1))
         drawing.legend(*drawing.axes[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=columns)
@@ -116,14 +116,14 @@ def _draw(axes: Any, line: Line, i: int, ring: bool, shade: float) -> None:
     if line.low is not None and line.high is not None:
         if all(a < b for a, b in zip(line.x, line.x[1:], strict=False)):
             axes.fill_between(line.x, line.low, line.high, color=colour, alpha=shade, lw=0)
-        else:  # a line that turns back has no area below it
+        else:  # x goes back and forth, so bars replace the band
             axes.vlines(line.x[::-3], line.low[::-3], line.high[::-3], color=colour, alpha=0.35, lw=1.5)
     if line.law is not None:
         axes.plot(*line.law, ls=":", color=colour, lw=0.9)
 
 
 def _broken(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:
-    """The line without what joins points where it falls back far at once: a policy that was reset has not gone that way."""
+    """The points of a line, with a gap where x falls far at once: a policy that was reset did not take that path."""
     xs, ys = list(x[:1]), list(y[:1])
     for before, a, b in zip(x, x[1:], y[1:], strict=False):
         gap = [math.nan] if before - a > FALL else []
@@ -132,7 +132,7 @@ def _broken(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[f
 
 
 def png(drawing: Any, dpi: int = 200) -> bytes:
-    """The figure as PNG; equal figures give equal bytes."""
+    """The PNG file of a figure, as bytes; equal figures give equal bytes."""
     import matplotlib
 
     out = io.BytesIO()

@@ -1,4 +1,4 @@
-"""The laws of reward overoptimisation, fitted: gold reward over d = sqrt(KL(policy || initial policy)), in sqrt(nats)."""
+"""Fits of the laws of reward overoptimisation: gold reward as a function of d = sqrt(KL(policy || initial policy)), in sqrt(nats)."""
 
 import math
 from collections.abc import Callable
@@ -7,15 +7,15 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-SMALLEST = 0.3  # sqrt(nats): nearer to 0 the RL law's slope is infinite, and its authors do not trust it
+SMALLEST = 0.3  # sqrt(nats); the slope of the RL law is infinite at 0, and its authors do not trust it near there
 
 
 class Law(NamedTuple):
-    """R(d) = d (alpha - beta f(d)) (Gao et al. 2022, arXiv:2210.10760): linear in alpha and beta, 0 at d = 0."""
+    """A law R(d) = d (alpha - beta f(d)) (Gao et al. 2022, arXiv:2210.10760): linear in alpha and beta, and 0 at d = 0."""
 
     formula: str
     f: Callable[[np.ndarray], np.ndarray]
-    peak: Callable[[float, float], float]  # alpha, beta -> d of the largest R
+    peak: Callable[[float, float], float]  # alpha, beta -> the d where R is largest
 
 
 BON = Law("d (α − β d)", lambda d: d, lambda alpha, beta: alpha / (2 * beta))
@@ -23,29 +23,29 @@ RL = Law("d (α − β log d)", np.log, lambda alpha, beta: math.exp(alpha / bet
 
 
 class Fit(NamedTuple):
-    """A fitted law; the peak is None where the fit has none above 0."""
+    """A fitted law. `peak_d` and `peak` are None if R has no maximum at a d above 0."""
 
     alpha: float
     beta: float
-    r2: float  # 1 - squared residuals / squared distances from the mean, over the points that were fitted
+    r2: float  # 1 - squared residuals / squared distances from the mean, over the fitted points
     peak_d: float | None
     peak: float | None  # R at its peak
     points: int
 
 
 def value(law: Law, alpha: float, beta: float, d: np.ndarray) -> np.ndarray:
-    """R(d); d > 0."""
+    """The values R(d) of a law at each d > 0: [E] -> [E]."""
     return d * (alpha - beta * law.f(d))
 
 
 def fit(law: Law, d: ArrayLike, reward: ArrayLike, smallest: float = SMALLEST) -> Fit | None:
-    """Least squares in alpha and beta; None where fewer than 3 different d are at least `smallest`.
+    """The least-squares fit of a law in alpha and beta. None if fewer than 3 different d are at least `smallest`.
 
     Args:
       law: BON for best-of-n, RL for trained policies.
-      d: sqrt(KL).
-      reward: gold reward, less that of the initial policy: the law is 0 at 0.
-      smallest: points nearer to 0 are left out.
+      d: sqrt(KL) of each point, [E].
+      reward: gold reward of each point less that of the initial policy, [E]; the law is 0 at d = 0.
+      smallest: points with a smaller d are left out.
 
     Raises:
       ValueError: for values that are not finite.
@@ -59,7 +59,7 @@ def fit(law: Law, d: ArrayLike, reward: ArrayLike, smallest: float = SMALLEST) -
         return None
     (alpha, beta), *_ = np.linalg.lstsq(np.stack([x, -x * law.f(x)], axis=1), y, rcond=None)
     residual, spread = np.sum(np.square(y - value(law, alpha, beta, x))), np.sum(np.square(y - y.mean()))
-    at = law.peak(alpha, beta) if beta > 0 and alpha / beta < 700 else math.nan  # exp(700) is the last that is finite
+    at = law.peak(alpha, beta) if beta > 0 and alpha / beta < 700 else math.nan  # exp overflows a little above 700
     there = at > 0 and math.isfinite(at)
     top = float(value(law, alpha, beta, np.array(at))) if there else None
     return Fit(float(alpha), float(beta), float(1 - residual / spread) if spread > 0 else 1.0, at if there else None, top, x.size)

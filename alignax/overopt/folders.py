@@ -1,10 +1,10 @@
-"""The laboratory on Hugging Face folders: best-of-n of a policy's responses under reward models, and what another one, gold, says of them.
+"""The laboratory on Hugging Face folders: best-of-n of a policy's responses under reward models, judged by a gold reward model.
 
-Nothing is trained. A seed takes other prompts of the file, the next ones, and samples other responses; the models are the same for all.
-Responses reach a reward model as text, tokenised by its own tokenizer as in training and ended by its EOS, also those that were cut at
-`max_new_tokens`. A response that is drawn twice counts twice, as in the policy's own distribution.
+Nothing is trained. Each seed takes the next prompts of the file and samples its own responses; the models are the same for all seeds.
+A reward model reads responses as text. Its own tokenizer encodes them as in training and ends them with its EOS, even responses that
+were cut at `max_new_tokens`. A response that is sampled twice counts twice, as in the policy's distribution.
 
-Policy, gold and ensemble are loaded one after another, and none of them beside another.
+Policy, gold and ensemble are loaded one after another, never two at a time.
 """
 
 import math
@@ -40,22 +40,23 @@ RANGES = (("world.prompts", 1, math.inf), ("world.responses", 2, math.inf), ("fo
 
 
 class Responses(NamedTuple):
-    """What the policy answers to P prompts, N times each."""
+    """The policy's responses to P prompts, N responses to each."""
 
     prompts: Sequence[Prompt]
-    texts: list[list[str]]
-    lengths: np.ndarray  # [P, N] tokens of the policy
+    texts: list[list[str]]  # P lists of N texts
+    lengths: np.ndarray  # [P, N] in tokens of the policy
 
 
 def folders(config: Any) -> World:
-    """The world of a policy, reward models as proxies, and one as gold.
+    """The world of Hugging Face folders: a policy, reward models as proxies, and a reward model as gold.
 
     Args:
-      config: `world.prompts` (of each seed) and `world.responses` (to each), and the group `folders`: `policy`, `proxies` (with commas
-        between them), `gold`, `prompts` (a file with a column `data.columns.prompt`: text or messages), `max_new_tokens`, `batch_size`.
+      config: `world.prompts` (prompts of a seed), `world.responses` (responses to a prompt), and the group `folders`: `policy`, `proxies`
+        (separated by commas), `gold`, `prompts` (a file with a column `data.columns.prompt`: text or messages), `max_new_tokens`,
+        `batch_size`.
 
     Raises:
-      BadInput: for an empty or unknown field, and for n beyond the responses.
+      BadInput: for an empty or unknown field, and for an n above the number of responses.
     """
     c = config.folders
     check_ranges(config, RANGES)
@@ -67,10 +68,10 @@ def folders(config: Any) -> World:
 
 
 def score(config: Any, seeds: Sequence[int]) -> Iterator[Scored]:
-    """Samples and scores the responses of all seeds, model by model."""
+    """Samples the responses of all seeds and scores them, one model after another; yields one `Scored` per seed."""
     c, mesh = config.folders, meshes.make_mesh(config.mesh)
     proxies = [path.strip() for path in c.proxies.split(",")]
-    for paths in (proxies, [c.gold]):  # before anything is sampled
+    for paths in (proxies, [c.gold]):  # errors come before the costly sampling
         check_reward_models(paths)
     if len(proxies) == 1:
         print("  one proxy: mean, median, WCO and UWO are that model", file=sys.stderr)
@@ -84,12 +85,12 @@ def score(config: Any, seeds: Sequence[int]) -> Iterator[Scored]:
 
 
 def show(own: Responses, p: int, i: int) -> tuple[str, str]:
-    """A prompt and its i-th response."""
+    """The texts of prompt p and of its i-th response."""
     return own.prompts[p].text, own.texts[p][i]
 
 
 def check_reward_models(paths: Sequence[str]) -> None:
-    """Refuses folders that are no ensemble of models with one score."""
+    """Refuses folders that do not make an ensemble of different reward models with one score each."""
     for path, source in zip(paths, rewards.open_ensemble(paths), strict=True):
         if (labels := source.config.num_labels) != 1:
             raise BadInput(f"{path!r} gives {labels} scores of a response; the laboratory takes reward models with one")
@@ -101,7 +102,7 @@ def check_reward_models(paths: Sequence[str]) -> None:
 
 
 def sampled(config: Any, mesh: Mesh, seeds: Sequence[int]) -> list[Responses]:
-    """Responses of the policy for every seed, at temperature 1."""
+    """The policy's responses for each seed, sampled at temperature 1."""
     c, P, N = config.folders, config.world.prompts, config.world.responses
     source = open_model(c.policy, "pretrained", "folders.policy")
     if source.config.num_labels:
@@ -129,7 +130,7 @@ def sampled(config: Any, mesh: Mesh, seeds: Sequence[int]) -> list[Responses]:
 
 
 def read_prompts(config: Any, tokenizer: Any, wanted: int) -> list[Prompt]:
-    """The first prompts of the file."""
+    """The first `wanted` prompts of the file `folders.prompts`."""
     file = config.folders.prompts
     rows = read_rows(file)
     if len(rows) < wanted:
@@ -146,7 +147,7 @@ def read_prompts(config: Any, tokenizer: Any, wanted: int) -> list[Prompt]:
 
 
 def rated(config: Any, mesh: Mesh, paths: Sequence[str], every: Sequence[Responses]) -> list[np.ndarray]:
-    """Scores of every seed's responses by these reward models: each [K, P, N]."""
+    """The scores of each seed's responses by an ensemble of reward models: a list of arrays [K, P, N]."""
     source, params = rewards.load_ensemble(paths, mesh)
     model = rewards.ensemble_model(source.config, params, mesh, compute_dtype(config, mesh))
     tokenizer = load_tokenizer(source.path, source.config.vocab_size)
@@ -168,12 +169,12 @@ def rated(config: Any, mesh: Mesh, paths: Sequence[str], every: Sequence[Respons
 
 
 def asked(prompt: Prompt, texts: Sequence[str]) -> Iterator[tuple[Any, Any]]:
-    """A prompt with each of its responses, as rows of data have them."""
+    """Pairs of a prompt and each of its responses, in the form of data rows."""
     for text in texts:
         yield prompt.given, (text,) if isinstance(prompt.given, str) else ([{"role": "assistant", "content": text}],)
 
 
 def whole_rows(config: Any, mesh: Mesh) -> int:
-    """Responses that are sampled, and scored, side by side: a multiple of the mesh's batch shards."""
+    """The number of responses sampled or scored side by side: `folders.batch_size`, rounded up to a multiple of the batch shards."""
     shards = meshes.batch_shards(mesh)
     return -(-config.folders.batch_size // shards) * shards

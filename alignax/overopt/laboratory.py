@@ -1,7 +1,8 @@
-"""The protocol: gold labels preferences, proxies learn from them, and what optimises them exploits what they learnt wrongly.
+"""The protocol of the laboratory: a gold reward labels preferences, proxies learn from them, and optimisation exploits the proxies' errors.
 
-Gao et al. 2022 (arXiv:2210.10760), Coste et al. 2023 (arXiv:2310.02743), Rafailov et al. 2024 (arXiv:2406.02900). Each part of it is a
-stage, a JSON file of measurements under `stages/` in the workdir; a run that was stopped goes on at the first stage without its file.
+Gao et al. 2022 (arXiv:2210.10760), Coste et al. 2023 (arXiv:2310.02743), Rafailov et al. 2024 (arXiv:2406.02900). The protocol is a list
+of stages. Each stage writes its measurements to a JSON file under `stages/` in the workdir. A stopped run continues with the first stage
+that has no file.
 """
 
 import json
@@ -27,10 +28,10 @@ from alignax.losses import Loss
 from alignax.overopt import bestofn
 from alignax.overopt.worlds import Method, Online, Optimum, Scored, Trajectory, World, check_varies
 
-FREE = ("workdir",)  # fields in which a run and its workdir may differ
-SINGLE = "single"  # the objective that trusts one reward model: an average over the members, each alone
-SHOWN = 2  # prompts of the sample table
-BINS = np.linspace(0.5, 1.0, 11)  # of a reward model's confidence in the response that it prefers
+FREE = ("workdir",)  # config fields that may change when a run continues
+SINGLE = "single"  # the proxy of one reward model; its curve is the mean of the curves of each member alone
+SHOWN = 2  # number of prompts in the table of samples
+BINS = np.linspace(0.5, 1.0, 11)  # edges of the bins of confidence, for calibration
 
 
 def run(
@@ -40,15 +41,18 @@ def run(
     objectives: Mapping[str, Callable[[float], Loss]],
     methods: Sequence[Method | Optimum] = (),
 ) -> None:
-    """Measures everything that has not been measured yet, and writes the report.
+    """Measures every stage that has no measurements yet, and writes the report.
 
     Args:
-      experiment: its config has `workdir`, `seed`, `repeats`, the groups `best_of_n` (`n`), `direct` (`repeats`, `betas`) and, where there
+      experiment: its config has `workdir`, `seed`, `repeats`, the groups `best_of_n` (`n`), `direct` (`repeats`, `betas`) and, if there
         are methods, `online` (`repeats`).
-      worlds: by name, the first the one under study, others controls.
-      aggregates: proxies by name, each of the scores of all members; `single` is there without being named.
-      objectives: direct alignment by name: beta -> Loss, trained in the first world that can.
-      methods: online methods, trained likewise, and what they would reach.
+      worlds: name -> world. The first world is under study, the others are controls.
+      aggregates: name -> proxy, a function of the scores of all members. The proxy `single` is always included.
+      objectives: name -> loss of direct alignment as a function of beta. Policies are trained in the first world that supports it.
+      methods: online methods and exact optima, for the first world that supports online training.
+
+    Raises:
+      BadInput: for sizes n that are not ascending from 1 on, and for a number of repeats below 1.
     """
     from alignax.overopt import report
 
@@ -87,7 +91,7 @@ def run(
 
 
 def open_workdir(experiment: Experiment) -> tuple[Path, output.Lock]:
-    """The workdir, held, with the effective config in it; that of another run, or a folder of other files, is refused."""
+    """Opens and locks the workdir, with the effective config in it. Refuses the workdir of another run, or a folder of other files."""
     if not experiment.config.workdir:
         raise BadInput("config field 'workdir' is empty; set --config.workdir=FOLDER")
     workdir = Path(experiment.config.workdir)
@@ -100,7 +104,7 @@ def open_workdir(experiment: Experiment) -> tuple[Path, output.Lock]:
     if there - {output.LOCK} and not of_run(saved):
         raise BadInput(f"workdir {str(workdir)!r} holds other files; choose a new or empty folder")
     lock = output.Lock(workdir / output.LOCK)
-    if there <= {"config.py", output.LOCK}:  # nothing was measured yet
+    if there <= {"config.py", output.LOCK}:  # no stage has been measured
         output.write_text(saved, effective(experiment))
     elif lines := difference(load_experiment(saved), experiment, FREE):
         raise BadInput(f"workdir {str(workdir)!r} belongs to another run ({'; '.join(lines[:4])}); choose another workdir")
@@ -108,7 +112,7 @@ def open_workdir(experiment: Experiment) -> tuple[Path, output.Lock]:
 
 
 def made_by(file: Path) -> dict[str, str]:
-    """What numbers depend on beside the config: this code, its commit where that is known, jax, and the processor."""
+    """The versions that measurements depend on: experiment file, alignax and its commit (if known), jax, and processor."""
     root, processor, commit = Path(alignax.__file__).parents[1], jax.devices()[0].device_kind, ""
     if (root / ".git").exists() and shutil.which("git"):
         command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
@@ -122,7 +126,7 @@ def made_by(file: Path) -> dict[str, str]:
 
 
 def stage(workdir: Path, name: str, measure: Callable[[], dict[str, Any]], made: dict[str, str]) -> None:
-    """Measures, unless that was done before."""
+    """Measures a stage and writes its JSON file, unless the file exists."""
     file = workdir / "stages" / f"{output.named(name)}.json"
     if file.is_file():
         print(f"{name}: measured before", file=sys.stderr)
@@ -139,7 +143,7 @@ def stage(workdir: Path, name: str, measure: Callable[[], dict[str, Any]], made:
 def score(
     arm: str, scored: Iterable[Scored], aggregates: Mapping[str, Aggregate], n: Sequence[int], seeds: Sequence[int]
 ) -> dict[str, Any]:
-    """Best-of-n of every seed under every proxy, [S][len(n)]; with the reward models' calibration, and samples of the first seed."""
+    """The measurements of best-of-n: curves [S][len(n)] under each proxy, the reward models' calibration, and samples of the first seed."""
     curves: dict[str, dict[str, list[list[float]]]] = {}
     accuracy, calibration, samples, excluded, pairs, own = [], {}, [], 0, 0, None
     for i, raw in enumerate(scored):
@@ -171,12 +175,12 @@ def score(
 
 
 def anchored(scored: Scored) -> Scored:
-    """Each member's scores less their mean over the responses of the initial policy: a minimum over free offsets would mean nothing.
+    """Scores whose mean over the initial policy's responses is 0 for each member; with free offsets a minimum over members means nothing.
 
     Held-out pairs with a margin that is not finite are left out.
 
     Raises:
-      ValueError: for gold rewards that do not vary, for a member without a finite score or margin, and for members that are the same.
+      ValueError: for gold rewards that do not vary, for a member without a finite score or margin, and for two members with equal scores.
     """
     K = scored.members.shape[0]
     gold = scored.gold[np.isfinite(scored.gold)]
@@ -193,13 +197,13 @@ def anchored(scored: Scored) -> Scored:
 
 
 def curves_of(scored: Scored, aggregates: Mapping[str, Aggregate], n: Sequence[int]) -> tuple[dict[str, dict[str, np.ndarray]], int]:
-    """Objective -> quantity -> [len(n)], means over prompts; and how many responses were left out. Prompt by prompt, to bound memory."""
+    """Curves, objective -> quantity -> mean over prompts [len(n)], and the number of excluded responses. Prompts one by one save memory."""
     parts, excluded = [], 0
     for p in range(scored.gold.shape[0]):
         members = scored.members[:, p : p + 1]  # [K, 1, N]
         proxies = {f"member {k}": members[k] for k in range(len(members))}
         proxies |= {name: np.asarray(aggregate(jnp.asarray(members))) for name, aggregate in aggregates.items()}
-        with np.errstate(invalid="ignore"):  # of infinite scores, which are left out
+        with np.errstate(invalid="ignore"):  # infinite scores give NaN here; `best_of_n` leaves them out
             values = {"gold": scored.gold[p : p + 1], "disagreement": members.std(axis=0)}
         if scored.lengths is not None:
             values["length"] = scored.lengths[p : p + 1]
@@ -213,14 +217,14 @@ def curves_of(scored: Scored, aggregates: Mapping[str, Aggregate], n: Sequence[i
 
 
 def reliability(margins: np.ndarray) -> np.ndarray:
-    """Of each bin of confidence sigmoid(|margin|): pairs, sum of confidences, pairs in the right order. [3, bins]."""
+    """The calibration table [3, bins] over confidence sigmoid(|margin|): pairs, sum of confidences, pairs in the right order."""
     confidence = 1.0 / (1.0 + np.exp(-np.abs(margins.ravel().astype(np.float64))))
     count = lambda weights: np.histogram(confidence, BINS, weights=weights)[0]
     return np.stack([count(np.ones_like(confidence)), count(confidence), count((margins.ravel() > 0).astype(np.float64))])
 
 
 def samples_of(scored: Scored, aggregates: Mapping[str, Aggregate], n: Sequence[int]) -> list[dict[str, Any]]:
-    """The best of a middling and of the largest n among the first responses to the first prompts, under each proxy."""
+    """Sample rows: under each proxy, the best of a middle n and of the largest n responses to each of the first prompts."""
     rows = []
     for p in range(min(SHOWN, scored.gold.shape[0])):
         members = scored.members[:, p]  # [K, N]
@@ -242,13 +246,13 @@ def samples_of(scored: Scored, aggregates: Mapping[str, Aggregate], n: Sequence[
 
 
 def align(arm: str, objective: str, beta: float, trajectories: Iterable[Trajectory], seeds: Sequence[int]) -> dict[str, Any]:
-    """Policies of every seed in training: quantity -> [S][E]."""
+    """The measurements of direct alignment: curves of each seed's policy in training, quantity -> [S][E]."""
     steps, curves = of_seeds(trajectories, f"{objective} at beta {beta:g}")
     return {"kind": "direct", "arm": arm, "objective": objective, "beta": beta, "seeds": list(seeds), "step": steps, "curves": curves}
 
 
 def of_seeds(trajectories: Iterable[Trajectory], what: str) -> tuple[list[float], dict[str, list[list[float]]]]:
-    """The steps of evaluations, and quantity -> [S][E]."""
+    """The steps of the E evaluations, and curves of S seeds: quantity -> [S][E]. Stops at a value that is not finite."""
     curves: dict[str, list[list[float]]] = {}
     steps: list[float] = []
     for own in trajectories:
@@ -264,13 +268,13 @@ def of_seeds(trajectories: Iterable[Trajectory], what: str) -> tuple[list[float]
 
 
 def titled(method: Method | Optimum, arm: str) -> str:
-    """The name of its stage."""
+    """The stage name of an online method or an optimum."""
     of = f" {method.setting}" if isinstance(method, Optimum) else ""
     return f"{method.family} {method.objective}{of} {arm}"
 
 
 def learn(arm: str, world: Online, method: Method | Optimum, seeds: Sequence[int]) -> dict[str, Any]:
-    """Policies of every seed in training by a method, a run for each of its coefficients; or its optima, which are one."""
+    """The measurements of an online method, one run per coefficient, or of an optimum, one run over all coefficients."""
     runs = []
     out = {"arm": arm, "family": method.family, "objective": method.objective, "seeds": list(seeds), "runs": runs}
     if isinstance(method, Optimum):

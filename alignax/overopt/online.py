@@ -1,11 +1,11 @@
 """Online methods in the world of vectors: policies over a pool of responses, trained on their own samples against reward models.
 
-What trains them is the library's: experience writes rewards and advantages, losses read them, and the shared step is taken on each part
-of a rollout, as in `alignax.run.online`. A rollout is [B, N, 1] samples, a response being one token, its number in the pool, so that gold
-reward, KL and proxy of a policy are sums over the pool: they are exact, and only training is sampled.
+Training uses the library's parts, as in `alignax.run.online`: experience writes rewards and advantages, losses read them, and the shared
+step runs on each minibatch of a rollout. A rollout is [B, N, 1] samples; a response is one token, its index in the pool. Gold reward, KL
+and proxy of a policy are therefore exact sums over the pool. Only training is sampled.
 
-Reward models are those of best-of-n, each with mean 0 and standard deviation 1 over the pool: coefficients of the KL are then in
-standard deviations per nat.
+The reward models are trained as for best-of-n. Their scores have mean 0 and standard deviation 1 over the pool, so coefficients of the KL
+are in standard deviations per nat.
 """
 
 import dataclasses
@@ -37,19 +37,19 @@ RANGES = (  # config field, lowest, highest
 
 
 class Pool(NamedTuple):
-    """The responses that a policy of one seed chooses from; the initial policy is uniform over them."""
+    """The M responses that a policy of one seed chooses from. The initial policy is uniform over them."""
 
     vectors: jax.Array  # [M, D]
     gold: jax.Array  # [M], with mean 0 and standard deviation 1
-    scores: jax.Array  # [K, M], of each reward model likewise
+    scores: jax.Array  # [K, M], of each reward model with mean 0 and standard deviation 1
 
 
 def online(config: Any, proxy_loss: Loss) -> Online:
-    """Online training in the world of vectors, `vectors(config, proxy_loss)._replace(online=online(config, proxy_loss))`.
+    """Online training in the world of vectors, for `vectors(config, proxy_loss)._replace(online=online(config, proxy_loss))`.
 
     Args:
       config: groups `world`, `proxy` and `online` of experiments/overoptimization.py.
-      proxy_loss: that of the reward models.
+      proxy_loss: loss of the reward models.
 
     Raises:
       BadInput: for fields outside their range.
@@ -64,7 +64,7 @@ def online(config: Any, proxy_loss: Loss) -> Online:
 
 
 def make_pools(config: Any, proxy_loss: Loss, seeds: Sequence[int]) -> tuple[jax.Array, Pool]:
-    """Keys [S, 6], and the pool of each seed with what its reward models say of it: leaves [S, ...]."""
+    """The keys [S, 6] of S seeds, and their pools with gold rewards and scores: leaves [S, ...]."""
     world, keys, golds = config.world, *make_golds(seeds, config.world)
 
     def make(gold: Any, keys: jax.Array) -> tuple[TrainState, Pool]:
@@ -80,7 +80,7 @@ def make_pools(config: Any, proxy_loss: Loss, seeds: Sequence[int]) -> tuple[jax
 
 
 def standardised(x: jax.Array) -> jax.Array:
-    """Mean 0 and standard deviation 1 over the last axis."""
+    """Values with mean 0 and standard deviation 1 (ddof 0) over the last axis: [..., M] -> [..., M]."""
     return (x - x.mean(axis=-1, keepdims=True)) / x.std(axis=-1, keepdims=True)
 
 
@@ -88,19 +88,19 @@ def standardised(x: jax.Array) -> jax.Array:
 
 
 def actor(vectors: jax.Array, critic: bool, params: Params, batch: Batch) -> Outputs:
-    """The policy over a pool [M, D], may be with a critic: responses are all to one prompt, so its value is one number."""
+    """Outputs of the policy over a pool [M, D], with a critic if asked. All responses are to one prompt, so the value is one number."""
     out = policy(vectors, params["policy"], batch)
     return out._replace(values=jnp.broadcast_to(params[VALUE], out.logps.shape)) if critic else out
 
 
 def uniform(count: jax.Array, batch: Batch) -> Outputs:
-    """The initial policy, over so many responses."""
+    """Outputs [B, N, 1] of the initial policy, uniform over `count` responses."""
     shape = batch["tokens"].shape
     return Outputs(jnp.broadcast_to(-jnp.log(count), shape), jnp.broadcast_to(jnp.log(count), shape))
 
 
 def table(scores: jax.Array, batch: Batch) -> Outputs:
-    """Reward models of which all that matters is known: scores [K, M] of the pool."""
+    """Outputs of K reward models whose scores [K, M] of the pool are known: scores [B, N, K] of tokens [B, N, 1]."""
     none = jnp.zeros(batch["tokens"].shape)
     return Outputs(none, none, scores=jnp.moveaxis(scores[:, batch["tokens"][..., 0]], 0, -1))
 
@@ -109,7 +109,7 @@ def table(scores: jax.Array, batch: Batch) -> Outputs:
 
 
 def learn(config: Any, keys: jax.Array, pools: Pool, method: Method) -> Iterator[list[Trajectory]]:
-    """Trains a policy of each seed for each coefficient of a method: one compiled program."""
+    """Trains a policy of each seed, coefficient by coefficient, in one compiled program; yields the trajectories of all seeds."""
     c = config.online
     run = jax.jit(lambda coefficient, inputs: jax.lax.map(lambda own: train_policy(c, method, coefficient, *own), inputs))
     steps = np.arange(c.rollouts // c.every + 1) * c.every * c.minibatches
@@ -121,7 +121,7 @@ def learn(config: Any, keys: jax.Array, pools: Pool, method: Method) -> Iterator
 
 
 def train_policy(c: Any, method: Method, coefficient: jax.Array, keys: jax.Array, pool: Pool) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One policy, from the uniform one, and what is measured of it at each of the evaluations: [E]."""
+    """Trains one policy, starting uniform. Returns its state and its measurements at each of E evaluations: quantity -> [E]."""
     count = pool.vectors.shape[0]
     scores = pool.scores[: method.members]  # [K, M]
     initial = {"policy": init_network(keys[5], pool.vectors.shape[1], 0.0), VALUE: jnp.zeros(())}
@@ -146,12 +146,12 @@ def train_policy(c: Any, method: Method, coefficient: jax.Array, keys: jax.Array
 
     state = init_state(initial, optimizer, jax.random.fold_in(keys[5], 1), dict.fromkeys(method.averages, initial))
     state = dataclasses.replace(state, carry=first_carry(experience))
-    rollouts = jnp.full((c.rollouts // c.every + 1,), c.every).at[0].set(0)  # measured before the first one too
+    rollouts = jnp.full((c.rollouts // c.every + 1,), c.every).at[0].set(0)  # the first evaluation is before training
     return jax.lax.scan(stretch, state, rollouts)
 
 
 def measured(p: jax.Array, gold: jax.Array, scores: jax.Array, own: Method | Optimum) -> dict[str, jax.Array]:
-    """What a policy p [M] over a pool is worth, exactly; its KL is from the uniform policy."""
+    """Exact gold reward, KL, proxy and disagreement of a policy p [M] over a pool; the KL is to the uniform policy, in nats."""
     count = p.shape[0]
     out = {
         "gold": p @ gold,
@@ -167,16 +167,17 @@ def measured(p: jax.Array, gold: jax.Array, scores: jax.Array, own: Method | Opt
 
 
 def kl_optimum(reward: jax.Array, beta: jax.Array | float) -> jax.Array:
-    """The policy that maximises E r - beta KL(pi || uniform), exp(r / beta) over its sum: [M] -> [M]."""
+    """The policy that maximises E r - beta KL(pi || uniform): exp(r / beta) over its sum, rewards [M] -> probabilities [M]."""
     return jax.nn.softmax(reward / beta)
 
 
 def chi2_optimum(reward: jax.Array, coefficient: jax.Array | float, bisections: int = 60) -> jax.Array:
-    """The policy that maximises E r - coefficient chi2(pi || uniform): [M] -> [M] (Laidlaw et al. 2024, arXiv:2403.03185).
+    """The policy that maximises E r - coefficient chi2(pi || uniform): rewards [M] -> probabilities [M].
 
-    pi_i = max(0, 1 + (r_i - nu) / (2 coefficient)) / M,   nu such that it sums to 1
+    pi_i = max(0, 1 + (r_i - nu) / (2 coefficient)) / M,   nu such that pi sums to 1
 
-    Unlike the KL's, it has no probability where rewards are low, and grows with the reward by a line, not exponentially.
+    (Laidlaw et al. 2024, arXiv:2403.03185.) Unlike the optimum under the KL, pi is 0 at low rewards and grows linearly with the reward,
+    not exponentially.
     """
     ratio = lambda nu: jnp.maximum(0.0, 1.0 + (reward - nu) / (2.0 * coefficient))
 
@@ -186,14 +187,14 @@ def chi2_optimum(reward: jax.Array, coefficient: jax.Array | float, bisections: 
         heavy = ratio(middle).mean() > 1.0
         return jnp.where(heavy, middle, low), jnp.where(heavy, high, middle)
 
-    # With nu at the mean reward the ratios average to 1 at least, at the largest reward to 1 at most.
+    # The mean ratio is at least 1 for nu at the mean reward, and at most 1 for nu at the largest reward.
     low, high = jax.lax.fori_loop(0, bisections, halve, (reward.mean(), reward.max()))
     p = ratio((low + high) / 2.0)
     return p / p.sum()
 
 
 def solve(pools: Pool, own: Optimum) -> list[Trajectory]:
-    """The optima of every seed, one evaluation for each coefficient."""
+    """The trajectories of an optimum, one per seed, with one evaluation per coefficient."""
 
     def seed(pool: Pool) -> dict[str, jax.Array]:
         scores = pool.scores[: own.members]

@@ -1,4 +1,4 @@
-"""The report: one HTML page that holds its figures and needs no network, the figures as PNG, and the numbers as JSON and CSV."""
+"""The report: one HTML page with embedded figures that needs no network, the figures as PNG, and the numbers as JSON and CSV."""
 
 import base64
 import struct
@@ -19,14 +19,14 @@ TITLES = {
     "training": "Evaluations of training runs",
     "steps": "Steps of training runs",
 }
-DRAWN = 25  # points of a line that has more than twice as many, about
-PANELS = {  # quantity -> title, label of the axis; those of which every curve over sqrt(KL) is drawn
+DRAWN = 25  # about the number of points drawn of a line with more than twice as many
+PANELS = {  # quantity drawn over sqrt(KL) -> title, label of the axis
     "gold": ("What is wanted", "gold reward"),
     "proxy": ("What is optimised", "proxy reward"),
     "disagreement": ("Disagreement of the members", "sd between members"),
     "length": ("Response length", "tokens"),
 }
-SIDE_BY_SIDE = ("gold", "proxy")  # of online methods: panels of one figure
+SIDE_BY_SIDE = ("gold", "proxy")  # quantities of online methods that share one figure
 OVER_STEPS = COURSE | {"score 1": "reward model 1", "score 2": "reward model 2"}
 LEAD = (
     "Gold reward is what is wanted, the proxy is what is optimised; both over the square root of the KL to the initial policy, in nats. "
@@ -66,7 +66,7 @@ READING = (
 
 
 def write(workdir: Path) -> str:
-    """Writes `report.html`, `figures/`, `results.json`, `curves.csv` and `tables.md` into a workdir; returns lines for the console."""
+    """Writes `report.html`, `figures/`, `results.json`, `curves.csv` and `tables.md` into a workdir. Returns lines for the console."""
     run = open_run(workdir, workdir.name)
     sections = [section([run], *arm) for arm in arms([run])]
     (workdir / "figures").mkdir(exist_ok=True)
@@ -85,7 +85,7 @@ def write(workdir: Path) -> str:
 
 
 def as_markdown(run: Run) -> str:
-    """The tables of final against peak, to be quoted: with their spread over seeds, and what has measured them."""
+    """Markdown tables of final against peak, with the spread over seeds and the versions that measured them."""
     parts = []
     for kind, arm, family in arms([run]):
         own = [c for c in run.curves if place(c.kind, c.arm, c.family) == (kind, arm, family)]
@@ -97,12 +97,12 @@ def as_markdown(run: Run) -> str:
 
 
 def has_gold(runs: Sequence[Run]) -> bool:
-    """Whether a gold reward was measured."""
+    """Whether any of the runs measured a gold reward."""
     return any("gold" in c.values for run in runs for c in run.curves)
 
 
 def compare(workdirs: Sequence[Path]) -> str:
-    """Writes `comparison.html` into the first workdir: several runs side by side, on the same axes; returns where it is."""
+    """Writes `comparison.html` into the first workdir: several runs on the same axes. Returns a line with its path."""
     names = distinct(workdirs)
     runs = [open_run(workdir, name) for workdir, name in zip(workdirs, names, strict=True)]
     path = workdirs[0] / "comparison.html"
@@ -112,13 +112,13 @@ def compare(workdirs: Sequence[Path]) -> str:
 
 
 def open_run(workdir: Path, name: str) -> Run:
-    """The measurements of a workdir."""
+    """A run with the measurements and curves of its workdir."""
     measurements = results.load(workdir)
     return Run(name, workdir, measurements, results.curves(measurements))
 
 
 def distinct(workdirs: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that tell them apart.
+    """Names of workdirs: the shortest ends of their paths that differ.
 
     Raises:
       ValueError: for a workdir that is given twice.
@@ -132,17 +132,17 @@ def distinct(workdirs: Sequence[Path]) -> list[str]:
 
 
 def arms(runs: Sequence[Run]) -> list[tuple[str, str, str]]:
-    """Kinds of measurement, their worlds and of online methods their family, in order of appearance."""
+    """The sections of the page as (kind of measurement, world, family of online methods), in order of appearance."""
     return list(dict.fromkeys(place(curve.kind, curve.arm, curve.family) for run in runs for curve in run.curves))
 
 
 def place(kind: str, arm: str, family: str) -> tuple[str, str, str]:
-    """The section that a curve is in: optima are in that of the methods of their family."""
+    """The section of a curve; optima belong to the section of the online methods of their family."""
     return "online" if kind == "optima" else kind, arm, family
 
 
 def titled(kind: str, arm: str, family: str) -> str:
-    """The title of a section."""
+    """The title of a section of the page."""
     name = family or TITLES[kind]
     return name if kind in RUNS else f"{name}, world “{arm}”"
 
@@ -151,7 +151,7 @@ def titled(kind: str, arm: str, family: str) -> str:
 
 
 def section(runs: Sequence[Run], kind: str, arm: str, family: str) -> dict[str, Any]:
-    """Figures and tables of one kind of measurement in one world, of every run that has it."""
+    """A section of the page: figures and tables of one kind of measurement in one world, for all runs that have it."""
     here = (kind, arm, family)
     own = [(run, found) for run in runs if (found := [c for c in run.curves if place(c.kind, c.arm, c.family) == here])]
     measured = [(run, m) for run, _ in own for m in run.measurements if place(m["kind"], m["arm"], m.get("family", "")) == here]
@@ -176,9 +176,10 @@ def section(runs: Sequence[Run], kind: str, arm: str, family: str) -> dict[str, 
 
 
 def shared_axes(own: Own) -> dict[str, list[tuple[str, Curve]]]:
-    """What is drawn in one panel, by its name.
+    """Labelled curves of each panel, by the panel's name.
 
-    The objectives of a run's best-of-n, the settings of its objective, all training runs; objectives with one setting each share one too.
+    One panel holds all objectives of a run's best-of-n, or all settings of one objective, or all training runs. Objectives with a single
+    setting each share a panel too.
     """
     panels: dict[str, list[tuple[str, Curve]]] = {}
     for run, found in own:
@@ -191,18 +192,18 @@ def shared_axes(own: Own) -> dict[str, list[tuple[str, Curve]]]:
                 panels.setdefault(of_run, []).append((c.name, c))
             else:
                 panels.setdefault(", ".join(filter(None, (c.objective, of_run))), []).append((c.setting, c))
-    order = list(dict.fromkeys(lines[0][1].objective for lines in panels.values()))  # panels of an objective lie side by side
+    order = list(dict.fromkeys(lines[0][1].objective for lines in panels.values()))  # panels of one objective are neighbours
     return dict(sorted(panels.items(), key=lambda item: order.index(item[1][0][1].objective)))
 
 
 def over_distance(quantity: str, panels: dict[str, list[tuple[str, Curve]]], together: bool = False) -> list[dict[str, Any]]:
-    """A figure for each panel in which the quantity was measured, or one of them `together`; all on the same axes."""
+    """Figures of a quantity over sqrt(KL): one per panel, or a single figure if `together`. Panels share their axes."""
     measured = lambda c: quantity in c.values and np.isfinite(c.d + c.values[quantity].mean).any()
     having = {name: [(label, c) for label, c in lines if measured(c)] for name, lines in panels.items()}
     having = {name: lines for name, lines in having.items() if lines}
     title, y_label = PANELS[quantity]
     every = [c for lines in having.values() for _, c in lines]
-    # Implicit rewards of different objectives are of different sizes, so theirs do not share the axis of y.
+    # Implicit rewards of different objectives have different scales, so their panels do not share a y axis.
     apart = quantity == "proxy" and any(c.kind == "direct" for c in every)
     limits = extent(every, quantity) if len(having) > 1 and not apart else None
     reach = 1.04 * max((float(np.nanmax(c.d)) for c in every), default=1.0) or 1.0
@@ -221,7 +222,7 @@ def over_distance(quantity: str, panels: dict[str, list[tuple[str, Curve]]], tog
 
 
 def over_steps(quantities: Sequence[str], own: Sequence[tuple[str, Curve]]) -> list[dict[str, Any]]:
-    """One figure of these quantities in the course of training, a panel each."""
+    """A figure of quantities over training steps, with one panel per quantity."""
     panels = []
     for quantity in quantities:
         having = [(name, c) for name, c in own if quantity in c.values]
@@ -234,7 +235,7 @@ def over_steps(quantities: Sequence[str], own: Sequence[tuple[str, Curve]]) -> l
 
 
 def pooled_law(own: Sequence[Curve]) -> tuple[list[float], list[float]] | None:
-    """The law of trained policies, fitted to the gold of all of these together, if it is one of theirs."""
+    """The RL law, fitted to the gold rewards of curves of one objective: its x and y. None for several objectives or an R^2 below 0.5."""
     fit = results.fitted(own)["rl"] if len({c.objective for c in own}) == 1 else None
     if fit is None or fit.r2 < 0.5:
         return None
@@ -243,7 +244,7 @@ def pooled_law(own: Sequence[Curve]) -> tuple[list[float], list[float]] | None:
 
 
 def line(label: str, curve: Curve, quantity: str) -> figures.Line:
-    """A curve as it is drawn: of a long one its beginning more densely than its end; the gold reward of best-of-n with its law."""
+    """A curve in the form drawn: a long one is thinned, less at its beginning; gold reward of best-of-n has its fitted law."""
     E = len(curve.d)
     drawn = np.arange(E) if E <= 2 * DRAWN else np.unique([0, *np.geomspace(1, E - 1, DRAWN).round().astype(int)])
     law = None
@@ -254,20 +255,20 @@ def line(label: str, curve: Curve, quantity: str) -> figures.Line:
 
 
 def plain(own: results.Band, drawn: np.ndarray) -> tuple[list[float], list[float] | None, list[float] | None]:
-    """A band's mean, low and high at these points."""
+    """The mean, low and high of a band at the points drawn, as lists."""
     low, high = (None if x is None else x[drawn].tolist() for x in (own.low, own.high))
     return own.mean[drawn].tolist(), low, high
 
 
 def extent(own: Sequence[Curve], quantity: str) -> tuple[float, float]:
-    """Limits that hold every line of these; bands may go beyond."""
+    """Limits of the y axis that contain the mean line of every curve; bands may go beyond."""
     low = min(float(c.values[quantity].mean.min()) for c in own)
     high = max(float(c.values[quantity].mean.max()) for c in own)
     return low - (margin := 0.12 * (high - low) or 1.0), high + margin
 
 
 def calibration(measured: Sequence[tuple[Run, dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Reliability of the reward models: how often they are right, over how sure they are."""
+    """Reliability figures of the reward models: the share of correctly ordered pairs over confidence."""
     images = []
     for run, m in measured:
         if "calibration" not in m:
@@ -279,7 +280,7 @@ def calibration(measured: Sequence[tuple[Run, dict[str, Any]]]) -> list[dict[str
             errors.append(f"{name} {float(np.abs(right - sure).sum() / count.sum()):.3f}")
         of_run = run.name if len(measured) > 1 else ""
         title = ": ".join(filter(None, (of_run, "Calibration of the reward models")))
-        lowest = min([0.4, *(y - 0.03 for own in lines for y in own.y)])  # few pairs of a bin may all be wrong
+        lowest = min([0.4, *(y - 0.03 for own in lines for y in own.y)])  # all pairs of a small bin may be wrong
         limits = (lowest, 1.02)
         panel = figures.Panel(lines, title, "confidence in the preferred response", "share in the right order", limits, 1.02, diagonal=True)
         accuracy = np.array(m["accuracy"])
@@ -289,9 +290,9 @@ def calibration(measured: Sequence[tuple[Run, dict[str, Any]]]) -> list[dict[str
 
 
 def image(panels: Sequence[figures.Panel], file: str, caption: str) -> dict[str, Any]:
-    """A figure, as the page holds it; of several panels it is as wide as the page."""
+    """A figure in the form that the page template reads. A figure of several panels is as wide as the page."""
     data = figures.png(figures.figure(panels))
-    width, height = struct.unpack(">II", data[16:24])  # of the PNG's header
+    width, height = struct.unpack(">II", data[16:24])  # width and height in the PNG header
     size = {"width": width // 2, "height": height // 2, "wide": len(panels) > 1}
     return {"png": data, "data": base64.b64encode(data).decode(), "file": file, "caption": caption, "alt": caption} | size
 
@@ -300,7 +301,7 @@ def image(panels: Sequence[figures.Panel], file: str, caption: str) -> dict[str,
 
 
 def page(title: str, runs: Sequence[Run], sections: Sequence[dict[str, Any]]) -> str:
-    """The HTML page."""
+    """The HTML page, as text."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -312,7 +313,7 @@ def page(title: str, runs: Sequence[Run], sections: Sequence[dict[str, Any]]) ->
 
 
 def facts(run: Run) -> list[tuple[str, str]]:
-    """What the page says of a run at its head."""
+    """The facts about a run at the head of the page: pairs of a name and a text."""
     out = [("run", str(run.workdir))]
     for m in run.measurements:
         if m["kind"] == "best_of_n":

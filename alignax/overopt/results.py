@@ -1,4 +1,4 @@
-"""What measurements amount to: curves with confidence bands over seeds, peaks, drops and fitted laws; as JSON and CSV."""
+"""Results of measurements: curves with confidence bands over seeds, peaks, drops and fitted laws; as JSON and CSV."""
 
 import csv
 import io
@@ -15,14 +15,14 @@ from alignax.overopt import fits, training
 from alignax.run.log import misfit
 from alignax.text import one_line
 
-LEVEL = 0.95  # of the bands
+LEVEL = 0.95  # confidence level of the bands
 CURVES = {"gold": [[float]], str: [[float]]}  # quantity -> [S][E]
 SAMPLES = {"objective": str, "n": int, "prompt": str, "response": str, "proxy": float, "gold": float, "members": [(float,)]}
 MADE = dict.fromkeys(("file", "alignax", "commit", "jax", "processor"), str)
 ANY = {"arm": str, "seeds": [int], "made": (MADE,), "excluded": (int,), "excluded_pairs": (int,)}
 RUNS = ANY | {"family": str, "objective": str, "over_steps": [str]}
 RUNS |= {"runs": [{"setting": str, "beta": (float,), "step": [float], "curves": CURVES}]}
-STAGES = {  # kind -> what its file holds, see `alignax.run.log.misfit`
+STAGES = {  # kind -> format of its stage file, see `alignax.run.log.misfit`
     "best_of_n": ANY | dict.fromkeys(("members", "prompts", "responses"), int) | {"n": [int], "kl": [float], "accuracy": [[float]],
         "curves": {str: CURVES}, "calibration": {str: [[float]]}, "samples": [SAMPLES]},
     "direct": ANY | {"objective": str, "beta": float, "step": [float], "curves": CURVES},
@@ -33,7 +33,7 @@ LAWS = {"bon": fits.BON, "rl": fits.RL}
 
 
 class Band(NamedTuple):
-    """A mean over seeds, and its 95 % confidence interval by Student's t, which one seed has not."""
+    """A mean over seeds and its 95 % confidence interval (Student's t). The interval is None for a single seed."""
 
     mean: np.ndarray  # [E]
     low: np.ndarray | None  # [E]
@@ -41,30 +41,30 @@ class Band(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """Quantities over sqrt(KL) under one objective."""
+    """A curve: quantities over sqrt(KL) under one objective, at E points."""
 
-    kind: str  # "best_of_n", "direct", "online", "optima", or of a run "training" (its evaluations) and "steps"
+    kind: str  # "best_of_n", "direct", "online", "optima"; of a training run "training" (its evaluations) or "steps"
     arm: str  # the world
     objective: str
-    beta: float | None  # the coefficient, of trained policies that have one
-    at: np.ndarray  # [E] n, the step, or of optima the coefficient
-    d: np.ndarray  # [E] sqrt of the mean KL to the initial policy, sqrt(nats); NaN where it was not measured
+    beta: float | None  # coefficient of a trained policy; None if it has none
+    at: np.ndarray  # [E] n of best-of-n, coefficient of an optimum, otherwise the step
+    d: np.ndarray  # [E] sqrt of the mean KL to the initial policy, sqrt(nats); NaN if not measured
     values: dict[str, Band]  # quantity -> [E]
     seeds: int
-    setting: str = ""  # what differs between curves of one objective, in words: "β = 0.1"
-    family: str = ""  # of online methods
+    setting: str = ""  # text that distinguishes curves of one objective: "β = 0.1"
+    family: str = ""  # family of an online method or an optimum
 
     @property
     def name(self) -> str:
-        """The objective, with its setting if it has one."""
+        """The name of the curve: its objective, and its setting if it has one."""
         return ", ".join(filter(None, (self.objective, self.setting)))
 
 
 def load(workdir: Path) -> list[dict[str, Any]]:
-    """The measurements in a workdir: of the laboratory, or of a training run.
+    """The measurements in a workdir of the laboratory or of a training run.
 
     Raises:
-      ValueError: for a folder that has neither.
+      ValueError: for a folder without measurements.
     """
     if files := sorted((workdir / "stages").glob("*.json")):
         return [read_stage(file) for file in files]
@@ -72,10 +72,10 @@ def load(workdir: Path) -> list[dict[str, Any]]:
 
 
 def read_stage(file: Path) -> dict[str, Any]:
-    """The measurements of a stage.
+    """The measurements in a stage file.
 
     Raises:
-      ValueError: for a file that the laboratory has not written so.
+      ValueError: for a damaged file, or one of another format.
     """
     try:
         m = json.loads(file.read_bytes())
@@ -88,7 +88,7 @@ def read_stage(file: Path) -> dict[str, Any]:
 
 
 def uneven(m: dict[str, Any]) -> str:
-    """What of a stage has another number of seeds or of places than the rest; empty where nothing has."""
+    """An error text for a table of a stage with the wrong number of seeds or points; empty if all sizes agree."""
     S, runs = len(m["seeds"]), m.get("runs", [m])
     if m["kind"] == "best_of_n":
         E, bins = len(m["n"]), [len(rows[0]) if rows else 0 for rows in m["calibration"].values()]
@@ -102,7 +102,7 @@ def uneven(m: dict[str, Any]) -> str:
 
 
 def curves(measurements: Sequence[dict[str, Any]]) -> list[Curve]:
-    """Every curve of these measurements."""
+    """The curves of all measurements."""
     out = []
     for m in measurements:
         if m["kind"] == "best_of_n":
@@ -123,7 +123,7 @@ def curves(measurements: Sequence[dict[str, Any]]) -> list[Curve]:
 
 
 def band(samples: np.ndarray) -> Band:
-    """Mean and confidence interval over seeds: [S, E] -> [E]."""
+    """The mean and confidence interval over seeds (ddof 1): [S, E] -> [E]."""
     S, mean = samples.shape[0], samples.mean(axis=0)
     if S == 1:
         return Band(mean, None, None)
@@ -132,7 +132,7 @@ def band(samples: np.ndarray) -> Band:
 
 
 def peak(curve: Curve) -> dict[str, float]:
-    """Where the mean gold reward is highest, where it ends, and how far it has dropped by then."""
+    """The peak of a curve's mean gold reward, its final value, and the drop between them, with confidence limits if known."""
     gold = curve.values["gold"]
     best = int(np.nanargmax(gold.mean))
     out = {
@@ -145,7 +145,7 @@ def peak(curve: Curve) -> dict[str, float]:
 
 
 def fitted(own: Sequence[Curve]) -> dict[str, fits.Fit | None]:
-    """Both laws, fitted to the gold rewards of these curves together; None for curves that do not begin at the initial policy."""
+    """Fits of both laws to the gold rewards of all curves together. None for curves that do not begin at the initial policy."""
     if any(curve.kind in ("optima", "steps") or "gold" not in curve.values or not curve.d[0] < fits.SMALLEST for curve in own):
         return dict.fromkeys(LAWS)
     d = np.concatenate([curve.d for curve in own])
@@ -154,7 +154,7 @@ def fitted(own: Sequence[Curve]) -> dict[str, fits.Fit | None]:
 
 
 def pooled(own: Sequence[Curve]) -> dict[tuple[str, str, str, str], list[Curve]]:
-    """Curves of the same objective in the same world, whatever their coefficient: a law is fitted to them together."""
+    """Groups of curves with the same kind, world, family and objective, over all coefficients. One law is fitted to each group."""
     groups: dict[tuple[str, str, str, str], list[Curve]] = {}
     for curve in own:
         groups.setdefault((curve.kind, curve.arm, curve.family, curve.objective), []).append(curve)
@@ -162,7 +162,7 @@ def pooled(own: Sequence[Curve]) -> dict[tuple[str, str, str, str], list[Curve]]
 
 
 def as_json(measurements: Sequence[dict[str, Any]]) -> str:
-    """All numbers of the page: curves, peaks, laws, calibration, samples."""
+    """All numbers of the page as JSON: curves, peaks, laws, calibration, samples."""
     own = curves(measurements)
     laws = [
         {"kind": kind, "world": arm, "family": family, "objective": objective}
@@ -176,7 +176,7 @@ def as_json(measurements: Sequence[dict[str, Any]]) -> str:
 
 
 def makers(measurements: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
-    """What code and which processors have measured these (see `alignax.overopt.laboratory.made_by`), each once."""
+    """The distinct versions and processors that made the measurements (see `alignax.overopt.laboratory.made_by`)."""
     found = [m["made"] for m in measurements if m.get("made")]
     return [made for i, made in enumerate(found) if made not in found[:i]]
 
@@ -191,7 +191,7 @@ def _plain(curve: Curve) -> dict[str, Any]:
 
 
 def as_csv(own: Sequence[Curve]) -> str:
-    """One row for each point of each curve of each quantity."""
+    """All curves as CSV: one row per curve, quantity and point."""
     out = io.StringIO()
     write = csv.writer(out, lineterminator="\n").writerow
     write(["kind", "world", "family", "objective", "setting", "beta", "at", "d", "quantity", "mean", "low", "high", "seeds"])

@@ -1,4 +1,4 @@
-"""The tables and the words of the report: final against peak, fitted laws, samples."""
+"""Tables and texts of the report: final against peak, fitted laws, samples."""
 
 import math
 from collections.abc import Sequence
@@ -10,23 +10,23 @@ import numpy as np
 from alignax.overopt import results
 from alignax.overopt.results import Curve
 
-COLUMNS = {  # quantity -> head of a column with its value at the end
+COLUMNS = {  # quantity -> head of the column with its final value
     "proxy": "proxy at the end", "disagreement": "disagreement at the end", "accuracy": "held-out accuracy",
     "chosen_drift": "chosen log-ratio (nats)", "unseen": "mass on responses in no pair", "length": "tokens at the end",
     "score 1": "reward model 1 at the end", "score 2": "reward model 2 at the end",
 }  # fmt: skip
-COURSE = {  # quantities of a training run -> what they are
+COURSE = {  # quantity of a training run -> its name in the report
     "loss": "loss", "reward": "reward", "gold": "gold reward", "kl": "KL (nats)", "margin": "implicit reward, margin",
     "accuracy": "accuracy", "chosen_drift": "chosen log-ratio (nats)", "rejected_drift": "rejected log-ratio (nats)",
     "entropy": "entropy (nats a token)", "length": "tokens of a response", "truncated": "truncated responses",
     "distinct": "different responses", "disagreement": "disagreement of the members",
 }  # fmt: skip
 RUNS = ("training", "steps")  # kinds of measurement of a training run
-EVALUATIONS = 9  # of a training run in its table, at most
+EVALUATIONS = 9  # most rows of a training run in its table
 
 
 class Run(NamedTuple):
-    """A workdir and what was measured there."""
+    """A run: its workdir, its measurements and their curves."""
 
     name: str
     workdir: Path
@@ -34,11 +34,11 @@ class Run(NamedTuple):
     curves: list[Curve]
 
 
-Own = Sequence[tuple[Run, list[Curve]]]  # the runs that have this kind of measurement in this world, and their curves of it
+Own = Sequence[tuple[Run, list[Curve]]]  # runs with one kind of measurement in one world, and their curves
 
 
 def ends(own: Own) -> dict[str, Any]:
-    """Final against peak."""
+    """The table of final against peak gold reward."""
     shown = [q for q in COLUMNS if any(q in c.values for _, found in own for c in found)]
     kinds = {c.kind for _, found in own for c in found}
     at = "n" if "best_of_n" in kinds else "coefficient" if kinds == {"optima"} else "step"
@@ -67,7 +67,7 @@ def ends(own: Own) -> dict[str, Any]:
 
 
 def markdown(title: str, own: Own) -> str:
-    """Final against peak as a Markdown table, each gold reward with its spread over seeds; empty where there is no gold reward."""
+    """The Markdown table of final against peak gold reward, with the spread over seeds. Empty if there is no gold reward."""
     curves = [c for _, found in own for c in found if "gold" in c.values and c.kind != "steps"]
     if not curves:
         return ""
@@ -83,13 +83,13 @@ def markdown(title: str, own: Own) -> str:
 
 
 def maker(made: dict[str, str]) -> str:
-    """What has measured numbers, in words."""
+    """A text of the versions and the processor that made measurements."""
     commit = f" at commit {made['commit']}" if made["commit"] else ""
     return f"{made['file']}, alignax {made['alignax']}{commit}, jax {made['jax']}, {made['processor']}"
 
 
 def course(own: Own) -> dict[str, Any]:
-    """Training runs from their first evaluation or steps to their last, a few between them."""
+    """The table of training runs: first and last evaluation or steps, and a few between."""
     found = [(run, c) for run, curves in own for c in curves if c.kind in RUNS]
     shown = [q for q in COURSE if any(q in c.values for _, c in found)]
     rows = []
@@ -107,7 +107,7 @@ def course(own: Own) -> dict[str, Any]:
 
 
 def laws(own: Own) -> dict[str, Any]:
-    """Alpha, beta, R^2 and peak of each law, fitted to all curves of an objective together."""
+    """The table of fitted laws: alpha, beta, R^2 and peak, fitted to all curves of an objective together."""
     rows = []
     for run, found in own:
         for (*_, objective), group in results.pooled(found).items():
@@ -122,7 +122,7 @@ def laws(own: Own) -> dict[str, Any]:
 
 
 def samples(measured: Sequence[tuple[Run, dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Responses, with what the proxy, gold and the members say of them."""
+    """Tables of sampled responses with their scores: proxy, gold and members."""
     tables = []
     for run, m in measured:
         if m["kind"] == "best_of_n":
@@ -140,7 +140,7 @@ def samples(measured: Sequence[tuple[Run, dict[str, Any]]]) -> list[dict[str, An
                 for x in m["samples"]
             ]
             texts = [2, 3]
-        else:  # a training run's; direct alignment and online methods have none
+        else:  # a training run; direct alignment and online methods have no samples
             shown = [q for q in ("reward", "gold", "log_ratio") if any(x[q] is not None for x in m.get("samples", []))]
             head, texts = ["prompt", "step", "response", *(q.replace("_", "-") for q in shown)], [0, 2]
             rows = [[x["prompt"], number(x["step"], 0), x["response"], *(number(x[q]) for q in shown)] for x in m.get("samples", [])]
@@ -151,7 +151,7 @@ def samples(measured: Sequence[tuple[Run, dict[str, Any]]]) -> list[dict[str, An
 
 
 def findings(own: Own) -> list[str]:
-    """Peak and end of every curve, a line for each run, of policies for each of its objectives; and what was left out."""
+    """Sentences of a section: peak and end of gold rewards, per run or per objective of trained policies; and excluded responses."""
     lines = []
     for run, found in own:
         kind, arm = found[0].kind, found[0].arm
@@ -172,27 +172,27 @@ def findings(own: Own) -> list[str]:
 
 
 def first_and_last(curve: Curve) -> str:
-    """What each quantity of a training run was and became."""
+    """A sentence with the first and the last value of each quantity of a training run."""
     known = {q: x[np.isfinite(x)] for q in COURSE if q in curve.values and (x := curve.values[q].mean).size}
     return "first and last, " + "; ".join(f"{COURSE[q]}: {number(x[0])} → {number(x[-1])}" for q, x in known.items())
 
 
 def rise_and_fall(curves: Sequence[Curve]) -> str:
-    """Peak and end of each curve's gold reward."""
+    """A text with the peak and the final value of each curve's gold reward."""
     name = lambda c: c.setting or c.objective
     return "; ".join(f"{name(c)}: {number((p := results.peak(c))['peak'])} → {number(p['final'])}" for c in curves)
 
 
 def number(x: float | None, digits: int = 2) -> str:
-    """A number of a table, with a true minus sign; a dash for none."""
+    """A table's text for a number, with a true minus sign; a dash for None or NaN."""
     return "–" if x is None or math.isnan(x) else f"{round(float(x), digits) + 0.0:.{digits}f}".replace("-", "−")  # + 0.0: no negative zero
 
 
 def heads(own: Own) -> list[str]:
-    """The head of the column that names the run, where there are several."""
+    """The head of the column of run names; empty for a single run."""
     return ["run"] if len(own) > 1 else []
 
 
 def named(run: Run, own: Own) -> list[str]:
-    """The cell under it."""
+    """The cell with the name of a run; empty for a single run."""
     return [run.name] if len(own) > 1 else []

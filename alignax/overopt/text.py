@@ -1,8 +1,8 @@
-"""The laboratory on transformers: a policy learns to write from demonstrations, reward models from pairs of its answers, all here.
+"""The laboratory on transformers: a policy trained on demonstrations, and reward models trained on pairs of its answers.
 
-The world is `alignax.overopt.words`. Every model is the library's transformer, trained by its losses, its data streams and its one step;
-the K reward models of a seed are `jax.vmap` of that step; answers are sampled by `alignax.generate` and scored by `alignax.rewards`.
-The policy is one for all seeds; a seed is another gold reward, other pairs, other reward models and other answers.
+The world is `alignax.overopt.words`. Every model is the library's transformer, trained with the library's losses, data streams and step.
+The K reward models of a seed are trained by `jax.vmap` of that step. Answers are sampled by `alignax.generate` and scored by
+`alignax.rewards`. All seeds share one policy; each seed has its own gold reward, pairs, reward models and answers.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ from alignax.run.steps import compare
 from alignax.train import init_state, make_evaluation, make_step, means
 from alignax.types import Model, Params, TrainState
 
-NEW = words.LONGEST + 1  # the most tokens of an answer, the EOS included
+NEW = words.LONGEST + 1  # most tokens of an answer, including the EOS
 SLOTS = 1024  # answers sampled side by side
 HEADS = 4
 TAUGHT = 0.1  # share of loops in the first third of the demonstrations
@@ -45,7 +45,7 @@ RANGES = (  # config field, lowest, highest
 
 
 class Policy(NamedTuple):
-    """The initial policy."""
+    """The initial policy: config, parameters and sampler."""
 
     config: ModelConfig
     params: Params
@@ -53,7 +53,7 @@ class Policy(NamedTuple):
 
 
 class Data(NamedTuple):
-    """Of a seed: its gold reward, and pairs of the policy's answers, the one that gold prefers first."""
+    """The data of a seed: its gold reward, and pairs of the policy's answers with the one that gold prefers first."""
 
     gold: Gold
     train: Examples
@@ -61,11 +61,11 @@ class Data(NamedTuple):
 
 
 def text(config: Any, proxy_loss: Loss) -> World:
-    """The world of words.
+    """The world of words, on transformers trained here.
 
     Args:
       config: groups `world`, `sft`, `proxy` and `direct` of experiments/overoptimization_tokens.py.
-      proxy_loss: that of the reward models, `bradley_terry() + 0.001 * score_l2()` say.
+      proxy_loss: loss of the reward models, for example `bradley_terry() + 0.001 * score_l2()`.
 
     Raises:
       BadInput: for fields outside their range.
@@ -86,7 +86,7 @@ def text(config: Any, proxy_loss: Loss) -> World:
 
 
 def model(width: int, layers: int, num_labels: int = 0) -> ModelConfig:
-    """A decoder for the words: a language model, or a reward model."""
+    """The config of a decoder for the words: a language model, or with `num_labels` a reward model."""
     return ModelConfig(
         vocab_size=len(words.VOCABULARY), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
         num_attention_heads=HEADS, num_key_value_heads=HEADS, head_dim=width // HEADS, max_position_embeddings=1 + NEW,
@@ -95,7 +95,7 @@ def model(width: int, layers: int, num_labels: int = 0) -> ModelConfig:
 
 
 def trained(step: Any, state: TrainState, batch: Callable[[int], Mapping[str, np.ndarray]], steps: range) -> TrainState:
-    """The state after these steps of a jitted step, each on its own batch."""
+    """The training state after a range of steps; step i trains on `batch(i)`. Stops if a step was not finite."""
     for i in steps:
         state = step(state, batch(i))[0]
     check_trained(state)
@@ -103,12 +103,12 @@ def trained(step: Any, state: TrainState, batch: Callable[[int], Mapping[str, np
 
 
 def train_policy(config: Any) -> Policy:
-    """A policy that writes as the demonstrations do."""
+    """The initial policy, trained by SFT on demonstrations."""
     c, own = config.sft, model(config.sft.width, config.sft.layers)
     optimizer = optax.adam(optax.cosine_decay_schedule(c.learning_rate, c.steps))
     step = jax.jit(make_step(forward(own, remat="none"), sft(), optimizer), donate_argnums=0)
     state = init_state(parameters.fresh(own, jax.random.key(config.seed)), optimizer, jax.random.key(config.seed))
-    # Many loops first, so that it learns how to go on with one; then as many as there are to be, so that it learns how rarely one begins.
+    # First many loops, so that the policy learns to continue one; then the true share, so that it learns how rarely one begins.
     third, tail = c.steps // 3, config.world.tail
     for part, steps in enumerate((range(third), range(third, c.steps))):
         rng = np.random.default_rng([config.seed, 0, part])
@@ -118,7 +118,7 @@ def train_policy(config: Any) -> Policy:
 
 
 def examples(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[Any]]) -> Examples:
-    """Prompts and their N answers each, in tokens."""
+    """Examples of P prompts in tokens with N answers each."""
     sides = [np.concatenate([prompt, answer]) for prompt, own in zip(prompts, answers, strict=True) for answer in own]
     scored = [np.arange(len(prompt) + len(answer)) >= len(prompt) for prompt, own in zip(prompts, answers, strict=True) for answer in own]
     offsets = np.cumsum([0, *map(len, sides)])
@@ -127,7 +127,7 @@ def examples(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[Any]])
 
 
 def make_data(config: Any, policy: Policy, seed: int) -> Data:
-    """Gold labels pairs of the policy's answers; ties are no pairs."""
+    """The data of a seed: pairs of the policy's answers, labelled by gold. Ties are left out."""
     c, wanted = config.world, config.world.pairs + config.world.held_out
     asked = words.prompts(np.random.default_rng([seed, 2]), wanted + wanted // 4)
     answers = policy.generate(policy.params, asked, jax.random.key(2 * seed), n=2)
@@ -144,7 +144,7 @@ def make_data(config: Any, policy: Policy, seed: int) -> Data:
 
 
 def score(config: Any, loss: Loss, policy: Callable[[], Policy], data: Callable[[int], Data], seeds: Sequence[int]) -> Iterator[Scored]:
-    """Trains the reward models of each seed, and scores fresh answers of the policy."""
+    """Trains the reward models of each seed and scores fresh answers of the policy; yields one `Scored` per seed."""
     c, world = config.proxy, config.world
     own, mesh = model(c.width, c.layers, num_labels=1), make_mesh({}, jax.devices()[:1])
     optimizer = optax.adam(c.learning_rate)
@@ -158,26 +158,26 @@ def score(config: Any, loss: Loss, policy: Callable[[], Policy], data: Callable[
         answers = policy().generate(policy().params, asked, jax.random.key(2 * seed + 1), n=world.responses)
         shown = examples(asked, answers.rows())
         rated = rewards.ensemble_model(own, state.params, mesh)
-        scores = rewards.score_examples(rated.apply, rated.params, shown, mesh, 1, padded_length(shown))  # prompt by prompt
+        scores = rewards.score_examples(rated.apply, rated.params, shown, mesh, 1, padded_length(shown))  # one prompt at a time
         values = gold(answers.tokens)
         yield Scored(values, scores, margins(values, scores), answers.mask.sum(axis=-1), partial(show, answers.tokens))
 
 
 def new_members(own: ModelConfig, optimizer: optax.GradientTransformation, members: int, seed: int) -> TrainState:
-    """K reward models at step 0; no two seeds share one."""
+    """The training state of K reward models at step 0. Initial weights differ between members and between seeds."""
     start = lambda key: init_state(parameters.fresh(own, key), optimizer, jax.random.key(0))
     return over_members(start, 0, AXES)(keys(seed * members, members))
 
 
 def member_streams(config: Any, pairs: Examples, seed: int) -> list[Batches]:
-    """The pairs as each member meets them: in an order of its own, the same ones with a wrong label, or others."""
+    """The batches of each member, in its own order. With `shared_noise` all members have the same flipped labels, otherwise their own."""
     c, world, first = config.proxy, config.world, seed * config.proxy.members
     stream = Batches(pairs, c.batch_size, first, padded_length(pairs), noise=world.noise, noise_seed=first)
     return member_batches(stream, c.members, not world.shared_noise)
 
 
 def show(tokens: np.ndarray, p: int, i: int) -> tuple[str, str]:
-    """A prompt and its i-th answer."""
+    """The texts of prompt p and of its i-th answer."""
     return words.text([1 + p]), words.text(tokens[p, i])
 
 
@@ -185,17 +185,17 @@ def show(tokens: np.ndarray, p: int, i: int) -> tuple[str, str]:
 
 
 class Programs(NamedTuple):
-    """What direct alignment computes, jitted."""
+    """The jitted programs of direct alignment."""
 
     optimizer: optax.GradientTransformation
     step: Callable[[TrainState, Any], Any]
     evaluate: Callable[..., Any]  # params, step, batch -> sums of the loss's metrics
     logps: Callable[..., jax.Array]  # params, batch -> [B, N, T]
-    ratios: Callable[..., jax.Array]  # params, initial ones, sampled batch -> log pi - log pi_0 of each answer in nats, [B, 1]
+    ratios: Callable[..., jax.Array]  # params, initial params, sampled batch -> log pi - log pi_0 of each answer in nats, [B, 1]
 
 
 def align(config: Any, policy: Callable[[], Policy], data: Callable[[int], Data], seeds: Sequence[int], loss: Loss) -> Iterator[Trajectory]:
-    """Trains the policy on each seed's pairs, and measures samples of it."""
+    """Trains the policy on each seed's pairs and measures its samples; yields one trajectory per seed."""
     apply, optimizer = forward(policy().config, remat="none"), optax.adam(config.direct.learning_rate)
     programs = Programs(
         optimizer,
@@ -209,7 +209,7 @@ def align(config: Any, policy: Callable[[], Policy], data: Callable[[int], Data]
 
 
 def train_one(config: Any, initial: Policy, data: Data, programs: Programs, seed: int) -> Trajectory:
-    """One policy; KL(policy || initial) is the mean log-ratio of its samples, gold their mean gold reward."""
+    """Trains and measures one policy. KL(policy || initial) is the mean log-ratio of its samples, gold is their mean gold reward."""
     c, first = config.direct, seed * config.proxy.members
     pairs, held_out = (with_reference(programs, initial.params, own) for own in (data.train, data.held_out))
     stream = Batches(pairs, c.batch_size, first, padded_length(pairs), noise=config.world.noise, noise_seed=first)
@@ -235,6 +235,6 @@ def train_one(config: Any, initial: Policy, data: Data, programs: Programs, seed
 
 
 def with_reference(programs: Programs, params: Params, pairs: Examples) -> Examples:
-    """The pairs with their log-probs under the initial policy, which every step reads."""
+    """The pairs with the initial policy's log-probs as `ref_logps`, which every step reads."""
     whole = evaluation_batch(pairs, 0, len(pairs), padded_length(pairs))
     return dataclasses.replace(pairs, token_fields={"ref_logps": np.asarray(programs.logps(params, whole))[whole["mask"]]})

@@ -1,4 +1,4 @@
-"""A training run as measurements of one seed: its evaluations, and its steps."""
+"""Measurements of a training run, as of one seed: its evaluations and its steps."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,20 +9,20 @@ import numpy as np
 from alignax.cli.comparison import evaluated
 from alignax.run.log import SAMPLE, read_rows
 
-QUANTITIES = {  # what a training run logs, as the laboratory calls it
+QUANTITIES = {  # name in the log of a training run -> name in the laboratory
     "loss": "loss", "reward": "reward", "rewards/margins": "margin", "rewards/accuracies": "accuracy", "gold": "gold", "kl": "kl",
     "entropy": "entropy", "completion_length": "length", "truncated_rate": "truncated", "distinct": "distinct",
     "logps/chosen_drift": "chosen_drift", "logps/rejected_drift": "rejected_drift", "disagreement": "disagreement",
 }  # fmt: skip
-PROXIES = ("reward", "margin")  # what is optimised, the first of these that there is: online the reward, offline the implicit one
-PARTS = 100  # of all steps, at most: a point each
+PROXIES = ("reward", "margin")  # the first one found is the proxy: the reward online, the implicit reward offline
+PARTS = 100  # most points of a curve over steps
 
 
 def of_training(workdir: Path) -> list[dict[str, Any]]:
-    """The evaluations and the steps of a training run.
+    """The measurements of a training run: its evaluations and its steps.
 
     Raises:
-      ValueError: for a folder that has neither.
+      ValueError: for a folder without evaluations and steps.
     """
     logged = read_rows(workdir / "metrics.jsonl")
     evaluations, steps = evaluated(logged), [row for row in logged if "loss" in row]
@@ -37,12 +37,12 @@ def of_training(workdir: Path) -> list[dict[str, Any]]:
 
 
 def measurement(kind: str, workdir: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Rows as curves, NaN where a quantity was not logged; where there are gold rewards and KL, the rows that have both."""
+    """Logged rows as curves, NaN if a quantity is missing. If some rows have both gold reward and KL, only those rows are used."""
     rows = [row for row in rows if row.get("kl") is not None and row.get("gold") is not None] or rows
     column = lambda name: np.array([np.nan if row.get(name) is None else row[name] for row in rows], np.float64)
     curves = {quantity: column(name) for name, quantity in QUANTITIES.items() if np.isfinite(column(name)).any()}
     if "kl" in curves:
-        curves["kl"] = np.maximum(curves["kl"], 0.0)  # an estimate, whose noise may take it below
+        curves["kl"] = np.maximum(curves["kl"], 0.0)  # noise may make an estimate negative
     if proxies := [curves[name] for name in PROXIES if name in curves]:
         curves["proxy"] = proxies[0]
     return {
@@ -52,7 +52,7 @@ def measurement(kind: str, workdir: Path, rows: Sequence[Mapping[str, Any]]) -> 
 
 
 def parts_of(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of many steps as means over neighbouring ones; the step is the last of each part."""
+    """Means over neighbouring steps of a long log; each keeps the number of its last step."""
     out = []
     for part in np.array_split(np.arange(len(rows)), min(PARTS, len(rows))):
         own = [rows[i] for i in part]
@@ -62,7 +62,7 @@ def parts_of(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def ends_of(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Samples of the first and of the last evaluation, what became of each prompt together; none, where none were logged."""
+    """Samples of the first and of the last evaluation, grouped by prompt; empty if none were logged."""
     ends = [row for row in samples if row["step"] in (samples[0]["step"], samples[-1]["step"])]
     prompts = list(dict.fromkeys(row["prompt"] for row in ends))
     ends.sort(key=lambda row: prompts.index(row["prompt"]))

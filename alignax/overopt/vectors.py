@@ -1,12 +1,12 @@
-"""A world of vectors, where an experiment takes seconds: the gold reward is a direction, except far out, where it is bad.
+"""The world of vectors, where an experiment takes seconds. Gold reward grows along a direction, and is low for vectors far from 0.
 
-x = z * s,  z ~ N(0, I),  s = `stretch` with probability `tail`, else 1;  gold(x) = w . x, but `outside` where |x| >= `radius` sqrt(D)
+x = z * s,  z ~ N(0, I),  s = `stretch` with probability `tail`, else 1;  gold(x) = w . x, but `outside` if |x| >= `radius` sqrt(D)
 
-Reward models learn from pairs, few of which lie far out, and extrapolate there along w: so the largest proxy scores are of bad
-responses, and there the members disagree. With `tail` 0 nothing lies there: the negative control.
+Reward models learn from pairs. Few pairs lie far from 0, so reward models extrapolate there along w: bad responses get the largest proxy
+scores, and the members disagree about them. With `tail` 0 no response lies there; this is the negative control.
 
-A reward model is a function `(params, batch) -> Outputs`, a policy another; the library's own losses and step train both. Seeds and
-members are `jax.vmap` of that step over stacked trees: one compiled program.
+A reward model is a function `(params, batch) -> Outputs`, and so is a policy. The library's losses and step train both. `jax.vmap` of the
+step over stacked trees trains all seeds and members in one compiled program.
 """
 
 import math
@@ -27,8 +27,8 @@ from alignax.overopt.worlds import Scored, Trajectory, World, check_ranges, chec
 from alignax.train import init_state, make_evaluation, make_step
 from alignax.types import Batch, Model, Outputs, Params, TrainState
 
-SAMPLES = 20_000  # responses that gold takes its mean and spread of
-HIDDEN = 32
+SAMPLES = 20_000  # responses that estimate the mean and the standard deviation of gold
+HIDDEN = 32  # width of a network's hidden layers
 RANGES = (  # config field, lowest, highest
     ("world.tail", 0, 1), ("world.noise", 0, 0.5), ("world.dimension", 1, math.inf), ("world.pairs", 1, math.inf),
     ("world.held_out", 1, math.inf), ("world.prompts", 1, math.inf), ("proxy.members", 1, math.inf), ("proxy.steps", 1, math.inf),
@@ -37,7 +37,7 @@ RANGES = (  # config field, lowest, highest
 
 
 class Gold(NamedTuple):
-    """A gold reward, less its mean and over its spread under the initial policy."""
+    """A gold reward, standardised by its mean and standard deviation under the initial policy."""
 
     direction: jax.Array  # [D], a unit vector
     mean: jax.Array
@@ -45,11 +45,11 @@ class Gold(NamedTuple):
 
 
 def vectors(config: Any, proxy_loss: Loss) -> World:
-    """The world of vectors: reward models on fresh responses, and policies over a pool of fixed ones.
+    """The world of vectors: best-of-n of fresh responses, and policies over a fixed pool of responses.
 
     Args:
       config: groups `world`, `proxy` and `direct` of experiments/overoptimization.py.
-      proxy_loss: that of the reward models, `bradley_terry() + 0.001 * score_l2()` say.
+      proxy_loss: loss of the reward models, for example `bradley_terry() + 0.001 * score_l2()`.
 
     Raises:
       BadInput: for fields outside their range.
@@ -65,14 +65,14 @@ def vectors(config: Any, proxy_loss: Loss) -> World:
 
 
 def draw(key: jax.Array, shape: tuple[int, ...], world: Any) -> jax.Array:
-    """Responses of the initial policy: [*shape, D]."""
+    """Random responses of the initial policy: [*shape, D]."""
     normal, far = jax.random.split(key)
     stretched = jax.random.uniform(far, (*shape, 1)) < world.tail
     return jax.random.normal(normal, (*shape, world.dimension)) * jnp.where(stretched, world.stretch, 1.0)
 
 
 def make_gold(key: jax.Array, world: Any) -> Gold:
-    """The gold reward of a seed."""
+    """The gold reward of a seed: a random direction, with the mean and standard deviation of a sample."""
     one, other = jax.random.split(key)
     w = jax.random.normal(one, (world.dimension,))
     gold = Gold(w / jnp.linalg.norm(w), jnp.zeros(()), jnp.ones(()))
@@ -81,7 +81,7 @@ def make_gold(key: jax.Array, world: Any) -> Gold:
 
 
 def make_golds(seeds: Sequence[int], world: Any) -> tuple[jax.Array, Gold]:
-    """Keys of everything that is random [S, 6], and gold rewards, their leaves stacked to [S, ...]."""
+    """The random keys [S, 6] of S seeds, and their gold rewards, stacked to leaves [S, ...]."""
     keys = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed), 6))(jnp.array(seeds))
     golds = jax.jit(jax.vmap(partial(make_gold, world=world)))(keys[:, 0])
     for mean, std in zip(golds.mean.tolist(), golds.std.tolist(), strict=True):
@@ -90,19 +90,19 @@ def make_golds(seeds: Sequence[int], world: Any) -> tuple[jax.Array, Gold]:
 
 
 def rewards(gold: Gold, x: jax.Array, world: Any) -> jax.Array:
-    """Gold rewards: [..., D] -> [...]."""
+    """The gold rewards of responses: [..., D] -> [...]."""
     inside = jnp.linalg.norm(x, axis=-1) < world.radius * math.sqrt(world.dimension)
     return (jnp.where(inside, x @ gold.direction, world.outside) - gold.mean) / gold.std
 
 
 def flips(key: jax.Array, count: int, members: int, config: Any) -> jax.Array:
-    """Which of the training labels are wrong, for each member: [K, pairs]. Members share one mask, as they share their data, or not."""
+    """The mask [K, pairs] of flipped training labels. All members have the same row with `world.shared_noise`, otherwise each its own."""
     shape = (1 if config.world.shared_noise else members, count)
     return jnp.broadcast_to(jax.random.uniform(key, shape) < config.world.noise, (members, count))
 
 
 def relabelled(pairs: jax.Array, flipped: jax.Array) -> jax.Array:
-    """Pairs [B, 2, ..] whose sides have changed places where `flipped` [B]."""
+    """Pairs [B, 2, ..] with the two sides swapped where `flipped` [B] is True."""
     return jnp.where(flipped[:, None, None], pairs[:, ::-1], pairs)
 
 
@@ -110,14 +110,14 @@ def relabelled(pairs: jax.Array, flipped: jax.Array) -> jax.Array:
 
 
 def init_network(key: jax.Array, dimension: int, last: float) -> Params:
-    """Two hidden layers of a ReLU network; `last` scales the last one's weights."""
+    """Random parameters of a ReLU network with two hidden layers; `last` scales the weights of the output layer."""
     sizes, keys = (dimension, HIDDEN, HIDDEN, 1), jax.random.split(key, 3)
     layers = [jax.random.normal(k, (a, b)) / math.sqrt(a) for k, a, b in zip(keys, sizes, sizes[1:], strict=False)]
     return [{"weight": w * (last if w.shape[1] == 1 else 1.0), "bias": jnp.zeros((1, w.shape[1]))} for w in layers]
 
 
 def network(params: Params, x: jax.Array) -> jax.Array:
-    """[..., D] -> [...]."""
+    """The output of a ReLU network: [..., D] -> [...]."""
     h = x.reshape(-1, x.shape[-1])
     for layer in params[:-1]:
         h = jax.nn.relu(h @ layer["weight"] + layer["bias"])
@@ -125,20 +125,20 @@ def network(params: Params, x: jax.Array) -> jax.Array:
 
 
 def reward_model(params: Params, batch: Batch) -> Outputs:
-    """Scores [B, N] of `vectors` [B, N, D]; a vector has no tokens, so its log-probs are 0."""
+    """Outputs of a reward model: scores [B, N] of `vectors` [B, N, D]. Vectors have no tokens, so log-probs are 0."""
     none = jnp.zeros(batch["completion_mask"].shape)
     return Outputs(none, none, scores=network(params, batch["vectors"]))
 
 
 def policy(pool: jax.Array, params: Params, batch: Batch) -> Outputs:
-    """A softmax over a pool [M, D] of responses; a response is one token, its number: `tokens` [B, N, 1]."""
+    """Outputs of a policy: a softmax over a pool [M, D] of responses. A response is one token, its index: `tokens` [B, N, 1]."""
     log_probs = jax.nn.log_softmax(network(params, pool))  # [M]
     entropy = -jnp.sum(jnp.exp(log_probs) * log_probs)
     return Outputs(log_probs[batch["tokens"]], jnp.full(batch["tokens"].shape, entropy))
 
 
 def trained(step: Any, state: TrainState, data: Batch, steps: int | jax.Array, batch_size: int) -> TrainState:
-    """The state after so many steps on batches of random rows of `data`."""
+    """The training state after `steps` steps on batches of random rows of `data`."""
     count = data["completion_mask"].shape[0]
 
     def one(_: jax.Array, state: TrainState) -> TrainState:
@@ -152,7 +152,7 @@ def trained(step: Any, state: TrainState, data: Batch, steps: int | jax.Array, b
 
 
 def score(config: Any, loss: Loss, seeds: Sequence[int]) -> Iterator[Scored]:
-    """Trains the reward models of all seeds at once, and scores fresh responses seed by seed."""
+    """Trains the reward models of all seeds at once, and scores fresh responses; yields one `Scored` per seed."""
     world = config.world
     keys, golds = make_golds(seeds, world)
     pairs = lambda gold, key, count: ordered(gold, draw(key, (count, 2), world), world)
@@ -164,7 +164,7 @@ def score(config: Any, loss: Loss, seeds: Sequence[int]) -> Iterator[Scored]:
         members = lambda x: jax.vmap(network, in_axes=(0, None))(params, x)
         responses = draw(keys[4], (world.prompts, world.responses), world)
         better, worse = members(pairs(gold, keys[5], world.held_out).swapaxes(0, 1)).swapaxes(0, 1)  # [K, H] each
-        scores = jax.lax.map(members, responses)  # prompt by prompt, to bound memory: [P, K, N]
+        scores = jax.lax.map(members, responses)  # [P, K, N], one prompt at a time to bound memory
         return responses, rewards(gold, responses, world), scores.swapaxes(0, 1), better - worse
 
     states = jax.jit(jax.vmap(train))(golds, keys)  # leaves [S, K, ...]
@@ -177,7 +177,7 @@ def score(config: Any, loss: Loss, seeds: Sequence[int]) -> Iterator[Scored]:
 
 
 def train_members(config: Any, loss: Loss, key: jax.Array, noise: jax.Array, pairs: jax.Array) -> TrainState:
-    """K reward models on the same pairs [pairs, 2, D], better one first, each from its own weights and in its own order: [K, ...]."""
+    """Trains K reward models on pairs [pairs, 2, D], better side first, each with its own initial weights and order: leaves [K, ...]."""
     c, count = config.proxy, pairs.shape[0]
     optimizer = optax.adam(c.learning_rate)
     step = make_step(reward_model, loss, optimizer)
@@ -192,13 +192,13 @@ def train_members(config: Any, loss: Loss, key: jax.Array, noise: jax.Array, pai
 
 
 def ordered(gold: Gold, x: jax.Array, world: Any) -> jax.Array:
-    """Pairs [.., 2, D], the one that gold prefers first."""
+    """Pairs [.., 2, D] with the response that gold prefers first."""
     better = jnp.argmax(rewards(gold, x, world), axis=-1)
     return jnp.where((better == 0)[..., None, None], x, x[..., ::-1, :])
 
 
 def show(direction: np.ndarray, responses: np.ndarray, p: int, i: int) -> tuple[str, str]:
-    """A response in words: how far it goes along gold's direction, and how far out it lies."""
+    """Texts of a prompt and a response [D]: its component along gold's direction, and its norm."""
     x = responses[p, i]
     return f"prompt {p}", f"w·x = {x @ direction:+.2f}, |x| = {np.linalg.norm(x):.2f}"
 
@@ -207,7 +207,7 @@ def show(direction: np.ndarray, responses: np.ndarray, p: int, i: int) -> tuple[
 
 
 def align(config: Any, seeds: Sequence[int], loss: Loss) -> Iterator[Trajectory]:
-    """Trains a policy of each seed over a pool of responses, from the uniform one, and measures it exactly."""
+    """Trains a policy of each seed over a pool of responses, starting uniform, and measures it exactly; yields one trajectory per seed."""
     c = config.direct
     keys, golds = make_golds(seeds, config.world)
     run = jax.jit(lambda inputs: jax.lax.map(lambda own: train_policy(config, loss, *own), inputs))
@@ -219,7 +219,7 @@ def align(config: Any, seeds: Sequence[int], loss: Loss) -> Iterator[Trajectory]
 
 
 def train_policy(config: Any, loss: Loss, own: Gold, keys: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One policy over a pool of responses, and what is measured of it at each of the evaluations: [E]."""
+    """Trains one policy over a pool of responses. Returns its state and its measurements at E evaluations: quantity -> [E]."""
     c, world, count = config.direct, config.world, config.direct.pool
     pool = draw(keys[1], (count,), world)  # [M, D]
     gold = rewards(own, pool, world)
@@ -253,11 +253,11 @@ def train_policy(config: Any, loss: Loss, own: Gold, keys: jax.Array) -> tuple[T
         return state, measured(state)
 
     step = make_step(apply, loss, optimizer)
-    steps = jnp.full((c.steps // c.every + 1,), c.every).at[0].set(0)  # measured before the first one too
+    steps = jnp.full((c.steps // c.every + 1,), c.every).at[0].set(0)  # the first evaluation is before training
     return jax.lax.scan(stretch, init_state(initial, optimizer, keys[5]), steps)
 
 
 def random_pairs(key: jax.Array, gold: jax.Array, flipped: jax.Array) -> jax.Array:
-    """Pairs of a pool with gold rewards [M], by number [B, 2, 1]: the one that gold prefers first, unless `flipped` [B]."""
+    """Random pairs of indices [B, 2, 1] into a pool with gold rewards [M]: the better one first, unless `flipped` [B]."""
     pairs = jax.random.randint(key, (flipped.shape[0], 2, 1), 0, gold.shape[0])
     return relabelled(relabelled(pairs, gold[pairs[:, 0, 0]] < gold[pairs[:, 1, 0]]), flipped)

@@ -1,7 +1,7 @@
-"""What a world is to the laboratory: responses that K reward models and a gold reward have scored, and policies in training.
+"""The interface between worlds and the laboratory: responses scored by K reward models and a gold reward, and policies in training.
 
-Every world makes its own reward models from preferences that the gold reward labels, and only the laboratory compares. A world is
-functions of seeds; a seed is a whole experiment: another gold reward, other data, other models.
+Every world trains its own reward models on preferences that its gold reward labels; the laboratory compares them. A world is a set of
+functions of seeds. Each seed is a whole experiment, with its own gold reward, data and models.
 """
 
 import math
@@ -20,44 +20,44 @@ from alignax.types import Model, TrainState
 
 
 class Scored(NamedTuple):
-    """Responses of the initial policy, as the reward models of one seed score them. Gold has mean 0 and standard deviation 1 there."""
+    """Responses of the initial policy with the scores of one seed. Gold has mean 0 and standard deviation 1 under the initial policy."""
 
-    gold: np.ndarray  # [P, N]
-    members: np.ndarray  # [K, P, N]
-    margins: np.ndarray  # [K, H] of held-out pairs: score of the response that gold prefers less that of the other
-    lengths: np.ndarray | None  # [P, N] tokens; None where responses have none
-    show: Callable[[int, int], tuple[str, str]]  # p, i -> texts of a prompt and of its i-th response
+    gold: np.ndarray  # [P, N] gold rewards of N responses to each of P prompts
+    members: np.ndarray  # [K, P, N] scores of each reward model
+    margins: np.ndarray  # [K, H] on H held-out pairs: score of the response that gold prefers less score of the other
+    lengths: np.ndarray | None  # [P, N] in tokens; None if responses have no tokens
+    show: Callable[[int, int], tuple[str, str]]  # p, i -> texts of prompt p and of its i-th response
 
 
 class Trajectory(NamedTuple):
-    """A policy of one seed in training, at each of E evaluations."""
+    """Measurements of one seed's policy in training, at E evaluations."""
 
     steps: np.ndarray  # [E]
     values: dict[str, np.ndarray]  # quantity -> [E]: "gold" and "kl" (to the initial policy, nats), "proxy", and others
 
 
 class Method(NamedTuple):
-    """An online method, as an experiment file has it: a loss, an experience, averages; a run for each of its coefficients."""
+    """An online method, with the parts of an experiment file: a loss, an experience, averages. Each coefficient is a run of its own."""
 
-    family: str  # the section of the report that it is in
-    objective: str  # which of that family it is
-    proxy: Aggregate  # of the scores of its reward models: what is measured as "proxy"
-    loss: Callable[[Any], Loss]  # of a coefficient, which is traced
-    experience: Callable[[Any, Model, Model], Experience]  # of a coefficient, the reference and the reward models
-    coefficients: tuple[float | None, ...] = (None,)  # None: it has none, and is given 0
-    symbol: str = "β"  # of the coefficient
-    members: int | None = None  # reward models that it is given, the first ones; None: all
+    family: str  # section of the report
+    objective: str  # name within the family
+    proxy: Aggregate  # aggregate of the reward models' scores that is measured as "proxy"
+    loss: Callable[[Any], Loss]  # traced coefficient -> loss
+    experience: Callable[[Any, Model, Model], Experience]  # traced coefficient, reference, reward models -> experience
+    coefficients: tuple[float | None, ...] = (None,)  # None: the method has no coefficient, and its functions get 0
+    symbol: str = "β"  # symbol of the coefficient in the report
+    members: int | None = None  # number of reward models used, the first ones; None: all
     averages: Mapping[str, Average] = {}  # see alignax.averages
-    critic: bool = False  # whether the policy has one
-    over_steps: tuple[str, ...] = ()  # quantities that are drawn over steps too; "score 1" is the mean score of the first reward model
+    critic: bool = False  # whether the policy has a critic
+    over_steps: tuple[str, ...] = ()  # quantities drawn over steps too; "score 1" is the mean score of reward model 1
 
 
 class Optimum(NamedTuple):
-    """The exact optima of a reward under a penalty, an evaluation for each coefficient: what training that objective goes towards."""
+    """The exact optima of a reward under a penalty, one evaluation per coefficient. Training with this penalty moves towards them."""
 
     family: str
     objective: str
-    setting: str  # which penalty
+    setting: str  # name of the penalty
     proxy: Aggregate
     solution: Callable[[Any, Any], Any]  # rewards [M] of equally likely responses, a coefficient -> probabilities [M]
     coefficients: tuple[float, ...]
@@ -65,22 +65,22 @@ class Optimum(NamedTuple):
 
 
 class Online(NamedTuple):
-    """Online training in a world."""
+    """The online training of a world."""
 
-    learn: Callable[[Sequence[int], Method], Iterable[list[Trajectory]]]  # for each coefficient trajectories of every seed
-    solve: Callable[[Sequence[int], Optimum], list[Trajectory]]  # of every seed; the steps are the coefficients
+    learn: Callable[[Sequence[int], Method], Iterable[list[Trajectory]]]  # for each coefficient, the trajectories of all seeds
+    solve: Callable[[Sequence[int], Optimum], list[Trajectory]]  # one trajectory per seed, whose steps are the coefficients
 
 
 class World(NamedTuple):
-    """Where the laboratory measures."""
+    """A world: functions of seeds that train and measure models."""
 
-    score: Callable[[Sequence[int]], Iterable[Scored]]  # seeds -> trains the reward models of each; one Scored a seed
-    align: Callable[[Sequence[int], Loss], Iterable[Trajectory]] | None  # trains a policy of each seed; None: no direct alignment here
+    score: Callable[[Sequence[int]], Iterable[Scored]]  # trains each seed's reward models; one Scored per seed
+    align: Callable[[Sequence[int], Loss], Iterable[Trajectory]] | None  # trains a policy of each seed; None: no direct alignment
     online: Online | None = None
 
 
 def check_varies(mean: float, std: float) -> None:
-    """Refuses a gold reward under which nothing can be measured, given its mean and standard deviation under the initial policy."""
+    """Refuses a gold reward that is constant or not finite, given its mean and standard deviation under the initial policy."""
     if not (math.isfinite(mean) and math.isfinite(std)):
         raise BadInput(f"the gold reward has mean {mean} and standard deviation {std} under the initial policy; it must be finite")
     if std <= 1e-6 * max(abs(mean), 1.0):
@@ -88,7 +88,7 @@ def check_varies(mean: float, std: float) -> None:
 
 
 def check_ranges(config: Any, ranges: Sequence[tuple[str, float, float]]) -> None:
-    """Refuses fields of a config, each "group.name", outside the lowest and the highest of what they may be."""
+    """Refuses config fields outside their range; a range is (field "group.name", lowest, highest)."""
     for field, low, high in ranges:
         group, name = field.split(".")
         if not low <= config[group][name] <= high:
@@ -96,22 +96,22 @@ def check_ranges(config: Any, ranges: Sequence[tuple[str, float, float]]) -> Non
 
 
 def check_sizes(config: Any) -> None:
-    """Refuses a best-of-n of more responses than there are."""
+    """Refuses a best-of-n with an n above the number of responses."""
     if (most := max(config.best_of_n.n, default=1)) > config.world.responses:
         raise BadInput(f"best of n = {most} of {config.world.responses} responses; lower best_of_n.n, or raise world.responses to {most}")
 
 
 def check_trained(state: TrainState) -> None:
-    """Stops where a step, of one model or of several, was not finite: what such a model says is no measurement."""
+    """Stops if a training step of one or several models was not finite: such a model gives no valid measurement."""
     if skipped := int(jnp.sum(state.skipped)):
         raise FloatingPointError(f"{skipped} training steps of {state.skipped.size} models were not finite; lower the learning rate")
 
 
 def margins(gold: np.ndarray, members: np.ndarray) -> np.ndarray:
-    """Margins [K, H] of the pairs that neighbouring responses to a prompt make, from gold [P, N] and scores [K, P, N]; ties are no pairs.
+    """The margins [K, H] of pairs of neighbouring responses to a prompt, from gold [P, N] and scores [K, P, N]. Ties are left out.
 
     Raises:
-      BadInput: where every pair is a tie.
+      BadInput: if every pair is a tie.
     """
     even = gold.shape[1] // 2 * 2
     better = np.sign(gold[:, 0:even:2] - gold[:, 1:even:2])  # [P, N / 2]
