@@ -47,14 +47,14 @@ def make_step(
 
     Args:
       apply: pure forward pass `(params, batch) -> Outputs`.
-      objective: a Loss; or `step -> Loss`, for coefficients that follow a schedule; or a mapping of several such objectives by name. With
-        a mapping, a batch is a mapping of the same names (whose values may be one batch). Each loss is averaged over its own batch, and
-        the losses are summed.
+      objective: a Loss; or `step -> Loss`, for coefficients that follow a schedule; or a mapping of several such objectives by name. Then a
+        batch is a mapping of the same names too (whose values may be one batch). Each loss is averaged over its own batch, and the losses
+        are summed.
       optimizer: any optax transformation.
       microbatches: parts that B is split into, each with its own forward and backward pass; the result does not depend on it.
       outputs: whether the step also returns the outputs of its forward pass.
-      combine: for a mapping, a pure function `{name: gradient} -> gradient` that makes one gradient of each loss's own. Gradients are of the
-        whole batch, trees like the parameters. It costs a forward and a backward pass for each loss. None: the gradient of the sum, in
+      combine: for a mapping, a pure function `{name: gradient} -> gradient` that combines the losses' own gradients. They are of the whole
+        batch, trees like the parameters. It costs a forward and a backward pass for each loss. None: the gradient of the sum, in
         one backward pass.
 
     Returns:

@@ -31,8 +31,9 @@ def lp_reg(coefficient: float = 1.0, clip: float = 1.0, clip_high: float = 9.0, 
     >>> logps = jnp.array([[[0.0, -3.0]]])  # [B, N, T]
     >>> batch = {"completion_mask": logps < 0, "old_logps": logps, "advantages": jnp.array([[[0.0, -1.0]]])}
     >>> batch |= {"low_probability": logps < -2, "proxy_logps": logps + 1}
-    >>> print(lp_reg()(Outputs(logps, -logps), batch, lp_reg().normalised(batch))[0].round(3))  # 1 + exp(1) - 1 - 1
-    ??
+    >>> value, _ = lp_reg()(Outputs(logps, -logps), batch, lp_reg().normalised(batch))
+    >>> print(f"{value:.3f}")  # 1 + exp(1) - 1 - 1
+    1.718
 
     Args:
       coefficient: of the pull, at least 0.

@@ -108,9 +108,9 @@ def fdpg(divergence: FDivergence = js_pi_p) -> Loss:
     >>> logps = jnp.log(jnp.array([[[1.0, 0.5]]]))  # [B, N, T]; pi = q = 1/2, and p = 1/4
     >>> batch = {"completion_mask": logps < 0, "sampled_logps": logps, "log_target": jnp.log(jnp.array([[0.25]]))}
     >>> batch |= {"log_z": jnp.zeros(1), "fdpg_baseline": jnp.zeros(1)}
-    >>> value, metrics = fdpg()(Outputs(logps, -logps), batch, fdpg().normalised(batch))
-    >>> print(metrics["pseudo_rewards"].round(3))  # -log(2 t / (t + 1)), t = 2
-    ??
+    >>> _, metrics = fdpg()(Outputs(logps, -logps), batch, fdpg().normalised(batch))
+    >>> print(f"{metrics['pseudo_rewards']:.3f}")  # -log(2 t / (t + 1)), t = 2
+    -0.288
 
     Args:
       divergence: `js_pi_p`, `kl_p_pi` (DPG, GDC, CDPG), `kl_pi_p`, `tv_pi_p`, `hellinger_pi_p`, `chi2_p_pi`, `chi2_pi_p` or
@@ -135,7 +135,7 @@ def fdpg(divergence: FDivergence = js_pi_p) -> Loss:
 
 
 def target_divergences(ratio: jax.Array, log_weight: jax.Array) -> Metrics:
-    """Estimates of the divergence of the policy from its target, one for each response, by importance sampling; their mean is the divergence.
+    """Estimates of the divergence of the policy from its target by importance sampling, one for each response; their mean estimates it.
 
     Args:
       ratio: log pi/p of responses that a proposal q sampled, any shape.
