@@ -134,7 +134,8 @@ def leave_one_out() -> Experience:
 
     r_i - mean of r_j over j != i  =  n / (n - 1) (r_i - mean)
 
-    Writes `advantages` [B, N, T]. The baseline does not depend on the response, so the gradient is unbiased. A group of one has advantage 0.
+    Writes `advantages` [B, N, T]. The baseline does not depend on the response, so the gradient is unbiased. A group of one has
+    advantage 0.
 
     >>> batch = {"completion_mask": jnp.ones((1, 3, 1), bool), "rewards": jnp.array([[3.0, 1.0, 2.0]])}
     >>> print(leave_one_out()(batch)["advantages"].ravel())
