@@ -56,11 +56,6 @@ def xi_ppo(
     After a batch  m <- momentum m + g,  lambda <- lambda - learning_rate m,  where g is the gradient of
     sum_k w_k (mean score_k - threshold_k), its norm clipped to 0.5.
 
-    >>> batch = {"completion_mask": jnp.ones((1, 2, 1), bool), "scores": jnp.array([[[1.0], [0.0]]])}
-    >>> batch |= {"old_logps": jnp.zeros((1, 2, 1)), "ref_logps": jnp.zeros((1, 2, 1))}
-    >>> print([round(x, 2) for x in xi_ppo((0.5,), initial=1.0)(batch)["advantages"].ravel().tolist()])  # tanh(1) / sqrt(2)
-    [0.54, -0.54]
-
     Args:
       thresholds: one for each reward model, in the units of its scores; see `proxy_point`.
       learning_rate: of lambda, at least 0; 0 keeps lambda constant.

@@ -76,12 +76,7 @@ def _chi2_estimate(batch: Batch) -> Batch:
 
 
 def of_same_rank(x: jax.Array, y: jax.Array, real: jax.Array) -> jax.Array:
-    """The y [B] of the same rank as each x [B], among real rows [B]; equal values are ranked by their place.
-
-    >>> from alignax.experience.matching import of_same_rank
-    >>> print(of_same_rank(jnp.array([3.0, 1.0, 2.0]), jnp.array([10.0, 20.0, 30.0]), jnp.ones(3, bool)))
-    [30. 10. 20.]
-    """
+    """The y [B] of the same rank as each x [B], among real rows [B]; equal values are ranked by their place."""
     by_x, by_y = (jnp.argsort(jnp.where(real, v, jnp.inf), stable=True) for v in (x, y))
     return jnp.zeros_like(y).at[by_x].set(y[by_y])
 

@@ -1,7 +1,4 @@
-"""Quark's pool: every response sampled so far, sorted by reward into quantiles; a token in the prompt marks the quantile.
-
-Examples assume `import jax.numpy as jnp` and `from alignax import *`.
-"""
+"""Quark's pool: every response sampled so far, sorted by reward into quantiles; a token in the prompt marks the quantile."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -136,10 +133,6 @@ def quantiles(rewards: jax.Array, entered: jax.Array, K: int) -> jax.Array:
 
     `entered` is the number of all entries so far; a new entry replaces the oldest. Of n rewards, each quantile has floor(n / K), at least
     1, and the worst also the rest. Equal rewards rank by age, the oldest first.
-
-    >>> from alignax.experience.quark import quantiles
-    >>> print(quantiles(jnp.array([0.1, 0.9, 0.5, 0.7]), entered=jnp.array(4), K=2))
-    [1 0 1 0]
     """
     P = len(rewards)
     place = jnp.arange(P)

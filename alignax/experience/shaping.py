@@ -102,11 +102,7 @@ def adaptive_kl_update(beta: jax.Array, kl: jax.Array, target: float = 6.0, hori
 
 
 def clip_rewards(limit: float) -> Experience:
-    """Clips `rewards` [B, N] to [-limit, limit].
-
-    >>> print(clip_rewards(1.0)({"rewards": jnp.array([[0.5, 3.0]])})["rewards"])
-    [[0.5 1. ]]
-    """
+    """Clips `rewards` [B, N] to [-limit, limit]."""
     check_positive("limit", limit)
     return Partial(_clip_rewards, limit)
 
@@ -116,12 +112,7 @@ def _clip_rewards(limit: float, batch: Batch) -> Batch:
 
 
 def missing_eos_penalty(penalty: float) -> Experience:
-    """Subtracts `penalty` from the `rewards` [B, N] of responses that were cut before their EOS (the field `truncated` [B, N]).
-
-    >>> batch = {"rewards": jnp.array([[2.0, 2.0]]), "truncated": jnp.array([[False, True]])}
-    >>> print(missing_eos_penalty(1.0)(batch)["rewards"])
-    [[2. 1.]]
-    """
+    """Subtracts `penalty` from the `rewards` [B, N] of responses that were cut before their EOS (the field `truncated` [B, N])."""
     return Partial(_missing_eos_penalty, penalty)
 
 

@@ -5,8 +5,6 @@
 
 The search is pure, so it can run inside a training run, in the carry of an experience (`nm_ppo`), and on the host (`nelder_mead`). It
 maximises the objective. Coefficients: reflection 1, expansion 2, contraction 1/2, shrinking 1/2.
-
-Examples assume `import jax.numpy as jnp` and `from alignax import *`.
 """
 
 import functools
@@ -140,10 +138,6 @@ def nelder_mead(
 
     Typically the objective trains for a while with the given thresholds and returns the gold reward. This is expensive, so of points near
     one another only one is evaluated. `nm_ppo` searches inside one run instead.
-
-    >>> point, value = nelder_mead(lambda x: -((x[0] - 3.0) ** 2), [[0.0], [1.0]], most=20)
-    >>> print(f"{point[0]:.1f}")
-    3.0
 
     Args:
       objective: thresholds [K] -> the number to maximise.

@@ -50,12 +50,6 @@ def ld_dpo(beta: float = 0.1, ld_alpha: float = 0.5) -> Loss:
 
     The policy and the reference are treated alike. At ld_alpha 0 tokens beyond l have no effect.
 
-    >>> logps = jnp.array([[[0.0, -1.0, -1.0], [0.0, -4.0, 0.0]]])  # [B, N, T]; completions of 2 tokens and of 1
-    >>> batch = {"completion_mask": logps < 0, "ref_logps": jnp.array([[[0.0, -2.0, -2.0], [0.0, -3.0, 0.0]]])}
-    >>> value, _ = ld_dpo(0.1, ld_alpha=0.5)(Outputs(logps, -logps), batch, ld_dpo(0.1, ld_alpha=0.5).normalised(batch))
-    >>> print(f"{value:.3f}")  # z = 0.1 (1.5 + 1)
-    0.576
-
     Args:
       beta: strength of the KL penalty.
       ld_alpha: weight of the tokens beyond l, in [0, 1]; 1 is DPO.

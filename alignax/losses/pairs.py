@@ -41,27 +41,16 @@ def mean_logps(out: Outputs, batch: Batch) -> jax.Array:
 
 
 def mean_ratios(out: Outputs, batch: Batch) -> jax.Array:
-    """The score log pi/ref of each response, averaged over its tokens: [B, 2] nats a token.
-
-    >>> from alignax.losses import mean_ratios
-    >>> logps = jnp.array([[[0.0, -1.0, -1.0], [0.0, -4.0, 0.0]]])  # [B, N, T]; completions of 2 tokens and of 1
-    >>> batch = {"completion_mask": logps < 0, "ref_logps": jnp.array([[[0.0, -2.0, -2.0], [0.0, -3.0, 0.0]]])}
-    >>> print(mean_ratios(Outputs(logps, -logps), batch))
-    [[ 1. -1.]]
-    """
+    """The score log pi/ref of each response, averaged over its tokens: [B, 2] nats a token."""
     return pair_ratios(out, batch) / jnp.maximum(lengths(batch), 1.0)
 
 
 def pairwise(name: str, beta: float, value: Callable[[jax.Array, jax.Array], jax.Array], scores: Scores = pair_ratios) -> Loss:
     """Makes a loss on pairs, value(rewards of chosen, rewards of rejected) with rewards = beta * scores, averaged over the pairs.
 
-    >>> logps = jnp.array([[[0.0, -1.0], [0.0, -4.0]]])  # [B, N, T], a prompt token first
-    >>> batch = {"completion_mask": logps < 0, "ref_logps": jnp.array([[[0.0, -2.0], [0.0, -3.0]]])}
     >>> from alignax.losses import pairwise
-    >>> loss = pairwise("exponential", 0.1, lambda chosen, rejected: jnp.exp(rejected - chosen))
-    >>> value, _ = loss(Outputs(logps, -logps), batch, loss.normalised(batch))
-    >>> print(f"{value:.3f}")  # exp(-0.2)
-    0.819
+    >>> pairwise("exponential", 0.1, lambda chosen, rejected: jnp.exp(rejected - chosen)) + 0.1 * sft()
+    exponential + 0.1 * sft
 
     Args:
       name: of the loss; its metric is `loss/<name>`.

@@ -202,12 +202,6 @@ def entropy_bonus(aggregate: Aggregate = token_mean) -> Loss:
     """Minus the entropy of the next-token distributions: `ppo() + 0.01 * entropy_bonus()` keeps the policy from collapsing early.
 
     It acts on all tokens alike, so noise tokens gain most. Give it the same average as the surrogate.
-
-    >>> out = Outputs(logps=jnp.array([[[0.0, -1.0, -1.0]]]), entropy=jnp.array([[[0.0, 0.5, 1.5]]]))  # [B, N, T]
-    >>> batch = {"completion_mask": out.logps < 0}
-    >>> value, _ = entropy_bonus()(out, batch, entropy_bonus().normalised(batch))
-    >>> print(f"{value:.3f}")
-    -1.000
     """
     return aggregate("entropy_bonus", lambda out, batch: (-out.entropy, {"entropy": out.entropy}))
 

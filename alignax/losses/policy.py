@@ -188,12 +188,6 @@ def sapo(tau_positive: float = 1.0, tau_negative: float = 1.05, aggregate: Aggre
     At a ratio of 1 the gradient is PPO's. It fades as the ratio moves away from 1 in either direction, the wrong one included. For a gate
     by response, like GSPO's clip, set `level=by_mean`.
 
-    >>> logps = jnp.log(jnp.array([[[1.0, 0.6]]]))  # [B, N, T]; a token of ratio 0.6 / 0.4 = 1.5
-    >>> batch = {"completion_mask": logps < 0, "old_logps": jnp.log(jnp.array([[[1.0, 0.4]]])), "advantages": jnp.ones((1, 1, 2))}
-    >>> value, _ = sapo()(Outputs(logps, -logps), batch, sapo().normalised(batch))
-    >>> print(f"{value:.3f}")  # -4 sigmoid(0.5)
-    -2.490
-
     Args:
       tau_positive: steepness of the gate, above 0.
       tau_negative: steepness for tokens that are to lose probability; a larger one fades sooner.
@@ -256,13 +250,6 @@ def gmpo(clip: float = 0.4) -> Loss:
     -A exp(mean_t min(l_t, clip(l_t))) where A > 0, with max where A < 0;   l_t = log rho clipped to [-clip, clip]
 
     No single token can dominate a response, as it can in an arithmetic mean. Advantages that differ by token are averaged too.
-
-    >>> logps = jnp.log(jnp.array([[[1.0, 0.6, 0.6]]]))  # [B, N, T]; token ratios 1.5 and 1
-    >>> batch = {"completion_mask": logps < 0, "advantages": jnp.ones((1, 1, 3))}
-    >>> batch["old_logps"] = jnp.log(jnp.array([[[1.0, 0.4, 0.6]]]))
-    >>> value, _ = gmpo()(Outputs(logps, -logps), batch, gmpo().normalised(batch))
-    >>> print(f"{value:.3f}")  # -exp(min(log 1.5, 0.4) / 2)
-    -1.221
 
     Args:
       clip: how far the log-ratio of a token may move, in nats, at least 0.

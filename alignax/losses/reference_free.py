@@ -65,9 +65,6 @@ def slic_hf(delta: float = 1.0, weight: float = 1.0) -> Loss:
     The y of the regulariser is the chosen response here; the paper also uses responses of the SFT data, which need a batch of their own. A
     pair within the margin has the same gradient however wrong it is.
 
-    >>> slic_hf(delta=1.0, weight=0.5)
-    slic + 0.5 * sft
-
     Args:
       delta: margin in nats, above 0.
       weight: of the regulariser, the paper's lambda.

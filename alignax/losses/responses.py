@@ -88,12 +88,7 @@ def token_sum(max_length: float) -> Aggregate:
 
 
 def differing(objective: Loss) -> str:
-    """A warning if two terms average tokens differently, such as a surrogate by response and its KL by token; else "".
-
-    >>> from alignax.losses.responses import differing
-    >>> differing(grpo() + 0.1 * kl_k3())
-    ''
-    """
+    """A warning if two terms average tokens differently, such as a surrogate by response and its KL by token; else ""."""
     said = {term.name: term.averaged for _, term in objective.terms if term.averaged}
     if len(set(said.values())) < 2:
         return ""
@@ -149,12 +144,7 @@ def advantages_of(batch: Batch) -> jax.Array:
 
 @jax.custom_jvp
 def k3(log_ratio: jax.Array) -> jax.Array:
-    """The KL estimator k3, exp(-d) - 1 + d of d = log p/q, any shape: at least 0, its mean over samples of p is KL(p || q).
-
-    >>> from alignax.losses.responses import k3
-    >>> print(f"{k3(jnp.array(1.0)):.3f}")  # exp(-1) - 1 + 1
-    0.368
-    """
+    """The KL estimator k3, exp(-d) - 1 + d of d = log p/q, any shape: at least 0, its mean over samples of p is KL(p || q)."""
     return expm1(-log_ratio) + log_ratio
 
 

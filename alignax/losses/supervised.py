@@ -29,14 +29,7 @@ def sft(over: Over = chosen_tokens) -> Loss:
 
 
 def summed_sft() -> Loss:
-    """Supervised fine-tuning by whole responses: -log pi(y | x), summed over the tokens of y, averaged over the examples.
-
-    >>> logps = jnp.array([[[0.0, -4.0, 0.0]], [[0.0, -1.0, -1.0]]])  # [B, N, T]; completions of 1 token and of 2
-    >>> batch = {"completion_mask": logps < 0}
-    >>> value, _ = summed_sft()(Outputs(logps, -logps), batch, summed_sft().normalised(batch))
-    >>> print(f"{value:.3f}")
-    3.000
-    """
+    """Supervised fine-tuning by whole responses: -log pi(y | x), summed over the tokens of y, averaged over the examples."""
     return make_loss("sft", lambda out, batch: (-sequence(token_logps(out), batch)[:, 0], {}), chosen_examples)
 
 
