@@ -1,10 +1,10 @@
-"""Averages of the parameters, carried beside them: functions `State -> State` between steps.
+"""Averages of the parameters, which training updates after each step by functions `State -> State`.
 
-An experiment file names them: `averages(config) -> {"ema": ema(0.999)}`. The average called "reference" is what experience is given
-as its reference, which then moves (TR-DPO); online, the one called "proposal" is what samples (see `adopt_if_better`). Others are there to
-be evaluated and exported (`eval.params`, `export.params`).
+An experiment file names the averages: `averages(config) -> {"ema": ema(0.999)}`. Two names have a meaning. The average "reference" is the
+reference model of the experience, which then moves (TR-DPO). In an online run the average "proposal" samples the rollouts (see
+`adopt_if_better`). Averages of other names can be evaluated and exported (`eval.params`, `export.params`).
 
-A reset also moves the parameters: `averages(config) -> elastic_reset(0.995, every=17)`, which are two averages by name.
+A reset also changes the parameters: `averages(config) -> elastic_reset(0.995, every=17)` gives two averages by name.
 """
 
 import dataclasses
@@ -17,15 +17,15 @@ from alignax.models.reward import CRITIC, VALUE
 from alignax.types import Params, TrainState
 
 Average = Callable[[Params, Params, jax.Array], Params]  # (average, params, steps taken) -> average
-INITIAL = "initial"  # the average that an elastic reset keeps the initial parameters as
-PROPOSAL = "proposal"  # the average that rollouts are sampled from, where there is one
+INITIAL = "initial"  # name of the average in which an elastic reset keeps the initial parameters
+PROPOSAL = "proposal"  # name of the average that samples the rollouts, if there is one
 
 
 def ema(decay: float = 0.999) -> Average:
     """Exponential moving average: a <- decay a + (1 - decay) params, from the initial parameters on.
 
     Args:
-      decay: in [0, 1); it remembers about 1 / (1 - decay) steps.
+      decay: in [0, 1); the average remembers about 1 / (1 - decay) steps.
     """
     if not 0 <= decay < 1:
         raise ValueError(f"decay is {decay}; it must be in [0, 1), 0.999 say")
@@ -39,8 +39,8 @@ def _ema(decay: float) -> Average:
 def swa(start: int = 0, every: int = 1) -> Average:
     """Stochastic weight averaging (Izmailov et al. 2018, arXiv:1803.05407).
 
-    The uniform average of the parameters after step `start` and each `every`-th step from there. Until the first of them it is the
-    initial parameters.
+    The uniform average of the parameters after step `start` and after each `every`-th step from there. Before the first of
+    these steps it equals the initial parameters.
     """
     _check_every(every)
 
@@ -54,7 +54,7 @@ def swa(start: int = 0, every: int = 1) -> Average:
 def sync(alpha: float = 0.6, every: int = 512) -> Average:
     """Trust-region update of a reference, TR-DPO (Gorbatovski et al. 2024, arXiv:2404.09656).
 
-    Every so many steps a <- alpha params + (1 - alpha) a.
+    Every `every` steps a <- alpha params + (1 - alpha) a.
 
     Args:
       alpha: in (0, 1]; 1 is the paper's hard update.
@@ -68,47 +68,47 @@ def sync(alpha: float = 0.6, every: int = 512) -> Average:
 
 @dataclasses.dataclass(frozen=True)
 class Turning:
-    """An average by which the state is changed every so many steps."""
+    """An average that also changes the training state every `every` steps."""
 
     rule: Average
     every: int  # steps
-    turn: Callable[[TrainState, str, jax.Array], TrainState]  # of the state, the average's name, and whether it is due, bool []
+    turn: Callable[[TrainState, str, jax.Array], TrainState]  # (state, name of the average, whether a turn is due: bool []) -> state
 
     def __call__(self, average: Params, params: Params, step: jax.Array) -> Params:
-        """The average after a step, as the rule has it."""
+        """The average after a step, by the rule."""
         return self.rule(average, params, step)
 
     def after(self, state: TrainState, name: str) -> TrainState:
-        """The state after all averages have been brought up to date: as it is, or changed."""
+        """The state after its averages were updated: changed where a turn is due, else the same."""
         return self.turn(state, name, _due(state.step, self.every) == 1)
 
 
 def still(average: Params, params: Params, step: jax.Array) -> Params:
-    """The rule of an average that is only changed by turns."""
+    """The average unchanged: the rule of an average that only turns change."""
     return average
 
 
 def chosen(which: jax.Array, one: Params, other: Params) -> Params:
-    """One tree of parameters or the other."""
+    """Selects one of two parameter trees: `one` where `which` is True, else `other`."""
     return jax.tree.map(lambda a, b: jnp.where(which, a, b), one, other)
 
 
 def elastic_reset(decay: float = 0.995, every: int = 17, name: str = "ema") -> dict[str, Average]:
-    """Elastic Reset (Noukhovitch et al. 2023, arXiv:2312.07551): against drift, without a KL penalty or beside one.
+    """Elastic Reset (Noukhovitch et al. 2023, arXiv:2312.07551): limits the drift of the policy, with or without a KL penalty.
 
     ema <- decay ema + (1 - decay) params after each step;  after every `every`-th  params <- ema, then ema <- initial parameters
 
-    Optimizer moments stay, and so does a critic. A reset keeps 1 - decay^every of what was learnt since the last one: 8 % of the
-    defaults, which are the authors' for IMDB; 99.5 % of 0.995 and 1040, theirs for StackLLaMA. Steps are those of the optimizer; their code
-    averages once an iteration, which may be many of them, or once an epoch on it.
+    A reset leaves the optimizer's moments and a critic as they are. It keeps 1 - decay^every of what was learnt since the last reset: 8 %
+    with the defaults, which are the authors' for IMDB; 99.5 % with 0.995 and 1040, the authors' for StackLLaMA. Steps are optimizer steps.
+    The authors' code averages once an iteration, which may be many optimizer steps, or once an epoch on the iteration's samples.
 
     Args:
-      decay: in [0, 1]; 0 averages nothing, so a reset does nothing; with 1 each reset is to the initial parameters.
-      every: steps between resets, online a multiple of those on a rollout.
-      name: of the average. As "reference" it is the KL's reference too, as in the authors' code for IMDB.
+      decay: in [0, 1]; with 0 a reset does nothing; with 1 each reset goes to the initial parameters.
+      every: steps between resets; online a multiple of the steps on a rollout.
+      name: of the average. The average "reference" is the KL's reference too, as in the authors' code for IMDB.
 
     Returns:
-      Two averages, to be put beside others with `|`: this one and "initial", which stands still.
+      Two averages: `name`, and "initial", which stays at the initial parameters. Combine them with others by `|`.
     """
     if name == INITIAL:
         raise ValueError(f"the average of an elastic reset is called {name!r}, which is where it goes back to; give it another name")
@@ -116,12 +116,12 @@ def elastic_reset(decay: float = 0.995, every: int = 17, name: str = "ema") -> d
 
 
 def reset_to_average(decay: float = 0.995, every: int = 17) -> Average:
-    """Elastic Reset without its second half, an ablation: every so many steps params <- ema, and the average goes on from there."""
+    """An ablation of Elastic Reset, without its second half: every `every` steps params <- ema, and the average goes on from there."""
     return _reset(decay, every, None)
 
 
 def _reset(decay: float, every: int, home: str | None) -> Turning:
-    """The policy goes to this average, and the average to the one that is its home, if it has one."""
+    """A turn sets the policy to this average, and this average to the average `home`, unless that is None."""
     if not 0 <= decay <= 1:
         raise ValueError(f"decay is {decay}; it must be in [0, 1], 0.995 say")
 
@@ -135,13 +135,13 @@ def _reset(decay: float, every: int, home: str | None) -> Turning:
 
 
 def turning(rule: Average, every: int, turn: Callable[[TrainState, str, jax.Array], TrainState]) -> Turning:
-    """See `Turning`; `every` is a number of steps, online a multiple of those on a rollout."""
+    """A `Turning`, with `every` checked: steps between turns, online a multiple of the steps on a rollout."""
     _check_every(every)
     return Turning(rule, every, turn)
 
 
 def averaged(rules: Mapping[str, Average]) -> Callable[[TrainState], TrainState]:
-    """The function `State -> State` that brings every average up to date after a step, and then takes the turns that are due."""
+    """The function `State -> State` that updates every average after a step, and then applies the turns that are due."""
 
     def update(state: TrainState) -> TrainState:
         new = {name: rule(state.averages[name], state.params, state.step) for name, rule in rules.items()}
@@ -154,14 +154,14 @@ def averaged(rules: Mapping[str, Average]) -> Callable[[TrainState], TrainState]
 
 
 def _is_value(path: tuple) -> bool:
-    """Whether a leaf is a critic's: it goes on with the values that it has learnt."""
+    """Whether a leaf belongs to a critic, which a reset leaves as it is."""
     name = lambda key: jax.tree_util.keystr(key, simple=True)
     return name(path[-1:]) == VALUE or name(path[:1]) == CRITIC
 
 
 def _towards(average: Params, params: Params, share: jax.Array) -> Params:
-    """average + share (params - average); exactly the parameters at share 1, and the average untouched at 0."""
-    # Not a + share (p - a): that rounds, so a hard update would not be the policy bit for bit.
+    """average + share (params - average): exactly the parameters at share 1, exactly the average at share 0."""
+    # At share 1 a + share (p - a) would round, and a hard update would not equal the policy bit for bit.
     return jax.tree.map(lambda a, p: jnp.where(share == 1, p, a + share * (p - a)), average, params)
 
 

@@ -1,4 +1,4 @@
-"""Optimizers and schedules by name, from a config; all of them optax's."""
+"""Optax's optimizers and learning-rate schedules, by name from a config."""
 
 from typing import Any
 
@@ -13,10 +13,10 @@ OPTIMIZERS = ("adamw", "adam", "lion", "rmsprop", "sgd", "adafactor")
 
 
 def make_schedule(config: Any, steps: int) -> optax.Schedule:
-    """step -> learning rate: linear warm-up from 0 over `warmup` of the steps, then constant, or decay to `final` of the peak.
+    """A schedule, step -> learning rate: linear warm-up from 0, then constant, or decay to `final` of the peak.
 
     Args:
-      config: fields `schedule`, `learning_rate`, `warmup` (a share of the steps, 0.1 say), `final` (a share of the peak).
+      config: fields `schedule`, `learning_rate`, `warmup` (a share of the steps, for example 0.1), `final` (a share of the peak).
       steps: optimizer steps of the run.
     """
     if config.schedule not in SCHEDULES:
@@ -35,20 +35,20 @@ def make_schedule(config: Any, steps: int) -> optax.Schedule:
     }[config.schedule]()
     if not warmup:
         return decay
-    # The first step already has a rate above 0: a step at rate 0 is a step lost.
+    # The first step has a rate above 0, since a step at rate 0 is wasted.
     return optax.join_schedules([optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1)), decay], [warmup])
 
 
 def make_optimizer(config: Any, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Gradient clipping by global norm (`clip`, 0 for none) and the optimizer of that name.
+    """The optimizer of a config, by its name, behind gradient clipping by global norm (`clip`; 0: none).
 
     Args:
-      config: fields `name`, `clip`, `b1`, `b2`, `eps`, `weight_decay`; each optimizer takes those that it has.
+      config: fields `name`, `clip`, `b1`, `b2`, `eps`, `weight_decay`; each optimizer takes the ones that it has.
       schedule: step -> learning rate.
     """
     c = config
     decay = {"weight_decay": c.weight_decay, "mask": decays}
-    # Optax's adafactor takes its decay as is, the others times the learning rate; so does ours.
+    # Optax multiplies the decay by the learning rate, except in adafactor: it is scaled here, so that `weight_decay` means the same in all.
     scaled = (lambda step: c.weight_decay * schedule(step)) if c.weight_decay else None
     table = {
         "adamw": lambda: optax.adamw(schedule, b1=c.b1, b2=c.b2, eps=c.eps, **decay),
@@ -67,10 +67,10 @@ def make_optimizer(config: Any, schedule: optax.Schedule) -> optax.GradientTrans
 
 
 def own_optimizer(experiment: Experiment, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """What `optimizer(config, schedule)` of an experiment file makes; clipping and decay are its own, too.
+    """The optimizer that `optimizer(config, schedule)` of an experiment file makes, its own clipping and decay included.
 
     Raises:
-      ValueError: for what is no optimizer of optax's.
+      ValueError: if it is not an optax optimizer.
     """
     assert experiment.optimizer is not None
     with blaming(experiment.file):
@@ -84,6 +84,6 @@ def own_optimizer(experiment: Experiment, schedule: optax.Schedule) -> optax.Gra
 
 
 def decays(params: Any) -> Any:
-    """True for the leaves that weight decay shrinks: all but norms, biases and offsets (stacked ones have two axes, so names tell)."""
+    """The mask of weight decay: True for all leaves but norms, biases and offsets, by name (stacked over layers they have two axes)."""
     last = lambda path: jax.tree_util.keystr(path[-1:], simple=True)
     return jax.tree_util.tree_map_with_path(lambda path, _: not last(path).endswith(("norm", "bias", "offset")), params)

@@ -1,4 +1,4 @@
-"""A batch that notes which of its fields code reads, so that what nobody reads is not computed; on shapes, under `jax.eval_shape`."""
+"""A batch that notes which fields code reads, used under `jax.eval_shape`: a field that no code reads is not computed."""
 
 from collections.abc import Callable, ItemsView, Iterator, ValuesView
 from typing import Any
@@ -8,15 +8,15 @@ import jax
 
 @jax.tree_util.register_pytree_node_class
 class Noting(dict):
-    """A batch that tells `note` the names of the watched fields that code cannot do without.
+    """A batch that reports to `note` each watched field that code cannot do without.
 
-    A read is `batch[name]`, `batch.get(name)`, and a copy into a plain dict, as what is read of that one is not seen. To ask whether a
-    field is there, or to `get` it with a default, is none: such code does without the field. What `|` and `jax.tree.map` make of the
-    batch notes as it does, but for fields that were written since.
+    These count as a read: `batch[name]`, `batch.get(name)`, and a copy into a plain dict, since reads of the copy are not seen. These do
+    not: to ask whether a field is there, and `get` with a default, since such code does without the field. Batches made by `|` and
+    `jax.tree.map` note reads too, except of fields that were written since.
     """
 
     def __init__(self, fields: dict[str, Any], watched: frozenset[str], note: Callable[[str], Any]):
-        """`note`: a set's `add`, say."""
+        """A batch of these fields; `note` takes a name, for example a set's `add`."""
         super().__init__(fields)
         self.watched, self.note = watched, note
 
@@ -26,7 +26,7 @@ class Noting(dict):
         return super().__getitem__(name)
 
     def get(self, name: str, *default: Any) -> Any:
-        """The field, or the default."""
+        """The field `name`, or the default."""
         return super().get(name, *default) if default or name not in self else self[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -34,15 +34,15 @@ class Noting(dict):
         return super().__iter__()
 
     def items(self) -> Any:
-        """Names and fields; each that is taken is read."""
+        """The pairs of name and field; each pair that is taken is a read."""
         return ItemsView(self)
 
     def values(self) -> Any:
-        """Fields; each that is taken is read."""
+        """The fields; each field that is taken is a read."""
         return ValuesView(self)
 
     def copy(self) -> "Noting":
-        """A batch of the same fields, which goes on noting."""
+        """A copy of the batch, which notes reads too."""
         return self | {}
 
     def __or__(self, other: Any) -> "Noting":
@@ -52,12 +52,12 @@ class Noting(dict):
         return self | other
 
     def tree_flatten(self) -> tuple[list[Any], Any]:
-        """Fields in the order of their names; what is noted goes on in the structure."""
+        """The fields in the order of their names; the structure keeps what is watched."""
         names = sorted(self)
         return [dict.__getitem__(self, name) for name in names], (tuple(names), self.watched, self.note)
 
     @classmethod
     def tree_unflatten(cls, structure: Any, fields: Any) -> "Noting":
-        """The batch of other arrays."""
+        """A batch of the same structure with other arrays."""
         names, watched, note = structure
         return cls(dict(zip(names, fields, strict=True)), watched, note)

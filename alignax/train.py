@@ -1,4 +1,4 @@
-"""The one shared training step, and the evaluation that goes with it."""
+"""The training step that all methods share, and the evaluation of a loss."""
 
 import dataclasses
 import functools
@@ -16,16 +16,16 @@ from alignax.text import short
 from alignax.types import Batch, Metrics, Outputs, Params, TrainState, gathered, microbatch
 
 Apply = Callable[[Params, Batch], Outputs]
-Stepped = tuple[TrainState, Metrics, *tuple[Outputs, ...]]  # what a step gives, with Outputs where they are asked for
+Stepped = tuple[TrainState, Metrics, *tuple[Outputs, ...]]  # what a step returns, with Outputs if `outputs`
 Sums = dict[str, tuple[jax.Array, jax.Array]]  # metric -> (weighted sum, weight)
-Combine = Callable[[dict[str, Params]], Params]  # gradients of objectives, by name -> the gradient that is followed
+Combine = Callable[[dict[str, Params]], Params]  # gradients of objectives, by name -> the gradient for the optimizer
 
 
 def init_state(
     params: Params, optimizer: optax.GradientTransformation, key: jax.Array, averages: dict[str, Params] | None = None
 ) -> TrainState:
-    """A fresh state at step 0; `averages` start from the parameters given."""
-    zero = lambda: jnp.zeros((), jnp.int32)  # a buffer each: the step donates them
+    """The training state at step 0; `averages` maps names to the parameters that each average starts from."""
+    zero = lambda: jnp.zeros((), jnp.int32)  # each call makes a buffer of its own, since the step donates them
     return TrainState(zero(), params, optimizer.init(params), key, zero(), zero(), averages or {})
 
 
@@ -37,29 +37,31 @@ def make_step(
     outputs: bool = False,
     combine: Combine | None = None,
 ) -> Callable[[TrainState, Any], Stepped]:
-    """The training step: forward, loss, gradients summed over microbatches, optimizer update.
+    """Makes the training step: forward, loss, gradients summed over microbatches, optimizer update.
 
-    The same step serves every method: what differs is the loss and the fields that experience wrote into the batch. A step whose
-    loss or gradient is not finite leaves parameters and optimizer as they were, and is counted.
+    Every method has the same step; methods differ in the loss and in the fields that the experience wrote into the batch. A step whose
+    loss or gradient is not finite leaves parameters and optimizer as they were; `skipped` counts it.
 
     Args:
       apply: pure forward pass `(params, batch) -> Outputs`.
-      objective: a Loss, or `step -> Loss` where coefficients follow a schedule; or a mapping of these by name. A batch is then a mapping
-        of the same names (which may be one batch), and the loss is the sum of each on its own, averaged over that one alone.
+      objective: a Loss; or `step -> Loss`, for coefficients that follow a schedule; or a mapping of several such objectives by name. Then a
+        batch is a mapping of the same names too (whose values may be one batch). Each loss is averaged over its own batch, and the losses
+        are summed.
       optimizer: any optax transformation.
-      microbatches: parts that B is split into, one forward and backward each; the result is that of one part.
-      outputs: whether the step returns what its forward pass gave, too.
-      combine: of a mapping, what makes one gradient of each loss's own: pure, `{name: gradient} -> gradient`, trees like the parameters,
-        of the whole batch. It costs a forward and a backward pass for each. None: the gradient of the sum, in one backward pass.
+      microbatches: parts that B is split into, each with its own forward and backward pass; the result does not depend on it.
+      outputs: whether the step also returns the outputs of its forward pass.
+      combine: for a mapping, a pure function `{name: gradient} -> gradient` that combines the losses' own gradients. They are of the whole
+        batch, trees like the parameters. It costs a forward and a backward pass for each loss. None: the gradient of the sum, in
+        one backward pass.
 
     Returns:
-      `step(state, batch) -> (state, metrics)`, to be jitted with `donate_argnums=0`. Metrics are means over the global batch, those of
-      a mapping's second loss on with its name before theirs (`pretrain/loss/sft`), and `grad_norm`, `skipped` (this step: 0 or 1),
-      `skipped_total`, `skipped_in_a_row`, `finite/<leaf>` for every parameter. With `outputs` it is `(state, metrics, Outputs)`, of the
-      parameters before the step, and of a mapping's first batch.
+      `step(state, batch) -> (state, metrics)`; jit it with `donate_argnums=0`. Metrics are means over the global batch, and `grad_norm`,
+      `skipped` (0 or 1 in this step), `skipped_total`, `skipped_in_a_row`, and `finite/<leaf>` for every parameter. In a mapping, metrics
+      of all losses but the first have the loss's name in front (`pretrain/loss/sft`). With `outputs` the step returns
+      `(state, metrics, Outputs)`; the outputs are of the parameters before the step, and of a mapping's first batch.
 
     Raises:
-      ValueError: in the step, where what `combine` gives is no gradient.
+      ValueError: in the step, if `combine` does not return a gradient.
     """
 
     def step(state: TrainState, batch: Any) -> Stepped:
@@ -110,7 +112,7 @@ def make_step(
 
 
 def followed(state: TrainState, optimizer: optax.GradientTransformation, grads: Params, metrics: Metrics) -> tuple[TrainState, Metrics]:
-    """The state after a gradient, as it was where that or the loss is not finite, and the metrics with those of the step itself."""
+    """The state after an optimizer update, unchanged if the loss or gradient is not finite; and the metrics, the step's own added."""
     norms = jax.tree.map(jnp.linalg.norm, grads)
     norm = optax.tree.norm(norms)
     finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
@@ -134,7 +136,7 @@ def followed(state: TrainState, optimizer: optax.GradientTransformation, grads: 
 
 
 def check_gradient(grads: Any, params: Params) -> None:
-    """Refuses a combination of gradients that is none for these parameters."""
+    """Refuses a combined gradient whose tree or shapes are not those of the parameters."""
     shapes = lambda tree: jax.tree.map(jnp.shape, tree)
     if jax.tree.structure(grads) != jax.tree.structure(params) or shapes(grads) != shapes(params):
         raise ValueError(
@@ -144,18 +146,18 @@ def check_gradient(grads: Any, params: Params) -> None:
 
 
 def prefixed(losses: dict[str, Loss]) -> dict[str, str]:
-    """What stands before the metrics of each loss: its name, and nothing before the first one's."""
+    """The prefix of each loss's metrics: `name/`, but an empty one for the first loss."""
     return {name: f"{name}/" if i else "" for i, name in enumerate(losses)}
 
 
 def make_evaluation(apply: Apply, objective: Objectives) -> Callable[[Params, jax.Array, Batch], Sums]:
-    """Evaluation sums of one batch: those of all batches add up, then `means` gives exact averages, ragged last batch included.
+    """Makes the evaluation of one batch: sums that add up over batches, so that `means` gives exact averages, ragged last batch included.
 
-    Of a mapping every loss is of that batch.
+    With a mapping, every loss is evaluated on the same batch.
 
     Returns:
-      `evaluate(params, step, batch) -> {metric: (weighted sum, weight)}`, to be jitted. The whole loss is not among them, since its
-      terms have weights of their own: `means` puts it together.
+      `evaluate(params, step, batch) -> {metric: (weighted sum, weight)}`, to be jitted. The total loss is not a metric here, since each
+      term has weights of its own: `means` computes it.
     """
 
     def evaluate(params: Params, step: jax.Array, batch: Batch) -> Sums:
@@ -166,7 +168,7 @@ def make_evaluation(apply: Apply, objective: Objectives) -> Callable[[Params, ja
             for i, (term, weights) in enumerate(zip(loss.terms, loss.weights(batch), strict=True)):
                 value, metrics = Loss((term,))(out, batch, (weights,))
                 metrics = {prefix + metric: x for metric, x in metrics.items()}
-                # Terms of the loss add up after each is averaged over its own weights, so each has its own entry.
+                # Each term has an entry of its own: terms are averaged over their own weights before they are added.
                 sums |= {metric: (x, weights.sum()) for metric, x in (metrics | {f"loss:{prefix}{i}": value}).items()}
         return sums
 
@@ -174,16 +176,21 @@ def make_evaluation(apply: Apply, objective: Objectives) -> Callable[[Params, ja
 
 
 def means(sums: dict[str, tuple[Any, Any]]) -> dict[str, float]:
-    """Averages from evaluation sums, with `loss`, the coefficient-weighted sum of its terms' averages."""
+    """Averages from evaluation sums, and `loss`, the coefficient-weighted sum of its terms' averages.
+
+    >>> from alignax.train import means
+    >>> means({"loss:0": (3.0, 2.0), "rewards/margins": (1.0, 4.0)})
+    {'loss': 1.5, 'rewards/margins': 0.25}
+    """
     average = {name: float(total) / float(weight) if weight else 0.0 for name, (total, weight) in sums.items()}
     terms = [name for name in average if name.startswith("loss:")]
     return {"loss": sum(average.pop(name) for name in terms)} | average
 
 
 def digest(params: Params) -> jax.Array:
-    """A fingerprint of parameter values, equal in every layout: uint32 [], to be jitted.
+    """A fingerprint of parameter values, the same in every sharding: uint32 [], to be jitted.
 
-    A sum modulo 2^32 over all values, each hashed together with its place (MurmurHash3's finaliser).
+    The sum modulo 2^32 of a hash of each value and its place (MurmurHash3's finaliser).
     """
 
     total = jnp.zeros((), jnp.uint32)
@@ -193,15 +200,15 @@ def digest(params: Params) -> jax.Array:
 
 
 def leaf_digests(tree: Any) -> jax.Array:
-    """A digest of every array's bits, in the order of the leaves and equal in every layout: uint32 [leaves], to be jitted.
+    """A digest of each array's bits, in the order of the leaves, the same in every sharding: uint32 [leaves], to be jitted.
 
-    As for `digest`, but of any type and exact: one changed element always changes it, several with a chance of 1 - 2^-32.
+    Unlike `digest` it takes any dtype, and is exact: one changed element always changes it, several with a probability of 1 - 2^-32.
     """
     return jnp.stack([_hashed(_words(x)) for x in jax.tree.leaves(tree)])
 
 
 def _words(x: jax.Array) -> jax.Array:
-    """The bits of an array's elements, uint32; elements of 64 bits are two."""
+    """The bits of an array's elements as uint32; an element of 64 bits gives two."""
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
     if x.dtype == jnp.bool_:

@@ -1,13 +1,15 @@
-"""Advantages: how much better a response, or a token, was than expected.
+"""Advantages: how much better a response or a token was than expected.
 
     chain(logps("ref_logps", reference), kl_reward(0.05), leave_one_out())        # RLOO
     chain(kl_reward(0.05), gae(), whiten_advantages())                           # PPO, with a critic's `values`
     group_relative()                                                             # GRPO
-    chain(score(ensemble), gdpo((1.0, 0.5)))                                     # GDPO, of several rewards; PAMA is pama()
+    chain(score(ensemble), gdpo((1.0, 0.5)))                                     # GDPO, for several rewards; for PAMA see pama()
 
-Each reads what the others wrote and writes `advantages` [B, N, T], 0 off the completion. What a response lacks it does not get: one
-whose reward is missing (NaN, or not finite) has advantage 0 and takes no part in its group's statistics; so has one without a
-completion. Statistics are two-pass, of the whole batch that the experience sees, padding rows excluded.
+Each function writes `advantages` [B, N, T], 0 outside the completion. A response whose reward is missing (NaN, or not finite), or that
+has no completion, has advantage 0 and takes no part in its group's statistics. Statistics are two-pass, over the whole batch that the
+experience sees, without padding rows.
+
+Examples assume `import jax.numpy as jnp` and `from alignax import *`.
 """
 
 import math
@@ -25,16 +27,22 @@ from alignax.types import Batch
 
 
 def group_relative(std: bool = True, eps: float = 1e-4) -> Experience:
-    """A response's reward against its group, as GRPO has it (Shao et al. 2024, arXiv:2402.03300, section 4.1.2).
+    """Advantages relative to the group, as in GRPO (Shao et al. 2024, arXiv:2402.03300, section 4.1.2). Writes `advantages` [B, N, T].
 
     (r - mean) / (std + eps),   over the responses to a prompt, std of the sample (ddof 1)
 
-    A group of one, or of equal rewards, has advantages of 0. Dividing makes groups count the same however much their rewards differ,
-    so nearly solved and nearly hopeless prompts count most; Dr. GRPO leaves it out (Liu et al. 2025, arXiv:2503.20783).
+    A group of one, or of equal rewards, has advantages of 0. The division gives all groups the same size however much their rewards
+    differ, so nearly solved and nearly hopeless prompts count most. Dr. GRPO leaves it out (Liu et al. 2025, arXiv:2503.20783).
+
+    >>> batch = {"completion_mask": jnp.ones((1, 2, 1), bool), "rewards": jnp.array([[3.0, 1.0]])}  # rewards [B, N]
+    >>> print([round(x, 2) for x in group_relative()(batch)["advantages"].ravel().tolist()])
+    [0.71, -0.71]
+    >>> print(group_relative(std=False)(batch)["advantages"].ravel())
+    [ 1. -1.]
 
     Args:
       std: whether to divide by the standard deviation.
-      eps: added to it.
+      eps: added to the standard deviation.
     """
     check_positive("eps", eps)  # a group of equal rewards is 0 / eps
     return Partial(_scaled, eps) if std else Partial(_centred)
@@ -45,7 +53,7 @@ def _scaled(eps: float, batch: Batch) -> Batch:
 
 
 def standardised(rewards: jax.Array, valid: jax.Array, eps: float) -> jax.Array:
-    """Rewards [B, N] less their group's mean, over its deviation + eps (ddof 1); 0 where there is none."""
+    """The standardised rewards [B, N]: minus their group's mean, over its standard deviation + eps (ddof 1); 0 where not `valid` [B, N]."""
     centred = _centre(rewards, valid)
     degrees = jnp.maximum(valid.sum(axis=1, keepdims=True) - 1, 1)
     std = jnp.sqrt(jnp.sum(jnp.square(centred), axis=1, keepdims=True) / degrees)
@@ -57,12 +65,12 @@ def _centred(batch: Batch) -> Batch:
 
 
 def batch_scaled(eps: float = 1e-4) -> Experience:
-    """A response's reward less its group's mean, over the deviation of all rewards of the batch (Liu et al. 2025, arXiv:2508.08221).
+    """Advantages with the group's mean and the batch's deviation (Liu et al. 2025, arXiv:2508.08221). Writes `advantages` [B, N, T].
 
     (r - mean of the group) / (std of the batch + eps),   std of the sample (ddof 1), over responses
 
-    Groups keep their spread against each other: one of nearly equal rewards counts little, where `group_relative()` blows it up. TRL's
-    `scale_rewards="batch"`. REINFORCE++ with a baseline has the deviation of what is left after the group's mean, over tokens:
+    Groups keep their relative spread: a group of nearly equal rewards counts little, where `group_relative()` enlarges it. It is TRL's
+    `scale_rewards="batch"`. REINFORCE++ with a baseline divides by another deviation, that of the centred rewards over tokens:
     `chain(group_relative(std=False), whiten_advantages())`.
 
     Args:
@@ -79,17 +87,21 @@ def _batch_scaled(eps: float, batch: Batch) -> Batch:
 
 
 def gdpo(weights: Sequence[float] = (), eps: float = 1e-4) -> Experience:
-    """Group reward-decoupled normalisation (GDPO, Liu et al. 2026, arXiv:2601.05242) of several rewards, the field `scores` [B, N, K].
+    """Advantages of several rewards by group reward-decoupled normalisation (GDPO, Liu et al. 2026, arXiv:2601.05242).
 
     z_k = (r_k - mean) / (std + eps) in each group,   S = sum_k w_k z_k,   advantages (S - mean) / (std + eps) over the batch's responses
 
-    Summed first, rewards that say different things of two responses may have one sum, and the reward of the largest scale rules; each
-    made even in its group, none is lost. Both deviations are of the sample (ddof 1). A reward that is alike in a group says nothing
-    there; a score that is missing (NaN) is left out of its response's sum, and a response without any has advantage 0. A KL in the
-    reward (`kl_reward`) is not of these: put it into the loss.
+    Reads `scores` [B, N, K], writes `advantages` [B, N, T]. If rewards are summed first, responses with different rewards may have equal
+    sums, and the reward of the largest scale dominates. Normalising each reward in its group prevents both. Both deviations are of the
+    sample (ddof 1). A reward that is equal in a whole group adds nothing there. A missing score (NaN) is left out of its response's sum; a
+    response without any score has advantage 0. Put a KL into the loss, since `kl_reward` does not act on `scores`.
+
+    >>> batch = {"completion_mask": jnp.ones((1, 2, 1), bool), "scores": jnp.array([[[1.0, 300.0], [0.0, 100.0]]])}
+    >>> print([round(x, 2) for x in gdpo()(batch)["advantages"].ravel().tolist()])
+    [0.71, -0.71]
 
     Args:
-      weights: w, one of each score; () is 1 each.
+      weights: w, one for each score; (): 1 each.
       eps: added to the deviations.
     """
     check_positive("eps", eps)
@@ -114,11 +126,16 @@ def _gdpo(weights: tuple[float, ...], eps: float, batch: Batch) -> Batch:
 
 
 def leave_one_out() -> Experience:
-    """A response's reward against the mean of the others of its group, as RLOO has it (Ahmadian et al. 2024, arXiv:2402.14740).
+    """Advantages against the mean of the group's other responses, as in RLOO (Ahmadian et al. 2024, arXiv:2402.14740).
 
     r_i - mean of r_j over j != i  =  n / (n - 1) (r_i - mean)
 
-    A baseline that does not depend on the response, so the gradient is unbiased. A group of one has advantage 0.
+    Writes `advantages` [B, N, T]. The baseline does not depend on the response, so the gradient is unbiased. A group of one has
+    advantage 0.
+
+    >>> batch = {"completion_mask": jnp.ones((1, 3, 1), bool), "rewards": jnp.array([[3.0, 1.0, 2.0]])}
+    >>> print(leave_one_out()(batch)["advantages"].ravel())
+    [ 1.5 -1.5  0. ]
     """
     return Partial(_leave_one_out)
 
@@ -131,17 +148,22 @@ def _leave_one_out(batch: Batch) -> Batch:
 
 
 def gae(gamma: float = 1.0, lam: float = 0.95) -> Experience:
-    """Generalised advantage estimation (Schulman et al. 2015, arXiv:1506.02438, eq. 16), and the returns that a critic is trained on.
+    """Generalised advantage estimation (Schulman et al. 2015, arXiv:1506.02438, eq. 16), and the returns that train a critic.
 
     d_t = r_t + gamma V_(t+1) - V_t,   A_t = d_t + gamma lam A_(t+1),   returns A_t + V_t
 
-    Reads a critic's `values` and `token_rewards` (or `rewards`, which then stand on the last scored token). t runs over the completion
-    tokens of a response, whatever lies between them; after the last there is nothing. A missing reward makes advantages 0 and returns
-    equal to values.
+    Reads a critic's `values` [B, N, T] and `token_rewards` [B, N, T] (without them `rewards` [B, N], placed on the last completion token).
+    Writes `advantages` and `returns` [B, N, T]. t runs over the completion tokens of a response and skips other tokens between them; V and
+    A are 0 after the last one. With a missing reward advantages are 0 and returns equal values.
+
+    >>> batch = {"completion_mask": jnp.ones((1, 1, 2), bool), "rewards": jnp.array([[1.0]]), "values": jnp.array([[[0.5, 0.5]]])}
+    >>> out = gae(gamma=1.0, lam=0.5)(batch)
+    >>> print(out["advantages"].ravel(), out["returns"].ravel())
+    [0.25 0.5 ] [0.75 1.  ]
 
     Args:
-      gamma: discount, of tokens: below 1 a long response is worth less.
-      lam: 1 is the whole return, without bias by the critic; 0 trusts the critic after one token.
+      gamma: discount of each token; below 1 a long response is worth less.
+      lam: 1 takes the whole return, without bias by the critic; 0 trusts the critic after one token.
     """
     check_discount("gamma", gamma)
     check_discount("lam", lam)
@@ -168,9 +190,13 @@ def _gae(gamma: float, lam: float, batch: Batch) -> Batch:
 
 
 def rewards_to_go(gamma: float = 1.0) -> Experience:
-    """What is still to come, without a baseline: sum over s >= t of gamma^(s - t) r_s at each completion token.
+    """Advantages that are the rewards to go, without a baseline: sum over s >= t of gamma^(s - t) r_s at each completion token.
 
-    That is `gae` with lam 1 and a critic that knows nothing. A missing reward makes advantages 0.
+    It is `gae` with lam 1 and values of 0. Writes `advantages` [B, N, T]. With a missing reward they are 0.
+
+    >>> batch = {"completion_mask": jnp.ones((1, 1, 3), bool), "rewards": jnp.array([[1.0]])}
+    >>> print(rewards_to_go(gamma=0.5)(batch)["advantages"])
+    [[[0.25 0.5  1.  ]]]
     """
     check_discount("gamma", gamma)
     return Partial(_rewards_to_go, gamma)
@@ -182,9 +208,13 @@ def _rewards_to_go(gamma: float, batch: Batch) -> Batch:
 
 
 def whiten_advantages(eps: float = 1e-8) -> Experience:
-    """Advantages over the completion tokens of the batch to mean 0 and variance 1: (A - mean) / sqrt(var + eps), ddof 1.
+    """Whitens `advantages` [B, N, T] over the completion tokens of the batch: (A - mean) / sqrt(var + eps), ddof 1.
 
     Responses whose reward is missing take no part, and keep 0.
+
+    >>> batch = {"completion_mask": jnp.ones((1, 1, 3), bool), "rewards": jnp.ones((1, 1)), "advantages": jnp.array([[[1.0, 2.0, 3.0]]])}
+    >>> print(whiten_advantages()(batch)["advantages"])
+    [[[-1.  0.  1.]]]
     """
     check_positive("eps", eps)
     return Partial(_whiten_advantages, eps)
@@ -196,11 +226,11 @@ def _whiten_advantages(eps: float, batch: Batch) -> Batch:
 
 
 def whiten_responses(eps: float = 1e-4) -> Experience:
-    """Advantages over the responses of the batch to mean 0 and deviation 1: (A - mean) / (std + eps), ddof 1; a long one counts once.
+    """Whitens `advantages` [B, N, T] over the responses of the batch: (A - mean) / (std + eps), ddof 1; a long response counts once.
 
     For advantages of whole responses: `chain(kl_reward(0.05), leave_one_out(), whiten_responses())` is TRL's RLOO with
-    `normalize_advantages`. Of advantages that differ by token mean and deviation are those of each response's mean. Responses whose
-    reward is missing take no part, and keep 0.
+    `normalize_advantages`. If advantages differ by token, mean and std are those of the responses' mean advantages. Responses whose reward
+    is missing take no part, and keep 0.
     """
     check_positive("eps", eps)
     return Partial(_whiten_responses, eps)
@@ -214,16 +244,16 @@ def _whiten_responses(eps: float, batch: Batch) -> Batch:
 
 
 def top_entropy(share: float = 0.2) -> Experience:
-    """Advantages at the tokens of highest entropy alone, 0 at the others (Wang et al. 2025, arXiv:2506.01939, eq. 5).
+    """Keeps `advantages` [B, N, T] at the tokens of highest entropy, and sets the others to 0 (Wang et al. 2025, arXiv:2506.01939, eq. 5).
 
     A [H >= tau],   tau the quantile 1 - share of the batch's completion tokens, linear between neighbours
 
-    Where the policy is undecided its choice decides what follows; the paper trains on a fifth of the tokens. Averages stay those over
-    all tokens, so the gradient is a part of the whole one, and a KL in the loss is of all tokens. H is the entropy of the policy before
-    the step, the field `old_entropy`, which every rollout has: data, of the whole batch.
+    Tokens at which the policy is undecided determine what follows; the paper trains on a fifth of the tokens. The loss is still averaged
+    over all tokens, so the gradient is a part of the full one, and a KL in the loss is over all tokens. H is the entropy of the policy
+    before the step, the field `old_entropy` [B, N, T], which every rollout has.
 
     Args:
-      share: of completion tokens, in (0, 1]; 1 keeps all.
+      share: of the completion tokens, in (0, 1]; 1 keeps all.
     """
     if not 0 < share <= 1:
         raise ValueError(f"the share is {share}; it is one of tokens, in (0, 1] (0.2 is the paper's)")
@@ -237,22 +267,25 @@ def _top_entropy(share: float, batch: Batch) -> Batch:
 
 
 def reinforce_plus_plus(gamma: float = 1.0) -> Experience:
-    """REINFORCE++ (Hu et al. 2025, arXiv:2501.03262): rewards to go, whitened over the batch instead of a critic or a group.
+    """REINFORCE++ (Hu et al. 2025, arXiv:2501.03262): rewards to go, whitened over the batch, without a critic or groups.
 
-    Its KL is in the reward: `chain(kl_reward(0.01), reinforce_plus_plus())`. With a group's mean as baseline, as in its second form:
-    `chain(group_relative(std=False), whiten_advantages())`.
+    Writes `advantages` [B, N, T]. The KL is in the reward: `chain(kl_reward(0.01), reinforce_plus_plus())`. The paper's second form has the
+    group's mean as baseline: `chain(group_relative(std=False), whiten_advantages())`.
     """
     return chain(rewards_to_go(gamma), whiten_advantages())
 
 
 def check_discount(name: str, value: float) -> None:
-    """Refuses what is no discount."""
+    """Refuses a discount outside [0, 1]."""
     if not 0 <= value <= 1:
         raise ValueError(f"{name} is {value}; it discounts what is further away, in [0, 1]")
 
 
 def whiten(x: jax.Array, mask: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
-    """(x - mean) / sqrt(var + eps) where `mask` is True, else 0, and the mean; two-pass, var of the sample (ddof 1)."""
+    """Whitens x where `mask` is True, else gives 0: (x - mean) / sqrt(var + eps), and the mean [].
+
+    Two-pass; var is of the sample (ddof 1). x and mask have one shape.
+    """
     count = mask.sum()
     mean = jnp.sum(jnp.where(mask, x, 0.0)) / jnp.maximum(count, 1)
     centred = jnp.where(mask, x - mean, 0.0)
@@ -261,32 +294,32 @@ def whiten(x: jax.Array, mask: jax.Array, eps: float) -> tuple[jax.Array, jax.Ar
 
 
 def last_scored(batch: Batch) -> jax.Array:
-    """Where each response's last completion token is: [B, N, T] bool."""
+    """True at the last completion token of each response: [B, N, T] bool."""
     mask = batch["completion_mask"]
     return mask & (jnp.flip(jnp.cumsum(jnp.flip(mask, -1), axis=-1), -1) == 1)
 
 
 def token_rewards(batch: Batch) -> jax.Array:
-    """The field `token_rewards` [B, N, T], or `rewards` on each response's last scored token."""
+    """The field `token_rewards` [B, N, T]; without it, `rewards` [B, N] on the last completion token of each response."""
     if "token_rewards" in batch:
         return batch["token_rewards"]
     return jnp.where(last_scored(batch), field(batch, "rewards", "score(model), uwo()")[..., None], 0.0)
 
 
 def rewarded_tokens(batch: Batch) -> jax.Array:
-    """Completion tokens of responses whose rewards are all there: [B, N, T] bool."""
+    """True at the completion tokens of responses without a missing reward: [B, N, T] bool."""
     return batch["completion_mask"] & jnp.isfinite(sequence(token_rewards(batch), batch))[..., None]
 
 
 def _rewards(batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Rewards, 0 where there is none, and where there is one: [B, N] each."""
+    """The rewards, 0 where missing, and a mask that is True where they are known: [B, N] each."""
     rewards = field(batch, "rewards", "score(model), uwo()")
     valid = batch["completion_mask"].any(axis=-1) & jnp.isfinite(rewards)
     return jnp.where(valid, rewards, 0.0), valid
 
 
 def _moments(x: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Mean and standard deviation (ddof 1) of what is valid in the whole batch: [] each; two-pass."""
+    """The mean and standard deviation (ddof 1) of the valid entries of the whole batch: [] each; two-pass."""
     count = valid.sum()
     mean = jnp.where(valid, x, 0.0).sum() / jnp.maximum(count, 1)
     return mean, jnp.sqrt(jnp.where(valid, jnp.square(x - mean), 0.0).sum() / jnp.maximum(count - 1, 1))
@@ -298,14 +331,14 @@ def _white(x: jax.Array, valid: jax.Array, eps: float) -> jax.Array:
 
 
 def _centre(rewards: jax.Array, valid: jax.Array) -> jax.Array:
-    """Rewards [B, N] less their group's mean, 0 where there is none."""
+    """The rewards [B, N] minus their group's mean, 0 where not valid."""
     mean = rewards.sum(axis=1, keepdims=True) / jnp.maximum(valid.sum(axis=1, keepdims=True), 1)
-    # Rounding may put the mean of equal rewards beside them, and a standard deviation of next to nothing would blow that up.
+    # Rounding may move the mean of equal rewards off them, and dividing by their tiny standard deviation would enlarge that.
     low = jnp.min(jnp.where(valid, rewards, jnp.inf), axis=1, keepdims=True)
     equal = jnp.max(jnp.where(valid, rewards, -jnp.inf), axis=1, keepdims=True) <= low
     return jnp.where(valid & ~equal, rewards - mean, 0.0)
 
 
 def of_responses(batch: Batch, advantages: jax.Array) -> Batch:
-    """The batch with each response's advantage at all of its completion tokens."""
+    """The batch with `advantages` [B, N, T]: each response's advantage [B, N] at all of its completion tokens."""
     return batch | {"advantages": jnp.where(batch["completion_mask"], advantages[..., None], 0.0)}

@@ -1,12 +1,14 @@
-"""Experience: what is not differentiated is data, written by pure functions `Batch -> Batch`, one after another.
+"""Experience: a chain of pure functions `Batch -> Batch` that write the data of a loss, which is not differentiated.
 
-An experience function is a pytree of the parameters that it reads (`jax.tree_util.Partial`), so it goes through `jit` as an
-argument: its parameters stay sharded where they are and are never compiled into the program.
+An experience function is a pytree of the parameters that it reads (`jax.tree_util.Partial`), so `jit` takes it as an argument: its
+parameters keep their sharding and are not compiled into the program.
 
-What an experience remembers from one batch to the next (a running log Z, an adaptive coefficient, multipliers) is its carry: a
-`Stateful` function takes it and gives the next one. Carries live in the training state, so they are in every checkpoint.
+An experience may remember something from one batch to the next (a running log Z, an adaptive coefficient, multipliers). This is its
+carry: a `Stateful` function takes the carry and returns the next one. Carries are in the training state, and so in every checkpoint.
 
-What it has to say to the log alone is no field: a function returns `report(batch, name=value)`.
+To log a metric, a function returns `report(batch, name=value)`.
+
+Examples assume `import jax.numpy as jnp` and `from alignax import *`.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,44 +23,48 @@ from alignax.text import short
 from alignax.types import Batch, Metrics
 
 Experience = Callable[[Batch], Batch]
-AXES = {  # of fields that experience functions write and others read
+AXES = {  # number of axes of fields that one experience function writes and another reads
     "rewards": 2, "raw_rewards": 2, "advantages": 3, "token_rewards": 3, "ref_logps": 3, "old_logps": 3, "old_entropy": 3,
 }  # fmt: skip
 Carry = dict[str, Any]  # name of a stateful function -> what it remembers
-REPORTED = "reported/"  # what the fields of metrics begin with, on their way from `report` to `advance`
+REPORTED = "reported/"  # prefix of the fields that carry metrics from `report` to `advance`
 
 
 @flax.struct.dataclass
 class Stateful:
-    """An experience with a carry. Called with a batch alone it reads the carry that it begins with."""
+    """An experience function with a carry. A call with a batch alone uses the first carry."""
 
-    name: str = flax.struct.field(pytree_node=False)  # of its carry; unique in a chain
+    name: str = flax.struct.field(pytree_node=False)  # name of the carry; unique in a chain
     first: Any  # the carry at step 0: a pytree of arrays
-    function: Callable[[Any, Batch], tuple[Any, Batch]]  # pure; a pytree of what it reads
+    function: Callable[[Any, Batch], tuple[Any, Batch]]  # pure; a pytree of the arrays that it reads
 
     def __call__(self, batch: Batch) -> Batch:
-        """The batch that the first carry gives."""
+        """The batch that `function` returns with the first carry."""
         return self.function(self.first, batch)[1]
 
 
 @flax.struct.dataclass
 class Chain:
-    """Functions one after another."""
+    """A sequence of experience functions, applied first to last; see `chain`."""
 
     functions: tuple[Experience, ...]
 
     def __call__(self, batch: Batch) -> Batch:
-        """The batch with what all of them write and report."""
+        """The batch with the fields and reports of all functions."""
         for function in self.functions:
             batch = function(batch)
         return batch
 
 
 def chain(*functions: Experience) -> Experience:
-    """The functions one after another, first to last; without any, the identity.
+    """Makes one experience of several functions, applied first to last; without functions it is the identity.
+
+    >>> batch = {"completion_mask": jnp.ones((1, 2, 1), bool), "scores": jnp.array([[[3.0, 1.0], [0.0, 0.0]]])}  # scores [B, N, K]
+    >>> print(chain(wco, leave_one_out())(batch)["advantages"].ravel())
+    [ 1. -1.]
 
     Raises:
-      ValueError: for what is no function of a batch.
+      ValueError: for an argument that is not a function of a batch.
     """
     for i, function in enumerate(functions):
         check_call(function, f"function {i} of chain(..)", "batch")
@@ -66,10 +72,10 @@ def chain(*functions: Experience) -> Experience:
 
 
 def first_carry(experience: Experience) -> Carry:
-    """The carry at step 0 of every stateful function.
+    """The carry at step 0 of every stateful function, by name.
 
     Raises:
-      ValueError: for two of one name.
+      ValueError: for two stateful functions of one name.
     """
     if isinstance(experience, Stateful):
         return {experience.name: experience.first}
@@ -83,36 +89,42 @@ def first_carry(experience: Experience) -> Carry:
 
 
 def report(batch: Batch, /, **metrics: Any) -> Batch:
-    """The batch to return from an experience function, with metrics for the log: `report(batch, kl_coefficient=beta)`.
+    """Adds metrics for the log to the batch that an experience function returns: `report(batch, kl_coefficient=beta)`.
 
-    A run logs them with its other metrics, by these names; of other names: `report(batch, **{"constraint/slack": x})`. An experience
-    sees the whole global batch, so its metrics are of that, however many microbatches and devices there are.
+    A run logs them with its other metrics, by these names. A name that is not an identifier: `report(batch, **{"constraint/slack": x})`. An
+    experience sees the whole global batch, so its metrics do not depend on the number of microbatches and devices.
+
+    >>> from alignax.experience import advance
+    >>> batch = {"completion_mask": jnp.ones((2, 1, 1), bool)}
+    >>> _, _, metrics = advance(lambda batch: report(batch, kl_coefficient=0.5), {}, batch)
+    >>> print(metrics["kl_coefficient"])
+    0.5
 
     Args:
-      batch: its fields; `completion_mask` is one of them.
+      batch: with the field `completion_mask`.
       metrics: scalars [], numbers or arrays.
 
     Raises:
-      ValueError: for what is no scalar.
+      ValueError: for a metric that is not a scalar.
     """
     B = batch["completion_mask"].shape[0]
     for name, x in metrics.items():
         if jnp.shape(x) != ():
             raise ValueError(f"report(..) is given {name!r} of shape {jnp.shape(x)}; a metric is a scalar, its mean say")
-    # As long as the batch, so that what splits, orders or selects all fields takes them for others.
+    # [B], so that code that splits, orders or selects all fields can treat metrics as fields.
     return batch | {REPORTED + name: jnp.broadcast_to(jax.lax.stop_gradient(x), B) for name, x in metrics.items()}
 
 
 def numbered(name: str, values: jax.Array) -> Metrics:
-    """Metrics `name_0`, `name_1` .. of an array [K], for `report`."""
+    """The metrics `name_0`, `name_1` .. of an array [K], for `report`."""
     return {f"{name}_{k}": x for k, x in enumerate(values)}
 
 
 def advance(experience: Experience, carry: Carry, batch: Batch) -> tuple[Carry, Batch, Metrics]:
-    """The carry for the next batch, this batch with what the experience writes, and the metrics that it reports, each [].
+    """Runs an experience: the carry for the next batch, this batch with the written fields, and the reported metrics, each [].
 
     Raises:
-      ValueError: for what is no batch, for fields of a wrong shape, and for two functions that report one metric.
+      ValueError: if a function does not return a batch, for fields of a wrong shape, and for two functions that report one metric.
     """
     if isinstance(experience, Chain):
         metrics: Metrics = {}
@@ -137,10 +149,10 @@ def advance(experience: Experience, carry: Carry, batch: Batch) -> tuple[Carry, 
 
 
 def with_reported(metrics: Metrics, reported: Metrics) -> Metrics:
-    """The metrics of a run and those that its experience reports.
+    """The metrics of a run, and the ones that its experience reports, in one dict.
 
     Raises:
-      ValueError: for one that the run has itself.
+      ValueError: for a reported metric whose name the run uses itself.
     """
     if both := sorted(reported.keys() & metrics.keys()):
         raise ValueError(f"the experience reports {both[0]!r}, and every such run has a metric of that name; give it another one")
@@ -148,14 +160,14 @@ def with_reported(metrics: Metrics, reported: Metrics) -> Metrics:
 
 
 def taken(batch: Any) -> tuple[Batch, Metrics]:
-    """A batch without the metrics that are reported, and these."""
+    """Splits a batch into its fields and the reported metrics."""
     names = [name for name in batch if name.startswith(REPORTED)]
     batch = batch | {} if names else batch  # a copy of the same kind
     return batch, {name.removeprefix(REPORTED): batch.pop(name)[0] for name in names}
 
 
 def check_shapes(function: Any, before: Batch, after: Mapping[str, Any]) -> None:
-    """Refuses known fields of another shape than theirs, which jax would stretch over responses, or over prompts, without a word."""
+    """Refuses known fields of a wrong shape, which jax would silently broadcast over responses or prompts."""
     if "completion_mask" not in after:
         return
     whole = after["completion_mask"].shape

@@ -1,12 +1,14 @@
-"""Reward models in experience, and what the scores of K of them say together.
+"""Scores of reward models in experience, and aggregates of the scores of K models.
 
     chain(score(ensemble), uwo(0.5))        # writes `scores` [B, N, K], then `rewards` [B, N]
 
-An aggregate is a pure function [K, ...] -> [...], the same one in training and in best-of-n; given a batch it is an experience.
+An aggregate is a pure function of scores [K, ...] -> [...], the same in training and in best-of-n. Applied to a batch it is an experience.
 
-The offset of a reward model is free, so minima and variances mean something only once offsets are anchored: take off each one's mean
-over responses of the initial policy (`alignax anchor`), or train the members with `score_l2()` or `centring()`. A score that is not
-finite makes the result not finite. K = 1 works: all of them are then that member.
+The offset of a reward model is arbitrary, so minima and variances mean something only after the offsets are anchored. Either subtract each
+model's mean over responses of the initial policy (`alignax anchor`), or train the members with `score_l2()` or `centring()`. A score that
+is not finite makes the aggregate not finite. With K = 1 every aggregate is that member's score.
+
+Examples assume `import jax.numpy as jnp` and `from alignax import *`.
 """
 
 import dataclasses
@@ -26,27 +28,35 @@ from alignax.types import Batch, Model, Outputs, Params
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Aggregate:
-    """K scores made one."""
+    """An aggregate of K scores to one, such as `mean`, `wco` and `uwo(0.5)`.
 
-    function: Callable[..., jax.Array]  # of scores [K, ...] and the arguments
+    >>> scores = jnp.array([[1.0, 5.0], [3.0, 5.0]])  # [K, responses]
+    >>> print(mean(scores), wco(scores))
+    [2. 5.] [1. 5.]
+    >>> batch = {"scores": jnp.array([[[1.0, 3.0], [5.0, 5.0]]])}  # [B, N, K]
+    >>> print(wco(batch)["rewards"])
+    [[1. 5.]]
+    """
+
+    function: Callable[..., jax.Array]  # (scores [K, ...], *arguments) -> [...]
     arguments: tuple[float, ...] = ()
 
     def __call__(self, scores: Any) -> Any:
-        """[K, ...] -> [...]; of a batch the batch with `rewards` [B, N], the aggregate of its `scores` [B, N, K]."""
+        """The aggregate of scores, [K, ...] -> [...]; or a batch with `rewards` [B, N], the aggregate of its `scores` [B, N, K]."""
         if isinstance(scores, dict):
             return scores | {"rewards": self(jnp.moveaxis(field(scores, "scores", "score(ensemble)"), -1, 0))}
         return self.function(scores, *self.arguments)
 
 
 def score(model: Model, microbatches: int = 1) -> Experience:
-    """Writes a reward model's or an ensemble's `scores` [B, N, K] f32; K = 1 of a single model.
+    """Writes `scores` [B, N, K] f32 of a reward model or an ensemble; K = 1 for a single model.
 
     Args:
-      model: its `Outputs.scores` are [B, N], or [B, N, K] as those of `alignax.rewards.ensembles.ensemble_model`; no gradient goes into it.
-      microbatches: parts that the batch is scored in, one after another, to bound memory.
+      model: with `Outputs.scores` [B, N], or [B, N, K] as from `alignax.rewards.ensembles.ensemble_model`; no gradient goes into it.
+      microbatches: number of parts of the batch that are scored one after another, to bound memory.
 
     Raises:
-      ValueError: for reward models of several labels, whose scores would stand where those of an ensemble's members do.
+      ValueError: for a reward model of several labels, whose scores would be taken for those of an ensemble's members.
     """
     head = model.params.get("score") if isinstance(model.params, Mapping) else None  # [D, labels], of an ensemble [K, D, labels]
     if head is not None and head.shape[-1] > 1:
@@ -90,8 +100,11 @@ def uwo(coefficient: float = 0.5) -> Aggregate:
 
     mean_k R_k - coefficient * (1 / K) sum_k (R_k - mean)^2
 
+    >>> print(uwo(0.5)(jnp.array([[1.0, 5.0], [3.0, 5.0]])))  # scores of 2 members, 2 responses; 2 - 0.5 * 1
+    [1.5 5. ]
+
     Args:
-      coefficient: of the variance between members, at least 0; 0 is `mean`. The paper: 0.5 for best-of-n, 0.1 for PPO.
+      coefficient: of the variance between members, at least 0; 0 gives `mean`. The paper uses 0.5 for best-of-n, 0.1 for PPO.
     """
     if not coefficient >= 0:
         raise ValueError(f"the coefficient of UWO is {coefficient}; it must be at least 0, which is the mean (0.5 is usual)")
@@ -99,12 +112,16 @@ def uwo(coefficient: float = 0.5) -> Aggregate:
 
 
 def _uwo(scores: jax.Array, coefficient: float) -> jax.Array:
-    # The paper's variance is that of the population (ddof 0); its PPO code takes ddof 1, which for K = 5 is a coefficient 1.25 as large.
+    # The paper's variance has ddof 0. Its PPO code has ddof 1, which for K = 5 is a coefficient 1.25 times as large.
     return jnp.mean(scores, axis=0) - coefficient * jnp.var(scores, axis=0, ddof=0)
 
 
 def quantile(q: float) -> Aggregate:
-    """The members' q-quantile, linear between neighbours: 0 is `wco`, 0.5 is `median`."""
+    """The aggregate that is the members' q-quantile, linear between neighbours: 0 is `wco`, 0.5 is `median`.
+
+    >>> print(quantile(0.25)(jnp.array([1.0, 2.0, 3.0, 4.0, 5.0])))
+    2.0
+    """
     if not 0 <= q <= 1:
         raise ValueError(f"the quantile is {q}; it must be in [0, 1] (0.25 is a cautious one)")
     return Aggregate(_quantile, (q,))

@@ -1,4 +1,7 @@
-"""The tokens that `lp_reg` may protect: the least likely of those that are to be made less likely."""
+"""Selection of the tokens that `lp_reg` may protect: the least likely tokens with a negative advantage.
+
+Examples assume `import jax.numpy as jnp` and `from alignax import *`.
+"""
 
 import jax.numpy as jnp
 from jax.tree_util import Partial
@@ -10,10 +13,15 @@ from alignax.types import Batch
 
 
 def low_probability_tokens(share: float = 0.01) -> Experience:
-    """Writes `low_probability` [B, N, T]: of the batch's completion tokens with A < 0 the share that the policy finds least likely.
+    """Writes `low_probability` [B, N, T] bool: the least likely share of the batch's completion tokens with A < 0.
 
-    Reads `advantages` and `old_logps`. Of n such tokens they are the floor(share * n) lowest, none if that is 1. The released code ranks
-    by the policy as it is being trained, in each microbatch: here it is data, of the whole batch.
+    Reads `advantages` and `old_logps` [B, N, T]. Of n tokens with A < 0 the floor(share * n) least likely are selected; none if that is 1.
+    The released code ranks by the current policy in each microbatch; here the ranks are data, over the whole batch.
+
+    >>> batch = {"completion_mask": jnp.ones((1, 1, 4), bool), "advantages": -jnp.ones((1, 1, 4))}
+    >>> batch["old_logps"] = jnp.array([[[-9.0, -1.0, -8.0, -2.0]]])
+    >>> print(low_probability_tokens(0.5)(batch)["low_probability"])
+    [[[ True False  True False]]]
 
     Args:
       share: rho, in [0, 1]; the paper's are 0.01 and 0.005.

@@ -1,9 +1,11 @@
-"""What f-DPG aims at and compares with: the target P(x), its running Z, the baseline, and whether to change the proposal.
+"""The experience of f-DPG: the target P(x), its running Z, the baseline, and the choice of the proposal.
 
     chain(logps("ref_logps", base), boolean_target(), running_log_z(prompts=len(data)), running_baseline(js_pi_p))
 
-The target is an energy-based model, the base policy a(x) times what is asked of a response (Khalifa et al. 2021, arXiv:2012.11635; Go et
-al. 2023, arXiv:2302.08215); its log P [B, N] is the field `log_target`, -inf for a response that it never gives.
+The target is an energy-based model: the base policy a(x) times a score of the response (Khalifa et al. 2021, arXiv:2012.11635; Go et al.
+2023, arXiv:2302.08215). Its log P [B, N] is the field `log_target`, -inf for a response of probability 0.
+
+Examples assume `import jax.numpy as jnp` and `from alignax import *`.
 """
 
 import dataclasses
@@ -27,7 +29,13 @@ from alignax.types import Batch, TrainState
 
 
 def boolean_target() -> Experience:
-    """Writes `log_target` of P = a(x) b(x): the base policy where `rewards` [B, N] say that a constraint is met, 1 and not 0."""
+    """Writes `log_target` [B, N] of P = a(x) b(x): the base policy on responses that meet a constraint (`rewards` [B, N] are 1, not 0).
+
+    >>> batch = {"completion_mask": jnp.ones((1, 2, 1), bool), "rewards": jnp.array([[1.0, 0.0]])}
+    >>> batch["ref_logps"] = jnp.array([[[-1.0], [-2.0]]])
+    >>> print(boolean_target()(batch)["log_target"])
+    [[ -1. -inf]]
+    """
     return Partial(_boolean_target)
 
 
@@ -36,7 +44,7 @@ def _boolean_target(batch: Batch) -> Batch:
 
 
 def reward_target(beta: float = 0.1) -> Experience:
-    """Writes `log_target` of P = a(x) exp(r(x) / beta), r the field `rewards`: the optimum of RLHF under beta KL(pi || a).
+    """Writes `log_target` [B, N] of P = a(x) exp(r(x) / beta), r the field `rewards` [B, N]: the optimum of RLHF with beta KL(pi || a).
 
     Args:
       beta: strength of the KL, above 0, in rewards per nat.
@@ -50,11 +58,12 @@ def _reward_target(beta: float, batch: Batch) -> Batch:
 
 
 def exponential_target(coefficients: ArrayLike) -> Experience:
-    """Writes `log_target` of P = a(x) exp(coefficients . phi(x)), phi the field `scores` [B, N, K]: of all distributions with its moments
-    the nearest to the base (Khalifa et al. 2021, arXiv:2012.11635, eq. 2).
+    """Writes `log_target` [B, N] of P = a(x) exp(coefficients . phi(x)), phi the field `scores` [B, N, K].
+
+    Of all distributions with the same moments of phi, P is the nearest to the base (Khalifa et al. 2021, arXiv:2012.11635, eq. 2).
 
     Args:
-      coefficients: [K], of `fit_moments`; infinity asks for a binary feature to be 1.
+      coefficients: [K], from `fit_moments`; infinity requires a binary feature to be 1.
     """
     return Partial(_exponential_target, jnp.asarray(coefficients, jnp.float32))
 
@@ -70,27 +79,30 @@ def _exponential_target(coefficients: jax.Array, batch: Batch) -> Batch:
 
 
 def _times_base(log_scorer: jax.Array, batch: Batch) -> Batch:
-    """The base times a scorer [B, N], 0 where there is no response."""
+    """The batch with `log_target`, the log of base times scorer, from log_scorer [B, N]; 0 where there is no response."""
     real = batch["completion_mask"].any(axis=-1)
     return batch | {"log_target": jnp.where(real, sequence(ref_logps(batch), batch) + log_scorer, 0.0)}
 
 
 def fit_moments(features: ArrayLike, moments: ArrayLike, log_weights: ArrayLike | None = None, tolerance: float = 1e-5) -> np.ndarray:
-    """Coefficients [K] of the exponential family whose moments, by self-normalised importance sampling, are those asked for.
+    """Fits the coefficients [K] of an exponential family to given moments, by self-normalised importance sampling.
 
     sum_i w_i phi_i / sum_i w_i = moments,   w_i = a(x_i) / q(x_i) exp(coefficients . phi_i)
 
-    On the host, in float64, by Newton's method on the convex dual log sum_i w_i - coefficients . moments. A binary feature whose moment
-    is 1 becomes a constraint, coefficient infinity; where all are, P is the base times booleans.
+    It runs on the host, in float64, by Newton's method on the convex dual log sum_i w_i - coefficients . moments. A binary feature whose
+    moment is 1 becomes a constraint with coefficient infinity; if all features are such, P is the base times booleans.
+
+    >>> print(fit_moments([[0.0], [1.0]], [0.75]).round(3))  # log 3
+    [1.099]
 
     Args:
-      features: phi [n, K] of samples, a few hundred at least.
-      moments: [K], what their means are to be under the target.
-      log_weights: log a/q [n] of the samples; none where they are the base policy's own.
+      features: phi [n, K] of n samples, a few hundred at least.
+      moments: [K], the means of the features under the target.
+      log_weights: log a/q [n] of the samples; None for samples of the base policy.
       tolerance: of the moments, in their units.
 
     Raises:
-      ValueError: for moments that no weights on these samples have, or only some that are 0 almost everywhere.
+      ValueError: for moments that no weights on these samples have, or only weights that are 0 almost everywhere.
     """
     phi, wanted = np.asarray(features, np.float64), np.asarray(moments, np.float64)
     if phi.ndim != 2 or wanted.shape != phi.shape[1:] or not len(phi):
@@ -106,7 +118,7 @@ def fit_moments(features: ArrayLike, moments: ArrayLike, log_weights: ArrayLike 
 
 
 def _newton(phi: np.ndarray, wanted: np.ndarray, logs: np.ndarray, tolerance: float) -> np.ndarray:
-    """Minimises log sum_i exp(logs_i + x . phi_i) - x . wanted, which is convex: full steps, halved while they do not descend."""
+    """Minimises the convex log sum_i exp(logs_i + x . phi_i) - x . wanted by Newton steps, halved until they descend."""
 
     def dual(x: np.ndarray) -> tuple[float, np.ndarray]:
         energy = logs + phi @ x
@@ -133,17 +145,17 @@ def _newton(phi: np.ndarray, wanted: np.ndarray, logs: np.ndarray, tolerance: fl
     )
 
 
-# --- what is remembered ---
+# --- carries ---
 
 
 def running_log_z(prompts: int | None = None, max_z: float | None = None) -> Stateful:
-    """Writes `log_z` [B]: log Z = log E_q[P / q] of each row's prompt, the mean over all samples so far, those of this batch included.
+    """Writes `log_z` [B]: log Z = log E_q[P / q] of each row's prompt, the mean over all samples so far, with those of this batch.
 
-    In log space. Its carry has a Z for each prompt, or one that all rows share; where no sample had P > 0 it is -inf.
+    The sums are in log space. The carry has a Z for each prompt, or one Z for all rows. Without a sample of P > 0 log Z is -inf.
 
     Args:
-      prompts: how many there are: `prompt_id` [B] int32 below it says which is a row's. None: every row has the same one.
-      max_z: what Z is known not to exceed, 1 for a boolean target; the mean is cut there, so that one unlikely sample cannot spoil it.
+      prompts: number of prompts; `prompt_id` [B] int32 gives the prompt of a row. None: all rows have the same prompt.
+      max_z: an upper bound of Z, 1 for a boolean target; the mean is clipped there, so that one unlikely sample cannot spoil it.
     """
     if max_z is not None:
         check_positive("max_z", max_z)
@@ -170,19 +182,20 @@ class _LogZ:
         total = (carry["count"] * jnp.exp(carry["log_z"] - peak)).at[ids].add(jnp.exp(ratio - of_row).sum(axis=1))
         count = carry["count"].at[ids].add(real.sum(axis=1).astype(jnp.float32))
         mean = jnp.minimum(peak + jnp.log(total / jnp.maximum(count, 1.0)), self.most)
-        # A prompt that is out of range has no number: it stops the step rather than reading another prompt's.
+        # A prompt id out of range gives NaN, which stops the step; it must not read another prompt's Z.
         return {"log_z": mean, "count": count}, batch | {"log_z": mean.at[ids].get(mode="fill", fill_value=jnp.nan)}
 
 
 def running_baseline(divergence: FDivergence, window: int = 1024) -> Stateful:
     """Writes `fdpg_baseline` [B]: the mean pseudo-reward of earlier batches, 0 before there is one.
 
-    A constant for the samples that it is taken off from, so the gradient has no bias. The mean fades, with a memory of about `window`
-    responses; the paper's code keeps the last 1024. Reads `log_target`, `log_z`, and `old_logps`, the policy's as it stands.
+    The baseline does not depend on the samples that it is subtracted from, so the gradient has no bias. The mean fades, with a memory of
+    about `window` responses; the paper's code keeps the last 1024. Reads `log_target` [B, N], `log_z` [B], and `old_logps` [B, N, T] of the
+    current policy.
 
     Args:
-      divergence: the one that `fdpg` has.
-      window: responses, at least 1.
+      divergence: the same as in `fdpg`.
+      window: number of responses, at least 1.
     """
     if window < 1:
         raise ValueError(f"the window is {window}; it is a number of responses, at least 1 (1024 is usual)")
@@ -207,13 +220,13 @@ class _Baseline:
         return after, batch | {"fdpg_baseline": jnp.full(real.shape[0], baseline)}
 
 
-# --- off-policy: a proposal that is kept while it is the better one ---
+# --- off-policy: the proposal is replaced when the policy is nearer to the target ---
 
 
 def proposal_evidence() -> Stateful:
-    """Gathers in its carry how much nearer to the target the policy is than the proposal: KL(p || q) - KL(p || pi), in nats.
+    """Sums evidence in its carry that the policy is nearer to the target than the proposal: KL(p || q) - KL(p || pi), in nats.
 
-    sum_i P / (Z q) (log pi - log q), over samples of q; Z as it stands. Reads what `running_baseline` does, and `sampled_logps`.
+    sum_i P / (Z q) (log pi - log q), over samples of q, with the current Z. Reads the fields of `running_baseline` and `sampled_logps`.
     """
     return Stateful(PROPOSAL, {"gain": jnp.zeros(()), "count": jnp.zeros(())}, Partial(_proposal_evidence))
 
@@ -226,15 +239,15 @@ def _proposal_evidence(carry: dict[str, jax.Array], batch: Batch) -> tuple[dict[
 
 
 def adopt_if_better(every: int = 16) -> Average:
-    """The average that samples in off-policy f-DPG: the policy as it was when the evidence last said that it is the better proposal.
+    """The average that is the proposal of off-policy f-DPG: the policy when it was last found to be the better proposal.
 
-    KL(p || pi) < KL(p || q), by the samples of the last `every` steps, which `proposal_evidence()` in the experience gathers. Z goes on:
-    it is the same whoever samples.
+    Better is KL(p || pi) < KL(p || q), estimated on the samples of the last `every` steps by `proposal_evidence()` in the experience. Z
+    does not depend on the proposal, so its estimate continues.
 
         averages(config) -> {"proposal": adopt_if_better(16)}
 
     Args:
-      every: steps between decisions, online a multiple of those on a rollout.
+      every: steps between decisions; online a multiple of the steps on a rollout.
     """
     return turning(still, every, _adopt)
 
@@ -249,5 +262,5 @@ def _adopt(state: TrainState, name: str, due: jax.Array) -> TrainState:
 
 
 def _policy(batch: Batch) -> jax.Array:
-    """Log-probs of the responses [B, N] by the policy as it stands."""
+    """The log-probs of the responses [B, N] under the current policy."""
     return sequence(field(batch, "old_logps", 'logps("old_logps", policy)'), batch)

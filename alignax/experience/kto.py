@@ -1,7 +1,7 @@
-"""KTO's reference point: the KL of the policy from the reference, estimated on responses to other prompts.
+"""The reference point of KTO: the KL of the policy from the reference, estimated on mismatched prompts and responses.
 
-A response that belongs to another prompt is no response the policy was trained to say or not to say here, so its log-ratio tells how
-far the policy has gone from the reference at large (Ethayarajh et al. 2024, arXiv:2402.01306).
+The policy was not trained on the response of another prompt, for or against it. So the log-ratio of such a response measures how far the
+policy has moved from the reference in general (Ethayarajh et al. 2024, arXiv:2402.01306).
 """
 
 import dataclasses
@@ -18,21 +18,21 @@ from alignax.types import Batch, Model, Outputs, Params
 
 
 def mismatched_kl(policy: Model, reference: Model, microbatches: int = 1) -> Experience:
-    """Writes `kto_kl` [B] f32: max(0, mean of log pi/ref) over prompts with the next row's completion, the same for every row.
+    """Writes `kto_kl` [B] f32, the same for every row: max(0, mean of log pi/ref), over each prompt with the next row's completion.
 
-    "Next" is in the global batch, among the rows that hold a completion, the last one's being the first: never a row with itself. A
-    mismatched row that is no mismatch, because the two rows share their prompt or their completion, is left out. Where nothing is
-    left, as in a batch of one row, the estimate is 0, and KTO is `apo_zero_unpaired`. A completion is cut where its new row ends.
+    The next row is that of the global batch, among rows with a completion; the last row takes the first one's. Pairs of rows that share
+    their prompt or their completion are left out. If nothing is left, as in a batch of one row, the estimate is 0, and KTO equals
+    `apo_zero_unpaired`. A completion is cut where its new row ends.
 
-    Costs a forward pass of each model.
+    It costs a forward pass of each model.
 
     Args:
-      policy: as it stands at this step; no gradient goes into it.
+      policy: at this step; no gradient goes into it.
       reference: the frozen reference.
-      microbatches: parts that the rows are scored in, one after another, to bound memory.
+      microbatches: number of parts of the rows that are scored one after another, to bound memory.
 
     Raises:
-      ValueError: for examples of several responses.
+      ValueError: for examples with several responses.
     """
     return Partial(_MismatchedKL(microbatches, policy.apply, reference.apply), policy.params, reference.params)
 
@@ -55,10 +55,10 @@ class _MismatchedKL:
 
 
 def mismatched(batch: Batch) -> tuple[Batch, jax.Array]:
-    """Each row's prompt with the next real row's completion, and which of these are mismatches: [B] bool.
+    """Makes rows of each prompt with the next real row's completion, and says which of them are mismatches: [B] bool.
 
     Returns:
-      `tokens`, `mask` and `completion_mask` [B, 1, T]; rows that are no mismatches are padding.
+      A batch of `tokens`, `mask` and `completion_mask` [B, 1, T], where rows that are not mismatches are padding; and the mismatches [B].
     """
     B, N, T = batch["tokens"].shape
     if N != 1:
@@ -82,7 +82,7 @@ def mismatched(batch: Batch) -> tuple[Batch, jax.Array]:
     inside = is_prompt | (other < T)
     new_mask, new_scored = take(mask) & inside, take(scored) & inside & ~is_prompt
     new_tokens = jnp.where(new_mask, take(tokens), 0)
-    # Rows aligned to the left compare with the new ones; what they share makes the new row one of the two.
+    # The old rows, aligned to the left, are compared with the new ones: a new row that equals one of its two sources is no mismatch.
     shift = lambda x: jnp.take_along_axis(x, jnp.minimum(own, T - 1), axis=1)
     aligned_mask = shift(mask) & (own < T)
     aligned = jnp.where(aligned_mask, shift(tokens), 0)

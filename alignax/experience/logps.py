@@ -1,4 +1,4 @@
-"""Log-probs of a model as data."""
+"""Log-probs of a model, written into the batch as data."""
 
 import dataclasses
 from collections.abc import Callable
@@ -12,19 +12,19 @@ from alignax.types import Batch, Model, Outputs, Params, gathered, microbatch
 
 
 def logps(name: str, model: Model, microbatches: int = 1) -> Experience:
-    """Writes the model's per-token log-probs: `name` [B, N, T] float32.
+    """Writes the per-token log-probs of a model as the field `name` [B, N, T] float32.
 
     Args:
-      name: the field, "ref_logps" for a frozen reference.
-      model: whose they are; no gradient goes into it.
-      microbatches: parts that the batch is scored in, one after another, to bound memory.
+      name: of the field, "ref_logps" for a frozen reference.
+      model: the model; no gradient goes into it.
+      microbatches: number of parts of the batch that are scored one after another, to bound memory.
     """
     return Partial(_Logps(name, microbatches, model.apply), model.params)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Logps:
-    """The static part of `logps`; equal ones share a compiled program, so new parameters need none."""
+    """The static part of `logps`; equal parts share a compiled program, so new parameters do not compile anew."""
 
     name: str
     microbatches: int
@@ -35,5 +35,5 @@ class _Logps:
 
 
 def in_parts(function: Callable[[Batch], Any], batch: Batch, microbatches: int) -> Any:
-    """What a function of a batch gives, arrays [B, ...], from parts of it one after another."""
+    """The result of a function of a batch, arrays [B, ...], computed on parts of the batch one after another."""
     return gathered(jax.lax.map(function, microbatch(batch, microbatches)))

@@ -1,7 +1,9 @@
-"""What a loss compares with over the whole batch: ranks and means of the policy's log-ratios, as data.
+"""Statistics of the whole batch that losses compare with: ranks and means of the policy's log-ratios, as data.
 
-Each reads `ref_logps` and `old_logps`, the policy's as it stands: `chain(logps("ref_logps", reference), logps("old_logps", policy),
-matched_margins())`. Rows without a completion on both sides take no part.
+Each function reads `ref_logps` and the current policy's `old_logps`: `chain(logps("ref_logps", reference), logps("old_logps", policy),
+matched_margins())`. Pairs without a completion on both sides take no part.
+
+Examples assume `import jax.numpy as jnp` and `from alignax import *`.
 """
 
 import jax
@@ -17,7 +19,7 @@ from alignax.types import Batch
 
 
 def matched_margins() -> Experience:
-    """Writes `aot_margins` [B]: the reference's margin log ref(chosen) - log ref(rejected) of the rank that the policy's has."""
+    """Writes `aot_margins` [B]: the margin log ref(chosen) - log ref(rejected) of the same rank in the batch as the policy's margin."""
     return Partial(_margins)
 
 
@@ -27,7 +29,7 @@ def _margins(batch: Batch) -> Batch:
 
 
 def matched_ratios() -> Experience:
-    """Writes `aot_ratios` [B, 2]: for a chosen response the log-ratio of the rejected one of its rank, and the reverse."""
+    """Writes `aot_ratios` [B, 2]: for each chosen response the log-ratio of the rejected response of its rank, and the reverse."""
     return Partial(_ratios)
 
 
@@ -40,7 +42,12 @@ def _ratios(batch: Batch) -> Batch:
 
 
 def reward_shift() -> Experience:
-    """Writes `bco_shift` [B]: the mean of log pi/ref over chosen and rejected responses of the batch, the same for every row."""
+    """Writes `bco_shift` [B], the same for every row: the mean of log pi/ref over the chosen and rejected responses of the batch.
+
+    >>> old, ref = jnp.array([[[-1.0], [-4.0]]]), jnp.array([[[-2.0], [-3.5]]])  # [B, N, T]
+    >>> print(reward_shift()({"completion_mask": old < 0, "old_logps": old, "ref_logps": ref})["bco_shift"])
+    [0.25]
+    """
     return Partial(_shift)
 
 
@@ -52,11 +59,11 @@ def _shift(batch: Batch) -> Batch:
 
 
 def chi2_estimate() -> Experience:
-    """Writes `chi2` [B]: chi-squared of the policy from its reference, estimated on its own responses, the same for every row.
+    """Writes `chi2` [B], the same for every row: chi-squared of the policy from its reference, estimated on the policy's responses.
 
     mean over responses of exp(l) - 1 + exp(-l) - 1,   l = log old/ref summed over tokens; beyond 10 nats along the tangent
 
-    What `square_root(chi2())` divides by. Of any number of responses; those without a completion take no part.
+    `square_root(chi2())` divides by its root. N may be any number; responses without a completion take no part.
     """
     return Partial(_chi2_estimate)
 
@@ -69,13 +76,13 @@ def _chi2_estimate(batch: Batch) -> Batch:
 
 
 def of_same_rank(x: jax.Array, y: jax.Array, real: jax.Array) -> jax.Array:
-    """For each x [B] the y [B] of its rank, among real rows; equal values are ranked by their place."""
+    """The y [B] of the same rank as each x [B], among real rows [B]; equal values are ranked by their place."""
     by_x, by_y = (jnp.argsort(jnp.where(real, v, jnp.inf), stable=True) for v in (x, y))
     return jnp.zeros_like(y).at[by_x].set(y[by_y])
 
 
 def _sequences(batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Summed log-probs of the policy and the reference, each [B, 2]."""
+    """The summed log-probs of the policy and the reference, each [B, 2]."""
     old, ref = field(batch, "old_logps", 'logps("old_logps", policy)'), ref_logps(batch)
     if old.shape[1] != 2:
         raise ValueError(f"ranks and shifts are of pairs, these examples have {old.shape[1]} responses; set data.kind='preference'")

@@ -1,4 +1,7 @@
-"""PAMA: of several rewards, a response is reinforced by as much as the one gains that gains least from it."""
+"""PAMA: advantages of several rewards, where the reward with the smallest advantage decides.
+
+Examples assume `import jax.numpy as jnp` and `from alignax import *`.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +18,16 @@ def pama(eps: float = 1e-4) -> Experience:
 
     A_k = max(z_k, 0),   z_k = (r_k - mean) / (std + eps) in each group,   A = argmin of x^2 over x in [min_k A_k, max_k A_k]
 
-    A is the combination sum_k c_k A_k, c at least 0 and of sum 1, whose square is the least: a problem in the plane of K numbers, not of
-    parameters. Advantages of at least 0 (the paper's "Noon PPO") make it min_k A_k, so no reward is paid for with another one: where any
-    of them finds a response no better than its group, the response is not reinforced. Nothing is pushed down.
+    A is the combination sum_k c_k A_k of least square, with c at least 0 and of sum 1: a problem in K numbers, not in the parameters. The
+    A_k are at least 0 (the paper's "Noon PPO"), so A is min_k A_k, and no reward is traded for another: a response that any reward finds
+    no better than its group is not reinforced. No response is pushed down.
 
-    For `ppo()`, whose clipping takes the place of the paper's indicator of the ratio. A response of which a score is missing has advantage
-    0. Reports `pama/agreed`, the share of responses that all rewards find better than their group.
+    Writes `advantages` [B, N, T] for `ppo()`, whose clipping replaces the paper's indicator of the ratio. A response with a missing score
+    has advantage 0. Reports `pama/agreed`, the share of responses that all rewards find better than their group.
+
+    >>> batch = {"completion_mask": jnp.ones((1, 2, 1), bool), "scores": jnp.array([[[1.0, 2.0], [0.0, 1.0]]])}
+    >>> print([round(x, 2) for x in pama()(batch)["advantages"].ravel().tolist()])
+    [0.71, 0.0]
 
     Args:
       eps: added to the deviations, which are of the sample (ddof 1).
@@ -40,7 +47,7 @@ def _pama(eps: float, batch: Batch) -> Batch:
     real = batch["completion_mask"].any(axis=-1)
     known = real & jnp.isfinite(scores).all(axis=-1)  # [B, N]
     z = [standardised(jnp.where(known, scores[..., k], 0.0), known, eps) for k in range(K)]
-    # Of each response. The code that goes around for it reduces each reward's advantages to one number of the batch, which reinforces all.
+    # For each response. Public code reduces each reward's advantages to one number of the batch, which reinforces all responses.
     least = nearest_to_0(jnp.maximum(jnp.stack(z, axis=-1), 0.0))
     agreed = jnp.sum(least > 0) / jnp.maximum(real.sum(), 1)
     return report(of_responses(batch, least), **{"pama/agreed": agreed})

@@ -1,4 +1,4 @@
-"""Quark's pool: every response sampled so far, sorted by reward into quantiles, each with a token that says which one it is."""
+"""Quark's pool: every response sampled so far, sorted by reward into quantiles; a token in the prompt marks the quantile."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -15,26 +15,28 @@ Pool = dict[str, jax.Array]
 
 
 def quark_pool(tokens: Sequence[int], capacity: int, length: int, seed: int = 0) -> Stateful:
-    """Trains on responses drawn from a pool of all that were sampled (Lu et al. 2022, arXiv:2205.13636): what `quark()` follows.
+    """Replaces the batch by responses drawn from a pool of all sampled ones (Lu et al. 2022, arXiv:2205.13636), for the loss `quark()`.
 
-    Prompts of the data hold the best reward token once, so that the policy explores as the best of its kind. A rollout enters the pool
-    with its `rewards`; the whole pool is sorted by reward into K quantiles, and the batch that comes out, of the shape of the one
-    that went in, is drawn uniformly from the pool, each row with the token of its quantile in the place of the one it was sampled behind:
+    Prompts of the data hold the best reward token once, so the policy tries to sample responses of the best quantile. A rollout enters
+    the pool with its `rewards` [B, N]. The whole pool is sorted by reward into K quantiles. The new batch has the same shape, and is drawn
+    uniformly from the pool. In each row the token of its quantile replaces the reward token of its prompt. The new fields:
 
         tokens, mask, completion_mask   the drawn rows
-        ref_tokens, ref_mask            the same without the reward token, for the reference beside the policy
+        ref_tokens, ref_mask            the same without the reward token, for the reference
         rewards, quantiles [B, N]       of the drawn rows; group_rewards [B, N] are those of the rollout
 
-    Nothing else stays in the batch: log-probs of the rollout are not those of other rows. Rows are drawn without replacement until all
-    have been; where n are there, quantiles are of floor(n / K), the rest in the worst; of equal rewards the older one ranks first.
+    Other fields are dropped, since log-probs of the rollout do not belong to the drawn rows. Rows are drawn without replacement until all
+    have been drawn. With n responses in the pool, a quantile has floor(n / K), and the worst one also the rest. Of equal rewards the older
+    one ranks first.
 
-    What is not scored (padding, no reward, no reward token in its prompt) does not enter, and a drawn row weighs nothing in its place.
-    A full pool forgets its oldest. It is a carry, in every checkpoint and whole on every device: capacity x length x 6 bytes.
+    A response that is not scored (padding, no reward, no reward token in its prompt) does not enter, and the drawn row in its place has
+    weight 0. A full pool drops its oldest responses. The pool is a carry: it is in every checkpoint, and whole on every device, with
+    capacity x length x 6 bytes.
 
     Args:
       tokens: ids of the K reward tokens, the best first, see `alignax.models.added.with_tokens`.
-      capacity: responses that the pool holds, at least a rollout's. The paper's holds all: rollouts x B x N.
-      length: the T of the rollouts at least, longest prompt included.
+      capacity: responses that the pool holds, at least one rollout's. The paper's pool holds all: rollouts x B x N.
+      length: at least the T of the rollouts, longest prompt included.
       seed: of the draws.
     """
     if len(tokens) < 2 or len(set(tokens)) < len(tokens):
@@ -46,13 +48,13 @@ def quark_pool(tokens: Sequence[int], capacity: int, length: int, seed: int = 0)
 
 
 def unconditioned(tokens: Sequence[int], experience: Experience) -> Experience:
-    """What an experience writes of prompts without their reward token: the scores of a reward model, which knows no such tokens.
+    """Applies an experience to prompts without their reward token, for reward models, which do not know such tokens.
 
     `chain(unconditioned(tokens, chain(score(ensemble), uwo(0.5))), quark_pool(tokens, ..))`
 
     Args:
-      tokens: those of `quark_pool`.
-      experience: without a carry; its models share the policy's tokenizer.
+      tokens: the reward tokens of `quark_pool`.
+      experience: without a carry; its models have the policy's tokenizer.
     """
     return Partial(_Unconditioned(tuple(tokens)), experience)
 
@@ -114,7 +116,7 @@ def places(tokens: Sequence[int], row: Pool) -> jax.Array:
 
 
 def enter(pool: Pool, fresh: Pool, known: jax.Array) -> Pool:
-    """The pool with the rows [R, T] that are known, in the place of the oldest."""
+    """The pool after the known rows [R] of `fresh` [R, T] have replaced its oldest ones."""
     (P, length), (R, T) = pool["tokens"].shape, fresh["tokens"].shape
     if length < T:
         raise ValueError(f"the pool holds responses of {length} tokens, a rollout's have {T} with their prompts; set length={T} or more")
@@ -127,9 +129,10 @@ def enter(pool: Pool, fresh: Pool, known: jax.Array) -> Pool:
 
 
 def quantiles(rewards: jax.Array, entered: jax.Array, K: int) -> jax.Array:
-    """Which of K quantiles each reward [P] is in, 0 the best: [P] int32. `entered` have come so far, in turn, over the oldest.
+    """The quantile of each reward [P], of K quantiles, 0 the best: [P] int32.
 
-    Of n, each quantile has floor(n / K), at least 1, and the worst the rest. Equal rewards rank by age, the oldest first.
+    `entered` is the number of all entries so far; a new entry replaces the oldest. Of n rewards, each quantile has floor(n / K), at least
+    1, and the worst also the rest. Equal rewards rank by age, the oldest first.
     """
     P = len(rewards)
     place = jnp.arange(P)
@@ -141,16 +144,16 @@ def quantiles(rewards: jax.Array, entered: jax.Array, K: int) -> jax.Array:
 
 
 def draw(key: jax.Array, entered: jax.Array, capacity: int, count: int) -> jax.Array:
-    """Slots of `count` rows of the pool, uniformly: [count]. None comes twice before all have come."""
+    """Draws `count` slots of the pool uniformly: [count]. No slot comes twice before all have come once."""
     there = jnp.minimum(entered, capacity)
     order = jnp.argsort(jnp.where(jnp.arange(capacity) < there, jax.random.uniform(key, (capacity,)), 2.0))
     return order[jnp.arange(count) % jnp.maximum(there, 1)]
 
 
 def without(here: jax.Array, tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Rows [R, T] without the one token that `here` marks: what stood before it moves up, so that padding is at the front.
+    """Removes the one token that `here` [R, T] marks from tokens and mask [R, T]; the tokens before it move right.
 
-    Masked where it is, it would still take a place in the window of sliding attention.
+    Padding is then at the front. A token that is only masked would still take a place in the window of sliding attention.
     """
     moved = jnp.cumsum(here[:, ::-1], axis=1)[:, ::-1] > 0  # at the token, and before it
     back = lambda x: jnp.where(moved, jnp.pad(x[:, :-1], ((0, 0), (1, 0))), x)

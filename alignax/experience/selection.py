@@ -1,4 +1,7 @@
-"""From groups to pairs: what offline losses are trained on, made of samples."""
+"""Selection of pairs from groups of samples, for losses on preference pairs.
+
+Examples assume `import jax.numpy as jnp` and `from alignax import *`.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +13,17 @@ from alignax.types import Batch
 
 
 def best_and_worst() -> Experience:
-    """Pairs [B, 2, ..] of each group's responses of the highest and of the lowest reward, as online DPO has them.
+    """Makes pairs [B, 2, ..] of the responses with the highest and the lowest reward of each group, as in online DPO.
 
     Guo et al. 2024, arXiv:2402.04792.
 
-    Every field [B, N, ..] keeps these two, so any loss of pairs follows, `dpo()` say; iterated methods take several steps on a rollout.
-    A group whose rewards are equal, or of which fewer than two are known, has nothing to say: its completion masks are False.
-    Of equal rewards the first response counts. `group_rewards` [B, N] keeps the rewards of all, NaN where unknown.
+    Every field [B, N, ..] is reduced to these two responses, so any loss on pairs may follow, for example `dpo()`. Iterated methods take
+    several steps on a rollout. A group with equal rewards, or with fewer than two known ones, gets completion masks of False. Of responses
+    with equal rewards the first is taken. `group_rewards` [B, N] keeps the rewards of all responses, NaN where unknown.
+
+    >>> batch = {"completion_mask": jnp.ones((1, 3, 1), bool), "rewards": jnp.array([[0.5, 2.0, -1.0]])}
+    >>> print(best_and_worst()(batch)["rewards"])
+    [[ 2. -1.]]
     """
     return Partial(_best_and_worst)
 

@@ -1,8 +1,11 @@
-"""Rewards made ready: the KL penalty, limits, penalties of length, whitening, shaping.
+"""Changes of rewards: the KL penalty, clipping, length penalties, whitening, shaping.
 
-Functions of `rewards` [B, N] come first, `kl_reward` after them: it spreads rewards over tokens, and what follows is of `token_rewards`.
+Functions of `rewards` [B, N] come first. `kl_reward` follows: it spreads rewards over tokens. The functions after it act on
+`token_rewards` [B, N, T].
 
     chain(score(ensemble), uwo(0.5), clip_rewards(10), missing_eos_penalty(1.0), kl_reward(0.05), gae())
+
+Examples assume `import jax.numpy as jnp` and `from alignax import *`.
 """
 
 from collections.abc import Callable
@@ -22,22 +25,27 @@ from alignax.types import Batch
 def kl_reward(coefficient: jax.Array | float) -> Experience:
     """The KL from the reference as a penalty in the reward: -coefficient * k1 on each completion token, k1 = log old/ref.
 
-    Writes `token_rewards` [B, N, T], which hold the penalty and on the last scored token the response's reward, and `rewards` [B, N],
-    their sum: for methods of whole responses. `raw_rewards` [B, N] keep what they were, which is what a run reports. k1 in the reward
-    has the gradient of KL(pi || ref); other estimators there have not.
+    Writes `token_rewards` [B, N, T]: the penalty of each token, plus the response's reward on its last completion token. Writes `rewards`
+    [B, N], their sum, for methods of whole responses. `raw_rewards` [B, N] keeps the rewards before the penalty, which a run reports. k1 in
+    the reward has the gradient of KL(pi || ref); other estimators in the reward do not.
 
-    Reads `rewards`, `old_logps` and `ref_logps`. k1 is signed: a response less likely than under the reference is rewarded, and its mean
-    is at least 0 only over samples of the very policy that scored them.
+    Reads `rewards` [B, N], `old_logps` and `ref_logps` [B, N, T]. k1 is signed: a response that is less likely than under the reference is
+    rewarded. The mean of k1 is at least 0 only over samples of the policy of `old_logps`.
+
+    >>> batch = {"completion_mask": jnp.ones((1, 1, 2), bool), "rewards": jnp.ones((1, 1))}
+    >>> batch |= {"old_logps": jnp.array([[[-1.0, -1.0]]]), "ref_logps": jnp.array([[[-2.0, -3.0]]])}
+    >>> print(kl_reward(0.5)(batch)["token_rewards"])
+    [[[-0.5  0. ]]]
 
     Args:
-      coefficient: beta, a number or a traced scalar; changing it does not compile anew.
+      coefficient: beta, a number or a traced scalar; another value does not compile anew.
     """
     check_coefficient(coefficient)
     return Partial(_kl_reward, coefficient)
 
 
 def check_coefficient(coefficient: jax.Array | float) -> None:
-    """Refuses a KL that would be rewarded, where that is known."""
+    """Refuses a negative coefficient, which would reward the KL, unless it is traced."""
     if isinstance(coefficient, str) or (isinstance(coefficient, (int, float)) and not coefficient >= 0):
         raise ValueError(f"the coefficient of the KL is {coefficient!r}; it must be a number of at least 0 (0.05 is usual)")
 
@@ -50,13 +58,13 @@ def _kl_reward(coefficient: jax.Array, batch: Batch) -> Batch:
 
 
 def adaptive_kl_reward(coefficient: float = 0.1, target: float = 6.0, horizon: float = 10_000) -> Stateful:
-    """`kl_reward` with a coefficient that holds the KL of whole responses at a target, see `adaptive_kl_update`.
+    """The penalty of `kl_reward` with an adaptive coefficient that holds the KL of responses at a target, see `adaptive_kl_update`.
 
-    The coefficient is the carry; a batch is penalised with the one that those before it left, which it reports as `kl_coefficient`, and
-    its own KL makes the next.
+    The coefficient is the carry. A batch is penalised with the coefficient from the batches before it, reported as `kl_coefficient`; the
+    KL of the batch then gives the next coefficient.
 
     Args:
-      coefficient: the first one.
+      coefficient: at step 0.
       target: of the KL, in nats.
       horizon: responses in which the coefficient may change by a fifth.
     """
@@ -75,22 +83,26 @@ def _adaptive_kl_reward(target: float, horizon: float, coefficient: jax.Array, b
 
 
 def adaptive_kl_update(beta: jax.Array, kl: jax.Array, target: float = 6.0, horizon: float = 10_000, n: Any = 1) -> jax.Array:
-    """The next coefficient of a KL that is held at a target above 0 (Ziegler et al. 2019, arXiv:1909.08593, section 2.2).
+    """The next coefficient [] of a KL penalty that holds the KL at a target above 0 (Ziegler et al. 2019, arXiv:1909.08593, section 2.2).
 
     beta (1 + clip(kl / target - 1, -0.2, 0.2) n / horizon)
 
+    >>> from alignax.experience.shaping import adaptive_kl_update
+    >>> print(f"{adaptive_kl_update(0.1, kl=12.0, target=6.0, horizon=100, n=50):.3f}")  # 0.1 (1 + 0.2 * 50 / 100)
+    0.110
+
     Args:
-      beta: the present coefficient.
-      kl: of whole responses, in nats, as measured with `beta`.
-      target: what it is to be, in nats.
+      beta: the current coefficient, [].
+      kl: the mean KL of whole responses under `beta`, in nats, [].
+      target: the KL to hold, in nats.
       horizon: samples in which the coefficient may change by a fifth.
-      n: samples that were seen since the last update.
+      n: samples since the last update.
     """
     return beta * (1.0 + jnp.clip(kl / target - 1.0, -0.2, 0.2) * n / horizon)
 
 
 def clip_rewards(limit: float) -> Experience:
-    """`rewards` into [-limit, limit]."""
+    """Clips `rewards` [B, N] to [-limit, limit]."""
     check_positive("limit", limit)
     return Partial(_clip_rewards, limit)
 
@@ -100,7 +112,7 @@ def _clip_rewards(limit: float, batch: Batch) -> Batch:
 
 
 def missing_eos_penalty(penalty: float) -> Experience:
-    """Takes `penalty` off the reward of a response that was cut before its EOS (the batch field `truncated`)."""
+    """Subtracts `penalty` from the `rewards` [B, N] of responses that were cut before their EOS (the field `truncated` [B, N])."""
     return Partial(_missing_eos_penalty, penalty)
 
 
@@ -110,13 +122,17 @@ def _missing_eos_penalty(penalty: float, batch: Batch) -> Batch:
 
 
 def overlong_penalty(max_length: float, margin: float) -> Experience:
-    """DAPO's soft punishment of length (Yu et al. 2025, arXiv:2503.14476, eq. 13), added to `rewards`.
+    """Adds DAPO's soft overlong punishment (Yu et al. 2025, arXiv:2503.14476, eq. 13) to `rewards` [B, N].
 
-    0 up to max_length - margin tokens, then falling by a line to -1 at max_length, -1 beyond
+    0 up to max_length - margin tokens, then falling linearly to -1 at max_length, -1 beyond
+
+    >>> batch = {"completion_mask": jnp.array([[[True, True, False], [True, True, True]]]), "rewards": jnp.zeros((1, 2))}
+    >>> print(overlong_penalty(max_length=4, margin=2)(batch)["rewards"])
+    [[ 0.  -0.5]]
 
     Args:
       max_length: tokens of the longest completion, EOS included.
-      margin: tokens over which it falls, above 0 and at most `max_length`.
+      margin: tokens over which the penalty falls, above 0 and at most `max_length`.
     """
     if not 0 < margin <= max_length:
         raise ValueError(f"the margin is {margin} tokens of {max_length}; it must be above 0 and at most the longest completion")
@@ -129,10 +145,12 @@ def _overlong_penalty(max_length: float, margin: float, batch: Batch) -> Batch:
 
 
 def whiten_rewards(shift_mean: bool = False, eps: float = 1e-8) -> Experience:
-    """`token_rewards` over the completion tokens of the batch to variance 1 (Ziegler et al. 2019's code): after `kl_reward`.
+    """Scales `token_rewards` [B, N, T] to variance 1 over the completion tokens of the batch, as in the code of Ziegler et al. 2019.
+
+    Use it after `kl_reward`.
 
     Args:
-      shift_mean: whether to take the mean to 0 too. It is kept by default: an offset of every token would reward or punish length.
+      shift_mean: whether to shift the mean to 0 too. By default the mean stays, since an offset of every token rewards or punishes length.
       eps: added to the variance (ddof 1).
     """
     check_positive("eps", eps)
@@ -149,21 +167,25 @@ def _whiten_in_place(eps: float, batch: Batch) -> Batch:
 
 
 def _whitened(eps: float, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Responses whose reward is missing take no part, and stay as they are."""
+    """The whitened token rewards [B, N, T] and their mean []; responses whose reward is missing take no part, and do not change."""
     rewards, known = token_rewards(batch), rewarded_tokens(batch)
     white, mean = whiten(rewards, known, eps)
     return jnp.where(batch["completion_mask"] & ~known, rewards, white), mean
 
 
 def shaping(potential: Callable[[Batch], jax.Array], gamma: float = 1.0) -> Experience:
-    """Potential-based shaping (Ng et al. 1999): rewards on the way that leave the best policy what it is.
+    """Adds potential-based shaping (Ng et al. 1999) to `token_rewards` [B, N, T], which does not change the best policy.
 
-    r_t + gamma F(s_(t+1)) - F(s_t),   F 0 after the last token
+    r_t + gamma F(s_(t+1)) - F(s_t),   F = 0 after the last token
+
+    >>> batch = {"completion_mask": jnp.ones((1, 1, 3), bool), "rewards": jnp.ones((1, 1))}
+    >>> print(shaping(lambda batch: jnp.array([[[0.5, 2.0, 3.0]]]))(batch)["token_rewards"])
+    [[[ 1.5  1.  -2. ]]]
 
     Args:
-      potential: of a batch, F before each token is chosen: [B, N, T], read at completion tokens, as a critic's values are. One that holds
+      potential: batch -> F [B, N, T] before each token is chosen, read at completion tokens, like a critic's values. A potential with
         parameters is a `jax.tree_util.Partial` of them.
-      gamma: the discount that `gae` has.
+      gamma: the same discount as in `gae`.
     """
     check_discount("gamma", gamma)
     return Partial(_shaping, potential if isinstance(potential, Partial) else Partial(potential), gamma)

@@ -1,10 +1,10 @@
-"""The simplex search of Nelder and Mead (1965, The Computer Journal 7, 308-313), as a state that waits for one objective after another.
+"""The simplex search of Nelder and Mead (1965, The Computer Journal 7, 308-313), as a state that is told one objective after another.
 
     search = first_search(rules, simplex)
-    search = told(rules, search, value)         # the objective at search.asked; on, until search.phase is DONE
+    search = told(rules, search, value)         # the objective at search.asked; repeat until search.phase is DONE
 
-It is pure, so it runs inside a training run, in the carry of an experience (`nm_ppo`), as well as on the host (`nelder_mead`). Reflection
-1, expansion 2, contraction 1/2, shrinking 1/2; the objective is to be large.
+The search is pure, so it can run inside a training run, in the carry of an experience (`nm_ppo`), and on the host (`nelder_mead`). It
+maximises the objective. Coefficients: reflection 1, expansion 2, contraction 1/2, shrinking 1/2.
 """
 
 import functools
@@ -17,37 +17,37 @@ import numpy as np
 
 from alignax.losses.pairs import check_positive
 
-FILL, REFLECT, EXPAND, CONTRACT, SORT, DONE = range(6)  # what the point that is asked for is; SORT asks for none and is gone at once
+FILL, REFLECT, EXPAND, CONTRACT, SORT, DONE = range(6)  # the role of the point that is asked for; SORT asks for none, and is passed at once
 
 
 class Rules(NamedTuple):
-    """What a search keeps to; static under jit."""
+    """The settings of a search; static under jit."""
 
     most: int = 10  # iterations
-    tolerance: float = 0.01  # it ends where the objectives of the simplex have a smaller standard deviation (ddof 0)
-    near: float = 5e-3  # points of which no coordinate differs by more are one, whose objective is not asked for again
+    tolerance: float = 0.01  # the search ends when the objectives of the simplex have a smaller standard deviation (ddof 0)
+    near: float = 5e-3  # points whose coordinates differ by no more count as the same, which is not asked for again
 
 
 class Search(NamedTuple):
-    """Where a search stands. E: the most points that it can ask for."""
+    """The state of a search. E is the largest number of points that it can ask for."""
 
-    asked: jax.Array  # [K] the point whose objective is wanted; once DONE the best that there was
+    asked: jax.Array  # [K] the point whose objective is wanted; once DONE the best point
     phase: jax.Array  # [] int32
     points: jax.Array  # [K + 1, K] the simplex; between iterations the best point first
-    values: jax.Array  # [K + 1] their objectives
+    values: jax.Array  # [K + 1] objectives of the points of the simplex
     place: jax.Array  # [] int32: which point of the simplex is asked for, in FILL
     reflected: jax.Array  # [] objective of the reflected point, in EXPAND and CONTRACT
     iterations: jax.Array  # [] int32
-    seen: jax.Array  # [E, K] points that were asked for, infinite where none was yet
-    seen_values: jax.Array  # [E] their objectives, there -infinity
-    evaluations: jax.Array  # [] int32: how many they are
+    seen: jax.Array  # [E, K] points that were asked for, then infinity
+    seen_values: jax.Array  # [E] objectives of the points that were asked for, then -infinity
+    evaluations: jax.Array  # [] int32: number of points that were asked for
 
 
 def first_search(rules: Rules, simplex: Sequence[Sequence[float]]) -> Search:
-    """A search that has asked for nothing but the first point.
+    """The state of a new search, which asks for the first point of the simplex.
 
     Args:
-      rules: what it keeps to.
+      rules: settings of the search.
       simplex: K + 1 points to begin with: [K + 1, K].
     """
     points = jnp.asarray(np.asarray(simplex, np.float64))
@@ -55,7 +55,7 @@ def first_search(rules: Rules, simplex: Sequence[Sequence[float]]) -> Search:
         raise ValueError(f"the simplex has shape {points.shape}; give K + 1 points of K thresholds")
     check_positive("most", rules.most)
     K, none = points.shape[1], jnp.zeros((), jnp.int32)
-    # An iteration asks for at most three points: one reflected, one inside, and then all but the best of a smaller simplex.
+    # An iteration asks for at most K + 2 points: a reflected one, one inside, and K of a smaller simplex.
     E = K + 1 + rules.most * (K + 2)
     seen = jnp.full((E, K), jnp.inf, points.dtype)
     values = jnp.zeros(K + 1, points.dtype)
@@ -63,7 +63,7 @@ def first_search(rules: Rules, simplex: Sequence[Sequence[float]]) -> Search:
 
 
 def told(rules: Rules, search: Search, value: jax.Array) -> Search:
-    """The search once the objective at `asked` is known: at the next point that is near none of those that it has seen."""
+    """The search after the objective [] at `asked` is known; it then asks for the next point that is not near one seen before."""
     n = search.evaluations
     seen, values = search.seen.at[n].set(search.asked), search.seen_values.at[n].set(value)
     search = search._replace(seen=seen, seen_values=values, evaluations=n + 1)
@@ -74,14 +74,14 @@ def told(rules: Rules, search: Search, value: jax.Array) -> Search:
 
 
 def _filled(s: Search, value: jax.Array) -> Search:
-    """One more point of a new simplex is known."""
+    """The search after one more point of a new simplex is known."""
     s, place = s._replace(values=s.values.at[s.place].set(value)), s.place + 1
     more = s._replace(place=place, asked=s.points[jnp.minimum(place, s.values.size - 1)])
     return _either(place < s.values.size, more, s._replace(phase=jnp.int32(SORT)))
 
 
 def _reflected(s: Search, value: jax.Array) -> Search:
-    """On from the reflected point where it is the best; it stays where it is not the worst; else to a point inside."""
+    """After reflection: expand if the point is the best, keep it if it is not the worst, else contract."""
     s, centre = s._replace(reflected=value), _centre(s)
     beyond = s._replace(phase=jnp.int32(EXPAND), asked=centre + 2 * (centre - s.points[-1]))
     inside = (centre + jnp.where(value > s.values[-1], s.asked, s.points[-1])) / 2
@@ -95,7 +95,7 @@ def _expanded(s: Search, value: jax.Array) -> Search:
 
 
 def _contracted(s: Search, value: jax.Array) -> Search:
-    """Where no replacement of the worst point is better, the simplex shrinks towards the best."""
+    """After contraction: keep the point if it is better, else shrink the simplex towards the best point."""
     points = (s.points[:1] + s.points) / 2
     shrunk = s._replace(phase=jnp.int32(FILL), points=points, place=jnp.int32(1), asked=points[1])
     return _either(value > jnp.maximum(s.reflected, s.values[-1]), _replaced(s, s.asked, value), shrunk)
@@ -106,7 +106,7 @@ def _replaced(s: Search, point: jax.Array, value: jax.Array) -> Search:
 
 
 def _sorted(rules: Rules, s: Search, value: jax.Array) -> Search:
-    """The simplex best point first, and its worst reflected; or the end."""
+    """Sorts the simplex, best point first; then reflects the worst point, or ends the search."""
     order = jnp.argsort(-s.values, stable=True)
     s = s._replace(points=s.points[order], values=s.values[order])
     ends = (s.iterations == rules.most) | (s.values.std() < rules.tolerance)
@@ -116,7 +116,7 @@ def _sorted(rules: Rules, s: Search, value: jax.Array) -> Search:
 
 
 def _centre(s: Search) -> jax.Array:
-    """Of all points but the worst."""
+    """The centre of all points of the simplex but the worst: [K]."""
     return s.points[:-1].mean(axis=0)
 
 
@@ -134,17 +134,17 @@ def nelder_mead(
     tolerance: float = 0.01,
     near: float = 5e-3,
 ) -> tuple[np.ndarray, float]:
-    """The thresholds with the largest objective, where each is tried by a run of its own, in float64.
+    """Searches for the thresholds with the largest objective on the host, in float64; each trial calls the objective.
 
-    The objective trains a while with the thresholds it is given and returns the gold reward: dear, so points near one another are not
-    evaluated twice. `nm_ppo` searches inside one run instead.
+    Typically the objective trains for a while with the given thresholds and returns the gold reward. This is expensive, so of points near
+    one another only one is evaluated. `nm_ppo` searches inside one run instead.
 
     Args:
-      objective: thresholds [K] -> what is to be large.
+      objective: thresholds [K] -> the number to maximise.
       simplex: K + 1 thresholds to begin with: [K + 1, K].
-      most: iterations.
-      tolerance: it stops where the objectives of the simplex have a smaller standard deviation.
-      near: points of which no coordinate differs by more are one.
+      most: largest number of iterations.
+      tolerance: the search stops when the objectives of the simplex have a smaller standard deviation.
+      near: points whose coordinates differ by no more count as the same.
 
     Returns:
       The best point that was evaluated [K], and its objective.

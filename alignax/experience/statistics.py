@@ -1,4 +1,4 @@
-"""Statistics of a model's next-token distributions as data."""
+"""Statistics of a model's next-token distributions, written into the batch as data."""
 
 import dataclasses
 from collections.abc import Callable
@@ -13,18 +13,18 @@ from alignax.types import Batch, Model, Outputs, Params
 
 
 def token_statistic(name: str, model: Model, statistic: Statistic, microbatches: int = 1) -> Experience:
-    """Writes a statistic of the model's next-token distribution at each completion token: `name` [B, N, T] float32, 0 elsewhere.
+    """Writes a statistic of a model's next-token distribution at each completion token: the field `name` [B, N, T] float32, 0 elsewhere.
 
-    `token_statistic("proxy_logps", policy, min_p(0.02))` is what `lp_reg` reads. It takes a forward pass of its own.
+    `lp_reg` reads `token_statistic("proxy_logps", policy, min_p(0.02))`. It takes a forward pass of its own.
 
     Args:
-      name: the field.
-      model: whose distributions they are, of those that `experience(..)` is given; no gradient goes into it.
-      statistic: one of `alignax.models.statistics`, or one's own; of a single model.
-      microbatches: parts that the batch is scored in, one after another, to bound memory.
+      name: of the field.
+      model: one of the models that `experience(..)` is given; no gradient goes into it.
+      statistic: of `alignax.models.statistics`, or your own; of a single model.
+      microbatches: number of parts of the batch that are scored one after another, to bound memory.
 
     Raises:
-      ValueError: for what is no statistic, and for a model that cannot be asked for one.
+      ValueError: for a statistic that is not a `Statistic`, and for a model that cannot compute one.
     """
     if not isinstance(statistic, Statistic):
         raise ValueError(f"token_statistic({name!r}, ..) is given {short(statistic)}; it takes a Statistic, min_p(0.02) say")

@@ -1,8 +1,10 @@
-"""Thresholds for constrained RLHF: where more of a score is no longer better, found in earlier runs or while a run trains.
+"""Thresholds for constrained RLHF, beyond which a higher score is no longer better: from earlier runs, or found during a run.
 
-proxy_point(scores, gold)                                   # of one reward model, in evaluations of runs that maximise it
-nelder_mead(objective, simplex)                             # of all, a run for each trial: see alignax.experience.simplex
-chain(.., score(ensemble), nm_ppo(simplex, patience=50))    # of all, inside one run
+proxy_point(scores, gold)                                   # for one reward model, from evaluations of runs that maximise it
+nelder_mead(objective, simplex)                             # for all models, with a run for each trial: see alignax.experience.simplex
+chain(.., score(ensemble), nm_ppo(simplex, patience=50))    # for all models, inside one run
+
+Examples assume `import jax.numpy as jnp` and `from alignax import *`.
 """
 
 import dataclasses
@@ -26,14 +28,17 @@ from alignax.types import Batch
 def proxy_point(proxy: Sequence[float], gold: Sequence[float], degree: int = 10) -> float:
     """The score of a reward model beyond which the gold reward falls (Moskovitz et al. 2023): a threshold for it.
 
-    The argmax, over the range of scores that was seen, of the polynomial that fits gold over proxy best. The scores are of runs that
-    maximise this reward model alone, without a KL penalty. Reward models that are correlated shift one another's points, which this
-    does not see: the paper then fits a surface of two.
+    It is the argmax, over the observed range of scores, of the polynomial that best fits gold as a function of proxy. The scores are of
+    runs that maximise this reward model alone, without a KL penalty. Correlated reward models shift each other's points, which this
+    function ignores; the paper then fits a surface of two models.
+
+    >>> print(f"{proxy_point([0.0, 1.0, 2.0, 3.0], [0.0, 3.0, 4.0, 3.0], degree=2):.2f}")
+    2.00
 
     Args:
-      proxy: mean scores of one reward model at evaluations of such runs: [E].
-      gold: gold rewards there: [E].
-      degree: of the polynomial; needs more evaluations than that.
+      proxy: mean scores of the reward model at E evaluations of such runs: [E].
+      gold: gold rewards at the same evaluations: [E].
+      degree: of the polynomial; it needs more than `degree` evaluations of different scores.
     """
     x, y = np.asarray(proxy, np.float64), np.asarray(gold, np.float64)
     if x.shape != y.shape or x.ndim != 1 or len(np.unique(x)) <= degree:
@@ -50,8 +55,8 @@ class Searching(NamedTuple):
 
     multipliers: Multipliers
     search: Search
-    rollouts: jax.Array  # [] int32: of the present evaluation so far
-    gold: jax.Array  # [last] mean gold rewards of its rollouts, the latest first
+    rollouts: jax.Array  # [] int32: rollouts of the current trial so far
+    gold: jax.Array  # [last] mean gold rewards of the trial's rollouts, the latest first
 
 
 def nm_ppo(
@@ -67,29 +72,31 @@ def nm_ppo(
     initial: float = 0.0,
     estimator: Experience | None = None,
 ) -> Stateful:
-    """NM-PPO (Moskovitz et al. 2023, arXiv:2310.04373): `xi_ppo` whose thresholds are searched for while it trains, by Nelder and Mead.
+    """NM-PPO (Moskovitz et al. 2023, arXiv:2310.04373): `xi_ppo` with a Nelder-Mead search for the thresholds during the run.
 
-    Thresholds are tried for as long as it takes until every mean score is within 5 % of its own, or `patience` rollouts; then the mean
-    gold reward decides what is tried next. Policy and multipliers go on from where they are. At the end of the search the best thresholds
-    stay. The search lives in the carry, so a run that is stopped goes on with it. Thresholds that are not reached together mislead it,
-    since what is judged then is a policy that is elsewhere: see docs/online.md for how often, on a bandit.
+    A trial of thresholds lasts until every mean score is within 5 % of its threshold, or for `patience` rollouts. Then the mean gold reward
+    decides which thresholds are tried next. The policy and the multipliers continue from where they are. After the search the best
+    thresholds stay. The search is in the carry, so a run that was stopped continues it. Thresholds that cannot be reached together mislead
+    the search, since the policy that is judged is not at them; docs/online.md says how often this happens on a bandit.
 
-    Reads what `xi_ppo` reads, and `gold` [B, N]: of an experiment that has gold(..), and of which these runs are therefore no measure any
-    more. Writes and reports what it does, and reports `constraint/threshold_k`, those in force, `constraint/phase` (0 a first or a smaller
-    simplex, 1 reflection, 2 expansion, 3 contraction, 5 the end) and `constraint/evaluations`, how many have been tried before.
+    Reads the fields of `xi_ppo`, and `gold` [B, N] from the experiment's gold(..). Since the search uses the gold reward, that reward no
+    longer measures the run. Writes and reports the same as `xi_ppo`. Also reports `constraint/threshold_k`, the current thresholds;
+    `constraint/phase` (0 a first or a smaller simplex, 1 reflection, 2 expansion, 3 contraction, 5 the end); and
+    `constraint/evaluations`, the number of earlier trials.
 
     Args:
       simplex: K + 1 thresholds to begin with: [K + 1, K], as far apart as thresholds may differ.
-      patience: rollouts after which thresholds that are not reached are judged all the same; at least `last`.
-      last: rollouts at the end of a trial, and its least length, over which gold rewards are averaged: noise of one misleads the search.
-      within: how near a mean score must be, in units of its threshold. One of 0 is never reached, only judged.
-      most: iterations of the search; this and the next two have the authors' defaults.
-      tolerance: it ends where the gold rewards of the simplex have a smaller standard deviation.
-      near: thresholds of which none differs by more are not tried again.
-      learning_rate: this and the others as `xi_ppo` has them.
-      momentum: see there.
-      initial: see there.
-      estimator: see there.
+      patience: rollouts after which thresholds that are not reached are judged anyway; at least `last`.
+      last: rollouts at the end of a trial over which gold rewards are averaged, and the shortest trial; the noise of a single rollout
+        misleads the search.
+      within: how near a mean score must be, as a share of its threshold. A threshold of 0 is never reached, only judged after `patience`.
+      most: largest number of iterations of the search; this and the next two have the authors' defaults.
+      tolerance: the search ends when the gold rewards of the simplex have a smaller standard deviation.
+      near: thresholds that differ by no more are not tried again.
+      learning_rate: as in `xi_ppo`.
+      momentum: as in `xi_ppo`.
+      initial: as in `xi_ppo`.
+      estimator: as in `xi_ppo`.
     """
     rules = Rules(most, tolerance, near)
     search = first_search(rules, simplex)
@@ -120,14 +127,14 @@ class _Searched:
         return following._replace(multipliers=multipliers), after
 
     def judged(self, carry: Searching, batch: Batch) -> Searching:
-        """The search after one more rollout with the thresholds that it asked for."""
+        """The carry after one more rollout with the thresholds that the search asked for."""
         theta = carry.search.asked
         slack, known = slack_of(theta, batch)
         if "gold" not in batch:
             raise ValueError("nm_ppo searches by gold rewards, of which the batch has none; give the experiment gold(prompts, completions)")
         known &= jnp.isfinite(batch["gold"])  # [B, N]
         mean = jnp.where(known, batch["gold"], 0.0).sum() / jnp.maximum(known.sum(), 1)
-        seen = known.any()  # a rollout without a gold reward says nothing
+        seen = known.any()  # a rollout without a gold reward does not count
         rollouts = carry.rollouts + seen
         recent = jnp.where(seen, jnp.concatenate([mean[None], carry.gold[:-1]]), carry.gold)
         met = (jnp.abs(slack) <= self.within * jnp.abs(theta)).all() & (rollouts >= recent.size)

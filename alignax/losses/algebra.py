@@ -1,11 +1,11 @@
-"""Losses as a vector space: a loss is a sum of coefficient x average, an average is a value and the weights it is averaged over.
+"""Losses as a vector space: a loss is a sum of coefficient x average, an average has values and the weights that they are averaged over.
 
-Weights come from data alone and are normalised once, on the global batch; so a loss and its metrics are plain sums, to which
+Weights come from data alone and are normalised once, on the global batch. So a loss and its metrics are plain sums, and the sums over
 microbatches, padding rows and data-parallel shards add up exactly. `dpo(beta=0.1) + 0.005 * sft()` is a loss.
 
-A coefficient may be a schedule: `lambda step: dpo() + eta(step) * sft()` is a loss too, wherever one is taken.
+A coefficient may be a schedule: `lambda step: dpo() + eta(step) * sft()` is accepted wherever a loss is.
 
-What is only to be seen is added like a loss, and is none: `dpo() + observe("entropy", lambda out, batch: out.entropy, tokens)`.
+A metric that trains nothing is added like a loss: `dpo() + observe("entropy", lambda out, batch: out.entropy, tokens)`.
 """
 
 import dataclasses
@@ -25,36 +25,36 @@ Value = Callable[[Outputs, Batch], tuple[jax.Array, Metrics]]
 
 
 class Term(NamedTuple):
-    """One average of a loss."""
+    """One average of a loss: its values, and the weights that they are averaged over."""
 
     name: str
     value: Value  # (Outputs, Batch) -> (values, {metric: values}), each shaped like the weights
     over: Over  # Batch -> weights >= 0, of data only, never of parameters
-    averaged: str = ""  # how tokens are averaged, in words; "" of a term whose values are not of tokens
-    statistics: tuple[Statistic, ...] = ()  # what the value reads of `Outputs.statistics`
-    observed: bool = False  # a metric alone: its coefficient says nothing, see `observe`
+    averaged: str = ""  # how tokens are averaged, in words; "" for a term whose values are not of tokens
+    statistics: tuple[Statistic, ...] = ()  # the `Outputs.statistics` that the value reads
+    observed: bool = False  # True: only a metric, whose coefficient has no effect, see `observe`
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Loss:
-    """A weighted sum of averages, which is read as its formula: losses add, subtract, and scale by numbers from either side.
+    """A weighted sum of averages: losses add, subtract, and scale by numbers from either side; the repr is the formula.
 
     >>> from alignax.losses import dpo, sft
-    >>> dpo(beta=0.1) + 0.2 * sft()
-    dpo + 0.2 * sft
+    >>> dpo(beta=0.1) + 0.01 * sft()
+    dpo + 0.01 * sft
     >>> sum([dpo(), sft() / 4]) - dpo()
     dpo + 0.25 * sft - dpo_2
     """
 
     terms: tuple[tuple[Any, Term], ...]
 
-    __array_ufunc__ = None  # an array of numpy's leaves the product to `__rmul__`, as other numbers do
+    __array_ufunc__ = None  # makes a numpy array on the left leave the product to `__rmul__`
 
     def __add__(self, other: Any) -> "Loss":
-        """The sum of both; a term whose name is taken is called name_2, so that its metric is its own.
+        """The sum of two losses; a term whose name is taken is renamed to name_2, so that each term has a metric of its own.
 
         Raises:
-          TypeError: for a number, which has no gradient.
+          TypeError: for a number, since a constant has no gradient.
         """
         if not isinstance(other, Loss):
             raise TypeError(f"{other!r} is added to the loss {self!r}: a constant has no gradient; add a loss, such as 0.1 * sft()")
@@ -66,11 +66,11 @@ class Loss:
         return Loss(tuple(terms))
 
     def __radd__(self, other: Any) -> "Loss":
-        """This loss, behind the 0 that `sum` begins with."""
+        """The loss itself if `other` is 0, which `sum` begins with; else the sum."""
         return self if isinstance(other, int) and other == 0 else self + other
 
     def __mul__(self, coefficient: Any) -> "Loss":
-        """This loss times a scalar.
+        """The loss times a scalar.
 
         Raises:
           TypeError: for another loss.
@@ -82,51 +82,56 @@ class Loss:
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: Any) -> "Loss":
-        """This loss divided by a scalar."""
+        """The loss divided by a scalar."""
         return self * (1 / divisor)
 
     def __neg__(self) -> "Loss":
-        """This loss with the other sign."""
+        """The loss with the opposite sign."""
         return self * -1
 
     def __sub__(self, other: Any) -> "Loss":
-        """The difference of both."""
+        """The difference of two losses."""
         return self + (-other if isinstance(other, Loss) else other)
 
     def __rsub__(self, other: Any) -> "Loss":
-        """Nothing but a loss has a difference from one."""
+        """The difference of two losses; a TypeError for anything else."""
         return -self + other
 
     def __repr__(self) -> str:
-        """The formula: coefficients and names of terms."""
+        """The formula of the loss: coefficients and names of terms."""
         shown = (f"observe({term.name})" if term.observed else _shown(c) + term.name for c, term in self.terms)
         return " + ".join(shown).replace("+ -", "- ")
 
     def trained(self) -> "Loss":
-        """The loss without what it only observes."""
+        """The loss without its observed terms."""
         return Loss(tuple((c, term) for c, term in self.terms if not term.observed))
 
     def mapped(self, change: Callable[[Term], Term]) -> "Loss":
-        """The loss with each of its terms changed; what it only observes stays as it is."""
+        """The loss with `change` applied to each term; observed terms stay as they are."""
         return Loss(tuple((c, term if term.observed else change(term)) for c, term in self.terms))
 
     @property
     def statistics(self) -> tuple[Statistic, ...]:
-        """The statistics that its terms read, which the forward pass is asked for."""
+        """The statistics that the terms of the loss read; the forward pass computes them."""
         return merged(*(term.statistics for _, term in self.terms))
 
     def weights(self, batch: Batch) -> tuple[jax.Array, ...]:
-        """The raw weights of each term, as data gives them."""
+        """The weights of each term, not normalised: one array for each term, shaped like its values."""
         return tuple(term.over(batch).astype(jnp.float32) for _, term in self.terms)
 
     def normalised(self, batch: Batch) -> tuple[jax.Array, ...]:
-        """The weights of each term, summing to 1 over this, the global batch (to 0 where nothing is to be averaged)."""
+        """The weights of each term, normalised to sum 1 over the batch, which must be the global one (sum 0 where all are 0)."""
         return tuple(w / jnp.where((total := w.sum()) > 0, total, 1.0) for w in self.weights(batch))
 
     def __call__(self, out: Outputs, batch: Batch, weights: tuple[jax.Array, ...]) -> tuple[jax.Array, Metrics]:
-        """Loss and metrics of a part of the batch, as sums: those of the parts add up to those of the whole.
+        """The loss [] and metrics [] of a part of the batch, as weighted sums: the sums of the parts add up to those of the whole batch.
 
-        Metrics are averaged like their term; where two terms report the same one, it is the later term's.
+        Metrics are averaged like their term. If two terms report the same metric, the later term's is kept.
+
+        Args:
+          out: the outputs of the forward pass on the part.
+          batch: the part.
+          weights: the part's rows of `normalised(global batch)`.
         """
         loss, metrics = jnp.zeros(()), {}
         for (coefficient, term), w in zip(self.terms, weights, strict=True):
@@ -150,7 +155,7 @@ class Loss:
 
 
 def _shown(coefficient: Any) -> str:
-    """A coefficient in front of a term; one that a schedule gives is known inside the step alone."""
+    """The text of a coefficient in front of a term; a schedule's coefficient is traced, so its value is not known."""
     try:
         number = float(coefficient)
     except jax.errors.ConcretizationTypeError:
@@ -159,7 +164,7 @@ def _shown(coefficient: Any) -> str:
 
 
 def _named(values: Any) -> bool:
-    """Whether these are values by name."""
+    """Whether `values` is a mapping whose keys are names."""
     return isinstance(values, Mapping) and all(isinstance(name, str) for name in values)
 
 
@@ -168,17 +173,17 @@ Objectives = Objective | Mapping[str, Objective]  # or several by name, of batch
 
 
 def at_step(objective: Objective, step: jax.Array) -> Loss:
-    """The loss at a step."""
+    """The loss of an objective at a step."""
     return objective if isinstance(objective, Loss) else objective(step)
 
 
 def statistics_of(*objectives: Objective) -> tuple[Statistic, ...]:
-    """The statistics that these losses read; a schedule's terms are the same in every step."""
+    """The statistics that the objectives read; the terms of a schedule are the same in every step."""
     return merged(*(at_step(objective, jnp.zeros((), jnp.int32)).statistics for objective in objectives))
 
 
 def by_name(objective: Objectives, step: jax.Array) -> dict[str, Loss]:
-    """The losses at a step by their names; one alone is called ""."""
+    """The losses of the objectives at a step, by name; the name of a single objective is ""."""
     objectives = objective if isinstance(objective, Mapping) else {"": objective}
     return {name: at_step(own, step) for name, own in objectives.items()}
 
@@ -187,13 +192,13 @@ def make_loss(name: str, value: Value, over: Over | None = None, statistics: tup
     """A loss of one term, averaged over the examples unless `over` says otherwise.
 
     Args:
-      name: of its metric, `loss/<name>`.
-      value: (Outputs, Batch) -> (values, {metric: values}).
+      name: of the loss; its metric is `loss/<name>`.
+      value: (Outputs, Batch) -> (values, {metric: values}), all shaped like the weights.
       over: Batch -> the weights that values and metrics are averaged over.
-      statistics: those of `alignax.models.statistics` that the value reads from `Outputs.statistics`, by their names: a run computes them.
+      statistics: from `alignax.models.statistics`; a run computes them, and the value reads `Outputs.statistics[name]`.
 
     Raises:
-      ValueError: for functions of other arguments, and for what is no statistic.
+      ValueError: for functions of other arguments, and for a statistic that is not a `Statistic`.
     """
     check_term(name, value, over, statistics)
     return Loss(((1.0, Term(name, value, over or examples, statistics=tuple(statistics))),))
@@ -204,17 +209,17 @@ def observe(
 ) -> Loss:
     """A metric that is added to a loss and trains nothing: `grpo() + observe("entropy", lambda out, batch: out.entropy, over)`.
 
-    Averaged as a loss is, so microbatches and shards add up exactly. Nothing of it is differentiated, whatever the loss is multiplied
-    by it stays the same, and where it is not finite no step is skipped.
+    The metric is averaged like a loss, so microbatches and shards add up exactly. It is not differentiated, a coefficient of the loss does
+    not change it, and no step is skipped because it is not finite.
 
     Args:
-      name: of the metric, as the log has it.
+      name: of the metric in the log.
       value: (Outputs, Batch) -> values, shaped like the weights.
-      over: Batch -> weights, of data only; default: the examples, as `make_loss` has them.
-      statistics: what the value reads from `Outputs.statistics`, as in `make_loss`.
+      over: Batch -> weights, of data only; default: the examples, as in `make_loss`.
+      statistics: that the value reads from `Outputs.statistics`, as in `make_loss`.
 
     Raises:
-      ValueError: for functions of other arguments; for values that are not shaped like the weights, in the step.
+      ValueError: for functions of other arguments; in the step, for values that are not shaped like the weights.
     """
     check_term(name, value, over, statistics)
 
@@ -228,7 +233,7 @@ def observe(
 
 
 def check_term(name: str, value: Any, over: Any, statistics: Sequence[Any]) -> None:
-    """Refuses a term of a name that is no text, of functions of other arguments, and of what is no statistic."""
+    """Refuses a term whose name is not a text, whose functions take other arguments, or whose statistics are not statistics."""
     if not isinstance(name, str) or not name:
         raise ValueError(f"a loss is called {name!r}; its name is a text, which metrics have too")
     check_call(value, f"the value of loss {name!r}", "out", "batch")
@@ -238,14 +243,14 @@ def check_term(name: str, value: Any, over: Any, statistics: Sequence[Any]) -> N
 
 
 def weighted_sum(values: jax.Array, weights: jax.Array) -> jax.Array:
-    """sum(values * weights), where a weight of 0 removes its value even if that is not finite, from the gradient too."""
+    """sum(values * weights) of two arrays of one shape: []. A weight of 0 removes its value and gradient, even if they are not finite."""
     if values.shape != weights.shape:
         raise ValueError(f"values of shape {values.shape} against weights of shape {weights.shape}; a term's must be equal")
     return jnp.sum(jnp.where(weights > 0, values, 0.0) * weights)
 
 
 def token_logps(out: Outputs) -> jax.Array:
-    """Log-probs of the tokens [B, N, T], which a reward model has not."""
+    """The log-probs of the tokens [B, N, T], or an error for a reward model, which has none."""
     if out.logps is None:
         raise ValueError(
             "this loss reads log-probs, and a reward model has none; use bradley_terry(), or set model.num_labels to 0, or "
@@ -255,25 +260,25 @@ def token_logps(out: Outputs) -> jax.Array:
 
 
 def sequence(x: jax.Array, batch: Batch) -> jax.Array:
-    """Sum over the completion tokens: [B, N, T] -> [B, N]."""
+    """The sum over the completion tokens of each response: [B, N, T] -> [B, N]."""
     return jnp.sum(jnp.where(batch["completion_mask"], x, 0.0), axis=-1)
 
 
 def lengths(batch: Batch) -> jax.Array:
-    """Completion tokens of each response, EOS included: [B, N] float32."""
+    """The number of completion tokens of each response, EOS included: [B, N] float32."""
     return batch["completion_mask"].sum(axis=-1).astype(jnp.float32)
 
 
 def examples(batch: Batch) -> jax.Array:
-    """Weight 1 for each example all of whose responses have a completion token, else 0: [B]."""
+    """The weight of each example: 1 if all of its responses have a completion token, else 0: [B]."""
     return batch["completion_mask"].any(axis=-1).all(axis=-1)
 
 
 def chosen_examples(batch: Batch) -> jax.Array:
-    """Weight 1 for each example whose first response has a completion token: [B]."""
+    """The weight of each example: 1 if its first response has a completion token, else 0: [B]."""
     return batch["completion_mask"][:, 0].any(axis=-1)
 
 
 def chosen_tokens(batch: Batch) -> jax.Array:
-    """Weight 1 for each completion token of the first response: [B, T]."""
+    """The weight of each token of the first response: 1 for completion tokens, else 0: [B, T]."""
     return batch["completion_mask"][:, 0]

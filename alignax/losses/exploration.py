@@ -1,4 +1,7 @@
-"""Exploration kept alive: low-probability tokens that the policy itself finds plausible are not driven out."""
+"""Losses that keep exploration: plausible tokens of low probability are protected from a further loss of probability.
+
+Examples assume `import jax.numpy as jnp` and `from alignax import *`.
+"""
 
 import math
 
@@ -11,24 +14,31 @@ from alignax.losses.pairs import check_range, field
 from alignax.losses.responses import Aggregate, advantages_of, log_ratios, policy_metrics, token_mean
 from alignax.types import Batch, Metrics, Outputs
 
-FAR = 10.0  # nats below the proxy at which the pull goes on along its tangent; the released code's has no gradient there
+FAR = 10.0  # nats below the proxy beyond which the pull follows its tangent; in the released code it has no gradient there
 
 
 def lp_reg(coefficient: float = 1.0, clip: float = 1.0, clip_high: float = 9.0, aggregate: Aggregate = token_mean) -> Loss:
-    """Low-probability regularisation (Huang et al. 2025, arXiv:2510.03222): PPO's surrogate, and a pull on tokens about to be lost.
+    """Low-probability regularisation (Huang et al. 2025, arXiv:2510.03222): PPO's surrogate, and a pull on tokens that lose probability.
 
-    max(-A rho, -A clip(rho, 1 - clip, 1 + clip_high)) on most tokens
-    -A rho + coefficient (exp(q) - 1 - q) on protected ones,   q = log proxy/pi
+    max(-A rho, -A clip(rho, 1 - clip, 1 + clip_high))            on most tokens
+    -A rho + coefficient (exp(q) - 1 - q),   q = log proxy/pi     on protected tokens
 
-    Protected are tokens of the field `low_probability` (A < 0 and among the least likely, see `low_probability_tokens`) that the policy
-    now gives less than the field `proxy_logps`, the old policy without its noise: `token_statistic("proxy_logps", policy, min_p(0.02))`.
-    Noise has no proxy, so it is left alone. The pull's gradient is 1 - proxy / pi. On samples used once it is weak: pi is the old policy,
-    and the proxy little above it.
+    A token is protected if it is in the field `low_probability` (A < 0 and among the least likely, see `low_probability_tokens`), and if
+    its log-prob is now below the field `proxy_logps`. The proxy is the old policy without its noise tokens:
+    `token_statistic("proxy_logps", policy, min_p(0.02))`. Noise tokens have no proxy, so they are not protected. The gradient of the pull
+    is 1 - proxy / pi. It is weak if samples are used once: then pi is the old policy, and the proxy is little above it.
+
+    >>> logps = jnp.array([[[0.0, -3.0]]])  # [B, N, T]
+    >>> batch = {"completion_mask": logps < 0, "old_logps": logps, "advantages": jnp.array([[[0.0, -1.0]]])}
+    >>> batch |= {"low_probability": logps < -2, "proxy_logps": logps + 1}
+    >>> value, _ = lp_reg()(Outputs(logps, -logps), batch, lp_reg().normalised(batch))
+    >>> print(f"{value:.3f}")  # 1 + exp(1) - 1 - 1
+    1.718
 
     Args:
       coefficient: of the pull, at least 0.
       clip: how far a ratio may move down, at least 0; the paper's clips, 1 and 9, are wide.
-      clip_high: how far upwards.
+      clip_high: how far a ratio may move up.
       aggregate: how tokens are averaged.
     """
     check_range("coefficient", coefficient, 0, math.inf, "a weight")

@@ -1,12 +1,14 @@
-"""f-DPG: a policy is brought to a target distribution by the gradient of an f-divergence (Go et al. 2023, arXiv:2302.08215).
+"""f-DPG: training a policy towards a target distribution by the gradient of an f-divergence (Go et al. 2023, arXiv:2302.08215).
 
-The target is p(x) = P(x) / Z, P(x) >= 0 known and Z not; pi is the policy, t = pi / p the ratio of a whole response, x = log t. A
-divergence is named by its formula, D(first, second): libraries have swapped the two chi-squareds.
+The target is p(x) = P(x) / Z, where P(x) >= 0 is known and Z is not. pi is the policy, t = pi / p the ratio of a whole response,
+x = log t. A divergence is named by its formula, D(first, second), since libraries swap the two chi-squareds.
 
     D_f(pi, p) = E_p[f(t)],   its gradient is E_pi[f'(t) grad log pi]
 
 The forward KL is DPG, GDC and CDPG (Parshakova et al. 2019; Khalifa et al. 2021; Korbak et al. 2022): maximum likelihood of the target.
 The reverse KL to a reward's target is RLHF. `js_pi_p` is the paper's best default.
+
+Examples assume `import jax.numpy as jnp` and `from alignax import *`.
 """
 
 import dataclasses
@@ -21,30 +23,30 @@ from alignax.losses.divergences import exp
 from alignax.losses.pairs import field, of_rollout
 from alignax.types import Batch, Metrics, Outputs
 
-FURTHEST = 1000.0  # nats that a log-ratio is held within, so that P = 0, where it is infinite, leaves finite numbers
+FURTHEST = 1000.0  # nats; log-ratios are clipped to +-FURTHEST, since they are infinite where P = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """A weight times exponentials, w exp(x): in log space, since w may vanish where exp(x) explodes."""
+    """A weight w that multiplies exponentials, w exp(x), in log space: w may vanish where exp(x) explodes."""
 
     log: jax.Array
 
     def __call__(self, x: jax.Array | float) -> jax.Array:
-        """w exp(x)."""
+        """The weighted exponential w exp(x), any shape."""
         return exp(self.log + x)
 
     def rise(self, x: jax.Array) -> jax.Array:
-        """w (exp(x) - 1), without cancellation."""
+        """The weighted difference w (exp(x) - 1), without cancellation; any shape."""
         return -jnp.sign(x) * jnp.expm1(-jnp.abs(x)) * self(jnp.maximum(x, 0.0))
 
 
 @dataclasses.dataclass(frozen=True)
 class FDivergence:
-    """An f-divergence of pi from p as functions of x = log pi/p and of a weight w, any shape."""
+    """An f-divergence of pi from p, given by functions of x = log pi/p and of a weight w, any shape."""
 
     slope: Callable[[jax.Array, Weight], jax.Array]  # w f'(t)
-    value: Callable[[jax.Array, Weight], jax.Array]  # w f(t) / t, f taken with f'(1) = 0 so that it is at least 0: its mean is D
+    value: Callable[[jax.Array, Weight], jax.Array]  # w f(t) / t, with f'(1) = 0 so that it is at least 0: its mean is D
 
 
 kl_p_pi = FDivergence(lambda x, w: -w(-x), lambda x, w: -w.rise(-x) - x * w(-x))
@@ -73,9 +75,12 @@ chi2_pi_p = FDivergence(lambda x, w: 2.0 * w.rise(x), lambda x, w: w.rise(x) + w
 
 
 def alpha_pi_p(alpha: float) -> FDivergence:
-    """f = (t^alpha - alpha t - (1 - alpha)) / (alpha (alpha - 1)): from the forward KL at 0 to the reverse KL at 1.
+    """The alpha-divergence, f = (t^alpha - alpha t - (1 - alpha)) / (alpha (alpha - 1)): the forward KL at 0, the reverse KL at 1.
 
-    Half of Neyman's chi-squared at -1, twice the squared Hellinger distance at 1/2, half of Pearson's chi-squared at 2.
+    It is half of Neyman's chi-squared at -1, twice the squared Hellinger distance at 1/2, half of Pearson's chi-squared at 2.
+
+    >>> alpha_pi_p(0) is kl_p_pi, alpha_pi_p(1) is kl_pi_p
+    (True, True)
     """
     if not math.isfinite(alpha):
         raise ValueError(f"alpha is {alpha}; it must be finite (0 is the forward KL, 1 the reverse, 0.5 between them)")
@@ -86,23 +91,30 @@ def alpha_pi_p(alpha: float) -> FDivergence:
 
 
 def fdpg(divergence: FDivergence = js_pi_p) -> Loss:
-    """f-DPG (Go et al. 2023, arXiv:2302.08215, theorem 1), on responses that a proposal q has sampled.
+    """f-DPG (Go et al. 2023, arXiv:2302.08215, theorem 1), on responses sampled by a proposal q.
 
     D_f(pi, p) in value, w (f'(t) + b) grad log pi in gradient,   w = pi / q, t = Z pi / P, neither differentiated
 
-    Averaged over the responses of prompts whose Z is above 0; others, where no sample has met the target yet, weigh nothing. The
-    pseudo-reward -f'(t) is that of the policy as it stands, so more than one step on the same samples stays unbiased, as is any
-    proposal that may say all that the target does. Where q is the policy, w = 1.
+    The loss is averaged over the responses to prompts whose Z is above 0. Prompts without a sample in the target so far have weight 0.
+    The pseudo-reward -f'(t) is computed with the current policy, so several steps on the same samples are unbiased. The proposal may be
+    any distribution that covers the target. If q is the policy, w = 1.
 
-    Reads `sampled_logps`, log q; `log_target` [B, N], log P; `log_z` [B]; and the constant `fdpg_baseline` [B], which costs no bias:
-    `chain(logps("ref_logps", base), boolean_target(), running_log_z(), running_baseline(divergence))` writes them.
+    Reads `sampled_logps` [B, N, T], log q; `log_target` [B, N], log P; `log_z` [B]; and the baseline b, `fdpg_baseline` [B], a constant
+    that adds no bias. `chain(logps("ref_logps", base), boolean_target(), running_log_z(), running_baseline(divergence))` writes these.
 
-    Metrics: `divergence/*` are estimates by importance sampling, `loss/fdpg` that of the divergence; `loss/fdpg_skipped` is the share of
+    Metrics: `divergence/*` are estimates by importance sampling; `loss/fdpg` estimates the divergence; `loss/fdpg_skipped` is the share of
     prompts that are left out.
+
+    >>> logps = jnp.log(jnp.array([[[1.0, 0.5]]]))  # [B, N, T]; pi = q = 1/2, and p = 1/4
+    >>> batch = {"completion_mask": logps < 0, "sampled_logps": logps, "log_target": jnp.log(jnp.array([[0.25]]))}
+    >>> batch |= {"log_z": jnp.zeros(1), "fdpg_baseline": jnp.zeros(1)}
+    >>> _, metrics = fdpg()(Outputs(logps, -logps), batch, fdpg().normalised(batch))
+    >>> print(f"{metrics['pseudo_rewards']:.3f}")  # -log(2 t / (t + 1)), t = 2
+    -0.288
 
     Args:
       divergence: `js_pi_p`, `kl_p_pi` (DPG, GDC, CDPG), `kl_pi_p`, `tv_pi_p`, `hellinger_pi_p`, `chi2_p_pi`, `chi2_pi_p` or
-        `alpha_pi_p(a)`; f-DPO's are functions of another ratio.
+        `alpha_pi_p(a)`. The divergences of `f_dpo` are functions of another ratio, pi / ref.
     """
     if not isinstance(divergence, FDivergence):
         raise ValueError(f"fdpg takes an FDivergence, this is {divergence!r}; give one that is named by its formula: js_pi_p, kl_p_pi, ..")
@@ -123,45 +135,45 @@ def fdpg(divergence: FDivergence = js_pi_p) -> Loss:
 
 
 def target_divergences(ratio: jax.Array, log_weight: jax.Array) -> Metrics:
-    """Estimates by importance sampling of how far the policy is from its target, of each response; their mean is the divergence.
+    """Estimates of the divergence of the policy from its target by importance sampling, one for each response; their mean estimates it.
 
     Args:
-      ratio: log pi/p of responses that a proposal q has sampled, any shape.
-      log_weight: log pi/q.
+      ratio: log pi/p of responses that a proposal q sampled, any shape.
+      log_weight: log pi/q, of the same shape.
     """
     w = Weight(log_weight)
-    # As sum (pi - p)+, which is at most 1 of the policy's own samples, however poor Z is: sum |pi - p| / 2 of few samples is not.
+    # As sum (pi - p)+, which is at most 1 on the policy's own samples, however poor Z is. sum |pi - p| / 2 of few samples may be larger.
     tv = jnp.maximum(-w.rise(-ratio), 0.0)
     return {"divergence/kl_p_pi": kl_p_pi.value(ratio, w), "divergence/kl_pi_p": kl_pi_p.value(ratio, w), "divergence/tv": tv}
 
 
 def pseudo_rewards(divergence: FDivergence, ratio: jax.Array) -> jax.Array:
-    """-f'(t) of log t: what f-DPG rewards a response by."""
+    """The pseudo-reward -f'(t) that f-DPG gives a response, from its log t, any shape."""
     return -divergence.slope(ratio, Weight(jnp.zeros_like(ratio)))
 
 
 def log_ratio(logps: jax.Array, batch: Batch) -> jax.Array:
-    """log t = log pi - (log P - log Z) of responses' log-probs [B, N], held within 1000 nats."""
+    """The log-ratio log t = log pi - (log P - log Z) [B, N] of responses' log-probs [B, N], clipped to +-1000 nats."""
     log_target = field(batch, "log_target", "boolean_target()")
     log_z = jnp.where(unmet(batch), 0.0, batch["log_z"])[:, None]
     return jnp.clip(logps - (log_target - log_z), -FURTHEST, FURTHEST)
 
 
 def log_importance(logps: jax.Array, batch: Batch) -> jax.Array:
-    """log w = log pi - log q of responses' log-probs [B, N]."""
+    """The log of the importance weight, log w = log pi - log q [B, N], of responses' log-probs [B, N]."""
     return logps - sequence(of_rollout(batch, "sampled_logps"), batch)
 
 
 def aimed(batch: Batch) -> jax.Array:
-    """Weight 1 for each sampled response to a prompt whose Z is above 0: [B, N]."""
+    """The weight of each response: 1 if it was sampled and its prompt's Z is above 0, else 0: [B, N]."""
     return batch["completion_mask"].any(axis=-1) & ~unmet(batch)[:, None]
 
 
 def sampled(batch: Batch) -> jax.Array:
-    """Weight 1 for each prompt that has a sampled response: [B]."""
+    """The weight of each prompt: 1 if it has a sampled response, else 0: [B]."""
     return batch["completion_mask"].any(axis=(1, 2))
 
 
 def unmet(batch: Batch) -> jax.Array:
-    """Prompts of whose samples none has had P > 0: [B]. A Z that is not a number is none of them, so that it stops the step."""
+    """True for each prompt without a sample of P > 0 so far: [B]. A NaN as Z is not such a prompt, and so stops the step."""
     return field(batch, "log_z", "running_log_z()") == -jnp.inf

@@ -1,6 +1,8 @@
-"""Preference losses against length: longer responses have larger log-ratios, and preference data likes long responses.
+"""Preference losses that counter length bias: longer responses have larger log-ratios, and preference data favours long responses.
 
-Each is DPO or IPO on another score. All need the batch field `ref_logps`.
+Each loss is DPO or IPO on another score. All need the batch field `ref_logps`.
+
+Examples assume `import jax.numpy as jnp` and `from alignax import *`.
 """
 
 import math
@@ -19,18 +21,24 @@ def sigmoid_norm(beta: float = 5.0) -> Loss:
 
     -log sigmoid(beta (log pi/ref(chosen) / |chosen| - log pi/ref(rejected) / |rejected|))
 
-    A token of a short response counts more. beta is per nat and token, so larger than DPO's.
+    A token of a short response counts more. beta is per nat and token, so it is larger than DPO's.
+
+    >>> logps = jnp.array([[[0.0, -1.0, -1.0], [0.0, -4.0, 0.0]]])  # [B, N, T]; completions of 2 tokens and of 1
+    >>> batch = {"completion_mask": logps < 0, "ref_logps": jnp.array([[[0.0, -2.0, -2.0], [0.0, -3.0, 0.0]]])}
+    >>> value, _ = sigmoid_norm(1.0)(Outputs(logps, -logps), batch, sigmoid_norm(1.0).normalised(batch))
+    >>> print(f"{value:.3f}")  # a margin of 2 nats a token
+    0.127
     """
-    # TRL counts an unpredicted first token in the length of a completion without a prompt.
+    # TRL counts the first token, which is never predicted, in the length of a completion without a prompt.
     return pairwise("sigmoid_norm", beta, lambda chosen, rejected: logistic(chosen - rejected), mean_ratios)
 
 
 def ipo_mean(beta: float = 0.1) -> Loss:
-    """IPO on log-ratios that are averaged over tokens, as Azar et al. ran it, and not as eq. 17 of arXiv:2310.12036 has it.
+    """IPO on log-ratios averaged over tokens: the version that Azar et al. ran, not eq. 17 of arXiv:2310.12036.
 
     (log pi/ref(chosen) / |chosen| - log pi/ref(rejected) / |rejected| - 1 / (2 beta))^2
 
-    The target is in nats per token: at beta 0.1 a margin of 5 nats in every token, so a larger beta is wanted than for `ipo`.
+    The target is in nats per token. At beta 0.1 it is a margin of 5 nats in every token, so beta should be larger than for `ipo`.
     """
     return ipo(beta, scores=mean_ratios)
 
@@ -40,7 +48,7 @@ def ld_dpo(beta: float = 0.1, ld_alpha: float = 0.5) -> Loss:
 
     DPO with log p(y) = sum_{t <= l} log p_t + ld_alpha sum_{t > l} log p_t,   l = min(|chosen|, |rejected|)
 
-    Policy and reference alike. At ld_alpha 0 a difference that comes after l is not seen at all.
+    The policy and the reference are treated alike. At ld_alpha 0 tokens beyond l have no effect.
 
     Args:
       beta: strength of the KL penalty.
@@ -52,7 +60,7 @@ def ld_dpo(beta: float = 0.1, ld_alpha: float = 0.5) -> Loss:
 
 
 def desensitised(ld_alpha: float) -> Scores:
-    """Summed log-ratios whose tokens beyond the shorter response of the pair weigh `ld_alpha`: [B, 2]."""
+    """The summed log-ratio of each response, whose tokens beyond the shorter response of the pair have weight `ld_alpha`: [B, 2]."""
 
     def scores(out: Outputs, batch: Batch) -> jax.Array:
         check_pairs(token_logps(out))
@@ -65,12 +73,18 @@ def desensitised(ld_alpha: float) -> Scores:
 
 
 def r_dpo(beta: float = 0.1, alpha: float = 0.01) -> Loss:
-    """Length-regularised DPO (Park et al. 2024, arXiv:2403.19159): DPO for the reward r(x, y) - alpha |y|.
+    """Length-regularised DPO (Park et al. 2024, arXiv:2403.19159): DPO with the reward r(x, y) - alpha |y|.
 
     -log sigmoid(z + alpha (|chosen| - |rejected|))
 
-    A longer chosen response has part of its margin for free, so it is pushed less. The optimum is ref exp((r - alpha |y|) / beta):
-    a preference for length is taken out only if alpha has its size.
+    A longer chosen response gets part of its margin for free, so it is pushed less. The optimum is ref exp((r - alpha |y|) / beta): the
+    loss removes a preference for length only if alpha has the size of that preference.
+
+    >>> logps = jnp.array([[[0.0, -1.0, -1.0], [0.0, -4.0, 0.0]]])  # [B, N, T]; completions of 2 tokens and of 1
+    >>> batch = {"completion_mask": logps < 0, "ref_logps": jnp.array([[[0.0, -2.0, -2.0], [0.0, -3.0, 0.0]]])}
+    >>> value, _ = r_dpo(0.1, alpha=0.01)(Outputs(logps, -logps), batch, r_dpo(0.1, alpha=0.01).normalised(batch))
+    >>> print(f"{value:.3f}")  # 0.1 * 3 + 0.01 * 1
+    0.550
 
     Args:
       beta: strength of the KL penalty.

@@ -1,4 +1,7 @@
-"""Preference losses of one objective among several: the others are rewards of frozen models."""
+"""Preference losses for one of several objectives: frozen models give the rewards of the others.
+
+Examples assume `import jax.numpy as jnp` and `from alignax import *`.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -14,21 +17,29 @@ Margins = Callable[[Batch], jax.Array]  # Batch -> rewards of both responses by 
 
 
 def modpo(weights: Sequence[float], margins: Margins, beta: float = 0.1) -> Loss:
-    """Multi-objective DPO (Zhou et al. 2023, arXiv:2310.03708): pairs are labelled on the first of K objectives.
+    """Multi-objective DPO (Zhou et al. 2023, arXiv:2310.03708), on pairs that are labelled by the first of K objectives.
 
     -log sigmoid(r(chosen) - r(rejected)),   r = (beta log pi/ref - sum_k w_k margin_k) / w_0
 
-    Its optimum is the policy that maximises the weighted sum of all rewards, pi(y) ~ ref(y) exp(sum_k w_k r_k(y) / beta). The margins are
-    subtracted: with the other sign training goes to another policy, and nothing says so.
+    The optimum is the policy that maximises the weighted sum of all rewards, pi(y) ~ ref(y) exp(sum_k w_k r_k(y) / beta). The margins are
+    subtracted. With the opposite sign the optimum is another policy, and no error shows it.
+
+    >>> logps = jnp.array([[[0.0, -1.0], [0.0, -4.0]]])  # [B, N, T], a prompt token first
+    >>> batch = {"completion_mask": logps < 0, "ref_logps": jnp.array([[[0.0, -2.0], [0.0, -3.0]]]), "scores": jnp.array([[[1.0], [0.0]]])}
+    >>> loss = modpo([0.5, 0.5], lambda batch: batch["scores"])
+    >>> value, _ = loss(Outputs(logps, -logps), batch, loss.normalised(batch))
+    >>> print(f"{value:.3f}")  # z = (0.2 - 0.5) / 0.5
+    1.037
 
     Args:
-      weights: w, of the objective that pairs are labelled on, above 0, and of each of the others; they sum to 1 as a rule.
-      margins: the rewards of the others, without gradient: `implicit_rewards("margin_logps")` of a language model, or
-        `lambda batch: batch["scores"]` of reward models.
+      weights: w [K]: first the weight of the objective that labels the pairs, above 0, then one for each other objective; they usually
+        sum to 1.
+      margins: batch -> [B, 2, K - 1], the rewards of the other objectives; no gradient goes through them. For a language model take
+        `implicit_rewards("margin_logps")`, for reward models `lambda batch: batch["scores"]`.
       beta: strength of the KL penalty.
 
     Raises:
-      ValueError: for weights that are none, and for margins of another shape.
+      ValueError: for bad weights; in the step, for margins of another shape.
     """
     first, *others = weights
     if not first > 0 or not others:
@@ -45,12 +56,12 @@ def modpo(weights: Sequence[float], margins: Margins, beta: float = 0.1) -> Loss
 
 
 def implicit_rewards(name: str, beta: float = 0.1) -> Margins:
-    """What a language model that was trained by DPO rewards: beta log margin/ref of a response, [B, 2, 1].
+    """The rewards of a language model that was trained by DPO, a function batch -> [B, 2, 1]: beta log margin/ref of each response.
 
-    `logps("margin_logps", margin)` in the experience writes the field.
+    `logps("margin_logps", margin)` in the experience writes the field that it reads.
 
     Args:
       name: the field of the model's log-probs, [B, 2, T].
-      beta: that it was trained with.
+      beta: the beta that the model was trained with.
     """
     return lambda batch: beta * sequence(field(batch, name, f'logps("{name}", model)') - ref_logps(batch), batch)[..., None]

@@ -1,7 +1,9 @@
-"""What losses on pairs share: a loss is a function of two rewards, and a reward is beta times a score of a response.
+"""The parts of pairwise losses: a loss is a function of two rewards, and a reward is beta times the score of a response.
 
-Which function (logistic, hinge, squared, ..) and which score (log-ratio, its mean, its divergence, ..) are independent choices:
+The function (logistic, hinge, squared, ..) and the score (log-ratio, its mean, its divergence, ..) are independent choices:
 `hinge(beta, scores=mean_ratios)` is a loss. A score is a function `(Outputs, Batch) -> [B, 2]`, chosen 0 and rejected 1.
+
+Examples assume `import jax.numpy as jnp` and `from alignax import *`.
 """
 
 from collections.abc import Callable
@@ -14,43 +16,47 @@ from alignax.losses.algebra import Loss, lengths, make_loss, sequence, token_log
 from alignax.types import Batch, Metrics, Outputs
 
 Scores = Callable[[Outputs, Batch], jax.Array]  # -> [B, 2]
-TIE = 1e-6  # reward margins below float32 rounding of a sum of log-probs are ties
+TIE = 1e-6  # reward margins below the float32 rounding error of a sum of log-probs are ties
 
 
 def pair_logps(out: Outputs, batch: Batch) -> jax.Array:
-    """log pi of each response of a pair, in nats, summed over its tokens: [B, 2]. For losses without a reference."""
+    """The score log pi of each response of a pair, in nats, summed over its tokens: [B, 2]. For losses without a reference."""
     check_pairs(token_logps(out))
     return sequence(out.logps, batch)
 
 
 def pair_ratios(out: Outputs, batch: Batch) -> jax.Array:
-    """log pi/ref of each response of a pair, in nats, summed over its tokens: [B, 2].
+    """The score log pi/ref of each response of a pair, in nats, summed over its tokens: [B, 2].
 
     Raises:
-      ValueError: for examples that are no pairs, and without reference log-probs.
+      ValueError: for examples that are not pairs, and without reference log-probs.
     """
     check_pairs(token_logps(out))
     return sequence(out.logps - ref_logps(batch), batch)
 
 
 def mean_logps(out: Outputs, batch: Batch) -> jax.Array:
-    """log pi of each response, averaged over its tokens: [B, 2] nats a token."""
+    """The score log pi of each response, averaged over its tokens: [B, 2] nats a token."""
     return pair_logps(out, batch) / jnp.maximum(lengths(batch), 1.0)
 
 
 def mean_ratios(out: Outputs, batch: Batch) -> jax.Array:
-    """log pi/ref of each response, averaged over its tokens: [B, 2] nats a token."""
+    """The score log pi/ref of each response, averaged over its tokens: [B, 2] nats a token."""
     return pair_ratios(out, batch) / jnp.maximum(lengths(batch), 1.0)
 
 
 def pairwise(name: str, beta: float, value: Callable[[jax.Array, jax.Array], jax.Array], scores: Scores = pair_ratios) -> Loss:
-    """A loss on pairs, averaged over the pairs: value(rewards of chosen, rewards of rejected), rewards = beta * scores.
+    """Makes a loss on pairs, value(rewards of chosen, rewards of rejected) with rewards = beta * scores, averaged over the pairs.
+
+    >>> from alignax.losses import pairwise
+    >>> pairwise("exponential", 0.1, lambda chosen, rejected: jnp.exp(rejected - chosen)) + 0.1 * sft()
+    exponential + 0.1 * sft
 
     Args:
-      name: of its metric, `loss/<name>`.
+      name: of the loss; its metric is `loss/<name>`.
       beta: above 0.
       value: [B], [B] -> [B].
-      scores: what a response is rewarded by; default: its summed log-ratio to the reference.
+      scores: the score of each response, [B, 2]; default: the summed log-ratio to the reference.
     """
     check_positive("beta", beta)
 
@@ -62,14 +68,14 @@ def pairwise(name: str, beta: float, value: Callable[[jax.Array, jax.Array], jax
 
 
 def logistic(z: jax.Array, label_smoothing: float = 0.0) -> jax.Array:
-    """-(1 - e) log sigmoid(z) - e log sigmoid(-z)."""
+    """The logistic loss of margins z with label smoothing e, any shape: -(1 - e) log sigmoid(z) - e log sigmoid(-z)."""
     return -(1 - label_smoothing) * jax.nn.log_sigmoid(z) - label_smoothing * jax.nn.log_sigmoid(-z)
 
 
 def pair_metrics(rewards: jax.Array, out: Outputs, batch: Batch) -> Metrics:
-    """The field's metrics of a pair, each [B]; `rewards` [B, 2] are what the loss compares. A tie counts as half right.
+    """The usual metrics of pairs, each [B], from the `rewards` [B, 2] that the loss compares. A tie counts as half right.
 
-    The drifts need `ref_logps`; a loss without a reference reports them only if the batch has it.
+    The drifts need `ref_logps`. A loss without a reference reports them only if the batch has that field.
     """
     logps = sequence(out.logps, batch)  # [B, 2]
     margins = rewards[:, 0] - rewards[:, 1]
@@ -89,12 +95,12 @@ def pair_metrics(rewards: jax.Array, out: Outputs, batch: Batch) -> Metrics:
 
 
 def ref_logps(batch: Batch) -> jax.Array:
-    """The reference's log-probs [B, N, T], or an error that says where they come from."""
+    """The reference's log-probs [B, N, T], or an error that names the experience that writes them."""
     return field(batch, "ref_logps", 'logps("ref_logps", reference)')
 
 
 def field(batch: Batch, name: str, experience: str) -> jax.Array:
-    """A field that an experience writes, or an error that names it and those that there are."""
+    """A field that an experience writes, or an error that names the experience and the fields of the batch."""
     if name == "rewards" and name not in batch and "scores" in batch:
         raise ValueError(
             'the batch has several "scores" of a response and no "rewards"; let experience(..) make one of them, chain(.., mean) say (or '
@@ -107,14 +113,14 @@ def field(batch: Batch, name: str, experience: str) -> jax.Array:
 
 
 def of_rollout(batch: Batch, name: str) -> jax.Array:
-    """A field that every rollout has, or an error that says so."""
+    """A field that every rollout has, or an error that says how to get rollouts."""
     if name not in batch:
         raise ValueError(f'the batch has no "{name}", which rollouts have; set rollout.samples above 0')
     return batch[name]
 
 
 def check_pairs(x: jax.Array) -> None:
-    """Refuses log-probs or scores of no pairs: jax would clamp the index of the rejected response, and train nothing."""
+    """Refuses arrays [B, N, ..] of N other than 2: jax would clamp the index of the rejected response, and nothing would be trained."""
     if x.shape[1] != 2:
         raise ValueError(f"a preference loss takes pairs, these examples have {x.shape[1]} responses; set data.kind='preference'")
 
@@ -134,5 +140,5 @@ def check_range(name: str, value: float, low: float, high: float, meaning: str) 
 
 
 def check_smoothing(label_smoothing: float) -> None:
-    """Refuses what is no flip probability."""
+    """Refuses a label smoothing outside [0, 0.5)."""
     check_range("label_smoothing", label_smoothing, 0, 0.5, "a flip probability")

@@ -1,12 +1,14 @@
-"""Terms beside a policy gradient: the KL from the reference, exact and by three estimators, chi-squared, the entropy, a critic's error.
+"""Penalties beside a policy gradient: the KL from the reference (exact, or by three estimators), chi-squared, entropy, a critic's error.
 
-As part of the loss an estimator's value and its gradient are estimates of different things: averaged over samples of the policy each of
-k1, k3 and chi-squared's surrogate has the value of its divergence, and the gradient of something else, since samples come from the
-policy too and that is not differentiated. Each docstring says what its gradient is. As part of the reward (`kl_reward`) k1 has the
-gradient of KL(pi || ref) of whole responses. d is log pi/ref of a token; of tokens, at the prefixes that were sampled.
+In a loss, the value and the gradient of an estimator estimate different things. Averaged over samples of the policy, k1, k3 and the
+surrogate of chi-squared have the value of their divergence. Their gradient is another one, since the sampling depends on the policy too
+and is not differentiated. Each docstring says what the gradient is. In the reward (`kl_reward`) k1 has the gradient of KL(pi || ref) of
+whole responses. Below, d is log pi/ref of a token. KLs of tokens are at the prefixes that were sampled.
 
-A KL of tokens is averaged as the surrogate beside it: by response unless told, as GRPO's (Shao et al. 2024, arXiv:2402.03300, eq. 3);
-beside a surrogate of another average give it the same, `ppo() + beta * kl_k2(token_mean)`.
+A KL of tokens should have the same average as its surrogate. The default is by response, as in GRPO (Shao et al. 2024,
+arXiv:2402.03300, eq. 3). With another average write, for example, `ppo() + beta * kl_k2(token_mean)`.
+
+Examples assume `import jax.numpy as jnp` and `from alignax import *`.
 """
 
 from collections.abc import Sequence
@@ -30,40 +32,46 @@ from alignax.losses.responses import (
 )
 from alignax.types import Batch, Metrics, Outputs
 
-FAR = 10.0  # nats of a response's log-ratio at which chi-squared goes on along its tangent, as in the paper's code
-LEAST_CHI2 = 1e-4  # under the root, whose slope is infinite at 0
+FAR = 10.0  # nats of a response's log-ratio beyond which chi-squared follows its tangent, as in the paper's code
+LEAST_CHI2 = 1e-4  # lower bound under the root, whose slope is infinite at 0
 
 
 def kl_k1(aggregate: Aggregate = response_mean) -> Loss:
-    """The log-ratio itself, d (Schulman 2020, "Approximating KL divergence"): signed, its mean is KL(pi || ref).
+    """The estimator k1 of the KL, the log-ratio d (Schulman 2020, "Approximating KL divergence"): signed, its mean is KL(pi || ref).
 
-    Its gradient is that of log pi, whose mean over samples of the policy is 0: as a loss it only adds noise. It is here to measure by;
-    take `kl_k2`, `kl_k3_weighted`, or `kl_reward`.
+    Its gradient is that of log pi, whose mean over samples of the policy is 0, so as a loss it only adds noise. Use it to measure the KL;
+    to train with a KL use `kl_k2`, `kl_k3_weighted`, or `kl_reward`.
     """
     return _kl("kl_k1", lambda d: d, aggregate)
 
 
 def kl_k2(aggregate: Aggregate = response_mean) -> Loss:
-    """d^2 / 2 (Schulman 2020): at least 0, a biased value, and the gradient of KL(pi || ref), the reverse KL."""
+    """The estimator k2 of the KL, d^2 / 2 (Schulman 2020): at least 0, a biased value, the gradient of KL(pi || ref), the reverse KL."""
     return _kl("kl_k2", lambda d: 0.5 * jnp.square(d), aggregate)
 
 
 def kl_k3(aggregate: Aggregate = response_mean) -> Loss:
-    """exp(-d) - 1 + d (Schulman 2020), as in GRPO's loss: at least 0, its mean is KL(pi || ref).
+    """The estimator k3 of the KL, exp(-d) - 1 + d (Schulman 2020), as in GRPO's loss: at least 0, its mean is KL(pi || ref).
 
-    Its gradient is that of the other one, KL(ref || pi), the forward KL: weak where the policy says what the reference would not.
+    Its gradient is that of the forward KL, KL(ref || pi): weak on responses that the reference finds unlikely.
+
+    >>> logps = jnp.array([[[0.0, -1.0]]])  # [B, N, T]
+    >>> batch = {"completion_mask": logps < 0, "ref_logps": jnp.array([[[0.0, -2.0]]])}
+    >>> value, _ = kl_k3()(Outputs(logps, -logps), batch, kl_k3().normalised(batch))
+    >>> print(f"{value:.3f}")  # exp(-1) - 1 + 1
+    0.368
     """
     return _kl("kl_k3", k3, aggregate)
 
 
 def kl_k3_weighted(aggregate: Aggregate = response_mean, level: Level = by_token) -> Loss:
-    """rho (exp(-d) - 1 + d), rho = pi / old: k3 with the importance ratio in the gradient, as DeepSeek-V3.2 corrects it.
+    """The estimator k3 with an importance ratio, rho (exp(-d) - 1 + d), rho = pi / old: DeepSeek-V3.2's correction.
 
-    On samples of the old policy its mean is KL(pi || ref), and its gradient is that of KL(pi || ref): the reverse KL, without bias.
+    On samples of the old policy both its mean and its gradient are those of KL(pi || ref), the reverse KL, without bias.
 
     Args:
       aggregate: how tokens are averaged.
-      level: whose ratio rho is; that of the surrogate beside it.
+      level: of the ratio rho: of a token, or of a response; the same as the surrogate's.
     """
 
     def value(out: Outputs, batch: Batch) -> tuple[jax.Array, Metrics]:
@@ -82,22 +90,22 @@ def _kl(name: str, estimate, aggregate: Aggregate) -> Loss:
 
 
 def kl_ref_pi(aggregate: Aggregate = response_mean) -> Loss:
-    """KL(ref || pi) of the next-token distributions, exact over the whole vocabulary, at the prefixes that the batch holds.
+    """The forward KL, KL(ref || pi), of the next-token distributions, exact over the vocabulary, at the prefixes that the batch holds.
 
     sum_v ref(v) (log ref(v) - log pi(v)),   gradient pi - ref at the logits
 
-    It keeps what the reference says likely. Needs a model that gives `ref_kl`: `--config.reference.token_kl=true`, or
-    `alignax.forward(.., teacher=..)`. The reference reads `ref_tokens` where the batch has them, another prompt say.
+    It keeps tokens that the reference finds likely. Needs a model that gives `ref_kl`: `--config.reference.token_kl=true`, or
+    `alignax.forward(.., teacher=..)`. If the batch has `ref_tokens` (for example with another prompt), the reference reads those.
     """
     return aggregate("kl_ref_pi", lambda out, batch: _exact(out.ref_kl, "ref_kl", "kl/ref_pi"))
 
 
 def kl_pi_ref(aggregate: Aggregate = response_mean) -> Loss:
-    """KL(pi || ref) of the next-token distributions, exact over the whole vocabulary, at the prefixes that the batch holds.
+    """The reverse KL, KL(pi || ref), of the next-token distributions, exact over the vocabulary, at the prefixes that the batch holds.
 
     sum_v pi(v) (log pi(v) - log ref(v)),   gradient pi (log pi - log ref - KL) at the logits
 
-    It keeps the policy from what the reference says unlikely. Needs a model that gives `policy_kl`, as `kl_ref_pi` does `ref_kl`.
+    It keeps the policy from tokens that the reference finds unlikely. Needs a model that gives `policy_kl`, set as for `kl_ref_pi`.
     """
     return aggregate("kl_pi_ref", lambda out, batch: _exact(out.policy_kl, "policy_kl", "kl/pi_ref"))
 
@@ -107,10 +115,10 @@ def gkd(aggregate: Aggregate = response_mean) -> Loss:
 
     beta KL(t || m) + (1 - beta) KL(pi || m),   m = beta t + (1 - beta) pi,   t the teacher, the reference of the run
 
-    Exact over the whole vocabulary, at the prefixes that the batch holds: the data's, or of rollouts the policy's own. beta and a
-    temperature that both distributions have are `--config.reference.jsd_beta` and `.jsd_temperature`; beta 0 is the forward KL(t || pi),
-    1 the reverse KL(pi || t). By response, as in the paper; TRL averages over tokens. Needs `--config.reference.token_kl=true`, or
-    `alignax.forward(.., teacher=..)`.
+    It is exact over the vocabulary, at the prefixes that the batch holds: the data's, or in rollouts the policy's own. beta and the
+    temperature of both distributions are `--config.reference.jsd_beta` and `.jsd_temperature`. beta 0 is the forward KL(t || pi), beta 1
+    the reverse KL(pi || t). The average is by response, as in the paper; TRL averages over tokens. Needs
+    `--config.reference.token_kl=true`, or `alignax.forward(.., teacher=..)`.
     """
     return aggregate("gkd", lambda out, batch: _exact(out.jsd, "jsd", "jsd"))
 
@@ -124,20 +132,26 @@ def _exact(values: jax.Array | None, name: str, metric: str) -> tuple[jax.Array,
 
 
 def chi2() -> Loss:
-    """The chi-squared penalty as its authors released it (Laidlaw et al. 2024, arXiv:2403.03185), averaged over responses.
+    """The chi-squared penalty of its authors' code (Laidlaw et al. 2024, arXiv:2403.03185), averaged over responses.
 
     (u - 1) + (1 / u - 1),   u = pi(y) / ref(y), the sum of the log-ratios
 
-    On samples of the policy its mean is chi2(pi || ref) = E[u - 1]. Its gradient is that of chi2(pi || ref) / 2 + KL(ref || pi): it
-    pulls to the reference too, but it is not the penalty's; `chi2_exact` is. Beyond 10 nats it goes on along its tangent.
+    On samples of the policy its mean is chi2(pi || ref) = E[u - 1]. Its gradient is that of chi2(pi || ref) / 2 + KL(ref || pi), which
+    also pulls to the reference; `chi2_exact` has the gradient of chi2(pi || ref). Beyond 10 nats it follows its tangent.
 
     The paper's penalty is the root: `coefficient * square_root(chi2())`.
+
+    >>> logps = jnp.log(jnp.array([[[1.0, 0.5]]]))  # [B, N, T]
+    >>> batch = {"completion_mask": logps < 0, "ref_logps": jnp.log(jnp.array([[[1.0, 0.25]]]))}  # u = 2
+    >>> value, _ = chi2()(Outputs(logps, -logps), batch, chi2().normalised(batch))
+    >>> print(f"{value:.3f}")
+    0.500
     """
     return _of_responses("chi2", chi2_of)
 
 
 def chi2_of(log_ratio: jax.Array) -> jax.Array:
-    """(u - 1) + (1 / u - 1) of log u, of responses: [B, N]."""
+    """The value (u - 1) + (1 / u - 1) of each response, from its log u: [B, N] -> [B, N]."""
     return expm1(log_ratio, FAR) + expm1(-log_ratio, FAR)
 
 
@@ -146,8 +160,8 @@ def chi2_exact() -> Loss:
 
     u - 1 in value, 2 u in gradient,   u = pi(y) / ref(y), the sum of the log-ratios
 
-    Half of the gradient is that of u, half that of whom the samples come from. Rare responses of a large u rule its variance; beyond 10
-    nats u goes on along its tangent.
+    Half of the gradient comes from u, half from the sampling distribution. Rare responses with a large u dominate its variance. Beyond
+    10 nats u follows its tangent.
     """
 
     def value(log_ratio: jax.Array) -> jax.Array:
@@ -166,11 +180,11 @@ def _of_responses(name: str, value) -> Loss:
 
 
 def square_root(objective: Loss) -> Loss:
-    """The root of a chi-squared, by its chain rule: `square_root(chi2())` has the gradient of sqrt(chi2) where it is `chi2`'s.
+    """The root of a chi-squared penalty, by the chain rule: `square_root(chi2())` has the gradient of sqrt(chi2).
 
     value / (2 sqrt(max(c, 1e-4))),   c the batch field `chi2`, which `chi2_estimate()` writes
 
-    A root of an average is no average: c is data, estimated from `old_logps` on the global batch, so that parts still add up.
+    The root of an average is not an average. So c is data, estimated from `old_logps` on the global batch, and parts still add up.
     """
     return objective.mapped(lambda term: term._replace(value=_rooted(term)))
 
@@ -185,9 +199,9 @@ def _rooted(term: Term) -> Value:
 
 
 def entropy_bonus(aggregate: Aggregate = token_mean) -> Loss:
-    """Minus the entropy of next-token distributions: `ppo() + 0.01 * entropy_bonus()` keeps the policy from settling too soon.
+    """Minus the entropy of the next-token distributions: `ppo() + 0.01 * entropy_bonus()` keeps the policy from collapsing early.
 
-    Of all tokens alike, so noise gains most. Beside a surrogate of another average give it the same.
+    It acts on all tokens alike, so noise tokens gain most. Give it the same average as the surrogate.
     """
     return aggregate("entropy_bonus", lambda out, batch: (-out.entropy, {"entropy": out.entropy}))
 
@@ -197,18 +211,25 @@ def value_loss(clip: float = 0.2, aggregate: Aggregate = token_mean, heads: Sequ
 
     max((V - R)^2, (V_old + clip(V - V_old, -clip, clip) - R)^2) / 2,   R the field `returns`, V_old the field `values`
 
-    A value that has moved beyond the clip towards its return has no gradient. Needs a model that gives `Outputs.values`. Of a critic of H
-    heads, [B, N, T, H], it is a weighted sum over heads: their mean, unless `heads` says otherwise. Metrics are then each head's own,
-    `values/mean/head_0`.
+    A value that has moved beyond the clip towards its return has no gradient. Needs a model that gives `Outputs.values`. For a critic of H
+    heads, [B, N, T, H], the loss is a weighted sum over heads: by default their mean, else with the weights `heads`. Each head then has
+    its own metrics, for example `values/mean/head_0`.
+
+    >>> logps = jnp.array([[[0.0, -1.0]]])  # [B, N, T]
+    >>> batch = {"completion_mask": logps < 0, "returns": jnp.array([[[0.0, 1.0]]]), "values": jnp.zeros((1, 1, 2))}
+    >>> out = Outputs(logps, -logps, values=jnp.full((1, 1, 2), 0.5))
+    >>> value, _ = value_loss(0.2)(out, batch, value_loss(0.2).normalised(batch))
+    >>> print(f"{value:.3f}")  # (0.2 - 1)^2 / 2
+    0.320
 
     Metrics: the explained variance is 1 - (e - m^2) / (q - r^2) of e = `values/squared_error`, r = `returns/mean`,
     q = `returns/mean_square`, m = r - `values/mean`.
 
     Args:
-      clip: how far a value may move in one rollout, in rewards, above 0; infinity does not clip.
+      clip: how far a value may move in one rollout, in units of the reward, above 0; infinity: no clip.
       aggregate: how tokens are averaged.
-      heads: the weight of each head, the KL's first; () is 1 / H each. Moskovitz et al. 2023 (arXiv:2310.04373) have 0.2 for the KL and
-        0.5 for each reward model.
+      heads: the weight of each head, the KL's first; (): 1 / H each. Moskovitz et al. 2023 (arXiv:2310.04373) use 0.2 for the KL and 0.5
+        for each reward model.
     """
     check_positive("clip", clip)
 

@@ -1,9 +1,11 @@
-"""Policy gradients on sampled responses: what raises the probability of what was better than expected.
+"""Policy-gradient losses on sampled responses: they raise the probability of tokens with a positive advantage.
 
-All read the batch field `advantages` [B, N, T], which an experience writes, and `old_logps`, those of the policy that sampled; without
-them the policy is its own old one: ratios are 1 and their gradient is that of log pi. rho is the ratio pi / old, A the advantage of
-a token. `level` says whose ratio it is, `by_token`, `by_mean` (of a response, the geometric mean over its tokens) or `by_response`
-(their product), and `aggregate` how tokens are averaged, see `alignax.losses.responses`.
+All losses read the batch field `advantages` [B, N, T], which an experience writes, and `old_logps`, the log-probs of the policy that
+sampled. Without `old_logps` ratios are 1, and their gradient is that of log pi. Below, rho is the ratio pi / old, and A the advantage of a
+token. `level` selects the ratio: `by_token`, `by_mean` (the geometric mean over a response's tokens) or `by_response` (their product).
+`aggregate` says how tokens are averaged, see `alignax.losses.responses`.
+
+Examples assume `import jax.numpy as jnp` and `from alignax import *`.
 """
 
 import math
@@ -30,11 +32,17 @@ from alignax.types import Batch, Metrics, Outputs
 
 
 def reinforce(aggregate: Aggregate = token_mean) -> Loss:
-    """The policy gradient itself (Williams 1992, doi:10.1007/BF00992696).
+    """The plain policy gradient, REINFORCE (Williams 1992, doi:10.1007/BF00992696).
 
     -A log pi(y_t | x, y_<t)
 
-    Its gradient is that of the expected reward while samples are the policy's; a second step on the same samples is off-policy.
+    The gradient is that of the expected reward if the policy itself drew the samples; a second step on the same samples is off-policy.
+
+    >>> logps = jnp.array([[[0.0, -2.0]]])  # [B, N, T]
+    >>> batch = {"completion_mask": logps < 0, "advantages": jnp.full((1, 1, 2), 0.5)}
+    >>> value, _ = reinforce()(Outputs(logps, -logps), batch, reinforce().normalised(batch))
+    >>> print(f"{value:.3f}")
+    1.000
     """
 
     def value(out: Outputs, batch: Batch) -> tuple[jax.Array, Metrics]:
@@ -54,15 +62,21 @@ def ppo(
 
     max(-A rho, -A clip(rho, 1 - clip, 1 + clip_high))
 
-    A token that has moved beyond the clip the way its advantage wants has no gradient; one that has moved the other way has all of it.
+    A token whose ratio has left the clip in the direction of its advantage has no gradient; in the other direction it keeps all of it.
+
+    >>> logps = jnp.log(jnp.array([[[1.0, 0.6]]]))  # [B, N, T]; a token of ratio 0.6 / 0.4 = 1.5
+    >>> batch = {"completion_mask": logps < 0, "old_logps": jnp.log(jnp.array([[[1.0, 0.4]]])), "advantages": jnp.ones((1, 1, 2))}
+    >>> value, _ = ppo(0.2)(Outputs(logps, -logps), batch, ppo(0.2).normalised(batch))
+    >>> print(f"{value:.3f}")  # max(-1.5, -1.2)
+    -1.200
 
     Args:
       clip: how far a ratio may move, at least 0.
-      clip_high: how far upwards; None is `clip`. DAPO's clip-higher is 0.28 (Yu et al. 2025, arXiv:2503.14476).
-      dual_clip: where A < 0 the loss is at most -A dual_clip, so a ratio that explodes has no gradient (Ye et al. 2020,
-        arXiv:1912.09729); above 1, 3 is usual; None is no such bound. TRL's `delta` where that is beyond the clip.
+      clip_high: how far a ratio may move up; None: `clip`. DAPO's clip-higher is 0.28 (Yu et al. 2025, arXiv:2503.14476).
+      dual_clip: where A < 0 the loss is at most -A dual_clip, so an exploding ratio has no gradient (Ye et al. 2020, arXiv:1912.09729);
+        above 1, usually 3; None: no such bound. It equals TRL's `delta` where that is beyond the clip.
       aggregate: how tokens are averaged.
-      level: whose ratio is clipped.
+      level: which ratio is clipped.
     """
     return _clipped("ppo", level, clip, clip_high, dual_clip, aggregate)
 
@@ -72,40 +86,50 @@ def grpo(clip: float = 0.2, clip_high: float | None = None, aggregate: Aggregate
 
     max(-A rho, -A clip(rho, 1 - clip, 1 + clip_high)),   averaged over the tokens of a response, then over responses
 
-    PPO's surrogate; what is its own is the advantage, `group_relative()`, and the average, which is that of its KL too. Dr. GRPO:
-    `group_relative(std=False)` and `aggregate=token_sum(max_length)`. DAPO: `clip_high=0.28, aggregate=token_mean`.
+    The surrogate is PPO's. GRPO differs in the advantage, `group_relative()`, and in the average, which its KL shares. Dr. GRPO is
+    `group_relative(std=False)` and `aggregate=token_sum(max_length)`. DAPO is `clip_high=0.28, aggregate=token_mean`.
+
+    >>> grpo() + 0.04 * kl_k3()
+    grpo + 0.04 * kl_k3
 
     Args:
       clip: how far a ratio may move, at least 0.
-      clip_high: how far upwards; None is `clip`.
-      aggregate: how tokens are averaged; a KL beside it takes the same, as in `grpo(aggregate=token_mean) + beta * kl_k3(token_mean)`.
-      level: whose ratio is clipped; `gspo` is `by_mean` with clips of its size.
+      clip_high: how far a ratio may move up; None: `clip`.
+      aggregate: how tokens are averaged; a KL takes the same, as in `grpo(aggregate=token_mean) + beta * kl_k3(token_mean)`.
+      level: which ratio is clipped; `gspo` is `by_mean` with much smaller clips.
     """
     return _clipped("grpo", level, clip, clip_high, None, aggregate)
 
 
 def gspo(clip: float = 3e-4, clip_high: float | None = 4e-4, aggregate: Aggregate = response_mean) -> Loss:
-    """Group sequence policy optimisation (Zheng et al. 2025, arXiv:2507.18071, eq. 5): GRPO with a ratio of whole responses.
+    """Group sequence policy optimisation (Zheng et al. 2025, arXiv:2507.18071, eq. 5): GRPO with the mean ratio of whole responses.
 
     max(-A s, -A clip(s, 1 - clip, 1 + clip_high)),   s = (pi(y) / old(y))^(1 / |y|)
 
-    All tokens of a response are clipped or none. The mean moves far less than a token's ratio, hence a clip of another size.
+    Either all tokens of a response are clipped or none. The mean ratio moves far less than a token's, so the clip is much smaller.
+
+    >>> logps = jnp.log(jnp.array([[[1.0, 0.6, 0.6]]]))  # [B, N, T]; token ratios 1.5 and 1
+    >>> batch = {"completion_mask": logps < 0, "advantages": jnp.ones((1, 1, 3))}
+    >>> batch["old_logps"] = jnp.log(jnp.array([[[1.0, 0.4, 0.6]]]))
+    >>> value, _ = gspo(0.1, 0.1)(Outputs(logps, -logps), batch, gspo(0.1, 0.1).normalised(batch))
+    >>> print(f"{value:.3f}")
+    -1.100
 
     Args:
       clip: how far the ratio may move, at least 0.
-      clip_high: how far upwards; None is `clip`.
-      aggregate: how tokens are averaged; `token_sum(1)` is LUSPO, where a long response counts as its tokens do.
+      clip_high: how far the ratio may move up; None: `clip`.
+      aggregate: how tokens are averaged; with `token_sum(1)` it is LUSPO, where a response counts by its number of tokens.
     """
     return _clipped("gspo", by_mean, clip, clip_high, None, aggregate)
 
 
 def rloo(clip: float = 0.2, clip_high: float | None = None) -> Loss:
-    """REINFORCE leave-one-out (Ahmadian et al. 2024, arXiv:2402.14740) with PPO's clip on the ratio of whole responses, as TRL has it.
+    """REINFORCE leave-one-out (Ahmadian et al. 2024, arXiv:2402.14740) with PPO's clip on the ratio of whole responses, as in TRL.
 
     max(-A R, -A clip(R, 1 - clip, 1 + clip_high)),   R = pi(y) / old(y), the sum of the log-ratios, averaged over responses
 
-    Advantages are of `leave_one_out()`, on rewards that hold the KL penalty (`kl_reward`). The ratio of a long response leaves the clip
-    at once, so it is made for one or few steps on the same samples; with one it is REINFORCE.
+    Use it with the advantages of `leave_one_out()`, on rewards that include the KL penalty (`kl_reward`). The ratio of a long response
+    soon leaves the clip, so take one or few steps on the same samples; with one step the loss is REINFORCE.
     """
     return _clipped("rloo", by_response, clip, clip_high, None, response_mean)
 
@@ -129,16 +153,22 @@ def _clipped(name: str, level: Level, clip: float, clip_high: float | None, dual
 
 
 def cispo(cap: float = 5.0, aggregate: Aggregate = token_mean, level: Level = by_token) -> Loss:
-    """Clipped importance weights of REINFORCE (MiniMax-M1, Chen et al. 2025, arXiv:2506.13585).
+    """CISPO, REINFORCE with clipped importance weights (MiniMax-M1, Chen et al. 2025, arXiv:2506.13585).
 
     -sg(min(rho, cap)) A log pi(y_t | x, y_<t),   sg: not differentiated
 
-    Where PPO drops a token that has moved, this keeps its gradient, with a bounded weight.
+    PPO drops the gradient of a token that has moved far; CISPO keeps it, with a bounded weight.
+
+    >>> logps = jnp.log(jnp.array([[[1.0, 0.6]]]))  # [B, N, T]; a token of ratio 0.6 / 0.4 = 1.5
+    >>> batch = {"completion_mask": logps < 0, "old_logps": jnp.log(jnp.array([[[1.0, 0.4]]])), "advantages": jnp.ones((1, 1, 2))}
+    >>> value, _ = cispo(5.0)(Outputs(logps, -logps), batch, cispo(5.0).normalised(batch))
+    >>> print(f"{value:.3f}")  # -1.5 log 0.6
+    0.766
 
     Args:
-      cap: largest weight, a ratio, above 0.
+      cap: the largest weight, a ratio, above 0.
       aggregate: how tokens are averaged.
-      level: whose ratio is the weight.
+      level: which ratio is the weight.
     """
     check_positive("cap", cap)
 
@@ -151,18 +181,18 @@ def cispo(cap: float = 5.0, aggregate: Aggregate = token_mean, level: Level = by
 
 
 def sapo(tau_positive: float = 1.0, tau_negative: float = 1.05, aggregate: Aggregate = response_mean, level: Level = by_token) -> Loss:
-    """Soft adaptive policy optimisation (Gao et al. 2025, arXiv:2511.20347): a gate in place of the clip.
+    """Soft adaptive policy optimisation (Gao et al. 2025, arXiv:2511.20347): PPO with a smooth gate in place of the clip.
 
     -A (4 / tau) sigmoid(tau (rho - 1)),   tau is tau_positive where A > 0, else tau_negative
 
-    The gradient fades as a ratio leaves 1 either way: 1 there, as PPO's. It fades where a token has moved the wrong way, too. Gated by
-    response, as GSPO clips: `level=by_mean`.
+    At a ratio of 1 the gradient is PPO's. It fades as the ratio moves away from 1 in either direction, the wrong one included. For a gate
+    by response, like GSPO's clip, set `level=by_mean`.
 
     Args:
       tau_positive: steepness of the gate, above 0.
-      tau_negative: that of tokens to be made less likely; larger fades sooner.
+      tau_negative: steepness for tokens that are to lose probability; a larger one fades sooner.
       aggregate: how tokens are averaged.
-      level: whose ratio is gated.
+      level: which ratio is gated.
     """
     check_positive("tau_positive", tau_positive)
     check_positive("tau_negative", tau_negative)
@@ -183,19 +213,19 @@ def vespo(
     lambda_negative: float = 2.0,
     aggregate: Aggregate = token_mean,
 ) -> Loss:
-    """Variational sequence-level soft policy optimisation (VESPO, arXiv:2602.10693): REINFORCE with a soft weight of whole responses.
+    """Variational sequence-level soft policy optimisation (VESPO, arXiv:2602.10693): REINFORCE with a smooth weight of whole responses.
 
     -sg(phi(w)) A log pi(y_t | x, y_<t),   phi(w) = w^k exp(lambda (1 - w)),   w = pi(y) / sampled(y), the product over tokens
 
-    phi(1) = 1, and a response far off either way weighs nothing: no clip. k and lambda are the positive ones where A >= 0. w is of
-    whoever drew the samples, the field `sampled_logps`, so that samples of another policy, or of another program, are corrected for.
-    The log of w is held within [log 1e-8, 20], as in the authors' code.
+    phi(1) = 1, and phi goes to 0 for a response whose ratio is far from 1 on either side, so no clip is needed. k and lambda are the
+    positive ones where A >= 0. w compares with the log-probs at sampling time, the field `sampled_logps`, so it also corrects for samples
+    of another policy or program. log w is clipped to [log 1e-8, 20], as in the authors' code.
 
     Args:
       k_positive: how fast the weight falls below w = 1, at least 0.
       lambda_positive: how fast it falls above, at least 0.
-      k_negative: the first of these where A < 0.
-      lambda_negative: the second where A < 0.
+      k_negative: k where A < 0.
+      lambda_negative: lambda where A < 0.
       aggregate: how tokens are averaged.
     """
     named = {"k_positive": k_positive, "lambda_positive": lambda_positive, "k_negative": k_negative, "lambda_negative": lambda_negative}
@@ -215,11 +245,11 @@ def vespo(
 
 
 def gmpo(clip: float = 0.4) -> Loss:
-    """Geometric-mean policy optimisation (Zhao et al. 2025, arXiv:2507.20673): token log-ratios are clipped, then averaged.
+    """Geometric-mean policy optimisation (Zhao et al. 2025, arXiv:2507.20673): clips the log-ratios of tokens, then averages them.
 
     -A exp(mean_t min(l_t, clip(l_t))) where A > 0, with max where A < 0;   l_t = log rho clipped to [-clip, clip]
 
-    A single token cannot dominate a response, as it can in an arithmetic mean. An advantage that differs by token is averaged too.
+    No single token can dominate a response, as it can in an arithmetic mean. Advantages that differ by token are averaged too.
 
     Args:
       clip: how far the log-ratio of a token may move, in nats, at least 0.

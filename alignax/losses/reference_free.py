@@ -1,6 +1,8 @@
-"""Preference losses without a reference: the policy's own log-probs are the scores. No experience is needed.
+"""Preference losses without a reference: the scores are the policy's own log-probs. No experience is needed.
 
-Nothing holds the policy near its start but the learning rate and the likelihood terms. Drifts are logged if the batch has `ref_logps`.
+Only the learning rate and the likelihood terms keep the policy near its start. Drifts are logged if the batch has `ref_logps`.
+
+Examples assume `import jax.numpy as jnp` and `from alignax import *`.
 """
 
 import jax
@@ -11,15 +13,21 @@ from alignax.losses.pairs import check_positive, check_range, check_smoothing, l
 from alignax.losses.supervised import per_sequence, sft, summed_sft
 from alignax.types import Batch, Outputs
 
-LEAST = 1e-6  # nats that a mean log-prob stays below 0: the odds of p = 1 are infinite, and its float32 rounding is of this size
+LEAST = 1e-6  # nats; mean log-probs are at most -LEAST, since the odds of p = 1 are infinite (float32 rounding has this size)
 
 
 def simpo(beta: float = 2.0, gamma: float = 1.0, label_smoothing: float = 0.0) -> Loss:
-    """Simple preference optimisation (Meng et al. 2024, arXiv:2405.14734).
+    """Simple preference optimisation, SimPO (Meng et al. 2024, arXiv:2405.14734).
 
     -log sigmoid(beta (log pi(chosen) / |chosen| - log pi(rejected) / |rejected|) - gamma)
 
-    Sensitive to the learning rate; with too large a one it forgets how to write.
+    It is sensitive to the learning rate: with too large a rate the policy no longer writes coherent text.
+
+    >>> logps = jnp.array([[[0.0, -1.0, -1.0], [0.0, -4.0, 0.0]]])  # [B, N, T]; completions of 2 tokens and of 1
+    >>> batch = {"completion_mask": logps < 0}
+    >>> value, _ = simpo(1.0, 1.0)(Outputs(logps, -logps), batch, simpo(1.0, 1.0).normalised(batch))
+    >>> print(f"{value:.3f}")  # z = -1 + 4 - 1
+    0.127
 
     Args:
       beta: scale of the mean log-prob of a token.
@@ -36,14 +44,14 @@ def cpo(beta: float = 0.1, alpha: float = 1.0, label_smoothing: float = 0.0) -> 
 
     -log sigmoid(beta (log pi(chosen) - log pi(rejected))) - alpha log pi(chosen)
 
-    Sums over tokens: a longer rejected response is less likely to begin with, so its pair is won from the start.
+    Log-probs are sums over tokens. A longer rejected response is less likely anyway, so its pair has a margin from the start.
 
     Args:
       beta: scale of the log-probs.
       alpha: weight of the likelihood, 1 in the paper.
       label_smoothing: as in `dpo`; not in the paper.
     """
-    # The authors' code and TRL average the likelihood over tokens: `dpo(beta, scores=pair_logps) + sft()`.
+    # The authors' code and TRL average the likelihood over tokens, which is `dpo(beta, scores=pair_logps) + sft()`.
     check_smoothing(label_smoothing)
     contrast = pairwise("cpo", beta, lambda chosen, rejected: logistic(chosen - rejected, label_smoothing), pair_logps)
     return contrast + alpha * summed_sft()
@@ -54,8 +62,8 @@ def slic_hf(delta: float = 1.0, weight: float = 1.0) -> Loss:
 
     max(0, delta - log pi(chosen) + log pi(rejected)) - weight log pi(y)
 
-    The regulariser's y is the chosen response here; the paper also takes the SFT data's, which then is a batch of its own. A pair
-    within the margin has the same gradient however wrong it is.
+    The y of the regulariser is the chosen response here; the paper also uses responses of the SFT data, which need a batch of their own. A
+    pair within the margin has the same gradient however wrong it is.
 
     Args:
       delta: margin in nats, above 0.
@@ -71,27 +79,33 @@ def orpo(beta: float = 0.1) -> Loss:
 
     -log p(chosen) - beta log sigmoid(log odds(chosen) / odds(rejected)),   odds = p / (1 - p), log p the mean over tokens
 
-    From a base model, without an SFT stage before. Rewards in the metrics are log-odds.
+    It starts from a base model, without an SFT stage. Rewards in the metrics are log-odds.
+
+    >>> logps = jnp.array([[[0.0, -1.0, -1.0], [0.0, -4.0, 0.0]]])  # [B, N, T]; completions of 2 tokens and of 1
+    >>> batch = {"completion_mask": logps < 0}
+    >>> value, _ = orpo(0.1)(Outputs(logps, -logps), batch, orpo(0.1).normalised(batch))
+    >>> print(f"{value:.3f}")
+    1.003
 
     Args:
       beta: weight of the odds ratio, the paper's lambda.
     """
-    # TRL's likelihood also covers the prompt, and averages over the tokens of the batch.
+    # TRL's likelihood includes the prompt, and is averaged over the tokens of the batch.
     check_positive("beta", beta)
     odds = pairwise("orpo", 1.0, lambda chosen, rejected: logistic(chosen - rejected), log_odds)
     return beta * odds + sft(over=per_sequence)
 
 
 def log_odds(out: Outputs, batch: Batch) -> jax.Array:
-    """log(p / (1 - p)) of each response, p the geometric mean of its tokens' probabilities: [B, 2]."""
+    """The log-odds log(p / (1 - p)) of each response, p the geometric mean of its tokens' probabilities: [B, 2]."""
     p = jnp.minimum(mean_logps(out, batch), -LEAST)
     return p - log1mexp(p)
 
 
 def log1mexp(x: jax.Array) -> jax.Array:
-    """log(1 - exp(x)) for x < 0, exact at either end (Maechler 2012, "Accurately computing log(1 - exp(-|a|))")."""
+    """log(1 - exp(x)) of x < 0, any shape, accurate at both ends (Maechler 2012, "Accurately computing log(1 - exp(-|a|))")."""
     near = x > -jnp.log(2.0)
-    # Both sides of a where are differentiated: each sees only what it can take.
+    # `where` differentiates both sides, so each side gets only inputs at which it is finite.
     high = jnp.log(-jnp.expm1(jnp.where(near, x, -1.0)))
     low = jnp.log1p(-jnp.exp(jnp.where(near, -1.0, x)))
     return jnp.where(near, high, low)

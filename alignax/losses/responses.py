@@ -1,9 +1,11 @@
-"""What losses on sampled responses share: a loss is a value per token, and an aggregate says how tokens are averaged.
+"""The parts of losses on sampled responses: a loss has a value for each token, and an aggregate averages the tokens.
 
-Which surrogate (clipped, weighted, soft, ..), which level of its ratio (`by_token`, `by_mean`, `by_response`) and which aggregate are
-independent choices: `ppo(level=by_mean, aggregate=response_mean)` is a loss. An aggregate's weights are of data alone, so microbatches
-and shards add up exactly. A surrogate and its KL are one average in the papers, so they take the same aggregate: `differing` says where
-they do not.
+The surrogate (clipped, weighted, soft, ..), the level of its ratio (`by_token`, `by_mean`, `by_response`) and the aggregate are
+independent choices: `ppo(level=by_mean, aggregate=response_mean)` is a loss. The weights of an aggregate depend on data alone, so
+microbatches and shards add up exactly. In the papers a surrogate and its KL share one average, so they should have the same aggregate;
+`differing` reports if they do not.
+
+Examples assume `import jax.numpy as jnp` and `from alignax import *`.
 """
 
 import dataclasses
@@ -19,37 +21,37 @@ from alignax.losses.pairs import check_positive, check_range, field, of_rollout
 from alignax.models.statistics import Statistic
 from alignax.types import Batch, Metrics, Outputs
 
-Level = Callable[[jax.Array, Batch], jax.Array]  # log-ratios of tokens [B, N, T] -> those that a loss compares [B, N, T]
+Level = Callable[[jax.Array, Batch], jax.Array]  # log-ratios of tokens [B, N, T] -> log-ratios that a loss compares [B, N, T]
 
 
 def completion_tokens(batch: Batch) -> jax.Array:
-    """Weight 1 for each completion token of every response: [B, N, T]."""
+    """The weight of each token: 1 for completion tokens of all responses, else 0: [B, N, T]."""
     return batch["completion_mask"]
 
 
 def response_tokens(batch: Batch) -> jax.Array:
-    """Weight 1 / length for each completion token: every response counts the same: [B, N, T]."""
+    """The weight of each token: 1 / length of its response for completion tokens, else 0: [B, N, T]. Every response counts the same."""
     return batch["completion_mask"] / jnp.maximum(lengths(batch), 1.0)[..., None]
 
 
 def responses(batch: Batch) -> jax.Array:
-    """Weight 1 for each response that has a completion token: [B, N]."""
+    """The weight of each response: 1 if it has a completion token, else 0: [B, N]."""
     return batch["completion_mask"].any(axis=-1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Aggregate:
-    """How values of tokens become one: the weights that they are averaged over, and what they are multiplied by before.
+    """A way to average values of tokens: the weights of the average, and a scale that multiplies the values before.
 
-    The scale is of data too; metrics are averaged without it.
+    The scale depends on data alone, too. Metrics are averaged without it.
     """
 
     over: Over  # Batch -> [B, N, T]
     scale: Callable[[Batch], jax.Array] | None = None  # Batch -> [B, N, 1]
-    words: str = ""  # what a run says that it averages over; "": it says nothing
+    words: str = ""  # what the log of a run says about the average; "": nothing
 
     def __call__(self, name: str, value: Value, statistics: tuple[Statistic, ...] = ()) -> Loss:
-        """The loss of values [B, N, T], which are of `Outputs.statistics` too; see `make_loss`."""
+        """The loss of these values [B, N, T], averaged this way; name, value and statistics are those of `make_loss`."""
         value = value if self.scale is None else self._scaled(value, self.scale)
         return Loss(((1.0, Term(name, value, self.over, self.words, statistics)),))
 
@@ -69,17 +71,24 @@ response_mean = Aggregate(response_tokens, words="responses")
 
 
 def token_sum(max_length: float) -> Aggregate:
-    """The mean over responses of their sums over tokens, divided by a constant: no bias by length (Dr. GRPO, arXiv:2503.20783).
+    """The mean over responses of their sums over tokens, divided by a constant: no length bias (Dr. GRPO, arXiv:2503.20783).
+
+    >>> logps = jnp.array([[[0.0, -1.0, -1.0], [0.0, -4.0, 0.0]]])  # [B, N, T]; completions of 2 tokens and of 1
+    >>> batch = {"completion_mask": logps < 0}
+    >>> loss = token_sum(2)("nll", lambda out, batch: (-out.logps, {}))
+    >>> value, _ = loss(Outputs(logps, -logps), batch, loss.normalised(batch))
+    >>> print(f"{value:.3f}")  # (2 / 2 + 4 / 2) / 2
+    1.500
 
     Args:
-      max_length: the constant, usually the longest completion that is sampled; 1 sums.
+      max_length: the constant, usually the length limit of sampled completions; 1 gives plain sums.
     """
     check_positive("max_length", max_length)
     return Aggregate(response_tokens, lambda batch: (lengths(batch) / max_length)[..., None], f"responses, their sums over {max_length:g}")
 
 
 def differing(objective: Loss) -> str:
-    """One line where terms of tokens are averaged unlike each other, such as a surrogate by response and its KL by token; else ""."""
+    """A warning if two terms average tokens differently, such as a surrogate by response and its KL by token; else ""."""
     said = {term.name: term.averaged for _, term in objective.terms if term.averaged}
     if len(set(said.values())) < 2:
         return ""
@@ -88,24 +97,34 @@ def differing(objective: Loss) -> str:
 
 
 def by_token(log_ratio: jax.Array, batch: Batch) -> jax.Array:
-    """The ratio of each token, as PPO's: [B, N, T] log-ratios, in nats, as they are."""
+    """The level of tokens, as in PPO: log-ratios [B, N, T] in nats, unchanged."""
     return log_ratio
 
 
 def by_response(log_ratio: jax.Array, batch: Batch) -> jax.Array:
-    """The ratio of the whole response, at each of its tokens: the sum of the log-ratios [B, N, T], in nats."""
+    """The level of responses: the sum of the log-ratios of a response, at each of its tokens: [B, N, T] -> [B, N, T] nats.
+
+    >>> print(by_response(jnp.array([[[0.0, 1.0, 2.0]]]), {"completion_mask": jnp.array([[[False, True, True]]])}))
+    [[[3. 3. 3.]]]
+    """
     return jnp.broadcast_to(sequence(log_ratio, batch)[..., None], log_ratio.shape)
 
 
 def by_mean(log_ratio: jax.Array, batch: Batch) -> jax.Array:
-    """The geometric mean of the ratios of a response's tokens, at each of them, as GSPO's: the log-ratios' mean [B, N, T], in nats."""
+    """The level of mean ratios, as in GSPO: the mean log-ratio of a response, at each of its tokens: [B, N, T] -> [B, N, T] nats.
+
+    The mean of the logs is the log of the geometric mean.
+
+    >>> print(by_mean(jnp.array([[[0.0, 1.0, 2.0]]]), {"completion_mask": jnp.array([[[False, True, True]]])}))
+    [[[1.5 1.5 1.5]]]
+    """
     return by_response(log_ratio, batch) / jnp.maximum(lengths(batch), 1.0)[..., None]
 
 
 def log_ratios(out: Outputs, batch: Batch) -> jax.Array:
-    """log pi/old of each completion token, in nats, 0 elsewhere: [B, N, T].
+    """The log-ratio log pi/old of each completion token, in nats, 0 elsewhere: [B, N, T].
 
-    Without `old_logps` the policy is its own old one: 0, with the gradient of log pi.
+    Without `old_logps` the old policy is the policy itself: the log-ratio is 0, with the gradient of log pi.
     """
     logps = token_logps(out)
     old = batch.get("old_logps", jax.lax.stop_gradient(logps))
@@ -113,40 +132,40 @@ def log_ratios(out: Outputs, batch: Batch) -> jax.Array:
 
 
 def reference_log_ratios(out: Outputs, batch: Batch) -> jax.Array:
-    """log pi/ref of each completion token, in nats, 0 elsewhere: [B, N, T]."""
+    """The log-ratio log pi/ref of each completion token, in nats, 0 elsewhere: [B, N, T]."""
     ref = field(batch, "ref_logps", 'logps("ref_logps", reference)')
     return jnp.where(batch["completion_mask"], token_logps(out) - ref, 0.0)
 
 
 def advantages_of(batch: Batch) -> jax.Array:
-    """The field `advantages` [B, N, T], or an error that says where it comes from."""
+    """The field `advantages` [B, N, T], or an error that names the experience that writes it."""
     return field(batch, "advantages", "group_relative(), or another of alignax.experience.advantages")
 
 
 @jax.custom_jvp
 def k3(log_ratio: jax.Array) -> jax.Array:
-    """exp(-d) - 1 + d of d = log p/q: at least 0, its mean over samples of p is KL(p || q)."""
+    """The KL estimator k3, exp(-d) - 1 + d of d = log p/q, any shape: at least 0, its mean over samples of p is KL(p || q)."""
     return expm1(-log_ratio) + log_ratio
 
 
 @k3.defjvp
 def _k3_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    # As 1 - exp(-d) it would be rounded to what 1 is: near the reference, where d is small, mostly noise.
+    # 1 - exp(-d) would have the rounding error of 1: mostly noise near the reference, where d is small.
     (log_ratio,), (tangent,) = primals, tangents
     return k3(log_ratio), -jnp.expm1(jnp.minimum(-log_ratio, CAP)) * tangent
 
 
 def policy_metrics(log_ratio: jax.Array, out: Outputs, batch: Batch, low: float, high: float) -> Metrics:
-    """The field's metrics of a surrogate, each [B, N, T]; `log_ratio` is what it clips, in [1 - low, 1 + high].
+    """The usual metrics of a surrogate that clips exp(`log_ratio` [B, N, T]) to [1 - low, 1 + high], each [B, N, T].
 
-    A token counts as clipped where it has no gradient: below with a negative advantage, above with a positive one.
+    A token counts as clipped if it has no gradient: below the range with a negative advantage, above it with a positive one.
     """
     ratio, advantages, own = exp(log_ratio), advantages_of(batch), log_ratios(out, batch)
     metrics = {
         "clip_ratio/low": ((ratio < 1 - low) & (advantages < 0)).astype(jnp.float32),
         "clip_ratio/high": ((ratio > 1 + high) & (advantages > 0)).astype(jnp.float32),
         "ratio": ratio,
-        "kl/old_k3": k3(-own),  # of samples of the old policy: KL(old || pi)
+        "kl/old_k3": k3(-own),  # its mean over samples of the old policy is KL(old || pi)
         "entropy": out.entropy,
     }
     if "ref_logps" in batch:
@@ -156,9 +175,16 @@ def policy_metrics(log_ratio: jax.Array, out: Outputs, batch: Batch, low: float,
 
 
 def finished(objective: Loss) -> Loss:
-    """The loss without responses that were cut before their EOS: the batch field `truncated` takes their weights.
+    """The loss without truncated responses: the batch field `truncated` [B, N] sets their weights to 0.
 
-    What was cut has no fair reward (DAPO's overlong filtering, Yu et al. 2025, arXiv:2503.14476). Where all were cut the loss is 0.
+    A response that was cut before its EOS has no fair reward (DAPO's overlong filtering, Yu et al. 2025, arXiv:2503.14476). If all
+    responses were cut, the loss is 0.
+
+    >>> logps = jnp.array([[[0.0, -1.0], [0.0, -4.0]]])  # [B, N, T]
+    >>> batch = {"completion_mask": logps < 0, "advantages": jnp.ones((1, 2, 2)), "truncated": jnp.array([[False, True]])}
+    >>> value, _ = finished(reinforce())(Outputs(logps, -logps), batch, finished(reinforce()).normalised(batch))
+    >>> print(f"{value:.3f}")  # the first response's alone
+    1.000
     """
     return objective.mapped(lambda term: term._replace(over=_of_finished(term.over)))
 
@@ -175,35 +201,42 @@ def _of_finished(over: Over) -> Over:
 
 
 def importance_weighted(objective: Loss, cap: float = 2.0, floor: float = 0.0, level: Level = by_token) -> Loss:
-    """The loss times truncated importance weights (Yao et al. 2025, "Your efficient RL framework secretly.."): clip(w, floor, cap).
+    """The loss times truncated importance weights clip(w, floor, cap) (Yao et al. 2025, "Your efficient RL framework secretly..").
 
     w = old / sampled of each token; with `level=by_response` of the whole response, at each of its tokens
 
-    For samples of another program, or of another distribution, than the one that computed `old_logps`: `sampled_logps` are those that
-    tokens were drawn with. Values are multiplied, not weights, so what is averaged stays the same. Without `old_logps` the policy itself
-    is the old one; no gradient goes into the weight. Of a loss whose values are of responses, [B, N], w is the response's.
+    For samples that come from another program, or from another distribution, than `old_logps`. `sampled_logps` are the log-probs at
+    sampling time. w multiplies the values, not the weights of the average, so the average stays over the same tokens. Without `old_logps`
+    the policy itself is the old one. No gradient goes into w. If the values of the loss are of responses, [B, N], w is the response's.
+
+    >>> logps = jnp.log(jnp.array([[[1.0, 0.6]]]))  # [B, N, T]; w = 0.6 / 0.2, above the cap
+    >>> batch = {"completion_mask": logps < 0, "advantages": jnp.ones((1, 1, 2)), "sampled_logps": jnp.log(jnp.array([[[1.0, 0.2]]]))}
+    >>> loss = importance_weighted(ppo(), cap=2.0)
+    >>> value, _ = loss(Outputs(logps, -logps), batch, loss.normalised(batch))
+    >>> print(f"{value:.3f}")
+    -2.000
 
     Args:
-      objective: a loss of samples, such as `ppo()`; a KL is added outside.
-      cap: largest weight, above 0; it bounds the variance and costs bias.
+      objective: a loss of samples, such as `ppo()`; add a KL outside.
+      cap: largest weight, above 0; it bounds the variance, and adds bias.
       floor: smallest weight, at least 0 and at most `cap`.
-      level: whose ratio is the weight. A token's leaves out that its prefix is the sampler's too; a long response's is soon cut off.
+      level: which ratio is the weight. A token's ratio ignores that its prefix was sampled too; a long response's soon exceeds the cap.
     """
     _check_interval("floor", floor, "cap", cap)
     return _weighed(objective, lambda w: jnp.clip(w, floor, cap), level)
 
 
 def importance_masked(objective: Loss, low: float = 0.5, high: float = 5.0, level: Level = by_token) -> Loss:
-    """The loss times importance weights, 0 where they are out of bounds: w where low <= w <= high, else 0.
+    """The loss times masked importance weights: w where low <= w <= high, else 0.
 
-    Ling team 2025 (IcePop, arXiv:2510.18855) mask tokens, between 0.5 and 5. With `level=by_response` a response is kept or left out as
-    a whole. w and its fields are those of `importance_weighted`: what that one cuts off, this one leaves out.
+    Ling team 2025 (IcePop, arXiv:2510.18855) mask tokens, with bounds 0.5 and 5. With `level=by_response` a response is kept or left out
+    as a whole. w and the fields that it needs are those of `importance_weighted`, which clips weights where this loss drops them.
 
     Args:
-      objective: a loss of samples, such as `ppo()`; a KL is added outside.
-      low: smallest weight that counts, at least 0.
-      high: largest one, above 0.
-      level: whose ratio is the weight.
+      objective: a loss of samples, such as `ppo()`; add a KL outside.
+      low: smallest weight that is kept, at least 0.
+      high: largest weight that is kept, above 0.
+      level: which ratio is the weight.
     """
     _check_interval("low", low, "high", high)
     return _weighed(objective, lambda w: jnp.where((w >= low) & (w <= high), w, 0.0), level)
@@ -225,15 +258,15 @@ def _weighed(objective: Loss, bounded: Callable[[jax.Array], jax.Array], level: 
 
 
 def off_policy_masked(objective: Loss, threshold: float = 0.1) -> Loss:
-    """The loss without bad responses that the policy has left (DeepSeek-AI 2025, DeepSeek-V3.2, arXiv:2512.02556, off-policy masking).
+    """The loss without bad responses that have become off-policy (DeepSeek-AI 2025, DeepSeek-V3.2, arXiv:2512.02556).
 
     value * [A >= 0 or mean_t(log sampled - log pi) <= threshold],   the mean over the tokens of a response
 
-    What was better than expected is kept however old; what was worse is kept only while the policy might still say it. Values are
-    multiplied, not weights; no gradient goes into the mask.
+    Tokens with an advantage of at least 0 are always kept. Tokens with a negative one are kept only while the response is still likely
+    under the policy. The mask multiplies the values, not the weights of the average; no gradient goes into it.
 
     Args:
-      objective: a loss of samples, such as `grpo()`; a KL is added outside.
+      objective: a loss of samples, such as `grpo()`; add a KL outside.
       threshold: nats a token, at least 0.
     """
     check_range("threshold", threshold, 0, math.inf, "a distance in nats a token")
@@ -247,7 +280,7 @@ def off_policy_masked(objective: Loss, threshold: float = 0.1) -> Loss:
 
 
 def _times(objective: Loss, weight: Callable[[Outputs, Batch, Level], jax.Array], level: Level, metric: str) -> Loss:
-    """Each term's values times weights [B, N, T] of that level, of values of responses by response; no gradient goes into them."""
+    """Each term's values times weights [B, N, T] of a level (by response if the values are of responses), without gradient."""
 
     def weighed(term: Term) -> Term:
         def value(out: Outputs, batch: Batch) -> tuple[jax.Array, Metrics]:

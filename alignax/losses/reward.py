@@ -1,4 +1,7 @@
-"""Losses on reward scores: `Outputs.scores` [B, N], what a reward model gives each response."""
+"""Losses of reward models, on the scores of responses: `Outputs.scores` [B, N].
+
+Examples assume `import jax.numpy as jnp` and `from alignax import *`.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -11,14 +14,20 @@ from alignax.types import Batch, Metrics, Outputs
 
 
 def bradley_terry(margin: Callable[[Batch], jax.Array] | None = None, label_smoothing: float = 0.0) -> Loss:
-    """The reward model's loss under Bradley and Terry (Stiennon et al. 2020, arXiv:2009.01325).
+    """The Bradley-Terry loss of a reward model on pairs (Stiennon et al. 2020, arXiv:2009.01325).
 
     -(1 - e) log sigmoid(z) - e log sigmoid(-z),   z = s_w - s_l - margin
 
-    The scores of a prompt may all move together, so add `centring()` or `score_l2()` before comparing prompts or models.
+    The loss does not fix the offset of a prompt's scores. To compare scores across prompts or models, add `centring()` or `score_l2()`.
+
+    >>> out = Outputs(None, None, scores=jnp.array([[2.0, 1.0]]))  # [B, N]
+    >>> batch = {"completion_mask": jnp.array([[[False, True], [False, True]]])}
+    >>> value, _ = bradley_terry()(out, batch, bradley_terry().normalised(batch))
+    >>> print(f"{value:.3f}")  # log(1 + exp(-1))
+    0.313
 
     Args:
-      margin: batch -> [B], how much better the chosen response is, as data says (Touvron et al. 2023, arXiv:2307.09288), for
+      margin: batch -> [B], how much better the chosen response is according to the data (Touvron et al. 2023, arXiv:2307.09288), for
         example `lambda batch: batch["margin"]`; None: 0.
       label_smoothing: e, the probability that a label is flipped, in [0, 0.5).
     """
@@ -40,31 +49,34 @@ def bradley_terry(margin: Callable[[Batch], jax.Array] | None = None, label_smoo
 
 
 def centring() -> Loss:
-    """Scores of a pair that add up to 0 (Eisenstein et al. 2023, arXiv:2312.09244): `bradley_terry() + 0.01 * centring()`.
+    """A penalty that keeps the scores of a pair at a sum of 0 (Eisenstein et al. 2023, arXiv:2312.09244).
 
     (s_w + s_l)^2
+
+    >>> bradley_terry() + 0.01 * centring()
+    bradley_terry + 0.01 * centring
     """
     return make_loss("centring", lambda out, batch: (jnp.square(pair_scores(out).sum(axis=1)), {}))
 
 
 def score_l2() -> Loss:
-    """Scores near 0, which anchors the offset of each member of an ensemble (Coste et al. 2023, arXiv:2310.02743).
+    """A penalty that keeps scores near 0, so that all members of an ensemble have one offset (Coste et al. 2023, arXiv:2310.02743).
 
-    (s_w^2 + s_l^2) / 2,   weighed 0.001 there
+    (s_w^2 + s_l^2) / 2,   with a coefficient of 0.001 in the paper
     """
     return make_loss("score_l2", lambda out, batch: (0.5 * jnp.square(pair_scores(out)).sum(axis=1), {}))
 
 
 def grm_sft(beta: float = 0.1) -> Loss:
-    """What keeps a reward model's hidden states those of a language model (GRM, Yang et al. 2024, arXiv:2406.10216).
+    """A regulariser that keeps a reward model's hidden states useful as a language model (GRM, Yang et al. 2024, arXiv:2406.10216).
 
     -log sigmoid(beta log pi(y_w)),   pi the distribution of the trunk's own output layer, summed over the chosen response
 
-    `0.99 * bradley_terry() + 0.01 * grm_sft()` is the paper's; `sft()` in its place has no logistic. Needs a reward model that gives
-    log-probs too: `--config.model.language_head=true`.
+    The paper's loss is `0.99 * bradley_terry() + 0.01 * grm_sft()`; for the version without the logistic function take `sft()`. Needs a
+    reward model that also gives log-probs: `--config.model.language_head=true`.
 
     Args:
-      beta: of the log-prob, above 0.
+      beta: factor of the log-prob, above 0.
     """
     check_positive("beta", beta)
 
@@ -76,16 +88,23 @@ def grm_sft(beta: float = 0.1) -> Loss:
 
 
 def attribute_regression(names: Sequence[str]) -> Loss:
-    """Several scores of a response, regressed on what people gave its attributes (HelpSteer2, Wang et al. 2024, arXiv:2406.08673).
+    """Regression of several scores of a response on human ratings of its attributes (HelpSteer2, Wang et al. 2024, arXiv:2406.08673).
 
     (1 / labels) sum_j mean of (s_j - y_j)^2,   over the responses that have y_j
 
-    An attribute is averaged over what is given of it, so one that few responses have counts as much as another; what is not
-    given has no gradient.
+    Each attribute is averaged over the responses that have a rating of it, so an attribute with few ratings counts as much as another.
+    Missing ratings (NaN) have no gradient.
+
+    >>> out = Outputs(None, None, scores=jnp.array([[[1.0, 3.0]]]))  # [B, N, labels]
+    >>> batch = {"completion_mask": jnp.array([[[False, True]]]), "attributes": jnp.array([[[2.0, jnp.nan]]])}
+    >>> loss = attribute_regression(["helpfulness", "verbosity"])
+    >>> value, metrics = loss(out, batch, loss.normalised(batch))
+    >>> print(value, metrics["errors/helpfulness"])  # half of (1 - 2)^2
+    0.5 1.0
 
     Args:
-      names: of the attributes, for their metrics `loss/<name>` and `errors/<name>` (mean absolute error), in the order of the batch field
-        `attributes` [B, N, labels], which `data.columns.attributes` brings; as many as `model.num_labels`.
+      names: of the attributes, for the metrics `loss/<name>` and `errors/<name>` (mean absolute error), in the order of the batch field
+        `attributes` [B, N, labels], which `data.columns.attributes` fills; as many as `model.num_labels`.
     """
     if isinstance(names, str) or not names or len(set(names)) < len(names):
         raise ValueError(f"attributes are named {names!r}; give a list of different names, ['helpfulness', 'verbosity'] say")
@@ -96,7 +115,7 @@ def attribute_regression(names: Sequence[str]) -> Loss:
             if not s.shape[-1] == y.shape[-1] == len(names):
                 have = f"the data have {y.shape[-1]} and the model gives {s.shape[-1]} scores"
                 raise ValueError(f"the loss names {len(names)} attributes, {have}; set data.columns.attributes and model.num_labels alike")
-            # NaN is replaced in front of the difference: behind it, its gradient would be NaN times 0.
+            # NaN is replaced before the difference is taken: afterwards the gradient would be NaN times 0.
             error = jnp.where(jnp.isnan(y), 0.0, s - jnp.where(jnp.isnan(y), 0.0, y))[..., j]  # [B, N]
             return jnp.square(error), {f"errors/{name}": jnp.abs(error)}
 
@@ -112,7 +131,7 @@ def _attributes(batch: Batch) -> jax.Array:
 
 
 def correct(scores: jax.Array) -> jax.Array:
-    """1 where the chosen response scores higher, 1/2 for a tie, else 0: [.., 2] -> [..]."""
+    """The accuracy of each pair: 1 if the chosen response has the higher score, 1/2 for a tie, else 0: [.., 2] -> [..]."""
     margins = scores[..., 0] - scores[..., 1]
     return 0.5 * (1.0 + jnp.sign(jnp.where(jnp.abs(margins) > TIE, margins, 0.0)))
 
@@ -121,7 +140,7 @@ def pair_scores(out: Outputs) -> jax.Array:
     """The scores of a pair: [B, 2].
 
     Raises:
-      ValueError: for a model without scores, and for examples that are no pairs.
+      ValueError: for a model without scores, or with several for a response; and for examples that are not pairs.
     """
     s = label_scores(out)
     if s.shape[-1] != 1:

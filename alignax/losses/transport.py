@@ -1,7 +1,10 @@
-"""Alignment by optimal transport: distributions of rewards are compared, sorted value against sorted value.
+"""Alignment by optimal transport: losses that compare distributions of rewards, sorted value against sorted value.
 
-Sorting looks at the whole batch, which no loss sees. So it is done before, by an experience, on the policy as it stands: rank says
-what each value is compared with, and a value keeps its rank under a small change, so the gradients are those of the sorted loss.
+Sorting needs the whole batch, and a loss sees only a part of it. So an experience sorts before the step, with the current policy. The
+rank of a value selects the value that it is compared with. A small change of the policy keeps the ranks, so the gradients are those of
+the sorted loss.
+
+Examples assume `import jax.numpy as jnp` and `from alignax import *`.
 """
 
 import jax
@@ -16,10 +19,16 @@ def aot(beta: float = 0.1, label_smoothing: float = 0.0) -> Loss:
 
     -log sigmoid(beta (m_(k) - n_(k))) over ranks k,   m = log pi(chosen) - log pi(rejected), n that of the reference
 
-    The policy's margins are to dominate the reference's as a distribution; DPO asks it of every pair. The batch is the sample: a small
-    one says little of a distribution.
+    The distribution of the policy's margins should dominate that of the reference's; DPO demands it of every pair. The batch is the sample,
+    so a small batch says little about the distribution.
 
     Needs `ref_logps` and `aot_margins`, which `matched_margins()` writes.
+
+    >>> logps = jnp.array([[[0.0, -1.0], [0.0, -4.0]]])  # [B, N, T], a prompt token first
+    >>> batch = {"completion_mask": logps < 0, "ref_logps": jnp.array([[[0.0, -2.0], [0.0, -3.0]]]), "aot_margins": jnp.ones(1)}
+    >>> value, _ = aot(0.1)(Outputs(logps, -logps), batch, aot(0.1).normalised(batch))
+    >>> print(f"{value:.3f}")  # z = 0.1 (3 - 1)
+    0.598
     """
     check_positive("beta", beta)
     check_smoothing(label_smoothing)
@@ -38,7 +47,7 @@ def aot_unpaired(beta: float = 0.1, label_smoothing: float = 0.0) -> Loss:
 
     -log sigmoid(beta (u_(k) - v_(k))) over ranks k,   u = log pi/ref(chosen), v = log pi/ref(rejected)
 
-    Which chosen response was preferred to which rejected one is not used.
+    It does not use which chosen response was preferred to which rejected one.
 
     Needs `ref_logps` and `aot_ratios`, which `matched_ratios()` writes.
     """
@@ -50,7 +59,7 @@ def aot_unpaired(beta: float = 0.1, label_smoothing: float = 0.0) -> Loss:
         other = field(batch, "aot_ratios", "matched_ratios()")  # [B, 2]
         chosen = logistic(beta * (ratios[:, 0] - other[:, 0]), label_smoothing)
         rejected = logistic(beta * (other[:, 1] - ratios[:, 1]), label_smoothing)
-        # Every matched pair is met twice, from either side: its value counts once, its gradient on both.
+        # Every matched pair appears twice, once from each side: its value counts once, its gradient on both sides.
         return chosen + rejected - jax.lax.stop_gradient(rejected), pair_metrics(beta * ratios, out, batch)
 
     return make_loss("aot_unpaired", value)

@@ -1,4 +1,7 @@
-"""Losses on single responses with a label: N = 1 and the batch field `labels` [B, 1] bool, True for a desirable one."""
+"""Losses on single responses with a label: N = 1 and the batch field `labels` [B, 1] bool, True for a desirable response.
+
+Examples assume `import jax.numpy as jnp` and `from alignax import *`.
+"""
 
 from collections.abc import Callable
 
@@ -16,32 +19,39 @@ def kto(beta: float = 0.1, desirable_weight: float = 1.0, undesirable_weight: fl
     desirable_weight (1 - sigmoid(r - beta z))      where the label is True
     undesirable_weight (1 - sigmoid(beta z - r))    where it is False,      r = beta log pi/ref(y), averaged over all rows
 
-    z is the field `kto_kl`, an estimate of KL(pi || ref) from mismatched responses that `mismatched_kl(policy, reference)` writes. A
-    response far on the wrong side has no gradient: noise is ignored, and so are hard examples. Without rows of one label it still
-    is finite, and pushes all one way.
+    z is the field `kto_kl` [B], an estimate of KL(pi || ref) from mismatched responses, which `mismatched_kl(policy, reference)` writes. A
+    response far on the wrong side has no gradient, so the loss ignores noise, but hard examples too. With rows of one label only, the loss
+    is finite and pushes all responses one way.
+
+    >>> logps = jnp.array([[[0.0, -1.0]], [[0.0, -4.0]]])  # [B, N, T]
+    >>> batch = {"completion_mask": logps < 0, "ref_logps": jnp.array([[[0.0, -2.0]], [[0.0, -3.0]]])}
+    >>> batch |= {"labels": jnp.array([[True], [False]]), "kto_kl": jnp.zeros(2)}
+    >>> value, _ = kto(1.0)(Outputs(logps, -logps), batch, kto(1.0).normalised(batch))
+    >>> print(f"{value:.3f}")  # 1 - sigmoid(1)
+    0.269
 
     Args:
       beta: aversion to risk; scale of the rewards.
-      desirable_weight: with `undesirable_weight`, makes up for labels that are not balanced; the paper wants
+      desirable_weight: with `undesirable_weight`, corrects an imbalance of the labels; the paper keeps
         (desirable_weight * desirable rows) / (undesirable_weight * undesirable rows) between 1 and 3/2.
-      undesirable_weight: of rows whose label is False.
+      undesirable_weight: weight of rows whose label is False.
     """
     shift = lambda batch: field(batch, "kto_kl", "mismatched_kl(policy, reference)")
     return _labelled("kto", beta, desirable_weight, undesirable_weight, shift)
 
 
 def apo_zero_unpaired(beta: float = 0.1, desirable_weight: float = 1.0, undesirable_weight: float = 1.0) -> Loss:
-    """Anchored preference optimisation, zero, of single responses (D'Oosterlinck et al. 2024, arXiv:2408.06266, eq. 7).
+    """Anchored preference optimisation, zero, on single responses (D'Oosterlinck et al. 2024, arXiv:2408.06266, eq. 7).
 
     desirable_weight (1 - sigmoid(r)) or undesirable_weight sigmoid(r),   r = beta log pi/ref(y)
 
-    KTO with its reference point at 0: no mismatched responses are scored.
+    It is KTO with the reference point 0, so no mismatched responses need to be scored.
     """
     return _labelled("apo_zero_unpaired", beta, desirable_weight, undesirable_weight, lambda batch: 0.0 * examples(batch))
 
 
 def _labelled(name: str, beta: float, desirable_weight: float, undesirable_weight: float, shift: Callable[[Batch], jax.Array]) -> Loss:
-    """The loss, and two terms of coefficient 0 that only report: averages over the rows of one label."""
+    """The loss, and two terms with coefficient 0 that report metrics over the rows of each label."""
     check_positive("beta", beta)
     check_range("desirable_weight", desirable_weight, 0, float("inf"), "a weight")
     check_range("undesirable_weight", undesirable_weight, 0, float("inf"), "a weight")
@@ -65,7 +75,7 @@ def _labelled(name: str, beta: float, desirable_weight: float, undesirable_weigh
 
 
 def _ratios(out: Outputs, batch: Batch) -> jax.Array:
-    """log pi/ref of each response, summed over its tokens: [B]."""
+    """The log-ratio log pi/ref of each response, summed over its tokens: [B]."""
     if token_logps(out).shape[1] != 1:
         raise ValueError(f"an unpaired loss takes single responses, these examples have {out.logps.shape[1]}; give data with labels")
     return sequence(out.logps - ref_logps(batch), batch)[:, 0]

@@ -1,4 +1,7 @@
-"""Weights that depend on the policy: not differentiated, so they are part of the value, never of the average."""
+"""Weights of examples that depend on the policy; they multiply the values of a loss, without gradient.
+
+Examples assume `import jax.numpy as jnp` and `from alignax import *`.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -8,15 +11,22 @@ from alignax.types import Batch, Metrics, Outputs
 
 
 def wpo(objective: Loss) -> Loss:
-    """Weighted preference optimisation (Zhou et al. 2024, arXiv:2406.11827, eq. 2): `wpo(dpo())` is the paper's.
+    """Weighted preference optimisation (Zhou et al. 2024, arXiv:2406.11827, eq. 2); the paper's loss is `wpo(dpo())`.
 
     w(chosen) w(rejected) loss,   log w(y) = mean over tokens of (log pi(y_t) - log sum_v pi(v)^2)
 
-    Pairs that the policy would hardly say weigh little, so that off-policy data is nearer to on-policy data. The paper's sampled
-    alignment: the weight of a token is relative to what a sample of the policy is expected to have. Not differentiated.
-    Far from the data every weight is small, and so is the step.
+    Pairs that are unlikely under the policy get a small weight, which brings off-policy data nearer to on-policy data. This is the paper's
+    sampled alignment: the weight of a token is relative to the expected probability of a token sampled from the policy. The weights are not
+    differentiated. If the policy is far from the data, all weights are small, and so is the step.
 
     Needs a model that gives `log_sum_sq`, as `alignax.forward` does.
+
+    >>> logps = jnp.array([[[0.0, -1.0], [0.0, -4.0]]])  # [B, N, T], a prompt token first
+    >>> batch = {"completion_mask": logps < 0, "ref_logps": jnp.array([[[0.0, -2.0], [0.0, -3.0]]])}
+    >>> out = Outputs(logps, -logps, log_sum_sq=jnp.array([[[0.0, -1.0], [0.0, -3.0]]]))  # weights 1 and exp(-1)
+    >>> value, _ = wpo(dpo(0.1))(out, batch, dpo().normalised(batch))
+    >>> print(f"{value:.3f}")
+    0.220
     """
     return objective.mapped(lambda term: term._replace(value=_weighed(term)))
 
