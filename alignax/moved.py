@@ -1,4 +1,7 @@
-"""Modules by the names that they once had: `import alignax.rules` imports `alignax.rewards.rules`, with a warning that says so."""
+"""What once had another name or place: it is still found there, with a warning that says where it is now.
+
+`import alignax.rules` imports `alignax.rewards.rules`; `alignax.kl_k3` is `alignax.losses.kl_k3`.
+"""
 
 import importlib
 import importlib.abc
@@ -7,28 +10,35 @@ import warnings
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
+HOMES = ("losses", "experience", "averages", "models.statistics")  # modules of which `alignax` once offered more than it does
 PLACES = {
     "blame": "config.blame", "calls": "host.calls", "checkpoint": "run.checkpoint", "checks": "run.checks", "commands": "cli.commands",
     "comparison": "cli.comparison", "defaults": "config.defaults", "ensemble": "rewards.members", "evaluate": "run.evaluation",
-    "fit": "run.loop", "functions": "host.functions", "host_rewards": "run.host_rewards", "judges": "rewards.judge", "metrics": "run.log",
-    "online": "run.online", "overrides": "config.overrides", "plan": "run.plan", "prepare": "run.prepare",
-    "reference": "run.reference_cache", "reward_commands": "cli.reward_commands", "ridge": "rewards.ridge", "rollout": "run.rollout",
-    "routed": "rewards.routed", "rules": "rewards.rules", "saved": "run.saved", "start": "run.start", "workers": "host.workers",
+    "functions": "host.functions", "host_rewards": "run.host_rewards", "judges": "rewards.judge", "metrics": "run.log",
+    "online": "run.online", "overrides": "config.overrides", "plan": "run.plan", "reference": "run.reference_cache",
+    "reward_commands": "cli.reward_commands", "ridge": "rewards.ridge", "rollout": "run.rollout", "routed": "rewards.routed",
+    "rules": "rewards.rules", "saved": "run.saved", "workers": "host.workers",
 }  # fmt: skip
+FUNCTIONS = {"fit": "run.loop", "prepare": "run.prepare", "start": "run.start"}  # modules whose former names are functions now
 
 
 class Moved(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds a module of `PLACES` by its former name."""
+    """Finds a module of `PLACES` by its former name, and refuses one of `FUNCTIONS`."""
 
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         """A spec for a former name, None for every other."""
         package, _, name = fullname.rpartition(".")
-        return ModuleSpec(fullname, self) if package == "alignax" and name in PLACES else None
+        return ModuleSpec(fullname, self) if package == "alignax" and name in PLACES | FUNCTIONS else None
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         """The module in its present place."""
-        place = "alignax." + PLACES[spec.name.rpartition(".")[2]]
+        name = spec.name.rpartition(".")[2]
+        if name in FUNCTIONS:  # an import would put the module into the function's place
+            place = f"alignax.{FUNCTIONS[name]}"
+            raise ModuleNotFoundError(f"{spec.name} is a function; the module that had this name is {place}: import it from there")
+        place = "alignax." + PLACES[name]
         warnings.warn(f"{spec.name} has moved: import {place}", DeprecationWarning, stacklevel=2)
         module = importlib.import_module(place)
         self.own = module.__spec__
@@ -37,6 +47,21 @@ class Moved(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def exec_module(self, module: ModuleType) -> None:
         """Nothing: the module has run. Its own spec comes back, which the import has replaced."""
         module.__spec__ = self.own
+
+
+def offered() -> dict[str, str]:
+    """Names that `HOMES` offer, and which of them does."""
+    return {name: f"alignax.{home}" for home in HOMES for name in importlib.import_module(f"alignax.{home}").__all__}
+
+
+def found(name: str) -> Any:
+    """A module or a name of `HOMES` that is asked for as one of `alignax`."""
+    if name in PLACES:
+        return importlib.import_module(f"alignax.{name}")
+    if (home := offered().get(name)) is None:
+        raise AttributeError(f"module 'alignax' has no attribute {name!r}")
+    warnings.warn(f"alignax.{name} is {home}.{name}: import it from there", DeprecationWarning, stacklevel=3)
+    return getattr(importlib.import_module(home), name)
 
 
 def install() -> None:

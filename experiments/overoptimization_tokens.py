@@ -19,9 +19,10 @@ nats, RPO 1.34 and 0.99 +- 0.31 at 4.5. docs/tables/overoptimization_tokens.md h
 It leaves in `runs/overoptimization_tokens` what experiments/overoptimization.py leaves; docs/overoptimisation.md says how to read it.
 """
 
-from alignax import bradley_terry, default_config, dpo, hinge, ipo_daa, rpo, score_l2
+from alignax import bradley_terry, default_config, dpo, rpo
 from alignax.config import BadInput
 from alignax.experience import ensembles
+from alignax.losses import hinge, ipo_daa, score_l2
 from alignax.overopt import laboratory
 from alignax.overopt.folders import folders
 from alignax.overopt.text import text

@@ -11,7 +11,8 @@ the chosen responses fall 8.5 nats where they fall 9.0 under DPO (0.652, 0.656 a
 them more.
 """
 
-from alignax import chain, default_config, dpo, logps, summed_sft
+from alignax import chain, default_config, dpo, logps
+from alignax.losses import summed_sft
 
 
 def get_config():

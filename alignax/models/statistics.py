@@ -270,3 +270,6 @@ def _mixed(z: jax.Array, zt: jax.Array, beta: float, temperature: float) -> tupl
     """log s, log t, log m."""
     s, t = jax.nn.log_softmax(z / temperature), jax.nn.log_softmax(zt / temperature)
     return s, t, t if beta in (0, 1) else jnp.logaddexp(s + math.log1p(-beta), t + math.log(beta))
+
+
+__all__ = ["Statistic", "generalised_jsd", "min_p", "top_k"]
