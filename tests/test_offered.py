@@ -14,7 +14,6 @@ import tiny
 from test_rewards_ensembles import reward_folder
 from test_run_online import HEAD, arguments, checked
 
-import alignax
 from alignax.cli import main
 from alignax.run.start import check_step
 
