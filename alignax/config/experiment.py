@@ -40,7 +40,7 @@ class Experiment(NamedTuple):
     loss: Callable[[Any], Any]  # config -> Loss, or step -> Loss; online also {"rollouts": .., "pretrain": ..}, see `combine` too
     experience: Callable[..., Any] | None  # of any of config, reference, policy, ensemble (Models), prompts (how many) -> experience
     gold: Callable[..., Sequence[float]] | None  # (prompts, completions, and by name: columns of prompts, config) -> gold rewards
-    reward: Callable[..., Any] | Sequence[Callable] | None  # likewise -> those that rollouts are trained on, see alignax.functions
+    reward: Callable[..., Any] | Sequence[Callable] | None  # likewise -> those that rollouts are trained on, see alignax.host.functions
     averages: Callable[[Any], dict[str, Any]] | None  # config -> averages of the parameters, by name (see alignax.averages)
     main: Callable[["Experiment"], Any] | None  # replaces the single run: several stages, a sweep
     row: Callable[[dict[str, Any]], dict[str, Any] | None] | None = None  # a raw row of data -> the row to read; None: it is left out
