@@ -1,7 +1,8 @@
 """Align language models with JAX on TPU and GPU meshes."""
 
 import importlib
-import importlib.util
+from importlib.machinery import PathFinder
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignax import moved
@@ -14,15 +15,16 @@ moved.install()
 
 
 def __getattr__(name: str) -> Any:
-    """A module of the library, or one of the names of `alignax.public`.
+    """A module of the library, one of the names of `alignax.public`, or one that had another place, see `alignax.moved`.
 
     They are imported when they are asked for: jax takes a second, in which the command line must already know what Ctrl-C means.
     """
     if name.startswith("__") and name != "__all__":
         raise AttributeError(f"module 'alignax' has no attribute {name!r}")
-    if importlib.util.find_spec(f"alignax.{name}") is not None:
+    if PathFinder.find_spec(f"alignax.{name}", [str(Path(__file__).parent)]) is not None:
         return importlib.import_module(f"alignax.{name}")
-    return getattr(importlib.import_module("alignax.public"), name)
+    public = importlib.import_module("alignax.public")
+    return getattr(public, name) if name in (*public.__all__, "__all__") else moved.found(name)
 
 
 def __dir__() -> list[str]:

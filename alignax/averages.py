@@ -173,3 +173,6 @@ def _due(since: jax.Array, every: int) -> jax.Array:
 def _check_every(every: int) -> None:
     if every < 1:
         raise ValueError(f"every is {every}; it is a number of steps, at least 1")
+
+
+__all__ = ["elastic_reset", "ema", "reset_to_average", "swa", "sync"]

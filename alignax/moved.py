@@ -1,4 +1,7 @@
-"""Modules by the names that they once had: `import alignax.rules` imports `alignax.rewards.rules`, with a warning that says so."""
+"""What once had another name or place: it is still found there, with a warning that says where it is now.
+
+`import alignax.rules` imports `alignax.rewards.rules`; `alignax.kl_k3` is `alignax.losses.kl_k3`.
+"""
 
 import importlib
 import importlib.abc
@@ -7,15 +10,18 @@ import warnings
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
+HOMES = ("losses", "experience", "averages", "models.statistics")  # modules of which `alignax` once offered more than it does
 PLACES = {
     "blame": "config.blame", "calls": "host.calls", "checkpoint": "run.checkpoint", "checks": "run.checks", "commands": "cli.commands",
     "comparison": "cli.comparison", "defaults": "config.defaults", "ensemble": "rewards.members", "evaluate": "run.evaluation",
     "fit": "run.loop", "functions": "host.functions", "host_rewards": "run.host_rewards", "judges": "rewards.judge", "metrics": "run.log",
     "online": "run.online", "overrides": "config.overrides", "plan": "run.plan", "prepare": "run.prepare",
-    "reference": "run.reference_cache", "reward_commands": "cli.reward_commands", "ridge": "rewards.ridge", "rollout": "run.rollout",
-    "routed": "rewards.routed", "rules": "rewards.rules", "saved": "run.saved", "start": "run.start", "workers": "host.workers",
+    "reference": "run.reference_cache", "reward_commands": "cli.reward_commands", "ridge": "rewards.ridge", "rollout": "run.rollout", "routed": "rewards.routed",
+    "rules": "rewards.rules", "saved": "run.saved", "start": "run.start", "workers": "host.workers",
 }  # fmt: skip
+FUNCTIONS = ("fit", "prepare", "start")  # former modules whose names are those of functions of `alignax`
 
 
 class Moved(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -39,7 +45,32 @@ class Moved(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         module.__spec__ = self.own
 
 
+def offered() -> dict[str, str]:
+    """Names that `HOMES` offer, and which of them does."""
+    return {name: f"alignax.{home}" for home in HOMES for name in importlib.import_module(f"alignax.{home}").__all__}
+
+
+def found(name: str) -> Any:
+    """A module or a name of `HOMES` that is asked for as one of `alignax`."""
+    if name in PLACES:
+        return importlib.import_module(f"alignax.{name}")
+    if (home := offered().get(name)) is None:
+        raise AttributeError(f"module 'alignax' has no attribute {name!r}")
+    warnings.warn(f"alignax.{name} is {home}.{name}: import it from there", DeprecationWarning, stacklevel=3)
+    return getattr(importlib.import_module(home), name)
+
+
+class Package(ModuleType):
+    """The package `alignax`, whose functions stay where they are: `from alignax.fit import fit` binds no module to `alignax.fit`."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Sets an attribute, unless it is a former module in the place of a function."""
+        if not (name in FUNCTIONS and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
 def install() -> None:
     """Lets imports find former names, behind all others."""
+    sys.modules["alignax"].__class__ = Package
     if not any(isinstance(finder, Moved) for finder in sys.meta_path):
         sys.meta_path.append(Moved())

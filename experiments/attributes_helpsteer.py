@@ -13,7 +13,8 @@ Hardware: a pod for 7B, with --config.mesh.fsdp=-1; a model of a few 100k parame
 Expected: loss/NAME falls below the variance of that attribute; errors/NAME is the mean absolute error in its own units.
 """
 
-from alignax import attribute_regression, default_config
+from alignax import default_config
+from alignax.losses import attribute_regression
 
 
 def get_config():

@@ -130,7 +130,8 @@ def get_config():
 
 def loss(config):
     """The loss: GRPO with a KL to the reference."""
-    from alignax import grpo, kl_k3
+    from alignax import grpo
+    from alignax.losses import kl_k3
 
     return grpo() + KL * kl_k3()
 

@@ -20,9 +20,10 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from alignax import default_config, entropy_bonus, group_relative, grpo, response_mean
+from alignax import default_config, entropy_bonus, group_relative, grpo
 from alignax.cli import commands
 from alignax.config import BadInput
+from alignax.losses import response_mean
 from alignax.rewards.rules import last_number
 
 MODULUS = 10

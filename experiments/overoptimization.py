@@ -29,41 +29,11 @@ from functools import partial
 
 import jax.numpy as jnp
 
-from alignax import (
-    bradley_terry,
-    chain,
-    chi2_exact,
-    default_config,
-    dpo,
-    elastic_reset,
-    fdpg,
-    gae,
-    hinge,
-    ipo_daa,
-    js_pi_p,
-    kl_k2,
-    kl_p_pi,
-    kl_pi_p,
-    kl_reward,
-    leave_one_out,
-    logps,
-    mu_ppo,
-    ppo,
-    reward_target,
-    rloo,
-    rpo,
-    running_baseline,
-    running_log_z,
-    score,
-    score_l2,
-    token_mean,
-    tv_pi_p,
-    value_loss,
-    whiten_advantages,
-    xi_ppo,
-)
+from alignax import bradley_terry, chain, default_config, dpo, fdpg, gae, kl_reward, logps, ppo, rloo, rpo, score
+from alignax.averages import elastic_reset
 from alignax.config import BadInput
-from alignax.experience import ensembles
+from alignax.experience import ensembles, leave_one_out, mu_ppo, reward_target, running_baseline, running_log_z, whiten_advantages, xi_ppo
+from alignax.losses import chi2_exact, hinge, ipo_daa, js_pi_p, kl_k2, kl_p_pi, kl_pi_p, score_l2, token_mean, tv_pi_p, value_loss
 from alignax.overopt import laboratory
 from alignax.overopt.online import chi2_optimum, kl_optimum, online
 from alignax.overopt.vectors import vectors

@@ -22,9 +22,10 @@ The run writes into `runs/overoptimization_tokens` the same files as experiments
 them.
 """
 
-from alignax import bradley_terry, default_config, dpo, hinge, ipo_daa, rpo, score_l2
+from alignax import bradley_terry, default_config, dpo, rpo
 from alignax.config import BadInput
 from alignax.experience import ensembles
+from alignax.losses import hinge, ipo_daa, score_l2
 from alignax.overopt import laboratory
 from alignax.overopt.folders import folders
 from alignax.overopt.text import text

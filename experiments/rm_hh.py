@@ -14,7 +14,8 @@ On helpful pairs (--config.data.ood of `alignax eval-rm`) it is 0.39 to 0.40, wo
 Hardware: 2 CPU cores for a model of a few 100k parameters; a pod for 7B, with --config.mesh.fsdp=-1.
 """
 
-from alignax import bradley_terry, default_config, score_l2
+from alignax import bradley_terry, default_config
+from alignax.losses import score_l2
 
 
 def get_config():

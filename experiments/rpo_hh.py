@@ -11,7 +11,8 @@ The chosen log-probs fall by 8.5 nats, under DPO by 9.0 (0.652, 0.656 and 8.5 of
 less.
 """
 
-from alignax import chain, default_config, dpo, logps, summed_sft
+from alignax import chain, default_config, dpo, logps
+from alignax.losses import summed_sft
 
 
 def get_config():

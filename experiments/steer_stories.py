@@ -26,31 +26,12 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from alignax import (
-    chain,
-    commands,
-    default_config,
-    fdpg,
-    gae,
-    group_relative,
-    grpo,
-    js_pi_p,
-    kl_k3,
-    kl_reward,
-    leave_one_out,
-    logps,
-    ppo,
-    quark,
-    quark_pool,
-    reward_target,
-    rloo,
-    running_baseline,
-    running_log_z,
-    value_loss,
-    whiten_advantages,
-)
+from alignax import chain, default_config, fdpg, gae, group_relative, grpo, kl_reward, logps, ppo, rloo
+from alignax.cli import commands
 from alignax.config import BadInput
 from alignax.distributed import is_main
+from alignax.experience import leave_one_out, quark_pool, reward_target, running_baseline, running_log_z, whiten_advantages
+from alignax.losses import js_pi_p, kl_k3, quark, value_loss
 from alignax.models import hf
 from alignax.models.added import with_tokens
 

@@ -54,6 +54,10 @@ def said(tmp_path, code: str, always: bool = True) -> str:
         ("jnp.maximun(0.0, out.logps)", "AttributeError: module 'jax.numpy' has no attribute 'maximun'; the nearest is 'maximum'"),
         ("outt.logps", "NameError: name 'outt' is not defined; the nearest is 'out'"),
         ("from alignax import grop", "ImportError: cannot import name 'grop' from 'alignax'; the nearest is 'grpo'"),
+        ("from alignax import robust_dop", "ImportError: cannot import name 'robust_dop' from 'alignax'; "
+         "the nearest is 'alignax.losses.robust_dpo'"),
+        ("kl_k3()", "NameError: name 'kl_k3' is not defined; it is alignax.losses.kl_k3: import it from there"),
+        ("whiten_reward()", "NameError: name 'whiten_reward' is not defined; the nearest is 'alignax.experience.whiten_rewards'"),
         ("assert out.logps.shape[1] == 3", "AssertionError: assert out.logps.shape[1] == 3"),
         ("raise ValueError('of mine')", "of mine"),
         ("if out.logps.sum() > 0: pass", "TracerBoolConversionError: Attempted boolean conversion of traced array with shape bool[]"),

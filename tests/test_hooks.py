@@ -28,7 +28,8 @@ from alignax.train import init_state, make_step
 OWN = """
 import jax, jax.numpy as jnp, optax
 from typing import NamedTuple
-from alignax import default_config, chain, dpo, grpo, sft, logps, group_relative, report, observe, kl_k3
+from alignax import default_config, chain, dpo, grpo, sft, logps, group_relative, report, observe
+from alignax.losses import kl_k3
 
 def get_config():
     return default_config()

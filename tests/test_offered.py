@@ -5,22 +5,25 @@ A loss whose field no experience writes, an experience that no model can serve, 
 """
 
 import ast
+import inspect
 import json
 import textwrap
 from typing import NamedTuple
 
 import pytest
 import tiny
+from test_by_hand import BLOCKS
 from test_rewards_ensembles import reward_folder
 from test_run_online import HEAD, arguments, checked
 
 import alignax
+from alignax import averages, experience, losses
 from alignax.cli import main
 from alignax.run.start import check_step
 
 
 class Offer(NamedTuple):
-    """An experiment: its code behind `from alignax import *`, and fields of its config beside those of its kind."""
+    """An experiment: its code behind `HEAD`, and fields of its config beside those of its kind."""
 
     source: str
     kind: str
@@ -80,6 +83,8 @@ def averages(config):
     ),
     "groups": Offer(
         """
+from alignax.models.statistics import min_p
+
 def loss(config):
     by_levels = grpo(level=by_token) + sapo(level=by_mean) + ppo(level=by_response)
     averaged = grpo(aggregate=token_sum(6)) + grpo(aggregate=response_mean) + grpo(aggregate=token_mean)
@@ -218,6 +223,42 @@ def experience(config, policy: Model, reference: Model, ensemble: Model) -> Expe
 """,
         "online",
     ),
+    "own, of pairs": Offer(
+        """
+def value(out, batch):
+    rewards = mean_ratios(out, batch) + 0.1 * sequence(out.logps, batch) / lengths(batch)
+    return rewards[:, 1] - rewards[:, 0], pair_metrics(rewards, out, batch)
+
+def loss(config):
+    every = pair_ratios, mean_logps, log_odds, desensitised(0.5), diverged(forward_kl)
+    compared = [pairwise(f"square_{i}", 0.1, lambda chosen, rejected: (chosen - rejected) ** 2, scores) for i, scores in enumerate(every)]
+    likely = make_loss("likely", lambda out, batch: (-pair_logps(out, batch)[:, 0], {}), chosen_examples)
+    scheduled = at_step(lambda step: (1 + step) * sft(per_sequence), config.seed)
+    assert not statistics_of(scheduled)
+    return sum(compared) + Loss(((1.0, Term("own", value, examples)),)) + likely + scheduled + sft(chosen_tokens)
+
+def experience(config, reference):
+    return logps("ref_logps", reference)
+""",
+        "pairs",
+    ),
+    "own, of groups": Offer(
+        """
+import jax.numpy as jnp
+
+def value(out, batch):
+    moved = log_ratios(out, batch)
+    return -batch["advantages"] * jnp.exp(moved), policy_metrics(moved, out, batch, 0.2, 0.2) | target_divergences(moved, moved)
+
+def loss(config):
+    return token_mean("own", value)
+
+def experience(config, ensemble):
+    rewarded = chain(score(ensemble), mean, group_relative())
+    return lambda batch: advance(rewarded, first_carry(rewarded), batch)[1]
+""",
+        "online",
+    ),
     "by hand": Offer(
         """
 import jax
@@ -255,8 +296,11 @@ def names(source: str) -> set[str]:
 
 
 def test_every_public_name_stands_in_an_experiment():
-    used = set().union(*(names(HEAD + offer.source) for offer in EXPERIMENTS.values()))
-    assert not set(alignax.__all__) - used
+    """Or in a block of docs/by_hand.md, which another test runs."""
+    used = set().union(*map(names, (HEAD, *BLOCKS.values(), *(offer.source for offer in EXPERIMENTS.values()))))
+    offered = {*losses.__all__, *experience.__all__, *averages.__all__, "min_p"}
+    offered |= {name for name in alignax.__all__ if not inspect.ismodule(getattr(alignax, name))}
+    assert not offered - used
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,8 @@ import pytest
 import runs
 import tiny
 
-from alignax import Model, Outputs, bradley_terry, forward, init_state, make_step, score_l2
+from alignax import Model, Outputs, bradley_terry, forward, init_state, make_step
+from alignax.losses import score_l2
 from alignax.losses.reward import correct
 from alignax.mesh import make_mesh
 from alignax.models import hf, parameters, peft

@@ -45,6 +45,9 @@ from alignax.train import make_step
 
 HEAD = """
 from alignax import *
+from alignax.averages import *
+from alignax.experience import *
+from alignax.losses import *
 
 def get_config():
     return default_config()

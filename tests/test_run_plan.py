@@ -35,7 +35,7 @@ def test_token_level_dpo_needs_and_gets_the_references_distribution(tmp_path):
     fields = runs.world(tmp_path) | {"workdir": tmp_path / "run", "mesh.data": 2, "mesh.fsdp": 4}
     file = tmp_path / "tdpo.py"
     code = (runs.REPO / "experiments/dpo_hh.py").read_text()
-    file.write_text(code + "\n\nfrom alignax import tdpo2\n\n\ndef loss(config):\n    return tdpo2(config.beta)\n")
+    file.write_text(code + "\n\nfrom alignax.losses import tdpo2\n\n\ndef loss(config):\n    return tdpo2(config.beta)\n")
     run = lambda **more: prepare(load_experiment(file, [f"{k}={v}" for k, v in (fields | more).items()]))
     with pytest.raises(ValueError, match="set reference.token_kl=true"):
         check_step(run())

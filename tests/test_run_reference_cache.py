@@ -133,7 +133,8 @@ def test_what_is_damaged_or_false_is_refused(spoil, message, fields, cached, tmp
 
 
 EXPERIMENT = """
-from alignax import chain, dpo, kto, logps, mismatched_kl, sync
+from alignax import chain, dpo, kto, logps, sync
+from alignax.experience import mismatched_kl
 from experiments.dpo_hh import get_config
 """
 MOVING = """

@@ -63,7 +63,9 @@ def train(file: str, overrides: Sequence[str], dry: bool) -> None:
 def run(experiment: Experiment) -> dict[str, dict[str, float]]:
     """Runs an experiment as a single run, or what is left of it; returns its evaluation metrics before and after training."""
     with refusing():
-        started = start(checked(experiment))
+        with together():
+            run = prepare(experiment)
+        started = start(run)
     return fit(started)
 
 

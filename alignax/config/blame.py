@@ -124,6 +124,17 @@ def near(name: object, known: Sequence[str], like: float = LIKE) -> str:
     return f"; the nearest is {found[0]!r}" if found else ""
 
 
+def elsewhere(name: str, known: Sequence[str]) -> str:
+    """As `near`, of a name that may be meant to be one of ours: where that is, if `from alignax import *` does not bring it."""
+    from alignax.moved import offered
+
+    homes = {other: home for other, home in offered().items() if other not in known}
+    if name in homes:
+        return f"; it is {homes[name]}.{name}: import it from there"
+    nearest = near(name, [*known, *homes])
+    return next((f"; the nearest is '{home}.{x}'" for x, home in homes.items() if nearest.endswith(f" {x!r}")), nearest)
+
+
 def fields(names: Mapping[str, Any]) -> str:
     """Fields as text, each with type and shape: `tokens int32[8, 2, 48], mask bool[8, 2, 48]`."""
     return ", ".join(f"{name} {_described(x)}" for name, x in names.items())
@@ -158,9 +169,9 @@ def _missing(error: Exception, tb: TracebackType) -> str:
     """The message for an error about a missing name: its owner, the nearest name, the names there are; empty for other errors."""
     names = tb.tb_frame.f_globals | tb.tb_frame.f_locals
     if isinstance(error, NameError) and error.name:
-        return f"{type(error).__name__}: {one_line(error)}{near(error.name, [*names, *dir(builtins)])}"
+        return f"{type(error).__name__}: {one_line(error)}{elsewhere(error.name, [*names, *dir(builtins)])}"
     if isinstance(error, ImportError) and (found := re.match(r"cannot import name '(\w+)' from '([\w.]+)'", str(error))):
-        return f"ImportError: {found[0]}{near(found[1], dir(sys.modules.get(found[2])))}"
+        return f"ImportError: {found[0]}{(elsewhere if found[2] == 'alignax' else near)(found[1], dir(sys.modules.get(found[2])))}"
     node = _node(tb)
     if isinstance(error, TypeError) and isinstance(node, ast.Call) and re.search(r"\(\) (got|missing|takes) ", str(error)):
         function = _value(node.func, names)

@@ -65,21 +65,27 @@ def load_experiment(file: str | Path, overrides: Sequence[str] = ()) -> Experime
         set_field(config, override)
     name_models(config)
     check_asked(module, config, file)
-    return Experiment(file, config, module.loss, *(getattr(module, name, None) for name in Experiment._fields[3:]))
+    return Experiment(file, config, module.loss, *(hook(module, name) for name in Experiment._fields[3:]))
+
+
+def hook(module: ModuleType, name: str) -> Any:
+    """What an experiment file has under the name of a function that a run calls; a namespace of ours is none."""
+    found = vars(module).get(name)
+    return None if inspect.ismodule(found) and found.__name__ == f"alignax.{name}" else found
 
 
 def check_hooks(module: ModuleType, file: Path) -> None:
     """Refuses an experiment file that lacks a needed function, misspells one, or defines one with wrong parameters."""
     for name in ("get_config", "loss"):
-        if getattr(module, name, None) is None:
+        if hook(module, name) is None:
             raise BadInput(f"{file} has no function {name}(){near(name, list(vars(module)))}; see experiments/dpo_hh.py")
     for name in ("experience", "gold", "reward", "metrics"):
-        given = getattr(module, name, None)
+        given = hook(module, name)
         if given is not None and not callable(given) and not isinstance(given, Sequence):
             raise BadInput(f"{name} of {file} is {given!r}; it must be a function")
     for name, parameters in CALLED.items():
-        if getattr(module, name, None) is not None:
-            check_call(getattr(module, name), f"{name}() of {file}", *parameters)
+        if hook(module, name) is not None:
+            check_call(hook(module, name), f"{name}() of {file}", *parameters)
     hooks = ("get_config", *Experiment._fields[2:])
     tree = ast.parse(read_source(file))
     used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
@@ -118,7 +124,7 @@ def check_asked(module: ModuleType, config: Any, file: Path) -> None:
     own = asked(module.loss)[1:]  # without the first parameter, the config under any name
     check_call(module.loss, f"loss() of {file}", "config", *own)
     wants = {
-        "experience": (asked(getattr(module, "experience", None)), (*OFFERED, *config.models)),
+        "experience": (asked(hook(module, "experience")), (*OFFERED, *config.models)),
         "loss": (own, ("reference", "policy", "ensemble", *config.models)),
     }
     for name, (every, offered) in wants.items():

@@ -113,3 +113,18 @@ from alignax.losses.transport import aot_unpaired as aot_unpaired
 from alignax.losses.unpaired import apo_zero_unpaired as apo_zero_unpaired
 from alignax.losses.unpaired import kto as kto
 from alignax.losses.weighting import wpo as wpo
+
+__all__ = [
+    "Aggregate", "FDivergence", "Loss", "Objective", "Term", "alpha_divergence", "alpha_pi_p", "aot", "aot_unpaired", "apo_down",
+    "apo_zero", "apo_zero_unpaired", "at_step", "attribute_regression", "bco", "bradley_terry", "by_mean", "by_response", "by_token",
+    "centring", "chi2", "chi2_exact", "chi2_p_pi", "chi2_pi_p", "chi_squared", "chosen_examples", "chosen_tokens", "cispo", "cpo",
+    "desensitised", "discopop", "diverged", "dpo", "dpop", "entropy_bonus", "examples", "exo", "f_dpo", "fdpg", "finished",
+    "forward_kl", "gkd", "gmpo", "grm_sft", "grpo", "gspo", "hellinger_pi_p", "hinge", "implicit_rewards", "importance_masked",
+    "importance_weighted", "ipo", "ipo_daa", "ipo_mean", "jensen_shannon", "js_pi_p", "kl_k1", "kl_k2", "kl_k3", "kl_k3_weighted",
+    "kl_p_pi", "kl_pi_p", "kl_pi_ref", "kl_ref_pi", "kto", "ld_dpo", "lengths", "log_odds", "log_ratios", "lp_reg", "make_loss",
+    "mean_logps", "mean_ratios", "modpo", "nca", "observe", "off_policy_masked", "orpo", "pair_logps", "pair_metrics", "pair_ratios",
+    "pairwise", "per_sequence", "policy_metrics", "ppo", "quark", "r_dpo", "reinforce", "response_mean", "reverse_kl", "rloo",
+    "robust_dpo", "rpo", "rpo_token_mean", "sapo", "score_l2", "sequence", "sft", "sigmoid_norm", "simpo", "slic_hf", "sppo",
+    "square_root", "statistics_of", "summed_sft", "target_divergences", "tdpo", "tdpo2", "token_mean", "token_sum", "total_variation",
+    "tv_pi_p", "value_loss", "vespo", "wpo",
+]  # fmt: skip

@@ -283,3 +283,6 @@ def _mixed(z: jax.Array, zt: jax.Array, beta: float, temperature: float) -> tupl
     """The log-probs log s, log t and log m of `jsd`, each [.., V]; m is t at beta 0 and 1."""
     s, t = jax.nn.log_softmax(z / temperature), jax.nn.log_softmax(zt / temperature)
     return s, t, t if beta in (0, 1) else jnp.logaddexp(s + math.log1p(-beta), t + math.log(beta))
+
+
+__all__ = ["Statistic", "generalised_jsd", "min_p", "top_k"]

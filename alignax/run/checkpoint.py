@@ -17,7 +17,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import orbax.checkpoint as ocp
 
 from alignax.mesh import gathered
 from alignax.output import require_space
@@ -41,7 +40,9 @@ class Checkpoints:
         Raises:
           ValueError: for a damaged checkpoint folder.
         """
-        self.path, self._writes = Path(workdir).absolute() / "checkpoints", writes
+        import orbax.checkpoint as ocp  # not before a run needs it: the import takes a while
+
+        self.path, self._writes, self._args = Path(workdir).absolute() / "checkpoints", writes, ocp.args
         # Errors in the background are raised when we wait for them; this hides the traceback that orbax prints of every thread.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         self._best = name = best.removeprefix("-")
@@ -99,8 +100,8 @@ class Checkpoints:
             return
         items = _items(state)
         own = {"format": FORMAT, "step": step, "skipped": int(state.skipped.max()), "digests": digests(items)}
-        saved = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
-        args = ocp.args.Composite(**saved, about=ocp.args.JsonSave(dict(about) | own))
+        saved = {name: self._args.StandardSave(tree) for name, tree in items.items()}
+        args = self._args.Composite(**saved, about=self._args.JsonSave(dict(about) | own))
         with _saving(self.path):
             ranked = not self._best or self._best in metrics  # an evaluation lacks it if no reward was known
             self._manager.save(step, args=args, metrics=dict(metrics) or None if ranked else None)
@@ -112,7 +113,7 @@ class Checkpoints:
           ValueError: if the checkpoint is damaged, of another format, or in a renamed folder.
         """
         with self._reading(step):
-            about = dict(self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"])
+            about = dict(self._manager.restore(step, args=self._args.Composite(about=self._args.JsonRestore()))["about"])
         if about.get("format") != FORMAT:
             raise ValueError(f"checkpoint {self.path / str(step)} has format {short(about.get('format'))}, this version reads {FORMAT}")
         with self._reading(step):
@@ -159,7 +160,7 @@ class Checkpoints:
         described = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
         about = self.about(step)
         with self._reading(step):
-            args = ocp.args.Composite(**{name: ocp.args.StandardRestore(tree) for name, tree in described.items()})
+            args = self._args.Composite(**{name: self._args.StandardRestore(tree) for name, tree in described.items()})
             restored = dict(self._manager.restore(step, args=args))
             for leaf, found in digests(restored).items():
                 if about["digests"].get(leaf) != found:

@@ -28,7 +28,7 @@ from alignax.rewards import members
 from alignax.run.checkpoint import Checkpoints, nbytes
 from alignax.run.evaluation import SAMPLED, tries
 from alignax.run.host_rewards import check_metrics, check_reward
-from alignax.run.prepare import Run
+from alignax.run.prepare import Run, check_workdir
 from alignax.run.programs import programs
 from alignax.run.reference_cache import CACHE, with_stored
 from alignax.run.roles import BASE, ENSEMBLE, REFERENCE, Role, abstract_trained, freeze, load
@@ -57,11 +57,14 @@ def start(run: Run, write: bool = True) -> Started:
     """Loads models and the newest checkpoint, if there is one. Nothing is trained yet; only with `write` is the workdir touched.
 
     Raises:
-      ValueError: for weights that are not finite, and for a checkpoint that is damaged or is not this run's.
+      ValueError: for the workdir of another run, for weights that are not finite, and for a checkpoint that is damaged or is not this
+        run's.
       OSError: when the disk has no room for a checkpoint.
     """
     config = run.config
     with together():
+        if write:
+            check_workdir(run)
         own = given(run) if jax.process_count() > 1 else {}
     check_alike(own)
     with together():
