@@ -12,14 +12,14 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-HOMES = ("losses", "experience", "averages", "models.statistics")  # modules of which `alignax` once offered more than it does
+HOMES = ("losses", "experience", "averages")  # modules of which `alignax` once offered more than it does
 PLACES = {
     "blame": "config.blame", "calls": "host.calls", "checkpoint": "run.checkpoint", "checks": "run.checks", "commands": "cli.commands",
     "comparison": "cli.comparison", "defaults": "config.defaults", "ensemble": "rewards.members", "evaluate": "run.evaluation",
     "fit": "run.loop", "functions": "host.functions", "host_rewards": "run.host_rewards", "judges": "rewards.judge", "metrics": "run.log",
     "online": "run.online", "overrides": "config.overrides", "plan": "run.plan", "prepare": "run.prepare",
-    "reference": "run.reference_cache", "reward_commands": "cli.reward_commands", "ridge": "rewards.ridge", "rollout": "run.rollout", "routed": "rewards.routed",
-    "rules": "rewards.rules", "saved": "run.saved", "start": "run.start", "workers": "host.workers",
+    "reference": "run.reference_cache", "reward_commands": "cli.reward_commands", "ridge": "rewards.ridge", "rollout": "run.rollout",
+    "routed": "rewards.routed", "rules": "rewards.rules", "saved": "run.saved", "start": "run.start", "workers": "host.workers",
 }  # fmt: skip
 FUNCTIONS = ("fit", "prepare", "start")  # former modules whose names are those of functions of `alignax`
 

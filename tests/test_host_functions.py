@@ -10,6 +10,8 @@ import pytest
 from alignax.config import default_config
 from alignax.host.functions import ELSEWHERE, check, check_columns, functions_of, is_async, names_of, parameters, reward_fields, title
 
+NAMED: Any = types.SimpleNamespace(file=Path("e.py"), config=default_config())
+
 
 class Judge:
     """A reward that is an object."""
@@ -101,10 +103,10 @@ def test_a_column_of_what_every_reward_is_offered_is_no_argument():
     columns = {"train": types.SimpleNamespace(columns={"config": [1], "logprobs": [1], "answer": [1]})}
     for function in (lambda prompts, completions, config: 0, lambda completions, config=None: 0):
         with pytest.raises(ValueError, match=r"asks for 'config', .* and data.train has a column of that name; rename the column"):
-            check_columns("reward", function, Path("e.py"), columns)  # type: ignore
+            check_columns("reward", function, NAMED, columns)  # type: ignore
     with pytest.raises(ValueError, match="asks for 'logprobs'"):
-        check_columns("reward", lambda prompts, completions, logprobs: 0, Path("e.py"), columns)  # type: ignore
-    check_columns("reward", lambda prompts, completions, answer, **rest: 0, Path("e.py"), columns)  # type: ignore
+        check_columns("reward", lambda prompts, completions, logprobs: 0, NAMED, columns)  # type: ignore
+    check_columns("reward", lambda prompts, completions, answer, **rest: 0, NAMED, columns)  # type: ignore
 
 
 @pytest.mark.parametrize("name", ELSEWHERE)
@@ -112,9 +114,9 @@ def test_what_only_trl_gives_is_refused_with_what_to_do(name):
     columns = {"train": types.SimpleNamespace(columns={})}
     function = eval(f"lambda prompts, completions, {name}, **kwargs: 0")
     with pytest.raises(ValueError) as error:
-        check_columns("correct", function, Path("e.py"), columns)  # type: ignore
+        check_columns("correct", function, NAMED, columns)  # type: ignore
     assert f"correct() of e.py asks for {name!r}, which there is not here: {ELSEWHERE[name]}" == str(error.value)
-    check_columns("correct", eval(f"lambda prompts, completions, {name}=None, **kwargs: 0"), Path("e.py"), columns)  # type: ignore
+    check_columns("correct", eval(f"lambda prompts, completions, {name}=None, **kwargs: 0"), NAMED, columns)  # type: ignore
 
 
 def test_a_misspelt_argument_is_told_its_nearest():
@@ -123,7 +125,7 @@ def test_a_misspelt_argument_is_told_its_nearest():
         with pytest.raises(
             ValueError, match=f"asks for column '{name}', which data.train has not; the nearest is '{near}'; it has: answer"
         ):
-            check_columns("reward", eval(f"lambda prompts, completions, {name}: 0"), Path("e.py"), columns)  # type: ignore
+            check_columns("reward", eval(f"lambda prompts, completions, {name}: 0"), NAMED, columns)  # type: ignore
 
 
 def test_what_a_function_is_called_and_whether_it_is_async():

@@ -83,8 +83,6 @@ def averages(config):
     ),
     "groups": Offer(
         """
-from alignax.models.statistics import min_p
-
 def loss(config):
     by_levels = grpo(level=by_token) + sapo(level=by_mean) + ppo(level=by_response)
     averaged = grpo(aggregate=token_sum(6)) + grpo(aggregate=response_mean) + grpo(aggregate=token_mean)
@@ -97,7 +95,7 @@ def experience(config, policy, reference, ensemble):
     scores = logps("ref_logps", reference), score(ensemble), mean, median, quantile(0.25), wco, uwo(0.5)
     shaped = clip_rewards(5.0), whiten_rewards(), missing_eos_penalty(1.0), overlong_penalty(6, 2), adaptive_kl_reward()
     compared = group_relative(), gdpo((1.0, 0.5)), batch_scaled(), leave_one_out(), whiten_responses(), reinforce_plus_plus(), top_entropy()
-    kept = token_statistic("proxy_logps", policy, min_p(0.02)), low_probability_tokens()
+    kept = token_statistic("proxy_logps", policy, min_p(0.02)), token_statistic("top", policy, top_k(4)), low_probability_tokens()
     return chain(*scores, *shaped, *compared, *kept, chi2_estimate())
 """,
         "online",
@@ -298,7 +296,7 @@ def names(source: str) -> set[str]:
 def test_every_public_name_stands_in_an_experiment():
     """Or in a block of docs/by_hand.md, which another test runs."""
     used = set().union(*map(names, (HEAD, *BLOCKS.values(), *(offer.source for offer in EXPERIMENTS.values()))))
-    offered = {*losses.__all__, *experience.__all__, *averages.__all__, "min_p"}
+    offered = {*losses.__all__, *experience.__all__, *averages.__all__}
     offered |= {name for name in alignax.__all__ if not inspect.ismodule(getattr(alignax, name))}
     assert not offered - used
 

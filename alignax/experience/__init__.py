@@ -54,13 +54,15 @@ from alignax.experience.simplex import nelder_mead as nelder_mead
 from alignax.experience.statistics import token_statistic as token_statistic
 from alignax.experience.thresholds import nm_ppo as nm_ppo
 from alignax.experience.thresholds import proxy_point as proxy_point
+from alignax.models.statistics import min_p, top_k
 
 __all__ = [
     "Experience", "Stateful", "adaptive_kl_reward", "adopt_if_better", "advance", "all_ppo", "batch_scaled", "best_and_worst",
     "boolean_target", "chain", "chi2_estimate", "clip_rewards", "exponential_target", "first_carry", "fit_moments", "gae", "gdpo",
-    "group_relative", "kl_reward", "leave_one_out", "logps", "low_probability_tokens", "matched_margins", "matched_ratios", "mean",
-    "median", "mismatched_kl", "missing_eos_penalty", "mu_ppo", "nelder_mead", "nm_ppo", "overlong_penalty", "pama", "ppo_sat",
-    "proposal_evidence", "proxy_point", "quantile", "quark_pool", "reinforce_plus_plus", "report", "reward_shift", "reward_target",
-    "rewards_to_go", "running_baseline", "running_log_z", "score", "shaping", "token_statistic", "top_entropy", "unconditioned", "uwo",
-    "wco", "whiten_advantages", "whiten_responses", "whiten_rewards", "xi_ppo",
+    "group_relative", "kl_reward", "leave_one_out", "logps", "low_probability_tokens", "matched_margins",
+    "matched_ratios", "mean", "median", "min_p", "mismatched_kl", "missing_eos_penalty", "mu_ppo", "nelder_mead", "nm_ppo",
+    "overlong_penalty", "pama", "ppo_sat", "proposal_evidence", "proxy_point", "quantile", "quark_pool", "reinforce_plus_plus",
+    "report", "reward_shift", "reward_target", "rewards_to_go", "running_baseline", "running_log_z", "score", "shaping",
+    "token_statistic", "top_entropy", "top_k", "unconditioned", "uwo", "wco", "whiten_advantages", "whiten_responses", "whiten_rewards",
+    "xi_ppo",
 ]  # fmt: skip

@@ -9,7 +9,7 @@ Each function writes `advantages` [B, N, T], 0 outside the completion. A respons
 has no completion, has advantage 0 and takes no part in its group's statistics. Statistics are two-pass, over the whole batch that the
 experience sees, without padding rows.
 
-Examples assume `import jax.numpy as jnp` and `from alignax import *`.
+Examples assume `import jax.numpy as jnp` and the names of `alignax`, `alignax.losses` and `alignax.experience`.
 """
 
 import math

@@ -8,7 +8,7 @@ carry: a `Stateful` function takes the carry and returns the next one. Carries a
 
 To log a metric, a function returns `report(batch, name=value)`.
 
-Examples assume `import jax.numpy as jnp` and `from alignax import *`.
+Examples assume `import jax.numpy as jnp` and the names of `alignax`, `alignax.losses` and `alignax.experience`.
 """
 
 from collections.abc import Callable, Mapping

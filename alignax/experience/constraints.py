@@ -17,7 +17,7 @@ Multipliers are bounded, so a threshold may be out of reach. Then `constraint/mu
 
 All rewards need the same kind of baseline: the group's, or that of a critic with a value head for each (`model.critic_heads` = 1 + K).
 
-Examples assume `import jax.numpy as jnp` and `from alignax import *`.
+Examples assume `import jax.numpy as jnp` and the names of `alignax`, `alignax.losses` and `alignax.experience`.
 """
 
 import dataclasses

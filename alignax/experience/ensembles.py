@@ -8,7 +8,7 @@ The offset of a reward model is arbitrary, so minima and variances mean somethin
 model's mean over responses of the initial policy (`alignax anchor`), or train the members with `score_l2()` or `centring()`. A score that
 is not finite makes the aggregate not finite. With K = 1 every aggregate is that member's score.
 
-Examples assume `import jax.numpy as jnp` and `from alignax import *`.
+Examples assume `import jax.numpy as jnp` and the names of `alignax`, `alignax.losses` and `alignax.experience`.
 """
 
 import dataclasses

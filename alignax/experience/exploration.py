@@ -1,6 +1,6 @@
 """Selection of the tokens that `lp_reg` may protect: the least likely tokens with a negative advantage.
 
-Examples assume `import jax.numpy as jnp` and `from alignax import *`.
+Examples assume `import jax.numpy as jnp` and the names of `alignax`, `alignax.losses` and `alignax.experience`.
 """
 
 import jax.numpy as jnp

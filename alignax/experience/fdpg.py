@@ -5,7 +5,7 @@
 The target is an energy-based model: the base policy a(x) times a score of the response (Khalifa et al. 2021, arXiv:2012.11635; Go et al.
 2023, arXiv:2302.08215). Its log P [B, N] is the field `log_target`, -inf for a response of probability 0.
 
-Examples assume `import jax.numpy as jnp` and `from alignax import *`.
+Examples assume `import jax.numpy as jnp` and the names of `alignax`, `alignax.losses` and `alignax.experience`.
 """
 
 import dataclasses

@@ -3,7 +3,7 @@
 Each function reads `ref_logps` and the current policy's `old_logps`: `chain(logps("ref_logps", reference), logps("old_logps", policy),
 matched_margins())`. Pairs without a completion on both sides take no part.
 
-Examples assume `import jax.numpy as jnp` and `from alignax import *`.
+Examples assume `import jax.numpy as jnp` and the names of `alignax`, `alignax.losses` and `alignax.experience`.
 """
 
 import jax

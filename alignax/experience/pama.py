@@ -1,6 +1,6 @@
 """PAMA: advantages of several rewards, where the reward with the smallest advantage decides.
 
-Examples assume `import jax.numpy as jnp` and `from alignax import *`.
+Examples assume `import jax.numpy as jnp` and the names of `alignax`, `alignax.losses` and `alignax.experience`.
 """
 
 import jax

@@ -1,6 +1,6 @@
 """Selection of pairs from groups of samples, for losses on preference pairs.
 
-Examples assume `import jax.numpy as jnp` and `from alignax import *`.
+Examples assume `import jax.numpy as jnp` and the names of `alignax`, `alignax.losses` and `alignax.experience`.
 """
 
 import jax

@@ -5,7 +5,7 @@ Functions of `rewards` [B, N] come first. `kl_reward` follows: it spreads reward
 
     chain(score(ensemble), uwo(0.5), clip_rewards(10), missing_eos_penalty(1.0), kl_reward(0.05), gae())
 
-Examples assume `import jax.numpy as jnp` and `from alignax import *`.
+Examples assume `import jax.numpy as jnp` and the names of `alignax`, `alignax.losses` and `alignax.experience`.
 """
 
 from collections.abc import Callable

@@ -4,7 +4,7 @@ proxy_point(scores, gold)                                   # for one reward mod
 nelder_mead(objective, simplex)                             # for all models, with a run for each trial: see alignax.experience.simplex
 chain(.., score(ensemble), nm_ppo(simplex, patience=50))    # for all models, inside one run
 
-Examples assume `import jax.numpy as jnp` and `from alignax import *`.
+Examples assume `import jax.numpy as jnp` and the names of `alignax`, `alignax.losses` and `alignax.experience`.
 """
 
 import dataclasses

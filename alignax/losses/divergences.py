@@ -3,7 +3,7 @@
 The policy that maximises E r - beta D_f(pi || ref) has f'(pi / ref) = r / beta + const, so f' of the ratio is the score. Each
 divergence below is the function f'(u) - f'(1) of log u, u = pi / ref. So a policy that equals its reference has reward 0.
 
-Examples assume `import jax.numpy as jnp` and `from alignax import *`.
+Examples assume `import jax.numpy as jnp` and the names of `alignax`, `alignax.losses` and `alignax.experience`.
 """
 
 from collections.abc import Callable

@@ -1,6 +1,6 @@
 """Losses that keep exploration: plausible tokens of low probability are protected from a further loss of probability.
 
-Examples assume `import jax.numpy as jnp` and `from alignax import *`.
+Examples assume `import jax.numpy as jnp` and the names of `alignax`, `alignax.losses` and `alignax.experience`.
 """
 
 import math

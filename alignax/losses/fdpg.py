@@ -8,7 +8,7 @@ x = log t. A divergence is named by its formula, D(first, second), since librari
 The forward KL is DPG, GDC and CDPG (Parshakova et al. 2019; Khalifa et al. 2021; Korbak et al. 2022): maximum likelihood of the target.
 The reverse KL to a reward's target is RLHF. `js_pi_p` is the paper's best default.
 
-Examples assume `import jax.numpy as jnp` and `from alignax import *`.
+Examples assume `import jax.numpy as jnp` and the names of `alignax`, `alignax.losses` and `alignax.experience`.
 """
 
 import dataclasses

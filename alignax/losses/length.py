@@ -2,7 +2,7 @@
 
 Each loss is DPO or IPO on another score. All need the batch field `ref_logps`.
 
-Examples assume `import jax.numpy as jnp` and `from alignax import *`.
+Examples assume `import jax.numpy as jnp` and the names of `alignax`, `alignax.losses` and `alignax.experience`.
 """
 
 import math

@@ -1,6 +1,6 @@
 """Preference losses for one of several objectives: frozen models give the rewards of the others.
 
-Examples assume `import jax.numpy as jnp` and `from alignax import *`.
+Examples assume `import jax.numpy as jnp` and the names of `alignax`, `alignax.losses` and `alignax.experience`.
 """
 
 from collections.abc import Callable, Sequence

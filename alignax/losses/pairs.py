@@ -3,7 +3,7 @@
 The function (logistic, hinge, squared, ..) and the score (log-ratio, its mean, its divergence, ..) are independent choices:
 `hinge(beta, scores=mean_ratios)` is a loss. A score is a function `(Outputs, Batch) -> [B, 2]`, chosen 0 and rejected 1.
 
-Examples assume `import jax.numpy as jnp` and `from alignax import *`.
+Examples assume `import jax.numpy as jnp` and the names of `alignax`, `alignax.losses` and `alignax.experience`.
 """
 
 from collections.abc import Callable

@@ -8,7 +8,7 @@ whole responses. Below, d is log pi/ref of a token. KLs of tokens are at the pre
 A KL of tokens should have the same average as its surrogate. The default is by response, as in GRPO (Shao et al. 2024,
 arXiv:2402.03300, eq. 3). With another average write, for example, `ppo() + beta * kl_k2(token_mean)`.
 
-Examples assume `import jax.numpy as jnp` and `from alignax import *`.
+Examples assume `import jax.numpy as jnp` and the names of `alignax`, `alignax.losses` and `alignax.experience`.
 """
 
 from collections.abc import Sequence

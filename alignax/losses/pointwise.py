@@ -2,7 +2,7 @@
 
 r is beta log pi/ref of a response, summed over its tokens. All losses need the batch field `ref_logps`, unless other `scores` are given.
 
-Examples assume `import jax.numpy as jnp` and `from alignax import *`.
+Examples assume `import jax.numpy as jnp` and the names of `alignax`, `alignax.losses` and `alignax.experience`.
 """
 
 import jax

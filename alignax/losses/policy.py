@@ -5,7 +5,7 @@ sampled. Without `old_logps` ratios are 1, and their gradient is that of log pi.
 token. `level` selects the ratio: `by_token`, `by_mean` (the geometric mean over a response's tokens) or `by_response` (their product).
 `aggregate` says how tokens are averaged, see `alignax.losses.responses`.
 
-Examples assume `import jax.numpy as jnp` and `from alignax import *`.
+Examples assume `import jax.numpy as jnp` and the names of `alignax`, `alignax.losses` and `alignax.experience`.
 """
 
 import math

@@ -3,7 +3,7 @@
 Log-probs of sequences are sums over the completion tokens, EOS included, unless a docstring says mean. z is beta h. All losses need the
 batch field `ref_logps`, unless other `scores` are given.
 
-Examples assume `import jax.numpy as jnp` and `from alignax import *`.
+Examples assume `import jax.numpy as jnp` and the names of `alignax`, `alignax.losses` and `alignax.experience`.
 """
 
 import math

@@ -1,6 +1,6 @@
 """Quark's loss: the likelihood of the pool's responses behind their reward token, a KL from the reference, and an entropy bonus.
 
-Examples assume `import jax.numpy as jnp` and `from alignax import *`.
+Examples assume `import jax.numpy as jnp` and the names of `alignax`, `alignax.losses` and `alignax.experience`.
 """
 
 from collections.abc import Callable

@@ -2,7 +2,7 @@
 
 Only the learning rate and the likelihood terms keep the policy near its start. Drifts are logged if the batch has `ref_logps`.
 
-Examples assume `import jax.numpy as jnp` and `from alignax import *`.
+Examples assume `import jax.numpy as jnp` and the names of `alignax`, `alignax.losses` and `alignax.experience`.
 """
 
 import jax

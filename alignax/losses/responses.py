@@ -5,7 +5,7 @@ independent choices: `ppo(level=by_mean, aggregate=response_mean)` is a loss. Th
 microbatches and shards add up exactly. In the papers a surrogate and its KL share one average, so they should have the same aggregate;
 `differing` reports if they do not.
 
-Examples assume `import jax.numpy as jnp` and `from alignax import *`.
+Examples assume `import jax.numpy as jnp` and the names of `alignax`, `alignax.losses` and `alignax.experience`.
 """
 
 import dataclasses

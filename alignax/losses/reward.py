@@ -1,6 +1,6 @@
 """Losses of reward models, on the scores of responses: `Outputs.scores` [B, N].
 
-Examples assume `import jax.numpy as jnp` and `from alignax import *`.
+Examples assume `import jax.numpy as jnp` and the names of `alignax`, `alignax.losses` and `alignax.experience`.
 """
 
 from collections.abc import Callable, Sequence

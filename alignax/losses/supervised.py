@@ -1,6 +1,6 @@
 """Losses on demonstrations: the negative log-likelihood of the first response, by token or by response.
 
-Examples assume `import jax.numpy as jnp` and `from alignax import *`.
+Examples assume `import jax.numpy as jnp` and the names of `alignax`, `alignax.losses` and `alignax.experience`.
 """
 
 import jax

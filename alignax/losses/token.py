@@ -1,6 +1,6 @@
 """Token-level preference losses: DPO's log-ratios together with the KL of whole next-token distributions.
 
-Examples assume `import jax.numpy as jnp` and `from alignax import *`.
+Examples assume `import jax.numpy as jnp` and the names of `alignax`, `alignax.losses` and `alignax.experience`.
 """
 
 import math

@@ -4,7 +4,7 @@ Sorting needs the whole batch, and a loss sees only a part of it. So an experien
 rank of a value selects the value that it is compared with. A small change of the policy keeps the ranks, so the gradients are those of
 the sorted loss.
 
-Examples assume `import jax.numpy as jnp` and `from alignax import *`.
+Examples assume `import jax.numpy as jnp` and the names of `alignax`, `alignax.losses` and `alignax.experience`.
 """
 
 import jax

@@ -1,6 +1,6 @@
 """Losses on single responses with a label: N = 1 and the batch field `labels` [B, 1] bool, True for a desirable response.
 
-Examples assume `import jax.numpy as jnp` and `from alignax import *`.
+Examples assume `import jax.numpy as jnp` and the names of `alignax`, `alignax.losses` and `alignax.experience`.
 """
 
 from collections.abc import Callable

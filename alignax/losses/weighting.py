@@ -1,6 +1,6 @@
 """Weights of examples that depend on the policy; they multiply the values of a loss, without gradient.
 
-Examples assume `import jax.numpy as jnp` and `from alignax import *`.
+Examples assume `import jax.numpy as jnp` and the names of `alignax`, `alignax.losses` and `alignax.experience`.
 """
 
 import jax
