@@ -42,7 +42,7 @@ def compile_step(run: Run) -> Any:
 def memory(run: Run) -> str:
     """A table of the run's programs and of the memory that each takes on a device, as the compiler sees it."""
     platform = run.mesh.devices.flat[0].platform
-    rows = [["program", "arguments GB", "temporary GB", "GB a device"]]
+    rows = [["memory of each program, a device", "arguments GB", "temporary GB", "in all GB"]]
     for name, program in programs(run).items():
         found = program.compiled(platform).memory_analysis()
         sizes = found.argument_size_in_bytes, found.temp_size_in_bytes, found.output_size_in_bytes - found.alias_size_in_bytes
