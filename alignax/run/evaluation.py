@@ -1,7 +1,7 @@
-"""Evaluation on a schedule: held-out loss, samples, and what reward overoptimisation is seen by: gold reward against KL.
+"""Evaluation on a schedule: held-out loss, sampled completions, and gold reward against KL, which shows reward overoptimisation.
 
 Samples come from the policy itself, at `eval.temperature`, so the mean log-ratio to the reference at that temperature is an unbiased
-estimate of KL(policy || reference). Greedy samples, and those of a nucleus, estimate none.
+estimate of KL(policy || reference). Greedy and nucleus samples give no such estimate.
 """
 
 import dataclasses
@@ -29,19 +29,19 @@ from alignax.run.state import Held, put_padded
 from alignax.train import means
 from alignax.types import TrainState
 
-SAMPLED = (  # metrics of samples
+SAMPLED = (  # metrics of sampled completions
     "completion_length", "eos_rate", "truncated_rate", "distinct", "kl", "kl_se", "kl_k3", "sampler_gap", "gold", "gold_se", "prompts",
 )  # fmt: skip
-# How metrics begin that are taken from what experience makes of samples.
+# Prefixes of the metrics that an evaluation takes over from the program "judge".
 JUDGED = ("reward", "score/", "disagreement", "judge_cut", "entropy")
 SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "reward", "kl", "gold", "pass@1")
 
 
 class Evaluation:
-    """Evaluates a state, logs what it finds, and returns it."""
+    """Evaluates a training state, logs the metrics, and returns them."""
 
     def __init__(self, run: Run, frozen: Held, programs: Mapping[str, Program], log: Log, look: Callable[[], None] = lambda: None):
-        """`programs` are the run's; `look` is called all the while, and may raise to leave."""
+        """`programs` are the programs of the run. `look` is called again and again; it may raise an exception to end the evaluation."""
         self.run, self.frozen, self.log, self.look, self.online = run, frozen, log, look, run.config.rollout.samples > 0
         self.programs, self.scorers = programs, Scorers(run, frozen, programs, EVALUATION)
         self.examples = run.data.evaluated
@@ -51,7 +51,7 @@ class Evaluation:
             self.generate = run.samplers[EVALUATION]
 
     def __call__(self, state: TrainState, step: int) -> dict[str, float]:
-        """Metrics of the evaluation data and of fresh samples, without the `eval/` that the log puts before them."""
+        """Metrics of the evaluation data and of fresh samples, without the prefix `eval/` that they have in the log."""
         if (name := self.run.config.eval.params) != "policy":
             state = dataclasses.replace(state, params=state.averages[name])
         scores = self.held_out(state) | self.samples(state, step)
@@ -61,9 +61,9 @@ class Evaluation:
         return scores
 
     def held_out(self, state: TrainState) -> dict[str, float]:
-        """Exact averages over the evaluation data, its last ragged batch weighed by its rows."""
+        """Exact averages of metrics over the evaluation data; a last batch with fewer rows has less weight."""
         run, examples = self.run, self.run.data.evaluation
-        if examples is None or self.online:  # a policy that is trained on its samples is judged by them
+        if examples is None or self.online:  # online training is evaluated on samples
             return {}
         size = eval_batch_size(run.config)
         total: dict[str, np.ndarray] = {}
@@ -76,7 +76,7 @@ class Evaluation:
         return means({name: (pair[0], pair[1]) for name, pair in total.items()})
 
     def samples(self, state: TrainState, step: int) -> dict[str, float]:
-        """Completions of the first prompts: their KL to the reference, rewards, length; some of them into the log."""
+        """Samples completions of the first prompts, logs some, and returns metrics: KL to the reference, rewards, lengths."""
         run, c, n = self.run, self.run.config.eval, len(self.sampled)
         if not self.sampled:
             return {}
@@ -95,7 +95,7 @@ class Evaluation:
             batch = samples_batch(run, answers, models)
             batch |= {} if gold is None else {"gold": gold}
             judged = jax.device_get(self.programs["judge"].call(state, self.frozen, put_padded(run.mesh, batch)))
-            own = completions.exact and c.temperature == run.config.rollout.temperature  # what rollouts are sampled from
+            own = completions.exact and c.temperature == run.config.rollout.temperature  # same distribution as in rollouts
             scores |= {m: float(x) for m, x in judged.items() if m.startswith(JUDGED) and np.isfinite(x) and (own or m != "entropy")}
             if run.experiment.reward is not None:
                 found |= {"reward": batch["rewards"]} if "rewards" in batch else {}
@@ -113,7 +113,7 @@ class Evaluation:
         true = gold if gold is not None else found.get("reward")
         for k in tries(c.samples_per_prompt) if true is not None else ():
             scores |= spread(f"pass@{k}", pass_at(true >= c.pass_reward, k)[:, None])
-        # The first sample of each prompt, then the second.
+        # The table begins with the first sample of every prompt, then has the second of every prompt.
         columns = {name: x.T.ravel().tolist() for name, x in found.items()}
         table = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         self.log.samples(step, table[: c.samples])
@@ -121,7 +121,7 @@ class Evaluation:
 
 
 def line(scores: dict[str, float], samples: int) -> str:
-    """What an evaluation found, for the console, with standard errors and the number of prompts that samples are of."""
+    """The console line of an evaluation: metrics with standard errors, and the number of sampled prompts."""
     error = lambda name: f" +- {scores[name + '_se']:.4f}" if name + "_se" in scores else ""
     shown = [name for name in SHOWN if name in scores]
     told = "  ".join(f"{name} {scores[name]:.4f}{error(name)}" for name in shown)
@@ -131,9 +131,9 @@ def line(scores: dict[str, float], samples: int) -> str:
 
 
 def spread(name: str, values: np.ndarray) -> dict[str, float]:
-    """The mean of what is known of samples [B, N], NaN being unknown, and its standard error: that of the B prompts' means (ddof 1).
+    """The mean of the known values of samples [B, N], NaN being unknown, and its standard error.
 
-    Samples of one prompt are no independent ones of the task, so the prompts are counted. One prompt has no standard error.
+    The error comes from the B means per prompt (ddof 1), since samples of one prompt are not independent. One prompt gives none.
     """
     known = np.isfinite(values)
     if not known.any():
@@ -145,14 +145,14 @@ def spread(name: str, values: np.ndarray) -> dict[str, float]:
 
 
 def tries(samples: int) -> list[int]:
-    """The k of pass@k: powers of 2 up to the samples of a prompt; none, where there is one sample."""
+    """The values k of pass@k: powers of 2 up to the number of samples per prompt; none for a single sample."""
     return [1 << i for i in range(samples.bit_length())] if samples > 1 else []
 
 
 def pass_at(passed: np.ndarray, k: int) -> np.ndarray:
-    """The probability that one of k samples of a prompt passes, 1 - C(n - c, k) / C(n, k), of c in n that do: [B, n] bool -> [B].
+    """The unbiased estimate of pass@k, the probability that at least one of k samples of a prompt passes: [B, n] bool -> [B].
 
-    Unbiased (Chen et al. 2021, arXiv:2107.03374, eq. 1).
+    1 - C(n - c, k) / C(n, k) if c of n samples pass (Chen et al. 2021, arXiv:2107.03374, eq. 1).
     """
     n = passed.shape[1]
     return np.array([1 - math.comb(n - c, k) / math.comb(n, k) for c in passed.sum(axis=1).tolist()])

@@ -1,6 +1,6 @@
-"""What a run is trained on: batches of the data, rollouts of the policy as it stands, or rollouts that were sampled a turn ahead.
+"""The feeds of a run: batches of the data, rollouts of the current policy, or rollouts that were sampled a turn ahead.
 
-Each is a feed: a function of the state and the step, so a run that is stopped goes on bit for bit.
+A turn is the training steps on one rollout. A feed is a function of the state and the step, so a stopped run goes on bit for bit.
 """
 
 import dataclasses
@@ -30,50 +30,50 @@ Fed = tuple[TrainState, dict[str, Any], Seen]
 
 
 class Feed(Protocol):
-    """The batches of a run's training program, see `alignax.run.state.abstract_batches`."""
+    """A source of the batches that a run's training program takes, see `alignax.run.state.abstract_batches`."""
 
-    waits: bool  # whether a turn ends when the device is done, rather than when it has been given its work
+    waits: bool  # whether the host waits for the device at the end of a turn
 
     def __call__(self, state: TrainState, step: int) -> Fed:
-        """The state, the batches that training step `step` begins with, and what is seen of them."""
+        """The state, the batches of the turn that begins with training step `step`, and metrics of these batches."""
         ...
 
     def after(self, state: TrainState, metrics: Seen) -> tuple[TrainState, Seen]:
-        """The state after the steps on these batches, and what is seen of the time between; `metrics` are those of the steps."""
+        """The state after the steps on these batches, and further metrics, such as times; `metrics` are those of the steps."""
         ...
 
 
 def make_feed(run: Run, held: Held, programs: Mapping[str, Program], look: Callable[[], None] = lambda: None) -> Feed:
-    """The feed that the config asks for; `look` is called while it samples, and may raise to leave."""
+    """The feed that the config asks for. `look` is called while the feed samples; it may raise an exception to end that."""
     if not run.config.rollout.samples:
         return Offline(run)
     return (Ahead if run.config.rollout.ahead else Online)(run, held, Rollouts(run, look, Scorers(run, held, programs, ROLLOUT)))
 
 
 class Offline:
-    """A batch of the data for every step."""
+    """A feed of data: one batch for every step."""
 
     waits = False
 
     def __init__(self, run: Run):
-        """Draws nothing yet."""
+        """Draws no batch yet."""
         self.run, self.draw = run, run.data.train.batch
         if run.policy.members:
             streams = members.member_batches(run.data.train, run.policy.members, run.config.ensemble.own_noise)
             self.draw = functools.partial(members.member_batch, streams)
 
     def __call__(self, state: TrainState, step: int) -> Fed:
-        """The batch of step `step`."""
+        """The unchanged state, the batch of training step `step`, and no metrics."""
         batch = meshes.put_batch(self.run.mesh, functools.partial(self.draw, step), *batch_sizes(self.run))
         return state, {DATA: batch}, {}
 
     def after(self, state: TrainState, metrics: Seen) -> tuple[TrainState, Seen]:
-        """Nothing more is seen; the device may go on by itself."""
+        """The unchanged state and no metrics; does not wait for the device."""
         return state, {}
 
 
 class Online:
-    """A rollout of the policy as it stands, and texts to pretrain on beside it."""
+    """A feed of rollouts of the current policy, with pretraining batches if the run has such data."""
 
     waits = True
 
@@ -82,13 +82,13 @@ class Online:
         self.run, self.held, self.rollouts, self.compiled = run, held, rollouts, Compiled()
 
     def __call__(self, state: TrainState, step: int) -> Fed:
-        """The rollout before step `step`, and what is seen of it."""
+        """The state, the rollout before training step `step` with any pretraining batches, and metrics of the rollout."""
         self._begin()
         batch, metrics = self.rollouts(state, self.held, step)
         return self._fed(state, step, batch, metrics)
 
     def after(self, state: TrainState, metrics: Seen) -> tuple[TrainState, Seen]:
-        """How long the device took, once it is done, and what else took time."""
+        """Waits for the device; returns the state, how long each part of the turn took, and the number of compilations."""
         jax.block_until_ready((state, metrics))
         return state, self._timed()
 
@@ -111,7 +111,7 @@ class Online:
         return times | host
 
     def _pretraining(self, step: int) -> dict[str, Batch]:
-        """The batches that the steps from `step` to the next rollout take beside theirs: [steps, B, 1, T], a function of the step."""
+        """The pretraining batches of the steps from `step` to the next rollout: [steps, B, 1, T], a function of the step."""
         stream = self.run.data.pretrain
         if stream is None:
             return {}
@@ -125,15 +125,15 @@ class Online:
 
 
 class Ahead(Online):
-    """What the policy said a turn ago, while the host judges what it says now; that waits in the carry.
+    """A feed of rollouts that were sampled a turn ago: while the device learns, the host judges the next rollout, kept in the carry.
 
-    `time/learn` is how long the device went on after the host was done. Before the first turn and after the last there is nothing to
-    overlap. Where a signal ends the wait for rewards, or there are none, the state before is given away: the turn is brought to its end,
-    and what was sampled is judged before the next.
+    `time/learn` is how long the device went on after the host was done. Nothing overlaps before the first turn and after the last. If a
+    signal ends the wait for rewards, or rewards fail, the turn is still completed, because its first state is donated to the training
+    program by then. The rollout is kept without rewards, and judged before the next turn.
     """
 
     def __call__(self, state: TrainState, step: int) -> Fed:
-        """What was sampled a turn ago, and is judged by now; and the next rollout is sampled."""
+        """The state, the rollout that was sampled a turn ago, and its metrics if they are new; also samples the next rollout."""
         self._begin()
         carry = dict(state.carry)
         batch = carry.pop(AHEAD)
@@ -143,7 +143,7 @@ class Ahead(Online):
         if waits is not None:
             batch, seen = self.rollouts.judge(waits)
             self._note(seen)
-            newest = seen if step == 0 else {}  # what waited for its rewards was told of when it was sampled
+            newest = seen if step == 0 else {}  # an unjudged rollout's metrics were logged after it was sampled
         following = step + steps_of_turn(self.run.config)
         self.batch: Batch = batch
         self.sampled: Sampled | None = self.rollouts.sample(state, self.held, following) if following < self.run.steps else None
@@ -151,7 +151,7 @@ class Ahead(Online):
         return state, batches, newest
 
     def after(self, state: TrainState, metrics: Seen) -> tuple[TrainState, Seen]:
-        """Judges what was sampled, while the device learns."""
+        """Judges the next rollout while the device learns, then waits for the device; the state with that rollout, and metrics."""
         newest: Seen = {}
         if self.sampled is not None:
             try:
@@ -165,10 +165,10 @@ class Ahead(Online):
 
 
 class Compiled:
-    """Counts the programs that are compiled from now on. jax keeps its listeners, so this holds nothing else."""
+    """A counter of the programs compiled from now on. jax keeps listeners forever, so the counter refers to nothing else."""
 
     def __init__(self):
-        """Starts at 0."""
+        """Starts the count at 0."""
         self.programs = 0
         jax.monitoring.register_event_duration_secs_listener(self._listen)
 

@@ -1,4 +1,4 @@
-"""Rewards of completions by the functions of an experiment, which run in processes of the host: fields of a rollout's batch."""
+"""Rewards of completions from the reward functions of an experiment, which run in host processes, as fields of a rollout's batch."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -20,48 +20,48 @@ from alignax.text import short
 
 T = TypeVar("T")
 Models = Mapping[str, list[Any]]
-MOST = 1e15  # that a reward may be from 0: squares of larger ones, summed over a rollout, overflow float32
+MOST = 1e15  # largest magnitude of a reward: squares of larger ones, summed over a rollout, overflow float32
 
 
 class RewardFailed(RuntimeError):
-    """A reward function that raises, hangs, or gives what is no number, where `rollout.bad_rewards` is "error"."""
+    """A reward function raised, timed out or returned no valid number, and `rollout.bad_rewards` is "error"."""
 
 
 class Said(NamedTuple):
-    """R completions as reward functions see them, those of a prompt, `group` of them, one after another."""
+    """R completions in the form that reward functions get; the `group` completions of one prompt are adjacent."""
 
-    rows: Sequence[int] | np.ndarray  # of the data
+    rows: Sequence[int] | np.ndarray  # [R] row of the data that each completion answers
     texts: list[str]
     ids: Sequence[np.ndarray]
-    logps: Sequence[np.ndarray]  # of these tokens, by the sampler
+    logps: Sequence[np.ndarray]  # the sampler's log-probs of these tokens
     group: int
-    models: Models  # what frozen models say of each completion, by name
+    models: Models  # by name of a frozen model: its values, one for each completion
 
 
 class Found(NamedTuple):
-    """What the functions of `reward` or `gold` say of R completions."""
+    """The numbers that the functions of `reward` or `gold` return for R completions."""
 
-    numbers: np.ndarray  # [R, K] float32, NaN where there is none
-    problem: str = ""  # what went wrong first, with the name of the function and the line
-    at: int = -1  # with which completion; -1: all together
-    final: bool = False  # whether it would go wrong with any other completions
+    numbers: np.ndarray  # [R, K] float32; NaN: no number
+    problem: str = ""  # the first problem, with the name of the function and the line; "": none
+    at: int = -1  # index of the completion with that problem; -1: all of them together
+    final: bool = False  # whether every other completion would have the problem, too
 
 
 def rewards_of(run: Run, hook: str, answers: Answers, models: Models) -> dict[str, np.ndarray]:
-    """The fields of a batch that `reward` or `gold` of the experiment writes, of completions of rows of the data.
+    """The batch fields of completions that `reward` or `gold` of the experiment computes.
 
-    `gold` or `rewards` [B, N] float32; of numbers with names `scores` [B, N, K], and where these have weights `rewards`, their sum over
-    those that there are. NaN where there is none. See `alignax.host.functions.reward_fields`.
+    One number per completion: `gold` or `rewards` [B, N] float32. Several named numbers: `scores` [B, N, K], and, if they have weights,
+    `rewards`, the weighted sum of the numbers that are not NaN. NaN means no number. See `alignax.host.functions.reward_fields`.
 
     Args:
       run: the run.
       hook: "reward" or "gold".
       answers: the completions.
-      models: what frozen models say of them, see `alignax.run.scoring.Scorers.given`.
+      models: values of frozen models for the completions, see `alignax.run.scoring.Scorers.given`.
 
     Raises:
-      RewardFailed: where a function fails, or a completion has no reward, and `rollout.bad_rewards` is "error".
-      Abandoned: in every process, where a signal has ended the wait of the one that asks.
+      RewardFailed: if a function fails or a completion has no reward, and `rollout.bad_rewards` is "error".
+      Abandoned: in every process, if a signal ended the wait of process 0 for the functions.
     """
     functions, B, n = functions_of(run.experiment, hook), len(answers.texts), len(answers.texts[0])
     assert functions is not None
@@ -87,12 +87,12 @@ def rewards_of(run: Run, hook: str, answers: Answers, models: Models) -> dict[st
 
 
 def metrics_of(run: Run, answers: Answers, models: Models) -> dict[str, float]:
-    """`metrics/NAME`: the means of what `metrics` of the experiment says of completions of rows of the data, over those it knows.
+    """The means `metrics/NAME` of the numbers that `metrics` of the experiment returns for completions, over finite numbers.
 
-    A failure costs these completions their metrics, and is told once: what is only seen stops no run.
+    Completions whose call fails have no metrics. The failure is reported once and stops no run, since nothing is trained on metrics.
 
     Raises:
-      Abandoned: in every process, where a signal has ended the wait of the one that asks.
+      Abandoned: in every process, if a signal ended the wait of process 0 for the function.
     """
     functions = functions_of(run.experiment, METRICS)
     if functions is None:
@@ -116,16 +116,16 @@ def metrics_of(run: Run, answers: Answers, models: Models) -> dict[str, float]:
 
 
 def said_of(answers: Answers, models: Models) -> Said:
-    """Completions of rows of the data as functions see them."""
+    """The completions of `answers` in the form that reward functions get."""
     n, completions = len(answers.texts[0]), answers.completions
     ids, logps = ([own for group in x for own in group] for x in (completions.rows(), completions.drawn_rows()))
     return Said(np.repeat(answers.rows, n), [text for group in answers.texts for text in group], ids, logps, n, models)
 
 
 def asked(workers: Workers, ask: Callable[[], T]) -> T | None:
-    """What process 0 finds, which asks for all, as a function may be random, or dear; None in the other processes.
+    """The result of `ask()` in process 0, which alone calls it, as a function may be random or expensive; None in the other processes.
 
-    They wait with it, and tell one another all the while what signal came: one that comes to a single process ends the wait too.
+    All processes wait together and tell each other which signals came: a signal to any one of them ends the wait of all.
     """
     if jax.process_count() == 1:
         return ask()
@@ -143,7 +143,7 @@ def asked(workers: Workers, ask: Callable[[], T]) -> T | None:
 
 
 def ask(run: Run, functions: Functions, examples: Examples, said: Said) -> Found:
-    """What the functions of an experiment say of completions of rows of the data, one function after another."""
+    """The numbers that the functions of an experiment return for completions; the functions are called one after another."""
     strict, count = run.config.rollout.bad_rewards == "error", len(said.texts)
     found = Found(np.full((count, len(functions.names) or 1), np.nan, np.float32))
     for k, function in enumerate(functions.each):
@@ -161,7 +161,7 @@ def ask(run: Run, functions: Functions, examples: Examples, said: Said) -> Found
 
 
 def call_of(run: Run, functions: Functions, k: int, examples: Examples, said: Said) -> Call:
-    """The call of function k, with all that it asks for."""
+    """The call of function k on completions, with all arguments that the function asks for."""
     function, c = functions.each[k], run.config.rollout
     wanted = parameters(function, examples.columns, run.config.models)
     names = ("prompts", "completions", *wanted.named) if wanted.positional else wanted.named
@@ -181,7 +181,7 @@ def call_of(run: Run, functions: Functions, k: int, examples: Examples, said: Sa
 
 
 def combined(functions: Functions, numbers: np.ndarray) -> np.ndarray:
-    """The weighted sum of numbers [R, K] over those that there are, NaN where there is none; without weights NaN where one is not there."""
+    """The weighted sum of the numbers that are not NaN, NaN if all are: [R, K] -> [R]; without weights NaN if any number is NaN."""
     if not functions.weights:
         return numbers.sum(axis=-1)
     known = ~np.isnan(numbers)
@@ -190,12 +190,12 @@ def combined(functions: Functions, numbers: np.ndarray) -> np.ndarray:
 
 
 def unusable(functions: Functions, numbers: np.ndarray) -> np.ndarray:
-    """Which completions have no reward, or a number that none may be: [R, K] -> [R] bool."""
+    """The mask of completions that have no valid reward, or a number that is too large: [R, K] -> [R] bool."""
     return ~(np.abs(combined(functions, numbers)) <= MOST) | (np.abs(numbers) > MOST).any(axis=-1)
 
 
 def check_found(run: Run, functions: Functions, found: Found, texts: list[str]) -> None:
-    """Raises, or tells the first time, what went wrong, as `rollout.bad_rewards` says."""
+    """Raises RewardFailed if any completion has no valid reward; with `rollout.bad_rewards` "drop" reports that once instead."""
     bad = unusable(functions, found.numbers)
     if not (bad.any() or found.problem):
         return
@@ -213,10 +213,10 @@ def check_found(run: Run, functions: Functions, found: Found, texts: list[str]) 
 
 
 def check_reward(run: Run, hook: str) -> None:
-    """Asks `reward` or `gold` of the experiment once, as a rollout does, of a prompt of the data and the answer that stands there.
+    """Calls `reward` or `gold` of the experiment once, as a rollout does, with a prompt of the data and its stored completion.
 
-    What would stop the run is refused. With `rollout.bad_rewards` "drop" no reward is an answer, and a failure is told, since it may be of
-    that answer alone. Log-probs, and scores of models, are given as 0.
+    Refuses a result that would stop the run. With `rollout.bad_rewards` "drop" a missing reward is allowed, and a failure is only
+    reported, since that completion alone may cause it. Log-probs and values of models are given as 0.
     """
     functions, examples, file = functions_of(run.experiment, hook), run.data.evaluated, run.experiment.file
     assert functions is not None
@@ -236,7 +236,7 @@ def check_reward(run: Run, hook: str) -> None:
 
 
 def check_metrics(run: Run) -> list[str]:
-    """Asks `metrics` of the experiment once, as `check_reward` does, and refuses what fails; the names that it gives."""
+    """Calls `metrics` of the experiment once, as `check_reward` does, refuses a failure, and returns the names of the metrics."""
     functions, examples = functions_of(run.experiment, METRICS), run.data.evaluated
     if functions is None:
         return []
@@ -256,7 +256,7 @@ def check_metrics(run: Run) -> list[str]:
 
 
 def stored_answer(run: Run) -> Said:
-    """A prompt of the data with the answer that stands there, whose log-probs are 0."""
+    """The first prompt of the data with its stored completion; log-probs and values of models are 0."""
     examples = run.data.evaluated
     answer = examples.tokens[: examples.offsets[1]][examples.scored[: examples.offsets[1]]]
     text = run.words.tokenizer.decode(answer, skip_special_tokens=True)
@@ -269,37 +269,37 @@ def stored_answer(run: Run) -> Said:
 
 
 def told(functions: Functions, numbers: np.ndarray) -> str:
-    """The numbers of a completion [K], with their names."""
+    """The numbers [K] of a completion with their names, as text."""
     labels = [f"{name} " for name in functions.names] or [""]
     return ", ".join(f"{label}{x:g}" for label, x in zip(labels, numbers, strict=True))
 
 
 def named(names: Sequence[str], scores: np.ndarray) -> dict[str, float | None]:
-    """The numbers of a completion [K] by their names, for a file; None where there is none."""
+    """The numbers [K] of a completion by name, for a JSON file; None for one that is not finite."""
     return {name: x if np.isfinite(x) else None for name, x in zip(names, scores.tolist(), strict=True)}
 
 
 def rewarded(batch: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Which completions have a reward, or one of several numbers: [B, N] bool."""
+    """The mask of completions that have a reward, or at least one of several numbers: [B, N] bool."""
     return np.asarray(np.isfinite(batch["rewards"][..., None] if "rewards" in batch else batch["scores"]).any(axis=-1))
 
 
 def bad_rewards(batch: Mapping[str, np.ndarray]) -> float:
-    """How many completions have no reward; without weights, those that lack one of several numbers."""
+    """The number of completions without a reward; without weights, of completions that lack any of the several numbers."""
     return float(np.isnan(batch["rewards"][..., None] if "rewards" in batch else batch["scores"]).any(axis=-1).sum())
 
 
 def behind_file(problem: str) -> str:
-    """A problem behind the name of its file: ", line 3: .." or ": .."."""
+    """The text of a problem as it follows the name of a file: ", line 3: .." or ": .."."""
     return (", " if problem.startswith("line ") else ": ") + problem
 
 
 def has_signal(rewards: np.ndarray) -> np.ndarray:
-    """Which groups have two known rewards that differ: [B, N] -> [B] bool."""
+    """The mask of groups that have two known rewards that differ: [B, N] -> [B] bool."""
     known = np.isfinite(rewards)
     return np.where(known, rewards, -np.inf).max(axis=1) > np.where(known, rewards, np.inf).min(axis=1)
 
 
 def known_mean(x: np.ndarray) -> float:
-    """The mean of what is not NaN; NaN where all is."""
+    """The mean of the values that are not NaN; NaN if no value is finite."""
     return float(np.nanmean(x)) if np.isfinite(x).any() else float("nan")

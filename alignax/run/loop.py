@@ -1,4 +1,4 @@
-"""The loop: batch, step, log, evaluate, save; readable top to bottom."""
+"""The training loop: batch, step, log, evaluate, save; readable top to bottom."""
 
 import signal
 import time
@@ -26,14 +26,14 @@ from alignax.types import Metrics, TrainState
 
 
 def fit(started: Started) -> dict[str, dict[str, float]]:
-    """Trains to the end; returns evaluation metrics, {"before": .., "after": ..}.
+    """Trains a run to its end and returns the evaluation metrics, {"before": .., "after": ..}.
 
-    Everything goes into the workdir: `config.py` (runs the same again), `metrics.jsonl`, `samples.jsonl`, `tensorboard/`,
+    All files go into the workdir: `config.py` (an experiment that repeats the run), `metrics.jsonl`, `samples.jsonl`, `tensorboard/`,
     `rollouts.jsonl` (online), `checkpoints/`, `export/`.
 
     Raises:
       SystemExit: 143 after SIGTERM, 130 after Ctrl-C and 129 after SIGHUP, once the state is saved.
-      FloatingPointError: when `max_skipped` steps in a row are not finite, or all there are.
+      FloatingPointError: if `max_skipped` steps in a row are not finite, or no step of the run is.
     """
     run, first = started.run, started.step
     c = run.config.log
@@ -42,7 +42,7 @@ def fit(started: Started) -> dict[str, dict[str, float]]:
     with closing(started.lock), closing(log), closing(run.workers), Stop() as stop:
         for line in summary(run, started.about, first):
             log.line(line)
-        with closing(started.checkpoints):  # waits until the last one is whole
+        with closing(started.checkpoints):  # closing waits until the last checkpoint is complete
             state, results = loop(started, log, stop)
         if int(state.skipped.max()) >= run.steps:
             raise FloatingPointError(
@@ -55,19 +55,19 @@ def fit(started: Started) -> dict[str, dict[str, float]]:
 
 
 def loop(started: Started, log: Log, stop: Stop) -> tuple[TrainState, dict[str, dict[str, float]]]:
-    """The steps that are left, with evaluation and saving between them."""
+    """Takes the remaining steps, with evaluation and saving in between; returns the last state and the evaluation metrics."""
     run, state, first, held, programs, about, checkpoints, _ = started
     config = run.config
     evaluate = Evaluation(run, held, programs, log, stop.look)
-    fresh = not run.config.lora.path  # adapters that were trained before are not their base
-    turn = steps_of_turn(config)  # steps between two looks: 1, or those on a rollout
+    fresh = not run.config.lora.path  # trained adapters already differ from their base
+    turn = steps_of_turn(config)  # steps in each call of the training program: 1, or all on one rollout
     feed, learn = make_feed(run, held, programs, stop.look), programs["train"].call
     observe = Observer(run, log, equal=fresh and about["policy"] == about["reference"])
     results: dict[str, dict[str, float]] = {}
     pending: tuple[int, Metrics, Future[float]] | None = None
-    clock = ThreadPoolExecutor(1)  # a step may be over long before the host looks at it, or after it has given out the next
+    clock = ThreadPoolExecutor(1)  # times the end of a step in a thread, since the host may look much later
     due = lambda every, s: s == run.steps or (every > 0 and s // every > (s - turn) // every)
-    if first == 0 or (due(config.eval.every, first) and not evaluated(log)):  # the run left before the end of that evaluation
+    if first == 0 or (due(config.eval.every, first) and not evaluated(log)):  # stopped before that evaluation ended
         with log.paused(), leaving(started, log, stop, state, first, "the evaluation"):
             scores = evaluate(state, first)
         if first in (0, run.steps):
@@ -84,12 +84,12 @@ def loop(started: Started, log: Log, stop: Stop) -> tuple[TrainState, dict[str, 
         stopping = stop.requested(s // turn, 1 if feed.waits else AGREE)
         evaluating = due(config.eval.every, s)
         saving = due(config.checkpoint.every, s) or (evaluating and config.checkpoint.best)
-        if stopping or evaluating or saving or feed.waits:  # never behind a checkpoint; a turn has waited for the device
+        if stopping or evaluating or saving or feed.waits:  # logged before a checkpoint; a feed that waits has no more to wait for
             with leaving(started, log, stop, state, s, "a rollout"):
                 observe(*pending)
             pending = None
         with log.paused(), leaving(started, log, stop, state, s, "the evaluation"):
-            scores = evaluate(state, s) if evaluating and not stopping else {}  # the next start makes it up
+            scores = evaluate(state, s) if evaluating and not stopping else {}  # done at the next start
             if stopping or saving:
                 checkpoints.save(state, about, scores)
         if stopping:
@@ -102,16 +102,16 @@ def loop(started: Started, log: Log, stop: Stop) -> tuple[TrainState, dict[str, 
 
 
 def over(metrics: Metrics) -> float:
-    """When a step is over, on the clock of `time.monotonic`; waits for it."""
+    """The time when a step ends, on the clock of `time.monotonic`; waits for the step."""
     jax.block_until_ready(metrics)
     return time.monotonic()
 
 
 @contextmanager
 def leaving(started: Started, log: Log, stop: Stop, state: TrainState, step: int, what: str) -> Iterator[None]:
-    """Lets a signal end `what`, a rollout or an evaluation, as if it had come at `step`, after which nothing is learnt yet.
+    """Lets a signal end `what` (a rollout or an evaluation) as if the signal had come right after `step`, the last step learnt.
 
-    Rewards that fail lose nothing of what was learnt before, either.
+    The state after that step is saved, also if a reward function fails.
     """
     workers = started.run.workers
     workers.stop = lambda: stop.signal
@@ -140,5 +140,5 @@ def leaving(started: Started, log: Log, stop: Stop, state: TrainState, step: int
 
 
 def evaluated(log: Log) -> bool:
-    """Whether the step that a run goes on after was evaluated, as process 0 has it in its log."""
+    """Whether the step from which a resumed run goes on was evaluated, according to the log of process 0."""
     return bool(multihost_utils.broadcast_one_to_all(np.array(log.evaluated)))

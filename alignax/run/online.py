@@ -1,7 +1,7 @@
-"""The program of online training: experience once for a rollout, then the shared step on each of its parts.
+"""The program of online training: experience runs once for a rollout, then the shared step runs on each minibatch of it.
 
-A rollout of B = minibatches x batch_size prompts is trained on in minibatches x epochs steps. The first epoch takes its prompts as they
-come, each further one in an order of its own.
+A rollout of B = minibatches x batch_size prompts is trained on in minibatches x epochs steps. The first epoch keeps the order of the
+prompts, each further epoch has a random order of its own.
 """
 
 import dataclasses
@@ -29,13 +29,14 @@ from alignax.run.steps import objectives, taught_apply
 from alignax.train import Apply, make_step
 from alignax.types import Batch, Metrics, Outputs, TrainState, microbatch, readings
 
-LAST = ("skipped_total", "skipped_in_a_row", "learning_rate")  # metrics that are states: of several steps the last one's
+LAST = ("skipped_total", "skipped_in_a_row", "learning_rate")  # metrics that are states: the last step's value counts
 
 
 def make_learn(run: Run) -> Callable[[TrainState, Held, dict[str, Batch]], tuple[TrainState, Metrics]]:
     """The program of online training, `(state, frozen, batches) -> (state, metrics)`; metrics are means over its steps.
 
-    The batches are `rollouts`, and of `pretrain` those of every step. With `log.rollouts` a metric `shown` is what `first_responses` gives.
+    The batches are `rollouts` [B, N, ..] and, with pretraining data, `pretrain`, which has one batch for every step on its first axis. With
+    `log.rollouts` the metric `shown` is the result of `first_responses`.
     """
     c, after, learning = run.config, averaged(run.learning.averages), run.learning
 
@@ -83,10 +84,10 @@ def make_learn(run: Run) -> Callable[[TrainState, Held, dict[str, Batch]], tuple
 
 
 def first_responses(run: Run, batch: Batch) -> Batch:
-    """The first groups of what is trained on, of `log.rollouts` responses or more, whole on every device.
+    """The first b groups of a rollout as it is trained on, `log.rollouts` responses or more, replicated on every device.
 
-    `tokens`, `mask`, `completion_mask` [b, N, T], `prompt_id` [b], and as far as there are any `reward` (before any KL penalty),
-    `advantage` (the mean over scored tokens) and `truncated` [b, N], and of several numbers of `reward(..)` their `scores` [b, N, K].
+    The fields are `tokens`, `mask`, `completion_mask` [b, N, T] and `prompt_id` [b]; if the rollout has them, `reward` (before any KL
+    penalty), `advantage` (the mean over scored tokens) and `truncated` [b, N]; if `reward(..)` gives several numbers, `scores` [b, N, K].
     """
     groups = -(-run.config.log.rollouts // batch["tokens"].shape[1])
     out = {name: batch[name] for name in ("tokens", "mask", "completion_mask", "prompt_id", "truncated") if name in batch}
@@ -102,7 +103,7 @@ def first_responses(run: Run, batch: Batch) -> Batch:
 
 
 def check_corrected(apply: Apply, objective: Objectives, state: TrainState, batch: Batch, minibatches: int) -> None:
-    """Refuses a loss that takes the samples of another policy for the policy's own; on shapes alone."""
+    """Refuses a loss of another policy's samples that does not read `sampled_logps`; traces the loss on shapes alone."""
     name, read = "sampled_logps", set()
 
     def look(state: TrainState, batch: Batch) -> list[jax.Array]:
@@ -118,10 +119,10 @@ def check_corrected(apply: Apply, objective: Objectives, state: TrainState, batc
 
 
 def reads_once(run: Run, state: TrainState, frozen: Held, batch: Batch) -> bool:
-    """Whether the step's own forward pass is all that a rollout needs of the policy that learns from it; on shapes alone.
+    """Whether a rollout needs no forward pass of the policy beside the training step's own; traced on shapes alone.
 
-    So it is where there is one step on a rollout, all of whose ratios are 1, and where what comes before it asks the policy for nothing: no
-    critic, and neither an experience nor a loss that reads what the policy said of the rollout, nor other responses in the rollout's place.
+    True if all of this holds: the rollout is on-policy and has a single step, so all ratios are 1; there is no critic; neither the
+    experience nor the loss reads `old_logps` or `old_entropy`; and the experience keeps the sampled responses.
     """
     if steps_of_turn(run.config) > 1 or off_policy(run) or run.config.model.critic:
         return False
@@ -140,15 +141,15 @@ def reads_once(run: Run, state: TrainState, frozen: Held, batch: Batch) -> bool:
 
 
 def values(apply: Apply, losses: Iterable[Loss], state: TrainState, batch: Batch) -> list[jax.Array]:
-    """The losses of a batch."""
+    """The values of several losses on a batch, each []."""
     out = apply(state.params, batch)
     return [loss(out, batch, loss.normalised(batch))[0] for loss in losses]
 
 
 def make_judge(run: Run) -> Callable[[TrainState, Held, Batch], Metrics]:
-    """The program `(state, frozen, samples) -> metrics`, each []: what experience and the reference say of samples.
+    """The program that judges samples by experience and reference, `(state, frozen, samples) -> metrics`, each [].
 
-    `reward_se` is the standard error of `reward`, that of the prompts' means; no number of a single prompt.
+    `reward_se` is the standard error of `reward`, from the means per prompt (ddof 1); NaN for a single prompt.
     """
 
     def judge(state: TrainState, frozen: Held, batch: Batch) -> Metrics:
@@ -166,39 +167,40 @@ def make_judge(run: Run) -> Callable[[TrainState, Held, Batch], Metrics]:
 
 
 def experienced(run: Run, state: TrainState, frozen: Held, batch: Batch, parts: int) -> tuple[dict[str, Any], Batch, Metrics, Metrics]:
-    """The next carry, a rollout with `old_logps`, `old_entropy`, a critic's `values` and all that experience writes, and metrics.
+    """The next carry, the rollout after experience, metrics of the rollout, and metrics that the experience reports.
 
-    The metrics are those of the rollout, and apart from them those that the experience reports.
+    The policy's forward pass, in `parts` parts, first adds `old_logps`, `old_entropy` and a critic's `values` to the rollout.
     """
     policy = policy_model(run.roles, frozen, state.params)
     outputs = lambda part: policy.apply(policy.params, part)
     out = in_parts(outputs, batch, parts)
-    sampled = scored(run, batch, out)  # an experience may put other responses in their place
+    sampled = scored(run, batch, out)  # before experience, which may replace the responses
     batch = batch | {"old_logps": out.logps, "old_entropy": out.entropy} | ({} if out.values is None else {"values": out.values})
     carry, batch, reported = advance(make_experience(run, frozen, state), state.carry, batch)
     return carry, batch, sampled | measured(batch, off_policy(run), names_of(run.experiment)), reported
 
 
 def scored(run: Run, batch: Batch, out: Outputs) -> Metrics:
-    """What is seen of a rollout beside what the policy's forward pass says of it."""
+    """Metrics of a rollout and of the policy's outputs `out` for it."""
     return measured(batch | {"old_logps": out.logps}, off_policy(run), names_of(run.experiment)) | {
         "entropy": per_token(out.entropy, batch)
     }
 
 
 def measured(batch: Batch, other: bool = False, names: Sequence[str] = ()) -> Metrics:
-    """What is seen of a rollout, over responses with a scored token: each []. `other`: another policy has sampled it.
+    """Metrics of a rollout, each [], over responses with a scored token.
 
-    `sampler_kl`, of another's rollout: an estimate of KL(sampler || policy) in nats, summed over a response; importance weights then make
-    `kl` and `kl_k3` the policy's. `sampler_gap`, of its own: by how much its log-probs as a sampler differ from those of the forward pass
-    that trains.
+    `sampler_kl`, if another policy sampled the rollout (`other`): an estimate of KL(sampler || policy) in nats, summed over a response.
+    Importance weights then correct `kl` and `kl_k3`. `sampler_gap`, if the policy itself sampled: the largest difference between its
+    log-probs at sampling time and in the forward pass.
 
     `kl` and `kl_k3`: estimates of KL(policy || reference) in nats, summed over a response (Schulman 2020, "Approximating KL
     divergence"): k1 = sum_t lr and k3 = sum_t exp(-lr) - 1 + lr, lr = log pi - log ref; both unbiased, k1 signed, k3 >= 0.
-    `reward`, `reward_std`: of the responses, NaN where none has one, and within a group. `bad_rewards`: responses without one.
-    `signal_rate`: the share of groups whose rewards differ. `score/member_k`, `disagreement`: of an ensemble. `score/NAME`: of several
-    numbers of `reward(..)`, which `names` are of, the mean of each over the responses that have it.
-    `judge_cut`: responses whose end the reward models do not read.
+    `reward`: the mean over responses, NaN if none has a reward. `reward_std`: the mean standard deviation within a group (ddof 0).
+    `bad_rewards`: the number of responses without a reward. `signal_rate`: the share of groups whose rewards differ.
+    `score/member_k`, `disagreement`: mean score of each ensemble member, and the members' mean standard deviation (ddof 0).
+    `score/NAME`: mean of each number of `reward(..)`, with a name of `names`, over the responses that have it.
+    `judge_cut`: the number of responses whose end the reward models do not read.
     """
     real = batch["completion_mask"].any(axis=-1)  # [B, N]
     mean = lambda x: jnp.where(real, x, 0.0).sum() / jnp.maximum(real.sum(), 1)
@@ -207,7 +209,7 @@ def measured(batch: Batch, other: bool = False, names: Sequence[str] = ()) -> Me
     if "sampled_logps" in batch and other:
         distance = sequence(batch["sampled_logps"] - batch["old_logps"], batch)
         out["sampler_kl"] = mean(distance)
-        # Of mean 1, and finite however far the two are.
+        # A softmax gives weights with mean 1 that stay finite however far apart the two policies are.
         weights = real.sum() * jax.nn.softmax(jnp.where(real, -distance, -jnp.inf), axis=None)
     elif "sampled_logps" in batch:
         out["sampler_gap"] = sampler_gap(batch["old_logps"], batch)
@@ -240,7 +242,7 @@ def measured(batch: Batch, other: bool = False, names: Sequence[str] = ()) -> Me
 
 
 def known_rewards(batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Rewards of responses, without a KL penalty and of all that were sampled, 0 where there is none; and where there are some: [B, N]."""
+    """Rewards [B, N] of all sampled responses before any KL penalty, 0 where unknown, and the mask [B, N] of the known ones."""
     rewards = batch.get("raw_rewards", batch["rewards"])
     rewards = batch.get("group_rewards", jnp.where(batch["completion_mask"].any(axis=-1), rewards, jnp.nan))
     known = jnp.isfinite(rewards)
@@ -248,12 +250,12 @@ def known_rewards(batch: Batch) -> tuple[jax.Array, jax.Array]:
 
 
 def per_token(x: jax.Array, batch: Batch) -> jax.Array:
-    """The mean of [B, N, T] over scored tokens."""
+    """The mean of x [B, N, T] over scored tokens: []."""
     return jnp.where(batch["completion_mask"], x, 0.0).sum() / jnp.maximum(lengths(batch).sum(), 1)
 
 
 def pooled(metrics: Metrics) -> Metrics:
-    """Of metrics [U] of several steps: means; skipped steps counted; of states the last."""
+    """One value for each metric [U] of U steps: its mean; for `skipped` the sum, for `finite/` whether all are, for states the last."""
     out = {}
     for name, x in metrics.items():
         out[name] = x[-1] if name in LAST else x.all() if name.startswith("finite/") else x.sum() if name == "skipped" else jnp.mean(x)
