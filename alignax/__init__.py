@@ -15,9 +15,9 @@ moved.install()
 
 
 def __getattr__(name: str) -> Any:
-    """A module of the library, one of the names of `alignax.public`, or one that had another place, see `alignax.moved`.
+    """A module of the library, a name of `alignax.public`, or a former name, see `alignax.moved`; imported when it is first used.
 
-    They are imported when they are asked for: jax takes a second, in which the command line must already know what Ctrl-C means.
+    Importing jax takes a second, and the command line must handle Ctrl-C before.
     """
     if name.startswith("__") and name != "__all__":
         raise AttributeError(f"module 'alignax' has no attribute {name!r}")

@@ -1,6 +1,6 @@
-"""What once had another name or place: it is still found there, with a warning that says where it is now.
+"""Former names of modules and functions: they still work, with a warning that says the present name.
 
-`import alignax.rules` imports `alignax.rewards.rules`; `alignax.kl_k3` is `alignax.losses.kl_k3`.
+For example, `import alignax.rules` imports `alignax.rewards.rules`, and `alignax.kl_k3` is `alignax.losses.kl_k3`.
 """
 
 import importlib
@@ -12,7 +12,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-HOMES = ("losses", "experience", "averages")  # modules of which `alignax` once offered more than it does
+HOMES = ("losses", "experience", "averages")  # modules whose names were all names of `alignax` once
 PLACES = {
     "blame": "config.blame", "calls": "host.calls", "checkpoint": "run.checkpoint", "checks": "run.checks", "commands": "cli.commands",
     "comparison": "cli.comparison", "defaults": "config.defaults", "ensemble": "rewards.members", "evaluate": "run.evaluation",
@@ -21,19 +21,19 @@ PLACES = {
     "reference": "run.reference_cache", "reward_commands": "cli.reward_commands", "ridge": "rewards.ridge", "rollout": "run.rollout",
     "routed": "rewards.routed", "rules": "rewards.rules", "saved": "run.saved", "start": "run.start", "workers": "host.workers",
 }  # fmt: skip
-FUNCTIONS = ("fit", "prepare", "start")  # former modules whose names are those of functions of `alignax`
+FUNCTIONS = ("fit", "prepare", "start")  # former modules with the names of functions of `alignax`
 
 
 class Moved(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds a module of `PLACES` by its former name."""
+    """An import finder and loader for the former names of modules in `PLACES`."""
 
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        """A spec for a former name, None for every other."""
+        """The spec of a module with a former name; None for any other name."""
         package, _, name = fullname.rpartition(".")
         return ModuleSpec(fullname, self) if package == "alignax" and name in PLACES else None
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        """The module in its present place."""
+        """Imports the module from its present place, with a warning."""
         place = "alignax." + PLACES[spec.name.rpartition(".")[2]]
         warnings.warn(f"{spec.name} has moved: import {place}", DeprecationWarning, stacklevel=2)
         module = importlib.import_module(place)
@@ -41,17 +41,17 @@ class Moved(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        """Nothing: the module has run. Its own spec comes back, which the import has replaced."""
+        """Restores the module's own spec, which the import has replaced. The module has run already."""
         module.__spec__ = self.own
 
 
 def offered() -> dict[str, str]:
-    """Names that `HOMES` offer, and which of them does."""
+    """The public names of the modules in `HOMES`, each with its module."""
     return {name: f"alignax.{home}" for home in HOMES for name in importlib.import_module(f"alignax.{home}").__all__}
 
 
 def found(name: str) -> Any:
-    """A module or a name of `HOMES` that is asked for as one of `alignax`."""
+    """A moved module, or a public name of a module in `HOMES`, looked up as an attribute of `alignax`."""
     if name in PLACES:
         return importlib.import_module(f"alignax.{name}")
     if (home := offered().get(name)) is None:
@@ -64,13 +64,13 @@ class Package(ModuleType):
     """The package `alignax`, whose functions stay where they are: `from alignax.fit import fit` binds no module to `alignax.fit`."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Sets an attribute, unless it is a former module in the place of a function."""
+        """Sets an attribute, unless a former module would replace a function."""
         if not (name in FUNCTIONS and isinstance(value, ModuleType)):
             super().__setattr__(name, value)
 
 
 def install() -> None:
-    """Lets imports find former names, behind all others."""
+    """Makes imports find former names, after all other names."""
     sys.modules["alignax"].__class__ = Package
     if not any(isinstance(finder, Moved) for finder in sys.meta_path):
         sys.meta_path.append(Moved())

@@ -1,4 +1,4 @@
-"""A jitted function with the shapes that it is called with: it can be checked and compiled before there is an array."""
+"""A jitted function together with the shapes of its arguments: it can be checked and compiled before any array exists."""
 
 from typing import Any, NamedTuple
 
@@ -12,15 +12,15 @@ class Program(NamedTuple):
     arguments: tuple[Any, ...]  # shapes, types and shardings
 
     def shapes(self) -> Any:
-        """Shapes of what the function returns. The function is traced; nothing is compiled."""
+        """The shapes of the function's results. The function is traced; nothing is compiled."""
         return jax.eval_shape(self.call, *self.arguments)
 
     def compiled(self, platform: str) -> Any:
         """The program compiled for a platform, with `memory_analysis()` and `as_text()`. No array is made.
 
-        Its FLOP count is of no use: a loop's body is counted once.
+        Do not use its FLOP count: it counts the body of a loop only once.
 
         Raises:
-          jax.errors.JaxRuntimeError: RESOURCE_EXHAUSTED, where the memory of a TPU does not hold the program.
+          jax.errors.JaxRuntimeError: RESOURCE_EXHAUSTED, if the program does not fit into the memory of a TPU.
         """
         return self.call.trace(*self.arguments).lower(lowering_platforms=(platform,)).compile()

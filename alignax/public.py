@@ -1,6 +1,6 @@
-"""All that `alignax` offers by itself: the everyday names, what a loop by hand needs, and the namespaces that hold the others.
+"""The public names of `alignax`: everyday names, the parts of a training loop by hand, and the namespaces with all further names.
 
-`alignax.dpo` is `alignax.losses.dpo`; `alignax.losses.kl_k3` is to be had there alone.
+For example, `alignax.dpo` is `alignax.losses.dpo`, while `kl_k3` is only in `alignax.losses`.
 """
 
 from alignax import data, experience, generate, losses, rewards

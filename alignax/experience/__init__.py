@@ -1,3 +1,5 @@
+"""Experience functions, which write fields of a batch that carry no gradient: reference log-probs, rewards, advantages and returns."""
+
 from alignax.experience.advantages import batch_scaled as batch_scaled
 from alignax.experience.advantages import gae as gae
 from alignax.experience.advantages import gdpo as gdpo

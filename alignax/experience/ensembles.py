@@ -83,15 +83,15 @@ class _Score:
 
 
 mean = Aggregate(lambda scores: jnp.mean(scores, axis=0))
-"""The members' mean."""
+"""The mean of the members' scores."""
 
 median = Aggregate(lambda scores: jnp.median(scores, axis=0))
-"""The members' median, which a minority of them cannot move far; of an even K the mean of the middle two."""
+"""The median of the members' scores, which a minority of members cannot move far; for an even K, the mean of the middle two."""
 
 wco = Aggregate(lambda scores: jnp.min(scores, axis=0))
 """Worst-case optimisation: the lowest of the members' scores (Coste et al. 2023, arXiv:2310.02743, eq. 4).
 
-Only the lowest member has a gradient; of several lowest each an equal share.
+Only the lowest member has a gradient; several members with the lowest score share it equally.
 """
 
 

@@ -16,8 +16,8 @@ class Answers(NamedTuple):
     """Completions of B prompts of the data, N each, with their texts."""
 
     examples: Examples  # the data
-    rows: np.ndarray  # [B] of the data, which the prompts are of
-    prompts: Sequence[Sequence[int]]  # in the policy's tokens
+    rows: np.ndarray  # [B] rows of the data that hold the prompts
+    prompts: Sequence[Sequence[int]]  # [B] token ids of the policy's tokenizer
     completions: Completions
     texts: list[list[str]]  # [B][N], without special tokens and stop strings
 

@@ -1,4 +1,7 @@
-"""Prompts to completions: the host's loop over the two programs. It decides by what every process sees alike, so it runs on any mesh."""
+"""Sampling of completions for prompts: the host's loop over the prefill and decode programs.
+
+The loop's decisions depend only on data that all processes have, so it runs on any mesh.
+"""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -21,42 +24,42 @@ Prompts = Sequence[Sequence[int]]
 
 
 class Completions(NamedTuple):
-    """Completions of B prompts, n each, on the host; arrays are 0 and False after the end."""
+    """Sampled completions of B prompts, n each, on the host; arrays are 0 and False after a completion's end."""
 
-    tokens: np.ndarray  # [B, n, C] int32, with the stop id, or the tokens of the stop string, at their end
-    mask: np.ndarray  # [B, n, C] bool
-    logps: np.ndarray  # [B, n, C] float32, of the speaker's own distribution, in nats
+    tokens: np.ndarray  # [B, n, C] int32, with the stop id, or the tokens of the stop string, at the end
+    mask: np.ndarray  # [B, n, C] bool, True at the tokens of a completion
+    logps: np.ndarray  # [B, n, C] float32, log-probs under the speaker's own distribution, in nats
     ended: np.ndarray  # [B, n] text: STOP_ID, STOP_STRING or LENGTH
     sampling: Sampling
-    steps: int  # decoding steps of all rows that it took
+    steps: int  # decoding steps in all; a step decodes all rows
     prefills: int  # calls of the prefill program
-    drawn: np.ndarray | None = None  # [B, n, C] float32, of what was sampled from (0 where it is greedy); None: the same as `logps`
-    of_model: bool = True  # whether the speaker's distribution is one model's: neither combined nor processed
+    drawn: np.ndarray | None = None  # [B, n, C] float32, log-probs that tokens were sampled with (greedy: 0); None: equal to `logps`
+    of_model: bool = True  # whether the speaker's distribution is that of one model, neither combined nor processed
 
     @property
     def exact(self) -> bool:
-        """Whether samples are drawn from a model's own distribution, so that its log-probs are those of the samples."""
+        """Whether the completions are samples of a model's own distribution, so that `logps` are the log-probs of sampling."""
         return self.sampling.exact and self.of_model
 
     def rows(self) -> list[list[np.ndarray]]:
-        """The tokens of each prompt's completions."""
+        """The tokens of each prompt's completions, [B][n] arrays without padding."""
         return [[t[m] for t, m in zip(*pair, strict=True)] for pair in zip(self.tokens, self.mask, strict=True)]
 
     def drawn_rows(self) -> list[list[np.ndarray]]:
-        """The log-probs that the tokens of each prompt's completions were sampled with."""
+        """The log-probs that the tokens of each prompt's completions were sampled with, [B][n] arrays without padding."""
         drawn = self.logps if self.drawn is None else self.drawn
         return [[x[m] for x, m in zip(*pair, strict=True)] for pair in zip(drawn, self.mask, strict=True)]
 
     def answers(self) -> list[list[np.ndarray]]:
-        """The tokens of each prompt's completions, without the stop id that has ended them."""
+        """The tokens of each prompt's completions without a stop id at the end, [B][n] arrays."""
         return [[bare(*one) for one in zip(*pair, strict=True)] for pair in zip(self.rows(), self.ended, strict=True)]
 
 
 class Generator:
     """A sampler of one static shape: its two programs are compiled at the first call, and serve any parameters and any prompts that fit.
 
-    Another number of prompts, of samples, another key or other stop strings compile nothing; another `Shape`, `Sampling`, set of stop
-    ids or speaker is another Generator.
+    Another key, other stop strings, or another number of prompts or samples need no compilation. Another `Shape`, `Sampling`, set of
+    stop ids or speaker needs another Generator.
     """
 
     def __init__(
@@ -71,21 +74,21 @@ class Generator:
         cache_dtype: str = "",
         mesh: Mesh | None = None,
     ):
-        """Checks everything; computes nothing.
+        """Checks all arguments; computes nothing.
 
         Args:
-          model: what is sampled from, several models together say, see `alignax.generate.speakers`; a model's config is
-            `speaker(config, dtype, cache_dtype, mesh)`.
-          shape: see `shape_for`.
-          sampling: default: the model's own distribution.
-          stop_ids: tokens that end a completion.
-          stops: strings that do.
-          dtype: of a config's activations, default float32; of a speaker it is known, and so are the next two.
-          cache_dtype: "float32", "bfloat16" or "int8"; empty: that of activations.
-          mesh: of the parameters; None for one device.
+          model: the speaker to sample from, such as several models combined, see `alignax.generate.speakers`; the config of a model
+            stands for `speaker(config, dtype, cache_dtype, mesh)`.
+          shape: the static sizes, see `shape_for`.
+          sampling: how to sample; default: from the speaker's own distribution.
+          stop_ids: ids of the tokens that end a completion.
+          stops: strings that end a completion.
+          dtype: dtype of activations, default float32. This argument and the next two go with a model's config; a speaker has its own.
+          cache_dtype: dtype of the cache, "float32", "bfloat16" or "int8"; empty: the dtype of activations.
+          mesh: the mesh of the parameters; None for one device.
 
         Raises:
-          ValueError: for sizes, ids or dtypes that cannot be.
+          ValueError: for sizes, ids or dtypes that are not possible.
         """
         if isinstance(model, Speaker):
             if (dtype, cache_dtype, mesh) != (None, "", None):
@@ -104,23 +107,23 @@ class Generator:
         self._decode = jax.jit(self.engine.decode, donate_argnums=1, out_shardings=(state, emitted))
 
     def __call__(self, params: Any, prompts: Prompts, key: jax.Array, n: int = 1, look: Callable[[], None] = lambda: None) -> Completions:
-        """Samples `n` completions of each prompt. Every process calls it with the same prompts.
+        """Samples `n` completions of each prompt. Every process calls this function with the same prompts.
 
         Args:
-          params: the speaker's, on the mesh; they may be those of another training step at every call.
-          prompts: token ids of each.
-          key: of the random streams, which are those of (key, prompt's number, sample's number, position).
-          n: completions of each prompt; it is read once for all of them.
-          look: called between two programs; what it raises ends the call.
+          params: the speaker's parameters, on the mesh; every call may have those of another training step.
+          prompts: token ids of each prompt.
+          key: PRNG key; the random numbers depend on the key, the prompt's number, the sample's number and the position.
+          n: completions of each prompt; the prompt is prefilled once for all of them.
+          look: called between two programs; an exception that it raises ends the call.
 
         Raises:
-          ValueError: for n below 1, and for empty or too long prompts.
+          ValueError: for n below 1, for no prompts, for empty or too long prompts, and for token ids outside the vocabulary.
         """
         check_prompts(self.shape.prompt, self.speaker.vocab_size, prompts, n)
         return Batching(self, params, prompts, key, n).run(look)
 
     def programs(self, params: Any) -> dict[str, Program]:
-        """The programs of generation by name, "prefill" and "decode", with the shapes that they are called with.
+        """The programs of the generator by name, "prefill" and "decode", with the shapes of their arguments.
 
         Args:
           params: shapes, types and (with a mesh) shardings of the speaker's parameters.
@@ -136,7 +139,7 @@ class Generator:
         return {"prefill": prefill, "decode": Program(self._decode, (params, *arguments, entries, whole(S, dtype=jnp.bool_), key, whole()))}
 
     def place(self, x: Any) -> Any:
-        """A small host array on every device."""
+        """Puts a small host array on every device."""
         if self.mesh is None:
             return x
         x = np.asarray(x)
@@ -144,17 +147,17 @@ class Generator:
 
 
 class Batching:
-    """One call of a generator: which completion has which row."""
+    """The state of one call of a generator: completions so far, and which completion each row decodes."""
 
     def __init__(self, generator: Generator, params: Any, prompts: Prompts, key: jax.Array, n: int):
-        """Nothing is computed yet."""
+        """Allocates the arrays; reads no prompt yet."""
         self.own, self.params, self.prompts, self.n, shape = generator, params, prompts, n, generator.shape
         self.key = np.asarray(jax.random.key_data(key).addressable_data(0))
         self.state: State = generator._empty()
         self.staged: Staged | None = None
-        self.block = -1  # the prompts block * Q .. block * Q + Q - 1 are staged
-        self.waiting = 0  # the next completion to begin, of prompt waiting // n
-        self.owner = np.full(shape.slots, -1)  # the completion that a row makes
+        self.block = -1  # prompts block * Q .. block * Q + Q - 1 are staged
+        self.waiting = 0  # number of the next completion to begin; its prompt is waiting // n
+        self.owner = np.full(shape.slots, -1)  # [slots] number of the completion that each row decodes; -1: free
         self.steps = 0
         total = len(prompts) * n
         self.tokens = np.zeros((total, shape.new), np.int32)
@@ -163,12 +166,12 @@ class Batching:
         self.ended = np.full(total, LENGTH, dtype="<U11")
 
     def run(self, look: Callable[[], None]) -> Completions:
-        """Decodes until nothing waits and nothing is alive; `look` is called between two programs."""
+        """Decodes until all completions have ended; `look` is called between two programs."""
         total, shape = len(self.length), self.own.shape
         while self.waiting < total or (self.owner >= 0).any():
             look()
             entries = self.admit()
-            # A row stays empty only for want of prompts: those that are read next are staged before anything is decoded.
+            # A row is free while completions wait only if their prompts are not staged: stage these before any decoding.
             more = self.waiting < total and (self.owner < 0).any()
             alive = self.owner >= 0
             left = shape.new - self.length[self.owner[alive]].min(initial=shape.new)
@@ -181,7 +184,7 @@ class Batching:
         return Completions(tokens, mask, logps, ended, self.own.sampling, self.steps, self.block + 1, drawn, exact)
 
     def admit(self) -> Entries:
-        """Gives free rows to completions whose prompt is staged, after the next block of prompts is read if none of them is."""
+        """Gives free rows to completions with a staged prompt; stages the next block of prompts first if no such completion waits."""
         Q, S = self.own.shape.prefill, self.own.shape.slots
         if self.waiting < len(self.length) and self.waiting // self.n // Q > self.block:
             self.stage()
@@ -197,7 +200,7 @@ class Batching:
         )  # fmt: skip
 
     def stage(self) -> None:
-        """Reads the next block of prompts."""
+        """Stages the next block of prompts: runs the prefill program on them."""
         Q, P = self.own.shape.prefill, self.own.shape.prompt
         self.block += 1
         tokens, lengths = np.zeros((Q, P), np.int32), np.ones(Q, np.int32)
@@ -206,7 +209,7 @@ class Batching:
         self.staged = self.own._prefill(self.params, *map(self.own.place, (tokens, lengths)))
 
     def decode(self, entries: Entries, alive: np.ndarray, steps: int) -> None:
-        """Runs the decoding program, and takes up what it has made."""
+        """Runs the decode program and adds its tokens to the completions."""
         small = jax.tree.map(self.own.place, (entries, alive, self.key, np.int32(steps)))
         self.state, out = self.own._decode(self.params, self.state, self.staged, *small)
         if not steps:
@@ -217,7 +220,7 @@ class Batching:
             self.take(row, *(x[row][real[row]] for x in (made, logps, drawn)))
 
     def take(self, row: int, tokens: np.ndarray, logps: np.ndarray, drawn: np.ndarray) -> None:
-        """Adds tokens to the completion of a row, and frees the row where that ends."""
+        """Adds tokens to the completion of a row, and frees the row if the completion ends."""
         i, stops = self.owner[row], self.own.stops
         begin = int(self.length[i])
         end = begin + len(tokens)
@@ -234,22 +237,22 @@ class Batching:
 
 
 def laid(shapes: Any, layout: Any) -> Any:
-    """Shapes with the shardings of a layout, which may say one for a whole part of the tree, or None for all of it."""
+    """The tree of shapes with the shardings of a layout, where one sharding, or None, may stand for a whole subtree."""
     place = lambda sharding, part: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), part)
     return jax.tree.map(place, layout, shapes, is_leaf=lambda x: x is None or isinstance(x, jax.sharding.Sharding))
 
 
 def shape_for(prompts: int, longest: int, new: int, *, mesh: Mesh | None = None, slots: int = 0, prefill: int = 0, chunk: int = 8) -> Shape:
-    """A shape for so many completions of prompts of at most `longest` tokens.
+    """The shape of a generator for a number of completions of prompts with at most `longest` tokens.
 
     Args:
-      prompts: completions in all.
-      longest: P.
-      new: C.
-      mesh: rows are a multiple of its batch shards.
+      prompts: number of completions in all: prompts times samples of each.
+      longest: P, the length of the longest prompt.
+      new: C, the largest length of a completion.
+      mesh: the mesh of the generator; default numbers of rows are multiples of its batch shards.
       slots: rows that are decoded at once; 0: as many as there are completions, at most 64.
-      prefill: prompts that are read at once; 0: a quarter of the rows.
-      chunk: steps between two looks at what has ended.
+      prefill: prompts that are prefilled at once; 0: a quarter of the rows.
+      chunk: decoding steps after which the host looks which completions have ended.
     """
     shards = 1 if mesh is None else meshes.batch_shards(mesh)
     whole = lambda count: -(-max(count, 1) // shards) * shards
@@ -258,7 +261,7 @@ def shape_for(prompts: int, longest: int, new: int, *, mesh: Mesh | None = None,
 
 
 def check(own: Speaker, shape: Shape, stop_ids: Sequence[int]) -> None:
-    """Refuses what no generator can be."""
+    """Refuses sizes, stop ids and lengths that no generator of the speaker can have."""
     for field, value in dataclasses.asdict(shape).items():
         if value < 1:
             raise ValueError(f"{field} is {value} in {shape}; it must be 1 or more")
@@ -272,12 +275,12 @@ def check(own: Speaker, shape: Shape, stop_ids: Sequence[int]) -> None:
 
 
 def check_room(config: ModelConfig, prompt: int, new: int, field: str = "max_new_tokens") -> None:
-    """Refuses completions beyond what a model samples up to, see `alignax.generate.speakers.positions`."""
+    """Refuses prompts and completions that exceed a model's positions, see `alignax.generate.speakers.positions`."""
     check_length(positions(config), prompt, new, field)
 
 
 def check_length(most: int, prompt: int, new: int, field: str = "max_new_tokens") -> None:
-    """Refuses completions beyond `most` positions."""
+    """Refuses prompts and completions that exceed `most` positions together."""
     if prompt + new > most:
         raise ValueError(
             f"prompts of {prompt} tokens and {field} {new} exceed the model's {most} positions; "
@@ -286,7 +289,7 @@ def check_length(most: int, prompt: int, new: int, field: str = "max_new_tokens"
 
 
 def check_prompts(longest: int, vocab_size: int, prompts: Prompts, n: int) -> None:
-    """Refuses prompts that do not fit."""
+    """Refuses n below 1, no prompts, empty prompts, prompts of more than `longest` tokens, and token ids outside the vocabulary."""
     if n < 1:
         raise ValueError(f"n is {n}; it must be 1 or more completions of each prompt")
     if not len(prompts):

@@ -1,7 +1,7 @@
-"""How a run samples: the one place that makes generators, for rollouts, evaluations, `alignax generate` and the laboratory.
+"""The generators of policies, for rollouts, evaluations, `alignax generate` and the laboratory.
 
-A policy at a temperature is a model of its own: its config has the temperature, so that whatever scores its samples scores them at
-that temperature (`policy_config`). What else changes the distribution is `Sampling`, and then samples are not exact (`Completions.exact`).
+A policy at a temperature is a model of its own: the temperature is in its config (`policy_config`), so its samples are scored at that
+temperature, too. All other changes of the distribution are in `Sampling`; samples with such changes are not exact (`Completions.exact`).
 """
 
 import dataclasses
@@ -15,18 +15,18 @@ from alignax.models.transformer import ModelConfig
 
 
 def policy_config(config: ModelConfig, temperature: float, unused: tuple[tuple[int, int], ...]) -> ModelConfig:
-    """A policy as it is sampled and scored: at a temperature (of greedy samples, 0, at 1), without the tokens that its tokenizer has not.
+    """The config of a policy for sampling and scoring: at a temperature, without the tokens that its tokenizer lacks.
 
     Args:
-      config: the model.
-      temperature: `rollout.temperature` or `eval.temperature`.
+      config: the config of the model.
+      temperature: `rollout.temperature` or `eval.temperature`; 0, which is greedy, scores at 1.
       unused: ranges of token ids, see `alignax.models.hf.with_vocabulary`.
     """
     return dataclasses.replace(config, unused_tokens=unused, temperature=temperature or 1.0)
 
 
 def policy_sampling(temperature: float, top_p: float) -> Sampling:
-    """How a policy is sampled whose `policy_config` has this temperature: exactly, unless it is 0 (greedy) or `top_p` below 1."""
+    """The sampling of a policy whose `policy_config` has this temperature: exact, unless it is 0 (greedy) or `top_p` is below 1."""
     return Sampling(temperature=float(temperature > 0), top_p=top_p)
 
 
@@ -41,20 +41,20 @@ def sampler(
     stops: Stops | None = None,
     slots: int = 0,
 ) -> Generator:
-    """The generator of a run, of so many completions.
+    """A generator with a shape that fits the given number and lengths of completions.
 
     Args:
-      speaker: what is sampled from: of a policy `speaker(policy_config(..), dtype, mesh=mesh)`.
-      completions: in all, of all prompts.
+      speaker: the speaker to sample from; for a policy, `speaker(policy_config(..), dtype, mesh=mesh)`.
+      completions: number of completions of all prompts.
       longest: tokens of the longest prompt.
-      new: the most tokens of a completion.
-      sampling: of a policy `policy_sampling(temperature, top_p)`; default: the speaker's own distribution.
-      ends: tokens that end a completion, see `alignax.models.hf.end_ids`.
-      stops: strings that do, see `stops_of`.
-      slots: completions that are sampled side by side; 0: all, at most 64.
+      new: the largest number of tokens in a completion.
+      sampling: for a policy, `policy_sampling(temperature, top_p)`; default: the speaker's own distribution.
+      ends: ids of tokens that end a completion, see `alignax.models.hf.end_ids`.
+      stops: strings that end a completion, see `stops_of`.
+      slots: completions that are decoded side by side; 0: all, at most 64.
 
     Raises:
-      ValueError: for what no generator can be.
+      ValueError: for sizes, stop ids or lengths that no generator of the speaker can have.
     """
     shape = shape_for(completions, longest, new, mesh=speaker.mesh, slots=slots)
     return Generator(speaker, shape, sampling, stop_ids=ends, stops=stops)

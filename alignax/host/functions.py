@@ -1,7 +1,7 @@
-"""The reward functions of an experiment file: which there are, what each is given, and what its numbers are called.
+"""The reward functions of an experiment file: which functions there are, their arguments, and the names of their numbers.
 
-`reward` gives a number for each completion, or several with names, `rollout.reward_names`; or it is a list of functions that give a number
-each. Several numbers are the field `scores` [B, N, K], as those of an ensemble of reward models are.
+`reward` gives one number for each completion, or several numbers with the names `rollout.reward_names`; or it is a list of functions
+that give one number each. Several numbers are the field `scores` [B, N, K], like the scores of an ensemble of reward models.
 """
 
 import functools
@@ -16,37 +16,37 @@ from alignax.config.blame import near
 from alignax.data import Examples
 from alignax.text import short
 
-# What reward functions may ask for beside columns.
+# Arguments that reward functions may ask for beside columns of the data and models.
 GIVEN = ("prompts", "completions", "completion_ids", "raw_completions", "logprobs", "config")
-ELSEWHERE = {  # what TRL's trainers give reward functions beside these, and what to do without it
+ELSEWHERE = {  # further arguments that TRL's trainers give reward functions, with what to do instead
     "trainer_state": "a reward depends on the completion alone; let loss(config) or experience(..) change with the step",
     "log_metric": "return that number beside the reward, named in rollout.reward_names, with the weight 0 in rollout.reward_weights",
     "log_extra": "rollouts.jsonl and samples.jsonl have each completion with its numbers (log.rollouts, eval.samples)",
     "environments": "completions are texts, and no tools are called",
 }
-NAME = re.compile(r"[\w.-]+")  # of a number, which a metric is called after
+NAME = re.compile(r"[\w.-]+")  # the name of a number, which becomes part of a metric's name
 
 
 class Functions(NamedTuple):
-    """What `reward` or `gold` of an experiment is made of."""
+    """The functions behind `reward`, `gold` or `metrics` of an experiment, with the names and weights of their numbers."""
 
     hook: str  # "reward", "gold" or "metrics"
-    listed: bool  # a list of functions, which give a number each
+    listed: bool  # whether the experiment has a list of functions, which give one number each
     each: tuple[Callable, ...]
-    names: tuple[str, ...]  # of the numbers of a completion; (): it is one number
-    weights: tuple[float, ...]  # of the numbers in `rewards`, their sum; (): an experience makes one of them
+    names: tuple[str, ...]  # names of a completion's numbers; (): a single number
+    weights: tuple[float, ...]  # weights of the numbers in their sum `rewards`; (): an experience combines the numbers instead
 
 
 class Parameters(NamedTuple):
-    """What a reward function is given."""
+    """The arguments of a reward function."""
 
-    positional: bool  # prompts and completions, by their position
-    named: tuple[str, ...]  # what it is given by name: of `GIVEN`, and columns of the data
-    missing: tuple[str, ...]  # what it asks for and nobody has
+    positional: bool  # whether prompts and completions are passed by position
+    named: tuple[str, ...]  # arguments passed by name: names of `GIVEN`, columns of the data, models
+    missing: tuple[str, ...]  # parameters without a default that nothing can fill
 
 
 def functions_of(experiment: Experiment, hook: str = "reward") -> Functions | None:
-    """The functions of `reward` or `gold`; None, where the experiment has none."""
+    """The functions of `reward`, `gold` or `metrics` of an experiment; None if it has none."""
     given, c = getattr(experiment, hook), experiment.config.rollout
     if given is None:
         return None
@@ -58,13 +58,13 @@ def functions_of(experiment: Experiment, hook: str = "reward") -> Functions | No
 
 
 def names_of(experiment: Experiment) -> tuple[str, ...]:
-    """The names of the numbers that `reward` gives a completion; () of one number, and without it."""
+    """The names of the numbers that `reward` gives for a completion; () if it gives a single number, or without `reward`."""
     functions = functions_of(experiment)
     return () if functions is None else functions.names
 
 
 def reward_fields(experiment: Experiment) -> dict[str, tuple[int, ...]]:
-    """The fields of a rollout that reward functions write, with what their shapes have behind [B, N]."""
+    """The fields of a rollout that reward functions write, each with the axes of its shape after [B, N]."""
     fields: dict[str, tuple[int, ...]] = {}
     if functions := functions_of(experiment):
         fields |= {"rewards": ()} if functions.weights else {}
@@ -73,25 +73,26 @@ def reward_fields(experiment: Experiment) -> dict[str, tuple[int, ...]]:
 
 
 def title(function: Any) -> str:
-    """What a function is called, or the class of an object that is called like one; of a partial function the one in it."""
+    """The name of a function, of the function inside a partial, or of a callable object's class."""
     while isinstance(function, functools.partial):
         function = function.func
     return getattr(function, "__name__", type(function).__name__)
 
 
 def is_async(function: Any) -> bool:
-    """Whether a call of the function gives a coroutine."""
+    """Whether a call of the function returns a coroutine."""
     while isinstance(function, functools.partial):
         function = function.func
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
 def parameters(function: Callable, columns: Iterable[str], models: Iterable[str] = ()) -> Parameters:
-    """What a reward function is given of data with such columns, in a run with such frozen models.
+    """The arguments of a reward function for data with these columns, in a run with these frozen models.
 
-    The first two parameters are prompts and completions, whatever they are called, unless `completions` stands elsewhere, or one of the
-    two is called as something else that is offered: then all go by name. Further ones are columns, models, or of `GIVEN`. One with a
-    default keeps that where there is no such column; `**` takes all columns that are left, and no model.
+    The first two parameters are prompts and completions, whatever their names. All arguments go by name instead if `completions` is not
+    the second parameter but another one, if the first is a column and the second `completions`, or if one of the two has the name of a
+    model or of another argument of `GIVEN`. Further parameters are columns, models, or names of `GIVEN`. A parameter with a default keeps
+    it if there is no such column; `**` takes all remaining columns, but no model.
     """
     try:
         there = list(inspect.signature(function).parameters.values())
@@ -116,7 +117,7 @@ def parameters(function: Callable, columns: Iterable[str], models: Iterable[str]
 
 
 def models_asked(experiment: Experiment) -> tuple[str, ...]:
-    """The models of `config.models` that `reward`, `gold` or `metrics` of the experiment ask for by name."""
+    """The names of the models in `config.models` that `reward`, `gold` or `metrics` of the experiment ask for."""
     models = tuple(experiment.config.models)
     every = [f for hook in ("reward", "gold", "metrics") if (own := functions_of(experiment, hook)) for f in own.each if callable(f)]
     wanted = {name for function in every for name in parameters(function, (), models).named}
@@ -124,7 +125,7 @@ def models_asked(experiment: Experiment) -> tuple[str, ...]:
 
 
 def check(experiment: Experiment, examples: Mapping[str, Examples]) -> None:
-    """Refuses what are no reward functions, those that ask for what nobody has, and names and weights that do not fit their numbers."""
+    """Refuses reward functions that are none or that ask for unknown arguments, and names and weights that do not fit the numbers."""
     file = experiment.file
     for functions in filter(None, (functions_of(experiment, hook) for hook in ("reward", "gold", "metrics"))):
         if functions.listed and (functions.hook != "reward" or not functions.each):
@@ -145,7 +146,7 @@ def check(experiment: Experiment, examples: Mapping[str, Examples]) -> None:
 
 
 def check_columns(name: str, function: Callable, experiment: Experiment, examples: Mapping[str, Examples]) -> None:
-    """Refuses a reward function that asks for columns which the data has not."""
+    """Refuses a reward function that asks for columns that the data lacks, or for a name that is a column and something else, too."""
     file, models = experiment.file, tuple(experiment.config.models)
     for split, own in examples.items():
         wanted = parameters(function, own.columns, models)
@@ -169,7 +170,7 @@ def check_columns(name: str, function: Callable, experiment: Experiment, example
 
 
 def check_names(experiment: Experiment) -> None:
-    """Refuses names and weights of numbers that there are not, or not so many."""
+    """Refuses `rollout.reward_names` and `rollout.reward_weights` that do not fit the numbers of `reward`."""
     c, file, functions = experiment.config.rollout, experiment.file, functions_of(experiment)
     if functions is None or not functions.names:
         for field, value in (("reward_names", c.reward_names), ("reward_weights", c.reward_weights)):

@@ -1,3 +1,5 @@
+"""Loss functions for alignment, and the parts that they are made of: terms, divergences, penalties and aggregates."""
+
 from alignax.losses.algebra import Loss as Loss
 from alignax.losses.algebra import Objective as Objective
 from alignax.losses.algebra import Term as Term

@@ -50,7 +50,7 @@ class FDivergence:
 
 
 kl_p_pi = FDivergence(lambda x, w: -w(-x), lambda x, w: -w.rise(-x) - x * w(-x))
-"""Forward KL, KL(p || pi), f = -log t: covers the target. Its gradient's weight P / (Z q) does not depend on the policy."""
+"""Forward KL, KL(p || pi), f = -log t: covers the target. The weight P / (Z q) in its gradient does not depend on the policy."""
 
 kl_pi_p = FDivergence(lambda x, w: (x + 1.0) * w(0.0), lambda x, w: w.rise(-x) + x * w(0.0))
 """Reverse KL, KL(pi || p), f = t log t: seeks modes. Needs P > 0 everywhere; P = 0 counts as 1000 nats."""
@@ -62,7 +62,7 @@ js_pi_p = FDivergence(
 """Twice the Jensen-Shannon divergence, f = t log(2 t / (t + 1)) + log(2 / (t + 1)): the pseudo-reward is at least -log 2."""
 
 tv_pi_p = FDivergence(lambda x, w: 0.5 * jnp.sign(x) * w(0.0), lambda x, w: 0.5 * jnp.abs(w.rise(-x)))
-"""Total variation, f = |t - 1| / 2: the pseudo-reward says only on which side of the target a response is, +-1/2."""
+"""Total variation, f = |t - 1| / 2: the pseudo-reward is +-1/2 and says only on which side of the target a response is."""
 
 hellinger_pi_p = FDivergence(lambda x, w: -w.rise(-0.5 * x), lambda x, w: w.rise(-x) - 2.0 * w.rise(-0.5 * x))
 """Squared Hellinger distance, sum (sqrt(pi) - sqrt(p))^2, f = (sqrt(t) - 1)^2."""
@@ -71,7 +71,7 @@ chi2_p_pi = FDivergence(lambda x, w: -w.rise(-2.0 * x), lambda x, w: w.rise(-2.0
 """Neyman's chi-squared, sum (p - pi)^2 / pi, f = (t - 1)^2 / t: covers the target more than any other here."""
 
 chi2_pi_p = FDivergence(lambda x, w: 2.0 * w.rise(x), lambda x, w: w.rise(x) + w.rise(-x))
-"""Pearson's chi-squared, sum (pi - p)^2 / p, f = (t - 1)^2. Needs P > 0 everywhere, as the reverse KL, and explodes without."""
+"""Pearson's chi-squared, sum (pi - p)^2 / p, f = (t - 1)^2. Needs P > 0 everywhere, like the reverse KL; else it explodes."""
 
 
 def alpha_pi_p(alpha: float) -> FDivergence:

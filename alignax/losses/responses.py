@@ -67,7 +67,7 @@ token_mean = Aggregate(completion_tokens, words="tokens")
 """The mean over all completion tokens of the global batch: long responses count more (DAPO, Yu et al. 2025, arXiv:2503.14476)."""
 
 response_mean = Aggregate(response_tokens, words="responses")
-"""The mean over responses of their means over tokens, as GRPO's: a token of a long response counts less."""
+"""The mean over responses of each response's mean over tokens, as in GRPO: a token of a long response counts less."""
 
 
 def token_sum(max_length: float) -> Aggregate:

@@ -129,13 +129,13 @@ entropy = Statistic(
 """The entropy of the next-token distribution, nats."""
 
 log_sum_sq = Statistic("log_sum_sq", _log_sum_sq)
-"""log sum_v p(v)^2, which carries no gradient."""
+"""The log of the sum of squared probabilities, log sum_v p(v)^2; it carries no gradient."""
 
 most_likely = Statistic("most_likely", lambda at: jnp.argmax(at.z, axis=-1).astype(jnp.float32))
-"""The id of the most likely token, of equal ones the first; float32 as all statistics are, exact up to 2^24."""
+"""The id of the most likely token, or the first one of a tie; float32 like all statistics, so ids are exact up to 2^24."""
 
 accuracy = Statistic("accuracy", lambda at: (jnp.argmax(at.z, axis=-1) == at.y).astype(jnp.float32))
-"""1 where the target is the most likely token, else 0."""
+"""The accuracy of the model's most likely token: 1 if the target is that token, else 0."""
 
 
 def min_p(kappa: float) -> Statistic:
@@ -227,10 +227,10 @@ def _policy_kl(at: Chunk) -> jax.Array:
 
 
 ref_kl = Statistic("ref_kl", _ref_kl, lambda at, value: at.probs - jnp.exp(at.taught_logps), taught=True)
-"""KL(t || p) of the next-token distributions, nats."""
+"""The KL from the teacher, KL(t || p) of the next-token distributions, nats."""
 
 policy_kl = Statistic("policy_kl", _policy_kl, lambda at, value: (at.probs, at.logps - at.taught_logps - value[..., None]), taught=True)
-"""KL(p || t) of the next-token distributions, nats."""
+"""The KL to the teacher, KL(p || t) of the next-token distributions, nats."""
 
 
 def generalised_jsd(beta: float = 0.5, temperature: float = 1.0) -> Statistic:

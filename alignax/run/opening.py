@@ -1,4 +1,4 @@
-"""The model folders that a config names, opened and checked as roles; no weight is read."""
+"""Opens and checks the model folders that a config names, and gives each model its role in the run; no weight is read."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
@@ -25,19 +25,19 @@ from alignax.types import Batch, Outputs, Params
 
 
 class Vocabulary(NamedTuple):
-    """What the tokens of a run are."""
+    """The tokens of a run: the tokenizer, and the token ids with a special use."""
 
     tokenizer: Any  # the policy's
-    ends: tuple[int, ...]  # tokens that end a completion, see `hf.end_ids`
-    unused: tuple[tuple[int, int], ...]  # those that are never sampled, see `hf.with_vocabulary`
+    ends: tuple[int, ...]  # token ids that end a completion, see `hf.end_ids`
+    unused: tuple[tuple[int, int], ...]  # ranges of token ids that are never sampled, see `hf.with_vocabulary`
 
 
 def open_models(experiment: Experiment, mesh: Mesh) -> tuple[dict[str, Role], Vocabulary]:
-    """Opens the folders that a run reads, and refuses those that do not go together.
+    """Opens the model folders of a run, and refuses models that do not go together.
 
     Returns:
-      The roles by name: "policy", with adapters their "base", and as far as there are any "reference", "critic", "ensemble" and those of
-      `config.models`; and the policy's vocabulary.
+      The roles by name, and the policy's vocabulary. The names are "policy"; "base" if the policy has adapters; and, if the run has such
+      models, "reference", "critic", "ensemble" and the names of `config.models`.
     """
     config, asks = experiment.config, (*asked(experiment.experience), *asked(experiment.loss)[1:])
     source = open_model(config.model.path, config.model.init, "model.path")
@@ -45,7 +45,7 @@ def open_models(experiment: Experiment, mesh: Mesh) -> tuple[dict[str, Role], Vo
     check_head(config, source, experiment)
     check_members(config, mesh)
     tokenizer = load_tokenizer(source.path, source.config.vocab_size)
-    if source.config.num_labels:  # an export says what it pads with
+    if source.config.num_labels:  # the config of an export names its pad token
         check_token("pad token", source.path, tokenizer.pad_token_id, source.config.vocab_size)
     words = Vocabulary(tokenizer, hf.end_ids(source, tokenizer), hf.with_vocabulary(source, tokenizer).config.unused_tokens)
     source = spoken(config, source, words.unused)
@@ -81,7 +81,7 @@ def open_models(experiment: Experiment, mesh: Mesh) -> tuple[dict[str, Role], Vo
 
 
 def check_gold(experiment: Experiment, gold: Role, policy: Role) -> None:
-    """Refuses a gold reward model that scores nothing, that is none, or that is not the only gold."""
+    """Refuses a gold model that is no reward model, that has no samples to score, or that stands beside a function `gold(..)`."""
     c, file = experiment.config, experiment.file
     if not gold.members:
         raise ValueError(f"models.gold.path {str(gold.source.path)!r} is a language model; give a reward model, which scores samples")
@@ -92,7 +92,7 @@ def check_gold(experiment: Experiment, gold: Role, policy: Role) -> None:
 
 
 def trained_roles(config: Any, source: hf.Source, adapters: Lora | None, dtype: Any, mesh: Mesh) -> dict[str, Role]:
-    """The policy, and a critic of its own tree where `model.critic` names a folder."""
+    """The roles that are trained: the policy, and a critic with parameters of its own if `model.critic` names a folder."""
     model = dataclasses.replace(source.config, lora=adapters)
     giving = make_giving(model, config, dtype, mesh)
     policy = Role(POLICY, (source,), model, dtype, TRAINED, giving, config.model.init, members=config.ensemble.members)
@@ -101,13 +101,13 @@ def trained_roles(config: Any, source: hf.Source, adapters: Lora | None, dtype: 
 
 
 def reference_role(config: Any, source: hf.Source, roles: Mapping[str, Role], mesh: Mesh) -> Role:
-    """What the policy is measured against: of adapters their base, unless it is another folder."""
+    """The role of the reference: the base of the policy's adapters if it has some, unless `reference.path` names another model."""
     policy, own = roles[POLICY], source is not roles[POLICY].source
     shared = policy.lora is not None and not own
     bare = dataclasses.replace(policy.lora, targets=()) if policy.lora is not None and shared else None
-    language = {"num_labels": 0, "language_head": False} if source.config.language_head else {}  # of a reward model its language model
+    language = {"num_labels": 0, "language_head": False} if source.config.language_head else {}  # not its scores
     model = dataclasses.replace(source.config, lora=bare, critic_heads=0, **language)
-    # The policy's own forward pass where it can be, so that equal parameters give equal numbers.
+    # The policy's own forward pass if possible, so that equal parameters give equal numbers.
     giving = policy.giving if model == policy.config else make_giving(model, config, policy.dtype, mesh)
     c = config.eval
     idle = config.reference.cache and not (c.temperature > 0 and c.top_p == 1 and max(c.samples, c.sample_prompts))
@@ -116,17 +116,17 @@ def reference_role(config: Any, source: hf.Source, roles: Mapping[str, Role], me
 
 
 def critic_role(config: Any, source: hf.Source, dtype: Any, mesh: Mesh) -> Role:
-    """A critic of its own tree, a reward model that is read before every token; it is trained beside the policy."""
+    """The role of a critic with parameters of its own: a reward model that gives a value before every token, trained beside the policy."""
     values = transformer.critic(source.config, dtype=dtype, remat=config.model.remat, mesh=mesh)
     apply = lambda params, batch: Outputs(None, None, values=values(params, batch))  # pyright: ignore[reportArgumentType]
     return Role(CRITIC, (source,), source.config, dtype, TRAINED, scores_alone(apply))
 
 
 def scoring_role(name: str, sources: Iterable[hf.Source], dtype: Any, mesh: Mesh) -> Role:
-    """Reward models that are read as one ensemble, or one of several labels: its scores are [B, N, K]."""
+    """The role of frozen reward models, with scores [B, N, K]: K members of an ensemble, or one model with K labels."""
     sources = tuple(sources)
     each = ensemble_apply(sources[0].config, mesh, dtype, name)
-    several = sources[0].config.num_labels > 1  # of one model, whose labels are its scores
+    several = sources[0].config.num_labels > 1  # one model, whose K labels are its scores
 
     def apply(params: Params, batch: Batch) -> Outputs:
         out = each(params, batch)
@@ -136,9 +136,9 @@ def scoring_role(name: str, sources: Iterable[hf.Source], dtype: Any, mesh: Mesh
 
 
 def spoken(config: Any, source: hf.Source, unused: tuple[tuple[int, int], ...]) -> hf.Source:
-    """A policy or a reference whose samples are scored: its distribution is the one that is sampled from.
+    """The model `source` with the distribution that rollouts are sampled from: their temperature, without the `unused` tokens.
 
-    Without rollouts it is the model's own, over all rows of its head, as transformers has it: data are scored, which hold no other tokens.
+    Without rollouts the model is unchanged: its distribution covers all rows of its head, as in transformers.
     """
     if not config.rollout.samples:
         return source
@@ -146,7 +146,7 @@ def spoken(config: Any, source: hf.Source, unused: tuple[tuple[int, int], ...]) 
 
 
 def open_reference(config: Any, source: hf.Source, words: Vocabulary) -> hf.Source:
-    """The model of `reference.path`, or the one that the policy starts from."""
+    """The model of the reference: that of `reference.path`, or by default the one that the policy starts from."""
     if not config.reference.path:
         return source
     reference = spoken(config, open_model(config.reference.path, "pretrained", "reference.path"), words.unused)
@@ -155,12 +155,12 @@ def open_reference(config: Any, source: hf.Source, words: Vocabulary) -> hf.Sour
 
 
 def check_speech(other: hf.Source, source: hf.Source, words: Vocabulary, field: str, what: str) -> None:
-    """Refuses a language model of another vocabulary than the policy's, whose tokens it reads."""
+    """Refuses a language model that reads the policy's tokens, but has another vocabulary than the policy."""
     if other.config.vocab_size != source.config.vocab_size:
         raise ValueError(
             f"{what} has a vocabulary of {other.config.vocab_size}, the policy of {source.config.vocab_size}; they must share a tokenizer"
         )
-    if tokenizer_parts(other.path)[:-2]:  # a folder of weights alone is taken at its size
+    if tokenizer_parts(other.path)[:-2]:  # a folder without a tokenizer is accepted by its size
         check_tokenizer(other.path, other.config.vocab_size, f"{field} {str(other.path)!r}", source, words.tokenizer)
 
 
@@ -168,7 +168,7 @@ def open_others(experiment: Experiment, policy: Role, words: Vocabulary, mesh: M
     """The roles of `config.models`: frozen language models, which read the policy's tokens, and reward models.
 
     Raises:
-      ValueError: for a field that no model has, and what is refused of a reference or of reward models.
+      ValueError: for an unknown field, a model that nothing asks for, and all that is refused for a reference or for reward models.
     """
     config, roles = experiment.config, {}
     for name, given in config.models.items():
@@ -203,7 +203,7 @@ def open_others(experiment: Experiment, policy: Role, words: Vocabulary, mesh: M
 
 
 def paths_of(text: str) -> list[str]:
-    """The paths of a text with commas between them."""
+    """The paths in a text that separates them by commas."""
     return [path.strip() for path in text.split(",")]
 
 
@@ -217,13 +217,13 @@ def open_judges(config: Any) -> list[hf.Source]:
 
 
 def open_critic(config: Any) -> hf.Source | None:
-    """The folder that `model.critic` names, as a reward model with a score for every value; None, where it names none."""
+    """The folder that `model.critic` names, as a reward model with `model.critic_heads` scores; None if it names no folder."""
     c = config.model
     return None if c.critic in ("", HEAD) else hf.with_heads(open_model(c.critic, "pretrained", "model.critic"), c.critic_heads)
 
 
 def compute_dtype(config: Any, mesh: Mesh) -> Any:
-    """The dtype of activations."""
+    """The dtype of activations: that of the config, or for "auto" float32 on CPU and bfloat16 elsewhere."""
     auto = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
     return jnp.dtype(auto if config.model.dtype == "auto" else config.model.dtype)
 
@@ -235,7 +235,7 @@ def open_model(path: str, init: str, field: str) -> hf.Source:
     if init not in ("pretrained", "random"):
         raise ValueError(f"model.init {init!r} is unknown; use pretrained or random")
     source = open_source(path, field)
-    hf.stop_ids(source)  # refuses what is no token
+    hf.stop_ids(source)  # refuses an id that is no token
     small_files(source.path)
     if init == "pretrained":
         for part, _ in hf.ingredients(source):
@@ -246,7 +246,7 @@ def open_model(path: str, init: str, field: str) -> hf.Source:
 
 
 def open_source(text: str, field: str) -> hf.Source:
-    """The folder that a field names, or the soup of several: `FOLDER@0.5,OTHER@0.5`. The weights stay on disk."""
+    """Opens the folder that a config field names, or the soup of several, `FOLDER@0.5,OTHER@0.5`. The weights stay on disk."""
     named = sources(text, field)
     if all(share is not None for _, share in named):
         return hf.make_soup([(hf.open_folder(path), share) for path, share in named if share is not None])
@@ -256,7 +256,7 @@ def open_source(text: str, field: str) -> hf.Source:
 
 
 def make_lora(config: Any, source: hf.Source) -> Lora | None:
-    """The adapters that a config asks for, their patterns resolved to matrices of the model."""
+    """The adapters that a config asks for, with patterns resolved to matrices of the model; None if it asks for none."""
     c = config.lora
     if c.path:
         given = peft.read_config(Path(c.path), source)[0]
@@ -279,7 +279,7 @@ def make_lora(config: Any, source: hf.Source) -> Lora | None:
 
 
 def notices(roles: Mapping[str, Role], tokenizer: Any, adapters: str = "", online: bool = False) -> list[str]:
-    """What a user should know of the models of a run, and of the folder of adapters that it goes on from; none of it stops the run."""
+    """Notices for the user about the models of a run and about the folder `adapters` it continues from; no notice stops the run."""
     source, lines = roles[POLICY].source, []
     if beyond := sorted((i, token) for token, i in tokenizer.get_vocab().items() if i >= source.config.vocab_size):
         shown = ", ".join(f"{short(token)} ({i})" for i, token in beyond[:3])

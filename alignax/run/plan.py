@@ -1,7 +1,7 @@
-"""What a run would do, before it does it: shapes, memory as the compiler sees it, the config, and the first batch.
+"""The plan of a run, for a dry run: shapes, the compiler's estimate of memory, the config, and the first row of data.
 
-A step is compiled ahead of time from shapes alone, for the devices at hand or for a TPU slice that nobody here owns (with
-`libtpu` installed): does it fit, what does it take.
+Programs are compiled ahead of time from shapes alone, for the devices at hand or for a TPU slice that is not at hand (this needs
+`libtpu`). The plan shows whether the run fits into memory.
 """
 
 import json
@@ -27,7 +27,7 @@ from alignax.text import table
 
 
 def topology_mesh(topology: str, shape: Mapping[str, int]) -> Mesh:
-    """A mesh over the chips of a TPU slice, such as "v5e:4x4", which need not be there; needs `libtpu`."""
+    """A mesh over the chips of a TPU slice, such as "v5e:4x4". The slice need not be at hand; `libtpu` must be installed."""
     from jax.experimental import topologies
 
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
@@ -35,12 +35,12 @@ def topology_mesh(topology: str, shape: Mapping[str, int]) -> Mesh:
 
 
 def compile_step(run: Run) -> Any:
-    """Compiles experience and training step for the run's mesh from shapes alone, see `alignax.run.programs.Program.compiled`."""
+    """Compiles the training program for the run's mesh from shapes alone, see `alignax.program.Program.compiled`."""
     return programs(run)["train"].compiled(run.mesh.devices.flat[0].platform)
 
 
 def memory(run: Run) -> str:
-    """A table of the run's programs and of the memory that each takes on a device, as the compiler sees it."""
+    """A table of the run's programs, with the memory in GB that each takes on a device according to the compiler."""
     platform = run.mesh.devices.flat[0].platform
     rows = [["memory of each program, a device", "arguments GB", "temporary GB", "in all GB"]]
     for name, program in programs(run).items():
@@ -51,7 +51,7 @@ def memory(run: Run) -> str:
 
 
 def describe(run: Run) -> str:
-    """What `alignax train --dry-run` prints."""
+    """The text that `alignax train --dry-run` prints."""
     state = abstract_state(run)
     size = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
     rows = [["parameter", "shape", "sharding", "MB a device"]]

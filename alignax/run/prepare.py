@@ -1,4 +1,4 @@
-"""From an experiment to a checked run: everything that can be refused is refused here, before any compute."""
+"""Makes a checked run from an experiment: all that can be refused is refused here, before any computation."""
 
 import dataclasses
 import os
@@ -58,7 +58,7 @@ from alignax.run.opening import Vocabulary, notices, open_models
 from alignax.run.roles import GOLD, POLICY, REFERENCE, STORED, Role, abstract_frozen, models
 from alignax.run.sampling import make_samplers
 
-# Fields that may change when a run is resumed: they do not say what is computed, only where and how it is told.
+# Fields that may change when a run is resumed: they say where and how something is computed or reported, not what is computed.
 FREE = (
     "workdir",
     "mesh.",
@@ -78,58 +78,58 @@ FREE = (
 
 
 class Data(NamedTuple):
-    """What a run reads."""
+    """The data of a run."""
 
-    train: Batches  # of an ensemble those of its first member
-    pretrain: Batches | None  # of the loss called "pretrain"
+    train: Batches  # for an ensemble, the batches of its first member
+    pretrain: Batches | None  # batches of the loss called "pretrain"
     evaluation: Examples | None
     reports: dict[str, Report]
 
     @property
     def evaluated(self) -> Examples:
-        """What samples are evaluated on."""
+        """The examples whose prompts evaluations sample: the evaluation data, or else the training data."""
         return self.evaluation or self.train.examples
 
 
 class Learning(NamedTuple):
-    """How a run learns."""
+    """The losses, the optimizer with its schedule, and the averages of a run."""
 
-    objectives: dict[str, Objective]  # by name, the first of the data or of rollouts, see `by_batch`
+    objectives: dict[str, Objective]  # losses by name; the first is that of the data or of rollouts, see `by_batch`
     schedule: optax.Schedule
     optimizer: optax.GradientTransformation
     averages: dict[str, Average]
 
     @property
     def objective(self) -> Objective:
-        """The loss of the data, or of rollouts."""
+        """The first loss, which is that of the data or of rollouts."""
         return next(iter(self.objectives.values()))
 
 
 class Run(NamedTuple):
-    """A checked run: nothing computed, nothing written."""
+    """A checked run. Nothing is computed or written yet."""
 
     experiment: Experiment
     config: Any
     workdir: Path
     mesh: Mesh
-    roles: dict[str, Role]  # its models by name
-    judges: dict[str, Judge]  # how those of them that read text of their own read samples, by the role's name
+    roles: dict[str, Role]  # the models by name
+    judges: dict[str, Judge]  # by role: how a reward model reads samples
     words: Vocabulary
     data: Data
     learning: Learning
     steps: int
-    workers: Workers  # that call its reward functions
-    samplers: dict[str, Generator]  # that it samples with, see `alignax.run.sampling`
+    workers: Workers  # the processes that call reward functions
+    samplers: dict[str, Generator]  # the generators by name, see `alignax.run.sampling`
 
     @property
     def readers(self) -> dict[str, Judge]:
-        """How the reward models read samples that experience or the loss asks for, by the role's name."""
+        """The judges of those reward models that the experience or the loss asks for, by the role's name."""
         asks = (*asked(self.experiment.experience), *asked(self.experiment.loss)[1:])
         return {name: judge for name, judge in self.judges.items() if name in asks}
 
     @property
     def policy(self) -> Role:
-        """What is trained."""
+        """The role of the policy, which is trained."""
         return self.roles[POLICY]
 
     @property
@@ -139,19 +139,19 @@ class Run(NamedTuple):
 
     @property
     def train(self) -> Batches:
-        """The batches of training, of an ensemble those of its first member."""
+        """The training batches; for an ensemble, the batches of its first member."""
         return self.data.train
 
 
 def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
-    """Reads config, data and model descriptions, and refuses what cannot work.
+    """Makes a checked run: reads config, data and model descriptions, and refuses what cannot work.
 
     Args:
-      experiment: what to run.
-      mesh: default: the config's, over the devices at hand.
+      experiment: the experiment to run.
+      mesh: the mesh to run on; default: the config's mesh over the devices at hand.
 
     Raises:
-      ValueError: with what is wrong, the value, and the remedy.
+      ValueError: for anything that cannot work; the message has the value and the remedy.
     """
     config = experiment.config
     if not config.workdir:
@@ -163,8 +163,8 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
     source, reference = roles[POLICY].source, roles.get(REFERENCE)
     if not config.data.train:
         raise ValueError("config field 'data.train' is empty; set --config.data.train=FILE")
-    Today.day = began(Path(config.workdir))  # a run that goes on tomorrow has the same rows
-    whole = source.config.num_labels > 0 or bool(scoring(roles))  # a reward model reads what the chat template writes behind an end
+    Today.day = began(Path(config.workdir))  # templates may read the day: a run that goes on tomorrow keeps its rows
+    whole = source.config.num_labels > 0 or bool(scoring(roles))  # reward models also read what a template writes after the EOS
     loaded = {
         split: load(
             split, config.data, words.tokenizer, source.config.vocab_size, words.ends, experiment.row, whole and split != "pretrain"
@@ -177,12 +177,12 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
     readers = [source, *(roles[name].source for name in (REFERENCE, CRITIC) if name in roles and roles[name].source is not source)]
     for model in readers:
         check_positions(config, model, examples, every if model is source else examples)
-    if config.reference.cache:  # shapes of what is read or computed before the first step
+    if config.reference.cache:  # placeholders of log-probs that are read or computed before the first step
         place = lambda e: dataclasses.replace(e, token_fields={STORED: np.zeros(len(e.tokens), np.float32)})
         examples = {split: place(e) for split, e in examples.items()}
     check_rollout(config, readers, experiment, examples)
     for strings in (config.rollout.stop, config.eval.stop):
-        stops_of(words.tokenizer, strings)  # refuses those that cannot occur
+        stops_of(words.tokenizer, strings)  # refuses stop strings that cannot occur
     data = streams(config, examples, every, loaded, 8 if mesh.devices.flat[0].platform == "cpu" else 128)
     steps = step_count(config, data.train)
     schedule = make_schedule(config.optimizer, steps)
@@ -201,16 +201,16 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
 
 
 def scoring(roles: dict[str, Role]) -> dict[str, Role]:
-    """The reward models that are read, by name."""
+    """The frozen reward models of a run, by name."""
     return {name: role for name, role in roles.items() if role.members and not role.trained}
 
 
 def judged(
     experiment: Experiment, roles: dict[str, Role], words: Vocabulary, loaded: dict[str, Loaded]
 ) -> tuple[dict[str, Judge], dict[str, Examples]]:
-    """How the reward models read samples, and every split, with what they read of rows where that is not what the policy does."""
+    """The judges, which say how reward models read samples, and every split, with tokens of their own for reward models that need them."""
     config, read = experiment.config, [split for split in loaded if split != "pretrain"]
-    # Conversations are kept for samples that reward models read, and for nobody else.
+    # Only reward models that read samples need conversations.
     every = {split: dataclasses.replace(data.examples, conversations=[]) for split, data in loaded.items()}
     judges, asks, functions = {}, (*asked(experiment.experience), *asked(experiment.loss)[1:]), (GOLD, *models_asked(experiment))
     for name, role in scoring(roles).items():
@@ -228,7 +228,7 @@ def judged(
 
 
 def learning(experiment: Experiment, roles: dict[str, Role], mesh: Mesh) -> tuple[dict[str, Objective], dict[str, Average]]:
-    """The losses of an experiment by the batch that each is of, and its averages; models that the losses ask for are not there yet."""
+    """The losses of an experiment by the name of their batch, and its averages; models that losses ask for are shapes here."""
     config, file = experiment.config, experiment.file
     given = models(roles, abstract_frozen(roles, mesh), None)
     with blaming(file):
@@ -242,7 +242,7 @@ def learning(experiment: Experiment, roles: dict[str, Role], mesh: Mesh) -> tupl
 
 
 def by_batch(config: Any, loss: Any) -> dict[str, Objective]:
-    """What loss(..) of an experiment returns, by name: "data" or "rollouts", "pretrain" last, others where their gradients are combined."""
+    """The losses that loss(..) returns, by name: "data" or "rollouts" first, "pretrain" last; other names if gradients are combined."""
     first = ROLLOUTS if config.rollout.samples else DATA
     return (
         dict(sorted(loss.items(), key=lambda own: (own[0] == PRETRAIN) - (own[0] == first))) if isinstance(loss, Mapping) else {first: loss}
@@ -250,9 +250,9 @@ def by_batch(config: Any, loss: Any) -> dict[str, Objective]:
 
 
 def streams(config: Any, examples: dict[str, Examples], every: dict[str, Examples], loaded: dict[str, Loaded], tile: int) -> Data:
-    """The batches of training, in rows that hold evaluation data and samples too, and those of `data.pretrain`, if there are any.
+    """The data of a run: training batches, in rows long enough for evaluation data and samples, and batches of `data.pretrain`.
 
-    Lengths of rows are multiples of `tile`, which TPU and GPU attention asks for.
+    The length of rows is a multiple of `tile`, as TPU and GPU attention requires.
     """
     length = max(padded_length(e, tile) for e in examples.values())
     if config.rollout.samples:
@@ -278,7 +278,7 @@ def streams(config: Any, examples: dict[str, Examples], every: dict[str, Example
 
 
 def step_count(config: Any, train: Batches) -> int:
-    """Training steps: `steps`, or as many as `epochs` take; whole rollouts."""
+    """The number of training steps: `steps`, or as many as `epochs` take, always in whole rollouts."""
     turn = steps_of_turn(config)
     steps = config.steps or -(-train.steps(config.epochs) * (config.rollout.epochs if config.rollout.samples else 1) // turn) * turn
     if steps < 1:
@@ -289,12 +289,12 @@ def step_count(config: Any, train: Batches) -> int:
 
 
 def origin(experiment: Experiment) -> str:
-    """What a run writes into the folders of its models, to know them again."""
+    """The text that a run writes into the folders that it exports, to recognise them later."""
     return f"run {identity(experiment, FREE)}"
 
 
 def check_workdir(run: Run) -> None:
-    """Refuses the workdir of another run, and one that cannot be written."""
+    """Refuses a workdir that belongs to another run, holds other files, or cannot be written."""
     workdir, experiment = run.workdir, run.experiment
     check_kept(experiment)
     if "\\" in str(workdir.absolute()):  # tensorstore reads it as a slash: the arrays would go into another folder
@@ -316,7 +316,7 @@ def check_workdir(run: Run) -> None:
 
 
 def exports(run: Run) -> list[Path]:
-    """The folders that a run writes at its end: `export`, of adapters also `adapter`, of an ensemble one in each for every member."""
+    """The folders that a run exports at its end: `export`, with adapters also `adapter`; in each, one folder per ensemble member."""
     kinds = ["adapter", "export"] if run.policy.lora is not None and run.policy.lora.targets else ["export"]
     members = [f"member_{k}" for k in range(run.policy.members)] or [""]
     return [run.workdir / kind / name for kind in kinds for name in members]

@@ -1,7 +1,7 @@
-"""Every jitted program that a run calls, by name, with the shapes that it calls it with.
+"""The jitted programs that a run calls, by name, each with the shapes of its arguments.
 
-Checks trace them, the plan compiles them, and the loop runs them: what was planned is what runs. Frozen parameters go in as an argument:
-they stay sharded where they are, and are never compiled into a program.
+Checks trace these programs, the plan compiles them, and the loop runs them, so a plan shows what will run. Frozen parameters are an
+argument: they keep their shardings, and are never compiled into a program.
 """
 
 import jax
@@ -30,18 +30,20 @@ from alignax.train import digest
 
 
 def programs(run: Run) -> dict[str, Program]:
-    """The programs of a run by name, as far as the run calls them.
+    """The programs of a run by name; programs that the run does not call are left out.
 
     | name | program |
     |---|---|
-    | fingerprint, begin | a digest of what is trained, and the state at step 0 |
-    | train | a state and batches to the next state |
-    | evaluate, online judge | the metrics of held-out data, of samples |
+    | fingerprint | the digest of the trained parameters |
+    | begin | the state at step 0 |
+    | train | the training program: state and batches to the next state and metrics |
+    | evaluate | sums of metrics of held-out data, without rollouts |
+    | judge | metrics of an evaluation's samples, with rollouts |
     | rollout/prefill, rollout/decode | the sampler of rollouts |
     | eval/prefill, eval/decode | the sampler of evaluations |
     | compare | the KL of an evaluation's samples to the reference |
-    | rollout/score/NAME, eval/score/NAME | what a frozen model says of samples |
-    | reference.cache | what the reference says of data |
+    | rollout/score/NAME, eval/score/NAME | scores or log-probs of samples by a frozen model |
+    | reference.cache | log-probs of the data by the reference |
     """
     online, together = run.config.rollout.samples > 0, run.policy.members > 0
     step, evaluate = (make_learn if online else make_data_step)(run), make_evaluate(run)
@@ -77,7 +79,7 @@ def programs(run: Run) -> dict[str, Program]:
 
 
 def compared(run: Run) -> bool:
-    """Whether the samples of evaluations are measured against a reference that the run holds."""
+    """Whether evaluations compare their samples with a reference: the run holds one, and the sampling is exact."""
     sampler, reference = run.samplers.get(EVALUATION), run.roles.get(REFERENCE)
     held = reference is not None and reference.tree in abstract_frozen(run.roles, run.mesh)
     return held and sampler is not None and sampler.sampling.exact and sampler.speaker.exact

@@ -1,8 +1,8 @@
 """The reference's log-probs of the data, computed once into a cache that later steps, runs and hosts read.
 
-A cache is a folder of parts under a key: a fingerprint of all that the numbers depend on (weights, config and dtype of the reference,
-tokens and masks of the data) and of nothing else, so another learning rate, loss, batch size, mesh or workdir finds them again.
-A part is written whole or not at all: an interrupted computation goes on with those that are missing.
+A cache is a folder of parts, named by a key. The key is a fingerprint of all that the log-probs depend on (weights, config and dtype of
+the reference, tokens and masks of the data) and of nothing else, so a run with another learning rate, loss, batch size, mesh or workdir
+finds the same cache. A part is written whole or not at all, so an interrupted computation goes on with the missing parts.
 """
 
 import dataclasses
@@ -27,24 +27,24 @@ from alignax.text import one_line
 from alignax.types import Params
 
 CACHE = "reference.cache"  # the program that scores data
-FORMAT = 1  # of the parts and of the key
-ROWS = 1024  # examples of a part
+FORMAT = 1  # version of the parts and of the key
+ROWS = 1024  # examples in a part
 AGREE = {"float32": 1e-3, "bfloat16": 0.1}  # nats by which a token's log-prob may differ between meshes and batch sizes
 
 
 def with_stored(run: Run, params: Params, digest: str, program: Program, say: Any) -> Run:
-    """The run with the reference's log-probs beside its tokens, from the cache or computed into it. Every process calls it.
+    """The run with the reference's log-probs in its data, read from the cache or computed into it. Every process calls this function.
 
     Args:
-      run: one with `reference.cache`.
-      params: the reference's, as the forward pass reads them.
-      digest: of its weights.
-      program: that scores a batch of the data with it, see `alignax.run.programs`.
-      say: takes lines for the console.
+      run: a run with `reference.cache`.
+      params: the reference's parameters, as the forward pass reads them.
+      digest: the digest of the reference's weights.
+      program: the program that scores a batch of the data with the reference, see `alignax.run.programs`.
+      say: a function that takes lines for the console.
 
     Raises:
-      ValueError: for a part that is damaged or does not hold what the reference says.
-      OSError: when the folder cannot be written.
+      ValueError: for a part that is damaged, or whose log-probs are not those of the reference.
+      OSError: if the folder cannot be written.
     """
     data = run.data
     train = dataclasses.replace(data.train, examples=stored(run, data.train.examples, params, digest, "train", program, say))
@@ -53,20 +53,20 @@ def with_stored(run: Run, params: Params, digest: str, program: Program, say: An
 
 
 def key(run: Run, examples: Examples, digest: str) -> str:
-    """What the numbers depend on, in 16 hexadecimal digits."""
+    """The key of a cache, 16 hexadecimal digits: a fingerprint of all that the log-probs depend on."""
     role = run.roles[REFERENCE]
     model = repr((FORMAT, digest, role.source.config, role.dtype.name)).encode()
     return f"{zlib.crc32(model):08x}{examples.token_digest():08x}"
 
 
 def stored(run: Run, examples: Examples, params: Params, digest: str, split: str, program: Program, say: Any) -> Examples:
-    """The examples with the reference's log-prob of every scored token."""
+    """The examples of a split, with the reference's log-prob of every scored token."""
     folder = Path(run.config.reference.cache) / key(run, examples, digest)
     with together():
         folder.mkdir(parents=True, exist_ok=True)
         output.sweep(folder)
         found = [read(folder, i, examples) for i in range(-(-len(examples) // ROWS))]
-    # What one process lacks all compute, since a sharded program takes all of them.
+    # If one process lacks a part, all compute it: a sharded program needs every process.
     have = np.array([part is not None for part in found])
     if jax.process_count() > 1:
         have = multihost_utils.process_allgather(have).all(axis=0)
@@ -87,7 +87,7 @@ def stored(run: Run, examples: Examples, params: Params, digest: str, split: str
 
 
 def computed(run: Run, examples: Examples, params: Params, score: Any, start: int, stop: int) -> Iterator[np.ndarray]:
-    """Log-probs of the scored tokens of rows start .. stop, in the order of the tokens."""
+    """Yields the reference's log-probs of the scored tokens of rows start .. stop - 1, in the order of the tokens, batch by batch."""
     size = eval_batch_size(run.config)
     for first in range(start, min(stop, len(examples)), size):
         rows = np.arange(first, first + size)
@@ -99,7 +99,7 @@ def computed(run: Run, examples: Examples, params: Params, score: Any, start: in
 
 
 def check(run: Run, examples: Examples, params: Params, score: Any, values: np.ndarray, folder: Path, row: int) -> None:
-    """Compares one batch of what was read with what the reference says now."""
+    """Refuses a cache whose log-probs, in one batch from `row` on, differ from those that the reference gives now."""
     stop = min(row + eval_batch_size(run.config), len(examples))
     now = np.concatenate(list(computed(run, examples, params, score, row, stop)))
     side = slice(*examples.offsets[[row * examples.N, stop * examples.N]])
@@ -109,7 +109,7 @@ def check(run: Run, examples: Examples, params: Params, score: Any, values: np.n
 
 
 def read(folder: Path, index: int, examples: Examples) -> np.ndarray | None:
-    """A part, or None if it is not there."""
+    """Reads the log-probs of a part of the cache; None if the part does not exist."""
     from safetensors import SafetensorError, safe_open
 
     file = folder / f"{index:06d}.safetensors"
@@ -128,7 +128,7 @@ def read(folder: Path, index: int, examples: Examples) -> np.ndarray | None:
 
 
 def write(folder: Path, index: int, values: np.ndarray) -> None:
-    """Writes a part in one move; two processes that write the same one do no harm."""
+    """Writes a part of the cache in one move; two processes may write the same part."""
     from safetensors.numpy import save_file
 
     with output.file(folder / f"{index:06d}.safetensors", shared=True) as tmp:

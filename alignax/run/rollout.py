@@ -1,7 +1,7 @@
-"""Rollouts: prompts of the data, completions that the policy samples now, and what a reward function on the host says of them.
+"""Rollouts: prompts of the data, completions that the policy samples now, and their rewards from functions on the host.
 
-A rollout is a batch [B, N, T] like any other. It is a function of the training state and the step alone, so a run that is stopped
-goes on bit for bit.
+A rollout is a batch [B, N, T] like any other. It is a function of the training state and the step alone, so a stopped run goes on bit
+for bit.
 """
 
 import time
@@ -16,7 +16,7 @@ from alignax.averages import PROPOSAL
 from alignax.config import steps_of_turn
 from alignax.generate import Answers, Completions, Stops, sampled_batch, text_of
 from alignax.generate.stops import LENGTH, STOP_ID, STOP_STRING
-from alignax.host.calls import within as within  # how a reward function is timed, to try one by hand
+from alignax.host.calls import within as within  # exported, to call a reward function by hand with its time limit
 from alignax.host.functions import names_of, reward_fields
 from alignax.rewards import judge as judges
 from alignax.run.host_rewards import Models, bad_rewards, has_signal, known_mean, metrics_of, named, rewarded, rewards_of
@@ -29,16 +29,16 @@ from alignax.types import Batch, TrainState
 
 
 class Sampled(NamedTuple):
-    """What a policy has just said, before anybody has judged it."""
+    """Completions that a policy has just sampled, without rewards."""
 
-    rows: np.ndarray  # [B] of the data
+    rows: np.ndarray  # [B] rows of the data that hold the prompts
     prompts: list[list[int]]
     completions: Completions
     metrics: dict[str, float]
 
 
 class Rollout(NamedTuple):
-    """A batch to learn from."""
+    """A rollout on the mesh, with its metrics."""
 
     batch: Batch  # on the mesh, see `Rollouts`
     metrics: dict[str, float]
@@ -48,29 +48,29 @@ class Rollouts:
     """Makes the rollouts of a run.
 
     A batch has `tokens`, `mask`, `completion_mask` and `sampled_logps` [B, N, T], `truncated` [B, N] bool (no EOS within
-    `rollout.max_new_tokens`), `prompt_id` [B] int32 (the row of the data), and where the experiment has a reward function its
-    `rewards` [B, N] float32, and `scores` [B, N, K] of several numbers with names. A completion whose reward is not known has reward NaN
-    and no scored token, so it weighs nothing. Gold rewards, where it has those, are `gold` [B, N] float32.
+    `rollout.max_new_tokens`) and `prompt_id` [B] int32 (the row of the data). A reward function adds `rewards` [B, N] float32, and
+    `scores` [B, N, K] if it gives several named numbers. A completion without a reward has reward NaN and no scored token, so its weight
+    is 0. Gold rewards, if there are any, are `gold` [B, N] float32.
     """
 
     def __init__(self, run: Run, look: Callable[[], None] = lambda: None, scorers: Scorers | None = None):
         """Compiles nothing yet.
 
         Args:
-          run: online.
-          look: called while completions are sampled; what it raises ends the rollout.
-          scorers: the frozen models that score samples, where the run has some.
+          run: an online run.
+          look: called while completions are sampled; an exception that it raises ends the rollout.
+          scorers: the frozen models that score samples; default: none.
         """
         self.run, self.look, self.generate = run, look, run.samplers[ROLLOUT]
         self.scorers = scorers or Scorers(run, {}, {}, ROLLOUT)
 
     def __call__(self, state: TrainState, frozen: Held, step: int) -> Rollout:
-        """The rollout before training step `step`, with `rollout.refill` of groups whose rewards differ, as far as they are found.
+        """The rollout before training step `step`; `rollout.refill` replaces groups whose rewards are all equal, see `refilled`.
 
-        Its metrics of text, `bad_rewards` and `gold` are those of the first sample, as what the policy says, before any refill.
+        Its metrics of text, `bad_rewards` and `gold` are those of the first samples, before any refill.
 
         Raises:
-          RewardFailed: see there.
+          RewardFailed: if a reward function fails and `rollout.bad_rewards` is "error".
         """
         batch, metrics = self.judged(self.sample(state, frozen, step))
         if self.run.config.rollout.refill:
@@ -79,9 +79,9 @@ class Rollouts:
         return self.placed(batch, metrics)
 
     def sample(self, state: TrainState, frozen: Held, step: int, again: int = 0, count: int | None = None) -> Sampled:
-        """What the rollout before training step `step` says: of the policy as it stands, or of the average that samples for it.
+        """Samples the completions of the rollout before training step `step` from the current policy, or from its average "proposal".
 
-        `again`: which time it is that groups are replaced, from 1 on, `count` of them; 0: the rollout itself.
+        `again` is 0 for the rollout itself; from 1 on it is the number of a refill, which samples `count` groups.
         """
         run, rows, began = self.run, self.rows(step, again)[:count], time.monotonic()
         prompts = [run.data.train.examples.prompt_tokens(row).tolist() for row in rows]
@@ -92,22 +92,22 @@ class Rollouts:
         return Sampled(rows, prompts, completions, {"time/generate": time.monotonic() - began} | text_metrics(completions))
 
     def judge(self, sampled: Sampled) -> Rollout:
-        """What was sampled, with what reward functions say of it.
+        """The rollout of sampled completions, with their rewards.
 
         Raises:
-          RewardFailed: see there.
+          RewardFailed: if a reward function fails and `rollout.bad_rewards` is "error".
         """
         return self.placed(*self.judged(sampled))
 
     def unjudged(self, sampled: Sampled) -> Rollout:
-        """What was sampled, where a signal came before reward functions had said anything of it: all rewards are infinite, as none is."""
+        """The rollout of sampled completions without rewards, for a stopped run: all rewards are inf, which no reward function gives."""
         batch = said_batch(self.run, self.answers(sampled))
         fields = reward_fields(self.run.experiment) | ({GOLD: ()} if GOLD in self.run.roles else {})
         asked = {name: np.full((*batch["truncated"].shape, *more), np.inf, np.float32) for name, more in fields.items()}
         return self.placed(batch | asked, sampled.metrics | {"time/reward": 0.0})
 
     def waiting(self, batch: Batch) -> Sampled | None:
-        """What a rollout that `unjudged` made has sampled, to be judged now; None of one that is judged."""
+        """The sampled completions of a rollout from `unjudged`, which still needs rewards; None for any other rollout."""
         asked = [batch[name] for name in (*reward_fields(self.run.experiment), "gold") if name in batch]
         if not asked or not np.isposinf(meshes.gathered(asked[0])).all():
             return None
@@ -130,17 +130,17 @@ class Rollouts:
         return Sampled(rows, prompts, completions, {"time/generate": 0.0} | text_metrics(completions))
 
     def answers(self, sampled: Sampled) -> Answers:
-        """What was sampled, with its texts."""
+        """The sampled completions with their texts."""
         texts = decoded(self.run.words.tokenizer, sampled.completions, self.generate.stops)
         return Answers(self.run.data.train.examples, sampled.rows, sampled.prompts, sampled.completions, texts)
 
     def placed(self, batch: dict[str, np.ndarray], metrics: dict[str, float]) -> Rollout:
-        """The rollout on the mesh."""
+        """Puts a batch from the host on the mesh, as a rollout."""
         count = len(batch["prompt_id"])
         return Rollout(meshes.put_batch(self.run.mesh, lambda part: {name: x[part] for name, x in batch.items()}, count), metrics)
 
     def judged(self, sampled: Sampled, again: bool = False) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-        """Batch and metrics of what was sampled, on the host; `metrics` of the experiment is not asked `again`, of a refill."""
+        """Batch and metrics of sampled completions, on the host; `again`: a refill, for which `metrics` of the experiment is not called."""
         run, began, metrics, answers = self.run, time.monotonic(), sampled.metrics, self.answers(sampled)
         models, gold = self.scorers.given(answers), self.scorers.gold(answers)
         batch = samples_batch(run, answers, models)
@@ -159,9 +159,10 @@ class Rollouts:
     def refilled(
         self, state: TrainState, frozen: Held, step: int, batch: dict[str, np.ndarray]
     ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-        """Dynamic sampling (DAPO, Yu et al. 2025, arXiv:2503.14476, section 3.2): groups without a signal make room for other prompts'.
+        """Dynamic sampling (DAPO, Yu et al. 2025, arXiv:2503.14476, section 3.2): replaces groups whose rewards are all equal.
 
-        Those that still have none after `rollout.refill` times have no scored token. The prompts of each time are a function of the step.
+        New groups are of other prompts. Groups that are not replaced after `rollout.refill` refills have no scored token. The prompts of
+        each refill are a function of the step.
         """
         heard = has_signal(batch["rewards"])
         found = {"signal_rate": float(heard.mean()), "reward_sampled": known_mean(batch["rewards"]), "refill/times": 0.0}
@@ -180,20 +181,20 @@ class Rollouts:
         return batch, found | times | {"refill/dropped": float((~heard).sum())}
 
     def rows(self, step: int, again: int = 0) -> np.ndarray:
-        """The rows of the data that the rollout before training step `step` is of: those of so many steps of the stream.
+        """The rows of the data whose prompts the rollout before training step `step` samples: `rollout.minibatches` batches of the stream.
 
-        `again`: those that it goes on with; they come after the last ones of the whole run in the stream.
+        `again`: the number of a refill, whose rows come after all rows of the run's rollouts in the stream; 0: the rollout itself.
         """
         run, c = self.run, self.run.config.rollout
         first = step // c.epochs
         if again:
-            before = run.steps // c.epochs  # batches of the stream that rollouts begin with
+            before = run.steps // c.epochs  # batches of the stream that all rollouts take without refills
             first = before + (step // steps_of_turn(run.config) * c.refill + again - 1) * c.minibatches
         return np.concatenate([run.data.train.rows(first + i) for i in range(c.minibatches)])
 
 
 def samples_batch(run: Run, answers: Answers, models: Models) -> dict[str, np.ndarray]:
-    """The batch of completions of rows of the data, on the host, with their rewards; see `Rollouts` and `Scorers.given`."""
+    """The batch of completions with their rewards, on the host; `models` is from `Scorers.given`, the fields are those of `Rollouts`."""
     batch = said_batch(run, answers)
     if run.experiment.reward is None:
         return batch
@@ -202,7 +203,7 @@ def samples_batch(run: Run, answers: Answers, models: Models) -> dict[str, np.nd
 
 
 def said_batch(run: Run, answers: Answers) -> dict[str, np.ndarray]:
-    """The batch of completions of rows of the data, on the host, before reward functions are asked."""
+    """The batch of completions, on the host, without rewards of reward functions."""
     batch = sampled_batch(answers.prompts, answers.completions, run.data.train.length)
     batch |= {"truncated": answers.completions.ended == LENGTH, "prompt_id": answers.rows.astype(np.int32)}
     for role, judge in run.readers.items():
@@ -213,11 +214,11 @@ def said_batch(run: Run, answers: Answers) -> dict[str, np.ndarray]:
 
 
 def trained_on(run: Run, shown: dict[str, np.ndarray]) -> list[dict[str, Any]]:
-    """Rows of `rollouts.jsonl`: what `make_learn` shows of a rollout, as texts with their special tokens."""
+    """The rows of `rollouts.jsonl`: the responses that `make_learn` shows of a rollout, as texts with special tokens."""
     tokens, mask, scored = (shown[name] for name in ("tokens", "mask", "completion_mask"))  # [b, N, T]
     rows = []
     for b, n in list(np.ndindex(tokens.shape[:2]))[: run.config.log.rollouts]:
-        # Where no token is scored, as without a reward, the prompt of the data says where the completion begins.
+        # If no token is scored, as without a reward, the completion begins where the prompt of the data ends.
         first = int(scored[b, n].argmax()) if scored[b, n].any() else len(run.data.train.examples.prompt_tokens(int(shown["prompt_id"][b])))
         own = tokens[b, n][mask[b, n]]
         row = {"prompt": run.words.tokenizer.decode(own[:first]), "completion": run.words.tokenizer.decode(own[first:])}
@@ -228,13 +229,13 @@ def trained_on(run: Run, shown: dict[str, np.ndarray]) -> list[dict[str, Any]]:
 
 
 def decoded(tokenizer: Any, completions: Completions, stops: Stops | None = None) -> list[list[str]]:
-    """Texts [B][N], special tokens and what has ended them left out."""
+    """The texts [B][N] of completions, without special tokens and without the stop string that ended them."""
     each = lambda rows, ended: [text_of(row, why, tokenizer, stops) for row, why in zip(rows, ended.tolist(), strict=True)]
     return [each(*pair) for pair in zip(completions.rows(), completions.ended, strict=True)]
 
 
 def text_metrics(completions: Completions) -> dict[str, float]:
-    """Of what was sampled: mean length in tokens, how much of it ended, and how much of it differs."""
+    """Metrics of sampled completions: mean length in tokens, the shares that ended and that were truncated, the share of distinct ones."""
     lengths = completions.mask.sum(axis=-1)
     rows = completions.tokens.reshape(-1, completions.tokens.shape[-1])
     return {

@@ -1,4 +1,4 @@
-"""How a run samples: the generators of its rollouts and of its evaluations, in one place."""
+"""The generators of a run, which sample its rollouts and its evaluations."""
 
 from typing import Any
 
@@ -14,18 +14,18 @@ ROLLOUT, EVALUATION = "rollout", "eval"  # the generators by name, which are als
 
 
 def make_samplers(config: Any, policy: Role, words: Vocabulary, mesh: Mesh, train: Examples, evaluated: Examples) -> dict[str, Generator]:
-    """The generators of a run by name: "rollout" of an online run, "eval" where evaluations sample.
+    """The generators of a run by name: "rollout" if the run is online, "eval" if its evaluations sample.
 
     Args:
-      config: the run's.
-      policy: its role.
-      words: its vocabulary.
-      mesh: of its parameters.
-      train: the data that rollouts are of.
-      evaluated: the data that evaluations sample of.
+      config: the config of the run.
+      policy: the role of the policy.
+      words: the policy's vocabulary.
+      mesh: the mesh of the policy's parameters.
+      train: the data with the prompts of rollouts.
+      evaluated: the data with the prompts of evaluations.
 
     Raises:
-      ValueError: for what no generator can be.
+      ValueError: for lengths, token ids or options that no generator can have.
     """
     out: dict[str, Generator] = {}
     if config.rollout.samples:
@@ -56,5 +56,5 @@ def make_samplers(config: Any, policy: Role, words: Vocabulary, mesh: Mesh, trai
 
 
 def sampled_rows(config: Any, evaluated: Examples) -> range:
-    """The rows of the evaluation data whose prompts are sampled; the first ones."""
+    """The first rows of the evaluation data, for whose prompts evaluations sample completions."""
     return range(min(max(config.eval.samples, config.eval.sample_prompts), len(evaluated)))

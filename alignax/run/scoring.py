@@ -1,4 +1,4 @@
-"""What the frozen models of a run say of samples on the host: to reward functions that ask for them by name, and as gold rewards."""
+"""Scores and log-probs of samples by the frozen models of a run: for reward functions that ask for a model, and as gold rewards."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,34 +16,34 @@ from alignax.run.state import Held, padded_prompts, put_padded
 
 
 def score_of(sampler: str, name: str) -> str:
-    """How the program is called by which a model of that name scores the samples of a sampler."""
+    """The name of the program that scores a sampler's samples with the model `name`."""
     return f"{sampler}/score/{name}"
 
 
 class Scorers:
-    """The frozen models that score samples on the host."""
+    """The frozen models of a run, as functions of samples on the host."""
 
     def __init__(self, run: Run, held: Held, programs: Mapping[str, Program], sampler: str):
         """Computes nothing yet.
 
         Args:
           run: the run.
-          held: its frozen trees.
-          programs: its programs.
-          sampler: whose samples they score, "rollout" or "eval".
+          held: the frozen parameter trees of the run.
+          programs: the programs of the run.
+          sampler: the sampler whose samples are scored, "rollout" or "eval".
         """
         self.run, self.held, place = run, held, score_of(sampler, "")
         self.programs = {name.removeprefix(place): program for name, program in programs.items() if name.startswith(place)}
 
     def gold(self, answers: Answers) -> np.ndarray | None:
-        """Gold rewards [B, N] float32 by the role "gold": the mean of its scores, NaN of what the model cannot read; None without it."""
+        """Gold rewards [B, N] float32: the mean score of the model "gold", NaN for samples that it cannot read; None without that model."""
         return self.said(GOLD, answers)[0].mean(axis=-1) if GOLD in self.programs else None
 
     def given(self, answers: Answers) -> dict[str, list[Any]]:
-        """What reward functions are given of the models that they ask for, by name: a value for each of the B * N completions.
+        """The values of models for reward functions that ask for them, by the model's name: one value for each of the B * N completions.
 
-        Of a reward model the value is its score, of one with several scores a list of these; of a language model it is a list of the
-        log-probs of the completion's tokens.
+        A reward model gives its score, or a list of scores if it has several. A language model gives a list of the log-probs of the
+        completion's tokens.
         """
         out: dict[str, list[Any]] = {}
         for name in models_asked(self.run.experiment):
@@ -55,9 +55,9 @@ class Scorers:
         return out
 
     def said(self, name: str, answers: Answers) -> tuple[np.ndarray, np.ndarray]:
-        """What a model says of samples, float32, and the mask of the tokens that it says it of, bool [B, N, T].
+        """The output of a model for samples, float32, and the mask of the completion tokens that it read, [B, N, T] bool.
 
-        Scores [B, N, K] of a reward model, NaN of what the model cannot read; log-probs [B, N, T] of a language model.
+        The output of a reward model is scores [B, N, K], NaN for samples that it cannot read; of a language model, log-probs [B, N, T].
         """
         run, role, judge = self.run, self.run.roles[name], self.run.judges.get(name)
         if judge is None:

@@ -1,4 +1,4 @@
-"""From a checked run to its arrays on the mesh: models loaded, what is trained made or restored, what is frozen set apart."""
+"""Starts a checked run: loads its models onto the mesh, makes or restores the training state, and holds the frozen parameters."""
 
 import json
 import sys
@@ -36,8 +36,8 @@ from alignax.run.state import abstract_state
 from alignax.train import Apply, digest
 from alignax.types import Batch, Model, Outputs, Params, TrainState
 
-UNSAID = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")  # what changes no computation
-BLOCK = 1 << 16  # bytes of a block of which a CRC is taken
+UNSAID = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")  # fields of config.json that change no computation
+BLOCK = 1 << 16  # bytes of a block in the CRC of a file
 
 
 class Started(NamedTuple):
@@ -54,12 +54,12 @@ class Started(NamedTuple):
 
 
 def start(run: Run, write: bool = True) -> Started:
-    """Loads models and the newest checkpoint, if there is one. Nothing is trained yet; only with `write` is the workdir touched.
+    """Loads the models of a run, and its newest checkpoint if there is one. Nothing is trained; the workdir is touched only with `write`.
 
     Raises:
-      ValueError: for the workdir of another run, for weights that are not finite, and for a checkpoint that is damaged or is not this
-        run's.
-      OSError: when the disk has no room for a checkpoint.
+      ValueError: for the workdir of another run, for weights that are not finite, and for a checkpoint that is damaged or belongs to
+        another run.
+      OSError: if the disk has no room for a checkpoint.
     """
     config = run.config
     with together():
@@ -85,8 +85,8 @@ def start(run: Run, write: bool = True) -> Started:
             output.require_space(run.workdir, nbytes(abstract_state(run)), "a checkpoint", "make room, or choose another workdir")
             lock = open_workdir(run)
     checkpoints = Checkpoints(run.workdir, config.checkpoint.keep, config.checkpoint.best, write)
-    compared = about if write else {name: x for name, x in about.items() if name != "data"}  # evaluation may have other data
-    about = about | {"day": Today.day.isoformat()}  # what templates call today, also when the run goes on tomorrow
+    compared = about if write else {name: x for name, x in about.items() if name != "data"}  # evaluation may use other data
+    about = about | {"day": Today.day.isoformat()}  # the day that templates read, kept when the run goes on tomorrow
 
     def restored(step: int) -> TrainState:
         check_same(run.workdir, step, checkpoints.about(step), compared)
@@ -102,7 +102,7 @@ def start(run: Run, write: bool = True) -> Started:
 
 
 def hold(run: Run, role: Role, params: Params, about: dict[str, str]) -> Params:
-    """The frozen tree of a role, whose digest goes among those of the run; the policy's parameters serve its base."""
+    """The frozen parameters of a role. Adds their digest to `about`. A role with the policy's folder shares the policy's parameters."""
     own = params
     if (role.sources, role.init, role.adapters) != (run.policy.sources, run.policy.init, ""):
         with together():
@@ -113,9 +113,9 @@ def hold(run: Run, role: Role, params: Params, about: dict[str, str]) -> Params:
 
 
 def with_reference(run: Run, params: Params, held: dict[str, Params], about: dict[str, str], table: Mapping[str, Program]) -> Run:
-    """Holds the reference as far as the run needs it: its parameters, or its log-probs of the data with `reference.cache`."""
+    """The run with what it needs of the reference: parameters, added to `held`, or with `reference.cache` log-probs of the data."""
     role = run.roles[REFERENCE]
-    about[REFERENCE] = about["policy"]  # of a reference that starts as the policy does
+    about[REFERENCE] = about["policy"]  # if the reference is the policy at step 0; else `hold` replaces it
     own = held[BASE] if role.tree == BASE else hold(run, role, params, about)
     if role.tree == REFERENCE:
         held[REFERENCE] = own
@@ -126,7 +126,7 @@ def with_reference(run: Run, params: Params, held: dict[str, Params], about: dic
 
 
 def begin(run: Run, params: Params, held: dict[str, Params], about: dict[str, str]) -> Params:
-    """What is trained, at step 0: the policy's parameters or its adapters, of an ensemble every member's, and a critic's."""
+    """The trained parameters at step 0: those of the policy, of its adapters, or of all members of an ensemble, and a critic's."""
     policy = run.policy
     if policy.members:
         params = spread(run, params, held.get(BASE))
@@ -142,7 +142,7 @@ def begin(run: Run, params: Params, held: dict[str, Params], about: dict[str, st
 
 
 def given(run: Run) -> dict[str, str]:
-    """All that the processes of a run must have been given alike, by name, as text."""
+    """The inputs that must be equal in all processes of a run, by name, as text."""
     fields = "\n".join(f"{name} = {value!r}" for name, value in sorted(flat(run.config).items()))
     package = Path(__file__).parents[1]
     ours = "\n".join(f"{file.relative_to(package)} {zlib.crc32(file.read_bytes()):08x}" for file in sorted(package.rglob("*.py")))
@@ -162,7 +162,7 @@ def given(run: Run) -> dict[str, str]:
 
 
 def sketch(folder: Path) -> str:
-    """Every file of a model folder with its size and a CRC, of large ones of 64 blocks between start and end: a file a line."""
+    """The files of a model folder, one line each, with size and CRC; the CRC of a large file covers 64 blocks spread over it."""
     lines = []
     for file in sorted(p for p in folder.iterdir() if p.is_file() and p.suffix in (".json", ".jinja", ".model", ".txt", ".safetensors")):
         size, crc = file.stat().st_size, 0
@@ -175,10 +175,10 @@ def sketch(folder: Path) -> str:
 
 
 def check_step(run: Run) -> dict[str, Program]:
-    """The programs of a run, traced on shapes alone: a loss that does not fit its data is refused before anything is written."""
+    """Traces the programs of a run on shapes alone and returns them; refuses losses that do not fit their data before writing any file."""
     functions = [name for name in ("gold", "reward", METRICS) if getattr(run.experiment, name) is not None]
     if functions and is_main():
-        run.workers.start()  # they load the experiment meanwhile
+        run.workers.start()  # workers load the experiment while programs are traced
     try:
         with blaming(run.experiment.file, always=False):
             table = programs(run)
@@ -208,9 +208,9 @@ def check_step(run: Run) -> dict[str, Program]:
 
 
 def check_advantages(run: Run) -> None:
-    """Refuses groups of one response where the experience compares a response with its group.
+    """Refuses groups of one response if the experience compares each response with its group.
 
-    The experience is asked what it makes of a small rollout, models that are not loaded yet replaced by functions of the tokens.
+    The experience is called on a small random rollout, where functions of the tokens stand in for models that are not loaded yet.
     """
     make, B = run.experiment.experience, prompts_of_rollout(run.config)
     if run.config.rollout.samples != 1 or make is None:
@@ -239,9 +239,9 @@ def check_advantages(run: Run) -> None:
     try:
         experience = make(**{name: given[name] for name in asked(make)})
         written = advance(experience, first_carry(experience), batch)[1]
-    except Exception:  # an experience may ask for more than this knows of
+    except Exception:  # an experience may need fields that this rollout lacks
         return
-    if not np.any(np.asarray(written.get("advantages", written["completion_mask"]))):  # best_and_worst() leaves no token
+    if not np.any(np.asarray(written.get("advantages", written["completion_mask"]))):  # best_and_worst() leaves no scored token instead
         if B == 1:
             raise ValueError(
                 f"a rollout is of one response (batch_size, rollout.minibatches and rollout.samples are 1), and experience() of "
@@ -256,9 +256,9 @@ def check_advantages(run: Run) -> None:
 
 
 def spread(run: Run, params: Params, base: Params | None) -> Params:
-    """What the members of an ensemble train, at step 0 [K, ...]: all parameters, or adapters of the base, and each its own head.
+    """The trained parameters of an ensemble's members at step 0, [K, ...]: all parameters, or adapters of the base, with a head each.
 
-    The head is what each member's seed gives, unless the folder has one: then all begin with that.
+    The seed of a member initialises its head, unless the folder has a head: then all members start from that one.
     """
     config, lora = run.policy.source.config, run.policy.lora
     own = run.policy.source.stored.num_labels != config.num_labels
@@ -274,7 +274,7 @@ def spread(run: Run, params: Params, base: Params | None) -> Params:
 
 
 def initial_adapters(run: Run, params: Params, base: Params) -> Params:
-    """The adapters at step 0, with a reward model's head."""
+    """The adapters at step 0, with the head of a reward model or a critic; adapters of `lora.path` have a reward model's head already."""
     source, lora = run.policy.source, run.policy.lora
     assert lora is not None
     head = {name: params[name] for name in reward.HEAD if name in params}
@@ -285,24 +285,24 @@ def initial_adapters(run: Run, params: Params, base: Params) -> Params:
 
 
 def fingerprint(params: Params | None) -> str:
-    """The digest of parameters, as text; none of none."""
+    """The digest of parameters, as text; the empty text for None."""
     return "" if params is None else f"{int(jax.jit(digest)(params)):08x}"
 
 
 def described(source: hf.Source, tokenizer: Any) -> dict[str, str]:
-    """Digests of what a model folder says of its weights: its config.json, names and versions left out, and its tokens."""
+    """The digests of a model folder's config.json, without names and versions, and of its tokenizer's vocabulary."""
     said = {name: value for name, value in source.hf.items() if name not in UNSAID}
     digest = lambda x: f"{zlib.crc32(json.dumps(x, sort_keys=True).encode()):08x}"
     return {"config.json": digest(said), "tokenizer": digest(tokenizer.get_vocab())}
 
 
 def data_digest(run: Run) -> str:
-    """The digest of all that batches are made of, as text."""
+    """The digest of the training and pretraining data, as text."""
     return "+".join(f"{stream.digest():08x}" for stream in (run.data.train, run.data.pretrain) if stream is not None)
 
 
 def open_workdir(run: Run) -> output.Lock:
-    """Makes the workdir, holds it, and writes the effective config into it; process 0 does."""
+    """Makes the workdir, locks it, and writes the effective config into it; only process 0 does this."""
     lock = output.Lock(None)
     if is_main():
         run.workdir.mkdir(parents=True, exist_ok=True)
@@ -312,7 +312,7 @@ def open_workdir(run: Run) -> output.Lock:
 
 
 def check_same(workdir: Path, step: int, saved: dict[str, Any], now: dict[str, Any]) -> None:
-    """Refuses a checkpoint that grew from other models."""
+    """Refuses a checkpoint of a run that started from other models or data."""
     for name, value in now.items():
         if saved.get(name) != value:
             raise ValueError(

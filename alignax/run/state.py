@@ -1,4 +1,4 @@
-"""What a run's programs are called with: experience, the training state and batches, and of all of these shapes and shardings."""
+"""The arguments of a run's programs: its experience, its training state and its batches, with the shapes and shardings of each."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -25,12 +25,12 @@ from alignax.run.sampling import EVALUATION, sampled_rows
 from alignax.train import init_state
 from alignax.types import Batch, Model, Params, TrainState
 
-AHEAD = "ahead"  # the part of the carry that is the next rollout
-Held = Mapping[str, Params]  # frozen trees by name, see `alignax.run.roles.frozen`
+AHEAD = "ahead"  # name of the next rollout in the carry
+Held = Mapping[str, Params]  # frozen parameter trees by name, see `alignax.run.roles.frozen`
 
 
 def make_experience(run: Run, held: Held, state: TrainState) -> Experience:
-    """What the experiment puts in front of the step, from the models that it asks for; nothing, where it names none."""
+    """The experience of the experiment, made from the models that it asks for; the empty chain if the experiment has none."""
     make = run.experiment.experience
     if make is None:
         return chain()
@@ -41,7 +41,7 @@ def make_experience(run: Run, held: Held, state: TrainState) -> Experience:
 
 
 def given_models(run: Run, held: Held, state: TrainState) -> dict[str, Model]:
-    """The models that experience and losses are given by name: a reference may move, or be its stored log-probs of the data."""
+    """The models for experience and losses, by name. The reference may be an average of the policy, or stored log-probs of the data."""
     given = models(run.roles, held, state.params)
     if run.config.reference.cache:
         given[REFERENCE] = STORED_MODEL
@@ -51,7 +51,7 @@ def given_models(run: Run, held: Held, state: TrainState) -> dict[str, Model]:
 
 
 def off_policy(run: Run) -> bool:
-    """Whether rollouts are of another policy, or of another distribution of it, than the one that learns from them."""
+    """Whether rollouts come from another policy than the one that is trained, or from another distribution of it."""
     c = run.config.rollout
     return c.ahead or PROPOSAL in run.learning.averages or not policy_sampling(c.temperature, c.top_p).exact
 
@@ -60,7 +60,7 @@ def off_policy(run: Run) -> bool:
 
 
 def new_state(run: Run, params: Params, key: jax.Array, held: Held) -> TrainState:
-    """The state at step 0, of an ensemble all members'; averages start from the parameters. Pure."""
+    """The training state at step 0; for an ensemble, the states of all members. Averages start from the parameters. Pure."""
 
     def make(params: Params) -> TrainState:
         state = init_state(params, run.learning.optimizer, key, dict.fromkeys(run.learning.averages, params))
@@ -71,12 +71,12 @@ def new_state(run: Run, params: Params, key: jax.Array, held: Held) -> TrainStat
 
 
 def waiting(run: Run) -> dict[str, Any]:
-    """The part of the carry that is no experience's: with `rollout.ahead` the rollout that comes next, as shapes."""
+    """The shapes of the carry's part outside of experience: with `rollout.ahead` the next rollout, else nothing."""
     return {AHEAD: training_rollout(run)} if run.config.rollout.ahead else {}
 
 
 def state_shardings(run: Run, carry: Any) -> TrainState:
-    """Where each leaf of the training state lives; `carry` says what is remembered: that of experience every device holds."""
+    """The sharding of each leaf of the training state; `carry` has the shapes of the carry. Every device holds all of experience's part."""
     abstract = abstract_trained(run.roles, run.mesh)
     params = jax.tree.map(lambda x: x.sharding, abstract)
     optimizer = run.learning.optimizer
@@ -88,7 +88,7 @@ def state_shardings(run: Run, carry: Any) -> TrainState:
 
 
 def abstract_state(run: Run) -> TrainState:
-    """Shapes, types and shardings of the training state; nothing is computed."""
+    """The shapes, types and shardings of the training state; nothing is computed."""
     held = abstract_frozen(run.roles, run.mesh)
     shapes = jax.eval_shape(lambda p, f: new_state(run, p, jax.random.key(0), f), abstract_trained(run.roles), held)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, state_shardings(run, shapes.carry))
@@ -98,7 +98,7 @@ def abstract_state(run: Run) -> TrainState:
 
 
 def abstract_batches(run: Run) -> dict[str, Any]:
-    """Shapes and shardings of the batches that the training program takes, by name: of the data, or of rollouts and of pretraining."""
+    """The shapes and shardings of the training program's batches, by name: of data, or of rollouts and pretraining."""
     c = run.config
     if not c.rollout.samples:
         return {DATA: abstract_batch(run)}
@@ -109,29 +109,29 @@ def abstract_batches(run: Run) -> dict[str, Any]:
 
 
 def abstract_batch(run: Run, evaluation: bool = False) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and shardings of a batch of the data, or of an evaluation batch, which members of an ensemble share."""
+    """The shapes and shardings of a training batch of data, or of an evaluation batch, which all members of an ensemble share."""
     return abstract_rows(run.mesh, run.data.train, *((eval_batch_size(run.config),) if evaluation else batch_sizes(run)))
 
 
 def abstract_rows(mesh: Mesh, stream: Batches, *sizes: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and shardings of rows of a stream whose leading axes are of those sizes, see `alignax.mesh.put_batch`."""
+    """The shapes and shardings of a stream's rows with leading axes of the given sizes, see `alignax.mesh.put_batch`."""
     layout = meshes.batch_sharding(mesh, len(sizes) == 2)
     describe = lambda x: jax.ShapeDtypeStruct((*sizes, *x.shape[1:]), x.dtype, sharding=layout)
     return {name: describe(x) for name, x in stream.batch(0, slice(0)).items()}
 
 
 def batch_sizes(run: Run) -> tuple[int, ...]:
-    """The leading axes of a training batch: [B], of an ensemble [K, B]."""
+    """The sizes of a training batch's leading axes: [B], or [K, B] for an ensemble."""
     return (run.policy.members, run.config.batch_size) if run.policy.members else (run.config.batch_size,)
 
 
 def training_rollout(run: Run) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and shardings of a rollout that is trained on."""
+    """The shapes and shardings of a rollout that is trained on."""
     return abstract_rollout(run, prompts_of_rollout(run.config), run.config.rollout.samples)
 
 
 def abstract_rollout(run: Run, prompts: int, samples: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and shardings of a rollout."""
+    """The shapes and shardings of a rollout of B = `prompts` prompts, with N = `samples` responses each."""
     B, N, T = prompts, samples, run.data.train.length
     layout = meshes.batch_sharding(run.mesh)
     tokens: dict[str, Any] = {"tokens": jnp.int32, "mask": jnp.bool_, "completion_mask": jnp.bool_, "sampled_logps": jnp.float32}
@@ -146,7 +146,7 @@ def abstract_rollout(run: Run, prompts: int, samples: int) -> dict[str, jax.Shap
 
 
 def abstract_read(run: Run, role: str, sampler: str) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and shardings of the samples of a sampler as a frozen model of that role reads them."""
+    """The shapes and shardings of a sampler's samples in the form that the frozen model `role` reads."""
     c, shape = run.config, run.samplers[sampler].shape
     B, N = prompts_of_rollout(c), c.rollout.samples
     if sampler == EVALUATION:
@@ -159,7 +159,7 @@ def abstract_read(run: Run, role: str, sampler: str) -> dict[str, jax.ShapeDtype
 
 
 def abstract_compared(run: Run) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and shardings of an evaluation's samples, which policy and reference score."""
+    """The shapes and shardings of an evaluation's samples for the comparison of policy and reference."""
     shape, shards = run.samplers[EVALUATION].shape, meshes.batch_shards(run.mesh)
     B, N, T = len(sampled_rows(run.config, run.data.evaluated)), run.config.eval.samples_per_prompt, shape.prompt + shape.new
     types = dict(zip((*FIELDS, "sampled_logps"), (jnp.int32, jnp.bool_, jnp.bool_, jnp.float32), strict=True))
@@ -168,13 +168,13 @@ def abstract_compared(run: Run) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def padded_prompts(mesh: Mesh, prompts: int) -> int:
-    """The rows of a batch of so many prompts, or less: a power of 2 for each batch shard, so that few sizes are compiled for refills."""
+    """The padded size of a batch of prompts: a power of 2 rows per batch shard, so that refills need few compilations."""
     shards = meshes.batch_shards(mesh)
     return shards << (-(-max(prompts, 1) // shards) - 1).bit_length()
 
 
 def put_padded(mesh: Mesh, batch: dict[str, np.ndarray], least: int = 0) -> Batch:
-    """The batch on the mesh, filled up with padding rows, to `least` of them at least."""
+    """The batch on the mesh, with padding rows up to a multiple of the batch shards, and up to `least` rows in all."""
     n, shards = len(next(iter(batch.values()))), meshes.batch_shards(mesh)
     size = -(-max(n, least) // shards) * shards
     full = {name: np.concatenate([x, np.zeros((size - n, *x.shape[1:]), x.dtype)]) for name, x in batch.items()}

@@ -1,4 +1,4 @@
-"""The training step and the evaluation of a run, each behind its experience, as pure functions of state, frozen parameters and batches."""
+"""The training step and the evaluation of a run, with experience first, as pure functions of state, frozen parameters and batches."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -21,7 +21,7 @@ from alignax.types import Batch, Metrics, Model, Outputs, Params, TrainState
 
 
 def objectives(run: Run, held: Held, state: TrainState) -> dict[str, Objective]:
-    """The losses of a run by the batch that each is of, made of the models that they ask for."""
+    """The losses of a run by the name of their batch, made with the models that they ask for."""
     names = asked(run.experiment.loss)[1:]  # the first is the config
     if not names:
         return run.learning.objectives
@@ -30,9 +30,9 @@ def objectives(run: Run, held: Held, state: TrainState) -> dict[str, Objective]:
 
 
 def taught_apply(run: Run, held: Held, losses: Mapping[str, Objective]) -> Apply:
-    """The forward pass that is trained: the policy's, with the statistics that the losses read.
+    """The policy's forward pass for training, with the statistics that the losses read.
 
-    The reference is at its side where `reference.token_kl` asks for their KL.
+    With `reference.token_kl` it runs the reference, too, and computes the KL between the two.
     """
     role, wanted = run.policy, statistics_of(*losses.values())
     if not run.config.reference.token_kl:
@@ -43,7 +43,7 @@ def taught_apply(run: Run, held: Held, losses: Mapping[str, Objective]) -> Apply
 
 
 def make_data_step(run: Run) -> Callable[[TrainState, Held, dict[str, Batch]], tuple[TrainState, Metrics]]:
-    """The program of training on data, `(state, frozen, batches) -> (state, metrics)`: one step on the batch of that name."""
+    """The program of training on data, `(state, frozen, batches) -> (state, metrics)`: one step on the batch called "data"."""
     after, learning = averaged(run.learning.averages), run.learning
 
     def step(state: TrainState, held: Held, batches: dict[str, Batch]) -> tuple[TrainState, Metrics]:
@@ -73,9 +73,9 @@ def make_evaluate(run: Run) -> Callable[[TrainState, Held, Batch], tuple[Any, Ou
 
 
 def make_score(role: Role) -> Callable[[Params, Batch], jax.Array]:
-    """The program that scores samples with a frozen model, `(parameters, batch) -> array`.
+    """The program that scores samples with a frozen model, `(parameters, batch) -> array`, float32.
 
-    Scores [B, N, K] of reward models, log-probs [B, N, T] of a language model, float32.
+    The array is scores [B, N, K] of reward models, or log-probs [B, N, T] of a language model.
     """
 
     def score(params: Params, batch: Batch) -> jax.Array:
@@ -86,9 +86,8 @@ def make_score(role: Role) -> Callable[[Params, Batch], jax.Array]:
 
 
 def make_compare(run: Run) -> Callable[[Params, Held, Batch], tuple[jax.Array, jax.Array, jax.Array]]:
-    """The program that measures samples of an evaluation against the reference, `(trained, frozen, batch) -> (k1, k3, gap)`; see `compare`.
-
-    Both models are read as they are sampled from: at `eval.temperature`, over the tokens of the tokenizer.
+    """The program that runs `compare` on an evaluation's samples, `(trained, frozen, batch) -> (k1, k3, gap)`.
+    Both models have the distribution of the sampler: at `eval.temperature`, over the tokens of the tokenizer.
     """
     spoken = lambda role: policy_config(role.config, run.config.eval.temperature, run.words.unused)
     apply = lambda role: make_apply(spoken(role), run.config, run.policy.dtype, run.mesh)
@@ -102,15 +101,15 @@ def make_compare(run: Run) -> Callable[[Params, Held, Batch], tuple[jax.Array, j
 
 
 def compare(policy: Model, reference: Model, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Estimates of KL(policy || reference) from each sampled completion, in nats summed over its tokens: k1 and k3, each [B, N].
+    """The estimates k1 and k3 of KL(policy || reference) for each sampled completion, [B, N] each, in nats, and the sampler's gap [].
 
-    k1 = sum_t lr and k3 = sum_t exp(-lr) - 1 + lr with lr = log pi - log ref; both unbiased, k1 signed, k3 >= 0 (Schulman 2020,
-    "Approximating KL divergence"). Third, by how much the sampler's log-probs differ from those of the forward pass that trains, [].
+    k1 = sum_t lr and k3 = sum_t exp(-lr) - 1 + lr, lr = log pi - log ref, over the tokens of a completion; both unbiased, k1 signed,
+    k3 >= 0 (Schulman 2020, "Approximating KL divergence"). The gap is between log-probs of sampler and forward pass, see `sampler_gap`.
 
     Args:
-      policy: whose samples they are.
-      reference: what they are measured against.
-      batch: completions with their `sampled_logps`, [B, N, T].
+      policy: the model that sampled the completions.
+      reference: the other model of the KL.
+      batch: completions [B, N, T] with their `sampled_logps`.
     """
     logps = policy.apply(policy.params, batch).logps
     lr = logps - reference.apply(reference.params, batch).logps  # [B, N, T], 0 outside completions
