@@ -96,7 +96,7 @@ def parameters(function: Callable, columns: Iterable[str], models: Iterable[str]
     """
     try:
         there = list(inspect.signature(function).parameters.values())
-    except (TypeError, ValueError):  # written in C
+    except (TypeError, ValueError):  # a function written in C may have no signature
         return Parameters(True, (), ())
     places = [p.name for p in there if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     named = [p for p in there if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]

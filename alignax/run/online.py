@@ -228,7 +228,7 @@ def measured(batch: Batch, other: bool = False, names: Sequence[str] = ()) -> Me
         out["reward_std"] = jnp.sqrt(jnp.square(centred).sum(axis=1) / count[:, 0]).mean()
     if names:
         known = real[..., None] & jnp.isfinite(batch["scores"])  # [B, N, K]
-        each = jnp.where(known, batch["scores"], 0.0).sum(axis=(0, 1)) / known.sum(axis=(0, 1))  # 0 / 0 where there is none
+        each = jnp.where(known, batch["scores"], 0.0).sum(axis=(0, 1)) / known.sum(axis=(0, 1))  # NaN (0 / 0) if no response has the number
         out |= {f"score/{name}": each[k] for k, name in enumerate(names)}
     elif "scores" in batch and batch["scores"].shape[-1] > 1:
         out |= {f"score/member_{k}": mean(batch["scores"][..., k]) for k in range(batch["scores"].shape[-1])}

@@ -105,7 +105,7 @@ def reference_role(config: Any, source: hf.Source, roles: Mapping[str, Role], me
     policy, own = roles[POLICY], source is not roles[POLICY].source
     shared = policy.lora is not None and not own
     bare = dataclasses.replace(policy.lora, targets=()) if policy.lora is not None and shared else None
-    language = {"num_labels": 0, "language_head": False} if source.config.language_head else {}  # not its scores
+    language = {"num_labels": 0, "language_head": False} if source.config.language_head else {}  # a reward model: its language model
     model = dataclasses.replace(source.config, lora=bare, critic_heads=0, **language)
     # The policy's own forward pass if possible, so that equal parameters give equal numbers.
     giving = policy.giving if model == policy.config else make_giving(model, config, policy.dtype, mesh)

@@ -46,9 +46,9 @@ class Started(NamedTuple):
     run: Run
     state: TrainState
     step: int  # steps taken
-    held: dict[str, Params]  # the frozen trees
+    held: dict[str, Params]  # frozen parameter trees by name
     programs: dict[str, Program]
-    about: dict[str, str]  # digests of the models that it started from
+    about: dict[str, str]  # digests of the models and data that the run started from
     checkpoints: Checkpoints
     lock: output.Lock
 
@@ -94,7 +94,7 @@ def start(run: Run, write: bool = True) -> Started:
 
     step = checkpoints.latest() or 0
     if step:
-        del params  # one training state at a time
+        del params  # memory may hold only one training state
         step, state = checkpoints.newest(restored)
     else:
         state = table["begin"].call(params, jax.random.key(config.seed), held)

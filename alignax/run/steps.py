@@ -22,7 +22,7 @@ from alignax.types import Batch, Metrics, Model, Outputs, Params, TrainState
 
 def objectives(run: Run, held: Held, state: TrainState) -> dict[str, Objective]:
     """The losses of a run by the name of their batch, made with the models that they ask for."""
-    names = asked(run.experiment.loss)[1:]  # the first is the config
+    names = asked(run.experiment.loss)[1:]  # the first parameter is the config
     if not names:
         return run.learning.objectives
     given = given_models(run, held, state)
