@@ -38,7 +38,7 @@ def arguments(fields: dict[str, object], experiment: str = "dpo_hh") -> list[str
 
 
 def environment(devices: int = 1, **more: str) -> dict[str, str]:
-    """Of a process with so many simulated devices; compiled programs of one device are shared between the runs of a test session.
+    """The environment of a process with so many simulated devices; runs of a test session share the compiled programs of one device.
 
     Those of several are not: a program for CPUs that is read from jax's cache of compiled programs has lost the order of its collectives,
     and its devices may wait for ever, some in one and some in another (seen with jax 0.10.2: all-reduce, all-gather and permute at once).

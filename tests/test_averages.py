@@ -99,7 +99,7 @@ def test_elastic_resets_at_the_ends_of_their_range():
 
 @pytest.mark.parametrize("decay, every, share", [(0.995, 17, 0.0817), (0.995, 1040, 0.9946)])
 def test_how_much_a_reset_keeps(decay, every, share):
-    """Of parameters that jump once and stay: 1 - decay^every."""
+    """The parameters jump once and stay; a reset leaves 1 - decay^every of the jump."""
     update = averaged(elastic_reset(decay, every))
     zero, start = jnp.zeros((), jnp.int32), {"w": jnp.float32(0)}
     state = TrainState(zero, {"w": jnp.float32(1)}, None, None, zero, zero, {"ema": start, "initial": start})

@@ -64,7 +64,7 @@ def test_a_console_of_few_characters_is_told_all(monkeypatch):
 
 
 def test_ctrl_c_is_not_lost_where_the_garbage_collector_calls(monkeypatch, capsys):
-    """Errors there are ignored."""
+    """Python ignores exceptions that are raised in callbacks of the garbage collector, so Ctrl-C there would be lost."""
 
     def _xla_gc_callback():  # as jax's is called
         os.kill(os.getpid(), signal.SIGINT)
@@ -90,7 +90,7 @@ MOMENTS = ["numpy.version", "numpy", "jax._src.config", "jax", "flax.core", "opt
     "command", [["-m", "alignax"], ["-c", "import sys; from alignax.cli import main; sys.exit(main())"]], ids=["m", "script"]
 )
 def test_ctrl_c_while_libraries_are_imported(command, module):
-    """It comes as soon as Python tells that it has imported the module, with others still to come."""
+    """Ctrl-C comes as soon as Python reports that it has imported the module, while other imports are still to come."""
     words = [sys.executable, "-X", "importtime", *command, "train", "--config", "absent.py"]
     pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": runs.REPO}
     with subprocess.Popen(words, **pipes) as process:
@@ -702,7 +702,7 @@ def test_notice_names_rpo_once_when_the_chosen_log_prob_falls():
 
 
 def test_a_workdir_that_was_moved_is_not_begun_anew_elsewhere(tmp_path, monkeypatch):
-    """Its config.py says where it was; an override says what is meant."""
+    """The moved config.py still names the old workdir; an override says which one is meant."""
     moved = tmp_path / "moved"
     (moved / "checkpoints").mkdir(parents=True)
     experiment = config.load_experiment(DPO)._replace(file=moved / "config.py")

@@ -1,4 +1,4 @@
-"""What is said of errors in a user's code: the place, what is not there, what there is, the nearest to it."""
+"""Messages about errors in a user's code: the place, the missing name, the names that exist, and the nearest one."""
 
 import functools
 import importlib.util
@@ -25,7 +25,7 @@ NAMES = itertools.count()
 
 
 def said(tmp_path, code: str, always: bool = True) -> str:
-    """What is said of one line of code, run on outputs, a batch and a config."""
+    """The message about one line of code that runs on outputs, a batch and a config."""
     file = tmp_path / f"mine{next(NAMES)}.py"
     file.write_text(HEAD + code + "\n")
     spec = importlib.util.spec_from_file_location("mine", file)

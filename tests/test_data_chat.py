@@ -312,7 +312,7 @@ def test_prompts_that_hold_the_answer_and_turns_behind_it_are_told(chatml):
 
 @pytest.mark.parametrize("template", [CHATML, MARKED])
 def test_a_prompt_alone_ends_where_the_answer_begins(template):
-    """As the same prompt has it in front of its answer; reward functions are given the row's own columns."""
+    """A prompt without an answer has the tokens that it has before an answer; reward functions get the row's own columns."""
     tokenizer, messages = tiny.byte_tokenizer(template), turns("hi", "hello", "and?")
     (row,), _ = read([{"prompt": messages, "answer": 4, "tools": "[]"}], "prompt")
     (alone,) = encode([row], tokenizer)

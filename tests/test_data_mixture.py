@@ -35,7 +35,7 @@ def test_the_schedule_far_out_goes_on_from_one_window_to_the_next():
 
 
 def test_the_schedule_is_fixed_for_ever():
-    """As the order of rows: a checkpoint stores only the step."""
+    """The schedule of a mixture must never change between releases: a checkpoint stores only the step."""
     assert schedule((0.7, 0.2, 0.1), 0, 20)[0].tolist() == [0, 0, 1, 0, 0, 2, 0, 1, 0, 0, 0, 0, 1, 0, 2, 0, 0, 1, 0, 0]
     far = [7 * 10**8, 7 * 10**8 + 1, 2 * 10**8, 7 * 10**8 + 2, 10**8, 7 * 10**8 + 3, 7 * 10**8 + 4, 2 * 10**8 + 1]
     assert schedule((0.7, 0.2, 0.1), 10**9, 8)[1].tolist() == far

@@ -1,4 +1,4 @@
-"""What of a conversation is scored, by small chat templates of the kinds that models have: each said in brackets by hand."""
+"""The scored parts of conversations under small chat templates of the kinds that models have; brackets by hand mark the scored text."""
 
 import itertools
 import json
@@ -90,7 +90,7 @@ def encoded(template, prompt, *answers, tools=None, turns="last", variables=None
 
 
 def shown(template, prompt, *answers, **options):
-    """What stands behind the prompt's last header, scored text in [ ], of each side."""
+    """The text of each side after the prompt's last header, with scored text in [ ]."""
     tokenizer, code = encoded(template, prompt, *answers, **options)
     assert not isinstance(code, Bad), code
     out = []
@@ -191,7 +191,7 @@ def test_a_side_with_reasoning_and_one_without_share_their_prompt():
     ],
 )
 def test_a_sample_that_ends_at_once_has_its_end(template):
-    """As a reward model reads it; a row of data that says nothing is refused before."""
+    """An empty sample, as a reward model reads it, consists of its end token; an empty row of data is refused earlier."""
     tokenizer = tokenizer_of(template)
     (code,) = chat.encode([Prompted(HI, ([says("assistant", "")],))], tokenizer)
     assert spans(tokenizer, code) == [["<|im_end|>"]]
@@ -220,7 +220,7 @@ MARKED = PLAIN.replace(
 @pytest.mark.parametrize("template", [PLAIN, MARKED])
 @pytest.mark.parametrize("key", chat.WEIGHTS)
 def test_turns_of_weight_0_are_not_scored(template, key):
-    """As OpenAI's, Mistral's, axolotl's and ms-swift's rows say it."""
+    """Rows of OpenAI, Mistral, axolotl and ms-swift mark such turns."""
     turns = conversation("q", "one", "and?", "two", "so?", "three", "and?", "four")
     for i, weight in ((1, 0), (3, 1), (5, False), (7, True)):
         turns[i] = turns[i] | {key: weight}
@@ -238,7 +238,7 @@ def test_turns_of_weight_0_are_not_scored(template, key):
 
 
 def test_a_template_that_takes_parts_alone():
-    """As SmolVLM's: a text is no list of parts, and nothing is written of it."""
+    """Templates such as SmolVLM's take lists of parts only; they write nothing for a text."""
     parts = "{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}"
     for template in (PLAIN, MARKED, THINKING.replace(SPLIT, "").replace("{{ c }}", "{{ m.content }}").replace("{{ r }}", "")):
         seeing = template.replace("{{ m.content }}", parts)

@@ -146,7 +146,7 @@ def test_ipo_stops_at_its_margin():
 
 
 def test_ipo_finds_its_policy():
-    """With preferences linear in a utility a, pi is proportional to ref exp(a / (2 beta)) (Azar et al. 2023, eq. 9 and 17)."""
+    """For preferences linear in a utility a, pi is proportional to ref exp(a / (2 beta)) (Azar et al. 2023, eq. 9 and 17)."""
     beta, reference = 0.2, table(1)
     a = np.random.default_rng(5).uniform(0, 1, S)
     trained = train(expected(ipo(beta)), reference, all_pairs(reference, (1 + a[:, None] - a[None, :]) / 2))
@@ -278,7 +278,7 @@ def test_dpo_lets_the_chosen_fall_and_mass_leave_the_data():
     ids=["sft", "summed_sft", "dpo", "cdpo", "ipo", "rpo", "rpo_token_mean"],
 )  # fmt: skip
 def test_gradients_are_those_of_finite_differences(loss):
-    """In float64, with ragged completions and an empty one."""
+    """The check runs in float64, with ragged completions and an empty one."""
     with jax.enable_x64(True):
         double = functools.partial(jax.tree.map, lambda x: jnp.asarray(x, jnp.float64))
         batch = responses(np.arange(6), np.arange(10, 16))
@@ -304,7 +304,7 @@ def online(params: Params, reference: Params, r: np.ndarray) -> Batch:
 
 
 def exact_values(batch: Batch) -> Batch:
-    """What a perfect critic says: the expected sum of what is to come after each prefix."""
+    """The values of a perfect critic: the expected sum of later rewards after each prefix."""
     p = batch["probability"][0, :, 1]
     to_go = jnp.flip(jnp.cumsum(jnp.flip(batch["token_rewards"][0], 1), axis=1), 1)  # [S, 1 + T]
     prefixes = [(p * to_go[:, 1 + t]).reshape(V**t, -1).sum(1) / p.reshape(V**t, -1).sum(1) for t in range(T)]
@@ -345,7 +345,7 @@ def test_online_methods_find_the_policy_of_rlhf(name):
 
 @pytest.mark.parametrize("make", [losses.kl_k2, losses.kl_k3])
 def test_a_kl_of_tokens_leaves_out_that_prefixes_are_the_policys_too(make):
-    """Its gradient is that of the KL at each prefix, k2's the reverse and k3's the forward one, prefixes as probable as they were."""
+    """The gradient is that of the KL at each prefix (k2: reverse, k3: forward), with the probabilities of prefixes held constant."""
     params, reference = table(0), table(1)
     batch = jax.jit(online)(params, reference, rewards())
     loss = expected(make())

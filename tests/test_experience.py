@@ -1,4 +1,4 @@
-"""What experience reads from the whole batch: mismatched responses for KTO, ranks for AOT, the shift of BCO."""
+"""Experience that reads the whole batch: mismatched responses for KTO, ranks for AOT, the shift of BCO."""
 
 import jax
 import jax.numpy as jnp
@@ -122,7 +122,7 @@ def test_the_kl_is_the_mean_log_ratio_of_mismatches_and_never_below_0(policy):
 
 @pytest.mark.slow
 def test_the_kl_is_that_of_the_global_batch():
-    """On 8 devices, in 2 parts, under jit, with models as arguments: one program for every policy."""
+    """The KL is equal on 8 devices, in 2 parts and under jit; models are arguments, so one program serves every policy."""
     batch = padding(unpaired(16), [2, 3, 11])
     mesh = meshes.make_mesh({"data": 8})
     sharded = {k: jax.device_put(x, meshes.batch_sharding(mesh)) for k, x in batch.items()}
@@ -155,7 +155,7 @@ def sorted_loss(name: str, params, batch: Batch) -> jax.Array:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["aot", "aot_unpaired"])
 def test_ranks_give_the_sorted_loss_and_its_gradient(name):
-    """Exactly, in 1 part and in 4, with a padding row in the batch."""
+    """Loss and gradient are those of sorting, in 1 part and in 4, with a padding row in the batch."""
     batch = ranked(8)
     real = without(batch, [1])
     expected, grads = jax.value_and_grad(sorted_loss, argnums=1)(name, POLICY.params, real)
@@ -225,7 +225,7 @@ def counting(batch):
 
 
 def test_what_is_reported_is_no_field():
-    """Through a chain in a chain, a stateful function, and functions that split and select all fields, jitted or not."""
+    """Reports pass nested chains, stateful functions, and functions that split and select all fields, jitted or not."""
     stateful = Stateful("mean", jnp.zeros(()), lambda carry, batch: (carry + 1, report(batch, before=carry)))
     experience = chain(chain(counting, logps("ref_logps", POLICY, 2)), best_and_worst(), stateful)
     batch = tiny.batch() | {"rewards": jnp.arange(8.0).reshape(4, 2)}

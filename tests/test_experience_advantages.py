@@ -184,7 +184,7 @@ def test_gdpo_of_rewards_that_are_missing():
 
 
 def test_the_tokens_of_highest_entropy_alone():
-    """Of the batch's completion tokens, whatever padding's entropy is; one in four of twelve are three."""
+    """Only completion tokens are ranked, whatever the entropy of padding; a quarter of twelve tokens is three."""
     batch = run(group_relative(), groups([[1.0, 0.0], [0.0, 2.0]]))
     mask = np.broadcast_to(np.arange(7) < 4, (2, 2, 7)) & (np.arange(7) > 0)
     entropy = np.where(mask, np.random.default_rng(0).permutation(28).reshape(2, 2, 7), 99.0).astype(np.float32)
@@ -371,7 +371,7 @@ def test_padding_takes_no_part(name):
 
 @pytest.mark.parametrize("name", ["group_relative", "group_centred", "leave_one_out"])
 def test_a_group_of_one_or_of_equal_rewards_has_no_advantage(name):
-    """Also where the mean of equal rewards is not quite theirs: seven times a third of a million in float32."""
+    """The float32 mean of equal rewards may differ slightly from them: here seven times a third of a million."""
     value = 1e6 / 3
     for rewards in ([[value] * 7, [0.1] * 7, [0.0] * 7, [0.1] + [np.nan] * 6], [[0.1], [value]]):
         assert not np.any(run(ESTIMATORS[name], groups(rewards))["advantages"])

@@ -69,7 +69,7 @@ def sampled(params: Params, scores: jax.Array | np.ndarray = SCORES) -> Batch:
 
 @functools.cache
 def trained(method: str, steps: int = 1000) -> list[np.ndarray]:
-    """Of each of CASES, means over the last 400 steps: expected scores [4, 2], multipliers [4, 2] and KL [4]."""
+    """Means over the last 400 steps for each of CASES: expected scores [4, 2], multipliers [4, 2] and KL [4]."""
     step = make_step(bandit, losses.ppo(), optax.sgd(10.0))
 
     def train(scores, thresholds):

@@ -108,7 +108,7 @@ def test_an_aggregate_wants_scores_and_scores_a_reward_model():
 
 @pytest.mark.parametrize("members", [(), (3,)])
 def test_a_reward_model_of_several_labels_is_no_ensemble(members):
-    """Alone or in an ensemble: its labels would be taken for members."""
+    """Such a model is refused, alone or in an ensemble: its labels would be taken for members."""
     scores = lambda labels: Model(lambda params, batch: None, {"score": jnp.zeros((*members, 8, labels))})  # pyright: ignore
     score(scores(1))
     with pytest.raises(ValueError, match="takes a reward model with one score of a response, or an ensemble of such, and this one gives 2"):

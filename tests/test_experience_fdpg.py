@@ -1,4 +1,4 @@
-"""What f-DPG aims at and remembers: targets, moments, log Z, baseline, proposals; and that it finds its target by samples."""
+"""Targets and state of f-DPG: moments, log Z, baseline, proposals; and training on samples that reaches the target."""
 
 import functools
 import math
@@ -97,7 +97,7 @@ def test_planted_coefficients_are_recovered(known):
 
 
 def test_a_binary_feature_that_is_always_wanted_is_a_constraint():
-    """By itself P is the base times the boolean; with another moment, that one is fitted among what is allowed."""
+    """Alone, the feature makes P the base times the boolean; a second moment is fitted among the allowed responses."""
     assert fit_moments(ALLOWED[:, None], [1.0]).tolist() == [math.inf]
     p = TARGET * np.exp(PHI[:, :2] @ [0.7, -1.3])
     found = fit_moments(PHI, [*(p / p.sum()) @ PHI[:, :2], 1.0], np.log(BASE), tolerance=1e-9)
@@ -126,7 +126,7 @@ def test_moments_out_of_reach_and_samples_too_few_are_refused():
 
 
 def test_z_is_the_mean_of_every_ratio_so_far():
-    """By prompt, over batches in which they come again; padding rows and missing responses count for nothing."""
+    """Z is kept for each prompt, over batches in which prompts return; padding rows and missing responses count for nothing."""
     rng = np.random.default_rng(1)
     experience, carry = running_log_z(prompts=5), None
     ratios: dict[int, list[float]] = {i: [] for i in range(5)}
@@ -153,7 +153,7 @@ def test_the_expectation_of_a_ratio_is_z_whoever_samples():
 
 
 def test_log_z_of_a_thousand_nats():
-    """In float32 no ratio of these has a value."""
+    """The ratios themselves overflow or underflow float32; their logs do not."""
     experience = running_log_z(prompts=2)
     carry, first = written(experience, rows([[-1000.0, -1001.0], [1000.0, 999.0]], np.zeros((2, 2)), prompt_id=[0, 1]))
     half = math.log((1 + math.exp(-1)) / 2)
@@ -268,7 +268,7 @@ DIVERGENCES = {"js": js_pi_p, "kl_p_pi": kl_p_pi, "tv": tv_pi_p, "hellinger": he
 @pytest.mark.parametrize("name", [name if name == "js" else pytest.param(name, marks=pytest.mark.slow) for name in DIVERGENCES])
 @pytest.mark.parametrize("off_policy", [False, True], ids=["policy", "proposal"])
 def test_a_constraint_is_learnt_by_samples(name, off_policy):
-    """Of two prompts, with a tenth and a third of the base's mass allowed: the policy finds the base's distribution over what is."""
+    """The constraint allows a tenth of the base's mass for one prompt, a third for another; the policy learns the base within it."""
     state, metrics = trained(DIVERGENCES[name], jnp.asarray(off_policy))
     pi, a = (np.exp(x - np.logaddexp.reduce(x, axis=1, keepdims=True)) for x in (np.asarray(state.params, np.float64), LOGITS))
     z = (a * MET).sum(axis=1)

@@ -36,7 +36,7 @@ def test_no_combination_has_a_smaller_square():
 
 
 def test_a_response_with_a_missing_score_is_left_out():
-    """Also of the statistics of the other reward."""
+    """The response does not count in the statistics of the other reward either."""
     scores = np.random.default_rng(1).normal(size=(2, 4, 2))
     missing = scores.copy()
     missing[0, 3, 1] = np.nan

@@ -20,7 +20,7 @@ MODEL = Model(APPLY(), tiny.params(), lambda statistics: APPLY(statistics=statis
 
 
 def test_a_statistic_of_any_model_is_a_field():
-    """That of its forward pass, without a gradient, in parts as at once; one that every forward pass has is found there."""
+    """The field equals the model's statistic, without a gradient, in parts and at once; standard outputs are used where they exist."""
     batch = tiny.batch(4)
     wanted = jax.jit(APPLY(statistics=(min_p(0.5),)))(MODEL.params, batch)
     write = jax.jit(lambda experience, batch: experience(batch))
@@ -51,7 +51,7 @@ def value(out, batch):
 
 
 def test_a_loss_says_what_it_reads():
-    """Whatever it is added to, scaled by or wrapped into, and at any step of a schedule."""
+    """A loss names its statistics, even inside sums, scaled or wrapped losses, and at any step of a schedule."""
     own = make_loss("bonus", value, lambda batch: batch["completion_mask"], (TSALLIS, top_k(3)))
     assert isinstance(own, Loss) and own.statistics == (TSALLIS, top_k(3)) and not dpo().statistics
     assert token_mean("bonus", value, (TSALLIS,)).statistics == (TSALLIS,)

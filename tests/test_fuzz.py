@@ -119,7 +119,7 @@ REFUSED = object()
 
 
 def read(call: Callable[[], Any], *names: object) -> Any:
-    """What the call returns, or REFUSED after the project's own error: one line that has one of the names in it."""
+    """The result of the call, or REFUSED after an error of alignax: one line that contains one of the names."""
     try:
         return call()
     except ValueError as error:
@@ -330,7 +330,7 @@ def test_formats(data):
 
 
 def whole(examples: Examples, report: Any, rows: int) -> None:
-    """Nothing is lost uncounted, and every side is a prompt and then a completion."""
+    """Checks that every lost row is counted, and that every side is a prompt followed by a completion."""
     assert report.rows == rows == report.kept + sum(report.dropped.values())
     assert len(examples) == report.kept == (len(examples.offsets) - 1) // examples.N
     assert (examples.lengths <= 200).all() and examples.offsets[-1] == len(examples.tokens) == len(examples.scored)
@@ -389,7 +389,7 @@ DPO = runs.REPO / "experiments" / "dpo_hh.py"
 
 @pytest.fixture(scope="module")
 def effective() -> tuple[str, dict, str]:
-    """The config.py of a run: what stands before its fields, they, and the rest."""
+    """The config.py of a run in three parts: the text before the fields, the fields, and the rest."""
     head, mark, rest = config.effective(config.load_experiment(DPO)).partition("    pinned = ")
     text, end, tail = rest.partition("\n    }\n")
     return head + mark, ast.literal_eval(text + end.strip()), "\n" + tail
@@ -483,7 +483,7 @@ def misspelt(draw: Any, source: str) -> str:
 
 
 def traced(path: Path) -> None:
-    """What a run does with an experiment file before it computes, without a model."""
+    """Runs the checks that a run makes with an experiment file before it computes, without a model."""
     experiment = config.load_experiment(path)
     with blaming(path):
         objective = experiment.loss(experiment.config)

@@ -162,7 +162,7 @@ def test_samples_follow_the_distribution():
 
 
 def torch_greedy(model, prompts, new: int, **options) -> list[list[int]]:
-    """Of each prompt alone, so that no padding is involved."""
+    """Greedy completions by transformers, one prompt at a time, so that there is no padding."""
     out = []
     for prompt in prompts:
         ids = torch.tensor([prompt])
@@ -301,7 +301,7 @@ def test_stop_strings_across_pieces_of_a_character():
     ],
 )
 def test_the_text_of_a_completion_ends_before_its_stop_string(tokenizer, text, strings, wanted):
-    """Also of one that holds special tokens, which texts leave out."""
+    """The completion may hold special tokens, which its text leaves out."""
     tokens = np.asarray((own := tokenizer())(text, add_special_tokens=False)["input_ids"])
     stops = Stops(own, strings)
     assert text_of(tokens[: stops.end(tokens, 0)], STOP_STRING, own, stops) == wanted
@@ -337,7 +337,7 @@ def test_a_batch_holds_prompt_and_completion_side_by_side():
 @pytest.mark.slow
 @pytest.mark.parametrize("sampling", [Sampling(temperature=0.7, top_p=0.9), Sampling(temperature=0.0)])
 def test_the_batch_has_the_log_probs_that_completions_were_drawn_with(sampling):
-    """Those of the changed distribution, of which its tokens' own log-probs are summed; the model's own stay beside them."""
+    """`sampled_logps` are those of the changed distribution; the completions also keep the model's own."""
     out = Generator(tiny.MODEL, Shape(8, 3, 7, 7, 3), sampling)(PARAMS, PROMPTS, KEY)
     logits = transformer.Decoder(tiny.MODEL).apply
     for i, prompt in enumerate(PROMPTS):
@@ -361,7 +361,7 @@ def test_the_batch_has_the_log_probs_that_completions_were_drawn_with(sampling):
 
 @pytest.mark.parametrize("temperature", [1.0, pytest.param(0.6, marks=pytest.mark.slow)])
 def test_tokens_that_the_tokenizer_has_not_are_never_sampled(temperature):
-    """Of a padded head, and of holes in it, even where their logits are the largest; the scorer's distribution is the sampler's."""
+    """A padded head and one with holes give such tokens the largest logits; scorer and sampler have the same distribution."""
     unused = ((0, 2), (20, 30), (90, 96))
     config = dataclasses.replace(tiny.MODEL, unused_tokens=unused, temperature=temperature)
     absent = np.concatenate([np.arange(*pair) for pair in unused])

@@ -18,14 +18,14 @@ from alignax.mesh import make_mesh
     ],
 )
 def test_a_policy_has_its_temperature_itself(temperature, top_p, sampling, exact):
-    """So log-probs are those at that temperature, and samples at another one than 1 are exact; greedy ones and a nucleus are not."""
+    """Log-probs are those at the policy's temperature, so samples at any temperature are exact; greedy and nucleus samples are not."""
     own = policy_config(tiny.MODEL, temperature, ((0, 2),))
     assert (own.temperature, own.unused_tokens) == (temperature or 1.0, ((0, 2),))
     assert policy_sampling(temperature, top_p) == sampling and sampling.exact == exact
 
 
 def test_a_sampler_has_rows_for_its_mesh():
-    """And what ends a completion, from the description that it is given."""
+    """The sampler also has the end tokens and the sampling that it is given."""
     mesh = make_mesh({"fsdp": -1})
     generate = sampler(speaker(tiny.MODEL, mesh=mesh), 20, 8, 12, policy_sampling(1.0, 0.9), ends=(2, 5, 2))
     shards = jax.device_count()

@@ -1,4 +1,4 @@
-"""From logits to a token: transformers' processors as the oracle, and the draw against the cumulative distribution in float64."""
+"""Sampling from logits: transformers' processors as the oracle, and draws against the cumulative distribution in float64."""
 
 import jax
 import jax.numpy as jnp

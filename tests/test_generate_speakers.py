@@ -49,7 +49,7 @@ def mixed(coefficients: tuple[float, ...], batch: dict[str, np.ndarray]) -> np.n
 
 
 def differences(completions: Completions, coefficients: tuple[float, ...]) -> tuple[float, float]:
-    """By how much log-probs differ from those of whole forward passes, and how far a token is below the most probable one."""
+    """The differences of log-probs from whole forward passes, and the distance of tokens below the most probable one."""
     batch = sampled_batch(PROMPTS, completions)
     right, scored = mixed(coefficients, batch)[:, :-1], batch["completion_mask"][:, 0, 1:]
     own = np.take_along_axis(right, batch["tokens"][:, 0, 1:, None], -1)[..., 0]
@@ -110,7 +110,7 @@ def said(own: Speaker, params, sampling: Sampling = GREEDY) -> Completions:
 
 
 def greedy(table: np.ndarray) -> list[list[int]]:
-    """What a table says after each token."""
+    """The greedy completions of a table of logits, one for each first token."""
     rows = []
     for t in range(V):
         row = [t]
@@ -145,7 +145,7 @@ def test_identities_of_a_combination():
 
 
 def test_a_token_that_one_of_them_never_predicts_is_never_sampled():
-    """Whatever the sign of its coefficient, and whether its logit is the smallest or -inf."""
+    """The token is excluded whatever the sign of that model's coefficient, and whether its logit is the smallest or -inf."""
     absent, coefficients = {4: NEVER, 7: -jnp.inf, 9: NEVER, 11: -jnp.inf}, [1.0, 0.5, -0.5, -1.0, 0.0]
     without = [processed(bigrams(), lambda z, t=t, x=x: z.at[:, t].set(x)) for t, x in absent.items()]
     own, trees = combined([bigrams(), *without], coefficients), (TABLE, *[OTHER] * 4)

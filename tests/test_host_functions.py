@@ -1,4 +1,4 @@
-"""What a reward function is given, as TRL calls it too, and what its numbers are called."""
+"""The arguments of reward functions, also as TRL passes them, and the names of their numbers."""
 
 import functools
 import types
@@ -21,7 +21,7 @@ class Judge:
 
 
 class Waiting:
-    """One that is async."""
+    """A reward that is an object with an async call."""
 
     async def __call__(self, prompts, completions):
         return []

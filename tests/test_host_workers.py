@@ -159,7 +159,7 @@ def test_a_process_whose_import_was_interrupted_is_replaced(tmp_path):
 
 
 def test_a_stop_is_looked_for_whatever_a_function_prints_or_answers():
-    """By the clock: where it prints without end, and where each completion's answer comes at once."""
+    """The clock checks two cases: endless printing, and an immediate answer for each completion."""
     here, there = Pipe()
     worker, began = object.__new__(Worker), time.monotonic()
     worker.connection, worker.output, worker.printed, worker.cut, worker.looked = here, os.open("/dev/zero", os.O_RDONLY), b"", False, began
@@ -222,7 +222,7 @@ def test_a_stop_ends_the_wait_for_a_worker(text, tmp_path):
 
 
 def test_the_numbers_of_a_completion_have_names(workers):
-    """One that fails, or its process, leaves a completion without any number, and no other."""
+    """A failed call, or the failure of its process, leaves one completion without any number, and no other."""
     asked = call(["a", "bb", "raises", "no number"], "columns")._replace(names=("a", "length"))
     found = workers(asked, 1, strict=False)
     np.testing.assert_array_equal(found.rewards, [(1, 1), (0, 2), (np.nan,) * 2, (0, np.nan)])
@@ -248,7 +248,7 @@ def test_functions_of_a_list_are_called_by_their_place(workers):
 
 
 def test_an_async_function_is_awaited_and_asked_for_each_completion_at_once(workers):
-    """Where one fails, the others are not waited for one after another; by the clock."""
+    """If one call fails, the others still run at the same time, which the clock shows."""
     asked = call(["a", "raises", *["ccc"] * 20, "no number"], "awaits", limit=20.0)._replace(gathered=True)
     assert workers(call(["a", "ccc"], "awaits"), 1, strict=True) == Answer([1.0, 3.0])
     (pid,) = {own.process.pid for own in workers.workers}
@@ -343,7 +343,7 @@ def test_twenty_thousand_that_raise_are_one_line(workers):
 
 @pytest.mark.slow
 def test_nothing_is_left_when_the_run_is_killed(tmp_path):
-    """Also of what hangs in C code, where no thread of the worker could see that the run is gone."""
+    """The worker ends even if its function hangs in C code, where no Python thread could notice the end of the run."""
     code = """
     import sys; from pathlib import Path
     sys.path.insert(0, {tests!r})
@@ -454,7 +454,7 @@ def test_what_are_no_numbers_of_these_names(given, message):
 
 
 def test_what_reads_a_text_as_messages_is_told_what_it_is():
-    """As TRL gives completions of conversations."""
+    """TRL passes completions of conversations as messages, alignax passes text."""
     for text in ("", "abc"):
         try:
             text[0]["content"]  # type: ignore

@@ -35,7 +35,7 @@ NAMESPACES = ("losses", "experience", "generate", "rewards", "data")
 
 
 def test_no_exported_name_is_that_of_a_module():
-    """`alignax.NAME` would be the module; of a namespace it is."""
+    """If both had one name, `alignax.NAME` would be the module, as it is for namespaces."""
     modules = {module.name for module in pkgutil.iter_modules(alignax.__path__)}
     assert modules & set(alignax.__all__) == set(NAMESPACES) and len(alignax.__all__) < 60
     assert set(alignax.__all__) == {name for name in vars(public) if not name.startswith("_")}, "what is imported there is exported"
@@ -53,7 +53,7 @@ def test_no_two_public_things_have_one_name():
 
 
 def test_names_that_alignax_had_are_found_in_their_places():
-    """As experiment files of before ask for them."""
+    """Older experiment files use the former names."""
     former = {name: place for name, place in moved.offered().items() if name not in alignax.__all__}
     assert former["kl_k3"] == "alignax.losses" and former["swa"] == "alignax.averages" and former["median"] == "alignax.experience"
     for name, place in former.items():
@@ -69,7 +69,7 @@ STAR = "from alignax import *\n\ndef get_config():\n    return default_config()\
 
 
 def test_a_file_that_imports_everything_has_only_the_functions_that_it_defines(tmp_path):
-    """A namespace is no experience, and a name that `import *` brings no more is told with its place."""
+    """A namespace counts as no experience; a name that `import *` no longer brings is reported with its place."""
     file = tmp_path / "mine.py"
     file.write_text(STAR)
     assert load_experiment(file).experience is None
@@ -79,7 +79,7 @@ def test_a_file_that_imports_everything_has_only_the_functions_that_it_defines(t
 
 
 def test_modules_are_found_by_their_former_names():
-    """As experiment files of before import them; a module is the same one, by either name."""
+    """Older experiment files import the former names; both names give the same module."""
     for name, place in moved.PLACES.items():
         with pytest.warns(DeprecationWarning, match=rf"alignax\.{name} has moved: import alignax\.{place}"):
             sys.modules.pop(f"alignax.{name}", None)

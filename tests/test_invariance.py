@@ -69,7 +69,7 @@ def critic(batch: Batch) -> Batch:
 
 
 def rollout(*advantages: Callable[[Batch], Batch]) -> Callable:
-    """What is known of sampled responses, by an old policy: log-probs, rewards with their KL, values, and then the advantages."""
+    """A rollout of an old policy: log-probs, rewards with their KL, values, and the advantages from them."""
     sampled = (logps("old_logps", Model(apply, SAMPLER)), logps("sampled_logps", Model(apply, TEACHER)), critic, kl_reward(0.1))
     return lambda policy, reference: chain(*sampled, *advantages, low_probability_tokens(0.3), chi2_estimate())
 
@@ -200,7 +200,7 @@ def test_every_public_loss_is_here():
 
 @every
 def test_the_policy_moves(name):
-    """What follows compares something: three steps change parameters by far more than the tolerance."""
+    """The comparisons below mean something: three steps change the parameters by far more than the tolerance."""
     _, _, (seen, params) = plain(name)
     moved = max(float(np.abs(x - y).max()) for x, y in zip(jax.tree.leaves(params), jax.tree.leaves(begin().params), strict=True))
     assert moved > 1e-3 and all(np.isfinite(list(metrics.values())).all() for metrics in seen)

@@ -237,7 +237,7 @@ def suited(name: str, logps: jax.Array, batch: dict[str, jax.Array]) -> tuple[ja
 
 
 def outputs(logps: jax.Array, batch: dict[str, jax.Array], entropy: jax.Array | None = None) -> Outputs:
-    """What a model might return that has these log-probs; its reward head gives a response its log-prob."""
+    """Outputs of a model with these log-probs; its reward head scores a response with the log-prob."""
     entropy = jnp.zeros_like(logps) if entropy is None else entropy
     statistic = lambda x: jnp.where(batch["completion_mask"], x, 0.0)
     kl = 0.1 * jnp.square(statistic(logps - batch["ref_logps"])) if "ref_logps" in batch else None
@@ -493,7 +493,7 @@ def test_no_chosen_token_in_the_batch_is_zero(name):
 
 @every
 def test_log_ratios_of_a_thousand_nats(name):
-    """Of the policy or of the reference, up or down: four batches of a pair, side by side."""
+    """Policy or reference is off by a thousand nats, up or down: four batches of one pair, side by side."""
     sides = [single([a], [b], [-1.0], [-1.0]) for a, b in ((-1.0, -1001.0), (-1001.0, -1.0))]
     sides += [single([-1.0], [-1.0], [a], [b]) for a, b in ((-1001.0, -1.0), (-1.0, -1001.0))]
     logps, batch = jax.tree.map(lambda *x: jnp.stack(x), *(suited(name, *side) for side in sides))

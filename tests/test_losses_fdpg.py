@@ -87,7 +87,7 @@ def sequences() -> tuple[np.ndarray, np.ndarray]:
 
 @every
 def test_value_and_gradient_are_those_of_the_divergence(name):
-    """For any constant baseline; by samples of the policy, and of a proposal that it is not. In float64, against autodiff of the sum."""
+    """Holds for any constant baseline, with samples of the policy or of a proposal; in float64, against autodiff of the exact sum."""
     divergence, f = DIVERGENCES[name]
     with jax.enable_x64(True):
         logps, slopes = sequences()
@@ -133,7 +133,7 @@ def test_js_is_twice_the_jensen_shannon_divergence():
 
 
 def test_what_is_measured_are_the_divergences():
-    """By importance sampling from a proposal that is neither the policy nor the target."""
+    """The estimates use importance sampling from a proposal that is neither the policy nor the target."""
     pi, p, q = (np.random.default_rng(seed).dirichlet(np.ones(9)) for seed in range(3))
     found = {name: q @ np.asarray(x, np.float64) for name, x in target_divergences(jnp.log(pi / p), jnp.log(pi / q)).items()}
     wanted = {"kl_p_pi": p @ np.log(p / pi), "kl_pi_p": pi @ np.log(pi / p), "tv": 0.5 * np.abs(pi - p).sum()}
@@ -157,7 +157,7 @@ def test_total_variation_of_few_samples_and_a_poor_z_is_at_most_1():
     ],
 )  # fmt: skip
 def test_alpha_between_and_beyond_the_two_kls(alpha, limit, scale, constant):
-    """In float32, at its limits too: f' differs by the constant that makes f at least 0."""
+    """The check runs in float32, also at both limits; f' may differ by the constant that makes f at least 0."""
     x, unit = jnp.linspace(-3.0, 3.0, 13), Weight(jnp.zeros(13))
     found = alpha_pi_p(alpha)
     np.testing.assert_allclose(found.slope(x, unit) + constant, scale * limit.slope(x, unit), rtol=2e-4, atol=2e-4)
@@ -194,7 +194,7 @@ def test_estimates_are_those_of_the_formulas(case):
 
 @every
 def test_log_ratios_of_a_thousand_nats_and_targets_of_0(name):
-    """Of the policy, of the proposal and of the target, in any combination, in float32."""
+    """Policy, proposal and target take extreme values in any combination, in float32."""
     nats = [-1001.0, -1.0]
     pi, q, p = (x.reshape(-1, 1) for x in np.meshgrid(nats, nats, [-np.inf, *nats, 999.0], indexing="ij"))
     logps, batch = one_token(pi.astype(np.float32), sampled_logps=q.astype(np.float32), log_target=p.astype(np.float32))

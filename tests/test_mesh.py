@@ -110,7 +110,7 @@ def test_parameters_lie_as_the_table_says():
 
 
 def state_shardings(mesh, optimizer, params):
-    """Of the optimizer's state, as a training run makes them."""
+    """The shardings of the optimizer's state in a training run."""
     abstract = jax.eval_shape(optimizer.init, params)
     return meshes.optimizer_shardings(mesh, optimizer, abstract, jax.tree.map(lambda x: x.sharding, params))
 
@@ -129,7 +129,7 @@ def test_moments_lie_as_their_parameters(make):
 
 
 def test_adafactors_factored_moments_are_replicated():
-    """They have not their parameter's shape; those of small parameters are whole, and lie as these do."""
+    """Factored moments lack their parameter's shape; unfactored moments of small parameters have their parameter's sharding."""
     mesh, optimizer = split(1, 2, 4), optax.adafactor(1e-3)
     layout = {"large": ("layers", "embed", "mlp"), "small": ("embed", "mlp"), "bias": ("mlp",)}
     shapes = {"large": (2, 128, 256), "small": (4, 8), "bias": (8,)}
@@ -206,7 +206,7 @@ def test_four_steps_are_those_of_one_device(sizes, microbatches):
 
 
 def flops(microbatches: int) -> float:
-    """Of a device, all microbatches together, for a model that pins no layout. XLA counts the body of a loop once."""
+    """FLOPs per device of all microbatches together, for a model that pins no layout. XLA counts the body of a loop once."""
     mesh = split(2, 2, 2)
     state = jax.device_put(init_state(tiny.plain_params(D=32), optax.sgd(0.1), jax.random.key(0)), sharding(mesh))
     batch = jax.device_put(tiny.with_reference(tiny.batch(B=16)), meshes.batch_sharding(mesh))

@@ -52,7 +52,7 @@ FUNCTIONS = functions()
 
 
 def unknown(text: str) -> list[str]:
-    """What a text names that is not there."""
+    """The names in a text that do not exist."""
     out = [name for name in re.findall(r"--config\.([A-Za-z_]+(?:\.[a-z_0-9]+)*)", text) if name not in FIELDS | GROUPS]
     heads = "|".join(sorted({name.split(".")[0] for name in GROUPS}))
     for name in re.findall(rf"(?<![\w./-])((?:{heads})(?:\.[a-z_][a-z_0-9]*)+)(?![\w(/])", text):

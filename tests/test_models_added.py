@@ -49,7 +49,7 @@ def test_transformers_loads_a_folder_with_added_tokens(tied, tmp_path):
 
 @pytest.mark.slow
 def test_tokens_are_added_to_added_ones_and_trained_folders_keep_them(tmp_path):
-    """And an export of the model that was trained says the same of them."""
+    """An export of the trained model has the same added tokens."""
     folder = tiny.folder(tmp_path / "model")
     with_tokens(folder, tmp_path / "one", ["<|a|>"])
     assert with_tokens(tmp_path / "one", tmp_path / "two", ["<|b|>", "<|c|>"], seed=1) == [96, 97]

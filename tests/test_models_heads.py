@@ -33,7 +33,7 @@ def naive(
     mixture=(0.5, 1.0),
     **_,
 ) -> Outputs:
-    """The same with all logits [R, T, V] at once."""
+    """The oracle of the chunked head: its outputs from all logits [R, T, V] at once."""
     logits = (hidden @ weight.astype(hidden.dtype)).astype(jnp.float32)
     logps = jax.nn.log_softmax(logits if cap is None else jnp.tanh(logits / cap) * cap, axis=-1)
     picked = jnp.take_along_axis(logps, targets[..., None], axis=-1)[..., 0]
@@ -160,7 +160,7 @@ def test_a_model_is_no_kl_from_itself():
 
 
 def test_a_kl_that_no_loss_reads_is_not_computed():
-    """By the compiled program's own count of operations."""
+    """The compiled program's count of operations shows it."""
     args, names = problem(R=2, D=32, V=64), ("logps", "ref_kl", "policy_kl", "jsd")
 
     def compiled(*read: str):
@@ -232,7 +232,7 @@ def test_log_probs_of_trl():
 
 @pytest.mark.parametrize("cap", [None, 1.5])
 def test_a_temperature_and_tokens_that_are_never_predicted(cap):
-    """As automatic differentiation has it of the logits of the other tokens alone, over the temperature."""
+    """The oracle is automatic differentiation over the logits of the other tokens, divided by the temperature."""
     hidden, weight, targets, mask = problem()
     V, T = weight.shape[1], 0.7
     unused, kept = ((0, 2), (V - 3, V)), np.arange(2, V - 3)

@@ -106,7 +106,7 @@ def test_tied_head_with_and_without_its_copy_in_the_file(tmp_path):
     "family", [{}, {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}], ids=["llama", "gpt2"]
 )
 def test_a_tied_model_whose_files_hold_the_output_matrix_alone(family, tmp_path):
-    """Which transformers takes for the embedding."""
+    """transformers uses the output matrix as the embedding."""
     model = torch_llama.write(tmp_path, tie_word_embeddings=True, **family)
     params, stored = load(tmp_path), weights(tmp_path)
     embed = next(name for name in stored if name.endswith(("embed_tokens.weight", "wte.weight")))

@@ -1,4 +1,4 @@
-"""Where leaves lie in the files, counted by hand."""
+"""The places of leaves in model files, counted by hand."""
 
 import numpy as np
 import pytest

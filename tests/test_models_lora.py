@@ -219,7 +219,7 @@ def test_dora_of_some_layers_is_trained_there_alone(base, tmp_path):
 @pytest.mark.filterwarnings("ignore")  # of PEFT
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_reward_model_of_adapters_over_a_language_model(tied, tmp_path):
-    """As TRL's RewardTrainer leaves it: the head in modules_to_save, the base as it was published."""
+    """TRL's RewardTrainer saves such a folder: the head in modules_to_save, the base as published."""
     tiny.folder(tmp_path / "base", tie_word_embeddings=tied)
     model = torch_llama.transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=1, pad_token_id=0)
     config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["q_proj"], modules_to_save=["score"], init_lora_weights=False)
@@ -424,7 +424,7 @@ def test_adapter_folders_that_are_refused(change, message, folder, plain, tmp_pa
 
 
 def test_a_tokenizer_beside_adapters_is_the_bases(folder, tmp_path):
-    """As TRL and axolotl save it."""
+    """TRL and axolotl save a tokenizer beside adapters."""
     source, tokenizer = hf.open_folder(folder), load_tokenizer(folder, 96)
     models = {"policy": SimpleNamespace(source=source)}, tokenizer
     assert not notices(*models, str(tmp_path))  # no tokenizer

@@ -32,7 +32,7 @@ def classifier(folder, labels: int = 1, **fields):
 
 
 def their_scores(model, batch) -> np.ndarray:
-    """[B, N, labels]."""
+    """The scores by transformers: [B, N, labels]."""
     tokens, mask = (torch.tensor(np.asarray(batch[k])).flatten(0, 1) for k in ("tokens", "mask"))
     with torch.no_grad():
         return model(input_ids=tokens, attention_mask=mask.long()).logits.numpy().reshape(*batch["tokens"].shape[:2], -1)
@@ -250,7 +250,7 @@ def test_the_score_is_read_at_the_last_token(llama):
 
 
 def test_a_folder_that_pads_with_the_end_is_read_in_front_of_it(tmp_path):
-    """As transformers does, and so is its export."""
+    """transformers reads the score before the end token, too, also from our export."""
     model = torch_llama.write(tmp_path / "in", auto=AUTO, model_type="llama", pad_token_id=2, num_labels=1)
     source, batch = hf.open_folder(tmp_path / "in"), tiny.batch(T=16)
     inside = np.arange(16) < np.asarray(batch["mask"]).sum(axis=-1, keepdims=True) - 1

@@ -123,7 +123,7 @@ def test_the_most_probable_of_any_rank():
 
 
 def test_what_is_not_asked_for_is_not_computed():
-    """By the compiled program's own count of operations, forward and back; nor is a slope that nothing reads."""
+    """The compiled program's count of operations shows it, forward and backward; a slope that nothing reads is not computed either."""
     hidden, weight, targets, mask = problem(R=2, D=32, V=64)
 
     def flops(statistics=(), read=()):

@@ -82,7 +82,7 @@ def forward(c: transformer.ModelConfig):
 
 
 def log_probs(c: transformer.ModelConfig, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """[R, T]."""
+    """The log-probs of the tokens: [R, T]."""
     return np.asarray(forward(c)(init(c), make_batch(tokens, mask)).logps[:, 0])
 
 
@@ -209,7 +209,7 @@ def test_rematerialisation_changes_memory_not_gradients():
 
 @pytest.mark.slow
 def test_a_teacher_gives_its_kl():
-    """Of the whole next-token distributions, from all logits; a model is no KL from itself."""
+    """The oracle is the KL of whole next-token distributions, from all logits; the KL of a model from itself is 0."""
     model = dataclasses.replace(tiny.MODEL, num_hidden_layers=1)
     batch, params, other = tiny.batch(B=2, T=12), tiny.params(model, seed=0), tiny.params(model, seed=1)
     forward = jax.jit(lambda params, teacher, batch: transformer.forward(model, teacher=(model, teacher))(params, batch))
@@ -299,7 +299,7 @@ def test_sharded_model_is_the_unsharded_one():
 
 @pytest.mark.parametrize("remat", ["full", pytest.param("none", marks=pytest.mark.slow)])
 def test_hidden_states_of_the_layers_that_are_asked_for(remat):
-    """Those of a model cut off behind that layer, without its last norm; a loss on them reaches the layers before, and no others."""
+    """They equal those of a model cut off after the layer, without the last norm; a loss on them reaches the layers before only."""
     c = dataclasses.replace(tiny.MODEL, num_hidden_layers=3)
     params, batch = tiny.params(c), tiny.batch(2)
     apply = transformer.forward(c, remat=remat, hidden=(0, 2))

@@ -34,7 +34,7 @@ def divergence(oracle: dict):
 
 
 def of_trl(o: dict) -> Loss:
-    """The loss that TRL calls so."""
+    """The loss that has this name in TRL."""
     beta, e, kind = o["beta"], o.get("label_smoothing", 0.0), o["loss_type"]
     if "divergence" in o:
         whole = losses.diverged(divergence(o))
@@ -172,7 +172,7 @@ SEQUENCE_LOSSES = {
 
 @pytest.mark.parametrize("o", ORACLES["sequence_cases"], ids=lambda o: f"{o['id']}-{o['loss_type']}")
 def test_contrasts_without_a_reference_are_trls(o):
-    """Without their likelihood terms, on given sequence log-probs."""
+    """The losses have no likelihood terms here, and given sequence log-probs."""
     sides = ORACLES["sequences"][o["inputs"]]
     logps, batch = single(sides["chosen"], sides["rejected"], *np.zeros((2, 5)))
     del batch["ref_logps"]
@@ -183,7 +183,7 @@ def test_contrasts_without_a_reference_are_trls(o):
 
 @pytest.mark.parametrize("o", ORACLES["cpo"], ids=lambda o: f"{o['id']}-{o['loss_type']}")
 def test_cpo_and_simpo_from_logits_are_trls(o):
-    """With TRL's likelihood, an average over the tokens of the batch; gradients at the logits of the scored tokens."""
+    """TRL's likelihood term is an average over the batch's tokens; gradients are compared at the logits of scored tokens."""
     logits, labels = jnp.asarray(ORACLES["logits"]["logits"]), np.asarray(ORACLES["logits"]["labels"])
     pair = lambda x: jnp.stack([x[:3], x[3:]], axis=1)
     mask = labels != -100
@@ -300,7 +300,7 @@ def test_smoothed_robust_and_plain_differ():
 
 
 def test_robust_dpo_is_unbiased_under_flips():
-    """Its expectation over flips of probability e is DPO's loss on the right labels, gradient included."""
+    """The loss's expectation over flips of probability e is DPO's loss on the right labels, gradient included."""
     logps, batch = ragged()
     e = 0.3
     turn = lambda x: x[:, ::-1]

@@ -294,7 +294,7 @@ def names(source: str) -> set[str]:
 
 
 def test_every_public_name_stands_in_an_experiment():
-    """Or in a block of docs/by_hand.md, which another test runs."""
+    """A name may stand in a block of docs/by_hand.md instead, which another test runs."""
     used = set().union(*map(names, (HEAD, *BLOCKS.values(), *(offer.source for offer in EXPERIMENTS.values()))))
     offered = {*losses.__all__, *experience.__all__, *averages.__all__}
     offered |= {name for name in alignax.__all__ if not inspect.ismodule(getattr(alignax, name))}

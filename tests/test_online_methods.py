@@ -80,7 +80,7 @@ def given(tmp_path_factory):
 
 @pytest.mark.parametrize("name", [name if name == "GRPO" else pytest.param(name, marks=pytest.mark.slow) for name in METHODS])
 def test_every_method_of_the_page_finds_what_it_reads(given, tmp_path, name):
-    """On shapes alone, as a run checks itself before it computes; no two terms are averaged unlike each other."""
+    """Methods are traced on shapes alone, as a run checks itself before it computes; all terms of a loss are averaged alike."""
     experience, loss, fields = METHODS[name]
     run = checked(arguments(tmp_path, source(experience, loss), given | fields | {"workdir": str(tmp_path / "run")}))
     check_step(run)

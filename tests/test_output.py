@@ -1,4 +1,4 @@
-"""What is written appears whole or not at all, and destroys nothing of another's."""
+"""Output files and folders: written whole or not at all, and never over something of another writer."""
 
 import json
 import os

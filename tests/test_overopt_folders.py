@@ -64,7 +64,7 @@ def settings(place: Path, **changes):
 
 @pytest.fixture(scope="module")
 def responses(place):
-    """What the policy answers to the prompts of two seeds."""
+    """The policy's responses to the prompts of two seeds."""
     own = settings(place)
     return folders.sampled(own, make_mesh(own.mesh), [0, 1])
 

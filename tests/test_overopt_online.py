@@ -29,7 +29,7 @@ def experiment(*overrides: str):
 
 @functools.cache
 def methods(*overrides: str) -> list[Method | Optimum]:
-    """Those of the experiment file."""
+    """The methods of the experiment file."""
     names = experiment(*overrides).loss.__globals__
     own = experiment(*overrides).config
     return [method for part in ("policy_gradients", "towards_targets", "optima") for method in names[part](own)]
@@ -43,7 +43,7 @@ def laboratory_of(*overrides: str):
 
 @functools.cache
 def trained(seeds: int, family: str, objective: str, coefficients: tuple, *overrides: str) -> list[dict[str, np.ndarray]]:
-    """For each coefficient quantity -> [seeds, E]."""
+    """The results for each coefficient: quantity -> [seeds, E]."""
     (method,) = (own for own in methods(*overrides) if isinstance(own, Method) and (own.family, own.objective) == (family, objective))
     method = method._replace(coefficients=coefficients)
     found = laboratory_of(*overrides).learn(range(seeds), method)
@@ -196,7 +196,7 @@ def ascent(seeds: int, beta: float) -> dict[str, np.ndarray]:
 
 @pytest.mark.slow
 def test_a_kl_penalty_is_early_stopping():
-    """Without samples the same curve; with them nearly."""
+    """The curves of gold against KL with and without the penalty are equal without sampling, and nearly equal with it."""
     exact, sampled = [ascent(4, beta) for beta in (0.0, 0.1)], trained(4, "PPO", "single", (0.0, 0.1), *WIDE)
     for kl in (0.25, 0.5, 1.0):
         assert abs(gold_at(exact[0], kl) - gold_at(exact[1], kl)) < 0.02

@@ -79,7 +79,7 @@ def of_trl(o: dict) -> Loss:
 
 
 def share(o: dict, batch: Batch) -> float:
-    """What part of a step TRL takes this microbatch for: by count of parts or, where its average is over all of their tokens, by those."""
+    """The share of a step that TRL gives a microbatch: by number of parts, or by tokens where its average is over all tokens."""
     parts = o.get("gradient_accumulation_steps", 1)
     if o.get("loss_type") in ("dapo", "cispo", "vespo"):
         return float(batch["completion_mask"].sum()) / (o["num_items_in_batch"] * parts / o["steps_per_generation"])
@@ -277,7 +277,7 @@ RECIPES = {
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_are_the_papers_on_lengths_of_one_and_nine(name):
-    """On policy, advantages 1 and -1: what differs is how tokens are averaged, of the surrogate and of its KL."""
+    """The batch is on-policy with advantages 1 and -1, so recipes differ only in how surrogate and KL average tokens."""
     objective, expected = RECIPES[name]
     mask = np.zeros((1, 2, 11), bool)
     mask[0, 0, 1], mask[0, 1, 1:10] = True, True
@@ -316,7 +316,7 @@ ON_POLICY = {
 
 @pytest.mark.parametrize("name", ON_POLICY)
 def test_the_first_gradient_of_a_rollout_is_reinforces(name):
-    """Without old log-probs, or where they are the policy's own: ratios of 1 that have the gradient of log pi."""
+    """Old log-probs are absent or the policy's own: ratios are 1 and have the gradient of log pi."""
     objective, policy_gradient = ON_POLICY[name]
     logps, batch = ragged()
     batch["sampled_logps"] = logps
@@ -343,7 +343,7 @@ def test_a_second_step_on_a_rollout_is_against_the_old_policy():
 
 @pytest.mark.parametrize("objective", [losses.ppo(), losses.grpo(), losses.rloo(), losses.gmpo(), losses.kl_k3_weighted()])
 def test_padding_and_neighbours_do_not_alter_a_response(objective):
-    """What stands off the completion is not read: log-probs, advantages, old and reference alike."""
+    """Values outside of completions are not read: log-probs, advantages, old and reference log-probs."""
     logps, batch = ragged()
     batch["old_logps"] = logps - 0.1
     mask = batch["completion_mask"]
@@ -357,7 +357,7 @@ def test_padding_and_neighbours_do_not_alter_a_response(objective):
 
 
 def test_what_was_cut_is_left_out_of_value_and_metrics():
-    """As if it had not been sampled."""
+    """The result is that of a batch without the response that was cut."""
     logps, batch = ragged()
     batch["truncated"] = jnp.asarray(np.arange(12).reshape(4, 3) % 3 == 1)
     others = batch | {"completion_mask": batch["completion_mask"] & ~batch["truncated"][..., None]}
@@ -538,7 +538,7 @@ REVERSE, FORWARD = OF_THETA(KL), OF_THETA(lambda p, q: KL(q, p))
     ids=["k1", "k2", "k3", "k3_weighted", "chi2", "chi2_exact", "entropy"],
 )
 def test_the_gradient_that_a_penalty_really_has(objective, expected):
-    """Of samples of the policy: k1's is nothing, k2's the reverse KL's, k3's the forward KL's unless it is weighted by the ratio."""
+    """Expected over samples of the policy: k1 has gradient 0, k2 the reverse KL's, k3 the forward KL's unless the ratio weights it."""
     p = jax.nn.softmax(THETA)
     found = gradient(objective, THETA, REF, p)
     np.testing.assert_allclose(found, expected, atol=1e-6)

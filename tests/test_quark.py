@@ -32,7 +32,7 @@ QUANTILES, DRAW = jax.jit(quantiles, static_argnums=2), jax.jit(draw, static_arg
 
 
 def labels(rewards, entered: int | None = None, K: int = 5) -> np.ndarray:
-    """Those of rewards that fill the pool, or of the first so many."""
+    """The quantile labels of rewards that fill the pool, or only its first `entered` places."""
     return np.asarray(QUANTILES(jnp.asarray(rewards, jnp.float32), jnp.int32(len(rewards) if entered is None else entered), K))
 
 
@@ -208,7 +208,7 @@ def test_the_teacher_reads_the_shortened_prompt_exactly():
 
 
 def test_a_reward_model_reads_the_prompt_without_the_token():
-    """It scores a row by the token at place 1, which is the prompt's; the batch keeps its tokens and its own fields."""
+    """The model reads its score at place 1, in the prompt; the batch keeps its tokens and its other fields."""
     batch = {name: jnp.asarray(x) for name, x in rollout(np.arange(4.0)).items()}
     first = lambda batch: batch | {"scores": jnp.take_along_axis(batch["tokens"], batch["mask"].argmax(-1)[..., None] + 1, axis=-1)}
     found = unconditioned(TOKENS, Partial(first))(batch)
@@ -221,7 +221,7 @@ def test_a_reward_model_reads_the_prompt_without_the_token():
 
 
 def test_the_loss_and_both_kls_by_hand():
-    """Of one token: pi = (.6, .3, .1), ref = (.2, .3, .5), the response says the first."""
+    """One token: pi = (.6, .3, .1), ref = (.2, .3, .5); the response is the first token."""
     pi, ref = np.array([0.6, 0.3, 0.1]), np.array([0.2, 0.3, 0.5])
     batch = {"completion_mask": jnp.array([[[False, True]]])}
     place = lambda x: jnp.array([0.0, 1.0])[None, None] * x
@@ -286,7 +286,7 @@ def weighed(forward: jax.Array, reverse: jax.Array) -> Loss:
 
 @pytest.fixture(scope="module")
 def trained() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each of RUNS, means over 3 seeds: E[r | best] by round [6], E[r | k] at the end [5], KL(best || ref) at the end."""
+    """Means over 3 seeds for each of RUNS: E[r | best] by round [6], E[r | k] at the end [5], KL(best || ref) at the end."""
     experience: Stateful = quark_pool(range(V, V + K), capacity=ROUNDS * SAMPLES, length=2)
     optimizer = optax.adam(0.05)
 

@@ -45,7 +45,7 @@ def written_in_place(batch):
 
 
 def noted(function) -> set[str]:
-    """What a function reads of `old`, on shapes alone."""
+    """The fields of `old` that a function reads, found on shapes alone."""
     read = set()
     batch = tiny.batch() | {"rewards": jnp.zeros((4, 2)), "old": jnp.zeros((4, 2, 24))}
     jax.eval_shape(lambda batch: (function(Noting(batch, frozenset({"old"}), read.add)), 0)[1], batch)

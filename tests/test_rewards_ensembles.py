@@ -94,7 +94,7 @@ def test_members_send_each_other_nothing(members):
 
 
 def test_members_of_a_device_take_the_memory_of_one():
-    """Their activations are not there at once; of five under vmap they took five times the memory."""
+    """The activations of members never exist at once; under vmap, five members took five times the memory."""
     config = dataclasses.replace(tiny.MODEL, num_labels=1)
 
     def temporary(members: int) -> int:
@@ -239,7 +239,7 @@ def test_the_command_refuses_data_that_are_no_pairs(folders, pairs, capsys):
 
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory):
-    """What `alignax generate --out` writes, an empty completion among it."""
+    """A file as `alignax generate --out` writes it, with an empty completion."""
     rng, file = np.random.default_rng(3), tmp_path_factory.mktemp("samples") / "samples.jsonl"
     word = lambda: "".join(rng.choice(list("abcdefgh"), rng.integers(1, 7)))
     rows = [{"prompt": f"Is {word()}?", "sample": i % 2, "completion": f" {word()} {word()}"} for i in range(18)]

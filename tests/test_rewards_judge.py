@@ -82,14 +82,14 @@ def fields(models, tmp_path, judge, data, **more):
 
 
 def scores_of(run, batch):
-    """What the run's reward models give a batch: [B, N]."""
+    """The scores of a batch by the run's reward models: [B, N]."""
     params = rewards.load_members(run.roles["ensemble"].sources, run.mesh)
     model = rewards.ensemble_model(run.roles["ensemble"].config, params, run.mesh)
     return np.asarray(jax.jit(model.apply)(model.params, {name: jnp.asarray(x) for name, x in batch.items()}).scores)[..., 0]
 
 
 def transformers_scores(folder, rows):
-    """What transformers gives token ids, each alone."""
+    """The scores that transformers gives rows of token ids, one row at a time."""
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
     with torch.no_grad():
         return np.array([float(model(input_ids=torch.tensor([ids])).logits[0, 0]) for ids in rows])
@@ -183,7 +183,7 @@ def test_members_of_several_templates_are_no_ensemble(models, tmp_path):
 
 
 def test_what_a_template_writes_behind_the_end_is_read_and_not_scored(alike, tmp_path):
-    """By a reward model that reads the policy's own rows of data, too: the policy learns the same tokens as without it."""
+    """A reward model reads that text also in the policy's own rows of data; the policy learns the same tokens as without it."""
     chats = conversations(tmp_path / "pairs.jsonl")
     given = fields(alike, tmp_path, alike[1], tmp_path / "pairs.jsonl", **{"data.max_length": 64})
     run = checked(arguments(tmp_path, OFFLINE, given))
@@ -223,7 +223,7 @@ def test_an_exported_reward_model_gives_in_transformers_what_training_and_judgin
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["prompt", "preference"])
 def test_samples_are_read_to_the_end_of_what_the_policys_own_template_writes(kind, alike, tmp_path):
-    """Whatever has ended them, and of data of every kind."""
+    """This holds for samples with any kind of end, and for data of every kind."""
     chats = conversations(tmp_path / "pairs.jsonl")
     own = {"data.kind": kind, "rollout.samples": 4, "rollout.max_new_tokens": 6, "data.max_length": 64}
     run = checked(arguments(tmp_path, ONLINE, fields(alike, tmp_path, alike[1], tmp_path / "pairs.jsonl", **own)))
@@ -241,7 +241,7 @@ def test_samples_are_read_to_the_end_of_what_the_policys_own_template_writes(kin
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_an_answer_that_was_cut_is_read_as_one_that_has_ended(shared, tmp_path):
-    """In the policy's tokens and written anew alike; the policy's own tokens stay as they are."""
+    """The judge adds the end, in the policy's tokens or its own; the policy's tokens stay as they are."""
     tokenizer, data = tiny.tokenizer(), default_config().data
     data.kind = "prompt"
     (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "is it?"}) + "\n")
@@ -284,7 +284,7 @@ def test_formats_are_compared_by_content_and_not_by_rows(models, tmp_path):
 
 @pytest.mark.slow
 def test_samples_of_conversations_anchor_a_reward_model_of_another_template(models, tmp_path):
-    """As `alignax generate --out` writes them."""
+    """The samples are as `alignax generate --out` writes them."""
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": pair[0][:1]}) + "\n" for pair in conversations(tmp_path / "x")))
     samples, out = tmp_path / "samples.jsonl", tmp_path / "out"
     told = ["--prompts", tmp_path / "prompts.jsonl", "--out", samples, "--n", 2, "--max-new-tokens", 8]

@@ -35,7 +35,7 @@ def prepared(fields, **changes):
 
 
 def trained(fields, tmp_path, **changes):
-    """What the run trained after its steps, and the metrics of each step."""
+    """The trained parameters after the run's steps, and the metrics of each step."""
     run = prepared(fields, workdir=tmp_path / "run", **changes)
     started = start(run, write=False)
     step, evaluate = (started.programs[name].call for name in ("train", "evaluate"))
@@ -58,7 +58,7 @@ def trained(fields, tmp_path, **changes):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["full", "head", "lora"])
 def test_members_are_separate_runs(kind, fields, tmp_path):
-    """Each with its own seed: head (adapters), order of the data; trained together as apart."""
+    """Each member has its own seed for head (adapters) and order of data; trained together, members equal separate runs."""
     params, metrics, scores = trained(fields, tmp_path, **KINDS[kind], **{"ensemble.members": 2, "seed": 4})
     for k in range(2):
         alone, its_metrics, its_scores = trained(fields, tmp_path, **KINDS[kind], seed=4 + k)

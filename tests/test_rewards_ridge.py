@@ -64,7 +64,7 @@ def test_it_is_numpys_least_squares(penalty, world):
 
 
 def test_a_planted_reward_is_recovered(world, tmp_path, capsys):
-    """By the command: three attributes of a head and an intercept, a third of two of them missing."""
+    """The command fits three attributes with an intercept; a third of the values of two attributes are missing."""
     here, rows, _, _, h = world
     rng = np.random.default_rng(1)
     head, intercept = rng.normal(size=(h.shape[2], 3)), np.array([2.0, -5.0, 0.5])

@@ -144,7 +144,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def initial(source):
-    """Before the first step: a router on the base's trunk, two experts with copies of its head, and the head of a mixture."""
+    """The parameters at step 0: a router on the base's trunk, two experts with copies of its head, and the head of a mixture."""
     base = hf.load_params(source, ONE)
     heads = {name: jnp.stack([base[name]] * 2) for name in HEAD if name in base}
     adapters = jax.jit(jax.vmap(lambda key: parameters.fresh_adapters(BASE, LORA, base, key)))(jax.random.split(jax.random.key(0)))
@@ -171,7 +171,7 @@ def see():
 
 @pytest.fixture(scope="module")
 def phases(initial):
-    """After all of them, as docs/routed.md has them: the router, the experts, each on its category, and the mixture's head over both."""
+    """The parameters after all phases of docs/routed.md: the router, the experts on one category each, and the mixture's head over both."""
     data, base = planted(448, 0), initial["models"]["base"]
     data = jax.tree.map(np.asarray, data)
     own = [jax.tree.map(lambda x, c=c: x[data["category"] == c], data) for c in range(2)]
@@ -195,7 +195,7 @@ def held_out():
 
 @pytest.fixture(scope="module")
 def judged(initial, phases, see, held_out):
-    """Before and after, of held-out pairs: what `see` says, the router's choice, and the scores of the routed model and the mixture."""
+    """The outputs for held-out pairs before and after training: those of `see`, the router's choice, routed and mixture scores."""
 
     def judge(params):
         found = see(params, held_out)

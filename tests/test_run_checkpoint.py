@@ -176,7 +176,7 @@ assert seen["refused"] > 30, seen
 
 @pytest.mark.slow
 def test_a_flipped_bit_in_any_file_of_a_checkpoint_is_refused_or_harmless(saved):
-    """In a process of its own, for what orbax leaves behind after a failed restore."""
+    """The test has a process of its own: orbax leaves things behind after a failed restore."""
     command = [sys.executable, "-c", FLIPS, str(saved)]
     done = subprocess.run(command, env=runs.environment(), capture_output=True, text=True, cwd=runs.REPO)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -219,7 +219,7 @@ def test_checkpoints_of_other_models_and_data_are_refused(tmp_path, capsys):
     [("params", "truncated"), *(pytest.param(*x, marks=pytest.mark.slow) for x in (("train", "emptied"), ("params", "missing")))],
 )
 def test_damaged_checkpoint_is_refused(run_of_two_steps, tmp_path, item, damage):
-    """In a process of its own: what orbax leaves behind after a failed restore would fail later tests."""
+    """The test has a process of its own: what orbax leaves behind after a failed restore would fail later tests."""
     fields, workdir = run_of_two_steps
     copy = tmp_path / "run"
     shutil.copytree(workdir, copy)

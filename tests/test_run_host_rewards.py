@@ -1,4 +1,4 @@
-"""What functions of an experiment say of completions, as fields of a rollout."""
+"""Numbers of an experiment's reward functions as fields of a rollout."""
 
 import types
 from pathlib import Path
@@ -47,7 +47,7 @@ class Run(types.SimpleNamespace):
 
 
 def ask(run: Any, hook: str = "reward", texts: str = "abcd", drawn: np.ndarray | None = None) -> dict[str, np.ndarray]:
-    """Of one prompt's completions, of two tokens each but the first."""
+    """The reward fields of one prompt's completions, which have two tokens each, except the first."""
     shape = (1, len(texts), 2)
     mask = np.ones(shape, bool)
     mask[0, 0, 1] = False

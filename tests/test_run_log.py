@@ -14,7 +14,7 @@ def rows(file):
 
 
 def test_the_speed_is_of_the_step_it_is_logged_with(tmp_path, monkeypatch):
-    """Also at first, when going on, after a pause, looked at late, and where the wall clock goes backwards, which nobody reads."""
+    """The speed is right at the start, after a resume or a pause, if fetched late, and if the wall clock goes backwards."""
     clock = [100.0]
     monkeypatch.setattr(metrics, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))  # no other clock is there
     log = Log(tmp_path, steps=40, start=30, every=1, tensorboard=False)

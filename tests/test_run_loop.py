@@ -22,7 +22,7 @@ from alignax.run.prepare import FREE
 
 @pytest.fixture
 def looped(monkeypatch):
-    """What a loop of 4 steps does, and how it ends; evaluations and checkpoints are due after every second one."""
+    """The actions of a loop of 4 steps, and its end; evaluations and checkpoints are due after every second step."""
 
     def run(signal_at=0, during="train", failing_at=0, first=0):
         done = []
@@ -86,7 +86,7 @@ def test_an_evaluation_is_done_before_the_checkpoint_that_has_its_scores(looped)
 
 
 def test_a_stop_does_not_wait_for_an_evaluation(looped):
-    """Neither for one that is due, at the end either, nor for the rest of one; the next start makes it up."""
+    """A stop skips evaluations that are due, at the end too, and breaks off a running one; the next start makes up for it."""
     begun = ["eval 0", "train 1", "train 2"]
     assert looped(2) == [*begun, "save 2", f"stopped by SIGTERM after step 2; {GOES_ON}", 143]
     assert looped(2, "eval") == [*begun, "save 2", f"stopped by SIGTERM after step 2, in the evaluation; {GOES_ON}", 143]
@@ -96,7 +96,7 @@ def test_a_stop_does_not_wait_for_an_evaluation(looped):
 
 
 def test_a_run_goes_on_with_other_patience_and_not_with_another_reward(tmp_path):
-    """As the words say that a run leaves with whose reward fails."""
+    """The message of a run that ends because its reward failed promises both."""
 
     def changed(source, *overrides):
         folder = Path(tempfile.mkdtemp(dir=tmp_path))

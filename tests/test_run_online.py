@@ -165,7 +165,7 @@ def test_a_run_says_what_it_must(grpo):
 
 
 def test_rollouts_and_evaluations_stop_at_every_end(fields, tmp_path):
-    """Those of the generation config too, as Gemma, Qwen and Phi have them; what ends a completion is no part of its text."""
+    """Ends include those of the generation config, as for Gemma, Qwen and Phi; a completion's text leaves its end out."""
     shutil.copytree(fields["model.path"], tmp_path / "model")
     (tmp_path / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, *range(14, 40)]}))
     run = checked(arguments(tmp_path, GRPO, fields | {"workdir": str(tmp_path / "run"), "model.path": str(tmp_path / "model")}))
@@ -249,7 +249,7 @@ def same(parts, whole, args):
     ],
 )
 def test_a_signal_does_not_wait_for_a_reward_function(ahead, call, where, fields, tmp_path):
-    """What waits is given up, the step before it is saved, and the next start samples it again, or judges what was sampled ahead."""
+    """The wait is given up and the state before is saved; the next start samples again, or judges what was sampled ahead."""
     whole, parts, args = sleepers(fields | {"rollout.ahead": ahead}, call, tmp_path)
     assert main(args[whole]) == 0
     process = runs.begin(args[parts], runs.environment(8))
@@ -282,7 +282,7 @@ def test_a_signal_to_one_of_two_processes_ends_both(fields, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("ahead", "call"), [("false", 5), ("false", 4), ("true", 4)])
 def test_what_was_learnt_before_a_reward_fails_is_saved(ahead, call, fields, tmp_path, capsys):
-    """By a rollout, by an evaluation, and by samples ahead, which are asked for once more; the run goes on as if nothing had been."""
+    """The reward fails in a rollout, an evaluation, or for samples ahead, which are judged again; the resumed run is the same."""
     given = fields | {"checkpoint.every": "100", "rollout.ahead": ahead, "max_skipped": str(call)}
     source = SLEEPER.replace("time.sleep(100)", "raise KeyError('no answer')").replace("asleep.touch()", "failing.touch()")
     # A process that has failed is replaced, and counts anew.
@@ -526,7 +526,7 @@ def critic_of(folder, **changes):
 
 @pytest.mark.slow
 def test_a_critic_of_its_own_tree_is_trained_beside_the_policy(fields, tmp_path):
-    """Its place in the training state, on shapes alone: the folder's own sizes, sharded; gradients reach it and the policy."""
+    """The training state is checked on shapes alone: the critic folder's sizes, sharded; gradients reach critic and policy."""
     given = fields | {"workdir": str(tmp_path / "run")} | critic_of(tmp_path, hidden_size=16, head_dim=4)
     run = checked(arguments(tmp_path, PPO, given | {"model.critic_heads": "1", "mesh.fsdp": "8"}))
     check_step(run)
@@ -703,7 +703,7 @@ def test_what_cannot_be_is_refused_before_any_compute(name, fields, tmp_path, ca
 
 
 def test_a_rollout_of_one_response_is_refused(fields, tmp_path):
-    """By a method that needs no group, too, which is what groups of one are told to take."""
+    """A single response is refused even with reinforce_plus_plus(), which the error for groups of one recommends."""
     source = GRPO.replace("group_relative()", "reinforce_plus_plus()")
     more = {"workdir": str(tmp_path / "run"), "rollout.samples": "1", "rollout.minibatches": "1"}
     begun = lambda **more: prepare(
@@ -898,7 +898,7 @@ def test_a_value_head_for_every_reward(fields, tmp_path):
 
 @pytest.mark.parametrize("shift", [0.0, 200.0])
 def test_the_kl_of_anothers_samples_is_weighted_to_be_the_policys(shift):
-    """By hand, also hundreds of nats from the sampler, where ratios overflow; a response without a scored token takes no part."""
+    """Numbers by hand, also hundreds of nats from the sampler, where ratios overflow; a response without a scored token is left out."""
     batch = tiny.batch(B=4, N=2)
     inside = batch["completion_mask"] = batch["completion_mask"].at[0, 0].set(False)
     rng = np.random.default_rng(0)
@@ -972,7 +972,7 @@ reward = [short, has_a]
 @pytest.mark.slow
 @pytest.mark.parametrize("ahead", ["false", "true"])
 def test_rewards_of_a_list_are_in_every_log(ahead, fields, tmp_path):
-    """Each under its function's name, and their weighted sum, which leaves out what a function has not given."""
+    """Every log has each number under its function's name, and their weighted sum, which leaves out missing numbers."""
     given = fields | {"workdir": str(tmp_path / "run"), "rollout.reward_weights": "1,0.5", "log.rollouts": "48", "rollout.ahead": ahead}
     source = LISTED.replace("grpo()", "importance_weighted(grpo())") if ahead == "true" else LISTED
     args = arguments(
@@ -1022,7 +1022,7 @@ def test_named_numbers_are_scores_as_those_of_reward_models(aggregate, fields, t
 
 
 def observed(steps, **config):
-    """What is said of the metrics of steps."""
+    """The log's lines about metrics of steps."""
     said = []
     log = types.SimpleNamespace(step=lambda *_: None, line=said.append)
     observe = Observer(types.SimpleNamespace(config=types.SimpleNamespace(**config)), log, equal=False)  # type: ignore

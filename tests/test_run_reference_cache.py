@@ -111,7 +111,7 @@ def spoil_bytes(file: Path):
 
 
 def spoil_values(file: Path):
-    """Whole and consistent, but not what the reference says."""
+    """Replaces a part by one that is whole and consistent, but has other log-probs than the reference."""
     from safetensors.numpy import load_file
 
     reference.write(file.parent, int(file.stem), load_file(file)["logps"] + np.float32(0.5))

@@ -96,7 +96,7 @@ def test_experience_is_given_models_by_the_names_of_the_config(folders, tmp_path
 
 @pytest.mark.slow
 def test_a_loss_is_given_models_too(folders, tmp_path):
-    """Their log-probs are part of the loss, where no experience has written them."""
+    """The models' log-probs are part of the loss, although no experience writes them."""
     source = """
 def loss(config, weak):
     def value(out, batch):
@@ -116,7 +116,7 @@ def loss(config, weak):
 
 @pytest.mark.parametrize("cache", [pytest.param("", marks=pytest.mark.slow), "cache"])
 def test_a_loss_may_ask_for_the_reference(cache, folders, tmp_path):
-    """Which is then held, or read from the cache, though no experience asks for it; a model from the policy's own folder is held, too."""
+    """The reference is then held or read from the cache, without any experience; a model from the policy's own folder is held, too."""
     source = """
 def loss(config, reference, twin):
     def value(out, batch):
@@ -132,7 +132,7 @@ def loss(config, reference, twin):
 
 
 def test_a_held_tree_has_the_shapes_that_are_planned(folders, tmp_path):
-    """Of every kind of role: whole, as the base of adapters, without a critic's head, and stacked reward models."""
+    """Every kind of role is checked: whole, base of adapters, without a critic's head, and stacked reward models."""
     source = MODPO.replace("margin)", "margin, ensemble)")
     given = {"models.margin.path": folders[1], "models.ensemble.path": reward_folder(tmp_path, 3), "lora.rank": 2, "lora.int8": "true"}
     run = checked(arguments(tmp_path, source, fields(folders, tmp_path, **given)))
@@ -221,7 +221,7 @@ def batch_of(chosen, rejected, **more):
 
 
 def test_modpo_has_the_values_of_its_authors():
-    """Of modpo_loss of github.com/ZHZisZZ/modpo, for three objectives."""
+    """The values are those of modpo_loss of github.com/ZHZisZZ/modpo, for three objectives."""
     margins = jnp.array([[[0.7, -0.2], [-0.3, 0.5]], [[0.1, 0.4], [0.6, 0.0]]])
     logps, batch = batch_of([-10, -12.5], [-11, -9], ref=([-10.5, -12], [-10, -9.5]), margins=margins)
     loss = losses.modpo([0.5, 0.3, 0.2], lambda batch: batch["margins"])
@@ -235,7 +235,7 @@ def test_modpo_has_the_values_of_its_authors():
 
 @pytest.mark.parametrize("weights", [(0.5, 0.5), (0.9, 0.1)])
 def test_modpos_optimum_is_that_of_the_weighted_reward(weights):
-    """On a bandit whose pairs are labelled by the first reward: pi ~ ref exp(w r / beta)."""
+    """The model is a bandit, and the first reward labels its pairs: pi ~ ref exp(w r / beta)."""
     beta, rng = 0.5, np.random.default_rng(0)
     rewards, start_ = jnp.asarray(rng.normal(size=(2, 6)), jnp.float32), jax.nn.log_softmax(jnp.asarray(rng.normal(size=6), jnp.float32))
     i, j = np.triu_indices(6, 1)

@@ -48,7 +48,7 @@ def copied(tree):
 
 
 def assert_equal(a, b):
-    """Bit for bit."""
+    """Checks that two trees are equal bit for bit."""
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
@@ -113,13 +113,13 @@ def dotted(a, b):
 
 
 def normalised_sum(gradients):
-    """Each gradient at a norm of 1."""
+    """The sum of the gradients, each scaled to norm 1."""
     unit = lambda own: optax.tree.scale(1 / optax.tree.norm(own), own)
     return jax.tree.map(lambda *g: sum(g), *map(unit, gradients.values()))
 
 
 def pcgrad(gradients):
-    """Of each gradient what opposes another one is taken off, then the sum (Yu et al. 2020, arXiv:2001.06782)."""
+    """PCGrad: removes from each gradient its part against other gradients, then sums (Yu et al. 2020, arXiv:2001.06782)."""
     out = []
     for name, own in gradients.items():
         for other in (g for n, g in gradients.items() if n != name):
@@ -132,7 +132,7 @@ def pcgrad(gradients):
 @pytest.mark.parametrize("count", [1, 4])
 @pytest.mark.parametrize("combine", [normalised_sum, pcgrad])
 def test_gradients_of_several_objectives_are_combined(combine, count):
-    """Each objective's own gradient, of the whole batch however many microbatches, on one batch or several; numpy combines them."""
+    """Each objective has its gradient of the whole batch for any number of microbatches, on one batch or several; numpy is the oracle."""
     optimizer = optax.sgd(0.1, momentum=0.0)  # its state is the gradient
     batch, other = padded(ragged(), (1, 6)), padded(ragged(), (0, 2))
     against = -0.3 * dpo()  # so that PCGrad finds a conflict
@@ -343,7 +343,7 @@ def test_the_parameter_whose_gradient_is_not_finite_is_named():
 
 
 def test_nothing_is_traced_twice_in_100_steps():
-    """Also where the loss follows a schedule, after a skipped step, and where an experience is made anew with other parameters."""
+    """This holds with a schedule in the loss, after a skipped step, and with an experience made anew with other parameters."""
     traces = []
     objective = lambda step: dpo() + (0.1 * step) * sft()
     step = make_step(tiny.plain_apply, objective, optax.adam(1e-3), 2)
@@ -392,7 +392,7 @@ def totals(*parts):
 
 @pytest.mark.parametrize("name", ["rpo", "rpo_token_mean", "cdpo+sft"])
 def test_evaluation_of_ragged_batches_equals_one_big_batch(name):
-    """And it is the training step's own loss and metrics."""
+    """Evaluation also gives the training step's own loss and metrics."""
     batch, params = padded(ragged(9), (3, 8)), tiny.plain_params()
     evaluate = jax.jit(make_evaluation(tiny.plain_apply, LOSSES[name]))
     cuts = [{k: x[s] for k, x in batch.items()} for s in (slice(0, 4), slice(4, 8), slice(8, 9))]
@@ -519,7 +519,7 @@ def test_every_optimizer_learns(name):
 
 
 def test_the_table_of_optimizers_is_optaxs():
-    """Each by name against optax's own, two steps, with the fields that it takes."""
+    """Each optimizer, with its fields, takes the same two steps as optax's own."""
     config = optim(b1=0.8, b2=0.95, eps=1e-6, weight_decay=0.0, clip=0.0)
     expected = {
         "adamw": optax.adamw(0.1, 0.8, 0.95, 1e-6, weight_decay=0.0), "adam": optax.adam(0.1, 0.8, 0.95, 1e-6),
@@ -637,7 +637,7 @@ def test_a_later_experience_reads_what_an_earlier_one_wrote():
 
 
 def test_precomputed_reference_equals_the_live_one():
-    """In value, parameters and metrics, after a step; and no gradient goes into it."""
+    """Value, parameters and metrics are equal after a step; no gradient goes into the reference."""
     batch, experience = tiny.batch(8), logps("ref_logps", Model(tiny.plain_apply, tiny.plain_params(seed=1)), 2)
     step = make_step(tiny.plain_apply, rpo(), optax.sgd(1.0), 2)
     live = jax.jit(lambda state, experience, batch: step(state, experience(batch)))
