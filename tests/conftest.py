@@ -34,7 +34,7 @@ def data_dir() -> Path:
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
-    """Connections to anything but this machine raise."""
+    """Refuses connections to other machines: they raise an error."""
     connect = socket.socket.connect
 
     def guarded(self, address):
@@ -53,6 +53,6 @@ def compile_cache(tmp_path_factory):
 
 @pytest.fixture(autouse=True, scope="session")
 def ctrl_c_is_heard():
-    """Tests that run in the background ignore Ctrl-C, and so would the processes that they start."""
+    """Restores the default Ctrl-C: tests in the background ignore it, and so would the processes that they start."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)

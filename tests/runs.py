@@ -28,7 +28,7 @@ def world(folder: Path) -> dict[str, object]:
 
 
 def arguments(fields: dict[str, object], experiment: str = "dpo_hh") -> list[str]:
-    """`train` and its options."""
+    """The arguments of the command line: `train` and its options."""
     return [
         "train",
         "--config",
@@ -40,8 +40,8 @@ def arguments(fields: dict[str, object], experiment: str = "dpo_hh") -> list[str
 def environment(devices: int = 1, **more: str) -> dict[str, str]:
     """The environment of a process with so many simulated devices; runs of a test session share the compiled programs of one device.
 
-    Those of several are not: a program for CPUs that is read from jax's cache of compiled programs has lost the order of its collectives,
-    and its devices may wait for ever, some in one and some in another (seen with jax 0.10.2: all-reduce, all-gather and permute at once).
+    Programs of several devices are not shared: a CPU program from jax's cache of compiled programs has lost the order of its collectives,
+    so its devices may wait for ever in different ones (seen with jax 0.10.2: all-reduce, all-gather and permute at once).
     """
     cache = os.environ.get("PYTEST_COMPILE_CACHE", "")
     flags = f"--xla_force_host_platform_device_count={devices} {conftest.QUICK} {conftest.PATIENT}"

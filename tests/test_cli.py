@@ -110,7 +110,7 @@ def test_a_machine_without_the_device_that_was_asked_for(message, code):
 
 
 def test_a_tokenizer_that_panics_is_refused(fields, tmp_path):
-    """A template of special tokens names one that it has no entry for: an error of Rust, which is no Exception of Python."""
+    """The tokenizer's template names a special token that it lacks; the Rust library then panics, which is no Exception of Python."""
     copy = shutil.copytree(fields["model.path"], tmp_path / "model")
     content = json.loads((copy / "tokenizer.json").read_text())
     named = {"SpecialToken": {"id": "<absent>", "type_id": 0}}

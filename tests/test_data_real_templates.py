@@ -129,7 +129,7 @@ def spans(tokenizer, ids, mask):
 
 
 def own(text, opened):
-    """A marked text without what we leave out for good reason.
+    """A marked text without the parts that we leave out for good reason.
 
     TRL also marks the line end behind the end token, headers of some templates, the empty reasoning that the template puts where a row
     has none (its variants put it in front of every answer), and the tag of reasoning that the generation prompt has opened already.

@@ -95,7 +95,7 @@ def test_an_eos_in_the_texts_is_kept_and_counted(bos):
 
 
 def test_a_text_that_has_an_end_gets_no_other(bos):
-    """The EOS is put behind texts without an end; one of the model's other ends is one."""
+    """The EOS is added to texts without an end; any other end token of the model counts as an end."""
     end = bos.convert_tokens_to_ids("<s>")
     examples, report = run([("the", " cat<s>", " hat")], bos, ends=[end])
     (_, chosen), (_, rejected) = sides(examples)

@@ -199,7 +199,7 @@ def test_a_sample_that_ends_at_once_has_its_end(template):
 
 
 def test_two_answers_in_a_row():
-    """The header of the second is the template's; where it cannot be told from the first, the row is refused."""
+    """The header of the second answer is the template's; if it cannot be told from the first answer, the row is refused."""
     turns = [says("assistant", "a"), says("assistant", "b")]
     header = "\n<|im_start|>assistant\n"
     assert shown(PLAIN, HI, turns, turns="all") == [f"[a<|im_end|>]{header}[b<|im_end|>]"]

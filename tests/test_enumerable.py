@@ -103,7 +103,7 @@ def test_the_model_sums_to_one_and_the_entropy_is_its_own():
 
 @pytest.mark.parametrize("beta", [0.5, 2.0])
 def test_dpo_finds_the_policy_of_rlhf(beta):
-    """pi proportional to ref exp(r / beta) where labels follow Bradley-Terry (Rafailov et al. 2023, eq. 4)."""
+    """The optimum is pi proportional to ref exp(r / beta) if labels follow Bradley-Terry (Rafailov et al. 2023, eq. 4)."""
     r, reference = rewards(), table(1)
     preferred = 1 / (1 + np.exp(-(r[:, None] - r[None, :])))
     trained = np.exp(distribution(train(expected(dpo(beta)), reference, all_pairs(reference, preferred))))
@@ -135,7 +135,7 @@ def test_cdpo_undoes_the_flips_that_it_is_told_of():
 
 @pytest.mark.slow
 def test_ipo_stops_at_its_margin():
-    """log-ratios of consistent pairs differ by 1 / (2 beta), where DPO's run away."""
+    """The log-ratios of consistent pairs differ by 1 / (2 beta) under IPO, while DPO's diverge."""
     beta, reference = 0.25, table(1)
     chosen, rejected = np.array([0, 7, 15, 20]), np.array([26, 11, 4, 9])
     batch = pairs(chosen, rejected, reference)
@@ -174,7 +174,7 @@ def test_f_dpo_finds_the_policy_of_its_divergence(divergence, beta):
 
 @pytest.mark.slow
 def test_robust_dpo_finds_the_policy_without_flips():
-    """Bradley-Terry labels that are flipped with probability e: told of e, it finds what DPO finds without them."""
+    """Bradley-Terry labels are flipped with probability e; robust DPO, given e, finds what DPO finds without flips."""
     e, beta, r, reference = 0.3, 1.0, rewards(), table(1)
     preferred = 1 / (1 + np.exp(-(r[:, None] - r[None, :])))
     flipped = all_pairs(reference, (1 - e) * preferred + e * (1 - preferred))

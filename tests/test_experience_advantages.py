@@ -130,7 +130,7 @@ def test_group_advantages_have_mean_0_and_deviation_1():
 
 
 def test_a_groups_mean_over_the_batchs_deviation():
-    """Groups of a large and of a small spread keep it; the deviation is that of the rewards, not of what is left of them."""
+    """Groups of large and small spread keep their spread; the deviation is that of the rewards, not of the centred rewards."""
     batch = groups([[5.0, 1.0, 3.0], [7.1, 6.9, 7.0]])
     r = np.array(batch["rewards"], np.float64)
     close(of_responses(run(batch_scaled(), batch)), (r - r.mean(1, keepdims=True)) / (r.std(ddof=1) + 1e-4))
@@ -150,7 +150,7 @@ TWO_REWARDS = [[(1, 0), (0, 1), (1, 1)], [(0, 2), (0, 2), (1, 5)]]
 
 
 def test_gdpo_keeps_what_a_sum_of_rewards_loses():
-    """Numbers by hand; each reward is made even in its group, then their sum over the batch."""
+    """Numbers by hand: each reward is normalised in its group, then their sum over the batch."""
     batch = groups(np.zeros((2, 3))) | {"scores": np.array(TWO_REWARDS, np.float32)}
     np.testing.assert_allclose(
         of_responses(run(gdpo((1.0, 0.5)), batch)), [[0, -0.79047, 0.79047], [-0.79050, -0.79050, 1.58101]], atol=2e-5

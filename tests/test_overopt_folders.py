@@ -71,7 +71,7 @@ def responses(place):
 
 @pytest.fixture
 def answered(monkeypatch, responses):
-    """No test samples again."""
+    """Replaces sampling by stored responses, so that no test samples again."""
     monkeypatch.setattr(folders, "sampled", lambda *args: responses)
 
 

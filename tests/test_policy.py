@@ -20,7 +20,7 @@ ORACLES = json.loads((Path(__file__).parent / "oracles" / "policy.json").read_te
 
 
 def behind_a_prompt(x) -> jax.Array:
-    """[R, T] of completions -> [R, 1, 1 + T]."""
+    """Values of completions [R, T], placed after a prompt of one token: [R, 1, 1 + T]."""
     return jnp.pad(jnp.asarray(np.array(x))[:, None], ((0, 0), (0, 0), (1, 0))).astype(jnp.float32)
 
 

@@ -45,7 +45,7 @@ C, D, PAIRS, HELD_OUT = 4, 12, 300, 500
 
 
 def directions(key, angle):
-    """[C, D]: cos(angle) times a common direction, and sin(angle) times one that is orthogonal to it."""
+    """A direction for each category, [C, D]: cos(angle) times a common one, and sin(angle) times one orthogonal to it."""
     common, own = (jax.random.normal(k, (C, D)) for k in jax.random.split(key))
     common = common[:1] / jnp.linalg.norm(common[:1])
     own -= (own @ common.T) * common
@@ -53,7 +53,7 @@ def directions(key, angle):
 
 
 def vector_pairs(key, gold, count: int, noise: float):
-    """[C, count, 2, D], the better one first but for a share `noise` of flips."""
+    """Pairs of vectors [C, count, 2, D], the better one first, except for a share `noise` of flips."""
     draw, flip = jax.random.split(key)
     x = jax.random.normal(draw, (C, count, 2, D))
     rewards = jnp.einsum("cnsd,cd->cns", x, gold)
@@ -62,7 +62,7 @@ def vector_pairs(key, gold, count: int, noise: float):
 
 
 def inputs(x, told: bool):
-    """[C, n, 2, D] -> [C, n, 2, D + C]: with the category, or without."""
+    """Inputs of a reward model, [C, n, 2, D] -> [C, n, 2, D + C]: with the category, or without."""
     hot = jnp.broadcast_to(jnp.eye(C)[:, None, None], (*x.shape[:3], C))
     return jnp.concatenate([x, hot * told], axis=-1)
 

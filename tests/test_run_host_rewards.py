@@ -107,7 +107,7 @@ def test_a_function_of_a_list_that_fails_is_named_and_costs_its_own_numbers():
 
 
 def test_named_numbers_without_weights_are_scores_alone():
-    """One that is missing is a bad reward, as what makes one number of them, wco say, has none then."""
+    """A response that lacks any number counts as a bad reward, since an aggregate such as wco then has no value for it."""
     answer = Answer([(1.0, 2.0), (3.0, NAN), (NAN, NAN), (5.0, 6.0)])
     with pytest.raises(RewardFailed, match=r"^reward\(\) of e.py: 2 of 4 rewards are not finite .*: a 3, b nan for 'b' first"):
         ask(Run(right, answer, reward_names=("a", "b")))
@@ -150,7 +150,7 @@ def test_groups_with_a_signal():
 
 
 def test_all_processes_do_what_the_one_that_asks_has_found(monkeypatch):
-    """A failure that leaves every completion a reward stops them all; so does a signal."""
+    """A failure stops all processes, even if every completion has a reward; so does a signal."""
     numbers = np.array([[1, 1], [2, NAN], [3, 1], [4, 1]], np.float32)
     monkeypatch.setattr("jax.process_count", lambda: 2)
     monkeypatch.setattr("alignax.run.host_rewards.multihost_utils.process_allgather", lambda own: np.array([own, [0, 0]]))

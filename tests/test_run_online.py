@@ -406,7 +406,7 @@ def by_experience(written):
 
 @pytest.mark.slow
 def test_a_single_step_reads_the_rollout_once(fields, tmp_path):
-    """Parameters and metrics are those of a run whose policy reads it before the step too, for less work."""
+    """Parameters and metrics equal those of a run that also reads the rollout before the step, with less work."""
     sources = {"once": GRPO, "twice": by_experience('group_relative(), lambda batch: batch | {"seen": batch["old_logps"]}')}
     found = {}
     for name, source in sources.items():
@@ -478,7 +478,7 @@ def test_ppo_trains_a_critic_beside_the_policy(fields, tmp_path):
 
 
 def texts(fields):
-    """The rows that a policy is held at."""
+    """The texts on which a policy is held by pretraining."""
     return fields["data.train"].replace("prompts", "texts")
 
 
@@ -924,7 +924,7 @@ def test_prompts_of_refills_are_a_function_of_the_step(fields, tmp_path):
 
 @pytest.mark.slow
 def test_groups_without_a_signal_are_replaced_and_the_rollouts_are_written(fields, tmp_path):
-    """Every group that is trained on differs, as far as it is found; stopped and gone on, the run is the same bit for bit."""
+    """Trained groups have rewards that differ, as far as such groups are found; a resumed run is the same bit for bit."""
     source = (
         GRPO[: GRPO.index("def reward")] + "def reward(prompts, completions):\n    return [float('a' in text) for text in completions]\n"
     )
@@ -1065,7 +1065,7 @@ def test_a_run_without_any_reward_stops():
 
 
 def test_a_signal_to_another_process_ends_the_wait_for_rewards(monkeypatch):
-    """Seen from process 0, which asks; process 1, which waits with it, has a signal at its second look."""
+    """The test plays process 0, which asks; process 1, which waits, gets a signal at its second look."""
     workers: Any = types.SimpleNamespace(stop=never)
     signals = iter([0, 15])
     monkeypatch.setattr("alignax.run.host_rewards.jax.process_count", lambda: 2)

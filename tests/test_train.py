@@ -53,14 +53,14 @@ def assert_equal(a, b):
 
 
 def assert_near(a, b, tolerance: float = 1e-6, floor: float = 1e-3):
-    """Every leaf to a tolerance relative to its largest value (at least `floor`): float32 sums in another order."""
+    """Checks every leaf to a tolerance relative to its largest value (at least `floor`): float32 sums in another order."""
     assert jax.tree.structure(a) == jax.tree.structure(b)
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * max(float(np.abs(y).max()), floor))
 
 
 def assert_metrics_near(a, b):
-    """Means of values of both signs, of size 1 and more, that may cancel: hence the floor."""
+    """Checks metrics with a floor: they are means of values of both signs, of size 1 and more, that may cancel."""
     assert_near(a, b, floor=1.0)
 
 
@@ -90,7 +90,7 @@ OTHER = {"rollouts": dpo(), "pretrain": lambda step: (0.5 + step) * sft()}  # as
 
 
 def test_losses_of_batches_of_their_own_are_one_gradient():
-    """Gradient and loss are the sums of those done apart, each over its own global batch, and so are those of microbatches."""
+    """Gradient and loss are the sums of separate ones, each over its own global batch; microbatches give the same."""
     optimizer = optax.sgd(0.1, momentum=0.0)  # its state is the gradient
     first, second = padded(ragged(), (1, 6)), padded(tiny.batch(8, N=1, T=16, seed=1), (0, 2, 4))
     state = start(optimizer)
@@ -193,7 +193,7 @@ def tokens(batch):
 
 @pytest.mark.parametrize("count", [1, 4])
 def test_what_is_observed_trains_nothing(count):
-    """The step is that of the loss alone, bit for bit, whatever is seen is, and however it is multiplied; microbatches add up."""
+    """The step equals that of the loss alone, bit for bit, whatever is observed, and with whatever factor; microbatches add up."""
     batch, optimizer = padded(ragged(), (1, 6)), optax.sgd(0.1, momentum=0.0)
     entropy = observe("entropy", lambda out, batch: out.entropy, tokens)
     infinite = observe("inf", lambda out, batch: jnp.log(0.0 * out.logps[:, 0].sum(axis=-1)))

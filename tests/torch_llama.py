@@ -40,14 +40,14 @@ def positions(mask: np.ndarray) -> np.ndarray:
 
 
 def torch_logits(model: transformers.PreTrainedModel, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """[R, T, V]."""
+    """The logits of a torch model: [R, T, V]."""
     ids, attend, place = (torch.tensor(x, dtype=torch.long) for x in (tokens, mask, positions(mask)))
     with torch.no_grad():
         return model(ids, attention_mask=attend, position_ids=place).logits.float().numpy()
 
 
 def our_logits(path: Path, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """[R, T, V], of the folder's weights."""
+    """The logits of our forward pass with the folder's weights: [R, T, V]."""
     source = hf.open_folder(path)
     params = hf.load_params(source, make_mesh({}, jax.devices()[:1]))
 
