@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from alignax.mesh import order_collectives
 from alignax.text import short
 
 EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -33,10 +34,12 @@ def initialize() -> None:
     Raises:
         ValueError: some of the three variables are missing or not whole numbers, or a TPU VM could not tell its workers.
     """
+    order_collectives()
     if jax.distributed.is_initialized():
         return
     for detect in (_explicit, _slurm, _cloud_tpu):
         if (arguments := detect()) is not None:
+            order_collectives(several=True)
             jax.config.update("jax_cpu_collectives_implementation", "gloo")  # without it, CPU processes cannot reduce together
             jax.distributed.initialize(**arguments)
             return

@@ -5,6 +5,7 @@ mesh axes each logical axis is sharded. A new mesh axis, or another sharding, is
 """
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -29,6 +30,21 @@ RULES: dict[str, Any] = {
 }
 
 
+SIMULATED = "--xla_force_host_platform_device_count"
+ORDERED = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+
+
+def order_collectives(several: bool = False) -> None:
+    """Lets all CPU devices start their collectives in one order, where there are several: simulated ones, or with `several` processes.
+
+    XLA's default schedule may start a collective that follows a loop before those of the loop's last turns. If the devices of a busy
+    machine differ in that, they wait for each other for ever; seen with jax 0.10.2. The flag has no effect once a device was used.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if (several or SIMULATED in flags) and ORDERED.partition("=")[0] not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {ORDERED}".strip()
+
+
 def make_mesh(shape: Mapping[str, int], devices: Any = None) -> Mesh:
     """Makes a mesh with the axes member, data, fsdp and tensor.
 
@@ -44,6 +60,7 @@ def make_mesh(shape: Mapping[str, int], devices: Any = None) -> Mesh:
     unknown = sorted(set(shape) - set(AXES))
     if unknown:
         raise ValueError(f"mesh axes {unknown} are unknown; use {', '.join(AXES)}")
+    order_collectives()
     sizes = [int(shape.get(a, 1)) for a in AXES]
     count = len(devices) if devices is not None else jax.device_count()
     known = math.prod(s for s in sizes if s != -1)

@@ -11,9 +11,11 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 QUICK = "--xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=0"
 # A process whose devices wait 40 s for one another in a collective is ended by XLA, and on a loaded machine eight of them on two cores do.
 PATIENT = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
+# As `alignax.mesh.order_collectives` says; here before jax is imported.
+ORDERED = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
 if not os.environ.get("OPTIMISED"):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {PATIENT} --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {PATIENT} {ORDERED} --xla_force_host_platform_device_count=8"
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_WAIT_POLICY": "PASSIVE"}
 
 import jax  # noqa: E402

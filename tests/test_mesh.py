@@ -1,6 +1,7 @@
 """The mesh and its table of layouts; training is the same on one device and on eight, split any way."""
 
 import functools
+import os
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +44,22 @@ def test_one_free_size_takes_the_rest(shape, sizes):
     assert tuple(mesh.shape.items()) == (("member", 1), *zip(AXES[1:], sizes, strict=True))
     assert meshes.batch_shards(mesh) == sizes[0] * sizes[1]
     assert sorted(d.id for d in mesh.devices.flat) == list(range(8))
+
+
+@pytest.mark.parametrize(
+    "flags, several, wanted",
+    [
+        ("--a=1", False, "--a=1"),
+        ("--a=1", True, f"--a=1 {meshes.ORDERED}"),
+        (f"{meshes.SIMULATED}=8", False, f"{meshes.SIMULATED}=8 {meshes.ORDERED}"),
+        (f"{meshes.SIMULATED}=8 --xla_cpu_enable_concurrency_optimized_scheduler=true", True, None),
+    ],
+)
+def test_several_cpu_devices_start_their_collectives_in_one_order(monkeypatch, flags, several, wanted):
+    """With XLA's own schedule a run of 40 rollouts on 8 simulated devices hung on a busy machine, two times of two; the user's flag stays."""
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    meshes.order_collectives(several)
+    assert os.environ["XLA_FLAGS"] == (wanted or flags)
 
 
 def test_a_mesh_of_given_devices():
