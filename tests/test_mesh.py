@@ -56,7 +56,7 @@ def test_one_free_size_takes_the_rest(shape, sizes):
     ],
 )
 def test_several_cpu_devices_start_their_collectives_in_one_order(monkeypatch, flags, several, wanted):
-    """With XLA's own schedule a run of 40 rollouts on 8 simulated devices hung on a busy machine, two times of two; the user's flag stays."""
+    """With XLA's own schedule a run of 40 rollouts on 8 simulated devices hung on a busy machine. A user's flag stays."""
     monkeypatch.setenv("XLA_FLAGS", flags)
     meshes.order_collectives(several)
     assert os.environ["XLA_FLAGS"] == (wanted or flags)
