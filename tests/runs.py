@@ -7,9 +7,12 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import conftest
+import pytest
 import tiny
 
 REPO = Path(__file__).resolve().parents[1]
@@ -109,3 +112,8 @@ def final_params(workdir: Path, *options: str) -> dict[str, bytes]:
     from safetensors.numpy import load_file
 
     return load_file(out / "model.safetensors")
+
+
+def slow_but(cases: Iterable[Any], *kept: Any) -> list[Any]:
+    """The cases of a parametrised test; `make test` runs those kept, and the slow tests the others."""
+    return [case if case in kept else pytest.param(case, marks=pytest.mark.slow) for case in cases]

@@ -79,6 +79,7 @@ def test_dpo_is_that_of_a_run(world, monkeypatch):
         start(prepare(load_experiment("mine.py", ["workdir=run", "model.path=model", "data.train=pairs.jsonl", "steps=9"])))
 
 
+@pytest.mark.slow
 def test_grpo_learns(world, monkeypatch):
     found = printed("GRPO", world, monkeypatch)
     assert found[-3:, 1].mean() > 5 * found[:3, 1].mean() and found[-3:, 1].mean() > 0.5

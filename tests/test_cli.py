@@ -436,6 +436,7 @@ def test_no_room_on_the_disk(fields, tmp_path, capsys, monkeypatch):
 # The commands -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_dry_run_shows_everything_and_writes_nothing(fields, tmp_path, capsys):
     workdir = tmp_path / "run"
     assert run(fields | {"workdir": workdir}, "dpo_hh", "--dry-run") == 0
@@ -669,6 +670,7 @@ def test_an_override_of_several_values_has_elements_of_their_kind(old, text, val
         assert c.own == value and list(map(type, c.own)) == list(map(type, value)) or old == (1, 0.5)
 
 
+@pytest.mark.slow
 def test_nonfinite_steps_are_named_and_stop_the_run(fields, tmp_path, capsys, monkeypatch):
     import alignax.losses.preference as preference
 

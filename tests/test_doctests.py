@@ -6,6 +6,7 @@ import pkgutil
 
 import jax.numpy as jnp
 import pytest
+import runs
 
 import alignax
 from alignax import experience, losses, train
@@ -27,7 +28,10 @@ def test_there_are_examples():
     assert sum(len(examples(module)) for module in MODULES) >= 30
 
 
-@pytest.mark.parametrize("module", MODULES)
+QUICK = [f"alignax.{name}" for name in ("experience.chain", "losses.algebra", "losses.preference", "losses.supervised")]
+
+
+@pytest.mark.parametrize("module", runs.slow_but(MODULES, *QUICK))
 def test_examples_print_what_they_say(module):
     runner, said = doctest.DocTestRunner(), []
     for test in examples(module):

@@ -107,6 +107,7 @@ def test_mismatched_responses_are_single():
         mismatched_kl(POLICY, REFERENCE)(tiny.batch(2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", [pytest.param(POLICY, marks=pytest.mark.slow, id="other"), pytest.param(REFERENCE, id="equal")])
 def test_the_kl_is_the_mean_log_ratio_of_mismatches_and_never_below_0(policy):
     for seed in range(3):
@@ -188,6 +189,7 @@ def test_what_is_missing_is_named():
         reward_shift()({"old_logps": jnp.zeros((2, 1, 3))} | unpaired(2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param("kto", marks=pytest.mark.slow), "apo_zero_unpaired"])
 def test_unpaired_parts_equal_the_whole(name):
     batch = mismatched_kl(POLICY, REFERENCE)(padding(unpaired(8), [0, 5]))

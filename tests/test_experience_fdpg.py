@@ -266,7 +266,7 @@ DIVERGENCES = {"js": js_pi_p, "kl_p_pi": kl_p_pi, "tv": tv_pi_p, "hellinger": he
 
 
 @pytest.mark.parametrize("name", [name if name == "js" else pytest.param(name, marks=pytest.mark.slow) for name in DIVERGENCES])
-@pytest.mark.parametrize("off_policy", [False, True], ids=["policy", "proposal"])
+@pytest.mark.parametrize("off_policy", [pytest.param(False, marks=pytest.mark.slow, id="policy"), pytest.param(True, id="proposal")])
 def test_a_constraint_is_learnt_by_samples(name, off_policy):
     """The constraint allows a tenth of the base's mass for one prompt, a third for another; the policy learns the base within it."""
     state, metrics = trained(DIVERGENCES[name], jnp.asarray(off_policy))

@@ -139,6 +139,7 @@ def test_thresholds_found_while_a_policy_trains_are_those_of_the_planted_gold():
     assert of(found) > golds.max() - 0.07 and max(of(0.3), of(0.6)) < golds.max() - 0.12
 
 
+@pytest.mark.slow
 def test_a_search_is_in_checkpoints_and_goes_on(tmp_path):
     search = nm_ppo([[0.3, 0.3], [0.4, 0.3], [0.3, 0.4]], patience=2, last=2)
     batch = scored() | {"gold": np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)}

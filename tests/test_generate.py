@@ -359,6 +359,7 @@ def test_the_batch_has_the_log_probs_that_completions_were_drawn_with(sampling):
     np.testing.assert_array_equal(base()[1].drawn, base()[1].logps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [1.0, pytest.param(0.6, marks=pytest.mark.slow)])
 def test_tokens_that_the_tokenizer_has_not_are_never_sampled(temperature):
     """A padded head and one with holes give such tokens the largest logits; scorer and sampler have the same distribution."""

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import runs
 
 from alignax.models.attention import attention
 
@@ -39,7 +40,7 @@ def pulled(f, cotangent, *x):
 
 @pytest.mark.parametrize("block", [0, 5])  # one, and several
 @pytest.mark.parametrize("options", [{}, {"cap": 0.7}, {"window": 6}, {"scalar": 3.0, "window": 4, "cap": 2.0}], ids=str)
-@pytest.mark.parametrize("KV", [1, 2, 4])
+@pytest.mark.parametrize("KV", runs.slow_but([1, 2, 4], 2))
 def test_values_and_gradients_are_those_of_the_formula(KV, options, block):
     draw = lambda i, heads: jax.random.normal(jax.random.key(i), (R, T, heads, h))
     q, k, v, cotangent = draw(0, H), draw(1, KV), draw(2, KV), draw(3, H)
@@ -52,6 +53,7 @@ def test_values_and_gradients_are_those_of_the_formula(KV, options, block):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16_gradients_are_near():
     draw = lambda i: jax.random.normal(jax.random.key(i), (R, T, H, h))
     q, k, v = draw(0), draw(1), draw(2)
@@ -63,6 +65,7 @@ def test_bfloat16_gradients_are_near():
         assert jnp.abs(a.astype(jnp.float32) - b).max() < 0.05 * jnp.abs(b).max()
 
 
+@pytest.mark.slow
 def test_no_weights_are_kept_for_the_backward_pass():
     T = 64
     q, k, v = (jax.random.normal(jax.random.key(i), (1, T, 2, 4)) for i in range(3))

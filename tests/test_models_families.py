@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import runs
 import safetensors.numpy
 import tiny
 import torch_llama
@@ -134,7 +135,10 @@ def test_no_state_depends_on_a_later_token_nor_on_one_before_every_window(row, w
 
 
 # Past its original context LongRoPE scales by length, and cached keys keep the angles that they got.
-@pytest.mark.parametrize("row", [row for row in ROWS if "longrope" not in row])
+CACHED = [row for row in ROWS if "longrope" not in row]
+
+
+@pytest.mark.parametrize("row", runs.slow_but(CACHED, "mistral", "gemma2", "qwen3_moe", "gpt2"))
 def test_cached_steps_are_the_whole_row(row, written):
     c, params = written(row).source.config, written(row).params
     tokens, mask = torch_llama.rows([T, 20, 17, T], T)
@@ -155,7 +159,7 @@ def tensors(folder: Path) -> dict[str, np.ndarray]:
     return safetensors.numpy.load_file(folder / "model.safetensors")
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", runs.slow_but(ROWS, "mistral", "gemma2", "qwen3_moe", "gpt2"))
 def test_sharded_reading_and_export_keep_every_bit(row, written, tmp_path):
     w = written(row)
     params = hf.load_params(w.source, meshes.make_mesh({"data": 2, "fsdp": 2, "tensor": 2}))  # shards end within heads and parts

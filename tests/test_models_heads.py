@@ -288,7 +288,7 @@ def largest_arrays(step, *args) -> list[tuple[int, ...]]:
     return sorted(shapes, key=math.prod, reverse=True)
 
 
-@pytest.mark.parametrize("shape", [None, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize("shape", [pytest.param(None, marks=pytest.mark.slow), {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
 def test_no_array_of_the_training_step_spans_tokens_and_vocabulary(shape, monkeypatch):
     T, D, V = 41, 24, 1018
     config = transformer.ModelConfig(

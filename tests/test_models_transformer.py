@@ -297,6 +297,7 @@ def test_sharded_model_is_the_unsharded_one():
     assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected)) > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["full", pytest.param("none", marks=pytest.mark.slow)])
 def test_hidden_states_of_the_layers_that_are_asked_for(remat):
     """They equal those of a model cut off after the layer, without the last norm; a loss on them reaches the layers before only."""

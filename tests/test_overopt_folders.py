@@ -126,6 +126,7 @@ def test_one_proxy_is_allowed_and_said(place, answered, capsys):
     assert "one proxy: mean, median, WCO and UWO are that model" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -214,6 +214,7 @@ def test_checkpoints_of_other_models_and_data_are_refused(tmp_path, capsys):
     pairs.write_text(text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "item, damage",
     [("params", "truncated"), *(pytest.param(*x, marks=pytest.mark.slow) for x in (("train", "emptied"), ("params", "missing")))],

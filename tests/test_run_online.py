@@ -145,6 +145,7 @@ def grpo(fields, tmp_path_factory):
     return folder / "run", args
 
 
+@pytest.mark.slow
 def test_a_run_says_what_it_must(grpo):
     found = rows(grpo[0])
     train = [row for row in found if "loss" in row]
@@ -693,7 +694,10 @@ REFUSED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", REFUSED)
+QUICK = [name for name in REFUSED if name not in ("pairs of groups of one", "groups of one", "a reward that overflows")]
+
+
+@pytest.mark.parametrize("name", runs.slow_but(REFUSED, *QUICK))
 def test_what_cannot_be_is_refused_before_any_compute(name, fields, tmp_path, capsys):
     changes, source, message = REFUSED[name]
     changes = {name: texts(fields) if value == "texts.jsonl" else value for name, value in changes.items()}

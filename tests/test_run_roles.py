@@ -114,6 +114,7 @@ def loss(config, weak):
     np.testing.assert_allclose(metrics["loss"], (logps[0] - logps[1]).sum((1, 2)).mean() / 2, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", [pytest.param("", marks=pytest.mark.slow), "cache"])
 def test_a_loss_may_ask_for_the_reference(cache, folders, tmp_path):
     """The reference is then held or read from the cache, without any experience; a model from the policy's own folder is held, too."""

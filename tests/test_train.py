@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import runs
 import tiny
 from ml_collections import ConfigDict
 
@@ -67,9 +68,7 @@ def assert_metrics_near(a, b):
 # --- microbatches ---
 
 
-@pytest.mark.parametrize(
-    "name", ["dpo", "rpo_token_mean", *(pytest.param(n, marks=pytest.mark.slow) for n in ("sft", "ipo", "rpo", "cdpo+sft"))]
-)
+@pytest.mark.parametrize("name", runs.slow_but(["dpo", "rpo_token_mean", "sft", "ipo", "rpo", "cdpo+sft"], "dpo"))
 def test_microbatches_equal_one_batch(name):
     """Gradients, parameters and metrics, with ragged rows, and padding rows spread unevenly over the parts."""
     optimizer = optax.sgd(0.1, momentum=0.0)  # its state is the gradient
@@ -129,8 +128,8 @@ def pcgrad(gradients):
     return jax.tree.map(lambda *g: sum(g), *out)
 
 
-@pytest.mark.parametrize("count", [1, 4])
-@pytest.mark.parametrize("combine", [normalised_sum, pcgrad])
+@pytest.mark.parametrize("count", runs.slow_but([1, 4], 1))
+@pytest.mark.parametrize("combine", runs.slow_but([normalised_sum, pcgrad], pcgrad))
 def test_gradients_of_several_objectives_are_combined(combine, count):
     """Each objective has its gradient of the whole batch for any number of microbatches, on one batch or several; numpy is the oracle."""
     optimizer = optax.sgd(0.1, momentum=0.0)  # its state is the gradient
@@ -191,7 +190,7 @@ def tokens(batch):
     return batch["completion_mask"]
 
 
-@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("count", runs.slow_but([1, 4], 1))
 def test_what_is_observed_trains_nothing(count):
     """The step equals that of the loss alone, bit for bit, whatever is observed, and with whatever factor; microbatches add up."""
     batch, optimizer = padded(ragged(), (1, 6)), optax.sgd(0.1, momentum=0.0)
@@ -390,7 +389,7 @@ def totals(*parts):
     return jax.tree.map(lambda *x: sum(np.float64(v) for v in x), *parts)
 
 
-@pytest.mark.parametrize("name", ["rpo", "rpo_token_mean", "cdpo+sft"])
+@pytest.mark.parametrize("name", runs.slow_but(["rpo", "rpo_token_mean", "cdpo+sft"], "cdpo+sft"))
 def test_evaluation_of_ragged_batches_equals_one_big_batch(name):
     """Evaluation also gives the training step's own loss and metrics."""
     batch, params = padded(ragged(9), (3, 8)), tiny.plain_params()
