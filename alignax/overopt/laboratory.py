@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import alignax
 from alignax import output
 from alignax.config import BadInput, Experiment, check_kept, difference, effective, load_experiment, of_run
 from alignax.experience.ensembles import Aggregate
@@ -113,7 +113,7 @@ def open_workdir(experiment: Experiment) -> tuple[Path, output.Lock]:
 
 def made_by(file: Path) -> dict[str, str]:
     """The versions that measurements depend on: experiment file, alignax and its commit (if known), jax, and processor."""
-    root, processor, commit = Path(alignax.__file__).parents[1], jax.devices()[0].device_kind, ""
+    root, processor, commit = Path(__file__).parents[2], jax.devices()[0].device_kind, ""
     if (root / ".git").exists() and shutil.which("git"):
         command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
         commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
@@ -122,7 +122,7 @@ def made_by(file: Path) -> dict[str, str]:
         lines = about.read_text(encoding="utf-8").splitlines() if about.is_file() else []
         names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
         processor = names[0] if names else platform.processor() or platform.machine()
-    return {"file": file.name, "alignax": alignax.__version__, "commit": commit, "jax": jax.__version__, "processor": processor}
+    return {"file": file.name, "alignax": version("alignax"), "commit": commit, "jax": jax.__version__, "processor": processor}
 
 
 def stage(workdir: Path, name: str, measure: Callable[[], dict[str, Any]], made: dict[str, str]) -> None:
