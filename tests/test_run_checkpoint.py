@@ -153,7 +153,7 @@ def test_digests_see_every_bit_and_no_layout():
 FLIPS = """
 import pathlib, random, sys, jax, numpy as np
 sys.path.insert(0, "tests")
-import test_checkpoint as t
+import test_run_checkpoint as t
 folder, rng, seen = pathlib.Path(sys.argv[1]), random.Random(0), {"harmless": 0, "refused": 0}
 raw = lambda s: [np.asarray(x).tobytes() for x in jax.tree.leaves(s.replace(key=jax.random.key_data(s.key)))]
 like, right = t.state(0.0), raw(t.state())
