@@ -115,6 +115,7 @@ def best_of_n() -> dict[str, dict[str, float]]:
     return {curve.objective: results.peak(curve) for curve in results.curves([m])}
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_conservative_ensembles_of_transformers_hold_what_a_single_one_and_the_mean_lose():
     final, drop = ({name: x[key] for name, x in best_of_n().items()} for key in ("final", "drop"))
