@@ -41,7 +41,8 @@ def order_collectives(several: bool = False) -> None:
     machine differ in that, they wait for each other for ever; seen with jax 0.10.2. The flag has no effect once a device was used.
     """
     flags = os.environ.get("XLA_FLAGS", "")
-    if (several or SIMULATED in flags) and ORDERED.partition("=")[0] not in flags:
+    simulated = SIMULATED in flags or jax.config.values["jax_num_cpu_devices"] > 1
+    if (several or simulated) and ORDERED.partition("=")[0] not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {ORDERED}".strip()
 
 

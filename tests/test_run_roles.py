@@ -296,7 +296,7 @@ def test_programs_are_called_with_the_shapes_that_are_planned(folders, tmp_path,
             setattr(generator, f"_{part}", recorded(f"{name}/{part}", started.programs[f"{name}/{part}"]))
     table = {name: program._replace(call=recorded(name, program)) for name, program in started.programs.items()}
     fit(started._replace(programs=table))
-    assert {*called} == {*table} - {"fingerprint", "begin"}
+    assert {*called} == {*table} - {"fingerprint", "begin"}  # which start() has called
     assert all(all(same) for same in called.values()), called
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["compilations"] > 0 for row in rows if "compilations" in row] == [True, False, False]

@@ -8,6 +8,7 @@ import jax
 
 from alignax import mesh as meshes
 from alignax.host.functions import models_asked
+from alignax.models import parameters
 from alignax.program import Program
 from alignax.rewards import members
 from alignax.run.online import make_judge, make_learn
@@ -34,7 +35,7 @@ def programs(run: Run) -> dict[str, Program]:
 
     | name | program |
     |---|---|
-    | fingerprint | the digest of the trained parameters |
+    | fingerprint | the digest of the policy as its folder has it |
     | begin | the state at step 0 |
     | train | the training program: state and batches to the next state and metrics |
     | evaluate | sums of metrics of held-out data, without rollouts |
@@ -53,7 +54,7 @@ def programs(run: Run) -> dict[str, Program]:
     trained, key = abstract_trained(run.roles, run.mesh), jax.eval_shape(lambda: jax.random.key(0))
     begin = jax.jit(lambda *args: new_state(run, *args), out_shardings=jax.tree.map(lambda x: x.sharding, state), donate_argnums=0)
     out = {
-        "fingerprint": Program(jax.jit(digest), (trained,)),
+        "fingerprint": Program(jax.jit(digest), (parameters.abstract_params(run.policy.source.config, run.mesh),)),
         "begin": Program(begin, (trained, key, held)),
         "train": Program(jax.jit(step, donate_argnums=0), (state, held, abstract_batches(run))),
     }
@@ -68,7 +69,7 @@ def programs(run: Run) -> dict[str, Program]:
         out |= {f"{name}/{part}": program for part, program in parts.items()}
     if compared(run):
         out["compare"] = Program(jax.jit(make_compare(run)), (state.params, held, abstract_compared(run)))
-    for name in {*models_asked(run.experiment), *({GOLD} & {*run.roles})}:
+    for name in dict.fromkeys((*models_asked(run.experiment), *(name for name in run.roles if name == GOLD))):
         role = run.roles[name]
         for sampler in run.samplers:
             out[score_of(sampler, name)] = Program(jax.jit(make_score(role)), (held[role.tree], abstract_read(run, name, sampler)))

@@ -71,7 +71,7 @@ def start(run: Run, write: bool = True) -> Started:
         table = check_step(run)
         params = load(run.policy, run.mesh, jax.random.key(config.seed))
     about = described(run.policy.source, run.words.tokenizer)
-    about |= {"policy": fingerprint(params), "reference": "", "data": data_digest(run)}
+    about |= {"policy": f"{int(table['fingerprint'].call(params)):08x}", "reference": "", "data": data_digest(run)}
     held: dict[str, Params] = {}
     for name, role in run.roles.items():
         if name != REFERENCE and role.tree == name:
