@@ -12,12 +12,15 @@ import jax.numpy as jnp
 import optax
 
 from alignax.losses.algebra import Loss, Objectives, by_name
+from alignax.packing import Packing, deal, sizes
 from alignax.text import short
 from alignax.types import Batch, Metrics, Outputs, Params, TrainState, gathered, microbatch
 
 Apply = Callable[[Params, Batch], Outputs]
 Stepped = tuple[TrainState, Metrics, *tuple[Outputs, ...]]  # what a step returns, with Outputs if `outputs`
 Sums = dict[str, tuple[jax.Array, jax.Array]]  # metric -> (weighted sum, weight)
+Part = tuple[Any, tuple[Metrics, list[Outputs]]]  # gradient, metrics and outputs of a part of a batch
+Gradient = Callable[..., Part]  # of parameters, batches by name, and weights by name
 Combine = Callable[[dict[str, Params]], Params]  # gradients of objectives, by name -> the gradient for the optimizer
 
 
@@ -36,6 +39,7 @@ def make_step(
     microbatches: int = 1,
     outputs: bool = False,
     combine: Combine | None = None,
+    packing: Packing | None = None,
 ) -> Callable[[TrainState, Any], Stepped]:
     """Makes the training step: forward, loss, gradients summed over microbatches, optimizer update.
 
@@ -53,11 +57,14 @@ def make_step(
       combine: for a mapping, a pure function `{name: gradient} -> gradient` that combines the losses' own gradients. They are of the whole
         batch, trees like the parameters. It costs a forward and a backward pass for each loss. None: the gradient of the sum, in
         one backward pass.
+      packing: how the examples of a batch are packed into parts, which take the place of microbatches. None: rows are padded. A batch of
+        which padded microbatches have no more positions than parts is padded too.
 
     Returns:
       `step(state, batch) -> (state, metrics)`; jit it with `donate_argnums=0`. Metrics are means over the global batch, and `grad_norm`,
       `skipped` (0 or 1 in this step), `skipped_total`, `skipped_in_a_row`, and `finite/<leaf>` for every parameter. In a mapping, metrics
-      of all losses but the first have the loss's name in front (`pretrain/loss/sft`). With `outputs` the step returns
+      of all losses but the first have the loss's name in front (`pretrain/loss/sft`). If rows are
+      packed, `packed_positions` is the share of the computed positions that hold a token. With `outputs` the step returns
       `(state, metrics, Outputs)`; the outputs are of the parameters before the step, and of a mapping's first batch.
 
     Raises:
@@ -81,27 +88,22 @@ def make_step(
                 metrics |= {prefixes[name] + metric: x for metric, x in found.items()}
             return value, (metrics | {"loss": value}, given[:outputs])
 
-        def each(params: Params, *part: Any) -> tuple[dict[str, Params], tuple[Metrics, list[Outputs]]]:
-            own = {name: jax.grad(partial(part_loss, [name]), has_aux=True)(params, *part) for name in losses}
+        def each(names: Iterable[str], params: Params, *part: Any) -> tuple[dict[str, Params], tuple[Metrics, list[Outputs]]]:
+            own = {name: jax.grad(partial(part_loss, [name]), has_aux=True)(params, *part) for name in names}
             found = [metrics for _, (metrics, _) in own.values()]
             metrics = functools.reduce(operator.or_, found) | {"loss": sum(metrics["loss"] for metrics in found)}
             return {name: grads for name, (grads, _) in own.items()}, (metrics, next(iter(own.values()))[1][1])
 
-        gradient = jax.grad(partial(part_loss, losses), has_aux=True) if combine is None else each
-        parts = microbatch((batches, weights), microbatches)
-        if microbatches == 1:
-            grads, (metrics, given) = gradient(state.params, *jax.tree.map(lambda x: x[0], parts))
-        else:
+        def gradient(names: Iterable[str]) -> Gradient:
+            return partial(each, names) if combine is not None else jax.grad(partial(part_loss, names), has_aux=True)
 
-            def add(total: Any, part: Any) -> tuple[Any, list[Outputs]]:
-                grads, (metrics, given) = gradient(state.params, *part)
-                return jax.tree.map(jnp.add, total, (grads, metrics)), given
-
-            grads, (metrics, _) = jax.eval_shape(gradient, state.params, *jax.tree.map(lambda x: x[0], parts))
-            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (grads, metrics))
-            (grads, metrics), given = jax.lax.scan(add, zeros, parts)
-            given = gathered(given)
-
+        found = []
+        for names, how in together(batches, packing, microbatches):
+            own = {name: batches[name] for name in names}, {name: weights[name] for name in names}
+            found.append(
+                (in_microbatches if how is None else partial(in_packed_parts, how))(gradient(names), state.params, *own, microbatches)
+            )
+        grads, metrics, given = joined(found, combine is not None)
         if combine is not None:
             grads = combine(grads)
             check_gradient(grads, state.params)
@@ -109,6 +111,67 @@ def make_step(
         return state, metrics, *given
 
     return step
+
+
+def together(batches: dict[str, Batch], packing: Packing | None, microbatches: int) -> list[tuple[list[str], Packing | None]]:
+    """The losses that take their parts together, by name, and how their batch is packed: those of one packed batch, or all padded ones.
+
+    The group of the first loss comes first.
+    """
+    groups: dict[int, list[str]] = {}
+    for name, batch in batches.items():
+        packed = packing is not None and packing.pays(batch, microbatches)
+        groups.setdefault(id(batch) if packed else 0, []).append(name)
+    return [(names, packing if group else None) for group, names in groups.items()]
+
+
+def in_microbatches(gradient: Gradient, params: Params, batches: dict[str, Batch], weights: Any, microbatches: int) -> Part:
+    """The gradient, metrics and outputs of whole batches, summed over padded microbatches."""
+    parts = microbatch((batches, weights), microbatches)
+    first = lambda parts: jax.tree.map(lambda x: x[0], parts)
+    if microbatches == 1:
+        return gradient(params, *first(parts))
+
+    def add(total: Any, part: Any) -> tuple[Any, list[Outputs]]:
+        grads, (metrics, given) = gradient(params, *part)
+        return jax.tree.map(jnp.add, total, (grads, metrics)), given
+
+    grads, (metrics, _) = jax.eval_shape(gradient, params, *first(parts))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (grads, metrics))
+    (grads, metrics), given = jax.lax.scan(add, zeros, parts)
+    return grads, (metrics, gathered(given))
+
+
+def in_packed_parts(
+    packing: Packing, gradient: Gradient, params: Params, batches: dict[str, Batch], weights: Any, microbatches: int
+) -> Part:
+    """The gradient, metrics and outputs of one batch, which all losses read, summed over its packed parts."""
+    batch = next(iter(batches.values()))
+    dealt = deal(batch, packing, microbatches)
+
+    def part(i: jax.Array) -> Part:
+        own, beside = dealt.part(i, batch, weights)
+        return gradient(params, dict.fromkeys(batches, own), beside)
+
+    def turn(i: jax.Array, sums: Part) -> Part:
+        (grads, (metrics, given)), (own, (seen, out)) = sums, part(i)
+        grads, metrics = jax.tree.map(jnp.add, (grads, metrics), (own, seen))
+        return grads, (metrics, dealt.put(given, out, i))
+
+    grads, (metrics, given) = jax.eval_shape(part, jnp.zeros((), jnp.int32))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (grads, metrics))
+    grads, (metrics, given) = jax.lax.fori_loop(0, dealt.count, turn, (zeros[0], (zeros[1], dealt.zeros(given))))
+    filled = sizes(batch, packing.shared).sum() / jnp.maximum(dealt.computed, 1)
+    return grads, (metrics | {"packed_positions": filled}, given)
+
+
+def joined(found: list[Part], apart: bool) -> tuple[Any, Metrics, list[Outputs]]:
+    """One gradient (`apart`: the gradients by name), the metrics and the first outputs of several groups of losses."""
+    (grads, (metrics, given)), *rest = found
+    for more, (seen, _) in rest:
+        grads = grads | more if apart else jax.tree.map(jnp.add, grads, more)
+        metrics = metrics | seen | {"loss": metrics["loss"] + seen["loss"]}
+    return grads, metrics, given
 
 
 def followed(state: TrainState, optimizer: optax.GradientTransformation, grads: Params, metrics: Metrics) -> tuple[TrainState, Metrics]:

@@ -35,5 +35,10 @@ class _Logps:
 
 
 def in_parts(function: Callable[[Batch], Any], batch: Batch, microbatches: int) -> Any:
-    """The result of a function of a batch, arrays [B, ...], computed on parts of the batch one after another."""
-    return gathered(jax.lax.map(function, microbatch(batch, microbatches)))
+    """The result of a function of a batch, arrays [B, ...], computed on parts of the batch one after another.
+
+    There are `microbatches` parts, or the next larger number that divides B; B where it is smaller, as in an evaluation of few prompts.
+    """
+    B = len(batch["tokens"])
+    parts = next(n for n in range(min(microbatches, B), B + 1) if B % n == 0)
+    return gathered(jax.lax.map(function, microbatch(batch, parts)))

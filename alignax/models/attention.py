@@ -1,4 +1,8 @@
-"""Causal attention over whole sequences, in blocks of queries, with a hand-written backward pass."""
+"""Causal attention over whole sequences, in blocks of queries, with a hand-written backward pass.
+
+`attention` is for padded rows. `packed_attention` is for rows that hold several sequences: it visits only the blocks of keys that a block
+of queries may see, so its work grows with the lengths of the sequences and not with that of the row.
+"""
 
 import functools
 import math
@@ -6,8 +10,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 
+from alignax import mesh as meshes
 from alignax.models.heads import soft_cap
+from alignax.models.rows import Sight
 
 
 def attention(
@@ -118,3 +125,133 @@ def _scores(
     visible = seen & mask[:, None, :] | (query == key)  # [R, t, s]
     scores = jnp.einsum("rkgth,rksh->rkgts", q, k, preferred_element_type=jnp.float32) * scale
     return jnp.where(visible[:, None, None], soft_cap(scores, cap), -1e30)
+
+
+def packed_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    sight: Sight,
+    mesh: Mesh | None = None,
+    *,
+    window: jax.Array | None = None,
+    scalar: float | None = None,
+    cap: float | None = None,
+) -> jax.Array:
+    """Grouped-query attention over packed rows, in which each token sees the earlier tokens of its own sequence; softmax in float32.
+
+    On a mesh every device visits its own blocks, of its own rows and heads.
+
+    Args:
+      q: [S, P, H, h] queries; h is the size of a head, P is a whole number of blocks.
+      k: [S, P, KV, h] keys of the KV key-value heads.
+      v: [S, P, KV, h] values.
+      sight: which tokens see which.
+      mesh: the mesh that the arrays are sharded over; None for one device.
+      window: as in `attention`; distances are those of positions in a sequence.
+      scalar: as in `attention`.
+      cap: as in `attention`.
+
+    Returns:
+      [S, P, H, h]; 0 for padding.
+    """
+    h, KV = q.shape[3], k.shape[2]
+    window = jnp.zeros((), jnp.int32) if window is None else window
+    run = functools.partial(_packed_rows, 1 / math.sqrt(scalar or h), cap)
+    if mesh is None or mesh.size == 1:
+        return run(q, k, v, sight, window)
+    split = lambda x, *axes: meshes.sharding(mesh, axes, x.shape).spec
+    heads = "heads" if KV % mesh.shape["tensor"] == 0 else None  # all key-value heads, where the shards do not divide them
+    specs: Any = tuple(split(x, "batch", None, heads, None) for x in (q, k, v))
+    sights = jax.tree.map(lambda x: split(x, "batch", *(None,) * (x.ndim - 1)), sight)
+    return jax.shard_map(run, mesh=mesh, in_specs=(*specs, sights, PartitionSpec()), out_specs=specs[0], check_vma=False)(
+        q, k, v, sight, window
+    )
+
+
+def _packed_rows(scale: float, cap: float | None, q: jax.Array, k: jax.Array, v: jax.Array, sight: Sight, window: jax.Array) -> jax.Array:
+    """The attention of a device's rows: blocks [n, KV, G t, h] of queries, and [n, KV, t, h] of keys and values."""
+    S, P, H, h = q.shape
+    KV, n, t = k.shape[2], sight.blocks, P // sight.blocks
+    q = q.reshape(S, n, t, KV, H // KV, h).transpose(0, 1, 3, 4, 2, 5).reshape(S, n, KV, -1, h)
+    k, v = (x.reshape(S, n, t, KV, h).swapaxes(2, 3) for x in (k, v))
+    one = lambda q, k, v, sight: attend_blocks(scale, cap, q, k, v, sight, window)
+    out = one(q[0], k[0], v[0], jax.tree.map(lambda x: x[0], sight))[None] if S == 1 else jax.vmap(one)(q, k, v, sight)
+    return out.reshape(S, n, KV, H // KV, t, h).transpose(0, 1, 4, 2, 3, 5).reshape(S, P, H, h)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def attend_blocks(scale: float, cap: float | None, q: jax.Array, k: jax.Array, v: jax.Array, sight: Sight, window: jax.Array) -> jax.Array:
+    """Attention of one packed row in blocks, [n, KV, G t, h], with the softmax and the gradient of `attend` summed over pairs of blocks.
+
+    Args:
+      scale: the factor of the scores.
+      cap: as in `attention`.
+      q: [n, KV, G t, h] queries of n blocks with t tokens, G for each of the KV key-value heads.
+      k: [n, KV, t, h] keys.
+      v: [n, KV, t, h] values.
+      sight: of the row, without the axis S.
+      window: [] int32; 0: no window.
+    """
+    return _attend_blocks(scale, cap, q, k, v, sight, window)[0]
+
+
+def _attend_blocks(
+    scale: float, cap: float | None, q: jax.Array, k: jax.Array, v: jax.Array, sight: Sight, window: jax.Array
+) -> tuple[jax.Array, Any]:
+    def visit(p: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        out, top, total = sums
+        i, j = sight.pairs[p]
+        scores, visible = _block_scores(scale, cap, q[i], k[j], sight, i, j, window)
+        highest = jnp.maximum(top[i], scores.max(axis=-1))
+        e = jnp.where(visible, jnp.exp(scores - highest[..., None]), 0.0)
+        lower = jnp.exp(top[i] - highest)  # what was summed so far was relative to the lower maximum
+        part = jnp.einsum("kqs,ksh->kqh", e.astype(v.dtype), v[j], preferred_element_type=jnp.float32)
+        out = out.at[i].set(out[i] * lower[..., None] + part)
+        return out, top.at[i].set(highest), total.at[i].set(total[i] * lower + e.sum(axis=-1))
+
+    lowest = jnp.full(q.shape[:3], -1e30, jnp.float32)
+    out, top, total = jax.lax.fori_loop(0, sight.count, visit, (jnp.zeros(q.shape, jnp.float32), lowest, jnp.zeros_like(lowest)))
+    out = (out / jnp.maximum(total, 1e-30)[..., None]).astype(v.dtype)
+    return out, (q, k, v, sight, window, out, top + jnp.log(jnp.maximum(total, 1e-30)))
+
+
+def _attend_blocks_backward(scale: float, cap: float | None, saved: Any, dout: jax.Array) -> tuple[Any, ...]:
+    q, k, v, sight, window, out, log_z = saved
+    along = jnp.einsum("nkqh,nkqh->nkq", dout, out, preferred_element_type=jnp.float32)
+
+    def visit(p: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        dq, dk, dv = sums
+        i, j = sight.pairs[p]
+        scores, visible = _block_scores(scale, cap, q[i], k[j], sight, i, j, window)
+        weight = jnp.where(visible, jnp.exp(scores - log_z[i][..., None]), 0.0)
+        ds = jnp.einsum("kqh,ksh->kqs", dout[i], v[j], preferred_element_type=jnp.float32) - along[i][..., None]
+        ds = weight * ds * scale
+        if cap is not None:
+            ds = ds * (1 - jnp.square(jnp.maximum(scores / cap, -1.0)))
+        ds, weight = ds.astype(q.dtype), weight.astype(v.dtype)
+        product: Any = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+        dq = dq.at[i].add(product("kqs,ksh->kqh", ds, k[j]))
+        return dq, dk.at[j].add(product("kqs,kqh->ksh", ds, q[i])), dv.at[j].add(product("kqs,kqh->ksh", weight, dout[i]))
+
+    zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
+    dq, dk, dv = jax.lax.fori_loop(0, sight.count, visit, zeros)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None
+
+
+attend_blocks.defvjp(_attend_blocks, _attend_blocks_backward)
+
+
+def _block_scores(
+    scale: float, cap: float | None, q: jax.Array, k: jax.Array, sight: Sight, i: jax.Array, j: jax.Array, window: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The scores [KV, G t, s] float32 of a block of queries and one of keys, -1e30 where not seen; and what is seen, [1, G t, s] bool."""
+    t = k.shape[1]
+    block = lambda x, at: x.reshape(-1, t)[at]
+    query, key = i * t + jnp.arange(t)[:, None], j * t + jnp.arange(t)[None]
+    branch, root, seen = block(sight.branch, i)[:, None], block(sight.root, i)[:, None], block(sight.branch, j)[None]
+    distance = block(sight.positions, i)[:, None] - block(sight.positions, j)[None]
+    visible = (query >= key) & (branch >= 0) & ((seen == branch) | (seen == root)) & ((distance < window) | (window == 0))  # [t, s]
+    visible = jnp.tile(visible, (q.shape[1] // t, 1))[None]
+    scores = jnp.einsum("kqh,ksh->kqs", q, k, preferred_element_type=jnp.float32) * scale
+    return jnp.where(visible, soft_cap(scores, cap), -1e30), visible

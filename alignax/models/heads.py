@@ -23,6 +23,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.sharding import Mesh
 
 from alignax import mesh as meshes
+from alignax.models.rows import at_places
 from alignax.models.statistics import (
     Chunk,
     Statistic,
@@ -37,6 +38,7 @@ from alignax.models.statistics import (
 from alignax.types import Outputs
 
 Teacher = tuple[jax.Array, jax.Array] | None  # the teacher's hidden states and output weight; the student's vocabulary
+Taught = tuple[jax.Array, jax.Array, jax.Array | None] | None  # the same, and the places of packed rows
 NEVER = -1e30  # the logit of a token that is never predicted: its probability is 0, and the logit itself is finite
 
 
@@ -60,9 +62,10 @@ def token_logps(
     chunk: int = 256,
     mesh: Mesh | None = None,
     how: Shaping = PLAIN,
-    teacher: Teacher = None,
+    teacher: Taught | Teacher = None,
     mixture: tuple[float, float] = (0.5, 1.0),
     statistics: tuple[Statistic, ...] = (),
+    places: jax.Array | None = None,
 ) -> Outputs:
     """The log-prob of each target token, and statistics of the distribution that predicts it; 0 where `mask` is False.
 
@@ -78,6 +81,8 @@ def token_logps(
         `ref_kl` = KL(teacher || softmax), `policy_kl` = KL(softmax || teacher) and `jsd`. The teacher gets no gradient.
       mixture: beta and temperature of `jsd`.
       statistics: further statistics, beside the entropy, the log sum of squares and those of the teacher.
+      places: [R, T] int, for hidden states [S, P, D] of packed rows: the position among the P of its batch shard whose state predicts a
+        target. The teacher's third value is the like for its own states.
 
     Returns:
       Outputs with [R, T] float32 arrays; `log_sum_sq` carries no gradient.
@@ -90,23 +95,29 @@ def token_logps(
         own |= {"ref_kl": ref_kl, "policy_kl": policy_kl, "jsd": generalised_jsd(*mixture)}
     every = merged(tuple(own.values()), statistics)
     check_statistics(every, teacher is not None)
-    R, T, _ = hidden.shape
-    S = meshes.batch_shards(mesh) if mesh is not None else 1
+    R, T = targets.shape
+    S = hidden.shape[0] if places is not None else meshes.batch_shards(mesh) if mesh is not None else 1
     S = S if R % S == 0 else 1  # an evaluation may have too few rows
     P = R // S * T  # positions of a shard
-    chunk = min(chunk, P)
-    size = -(-P // chunk) * chunk
-    packed = mask.reshape(S, P)
-    order = jnp.argsort(~packed, axis=1, stable=True)  # [S, P], completion positions first
-    back = jnp.argsort(order, axis=1)
-    order = jnp.pad(order, ((0, 0), (0, size - P)))
-    count = -(-packed.sum(axis=1).max() // chunk)  # chunks of the fullest shard
-    pack = lambda a: jnp.take_along_axis(a.reshape(S, P, -1), order[..., None], axis=1)  # [S, size, D]
-    x = meshes.constrain(pack(hidden), mesh, "batch", None, None)
-    y = jnp.take_along_axis(targets.reshape(S, P), order, axis=1)
-    taught = None if teacher is None else (meshes.constrain(pack(teacher[0]), mesh, "batch", None, None), teacher[1])
+    most = P if places is None else min(P, hidden.shape[1])  # scored ones; of a packed row each has a place of its own
+    chunk = min(chunk, most)
+    size = -(-most // chunk) * chunk
+    scored = mask.reshape(S, P)
+    rank = jnp.cumsum(scored, axis=1) - 1  # [S, P] of a completion position among those of its shard
+    move = lambda to: jnp.zeros(size, jnp.int32).at[to].set(jnp.arange(P, dtype=jnp.int32), mode="drop")
+    order = jax.vmap(move)(jnp.where(scored, rank, size))  # [S, size], completion positions first
+    count = -(-scored.sum(axis=1).max() // chunk)  # chunks of the fullest shard
+
+    def packed(states: jax.Array, places: jax.Array | None) -> jax.Array:
+        at = order if places is None else jnp.take_along_axis(places.reshape(S, P), order, axis=1)
+        part = jnp.take_along_axis(states.reshape(S, -1, states.shape[-1]), at[..., None], axis=1)  # [S, size, D]
+        return meshes.constrain(part, mesh, "batch", None, None)
+
+    x, y = packed(hidden, places), jnp.take_along_axis(targets.reshape(S, P), order, axis=1)
+    taught = None if teacher is None else (packed(teacher[0], teacher[2] if len(teacher) == 3 else None), teacher[1])
     scores: Any = score(chunk, mesh, how, every, x, weight, y, count, taught)
-    restore = lambda a: jnp.where(mask, jnp.take_along_axis(a[:, :P], back, axis=1).reshape(R, T), 0.0)
+    back = jnp.maximum(rank, 0)
+    restore = lambda a: jnp.where(mask, jnp.take_along_axis(a, back, axis=1).reshape(R, T), 0.0)
     logps, *values = map(restore, scores)
     found = dict(zip(every, values, strict=True))
     found[log_sum_sq] = jax.lax.stop_gradient(found[log_sum_sq])
@@ -114,43 +125,52 @@ def token_logps(
     return Outputs(logps, **fields, statistics={statistic.name: found[statistic] for statistic in statistics})
 
 
-def last_scores(hidden: jax.Array, mask: jax.Array, weight: jax.Array, offset: jax.Array) -> jax.Array:
+def last_scores(hidden: jax.Array, mask: jax.Array, weight: jax.Array, offset: jax.Array, places: jax.Array | None = None) -> jax.Array:
     """A reward model's scores of rows, [R, labels] float32, from the last real token, as in transformers.
 
     Args:
-      hidden: [R, T, D] hidden states.
+      hidden: [R, T, D] hidden states, or [S, P, D] of packed rows.
       mask: [R, T] bool, True for real tokens, also those that a chat template writes after the completion. Padding may stand at
         either end. A row without real tokens has score 0.
       weight: [D, labels].
       offset: [labels], subtracted from every score: the mean score of the initial policy's samples, say. It is not trained.
+      places: [R, T] int, see `alignax.models.rows.Laid`.
     """
-    scores = last_states(hidden, mask) @ weight.astype(jnp.float32) - jax.lax.stop_gradient(offset)[None]
+    scores = last_states(hidden, mask, places) @ weight.astype(jnp.float32) - jax.lax.stop_gradient(offset)[None]
     return jnp.where(mask.any(axis=1)[:, None], scores, 0.0)
 
 
-def last_states(hidden: jax.Array, mask: jax.Array) -> jax.Array:
+def last_states(hidden: jax.Array, mask: jax.Array, places: jax.Array | None = None) -> jax.Array:
     """The hidden state of each row's last real token: [R, D] float32.
 
     Args:
-      hidden: [R, T, D].
+      hidden: [R, T, D], or [S, P, D] of packed rows.
       mask: [R, T] bool, True for real tokens; a row without any gives its last position.
+      places: [R, T] int, see `alignax.models.rows.Laid`.
     """
-    last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)  # [R]
-    return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0].astype(jnp.float32)
+    last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)[:, None]  # [R, 1]
+    if places is None:
+        return jnp.take_along_axis(hidden, last[..., None], axis=1)[:, 0].astype(jnp.float32)
+    return at_places(hidden, jnp.take_along_axis(places, last, axis=1))[:, 0].astype(jnp.float32)
 
 
-def token_values(hidden: jax.Array, scored: jax.Array, weight: jax.Array, offset: jax.Array | None = None) -> jax.Array:
+def token_values(
+    hidden: jax.Array, scored: jax.Array, weight: jax.Array, offset: jax.Array | None = None, places: jax.Array | None = None
+) -> jax.Array:
     """A critic's values: its estimates of the return before tokens[t] is chosen, [B, N, T] float32, or [B, N, T, H] of H heads.
 
     Args:
-      hidden: [R, T, D] hidden states; R = B * N.
+      hidden: [R, T, D] hidden states, R = B * N; or [S, P, D] of packed rows.
       scored: [B, N, T] bool, True for completion tokens; other values are 0.
       weight: [D, H].
       offset: [H], subtracted from the values as from a reward model's scores, and not trained; None: no offset.
+      places: [R, T] int, see `alignax.models.rows.Laid`.
     """
-    values = hidden[:, :-1].astype(jnp.float32) @ weight.astype(jnp.float32)  # [R, T - 1, H]
+    before = hidden[:, :-1] if places is None else hidden
+    values = before.astype(jnp.float32) @ weight.astype(jnp.float32)  # [R, T - 1, H]
     if offset is not None:
         values = values - jax.lax.stop_gradient(offset)[None, None]
+    values = at_places(values, None if places is None else places[:, :-1])
     values = jnp.pad(values, ((0, 0), (1, 0), (0, 0))).reshape(*scored.shape, -1)
     values = jnp.where(scored[..., None], values, 0.0)
     return values[..., 0] if values.shape[-1] == 1 else values

@@ -18,12 +18,14 @@ from jax.sharding import Mesh
 
 from alignax.mesh import constrain
 from alignax.models import cache as caches
-from alignax.models.attention import attention
+from alignax.models.attention import attention, packed_attention
 from alignax.models.cache import Cache
 from alignax.models.heads import Shaping, last_scores, token_logps, token_values
 from alignax.models.lora import Lora, adapt
 from alignax.models.moe import experts
+from alignax.models.rows import Laid, Sight, at_places, laid_out
 from alignax.models.statistics import Statistic, check_statistics
+from alignax.packing import Packed
 from alignax.types import Batch, Outputs, Params, rows
 
 
@@ -118,7 +120,7 @@ class Block(nn.Module):
         return y
 
     @nn.compact
-    def __call__(self, carry: Any, layer: jax.Array, window: jax.Array | None, rope: Any, at: jax.Array | None, mask: jax.Array | None):
+    def __call__(self, carry: Any, layer: jax.Array, window: jax.Array | None, rope: Any, at: jax.Array | None, mask: Any):
         """Applies one layer to the carry (x [R, T, D], cache); see `Decoder` for the arguments.
 
         With a cache, T is 1 and the tokens are at positions `at` [R]. Returns the new carry, and x with `states`, or else the keys and
@@ -155,7 +157,9 @@ class Block(nn.Module):
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
         options: Any = {"window": window, "scalar": c.query_pre_attn_scalar, "cap": c.attn_logit_softcapping}
-        if cache is None:
+        if isinstance(mask, Sight):
+            h = packed_attention(q, k, v, mask, self.mesh, **options)
+        elif cache is None:
             h = attention(q, k, v, mask, **options)
         else:
             cache = caches.write(cache, layer, at, k[:, 0], v[:, 0], self.mesh)
@@ -201,7 +205,13 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, tokens: jax.Array, mask: jax.Array | None = None, cache: Cache | None = None, at: jax.Array | None = None
+        self,
+        tokens: jax.Array,
+        mask: jax.Array | None = None,
+        cache: Cache | None = None,
+        at: jax.Array | None = None,
+        sight: Sight | None = None,
+        lengths: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
         """The final hidden states [R, T, D] of whole sequences, or of one more token with a cache; and a cache or None.
 
@@ -213,6 +223,8 @@ class Decoder(nn.Module):
           mask: [R, T] bool, True for real tokens; None with a cache.
           cache: keys and values of the earlier tokens; None for whole sequences.
           at: [R] int, with a cache: the position of each row's token, which is the number of tokens before it.
+          sight: which tokens of packed rows see which; None: each row is one sequence.
+          lengths: [R, T] int, with `sight`: the length of each token's own sequence.
         """
         c = self.config
         normal = nn.with_logical_partitioning(nn.initializers.normal(c.initializer_range), ("vocab", "embed"))
@@ -228,13 +240,15 @@ class Decoder(nn.Module):
         if not c.tie_word_embeddings and (c.language_head or not c.num_labels):
             head = nn.with_logical_partitioning(nn.initializers.normal(c.initializer_range), ("embed", "vocab"))
             self.param("lm_head", head, (c.hidden_size, c.vocab_size), jnp.float32)
-        if at is None:
+        if sight is not None:
+            positions = sight.positions
+        elif at is None:
             assert mask is not None
             # Positions count real tokens only, so that a row's outputs do not depend on where its padding stands.
             positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
         else:
             positions = at[:, None]
-        rope = rope_tables(c, positions) if c.positions == "rope" else None
+        rope = rope_tables(c, positions, lengths) if c.positions == "rope" else None
         windows = jnp.asarray(c.sliding_windows, jnp.int32) if any(c.sliding_windows) else None  # [L]
         # Gathered over fsdp before the lookup, because for a sharded table the partitioner would replicate the batch.
         table = constrain(jnp.asarray(embed, self.dtype), self.mesh, "vocab", None)
@@ -260,7 +274,7 @@ class Decoder(nn.Module):
         layers = jnp.arange(c.num_hidden_layers)
         # The cache is part of the carry, so that it is written in place; as input and output of the scan it takes 1.9 times as long.
         (x, cache), kept = stack(c, self.dtype, self.mesh, self.keep, self.states, name="layers")(
-            (x, cache), layers, windows, rope, at, mask
+            (x, cache), layers, windows, rope, at, mask if sight is None else sight
         )
         return norm(self, "norm", x), kept if self.states or self.keep is not None else cache
 
@@ -304,12 +318,13 @@ def rotate(x: jax.Array, rope: Rope) -> jax.Array:
     return jnp.concatenate([turned, still], axis=-1) if still.shape[-1] else turned
 
 
-def rope_tables(c: ModelConfig, positions: jax.Array) -> Rope:
+def rope_tables(c: ModelConfig, positions: jax.Array, lengths: jax.Array | None = None) -> Rope:
     """The tables cos and sin of the rotary angles for positions [R, T]: [R, T, dim / 2] each.
 
-    If layers with a window have a theta of their own, the tables are [2, R, T, dim / 2]: index 1 is for layers with a window.
+    If layers with a window have a theta of their own, the tables are [2, R, T, dim / 2]: index 1 is for layers with a window. `lengths`
+    [R, T] are those of each token's own sequence; None: each row is one sequence.
     """
-    length = positions.max(axis=1) + 1
+    length = positions.max(axis=1, keepdims=True) + 1 if lengths is None else lengths
     whole = rope_angles(c, positions, length)
     if c.local_rope_theta is None or not any(c.sliding_windows):
         return whole
@@ -328,7 +343,7 @@ def rope_angles(c: ModelConfig, positions: jax.Array, length: jax.Array) -> tupl
     Args:
       c: the model config.
       positions: [R, T] int.
-      length: [R] int, the number of real tokens in each row; with a cache, of those read so far.
+      length: [R, 1] or [R, T] int, the number of real tokens in each row or of a token's own sequence; with a cache, of those read so far.
     """
     s, dim = dict(c.rope_scaling), int(c.head_dim * c.partial_rotary_factor)
     kind = s.get("rope_type", "default")
@@ -356,13 +371,13 @@ def rope_angles(c: ModelConfig, positions: jax.Array, length: jax.Array) -> tupl
     elif kind == "longrope":
         scale = s.get("attention_factor") or (1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original)))
         long, short = (jnp.asarray(freq / s[name], jnp.float32)[None] for name in ("long_factor", "short_factor"))
-        freq = jnp.where((length > original)[:, None], long, short)  # [R, dim / 2]
+        freq = jnp.where((length > original)[..., None], long[None], short[None])  # [R, 1 or T, dim / 2]
     elif kind == "dynamic":
         context = c.max_position_embeddings  # dynamic NTK scales from this, even if the config has another original context
-        stretch = 1 + factor * (jnp.maximum(length, context) / context - 1)  # [R], 1 within the original context
+        stretch = 1 + factor * (jnp.maximum(length, context) / context - 1)  # [R, 1 or T], 1 within the original context
         theta = c.rope_theta * stretch ** (dim / (dim - 2))
-        freq = theta[:, None] ** -jnp.asarray(half, jnp.float32)[None]  # [R, dim / 2]
-    freq = jnp.asarray(freq, jnp.float32).reshape(-1, 1, dim // 2)  # [R or 1, 1, dim / 2]
+        freq = theta[..., None] ** -jnp.asarray(half, jnp.float32)[None, None]  # [R, 1 or T, dim / 2]
+    freq = jnp.broadcast_to(jnp.asarray(freq, jnp.float32), (1, 1, dim // 2)) if jnp.ndim(freq) == 1 else freq
     angles = positions[..., None].astype(jnp.float32) * freq
     return jnp.cos(angles) * scale, jnp.sin(angles) * scale
 
@@ -441,35 +456,52 @@ def forward(
     check_statistics(statistics, teacher is not None)
     decoder = Decoder(config, dtype, remat, mesh, states=bool(hidden))
 
-    def spoken(params: Params, batch: Batch, states: jax.Array) -> Outputs:
+    def read(batch: Batch) -> Laid:
+        if isinstance(batch, Packed) and batch.form.shared and not shares_prompts(config):
+            raise ValueError(f"rotary angles of type {dict(config.rope_scaling)['rope_type']!r} depend on a row's length; use shared=False")
+        return laid_out(batch)
+
+    def spoken(params: Params, batch: Batch, states: jax.Array, laid: Laid) -> Outputs:
         tokens, scored = rows(batch["tokens"]), rows(batch["completion_mask"])  # [R, T]
+        # Position t - 1 predicts token t; the last position predicts nothing.
+        before = lambda states, laid: (states[:, :-1], None) if laid.places is None else (states, laid.places[:, :-1])
         taught = None
         if teacher is not None:
-            read, real = rows(batch.get("ref_tokens", batch["tokens"])), rows(batch.get("ref_mask", batch["mask"]))
-            theirs, _ = Decoder(teacher[0], dtype, remat, mesh).apply({"params": teacher[1]}, read, real)
-            taught = theirs[:, :-1], head_weight(*teacher)
-        # Position t - 1 predicts token t; the last position predicts nothing.
-        weight = head_weight(config, params)
-        options: Any = {"how": shaping(config), "teacher": taught, "mixture": mixture, "statistics": statistics}
-        out = token_logps(states[:, :-1], weight, tokens[:, 1:], scored[:, 1:], chunk=chunk, mesh=mesh, **options)
+            theirs = laid_out(batch, "ref_tokens" if "ref_tokens" in batch else "tokens", "ref_mask" if "ref_mask" in batch else "mask")
+            hidden, places = before(decoded(Decoder(teacher[0], dtype, remat, mesh), teacher[1], theirs)[0], theirs)
+            taught = hidden, head_weight(*teacher), places
+        weight, (hidden, places) = head_weight(config, params), before(states, laid)
+        options: Any = {"how": shaping(config), "teacher": taught, "mixture": mixture, "statistics": statistics, "places": places}
+        out = token_logps(hidden, weight, tokens[:, 1:], scored[:, 1:], chunk=chunk, mesh=mesh, **options)
         back = lambda x: jnp.pad(x, ((0, 0), (1, 0))).reshape(batch["tokens"].shape)  # [B, N, T]
         return jax.tree.map(back, out)
 
     def apply(params: Params, batch: Batch) -> Outputs:
-        given: Any = decoder.apply({"params": params}, rows(batch["tokens"]), rows(batch["mask"]))
-        states, layers = given  # [R, T, D], and [L, R, T, D] with `hidden`
-        out = spoken(params, batch, states) if speaks else Outputs(None, None)  # pyright: ignore[reportArgumentType]
+        laid = read(batch)
+        states, layers = decoded(decoder, params, laid)  # [R, T, D], and [L, R, T, D] with `hidden`
+        out = spoken(params, batch, states, laid) if speaks else Outputs(None, None)  # pyright: ignore[reportArgumentType]
         if config.num_labels:
-            read = rows(batch["mask"]) & rows(batch["completion_mask"]).any(axis=1, keepdims=True)  # a row without completion scores 0
-            read = read if config.padding is None else read & (rows(batch["tokens"]) != config.padding)
-            scores = last_scores(states, read, params["score"], params["score_offset"])
+            real = rows(batch["mask"]) & rows(batch["completion_mask"]).any(axis=1, keepdims=True)  # a row without completion scores 0
+            real = real if config.padding is None else real & (rows(batch["tokens"]) != config.padding)
+            scores = last_scores(states, real, params["score"], params["score_offset"], laid.places)
             scores = scores.reshape(*batch["tokens"].shape[:2], -1)
             out = out._replace(scores=scores[..., 0] if config.num_labels == 1 else scores)
         if config.critic_heads:
-            out = out._replace(values=token_values(states, batch["completion_mask"], params["value"]))
-        return out._replace(hidden={i: layers[i].reshape(*batch["tokens"].shape, -1) for i in hidden}) if hidden else out
+            out = out._replace(values=token_values(states, batch["completion_mask"], params["value"], places=laid.places))
+        whole = lambda x: at_places(x, laid.places).reshape(*batch["tokens"].shape, -1)
+        return out._replace(hidden={i: whole(layers[i]) for i in hidden}) if hidden else out
 
     return apply
+
+
+def decoded(decoder: Decoder, params: Params, laid: Laid) -> Any:
+    """What the decoder gives for rows that are laid out: the final hidden states, and those of all layers if it keeps them."""
+    return decoder.apply({"params": params}, laid.tokens, laid.mask, sight=laid.sight, lengths=laid.lengths)
+
+
+def shares_prompts(config: ModelConfig) -> bool:
+    """Whether responses of different lengths may share the states of their prompt: rotary angles must not depend on a row's length."""
+    return dict(config.rope_scaling).get("rope_type") not in ("dynamic", "longrope")
 
 
 def critic(
@@ -488,7 +520,8 @@ def critic(
     decoder = Decoder(config, dtype, remat, mesh)
 
     def apply(params: Params, batch: Batch) -> jax.Array:
-        hidden, _ = decoder.apply({"params": params}, rows(batch["tokens"]), rows(batch["mask"]))  # [R, T, D]
-        return token_values(hidden, batch["completion_mask"], params["score"], params["score_offset"])
+        laid = laid_out(batch)
+        hidden, _ = decoded(decoder, params, laid)  # [R, T, D]
+        return token_values(hidden, batch["completion_mask"], params["score"], params["score_offset"], laid.places)
 
     return apply

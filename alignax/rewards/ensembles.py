@@ -99,7 +99,8 @@ def ensemble_apply(config: ModelConfig, mesh: Mesh, dtype: Any = jnp.float32, ro
     apply, side = forward(config, dtype=dtype, remat="none", mesh=mesh), mesh.shape["member"]
 
     def rate(params: Params, batch: Batch) -> Outputs:
-        batch = {name: batch.get(f"{role}_{name}", batch[name]) for name in FIELDS}
+        if f"{role}_mask" in batch:
+            batch = {name: batch[f"{role}_{name}"] for name in FIELDS}
         # A vmap over the members of a device took 1.2 to 1.9 times as long as this loop, and K times the memory: the activations no
         # longer fit into the caches.
         scores = lambda members: jax.lax.map(lambda one: apply(one, batch).scores, members)

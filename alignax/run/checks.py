@@ -20,8 +20,8 @@ from alignax.models import hf
 
 LEAST = {
     "batch_size": 1, "microbatches": 1, "max_skipped": 1, "steps": 0, "checkpoint.every": 1, "checkpoint.keep": 1, "log.every": 1,
-    "model.logps_chunk": 1, "eval.every": 0, "eval.batch_size": 0, "eval.samples": 0, "eval.sample_prompts": 0, "eval.max_new_tokens": 1,
-    "eval.samples_per_prompt": 1,
+    "model.packing": -1, "model.logps_chunk": 1, "eval.every": 0, "eval.batch_size": 0, "eval.samples": 0, "eval.sample_prompts": 0,
+    "eval.max_new_tokens": 1, "eval.samples_per_prompt": 1,
     "model.critic_heads": 1, "data.limit": 0, "seed": 0, "model.num_labels": 0, "ensemble.members": 0, "rollout.samples": 0,
     "rollout.max_new_tokens": 1, "rollout.minibatches": 1, "rollout.epochs": 1, "rollout.slots": 0,
     "rollout.reward_workers": 1, "rollout.refill": 0, "log.rollouts": 0,

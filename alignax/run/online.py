@@ -51,7 +51,7 @@ def make_learn(run: Run) -> Callable[[TrainState, Held, dict[str, Batch]], tuple
         state = dataclasses.replace(state, carry=carry)
         losses = objectives(run, frozen, state)
         apply = taught_apply(run, frozen, losses)
-        train_step = make_step(apply, losses, learning.optimizer, c.microbatches, once, run.experiment.combine)
+        train_step = make_step(apply, losses, learning.optimizer, c.microbatches, once, run.experiment.combine, run.packing)
         if off_policy(run):
             own = {name: loss for name, loss in losses.items() if name != PRETRAIN}
             check_corrected(apply, own, state, batch, c.rollout.minibatches)
@@ -171,7 +171,7 @@ def experienced(run: Run, state: TrainState, frozen: Held, batch: Batch, parts: 
 
     The policy's forward pass, in `parts` parts, first adds `old_logps`, `old_entropy` and a critic's `values` to the rollout.
     """
-    policy = policy_model(run.roles, frozen, state.params)
+    policy = policy_model(run.roles, frozen, state.params, run.packing)
     outputs = lambda part: policy.apply(policy.params, part)
     out = in_parts(outputs, batch, parts)
     sampled = scored(run, batch, out)  # before experience, which may replace the responses

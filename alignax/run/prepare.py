@@ -39,7 +39,9 @@ from alignax.losses.algebra import Objective
 from alignax.models import hf
 from alignax.models.reward import CRITIC
 from alignax.models.tokenizers import load_tokenizer
+from alignax.models.transformer import shares_prompts
 from alignax.optim import make_optimizer, make_schedule, own_optimizer
+from alignax.packing import Packing
 from alignax.rewards import judge as judging
 from alignax.rewards.judge import Judge
 from alignax.run.checkpoint import began
@@ -70,11 +72,15 @@ FREE = (
     "microbatches",
     "model.remat",
     "model.logps_chunk",
+    "model.packing",
     "reference.cache",
     "rollout.reward_workers",
     "rollout.timeout",
     "rollout.bad_rewards",
 )
+
+
+PAYS = 0.75  # rows that fill less of their padded positions than this are packed
 
 
 class Data(NamedTuple):
@@ -120,6 +126,7 @@ class Run(NamedTuple):
     steps: int
     workers: Workers  # the processes that call reward functions
     samplers: dict[str, Generator]  # the generators by name, see `alignax.run.sampling`
+    packing: Packing | None  # how rows are packed; None: they are padded
 
     @property
     def readers(self) -> dict[str, Judge]:
@@ -197,6 +204,7 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
         Learning(objectives, schedule, optimizer, averages), steps,
         Workers(experiment.file, config, config.rollout.reward_workers, config.rollout.timeout),
         make_samplers(config, roles[POLICY], words, mesh, data.train.examples, data.evaluated),
+        make_packing(config, roles, mesh, data.train),
     )  # fmt: skip
 
 
@@ -275,6 +283,25 @@ def streams(config: Any, examples: dict[str, Examples], every: dict[str, Example
         for path, report in own.reports.items()
     }
     return Data(train, pretrain, examples.get("eval"), reports)
+
+
+def make_packing(config: Any, roles: dict[str, Role], mesh: Mesh, train: Batches) -> Packing | None:
+    """How the rows of a run are packed; None where they are padded.
+
+    Rows are padded where `model.packing` is -1, and by default where packed parts would hold hardly fewer positions.
+    """
+    wanted, cpu = config.model.packing, mesh.devices.flat[0].platform == "cpu"
+    shared = all(shares_prompts(role.config) for role in roles.values())
+    if wanted < 0:
+        return None
+    packing = Packing(wanted or (1024 if cpu else 8192), mesh, shared, 64 if cpu else 256)
+    return packing if wanted or config.rollout.samples or filled(train.examples, train.length, shared) < PAYS else None
+
+
+def filled(examples: Examples, length: int, shared: bool) -> float:
+    """The share of padded positions that packed rows take: that of real tokens, with `shared` of prompts only the first copy."""
+    repeated = examples.prompt_lengths.sum() * (1 - 1 / examples.N) if shared else 0
+    return float(examples.lengths.sum() - repeated) / (len(examples.lengths) * length)
 
 
 def step_count(config: Any, train: Batches) -> int:

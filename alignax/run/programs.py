@@ -72,10 +72,10 @@ def programs(run: Run) -> dict[str, Program]:
     for name in dict.fromkeys((*models_asked(run.experiment), *(name for name in run.roles if name == GOLD))):
         role = run.roles[name]
         for sampler in run.samplers:
-            out[score_of(sampler, name)] = Program(jax.jit(make_score(role)), (held[role.tree], abstract_read(run, name, sampler)))
+            out[score_of(sampler, name)] = Program(jax.jit(make_score(run, role)), (held[role.tree], abstract_read(run, name, sampler)))
     if run.config.reference.cache:
         role = run.roles[REFERENCE]
-        out[CACHE] = Program(jax.jit(make_score(role)), (abstract(role, run.mesh), abstract_batch(run, evaluation=True)))
+        out[CACHE] = Program(jax.jit(make_score(run, role)), (abstract(role, run.mesh), abstract_batch(run, evaluation=True)))
     return out
 
 

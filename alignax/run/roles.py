@@ -19,6 +19,7 @@ from alignax.models.lora import Lora, is_quantised, join, merge, quantise, split
 from alignax.models.reward import CRITIC
 from alignax.models.statistics import Statistic
 from alignax.models.transformer import ModelConfig
+from alignax.packing import Packing, part_by_part
 from alignax.rewards import members
 from alignax.rewards.ensembles import load_members
 from alignax.train import Apply
@@ -188,17 +189,22 @@ def policy_apply(roles: Roles, held: Mapping[str, Params], forward: Apply) -> Ap
     return both
 
 
-def policy_model(roles: Roles, held: Mapping[str, Params], params: Params) -> Model:
-    """The policy as a `Model` of the trained parameters."""
-    giving = lambda statistics: policy_apply(roles, held, roles[POLICY].giving(statistics))
+def policy_model(roles: Roles, held: Mapping[str, Params], params: Params, packing: Packing | None = None) -> Model:
+    """The policy as a `Model` of the trained parameters, for what is not differentiated; with `packing` it computes packed parts."""
+    giving = lambda statistics: part_by_part(policy_apply(roles, held, roles[POLICY].giving(statistics)), packing)
     return Model(giving(()), params, giving)
 
 
-def models(roles: Roles, held: Mapping[str, Params], params: Params) -> dict[str, Model]:
-    """All models of a run by role, as an experience gets them; `params` are the trained parameters."""
-    own = {name: Model(role.apply, held[role.tree], role.giving) for name, role in roles.items() if role.tree in held and name != BASE}
+def models(roles: Roles, held: Mapping[str, Params], params: Params, packing: Packing | None = None) -> dict[str, Model]:
+    """All models of a run by role, as an experience gets them, from the trained parameters; with `packing` they compute packed parts."""
+    own = {name: frozen_model(role, held[role.tree], packing) for name, role in roles.items() if role.tree in held and name != BASE}
     stored = {name: STORED_MODEL for name, role in roles.items() if role.tree == STORED}
-    return own | stored | {POLICY: policy_model(roles, held, params)}
+    return own | stored | {POLICY: policy_model(roles, held, params, packing)}
+
+
+def frozen_model(role: Role, params: Params, packing: Packing | None = None) -> Model:
+    """A frozen role as a `Model` of its parameters; with `packing` it computes packed parts."""
+    return Model(part_by_part(role.apply, packing, role.name), params, lambda statistics: part_by_part(role.giving(statistics), packing))
 
 
 def stored_outputs(params: Params, batch: Batch) -> Outputs:

@@ -13,6 +13,7 @@ from alignax.experience import advance
 from alignax.experience.chain import with_reported
 from alignax.generate import policy_config, sampler_gap
 from alignax.losses.algebra import Objective, statistics_of
+from alignax.packing import part_by_part
 from alignax.run.prepare import Run, by_batch
 from alignax.run.roles import REFERENCE, Role, make_apply, policy_apply, whole
 from alignax.run.state import Held, given_models, make_experience
@@ -50,7 +51,7 @@ def make_data_step(run: Run) -> Callable[[TrainState, Held, dict[str, Batch]], t
         rate = learning.schedule(state.step - state.skipped)
         losses = objectives(run, held, state)
         apply, combine = taught_apply(run, held, losses), run.experiment.combine
-        train_step = make_step(apply, losses, learning.optimizer, run.config.microbatches, combine=combine)
+        train_step = make_step(apply, losses, learning.optimizer, run.config.microbatches, combine=combine, packing=run.packing)
         carry, batch, reported = advance(make_experience(run, held, state), state.carry, batches[DATA])
         state, metrics = train_step(dataclasses.replace(state, carry=carry), dict.fromkeys(losses, batch))
         state = after(state)
@@ -66,20 +67,22 @@ def make_evaluate(run: Run) -> Callable[[TrainState, Held, Batch], tuple[Any, Ou
     def evaluate(state: TrainState, held: Held, batch: Batch) -> tuple[Any, Outputs]:
         _, batch, _ = advance(make_experience(run, held, state), state.carry, batch)
         losses = objectives(run, held, state)
-        out = taught_apply(run, held, losses)(state.params, batch)
+        out = part_by_part(taught_apply(run, held, losses), run.packing)(state.params, batch)
         return make_evaluation(lambda out, batch: out, losses.get(DATA, losses))(out, state.step, batch), out
 
     return evaluate
 
 
-def make_score(role: Role) -> Callable[[Params, Batch], jax.Array]:
+def make_score(run: Run, role: Role) -> Callable[[Params, Batch], jax.Array]:
     """The program that scores samples with a frozen model, `(parameters, batch) -> array`, float32.
 
     The array is scores [B, N, K] of reward models, or log-probs [B, N, T] of a language model.
     """
 
+    apply = part_by_part(role.apply, run.packing, role.name)
+
     def score(params: Params, batch: Batch) -> jax.Array:
-        out = role.apply(params, batch)
+        out = apply(params, batch)
         return out.logps if out.scores is None else out.scores
 
     return score
@@ -90,7 +93,7 @@ def make_compare(run: Run) -> Callable[[Params, Held, Batch], tuple[jax.Array, j
     Both models have the distribution of the sampler: at `eval.temperature`, over the tokens of the tokenizer.
     """
     spoken = lambda role: policy_config(role.config, run.config.eval.temperature, run.words.unused)
-    apply = lambda role: make_apply(spoken(role), run.config, run.policy.dtype, run.mesh)
+    apply = lambda role: part_by_part(make_apply(spoken(role), run.config, run.policy.dtype, run.mesh), run.packing)
 
     def program(params: Params, held: Held, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
         reference = run.roles[REFERENCE]

@@ -1,0 +1,223 @@
+"""Packing: which examples of a batch are computed together, so that few of the positions that a model reads are padding.
+
+A batch [B, N, T] is padded to its longest row. Where rows differ in length, most of its positions are padding. Packing deals the examples
+of each batch shard into parts, first fit by decreasing length. A part holds as many examples as fit into one row of P positions, with all
+N responses of each. The forward pass lays a part out as that row (`alignax.models.rows`). A loop computes part after part, and ends when
+the fullest shard is done. So one compiled program serves every batch, and nothing depends on the lengths but the number of turns.
+
+Losses, experiences and metrics do not know of it. A part is an ordinary batch, with padding rows up to its fixed size. Losses are sums of
+values with weights of the whole batch, so they add up over parts exactly.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from alignax import mesh as meshes
+from alignax.types import Batch, Params
+
+SLOTS = 32  # examples of a part, for every N * T positions of it; real examples are seldom 32 times shorter than the longest
+
+
+@dataclasses.dataclass(frozen=True)
+class Packing:
+    """How examples are packed.
+
+    Attributes:
+      positions: P, the positions that a batch shard computes at a time. A part has at least N * T, so that every example fits.
+      mesh: the mesh that batches are sharded over; None for one device.
+      shared: whether the N responses of an example share one copy of their prompt.
+      block: the queries, and the keys, that attention computes together. A multiple of it are the positions of a part.
+    """
+
+    positions: int
+    mesh: Mesh | None = None
+    shared: bool = True
+    block: int = 64
+
+    def shards(self, batch: Batch) -> int:
+        """The number of batch shards; 1 for a batch that the shards do not divide."""
+        shards = 1 if self.mesh is None else meshes.batch_shards(self.mesh)
+        return shards if batch["mask"].shape[0] % shards == 0 else 1
+
+    def size(self, batch: Batch, microbatches: int = 1) -> int:
+        """P for a batch, whole blocks: no more positions than a padded microbatch has, and at least those of one padded example."""
+        _, N, T = batch["mask"].shape
+        most = batch["mask"].size // self.shards(batch) // microbatches
+        return -(-max(min(self.positions, most), N * T) // self.block) * self.block
+
+    def pays(self, batch: Batch, microbatches: int = 1) -> bool:
+        """Whether a shard's part of the batch, padded, has more positions than one packed part."""
+        return batch["mask"].size // self.shards(batch) > self.size(batch, microbatches)
+
+
+READ = ("tokens", "mask", "completion_mask")  # the fields that a model reads
+
+
+class Form(NamedTuple):
+    """The form of packed rows: one row of `positions` on each of `shards` batch shards; for the rest see `Packing`."""
+
+    positions: int
+    shards: int
+    shared: bool = True
+    block: int = 64
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class Packed(dict):
+    """A batch that the forward pass packs, because its rows fit into the rows of a `Form`; `Deal.part` makes such batches.
+
+    Whatever makes a new batch of it, such as `batch | {..}`, makes a plain dict, which the forward pass pads: new rows may be longer.
+    """
+
+    def __init__(self, batch: Batch, form: Form):
+        """Marks a batch."""
+        super().__init__(batch)
+        self.form = form
+
+    def tree_flatten_with_keys(self) -> tuple[list[Any], Any]:
+        """The fields by name, and what is static."""
+        names = tuple(sorted(self))
+        return [(jax.tree_util.DictKey(name), self[name]) for name in names], (names, self.form)
+
+    @classmethod
+    def tree_unflatten(cls, static: Any, children: Any) -> "Packed":
+        """The batch from its fields."""
+        names, form = static
+        return cls(dict(zip(names, children, strict=True)), form)
+
+
+def shared_tokens(tokens: jax.Array, mask: jax.Array, scored: jax.Array) -> jax.Array:
+    """Whether all N rows of an example have the same token at a position and all before, none of them scored: [B, 1, T] bool.
+
+    Args:
+      tokens: [B, N, T] int32.
+      mask: [B, N, T] bool, True for real tokens.
+      scored: [B, N, T] bool, True for completion tokens.
+    """
+    alike = (mask == mask[:, :1]) & ((tokens == tokens[:, :1]) | ~mask) & ~scored
+    return jnp.cumprod(alike.all(axis=1, keepdims=True), axis=-1).astype(bool)
+
+
+def sizes(batch: Batch, shared: bool) -> jax.Array:
+    """The positions that each example takes in a packed row: [B] int32; those of `ref_tokens` if they take more."""
+
+    def size(tokens: jax.Array, mask: jax.Array) -> jax.Array:
+        total = mask.sum(axis=(1, 2), dtype=jnp.int32)
+        if not shared or mask.shape[1] == 1:
+            return total
+        common = shared_tokens(tokens, mask, batch["completion_mask"]) & mask[:, :1]
+        return total - (mask.shape[1] - 1) * common.sum(axis=(1, 2), dtype=jnp.int32)
+
+    own = size(batch["tokens"], batch["mask"])
+    return jnp.maximum(own, size(batch["ref_tokens"], batch["ref_mask"])) if "ref_mask" in batch and "ref_tokens" in batch else own
+
+
+class Deal(NamedTuple):
+    """The parts of a batch: which examples of each batch shard go into which part."""
+
+    index: jax.Array  # [S, C, m] int32: examples of each of S shards in each of C parts, counted within the shard; b: none
+    count: jax.Array  # [] int32: the parts that hold examples, of the shard with most
+    examples: int  # b = B / S, the examples of a shard
+    packing: Packing
+    positions: int  # P
+
+    @property
+    def computed(self) -> jax.Array:
+        """The positions that are computed, of all shards and parts, padding included: [] int32."""
+        return self.count * self.positions * self.index.shape[0]
+
+    def part(self, i: jax.Array, batch: Batch, beside: Any = ()) -> tuple[Packed, Any]:
+        """Part i of the batch, S * m examples, and of a tree `beside` it with leaves [B, ...]; where there is no example, 0 and False."""
+        at = jax.lax.dynamic_index_in_dim(self.index, i, axis=1, keepdims=False)  # [S, m]
+        S, m = at.shape
+        real, mesh = at < self.examples, self.packing.mesh if self.index.shape[0] > 1 else None
+
+        def take(x: jax.Array) -> jax.Array:
+            own = x.reshape(S, self.examples, *x.shape[1:])
+            found = jax.vmap(lambda a, rows: a[rows])(own, jnp.where(real, at, 0))
+            found = jnp.where(real.reshape(S, m, *(1,) * (x.ndim - 1)), found, jnp.zeros((), x.dtype))
+            return meshes.constrain(found.reshape(S * m, *x.shape[1:]), mesh, "batch", *(None,) * (x.ndim - 1))
+
+        part = jax.tree.map(take, dict(batch))
+        return Packed(part, Form(self.positions, S, self.packing.shared, self.packing.block)), jax.tree.map(take, beside)
+
+    def put(self, whole: Any, part: Any, i: jax.Array) -> Any:
+        """A tree of leaves [B, ...] with those of part i, [S * m, ...], in their places."""
+        at = jax.lax.dynamic_index_in_dim(self.index, i, axis=1, keepdims=False)
+        S, m = at.shape
+
+        def put(x: jax.Array, new: jax.Array) -> jax.Array:
+            own = x.reshape(S, self.examples, *x.shape[1:])
+            own = jax.vmap(lambda a, rows, values: a.at[rows].set(values, mode="drop"))(own, at, new.reshape(S, m, *x.shape[1:]))
+            return own.reshape(x.shape)
+
+        return jax.tree.map(put, whole, part)
+
+    def zeros(self, part: Any) -> Any:
+        """A tree of zeros with leaves [B, ...], for parts of the given shapes [S * m, ...]."""
+        B = self.index.shape[0] * self.examples
+        return jax.tree.map(lambda x: jnp.zeros((B, *x.shape[1:]), x.dtype), part)
+
+
+def deal(batch: Batch, packing: Packing, microbatches: int = 1) -> Deal:
+    """Deals the examples of each batch shard into parts of P positions, first fit by decreasing size; padding examples go into none."""
+    P, S, (B, N, T) = packing.size(batch, microbatches), packing.shards(batch), batch["mask"].shape
+    b = B // S
+    m = min(b, max(SLOTS * P // (N * T), 1))
+
+    def one(size: jax.Array) -> tuple[jax.Array, jax.Array]:
+        order = jnp.argsort(-size, stable=True)
+
+        def place(k: jax.Array, state: Any) -> Any:
+            load, used, index = state
+            i, empty = order[k], size[order[k]] == 0
+            c = jnp.argmax((load + size[i] <= P) & (used < m))  # a part without examples always fits
+            index = index.at[jnp.where(empty, b, c), used[c]].set(i, mode="drop")
+            return load.at[c].add(size[i]), used.at[c].add(jnp.where(empty, 0, 1)), index
+
+        zeros = jnp.zeros(b, jnp.int32)
+        load, _, index = jax.lax.fori_loop(0, b, place, (zeros, zeros, jnp.full((b, m), b, jnp.int32)))
+        return index, (load > 0).sum()
+
+    index, counts = jax.vmap(one)(sizes(batch, packing.shared).reshape(S, b))
+    return Deal(index, counts.max(), b, packing, P)
+
+
+@dataclasses.dataclass(frozen=True)
+class PartByPart:
+    """The forward pass of a frozen model that computes a batch in packed parts; equal ones share compiled programs.
+
+    Its loop has no fixed number of turns, so it has no gradient. A batch for which packing does not pay is computed as it is.
+
+    Attributes:
+      apply: the forward pass, `(params, batch)` to a tree of arrays [B, ...].
+      packing: how examples are packed.
+      role: the model reads `ROLE_tokens`, `ROLE_mask` and `ROLE_completion_mask` where the batch has them.
+    """
+
+    apply: Callable[[Params, Batch], Any]
+    packing: Packing
+    role: str = ""
+
+    def __call__(self, params: Params, batch: Batch) -> Any:
+        """The outputs of the whole batch."""
+        if isinstance(batch, Packed):
+            return self.apply(params, batch)
+        if f"{self.role}_mask" in batch:
+            batch = {name: batch[f"{self.role}_{name}"] for name in READ}
+        if not self.packing.pays(batch):
+            return self.apply(params, batch)
+        dealt = deal(batch, self.packing)
+        out = lambda i: self.apply(params, dealt.part(i, batch)[0])
+        turn = lambda i, whole: dealt.put(whole, out(i), i)
+        return jax.lax.fori_loop(0, dealt.count, turn, dealt.zeros(jax.eval_shape(out, jnp.zeros((), jnp.int32))))
+
+
+def part_by_part(apply: Callable[[Params, Batch], Any], packing: Packing | None, role: str = "") -> Callable[[Params, Batch], Any]:
+    """A frozen model's forward pass in packed parts, see `PartByPart`; `apply` itself without packing."""
+    return apply if packing is None else PartByPart(apply, packing, role)
