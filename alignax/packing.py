@@ -55,6 +55,7 @@ class Packing:
         return batch["mask"].size // self.shards(batch) > self.size(batch, microbatches)
 
 
+FEW = 128  # parts of a padded batch; with more of them a half-empty last part is no matter
 READ = ("tokens", "mask", "completion_mask")  # the fields that a model reads
 
 
@@ -69,7 +70,7 @@ class Form(NamedTuple):
 
 @jax.tree_util.register_pytree_with_keys_class
 class Packed(dict):
-    """A batch that the forward pass packs, because its rows fit into the rows of a `Form`; `Deal.part` makes such batches.
+    """A batch that the forward pass packs, because its rows fit into the rows of a `Form`; `Parts.part` makes such batches.
 
     Whatever makes a new batch of it, such as `batch | {..}`, makes a plain dict, which the forward pass pads: new rows may be longer.
     """
@@ -117,34 +118,33 @@ def sizes(batch: Batch, shared: bool) -> jax.Array:
     return jnp.maximum(own, size(batch["ref_tokens"], batch["ref_mask"])) if "ref_mask" in batch and "ref_tokens" in batch else own
 
 
-class Deal(NamedTuple):
-    """The parts of a batch: which examples of each batch shard go into which part."""
+class Parts(NamedTuple):
+    """Parts of one size: which examples of each batch shard go into which part."""
 
     index: jax.Array  # [S, C, m] int32: examples of each of S shards in each of C parts, counted within the shard; b: none
-    count: jax.Array  # [] int32: the parts that hold examples, of the shard with most
+    count: jax.Array  # [] int32: the parts that are computed
     examples: int  # b = B / S, the examples of a shard
-    packing: Packing
-    positions: int  # P
+    form: Form
+    mesh: Mesh | None
 
     @property
     def computed(self) -> jax.Array:
         """The positions that are computed, of all shards and parts, padding included: [] int32."""
-        return self.count * self.positions * self.index.shape[0]
+        return self.count * self.form.positions * self.form.shards
 
     def part(self, i: jax.Array, batch: Batch, beside: Any = ()) -> tuple[Packed, Any]:
         """Part i of the batch, S * m examples, and of a tree `beside` it with leaves [B, ...]; where there is no example, 0 and False."""
         at = jax.lax.dynamic_index_in_dim(self.index, i, axis=1, keepdims=False)  # [S, m]
         S, m = at.shape
-        real, mesh = at < self.examples, self.packing.mesh if self.index.shape[0] > 1 else None
+        real = at < self.examples
 
         def take(x: jax.Array) -> jax.Array:
             own = x.reshape(S, self.examples, *x.shape[1:])
             found = jax.vmap(lambda a, rows: a[rows])(own, jnp.where(real, at, 0))
             found = jnp.where(real.reshape(S, m, *(1,) * (x.ndim - 1)), found, jnp.zeros((), x.dtype))
-            return meshes.constrain(found.reshape(S * m, *x.shape[1:]), mesh, "batch", *(None,) * (x.ndim - 1))
+            return meshes.constrain(found.reshape(S * m, *x.shape[1:]), self.mesh, "batch", *(None,) * (x.ndim - 1))
 
-        part = jax.tree.map(take, dict(batch))
-        return Packed(part, Form(self.positions, S, self.packing.shared, self.packing.block)), jax.tree.map(take, beside)
+        return Packed(jax.tree.map(take, dict(batch)), self.form), jax.tree.map(take, beside)
 
     def put(self, whole: Any, part: Any, i: jax.Array) -> Any:
         """A tree of leaves [B, ...] with those of part i, [S * m, ...], in their places."""
@@ -160,32 +160,57 @@ class Deal(NamedTuple):
 
     def zeros(self, part: Any) -> Any:
         """A tree of zeros with leaves [B, ...], for parts of the given shapes [S * m, ...]."""
-        B = self.index.shape[0] * self.examples
+        B = self.form.shards * self.examples
         return jax.tree.map(lambda x: jnp.zeros((B, *x.shape[1:]), x.dtype), part)
 
 
-def deal(batch: Batch, packing: Packing, microbatches: int = 1) -> Deal:
-    """Deals the examples of each batch shard into parts of P positions, first fit by decreasing size; padding examples go into none."""
+def deal(batch: Batch, packing: Packing, microbatches: int = 1) -> list[Parts]:
+    """Deals the examples of each batch shard into parts, first fit by decreasing size; padding examples go into none.
+
+    Where a batch has few parts of P positions, the last one is often nearly empty. If its examples fit into fewer than four parts of P / 4
+    positions, on each shard that has a last part, those are computed in its place.
+    """
     P, S, (B, N, T) = packing.size(batch, microbatches), packing.shards(batch), batch["mask"].shape
     b = B // S
-    m = min(b, max(SLOTS * P // (N * T), 1))
+    slots = lambda P: min(b, max(SLOTS * P // (N * T), 1))
+    size, small = sizes(batch, packing.shared).reshape(S, b), P // 4 // packing.block * packing.block
+    mesh = packing.mesh if S > 1 else None
+    parts = lambda index, count, P: Parts(index, count, b, Form(P, S, packing.shared, packing.block), mesh)
+    index, part = jax.vmap(lambda size: first_fit(size, P, slots(P), b))(size)
+    counts = part.max(axis=1) + 1  # [S]
+    count = counts.max()
+    if not small or b * N * T > FEW * P:
+        return [parts(index, count, P)]
+    last = jnp.where((part == count - 1) & (part >= 0), size, 0)
+    rest, placed = jax.vmap(lambda size: first_fit(size, small, slots(small), 3))(last)
+    fits = ((placed >= 0) | (last == 0)).all()
+    return [parts(index, count - fits, P), parts(rest, jnp.where(fits, placed.max() + 1, 0), small)]
 
-    def one(size: jax.Array) -> tuple[jax.Array, jax.Array]:
-        order = jnp.argsort(-size, stable=True)
 
-        def place(k: jax.Array, state: Any) -> Any:
-            load, used, index = state
-            i, empty = order[k], size[order[k]] == 0
-            c = jnp.argmax((load + size[i] <= P) & (used < m))  # a part without examples always fits
-            index = index.at[jnp.where(empty, b, c), used[c]].set(i, mode="drop")
-            return load.at[c].add(size[i]), used.at[c].add(jnp.where(empty, 0, 1)), index
+def first_fit(size: jax.Array, P: int, slots: int, parts: int) -> tuple[jax.Array, jax.Array]:
+    """First fit by decreasing size: the examples of each part, [parts, slots] int32, and the part of each example, [b] int32; -1: none.
 
-        zeros = jnp.zeros(b, jnp.int32)
-        load, _, index = jax.lax.fori_loop(0, b, place, (zeros, zeros, jnp.full((b, m), b, jnp.int32)))
-        return index, (load > 0).sum()
+    Args:
+      size: [b] int32, positions of each example; those with 0 go into no part.
+      P: positions of a part.
+      slots: the most examples of a part.
+      parts: the most parts; an example that fits into none of them is left out.
+    """
+    b, order = len(size), jnp.argsort(-size, stable=True)
 
-    index, counts = jax.vmap(one)(sizes(batch, packing.shared).reshape(S, b))
-    return Deal(index, counts.max(), b, packing, P)
+    def place(k: jax.Array, state: Any) -> Any:
+        load, used, index, part = state
+        i = order[k]
+        room = (load + size[i] <= P) & (used < slots)
+        c = jnp.where(room.any() & (size[i] > 0), jnp.argmax(room), parts)  # beyond the last part: dropped
+        index = index.at[c, used.at[c].get(mode="fill", fill_value=0)].set(i, mode="drop")
+        part = part.at[i].set(jnp.where(c < parts, c, -1))
+        return load.at[c].add(size[i], mode="drop"), used.at[c].add(1, mode="drop"), index, part
+
+    zeros = jnp.zeros(parts, jnp.int32)
+    start = zeros, zeros, jnp.full((parts, slots), b, jnp.int32), jnp.full(b, -1, jnp.int32)
+    _, _, index, part = jax.lax.fori_loop(0, b, place, start)
+    return index, part
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,10 +237,13 @@ class PartByPart:
             batch = {name: batch[f"{self.role}_{name}"] for name in READ}
         if not self.packing.pays(batch):
             return self.apply(params, batch)
-        dealt = deal(batch, self.packing)
-        out = lambda i: self.apply(params, dealt.part(i, batch)[0])
-        turn = lambda i, whole: dealt.put(whole, out(i), i)
-        return jax.lax.fori_loop(0, dealt.count, turn, dealt.zeros(jax.eval_shape(out, jnp.zeros((), jnp.int32))))
+        whole = None
+        for parts in deal(batch, self.packing):
+            out = lambda i, parts=parts: self.apply(params, parts.part(i, batch)[0])
+            if whole is None:
+                whole = parts.zeros(jax.eval_shape(out, jnp.zeros((), jnp.int32)))
+            whole = jax.lax.fori_loop(0, parts.count, lambda i, whole, parts=parts, out=out: parts.put(whole, out(i), i), whole)
+        return whole
 
 
 def part_by_part(apply: Callable[[Params, Batch], Any], packing: Packing | None, role: str = "") -> Callable[[Params, Batch], Any]:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from alignax.losses.algebra import Loss, Objectives, by_name
-from alignax.packing import Packing, deal, sizes
+from alignax.packing import Packing, Parts, deal, sizes
 from alignax.text import short
 from alignax.types import Batch, Metrics, Outputs, Params, TrainState, gathered, microbatch
 
@@ -146,22 +146,27 @@ def in_packed_parts(
     packing: Packing, gradient: Gradient, params: Params, batches: dict[str, Batch], weights: Any, microbatches: int
 ) -> Part:
     """The gradient, metrics and outputs of one batch, which all losses read, summed over its packed parts."""
-    batch = next(iter(batches.values()))
-    dealt = deal(batch, packing, microbatches)
+    batch, computed, sums = next(iter(batches.values())), jnp.zeros((), jnp.int32), None
+    for parts in deal(batch, packing, microbatches):
 
-    def part(i: jax.Array) -> Part:
-        own, beside = dealt.part(i, batch, weights)
-        return gradient(params, dict.fromkeys(batches, own), beside)
+        def part(i: jax.Array, parts: Parts = parts) -> Part:
+            own, beside = parts.part(i, batch, weights)
+            return gradient(params, dict.fromkeys(batches, own), beside)
 
-    def turn(i: jax.Array, sums: Part) -> Part:
-        (grads, (metrics, given)), (own, (seen, out)) = sums, part(i)
-        grads, metrics = jax.tree.map(jnp.add, (grads, metrics), (own, seen))
-        return grads, (metrics, dealt.put(given, out, i))
+        def turn(i: jax.Array, sums: Part, parts: Parts = parts, part: Callable[[jax.Array], Part] = part) -> Part:
+            (grads, (metrics, given)), (own, (seen, out)) = sums, part(i)
+            grads, metrics = jax.tree.map(jnp.add, (grads, metrics), (own, seen))
+            return grads, (metrics, parts.put(given, out, i))
 
-    grads, (metrics, given) = jax.eval_shape(part, jnp.zeros((), jnp.int32))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (grads, metrics))
-    grads, (metrics, given) = jax.lax.fori_loop(0, dealt.count, turn, (zeros[0], (zeros[1], dealt.zeros(given))))
-    filled = sizes(batch, packing.shared).sum() / jnp.maximum(dealt.computed, 1)
+        if sums is None:
+            grads, (metrics, given) = jax.eval_shape(part, computed)
+            grads, metrics = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (grads, metrics))
+            sums = grads, (metrics, parts.zeros(given))
+        sums = jax.lax.fori_loop(0, parts.count, turn, sums)
+        computed += parts.computed
+    assert sums is not None
+    grads, (metrics, given) = sums
+    filled = sizes(batch, packing.shared).sum() / jnp.maximum(computed, 1)
     return grads, (metrics | {"packed_positions": filled}, given)
 
 

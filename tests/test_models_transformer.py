@@ -98,7 +98,7 @@ def test_logits_are_those_of_transformers(variant, tmp_path):
 
 
 def test_every_variant_has_other_angles():
-    place, length = jnp.arange(48)[None], jnp.array([48])
+    place, length = jnp.arange(48)[None], jnp.array([[48]])
     angles = {v: np.stack(transformer.rope_angles(config(v), place, length)) for v in VARIANTS if "rope_parameters" in VARIANTS[v]}
     same = [(a, b) for a in angles for b in angles if a < b and np.abs(angles[a] - angles[b]).max() < 1e-2]
     assert same == [("yarn", "yarn, mscale alone")]  # one coefficient alone means nothing, to transformers either
@@ -119,7 +119,7 @@ def test_yarn_without_factor_takes_the_ratio_of_contexts():
         config("yarn"),
         config("yarn", rope_scaling=tuple(x for x in config("yarn").rope_scaling if x[0] != "factor")),
     )
-    at = (jnp.arange(48)[None], jnp.array([48]))
+    at = (jnp.arange(48)[None], jnp.array([[48]]))
     np.testing.assert_array_equal(transformer.rope_angles(without, *at), transformer.rope_angles(with_factor, *at))
 
 
