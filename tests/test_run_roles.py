@@ -274,8 +274,9 @@ def test_a_model_that_no_function_asks_for_is_refused_and_a_column_of_its_name(f
 
 
 @pytest.mark.slow
-def test_programs_are_called_with_the_shapes_that_are_planned(folders, tmp_path, monkeypatch):
-    """All that an online run calls is in the table, and nothing is compiled after the first rollout."""
+@pytest.mark.parametrize("refill", [0, 2])
+def test_programs_are_called_with_the_shapes_that_are_planned(refill, folders, tmp_path):
+    """All that an online run calls is in the table, refills included, and nothing is compiled after the first rollout."""
     called = {}
 
     def recorded(name, program):
@@ -289,7 +290,10 @@ def test_programs_are_called_with_the_shapes_that_are_planned(folders, tmp_path,
     changes = {"models.gold.path": folders[2], "eval.sample_prompts": 3, "eval.max_new_tokens": 5, "steps": 3, "log.every": 1}
     (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("a", "sun and", "it", "b c")))
     changes |= {"data.train": tmp_path / "p.jsonl", "data.kind": "prompt", "rollout.samples": 4, "rollout.max_new_tokens": 6}
-    run = checked(arguments(tmp_path, ONLINE, fields(folders, tmp_path, **changes)))
+    changes |= {"rollout.refill": refill, "models.helpful.path": folders[2], "batch_size": 16}
+    some = "[float(bool({*text} & {*'aeiou'})) for text in completions]"  # alike in some groups: a refill is of fewer than a rollout
+    source = ONLINE.replace("completions)", "completions, helpful)").replace("[float(len(text)) for text in completions]", some)
+    run = checked(arguments(tmp_path, source, fields(folders, tmp_path, **changes)))
     started = start(run)
     for generator, name in ((run.samplers[name], name) for name in ("rollout", "eval")):
         for part in ("prefill", "decode"):
@@ -299,4 +303,6 @@ def test_programs_are_called_with_the_shapes_that_are_planned(folders, tmp_path,
     assert {*called} == {*table} - {"fingerprint", "begin"}  # which start() has called
     assert all(all(same) for same in called.values()), called
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["compilations"] > 0 for row in rows if "compilations" in row] == [True, False, False]
+    trained = [row for row in rows if "compilations" in row]
+    assert [row["compilations"] > 0 for row in trained] == [True, False, False]
+    assert not refill or all(row["signal_rate"] < 1 <= row["refill/times"] for row in trained)

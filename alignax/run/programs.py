@@ -6,7 +6,6 @@ argument: they keep their shardings, and are never compiled into a program.
 
 import jax
 
-from alignax import mesh as meshes
 from alignax.host.functions import models_asked
 from alignax.models import parameters
 from alignax.program import Program
@@ -25,6 +24,7 @@ from alignax.run.state import (
     abstract_rollout,
     abstract_state,
     new_state,
+    padded,
 )
 from alignax.run.steps import make_compare, make_data_step, make_evaluate, make_score
 from alignax.train import digest
@@ -59,8 +59,8 @@ def programs(run: Run) -> dict[str, Program]:
         "train": Program(jax.jit(step, donate_argnums=0), (state, held, abstract_batches(run))),
     }
     if online:
-        n, shards = len(sampled_rows(run.config, run.data.evaluated)) or 1, meshes.batch_shards(run.mesh)
-        samples = abstract_rollout(run, -(-n // shards) * shards, run.config.eval.samples_per_prompt)
+        n = len(sampled_rows(run.config, run.data.evaluated)) or 1
+        samples = abstract_rollout(run, padded(run.mesh, n), run.config.eval.samples_per_prompt)
         out["judge"] = Program(jax.jit(make_judge(run)), (state, held, samples))
     else:
         out["evaluate"] = Program(jax.jit(lambda *args: evaluate(*args)[0]), (state, held, abstract_batch(run, evaluation=True)))

@@ -12,7 +12,7 @@ from alignax.program import Program
 from alignax.rewards import judge as judges
 from alignax.run.prepare import Run
 from alignax.run.roles import GOLD
-from alignax.run.state import Held, padded_prompts, put_padded
+from alignax.run.state import Held, put_padded
 
 
 def score_of(sampler: str, name: str) -> str:
@@ -66,7 +66,7 @@ class Scorers:
         else:
             own = judges.read(judge, run.words.tokenizer, answers)
             batch = {field: own[f"{name}_{field}"] for field in judges.FIELDS}
-        mask, B = batch["completion_mask"], len(answers.rows)
-        placed = put_padded(run.mesh, batch, padded_prompts(run.mesh, B))
-        said = meshes.gathered(self.programs[name].call(self.held[role.tree], placed))[:B]
+        program, mask, B = self.programs[name], batch["completion_mask"], len(answers.rows)
+        rows = len(program.arguments[1]["tokens"])  # of a whole rollout: a refill has fewer, and would compile another program
+        said = meshes.gathered(program.call(self.held[role.tree], put_padded(run.mesh, batch, rows)))[:B]
         return said if judge is None else np.where(mask.any(axis=-1, keepdims=True), said, np.float32(np.nan)), mask

@@ -153,29 +153,29 @@ def abstract_read(run: Run, role: str, sampler: str) -> dict[str, jax.ShapeDtype
         B, N = len(sampled_rows(c, run.data.evaluated)), c.eval.samples_per_prompt
     T = run.data.train.length if c.rollout.samples else shape.prompt + shape.new
     T = run.judges[role].length if role in run.judges else T
-    layout, shape = meshes.batch_sharding(run.mesh), (padded_prompts(run.mesh, B), N, T)
+    layout, shape = meshes.batch_sharding(run.mesh), (padded(run.mesh, B), N, T)
     types = dict(zip(FIELDS, (jnp.int32, jnp.bool_, jnp.bool_), strict=True))
     return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=layout) for name, dtype in types.items()}
 
 
 def abstract_compared(run: Run) -> dict[str, jax.ShapeDtypeStruct]:
     """The shapes and shardings of an evaluation's samples for the comparison of policy and reference."""
-    shape, shards = run.samplers[EVALUATION].shape, meshes.batch_shards(run.mesh)
+    shape = run.samplers[EVALUATION].shape
     B, N, T = len(sampled_rows(run.config, run.data.evaluated)), run.config.eval.samples_per_prompt, shape.prompt + shape.new
     types = dict(zip((*FIELDS, "sampled_logps"), (jnp.int32, jnp.bool_, jnp.bool_, jnp.float32), strict=True))
-    layout, rows = meshes.batch_sharding(run.mesh), -(-B // shards) * shards
+    layout, rows = meshes.batch_sharding(run.mesh), padded(run.mesh, B)
     return {name: jax.ShapeDtypeStruct((rows, N, T), dtype, sharding=layout) for name, dtype in types.items()}
 
 
-def padded_prompts(mesh: Mesh, prompts: int) -> int:
-    """The padded size of a batch of prompts: a power of 2 rows per batch shard, so that refills need few compilations."""
+def padded(mesh: Mesh, prompts: int) -> int:
+    """The number of rows of a padded batch of prompts: a multiple of the batch shards, 0 for no prompts."""
     shards = meshes.batch_shards(mesh)
-    return shards << (-(-max(prompts, 1) // shards) - 1).bit_length()
+    return -(-prompts // shards) * shards
 
 
 def put_padded(mesh: Mesh, batch: dict[str, np.ndarray], least: int = 0) -> Batch:
     """The batch on the mesh, with padding rows up to a multiple of the batch shards, and up to `least` rows in all."""
-    n, shards = len(next(iter(batch.values()))), meshes.batch_shards(mesh)
-    size = -(-max(n, least) // shards) * shards
+    n = len(next(iter(batch.values())))
+    size = padded(mesh, max(n, least))
     full = {name: np.concatenate([x, np.zeros((size - n, *x.shape[1:]), x.dtype)]) for name, x in batch.items()}
     return meshes.put_batch(mesh, lambda rows: {name: x[rows] for name, x in full.items()}, size)
