@@ -42,8 +42,8 @@ class Scorers:
     def given(self, answers: Answers) -> dict[str, list[Any]]:
         """The values of models for reward functions that ask for them, by the model's name: one value for each of the B * N completions.
 
-        A reward model gives its score, or a list of scores if it has several. A language model gives a list of the log-probs of the
-        completion's tokens.
+        Reward models give a score, or a list of scores if there are several: those of a model's labels, or of K members. A language model
+        gives a list of the log-probs of the completion's tokens.
         """
         out: dict[str, list[Any]] = {}
         for name in models_asked(self.run.experiment):
