@@ -262,9 +262,9 @@ def stored_answer(run: Run) -> Said:
     text = run.words.tokenizer.decode(answer, skip_special_tokens=True)
     models: dict[str, list[Any]] = {}
     for name in models_asked(run.experiment):
-        judged, role = name in run.judges, run.roles[name]
-        count = max(role.members, role.config.num_labels) if judged else len(answer)
-        models[name] = [0.0 if judged and count == 1 else [0.0] * count]
+        role = run.roles[name]
+        count = max(role.members, role.config.num_labels) if role.members else len(answer)
+        models[name] = [0.0 if role.members and count == 1 else [0.0] * count]
     return Said([0], [text], [answer], [np.zeros(len(answer), np.float32)], 1, models)
 
 

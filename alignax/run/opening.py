@@ -157,6 +157,15 @@ def open_reference(config: Any, source: hf.Source, words: Vocabulary) -> hf.Sour
     return reference
 
 
+def own_speech(other: hf.Source, source: hf.Source, words: Vocabulary, field: str, what: str) -> str:
+    """Why a language model cannot read the policy's tokens, see `check_speech`; the empty text if it can."""
+    try:
+        check_speech(other, source, words, field, what)
+    except ValueError as e:
+        return str(e)
+    return ""
+
+
 def check_speech(other: hf.Source, source: hf.Source, words: Vocabulary, field: str, what: str) -> None:
     """Refuses a language model that reads the policy's tokens, but has another vocabulary than the policy."""
     if other.config.vocab_size != source.config.vocab_size:
@@ -168,15 +177,18 @@ def check_speech(other: hf.Source, source: hf.Source, words: Vocabulary, field: 
 
 
 def open_others(experiment: Experiment, policy: Role, words: Vocabulary, mesh: Mesh) -> dict[str, Role]:
-    """The roles of `config.models`: frozen language models, which read the policy's tokens, and reward models.
+    """The roles of `config.models`: frozen language models and reward models.
+
+    A language model reads the policy's tokens. If it has another tokenizer and only reward functions ask for it, it reads text.
 
     Raises:
       ValueError: for an unknown field, a model that nothing asks for, and all that is refused for a reference or for reward models.
     """
     config, roles = experiment.config, {}
+    tokenwise, scoring = (*asked(experiment.experience), *asked(experiment.loss)[1:]), models_asked(experiment)
     for name, given in config.models.items():
-        field, asks = f"models.{name}.path", (*asked(experiment.experience), *asked(experiment.loss)[1:], *models_asked(experiment))
-        if name not in (*asks, GOLD):
+        field = f"models.{name}.path"
+        if name not in (*tokenwise, *scoring, GOLD):
             raise ValueError(
                 f"config field {field!r} is set and nothing asks for that model; let experience(..), loss(..) or reward(..) ask for {name}"
             )
@@ -195,13 +207,20 @@ def open_others(experiment: Experiment, policy: Role, words: Vocabulary, mesh: M
                 check_one_score(judges[0])
             roles[name] = scoring_role(name, judges, policy.dtype, mesh)
             continue
-        source = spoken(config, source, words.unused)
-        check_speech(source, policy.source, words, field, f"the model {name!r}")
+        why, unused = own_speech(source, policy.source, words, field, f"the model {name!r}"), words.unused
+        if why and name in tokenwise:
+            raise ValueError(
+                f"{why}. experience(..) and loss(..) take log-probs of the policy's own tokens; let reward(..), gold(..) or metrics(..) "
+                f"alone ask for {name}, which then reads text"
+            )
+        if why:
+            unused = hf.with_vocabulary(source, load_tokenizer(source.path, source.config.vocab_size)).config.unused_tokens
+        source = spoken(config, source, unused)
         if adapters:
             peft.read_config(Path(adapters), source)
             peft.weights(Path(adapters))
         giving = make_giving(source.config, config, policy.dtype, mesh)
-        roles[name] = Role(name, (source,), source.config, policy.dtype, name, giving, adapters=adapters)
+        roles[name] = Role(name, (source,), source.config, policy.dtype, name, giving, adapters=adapters, reads_text=bool(why))
     return roles
 
 

@@ -113,7 +113,7 @@ class Run(NamedTuple):
     workdir: Path
     mesh: Mesh
     roles: dict[str, Role]  # the models by name
-    judges: dict[str, Judge]  # by role: how a reward model reads samples
+    judges: dict[str, Judge]  # by role: how reward models, and language models of another tokenizer, read samples
     words: Vocabulary
     data: Data
     learning: Learning
@@ -208,12 +208,12 @@ def scoring(roles: dict[str, Role]) -> dict[str, Role]:
 def judged(
     experiment: Experiment, roles: dict[str, Role], words: Vocabulary, loaded: dict[str, Loaded]
 ) -> tuple[dict[str, Judge], dict[str, Examples]]:
-    """The judges, which say how reward models read samples, and every split, with tokens of their own for reward models that need them."""
+    """The judges, which say how models read samples as text, and every split, with tokens of their own for reward models that need them."""
     config, read = experiment.config, [split for split in loaded if split != "pretrain"]
-    # Only reward models that read samples need conversations.
+    # Only models that read samples as text need conversations.
     every = {split: dataclasses.replace(data.examples, conversations=[]) for split, data in loaded.items()}
     judges, asks, functions = {}, (*asked(experiment.experience), *asked(experiment.loss)[1:]), (GOLD, *models_asked(experiment))
-    for name, role in scoring(roles).items():
+    for name, role in (scoring(roles) | {name: role for name, role in roles.items() if role.reads_text}).items():
         own = load_tokenizer(role.source.path, role.source.config.vocab_size)
         if config.rollout.samples or name in functions:
             judges[name] = judging.of_rollouts(config, name, role.source, own, words.tokenizer, [loaded[split].examples for split in read])
