@@ -371,7 +371,7 @@ def test_a_completion_that_does_not_fit_has_no_log_probs(models, reader, tmp_pat
     [
         (
             WATCHED.replace("(config):\n    return group", "(config, reader):\n    return group"),
-            r"log-probs of the policy's own tokens; let",
+            "read the policy's own tokens; let",
         ),
         (WATCHED.replace("loss(config)", "loss(config, reader)"), "alone ask for reader, which then reads text"),
     ],

@@ -51,6 +51,12 @@ def reward(prompts, completions):
 """
 
 
+STEERED = """
+from alignax.generate import combined
+
+def speaker(config, policy, margin, reference):
+    return combined([policy, margin, reference], [1.0, 0.5, -0.5])
+"""
 TWIN = """
 def metrics(prompts, completions, gold, twin, logprobs):
     gaps = [[abs(a - b) for a, b in zip(*pair, strict=True)] for pair in zip(twin, logprobs, strict=True)]
@@ -361,7 +367,7 @@ def test_a_model_that_no_function_asks_for_is_refused_and_a_column_of_its_name(f
 @pytest.mark.slow
 @pytest.mark.parametrize("refill", [0, 2])
 def test_programs_are_called_with_the_shapes_that_are_planned(refill, folders, tmp_path):
-    """All that an online run calls is in the table, refills included, and nothing is compiled after the first rollout."""
+    """All that an online run calls is in the table, refills and a speaker included; nothing is compiled after the first rollout."""
     called = {}
 
     def recorded(name, program):
@@ -378,6 +384,9 @@ def test_programs_are_called_with_the_shapes_that_are_planned(refill, folders, t
     changes |= {"rollout.refill": refill, "models.helpful.path": folders[2], "batch_size": 16}
     some = "[float(bool({*text} & {*'aeiou'})) for text in completions]"  # alike in some groups: a refill is of fewer than a rollout
     source = ONLINE.replace("completions)", "completions, helpful)").replace("[float(len(text)) for text in completions]", some)
+    if refill:
+        source = source.replace("grpo()", "importance_weighted(grpo())") + STEERED
+        changes |= {"models.margin.path": folders[1]}
     run = checked(arguments(tmp_path, source, fields(folders, tmp_path, **changes)))
     started = start(run)
     for generator, name in ((run.samplers[name], name) for name in ("rollout", "eval")):

@@ -39,7 +39,7 @@ def open_models(experiment: Experiment, mesh: Mesh) -> tuple[dict[str, Role], Vo
       The roles by name, and the policy's vocabulary. The names are "policy"; "base" if the policy has adapters; and, if the run has such
       models, "reference", "critic", "ensemble" and the names of `config.models`.
     """
-    config, asks = experiment.config, (*asked(experiment.experience), *asked(experiment.loss)[1:], *models_asked(experiment))
+    config, asks = experiment.config, (*tokenwise(experiment), *models_asked(experiment))
     source = open_model(config.model.path, config.model.init, "model.path")
     source = hf.with_heads(source, config.model.num_labels, trunk_values(config), config.model.language_head)
     check_head(config, source, experiment)
@@ -82,6 +82,11 @@ def open_models(experiment: Experiment, mesh: Mesh) -> tuple[dict[str, Role], Vo
     return roles | others, words
 
 
+def tokenwise(experiment: Experiment) -> tuple[str, ...]:
+    """The parameters of experience, loss and speaker of an experiment: models among them read the policy's own tokens."""
+    return (*asked(experiment.experience), *asked(experiment.loss)[1:], *asked(experiment.speaker))
+
+
 def check_gold(experiment: Experiment, gold: Role, policy: Role) -> None:
     """Refuses a gold model that is no reward model, that has no samples to score, or that stands beside a function `gold(..)`."""
     c, file = experiment.config, experiment.file
@@ -112,8 +117,9 @@ def reference_role(experiment: Experiment, source: hf.Source, roles: Mapping[str
     # The policy's own forward pass if possible, so that equal parameters give equal numbers.
     giving = policy.giving if model == policy.config else make_giving(model, config, policy.dtype, mesh)
     c = config.eval
-    scores = REFERENCE in models_asked(experiment) or (c.temperature > 0 and c.top_p == 1)  # whether it scores samples of evaluations
-    idle = config.reference.cache and not (scores and max(c.samples, c.sample_prompts))
+    # Whether evaluations that sample need it: to score or to make the samples, or to compare them.
+    needed = REFERENCE in (*models_asked(experiment), *asked(experiment.speaker)) or (c.temperature > 0 and c.top_p == 1)
+    idle = config.reference.cache and not (needed and max(c.samples, c.sample_prompts))
     tree = BASE if shared else STORED if idle else REFERENCE
     return Role(REFERENCE, (source,), model, policy.dtype, tree, giving, "pretrained" if own else policy.init)
 
@@ -185,10 +191,9 @@ def open_others(experiment: Experiment, policy: Role, words: Vocabulary, mesh: M
       ValueError: for an unknown field, a model that nothing asks for, and all that is refused for a reference or for reward models.
     """
     config, roles = experiment.config, {}
-    tokenwise, scoring = (*asked(experiment.experience), *asked(experiment.loss)[1:]), models_asked(experiment)
     for name, given in config.models.items():
         field = f"models.{name}.path"
-        if name not in (*tokenwise, *scoring, GOLD):
+        if name not in (*tokenwise(experiment), *models_asked(experiment), GOLD):
             raise ValueError(
                 f"config field {field!r} is set and nothing asks for that model; let experience(..), loss(..) or reward(..) ask for {name}"
             )
@@ -208,9 +213,9 @@ def open_others(experiment: Experiment, policy: Role, words: Vocabulary, mesh: M
             roles[name] = scoring_role(name, judges, policy.dtype, mesh)
             continue
         why, unused = own_speech(source, policy.source, words, field, f"the model {name!r}"), words.unused
-        if why and name in tokenwise:
+        if why and name in tokenwise(experiment):
             raise ValueError(
-                f"{why}. experience(..) and loss(..) take log-probs of the policy's own tokens; let reward(..), gold(..) or metrics(..) "
+                f"{why}. experience(..), loss(..) and speaker(..) read the policy's own tokens; let reward(..), gold(..) or metrics(..) "
                 f"alone ask for {name}, which then reads text"
             )
         if why:

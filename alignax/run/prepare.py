@@ -188,7 +188,7 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
     schedule = make_schedule(config.optimizer, steps)
     optimizer = own_optimizer(experiment, schedule) if experiment.optimizer else make_optimizer(config.optimizer, schedule)
     objectives, averages = learning(experiment, roles, mesh)
-    check_averages(config, averages, reference, models_asked(experiment))
+    check_averages(config, averages, reference, (*models_asked(experiment), *asked(experiment.speaker)))
     check_cache(config, averages, reference)
     for line in notices(roles, words.tokenizer, config.lora.path, config.rollout.samples > 0) if is_main() else ():
         print(f"notice: {line}", file=sys.stderr)
@@ -196,7 +196,7 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
         experiment, config, Path(config.workdir), mesh, roles, judges, words, data,
         Learning(objectives, schedule, optimizer, averages), steps,
         Workers(experiment.file, config, config.rollout.reward_workers, config.rollout.timeout),
-        make_samplers(config, roles[POLICY], words, mesh, data.train.examples, data.evaluated),
+        make_samplers(experiment, roles, words, mesh, data.train.examples, data.evaluated),
     )  # fmt: skip
 
 

@@ -13,8 +13,8 @@ from alignax.rewards import members
 from alignax.run.online import make_judge, make_learn
 from alignax.run.prepare import Run
 from alignax.run.reference_cache import CACHE
-from alignax.run.roles import GOLD, REFERENCE, abstract, abstract_frozen, abstract_trained, whole
-from alignax.run.sampling import EVALUATION, sampled_rows
+from alignax.run.roles import GOLD, REFERENCE, abstract, abstract_frozen, abstract_trained
+from alignax.run.sampling import EVALUATION, sampled_rows, speaker_params
 from alignax.run.scoring import score_of
 from alignax.run.state import (
     abstract_batch,
@@ -65,7 +65,7 @@ def programs(run: Run) -> dict[str, Program]:
     else:
         out["evaluate"] = Program(jax.jit(lambda *args: evaluate(*args)[0]), (state, held, abstract_batch(run, evaluation=True)))
     for name, generator in run.samplers.items():
-        parts = generator.programs(whole(run.roles, held, trained))
+        parts = generator.programs(speaker_params(generator.speaker, run.roles, held, trained))
         out |= {f"{name}/{part}": program for part, program in parts.items()}
     if compared(run):
         out["compare"] = Program(jax.jit(make_compare(run)), (state.params, held, abstract_compared(run)))

@@ -15,13 +15,12 @@ from alignax.config import DATA, PRETRAIN, ROLLOUTS, asked, eval_batch_size, pro
 from alignax.config.blame import check_call
 from alignax.data import Batches
 from alignax.experience import Experience, chain, first_carry
-from alignax.generate import policy_sampling
 from alignax.host.functions import reward_fields
 from alignax.rewards import members
 from alignax.rewards.judge import FIELDS
 from alignax.run.prepare import Run
 from alignax.run.roles import GOLD, REFERENCE, STORED_MODEL, abstract_frozen, abstract_trained, models, policy_model
-from alignax.run.sampling import EVALUATION, sampled_rows
+from alignax.run.sampling import EVALUATION, ROLLOUT, sampled_rows
 from alignax.train import init_state
 from alignax.types import Batch, Model, Params, TrainState
 
@@ -52,8 +51,8 @@ def given_models(run: Run, held: Held, state: TrainState) -> dict[str, Model]:
 
 def off_policy(run: Run) -> bool:
     """Whether rollouts come from another policy than the one that is trained, or from another distribution of it."""
-    c = run.config.rollout
-    return c.ahead or PROPOSAL in run.learning.averages or not policy_sampling(c.temperature, c.top_p).exact
+    sampler = run.samplers[ROLLOUT]
+    return run.config.rollout.ahead or PROPOSAL in run.learning.averages or not (sampler.sampling.exact and sampler.speaker.exact)
 
 
 # State ----------------------------------------------------------------------------------------------------------------------
