@@ -19,11 +19,13 @@ from alignax.cli import main
 from alignax.cli.reward_commands import pairs_of
 from alignax.config import default_config
 from alignax.data import load_examples
-from alignax.generate import Answers, Completions, Sampling
+from alignax.generate import LENGTH, STOP_ID, Answers, Completions, Sampling
 from alignax.models import hf
 from alignax.rewards import judge as judges
 from alignax.run.rollout import Rollouts, decoded
-from alignax.run.start import check_step
+from alignax.run.sampling import ROLLOUT
+from alignax.run.scoring import Scorers
+from alignax.run.start import check_step, start
 from alignax.run.state import abstract_rollout
 
 # As Qwen's and Gemma's, with a line break behind the end.
@@ -295,3 +297,87 @@ def test_samples_of_conversations_anchor_a_reward_model_of_another_template(mode
     wanted = transformers_scores(models[1], [judge.apply_chat_template(chat)["input_ids"] for chat in chats])
     assert len(chats) > 4 and wanted.std() > 0.01
     np.testing.assert_allclose(json.loads((out / "config.json").read_text())["score_offset"], [wanted.mean()], atol=1e-4)
+
+
+WATCHED = """
+def loss(config):
+    return grpo()
+
+def experience(config):
+    return group_relative()
+
+def reward(prompts, completions, reader):
+    return [sum(own) / max(len(own), 1) for own in reader]
+"""
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory):
+    """A language model of another vocabulary and template than the policy's."""
+    folder = tiny.folder(tmp_path_factory.mktemp("reader") / "lm", vocab_size=288, eos_token_id=3)
+    tiny.byte_tokenizer(THEIRS).save_pretrained(folder)
+    (folder / "generation_config.json").unlink()
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["text", "messages"])
+def test_a_language_model_of_another_tokenizer_reads_text_for_reward_functions(kind, models, reader, tmp_path):
+    """Log-probs are transformers' of the model's own tokens; an end that the policy did not sample has none."""
+    words = ("sun", "moon", "sea", "a tree", "cat", "dog", "the owl", "x")
+    asked = [f"{word} and" if kind == "text" else [{"role": "user", "content": f"{word} and?"}] for word in words]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in asked))
+    given = {"data.kind": "prompt", "rollout.samples": 8, "rollout.max_new_tokens": 12, "models.reader.path": reader, "reward.path": ""}
+    run = checked(arguments(tmp_path, WATCHED, fields(models, tmp_path, "", tmp_path / "prompts.jsonl", **given)))
+    started = start(run, write=False)
+    started.checkpoints.close()
+    rollouts = Rollouts(run, scorers=Scorers(run, started.held, started.programs, ROLLOUT))
+    sampled = rollouts.sample(started.state, started.held, 0)
+    found, ended = rollouts.scorers.given(rollouts.answers(sampled))["reader"], sampled.completions.ended.ravel()
+    assert {*ended} == {STOP_ID, LENGTH} and run.roles["reader"].reads_text
+    tokenizer, model = transformers.AutoTokenizer.from_pretrained(reader), transformers.AutoModelForCausalLM.from_pretrained(reader)
+    texts, count = decoded(run.words.tokenizer, sampled.completions), max(tokenizer.get_vocab().values()) + 1
+    every = [(asked[i], text) for i, group in zip(sampled.rows, texts, strict=True) for text in group]
+    for (prompt, text), why, logps in zip(every, ended, found, strict=True):
+        if kind == "text":
+            before = tokenizer(prompt)["input_ids"]
+            whole = [*before, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+        else:
+            before = tokenizer.apply_chat_template(prompt, add_generation_prompt=True)["input_ids"]
+            whole = tokenizer.apply_chat_template([*prompt, {"role": "assistant", "content": text}])["input_ids"]
+            whole = whole[: len(whole) - 1 - whole[::-1].index(tokenizer.eos_token_id)]
+        whole = [*whole, tokenizer.eos_token_id] if why == STOP_ID else whole
+        with torch.no_grad():
+            scores = model(torch.tensor([whole])).logits[0, :, :count].log_softmax(-1)
+        wanted = [scores[t - 1, whole[t]].item() for t in range(len(before), len(whole))]
+        np.testing.assert_allclose(logps, wanted, atol=1e-4)
+
+
+def test_a_completion_that_does_not_fit_has_no_log_probs(models, reader, tmp_path):
+    """The list is [NaN], since a sum of some of the log-probs would look like one of all."""
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "a"}) + "\n" + json.dumps({"prompt": "b"}) + "\n")
+    given = {"data.kind": "prompt", "rollout.samples": 2, "rollout.max_new_tokens": 6, "models.reader.path": reader}
+    run = checked(arguments(tmp_path, WATCHED, fields(models, tmp_path, "", tmp_path / "prompts.jsonl", **given)))
+    started = start(run, write=False)
+    started.checkpoints.close()
+    scorers = Scorers(run, started.held, started.programs, ROLLOUT)
+    rollouts = Rollouts(run, scorers=scorers)
+    answers = rollouts.answers(rollouts.sample(started.state, started.held, 0))
+    answers.texts[0][0] = "longer than the row of the model by far" * 3
+    assert [np.isnan(own).all() for own in scorers.given(answers)["reader"]] == [True] + [False] * 15
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (
+            WATCHED.replace("(config):\n    return group", "(config, reader):\n    return group"),
+            "read the policy's own tokens; let",
+        ),
+        (WATCHED.replace("loss(config)", "loss(config, reader)"), "alone ask for reader, which then reads text"),
+    ],
+)
+def test_methods_that_need_equal_tokens_get_no_other_tokenizer(source, message, models, reader, tmp_path):
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "a"}) + "\n")
+    given = {"data.kind": "prompt", "rollout.samples": 2, "rollout.max_new_tokens": 6, "models.reader.path": reader}
+    with pytest.raises(ValueError, match="vocabulary of 288, the policy of 96.*" + message):
+        checked(arguments(tmp_path, source, fields(models, tmp_path, "", tmp_path / "prompts.jsonl", **given)))

@@ -51,6 +51,12 @@ def reward(prompts, completions):
 """
 
 
+STEERED = """
+from alignax.generate import combined
+
+def speaker(config, policy, margin, reference):
+    return combined([policy, margin, reference], [1.0, 0.5, -0.5])
+"""
 TWIN = """
 def metrics(prompts, completions, gold, twin, logprobs):
     gaps = [[abs(a - b) for a, b in zip(*pair, strict=True)] for pair in zip(twin, logprobs, strict=True)]
@@ -261,6 +267,91 @@ def test_modpos_optimum_is_that_of_the_weighted_reward(weights):
     np.testing.assert_allclose(jax.nn.log_softmax(z), best, atol=1e-2)
 
 
+SCORED = """
+def loss(config):
+    return grpo()
+
+def experience(config, ensemble):
+    return chain(score(ensemble), mean, group_relative())
+
+def reward(prompts, completions, ensemble):
+    return [float(x if isinstance(x, float) else sum(x)) for x in ensemble]
+
+def metrics(prompts, completions, reference, ensemble, logprobs):
+    gaps = [max(abs(a - b) for a, b in zip(*pair, strict=True)) for pair in zip(reference, logprobs, strict=True)]
+    each = [own if isinstance(own, list) else [own] for own in ensemble]
+    return {"gap": gaps, "several": [isinstance(own, list) for own in ensemble]} | {
+        f"member_{k}": [own[k] for own in each] for k in range(len(each[0]))
+    }
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("K", "rank"), [(1, 2), (2, 0)])
+def test_reward_functions_are_given_the_reference_and_the_ensemble(K, rank, folders, tmp_path):
+    """The functions alone make the run hold the reference; scores are those that the experience has of the same samples."""
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("a", "sun and", "it", "b c")))
+    judges = [str(reward_folder(tmp_path, k)) for k in range(K)]
+    given = {"data.train": tmp_path / "p.jsonl", "data.kind": "prompt", "rollout.samples": 2, "rollout.max_new_tokens": 6, "log.every": 1}
+    given |= {"reward.path": ",".join(judges), "lora.rank": rank, "optimizer.learning_rate": 1e-2, "eval.sample_prompts": 3}
+    args = arguments(tmp_path, SCORED, fields(folders, tmp_path, **given))
+    run = checked(args)
+    assert run.roles["reference"].tree == ("base" if rank else "reference") and "rollout/score/reference" in check_step(run)
+    assert main(args) == 0
+    logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    trained = [row for row in logged if "loss" in row]
+    for row in trained:
+        assert row["metrics/several"] == (K > 1)
+        if K > 1:
+            np.testing.assert_allclose(
+                [row[f"metrics/member_{k}"] for k in range(K)], [row[f"score/member_{k}"] for k in range(K)], atol=1e-5
+            )
+        else:
+            np.testing.assert_allclose(row["metrics/member_0"], row["reward"], atol=1e-5)
+    assert trained[0]["metrics/gap"] < 1e-4 < trained[1]["metrics/gap"]  # the reference stands still
+    assert {"eval/kl", "eval/metrics/gap"} <= {name for row in logged for name in row}
+
+
+ASKING = """
+def loss(config):
+    return dpo()
+
+def experience(config, reference):
+    return chain(logps("ref_logps", reference))
+
+def metrics(prompts, completions, reference):
+    return {"mean": [sum(own) for own in reference]}
+"""
+COLUMN = ONLINE.replace("completions)", "completions, reference)")
+MOVING = """
+def averages(config):
+    return {"reference": ema(0.9)}
+"""
+
+
+def test_a_function_holds_the_reference_that_a_cache_would_replace(folders, tmp_path):
+    given = {"reference.cache": tmp_path / "cache", "eval.top_p": 0.9}  # such samples are not compared with the reference
+    held = lambda **more: checked(arguments(tmp_path, ASKING, fields(folders, tmp_path, **given, **more))).roles["reference"].tree
+    assert held(**{"eval.samples": 2}) == "reference" and held() == "stored_ref_logps"
+
+
+@pytest.mark.parametrize(
+    ("source", "row", "message"),
+    [
+        (ASKING.replace("reference):\n    return {", "ensemble):\n    return {"), {}, "'reward.path' is empty; set --config.reward.path="),
+        (ASKING + MOVING, {}, "the average 'reference' moves it; let experience"),
+        (COLUMN, {"reference": "x"}, "asks for 'reference', which is a model of the run, and data.train has a column of that name"),
+    ],
+    ids=["no reward model", "a moving reference", "a column of that name"],
+)
+def test_models_that_functions_cannot_have_are_refused(source, row, message, folders, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"} | row) + "\n")
+    given = {"data.train": tmp_path / "rows.jsonl", "eval.samples": 2}
+    given |= {"data.kind": "prompt", "rollout.samples": 2} if source == COLUMN else {}
+    with pytest.raises(ValueError, match=message):
+        checked(arguments(tmp_path, source, fields(folders, tmp_path, **given)))
+
+
 def test_a_model_that_no_function_asks_for_is_refused_and_a_column_of_its_name(folders, tmp_path):
     (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "a", "helpful": 1}) + "\n")
     online = {"data.train": tmp_path / "p.jsonl", "data.kind": "prompt", "rollout.samples": 2, "models.helpful.path": folders[2]}
@@ -274,8 +365,9 @@ def test_a_model_that_no_function_asks_for_is_refused_and_a_column_of_its_name(f
 
 
 @pytest.mark.slow
-def test_programs_are_called_with_the_shapes_that_are_planned(folders, tmp_path, monkeypatch):
-    """All that an online run calls is in the table, and nothing is compiled after the first rollout."""
+@pytest.mark.parametrize("refill", [0, 2])
+def test_programs_are_called_with_the_shapes_that_are_planned(refill, folders, tmp_path):
+    """All that an online run calls is in the table, refills and a speaker included; nothing is compiled after the first rollout."""
     called = {}
 
     def recorded(name, program):
@@ -289,7 +381,13 @@ def test_programs_are_called_with_the_shapes_that_are_planned(folders, tmp_path,
     changes = {"models.gold.path": folders[2], "eval.sample_prompts": 3, "eval.max_new_tokens": 5, "steps": 3, "log.every": 1}
     (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("a", "sun and", "it", "b c")))
     changes |= {"data.train": tmp_path / "p.jsonl", "data.kind": "prompt", "rollout.samples": 4, "rollout.max_new_tokens": 6}
-    run = checked(arguments(tmp_path, ONLINE, fields(folders, tmp_path, **changes)))
+    changes |= {"rollout.refill": refill, "models.helpful.path": folders[2], "batch_size": 16}
+    some = "[float(bool({*text} & {*'aeiou'})) for text in completions]"  # alike in some groups: a refill is of fewer than a rollout
+    source = ONLINE.replace("completions)", "completions, helpful)").replace("[float(len(text)) for text in completions]", some)
+    if refill:
+        source = source.replace("grpo()", "importance_weighted(grpo())") + STEERED
+        changes |= {"models.margin.path": folders[1]}
+    run = checked(arguments(tmp_path, source, fields(folders, tmp_path, **changes)))
     started = start(run)
     for generator, name in ((run.samplers[name], name) for name in ("rollout", "eval")):
         for part in ("prefill", "decode"):
@@ -299,4 +397,6 @@ def test_programs_are_called_with_the_shapes_that_are_planned(folders, tmp_path,
     assert {*called} == {*table} - {"fingerprint", "begin"}  # which start() has called
     assert all(all(same) for same in called.values()), called
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["compilations"] > 0 for row in rows if "compilations" in row] == [True, False, False]
+    trained = [row for row in rows if "compilations" in row]
+    assert [row["compilations"] > 0 for row in trained] == [True, False, False]
+    assert not refill or all(row["signal_rate"] < 1 <= row["refill/times"] for row in trained)

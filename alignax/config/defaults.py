@@ -56,9 +56,9 @@ def default_config() -> Any:
     c.reference.jsd_temperature = 1.0  # GKD's divergence: divides the logits of policy and reference; above 0
 
     c.reward = ConfigDict()
-    c.reward.path = ""  # Hugging Face folders of reward models, separated by commas; an experience gets them as `ensemble`
+    c.reward.path = ""  # Hugging Face folders of reward models, separated by commas: the `ensemble` of experience(..) and reward(..)
 
-    # Further models, under names of your own, for experience(..) and loss(..) to ask for: --config.models.weak.path=FOLDER. The path is a
+    # Further models, under names of your own, for experience(..), loss(..) and reward(..): --config.models.weak.path=FOLDER. The path is a
     # folder as in `reference.path`, or reward models as in `reward.path`; `adapters` is a PEFT folder that is merged into the model.
     c.models = ConfigDict()
 

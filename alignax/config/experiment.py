@@ -2,7 +2,8 @@
 
 An experiment file defines `get_config() -> ConfigDict` and `loss(config) -> Loss` (or a function from the step to a Loss). It may also
 define `experience(config, reference)`, `reward(prompts, completions)`, `gold(..)` and `metrics(..)` with the arguments of `reward`,
-`averages(config)`, `row(row)`, `optimizer(config, schedule)`, `combine(gradients)` and `main(experiment)`; see `Experiment`.
+`averages(config)`, `row(row)`, `optimizer(config, schedule)`, `combine(gradients)`, `speaker(config, policy)` and `main(experiment)`; see
+`Experiment`.
 """
 
 import ast
@@ -47,6 +48,7 @@ class Experiment(NamedTuple):
     metrics: Callable[..., dict[str, Sequence[float]]] | None = None  # arguments of reward -> numbers by name, for the log
     optimizer: Callable[..., Any] | None = None  # config, schedule -> optax optimizer, in place of config.optimizer's
     combine: Callable[[dict[str, Any]], Any] | None = None  # gradients by name of loss -> gradient to follow; None: their sum
+    speaker: Callable[..., Any] | None = None  # any of config, policy, reference, language models (Speakers) -> Speaker to sample from
 
 
 def load_experiment(file: str | Path, overrides: Sequence[str] = ()) -> Experiment:
@@ -69,9 +71,10 @@ def load_experiment(file: str | Path, overrides: Sequence[str] = ()) -> Experime
 
 
 def hook(module: ModuleType, name: str) -> Any:
-    """What an experiment file has under the name of a function that a run calls; a namespace of ours is none."""
+    """What an experiment file has under the name of a function that a run calls; a namespace or function of ours of that name is none."""
     found = vars(module).get(name)
-    return None if inspect.ismodule(found) and found.__name__ == f"alignax.{name}" else found
+    ours = inspect.ismodule(found) and found.__name__ == f"alignax.{name}"
+    return None if ours or (inspect.isfunction(found) and found.__module__ == "alignax.generate.speakers") else found
 
 
 def check_hooks(module: ModuleType, file: Path) -> None:
@@ -79,7 +82,7 @@ def check_hooks(module: ModuleType, file: Path) -> None:
     for name in ("get_config", "loss"):
         if hook(module, name) is None:
             raise BadInput(f"{file} has no function {name}(){near(name, list(vars(module)))}; see experiments/dpo_hh.py")
-    for name in ("experience", "gold", "reward", "metrics"):
+    for name in ("experience", "gold", "reward", "metrics", "speaker"):
         given = hook(module, name)
         if given is not None and not callable(given) and not isinstance(given, Sequence):
             raise BadInput(f"{name} of {file} is {given!r}; it must be a function")
@@ -120,12 +123,13 @@ def name_models(config: Any) -> None:
 
 
 def check_asked(module: ModuleType, config: Any, file: Path) -> None:
-    """Refuses an experience or a loss with a parameter that no run passes."""
+    """Refuses an experience, a loss or a speaker with a parameter that no run passes."""
     own = asked(module.loss)[1:]  # without the first parameter, the config under any name
     check_call(module.loss, f"loss() of {file}", "config", *own)
     wants = {
         "experience": (asked(hook(module, "experience")), (*OFFERED, *config.models)),
         "loss": (own, ("reference", "policy", "ensemble", *config.models)),
+        "speaker": (asked(hook(module, "speaker")), ("config", "policy", "reference", *config.models)),
     }
     for name, (every, offered) in wants.items():
         for wanted in every:

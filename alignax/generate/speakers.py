@@ -44,9 +44,10 @@ class Speaker(NamedTuple):
     # (params, head, cache, tokens [S, W], at [S]) -> logits [S, V] float32 of the token after position `at`, and the cache with the token
     # at `at`. The given cache holds the tokens at 0 .. at - 1. `tokens` after `at` are meaningless.
     logits: Callable[[Any, Any, Any, jax.Array, jax.Array], tuple[jax.Array, Any]]
+    names: Any = ""  # tree like its parameters, with the name of a model in the place of that model's parameters; () for no parameters
 
 
-def speaker(config: ModelConfig, dtype: Any = jnp.float32, cache_dtype: str = "", mesh: Mesh | None = None) -> Speaker:
+def speaker(config: ModelConfig, dtype: Any = jnp.float32, cache_dtype: str = "", mesh: Mesh | None = None, name: str = "") -> Speaker:
     """Makes the speaker of one language model. Its parameters are those of training, with the shardings of training.
 
     Args:
@@ -54,6 +55,7 @@ def speaker(config: ModelConfig, dtype: Any = jnp.float32, cache_dtype: str = ""
       dtype: the dtype of activations, as in `alignax.models.transformer.forward`.
       cache_dtype: "float32", "bfloat16" or "int8"; empty: the dtype of activations.
       mesh: the mesh of the parameters; None for one device.
+      name: the name of the model, by which a run finds its parameters.
 
     Raises:
       ValueError: for an unknown `cache_dtype`.
@@ -87,7 +89,7 @@ def speaker(config: ModelConfig, dtype: Any = jnp.float32, cache_dtype: str = ""
         return constrain(shaped(z, shaping(config)), mesh, "batch", None), cache
 
     predicted = config.predicted_tokens or config.vocab_size
-    return Speaker(config.vocab_size, predicted, positions(config), True, mesh, empty, layout, read, head, logits)
+    return Speaker(config.vocab_size, predicted, positions(config), True, mesh, empty, layout, read, head, logits, name)
 
 
 def combined(speakers: Sequence[Speaker], coefficients: Sequence[float]) -> Speaker:
@@ -142,6 +144,7 @@ def combined(speakers: Sequence[Speaker], coefficients: Sequence[float]) -> Spea
         read=lambda params, tokens, real: tuple(s.read(own, tokens, real) for s, own in zip(speakers, params, strict=True)),
         head=lambda params: tuple(s.head(own) for s, own in zip(speakers, params, strict=True)),
         logits=logits,
+        names=tuple(s.names for s in speakers),
     )
 
 

@@ -24,6 +24,7 @@ ELSEWHERE = {  # further arguments that TRL's trainers give reward functions, wi
     "log_extra": "rollouts.jsonl and samples.jsonl have each completion with its numbers (log.rollouts, eval.samples)",
     "environments": "completions are texts, and no tools are called",
 }
+HELD = ("reference", "ensemble")  # models that reward functions may ask for beside those of `config.models`, as experiences do
 NAME = re.compile(r"[\w.-]+")  # the name of a number, which becomes part of a metric's name
 
 
@@ -116,9 +117,14 @@ def parameters(function: Callable, columns: Iterable[str], models: Iterable[str]
     return Parameters(positional, (*own, *rest), tuple(missing))
 
 
+def models_offered(experiment: Experiment) -> tuple[str, ...]:
+    """The names of the frozen models that `reward`, `gold` and `metrics` of the experiment may ask for."""
+    return (*HELD, *experiment.config.models)
+
+
 def models_asked(experiment: Experiment) -> tuple[str, ...]:
-    """The names of the models in `config.models` that `reward`, `gold` or `metrics` of the experiment ask for."""
-    models = tuple(experiment.config.models)
+    """The names of the frozen models that `reward`, `gold` or `metrics` of the experiment ask for."""
+    models = models_offered(experiment)
     every = [f for hook in ("reward", "gold", "metrics") if (own := functions_of(experiment, hook)) for f in own.each if callable(f)]
     wanted = {name for function in every for name in parameters(function, (), models).named}
     return tuple(name for name in models if name in wanted)
@@ -147,11 +153,12 @@ def check(experiment: Experiment, examples: Mapping[str, Examples]) -> None:
 
 def check_columns(name: str, function: Callable, experiment: Experiment, examples: Mapping[str, Examples]) -> None:
     """Refuses a reward function that asks for columns that the data lacks, or for a name that is a column and something else, too."""
-    file, models = experiment.file, tuple(experiment.config.models)
+    file, models = experiment.file, models_offered(experiment)
     for split, own in examples.items():
         wanted = parameters(function, own.columns, models)
         if both := [column for column in wanted.named if column in (*GIVEN[2:], *models) and column in own.columns]:
-            what = f"is models.{both[0]}.path" if both[0] in models else "every reward function is offered"
+            model = f"is models.{both[0]}.path" if both[0] in experiment.config.models else "is a model of the run"
+            what = model if both[0] in models else "every reward function is offered"
             raise ValueError(
                 f"{name}() of {file} asks for {both[0]!r}, which {what}, and data.{split} has a column of that name; rename the column, in "
                 "row(row) say"

@@ -1,9 +1,9 @@
-"""The inputs of reward models: prompts and completions in the models' own tokens and chat template.
+"""The inputs of models that read text: prompts and completions in the models' own tokens and chat template.
 
 If tokenizer and chat template of policy and reward models are equal in content, rows of data are tokenised once, for both. That is
 decided by content, not by samples. Otherwise, and for every sample of the policy, the batch holds the input of the reward models as
 `ensemble_tokens`, `ensemble_mask` and `ensemble_completion_mask` [B, N, T'], made on the host. Reward models of another role have its name
-in the place of "ensemble".
+in the place of "ensemble". Language models of another tokenizer than the policy's read samples in the same way.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from alignax.data.rows import Bad, Encoded, Prompted
 from alignax.data.template import mentioned
 from alignax.data.tokens import encode_texts
 from alignax.generate import Answers
-from alignax.generate.stops import added_text
+from alignax.generate.stops import STOP_ID, added_text
 from alignax.models import hf
 
 FIELDS = ("tokens", "mask", "completion_mask")  # batch fields that a reward model may have its own of, as ROLE_tokens
@@ -29,7 +29,7 @@ PROBE = "Yes: 1 + 1 = 2, and so on."  # an answer to try prompts with before the
 
 
 class Judge(NamedTuple):
-    """The input format of the reward models of one role."""
+    """The input format of the models of one role: reward models, or a language model that reads text."""
 
     role: str
     tokenizer: Any
@@ -99,7 +99,7 @@ def written(tokenizer: Any) -> tuple[Any, Any]:
 
 
 def form(source: hf.Source, judge: Any, tokenizer: Any) -> None:
-    """Gives the policy's chat template to a reward model's tokenizer that has none.
+    """Gives the policy's chat template to a model's tokenizer that has none.
 
     Raises:
       ValueError: if the tokenizer has another vocabulary than the policy's.
@@ -107,7 +107,7 @@ def form(source: hf.Source, judge: Any, tokenizer: Any) -> None:
     if judge.chat_template is not None:
         return
     if judge.get_vocab() != tokenizer.get_vocab():
-        raise ValueError(f"reward model {str(source.path)!r} has another tokenizer than the policy, and no chat template for conversations")
+        raise ValueError(f"the model {str(source.path)!r} has another tokenizer than the policy, and no chat template for conversations")
     judge.chat_template = tokenizer.chat_template
 
 
@@ -128,10 +128,10 @@ def keys(data: Loaded) -> list[tuple[int, ...]]:
 
 
 def of_rollouts(config: Any, role: str, source: hf.Source, judge: Any, tokenizer: Any, every: Sequence[Examples]) -> Judge:
-    """The input format of reward models for samples of the policy, with a length that holds every prompt and its answer.
+    """The input format of models for samples of the policy, with a length that holds every prompt and its answer.
 
     Raises:
-      ValueError: for prompts that the reward model cannot read, or that leave no room for an answer.
+      ValueError: for prompts that the model cannot read, or that leave no room for an answer.
     """
     new, most = longest_answer(config), source.config.max_position_embeddings
     tried = [asked(examples, i, PROBE) for examples in every for i in range(len(examples))]
@@ -143,14 +143,14 @@ def of_rollouts(config: Any, role: str, source: hf.Source, judge: Any, tokenizer
     sizes = []  # tokens of a prompt, and of the whole input row
     for code in tokens_of([row for row in tried if not (shared and isinstance(row.prompt, str))], own):
         if isinstance(code, Bad):
-            raise ValueError(f"the reward model {str(source.path)!r} cannot read a prompt of the data: {code.what}")
+            raise ValueError(f"the model {str(source.path)!r} cannot read a prompt of the data: {code.what}")
         sizes.append((len(code.prompt), len(code.prompt) + len(code.completions[0]) + 2 * new))
     if shared:  # + 1: an answer that was cut gets an EOS
         sizes += [(longest, longest + new + 1) for examples in every if (longest := int(examples.prompt_lengths.max()))]
     prompt, length = (max(values) for values in zip(*sizes, strict=True))
     if prompt + new > most:
         raise ValueError(
-            f"the reward model {str(source.path)!r} reads {most} tokens, and a prompt of {prompt} of its own with an answer of "
+            f"the model {str(source.path)!r} reads {most} tokens, and a prompt of {prompt} of its own with an answer of "
             f"max_new_tokens {new} does not fit; lower it, or leave that prompt out"
         )
     return own._replace(length=min(most, -(-length // 8) * 8))
@@ -168,7 +168,7 @@ def asked(examples: Examples, row: int, text: str) -> Prompted:
 
 
 def tokens_of(rows: Sequence[Prompted], judge: Judge) -> list[Encoded | Bad]:
-    """Rows of one answer each in a reward model's tokens; a row with a token beyond the model's embedding is `Bad`."""
+    """Rows of one answer each in a model's own tokens; a row with a token beyond the model's embedding is `Bad`."""
     ends = {judge.tokenizer.eos_token_id, *judge.ends}
     texts = iter(encode_texts([row for row in rows if isinstance(row.prompt, str)], judge.tokenizer, ends))
     conversations = [row for row in rows if not isinstance(row.prompt, str)]
@@ -218,3 +218,17 @@ def read(judge: Judge, policy: Any, answers: Answers) -> dict[str, np.ndarray]:
         flat["tokens"][k, : len(ids)], flat["mask"][k, : len(ids)] = ids, True
         flat["completion_mask"][k, : len(ids)] = np.frombuffer(scored, np.bool_)
     return {f"{judge.role}_{name}": x for name, x in out.items()} | {f"{judge.role}_cut": cut.reshape(said.ended.shape)} | foreign
+
+
+def without_ends(judge: Judge, own: Mapping[str, np.ndarray], answers: Answers) -> np.ndarray:
+    """The mask of the tokens of answers alone, [B, N, T']: without the ends that `read` gives to answers that the policy did not end.
+
+    Args:
+      judge: input format of the model.
+      own: `tokens` and `completion_mask` of the model, as `read` makes them.
+      answers: the samples.
+    """
+    mask = own["completion_mask"]
+    last = mask & (mask[..., ::-1].cumsum(axis=-1)[..., ::-1] == 1)
+    given = np.isin(own["tokens"], judge.ends) & (answers.completions.ended != STOP_ID)[..., None]
+    return mask & ~(last & given)

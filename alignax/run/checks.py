@@ -95,9 +95,9 @@ def check_head(config: Any, source: hf.Source, experiment: Experiment) -> None:
         raise ValueError("model.critic gives a language model values, and this is a reward model; leave it empty")
     if max(config.eval.samples, config.eval.sample_prompts):
         raise ValueError("a reward model gives scores and no text; set eval.samples and eval.sample_prompts to 0")
-    for name, function in (("gold", experiment.gold), ("metrics", experiment.metrics)):
+    for name, function in (("gold", experiment.gold), ("metrics", experiment.metrics), ("speaker", experiment.speaker)):
         if function is not None:
-            raise ValueError(f"{name}() of {experiment.file} reads text, which a reward model does not give; remove it")
+            raise ValueError(f"{name}() of {experiment.file} is for text, which a reward model does not give; remove it")
 
 
 def check_members(config: Any, mesh: Mesh) -> None:
@@ -173,8 +173,11 @@ def check_cache(config: Any, averages: dict[str, Average], reference: Any) -> No
         raise ValueError(f"{where} holds no distributions, which reference.token_kl needs; leave one of them out")
 
 
-def check_averages(config: Any, averages: dict[str, Average], reference: Any) -> None:
-    """Refuses averages with impossible names or rules, and config fields that name an average that does not exist."""
+def check_averages(config: Any, averages: dict[str, Average], reference: Any, frozen: Sequence[str]) -> None:
+    """Refuses averages with impossible names or rules, and config fields that name an average that does not exist.
+
+    `frozen` are the models that reward functions and the speaker ask for; they stand still.
+    """
     for name, rule in averages.items():
         check_call(rule, f"the average {name!r}", "average", "params", "step")
     known = ["policy", *(name for name in averages if name != "reference")]
@@ -189,6 +192,11 @@ def check_averages(config: Any, averages: dict[str, Average], reference: Any) ->
         raise ValueError('an average is called "policy", or "reference" where no experience asks for one; rename or remove it')
     if "reference" in averages and config.reference.path and (config.reference.path != config.model.path):
         raise ValueError(f"a moving reference starts from the policy, not from reference.path {config.reference.path!r}; leave it empty")
+    if "reference" in averages and "reference" in frozen:
+        raise ValueError(
+            "reward(..), gold(..), metrics(..) or speaker(..) ask for reference, and the average 'reference' moves it; let experience(..) "
+            "ask for it, or give the functions a model that stands still, under another name: models.initial.path"
+        )
     turn = steps_of_turn(config)
     for name, rule in averages.items():
         if isinstance(rule, Turning) and rule.every % turn:  # the rest of the rollout would come from the old policy

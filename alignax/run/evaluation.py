@@ -21,9 +21,8 @@ from alignax.program import Program
 from alignax.run.host_rewards import bad_rewards, metrics_of, named, rewards_of
 from alignax.run.log import Log
 from alignax.run.prepare import Run
-from alignax.run.roles import whole
 from alignax.run.rollout import decoded, samples_batch, text_metrics
-from alignax.run.sampling import EVALUATION, sampled_rows
+from alignax.run.sampling import EVALUATION, sampled_rows, speaker_params
 from alignax.run.scoring import Scorers
 from alignax.run.state import Held, put_padded
 from alignax.train import means
@@ -81,7 +80,8 @@ class Evaluation:
         if not self.sampled:
             return {}
         key = jax.random.fold_in(jax.random.fold_in(state.key, step), 1)
-        completions = self.generate(whole(run.roles, self.frozen, state.params), self.prompts, key, c.samples_per_prompt, self.look)
+        params = speaker_params(self.generate.speaker, run.roles, self.frozen, state.params)
+        completions = self.generate(params, self.prompts, key, c.samples_per_prompt, self.look)
         rows, texts = np.asarray(self.sampled), decoded(run.words.tokenizer, completions, self.generate.stops)
         scores = {"prompts": float(n)} | text_metrics(completions)
         prompts = np.repeat(np.array([self.examples.prompts[i] for i in self.sampled], object)[:, None], c.samples_per_prompt, axis=1)

@@ -13,7 +13,7 @@ from alignax.data import Examples
 from alignax.distributed import from_main
 from alignax.generate import Answers
 from alignax.host.calls import METRICS, Call, qualified
-from alignax.host.functions import Functions, functions_of, is_async, models_asked, parameters, title
+from alignax.host.functions import Functions, functions_of, is_async, models_asked, models_offered, parameters, title
 from alignax.host.workers import POLL, Abandoned, Workers
 from alignax.run.prepare import Run
 from alignax.text import short
@@ -163,7 +163,7 @@ def ask(run: Run, functions: Functions, examples: Examples, said: Said) -> Found
 def call_of(run: Run, functions: Functions, k: int, examples: Examples, said: Said) -> Call:
     """The call of function k on completions, with all arguments that the function asks for."""
     function, c = functions.each[k], run.config.rollout
-    wanted = parameters(function, examples.columns, run.config.models)
+    wanted = parameters(function, examples.columns, models_offered(run.experiment))
     names = ("prompts", "completions", *wanted.named) if wanted.positional else wanted.named
     offered: dict[str, Callable[[], list[Any]]] = {
         "prompts": lambda: [examples.prompts[row] for row in said.rows],
@@ -262,9 +262,9 @@ def stored_answer(run: Run) -> Said:
     text = run.words.tokenizer.decode(answer, skip_special_tokens=True)
     models: dict[str, list[Any]] = {}
     for name in models_asked(run.experiment):
-        judged, role = name in run.judges, run.roles[name]
-        count = max(role.members, role.config.num_labels) if judged else len(answer)
-        models[name] = [0.0 if judged and count == 1 else [0.0] * count]
+        role = run.roles[name]
+        count = max(role.members, role.config.num_labels) if role.members else len(answer)
+        models[name] = [0.0 if role.members and count == 1 else [0.0] * count]
     return Said([0], [text], [answer], [np.zeros(len(answer), np.float32)], 1, models)
 
 

@@ -39,7 +39,7 @@ def open_models(experiment: Experiment, mesh: Mesh) -> tuple[dict[str, Role], Vo
       The roles by name, and the policy's vocabulary. The names are "policy"; "base" if the policy has adapters; and, if the run has such
       models, "reference", "critic", "ensemble" and the names of `config.models`.
     """
-    config, asks = experiment.config, (*asked(experiment.experience), *asked(experiment.loss)[1:])
+    config, asks = experiment.config, (*tokenwise(experiment), *models_asked(experiment))
     source = open_model(config.model.path, config.model.init, "model.path")
     source = hf.with_heads(source, config.model.num_labels, trunk_values(config), config.model.language_head)
     check_head(config, source, experiment)
@@ -51,7 +51,7 @@ def open_models(experiment: Experiment, mesh: Mesh) -> tuple[dict[str, Role], Vo
     source = spoken(config, source, words.unused)
     reference = open_reference(config, source, words) if "reference" in asks else None
     if config.reference.path and reference is None:
-        raise ValueError("reference.path is set and no reference is held; let experience(..) ask for reference, or leave it empty")
+        raise ValueError("reference.path is set and no reference is held; let experience(..) or reward(..) ask for it, or leave it empty")
     if config.reference.token_kl:
         check_token_kl(source, reference)
     adapters = make_lora(config, source)
@@ -66,18 +66,25 @@ def open_models(experiment: Experiment, mesh: Mesh) -> tuple[dict[str, Role], Vo
         check_tokenizer(critic.path, critic.config.vocab_size, f"model.critic {config.model.critic!r}", source, tokenizer)
     judges = open_judges(config) if "ensemble" in asks else []
     if config.reward.path and not judges:
-        raise ValueError("reward.path is set and no reward model is asked for; let experience(..) ask for ensemble, or leave it empty")
+        raise ValueError(
+            "reward.path is set and no reward model is asked for; let experience(..) or reward(..) ask for ensemble, or leave it empty"
+        )
     if adapters is not None:
         bare = dataclasses.replace(roles[POLICY].config, critic_heads=0)
         roles[BASE] = roles[POLICY]._replace(name=BASE, tree=BASE, config=bare, members=0)
     if reference is not None:
-        roles[REFERENCE] = reference_role(config, reference, roles, mesh)
+        roles[REFERENCE] = reference_role(experiment, reference, roles, mesh)
     if judges:
         roles[ENSEMBLE] = scoring_role(ENSEMBLE, judges, dtype, mesh)
     others = open_others(experiment, roles[POLICY], words, mesh)
     if GOLD in others:
         check_gold(experiment, others[GOLD], roles[POLICY])
     return roles | others, words
+
+
+def tokenwise(experiment: Experiment) -> tuple[str, ...]:
+    """The parameters of experience, loss and speaker of an experiment: models among them read the policy's own tokens."""
+    return (*asked(experiment.experience), *asked(experiment.loss)[1:], *asked(experiment.speaker))
 
 
 def check_gold(experiment: Experiment, gold: Role, policy: Role) -> None:
@@ -100,9 +107,9 @@ def trained_roles(config: Any, source: hf.Source, adapters: Lora | None, dtype: 
     return {POLICY: policy} if critic is None else {POLICY: policy, CRITIC: critic_role(config, critic, dtype, mesh)}
 
 
-def reference_role(config: Any, source: hf.Source, roles: Mapping[str, Role], mesh: Mesh) -> Role:
+def reference_role(experiment: Experiment, source: hf.Source, roles: Mapping[str, Role], mesh: Mesh) -> Role:
     """The role of the reference: the base of the policy's adapters if it has some, unless `reference.path` names another model."""
-    policy, own = roles[POLICY], source is not roles[POLICY].source
+    config, policy, own = experiment.config, roles[POLICY], source is not roles[POLICY].source
     shared = policy.lora is not None and not own
     bare = dataclasses.replace(policy.lora, targets=()) if policy.lora is not None and shared else None
     language = {"num_labels": 0, "language_head": False} if source.config.language_head else {}  # a reward model: its language model
@@ -110,7 +117,9 @@ def reference_role(config: Any, source: hf.Source, roles: Mapping[str, Role], me
     # The policy's own forward pass if possible, so that equal parameters give equal numbers.
     giving = policy.giving if model == policy.config else make_giving(model, config, policy.dtype, mesh)
     c = config.eval
-    idle = config.reference.cache and not (c.temperature > 0 and c.top_p == 1 and max(c.samples, c.sample_prompts))
+    # Whether evaluations that sample need it: to score or to make the samples, or to compare them.
+    needed = REFERENCE in (*models_asked(experiment), *asked(experiment.speaker)) or (c.temperature > 0 and c.top_p == 1)
+    idle = config.reference.cache and not (needed and max(c.samples, c.sample_prompts))
     tree = BASE if shared else STORED if idle else REFERENCE
     return Role(REFERENCE, (source,), model, policy.dtype, tree, giving, "pretrained" if own else policy.init)
 
@@ -154,6 +163,15 @@ def open_reference(config: Any, source: hf.Source, words: Vocabulary) -> hf.Sour
     return reference
 
 
+def own_speech(other: hf.Source, source: hf.Source, words: Vocabulary, field: str, what: str) -> str:
+    """Why a language model cannot read the policy's tokens, see `check_speech`; the empty text if it can."""
+    try:
+        check_speech(other, source, words, field, what)
+    except ValueError as e:
+        return str(e)
+    return ""
+
+
 def check_speech(other: hf.Source, source: hf.Source, words: Vocabulary, field: str, what: str) -> None:
     """Refuses a language model that reads the policy's tokens, but has another vocabulary than the policy."""
     if other.config.vocab_size != source.config.vocab_size:
@@ -165,15 +183,17 @@ def check_speech(other: hf.Source, source: hf.Source, words: Vocabulary, field: 
 
 
 def open_others(experiment: Experiment, policy: Role, words: Vocabulary, mesh: Mesh) -> dict[str, Role]:
-    """The roles of `config.models`: frozen language models, which read the policy's tokens, and reward models.
+    """The roles of `config.models`: frozen language models and reward models.
+
+    A language model reads the policy's tokens. If it has another tokenizer and only reward functions ask for it, it reads text.
 
     Raises:
       ValueError: for an unknown field, a model that nothing asks for, and all that is refused for a reference or for reward models.
     """
     config, roles = experiment.config, {}
     for name, given in config.models.items():
-        field, asks = f"models.{name}.path", (*asked(experiment.experience), *asked(experiment.loss)[1:], *models_asked(experiment))
-        if name not in (*asks, GOLD):
+        field = f"models.{name}.path"
+        if name not in (*tokenwise(experiment), *models_asked(experiment), GOLD):
             raise ValueError(
                 f"config field {field!r} is set and nothing asks for that model; let experience(..), loss(..) or reward(..) ask for {name}"
             )
@@ -192,13 +212,20 @@ def open_others(experiment: Experiment, policy: Role, words: Vocabulary, mesh: M
                 check_one_score(judges[0])
             roles[name] = scoring_role(name, judges, policy.dtype, mesh)
             continue
-        source = spoken(config, source, words.unused)
-        check_speech(source, policy.source, words, field, f"the model {name!r}")
+        why, unused = own_speech(source, policy.source, words, field, f"the model {name!r}"), words.unused
+        if why and name in tokenwise(experiment):
+            raise ValueError(
+                f"{why}. experience(..), loss(..) and speaker(..) read the policy's own tokens; let reward(..), gold(..) or metrics(..) "
+                f"alone ask for {name}, which then reads text"
+            )
+        if why:
+            unused = hf.with_vocabulary(source, load_tokenizer(source.path, source.config.vocab_size)).config.unused_tokens
+        source = spoken(config, source, unused)
         if adapters:
             peft.read_config(Path(adapters), source)
             peft.weights(Path(adapters))
         giving = make_giving(source.config, config, policy.dtype, mesh)
-        roles[name] = Role(name, (source,), source.config, policy.dtype, name, giving, adapters=adapters)
+        roles[name] = Role(name, (source,), source.config, policy.dtype, name, giving, adapters=adapters, reads_text=bool(why))
     return roles
 
 
@@ -210,7 +237,7 @@ def paths_of(text: str) -> list[str]:
 def open_judges(config: Any) -> list[hf.Source]:
     """The reward models of `reward.path`."""
     if not config.reward.path:
-        raise ValueError("experience(..) asks for ensemble and config field 'reward.path' is empty; set --config.reward.path=FOLDER,FOLDER")
+        raise ValueError("ensemble is asked for and config field 'reward.path' is empty; set --config.reward.path=FOLDER,FOLDER")
     judges = open_ensemble(paths_of(config.reward.path))
     check_one_score(judges[0])
     return judges

@@ -119,7 +119,7 @@ class Run(NamedTuple):
     workdir: Path
     mesh: Mesh
     roles: dict[str, Role]  # the models by name
-    judges: dict[str, Judge]  # by role: how a reward model reads samples
+    judges: dict[str, Judge]  # by role: how reward models, and language models of another tokenizer, read samples
     words: Vocabulary
     data: Data
     learning: Learning
@@ -195,7 +195,7 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
     schedule = make_schedule(config.optimizer, steps)
     optimizer = own_optimizer(experiment, schedule) if experiment.optimizer else make_optimizer(config.optimizer, schedule)
     objectives, averages = learning(experiment, roles, mesh)
-    check_averages(config, averages, reference)
+    check_averages(config, averages, reference, (*models_asked(experiment), *asked(experiment.speaker)))
     check_cache(config, averages, reference)
     for line in notices(roles, words.tokenizer, config.lora.path, config.rollout.samples > 0) if is_main() else ():
         print(f"notice: {line}", file=sys.stderr)
@@ -203,7 +203,7 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
         experiment, config, Path(config.workdir), mesh, roles, judges, words, data,
         Learning(objectives, schedule, optimizer, averages), steps,
         Workers(experiment.file, config, config.rollout.reward_workers, config.rollout.timeout),
-        make_samplers(config, roles[POLICY], words, mesh, data.train.examples, data.evaluated),
+        make_samplers(experiment, roles, words, mesh, data.train.examples, data.evaluated),
         make_packing(config, roles, mesh, data.train),
     )  # fmt: skip
 
@@ -216,12 +216,12 @@ def scoring(roles: dict[str, Role]) -> dict[str, Role]:
 def judged(
     experiment: Experiment, roles: dict[str, Role], words: Vocabulary, loaded: dict[str, Loaded]
 ) -> tuple[dict[str, Judge], dict[str, Examples]]:
-    """The judges, which say how reward models read samples, and every split, with tokens of their own for reward models that need them."""
+    """The judges, which say how models read samples as text, and every split, with tokens of their own for reward models that need them."""
     config, read = experiment.config, [split for split in loaded if split != "pretrain"]
-    # Only reward models that read samples need conversations.
+    # Only models that read samples as text need conversations.
     every = {split: dataclasses.replace(data.examples, conversations=[]) for split, data in loaded.items()}
     judges, asks, functions = {}, (*asked(experiment.experience), *asked(experiment.loss)[1:]), (GOLD, *models_asked(experiment))
-    for name, role in scoring(roles).items():
+    for name, role in (scoring(roles) | {name: role for name, role in roles.items() if role.reads_text}).items():
         own = load_tokenizer(role.source.path, role.source.config.vocab_size)
         if config.rollout.samples or name in functions:
             judges[name] = judging.of_rollouts(config, name, role.source, own, words.tokenizer, [loaded[split].examples for split in read])

@@ -6,7 +6,6 @@ argument: they keep their shardings, and are never compiled into a program.
 
 import jax
 
-from alignax import mesh as meshes
 from alignax.host.functions import models_asked
 from alignax.models import parameters
 from alignax.program import Program
@@ -14,8 +13,8 @@ from alignax.rewards import members
 from alignax.run.online import make_judge, make_learn
 from alignax.run.prepare import Run
 from alignax.run.reference_cache import CACHE
-from alignax.run.roles import GOLD, REFERENCE, abstract, abstract_frozen, abstract_trained, whole
-from alignax.run.sampling import EVALUATION, sampled_rows
+from alignax.run.roles import GOLD, REFERENCE, abstract, abstract_frozen, abstract_trained
+from alignax.run.sampling import EVALUATION, sampled_rows, speaker_params
 from alignax.run.scoring import score_of
 from alignax.run.state import (
     abstract_batch,
@@ -25,6 +24,7 @@ from alignax.run.state import (
     abstract_rollout,
     abstract_state,
     new_state,
+    padded,
 )
 from alignax.run.steps import make_compare, make_data_step, make_evaluate, make_score
 from alignax.train import digest
@@ -59,13 +59,13 @@ def programs(run: Run) -> dict[str, Program]:
         "train": Program(jax.jit(step, donate_argnums=0), (state, held, abstract_batches(run))),
     }
     if online:
-        n, shards = len(sampled_rows(run.config, run.data.evaluated)) or 1, meshes.batch_shards(run.mesh)
-        samples = abstract_rollout(run, -(-n // shards) * shards, run.config.eval.samples_per_prompt)
+        n = len(sampled_rows(run.config, run.data.evaluated)) or 1
+        samples = abstract_rollout(run, padded(run.mesh, n), run.config.eval.samples_per_prompt)
         out["judge"] = Program(jax.jit(make_judge(run)), (state, held, samples))
     else:
         out["evaluate"] = Program(jax.jit(lambda *args: evaluate(*args)[0]), (state, held, abstract_batch(run, evaluation=True)))
     for name, generator in run.samplers.items():
-        parts = generator.programs(whole(run.roles, held, trained))
+        parts = generator.programs(speaker_params(generator.speaker, run.roles, held, trained))
         out |= {f"{name}/{part}": program for part, program in parts.items()}
     if compared(run):
         out["compare"] = Program(jax.jit(make_compare(run)), (state.params, held, abstract_compared(run)))

@@ -45,6 +45,7 @@ class Role(NamedTuple):
     init: str = "pretrained"  # "pretrained": weights of the folder; "random": new weights
     adapters: str = ""  # PEFT folder that is merged into the weights on loading
     members: int = 0  # K of an ensemble with stacked trees [K, ...]; 0: a single model
+    reads_text: bool = False  # a frozen language model of another tokenizer than the policy's, for reward functions alone
 
     @property
     def source(self) -> hf.Source:

@@ -21,8 +21,8 @@ from alignax.host.functions import names_of, reward_fields
 from alignax.rewards import judge as judges
 from alignax.run.host_rewards import Models, bad_rewards, has_signal, known_mean, metrics_of, named, rewarded, rewards_of
 from alignax.run.prepare import Run
-from alignax.run.roles import GOLD, whole
-from alignax.run.sampling import ROLLOUT
+from alignax.run.roles import GOLD
+from alignax.run.sampling import ROLLOUT, speaker_params
 from alignax.run.scoring import Scorers
 from alignax.run.state import Held
 from alignax.types import Batch, TrainState
@@ -87,7 +87,7 @@ class Rollouts:
         prompts = [run.data.train.examples.prompt_tokens(row).tolist() for row in rows]
         key = jax.random.fold_in(jax.random.fold_in(state.key, step), 2)
         key = jax.random.fold_in(key, again) if again else key
-        params = whole(run.roles, frozen, state.averages.get(PROPOSAL, state.params))
+        params = speaker_params(self.generate.speaker, run.roles, frozen, state.averages.get(PROPOSAL, state.params))
         completions = self.generate(params, prompts, key, run.config.rollout.samples, self.look)
         return Sampled(rows, prompts, completions, {"time/generate": time.monotonic() - began} | text_metrics(completions))
 

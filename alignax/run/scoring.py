@@ -1,5 +1,6 @@
 """Scores and log-probs of samples by the frozen models of a run: for reward functions that ask for a model, and as gold rewards."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ from alignax.program import Program
 from alignax.rewards import judge as judges
 from alignax.run.prepare import Run
 from alignax.run.roles import GOLD
-from alignax.run.state import Held, padded_prompts, put_padded
+from alignax.run.state import Held, put_padded
 
 
 def score_of(sampler: str, name: str) -> str:
@@ -42,31 +43,37 @@ class Scorers:
     def given(self, answers: Answers) -> dict[str, list[Any]]:
         """The values of models for reward functions that ask for them, by the model's name: one value for each of the B * N completions.
 
-        A reward model gives its score, or a list of scores if it has several. A language model gives a list of the log-probs of the
-        completion's tokens.
+        Reward models give a score, or a list of scores if there are several: those of a model's labels, or of K members. A language model
+        gives a list of the log-probs of the completion's tokens, in its own tokens if it reads text. A completion that a model cannot read
+        has the score NaN, or the list [NaN].
         """
         out: dict[str, list[Any]] = {}
         for name in models_asked(self.run.experiment):
             said, mask = (x.reshape(-1, x.shape[-1]) for x in self.said(name, answers))
-            if name not in self.run.judges:
-                out[name] = [row[scored].tolist() for row, scored in zip(said, mask, strict=True)]
-            else:
+            if self.run.roles[name].members:
                 out[name] = said.tolist() if said.shape[-1] > 1 else said[:, 0].tolist()
+            else:
+                out[name] = [[math.nan] if np.isnan(row).all() else row[scored].tolist() for row, scored in zip(said, mask, strict=True)]
         return out
 
     def said(self, name: str, answers: Answers) -> tuple[np.ndarray, np.ndarray]:
         """The output of a model for samples, float32, and the mask of the completion tokens that it read, [B, N, T] bool.
 
-        The output of a reward model is scores [B, N, K], NaN for samples that it cannot read; of a language model, log-probs [B, N, T].
+        The output of a reward model is scores [B, N, K]; of a language model, log-probs [B, N, T]. Samples that it cannot read have NaN:
+        those that its chat template refuses, and of a language model that reads text those that do not fit into its row.
         """
         run, role, judge = self.run, self.run.roles[name], self.run.judges.get(name)
         if judge is None:
             whole = sampled_batch(answers.prompts, answers.completions, run.data.train.length if run.config.rollout.samples else 0)
             batch = {field: whole[field] for field in judges.FIELDS}
+            unread = np.zeros((*batch["mask"].shape[:2], 1), bool)
         else:
             own = judges.read(judge, run.words.tokenizer, answers)
             batch = {field: own[f"{name}_{field}"] for field in judges.FIELDS}
-        mask, B = batch["completion_mask"], len(answers.rows)
-        placed = put_padded(run.mesh, batch, padded_prompts(run.mesh, B))
-        said = meshes.gathered(self.programs[name].call(self.held[role.tree], placed))[:B]
-        return said if judge is None else np.where(mask.any(axis=-1, keepdims=True), said, np.float32(np.nan)), mask
+            unread = ~batch["completion_mask"].any(axis=-1, keepdims=True)
+            if role.reads_text:
+                batch["completion_mask"], unread = judges.without_ends(judge, batch, answers), unread | own[f"{name}_cut"][..., None]
+        program, mask, B = self.programs[name], batch["completion_mask"], len(answers.rows)
+        rows = len(program.arguments[1]["tokens"])  # of a whole rollout: a refill has fewer, and would compile another program
+        said = meshes.gathered(program.call(self.held[role.tree], put_padded(run.mesh, batch, rows)))[:B]
+        return np.where(unread, np.float32(np.nan), said), mask

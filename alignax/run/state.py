@@ -15,13 +15,12 @@ from alignax.config import DATA, PRETRAIN, ROLLOUTS, asked, eval_batch_size, pro
 from alignax.config.blame import check_call
 from alignax.data import Batches
 from alignax.experience import Experience, chain, first_carry
-from alignax.generate import policy_sampling
 from alignax.host.functions import reward_fields
 from alignax.rewards import members
 from alignax.rewards.judge import FIELDS
 from alignax.run.prepare import Run
 from alignax.run.roles import GOLD, REFERENCE, STORED_MODEL, abstract_frozen, abstract_trained, models, policy_model
-from alignax.run.sampling import EVALUATION, sampled_rows
+from alignax.run.sampling import EVALUATION, ROLLOUT, sampled_rows
 from alignax.train import init_state
 from alignax.types import Batch, Model, Params, TrainState
 
@@ -52,8 +51,8 @@ def given_models(run: Run, held: Held, state: TrainState) -> dict[str, Model]:
 
 def off_policy(run: Run) -> bool:
     """Whether rollouts come from another policy than the one that is trained, or from another distribution of it."""
-    c = run.config.rollout
-    return c.ahead or PROPOSAL in run.learning.averages or not policy_sampling(c.temperature, c.top_p).exact
+    sampler = run.samplers[ROLLOUT]
+    return run.config.rollout.ahead or PROPOSAL in run.learning.averages or not (sampler.sampling.exact and sampler.speaker.exact)
 
 
 # State ----------------------------------------------------------------------------------------------------------------------
@@ -153,29 +152,29 @@ def abstract_read(run: Run, role: str, sampler: str) -> dict[str, jax.ShapeDtype
         B, N = len(sampled_rows(c, run.data.evaluated)), c.eval.samples_per_prompt
     T = run.data.train.length if c.rollout.samples else shape.prompt + shape.new
     T = run.judges[role].length if role in run.judges else T
-    layout, shape = meshes.batch_sharding(run.mesh), (padded_prompts(run.mesh, B), N, T)
+    layout, shape = meshes.batch_sharding(run.mesh), (padded(run.mesh, B), N, T)
     types = dict(zip(FIELDS, (jnp.int32, jnp.bool_, jnp.bool_), strict=True))
     return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=layout) for name, dtype in types.items()}
 
 
 def abstract_compared(run: Run) -> dict[str, jax.ShapeDtypeStruct]:
     """The shapes and shardings of an evaluation's samples for the comparison of policy and reference."""
-    shape, shards = run.samplers[EVALUATION].shape, meshes.batch_shards(run.mesh)
+    shape = run.samplers[EVALUATION].shape
     B, N, T = len(sampled_rows(run.config, run.data.evaluated)), run.config.eval.samples_per_prompt, shape.prompt + shape.new
     types = dict(zip((*FIELDS, "sampled_logps"), (jnp.int32, jnp.bool_, jnp.bool_, jnp.float32), strict=True))
-    layout, rows = meshes.batch_sharding(run.mesh), -(-B // shards) * shards
+    layout, rows = meshes.batch_sharding(run.mesh), padded(run.mesh, B)
     return {name: jax.ShapeDtypeStruct((rows, N, T), dtype, sharding=layout) for name, dtype in types.items()}
 
 
-def padded_prompts(mesh: Mesh, prompts: int) -> int:
-    """The padded size of a batch of prompts: a power of 2 rows per batch shard, so that refills need few compilations."""
+def padded(mesh: Mesh, prompts: int) -> int:
+    """The number of rows of a padded batch of prompts: a multiple of the batch shards, 0 for no prompts."""
     shards = meshes.batch_shards(mesh)
-    return shards << (-(-max(prompts, 1) // shards) - 1).bit_length()
+    return -(-prompts // shards) * shards
 
 
 def put_padded(mesh: Mesh, batch: dict[str, np.ndarray], least: int = 0) -> Batch:
     """The batch on the mesh, with padding rows up to a multiple of the batch shards, and up to `least` rows in all."""
-    n, shards = len(next(iter(batch.values()))), meshes.batch_shards(mesh)
-    size = -(-max(n, least) // shards) * shards
+    n = len(next(iter(batch.values())))
+    size = padded(mesh, max(n, least))
     full = {name: np.concatenate([x, np.zeros((size - n, *x.shape[1:]), x.dtype)]) for name, x in batch.items()}
     return meshes.put_batch(mesh, lambda rows: {name: x[rows] for name, x in full.items()}, size)
