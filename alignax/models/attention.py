@@ -175,9 +175,9 @@ def _packed_rows(scale: float, cap: float | None, q: jax.Array, k: jax.Array, v:
     KV, n, t = k.shape[2], sight.blocks, P // sight.blocks
     q = q.reshape(S, n, t, KV, H // KV, h).transpose(0, 1, 3, 4, 2, 5).reshape(S, n, KV, -1, h)
     k, v = (x.reshape(S, n, t, KV, h).swapaxes(2, 3) for x in (k, v))
-    row = lambda q, k, v, sight: attend_blocks(scale, cap, q, k, v, sight, window)
+    row: Any = lambda q, k, v, sight: attend_blocks(scale, cap, q, k, v, sight, window)
     # A device has one row as a rule: a vmap would let each pair of blocks copy all that the loop has summed.
-    out: Any = row(q[0], k[0], v[0], jax.tree.map(lambda x: x[0], sight))[None] if S == 1 else jax.vmap(row)(q, k, v, sight)
+    out = row(*jax.tree.map(lambda x: x[0], (q, k, v, sight)))[None] if S == 1 else jax.vmap(row)(q, k, v, sight)
     return out.reshape(S, n, KV, H // KV, t, h).transpose(0, 1, 4, 2, 3, 5).reshape(S, P, H, h)
 
 
