@@ -295,11 +295,11 @@ def make_packing(config: Any, roles: dict[str, Role], mesh: Mesh, train: Batches
     if wanted < 0:
         return None
     packing = Packing(wanted or (1024 if cpu else 8192), mesh, shared, 64 if cpu else 256)
-    return packing if wanted or config.rollout.samples or filled(train.examples, train.length, shared) < PAYS else None
+    return packing if wanted or config.rollout.samples or real_share(train.examples, train.length, shared) < PAYS else None
 
 
-def filled(examples: Examples, length: int, shared: bool) -> float:
-    """The share of padded positions that packed rows take: that of real tokens, with `shared` of prompts only the first copy."""
+def real_share(examples: Examples, length: int, shared: bool) -> float:
+    """The share of the positions of padded rows that are tokens; with `shared`, without the copies of an example's prompt."""
     repeated = examples.prompt_lengths.sum() * (1 - 1 / examples.N) if shared else 0
     return float(examples.lengths.sum() - repeated) / (len(examples.lengths) * length)
 

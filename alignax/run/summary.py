@@ -11,7 +11,7 @@ from alignax.losses.algebra import by_name
 from alignax.losses.responses import differing
 from alignax.models import parameters
 from alignax.models.reward import CRITIC
-from alignax.run.prepare import Run
+from alignax.run.prepare import Run, real_share
 from alignax.run.roles import BASE, REFERENCE, abstract, abstract_trained
 from alignax.types import Params
 
@@ -29,6 +29,20 @@ def sizes(run: Run) -> str:
         return f"{whole / 1e6:.3f} M parameters, {dtype} on float32 weights"
     held = "int8" if policy.lora.int8 else dtype
     return f"{whole / 1e6:.3f} M parameters in {held}, {trained / 1e6:.3f} M more in float32 that are trained"
+
+
+def rows_of(run: Run) -> list[str]:
+    """The line that says how full padded rows would be, where rows are packed; the share after packing is logged as `packed_positions`."""
+    if run.packing is None:
+        return []
+    N, T = run.config.rollout.samples or run.data.train.examples.N, run.data.train.length
+    P = -(-max(run.packing.positions, N * T) // run.packing.block) * run.packing.block
+    prompts = "; responses share their prompt" if run.packing.shared and N > 1 else ""
+    if run.config.rollout.samples:
+        return [f"rows are packed into parts of at most {P:,} positions{prompts}"]
+    real, left = real_share(run.data.train.examples, T, False), real_share(run.data.train.examples, T, True)
+    less = f", {left:.0%} with each prompt once" if prompts else ""
+    return [f"{real:.0%} of the positions of padded rows are tokens{less}: rows are packed into parts of at most {P:,} positions{prompts}"]
 
 
 def summary(run: Run, about: dict[str, Any], start: int) -> list[str]:
@@ -68,6 +82,7 @@ def summary(run: Run, about: dict[str, Any], start: int) -> list[str]:
             f"a batch of {run.config.batch_size} is more than the {len(data.train.examples)} rows there are: it holds rows more than once"
         )
     lines.append(f"steps {run.steps} of {run.config.batch_size} examples, rows of {data.train.length} tokens, workdir {run.workdir}")
+    lines += rows_of(run)
     if start >= run.steps:
         lines.append(f"this run is complete: step {start} is saved; a longer one needs another workdir")
     elif start:
