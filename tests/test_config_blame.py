@@ -120,7 +120,7 @@ def test_functions_of_other_arguments_are_refused_where_they_are_given():
         make_loss("own", lambda out, batch: (out, {}), over=lambda out, batch: batch)
     with pytest.raises(ValueError, match=r"function 1 of chain\(\.\.\) is None; it must be a function of \(batch\)"):
         chain(lambda batch: batch, None)
-    with pytest.raises(ValueError, match="returns NoneType; an experience function returns the batch"):
+    with pytest.raises(ValueError, match="returns NoneType; an experience function must return the batch"):
         advance(chain(lambda batch: None), {}, {})
     with pytest.raises(TypeError, match="3 is added to the loss dpo"):
         dpo() + 3

@@ -545,7 +545,7 @@ def test_a_loss_reads_as_its_formula():
 def test_what_is_no_loss_is_not_added(add):
     with pytest.raises(TypeError, match="is added to the loss -?dpo: a constant has no gradient; add a loss"):
         add(dpo())
-    with pytest.raises(TypeError, match=r"the losses dpo and sft are multiplied; only numbers scale a loss"):
+    with pytest.raises(TypeError, match=r"the losses dpo and sft are multiplied; multiply a loss only by a number"):
         dpo() * sft()
 
 

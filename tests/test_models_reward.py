@@ -178,10 +178,10 @@ def test_a_regularised_reward_model_trains_and_is_exported_as_any(regularised):
 @pytest.mark.parametrize(
     "changes, text",
     [
-        ({"model.num_labels": 0}, "model.language_head keeps the output layer of a reward model, and this is a language model"),
+        ({"model.num_labels": 0}, "model.language_head keeps the output layer of a reward model, but this model is a language model"),
         (
             {"model.language_head": "false"},
-            "asks for reference, and the reward model that the run starts from gives no log-probs; set model",
+            "asks for reference, but the reward model that the run starts from gives no log-probs; set model",
         ),
         (
             {"model.language_head": "false", "reference.path": "model"},
@@ -284,7 +284,7 @@ def test_losses_on_log_probs_refuse_a_reward_model_and_reward_losses_a_policy(ll
     with pytest.raises(ValueError, match=r"give a model with a reward head"):
         bradley_terry()(tiny.plain_apply(tiny.plain_params(), batch)._replace(scores=None), batch, bradley_terry().normalised(batch))
     three = hf.with_heads(source, 3)
-    with pytest.raises(ValueError, match="takes one score of a response, the model gives 3; set model.num_labels to 1"):
+    with pytest.raises(ValueError, match="takes one score per response, but the model gives 3; set model.num_labels to 1"):
         jax.eval_shape(
             lambda p: bradley_terry()(forward(three.config)(p, batch), batch, bradley_terry().normalised(batch)),
             parameters.abstract_params(three.config),

@@ -158,7 +158,7 @@ def experience(config, reference):
 @pytest.mark.parametrize(
     "field, value, text",
     [
-        ("jsd_beta", "1.5", "reference.jsd_beta is 1.5; it is the teacher's share of the mixture, in [0, 1]"),
+        ("jsd_beta", "1.5", "reference.jsd_beta is 1.5; it must be the teacher's share of the mixture, in [0, 1]"),
         ("jsd_temperature", "0.0", "reference.jsd_temperature is 0.0; it must be above 0"),
     ],
 )

@@ -99,7 +99,7 @@ def test_a_function_of_a_list_that_fails_is_named_and_costs_its_own_numbers():
     found = ask(run)
     np.testing.assert_array_equal(found["scores"][0], [[1, 1], [2, NAN], [3, NAN], [4, 1]])
     np.testing.assert_array_equal(found["rewards"], [[2, 2, 3, 5]])
-    assert run.lines == ["brief() of e.py, line 3: KeyError: 'x', for 'b'. Such are dropped, and counted as bad_rewards"]
+    assert run.lines == ["brief() of e.py, line 3: KeyError: 'x', for 'b'. Such completions are dropped, and counted as bad_rewards"]
     stopped = Run([right, brief], Answer([NAN] * 4, "no answer", 0))
     with pytest.raises(RewardFailed):
         ask(stopped)
@@ -154,11 +154,14 @@ def test_all_processes_do_what_the_one_that_asks_has_found(monkeypatch):
     numbers = np.array([[1, 1], [2, NAN], [3, 1], [4, 1]], np.float32)
     monkeypatch.setattr("jax.process_count", lambda: 2)
     monkeypatch.setattr("alignax.run.host_rewards.multihost_utils.process_allgather", lambda own: np.array([own, [0, 0]]))
-    for left, failed, error, message in ((0, 1, RewardFailed, "a reward function fails, as process 0 says"), (15, 0, Abandoned, "15")):
+    for left, failed, error, message in (
+        (0, 1, RewardFailed, "a reward function failed; see the message of process 0"),
+        (15, 0, Abandoned, "15"),
+    ):
         said = []
         monkeypatch.setattr("alignax.run.host_rewards.multihost_utils.broadcast_one_to_all", lambda x, said=said: said.append(x) or said[0])
         monkeypatch.setattr("jax.process_index", lambda: 0)
-        answers = Answer(numbers[:, 0].tolist()), Answer(numbers[:, 1].tolist(), "it gives 'x', which is no number" * failed, 1)
+        answers = Answer(numbers[:, 0].tolist()), Answer(numbers[:, 1].tolist(), "it gives 'x', which is not a number" * failed, 1)
         here = Run([right, brief], *answers)
         if left:
             here.workers = Mock(side_effect=Abandoned(left), stop=lambda: 0)

@@ -228,9 +228,9 @@ def test_modpo_has_the_values_of_its_authors():
     loss = losses.modpo([0.5, 0.3, 0.2], lambda batch: batch["margins"])
     each = [loss(Outputs(logps, logps), batch, (jnp.eye(2)[i],))[0] for i in range(2)]
     np.testing.assert_allclose(each, [0.703197, 0.723597], atol=1e-6)
-    with pytest.raises(ValueError, match=r"margins have shape \(2, 2, 2\), and 1 weights ask for \(2, 2, 1\)"):
+    with pytest.raises(ValueError, match=r"margins have shape \(2, 2, 2\), but the weights of 1 other objectives need \(2, 2, 1\)"):
         losses.modpo([0.5, 0.5], lambda batch: batch["margins"])(Outputs(logps, logps), batch, (jnp.ones(2),))
-    with pytest.raises(ValueError, match="give one above 0 for the objective of the pairs"):
+    with pytest.raises(ValueError, match="give first a weight above 0 for the objective of the pairs"):
         losses.modpo([0.0, 1.0], lambda batch: batch["margins"])
 
 

@@ -225,9 +225,9 @@ def test_what_is_observed_is_read_in_the_formula_and_evaluated():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: observe("", lambda out, batch: out.entropy), "its name is a text"),
+        (lambda: observe("", lambda out, batch: out.entropy), "the name must be text"),
         (lambda: observe("x", lambda out: out.entropy), r"takes \(out\); it is called with \(out, batch\)"),
-        (lambda: observe("x", lambda out, batch: (out.entropy, {})), "is tuple; return the values alone"),
+        (lambda: observe("x", lambda out, batch: (out.entropy, {})), "returns tuple; return only the values"),
         (lambda: observe("x", lambda out, batch: out.entropy), r"values of loss 'x' have shape \(8, 2, 24\), its weights \(8,\)"),
     ],
 )

@@ -45,7 +45,7 @@ def summary(run: Run, about: dict[str, Any], start: int) -> list[str]:
         lines.append(f"adapters {about['adapters']} of rank {policy.lora.rank} on {', '.join(policy.lora.targets)}{base}")
     if CRITIC in run.roles:
         size = parameter_count(parameters.abstract_params(run.roles[CRITIC].config)) / 1e6
-        lines.append(f"critic {about['critic']} of its own tree, {run.config.model.critic}: {size:.3f} M parameters")
+        lines.append(f"critic {about['critic']} with separate parameters, {run.config.model.critic}: {size:.3f} M parameters")
     if policy.members:
         kind = "all parameters" if policy.lora is None else "adapters" if policy.lora.targets else "a head"
         lines.append(
@@ -62,14 +62,14 @@ def summary(run: Run, about: dict[str, Any], start: int) -> list[str]:
             lines += [f"mixture: {line}" for line in stream.mixture.lines(run.steps * run.config.batch_size)]
     if run.words.unused and not policy.source.config.num_labels:
         count, rows = sum(behind - first for first, behind in run.words.unused), policy.source.config.vocab_size
-        lines.append(f"{count:,} of the {rows:,} tokens of the model's head are none of its tokenizer's: they are never sampled")
+        lines.append(f"{count:,} of the {rows:,} tokens of the model's head are not in the tokenizer: they are never sampled")
     if run.config.batch_size > len(data.train.examples):
         lines.append(
-            f"a batch of {run.config.batch_size} is more than the {len(data.train.examples)} rows there are: it holds rows more than once"
+            f"a batch of {run.config.batch_size} is larger than the {len(data.train.examples)} rows of the data: a batch repeats rows"
         )
     lines.append(f"steps {run.steps} of {run.config.batch_size} examples, rows of {data.train.length} tokens, workdir {run.workdir}")
     if start >= run.steps:
-        lines.append(f"this run is complete: step {start} is saved; a longer one needs another workdir")
+        lines.append(f"this run is complete: step {start} is saved; a longer run needs another workdir")
     elif start:
         lines.append(f"going on after step {start}")
     return lines
