@@ -368,9 +368,9 @@ def test_variables_of_the_config_reach_rows_and_prompts(tmp_path):
     (tmp_path / "text.jsonl").write_text(json.dumps({"prompt": "hi"}) + "\n")
     assert load_examples(tmp_path / "text.jsonl", data.data, *options)[1].told == {NO_TEMPLATE: 1}
     set_field(data, "data.template.enable_thinkin=false")
-    with pytest.raises(ValueError, match=r"data.template.enable_thinkin'.*never mentions.*it reads 'enable_thinking'"):
+    with pytest.raises(ValueError, match=r"data.template.enable_thinkin'.*never mentions.*the template reads 'enable_thinking'"):
         load_examples(tmp_path / "a.jsonl", data.data, *options)
-    with pytest.raises(ValueError, match=r"data.template.messages'.*no variable"):
+    with pytest.raises(ValueError, match=r"data.template.messages'.*set by alignax"):
         chat.encode_prompt(HI, None, options[0], {"messages": []})
 
 

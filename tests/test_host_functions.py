@@ -123,7 +123,7 @@ def test_a_misspelt_argument_is_told_its_nearest():
     columns = {"train": types.SimpleNamespace(columns={"answer": [1]})}
     for name, near in (("completions_ids", "completion_ids"), ("logprob", "logprobs"), ("answers", "answer")):
         with pytest.raises(
-            ValueError, match=f"asks for column '{name}', which data.train has not; the nearest is '{near}'; it has: answer"
+            ValueError, match=f"asks for column '{name}', which data.train does not have; the nearest is '{near}'; it has: answer"
         ):
             check_columns("reward", eval(f"lambda prompts, completions, {name}: 0"), NAMED, columns)  # type: ignore
 

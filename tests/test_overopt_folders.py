@@ -135,7 +135,7 @@ def test_one_proxy_is_allowed_and_said(place, answered, capsys):
         ({"world.prompts": 3}, "has 4 prompts, 6 are needed; lower world.prompts or repeats"),
         ({"folders.max_new_tokens": 200}, "exceed the model's 128 positions"),
         ({"folders.proxies": "{a},{a}"}, "name one folder twice; give each folder once"),
-        ({"folders.proxies": "{a},{policy}"}, "is no reward model"),
+        ({"folders.proxies": "{a},{policy}"}, "is not a reward model"),
         ({"folders.gold": "{two}"}, "gives 2 scores per response"),
         ({"folders.proxies": "{a},{two_layers}"}, "has another shape or vocabulary"),
         ({"folders.policy": "{a}"}, "is a reward model, which gives scores and no text"),

@@ -228,7 +228,7 @@ def test_a_finished_run_measures_nothing_again_and_its_config_runs_the_same(work
         monkeypatch.setattr(laboratory, measure, lambda *args: pytest.fail("measured again"))
     before = (workdir / "results.json").read_bytes()
     assert cli.main(["overopt", "--config", str(workdir / "config.py")]) == 0
-    assert "00 best-of-n tail: measured before" in capsys.readouterr().err
+    assert "00 best-of-n tail: already measured" in capsys.readouterr().err
     assert (workdir / "results.json").read_bytes() == before
     assert cli.main(arguments(workdir, repeats=3)) == 2
     assert "belongs to another run (repeats: 2 there, 3 now)" in capsys.readouterr().err

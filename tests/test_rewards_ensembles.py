@@ -108,7 +108,7 @@ def test_members_of_a_device_take_the_memory_of_one():
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (lambda t, f: tiny.folder(t / "lm"), "is no reward model: its config.json names no architecture"),
+        (lambda t, f: tiny.folder(t / "lm"), "is not a reward model: its config.json names no architecture"),
         (lambda t, f: f[0], "members 0 and 1 of the ensemble have the same weights; leave one out"),
         (lambda t, f: reward_folder(t, 5, vocab_size=104), "has another shape or vocabulary than"),
         (lambda t, f: t / "nowhere", "does not exist"),
@@ -331,4 +331,4 @@ def test_what_anchor_refuses(args, message, folders, samples, tmp_path, capsys):
 
 def test_a_language_model_is_not_anchored(samples, tmp_path, capsys):
     assert main(["anchor", str(tiny.folder(tmp_path / "lm")), str(tmp_path / "out"), "--samples", str(samples)]) == 2
-    assert "is no reward model" in capsys.readouterr().err
+    assert "is not a reward model" in capsys.readouterr().err

@@ -83,8 +83,8 @@ def test_no_pattern_goes_back_on_its_way(pattern):
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
-        ("(?=a)", "cannot follow"), (r"(a)\1", "cannot follow"), (r"\ba", "cannot follow"), ("a*+", "cannot follow"),
-        ("a$b", "cannot follow"), ("(?i)a", "cannot follow"), ("(a{100}){100}", "repeat less"), ("(", "is not a regular expression"),
+        ("(?=a)", "does not support"), (r"(a)\1", "does not support"), (r"\ba", "does not support"), ("a*+", "does not support"),
+        ("a$b", "does not support"), ("(?i)a", "does not support"), ("(a{100}){100}", "use fewer repetitions"), ("(", "not a regular expression"),
     ],
 )  # fmt: skip
 def test_patterns_that_are_refused(pattern, message):

@@ -93,7 +93,7 @@ def test_rewards_of_a_list_are_added_by_their_weights_as_trl_does():
 
 def test_a_function_of_a_list_that_fails_is_named_and_costs_its_own_numbers():
     answers = Answer([1.0, 2.0, 3.0, 4.0]), Answer([1.0, NAN, 1e20, 1.0], "line 3: KeyError: 'x'", 1)
-    with pytest.raises(RewardFailed, match=r"^brief\(\) of e.py, line 3: KeyError: 'x', for 'b'\. Mend it"):
+    with pytest.raises(RewardFailed, match=r"^brief\(\) of e.py, line 3: KeyError: 'x', for 'b'\. Correct the function"):
         ask(Run([right, brief], *answers))
     run = Run([right, brief], *answers, bad_rewards="drop")
     found = ask(run)

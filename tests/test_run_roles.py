@@ -269,7 +269,10 @@ def test_a_model_that_no_function_asks_for_is_refused_and_a_column_of_its_name(f
     ):
         checked(arguments(tmp_path, ONLINE, fields(folders, tmp_path, **online)))
     asking = ONLINE.replace("completions):", "completions, helpful):")
-    with pytest.raises(ValueError, match=r"asks for 'helpful', which is models\.helpful\.path, and data\.train has a column of"):
+    with pytest.raises(
+        ValueError,
+        match=r"asks for 'helpful', which is ambiguous: a model of that name is set by models\.helpful\.path, and data\.train has a",
+    ):
         checked(arguments(tmp_path, asking, fields(folders, tmp_path, **online)))
 
 

@@ -228,7 +228,7 @@ def test_what_is_observed_is_read_in_the_formula_and_evaluated():
         (lambda: observe("", lambda out, batch: out.entropy), "the name must be text"),
         (lambda: observe("x", lambda out: out.entropy), r"takes \(out\); it is called with \(out, batch\)"),
         (lambda: observe("x", lambda out, batch: (out.entropy, {})), "returns tuple; return only the values"),
-        (lambda: observe("x", lambda out, batch: out.entropy), r"values of loss 'x' have shape \(8, 2, 24\), its weights \(8,\)"),
+        (lambda: observe("x", lambda out, batch: out.entropy), r"values of loss 'x' have shape \(8, 2, 24\), but its weights have \(8,\)"),
     ],
 )
 def test_what_cannot_be_observed_is_refused(make, message):

@@ -197,7 +197,8 @@ def _records(held: list[str], mark: str) -> Iterator[tuple[int, list[str] | str]
             what = str(error)
             if not what.startswith("has "):
                 what = (
-                    f"has a quote that opens a value and {'never ends it' if 'end of data' in what else 'text behind the one that ends it'}"
+                    "has a quote that opens a value and "
+                    f"{'never ends it' if 'end of data' in what else 'text after the quote that ends it'}"
                 )
             yield (
                 begun + 1,

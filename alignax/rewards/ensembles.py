@@ -51,7 +51,9 @@ def open_ensemble(paths: Sequence[str | Path]) -> list[hf.Source]:
     sources = [peft.open_reward(Path(path)) if peft.is_adapter(Path(path)) else hf.open_folder(path) for path in paths]
     for source in sources:
         if not source.config.num_labels:
-            raise ValueError(f"{str(source.path)!r} is no reward model: its config.json names no architecture for sequence classification")
+            raise ValueError(
+                f"{str(source.path)!r} is not a reward model: its config.json names no architecture for sequence classification"
+            )
     hf.check_alike(sources)
     for source in sources[1:]:
         if chat_template(source.path) != chat_template(sources[0].path):

@@ -107,7 +107,7 @@ def check_members(config: Any, mesh: Mesh) -> None:
     """Refuses ensemble settings without members, members of language models, and members that the mesh does not divide."""
     members, axis = config.ensemble.members, mesh.shape["member"]
     if not members and (axis > 1 or config.ensemble.bootstrap or config.ensemble.own_noise):
-        raise ValueError(f"mesh.member is {axis} and ensemble.members 0; set ensemble.members, or leave bootstrap and own_noise out")
+        raise ValueError(f"mesh.member is {axis} and ensemble.members is 0; set ensemble.members, or leave bootstrap and own_noise out")
     if members and not config.model.num_labels:
         raise ValueError(f"ensemble.members is {members}, and only reward models have members; set model.num_labels to 1")
     if members % axis:

@@ -39,7 +39,7 @@ def summary(run: Run, about: dict[str, Any], start: int) -> list[str]:
         f"policy {about['policy']}" + (f", reference {about['reference']}" if about["reference"] else ", no reference"),
     ]
     if policy.lora is not None and not policy.lora.targets:
-        lines.append("the trunk is frozen: the head alone is trained")
+        lines.append("the trunk is frozen: only the head is trained")
     elif policy.lora is not None and not policy.members:
         base = "; the reference is their base, without adapters" if REFERENCE in run.roles and run.roles[REFERENCE].tree == BASE else ""
         lines.append(f"adapters {about['adapters']} of rank {policy.lora.rank} on {', '.join(policy.lora.targets)}{base}")
@@ -47,10 +47,8 @@ def summary(run: Run, about: dict[str, Any], start: int) -> list[str]:
         size = parameter_count(parameters.abstract_params(run.roles[CRITIC].config)) / 1e6
         lines.append(f"critic {about['critic']} with separate parameters, {run.config.model.critic}: {size:.3f} M parameters")
     if policy.members:
-        kind = "all parameters" if policy.lora is None else "adapters" if policy.lora.targets else "a head"
-        lines.append(
-            f"ensemble of {policy.members} members {about['members']}, each with {kind} of its own; seeds from {run.config.seed} on"
-        )
+        kind = "parameters" if policy.lora is None else "adapters" if policy.lora.targets else "head"
+        lines.append(f"ensemble of {policy.members} members {about['members']}, each with its own {kind}; seeds from {run.config.seed} on")
     for name in run.config.models:
         size = parameter_count(abstract(run.roles[name])) / 1e6
         lines.append(f"{name} {about[name]}, {run.config.models[name].path}: {size:.3f} M parameters")
