@@ -155,7 +155,7 @@ def test_mixtures_labels_and_margins(tmp_path):
     result = check.check(data, tiny.byte_tokenizer(), 280)
     text = "\n".join(check.text(result))
     assert [source["labels_true"] for source in result["train"]["sources"].values()] == [1.0, 0.0]
-    assert "labels: 100.0% are True" in text and f"75.0% of the examples from {tmp_path / 'b.jsonl'}: 4 rows, 1.50 times" in text
+    assert "labels: 100.0% are True" in text and f"75.0% of the examples from {tmp_path / 'b.jsonl'}: 4 rows, each used 1.50 times" in text
     data.update(kind="preference", train=str(tmp_path / "pairs.jsonl"))
     data.columns.margin = "gap"
     rows = [{"prompt": "p", "chosen": f"a{i}", "rejected": "b", "gap": i} for i in range(3)]

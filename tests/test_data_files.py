@@ -386,7 +386,7 @@ def test_a_file_that_grows_without_bound_is_refused_by_name(tmp_path, suffix, mo
             ValueError, match=rf"a\.jsonl{suffix} grows from [\d,]+ to more than [\d,]+ bytes .*decompress the file yourself"
         ):
             read_rows(path)
-    with pytest.raises(ValueError, match="is a zip archive, which is not read; unpack it"):
+    with pytest.raises(ValueError, match="is a zip archive, which alignax does not read; unpack it"):
         read_rows(write(tmp_path / "b.jsonl", "PK\x03\x04"))
 
 

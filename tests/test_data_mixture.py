@@ -73,8 +73,8 @@ def test_batches_of_a_mixture(files):
     np.testing.assert_array_equal(again.rows(17), rows[17])
     assert batches.steps(1) == 3, "an epoch is as many draws as there are rows"
     assert loaded.mixture.lines(24) == [
-        f"75.0% of the examples from {files[0]}: 12 rows, 1.50 times",
-        f"25.0% of the examples from {files[1]}: 5 rows, 1.20 times",
+        f"75.0% of the examples from {files[0]}: 12 rows, each used 1.50 times",
+        f"25.0% of the examples from {files[1]}: 5 rows, each used 1.20 times",
     ]
     tokens = batches.batch(3)["tokens"]
     hosts = [batches.batch(3, slice(4 * h, 4 * h + 4))["tokens"] for h in range(2)]

@@ -111,7 +111,7 @@ def test_messages_as_text_are_refused_with_the_remedy(form):
         ({"prompt": "hi", "chosen": form([USER, YES]), "rejected": form([USER, NO])}, "preference"),
         ({"conversations": form([{"from": "human", "value": "hi"}])}, "sft"),
     ):
-        with pytest.raises(ValueError, match=r"text that holds messages as .*; convert the text to a list, .* in row\(row\)"):
+        with pytest.raises(ValueError, match=r"text that holds messages in .*; convert the text to a list, .* in row\(row\)"):
             only(row, kind, **({"messages": "conversations"} if "conversations" in row else {}))
     others = (
         '[{"roles": 1}]',
@@ -351,5 +351,5 @@ def test_every_format_has_a_row_here_and_an_unknown_one_names_the_nearest(tmp_pa
     (tmp_path / "a.jsonl").write_text("{}")
     with pytest.raises(ValueError, match=r"no column 'chosen', .*; its rows look like those of data\.format=helpsteer3$"):
         only({"context": [USER], "response1": "hello", "response2": "go", "overall_preference": 0})
-    with pytest.raises(ValueError, match="data.format is 'helpsteer-3'; the nearest is 'helpsteer3', and there are hh_rlhf, "):
+    with pytest.raises(ValueError, match="data.format is 'helpsteer-3'; the nearest is 'helpsteer3', and the formats are hh_rlhf, "):
         load_examples(tmp_path / "a.jsonl", config(format="helpsteer-3"), tiny.byte_tokenizer(), 280)

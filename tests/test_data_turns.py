@@ -339,7 +339,7 @@ def test_an_answer_of_which_only_the_end_is_left_is_a_bad_row(template):
     [
         (THINKING, "4", r"adds nothing, but in the data these answers follow '<think>\n\n</think>\n\n'", "enable_thinking=false"),
         (OPENING, "4", r"adds nothing, but in the data these answers follow '\n</think>\n\n'", "enable_thinking=false"),
-        (DROPPING, "4", r"adds '<think>\n', but in the data these answers follow nothing", "makes both begin the same way"),
+        (DROPPING, "4", r"adds '<think>\n', but in the data these answers follow nothing", "begins both the same way"),
     ],
 )
 def test_what_generation_asks_and_rows_do_not_is_told_with_the_remedy(template, answer, begun, remedy):

@@ -208,9 +208,9 @@ def test_unpaired_parts_equal_the_whole(name):
 @pytest.mark.parametrize(
     ("name", "axes", "text"),
     [
-        ("rewards", lambda x: x.sum(axis=(1, 2)), r"'rewards' of shape \(4,\); they are \[B, N\], \(4, 2\) here"),
+        ("rewards", lambda x: x.sum(axis=(1, 2)), r"'rewards' of shape \(4,\); the shape must be \[B, N\], here \(4, 2\)"),
         ("rewards", lambda x: x.sum(axis=(1, 2))[:, None], r"'rewards' of shape \(4, 1\)"),  # jax would give it to the whole group
-        ("advantages", lambda x: x.sum(axis=2), r"'advantages' of shape \(4, 2\); they are \[B, N, T\], \(4, 2, 24\) here"),
+        ("advantages", lambda x: x.sum(axis=2), r"'advantages' of shape \(4, 2\); the shape must be \[B, N, T\], here \(4, 2, 24\)"),
     ],
 )
 def test_a_field_of_another_shape_is_named(name, axes, text):

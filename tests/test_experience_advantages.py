@@ -302,7 +302,7 @@ def test_penalties_and_limits():
     assert run(overlong_penalty(10, 4), long)["rewards"][0, 4] == -1.0
     for make, text in [
         (lambda: clip_rewards(0), "limit is 0"),
-        (lambda: overlong_penalty(10, 11), "the margin is 11 tokens of 10"),
+        (lambda: overlong_penalty(10, 11), "the margin is 11 tokens and max_length is 10"),
         (lambda: group_relative(eps=0.0), r"eps is 0\.0; it must be above 0"),  # equal rewards would be 0 / 0
         (lambda: whiten_advantages(-1.0), r"eps is -1\.0"),
         (lambda: gae(lam=1.5), r"lam is 1\.5; it must be a discount, in \[0, 1\]"),

@@ -217,7 +217,7 @@ def test_conversations_go_through_the_chat_template(tmp_path, monkeypatch):
         (["--seed", str(2**64)], "seed is 18446744073709551616; it must be"),
         (["--max-new-tokens"], "--max-new-tokens has no value"),
         (["--combine", "x@y,z@1"], "combine has 'x@y', which is not a model with its coefficient; write for example TUNED@1.0"),
-        (["--combine", "x@1,"], "combine has '', no model"),
+        (["--combine", "x@1,"], "combine has '', which is not a model"),
         (["--combine", "nowhere@1"], "model folder 'nowhere' does not exist"),
         (["--combine", "gs://bucket/x@1"], "'gs://bucket/x'"),
         (["--beams", "3"], "option '--beams' is unknown"),

@@ -441,8 +441,8 @@ def test_several_numbers_of_which_one_is_none():
     [
         ({"a": [1, 2]}, "gives 'a', and rollout.reward_names are 'a', 'b'"),
         ({"a": [1, 2], "b": [1, 2], "c": [1, 2]}, "gives 'a', 'b', 'c', and"),
-        ({"a": [1, 2], "b": [1]}, "gives 1 rewards for 2 completions, as 'b'"),
-        ([{"a": 1, "c": 2}] * 2, "gives a completion 'c', and rollout.reward_names are 'a', 'b'"),
+        ({"a": [1, 2], "b": [1]}, "gives 1 rewards for 2 completions, for the name 'b'"),
+        ([{"a": 1, "c": 2}] * 2, "gives a completion the number 'c', but rollout.reward_names are 'a', 'b'"),
         ([(1, 2, 3)] * 2, r"gives '\(1, 2, 3\)' for a completion, and rollout.reward_names are"),
         ([1.0, 2.0], "gives '1.0' for a completion"), (["ab", "cd"], "for a completion"), ([{1, 2}] * 2, "for a completion"),
         ([(1, 2)], "gives 1 rewards for 2"), (np.ones(2), "for a completion"), ([((1, 2), 3)] * 2, "for a completion"),

@@ -637,7 +637,7 @@ def test_a_plain_function_is_a_reward_model():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: losses.robust_dpo(label_smoothing=0.5), r"label_smoothing is 0.5; it is a flip probability, in \[0, 0.5\)"),
+        (lambda: losses.robust_dpo(label_smoothing=0.5), r"label_smoothing is 0.5; it must be a flip probability, in \[0, 0.5\)"),
         (lambda: losses.exo(label_smoothing=0.0), "label_smoothing is 0.0; it must be above 0"),
         (lambda: losses.discopop(tau=0.0), "tau is 0.0; it must be above 0"),
         (lambda: losses.discopop(tau=2.0), "tau is 2.0; it must be at most 1"),

@@ -599,13 +599,13 @@ def test_the_estimate_of_chi_squared_is_of_responses_and_of_the_whole_batch():
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (lambda: losses.ppo(clip=-0.1), "clip is -0.1; it is a distance from 1"),
+        (lambda: losses.ppo(clip=-0.1), "clip is -0.1; it must be a distance from 1"),
         (lambda: losses.grpo(clip_high=math.nan), "clip_high is nan"),
         (lambda: losses.ppo(dual_clip=1.0), "dual_clip is 1.0; it must be above 1"),
         (lambda: token_sum(0), "max_length is 0; it must be above 0"),
         (lambda: losses.sapo(tau_negative=0), "tau_negative is 0"),
         (lambda: losses.cispo(cap=0), "cap is 0"),
-        (lambda: losses.vespo(k_negative=-1), "k_negative is -1; it is an exponent"),
+        (lambda: losses.vespo(k_negative=-1), "k_negative is -1; it must be an exponent"),
         (lambda: losses.importance_weighted(losses.ppo(), cap=1.0, floor=2.0), "floor is 2.0 and cap 1.0; floor must be at least 0"),
         (lambda: losses.importance_masked(losses.ppo(), -1.0), "low is -1.0 and high 5.0"),
         (lambda: losses.off_policy_masked(losses.ppo(), -0.1), "threshold is -0.1"),

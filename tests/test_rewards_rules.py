@@ -83,8 +83,8 @@ def test_no_pattern_goes_back_on_its_way(pattern):
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
-        ("(?=a)", "does not support"), (r"(a)\1", "does not support"), (r"\ba", "does not support"), ("a*+", "does not support"),
-        ("a$b", "does not support"), ("(?i)a", "does not support"), ("(a{100}){100}", "use fewer repetitions"), ("(", "not a regular expression"),
+        ("(?=a)", "not support"), (r"(a)\1", "not support"), (r"\ba", "not support"), ("a*+", "not support"),
+        ("a$b", "not support"), ("(?i)a", "not support"), ("(a{100}){100}", "use fewer repetitions"), ("(", "not a regular expression"),
     ],
 )  # fmt: skip
 def test_patterns_that_are_refused(pattern, message):

@@ -578,8 +578,8 @@ def test_clipping_is_by_the_global_norm():
     [
         ({"schedule": "cosin"}, "optimizer.schedule 'cosin' is unknown; use constant, linear, cosine"),
         ({"learning_rate": 0.0}, "optimizer.learning_rate is 0.0; it must be above 0"),
-        ({"warmup": 1.0}, "optimizer.warmup is 1.0; it is a share"),
-        ({"warmup": -0.1}, "optimizer.warmup is -0.1; it is a share"),
+        ({"warmup": 1.0}, "optimizer.warmup is 1.0; it must be a share"),
+        ({"warmup": -0.1}, "optimizer.warmup is -0.1; it must be a share"),
         ({"name": "Adam"}, "optimizer.name 'Adam' is unknown; use adamw, adam, lion"),
     ],
 )
