@@ -258,7 +258,7 @@ BAD = {
     "name of the hub without its prefix": (lambda f, t: {"data.train": "org/pairs"}, r"'org/pairs'.*write hf://org/pairs"),
     "weight of a source": (lambda f, t: {"data.train": f"{f['data.train']}@0,{t}@1"}, r"data\.train: the weight of .* is '0'.*positive"),
     "weight of one source alone": (lambda f, t: {"data.train": f"{f['data.train']}@1,other.jsonl"}, r"give all a weight"),
-    "weights of evaluation data": (lambda f, t: {"data.eval": f"{f['data.eval']}@1"}, r"data\.eval .*leave them out"),
+    "weights of evaluation data": (lambda f, t: {"data.eval": f"{f['data.eval']}@1"}, r"data\.eval .*leave the weights out"),
     "folder of several splits": (
         lambda f, t: {"data.train": [rows(t / f"{split}.jsonl", GOOD) for split in ("dev", "train")] and t},
         r"several splits \(dev, train\); name one",
@@ -328,7 +328,7 @@ BAD = {
     "adapters of no rank": (lambda f, t: {"lora.ranks": 4}, r"lora\.ranks' is unknown; the nearest is 'lora\.rank'"),
     "initials of a field": (lambda f, t: {"optimizer.lr": 1e-3}, r"optimizer\.lr' is unknown; the nearest is 'optimizer\.learning_rate'"),
     "number beyond any": (lambda f, t: {"optimizer.learning_rate": "1e999"}, r"learning_rate' is inf; use a finite number"),
-    "whole number beyond any": (lambda f, t: {"seed": 2**70}, r"'seed' is 1180591620717411303424; .*less than 2\^31"),
+    "whole number beyond any": (lambda f, t: {"seed": 2**70}, r"'seed' is 1180591620717411303424; .*below 2\^31"),
     "negative clip": (lambda f, t: {"optimizer.clip": -1.0}, r"optimizer\.clip' is -1\.0; it must be at least 0"),
     "beta of a moment of 1": (lambda f, t: {"optimizer.b2": 1.0}, r"optimizer\.b2' is 1\.0; it must be below 1"),
     "best of no evaluation": (lambda f, t: {"checkpoint.best": "loss", "eval.every": 0}, r"eval\.every"),
@@ -467,7 +467,7 @@ def test_further_fields_and_mixtures_reach_the_step(fields, tmp_path):
     assert all((described[name].shape, described[name].dtype) == (x.shape, x.dtype) for name, x in batch.items())
     assert (batch["margin"] >= 0).sum() >= 6 and set(run.data.reports) == {f"train ({mixed})", f"train ({other})", "eval"}
     lines = summary(run, {"policy": "a", "reference": "a"}, 0)
-    assert f"mixture: 75.0% of the examples from {mixed}: 9 rows, 16.00 times" in lines
+    assert f"mixture: 75.0% of the examples from {mixed}: 9 rows, each used 16.00 times" in lines
 
 
 def check(fields, *more):

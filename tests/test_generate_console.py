@@ -261,7 +261,7 @@ def test_a_very_long_prompt_is_not_tokenised_whole_to_be_refused(conversation, m
     assert len(found.ids) > 100 and len(found.text) >= len(text) and max(given) < 300_000
     short = said("user", "abc") if conversation else "abc"
     assert console.encoded(0, short, None, tokenizer, "x.jsonl", most=2) == console.encoded(0, short, None, tokenizer, "x.jsonl")
-    with pytest.raises(ValueError, match=r"row 7 of x\.jsonl: 20,0.* characters to tokenise.* shorten the row"):
+    with pytest.raises(ValueError, match=r"row 7 of x\.jsonl: the row has 20,0.* characters to tokenise.* shorten the row"):
         console.encoded(7, said("user", text * 10) if conversation else text * 10, None, tokenizer, "x.jsonl")
 
 

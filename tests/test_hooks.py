@@ -143,7 +143,10 @@ def test_numbers_by_name():
     found = named_numbers({"a": [1, "x"], "b": [2, 3]}, 2)
     assert found.at == 1 and "'x'" in found.problem and "which is not a number" in found.problem and found.rewards[1]["b"] == 3
     assert named_numbers({}, 2) == Answer([{}, {}])
-    for given, text in (([1, 2], "it gives a list; it must return lists by name"), ({"a": [1]}, "of 'a' it gives 1 numbers for 2")):
+    for given, text in (
+        ([1, 2], "it gives a list; it must return lists by name"),
+        ({"a": [1]}, "for the name 'a' it gives 1 numbers for 2"),
+    ):
         with pytest.raises(Malformed, match=text):
             named_numbers(given, 2)
 

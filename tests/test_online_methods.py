@@ -97,7 +97,7 @@ def test_the_page_has_the_methods():
 def test_a_kl_of_another_average_is_told_of_at_the_start(given, tmp_path):
     loss = "grpo() + b * kl_k3(token_mean)"
     run = checked(arguments(tmp_path, source("group_relative()", loss), given | {"workdir": str(tmp_path / "run")}))
-    (line,) = [line for line in summary(run, {"policy": "", "reference": ""}, 0) if "unlike" in line]
+    (line,) = [line for line in summary(run, {"policy": "", "reference": ""}, 0) if "averaged differently" in line]
     assert "grpo over responses, kl_k3 over tokens" in line
 
 

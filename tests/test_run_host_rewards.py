@@ -60,7 +60,9 @@ def ask(run: Any, hook: str = "reward", texts: str = "abcd", drawn: np.ndarray |
 def test_rewards_that_float32_cannot_compare_are_none():
     """Squares of 1e20 are infinite: a group's deviation would be, and every advantage 0."""
     answer = Answer([1.0, -1e15, -1e20, np.inf, 2e300])
-    with pytest.raises(RewardFailed, match=r"^reward\(\) of e.py: 3 of 5 rewards are not finite or beyond 1e\+15: -1e\+20 for 'c' first"):
+    with pytest.raises(
+        RewardFailed, match=r"^reward\(\) of e.py: 3 of 5 rewards are not finite or beyond 1e\+15: the first is -1e\+20 for 'c'"
+    ):
         ask(Run(right, answer), texts="abcde")
     run = Run(right, answer, bad_rewards="drop")
     found = ask(run, texts="abcde")
@@ -84,7 +86,7 @@ def test_rewards_of_a_list_are_added_by_their_weights_as_trl_does():
         ("reward", 0, "right", False, ()), ("reward", 1, "slow", True, ()),
     ]  # fmt: skip
     none = [NAN, 1.0, 1.0, 1.0]
-    with pytest.raises(RewardFailed, match=r"^reward of e.py: 1 of 4 rewards are not finite .*: right nan, slow nan for 'a' first"):
+    with pytest.raises(RewardFailed, match=r"^reward of e.py: 1 of 4 rewards are not finite .*: the first is right nan, slow nan for 'a'"):
         ask(Run([right, slow], Answer(none), Answer(none)))
     found = ask(Run([right, slow], Answer(none), Answer(none), bad_rewards="drop"))
     np.testing.assert_array_equal(found["rewards"], [[NAN, 2, 2, 2]])
@@ -109,7 +111,7 @@ def test_a_function_of_a_list_that_fails_is_named_and_costs_its_own_numbers():
 def test_named_numbers_without_weights_are_scores_alone():
     """A response that lacks any number counts as a bad reward, since an aggregate such as wco then has no value for it."""
     answer = Answer([(1.0, 2.0), (3.0, NAN), (NAN, NAN), (5.0, 6.0)])
-    with pytest.raises(RewardFailed, match=r"^reward\(\) of e.py: 2 of 4 rewards are not finite .*: a 3, b nan for 'b' first"):
+    with pytest.raises(RewardFailed, match=r"^reward\(\) of e.py: 2 of 4 rewards are not finite .*: the first is a 3, b nan for 'b'"):
         ask(Run(right, answer, reward_names=("a", "b")))
     run = Run(right, answer, reward_names=("a", "b"), bad_rewards="drop")
     found = ask(run)

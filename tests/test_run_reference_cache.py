@@ -161,7 +161,7 @@ def experience(config, reference, policy):
     [
         (MOVING, {}, "would become outdated: the average 'reference' moves"),
         (MISMATCHED, {"data.kind": "unpaired"}, "this experience scores others"),
-        ("loss = lambda config: dpo()\nexperience = lambda config: chain()", {}, "no reference is held"),
+        ("loss = lambda config: dpo()\nexperience = lambda config: chain()", {}, "the run has no reference"),
     ],
 )
 def test_what_a_cache_cannot_serve_is_refused(code, change, message, fields, tmp_path, capsys):
