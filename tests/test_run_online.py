@@ -676,7 +676,7 @@ REFUSED = {
     "a proposal of nothing": (OFFLINE, UNREWARDED + PROPOSAL, "samples rollouts"),
     "texts without a loss": ({"data.pretrain": "texts.jsonl"}, GRPO, "has no loss for it; return for example {"),
     "a loss without texts": ({}, BOTH, "data.pretrain is empty"),
-    "a misspelt name": ({"data.pretrain": "texts.jsonl"}, BOTH.replace('"pretrain"', '"pretrian"'), "the nearest is 'pretrain'"),
+    "a misspelt name": ({"data.pretrain": "texts.jsonl"}, BOTH.replace('"pretrain"', '"pretrian"'), "the nearest name is 'pretrain'"),
     "one name": ({"data.pretrain": "texts.jsonl"}, BOTH.replace('"rollouts": grpo()', ""), "names no loss 'rollouts'"),
     "names offline": ({"rollout.samples": "0", "data.kind": "sft", "data.train": "texts.jsonl"}, NAMED, "has a loss of rollouts"),
     "true for a critic": ({"model.critic": "true"}, PPO, "model.critic 'true' is not a critic; use 'head'"),
