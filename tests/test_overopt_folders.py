@@ -132,7 +132,7 @@ def test_one_proxy_is_allowed_and_said(place, answered, capsys):
     [
         ({"folders.gold": ""}, "'folders.gold' is empty; the laboratory on folders needs policy, proxies, gold and prompts"),
         ({"best_of_n.n": "(1,16)"}, "best of n = 16 of 8 responses; lower best_of_n.n, or raise world.responses to 16"),
-        ({"world.prompts": 3}, "has 4 prompts, 6 are needed; lower world.prompts or repeats"),
+        ({"world.prompts": 3}, "has 4 prompts, but 6 are needed; lower world.prompts or repeats"),
         ({"folders.max_new_tokens": 200}, "exceed the model's 128 positions"),
         ({"folders.proxies": "{a},{a}"}, "name one folder twice; give each folder once"),
         ({"folders.proxies": "{a},{policy}"}, "is not a reward model"),
