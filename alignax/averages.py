@@ -28,7 +28,7 @@ def ema(decay: float = 0.999) -> Average:
       decay: in [0, 1); the average remembers about 1 / (1 - decay) steps.
     """
     if not 0 <= decay < 1:
-        raise ValueError(f"decay is {decay}; it must be in [0, 1), 0.999 say")
+        raise ValueError(f"decay is {decay}; it must be in [0, 1), for example 0.999")
     return _ema(decay)
 
 
@@ -111,7 +111,9 @@ def elastic_reset(decay: float = 0.995, every: int = 17, name: str = "ema") -> d
       Two averages: `name`, and "initial", which stays at the initial parameters. Combine them with others by `|`.
     """
     if name == INITIAL:
-        raise ValueError(f"the average of an elastic reset is called {name!r}, which is where it goes back to; give it another name")
+        raise ValueError(
+            f"the average of an elastic reset is called {name!r}, which is the name of the initial parameters; choose another name"
+        )
     return {name: _reset(decay, every, INITIAL), INITIAL: still}
 
 
@@ -123,7 +125,7 @@ def reset_to_average(decay: float = 0.995, every: int = 17) -> Average:
 def _reset(decay: float, every: int, home: str | None) -> Turning:
     """A turn sets the policy to this average, and this average to the average `home`, unless that is None."""
     if not 0 <= decay <= 1:
-        raise ValueError(f"decay is {decay}; it must be in [0, 1], 0.995 say")
+        raise ValueError(f"decay is {decay}; it must be in [0, 1], for example 0.995")
 
     def turn(state: TrainState, name: str, due: jax.Array) -> TrainState:
         average = state.averages[name]
@@ -172,7 +174,7 @@ def _due(since: jax.Array, every: int) -> jax.Array:
 
 def _check_every(every: int) -> None:
     if every < 1:
-        raise ValueError(f"every is {every}; it is a number of steps, at least 1")
+        raise ValueError(f"every is {every}; it must be a number of steps, at least 1")
 
 
 __all__ = ["elastic_reset", "ema", "reset_to_average", "swa", "sync"]

@@ -96,8 +96,8 @@ def check_alike(given: Mapping[str, str]) -> None:
     here, there = (texts[i].split("\n") for i in (0, process))
     first = lambda own, other: short(next((line for line in own if line not in other), ""))
     raise ValueError(
-        f"process {process} was given another {name} than process 0 ({first(there, here)} and {first(here, there)}); "
-        "start all of them with the same command, files and code"
+        f"process {process} was given another {name} than process 0 ({first(there, here)} and {first(here, there)}); start all processes "
+        "with the same command, files and code"
     )
 
 

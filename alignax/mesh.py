@@ -66,10 +66,12 @@ def make_mesh(shape: Mapping[str, int], devices: Any = None) -> Mesh:
     count = len(devices) if devices is not None else jax.device_count()
     known = math.prod(s for s in sizes if s != -1)
     if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
-        raise ValueError(f"mesh {dict(zip(AXES, sizes, strict=True))}: sizes are positive and at most one is -1 (the free one)")
+        raise ValueError(
+            f"mesh {dict(zip(AXES, sizes, strict=True))}: sizes must be positive, and at most one may be -1 (the size that alignax chooses)"
+        )
     sizes = [count // known if s == -1 else s for s in sizes]
     if math.prod(sizes) != count:
-        raise ValueError(f"mesh {dict(shape)} does not cover {count} devices; sizes must multiply to {count}, or leave one at -1")
+        raise ValueError(f"mesh {dict(shape)} does not cover {count} devices; sizes must multiply to {count}, or set one to -1")
     auto = (AxisType.Auto,) * len(AXES)  # make_mesh defaults to Explicit axes, under which plain gathers raise
     if devices is None:
         return jax.make_mesh(tuple(sizes), AXES, axis_types=auto)

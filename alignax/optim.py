@@ -24,7 +24,7 @@ def make_schedule(config: Any, steps: int) -> optax.Schedule:
     if not config.learning_rate > 0:
         raise ValueError(f"optimizer.learning_rate is {config.learning_rate}; it must be above 0")
     if not 0 <= config.warmup < 1:
-        raise ValueError(f"optimizer.warmup is {config.warmup}; it is a share of the steps, in [0, 1)")
+        raise ValueError(f"optimizer.warmup is {config.warmup}; it must be a share of the steps, in [0, 1)")
     peak, final = config.learning_rate, config.learning_rate * config.final
     warmup = round(config.warmup * steps)
     rest = max(steps - warmup, 1)
@@ -59,7 +59,9 @@ def make_optimizer(config: Any, schedule: optax.Schedule) -> optax.GradientTrans
         "adafactor": lambda: optax.adafactor(schedule, weight_decay_rate=scaled, weight_decay_mask=decays),
     }
     if c.weight_decay and c.name in ("adam", "rmsprop", "sgd"):
-        raise ValueError(f"optimizer.weight_decay is {c.weight_decay}, and {c.name!r} has none; use adamw, or set it to 0")
+        raise ValueError(
+            f"optimizer.weight_decay is {c.weight_decay}, but {c.name!r} has no weight decay; use adamw, or set optimizer.weight_decay to 0"
+        )
     if c.name not in table:
         raise ValueError(f"optimizer.name {c.name!r} is unknown; use {', '.join(OPTIMIZERS)}")
     optimizer = table[c.name]()
@@ -77,8 +79,8 @@ def own_optimizer(experiment: Experiment, schedule: optax.Schedule) -> optax.Gra
         made = experiment.optimizer(experiment.config, schedule)
     if not isinstance(made, optax.GradientTransformation):
         raise ValueError(
-            f"optimizer() of {experiment.file} returns {made!r}; return an optax.GradientTransformation, "
-            "optax.sgd(schedule, momentum=0.9) say"
+            f"optimizer() of {experiment.file} returns {made!r}; return an optax.GradientTransformation, for example optax.sgd(schedule, "
+            "momentum=0.9)"
         )
     return made
 

@@ -67,17 +67,17 @@ def _closed(place: Path) -> str:
     """The reason why nothing can be written to a place; empty if it can. Links are followed, since their targets are written."""
     try:
         if place.exists() and not (place.is_dir() or place.is_file()):
-            return "it is a device or a pipe, in whose place nothing is put (- is the console, where that is taken)"
+            return "it is a device or a pipe, which cannot be replaced (for the console write -, where the option takes it)"
         place = _real(place)
         if loop := next((str(p) for p in (place, *place.parents) if p.is_symlink()), ""):
             return f"the link {loop!r} leads back to itself"
         if _is_mount(place):
-            return "it is a mount point, which cannot be replaced" + (" (a folder in it can be written)" if place.is_dir() else "")
+            return "it is a mount point, which cannot be replaced" + (" (a folder inside it can)" if place.is_dir() else "")
         above = standing(place.parent)
         if not above.is_dir():
             return f"{str(above)!r} is a file"
         if not os.access(above, os.W_OK | os.X_OK):
-            return f"{str(above)!r} is closed to you"
+            return f"you have no write permission for {str(above)!r}"
         # Only a trial shows that the file system takes files, and that the names are not too long for it.
         with tempfile.TemporaryDirectory(prefix=".", suffix=f".{TMP}", dir=above) as tmp:
             for name in (*place.relative_to(above).parts[:-1], _beside(place).name):
@@ -111,13 +111,13 @@ def check(folder: Path, suffix: str = ".safetensors") -> None:
     there = _mark(folder)
     if there is None:
         if (folder / MARK).exists():
-            raise ValueError(f"{folder / MARK} is damaged, and holds the CRCs of the folder's files; write or fetch the folder again")
+            raise ValueError(f"{folder / MARK} is damaged, so the files of the folder cannot be checked; write or fetch the folder again")
         return
     for name, crc in there["files"].items():
         if name.endswith(suffix) and (folder / name).is_file() and _remembered_crc(folder / name) != crc:
             raise ValueError(
-                f"{folder / name} is damaged: it is not as alignax wrote it; write or fetch the folder again "
-                f"(if it was changed on purpose, delete {folder / MARK})"
+                f"{folder / name} is damaged: its content is not what alignax wrote; write or fetch the folder again (if it was changed "
+                f"on purpose, delete {folder / MARK})"
             )
 
 
@@ -130,7 +130,7 @@ def require_space(path: Path, need: int, what: str, remedy: str = "make room, or
     """Raises an OSError, before anything is written, if the disk has no room for 1.1 times `need` bytes."""
     free = shutil.disk_usage(standing(path)).free
     if free < 1.1 * need:
-        raise OSError(f"{what} takes {need / 1e9:.3f} GB and {str(path)!r} has {free / 1e9:.3f} GB free; {remedy}")
+        raise OSError(f"{what} takes {need / 1e9:.3f} GB, but {str(path)!r} has {free / 1e9:.3f} GB free; {remedy}")
 
 
 @contextmanager
@@ -232,12 +232,15 @@ class Lock:
             # The text of the holder cannot tell whether it is this process: in containers, two may share host name and process number.
             if place not in HELD:
                 raise ValueError(
-                    f"workdir {str(path.parent)!r} is in use: {holder or 'another process'} works in it; "
-                    "wait until that ends, stop it, or choose another workdir"
+                    f"workdir {str(path.parent)!r} is in use: {holder or 'another process'} works in it; wait until that process ends, "
+                    "stop it, or choose another workdir"
                 ) from e
             return
         except OSError as e:
-            print(f"{path.parent} is on a file system without locks ({e.strerror}): see that nothing else works in it", file=sys.stderr)
+            print(
+                f"{path.parent} is on a file system without locks ({e.strerror}): make sure that no other process works in this folder",
+                file=sys.stderr,
+            )
         HELD.add(place)
         self._release = weakref.finalize(self, _let_go, file, place)  # also if a run is refused after it took the lock
         os.ftruncate(file, 0)
@@ -266,7 +269,7 @@ def _writing(path: Path, tmp: Path) -> Iterator[None]:
             shutil.rmtree(tmp) if tmp.is_dir() else tmp.unlink(missing_ok=True)
         if not isinstance(e, (OSError, SafetensorError)):
             raise
-        kept = "; what stood there is whole" if path.exists() else ""
+        kept = "; the file that was there is unchanged" if path.exists() else ""
         raise OSError(f"{str(path)!r} could not be written ({one_line(e)}){kept}; make room, or choose another place") from e
 
 

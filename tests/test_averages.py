@@ -141,7 +141,7 @@ def test_a_reset_goes_on_from_a_checkpoint(tmp_path):
         (lambda: swa(0, -1), "every is -1"),
         (lambda: elastic_reset(1.5), "decay is 1.5"),
         (lambda: reset_to_average(0.9, 0), "every is 0"),
-        (lambda: elastic_reset(0.9, name="initial"), "give it another name"),
+        (lambda: elastic_reset(0.9, name="initial"), "choose another name"),
     ],
 )
 def test_bad_arguments(make, message):

@@ -57,7 +57,7 @@ BAD = {
     "undefined name": ("return config", "return confg", r"mine\.py, line 7: NameError: name 'confg'"),
     "syntax": ("return config", "return (", r"mine\.py, line 7: SyntaxError"),
     "absent import": ("import chain,", "import chein,", r"mine\.py, line 2: ImportError.*chein"),
-    "loss without return": ("return dpo(0.1)", "dpo(0.1)", r"loss\(config\) of .* returns None; return a loss, dpo\(\) say"),
+    "loss without return": ("return dpo(0.1)", "dpo(0.1)", r"loss\(config\) of .* returns None; return a loss, for example dpo\(\)"),
     "loss not called": ("return dpo(0.1)", "return dpo", r"loss\(config\) of .* returns <function dpo.*return a loss"),
     "text as beta": ("dpo(0.1)", 'dpo("0.1")', r"mine\.py, line 10: .*0\.1"),
     "negative beta": ("dpo(0.1)", "dpo(-1.0)", r"mine\.py, line 10: beta is -1\.0"),
@@ -66,11 +66,11 @@ BAD = {
     "value alone": (RETURN, OWN.format("return sequence(out.logps, batch)[:, 0]"), r"own.*return \(values, \{metric: values\}\)"),
     "an error in a value": (RETURN, OWN.format('raise ValueError("oops")'), r"mine\.py, line 11: oops"),
     "values of another shape": (RETURN, OWN.format("return out.logps.sum(), {}"), r"own.*shape \(\).*\(8,\)"),
-    "unknown model": ("(config, reference)", "(config, teacher)", r"asks for 'teacher'; its parameters are any of config, reference"),
+    "unknown model": ("(config, reference)", "(config, teacher)", r"asks for 'teacher'; a parameter must be one of config, reference"),
     "a field of the batch that is not there": (RETURN, OWN.format('return batch["reference"], {}'),
      r"mine\.py, line 11: batch has no field 'ref"),
     "no value": (RETURN, OWN.format("return sequence(out.values, batch)[:, 0], {}"),
-     r"mine\.py, line 11: .*There: out \(logps float32\[8, 2,"),
+     r"mine\.py, line 11: .*Arrays there: out \(logps float32\[8, 2,"),
     "loss of nothing": ("def loss(config)", "def loss()", r"loss\(\) of .*mine\.py takes \(\); it is called with \(config\)"),
     "misspelt parameter": ("(config, reference)", "(confg, reference)", r"asks for 'confg'; the nearest is 'config'"),
     "misspelt hook": ("def gold(", "def golds(",
@@ -87,20 +87,20 @@ BAD = {
     "an optimizer that raises": ("def gold(", "def optimizer(config, schedule):\n    return 1 / 0\ndef gold(",
      r"mine\.py, line 16: ZeroDivisionError"),
     "gradients of one loss": ("def gold(", "def combine(gradients):\n    return gradients\ndef gold(",
-     r"combine\(\) of .* takes gradients of several losses, and loss\(config\) returns one"),
-    "losses that nothing combines": ("dpo(0.1)", '{"a": dpo(0.1), "b": sft()}', r"names a loss 'a'.*others need combine\(gradients\)"),
+     r"combine\(\) of .* takes gradients of several losses, but loss\(config\) returns one"),
+    "losses that nothing combines": ("dpo(0.1)", '{"a": dpo(0.1), "b": sft()}', r"names a loss 'a'.*other names need combine\(gradients\)"),
     "no gradient of a batch": (RETURN, '    return {"a": dpo(0.1), "b": sft()}\n\ndef combine(gradients):\n    return gradients\n',
      r"combine\(gradients\) gives .*return one gradient, a tree like each"),
     "an error in a combination": (RETURN, '    return {"a": dpo(0.1), "b": sft()}\n\ndef combine(gradients):\n    return gradients["c"]\n',
      r"mine\.py, line 13: gradients has no field 'c'"),
     "metrics without names": ("def gold(", "def metrics(prompts, completions):\n    return [1.0]\ndef gold(",
-     r"metrics\(\) of .*it gives a list; it must return numbers by name"),
+     r"metrics\(\) of .*it gives a list; it must return lists by name"),
     "metrics of one number": ("def gold(", "def metrics(prompts, completions):\n    return {'words': 1.0}\ndef gold(",
-     r"metrics\(\) of .*of 'words' it gives a float"),
+     r"metrics\(\) of .*for the name 'words' it gives a float"),
     "metrics of a column that is not there": ("def gold(", "def metrics(prompts, completions, answer):\n    return {}\ndef gold(",
      r"metrics\(\) of .*asks for column 'answer'"),
     "metrics of two numbers": ("def gold(", "def metrics(prompts, completions):\n    return {'words': [1, 2]}\ndef gold(",
-     r"metrics\(\) of .*of 'words' it gives 2 numbers for 1 completions"),
+     r"metrics\(\) of .*for the name 'words' it gives 2 numbers for 1 completions"),
     "no loss": ("def loss(", "def los(", r"has no function loss\(\); the nearest is 'los'"),
     "a number as experience": ("def gold(", "experience = 3\ndef gold(", r"experience of .*mine\.py is 3; it must be a function"),
     "a field of a group at the top": ("return config", "config.learning_rate = 1.0; return config",
@@ -236,7 +236,7 @@ def test_a_best_metric_that_is_none_is_refused_before_anything_is_written(fields
     given = fields | {"workdir": tmp_path / "run", "checkpoint.best": "accuracy"}
     assert main(runs.arguments(given)) == 2
     assert (
-        "checkpoint.best 'accuracy' is no metric of the evaluation; use one of completion_length, distinct, eos_rate"
+        "checkpoint.best 'accuracy' is not a metric of the evaluation; use one of completion_length, distinct, eos_rate"
         in capsys.readouterr().err
     )
     assert not (tmp_path / "run").exists()
@@ -309,10 +309,10 @@ URLS = [
 @pytest.mark.parametrize("url", URLS)
 def test_a_url_in_any_field_of_paths_is_refused_as_it_was_written(url):
     for name in PATHS:
-        with pytest.raises(ValueError, match=rf"^config field '{name}' is '{re.escape(url)}', and \w+:// is not read or written"):
+        with pytest.raises(ValueError, match=rf"^config field '{name}' is '{re.escape(url)}', and \w+:// paths are not supported"):
             set_field(default_config(), f"{name}={url}")
     for path, part in (("~/run", "~"), ("~bob/run", "~bob"), ("$WORK/run", "$WORK"), ("/a/${X}/run", "${X}")):
-        with pytest.raises(ValueError, match=re.escape(f"'workdir' is {path!r}, and no shell has filled in its {part}; write the whole")):
+        with pytest.raises(ValueError, match=re.escape(f"'workdir' is {path!r}, and no shell has expanded its {part}; write the full")):
             set_field(default_config(), f"workdir={path}")
     for command in ("train --config X", "export X here", "export runs/a X", "generate X", "generate m --out X", "generate m --prompts X"):
         with pytest.raises(ValueError, match=re.escape(repr(url))):

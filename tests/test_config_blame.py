@@ -79,7 +79,7 @@ def test_names_that_are_not_there(tmp_path, code, text):
 @pytest.mark.parametrize("code", ["batch['tokens'].reshape(5)", "jnp.concatenate([out.logps, jnp.zeros(3)])", "out.values[0]"])
 def test_arrays_that_do_not_fit_are_named_with_their_shapes(tmp_path, code):
     text = said(tmp_path, code)
-    assert "Error: " in text and ". There: out (logps float32[2, 2, 3], entropy float32[2, 2, 3], log_sum_sq None" in text
+    assert "Error: " in text and ". Arrays there: out (logps float32[2, 2, 3], entropy float32[2, 2, 3], log_sum_sq None" in text
     assert text.endswith("batch (ref_logps float32[2, 2, 3], tokens int32[2, 2, 3])")
 
 
@@ -120,7 +120,7 @@ def test_functions_of_other_arguments_are_refused_where_they_are_given():
         make_loss("own", lambda out, batch: (out, {}), over=lambda out, batch: batch)
     with pytest.raises(ValueError, match=r"function 1 of chain\(\.\.\) is None; it must be a function of \(batch\)"):
         chain(lambda batch: batch, None)
-    with pytest.raises(ValueError, match="returns NoneType; an experience function returns the batch"):
+    with pytest.raises(ValueError, match="returns NoneType; an experience function must return the batch"):
         advance(chain(lambda batch: None), {}, {})
     with pytest.raises(TypeError, match="3 is added to the loss dpo"):
         dpo() + 3
@@ -129,7 +129,7 @@ def test_functions_of_other_arguments_are_refused_where_they_are_given():
 def test_metrics_of_another_shape_are_named():
     batch, out = tiny.batch(4), Outputs(jnp.zeros((4, 2, 11)), jnp.zeros((4, 2, 11)))
     loss = make_loss("own", lambda out, batch: (np.zeros(4), {"fine": np.zeros(4), "odd": np.zeros((4, 2))}))
-    with pytest.raises(ValueError, match=r"metric 'odd' of loss 'own' has shape \(4, 2\), its weights \(4,\)"):
+    with pytest.raises(ValueError, match=r"metric 'odd' of loss 'own' has shape \(4, 2\), but the weights have \(4,\)"):
         loss(out, batch, loss.normalised(batch))
     loss = make_loss("own", lambda out, batch: (np.zeros(4), np.zeros(4)))
     with pytest.raises(ValueError, match=r"return \(values, \{metric: values\}\)"):

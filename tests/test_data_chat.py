@@ -44,7 +44,7 @@ def test_a_template_that_is_none_is_no_fault_of_a_row():
     broken = tiny.byte_tokenizer("{% for m in messages %}{{ m.role }")
     sides = {side: turns(side, first="assistant") for side in ("chosen", "rejected")}
     prompted, _ = prompted_rows([{"prompt": turns("hi"), **sides}], default_config().data)
-    with pytest.raises(ValueError, match=r"chat template is none of jinja \(line 1: .*correct chat_template\.jinja"):
+    with pytest.raises(ValueError, match=r"chat template is not valid Jinja \(line 1: .*correct chat_template\.jinja"):
         tokenize(prompted, broken, max_length=99, max_prompt_length=0, vocab_size=999)
 
 
@@ -202,7 +202,7 @@ def test_a_template_that_refuses_and_one_that_is_missing():
     (row,), _ = read([{"messages": [{"role": "system", "content": "x"}, *turns("hi", "a")]}])
     (bad,) = encode([row], tiny.byte_tokenizer(INST, eos="</s>"))
     assert bad.reason == "refused by the template" and "no role system" in bad.what
-    with pytest.raises(ValueError, match="no chat template; put the model's chat_template.jinja into its folder"):
+    with pytest.raises(ValueError, match="no chat template; put chat_template.jinja into the model's folder"):
         encode([row], tiny.byte_tokenizer(None))
 
 
@@ -210,7 +210,7 @@ def test_a_prompt_that_the_template_changes_with_the_answer_is_a_bad_row():
     tokenizer = tiny.byte_tokenizer("{{ messages[-1]['content'] }}: " + MARKED)
     (row,), _ = read([{"chosen": turns("hi", "a"), "rejected": turns("hi", "b")}], "preference")
     (bad,) = encode([row], tokenizer)
-    assert bad.reason == "prompt differs" and "renders the prompt in another way before each side" in bad.what
+    assert bad.reason == "prompt differs" and "writes the prompt differently for each completion" in bad.what
 
 
 def test_marks_that_miss_a_turn_are_a_bad_row(chatml):

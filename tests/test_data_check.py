@@ -116,7 +116,7 @@ def test_prompts_too_long_for_the_budget_are_among_the_lengths(tmp_path):
 
 def test_repeated_and_shared_prompts(seen):
     result, source, text = seen
-    assert source["repeated_prompts"] == 1 and "rows with a prompt that an earlier row has: 1" in text
+    assert source["repeated_prompts"] == 1 and "rows that repeat the prompt of an earlier row: 1" in text
     assert (result["eval_prompts_in_train"], result["eval_prompts"]) == (3, 4)
     assert "prompts of the evaluation data that are also in the training data: 3 of 4" in text
 
@@ -142,7 +142,7 @@ def test_pairs_cut_to_the_same_tokens_are_no_fault_of_the_rows(tmp_path):
     rows = [*raw(3), {"chosen": transcript("q", " s" * 99 + "a"), "rejected": transcript("q", " s" * 99 + "b")}]
     result, text = look(tmp_path, rows)
     assert check.stops(result) == "" and "dropped, identical after the cut: 1" in text
-    assert "row 3 (counted from 0): two of its completions" in text
+    assert "row 3 (counted from 0): two completions of the row" in text
 
 
 def test_mixtures_labels_and_margins(tmp_path):
@@ -155,7 +155,7 @@ def test_mixtures_labels_and_margins(tmp_path):
     result = check.check(data, tiny.byte_tokenizer(), 280)
     text = "\n".join(check.text(result))
     assert [source["labels_true"] for source in result["train"]["sources"].values()] == [1.0, 0.0]
-    assert "labels: 100.0% are True" in text and f"75.0% of the examples from {tmp_path / 'b.jsonl'}: 4 rows, 1.50 times" in text
+    assert "labels: 100.0% are True" in text and f"75.0% of the examples from {tmp_path / 'b.jsonl'}: 4 rows, each used 1.50 times" in text
     data.update(kind="preference", train=str(tmp_path / "pairs.jsonl"))
     data.columns.margin = "gap"
     rows = [{"prompt": "p", "chosen": f"a{i}", "rejected": "b", "gap": i} for i in range(3)]
@@ -176,7 +176,7 @@ def test_lost_text_is_counted(tmp_path):
     data = default_config().data
     data.train = str(tmp_path / "rows.jsonl")
     text = "\n".join(check.text(check.check(data, tiny.tokenizer(), 96)))
-    assert "unknown tokens, whose text is lost: 4" in text
+    assert "unknown tokens (their text is lost): 4" in text
 
 
 def test_texts_to_pretrain_on_and_pairs_from_elsewhere_are_looked_at_too(tmp_path):

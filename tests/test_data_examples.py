@@ -56,7 +56,7 @@ def test_attributes_reach_the_batch_and_missing_ones_are_nan(tmp_path):
         ({"help": float("inf")}, "is inf, neither"),
         ({"help": True}, "is True, neither"),
         ({"help": None, "more": None}, "help, more are empty"),
-        ({"more": [1, 2]}, "row 3 .* it has 3 attributes, where most rows have 2"),
+        ({"more": [1, 2]}, "row 3 .* the row has 3 attributes, but most rows have 2"),
     ],
 )
 def test_rows_without_usable_attributes(row, message, tmp_path):

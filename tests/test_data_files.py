@@ -57,7 +57,7 @@ def test_a_dataset_on_disk_gives_the_same_rows_and_several_splits_are_named(tmp_
         read_rows(f"{tmp_path}/one:dev")
     for name in ("one", "two"):
         write(tmp_path / name / "extra.jsonl", jsonl(ROWS))
-        with pytest.raises(ValueError, match=r"written by Dataset\.save_to_disk, and other files lie there \(extra\.jsonl\)"):
+        with pytest.raises(ValueError, match=r"written by Dataset\.save_to_disk, but it also holds other files \(extra\.jsonl\)"):
             read_rows(f"{tmp_path}/{name}")
 
 
@@ -81,7 +81,7 @@ def test_a_dataset_on_disk_gives_the_same_rows_and_several_splits_are_named(tmp_
             '{"version": 1, "data": [{"a": 1}]}',
             r"is one object, which holds 1 rows under 'data'; to read them write .*a\.json:data",
         ),
-        ("a.csv", "a;b\n1;2\n", r"one column, 'a;b', with ';' in it: put commas \(in a \.tsv tabs\) between columns"),
+        ("a.csv", "a;b\n1;2\n", r"one column, 'a;b', with ';' in it: put commas \(tabs in a \.tsv file\) between columns"),
         ("a.jsonl", "\n \n", r"holds no rows"),
         ("a.json", "[]", r"holds no rows"),
     ],
@@ -173,7 +173,7 @@ def test_damaged_bytes_are_a_value_error_whatever_they_are(tmp_path, name):
     ("name", "text", "message"),
     [
         ("a.csv", "a,a\n1,2\n", "two columns have the same name"),
-        ("a.csv", "a,b\n1,2,3\n", "row 0 .*: line 2 has 3 columns, and the first line 2; put a value with"),
+        ("a.csv", "a,b\n1,2,3\n", "row 0 .*: line 2 has 3 columns, but the first line has 2; enclose a value"),
         ("a.csv", "a,b\n", "holds no rows"),
     ],
 )
@@ -204,7 +204,7 @@ def test_a_damaged_data_set_on_disk(tmp_path):
     for file in (next((tmp_path / "one").glob("*.arrow")), tmp_path / "one" / "state.json"):
         whole = file.read_bytes()
         file.write_bytes(b"{}")
-        with pytest.raises(ValueError, match=r"the data set in .*one does not load"):
+        with pytest.raises(ValueError, match=r"the data set in .*one cannot be loaded"):
             read_rows(tmp_path / "one")
         file.write_bytes(whole)
     (tmp_path / "dataset_dict.json").write_text("[]")
@@ -231,7 +231,7 @@ def test_a_hub_is_asked_only_by_its_prefix(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="no file or folder 'org/one'.*for a data set of the Hugging Face hub write hf://org/one"):
         read_rows("org/one")
     for wrong in ("hf://", "hf://a/b/c", "hf://a/b:c:d:e", "hf://a/b:"):
-        with pytest.raises(ValueError, match="is no data set of the hub; write hf://org/name"):
+        with pytest.raises(ValueError, match="is not a data set of the hub; write hf://org/name"):
             read_rows(wrong)
     assert not asked
 
@@ -266,7 +266,8 @@ def test_every_file_of_a_folder_is_read_or_named(tmp_path):
     write(tmp_path / "7" / "more.txt", "?")
     write(tmp_path / "8.zip", "?")
     with pytest.raises(
-        ValueError, match=r"holds files that are not read \(7/more\.txt, 8\.zip\); name those to read, such as '.*/\*\*/\*\.jsonl'"
+        ValueError,
+        match=r"holds files that alignax does not read \(7/more\.txt, 8\.zip\); name the files to read, such as '.*/\*\*/\*\.jsonl'",
     ):
         read_rows(tmp_path)
     assert read_rows(f"{tmp_path}/**/*.jsonl") == [row(0), row(7)]
@@ -274,7 +275,7 @@ def test_every_file_of_a_folder_is_read_or_named(tmp_path):
     with pytest.raises(ValueError, match="there is no file or folder"):
         read_rows(f"{tmp_path}/*.csv")
     (tmp_path / "7" / "circle").symlink_to(tmp_path)
-    with pytest.raises(ValueError, match="in a circle of links"):
+    with pytest.raises(ValueError, match="in a loop of links"):
         read_rows(tmp_path)
 
 
@@ -307,8 +308,8 @@ def test_the_split_of_a_file_is_told_by_its_name_or_its_folder(tmp_path):
         (["train_sft.jsonl", "train_prefs.jsonl"], "", r"holds several splits \(train_prefs, train_sft\)"),
         (["train_v1.jsonl", "train_v2.jsonl"], ":train", r"several splits that are 'train' \(train_v1, train_v2\)"),
         ([f"train_{x}-00000-of-00001-0123456789abcdef.jsonl" for x in ("sft", "gen")], ":train", r"\(train_gen, train_sft\)"),
-        (["train.jsonl", "heldout.jsonl"], "", r"holds 'train' and files whose names tell of no split \(heldout.jsonl\); write .*:train"),
-        (["train.jsonl", "notice.csv"], "", r"tell of no split \(notice.csv\)"),
+        (["train.jsonl", "heldout.jsonl"], "", r"holds 'train' and files without a split in their names \(heldout.jsonl\); write .*:train"),
+        (["train.jsonl", "notice.csv"], "", r"without a split in their names \(notice.csv\)"),
         (["train-00000.jsonl", "train-1.jsonl", "train2.jsonl", "train-2024-05.jsonl"], "", ""),
         (["train-00000-of-00002.jsonl", "train-00001-of-00002-0123456789abcdef.jsonl"], "", ""),
         (["train/en/a.jsonl", "train/b.jsonl"], "", ""),
@@ -352,7 +353,7 @@ def test_objects_over_several_lines_and_rows_under_a_key(tmp_path):
     assert read_rows(write(tmp_path / "a.json", spread)) == ROWS
     path = write(tmp_path / "b.json", json.dumps({"version": 1, "data": ROWS}))
     assert read_rows(f"{path}:data") == ROWS
-    with pytest.raises(ValueError, match=r"no single JSON object with a list of rows under 'train'; it holds rows under data"):
+    with pytest.raises(ValueError, match=r"not a single JSON object with a list of rows under 'train'; the file has rows under data"):
         read_rows(f"{path}:train")
     conversation = {"messages": [{"role": "user", "content": "hi"}], "tools": [{"name": "f"}]}
     assert read_rows(write(tmp_path / "c.jsonl", json.dumps(conversation))) == [conversation], "one row of an ordinary kind"
@@ -381,9 +382,11 @@ def test_a_file_that_grows_without_bound_is_refused_by_name(tmp_path, suffix, mo
     monkeypatch.setattr(streams, "HARMLESS", 2**20)
     for content in (" ", "[" + " ", '{"a": "', ROWS[0]["prompt"]):
         path = write(tmp_path / f"a.jsonl{suffix}", content + " " * 2**23)
-        with pytest.raises(ValueError, match=rf"a\.jsonl{suffix} grows from [\d,]+ to more than [\d,]+ bytes .*decompress it yourself"):
+        with pytest.raises(
+            ValueError, match=rf"a\.jsonl{suffix} grows from [\d,]+ to more than [\d,]+ bytes .*decompress the file yourself"
+        ):
             read_rows(path)
-    with pytest.raises(ValueError, match="is a zip archive, which is not read; unpack it"):
+    with pytest.raises(ValueError, match="is a zip archive, which alignax does not read; unpack it"):
         read_rows(write(tmp_path / "b.jsonl", "PK\x03\x04"))
 
 
@@ -398,12 +401,12 @@ def test_a_line_too_long_is_a_bad_row_and_is_not_held(tmp_path, monkeypatch):
         {"a": "y" * 54},
         {"a": "y" * 55},
     ]
-    with pytest.raises(ValueError, match=r"a\.jsonl, row 1 \(counted from 0\): line 2 has 310 bytes, and a row at most"):
+    with pytest.raises(ValueError, match=r"a\.jsonl, row 1 \(counted from 0\): line 2 has 310 bytes, but a row can have at most"):
         read_rows(path)
     array = [{"a": "x" * 20}] * 9 + [{"a": "x" * 57}]
     assert read_rows(write(tmp_path / "b.json", "\n " + json.dumps(array[:9]))) == array[:9], "an array on one line is no row"
     assert read_rows(f"{write(tmp_path / 'd.json', json.dumps({'data': array[:9]}))}:data") == array[:9], "nor one object of rows"
-    with pytest.raises(ValueError, match=r"b\.json, row 9 .*: element 9 \(counted from 0\) has 66 bytes, and a row at most 64"):
+    with pytest.raises(ValueError, match=r"b\.json, row 9 .*: element 9 \(counted from 0\) has 66 bytes, but a row can have at most 64"):
         read_rows(write(tmp_path / "b.json", json.dumps(array)))
 
 

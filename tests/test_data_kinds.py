@@ -46,7 +46,7 @@ BAD = [
     ({"chosen": None}, "not text", r"'chosen' is None, not text"),
     ({"prompt": 7}, "not text", r"'prompt' is 7, not text"),
     ({"rejected": [{"role": "user"}]}, "not text", r"'rejected' is \[\{'role': 'user'\}\], not text"),
-    ({"chosen": "\ud800"}, "invalid Unicode", r"half a surrogate pair"),
+    ({"chosen": "\ud800"}, "invalid Unicode", r"half of a surrogate pair"),
     ({"rejected": " \n"}, "empty completion", r"'rejected' is empty: ' \\n'"),
     ({"rejected": "a"}, "chosen equals rejected", r"same text: 'a'"),
 ]
@@ -108,7 +108,7 @@ def test_transcripts_are_split_after_their_last_separator():
 def test_a_prompt_is_never_guessed(chosen, rejected):
     """The longest common prefix would call "The sk" a prompt; a shared beginning belongs to both answers."""
     row = {"chosen": chosen, "rejected": rejected}
-    with pytest.raises(ValueError, match="a prompt is never guessed"):
+    with pytest.raises(ValueError, match="alignax never guesses the prompt"):
         read([row])
     prompted, _ = read([{key: f"Q:{value}" for key, value in row.items()}], "Q:")
     assert prompted == [Prompted("Q:", (chosen, rejected), 0)]
@@ -158,7 +158,7 @@ def test_rankings_have_the_size_of_most():
     prompted, dropped = read([*rows, {"prompt": "p", "completions": None}], kind="ranked", bad_rows="drop")
     assert [row.completions for row in prompted] == [("a", "b", "c"), ("b", "c", "a")]
     assert dropped == {"another number of completions": 1, "equal completions": 1, "no ranking": 2, "empty completion": 1}
-    with pytest.raises(ValueError, match=r"row 0 .*it has 2 completions, where most rows have 3"):
+    with pytest.raises(ValueError, match=r"row 0 .*the row has 2 completions, but most rows have 3"):
         read(rows[:3], kind="ranked")
 
 

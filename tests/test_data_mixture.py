@@ -73,8 +73,8 @@ def test_batches_of_a_mixture(files):
     np.testing.assert_array_equal(again.rows(17), rows[17])
     assert batches.steps(1) == 3, "an epoch is as many draws as there are rows"
     assert loaded.mixture.lines(24) == [
-        f"75.0% of the examples from {files[0]}: 12 rows, 1.50 times",
-        f"25.0% of the examples from {files[1]}: 5 rows, 1.20 times",
+        f"75.0% of the examples from {files[0]}: 12 rows, each used 1.50 times",
+        f"25.0% of the examples from {files[1]}: 5 rows, each used 1.20 times",
     ]
     tokens = batches.batch(3)["tokens"]
     hosts = [batches.batch(3, slice(4 * h, 4 * h + 4))["tokens"] for h in range(2)]
@@ -114,8 +114,8 @@ def test_a_path_that_exists_is_itself(tmp_path):
         ("a@nan,b@1", "is 'nan'"),
         ("a@inf,b@1", "is 'inf'"),
         ("a@x,b@1", "is 'x'"),
-        ("a,,b", "names no source or one twice"),
-        ("a@1,a@2", "names no source or one twice"),
+        ("a,,b", "has an empty or a repeated source"),
+        ("a@1,a@2", "has an empty or a repeated source"),
     ],
 )
 def test_bad_lists_of_sources(spec, message):
@@ -124,7 +124,7 @@ def test_bad_lists_of_sources(spec, message):
 
 
 def test_sources_must_fit_one_another_and_evaluation_takes_no_weights(files, tmp_path):
-    with pytest.raises(ValueError, match="evaluation takes every row once; leave them out"):
+    with pytest.raises(ValueError, match="evaluation uses every row once; leave the weights out"):
         read(f"{files[0]}@1,{files[1]}@1", "eval")
     ranked = tmp_path / "ranked.jsonl"
     ranked.write_text(json.dumps({"prompt": "p", "completions": ["a", "b", "c"]}))
@@ -145,5 +145,5 @@ def test_only_training_rows_have_an_order(tmp_path):
     both = concatenate([train, train])
     assert both.order is not None and both.order.tolist() == [0, -1, -2] * 2
     data.update(kind="unpaired")
-    with pytest.raises(ValueError, match="data.order would put the two sides of a pair side by side"):
+    with pytest.raises(ValueError, match="data.order would put the two rows of a pair next to each other"):
         load("train", data, tiny.byte_tokenizer(), 300)

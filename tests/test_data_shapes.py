@@ -78,7 +78,7 @@ def test_a_conversation_that_begins_otherwise_than_its_prompt_is_refused_with_th
 @pytest.mark.parametrize("kind", ["preference", "prompt"])
 def test_a_part_that_is_no_text_is_refused_by_name(part, kind):
     row = {"prompt": [{"role": "user", "content": [{"type": "text", "text": "hi"}, part]}], "chosen": "hello", "rejected": "go"}
-    with pytest.raises(ValueError, match=r"a message of 'prompt' has the part .*, and parts are read that are text; leave such rows out"):
+    with pytest.raises(ValueError, match=r"a message of 'prompt' has the part .*, but only text parts are supported; leave such rows out"):
         only(row, kind)
 
 
@@ -111,7 +111,7 @@ def test_messages_as_text_are_refused_with_the_remedy(form):
         ({"prompt": "hi", "chosen": form([USER, YES]), "rejected": form([USER, NO])}, "preference"),
         ({"conversations": form([{"from": "human", "value": "hi"}])}, "sft"),
     ):
-        with pytest.raises(ValueError, match=r"text that holds messages as .*; make a list of them, with .* as row\(row\)"):
+        with pytest.raises(ValueError, match=r"text that holds messages in .*; convert the text to a list, .* in row\(row\)"):
             only(row, kind, **({"messages": "conversations"} if "conversations" in row else {}))
     others = (
         '[{"roles": 1}]',
@@ -189,7 +189,7 @@ OTHER = {"role": "system", "content": "German."}
         ({"system": "French.", "prompt": [OTHER, USER], "completion": [YES]}, "and 'German.' in its messages"),
         ({"prompt": [SYSTEM, USER], "completion": [OTHER, USER, YES]}, "'completion' begins with a system message, as the prompt 'Fren"),
         ({"prompt": [SYSTEM, USER], "completion": [SYSTEM, YES]}, "'completion' begins with a system message, as the prompt 'French.' "),
-        ({"prompt": [USER], "completion": [OTHER, YES]}, "'completion' begins with a system message, behind the messages of the prompt"),
+        ({"prompt": [USER], "completion": [OTHER, YES]}, "'completion' begins with a system message, after the messages of the prompt"),
     ],
 )
 def test_two_places_that_give_a_row_different_system_prompts(row, message):
@@ -208,7 +208,7 @@ def test_several_system_messages_of_one_conversation_are_counted():
 def test_a_conversation_that_opens_with_an_answer():
     opened = [YES, USER, NO]
     assert only({"messages": opened}, "sft").prompt == opened[:2]
-    with pytest.raises(ValueError, match="a user's or a system message there, give that turn the weight 0, or score the last turn alone"):
+    with pytest.raises(ValueError, match="a user or system message first, give that turn the weight 0, or score the last turn alone"):
         only({"messages": opened}, "sft", turns="all")
     assert only({"messages": [SYSTEM, *opened]}, "sft", turns="all") == Prompted([SYSTEM], (opened,))
     assert only({"messages": [YES | {"weight": 0}, USER, NO]}, "sft", turns="all").completions == ([NO],)
@@ -238,7 +238,9 @@ def test_an_experiments_row_comes_first_and_its_errors_are_named():
 
 def test_rows_of_another_set_are_told_by_the_column_that_a_format_reads():
     data = config(format="helpsteer3")
-    with pytest.raises(ValueError, match=r"'helpsteer3' reads 'context', which the row has not \(it has: 'prompt'\); is it a row of that"):
+    with pytest.raises(
+        ValueError, match=r"'helpsteer3' reads 'context', which the row does not have \(it has: 'prompt'\); check that the row comes from"
+    ):
         prompted_rows(shaped([{"prompt": "hi"}], data), data)
 
 
@@ -349,5 +351,5 @@ def test_every_format_has_a_row_here_and_an_unknown_one_names_the_nearest(tmp_pa
     (tmp_path / "a.jsonl").write_text("{}")
     with pytest.raises(ValueError, match=r"no column 'chosen', .*; its rows look like those of data\.format=helpsteer3$"):
         only({"context": [USER], "response1": "hello", "response2": "go", "overall_preference": 0})
-    with pytest.raises(ValueError, match="data.format is 'helpsteer-3'; the nearest is 'helpsteer3', and there are hh_rlhf, "):
+    with pytest.raises(ValueError, match="data.format is 'helpsteer-3'; the nearest is 'helpsteer3', and the formats are hh_rlhf, "):
         load_examples(tmp_path / "a.jsonl", config(format="helpsteer-3"), tiny.byte_tokenizer(), 280)

@@ -234,7 +234,7 @@ def test_a_text_that_begins_with_the_tokenizers_own_front_has_it_once(bos, bare)
     examples, report = run([("<s>the sky", " is blue", " is round")], bos)
     assert examples.tokens.tolist() == plain.tokens.tolist() and examples.offsets.tolist() == plain.offsets.tolist()
     assert (report.fronts_written, none.fronts_written) == (1, 0)
-    assert "  prompts that begin with the tokens which the tokenizer puts in front, kept once: 1" in report.lines()
+    assert "  prompts that already begin with the prefix tokens of the tokenizer, kept once: 1" in report.lines()
     assert prompt_ids(["<s>the sky", "the sky"], bos) == [bos("the sky")["input_ids"]] * 2
     assert sides(run([("<s>the sky", " a")], bare)[0])[0][0] == bare("<s>the sky")["input_ids"], "no front of its own"
     two = make("<s> </s> $A </s>")  # two tokens in front, and one behind
@@ -271,7 +271,7 @@ def test_what_the_tokenizer_puts_behind_a_text_is_no_part_of_it():
     bare = make("")
     whole = lambda text: bare(text)["input_ids"]
     assert [prompt + rest for prompt, rest in sides(examples)] == [[*whole("the sky is"), 1], [*whole("the sky is round"), 1]]
-    assert report.ends_written == 1 and "  completions that end with an end token of their own, kept once: 1" in report.lines()
+    assert report.ends_written == 1 and "  completions that already end with an end token, kept once: 1" in report.lines()
 
 
 WORDS = "the sky is blue, and a cat of 12 hats sat. Hello   world\n\nround, worlds of words "
@@ -337,7 +337,7 @@ def test_rows_whose_parts_do_not_tell_their_tokens_are_read_whole_up_to_a_limit(
     examples, report = run([row], runs, **limits)
     assert examples.digest() == whole.digest() and report.shortened == 0
     monkeypatch.setattr(bounds, "UNSETTLED", 2000)
-    with pytest.raises(ValueError, match=r"row 0 .*: 3,611 characters would be tokenised for it, .* and at most 2,000 are; shorten"):
+    with pytest.raises(ValueError, match=r"row 0 .*: the row has 3,611 characters to tokenise .* and the limit is 2,000; shorten"):
         run([row], runs, **limits)
     assert run([("ab", "a", "b"), row], runs, bad_rows="drop", **limits)[1].dropped == {"too long": 1}
     assert run([(WORDS * 90, " is blue", " a")], bos, **limits)[1].shortened == 1

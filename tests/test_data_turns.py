@@ -337,9 +337,9 @@ def test_an_answer_of_which_only_the_end_is_left_is_a_bad_row(template):
 @pytest.mark.parametrize(
     ("template", "answer", "begun", "remedy"),
     [
-        (THINKING, "4", r"with nothing where these answers follow '<think>\n\n</think>\n\n'", "enable_thinking=false"),
-        (OPENING, "4", r"with nothing where these answers follow '\n</think>\n\n'", "enable_thinking=false"),
-        (DROPPING, "4", r"with '<think>\n' where these answers follow nothing", "begins both alike"),
+        (THINKING, "4", r"adds nothing, but in the data these answers follow '<think>\n\n</think>\n\n'", "enable_thinking=false"),
+        (OPENING, "4", r"adds nothing, but in the data these answers follow '\n</think>\n\n'", "enable_thinking=false"),
+        (DROPPING, "4", r"adds '<think>\n', but in the data these answers follow nothing", "begins both the same way"),
     ],
 )
 def test_what_generation_asks_and_rows_do_not_is_told_with_the_remedy(template, answer, begun, remedy):
@@ -368,9 +368,9 @@ def test_variables_of_the_config_reach_rows_and_prompts(tmp_path):
     (tmp_path / "text.jsonl").write_text(json.dumps({"prompt": "hi"}) + "\n")
     assert load_examples(tmp_path / "text.jsonl", data.data, *options)[1].told == {NO_TEMPLATE: 1}
     set_field(data, "data.template.enable_thinkin=false")
-    with pytest.raises(ValueError, match=r"data.template.enable_thinkin'.*never mentions.*it reads 'enable_thinking'"):
+    with pytest.raises(ValueError, match=r"data.template.enable_thinkin'.*never mentions.*the template reads 'enable_thinking'"):
         load_examples(tmp_path / "a.jsonl", data.data, *options)
-    with pytest.raises(ValueError, match=r"data.template.messages'.*no variable"):
+    with pytest.raises(ValueError, match=r"data.template.messages'.*set by alignax"):
         chat.encode_prompt(HI, None, options[0], {"messages": []})
 
 
@@ -391,7 +391,7 @@ def test_rows_that_go_on_with_an_answer_have_one_turn():
     assert tokenizer.decode(code.prompt) == code.text == chat.encode_prompt(prompt, None, tokenizer)[0]
     assert not code.told
     bad = chat.encode_prompt([*HI, says("assistant", "", tool_calls=[CALL])], None, tokenizer)
-    assert "ends with the assistant's call of a tool" in bad.what
+    assert "ends with a tool call of the assistant" in bad.what
 
 
 def test_parquet_and_json_lines_give_the_same_tokens(tmp_path):

@@ -103,7 +103,7 @@ def test_a_completion_is_cut_where_its_new_row_ends():
 
 
 def test_mismatched_responses_are_single():
-    with pytest.raises(ValueError, match="takes single responses, these examples have 2"):
+    with pytest.raises(ValueError, match="takes single responses, but these examples have 2"):
         mismatched_kl(POLICY, REFERENCE)(tiny.batch(2))
 
 
@@ -208,9 +208,9 @@ def test_unpaired_parts_equal_the_whole(name):
 @pytest.mark.parametrize(
     ("name", "axes", "text"),
     [
-        ("rewards", lambda x: x.sum(axis=(1, 2)), r"'rewards' of shape \(4,\); they are \[B, N\], \(4, 2\) here"),
+        ("rewards", lambda x: x.sum(axis=(1, 2)), r"'rewards' of shape \(4,\); the shape must be \[B, N\], here \(4, 2\)"),
         ("rewards", lambda x: x.sum(axis=(1, 2))[:, None], r"'rewards' of shape \(4, 1\)"),  # jax would give it to the whole group
-        ("advantages", lambda x: x.sum(axis=2), r"'advantages' of shape \(4, 2\); they are \[B, N, T\], \(4, 2, 24\) here"),
+        ("advantages", lambda x: x.sum(axis=2), r"'advantages' of shape \(4, 2\); the shape must be \[B, N, T\], here \(4, 2, 24\)"),
     ],
 )
 def test_a_field_of_another_shape_is_named(name, axes, text):
@@ -248,7 +248,10 @@ def test_members_report_each_their_own():
 @pytest.mark.parametrize(
     ("experience", "text"),
     [
-        (lambda batch: report(batch, x=batch["mask"].sum(axis=-1)), r"report\(..\) is given 'x' of shape \(4, 2\); a metric is a scalar"),
+        (
+            lambda batch: report(batch, x=batch["mask"].sum(axis=-1)),
+            r"report\(..\) is given 'x' of shape \(4, 2\); a metric must be a scalar",
+        ),
         (chain(counting, counting), "two experience functions report 'share/x'"),
         (chain(counting, chain(counting)), "two experience functions report 'share/x'"),
     ],
@@ -260,5 +263,5 @@ def test_a_report_that_is_none_is_refused(experience, text):
 
 def test_a_metric_that_the_run_has_itself_is_refused():
     assert with_reported({"loss": 1}, {"x": 2}) == {"loss": 1, "x": 2}
-    with pytest.raises(ValueError, match="the experience reports 'loss', and every such run has a metric of that name"):
+    with pytest.raises(ValueError, match="the experience reports 'loss', but the run itself has a metric of that name"):
         with_reported({"loss": 1}, {"loss": 2})

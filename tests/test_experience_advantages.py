@@ -178,7 +178,7 @@ def test_gdpo_of_rewards_that_are_missing():
     expected = np.where(valid, (total - total[valid].mean()) / (total[valid].std(ddof=1) + 1e-4), 0.0)
     advantages = run(gdpo(), batch | {"scores": scores})["advantages"]
     close(advantages, expected[..., None] * batch["completion_mask"])
-    for given, count, text in [((), 1, r"scores have 1; take chain\(mean"), ((1.0,) * 3, 2, "3 weights, and scores are of 2 rewards")]:
+    for given, count, text in [((), 1, r"scores have 1; use chain\(mean"), ((1.0,) * 3, 2, "3 weights, but scores have 2 rewards")]:
         with pytest.raises(ValueError, match=text):
             run(gdpo(given), batch | {"scores": scores[..., :count]})
 
@@ -195,7 +195,7 @@ def test_the_tokens_of_highest_entropy_alone():
     half = np.quantile(entropy[mask].astype(np.float64), 0.5)
     np.testing.assert_array_equal(run(top_entropy(0.5), batch)["advantages"] > 0, mask & (entropy >= half))
     assert not np.any(run(top_entropy(), batch | {"completion_mask": np.zeros_like(mask)})["advantages"])
-    with pytest.raises(ValueError, match="the share is 0; it is one of tokens"):
+    with pytest.raises(ValueError, match="the share is 0; it must be a share of tokens"):
         top_entropy(0)
 
 
@@ -220,7 +220,7 @@ def test_gae_by_hand():
 
 def test_a_critic_of_several_heads_is_refused():
     mask = np.array([[[False, True, True]]])
-    with pytest.raises(ValueError, match=r"gae\(\) takes one value of a token, and this critic gives 2; set model.critic_heads to 1"):
+    with pytest.raises(ValueError, match=r"gae\(\) takes one value per token, but this critic gives 2; set model.critic_heads to 1"):
         gae()({"completion_mask": mask, "rewards": np.array([[4.0]]), "values": np.zeros((1, 1, 3, 2))})
 
 
@@ -302,10 +302,10 @@ def test_penalties_and_limits():
     assert run(overlong_penalty(10, 4), long)["rewards"][0, 4] == -1.0
     for make, text in [
         (lambda: clip_rewards(0), "limit is 0"),
-        (lambda: overlong_penalty(10, 11), "the margin is 11 tokens of 10"),
+        (lambda: overlong_penalty(10, 11), "the margin is 11 tokens and max_length is 10"),
         (lambda: group_relative(eps=0.0), r"eps is 0\.0; it must be above 0"),  # equal rewards would be 0 / 0
         (lambda: whiten_advantages(-1.0), r"eps is -1\.0"),
-        (lambda: gae(lam=1.5), r"lam is 1\.5; it discounts what is further away, in \[0, 1\]"),
+        (lambda: gae(lam=1.5), r"lam is 1\.5; it must be a discount, in \[0, 1\]"),
         (lambda: kl_reward(-0.1), r"the coefficient of the KL is -0\.1; it must be a number of at least 0"),
         (lambda: gdpo((1.0, np.nan)), "the weights of gdpo"),
     ]:
@@ -389,5 +389,5 @@ def test_what_is_not_there_is_named():
         with pytest.raises(ValueError, match=f'the batch has no "{name}"; let experience'):
             run(experience, fields)
     for experience, name in ((missing_eos_penalty(1.0), "truncated"), (top_entropy(), "old_entropy")):
-        with pytest.raises(ValueError, match=f'the batch has no "{name}", which rollouts have; set rollout.samples above 0'):
+        with pytest.raises(ValueError, match=f'the batch has no "{name}", which only rollouts have; set rollout.samples above 0'):
             run(experience, batch)

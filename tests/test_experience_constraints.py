@@ -291,9 +291,12 @@ def test_multipliers_are_in_checkpoints(tmp_path):
         (lambda: jax.eval_shape(all_ppo((0.5, 0.5), estimator=gae()), scored()), 'has no "values"'),
         (
             lambda: all_ppo((0.5, 0.5))(scored() | {"values": np.zeros((4, 3, 7))}),
-            "heads are 1 for the KL and 2 .* set model.critic_heads=3",
+            "has 1 value heads for the KL and 2 .* set model.critic_heads=3",
         ),
-        (lambda: xi_ppo((0.5, 0.5))(scored() | {"values": np.zeros((4, 3, 7, 2))}), "value heads are 2 for the KL and 2 reward models"),
+        (
+            lambda: xi_ppo((0.5, 0.5))(scored() | {"values": np.zeros((4, 3, 7, 2))}),
+            "the critic has 2 value heads for the KL and 2 reward models",
+        ),
         (lambda: ppo_sat((0.5, np.nan)), "give a number for each reward model"),
         (lambda: ppo_sat((0.5,))(scored()), "1 thresholds for 2 reward models"),
     ],

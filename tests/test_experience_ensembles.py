@@ -102,7 +102,7 @@ def test_an_aggregate_wants_scores_and_scores_a_reward_model():
     with pytest.raises(ValueError, match=r'no "scores".*score\(ensemble\)'):
         wco(tiny.batch())
     policy = Model(lambda params, batch: tiny.plain_apply(params, batch)._replace(scores=None), tiny.plain_params())
-    with pytest.raises(ValueError, match="takes a reward model, and this one gives no scores"):
+    with pytest.raises(ValueError, match="takes a reward model, but this model gives no scores"):
         score(policy)(tiny.batch())
 
 
@@ -111,5 +111,7 @@ def test_a_reward_model_of_several_labels_is_no_ensemble(members):
     """Such a model is refused, alone or in an ensemble: its labels would be taken for members."""
     scores = lambda labels: Model(lambda params, batch: None, {"score": jnp.zeros((*members, 8, labels))})  # pyright: ignore
     score(scores(1))
-    with pytest.raises(ValueError, match="takes a reward model with one score of a response, or an ensemble of such, and this one gives 2"):
+    with pytest.raises(
+        ValueError, match="takes a reward model with one score per response, or an ensemble of such models, but this model gives 2"
+    ):
         score(scores(2))

@@ -114,7 +114,7 @@ def test_moments_of_few_samples_have_the_error_of_few_samples():
 
 
 def test_moments_out_of_reach_and_samples_too_few_are_refused():
-    with pytest.raises(ValueError, match=r"moments \[9.0\] are out of reach of 64 samples, whose features lie between \["):
+    with pytest.raises(ValueError, match=r"moments \[9.0\] are out of reach of 64 samples: the features lie between \["):
         fit_moments(PHI[:, :1], [9.0])
     with pytest.raises(ValueError, match=r"none of 3 samples has all of the features \[0\]; take more"):
         fit_moments(np.zeros((3, 1)), [1.0])

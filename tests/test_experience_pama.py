@@ -64,5 +64,5 @@ def test_both_rewards_of_a_bandit_rise_where_their_sum_gives_one_up():
 
 
 def test_a_single_reward_is_refused():
-    with pytest.raises(ValueError, match=r"pama\(\) is of several rewards, and scores have 1"):
+    with pytest.raises(ValueError, match=r"pama\(\) needs several rewards, but scores have 1"):
         pama()(scored(np.zeros((2, 3, 1))))

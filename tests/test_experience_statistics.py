@@ -38,7 +38,7 @@ def test_a_statistic_of_any_model_is_a_field():
     "model, statistic, text",
     [
         (Model(tiny.plain_apply, {}), min_p(0.1), r"the model of token_statistic\('x', ..\) gives no statistics"),
-        (MODEL, min_p, "it takes a Statistic, min_p"),
+        (MODEL, min_p, "give a Statistic, for example min_p"),
     ],
 )
 def test_what_gives_no_statistic(model, statistic, text):
@@ -59,7 +59,7 @@ def test_a_loss_says_what_it_reads():
         assert made.statistics == own.statistics
     schedule = lambda step: sft() + (0.1 * step) * own
     assert statistics_of(schedule, own, dpo()) == own.statistics
-    with pytest.raises(ValueError, match="loss 'bonus' reads .* which is no statistic"):
+    with pytest.raises(ValueError, match="loss 'bonus' reads .* which is not a statistic"):
         make_loss("bonus", value, None, (min_p,))
 
 

@@ -171,7 +171,7 @@ def test_a_search_is_in_checkpoints_and_goes_on(tmp_path):
         (lambda: nm_ppo(SIMPLEX, patience=4, last=5), "patience is 4 rollouts"),
         (lambda: nm_ppo(SIMPLEX, patience=4, most=0), "most is 0"),
         (lambda: nm_ppo(SIMPLEX, patience=4, momentum=1.0), "momentum is 1.0"),
-        (lambda: jax.eval_shape(nm_ppo(SIMPLEX, patience=4), scored()), "of which the batch has none"),
+        (lambda: jax.eval_shape(nm_ppo(SIMPLEX, patience=4), scored()), "but the batch has none"),
     ],
 )
 def test_bad_arguments(make, message):

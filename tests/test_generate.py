@@ -330,7 +330,7 @@ def test_a_batch_holds_prompt_and_completion_side_by_side():
             np.testing.assert_array_equal(batch["sampled_logps"][p, s][batch["completion_mask"][p, s]], out.logps[p, s][out.mask[p, s]])
     assert not batch["sampled_logps"][~batch["completion_mask"]].any()
     assert token_batch(PROMPTS, out)["tokens"].shape == (7, 3, 20)
-    with pytest.raises(ValueError, match="rows of 10 tokens do not hold a prompt and completion of 20; raise the length"):
+    with pytest.raises(ValueError, match="rows of 10 tokens are too short for a prompt and completion of 20 tokens; raise the length"):
         token_batch(PROMPTS, out, 10)
 
 

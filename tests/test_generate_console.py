@@ -194,7 +194,7 @@ def test_conversations_go_through_the_chat_template(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"row 0 of .*other.jsonl: message 0 of 'the prompt' is"):
         console.read(Request(prompts=str(tmp_path / "other.jsonl")), tokenizer, DATA)
     (tmp_path / "text.jsonl").write_text(json.dumps({"prompt": json.dumps(turns)}))
-    with pytest.raises(ValueError, match="row 0 of .*text.jsonl: 'prompt' is .*, text that holds messages as JSON"):
+    with pytest.raises(ValueError, match="row 0 of .*text.jsonl: 'prompt' is .*, text that holds messages in JSON"):
         console.read(Request(prompts=str(tmp_path / "text.jsonl")), tokenizer, DATA)
     data = default_config().data
     data.columns.prompt, data.columns.system = "question", "system"
@@ -216,8 +216,8 @@ def test_conversations_go_through_the_chat_template(tmp_path, monkeypatch):
         (["--seed", str(2**32)], "seed is 4294967296; it must be at least 0 and less than 2^31"),
         (["--seed", str(2**64)], "seed is 18446744073709551616; it must be"),
         (["--max-new-tokens"], "--max-new-tokens has no value"),
-        (["--combine", "x@y,z@1"], "combine has 'x@y', no model with its coefficient; write TUNED@1.0,UNTUNED@-1.0 say"),
-        (["--combine", "x@1,"], "combine has '', no model"),
+        (["--combine", "x@y,z@1"], "combine has 'x@y', which is not a model with its coefficient; write for example TUNED@1.0"),
+        (["--combine", "x@1,"], "combine has '', which is not a model"),
         (["--combine", "nowhere@1"], "model folder 'nowhere' does not exist"),
         (["--combine", "gs://bucket/x@1"], "'gs://bucket/x'"),
         (["--beams", "3"], "option '--beams' is unknown"),
@@ -261,7 +261,7 @@ def test_a_very_long_prompt_is_not_tokenised_whole_to_be_refused(conversation, m
     assert len(found.ids) > 100 and len(found.text) >= len(text) and max(given) < 300_000
     short = said("user", "abc") if conversation else "abc"
     assert console.encoded(0, short, None, tokenizer, "x.jsonl", most=2) == console.encoded(0, short, None, tokenizer, "x.jsonl")
-    with pytest.raises(ValueError, match=r"row 7 of x\.jsonl: 20,0.* characters would be tokenised for it.* shorten it"):
+    with pytest.raises(ValueError, match=r"row 7 of x\.jsonl: the row has 20,0.* characters to tokenise.* shorten the row"):
         console.encoded(7, said("user", text * 10) if conversation else text * 10, None, tokenizer, "x.jsonl")
 
 

@@ -141,9 +141,12 @@ def test_metrics_of_texts(tmp_path):
 def test_numbers_by_name():
     assert named_numbers({"a": [1, None], "b": (2.0, 3)}, 2).rewards[0] == {"a": 1.0, "b": 2.0}
     found = named_numbers({"a": [1, "x"], "b": [2, 3]}, 2)
-    assert found.at == 1 and "'x'" in found.problem and "which is no number" in found.problem and found.rewards[1]["b"] == 3
+    assert found.at == 1 and "'x'" in found.problem and "which is not a number" in found.problem and found.rewards[1]["b"] == 3
     assert named_numbers({}, 2) == Answer([{}, {}])
-    for given, text in (([1, 2], "it gives a list; it must return numbers by name"), ({"a": [1]}, "of 'a' it gives 1 numbers for 2")):
+    for given, text in (
+        ([1, 2], "it gives a list; it must return lists by name"),
+        ({"a": [1]}, "for the name 'a' it gives 1 numbers for 2"),
+    ):
         with pytest.raises(Malformed, match=text):
             named_numbers(given, 2)
 

@@ -115,7 +115,7 @@ def test_what_only_trl_gives_is_refused_with_what_to_do(name):
     function = eval(f"lambda prompts, completions, {name}, **kwargs: 0")
     with pytest.raises(ValueError) as error:
         check_columns("correct", function, NAMED, columns)  # type: ignore
-    assert f"correct() of e.py asks for {name!r}, which there is not here: {ELSEWHERE[name]}" == str(error.value)
+    assert f"correct() of e.py asks for {name!r}, which alignax does not have: {ELSEWHERE[name]}" == str(error.value)
     check_columns("correct", eval(f"lambda prompts, completions, {name}=None, **kwargs: 0"), NAMED, columns)  # type: ignore
 
 
@@ -123,7 +123,7 @@ def test_a_misspelt_argument_is_told_its_nearest():
     columns = {"train": types.SimpleNamespace(columns={"answer": [1]})}
     for name, near in (("completions_ids", "completion_ids"), ("logprob", "logprobs"), ("answers", "answer")):
         with pytest.raises(
-            ValueError, match=f"asks for column '{name}', which data.train has not; the nearest is '{near}'; it has: answer"
+            ValueError, match=f"asks for column '{name}', which data.train does not have; the nearest is '{near}'; it has: answer"
         ):
             check_columns("reward", eval(f"lambda prompts, completions, {name}: 0"), NAMED, columns)  # type: ignore
 
@@ -164,12 +164,12 @@ def test_the_fields_and_names_of_what_rewards_give():
     ("given", "message"),
     [
         (experiment([]), "reward of e.py is an empty list; write one function"),
-        (experiment(correct, gold=[correct]), r"gold of e.py is a list, and gold is one number; write one function `def gold\("),
-        (experiment([correct, 3]), "reward of e.py is a list with a int, '?3'?, which is no function"),
+        (experiment(correct, gold=[correct]), r"gold of e.py is a list, but gold must be a single number; write one function `def gold\("),
+        (experiment([correct, 3]), "reward of e.py is a list with a int, '?3'?, which is not a function"),
         (experiment([correct, correct]), "the list reward of e.py gives the name 'correct' twice; set rollout.reward_names to"),
         (experiment([short, lambda prompts, completions: 0]), "gives the name '<lambda>'; set rollout.reward_names"),
-        (experiment([short, correct], reward_names=("a",)), "reward_names are 1, and reward of e.py is a list of 2"),
-        (experiment([short, correct], reward_weights=(1.0,)), "reward_weights are 1, and rewards are 2: short, correct"),
+        (experiment([short, correct], reward_names=("a",)), "reward_names has 1 names, but reward of e.py is a list of 2"),
+        (experiment([short, correct], reward_weights=(1.0,)), "reward_weights has 1 weights for 2 rewards: short, correct"),
         (experiment([short, correct], reward_weights=(1.0, float("nan"))), r"reward_weights are \(1.0, nan\); give a finite number"),
         (experiment(short, reward_names=("a", "a")), "rollout.reward_names gives the name 'a' twice"),
         (experiment(short, reward_names=("a b", "c")), "gives the name 'a b'; .* letters, digits"),

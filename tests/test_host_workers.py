@@ -154,7 +154,7 @@ def test_a_process_whose_import_was_interrupted_is_replaced(tmp_path):
         (pid,) = {worker.process.pid for worker in own.workers}
         found = own(call(["imports", "bb"], limit=1.0), 1, strict=False)
         np.testing.assert_array_equal(found.rewards, [np.nan, 2])
-        assert "(rollout.timeout), in the middle of an import; do it at the top of the file" in found.problem
+        assert "(rollout.timeout), in the middle of an import; import the module at the top of the file" in found.problem
         assert own.workers[0].process.pid != pid and own(call(["imports"]), 1, strict=True).rewards == [7]
 
 
@@ -242,7 +242,7 @@ def test_functions_of_a_list_are_called_by_their_place(workers):
     ]
     for part, there in ((1, "Scale"), (7, "none")):
         other = workers(call(texts, "several")._replace(part=part, defined="reward"), 1, strict=True)
-        assert other.final and f"the run's is reward, and the file loaded anew has {there}" in other.problem
+        assert other.final and f"the run has reward, but the file has {there}" in other.problem
     listed = workers(call(texts, "several"), 1, strict=True)
     assert listed.final and "has list" in listed.problem
 
@@ -286,7 +286,7 @@ def test_columns_and_the_config_are_given_by_name(workers):
     asked = call(["a", "bb"], "gold", answer=[1, 2])._replace(config=True)
     assert workers(asked, 1, strict=True).rewards == [11.0, 11.0]
     other = workers(asked._replace(defined="another"), 1, strict=False)
-    assert other.final and "the run's is another" in other.problem and np.isnan(other.rewards).all()
+    assert other.final and "the run has another" in other.problem and np.isnan(other.rewards).all()
 
 
 @pytest.mark.slow
@@ -311,7 +311,7 @@ def test_a_process_that_dies_is_replaced_and_said_in_one_line(tmp_path, monkeypa
         (tmp_path / "experiment.py").write_text("raise SystemExit")  # what the run began with counts
         found = own(call(["a", "dies", "ccc", "crashes", "e"]), 1, strict=False)
         np.testing.assert_array_equal(found.rewards, [1, np.nan, 3, np.nan, 1])
-        assert found.problem == "the process that it ran in ended with exit code 3" and found.at == 1
+        assert found.problem == "its process ended with exit code 3" and found.at == 1
         assert "SIGSEGV" in own(call(["crashes"]), 1, strict=True).problem
         monkeypatch.setattr("alignax.host.workers.BAD", 2)
         lost = own(call(["dies"] * 40 + ["a"]), 1, strict=False)
@@ -396,9 +396,9 @@ def test_within_ends_what_looks_at_signals():
         ([1.0], "gives 1 rewards for 2"), ([1.0] * 3, "gives 3 rewards"), (iter(range(9)), "gives 3 or more"), ("01", "gives a str"),
         ({0: 1, 1: 2}, "gives a dict"), ({0.5, 1.5}, "gives a set"), (1.0, "gives a float"), (np.float32(1), "gives a float32"),
         (np.ones(()), "gives a ndarray"), (None, "gives a NoneType"),
-        ({"a": [1, 2], "b": [3, 4]}, r"gives a dict; .* several numbers of it are named by rollout.reward_names=\('a', 'b'\)"),
-        ([(1, 2), (3, 4)], r"gives '\(1, 2\)' for a completion; several numbers of it are named in rollout.reward_names"),
-        ([{"a": 1}, {"a": 2}], "named in rollout.reward_names"),
+        ({"a": [1, 2], "b": [3, 4]}, r"gives a dict; .* set rollout.reward_names=\('a', 'b'\)"),
+        ([(1, 2), (3, 4)], r"gives '\(1, 2\)' for a completion; .* name them in rollout.reward_names"),
+        ([{"a": 1}, {"a": 2}], "name them in rollout.reward_names"),
     ],
 )  # fmt: skip
 def test_what_is_no_list_of_rewards(given, message):
@@ -411,7 +411,7 @@ def test_what_counts_as_numbers():
         assert numbers(given, 2).rewards == [1.0, 1.0]
     found = numbers([None, "7", float("inf")], 3)
     np.testing.assert_array_equal(found.rewards, [np.nan, np.nan, np.inf])
-    assert (found.problem, found.at) == ("it gives \"'7'\", which is no number", 1)
+    assert (found.problem, found.at) == ("it gives \"'7'\", which is not a number", 1)
 
 
 @pytest.mark.parametrize(
@@ -432,7 +432,7 @@ def test_several_numbers_of_which_one_is_none():
     for given in ({"a": [1, 2], "b": ["x", 3]}, [(1, "x"), (2, 3)], [{"a": 1, "b": "x"}, (2, 3)]):
         found = numbers(given, 2, ("a", "b"))
         np.testing.assert_array_equal(found.rewards, [(1, np.nan), (2, 3)])
-        assert (found.problem, found.at) == ("it gives \"'x'\", which is no number", 0)
+        assert (found.problem, found.at) == ("it gives \"'x'\", which is not a number", 0)
     np.testing.assert_array_equal(numbers([None, (1, 2)], 2, ("a", "b")).rewards, [(np.nan, np.nan), (1, 2)])
 
 
@@ -441,8 +441,8 @@ def test_several_numbers_of_which_one_is_none():
     [
         ({"a": [1, 2]}, "gives 'a', and rollout.reward_names are 'a', 'b'"),
         ({"a": [1, 2], "b": [1, 2], "c": [1, 2]}, "gives 'a', 'b', 'c', and"),
-        ({"a": [1, 2], "b": [1]}, "gives 1 rewards for 2 completions, as 'b'"),
-        ([{"a": 1, "c": 2}] * 2, "gives a completion 'c', and rollout.reward_names are 'a', 'b'"),
+        ({"a": [1, 2], "b": [1]}, "gives 1 rewards for 2 completions, for the name 'b'"),
+        ([{"a": 1, "c": 2}] * 2, "gives a completion the number 'c', but rollout.reward_names are 'a', 'b'"),
         ([(1, 2, 3)] * 2, r"gives '\(1, 2, 3\)' for a completion, and rollout.reward_names are"),
         ([1.0, 2.0], "gives '1.0' for a completion"), (["ab", "cd"], "for a completion"), ([{1, 2}] * 2, "for a completion"),
         ([(1, 2)], "gives 1 rewards for 2"), (np.ones(2), "for a completion"), ([((1, 2), 3)] * 2, "for a completion"),
@@ -459,7 +459,7 @@ def test_what_reads_a_text_as_messages_is_told_what_it_is():
         try:
             text[0]["content"]  # type: ignore
         except Exception as e:
-            assert told(e, Path("e.py")).endswith("; completions are texts, also of conversations")
+            assert told(e, Path("e.py")).endswith("; completions are texts, even if prompts are conversations")
     assert told(IndexError("list index out of range"), Path("e.py")) == "IndexError: list index out of range"
 
 

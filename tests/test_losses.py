@@ -545,7 +545,7 @@ def test_a_loss_reads_as_its_formula():
 def test_what_is_no_loss_is_not_added(add):
     with pytest.raises(TypeError, match="is added to the loss -?dpo: a constant has no gradient; add a loss"):
         add(dpo())
-    with pytest.raises(TypeError, match=r"the losses dpo and sft are multiplied; only numbers scale a loss"):
+    with pytest.raises(TypeError, match=r"the losses dpo and sft are multiplied; multiply a loss only by a number"):
         dpo() * sft()
 
 
@@ -664,9 +664,9 @@ def test_label_smoothing_must_be_below_one_half(e):
 def test_values_must_be_shaped_like_the_weights():
     logps, batch = ragged(B=6, T=7)
     wrong = make_loss("wrong", lambda out, batch: (out.logps, {}))
-    with pytest.raises(ValueError, match=r"values of loss 'wrong' have shape \(6, 2, 7\), its weights \(6,\)"):
+    with pytest.raises(ValueError, match=r"values of loss 'wrong' have shape \(6, 2, 7\), but its weights have \(6,\)"):
         run(wrong, logps, batch)
-    with pytest.raises(ValueError, match=r"metric 'm' of loss 'metric' has shape \(6, 2\), its weights \(6,\)"):
+    with pytest.raises(ValueError, match=r"metric 'm' of loss 'metric' has shape \(6, 2\), but the weights have \(6,\)"):
         run(make_loss("metric", lambda out, batch: (sequence(out.logps, batch)[:, 0], {"m": sequence(out.logps, batch)})), logps, batch)
 
 

@@ -256,7 +256,7 @@ def test_prompts_without_a_target_are_skipped_and_counted():
 
 
 def test_what_is_missing_or_mistaken_is_named():
-    with pytest.raises(ValueError, match="takes an FDivergence, this is .*jensen_shannon"):
+    with pytest.raises(ValueError, match="takes an FDivergence, not .*jensen_shannon"):
         fdpg(losses.jensen_shannon)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="alpha is nan; it must be finite"):
         alpha_pi_p(math.nan)

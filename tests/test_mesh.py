@@ -76,9 +76,9 @@ def test_a_mesh_of_given_devices():
         ({"data": 3, "fsdp": -1}, r"mesh \{'data': 3, 'fsdp': -1\} does not cover 8 devices"),
         ({"data": 16, "fsdp": -1}, "does not cover 8 devices"),
         ({}, "does not cover 8 devices"),
-        ({"data": -1, "fsdp": -1}, "at most one is -1"),
-        ({"data": 0, "fsdp": -1}, "sizes are positive"),
-        ({"data": -2}, "sizes are positive"),
+        ({"data": -1, "fsdp": -1}, "at most one may be -1"),
+        ({"data": 0, "fsdp": -1}, "sizes must be positive"),
+        ({"data": -2}, "sizes must be positive"),
         ({"model": 8}, r"mesh axes \['model'\] are unknown; use member, data, fsdp, tensor"),
     ],
 )

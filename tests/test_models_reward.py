@@ -178,16 +178,16 @@ def test_a_regularised_reward_model_trains_and_is_exported_as_any(regularised):
 @pytest.mark.parametrize(
     "changes, text",
     [
-        ({"model.num_labels": 0}, "model.language_head keeps the output layer of a reward model, and this is a language model"),
+        ({"model.num_labels": 0}, "model.language_head keeps the output layer of a reward model, but this model is a language model"),
         (
             {"model.language_head": "false"},
-            "asks for reference, and the reward model that the run starts from gives no log-probs; set model",
+            "asks for reference, but the reward model that the run starts from gives no log-probs; set model",
         ),
         (
             {"model.language_head": "false", "reference.path": "model"},
-            "this loss reads log-probs, and a reward model has none; .*model.language_head to true",
+            "this loss reads log-probs, but a reward model has none; .*model.language_head to true",
         ),
-        ({"model.path": "reward"}, "has no output layer; start from its language model, or set it to false"),
+        ({"model.path": "reward"}, "has no output layer; start from its language model, or set model.language_head to false"),
     ],
 )
 def test_an_output_layer_that_is_not_there_is_refused(regularised, changes, text, tmp_path, capsys):
@@ -279,12 +279,12 @@ def test_losses_on_log_probs_refuse_a_reward_model_and_reward_losses_a_policy(ll
     batch = tiny.with_reference(tiny.batch(T=16))
     single = {k: x[:, :1] for k, x in batch.items()} | {"labels": jnp.ones((4, 1), bool)}
     for loss, data in ((dpo(), batch), (sft(), batch), (apo_zero_unpaired(), single)):
-        with pytest.raises(ValueError, match=r"this loss reads log-probs, and a reward model has none; use bradley_terry\(\)"):
+        with pytest.raises(ValueError, match=r"this loss reads log-probs, but a reward model has none; use bradley_terry\(\)"):
             jax.eval_shape(lambda p, loss=loss, data=data: loss(forward(source.config)(p, data), data, loss.normalised(data)), params)
     with pytest.raises(ValueError, match=r"give a model with a reward head"):
         bradley_terry()(tiny.plain_apply(tiny.plain_params(), batch)._replace(scores=None), batch, bradley_terry().normalised(batch))
     three = hf.with_heads(source, 3)
-    with pytest.raises(ValueError, match="takes one score of a response, the model gives 3; set model.num_labels to 1"):
+    with pytest.raises(ValueError, match="takes one score per response, but the model gives 3; set model.num_labels to 1"):
         jax.eval_shape(
             lambda p: bradley_terry()(forward(three.config)(p, batch), batch, bradley_terry().normalised(batch)),
             parameters.abstract_params(three.config),

@@ -600,10 +600,12 @@ def test_attributes_are_averaged_over_what_is_given_by_hand():
 def test_attributes_that_do_not_fit():
     batch = {"completion_mask": jnp.ones((4, 1, 3), bool), "attributes": Y}
     objective = losses.attribute_regression(["a", "b", "c"])
-    message = "names 3 attributes, the data have 2 and the model gives 1 scores; set data.columns.attributes and model.num_labels alike"
+    message = (
+        "names 3 attributes, but the data have 2 and the model gives 1 scores; set data.columns.attributes and model.num_labels to match"
+    )
     with pytest.raises(ValueError, match=message):
         objective(Outputs(None, None, scores=jnp.zeros((4, 1))), batch, (jnp.ones((4, 1)),) * 3)
-    with pytest.raises(ValueError, match='no "attributes"; name their columns with data.columns.attributes'):
+    with pytest.raises(ValueError, match='no "attributes"; name the columns of the attributes with data.columns.attributes'):
         objective.normalised({"completion_mask": batch["completion_mask"]})
     for names in ("help", [], ["a", "a"]):
         with pytest.raises(ValueError, match="give a list of different names"):
@@ -635,7 +637,7 @@ def test_a_plain_function_is_a_reward_model():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: losses.robust_dpo(label_smoothing=0.5), r"label_smoothing is 0.5; it is a flip probability, in \[0, 0.5\)"),
+        (lambda: losses.robust_dpo(label_smoothing=0.5), r"label_smoothing is 0.5; it must be a flip probability, in \[0, 0.5\)"),
         (lambda: losses.exo(label_smoothing=0.0), "label_smoothing is 0.0; it must be above 0"),
         (lambda: losses.discopop(tau=0.0), "tau is 0.0; it must be above 0"),
         (lambda: losses.discopop(tau=2.0), "tau is 2.0; it must be at most 1"),
@@ -695,11 +697,11 @@ def test_bradley_terry_with_smoothed_labels_stops_at_their_log_odds():
 
 def test_pairs_and_single_responses_are_told_apart():
     logps, batch = ragged()
-    with pytest.raises(ValueError, match="takes single responses, these examples have 2"):
+    with pytest.raises(ValueError, match="takes single responses, but these examples have 2"):
         run(losses.kto(), logps, batch)
     one = {k: x[:, :1] if x.ndim == 3 else x for k, x in batch.items()}
     for objective in (losses.simpo(), losses.aot(), losses.bradley_terry()):
-        with pytest.raises(ValueError, match="takes pairs, these examples have 1"):
+        with pytest.raises(ValueError, match="takes pairs, but these examples have 1"):
             run(objective, logps[:, :1], one)
     for objective, name in ((losses.tdpo(), "Outputs.ref_kl"), (losses.bradley_terry(), "Outputs.scores")):
         with pytest.raises(ValueError, match=name):

@@ -84,7 +84,7 @@ def test_every_method_of_the_page_finds_what_it_reads(given, tmp_path, name):
     experience, loss, fields = METHODS[name]
     run = checked(arguments(tmp_path, source(experience, loss), given | fields | {"workdir": str(tmp_path / "run")}))
     check_step(run)
-    assert not any("unlike" in line for line in summary(run, {"policy": "", "reference": ""}, 0))
+    assert not any("averaged differently" in line for line in summary(run, {"policy": "", "reference": ""}, 0))
 
 
 def test_the_page_has_the_methods():
@@ -97,7 +97,7 @@ def test_the_page_has_the_methods():
 def test_a_kl_of_another_average_is_told_of_at_the_start(given, tmp_path):
     loss = "grpo() + b * kl_k3(token_mean)"
     run = checked(arguments(tmp_path, source("group_relative()", loss), given | {"workdir": str(tmp_path / "run")}))
-    (line,) = [line for line in summary(run, {"policy": "", "reference": ""}, 0) if "unlike" in line]
+    (line,) = [line for line in summary(run, {"policy": "", "reference": ""}, 0) if "averaged differently" in line]
     assert "grpo over responses, kl_k3 over tokens" in line
 
 
@@ -158,7 +158,7 @@ def experience(config, reference):
 @pytest.mark.parametrize(
     "field, value, text",
     [
-        ("jsd_beta", "1.5", "reference.jsd_beta is 1.5; it is the teacher's share of the mixture, in [0, 1]"),
+        ("jsd_beta", "1.5", "reference.jsd_beta is 1.5; it must be the teacher's share of the mixture, in [0, 1]"),
         ("jsd_temperature", "0.0", "reference.jsd_temperature is 0.0; it must be above 0"),
     ],
 )

@@ -81,7 +81,7 @@ def test_what_a_link_points_to_is_replaced_and_the_link_stays(tmp_path):
 def test_a_device_is_left_alone(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for place in (Path("/dev/null"), tmp_path / "pipe"):
-        with pytest.raises(ValueError, match="it is a device or a pipe, in whose place nothing is put .*; choose another place"):
+        with pytest.raises(ValueError, match="it is a device or a pipe, which cannot be replaced .*; choose another place"):
             output.claim(place, force=True)
 
 
@@ -105,7 +105,7 @@ def test_an_error_leaves_what_stood_there_and_nothing_else(tmp_path):
 def test_a_disk_that_is_full_is_one_line_and_leaves_nothing(tmp_path):
     from safetensors.numpy import save_file
 
-    with pytest.raises(OSError, match="the model takes .* GB and .* has .* GB free; make room, or choose another place"):
+    with pytest.raises(OSError, match="the model takes .* GB, but .* has .* GB free; make room, or choose another place"):
         output.require_space(tmp_path / "not" / "there", 10**18, "the model")
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
@@ -136,7 +136,7 @@ def test_a_flipped_bit_in_a_file_of_ours_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"model\.safetensors is damaged: .* delete .*alignax\.json"):
         output.check(out)
     (out / "alignax.json").write_text('{"origin": "run a", ')
-    with pytest.raises(ValueError, match=r"alignax\.json is damaged, and holds the CRCs of the folder's files"):
+    with pytest.raises(ValueError, match=r"alignax\.json is damaged, so the files of the folder cannot be checked"):
         output.check(out)
     (out / "alignax.json").unlink()
     output.check(out)
@@ -200,7 +200,7 @@ def test_a_workdir_is_held_by_one_process_and_freed_by_its_death(pid, tmp_path):
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     process = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path / ".lock"), str(pid)], env=os.environ, **pipes)
     assert process.stdout is not None and process.stdout.readline() == b"held\n"
-    with pytest.raises(ValueError, match=rf"is in use: process {pid} on .* works in it; wait until that ends"):
+    with pytest.raises(ValueError, match=rf"is in use: process {pid} on .* works in it; wait until that process ends"):
         output.Lock(tmp_path / ".lock")
     process.send_signal(signal.SIGKILL)
     process.communicate()
@@ -222,9 +222,9 @@ def test_what_a_log_has_lost_is_said_when_a_run_goes_on(tmp_path, capsys, lost):
     said = capsys.readouterr().err
     expected = {
         "nothing": "",
-        "the file": f"notice: {file} ends at step 0, and this run goes on after step 6: what is between is lost\n",
-        "the end": f"notice: {file} ends at step 3, and this run goes on after step 6: what is between is lost\n",
-        "a line": f"notice: {file} is damaged in line 3 (b'\\x00{{broken'): 1 taken out, the rest is kept\n",
+        "the file": f"notice: {file} ends at step 0, but this run goes on after step 6: the rows between these steps are lost\n",
+        "the end": f"notice: {file} ends at step 3, but this run goes on after step 6: the rows between these steps are lost\n",
+        "a line": f"notice: {file} is damaged in line 3 (b'\\x00{{broken'): 1 damaged lines removed, the rest is kept\n",
     }
     assert said == expected[lost]
     left = {"nothing": rows[:6], "the file": [], "the end": rows[:3], "a line": [*rows[:2], *rows[3:6]]}
@@ -254,7 +254,7 @@ def test_a_place_that_cannot_be_written_is_refused_at_once(tmp_path, monkeypatch
     for place, why in {
         "gone": "No such file", "loop": "the link .*loop' leads back to itself", "loop/out": "leads back", "under": "file' is a file",
         "x" * 250: "File name too long", "a/" + "x" * 300 + "/b": "File name too long",
-        "/": "it is a mount point, .*a folder in it can be written",
+        "/": "it is a mount point, .*a folder inside it can",
     }.items():  # fmt: skip
         with pytest.raises(ValueError, match=f"cannot be written: .*{why}.*; choose another place"):
             output.claim(tmp_path / place, "run a", force=True)
@@ -263,7 +263,7 @@ def test_a_place_that_cannot_be_written_is_refused_at_once(tmp_path, monkeypatch
     assert sorted(tmp_path.iterdir()) == before
     output.write_text(tmp_path / "not" / "there" / "out", "1")
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # of root no folder is closed
-    with pytest.raises(ValueError, match="out' cannot be written: .* is closed to you; choose another place"):
+    with pytest.raises(ValueError, match="out' cannot be written: you have no write permission for .*; choose another place"):
         output.claim(tmp_path / "out", "run a", force=True)
 
 

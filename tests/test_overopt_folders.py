@@ -123,7 +123,7 @@ def test_a_score_is_that_of_the_text_as_training_has_it(place, answered):
 def test_one_proxy_is_allowed_and_said(place, answered, capsys):
     alone = settings(place, **{"folders.proxies": place / "a"})
     assert next(folders.score(alone, [0, 1])).members.shape == (1, 2, 8)
-    assert "one proxy: mean, median, WCO and UWO are that model" in capsys.readouterr().err
+    assert "one proxy: mean, median, WCO and UWO all equal the score of that model" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -132,11 +132,11 @@ def test_one_proxy_is_allowed_and_said(place, answered, capsys):
     [
         ({"folders.gold": ""}, "'folders.gold' is empty; the laboratory on folders needs policy, proxies, gold and prompts"),
         ({"best_of_n.n": "(1,16)"}, "best of n = 16 of 8 responses; lower best_of_n.n, or raise world.responses to 16"),
-        ({"world.prompts": 3}, "has 4 prompts, 6 are needed; lower world.prompts or repeats"),
+        ({"world.prompts": 3}, "has 4 prompts, but 6 are needed; lower world.prompts or repeats"),
         ({"folders.max_new_tokens": 200}, "exceed the model's 128 positions"),
-        ({"folders.proxies": "{a},{a}"}, "one is given twice; give each once"),
-        ({"folders.proxies": "{a},{policy}"}, "is no reward model"),
-        ({"folders.gold": "{two}"}, "gives 2 scores of a response"),
+        ({"folders.proxies": "{a},{a}"}, "name one folder twice; give each folder once"),
+        ({"folders.proxies": "{a},{policy}"}, "is not a reward model"),
+        ({"folders.gold": "{two}"}, "gives 2 scores per response"),
         ({"folders.proxies": "{a},{two_layers}"}, "has another shape or vocabulary"),
         ({"folders.policy": "{a}"}, "is a reward model, which gives scores and no text"),
     ],
@@ -154,7 +154,7 @@ def test_bad_input_is_one_line(changes, message, place, more, tmp_path, capsys):
     ("changes", "message"),
     [
         ({"folders.gold": "constant"}, "for every response of the initial policy; it must vary"),
-        ({"folders.proxies": "broken"}, "broken: .* scores are not finite, of member 0 for row 0 first"),
+        ({"folders.proxies": "broken"}, "broken: .* scores are not finite, the first of member 0 for row 0"),
     ],
 )
 def test_models_that_measure_nothing_are_named(changes, message, place, more, answered):

@@ -84,7 +84,7 @@ def test_scores_that_are_not_finite_are_left_out_and_counted(capsys):
     members[1, 0, 3], members[2, 1, 0], margins[0, 7] = np.nan, np.inf, np.nan
     m = laboratory.score("tail", [scored(members=members, margins=margins)], AGGREGATES, (1, 16), [0])
     assert (m["excluded"], m["excluded_pairs"]) == (2, 1)
-    assert "left out since a score is not finite: 2 responses, 1 held-out pairs" in capsys.readouterr().err
+    assert "left out because a score is not finite: 2 responses, 1 held-out pairs" in capsys.readouterr().err
     rows = laboratory.samples_of(scored(members=members), AGGREGATES, (1,))
     shown = {(row["objective"], row["prompt"]) for row in rows}
     assert ("mean", "<p0>") in shown and ("mean", "<p1>") not in shown, "of none there is no best"
@@ -101,7 +101,7 @@ def spoilt(**changes) -> Scored:
     [
         (spoilt(gold=lambda x: x * 0 + 2), "world 'tail', seed 0: the gold reward is 2 for every response"),
         (spoilt(gold=lambda x: x * np.nan), "the gold reward has mean nan"),
-        (spoilt(members=lambda x: x[[0, 1, 0]]), "reward models 0 and 2 of 3 give the same scores; give each member a seed of its own"),
+        (spoilt(members=lambda x: x[[0, 1, 0]]), "reward models 0 and 2 of 3 give the same scores; give each member a different seed"),
         (spoilt(members=lambda x: x * np.array([1, np.nan, 1])[:, None, None]), r"reward models \[1\] of 3 give no finite score"),
         (spoilt(gold=lambda x: np.where(np.arange(20) < 3, np.nan, x)), "17 responses of 20 with finite scores, too few for n = 20"),
     ],
@@ -228,7 +228,7 @@ def test_a_finished_run_measures_nothing_again_and_its_config_runs_the_same(work
         monkeypatch.setattr(laboratory, measure, lambda *args: pytest.fail("measured again"))
     before = (workdir / "results.json").read_bytes()
     assert cli.main(["overopt", "--config", str(workdir / "config.py")]) == 0
-    assert "00 best-of-n tail: measured before" in capsys.readouterr().err
+    assert "00 best-of-n tail: already measured" in capsys.readouterr().err
     assert (workdir / "results.json").read_bytes() == before
     assert cli.main(arguments(workdir, repeats=3)) == 2
     assert "belongs to another run (repeats: 2 there, 3 now)" in capsys.readouterr().err

@@ -117,8 +117,8 @@ def test_chi_squared_leaves_out_what_the_kl_makes_rare():
     ("override", "message"),
     [
         ("online.samples=1", "'online.samples' is 1; it must be in 2 ..."),
-        ("online.batch_size=63", "online.batch_size is 63, no multiple of online.minibatches, 2"),
-        ("online.rollouts=201", "online.rollouts is 201, no multiple of online.every, 5"),
+        ("online.batch_size=63", r"online.batch_size is 63, not a multiple of online.minibatches \(2\)"),
+        ("online.rollouts=201", r"online.rollouts is 201, not a multiple of online.every \(5\)"),
         ("online.pool=1", "'online.pool' is 1"),
     ],
 )

@@ -92,8 +92,8 @@ def test_the_command_trains_measures_and_reports(tmp_path):
         ("world.noise=0.7", r"'world.noise' is 0.7; it must be in 0 ... 0.5"),
         ("world.prompts=4", r"'world.prompts' is 4; it must be in 1 ... 3"),
         ("world.responses=100", r"best of n = 4096 of 100 responses; .* raise world.responses to 4096"),
-        ("proxy.width=30", r"'proxy.width' is 30, no multiple of the 4 heads"),
-        ("direct.steps=90", r"90, no multiple of direct.every, 25"),
+        ("proxy.width=30", r"'proxy.width' is 30, not a multiple of the 4 heads"),
+        ("direct.steps=90", r"90, not a multiple of direct.every \(25\)"),
     ],
 )
 def test_settings_that_measure_nothing_are_refused(override, message):

@@ -25,9 +25,9 @@ def test_an_online_run_without_gold_has_its_course_and_its_samples(tmp_path, cap
     assert cli.main(["report", str(run)]) == 0
     out = capsys.readouterr().out
     assert "first and last, reward: 0.10 → 0.90; KL (nats): 0.00 → 3.99; truncated responses: 0.50 → 0.50." in out
-    assert "first and last, loss: 1.00 → 1.00; entropy (nats a token): 2.00 → 1.00." in out
+    assert "first and last, loss: 1.00 → 1.00; entropy (nats per token): 2.00 → 1.00." in out
     page = (run / "report.html").read_text()
-    for part in ("<h1>Training</h1>", "They have no gold reward", 'data-head="response">at 8xxx', "&lt;b&gt;p"):
+    for part in ("<h1>Training</h1>", "These runs have no gold reward", 'data-head="response">at 8xxx', "&lt;b&gt;p"):
         assert part in page, part
     assert "at 4x" not in page and not (run / "tables.md").exists()
     drawn = {file.stem for file in (run / "figures").iterdir()}
@@ -76,7 +76,7 @@ def without(value, key):
         *[(without(DIRECT, key), f"{key} is None") for key in DIRECT], (DIRECT | {"beta": "0.1"}, "beta is '0.1'"),
         (DIRECT | {"step": [0, float("nan")]}, "step.1 is nan"), (DIRECT | {"step": [0, 10**400]}, "step.1 is 1000"),
         (DIRECT | {"seeds": [True]}, "seeds.0 is True"), (DIRECT | {"arm": "\ud800"}, "arm is "),
-        (DIRECT | {"curves": CURVE | {"x": [[0.0]]}}, "x is of another size"), (DIRECT | {"curves": CURVE | {"x": []}}, "x is of another"),
+        (DIRECT | {"curves": CURVE | {"x": [[0.0]]}}, "x has a different"), (DIRECT | {"curves": CURVE | {"x": []}}, "x has a different"),
         (DIRECT | {"curves": {"kl": [[0.0, 1.0]]}}, "curves.gold is None"), (DIRECT | {"curves": {"gold": [0.0]}}, "curves.gold.0 is 0.0"),
         (ONLINE | {"runs": []}, "runs is []"), (ONLINE | {"runs": [3]}, "runs.0 is 3"),
         (DIRECT | {"made": {"file": "x"}}, "made.alignax is None"),
@@ -112,7 +112,7 @@ def test_a_damaged_row_of_a_run_is_named_with_the_remedy(file, row, wrong, tmp_p
     assert cli.main(["report", str(tmp_path)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     number = 2 if file == "metrics.jsonl" else 1
-    assert f"{file}, line {number} is no row of a log: {wrong}" in line and line.endswith("; delete that line")
+    assert f"{file}, line {number} is not a row of a log: {wrong}" in line and line.endswith("; delete that line")
 
 
 def test_what_is_drawn_over_steps_may_have_any_name(tmp_path, monkeypatch):

@@ -151,7 +151,7 @@ def test_gold_is_standardised_and_bad_far_out():
         ("world.noise=0.7", r"'world.noise' is 0.7; it must be in 0 ... 0.5"),
         ("proxy.members=0", r"'proxy.members' is 0; it must be in 1 ..."),
         ("world.responses=100", r"best of n = 4096 of 100 responses; .* raise world.responses to 4096"),
-        ("direct.steps=90", r"90, no multiple of direct.every, 25"),
+        ("direct.steps=90", r"90, not a multiple of direct.every \(25\)"),
         ("world.radius=0.0", r"the gold reward is -1 for every response"),
     ],
 )

@@ -290,10 +290,10 @@ def test_recipes_are_the_papers_on_lengths_of_one_and_nine(name):
 
 def test_a_kl_beside_a_surrogate_of_another_average_is_told_of():
     assert differing(losses.grpo() + 0.04 * losses.kl_k3(token_mean)) == (
-        "the terms of the loss are averaged unlike each other (grpo over responses, kl_k3 over tokens); where they are one objective, "
-        "give them one aggregate"
+        "the terms of the loss are averaged differently (grpo over responses, kl_k3 over tokens); if they belong to one objective, "
+        "give them the same aggregate"
     )
-    assert "kl_k2 over responses, their sums over 8" in differing(losses.ppo() + losses.kl_k2(token_sum(8)))
+    assert "kl_k2 over responses, as token sums divided by 8" in differing(losses.ppo() + losses.kl_k2(token_sum(8)))
     masked = losses.finished(losses.importance_weighted(losses.grpo(aggregate=token_mean)))
     assert "grpo over tokens, kl_k3 over responses" in differing(masked + losses.kl_k3())
     for meant in (losses.dpo() + losses.sft(), losses.quark(), losses.ppo() + 0.1 * losses.value_loss() + 0.01 * losses.entropy_bonus()):
@@ -369,7 +369,7 @@ def test_what_was_cut_is_left_out_of_value_and_metrics():
         assert run(objective, logps, batch)[0] != expected
         for name, x in metrics.items():
             close(x, expected_metrics[name])
-    with pytest.raises(ValueError, match=r"finished\(\) drops responses \(4, 3\), the loss weighs \(4,\)"):
+    with pytest.raises(ValueError, match=r"finished\(\) drops responses, of shape \(4, 3\), but the loss has weights of shape \(4,\)"):
         losses.finished(losses.summed_sft()).weights(batch)
 
 
@@ -388,7 +388,7 @@ def test_importance_weights_are_cut_off_and_carry_no_gradient():
     close(metrics["importance_weight"], np.mean([0.75, 1, 1.5, 8, 20, 0.75]))
     masked = losses.importance_masked(losses.ppo(), 0.5 - 1e-6, 5.0)
     np.testing.assert_allclose(per_token(masked, logps, batch)[1], -np.array([0.5, 1, 1.5, 0, 0, 0]), rtol=1e-6, atol=1e-8)
-    with pytest.raises(ValueError, match=r"these weights are of tokens or responses, the term 'dpo'"):
+    with pytest.raises(ValueError, match=r"these weights are of tokens or responses, but the term 'dpo'"):
         pairs, batch = ragged(N=2)
         run(losses.importance_weighted(losses.dpo()), pairs, batch | {"sampled_logps": pairs})
 
@@ -476,7 +476,7 @@ def test_heads_of_a_critic_are_added_up_with_their_weights():
     )[0]
     close(one(()), each[0])
     close(one((0.5,)), 0.5 * each[0])
-    with pytest.raises(ValueError, match="weights for 2 heads, and the critic has 3"):
+    with pytest.raises(ValueError, match="weights for 2 heads, but the critic has 3"):
         losses.value_loss(heads=(0.2, 0.5))(Outputs(logps, logps, values=jnp.asarray(values)), batch, loss.normalised(batch))
 
 
@@ -599,13 +599,13 @@ def test_the_estimate_of_chi_squared_is_of_responses_and_of_the_whole_batch():
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (lambda: losses.ppo(clip=-0.1), "clip is -0.1; it is a distance from 1"),
+        (lambda: losses.ppo(clip=-0.1), "clip is -0.1; it must be a distance from 1"),
         (lambda: losses.grpo(clip_high=math.nan), "clip_high is nan"),
         (lambda: losses.ppo(dual_clip=1.0), "dual_clip is 1.0; it must be above 1"),
         (lambda: token_sum(0), "max_length is 0; it must be above 0"),
         (lambda: losses.sapo(tau_negative=0), "tau_negative is 0"),
         (lambda: losses.cispo(cap=0), "cap is 0"),
-        (lambda: losses.vespo(k_negative=-1), "k_negative is -1; it is an exponent"),
+        (lambda: losses.vespo(k_negative=-1), "k_negative is -1; it must be an exponent"),
         (lambda: losses.importance_weighted(losses.ppo(), cap=1.0, floor=2.0), "floor is 2.0 and cap 1.0; floor must be at least 0"),
         (lambda: losses.importance_masked(losses.ppo(), -1.0), "low is -1.0 and high 5.0"),
         (lambda: losses.off_policy_masked(losses.ppo(), -0.1), "threshold is -0.1"),

@@ -146,7 +146,7 @@ def test_impossible_pools_are_refused():
             quark_pool(tokens, 8, 8)
     batch = {name: jnp.asarray(x) for name, x in rollout(np.arange(4.0)).items()}
     for sizes, message in (
-        ({"capacity": 2, "length": 6}, "holds 2 responses and a rollout has 4"),
+        ({"capacity": 2, "length": 6}, "holds 2 responses but a rollout has 4"),
         ({"capacity": 8, "length": 5}, "length=6"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -155,7 +155,7 @@ def test_impossible_pools_are_refused():
     with pytest.raises(ValueError, match='no "rewards"'):
         jax.eval_shape(POOL, batch)
     for bad in ({"beta": -1.0}, {"entropy": -0.1}):
-        with pytest.raises(ValueError, match="it is a weight, in"):
+        with pytest.raises(ValueError, match="it must be a weight, in"):
             quark(**bad)
 
 

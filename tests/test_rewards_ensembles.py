@@ -108,8 +108,8 @@ def test_members_of_a_device_take_the_memory_of_one():
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (lambda t, f: tiny.folder(t / "lm"), "is no reward model: its config.json names no architecture"),
-        (lambda t, f: f[0], "members 0 and 1 of the ensemble are the same weights; leave one out"),
+        (lambda t, f: tiny.folder(t / "lm"), "is not a reward model: its config.json names no architecture"),
+        (lambda t, f: f[0], "members 0 and 1 of the ensemble have the same weights; leave one out"),
         (lambda t, f: reward_folder(t, 5, vocab_size=104), "has another shape or vocabulary than"),
         (lambda t, f: t / "nowhere", "does not exist"),
     ],
@@ -152,7 +152,7 @@ def test_a_classifier_of_two_labels_is_no_ensemble_of_two_members(folders, tmp_p
     (folder / "config.json").write_text(json.dumps(content | {"id2label": names, "label2id": {"bad": 0, "good": 1}}))
     c = default_config()
     c.reward.path = str(folder)
-    with pytest.raises(ValueError, match=r"gives 2 scores of a response \(\['bad', 'good'\]\), and one is asked for; give a reward model"):
+    with pytest.raises(ValueError, match=r"gives 2 scores per response \(\['bad', 'good'\]\), but one is needed; give a reward model"):
         open_judges(c)
     c.reward.path = str(folders[0])
     assert [s.path for s in open_judges(c)] == [folders[0]]
@@ -161,7 +161,7 @@ def test_a_classifier_of_two_labels_is_no_ensemble_of_two_members(folders, tmp_p
 def test_scores_that_are_not_finite_are_named(folders, pairs):
     source, params = rewards.load_ensemble(folders[:2], ONE)
     model = rewards.ensemble_model(source.config, params | {"score": params["score"].at[1].set(jnp.inf)}, ONE)
-    with pytest.raises(ValueError, match=r"42 scores are not finite, of member 1 for row 0 first \(counted from 0\)"):
+    with pytest.raises(ValueError, match=r"42 scores are not finite, the first of member 1 for row 0 \(counted from 0\)"):
         rewards.score_examples(model.apply, model.params, examples_of(folders[0], pairs), ONE, 8, 48)
 
 
@@ -214,7 +214,7 @@ def test_the_command_on_folders(folders, pairs, tmp_path, capsys):
         == 0
     )
     said = capsys.readouterr().out
-    for part in ("evaluation data: 21 pairs", "data from elsewhere: 21 pairs", "member 2", "uwo 0.5", "calibration of mean"):
+    for part in ("evaluation data: 21 pairs", "out-of-distribution data: 21 pairs", "member 2", "uwo 0.5", "calibration of mean"):
         assert part in said, part
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["eval"] == found["ood"] and len(found["eval"]["models"]) == 7
@@ -224,7 +224,7 @@ def test_the_command_on_folders(folders, pairs, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("words", "message"),
-    [([], "takes MODELS"), (["nowhere"], "is no workdir of a run; for model folders give --config FILE.py too")],
+    [([], "takes MODELS"), (["nowhere"], "is not the workdir of a run; for model folders also give --config FILE.py")],
 )
 def test_wrong_words(words, message, capsys):
     assert main(["eval-rm", *words]) == 2
@@ -331,4 +331,4 @@ def test_what_anchor_refuses(args, message, folders, samples, tmp_path, capsys):
 
 def test_a_language_model_is_not_anchored(samples, tmp_path, capsys):
     assert main(["anchor", str(tiny.folder(tmp_path / "lm")), str(tmp_path / "out"), "--samples", str(samples)]) == 2
-    assert "is no reward model" in capsys.readouterr().err
+    assert "is not a reward model" in capsys.readouterr().err

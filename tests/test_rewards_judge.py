@@ -158,12 +158,12 @@ def test_a_reward_model_of_the_policys_format_reads_the_policys_tokens(models, t
     file, before = models[2] / "tokenizer.json", (models[2] / "tokenizer.json").read_text()
     file.write_text(json.dumps(json.loads(before) | {"post_processor": None}))  # the same tokens, and no <s> in front
     assert not (judge := checked(args).judges["ensemble"]).shared and judge.length % 8 == 0
-    with pytest.raises(ValueError, match=r"rm2' reads 128 tokens, and a prompt of 6 of its own with an answer of max_new_tokens 123 does"):
+    with pytest.raises(ValueError, match=r"rm2' reads 128 tokens, but a prompt of 6 of its tokens and an answer of max_new_tokens 123 do"):
         checked([*args, "--config.rollout.max_new_tokens=123"])
     file.write_text(before)
     config, known = models[2] / "config.json", (models[2] / "config.json").read_text()
     config.write_text(json.dumps(json.loads(known) | {"max_position_embeddings": 16}))
-    with pytest.raises(ValueError, match=r"rm2' reads 16 tokens, and a prompt of 7 of its own with an answer of max_new_tokens 10 does"):
+    with pytest.raises(ValueError, match=r"rm2' reads 16 tokens, but a prompt of 7 of its tokens and an answer of max_new_tokens 10 do"):
         checked([*args, "--config.rollout.max_new_tokens=10"])
     checked([*args, "--config.rollout.max_new_tokens=9"])
     with pytest.raises(ValueError, match=r"rows of \d+ tokens exceed the 16 positions of the reward model .*; lower data.max_length"):

@@ -149,7 +149,7 @@ def _both(stream, place):
     ("changes", "message"),
     [
         ({"ensemble.members": 3, "mesh.member": 2, "mesh.data": 4}, r"ensemble\.members 3 does not divide over mesh\.member 2"),
-        ({"mesh.member": 2, "mesh.data": 4}, r"mesh\.member is 2 and ensemble\.members 0"),
+        ({"mesh.member": 2, "mesh.data": 4}, r"mesh\.member is 2 and ensemble\.members is 0"),
         ({"ensemble.bootstrap": True}, r"leave bootstrap and own_noise out"),
         ({"ensemble.members": 2, "model.num_labels": 0}, r"only reward models have members; set model\.num_labels to 1"),
         ({"ensemble.members": -1}, r"ensemble\.members' is -1"),

@@ -103,10 +103,10 @@ def test_what_cannot_be_fitted(world, tmp_path, capsys):
     fit = lambda source, examples, **how: ridge.fit_ridge(source.config, params, examples, ONE, **how)
     with pytest.raises(ValueError, match=r"the penalty is 0; it must be above 0"):
         fit(source, loaded(here, rows), penalty=0)
-    with pytest.raises(ValueError, match=r"have 2 responses of a prompt and a model of 2 labels: set data\.kind"):
+    with pytest.raises(ValueError, match=r"have 2 responses per prompt, and the model has 2 labels; set data\.kind"):
         fit(hf.with_heads(source, 2), loaded(here, rows))
     rated = loaded(here, [row | {"a": 1.0, "b": None} for row in rows], attributes="a,b")
-    with pytest.raises(ValueError, match=r"the data have 2 attributes and the model gives 1 scores; set model\.num_labels"):
+    with pytest.raises(ValueError, match=r"the data have 2 attributes, but the model gives 1 scores; set model\.num_labels"):
         fit(source, rated)
     with pytest.raises(ValueError, match=r"no response has attribute 1 \(counted from 0\)"):
         fit(hf.with_heads(source, 2), rated)

@@ -273,7 +273,7 @@ def test_experts_of_peft_folders(initial, source, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, found["base"], models["base"])
     fields = json.loads((folders[1] / "adapter_config.json").read_text()) | {"lora_alpha": 3.0}
     (folders[1] / "adapter_config.json").write_text(json.dumps(fields))
-    with pytest.raises(ValueError, match=r"expert1' adapts as .*alpha=3\.0.*experts must be alike"):
+    with pytest.raises(ValueError, match=r"expert1' has the adapters .*alpha=3\.0.*experts must have adapters of the same kind"):
         load_experts(folders, source, ONE)
 
 
@@ -290,9 +290,9 @@ def test_mixtures_side_by_side_are_one_model_to_route(initial, held_out):
 def test_wrong_shapes_are_refused():
     scores = lambda *shape: Model(lambda _, batch: Outputs(None, None, scores=jnp.zeros(shape)), ())
     for models, router, message in (
-        (scores(4, 2, 3), scores(4, 2, 3), r"a score of each category, \[B, 1, C\], and this model gives \(4, 2, 3\); use of_prompts"),
-        (scores(4, 2, 3), scores(4, 1, 2), r"tells 2 categories apart and the models' scores are \(4, 2, 3\)"),
-        (scores(4, 2), scores(4, 1, 2), r"the models' scores are \(4, 2\)"),
+        (scores(4, 2, 3), scores(4, 2, 3), r"a score for each category, \[B, 1, C\], but this model gives \(4, 2, 3\); use of_prompts"),
+        (scores(4, 2, 3), scores(4, 1, 2), r"has 2 categories, but the scores of the models have shape \(4, 2, 3\)"),
+        (scores(4, 2), scores(4, 1, 2), r"the scores of the models have shape \(4, 2\)"),
     ):
         model = routed(models, router)
         with pytest.raises(ValueError, match=message):

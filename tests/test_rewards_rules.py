@@ -83,8 +83,8 @@ def test_no_pattern_goes_back_on_its_way(pattern):
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
-        ("(?=a)", "cannot follow"), (r"(a)\1", "cannot follow"), (r"\ba", "cannot follow"), ("a*+", "cannot follow"),
-        ("a$b", "cannot follow"), ("(?i)a", "cannot follow"), ("(a{100}){100}", "repeat less"), ("(", "is no regular expression"),
+        ("(?=a)", "not support"), (r"(a)\1", "not support"), (r"\ba", "not support"), ("a*+", "not support"),
+        ("a$b", "not support"), ("(?i)a", "not support"), ("(a{100}){100}", "use fewer repetitions"), ("(", "not a regular expression"),
     ],
 )  # fmt: skip
 def test_patterns_that_are_refused(pattern, message):

@@ -83,10 +83,12 @@ def test_a_run_goes_on_with_the_day_that_it_began(saved, tmp_path):
 
 def test_a_renamed_checkpoint_is_refused(saved):
     shutil.copytree(saved / "checkpoints" / "0", saved / "checkpoints" / "3")
-    with pytest.raises(ValueError, match="saved at step 0, its folder was renamed.*; delete that folder, and the run goes on from step 0"):
+    with pytest.raises(
+        ValueError, match="saved at step 0, but its folder was renamed.*; delete that folder, and the run goes on from step 0"
+    ):
         Checkpoints(saved).restore_params(3, state().params)
     with pytest.raises(
-        ValueError, match="0 has no average 'emaa'; export.params .of generate eval.params. is one of policy$"
+        ValueError, match="0 has no average 'emaa'; export.params .for generate, eval.params. must be one of policy$"
     ):  # which is no damage
         Checkpoints(saved).restore_params(0, state().params, "emaa")
 
@@ -118,7 +120,7 @@ def test_an_array_that_is_not_as_it_was_saved_is_refused(saved):
     about["digests"]["params/norm"] = "00000000"
     file.write_text(json.dumps(about))
     with pytest.raises(
-        ValueError, match="checkpoints/0 is damaged.*params/norm is not as it was saved.*; delete that folder, and the run begins"
+        ValueError, match="checkpoints/0 is damaged.*params/norm differs from what was saved.*; delete that folder, and the run begins"
     ):
         Checkpoints(saved).restore(0, state(0.0))
 
@@ -203,14 +205,14 @@ def test_checkpoints_of_other_models_and_data_are_refused(tmp_path, capsys):
     capsys.readouterr()
     assert cli.main(runs.arguments(fields)) == 2
     err = capsys.readouterr().err
-    assert "grew from another policy (" in err and err.count("\n") == 1
+    assert "comes from another policy (" in err and err.count("\n") == 1
 
     save_file(tensors, str(fields["model.path"]) + "/model.safetensors", metadata={"format": "pt"})
     pairs = Path(str(fields["data.train"]))
     text = pairs.read_text()
     pairs.write_text("".join(reversed(text.splitlines(keepends=True))))
     assert cli.main(runs.arguments(fields)) == 2
-    assert "grew from another data (" in capsys.readouterr().err
+    assert "comes from another data (" in capsys.readouterr().err
     pairs.write_text(text)
 
 

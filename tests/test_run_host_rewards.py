@@ -60,7 +60,9 @@ def ask(run: Any, hook: str = "reward", texts: str = "abcd", drawn: np.ndarray |
 def test_rewards_that_float32_cannot_compare_are_none():
     """Squares of 1e20 are infinite: a group's deviation would be, and every advantage 0."""
     answer = Answer([1.0, -1e15, -1e20, np.inf, 2e300])
-    with pytest.raises(RewardFailed, match=r"^reward\(\) of e.py: 3 of 5 rewards are not finite or beyond 1e\+15: -1e\+20 for 'c' first"):
+    with pytest.raises(
+        RewardFailed, match=r"^reward\(\) of e.py: 3 of 5 rewards are not finite or beyond 1e\+15: the first is -1e\+20 for 'c'"
+    ):
         ask(Run(right, answer), texts="abcde")
     run = Run(right, answer, bad_rewards="drop")
     found = ask(run, texts="abcde")
@@ -84,7 +86,7 @@ def test_rewards_of_a_list_are_added_by_their_weights_as_trl_does():
         ("reward", 0, "right", False, ()), ("reward", 1, "slow", True, ()),
     ]  # fmt: skip
     none = [NAN, 1.0, 1.0, 1.0]
-    with pytest.raises(RewardFailed, match=r"^reward of e.py: 1 of 4 rewards are not finite .*: right nan, slow nan for 'a' first"):
+    with pytest.raises(RewardFailed, match=r"^reward of e.py: 1 of 4 rewards are not finite .*: the first is right nan, slow nan for 'a'"):
         ask(Run([right, slow], Answer(none), Answer(none)))
     found = ask(Run([right, slow], Answer(none), Answer(none), bad_rewards="drop"))
     np.testing.assert_array_equal(found["rewards"], [[NAN, 2, 2, 2]])
@@ -93,13 +95,13 @@ def test_rewards_of_a_list_are_added_by_their_weights_as_trl_does():
 
 def test_a_function_of_a_list_that_fails_is_named_and_costs_its_own_numbers():
     answers = Answer([1.0, 2.0, 3.0, 4.0]), Answer([1.0, NAN, 1e20, 1.0], "line 3: KeyError: 'x'", 1)
-    with pytest.raises(RewardFailed, match=r"^brief\(\) of e.py, line 3: KeyError: 'x', for 'b'\. Mend it"):
+    with pytest.raises(RewardFailed, match=r"^brief\(\) of e.py, line 3: KeyError: 'x', for 'b'\. Correct the function"):
         ask(Run([right, brief], *answers))
     run = Run([right, brief], *answers, bad_rewards="drop")
     found = ask(run)
     np.testing.assert_array_equal(found["scores"][0], [[1, 1], [2, NAN], [3, NAN], [4, 1]])
     np.testing.assert_array_equal(found["rewards"], [[2, 2, 3, 5]])
-    assert run.lines == ["brief() of e.py, line 3: KeyError: 'x', for 'b'. Such are dropped, and counted as bad_rewards"]
+    assert run.lines == ["brief() of e.py, line 3: KeyError: 'x', for 'b'. Such completions are dropped, and counted as bad_rewards"]
     stopped = Run([right, brief], Answer([NAN] * 4, "no answer", 0))
     with pytest.raises(RewardFailed):
         ask(stopped)
@@ -109,7 +111,7 @@ def test_a_function_of_a_list_that_fails_is_named_and_costs_its_own_numbers():
 def test_named_numbers_without_weights_are_scores_alone():
     """A response that lacks any number counts as a bad reward, since an aggregate such as wco then has no value for it."""
     answer = Answer([(1.0, 2.0), (3.0, NAN), (NAN, NAN), (5.0, 6.0)])
-    with pytest.raises(RewardFailed, match=r"^reward\(\) of e.py: 2 of 4 rewards are not finite .*: a 3, b nan for 'b' first"):
+    with pytest.raises(RewardFailed, match=r"^reward\(\) of e.py: 2 of 4 rewards are not finite .*: the first is a 3, b nan for 'b'"):
         ask(Run(right, answer, reward_names=("a", "b")))
     run = Run(right, answer, reward_names=("a", "b"), bad_rewards="drop")
     found = ask(run)
@@ -154,11 +156,14 @@ def test_all_processes_do_what_the_one_that_asks_has_found(monkeypatch):
     numbers = np.array([[1, 1], [2, NAN], [3, 1], [4, 1]], np.float32)
     monkeypatch.setattr("jax.process_count", lambda: 2)
     monkeypatch.setattr("alignax.run.host_rewards.multihost_utils.process_allgather", lambda own: np.array([own, [0, 0]]))
-    for left, failed, error, message in ((0, 1, RewardFailed, "a reward function fails, as process 0 says"), (15, 0, Abandoned, "15")):
+    for left, failed, error, message in (
+        (0, 1, RewardFailed, "a reward function failed; see the message of process 0"),
+        (15, 0, Abandoned, "15"),
+    ):
         said = []
         monkeypatch.setattr("alignax.run.host_rewards.multihost_utils.broadcast_one_to_all", lambda x, said=said: said.append(x) or said[0])
         monkeypatch.setattr("jax.process_index", lambda: 0)
-        answers = Answer(numbers[:, 0].tolist()), Answer(numbers[:, 1].tolist(), "it gives 'x', which is no number" * failed, 1)
+        answers = Answer(numbers[:, 0].tolist()), Answer(numbers[:, 1].tolist(), "it gives 'x', which is not a number" * failed, 1)
         here = Run([right, brief], *answers)
         if left:
             here.workers = Mock(side_effect=Abandoned(left), stop=lambda: 0)

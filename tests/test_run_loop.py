@@ -123,7 +123,7 @@ def reward(prompts, completions):
 def test_what_was_learnt_is_saved_where_no_rollout_has_a_reward(looped):
     *_, saved, told, end = looped(failing_at=2)
     assert saved == "save 2" and end == "RewardFailed('no reward')"
-    assert told.startswith("saved after step 2. The same command goes on from there") and "Where mine.py changes it is another run" in told
+    assert told.startswith("saved after step 2. The same command goes on from there") and "If mine.py changes, it is another run" in told
 
 
 def test_a_signal_is_not_forgotten_that_comes_while_processes_agree(monkeypatch):

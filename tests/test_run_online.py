@@ -517,7 +517,7 @@ def test_pretraining_is_mixed_in_and_goes_on_bit_for_bit(fields, pretrained, tmp
     assert main(pretrained) == 0
     jax.tree.map(np.testing.assert_array_equal, whole, trained(tmp_path / "run", pretrained))
     own.write_text(own.read_text().replace("sun", "sea"))
-    assert main(pretrained) == 2 and "grew from another data" in capsys.readouterr().err
+    assert main(pretrained) == 2 and "comes from another data" in capsys.readouterr().err
 
 
 def critic_of(folder, **changes):
@@ -628,27 +628,27 @@ REFUSED = {
         {"rollout.samples": "1"}, GRPO.replace("grpo()", "dpo()").replace("group_relative", "best_and_worst"), "every advantage is 0"
     ),
     "rewards of one name": ({}, GRPO + "\nreward = [reward, reward]\n", "gives the name 'reward' twice"),
-    "several gold rewards": ({}, GRPO + "\ngold = [gold, reward]\n", "gold is one number"),
+    "several gold rewards": ({}, GRPO + "\ngold = [gold, reward]\n", "gold must be a single number"),
     "weights of one reward": ({"rollout.reward_weights": "2"}, GRPO, "gives one number without a name; leave it empty"),
-    "numbers without names": ({}, SEVERAL, "several numbers of it are named by rollout.reward_names=('short', 'a')"),
+    "numbers without names": ({}, SEVERAL, "to return several numbers for each completion, set rollout.reward_names=('short', 'a')"),
     "names of other numbers": (
         names("short", "b") | {"rollout.reward_weights": "1,2"}, SEVERAL, "gives 'short', 'a', and rollout.reward_names are 'short', 'b'"
     ),
-    "numbers that nobody makes one": (names("short", "a"), SEVERAL, 'several "scores" of a response and no "rewards"; let experience(..)'),
+    "numbers that nobody makes one": (names("short", "a"), SEVERAL, 'several "scores" per response but no "rewards"; let experience(..)'),
     "a KL of numbers that nobody makes one": (
         names("short", "a"), SEVERAL.replace("group_relative()", "kl_reward(0.1), leave_one_out()"), 'no "rewards"; let experience(..)'
     ),
     "a refill of numbers without weights": (
         names("short", "a") | {"rollout.refill": "2"}, SEVERAL.replace("group_relative", "wco, group_relative"), "rollout.reward_weights"
     ),
-    "what TRL's trainer has": ({}, GRPO.replace("weight):", "weight, trainer_state):"), "'trainer_state', which there is not here"),
+    "what TRL's trainer has": ({}, GRPO.replace("weight):", "weight, trainer_state):"), "'trainer_state', which alignax does not have"),
     "completions read as messages": (
-        {}, GRPO.replace("len(text) %", "len(text[0]['content']) %"), "completions are texts, also of conversations, asked of a prompt"
+        {}, GRPO.replace("len(text) %", "len(text[0]['content']) %"), "even if prompts are conversations, called with a prompt"
     ),
     "one of a list that raises": (
         {}, GRPO + "\ndef other(prompts, completions):\n    raise KeyError('x')\nreward = [reward, other]\n", "other() of"
     ),
-    "a refill of samples ahead": (AHEAD | {"rollout.refill": "2"}, OFF_POLICY, "rollout.refill is 2: it looks at the rewards"),
+    "a refill of samples ahead": (AHEAD | {"rollout.refill": "2"}, OFF_POLICY, "rollout.refill is 2: it uses the rewards"),
     "a refill without rewards": ({"rollout.refill": "2"}, UNREWARDED, "so it needs reward(..)"),
     "no process": ({"rollout.reward_workers": "0"}, GRPO, "'rollout.reward_workers' is 0"),
     "prompts without rollouts": ({"rollout.samples": "0"}, GRPO, "set rollout.samples"),
@@ -671,15 +671,15 @@ REFUSED = {
         "does not read sampled_logps",
     ),
     "samples of a proposal": ({}, GRPO + PROPOSAL, "does not read sampled_logps"),
-    "no evidence": ({}, OFF_POLICY + PROPOSAL, "put that at the end of the experience's chain"),
+    "no evidence": ({}, OFF_POLICY + PROPOSAL, "put proposal_evidence() at the end of the experience's chain"),
     "ahead of nothing": (AHEAD | {"rollout.samples": "0"}, GRPO, "no rollouts to sample ahead"),
     "a proposal of nothing": (OFFLINE, UNREWARDED + PROPOSAL, "samples rollouts"),
-    "texts without a loss": ({"data.pretrain": "texts.jsonl"}, GRPO, "has no loss of it; return {"),
+    "texts without a loss": ({"data.pretrain": "texts.jsonl"}, GRPO, "has no loss for it; return for example {"),
     "a loss without texts": ({}, BOTH, "data.pretrain is empty"),
-    "a misspelt name": ({"data.pretrain": "texts.jsonl"}, BOTH.replace('"pretrain"', '"pretrian"'), "the nearest is 'pretrain'"),
+    "a misspelt name": ({"data.pretrain": "texts.jsonl"}, BOTH.replace('"pretrain"', '"pretrian"'), "the nearest name is 'pretrain'"),
     "one name": ({"data.pretrain": "texts.jsonl"}, BOTH.replace('"rollouts": grpo()', ""), "names no loss 'rollouts'"),
     "names offline": ({"rollout.samples": "0", "data.kind": "sft", "data.train": "texts.jsonl"}, NAMED, "has a loss of rollouts"),
-    "true for a critic": ({"model.critic": "true"}, PPO, "model.critic 'true' is no critic; use 'head'"),
+    "true for a critic": ({"model.critic": "true"}, PPO, "model.critic 'true' is not a critic; use 'head'"),
     "no critic's folder": ({"model.critic": "nowhere"}, PPO, "model folder 'nowhere' does not exist"),
     "heads of no critic": ({"model.critic_heads": "2"}, PPO, "model.critic_heads is 2 and there is no critic"),
     "a cache": ({"reference.cache": "cache"}, GRPO, "online training scores samples"),
@@ -687,7 +687,7 @@ REFUSED = {
     "no nucleus": ({"rollout.top_p": "0"}, GRPO, "'rollout.top_p' is 0.0; it must be above 0 and at most 1"),
     "greedy rollouts": ({"rollout.temperature": "0"}, GRPO, "'rollout.temperature' is 0.0; it must be above 0, to sample from"),
     "texts at a temperature": ({"data.pretrain": "texts.jsonl", "rollout.temperature": "0.7"}, BOTH, "data.pretrain is learnt at 1"),
-    "one sample many times": ({"eval.temperature": "0", "eval.samples_per_prompt": "4"}, GRPO, "all samples of a prompt are one"),
+    "one sample many times": ({"eval.temperature": "0", "eval.samples_per_prompt": "4"}, GRPO, "all samples of a prompt are the same"),
     "a stop string of nothing": ({"rollout.stop": "[\"\"]"}, GRPO, "a stop string is empty; give some text"),
     "a stop string that is a number": ({"eval.stop": "(3,)"}, GRPO, "a stop string is 3; give some text"),
     "a stop string that never occurs": ({"eval.stop": "aé"}, GRPO, "stop string 'aé' can never occur"),
@@ -1039,15 +1039,15 @@ def observed(steps, **config):
 def test_a_run_that_cannot_learn_is_told_so_once():
     silent = {"signal_rate": 0.0, "advantage_std": 0.0, "grad_norm": 0.1}
     (line,) = observed([silent] * 2 + [silent | {"signal_rate": 0.1}] + [silent] * 9)
-    assert line.startswith("notice at step 6: the rewards of no group differ, for 3 rollouts (signal_rate 0, reward 1)")
+    assert line.startswith("notice at step 6: in each group all rewards have been equal for 3 rollouts (signal_rate 0, reward 1)")
     assert len(observed(([silent] * 3 + [{}]) * 3)) == 1
     assert observed([silent | {"advantage_std": 0.5}] * 9) == []  # a critic or the whole batch still compares
     (line,) = observed([{"truncated_rate": 1.0}] * 9)
     assert "every completion of 3 rollouts was cut" in line
     (line,) = observed([{"judge_cut": 0.0}, {"judge_cut": 3.0}, {"judge_cut": 1.0}])
-    assert line.startswith("notice at step 2: 3 answers do not fit into what the reward models read")
+    assert line.startswith("notice at step 2: 3 answers are longer than the reward models can read")
     (line,) = observed([{"grad_norm": 0.0, "signal_rate": 0.0}, {"grad_norm": 0.0, "signal_rate": 0.5}])
-    assert line.startswith("notice at step 1: the gradient is exactly 0: the rewards of no group differ (reward 1)")
+    assert line.startswith("notice at step 1: the gradient is exactly 0: in each group all rewards are equal (reward 1)")
     said = []
     log = types.SimpleNamespace(step=lambda *_: None, line=said.append)
     Observer(None, log, equal=False)(1, {"skipped": 0, "tokens": 8, "grad_norm": 0.0})  # type: ignore
@@ -1058,7 +1058,7 @@ def test_a_run_without_any_reward_stops():
     none = {"bad_rewards": 4.0, "reward": float("nan")}
     assert observed([none, none, {"bad_rewards": 1.0}, none, none], max_skipped=3) == []
     (line,) = observed([none | {"reward_sampled": 0.5, "signal_rate": 0.0, "grad_norm": 0.1}] * 9, max_skipped=3)
-    assert "the rewards of no group differ" in line  # there are some, and a refill has found none that differ
+    assert "in each group all rewards have been equal" in line  # there are some, and a refill has found none that differ
     with pytest.raises(RewardFailed, match="no completion of 3 rollouts in a row has a reward"):
         observed([{}, none, none, none], max_skipped=3)
     # Of gdpo(), which makes no reward of several numbers: there are some, and there are none.
@@ -1108,4 +1108,4 @@ def test_completions_that_become_the_same_are_told_of_once():
     for step, distinct in enumerate((0.9, 0.5, 0.1, 0.01), start=1):
         observe(step, {"skipped": 0, "tokens": 8, "distinct": distinct, "entropy": 0.02, "reward": 1.0})
     (line,) = said
-    assert line.startswith("notice at step 3: 10.0% of the completions differ (90.0% at first)") and "entropy_bonus()" in line
+    assert line.startswith("notice at step 3: only 10.0% of the completions are distinct (90.0% at first)") and "entropy_bonus()" in line

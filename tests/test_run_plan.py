@@ -41,7 +41,7 @@ def test_token_level_dpo_needs_and_gets_the_references_distribution(tmp_path):
         check_step(run())
     check_step(run(**{"reference.token_kl": True}))
     file.write_text(file.read_text() + "\n\nexperience = None\n")
-    with pytest.raises(ValueError, match="reference.token_kl is true and no reference is held"):
+    with pytest.raises(ValueError, match="reference.token_kl is true, but the run has no reference"):
         run(**{"reference.token_kl": True})
 
 

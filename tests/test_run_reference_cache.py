@@ -120,9 +120,9 @@ def spoil_values(file: Path):
 @pytest.mark.parametrize(
     "spoil, message",
     [
-        (spoil_bytes, "is damaged: it does not hold what it says; delete it"),
+        (spoil_bytes, "is damaged: its content does not match its checksum or size; delete the file"),
         (lambda f: f.write_bytes(f.read_bytes()[:40]), "is damaged or cut short"),
-        (spoil_values, "differ from the reference's by 0.5 nats; delete that folder"),
+        (spoil_values, "differ from those of the reference by 0.5 nats; delete that folder"),
     ],
 )
 def test_what_is_damaged_or_false_is_refused(spoil, message, fields, cached, tmp_path, capsys):
@@ -159,9 +159,9 @@ def experience(config, reference, policy):
 @pytest.mark.parametrize(
     "code, change, message",
     [
-        (MOVING, {}, "would go stale: the average 'reference' moves"),
+        (MOVING, {}, "would become outdated: the average 'reference' moves"),
         (MISMATCHED, {"data.kind": "unpaired"}, "this experience scores others"),
-        ("loss = lambda config: dpo()\nexperience = lambda config: chain()", {}, "no reference is held"),
+        ("loss = lambda config: dpo()\nexperience = lambda config: chain()", {}, "the run has no reference"),
     ],
 )
 def test_what_a_cache_cannot_serve_is_refused(code, change, message, fields, tmp_path, capsys):

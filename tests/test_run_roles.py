@@ -170,7 +170,7 @@ def test_other_spellings_name_the_same_models(folders, tmp_path):
         (MODPO, {"models.margin.path": 1, "models.reference.path": 1, "reference.path": "x"}, "leave one of them out"),
         (MODPO, {"models.margin.pth": 1}, "models.margin.pth"),
         (MODPO, {"models.margin.path": 2, "models.margin.adapters": 1}, "is a reward model; give the adapters' folder"),
-        (MODPO, {"models.margin.path": 1, "models.margin.adapters": "gs://x/y"}, "gs:// is not read"),
+        (MODPO, {"models.margin.path": 1, "models.margin.adapters": "gs://x/y"}, "gs:// paths are not supported"),
         (PLAIN.replace("config)", "config, critic)"), {}, r"loss\(\) of .* asks for 'critic'"),
         (PLAIN, {"models.gold.path": 2}, "nothing is sampled that it could score"),
         (PLAIN, {"models.gold.path": 1, "eval.samples": 2}, "is a language model; give a reward model"),
@@ -234,9 +234,9 @@ def test_modpo_has_the_values_of_its_authors():
     loss = losses.modpo([0.5, 0.3, 0.2], lambda batch: batch["margins"])
     each = [loss(Outputs(logps, logps), batch, (jnp.eye(2)[i],))[0] for i in range(2)]
     np.testing.assert_allclose(each, [0.703197, 0.723597], atol=1e-6)
-    with pytest.raises(ValueError, match=r"margins have shape \(2, 2, 2\), and 1 weights ask for \(2, 2, 1\)"):
+    with pytest.raises(ValueError, match=r"margins have shape \(2, 2, 2\), but the weights of 1 other objectives need \(2, 2, 1\)"):
         losses.modpo([0.5, 0.5], lambda batch: batch["margins"])(Outputs(logps, logps), batch, (jnp.ones(2),))
-    with pytest.raises(ValueError, match="give one above 0 for the objective of the pairs"):
+    with pytest.raises(ValueError, match="give first a weight above 0 for the objective of the pairs"):
         losses.modpo([0.0, 1.0], lambda batch: batch["margins"])
 
 
@@ -360,7 +360,10 @@ def test_a_model_that_no_function_asks_for_is_refused_and_a_column_of_its_name(f
     ):
         checked(arguments(tmp_path, ONLINE, fields(folders, tmp_path, **online)))
     asking = ONLINE.replace("completions):", "completions, helpful):")
-    with pytest.raises(ValueError, match=r"asks for 'helpful', which is models\.helpful\.path, and data\.train has a column of"):
+    with pytest.raises(
+        ValueError,
+        match=r"asks for 'helpful', which is ambiguous: a model of that name is set by models\.helpful\.path, and data\.train has a",
+    ):
         checked(arguments(tmp_path, asking, fields(folders, tmp_path, **online)))
 
 

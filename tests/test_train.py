@@ -225,10 +225,10 @@ def test_what_is_observed_is_read_in_the_formula_and_evaluated():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: observe("", lambda out, batch: out.entropy), "its name is a text"),
+        (lambda: observe("", lambda out, batch: out.entropy), "the name must be text"),
         (lambda: observe("x", lambda out: out.entropy), r"takes \(out\); it is called with \(out, batch\)"),
-        (lambda: observe("x", lambda out, batch: (out.entropy, {})), "is tuple; return the values alone"),
-        (lambda: observe("x", lambda out, batch: out.entropy), r"values of loss 'x' have shape \(8, 2, 24\), its weights \(8,\)"),
+        (lambda: observe("x", lambda out, batch: (out.entropy, {})), "returns tuple; return only the values"),
+        (lambda: observe("x", lambda out, batch: out.entropy), r"values of loss 'x' have shape \(8, 2, 24\), but its weights have \(8,\)"),
     ],
 )
 def test_what_cannot_be_observed_is_refused(make, message):
@@ -578,8 +578,8 @@ def test_clipping_is_by_the_global_norm():
     [
         ({"schedule": "cosin"}, "optimizer.schedule 'cosin' is unknown; use constant, linear, cosine"),
         ({"learning_rate": 0.0}, "optimizer.learning_rate is 0.0; it must be above 0"),
-        ({"warmup": 1.0}, "optimizer.warmup is 1.0; it is a share"),
-        ({"warmup": -0.1}, "optimizer.warmup is -0.1; it is a share"),
+        ({"warmup": 1.0}, "optimizer.warmup is 1.0; it must be a share"),
+        ({"warmup": -0.1}, "optimizer.warmup is -0.1; it must be a share"),
         ({"name": "Adam"}, "optimizer.name 'Adam' is unknown; use adamw, adam, lion"),
     ],
 )

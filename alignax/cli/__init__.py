@@ -28,31 +28,31 @@ USAGE = """usage: alignax train  --config FILE.py [--config.FIELD=VALUE ...] [--
        alignax check-data --config FILE.py [--config.FIELD=VALUE ...] [--json OUT]
        alignax overopt --config FILE.py [--config.FIELD=VALUE ...]
        alignax report WORKDIR ...
-       --force with eval, eval-rm, anchor, ridge, generate, export, check-data, report: replace what another has written there
+       --force with eval, eval-rm, anchor, ridge, generate, export, check-data, report: replaces what another run or program wrote
 
-train       runs an experiment, or goes on where it was stopped; --dry-run shows what it would do and writes nothing
-eval        evaluates the newest checkpoint of a run on its evaluation data; --json writes the metrics, with what they are of, to a file
-            too, --json - prints them instead
-eval-rm     judges a reward model or an ensemble on the pairs of data.eval, and of data.ood, which come from elsewhere: accuracy,
-            margin, calibration, score against length, disagreement; MODELS: a run's workdir, or model folders with commas between them
-            (then with --config, for how data are read)
-anchor      writes reward models whose scores on samples of the initial policy have mean 0, with --scale standard deviation 1; MODELS as
-            for eval-rm; FILE: rows with a prompt and a completion, as `alignax generate --out` writes them
-ridge       writes a reward model whose head is fitted to data.train in closed form, the trunk as it is: to pairs, or to attributes
-generate    completes prompts; MODEL is a Hugging Face folder, or the WORKDIR of a run. FILE has a prompt a line, or rows (.jsonl, .csv,
-            .parquet) with a column "prompt", text or messages; without one, prompts are typed. Lines go through the model's chat template
-            where it has one, --raw sends them as they are. --out writes JSONL with tokens and log-probs, --out - prints it;
-            --temperature 0 is greedy; --stop may be given several times; --combine adds the logits of further models, times a coefficient
-            each, to those of MODEL: --combine TUNED@1,UNTUNED@-1 is proxy-tuning
-export      writes the newest checkpoint of a run as a Hugging Face folder, of an ensemble one for each member; for WORKDIR also the
-            mean of model folders, A@0.5,B@0.5, which model.path, reference.path and generate take too
-check-data  reads and tokenises the data (train, eval, pretrain, ood) and reports on it, every bad row counted; needs the tokenizer of
-            the model folder, no weights; --json writes the report to a file too, --json - prints it instead; ends with 2 if a run would
-            refuse the data
-overopt     measures reward overoptimisation: best-of-n and direct alignment against a gold reward; goes on where it was stopped
-report      writes WORKDIR/report.html anew, of a laboratory or of a training run; for several comparison.html in the first, too
-FIELD       any field of the config, such as data.max_length; `alignax train --config FILE.py --dry-run` lists them
-            Any option's value may follow an =, as in --json=OUT; one that begins with -- must"""
+train       runs an experiment, or resumes a stopped run; --dry-run shows what the run would do and writes nothing
+eval        evaluates the newest checkpoint of a run on the evaluation data of the run; --json FILE also writes the metrics to a file, with
+            the run and step that they belong to; --json - prints them instead
+eval-rm     evaluates a reward model or an ensemble on the pairs of data.eval, and on the out-of-distribution pairs of data.ood: accuracy,
+            margin, calibration, score against length, disagreement; MODELS: a run's workdir, or model folders separated by commas (with
+            --config for the settings of the data)
+anchor      writes reward models with scores of mean 0 on samples of the initial policy, with --scale also of standard deviation 1; MODELS
+            as for eval-rm; FILE: rows with a prompt and a completion, as written by `alignax generate --out`
+ridge       writes a reward model with a head fitted in closed form to data.train, which holds pairs or attributes; the trunk is unchanged
+generate    completes prompts; MODEL is a Hugging Face folder, or the WORKDIR of a run. FILE has one prompt per line, or rows (.jsonl, .csv,
+            .parquet) with a column "prompt", text or messages; without FILE, prompts are typed. Lines go through the chat template of the
+            model if there is one; --raw leaves lines unchanged. --out writes JSONL with tokens and log-probs, --out - prints it;
+            --temperature 0 is greedy; --stop may be given several times; --combine adds the logits of further models, each times a
+            coefficient, to the logits of MODEL: --combine TUNED@1,UNTUNED@-1 is proxy-tuning
+export      writes the newest checkpoint of a run as a Hugging Face folder, for an ensemble one folder per member; WORKDIR may also be a
+            mean of model folders, A@0.5,B@0.5, which model.path, reference.path and generate accept too
+check-data  reads and tokenises the data (train, eval, pretrain, ood) and reports on the data, with a count of bad rows; needs the tokenizer
+            of the model folder, but no weights; --json FILE also writes the report to a file, --json - prints it instead; the exit code is
+            2 if a run would refuse the data
+overopt     measures reward overoptimisation: best-of-n and direct alignment against a gold reward; resumes a stopped measurement
+report      writes WORKDIR/report.html again, for a laboratory or a training run; for several workdirs also comparison.html in the first
+FIELD       any field of the config, such as data.max_length; `alignax train --config FILE.py --dry-run` lists all fields
+            The value of an option may follow an =, as in --json=OUT; a value that begins with -- must"""
 WANTED = {
     "train": [], "eval": ["WORKDIR"], "eval-rm": ["MODELS"], "anchor": ["MODELS", "FOLDER"], "ridge": ["FOLDER"],
     "generate": ["MODEL"], "export": ["WORKDIR", "FOLDER"], "check-data": [], "overopt": [], "report": ["WORKDIR ..."],
@@ -186,21 +186,23 @@ def parse(args: Sequence[str]) -> Arguments:
         elif command == "generate" and arg.startswith("--") and not arg.startswith("--config"):
             request = with_option(request, name, value if equals else following(rest))
         elif arg.startswith("-"):
-            raise ValueError(f"option {short(arg)} is unknown to `alignax {command}`; `alignax --help` lists what it takes")
+            raise ValueError(f"option {short(arg)} is unknown to `alignax {command}`; `alignax --help` lists the options of each command")
         else:
             words.append(arg)
     file, json, samples = (values.get(name, "") for name in ("--config", "--json", "--samples"))
     penalty = number("--penalty", values.get("--penalty", "1.0"))
     if len(words) != len(WANTED[command]) and not (command == "report" and words):
-        raise ValueError(f"`alignax {command}` takes {' and '.join(WANTED[command]) or 'no further words'}, not {short(words)}")
+        raise ValueError(f"`alignax {command}` takes {' and '.join(WANTED[command]) or 'no positional arguments'}, not {short(words)}")
     if command in ("train", "ridge", "check-data", "overopt") and not file:
         example = {"overopt": "overoptimization", "ridge": "rm_hh"}.get(command, "dpo_hh")
         raise ValueError(f"`alignax {command}` needs --config FILE.py, such as experiments/{example}.py")
     if command == "anchor" and not samples:
-        raise ValueError("`alignax anchor` needs --samples FILE, rows that `alignax generate MODEL --out FILE` wrote of the initial policy")
+        raise ValueError(
+            "`alignax anchor` needs --samples FILE, with samples of the initial policy from `alignax generate MODEL --out FILE`"
+        )
     beside = [("a model of --combine", path) for path, _ in request.combination()]
     named = {"--config": file, "--json": json, "--out": request.out, "--samples": samples, "--prompts": request.prompts}
-    for name, text in [*named.items(), *beside, *((f"a word of `alignax {command}`", word) for word in words)]:
+    for name, text in [*named.items(), *beside, *((f"an argument of `alignax {command}`", word) for word in words)]:
         check_local(text, name, hub=name in ("--samples", "--prompts"))
     return Arguments(command, words, overrides, file, dry, json, samples, scale, penalty, request, force)
 
@@ -227,7 +229,7 @@ def with_option(request: "Request", option: str, value: str | None) -> "Request"
 
     name = option.removeprefix("--").replace("-", "_")
     if name not in (f.name for f in dataclasses.fields(request)):
-        raise ValueError(f"option {short(option)} is unknown; `alignax --help` lists them")
+        raise ValueError(f"option {short(option)} is unknown; `alignax --help` lists all options")
     if value is None:
         raise ValueError(f"{option} has no value; write {option}=VALUE")
     old = getattr(request, name)

@@ -49,7 +49,7 @@ def train(file: str, overrides: Sequence[str], dry: bool) -> None:
     if dry:
         with refusing():
             if experiment.main is not None and not experiment.config.model.path:
-                raise ValueError(f"{file} runs several stages, each with a config of its own; --dry-run shows a single run")
+                raise ValueError(f"{file} runs several stages, each with a separate config; leave out --dry-run, which shows a single run")
             planned = checked(experiment)
             check_step(planned)
             print(plan.describe(planned))
@@ -83,8 +83,9 @@ def check_moved(experiment: Experiment, overrides: Sequence[str]) -> None:
     of_run = experiment.file.name == "config.py" and any((here / part).is_dir() for part in ("checkpoints", "stages"))
     if of_run and here.resolve() != Path(said).resolve() and not any(override.startswith("workdir=") for override in overrides):
         raise ValueError(
-            f"{experiment.file} is of a run in {str(here)!r}, and its workdir is {said!r}: it was moved, or this is another folder to "
-            f"start from; add --config.workdir={here} to go on, or name another workdir to begin anew"
+            f"{experiment.file} belongs to a run in {str(here)!r}, but it names the workdir {said!r}: the workdir was moved, or the "
+            f"command was started in another folder; add --config.workdir={here} to resume the run, or give another workdir to start a "
+            "new run"
         )
 
 
@@ -170,7 +171,10 @@ def generate(model: Path, request: Request, overrides: Sequence[str], force: boo
             tokenizer = load_tokenizer(source.path, source.config.vocab_size)
             beside = [combined_model(path, source, tokenizer) for path, _ in request.combination()]
             if (beyond := hf.unread(source)) and is_main():
-                print(f"alignax: {hf.GENERATION} asks for {beyond}; not read here, see --help for what is", file=sys.stderr)
+                print(
+                    f"alignax: {hf.GENERATION} asks for {beyond}; alignax does not read this, `alignax --help` lists the supported options",
+                    file=sys.stderr,
+                )
             stops = Stops(tokenizer, tuple(request.stop)) if request.stop else None
             room = source.config.max_position_embeddings - request.max_new_tokens
             prompts = console.read(request, tokenizer, config.data, max(room, 1))

@@ -14,8 +14,8 @@ from alignax.text import table
 
 HELD = 1.0  # nats: a chosen log-prob that changes by at most this counts as held
 PANELS = (  # metric, title, label of the y axis
-    ("gold", "What is wanted", "gold reward of samples"),
-    ("rewards/margins", "What is trained", "implicit reward, held-out margin"),
+    ("gold", "True objective", "gold reward of samples"),
+    ("rewards/margins", "Training objective", "implicit reward, held-out margin"),
 )
 
 

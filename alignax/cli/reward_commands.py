@@ -43,7 +43,9 @@ def eval_rm(place: str, file: str, overrides: Sequence[str], out: str, force: bo
         if out not in ("", "-"):
             output.claim_on_all(Path(out), force=force)
         if not file and not is_workdir(place):
-            raise ValueError(f"{place!r} is no workdir of a run; for model folders give --config FILE.py too, experiments/rm_hh.py say")
+            raise ValueError(
+                f"{place!r} is not the workdir of a run; for model folders also give --config FILE.py, for example experiments/rm_hh.py"
+            )
         config, source, mesh, params = reward_models(place, file, overrides)
         rewards.check_one_score(source)
         row = load_experiment(Path(place) / "config.py" if is_workdir(place) else file).row
@@ -109,7 +111,7 @@ def ridge(folder: Path, file: str, overrides: Sequence[str], penalty: float, for
             raise ValueError("config field 'data.train' is empty; set --config.data.train=FILE")
         source = hf.with_heads(open_model(config.model.path, "pretrained", "model.path"), config.model.num_labels)
         if not source.config.num_labels:
-            raise ValueError(f"{config.model.path!r} is a language model; set model.num_labels to 1, or to how many attributes there are")
+            raise ValueError(f"{config.model.path!r} is a language model; set model.num_labels to 1, or to the number of attributes")
         tokenizer = load_tokenizer(source.path, source.config.vocab_size)
         ends = hf.end_ids(source, tokenizer)
         examples, reports, _ = load("train", config.data, tokenizer, source.config.vocab_size, ends, experiment.row, whole=True)
@@ -143,5 +145,5 @@ def pairs_of(config: Any, source: hf.Source, row: Callable[[dict], Any] | None) 
     loaded = {split: read(split) for split in splits}
     for split, examples in loaded.items():
         if examples.N != 2:
-            raise ValueError(f"data.{split} has {examples.N} responses of a prompt, eval-rm takes pairs; set data.kind to preference")
+            raise ValueError(f"data.{split} has {examples.N} responses per prompt, but eval-rm takes pairs; set data.kind to preference")
     return loaded

@@ -40,7 +40,7 @@ def refusing() -> Iterator[None]:
     except RuntimeError as e:
         if not str(e).startswith("Unable to initialize backend"):
             raise
-        raise BadInput(f"jax finds no device ({one_line(e)}); unset JAX_PLATFORMS, or name one that is there") from e
+        raise BadInput(f"jax finds no device ({one_line(e)}); unset JAX_PLATFORMS, or set it to a platform of this machine") from e
 
 
 @contextmanager
@@ -90,7 +90,7 @@ def explained(error: Exception, file: Path) -> str:
     inside = [tb for tb in path if theirs(_file(tb), file)]
     if not inside or type(error) not in (TypeError, ValueError, IndexError) or (inside[-1] is path[-1] and type(error) is ValueError):
         return what
-    return what + (f". There: {arrays}" if (arrays := _arrays(inside[-1].tb_frame.f_locals)) else "")
+    return what + (f". Arrays there: {arrays}" if (arrays := _arrays(inside[-1].tb_frame.f_locals)) else "")
 
 
 def check_call(function: Any, what: str, *names: str) -> None:

@@ -105,7 +105,7 @@ def name_models(config: Any) -> None:
     """Moves models of `config.models` such as `reference` to their own fields (`ALIASES`), and refuses impossible names and empty paths."""
     for name in list(config.models):
         if name in ("config", "prompts", "base") or not name.isidentifier():
-            raise ValueError(f"config.models has a model called {name!r}; give it another name, which a parameter can have")
+            raise ValueError(f"config.models has a model called {name!r}; choose another name, one that a function parameter can have")
         given = config.models[name]
         if not hasattr(given, "items") or not isinstance(given.get("path", ""), str) or not given.get("path", ""):
             raise ValueError(f"config field 'models.{name}.path' is empty; set it to FOLDER, a Hugging Face model folder")
@@ -115,7 +115,9 @@ def name_models(config: Any) -> None:
             continue
         group, _, field = ALIASES[name].partition(".")
         if extra := sorted(set(given) - {"path"}):
-            raise ValueError(f"config field 'models.{name}.{extra[0]}' is unknown: {name!r} is {ALIASES[name]}, which has a path alone")
+            raise ValueError(
+                f"config field 'models.{name}.{extra[0]}' is unknown: {name!r} stands for {ALIASES[name]}, which has only a path"
+            )
         if config[group][field] not in ("", given.path):
             raise ValueError(f"models.{name}.path is {given.path!r} and {ALIASES[name]} {config[group][field]!r}; leave one of them out")
         config[group][field] = given.path
@@ -135,7 +137,7 @@ def check_asked(module: ModuleType, config: Any, file: Path) -> None:
         for wanted in every:
             if wanted not in offered:
                 raise BadInput(
-                    f"{name}() of {file} asks for {wanted!r}{near(wanted, offered, 0.5)}; its parameters are any of {', '.join(offered)}"
+                    f"{name}() of {file} asks for {wanted!r}{near(wanted, offered, 0.5)}; a parameter must be one of {', '.join(offered)}"
                 )
 
 
@@ -158,7 +160,7 @@ def load_module(file: Path, source: bytes) -> ModuleType:
 def check_config(config: Any, file: Path) -> None:
     """Refuses a value that is no config, misspelt top-level fields, and fields of a wrong type, range or path."""
     if not hasattr(config, "lock"):
-        raise ValueError(f"get_config() of {file} returns {config!r}; it must return a ConfigDict, such as default_config() changed")
+        raise ValueError(f"get_config() of {file} returns {config!r}; it must return a ConfigDict, such as a changed default_config()")
     known = list(default_config())
     for name in config:
         if name not in known and (likely := near(name, known, 0.8)):
@@ -189,7 +191,10 @@ def check_own_fields(config: Any, module: ModuleType, file: Path) -> None:
     read |= {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     for name, likely in own.items():
         if likely and name not in read:
-            raise BadInput(f"config field {name!r} of {file} is unknown, and nothing there reads it; the nearest is {leaves[likely[0]]!r}")
+            raise BadInput(
+                f"config field {name!r} of {file} is unknown, and the experiment reads no field of that name; the nearest field is "
+                f"{leaves[likely[0]]!r}"
+            )
 
 
 def asked(experience: Callable | None) -> tuple[str, ...]:

@@ -64,8 +64,8 @@ def literal(name: str, value: Any) -> str:
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):  # every error of a text that is no literal
         pass
     raise ValueError(
-        f"config field {name!r} is {short(value)} of type {type(value).__name__}, which the config of a run cannot hold; "
-        "use text, true, false, None, finite numbers of Python, and tuples, lists and dictionaries of these"
+        f"config field {name!r} is {short(value)} of type {type(value).__name__}, which the config of a run cannot store; use text, True, "
+        "False, None, finite Python numbers, or tuples, lists and dictionaries of these"
     )
 
 
@@ -85,7 +85,7 @@ def check_kept(experiment: Experiment) -> None:
         except ValueError as e:
             lines = [one_line(e, 300)]
     if lines:
-        raise ValueError(f"this run could not be resumed: config.py of its workdir would not give it again ({'; '.join(lines[:4])})")
+        raise ValueError(f"this run could not be resumed: config.py in its workdir would not reproduce the config ({'; '.join(lines[:4])})")
 
 
 def difference(old: Experiment, new: Experiment, free: Sequence[str]) -> list[str]:

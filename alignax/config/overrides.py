@@ -126,7 +126,7 @@ def check_path(name: str, value: str) -> None:
 def check_range(name: str, value: Any) -> None:
     """Refuses a number that is not finite, and an integer beyond 32 bits."""
     if type(value) is int and abs(value) >= 2**31 or type(value) is float and not math.isfinite(value):
-        raise ValueError(f"config field {name!r} is {short(value)}; use a finite number, a whole one of less than 2^31")
+        raise ValueError(f"config field {name!r} is {short(value)}; use a finite number; a whole number must be below 2^31")
 
 
 def a_kind(value: Any) -> str:
@@ -146,6 +146,6 @@ def flat(config: Any, prefix: str = "") -> dict[str, Any]:
     out = {}
     for name, value in config.items():
         if not isinstance(name, str) or "." in name:
-            raise ValueError(f"config field {f'{prefix}{name}'!r} is called {name!r}; names of fields are text without a dot")
+            raise ValueError(f"config field {f'{prefix}{name}'!r} is called {name!r}; the name of a field must be text without a dot")
         out |= flat(value, f"{prefix}{name}.") if hasattr(value, "items") else {prefix + name: value}
     return out

@@ -112,8 +112,8 @@ def too_long(row: Texts, most: int = MOST) -> Bad | None:
     size = characters(row)
     if size <= most:
         return None
-    what = f"{size:,} characters would be tokenised for it, its prompt once with each completion, and at most {most:,} are"
-    return Bad("too long", f"{what}; shorten it, or split it into rows")
+    what = f"the row has {size:,} characters to tokenise (its prompt counts once for each completion), and the limit is {most:,}"
+    return Bad("too long", f"{what}; shorten the row, or split it into several rows")
 
 
 def characters(row: Texts) -> int:

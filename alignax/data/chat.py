@@ -19,15 +19,15 @@ from alignax.data.template import Template, is_prefill
 from alignax.data.turns import REASONING, Found, find, is_scored
 from alignax.text import short
 
-BY_MARKS, BY_TEXT = "the template's {% generation %} marks", "the text that the chat template makes of each"
-NULLS = ("keys of tool calls or tools that hold null, which are left out",)
-GOES_ON = "answers behind another message of the assistant's, which they go on with in one turn; data.turns=all has two turns"
-BEHIND = "messages behind the last answer that is trained on, which are left out"
-BEGUN = "prompts that end in a message of the assistant's, whose turn is gone on with; where it is the answer, leave it out of them"
-SYSTEMS = "conversations with several system messages, which are all kept where the chat template writes them"
+BY_MARKS, BY_TEXT = "the template's {% generation %} marks", "the text that the chat template writes for each turn"
+NULLS = ("keys with the value null in tool calls or tools, left out",)
+GOES_ON = "answers directly after another assistant message, joined with it to one turn; data.turns=all keeps two turns"
+BEHIND = "messages after the last answer that is trained on, left out"
+BEGUN = "prompts that end with an assistant message, which generation continues; if that message is the answer, remove it from the prompt"
+SYSTEMS = "conversations with several system messages, all kept if the chat template writes them"
 WEIGHTS = ("weight", "train", "training", "loss")  # keys of OpenAI and Mistral, axolotl (two), ms-swift; 0 or false: not trained on
 PARTLY = ("train_detail", "training_detail")
-_NO_PROMPT = "{} begins with the assistant's turn, and no prompt is in front of what is scored; put a user's or a system message there{}"
+_NO_PROMPT = "{} begins with an assistant turn, so there is no prompt before the scored text; put a user or system message first{}"
 _UNLESS = ", give that turn the weight 0, or score the last turn alone (data.turns=last)"
 NO_VARIABLES: Mapping[str, Any] = MappingProxyType({})
 
@@ -81,15 +81,18 @@ def prompt_alone(messages: list, tools: Any) -> Prompted | Bad:
     if bad or isinstance(read, Bad):
         return bad or read
     if messages[-1].get("tool_calls"):
-        return Bad("no prompt", "the prompt ends with the assistant's call of a tool; put the tool's answer behind it")
+        return Bad("no prompt", "the prompt ends with a tool call of the assistant; add the tool's answer after the call")
     told = (NULLS if _nested_nulls(messages, tools) else ()) + ((BEGUN,) if is_prefill(messages) else ())
     told += (SYSTEMS,) if _has_systems(messages) else ()
     return Prompted(without_nulls(messages), ([],), tools=read, told=told)
 
 
 def _two_systems(name: str, prompt: list) -> Bad:
-    there = f"as the prompt {short(prompt[0].get('content'))} does" if is_system(prompt[0]) else "behind the messages of the prompt"
-    return Bad("two system prompts", f"{name!r} begins with a system message, {there}; leave one out, as row(row) of an experiment can")
+    there = f"as the prompt {short(prompt[0].get('content'))} does" if is_system(prompt[0]) else "after the messages of the prompt"
+    return Bad(
+        "two system prompts",
+        f"{name!r} begins with a system message, {there}; remove a system message, for example in row(row) of the experiment",
+    )
 
 
 def _has_systems(messages: list[Message]) -> bool:
@@ -117,13 +120,13 @@ def _tools(tools: Any) -> Any:
 def _bad_messages(name: str, messages: Any) -> Bad | None:
     for i, message in enumerate(messages):
         if not _is_message(message):
-            return Bad("not messages", f"message {i} of {name!r} is {short(message)}, not a role with a content of text")
+            return Bad("not messages", f"message {i} of {name!r} is {short(message)}, not a message with a role and a text content")
     try:
         json.dumps(messages, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        return Bad("invalid Unicode", f"{name!r} holds half a surrogate pair, which is no text: {short(messages)}")
+        return Bad("invalid Unicode", f"{name!r} holds half of a surrogate pair, which is not valid text: {short(messages)}")
     except (TypeError, ValueError, RecursionError):
-        return Bad("not messages", f"{name!r} holds what JSON cannot say: {short(messages)}")
+        return Bad("not messages", f"{name!r} holds a value that JSON cannot represent: {short(messages)}")
     return None
 
 
@@ -131,7 +134,7 @@ def _bad_weight(name: str, messages: list[Message]) -> Bad | None:
     for i, message in enumerate(messages):
         for key in (*WEIGHTS, *PARTLY) if message["role"] == "assistant" else ():
             if (value := message.get(key)) is not None and (key in PARTLY or value not in (0, 1)):
-                what = f"message {i} of {name!r} has {key!r}: {short(value)}, and a message is trained on as a whole or not at all"
+                what = f"message {i} of {name!r} has {key!r}: {short(value)}, but a message is trained on either as a whole or not at all"
                 return Bad("bad weight", f"{what}; use 0 or 1, or leave {key!r} out")
     return None
 
@@ -178,9 +181,13 @@ def _start(whole: list[list[Message]], prompt: list | None, turns: str) -> int:
 def _bad_completion(name: str, completion: list[Message], turns: str, single: bool) -> Bad | None:
     answers = [message for message in completion if is_scored(message)]
     if not answers:
-        return Bad("empty completion", f"{name!r} has no turn after those that all sides share")
+        return Bad("empty completion", f"{name!r} has no turn after the turns that all completions share")
     if completion[0]["role"] != "assistant":
-        return Bad("prompt differs", f"{name!r} goes on with a turn of {completion[0]['role']!r} where the sides begin to differ")
+        return Bad(
+            "prompt differs",
+            f"{name!r} continues with a turn of {completion[0]['role']!r} where the completions begin to differ; this turn must be an "
+            "assistant turn",
+        )
     if not single and turns == "last" and len(answers) > 1:
         return Bad(
             "several answers", f"{name!r} has {len(answers)} assistant turns after the prompt; score them with --config.data.turns=all"
@@ -272,10 +279,10 @@ def _encoded(row: Found, tokens: list["Tokens"], ends: Collection[int], whole: b
         (prompt,) = tokens
         eos = prompt.tokenizer.eos_token_id
         if not prompt.ids:
-            return Bad("no prompt", "the chat template makes no token of the conversation")
+            return Bad("no prompt", "the chat template writes no token for the conversation")
         return Encoded(prompt.ids, [[eos]], [b"\1"], row.prompt, told=row.told)
     if not all(side.turns for side in row.sides):  # happens to a shortened row only
-        return Bad("empty completion", "what is scored begins beyond the end of the text")
+        return Bad("empty completion", "the scored text begins after the end of the text")
     front = _front(row)
     places = [own.place(front) for own in tokens]
     boundary = min(place for place, _ in places)
@@ -290,7 +297,7 @@ def _encoded(row: Found, tokens: list["Tokens"], ends: Collection[int], whole: b
             last, cut = own.place(stop)
             last, merged = last + (cut and last == first), merged or inside
             if last <= first:
-                return Bad("empty completion", "the chat template makes no token of an assistant turn")
+                return Bad("empty completion", "the chat template writes no token for an assistant turn")
             scored[first:last] = b"\1" * (last - first)
             without += own.ids[last - 1] not in ends and stop <= len(side.text)
         end = len(scored) if whole else scored.rindex(1) + 1

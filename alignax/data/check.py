@@ -173,7 +173,7 @@ def _source_text(source: dict[str, Any]) -> list[str]:
         count = source["dropped"][reason]
         lines += [f"  {reason}{f', the first {len(rows)} of {count:,}' if count > len(rows) else ''}:", *(f"    {row}" for row in rows)]
     if source["repeated_prompts"]:
-        lines.append(f"  rows with a prompt that an earlier row has: {source['repeated_prompts']:,}")
+        lines.append(f"  rows that repeat the prompt of an earlier row: {source['repeated_prompts']:,}")
     if "chosen_longer" in source:
         lines.append(f"  the chosen response is the longer one in {source['chosen_longer']:.1%} of pairs (ties count half)")
     if "labels_true" in source:
@@ -184,7 +184,7 @@ def _source_text(source: dict[str, Any]) -> list[str]:
         numbers = ": {least:.4g} to {most:.4g}, mean {mean:.4g}".format(**x) if x["given"] else ""
         lines.append(f"  attribute {i}, given in {x['given']:.1%} of rows{numbers}")
     if source["unknown_tokens"]:
-        lines.append(f"  unknown tokens, whose text is lost: {source['unknown_tokens']:,}")
+        lines.append(f"  unknown tokens (their text is lost): {source['unknown_tokens']:,}")
     if spelled := source["characters_in_several_tokens"]:
         shown = ", ".join(f"{_visible(s['character'])} ({s['tokens']} tokens, {s['times']:,} times)" for s in spelled)
         lines.append(f"  characters spelled in several tokens: {shown}")

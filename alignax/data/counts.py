@@ -39,35 +39,36 @@ class Report(NamedTuple):
         lines += [
             f"  prompts cut: {self.prompts_cut:,} ({self.prompts_cut / self.kept:.1%} of rows)",
             f"  completions cut: {self.completions_cut:,} ({self.completions_cut / sides:.1%}), EOS lost: {self.ends_lost:,}",
-            f"  tokens merged over the boundary: {self.boundary_merges:,} ({self.boundary_merges / self.kept:.1%} of rows)",
+            f"  tokens merged across the end of the prompt: {self.boundary_merges:,} ({self.boundary_merges / self.kept:.1%} of rows)",
         ]
         if self.separators_added:
-            lines.append(f"  prompts without a token, given a BOS or EOS: {self.separators_added:,}")
+            lines.append(f"  prompts without tokens, given a BOS or EOS: {self.separators_added:,}")
         if self.eos_inside:
             lines.append(f"  completions with an end token inside the text: {self.eos_inside:,}")
         if self.fronts_written:
-            lines.append(f"  prompts that begin with the tokens which the tokenizer puts in front, kept once: {self.fronts_written:,}")
+            lines.append(f"  prompts that already begin with the prefix tokens of the tokenizer, kept once: {self.fronts_written:,}")
         if self.ends_written:
-            lines.append(f"  completions that end with an end token of their own, kept once: {self.ends_written:,}")
+            lines.append(f"  completions that already end with an end token, kept once: {self.ends_written:,}")
         if self.shortened:
             lines.append(
-                f"  long rows, tokenised as far as they are kept, so that they are longer than is said of them: {self.shortened:,}"
+                f"  long rows, tokenised only as far as needed, so their true lengths exceed the reported lengths: {self.shortened:,}"
             )
         if self.unread:
             more = f", and {len(self.unread) - 12} more" if len(self.unread) > 12 else ""
-            lines.append(f"  columns not read: {', '.join(self.unread[:12])}{more}; data.columns names those to read{self._system()}")
+            lines.append(f"  columns not read: {', '.join(self.unread[:12])}{more}; data.columns names the columns to read{self._system()}")
         if self.masks:
-            lines.append(f"  conversations: scored turns are those of {self.masks}")
+            lines.append(f"  conversations: scored turns are found by {self.masks}")
         lines += [f"  {what}: {count:,} rows" for what, count in sorted(self.told.items())]
         if self.turns_without_eos:
-            remedy = "put the template's own into eos_token_id of generation_config.json"
+            remedy = "add the template's end token to eos_token_id in generation_config.json"
             lines.append(
-                f"  scored turns that the chat template ends without an end token, so that no end is learnt: {self.turns_without_eos:,}"
+                "  scored turns that the chat template ends without an end token, so the policy does not learn to end them: "
+                f"{self.turns_without_eos:,}"
             )
             lines.append(f"    {remedy}")
         if self.pairs_split:
             lines.append(f"  pairs split into a True and a False row each: {self.pairs_split:,}")
-        lines.append(f"  tokens: {self.tokens:,}, of them scored {self.completion_tokens:,}; the longest row has {self.longest:,}")
+        lines.append(f"  tokens: {self.tokens:,}, of which scored {self.completion_tokens:,}; the longest row has {self.longest:,}")
         return lines
 
     def _system(self) -> str:

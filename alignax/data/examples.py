@@ -116,7 +116,8 @@ def unpair(pairs: Examples) -> Examples:
     """
     if pairs.order is not None:
         raise ValueError(
-            "data.order would put the two sides of a pair side by side, and unpaired losses compare neighbours; leave it empty"
+            "data.order would put the two rows of a pair next to each other, but unpaired losses compare neighbouring rows; leave "
+            "data.order empty"
         )
     n = len(pairs)
     pair = np.arange(n)

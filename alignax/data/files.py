@@ -53,9 +53,9 @@ def rows_and_faults(path: str | pathlib.Path) -> list[Row | Bad]:
     try:
         rows: list[Row | Bad] = [*_read_hub(str(path))] if str(path).startswith(HUB) else _read_path(str(path))
     except MemoryError as error:
-        raise ValueError(f"{path} does not fit into the memory of this machine; split it into several files and use some") from error
+        raise ValueError(f"{path} does not fit into the memory of this machine; split the file and use only some of its parts") from error
     except OSError as error:
-        raise ValueError(f"{path} cannot be read ({one_line(error)}); correct the path, or what you may read") from error
+        raise ValueError(f"{path} cannot be read ({one_line(error)}); correct the path or its read permissions") from error
     if not rows:
         raise ValueError(f"{path} holds no rows; point to a file that has some")
     return rows
@@ -82,8 +82,8 @@ def _under(path: pathlib.Path, key: str, rows: list[Row | Bad]) -> list[Row | Ba
     if key and key in held:
         return one[key]
     if key:
-        remedy = f"it holds rows under {', '.join(held)}" if held else f"leave out ':{key}'"
-        raise ValueError(f"{path} is no single JSON object with a list of rows under {key!r}; {remedy}")
+        remedy = f"the file has rows under {', '.join(held)}" if held else f"leave out ':{key}'"
+        raise ValueError(f"{path} is not a single JSON object with a list of rows under {key!r}; {remedy}")
     for name in held:
         if name in HOLDERS and not any({"role", "from"} & x.keys() for x in one[name]):
             raise ValueError(f"{path} is one object, which holds {len(one[name]):,} rows under {name!r}; to read them write {path}:{name}")
@@ -124,7 +124,7 @@ def _parquet(path: pathlib.Path, content: bytes) -> Iterator[Row]:
     except MemoryError:
         raise
     except Exception as error:  # pyarrow's errors on damaged bytes have no common class
-        raise ValueError(f"{path} is no readable Parquet file ({one_line(error)}); write or download it again") from error
+        raise ValueError(f"{path} is not a readable Parquet file ({one_line(error)}); write or download it again") from error
 
 
 def _arrow(path: pathlib.Path, content: bytes) -> Iterator[Row]:
@@ -140,7 +140,7 @@ def _arrow(path: pathlib.Path, content: bytes) -> Iterator[Row]:
     except MemoryError:
         raise
     except Exception as error:  # pyarrow's errors have no common class
-        raise ValueError(f"{path} is no readable Arrow file ({one_line(error)}); write or download it again") from error
+        raise ValueError(f"{path} is not a readable Arrow file ({one_line(error)}); write or download it again") from error
 
 
 def _columns(path: pathlib.Path, packed: int, schema: Any, batches: Any) -> Iterator[Row]:
@@ -161,7 +161,7 @@ def _csv(path: pathlib.Path, text: str) -> Iterator[Row | Bad]:
     names: list[str] = []
     for number, found in _lines_of_tabs(held) if mark == "\t" and _are_rows(held) else _records(held, mark):
         if not names:
-            names = _header(path, found, "tabs" if mark == "\t" else "commas (in a .tsv tabs)")
+            names = _header(path, found, "tabs" if mark == "\t" else "commas (tabs in a .tsv file)")
         else:
             # Every value stays text, since "007" and "true" may be answers; columns of numbers are converted where they are used.
             yield Bad("not CSV", f"line {number} {found}") if isinstance(found, str) else dict(zip(names, found, strict=True))
@@ -174,7 +174,7 @@ def _header(path: pathlib.Path, names: list[str] | str, between: str) -> list[st
     if len(names) == 1 and (other := next((mark for mark in ";\t|," if mark in names[0]), None)):
         wrong = f"one column, {short(names[0])}, with {other!r} in it: put {between} between columns"
     if wrong:
-        raise ValueError(f"{path} is no readable CSV file ({wrong}); its first line names the columns")
+        raise ValueError(f"{path} is not a readable CSV file ({wrong}); its first line names the columns")
     return [*names]
 
 
@@ -188,7 +188,7 @@ def _records(held: list[str], mark: str) -> Iterator[tuple[int, list[str] | str]
             for values in reader:
                 width = width or len(values)
                 if values and len(values) != width:
-                    raise csv.Error(f"has {len(values)} columns, and the first line {width}")
+                    raise csv.Error(f"has {len(values)} columns, but the first line has {width}")
                 if values:
                     yield begun + 1, values
                 begun = at + reader.line_num
@@ -197,9 +197,13 @@ def _records(held: list[str], mark: str) -> Iterator[tuple[int, list[str] | str]
             what = str(error)
             if not what.startswith("has "):
                 what = (
-                    f"has a quote that opens a value and {'never ends it' if 'end of data' in what else 'text behind the one that ends it'}"
+                    "has a quote that opens a value and "
+                    f"{'never ends it' if 'end of data' in what else 'text after the quote that ends it'}"
                 )
-            yield begun + 1, f"{what}; put a value with quotes, line ends or {mark!r} in it between quotes, and write its own twice"
+            yield (
+                begun + 1,
+                f"{what}; enclose a value that contains quotes, line ends or {mark!r} in quotes, and double the quotes inside the value",
+            )
             at = begun + 1
 
 
@@ -216,7 +220,10 @@ def _lines_of_tabs(held: list[str]) -> Iterator[tuple[int, list[str] | str]]:
 
 
 def _too_long(place: str, size: int) -> Bad:
-    return Bad("too long", f"{place} has {size:,} bytes, and a row at most {streams.ROW:,}; shorten it, or split it into rows")
+    return Bad(
+        "too long",
+        f"{place} has {size:,} bytes, but a row can have at most {streams.ROW:,}; shorten the row, or split it into several rows",
+    )
 
 
 def _json(path: pathlib.Path, stream: io.BufferedReader) -> Iterator[Row | Bad]:
@@ -284,7 +291,7 @@ class _Decoder:
         except json.JSONDecodeError as error:
             raise self._error(error, number) from error
         except (RecursionError, ValueError) as error:  # too deeply nested; a number of thousands of digits
-            raise ValueError(f"{self.path}, line {number} is not JSON that can be read ({one_line(error)}); correct it") from error
+            raise ValueError(f"{self.path}, line {number} cannot be read as JSON ({one_line(error)}); correct the line") from error
 
     def _checked(self, value: Any, place: str) -> Row | Bad:
         if not isinstance(value, dict):
@@ -320,13 +327,13 @@ def _saved(path: pathlib.Path) -> list[Row]:
     except MemoryError:
         raise
     except Exception as error:  # errors of datasets and pyarrow on damaged files have no common class
-        raise ValueError(f"the data set in {path} does not load ({one_line(error)}); save it again") from error
+        raise ValueError(f"the data set in {path} cannot be loaded ({one_line(error)}); save it again") from error
 
 
 def _read_hub(path: str) -> list[Row]:
     name, *rest = path.removeprefix(HUB).split(":")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or len(rest) > 2 or not all(rest):
-        raise ValueError(f"{path!r} is no data set of the hub; write {HUB}org/name, {HUB}org/name:split or {HUB}org/name:config:split")
+        raise ValueError(f"{path!r} is not a data set of the hub; write {HUB}org/name, {HUB}org/name:split or {HUB}org/name:config:split")
     import datasets
 
     config, split = (rest[0] if len(rest) == 2 else None), (rest[-1] if rest else None)
@@ -350,10 +357,10 @@ def check_local(text: str, what: str, hub: bool = False) -> None:
     """
     for part in text.split(","):
         if found := re.search(r"^~[\w.-]*(?=/|$)|(?<![^/])\$(?:[A-Za-z_]\w*|\{\w+\})(?=/|$)", part):
-            raise ValueError(f"{what} is {short(text)}, and no shell has filled in its {found[0]}; write the whole path")
+            raise ValueError(f"{what} is {short(text)}, and no shell has expanded its {found[0]}; write the full path")
         scheme = re.match(r"\s*([A-Za-z][A-Za-z0-9+.-]+):/", part)  # one slash too, since a Path makes one of two
         if scheme and not (hub and part.startswith(HUB)):
             also = f", or {HUB}org/name" if hub else ""
             raise ValueError(
-                f"{what} is {short(text)}, and {short(scheme[1])[1:-1]}:// is not read or written; give a path of this machine{also}"
+                f"{what} is {short(text)}, and {short(scheme[1])[1:-1]}:// paths are not supported; give a path on this machine{also}"
             )

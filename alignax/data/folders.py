@@ -46,7 +46,9 @@ def matching(pattern: str) -> list[Path]:
     found = [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]
     folders = [path for path in found if path.is_dir()]
     if folders and "**" not in pattern:
-        raise ValueError(f"{pattern} stands for the folder {folders[0]} too; write a pattern of files alone, such as {pattern}.jsonl")
+        raise ValueError(
+            f"{pattern} also matches the folder {folders[0]}; write a pattern that matches only files, such as {pattern}.jsonl"
+        )
     found = [path for path in found if path.is_file()]
     _check_formats(pattern, found)
     return found
@@ -58,7 +60,8 @@ def saved(folder: Path, split: str) -> Path | None:
     other = [file.name for file in sorted(folder.iterdir()) if own and file.is_file() and not NO_ROWS.fullmatch(file.name)]
     if other := [name for name in other if suffix(Path(name)) in SUFFIXES and suffix(Path(name)) != ".arrow"]:
         raise ValueError(
-            f"{folder} was written by Dataset.save_to_disk, and other files lie there{_also(other)}; point to one, or move them"
+            f"{folder} was written by Dataset.save_to_disk, but it also holds other files{_also(other)}; point to one of these, or move "
+            "them away"
         )
     if (folder / "dataset_dict.json").exists():
         names = _splits(folder / "dataset_dict.json")
@@ -94,12 +97,14 @@ def files(folder: Path, split: str) -> list[Path]:
     found = [file for file in found if suffix(file) in SUFFIXES]
     if not found:
         raise ValueError(
-            f"the folder {folder} was not written by Dataset.save_to_disk and holds no {', '.join(SUFFIXES)} files, nor such ones with "
-            f"{', '.join(PACKED)}{_also(other)}; point to such a folder or to a file"
+            f"the folder {folder} was not written by Dataset.save_to_disk and holds no {', '.join(SUFFIXES)} files, neither plain nor "
+            f"packed ({', '.join(PACKED)}){_also(other)}; point to a folder with such files, or to a file"
         )
     if other:
         pattern = f"{folder}/{'**/' if any('/' in name for name in other) else ''}*{found[0].suffix}"
-        raise ValueError(f"the folder {folder} holds files that are not read{_also(other)}; name those to read, such as '{pattern}'")
+        raise ValueError(
+            f"the folder {folder} holds files that alignax does not read{_also(other)}; name the files to read, such as '{pattern}'"
+        )
     held = {file: _names(file.relative_to(root)) for file in found}
     if split:
         exact = [file for file in found if held[file][:1] == [split]]
@@ -111,7 +116,7 @@ def files(folder: Path, split: str) -> list[Path]:
         shown = f"{', '.join(splits or known) or 'no name tells of one'}"
         raise ValueError(f"the folder {folder} {what} ({shown}); name one{f', such as {folder}:{known[0]}' if known else ' of its files'}")
     if splits and (unnamed := [str(file.relative_to(root)) for file in found if not held[file]]):
-        what = f"holds {splits[0]!r} and files whose names tell of no split{_also(unnamed)}"
+        what = f"holds {splits[0]!r} and files without a split in their names{_also(unnamed)}"
         raise ValueError(f"the folder {folder} {what}; write {folder}:{splits[0]}, or name the files to read, such as '{folder}/*.jsonl'")
     places = sorted({str(_place(file.relative_to(root))) for file in found}) if splits else []
     if len(places) > 1:
@@ -193,7 +198,9 @@ def _snapshot(folder: Path) -> Path:
 def _inside(folder: Path, depth: int) -> list[Path]:
     """The files of a folder and its subfolders, without files that are known to hold no rows."""
     if not depth:
-        raise ValueError(f"{folder} lies in more than {DEEPEST} folders, or in a circle of links; point to the folder of the files")
+        raise ValueError(
+            f"{folder} is nested in more than {DEEPEST} folders, or in a loop of links; point to the folder that holds the files"
+        )
     found = []
     for path in sorted(folder.iterdir()):
         if not path.is_dir():
@@ -201,7 +208,9 @@ def _inside(folder: Path, depth: int) -> list[Path]:
         elif path.name.startswith("."):
             continue
         elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-            raise ValueError(f"{path} was written by Dataset.save_to_disk, beside other files; point to it alone")
+            raise ValueError(
+                f"{path} was written by Dataset.save_to_disk, but the folder above it holds other files too; point to this folder alone"
+            )
         else:
             found += _inside(path, depth - 1)
     return found

@@ -133,7 +133,7 @@ def named(name: str) -> Callable[[Mapping], Row | None]:
     """The function of a format; an unknown name is a ValueError that suggests the nearest one."""
     if name not in FORMATS:
         near = max(FORMATS, key=lambda known: difflib.SequenceMatcher(None, name.lower(), known).ratio())
-        raise ValueError(f"data.format is {name!r}; the nearest is {near!r}, and there are {', '.join(FORMATS)}")
+        raise ValueError(f"data.format is {name!r}; the nearest is {near!r}, and the formats are {', '.join(FORMATS)}")
     return FORMATS[name]
 
 

@@ -144,9 +144,10 @@ def _reader(rows: Sequence[Mapping], data: Any, there: Mapping[str, None], path:
     if rows and not prompt and not data.prompt_separator and not listed:
         held = _conversation(rows[0], columns)
         raise ValueError(
-            f"{path} has no prompt column {c.prompt!r} (it has: {_nearest(c.prompt, there)}), and a prompt is never guessed. Name the "
-            f"column with data.columns.prompt{f'={held}, which holds a conversation' if held else ''}, or, where a text is a whole "
-            "transcript, say where its last answer begins, as a shell takes it: --config.data.prompt_separator=$'\\n\\nAssistant:'"
+            f"{path} has no prompt column {c.prompt!r} (it has: {_nearest(c.prompt, there)}), and alignax never guesses the prompt. Name "
+            f"the column with data.columns.prompt{f'={held}, which holds a conversation' if held else ''}, or, if a text is a whole "
+            "transcript, give the separator before its last answer, here in shell syntax: "
+            "--config.data.prompt_separator=$'\\n\\nAssistant:'"
         )
 
     def read(row: Mapping) -> Prompted | Bad:
@@ -210,7 +211,7 @@ def _of_one_size(rows: list[Prompted], rejected: Rejected, what: str, size: Call
         if (k := size(row)) == most[0][0]:
             yield row
         else:
-            rejected.add(Bad(f"another number of {what}", f"it has {k} {what}, where most rows have {most[0][0]}"), row.row)
+            rejected.add(Bad(f"another number of {what}", f"the row has {k} {what}, but most rows have {most[0][0]}"), row.row)
 
 
 def _fields(row: Mapping, data: Any) -> dict[str, Any] | Bad:
@@ -280,7 +281,7 @@ def _prompted(row: Mapping, prompt: str, sides: Mapping[str, Any], data: Any) ->
         name = next(name for name in sides if name not in lists)
         return Bad("not messages", f"{name!r} is {short(sides[name])}, neither text nor messages, and {prompt!r} is a conversation")
     if lists == [*sides] and isinstance(asked, str):
-        what = f"{lists[0]!r} is a conversation and {prompt!r} is text. Where the conversation has the prompt in it, set"
+        what = f"{lists[0]!r} is a conversation and {prompt!r} is text. If the conversation contains the prompt, set"
         return Bad("conversation with a text prompt", f"{what} --config.data.columns.prompt= (empty)")
     values = ({prompt: asked} if prompt else {}) | sides
     bad = next((bad for name, value in values.items() if (bad := _bad_text(name, value))), None)
@@ -313,7 +314,7 @@ def _bad_text(name: str, value: Any) -> Bad | None:
         try:
             value.encode()
         except UnicodeEncodeError:
-            return Bad("invalid Unicode", f"{name!r} holds half a surrogate pair, which is no text: {short(value)}")
+            return Bad("invalid Unicode", f"{name!r} holds half of a surrogate pair, which is not valid text: {short(value)}")
     return None
 
 

@@ -26,7 +26,7 @@ class Mixture(NamedTuple):
     def lines(self, draws: int) -> list[str]:
         """Tells how many times `draws` draws go through each source, as lines for the console."""
         return [
-            f"{weight:.1%} of the examples from {path}: {size:,} rows, {draws * weight / size:.2f} times"
+            f"{weight:.1%} of the examples from {path}: {size:,} rows, each used {draws * weight / size:.2f} times"
             for size, weight, path in zip(*self, strict=True)
         ]
 
@@ -58,7 +58,7 @@ def load(
     named = sources(data[field], f"data.{field}")
     weights = [weight for _, weight in named if weight is not None]
     if weights and field == "eval":
-        raise ValueError(f"data.eval {data.eval!r} has weights, and evaluation takes every row once; leave them out")
+        raise ValueError(f"data.eval {data.eval!r} has weights, but evaluation uses every row once; leave the weights out")
     data = data.copy_and_resolve_references()
     if field == "pretrain":
         data.kind = "sft"
@@ -88,7 +88,7 @@ def sources(text: str, field: str = "data.train") -> list[tuple[str, float | Non
             out.append((path, _weight(weight, item, field)))
     paths = [path for path, _ in out]
     if not all(paths) or len(set(paths)) < len(paths):
-        raise ValueError(f"{field} {text!r} names no source or one twice between its commas; write FILE@0.7,OTHER@0.3")
+        raise ValueError(f"{field} {text!r} has an empty or a repeated source; write FILE@0.7,OTHER@0.3")
     if len({weight is None for _, weight in out}) > 1:
         raise ValueError(f"{field} {text!r} gives some sources a weight and others none; give all a weight, as in FILE@0.7,OTHER@0.3")
     return out

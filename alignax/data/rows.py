@@ -44,7 +44,7 @@ class Rejected:
         """Counts a bad row, or raises ValueError for it; a row without a fault of its own (`fault=False`) never raises."""
         where = f"row {row} (counted from 0): {bad.what}"
         if fault and self.bad_rows == "error":
-            raise ValueError(f"{self.path}, {where}. Correct the row, or leave such rows out, counted, with --config.data.bad_rows=drop")
+            raise ValueError(f"{self.path}, {where}. Correct the row, or drop and count such rows with --config.data.bad_rows=drop")
         self.counts[bad.reason] += 1
         if self.counts[bad.reason] <= FIRST:
             self.first.setdefault(bad.reason, []).append(where)

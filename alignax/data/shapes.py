@@ -57,7 +57,10 @@ def _changed(name: str, function: Callable[[dict], Any], row: dict) -> Any:
     except Exception as error:  # an experiment's code, or a format on a row of another structure, may raise anything
         what = f"raises {type(error).__name__}: {one_line(error)}"
         if isinstance(error, KeyError) and name != "row()":
-            what = f"reads {one_line(error)}, which the row has not (it has: {', '.join(map(repr, row))}); is it a row of that set?"
+            what = (
+                f"reads {one_line(error)}, which the row does not have (it has: {', '.join(map(repr, row))}); check that the row comes "
+                "from the expected data set"
+            )
         return Bad(f"error in {name}", f"{name} {what}")
     if found is None or (isinstance(found, dict) and all(isinstance(column, str) for column in found)):
         return found
@@ -73,9 +76,10 @@ def messages(name: str, value: Any) -> Any:
     parts get one again (`Template.takes_parts`). A text that holds messages as JSON makes a bad row.
     """
     if is_json(value):
-        what = f"{name!r} is {short(value)}, text that holds messages as JSON or as Python writes them"
+        what = f"{name!r} is {short(value)}, text that holds messages in JSON or Python syntax"
         return Bad(
-            "messages as text", f"{what}; make a list of them, with json.loads or ast.literal_eval, as row(row) of an experiment can"
+            "messages as text",
+            f"{what}; convert the text to a list, for example with json.loads or ast.literal_eval in row(row) of the experiment",
         )
     if isinstance(value, dict) and ("role" in value or "from" in value):
         value = [value]
@@ -113,8 +117,8 @@ def _message(name: str, message: Any) -> Any:
     texts = [_text_of(part) for part in message["content"]]
     if None in texts:
         part = message["content"][texts.index(None)]
-        what = f"a message of {name!r} has the part {short(part)}, and parts are read that are text"
-        return Bad("not text", f"{what}; leave such rows out, or take the part out in row(row) of the experiment")
+        what = f"a message of {name!r} has the part {short(part)}, but only text parts are supported"
+        return Bad("not text", f"{what}; leave such rows out, or remove the part in row(row) of the experiment")
     return {**message, "content": "".join(map(str, texts))}
 
 
@@ -249,4 +253,4 @@ def _begun(system: str, messages: list[Any]) -> list[Any] | Bad:
     if own == messages[:1] and str(own[0].get("content")).strip() == system.strip():
         return messages
     what = f"the row has the system prompt {short(system)} in data.columns.system and {short(own[-1].get('content'))} in its messages"
-    return Bad("two system prompts", f"{what}; leave one of them out, as row(row) of an experiment can")
+    return Bad("two system prompts", f"{what}; remove one of the two, for example in row(row) of the experiment")

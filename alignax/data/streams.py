@@ -42,7 +42,7 @@ def opened(path: Path) -> Iterator[io.BufferedReader]:
         head = file.read(8)
         file.seek(0)
         if archive := next((name for magic, name in ARCHIVES.items() if head.startswith(magic)), None):
-            raise ValueError(f"{path} is {archive}, which is not read; unpack it")
+            raise ValueError(f"{path} is {archive}, which alignax does not read; unpack it")
         if found := next((way for magic, way in UNPACK.items() if head.startswith(magic)), None):
             yield io.BufferedReader(_Unpacked(path, file, *found), 2**16)
         else:
@@ -73,8 +73,8 @@ def check_size(path: Path, packed: int, size: int) -> None:
     """Refuses a file that has grown beyond the bounds, with `size` bytes out of `packed` compressed bytes; raises ValueError."""
     if size > EXPANDED or (size > HARMLESS and size > RATIO * packed):
         raise ValueError(
-            f"{path} grows from {packed:,} to more than {size:,} bytes when it is decompressed, beyond the bound of {RATIO} times and "
-            f"{EXPANDED:,} bytes; if that is right, decompress it yourself"
+            f"{path} grows from {packed:,} to more than {size:,} bytes when it is decompressed, above the limits of {RATIO} times and "
+            f"{EXPANDED:,} bytes; if you expect this size, decompress the file yourself"
         )
 
 

@@ -57,7 +57,7 @@ class Template:
         for name in self.variables:
             field = f"config field 'data.template.{name}'"
             if name in own:
-                raise ValueError(f"{field}: {name!r} is no variable of a chat template's own; leave it out")
+                raise ValueError(f"{field}: {name!r} is set by alignax, not by data.template; leave it out")
             own_template = self.tokenizer.chat_template
             sources = [*own_template.values()] if isinstance(own_template, dict) else [self.source(None)]
             if name not in mentioned(self.tokenizer, self.variables):
@@ -74,10 +74,12 @@ class Template:
         except ValueError as error:
             if isinstance(self.tokenizer.chat_template, dict):
                 names = ", ".join(map(repr, self.tokenizer.chat_template))
-                raise ValueError(f"the tokenizer's chat templates are {names}, and none is 'default'; name one of them so") from error
+                raise ValueError(
+                    f"the tokenizer's chat templates are {names}, and none is called 'default'; rename one to 'default'"
+                ) from error
             raise ValueError(
-                "the data holds conversations, and the tokenizer has no chat template; put the model's chat_template.jinja into its "
-                "folder, or use columns of text"
+                "the data holds conversations, but the tokenizer has no chat template; put chat_template.jinja into the model's folder, "
+                "or use text columns"
             ) from error
         if not isinstance(template, str):
             raise ValueError(
@@ -229,7 +231,7 @@ def refused(error: Exception) -> Bad:
 
     if isinstance(error, jinja2.TemplateSyntaxError):
         raise ValueError(
-            f"the chat template is none of jinja (line {error.lineno}: {short(str(error.message))}); correct chat_template.jinja, or "
+            f"the chat template is not valid Jinja (line {error.lineno}: {short(str(error.message))}); correct chat_template.jinja, or "
             "chat_template of tokenizer_config.json, in the model's folder"
         )
     return Bad(REFUSED, f"the chat template refuses the conversation: {short(str(error))}")
@@ -250,4 +252,4 @@ def _variables(sources: list[str]) -> str:
         own = {name for name in re.findall(r"\bset\s+(\w+)", source) if not re.search(rf"\b{name} is (not )?(un)?defined", source)}
         found |= meta.find_undeclared_variables(tree) - own
     names = sorted(name for name in found - given - set(jinja2.Environment().globals) if not name.endswith("_token"))
-    return f"it reads {', '.join(map(repr, names))}" if names else "it reads none; leave it out"
+    return f"the template reads {', '.join(map(repr, names))}" if names else "the template reads no variables; leave the field out"

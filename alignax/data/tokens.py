@@ -24,8 +24,8 @@ COUNTS = (
     "prompts_cut", "completions_cut", "ends_lost", "boundary_merges", "separators_added", "eos_inside", "fronts_written", "ends_written",
     "shortened", "turns_without_eos",
 )  # fmt: skip
-CUT = "cut prompts, which lose the {} that they begin with, in part or whole"
-NO_TEMPLATE = "rows of text, which go through no chat template, so that data.template changes nothing in them"
+CUT = "cut prompts that lose the {} at their beginning, in part or whole"
+NO_TEMPLATE = "text rows, which use no chat template, so data.template has no effect on them"
 ROWS_AT_ONCE, CHARACTERS_AT_ONCE = 2048, 2**22  # of a chunk: bounds the lists of ids, and keeps the tokenizer's threads busy
 PROBES, MOST_PROBES = ("a", "1", "The sky."), 64  # texts that show what a tokenizer adds; the most vocabulary tokens tried after them
 
@@ -350,7 +350,7 @@ def _fit(row: Encoded, tokenizer: Any, ends: Collection[int], bound: Bound) -> _
         return Bad("prompt leaves no room", f"{what}; set data.max_prompt_length or raise data.max_length")
     completions = [completion[:room] for completion in row.completions]
     if len(set(map(tuple, completions))) < len(completions):
-        return Bad(IDENTICAL, "two of its completions are the same tokens after the cut")
+        return Bad(IDENTICAL, "two completions of the row have the same tokens after the cut")
     counts = {
         "boundary_merges": int(row.merged),
         "separators_added": int(not row.prompt),

@@ -82,13 +82,13 @@ def _find(prompt: list[Message], completions: list[list[Message]], tools: Any, t
         if isinstance(side, Bad):
             return side
         if any(isinstance(x, dict) and x and str(x) in side.text for x in _arguments(messages)):
-            return Bad(REFUSED, "the chat template writes the arguments of tool calls as Python does, and not as JSON")
+            return Bad(REFUSED, "the chat template writes the arguments of tool calls in Python syntax, not in JSON")
         sides.append(side)
         told |= side.told | _left_out(messages, first, side.text, tools, template)
         told |= _unseen(prompt, messages, opened, side, tools, template)
     least = min(side.opened for side in sides)
     if any(side.text[:least] != sides[0].text[:least] for side in sides):
-        return Bad("prompt differs", "the chat template renders the prompt in another way before each side")
+        return Bad("prompt differs", "the chat template writes the prompt differently for each completion")
     return Found(opened, sides, told)
 
 
@@ -116,8 +116,8 @@ def _unmarked(
         if place is None:
             return Bad(
                 "template is no prefix",
-                f"the chat template writes what stands in front of message {i} otherwise than the prompt that would be answered there; "
-                "give it {% generation %} marks, or score other turns with data.turns",
+                f"the chat template writes the text before message {i} differently from the prompt that generation would use there; add "
+                "{% generation %} marks to the template, or score other turns with data.turns",
             )
         if begun:
             place = place._replace(header=max(given.rfind(_content(before[-1])), 0))
@@ -194,7 +194,7 @@ def _turn(
     # A sampled answer may say nothing and end at once; rows of data with such an answer are refused when they are read.
     if own and not _without(text[start:stop], template.specials if missing == {key for key, _ in own} else ends):
         what = " and ".join(f"{key!r}" for key in sorted(missing)) or "the text"
-        return Bad("left out by the template", f"the chat template leaves out {what} of message {i}, and with it all that it says")
+        return Bad("left out by the template", f"the chat template leaves out {what} of message {i}, and with it all text of that message")
     return (start, stop), {_of(key, "assistant") for key in missing}
 
 
@@ -262,7 +262,7 @@ def _marked(
         turns.append((begin, _marked_end(text, begin, end, ends)))
     silent = any(message["role"] == "assistant" and not _own(message) for message in messages[first:])
     if not silent and any(not _without(text[begin:end], ends) for begin, end in turns):
-        return Bad("left out by the template", "the chat template marks an answer that says nothing: its text is left out")
+        return Bad("left out by the template", "the chat template marks an empty answer: the text of the answer is left out")
     turns = turns if all(answers) else [turn for turn, scored in zip(turns, answers, strict=True) if scored]
     return Side(text, min(start, turns[0][0]), turns, set())
 
@@ -357,11 +357,11 @@ def _unseen(prompt: list[Message], messages: list[Message], given: str, side: Si
     if side.text[:start] == given:
         return set()
     if side.text[: side.opened] != given[: side.opened]:
-        return {"prompts are written otherwise at generation than in front of these answers"}
+        return {"prompts are written differently at generation than before these answers"}
     beyond, slot = given[side.opened :], side.text[side.opened : start]
     if (beyond, slot) not in template.unseen:
         asked, there = (repr(words) if words else "nothing" for words in (beyond, slot))
-        told = f"at generation the chat template goes on with {asked} where these answers follow {there}"
+        told = f"at generation the chat template adds {asked}, but in the data these answers follow {there}"
         template.unseen[beyond, slot] = f"{told}; {_remedy(prompt, messages, side.text[start:], tools, template)}"
     return {template.unseen[beyond, slot]}
 
@@ -373,8 +373,10 @@ def _remedy(prompt: list[Message], messages: list[Message], said: str, tools: An
             text = template.text(messages, tools, **{name: value})
             given = template.text(prompt, tools, opened=True, **{name: value})
             if text.startswith(given) and text[len(given) :].lstrip() == said.lstrip():
-                return f"set --config.data.template.{name}={str(value).lower()}, which begins both alike"
-    return "take rows with reasoning where the prompt asks for it (reasoning_content), or a chat template that begins both alike"
+                return f"set --config.data.template.{name}={str(value).lower()}, which makes both begin the same way"
+    return (
+        "use rows with reasoning (reasoning_content) where the prompt asks for reasoning, or a chat template that begins both the same way"
+    )
 
 
 def _forms(row: Prompted) -> Iterator[tuple[list[Message], list[list[Message]]]]:

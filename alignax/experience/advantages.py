@@ -114,9 +114,9 @@ def _gdpo(weights: tuple[float, ...], eps: float, batch: Batch) -> Batch:
     scores = field(batch, "scores", "score(ensemble)")  # [B, N, K]
     K = scores.shape[-1]
     if K == 1:
-        raise ValueError("gdpo() is of several rewards, and scores have 1; take chain(mean, group_relative(), whiten_responses())")
+        raise ValueError("gdpo() needs several rewards, but scores have 1; use chain(mean, group_relative(), whiten_responses())")
     if len(weights) not in (0, K):
-        raise ValueError(f"gdpo() has {len(weights)} weights, and scores are of {K} rewards; give one for each")
+        raise ValueError(f"gdpo() has {len(weights)} weights, but scores have {K} rewards; give one weight for each")
     real = batch["completion_mask"].any(axis=-1)
     valid = real[..., None] & jnp.isfinite(scores)
     each = [standardised(jnp.where(valid[..., k], scores[..., k], 0.0), valid[..., k], eps) for k in range(K)]
@@ -174,7 +174,7 @@ def _gae(gamma: float, lam: float, batch: Batch) -> Batch:
     mask, known = batch["completion_mask"], rewarded_tokens(batch)
     rewards, values = token_rewards(batch), field(batch, "values", "a critic's values, gae()")
     if values.ndim != mask.ndim:
-        raise ValueError(f"gae() takes one value of a token, and this critic gives {values.shape[-1]}; set model.critic_heads to 1")
+        raise ValueError(f"gae() takes one value per token, but this critic gives {values.shape[-1]}; set model.critic_heads to 1")
 
     def back(carry: tuple[jax.Array, jax.Array], at: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         reward, value, here = at  # [B, N] each
@@ -256,7 +256,7 @@ def top_entropy(share: float = 0.2) -> Experience:
       share: of the completion tokens, in (0, 1]; 1 keeps all.
     """
     if not 0 < share <= 1:
-        raise ValueError(f"the share is {share}; it is one of tokens, in (0, 1] (0.2 is the paper's)")
+        raise ValueError(f"the share is {share}; it must be a share of tokens, in (0, 1] (the paper uses 0.2)")
     return Partial(_top_entropy, share)
 
 
@@ -278,7 +278,7 @@ def reinforce_plus_plus(gamma: float = 1.0) -> Experience:
 def check_discount(name: str, value: float) -> None:
     """Refuses a discount outside [0, 1]."""
     if not 0 <= value <= 1:
-        raise ValueError(f"{name} is {value}; it discounts what is further away, in [0, 1]")
+        raise ValueError(f"{name} is {value}; it must be a discount, in [0, 1]")
 
 
 def whiten(x: jax.Array, mask: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:

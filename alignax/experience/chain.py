@@ -110,7 +110,7 @@ def report(batch: Batch, /, **metrics: Any) -> Batch:
     B = batch["completion_mask"].shape[0]
     for name, x in metrics.items():
         if jnp.shape(x) != ():
-            raise ValueError(f"report(..) is given {name!r} of shape {jnp.shape(x)}; a metric is a scalar, its mean say")
+            raise ValueError(f"report(..) is given {name!r} of shape {jnp.shape(x)}; a metric must be a scalar, for example the mean")
     # [B], so that code that splits, orders or selects all fields can treat metrics as fields.
     return batch | {REPORTED + name: jnp.broadcast_to(jax.lax.stop_gradient(x), B) for name, x in metrics.items()}
 
@@ -141,8 +141,7 @@ def advance(experience: Experience, carry: Carry, batch: Batch) -> tuple[Carry, 
         given = experience(batch)
         if not isinstance(given, Mapping):
             raise ValueError(
-                f"{short(experience)} returns {type(given).__name__}; an experience function returns the batch, with the fields that it "
-                "writes"
+                f"{short(experience)} returns {type(given).__name__}; an experience function must return the batch with the new fields"
             )
         check_shapes(experience, batch, given)
     return carry, *taken(given)
@@ -155,7 +154,7 @@ def with_reported(metrics: Metrics, reported: Metrics) -> Metrics:
       ValueError: for a reported metric whose name the run uses itself.
     """
     if both := sorted(reported.keys() & metrics.keys()):
-        raise ValueError(f"the experience reports {both[0]!r}, and every such run has a metric of that name; give it another one")
+        raise ValueError(f"the experience reports {both[0]!r}, but the run itself has a metric of that name; choose another name")
     return metrics | reported
 
 
@@ -175,6 +174,6 @@ def check_shapes(function: Any, before: Batch, after: Mapping[str, Any]) -> None
         new = after.get(name, None)  # not after[name], which is a read, see alignax.reading
         if new is not None and new is not before.get(name, None) and jnp.shape(new) != whole[:axes]:
             raise ValueError(
-                f"{short(function)} writes {name!r} of shape {jnp.shape(new)}; they are {'[B, N, T]' if axes == 3 else '[B, N]'}, "
-                f"{whole[:axes]} here"
+                f"{short(function)} writes {name!r} of shape {jnp.shape(new)}; the shape must be "
+                f"{'[B, N, T]' if axes == 3 else '[B, N]'}, here {whole[:axes]}"
             )

@@ -131,7 +131,7 @@ def _satisfied(scores: jax.Array, *thresholds: float) -> jax.Array:
 def _checked(thresholds: Sequence[float]) -> jax.Array:
     theta = jnp.asarray(thresholds, jnp.float32)
     if theta.ndim != 1 or not theta.size or any(isinstance(x, float) and not math.isfinite(x) for x in thresholds):
-        raise ValueError(f"thresholds are {thresholds!r}; give a number for each reward model, (0.5, 0.5) say")
+        raise ValueError(f"thresholds are {thresholds!r}; give a number for each reward model, for example (0.5, 0.5)")
     return theta
 
 
@@ -145,8 +145,8 @@ def _stateful(
 
 def check_descent(rate: float, momentum: float) -> None:
     """Refuses a learning rate or momentum of lambda that is out of range."""
-    check_range("learning_rate", rate, 0, jnp.inf, "of the multipliers, 0.1 is usual")
-    check_range("momentum", momentum, 0, 1, "of the multipliers, 0.1 is usual")
+    check_range("learning_rate", rate, 0, jnp.inf, "the learning rate of the multipliers (0.1 is usual)")
+    check_range("momentum", momentum, 0, 1, "the momentum of the multipliers (0.1 is usual)")
 
 
 def first_multipliers(K: int, initial: float) -> Multipliers:
@@ -214,7 +214,8 @@ def _check_heads(batch: Batch, K: int) -> None:
     heads = batch["values"].shape[3] if batch["values"].ndim == 4 else 1
     if heads != 1 + K:
         raise ValueError(
-            f"value heads are {heads} for the KL and {K} reward models; set model.critic_heads={1 + K}, or train without a critic"
+            f"the critic has {heads} value heads for the KL and {K} reward models; set model.critic_heads={1 + K}, or train without a "
+            "critic"
         )
 
 

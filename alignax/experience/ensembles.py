@@ -61,8 +61,8 @@ def score(model: Model, microbatches: int = 1) -> Experience:
     head = model.params.get("score") if isinstance(model.params, Mapping) else None  # [D, labels], of an ensemble [K, D, labels]
     if head is not None and head.shape[-1] > 1:
         raise ValueError(
-            f"score() takes a reward model with one score of a response, or an ensemble of such, and this one gives {head.shape[-1]}; "
-            "give a model with one label (model.num_labels 1)"
+            "score() takes a reward model with one score per response, or an ensemble of such models, but this model gives "
+            f"{head.shape[-1]}; give a model with one label (model.num_labels 1)"
         )
     return Partial(_Score(microbatches, model.apply), model.params)
 
@@ -78,7 +78,7 @@ class _Score:
         B, N, _ = batch["tokens"].shape
         rated = in_parts(lambda part: self.apply(params, part).scores, batch, self.microbatches)
         if rated is None:
-            raise ValueError("score() takes a reward model, and this one gives no scores; give a model with a reward head")
+            raise ValueError("score() takes a reward model, but this model gives no scores; give a model with a reward head")
         return batch | {"scores": rated.reshape(B, N, -1)}
 
 
@@ -107,7 +107,7 @@ def uwo(coefficient: float = 0.5) -> Aggregate:
       coefficient: of the variance between members, at least 0; 0 gives `mean`. The paper uses 0.5 for best-of-n, 0.1 for PPO.
     """
     if not coefficient >= 0:
-        raise ValueError(f"the coefficient of UWO is {coefficient}; it must be at least 0, which is the mean (0.5 is usual)")
+        raise ValueError(f"the coefficient of UWO is {coefficient}; it must be at least 0 (0 gives the mean, 0.5 is usual)")
     return mean if coefficient == 0 else Aggregate(_uwo, (coefficient,))
 
 
@@ -123,7 +123,7 @@ def quantile(q: float) -> Aggregate:
     2.0
     """
     if not 0 <= q <= 1:
-        raise ValueError(f"the quantile is {q}; it must be in [0, 1] (0.25 is a cautious one)")
+        raise ValueError(f"the quantile is {q}; it must be in [0, 1] (0.25 is a cautious choice)")
     return Aggregate(_quantile, (q,))
 
 

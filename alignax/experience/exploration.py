@@ -27,7 +27,7 @@ def low_probability_tokens(share: float = 0.01) -> Experience:
       share: rho, in [0, 1]; the paper's are 0.01 and 0.005.
     """
     if not 0 <= share <= 1:
-        raise ValueError(f"the share is {share}; it is one of tokens, in [0, 1] (0.01 is the paper's)")
+        raise ValueError(f"the share is {share}; it must be a share of tokens, in [0, 1] (the paper uses 0.01)")
     return Partial(_low_probability_tokens, share)
 
 

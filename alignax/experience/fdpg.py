@@ -71,7 +71,7 @@ def exponential_target(coefficients: ArrayLike) -> Experience:
 def _exponential_target(coefficients: jax.Array, batch: Batch) -> Batch:
     features = field(batch, "scores", "score(ensemble)")  # [B, N, K]
     if features.shape[-1:] != coefficients.shape:
-        raise ValueError(f"coefficients of shape {coefficients.shape} for {features.shape[-1]} scores; give one each")
+        raise ValueError(f"coefficients of shape {coefficients.shape} for {features.shape[-1]} scores; give one coefficient for each score")
     required = coefficients == jnp.inf
     energy = features @ jnp.where(required, 0.0, coefficients)
     missed = (required[None, None] & (features < 0.5)).any(axis=-1)
@@ -140,8 +140,8 @@ def _newton(phi: np.ndarray, wanted: np.ndarray, logs: np.ndarray, tolerance: fl
             tried = dual(x + size * step)
         x, (value, p) = x + size * step, tried
     raise ValueError(
-        f"moments {wanted.tolist()} are out of reach of {len(phi)} samples, whose features lie between {phi.min(0).tolist()} and "
-        f"{phi.max(0).tolist()}; {(p @ phi).tolist()} is as near as they come; take more samples, or other moments"
+        f"moments {wanted.tolist()} are out of reach of {len(phi)} samples: the features lie between {phi.min(0).tolist()} and "
+        f"{phi.max(0).tolist()}, and the nearest moments are {(p @ phi).tolist()}; take more samples, or other moments"
     )
 
 
@@ -198,7 +198,7 @@ def running_baseline(divergence: FDivergence, window: int = 1024) -> Stateful:
       window: number of responses, at least 1.
     """
     if window < 1:
-        raise ValueError(f"the window is {window}; it is a number of responses, at least 1 (1024 is usual)")
+        raise ValueError(f"the window is {window}; it must be a number of responses, at least 1 (1024 is usual)")
     first = {"total": jnp.zeros(()), "count": jnp.zeros(())}
     return Stateful("fdpg_baseline", first, Partial(_Baseline(divergence, window)))
 
@@ -254,7 +254,10 @@ def adopt_if_better(every: int = 16) -> Average:
 
 def _adopt(state: TrainState, name: str, due: jax.Array) -> TrainState:
     if PROPOSAL not in state.carry:
-        raise ValueError("adopt_if_better() decides by what proposal_evidence() gathers; put that at the end of the experience's chain")
+        raise ValueError(
+            "adopt_if_better() needs the evidence that proposal_evidence() gathers; put proposal_evidence() at the end of the "
+            "experience's chain"
+        )
     evidence = state.carry[PROPOSAL]
     adopted = chosen(due & (evidence["gain"] > 0), state.params, state.averages[name])
     fresh = jax.tree.map(lambda x: jnp.where(due, 0.0, x), evidence)

@@ -62,7 +62,7 @@ def mismatched(batch: Batch) -> tuple[Batch, jax.Array]:
     """
     B, N, T = batch["tokens"].shape
     if N != 1:
-        raise ValueError(f"mismatched_kl takes single responses, these examples have {N}; give data with labels")
+        raise ValueError(f"mismatched_kl takes single responses, but these examples have {N} responses per prompt; give data with labels")
     tokens, mask, scored = (batch[name][:, 0] for name in ("tokens", "mask", "completion_mask"))  # [B, T]
     real = examples(batch)  # [B]
     order = jnp.argsort(~real, stable=True)  # real rows first

@@ -85,5 +85,7 @@ def _sequences(batch: Batch) -> tuple[jax.Array, jax.Array]:
     """The summed log-probs of the policy and the reference, each [B, 2]."""
     old, ref = field(batch, "old_logps", 'logps("old_logps", policy)'), ref_logps(batch)
     if old.shape[1] != 2:
-        raise ValueError(f"ranks and shifts are of pairs, these examples have {old.shape[1]} responses; set data.kind='preference'")
+        raise ValueError(
+            f"ranks and shifts need pairs, but these examples have {old.shape[1]} responses per prompt; set data.kind='preference'"
+        )
     return sequence(old, batch), sequence(ref, batch)

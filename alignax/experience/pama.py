@@ -43,7 +43,7 @@ def _pama(eps: float, batch: Batch) -> Batch:
     scores = field(batch, "scores", "score(ensemble)")  # [B, N, K]
     K = scores.shape[-1]
     if K == 1:
-        raise ValueError("pama() is of several rewards, and scores have 1; take chain(mean, group_relative())")
+        raise ValueError("pama() needs several rewards, but scores have 1; use chain(mean, group_relative())")
     real = batch["completion_mask"].any(axis=-1)
     known = real & jnp.isfinite(scores).all(axis=-1)  # [B, N]
     z = [standardised(jnp.where(known, scores[..., k], 0.0), known, eps) for k in range(K)]

@@ -68,7 +68,8 @@ class _Unconditioned:
     def __call__(self, experience: Experience, batch: Batch) -> Batch:
         if any(f"{role}_foreign" in batch for role in readings(batch)):
             raise ValueError(
-                "unconditioned() shortens the policy's prompts, and these reward models read others; give some of its own tokenizer"
+                "unconditioned() shortens the policy's prompts, but these reward models read prompts in other tokens; use reward models "
+                "with the policy's tokenizer"
             )
         bare = {}
         for role in ("", *(f"{role}_" for role in readings(batch))):
@@ -119,9 +120,13 @@ def enter(pool: Pool, fresh: Pool, known: jax.Array) -> Pool:
     """The pool after the known rows [R] of `fresh` [R, T] have replaced its oldest ones."""
     (P, length), (R, T) = pool["tokens"].shape, fresh["tokens"].shape
     if length < T:
-        raise ValueError(f"the pool holds responses of {length} tokens, a rollout's have {T} with their prompts; set length={T} or more")
+        raise ValueError(
+            f"the pool holds rows of {length} tokens, but those of a rollout have {T}, prompts included; set length={T} or more"
+        )
     if P < R:
-        raise ValueError(f"the pool holds {P} responses and a rollout has {R}; raise capacity to that, or to many rollouts' worth")
+        raise ValueError(
+            f"the pool holds {P} responses but a rollout has {R}; raise capacity to that number, or to the responses of many rollouts"
+        )
     slot = jnp.where(known, (pool["entered"] + jnp.cumsum(known) - 1) % P, P)  # [R]; P is nowhere
     wide = {name: jnp.pad(x, ((0, 0), (0, length - T))) if x.ndim == 2 else x for name, x in fresh.items()}
     put = {name: pool[name].at[slot].set(x, mode="drop") for name, x in wide.items()}

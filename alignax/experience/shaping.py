@@ -135,7 +135,7 @@ def overlong_penalty(max_length: float, margin: float) -> Experience:
       margin: tokens over which the penalty falls, above 0 and at most `max_length`.
     """
     if not 0 < margin <= max_length:
-        raise ValueError(f"the margin is {margin} tokens of {max_length}; it must be above 0 and at most the longest completion")
+        raise ValueError(f"the margin is {margin} tokens and max_length is {max_length}; the margin must be above 0 and at most max_length")
     return Partial(_overlong_penalty, max_length, margin)
 
 

@@ -155,7 +155,9 @@ def nelder_mead(
     while search.phase != DONE:
         value = float(objective(np.array(search.asked)))
         if not np.isfinite(value):
-            raise ValueError(f"the objective is {value} at thresholds {np.asarray(search.asked)}; let it return a finite number")
+            raise ValueError(
+                f"the objective is {value} at thresholds {np.asarray(search.asked)}; the objective must return a finite number"
+            )
         with jax.enable_x64(True):
             search = _told(rules, search, jnp.asarray(value))
     return np.array(search.asked), float(np.asarray(search.seen_values).max())

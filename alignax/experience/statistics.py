@@ -27,9 +27,9 @@ def token_statistic(name: str, model: Model, statistic: Statistic, microbatches:
       ValueError: for a statistic that is not a `Statistic`, and for a model that cannot compute one.
     """
     if not isinstance(statistic, Statistic):
-        raise ValueError(f"token_statistic({name!r}, ..) is given {short(statistic)}; it takes a Statistic, min_p(0.02) say")
+        raise ValueError(f"token_statistic({name!r}, ..) is given {short(statistic)}; give a Statistic, for example min_p(0.02)")
     if model.giving is None:
-        raise ValueError(f"the model of token_statistic({name!r}, ..) gives no statistics; take the policy or the reference")
+        raise ValueError(f"the model of token_statistic({name!r}, ..) gives no statistics; use the policy or the reference")
     return Partial(_TokenStatistic(name, statistic.name, microbatches, model.giving((statistic,))), model.params)
 
 

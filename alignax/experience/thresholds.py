@@ -43,7 +43,8 @@ def proxy_point(proxy: Sequence[float], gold: Sequence[float], degree: int = 10)
     x, y = np.asarray(proxy, np.float64), np.asarray(gold, np.float64)
     if x.shape != y.shape or x.ndim != 1 or len(np.unique(x)) <= degree:
         raise ValueError(
-            f"{x.shape} proxy and {y.shape} gold rewards do not fix a polynomial of degree {degree}; give more evaluations, or lower degree"
+            f"{x.shape} proxy and {y.shape} gold rewards do not determine a polynomial of degree {degree}; give more evaluations, or "
+            "lower degree"
         )
     fit = np.polynomial.Polynomial.fit(x, y, degree)
     grid = np.linspace(x.min(), x.max(), 10_001)
@@ -104,7 +105,9 @@ def nm_ppo(
     check_positive("last", last)
     check_positive("within", within)
     if not patience >= last:
-        raise ValueError(f"patience is {patience} rollouts, of which gold rewards are averaged over {last}; give as many at least")
+        raise ValueError(
+            f"patience is {patience} rollouts, but gold rewards are averaged over the last {last} rollouts; set patience to at least {last}"
+        )
     first = Searching(first_multipliers(search.asked.size, initial), search, jnp.zeros((), jnp.int32), jnp.zeros(last, jnp.float32))
     return Stateful("nm_ppo", first, Partial(_Searched(rules, patience, within), learning_rate, momentum, estimator or leave_one_out()))
 
@@ -131,7 +134,7 @@ class _Searched:
         theta = carry.search.asked
         slack, known = slack_of(theta, batch)
         if "gold" not in batch:
-            raise ValueError("nm_ppo searches by gold rewards, of which the batch has none; give the experiment gold(prompts, completions)")
+            raise ValueError("nm_ppo needs gold rewards, but the batch has none; add gold(prompts, completions) to the experiment file")
         known &= jnp.isfinite(batch["gold"])  # [B, N]
         mean = jnp.where(known, batch["gold"], 0.0).sum() / jnp.maximum(known.sum(), 1)
         seen = known.any()  # a rollout without a gold reward does not count

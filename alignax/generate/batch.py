@@ -72,6 +72,6 @@ def _places(prompts: Sequence[Sequence[int]], completions: Completions, length: 
     length = length or int(sizes.max()) + completions.tokens.shape[-1]
     need = int((sizes[:, None] + completions.mask.sum(axis=-1)).max())
     if need > length:
-        raise ValueError(f"rows of {length} tokens do not hold a prompt and completion of {need}; raise the length")
+        raise ValueError(f"rows of {length} tokens are too short for a prompt and completion of {need} tokens; raise the length")
     b, n, t = np.nonzero(completions.mask)
     return (b, n, sizes[b] + t), sizes[:, None], length

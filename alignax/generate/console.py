@@ -65,7 +65,9 @@ class Request:
         for item in self.combine.split(",") if self.combine else ():
             model, _, coefficient = item.strip().rpartition("@")
             if not model or not math.isfinite(number := as_number(coefficient)):
-                raise ValueError(f"combine has {short(item)}, no model with its coefficient; write TUNED@1.0,UNTUNED@-1.0 say")
+                raise ValueError(
+                    f"combine has {short(item)}, which is not a model with its coefficient; write for example TUNED@1.0,UNTUNED@-1.0"
+                )
             found.append((model, number))
         return found
 
@@ -104,7 +106,7 @@ def read(request: Request, tokenizer: Any, data: Any, most: int = sys.maxsize) -
     """
     file = request.prompts or "-"
     if file == "-" and jax.process_count() > 1:
-        raise ValueError("several processes have no terminal in common; give --prompts FILE")
+        raise ValueError("several processes cannot share a terminal; give --prompts FILE")
     if file == "-" and sys.stdin.isatty():
         return None
     path = place(file)[0]
@@ -112,14 +114,14 @@ def read(request: Request, tokenizer: Any, data: Any, most: int = sys.maxsize) -
         found = [row_prompt(i, row, file, data.columns) for i, row in enumerate(read_rows(file))]
         return [encoded(i, row.prompt, row.tools, tokenizer, file, data.template, most) for i, row in enumerate(found)]
     if file != "-" and not Path(file).is_file():
-        raise ValueError(f"there is no file {file!r}; give --prompts a file with a prompt a line, or rows with a column 'prompt'")
+        raise ValueError(f"there is no file {file!r}; give --prompts a file with one prompt per line, or rows with a column 'prompt'")
     try:
         text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
     except UnicodeDecodeError as e:
         raise ValueError(f"{file} is not UTF-8 text ({e.reason} at byte {e.start}); convert it to UTF-8") from e
     lines = [line for line in text.split("\n") if line.strip()]
     if not lines:
-        raise ValueError(f"{'standard input' if file == '-' else file} holds no prompts; write one a line")
+        raise ValueError(f"{'standard input' if file == '-' else file} holds no prompts; write one prompt per line")
     return [encoded(i, turns(line, request, tokenizer), None, tokenizer, file, data.template, most) for i, line in enumerate(lines)]
 
 

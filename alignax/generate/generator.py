@@ -92,7 +92,7 @@ class Generator:
         """
         if isinstance(model, Speaker):
             if (dtype, cache_dtype, mesh) != (None, "", None):
-                raise ValueError("dtype, cache_dtype and mesh of a speaker are its own; give them to speaker(..) instead")
+                raise ValueError("a speaker already has a dtype, cache_dtype and mesh; give these to speaker(..) instead")
             self.speaker = model
         else:
             self.speaker = speaker(model, dtype or jnp.float32, cache_dtype, mesh)
@@ -293,7 +293,7 @@ def check_prompts(longest: int, vocab_size: int, prompts: Prompts, n: int) -> No
     if n < 1:
         raise ValueError(f"n is {n}; it must be 1 or more completions of each prompt")
     if not len(prompts):
-        raise ValueError("there are no prompts; give one at least")
+        raise ValueError("there are no prompts; give at least one")
     for i, prompt in enumerate(prompts):
         if not 1 <= len(prompt) <= longest:
             raise ValueError(f"prompt {i} has {len(prompt)} tokens; it must have at least 1, and at most the {longest} of the cache")

@@ -33,7 +33,7 @@ class Sampling:
             ("top_k", self.top_k >= 0, "1 or more, or 0 for all tokens"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1 (all tokens)"),
             ("min_p", 0 <= self.min_p <= 1, "from 0 (all tokens) to 1"),
-            ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "above 0; 1 is none"),
+            ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "above 0 (1 is no penalty)"),
         ):
             if not fine:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be {rule}")

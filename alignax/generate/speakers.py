@@ -120,8 +120,8 @@ def combined(speakers: Sequence[Speaker], coefficients: Sequence[float]) -> Spea
         raise ValueError(f"{len(speakers)} speakers have coefficients {list(coefficients)}; give each speaker a finite number")
     if len({s.predicted for s in speakers}) > 1:
         raise ValueError(
-            f"speakers predict {', '.join(str(s.predicted) for s in speakers)} tokens; combine models of one vocabulary, and where "
-            "their heads are padded to different sizes set predicted_tokens of each to the smallest"
+            f"speakers predict {', '.join(str(s.predicted) for s in speakers)} tokens; combine models with the same vocabulary; if their "
+            "heads are padded to different sizes, set predicted_tokens of each model to the smallest number"
         )
     if any(s.mesh != speakers[0].mesh for s in speakers):
         raise ValueError("speakers are on different meshes; give speaker(..) the same mesh for each")
@@ -168,7 +168,10 @@ def processed(speaker: Speaker, function: Callable[..., jax.Array]) -> Speaker:
         history = {"tokens": tokens, "real": jnp.arange(tokens.shape[1])[None] <= at[:, None]}
         new = function(z, **{name: history[name] for name in wanted})
         if jnp.shape(new) != z.shape:
-            raise ValueError(f"a processor makes {list(jnp.shape(new))} of logits {list(z.shape)}; let it return as many")
+            raise ValueError(
+                f"a processor returns logits of shape {list(jnp.shape(new))} for logits of shape {list(z.shape)}; it must return the same "
+                "shape"
+            )
         return new.astype(jnp.float32), cache
 
     return speaker._replace(logits=logits, exact=False)

@@ -111,7 +111,10 @@ def answered(function: Any, call: Call, config: Any, file: Path) -> Answer:
     if function is None or qualified(function) != call.defined:
         there = "none" if function is None else qualified(function)
         return Answer(
-            [], f"the run's is {call.defined}, and the file loaded anew has {there}; let the file choose by the config", final=True
+            [],
+            f"the run has {call.defined}, but the file has {there} when it is loaded again; let the file choose the function by the "
+            "config only",
+            final=True,
         )
     with no_child():
         try:
@@ -204,7 +207,9 @@ def numbers(given: Any, count: int, names: Sequence[str] = ()) -> Answer:
     if names and isinstance(given, Mapping):
         return of_columns(given, count, names)
     if isinstance(given, (str, bytes, Mapping, Set)) or not isinstance(given, Iterable) or getattr(given, "shape", None) == ():
-        many = f"; several numbers of it are named by rollout.reward_names={(*given,)}" if isinstance(given, Mapping) else ""
+        many = (
+            f"; to return several numbers for each completion, set rollout.reward_names={(*given,)}" if isinstance(given, Mapping) else ""
+        )
         raise Malformed(f"it gives a {type(given).__name__}; it must return a list with a number for each completion{many}")
     found = list(islice(given, count + 1))  # it may be endless
     if len(found) != count:
@@ -227,7 +232,7 @@ def of_columns(given: Mapping[str, Any], count: int, names: Sequence[str]) -> An
         try:
             columns.append(numbers(given[name], count))
         except Malformed as e:
-            raise Malformed(f"{e}, as {name!r}") from None
+            raise Malformed(f"{e}, for the name {name!r}") from None
     first = next((column for column in columns if column.problem), columns[0])
     return first._replace(rewards=list(zip(*(column.rewards for column in columns), strict=True)))
 
@@ -235,7 +240,7 @@ def of_columns(given: Mapping[str, Any], count: int, names: Sequence[str]) -> An
 def of_row(given: Any, names: Sequence[str]) -> tuple[tuple[float, ...], str]:
     """The numbers of one completion, given as a mapping or in the order of `names`, and the first problem; empty if there is none."""
     if isinstance(given, Mapping) and (unknown := [name for name in given if name not in names]):
-        raise Malformed(f"it gives a completion {unknown[0]!r}, and rollout.reward_names are {', '.join(map(repr, names))}")
+        raise Malformed(f"it gives a completion the number {unknown[0]!r}, but rollout.reward_names are {', '.join(map(repr, names))}")
     row = [None] * len(names) if given is None else [given.get(name) for name in names] if isinstance(given, Mapping) else given
     found = [] if isinstance(row, (str, bytes, Set)) or not isinstance(row, Iterable) or getattr(row, "shape", None) == () else [*row]
     if len(found) != len(names):
@@ -247,13 +252,16 @@ def of_row(given: Any, names: Sequence[str]) -> tuple[tuple[float, ...], str]:
 def number(given: Any) -> tuple[float, str]:
     """A reward as a float (NaN for None and for values that are no number), and the problem; empty if there is none."""
     if isinstance(given, (Mapping, tuple, list)):
-        raise Malformed(f"it gives {short(repr(given))} for a completion; several numbers of it are named in rollout.reward_names")
+        raise Malformed(
+            f"it gives {short(repr(given))} for a completion; to return several numbers for each completion, name them in "
+            "rollout.reward_names"
+        )
     try:
         if isinstance(given, (str, bytes)):
             raise TypeError
         return math.nan if given is None else float(given.item() if hasattr(given, "item") else given), ""  # item() also takes arrays [1]
     except (TypeError, ValueError, OverflowError):
-        return math.nan, f"it gives {short(repr(given))}, which is no number"
+        return math.nan, f"it gives {short(repr(given))}, which is not a number"
 
 
 def read(given: Any, call: Call, count: int) -> Answer:
@@ -268,13 +276,16 @@ def named_numbers(given: Any, count: int) -> Answer:
       Malformed: for a value of another form, or another count of numbers under a name.
     """
     if not isinstance(given, Mapping) or not all(isinstance(name, str) and name for name in given):
-        raise Malformed(f"it gives a {type(given).__name__}; it must return numbers by name, {{'words': [3, 5]}} say, one a completion")
+        raise Malformed(
+            f"it gives a {type(given).__name__}; it must return lists by name, with one number for each completion, for example "
+            "{'words': [3, 5]}"
+        )
     found: dict[str, Answer] = {}
     for name, column in given.items():
         try:
             found[name] = numbers(column, count)
         except Malformed as e:
-            raise Malformed(f"of {name!r} {str(e).replace(' rewards for ', ' numbers for ')}") from None
+            raise Malformed(f"for the name {name!r} {str(e).replace(' rewards for ', ' numbers for ')}") from None
     rows = [{name: answer.rewards[i] for name, answer in found.items()} for i in range(count)]
     wrong = next((answer for answer in found.values() if answer.problem), Answer([]))
     return wrong._replace(rewards=rows)
@@ -295,7 +306,7 @@ def within(seconds: float, function: Callable[[], Any], alone: bool = False) -> 
         late.append(TimeoutError(too_late(seconds, alone)))
         while frame is not None:
             if frame.f_code.co_filename.startswith("<frozen importlib"):
-                late[0] = HalfImported(f"{late[0]}, in the middle of an import; do it at the top of the file")
+                late[0] = HalfImported(f"{late[0]}, in the middle of an import; import the module at the top of the file")
                 break
             frame = frame.f_back
         raise late[0]
@@ -330,4 +341,4 @@ def told(error: BaseException, file: Path) -> str:
     name, place = "TypeError" if isinstance(error, Malformed) else type(error).__name__, f"line {lines[-1]}: " if lines else ""
     # Functions written for TRL index messages: `completions[0][0]["content"]`.
     text = isinstance(error, (TypeError, IndexError)) and str(error).startswith("string ind")
-    return f"{place}{name}: {one_line(error, 500)}" + ("; completions are texts, also of conversations" if text else "")
+    return f"{place}{name}: {one_line(error, 500)}" + ("; completions are texts, even if prompts are conversations" if text else "")

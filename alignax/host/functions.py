@@ -20,7 +20,7 @@ from alignax.text import short
 GIVEN = ("prompts", "completions", "completion_ids", "raw_completions", "logprobs", "config")
 ELSEWHERE = {  # further arguments that TRL's trainers give reward functions, with what to do instead
     "trainer_state": "a reward depends on the completion alone; let loss(config) or experience(..) change with the step",
-    "log_metric": "return that number beside the reward, named in rollout.reward_names, with the weight 0 in rollout.reward_weights",
+    "log_metric": "return the number with the reward: name it in rollout.reward_names, with the weight 0 in rollout.reward_weights",
     "log_extra": "rollouts.jsonl and samples.jsonl have each completion with its numbers (log.rollouts, eval.samples)",
     "environments": "completions are texts, and no tools are called",
 }
@@ -136,7 +136,7 @@ def check(experiment: Experiment, examples: Mapping[str, Examples]) -> None:
     for functions in filter(None, (functions_of(experiment, hook) for hook in ("reward", "gold", "metrics"))):
         if functions.listed and (functions.hook != "reward" or not functions.each):
             what = (
-                f"a list, and {functions.hook} is one {'number' if functions.hook == 'gold' else 'function'}"
+                f"a list, but {functions.hook} must be a single {'number' if functions.hook == 'gold' else 'function'}"
                 if functions.each
                 else "an empty list"
             )
@@ -144,8 +144,8 @@ def check(experiment: Experiment, examples: Mapping[str, Examples]) -> None:
         for function in functions.each:
             if not callable(function):
                 raise ValueError(
-                    f"{functions.hook} of {file} is a list with a {type(function).__name__}, {short(function)}, which is no function; "
-                    "let it hold functions (prompts, completions) alone"
+                    f"{functions.hook} of {file} is a list with a {type(function).__name__}, {short(function)}, which is not a function; "
+                    "the list must hold only functions of (prompts, completions)"
                 )
             check_columns(title(function) if functions.listed else functions.hook, function, experiment, examples)
     check_names(experiment)
@@ -157,22 +157,22 @@ def check_columns(name: str, function: Callable, experiment: Experiment, example
     for split, own in examples.items():
         wanted = parameters(function, own.columns, models)
         if both := [column for column in wanted.named if column in (*GIVEN[2:], *models) and column in own.columns]:
-            model = f"is models.{both[0]}.path" if both[0] in experiment.config.models else "is a model of the run"
-            what = model if both[0] in models else "every reward function is offered"
+            model = f"is set by models.{both[0]}.path" if both[0] in experiment.config.models else "is one of the run's models"
+            what = f"a model of that name {model}" if both[0] in models else "alignax gives every reward function an argument of that name"
             raise ValueError(
-                f"{name}() of {file} asks for {both[0]!r}, which {what}, and data.{split} has a column of that name; rename the column, in "
-                "row(row) say"
+                f"{name}() of {file} asks for {both[0]!r}, which is ambiguous: {what}, and data.{split} has a column of that name; rename "
+                "the column, for example in row(row)"
             )
         if not wanted.missing:
             continue
         missing = wanted.missing[0]
         if missing in ELSEWHERE:
-            raise ValueError(f"{name}() of {file} asks for {missing!r}, which there is not here: {ELSEWHERE[missing]}")
+            raise ValueError(f"{name}() of {file} asks for {missing!r}, which alignax does not have: {ELSEWHERE[missing]}")
         there = ", ".join(own.columns) or "none (set data.kind=prompt)"
         raise ValueError(
-            f"{name}() of {file} asks for column {missing!r}, which data.{split} has not"
-            f"{near(missing, [*GIVEN, *models, *own.columns], 0.8)}; "
-            f"it has: {there}. Beside columns there are {', '.join([*GIVEN, *models])}; a parameter with a default is not needed"
+            f"{name}() of {file} asks for column {missing!r}, which data.{split} does not "
+            f"have{near(missing, [*GIVEN, *models, *own.columns], 0.8)}; it has: {there}. Other possible parameters are "
+            f"{', '.join([*GIVEN, *models])}; a parameter with a default may be missing"
         )
 
 
@@ -188,21 +188,24 @@ def check_names(experiment: Experiment) -> None:
     names, weights, source = functions.names, functions.weights, "rollout.reward_names" if c.reward_names else f"the list reward of {file}"
     if functions.listed and len(names) != len(functions.each):
         raise ValueError(
-            f"rollout.reward_names are {len(names)}, and reward of {file} is a list of {len(functions.each)}; give each a name"
+            f"rollout.reward_names has {len(names)} names, but reward of {file} is a list of {len(functions.each)} functions; name each "
+            "function"
         )
     for name in names:
         if not (isinstance(name, str) and NAME.fullmatch(name)) or names.count(name) > 1:
             what = f"{name!r} twice" if names.count(name) > 1 else f"{name!r}"
             raise ValueError(
-                f"{source} gives the name {what}; set rollout.reward_names to different names, one for each number, of letters, digits and "
-                "any of _ . -"
+                f"{source} gives the name {what}; set rollout.reward_names to different names, one for each number, of letters, digits "
+                "and the characters _ . -"
             )
     if weights and len(weights) != len(names):
-        raise ValueError(f"rollout.reward_weights are {len(weights)}, and rewards are {len(names)}: {', '.join(names)}; give one for each")
+        raise ValueError(
+            f"rollout.reward_weights has {len(weights)} weights for {len(names)} rewards: {', '.join(names)}; give one weight for each"
+        )
     if not all(isinstance(w, (int, float)) and math.isfinite(w) for w in weights):
         raise ValueError(f"rollout.reward_weights are {weights}; give a finite number for each of {', '.join(names)}")
     if "ensemble" in asked(experiment.experience):
         raise ValueError(
             f"reward of {file} gives several numbers, {', '.join(names)}, and experience(..) asks for the reward models of reward.path; "
-            "both are the field `scores`. Leave one of them out, or let reward() return one number"
+            "both would fill the field `scores`. Leave one of them out, or let reward() return one number"
         )

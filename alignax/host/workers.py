@@ -149,7 +149,10 @@ class Workers:
             return answer._replace(rewards=[call.nothing] * call.count, at=0 if call.count == 1 else -1)
         alone = self.one_by_one(i, call, strict)
         if not alone.problem:
-            self.say(f"{call.title}(): all completions together: {answer.problem}; each alone has its reward. It was asked twice")
+            self.say(
+                f"{call.title}(): called with all completions together: {answer.problem}; called with each completion alone, the "
+                "function gives every reward. The function was therefore called twice"
+            )
         return alone
 
     def one_by_one(self, i: int, call: Call, strict: bool) -> Answer:
@@ -246,12 +249,12 @@ class Worker:
         """
         if not self.ready:
             self.unable = True
-            late = f"the process that it is to run in has not loaded the file within {self.start:g} s"
+            late = f"the file was not loaded within {self.start:g} s"
             problem = self.receive(max(self.begun + self.start - time.monotonic(), 1.0), late)
             self.printed, self.cut = b"", False  # the run printed the same when it loaded the file itself
             if problem:
                 self.end()
-                raise Lost(f"it runs in a process of its own, which cannot load the file: {problem}")
+                raise Lost(f"it runs in a separate process, which cannot load the file: {problem}")
             self.ready, self.unable = True, False
         self.looked = time.monotonic()  # so that a call shorter than POLL is never abandoned
         try:
@@ -301,7 +304,7 @@ class Worker:
     def said(self) -> list[str]:
         """The lines that the process printed since the last call of this method."""
         lines = self.printed.decode(errors="replace").splitlines()
-        lines = [f"(what was printed before is not shown) {line}" if i == 0 and self.cut else line for i, line in enumerate(lines)]
+        lines = [f"(earlier output is not shown) {line}" if i == 0 and self.cut else line for i, line in enumerate(lines)]
         self.printed, self.cut = b"", False
         return lines
 
@@ -315,7 +318,7 @@ class Worker:
         self.end()
         how = f"was ended by {signal.Signals(-code).name}" if code and code < 0 else f"ended with exit code {code}"
         lines = self.said()
-        return f"the process that it ran in {how}" + (f" ({short(lines[-1])})" if lines else "")
+        return f"its process {how}" + (f" ({short(lines[-1])})" if lines else "")
 
 
 def end(process: subprocess.Popen, connection: Connection, leash: int) -> None:

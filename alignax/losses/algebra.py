@@ -76,7 +76,7 @@ class Loss:
           TypeError: for another loss.
         """
         if isinstance(coefficient, Loss):
-            raise TypeError(f"the losses {self!r} and {coefficient!r} are multiplied; only numbers scale a loss")
+            raise TypeError(f"the losses {self!r} and {coefficient!r} are multiplied; multiply a loss only by a number")
         return Loss(tuple((coefficient * c, term) for c, term in self.terms))
 
     __rmul__ = __mul__
@@ -140,10 +140,14 @@ class Loss:
                 raise ValueError(f"the value of loss {term.name!r} is {type(result).__name__}; return (values, {{metric: values}})")
             values, extra = result
             if jnp.shape(values) != w.shape:
-                raise ValueError(f"values of loss {term.name!r} have shape {jnp.shape(values)}, its weights {w.shape}; they must be equal")
+                raise ValueError(
+                    f"values of loss {term.name!r} have shape {jnp.shape(values)}, but its weights have {w.shape}; the shapes must be equal"
+                )
             if odd := [name for name, x in extra.items() if jnp.shape(x) != w.shape]:
                 shape = jnp.shape(extra[odd[0]])
-                raise ValueError(f"metric {odd[0]!r} of loss {term.name!r} has shape {shape}, its weights {w.shape}; they must be equal")
+                raise ValueError(
+                    f"metric {odd[0]!r} of loss {term.name!r} has shape {shape}, but the weights have {w.shape}; the shapes must be equal"
+                )
             average = weighted_sum(values, w)
             if term.observed:
                 metrics[term.name] = average
@@ -226,7 +230,7 @@ def observe(
     def seen(out: Outputs, batch: Batch) -> tuple[jax.Array, Metrics]:
         values = value(jax.lax.stop_gradient(out), batch)
         if not hasattr(values, "shape"):
-            raise ValueError(f"what observe({name!r}, ..) sees is {type(values).__name__}; return the values alone, an array")
+            raise ValueError(f"the function of observe({name!r}, ..) returns {type(values).__name__}; return only the values, as an array")
         return jax.lax.stop_gradient(values), {}
 
     return Loss(((1.0, Term(name, seen, over or examples, statistics=tuple(statistics), observed=True)),))
@@ -235,17 +239,19 @@ def observe(
 def check_term(name: str, value: Any, over: Any, statistics: Sequence[Any]) -> None:
     """Refuses a term whose name is not a text, whose functions take other arguments, or whose statistics are not statistics."""
     if not isinstance(name, str) or not name:
-        raise ValueError(f"a loss is called {name!r}; its name is a text, which metrics have too")
+        raise ValueError(f"a loss is called {name!r}; the name must be text, because metrics contain it")
     check_call(value, f"the value of loss {name!r}", "out", "batch")
     check_call(over or examples, f"over of loss {name!r}", "batch")
     if odd := [s for s in statistics if not isinstance(s, Statistic)]:
-        raise ValueError(f"loss {name!r} reads {odd[0]!r}, which is no statistic; give a tuple of them, (min_p(0.02),) say")
+        raise ValueError(
+            f"loss {name!r} reads {odd[0]!r}, which is not a statistic; give a tuple of statistics, for example (min_p(0.02),)"
+        )
 
 
 def weighted_sum(values: jax.Array, weights: jax.Array) -> jax.Array:
     """sum(values * weights) of two arrays of one shape: []. A weight of 0 removes its value and gradient, even if they are not finite."""
     if values.shape != weights.shape:
-        raise ValueError(f"values of shape {values.shape} against weights of shape {weights.shape}; a term's must be equal")
+        raise ValueError(f"values have shape {values.shape}, but weights have shape {weights.shape}; the shapes of a term must be equal")
     return jnp.sum(jnp.where(weights > 0, values, 0.0) * weights)
 
 
@@ -253,7 +259,7 @@ def token_logps(out: Outputs) -> jax.Array:
     """The log-probs of the tokens [B, N, T], or an error for a reward model, which has none."""
     if out.logps is None:
         raise ValueError(
-            "this loss reads log-probs, and a reward model has none; use bradley_terry(), or set model.num_labels to 0, or "
+            "this loss reads log-probs, but a reward model has none; use bradley_terry(), or set model.num_labels to 0, or "
             "model.language_head to true"
         )
     return out.logps

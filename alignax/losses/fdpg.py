@@ -117,7 +117,7 @@ def fdpg(divergence: FDivergence = js_pi_p) -> Loss:
         `alpha_pi_p(a)`. The divergences of `f_dpo` are functions of another ratio, pi / ref.
     """
     if not isinstance(divergence, FDivergence):
-        raise ValueError(f"fdpg takes an FDivergence, this is {divergence!r}; give one that is named by its formula: js_pi_p, kl_p_pi, ..")
+        raise ValueError(f"fdpg takes an FDivergence, not {divergence!r}; give one of those named by their formula: js_pi_p, kl_p_pi, ..")
 
     def value(out: Outputs, batch: Batch) -> tuple[jax.Array, Metrics]:
         logps = sequence(token_logps(out), batch)  # [B, N]

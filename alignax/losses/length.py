@@ -55,7 +55,7 @@ def ld_dpo(beta: float = 0.1, ld_alpha: float = 0.5) -> Loss:
       ld_alpha: weight of the tokens beyond l, in [0, 1]; 1 is DPO.
     """
     if not 0 <= ld_alpha <= 1:
-        raise ValueError(f"ld_alpha is {ld_alpha}; it is a weight of tokens, in [0, 1]")
+        raise ValueError(f"ld_alpha is {ld_alpha}; it must be a weight of tokens, in [0, 1]")
     return pairwise("ld_dpo", beta, lambda chosen, rejected: logistic(chosen - rejected), desensitised(ld_alpha))
 
 

@@ -43,13 +43,18 @@ def modpo(weights: Sequence[float], margins: Margins, beta: float = 0.1) -> Loss
     """
     first, *others = weights
     if not first > 0 or not others:
-        raise ValueError(f"the weights are {list(weights)}; give one above 0 for the objective of the pairs, and one for each other")
+        raise ValueError(
+            f"the weights are {list(weights)}; give first a weight above 0 for the objective of the pairs, then one for each other "
+            "objective"
+        )
     check_call(margins, "margins of modpo()", "batch")
 
     def scores(out: Outputs, batch: Batch) -> jax.Array:
         ratios, given = pair_ratios(out, batch), jax.lax.stop_gradient(margins(batch))
         if given.shape != (*ratios.shape, len(others)):
-            raise ValueError(f"margins have shape {given.shape}, and {len(others)} weights ask for {(*ratios.shape, len(others))}")
+            raise ValueError(
+                f"margins have shape {given.shape}, but the weights of {len(others)} other objectives need {(*ratios.shape, len(others))}"
+            )
         return (ratios - given @ jnp.array(others, jnp.float32) / beta) / first
 
     return pairwise("modpo", beta, lambda chosen, rejected: logistic(chosen - rejected), scores)

@@ -103,8 +103,8 @@ def field(batch: Batch, name: str, experience: str) -> jax.Array:
     """A field that an experience writes, or an error that names the experience and the fields of the batch."""
     if name == "rewards" and name not in batch and "scores" in batch:
         raise ValueError(
-            'the batch has several "scores" of a response and no "rewards"; let experience(..) make one of them, chain(.., mean) say (or '
-            "wco, uwo(0.5)), or add up the numbers of reward(..) with rollout.reward_weights"
+            'the batch has several "scores" per response but no "rewards"; let experience(..) combine the scores, for example '
+            "with chain(.., mean) (or wco, uwo(0.5)), or add up the numbers of reward(..) with rollout.reward_weights"
         )
     if name not in batch:
         there = f"{near(name, list(batch))}; it has {', '.join(batch)}"
@@ -115,14 +115,16 @@ def field(batch: Batch, name: str, experience: str) -> jax.Array:
 def of_rollout(batch: Batch, name: str) -> jax.Array:
     """A field that every rollout has, or an error that says how to get rollouts."""
     if name not in batch:
-        raise ValueError(f'the batch has no "{name}", which rollouts have; set rollout.samples above 0')
+        raise ValueError(f'the batch has no "{name}", which only rollouts have; set rollout.samples above 0')
     return batch[name]
 
 
 def check_pairs(x: jax.Array) -> None:
     """Refuses arrays [B, N, ..] of N other than 2: jax would clamp the index of the rejected response, and nothing would be trained."""
     if x.shape[1] != 2:
-        raise ValueError(f"a preference loss takes pairs, these examples have {x.shape[1]} responses; set data.kind='preference'")
+        raise ValueError(
+            f"a preference loss takes pairs, but these examples have {x.shape[1]} responses per prompt; set data.kind='preference'"
+        )
 
 
 def check_positive(name: str, value: float) -> None:
@@ -136,7 +138,7 @@ def check_positive(name: str, value: float) -> None:
 def check_range(name: str, value: float, low: float, high: float, meaning: str) -> None:
     """Refuses a value outside [low, high)."""
     if not low <= value < high:
-        raise ValueError(f"{name} is {value}; it is {meaning}, in [{low:g}, {high:g})")
+        raise ValueError(f"{name} is {value}; it must be {meaning}, in [{low:g}, {high:g})")
 
 
 def check_smoothing(label_smoothing: float) -> None:

@@ -250,7 +250,7 @@ def value_loss(clip: float = 0.2, aggregate: Aggregate = token_mean, heads: Sequ
         several = loss.ndim > batch["completion_mask"].ndim
         H = loss.shape[-1] if several else 1
         if len(heads) not in (0, H):
-            raise ValueError(f"value_loss has weights for {len(heads)} heads, and the critic has {H}; give one for each")
+            raise ValueError(f"value_loss has weights for {len(heads)} heads, but the critic has {H}; give one weight for each head")
         if not several:
             return loss * (heads[0] if heads else 1.0), metrics
         own = {f"{name}/head_{h}": x[..., h] for name, x in metrics.items() for h in range(H)}

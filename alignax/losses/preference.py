@@ -129,7 +129,7 @@ def discopop(beta: float = 0.1, tau: float = 0.05, scores: Scores = pair_ratios)
     """
     check_positive("tau", tau)
     if tau > 1:
-        raise ValueError(f"tau is {tau}; it must be at most 1 (0.05 is the paper's)")
+        raise ValueError(f"tau is {tau}; it must be at most 1 (the paper uses 0.05)")
 
     def value(z: jax.Array) -> jax.Array:
         # m exp(-z) is one exponential, since as a product it is 0 * inf = NaN below z = -90.

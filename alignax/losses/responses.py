@@ -84,7 +84,9 @@ def token_sum(max_length: float) -> Aggregate:
       max_length: the constant, usually the length limit of sampled completions; 1 gives plain sums.
     """
     check_positive("max_length", max_length)
-    return Aggregate(response_tokens, lambda batch: (lengths(batch) / max_length)[..., None], f"responses, their sums over {max_length:g}")
+    return Aggregate(
+        response_tokens, lambda batch: (lengths(batch) / max_length)[..., None], f"responses, as token sums divided by {max_length:g}"
+    )
 
 
 def differing(objective: Loss) -> str:
@@ -93,7 +95,7 @@ def differing(objective: Loss) -> str:
     if len(set(said.values())) < 2:
         return ""
     each = ", ".join(f"{name} over {words}" for name, words in said.items())
-    return f"the terms of the loss are averaged unlike each other ({each}); where they are one objective, give them one aggregate"
+    return f"the terms of the loss are averaged differently ({each}); if they belong to one objective, give them the same aggregate"
 
 
 def by_token(log_ratio: jax.Array, batch: Batch) -> jax.Array:
@@ -194,7 +196,10 @@ def _of_finished(over: Over) -> Over:
         whole = over(batch)
         truncated = of_rollout(batch, "truncated")
         if whole.shape[: truncated.ndim] != truncated.shape:
-            raise ValueError(f"finished() drops responses {truncated.shape}, the loss weighs {whole.shape}; it must be one of responses")
+            raise ValueError(
+                f"finished() drops responses, of shape {truncated.shape}, but the loss has weights of shape {whole.shape}; use a loss of "
+                "responses"
+            )
         return jnp.where(jnp.expand_dims(truncated, tuple(range(truncated.ndim, whole.ndim))), 0, whole)
 
     return weights
@@ -269,7 +274,7 @@ def off_policy_masked(objective: Loss, threshold: float = 0.1) -> Loss:
       objective: a loss of samples, such as `grpo()`; add a KL outside.
       threshold: nats a token, at least 0.
     """
-    check_range("threshold", threshold, 0, math.inf, "a distance in nats a token")
+    check_range("threshold", threshold, 0, math.inf, "a distance in nats per token")
 
     def weight(out: Outputs, batch: Batch, level: Level) -> jax.Array:
         moved = jnp.where(batch["completion_mask"], of_rollout(batch, "sampled_logps") - token_logps(out), 0.0)
@@ -288,7 +293,8 @@ def _times(objective: Loss, weight: Callable[[Outputs, Batch, Level], jax.Array]
             shape = batch["completion_mask"].shape
             if values.shape not in (shape, shape[:2]):
                 raise ValueError(
-                    f"these weights are of tokens or responses, the term {term.name!r} has values of shape {values.shape}; add it outside"
+                    f"these weights are of tokens or responses, but the term {term.name!r} has values of shape {values.shape}; add this "
+                    "term outside"
                 )
             own = weight(out, batch, level) if values.shape == shape else weight(out, batch, by_response)[..., 0]
             own = jax.lax.stop_gradient(own)

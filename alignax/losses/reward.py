@@ -107,14 +107,16 @@ def attribute_regression(names: Sequence[str]) -> Loss:
         `attributes` [B, N, labels], which `data.columns.attributes` fills; as many as `model.num_labels`.
     """
     if isinstance(names, str) or not names or len(set(names)) < len(names):
-        raise ValueError(f"attributes are named {names!r}; give a list of different names, ['helpfulness', 'verbosity'] say")
+        raise ValueError(f"attributes are named {names!r}; give a list of different names, for example ['helpfulness', 'verbosity']")
 
     def term(j: int, name: str) -> Term:
         def value(out: Outputs, batch: Batch) -> tuple[jax.Array, Metrics]:
             s, y = label_scores(out), _attributes(batch)
             if not s.shape[-1] == y.shape[-1] == len(names):
                 have = f"the data have {y.shape[-1]} and the model gives {s.shape[-1]} scores"
-                raise ValueError(f"the loss names {len(names)} attributes, {have}; set data.columns.attributes and model.num_labels alike")
+                raise ValueError(
+                    f"the loss names {len(names)} attributes, but {have}; set data.columns.attributes and model.num_labels to match"
+                )
             # NaN is replaced before the difference is taken: afterwards the gradient would be NaN times 0.
             error = jnp.where(jnp.isnan(y), 0.0, s - jnp.where(jnp.isnan(y), 0.0, y))[..., j]  # [B, N]
             return jnp.square(error), {f"errors/{name}": jnp.abs(error)}
@@ -126,7 +128,7 @@ def attribute_regression(names: Sequence[str]) -> Loss:
 
 def _attributes(batch: Batch) -> jax.Array:
     if "attributes" not in batch:
-        raise ValueError('the batch has no "attributes"; name their columns with data.columns.attributes')
+        raise ValueError('the batch has no "attributes"; name the columns of the attributes with data.columns.attributes')
     return batch["attributes"]
 
 
@@ -144,7 +146,7 @@ def pair_scores(out: Outputs) -> jax.Array:
     """
     s = label_scores(out)
     if s.shape[-1] != 1:
-        raise ValueError(f"this loss takes one score of a response, the model gives {s.shape[-1]}; set model.num_labels to 1")
+        raise ValueError(f"this loss takes one score per response, but the model gives {s.shape[-1]}; set model.num_labels to 1")
     check_pairs(s)
     return s[..., 0]
 

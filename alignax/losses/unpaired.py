@@ -77,11 +77,14 @@ def _labelled(name: str, beta: float, desirable_weight: float, undesirable_weigh
 def _ratios(out: Outputs, batch: Batch) -> jax.Array:
     """The log-ratio log pi/ref of each response, summed over its tokens: [B]."""
     if token_logps(out).shape[1] != 1:
-        raise ValueError(f"an unpaired loss takes single responses, these examples have {out.logps.shape[1]}; give data with labels")
+        raise ValueError(
+            f"an unpaired loss takes single responses, but these examples have {out.logps.shape[1]} responses per prompt; give data with "
+            "labels"
+        )
     return sequence(out.logps - ref_logps(batch), batch)[:, 0]
 
 
 def _desirable(batch: Batch) -> jax.Array:
     if "labels" not in batch:
-        raise ValueError('the batch has no "labels"; an unpaired loss takes data that says of each response whether it is desirable')
+        raise ValueError('the batch has no "labels"; an unpaired loss needs data with a label for each response, desirable or undesirable')
     return batch["labels"][:, 0]

@@ -34,10 +34,12 @@ def wpo(objective: Loss) -> Loss:
 def _weighed(term: Term):
     def value(out: Outputs, batch: Batch) -> tuple[jax.Array, Metrics]:
         if out.log_sum_sq is None:
-            raise ValueError("wpo needs Outputs.log_sum_sq, which this model leaves out; return log sum_v pi(v)^2 of every token too")
+            raise ValueError("wpo needs Outputs.log_sum_sq, which this model leaves out; return also log sum_v pi(v)^2 of every token")
         values, metrics = term.value(out, batch)
         if values.ndim != 1:
-            raise ValueError(f"wpo weighs pairs, the term {term.name!r} has values of shape {values.shape}; add it outside: wpo(..) + ..")
+            raise ValueError(
+                f"wpo weighs pairs, but the term {term.name!r} has values of shape {values.shape}; add this term outside: wpo(..) + .."
+            )
         aligned = sequence(out.logps - out.log_sum_sq, batch) / jnp.maximum(lengths(batch), 1.0)  # [B, N]
         return values * jax.lax.stop_gradient(jnp.exp(aligned.sum(axis=1))), metrics
 

@@ -53,7 +53,7 @@ def fit(law: Law, d: ArrayLike, reward: ArrayLike, smallest: float = SMALLEST) -
     x, y = np.asarray(d, np.float64), np.asarray(reward, np.float64)
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
         bad = int((~np.isfinite(x) | ~np.isfinite(y)).sum())
-        raise ValueError(f"{bad} of {x.size} points are not finite; leave them out, a law is fitted to finite ones")
+        raise ValueError(f"{bad} of {x.size} points are not finite; leave them out; a law is fitted only to finite points")
     x, y = x[keep := x >= smallest], y[keep]
     if np.unique(x).size < 3:
         return None

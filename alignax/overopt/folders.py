@@ -74,7 +74,7 @@ def score(config: Any, seeds: Sequence[int]) -> Iterator[Scored]:
     for paths in (proxies, [c.gold]):  # errors come before the costly sampling
         check_reward_models(paths)
     if len(proxies) == 1:
-        print("  one proxy: mean, median, WCO and UWO are that model", file=sys.stderr)
+        print("  one proxy: mean, median, WCO and UWO all equal the score of that model", file=sys.stderr)
     every = sampled(config, mesh, seeds)
     golds = rated(config, mesh, [c.gold], every)
     members = rated(config, mesh, proxies, every)
@@ -93,9 +93,9 @@ def check_reward_models(paths: Sequence[str]) -> None:
     """Refuses folders that do not make an ensemble of different reward models with one score each."""
     for path, source in zip(paths, rewards.open_ensemble(paths), strict=True):
         if (labels := source.config.num_labels) != 1:
-            raise BadInput(f"{path!r} gives {labels} scores of a response; the laboratory takes reward models with one")
+            raise BadInput(f"{path!r} gives {labels} scores per response; the laboratory takes reward models with one score")
     if len({Path(path).resolve() for path in paths}) < len(paths):
-        raise BadInput(f"of the proxies {', '.join(paths)} one is given twice; give each once")
+        raise BadInput(f"the proxies {', '.join(paths)} name one folder twice; give each folder once")
 
 
 # Responses ------------------------------------------------------------------------------------------------------------------
@@ -124,7 +124,8 @@ def sampled(config: Any, mesh: Mesh, seeds: Sequence[int]) -> list[Responses]:
         cut += int((found.ended == LENGTH).sum())
     total, different = P * N * len(seeds), sum(len(set(row)) for own in out for row in own.texts)
     print(
-        f"  {total} responses: {total - different} repeat another to their prompt, {cut} cut at {c.max_new_tokens} tokens", file=sys.stderr
+        f"  {total} responses: {total - different} repeat another response to the same prompt, {cut} are cut at {c.max_new_tokens} tokens",
+        file=sys.stderr,
     )
     return out
 
@@ -134,8 +135,8 @@ def read_prompts(config: Any, tokenizer: Any, wanted: int) -> list[Prompt]:
     file = config.folders.prompts
     rows = read_rows(file)
     if len(rows) < wanted:
-        remedy = "lower world.prompts or repeats, each seed takes prompts of its own"
-        raise BadInput(f"{file} has {len(rows)} prompts, {wanted} are needed; {remedy}")
+        remedy = "lower world.prompts or repeats (each seed takes different prompts)"
+        raise BadInput(f"{file} has {len(rows)} prompts, but {wanted} are needed; {remedy}")
     out = []
     for i, row in enumerate(rows[:wanted]):
         asked = row_prompt(i, row, file, config.data.columns)

@@ -129,7 +129,7 @@ def stage(workdir: Path, name: str, measure: Callable[[], dict[str, Any]], made:
     """Measures a stage and writes its JSON file, unless the file exists."""
     file = workdir / "stages" / f"{output.named(name)}.json"
     if file.is_file():
-        print(f"{name}: measured before", file=sys.stderr)
+        print(f"{name}: already measured", file=sys.stderr)
         return
     print(name, file=sys.stderr)
     text = json.dumps(measure() | {"made": made}, allow_nan=False)
@@ -165,7 +165,7 @@ def score(
         print(f"  seed {seeds[i]}, gold reward of the best of {n[-1]}: {finals}", file=sys.stderr)
     assert own is not None
     if excluded or pairs:
-        print(f"  left out since a score is not finite: {excluded} responses, {pairs} held-out pairs", file=sys.stderr)
+        print(f"  left out because a score is not finite: {excluded} responses, {pairs} held-out pairs", file=sys.stderr)
     K, P, N = own.members.shape
     return {
         "kind": "best_of_n", "arm": arm, "seeds": list(seeds), "members": K, "prompts": P, "responses": N, "excluded": excluded,
@@ -188,9 +188,9 @@ def anchored(scored: Scored) -> Scored:
     finite = np.isfinite(scored.members)
     paired = np.isfinite(scored.margins)
     if dead := [k for k in range(K) if not (finite[k].any() and paired[k].any())]:
-        raise ValueError(f"reward models {dead} of {K} give no finite score; their training went wrong, lower the learning rate")
+        raise ValueError(f"reward models {dead} of {K} give no finite score; their training failed; lower the learning rate")
     if twins := [(j, k) for k in range(K) for j in range(k) if np.array_equal(scored.members[j], scored.members[k], equal_nan=True)]:
-        raise ValueError(f"reward models {twins[0][0]} and {twins[0][1]} of {K} give the same scores; give each member a seed of its own")
+        raise ValueError(f"reward models {twins[0][0]} and {twins[0][1]} of {K} give the same scores; give each member a different seed")
     means = np.asarray(np.mean(scored.members, axis=(1, 2), where=finite, dtype=np.float64))
     members = scored.members - means[:, None, None].astype(scored.members.dtype)
     return scored._replace(members=members, margins=scored.margins[:, paired.all(axis=0)])

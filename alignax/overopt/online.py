@@ -58,7 +58,7 @@ def online(config: Any, proxy_loss: Loss) -> Online:
     c = config.online
     for field, part, whole in (("batch_size", "minibatches", c.batch_size), ("rollouts", "every", c.rollouts)):
         if whole % c[part]:
-            raise BadInput(f"online.{field} is {whole}, no multiple of online.{part}, {c[part]}; make it one")
+            raise BadInput(f"online.{field} is {whole}, not a multiple of online.{part} ({c[part]}); choose a multiple")
     pools = functools.cache(lambda seeds: make_pools(config, proxy_loss, seeds))
     return Online(lambda seeds, method: learn(config, *pools(tuple(seeds)), method), lambda seeds, own: solve(pools(tuple(seeds))[1], own))
 

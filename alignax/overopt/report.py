@@ -21,47 +21,53 @@ TITLES = {
 }
 DRAWN = 25  # about the number of points drawn of a line with more than twice as many
 PANELS = {  # quantity drawn over sqrt(KL) -> title, label of the axis
-    "gold": ("What is wanted", "gold reward"),
-    "proxy": ("What is optimised", "proxy reward"),
-    "disagreement": ("Disagreement of the members", "sd between members"),
+    "gold": ("True objective", "gold reward"),
+    "proxy": ("Optimised objective", "proxy reward"),
+    "disagreement": ("Disagreement between members", "standard deviation between members"),
     "length": ("Response length", "tokens"),
 }
 SIDE_BY_SIDE = ("gold", "proxy")  # quantities of online methods that share one figure
 OVER_STEPS = COURSE | {"score 1": "reward model 1", "score 2": "reward model 2"}
 LEAD = (
-    "Gold reward is what is wanted, the proxy is what is optimised; both over the square root of the KL to the initial policy, in nats. "
-    "The proxy is overoptimised where it goes on rising and the gold reward falls."
+    "The gold reward is the true objective, and the proxy reward is the one that is optimised. The figures show both over the square "
+    "root of the KL to the initial policy, in nats. The proxy is overoptimised where the proxy reward keeps rising while the gold reward "
+    "falls."
 )
 COURSE_LEAD = (
-    "What training runs logged, from beginning to end. They have no gold reward: with a gold(prompts, completions) in the experiment file "
-    "this page draws it over the square root of the KL."
+    "The figures show what the training runs logged, from start to end. These runs have no gold reward. If the experiment file has a "
+    "function gold(prompts, completions), this page draws the gold reward over the square root of the KL."
 )
 COURSE_READING = (
-    "Evaluations are of held-out rows, or of fresh samples of the policy to their prompts; the KL is the mean log-ratio of these to the "
-    "reference, in nats, an estimate. Steps are those of training, of many of them means over neighbouring ones.",
-    "Reward is what training maximises: where it rises while entropy, different responses or lengths collapse, or the share of truncated "
-    "responses grows, look at the samples.",
-    "Implicit reward: β (log π/ref of chosen − of rejected). A chosen log-ratio below 0: the chosen responses have become less likely.",
+    "Evaluations use held-out rows, or fresh samples of the policy for the prompts of these rows. The KL is an estimate: the mean "
+    "log-ratio between policy and reference over the samples, in nats. Steps are training steps; in a long run, each point is the mean "
+    "over neighbouring steps.",
+    "Training maximises the reward. Look at the samples if the reward rises while the entropy, the share of distinct responses or the "
+    "response length collapses, or while the share of truncated responses grows.",
+    "The margin of the implicit reward is β (log π/ref of chosen − log π/ref of rejected). A chosen log-ratio below 0 means that the "
+    "chosen responses have become less likely.",
 )
 READING = (
-    "Lines are means over seeds: each another gold reward, other data and other models, or, of model folders, other prompts and "
-    "other responses; bands are 95 % confidence intervals of that "
-    "mean (Student's t), which a single seed has not; lines that turn back have bars instead. A ring marks the end of a line. Of long "
-    "training runs some 25 evaluations are drawn, more of the beginning than of the end; the numbers hold all.",
-    "In the laboratory gold reward is in standard deviations under the initial policy, where its mean is 0. The drop is the peak of the "
-    "mean line less its end.",
-    "Best-of-n is not sampled: it is the unbiased estimate over all subsets of n of the N responses, and its KL is log n − (n − 1)/n. "
-    "“single” is the average over the members of an ensemble, each trusted alone; WCO is their minimum, UWO their mean less a coefficient "
-    "times their variance. Disagreement is the standard deviation between members at the response that was picked.",
-    "Direct alignment: the proxy is the implicit reward, its margin β (log π/ref of chosen − of rejected) on held-out pairs; of online "
-    "training it is the reward that is trained on. KL is averaged over seeds before its root is taken.",
-    "Online methods train on samples of the policy; gold reward, KL and proxy are exact, sums over the pool of responses. “single” is the "
-    "first reward model of each seed. Optima are closed forms: the policies that a penalty's coefficients, large to small, lead to.",
-    "Laws (Gao et al. 2022): R = d (α − β d) for best-of-n, R = d (α − β log d) for trained policies, d = √KL; least squares on points "
-    "with d of at least 0.3, all coefficients of an objective together. Dotted in the figures of best-of-n, in grey in those of online "
-    "methods where R² is at least 0.5.",
-    "Calibration: how often a reward model that prefers one response with probability p is right, on held-out pairs without noise; the "
-    "dotted line is p.",
+    "Lines are means over seeds. Each seed has a different gold reward, different data and different models; with model folders, each "
+    "seed has different prompts and different responses. Bands are 95 % confidence intervals of the mean (Student's t). A single seed "
+    "has no band, and a line that turns back has bars instead of a band. A ring marks the end of a line. For long training runs the "
+    "figures show about 25 evaluations, more from the beginning than from the end; results.json and curves.csv hold all evaluations.",
+    "In the laboratory the unit of the gold reward is its standard deviation under the initial policy, and its mean under the initial "
+    "policy is 0. The drop is the peak of the mean line minus its final value.",
+    "The values of best-of-n are unbiased estimates over all subsets of n of the N responses, and the KL is log n − (n − 1)/n. “single” "
+    "is the average over the members of an ensemble when each member is used alone. WCO is the minimum over the members; UWO is the mean "
+    "over the members minus a coefficient times their variance. Disagreement is the standard deviation between members at the selected "
+    "response.",
+    "In direct alignment the proxy is the implicit reward, measured as its margin β (log π/ref of chosen − log π/ref of rejected) on "
+    "held-out pairs. In online training the proxy is the reward that is trained on. The KL is averaged over seeds before the square root "
+    "is taken.",
+    "Online methods train on samples of the policy. Their gold reward, KL and proxy are exact: sums over the pool of responses. “single” "
+    "is the first reward model of each seed. Optima are closed-form policies: the optimal policy for each coefficient of a penalty, from "
+    "large to small.",
+    "Fitted laws of the gold reward R (Gao et al. 2022): R = d (α − β d) for best-of-n and R = d (α − β log d) for trained policies, "
+    "with d = √KL. They are fitted by least squares to the points with d of at least 0.3, for all coefficients of an objective together. "
+    "The figures of best-of-n show them as dotted lines, those of online methods as grey dotted lines if R² is at least 0.5.",
+    "Calibration is the share of held-out pairs (without label noise) that a reward model orders correctly when it prefers one response "
+    "with probability p. The dotted line is p.",
 )
 
 
@@ -128,7 +134,7 @@ def distinct(workdirs: Sequence[Path]) -> list[str]:
         names = ["/".join(own[-length:]) for own in parts]
         if len(set(names)) == len(names):
             return names
-    raise ValueError(f"{', '.join(map(str, workdirs))}: a workdir is given twice; give each once")
+    raise ValueError(f"{', '.join(map(str, workdirs))}: a workdir is given twice; give each workdir once")
 
 
 def arms(runs: Sequence[Run]) -> list[tuple[str, str, str]]:
@@ -231,7 +237,7 @@ def over_steps(quantities: Sequence[str], own: Sequence[tuple[str, Curve]]) -> l
         panels.append(figures.Panel(drawn, f"{label[0].upper()}{label[1:]} in training", "step", label, reach=reach))
     words = ", ".join(OVER_STEPS.get(quantity, quantity) for quantity in quantities)
     file = "steps" if len(panels) > 1 else f"steps {' '.join(quantities)}"
-    return [image(panels, file, f"Over steps of training: {words}.")] if panels else []
+    return [image(panels, file, f"Over training steps: {words}.")] if panels else []
 
 
 def pooled_law(own: Sequence[Curve]) -> tuple[list[float], list[float]] | None:
@@ -282,7 +288,9 @@ def calibration(measured: Sequence[tuple[Run, dict[str, Any]]]) -> list[dict[str
         title = ": ".join(filter(None, (of_run, "Calibration of the reward models")))
         lowest = min([0.4, *(y - 0.03 for own in lines for y in own.y)])  # all pairs of a small bin may be wrong
         limits = (lowest, 1.02)
-        panel = figures.Panel(lines, title, "confidence in the preferred response", "share in the right order", limits, 1.02, diagonal=True)
+        panel = figures.Panel(
+            lines, title, "confidence in the preferred response", "share of pairs in the right order", limits, 1.02, diagonal=True
+        )
         accuracy = np.array(m["accuracy"])
         words = f"{title}. Held-out accuracy {accuracy.mean():.3f} ({accuracy.min():.3f} to {accuracy.max():.3f}); "
         images.append(image([panel], f"calibration {of_run}", words + f"expected calibration error: {', '.join(errors)}."))

@@ -98,7 +98,7 @@ def uneven(m: dict[str, Any]) -> str:
     else:
         tables = [(name, rows, S, len(run["step"])) for run in runs for name, rows in run["curves"].items()]
     odd = [name for name, rows, height, width in tables if not height * width or [len(row) for row in rows] != [width] * height]
-    return f"{odd[0]} is of another size than the rest" if odd else "" if runs else "runs is []"
+    return f"{odd[0]} has a different size from the rest" if odd else "" if runs else "runs is []"
 
 
 def curves(measurements: Sequence[dict[str, Any]]) -> list[Curve]:

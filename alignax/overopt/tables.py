@@ -12,14 +12,14 @@ from alignax.overopt.results import Curve
 
 COLUMNS = {  # quantity -> head of the column with its final value
     "proxy": "proxy at the end", "disagreement": "disagreement at the end", "accuracy": "held-out accuracy",
-    "chosen_drift": "chosen log-ratio (nats)", "unseen": "mass on responses in no pair", "length": "tokens at the end",
+    "chosen_drift": "chosen log-ratio (nats)", "unseen": "probability mass outside the pairs", "length": "tokens at the end",
     "score 1": "reward model 1 at the end", "score 2": "reward model 2 at the end",
 }  # fmt: skip
 COURSE = {  # quantity of a training run -> its name in the report
     "loss": "loss", "reward": "reward", "gold": "gold reward", "kl": "KL (nats)", "margin": "implicit reward, margin",
     "accuracy": "accuracy", "chosen_drift": "chosen log-ratio (nats)", "rejected_drift": "rejected log-ratio (nats)",
-    "entropy": "entropy (nats a token)", "length": "tokens of a response", "truncated": "truncated responses",
-    "distinct": "different responses", "disagreement": "disagreement of the members",
+    "entropy": "entropy (nats per token)", "length": "tokens per response", "truncated": "truncated responses",
+    "distinct": "distinct responses", "disagreement": "disagreement between members",
 }  # fmt: skip
 RUNS = ("training", "steps")  # kinds of measurement of a training run
 EVALUATIONS = 9  # most rows of a training run in its table
@@ -63,7 +63,7 @@ def ends(own: Own) -> dict[str, Any]:
             last = [number(c.values[q].mean[-1]) if q in c.values else "–" for q in shown]
             rows.append([*named(run, own), c.name, *cells, number(p["final_d"]), *last])
     texts = [0, 1] if heads(own) else [0]
-    return {"caption": "Final against peak of the gold reward.", "head": [*heads(own), *head], "rows": rows, "texts": texts}
+    return {"caption": "Peak and final value of the gold reward.", "head": [*heads(own), *head], "rows": rows, "texts": texts}
 
 
 def markdown(title: str, own: Own) -> str:
@@ -97,7 +97,7 @@ def course(own: Own) -> dict[str, Any]:
         for i in np.unique(np.linspace(0, len(c.at) - 1, EVALUATIONS).round().astype(int)).tolist():
             cells = [number(float(c.values[q].mean[i]), 3) if q in c.values else "–" for q in shown]
             rows.append([*named(run, own), number(float(c.at[i]), 0), *cells])
-    caption = "Steps of training, means over neighbouring ones." if found and found[0][1].kind == "steps" else "Evaluations."
+    caption = "Training steps; each row is a mean over neighbouring steps." if found and found[0][1].kind == "steps" else "Evaluations."
     return {
         "caption": caption,
         "head": [*heads(own), "step", *(COURSE[q] for q in shown)],
@@ -167,7 +167,7 @@ def findings(own: Own) -> list[str]:
         for m in run.measurements:
             if (m["kind"], m["arm"]) == (kind, arm) and (m.get("excluded") or m.get("excluded_pairs")):
                 what = f"{m['excluded']} responses, {m['excluded_pairs']} held-out pairs"
-                lines.append(f"{of_run}left out, since a score of theirs is not finite: {what}.")
+                lines.append(f"{of_run}left out because a score is not finite: {what}.")
     return lines
 
 

@@ -74,9 +74,9 @@ def text(config: Any, proxy_loss: Loss) -> World:
     check_sizes(config)
     for group in ("sft", "proxy"):
         if config[group].width % HEADS:
-            raise BadInput(f"config field '{group}.width' is {config[group].width}, no multiple of the {HEADS} heads; make it one")
+            raise BadInput(f"config field '{group}.width' is {config[group].width}, not a multiple of the {HEADS} heads; choose a multiple")
     if config.direct.steps % config.direct.every:
-        raise BadInput(f"direct.steps is {config.direct.steps}, no multiple of direct.every, {config.direct.every}; make it one")
+        raise BadInput(f"direct.steps is {config.direct.steps}, not a multiple of direct.every ({config.direct.every}); choose a multiple")
     policy = functools.cache(partial(train_policy, config))
     data = functools.cache(lambda seed: make_data(config, policy(), seed))
     return World(partial(score, config, proxy_loss, policy, data), partial(align, config, policy, data))
@@ -135,7 +135,7 @@ def make_data(config: Any, policy: Policy, seed: int) -> Data:
     rows, values = answers.rows(), gold(answers.tokens)  # [B, 2]
     pairs = [(p, r if a > b else r[::-1]) for p, r, (a, b) in zip(asked, rows, values, strict=True) if a != b][:wanted]
     if len(pairs) < wanted:
-        raise BadInput(f"the policy made {len(pairs)} pairs that are no tie, {wanted} are needed; raise sft.steps")
+        raise BadInput(f"the policy made {len(pairs)} pairs without a tie, but {wanted} are needed; raise sft.steps")
     both = [examples(*zip(*part, strict=True)) for part in (pairs[: c.pairs], pairs[c.pairs :])]
     return Data(gold, *both)
 

@@ -57,7 +57,7 @@ def vectors(config: Any, proxy_loss: Loss) -> World:
     check_ranges(config, RANGES)
     check_sizes(config)
     if config.direct.steps % config.direct.every:
-        raise BadInput(f"direct.steps is {config.direct.steps}, no multiple of direct.every, {config.direct.every}; make it one")
+        raise BadInput(f"direct.steps is {config.direct.steps}, not a multiple of direct.every ({config.direct.every}); choose a multiple")
     return World(partial(score, config, proxy_loss), partial(align, config))
 
 

@@ -116,5 +116,7 @@ def margins(gold: np.ndarray, members: np.ndarray) -> np.ndarray:
     even = gold.shape[1] // 2 * 2
     better = np.sign(gold[:, 0:even:2] - gold[:, 1:even:2])  # [P, N / 2]
     if not (pairs := np.isin(better, (-1, 1))).any():
-        raise BadInput("no two neighbouring responses to a prompt differ in gold reward; it must vary, or sample more responses")
+        raise BadInput(
+            "no two neighbouring responses to a prompt differ in gold reward; let the gold reward vary, or sample more responses"
+        )
     return ((members[:, :, 0:even:2] - members[:, :, 1:even:2]) * better)[:, pairs]

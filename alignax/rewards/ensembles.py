@@ -51,11 +51,15 @@ def open_ensemble(paths: Sequence[str | Path]) -> list[hf.Source]:
     sources = [peft.open_reward(Path(path)) if peft.is_adapter(Path(path)) else hf.open_folder(path) for path in paths]
     for source in sources:
         if not source.config.num_labels:
-            raise ValueError(f"{str(source.path)!r} is no reward model: its config.json names no architecture for sequence classification")
+            raise ValueError(
+                f"{str(source.path)!r} is not a reward model: its config.json names no architecture for sequence classification"
+            )
     hf.check_alike(sources)
     for source in sources[1:]:
         if chat_template(source.path) != chat_template(sources[0].path):
-            raise ValueError(f"{str(source.path)!r} has another chat template than {str(sources[0].path)!r}; members read one text")
+            raise ValueError(
+                f"{str(source.path)!r} has another chat template than {str(sources[0].path)!r}; all members must read the same text"
+            )
     return sources
 
 
@@ -65,8 +69,8 @@ def check_one_score(source: hf.Source) -> None:
         names = source.hf.get("id2label")
         told = f" ({short(list(names.values()))})" if isinstance(names, dict) else ""
         raise ValueError(
-            f"{str(source.path)!r} gives {count} scores of a response{told}, and one is asked for; give a reward model with one label "
-            "(model.num_labels 1), or of a classifier keep the wanted row of score.weight alone and num_labels 1"
+            f"{str(source.path)!r} gives {count} scores per response{told}, but one is needed; give a reward model with one label "
+            "(model.num_labels 1), or keep only the wanted row of score.weight of a classifier, with num_labels 1"
         )
 
 
@@ -79,7 +83,7 @@ def stack(members: Sequence[Params], config: ModelConfig, mesh: Mesh) -> Params:
     prints = [int(jax.jit(digest)(params)) for params in members]
     for k, print_ in enumerate(prints):
         if (first := prints.index(print_)) < k:
-            raise ValueError(f"members {first} and {k} of the ensemble are the same weights; leave one out")
+            raise ValueError(f"members {first} and {k} of the ensemble have the same weights; leave one out")
     layout = jax.tree.map(lambda x: x.sharding, stacked(parameters.abstract_params(config, mesh), len(members), mesh))
     return jax.jit(lambda *trees: jax.tree.map(lambda *x: jnp.stack(x), *trees), out_shardings=layout)(*members)
 
@@ -126,7 +130,7 @@ def score_examples(
     scores = np.moveaxis(np.concatenate(list(rated(apply, params, examples, mesh, batch_size, length))), -1, 0)
     if bad := np.argwhere(~np.isfinite(scores)).tolist():
         member, row, *_ = bad[0]
-        raise ValueError(f"{len(bad)} scores are not finite, of member {member} for row {row} first (counted from 0); look at that model")
+        raise ValueError(f"{len(bad)} scores are not finite, the first of member {member} for row {row} (counted from 0); check that model")
     return scores
 
 
@@ -238,7 +242,7 @@ def described(result: Mapping[str, Any]) -> list[str]:
     """The results of `assess` on each split as lines for the console."""
     lines = []
     for split, found in result.items():
-        where = {"eval": "evaluation data", "ood": "data from elsewhere"}[split]
+        where = {"eval": "evaluation data", "ood": "out-of-distribution data"}[split]
         lines.append(f"{where}: {found['pairs']:,} pairs; the longer response is the chosen one in {found['longer_is_chosen']:.1%}")
         rows = [["", "accuracy", "+-", "margin", "calibration error", "score ~ length"]]
         for name, x in found["models"].items():
@@ -247,13 +251,13 @@ def described(result: Mapping[str, Any]) -> list[str]:
         lines += [table(rows), ""]
         if len(found["models"]) > 1:
             lines += [
-                f"members disagree by {found['disagreement']:.3f} (standard deviation of the margin), on the winner in "
+                f"members disagree by {found['disagreement']:.3f} (standard deviation of the margin), and on the winner in "
                 f"{found['split_votes']:.1%} of pairs",
                 "",
             ]
         name = "mean" if "mean" in found["models"] else "member 0"
         curve = [[f"{p:.3f}", f"{w:.3f}", f"{count / 2:.0f}"] for p, w, count in found["models"][name]["calibration"]]
-        lines += [f"calibration of {name}: the probability that it gives, and the share that wins"]
+        lines += [f"calibration of {name}: predicted probability, and share of wins"]
         lines += [table([["said", "was", "pairs"], *curve]), ""]
     return lines
 

@@ -150,8 +150,8 @@ def of_rollouts(config: Any, role: str, source: hf.Source, judge: Any, tokenizer
     prompt, length = (max(values) for values in zip(*sizes, strict=True))
     if prompt + new > most:
         raise ValueError(
-            f"the model {str(source.path)!r} reads {most} tokens, and a prompt of {prompt} of its own with an answer of "
-            f"max_new_tokens {new} does not fit; lower it, or leave that prompt out"
+            f"the model {str(source.path)!r} reads {most} tokens, but a prompt of {prompt} of its tokens and an answer of "
+            f"max_new_tokens {new} do not fit; lower max_new_tokens, or leave that prompt out"
         )
     return own._replace(length=min(most, -(-length // 8) * 8))
 
@@ -175,7 +175,7 @@ def tokens_of(rows: Sequence[Prompted], judge: Judge) -> list[Encoded | Bad]:
     chats = iter(chat.encode(conversations, judge.tokenizer, ends, judge.variables, whole=True) if conversations else ())
     out = [next(texts) if isinstance(row.prompt, str) else next(chats) for row in rows]
     beyond = lambda code: isinstance(code, Encoded) and max(code.prompt + code.completions[0]) >= judge.vocab_size
-    told = Bad("beyond the embedding", f"it has tokens beyond the {judge.vocab_size} rows of the embedding")
+    told = Bad("beyond the embedding", f"the text has tokens beyond the {judge.vocab_size} rows of the embedding")
     return [told if beyond(code) else code for code in out]
 
 

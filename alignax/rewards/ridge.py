@@ -65,7 +65,7 @@ def fit_ridge(
     for h in rated(apply, whole, examples, mesh, batch_size, padded_length(examples)):  # [b, N, D]
         x = (h[:, 0] - h[:, 1] if pairs else h[:, 0]).astype(np.float64)
         if not np.isfinite(x).all():
-            raise ValueError(f"hidden states are not finite in rows {first} to {first + len(x) - 1} (counted from 0); look at that model")
+            raise ValueError(f"hidden states are not finite in rows {first} to {first + len(x) - 1} (counted from 0); check that model")
         x = np.concatenate([x, np.full((len(x), 1), 0.0 if pairs else 1.0)], axis=1)  # the last column is for the intercept
         rows = slice(first, first + len(x))
         for s in range(len(xx)):
@@ -84,11 +84,11 @@ def _targets(examples: Examples, labels: int) -> tuple[np.ndarray, np.ndarray]:
     if "attributes" not in examples.fields and examples.N == 2 and labels == 1:
         return np.ones((len(examples), 1)), np.ones((len(examples), 1), bool)
     if "attributes" not in examples.fields or examples.N != 1:
-        have = f"these examples have {examples.N} responses of a prompt and a model of {labels} labels"
-        raise ValueError(f"ridge regression takes pairs and one label, or single responses with attributes; {have}: set data.kind")
+        have = f"these examples have {examples.N} responses per prompt, and the model has {labels} labels"
+        raise ValueError(f"ridge regression takes pairs and one label, or single responses with attributes, but {have}; set data.kind")
     given = examples.fields["attributes"][:, 0].astype(np.float64)
     if given.shape[1] != labels:
-        raise ValueError(f"the data have {given.shape[1]} attributes and the model gives {labels} scores; set model.num_labels")
+        raise ValueError(f"the data have {given.shape[1]} attributes, but the model gives {labels} scores; set model.num_labels")
     there = ~np.isnan(given)
     if empty := np.flatnonzero(~there.any(axis=0)).tolist():
         raise ValueError(f"no response has attribute {empty[0]} (counted from 0); leave its column out of data.columns.attributes")

@@ -74,7 +74,7 @@ def category_scores(out: Outputs) -> jax.Array:
     if out.scores is None or out.scores.ndim != 3 or out.scores.shape[1] != 1:
         shape = None if out.scores is None else out.scores.shape
         raise ValueError(
-            f"a router gives each prompt a score of each category, [B, 1, C], and this model gives {shape}; use of_prompts(apply)"
+            f"a router must give each prompt a score for each category, [B, 1, C], but this model gives {shape}; use of_prompts(apply)"
         )
     return out.scores[:, 0]
 
@@ -109,7 +109,10 @@ def routed(models: Model, router: Model) -> Model:
         out, mask = models.apply(params["models"], batch), one_hot(category_scores(router.apply(params["router"], batch)))
         if out.scores is None or out.scores.shape[2:] != mask.shape[1:]:
             shape = None if out.scores is None else out.scores.shape
-            raise ValueError(f"the router tells {mask.shape[1]} categories apart and the models' scores are {shape}; give a model for each")
+            raise ValueError(
+                f"the router has {mask.shape[1]} categories, but the scores of the models have shape {shape}; give one model for each "
+                "category"
+            )
         return out._replace(scores=jnp.where(mask[:, None] > 0, out.scores, 0.0).sum(axis=-1))
 
     return Model(rate, {"models": models.params, "router": router.params})
@@ -158,7 +161,10 @@ def load_experts(folders: Sequence[str | Path], source: hf.Source, mesh: Mesh) -
     found = [peft.read_adapter(Path(folder), source, mesh) for folder in folders]
     for folder, (spec, _) in zip(folders, found, strict=True):
         if spec != found[0][0]:
-            raise ValueError(f"{str(folder)!r} adapts as {spec}, and {str(folders[0])!r} as {found[0][0]}; experts must be alike")
+            raise ValueError(
+                f"{str(folder)!r} has the adapters {spec}, but {str(folders[0])!r} has {found[0][0]}; all experts must have adapters of "
+                "the same kind"
+            )
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *(adapters for _, adapters in found))
     return dataclasses.replace(source.config, lora=found[0][0]), {"base": hf.load_params(source, mesh), "adapters": stacked}
 

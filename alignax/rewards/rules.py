@@ -78,7 +78,7 @@ class Machine:
         try:
             re.compile(pattern, re.DOTALL)
         except (re.error, OverflowError, RecursionError) as e:
-            raise ValueError(f"{pattern!r} is no regular expression ({e})") from e
+            raise ValueError(f"{pattern!r} is not a regular expression ({e})") from e
         self.pattern = pattern
         inner = pattern.removeprefix("\\A").removeprefix("^")
         self.text = re.sub(r"(?<!\\)((?:\\\\)*)(?:\\Z|\$)+\Z", r"\1", inner)  # removes final \Z and $, unless escaped
@@ -125,7 +125,7 @@ class Machine:
             token = TOKEN.match(self.text, place)
             if token is None:
                 near = self.text[place : place + 8]
-                raise ValueError(f"matches() cannot follow {near!r} of {self.pattern!r}; leave it out, or use `re` in a reward of your own")
+                raise ValueError(f"matches() does not support {near!r} in {self.pattern!r}; leave it out, or use `re` in a reward function")
             kind, word, place = token.lastgroup, token.group(), token.end()
             if kind == "close":
                 break
@@ -167,7 +167,7 @@ class Machine:
     def add(self, test: re.Pattern | None, *following: int) -> int:
         """Adds a state and returns its index."""
         if len(self.states) >= STATES:
-            raise ValueError(f"{self.pattern!r} has more than {STATES} characters, repetitions written out; repeat less")
+            raise ValueError(f"{self.pattern!r} has more than {STATES} characters with its repetitions written out; use fewer repetitions")
         self.states.append((test, following))
         return len(self.states) - 1
 

@@ -115,10 +115,12 @@ class Checkpoints:
         with self._reading(step):
             about = dict(self._manager.restore(step, args=self._args.Composite(about=self._args.JsonRestore()))["about"])
         if about.get("format") != FORMAT:
-            raise ValueError(f"checkpoint {self.path / str(step)} has format {short(about.get('format'))}, this version reads {FORMAT}")
+            raise ValueError(
+                f"checkpoint {self.path / str(step)} has format {short(about.get('format'))}, but this version of alignax reads {FORMAT}"
+            )
         with self._reading(step):
             if about["step"] != step:
-                raise ValueError(f"it was saved at step {short(about['step'])}, its folder was renamed")
+                raise ValueError(f"it was saved at step {short(about['step'])}, but its folder was renamed")
         return about
 
     def restore(self, step: int, like: TrainState) -> TrainState:
@@ -150,8 +152,8 @@ class Checkpoints:
         if item not in kept:
             known = ["policy", *sorted(x.removeprefix(AVERAGE) for x in kept if x.startswith(AVERAGE))]
             raise ValueError(
-                f"checkpoint {self.path / str(step)} has no average {short(name)}; "
-                f"export.params (of generate eval.params) is one of {', '.join(known)}"
+                f"checkpoint {self.path / str(step)} has no average {short(name)}; export.params (for generate, eval.params) must be one "
+                f"of {', '.join(known)}"
             )
         return self._restore(step, {item: like})[item]
 
@@ -164,7 +166,7 @@ class Checkpoints:
             restored = dict(self._manager.restore(step, args=args))
             for leaf, found in digests(restored).items():
                 if about["digests"].get(leaf) != found:
-                    raise ValueError(f"{leaf} is not as it was saved")
+                    raise ValueError(f"{leaf} differs from what was saved")
         return restored
 
     @contextmanager
@@ -181,9 +183,13 @@ class Checkpoints:
             if not self._writes:
                 self._manager.reload()
                 if (self.latest() or 0) > step:
-                    raise ValueError(f"checkpoint {self.path / str(step)} was removed while it was read, as there are newer ones") from e
+                    raise ValueError(
+                        f"checkpoint {self.path / str(step)} was removed while it was read, because newer checkpoints exist"
+                    ) from e
             before = [there for there in self._manager.all_steps() if there < step]
-            goes_on = f"the run goes on from step {max(before)}" if before else "the run begins again, as no earlier one is there"
+            goes_on = (
+                f"the run goes on from step {max(before)}" if before else "the run begins again, because there is no earlier checkpoint"
+            )
             raise ValueError(
                 f"checkpoint {self.path / str(step)} is damaged, or of another model ({type(e).__name__}: {cause}); "
                 f"delete that folder, and {goes_on}, or choose another workdir"
@@ -234,8 +240,8 @@ def _saving(where: Path) -> Iterator[None]:
     except Exception as e:
         cause = (str(e).strip().splitlines() or [""])[0][:200]
         raise OSError(
-            f"a checkpoint could not be written to {str(where)!r} ({type(e).__name__}: {cause}); those before it are whole: "
-            "make room, and run the same command again"
+            f"a checkpoint could not be written to {str(where)!r} ({type(e).__name__}: {cause}); earlier checkpoints are complete: make "
+            "room, and run the same command again"
         ) from e
 
 

@@ -48,17 +48,17 @@ def check_fields(config: Any) -> None:
         raise ValueError(f"config field 'rollout.temperature' is {config.rollout.temperature}; it must be above 0, to sample from")
     if config.eval.temperature == 0 and config.eval.samples_per_prompt > 1:
         raise ValueError(
-            f"eval.samples_per_prompt is {config.eval.samples_per_prompt}, and at eval.temperature 0 all samples of a prompt are one; "
-            "raise the temperature, or set it to 1"
+            f"eval.samples_per_prompt is {config.eval.samples_per_prompt}, but at eval.temperature 0 all samples of a prompt are the "
+            "same; raise eval.temperature, or set eval.samples_per_prompt to 1"
         )
     beta, temperature = config.reference.jsd_beta, config.reference.jsd_temperature
     if not 0 <= beta <= 1:
-        raise ValueError(f"reference.jsd_beta is {beta}; it is the teacher's share of the mixture, in [0, 1] (0.5 is usual)")
+        raise ValueError(f"reference.jsd_beta is {beta}; it must be the teacher's share of the mixture, in [0, 1] (0.5 is usual)")
     if not temperature > 0:
         raise ValueError(f"reference.jsd_temperature is {temperature}; it must be above 0 (1 is usual)")
     if config.model.critic.lower() in ("true", "false"):
         raise ValueError(
-            f"model.critic {config.model.critic!r} is no critic; use {HEAD!r} (on the policy's trunk), a folder, or leave it empty"
+            f"model.critic {config.model.critic!r} is not a critic; use {HEAD!r} (on the policy's trunk), a folder, or leave it empty"
         )
     if config.model.critic_heads > 1 and not config.model.critic:
         raise ValueError(
@@ -77,22 +77,25 @@ def check_head(config: Any, source: hf.Source, experiment: Experiment) -> None:
     """Refuses settings that a reward model cannot have: sampling, a critic, a reference without log-probs, a missing output layer."""
     if not source.config.num_labels:
         if config.model.language_head:
-            raise ValueError("model.language_head keeps the output layer of a reward model, and this is a language model; set it to false")
+            raise ValueError(
+                "model.language_head keeps the output layer of a reward model, but this model is a language model; set "
+                "model.language_head to false"
+            )
         return
     if samples := config.rollout.samples:
         raise ValueError(f"rollout.samples is {samples}, and a reward model gives scores and no text; train a language model")
     if config.model.language_head and source.stored.num_labels and not source.config.tie_word_embeddings:
         raise ValueError(
-            f"model.language_head is true, and the reward model in {str(source.path)!r} has no output layer; start from its language "
-            "model, or set it to false"
+            f"model.language_head is true, but the reward model in {str(source.path)!r} has no output layer; start from its language "
+            "model, or set model.language_head to false"
         )
     if not (config.model.language_head or config.reference.path) and "reference" in asked(experiment.experience):
         raise ValueError(
-            f"experience() of {experiment.file} asks for reference, and the reward model that the run starts from gives no log-probs; set "
-            "model.language_head=true, name a language model in reference.path, or ask for none"
+            f"experience() of {experiment.file} asks for reference, but the reward model that the run starts from gives no log-probs; set "
+            "model.language_head=true, name a language model in reference.path, or do not ask for reference"
         )
     if config.model.critic:
-        raise ValueError("model.critic gives a language model values, and this is a reward model; leave it empty")
+        raise ValueError("model.critic gives values to a language model, but this model is a reward model; leave model.critic empty")
     if max(config.eval.samples, config.eval.sample_prompts):
         raise ValueError("a reward model gives scores and no text; set eval.samples and eval.sample_prompts to 0")
     for name, function in (("gold", experiment.gold), ("metrics", experiment.metrics), ("speaker", experiment.speaker)):
@@ -104,7 +107,7 @@ def check_members(config: Any, mesh: Mesh) -> None:
     """Refuses ensemble settings without members, members of language models, and members that the mesh does not divide."""
     members, axis = config.ensemble.members, mesh.shape["member"]
     if not members and (axis > 1 or config.ensemble.bootstrap or config.ensemble.own_noise):
-        raise ValueError(f"mesh.member is {axis} and ensemble.members 0; set ensemble.members, or leave bootstrap and own_noise out")
+        raise ValueError(f"mesh.member is {axis} and ensemble.members is 0; set ensemble.members, or leave bootstrap and own_noise out")
     if members and not config.model.num_labels:
         raise ValueError(f"ensemble.members is {members}, and only reward models have members; set model.num_labels to 1")
     if members % axis:
@@ -126,21 +129,26 @@ def check_rollout(config: Any, readers: Sequence[hf.Source], experiment: Experim
                 "data of kind 'prompt' has no completions; set rollout.samples, the completions that are sampled of each prompt"
             )
         if experiment.reward is not None:
-            raise ValueError(f"reward() of {experiment.file} is for samples, and rollout.samples is 0; set it to 8, say")
+            raise ValueError(f"reward() of {experiment.file} is for samples, but rollout.samples is 0; set it, for example to 8")
         return
     if c.bad_rewards not in ("error", "drop"):
         raise ValueError(f"rollout.bad_rewards is {c.bad_rewards!r}; use 'error' or 'drop'")
     if c.refill and (c.ahead or c.samples < 2 or "rewards" not in functions.reward_fields(experiment)):
         raise ValueError(
-            f"rollout.refill is {c.refill}: it looks at the rewards of groups before the step, so it needs reward(..) in "
-            f"{experiment.file}, of several numbers rollout.reward_weights, rollout.samples of 2 or more, and rollout.ahead=false"
+            f"rollout.refill is {c.refill}: it uses the rewards of groups before the step, so it needs reward(..) in {experiment.file} "
+            "(with rollout.reward_weights if reward(..) gives several numbers), rollout.samples of 2 or more, and rollout.ahead=false"
         )
     if not c.timeout > 0:
-        raise ValueError(f"rollout.timeout is {c.timeout}; it is a number of seconds above 0")
+        raise ValueError(f"rollout.timeout is {c.timeout}; it must be a number of seconds above 0")
     if c.temperature != 1 and config.data.pretrain:
-        raise ValueError(f"rollout.temperature is {c.temperature}, and data.pretrain is learnt at 1; set it to 1, or leave these texts out")
+        raise ValueError(
+            f"rollout.temperature is {c.temperature}, but data.pretrain is learnt at 1; set rollout.temperature to 1, or leave "
+            "data.pretrain empty"
+        )
     if config.reference.cache:
-        raise ValueError("reference.cache holds log-probs of the data's own rows, and online training scores samples; leave it empty")
+        raise ValueError(
+            "reference.cache holds log-probs of the data's own rows, but online training scores samples; leave reference.cache empty"
+        )
     longest = max(int(e.prompt_lengths.max()) for e in examples.values())
     for model in readers:
         check_room(model.config, longest, c.max_new_tokens, "rollout.max_new_tokens")
@@ -149,13 +157,17 @@ def check_rollout(config: Any, readers: Sequence[hf.Source], experiment: Experim
 def check_token_kl(source: hf.Source, reference: hf.Source | None) -> None:
     """Refuses `reference.token_kl` without a reference, or with one whose head differs from the policy's."""
     if reference is None:
-        raise ValueError("reference.token_kl is true and no reference is held; let experience(..) ask for reference")
+        raise ValueError("reference.token_kl is true, but the run has no reference; let experience(..) ask for reference")
     caps = [s.config.final_logit_softcapping for s in (source, reference)]
     if caps[0] != caps[1]:
-        raise ValueError(f"reference.token_kl needs one final_logit_softcapping, policy and reference have {caps}; set it to false")
+        raise ValueError(
+            f"reference.token_kl needs one final_logit_softcapping, but policy and reference have {caps}; set reference.token_kl to false"
+        )
     counts = [s.config.predicted_tokens for s in (source, reference)]
     if counts[0] != counts[1]:
-        raise ValueError(f"reference.token_kl needs one predicted_tokens, policy and reference have {counts}; add the same tokens to both")
+        raise ValueError(
+            f"reference.token_kl needs one predicted_tokens, but policy and reference have {counts}; add the same tokens to both"
+        )
 
 
 def check_cache(config: Any, averages: dict[str, Average], reference: Any) -> None:
@@ -166,9 +178,11 @@ def check_cache(config: Any, averages: dict[str, Average], reference: Any) -> No
     if Path(config.reference.cache).is_file():
         raise ValueError(f"{where} is a file; give a folder")
     if reference is None:
-        raise ValueError(f"{where} is set and no reference is held; let experience(..) ask for reference, or leave it empty")
+        raise ValueError(
+            f"{where} is set, but the run has no reference; let experience(..) ask for reference, or leave reference.cache empty"
+        )
     if "reference" in averages:
-        raise ValueError(f"{where} would go stale: the average 'reference' moves; leave it empty")
+        raise ValueError(f"{where} would become outdated: the average 'reference' moves; leave reference.cache empty")
     if config.reference.token_kl:
         raise ValueError(f"{where} holds no distributions, which reference.token_kl needs; leave one of them out")
 
@@ -185,26 +199,35 @@ def check_averages(config: Any, averages: dict[str, Average], reference: Any, fr
         if name not in known:
             raise ValueError(f"config field {field!r} is {name!r}; this experiment has {', '.join(known)}")
     if "reference" in averages and config.reference.token_kl:
-        raise ValueError("reference.token_kl needs a reference that stands still; remove the average 'reference', or set it to false")
+        raise ValueError("reference.token_kl needs a fixed reference; remove the average 'reference', or set reference.token_kl to false")
     if PROPOSAL in averages and config.rollout.ahead:
-        raise ValueError(f"rollout.ahead samples by the policy, and the average {PROPOSAL!r} is there to sample; leave one of them out")
+        raise ValueError(
+            f"rollout.ahead samples from the policy, but the average {PROPOSAL!r} is meant for sampling; leave one of them out"
+        )
     if "policy" in averages or ("reference" in averages and reference is None):
-        raise ValueError('an average is called "policy", or "reference" where no experience asks for one; rename or remove it')
+        raise ValueError(
+            'an average is called "policy", or is called "reference" while experience(..) asks for no reference; rename or remove it'
+        )
     if "reference" in averages and config.reference.path and (config.reference.path != config.model.path):
-        raise ValueError(f"a moving reference starts from the policy, not from reference.path {config.reference.path!r}; leave it empty")
+        raise ValueError(
+            f"a moving reference starts from the policy, not from reference.path {config.reference.path!r}; leave reference.path empty"
+        )
     if "reference" in averages and "reference" in frozen:
         raise ValueError(
-            "reward(..), gold(..), metrics(..) or speaker(..) ask for reference, and the average 'reference' moves it; let experience(..) "
-            "ask for it, or give the functions a model that stands still, under another name: models.initial.path"
+            "reward(..), gold(..), metrics(..) or speaker(..) ask for reference, but the average 'reference' changes it during training; let "
+            "experience(..) ask for it, or give the functions a fixed model under another name: models.initial.path"
         )
     turn = steps_of_turn(config)
     for name, rule in averages.items():
         if isinstance(rule, Turning) and rule.every % turn:  # the rest of the rollout would come from the old policy
             raise ValueError(
-                f"the average {name!r} changes models every {rule.every} steps, in the middle of a rollout of {turn}; use a multiple"
+                f"the average {name!r} changes models every {rule.every} steps, in the middle of a rollout of {turn} steps; use a "
+                f"multiple of {turn}"
             )
     if PROPOSAL in averages and not config.rollout.samples:
-        raise ValueError(f"the average {PROPOSAL!r} samples rollouts, and rollout.samples is 0; set it, or give the average another name")
+        raise ValueError(
+            f"the average {PROPOSAL!r} samples rollouts, but rollout.samples is 0; set rollout.samples, or give the average another name"
+        )
 
 
 def check_objective(objective: Any, file: Path) -> None:
@@ -221,7 +244,7 @@ def check_objective(objective: Any, file: Path) -> None:
             cause = f" (called with a step: {explained(e, file)})"
     if not isinstance(objective, Loss):
         raise ValueError(
-            f"loss(config) of {file} returns {objective!r}{cause}; return a loss, dpo() say, or a function from the step to one"
+            f"loss(config) of {file} returns {objective!r}{cause}; return a loss, for example dpo(), or a function from the step to a loss"
         )
 
 
@@ -235,19 +258,21 @@ def check_pretrain(config: Any, objective: Any, file: Path, combined: bool = Fal
         return check_combined(config, objective, file)
     if not isinstance(objective, Mapping):
         if config.data.pretrain:
-            raise ValueError(f"data.pretrain is set and loss(config) of {file} has no loss of it; return {example}, say")
+            raise ValueError(f"data.pretrain is set, but loss(config) of {file} has no loss for it; return for example {example}")
         return
     for name in objective:
         if name not in names:
             near = difflib.get_close_matches(str(name), names, 1, 0.0)[0]
-            raise ValueError(f"loss(config) of {file} names a loss {name!r}; the nearest is {near!r}, and others need combine(gradients)")
+            raise ValueError(
+                f"loss(config) of {file} names a loss {name!r}; the nearest name is {near!r}, and other names need combine(gradients)"
+            )
     if absent := [name for name in names if name not in objective]:
-        raise ValueError(f"loss(config) of {file} names no loss {absent[0]!r}; return {example}, say, or the one loss alone")
+        raise ValueError(f"loss(config) of {file} names no loss {absent[0]!r}; return for example {example}, or only the other loss")
     if not config.rollout.samples:
-        raise ValueError(f"loss(config) of {file} has a loss of rollouts, and rollout.samples is 0; set it to 8, say")
+        raise ValueError(f"loss(config) of {file} has a loss of rollouts, but rollout.samples is 0; set it, for example to 8")
     if not config.data.pretrain:
         raise ValueError(
-            f"loss(config) of {file} has a loss called {PRETRAIN!r} and data.pretrain is empty; set --config.data.pretrain=FILE"
+            f"loss(config) of {file} has a loss called {PRETRAIN!r}, but data.pretrain is empty; set --config.data.pretrain=FILE"
         )
 
 
@@ -255,13 +280,16 @@ def check_combined(config: Any, objective: Any, file: Path) -> None:
     """Refuses combined gradients of a single loss, of losses with bad names, and of pretraining without its data or rollouts."""
     example = '{"helpful": dpo(), "brief": 0.1 * sft()}'
     if not isinstance(objective, Mapping) or len(objective) < 2:
-        raise ValueError(f"combine() of {file} takes gradients of several losses, and loss(config) returns one; return {example}, say")
+        raise ValueError(
+            f"combine() of {file} takes gradients of several losses, but loss(config) returns one; return for example {example}"
+        )
     if odd := [name for name in objective if not isinstance(name, str) or not name]:
-        raise ValueError(f"loss(config) of {file} names a loss {odd[0]!r}; a name is a text, as in {example}")
+        raise ValueError(f"loss(config) of {file} names a loss {odd[0]!r}; a name must be text, as in {example}")
     if (PRETRAIN in objective) != bool(config.rollout.samples and config.data.pretrain):
         raise ValueError(
-            f"loss(config) of {file} names the losses {', '.join(objective)}: one called {PRETRAIN!r} is of data.pretrain beside rollouts, "
-            f"and data.pretrain is {config.data.pretrain!r}, rollout.samples {config.rollout.samples}; set both, or take another name"
+            f"loss(config) of {file} names the losses {', '.join(objective)}: the name {PRETRAIN!r} is for data.pretrain in addition to "
+            f"rollouts, but data.pretrain is {config.data.pretrain!r} and rollout.samples is {config.rollout.samples}; set both, or "
+            "choose another name"
         )
 
 

@@ -75,7 +75,7 @@ def rewards_of(run: Run, hook: str, answers: Answers, models: Models) -> dict[st
     if jax.process_count() > 1:
         told = numbers, np.array([left, bool(problem)], np.int32)
         numbers, (left, failed) = map(np.asarray, multihost_utils.broadcast_one_to_all(told))
-        problem = problem or "a reward function fails, as process 0 says" * int(failed)
+        problem = problem or "a reward function failed; see the message of process 0" * int(failed)
     if left:
         raise Abandoned(int(left))
     check_found(run, functions, found._replace(numbers=numbers, problem=problem), said.texts)
@@ -108,7 +108,7 @@ def metrics_of(run: Run, answers: Answers, models: Models) -> dict[str, float]:
         found = {f"{METRICS}/{name}": known_mean(np.where(np.isfinite(x), x, np.nan)) for name, x in columns.items()}
         if answer.problem:
             where = f"{METRICS}() of {run.experiment.file}{behind_file(answer.problem)}"
-            run.workers.tell(METRICS, f"{where}. Such completions are left out of its metrics")
+            run.workers.tell(METRICS, f"{where}. Such completions are left out of the metrics")
     found, left = json.loads(from_main(json.dumps([found, left])))
     if left:
         raise Abandoned(left)
@@ -203,13 +203,13 @@ def check_found(run: Run, functions: Functions, found: Found, texts: list[str]) 
     if not found.problem:
         first, name = int(bad.argmax()), functions.hook + "()" * (not functions.listed)
         what = (
-            f"{name} of {run.experiment.file}: {bad.sum()} of {len(bad)} rewards are not finite or beyond {MOST:g}: "
-            f"{told(functions, found.numbers[first])} for {short(texts[first])} first"
+            f"{name} of {run.experiment.file}: {bad.sum()} of {len(bad)} rewards are not finite or beyond {MOST:g}: the first is "
+            f"{told(functions, found.numbers[first])} for {short(texts[first])}"
         )
     if run.config.rollout.bad_rewards == "error":
-        raise RewardFailed(f"{what}. Mend it, or go on without these with rollout.bad_rewards=drop")
+        raise RewardFailed(f"{what}. Correct the function, or continue without such completions with rollout.bad_rewards=drop")
     if jax.process_index() == 0:
-        run.workers.tell(functions.hook, f"{what}. Such are dropped, and counted as bad_rewards")
+        run.workers.tell(functions.hook, f"{what}. Such completions are dropped, and counted as bad_rewards")
 
 
 def check_reward(run: Run, hook: str) -> None:
@@ -223,15 +223,17 @@ def check_reward(run: Run, hook: str) -> None:
     said = stored_answer(run)
     found, text = ask(run, functions, examples, said), said.texts[0]
     if found.problem:
-        what = f"{found.problem}, asked of a prompt of the data and the completion {short(text)}"
+        what = f"{found.problem}, called with a prompt of the data and the completion {short(text)}"
         if found.final or run.config.rollout.bad_rewards == "error":
-            raise ValueError(f"{what}; it must take any completion, an empty one too, and return a list with a number or None for each")
+            raise ValueError(
+                f"{what}; it must accept any completion, even an empty one, and return a list with a number or None for each completion"
+            )
         run.workers.say(what)
     elif run.config.rollout.bad_rewards == "error" and unusable(functions, found.numbers).any():
         name, given = hook + "()" * (not functions.listed), told(functions, found.numbers[0])
         raise ValueError(
             f"{name} of {file} returns [{given}] for one prompt and its completion {short(text)}; it must return a finite number up to "
-            f"{MOST:g} for each, or set rollout.bad_rewards=drop, which leaves out those without"
+            f"{MOST:g} for each completion, or set rollout.bad_rewards=drop, which leaves out the other completions"
         )
 
 
@@ -244,12 +246,11 @@ def check_metrics(run: Run) -> list[str]:
     answer = run.workers(call_of(run, functions, 0, examples, said), 1, strict=False)
     if not answer.problem:
         return list(answer.rewards[0])
-    what = f"{METRICS}() of {run.experiment.file}{behind_file(answer.problem)}, asked of a prompt of the data and the completion "
+    what = f"{METRICS}() of {run.experiment.file}{behind_file(answer.problem)}, called with a prompt of the data and the completion "
     what += short(said.texts[0])
     if answer.final or run.config.rollout.bad_rewards == "error":
         raise ValueError(
-            f"{what}; it must take any completion, an empty one too, and return numbers by name, a list for each with a number or None "
-            "for each"
+            f"{what}; it must accept any completion, even an empty one, and return lists by name, with a number or None for each completion"
         )
     run.workers.say(what)
     return []

@@ -47,7 +47,8 @@ class Log:
         _keep_rows(self._rollouts, start)
         if last < start:
             self.line(
-                f"notice: {workdir / 'metrics.jsonl'} ends at step {last}, and this run goes on after step {start}: what is between is lost"
+                f"notice: {workdir / 'metrics.jsonl'} ends at step {last}, but this run goes on after step {start}: the rows between "
+                "these steps are lost"
             )
         self._file = open(workdir / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
         if tensorboard:
@@ -166,7 +167,7 @@ def read_rows(file: Path, shape: Any = ROW) -> list[dict[str, Any]]:
     for number, line, row in _lines(file):
         if row is None or (wrong := misfit(row, shape)):
             what = short(line) if row is None else f"its {wrong}"
-            raise BadInput(f"{file}, line {number} is no row of a log: {what}; delete that line")
+            raise BadInput(f"{file}, line {number} is not a row of a log: {what}; delete that line")
         rows.append(row)
     return rows
 
@@ -222,7 +223,10 @@ def _keep_rows(file: Path, last: int) -> list[dict[str, Any]]:
         elif last and row["step"] <= last:
             kept.append(row)
     if damaged:
-        print(f"notice: {file} is damaged in line {', '.join(damaged[:3])}: {len(damaged)} taken out, the rest is kept", file=sys.stderr)
+        print(
+            f"notice: {file} is damaged in line {', '.join(damaged[:3])}: {len(damaged)} damaged lines removed, the rest is kept",
+            file=sys.stderr,
+        )
     if file.is_file():
         output.write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
     return kept

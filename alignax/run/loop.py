@@ -129,10 +129,9 @@ def leaving(started: Started, log: Log, stop: Stop, state: TrainState, step: int
         if step:
             started.checkpoints.save(state, started.about, {})
             log.line(
-                f"saved after step {step}. The same command goes on from there: once what the reward asks, or a module that it imports, "
-                "is mended, or with rollout.bad_rewards=drop or a longer rollout.timeout. Where "
-                f"{started.run.experiment.file.name} changes it is another run, which may begin with the model that `alignax export "
-                f"{started.run.workdir} FOLDER` writes."
+                f"saved after step {step}. The same command goes on from there after a service or module that the reward uses is "
+                f"repaired, or with rollout.bad_rewards=drop or a longer rollout.timeout. If {started.run.experiment.file.name} changes, "
+                f"it is another run, which may begin with the model that `alignax export {started.run.workdir} FOLDER` writes."
             )
         raise
     finally:

@@ -79,28 +79,28 @@ class Observer:
         if none and self._unrewarded >= self.run.config.max_skipped:
             raise RewardFailed(
                 f"no completion of {self._unrewarded} rollouts in a row has a reward (max_skipped; the last one before step {step}); "
-                "look at what the reward function or the reward models give"
+                "check the output of the reward function or of the reward models"
             )
         self._silent = self._silent + 1 if values.get("signal_rate") == 0 and not values.get("advantage_std") and not none else 0
         if self._silent == QUIET:
             reward = values.get("reward_sampled", values["reward"])
             self._once(
                 "silent",
-                f"notice at step {step}: the rewards of no group differ, for {QUIET} rollouts (signal_rate 0, reward "
-                f"{reward:.3g}), so nothing is learnt from comparing them. Take prompts that are neither hopeless nor solved, "
-                "a reward with more than two values, or more samples of a prompt (rollout.samples).",
+                f"notice at step {step}: in each group all rewards have been equal for {QUIET} rollouts (signal_rate 0, reward "
+                f"{reward:.3g}), so nothing is learnt from comparing responses. Use prompts that the policy solves sometimes but not "
+                "always, a reward with more than two values, or more samples per prompt (rollout.samples).",
             )
         self._cut = self._cut + 1 if values.get("truncated_rate") == 1 else 0
         if self._cut == QUIET:
             self._once(
                 "cut",
-                f"notice at step {step}: every completion of {QUIET} rollouts was cut at rollout.max_new_tokens, none has ended. Raise "
-                "it, or look at samples.jsonl for whether the policy ends what it says.",
+                f"notice at step {step}: every completion of {QUIET} rollouts was cut at rollout.max_new_tokens, and none has ended. "
+                "Raise rollout.max_new_tokens, or check in samples.jsonl whether the policy ends its answers.",
             )
         if count := int(values.get("judge_cut", 0)):
             self._once(
                 "judge",
-                f"notice at step {step}: {count} answers do not fit into what the reward models read, and are scored without their end "
+                f"notice at step {step}: {count} answers are longer than the reward models can read, and are scored without their end "
                 "(judge_cut). Lower rollout.max_new_tokens, or leave out the longest prompts.",
             )
 
@@ -112,18 +112,18 @@ class Observer:
 
     def _notice_nothing(self, step: int, values: dict[str, float]) -> None:
         reward = values.get("reward_sampled", values.get("reward", math.nan))  # reward of the samples before any refill
-        alike = f": the rewards of no group differ (reward {reward:.3g})" if values.get("signal_rate") == 0 else ""
+        alike = f": in each group all rewards are equal (reward {reward:.3g})" if values.get("signal_rate") == 0 else ""
         self.log.line(
-            f"notice at step {step}: the gradient is exactly 0{alike}, so nothing was learnt. Where that does not change, look at the "
-            "loss, at the masks of the data (`alignax check-data`), and at what the experience writes."
+            f"notice at step {step}: the gradient is exactly 0{alike}, so nothing was learnt. If this continues, check the loss, the "
+            "masks of the data (`alignax check-data`), and the fields that the experience writes."
         )
 
     def _check_equal(self, values: dict[str, float]) -> None:
         margin = max(abs(values[f"logps/{side}_drift"]) for side in ("chosen", "rejected"))
         if margin > EQUAL[self.run.policy.dtype.name]:
             raise FloatingPointError(
-                f"policy and reference are the same parameters, yet their log-probs differ by {margin:.3g} nats at step 0; "
-                "is the experience given the right reference?"
+                f"policy and reference are the same parameters, yet their log-probs differ by {margin:.3g} nats at step 0; check that the "
+                "experience gets the right reference"
             )
         self.log.line(f"step 0: policy = reference, margin {values['rewards/margins']:.1e}, loss {values['loss']:.4f}")
 
@@ -136,8 +136,9 @@ class Observer:
             self._noticed = True
             self.log.line(
                 f"notice at step {step}: the chosen responses lose log-probability ({drift:.1f} nats since step {self._since}) while the "
-                f"margin grows (+{margin:.2f}). Only their difference is trained. To hold them, use rpo(beta, eta=0.005) with a larger "
-                "eta where that is not enough, or add sft() to the loss, with a larger weight where it is there."
+                f"margin grows (+{margin:.2f}). Only their difference is trained. To keep their log-probability, use rpo(beta, "
+                "eta=0.005), with a larger eta if that is not enough, or add sft() to the loss, with a larger weight if the loss already "
+                "has it."
             )
 
     def _notice_sameness(self, step: int, values: dict[str, float]) -> None:
@@ -146,7 +147,7 @@ class Observer:
             self._noticed = True
             reward = values.get("reward", np.nan)
             self.log.line(
-                f"notice at step {step}: {values['distinct']:.1%} of the completions differ ({first:.1%} at first), with an entropy of "
-                f"{values['entropy']:.2g} nats a token, at a reward of {reward:.3g}. Where prompts have one right answer that is as it "
-                "should be; otherwise look at samples.jsonl, and add 0.01 * entropy_bonus() or more KL to the reference."
+                f"notice at step {step}: only {values['distinct']:.1%} of the completions are distinct ({first:.1%} at first), with an "
+                f"entropy of {values['entropy']:.2g} nats per token and a reward of {reward:.3g}. If each prompt has one right answer, "
+                "this is expected; otherwise check samples.jsonl, and add 0.01 * entropy_bonus() or more KL to the reference."
             )

@@ -42,7 +42,7 @@ def compile_step(run: Run) -> Any:
 def memory(run: Run) -> str:
     """A table of the run's programs, with the memory in GB that each takes on a device according to the compiler."""
     platform = run.mesh.devices.flat[0].platform
-    rows = [["memory of each program, a device", "arguments GB", "temporary GB", "in all GB"]]
+    rows = [["memory of each program, per device", "arguments GB", "temporary GB", "total GB"]]
     for name, program in programs(run).items():
         found = program.compiled(platform).memory_analysis()
         sizes = found.argument_size_in_bytes, found.temp_size_in_bytes, found.output_size_in_bytes - found.alias_size_in_bytes
@@ -54,7 +54,7 @@ def describe(run: Run) -> str:
     """The text that `alignax train --dry-run` prints."""
     state = abstract_state(run)
     size = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-    rows = [["parameter", "shape", "sharding", "MB a device"]]
+    rows = [["parameter", "shape", "sharding", "MB per device"]]
     for path, x in jax.tree_util.tree_leaves_with_path(state.params):
         rows.append([hf.leaf_name(path), str(x.shape), str(x.sharding.spec), f"{size(x) / 1e6:.3f}"])
     mixture = run.data.train.mixture

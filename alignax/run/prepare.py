@@ -243,7 +243,7 @@ def learning(experiment: Experiment, roles: dict[str, Role], mesh: Mesh) -> tupl
         loss = experiment.loss(config, **{name: given[name] for name in asked(experiment.loss)[1:]})
         averages = {} if experiment.averages is None else experiment.averages(config)
     if not isinstance(averages, Mapping):
-        raise ValueError(f'averages() of {file} returns {averages!r}; return averages by name, {{"ema": ema(0.999)}} say')
+        raise ValueError(f'averages() of {file} returns {averages!r}; return averages by name, for example {{"ema": ema(0.999)}}')
     check_objective(loss, file)
     check_pretrain(config, loss, file, experiment.combine is not None)
     return by_batch(config, loss), dict(averages)
@@ -325,7 +325,7 @@ def check_workdir(run: Run) -> None:
     workdir, experiment = run.workdir, run.experiment
     check_kept(experiment)
     if "\\" in str(workdir.absolute()):  # tensorstore reads it as a slash: the arrays would go into another folder
-        raise ValueError(f"workdir {str(workdir)!r} has a backslash, which checkpoints take for a slash; choose another name")
+        raise ValueError(f"workdir {str(workdir)!r} has a backslash, which checkpoints would read as a slash; choose another name")
     saved = workdir / "config.py"
     place = output.standing(workdir)
     if of_run(saved):
@@ -337,7 +337,9 @@ def check_workdir(run: Run) -> None:
     elif place == workdir and any(p.name != output.LOCK and not output.unfinished(p) for p in workdir.iterdir()):
         raise ValueError(f"workdir {str(workdir)!r} holds other files; choose a new or empty folder")
     if not os.access(place, os.W_OK | os.X_OK):
-        raise ValueError(f"workdir {str(workdir)!r} cannot be written: {str(place)!r} is closed to you; choose another workdir")
+        raise ValueError(
+            f"workdir {str(workdir)!r} cannot be written: you have no write permission for {str(place)!r}; choose another workdir"
+        )
     for folder in exports(run) if run.config.export.final else ():
         output.claim(folder, origin(experiment), remedy="move it away")
 

@@ -105,7 +105,7 @@ def check(run: Run, examples: Examples, params: Params, score: Any, values: np.n
     side = slice(*examples.offsets[[row * examples.N, stop * examples.N]])
     worst = np.abs(values[side][examples.scored[side]] - now).max(initial=0.0)
     if not worst < AGREE[run.policy.dtype.name]:
-        raise ValueError(f"the log-probs in {folder} differ from the reference's by {worst:.3g} nats; delete that folder")
+        raise ValueError(f"the log-probs in {folder} differ from those of the reference by {worst:.3g} nats; delete that folder")
 
 
 def read(folder: Path, index: int, examples: Examples) -> np.ndarray | None:
@@ -119,11 +119,13 @@ def read(folder: Path, index: int, examples: Examples) -> np.ndarray | None:
         with safe_open(file, framework="np") as f:
             values, crc = f.get_tensor("logps"), f.metadata()["crc"]
     except (SafetensorError, KeyError, TypeError, OSError) as e:
-        raise ValueError(f"{file} is damaged or cut short ({one_line(e)}); delete it, and it is computed again") from e
+        raise ValueError(f"{file} is damaged or cut short ({one_line(e)}); delete the file, and the same command computes it again") from e
     side = slice(*examples.offsets[[index * ROWS * examples.N, min((index + 1) * ROWS, len(examples)) * examples.N]])
     whole = values.dtype == np.float32 and values.shape == (examples.scored[side].sum(),)
     if not whole or crc != f"{zlib.crc32(values.tobytes()):08x}":
-        raise ValueError(f"{file} is damaged: it does not hold what it says; delete it, and it is computed again")
+        raise ValueError(
+            f"{file} is damaged: its content does not match its checksum or size; delete the file, and the same command computes it again"
+        )
     return values
 
 

@@ -96,7 +96,9 @@ def newest_models(workdir: Path, config: Any, source: hf.Source, mesh: Mesh, nam
 
         step, (about, params) = checkpoints.newest(read)
         if step and about.get("skipped") == step:
-            raise ValueError(f"none of the {step} steps in {str(workdir)!r} was finite: it holds the model that it began from alone")
+            raise ValueError(
+                f"none of the {step} steps in {str(workdir)!r} was finite: the workdir holds only the model that the run began from"
+            )
         check_finite(params, "float32", f"checkpoint {step} in {str(workdir)!r}")
         params.pop(CRITIC, None)
     return step, ((name, peft.merged(source, lora, one, mesh) if lora else one) for name, one in members_of(params, members))
@@ -127,7 +129,7 @@ def reward_models(place: str, file: str, overrides: Sequence[str]) -> tuple[Any,
     """
     if is_workdir(place):
         if file:
-            raise ValueError(f"{place!r} is the workdir of a run, which has a config of its own; leave out --config {file}")
+            raise ValueError(f"{place!r} is the workdir of a run, which contains its own config; leave out --config {file}")
         config, source, mesh, _, models = saved_models(Path(place), overrides)
         if not source.config.num_labels:
             raise ValueError(f"{place!r} is the run of a language model; give reward models (model.num_labels 1)")

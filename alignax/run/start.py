@@ -186,8 +186,8 @@ def check_step(run: Run) -> dict[str, Program]:
             metrics = given["judge" if "judge" in given else "evaluate"]
     except KeyError as e:
         raise ValueError(
-            f"{explained(e, run.experiment.file)}. The loss or the experience reads it: let an experience write it, or bring it with the "
-            "data (data.kind, data.columns)"
+            f"{explained(e, run.experiment.file)}. The loss or the experience reads this field: let the experience write it, or provide "
+            "it with the data (data.kind, data.columns)"
         ) from e
     check_advantages(run)
     for name in functions if is_main() else ():
@@ -203,7 +203,7 @@ def check_step(run: Run) -> dict[str, Program]:
         *seen,
     }
     if best and best not in names and is_main():
-        raise ValueError(f"checkpoint.best {best!r} is no metric of the evaluation; use one of {', '.join(sorted(names))}")
+        raise ValueError(f"checkpoint.best {best!r} is not a metric of the evaluation; use one of {', '.join(sorted(names))}")
     return table
 
 
@@ -250,8 +250,8 @@ def check_advantages(run: Run) -> None:
             )
         raise ValueError(
             f"rollout.samples is 1, and experience() of {run.experiment.file} compares a response with the others of its group: every "
-            "advantage is 0, and no reward is learnt from. Set it to 2 or more, or compare otherwise: reinforce_plus_plus(), or gae() with "
-            "a critic"
+            "advantage is 0, and no reward is learnt from. Set it to 2 or more, or use another estimator: reinforce_plus_plus(), or "
+            "gae() with a critic"
         )
 
 
@@ -316,6 +316,6 @@ def check_same(workdir: Path, step: int, saved: dict[str, Any], now: dict[str, A
     for name, value in now.items():
         if saved.get(name) != value:
             raise ValueError(
-                f"checkpoint {step} in {str(workdir)!r} grew from another {name} ({saved.get(name)}, given now: {value}); "
-                "give the same models and data, or choose another workdir"
+                f"checkpoint {step} in {str(workdir)!r} comes from another {name} ({saved.get(name)}, but now {value}); give the same "
+                "models and data, or choose another workdir"
             )

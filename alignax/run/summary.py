@@ -53,18 +53,16 @@ def summary(run: Run, about: dict[str, Any], start: int) -> list[str]:
         f"policy {about['policy']}" + (f", reference {about['reference']}" if about["reference"] else ", no reference"),
     ]
     if policy.lora is not None and not policy.lora.targets:
-        lines.append("the trunk is frozen: the head alone is trained")
+        lines.append("the trunk is frozen: only the head is trained")
     elif policy.lora is not None and not policy.members:
         base = "; the reference is their base, without adapters" if REFERENCE in run.roles and run.roles[REFERENCE].tree == BASE else ""
         lines.append(f"adapters {about['adapters']} of rank {policy.lora.rank} on {', '.join(policy.lora.targets)}{base}")
     if CRITIC in run.roles:
         size = parameter_count(parameters.abstract_params(run.roles[CRITIC].config)) / 1e6
-        lines.append(f"critic {about['critic']} of its own tree, {run.config.model.critic}: {size:.3f} M parameters")
+        lines.append(f"critic {about['critic']} with separate parameters, {run.config.model.critic}: {size:.3f} M parameters")
     if policy.members:
-        kind = "all parameters" if policy.lora is None else "adapters" if policy.lora.targets else "a head"
-        lines.append(
-            f"ensemble of {policy.members} members {about['members']}, each with {kind} of its own; seeds from {run.config.seed} on"
-        )
+        kind = "parameters" if policy.lora is None else "adapters" if policy.lora.targets else "head"
+        lines.append(f"ensemble of {policy.members} members {about['members']}, each with its own {kind}; seeds from {run.config.seed} on")
     for name in run.config.models:
         size = parameter_count(abstract(run.roles[name])) / 1e6
         lines.append(f"{name} {about[name]}, {run.config.models[name].path}: {size:.3f} M parameters")
@@ -76,15 +74,15 @@ def summary(run: Run, about: dict[str, Any], start: int) -> list[str]:
             lines += [f"mixture: {line}" for line in stream.mixture.lines(run.steps * run.config.batch_size)]
     if run.words.unused and not policy.source.config.num_labels:
         count, rows = sum(behind - first for first, behind in run.words.unused), policy.source.config.vocab_size
-        lines.append(f"{count:,} of the {rows:,} tokens of the model's head are none of its tokenizer's: they are never sampled")
+        lines.append(f"{count:,} of the {rows:,} tokens of the model's head are not in the tokenizer: they are never sampled")
     if run.config.batch_size > len(data.train.examples):
         lines.append(
-            f"a batch of {run.config.batch_size} is more than the {len(data.train.examples)} rows there are: it holds rows more than once"
+            f"a batch of {run.config.batch_size} is larger than the {len(data.train.examples)} rows of the data: a batch repeats rows"
         )
     lines.append(f"steps {run.steps} of {run.config.batch_size} examples, rows of {data.train.length} tokens, workdir {run.workdir}")
     lines += rows_of(run)
     if start >= run.steps:
-        lines.append(f"this run is complete: step {start} is saved; a longer one needs another workdir")
+        lines.append(f"this run is complete: step {start} is saved; a longer run needs another workdir")
     elif start:
         lines.append(f"going on after step {start}")
     return lines
