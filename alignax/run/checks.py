@@ -214,8 +214,8 @@ def check_averages(config: Any, averages: dict[str, Average], reference: Any, fr
         )
     if "reference" in averages and "reference" in frozen:
         raise ValueError(
-            "reward(..), gold(..), metrics(..) or speaker(..) ask for reference, but the average 'reference' changes it during training; let "
-            "experience(..) ask for it, or give the functions a fixed model under another name: models.initial.path"
+            "reward(..), gold(..), metrics(..) or speaker(..) ask for reference, but the average 'reference' changes it during "
+            "training; let experience(..) ask for it, or give the functions a fixed model under another name: models.initial.path"
         )
     turn = steps_of_turn(config)
     for name, rule in averages.items():
