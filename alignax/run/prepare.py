@@ -177,8 +177,8 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
     readers = [source, *(roles[name].source for name in (REFERENCE, CRITIC) if name in roles and roles[name].source is not source)]
     for model in readers:
         check_positions(config, model, examples, every if model is source else examples)
-    if config.reference.cache:  # placeholders of log-probs that are read or computed before the first step
-        place = lambda e: dataclasses.replace(e, token_fields={STORED: np.zeros(len(e.tokens), np.float32)})
+    if config.reference.cache:  # placeholders of log-probs that are read or computed before the first step; they take no memory
+        place = lambda e: dataclasses.replace(e, token_fields={STORED: np.broadcast_to(np.float32(0), len(e.tokens))})
         examples = {split: place(e) for split, e in examples.items()}
     check_rollout(config, readers, experiment, examples)
     for strings in (config.rollout.stop, config.eval.stop):
