@@ -178,7 +178,7 @@ def generate(model: Path, request: Request, overrides: Sequence[str], force: boo
             configs = one_vocabulary([hf.with_vocabulary(own.source, tokenizer).config for own in (first, *beside)])
             for own in configs:
                 check_room(own, longest, request.max_new_tokens)
-            console.begin(request, prompts is None, force)
+            console.begin(request, force)
         mesh = make_mesh(config.mesh)
         speakers = [speaker(own, compute_dtype(config, mesh), request.cache, mesh) for own in configs]
         whole = combined(speakers, [1.0, *(c for _, c in request.combination())]) if beside else speakers[0]
@@ -194,12 +194,13 @@ def generate(model: Path, request: Request, overrides: Sequence[str], force: boo
     if prompts is not None:
         console.answer(generator(request.n * len(prompts), longest), params, prompts, key, request, tokenizer)
         return
-    room = whole.positions - request.max_new_tokens
+    room, further = whole.positions - request.max_new_tokens, False
     for i, prompt in enumerate(console.typed(request, tokenizer, config.data, max(room, 1))):
         # Powers of 2 keep the number of compiled lengths small.
         longest = min(max(64, 1 << (len(prompt.ids) - 1).bit_length()), room)
         try:
-            console.answer(generator(request.n, longest), params, [prompt], jax.random.fold_in(key, i), request, tokenizer, True)
+            console.answer(generator(request.n, longest), params, [prompt], jax.random.fold_in(key, i), request, tokenizer, further)
+            further = True
         except ValueError as e:  # the prompt is too long; the next may fit
             print(f"alignax: {e}", file=sys.stderr)
 
