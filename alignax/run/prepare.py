@@ -1,6 +1,7 @@
 """Makes a checked run from an experiment: all that can be refused is refused here, before any computation."""
 
 import dataclasses
+import datetime
 import os
 import sys
 from collections.abc import Mapping
@@ -30,7 +31,7 @@ from alignax.config import (
 from alignax.config.blame import blaming
 from alignax.data import Batches, Examples, Report, load, padded_length
 from alignax.data.mixture import Loaded
-from alignax.data.template import Today
+from alignax.data.template import dated
 from alignax.distributed import is_main
 from alignax.generate import Generator, stops_of
 from alignax.host.functions import models_asked
@@ -120,6 +121,7 @@ class Run(NamedTuple):
     steps: int
     workers: Workers  # the processes that call reward functions
     samplers: dict[str, Generator]  # the generators by name, see `alignax.run.sampling`
+    day: datetime.date  # the day that chat templates are told, on which the run began
 
     @property
     def readers(self) -> dict[str, Judge]:
@@ -163,7 +165,8 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
     source, reference = roles[POLICY].source, roles.get(REFERENCE)
     if not config.data.train:
         raise ValueError("config field 'data.train' is empty; set --config.data.train=FILE")
-    Today.day = began(Path(config.workdir))  # templates may read the day: a run that goes on tomorrow keeps its rows
+    day = began(Path(config.workdir))  # templates may read the day: a run that goes on tomorrow keeps its rows
+    words = words._replace(tokenizer=dated(words.tokenizer, day))
     whole = source.config.num_labels > 0 or bool(scoring(roles))  # reward models also read what a template writes after the EOS
     loaded = {
         split: load(
@@ -172,7 +175,7 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
         for split in ("train", "eval", "pretrain")
         if config.data[split]
     }
-    judges, every = judged(experiment, roles, words, loaded)
+    judges, every = judged(experiment, roles, words, loaded, day)
     examples = {split: own for split, own in every.items() if split != "pretrain"}
     readers = [source, *(roles[name].source for name in (REFERENCE, CRITIC) if name in roles and roles[name].source is not source)]
     for model in readers:
@@ -196,7 +199,7 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
         experiment, config, Path(config.workdir), mesh, roles, judges, words, data,
         Learning(objectives, schedule, optimizer, averages), steps,
         Workers(experiment.file, config, config.rollout.reward_workers, config.rollout.timeout),
-        make_samplers(config, roles[POLICY], words, mesh, data.train.examples, data.evaluated),
+        make_samplers(config, roles[POLICY], words, mesh, data.train.examples, data.evaluated), day,
     )  # fmt: skip
 
 
@@ -206,7 +209,7 @@ def scoring(roles: dict[str, Role]) -> dict[str, Role]:
 
 
 def judged(
-    experiment: Experiment, roles: dict[str, Role], words: Vocabulary, loaded: dict[str, Loaded]
+    experiment: Experiment, roles: dict[str, Role], words: Vocabulary, loaded: dict[str, Loaded], day: datetime.date
 ) -> tuple[dict[str, Judge], dict[str, Examples]]:
     """The judges, which say how reward models read samples, and every split, with tokens of their own for reward models that need them."""
     config, read = experiment.config, [split for split in loaded if split != "pretrain"]
@@ -214,7 +217,7 @@ def judged(
     every = {split: dataclasses.replace(data.examples, conversations=[]) for split, data in loaded.items()}
     judges, asks, functions = {}, (*asked(experiment.experience), *asked(experiment.loss)[1:]), (GOLD, *models_asked(experiment))
     for name, role in scoring(roles).items():
-        own = load_tokenizer(role.source.path, role.source.config.vocab_size)
+        own = dated(load_tokenizer(role.source.path, role.source.config.vocab_size), day)
         if config.rollout.samples or name in functions:
             judges[name] = judging.of_rollouts(config, name, role.source, own, words.tokenizer, [loaded[split].examples for split in read])
         if not config.rollout.samples and name in asks:
