@@ -144,13 +144,12 @@ def export(workdir: Path, folder: Path, overrides: Sequence[str], force: bool = 
     with refusing():
         distributed.initialize()
         soup = "@" in str(workdir) and not workdir.exists()
-        by, members = f"mean {workdir}", 0
-        if not soup:
-            experiment = saved_experiment(workdir, overrides)
-            by, members = origin(experiment), experiment.config.ensemble.members
+        with together():
+            experiment = None if soup else saved_experiment(workdir, overrides)
+        by, members = (f"mean {workdir}", 0) if experiment is None else (origin(experiment), experiment.config.ensemble.members)
         for name in names_of(members):
             output.claim_on_all(folder / name, by, force)
-        saved = (averaged_models if soup else saved_models)(workdir, overrides)
+        saved = averaged_models(workdir, overrides) if experiment is None else saved_models(workdir, experiment.config)
         eos = load_tokenizer(saved.source.path, saved.source.config.vocab_size).eos_token_id
         there, dtype = folder.exists(), saved.config.export.dtype
         for name, params in saved.models:

@@ -12,7 +12,7 @@ from typing import Any
 from alignax.config.blame import blaming, theirs
 from alignax.config.experiment import Experiment, load_experiment
 from alignax.config.overrides import flat
-from alignax.config.source import FOLDER, MARK, MODULES, imports_from, read_source
+from alignax.config.source import FOLDER, MARK, MODULES, imports_from, modules_were, read_source
 from alignax.text import one_line, short
 
 
@@ -95,9 +95,16 @@ def difference(old: Experiment, new: Experiment, free: Sequence[str]) -> list[st
     lines = [f"{n}: {a.get(n)!r} there, {b.get(n)!r} now" for n in names if a.get(n) != b.get(n)]
     if bare(source(old), old.file) != bare(source(new), new.file):
         lines.append(f"the code of {new.file.name} has changed")
+    return [*lines, *(f"the code of {name}, which {new.file.name} imports, has changed" for name in changed_modules(old, new))]
+
+
+def changed_modules(old: Experiment, new: Experiment) -> list[str]:
+    """The names of the user's modules whose code differs between two experiments, or that only one of them imports.
+
+    The modules of `old` are those from the start of its run, if a run wrote its file. So an experiment from a workdir may be both.
+    """
     there, now = kept_modules(old), {name: digest(text) for name, text in modules(new).items()}
-    changed = [name for name in sorted(there.keys() | now.keys()) if there.get(name) != now.get(name)]
-    return [*lines, *(f"the code of {name}, which {new.file.name} imports, has changed" for name in changed)]
+    return [name for name in sorted(there.keys() | now.keys()) if there.get(name) != now.get(name)]
 
 
 def code(experiment: Experiment) -> str:
@@ -122,10 +129,8 @@ def digest(text: str) -> str:
 
 def kept_modules(experiment: Experiment) -> dict[str, str]:
     """The digests of an experiment's modules by name; a run's config.py holds those from the start of the run."""
-    for line in read_source(experiment.file).partition(MARK)[2].splitlines():
-        if line.startswith(MODULES):
-            return ast.literal_eval(line.removeprefix(MODULES))
-    return {name: digest(text) for name, text in modules(experiment).items()}
+    kept = modules_were(read_source(experiment.file))
+    return {name: digest(text) for name, text in modules(experiment).items()} if kept is None else kept
 
 
 def modules(experiment: Experiment) -> dict[str, str]:
