@@ -34,6 +34,7 @@ from alignax.run.opening import compute_dtype, open_model
 from alignax.run.prepare import Run, check_workdir, origin, prepare
 from alignax.run.saved import averaged_models, folder_config, is_workdir, names_of, newest_models, saved_experiment, saved_models
 from alignax.run.start import check_step, start
+from alignax.run.stop import preparing
 from alignax.text import table
 from alignax.types import Params
 
@@ -62,7 +63,7 @@ def train(file: str, overrides: Sequence[str], dry: bool) -> None:
 
 def run(experiment: Experiment) -> dict[str, dict[str, float]]:
     """Runs an experiment as a single run, or what is left of it; returns its evaluation metrics before and after training."""
-    with refusing():
+    with preparing(), refusing():
         with together():
             run = prepare(experiment)
         started = start(run)
