@@ -32,12 +32,25 @@ def told(number: int) -> str:
     return "alignax: interrupted" if number == signal.SIGINT else f"alignax: stopped by {SIGNALS[signal.Signals(number)]}"
 
 
-def end(line: str) -> None:
-    """Prints the last line of a command, unless the console has gone, as after SIGHUP."""
+def leave(line: str, number: int) -> int:
+    """Prints the last line of a command that a signal has ended, unless the console has gone, as after SIGHUP; returns the exit code.
+
+    One of several processes ends here: at its regular end jax waits for the others, which may wait for this one.
+    """
     try:
         print(line, file=sys.stderr, flush=True)
     except OSError:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115  (else Python fails to flush it, and ends with 120)
+    if "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
+        _exit(number)
+    return 128 + number
+
+
+def _exit(number: int) -> None:
+    """Ends the process at once."""
+    with suppress(Exception):  # the console has gone, or was being written to
+        sys.stdout.flush()
+    os._exit(128 + number)
 
 
 def install() -> None:
@@ -67,10 +80,9 @@ def handler(line: Callable[[int], str]) -> Callable[[int, FrameType | None], Any
                 Timer(0.01, os.kill, (os.getpid(), number)).start()
                 return
             if frame.f_code.co_filename.startswith(IMPORTS):
-                with suppress(Exception):  # the console has gone, or was being written to
-                    sys.stdout.flush()
-                end(line(number))
-                os._exit(128 + number)
+                with suppress(OSError):
+                    print(line(number), file=sys.stderr, flush=True)
+                _exit(number)
             frame = frame.f_back
         raise Interrupted(number)
 

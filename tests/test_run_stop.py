@@ -96,3 +96,16 @@ def test_a_process_that_is_told_to_end_while_it_fills_the_cache(fields, tmp_path
     assert runs.stop_when(process, lambda: any(tmp_path.glob("cache/*")), signal.SIGTERM)
     assert runs.finish(process, code=143).endswith(line("SIGTERM"))
     assert "step 1/1" in runs.finish(runs.begin(words))
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_one_of_two_processes_does_not_wait_for_the_other_to_end(fields, tmp_path):
+    words = runs.arguments(fields | {"workdir": tmp_path / "run", "reference.cache": tmp_path / "cache"})
+    first, second = runs.begin_two([words] * 2)
+    try:
+        assert runs.stop_when(second, lambda: any(tmp_path.glob("cache/*")), signal.SIGTERM)
+        assert runs.finish(second, code=143, timeout=30).endswith(line("SIGTERM"))
+    finally:
+        first.kill()
+        first.communicate()

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from alignax.interrupts import end, install, number_of, told
+from alignax.interrupts import install, leave, number_of, told
 
 if TYPE_CHECKING:
     from alignax.generate.console import Request
@@ -96,8 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # output that is flushed at exit
         return 141
     except KeyboardInterrupt as e:  # where no run is prepared or trained, which end with a line of their own
-        end(told(number_of(e)))
-        return 128 + number_of(e)
+        return leave(told(number_of(e)), number_of(e))
 
 
 def command(args: list[str]) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from alignax.host.workers import Abandoned
-from alignax.interrupts import SIGNALS, end, handler, number_of
+from alignax.interrupts import SIGNALS, handler, leave, number_of
 
 AGREE = 10  # steps between two agreements of the processes on whether to stop
 
@@ -64,8 +64,7 @@ def preparing() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as e:
-        end(line(number_of(e)))
-        raise SystemExit(128 + number_of(e)) from None
+        raise SystemExit(leave(line(number_of(e)), number_of(e))) from None
     finally:
         restore(old)
 
