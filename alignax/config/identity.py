@@ -5,7 +5,7 @@ import importlib.util
 import itertools
 import tempfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ def effective(experiment: Experiment) -> str:
       ValueError: for a value that no Python literal gives.
     """
     fields = "".join(f"        {name!r}: {literal(name, value)},\n" for name, value in sorted(flat(experiment.config).items()))
-    imported = {name: digest(text) for name, text in modules(experiment).items()}
+    imported = module_digests(experiment.file)
     # An experiment of several stages removes the experience from stages that need no reference.
     without = "" if experiment.experience else "\nexperience = None\n"
     return f"""{source(experiment)}
@@ -103,14 +103,14 @@ def changed_modules(old: Experiment, new: Experiment) -> list[str]:
 
     The modules of `old` are those from the start of its run, if a run wrote its file. So an experiment from a workdir may be both.
     """
-    there, now = kept_modules(old), {name: digest(text) for name, text in modules(new).items()}
+    there, now = kept_modules(old), module_digests(new.file)
     return [name for name in sorted(there.keys() | now.keys()) if there.get(name) != now.get(name)]
 
 
 def code(experiment: Experiment) -> str:
     """The code of an experiment and of the user's modules that it imports, without comments and module docstrings."""
     own = bare(source(experiment), experiment.file)
-    return "\n".join([own, *(f"# {name}\n{text}" for name, text in modules(experiment).items())])
+    return "\n".join([own, *(f"# {name}\n{text}" for name, text in modules(experiment.file).items())])
 
 
 def bare(text: str, file: Path) -> str:
@@ -130,19 +130,41 @@ def digest(text: str) -> str:
 def kept_modules(experiment: Experiment) -> dict[str, str]:
     """The digests of an experiment's modules by name; a run's config.py holds those from the start of the run."""
     kept = modules_were(read_source(experiment.file))
-    return {name: digest(text) for name, text in modules(experiment).items()} if kept is None else kept
+    return module_digests(experiment.file) if kept is None else kept
 
 
-def modules(experiment: Experiment) -> dict[str, str]:
-    """The code of the user's modules that an experiment imports, directly or not, by file name relative to its import folder."""
+def module_digests(experiment: Path) -> dict[str, str]:
+    """The digests of the user's modules that an experiment file imports, by name."""
+    return {name: digest(text) for name, text in modules(experiment).items()}
+
+
+def modules(experiment: Path) -> dict[str, str]:
+    """The code of the user's modules that an experiment file imports, directly or not, by file name relative to its import folder."""
+    return dict(sorted(module_files(experiment).values()))
+
+
+def changed_files(files: Mapping[Path, tuple[str, str]]) -> list[str]:
+    """The names of those modules, from `module_files`, whose files hold another code now, or none that can be read."""
+
+    def now(file: Path) -> str | None:
+        try:
+            return bare(read_source(file), file)
+        except (OSError, ValueError):
+            return None
+
+    return sorted(name for file, (name, text) in files.items() if now(file) != text)
+
+
+def module_files(experiment: Path) -> dict[Path, tuple[str, str]]:
+    """The files of the user's modules that an experiment file imports, directly or not, each with the name and code of `modules`."""
     found: dict[Path, tuple[str, str]] = {}
-    waiting = [*imported(experiment.file, "")]
+    waiting = [*imported(experiment, "")]
     while waiting:
         file, name = waiting.pop()
-        if file not in found and theirs(file, experiment.file):
+        if file not in found and theirs(file, experiment):
             found[file] = name, bare(read_source(file), file)
             waiting += imported(file, ".".join(Path(name).parent.parts))
-    return dict(sorted(found.values()))
+    return found
 
 
 def imported(file: Path, package: str) -> Iterator[tuple[Path, str]]:
