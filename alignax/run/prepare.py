@@ -305,8 +305,7 @@ def check_workdir(run: Run) -> None:
     saved = workdir / "config.py"
     place = output.standing(workdir)
     if of_run(saved):
-        lines = difference(load_experiment(saved), experiment, FREE)
-        if lines:
+        if begun(workdir) and (lines := difference(load_experiment(saved), experiment, FREE)):
             raise ValueError(f"workdir {str(workdir)!r} belongs to another run ({'; '.join(lines[:4])}); choose another workdir")
     elif not place.is_dir():
         raise ValueError(f"workdir {str(workdir)!r} cannot be a folder: {str(place)!r} is a file; choose another workdir")
@@ -316,6 +315,11 @@ def check_workdir(run: Run) -> None:
         raise ValueError(f"workdir {str(workdir)!r} cannot be written: {str(place)!r} is closed to you; choose another workdir")
     for folder in exports(run) if run.config.export.final else ():
         output.claim(folder, origin(experiment), remedy="move it away")
+
+
+def begun(workdir: Path) -> bool:
+    """Whether a run has made anything in its workdir; where it was stopped while it was prepared, its config.py stands there alone."""
+    return any(path.is_file() and path.stat().st_size for path in workdir.rglob("*") if path.name not in ("config.py", output.LOCK))
 
 
 def exports(run: Run) -> list[Path]:
