@@ -1,39 +1,89 @@
-"""The handling of Ctrl-C on the command line; this module imports little, so that the handler is in place before other imports."""
+"""The handling of signals on the command line; this module imports little, so that the handlers are in place before other imports."""
 
 import os
 import signal
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
+from typing import Any
 
-LINE = "alignax: interrupted"
-CODE = 130  # the exit code of a command that Ctrl-C has ended
+SIGNALS = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C", signal.SIGHUP: "SIGHUP"}  # exit codes: 128 + the number
 DEAF = ("_xla_gc_callback", "__del__")  # functions that the garbage collector calls, where errors are lost
 IMPORTS = "<frozen importlib"  # how the file names of Python's own import functions begin
 
 
+class Interrupted(KeyboardInterrupt):
+    """Raised where one of `SIGNALS` ends a command; `number` is that of the signal."""
+
+    def __init__(self, number: int):
+        """Takes the number of the signal."""
+        super().__init__(number)
+        self.number = number
+
+
+def number_of(error: KeyboardInterrupt) -> int:
+    """The number of the signal behind an exception, which may be Python's own for Ctrl-C."""
+    return error.number if isinstance(error, Interrupted) else signal.SIGINT
+
+
+def told(number: int) -> str:
+    """The line with which a signal ends a command."""
+    return "alignax: interrupted" if number == signal.SIGINT else f"alignax: stopped by {SIGNALS[signal.Signals(number)]}"
+
+
+def leave(line: str, number: int) -> int:
+    """Prints the last line of a command that a signal has ended, unless the console has gone, as after SIGHUP; returns the exit code.
+
+    One of several processes ends here: at its regular end jax waits for the others, which may wait for this one.
+    """
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except OSError:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  (else Python fails to flush it, and ends with 120)
+    if "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
+        _exit(number)
+    return 128 + number
+
+
+def _exit(number: int) -> None:
+    """Ends the process at once."""
+    with suppress(Exception):  # the console has gone, or was being written to
+        sys.stdout.flush()
+    os._exit(128 + number)
+
+
 def install() -> None:
-    """Installs `interrupt` as the handler of Ctrl-C, if Python's default handler is in place and this is the main thread."""
+    """Installs the handler of `SIGNALS` that raises `Interrupted`, where Python's default is in place and this is the main thread."""
     import threading
 
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, interrupt)
+    if threading.current_thread() is threading.main_thread():
+        for number in SIGNALS:
+            if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+                signal.signal(number, handler(told))
 
 
-def interrupt(number: int, frame: FrameType | None) -> None:
-    """Handles Ctrl-C with KeyboardInterrupt, except where the exception would be lost.
+def handler(line: Callable[[int], str]) -> Callable[[int, FrameType | None], Any]:
+    """A handler of signals that raises `Interrupted`, except where the exception would be lost.
 
     In functions that the garbage collector calls, such as jax's callback, the signal is repeated a moment later. While a module is
-    imported, the process ends at once: there the exception is swallowed by callbacks of Python's import, or turned into another one by C
-    modules; in the `exec` of a named tuple, it makes Python end by a signal, whatever exit code is asked for.
+    imported, the process ends at once, with the line for the signal's number: there the exception is swallowed by callbacks of Python's
+    import, or turned into another one by C modules; in the `exec` of a named tuple, it makes Python end by a signal, whatever exit code is
+    asked for.
     """
-    while frame is not None:
-        if frame.f_code.co_name in DEAF:
-            from threading import Timer
 
-            Timer(0.01, os.kill, (os.getpid(), number)).start()
-            return
-        if frame.f_code.co_filename.startswith(IMPORTS):
-            print(LINE, file=sys.stderr, flush=True)
-            os._exit(CODE)
-        frame = frame.f_back
-    raise KeyboardInterrupt
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        while frame is not None:
+            if frame.f_code.co_name in DEAF:
+                from threading import Timer
+
+                Timer(0.01, os.kill, (os.getpid(), number)).start()
+                return
+            if frame.f_code.co_filename.startswith(IMPORTS):
+                with suppress(OSError):
+                    print(line(number), file=sys.stderr, flush=True)
+                _exit(number)
+            frame = frame.f_back
+        raise Interrupted(number)
+
+    return interrupt

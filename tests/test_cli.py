@@ -63,11 +63,19 @@ def test_a_console_of_few_characters_is_told_all(monkeypatch):
     sys.stdout.close()
 
 
-def test_ctrl_c_is_not_lost_where_the_garbage_collector_calls(monkeypatch, capsys):
-    """Python ignores exceptions that are raised in callbacks of the garbage collector, so Ctrl-C there would be lost."""
+LINES = {
+    signal.SIGINT: "alignax: interrupted\n",
+    signal.SIGTERM: "alignax: stopped by SIGTERM\n",
+    signal.SIGHUP: "alignax: stopped by SIGHUP\n",
+}
+
+
+@pytest.mark.parametrize("number", LINES)
+def test_a_signal_is_not_lost_where_the_garbage_collector_calls(number, monkeypatch, capsys):
+    """Python ignores exceptions that are raised in callbacks of the garbage collector, so a signal there would be lost."""
 
     def _xla_gc_callback():  # as jax's is called
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
 
     def work(args):
         _xla_gc_callback()
@@ -75,30 +83,32 @@ def test_ctrl_c_is_not_lost_where_the_garbage_collector_calls(monkeypatch, capsy
             time.sleep(0.01)
 
     monkeypatch.setattr(cli, "parse", work)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+    before = signal.signal(number, default)
     try:
-        assert cli.main(["train"]) == 130 and "interrupted" in capsys.readouterr().err
+        assert cli.main(["train"]) == 128 + number and capsys.readouterr().err == LINES[number]
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before)
 
 
 MOMENTS = ["numpy.version", "numpy", "jax._src.config", "jax", "flax.core", "optax"]
 
 
 @pytest.mark.parametrize("module", [pytest.param(name, marks=() if name == "jax" else pytest.mark.slow) for name in MOMENTS])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "command", [["-m", "alignax"], ["-c", "import sys; from alignax.cli import main; sys.exit(main())"]], ids=["m", "script"]
 )
-def test_ctrl_c_while_libraries_are_imported(command, module):
-    """Ctrl-C comes as soon as Python reports that it has imported the module, while other imports are still to come."""
+def test_a_signal_while_libraries_are_imported(command, number, module):
+    """The signal comes as soon as Python reports that it has imported the module, while other imports are still to come."""
     words = [sys.executable, "-X", "importtime", *command, "train", "--config", "absent.py"]
     pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": runs.REPO}
     with subprocess.Popen(words, **pipes) as process:
         assert process.stderr is not None
         next(line for line in process.stderr if line.rpartition("|")[2].strip() == module)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         last = [line for line in process.stderr if not line.startswith("import time:")]
-    assert (process.returncode, last) == (130, ["alignax: interrupted\n"])
+    assert (process.returncode, last) == (128 + number, [LINES[number]])
 
 
 @pytest.mark.parametrize(

@@ -198,7 +198,7 @@ def test_modules_that_an_experiment_imports_are_a_part_of_it(tmp_path, monkeypat
         (tmp_path / name).write_text(text)
     experiment = load_experiment(tmp_path / "mine.py")
     within = {name for name in files if name not in ("mine.py", "unused_a.py", "elsewhere/far_a.py")} | {"far_a.py"}
-    assert set(modules(experiment)) == within
+    assert set(modules(experiment.file)) == within
     assert "# package_a/deep.py\nx = 1" in code(experiment), "processes compare it"
     saved, first = tmp_path / "run" / "config.py", identity(experiment, ())
     saved.parent.mkdir()

@@ -10,7 +10,7 @@ import tiny
 from alignax.config import default_config
 from alignax.data import assemble, chat, decode_example, padded_length, prompted_rows, tokenize
 from alignax.data.chat import Encoded, encode, masks
-from alignax.data.template import Template, Today
+from alignax.data.template import TODAY, Template, dated
 from alignax.data.tokens import CUT
 
 CHATML = (
@@ -48,11 +48,16 @@ def test_a_template_that_is_none_is_no_fault_of_a_row():
         tokenize(prompted, broken, max_length=99, max_prompt_length=0, vocab_size=999)
 
 
-def test_a_template_tells_the_day_that_the_run_began(monkeypatch):
-    monkeypatch.setattr(Today, "day", datetime.date(2026, 1, 2))
-    dated = tiny.byte_tokenizer("{{ strftime_now( \"%d %b %Y\" ) if strftime_now is defined }} {{ strftime_now('%H:%M') }}" + MARKED)
-    assert Template(dated, {}).text(turns("hi"), None).startswith("02 Jan 2026 00:00")
-    assert Template(dated, {}).marks(turns("hi", "ho"), None)[0].startswith("02 Jan 2026 00:00")
+def test_a_template_tells_the_day_that_the_run_began():
+    source = "{{ strftime_now( \"%d %b %Y\" ) if strftime_now is defined }} {{ strftime_now('%H:%M') }}" + MARKED
+    tokenizer = tiny.byte_tokenizer(source)
+    now, then = dated(tokenizer, datetime.date(2026, 1, 2)), dated(tokenizer, datetime.date(2025, 12, 31))
+    for own, said in ((now, "02 Jan 2026 00:00"), (then, "31 Dec 2025 00:00"), (tokenizer, TODAY.strftime("%d %b %Y 00:00"))):
+        assert Template(own, {}).text(turns("hi"), None).startswith(said)
+        assert Template(own, {}).marks(turns("hi", "ho"), None)[0].startswith(said)
+    tokenizer.chat_template = {"default": source, "tool_use": "{{ strftime_now('%Y') }}" + MARKED}
+    assert Template(dated(tokenizer, datetime.date(2024, 5, 6)), {}).text(turns("hi"), [{"name": "f"}]).startswith("2024<|im_start|>")
+    assert dated(tiny.byte_tokenizer(None), TODAY).chat_template is None and tokenizer.chat_template["default"] == source
 
 
 @pytest.fixture(scope="module")

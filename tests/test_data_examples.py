@@ -1,5 +1,6 @@
 """Kinds of data from a file to the fields of a batch."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -126,3 +127,16 @@ def test_parts_put_together_are_the_parts(tmp_path):
     with pytest.raises(ValueError, match=r"differ in their further fields \(\[\('margin',\)\] and \[\]\)"):
         concatenate([first, plain])
     np.testing.assert_array_equal(whole.prompt_tokens(3), whole.tokens[whole.offsets[6] :][: whole.prompt_lengths[7]])
+
+
+def test_examples_without_row_numbers_and_conversations_are_taken_and_asked_too(tmp_path):
+    whole, _ = load(tmp_path, PAIRS, "preference")
+    bare = dataclasses.replace(whole, rows=np.zeros(0, np.int64), conversations=[])
+    there = np.array([2, 0])
+    assert bare.taken(there).rows.shape == (0,) and bare.taken(there).digest() == whole.taken(there).digest()
+    assert whole.taken(there).rows.tolist() == whole.rows[there].tolist()
+    assert bare.asked(1) == whole.asked(1) == (PAIRS[1]["prompt"], None)
+    asked = ([{"role": "user", "content": "hi"}], None)
+    assert dataclasses.replace(whole, conversations=[None, asked, None, None, None]).asked(1) == asked
+    joined = concatenate([bare, dataclasses.replace(whole, conversations=[asked] * 5)])
+    assert joined.asked(1) == bare.asked(1) and joined.asked(6) == asked and joined.taken(there).rows.shape == (0,)

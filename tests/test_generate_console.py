@@ -78,6 +78,38 @@ def test_a_terminal_takes_prompts_one_by_one(model, tmp_path, monkeypatch, capsy
     assert "alignax: prompt 0 has 201 tokens; it must have at least 1, and at most the 124 of the cache" in err
 
 
+def test_a_file_is_whole_until_the_first_typed_prompt_is_answered(model, tmp_path, monkeypatch):
+    out = tmp_path / "out.jsonl"
+    seen, lines = [], []
+
+    def typing(_):
+        seen.append(out.read_text())
+        if not lines:
+            raise EOFError
+        return lines.pop(0)
+
+    monkeypatch.setattr(sys, "stdin", type("Terminal", (io.StringIO,), {"isatty": lambda self: True})())
+    monkeypatch.setattr("builtins.input", typing)
+    for typed in ([], ["", "Is it so?", "long " * 40, "Why"]):
+        lines += typed
+        out.write_text("of an afternoon\n")
+        assert generate(model, "--max-new-tokens", 4, "--out", out, "--force") == 0
+        assert seen[0] == "of an afternoon\n"
+    assert seen[1:3] == ["of an afternoon\n"] * 2, "an empty line writes nothing"
+    assert [row["prompt"] for row in jsonl(out)] == ["Is it so?", "Why"] and [*tmp_path.iterdir()] == [out]
+
+
+def test_a_typed_line_that_is_no_prompt_is_refused_and_the_next_is_read(tmp_path, monkeypatch, capsys):
+    tokenizer = tiny.byte_tokenizer(
+        CHATML.replace("{{ m.content }}", "{{ raise_exception('no tea') if 'tea' in m.content else m.content }}")
+    )
+    lines = iter(["a b", "tea", "c"])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    typed = console.typed(Request(), tokenizer, DATA)
+    assert [next(typed).given for _ in range(2)] == [[said("user", "a b")[0]], [said("user", "c")[0]]]
+    assert "alignax: row 0 of the terminal: the chat template refuses the conversation: 'no tea'" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_run_and_its_export_say_the_same(tmp_path, capsys):
     """The newest checkpoint of adapters, and the merged folder; the run's data is gone by then."""

@@ -472,3 +472,28 @@ def test_a_worker_that_cannot_load_the_experiment(tmp_path):
     assert "which cannot load the file: line 2: AssertionError: this needs an accelerator" in found.problem
     with pytest.raises(ValueError, match="the config of .* cannot be sent"):
         Workers(file, {"f": lambda: 0}, 1, 30.0)
+
+
+def test_a_process_that_begins_with_another_code_of_a_module_says_so(tmp_path, monkeypatch):
+    """What the experiment file imports is read when a process begins, and one begins again after a crash."""
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    file, helper, said = tmp_path / "experiment.py", tmp_path / "helper_of_workers.py", []
+    file.write_text(
+        "import os\nimport helper_of_workers\ndef reward(prompts, completions):\n    return [helper_of_workers.f(x) for x in completions]\n"
+    )
+    source = "import os\ndef f(text):\n    return os._exit(3) if text == 'dies' else 1.0\n"
+    helper.write_text(source)
+    with closing(Workers(file, {}, 1, 30.0)) as own:
+        own.say = said.append
+        assert own(call(["a"]), 1, strict=False).rewards == [1.0]
+        file.write_text("import json\n")  # its own code is that of the run's beginning
+        helper.write_text("# words\n" + source)
+        assert np.isnan(own(call(["dies"]), 1, strict=False).rewards).all() and own(call(["a"]), 1, strict=False).rewards == [1.0]
+        assert not any("has changed" in text for text in said)
+        helper.write_text(source.replace("1.0", "2.0"))
+        assert np.isnan(own(call(["dies"]), 1, strict=False).rewards).all() and own(call(["a"]), 1, strict=False).rewards == [2.0]
+        helper.write_text("def (")
+        assert np.isnan(own(call(["dies"]), 1, strict=False).rewards).all()
+        assert "cannot load the file" in own(call(["a"]), 1, strict=False).problem
+    told = [text for text in said if "has changed" in text]
+    assert len(told) == 1 and told[0].startswith("notice: the code of helper_of_workers.py, which experiment.py imports, has changed since")

@@ -172,6 +172,17 @@ def test_what_a_cache_cannot_serve_is_refused(code, change, message, fields, tmp
     assert message in capsys.readouterr().err and not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
 
 
+def test_log_probs_that_are_not_there_yet_take_no_memory(fields):
+    """The programs keep the data that they were made with, placeholders included, to the end of the run."""
+    run = prepared(fields, **{"reference.cache": "c"})
+    for examples in (run.data.train.examples, run.data.evaluated):
+        place = examples.token_fields["stored_ref_logps"]
+        assert place.shape == examples.tokens.shape and place.dtype == np.float32
+        assert np.lib.array_utils.byte_bounds(place)[1] - np.lib.array_utils.byte_bounds(place)[0] == 4
+    batch = run.data.train.batch(0)["stored_ref_logps"]
+    assert batch.shape == run.data.train.batch(0)["tokens"].shape and not batch.any()
+
+
 def test_the_reference_is_held_only_where_samples_are_compared_with_it(fields):
 
     assert "reference" not in frozen(prepared(fields, **{"reference.cache": "c"}).roles)

@@ -1,6 +1,7 @@
 """Models by name: which a run holds, what their parameters are, and that experience, losses and gold are given them."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,9 @@ from test_run_online import arguments, checked
 
 from alignax import losses
 from alignax.cli import main
+from alignax.data import chat
 from alignax.models import hf
+from alignax.rewards import judge as judging
 from alignax.run.loop import fit
 from alignax.run.roles import abstract, freeze, frozen, load, models
 from alignax.run.start import check_step, start
@@ -403,3 +406,30 @@ def test_programs_are_called_with_the_shapes_that_are_planned(refill, folders, t
     trained = [row for row in rows if "compilations" in row]
     assert [row["compilations"] > 0 for row in trained] == [True, False, False]
     assert not refill or all(row["signal_rate"] < 1 <= row["refill/times"] for row in trained)
+
+
+def test_each_run_of_a_process_keeps_its_own_day(folders, tmp_path):
+    """Templates of the policy and of a reward model tell the day; a second run begins on another, and the first reads samples later."""
+    told = "{{ strftime_now('%d %b') }}" + THEIRS
+    policy = tiny.folder(tmp_path / "policy", vocab_size=288, eos_token_id=3)
+    gold = shutil.copytree(folders[2], tmp_path / "gold")
+    for folder in (policy, gold):
+        tiny.byte_tokenizer(told).save_pretrained(folder)
+    (policy / "generation_config.json").unlink()
+    asked = ({"prompt": [{"role": "user", "content": f"is it {i}?"}]} for i in range(8))
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    own = {"model.path": policy, "models.gold.path": gold, "data.train": tmp_path / "p.jsonl", "data.kind": "prompt"}
+    own |= {"rollout.samples": 2, "rollout.max_new_tokens": 6, "data.max_length": 100}
+    made = {}
+    for name, day in (("first", "2026-01-02"), ("second", "2025-12-31")):
+        kept = tmp_path / name / "checkpoints" / "1" / "about" / "metadata"
+        kept.parent.mkdir(parents=True)
+        kept.write_text(json.dumps({"day": day}))
+        made[name] = checked(arguments(tmp_path, ONLINE, fields(folders, tmp_path, **own, workdir=tmp_path / name)))
+    for name, day, said in (("first", "2026-01-02", "02 Jan"), ("second", "2025-12-31", "31 Dec")):
+        run, examples = made[name], made[name].data.train.examples
+        assert str(run.day) == day and said in examples.prompts[0]
+        assert said in chat.encode_prompt(*examples.asked(0), run.words.tokenizer)[0]
+        judge = run.judges["gold"]
+        (code,) = judging.tokens_of([judging.asked(examples, 0, "yes")], judge)
+        assert said in judge.tokenizer.decode(code.prompt)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from alignax.interrupts import CODE, LINE, install
+from alignax.interrupts import install, leave, number_of, told
 
 if TYPE_CHECKING:
     from alignax.generate.console import Request
@@ -81,7 +81,8 @@ class Arguments(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the `alignax` command; returns its exit code.
 
-    The code is 0, 2 for bad input, 1 for a run that had to stop, 130 after Ctrl-C, 141 if the reader of the output has gone.
+    The code is 0, 2 for bad input, 1 for a run that had to stop, 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP, 141 if the reader
+    of the output has gone.
     """
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115  (after `>&-`)
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -94,9 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader has gone, as after `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # output that is flushed at exit
         return 141
-    except KeyboardInterrupt:  # before or after training; during training, the run saves first
-        print(LINE, file=sys.stderr)
-        return CODE
+    except KeyboardInterrupt as e:  # where no run is prepared or trained, which end with a line of their own
+        return leave(told(number_of(e)), number_of(e))
 
 
 def command(args: list[str]) -> int:

@@ -34,6 +34,7 @@ from alignax.run.opening import compute_dtype, open_model
 from alignax.run.prepare import Run, check_workdir, origin, prepare
 from alignax.run.saved import averaged_models, folder_config, is_workdir, names_of, newest_models, saved_experiment, saved_models
 from alignax.run.start import check_step, start
+from alignax.run.stop import preparing
 from alignax.text import table
 from alignax.types import Params
 
@@ -62,7 +63,7 @@ def train(file: str, overrides: Sequence[str], dry: bool) -> None:
 
 def run(experiment: Experiment) -> dict[str, dict[str, float]]:
     """Runs an experiment as a single run, or what is left of it; returns its evaluation metrics before and after training."""
-    with refusing():
+    with preparing(), refusing():
         with together():
             run = prepare(experiment)
         started = start(run)
@@ -145,13 +146,12 @@ def export(workdir: Path, folder: Path, overrides: Sequence[str], force: bool = 
     with refusing():
         distributed.initialize()
         soup = "@" in str(workdir) and not workdir.exists()
-        by, members = f"mean {workdir}", 0
-        if not soup:
-            experiment = saved_experiment(workdir, overrides)
-            by, members = origin(experiment), experiment.config.ensemble.members
+        with together():
+            experiment = None if soup else saved_experiment(workdir, overrides)
+        by, members = (f"mean {workdir}", 0) if experiment is None else (origin(experiment), experiment.config.ensemble.members)
         for name in names_of(members):
             output.claim_on_all(folder / name, by, force)
-        saved = (averaged_models if soup else saved_models)(workdir, overrides)
+        saved = averaged_models(workdir, overrides) if experiment is None else saved_models(workdir, experiment.config)
         eos = load_tokenizer(saved.source.path, saved.source.config.vocab_size).eos_token_id
         there, dtype = folder.exists(), saved.config.export.dtype
         for name, params in saved.models:
@@ -182,7 +182,7 @@ def generate(model: Path, request: Request, overrides: Sequence[str], force: boo
             configs = one_vocabulary([hf.with_vocabulary(own.source, tokenizer).config for own in (first, *beside)])
             for own in configs:
                 check_room(own, longest, request.max_new_tokens)
-            console.begin(request, prompts is None, force)
+            console.begin(request, force)
         mesh = make_mesh(config.mesh)
         speakers = [speaker(own, compute_dtype(config, mesh), request.cache, mesh) for own in configs]
         whole = combined(speakers, [1.0, *(c for _, c in request.combination())]) if beside else speakers[0]
@@ -198,12 +198,13 @@ def generate(model: Path, request: Request, overrides: Sequence[str], force: boo
     if prompts is not None:
         console.answer(generator(request.n * len(prompts), longest), params, prompts, key, request, tokenizer)
         return
-    room = whole.positions - request.max_new_tokens
+    room, further = whole.positions - request.max_new_tokens, False
     for i, prompt in enumerate(console.typed(request, tokenizer, config.data, max(room, 1))):
         # Powers of 2 keep the number of compiled lengths small.
         longest = min(max(64, 1 << (len(prompt.ids) - 1).bit_length()), room)
         try:
-            console.answer(generator(request.n, longest), params, [prompt], jax.random.fold_in(key, i), request, tokenizer, True)
+            console.answer(generator(request.n, longest), params, [prompt], jax.random.fold_in(key, i), request, tokenizer, further)
+            further = True
         except ValueError as e:  # the prompt is too long; the next may fit
             print(f"alignax: {e}", file=sys.stderr)
 

@@ -14,12 +14,23 @@ from alignax.config.derived import (
     trunk_values,
 )
 from alignax.config.experiment import Experiment, asked, load_experiment, load_module
-from alignax.config.identity import check_kept, code, difference, effective, identity, modules
+from alignax.config.identity import (
+    changed_files,
+    changed_modules,
+    check_kept,
+    code,
+    difference,
+    effective,
+    identity,
+    module_files,
+    modules,
+)
 from alignax.config.overrides import check_path, flat, set_field
 from alignax.config.source import of_run
 
 __all__ = [
-    "DATA", "HEAD", "PRETRAIN", "ROLLOUTS", "BadInput", "Experiment", "asked", "check_kept", "check_path", "code", "default_config",
-    "difference", "effective", "eval_batch_size", "flat", "identity", "load_experiment", "load_module", "longest_answer", "modules",
-    "of_run", "prompts_of_rollout", "set_field", "steps_of_turn", "trunk_values",
+    "DATA", "HEAD", "PRETRAIN", "ROLLOUTS", "BadInput", "Experiment", "asked", "changed_files", "changed_modules", "check_kept",
+    "check_path", "code", "default_config", "difference", "effective", "eval_batch_size", "flat", "identity", "load_experiment",
+    "load_module", "longest_answer", "module_files", "modules", "of_run", "prompts_of_rollout", "set_field", "steps_of_turn",
+    "trunk_values",
 ]  # fmt: skip

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from alignax.config.blame import BadInput, blaming, check_call, near, theirs
 from alignax.config.defaults import default_config
 from alignax.config.overrides import a_kind, check_path, check_range, flat, set_field
-from alignax.config.source import imports_from, read_source
+from alignax.config.source import imports_from, modules_were, read_source
 from alignax.data.files import check_local
 
 OFFERED = ("config", "reference", "policy", "ensemble", "prompts")  # parameters of experience(..), beside the names of `config.models`
@@ -150,10 +150,18 @@ def load_module(file: Path, source: bytes) -> ModuleType:
     module = ModuleType("alignax_experiment_" + file.stem)
     module.__file__ = str(file)
     sys.modules[module.__name__] = module
-    for folder in (str(file.resolve().parent), imports_from(file, source.decode(errors="replace"))):
+    text = source.decode(errors="replace")
+    for folder in (str(file.resolve().parent), imports_from(file, text)):
         if folder not in sys.path:
             sys.path.append(folder)
-    exec(compile(source, str(file), "exec", dont_inherit=True), module.__dict__)
+    try:
+        exec(compile(source, str(file), "exec", dont_inherit=True), module.__dict__)
+    except ModuleNotFoundError as e:
+        path = (e.name or "").replace(".", "/")
+        if {f"{path}.py", f"{path}/__init__.py"} & {*(modules_were(text) or ())}:
+            where = imports_from(file, text)
+            raise BadInput(f"{file} imports {e.name!r}, which was there when the run began and is gone; put it back into {where!r}") from e
+        raise
     return module
 
 

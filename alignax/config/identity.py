@@ -5,14 +5,14 @@ import importlib.util
 import itertools
 import tempfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from alignax.config.blame import blaming, theirs
 from alignax.config.experiment import Experiment, load_experiment
 from alignax.config.overrides import flat
-from alignax.config.source import FOLDER, MARK, MODULES, imports_from, read_source
+from alignax.config.source import FOLDER, MARK, MODULES, imports_from, modules_were, read_source
 from alignax.text import one_line, short
 
 
@@ -28,7 +28,7 @@ def effective(experiment: Experiment) -> str:
       ValueError: for a value that no Python literal gives.
     """
     fields = "".join(f"        {name!r}: {literal(name, value)},\n" for name, value in sorted(flat(experiment.config).items()))
-    imported = {name: digest(text) for name, text in modules(experiment).items()}
+    imported = module_digests(experiment.file)
     # An experiment of several stages removes the experience from stages that need no reference.
     without = "" if experiment.experience else "\nexperience = None\n"
     return f"""{source(experiment)}
@@ -95,15 +95,22 @@ def difference(old: Experiment, new: Experiment, free: Sequence[str]) -> list[st
     lines = [f"{n}: {a.get(n)!r} there, {b.get(n)!r} now" for n in names if a.get(n) != b.get(n)]
     if bare(source(old), old.file) != bare(source(new), new.file):
         lines.append(f"the code of {new.file.name} has changed")
-    there, now = kept_modules(old), {name: digest(text) for name, text in modules(new).items()}
-    changed = [name for name in sorted(there.keys() | now.keys()) if there.get(name) != now.get(name)]
-    return [*lines, *(f"the code of {name}, which {new.file.name} imports, has changed" for name in changed)]
+    return [*lines, *(f"the code of {name}, which {new.file.name} imports, has changed" for name in changed_modules(old, new))]
+
+
+def changed_modules(old: Experiment, new: Experiment) -> list[str]:
+    """The names of the user's modules whose code differs between two experiments, or that only one of them imports.
+
+    The modules of `old` are those from the start of its run, if a run wrote its file. So an experiment from a workdir may be both.
+    """
+    there, now = kept_modules(old), module_digests(new.file)
+    return [name for name in sorted(there.keys() | now.keys()) if there.get(name) != now.get(name)]
 
 
 def code(experiment: Experiment) -> str:
     """The code of an experiment and of the user's modules that it imports, without comments and module docstrings."""
     own = bare(source(experiment), experiment.file)
-    return "\n".join([own, *(f"# {name}\n{text}" for name, text in modules(experiment).items())])
+    return "\n".join([own, *(f"# {name}\n{text}" for name, text in modules(experiment.file).items())])
 
 
 def bare(text: str, file: Path) -> str:
@@ -122,22 +129,42 @@ def digest(text: str) -> str:
 
 def kept_modules(experiment: Experiment) -> dict[str, str]:
     """The digests of an experiment's modules by name; a run's config.py holds those from the start of the run."""
-    for line in read_source(experiment.file).partition(MARK)[2].splitlines():
-        if line.startswith(MODULES):
-            return ast.literal_eval(line.removeprefix(MODULES))
+    kept = modules_were(read_source(experiment.file))
+    return module_digests(experiment.file) if kept is None else kept
+
+
+def module_digests(experiment: Path) -> dict[str, str]:
+    """The digests of the user's modules that an experiment file imports, by name."""
     return {name: digest(text) for name, text in modules(experiment).items()}
 
 
-def modules(experiment: Experiment) -> dict[str, str]:
-    """The code of the user's modules that an experiment imports, directly or not, by file name relative to its import folder."""
+def modules(experiment: Path) -> dict[str, str]:
+    """The code of the user's modules that an experiment file imports, directly or not, by file name relative to its import folder."""
+    return dict(sorted(module_files(experiment).values()))
+
+
+def changed_files(files: Mapping[Path, tuple[str, str]]) -> list[str]:
+    """The names of those modules, from `module_files`, whose files hold another code now, or none that can be read."""
+
+    def now(file: Path) -> str | None:
+        try:
+            return bare(read_source(file), file)
+        except (OSError, ValueError):
+            return None
+
+    return sorted(name for file, (name, text) in files.items() if now(file) != text)
+
+
+def module_files(experiment: Path) -> dict[Path, tuple[str, str]]:
+    """The files of the user's modules that an experiment file imports, directly or not, each with the name and code of `modules`."""
     found: dict[Path, tuple[str, str]] = {}
-    waiting = [*imported(experiment.file, "")]
+    waiting = [*imported(experiment, "")]
     while waiting:
         file, name = waiting.pop()
-        if file not in found and theirs(file, experiment.file):
+        if file not in found and theirs(file, experiment):
             found[file] = name, bare(read_source(file), file)
             waiting += imported(file, ".".join(Path(name).parent.parts))
-    return dict(sorted(found.values()))
+    return found
 
 
 def imported(file: Path, package: str) -> Iterator[tuple[Path, str]]:

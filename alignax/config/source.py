@@ -27,6 +27,14 @@ def read_source(file: Path) -> str:
         raise BadInput(f"{file} is not UTF-8 text ({e.reason} at byte {e.start}); convert it to UTF-8") from e
 
 
+def modules_were(text: str) -> dict[str, str] | None:
+    """The modules that a run's experiment imported when the run began, name -> digest; None for the text of a file that no run wrote."""
+    for line in text.partition(MARK)[2].splitlines():
+        if line.startswith(MODULES):
+            return ast.literal_eval(line.removeprefix(MODULES))
+    return None
+
+
 def imports_from(file: Path, text: str) -> str:
     """The folder that an experiment imports its modules from: the file's own, or the one that a workdir's config.py names."""
     for line in text.partition(MARK)[2].splitlines():

@@ -56,7 +56,7 @@ class Examples:
 
     def asked(self, row: int) -> tuple[str | list[Message], Any]:
         """The prompt of a row as the file has it (text, or messages before any template), and its tools."""
-        return self.conversations[row] or (self.prompts[row], None)
+        return (self.conversations[row] if self.conversations else None) or (self.prompts[row], None)
 
     def taken(self, rows: np.ndarray) -> "Examples":
         """The examples of the given rows [m], in that order; without columns, conversations, token fields, `others` and `order`."""
@@ -66,7 +66,8 @@ class Examples:
         gather = np.arange(offsets[-1]) + np.repeat(self.offsets[sides] - offsets[:-1], lengths)
         fields = {name: x[rows] for name, x in self.fields.items()}
         prompts = [self.prompts[row] for row in rows.tolist()]
-        return Examples(self.tokens[gather], self.scored[gather], offsets, self.N, prompts, fields, rows=self.rows[rows])
+        numbers = self.rows[rows] if len(self.rows) else self.rows
+        return Examples(self.tokens[gather], self.scored[gather], offsets, self.N, prompts, fields, rows=numbers)
 
     def digest(self, crc: int = 0) -> int:
         """A fingerprint of the tokens and fields that batches are made of, `others` included, continued from `crc`."""
@@ -102,8 +103,8 @@ def concatenate(parts: Sequence[Examples]) -> Examples:
         prompts=[prompt for p in parts for prompt in p.prompts],
         fields={name: np.concatenate([p.fields[name] for p in parts]) for name in parts[0].fields},
         columns={name: [x for p in parts for x in p.columns[name]] for name in parts[0].columns if all(name in p.columns for p in parts)},
-        rows=np.concatenate([p.rows for p in parts]),
-        conversations=[x for p in parts for x in p.conversations],
+        rows=np.concatenate([p.rows for p in parts]) if all(len(p.rows) for p in parts) else np.zeros(0, np.int64),
+        conversations=[x for p in parts for x in p.conversations or [None] * len(p)],
         order=None if any(p.order is None for p in parts) else np.concatenate([p.order for p in parts if p.order is not None]),
     )
 

@@ -1,5 +1,6 @@
 """Chat templates: renders conversations by a tokenizer's own template and its variables, as text and never as tokens."""
 
+import copy
 import dataclasses
 import datetime
 import functools
@@ -13,6 +14,7 @@ from alignax.text import short
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 MARKS = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
+TODAY = datetime.date.today()  # the day that templates are told without `dated`: one date for all rows, also around midnight
 NOW = re.compile(r"""\bstrftime_now\(\s*(['"])([^'"\\]*)\1\s*\)""")
 REFUSED = "refused by the template"
 QUESTION, ANSWER, THOUGHT, LATER = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"  # placeholders for texts: no text has these characters
@@ -28,18 +30,6 @@ class Opening(NamedTuple):
 
 
 NO_OPENING = Opening(None, 0, "", False)
-
-
-class Today:
-    """The date that templates such as Llama 3.2's call today: one date for all rows, see `alignax.run.prepare`."""
-
-    day = datetime.date.today()
-
-    @classmethod
-    def said(cls, source: str) -> str:
-        """A template's source with this date in the place of each call of `strftime_now`, which would look at the clock."""
-        now = datetime.datetime.combine(cls.day, datetime.time())
-        return NOW.sub(lambda call: repr(now.strftime(call[2])), source)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +75,7 @@ class Template:
             raise ValueError(
                 f"the tokenizer's chat template is {short(template)}, not text; put the model's chat_template.jinja into its folder"
             )
-        return Today.said(template)
+        return told(template, TODAY)
 
     def has_marks(self, tools: Any) -> bool:
         """Whether the template marks the assistant's own text with `{% generation %}`."""
@@ -186,6 +176,22 @@ class Template:
     def specials(self) -> list[str]:
         """The special and added tokens, which the tokenizer cuts out of a text before all else; longest first."""
         return sorted({*self.tokenizer.all_special_tokens, *self.tokenizer.get_added_vocab()}, key=len, reverse=True)
+
+
+def dated(tokenizer: Any, day: datetime.date) -> Any:
+    """A copy of a tokenizer whose chat templates, such as Llama 3.2's, are told that `day` is today."""
+    own, templates = copy.copy(tokenizer), tokenizer.chat_template
+    if isinstance(templates, dict):
+        own.chat_template = {name: told(source, day) for name, source in templates.items()}
+    elif isinstance(templates, str):
+        own.chat_template = told(templates, day)
+    return own
+
+
+def told(source: str, day: datetime.date) -> str:
+    """A template's source with a day in the place of each call of `strftime_now`, which would look at the clock."""
+    now = datetime.datetime.combine(day, datetime.time())
+    return NOW.sub(lambda call: repr(now.strftime(call[2])), source)
 
 
 def mentioned(tokenizer: Any, variables: Mapping[str, Any]) -> dict[str, Any]:

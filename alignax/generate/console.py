@@ -163,23 +163,32 @@ def encoded(
 
 
 def typed(request: Request, tokenizer: Any, data: Any, most: int = sys.maxsize) -> Iterator[Prompt]:
-    """Iterates over prompts that a person types at the terminal, one per line, until the end of input; arguments as in `read`."""
+    """Iterates over prompts that a person types at the terminal, one per line, until the end of input; arguments as in `read`.
+
+    A line that is no prompt is refused in words, and the next one is read.
+    """
     while True:
         try:
             line = input("> ")
         except EOFError:
             print()
             return
-        if line.strip():
-            yield encoded(0, turns(line, request, tokenizer), None, tokenizer, "the terminal", data.template, most)
+        if not line.strip():
+            continue
+        try:
+            prompt = encoded(0, turns(line, request, tokenizer), None, tokenizer, "the terminal", data.template, most)
+        except ValueError as e:
+            print(f"alignax: {e}", file=sys.stderr)
+            continue
+        yield prompt
 
 
 def answer(
-    generator: Generator, params: Any, prompts: Sequence[Prompt], key: jax.Array, request: Request, tokenizer: Any, typed: bool = False
+    generator: Generator, params: Any, prompts: Sequence[Prompt], key: jax.Array, request: Request, tokenizer: Any, further: bool = False
 ) -> None:
     """Samples completions of prompts, and writes or prints them; a summary goes to stderr. All processes sample, process 0 writes.
 
-    `typed`: the prompts come from a terminal, so completions are appended to the request's file.
+    `further`: completions of earlier prompts are in the request's file already, and these are appended.
     """
     began = time.perf_counter()
     out = generator(params, [p.ids for p in prompts], key, request.n)
@@ -189,7 +198,7 @@ def answer(
     stops = generator.stops
     found = rows(prompts, out, tokenizer, stops)
     if request.out:
-        write(request.out, found, typed)
+        write(request.out, found, further)
     else:
         show(found, [prompt.text for prompt in prompts] if len(prompts) > 1 else None)
     for line in summary(out, seconds, generator.shape.slots, stops):
@@ -227,24 +236,22 @@ def show(found: Sequence[Sequence[dict[str, Any]]], prompts: Sequence[str] | Non
             print()
 
 
-def begin(request: Request, typed: bool, force: bool) -> None:
+def begin(request: Request, force: bool) -> None:
     """Refuses a request's file that cannot be written, or that would be lost without `force`, before anything is computed.
 
-    An earlier file stays until the results are there, unless the prompts are `typed`.
+    An earlier file stays whole until the first completions are there.
     """
     if request.out not in ("", "-") and is_main():
         output.claim(Path(request.out), force=force)
-        if typed:  # completions are appended prompt by prompt
-            output.write_text(Path(request.out), "")
 
 
-def write(file: str, found: Sequence[Sequence[dict[str, Any]]], typed: bool) -> None:
-    """Writes completions as JSONL, one row each: to a file, or to the console for "-". Those of typed prompts are appended."""
+def write(file: str, found: Sequence[Sequence[dict[str, Any]]], further: bool) -> None:
+    """Writes completions as JSONL, one row each, to the console for "-", else to a file: in its place, or with `further` at its end."""
     rows = [row for samples in found for row in samples]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     if file == "-":
         print("\n".join(map(output.json_text, rows)))
-    elif typed:
+    elif further:
         with open(file, "a", encoding="utf-8") as f:
             f.write(text)
     else:

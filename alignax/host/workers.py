@@ -18,6 +18,7 @@ from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import Any
 
+from alignax.config import changed_files, module_files
 from alignax.host.calls import Answer, Call, share, too_late
 from alignax.text import one_line, short
 
@@ -70,6 +71,7 @@ class Workers:
             self.setup = pickle.dumps((file, file.read_bytes(), config))
         except Exception as e:
             raise ValueError(f"the config of {file} cannot be sent to the process of its reward function ({one_line(e)})") from e
+        self.file, self.modules = file, module_files(file)
         self.count, self.patience = count, max(START, timeout)
         self.say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True)
         self.stop: Callable[[], int] = never
@@ -84,7 +86,17 @@ class Workers:
 
     def start(self) -> None:
         """Starts the missing processes, without waiting for them."""
-        self.workers += [Worker(self.setup, self.patience, self.look) for _ in range(self.count - len(self.workers))]
+        self.workers += [self.begin() for _ in range(self.count - len(self.workers))]
+
+    def begin(self) -> "Worker":
+        """A new process; a notice names the user's modules that have changed since the run began."""
+        if changed := changed_files(self.modules):
+            self.tell(
+                ", ".join(changed),
+                f"the code of {', '.join(changed)}, which {self.file.name} imports, has changed since the run began, and a process of its "
+                "functions that begins now has the code of now",
+            )
+        return Worker(self.setup, self.patience, self.look)
 
     def look(self) -> None:
         """Raises `Abandoned` if `stop` returns the number of a signal."""
@@ -194,7 +206,7 @@ class Workers:
     def ask(self, i: int, call: Call) -> Answer:
         """The first answer of worker `i` to a call; an ended worker is replaced."""
         if self.workers[i].ended:
-            self.workers[i] = Worker(self.setup, self.patience, self.look)
+            self.workers[i] = self.begin()
         return self.workers[i].ask(call)
 
 

@@ -87,7 +87,7 @@ class Evaluation:
         prompts = np.repeat(np.array([self.examples.prompts[i] for i in self.sampled], object)[:, None], c.samples_per_prompt, axis=1)
         found: dict[str, Any] = {"prompt": prompts, "completion": np.array(texts, object)}  # [n, samples_per_prompt]
         answers = Answers(self.examples, rows, self.prompts, completions, texts)
-        models, gold = self.scorers.given(answers), self.scorers.gold(answers)
+        models, gold = self.scorers(answers)
         if run.experiment.gold is not None:
             gold = rewards_of(run, "gold", answers, models)["gold"]
         scores |= metrics_of(run, answers, models)

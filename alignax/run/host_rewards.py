@@ -57,7 +57,7 @@ def rewards_of(run: Run, hook: str, answers: Answers, models: Models) -> dict[st
       run: the run.
       hook: "reward" or "gold".
       answers: the completions.
-      models: values of frozen models for the completions, see `alignax.run.scoring.Scorers.given`.
+      models: values of frozen models for the completions, see `alignax.run.scoring.Scored`.
 
     Raises:
       RewardFailed: if a function fails or a completion has no reward, and `rollout.bad_rewards` is "error".

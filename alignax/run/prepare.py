@@ -1,6 +1,7 @@
 """Makes a checked run from an experiment: all that can be refused is refused here, before any computation."""
 
 import dataclasses
+import datetime
 import os
 import sys
 from collections.abc import Mapping
@@ -30,7 +31,7 @@ from alignax.config import (
 from alignax.config.blame import blaming
 from alignax.data import Batches, Examples, Report, load, padded_length
 from alignax.data.mixture import Loaded
-from alignax.data.template import Today
+from alignax.data.template import dated
 from alignax.distributed import is_main
 from alignax.generate import Generator, stops_of
 from alignax.host.functions import models_asked
@@ -127,6 +128,7 @@ class Run(NamedTuple):
     workers: Workers  # the processes that call reward functions
     samplers: dict[str, Generator]  # the generators by name, see `alignax.run.sampling`
     packing: Packing | None  # how rows are packed; None: they are padded
+    day: datetime.date  # the day that chat templates are told, on which the run began
 
     @property
     def readers(self) -> dict[str, Judge]:
@@ -170,7 +172,8 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
     source, reference = roles[POLICY].source, roles.get(REFERENCE)
     if not config.data.train:
         raise ValueError("config field 'data.train' is empty; set --config.data.train=FILE")
-    Today.day = began(Path(config.workdir))  # templates may read the day: a run that goes on tomorrow keeps its rows
+    day = began(Path(config.workdir))  # templates may read the day: a run that goes on tomorrow keeps its rows
+    words = words._replace(tokenizer=dated(words.tokenizer, day))
     whole = source.config.num_labels > 0 or bool(scoring(roles))  # reward models also read what a template writes after the EOS
     loaded = {
         split: load(
@@ -179,13 +182,13 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
         for split in ("train", "eval", "pretrain")
         if config.data[split]
     }
-    judges, every = judged(experiment, roles, words, loaded)
+    judges, every = judged(experiment, roles, words, loaded, day)
     examples = {split: own for split, own in every.items() if split != "pretrain"}
     readers = [source, *(roles[name].source for name in (REFERENCE, CRITIC) if name in roles and roles[name].source is not source)]
     for model in readers:
         check_positions(config, model, examples, every if model is source else examples)
-    if config.reference.cache:  # placeholders of log-probs that are read or computed before the first step
-        place = lambda e: dataclasses.replace(e, token_fields={STORED: np.zeros(len(e.tokens), np.float32)})
+    if config.reference.cache:  # placeholders of log-probs that are read or computed before the first step; they take no memory
+        place = lambda e: dataclasses.replace(e, token_fields={STORED: np.broadcast_to(np.float32(0), len(e.tokens))})
         examples = {split: place(e) for split, e in examples.items()}
     check_rollout(config, readers, experiment, examples)
     for strings in (config.rollout.stop, config.eval.stop):
@@ -204,7 +207,7 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
         Learning(objectives, schedule, optimizer, averages), steps,
         Workers(experiment.file, config, config.rollout.reward_workers, config.rollout.timeout),
         make_samplers(experiment, roles, words, mesh, data.train.examples, data.evaluated),
-        make_packing(config, roles, mesh, data.train),
+        make_packing(config, roles, mesh, data.train), day,
     )  # fmt: skip
 
 
@@ -214,7 +217,7 @@ def scoring(roles: dict[str, Role]) -> dict[str, Role]:
 
 
 def judged(
-    experiment: Experiment, roles: dict[str, Role], words: Vocabulary, loaded: dict[str, Loaded]
+    experiment: Experiment, roles: dict[str, Role], words: Vocabulary, loaded: dict[str, Loaded], day: datetime.date
 ) -> tuple[dict[str, Judge], dict[str, Examples]]:
     """The judges, which say how models read samples as text, and every split, with tokens of their own for reward models that need them."""
     config, read = experiment.config, [split for split in loaded if split != "pretrain"]
@@ -222,7 +225,7 @@ def judged(
     every = {split: dataclasses.replace(data.examples, conversations=[]) for split, data in loaded.items()}
     judges, asks, functions = {}, (*asked(experiment.experience), *asked(experiment.loss)[1:]), (GOLD, *models_asked(experiment))
     for name, role in (scoring(roles) | {name: role for name, role in roles.items() if role.reads_text}).items():
-        own = load_tokenizer(role.source.path, role.source.config.vocab_size)
+        own = dated(load_tokenizer(role.source.path, role.source.config.vocab_size), day)
         if config.rollout.samples or name in functions:
             judges[name] = judging.of_rollouts(config, name, role.source, own, words.tokenizer, [loaded[split].examples for split in read])
         if not config.rollout.samples and name in asks:
@@ -329,8 +332,7 @@ def check_workdir(run: Run) -> None:
     saved = workdir / "config.py"
     place = output.standing(workdir)
     if of_run(saved):
-        lines = difference(load_experiment(saved), experiment, FREE)
-        if lines:
+        if begun(workdir) and (lines := difference(load_experiment(saved), experiment, FREE)):
             raise ValueError(f"workdir {str(workdir)!r} belongs to another run ({'; '.join(lines[:4])}); choose another workdir")
     elif not place.is_dir():
         raise ValueError(f"workdir {str(workdir)!r} cannot be a folder: {str(place)!r} is a file; choose another workdir")
@@ -342,6 +344,11 @@ def check_workdir(run: Run) -> None:
         )
     for folder in exports(run) if run.config.export.final else ():
         output.claim(folder, origin(experiment), remedy="move it away")
+
+
+def begun(workdir: Path) -> bool:
+    """Whether a run has made anything in its workdir; where it was stopped while it was prepared, its config.py stands there alone."""
+    return any(path.is_file() and path.stat().st_size for path in workdir.rglob("*") if path.name not in ("config.py", output.LOCK))
 
 
 def exports(run: Run) -> list[Path]:

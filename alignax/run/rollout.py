@@ -142,7 +142,7 @@ class Rollouts:
     def judged(self, sampled: Sampled, again: bool = False) -> tuple[dict[str, np.ndarray], dict[str, float]]:
         """Batch and metrics of sampled completions, on the host; `again`: a refill, for which `metrics` of the experiment is not called."""
         run, began, metrics, answers = self.run, time.monotonic(), sampled.metrics, self.answers(sampled)
-        models, gold = self.scorers.given(answers), self.scorers.gold(answers)
+        models, gold = self.scorers(answers)
         batch = samples_batch(run, answers, models)
         if run.experiment.reward is not None:
             metrics["bad_rewards"] = bad_rewards(batch)
@@ -194,7 +194,7 @@ class Rollouts:
 
 
 def samples_batch(run: Run, answers: Answers, models: Models) -> dict[str, np.ndarray]:
-    """The batch of completions with their rewards, on the host; `models` is from `Scorers.given`, the fields are those of `Rollouts`."""
+    """The batch of completions with their rewards, on the host; `models` is from `Scorers`, the fields are those of `Rollouts`."""
     batch = said_batch(run, answers)
     if run.experiment.reward is None:
         return batch

@@ -1,5 +1,6 @@
 """Models of past runs and of model folders, loaded for commands."""
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -9,8 +10,8 @@ import jax
 from jax.sharding import Mesh
 
 from alignax import rewards
-from alignax.config import Experiment, default_config, load_experiment, of_run, set_field, trunk_values
-from alignax.distributed import together
+from alignax.config import Experiment, changed_modules, default_config, load_experiment, of_run, set_field, trunk_values
+from alignax.distributed import is_main, together
 from alignax.mesh import make_mesh
 from alignax.models import hf, peft
 from alignax.models.reward import CRITIC
@@ -25,7 +26,9 @@ from alignax.types import Params
 
 
 def saved_experiment(workdir: Path, overrides: Sequence[str]) -> Experiment:
-    """Loads the experiment of a past run, with a mesh of the devices at hand.
+    """Loads the experiment of a past run, with a mesh of the devices at hand; a notice names its modules that have changed since.
+
+    The file in the workdir holds the code of the experiment, and imports the user's modules from where they lie.
 
     Raises:
       ValueError: for a folder that is no workdir of a run.
@@ -34,7 +37,14 @@ def saved_experiment(workdir: Path, overrides: Sequence[str]) -> Experiment:
     if not of_run(file):
         raise ValueError(f"{str(workdir)!r} is not the workdir of a run: it has no config.py{' that a run wrote' if file.exists() else ''}")
     here = [f"workdir={workdir}", "reference.cache=", "mesh.member=1", "mesh.data=1", "mesh.fsdp=-1", "mesh.tensor=1"]
-    return load_experiment(file, [*here, *overrides])
+    experiment = load_experiment(file, [*here, *overrides])
+    if (changed := changed_modules(experiment, experiment)) and is_main():
+        print(
+            f"notice: the code of {', '.join(changed)}, which the experiment of {str(workdir)!r} imports, has changed since the run began; "
+            "what follows is computed with the code of now",
+            file=sys.stderr,
+        )
+    return experiment
 
 
 def is_workdir(place: str | Path) -> bool:
@@ -65,10 +75,12 @@ class Saved(NamedTuple):
     models: Iterator[tuple[str, Params]]  # name and parameters of each member; a single model has an empty name
 
 
-def saved_models(workdir: Path, overrides: Sequence[str]) -> Saved:
-    """Loads the models of a run's newest checkpoint, with adapters merged; the run's data are not needed."""
+def saved_models(workdir: Path, config: Any) -> Saved:
+    """Loads the models of a run's newest checkpoint, with adapters merged; the run's data are not needed.
+
+    `config` is that of `saved_experiment`.
+    """
     with together():
-        config = saved_experiment(workdir, overrides).config
         source = hf.with_heads(
             open_source(config.model.path, "model.path"), config.model.num_labels, trunk_values(config), config.model.language_head
         )
@@ -130,7 +142,9 @@ def reward_models(place: str, file: str, overrides: Sequence[str]) -> tuple[Any,
     if is_workdir(place):
         if file:
             raise ValueError(f"{place!r} is the workdir of a run, which contains its own config; leave out --config {file}")
-        config, source, mesh, _, models = saved_models(Path(place), overrides)
+        with together():
+            experiment = saved_experiment(Path(place), overrides)
+        config, source, mesh, _, models = saved_models(Path(place), experiment.config)
         if not source.config.num_labels:
             raise ValueError(f"{place!r} is the run of a language model; give reward models (model.num_labels 1)")
         return config, source, mesh, rewards.stack([params for _, params in models], source.config, mesh)

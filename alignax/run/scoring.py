@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,6 +21,13 @@ def score_of(sampler: str, name: str) -> str:
     return f"{sampler}/score/{name}"
 
 
+class Scored(NamedTuple):
+    """What the frozen models of a run say about samples."""
+
+    models: dict[str, list[Any]]  # for reward functions, by the name of the model that they ask for: a value for each of B * N completions
+    gold: np.ndarray | None  # gold rewards [B, N] float32 of the model "gold", NaN for samples that it cannot read; None without that model
+
+
 class Scorers:
     """The frozen models of a run, as functions of samples on the host."""
 
@@ -36,25 +43,22 @@ class Scorers:
         self.run, self.held, place = run, held, score_of(sampler, "")
         self.programs = {name.removeprefix(place): program for name, program in programs.items() if name.startswith(place)}
 
-    def gold(self, answers: Answers) -> np.ndarray | None:
-        """Gold rewards [B, N] float32: the mean score of the model "gold", NaN for samples that it cannot read; None without that model."""
-        return self.said(GOLD, answers)[0].mean(axis=-1) if GOLD in self.programs else None
+    def __call__(self, answers: Answers) -> Scored:
+        """Scores samples; each model reads them once, whoever asks for it.
 
-    def given(self, answers: Answers) -> dict[str, list[Any]]:
-        """The values of models for reward functions that ask for them, by the model's name: one value for each of the B * N completions.
-
-        Reward models give a score, or a list of scores if there are several: those of a model's labels, or of K members. A language model
-        gives a list of the log-probs of the completion's tokens, in its own tokens if it reads text. A completion that a model cannot read
-        has the score NaN, or the list [NaN].
+        For reward functions a reward model gives its score, or a list of scores if it has several: those of its labels, or of K members. A
+        language model gives a list of the log-probs of the completion's tokens, in its own tokens if it reads text. A completion that a
+        model cannot read has the score NaN, or the list [NaN]. The gold reward is the mean score of the model "gold".
         """
         out: dict[str, list[Any]] = {}
+        every = {name: self.said(name, answers) for name in self.programs}
         for name in models_asked(self.run.experiment):
-            said, mask = (x.reshape(-1, x.shape[-1]) for x in self.said(name, answers))
+            said, mask = (x.reshape(-1, x.shape[-1]) for x in every[name])
             if self.run.roles[name].members:
                 out[name] = said.tolist() if said.shape[-1] > 1 else said[:, 0].tolist()
             else:
                 out[name] = [[math.nan] if np.isnan(row).all() else row[scored].tolist() for row, scored in zip(said, mask, strict=True)]
-        return out
+        return Scored(out, every[GOLD][0].mean(axis=-1) if GOLD in every else None)
 
     def said(self, name: str, answers: Answers) -> tuple[np.ndarray, np.ndarray]:
         """The output of a model for samples, float32, and the mask of the completion tokens that it read, [B, N, T] bool.

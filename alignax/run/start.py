@@ -15,7 +15,6 @@ from alignax import output
 from alignax.config import asked, code, effective, flat, prompts_of_rollout
 from alignax.config.blame import blaming, explained
 from alignax.data import Examples
-from alignax.data.template import Today
 from alignax.distributed import check_alike, is_main, together
 from alignax.experience import advance, first_carry
 from alignax.host.calls import METRICS
@@ -86,7 +85,7 @@ def start(run: Run, write: bool = True) -> Started:
             lock = open_workdir(run)
     checkpoints = Checkpoints(run.workdir, config.checkpoint.keep, config.checkpoint.best, write)
     compared = about if write else {name: x for name, x in about.items() if name != "data"}  # evaluation may use other data
-    about = about | {"day": Today.day.isoformat()}  # the day that templates read, kept when the run goes on tomorrow
+    about = about | {"day": run.day.isoformat()}  # the day that templates read, kept when the run goes on tomorrow
 
     def restored(step: int) -> TrainState:
         check_same(run.workdir, step, checkpoints.about(step), compared)
