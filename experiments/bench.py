@@ -8,8 +8,11 @@ Command:
 `--against` alternates another command with ours, A B A B, and prints the ratios. The last line of the command's output must be JSON with
 `tokens_per_step`, and `cpu_s_median` (CPU seconds of a step) or `tokens_per_cpu_s`. Fields of the case in braces are filled in.
 
-A step is: reference forward, policy forward and backward, clip, AdamW. Chosen and rejected rows of `--seq` tokens, including the prompt,
-count as `pairs * 2 * seq` tokens. CPU seconds are summed over all threads of the process; on a shared machine they vary less than
+A step is: reference forward, policy forward and backward, clip, AdamW. Chosen and rejected rows have `--seq` tokens, including the prompt.
+With `--mean` the lengths of completions are geometric with that mean. Rows are then padded to `--seq`, or with `--packing` packed into parts
+of so many positions. Tokens are those of rows without padding.
+
+CPU seconds are summed over all threads of the process; on a shared machine they vary less than
 wall time. Model FLOPs exclude recomputation: 3 policy forwards and 1 reference forward, with causal attention, and with the head only at
 completion positions. Each case runs in its own process, so that its peak memory is measured alone.
 """
@@ -27,14 +30,17 @@ import time
 
 CASE = {
     "dim": 256, "layers": 4, "heads": 8, "kv_heads": 8, "vocab": 8192, "seq": 256, "prompt": 64, "pairs": 8, "steps": 6, "warmup": 2,
-    "chunk": 256, "microbatches": 1,
+    "chunk": 256, "microbatches": 1, "mean": 0, "packing": -1,
 }  # fmt: skip
+RAGGED = {"seq": 512, "prompt": 32, "pairs": 32, "mean": 32}  # rows about as long as those of HH's harmless pairs
 REMAT = "full"
 CASES = [
     {},
     {"prompt": 192},
     {"dim": 128, "layers": 2, "vocab": 65536, "seq": 512, "prompt": 128, "pairs": 4, "chunk": 64, "steps": 3},
     *({"dim": 128, "layers": n, "pairs": 2, "vocab": 1024, "seq": 128, "prompt": 32, "steps": 20} for n in (2, 8, 32)),
+    {**RAGGED, "steps": 2},
+    {**RAGGED, "packing": 1024},
 ]
 
 
@@ -97,6 +103,7 @@ def measure(case: dict) -> dict:
 
     import alignax
     from alignax.models.transformer import init
+    from alignax.packing import Packing, part_by_part
 
     c = argparse.Namespace(**case)
     hidden = -(-(8 * c.dim // 3) // 64) * 64
@@ -109,8 +116,9 @@ def measure(case: dict) -> dict:
     reference = jax.tree.map(jnp.copy, params)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-4))
     state = alignax.init_state(params, optimizer, jax.random.key(0))
-    experience = alignax.chain(alignax.logps("ref_logps", alignax.Model(apply, reference)))
-    train_step = alignax.make_step(apply, alignax.dpo(0.1), optimizer, c.microbatches)
+    packing = Packing(c.packing) if c.packing > 0 else None
+    experience = alignax.chain(alignax.logps("ref_logps", alignax.Model(part_by_part(apply, packing), reference)))
+    train_step = alignax.make_step(apply, alignax.dpo(0.1), optimizer, c.microbatches, packing=packing)
     traces = []
 
     def traced_step(state, experience, batch):
@@ -118,10 +126,15 @@ def measure(case: dict) -> dict:
         return train_step(state, experience(batch))
 
     step = jax.jit(traced_step, donate_argnums=0)
-    shape = (c.pairs, 2, c.seq)
-    real = np.ones(shape, bool)
+    shape, rng = (c.pairs, 2, c.seq), np.random.default_rng(0)
+    tokens = rng.integers(3, c.vocab, shape)
+    lengths = np.full(shape[:2], c.seq)
+    if c.mean:
+        lengths = np.minimum(c.prompt + rng.geometric(1 / c.mean, shape[:2]), c.seq)
+        tokens[:, 1, : c.prompt] = tokens[:, 0, : c.prompt]
+    real = np.arange(c.seq) < lengths[..., None]
     batch = {
-        "tokens": jnp.asarray(np.random.default_rng(0).integers(3, c.vocab, shape), jnp.int32),
+        "tokens": jnp.asarray(tokens, jnp.int32),
         "mask": jnp.asarray(real),
         "completion_mask": jnp.asarray(real & (np.arange(c.seq) >= c.prompt)),
     }
@@ -138,7 +151,7 @@ def measure(case: dict) -> dict:
             walls.append(time.perf_counter() - wall)
             cpus.append(time.process_time() - cpu)
             hosts.append(host)
-    tokens, flops = c.pairs * 2 * c.seq, model_flops(c, hidden)
+    tokens, flops = int(lengths.sum()), sum(model_flops(c, hidden, int(length)) for length in lengths.ravel())
     cpu, rate = statistics.median(cpus), matmul_rate()
     return case | {
         "parameters": sum(x.size for x in jax.tree.leaves(reference)),
@@ -155,19 +168,20 @@ def measure(case: dict) -> dict:
         "retraces": len(traces) - 1,
         "peak_rss_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
         "loss": float(metrics["loss"]),
+        "real_positions": round(float(metrics.get("packed_positions", real.mean())), 3),
         "jax": jax.__version__,
         "device": jax.devices()[0].device_kind,
     }
 
 
-def model_flops(c: argparse.Namespace, hidden: int) -> float:
-    """The FLOPs of a step that every implementation needs."""
+def model_flops(c: argparse.Namespace, hidden: int, length: int) -> float:
+    """The FLOPs of a step that every implementation needs for a row of so many tokens; its prompt counts, shared or not."""
     head_dim = c.dim // c.heads
     layer = 2 * c.dim * (2 * c.heads + 2 * c.kv_heads) * head_dim + 6 * c.dim * hidden
-    attention = 2 * c.seq * c.heads * head_dim  # scores and values; the causal half
-    body = c.layers * (layer + attention) * c.seq
-    head = 2 * c.dim * c.vocab * (c.seq - c.prompt)
-    return 4.0 * 2 * c.pairs * (body + head)
+    attention = 2 * length * c.heads * head_dim  # scores and values; the causal half
+    body = c.layers * (layer + attention) * length
+    head = 2 * c.dim * c.vocab * (length - c.prompt)
+    return 4.0 * (body + head)
 
 
 def matmul_rate() -> float:

@@ -29,7 +29,8 @@ from alignax.losses.pairs import field
 from alignax.models import hf, peft
 from alignax.models.heads import last_states
 from alignax.models.lora import join
-from alignax.models.transformer import Decoder, ModelConfig
+from alignax.models.rows import laid_out
+from alignax.models.transformer import Decoder, ModelConfig, decoded
 from alignax.rewards.members import AXES, over_members
 from alignax.train import Apply, Stepped, init_state, make_step
 from alignax.types import Batch, Metrics, Model, Outputs, Params, TrainState, rows
@@ -174,8 +175,9 @@ def state_of(config: ModelConfig, dtype: Any = jnp.float32, remat: str = "none",
     decoder = Decoder(config, dtype, remat, mesh)
 
     def states(params: Params, batch: Batch) -> jax.Array:
-        hidden, _ = decoder.apply({"params": params}, rows(batch["tokens"]), rows(batch["mask"]))  # [R, T, D]
-        return last_states(hidden, rows(batch["mask"])).reshape(*batch["tokens"].shape[:2], -1)
+        laid = laid_out(batch)
+        hidden, _ = decoded(decoder, params, laid)  # [R, T, D]
+        return last_states(hidden, rows(batch["mask"]), laid.places).reshape(*batch["tokens"].shape[:2], -1)
 
     return states
 
