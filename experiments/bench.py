@@ -9,11 +9,10 @@ Command:
 `tokens_per_step`, and `cpu_s_median` (CPU seconds of a step) or `tokens_per_cpu_s`. Fields of the case in braces are filled in.
 
 A step is: reference forward, policy forward and backward, clip, AdamW. Chosen and rejected rows have `--seq` tokens, including the prompt.
-With `--mean` the lengths of completions are geometric with that mean. Rows are then padded to `--seq`, or with `--packing` packed into parts
-of so many positions. Tokens are those of rows without padding.
+With `--mean` the lengths of completions are geometric with that mean. Rows are padded to `--seq`, or with `--packing` packed into parts of
+so many positions. Tokens are those of rows without padding.
 
-CPU seconds are summed over all threads of the process; on a shared machine they vary less than
-wall time. Model FLOPs exclude recomputation: 3 policy forwards and 1 reference forward, with causal attention, and with the head only at
+CPU seconds are summed over all threads of the process; on a shared machine they vary less than wall time. Model FLOPs exclude recomputation: 3 policy forwards and 1 reference forward, with causal attention, and with the head only at
 completion positions. Each case runs in its own process, so that its peak memory is measured alone.
 """
 

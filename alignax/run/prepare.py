@@ -297,8 +297,17 @@ def make_packing(config: Any, roles: dict[str, Role], mesh: Mesh, train: Batches
     shared = all(shares_prompts(role.config) for role in roles.values())
     if wanted < 0:
         return None
-    packing = Packing(wanted or (1024 if cpu else 8192), mesh, shared, 64 if cpu else 256)
-    return packing if wanted or config.rollout.samples or real_share(train.examples, train.length, shared) < PAYS else None
+    online, least = config.rollout.samples > 0, 1024 if cpu else 8192
+    packing = Packing(wanted or (group_positions(config, mesh, train, 2 * least) if online else least), mesh, shared, 64 if cpu else 256)
+    return packing if wanted or online or real_share(train.examples, train.length, shared) < PAYS else None
+
+
+def group_positions(config: Any, mesh: Mesh, train: Batches, least: int) -> int:
+    """The positions of a part for rollouts: as many of the longest groups, prompt once, as make `least` or fit into a padded microbatch."""
+    c = config.rollout
+    group = int(train.examples.prompt_lengths.max()) + c.samples * c.max_new_tokens
+    padded = config.batch_size // meshes.batch_shards(mesh) * c.samples * train.length // config.microbatches
+    return group * max(1, min(padded // group, -(-least // group)))
 
 
 def real_share(examples: Examples, length: int, shared: bool) -> float:
