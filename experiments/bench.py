@@ -12,8 +12,9 @@ A step is: reference forward, policy forward and backward, clip, AdamW. Chosen a
 With `--mean` the lengths of completions are geometric with that mean. Rows are padded to `--seq`, or with `--packing` packed into parts of
 so many positions. Tokens are those of rows without padding.
 
-CPU seconds are summed over all threads of the process; on a shared machine they vary less than wall time. Model FLOPs exclude recomputation: 3 policy forwards and 1 reference forward, with causal attention, and with the head only at
-completion positions. Each case runs in its own process, so that its peak memory is measured alone.
+CPU seconds are summed over all threads of the process; on a shared machine they vary less than wall time. Model FLOPs exclude
+recomputation: 3 policy forwards and 1 reference forward, with causal attention, and with the head only at completion positions. Each case
+runs in its own process, so that its peak memory is measured alone.
 """
 
 import argparse
