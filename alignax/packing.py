@@ -229,12 +229,19 @@ class PartByPart:
     packing: Packing
     role: str = ""
 
+    def read(self, batch: Batch) -> Batch:
+        """The batch that the model reads: its own tokens, where the batch has such."""
+        return {name: batch[f"{self.role}_{name}"] for name in READ} if f"{self.role}_mask" in batch else batch
+
+    def pays(self, batch: Batch) -> bool:
+        """Whether the batch is packed."""
+        return self.packing.pays(self.read(batch))
+
     def __call__(self, params: Params, batch: Batch) -> Any:
         """The outputs of the whole batch."""
         if isinstance(batch, Packed):
             return self.apply(params, batch)
-        if f"{self.role}_mask" in batch:
-            batch = {name: batch[f"{self.role}_{name}"] for name in READ}
+        batch = self.read(batch)
         if not self.packing.pays(batch):
             return self.apply(params, batch)
         whole = None

@@ -76,7 +76,7 @@ class _Score:
 
     def __call__(self, params: Params, batch: Batch) -> Batch:
         B, N, _ = batch["tokens"].shape
-        rated = in_parts(lambda part: self.apply(params, part).scores, batch, self.microbatches)
+        rated = in_parts(lambda part: self.apply(params, part).scores, batch, self.microbatches, self.apply)
         if rated is None:
             raise ValueError("score() takes a reward model, but this model gives no scores; give a model with a reward head")
         return batch | {"scores": rated.reshape(B, N, -1)}

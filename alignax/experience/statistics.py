@@ -43,4 +43,5 @@ class _TokenStatistic:
     apply: Callable[[Params, Batch], Outputs]
 
     def __call__(self, params: Params, batch: Batch) -> Batch:
-        return batch | {self.name: in_parts(lambda part: self.apply(params, part).statistics[self.statistic], batch, self.microbatches)}
+        value = lambda part: self.apply(params, part).statistics[self.statistic]
+        return batch | {self.name: in_parts(value, batch, self.microbatches, self.apply)}

@@ -172,8 +172,7 @@ def experienced(run: Run, state: TrainState, frozen: Held, batch: Batch, parts: 
     The policy's forward pass, in `parts` parts, first adds `old_logps`, `old_entropy` and a critic's `values` to the rollout.
     """
     policy = policy_model(run.roles, frozen, state.params, run.packing)
-    outputs = lambda part: policy.apply(policy.params, part)
-    out = in_parts(outputs, batch, parts)
+    out = in_parts(lambda part: policy.apply(policy.params, part), batch, parts, policy.apply)
     sampled = scored(run, batch, out)  # before experience, which may replace the responses
     batch = batch | {"old_logps": out.logps, "old_entropy": out.entropy} | ({} if out.values is None else {"values": out.values})
     carry, batch, reported = advance(make_experience(run, frozen, state), state.carry, batch)

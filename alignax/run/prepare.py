@@ -298,16 +298,14 @@ def make_packing(config: Any, roles: dict[str, Role], mesh: Mesh, train: Batches
     if wanted < 0:
         return None
     online, least = config.rollout.samples > 0, 1024 if cpu else 8192
-    packing = Packing(wanted or (group_positions(config, mesh, train, 2 * least) if online else least), mesh, shared, 64 if cpu else 256)
+    N = config.rollout.samples or train.examples.N
+    padded = config.batch_size // meshes.batch_shards(mesh) * N * train.length // config.microbatches  # positions of a microbatch
+    positions = min(wanted or least, padded)
+    if online and not wanted:  # as many of the longest groups, each with its prompt once, as make twice `least` or fit into a microbatch
+        group = int(train.examples.prompt_lengths.max()) + N * config.rollout.max_new_tokens
+        positions = group * max(1, min(padded // group, -(-2 * least // group)))
+    packing = Packing(max(positions, 1), mesh, shared, 64 if cpu else 256)
     return packing if wanted or online or real_share(train.examples, train.length, shared) < PAYS else None
-
-
-def group_positions(config: Any, mesh: Mesh, train: Batches, least: int) -> int:
-    """The positions of a part for rollouts: as many of the longest groups, prompt once, as make `least` or fit into a padded microbatch."""
-    c = config.rollout
-    group = int(train.examples.prompt_lengths.max()) + c.samples * c.max_new_tokens
-    padded = config.batch_size // meshes.batch_shards(mesh) * c.samples * train.length // config.microbatches
-    return group * max(1, min(padded // group, -(-least // group)))
 
 
 def real_share(examples: Examples, length: int, shared: bool) -> float:
