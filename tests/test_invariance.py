@@ -2,6 +2,7 @@
 
 A program on one device is compared with one that has all at once, parts, padding and every axis of the mesh; the slow tests have each by
 itself. What an experience writes (ranks, means, KTO's mismatched KL) is computed within, from the policy as it stands at each step.
+Packing is one more way to split a batch, of the step and of the frozen models.
 """
 
 import functools
@@ -43,6 +44,7 @@ from alignax.experience import (
 )
 from alignax.losses import Loss
 from alignax.mesh import AXES, batch_sharding, make_mesh
+from alignax.packing import Packing, part_by_part
 from alignax.train import init_state, make_step
 from alignax.types import Batch, Model, Outputs, Params, TrainState
 
@@ -132,18 +134,24 @@ class Program(NamedTuple):
     begin: Callable[[], TrainState]
 
 
-def program(name: str, microbatches: int = 1, sizes: tuple[int, int, int] | None = None) -> Program:
-    """The experience that the loss asks for, then the step; on a mesh, parameters lie over fsdp and tensor."""
-    step = make_step(apply, LOSSES[name], OPTIMIZER, microbatches)
+def program(name: str, microbatches: int = 1, sizes: tuple[int, int, int] | None = None, packed: bool = False) -> Program:
+    """The experience that the loss asks for, then the step; on a mesh, parameters lie over fsdp and tensor.
+
+    Packed parts are as small as they may be: they have the positions of one padded example.
+    """
+    mesh = None if sizes is None else make_mesh(dict(zip(AXES[1:], sizes, strict=True)))
+    packing = Packing(1, mesh, block=8) if packed else None
+    step, forward = make_step(apply, LOSSES[name], OPTIMIZER, microbatches, packing=packing), part_by_part(apply, packing)
 
     def advance(state, reference, batch):
-        teacher = Model(apply, reference)
-        further = FURTHER.get(name, lambda *models: chain())(Model(apply, state.params), teacher)
-        return step(state, chain(logps("ref_logps", teacher), further)(batch))
+        teacher = Model(forward, reference)
+        further = FURTHER.get(name, lambda *models: chain())(Model(forward, state.params), teacher)
+        state, metrics = step(state, chain(logps("ref_logps", teacher), further)(batch))
+        assert ("packed_positions" in metrics) == packed
+        return state, metrics
 
-    if sizes is None:
+    if mesh is None:
         return Program(jax.jit(advance), begin)
-    mesh = make_mesh(dict(zip(AXES[1:], sizes, strict=True)))
     specs = {2: P("fsdp", "tensor"), 1: P("tensor"), 0: P()}
     laid = jax.tree.map(lambda x: NamedSharding(mesh, specs[x.ndim]), begin())
     compiled = jax.jit(advance, in_shardings=(laid, laid.params, batch_sharding(mesh)), out_shardings=(laid, None))
@@ -207,7 +215,10 @@ def test_the_policy_moves(name):
 
 
 ALL = {"microbatches": 2, "sizes": (2, 2, 2)}
-ALONE = {"parts": {"microbatches": 4}, "data": {"sizes": (8, 1, 1)}, "fsdp": {"sizes": (1, 8, 1)}, "tensor": {"sizes": (1, 1, 8)}}
+ALONE = {
+    "parts": {"microbatches": 4}, "data": {"sizes": (8, 1, 1)}, "fsdp": {"sizes": (1, 8, 1)}, "tensor": {"sizes": (1, 1, 8)},
+    "packed": {"packed": True}, "packed, data": {"packed": True, "sizes": (8, 1, 1)},
+}  # fmt: skip
 
 
 @every
@@ -215,6 +226,13 @@ def test_parts_padding_and_mesh_change_nothing(name):
     """Two microbatches on all axes of the mesh, padding rows among the others, and longer rows that begin further right."""
     _, data, expected = plain(name)
     assert_same(trajectory(program(name, **ALL), [padded(batch) for batch in data]), expected)
+
+
+@every
+def test_packing_padding_and_mesh_change_nothing(name):
+    """Packed parts on all axes of the mesh, of padded and longer rows as above; there are several of each shard, and no padding in them."""
+    _, data, expected = plain(name)
+    assert_same(trajectory(program(name, sizes=(2, 2, 2), packed=True), [padded(batch) for batch in data]), expected)
 
 
 @pytest.mark.slow

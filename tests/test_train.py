@@ -18,6 +18,7 @@ from alignax.experience import chain, logps
 from alignax.losses import Loss, dpo, finished, ipo, kl_k3, make_loss, observe, per_sequence, ppo, rpo, rpo_token_mean, sft, wpo
 from alignax.models import parameters
 from alignax.optim import OPTIMIZERS, SCHEDULES, decays, make_optimizer, make_schedule
+from alignax.packing import Packing
 from alignax.train import digest, init_state, make_evaluation, make_step, means
 from alignax.types import Model, microbatch
 
@@ -166,6 +167,43 @@ def test_a_sum_of_gradients_is_the_gradient_of_the_sum():
     assert_near(two.opt_state, one.opt_state)
     assert_metrics_near(others, metrics)
     assert_equal(again, out)
+
+
+# --- packed parts ---
+
+SHORT = tiny.batch(2, N=1, T=16, seed=1)  # a batch of no more positions than a packed part
+MANY = padded(tiny.batch(12, N=1, T=16, seed=1), (0, 2, 4))
+PACKED = {  # an objective, its batch or batches, and how gradients are combined
+    "one": (dpo() + sft(), padded(ragged(), (1, 6)), None),
+    "all padding": (dpo() + sft(), padded(ragged(), tuple(range(8))), None),
+    "of one batch": (TWO, padded(ragged(), (1, 6)), None),
+    "of their own": (OTHER, {"rollouts": padded(ragged(), (1, 6)), "pretrain": MANY}, None),
+    "padded second": (OTHER, {"rollouts": padded(ragged(), (1, 6)), "pretrain": SHORT}, None),
+    "padded first": ({"pretrain": sft(), "rollouts": dpo()}, {"pretrain": SHORT, "rollouts": padded(ragged(), (1, 6))}, None),
+    "combined": (TWO, padded(ragged(), (1, 6)), pcgrad),
+    "combined of their own": (OTHER, {"rollouts": padded(ragged(), (1, 6)), "pretrain": MANY}, pcgrad),
+    "combined with a padded one": (OTHER, {"rollouts": padded(ragged(), (1, 6)), "pretrain": SHORT}, pcgrad),
+}
+
+
+@pytest.mark.parametrize("kind", runs.slow_but(PACKED, "of one batch", "combined with a padded one"))
+def test_packed_parts_equal_one_batch(kind):
+    """Gradients, parameters, metrics and outputs, also of several objectives; a batch of few rows among them stays padded."""
+    objective, given, combine = PACKED[kind]
+    optimizer = optax.sgd(0.1, momentum=0.0)  # its state is the gradient
+
+    def stepped(packing: Packing | None):
+        step = make_step(tiny.plain_apply, objective, optimizer, outputs=True, combine=combine, packing=packing)
+        batches = lambda batch: dict.fromkeys(TWO, batch) if objective is TWO else batch
+        return jax.jit(lambda state, batch: step(state, batches(batch)))(start(optimizer), given)
+
+    (state, metrics, out), (parts, part_metrics, part_out) = stepped(None), stepped(Packing(1))
+    share = part_metrics.pop("packed_positions")
+    assert share == 0 if kind == "all padding" else 0.2 < share < 1
+    assert_near(parts.opt_state, state.opt_state)
+    assert_near(parts.params, state.params)
+    assert_metrics_near(part_metrics, metrics)
+    assert_near(part_out, out)
 
 
 @pytest.mark.parametrize("combine", [lambda gradients: gradients, lambda gradients: jax.tree.map(jnp.sum, gradients["dpo"])])

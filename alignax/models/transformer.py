@@ -456,18 +456,14 @@ def forward(
     check_statistics(statistics, teacher is not None)
     decoder = Decoder(config, dtype, remat, mesh, states=bool(hidden))
 
-    def read(batch: Batch) -> Laid:
-        if isinstance(batch, Packed) and batch.form.shared and not shares_prompts(config):
-            raise ValueError(f"rotary angles of type {dict(config.rope_scaling)['rope_type']!r} depend on a row's length; use shared=False")
-        return laid_out(batch)
-
     def spoken(params: Params, batch: Batch, states: jax.Array, laid: Laid) -> Outputs:
         tokens, scored = rows(batch["tokens"]), rows(batch["completion_mask"])  # [R, T]
         # Position t - 1 predicts token t; the last position predicts nothing.
         before = lambda states, laid: (states[:, :-1], None) if laid.places is None else (states, laid.places[:, :-1])
         taught = None
         if teacher is not None:
-            theirs = laid_out(batch, "ref_tokens" if "ref_tokens" in batch else "tokens", "ref_mask" if "ref_mask" in batch else "mask")
+            own = ("ref_tokens" if "ref_tokens" in batch else "tokens", "ref_mask" if "ref_mask" in batch else "mask")
+            theirs = read(teacher[0], batch, *own)
             hidden, places = before(decoded(Decoder(teacher[0], dtype, remat, mesh), teacher[1], theirs)[0], theirs)
             taught = hidden, head_weight(*teacher), places
         weight, (hidden, places) = head_weight(config, params), before(states, laid)
@@ -477,7 +473,7 @@ def forward(
         return jax.tree.map(back, out)
 
     def apply(params: Params, batch: Batch) -> Outputs:
-        laid = read(batch)
+        laid = read(config, batch)
         states, layers = decoded(decoder, params, laid)  # [R, T, D], and [L, R, T, D] with `hidden`
         out = spoken(params, batch, states, laid) if speaks else Outputs(None, None)  # pyright: ignore[reportArgumentType]
         if config.num_labels:
@@ -492,6 +488,13 @@ def forward(
         return out._replace(hidden={i: whole(layers[i]) for i in hidden}) if hidden else out
 
     return apply
+
+
+def read(config: ModelConfig, batch: Batch, *fields: str) -> Laid:
+    """The rows of a batch as a model reads them, see `laid_out`; refuses shared prompts of a model whose angles depend on the length."""
+    if isinstance(batch, Packed) and batch.form.shared and not shares_prompts(config):
+        raise ValueError(f"rotary angles of type {dict(config.rope_scaling)['rope_type']!r} depend on a row's length; use shared=False")
+    return laid_out(batch, *fields)
 
 
 def decoded(decoder: Decoder, params: Params, laid: Laid) -> Any:
@@ -520,7 +523,7 @@ def critic(
     decoder = Decoder(config, dtype, remat, mesh)
 
     def apply(params: Params, batch: Batch) -> jax.Array:
-        laid = laid_out(batch)
+        laid = read(config, batch)
         hidden, _ = decoded(decoder, params, laid)  # [R, T, D]
         return token_values(hidden, batch["completion_mask"], params["score"], params["score_offset"], laid.places)
 
