@@ -175,7 +175,7 @@ def joined(found: list[Part], apart: bool) -> tuple[Any, Metrics, list[Outputs]]
     (grads, (metrics, given)), *rest = found
     for more, (seen, _) in rest:
         grads = grads | more if apart else jax.tree.map(jnp.add, grads, more)
-        metrics = metrics | seen | {"loss": metrics["loss"] + seen["loss"]}
+        metrics = seen | metrics | {"loss": metrics["loss"] + seen["loss"]}
     return grads, metrics, given
 
 

@@ -215,10 +215,7 @@ def test_the_policy_moves(name):
 
 
 ALL = {"microbatches": 2, "sizes": (2, 2, 2)}
-ALONE = {
-    "parts": {"microbatches": 4}, "data": {"sizes": (8, 1, 1)}, "fsdp": {"sizes": (1, 8, 1)}, "tensor": {"sizes": (1, 1, 8)},
-    "packed": {"packed": True}, "packed, data": {"packed": True, "sizes": (8, 1, 1)},
-}  # fmt: skip
+ALONE = {"parts": {"microbatches": 4}, "data": {"sizes": (8, 1, 1)}, "fsdp": {"sizes": (1, 8, 1)}, "tensor": {"sizes": (1, 1, 8)}}
 
 
 @every

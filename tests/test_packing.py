@@ -25,7 +25,7 @@ from alignax.models import parameters, transformer
 from alignax.models.lora import Lora
 from alignax.models.rows import laid_out
 from alignax.models.statistics import min_p
-from alignax.packing import SLOTS, Deal, Form, Packed, Packing, PartByPart, deal, part_by_part, sizes
+from alignax.packing import SLOTS, Form, Packed, Packing, PartByPart, Parts, deal, part_by_part, sizes
 from alignax.rewards.ensembles import ensemble_apply
 from alignax.rewards.members import AXES, over_members, stacked
 from alignax.train import init_state, make_step
@@ -79,26 +79,45 @@ def first_fit(size: np.ndarray, P: int, most: int) -> list[list[int]]:
     return parts
 
 
-def parts_of(dealt: Deal) -> list[list[list[int]]]:
-    """The examples of each part that has any, of each shard."""
-    return [
-        [[int(i) for i in part if i < dealt.examples] for part in shard if part.min() < dealt.examples] for shard in np.asarray(dealt.index)
-    ]
+def parts_of(dealt: list[Parts]) -> list[list[list[int]]]:
+    """The examples of each part that is computed and has any, of each shard."""
+    used = [np.asarray(parts.index)[:, : int(parts.count)] for parts in dealt]
+    of_shard = lambda s: [part for index in used for part in index[s] if part.min() < dealt[0].examples]
+    return [[[int(i) for i in part if i < dealt[0].examples] for part in of_shard(s)] for s in range(dealt[0].form.shards)]
 
 
 @functools.cache
 def dealing(packing: Packing, microbatches: int) -> Callable:
-    return jax.jit(lambda batch: deal(batch, packing, microbatches)[:2])
+    return jax.jit(lambda batch: [(parts.index, parts.count) for parts in deal(batch, packing, microbatches)])
 
 
-def checked_deal(batch: dict, packing: Packing, microbatches: int = 1) -> Deal:
-    """The batch dealt, as first fit deals it: each real example is in one part of its own shard, and no part has more than P positions."""
-    index, count = dealing(packing, microbatches)(batch)
+def checked_deal(batch: dict, packing: Packing, microbatches: int = 1) -> list[Parts]:
+    """The batch dealt, as first fit deals it: each real example is in one part of its own shard, and no part has more than P positions.
+
+    The last part is cut into fewer than four quarters, if its examples fit into these on every shard.
+    """
     P, S = packing.size(batch, microbatches), packing.shards(batch)
-    dealt = Deal(index, count, len(batch["mask"]) // S, packing, P)
-    size, parts = np.asarray(measured(batch, packing.shared)).reshape(S, -1), parts_of(dealt)
-    assert parts == [first_fit(own, P, index.shape[2]) for own in size]
-    assert count == max(map(len, parts)) and dealt.computed == count * P * S
+    form = lambda P: Form(P, S, packing.shared, packing.block)
+    found = dealing(packing, microbatches)(batch)
+    quarter = P // 4 // packing.block * packing.block
+    dealt = [Parts(index, count, len(batch["mask"]) // S, form(P), None) for (index, count), P in zip(found, (P, quarter), strict=False)]
+    size, parts, most = np.asarray(measured(batch, packing.shared)).reshape(S, -1), parts_of(dealt), dealt[0].index.shape[2]
+    expected = [first_fit(own, P, most) for own in size]
+    count = max(map(len, expected))
+    rests: list[list[list[int]]] = [[] for _ in expected]
+    if len(dealt) == 2 and count:
+        for s, shard in enumerate(expected):
+            last = shard[-1] if len(shard) == count else []
+            assert not last or size[s][last].sum() <= P
+            rests[s] = first_fit(np.where(np.isin(np.arange(len(size[s])), last), size[s], 0), quarter, dealt[1].index.shape[2])
+        largest = [max(size[s][shard[-1]]) if len(shard) == count else 0 for s, shard in enumerate(expected)]
+        if max(map(len, rests)) < 4 and max(largest) <= quarter:
+            expected = [shard[: count - 1] + rest for shard, rest in zip(expected, rests, strict=True)]
+            assert dealt[0].count == count - 1 and dealt[1].count == max(map(len, rests))
+        else:
+            assert dealt[0].count == count and dealt[1].count == 0
+    assert parts == expected
+    assert sum(int(parts.computed) for parts in dealt) == sum(int(parts.count) * parts.form.positions * S for parts in dealt)
     for own, shard in zip(size, parts, strict=True):
         assert sorted(sum(shard, [])) == np.flatnonzero(own).tolist()
         assert all(own[part].sum() <= P for part in shard)
@@ -117,10 +136,10 @@ def test_every_example_is_in_one_part_of_its_own_shard(N, shared):
     for positions, microbatches in ((1, 1), (100, 1), (10**6, 4)):
         for mesh in (None, two_shards()):
             packing = Packing(positions, mesh, shared, BLOCK)
-            dealt = checked_deal(batch, packing, microbatches)
-            np.testing.assert_array_equal(checked_deal(batch, packing, microbatches).index, dealt.index)
-    assert checked_deal(batch, Packing(1, None, shared, BLOCK)).count > 1
-    assert checked_deal(batch, Packing(10**6, None, shared, BLOCK)).count == 1
+            for one, other in zip(*(checked_deal(batch, packing, microbatches) for _ in range(2)), strict=True):
+                np.testing.assert_array_equal(one.index, other.index)
+    assert checked_deal(batch, Packing(1, None, shared, BLOCK))[0].count > 1
+    assert sum(parts.count > 0 for parts in checked_deal(batch, Packing(10**6, None, shared, BLOCK))) == 1
 
 
 @settings(max_examples=100, deadline=None)
@@ -143,7 +162,7 @@ def test_a_part_has_no_more_examples_than_slots():
     mask = jnp.zeros((100, 1, 64), bool).at[:, :, 0].set(True)
     batch = {"tokens": mask.astype(jnp.int32), "mask": mask, "completion_mask": mask}
     dealt = checked_deal(batch, Packing(1))
-    assert dealt.positions == 64 and [len(part) for part in parts_of(dealt)[0]] == [SLOTS, SLOTS, SLOTS, 4]
+    assert dealt[0].form.positions == 64 and [len(part) for part in parts_of(dealt)[0]] == [SLOTS, SLOTS, SLOTS, 4]
 
 
 def test_the_size_of_a_part_and_when_it_pays_by_hand():
@@ -167,20 +186,22 @@ def test_what_is_taken_into_parts_is_put_back(mesh):
     whole = batch | {"margin": jnp.asarray(rng.normal(size=B)), "labels": jnp.ones((B, 2), bool), "nan": jnp.full((B, 2, 3), jnp.nan)}
     beside = {"weights": jnp.asarray(rng.random((B, 2)))}
     packing = Packing(1, mesh and mesh(), True, BLOCK)
-    dealt = deal(whole, packing)
-    taken, put = jax.jit(lambda i: dealt.part(i, whole, beside)), jax.jit(dealt.put)
-    back = dealt.zeros(jax.eval_shape(taken, jnp.zeros((), jnp.int32)))
-    for i in range(int(dealt.count)):
-        part, more = taken(i)
-        used = np.asarray(dealt.index)[:, i].ravel() < dealt.examples
-        assert type(part) is Packed and part.form == Form(dealt.positions, packing.shards(batch), True, BLOCK)
-        for x in jax.tree.leaves((dict(part), more)):
-            assert len(x) == len(used) and not np.asarray(x)[~used].any()
-        back = put(back, (part, more), i)
+    back = None
+    for dealt in deal(whole, packing):
+        taken, put = jax.jit(lambda i, dealt=dealt: dealt.part(i, whole, beside)), jax.jit(dealt.put)
+        fields = lambda i, taken=taken: (dict(taken(i)[0]), taken(i)[1])
+        back = dealt.zeros(jax.eval_shape(fields, jnp.zeros((), jnp.int32))) if back is None else back
+        for i in range(int(dealt.count)):
+            part, more = taken(i)
+            used = np.asarray(dealt.index)[:, i].ravel() < dealt.examples
+            assert type(part) is Packed and part.form == dealt.form and part.form.shards == packing.shards(batch)
+            for x in jax.tree.leaves((dict(part), more)):
+                assert len(x) == len(used) and not np.asarray(x)[~used].any()
+            back = put(back, (dict(part), more), i)
+    assert back is not None
     real = np.asarray(batch["mask"].any(axis=(1, 2)))
     clean = lambda x: np.where(real.reshape(-1, *(1,) * (x.ndim - 1)), x, np.zeros((), x.dtype))
-    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, clean(y)), (dict(back[0]), back[1]), (whole, beside))
-    assert dealt.count > 1
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, clean(y)), back, (whole, beside))
 
 
 # --- layout ---

@@ -15,7 +15,7 @@ from alignax.config import load_experiment
 from alignax.data import evaluation_batch
 from alignax.mesh import make_mesh
 from alignax.packing import Packing, sizes
-from alignax.run.prepare import PAYS, filled, prepare
+from alignax.run.prepare import PAYS, prepare, real_share
 
 SHORT = {"steps": 6, "eval.every": 3, "log.every": 1}
 ONLINE = {"rollout.samples": 3, "rollout.max_new_tokens": 6, "rollout.minibatches": 2, "data.kind": "prompt", "steps": 8, "eval.every": 4}
@@ -93,8 +93,8 @@ def test_runs_pack_where_it_pays(fields, tmp_path):
     examples, T = run.data.train.examples, run.data.train.length
     batch: Any = evaluation_batch(examples, 0, len(examples), T)
     for shared in (True, False):
-        np.testing.assert_allclose(filled(examples, T, shared), sizes(batch, shared).sum() / batch["mask"].size, rtol=1e-6)
-        assert filled(examples, 4 * T, shared) == filled(examples, T, shared) / 4
-    assert (run.packing is not None) == (filled(examples, T, True) < PAYS)
-    assert run.packing in (None, Packing(1024, one))
+        np.testing.assert_allclose(real_share(examples, T, shared), sizes(batch, shared).sum() / batch["mask"].size, rtol=1e-6)
+        assert real_share(examples, 4 * T, shared) == real_share(examples, T, shared) / 4
+    assert (run.packing is not None) == (real_share(examples, T, True) < PAYS)
+    assert run.packing in (None, Packing(8 * 2 * T, one)), "the positions of the padded batch, which are below 1,024"
     assert prepared(model__packing=-1).packing is None and prepared(model__packing=100).packing == Packing(100, one)
