@@ -71,5 +71,5 @@ def test_labels_and_attributes_that_differ_are_refused(planted, tmp_path, capsys
     here, _, _ = planted
     fields = {"model.path": here / "model", "data.train": here / "train.jsonl", "workdir": tmp_path / "run"}
     assert main(runs.arguments(fields | {"data.columns.attributes": "help,length"}, "attributes_helpsteer")) == 2
-    assert "names 2 attributes, the data have 2 and the model gives 5 scores" in capsys.readouterr().err
+    assert "names 2 attributes, but the data have 2 and the model gives 5 scores" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

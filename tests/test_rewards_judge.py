@@ -332,7 +332,7 @@ def test_a_language_model_of_another_tokenizer_reads_text_for_reward_functions(k
     started.checkpoints.close()
     rollouts = Rollouts(run, scorers=Scorers(run, started.held, started.programs, ROLLOUT))
     sampled = rollouts.sample(started.state, started.held, 0)
-    found, ended = rollouts.scorers.given(rollouts.answers(sampled))["reader"], sampled.completions.ended.ravel()
+    found, ended = rollouts.scorers(rollouts.answers(sampled)).models["reader"], sampled.completions.ended.ravel()
     assert {*ended} == {STOP_ID, LENGTH} and run.roles["reader"].reads_text
     tokenizer, model = transformers.AutoTokenizer.from_pretrained(reader), transformers.AutoModelForCausalLM.from_pretrained(reader)
     texts, count = decoded(run.words.tokenizer, sampled.completions), max(tokenizer.get_vocab().values()) + 1
@@ -363,7 +363,7 @@ def test_a_completion_that_does_not_fit_has_no_log_probs(models, reader, tmp_pat
     rollouts = Rollouts(run, scorers=scorers)
     answers = rollouts.answers(rollouts.sample(started.state, started.held, 0))
     answers.texts[0][0] = "longer than the row of the model by far" * 3
-    assert [np.isnan(own).all() for own in scorers.given(answers)["reader"]] == [True] + [False] * 15
+    assert [np.isnan(own).all() for own in scorers(answers).models["reader"]] == [True] + [False] * 15
 
 
 @pytest.mark.parametrize(

@@ -342,8 +342,12 @@ def test_a_function_holds_the_reference_that_a_cache_would_replace(folders, tmp_
     ("source", "row", "message"),
     [
         (ASKING.replace("reference):\n    return {", "ensemble):\n    return {"), {}, "'reward.path' is empty; set --config.reward.path="),
-        (ASKING + MOVING, {}, "the average 'reference' moves it; let experience"),
-        (COLUMN, {"reference": "x"}, "asks for 'reference', which is a model of the run, and data.train has a column of that name"),
+        (ASKING + MOVING, {}, "the average 'reference' changes it during training; let experience"),
+        (
+            COLUMN,
+            {"reference": "x"},
+            "asks for 'reference', which is ambiguous: .* one of the run's models, and data.train has a column of that name",
+        ),
     ],
     ids=["no reward model", "a moving reference", "a column of that name"],
 )

@@ -129,13 +129,13 @@ def test_a_loss_that_takes_samples_for_the_policys_is_refused(folders, tmp_path)
         ("def speaker(config, polcy):\n    return polcy", r"speaker\(\) of .* asks for 'polcy'; the nearest is 'policy'"),
         (
             "def speaker(policy, ensemble):\n    return policy",
-            r"asks for 'ensemble'.*; its parameters are any of config, policy, reference",
+            r"asks for 'ensemble'.*; a parameter must be one of config, policy, reference",
         ),
         ("def speaker(helpful):\n    return helpful", r"speaker\(\) of .* asks for 'helpful', a reward model, which predicts no token"),
         ("def speaker(policy):\n    return policy._replace(names='x')", "with parameters of 'x', and it is given policy; make it of"),
         ("def speaker(policy):\n    return policy._replace(vocab_size=9)", "a speaker of 9 tokens, the policy has 96; they must share"),
         ("def speaker(policy):\n    return policy.absent", "line .*: policy has no field 'absent'; it has vocab_size"),
-        (STEERED + "\ndef averages(config):\n    return {'reference': ema(0.9)}", r"speaker\(..\) ask for reference, and the average"),
+        (STEERED + "\ndef averages(config):\n    return {'reference': ema(0.9)}", r"speaker\(..\) ask for reference, but the average"),
     ],
 )
 def test_speakers_that_no_run_can_sample_from_are_refused(source, message, folders, tmp_path):  # noqa: F811

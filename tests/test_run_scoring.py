@@ -30,7 +30,7 @@ def scorers(monkeypatch, names, metrics=None, reward=None):
     config.models = dict.fromkeys(names, {"path": "x"})
     experiment = SimpleNamespace(config=config, gold=None, metrics=metrics, reward=reward)
     programs = {f"rollout/score/{name}": Program(None, ()) for name in names} | {"eval/score/other": Program(None, ())}
-    run: Any = SimpleNamespace(experiment=experiment, judges={"gold", "helpful"})
+    run: Any = SimpleNamespace(experiment=experiment, roles={name: SimpleNamespace(members=name != "twin") for name in names})
     score: Any = Scorers(run, {}, programs, "rollout")
     return score, read
 
