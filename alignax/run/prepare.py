@@ -46,6 +46,7 @@ from alignax.rewards import judge as judging
 from alignax.rewards.judge import Judge
 from alignax.run.checkpoint import began
 from alignax.run.checks import (
+    check_attention,
     check_averages,
     check_batches,
     check_cache,
@@ -57,7 +58,7 @@ from alignax.run.checks import (
     check_rollout,
 )
 from alignax.run.opening import Vocabulary, notices, open_models
-from alignax.run.roles import GOLD, POLICY, REFERENCE, STORED, Role, abstract_frozen, models
+from alignax.run.roles import GOLD, POLICY, REFERENCE, STORED, Role, abstract_frozen, kernel, models
 from alignax.run.sampling import make_samplers
 
 # Fields that may change when a run is resumed: they say where and how something is computed or reported, not what is computed.
@@ -72,6 +73,7 @@ FREE = (
     "microbatches",
     "model.remat",
     "model.logps_chunk",
+    "model.attention",
     "model.packing",
     "reference.cache",
     "rollout.reward_workers",
@@ -197,6 +199,10 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
     objectives, averages = learning(experiment, roles, mesh)
     check_averages(config, averages, reference, (*models_asked(experiment), *asked(experiment.speaker)))
     check_cache(config, averages, reference)
+    packing = make_packing(config, roles, mesh, data.train)
+    for role in roles.values():
+        kernel(role, config, mesh, data.train.length)  # refuses a kernel whose conditions do not hold
+    check_attention(config, packing)
     for line in notices(roles, words.tokenizer, config.lora.path, config.rollout.samples > 0) if is_main() else ():
         print(f"notice: {line}", file=sys.stderr)
     return Run(
@@ -204,7 +210,7 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
         Learning(objectives, schedule, optimizer, averages), steps,
         Workers(experiment.file, config, config.rollout.reward_workers, config.rollout.timeout),
         make_samplers(experiment, roles, words, mesh, data.train.examples, data.evaluated),
-        make_packing(config, roles, mesh, data.train),
+        packing,
     )  # fmt: skip
 
 
