@@ -121,20 +121,19 @@ def splash(
     Returns:
       [R, T, H, h]; of padding, attention among padding.
     """
-    (T, H, h), block = q.shape[1:], block_size(q.shape[1])
+    T, h, block = q.shape[1], q.shape[3], block_size(q.shape[1])
     behind = -T % block
-    sizes: Any = pallas.BlockSizes(*(block,) * 8)  # the same for the forward pass and both kernels of the backward pass
+    tiles: Any = (block,) * 8  # the same in the forward pass and in both kernels of the backward pass
 
     def rows(window: int, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
         shape, heads = (T + behind, T + behind), q.shape[2]  # of this device
         one = pallas.LocalMask(shape, (window - 1, 0), 0) if window else pallas.CausalMask(shape)
-        options: Any = {"block_sizes": sizes, "attn_logits_soft_cap": cap, "interpret": interpret}
-        with jax.numpy_rank_promotion("allow"):  # within the kernel
-            kernel = pallas.make_splash_mha(pallas.MultiHeadMask([one] * heads), head_shards=1, q_seq_shards=1, **options)
-            whole = lambda x: jnp.pad(x, ((0, 0), (0, behind), (0, 0), (0, 0))).swapaxes(1, 2)  # [R, heads, T', h]
-            segment = jnp.pad(mask, ((0, 0), (0, behind))).astype(jnp.int32)
-            scaled = (q.astype(jnp.float32) / math.sqrt(scalar or h)).astype(q.dtype)  # the kernel does not scale
-            out = jax.vmap(kernel)(whole(scaled), whole(k), whole(v), pallas.SegmentIds(segment, segment))
+        options: Any = {"block_sizes": pallas.BlockSizes(*tiles), "attn_logits_soft_cap": cap, "interpret": interpret}
+        kernel: Any = pallas.make_splash_mha(pallas.MultiHeadMask([one] * heads), head_shards=1, q_seq_shards=1, **options)
+        whole = lambda x: jnp.pad(x, ((0, 0), (0, behind), (0, 0), (0, 0))).swapaxes(1, 2)  # [R, heads, T', h]
+        segment = jnp.pad(mask, ((0, 0), (0, behind))).astype(jnp.int32)
+        scaled = (q.astype(jnp.float32) / math.sqrt(scalar or h)).astype(q.dtype)  # the kernel does not scale
+        out: Any = jax.vmap(kernel)(whole(scaled), whole(k), whole(v), pallas.SegmentIds(segment, segment))
         return out.swapaxes(1, 2)[:, :T]
 
     return _on_mesh(rows, mesh, windows, window, q, k, v, mask)
@@ -185,9 +184,7 @@ def cudnn(
         lengths = jnp.maximum(mask.sum(axis=1, dtype=jnp.int32), 1)
         options: Any = {"query_seq_lengths": lengths, "key_value_seq_lengths": lengths, "implementation": implementation}
         around = (window - 1, 0) if window else None
-        out = jax.nn.dot_product_attention(
-            real(q), real(k), real(v), scale=scale, is_causal=True, local_window_size=around, **options
-        )
+        out = jax.nn.dot_product_attention(real(q), real(k), real(v), scale=scale, is_causal=True, local_window_size=around, **options)
         return real(out)
 
     return _on_mesh(rows, mesh, windows, window, q, k, v, mask)

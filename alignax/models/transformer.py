@@ -286,6 +286,7 @@ class Decoder(nn.Module):
             (x, cache), layers, windows, rope, at, mask if sight is None else sight
         )
         if self.states:
+            assert isinstance(kept, jax.Array)
             kept = jax.vmap(at_places, (0, None))(kept, back)
         return at_places(norm(self, "norm", x), back), kept if self.states or self.keep is not None else cache
 
