@@ -22,6 +22,7 @@ from alignax import mesh as meshes
 from alignax.config import load_experiment
 from alignax.models import kernels, parameters, transformer
 from alignax.models.attention import attention
+from alignax.rewards.members import over_members
 from alignax.run import plan
 from alignax.run.prepare import prepare
 from alignax.run.summary import attention as words
@@ -88,16 +89,29 @@ def test_cudnns_arguments_mean_attention(options):
 SHARDED = [("splash", 4, 2), ("cudnn", 3, 3), ("splash", 3, 3), ("cudnn", 4, 2)]
 
 
-@pytest.mark.parametrize("name, H, KV", runs.slow_but(SHARDED, *SHARDED[:2]))
-def test_kernels_are_the_same_on_a_mesh(name, H, KV):
+@pytest.mark.parametrize("case", runs.slow_but(SHARDED, *SHARDED[:2]), ids=str)
+def test_kernels_are_the_same_on_a_mesh(case):
     """Rows over 4 devices and heads over 2; three key-value heads, which 2 devices do not divide, stay together."""
-    mesh, kernel = meshes.make_mesh({"data": 2, "fsdp": 2, "tensor": 2}), {"splash": interpreted, "cudnn": instead}[name]
+    (name, H, KV), mesh = case, meshes.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    kernel = {"splash": interpreted, "cudnn": instead}[name]
     q, k, v, _, mask = drawn(4, 128, H, KV, 8)
     mask = jnp.arange(128)[None] < mask.sum(axis=1, keepdims=True)
     run = lambda mesh, q, k, v, mask: kernel(q, k, v, mask, mesh, windows=(0, 40), window=jnp.asarray(40)) * mask[..., None, None]
     sharded = jax.jit(functools.partial(run, mesh))(q, k, v, mask)
     expected = attention(q, k, v, mask, window=jnp.asarray(40)) * mask[..., None, None]
     np.testing.assert_allclose(sharded, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_splash_computes_the_members_of_an_ensemble_together():
+    mesh = meshes.make_mesh({"member": 2, "data": 2, "tensor": 2})
+    draw = lambda i, heads: jax.random.normal(jax.random.key(i), (2, 4, 128, heads, 8))
+    q, k, v, mask = draw(0, 4), draw(1, 2), draw(2, 2), jnp.arange(128)[None] < jnp.array([[128], [70], [3], [128]])
+    run = lambda f, *x: jax.value_and_grad(lambda *x: (jnp.square(f(*x, mask)) * mask[..., None, None]).sum(), (0, 1, 2))(*x)
+    together = jax.jit(over_members(functools.partial(run, functools.partial(interpreted, mesh=mesh)), 0, 0))(q, k, v)
+    for member in range(2):
+        alone = run(attention, q[member], k[member], v[member])
+        jax.tree.map(lambda a, b, m=member: np.testing.assert_allclose(a[m], b, rtol=1e-5, atol=1e-5), together, alone)
 
 
 WINDOWS = dataclasses.replace(tiny.MODEL, sliding_windows=(0, 9), positions="learned")
