@@ -19,11 +19,13 @@ from test_models_attention import pulled
 from test_run_plan import TPU_ENVIRONMENT
 
 from alignax import mesh as meshes
-from alignax.config import load_experiment
+from alignax.config import default_config, load_experiment
 from alignax.models import kernels, parameters, transformer
 from alignax.models.attention import attention
+from alignax.packing import Packing
 from alignax.rewards.members import over_members
-from alignax.run import plan
+from alignax.run import plan, roles
+from alignax.run.checks import check_attention
 from alignax.run.prepare import prepare
 from alignax.run.summary import attention as words
 
@@ -193,6 +195,21 @@ def test_a_run_refuses_a_kernel_and_says_what_auto_took(tmp_path):
         run(**{"model.attention": "splash"})
     with pytest.raises(ValueError, match="attention 'flash' is unknown; use auto, xla, splash, cudnn"):
         run(**{"model.attention": "flash"})
+
+
+def test_a_kernel_is_not_taken_for_what_it_would_not_compute(monkeypatch):
+    """Members that are trained under one vmap, and packed rows."""
+    monkeypatch.setattr(kernels, "platform", lambda mesh: "gpu")
+    config, mesh = default_config(), meshes.make_mesh({"fsdp": -1})
+    config.ensemble.members = 3
+    assert roles.attention(config, mesh) == ("xla", "cudnn does not compute the 3 members of an ensemble together")
+    check_attention(config, Packing(1024))
+    config.model.attention = "cudnn"
+    with pytest.raises(ValueError, match="'cudnn', and cudnn does not compute the 3 members .* use model.attention=xla"):
+        roles.attention(config, mesh)
+    check_attention(config, None)
+    with pytest.raises(ValueError, match="for padded rows, and model.packing is 0, and packs rows of 1024 .* set model.packing=-1, or"):
+        check_attention(config, Packing(1024))
 
 
 @pytest.fixture
