@@ -13,6 +13,7 @@ LABORATORY = (runs.REPO / "docs" / "overoptimisation.md").read_text()
 REWARDS = (runs.REPO / "docs" / "rewards.md").read_text()
 ROUTED = (runs.REPO / "docs" / "routed.md").read_text()
 ONLINE = (runs.REPO / "docs" / "online.md").read_text()
+ATTENTION = (runs.REPO / "docs" / "attention.md").read_text()
 GENERATE = (runs.REPO / "docs" / "generate.md").read_text()
 DOCS = (runs.REPO / "docs" / "losses.md").read_text()
 TRAPS = (runs.REPO / "docs" / "traps.md").read_text()
@@ -42,7 +43,14 @@ def test_every_section_says_what_it_must():
             assert f"- {word}: " in text, (name, word)
 
 
-GUIDES = {"losses": DOCS, "traps": TRAPS, "generate": DOCS + GENERATE + ROUTED, "rewards": DOCS + REWARDS, "online": DOCS + ONLINE}
+GUIDES = {
+    "losses": DOCS,
+    "traps": TRAPS,
+    "generate": DOCS + GENERATE + ROUTED,
+    "rewards": DOCS + REWARDS,
+    "online": DOCS + ONLINE,
+    "attention": DOCS + ATTENTION,
+}
 
 
 @pytest.mark.parametrize("text", GUIDES.values(), ids=list(GUIDES))

@@ -95,6 +95,6 @@ def test_runs_pack_where_it_pays(fields, tmp_path):
     for shared in (True, False):
         np.testing.assert_allclose(real_share(examples, T, shared), sizes(batch, shared).sum() / batch["mask"].size, rtol=1e-6)
         assert real_share(examples, 4 * T, shared) == real_share(examples, T, shared) / 4
-    assert (run.packing is not None) == (real_share(examples, T, True) < PAYS)
+    assert (run.packing is not None) == (real_share(examples, T, True) < PAYS["cpu"])
     assert run.packing in (None, Packing(8 * 2 * T, one)), "the positions of the padded batch, which are below 1,024"
     assert prepared(model__packing=-1).packing is None and prepared(model__packing=100).packing == Packing(100, one)

@@ -18,7 +18,8 @@ from jax.sharding import Mesh
 
 from alignax.mesh import constrain
 from alignax.models import cache as caches
-from alignax.models.attention import attention, packed_attention
+from alignax.models import kernels
+from alignax.models.attention import packed_attention
 from alignax.models.cache import Cache
 from alignax.models.heads import Shaping, last_scores, token_logps, token_values
 from alignax.models.lora import Lora, adapt
@@ -100,6 +101,7 @@ class Block(nn.Module):
     mesh: Mesh | None
     keep: Any
     states: bool
+    kernel: str  # of padded rows: "xla", "splash" or "cudnn"
 
     def dense(self, name: str, x: jax.Array, features: int, axes: tuple[str, str], bias: bool) -> jax.Array:
         """A linear map x[.., in] @ W[in, out] (+ b[out]), with its adapters; the weights are float32, the products in `dtype`."""
@@ -160,7 +162,7 @@ class Block(nn.Module):
         if isinstance(mask, Sight):
             h = packed_attention(q, k, v, mask, self.mesh, **options)
         elif cache is None:
-            h = attention(q, k, v, mask, **options)
+            h = kernels.attend(self.kernel, q, k, v, mask, self.mesh, windows=c.sliding_windows, **options)
         else:
             cache = caches.write(cache, layer, at, k[:, 0], v[:, 0], self.mesh)
             h = caches.attend(q[:, 0], cache, layer, at, **options)
@@ -202,6 +204,7 @@ class Decoder(nn.Module):
     mesh: Mesh | None = None
     keep: Any = None  # without a cache, the dtype of the cache that is returned; None: no cache is returned
     states: bool = False  # whether the hidden states after every layer are returned instead
+    attention: str = "xla"  # of padded rows, one of `kernels.KERNELS`
 
     @nn.compact
     def __call__(
@@ -226,7 +229,13 @@ class Decoder(nn.Module):
           sight: which tokens of packed rows see which; None: each row is one sequence.
           lengths: [R, T] int, with `sight`: the length of each token's own sequence.
         """
-        c = self.config
+        c, kernel, back = self.config, "xla", None
+        if sight is None and cache is None and self.keep is None:
+            kernel, _ = kernels.chosen(self.attention, c, self.dtype, tokens.shape[1], kernels.platform(self.mesh))
+        if kernel == "cudnn":
+            assert mask is not None
+            order, back = kernels.right_padded(mask)
+            tokens, mask = at_places(tokens, order), at_places(mask, order)
         normal = nn.with_logical_partitioning(nn.initializers.normal(c.initializer_range), ("vocab", "embed"))
         embed = self.param("embed", normal, (c.vocab_size, c.hidden_size), jnp.float32)
         if c.num_labels:
@@ -273,10 +282,13 @@ class Decoder(nn.Module):
         )
         layers = jnp.arange(c.num_hidden_layers)
         # The cache is part of the carry, so that it is written in place; as input and output of the scan it takes 1.9 times as long.
-        (x, cache), kept = stack(c, self.dtype, self.mesh, self.keep, self.states, name="layers")(
+        (x, cache), kept = stack(c, self.dtype, self.mesh, self.keep, self.states, kernel, name="layers")(
             (x, cache), layers, windows, rope, at, mask if sight is None else sight
         )
-        return norm(self, "norm", x), kept if self.states or self.keep is not None else cache
+        if self.states:
+            assert isinstance(kept, jax.Array)
+            kept = jax.vmap(at_places, (0, None))(kept, back)
+        return at_places(norm(self, "norm", x), back), kept if self.states or self.keep is not None else cache
 
 
 def norm(module: Block | Decoder, name: str, x: jax.Array) -> jax.Array:
@@ -420,6 +432,7 @@ def forward(
     mixture: tuple[float, float] = (0.5, 1.0),
     statistics: tuple[Statistic, ...] = (),
     hidden: tuple[int, ...] = (),
+    attention: str = "xla",
 ) -> Callable[[Params, Batch], Outputs]:
     """Makes the forward pass of a model, a pure function `(params, batch) -> Outputs`.
 
@@ -442,19 +455,23 @@ def forward(
       statistics: further statistics of the next-token distributions, which `Outputs.statistics` has by name.
       hidden: indices of layers, from 0, whose hidden states `Outputs.hidden` has by index: [B, N, T, D], before the last norm, of padding
         too. It keeps the hidden states of all layers in memory.
+      attention: what computes the attention of padded rows: "xla", "splash" (TPU), "cudnn" (GPU), or "auto", the platform's own where its
+        conditions hold, see `alignax.models.kernels`.
 
     Raises:
-      ValueError: for an unknown `remat`, and for layers and statistics that this model does not have.
+      ValueError: for an unknown `remat` or `attention`, and for layers and statistics that this model does not have.
     """
     if remat not in REMAT:
         raise ValueError(f"remat {remat!r} is unknown; use {', '.join(REMAT)}")
+    if attention not in kernels.KERNELS:
+        raise ValueError(f"attention {attention!r} is unknown; use {', '.join(kernels.KERNELS)}")
     if beyond := [layer for layer in hidden if layer not in range(config.num_hidden_layers)]:
         raise ValueError(f"layer {beyond[0]} is asked for, and the model has {config.num_hidden_layers}; they are counted from 0")
     speaks = config.language_head or not config.num_labels
     if statistics and not speaks:
         raise ValueError(f"the statistic {statistics[0].name!r} is of log-probs, and a reward model has none; set model.language_head=true")
     check_statistics(statistics, teacher is not None)
-    decoder = Decoder(config, dtype, remat, mesh, states=bool(hidden))
+    decoder = Decoder(config, dtype, remat, mesh, states=bool(hidden), attention=attention)
 
     def spoken(params: Params, batch: Batch, states: jax.Array, laid: Laid) -> Outputs:
         tokens, scored = rows(batch["tokens"]), rows(batch["completion_mask"])  # [R, T]
@@ -464,7 +481,7 @@ def forward(
         if teacher is not None:
             own = ("ref_tokens" if "ref_tokens" in batch else "tokens", "ref_mask" if "ref_mask" in batch else "mask")
             theirs = read(teacher[0], batch, *own)
-            hidden, places = before(decoded(Decoder(teacher[0], dtype, remat, mesh), teacher[1], theirs)[0], theirs)
+            hidden, places = before(decoded(Decoder(teacher[0], dtype, remat, mesh, attention=attention), teacher[1], theirs)[0], theirs)
             taught = hidden, head_weight(*teacher), places
         weight, (hidden, places) = head_weight(config, params), before(states, laid)
         options: Any = {"how": shaping(config), "teacher": taught, "mixture": mixture, "statistics": statistics, "places": places}
@@ -508,7 +525,7 @@ def shares_prompts(config: ModelConfig) -> bool:
 
 
 def critic(
-    config: ModelConfig, *, dtype: Any = jnp.float32, remat: str = "full", mesh: Mesh | None = None
+    config: ModelConfig, *, dtype: Any = jnp.float32, remat: str = "full", mesh: Mesh | None = None, attention: str = "xla"
 ) -> Callable[[Params, Batch], jax.Array]:
     """Makes the forward pass of a critic with parameters of its own, a pure function `(params, batch) -> values`.
 
@@ -519,8 +536,9 @@ def critic(
       dtype: as in `forward`.
       remat: as in `forward`.
       mesh: as in `forward`.
+      attention: as in `forward`.
     """
-    decoder = Decoder(config, dtype, remat, mesh)
+    decoder = Decoder(config, dtype, remat, mesh, attention=attention)
 
     def apply(params: Params, batch: Batch) -> jax.Array:
         laid = read(config, batch)

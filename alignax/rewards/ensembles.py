@@ -93,7 +93,9 @@ def ensemble_model(config: ModelConfig, params: Params, mesh: Mesh, dtype: Any =
     return Model(ensemble_apply(config, mesh, dtype), params)
 
 
-def ensemble_apply(config: ModelConfig, mesh: Mesh, dtype: Any = jnp.float32, role: str = "ensemble") -> Callable[[Params, Batch], Outputs]:
+def ensemble_apply(
+    config: ModelConfig, mesh: Mesh, dtype: Any = jnp.float32, role: str = "ensemble", attention: str = "xla"
+) -> Callable[[Params, Batch], Outputs]:
     """The forward pass of an ensemble: `(params [K, ...], batch) -> Outputs` with scores [B, N, K].
 
     Members read `ROLE_tokens` [B, N, T'] and its masks where the batch has them (`ensemble_tokens`, see `alignax.rewards.judge`), and

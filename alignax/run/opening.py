@@ -19,7 +19,7 @@ from alignax.models.small_files import chat_template, small_files, tokenizer_par
 from alignax.models.tokenizers import check_token, check_tokenizer, load_tokenizer
 from alignax.rewards.ensembles import check_one_score, ensemble_apply, open_ensemble
 from alignax.run.checks import check_head, check_members, check_token_kl
-from alignax.run.roles import BASE, ENSEMBLE, GOLD, POLICY, REFERENCE, STORED, TRAINED, Role, make_giving, scores_alone
+from alignax.run.roles import BASE, ENSEMBLE, GOLD, POLICY, REFERENCE, STORED, TRAINED, Role, attention, make_giving, scores_alone
 from alignax.text import short
 from alignax.types import Batch, Outputs, Params
 
@@ -75,7 +75,7 @@ def open_models(experiment: Experiment, mesh: Mesh) -> tuple[dict[str, Role], Vo
     if reference is not None:
         roles[REFERENCE] = reference_role(experiment, reference, roles, mesh)
     if judges:
-        roles[ENSEMBLE] = scoring_role(ENSEMBLE, judges, dtype, mesh)
+        roles[ENSEMBLE] = scoring_role(config, ENSEMBLE, judges, dtype, mesh)
     others = open_others(experiment, roles[POLICY], words, mesh)
     if GOLD in others:
         check_gold(experiment, others[GOLD], roles[POLICY])
@@ -126,15 +126,16 @@ def reference_role(experiment: Experiment, source: hf.Source, roles: Mapping[str
 
 def critic_role(config: Any, source: hf.Source, dtype: Any, mesh: Mesh) -> Role:
     """The role of a critic with parameters of its own: a reward model that gives a value before every token, trained beside the policy."""
-    values = transformer.critic(source.config, dtype=dtype, remat=config.model.remat, mesh=mesh)
+    options: Any = {"dtype": dtype, "remat": config.model.remat, "mesh": mesh, "attention": attention(config, mesh)[0]}
+    values = transformer.critic(source.config, **options)
     apply = lambda params, batch: Outputs(None, None, values=values(params, batch))  # pyright: ignore[reportArgumentType]
     return Role(CRITIC, (source,), source.config, dtype, TRAINED, scores_alone(apply))
 
 
-def scoring_role(name: str, sources: Iterable[hf.Source], dtype: Any, mesh: Mesh) -> Role:
+def scoring_role(config: Any, name: str, sources: Iterable[hf.Source], dtype: Any, mesh: Mesh) -> Role:
     """The role of frozen reward models, with scores [B, N, K]: K members of an ensemble, or one model with K labels."""
     sources = tuple(sources)
-    each = ensemble_apply(sources[0].config, mesh, dtype, name)
+    each = ensemble_apply(sources[0].config, mesh, dtype, name, attention(config, mesh)[0])
     several = sources[0].config.num_labels > 1  # one model, whose K labels are its scores
 
     def apply(params: Params, batch: Batch) -> Outputs:
@@ -210,7 +211,7 @@ def open_others(experiment: Experiment, policy: Role, words: Vocabulary, mesh: M
             judges = open_ensemble(several)
             if len(judges) > 1:
                 check_one_score(judges[0])
-            roles[name] = scoring_role(name, judges, policy.dtype, mesh)
+            roles[name] = scoring_role(config, name, judges, policy.dtype, mesh)
             continue
         why, unused = own_speech(source, policy.source, words, field, f"the model {name!r}"), words.unused
         if why and name in tokenwise(experiment):

@@ -47,6 +47,7 @@ from alignax.rewards import judge as judging
 from alignax.rewards.judge import Judge
 from alignax.run.checkpoint import began
 from alignax.run.checks import (
+    check_attention,
     check_averages,
     check_batches,
     check_cache,
@@ -58,7 +59,7 @@ from alignax.run.checks import (
     check_rollout,
 )
 from alignax.run.opening import Vocabulary, notices, open_models
-from alignax.run.roles import GOLD, POLICY, REFERENCE, STORED, Role, abstract_frozen, models
+from alignax.run.roles import GOLD, POLICY, REFERENCE, STORED, Role, abstract_frozen, kernel, models
 from alignax.run.sampling import make_samplers
 
 # Fields that may change when a run is resumed: they say where and how something is computed or reported, not what is computed.
@@ -73,6 +74,7 @@ FREE = (
     "microbatches",
     "model.remat",
     "model.logps_chunk",
+    "model.attention",
     "model.packing",
     "reference.cache",
     "rollout.reward_workers",
@@ -81,7 +83,7 @@ FREE = (
 )
 
 
-PAYS = 0.75  # rows that fill less of their padded positions than this are packed
+PAYS = {"cpu": 0.75}  # rows that fill less of their padded positions than this are packed; elsewhere 0.5, since padded rows have kernels
 
 
 class Data(NamedTuple):
@@ -200,6 +202,10 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
     objectives, averages = learning(experiment, roles, mesh)
     check_averages(config, averages, reference, (*models_asked(experiment), *asked(experiment.speaker)))
     check_cache(config, averages, reference)
+    packing = make_packing(config, roles, mesh, data.train)
+    for role in roles.values():
+        kernel(role, config, mesh, data.train.length)  # refuses a kernel whose conditions do not hold
+    check_attention(config, packing)
     for line in notices(roles, words.tokenizer, config.lora.path, config.rollout.samples > 0) if is_main() else ():
         print(f"notice: {line}", file=sys.stderr)
     return Run(
@@ -207,7 +213,7 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
         Learning(objectives, schedule, optimizer, averages), steps,
         Workers(experiment.file, config, config.rollout.reward_workers, config.rollout.timeout),
         make_samplers(experiment, roles, words, mesh, data.train.examples, data.evaluated),
-        make_packing(config, roles, mesh, data.train), day,
+        packing, day,
     )  # fmt: skip
 
 
@@ -305,7 +311,8 @@ def make_packing(config: Any, roles: dict[str, Role], mesh: Mesh, train: Batches
         group = int(train.examples.prompt_lengths.max()) + N * config.rollout.max_new_tokens
         positions = group * max(1, min(padded // group, -(-2 * least // group)))
     packing = Packing(max(positions, 1), mesh, shared, 64 if cpu else 256)
-    return packing if wanted or online or real_share(train.examples, train.length, shared) < PAYS else None
+    pays = PAYS.get(mesh.devices.flat[0].platform, 0.5)
+    return packing if wanted or online or real_share(train.examples, train.length, shared) < pays else None
 
 
 def real_share(examples: Examples, length: int, shared: bool) -> float:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from alignax.models import hf, parameters, peft, transformer
+from alignax.models import hf, kernels, parameters, peft, transformer
 from alignax.models.lora import Lora, is_quantised, join, merge, quantise, split
 from alignax.models.reward import CRITIC
 from alignax.models.statistics import Statistic
@@ -154,8 +154,26 @@ def make_apply(
 ) -> Apply:
     """The forward pass of a model with the config's remat, chunk size and divergence, on `mesh`."""
     c, mixture = config.model, (config.reference.jsd_beta, config.reference.jsd_temperature)
-    options: Any = {"teacher": teacher, "mixture": mixture, "statistics": statistics}
+    options: Any = {"teacher": teacher, "mixture": mixture, "statistics": statistics, "attention": attention(config, mesh)[0]}
     return transformer.forward(model, dtype=dtype, remat=c.remat, chunk=c.logps_chunk, mesh=mesh, **options)
+
+
+def attention(config: Any, mesh: Mesh) -> tuple[str, str]:
+    """The attention that the models of a run ask `alignax.models.kernels.chosen` for, and why "auto" is "xla" for all of them, else ""."""
+    name = config.model.attention
+    if config.ensemble.members and name in ("auto", "cudnn") and kernels.platform(mesh) == "gpu":
+        why = f"cudnn does not compute the {config.ensemble.members} members of an ensemble together"
+        if name == "cudnn":
+            raise ValueError(f"model.attention is 'cudnn', and {why}; use model.attention=xla")
+        return "xla", why
+    return name, ""
+
+
+def kernel(role: Role, config: Any, mesh: Mesh, tokens: int) -> tuple[str, str]:
+    """The attention kernel of a model of a run for rows of `tokens`; and why "auto" did not take the platform's own, else ""."""
+    name, why = attention(config, mesh)
+    found, reason = kernels.chosen(name, role.config, role.dtype, tokens, kernels.platform(mesh))
+    return found, why or reason
 
 
 def make_giving(model: ModelConfig, config: Any, dtype: Any, mesh: Mesh) -> Giving:

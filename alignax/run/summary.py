@@ -12,7 +12,7 @@ from alignax.losses.responses import differing
 from alignax.models import parameters
 from alignax.models.reward import CRITIC
 from alignax.run.prepare import Run, real_share
-from alignax.run.roles import BASE, REFERENCE, abstract, abstract_trained
+from alignax.run.roles import BASE, REFERENCE, abstract, abstract_trained, kernel
 from alignax.types import Params
 
 
@@ -45,6 +45,19 @@ def rows_of(run: Run) -> list[str]:
     return [f"{real:.0%} of the positions of padded rows are tokens{less}: rows are packed into parts of at most {P:,} positions{prompts}"]
 
 
+def attention(run: Run) -> str:
+    """What computes the attention of a run's models in words; and where "auto" did not take the platform's own kernel, why."""
+    by_choice: dict[tuple[str, str], list[str]] = {}
+    for name, role in run.roles.items():
+        by_choice.setdefault(kernel(role, run.config, run.mesh, run.train.length), []).append(name)
+    words = [
+        found + (f" ({why})" if why else "") + (f" of {', '.join(names)}" if len(by_choice) > 1 else "")
+        for (found, why), names in by_choice.items()
+    ]
+    packed = "packed rows in blocks; padded rows by " if run.packing is not None else ""
+    return f"attention: {packed}{'; '.join(words)}"
+
+
 def summary(run: Run, about: dict[str, Any], start: int) -> list[str]:
     """The lines of a run's summary; `about` has the names of its models, `start` is the step it goes on from."""
     policy, data = run.policy, run.data
@@ -52,6 +65,7 @@ def summary(run: Run, about: dict[str, Any], start: int) -> list[str]:
         f"model {run.config.model.path}: {sizes(run)}; mesh {meshes.words(run.mesh)}",
         f"policy {about['policy']}" + (f", reference {about['reference']}" if about["reference"] else ", no reference"),
     ]
+    lines.append(attention(run))
     if policy.lora is not None and not policy.lora.targets:
         lines.append("the trunk is frozen: only the head is trained")
     elif policy.lora is not None and not policy.members:

@@ -1,0 +1,240 @@
+"""Attention kernels of accelerators for padded rows, and the choice among them; everywhere else `alignax.models.attention` computes.
+
+`splash` is JAX's Pallas kernel for TPUs, `cudnn` NVIDIA's. Both compute what `attention` computes, and no [t, s] scores reach the main
+memory. On a mesh every device has the kernel on its own rows and heads.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu import splash_attention as pallas
+from jax.sharding import Mesh, PartitionSpec
+
+from alignax import mesh as meshes
+from alignax.models.attention import attention
+
+KERNELS = ("auto", "xla", "splash", "cudnn")
+OWN = {"tpu": "splash", "gpu": "cudnn"}  # the kernel of a platform
+LEAST = 128  # tokens of a row from which "auto" takes a kernel: below, most of a tile is padding
+# Queries, and keys, of a block. Larger blocks read the keys fewer times and pay a grid step's overhead less often; beyond 512, causal
+# attention computes more of what it masks, and the float32 scores of a block outgrow a TPU's vector memory with large heads.
+BLOCKS = (512, 384, 256, 128)
+
+
+def platform(mesh: Mesh | None) -> str:
+    """The platform of a mesh's devices, which need not be at hand: "cpu", "tpu" or "gpu"; without a mesh, of JAX's default device."""
+    return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+
+
+def chosen(name: str, config: Any, dtype: Any, tokens: int, platform: str) -> tuple[str, str]:
+    """The kernel for padded rows of a model, "xla", "splash" or "cudnn"; and why "auto" did not take the platform's own, else "".
+
+    Args:
+      name: one of `KERNELS`; "auto" is the platform's own kernel if its conditions hold.
+      config: the `ModelConfig`.
+      dtype: the dtype of activations.
+      tokens: T, the length of the rows.
+      platform: where they are computed, see `platform`.
+
+    Raises:
+      ValueError: for an unknown name, and for a named kernel whose conditions do not hold.
+    """
+    if name not in KERNELS:
+        raise ValueError(f"model.attention {name!r} is unknown; use {', '.join(KERNELS)}")
+    if name == "auto":
+        if platform not in OWN:
+            return "xla", f"no other kernel is for {platform}"
+        if tokens < LEAST:
+            return "xla", f"rows of {tokens} tokens are below {LEAST}"
+        why = unmet(OWN[platform], config, dtype, platform)
+        return ("xla", why) if why else (OWN[platform], "")
+    if name != "xla" and (why := unmet(name, config, dtype, platform)):
+        raise ValueError(f"model.attention is {name!r}, and {why}; or set model.attention=auto")
+    return name, ""
+
+
+def unmet(kernel: str, config: Any, dtype: Any, platform: str) -> str:
+    """The condition of "splash" or "cudnn" that a model does not meet, with the value and the remedy; "" if it meets all."""
+    c = config
+    if OWN.get(platform) != kernel:
+        return f"{kernel} is for {'TPUs' if kernel == 'splash' else 'NVIDIA GPUs'}, not for {platform}; use model.attention=xla"
+    if c.head_dim % 8:
+        return f"{kernel} takes heads of a multiple of 8, and the model's head_dim is {c.head_dim}; use model.attention=xla"
+    if kernel == "splash":
+        return ""
+    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
+        return f"cudnn computes in bfloat16 or float16, and the model in {jnp.dtype(dtype).name}; set model.dtype=bfloat16"
+    if c.attn_logit_softcapping is not None:
+        return f"cudnn has no soft cap, and the model caps its scores at {c.attn_logit_softcapping}; use model.attention=xla"
+    if c.head_dim > 256:
+        return f"cudnn takes heads of up to 256, and the model's head_dim is {c.head_dim}; use model.attention=xla"
+    fault = _fault(c.head_dim, c.num_attention_heads // c.num_key_value_heads, jnp.dtype(dtype), any(c.sliding_windows))
+    return f"JAX says of cudnn here: {fault}; use model.attention=xla" if fault else ""
+
+
+@functools.cache
+def _fault(head: int, group: int, dtype: Any, windows: bool) -> str:
+    """What JAX raises for cuDNN attention with these heads on the GPU at hand, traced on shapes (its version, its generation); or ""."""
+    shape = lambda heads: jax.ShapeDtypeStruct((1, LEAST, heads, head), dtype)
+    mask = jax.ShapeDtypeStruct((1, LEAST), bool)
+    run = lambda q, k, v, mask: cudnn(q, k, v, mask, windows=(LEAST // 2,) if windows else ()).astype(jnp.float32).sum()
+    try:
+        jax.eval_shape(jax.grad(run, (0, 1, 2)), shape(group), shape(1), shape(1), mask)
+    except (RuntimeError, NotImplementedError, ValueError) as e:
+        return str(e).removesuffix(".")
+    return ""
+
+
+def splash(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array,
+    mesh: Mesh | None = None,
+    *,
+    windows: tuple[int, ...] = (),
+    window: jax.Array | None = None,
+    scalar: float | None = None,
+    cap: float | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """`alignax.models.attention.attention` by the splash kernel of TPUs, for padding anywhere.
+
+    Real tokens are one segment and padding another, and a token sees earlier ones of its own segment. Rows are padded to whole blocks.
+
+    Args:
+      q: [R, T, H, h] queries.
+      k: [R, T, KV, h] keys.
+      v: [R, T, KV, h] values.
+      mask: [R, T] bool, True for real tokens.
+      mesh: the mesh that the arrays are sharded over; None for one device.
+      windows: the windows that the model's layers have, because the kernel's masks are static; (): none.
+      window: [] int, this layer's, one of `windows`; None if they are all the same.
+      scalar: as in `attention`.
+      cap: as in `attention`.
+      interpret: whether the kernel is interpreted, on any platform and slowly, for tests.
+
+    Returns:
+      [R, T, H, h]; of padding, attention among padding.
+    """
+    T, h, block = q.shape[1], q.shape[3], block_size(q.shape[1])
+    behind = -T % block
+    tiles: Any = (block,) * 8  # the same in the forward pass and in both kernels of the backward pass
+
+    def rows(window: int, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+        shape, heads = (T + behind, T + behind), q.shape[2]  # of this device
+        one = pallas.LocalMask(shape, (window - 1, 0), 0) if window else pallas.CausalMask(shape)
+        options: Any = {"block_sizes": pallas.BlockSizes(*tiles), "attn_logits_soft_cap": cap, "interpret": interpret}
+        kernel: Any = pallas.make_splash_mha(pallas.MultiHeadMask([one] * heads), head_shards=1, q_seq_shards=1, **options)
+        whole = lambda x: jnp.pad(x, ((0, 0), (0, behind), (0, 0), (0, 0))).swapaxes(1, 2)  # [R, heads, T', h]
+        segment = jnp.pad(mask, ((0, 0), (0, behind))).astype(jnp.int32)
+        scaled = (q.astype(jnp.float32) / math.sqrt(scalar or h)).astype(q.dtype)  # the kernel does not scale
+        out: Any = jax.vmap(kernel)(whole(scaled), whole(k), whole(v), pallas.SegmentIds(segment, segment))
+        return out.swapaxes(1, 2)[:, :T]
+
+    return _on_mesh(rows, mesh, windows, window, q, k, v, mask)
+
+
+def block_size(T: int) -> int:
+    """The largest of `BLOCKS` that pads rows of T tokens by at most a quarter more than whole tiles of 128 do."""
+    padded = lambda block: -(-T // block) * block
+    return next(block for block in BLOCKS if padded(block) <= 1.25 * padded(128))
+
+
+def cudnn(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array,
+    mesh: Mesh | None = None,
+    *,
+    windows: tuple[int, ...] = (),
+    window: jax.Array | None = None,
+    scalar: float | None = None,
+    implementation: Any = "cudnn",
+) -> jax.Array:
+    """`alignax.models.attention.attention` by the cuDNN kernel of NVIDIA GPUs, for rows whose padding is behind their tokens.
+
+    Rows are given by their lengths alone, without a mask in memory: `right_padded` says where their tokens must be. It does not work
+    under a `vmap`, as of ensembles that are trained together (jax 0.10.2).
+
+    Args:
+      q: [R, T, H, h] queries, bfloat16 or float16.
+      k: [R, T, KV, h] keys.
+      v: [R, T, KV, h] values.
+      mask: [R, T] bool, True for real tokens, which come first.
+      mesh: as in `splash`.
+      windows: as in `splash`.
+      window: as in `splash`.
+      scalar: as in `attention`.
+      implementation: that of `jax.nn.dot_product_attention`; "xla" computes the same on any platform, for tests.
+
+    Returns:
+      [R, T, H, h]; 0 for padding.
+    """
+    scale = 1 / math.sqrt(scalar or q.shape[3])
+
+    def rows(window: int, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+        # Whatever the kernel leaves at padding, in the values or in the gradients, goes no further. Rows without a token have one of 0.
+        real = lambda x: jnp.where(mask[:, :, None, None], x, jnp.zeros((), x.dtype))
+        lengths = jnp.maximum(mask.sum(axis=1, dtype=jnp.int32), 1)
+        options: Any = {"query_seq_lengths": lengths, "key_value_seq_lengths": lengths, "implementation": implementation}
+        around = (window - 1, 0) if window else None
+        out = jax.nn.dot_product_attention(real(q), real(k), real(v), scale=scale, is_causal=True, local_window_size=around, **options)
+        return real(out)
+
+    return _on_mesh(rows, mesh, windows, window, q, k, v, mask)
+
+
+def right_padded(mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The order [R, T] that puts the real tokens of rows in front and keeps their sequence, and the inverse order."""
+    order = jnp.argsort(~mask, axis=1, stable=True)
+    return order, jnp.argsort(order, axis=1)
+
+
+def attend(
+    kernel: str,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array,
+    mesh: Mesh | None = None,
+    *,
+    windows: tuple[int, ...] = (),
+    window: jax.Array | None = None,
+    scalar: float | None = None,
+    cap: float | None = None,
+) -> jax.Array:
+    """Attention of padded rows by a kernel that `chosen` gave: "xla", "splash" or "cudnn"; for the arguments see `splash`."""
+    if kernel == "splash":
+        return splash(q, k, v, mask, mesh, windows=windows, window=window, scalar=scalar, cap=cap)
+    if kernel == "cudnn":
+        return cudnn(q, k, v, mask, mesh, windows=windows, window=window, scalar=scalar)
+    return attention(q, k, v, mask, window=window, scalar=scalar, cap=cap)
+
+
+def _on_mesh(rows: Callable, mesh: Mesh | None, windows: tuple[int, ...], window: jax.Array | None, *x: jax.Array) -> jax.Array:
+    """`rows(window, q, k, v, mask)` with a static window, on each device's own rows and heads.
+
+    Where the layers differ in their windows, the program holds one kernel for each, and a layer runs its own.
+    """
+    T, KV = x[1].shape[1:3]
+    every = sorted({0 if w >= T else w for w in windows}) or [0]  # a window of the whole row is none
+
+    def run(window: jax.Array, *x: jax.Array) -> jax.Array:
+        if len(every) == 1:
+            return rows(every[0], *x)
+        at = jnp.searchsorted(jnp.asarray(every), jnp.where(window >= T, 0, window))
+        return jax.lax.switch(at, [functools.partial(rows, w) for w in every], *x)
+
+    layer = jnp.zeros((), jnp.int32) if window is None else window
+    if mesh is None or mesh.size == 1:
+        return run(layer, *x)
+    heads = "heads" if KV % mesh.shape["tensor"] == 0 else None  # all key-value heads, where the shards do not divide them
+    split = lambda x: meshes.sharding(mesh, ("batch", None, heads, None)[: x.ndim], x.shape).spec
+    specs: Any = tuple(map(split, x))
+    return jax.shard_map(run, mesh=mesh, in_specs=(PartitionSpec(), *specs), out_specs=specs[0], check_vma=False)(layer, *x)

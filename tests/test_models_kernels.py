@@ -1,0 +1,250 @@
+"""Attention kernels of accelerators: splash, interpreted here, against `attention`; what is refused; programs compiled for a TPU.
+
+Of cuDNN the arguments and the conditions are tested, with JAX's own computation in the kernel's place: it was not run on a GPU.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import os
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import runs
+import tiny
+from test_models_attention import pulled
+from test_run_plan import TPU_ENVIRONMENT
+
+from alignax import mesh as meshes
+from alignax.config import default_config, load_experiment
+from alignax.models import kernels, parameters, transformer
+from alignax.models.attention import attention
+from alignax.packing import Packing
+from alignax.rewards.members import over_members
+from alignax.run import plan, roles
+from alignax.run.checks import check_attention
+from alignax.run.prepare import prepare
+from alignax.run.summary import attention as words
+
+interpreted = functools.partial(kernels.splash, interpret=True)
+instead = functools.partial(kernels.cudnn, implementation="xla")
+
+
+def drawn(R, T, H, KV, h):
+    """Queries, keys, values, a cotangent that is 0 at padding, and a mask with padding in front, in the middle and behind."""
+    draw = lambda i, heads: jax.random.normal(jax.random.key(i), (R, T, heads, h))
+    t = jnp.arange(T)[None]
+    row = lambda *bounds: jnp.array(bounds)[jnp.arange(R) % len(bounds)][:, None]
+    mask = (
+        (t >= row(0, T // 5, 0, 0)) & (t < row(T, T, T - T // 3, 0)) & (t % row(T + 1, T + 1, 7, 5) != 3)
+    )  # the fourth row is all padding
+    real = mask[..., None, None]
+    return draw(0, H), draw(1, KV), draw(2, KV), jnp.where(real, draw(3, H), 0.0), mask
+
+
+def check_equal(kernel, behind=False, shape=(4, 256, 4, 2, 8), window=0, **options):
+    """Values at real tokens, and all gradients, of a kernel and of `attention`."""
+    q, k, v, cotangent, mask = drawn(*shape)
+    if behind:
+        mask = jnp.arange(shape[1])[None] < mask.sum(axis=1, keepdims=True)
+        cotangent = jnp.where(mask[..., None, None], cotangent, 0.0)
+    real = mask[..., None, None]
+    layer = {"window": jnp.asarray(window)} if window else {}
+    theirs = layer | ({"windows": (0, 9, window)} if window else {})
+    found, grads = pulled(lambda *x: jnp.where(real, kernel(*x, mask, **theirs, **options), 0.0), cotangent, q, k, v)
+    expected, own = pulled(lambda *x: jnp.where(real, attention(*x, mask, **layer, **options), 0.0), cotangent, q, k, v)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    for a, b in zip(grads, own, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+ALL = {"window": 70, "cap": 2.0, "scalar": 3.0}
+
+
+@pytest.mark.parametrize("options", runs.slow_but([{}, {"window": 70}, {"cap": 0.7}, {"scalar": 3.0}, ALL], ALL), ids=str)
+def test_splash_is_attention(options):
+    check_equal(interpreted, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "shape", [(2, 640, 4, 4, 16), (2, 200, 6, 1, 24), (1, 1100, 2, 1, 64), (2, 128, 2, 2, 136), (2, 7, 2, 2, 128)], ids=str
+)
+def test_splash_takes_rows_and_heads_of_any_size(shape):
+    check_equal(interpreted, shape=shape)
+
+
+def test_a_block_pads_a_row_by_little():
+    sizes = {T: kernels.block_size(T) for T in (1, 128, 200, 384, 512, 640, 1024, 1100, 1152, 1408, 2048)}
+    expected = {1: 128, 128: 128, 200: 256, 384: 384, 512: 512, 640: 384, 1024: 512, 1100: 384, 1152: 384, 1408: 512, 2048: 512}
+    assert sizes == expected
+
+
+@pytest.mark.parametrize("options", runs.slow_but([{}, {"window": 70}, {"window": 300, "scalar": 3.0}], {"window": 70}), ids=str)
+def test_cudnns_arguments_mean_attention(options):
+    check_equal(instead, behind=True, **options)
+
+
+SHARDED = [("splash", 4, 2), ("cudnn", 3, 3), ("splash", 3, 3), ("cudnn", 4, 2)]
+
+
+@pytest.mark.parametrize("case", runs.slow_but(SHARDED, *SHARDED[:2]), ids=str)
+def test_kernels_are_the_same_on_a_mesh(case):
+    """Rows over 4 devices and heads over 2; three key-value heads, which 2 devices do not divide, stay together."""
+    (name, H, KV), mesh = case, meshes.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    kernel = {"splash": interpreted, "cudnn": instead}[name]
+    q, k, v, _, mask = drawn(4, 128, H, KV, 8)
+    mask = jnp.arange(128)[None] < mask.sum(axis=1, keepdims=True)
+    run = lambda mesh, q, k, v, mask: kernel(q, k, v, mask, mesh, windows=(0, 40), window=jnp.asarray(40)) * mask[..., None, None]
+    sharded = jax.jit(functools.partial(run, mesh))(q, k, v, mask)
+    expected = attention(q, k, v, mask, window=jnp.asarray(40)) * mask[..., None, None]
+    np.testing.assert_allclose(sharded, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_splash_computes_the_members_of_an_ensemble_together():
+    mesh = meshes.make_mesh({"member": 2, "data": 2, "tensor": 2})
+    draw = lambda i, heads: jax.random.normal(jax.random.key(i), (2, 4, 128, heads, 8))
+    q, k, v, mask = draw(0, 4), draw(1, 2), draw(2, 2), jnp.arange(128)[None] < jnp.array([[128], [70], [3], [128]])
+    run = lambda f, *x: jax.value_and_grad(lambda *x: (jnp.square(f(*x, mask)) * mask[..., None, None]).sum(), (0, 1, 2))(*x)
+    together = jax.jit(over_members(functools.partial(run, functools.partial(interpreted, mesh=mesh)), 0, 0))(q, k, v)
+    for member in range(2):
+        alone = run(attention, q[member], k[member], v[member])
+        jax.tree.map(lambda a, b, m=member: np.testing.assert_allclose(a[m], b, rtol=1e-5, atol=1e-5), together, alone)
+
+
+WINDOWS = dataclasses.replace(tiny.MODEL, sliding_windows=(0, 9), positions="learned")
+
+
+def padded(batch, where):
+    """The batch with the padding of its rows behind, in front or among their tokens."""
+    mask = np.asarray(batch["mask"])
+    if where == "behind":
+        return batch
+    rank = mask if where == "front" else np.random.default_rng(0).random(mask.shape)
+    new = np.take_along_axis(mask, np.argsort(rank, axis=-1, kind="stable"), -1)
+    source = np.argsort(np.argsort(~new, axis=-1, kind="stable"), axis=-1)  # of each place: its token comes from there
+    return {name: jnp.asarray(np.take_along_axis(np.asarray(x), source, -1)) for name, x in batch.items()}
+
+
+@pytest.mark.parametrize("kernel", runs.slow_but(["splash", "cudnn"], "cudnn"))
+def test_a_model_with_a_kernel_gives_the_same(kernel, monkeypatch):
+    """Log-probs and hidden states, of layers with and without a window, wherever the padding of a row stands."""
+    monkeypatch.setattr(kernels, "splash", interpreted)
+    monkeypatch.setattr(kernels, "cudnn", instead)
+    monkeypatch.setattr(kernels, "unmet", lambda *_: "")
+    params, plain = tiny.params(WINDOWS), tiny.batch(T=128)
+    forward = lambda name: jax.jit(transformer.forward(WINDOWS, attention=name, hidden=(0,)))
+    expected, apply = forward("xla")(params, plain), forward(kernel)
+    # A window counts places in a row, except for cuDNN, whose rows lose the padding among their tokens.
+    for where in ("behind", "front", "among")[: 3 if kernel == "cudnn" else 2]:
+        batch = padded(plain, where)
+        out, at = apply(params, batch), lambda x, of, name: np.asarray(x)[np.asarray(of[name])]
+        theirs = at(expected.hidden[0], plain, "mask")
+        np.testing.assert_allclose(at(out.hidden[0], batch, "mask"), theirs, rtol=1e-4, atol=1e-5)
+        if where != "among":  # a token is predicted from the place before it
+            theirs = at(expected.logps, plain, "completion_mask")
+            np.testing.assert_allclose(at(out.logps, batch, "completion_mask"), theirs, rtol=1e-4, atol=1e-5)
+
+
+bf16, f32 = jnp.bfloat16, jnp.float32
+LLAMA = dataclasses.replace(tiny.MODEL, head_dim=64)
+CAPPED = dataclasses.replace(LLAMA, attn_logit_softcapping=50.0)
+
+
+@pytest.mark.parametrize("case", [
+    (LLAMA, bf16, 1024, "tpu", "splash", ""),
+    (LLAMA, f32, 1024, "tpu", "splash", ""),
+    (CAPPED, bf16, 512, "tpu", "splash", ""),
+    (LLAMA, bf16, 96, "tpu", "xla", "rows of 96 tokens are below 128"),
+    (dataclasses.replace(LLAMA, head_dim=20), bf16, 512, "tpu", "xla", "head_dim is 20"),
+    (LLAMA, bf16, 512, "gpu", "cudnn", ""),
+    (LLAMA, f32, 512, "gpu", "xla", "set model.dtype=bfloat16"),
+    (CAPPED, bf16, 512, "gpu", "xla", "caps its scores at 50.0"),
+    (dataclasses.replace(LLAMA, head_dim=320), bf16, 512, "gpu", "xla", "head_dim is 320"),
+    (LLAMA, bf16, 512, "cpu", "xla", "no other kernel is for cpu"),
+], ids=lambda case: f"{case[3]}-{case[4]}-{case[5][-12:]}")  # fmt: skip
+def test_auto_takes_the_platforms_kernel_where_its_conditions_hold(case, monkeypatch):
+    monkeypatch.setattr(kernels, "_fault", lambda *_: "")
+    config, dtype, tokens, platform, kernel, why = case
+    found, said = kernels.chosen("auto", config, dtype, tokens, platform)
+    assert found == kernel and why in said and bool(why) == bool(said)
+    if why and "below" not in why and platform != "cpu":
+        with pytest.raises(ValueError, match=f"model.attention is '{kernels.OWN[platform]}', and .*{re.escape(why)}.*"):
+            kernels.chosen(kernels.OWN[platform], config, dtype, tokens, platform)
+
+
+def test_jax_is_asked_whether_cudnn_works_here():
+    """On this machine there is no cuDNN; on a GPU JAX also judges its version and the GPU's generation."""
+    found, why = kernels.chosen("auto", LLAMA, bf16, 512, "gpu")
+    assert found == "xla" and "JAX says of cudnn here: " in why
+    with pytest.raises(ValueError, match="model.attention 'flash' is unknown; use auto, xla, splash, cudnn"):
+        kernels.chosen("flash", LLAMA, bf16, 512, "gpu")
+    with pytest.raises(ValueError, match="attention 'flash' is unknown"):
+        transformer.forward(tiny.MODEL, attention="flash")
+
+
+def test_a_run_refuses_a_kernel_and_says_what_auto_took(tmp_path):
+    fields = runs.world(tmp_path) | {"workdir": tmp_path / "run"}
+    run = lambda **more: prepare(load_experiment(runs.REPO / "experiments/dpo_hh.py", [f"{k}={v}" for k, v in (fields | more).items()]))
+    assert words(run(**{"model.packing": 64})) == "attention: packed rows in blocks; padded rows by xla (no other kernel is for cpu)"
+    with pytest.raises(ValueError, match="model.attention is 'splash', and splash is for TPUs, not for cpu; use model.attention=xla"):
+        run(**{"model.attention": "splash"})
+    with pytest.raises(ValueError, match="attention 'flash' is unknown; use auto, xla, splash, cudnn"):
+        run(**{"model.attention": "flash"})
+
+
+def test_a_kernel_is_not_taken_for_what_it_would_not_compute(monkeypatch):
+    """Members that are trained under one vmap, and packed rows."""
+    monkeypatch.setattr(kernels, "platform", lambda mesh: "gpu")
+    config, mesh = default_config(), meshes.make_mesh({"fsdp": -1})
+    config.ensemble.members = 3
+    assert roles.attention(config, mesh) == ("xla", "cudnn does not compute the 3 members of an ensemble together")
+    check_attention(config, Packing(1024))
+    config.model.attention = "cudnn"
+    with pytest.raises(ValueError, match="'cudnn', and cudnn does not compute the 3 members .* use model.attention=xla"):
+        roles.attention(config, mesh)
+    check_attention(config, None)
+    with pytest.raises(ValueError, match="for padded rows, and model.packing is 0, and packs rows of 1024 .* set model.packing=-1, or"):
+        check_attention(config, Packing(1024))
+
+
+@pytest.fixture
+def v5e(monkeypatch):
+    """A mesh of the 4 chips of a v5e:2x2 that is not here."""
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu is not installed: pip install 'alignax[tpu]'")
+    for name, value in TPU_ENVIRONMENT.items():
+        monkeypatch.setitem(os.environ, name, value)
+    return plan.topology_mesh("v5e:2x2", {"fsdp": 2, "tensor": 2})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head, changes", [(64, {}), (128, {"sliding_windows": (0, 256), "attn_logit_softcapping": 50.0})], ids=str)
+def test_a_tpu_program_has_the_splash_kernel_and_no_scores(head, changes, v5e):
+    """The forward and the backward pass of a Llama; the xla path's blocks of scores [R, KV, G, t, s] are what is looked for."""
+    T = 1024
+    config = dataclasses.replace(
+        tiny.MODEL, head_dim=head, hidden_size=4 * head, intermediate_size=320, vocab_size=2000, max_position_embeddings=T, **changes
+    )
+    params = parameters.abstract_params(config, v5e)
+    shape = lambda dtype: jax.ShapeDtypeStruct((4, 2, T), dtype, sharding=meshes.batch_sharding(v5e))
+    batch = {"tokens": shape(jnp.int32), "mask": shape(bool), "completion_mask": shape(bool)}
+
+    def hlo(name):
+        apply = transformer.forward(config, dtype=jnp.bfloat16, mesh=v5e, attention=name)
+        program = jax.jit(jax.value_and_grad(lambda params, batch: apply(params, batch).logps.sum()))
+        return program.trace(params, batch).lower(lowering_platforms=("tpu",)).compile().as_text()
+
+    # The xla path's scores of 128 queries with the keys up to their end: 640, 768 and 896 are sizes of nothing else here.
+    scores = lambda text: {
+        x for x in re.findall(r"[a-z]+\d+\[([\d,]+)\]", text) if {"128"} < set(x.split(",")) & {"128", "640", "768", "896"}
+    }
+    own, plain = hlo("auto"), hlo("xla")
+    for phase in "fwd", "dq", "dkv":
+        assert f"splash_mha_{phase}" in own and f"splash_mha_{phase}" not in plain
+    assert "tpu_custom_call" in own and "tpu_custom_call" not in plain
+    assert scores(plain) and not scores(own) and f"{T},{T}" not in own, (scores(plain), scores(own))
