@@ -65,6 +65,7 @@ def test_a_block_is_short_and_imports_nothing_deep(name):
     assert imported and all(node.module == "alignax" for node in imported)
 
 
+@pytest.mark.slow
 def test_dpo_is_that_of_a_run(world, monkeypatch):
     """The losses by hand are those that the run logs: the same batches, forward pass and step."""
     found = printed("DPO", world, monkeypatch)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import runs
 from test_experience_advantages import groups
 
 from alignax import experience, losses
@@ -88,7 +89,7 @@ def trained(method: str, steps: int = 1000) -> list[np.ndarray]:
     return [np.asarray(x) for x in jax.jit(jax.vmap(train))(jnp.stack([scores for scores, _ in CASES]), jnp.array(THRESHOLDS))]
 
 
-@pytest.mark.parametrize("method", ["xi", "mu"])
+@pytest.mark.parametrize("method", runs.slow_but(["xi", "mu"], "mu"))
 def test_thresholds_that_both_reach_are_met(method):
     reached, multipliers, kl = (x[:2] for x in trained(method))
     assert np.abs(SCORES.mean(axis=0)).max() < 0.1, "the reference is far from every threshold"

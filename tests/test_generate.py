@@ -213,6 +213,7 @@ def test_greedy_tokens_are_those_of_transformers(family, tmp_path):
     assert gap(source.config, params, PROMPTS, out._replace(drawn=out.logps)) < 1e-5
 
 
+@pytest.mark.slow
 def test_greedy_tokens_of_a_real_model(data_dir):
     folder = data_dir / "stories260k_hf"
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -70,7 +70,7 @@ def proxy(sampling: Sampling, mesh=None) -> Completions:
 on_one_device = functools.cache(proxy)
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, Sampling()], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("sampling", [GREEDY, pytest.param(Sampling(), marks=pytest.mark.slow)], ids=["greedy", "sampled"])
 def test_proxy_tuning_is_the_combination_of_whole_forward_passes(sampling):
     out = on_one_device(sampling)
     gap, below = differences(out, (1.0, 1.0, -1.0))

@@ -19,7 +19,7 @@ from alignax.models import parameters, transformer
 from alignax.train import init_state, make_step
 
 SLOW = [((8, 1, 1), 2), ((1, 1, 1), 2), ((1, 8, 1), 2), ((1, 1, 8), 2), ((4, 1, 2), 2), ((2, 2, 2), 1)]
-CASES = [((2, 2, 2), 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
+CASES = [((2, 2, 2), 2), *SLOW]
 
 
 def split(*sizes: int) -> jax.sharding.Mesh:
@@ -209,6 +209,7 @@ def trajectory(sizes: tuple[int, int, int], microbatches: int) -> tuple[list[dic
     return metrics, jax.device_get(state.params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sizes", "microbatches"), CASES, ids=str)
 def test_four_steps_are_those_of_one_device(sizes, microbatches):
     expected, expected_params = trajectory((1, 1, 1), 1)
@@ -232,6 +233,7 @@ def flops(microbatches: int) -> float:
     return microbatches * compiled.cost_analysis()["flops"]
 
 
+@pytest.mark.slow
 def test_microbatches_of_a_sharded_batch_repeat_no_work(monkeypatch):
     whole = flops(1)
     assert flops(2) < 1.3 * whole

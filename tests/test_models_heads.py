@@ -151,6 +151,7 @@ def test_a_jsd_of_distributions_that_share_nothing_is_finite():
     np.testing.assert_array_equal(jsd_slope(z, z[::-1], 0.5, 1.0), 0.0)
 
 
+@pytest.mark.slow
 def test_a_model_is_no_kl_from_itself():
     hidden, weight, targets, mask = problem()
     out = lambda h: token_logps(h, weight, targets, mask, teacher=(hidden, weight))
@@ -159,6 +160,7 @@ def test_a_model_is_no_kl_from_itself():
     np.testing.assert_allclose(jax.grad(lambda h: kl(h).sum())(hidden), 0.0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_kl_that_no_loss_reads_is_not_computed():
     """The compiled program's count of operations shows it."""
     args, names = problem(R=2, D=32, V=64), ("logps", "ref_kl", "policy_kl", "jsd")

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import peft
 import pytest
+import runs
 import safetensors.numpy
 import tiny
 import torch
@@ -217,7 +218,7 @@ def test_dora_of_some_layers_is_trained_there_alone(base, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")  # of PEFT
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", runs.slow_but([True, False], False))
 def test_a_reward_model_of_adapters_over_a_language_model(tied, tmp_path):
     """TRL's RewardTrainer saves such a folder: the head in modules_to_save, the base as published."""
     tiny.folder(tmp_path / "base", tie_word_embeddings=tied)

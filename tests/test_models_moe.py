@@ -50,7 +50,12 @@ def close(a, b) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-5, rtol=1e-5), a, b)
 
 
-@pytest.mark.parametrize(("E", "k", "normalise", "skew"), [(4, 2, True, 0.0), (8, 3, False, 0.0), (8, 2, True, 30.0), (3, 3, False, 0.0)])
+CASES = [(4, 2, True, 0.0), (8, 3, False, 0.0), (8, 2, True, 30.0), (3, 3, False, 0.0)]
+
+
+@pytest.mark.parametrize(
+    ("E", "k", "normalise", "skew"), [CASES[2], *(pytest.param(*case, marks=pytest.mark.slow) for case in CASES if case != CASES[2])]
+)
 def test_values_and_gradients_are_the_dense_ones(E, k, normalise, skew):
     args = problem(E, skew)
     y, grads = pull(moe.experts, *args, k, normalise)

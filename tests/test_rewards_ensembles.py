@@ -81,7 +81,7 @@ def test_scores_are_the_same_on_a_mesh(sizes, folders, pairs):
     assert params["layers"]["q"].addressable_shards[0].data.shape[0] == 3 // sizes[0]
 
 
-@pytest.mark.parametrize("members", [3, 6])
+@pytest.mark.parametrize("members", runs.slow_but([3, 6], 6))
 def test_members_send_each_other_nothing(members):
     """The compiled program of a member mesh has no collective at all, be it one member a device or two."""
     mesh = make_mesh({"member": 3}, jax.devices()[:3])

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import runs
 import tiny
 import torch
 import transformers
@@ -320,7 +321,7 @@ def reader(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("kind", ["text", "messages"])
+@pytest.mark.parametrize("kind", runs.slow_but(["text", "messages"], "messages"))
 def test_a_language_model_of_another_tokenizer_reads_text_for_reward_functions(kind, models, reader, tmp_path):
     """Log-probs are transformers' of the model's own tokens; an end that the policy did not sample has none."""
     words = ("sun", "moon", "sea", "a tree", "cat", "dog", "the owl", "x")

@@ -694,7 +694,11 @@ REFUSED = {
 }  # fmt: skip
 
 
-QUICK = [name for name in REFUSED if name not in ("pairs of groups of one", "groups of one", "a reward that overflows")]
+QUICK = (  # one of each kind
+    "rewards of one name", "what TRL's trainer has", "a refill of samples ahead", "an unknown column", "steps", "no reward models",
+    "a reward model", "samples of before", "no evidence", "a misspelt name", "no critic's folder", "greedy rollouts",
+    "a stop string that never occurs",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", runs.slow_but(REFUSED, *QUICK))

@@ -89,6 +89,7 @@ def test_microbatches_equal_one_batch(name):
 OTHER = {"rollouts": dpo(), "pretrain": lambda step: (0.5 + step) * sft()}  # as PPO-ptx: each loss of a batch of its own
 
 
+@pytest.mark.slow
 def test_losses_of_batches_of_their_own_are_one_gradient():
     """Gradient and loss are the sums of separate ones, each over its own global batch; microbatches give the same."""
     optimizer = optax.sgd(0.1, momentum=0.0)  # its state is the gradient
@@ -577,7 +578,7 @@ def test_the_table_of_optimizers_is_optaxs():
         np.testing.assert_allclose(a[0]["w"], b[0]["w"], rtol=1e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("name", ["adamw", "lion", "adafactor"])
+@pytest.mark.parametrize("name", runs.slow_but(["adamw", "lion", "adafactor"], "adamw"))
 def test_weight_decay_shrinks_by_rate_times_decay_and_spares_norms_and_biases(name):
     config = optim(name=name, learning_rate=0.1, weight_decay=0.3)
     optimizer = make_optimizer(config, optax.linear_schedule(0.1, 0.2, 1))
