@@ -57,6 +57,7 @@ class Packing:
 
 FEW = 128  # parts of a padded batch; with more of them a half-empty last part is no matter
 READ = ("tokens", "mask", "completion_mask")  # the fields that a model reads
+ALSO_READ = ("ref_tokens", "ref_mask")  # what a teacher reads, if the batch has them
 
 
 class Form(NamedTuple):
@@ -66,13 +67,15 @@ class Form(NamedTuple):
     shards: int
     shared: bool = True
     block: int = 64
+    examples: int = 0  # of the batch; a batch of another number has been changed and is padded; 0: any number
 
 
 @jax.tree_util.register_pytree_with_keys_class
 class Packed(dict):
     """A batch that the forward pass packs, because its rows fit into the rows of a `Form`; `Parts.part` makes such batches.
 
-    Whatever makes a new batch of it, such as `batch | {..}`, makes a plain dict, which the forward pass pads: new rows may be longer.
+    A new batch that is made of it by `batch | {..}` is a plain dict, and is padded, since its rows may be longer. So is a batch of another
+    number of examples.
     """
 
     def __init__(self, batch: Batch, form: Form):
@@ -115,7 +118,9 @@ def sizes(batch: Batch, shared: bool) -> jax.Array:
         return total - (mask.shape[1] - 1) * common.sum(axis=(1, 2), dtype=jnp.int32)
 
     own = size(batch["tokens"], batch["mask"])
-    return jnp.maximum(own, size(batch["ref_tokens"], batch["ref_mask"])) if "ref_mask" in batch and "ref_tokens" in batch else own
+    if not {"ref_tokens", "ref_mask"} & batch.keys():
+        return own
+    return jnp.maximum(own, size(batch.get("ref_tokens", batch["tokens"]), batch.get("ref_mask", batch["mask"])))
 
 
 class Parts(NamedTuple):
@@ -144,7 +149,8 @@ class Parts(NamedTuple):
             found = jnp.where(real.reshape(S, m, *(1,) * (x.ndim - 1)), found, jnp.zeros((), x.dtype))
             return meshes.constrain(found.reshape(S * m, *x.shape[1:]), self.mesh, "batch", *(None,) * (x.ndim - 1))
 
-        return Packed(jax.tree.map(take, dict(batch)), self.form), jax.tree.map(take, beside)
+        form = self.form._replace(examples=S * m)
+        return Packed(jax.tree.map(take, dict(batch)), form), jax.tree.map(take, beside)
 
     def put(self, whole: Any, part: Any, i: jax.Array) -> Any:
         """A tree of leaves [B, ...] with those of part i, [S * m, ...], in their places."""
@@ -220,9 +226,9 @@ class PartByPart:
     Its loop has no fixed number of turns, so it has no gradient. A batch for which packing does not pay is computed as it is.
 
     Attributes:
-      apply: the forward pass, `(params, batch)` to a tree of arrays [B, ...].
+      apply: the forward pass, `(params, batch)` to a tree of arrays [B, ...], of a batch's tokens and masks and of a teacher's.
       packing: how examples are packed.
-      role: the model reads `ROLE_tokens`, `ROLE_mask` and `ROLE_completion_mask` where the batch has them.
+      role: the model reads `ROLE_tokens`, `ROLE_mask` and `ROLE_completion_mask` where the batch has all of them.
     """
 
     apply: Callable[[Params, Batch], Any]
@@ -230,8 +236,11 @@ class PartByPart:
     role: str = ""
 
     def read(self, batch: Batch) -> Batch:
-        """The batch that the model reads: its own tokens, where the batch has such."""
-        return {name: batch[f"{self.role}_{name}"] for name in READ} if f"{self.role}_mask" in batch else batch
+        """The fields that the model reads: its own tokens and masks where the batch has such, else those of the batch."""
+        own = {name: f"{self.role}_{name}" for name in READ}
+        if self.role and all(field in batch for field in own.values()):
+            return {name: batch[field] for name, field in own.items()}
+        return {name: batch[name] for name in (*READ, *ALSO_READ) if name in batch}
 
     def pays(self, batch: Batch) -> bool:
         """Whether the batch is packed."""

@@ -105,7 +105,7 @@ def make_step(
             )
         grads, metrics, given = joined(found, combine is not None)
         if combine is not None:
-            grads = combine(grads)
+            grads = combine({name: grads[name] for name in losses})  # loops sort the names of a mapping
             check_gradient(grads, state.params)
         state, metrics = followed(state, optimizer, grads, metrics)
         return state, metrics, *given

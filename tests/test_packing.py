@@ -26,6 +26,7 @@ from alignax.models.lora import Lora
 from alignax.models.rows import laid_out
 from alignax.models.statistics import min_p
 from alignax.packing import SLOTS, Form, Packed, Packing, PartByPart, Parts, deal, part_by_part, sizes
+from alignax.reading import Noting
 from alignax.rewards.ensembles import ensemble_apply
 from alignax.rewards.members import AXES, over_members, stacked
 from alignax.train import init_state, make_step
@@ -194,7 +195,9 @@ def test_what_is_taken_into_parts_is_put_back(mesh):
         for i in range(int(dealt.count)):
             part, more = taken(i)
             used = np.asarray(dealt.index)[:, i].ravel() < dealt.examples
-            assert type(part) is Packed and part.form == dealt.form and part.form.shards == packing.shards(batch)
+            assert (
+                type(part) is Packed and part.form == dealt.form._replace(examples=len(used)) and part.form.shards == packing.shards(batch)
+            )
             for x in jax.tree.leaves((dict(part), more)):
                 assert len(x) == len(used) and not np.asarray(x)[~used].any()
             back = put(back, (dict(part), more), i)
@@ -506,3 +509,50 @@ def test_a_packed_ensemble_trains_as_a_padded_one(sizes):
     assert packed_metrics.pop("packed_positions").shape == (K,)
     assert_near((packed_state.params, packed_state.opt_state), (state.params, state.opt_state), tolerance=1e-5)
     assert_metrics_near(packed_metrics, metrics)
+
+
+# --- what must not be lost ---
+
+
+def test_a_hole_before_a_scored_token_has_no_state_of_another_response():
+    """Padding within a row stands where the row's last token before it stands, in the prompt and behind it."""
+    batch = responses()
+    mask = np.array(batch["mask"])
+    holes = []
+    for b, n in np.argwhere(batch["completion_mask"].any(axis=-1)).tolist():
+        first = int(np.asarray(batch["completion_mask"])[b, n].argmax())
+        if mask[b, n, : first - 1].any():
+            mask[b, n, first - 1] = False
+            holes.append((b, n, first - 1, np.flatnonzero(mask[b, n, : first - 1])[-1]))
+    places = np.asarray(laid_out(packed(batch | {"mask": jnp.asarray(mask)}, shards=1)).places).reshape(mask.shape)
+    assert len(holes) > 4 and all(places[b, n, hole] == places[b, n, before] for b, n, hole, before in holes)
+
+
+@pytest.mark.parametrize("field", ["ref_tokens", "ref_mask"])
+def test_examples_have_room_for_what_a_teacher_reads(field):
+    """A teacher reads either field alone too, beside the batch's own tokens or mask."""
+    batch = responses()
+    other = {"ref_tokens": batch["tokens"].at[:, 1].add(1), "ref_mask": batch["mask"].at[:, 1, 0].set(False)}[field]
+    found = measured(batch | {field: other}, True)
+    own = measured(batch, True)
+    reads = batch | {"tokens": other} if field == "ref_tokens" else batch | {"mask": other}
+    np.testing.assert_array_equal(found, np.maximum(own, measured(reads, True)))
+    assert (np.asarray(found) > np.asarray(own)).any()
+
+
+def test_a_frozen_model_reads_its_own_fields_and_no_others():
+    """A model of a role without tokens of its own reads those of the batch, and fields that it does not read are not touched."""
+    read: set[str] = set()
+    fields = ("rewards", "sampled_logps")
+    batch = Noting(
+        responses() | {name: jnp.zeros((B, 2)) for name in fields} | {"weak_mask": responses()["mask"]}, frozenset(fields), read.add
+    )
+    model = part_by_part(lambda params, batch: batch["tokens"].sum(axis=-1), Packing(1, block=BLOCK), "weak")
+    np.testing.assert_array_equal(model({}, batch), jnp.where(responses()["mask"], responses()["tokens"], 0).sum(axis=-1))
+    assert not read
+
+
+def test_a_batch_of_another_number_of_examples_is_padded():
+    part, _ = deal(responses(), Packing(1, block=BLOCK))[0].part(jnp.zeros((), jnp.int32), responses())
+    twice = jax.tree.map(lambda x: jnp.concatenate([x, x]), part)
+    assert isinstance(twice, Packed) and laid_out(part).sight is not None and laid_out(twice).sight is None

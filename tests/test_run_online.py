@@ -406,6 +406,17 @@ def by_experience(written):
 
 
 @pytest.mark.slow
+def test_a_packed_rollout_is_read_once_too(fields, tmp_path):
+    """The reference reads a rollout part by part, and none of the fields that it does not need."""
+    given = fields | ONE_STEP | {"workdir": str(tmp_path / "run"), "batch_size": "16", "model.packing": "128"}
+    begun = start(checked(arguments(tmp_path, GRPO, given)), write=False)
+    rollouts = Rollouts(begun.run)
+    rollout = rollouts.judge(rollouts.sample(begun.state, begun.held, 0)).batch
+    assert begun.run.packing is not None and begun.run.packing.pays(rollout)
+    assert reads_once(begun.run, begun.state, begun.held, rollout)
+
+
+@pytest.mark.slow
 def test_a_single_step_reads_the_rollout_once(fields, tmp_path):
     """Parameters and metrics equal those of a run that also reads the rollout before the step, with less work."""
     sources = {"once": GRPO, "twice": by_experience('group_relative(), lambda batch: batch | {"seen": batch["old_logps"]}')}
@@ -416,7 +427,9 @@ def test_a_single_step_reads_the_rollout_once(fields, tmp_path):
             arguments(
                 tmp_path / name,
                 source,
-                fields | ONE_STEP | {"workdir": str(tmp_path / name / "run"), "microbatches": "2", "batch_size": "16"},
+                fields
+                | ONE_STEP
+                | {"workdir": str(tmp_path / name / "run"), "microbatches": "2", "batch_size": "16", "model.packing": "-1"},
             )
         )
         state, frozen = (begun := start(run, write=False)).state, begun.held

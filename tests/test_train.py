@@ -160,6 +160,16 @@ def test_gradients_of_several_objectives_are_combined(combine, count):
                     np.testing.assert_allclose(metrics[prefix + name], own[place][1][name], rtol=1e-5)
 
 
+@pytest.mark.parametrize("how", [{}, {"microbatches": 2}, {"packing": Packing(1)}], ids=str)
+def test_gradients_come_in_the_order_of_the_losses(how):
+    """Whatever the batch is split into: `first, second = gradients.values()` is what an experiment may write."""
+    names, seen = ("later", "earlier"), []
+    first = lambda gradients: seen.append(tuple(gradients)) or gradients["later"]
+    step = make_step(tiny.plain_apply, {"later": dpo(), "earlier": sft()}, optax.sgd(0.1), combine=first, **how)
+    jax.eval_shape(lambda state, batch: step(state, dict.fromkeys(names, batch)), start(optax.sgd(0.1)), ragged())
+    assert set(seen) == {names}
+
+
 def test_a_sum_of_gradients_is_the_gradient_of_the_sum():
     batch, optimizer = ragged(), optax.sgd(0.1, momentum=0.0)
     summed = lambda gradients: jax.tree.map(lambda *g: sum(g), *gradients.values())

@@ -60,7 +60,7 @@ def laid_out(batch: Batch, tokens: str = "tokens", mask: str = "mask") -> Laid:
       tokens: the field of the tokens [B, N, T] that the model reads.
       mask: the field that marks the real ones among them.
     """
-    if not isinstance(batch, Packed):
+    if not isinstance(batch, Packed) or batch.form.examples not in (0, len(batch[mask])):
         return Laid(rows(batch[tokens]), rows(batch[mask]))
     S, shared = batch.form.shards, batch.form.shared and batch[mask].shape[1] > 1
     split = lambda x: x.reshape(S, -1, *x.shape[1:])
@@ -83,7 +83,9 @@ def _packed(P: int, shared: bool, tokens: jax.Array, mask: jax.Array, scored: ja
     size = prompt[:, 0] + own.sum(axis=1)
     first = (jnp.cumsum(size) - size)[:, None]  # [b, 1] of each example
     behind = first + prompt + jnp.cumsum(own, axis=1) - own  # [b, N] of each row's own tokens
-    places = jnp.where(common, first[..., None] + index, behind[..., None] + index - prompt[..., None])
+    # Padding among a row's tokens has the place of the last token before it.
+    before, last = index < prompt[..., None], jnp.maximum(index, 0)
+    places = jnp.where(before, first[..., None] + last, behind[..., None] + last - prompt[..., None])
     places = jnp.clip(places, 0, P - 1)
     kept = mask & ~(common & (jnp.arange(N) > 0)[None, :, None])  # one copy of a shared prompt
     source = jnp.full(P, b * N * T, jnp.int32)

@@ -453,8 +453,8 @@ def forward(
         arguments of the program, not constants.
       mixture: beta and temperature of `jsd`, see `alignax.models.statistics.jsd`.
       statistics: further statistics of the next-token distributions, which `Outputs.statistics` has by name.
-      hidden: indices of layers, from 0, whose hidden states `Outputs.hidden` has by index: [B, N, T, D], before the last norm, of padding
-        too. It keeps the hidden states of all layers in memory.
+      hidden: indices of layers, from 0, whose hidden states `Outputs.hidden` has by index: [B, N, T, D], before the last norm; those of
+        padding mean nothing. It keeps the hidden states of all layers in memory.
       attention: what computes the attention of padded rows: "xla", "splash" (TPU), "cudnn" (GPU), or "auto", the platform's own where its
         conditions hold, see `alignax.models.kernels`.
 
@@ -502,6 +502,8 @@ def forward(
         if config.critic_heads:
             out = out._replace(values=token_values(states, batch["completion_mask"], params["value"], places=laid.places))
         whole = lambda x: at_places(x, laid.places).reshape(*batch["tokens"].shape, -1)
+        if laid.places is not None:  # a padding token has no state there
+            whole = lambda x, whole=whole: jnp.where(batch["mask"][..., None], whole(x), 0)
         return out._replace(hidden={i: whole(layers[i]) for i in hidden}) if hidden else out
 
     return apply

@@ -102,7 +102,7 @@ def ensemble_apply(
     `tokens` [B, N, T] otherwise. Members are sharded over the mesh axis `member` and send each other nothing; the members of one device
     score one after another, in one program.
     """
-    apply, side = forward(config, dtype=dtype, remat="none", mesh=mesh), mesh.shape["member"]
+    apply, side = forward(config, dtype=dtype, remat="none", mesh=mesh, attention=attention), mesh.shape["member"]
 
     def rate(params: Params, batch: Batch) -> Outputs:
         if f"{role}_mask" in batch:

@@ -29,8 +29,7 @@ from alignax.losses.pairs import field
 from alignax.models import hf, peft
 from alignax.models.heads import last_states
 from alignax.models.lora import join
-from alignax.models.rows import laid_out
-from alignax.models.transformer import Decoder, ModelConfig, decoded
+from alignax.models.transformer import Decoder, ModelConfig, decoded, read
 from alignax.rewards.members import AXES, over_members
 from alignax.train import Apply, Stepped, init_state, make_step
 from alignax.types import Batch, Metrics, Model, Outputs, Params, TrainState, rows
@@ -175,7 +174,7 @@ def state_of(config: ModelConfig, dtype: Any = jnp.float32, remat: str = "none",
     decoder = Decoder(config, dtype, remat, mesh)
 
     def states(params: Params, batch: Batch) -> jax.Array:
-        laid = laid_out(batch)
+        laid = read(config, batch)
         hidden, _ = decoded(decoder, params, laid)  # [R, T, D]
         return last_states(hidden, rows(batch["mask"]), laid.places).reshape(*batch["tokens"].shape[:2], -1)
 

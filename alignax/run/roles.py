@@ -161,8 +161,9 @@ def make_apply(
 def attention(config: Any, mesh: Mesh) -> tuple[str, str]:
     """The attention that the models of a run ask `alignax.models.kernels.chosen` for, and why "auto" is "xla" for all of them, else ""."""
     name = config.model.attention
-    if config.ensemble.members and name in ("auto", "cudnn") and kernels.platform(mesh) == "gpu":
-        why = f"cudnn does not compute the {config.ensemble.members} members of an ensemble together"
+    members = config.ensemble.members or (mesh.shape["member"] if mesh.shape["member"] > 1 else 0)
+    if members and name in ("auto", "cudnn") and kernels.platform(mesh) == "gpu":
+        why = f"cudnn does not compute the {members} members of an ensemble together"
         if name == "cudnn":
             raise ValueError(f"model.attention is 'cudnn', and {why}; use model.attention=xla")
         return "xla", why
@@ -223,7 +224,9 @@ def models(roles: Roles, held: Mapping[str, Params], params: Params, packing: Pa
 
 def frozen_model(role: Role, params: Params, packing: Packing | None = None) -> Model:
     """A frozen role as a `Model` of its parameters; with `packing` it computes packed parts."""
-    return Model(part_by_part(role.apply, packing, role.name), params, lambda statistics: part_by_part(role.giving(statistics), packing))
+    own = role.name if role.members or role.reads_text else ""  # other models read the tokens of the batch
+    pack = lambda apply: part_by_part(apply, packing, own)
+    return Model(pack(role.apply), params, lambda statistics: pack(role.giving(statistics)))
 
 
 def stored_outputs(params: Params, batch: Batch) -> Outputs:

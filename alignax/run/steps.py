@@ -15,7 +15,7 @@ from alignax.generate import policy_config, sampler_gap
 from alignax.losses.algebra import Objective, statistics_of
 from alignax.packing import part_by_part
 from alignax.run.prepare import Run, by_batch
-from alignax.run.roles import REFERENCE, Role, make_apply, policy_apply, whole
+from alignax.run.roles import REFERENCE, Role, frozen_model, make_apply, policy_apply, whole
 from alignax.run.state import Held, given_models, make_experience
 from alignax.train import Apply, make_evaluation, make_step
 from alignax.types import Batch, Metrics, Model, Outputs, Params, TrainState
@@ -79,7 +79,7 @@ def make_score(run: Run, role: Role) -> Callable[[Params, Batch], jax.Array]:
     The array is scores [B, N, K] of reward models, or log-probs [B, N, T] of a language model.
     """
 
-    apply = part_by_part(role.apply, run.packing, role.name)
+    apply = frozen_model(role, None, run.packing).apply
 
     def score(params: Params, batch: Batch) -> jax.Array:
         out = apply(params, batch)
