@@ -38,7 +38,7 @@ from alignax.data.tokens import tokenize
 from alignax.experience import advance
 from alignax.losses import at_step
 from alignax.mesh import make_mesh
-from alignax.models import families, hf, parameters, peft, transformer
+from alignax.models import families, hf, parameters, peft, rope
 from alignax.models.fields import FIELDS as MODEL_FIELDS
 from alignax.models.lora import Lora
 from alignax.models.tokenizers import load_tokenizer
@@ -589,7 +589,7 @@ def check_config(good: dict, contents: Any, path: Path, examples: int) -> None:
             assert all(type(x) is int and x > 0 for x in sizes)
             assert not c.sliding_windows or len(c.sliding_windows) == c.num_hidden_layers
             if c.positions == "rope":
-                assert all(bool(jnp.isfinite(x).all()) for x in transformer.rope_tables(c, jnp.arange(3)[None]))
+                assert all(bool(jnp.isfinite(x).all()) for x in rope.rope_tables(c, jnp.arange(3)[None]))
 
     check()
 

@@ -16,6 +16,7 @@ import torch_llama
 from alignax import mesh as meshes
 from alignax.models import hf, parameters, transformer
 from alignax.models.families import rope_options
+from alignax.models.rope import rope_angles
 from alignax.models.transformer import Decoder
 
 # head_dim 16 and theta 100 put the frequencies on all parts of every ramp, within 48 tokens.
@@ -100,7 +101,7 @@ def test_logits_are_those_of_transformers(variant, tmp_path):
 
 def test_every_variant_has_other_angles():
     place, length = jnp.arange(48)[None], jnp.array([[48]])
-    angles = {v: np.stack(transformer.rope_angles(config(v), place, length)) for v in VARIANTS if "rope_parameters" in VARIANTS[v]}
+    angles = {v: np.stack(rope_angles(config(v), place, length)) for v in VARIANTS if "rope_parameters" in VARIANTS[v]}
     same = [(a, b) for a in angles for b in angles if a < b and np.abs(angles[a] - angles[b]).max() < 1e-2]
     assert same == [("yarn", "yarn, mscale alone")]  # one coefficient alone means nothing, to transformers either
 
@@ -121,7 +122,7 @@ def test_yarn_without_factor_takes_the_ratio_of_contexts():
         config("yarn", rope_scaling=tuple(x for x in config("yarn").rope_scaling if x[0] != "factor")),
     )
     at = (jnp.arange(48)[None], jnp.array([[48]]))
-    np.testing.assert_array_equal(transformer.rope_angles(without, *at), transformer.rope_angles(with_factor, *at))
+    np.testing.assert_array_equal(rope_angles(without, *at), rope_angles(with_factor, *at))
 
 
 def test_logits_of_a_row_longer_than_an_attention_block(tmp_path):

@@ -39,8 +39,8 @@ from alignax.host.workers import Workers
 from alignax.losses.algebra import Objective
 from alignax.models import hf
 from alignax.models.reward import CRITIC
+from alignax.models.rope import shares_prompts
 from alignax.models.tokenizers import load_tokenizer
-from alignax.models.transformer import shares_prompts
 from alignax.optim import make_optimizer, make_schedule, own_optimizer
 from alignax.packing import Packing
 from alignax.rewards import judge as judging
