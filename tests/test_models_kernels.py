@@ -223,7 +223,11 @@ def v5e(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("head, changes", [(64, {}), (128, {"sliding_windows": (0, 256), "attn_logit_softcapping": 50.0})], ids=str)
+@pytest.mark.parametrize(
+    "head, changes",
+    [pytest.param(64, {}, marks=pytest.mark.long), (128, {"sliding_windows": (0, 256), "attn_logit_softcapping": 50.0})],
+    ids=str,
+)
 def test_a_tpu_program_has_the_splash_kernel_and_no_scores(head, changes, v5e):
     """The forward and the backward pass of a Llama; the xla path's blocks of scores [R, KV, G, t, s] are what is looked for."""
     T = 1024

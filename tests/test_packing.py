@@ -355,7 +355,20 @@ def pulled(apply: Callable, params: Any, batch: dict) -> tuple[Outputs, Any]:
 EVERYDAY = ("windows", "teacher of other tokens")  # the plain model trains on the mesh, and scores are those of the ensemble below
 
 
-@pytest.mark.parametrize("name", runs.slow_but(CASES, *EVERYDAY))
+VARIATIONS = (  # of cases that stay among the slow tests
+    "learned positions, not shared", "dynamic with a critic", "dynamic with a teacher", "local theta beside dynamic", "parallel residual",
+    "norms of projections", "scores before padding tokens", "own critic of two heads", "teacher", "teacher, not shared",
+    "teacher of other tokens, not shared", "scores and log-probs",
+)  # fmt: skip
+
+
+def marked(name: str) -> Any:
+    """A case of the everyday, the slow or the long tests."""
+    marks = () if name in EVERYDAY else (pytest.mark.slow, pytest.mark.long) if name in VARIATIONS else pytest.mark.slow
+    return pytest.param(name, marks=marks)
+
+
+@pytest.mark.parametrize("name", map(marked, CASES))
 def test_packed_rows_give_the_outputs_and_gradients_of_padded_ones(name):
     case = CASES[name]
     apply, params, batch = made(case)

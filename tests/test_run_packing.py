@@ -67,7 +67,7 @@ def compared(found: dict, expected: dict) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("positions", [128, -1])
+@pytest.mark.parametrize("positions", [128, pytest.param(-1, marks=pytest.mark.long)])
 def test_a_stopped_run_goes_on_packed(positions, fields, tmp_path):
     """Bit for bit if its rows were packed before too, to rounding if they were padded."""
     own = fields | {"steps": 12, "checkpoint.every": 2, "eval.every": 6}
