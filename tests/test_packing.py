@@ -368,7 +368,7 @@ def marked(name: str) -> Any:
     return pytest.param(name, marks=marks)
 
 
-@pytest.mark.parametrize("name", map(marked, CASES))
+@pytest.mark.parametrize("name", [marked(name) for name in CASES])
 def test_packed_rows_give_the_outputs_and_gradients_of_padded_ones(name):
     case = CASES[name]
     apply, params, batch = made(case)
