@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu import splash_attention as pallas
 from jax.sharding import Mesh, PartitionSpec
 
 from alignax import mesh as meshes
@@ -121,6 +120,8 @@ def splash(
     Returns:
       [R, T, H, h]; of padding, attention among padding.
     """
+    from jax.experimental.pallas.ops.tpu import splash_attention as pallas  # a tenth of a second that other platforms need not spend
+
     T, h, block = q.shape[1], q.shape[3], block_size(q.shape[1])
     behind = -T % block
     tiles: Any = (block,) * 8  # the same in the forward pass and in both kernels of the backward pass

@@ -322,7 +322,7 @@ def forward(
     if remat not in REMAT:
         raise ValueError(f"remat {remat!r} is unknown; use {', '.join(REMAT)}")
     if attention not in kernels.KERNELS:
-        raise ValueError(f"attention {attention!r} is unknown; use {', '.join(kernels.KERNELS)}")
+        raise ValueError(f"model.attention {attention!r} is unknown; use {', '.join(kernels.KERNELS)}")
     if beyond := [layer for layer in hidden if layer not in range(config.num_hidden_layers)]:
         raise ValueError(f"layer {beyond[0]} is asked for, and the model has {config.num_hidden_layers}; they are counted from 0")
     speaks = config.language_head or not config.num_labels
