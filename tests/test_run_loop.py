@@ -55,7 +55,6 @@ def looped(monkeypatch):
         monkeypatch.setattr(loop, "Evaluation", evaluation)
         feed = Mock(waits=False, side_effect=lambda state, step: (state, {}, {}))
         feed.after.side_effect = lambda state, metrics: (state, {})
-        monkeypatch.setattr(loop, "make_feed", lambda *_: feed)
         monkeypatch.setattr(loop, "Observer", lambda *_, **__: observe)
         monkeypatch.setattr(loop, "evaluated", lambda _: False)
         save = lambda state, about, scores: done.append(f"save {state.step}{' with scores' if scores else ''}")
@@ -69,7 +68,7 @@ def looped(monkeypatch):
         started = loop.Started(types.SimpleNamespace(**given), state, first, {}, programs, about, checkpoints, None)  # type: ignore
         with stop.Stop() as signals:
             try:
-                done.append(sorted(loop.loop(started, log, signals)[1]))  # type: ignore
+                done.append(sorted(loop.loop(started, feed, log, signals)[1]))  # type: ignore
             except (SystemExit, RewardFailed) as e:
                 done.append(e.code if isinstance(e, SystemExit) else repr(e))
         return done
