@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from alignax import mesh as meshes
+from alignax.compiled import COUNTED
 from alignax.config import DATA, PRETRAIN, ROLLOUTS, steps_of_turn
 from alignax.host.workers import Abandoned
 from alignax.program import Program
@@ -88,7 +89,7 @@ class Online:
 
     def __init__(self, run: Run, held: Held, rollouts: Rollouts):
         """Compiles nothing yet."""
-        self.run, self.held, self.rollouts, self.compiled = run, held, rollouts, Compiled()
+        self.run, self.held, self.rollouts = run, held, rollouts
         self.pretraining = Prefetch(self._pretraining, run.steps // steps_of_turn(run.config))
 
     def __call__(self, state: TrainState, step: int) -> Fed:
@@ -98,7 +99,7 @@ class Online:
         return self._fed(state, step, batch, metrics)
 
     def after(self, state: TrainState, metrics: Seen) -> tuple[TrainState, Seen]:
-        """Waits for the device; returns the state, how long each part of the turn took, and the number of compilations."""
+        """Waits for the device; returns the state, how long each part of the turn took, and the number of new programs."""
         jax.block_until_ready((state, metrics))
         return state, self._timed()
 
@@ -107,7 +108,7 @@ class Online:
         self.pretraining.close()
 
     def _begin(self) -> None:
-        self._programs, self._began, self._times = self.compiled.programs, time.monotonic(), dict.fromkeys(("generate", "reward"), 0.0)
+        self._programs, self._began, self._times = COUNTED.programs, time.monotonic(), dict.fromkeys(("generate", "reward"), 0.0)
 
     def _fed(self, state: TrainState, step: int, batch: Batch, metrics: Seen) -> Fed:
         self._note(metrics)
@@ -121,7 +122,7 @@ class Online:
     def _timed(self) -> dict[str, Any]:
         now = time.monotonic()
         times: dict[str, Any] = {f"time/{part}": seconds for part, seconds in (self._times | {"learn": now - self._handed}).items()}
-        host = {"time/host": now - self._began - sum(times.values()), "compilations": self.compiled.programs - self._programs}
+        host = {"time/host": now - self._began - sum(times.values()), "compilations": COUNTED.programs - self._programs}
         return times | host
 
     def _batches(self, step: int, rollout: Batch) -> dict[str, Batch]:
@@ -179,15 +180,3 @@ class Ahead(Online):
         self._handed = time.monotonic()
         jax.block_until_ready((state, metrics))
         return dataclasses.replace(state, carry=state.carry | {AHEAD: self.batch}), {**newest, **self._timed()}
-
-
-class Compiled:
-    """A counter of the programs compiled from now on. jax keeps listeners forever, so the counter refers to nothing else."""
-
-    def __init__(self):
-        """Starts the count at 0."""
-        self.programs = 0
-        jax.monitoring.register_event_duration_secs_listener(self._listen)
-
-    def _listen(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
-        self.programs += event.endswith("backend_compile_duration")

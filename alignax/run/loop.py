@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from alignax.compiled import COUNTED
 from alignax.config import steps_of_turn
 from alignax.distributed import is_main
 from alignax.host.workers import Abandoned, never
@@ -45,6 +46,8 @@ def fit(started: Started) -> dict[str, dict[str, float]]:
         feed = make_feed(run, started.held, started.programs, stop.look)
         with closing(started.checkpoints), closing(feed):  # closing waits until the last checkpoint is complete
             state, results = loop(started, feed, log, stop)
+        if first == run.steps:
+            log.line(str(COUNTED))
         if int(state.skipped.max()) >= run.steps:
             raise FloatingPointError(
                 f"none of the {run.steps} steps was finite, nothing was learnt, and nothing is exported; "
