@@ -20,6 +20,7 @@ from alignax.run.feed import Feed, make_feed
 from alignax.run.host_rewards import RewardFailed
 from alignax.run.log import Log
 from alignax.run.observer import Observer
+from alignax.run.profile import Profile
 from alignax.run.start import Started
 from alignax.run.stop import AGREE, SIGNALS, Stop
 from alignax.run.summary import summary
@@ -43,9 +44,9 @@ def fit(started: Started) -> dict[str, dict[str, float]]:
     with closing(started.lock), closing(log), closing(run.workers), Stop() as stop:
         for line in summary(run, started.about, first):
             log.line(line)
-        feed = make_feed(run, started.held, started.programs, stop.look)
-        with closing(started.checkpoints), closing(feed):  # closing waits until the last checkpoint is complete
-            state, results = loop(started, feed, log, stop)
+        feed, profile = make_feed(run, started.held, started.programs, stop.look), Profile(run, log, first)
+        with closing(started.checkpoints), closing(feed), closing(profile):  # closing waits until the last checkpoint is complete
+            state, results = loop(started, feed, profile, log, stop)
         if first == run.steps:
             log.line(str(COUNTED))
         if int(state.skipped.max()) >= run.steps:
@@ -58,7 +59,7 @@ def fit(started: Started) -> dict[str, dict[str, float]]:
     return results
 
 
-def loop(started: Started, feed: Feed, log: Log, stop: Stop) -> tuple[TrainState, dict[str, dict[str, float]]]:
+def loop(started: Started, feed: Feed, profile: Profile, log: Log, stop: Stop) -> tuple[TrainState, dict[str, dict[str, float]]]:
     """Takes the remaining steps, with evaluation and saving in between; returns the last state and the evaluation metrics."""
     run, state, first, held, programs, about, checkpoints, _ = started
     config = run.config
@@ -77,7 +78,7 @@ def loop(started: Started, feed: Feed, log: Log, stop: Stop) -> tuple[TrainState
         if first in (0, run.steps):
             results["after" if first else "before"] = scores
     for s in range(first + turn, run.steps + 1, turn):
-        with leaving(started, log, stop, state, s - turn, "a rollout"):
+        with profile.step(s - turn, state), leaving(started, log, stop, state, s - turn, "a rollout"):
             state, batches, seen = feed(state, s - turn)
             state, metrics = learn(state, held, batches)
             state, more = feed.after(state, metrics)
