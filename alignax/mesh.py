@@ -6,6 +6,7 @@ mesh axes each logical axis is sharded. A new mesh axis, or another sharding, is
 
 import math
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ import optax
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from alignax.compiled import compile_anew
 
 AXES = ("member", "data", "fsdp", "tensor")
 RULES: dict[str, Any] = {
@@ -39,11 +42,15 @@ def order_collectives(several: bool = False) -> None:
 
     XLA's default schedule may start a collective that follows a loop before those of the loop's last turns. If the devices of a busy
     machine differ in that, they wait for each other for ever; seen with jax 0.10.2. The flag has no effect once a device was used.
+    Programs of simulated devices are not read from a cache, see `alignax.compiled.compile_anew`.
     """
     flags = os.environ.get("XLA_FLAGS", "")
-    simulated = SIMULATED in flags or jax.config.values["jax_num_cpu_devices"] > 1
+    counts = [jax.config.values["jax_num_cpu_devices"], *map(int, re.findall(rf"{SIMULATED}=(\d+)", flags))]
+    simulated = max(counts) > 1
     if (several or simulated) and ORDERED.partition("=")[0] not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {ORDERED}".strip()
+    if simulated:
+        compile_anew()
 
 
 def make_mesh(shape: Mapping[str, int], devices: Any = None) -> Mesh:

@@ -179,6 +179,7 @@ def joined(found: list[Part], apart: bool) -> tuple[Any, Metrics, list[Outputs]]
     return grads, metrics, given
 
 
+@jax.named_scope("optimizer")
 def followed(state: TrainState, optimizer: optax.GradientTransformation, grads: Params, metrics: Metrics) -> tuple[TrainState, Metrics]:
     """The state after an optimizer update, unchanged if the loss or gradient is not finite; and the metrics, the step's own added."""
     norms = jax.tree.map(jnp.linalg.norm, grads)

@@ -16,6 +16,7 @@ ORDERED = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
 if not os.environ.get("OPTIMISED"):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {PATIENT} {ORDERED} --xla_force_host_platform_device_count=8"
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # the user's cache is left alone; see `runs.environment`
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_WAIT_POLICY": "PASSIVE"}
 
 import jax  # noqa: E402

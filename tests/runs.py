@@ -50,7 +50,7 @@ def environment(devices: int = 1, **more: str) -> dict[str, str]:
     flags = f"--xla_force_host_platform_device_count={devices} {conftest.QUICK} {conftest.PATIENT}"
     own = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     if cache and devices == 1:
-        own |= {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        own |= {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_ENABLE_COMPILATION_CACHE": "true"}
     return os.environ | own | more
 
 

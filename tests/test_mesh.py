@@ -51,6 +51,7 @@ def test_one_free_size_takes_the_rest(shape, sizes):
     [
         ("--a=1", False, "--a=1"),
         ("--a=1", True, f"--a=1 {meshes.ORDERED}"),
+        (f"{meshes.SIMULATED}=1", False, f"{meshes.SIMULATED}=1"),
         (f"{meshes.SIMULATED}=8", False, f"{meshes.SIMULATED}=8 {meshes.ORDERED}"),
         (f"{meshes.SIMULATED}=8 --xla_cpu_enable_concurrency_optimized_scheduler=true", True, None),
     ],

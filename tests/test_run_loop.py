@@ -55,7 +55,6 @@ def looped(monkeypatch):
         monkeypatch.setattr(loop, "Evaluation", evaluation)
         feed = Mock(waits=False, side_effect=lambda state, step: (state, {}, {}))
         feed.after.side_effect = lambda state, metrics: (state, {})
-        monkeypatch.setattr(loop, "make_feed", lambda *_: feed)
         monkeypatch.setattr(loop, "Observer", lambda *_, **__: observe)
         monkeypatch.setattr(loop, "evaluated", lambda _: False)
         save = lambda state, about, scores: done.append(f"save {state.step}{' with scores' if scores else ''}")
@@ -64,12 +63,13 @@ def looped(monkeypatch):
         experiment = types.SimpleNamespace(file=types.SimpleNamespace(name="mine.py"))
         given = {"config": config, "steps": 4, "workers": types.SimpleNamespace(stop=never), "experiment": experiment, "workdir": "run"}
         state = types.SimpleNamespace(step=jnp.int32(first))
+        untraced = Mock(step=lambda *_: nullcontext())
         programs = {"train": types.SimpleNamespace(call=train)}
         about = {"policy": "", "reference": ""}
         started = loop.Started(types.SimpleNamespace(**given), state, first, {}, programs, about, checkpoints, None)  # type: ignore
         with stop.Stop() as signals:
             try:
-                done.append(sorted(loop.loop(started, log, signals)[1]))  # type: ignore
+                done.append(sorted(loop.loop(started, feed, untraced, log, signals)[1]))  # type: ignore
             except (SystemExit, RewardFailed) as e:
                 done.append(e.code if isinstance(e, SystemExit) else repr(e))
         return done

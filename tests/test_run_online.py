@@ -504,7 +504,7 @@ def pretrained(fields, tmp_path):
 
 def test_every_step_of_a_turn_has_its_own_pretraining_batch(pretrained):
     run = checked(pretrained)
-    found = Online(run, {}, Rollouts(run))._pretraining(4)["pretrain"]
+    found = Online(run, {}, Rollouts(run))._batches(4, {})["pretrain"]
     assert found["tokens"].shape == (4, 8, 1, run.data.pretrain.length) and run.data.pretrain.length > run.data.train.length
     for u in range(4):
         jax.tree.map(np.testing.assert_array_equal, jax.tree.map(lambda x: x[u], found), run.data.pretrain.batch(4 + u))  # noqa: B023

@@ -110,9 +110,11 @@ def command(args: list[str]) -> int:
         return fail(e)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # for example that PyTorch is missing
     from alignax.cli import commands, reward_commands
+    from alignax.compiled import keep
     from alignax.config.blame import BadInput
     from alignax.run.host_rewards import RewardFailed
 
+    keep()
     try:
         if given.command == "train":
             commands.train(given.file, given.overrides, given.dry)

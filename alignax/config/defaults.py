@@ -145,6 +145,7 @@ def default_config() -> Any:
     c.log = ConfigDict()
     c.log.every = 10  # steps between console lines; a terminal has a progress line instead
     c.log.tensorboard = True  # also write WORKDIR/tensorboard
+    c.log.profile = 0  # steps after the first, which compiles, whose trace is written to WORKDIR/profile, in whole rollouts; 0: none
     c.log.rollouts = 8  # responses of each rollout written to rollouts.jsonl, as they were trained on; 0: none
 
     c.export = ConfigDict()

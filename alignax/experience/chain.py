@@ -120,6 +120,7 @@ def numbered(name: str, values: jax.Array) -> Metrics:
     return {f"{name}_{k}": x for k, x in enumerate(values)}
 
 
+@jax.named_scope("experience")
 def advance(experience: Experience, carry: Carry, batch: Batch) -> tuple[Carry, Batch, Metrics]:
     """Runs an experience: the carry for the next batch, this batch with the written fields, and the reported metrics, each [].
 

@@ -58,6 +58,7 @@ class Drawn(NamedTuple):
     drawn: jax.Array  # [R] float32, under the distribution that was sampled from; 0 for greedy sampling
 
 
+@jax.named_scope("sample")
 def draw(sampling: Sampling, logits: jax.Array, row: jax.Array, real: jax.Array, uniform: jax.Array) -> Drawn:
     """Samples a token of each row, and gives its log-probs.
 

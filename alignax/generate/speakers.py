@@ -77,6 +77,7 @@ def speaker(config: ModelConfig, dtype: Any = jnp.float32, cache_dtype: str = ""
         split = constrain(tokens, mesh, "batch", None)
         return decoder.apply({"params": params}, split, constrain(real, mesh, "batch", None))[1]
 
+    @jax.named_scope("head")
     def head(params: Any) -> jax.Array:
         # Gathered over fsdp once, instead of at every step.
         return constrain(head_weight(config, params).astype(dtype), mesh, None, "vocab")
@@ -85,8 +86,9 @@ def speaker(config: ModelConfig, dtype: Any = jnp.float32, cache_dtype: str = ""
         decoder = Decoder(config, dtype, "none", mesh)
         last = jnp.take_along_axis(tokens, at[:, None], axis=1)
         hidden, cache = decoder.apply({"params": params}, last, None, cache, at)
-        z = jnp.einsum("rd,dv->rv", hidden[:, 0], head, preferred_element_type=jnp.float32)
-        return constrain(shaped(z, shaping(config)), mesh, "batch", None), cache
+        with jax.named_scope("head"):
+            z = jnp.einsum("rd,dv->rv", hidden[:, 0], head, preferred_element_type=jnp.float32)
+            return constrain(shaped(z, shaping(config)), mesh, "batch", None), cache
 
     predicted = config.predicted_tokens or config.vocab_size
     return Speaker(config.vocab_size, predicted, positions(config), True, mesh, empty, layout, read, head, logits, name)

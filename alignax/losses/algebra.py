@@ -123,6 +123,7 @@ class Loss:
         """The weights of each term, normalised to sum 1 over the batch, which must be the global one (sum 0 where all are 0)."""
         return tuple(w / jnp.where((total := w.sum()) > 0, total, 1.0) for w in self.weights(batch))
 
+    @jax.named_scope("loss")
     def __call__(self, out: Outputs, batch: Batch, weights: tuple[jax.Array, ...]) -> tuple[jax.Array, Metrics]:
         """The loss [] and metrics [] of a part of the batch, as weighted sums: the sums of the parts add up to those of the whole batch.
 

@@ -54,6 +54,7 @@ class Shaping(NamedTuple):
 PLAIN = Shaping()
 
 
+@jax.named_scope("head")
 def token_logps(
     hidden: jax.Array,
     weight: jax.Array,
@@ -126,6 +127,7 @@ def token_logps(
     return Outputs(logps, **fields, statistics={statistic.name: found[statistic] for statistic in statistics})
 
 
+@jax.named_scope("head")
 def last_scores(hidden: jax.Array, mask: jax.Array, weight: jax.Array, offset: jax.Array, places: jax.Array | None = None) -> jax.Array:
     """A reward model's scores of rows, [R, labels] float32, from the last real token, as in transformers.
 
@@ -155,6 +157,7 @@ def last_states(hidden: jax.Array, mask: jax.Array, places: jax.Array | None = N
     return at_places(hidden, jnp.take_along_axis(places, last, axis=1))[:, 0].astype(jnp.float32)
 
 
+@jax.named_scope("head")
 def token_values(
     hidden: jax.Array, scored: jax.Array, weight: jax.Array, offset: jax.Array | None = None, places: jax.Array | None = None
 ) -> jax.Array:

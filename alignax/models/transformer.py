@@ -72,6 +72,7 @@ class Block(nn.Module):
         return y
 
     @nn.compact
+    @jax.named_scope("layer")
     def __call__(self, carry: Any, layer: jax.Array, window: jax.Array | None, rope: Any, at: jax.Array | None, mask: Any):
         """Applies one layer to the carry (x [R, T, D], cache); see `Decoder` for the arguments.
 
@@ -88,6 +89,7 @@ class Block(nn.Module):
         x = constrain(x, self.mesh, "batch", None, None)
         return (x, cache), x if self.states else kept
 
+    @jax.named_scope("attention")
     def attend(self, x: jax.Array, cache: Cache | None, layer: jax.Array, window: jax.Array | None, rope: Any, at: Any, mask: Any):
         """Attention with its four projections.
 
@@ -119,6 +121,7 @@ class Block(nn.Module):
         kept = None if self.keep is None else caches.pack(k.swapaxes(1, 2), v.swapaxes(1, 2), self.keep)
         return self.dense("o", h.reshape(R, T, -1), c.hidden_size, ("heads", "embed"), c.attention_bias), cache, kept
 
+    @jax.named_scope("mlp")
     def mlp(self, x: jax.Array) -> jax.Array:
         """The MLP, [R, T, D] -> [R, T, D]: down(act(gate(x)) * up(x)), down(act(up(x))), or a mixture of experts."""
         c = self.config
@@ -209,9 +212,10 @@ class Decoder(nn.Module):
             positions = at[:, None]
         rope = rope_tables(c, positions, lengths) if c.positions == "rope" else None
         windows = jnp.asarray(c.sliding_windows, jnp.int32) if any(c.sliding_windows) else None  # [L]
-        # Gathered over fsdp before the lookup, because for a sharded table the partitioner would replicate the batch.
-        table = constrain(jnp.asarray(embed, self.dtype), self.mesh, "vocab", None)
-        x = table[tokens]
+        with jax.named_scope("embed"):
+            # Gathered over fsdp before the lookup, because for a sharded table the partitioner would replicate the batch.
+            table = constrain(jnp.asarray(embed, self.dtype), self.mesh, "vocab", None)
+            x = table[tokens]
         if c.embedding_scale != 1.0:
             x = x * jnp.asarray(c.embedding_scale, self.dtype)
         if c.positions == "learned":

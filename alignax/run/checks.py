@@ -24,7 +24,7 @@ LEAST = {
     "eval.max_new_tokens": 1, "eval.samples_per_prompt": 1,
     "model.critic_heads": 1, "data.limit": 0, "seed": 0, "model.num_labels": 0, "ensemble.members": 0, "rollout.samples": 0,
     "rollout.max_new_tokens": 1, "rollout.minibatches": 1, "rollout.epochs": 1, "rollout.slots": 0,
-    "rollout.reward_workers": 1, "rollout.refill": 0, "log.rollouts": 0,
+    "rollout.reward_workers": 1, "rollout.refill": 0, "log.rollouts": 0, "log.profile": 0,
     "epochs": 0, "eval.temperature": 0, "optimizer.clip": 0, "optimizer.final": 0, "optimizer.weight_decay": 0,
     "optimizer.b1": 0, "optimizer.b2": 0, "optimizer.eps": 0,
 }  # fmt: skip
@@ -71,6 +71,17 @@ def check_fields(config: Any) -> None:
     best = config.checkpoint.best.removeprefix("-")
     if best and not (config.data.eval and config.eval.every):
         raise ValueError(f"checkpoint.best {best!r} needs evaluations; set data.eval and eval.every")
+
+
+def check_profile(config: Any, steps: int) -> None:
+    """Refuses to trace more steps than there are after the first turn."""
+    turn = steps_of_turn(config)
+    if config.log.profile > max(steps - turn, 0):
+        first = "step, which compiles" if turn == 1 else f"{turn} steps, which compile"
+        raise ValueError(
+            f"log.profile is {config.log.profile}, and only {max(steps - turn, 0)} of {steps} steps follow the first {first}; lower it, or "
+            "raise steps"
+        )
 
 
 def check_head(config: Any, source: hf.Source, experiment: Experiment) -> None:

@@ -20,13 +20,14 @@ from alignax.host.functions import names_of
 from alignax.program import Program
 from alignax.run.host_rewards import bad_rewards, metrics_of, named, rewards_of
 from alignax.run.log import Log
+from alignax.run.prefetch import late, prefetched
 from alignax.run.prepare import Run
 from alignax.run.rollout import decoded, samples_batch, text_metrics
 from alignax.run.sampling import EVALUATION, sampled_rows, speaker_params
 from alignax.run.scoring import Scorers
 from alignax.run.state import Held, put_padded
 from alignax.train import means
-from alignax.types import TrainState
+from alignax.types import Batch, TrainState
 
 SAMPLED = (  # metrics of sampled completions
     "completion_length", "eos_rate", "truncated_rate", "distinct", "kl", "kl_se", "kl_k3", "sampler_gap", "gold", "gold_se", "prompts",
@@ -66,12 +67,17 @@ class Evaluation:
             return {}
         size = eval_batch_size(run.config)
         total: dict[str, np.ndarray] = {}
-        for i in range(-(-len(examples) // size)):
+
+        def make(i: int) -> Batch:
+            return meshes.put_batch(run.mesh, lambda rows: evaluation_batch(examples, i, size, run.data.train.length, rows), size)
+
+        def sums(batch: Batch) -> Any:
             self.look()
-            make = lambda rows, i=i: evaluation_batch(examples, i, size, run.data.train.length, rows)
-            batch = meshes.put_batch(run.mesh, make, size)
-            sums = jax.device_get(self.programs["evaluate"].call(state, self.frozen, batch))
-            total = {name: total.get(name, 0.0) + np.asarray(pair, np.float64) for name, pair in sums.items()}
+            return self.programs["evaluate"].call(state, self.frozen, batch)
+
+        with prefetched(make, -(-len(examples) // size)) as batches:
+            for found in late(map(sums, batches)):
+                total = {name: total.get(name, 0.0) + np.asarray(pair, np.float64) for name, pair in jax.device_get(found).items()}
         return means({name: (pair[0], pair[1]) for name, pair in total.items()})
 
     def samples(self, state: TrainState, step: int) -> dict[str, float]:

@@ -13,11 +13,13 @@ import jax
 import numpy as np
 
 from alignax import mesh as meshes
+from alignax.compiled import COUNTED
 from alignax.config import DATA, PRETRAIN, ROLLOUTS, steps_of_turn
 from alignax.host.workers import Abandoned
 from alignax.program import Program
 from alignax.rewards import members
 from alignax.run.host_rewards import RewardFailed
+from alignax.run.prefetch import Prefetch
 from alignax.run.prepare import Run
 from alignax.run.rollout import Rollouts, Sampled
 from alignax.run.sampling import ROLLOUT
@@ -42,6 +44,10 @@ class Feed(Protocol):
         """The state after the steps on these batches, and further metrics, such as times; `metrics` are those of the steps."""
         ...
 
+    def close(self) -> None:
+        """Ends the thread that makes batches ahead."""
+        ...
+
 
 def make_feed(run: Run, held: Held, programs: Mapping[str, Program], look: Callable[[], None] = lambda: None) -> Feed:
     """The feed that the config asks for. `look` is called while the feed samples; it may raise an exception to end that."""
@@ -51,25 +57,29 @@ def make_feed(run: Run, held: Held, programs: Mapping[str, Program], look: Calla
 
 
 class Offline:
-    """A feed of data: one batch for every step."""
+    """A feed of data: one batch for every step, which is made ahead."""
 
     waits = False
 
     def __init__(self, run: Run):
         """Draws no batch yet."""
-        self.run, self.draw = run, run.data.train.batch
+        draw, sizes = run.data.train.batch, batch_sizes(run)
         if run.policy.members:
             streams = members.member_batches(run.data.train, run.policy.members, run.config.ensemble.own_noise)
-            self.draw = functools.partial(members.member_batch, streams)
+            draw = functools.partial(members.member_batch, streams)
+        self.batch = Prefetch(lambda step: meshes.put_batch(run.mesh, functools.partial(draw, step), *sizes), run.steps)
 
     def __call__(self, state: TrainState, step: int) -> Fed:
         """The unchanged state, the batch of training step `step`, and no metrics."""
-        batch = meshes.put_batch(self.run.mesh, functools.partial(self.draw, step), *batch_sizes(self.run))
-        return state, {DATA: batch}, {}
+        return state, {DATA: self.batch(step)}, {}
 
     def after(self, state: TrainState, metrics: Seen) -> tuple[TrainState, Seen]:
         """The unchanged state and no metrics; does not wait for the device."""
         return state, {}
+
+    def close(self) -> None:
+        """Ends the thread that makes batches."""
+        self.batch.close()
 
 
 class Online:
@@ -79,7 +89,8 @@ class Online:
 
     def __init__(self, run: Run, held: Held, rollouts: Rollouts):
         """Compiles nothing yet."""
-        self.run, self.held, self.rollouts, self.compiled = run, held, rollouts, Compiled()
+        self.run, self.held, self.rollouts = run, held, rollouts
+        self.pretraining = Prefetch(self._pretraining, run.steps // steps_of_turn(run.config))
 
     def __call__(self, state: TrainState, step: int) -> Fed:
         """The state, the rollout before training step `step` with any pretraining batches, and metrics of the rollout."""
@@ -88,16 +99,20 @@ class Online:
         return self._fed(state, step, batch, metrics)
 
     def after(self, state: TrainState, metrics: Seen) -> tuple[TrainState, Seen]:
-        """Waits for the device; returns the state, how long each part of the turn took, and the number of compilations."""
+        """Waits for the device; returns the state, how long each part of the turn took, and the number of new programs."""
         jax.block_until_ready((state, metrics))
         return state, self._timed()
 
+    def close(self) -> None:
+        """Ends the thread that makes pretraining batches."""
+        self.pretraining.close()
+
     def _begin(self) -> None:
-        self._programs, self._began, self._times = self.compiled.programs, time.monotonic(), dict.fromkeys(("generate", "reward"), 0.0)
+        self._programs, self._began, self._times = COUNTED.programs, time.monotonic(), dict.fromkeys(("generate", "reward"), 0.0)
 
     def _fed(self, state: TrainState, step: int, batch: Batch, metrics: Seen) -> Fed:
         self._note(metrics)
-        batches = {ROLLOUTS: batch} | self._pretraining(step)
+        batches = self._batches(step, batch)
         self._handed = time.monotonic()
         return state, batches, metrics
 
@@ -107,21 +122,25 @@ class Online:
     def _timed(self) -> dict[str, Any]:
         now = time.monotonic()
         times: dict[str, Any] = {f"time/{part}": seconds for part, seconds in (self._times | {"learn": now - self._handed}).items()}
-        host = {"time/host": now - self._began - sum(times.values()), "compilations": self.compiled.programs - self._programs}
+        host = {"time/host": now - self._began - sum(times.values()), "compilations": COUNTED.programs - self._programs}
         return times | host
 
-    def _pretraining(self, step: int) -> dict[str, Batch]:
-        """The pretraining batches of the steps from `step` to the next rollout: [steps, B, 1, T], a function of the step."""
-        stream = self.run.data.pretrain
-        if stream is None:
-            return {}
-        steps = range(step, step + steps_of_turn(self.run.config))
+    def _batches(self, step: int, rollout: Batch) -> dict[str, Batch]:
+        """The batches of the turn that begins with `step`: its rollout and, if the run has such data, its pretraining batches."""
+        more = {} if self.run.data.pretrain is None else {PRETRAIN: self.pretraining(step // steps_of_turn(self.run.config))}
+        return {ROLLOUTS: rollout} | more
+
+    def _pretraining(self, turn: int) -> Batch:
+        """The pretraining batches of a turn: [steps, B, 1, T]."""
+        stream, count = self.run.data.pretrain, steps_of_turn(self.run.config)
+        assert stream is not None
+        steps = range(turn * count, (turn + 1) * count)
 
         def make(which: slice, rows: slice) -> dict[str, np.ndarray]:
             parts = [stream.batch(s, rows) for s in steps[which]]
             return {name: np.stack([part[name] for part in parts]) for name in parts[0]}
 
-        return {PRETRAIN: meshes.put_batch(self.run.mesh, make, len(steps), self.run.config.batch_size)}
+        return meshes.put_batch(self.run.mesh, make, count, self.run.config.batch_size)
 
 
 class Ahead(Online):
@@ -147,8 +166,7 @@ class Ahead(Online):
         following = step + steps_of_turn(self.run.config)
         self.batch: Batch = batch
         self.sampled: Sampled | None = self.rollouts.sample(state, self.held, following) if following < self.run.steps else None
-        batches = {ROLLOUTS: batch} | self._pretraining(step)
-        return state, batches, newest
+        return state, self._batches(step, batch), newest
 
     def after(self, state: TrainState, metrics: Seen) -> tuple[TrainState, Seen]:
         """Judges the next rollout while the device learns, then waits for the device; the state with that rollout, and metrics."""
@@ -162,15 +180,3 @@ class Ahead(Online):
         self._handed = time.monotonic()
         jax.block_until_ready((state, metrics))
         return dataclasses.replace(state, carry=state.carry | {AHEAD: self.batch}), {**newest, **self._timed()}
-
-
-class Compiled:
-    """A counter of the programs compiled from now on. jax keeps listeners forever, so the counter refers to nothing else."""
-
-    def __init__(self):
-        """Starts the count at 0."""
-        self.programs = 0
-        jax.monitoring.register_event_duration_secs_listener(self._listen)
-
-    def _listen(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
-        self.programs += event.endswith("backend_compile_duration")

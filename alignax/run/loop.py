@@ -10,15 +10,17 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from alignax.compiled import COUNTED
 from alignax.config import steps_of_turn
 from alignax.distributed import is_main
 from alignax.host.workers import Abandoned, never
 from alignax.run.evaluation import Evaluation
 from alignax.run.export import export
-from alignax.run.feed import make_feed
+from alignax.run.feed import Feed, make_feed
 from alignax.run.host_rewards import RewardFailed
 from alignax.run.log import Log
 from alignax.run.observer import Observer
+from alignax.run.profile import Profile
 from alignax.run.start import Started
 from alignax.run.stop import AGREE, SIGNALS, Stop
 from alignax.run.summary import summary
@@ -42,8 +44,11 @@ def fit(started: Started) -> dict[str, dict[str, float]]:
     with closing(started.lock), closing(log), closing(run.workers), Stop() as stop:
         for line in summary(run, started.about, first):
             log.line(line)
-        with closing(started.checkpoints):  # closing waits until the last checkpoint is complete
-            state, results = loop(started, log, stop)
+        feed, profile = make_feed(run, started.held, started.programs, stop.look), Profile(run, log, first)
+        with closing(started.checkpoints), closing(feed), closing(profile):  # closing waits until the last checkpoint is complete
+            state, results = loop(started, feed, profile, log, stop)
+        if first == run.steps:
+            log.line(str(COUNTED))
         if int(state.skipped.max()) >= run.steps:
             raise FloatingPointError(
                 f"none of the {run.steps} steps was finite, nothing was learnt, and nothing is exported; "
@@ -54,14 +59,14 @@ def fit(started: Started) -> dict[str, dict[str, float]]:
     return results
 
 
-def loop(started: Started, log: Log, stop: Stop) -> tuple[TrainState, dict[str, dict[str, float]]]:
+def loop(started: Started, feed: Feed, profile: Profile, log: Log, stop: Stop) -> tuple[TrainState, dict[str, dict[str, float]]]:
     """Takes the remaining steps, with evaluation and saving in between; returns the last state and the evaluation metrics."""
     run, state, first, held, programs, about, checkpoints, _ = started
     config = run.config
     evaluate = Evaluation(run, held, programs, log, stop.look)
     fresh = not run.config.lora.path  # trained adapters already differ from their base
     turn = steps_of_turn(config)  # steps in each call of the training program: 1, or all on one rollout
-    feed, learn = make_feed(run, held, programs, stop.look), programs["train"].call
+    learn = programs["train"].call
     observe = Observer(run, log, equal=fresh and about["policy"] == about["reference"])
     results: dict[str, dict[str, float]] = {}
     pending: tuple[int, Metrics, Future[float]] | None = None
@@ -73,7 +78,7 @@ def loop(started: Started, log: Log, stop: Stop) -> tuple[TrainState, dict[str, 
         if first in (0, run.steps):
             results["after" if first else "before"] = scores
     for s in range(first + turn, run.steps + 1, turn):
-        with leaving(started, log, stop, state, s - turn, "a rollout"):
+        with profile.step(s - turn, state), leaving(started, log, stop, state, s - turn, "a rollout"):
             state, batches, seen = feed(state, s - turn)
             state, metrics = learn(state, held, batches)
             state, more = feed.after(state, metrics)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from alignax import mesh as meshes
+from alignax.compiled import COUNTED
 from alignax.config import flat
 from alignax.data import decode_example
 from alignax.losses.algebra import by_name
@@ -65,6 +66,7 @@ def describe(run: Run) -> str:
             table(rows),
             *(f"batch {n} {x.shape} (.., examples, responses, tokens), {x.sharding.spec}" for n, x in batches if n.endswith("tokens")),
             memory(run),
+            str(COUNTED),
             f"steps {run.steps}",
             *filter(None, map(differing, by_name(run.learning.objectives, jnp.zeros((), jnp.int32)).values())),
             *(f"{split} data: {line}" for split, report in run.data.reports.items() for line in report.lines()),

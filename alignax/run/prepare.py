@@ -56,6 +56,7 @@ from alignax.run.checks import (
     check_objective,
     check_positions,
     check_pretrain,
+    check_profile,
     check_rollout,
 )
 from alignax.run.opening import Vocabulary, notices, open_models
@@ -197,6 +198,7 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
         stops_of(words.tokenizer, strings)  # refuses stop strings that cannot occur
     data = streams(config, examples, every, loaded, 8 if mesh.devices.flat[0].platform == "cpu" else 128)
     steps = step_count(config, data.train)
+    check_profile(config, steps)
     schedule = make_schedule(config.optimizer, steps)
     optimizer = own_optimizer(experiment, schedule) if experiment.optimizer else make_optimizer(config.optimizer, schedule)
     objectives, averages = learning(experiment, roles, mesh)
