@@ -24,8 +24,9 @@ AXES = ("member", "data", "fsdp", "tensor")
 RULES: dict[str, Any] = {
     "member": "member",  # K of an ensemble; its members exchange nothing
     "batch": ("data", "fsdp"),  # B, and R = B * N
+    "lookup": "data",  # R while tokens look up their embeddings; D is sharded over fsdp there, as in the table
     "layers": None,  # L, the axis of the scan over layers
-    "embed": "fsdp",  # D of a weight; D of an activation is not sharded
+    "embed": "fsdp",  # D of a weight; D of an activation is sharded only at the lookup
     "heads": "tensor",  # H * head_dim
     "mlp": "tensor",  # F
     "vocab": "tensor",  # V

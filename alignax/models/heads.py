@@ -11,6 +11,10 @@ dz / d(x W) = (1 - (s z / cap)^2) / s. A token that is never predicted has a log
 
 Automatic differentiation would pass three to four times over the logits of a chunk instead of once. It would also sum the gradient of
 W over the data shards in every chunk instead of once. A statistic that no loss reads is not computed, or not differentiated.
+
+On a mesh with fsdp the backward pass goes through the vocabulary in blocks, and through the chunks of positions in each: the sums of the
+softmax are known from the forward pass, so a block needs its own columns of W alone. The gradient of a block is then reduce-scattered,
+and no device holds that of the whole W. See `_by_blocks`.
 """
 
 import dataclasses
@@ -185,16 +189,19 @@ def soft_cap(z: jax.Array, cap: float | None) -> jax.Array:
     return z if cap is None else cap * jnp.tanh(z / cap)
 
 
-def shaped(z: jax.Array, how: Shaping) -> jax.Array:
-    """The logits [.., V] whose softmax is the model's distribution, from the raw logits z [.., V]."""
+def shaped(z: jax.Array, how: Shaping, first: jax.Array | int = 0) -> jax.Array:
+    """The logits [.., V] whose softmax is the model's distribution, from the raw logits z [.., V] of V tokens from id `first` on."""
     z = soft_cap(z, how.cap)
     z = z if how.temperature == 1 else z / how.temperature
-    return jnp.where(predicted(how, z), z, NEVER) if how.unused else z
+    return jnp.where(predicted(how, z, first), z, NEVER) if how.unused else z
 
 
-def predicted(how: Shaping, z: jax.Array) -> jax.Array:
-    """Whether each token is ever predicted: [1, .., 1, V] bool, of the rank of z [.., V]. `how.unused` must not be empty."""
-    at = jax.lax.broadcasted_iota(jnp.int32, (1,) * (z.ndim - 1) + z.shape[-1:], z.ndim - 1)
+def predicted(how: Shaping, z: jax.Array, first: jax.Array | int = 0) -> jax.Array:
+    """Whether each of the V tokens from id `first` on is ever predicted: [1, .., 1, V] bool, of the rank of z [.., V].
+
+    `how.unused` must not be empty.
+    """
+    at = first + jax.lax.broadcasted_iota(jnp.int32, (1,) * (z.ndim - 1) + z.shape[-1:], z.ndim - 1)
     return functools.reduce(jnp.logical_and, [(at < first) | (at >= behind) for first, behind in how.unused])
 
 
@@ -269,50 +276,122 @@ def _backward(
     chunk: int, mesh: Mesh | None, how: Shaping, statistics: tuple[Statistic, ...], saved: Any, cotangents: tuple[Any, ...]
 ) -> Any:
     x, weight, y, count, teacher, values, sums = saved
-    w = _whole(weight, x.dtype, mesh)
     every = list(zip(statistics, values, cotangents[1:], strict=True))
     read = [entry for entry in every if not isinstance(entry[2], SymbolicZero)]
     if flat := [s.name for s, _, _ in read if s.slope is None]:
         raise ValueError(f"the statistic {flat[0]!r} is differentiated and has no slope; give it one, or read it under stop_gradient")
-    taught = None
-    if teacher is not None and any(s.taught for s, _, _ in read):
-        taught = teacher[0], _whole(teacher[1], teacher[0].dtype, mesh)
     dlogps = jnp.zeros_like(sums[0]) if isinstance(cotangents[0], SymbolicZero) else cotangents[0]
+    states, w, w_t = None, _whole(weight, x.dtype, mesh), None
+    if teacher is not None and any(s.taught for s, _, _ in read):
+        states, w_t = teacher[0], _whole(teacher[1], teacher[0].dtype, mesh)
+    of_block = functools.partial(_of_block, chunk, how, tuple(s for s, _, _ in read))
+    rows = _Rows(x, y, dlogps, sums, [entry[1:] for entry in read], states)
+    if mesh is not None and _in_blocks(mesh, x.shape[0], weight.shape[0]) and all(s.local for s, _, _ in read):
+        dx, dw = _by_blocks(mesh, of_block, count, rows, w, w_t)
+    else:
+        dw = meshes.constrain(jnp.zeros((x.shape[0], *w.shape), jnp.float32), mesh, "batch", None, "vocab")
+        dx, dw = of_block(count, rows, w, w_t, 0, (jnp.zeros_like(x), dw))
+        dw = meshes.constrain(dw.sum(axis=0), mesh, "embed", "vocab")
+    return dx, dw.astype(weight.dtype), None, None, None
 
-    def body(chunk: int, first: jax.Array, sums_of: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        dx, dw = sums_of
-        here = lambda a: _part(a, first, chunk)
-        part = here(x)
-        dlogp = here(dlogps)[..., None]
-        z = shaped(_logits(part, w), how)
-        at = Chunk(z, here(y), here(sums[0]))
-        if taught is not None:
-            at = dataclasses.replace(at, zt=shaped(_logits(here(taught[0]), taught[1]), how), lse_t=here(sums[1]))
+
+class _Rows(NamedTuple):
+    """What the backward pass knows of the positions: arrays [S, P, ...]."""
+
+    x: jax.Array
+    y: jax.Array
+    dlogps: jax.Array
+    sums: list[jax.Array]  # the logsumexp of the logits, and perhaps of the teacher's
+    read: list[tuple[jax.Array, jax.Array]]  # values and cotangents of the statistics that a loss reads
+    states: jax.Array | None  # the teacher's
+
+
+def _of_block(
+    chunk: int,
+    how: Shaping,
+    statistics: tuple[Statistic, ...],
+    count: jax.Array,
+    rows: _Rows,
+    w: jax.Array,
+    w_t: jax.Array | None,
+    first_id: jax.Array | int,
+    sums: tuple[jax.Array, jax.Array],
+) -> tuple[jax.Array, jax.Array]:
+    """Adds the gradients of the tokens from `first_id` on to those of x [S, P, D] and of their columns w [D, V], [S, D, V]."""
+
+    def body(chunk: int, first: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        (dx, dw), here = sums, lambda a: _part(a, first, chunk)
+        part, y, dlogps, lse, read, states = jax.tree.map(here, rows)
+        dlogp = dlogps[..., None]
+        z = shaped(_logits(part, w), how, first_id)
+        at = Chunk(z, y, lse[0], first=first_id)
+        if w_t is not None:
+            at = dataclasses.replace(at, zt=shaped(_logits(states, w_t), how, first_id), lse_t=lse[1])
         q, hit, scale = at.logps, at.hit, dlogp
-        for statistic, value, cotangent in read:
+        for statistic, (value, cotangent) in zip(statistics, read, strict=True):
             if statistic == entropy:  # shares the product with p; further statistics then change no bit of these gradients
-                scale = dlogp + here(cotangent)[..., None] * (q + here(value)[..., None])
+                scale = dlogp + cotangent[..., None] * (q + value[..., None])
         dz = jnp.where(hit, dlogp, 0.0) - at.probs * scale
-        for statistic, value, cotangent in read:
+        for statistic, (value, cotangent) in zip(statistics, read, strict=True):
             if statistic != entropy and statistic.slope is not None:
-                slope = statistic.slope(at, here(value))
+                slope = statistic.slope(at, value)
                 factors = slope if isinstance(slope, tuple) else (slope,)
-                dz = dz + functools.reduce(jnp.multiply, factors, here(cotangent)[..., None])
+                dz = dz + functools.reduce(jnp.multiply, factors, cotangent[..., None])
         if how.cap is not None:
             dz = dz * (1 - jnp.square(z * (how.temperature / how.cap)))
         if how.temperature != 1:
             dz = dz / how.temperature
         if how.unused:
-            dz = jnp.where(predicted(how, dz), dz, 0.0)
-        dz = dz.astype(x.dtype)  # matrix units take the compute dtype; sums stay float32
+            dz = jnp.where(predicted(how, dz, first_id), dz, 0.0)
+        dz = dz.astype(part.dtype)  # matrix units take the compute dtype; sums stay float32
         dpart = jnp.einsum("scv,dv->scd", dz, w, preferred_element_type=jnp.float32)
         # A product of two matrices: as a contraction of their second axes it took a third longer on a CPU.
         dw = dw + jnp.matmul(part.swapaxes(1, 2), dz, preferred_element_type=jnp.float32)
-        return _place(dx, dpart.astype(x.dtype), first), dw
+        return _place(dx, (here(dx) + dpart).astype(dx.dtype), first), dw
 
-    dw = meshes.constrain(jnp.zeros((x.shape[0], *w.shape), jnp.float32), mesh, "batch", None, "vocab")
-    dx, dw = _over_chunks(chunk, count, body, (jnp.zeros_like(x), dw))
-    return dx, dw.sum(axis=0).astype(weight.dtype), None, None, None
+    return _over_chunks(chunk, count, body, sums)
+
+
+def _in_blocks(mesh: Mesh, S: int, D: int) -> bool:
+    """Whether the gradient of a weight with D rows is computed in blocks of the vocabulary: fsdp shards both it and the positions."""
+    fsdp = mesh.shape["fsdp"]
+    return fsdp > 1 and D % fsdp == 0 and S == meshes.batch_shards(mesh)
+
+
+def _by_blocks(
+    mesh: Mesh, of_block: Callable[..., Any], count: jax.Array, rows: _Rows, w: jax.Array, w_t: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """The gradients of x [S, P, D] and, sharded as the weight is, of W [D, V]; `of_block` is `_of_block` of these rows' statistics.
+
+    There are as many blocks as fsdp shards: the float32 sums of a block are as large as the shard of the gradient that a device keeps.
+    A block has D columns or more, though, so that its products are no smaller than those of a layer.
+    """
+    (D, V), vocab = w.shape, meshes.sharding(mesh, (None, "vocab"), w.shape).spec
+    split = vocab[1] is not None  # else every tensor shard computes all of the vocabulary
+
+    def run(count: jax.Array, rows: _Rows, w: jax.Array, w_t: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        V = w.shape[1]  # of this tensor shard
+        begin = jax.lax.axis_index("tensor") * V if split else 0
+
+        def body(size: int, first: jax.Array | int, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            dx, dw = sums
+            own, taught = jax.tree.map(lambda w: jax.lax.dynamic_slice_in_dim(w, first, size, axis=1), (w, w_t))
+            dx, part = of_block(count, rows, own, taught, begin + first, (dx, jnp.zeros((1, D, size), jnp.float32)))
+            part = jax.lax.psum(jax.lax.psum_scatter(part[0], "fsdp", tiled=True), "data")  # [D_fsdp, size]
+            return dx, jax.lax.dynamic_update_slice_in_dim(dw, part, first, axis=1)
+
+        fsdp, x = mesh.shape["fsdp"], rows.x
+        size = min(max(-(-V // fsdp), D), V)
+        sums = jnp.zeros(x.shape, jnp.float32), jnp.zeros((D // fsdp, V), jnp.float32)
+        sums = jax.lax.fori_loop(0, V // size, lambda i, sums: body(size, i * size, sums), sums)
+        dx, dw = body(V % size, V - V % size, sums) if V % size else sums
+        dx = dx.astype(x.dtype)
+        return jax.lax.psum(dx, "tensor") if split else dx, dw
+
+    batch, whole = (meshes.sharding(mesh, axes).spec for axes in (("batch",), ()))
+    out = batch, meshes.sharding(mesh, ("embed", "vocab"), (D, V)).spec
+    specs: Any = (whole, batch, vocab, vocab)
+    return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)(count, rows, w, w_t)
 
 
 score.defvjp(_forward, _backward, symbolic_zeros=True)

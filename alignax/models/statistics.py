@@ -45,6 +45,7 @@ class Chunk:
     total: jax.Array | None = None  # [S, C] their sum
     zt: jax.Array | None = None  # [S, C, V] logits of the teacher, for statistics that are `taught`
     lse_t: jax.Array | None = None  # [S, C] logsumexp of zt
+    first: jax.Array | int = 0  # the id of the first of the V tokens: not 0 in a block of the vocabulary, see `Statistic.local`
 
     @functools.cached_property
     def logps(self) -> jax.Array:
@@ -65,7 +66,7 @@ class Chunk:
     @functools.cached_property
     def hit(self) -> jax.Array:
         """The one-hot mask of the targets: [S, C, V] bool."""
-        return jnp.arange(self.z.shape[-1])[None, None] == self.y[..., None]
+        return (self.first + jnp.arange(self.z.shape[-1]))[None, None] == self.y[..., None]
 
     def mean(self, x: jax.Array) -> jax.Array:
         """The expectation of x [S, C, V] under the next-token distribution: [S, C]."""
@@ -85,6 +86,10 @@ class Statistic(NamedTuple):
     `slope` computes the gradient [S, C, V] with respect to z, given the statistic's value [S, C]. It may return a tuple of factors,
     which the head multiplies from left to right. A statistic with slope None cannot be differentiated: that is an error.
 
+    A slope is `local` if its entry of a token depends on the token's own logits, `lse`, `lse_t` and the value alone, not on sums over other
+    tokens such as `Chunk.mean`. On a mesh with fsdp the head then gives it a block of the vocabulary at a time, and no device holds the
+    float32 gradient [D, V] of the whole output weight. One slope that is not local, and the gradient is computed from the whole vocabulary.
+
     Two different statistics in one forward pass need different names. Equal statistics count as one, so a function that makes a
     statistic should be cached.
     """
@@ -93,6 +98,7 @@ class Statistic(NamedTuple):
     forward: Callable[[Chunk], jax.Array]  # -> [S, C] float32
     slope: Callable[[Chunk, jax.Array], jax.Array | tuple[jax.Array, ...]] | None = None
     taught: bool = False  # whether it also reads the teacher's logits
+    local: bool = False  # whether its slope may be given a block of the vocabulary
 
 
 def check_statistics(statistics: tuple[Statistic, ...], teacher: bool) -> None:
@@ -125,6 +131,7 @@ entropy = Statistic(
     "entropy",
     lambda at: at.lse - at.mean(at.z),
     lambda at, value: -at.probs * (at.logps + value[..., None]),
+    local=True,
 )
 """The entropy of the next-token distribution, nats."""
 
@@ -226,10 +233,16 @@ def _policy_kl(at: Chunk) -> jax.Array:
     return at.mean(at.z - at.zt) - at.lse + at.lse_t
 
 
-ref_kl = Statistic("ref_kl", _ref_kl, lambda at, value: at.probs - jnp.exp(at.taught_logps), taught=True)
+ref_kl = Statistic("ref_kl", _ref_kl, lambda at, value: at.probs - jnp.exp(at.taught_logps), taught=True, local=True)
 """The KL from the teacher, KL(t || p) of the next-token distributions, nats."""
 
-policy_kl = Statistic("policy_kl", _policy_kl, lambda at, value: (at.probs, at.logps - at.taught_logps - value[..., None]), taught=True)
+policy_kl = Statistic(
+    "policy_kl",
+    _policy_kl,
+    lambda at, value: (at.probs, at.logps - at.taught_logps - value[..., None]),
+    taught=True,
+    local=True,
+)
 """The KL to the teacher, KL(p || t) of the next-token distributions, nats."""
 
 

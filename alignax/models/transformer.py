@@ -212,10 +212,7 @@ class Decoder(nn.Module):
             positions = at[:, None]
         rope = rope_tables(c, positions, lengths) if c.positions == "rope" else None
         windows = jnp.asarray(c.sliding_windows, jnp.int32) if any(c.sliding_windows) else None  # [L]
-        with jax.named_scope("embed"):
-            # Gathered over fsdp before the lookup, because for a sharded table the partitioner would replicate the batch.
-            table = constrain(jnp.asarray(embed, self.dtype), self.mesh, "vocab", None)
-            x = table[tokens]
+        x = embedded(embed, tokens, self.dtype, self.mesh)
         if c.embedding_scale != 1.0:
             x = x * jnp.asarray(c.embedding_scale, self.dtype)
         if c.positions == "learned":
@@ -243,6 +240,30 @@ class Decoder(nn.Module):
             assert isinstance(kept, jax.Array)
             kept = jax.vmap(at_places, (0, None))(kept, back)
         return at_places(norm(self, "norm", x), back), kept if self.states or self.keep is not None else cache
+
+
+@jax.named_scope("embed")
+def embedded(embed: jax.Array, tokens: jax.Array, dtype: Any, mesh: Mesh | None) -> jax.Array:
+    """The embeddings [R, T, D], in `dtype`, of tokens [R, T] from a table [V, D]; the table's gradient is summed in its own dtype.
+
+    On a mesh every device looks up the tokens of all fsdp shards in its own slice of D. An exchange of activations then gives each batch
+    shard the whole D of its own tokens. So neither the table nor its gradient [V, D] is ever gathered over fsdp.
+    """
+    as_stored = lambda table: constrain(table, mesh, "vocab", "embed")
+    found = lambda x: constrain(x, mesh, "lookup", None, "embed")
+    given = lambda x: constrain(x, mesh, "batch", None, None)
+
+    @jax.custom_vjp
+    def look_up(embed: jax.Array, tokens: jax.Array) -> jax.Array:
+        return given(found(as_stored(embed.astype(dtype))[constrain(tokens, mesh, "lookup", None)]))
+
+    def back(tokens: jax.Array, dx: jax.Array) -> tuple[jax.Array, None]:
+        dx = found(given(dx)).astype(embed.dtype)
+        zeros = as_stored(jnp.zeros(embed.shape, embed.dtype))
+        return as_stored(zeros.at[constrain(tokens, mesh, "lookup", None)].add(dx)), None
+
+    look_up.defvjp(lambda embed, tokens: (look_up(embed, tokens), tokens), back)
+    return look_up(embed, tokens)
 
 
 def norm(module: Block | Decoder, name: str, x: jax.Array) -> jax.Array:
