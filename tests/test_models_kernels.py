@@ -284,7 +284,11 @@ def test_attention_that_is_kept_is_not_computed_again(kind, monkeypatch):
     shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.bfloat16)
     q, k, mask = shape(2, 128, 4, 64), shape(2, 128, 2, 64), jnp.ones((2, 128), bool)
     if kind == "cudnn":  # of JAX's kernel what can be traced without a GPU
-        for name, answer in (("check_cudnn_version", 91000), ("check_is_flash_attention", None), ("is_cuda_compute_capability_equal", False)):
+        for name, answer in (
+            ("check_cudnn_version", 91000),
+            ("check_is_flash_attention", None),
+            ("is_cuda_compute_capability_equal", False),
+        ):
             monkeypatch.setattr(fused_attention_stablehlo, name, lambda *_, answer=answer, **__: answer)
     sight = laid_out(packed(tiny.batch(B=2), shards=1)).sight if kind == "packed" else None
     P = sight.positions.size if sight is not None else 0

@@ -119,6 +119,8 @@ def default_config() -> Any:
     c.optimizer.b1 = 0.9  # decay of the gradient's mean, in [0, 1); of "sgd" the momentum
     c.optimizer.b2 = 0.999  # decay of the squared gradient's mean, in [0, 1)
     c.optimizer.eps = 1e-8  # added to the denominator of an update
+    c.optimizer.moments = "float32"  # of what an optimizer remembers between steps; "bfloat16": half the memory; "int8": a quarter
+    c.optimizer.gradient_dtype = "float32"  # in which gradients are summed over microbatches; or "bfloat16": half the memory
     c.optimizer.weight_decay = 0.0  # multiplied by the learning rate; norms, biases and offsets are exempt; 0: none
 
     # Devices along each axis: ensemble members, batch shards, batch and parameter shards, parts of matrices. -1: all devices that are left.
