@@ -19,6 +19,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from alignax.compiled import compile_anew
+from alignax.moments import is_blocks
 
 AXES = ("member", "data", "fsdp", "tensor")
 RULES: dict[str, Any] = {
@@ -125,14 +126,20 @@ def param_shardings(mesh: Mesh, abstract: Any) -> Any:
 
 
 def optimizer_shardings(mesh: Mesh, optimizer: optax.GradientTransformation, opt_state: Any, params: Any) -> Any:
-    """The shardings of an optimizer state: moments as their parameters; counters and factored moments (adafactor) replicated."""
-    replicated = sharding(mesh)
+    """The shardings of an optimizer state: moments, and the scales of their blocks, as their parameters; all else is replicated.
+
+    All else are counters and factored moments (adafactor), and axes that their mesh axes do not divide.
+    """
+    divides = lambda size, axes: axes is not None and size % _size(mesh, axes) == 0
 
     def as_parameter(x: Any, s: NamedSharding) -> NamedSharding:
-        fits = all(axes is None or size % _size(mesh, axes) == 0 for size, axes in zip(x.shape, s.spec, strict=False))
-        return s if fits and len(s.spec) == len(x.shape) else replicated
+        if len(s.spec) != len(x.shape):
+            return sharding(mesh)
+        return NamedSharding(mesh, P(*(axes if divides(size, axes) else None for size, axes in zip(x.shape, s.spec, strict=True))))
 
-    return optax.tree_map_params(optimizer, as_parameter, opt_state, params, transform_non_params=lambda _: replicated)
+    moment = lambda x, s: jax.tree.map(lambda part: as_parameter(part, s), x)  # one array, or codes and scales
+    other = lambda _: sharding(mesh)
+    return optax.tree_map_params(optimizer, moment, opt_state, params, transform_non_params=other, is_leaf=is_blocks)
 
 
 def batch_sharding(mesh: Mesh, members: bool = False) -> NamedSharding:

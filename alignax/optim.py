@@ -7,6 +7,7 @@ import optax
 
 from alignax.config import Experiment
 from alignax.config.blame import blaming
+from alignax.moments import compact
 
 SCHEDULES = ("constant", "linear", "cosine")
 OPTIMIZERS = ("adamw", "adam", "lion", "rmsprop", "sgd", "adafactor")
@@ -43,8 +44,11 @@ def make_optimizer(config: Any, schedule: optax.Schedule) -> optax.GradientTrans
     """The optimizer of a config, by its name, behind gradient clipping by global norm (`clip`; 0: none).
 
     Args:
-      config: fields `name`, `clip`, `b1`, `b2`, `eps`, `weight_decay`; each optimizer takes the ones that it has.
+      config: fields `name`, `clip`, `b1`, `b2`, `eps`, `weight_decay`, `moments`; each optimizer takes the ones that it has.
       schedule: step -> learning rate.
+
+    Raises:
+      ValueError: for unknown names, and for fields that the optimizer does not have.
     """
     c = config
     decay = {"weight_decay": c.weight_decay, "mask": decays}
@@ -64,7 +68,11 @@ def make_optimizer(config: Any, schedule: optax.Schedule) -> optax.GradientTrans
         )
     if c.name not in table:
         raise ValueError(f"optimizer.name {c.name!r} is unknown; use {', '.join(OPTIMIZERS)}")
-    optimizer = table[c.name]()
+    if c.name == "adafactor" and c.moments != "float32":
+        raise ValueError(
+            f"optimizer.moments is {c.moments!r}, but adafactor's second moments are sums of rows and columns, small already; use float32"
+        )
+    optimizer = compact(table[c.name](), c.moments)
     return optax.chain(optax.clip_by_global_norm(c.clip), optimizer) if c.clip else optimizer
 
 
@@ -72,9 +80,14 @@ def own_optimizer(experiment: Experiment, schedule: optax.Schedule) -> optax.Gra
     """The optimizer that `optimizer(config, schedule)` of an experiment file makes, its own clipping and decay included.
 
     Raises:
-      ValueError: if it is not an optax optimizer.
+      ValueError: if it is not an optax optimizer, or if `optimizer.moments` asks for fewer bits.
     """
     assert experiment.optimizer is not None
+    if (moments := experiment.config.optimizer.moments) != "float32":
+        raise ValueError(
+            f"optimizer.moments is {moments!r}, and optimizer() of {experiment.file} makes its own; let it return "
+            f"alignax.moments.compact(optimizer, {moments!r}), and leave optimizer.moments at float32"
+        )
     with blaming(experiment.file):
         made = experiment.optimizer(experiment.config, schedule)
     if not isinstance(made, optax.GradientTransformation):

@@ -40,6 +40,7 @@ def make_step(
     outputs: bool = False,
     combine: Combine | None = None,
     packing: Packing | None = None,
+    gradient_dtype: Any = None,
 ) -> Callable[[TrainState, Any], Stepped]:
     """Makes the training step: forward, loss, gradients summed over microbatches, optimizer update.
 
@@ -59,6 +60,8 @@ def make_step(
         one backward pass.
       packing: how the examples of a batch are packed into parts, which take the place of microbatches. None: rows are padded. A batch of
         which padded microbatches have no more positions than parts is padded too.
+      gradient_dtype: the dtype in which gradients are held and summed over microbatches and parts, for example bfloat16 for half the
+        memory; `combine` and the optimizer are given the parameters' own. None: the parameters' own.
 
     Returns:
       `step(state, batch) -> (state, metrics)`; jit it with `donate_argnums=0`. Metrics are means over the global batch, and `grad_norm`,
@@ -95,7 +98,8 @@ def make_step(
             return {name: grads for name, (grads, _) in own.items()}, (metrics, next(iter(own.values()))[1][1])
 
         def gradient(names: Iterable[str]) -> Gradient:
-            return partial(each, names) if combine is not None else jax.grad(partial(part_loss, names), has_aux=True)
+            own = partial(each, names) if combine is not None else jax.grad(partial(part_loss, names), has_aux=True)
+            return own if gradient_dtype is None else partial(held_in, gradient_dtype, own)
 
         found = []
         for names, how in together(batches, packing, microbatches):
@@ -104,13 +108,22 @@ def make_step(
                 (in_microbatches if how is None else partial(in_packed_parts, how))(gradient(names), state.params, *own, microbatches)
             )
         grads, metrics, given = joined(found, combine is not None)
-        if combine is not None:
-            grads = combine({name: grads[name] for name in losses})  # loops sort the names of a mapping
+        of_parameters = lambda grads: jax.tree.map(lambda x, like: x.astype(like.dtype), grads, state.params)
+        if combine is None:
+            grads = of_parameters(grads)
+        else:
+            grads = combine({name: of_parameters(grads[name]) for name in losses})  # loops sort the names of a mapping
             check_gradient(grads, state.params)
         state, metrics = followed(state, optimizer, grads, metrics)
         return state, metrics, *given
 
     return step
+
+
+def held_in(dtype: Any, gradient: Gradient, *args: Any) -> Part:
+    """What `gradient(*args)` gives, with the gradient in another dtype."""
+    grads, more = gradient(*args)
+    return jax.tree.map(lambda x: x.astype(dtype), grads), more
 
 
 def together(batches: dict[str, Batch], packing: Packing | None, microbatches: int) -> list[tuple[list[str], Packing | None]]:

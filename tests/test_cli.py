@@ -289,6 +289,8 @@ BAD = {
     "field of another type": (lambda f, t: {"batch_size": "many"}, r"batch_size.*'many'.*whole number"),
     "unknown optimizer": (lambda f, t: {"optimizer.name": "adamv"}, r"'adamv'.*adamw"),
     "unknown remat": (lambda f, t: {"model.remat": "some"}, r"'some'.*full"),
+    "unknown moments": (lambda f, t: {"optimizer.moments": "int4"}, r"'int4'.*float32, bfloat16, int8"),
+    "unknown gradient dtype": (lambda f, t: {"optimizer.gradient_dtype": "half"}, r"'half'.*float32 or bfloat16"),
     "learning rate of 0": (lambda f, t: {"optimizer.learning_rate": 0.0}, r"learning_rate is 0"),
     "unknown experiment of a loss": (lambda f, t: {"beta": -1.0}, r"beta is -1"),
     "pair loss on single responses": (lambda f, t: {"data.kind": "sft"}, r"takes pairs, but these examples have 1 responses"),

@@ -8,6 +8,7 @@ import functools
 import importlib.util
 import os
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +16,16 @@ import numpy as np
 import pytest
 import runs
 import tiny
+from jax._src.cudnn import fused_attention_stablehlo
 from test_models_attention import pulled
+from test_packing import packed
 from test_run_plan import TPU_ENVIRONMENT
 
 from alignax import mesh as meshes
 from alignax.config import default_config, load_experiment
 from alignax.models import kernels, parameters, transformer
-from alignax.models.attention import attention
+from alignax.models.attention import attention, packed_attention
+from alignax.models.rows import laid_out
 from alignax.packing import Packing
 from alignax.rewards.members import over_members
 from alignax.run import plan, roles
@@ -252,3 +256,51 @@ def test_a_tpu_program_has_the_splash_kernel_and_no_scores(head, changes, v5e):
         assert f"splash_mha_{phase}" in own and f"splash_mha_{phase}" not in plain
     assert "tpu_custom_call" in own and "tpu_custom_call" not in plain
     assert scores(plain) and not scores(own) and f"{T},{T}" not in own, (scores(plain), scores(own))
+
+
+@pytest.mark.slow
+def test_a_tpu_program_keeps_attention_or_moves_inputs_to_the_host(v5e):
+    """The forward pass of splash runs once under "attention" and twice under "full"; under "offload" arrays are in the host's memory."""
+    config = dataclasses.replace(tiny.MODEL, head_dim=64, hidden_size=256, num_hidden_layers=4)
+    params = parameters.abstract_params(config, v5e)
+    shape = lambda dtype: jax.ShapeDtypeStruct((4, 2, 128), dtype, sharding=meshes.batch_sharding(v5e))
+    batch = {"tokens": shape(jnp.int32), "mask": shape(bool), "completion_mask": shape(bool)}
+    found = {}
+    for remat in ("full", "attention", "offload"):
+        apply = transformer.forward(config, dtype=jnp.bfloat16, mesh=v5e, attention="splash", remat=remat)
+        program = jax.jit(jax.grad(lambda params, batch, apply=apply: apply(params, batch).logps.sum()))
+        compiled = program.trace(params, batch).lower(lowering_platforms=("tpu",)).compile()
+        calls = [line for line in compiled.as_text().splitlines() if "tpu_custom_call" in line and "splash_mha_fwd" in line]
+        found[remat] = len(calls), compiled.memory_analysis().host_temp_size_in_bytes
+    print(found)
+    assert found["full"][0] == 2 and found["attention"][0] == 1
+    inputs = 4 * 4 * 128 * 256 * 2  # of 4 layers, [R, T, D] of a device in bfloat16
+    assert found["offload"][1] >= inputs and found["full"][1] == found["attention"][1] == 0
+
+
+@pytest.mark.parametrize("kind", ["xla", "packed", "cudnn"])
+def test_attention_that_is_kept_is_not_computed_again(kind, monkeypatch):
+    """The backward pass under `remat` "attention" has no forward pass of a kernel; under "full" it has one."""
+    shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.bfloat16)
+    q, k, mask = shape(2, 128, 4, 64), shape(2, 128, 2, 64), jnp.ones((2, 128), bool)
+    if kind == "cudnn":  # of JAX's kernel what can be traced without a GPU
+        for name, answer in (
+            ("check_cudnn_version", 91000),
+            ("check_is_flash_attention", None),
+            ("is_cuda_compute_capability_equal", False),
+        ):
+            monkeypatch.setattr(fused_attention_stablehlo, name, lambda *_, answer=answer, **__: answer)
+    sight = laid_out(packed(tiny.batch(B=2), shards=1)).sight if kind == "packed" else None
+    P = sight.positions.size if sight is not None else 0
+    run, mark, backward, arrays = {
+        "xla": (lambda *x: attention(*x, mask), " exp ", 2, (q, k, k)),  # the backward pass of two blocks of queries
+        "packed": (packed_attention, "while[", 1, (shape(1, P, 4, 64), shape(1, P, 2, 64), shape(1, P, 2, 64), sight)),
+        "cudnn": (lambda *x: kernels.cudnn(*x, mask), "dot_product_attention_fwd", 0, (q, k, k)),
+    }[kind]
+
+    def count(remat):
+        own: Any = jax.checkpoint(run, policy=transformer.REMAT[remat])
+        return str(jax.make_jaxpr(jax.grad(lambda *x: own(*x).astype(jnp.float32).sum(), (0, 1, 2)))(*arrays)).count(mark)
+
+    forward = count("attention") - backward
+    assert forward > 0 and count("full") == 2 * forward + backward

@@ -279,6 +279,8 @@ CASES = {
     "multi-head": Case({"num_key_value_heads": 4}),
     "one key head": Case({"num_key_value_heads": 1}),
     "recomputed": Case(options={"remat": "full"}),
+    "recomputed but for attention": Case(options={"remat": "attention"}),
+    "recomputed from the host's memory": Case(options={"remat": "offload"}),
     "small chunks": Case(options={"chunk": 5}),
     "windows": Case(WINDOWS),
     "windows, not shared": Case(WINDOWS, shared=False),

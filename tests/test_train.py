@@ -86,6 +86,20 @@ def test_microbatches_equal_one_batch(name):
             assert_metrics_near(part_metrics, metrics)
 
 
+def test_gradients_are_summed_in_their_dtype():
+    """In bfloat16 a sum over microbatches is within its rounding, half a part in 256 for each of 4; the loop's sums are of that dtype."""
+    optimizer, batch = optax.sgd(0.1, momentum=0.0), ragged()  # its state is the gradient
+    made = lambda dtype: make_step(tiny.plain_apply, dpo(), optimizer, 4, gradient_dtype=dtype)
+    whole, half = (jax.jit(made(dtype))(start(optimizer), batch)[0] for dtype in ("float32", "bfloat16"))
+    assert_equal(copied(whole.opt_state), copied(jax.jit(made(None))(start(optimizer), batch)[0].opt_state))
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(half.params))
+    assert_near(half.opt_state, whole.opt_state, 4 / 256)
+    gap = max(float(jnp.abs(a - b).max()) for a, b in zip(jax.tree.leaves(half.opt_state), jax.tree.leaves(whole.opt_state), strict=True))
+    assert gap > 0
+    loop = lambda dtype: next(str(e) for e in jax.make_jaxpr(made(dtype))(start(optimizer), batch).eqns if e.primitive.name == "scan")
+    assert "bf16[96,8]" in loop("bfloat16") and "bf16" not in loop("float32")
+
+
 OTHER = {"rollouts": dpo(), "pretrain": lambda step: (0.5 + step) * sft()}  # as PPO-ptx: each loss of a batch of its own
 
 

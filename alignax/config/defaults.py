@@ -30,7 +30,7 @@ def default_config() -> Any:
     c.model.critic_heads = 1  # values that the critic gives per token; 1: of the whole reward; more: of the KL, then of each reward model
     c.model.freeze = False  # train only the head of a reward model
     c.model.dtype = "auto"  # of activations: "float32" or "bfloat16"; "auto": bfloat16 on accelerators, float32 on CPU
-    c.model.remat = "full"  # the backward pass recomputes each layer; "dots": all but matrix products; "none": nothing, most memory
+    c.model.remat = "full"  # the backward pass recomputes each layer; or "attention", "dots", "none", "offload": see docs/performance.md
     c.model.attention = "auto"  # of padded rows: "splash" (TPU), "cudnn" (GPU), "xla"; "auto": the platform's own where it can, else xla
     c.model.packing = 0  # positions that a device computes at a time, packed with rows; 0: chosen where it pays; -1: rows are padded
     c.model.logps_chunk = 256  # positions whose logits are in memory at a time
@@ -119,6 +119,8 @@ def default_config() -> Any:
     c.optimizer.b1 = 0.9  # decay of the gradient's mean, in [0, 1); of "sgd" the momentum
     c.optimizer.b2 = 0.999  # decay of the squared gradient's mean, in [0, 1)
     c.optimizer.eps = 1e-8  # added to the denominator of an update
+    c.optimizer.moments = "float32"  # of what an optimizer remembers between steps; "bfloat16": half the memory; "int8": a quarter
+    c.optimizer.gradient_dtype = "float32"  # in which gradients are summed over microbatches; or "bfloat16": half the memory
     c.optimizer.weight_decay = 0.0  # multiplied by the learning rate; norms, biases and offsets are exempt; 0: none
 
     # Devices along each axis: ensemble members, batch shards, batch and parameter shards, parts of matrices. -1: all devices that are left.

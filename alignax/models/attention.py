@@ -10,11 +10,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 
 from alignax import mesh as meshes
 from alignax.models.heads import soft_cap
 from alignax.models.rows import Sight
+
+KEPT = "attention"  # name of the outputs and log Z, which the backward pass reads: policies that keep them compute no attention again
 
 
 def attention(
@@ -95,13 +98,14 @@ def _attend(
     e = jnp.exp(scores - top)
     total = e.sum(axis=-1, keepdims=True)
     out = jnp.einsum("rkgts,rksh->rkgth", (e / total).astype(v.dtype), v)
-    return out, (q, k, v, mask, window, out, top + jnp.log(total))
+    out, log_z = checkpoint_name((out, (top + jnp.log(total))[..., 0]), KEPT)
+    return out, (q, k, v, mask, window, out, log_z)
 
 
 def _attend_backward(first: int, scale: float, cap: float | None, saved: Any, dout: jax.Array) -> tuple[Any, ...]:
     q, k, v, mask, window, out, log_z = saved
     scores = _scores(first, scale, cap, q, k, mask, window)
-    p = jnp.exp(scores - log_z)
+    p = jnp.exp(scores - log_z[..., None])
     along = jnp.einsum("rkgth,rkgth->rkgt", dout, out, preferred_element_type=jnp.float32)
     ds = p * (jnp.einsum("rkgth,rksh->rkgts", dout, v, preferred_element_type=jnp.float32) - along[..., None]) * scale
     if cap is not None:
@@ -214,7 +218,8 @@ def _attend_blocks(
     lowest = jnp.full(q.shape[:3], -1e30, jnp.float32)
     out, top, total = jax.lax.fori_loop(0, sight.count, visit, (jnp.zeros(q.shape, jnp.float32), lowest, jnp.zeros_like(lowest)))
     out = (out / jnp.maximum(total, 1e-30)[..., None]).astype(v.dtype)
-    return out, (q, k, v, sight, window, out, top + jnp.log(jnp.maximum(total, 1e-30)))
+    out, log_z = checkpoint_name((out, top + jnp.log(jnp.maximum(total, 1e-30))), KEPT)
+    return out, (q, k, v, sight, window, out, log_z)
 
 
 def _attend_blocks_backward(scale: float, cap: float | None, saved: Any, dout: jax.Array) -> tuple[Any, ...]:

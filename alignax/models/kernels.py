@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from alignax import mesh as meshes
-from alignax.models.attention import attention
+from alignax.models.attention import KEPT, attention
 
 KERNELS = ("auto", "xla", "splash", "cudnn")
 OWN = {"tpu": "splash", "gpu": "cudnn"}  # the kernel of a platform
@@ -22,6 +22,10 @@ LEAST = 128  # tokens of a row from which "auto" takes a kernel: below, most of 
 # Queries, and keys, of a block. Larger blocks read the keys fewer times and pay a grid step's overhead less often; beyond 512, causal
 # attention computes more of what it masks, and the float32 scores of a block outgrow a TPU's vector memory with large heads.
 BLOCKS = (512, 384, 256, 128)
+# A policy of `jax.checkpoint` under which no kernel's forward pass runs again: it keeps outputs and log Z, by name or by cuDNN's primitive.
+attention_saveable = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.save_only_these_names(KEPT), lambda primitive, *_, **__: primitive.name.startswith("dot_product_attention_fwd")
+)
 
 
 def platform(mesh: Mesh | None) -> str:
@@ -130,6 +134,7 @@ def splash(
         shape, heads = (T + behind, T + behind), q.shape[2]  # of this device
         one = pallas.LocalMask(shape, (window - 1, 0), 0) if window else pallas.CausalMask(shape)
         options: Any = {"block_sizes": pallas.BlockSizes(*tiles), "attn_logits_soft_cap": cap, "interpret": interpret}
+        options["residual_checkpoint_name"] = KEPT
         kernel: Any = pallas.make_splash_mha(pallas.MultiHeadMask([one] * heads), head_shards=1, q_seq_shards=1, **options)
         whole = lambda x: jnp.pad(x, ((0, 0), (0, behind), (0, 0), (0, 0))).swapaxes(1, 2)  # [R, heads, T', h]
         segment = jnp.pad(mask, ((0, 0), (0, behind))).astype(jnp.int32)

@@ -12,6 +12,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from alignax.mesh import constrain
@@ -36,10 +37,18 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_pytorch_tanh": nn.gelu,
     "relu": nn.relu,
 }
+INPUT = "layer_input"  # name of a layer's input, for policies
+HOST = "pinned_host"  # the memory that "offload" moves layers' inputs to
+# What the forward pass of a layer keeps for the backward pass, beside the layer's input; all else is computed again. Memory rises from
+# "offload" to "none".
 REMAT: dict[str, Callable | None] = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
+    "attention": kernels.attention_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[], names_which_can_be_offloaded=[INPUT], offload_src="device", offload_dst=HOST
+    ),
 }
 
 
@@ -81,6 +90,7 @@ class Block(nn.Module):
         """
         c = self.config
         x, cache = carry
+        x = checkpoint_name(x, INPUT)
         h, cache, kept = self.attend(norm(self, "attention_norm", x) if c.pre_norms else x, cache, layer, window, rope, at, mask)
         after = x + (norm(self, "attention_post_norm", h) if c.post_norms else h)
         h = x if c.parallel_residual else after
@@ -329,7 +339,9 @@ def forward(
     Args:
       config: the model.
       dtype: the dtype of activations and matrix products; parameters stay in float32.
-      remat: "full" (recompute each layer in the backward pass), "dots" (keep the matrix products), "none".
+      remat: what the backward pass computes again, one of `REMAT`: "full" (each layer, from its input), "attention" (each layer, but for
+        its attention), "dots" (all but matrix products), "none", or "offload" (as "full", with the inputs of layers in the memory of
+        the host).
       chunk: positions scored at a time, see `alignax.models.heads.token_logps`.
       mesh: the mesh that activations are sharded over; None for one device.
       teacher: a frozen model of the same vocabulary. The outputs then have `ref_kl`, `policy_kl` and `jsd` at every scored position, for
@@ -343,10 +355,10 @@ def forward(
         conditions hold, see `alignax.models.kernels`.
 
     Raises:
-      ValueError: for an unknown `remat` or `attention`, and for layers and statistics that this model does not have.
+      ValueError: for an unknown `remat` or `attention`, for one that the devices cannot do, and for layers and statistics that this
+        model does not have.
     """
-    if remat not in REMAT:
-        raise ValueError(f"remat {remat!r} is unknown; use {', '.join(REMAT)}")
+    check_remat(remat, mesh)
     if attention not in kernels.KERNELS:
         raise ValueError(f"model.attention {attention!r} is unknown; use {', '.join(kernels.KERNELS)}")
     if beyond := [layer for layer in hidden if layer not in range(config.num_hidden_layers)]:
@@ -391,6 +403,17 @@ def forward(
         return out._replace(hidden={i: whole(layers[i]) for i in hidden}) if hidden else out
 
     return apply
+
+
+def check_remat(remat: str, mesh: Mesh | None) -> None:
+    """Refuses an unknown `remat`, and "offload" on devices that do not reach the pinned memory of their host."""
+    if remat not in REMAT:
+        raise ValueError(f"remat {remat!r} is unknown; use {', '.join(REMAT)}")
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    if remat == "offload" and HOST not in (kinds := [memory.kind for memory in device.addressable_memories()]):
+        raise ValueError(
+            f"model.remat is 'offload', and {device.device_kind} reaches no {HOST} memory, only {', '.join(kinds)}; use model.remat=full"
+        )
 
 
 def read(config: ModelConfig, batch: Batch, *fields: str) -> Laid:

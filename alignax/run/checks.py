@@ -66,6 +66,8 @@ def check_fields(config: Any) -> None:
         )
     if config.model.dtype not in ("auto", "float32", "bfloat16"):
         raise ValueError(f"model.dtype {config.model.dtype!r} is unknown; use auto, float32 or bfloat16")
+    if config.optimizer.gradient_dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"optimizer.gradient_dtype {config.optimizer.gradient_dtype!r} is unknown; use float32 or bfloat16")
     if config.export.dtype not in hf.DTYPES:
         raise ValueError(f"export.dtype {config.export.dtype!r} is unknown; use {', '.join(hf.DTYPES)}")
     best = config.checkpoint.best.removeprefix("-")

@@ -51,7 +51,8 @@ def make_learn(run: Run) -> Callable[[TrainState, Held, dict[str, Batch]], tuple
         state = dataclasses.replace(state, carry=carry)
         losses = objectives(run, frozen, state)
         apply = taught_apply(run, frozen, losses)
-        train_step = make_step(apply, losses, learning.optimizer, c.microbatches, once, run.experiment.combine, run.packing)
+        options: Any = {"combine": run.experiment.combine, "packing": run.packing, "gradient_dtype": c.optimizer.gradient_dtype}
+        train_step = make_step(apply, losses, learning.optimizer, c.microbatches, once, **options)
         if off_policy(run):
             own = {name: loss for name, loss in losses.items() if name != PRETRAIN}
             check_corrected(apply, own, state, batch, c.rollout.minibatches)

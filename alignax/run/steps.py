@@ -51,7 +51,8 @@ def make_data_step(run: Run) -> Callable[[TrainState, Held, dict[str, Batch]], t
         rate = learning.schedule(state.step - state.skipped)
         losses = objectives(run, held, state)
         apply, combine = taught_apply(run, held, losses), run.experiment.combine
-        train_step = make_step(apply, losses, learning.optimizer, run.config.microbatches, combine=combine, packing=run.packing)
+        options: Any = {"combine": combine, "packing": run.packing, "gradient_dtype": run.config.optimizer.gradient_dtype}
+        train_step = make_step(apply, losses, learning.optimizer, run.config.microbatches, **options)
         carry, batch, reported = advance(make_experience(run, held, state), state.carry, batches[DATA])
         state, metrics = train_step(dataclasses.replace(state, carry=carry), dict.fromkeys(losses, batch))
         state = after(state)
