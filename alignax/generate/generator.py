@@ -102,6 +102,7 @@ class Generator:
         self.stop_ids = frozenset(map(int, stop_ids))
         self.engine = Engine(self.speaker, shape, self.sampling, tuple(sorted(self.stop_ids)))
         state, staged, emitted = self.engine.layout()
+        self._lay = jax.jit(self.engine.lay)
         self._empty = jax.jit(self.engine.empty, out_shardings=state)
         self._prefill = jax.jit(self.engine.prefill, out_shardings=staged)
         self._decode = jax.jit(self.engine.decode, donate_argnums=1, out_shardings=(state, emitted))
@@ -120,10 +121,14 @@ class Generator:
           ValueError: for n below 1, for no prompts, for empty or too long prompts, and for token ids outside the vocabulary.
         """
         check_prompts(self.shape.prompt, self.speaker.vocab_size, prompts, n)
-        return Batching(self, params, prompts, key, n).run(look)
+        return Batching(self, self.lay(params), prompts, key, n).run(look)
+
+    def lay(self, params: Any) -> Any:
+        """The parameters laid out for decoding: a copy, which one call of the generator needs, or these if they lie so already."""
+        return params if lies(params, self.speaker.laid(params)) else self._lay(params)
 
     def programs(self, params: Any) -> dict[str, Program]:
-        """The programs of the generator by name, "prefill" and "decode", with the shapes of their arguments.
+        """The programs of the generator by name, with the shapes of their arguments: "prefill", "decode", and "lay" if it calls that.
 
         Args:
           params: shapes, types and (with a mesh) shardings of the speaker's parameters.
@@ -132,11 +137,14 @@ class Generator:
         one = None if self.mesh is None else meshes.sharding(self.mesh)
         whole = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct(shape, dtype, sharding=one)
         state, staged, _ = self.engine.layout()
-        prefill = Program(self._prefill, (params, whole(Q, P), whole(Q)))
+        laid = self.speaker.laid(params)
+        lay = {} if lies(params, laid) else {"lay": Program(self._lay, (params,))}
+        prefill = Program(self._prefill, (laid, whole(Q, P), whole(Q)))
         key = whole(*jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).shape, dtype=jnp.uint32)
-        arguments = laid(jax.eval_shape(self._empty), state), laid(prefill.shapes(), staged)
+        arguments = placed(jax.eval_shape(self._empty), state), placed(prefill.shapes(), staged)
         entries = Entries(whole(), *[whole(S)] * 4)
-        return {"prefill": prefill, "decode": Program(self._decode, (params, *arguments, entries, whole(S, dtype=jnp.bool_), key, whole()))}
+        decode = Program(self._decode, (laid, *arguments, entries, whole(S, dtype=jnp.bool_), key, whole()))
+        return lay | {"prefill": prefill, "decode": decode}
 
     def place(self, x: Any) -> Any:
         """Puts a small host array on every device."""
@@ -236,7 +244,16 @@ class Batching:
             self.owner[row] = -1
 
 
-def laid(shapes: Any, layout: Any) -> Any:
+def lies(params: Any, laid: Any) -> bool:
+    """Whether parameters have the dtypes and shardings that they are to be laid out in."""
+
+    def one(x: Any, wanted: Any) -> bool:
+        return x.dtype == wanted.dtype and (wanted.sharding is None or wanted.sharding.is_equivalent_to(x.sharding, x.ndim))
+
+    return jax.tree.all(jax.tree.map(one, params, laid))
+
+
+def placed(shapes: Any, layout: Any) -> Any:
     """The tree of shapes with the shardings of a layout, where one sharding, or None, may stand for a whole subtree."""
     place = lambda sharding, part: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), part)
     return jax.tree.map(place, layout, shapes, is_leaf=lambda x: x is None or isinstance(x, jax.sharding.Sharding))

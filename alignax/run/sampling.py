@@ -10,6 +10,7 @@ from alignax.config import Experiment, asked, prompts_of_rollout
 from alignax.config.blame import blaming
 from alignax.data import Examples
 from alignax.generate import Generator, Speaker, policy_config, policy_sampling, sampler, speaker, stops_of
+from alignax.models.reward import CRITIC
 from alignax.run.opening import Vocabulary
 from alignax.run.roles import POLICY, Roles, whole
 from alignax.text import short
@@ -101,7 +102,8 @@ def make_speaker(experiment: Experiment, roles: Roles, words: Vocabulary, mesh: 
 
 def speaker_params(speaker: Speaker, roles: Roles, held: Mapping[str, Params], params: Params) -> Any:
     """The parameters of a speaker, from the trained parameters `params` of the policy and the frozen trees of the run."""
-    return jax.tree.map(lambda name: whole(roles, held, params) if name == POLICY else held[roles[name].tree], speaker.names)
+    trunk = {name: x for name, x in whole(roles, held, params).items() if name != CRITIC}
+    return jax.tree.map(lambda name: trunk if name == POLICY else held[roles[name].tree], speaker.names)
 
 
 def sampled_rows(config: Any, evaluated: Examples) -> range:
