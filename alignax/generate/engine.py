@@ -95,9 +95,12 @@ class Engine:
 
     def lay(self, params: Any) -> Any:
         """The parameters laid out for decoding, in the dtypes and with the shardings of `Speaker.laid`."""
-        cast = lambda x, wanted: x.astype(wanted.dtype)  # before it travels
-        put = lambda x, wanted: x if wanted.sharding is None else jax.lax.with_sharding_constraint(x, wanted.sharding)
-        return jax.tree.map(lambda x, wanted: put(cast(x, wanted), wanted), params, self.speaker.laid(params))
+
+        def one(x: Any, wanted: Any) -> Any:
+            cast = x if x is wanted else x.astype(wanted.dtype)  # before it travels
+            return cast if x is wanted or wanted.sharding is None else jax.lax.with_sharding_constraint(cast, wanted.sharding)
+
+        return jax.tree.map(one, params, self.speaker.laid(params))
 
     def prefill(self, params: Any, tokens: jax.Array, lengths: jax.Array) -> Staged:
         """Reads prompts, `tokens` [Q, P] int32 padded on the right; `decode` reads their last tokens again, to sample from the logits."""

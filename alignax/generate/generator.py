@@ -17,10 +17,12 @@ from alignax.generate.engine import Engine, Entries, Shape, Staged, State
 from alignax.generate.sampling import Sampling
 from alignax.generate.speakers import Speaker, positions, speaker
 from alignax.generate.stops import LENGTH, STOP_ID, STOP_STRING, Stops, bare
+from alignax.models.kernels import platform
 from alignax.models.transformer import ModelConfig
 from alignax.program import Program
 
 Prompts = Sequence[Sequence[int]]
+SLOTS = 64  # rows that are decoded at once where memory is no guide
 
 
 class Completions(NamedTuple):
@@ -248,7 +250,10 @@ def lies(params: Any, laid: Any) -> bool:
     """Whether parameters have the dtypes and shardings that they are to be laid out in."""
 
     def one(x: Any, wanted: Any) -> bool:
-        return x.dtype == wanted.dtype and (wanted.sharding is None or wanted.sharding.is_equivalent_to(x.sharding, x.ndim))
+        there = isinstance(x, jax.Array | jax.ShapeDtypeStruct)
+        return x is wanted or (
+            x.dtype == wanted.dtype and (wanted.sharding is None or (there and wanted.sharding.is_equivalent_to(x.sharding, x.ndim)))
+        )
 
     return jax.tree.all(jax.tree.map(one, params, laid))
 
@@ -259,7 +264,17 @@ def placed(shapes: Any, layout: Any) -> Any:
     return jax.tree.map(place, layout, shapes, is_leaf=lambda x: x is None or isinstance(x, jax.sharding.Sharding))
 
 
-def shape_for(prompts: int, longest: int, new: int, *, mesh: Mesh | None = None, slots: int = 0, prefill: int = 0, chunk: int = 8) -> Shape:
+def shape_for(
+    prompts: int,
+    longest: int,
+    new: int,
+    *,
+    mesh: Mesh | None = None,
+    slots: int = 0,
+    prefill: int = 0,
+    chunk: int = 8,
+    room: int = SLOTS,
+) -> Shape:
     """The shape of a generator for a number of completions of prompts with at most `longest` tokens.
 
     Args:
@@ -267,14 +282,37 @@ def shape_for(prompts: int, longest: int, new: int, *, mesh: Mesh | None = None,
       longest: P, the length of the longest prompt.
       new: C, the largest length of a completion.
       mesh: the mesh of the generator; default numbers of rows are multiples of its batch shards.
-      slots: rows that are decoded at once; 0: as many as there are completions, at most 64.
-      prefill: prompts that are prefilled at once; 0: a quarter of the rows.
+      slots: rows that are decoded at once; 0: as many as there are completions, at most `room`.
+      prefill: prompts that are prefilled at once; 0: a quarter of the rows, at most 16, because every device holds the keys of all of them.
       chunk: decoding steps after which the host looks which completions have ended.
+      room: the most rows that `slots` 0 gives, see `room_for`.
     """
     shards = 1 if mesh is None else meshes.batch_shards(mesh)
     whole = lambda count: -(-max(count, 1) // shards) * shards
-    slots = slots or whole(min(prompts, 64))
-    return Shape(longest, new, slots, prefill or whole(slots // 4), chunk)
+    slots = slots or whole(min(prompts, room))
+    return Shape(longest, new, slots, prefill or whole(min(slots, SLOTS) // 4), chunk)
+
+
+def room_for(speaker: Speaker, positions: int, free: int | None = None) -> int:
+    """The most rows of `positions` tokens that a speaker decodes at once by default.
+
+    On an accelerator they are as many as fit into half of the free memory of a device, with their logits: one step reads all weights,
+    however many rows share it. On a CPU every row costs its own time, so that 64 rows, which are filled again, waste least.
+
+    Args:
+      speaker: the speaker.
+      positions: tokens of prompt and completion.
+      free: bytes of a device that are free; None: three quarters of its memory.
+    """
+    mesh = speaker.mesh or Mesh(np.array(jax.local_devices()[:1]).reshape(1, 1, 1, 1), meshes.AXES)
+    memory = meshes.device_memory(mesh)
+    if platform(mesh) == "cpu" or not memory:
+        return SLOTS
+    shards = meshes.batch_shards(mesh)
+    cache = jax.eval_shape(lambda: speaker.empty(shards, positions))  # a row of each shard
+    cache = cache if speaker.mesh is None else placed(cache, speaker.layout("batch"))
+    one = meshes.device_bytes(cache) + 16 * speaker.predicted  # logits, and what sampling makes of them
+    return max((memory * 3 // 4 if free is None else free) // 2 // one, 1) * shards
 
 
 def check(own: Speaker, shape: Shape, stop_ids: Sequence[int]) -> None:

@@ -100,7 +100,7 @@ def speaker(
         R, P = tokens.shape
         split, lengths = jnp.pad(split, ((0, 0), (0, -P % piece))), jnp.broadcast_to(real.sum(axis=1, keepdims=True), (R, piece))
 
-        def further(i: jax.Array, cache: Cache) -> Cache:
+        def further(i: jax.Array, cache: Any) -> Any:
             own = jax.lax.dynamic_slice_in_dim(split, i * piece, piece, axis=1)
             return decoder.apply({"params": params}, own, None, cache, i * piece, lengths=lengths)[1]
 
@@ -148,7 +148,7 @@ def layout_of(config: ModelConfig, dtype: Any, mesh: Mesh | None, weights: str) 
       ValueError: for a layout that is not in `WEIGHTS`.
     """
     if weights not in WEIGHTS:
-        raise ValueError(f"rollout.mesh {weights!r} is unknown; use {', '.join(WEIGHTS)}")
+        raise ValueError(f"weights {weights!r} have no layout of this name; use {', '.join(WEIGHTS)}")
     if mesh is None or mesh.size == 1:
         return "train"
     if weights != "auto":

@@ -71,9 +71,7 @@ def experts(
     )
 
 
-def _local(
-    k: int, normalise: bool, activation: Callable, axis: Any, shards: int, x: jax.Array, router: jax.Array, *weights: Any
-) -> Any:
+def _local(k: int, normalise: bool, activation: Callable, axis: Any, shards: int, x: jax.Array, router: jax.Array, *weights: Any) -> Any:
     """The output [R, T, D] for the tokens of a stream shard: computed from this shard's experts, then summed over all shards."""
     flat = x.reshape(-1, x.shape[-1])  # [P, D]
     probs = jax.nn.softmax((flat @ router).astype(jnp.float32), axis=-1)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -11,25 +10,29 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from alignax import mesh as meshes
-from alignax.mesh import RULES
 from alignax.models import transformer
 from alignax.models.layout import leaf_name
-from alignax.models.lora import MATRICES, Lora, is_adapter, split, with_norms
+from alignax.models.lora import Lora, is_adapter, split, with_norms
 from alignax.models.transformer import ModelConfig
 from alignax.types import Params
 
 
-def abstract_params(config: ModelConfig, mesh: Mesh | None = None, rules: Mapping[str, Any] = RULES) -> Params:
+def abstract_params(config: ModelConfig, mesh: Mesh | None = None, weights: str = "train") -> Params:
     """The shapes, dtypes and (with a mesh) shardings of a model's parameters; nothing is computed.
 
-    `rules`: the table from logical axes to mesh axes, see `alignax.mesh`.
+    `weights`: their layout, a name in `alignax.mesh.DECODING`.
     """
+    return jax.tree.map(lambda x: x, _abstract(config, mesh, weights))
+
+
+@functools.lru_cache(maxsize=64)
+def _abstract(config: ModelConfig, mesh: Mesh | None, weights: str) -> Params:
     boxed = jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))
     shapes = nn.unbox(boxed)
     if mesh is None:
         return shapes
     described = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
-    return jax.tree.map(described, shapes, meshes.param_shardings(mesh, boxed, rules))
+    return jax.tree.map(described, shapes, meshes.param_shardings(mesh, boxed, meshes.DECODING[weights]))
 
 
 def read_dtype(name: str, dtype: Any) -> Any:
@@ -53,13 +56,7 @@ def decoding_params(config: ModelConfig, mesh: Mesh | None, weights: str, dtype:
         held = x.dtype if x.dtype == jnp.int8 else read_dtype(leaf_name(path), dtype)
         return jax.ShapeDtypeStruct(x.shape, held, sharding=own.sharding)
 
-    return jax.tree_util.tree_map_with_path(one, abstract_params(config, mesh, meshes.DECODING[weights]), params)
-
-
-def undivided(abstract: Params) -> list[str]:
-    """The names of the matrices of a layer that every device holds whole, because the mesh does not divide them."""
-    whole = {name: x for name, x in abstract["layers"].items() if name in MATRICES and x.sharding.is_fully_replicated}
-    return list(whole)
+    return jax.tree_util.tree_map_with_path(one, abstract_params(config, mesh, weights), params)
 
 
 def abstract_adapters(config: ModelConfig, lora: Lora, mesh: Mesh | None = None) -> Params:

@@ -82,7 +82,7 @@ class Block(nn.Module):
         return y
 
     @nn.compact
-    def __call__(self, carry: Any, layer: jax.Array, window: jax.Array | None, rope: Any, at: jax.Array | None, mask: Any):
+    def __call__(self, carry: Any, layer: jax.Array, window: jax.Array | None, rope: Any, at: Any, mask: Any):
         """Applies one layer to the carry (x [R, T, D], cache); see `Decoder` for the arguments.
 
         Returns the new carry, and x with `states`, or else the keys and values with `keep`.
@@ -125,7 +125,7 @@ class Block(nn.Module):
             h = packed_attention(q, k, v, mask, self.mesh, **options)
         elif cache is None:
             h = kernels.attend(self.kernel, q, k, v, mask, self.mesh, windows=c.sliding_windows, **options)
-        elif at is not None and at.ndim == 0:
+        elif at.ndim == 0:
             cache = caches.extend(cache, layer, at, k, v)
             h = caches.attend_piece(q, cache, layer, at, **options)
         else:
