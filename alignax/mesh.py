@@ -1,7 +1,8 @@
 """The device mesh, and the one table from logical axes to mesh axes.
 
 Parameters, optimizer state, batches and activations name their axes by meaning: "embed", "heads", "batch". `RULES` says over which
-mesh axes each logical axis is sharded. A new mesh axis, or another sharding, is a line here.
+mesh axes each logical axis is sharded. A new mesh axis, or another sharding, is a line here. `DECODING` says the same of weights that are
+laid out for sampling.
 """
 
 import math
@@ -26,13 +27,27 @@ RULES: dict[str, Any] = {
     "member": "member",  # K of an ensemble; its members exchange nothing
     "batch": ("data", "fsdp"),  # B, and R = B * N
     "lookup": "data",  # R while tokens look up their embeddings; D is sharded over fsdp there, as in the table
+    "stream": ("data", "fsdp"),  # R of activations between attention and attention: of norms, products and the residual stream
     "layers": None,  # L, the axis of the scan over layers
     "embed": "fsdp",  # D of a weight; D of an activation is sharded only at the lookup
     "heads": "tensor",  # H * head_dim
     "mlp": "tensor",  # F
     "vocab": "tensor",  # V
-    "expert": "tensor",  # E; a shard has all tokens of its batch shard, so no token travels and one sum joins the results
+    "expert": "tensor",  # E; a shard has all tokens of its stream shard, so no token travels and one sum joins the results
 }
+# Shards of `tensor` come first, so that the shards of a weight within one shard of `tensor` are the heads that it has in the cache.
+WIDE = ("tensor", "fsdp")
+DECODING: dict[str, dict[str, Any]] = {
+    "train": RULES,
+    "replicated": RULES | {"embed": None},
+    # No weight travels: a step's activations, which are tiny, are summed over `fsdp`, and change to rows and back around attention.
+    "tensor": RULES | {"embed": None, "stream": "data", "heads": WIDE, "mlp": WIDE, "vocab": WIDE, "expert": WIDE},
+}
+# Bytes of memory of a device by its kind, for devices that are not at hand; cloud.google.com/tpu/docs/system-architecture-tpu-vm.
+MEMORY = {
+    "TPU v2": 8 << 30, "TPU v3": 16 << 30, "TPU v4": 32 << 30, "TPU v5 lite": 16 << 30, "TPU v5": 95 << 30, "TPU v5p": 95 << 30,
+    "TPU v6 lite": 32 << 30, "TPU7x": 96 << 30,
+}  # fmt: skip
 
 
 SIMULATED = "--xla_force_host_platform_device_count"
@@ -97,12 +112,34 @@ def batch_shards(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def sharding(mesh: Mesh, logical: tuple[str | None, ...] = (), shape: tuple[int, ...] | None = None) -> NamedSharding:
+def device_memory(mesh: Mesh) -> int:
+    """The bytes of memory of one of a mesh's devices, in whole GiB; 0 if it is not known. CPU devices share the memory of their host.
+
+    A table has it by the kind of device, also for devices that are not at hand; other devices tell it. So all processes find the same.
+    """
+    own = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
+    device = (own or list(mesh.devices.flat))[0]
+    if device.device_kind in MEMORY:
+        return MEMORY[device.device_kind]
+    if device.platform == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(own) >> 30 << 30
+    return (device.memory_stats() or {}).get("bytes_limit", 0) >> 30 << 30
+
+
+def device_bytes(abstract: Any) -> int:
+    """The bytes that a tree of arrays or of their shapes takes on one device."""
+    shape = lambda x: x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
+    return sum(math.prod(shape(x)) * x.dtype.itemsize for x in jax.tree.leaves(abstract))
+
+
+def sharding(
+    mesh: Mesh, logical: tuple[str | None, ...] = (), shape: tuple[int, ...] | None = None, rules: Mapping[str, Any] = RULES
+) -> NamedSharding:
     """The sharding of an array, by the names of its logical axes.
 
     With `shape`, a dimension that its mesh axes do not divide is replicated (a vocabulary of 50,257 over 8 devices, say).
     """
-    spec = [RULES[name] if name else None for name in logical]
+    spec = [rules[name] if name else None for name in logical]
     if shape is not None:
         spec = [axes if axes and size % _size(mesh, axes) == 0 else None for axes, size in zip(spec, shape, strict=True)]
     return NamedSharding(mesh, P(*spec))
@@ -112,17 +149,17 @@ def _size(mesh: Mesh, axes: str | tuple[str, ...]) -> int:
     return math.prod(mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes))
 
 
-def constrain(x: jax.Array, mesh: Mesh | None, *logical: str | None) -> jax.Array:
+def constrain(x: jax.Array, mesh: Mesh | None, *logical: str | None, rules: Mapping[str, Any] = RULES) -> jax.Array:
     """Pins the sharding of an activation, by its logical axes; without a mesh, returns the activation unchanged."""
-    return x if mesh is None else jax.lax.with_sharding_constraint(x, sharding(mesh, logical, x.shape))
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, sharding(mesh, logical, x.shape, rules))
 
 
-def param_shardings(mesh: Mesh, abstract: Any) -> Any:
+def param_shardings(mesh: Mesh, abstract: Any, rules: Mapping[str, Any] = RULES) -> Any:
     """The shardings of abstract Flax variables whose leaves are boxed with logical axes (`nn.with_logical_partitioning`)."""
     logical = nn.get_partition_spec(abstract)
     shapes = nn.unbox(abstract)
     is_spec = lambda x: isinstance(x, P)
-    return jax.tree.map(lambda spec, x: sharding(mesh, tuple(spec), x.shape), logical, shapes, is_leaf=is_spec)
+    return jax.tree.map(lambda spec, x: sharding(mesh, tuple(spec), x.shape, rules), logical, shapes, is_leaf=is_spec)
 
 
 def optimizer_shardings(mesh: Mesh, optimizer: optax.GradientTransformation, opt_state: Any, params: Any) -> Any:

@@ -25,6 +25,7 @@ from alignax.generate import (
     sampled_batch,
     sampler_gap,
     shape_for,
+    speaker,
     text_of,
     token_batch,
 )
@@ -103,12 +104,23 @@ def test_rows_and_refilling_change_nothing(shape):
         assert out.steps == out.mask.sum(), "no step is wasted"
 
 
-@pytest.mark.parametrize("sizes", [{"data": 2, "fsdp": 2, "tensor": 2}, pytest.param({"fsdp": 8}, marks=SLOW)])
-def test_the_mesh_changes_nothing(sizes):
+CUBE, ROW = {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 8}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "weights"),
+    [(CUBE, "tensor"), *(pytest.param(CUBE, name, marks=SLOW) for name in ("train", "replicated"))]
+    + [pytest.param(ROW, name, marks=SLOW) for name in ("train", "replicated", "tensor")],
+)
+def test_the_mesh_changes_nothing(sizes, weights):
     mesh = make_mesh(sizes)
-    layout = jax.tree.map(lambda x: x.sharding, parameters.abstract_params(tiny.MODEL, mesh))
-    generator = Generator(tiny.MODEL, shape_for(21, 8, 12, mesh=mesh, slots=8), stop_ids=STOPS, mesh=mesh)
-    same(generator(jax.device_put(PARAMS, layout), PROMPTS, KEY, n=3), base()[1])
+    own, shape = speaker(tiny.MODEL, mesh=mesh, weights=weights), shape_for(21, 8, 12, mesh=mesh, slots=8)
+    params = jax.device_put(PARAMS, jax.tree.map(lambda x: x.sharding, parameters.abstract_params(tiny.MODEL, mesh)))
+    generator = Generator(own, shape, stop_ids=STOPS)
+    same(generator(params, PROMPTS, KEY, n=3), base()[1])
+    laid, wanted = generator.lay(params), own.laid(params)
+    assert (laid is params) == (weights == "train")
+    assert jax.tree.all(jax.tree.map(lambda x, w: w.sharding.is_equivalent_to(x.sharding, x.ndim), laid, wanted))
 
 
 def test_a_prompts_samples_depend_on_its_number_and_the_key_alone():

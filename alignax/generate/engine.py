@@ -66,7 +66,7 @@ class Emitted(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Engine:
-    """The programs of generation as pure functions, to be jitted. Their `params` are the training parameters, sharded as in training."""
+    """The programs of generation as pure functions, to be jitted. The `params` of `prefill` and `decode` are from `lay`."""
 
     speaker: Speaker
     shape: Shape
@@ -92,6 +92,15 @@ class Engine:
         whole: Any = sharding(mesh)
         split: Any = sharding(mesh, ("batch",))
         return State(of("batch"), split, split, split, split), Staged(of(None), whole, whole), Emitted(*[whole] * 4)
+
+    def lay(self, params: Any) -> Any:
+        """The parameters laid out for decoding, in the dtypes and with the shardings of `Speaker.laid`."""
+
+        def one(x: Any, wanted: Any) -> Any:
+            cast = x if x is wanted else x.astype(wanted.dtype)  # before it travels
+            return cast if x is wanted or wanted.sharding is None else jax.lax.with_sharding_constraint(cast, wanted.sharding)
+
+        return jax.tree.map(one, params, self.speaker.laid(params))
 
     def prefill(self, params: Any, tokens: jax.Array, lengths: jax.Array) -> Staged:
         """Reads prompts, `tokens` [Q, P] int32 padded on the right; `decode` reads their last tokens again, to sample from the logits."""

@@ -17,10 +17,12 @@ from alignax.generate.engine import Engine, Entries, Shape, Staged, State
 from alignax.generate.sampling import Sampling
 from alignax.generate.speakers import Speaker, positions, speaker
 from alignax.generate.stops import LENGTH, STOP_ID, STOP_STRING, Stops, bare
+from alignax.models.kernels import platform
 from alignax.models.transformer import ModelConfig
 from alignax.program import Program
 
 Prompts = Sequence[Sequence[int]]
+SLOTS = 64  # rows that are decoded at once where memory is no guide
 
 
 class Completions(NamedTuple):
@@ -102,6 +104,7 @@ class Generator:
         self.stop_ids = frozenset(map(int, stop_ids))
         self.engine = Engine(self.speaker, shape, self.sampling, tuple(sorted(self.stop_ids)))
         state, staged, emitted = self.engine.layout()
+        self._lay = jax.jit(self.engine.lay)
         self._empty = jax.jit(self.engine.empty, out_shardings=state)
         self._prefill = jax.jit(self.engine.prefill, out_shardings=staged)
         self._decode = jax.jit(self.engine.decode, donate_argnums=1, out_shardings=(state, emitted))
@@ -120,10 +123,14 @@ class Generator:
           ValueError: for n below 1, for no prompts, for empty or too long prompts, and for token ids outside the vocabulary.
         """
         check_prompts(self.shape.prompt, self.speaker.vocab_size, prompts, n)
-        return Batching(self, params, prompts, key, n).run(look)
+        return Batching(self, self.lay(params), prompts, key, n).run(look)
+
+    def lay(self, params: Any) -> Any:
+        """The parameters laid out for decoding: a copy, which one call of the generator needs, or these if they lie so already."""
+        return params if lies(params, self.speaker.laid(params)) else self._lay(params)
 
     def programs(self, params: Any) -> dict[str, Program]:
-        """The programs of the generator by name, "prefill" and "decode", with the shapes of their arguments.
+        """The programs of the generator by name, with the shapes of their arguments: "prefill", "decode", and "lay" if it calls that.
 
         Args:
           params: shapes, types and (with a mesh) shardings of the speaker's parameters.
@@ -132,11 +139,14 @@ class Generator:
         one = None if self.mesh is None else meshes.sharding(self.mesh)
         whole = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct(shape, dtype, sharding=one)
         state, staged, _ = self.engine.layout()
-        prefill = Program(self._prefill, (params, whole(Q, P), whole(Q)))
+        laid = self.speaker.laid(params)
+        lay = {} if lies(params, laid) else {"lay": Program(self._lay, (params,))}
+        prefill = Program(self._prefill, (laid, whole(Q, P), whole(Q)))
         key = whole(*jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).shape, dtype=jnp.uint32)
-        arguments = laid(jax.eval_shape(self._empty), state), laid(prefill.shapes(), staged)
+        arguments = placed(jax.eval_shape(self._empty), state), placed(prefill.shapes(), staged)
         entries = Entries(whole(), *[whole(S)] * 4)
-        return {"prefill": prefill, "decode": Program(self._decode, (params, *arguments, entries, whole(S, dtype=jnp.bool_), key, whole()))}
+        decode = Program(self._decode, (laid, *arguments, entries, whole(S, dtype=jnp.bool_), key, whole()))
+        return lay | {"prefill": prefill, "decode": decode}
 
     def place(self, x: Any) -> Any:
         """Puts a small host array on every device."""
@@ -236,13 +246,35 @@ class Batching:
             self.owner[row] = -1
 
 
-def laid(shapes: Any, layout: Any) -> Any:
+def lies(params: Any, laid: Any) -> bool:
+    """Whether parameters have the dtypes and shardings that they are to be laid out in."""
+
+    def one(x: Any, wanted: Any) -> bool:
+        there = isinstance(x, jax.Array | jax.ShapeDtypeStruct)
+        return x is wanted or (
+            x.dtype == wanted.dtype and (wanted.sharding is None or (there and wanted.sharding.is_equivalent_to(x.sharding, x.ndim)))
+        )
+
+    return jax.tree.all(jax.tree.map(one, params, laid))
+
+
+def placed(shapes: Any, layout: Any) -> Any:
     """The tree of shapes with the shardings of a layout, where one sharding, or None, may stand for a whole subtree."""
     place = lambda sharding, part: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), part)
     return jax.tree.map(place, layout, shapes, is_leaf=lambda x: x is None or isinstance(x, jax.sharding.Sharding))
 
 
-def shape_for(prompts: int, longest: int, new: int, *, mesh: Mesh | None = None, slots: int = 0, prefill: int = 0, chunk: int = 8) -> Shape:
+def shape_for(
+    prompts: int,
+    longest: int,
+    new: int,
+    *,
+    mesh: Mesh | None = None,
+    slots: int = 0,
+    prefill: int = 0,
+    chunk: int = 8,
+    room: int = SLOTS,
+) -> Shape:
     """The shape of a generator for a number of completions of prompts with at most `longest` tokens.
 
     Args:
@@ -250,14 +282,37 @@ def shape_for(prompts: int, longest: int, new: int, *, mesh: Mesh | None = None,
       longest: P, the length of the longest prompt.
       new: C, the largest length of a completion.
       mesh: the mesh of the generator; default numbers of rows are multiples of its batch shards.
-      slots: rows that are decoded at once; 0: as many as there are completions, at most 64.
-      prefill: prompts that are prefilled at once; 0: a quarter of the rows.
+      slots: rows that are decoded at once; 0: as many as there are completions, at most `room`.
+      prefill: prompts that are prefilled at once; 0: a quarter of the rows, at most 16, because every device holds the keys of all of them.
       chunk: decoding steps after which the host looks which completions have ended.
+      room: the most rows that `slots` 0 gives, see `room_for`.
     """
     shards = 1 if mesh is None else meshes.batch_shards(mesh)
     whole = lambda count: -(-max(count, 1) // shards) * shards
-    slots = slots or whole(min(prompts, 64))
-    return Shape(longest, new, slots, prefill or whole(slots // 4), chunk)
+    slots = slots or whole(min(prompts, room))
+    return Shape(longest, new, slots, prefill or whole(min(slots, SLOTS) // 4), chunk)
+
+
+def room_for(speaker: Speaker, positions: int, free: int | None = None) -> int:
+    """The most rows of `positions` tokens that a speaker decodes at once by default.
+
+    On an accelerator they are as many as fit into half of the free memory of a device, with their logits: one step reads all weights,
+    however many rows share it. On a CPU every row costs its own time, so that 64 rows, which are filled again, waste least.
+
+    Args:
+      speaker: the speaker.
+      positions: tokens of prompt and completion.
+      free: bytes of a device that are free; None: three quarters of its memory.
+    """
+    mesh = speaker.mesh or Mesh(np.array(jax.local_devices()[:1]).reshape(1, 1, 1, 1), meshes.AXES)
+    memory = meshes.device_memory(mesh)
+    if platform(mesh) == "cpu" or not memory:
+        return SLOTS
+    shards = meshes.batch_shards(mesh)
+    cache = jax.eval_shape(lambda: speaker.empty(shards, positions))  # a row of each shard
+    cache = cache if speaker.mesh is None else placed(cache, speaker.layout("batch"))
+    one = meshes.device_bytes(cache) + 16 * speaker.predicted  # logits, and what sampling makes of them
+    return max((memory * 3 // 4 if free is None else free) // 2 // one, 1) * shards
 
 
 def check(own: Speaker, shape: Shape, stop_ids: Sequence[int]) -> None:

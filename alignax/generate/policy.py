@@ -7,7 +7,7 @@ temperature, too. All other changes of the distribution are in `Sampling`; sampl
 import dataclasses
 from collections.abc import Sequence
 
-from alignax.generate.generator import Generator, shape_for
+from alignax.generate.generator import Generator, room_for, shape_for
 from alignax.generate.sampling import Sampling
 from alignax.generate.speakers import Speaker
 from alignax.generate.stops import Stops
@@ -40,6 +40,7 @@ def sampler(
     ends: Sequence[int],
     stops: Stops | None = None,
     slots: int = 0,
+    free: int | None = None,
 ) -> Generator:
     """A generator with a shape that fits the given number and lengths of completions.
 
@@ -51,10 +52,12 @@ def sampler(
       sampling: for a policy, `policy_sampling(temperature, top_p)`; default: the speaker's own distribution.
       ends: ids of tokens that end a completion, see `alignax.models.hf.end_ids`.
       stops: strings that end a completion, see `stops_of`.
-      slots: completions that are decoded side by side; 0: all, at most 64.
+      slots: completions that are decoded side by side; 0: all, as far as memory allows, see `room_for`.
+      free: bytes of a device that are free for these completions and for computing; None: three quarters of its memory.
 
     Raises:
       ValueError: for sizes, stop ids or lengths that no generator of the speaker can have.
     """
-    shape = shape_for(completions, longest, new, mesh=speaker.mesh, slots=slots)
+    room = slots or room_for(speaker, longest + new, free)
+    shape = shape_for(completions, longest, new, mesh=speaker.mesh, slots=slots, room=room)
     return Generator(speaker, shape, sampling, stop_ids=ends, stops=stops)

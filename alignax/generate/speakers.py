@@ -8,6 +8,7 @@ A speaker is a language model (`speaker`), a combination of several models (`com
     completions = generate((large_params, tuned_params, untuned_params), prompts, key)
 """
 
+import dataclasses
 import functools
 import inspect
 import math
@@ -18,11 +19,16 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from alignax.mesh import constrain, sharding
+from alignax.mesh import DECODING, constrain, device_bytes, device_memory, sharding
 from alignax.models import cache as caches
 from alignax.models.cache import Cache
 from alignax.models.heads import NEVER, shaped
+from alignax.models.parameters import abstract_params, decoding_params
 from alignax.models.transformer import Decoder, ModelConfig, head_weight, shaping
+
+WEIGHTS = ("auto", *DECODING)  # the layouts of weights that are sampled from
+SHARE = 1 / 4  # "auto" replicates weights that take at most this share of a device's memory
+PIECE = 512  # tokens of a longer prompt that are read at once
 
 
 class Speaker(NamedTuple):
@@ -45,10 +51,20 @@ class Speaker(NamedTuple):
     # at `at`. The given cache holds the tokens at 0 .. at - 1. `tokens` after `at` are meaningless.
     logits: Callable[[Any, Any, Any, jax.Array, jax.Array], tuple[jax.Array, Any]]
     names: Any = ""  # tree like its parameters, with the name of a model in the place of that model's parameters; () for no parameters
+    # (parameters or their shapes) -> the shapes, dtypes and shardings in which `read`, `head` and `logits` take them
+    laid: Callable[[Any], Any] = lambda params: params
 
 
-def speaker(config: ModelConfig, dtype: Any = jnp.float32, cache_dtype: str = "", mesh: Mesh | None = None, name: str = "") -> Speaker:
-    """Makes the speaker of one language model. Its parameters are those of training, with the shardings of training.
+def speaker(
+    config: ModelConfig,
+    dtype: Any = jnp.float32,
+    cache_dtype: str = "",
+    mesh: Mesh | None = None,
+    name: str = "",
+    weights: str = "auto",
+    piece: int = PIECE,
+) -> Speaker:
+    """Makes the speaker of one language model. A generator lays its parameters, those of training, out for decoding.
 
     Args:
       config: the model; adapters and an int8 base are supported.
@@ -56,16 +72,21 @@ def speaker(config: ModelConfig, dtype: Any = jnp.float32, cache_dtype: str = ""
       cache_dtype: "float32", "bfloat16" or "int8"; empty: the dtype of activations.
       mesh: the mesh of the parameters; None for one device.
       name: the name of the model, by which a run finds its parameters.
+      weights: the layout of weights that are sampled from, one of `WEIGHTS`, see `layout_of`; "train": they stay as in training.
+      piece: tokens of a longer prompt that are read at once, which bounds the memory of its activations.
 
     Raises:
-      ValueError: for an unknown `cache_dtype`.
+      ValueError: for an unknown `cache_dtype` or `weights`.
     """
     if cache_dtype and cache_dtype not in caches.DTYPES:
         raise ValueError(f"cache dtype {cache_dtype!r} is unknown; use {', '.join(caches.DTYPES)}")
     stored, KV = jnp.dtype(cache_dtype or dtype), config.num_key_value_heads
+    laid, held = weights != "train", layout_of(config, dtype, mesh, weights)
+    rules, whole = DECODING[held], dataclasses.replace(config, predicted_tokens=0)
+    decoder = Decoder(config, dtype, "none", mesh, weights=held)
 
-    def empty(rows: int, places: int) -> Cache:
-        return caches.empty((config.num_hidden_layers, rows, KV, places, config.head_dim), stored)
+    def empty(rows: int, places: int, dtype: Any = stored) -> Cache:
+        return caches.empty((config.num_hidden_layers, rows, KV, places, config.head_dim), dtype)
 
     def layout(rows: str | None) -> Cache:
         assert mesh is not None
@@ -73,25 +94,69 @@ def speaker(config: ModelConfig, dtype: Any = jnp.float32, cache_dtype: str = ""
         return Cache(values, values, *([values] * 2 if stored == jnp.int8 else [None] * 2))
 
     def read(params: Any, tokens: jax.Array, real: jax.Array) -> Any:
-        decoder = Decoder(config, dtype, "none", mesh, stored)
-        split = constrain(tokens, mesh, "batch", None)
-        return decoder.apply({"params": params}, split, constrain(real, mesh, "batch", None))[1]
+        split, real = (constrain(x, mesh, "stream", None, rules=rules) for x in (tokens, real))
+        if tokens.shape[1] <= piece:
+            return decoder.clone(keep=stored).apply({"params": params}, split, real)[1]
+        R, P = tokens.shape
+        split, lengths = jnp.pad(split, ((0, 0), (0, -P % piece))), jnp.broadcast_to(real.sum(axis=1, keepdims=True), (R, piece))
+
+        def further(i: jax.Array, cache: Any) -> Any:
+            own = jax.lax.dynamic_slice_in_dim(split, i * piece, piece, axis=1)
+            return decoder.apply({"params": params}, own, None, cache, i * piece, lengths=lengths)[1]
+
+        # In the dtype of activations, so that a piece reads what it would read of a whole prompt.
+        first = jax.tree.map(lambda x: constrain(x, mesh, None, "batch", "heads", None, None), empty(R, split.shape[1], jnp.dtype(dtype)))
+        k, v, *_ = jax.lax.fori_loop(0, -(-lengths.max() // piece), further, first)
+        return caches.pack(k[:, :, :, :P], v[:, :, :, :P], stored)
 
     @jax.named_scope("head")
     def head(params: Any) -> jax.Array:
-        # Gathered over fsdp once, instead of at every step.
-        return constrain(head_weight(config, params).astype(dtype), mesh, None, "vocab")
+        # Of weights as in training: gathered over fsdp once, instead of at every step.
+        return constrain(head_weight(whole, params).astype(dtype), mesh, None, "vocab", rules=rules)
 
     def logits(params: Any, head: jax.Array, cache: Any, tokens: jax.Array, at: jax.Array) -> tuple[jax.Array, Any]:
-        decoder = Decoder(config, dtype, "none", mesh)
-        last = jnp.take_along_axis(tokens, at[:, None], axis=1)
+        last = constrain(jnp.take_along_axis(tokens, at[:, None], axis=1), mesh, "stream", None, rules=rules)
         hidden, cache = decoder.apply({"params": params}, last, None, cache, at)
         with jax.named_scope("head"):
             z = jnp.einsum("rd,dv->rv", hidden[:, 0], head, preferred_element_type=jnp.float32)
-            return constrain(shaped(z, shaping(config)), mesh, "batch", None), cache
+            if held != "train":
+                z = constrain(constrain(z, mesh, "stream", "vocab", rules=rules), mesh, "batch", "vocab")
+            z = constrain(z, mesh, "batch", None)
+            return shaped(z[:, : config.predicted_tokens or None], shaping(config)), cache
 
-    predicted = config.predicted_tokens or config.vocab_size
-    return Speaker(config.vocab_size, predicted, positions(config), True, mesh, empty, layout, read, head, logits, name)
+    return Speaker(
+        vocab_size=config.vocab_size,
+        predicted=config.predicted_tokens or config.vocab_size,
+        positions=positions(config),
+        exact=True,
+        mesh=mesh,
+        empty=empty,
+        layout=layout,
+        read=read,
+        head=head,
+        logits=logits,
+        names=name,
+        laid=lambda params: decoding_params(config, mesh, held, dtype, params) if laid else params,
+    )
+
+
+def layout_of(config: ModelConfig, dtype: Any, mesh: Mesh | None, weights: str) -> str:
+    """The layout of a model's weights for decoding, a name in `alignax.mesh.DECODING`; on one device that of training.
+
+    With "replicated" every batch shard has all weights, and with "tensor" the batch shards share them. "auto" replicates weights that take
+    at most a quarter of a device's memory.
+
+    Raises:
+      ValueError: for a layout that is not in `WEIGHTS`.
+    """
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights {weights!r} have no layout of this name; use {', '.join(WEIGHTS)}")
+    if mesh is None or mesh.size == 1:
+        return "train"
+    if weights != "auto":
+        return weights
+    size = device_bytes(decoding_params(config, mesh, "replicated", dtype, abstract_params(config)))
+    return "replicated" if size <= SHARE * device_memory(mesh) else "tensor"
 
 
 def combined(speakers: Sequence[Speaker], coefficients: Sequence[float]) -> Speaker:
@@ -147,6 +212,7 @@ def combined(speakers: Sequence[Speaker], coefficients: Sequence[float]) -> Spea
         head=lambda params: tuple(s.head(own) for s, own in zip(speakers, params, strict=True)),
         logits=logits,
         names=tuple(s.names for s in speakers),
+        laid=lambda params: tuple(s.laid(own) for s, own in zip(speakers, params, strict=True)),
     )
 
 

@@ -73,6 +73,66 @@ def write(cache: Cache, layer: jax.Array, at: jax.Array, k: jax.Array, v: jax.Ar
     return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=whole, check_vma=False)(layer, at, cache, new)
 
 
+def extend(cache: Cache, layer: jax.Array, at: jax.Array, k: jax.Array, v: jax.Array) -> Cache:
+    """The cache with the keys and values of t more tokens, at the same positions of all rows, for one layer.
+
+    Args:
+      cache: [L, R, KV, S, h], not in int8.
+      layer: [] int.
+      at: [] int, the position of the first token.
+      k: [R, t, KV, h] keys of the tokens.
+      v: [R, t, KV, h] values of the tokens.
+    """
+    new = pack(k.swapaxes(1, 2), v.swapaxes(1, 2), cache.k.dtype)
+    return jax.tree.map(lambda whole, x: jax.lax.dynamic_update_slice(whole, x[None], (layer, 0, 0, at, 0)), cache, new)
+
+
+def attend_piece(
+    q: jax.Array,
+    cache: Cache,
+    layer: jax.Array,
+    at: jax.Array,
+    *,
+    window: jax.Array | None = None,
+    scalar: float | None = None,
+    cap: float | None = None,
+) -> jax.Array:
+    """Causal attention of t queries per row over the cache, t keys at a time, with the softmax in float32 summed over these blocks.
+
+    Args:
+      q: [R, t, H, h] queries.
+      cache: [L, R, KV, S, h], not in int8, with the keys and values of the queries' own tokens; S is a multiple of t.
+      layer: [] int.
+      at: [] int, the position of the first query, a multiple of t.
+      window: as in `alignax.models.attention.attention`.
+      scalar: as in `alignax.models.attention.attention`.
+      cap: as in `alignax.models.attention.attention`.
+
+    Returns:
+      [R, t, H, h].
+    """
+    R, t, H, h = q.shape
+    KV, first = cache.k.shape[2], at + jnp.arange(t)
+    q = q.reshape(R, t, KV, H // KV, h).transpose(0, 2, 3, 1, 4)
+
+    def visit(j: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        out, top, total = sums
+        k, v = (jax.lax.dynamic_slice(x, (layer, 0, 0, j * t, 0), (1, R, KV, t, h))[0] for x in (cache.k, cache.v))
+        scores = jnp.einsum("rkgth,rksh->rkgts", q, k, preferred_element_type=jnp.float32) / math.sqrt(scalar or h)
+        distance = first[:, None] - (j * t + jnp.arange(t))[None]
+        seen = distance >= 0 if window is None else (distance >= 0) & ((distance < window) | (window == 0))
+        scores = jnp.where(seen[None, None, None], soft_cap(scores, cap), -1e30)
+        highest = jnp.maximum(top, scores.max(axis=-1))
+        e = jnp.where(seen[None, None, None], jnp.exp(scores - highest[..., None]), 0.0)
+        lower = jnp.exp(top - highest)  # what was summed so far was relative to the lower maximum
+        part = jnp.einsum("rkgts,rksh->rkgth", e.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        return out * lower[..., None] + part, highest, total * lower + e.sum(axis=-1)
+
+    lowest = jnp.full(q.shape[:-1], -1e30, jnp.float32)
+    out, _, total = jax.lax.fori_loop(0, at // t + 1, visit, (jnp.zeros(q.shape, jnp.float32), lowest, jnp.zeros_like(lowest)))
+    return (out / total[..., None]).astype(q.dtype).transpose(0, 3, 1, 2, 4).reshape(R, t, H, h)
+
+
 def attend(
     q: jax.Array,
     cache: Cache,

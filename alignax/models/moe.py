@@ -15,7 +15,8 @@ measured yet.
 """
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -36,11 +37,12 @@ def experts(
     normalise: bool,
     activation: Callable[[jax.Array], jax.Array],
     mesh: Mesh | None = None,
+    rules: Mapping[str, Any] = meshes.RULES,
 ) -> jax.Array:
     """The output of a mixture of experts: the sum of probability * down(activation(gate(x)) * up(x)) over each token's top k experts.
 
     Shazeer et al. 2017, arXiv:1701.06538, with the softmax before the choice (Jiang et al. 2024, arXiv:2401.04088, and Qwen3). On a mesh
-    each shard of the "expert" axis holds some experts whole. It applies them to the tokens of its batch shard, which it has already. A
+    each shard of the "expert" axis holds some experts whole. It applies them to the tokens of its stream shard, which it has already. A
     sum over that axis joins the results, as for a dense MLP. No token moves between devices.
 
     Args:
@@ -51,6 +53,7 @@ def experts(
       normalise: whether to divide the k probabilities by their sum.
       activation: the function after the gate.
       mesh: the mesh that the arrays are sharded over; None for one device.
+      rules: the table from logical axes to mesh axes, see `alignax.mesh`.
 
     Returns:
       [R, T, D] in the dtype of x.
@@ -58,20 +61,18 @@ def experts(
     run = functools.partial(_local, k, normalise, activation)
     if mesh is None:
         return run(None, 1, x, router, *weights)
-    rows = meshes.sharding(mesh, ("batch", None, None), x.shape).spec
-    split = meshes.sharding(mesh, ("expert", None, None), weights[0].shape).spec
-    axis = split[0]  # None if the shards do not divide the experts; then each shard has all of them
-    shards = mesh.shape[axis] if axis else 1
+    rows = meshes.sharding(mesh, ("stream", None, None), x.shape, rules).spec
+    split = meshes.sharding(mesh, ("expert", None, None), weights[0].shape, rules).spec
+    axis: Any = split[0]  # None if the shards do not divide the experts; then each shard has all of them
+    shards = math.prod(mesh.shape[a] for a in jax.tree.leaves(axis))
     specs = (rows, PartitionSpec(), split, split, split)
     return jax.shard_map(functools.partial(run, axis, shards), mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)(
         x, router, *weights
     )
 
 
-def _local(
-    k: int, normalise: bool, activation: Callable, axis: str | None, shards: int, x: jax.Array, router: jax.Array, *weights: Any
-) -> Any:
-    """The output [R, T, D] for the tokens of a batch shard: computed from this shard's experts, then summed over all shards."""
+def _local(k: int, normalise: bool, activation: Callable, axis: Any, shards: int, x: jax.Array, router: jax.Array, *weights: Any) -> Any:
+    """The output [R, T, D] for the tokens of a stream shard: computed from this shard's experts, then summed over all shards."""
     flat = x.reshape(-1, x.shape[-1])  # [P, D]
     probs = jax.nn.softmax((flat @ router).astype(jnp.float32), axis=-1)
     share, chosen = jax.lax.top_k(probs, k)  # [P, k]

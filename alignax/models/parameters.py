@@ -6,23 +6,57 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from alignax import mesh as meshes
 from alignax.models import transformer
-from alignax.models.lora import Lora, split, with_norms
+from alignax.models.layout import leaf_name
+from alignax.models.lora import Lora, is_adapter, split, with_norms
 from alignax.models.transformer import ModelConfig
 from alignax.types import Params
 
 
-def abstract_params(config: ModelConfig, mesh: Mesh | None = None) -> Params:
-    """The shapes, dtypes and (with a mesh) shardings of a model's parameters; nothing is computed."""
+def abstract_params(config: ModelConfig, mesh: Mesh | None = None, weights: str = "train") -> Params:
+    """The shapes, dtypes and (with a mesh) shardings of a model's parameters; nothing is computed.
+
+    `weights`: their layout, a name in `alignax.mesh.DECODING`.
+    """
+    return jax.tree.map(lambda x: x, _abstract(config, mesh, weights))
+
+
+@functools.lru_cache(maxsize=64)
+def _abstract(config: ModelConfig, mesh: Mesh | None, weights: str) -> Params:
     boxed = jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))
     shapes = nn.unbox(boxed)
     if mesh is None:
         return shapes
     described = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
-    return jax.tree.map(described, shapes, meshes.param_shardings(mesh, boxed))
+    return jax.tree.map(described, shapes, meshes.param_shardings(mesh, boxed, meshes.DECODING[weights]))
+
+
+def read_dtype(name: str, dtype: Any) -> Any:
+    """The dtype of a leaf that is only read: that of activations, to which a forward pass casts all but norms, scales and adapters."""
+    kept = name.endswith(("norm", "norm_bias", "_scale")) or is_adapter(name)
+    return jnp.dtype(jnp.float32) if kept else jnp.dtype(dtype)
+
+
+def decoding_params(config: ModelConfig, mesh: Mesh | None, weights: str, dtype: Any, params: Any) -> Any:
+    """The shapes, dtypes and (with a mesh) shardings of a model's parameters as they are laid out for decoding.
+
+    Args:
+      config: the model.
+      mesh: the mesh; None for one device.
+      weights: the name of their layout in `alignax.mesh.DECODING`.
+      dtype: the dtype of activations.
+      params: the parameters or their shapes.
+    """
+
+    def one(path: Any, own: Any, x: Any) -> jax.ShapeDtypeStruct:
+        held = x.dtype if x.dtype == jnp.int8 else read_dtype(leaf_name(path), dtype)
+        return jax.ShapeDtypeStruct(x.shape, held, sharding=own.sharding)
+
+    return jax.tree_util.tree_map_with_path(one, abstract_params(config, mesh, weights), params)
 
 
 def abstract_adapters(config: ModelConfig, lora: Lora, mesh: Mesh | None = None) -> Params:

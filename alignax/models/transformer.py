@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
-from alignax.mesh import constrain
+from alignax.mesh import DECODING, constrain
 from alignax.models import cache as caches
 from alignax.models import kernels
 from alignax.models.attention import packed_attention
@@ -61,10 +61,20 @@ class Block(nn.Module):
     keep: Any
     states: bool
     kernel: str  # of padded rows: "xla", "splash" or "cudnn"
+    weights: str  # the layout of the weights, see `alignax.mesh.DECODING`
+
+    def pin(self, x: jax.Array, axis: str = "embed") -> jax.Array:
+        """Pins the sharding of an activation x [R, T, features] beside weights that are laid out for decoding, by its last axis.
+
+        Left alone, the partitioner would gather the weight, which is larger.
+        """
+        if self.weights == "train":
+            return x
+        return constrain(x, self.mesh, "stream", None, None if axis == "embed" else axis, rules=DECODING[self.weights])
 
     def dense(self, name: str, x: jax.Array, features: int, axes: tuple[str, str], bias: bool) -> jax.Array:
         """A linear map x[.., in] @ W[in, out] (+ b[out]), with its adapters; the weights are float32, the products in `dtype`."""
-        init = nn.with_logical_partitioning(nn.initializers.normal(self.config.initializer_range), axes)
+        x, init = self.pin(x, axes[0]), nn.with_logical_partitioning(nn.initializers.normal(self.config.initializer_range), axes)
         weight = self.param(name, init, (x.shape[-1], features), jnp.float32)
         # One axis of rows instead of R and T: the backward pass takes a third less time on CPU.
         flat, weight, lora = x.reshape(-1, x.shape[-1]), jnp.asarray(weight, self.dtype), self.config.lora
@@ -74,7 +84,7 @@ class Block(nn.Module):
         y = flat @ weight
         if lora and name in lora.targets:
             y = adapt(lora, self.param, name, flat, weight, y, axes)
-        y = y.reshape(*x.shape[:-1], features)
+        y = self.pin(y.reshape(*x.shape[:-1], features), axes[1])
         if bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, axes[1:])
             y = y + jnp.asarray(self.param(name + "_bias", zeros, (features,), jnp.float32), self.dtype)[None, None]
@@ -82,11 +92,10 @@ class Block(nn.Module):
 
     @nn.compact
     @jax.named_scope("layer")
-    def __call__(self, carry: Any, layer: jax.Array, window: jax.Array | None, rope: Any, at: jax.Array | None, mask: Any):
+    def __call__(self, carry: Any, layer: jax.Array, window: jax.Array | None, rope: Any, at: Any, mask: Any):
         """Applies one layer to the carry (x [R, T, D], cache); see `Decoder` for the arguments.
 
-        With a cache, T is 1 and the tokens are at positions `at` [R]. Returns the new carry, and x with `states`, or else the keys and
-        values with `keep`.
+        Returns the new carry, and x with `states`, or else the keys and values with `keep`.
         """
         c = self.config
         x, cache = carry
@@ -96,7 +105,7 @@ class Block(nn.Module):
         h = x if c.parallel_residual else after
         h = self.mlp(norm(self, "mlp_norm", h) if c.pre_norms else h)
         x = after + (norm(self, "mlp_post_norm", h) if c.post_norms else h)
-        x = constrain(x, self.mesh, "batch", None, None)
+        x = constrain(x, self.mesh, "stream", None, None, rules=DECODING[self.weights])
         return (x, cache), x if self.states else kept
 
     @jax.named_scope("attention")
@@ -111,6 +120,9 @@ class Block(nn.Module):
         q = self.dense("q", x, c.num_attention_heads * c.head_dim, ("embed", "heads"), bias)
         k = self.dense("k", x, c.num_key_value_heads * c.head_dim, ("embed", "heads"), bias)
         v = self.dense("v", x, c.num_key_value_heads * c.head_dim, ("embed", "heads"), bias)
+        # Beside weights that are laid out for decoding, attention goes by rows, as the cache.
+        by_rows = lambda a: a if self.weights == "train" else constrain(a, self.mesh, "batch", None, "heads")
+        q, k, v = map(by_rows, (q, k, v))
         if c.qk_norm == "projection":
             q, k = norm(self, "q_norm", q), norm(self, "k_norm", k)
         q, k, v = (a.reshape(R, T, -1, c.head_dim) for a in (q, k, v))
@@ -125,11 +137,14 @@ class Block(nn.Module):
             h = packed_attention(q, k, v, mask, self.mesh, **options)
         elif cache is None:
             h = kernels.attend(self.kernel, q, k, v, mask, self.mesh, windows=c.sliding_windows, **options)
+        elif at.ndim == 0:
+            cache = caches.extend(cache, layer, at, k, v)
+            h = caches.attend_piece(q, cache, layer, at, **options)
         else:
             cache = caches.write(cache, layer, at, k[:, 0], v[:, 0], self.mesh)
             h = caches.attend(q[:, 0], cache, layer, at, **options)
         kept = None if self.keep is None else caches.pack(k.swapaxes(1, 2), v.swapaxes(1, 2), self.keep)
-        return self.dense("o", h.reshape(R, T, -1), c.hidden_size, ("heads", "embed"), c.attention_bias), cache, kept
+        return self.dense("o", by_rows(h.reshape(R, T, -1)), c.hidden_size, ("heads", "embed"), c.attention_bias), cache, kept
 
     @jax.named_scope("mlp")
     def mlp(self, x: jax.Array) -> jax.Array:
@@ -155,7 +170,7 @@ class Block(nn.Module):
         gate, up = (weight(name, (E, D, F), ("expert", "embed", None)) for name in ("gate", "up"))
         down = weight("down", (E, F, D), ("expert", None, "embed"))
         k, normalise = c.num_experts_per_tok, c.norm_topk_prob
-        return experts(x, router, (gate, up, down), k=k, normalise=normalise, activation=act, mesh=self.mesh)
+        return experts(x, router, (gate, up, down), k=k, normalise=normalise, activation=act, mesh=self.mesh, rules=DECODING[self.weights])
 
 
 class Decoder(nn.Module):
@@ -168,6 +183,7 @@ class Decoder(nn.Module):
     keep: Any = None  # without a cache, the dtype of the cache that is returned; None: no cache is returned
     states: bool = False  # whether the hidden states after every layer are returned instead
     attention: str = "xla"  # of padded rows, one of `kernels.KERNELS`
+    weights: str = "train"  # how the parameters are laid out over the mesh, see `alignax.mesh.DECODING`
 
     @nn.compact
     def __call__(
@@ -179,18 +195,18 @@ class Decoder(nn.Module):
         sight: Sight | None = None,
         lengths: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
-        """The final hidden states [R, T, D] of whole sequences, or of one more token with a cache; and a cache or None.
+        """The final hidden states [R, T, D] of whole sequences, or of further tokens with a cache; and a cache or None.
 
         The returned cache is the given one with the new tokens, or with `keep` a new one of whole sequences. With `states` the hidden
         states after every layer, [L, R, T, D] before the last norm, are returned in place of the cache.
 
         Args:
-          tokens: [R, T] int; with a cache [R, 1], the next token of each row.
+          tokens: [R, T] int; with a cache the next token of each row, [R, 1], or the next T.
           mask: [R, T] bool, True for real tokens; None with a cache.
           cache: keys and values of the earlier tokens; None for whole sequences.
-          at: [R] int, with a cache: the position of each row's token, which is the number of tokens before it.
+          at: with a cache the number of tokens before these: [R] int of each row's one token, or [] int of the T tokens of all rows.
           sight: which tokens of packed rows see which; None: each row is one sequence.
-          lengths: [R, T] int, with `sight`: the length of each token's own sequence.
+          lengths: [R, T] int, with `sight` or T tokens and a cache: the length of each token's own sequence.
         """
         c, kernel, back = self.config, "xla", None
         if sight is None and cache is None and self.keep is None:
@@ -219,17 +235,20 @@ class Decoder(nn.Module):
             # Positions count real tokens only, so that a row's outputs do not depend on where its padding stands.
             positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
         else:
-            positions = at[:, None]
+            positions = at[:, None] if at.ndim else at + jnp.arange(tokens.shape[1])[None]
         rope = rope_tables(c, positions, lengths) if c.positions == "rope" else None
         windows = jnp.asarray(c.sliding_windows, jnp.int32) if any(c.sliding_windows) else None  # [L]
-        x = embedded(embed, tokens, self.dtype, self.mesh)
+        if self.weights == "train":
+            x = embedded(embed, tokens, self.dtype, self.mesh)
+        else:
+            x = constrain(jnp.asarray(embed, self.dtype), self.mesh, "vocab", None, rules=DECODING[self.weights])[tokens]
         if c.embedding_scale != 1.0:
             x = x * jnp.asarray(c.embedding_scale, self.dtype)
         if c.positions == "learned":
             normal = nn.with_logical_partitioning(nn.initializers.normal(c.initializer_range), (None, "embed"))
             learned = self.param("position_embed", normal, (c.max_position_embeddings, c.hidden_size), jnp.float32)
             x = x + constrain(jnp.asarray(learned, self.dtype), self.mesh, None, None)[positions]
-        x = constrain(x, self.mesh, "batch", None, None)
+        x = constrain(x, self.mesh, "stream", None, None, rules=DECODING[self.weights])
         block = Block if REMAT[self.remat] is None else nn.remat(Block, policy=REMAT[self.remat], prevent_cse=False)
         axes: Any = (0, 0, nn.broadcast, nn.broadcast, nn.broadcast)  # layer, window, rope, at, mask
         stack = nn.scan(
@@ -243,7 +262,7 @@ class Decoder(nn.Module):
         )
         layers = jnp.arange(c.num_hidden_layers)
         # The cache is part of the carry, so that it is written in place; as input and output of the scan it takes 1.9 times as long.
-        (x, cache), kept = stack(c, self.dtype, self.mesh, self.keep, self.states, kernel, name="layers")(
+        (x, cache), kept = stack(c, self.dtype, self.mesh, self.keep, self.states, kernel, self.weights, name="layers")(
             (x, cache), layers, windows, rope, at, mask if sight is None else sight
         )
         if self.states:

@@ -14,6 +14,7 @@ from alignax.config import HEAD, PRETRAIN, ROLLOUTS, Experiment, asked, check_pa
 from alignax.config.blame import check_call, explained
 from alignax.data import Examples
 from alignax.generate.generator import check_room
+from alignax.generate.speakers import WEIGHTS
 from alignax.host import functions
 from alignax.losses.algebra import Loss
 from alignax.models import hf
@@ -41,6 +42,8 @@ def check_fields(config: Any) -> None:
     for name in ("optimizer.b1", "optimizer.b2"):
         if fields[name] >= 1:
             raise ValueError(f"config field {name!r} is {fields[name]}; it must be below 1")
+    if config.rollout.mesh not in WEIGHTS:
+        raise ValueError(f"rollout.mesh {config.rollout.mesh!r} is unknown; use {', '.join(WEIGHTS)}")
     for name in ("rollout.top_p", "eval.top_p"):
         if not 0 < fields[name] <= 1:
             raise ValueError(f"config field {name!r} is {fields[name]}; it must be above 0 and at most 1 (all tokens)")

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import optax
 from jax.sharding import Mesh
@@ -60,7 +61,7 @@ from alignax.run.checks import (
     check_rollout,
 )
 from alignax.run.opening import Vocabulary, notices, open_models
-from alignax.run.roles import GOLD, POLICY, REFERENCE, STORED, Role, abstract_frozen, kernel, models
+from alignax.run.roles import GOLD, POLICY, REFERENCE, STORED, Role, abstract_frozen, abstract_trained, kernel, models
 from alignax.run.sampling import make_samplers
 
 # Fields that may change when a run is resumed: they say where and how something is computed or reported, not what is computed.
@@ -78,6 +79,7 @@ FREE = (
     "model.attention",
     "model.packing",
     "reference.cache",
+    "rollout.mesh",
     "rollout.reward_workers",
     "rollout.timeout",
     "rollout.bad_rewards",
@@ -210,13 +212,23 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
     check_attention(config, packing)
     for line in notices(roles, words.tokenizer, config.lora.path, config.rollout.samples > 0) if is_main() else ():
         print(f"notice: {line}", file=sys.stderr)
+    taken = lambda: held(roles, mesh, optimizer, len(averages))
     return Run(
         experiment, config, Path(config.workdir), mesh, roles, judges, words, data,
         Learning(objectives, schedule, optimizer, averages), steps,
         Workers(experiment.file, config, config.rollout.reward_workers, config.rollout.timeout),
-        make_samplers(experiment, roles, words, mesh, data.train.examples, data.evaluated),
+        make_samplers(experiment, roles, words, mesh, data.train.examples, data.evaluated, taken),
         packing, day,
     )  # fmt: skip
+
+
+def held(roles: dict[str, Role], mesh: Mesh, optimizer: optax.GradientTransformation, averages: int) -> int:
+    """The bytes of a device that a policy with its optimizer and averages, and the frozen models take."""
+    trained = abstract_trained(roles, mesh)
+    state = jax.eval_shape(optimizer.init, trained)
+    layout = meshes.optimizer_shardings(mesh, optimizer, state, jax.tree.map(lambda x: x.sharding, trained))
+    state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, layout)
+    return meshes.device_bytes((state, abstract_frozen(roles, mesh))) + (1 + averages) * meshes.device_bytes(trained)
 
 
 def scoring(roles: dict[str, Role]) -> dict[str, Role]:

@@ -40,6 +40,7 @@ def programs(run: Run) -> dict[str, Program]:
     | train | the training program: state and batches to the next state and metrics |
     | evaluate | sums of metrics of held-out data, without rollouts |
     | judge | metrics of an evaluation's samples, with rollouts |
+    | rollout/lay, eval/lay | the weights of a sampler, laid out for decoding |
     | rollout/prefill, rollout/decode | the sampler of rollouts |
     | eval/prefill, eval/decode | the sampler of evaluations |
     | compare | the KL of an evaluation's samples to the reference |

@@ -106,7 +106,7 @@ def leaf_dtype(role: Role, path: Any) -> Any:
     leaf = hf.leaf_name(path)
     if is_quantised(role.lora, leaf):
         return jnp.int8
-    return jnp.float32 if leaf.endswith(("norm", "norm_bias", "_scale")) else role.dtype
+    return parameters.read_dtype(leaf, role.dtype)
 
 
 # Arrays ---------------------------------------------------------------------------------------------------------------------

@@ -1,17 +1,23 @@
 """The generators of a run, which sample its rollouts and its evaluations."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from alignax import mesh as meshes
 from alignax.config import Experiment, asked, prompts_of_rollout
 from alignax.config.blame import blaming
 from alignax.data import Examples
 from alignax.generate import Generator, Speaker, policy_config, policy_sampling, sampler, speaker, stops_of
+from alignax.generate.generator import lies
+from alignax.models.layout import leaf_name
+from alignax.models.lora import MATRICES
+from alignax.models.reward import CRITIC
 from alignax.run.opening import Vocabulary
-from alignax.run.roles import POLICY, Roles, whole
+from alignax.run.roles import POLICY, Roles, abstract_frozen, abstract_trained, whole
 from alignax.text import short
 from alignax.types import Params
 
@@ -19,7 +25,13 @@ ROLLOUT, EVALUATION = "rollout", "eval"  # the generators by name, which are als
 
 
 def make_samplers(
-    experiment: Experiment, roles: Roles, words: Vocabulary, mesh: Mesh, train: Examples, evaluated: Examples
+    experiment: Experiment,
+    roles: Roles,
+    words: Vocabulary,
+    mesh: Mesh,
+    train: Examples,
+    evaluated: Examples,
+    held: Callable[[], int] = lambda: 0,
 ) -> dict[str, Generator]:
     """The generators of a run by name: "rollout" if the run is online, "eval" if its evaluations sample.
 
@@ -30,16 +42,19 @@ def make_samplers(
       mesh: the mesh of the models' parameters.
       train: the data with the prompts of rollouts.
       evaluated: the data with the prompts of evaluations.
+      held: gives the bytes of a device that the run's own arrays take.
 
     Raises:
       ValueError: for lengths, token ids or options that no generator can have, and for a `speaker(..)` that no run can sample from.
     """
     config, out = experiment.config, {}
+    free = lambda own: meshes.device_memory(mesh) - held() - meshes.device_bytes(laid_out(own, roles, mesh))
     if config.rollout.samples:
         c = config.rollout
         count, longest = prompts_of_rollout(config) * c.samples, int(train.prompt_lengths.max())
+        own = make_speaker(experiment, roles, words, mesh, c.temperature)
         out[ROLLOUT] = sampler(
-            make_speaker(experiment, roles, words, mesh, c.temperature),
+            own,
             count,
             longest,
             c.max_new_tokens,
@@ -47,17 +62,20 @@ def make_samplers(
             ends=words.ends,
             stops=stops_of(words.tokenizer, c.stop),
             slots=c.slots,
+            free=free(own),
         )
     if rows := sampled_rows(config, evaluated):
         c = config.eval
+        own = make_speaker(experiment, roles, words, mesh, c.temperature)
         out[EVALUATION] = sampler(
-            make_speaker(experiment, roles, words, mesh, c.temperature),
+            own,
             len(rows) * c.samples_per_prompt,
             max(len(evaluated.prompt_tokens(i)) for i in rows),
             c.max_new_tokens,
             policy_sampling(c.temperature, c.top_p),
             ends=words.ends,
             stops=stops_of(words.tokenizer, c.stop),
+            free=free(own),
         )
     return out
 
@@ -75,7 +93,9 @@ def make_speaker(experiment: Experiment, roles: Roles, words: Vocabulary, mesh: 
         role = roles[name]
         if role.members:
             raise ValueError(f"speaker() of {file} asks for {name!r}, a reward model, which predicts no token; give it a language model")
-        return speaker(policy_config(role.config, temperature, words.unused), role.dtype, mesh=mesh, name=name)
+        return speaker(
+            policy_config(role.config, temperature, words.unused), role.dtype, mesh=mesh, name=name, weights=experiment.config.rollout.mesh
+        )
 
     file, make, policy = experiment.file, experiment.speaker, of(POLICY)
     if make is None:
@@ -101,7 +121,28 @@ def make_speaker(experiment: Experiment, roles: Roles, words: Vocabulary, mesh: 
 
 def speaker_params(speaker: Speaker, roles: Roles, held: Mapping[str, Params], params: Params) -> Any:
     """The parameters of a speaker, from the trained parameters `params` of the policy and the frozen trees of the run."""
-    return jax.tree.map(lambda name: whole(roles, held, params) if name == POLICY else held[roles[name].tree], speaker.names)
+    trunk = lambda: {name: x for name, x in whole(roles, held, params).items() if name != CRITIC}
+    return jax.tree.map(lambda name: trunk() if name == POLICY else held[roles[name].tree], speaker.names)
+
+
+def laid_out(speaker: Speaker, roles: Roles, mesh: Mesh) -> Any:
+    """The copy of a speaker's weights that is laid out for decoding, as shapes; () if they lie as they are trained."""
+    params = speaker_params(speaker, roles, abstract_frozen(roles, mesh), abstract_trained(roles, mesh))
+    laid = speaker.laid(params)
+    return () if lies(params, laid) else laid
+
+
+def told(name: str, generator: Generator, roles: Roles, mesh: Mesh) -> str:
+    """How a sampler of a run computes, in words."""
+    rows, laid = f"{name}: {generator.shape.slots} completions are sampled side by side", laid_out(generator.speaker, roles, mesh)
+    if not laid:
+        return rows
+    leaves = {leaf_name(path).rpartition(".")[2]: x for path, x in jax.tree_util.tree_leaves_with_path(laid)}
+    whole = [name for name, x in leaves.items() if name in MATRICES and x.sharding.is_fully_replicated]
+    parts = len(whole) < sum(name in MATRICES for name in leaves)
+    where = "in parts" + (f" (but {', '.join(whole)} whole, which its parts do not divide)" if whole else "") if parts else "whole"
+    dtype = jnp.result_type(*(x.dtype for name, x in leaves.items() if name in MATRICES))
+    return f"{rows}, from a copy of the weights in {dtype}, {where}, with {meshes.device_bytes(laid) / 1e9:.3f} GB on each device"
 
 
 def sampled_rows(config: Any, evaluated: Examples) -> range:

@@ -13,6 +13,7 @@ from alignax.models import parameters
 from alignax.models.reward import CRITIC
 from alignax.run.prepare import Run, real_share
 from alignax.run.roles import BASE, REFERENCE, abstract, abstract_trained, kernel
+from alignax.run.sampling import told
 from alignax.types import Params
 
 
@@ -95,6 +96,7 @@ def summary(run: Run, about: dict[str, Any], start: int) -> list[str]:
         )
     lines.append(f"steps {run.steps} of {run.config.batch_size} examples, rows of {data.train.length} tokens, workdir {run.workdir}")
     lines += rows_of(run)
+    lines += [told(name, generator, run.roles, run.mesh) for name, generator in run.samplers.items()]
     if start >= run.steps:
         lines.append(f"this run is complete: step {start} is saved; a longer run needs another workdir")
     elif start:

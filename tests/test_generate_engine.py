@@ -1,0 +1,202 @@
+"""The programs of generation: how weights are laid out for them, what travels between devices, and prompts that are read in pieces."""
+
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+import tiny
+from test_generate import KEY, PARAMS, PROMPTS, STOPS, base, same
+from test_run_plan import TPU_ENVIRONMENT
+
+from alignax.generate import Generator, Shape, combined, shape_for, speaker
+from alignax.generate.generator import room_for
+from alignax.mesh import MEMORY, device_bytes, make_mesh
+from alignax.models import parameters
+from alignax.models.lora import Lora, join, quantise, split
+from alignax.models.transformer import ModelConfig
+from alignax.run.plan import topology_mesh
+
+SLOW = pytest.mark.slow
+COLLECTIVE = re.compile(r" = (\(?.*?) (all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute)(?:-start)?\(")
+BYTES = {"f32": 4, "bf16": 2, "s32": 4, "u32": 4, "pred": 1, "s8": 1}
+
+
+def travels(hlo: str) -> list[tuple[str, int]]:
+    """The collectives of all loops of a compiled program, as (operation, bytes of its result on a device); a loop's body counts once."""
+    found, loops = [], {name for line in re.findall(r" while\(.*", hlo) for name in re.findall(r"body=%?([\w.\-]+)", line)}
+    name, lines = "", {}
+    for line in hlo.splitlines():
+        if begin := re.match(r"(?:ENTRY )?%?([\w.\-]+) .*\{$", line):
+            name = begin[1]
+        lines.setdefault(name, []).append(line)
+    for line in (line for loop in loops for line in lines[loop]):
+        if hit := COLLECTIVE.search(line):
+            sizes = re.findall(r"\b(\w+)\[([\d,]*)\]", hit[1])
+            found.append((hit[2], sum(BYTES[kind] * math.prod(map(int, filter(None, shape.split(",")))) for kind, shape in sizes)))
+    return found
+
+
+# --- prompts in pieces ---
+
+
+@pytest.mark.parametrize("piece", [3, pytest.param(4, marks=SLOW), pytest.param(1, marks=SLOW)])
+def test_pieces_of_a_prompt_change_nothing(piece):
+    out = Generator(speaker(tiny.MODEL, piece=piece), Shape(8, 12, 21, 7, 5), stop_ids=STOPS)(PARAMS, PROMPTS, KEY, n=3)
+    same(out, base()[1])
+
+
+WINDOWS = {"sliding_windows": (3, 0), "attn_logit_softcapping": 5.0}
+ANGLES = {"rope_scaling": (("rope_type", "longrope"), ("short_factor", (1.0,) * 4), ("long_factor", (2.0,) * 4))}
+
+
+@SLOW
+@pytest.mark.parametrize(
+    ("fields", "cache"),
+    [(WINDOWS, ""), ({"positions": "learned"}, ""), (ANGLES | {"max_position_embeddings": 20}, ""), ({}, "int8")],
+    ids=["windows", "learned", "longrope", "int8"],
+)
+def test_pieces_of_every_kind_of_model(fields, cache):
+    """Also with an int8 cache, whose keys a later piece reads as they were before they were rounded."""
+    config = dataclasses.replace(tiny.MODEL, **fields)
+    params = tiny.params(config)
+    whole, pieces = (
+        Generator(speaker(config, cache_dtype=cache, piece=piece), Shape(8, 12, 7, 7, 12), stop_ids=STOPS)(params, PROMPTS, KEY)
+        for piece in (8, 3)
+    )
+    same(pieces, whole)
+
+
+@SLOW
+@pytest.mark.parametrize("weights", ["train", "tensor"])
+def test_pieces_on_a_mesh(weights):
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    generator = Generator(speaker(tiny.MODEL, mesh=mesh, weights=weights, piece=3), shape_for(21, 8, 12, mesh=mesh), stop_ids=STOPS)
+    params = jax.device_put(PARAMS, jax.tree.map(lambda x: x.sharding, parameters.abstract_params(tiny.MODEL, mesh)))
+    same(generator(params, PROMPTS, KEY, n=3), base()[1])
+
+
+def test_no_activation_has_the_length_of_the_prompt():
+    """The memory of reading a prompt grows with its length by the cache alone."""
+    own = speaker(dataclasses.replace(tiny.MODEL, max_position_embeddings=4096), piece=32)
+    read = lambda P: jax.make_jaxpr(own.read)(PARAMS, jnp.zeros((2, P), jnp.int32), jnp.ones((2, P), bool))
+    sizes = {x.aval.size for eqn in flat(read(1024).jaxpr) for x in eqn.outvars}
+    cache = 2 * 2 * 2 * 1024 * 8  # [L, R, KV, P, h]
+    assert max(sizes) == cache and max(sizes - {cache, cache // 2}) < 2 * 1024 * tiny.MODEL.hidden_size
+
+
+def flat(jaxpr):
+    """All equations of a program, with those of its loops and calls."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+            if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
+                yield from flat(getattr(inner, "jaxpr", inner))
+
+
+# --- weights laid out for decoding ---
+
+
+def test_one_device_copies_weights_only_into_another_dtype():
+    same_dtype, half = (Generator(speaker(tiny.MODEL, dtype), Shape(8, 12, 7, 7, 5)) for dtype in (jnp.float32, jnp.bfloat16))
+    assert same_dtype.lay(PARAMS) is PARAMS and "lay" not in same_dtype.programs(PARAMS)
+    laid = half.lay(PARAMS)
+    assert laid["layers"]["q"].dtype == laid["embed"].dtype == jnp.bfloat16 and laid["layers"]["mlp_norm"].dtype == jnp.float32
+    assert half.lay(laid) is laid and "lay" in half.programs(PARAMS)
+
+
+@SLOW
+def test_a_copy_in_bfloat16_gives_the_same_numbers():
+    kept, copied = (
+        Generator(speaker(tiny.MODEL, jnp.bfloat16, weights=weights), Shape(8, 12, 7, 7, 5), stop_ids=STOPS)(PARAMS, PROMPTS, KEY)
+        for weights in ("train", "auto")
+    )
+    same(copied, kept)
+
+
+@SLOW
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"lora": Lora(4, 8.0, ("q", "v", "o", "down"), dora=True)},
+        {"lora": Lora(4, 8.0, ("q", "up"), int8=True)},
+        {"num_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 16},
+        {"predicted_tokens": 91, "positions": "learned", "norm": "layer", "attention_bias": True, "mlp_bias": True},
+        {"num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 2, "qk_norm": "head"},  # 6 columns over 4 parts: whole
+    ],
+    ids=["dora", "int8", "experts", "biases", "odd"],
+)
+@pytest.mark.parametrize("weights", ["replicated", "tensor"])
+def test_layouts_of_every_kind_of_model(fields, weights):
+    config, mesh = dataclasses.replace(tiny.MODEL, **fields), make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    params = tiny.params(config)
+    if config.lora and config.lora.int8:
+        trunk, adapters = split(params)
+        params = join(quantise(trunk), adapters)
+    alone = Generator(config, Shape(8, 12, 8, 8, 5), stop_ids=STOPS)(params, PROMPTS, KEY)
+    on_mesh = jax.device_put(params, jax.tree.map(lambda x: x.sharding, parameters.abstract_params(config, mesh)))
+    own = Generator(speaker(config, mesh=mesh, weights=weights), Shape(8, 12, 8, 8, 5), stop_ids=STOPS)
+    same(own(on_mesh, PROMPTS, KEY), alone)
+
+
+@SLOW
+def test_combined_speakers_are_laid_out_each():
+    mesh = make_mesh({"fsdp": 8})
+    on_mesh = jax.device_put(PARAMS, jax.tree.map(lambda x: x.sharding, parameters.abstract_params(tiny.MODEL, mesh)))
+    two = combined([speaker(tiny.MODEL, mesh=mesh, weights=name) for name in ("tensor", "replicated")], [1.5, -0.5])
+    out = Generator(two, Shape(8, 12, 8, 8, 5), stop_ids=STOPS)((on_mesh, on_mesh), PROMPTS, KEY)
+    same(out, Generator(tiny.MODEL, Shape(8, 12, 8, 8, 5), stop_ids=STOPS)(PARAMS, PROMPTS, KEY)._replace(of_model=False))
+
+
+LLAMA = ModelConfig(
+    vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=2, num_attention_heads=16, num_key_value_heads=8,
+    head_dim=128, max_position_embeddings=2048, tie_word_embeddings=False,
+)  # fmt: skip
+
+
+@SLOW
+@pytest.mark.parametrize("weights", ["tensor", pytest.param("train", marks=pytest.mark.long)])
+def test_no_step_of_decode_on_a_tpu_slice_gathers_a_weight(weights, monkeypatch):
+    """The control is the layout of training, whose steps gather whole matrices."""
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu is not installed: pip install 'alignax[tpu]'")
+    for name, value in TPU_ENVIRONMENT.items():
+        monkeypatch.setitem(os.environ, name, value)
+    mesh = topology_mesh("v5e:4x4", {"fsdp": -1})
+    generator = Generator(speaker(LLAMA, jnp.bfloat16, mesh=mesh, weights=weights), shape_for(64, 128, 128, mesh=mesh), stop_ids=(2,))
+    program = generator.programs(parameters.abstract_params(LLAMA, mesh))["decode"]
+    found = travels(program.compiled("tpu").as_text())
+    smallest, layer = 2048 * 8 * 128 * 2, 2048 * 2 * (2 * 2048 + 2 * 1024 + 3 * 5632)  # bytes of k or v, and of all matrices of a layer
+    print(weights, found)
+    assert found, "a program without any collective is not the one that is meant"
+    if weights == "train":
+        assert sum(size for _, size in found) > layer
+    else:
+        assert max(size for _, size in found) < smallest / 4 and sum(size for _, size in found) < layer / 20
+        assert all(name in ("all-reduce", "all-to-all", "reduce-scatter") for name, _ in found)
+
+
+# --- rows ---
+
+
+def test_rows_are_those_that_fit_into_free_memory(monkeypatch):
+    mesh = make_mesh({"fsdp": 4, "tensor": 2})
+    own = speaker(tiny.MODEL, mesh=mesh)
+    assert room_for(own, 20, 1 << 30) == 64, "a CPU has 64 rows"
+    kind = mesh.devices.flat[0].device_kind
+    monkeypatch.setitem(MEMORY, kind, 16 << 30)
+    monkeypatch.setattr("alignax.generate.generator.platform", lambda mesh: "tpu")
+    row = 2 * 2 * 1 * 20 * 8 * 4 + 16 * 96  # keys and values of 2 layers and one of 2 heads, and the logits of 96 tokens
+    assert room_for(own, 20, 200 * row) == 100 * 4 and room_for(own, 20, -5) == 4 and room_for(own, 20) == 4 * ((6 << 30) // row)
+
+
+def test_memory_of_a_layout():
+    mesh = make_mesh({"fsdp": 4, "tensor": 2})
+    size = {name: device_bytes(parameters.abstract_params(tiny.MODEL, mesh, name)) for name in ("train", "replicated", "tensor")}
+    whole = device_bytes(parameters.abstract_params(tiny.MODEL))
+    norms = 4 * 32 * 5
+    assert size["replicated"] == (whole - norms) / 2 + norms and size["tensor"] == (whole - norms) / 8 + norms
