@@ -1,4 +1,4 @@
-"""The `alignax` command: train, eval, eval-rm, anchor, ridge, generate, export, check-data, overopt, report.
+"""The `alignax` command: train, eval, eval-rm, anchor, ridge, generate, export, check-data, overopt, report, bench.
 
 Library modules are imported inside functions only: the import of jax takes a second, and Ctrl-C must end the command then, too.
 """
@@ -28,7 +28,9 @@ USAGE = """usage: alignax train  --config FILE.py [--config.FIELD=VALUE ...] [--
        alignax check-data --config FILE.py [--config.FIELD=VALUE ...] [--json OUT]
        alignax overopt --config FILE.py [--config.FIELD=VALUE ...]
        alignax report WORKDIR ...
-       --force with eval, eval-rm, anchor, ridge, generate, export, check-data, report: replaces what another run or program wrote
+       alignax bench  [METHOD ... | growth | --config FILE.py [generate]] [--config.FIELD=VALUE ...] [--steps N] [--json OUT]
+                      [--against COMMAND [--rounds N]]
+       --force with eval, eval-rm, anchor, ridge, generate, export, check-data, report, bench: replaces what another run or program wrote
 
 train       runs an experiment, or resumes a stopped run; --dry-run shows what the run would do and writes nothing
 eval        evaluates the newest checkpoint of a run on the evaluation data of the run; --json FILE also writes the metrics to a file, with
@@ -51,15 +53,25 @@ check-data  reads and tokenises the data (train, eval, pretrain, ood) and report
             2 if a run would refuse the data
 overopt     measures reward overoptimisation: best-of-n and direct alignment against a gold reward; resumes a stopped measurement
 report      writes WORKDIR/report.html again, for a laboratory or a training run; for several workdirs also comparison.html in the first
+bench       measures speed and memory: built-in methods (sft, dpo, rpo, rm, ensemble, grpo, generate; default: all) on random weights and
+            invented words, the run of an experiment file, or with "generate" only the sampler of that run; --steps: timed steps, default 6;
+            "growth" measures how cost grows with layers, tokens, responses, members, vocabulary and batch; --json FILE (default
+            runs/bench/bench.json) gets all figures, with a roofline beside it, --json - prints them instead; --against alternates another
+            command with one case, --rounds times (default 3), and prints ratios: docs/performance.md
 FIELD       any field of the config, such as data.max_length; `alignax train --config FILE.py --dry-run` lists all fields
             The value of an option may follow an =, as in --json=OUT; a value that begins with -- must"""
 WANTED = {
     "train": [], "eval": ["WORKDIR"], "eval-rm": ["MODELS"], "anchor": ["MODELS", "FOLDER"], "ridge": ["FOLDER"],
     "generate": ["MODEL"], "export": ["WORKDIR", "FOLDER"], "check-data": [], "overopt": [], "report": ["WORKDIR ..."],
+    "bench": ["METHOD ..."],
 }  # fmt: skip
-CONFIGURED = ("train", "eval-rm", "anchor", "ridge", "check-data", "overopt")  # commands that take an experiment file (--config)
-WRITING = ("eval", "eval-rm", "anchor", "ridge", "generate", "export", "check-data", "report")  # commands that take --force
-VALUED = {"--config": CONFIGURED, "--json": ("eval", "eval-rm", "check-data"), "--samples": ("anchor",), "--penalty": ("ridge",)}
+CONFIGURED = ("train", "eval-rm", "anchor", "ridge", "check-data", "overopt", "bench")  # commands that take an experiment file (--config)
+WRITING = ("eval", "eval-rm", "anchor", "ridge", "generate", "export", "check-data", "report", "bench")  # commands that take --force
+VALUED = {
+    "--config": CONFIGURED, "--json": ("eval", "eval-rm", "check-data", "bench"), "--samples": ("anchor",), "--penalty": ("ridge",),
+    "--steps": ("bench",), "--against": ("bench",), "--rounds": ("bench",),
+}  # fmt: skip
+VALUES = {"--penalty": "X", "--steps": "N", "--against": "COMMAND", "--rounds": "N"}  # what stands for a value in messages; others: FILE
 
 
 class Arguments(NamedTuple):
@@ -70,12 +82,15 @@ class Arguments(NamedTuple):
     overrides: list[str]  # FIELD=VALUE
     file: str  # --config: the experiment file
     dry: bool  # --dry-run
-    json: str  # --json: where check-data, eval and eval-rm write JSON; "-": to the console; empty: nowhere
+    json: str  # --json: where check-data, eval, eval-rm and bench write JSON; "-": to the console; empty: nowhere
     samples: str  # --samples of anchor
     scale: bool  # --scale of anchor
     penalty: float  # --penalty of ridge
     request: "Request"  # options of generate
     force: bool  # --force: replace what is there
+    steps: int  # --steps of bench
+    against: str  # --against of bench
+    rounds: int  # --rounds of bench
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -109,7 +124,7 @@ def command(args: list[str]) -> int:
     except ValueError as e:
         return fail(e)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # for example that PyTorch is missing
-    from alignax.cli import commands, reward_commands
+    from alignax.cli import bench_commands, commands, reward_commands
     from alignax.compiled import keep
     from alignax.config.blame import BadInput
     from alignax.run.host_rewards import RewardFailed
@@ -135,6 +150,9 @@ def command(args: list[str]) -> int:
             commands.overopt(given.file, given.overrides)
         elif given.command == "report":
             commands.report([Path(word) for word in given.words], given.force)
+        elif given.command == "bench":
+            out = given.json or bench_commands.JSON
+            bench_commands.bench(given.words, given.file, given.overrides, given.steps, out, given.against, given.rounds, given.force)
         else:
             commands.check_data(given.file, given.overrides, given.json, given.force)
     except BrokenPipeError:
@@ -168,7 +186,7 @@ def parse(args: Sequence[str]) -> Arguments:
         if command in VALUED.get(name, ()):
             value = value if equals else following(rest)
             if not value:
-                raise ValueError(f"{name} has no value; write {name}={'X' if name == '--penalty' else 'FILE'}")
+                raise ValueError(f"{name} has no value; write {name}={VALUES.get(name, 'FILE')}")
             if name in values:
                 raise ValueError(f"{name} is given twice, as {short(values[name])} and {short(value)}; leave one out")
             values[name] = value
@@ -193,7 +211,8 @@ def parse(args: Sequence[str]) -> Arguments:
             words.append(arg)
     file, json, samples = (values.get(name, "") for name in ("--config", "--json", "--samples"))
     penalty = number("--penalty", values.get("--penalty", "1.0"))
-    if len(words) != len(WANTED[command]) and not (command == "report" and words):
+    steps, rounds = (whole(name, values.get(name, default)) for name, default in (("--steps", "6"), ("--rounds", "3")))
+    if len(words) != len(WANTED[command]) and not (command == "report" and words) and command != "bench":
         raise ValueError(f"`alignax {command}` takes {' and '.join(WANTED[command]) or 'no positional arguments'}, not {short(words)}")
     if command in ("train", "ridge", "check-data", "overopt") and not file:
         example = {"overopt": "overoptimization", "ridge": "rm_hh"}.get(command, "dpo_hh")
@@ -206,7 +225,8 @@ def parse(args: Sequence[str]) -> Arguments:
     named = {"--config": file, "--json": json, "--out": request.out, "--samples": samples, "--prompts": request.prompts}
     for name, text in [*named.items(), *beside, *((f"an argument of `alignax {command}`", word) for word in words)]:
         check_local(text, name, hub=name in ("--samples", "--prompts"))
-    return Arguments(command, words, overrides, file, dry, json, samples, scale, penalty, request, force)
+    against = values.get("--against", "")
+    return Arguments(command, words, overrides, file, dry, json, samples, scale, penalty, request, force, steps, against, rounds)
 
 
 def following(rest: Iterator[str]) -> str | None:
@@ -223,6 +243,16 @@ def number(option: str, value: str) -> float:
         return float(value)
     except ValueError as e:
         raise ValueError(f"{option} is {short(value)}; it must be a number") from e
+
+
+def whole(option: str, value: str) -> int:
+    """The value of an option as a whole number."""
+    from alignax.text import short
+
+    try:
+        return int(value)
+    except ValueError as e:
+        raise ValueError(f"{option} is {short(value)}; it must be a whole number") from e
 
 
 def with_option(request: "Request", option: str, value: str | None) -> "Request":

@@ -1,0 +1,63 @@
+"""How the cost of a training step grows with each size, the others kept: time over model FLOPs, which is constant for linear cost."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from alignax.bench.case import Case
+from alignax.bench.report import Found
+from alignax.text import table
+
+SMALL = {"dim": 128, "layers": 2, "heads": 4, "kv_heads": 4, "vocab": 1024, "seq": 128, "prompt": 32, "batch_size": 8}
+LINEAR = 0.1  # relative change of time over FLOPs that still counts as linear
+
+
+class Axis(NamedTuple):
+    """A size that grows."""
+
+    letter: str
+    method: str
+    field: str
+    values: Sequence[int]
+    fields: dict[str, Any] = {}  # that differ from SMALL
+
+
+AXES = (
+    Axis("L, layers", "dpo", "layers", (2, 6, 12, 24)),
+    Axis("T, tokens of a row", "dpo", "seq", (256, 1024, 4096), {"batch_size": 2}),
+    Axis("N, ranked responses", "dpo", "responses", (2, 4, 8, 16)),
+    Axis("K, reward models", "ensemble", "members", (1, 2, 4, 8)),
+    Axis("V, vocabulary", "dpo", "vocab", (1024, 8192, 65536)),
+    Axis("batch", "dpo", "batch_size", (4, 16, 64)),
+)
+
+
+def cases(overrides: Sequence[str], turns: int, folder: str) -> list[tuple[Axis, int, Case]]:
+    """The cases of all sizes, with folders of their own in `folder`."""
+    out = []
+    for i, axis in enumerate(AXES):
+        for value in axis.values:
+            fields = [f"{name}={x}" for name, x in (SMALL | axis.fields).items()] + list(overrides) + [f"{axis.field}={value}"]
+            case = Case(f"{axis.field} {value}", axis.method, "", fields, turns, False, f"{folder}/{i}_{value}")
+            out.append((axis, value, case))
+    return out
+
+
+def seconds(found: Found) -> float:
+    """The seconds of a step: on a CPU those of the processors, which other processes disturb less."""
+    return found["cpu_s" if found["machine"]["platform"] == "cpu" else "wall_s"]
+
+
+def growth_table(found: Sequence[tuple[Axis, int, Found]]) -> str:
+    """The table of growth: a row for each size; times over FLOPs are relative to the first row of the axis."""
+    rows = [["", "", "seconds a step", "model GFLOP", "ns per MFLOP", "against the first", f"linear within {LINEAR:.0%}"]]
+    first: dict[str, float] = {}
+    for axis, value, case in found:
+        each = seconds(case) / case["model_flops"]
+        base = first.setdefault(axis.letter, each)
+        new = base == each
+        verdict = "" if new else "yes" if abs(each / base - 1) <= LINEAR else "cheaper" if each < base else "no"
+        rows.append([
+            axis.letter if new else "", str(value), f"{seconds(case):.4g}", f"{case['model_flops'] / 1e9:.4g}", f"{each * 1e15:,.0f}",
+            f"{each / base:.2f}", verdict,
+        ])  # fmt: skip
+    return table(rows)

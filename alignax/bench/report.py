@@ -1,0 +1,82 @@
+"""What `alignax bench` shows of its measurements: tables, and the roofline."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from alignax import output
+from alignax.overopt import figures
+from alignax.text import table
+
+ORIGIN = "alignax bench"
+Found = dict[str, Any]  # measurements of a case, see `alignax.bench.measure`
+
+
+def machine_line(about: Found) -> str:
+    """The machine in words, with the rates that figures are compared with."""
+    unit = "CPU second" if about["platform"] == "cpu" else "second"
+    return (
+        f"{about['processor']}, {about['cores']} cores; {about['devices']} {about['platform']} device{'s' * (about['devices'] > 1)}; a product of "
+        f"{about['dtype']} matrices {about['matrix_rate'] / 1e9:.4g} GFLOP per {unit}, a copy {about['copy_rate'] / 1e9:.3g} GB; MFU against "
+        f"{about['rate'] / 1e9:.4g} ({about['rate_from']}); load {about['load']:.1f}; alignax {about['commit'] or about['alignax']}, jax {about['jax']}"
+    )
+
+
+def bench_table(found: Sequence[Found]) -> str:
+    """The table of all cases."""
+    head = [
+        "", "useful tokens/s", "per CPU s", "model GFLOP/s", "per CPU s", "MFU", "real positions", "program MB", "device peak MB",
+        "process peak MB", "first step s (CPU)", "from the cache",
+    ]  # fmt: skip
+    return table([head, *map(_cells, found)])
+
+
+def _cells(case: Found) -> list[str]:
+    mega = lambda name: "" if case[name] is None else f"{case[name] / 1e6:,.0f}"
+    first = lambda name: "" if case[f"{name}_s"] is None else f"{case[f'{name}_s']:.1f} ({case[f'{name}_cpu_s']:.1f})"
+    return [
+        case["name"], f"{case['tokens_per_second']:,.0f}", f"{case['tokens_per_cpu_second']:,.0f}",
+        f"{case['model_flops_per_second'] / 1e9:,.3g}", f"{case['model_flops_per_cpu_second'] / 1e9:,.3g}", f"{case['mfu']:.1%}",
+        f"{case['real_positions']:.0%}", mega("program_bytes"), mega("device_peak_bytes"), mega("process_peak_bytes"),
+        first("first_step"), first("cached_first_step"),
+    ]  # fmt: skip
+
+
+def speed(case: Found, name: str) -> float:
+    """A quantity of a case per second; on a CPU per CPU second."""
+    return case[f"{name}_per_cpu_second" if case["machine"]["platform"] == "cpu" else f"{name}_per_second"]
+
+
+def roofline(found: Sequence[Found], file: Path) -> None:
+    """Draws each case under the roofs of the machine: FLOP/s over FLOPs per byte (Williams et al. 2009, "Roofline").
+
+    A point's height is its model FLOPs per second of a device. Its place on the x axis is what the compiler says of the program that is
+    named in the case: the FLOPs and bytes of each instruction once, those of a loop's body too.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    about, points = found[0]["machine"], [case for case in found if case["xla_flops"] and case["xla_bytes"]]
+    devices = 1 if about["platform"] == "cpu" else about["devices"]
+    x = [case["xla_flops"] / case["xla_bytes"] for case in points]
+    y = [speed(case, "model_flops") / devices for case in points]
+    rate, copied = about["rate"], about["copy_rate"]
+    ridge = rate / copied
+    low, high = min([*x, ridge]) / 3, max([*x, ridge]) * 3
+    unit = "CPU second" if about["platform"] == "cpu" else "second"
+    with matplotlib.rc_context(figures.STYLE):
+        drawing = Figure(figsize=(7, 4.6), layout="constrained")
+        axes = drawing.subplots()
+        axes.loglog([low, ridge, high], [low * copied, rate, rate], color="0.35", lw=1.4)
+        for i, (case, a, b) in enumerate(zip(points, x, y, strict=True)):
+            colour, marker = figures.COLOURS[i % len(figures.COLOURS)], figures.MARKERS[i // len(figures.COLOURS) % len(figures.MARKERS)]
+            axes.loglog([a], [b], marker, color=colour, ms=7, label=f"{figures.plain(case['name'])}  {case['mfu']:.0%}", ls="")
+        axes.annotate(f"{rate / 1e9:,.4g} GFLOP per {unit}\n{about['rate_from']}", (high, rate), (-4, -4), textcoords="offset points", ha="right", va="top", fontsize=8)  # fmt: skip
+        axes.annotate(f"{copied / 1e9:,.3g} GB per {unit}, measured copy", (low, low * copied), (34, 6), textcoords="offset points", fontsize=8)
+        axes.set(xlim=(low, high), ylim=(min([*y, low * copied]) / 2, rate * 1.6))
+        axes.set(xlabel="FLOPs per byte, by the compiler (a loop's body once)", ylabel=f"model FLOP per {unit}")
+        axes.set_title(f"{figures.plain(about['processor'])}, {about['dtype']}", fontsize=10)
+        axes.grid(color="0.9", linewidth=0.6)
+        axes.legend(title="share of the roof", frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        with output.file(file) as tmp:
+            drawing.savefig(tmp, dpi=160, format="png", metadata={"Software": ORIGIN})
