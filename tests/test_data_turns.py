@@ -266,6 +266,15 @@ def test_a_turn_that_a_special_token_closes_and_no_end():
     assert shown(UNCLOSED, HI, turns, turns="all", eos="<|user|>", special=special) == ["[4<|user|>]\nand?<|assistant|>\n[6]"]
 
 
+def test_a_call_of_tools_that_no_end_closes_is_scored_whole():
+    """As GLM's, whose tokenizer has tokens for the tags of arguments and calls."""
+    calls = "{% for c in m.tool_calls or [] %}<call>{{ c.function.name }}<value>{{ c.function.arguments.city }}</value></call>{% endfor %}"
+    template, special = UNCLOSED.replace("{{ m.content }}", "{{ m.content }}" + calls), ("<value>", "</value>", "</call>", "<|tool|>")
+    turns = [says("assistant", "", tool_calls=[CALL]), says("tool", "18 C"), says("assistant", "18.")]
+    expected = "[<call>weather<value>Paris</value></call>]<|tool|>\n18 C<|assistant|>\n[18.]"
+    assert shown(template, HI, turns, turns="all", tools=TOOLS, eos="</s>", special=special) == [expected]
+
+
 def test_a_token_over_the_boundary_is_scored_and_counted():
     spaced = "{% for m in messages %}{{ '[INST] ' + m.content + ' [/INST] ' if m.role == 'user' else m.content + eos_token }}{% endfor %}"
     tokenizer, code = encoded(spaced, HI, "a pear", "a user", eos="</s>")

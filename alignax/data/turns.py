@@ -224,11 +224,14 @@ def _said(text: str, words: str, start: int, until: int) -> int:
 
 
 def _unended(text: str, messages: list[Message], i: int, said: int, until: int, tools: Any, template: Template) -> int:
-    """The end of a turn without an end token: after a special token, or after what the template puts behind it as the last turn."""
+    """The end of a turn without an end token: after a special token, or after what the template puts behind it as the last turn.
+
+    A special token behind the arguments of a tool call may belong to the call.
+    """
     if i == len(messages) - 1:
         return len(text)
     behind = until - len(text[said:until].lstrip())
-    if closing := next((token for token in template.specials if text.startswith(token, behind)), ""):
+    if closing := next((token for token in template.specials if text.startswith(token, behind) and not any(_calls(messages[i]))), ""):
         return behind + len(closing)
     try:
         return max(said, min(until, shared(text, template.text(messages[: i + 1], tools))))
