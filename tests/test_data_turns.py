@@ -12,7 +12,7 @@ from alignax.config import default_config, set_field
 from alignax.data import chat, load_examples, tokenize
 from alignax.data.rows import Bad, Prompted
 from alignax.data.tokens import NO_TEMPLATE
-from alignax.data.turns import LEFT_OUT
+from alignax.data.turns import LEFT_OUT, SPECIAL
 
 HEAD = "{% for m in messages %}{% if m.role != 'assistant' %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% else %}"
 ASK = "{% if add_generation_prompt %}<|im_start|>assistant\n"
@@ -334,6 +334,17 @@ def test_what_a_template_leaves_out_is_told():
     assert encoded(CALLING.replace("{{ m.content }}", "{{ m.content }}{{ tools }}", 1), prompt[:1], "ok", tools=TOOLS)[1].told == {
         "left out by the chat template: 'name' of messages of 'user'"
     }
+
+
+def test_special_tokens_in_the_text_of_messages_are_told():
+    """As where a dataset holds what a template has written already; tags that are added tokens and not special are ordinary text."""
+    rendered = [says("user", "<|im_start|>user\nhi<|im_end|>\n")]
+    assert encoded(PLAIN, rendered, "yes")[1].told == {SPECIAL.format("<|im_start|>"), SPECIAL.format("<|im_end|>")}
+    assert encoded(PLAIN, HI, "a <b> c", "<s>yes")[1].told == {SPECIAL.format("<s>")}
+    tokenizer = tokenizer_of(PLAIN)
+    tokenizer.add_tokens(["<think>"])
+    row = chat.split(HI, {"a": [says("assistant", "<think>so</think> 4")]}, None, "last")
+    assert chat.encode([row], tokenizer)[0].told == set()
 
 
 @pytest.mark.parametrize("template", [PLAIN, PHI])

@@ -54,7 +54,9 @@ def test_generate_says_that_it_samples_the_policy_alone_where_the_run_had_a_spea
     file.write_text(file.read_text() + hook)
     (saved / "run" / "config.py").write_text(effective(load_experiment(file, [f"model.path={tiny.folder(tmp_path / 'model')}"])))
     language_model(saved / "run", [])
-    assert ("sampled from speaker(..) of its experiment; alignax generate samples from its policy alone" in capsys.readouterr().err) == bool(hook)
+    assert (
+        "sampled from speaker(..) of its experiment; alignax generate samples from its policy alone" in capsys.readouterr().err
+    ) == bool(hook)
 
 
 def test_a_module_that_is_gone_is_named(saved):

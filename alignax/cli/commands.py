@@ -223,8 +223,8 @@ def language_model(place: Path, overrides: Sequence[str]) -> Language:
     config = folder_config(place, overrides) if experiment is None else experiment.config
     if experiment is not None and experiment.speaker is not None and is_main():
         print(
-            f"notice: the run {str(place)!r} sampled from speaker(..) of its experiment; alignax generate samples from its policy alone, and "
-            "--combine FOLDER@COEFFICIENT adds the logits of another model",
+            f"notice: the run {str(place)!r} sampled from speaker(..) of its experiment; alignax generate samples from its policy alone, "
+            "and --combine FOLDER@COEFFICIENT adds the logits of another model",
             file=sys.stderr,
         )
     source = open_model(config.model.path, config.model.init, "model.path")

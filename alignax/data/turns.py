@@ -15,6 +15,7 @@ from alignax.data.template import REFUSED, Opening, Template, is_prefill, refusa
 
 LEFT_OUT = "left out by the chat template: {}"
 TOOLS = LEFT_OUT.format("the tools")
+SPECIAL = "messages whose own text holds {!r}, which the tokenizer reads as that special token"
 REASONING = ("reasoning_content", "reasoning", "thinking")
 THINKING = ("enable_thinking", "thinking")  # variables that turn reasoning on and off in templates that have such a variable
 
@@ -84,6 +85,7 @@ def _find(prompt: list[Message], completions: list[list[Message]], tools: Any, t
         if any(isinstance(x, dict) and x and str(x) in side.text for x in _arguments(messages)):
             return Bad(REFUSED, "the chat template writes the arguments of tool calls in Python syntax, not in JSON")
         sides.append(side)
+        told |= {SPECIAL.format(token) for message in messages for _, words in _own(message) for token in template.special.findall(words)}
         told |= side.told | _left_out(messages, first, side.text, tools, template)
         told |= _unseen(prompt, messages, opened, side, tools, template)
     least = min(side.opened for side in sides)
