@@ -9,6 +9,7 @@ import ctypes
 import fcntl
 import functools
 import json
+import math
 import os
 import re
 import shutil
@@ -128,9 +129,9 @@ def standing(path: Path) -> Path:
 
 def require_space(path: Path, need: int, what: str, remedy: str = "make room, or choose another place") -> None:
     """Raises an OSError, before anything is written, if the disk has no room for 1.1 times `need` bytes."""
-    free = shutil.disk_usage(standing(path)).free
-    if free < 1.1 * need:
-        raise OSError(f"{what} takes {need / 1e9:.3f} GB, but {str(path)!r} has {free / 1e9:.3f} GB free; {remedy}")
+    free, room = shutil.disk_usage(standing(path)).free, math.ceil(1.1 * need)
+    if free < room:
+        raise OSError(f"{what} needs {room:,} bytes, but {str(path)!r} has {free:,} bytes free; {remedy}")
 
 
 @contextmanager

@@ -3,6 +3,7 @@ import gzip
 import json
 import lzma
 import os
+import tarfile
 
 import datasets
 import numpy as np
@@ -73,6 +74,7 @@ def test_a_dataset_on_disk_gives_the_same_rows_and_several_splits_are_named(tmp_
         ("a.json", '[{"a": 1}] 2', r"line 1 is not JSON: Extra data"),
         ("a.json", '[{"a": 1}', r"line 1 is not JSON: Expecting ',' delimiter"),
         ("a.jsonl", '{"a": 1}{"a": 2}', r"line 1 is not JSON: Extra data at column 9"),
+        ("a.jsonl", '{"a": "b', r"line 1 is not JSON: Unterminated string starting at column 7"),
         ("a.jsonl", '{"a": 1}\r{"a": 2}', r"line 1 is not JSON: Extra data"),
         ("a.jsonl", '{"a": 1}\n{"a": 1, "b": 2, "a": 3}', r"a\.jsonl, row 1 .*line 2 has the key 'a' twice in one object; keep one"),
         ("a.json", '[{"a": [{"b": 1, "b": 2}]}]', r"row 0 .*element 0 .*has the key 'b' twice"),
@@ -312,6 +314,11 @@ def test_the_split_of_a_file_is_told_by_its_name_or_its_folder(tmp_path):
         (["train.jsonl", "notice.csv"], "", r"without a split in their names \(notice.csv\)"),
         (["train-00000.jsonl", "train-1.jsonl", "train2.jsonl", "train-2024-05.jsonl"], "", ""),
         (["train-00000-of-00002.jsonl", "train-00001-of-00002-0123456789abcdef.jsonl"], "", ""),
+        (["data/train-00000-of-00003.jsonl", "data/train-00002-of-00003.jsonl"], "", r"holds 2 of the 3 files of 'train'; .*\*\*/\*.json"),
+        (["train-00000-of-00002.jsonl", "test-00000-of-00001.jsonl"], ":train", "holds 1 of the 2 files of 'train'; fetch the others"),
+        (["train-00000-of-00002.jsonl", "test-00000-of-00001.jsonl"], ":test", None),
+        (["rows.00001.of.00002.jsonl", "rows.00002.of.00002.jsonl"], "", ""),
+        (["train-00000-of-00002.jsonl"], "/*.jsonl", ""),
         (["train/en/a.jsonl", "train/b.jsonl"], "", ""),
         (["license-questions.jsonl", "LICENSE.txt", "README_en.md", "citation"], "", ""),
         (["train.jsonl", "train.parquet"], "", r"holds 'train' in two formats, .*/train.jsonl and .*/train.parquet, .*; name the files"),
@@ -328,6 +335,9 @@ def test_the_split_of_a_file_is_told_by_its_name_or_its_folder(tmp_path):
 def test_files_are_one_split_by_their_numbers_alone(tmp_path, names, split, message):
     for name in names:
         write(tmp_path / name, jsonl([{"a": name}]))
+    if message is None:
+        assert read_rows(f"{tmp_path}{split}")
+        return
     if not message:
         assert len(read_rows(f"{tmp_path}{split}")) == sum(name.lower().endswith((".jsonl", ".ndjson")) for name in names)
         return
@@ -388,6 +398,14 @@ def test_a_file_that_grows_without_bound_is_refused_by_name(tmp_path, suffix, mo
             read_rows(path)
     with pytest.raises(ValueError, match="is a zip archive, which alignax does not read; unpack it"):
         read_rows(write(tmp_path / "b.jsonl", "PK\x03\x04"))
+
+
+@pytest.mark.parametrize("mode", ["", "gz", "xz"])
+def test_a_tar_archive_is_named_also_where_it_is_compressed(mode, tmp_path):
+    with tarfile.open(tmp_path / "a.tgz", f"w:{mode}") as archive:
+        archive.add(write(tmp_path / "a.jsonl", jsonl(ROWS)), "a.jsonl")
+    with pytest.raises(ValueError, match="a.tgz is a tar archive, which alignax does not read; unpack it"):
+        read_rows(tmp_path / "a.tgz")
 
 
 def test_a_line_too_long_is_a_bad_row_and_is_not_held(tmp_path, monkeypatch):

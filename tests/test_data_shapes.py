@@ -68,6 +68,12 @@ def test_a_conversation_that_begins_otherwise_than_its_prompt_is_refused_with_th
         only({"turns": [{"from": "human", "value": "hi"}], "chosen": YES, "rejected": NO})
     with pytest.raises(ValueError, match=r"no column 'completion', .*; 'talk' holds a conversation: .*data.columns.messages=talk"):
         only({"talk": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]}, "sft")
+    with pytest.raises(ValueError, match=r"no column 'prompt', .*; 'talk' holds a conversation: name it with data.columns.prompt=talk"):
+        only({"talk": [{"from": "human", "value": "hi"}]}, "prompt")
+    with pytest.raises(ValueError, match=r"'chosen' is \[\['yes', 3\]\], a list without messages, and 'prompt' is text; give text or"):
+        only({"prompt": "hi", "chosen": [["yes", 3]], "rejected": [["no", 1]]})
+    with pytest.raises(ValueError, match="'messages' has no assistant turn; its roles are none"):
+        only({"messages": []}, "sft")
     with pytest.raises(ValueError, match="'rejected' is 7, neither text nor messages, and 'prompt' is a conversation"):
         only({"prompt": [USER], "chosen": "hello", "rejected": 7})
     with pytest.raises(ValueError, match="a message of 'prompt' is from 'narrator', not from one of human, "):

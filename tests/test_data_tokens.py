@@ -5,7 +5,7 @@ import transformers
 
 from alignax.config import default_config
 from alignax.data import Prompted, Rejected, assemble, bounds, load_examples, padded_length, tokenize, tokens
-from alignax.data.tokens import prompt_ids
+from alignax.data.tokens import BOS_INSIDE, prompt_ids
 
 SENTENCES = ["Hello world, the world is round.", "the sky is blue and the sea is blue", "a cat, a hat, a world of cats"] * 4
 
@@ -227,6 +227,12 @@ def test_counts_add_up_on_real_pairs(data_dir):
     with pytest.raises(ValueError, match="data.kind is 'ppo'; use one of preference, sft, unpaired, ranked"):
         config.kind = "ppo"
         load_examples(path, config, tokenizer, 512)
+
+
+def test_a_token_of_the_beginning_inside_a_text_is_told(bos, bare):
+    rows = [("\n<s>the sky", " is blue", " is round"), ("the sky", "<s> is blue", " is round"), ("<s>the sky", " is blue", " is round")]
+    assert run(rows, bos)[1].told == run(rows, bare)[1].told == {BOS_INSIDE.format("<s>"): 2}
+    assert not run(rows, make(bos=None))[1].told and not run(rows, make(bos="</s>"))[1].told
 
 
 def test_a_text_that_begins_with_the_tokenizers_own_front_has_it_once(bos, bare):

@@ -12,7 +12,7 @@ from alignax.config import default_config, set_field
 from alignax.data import chat, load_examples, tokenize
 from alignax.data.rows import Bad, Prompted
 from alignax.data.tokens import NO_TEMPLATE
-from alignax.data.turns import LEFT_OUT
+from alignax.data.turns import LEFT_OUT, SPECIAL
 
 HEAD = "{% for m in messages %}{% if m.role != 'assistant' %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% else %}"
 ASK = "{% if add_generation_prompt %}<|im_start|>assistant\n"
@@ -266,6 +266,15 @@ def test_a_turn_that_a_special_token_closes_and_no_end():
     assert shown(UNCLOSED, HI, turns, turns="all", eos="<|user|>", special=special) == ["[4<|user|>]\nand?<|assistant|>\n[6]"]
 
 
+def test_a_call_of_tools_that_no_end_closes_is_scored_whole():
+    """As GLM's, whose tokenizer has tokens for the tags of arguments and calls."""
+    calls = "{% for c in m.tool_calls or [] %}<call>{{ c.function.name }}<value>{{ c.function.arguments.city }}</value></call>{% endfor %}"
+    template, special = UNCLOSED.replace("{{ m.content }}", "{{ m.content }}" + calls), ("<value>", "</value>", "</call>", "<|tool|>")
+    turns = [says("assistant", "", tool_calls=[CALL]), says("tool", "18 C"), says("assistant", "18.")]
+    expected = "[<call>weather<value>Paris</value></call>]<|tool|>\n18 C<|assistant|>\n[18.]"
+    assert shown(template, HI, turns, turns="all", tools=TOOLS, eos="</s>", special=special) == [expected]
+
+
 def test_a_token_over_the_boundary_is_scored_and_counted():
     spaced = "{% for m in messages %}{{ '[INST] ' + m.content + ' [/INST] ' if m.role == 'user' else m.content + eos_token }}{% endfor %}"
     tokenizer, code = encoded(spaced, HI, "a pear", "a user", eos="</s>")
@@ -325,6 +334,17 @@ def test_what_a_template_leaves_out_is_told():
     assert encoded(CALLING.replace("{{ m.content }}", "{{ m.content }}{{ tools }}", 1), prompt[:1], "ok", tools=TOOLS)[1].told == {
         "left out by the chat template: 'name' of messages of 'user'"
     }
+
+
+def test_special_tokens_in_the_text_of_messages_are_told():
+    """As where a dataset holds what a template has written already; tags that are added tokens and not special are ordinary text."""
+    rendered = [says("user", "<|im_start|>user\nhi<|im_end|>\n")]
+    assert encoded(PLAIN, rendered, "yes")[1].told == {SPECIAL.format("<|im_start|>"), SPECIAL.format("<|im_end|>")}
+    assert encoded(PLAIN, HI, "a <b> c", "<s>yes")[1].told == {SPECIAL.format("<s>")}
+    tokenizer = tokenizer_of(PLAIN)
+    tokenizer.add_tokens(["<think>"])
+    row = chat.split(HI, {"a": [says("assistant", "<think>so</think> 4")]}, None, "last")
+    assert chat.encode([row], tokenizer)[0].told == set()
 
 
 @pytest.mark.parametrize("template", [PLAIN, PHI])

@@ -7,6 +7,7 @@ import runs
 import tiny
 
 from alignax.cli import main
+from alignax.cli.commands import language_model
 from alignax.config import BadInput, effective, load_experiment
 from alignax.run.saved import saved_experiment
 
@@ -45,6 +46,17 @@ def test_a_module_that_has_changed_since_the_run_began_is_named(saved, capsys):
     (saved / "helper_of_saved.py").write_text(CHANGED)
     saved_experiment(saved / "run", [])
     assert capsys.readouterr().err == NOTICE.format(str(saved / "run"))
+
+
+@pytest.mark.parametrize("hook", ["", "\ndef speaker(policy):\n    return policy\n"])
+def test_generate_says_that_it_samples_the_policy_alone_where_the_run_had_a_speaker(hook, saved, tmp_path, capsys):
+    file = tmp_path / "mine.py"
+    file.write_text(file.read_text() + hook)
+    (saved / "run" / "config.py").write_text(effective(load_experiment(file, [f"model.path={tiny.folder(tmp_path / 'model')}"])))
+    language_model(saved / "run", [])
+    assert (
+        "sampled from speaker(..) of its experiment; alignax generate samples from its policy alone" in capsys.readouterr().err
+    ) == bool(hook)
 
 
 def test_a_module_that_is_gone_is_named(saved):

@@ -219,15 +219,21 @@ class Language(NamedTuple):
 
 def language_model(place: Path, overrides: Sequence[str]) -> Language:
     """Opens a language model: a folder, the mean of several folders, or a run's newest checkpoint; its weights are read later."""
-    saved = is_workdir(place)
-    config = saved_experiment(place, overrides).config if saved else folder_config(place, overrides)
+    experiment = saved_experiment(place, overrides) if is_workdir(place) else None
+    config = folder_config(place, overrides) if experiment is None else experiment.config
+    if experiment is not None and experiment.speaker is not None and is_main():
+        print(
+            f"notice: the run {str(place)!r} sampled from speaker(..) of its experiment; alignax generate samples from its policy alone, "
+            "and --combine FOLDER@COEFFICIENT adds the logits of another model",
+            file=sys.stderr,
+        )
     source = open_model(config.model.path, config.model.init, "model.path")
     source = hf.with_heads(source, config.model.num_labels, trunk_values(config), config.model.language_head)
     if source.config.num_labels:
         raise ValueError(f"{str(place)!r} is a reward model, which gives scores and no text; give a language model")
 
     def load(mesh: Mesh) -> Params:
-        if not saved:
+        if experiment is None:
             return hf.load_params(source, mesh)
         _, models = newest_models(place, config, source, mesh, config.eval.params)
         ((_, params),) = models

@@ -58,7 +58,7 @@ def split(prompt: list | None, sides: Mapping[str, Any], tools: Any, turns: str)
     whole = {name: _until_last_answer([*(prompt or []), *side], len(prompt or [])) for name, side in sides.items()}
     for name, messages in whole.items():
         if len(messages) <= len(prompt or []):
-            roles = ", ".join(dict.fromkeys(message["role"] for message in sides[name]))
+            roles = ", ".join(dict.fromkeys(message["role"] for message in sides[name])) or "none"
             which = "assistant turn that is to be trained on" if _unweighted(sides[name]) else f"assistant turn; its roles are {roles}"
             return Bad("no answer", f"{name!r} has no {which}")
     start = _start([*whole.values()], prompt, turns)

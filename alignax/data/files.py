@@ -302,7 +302,7 @@ class _Decoder:
 
     def _error(self, error: json.JSONDecodeError, first_line: int) -> ValueError:
         line = first_line + error.lineno - 1
-        what = f"{error.msg} at column {error.colno}"
+        what = f"{error.msg.removesuffix(' at')} at column {error.colno}"
         if error.doc[: error.pos].rstrip()[-1:] == "," and error.doc[error.pos : error.pos + 1] in ("]", "}"):
             what = f"a comma stands before the closing bracket at column {error.colno}"
         return ValueError(f"{self.path}, line {line} is not JSON: {what}; write one JSON array, or one object a line")

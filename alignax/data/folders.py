@@ -13,7 +13,7 @@ PACKED = (".gz", ".bz2", ".xz", ".zst", ".zstd")
 SPLITS = ("train", "training", "dev", "val", "valid", "validation", "eval", "evaluation", "test", "testing")
 # SHARD: train-00000-of-00002, as the hub names the files of a split, formerly with a hash at the end.
 # NUMBER: the end of train-1, but not of train_v1.
-SHARD = re.compile(r"(.+?)[-_.]\d{3,6}[-_.]of[-_.]\d{3,6}([-_.][0-9a-f]{8,})?")
+SHARD = re.compile(r"(?P<name>.+?)[-_.](?P<number>\d{3,6})[-_.]of[-_.](?P<of>\d{3,6})([-_.][0-9a-f]{8,})?")
 NUMBER = re.compile(r"(?<![-_.]v)(?<!\d)[-_.]*\d+([-_.]+\d+)*$")
 DEEPEST = 12  # the most folders inside one another; a link to a folder above itself would have no end
 # Files beside data that hold no rows: hidden files, documents, programs, pictures, and the bookkeeping of `datasets`.
@@ -125,7 +125,22 @@ def files(folder: Path, split: str) -> list[Path]:
             f"the folder {folder} {what}; point to one of them, or name the files to read with a pattern, such as '{folder}/*/*'"
         )
     _check_formats(f"the folder {folder}", found)
+    _check_shards(folder, found)
     return found
+
+
+def _check_shards(folder: Path, found: list[Path]) -> None:
+    """Refuses a folder that lacks some of the files that train-00000-of-00003 and the like speak of."""
+    held: dict[tuple[Path, str, int], set[int]] = {}
+    for file in found:
+        if shard := SHARD.fullmatch(file.name[: len(file.name) - len(_format(file))]):
+            held.setdefault((file.parent, shard["name"], int(shard["of"])), set()).add(int(shard["number"]))
+    for (_, name, of), numbers in held.items():
+        if len(numbers) < of:
+            raise ValueError(
+                f"the folder {folder} holds {len(numbers)} of the {of} files of {name!r}; fetch the others, or, to train without them, "
+                f"name the files to read, such as '{folder}/{'**/' if found[0].parent != folder else ''}*{found[0].suffix}'"
+            )
 
 
 def _check_formats(where: str, found: list[Path]) -> None:
@@ -168,7 +183,7 @@ def _names(file: Path) -> list[str]:
     """The names of the split that a file may hold, by its path inside the folder; the main one comes first."""
     stem = Path(file.stem if file.suffix.lower() in PACKED else file.name).stem
     shard, inside = SHARD.fullmatch(stem), _words(stem)
-    name = [shard[1]] if shard else [NUMBER.sub("", stem)] if inside else []
+    name = [shard["name"]] if shard else [NUMBER.sub("", stem)] if inside else []
     return list(dict.fromkeys([*name, *inside, *(word for part in reversed(file.parent.parts) for word in _words(part))]))
 
 

@@ -137,7 +137,7 @@ def _reader(rows: Sequence[Mapping], data: Any, there: Mapping[str, None], path:
                 known = f"; {held!r} holds a conversation: for data.kind=sft name it with data.columns.messages={held}"
             raise ValueError(f"{path} has no column {column!r}, named by data.{name}; it has: {_nearest(column, there)}{known}")
     if data.kind == "prompt":
-        return _prompt_reader(c, there, path) if rows else lambda row: Bad("no prompt", "there is no row")
+        return _prompt_reader(c, there, path, _conversation(rows[0], [])) if rows else lambda row: Bad("no prompt", "there is no row")
     # A column of messages is the whole conversation, even where the file has a prompt column too.
     prompt = c.prompt if c.prompt in there and names != ["messages"] else ""
     listed = any(isinstance(value := row.get(columns[0]), list) or shapes.is_json(value) for row in rows)
@@ -163,11 +163,15 @@ def _reader(rows: Sequence[Mapping], data: Any, there: Mapping[str, None], path:
     return read
 
 
-def _prompt_reader(names: Any, there: Mapping[str, None], path: Any) -> Callable[[Mapping], Prompted | Bad]:
-    """Builds the function from a raw row to its prompt without a completion; the row keeps all columns for reward functions."""
+def _prompt_reader(names: Any, there: Mapping[str, None], path: Any, held: str) -> Callable[[Mapping], Prompted | Bad]:
+    """Builds the function from a raw row to its prompt without a completion; the row keeps all columns for reward functions.
+
+    `held`: a column with a conversation, for the message on a file without the prompt's column.
+    """
     column = names.prompt
     if column not in there:
-        raise ValueError(f"{path} has no column {column!r}, named by data.columns.prompt; it has: {_nearest(column, there)}")
+        known = f"; {held!r} holds a conversation: name it with data.columns.prompt={held}" if held else ""
+        raise ValueError(f"{path} has no column {column!r}, named by data.columns.prompt; it has: {_nearest(column, there)}{known}")
 
     def read(row: Mapping) -> Prompted | Bad:
         found = prompt_alone(row, names)
@@ -281,6 +285,10 @@ def _prompted(row: Mapping, prompt: str, sides: Mapping[str, Any], data: Any) ->
         name = next(name for name in sides if name not in lists)
         return Bad("not messages", f"{name!r} is {short(sides[name])}, neither text nor messages, and {prompt!r} is a conversation")
     if lists == [*sides] and isinstance(asked, str):
+        if odd := next((name for name in lists if not shapes.holds_messages(sides[name])), ""):
+            return Bad(
+                "not text", f"{odd!r} is {short(sides[odd])}, a list without messages, and {prompt!r} is text; give text or messages"
+            )
         what = f"{lists[0]!r} is a conversation and {prompt!r} is text. If the conversation contains the prompt, set"
         return Bad("conversation with a text prompt", f"{what} --config.data.columns.prompt= (empty)")
     values = ({prompt: asked} if prompt else {}) | sides

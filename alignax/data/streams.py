@@ -16,6 +16,7 @@ ROW = 2**24  # the most bytes of a JSONL row; a longer row is nothing to train o
 EXPANDED = 2**35  # the most bytes that a compressed file may become
 RATIO, HARMLESS = 200, 2**26  # the most bytes that a compressed byte may become, once there are more than HARMLESS in all
 ARCHIVES = {b"PK\x03\x04": "a zip archive", b"7z\xbc\xaf\x27\x1c": "a 7z archive", b"Rar!\x1a\x07": "a rar archive"}
+TAR = 257, 262  # the place of the word that tells a tar archive, which may be compressed
 
 
 def _zstd(file: Any) -> Any:
@@ -43,10 +44,11 @@ def opened(path: Path) -> Iterator[io.BufferedReader]:
         file.seek(0)
         if archive := next((name for magic, name in ARCHIVES.items() if head.startswith(magic)), None):
             raise ValueError(f"{path} is {archive}, which alignax does not read; unpack it")
-        if found := next((way for magic, way in UNPACK.items() if head.startswith(magic)), None):
-            yield io.BufferedReader(_Unpacked(path, file, *found), 2**16)
-        else:
-            yield file
+        found = next((way for magic, way in UNPACK.items() if head.startswith(magic)), None)
+        content = io.BufferedReader(_Unpacked(path, file, *found), 2**16) if found else file
+        if content.peek(TAR[1])[TAR[0] : TAR[1]] == b"ustar":
+            raise ValueError(f"{path} is a tar archive, which alignax does not read; unpack it")
+        yield content
 
 
 class _Unpacked(io.RawIOBase):

@@ -177,6 +177,12 @@ class Template:
         """The special and added tokens, which the tokenizer cuts out of a text before all else; longest first."""
         return sorted({*self.tokenizer.all_special_tokens, *self.tokenizer.get_added_vocab()}, key=len, reverse=True)
 
+    @functools.cached_property
+    def special(self) -> re.Pattern[str]:
+        """Matches the special tokens alone, without those that are only added, such as "<think>" of most models."""
+        own = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        return re.compile("|".join(map(re.escape, sorted(own, key=len, reverse=True))) or "(?!)")
+
 
 def dated(tokenizer: Any, day: datetime.date) -> Any:
     """A copy of a tokenizer whose chat templates, such as Llama 3.2's, are told that `day` is today."""

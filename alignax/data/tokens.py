@@ -26,6 +26,7 @@ COUNTS = (
 )  # fmt: skip
 CUT = "cut prompts that lose the {} at their beginning, in part or whole"
 NO_TEMPLATE = "text rows, which use no chat template, so data.template has no effect on them"
+BOS_INSIDE = "texts with the token {!r}, which begins a text, behind their beginning"
 ROWS_AT_ONCE, CHARACTERS_AT_ONCE = 2048, 2**22  # of a chunk: bounds the lists of ids, and keeps the tokenizer's threads busy
 PROBES, MOST_PROBES = ("a", "1", "The sky."), 64  # texts that show what a tokenizer adds; the most vocabulary tokens tried after them
 
@@ -286,7 +287,7 @@ def encode_texts(rows: Sequence[Prompted], tokenizer: Any, ends: Collection[int]
     """Encodes rows of text: splits them at their boundaries, and ends each completion with one of `ends`, the EOS if it has none."""
     if not rows:
         return []
-    eos, own = tokenizer.eos_token_id, _own(tokenizer)
+    bos, eos, own = tokenizer.bos_token_id, tokenizer.eos_token_id, _own(tokenizer)
     prompts = [_once(ids, *own) for ids in _ids([str(row.prompt) for row in rows], tokenizer)]
     sides = iter(_ids([f"{row.prompt}{completion}" for row in rows for completion in row.completions], tokenizer))
     out = []
@@ -297,7 +298,9 @@ def encode_texts(rows: Sequence[Prompted], tokenizer: Any, ends: Collection[int]
         completions = [_ended(side[boundary:], eos, ends) for side in full]
         written_ends = sum(bool(text) and side[-1] in ends for text, side in zip(row.completions, full, strict=True))
         marks, counts = [b"\1" * len(c) for c in completions], {"fronts_written": int(written), "ends_written": written_ends}
-        out.append(Encoded(prompt[:boundary], completions, marks, str(row.prompt), boundary < len(prompt), counts=counts))
+        inside = bos not in (None, eos, *ends) and any(bos in ids for ids in (prompt[1:], *completions))
+        told = (BOS_INSIDE.format(tokenizer.bos_token),) if inside else ()
+        out.append(Encoded(prompt[:boundary], completions, marks, str(row.prompt), boundary < len(prompt), told=told, counts=counts))
     return out
 
 

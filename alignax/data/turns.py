@@ -15,6 +15,7 @@ from alignax.data.template import REFUSED, Opening, Template, is_prefill, refusa
 
 LEFT_OUT = "left out by the chat template: {}"
 TOOLS = LEFT_OUT.format("the tools")
+SPECIAL = "messages whose own text holds {!r}, which the tokenizer reads as that special token"
 REASONING = ("reasoning_content", "reasoning", "thinking")
 THINKING = ("enable_thinking", "thinking")  # variables that turn reasoning on and off in templates that have such a variable
 
@@ -84,6 +85,7 @@ def _find(prompt: list[Message], completions: list[list[Message]], tools: Any, t
         if any(isinstance(x, dict) and x and str(x) in side.text for x in _arguments(messages)):
             return Bad(REFUSED, "the chat template writes the arguments of tool calls in Python syntax, not in JSON")
         sides.append(side)
+        told |= {SPECIAL.format(token) for message in messages for _, words in _own(message) for token in template.special.findall(words)}
         told |= side.told | _left_out(messages, first, side.text, tools, template)
         told |= _unseen(prompt, messages, opened, side, tools, template)
     least = min(side.opened for side in sides)
@@ -224,11 +226,14 @@ def _said(text: str, words: str, start: int, until: int) -> int:
 
 
 def _unended(text: str, messages: list[Message], i: int, said: int, until: int, tools: Any, template: Template) -> int:
-    """The end of a turn without an end token: after a special token, or after what the template puts behind it as the last turn."""
+    """The end of a turn without an end token: after a special token, or after what the template puts behind it as the last turn.
+
+    A special token behind the arguments of a tool call may belong to the call.
+    """
     if i == len(messages) - 1:
         return len(text)
     behind = until - len(text[said:until].lstrip())
-    if closing := next((token for token in template.specials if text.startswith(token, behind)), ""):
+    if closing := next((token for token in template.specials if text.startswith(token, behind) and not any(_calls(messages[i]))), ""):
         return behind + len(closing)
     try:
         return max(said, min(until, shared(text, template.text(messages[: i + 1], tools))))
