@@ -239,7 +239,7 @@ class Decoder(nn.Module):
         rope = rope_tables(c, positions, lengths) if c.positions == "rope" else None
         windows = jnp.asarray(c.sliding_windows, jnp.int32) if any(c.sliding_windows) else None  # [L]
         if self.weights == "train":
-            x = embedded(embed, tokens, self.dtype, self.mesh)
+            x = embedded(jnp.asarray(embed), tokens, self.dtype, self.mesh)
         else:
             x = constrain(jnp.asarray(embed, self.dtype), self.mesh, "vocab", None, rules=DECODING[self.weights])[tokens]
         if c.embedding_scale != 1.0:
