@@ -209,7 +209,7 @@ class Decoder(nn.Module):
             positions = at[:, None]
         rope = rope_tables(c, positions, lengths) if c.positions == "rope" else None
         windows = jnp.asarray(c.sliding_windows, jnp.int32) if any(c.sliding_windows) else None  # [L]
-        x = embedded(embed, tokens, self.dtype, self.mesh)
+        x = embedded(jnp.asarray(embed), tokens, self.dtype, self.mesh)
         if c.embedding_scale != 1.0:
             x = x * jnp.asarray(c.embedding_scale, self.dtype)
         if c.positions == "learned":
