@@ -21,7 +21,7 @@ from alignax.models.lora import Lora, join, quantise, split
 from alignax.models.transformer import ModelConfig
 from alignax.run.plan import topology_mesh
 
-SLOW = pytest.mark.slow
+SLOW, LONG = pytest.mark.slow, (pytest.mark.slow, pytest.mark.long)
 COLLECTIVE = re.compile(r" = (\(?.*?) (all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute)(?:-start)?\(")
 BYTES = {"f32": 4, "bf16": 2, "s32": 4, "u32": 4, "pred": 1, "s8": 1}
 
@@ -44,7 +44,7 @@ def travels(hlo: str) -> list[tuple[str, int]]:
 # --- prompts in pieces ---
 
 
-@pytest.mark.parametrize("piece", [3, pytest.param(4, marks=SLOW), pytest.param(1, marks=SLOW)])
+@pytest.mark.parametrize("piece", [3, pytest.param(4, marks=LONG), pytest.param(1, marks=LONG)])
 def test_pieces_of_a_prompt_change_nothing(piece):
     out = Generator(speaker(tiny.MODEL, piece=piece), Shape(8, 12, 21, 7, 5), stop_ids=STOPS)(PARAMS, PROMPTS, KEY, n=3)
     same(out, base()[1])
@@ -57,8 +57,12 @@ ANGLES = {"rope_scaling": (("rope_type", "longrope"), ("short_factor", (1.0,) * 
 @SLOW
 @pytest.mark.parametrize(
     ("fields", "cache"),
-    [(WINDOWS, ""), ({"positions": "learned"}, ""), (ANGLES | {"max_position_embeddings": 20}, ""), ({}, "int8")],
-    ids=["windows", "learned", "longrope", "int8"],
+    [
+        pytest.param(WINDOWS, "", id="windows"),
+        pytest.param({"positions": "learned"}, "", id="learned", marks=pytest.mark.long),
+        pytest.param(ANGLES | {"max_position_embeddings": 20}, "", id="longrope", marks=pytest.mark.long),
+        pytest.param({}, "int8", id="int8", marks=pytest.mark.long),
+    ],
 )
 def test_pieces_of_every_kind_of_model(fields, cache):
     """Also with an int8 cache, whose keys a later piece reads as they were before they were rounded."""
@@ -72,7 +76,7 @@ def test_pieces_of_every_kind_of_model(fields, cache):
 
 
 @SLOW
-@pytest.mark.parametrize("weights", ["train", "tensor"])
+@pytest.mark.parametrize("weights", [pytest.param("train", marks=pytest.mark.long), "tensor"])
 def test_pieces_on_a_mesh(weights):
     mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     generator = Generator(speaker(tiny.MODEL, mesh=mesh, weights=weights, piece=3), shape_for(21, 8, 12, mesh=mesh), stop_ids=STOPS)
@@ -118,21 +122,26 @@ def test_a_copy_in_bfloat16_gives_the_same_numbers():
     same(copied, kept)
 
 
+KINDS = {
+    "experts": {"num_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 16},
+    "dora": {"lora": Lora(4, 8.0, ("q", "v", "o", "down"), dora=True)},
+    "int8": {"lora": Lora(4, 8.0, ("q", "up"), int8=True)},
+    "biases": {"predicted_tokens": 91, "positions": "learned", "norm": "layer", "attention_bias": True, "mlp_bias": True},
+    "odd": {"num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 2, "qk_norm": "head"},  # 6 columns over 4 parts: whole
+}
+
+
 @SLOW
 @pytest.mark.parametrize(
-    "fields",
+    ("weights", "kind"),
     [
-        {"lora": Lora(4, 8.0, ("q", "v", "o", "down"), dora=True)},
-        {"lora": Lora(4, 8.0, ("q", "up"), int8=True)},
-        {"num_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 16},
-        {"predicted_tokens": 91, "positions": "learned", "norm": "layer", "attention_bias": True, "mlp_bias": True},
-        {"num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 2, "qk_norm": "head"},  # 6 columns over 4 parts: whole
+        pytest.param(weights, kind, marks=() if (weights, kind) == ("tensor", "experts") else pytest.mark.long)
+        for kind in KINDS
+        for weights in ("replicated", "tensor")
     ],
-    ids=["dora", "int8", "experts", "biases", "odd"],
 )
-@pytest.mark.parametrize("weights", ["replicated", "tensor"])
-def test_layouts_of_every_kind_of_model(fields, weights):
-    config, mesh = dataclasses.replace(tiny.MODEL, **fields), make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+def test_layouts_of_every_kind_of_model(weights, kind):
+    config, mesh = dataclasses.replace(tiny.MODEL, **KINDS[kind]), make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     params = tiny.params(config)
     if config.lora and config.lora.int8:
         trunk, adapters = split(params)
@@ -143,6 +152,7 @@ def test_layouts_of_every_kind_of_model(fields, weights):
     same(own(on_mesh, PROMPTS, KEY), alone)
 
 
+@pytest.mark.long
 @SLOW
 def test_combined_speakers_are_laid_out_each():
     mesh = make_mesh({"fsdp": 8})

@@ -400,7 +400,7 @@ def test_programs_are_called_with_the_shapes_that_are_planned(refill, folders, t
     run = checked(arguments(tmp_path, source, fields(folders, tmp_path, **changes)))
     started = start(run)
     for generator, name in ((run.samplers[name], name) for name in ("rollout", "eval")):
-        for part in ("prefill", "decode"):
+        for part in ("lay", "prefill", "decode"):
             setattr(generator, f"_{part}", recorded(f"{name}/{part}", started.programs[f"{name}/{part}"]))
     table = {name: program._replace(call=recorded(name, program)) for name, program in started.programs.items()}
     fit(started._replace(programs=table))

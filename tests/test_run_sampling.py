@@ -1,6 +1,7 @@
 """The samplers of a run: `speaker(..)` of an experiment samples its rollouts and evaluations."""
 
 import json
+import re
 
 import jax
 import numpy as np
@@ -16,7 +17,7 @@ from test_run_roles import DPO, ONLINE, PLAIN, STEERED, fields, folders  # noqa:
 from alignax.cli import main
 from alignax.config import load_experiment
 from alignax.run.programs import programs
-from alignax.run.sampling import speaker_params
+from alignax.run.sampling import speaker_params, told
 from alignax.run.start import check_step, start
 
 ALONE = """
@@ -48,7 +49,7 @@ def rows(workdir):
 def test_evaluations_of_an_offline_run_sample_from_the_speaker(rank, folders, tmp_path):  # noqa: F811
     """Log-probs are those of transformers' combined logits, at the temperature of evaluations; adapters share the reference's tree."""
     given = {"models.margin.path": folders[1], "eval.sample_prompts": 4, "eval.max_new_tokens": 6, "eval.temperature": 0.7}
-    given |= {"lora.rank": rank}
+    given |= {"lora.rank": rank, "rollout.mesh": "tensor"}
     run = checked(arguments(tmp_path, DPO + STEERED, fields(folders, tmp_path, **given)))
     check_step(run)
     started = start(run, write=False)
@@ -70,11 +71,15 @@ def test_evaluations_of_an_offline_run_sample_from_the_speaker(rank, folders, tm
 
 
 def test_a_speakers_frozen_models_are_arguments_of_its_programs(folders, tmp_path):  # noqa: F811
-    """Each program takes the parameters of every model; none is a constant in it."""
+    """Each program takes the parameters of every model; none is a constant in it. The first lines of the run say how they are laid out."""
     given = {"models.margin.path": folders[1], "eval.sample_prompts": 4}
     run = checked(arguments(tmp_path, DPO + STEERED, fields(folders, tmp_path, **given)))
     table = programs(run)
-    for name in ("eval/prefill", "eval/decode"):
+    line = told("eval", run.samplers["eval"], run.roles, run.mesh)
+    assert re.fullmatch(
+        r"eval: 8 completions are sampled .*, from a copy of the weights in float32, whole, with 0\.\d+ GB on each device", line
+    )
+    for name in ("eval/lay", "eval/prefill", "eval/decode"):
         program = table[name]
         shapes = [jax.tree.map(lambda x: x.shape, tree) for tree in program.arguments[0]]
         assert len(shapes) == 3 and shapes[0] == shapes[1] == shapes[2]

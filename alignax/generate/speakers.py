@@ -136,7 +136,7 @@ def speaker(
         head=head,
         logits=logits,
         names=name,
-        laid=lambda params: decoding_params(config, mesh, held, dtype, params) if laid else params,
+        laid=lambda params: decoding_params(config, mesh, held, dtype, params) if laid and params != () else params,
     )
 
 
