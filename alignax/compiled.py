@@ -17,6 +17,8 @@ def keep() -> None:
     JAX_ENABLE_COMPILATION_CACHE=false turns the cache off. The key of a program has its code and shapes, the versions of jax and XLA, their
     flags, and the kind of the device with the features of its processor.
     """
+    if not jax.config.values["jax_enable_compilation_cache"]:
+        return
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # jax leaves out what compiles within a second
     if "JAX_COMPILATION_CACHE_DIR" in os.environ or jax.config.values["jax_compilation_cache_dir"]:

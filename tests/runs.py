@@ -19,7 +19,7 @@ REPO = Path(__file__).resolve().parents[1]
 SMALL = {
     "batch_size": 8, "steps": 24, "data.max_length": 48, "data.max_prompt_length": 24, "eval.every": 12, "eval.sample_prompts": 4,
     "eval.max_new_tokens": 4, "checkpoint.every": 3, "optimizer.learning_rate": 1e-3, "log.tensorboard": False, "export.final": False,
-    "mesh.data": -1, "mesh.fsdp": 1,
+    "mesh.data": -1, "mesh.fsdp": 1, "reference.cache": "off",
 }  # fmt: skip
 
 

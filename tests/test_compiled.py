@@ -28,6 +28,7 @@ def settings(tmp_path, monkeypatch):
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     before = {name: jax.config.values[name] for name in FIELDS}
+    jax.config.update("jax_enable_compilation_cache", True)
 
     def kept():
         compiled.keep()
@@ -46,7 +47,13 @@ def test_programs_are_kept_in_the_users_folder_of_caches_unless_a_variable_says_
     found = settings()
     assert found["jax_compilation_cache_dir"] == str(tmp_path / "alignax" / "programs") and os.stat(compiled.folder()).st_mode & 0o77 == 0
     assert found["jax_persistent_cache_min_compile_time_secs"] == 0
-    assert not found["jax_enable_compilation_cache"] and str(compiled.COUNTED).endswith("compiled, none is kept")  # as conftest has it
+    assert str(compiled.COUNTED).endswith(f"read from {compiled.folder()}")
+
+
+def test_a_cache_that_is_turned_off_leaves_the_disk_alone(settings, tmp_path):
+    jax.config.update("jax_enable_compilation_cache", False)
+    assert not settings()["jax_compilation_cache_dir"] and not [*tmp_path.iterdir()]
+    assert str(compiled.COUNTED).endswith("compiled, none is kept")
 
 
 def test_a_folder_that_cannot_be_made_is_no_error(settings, tmp_path):
@@ -57,7 +64,6 @@ def test_a_folder_that_cannot_be_made_is_no_error(settings, tmp_path):
 def test_simulated_devices_read_no_programs_whoever_asks_for_it(settings):
     from alignax.mesh import order_collectives
 
-    jax.config.update("jax_enable_compilation_cache", True)
     assert settings()["jax_enable_compilation_cache"]
     order_collectives()
     assert not jax.config.values["jax_enable_compilation_cache"]

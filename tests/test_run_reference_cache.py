@@ -38,7 +38,7 @@ def cached(fields, tmp_path_factory):
     return folder
 
 
-def train(fields, workdir: Path, cache: Path | str = "", **more) -> int:
+def train(fields, workdir: Path, cache: Path | str = "off", **more) -> int:
     return main(runs.arguments(fields | {"workdir": workdir, "reference.cache": cache} | more))
 
 
@@ -154,6 +154,66 @@ def loss(config):
 def experience(config, reference, policy):
     return chain(logps("ref_logps", reference), mismatched_kl(policy, reference))
 """
+
+
+READING = """
+import jax.numpy as jnp
+def loss(config):
+    return dpo()
+
+def experience(config, reference):
+    return chain(logps("ref_logps", reference), lambda batch: WHAT)
+"""
+OTHER_ROWS = "logps('other', reference)(batch | {'tokens': jnp.roll(batch['tokens'], 1, axis=0)})"
+ENTROPY = "batch | {'entropy': reference.apply(reference.params, batch).entropy}"
+
+
+@pytest.fixture
+def chosen(fields, tmp_path):
+    """The folder that a run chooses for log-probs of the reference, relative to its workdir; 6 steps of 8 read 40 pairs twice."""
+
+    def folder(code: str = "", **more):
+        file = runs.REPO / "experiments" / "dpo_hh.py"
+        if code:
+            file = tmp_path / "experiment.py"
+            file.write_text(EXPERIMENT + code)
+        given = fields | {"workdir": tmp_path / "run", "reference.cache": ""} | more
+        run = prepare(load_experiment(file, [f"{name}={value}" for name, value in given.items()]))
+        return run.cache and str(run.cache.relative_to(tmp_path / "run"))
+
+    return folder
+
+
+def test_log_probs_that_are_read_twice_are_cached_in_the_workdir(chosen, tmp_path):
+    assert chosen() == "reference" and chosen(**{"microbatches": 4, "mesh.data": 2, "mesh.tensor": 4}) == "reference"
+    assert not chosen(steps=5) and not chosen(**{"reference.cache": "off"})
+    (tmp_path / "run" / "checkpoints" / "3").mkdir(parents=True)  # a run that computed them in every step goes on with that
+    assert not chosen()
+    (tmp_path / "run" / "reference").mkdir()
+    assert chosen() == "reference"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [MOVING, READING.replace("WHAT", OTHER_ROWS), READING.replace("WHAT", ENTROPY)],
+    ids=["moving", "other rows", "entropy"],
+)
+def test_an_experience_that_needs_more_than_log_probs_of_the_rows_gets_the_reference_itself(code, chosen):
+    assert chosen(READING.replace("WHAT", "batch")) == "reference"
+    assert not chosen(code)
+
+
+@pytest.mark.slow
+def test_a_run_that_caches_by_itself_goes_on_from_its_cache(fields, tmp_path, capsys, monkeypatch):
+    assert train(fields, tmp_path / "live") == train(fields, tmp_path / "run", "") == 0
+    said = capsys.readouterr().err
+    assert said.count("are computed once, for 1.2 epochs; reference.cache=off computes them in every step") == 1
+    live, stored = (runs.losses(tmp_path / name) for name in ("live", "run"))
+    assert [row["loss"] for row in stored.values()] == pytest.approx([row["loss"] for row in live.values()], rel=1e-5)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
+    monkeypatch.setattr(reference, "write", None)
+    assert train(fields, tmp_path / "run", "") == 0 and "going on after step 3" in capsys.readouterr().err
+    assert runs.losses(tmp_path / "run") == stored
 
 
 @pytest.mark.parametrize(

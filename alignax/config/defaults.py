@@ -51,7 +51,7 @@ def default_config() -> Any:
 
     c.reference = ConfigDict()
     c.reference.path = ""  # Hugging Face folder, or A@0.5,B@0.5; empty: the policy at the start of the run, of adapters their base
-    c.reference.cache = ""  # folder for the reference's log-probs of the data, computed once; empty: computed in every step
+    c.reference.cache = ""  # folder for the reference's log-probs of the data, computed once; empty: chosen, see README; "off": none
     c.reference.token_kl = False  # KL of policy and reference at every token, over the whole vocabulary; TDPO, Quark and GKD need it
     c.reference.jsd_beta = 0.5  # GKD's divergence: share of the reference in the mixture, in [0, 1]; 0: forward KL; 1: reverse KL
     c.reference.jsd_temperature = 1.0  # GKD's divergence: divides the logits of policy and reference; above 0

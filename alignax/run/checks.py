@@ -18,6 +18,7 @@ from alignax.generate.speakers import WEIGHTS
 from alignax.host import functions
 from alignax.losses.algebra import Loss
 from alignax.models import hf
+from alignax.run.stored import OFF
 
 LEAST = {
     "batch_size": 1, "microbatches": 1, "max_skipped": 1, "steps": 0, "checkpoint.every": 1, "checkpoint.keep": 1, "log.every": 1,
@@ -198,7 +199,7 @@ def check_token_kl(source: hf.Source, reference: hf.Source | None) -> None:
 
 def check_cache(config: Any, averages: dict[str, Average], reference: Any) -> None:
     """Refuses `reference.cache` without a reference, with a moving reference, and with token_kl."""
-    if not config.reference.cache:
+    if config.reference.cache in ("", OFF):
         return
     where = f"reference.cache {config.reference.cache!r}"
     if Path(config.reference.cache).is_file():

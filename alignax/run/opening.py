@@ -116,12 +116,17 @@ def reference_role(experiment: Experiment, source: hf.Source, roles: Mapping[str
     model = dataclasses.replace(source.config, lora=bare, critic_heads=0, **language)
     # The policy's own forward pass if possible, so that equal parameters give equal numbers.
     giving = policy.giving if model == policy.config else make_giving(model, config, policy.dtype, mesh)
-    c = config.eval
-    # Whether evaluations that sample need it: to score or to make the samples, or to compare them.
-    needed = REFERENCE in (*models_asked(experiment), *asked(experiment.speaker)) or (c.temperature > 0 and c.top_p == 1)
-    idle = config.reference.cache and not (needed and max(c.samples, c.sample_prompts))
-    tree = BASE if shared else STORED if idle else REFERENCE
+    tree = BASE if shared else REFERENCE
     return Role(REFERENCE, (source,), model, policy.dtype, tree, giving, "pretrained" if own else policy.init)
+
+
+def without_idle_reference(experiment: Experiment, roles: dict[str, Role]) -> dict[str, Role]:
+    """The roles of a run with stored log-probs: it holds the reference only for evaluations that score, make or compare samples with it."""
+    c, role = experiment.config.eval, roles[REFERENCE]
+    needed = REFERENCE in (*models_asked(experiment), *asked(experiment.speaker)) or (c.temperature > 0 and c.top_p == 1)
+    if role.tree == BASE or (needed and max(c.samples, c.sample_prompts)):
+        return roles
+    return roles | {REFERENCE: role._replace(tree=STORED)}
 
 
 def critic_role(config: Any, source: hf.Source, dtype: Any, mesh: Mesh) -> Role:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -60,9 +59,10 @@ from alignax.run.checks import (
     check_profile,
     check_rollout,
 )
-from alignax.run.opening import Vocabulary, notices, open_models
-from alignax.run.roles import GOLD, POLICY, REFERENCE, STORED, Role, abstract_frozen, abstract_trained, kernel, models
+from alignax.run.opening import Vocabulary, notices, open_models, without_idle_reference
+from alignax.run.roles import GOLD, POLICY, REFERENCE, Role, abstract_frozen, abstract_trained, kernel, models
 from alignax.run.sampling import make_samplers
+from alignax.run.stored import FOLDER, cache_folder, placed
 
 # Fields that may change when a run is resumed: they say where and how something is computed or reported, not what is computed.
 FREE = (
@@ -133,6 +133,7 @@ class Run(NamedTuple):
     workers: Workers  # the processes that call reward functions
     samplers: dict[str, Generator]  # the generators by name, see `alignax.run.sampling`
     packing: Packing | None  # how rows are packed; None: they are padded
+    cache: Path | None  # folder of the reference's log-probs of the data; None: they are computed in every step
     day: datetime.date  # the day that chat templates are told, on which the run began
 
     @property
@@ -192,9 +193,6 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
     readers = [source, *(roles[name].source for name in (REFERENCE, CRITIC) if name in roles and roles[name].source is not source)]
     for model in readers:
         check_positions(config, model, examples, every if model is source else examples)
-    if config.reference.cache:  # placeholders of log-probs that are read or computed before the first step; they take no memory
-        place = lambda e: dataclasses.replace(e, token_fields={STORED: np.broadcast_to(np.float32(0), len(e.tokens))})
-        examples = {split: place(e) for split, e in examples.items()}
     check_rollout(config, readers, experiment, examples)
     for strings in (config.rollout.stop, config.eval.stop):
         stops_of(words.tokenizer, strings)  # refuses stop strings that cannot occur
@@ -206,6 +204,12 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
     objectives, averages = learning(experiment, roles, mesh)
     check_averages(config, averages, reference, (*models_asked(experiment), *asked(experiment.speaker)))
     check_cache(config, averages, reference)
+    if cache := cache_folder(experiment, roles, averages, data.train, steps):
+        train = dataclasses.replace(data.train, examples=placed(data.train.examples))
+        data, roles = (
+            data._replace(train=train, evaluation=data.evaluation and placed(data.evaluation)),
+            without_idle_reference(experiment, roles),
+        )
     packing = make_packing(config, roles, mesh, data.train)
     for role in roles.values():
         kernel(role, config, mesh, data.train.length)  # refuses a kernel whose conditions do not hold
@@ -218,7 +222,7 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
         Learning(objectives, schedule, optimizer, averages), steps,
         Workers(experiment.file, config, config.rollout.reward_workers, config.rollout.timeout),
         make_samplers(experiment, roles, words, mesh, data.train.examples, data.evaluated, taken),
-        packing, day,
+        packing, cache, day,
     )  # fmt: skip
 
 
@@ -375,8 +379,10 @@ def check_workdir(run: Run) -> None:
 
 
 def begun(workdir: Path) -> bool:
-    """Whether a run has made anything in its workdir; where it was stopped while it was prepared, its config.py stands there alone."""
-    return any(path.is_file() and path.stat().st_size for path in workdir.rglob("*") if path.name not in ("config.py", output.LOCK))
+    """Whether a run has made anything in its workdir but its config.py and log-probs of the reference, which a run that was stopped while
+    it was prepared leaves there."""
+    made = (path for path in workdir.rglob("*") if path.name not in ("config.py", output.LOCK))
+    return any(path.is_file() and path.stat().st_size for path in made if path.relative_to(workdir).parts[0] != FOLDER)
 
 
 def exports(run: Run) -> list[Path]:

@@ -74,7 +74,7 @@ def programs(run: Run) -> dict[str, Program]:
         role = run.roles[name]
         for sampler in run.samplers:
             out[score_of(sampler, name)] = Program(jax.jit(make_score(run, role)), (held[role.tree], abstract_read(run, name, sampler)))
-    if run.config.reference.cache:
+    if run.cache is not None:
         role = run.roles[REFERENCE]
         out[CACHE] = Program(jax.jit(make_score(run, role)), (abstract(role, run.mesh), abstract_batch(run, evaluation=True)))
     return out

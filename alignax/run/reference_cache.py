@@ -36,7 +36,7 @@ def with_stored(run: Run, params: Params, digest: str, program: Program, say: An
     """The run with the reference's log-probs in its data, read from the cache or computed into it. Every process calls this function.
 
     Args:
-      run: a run with `reference.cache`.
+      run: a run with a cache.
       params: the reference's parameters, as the forward pass reads them.
       digest: the digest of the reference's weights.
       program: the program that scores a batch of the data with the reference, see `alignax.run.programs`.
@@ -53,7 +53,10 @@ def with_stored(run: Run, params: Params, digest: str, program: Program, say: An
 
 
 def key(run: Run, examples: Examples, digest: str) -> str:
-    """The key of a cache, 16 hexadecimal digits: a fingerprint of all that the log-probs depend on."""
+    """The key of a cache, 16 hexadecimal digits: a fingerprint of all that the log-probs depend on.
+
+    Mesh, packing, attention kernel and chunks are not in it: they change the rounding alone, and `check` compares a batch before use.
+    """
     role = run.roles[REFERENCE]
     model = repr((FORMAT, digest, role.source.config, role.dtype.name)).encode()
     return f"{zlib.crc32(model):08x}{examples.token_digest():08x}"
@@ -61,7 +64,8 @@ def key(run: Run, examples: Examples, digest: str) -> str:
 
 def stored(run: Run, examples: Examples, params: Params, digest: str, split: str, program: Program, say: Any) -> Examples:
     """The examples of a split, with the reference's log-prob of every scored token."""
-    folder = Path(run.config.reference.cache) / key(run, examples, digest)
+    assert run.cache is not None
+    folder = run.cache / key(run, examples, digest)
     with together():
         folder.mkdir(parents=True, exist_ok=True)
         output.sweep(folder)

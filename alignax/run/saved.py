@@ -22,6 +22,7 @@ from alignax.run.export import members_of
 from alignax.run.opening import compute_dtype, make_lora, open_model, open_source, paths_of, trained_roles
 from alignax.run.roles import abstract_trained
 from alignax.run.start import check_same, described, fingerprint
+from alignax.run.stored import OFF
 from alignax.types import Params
 
 
@@ -36,7 +37,7 @@ def saved_experiment(workdir: Path, overrides: Sequence[str]) -> Experiment:
     file = workdir / "config.py"
     if not of_run(file):
         raise ValueError(f"{str(workdir)!r} is not the workdir of a run: it has no config.py{' that a run wrote' if file.exists() else ''}")
-    here = [f"workdir={workdir}", "reference.cache=", "mesh.member=1", "mesh.data=1", "mesh.fsdp=-1", "mesh.tensor=1"]
+    here = [f"workdir={workdir}", f"reference.cache={OFF}", "mesh.member=1", "mesh.data=1", "mesh.fsdp=-1", "mesh.tensor=1"]
     experiment = load_experiment(file, [*here, *overrides])
     if (changed := changed_modules(experiment, experiment)) and is_main():
         print(

@@ -32,6 +32,7 @@ from alignax.run.programs import programs
 from alignax.run.reference_cache import CACHE, with_stored
 from alignax.run.roles import BASE, ENSEMBLE, REFERENCE, Role, abstract_trained, freeze, load
 from alignax.run.state import abstract_state
+from alignax.run.stored import FOLDER, OFF
 from alignax.train import Apply, digest
 from alignax.types import Batch, Model, Outputs, Params, TrainState
 
@@ -72,17 +73,17 @@ def start(run: Run, write: bool = True) -> Started:
     about = described(run.policy.source, run.words.tokenizer)
     about |= {"policy": f"{int(table['fingerprint'].call(params)):08x}", "reference": "", "data": data_digest(run)}
     held: dict[str, Params] = {}
+    lock = output.Lock(None)
+    if write and run.cache == run.workdir / FOLDER:  # it is written before the run has begun
+        lock = open_workdir(run)
     for name, role in run.roles.items():
         if name != REFERENCE and role.tree == name:
             held[name] = hold(run, role, params, about)
     if REFERENCE in run.roles:
         run = with_reference(run, params, held, about, table)
     params = begin(run, params, held, about)
-    lock = output.Lock(None)
-    if write:
-        with together():
-            output.require_space(run.workdir, nbytes(abstract_state(run)), "a checkpoint", "make room, or choose another workdir")
-            lock = open_workdir(run)
+    if write and run.cache != run.workdir / FOLDER:
+        lock = open_workdir(run)
     checkpoints = Checkpoints(run.workdir, config.checkpoint.keep, config.checkpoint.best, write)
     compared = about if write else {name: x for name, x in about.items() if name != "data"}  # evaluation may use other data
     about = about | {"day": run.day.isoformat()}  # the day that templates read, kept when the run goes on tomorrow
@@ -112,15 +113,18 @@ def hold(run: Run, role: Role, params: Params, about: dict[str, str]) -> Params:
 
 
 def with_reference(run: Run, params: Params, held: dict[str, Params], about: dict[str, str], table: Mapping[str, Program]) -> Run:
-    """The run with what it needs of the reference: parameters, added to `held`, or with `reference.cache` log-probs of the data."""
+    """The run with what it needs of the reference: parameters, added to `held`, or log-probs of the data in its place."""
     role = run.roles[REFERENCE]
     about[REFERENCE] = about["policy"]  # if the reference is the policy at step 0; else `hold` replaces it
     own = held[BASE] if role.tree == BASE else hold(run, role, params, about)
     if role.tree == REFERENCE:
         held[REFERENCE] = own
-    if not run.config.reference.cache:
+    if run.cache is None:
         return run
     say = lambda line: print(line, file=sys.stderr, flush=True) if is_main() else None
+    if not run.config.reference.cache:
+        epochs = run.steps * run.config.batch_size / len(run.data.train.examples)
+        say(f"the log-probs of the reference are computed once, for {epochs:.3g} epochs; reference.cache={OFF} computes them in every step")
     return with_stored(run, own, about[REFERENCE], table[CACHE], say)
 
 
@@ -301,12 +305,14 @@ def data_digest(run: Run) -> str:
 
 
 def open_workdir(run: Run) -> output.Lock:
-    """Makes the workdir, locks it, and writes the effective config into it; only process 0 does this."""
+    """Makes the workdir, locks it, and writes the effective config into it; only process 0 does this, and every process calls it."""
     lock = output.Lock(None)
-    if is_main():
-        run.workdir.mkdir(parents=True, exist_ok=True)
-        lock = output.Lock(run.workdir / output.LOCK)
-        output.write_text(run.workdir / "config.py", effective(run.experiment))
+    with together():
+        output.require_space(run.workdir, nbytes(abstract_state(run)), "a checkpoint", "make room, or choose another workdir")
+        if is_main():
+            run.workdir.mkdir(parents=True, exist_ok=True)
+            lock = output.Lock(run.workdir / output.LOCK)
+            output.write_text(run.workdir / "config.py", effective(run.experiment))
     return lock
 
 

@@ -42,7 +42,7 @@ def make_experience(run: Run, held: Held, state: TrainState) -> Experience:
 def given_models(run: Run, held: Held, state: TrainState) -> dict[str, Model]:
     """The models for experience and losses, by name. The reference may be an average of the policy, or stored log-probs of the data."""
     given = models(run.roles, held, state.params, run.packing)
-    if run.config.reference.cache:
+    if run.cache is not None:
         given[REFERENCE] = STORED_MODEL
     if REFERENCE in state.averages:
         given[REFERENCE] = policy_model(run.roles, held, state.averages[REFERENCE], run.packing)
