@@ -58,6 +58,7 @@ from alignax.run.checks import (
     check_pretrain,
     check_rollout,
 )
+from alignax.run.memory import fitting, part_shape
 from alignax.run.opening import Vocabulary, notices, open_models
 from alignax.run.roles import GOLD, POLICY, REFERENCE, STORED, Role, abstract_frozen, kernel, models
 from alignax.run.sampling import make_samplers
@@ -131,6 +132,7 @@ class Run(NamedTuple):
     samplers: dict[str, Generator]  # the generators by name, see `alignax.run.sampling`
     packing: Packing | None  # how rows are packed; None: they are padded
     day: datetime.date  # the day that chat templates are told, on which the run began
+    remat: str  # in words, what `model.remat` "auto" chose, and why; empty for a policy by name
 
     @property
     def readers(self) -> dict[str, Judge]:
@@ -168,6 +170,9 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
     if not config.workdir:
         raise ValueError("config field 'workdir' is empty; set --config.workdir=runs/NAME")
     check_fields(config)
+    if chooses := config.model.remat == "auto":
+        experiment = recomputing(experiment, "full")  # until all that the choice depends on is known
+        config = experiment.config
     mesh = mesh or meshes.make_mesh(config.mesh)
     check_batches(config, mesh)
     roles, words = open_models(experiment, mesh)
@@ -199,10 +204,17 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
     steps = step_count(config, data.train)
     schedule = make_schedule(config.optimizer, steps)
     optimizer = own_optimizer(experiment, schedule) if experiment.optimizer else make_optimizer(config.optimizer, schedule)
+    packing = make_packing(config, roles, mesh, data.train)
     objectives, averages = learning(experiment, roles, mesh)
+    remat = ""
+    if chooses:
+        shape = part_shape(config, mesh, packing, config.rollout.samples or data.train.examples.N, data.train.length)
+        chosen, remat = fitting(config, roles, mesh, optimizer, len(averages), shape)
+        experiment = recomputing(experiment, chosen)
+        config, (roles, _) = experiment.config, open_models(experiment, mesh)
+        objectives, averages = learning(experiment, roles, mesh)
     check_averages(config, averages, reference, (*models_asked(experiment), *asked(experiment.speaker)))
     check_cache(config, averages, reference)
-    packing = make_packing(config, roles, mesh, data.train)
     for role in roles.values():
         kernel(role, config, mesh, data.train.length)  # refuses a kernel whose conditions do not hold
     check_attention(config, packing)
@@ -213,8 +225,15 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
         Learning(objectives, schedule, optimizer, averages), steps,
         Workers(experiment.file, config, config.rollout.reward_workers, config.rollout.timeout),
         make_samplers(experiment, roles, words, mesh, data.train.examples, data.evaluated),
-        packing, day,
+        packing, day, remat,
     )  # fmt: skip
+
+
+def recomputing(experiment: Experiment, remat: str) -> Experiment:
+    """The experiment with another `model.remat`."""
+    config = experiment.config.copy_and_resolve_references()
+    config.model.remat = remat
+    return experiment._replace(config=config)
 
 
 def scoring(roles: dict[str, Role]) -> dict[str, Role]:
