@@ -125,7 +125,7 @@ def test_real_preferences_end_where_they_did(data_dir, tmp_path):
             "eval.samples": 0, "eval.sample_prompts": 0, "export.final": False, "log.tensorboard": False,
         }  # fmt: skip
         runs.finish(runs.begin(runs.arguments(fields)), timeout=900)
-        found[moments] = [row["loss"] for row in runs.evaluations(tmp_path / moments)]
+        found[moments] = [row["eval/loss"] for row in runs.evaluations(tmp_path / moments)]
     print(found)
     first, *_, last = found["float32"]
     assert first - last > 0.02

@@ -53,6 +53,7 @@ from alignax.run.checks import (
     check_cache,
     check_fields,
     check_judged,
+    check_moments,
     check_objective,
     check_positions,
     check_pretrain,
@@ -170,6 +171,7 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
     if not config.workdir:
         raise ValueError("config field 'workdir' is empty; set --config.workdir=runs/NAME")
     check_fields(config)
+    check_moments(experiment)
     if chooses := config.model.remat == "auto":
         experiment = recomputing(experiment, "full")  # until all that the choice depends on is known
         config = experiment.config
