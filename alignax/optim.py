@@ -80,14 +80,9 @@ def own_optimizer(experiment: Experiment, schedule: optax.Schedule) -> optax.Gra
     """The optimizer that `optimizer(config, schedule)` of an experiment file makes, its own clipping and decay included.
 
     Raises:
-      ValueError: if it is not an optax optimizer, or if `optimizer.moments` asks for fewer bits.
+      ValueError: if it is not an optax optimizer.
     """
     assert experiment.optimizer is not None
-    if (moments := experiment.config.optimizer.moments) != "float32":
-        raise ValueError(
-            f"optimizer.moments is {moments!r}, and optimizer() of {experiment.file} makes its own; let it return "
-            f"alignax.moments.compact(optimizer, {moments!r}), and leave optimizer.moments at float32"
-        )
     with blaming(experiment.file):
         made = experiment.optimizer(experiment.config, schedule)
     if not isinstance(made, optax.GradientTransformation):

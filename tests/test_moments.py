@@ -114,23 +114,22 @@ def test_training_ends_where_it_did(name, moments):
 
 @pytest.mark.slow
 def test_real_preferences_end_where_they_did(data_dir, tmp_path):
-    """DPO of a 260k model on 320 pairs of HH: the loss of held-out pairs ends within 0.005 of that with float32 moments."""
+    """DPO of a 260k model on 96 pairs of HH: the loss of held-out pairs ends within 0.005 of that with float32 moments."""
     found = {}
-    for moments in ("float32", *FEWER):
+    for moments in ("float32", "int8"):
         fields = {
             "workdir": tmp_path / moments, "model.path": data_dir / "derived_hh_sft_260k",
             "data.train": data_dir / "hh_harmless/train.jsonl", "data.eval": data_dir / "hh_harmless/dev.jsonl",
-            "data.limit": 320, "data.bad_rows": "drop", "data.max_length": 128,
-            "data.max_prompt_length": 64, "batch_size": 8, "steps": 40, "optimizer.learning_rate": 1e-3, "optimizer.moments": moments,
+            "data.limit": 96, "data.bad_rows": "drop", "data.max_length": 96,
+            "data.max_prompt_length": 48, "batch_size": 4, "steps": 40, "optimizer.learning_rate": 1e-3, "optimizer.moments": moments,
             "eval.samples": 0, "eval.sample_prompts": 0, "export.final": False, "log.tensorboard": False,
         }  # fmt: skip
-        runs.finish(runs.begin(runs.arguments(fields)))
-        found[moments] = [row["loss"] for row in runs.evaluations(tmp_path / moments)]
+        runs.finish(runs.begin(runs.arguments(fields)), timeout=900)
+        found[moments] = [row["eval/loss"] for row in runs.evaluations(tmp_path / moments)]
     print(found)
     first, *_, last = found["float32"]
     assert first - last > 0.02
-    for moments in FEWER:
-        assert found[moments][0] == first and 0 < abs(found[moments][-1] - last) < 0.005
+    assert found["int8"][0] == first and 0 < abs(found["int8"][-1] - last) < 0.005
 
 
 def test_a_checkpoint_holds_codes_and_scales(tmp_path):

@@ -30,7 +30,7 @@ def default_config() -> Any:
     c.model.critic_heads = 1  # values that the critic gives per token; 1: of the whole reward; more: of the KL, then of each reward model
     c.model.freeze = False  # train only the head of a reward model
     c.model.dtype = "auto"  # of activations: "float32" or "bfloat16"; "auto": bfloat16 on accelerators, float32 on CPU
-    c.model.remat = "full"  # the backward pass recomputes each layer; or "attention", "dots", "none", "offload": see docs/performance.md
+    c.model.remat = "full"  # the backward pass recomputes each layer; or "attention", "dots", "none", "offload"; "auto": what fits
     c.model.attention = "auto"  # of padded rows: "splash" (TPU), "cudnn" (GPU), "xla"; "auto": the platform's own where it can, else xla
     c.model.packing = 0  # positions that a device computes at a time, packed with rows; 0: chosen where it pays; -1: rows are padded
     c.model.logps_chunk = 256  # positions whose logits are in memory at a time

@@ -181,6 +181,16 @@ def check_rollout(config: Any, readers: Sequence[hf.Source], experiment: Experim
         check_room(model.config, longest, c.max_new_tokens, "rollout.max_new_tokens")
 
 
+def check_moments(experiment: Experiment) -> None:
+    """Refuses `optimizer.moments` for an optimizer that the experiment makes itself."""
+    moments = experiment.config.optimizer.moments
+    if experiment.optimizer is not None and moments != "float32":
+        raise ValueError(
+            f"optimizer.moments is {moments!r}, and optimizer() of {experiment.file} makes its own; let it return "
+            f"alignax.moments.compact(optimizer, {moments!r}), and leave optimizer.moments at float32"
+        )
+
+
 def check_token_kl(source: hf.Source, reference: hf.Source | None) -> None:
     """Refuses `reference.token_kl` without a reference, or with one whose head differs from the policy's."""
     if reference is None:

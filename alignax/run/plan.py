@@ -23,7 +23,7 @@ from alignax.models import hf
 from alignax.run.prepare import Run
 from alignax.run.programs import programs
 from alignax.run.state import abstract_batches, abstract_state
-from alignax.run.summary import sizes
+from alignax.run.summary import remat, sizes
 from alignax.text import table
 
 
@@ -65,6 +65,7 @@ def describe(run: Run) -> str:
             f"{sizes(run)}; mesh {meshes.words(run.mesh)}",
             table(rows),
             *(f"batch {n} {x.shape} (.., examples, responses, tokens), {x.sharding.spec}" for n, x in batches if n.endswith("tokens")),
+            *remat(run),
             memory(run),
             str(COUNTED),
             f"steps {run.steps}",

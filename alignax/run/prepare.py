@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import optax
 from jax.sharding import Mesh
 
@@ -53,14 +52,16 @@ from alignax.run.checks import (
     check_cache,
     check_fields,
     check_judged,
+    check_moments,
     check_objective,
     check_positions,
     check_pretrain,
     check_profile,
     check_rollout,
 )
+from alignax.run.memory import fitting, held, part_shape
 from alignax.run.opening import Vocabulary, notices, open_models, without_idle_reference
-from alignax.run.roles import GOLD, POLICY, REFERENCE, Role, abstract_frozen, abstract_trained, kernel, models
+from alignax.run.roles import GOLD, POLICY, REFERENCE, Role, kernel, models
 from alignax.run.sampling import make_samplers
 from alignax.run.stored import FOLDER, cache_folder, placed
 
@@ -135,6 +136,7 @@ class Run(NamedTuple):
     packing: Packing | None  # how rows are packed; None: they are padded
     cache: Path | None  # folder of the reference's log-probs of the data; None: they are computed in every step
     day: datetime.date  # the day that chat templates are told, on which the run began
+    remat: str  # in words, what `model.remat` "auto" chose, and why; empty for a policy by name
 
     @property
     def readers(self) -> dict[str, Judge]:
@@ -172,6 +174,10 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
     if not config.workdir:
         raise ValueError("config field 'workdir' is empty; set --config.workdir=runs/NAME")
     check_fields(config)
+    check_moments(experiment)
+    if chooses := config.model.remat == "auto":
+        experiment = recomputing(experiment, "full")  # until all that the choice depends on is known
+        config = experiment.config
     mesh = mesh or meshes.make_mesh(config.mesh)
     check_batches(config, mesh)
     roles, words = open_models(experiment, mesh)
@@ -201,7 +207,15 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
     check_profile(config, steps)
     schedule = make_schedule(config.optimizer, steps)
     optimizer = own_optimizer(experiment, schedule) if experiment.optimizer else make_optimizer(config.optimizer, schedule)
+    packing = make_packing(config, roles, mesh, data.train)
     objectives, averages = learning(experiment, roles, mesh)
+    remat = ""
+    if chooses:
+        shape = part_shape(config, mesh, packing, config.rollout.samples or data.train.examples.N, data.train.length)
+        chosen, remat = fitting(config, roles, mesh, optimizer, len(averages), shape)
+        experiment = recomputing(experiment, chosen)
+        config, (roles, _) = experiment.config, open_models(experiment, mesh)
+        objectives, averages = learning(experiment, roles, mesh)
     check_averages(config, averages, reference, (*models_asked(experiment), *asked(experiment.speaker)))
     check_cache(config, averages, reference)
     if cache := cache_folder(experiment, roles, averages, data.train, steps):
@@ -210,7 +224,6 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
             data._replace(train=train, evaluation=data.evaluation and placed(data.evaluation)),
             without_idle_reference(experiment, roles),
         )
-    packing = make_packing(config, roles, mesh, data.train)
     for role in roles.values():
         kernel(role, config, mesh, data.train.length)  # refuses a kernel whose conditions do not hold
     check_attention(config, packing)
@@ -222,17 +235,15 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
         Learning(objectives, schedule, optimizer, averages), steps,
         Workers(experiment.file, config, config.rollout.reward_workers, config.rollout.timeout),
         make_samplers(experiment, roles, words, mesh, data.train.examples, data.evaluated, taken),
-        packing, cache, day,
+        packing, cache, day, remat,
     )  # fmt: skip
 
 
-def held(roles: dict[str, Role], mesh: Mesh, optimizer: optax.GradientTransformation, averages: int) -> int:
-    """The bytes of a device that a policy with its optimizer and averages, and the frozen models take."""
-    trained = abstract_trained(roles, mesh)
-    state = jax.eval_shape(optimizer.init, trained)
-    layout = meshes.optimizer_shardings(mesh, optimizer, state, jax.tree.map(lambda x: x.sharding, trained))
-    state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, layout)
-    return meshes.device_bytes((state, abstract_frozen(roles, mesh))) + (1 + averages) * meshes.device_bytes(trained)
+def recomputing(experiment: Experiment, remat: str) -> Experiment:
+    """The experiment with another `model.remat`."""
+    config = experiment.config.copy_and_resolve_references()
+    config.model.remat = remat
+    return experiment._replace(config=config)
 
 
 def scoring(roles: dict[str, Role]) -> dict[str, Role]:

@@ -59,6 +59,11 @@ def attention(run: Run) -> str:
     return f"attention: {packed}{'; '.join(words)}"
 
 
+def remat(run: Run) -> list[str]:
+    """The line that says which policy `model.remat` "auto" chose; none for a policy by name."""
+    return [f"remat: {run.remat}"] if run.remat else []
+
+
 def summary(run: Run, about: dict[str, Any], start: int) -> list[str]:
     """The lines of a run's summary; `about` has the names of its models, `start` is the step it goes on from."""
     policy, data = run.policy, run.data
@@ -66,7 +71,7 @@ def summary(run: Run, about: dict[str, Any], start: int) -> list[str]:
         f"model {run.config.model.path}: {sizes(run)}; mesh {meshes.words(run.mesh)}",
         f"policy {about['policy']}" + (f", reference {about['reference']}" if about["reference"] else ", no reference"),
     ]
-    lines.append(attention(run))
+    lines += [attention(run), *remat(run)]
     if policy.lora is not None and not policy.lora.targets:
         lines.append("the trunk is frozen: only the head is trained")
     elif policy.lora is not None and not policy.members:
