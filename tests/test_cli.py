@@ -317,7 +317,7 @@ BAD = {
                 f, t, lambda d: (d / "tokenizer.json").write_text((d / "tokenizer.json").read_text().replace('"a":', '"ä":'))
             )
         },
-        r"reference\.path '.*' has another tokenizer than the policy.*'ä' there, 'a' here",
+        r"reference\.path '.*' has another tokenizer than the policy.*is 'ä', not 'a'; give models",
     ),
     "reference of another vocabulary": (
         lambda f, t: {"reference.path": edited(f, t, lambda d: set_json(d / "config.json", vocab_size=97)), "model.init": "random"},
