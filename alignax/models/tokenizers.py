@@ -30,9 +30,7 @@ def load_tokenizer(path: Path, vocab_size: int) -> Any:
     except BaseException as e:  # a damaged tokenizer.json raises a bare Exception or a Rust panic, which is no Exception
         if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
             raise
-        raise ValueError(
-            f"{str(path)!r} has no tokenizer that transformers reads ({one_line(e)}); fetch the model's tokenizer files again"
-        ) from e
+        raise ValueError(f"{str(path)!r} has no tokenizer that transformers reads ({one_line(e)}); fetch the model folder again") from e
     if eos is None:
         raise ValueError(f"the tokenizer in {str(path)!r} has no EOS token; set eos_token in its tokenizer_config.json")
     check_token("EOS", path, eos, vocab_size)
