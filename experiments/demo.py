@@ -207,7 +207,9 @@ def write_pairs(folder: Path, policy: Path, config) -> None:
             better, worse = two if a > b else two[::-1]
             rows.append({"prompt": p, "chosen": " " + better, "rejected": " " + worse})
     if len(rows) < wanted:
-        raise BadInput(f"the policy made {len(rows)} pairs that are no tie, {wanted} are needed; train SFT longer")
+        raise BadInput(
+            f"the gold reward tells apart only {len(rows)} pairs of the policy's answers, but {wanted} are needed; train SFT longer"
+        )
     noisy = [flipped(row) if rng.random() < config.noise else row for row in rows[: config.pairs]]
     write_jsonl(folder / "pairs.jsonl", noisy)
     write_jsonl(folder / "eval.jsonl", rows[config.pairs : wanted])

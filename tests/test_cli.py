@@ -278,7 +278,7 @@ BAD = {
     ),
     "tokenizer of sentencepiece alone": (
         lambda f, t: {"model.path": edited(f, t, lambda d: (d / "tokenizer.json").rename(d / "tokenizer.model"))},
-        r"has tokenizer\.model and no tokenizer\.json, and what transformers makes of that alone has other ids in places; fetch",
+        r"has tokenizer\.model but no tokenizer\.json, without which transformers gives some texts other token ids; fetch",
     ),
     "batch that the mesh does not divide": (lambda f, t: {"batch_size": 12}, r"batch_size 12.*multiple of 8"),
     "batch that microbatches do not divide": (lambda f, t: {"microbatches": 3}, r"multiple of 24"),
@@ -319,11 +319,11 @@ BAD = {
                 f, t, lambda d: (d / "tokenizer.json").write_text((d / "tokenizer.json").read_text().replace('"a":', '"ä":'))
             )
         },
-        r"reference\.path '.*' has another tokenizer than the policy.*'ä' there, 'a' here",
+        r"reference\.path '.*' has another tokenizer than the policy.*is 'ä', not 'a'; give models",
     ),
     "reference of another vocabulary": (
         lambda f, t: {"reference.path": edited(f, t, lambda d: set_json(d / "config.json", vocab_size=97)), "model.init": "random"},
-        r"embed_tokens.*\(96, 32\), config\.json says \(97, 32\)",
+        r"embed_tokens.*\(96, 32\), but config\.json says \(97, 32\)",
     ),
     "shares that do not sum to 1": (
         lambda f, t: {"reference.path": f"{f['model.path']}@0.5,{f['model.path']}/@0.4"}, r"shares 0\.5, 0\.4 of .* sum to 0\.9; make"

@@ -106,8 +106,8 @@ def test_goes_on_from_a_peft_folder_on_eight_devices(whole, fields, tmp_path):
         ({"lora.alpha": 0.0}, "lora.alpha is 0.0"),
         ({"lora.path": "/nowhere"}, "'/nowhere' has no adapter_config.json"),
         ({"lora.path": {}, "lora.rank": 0}, "has no adapter_model.safetensors; fetch the adapter again"),
-        ({"lora.path": {}, "lora.rank": 8}, "lora.rank is 8, and the adapters in lora.path"),
-        ({"model.init": "random"}, "adapts trained weights, model.init is 'random'"),
+        ({"lora.path": {}, "lora.rank": 8}, "lora.rank is 8, but the adapters in lora.path"),
+        ({"model.init": "random"}, "adapts trained weights, but model.init is 'random'; set model.init=pretrained"),
     ],
 )
 def test_refused(change, message, fields, tmp_path, capsys):

@@ -311,7 +311,7 @@ def test_fields_of_other_models_are_refused_by_name(kind):
         "per_layer_config": {"0": {"num_attention_heads": 2}}, "num_nextn_predict_layers": 1, "is_encoder_decoder": True,
         "an_unknown_field": "x", "drop_first_norm": True,
     }.items():  # fmt: skip
-        with pytest.raises(ValueError, match=f"config.json: {name} .* is not supported for {kind}; give a model without it"):
+        with pytest.raises(ValueError, match=f"config.json: {name} .* is not supported for {kind}; give a model without this field"):
             read_config(full | {name: value}, "config.json")
     neutral = {"clip_qkv": None, "alibi": False, "logit_scale": 1.0, "is_causal": True, "quantization_config": None, "no_rope_layers": [],
                "pruned_heads": {}, "an_unknown_field": 0}  # fmt: skip
@@ -368,7 +368,7 @@ def test_other_fields_of_the_angles_are_refused():
 def test_angles_under_both_names():
     rope = {"rope_type": "yarn", "factor": 4.0}
     base = tiny.CONFIG | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
-    with pytest.raises(ValueError, match="rope_scaling .* stands beside rope_parameters .*; join them in rope_parameters"):
+    with pytest.raises(ValueError, match="rope_scaling .* stands beside rope_parameters .*; write all values into rope_parameters"):
         read_config(base | {"rope_scaling": rope}, "config.json")
     assert read_config(base | {"rope_scaling": base["rope_parameters"]}, "config.json") == read_config(base, "config.json")
 

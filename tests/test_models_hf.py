@@ -263,18 +263,18 @@ def test_ids_that_a_tokenizer_leaves_out(copy, tmp_path):
     two = hf.open_folder(copy)
     two = two._replace(stored=dataclasses.replace(two.stored, num_labels=2), config=dataclasses.replace(two.config, num_labels=1))
     told = notices({"policy": SimpleNamespace(source=two)}, load_tokenizer(copy, 96))
-    assert "has 1 tokens beyond the 96 rows of the embedding, 'a' (96); texts with them are refused" in told[0] and len(told) == 2
-    assert "gives 2 scores, and model.num_labels asks for 1: it is left out, and a head begins anew" in told[1]
-    with pytest.raises(ValueError, match=r"the EOS of the tokenizer in .* has id 2, and the embedding has 2 rows; use the tokenizer"):
+    assert "has 1 tokens beyond the 96 rows of the embedding, 'a' (96); texts with these tokens are refused" in told[0] and len(told) == 2
+    assert "gives 2 scores, but model.num_labels asks for 1: this head is left out, and a new one begins untrained" in told[1]
+    with pytest.raises(ValueError, match=r"the EOS of the tokenizer in .* has id 2, but the embedding has 2 rows; use the tokenizer"):
         load_tokenizer(copy, 2)
-    with pytest.raises(ValueError, match="leaves ids out between its 95 tokens; none can be added to it"):
+    with pytest.raises(ValueError, match="the ids of the 95 tokens of the tokenizer in .* have gaps, so alignax adds no token"):
         with_tokens(copy, tmp_path / "out", ["<|new|>"])
 
 
 @pytest.mark.parametrize("ids", [96, -1, True, "2", [2, None], [2, [5]], {"a": 1}])
 def test_an_end_that_is_no_token_is_refused(ids, copy):
     (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
-    with pytest.raises(ValueError, match=r"eos_token_id .* in .*generation_config.json is none of the model's 96 tokens; correct it"):
+    with pytest.raises(ValueError, match=r"eos_token_id .* in .*generation_config.json is none of the model's 96 tokens; correct the id"):
         hf.end_ids(hf.open_folder(copy), tiny.tokenizer())
 
 
@@ -446,7 +446,7 @@ def test_tensors_that_the_config_does_not_describe(copy):
     refuses(
         copy,
         "13 tensors that config.json does not describe, 'model.layers.1.input_layernorm.weight' first",
-        "is it this model's config, and",
+        "check that config.json is this model's, and",
     )
 
 
@@ -455,14 +455,12 @@ def test_tensors_under_the_names_of_a_wrapper(copy):
         tensors |= {f"_orig_mod.{name}": tensors.pop(name) for name in list(tensors)}
 
     retensor(copy, wrap)
-    refuses(
-        copy, "lacks 29 tensors", "and has 29 tensors", "'_orig_mod.lm_head.weight' first", "the names that transformers saves it with?"
-    )
+    refuses(copy, "lacks 29 tensors", "and has 29 tensors", "'_orig_mod.lm_head.weight' first", "the names that transformers gives them")
 
 
 def test_misshapen_tensor(copy):
     rewrite(copy, vocab_size=95)
-    refuses(copy, "model.embed_tokens.weight", "has shape (96, 32), config.json says (95, 32)", "is it this model's config?")
+    refuses(copy, "model.embed_tokens.weight", "has shape (96, 32), but config.json says (95, 32)", "check that config.json is")
 
 
 def test_values_that_are_not_finite(copy):
@@ -504,7 +502,7 @@ def test_index_that_places_a_tensor_wrongly(sharded):
     assert wrong != index["weight_map"]["model.norm.weight"]
     index["weight_map"]["model.norm.weight"] = wrong
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    refuses(folder, f"{folder / wrong} does not hold model.norm.weight, which its index places there", "fetch it again")
+    refuses(folder, f"{folder / wrong} does not hold model.norm.weight, which its index places there", "fetch the folder again")
 
 
 def test_a_tensor_in_two_files(sharded):
@@ -613,10 +611,10 @@ def test_index_that_is_none(content, sharded):
         ({"hidden_act": ["silu"]}, "hidden_act in {} is ['silu']; it must be text"),
         ({"rope_parameters": [1]}, "rope_parameters in {} is [1]; it must be an object"),
         ({"rope_parameters": {"rope_theta": "1e4"}}, "rope_theta in {}, rope_parameters is '1e4'; it must be a number above 0"),
-        ({"num_key_value_heads": 3}, "{}: 4 attention heads do not share 3 key-value heads"),
+        ({"num_key_value_heads": 3}, "{}: num_attention_heads 4 is no multiple of num_key_value_heads 3"),
         (
             {"head_dim": None, "num_attention_heads": 5, "num_key_value_heads": 5},
-            "{}: hidden_size 32 does not divide into num_attention_heads 5",
+            "{}: hidden_size 32 is no multiple of num_attention_heads 5",
         ),
         ({"head_dim": 7}, "{}: 7 of the 7 dimensions of a head rotate"),
         ({"intermediate_size": None}, "{} lacks the field 'intermediate_size'"),

@@ -154,7 +154,7 @@ def _both(stream, place):
         ({"ensemble.members": 2, "model.num_labels": 0}, r"only reward models have members; set model\.num_labels to 1"),
         ({"ensemble.members": -1}, r"ensemble\.members' is -1"),
         ({"model.freeze": True, "lora.rank": 2}, r"model\.freeze .* lora\.rank to 0"),
-        ({"data.label_noise": 1.5}, r"label noise is 1\.5.*\[0, 1\)"),
+        ({"data.label_noise": 1.5}, r"label noise is 1\.5 .*at least 0 and below 1"),
         ({"eval.samples": 2}, r"a reward model gives scores and no text; set eval\.samples"),
     ],
 )

@@ -557,7 +557,7 @@ def test_a_critic_of_its_own_tree_is_trained_beside_the_policy(fields, tmp_path)
     np.testing.assert_array_equal(zeroed["embed"], folder["embed"])
     file = tmp_path / "rm7" / "tokenizer.json"
     file.write_text(file.read_text().replace('"a":', '"ä":'))
-    with pytest.raises(ValueError, match="rm7' has another tokenizer than the policy; they must share one .id .* 'ä' there, 'a' here"):
+    with pytest.raises(ValueError, match="rm7' has another tokenizer than the policy: its id .* is 'ä', not 'a'; give models"):
         checked(arguments(tmp_path, PPO, given))
 
 
@@ -669,10 +669,10 @@ REFUSED = {
     "steps": ({"steps": "6"}, GRPO, "use a multiple of 4"),
     "room": ({"rollout.max_new_tokens": "4000"}, GRPO, "exceed the model's"),
     "a reference that nobody reads": (
-        {"reference.path": "here"}, GRPO.replace("reference)", ")").replace('logps("ref_logps", ), ', ""), "no reference is held"
+        {"reference.path": "here"}, GRPO.replace("reference)", ")").replace('logps("ref_logps", ), ', ""), "nothing asks for a reference"
     ),
     "no reward models": ({}, GRPO.replace("reference):", "reference, ensemble):"), "reward.path"),
-    "reward models that nobody reads": ({"reward.path": "here"}, GRPO, "no reward model is asked for"),
+    "reward models that nobody reads": ({"reward.path": "here"}, GRPO, "nothing asks for a reward model"),
     "a reward that overflows": ({}, GRPO.replace("[w *", "[1e30 + w *"), "a finite number up to 1e+15 for each"),
     "a reward model": (SCORES, GRPO[: GRPO.index("def gold")], "scores and no text"),
     "bad rewards": ({"rollout.bad_rewards": "ignore"}, GRPO, "use 'error' or 'drop'"),

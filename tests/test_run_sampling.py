@@ -124,7 +124,10 @@ def test_a_loss_that_takes_samples_for_the_policys_is_refused(folders, tmp_path)
     (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "a"}) + "\n")
     given = {"data.train": tmp_path / "p.jsonl", "data.kind": "prompt", "rollout.samples": 4, "rollout.max_new_tokens": 6}
     for source, more in ((STEERED, {"models.margin.path": folders[1]}), (ALONE.format("reference"), {})):
-        with pytest.raises(ValueError, match=r"sampled by another policy than learns from them \(.*speaker\(..\).*importance_weighted"):
+        with pytest.raises(
+            ValueError,
+            match=r"sampled from another distribution than that of the policy that learns from them \(.*speaker\(..\).*importance_weighted",
+        ):
             check_step(checked(arguments(tmp_path, ONLINE + source, fields(folders, tmp_path, **given, **more))))
 
 
@@ -155,7 +158,7 @@ def test_speakers_that_no_run_can_sample_from_are_refused(source, message, folde
 def test_a_speaker_needs_the_policys_tokenizer_and_a_policy_that_samples(folders, tmp_path):  # noqa: F811
     other = tiny.folder(tmp_path / "other", vocab_size=288)
     tiny.byte_tokenizer().save_pretrained(other)
-    with pytest.raises(ValueError, match=r"vocabulary of 288, the policy of 96; .*speaker\(..\) read the policy's own tokens"):
+    with pytest.raises(ValueError, match=r"vocabulary of 288 tokens, the policy one of 96; .*speaker\(..\) read the policy's own tokens"):
         checked(arguments(tmp_path, DPO + STEERED, fields(folders, tmp_path, **{"models.margin.path": other, "eval.samples": 2})))
     rewarding = fields(folders, tmp_path, **{"model.path": reward_folder(tmp_path, 3)})
     with pytest.raises(ValueError, match=r"speaker\(\) of .* is for text, which a reward model does not give"):

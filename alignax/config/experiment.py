@@ -55,7 +55,8 @@ def load_experiment(file: str | Path, overrides: Sequence[str] = ()) -> Experime
     """Reads an experiment file and applies overrides such as `data.max_length=160`."""
     file = Path(file)
     if not file.is_file():
-        raise ValueError(f"experiment file {str(file)!r} does not exist; give the path of a Python file such as experiments/dpo_hh.py")
+        what = "is a folder" if file.is_dir() else "does not exist"
+        raise ValueError(f"experiment file {str(file)!r} {what}; give the path of a Python file such as experiments/dpo_hh.py")
     with blaming(file):
         module = load_module(file, file.read_bytes())
     check_hooks(module, file)

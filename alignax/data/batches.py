@@ -46,7 +46,10 @@ class Batches:
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"the data seed is {self.seed}; use 0 to 2**64 - 1")
         if not 0 <= self.noise < 1 or (self.noise and self.examples.N != 2):
-            raise ValueError(f"label noise is {self.noise}, of {self.examples.N} responses; it is a share of pairs, in [0, 1)")
+            raise ValueError(
+                f"label noise is {self.noise} for examples of {self.examples.N} responses; it must be a share of pairs, "
+                "at least 0 and below 1"
+            )
         _check_length(self.examples, self.length)
 
     def steps(self, epochs: float) -> int:

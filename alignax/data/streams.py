@@ -45,7 +45,7 @@ def opened(path: Path) -> Iterator[io.BufferedReader]:
         if archive := next((name for magic, name in ARCHIVES.items() if head.startswith(magic)), None):
             raise ValueError(f"{path} is {archive}, which alignax does not read; unpack it")
         found = next((way for magic, way in UNPACK.items() if head.startswith(magic)), None)
-        content: Any = io.BufferedReader(_Unpacked(path, file, *found), 2**16) if found else file
+        content: io.BufferedReader = io.BufferedReader(_Unpacked(path, file, *found), 2**16) if found else file
         if content.peek(TAR[1])[TAR[0] : TAR[1]] == b"ustar":
             raise ValueError(f"{path} is a tar archive, which alignax does not read; unpack it")
         yield content

@@ -86,6 +86,7 @@ def _sequences(batch: Batch) -> tuple[jax.Array, jax.Array]:
     old, ref = field(batch, "old_logps", 'logps("old_logps", policy)'), ref_logps(batch)
     if old.shape[1] != 2:
         raise ValueError(
-            f"ranks and shifts need pairs, but these examples have {old.shape[1]} responses per prompt; set data.kind='preference'"
+            f"ranks and shifts need pairs, but these examples have {old.shape[1]} responses per prompt; set data.kind='preference', "
+            "or, where the run samples the responses, rollout.samples=2"
         )
     return sequence(old, batch), sequence(ref, batch)

@@ -123,7 +123,8 @@ def check_pairs(x: jax.Array) -> None:
     """Refuses arrays [B, N, ..] of N other than 2: jax would clamp the index of the rejected response, and nothing would be trained."""
     if x.shape[1] != 2:
         raise ValueError(
-            f"a preference loss takes pairs, but these examples have {x.shape[1]} responses per prompt; set data.kind='preference'"
+            f"a preference loss takes pairs, but these examples have {x.shape[1]} responses per prompt; set data.kind='preference', "
+            "or, where the run samples the responses, rollout.samples=2"
         )
 
 

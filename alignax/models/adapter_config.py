@@ -75,7 +75,10 @@ def check(config: Json, file: Path) -> None:
     for field, value in beyond.items():
         raise ValueError(f"{file} has {short(field)[1:-1]} {short(value)}, which is not supported; {REMEDY}")
     if config.get("layers_to_transform") is not None and isinstance(config["target_modules"], str):
-        raise ValueError(f"{file} has layers_to_transform beside target_modules {short(config['target_modules'])}, which PEFT refuses")
+        raise ValueError(
+            f"{file} has layers_to_transform beside target_modules {short(config['target_modules'])}, which PEFT "
+            "refuses; name the modules in a list, or leave layers_to_transform out"
+        )
 
 
 def is_reward(config: Json) -> bool:
@@ -104,7 +107,10 @@ def chosen(config: Json, modules: Sequence[str], others: Iterable[str], file: Pa
             raise ValueError(f"{file} adapts {odd!r}, which is not supported; {REMEDY}")
         found = list(filter(hit, modules))
     if not found:
-        raise ValueError(f"{file} adapts nothing of this model: target_modules {short(wanted)} leave no module; is it of this model?")
+        raise ValueError(
+            f"{file} adapts nothing of this model: target_modules {short(wanted)} match no module; check that the "
+            "adapter belongs to this model"
+        )
     return found
 
 
@@ -119,9 +125,7 @@ def of_each(config: Json, field: str, plain: float, modules: Sequence[str], file
     patterns = {key: _whole(rf"(.*\.)?({key})", field, file) for key in config.get(field) or {}}
     for key, pattern in patterns.items():
         if not any(map(pattern, modules)):
-            raise ValueError(
-                f"{file} has {field} for {short(key)}, which matches no module that is adapted ({modules[0]}, say); correct it"
-            )
+            raise ValueError(f"{file} has {field} for {short(key)}, which matches no adapted module, such as {modules[0]}; correct the key")
     own = lambda m: next((config[field][key] for key, pattern in patterns.items() if pattern(m)), plain)
     return {m: own(m) for m in modules}
 

@@ -52,11 +52,11 @@ def with_tokens(
         raise ValueError(f"the tokenizer in {str(source.path)!r} has a token {known[0]!r}; choose other texts")
     first = len(tokenizer)
     if max(tokenizer.get_vocab().values()) >= first:
-        raise ValueError(f"the tokenizer in {str(source.path)!r} leaves ids out between its {first} tokens; none can be added to it")
+        raise ValueError(f"the ids of the {first} tokens of the tokenizer in {str(source.path)!r} have gaps, so alignax adds no token")
     if first > (rows := source.config.vocab_size):
         raise ValueError(
-            f"the tokenizer in {str(source.path)!r} has {first} tokens and the embedding {rows} rows; none can be added to it before the "
-            "embedding is resized (resize_token_embeddings of transformers)"
+            f"the tokenizer in {str(source.path)!r} has {first} tokens, but the embedding has {rows} rows; resize the embedding first "
+            "(resize_token_embeddings of transformers)"
         )
     if tokenizer.add_tokens(list(tokens), special_tokens=True) < len(tokens):
         raise ValueError(f"the tokens {list(tokens)} are not all different; give each a text of its own")

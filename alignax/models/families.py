@@ -199,7 +199,7 @@ def _qwen3_moe(hf: Json) -> ModelConfig:
 def shared(hf: Json, size: str, heads: str) -> int:
     """The size of an attention head: field `size` divided by field `heads`."""
     if hf[size] % hf[heads]:
-        raise ValueError(f"{size} {hf[size]} does not divide into {heads} {hf[heads]}; is config.json complete?")
+        raise ValueError(f"{size} {hf[size]} is no multiple of {heads} {hf[heads]}; check that config.json is complete")
     return hf[size] // hf[heads]
 
 

@@ -75,12 +75,12 @@ def refuse_foreign(fields: Json, kind: str) -> None:
         known = kind in OWN[name] if name in OWN else name in FIELDS or noted(name)
         if value is not None and (value != 1 if name in FACTORS else value and not known):
             raise ValueError(
-                f"{short(name)[1:-1]} {short(value)} is not supported for {kind}; give a model without it "
-                "(if it is a note and nothing is computed with it, delete the field)"
+                f"{short(name)[1:-1]} {short(value)} is not supported for {kind}; give a model without this "
+                "field (if the field is a note, with which nothing is computed, delete it)"
             )
     old, new = fields.get("rope_scaling"), fields.get("rope_parameters")
     if kind != "gemma3_text" and old and new and old != new:  # transformers would drop rope_theta
-        raise ValueError(f"rope_scaling {short(old)} stands beside rope_parameters {short(new)}; join them in rope_parameters")
+        raise ValueError(f"rope_scaling {short(old)} stands beside rope_parameters {short(new)}; write all values into rope_parameters")
 
 
 def noted(name: str) -> bool:
@@ -102,22 +102,25 @@ def checked(fields: Json, where: str) -> dict[str, Any]:
 def check_shape(c: ModelConfig) -> None:
     """Refuses a model config whose sizes do not fit together."""
     if c.predicted_tokens > c.vocab_size:
-        raise ValueError(f"predicted_tokens {c.predicted_tokens} exceed the vocabulary of {c.vocab_size}; they are its first so many")
+        raise ValueError(f"predicted_tokens is {c.predicted_tokens}, but the vocabulary has {c.vocab_size} tokens; use at most that")
     if c.num_attention_heads % c.num_key_value_heads:
         raise ValueError(
-            f"{c.num_attention_heads} attention heads do not share {c.num_key_value_heads} key-value heads; one divides the other"
+            f"num_attention_heads {c.num_attention_heads} is no multiple of num_key_value_heads {c.num_key_value_heads}; correct "
+            "config.json"
         )
     if c.num_experts_per_tok > c.num_experts:
-        raise ValueError(f"num_experts_per_tok is {c.num_experts_per_tok}, and there are {c.num_experts} experts")
+        raise ValueError(f"num_experts_per_tok is {c.num_experts_per_tok}, but the model has {c.num_experts} experts; use at most that")
     if c.positions == "learned":
         return
     rope, dim = dict(c.rope_scaling), int(c.head_dim * c.partial_rotary_factor)
     kind = rope["rope_type"]
     if dim % 2 or not (4 if kind == "dynamic" else 2) <= dim <= c.head_dim:
-        raise ValueError(f"{dim} of the {c.head_dim} dimensions of a head rotate; {kind!r} rope turns them in pairs")
+        raise ValueError(f"{dim} of the {c.head_dim} dimensions of a head rotate, but {kind!r} rope turns pairs of them; correct head_dim")
     if c.rope_theta <= 1 or rope.get("original_max_position_embeddings", c.max_position_embeddings) < 2:
-        raise ValueError(f"rope_theta is {c.rope_theta}, and the (original) context one position or more; both must be above 1")
+        raise ValueError(f"rope_theta is {c.rope_theta}, and the (original) context has one position or more; both numbers must be above 1")
     if kind == "llama3" and not rope["low_freq_factor"] < rope["high_freq_factor"]:
-        raise ValueError(f"low_freq_factor {rope['low_freq_factor']} must be below high_freq_factor {rope['high_freq_factor']}")
+        raise ValueError(
+            f"low_freq_factor {rope['low_freq_factor']} must be below high_freq_factor {rope['high_freq_factor']}; correct config.json"
+        )
     if kind == "longrope" and {len(rope["short_factor"]), len(rope["long_factor"])} != {dim // 2}:
         raise ValueError(f"short_factor and long_factor of {kind!r} rope must have {dim // 2} numbers each")

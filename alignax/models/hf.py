@@ -137,7 +137,7 @@ def check_alike(sources: Sequence[Source]) -> None:
     for source in sources[1:]:
         differs = "shape or vocabulary" if source.config != first.config else "tokenizer"
         if source.config != first.config or tokenizer_parts(source.path) != tokenizer_parts(first.path):
-            raise ValueError(f"{str(source.path)!r} has another {differs} than {str(first.path)!r}; all must have the same")
+            raise ValueError(f"{str(source.path)!r} has another {differs} than {str(first.path)!r}; give models that share one")
 
 
 def with_heads(source: Source, num_labels: int, values: int = 0, language: bool = False) -> Source:
@@ -273,16 +273,16 @@ def check_tensors(source: Source, files: Mapping[str, Stored]) -> None:
         raise ValueError(f"{where} lacks {len(missing)} tensors, {missing[0]} first; fetch the folder again")
     if extra:
         lacks = f"lacks {len(missing)} tensors, {missing[0]} first, and " if missing else ""
-        asked = "is it this model's config, and are these the names that transformers saves it with?"
+        asked = "check that config.json is this model's, and that the tensors have the names that transformers gives them"
         raise ValueError(f"{where} {lacks}has {len(extra)} tensors that config.json does not describe, {short(extra[0])} first; {asked}")
     headers = {file: header(file) for file in sorted({s.file for s in files.values()})}
     for name, shape in wanted.items():
         if files[name].name not in headers[files[name].file]:
-            raise ValueError(f"{files[name].file} does not hold {name}, which its index places there; fetch it again")
+            raise ValueError(f"{files[name].file} does not hold {name}, which its index places there; fetch the folder again")
         dtype, found = headers[files[name].file][files[name].name]
         check_type(name, dtype, files[name].file)
         if found != shape:
-            raise ValueError(f"{name} in {where} has shape {found}, config.json says {shape}; is it this model's config?")
+            raise ValueError(f"{name} in {where} has shape {found}, but config.json says {shape}; check that config.json is this model's")
     placed = {s.name: s.file for s in files.values()}
     for file, there in headers.items():
         if twice := sorted(name for name in there if placed.get(name, file) != file):
@@ -439,7 +439,7 @@ def stop_ids(source: Source) -> list[int]:
     ids = [] if found is None else list(found) if isinstance(found, list) else [found]
     if odd := [i for i in ids if type(i) is not int or not 0 <= i < source.config.vocab_size]:
         file = source.path / (GENERATION if (source.path / GENERATION).is_file() else "config.json")
-        raise ValueError(f"eos_token_id {short(odd[0])} in {file} is none of the model's {source.config.vocab_size} tokens; correct it")
+        raise ValueError(f"eos_token_id {short(odd[0])} in {file} is none of the model's {source.config.vocab_size} tokens; correct the id")
     return ids
 
 

@@ -175,7 +175,10 @@ def read_adapter(folder: Path, source: hf.Source, mesh: Mesh) -> tuple[Lora, Par
             for name, x in _read_module(stored, at, matrices, modules.get(at, (0, 0.0)), spec, adapted, folder).items():
                 layers.setdefault(name, []).append(x)
     if stored:
-        raise ValueError(f"{folder / WEIGHTS} has {len(stored)} tensors that its config does not describe, {short(min(stored))} first")
+        raise ValueError(
+            f"{folder / WEIGHTS} has {len(stored)} tensors that its config does not describe, {short(min(stored))} first; save "
+            "the adapter again with peft"
+        )
     return spec, place_adapters({name: np.stack(parts) for name, parts in layers.items()}, spec, source, mesh) | head
 
 
@@ -246,7 +249,7 @@ def open_reward(folder: Path) -> hf.Source:
     file = folder / CONFIG
     base = hf.read_object(file, "fetch the adapter again").get("base_model_name_or_path")
     if not isinstance(base, str) or not Path(base).is_dir():
-        raise ValueError(f"{file} names the base {short(base)}, which is no folder here; write its path into base_model_name_or_path")
+        raise ValueError(f"{file} names the base {short(base)}, which is no folder here; write the path of the base there")
     head = hf.header(weights(folder)).get(SCORE)
     if head is None:
         raise ValueError(f"{str(folder)!r} holds adapters of a language model, without {SCORE}; give those of a reward model")
@@ -255,8 +258,9 @@ def open_reward(folder: Path) -> hf.Source:
     own, theirs = ((tokenizer_parts(path)[-1], chat_template(path)) for path in (folder, source.path))
     if any(mine not in (None, other) for mine, other in zip(own, theirs, strict=True)):
         raise ValueError(
-            f"the tokenizer or the chat template in {str(folder)!r} is another than in its base {str(source.path)!r}, whose are read; copy "
-            "the adapter's chat_template.jinja and tokenizer_config.json into a copy of the base, and name that in base_model_name_or_path"
+            f"the tokenizer or the chat template in {str(folder)!r} is not that of its base {str(source.path)!r}, which is the one that "
+            "alignax reads; copy the adapter's chat_template.jinja and tokenizer_config.json into a copy of the base, and name this copy "
+            "in base_model_name_or_path"
         )
     return source
 
@@ -298,7 +302,9 @@ def read_config(folder: Path, source: hf.Source) -> tuple[Lora, dict[str, tuple[
     spec = Lora(ranks[largest], alphas[largest], targets, bool(config.get("use_rslora")), bool(config.get("use_dora")))
     scales = {m: adapter_config.scale(config, ranks[m], alphas[m]) for m in chosen}
     if odd := next((m for m in chosen if not 1e-6 < scales[m] / spec.scale < 1e6), None):
-        raise ValueError(f"{file} scales {odd} by {scales[odd]:g} and {largest} by {spec.scale:g}; float32 cannot hold both, correct it")
+        raise ValueError(
+            f"{file} scales {odd} by {scales[odd]:g} and {largest} by {spec.scale:g}; float32 cannot hold both; correct lora_alpha or r"
+        )
     return spec, {m: (ranks[m], scales[m]) for m in chosen}
 
 
@@ -311,7 +317,8 @@ def weights(folder: Path) -> Path:
     if not file.is_file():
         if (folder / "adapter_model.bin").is_file():
             raise ValueError(
-                f"{str(folder)!r} has its weights as adapter_model.bin, which could run code; save it as {WEIGHTS} with peft first"
+                f"{str(folder)!r} has its weights as adapter_model.bin, a format that can run code; load it with peft, where you trust it, "
+                f"and save it as {WEIGHTS}"
             )
         raise ValueError(f"{str(folder)!r} has no {WEIGHTS}; fetch the adapter again")
     for name, (dtype, _) in hf.header(file).items():
@@ -330,11 +337,11 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
 
 def _take(stored: dict[str, np.ndarray], name: str, shape: tuple[int, ...], folder: Path) -> np.ndarray:
     if name not in stored:
-        there = f" and holds {short(min(stored))}; is it of this model, under the names that PEFT saves?" if stored else "; fetch it again"
+        there = f" and holds {short(min(stored))}; check that it is of this model" if stored else "; fetch the adapter again"
         raise ValueError(f"{folder / WEIGHTS} lacks {name}{there}")
     x = stored.pop(name)
     if x.shape != shape:
-        raise ValueError(f"{name} in {folder / WEIGHTS} has shape {x.shape}, not {shape}; is it an adapter of this model?")
+        raise ValueError(f"{name} in {folder / WEIGHTS} has shape {x.shape}, not {shape}; check that the adapter belongs to this model")
     if not np.isfinite(x).all():
-        raise ValueError(f"{name} in {folder} holds values that are not finite; train it again")
+        raise ValueError(f"{name} in {folder} holds values that are not finite; train the adapter again")
     return x

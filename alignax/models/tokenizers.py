@@ -18,8 +18,8 @@ def load_tokenizer(path: Path, vocab_size: int) -> Any:
     bare = next((name for name in ("tokenizer.model", "tekken.json") if (path / name).is_file()), "")
     if bare and not (path / "tokenizer.json").is_file():
         raise ValueError(
-            f"{str(path)!r} has {bare} and no tokenizer.json, and what transformers makes of that alone has other ids in places; "
-            "fetch the model's tokenizer.json too"
+            f"{str(path)!r} has {bare} but no tokenizer.json, without which transformers gives some texts other token ids; fetch the "
+            "model's tokenizer.json too"
         )
     try:
         # No clean-up, so that a text is exactly its tokens: some folders (Llama 3's) ask to remove the spaces before punctuation.
@@ -30,7 +30,7 @@ def load_tokenizer(path: Path, vocab_size: int) -> Any:
     except BaseException as e:  # a damaged tokenizer.json raises a bare Exception or a Rust panic, which is no Exception
         if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
             raise
-        raise ValueError(f"{str(path)!r} has no tokenizer that transformers reads ({one_line(e)})") from e
+        raise ValueError(f"{str(path)!r} has no tokenizer that transformers reads ({one_line(e)}); fetch the model folder again") from e
     if eos is None:
         raise ValueError(f"the tokenizer in {str(path)!r} has no EOS token; set eos_token in its tokenizer_config.json")
     check_token("EOS", path, eos, vocab_size)
@@ -47,9 +47,9 @@ def check_tokenizer(path: Path, vocab_size: int, what: str, source: hf.Source, t
     theirs = {i: token for token, i in load_tokenizer(path, vocab_size).get_vocab().items() if i < vocab_size}
     odd = min((i for i, token in own.items() if i >= vocab_size or theirs.get(i, token) != token), default=None)
     if odd is not None:
-        there = short(theirs[odd]) if odd in theirs else "none"
+        there = short(theirs[odd]) if odd in theirs else "no token"
         raise ValueError(
-            f"{what} has another tokenizer than {first}; they must share one (id {odd} is {there} there, {short(own[odd])} here)"
+            f"{what} has another tokenizer than {first}: its id {odd} is {there}, not {short(own[odd])}; give models that share a tokenizer"
         )
 
 
@@ -57,6 +57,6 @@ def check_token(name: str, path: Path, token: int | None, vocab_size: int) -> No
     """Refuses a special token whose id has no row in the embedding."""
     if token is not None and token >= vocab_size:
         raise ValueError(
-            f"the {name} of the tokenizer in {str(path)!r} has id {token}, and the embedding has {vocab_size} rows; "
+            f"the {name} of the tokenizer in {str(path)!r} has id {token}, but the embedding has {vocab_size} rows; "
             "use the tokenizer that the model was trained with"
         )

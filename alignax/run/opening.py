@@ -51,7 +51,10 @@ def open_models(experiment: Experiment, mesh: Mesh) -> tuple[dict[str, Role], Vo
     source = spoken(config, source, words.unused)
     reference = open_reference(config, source, words) if "reference" in asks else None
     if config.reference.path and reference is None:
-        raise ValueError("reference.path is set and no reference is held; let experience(..) or reward(..) ask for it, or leave it empty")
+        raise ValueError(
+            "reference.path is set, but nothing asks for a reference; let experience(..) or reward(..) ask for reference, or leave the "
+            "path empty"
+        )
     if config.reference.token_kl:
         check_token_kl(source, reference)
     adapters = make_lora(config, source)
@@ -67,7 +70,8 @@ def open_models(experiment: Experiment, mesh: Mesh) -> tuple[dict[str, Role], Vo
     judges = open_judges(config) if "ensemble" in asks else []
     if config.reward.path and not judges:
         raise ValueError(
-            "reward.path is set and no reward model is asked for; let experience(..) or reward(..) ask for ensemble, or leave it empty"
+            "reward.path is set, but nothing asks for a reward model; let experience(..) or reward(..) ask for ensemble, or leave the path "
+            "empty"
         )
     if adapters is not None:
         bare = dataclasses.replace(roles[POLICY].config, critic_heads=0)
@@ -95,7 +99,9 @@ def check_gold(experiment: Experiment, gold: Role, policy: Role) -> None:
     if experiment.gold is not None:
         raise ValueError(f"models.gold.path is set, and {file} has a gold(); leave one of them out")
     if policy.source.config.num_labels or not (c.rollout.samples or max(c.eval.samples, c.eval.sample_prompts)):
-        raise ValueError("models.gold.path is set, and nothing is sampled that it could score; set eval.sample_prompts to 64, say")
+        raise ValueError(
+            "models.gold.path is set, but the run samples nothing that the gold model could score; set eval.sample_prompts, to 64 say"
+        )
 
 
 def trained_roles(config: Any, source: hf.Source, adapters: Lora | None, dtype: Any, mesh: Mesh) -> dict[str, Role]:
@@ -182,7 +188,8 @@ def check_speech(other: hf.Source, source: hf.Source, words: Vocabulary, field: 
     """Refuses a language model that reads the policy's tokens, but has another vocabulary than the policy."""
     if other.config.vocab_size != source.config.vocab_size:
         raise ValueError(
-            f"{what} has a vocabulary of {other.config.vocab_size}, the policy of {source.config.vocab_size}; they must share a tokenizer"
+            f"{what} has a vocabulary of {other.config.vocab_size} tokens, the policy one of {source.config.vocab_size}; the two models "
+            "must share a tokenizer"
         )
     if tokenizer_parts(other.path)[:-2]:  # a folder without a tokenizer is accepted by its size
         check_tokenizer(other.path, other.config.vocab_size, f"{field} {str(other.path)!r}", source, words.tokenizer)
@@ -243,7 +250,9 @@ def paths_of(text: str) -> list[str]:
 def open_judges(config: Any) -> list[hf.Source]:
     """The reward models of `reward.path`."""
     if not config.reward.path:
-        raise ValueError("ensemble is asked for and config field 'reward.path' is empty; set --config.reward.path=FOLDER,FOLDER")
+        raise ValueError(
+            "the experiment asks for ensemble, but config field 'reward.path' is empty; set --config.reward.path=FOLDER,FOLDER"
+        )
     judges = open_ensemble(paths_of(config.reward.path))
     check_one_score(judges[0])
     return judges
@@ -274,7 +283,7 @@ def open_model(path: str, init: str, field: str) -> hf.Source:
         for part, _ in hf.ingredients(source):
             hf.check_tensors(part, hf.tensor_files(part))
     elif source.soup:
-        raise ValueError(f"{field} {path!r} is a mean of weights, and model.init 'random' reads none; name one folder")
+        raise ValueError(f"{field} {path!r} is a mean of weights, but model.init 'random' reads no weights; name one folder")
     return source
 
 
@@ -294,7 +303,7 @@ def make_lora(config: Any, source: hf.Source) -> Lora | None:
     if c.path:
         given = peft.read_config(Path(c.path), source)[0]
         if c.rank not in (0, given.rank):
-            raise ValueError(f"lora.rank is {c.rank}, and the adapters in lora.path {c.path!r} have rank {given.rank}; set it to 0")
+            raise ValueError(f"lora.rank is {c.rank}, but the adapters in lora.path {c.path!r} have rank {given.rank}; set lora.rank to 0")
         return dataclasses.replace(given, int8=c.int8)
     lora.check(c)
     if config.model.freeze:
@@ -305,7 +314,7 @@ def make_lora(config: Any, source: hf.Source) -> Lora | None:
         return None
     if config.model.init != "pretrained":
         raise ValueError(
-            f"lora.rank {c.rank} adapts trained weights, model.init is {config.model.init!r}; set it to pretrained, or rank to 0"
+            f"lora.rank {c.rank} adapts trained weights, but model.init is {config.model.init!r}; set model.init=pretrained, or lora.rank=0"
         )
     targets = lora.find_targets(c.targets, peft.Adapted(source).names, source.config.num_experts > 0)
     return Lora(c.rank, c.alpha, targets, c.rslora, c.dora, c.int8)
@@ -318,24 +327,28 @@ def notices(roles: Mapping[str, Role], tokenizer: Any, adapters: str = "", onlin
         shown = ", ".join(f"{short(token)} ({i})" for i, token in beyond[:3])
         lines.append(
             f"the tokenizer in {str(source.path)!r} has {len(beyond)} tokens beyond the {source.config.vocab_size} rows of the embedding, "
-            f"{shown}{' ..' if beyond[3:] else ''}; texts with them are refused"
+            f"{shown}{' ..' if beyond[3:] else ''}; texts with these tokens are refused"
         )
     if online and (unread := hf.unread(source)):
-        lines.append(f"{hf.GENERATION} in {str(source.path)!r} asks for {unread}; rollouts are sampled as the config says, without it")
+        lines.append(
+            f"{hf.GENERATION} in {str(source.path)!r} asks for {unread}; alignax does not read this, and samples "
+            "rollouts as the config says"
+        )
     for field, model in (("model.num_labels", source), *(("model.critic", role.source) for name, role in roles.items() if name == CRITIC)):
         if model.stored.num_labels not in (0, model.config.num_labels):
             lines.append(
-                f"the head in {str(model.path)!r} gives {model.stored.num_labels} scores, and {field} asks for {model.config.num_labels}: "
-                "it is left out, and a head begins anew"
+                f"the head in {str(model.path)!r} gives {model.stored.num_labels} scores, but {field} asks for {model.config.num_labels}: "
+                "this head is left out, and a new one begins untrained"
             )
     if adapters and (theirs := chat_template(Path(adapters))) is not None and theirs != chat_template(source.path):
         lines.append(
-            f"the chat template in lora.path {adapters!r} is another than the one in {str(source.path)!r}, which is used; put the "
-            "adapters' chat_template.jinja into that folder, if conversations are to read as they were trained on"
+            f"the chat template in lora.path {adapters!r} differs from the one in {str(source.path)!r}, which the run uses; if the "
+            "conversations are to read as in the training of the adapters, copy their chat_template.jinja into that folder"
         )
     if adapters and (end := tokenizer_parts(Path(adapters))[-1]) not in (None, tokenizer.eos_token):
         lines.append(
-            f"the tokenizer in lora.path {adapters!r} ends texts with {short(end)}, and the one in {str(source.path)!r}, which is used, "
-            f"with {short(tokenizer.eos_token)}; set eos_token in the latter's tokenizer_config.json, if they are to end as trained"
+            f"the tokenizer in lora.path {adapters!r} ends texts with {short(end)}, but the one in {str(source.path)!r}, which the run "
+            f"uses, ends them with {short(tokenizer.eos_token)}; if texts are to end as in the training of the adapters, set eos_token in "
+            "tokenizer_config.json of that folder"
         )
     return lines

@@ -61,7 +61,7 @@ from alignax.run.checks import (
 )
 from alignax.run.memory import fitting, held, part_shape
 from alignax.run.opening import Vocabulary, notices, open_models, without_idle_reference
-from alignax.run.roles import GOLD, POLICY, REFERENCE, Role, kernel, models
+from alignax.run.roles import GOLD, POLICY, REFERENCE, Role, abstract_frozen, kernel, models
 from alignax.run.sampling import make_samplers
 from alignax.run.stored import FOLDER, cache_folder, placed
 

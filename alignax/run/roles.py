@@ -187,7 +187,9 @@ def scores_alone(apply: Apply) -> Giving:
 
     def giving(statistics: tuple[Statistic, ...]) -> Apply:
         if statistics:
-            raise ValueError(f"the statistic {statistics[0].name!r} is of log-probs, and a reward model has none; ask a language model")
+            raise ValueError(
+                f"the statistic {statistics[0].name!r} needs log-probs, which a reward model does not have; ask a language model for it"
+            )
         return apply
 
     return giving
