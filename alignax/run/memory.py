@@ -20,16 +20,19 @@ CHEAPEST = ("none", "dots", "attention", "full")  # the least is computed again 
 SHARE = 0.9  # of a device's memory that an estimate may take
 
 
+def capacity(mesh: Mesh) -> int:
+    """The bytes of memory of a device; 0 for a CPU, whose memory is shared with all else, and where it is not known."""
+    return 0 if mesh.devices.flat[0].platform == "cpu" else meshes.device_memory(mesh)
+
+
 def fitting(
     config: Any, roles: Roles, mesh: Mesh, optimizer: optax.GradientTransformation, averages: int, shape: tuple[int, int, int]
 ) -> tuple[str, str]:
     """The cheapest policy that fits, by `estimate`, and the choice in words; "full" if none does, or if the memory is not known."""
-    device, limit = mesh.devices.flat[0], meshes.device_memory(mesh)
-    if device.platform == "cpu" or not limit:
-        return (
-            "full",
-            f"full, since {'it costs a CPU no time' if device.platform == 'cpu' else f'the memory of {device.device_kind!r} is not known'}",
-        )
+    limit = capacity(mesh)
+    if not limit:
+        kind = mesh.devices.flat[0].device_kind
+        return "full", f"full, since the memory of {kind!r} is " + ("shared" if kind == "cpu" else "not known")
     found = {}
     for remat in CHEAPEST:
         found[remat] = estimate(remat, config, roles, mesh, optimizer, averages, shape)
