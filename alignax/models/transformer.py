@@ -216,7 +216,7 @@ class Decoder(nn.Module):
             order, back = kernels.right_padded(mask)
             tokens, mask = at_places(tokens, order), at_places(mask, order)
         normal = nn.with_logical_partitioning(nn.initializers.normal(c.initializer_range), ("vocab", "embed"))
-        embed = self.param("embed", normal, (c.vocab_size, c.hidden_size), jnp.float32)
+        embed: Any = self.param("embed", normal, (c.vocab_size, c.hidden_size), jnp.float32)
         if c.num_labels:
             normal_head = nn.initializers.normal(1 / math.sqrt(c.hidden_size))
             self.param("score", nn.with_logical_partitioning(normal_head, ("embed", None)), (c.hidden_size, c.num_labels), jnp.float32)
@@ -239,7 +239,7 @@ class Decoder(nn.Module):
         rope = rope_tables(c, positions, lengths) if c.positions == "rope" else None
         windows = jnp.asarray(c.sliding_windows, jnp.int32) if any(c.sliding_windows) else None  # [L]
         if self.weights == "train":
-            x = embedded(jnp.asarray(embed), tokens, self.dtype, self.mesh)
+            x = embedded(embed, tokens, self.dtype, self.mesh)
         else:
             x = constrain(jnp.asarray(embed, self.dtype), self.mesh, "vocab", None, rules=DECODING[self.weights])[tokens]
         if c.embedding_scale != 1.0:
