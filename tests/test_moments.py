@@ -114,7 +114,7 @@ def test_training_ends_where_it_did(name, moments):
 
 @pytest.mark.slow
 def test_real_preferences_end_where_they_did(data_dir, tmp_path):
-    """DPO of a 260k model on 96 pairs of HH: the loss of held-out pairs ends within 0.005 of that with float32 moments."""
+    """DPO of a 260k model on 96 pairs of HH, which it learns by heart: each step's loss is within 0.01 of that with float32 moments."""
     found = {}
     for moments in ("float32", "int8"):
         fields = {
@@ -125,11 +125,10 @@ def test_real_preferences_end_where_they_did(data_dir, tmp_path):
             "eval.samples": 0, "eval.sample_prompts": 0, "export.final": False, "log.tensorboard": False,
         }  # fmt: skip
         runs.finish(runs.begin(runs.arguments(fields)), timeout=900)
-        found[moments] = [row["eval/loss"] for row in runs.evaluations(tmp_path / moments)]
-    print(found)
-    first, *_, last = found["float32"]
-    assert first - last > 0.02
-    assert found["int8"][0] == first and 0 < abs(found["int8"][-1] - last) < 0.005
+        found[moments] = np.array([row["loss"] for row in runs.losses(tmp_path / moments).values()])
+    full, fewer = found.values()
+    assert len(full) == 40 and full[-16:].mean() < 0.1 < full[:16].mean()
+    assert fewer[0] == full[0] and 0 < np.abs(fewer - full).max() < 0.01
 
 
 def test_a_checkpoint_holds_codes_and_scales(tmp_path):
