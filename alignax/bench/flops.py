@@ -4,7 +4,8 @@ A product of matrices has 2 FLOPs per weight and token, and a backward pass twic
 weights has 6 N FLOPs per token, and a frozen model's forward pass 2 N. Attention adds 12 L H Q T per token of training to that
 (Chowdhery et al. 2022, arXiv:2204.02311, appendix B), of which half counts, because it is causal; a sliding window leaves fewer keys.
 Padding and recomputation do not count. The output layer counts where it predicts a scored token, and the lookup of embeddings never.
-Every response counts with its whole prompt, also where the implementation shares one copy; sampling counts a prompt once for all its samples.
+Every response counts with its whole prompt, also where the implementation shares one copy. Sampling counts a prompt once for all
+its samples.
 
 L layers, H heads of Q numbers, D model, F hidden, V vocabulary, as everywhere in alignax.
 """

@@ -18,14 +18,15 @@ import numpy as np
 from alignax.averages import PROPOSAL
 from alignax.bench import flops, machine
 from alignax.bench.flops import Rows
+from alignax.compiled import COUNTED
 from alignax.config import DATA, PRETRAIN, ROLLOUTS, Experiment, asked, flat, steps_of_turn
 from alignax.generate import Completions
 from alignax.host.functions import models_asked
 from alignax.models.reward import CRITIC
-from alignax.run.feed import Compiled, make_feed
+from alignax.run.feed import make_feed
 from alignax.run.prepare import Run, prepare
-from alignax.run.rollout import Rollouts
 from alignax.run.roles import GOLD, REFERENCE, STORED, Role
+from alignax.run.rollout import Rollouts
 from alignax.run.sampling import EVALUATION, ROLLOUT, sampled_rows, speaker_params
 from alignax.run.start import Started, start
 from alignax.run.state import off_policy
@@ -51,8 +52,10 @@ class Clocked(NamedTuple):
     cpu: float
 
 
-def measured(experiment: Experiment, turns: int, sampling: bool) -> dict[str, Any]:
-    """Times `turns` turns of an experiment's run after the first two, or with `sampling` of its sampler; 0: the first turn alone.
+def measured(experiment: Experiment, turns: int, sampling: bool, alone: bool = False) -> dict[str, Any]:
+    """Times `turns` turns of an experiment's run after the first two, or with `sampling` of its sampler; `alone`: the first turn only.
+
+    The run has the same number of steps either way, since its schedule is part of the training program.
 
     Raises:
       ValueError: for what no run can do, and for a run that samples nothing.
@@ -62,18 +65,18 @@ def measured(experiment: Experiment, turns: int, sampling: bool) -> dict[str, An
     run, began = prepare(experiment), time.perf_counter()
     if sampling and not run.samplers:
         raise ValueError(f"{experiment.file} samples nothing; set rollout.samples or eval.samples, or leave the word generate out")
-    compiled, started = Compiled(), start(run, write=False)
+    started = start(run, write=False)
     ready = time.perf_counter() - began
     try:
         step = sampler_turns(started) if sampling else training_turns(started)
-        first, compilations = clocked(step), compiled.programs
-        seen = [clocked(step) for _ in range(turns and WARM - 1 + turns)]
-        after, used = compiled.programs - compilations, memory(started)
+        first, programs = clocked(step), COUNTED.programs
+        seen = [clocked(step) for _ in range(0 if alone else WARM - 1 + turns)]
+        after, used = COUNTED.programs - programs, memory(started)
     finally:
         run.workers.close()
         started.checkpoints.close()
     found = {"first_step_s": first.wall, "first_step_cpu_s": first.cpu, "start_s": ready}
-    return found if not turns else found | {"compilations_later": after} | used | figures(started, seen[WARM - 1 :], sampling)
+    return found if alone else found | {"compilations_later": after} | used | figures(started, seen[WARM - 1 :], sampling)
 
 
 def clocked(step: Callable[[], Callable[[], Turn]]) -> Clocked:
@@ -147,7 +150,7 @@ def training_turns(started: Started) -> Callable[[], Callable[[], Turn]]:
         state, metrics = learn(state, held, batches)
         state, more = feed.after(state, metrics)
         jax.block_until_ready((state, metrics))
-        online = {name.removeprefix("time/"): float(x) for name, x in (seen | more).items() if name.startswith("time/")}
+        online = {name.removeprefix("time/"): float(x) for name, x in {**seen, **more}.items() if name.startswith("time/")}
         seconds = online or {"feed": fed, "learn": time.perf_counter() - began - fed}
         return lambda: Turn(*counted(run, batches), filled(metrics, batches), seconds)
 

@@ -1,5 +1,6 @@
 """What `alignax bench` shows of its measurements: tables, and the roofline."""
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ Found = dict[str, Any]  # measurements of a case, see `alignax.bench.measure`
 def machine_line(about: Found) -> str:
     """The machine in words, with the rates that figures are compared with."""
     unit = "CPU second" if about["platform"] == "cpu" else "second"
-    return (
-        f"{about['processor']}, {about['cores']} cores; {about['devices']} {about['platform']} device{'s' * (about['devices'] > 1)}; a product of "
-        f"{about['dtype']} matrices {about['matrix_rate'] / 1e9:.4g} GFLOP per {unit}, a copy {about['copy_rate'] / 1e9:.3g} GB; MFU against "
-        f"{about['rate'] / 1e9:.4g} ({about['rate_from']}); load {about['load']:.1f}; alignax {about['commit'] or about['alignax']}, jax {about['jax']}"
-    )
+    devices = f"{about['devices']} {about['platform']} device{'s' * (about['devices'] > 1)}"
+    product = f"a product of {about['dtype']} matrices {about['matrix_rate'] / 1e9:.4g} GFLOP per {unit}"
+    roofs = f"{product}, a copy {about['copy_rate'] / 1e9:.3g} GB; MFU against {about['rate'] / 1e9:.4g} ({about['rate_from']})"
+    load = "" if about["load"] is None else f"load {about['load']:.1f}; "
+    made = f"alignax {about['commit'] or about['alignax']}, jax {about['jax']}"
+    return f"{about['processor']}, {about['cores']} cores; {devices}; {roofs}; {load}{made}"
 
 
 def bench_table(found: Sequence[Found]) -> str:
@@ -71,8 +73,9 @@ def roofline(found: Sequence[Found], file: Path) -> None:
         for i, (case, a, b) in enumerate(zip(points, x, y, strict=True)):
             colour, marker = figures.COLOURS[i % len(figures.COLOURS)], figures.MARKERS[i // len(figures.COLOURS) % len(figures.MARKERS)]
             axes.loglog([a], [b], marker, color=colour, ms=7, label=f"{figures.plain(case['name'])}  {case['mfu']:.0%}", ls="")
-        axes.annotate(f"{rate / 1e9:,.4g} GFLOP per {unit}\n{about['rate_from']}", (high, rate), (-4, -4), textcoords="offset points", ha="right", va="top", fontsize=8)  # fmt: skip
-        axes.annotate(f"{copied / 1e9:,.3g} GB per {unit}, measured copy", (low, low * copied), (34, 6), textcoords="offset points", fontsize=8)
+        note: Any = functools.partial(axes.annotate, textcoords="offset points", fontsize=8)
+        note(f"{rate / 1e9:,.4g} GFLOP per {unit}\n{about['rate_from']}", (high, rate), (-4, -4), ha="right", va="top")
+        note(f"{copied / 1e9:,.3g} GB per {unit}, measured copy", (low, low * copied), (34, 6))
         axes.set(xlim=(low, high), ylim=(min([*y, low * copied]) / 2, rate * 1.6))
         axes.set(xlabel="FLOPs per byte, by the compiler (a loop's body once)", ylabel=f"model FLOP per {unit}")
         axes.set_title(f"{figures.plain(about['processor'])}, {about['dtype']}", fontsize=10)

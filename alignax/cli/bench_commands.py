@@ -63,7 +63,7 @@ def chosen(words: Sequence[str], file: str, overrides: list[str], steps: int, fo
     """The cases that a command line asks for."""
     if file:
         if odd := [word for word in words if word != SAMPLER]:
-            raise ValueError(f"bench of {file} measures that file's run; leave {short(odd[0])} out, or write {SAMPLER} for its sampler alone")
+            raise ValueError(f"bench of {file} measures its run; leave {short(odd[0])} out, or write {SAMPLER} for its sampler alone")
         return [Case(SAMPLER if words else Path(file).stem, "", file, overrides, steps, bool(words), folder)]
     if GROWTH in words:
         if len(words) > 1:
@@ -108,8 +108,9 @@ def compared(case: Case, command: list[str], rounds: int) -> dict[str, Any]:
         found.append({"ours": ours, "theirs": theirs, "ratio": ratio})
         print(f"ratio {ratio:.3f}", file=sys.stderr)
     ratios = [round["ratio"] for round in found]
-    print(f"{report.machine_line(found[0]['ours']['machine'])}\nratios {', '.join(f'{x:.2f}' for x in ratios)}; median {statistics.median(ratios):.2f}", file=sys.stderr)  # fmt: skip
-    return {"command": shlex.join(command), "rounds": found, "median": statistics.median(ratios)}
+    each, median = ", ".join(f"{x:.2f}" for x in ratios), statistics.median(ratios)
+    print(f"{report.machine_line(found[0]['ours']['machine'])}\nratios {each}; median {median:.2f}", file=sys.stderr)
+    return {"command": shlex.join(command), "rounds": found, "median": median}
 
 
 def rate_of(theirs: dict[str, Any], on_cpu: bool) -> float:
@@ -123,7 +124,7 @@ def rate_of(theirs: dict[str, Any], on_cpu: bool) -> float:
         return found
     if on_cpu and theirs.get("tokens_per_step") and theirs.get("cpu_s_median"):
         return theirs["tokens_per_step"] / theirs["cpu_s_median"]
-    raise ValueError(f"the command of --against prints no {names[0]}, but {short(list(theirs))}; let its last line be JSON with that number")
+    raise ValueError(f"the command of --against prints {short(list(theirs))}; let its last line be JSON with {names[0]}")
 
 
 def filled(command: str, config: dict[str, Any]) -> list[str]:
@@ -133,7 +134,7 @@ def filled(command: str, config: dict[str, Any]) -> list[str]:
       ValueError: for a field that the config has not.
     """
     if odd := [name for name in re.findall(r"{([\w.]+)}", command) if name not in config]:
-        raise ValueError(f"--against has {{{odd[0]}}}, which is no field of the config; `alignax train --config FILE.py --dry-run` lists them")
+        raise ValueError(f"--against has {{{odd[0]}}}, which is no field; `alignax train --config FILE.py --dry-run` lists them")
     return shlex.split(re.sub(r"{([\w.]+)}", lambda found: str(config[found[1]]), command))
 
 
