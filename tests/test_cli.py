@@ -441,7 +441,7 @@ def test_the_code_of_a_folder_that_no_run_wrote_is_not_run(line, fields, tmp_pat
 def test_no_room_on_the_disk(fields, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(output.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     assert run(fields | {"workdir": tmp_path / "run"}) == 2
-    assert re.search(r"takes 0\.000 GB.*make room", capsys.readouterr().err)
+    assert re.search(r"needs [\d,]+ bytes, .* has 1,000 bytes free; make room", capsys.readouterr().err)
     assert not (tmp_path / "run").exists()
 
 

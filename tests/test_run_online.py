@@ -678,7 +678,7 @@ REFUSED = {
     "bad rewards": ({"rollout.bad_rewards": "ignore"}, GRPO, "use 'error' or 'drop'"),
     "a reset in a rollout": ({}, GRPO + "\ndef averages(config):\n    return elastic_reset(0.9, every=6)\n", "middle of a rollout of 4"),
     "a proposal and ahead": (AHEAD, OFF_POLICY + PROPOSAL, "leave one of them out"),
-    "samples of before": (AHEAD, GRPO, "does not read sampled_logps; correct it, as in importance_weighted(grpo())"),
+    "samples of before": (AHEAD, GRPO, "does not read sampled_logps; correct the loss, as in importance_weighted(grpo())"),
     "samples of before that are only seen": (
         AHEAD, GRPO.replace("kl_k3()", "kl_k3() + observe('x', lambda out, batch: batch['sampled_logps'].sum(axis=(1, 2)))"),
         "does not read sampled_logps",
@@ -696,7 +696,7 @@ REFUSED = {
     "no critic's folder": ({"model.critic": "nowhere"}, PPO, "model folder 'nowhere' does not exist"),
     "heads of no critic": ({"model.critic_heads": "2"}, PPO, "model.critic_heads is 2 and there is no critic"),
     "a cache": ({"reference.cache": "cache"}, GRPO, "online training scores samples"),
-    "a nucleus without weights": ({"rollout.top_p": "0.9"}, GRPO, "does not read sampled_logps; correct it"),
+    "a nucleus without weights": ({"rollout.top_p": "0.9"}, GRPO, "does not read sampled_logps; correct the loss"),
     "no nucleus": ({"rollout.top_p": "0"}, GRPO, "'rollout.top_p' is 0.0; it must be above 0 and at most 1"),
     "greedy rollouts": ({"rollout.temperature": "0"}, GRPO, "'rollout.temperature' is 0.0; it must be above 0, to sample from"),
     "texts at a temperature": ({"data.pretrain": "texts.jsonl", "rollout.temperature": "0.7"}, BOTH, "data.pretrain is learnt at 1"),

@@ -83,6 +83,8 @@ def loop(started: Started, feed: Feed, profile: Profile, log: Log, stop: Stop) -
             state, metrics = learn(state, held, batches)
             state, more = feed.after(state, metrics)
             metrics = metrics | seen | more
+        if s == first + turn:
+            log.line(str(COUNTED))  # all programs of a turn are there by now
         if pending:  # fetched a step late, so that the device never waits for the host
             observe(*pending)
         pending = (s, metrics, clock.submit(over, metrics))

@@ -6,7 +6,6 @@ from concurrent.futures import Future
 import jax
 import numpy as np
 
-from alignax.compiled import COUNTED
 from alignax.run.host_rewards import RewardFailed
 from alignax.run.log import Log
 from alignax.run.prepare import Run
@@ -49,8 +48,6 @@ class Observer:
             self._check_equal(values)
         self.log.step(step, values, values.pop("tokens"), ended and ended.result())
         self._seen += 1
-        if self._seen == 1:
-            self.log.line(str(COUNTED))
         if self._seen == 1 and values.get("grad_norm") == 0 and not values["skipped"]:
             self._notice_nothing(step, values)
         if "distinct" in values:
