@@ -39,6 +39,7 @@ lint: $(VENV)/installed-test
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: $(VENV)/installed-test
+	$(BIN)/alignax bench
 	$(BIN)/python experiments/bench.py
 	$(BIN)/python experiments/bench_generate.py
 	$(BIN)/python experiments/bench_ensemble.py

@@ -278,7 +278,7 @@ def test_a_tpu_program_keeps_attention_or_moves_inputs_to_the_host(v5e):
     assert found["offload"][1] >= inputs and found["full"][1] == found["attention"][1] == 0
 
 
-@pytest.mark.parametrize("kind", ["xla", "packed", "cudnn"])
+@pytest.mark.parametrize("kind", runs.slow_but(["xla", "packed", "cudnn"], "xla"))
 def test_attention_that_is_kept_is_not_computed_again(kind, monkeypatch):
     """The backward pass under `remat` "attention" has no forward pass of a kernel; under "full" it has one."""
     shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.bfloat16)

@@ -78,6 +78,7 @@ def test_second_moments_fall_without_gradients(moments):
     np.testing.assert_allclose(nu(fall(state)) / nu(state), 0.999**300, rtol=0.03)
 
 
+@pytest.mark.slow
 def test_bytes_are_as_claimed():
     params = {"w": jnp.zeros((8, 4 * BLOCK)), "b": jnp.zeros(100)}
     count = 8 * 4 * BLOCK + 100
@@ -131,6 +132,7 @@ def test_real_preferences_end_where_they_did(data_dir, tmp_path):
     assert fewer[0] == full[0] and 0 < np.abs(fewer - full).max() < 0.01
 
 
+@pytest.mark.slow
 def test_a_checkpoint_holds_codes_and_scales(tmp_path):
     optimizer, batch = optimizer_of("int8"), tiny.batch(8)
     step = jax.jit(make_step(tiny.plain_apply, sft(), optimizer))

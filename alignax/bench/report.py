@@ -57,6 +57,7 @@ def roofline(found: Sequence[Found], file: Path) -> None:
     """
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator
 
     about, points = found[0]["machine"], [case for case in found if case["xla_flops"] and case["xla_bytes"]]
     devices = 1 if about["platform"] == "cpu" else about["devices"]
@@ -77,8 +78,13 @@ def roofline(found: Sequence[Found], file: Path) -> None:
         note(f"{rate / 1e9:,.4g} GFLOP per {unit}\n{about['rate_from']}", (high, rate), (-4, -4), ha="right", va="top")
         note(f"{copied / 1e9:,.3g} GB per {unit}, measured copy", (low, low * copied), (34, 6))
         axes.set(xlim=(low, high), ylim=(min([*y, low * copied]) / 2, rate * 1.6))
-        axes.set(xlabel="FLOPs per byte, by the compiler (a loop's body once)", ylabel=f"model FLOP per {unit}")
+        axes.set(xlabel="FLOPs per byte, by the compiler (a loop's body once)", ylabel=f"model GFLOP per {unit}")
         axes.set_title(f"{figures.plain(about['processor'])}, {about['dtype']}", fontsize=10)
+        for line in (axes.xaxis, axes.yaxis):
+            line.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            line.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value / 1e9:,g}")
         axes.grid(color="0.9", linewidth=0.6)
         axes.legend(title="share of the roof", frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
         with output.file(file) as tmp:
