@@ -172,7 +172,7 @@ def check_rollout(config: Any, readers: Sequence[hf.Source], experiment: Experim
             f"rollout.temperature is {c.temperature}, but data.pretrain is learnt at 1; set rollout.temperature to 1, or leave "
             "data.pretrain empty"
         )
-    if config.reference.cache:
+    if config.reference.cache not in ("", OFF):
         raise ValueError(
             "reference.cache holds log-probs of the data's own rows, but online training scores samples; leave reference.cache empty"
         )
