@@ -113,6 +113,7 @@ def test_training_ends_where_it_did(name, moments):
     assert (found[1:] != expected[1:]).any()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_real_preferences_end_where_they_did(data_dir, tmp_path):
     """DPO of a 260k model on 96 pairs of HH, which it learns by heart: each step's loss is within 0.01 of that with float32 moments."""
