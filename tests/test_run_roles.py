@@ -86,7 +86,7 @@ def fields(folders, tmp_path, **more):
 
 @pytest.mark.slow
 def test_experience_is_given_models_by_the_names_of_the_config(folders, tmp_path):
-    given = fields(folders, tmp_path, **{"models.margin.path": folders[1]})
+    given = fields(folders, tmp_path, **{"models.margin.path": folders[1], "reference.cache": "off"})
     run = checked(arguments(tmp_path, MODPO, given))
     check_step(run)
     assert {*run.roles} == {"policy", "reference", "margin"} and {*frozen(run.roles)} == {"reference", "margin"}
