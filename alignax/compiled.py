@@ -61,6 +61,17 @@ def compile_anew() -> None:
     jax.config.update("jax_enable_compilation_cache", False)
 
 
+def share_only() -> None:
+    """Leaves the default folder, in one of several processes; a folder that the user named stays.
+
+    Only process 0 writes to the cache of jax. In a folder that every host has for itself, process 0 would find programs which the others
+    must compile. On GPUs these would then wait for process 0, since processes that compile choose their kernels together.
+    """
+    with suppress(RuntimeError):  # no home folder, hence no default
+        if jax.config.values["jax_compilation_cache_dir"] == str(folder()) and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+            jax.config.update("jax_compilation_cache_dir", None)
+
+
 class Counted:
     """A count of the programs that this process has compiled or read from the cache."""
 

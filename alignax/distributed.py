@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from alignax.compiled import compile_anew
+from alignax.compiled import compile_anew, share_only
 from alignax.mesh import order_collectives
 from alignax.text import short
 
@@ -43,8 +43,7 @@ def initialize() -> None:
             order_collectives(several=True)
             jax.config.update("jax_cpu_collectives_implementation", "gloo")  # without it, CPU processes cannot reduce together
             jax.distributed.initialize(**arguments)
-            if jax.default_backend() == "cpu":
-                compile_anew()
+            compile_anew() if jax.default_backend() == "cpu" else share_only()
             return
 
 

@@ -29,7 +29,6 @@ import os
 import re
 import resource
 import shlex
-import shutil
 import statistics
 import sys
 import tempfile
@@ -191,19 +190,11 @@ def ours(folder: Path, case: dict) -> dict:
 
 def judges(folder: Path, members: int) -> list[Path]:
     """Writes folders of random reward models, and returns their paths."""
-    import jax
-
-    from alignax.mesh import make_mesh
-    from alignax.models import hf, parameters
+    from alignax.bench.methods import write_judge
 
     out = [folder / f"judge_{k}" for k in range(members)]
     for k, judge in enumerate(out):
-        shutil.copytree(folder / "model", judge)
-        description = json.loads((judge / "config.json").read_text())
-        reward = {"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "score"}}
-        (judge / "config.json").write_text(json.dumps(description | reward))
-        source = hf.open_folder(judge)
-        hf.export(parameters.init_params(source.config, make_mesh({}, jax.devices()[:1]), jax.random.key(k)), source, judge)
+        write_judge(folder / "model", judge, k)
     return out
 
 

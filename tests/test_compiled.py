@@ -50,6 +50,15 @@ def test_programs_are_kept_in_the_users_folder_of_caches_unless_a_variable_says_
     assert str(compiled.COUNTED).endswith(f"read from {compiled.folder()}")
 
 
+def test_several_processes_share_no_default_folder_but_one_that_was_named(settings, tmp_path, monkeypatch):
+    assert settings()["jax_compilation_cache_dir"]
+    compiled.share_only()
+    assert jax.config.values["jax_compilation_cache_dir"] is None
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "shared"))
+    compiled.share_only()
+    assert jax.config.values["jax_compilation_cache_dir"] == str(tmp_path / "shared")
+
+
 def test_a_cache_that_is_turned_off_leaves_the_disk_alone(settings, tmp_path):
     jax.config.update("jax_enable_compilation_cache", False)
     assert not settings()["jax_compilation_cache_dir"] and not [*tmp_path.iterdir()]

@@ -147,9 +147,9 @@ def write(config: Any, folder: Path) -> None:
         return
     write_model(config, folder / "model")
     write_rows(config, folder / "rows.jsonl")
-    for judge in config.reward.path.split(",") if config.method == "grpo" else ():
+    for seed, judge in enumerate(config.reward.path.split(",") if config.method == "grpo" else ()):
         if Path(judge).parent == folder:
-            write_judge(folder / "model", Path(judge))
+            write_judge(folder / "model", Path(judge), seed)
 
 
 def write_model(config: Any, folder: Path) -> None:
@@ -190,8 +190,8 @@ def write_rows(config: Any, file: Path) -> None:
             f.write(json.dumps({"prompt": text(config.prompt)} | own) + "\n")
 
 
-def write_judge(model: Path, folder: Path) -> None:
-    """Writes a reward model of the policy's shape with random weights."""
+def write_judge(model: Path, folder: Path, seed: int) -> None:
+    """Writes a reward model of the shape of a policy's folder, with random weights of a seed."""
     import jax
 
     from alignax.mesh import make_mesh
@@ -202,4 +202,4 @@ def write_judge(model: Path, folder: Path) -> None:
     reward = {"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "score"}}
     (folder / "config.json").write_text(json.dumps(description | reward))
     source = hf.open_folder(folder)
-    hf.export(parameters.init_params(source.config, make_mesh({}, jax.devices()[:1]), jax.random.key(0)), source, folder)
+    hf.export(parameters.init_params(source.config, make_mesh({}, jax.devices()[:1]), jax.random.key(seed)), source, folder)

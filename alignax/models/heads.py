@@ -191,19 +191,19 @@ def soft_cap(z: jax.Array, cap: float | None) -> jax.Array:
     return z if cap is None else cap * jnp.tanh(z / cap)
 
 
-def shaped(z: jax.Array, how: Shaping, first: jax.Array | int = 0) -> jax.Array:
-    """The logits [.., V] whose softmax is the model's distribution, from the raw logits z [.., V] of V tokens from id `first` on."""
+def shaped(z: jax.Array, how: Shaping, begin: jax.Array | int = 0) -> jax.Array:
+    """The logits [.., V] whose softmax is the model's distribution, from the raw logits z [.., V] of V tokens from id `begin` on."""
     z = soft_cap(z, how.cap)
     z = z if how.temperature == 1 else z / how.temperature
-    return jnp.where(predicted(how, z, first), z, NEVER) if how.unused else z
+    return jnp.where(predicted(how, z, begin), z, NEVER) if how.unused else z
 
 
-def predicted(how: Shaping, z: jax.Array, first: jax.Array | int = 0) -> jax.Array:
-    """Whether each of the V tokens from id `first` on is ever predicted: [1, .., 1, V] bool, of the rank of z [.., V].
+def predicted(how: Shaping, z: jax.Array, begin: jax.Array | int = 0) -> jax.Array:
+    """Whether each of the V tokens from id `begin` on is ever predicted: [1, .., 1, V] bool, of the rank of z [.., V].
 
     `how.unused` must not be empty.
     """
-    at = first + jax.lax.broadcasted_iota(jnp.int32, (1,) * (z.ndim - 1) + z.shape[-1:], z.ndim - 1)
+    at = begin + jax.lax.broadcasted_iota(jnp.int32, (1,) * (z.ndim - 1) + z.shape[-1:], z.ndim - 1)
     return functools.reduce(jnp.logical_and, [(at < first) | (at >= behind) for first, behind in how.unused])
 
 
