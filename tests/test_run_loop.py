@@ -59,7 +59,8 @@ def looped(monkeypatch):
         monkeypatch.setattr(loop, "evaluated", lambda _: False)
         save = lambda state, about, scores: done.append(f"save {state.step}{' with scores' if scores else ''}")
         checkpoints = types.SimpleNamespace(save=save, close=lambda: None)
-        log = types.SimpleNamespace(paused=nullcontext, line=done.append)
+        line = lambda text: done.append("programs" if text.startswith("programs: ") else text)  # their number is that of all tests
+        log = types.SimpleNamespace(paused=nullcontext, line=line)
         experiment = types.SimpleNamespace(file=types.SimpleNamespace(name="mine.py"))
         given = {"config": config, "steps": 4, "workers": types.SimpleNamespace(stop=never), "experiment": experiment, "workdir": "run"}
         state = types.SimpleNamespace(step=jnp.int32(first))
@@ -81,13 +82,16 @@ GOES_ON = "saved. The same command goes on from here."
 
 
 def test_an_evaluation_is_done_before_the_checkpoint_that_has_its_scores(looped):
-    second, last = ["train 1", "train 2", "eval 2", "save 2 with scores"], ["train 3", "train 4", "eval 4", "save 4 with scores"]
+    second, last = (
+        ["train 1", "programs", "train 2", "eval 2", "save 2 with scores"],
+        ["train 3", "train 4", "eval 4", "save 4 with scores"],
+    )
     assert looped() == ["eval 0", *second, *last, ["after", "before"]]
 
 
 def test_a_stop_does_not_wait_for_an_evaluation(looped):
     """A stop skips evaluations that are due, at the end too, and breaks off a running one; the next start makes up for it."""
-    begun = ["eval 0", "train 1", "train 2"]
+    begun = ["eval 0", "train 1", "programs", "train 2"]
     assert looped(2) == [*begun, "save 2", f"stopped by SIGTERM after step 2; {GOES_ON}", 143]
     assert looped(2, "eval") == [*begun, "save 2", f"stopped by SIGTERM after step 2, in the evaluation; {GOES_ON}", 143]
     assert looped(4)[-4:] == ["train 4", "save 4", f"stopped by SIGTERM after step 4; {GOES_ON}", 143]

@@ -186,7 +186,7 @@ def test_models_that_no_run_can_use_are_refused(folders, tmp_path, source, chang
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("online", [True, False])
+@pytest.mark.parametrize("online", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_a_gold_reward_model_scores_samples_as_transformers_does(online, folders, tmp_path):
     """Online in rollouts and evaluations, offline in evaluations; its template is its own. Functions are given what models say, too."""
     policy, judge = tiny.folder(tmp_path / "policy", vocab_size=288, eos_token_id=3), transformers.AutoTokenizer.from_pretrained(folders[2])
@@ -290,7 +290,7 @@ def metrics(prompts, completions, reference, ensemble, logprobs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("K", "rank"), [(1, 2), (2, 0)])
+@pytest.mark.parametrize(("K", "rank"), [(1, 2), pytest.param(2, 0, marks=pytest.mark.long)])
 def test_reward_functions_are_given_the_reference_and_the_ensemble(K, rank, folders, tmp_path):
     """The functions alone make the run hold the reference; scores are those that the experience has of the same samples."""
     (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("a", "sun and", "it", "b c")))
