@@ -26,7 +26,7 @@ from alignax.config import default_config, load_experiment
 from alignax.models import kernels, parameters, transformer
 from alignax.models.attention import attention, packed_attention
 from alignax.models.rows import laid_out
-from alignax.packing import Packing
+from alignax.packing import Form, Packed, Packing
 from alignax.rewards.members import over_members
 from alignax.run import plan, roles
 from alignax.run.checks import check_attention
@@ -120,6 +120,40 @@ def test_splash_computes_the_members_of_an_ensemble_together():
         jax.tree.map(lambda a, b, m=member: np.testing.assert_allclose(a[m], b, rtol=1e-5, atol=1e-5), together, alone)
 
 
+def check_packed(mesh=None, members=0, shards=1, KV=2, window=0, **options):
+    """Values and all gradients of packed rows by the TPU kernel, and by plain XLA on one device."""
+    sight = laid_out(packed(tiny.batch(B=4, T=24), shards=shards, block=32)).sight
+    S, P = sight.positions.shape
+    draw = lambda i, heads: jax.random.normal(jax.random.key(i), (*((members,) if members else ()), S, P, heads, 8))
+    arrays = [draw(0, 4), draw(1, KV), draw(2, KV), draw(3, 4)]
+
+    def run(*places, **how):
+        attend = lambda *x: packed_attention(*x, sight, *places, window=jnp.asarray(window), **options, **how)
+        both = lambda q, k, v, cotangent: pulled(attend, cotangent, q, k, v)
+        return jax.jit(over_members(both, 0, 0) if members else both)(*arrays)
+
+    expected = run()
+    found = run(mesh, kernel="splash", interpret=True)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected)
+    padding = np.asarray(sight.branch < 0)
+    assert padding.any() and not np.asarray(found[0])[..., padding, :, :].any()
+
+
+PACKED = [{"KV": 4, "shards": 2}, {"window": 9, "cap": 2.0, "scalar": 3.0, "KV": 1}]
+
+
+@pytest.mark.parametrize("options", runs.slow_but(PACKED, PACKED[-1]), ids=str)
+def test_the_kernel_of_packed_rows_is_attention_in_blocks(options):
+    check_packed(**options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("members", (0, 2))
+def test_the_kernel_of_packed_rows_is_the_same_on_a_mesh(members):
+    axes = {"member": 2, "data": 2, "tensor": 2} if members else {"data": 2, "fsdp": 2, "tensor": 2}
+    check_packed(meshes.make_mesh(axes), members, shards=2 if members else 4)
+
+
 WINDOWS = dataclasses.replace(tiny.MODEL, sliding_windows=(0, 9), positions="learned")
 
 
@@ -194,7 +228,9 @@ def test_jax_is_asked_whether_cudnn_works_here():
 def test_a_run_refuses_a_kernel_and_says_what_auto_took(tmp_path):
     fields = runs.world(tmp_path) | {"workdir": tmp_path / "run"}
     run = lambda **more: prepare(load_experiment(runs.REPO / "experiments/dpo_hh.py", [f"{k}={v}" for k, v in (fields | more).items()]))
-    assert words(run(**{"model.packing": 64})) == "attention: packed rows in blocks; padded rows by xla (no other kernel is for cpu)"
+    assert words(run(**{"model.packing": 64})) == "attention: packed rows by {0}; padded rows by {0}".format(
+        "xla (no other kernel is for cpu)"
+    )
     with pytest.raises(ValueError, match="model.attention is 'splash', and splash is for TPUs, not for cpu; use model.attention=xla"):
         run(**{"model.attention": "splash"})
     with pytest.raises(ValueError, match="attention 'flash' is unknown; use auto, xla, splash, cudnn"):
@@ -214,6 +250,12 @@ def test_a_kernel_is_not_taken_for_what_it_would_not_compute(monkeypatch):
     check_attention(config, None)
     with pytest.raises(ValueError, match="for padded rows, and model.packing is 0, and packs rows of 1024 .* set model.packing=-1, or"):
         check_attention(config, Packing(1024))
+    assert kernels.chosen("auto", LLAMA, bf16, 1024, "gpu", 256)[0] == "xla"
+    assert kernels.chosen("auto", LLAMA, bf16, 64, "tpu", 256) == ("splash", "")
+    many = dataclasses.replace(tiny.MODEL, head_dim=128, num_attention_heads=64, num_key_value_heads=1)
+    found, why = kernels.chosen("auto", many, bf16, 1024, "tpu", 256)
+    assert found == "xla" and "holds 32 MiB for the 64 query heads of a key-value head in packed rows, more than 15" in why
+    assert kernels.chosen("auto", many, bf16, 1024, "tpu") == ("splash", "")
 
 
 @pytest.fixture
@@ -256,6 +298,29 @@ def test_a_tpu_program_has_the_splash_kernel_and_no_scores(head, changes, v5e):
         assert f"splash_mha_{phase}" in own and f"splash_mha_{phase}" not in plain
     assert "tpu_custom_call" in own and "tpu_custom_call" not in plain
     assert scores(plain) and not scores(own) and f"{T},{T}" not in own, (scores(plain), scores(own))
+
+
+@pytest.mark.slow
+def test_a_tpu_program_of_packed_rows_has_the_kernel_and_no_scores(v5e):
+    """The forward and the backward pass of a Llama whose pairs share their prompt; XLA's scores of two blocks are [KV, G t, s]."""
+    config = dataclasses.replace(
+        tiny.MODEL, head_dim=64, hidden_size=384, intermediate_size=320, vocab_size=2000, num_attention_heads=12, num_key_value_heads=4
+    )
+    params = parameters.abstract_params(config, v5e)
+    shape = lambda dtype: jax.ShapeDtypeStruct((4, 2, 512), dtype, sharding=meshes.batch_sharding(v5e))
+    batch = Packed({"tokens": shape(jnp.int32), "mask": shape(bool), "completion_mask": shape(bool)}, Form(2048, 2, True, 256))
+
+    def lowered(name):
+        apply = transformer.forward(config, dtype=jnp.bfloat16, mesh=v5e, attention=name)
+        program = jax.jit(jax.value_and_grad(lambda params, batch: apply(params, batch).logps.sum()))
+        return program.trace(params, batch).lower(lowering_platforms=("tpu",))
+
+    own, plain = lowered("auto"), lowered("xla")
+    scores = "2x768x256xf32"  # of a device's two key-value heads
+    assert scores in plain.as_text() and scores not in own.as_text()
+    compiled = own.compile().as_text()
+    for name in "forward", "backward_queries", "backward_keys":
+        assert f"{name}_packed_attention" in compiled and f"{name}_packed_attention" not in plain.as_text()
 
 
 @pytest.mark.slow

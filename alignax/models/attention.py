@@ -6,6 +6,7 @@ of queries may see, so its work grows with the lengths of the sequences and not 
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -138,9 +139,11 @@ def packed_attention(
     sight: Sight,
     mesh: Mesh | None = None,
     *,
+    kernel: str = "xla",
     window: jax.Array | None = None,
     scalar: float | None = None,
     cap: float | None = None,
+    interpret: bool = False,
 ) -> jax.Array:
     """Grouped-query attention over packed rows, in which each token sees the earlier tokens of its own sequence; softmax in float32.
 
@@ -152,16 +155,23 @@ def packed_attention(
       v: [S, P, KV, h] values.
       sight: which tokens see which.
       mesh: the mesh that the arrays are sharded over; None for one device.
+      kernel: "xla", or on TPUs "splash": `alignax.models.packed_kernel`.
       window: as in `attention`; distances are those of positions in a sequence.
       scalar: as in `attention`.
       cap: as in `attention`.
+      interpret: whether the kernel is interpreted, on any platform and slowly, for tests.
 
     Returns:
       [S, P, H, h]; 0 for padding.
     """
     h, KV = q.shape[3], k.shape[2]
     window = jnp.zeros((), jnp.int32) if window is None else window
-    run = functools.partial(_packed_rows, 1 / math.sqrt(scalar or h), cap)
+    blocks: Any = attend_blocks
+    if kernel == "splash":
+        from alignax.models import packed_kernel  # imports Pallas, which takes a tenth of a second that other platforms need not spend
+
+        blocks = functools.partial(packed_kernel.attend_blocks, interpret)
+    run = functools.partial(_packed_rows, functools.partial(blocks, 1 / math.sqrt(scalar or h), cap))
     if mesh is None or mesh.size == 1:
         return run(q, k, v, sight, window)
     split = lambda x, *axes: meshes.sharding(mesh, axes, x.shape).spec
@@ -173,13 +183,13 @@ def packed_attention(
     )
 
 
-def _packed_rows(scale: float, cap: float | None, q: jax.Array, k: jax.Array, v: jax.Array, sight: Sight, window: jax.Array) -> jax.Array:
-    """The attention of a device's rows: blocks [n, KV, G t, h] of queries, and [n, KV, t, h] of keys and values."""
+def _packed_rows(blocks: Callable[..., jax.Array], q: jax.Array, k: jax.Array, v: jax.Array, sight: Sight, window: jax.Array) -> jax.Array:
+    """The attention of a device's rows, given the function of blocks [n, KV, G t, h] of queries, and [n, KV, t, h] of keys and values."""
     S, P, H, h = q.shape
     KV, n, t = k.shape[2], sight.blocks, P // sight.blocks
     q = q.reshape(S, n, t, KV, H // KV, h).transpose(0, 1, 3, 4, 2, 5).reshape(S, n, KV, -1, h)
     k, v = (x.reshape(S, n, t, KV, h).swapaxes(2, 3) for x in (k, v))
-    row: Any = lambda q, k, v, sight: attend_blocks(scale, cap, q, k, v, sight, window)
+    row: Any = lambda q, k, v, sight: blocks(q, k, v, sight, window)
     # A device has one row as a rule: a vmap would let each pair of blocks copy all that the loop has summed.
     out = row(*jax.tree.map(lambda x: x[0], (q, k, v, sight)))[None] if S == 1 else jax.vmap(row)(q, k, v, sight)
     return out.reshape(S, n, KV, H // KV, t, h).transpose(0, 1, 4, 2, 3, 5).reshape(S, P, H, h)

@@ -1,7 +1,8 @@
-"""Attention kernels of accelerators for padded rows, and the choice among them; everywhere else `alignax.models.attention` computes.
+"""Attention kernels of accelerators, and the choice among them; everywhere else `alignax.models.attention` computes.
 
-`splash` is JAX's Pallas kernel for TPUs, `cudnn` NVIDIA's. Both compute what `attention` computes, and no [t, s] scores reach the main
-memory. On a mesh every device has the kernel on its own rows and heads.
+For padded rows `splash` is JAX's Pallas kernel for TPUs, `cudnn` NVIDIA's. Both compute what `attention` computes, and no [t, s] scores
+reach the main memory. For packed rows the kernel of TPUs is `alignax.models.packed_kernel`, and is called "splash" too: both visit only the
+blocks that are seen. On a mesh every device has the kernel on its own rows and heads.
 """
 
 import functools
@@ -22,6 +23,8 @@ LEAST = 128  # tokens of a row from which "auto" takes a kernel: below, most of 
 # Queries, and keys, of a block. Larger blocks read the keys fewer times and pay a grid step's overhead less often; beyond 512, causal
 # attention computes more of what it masks, and the float32 scores of a block outgrow a TPU's vector memory with large heads.
 BLOCKS = (512, 384, 256, 128)
+# Of the vector memory of the smallest TPUs, 16 MiB, what the kernel of packed rows may take for queries, their gradients and sums.
+VECTOR_MEMORY = 15 << 20
 # A policy of `jax.checkpoint` under which no kernel's forward pass runs again: it keeps outputs and log Z, by name or by cuDNN's primitive.
 attention_saveable = jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.save_only_these_names(KEPT), lambda primitive, *_, **__: primitive.name.startswith("dot_product_attention_fwd")
@@ -33,15 +36,16 @@ def platform(mesh: Mesh | None) -> str:
     return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
 
 
-def chosen(name: str, config: Any, dtype: Any, tokens: int, platform: str) -> tuple[str, str]:
-    """The kernel for padded rows of a model, "xla", "splash" or "cudnn"; and why "auto" did not take the platform's own, else "".
+def chosen(name: str, config: Any, dtype: Any, tokens: int, platform: str, block: int = 0) -> tuple[str, str]:
+    """The kernel for the rows of a model, "xla", "splash" or "cudnn"; and why "auto" did not take the platform's own, else "".
 
     Args:
       name: one of `KERNELS`; "auto" is the platform's own kernel if its conditions hold.
       config: the `ModelConfig`.
       dtype: the dtype of activations.
-      tokens: T, the length of the rows.
+      tokens: T, the length of padded rows.
       platform: where they are computed, see `platform`.
+      block: of packed rows the tokens of a block; 0: rows are padded.
 
     Raises:
       ValueError: for an unknown name, and for a named kernel whose conditions do not hold.
@@ -51,16 +55,16 @@ def chosen(name: str, config: Any, dtype: Any, tokens: int, platform: str) -> tu
     if name == "auto":
         if platform not in OWN:
             return "xla", f"no other kernel is for {platform}"
-        if tokens < LEAST:
+        if tokens < LEAST and not block:
             return "xla", f"rows of {tokens} tokens are below {LEAST}"
-        why = unmet(OWN[platform], config, dtype, platform)
+        why = unmet(OWN[platform], config, dtype, platform, block)
         return ("xla", why) if why else (OWN[platform], "")
-    if name != "xla" and (why := unmet(name, config, dtype, platform)):
+    if name != "xla" and (why := unmet(name, config, dtype, platform, block)):
         raise ValueError(f"model.attention is {name!r}, and {why}; or set model.attention=auto")
     return name, ""
 
 
-def unmet(kernel: str, config: Any, dtype: Any, platform: str) -> str:
+def unmet(kernel: str, config: Any, dtype: Any, platform: str, block: int = 0) -> str:
     """The condition of "splash" or "cudnn" that a model does not meet, with the value and the remedy; "" if it meets all."""
     c = config
     if OWN.get(platform) != kernel:
@@ -68,7 +72,15 @@ def unmet(kernel: str, config: Any, dtype: Any, platform: str) -> str:
     if c.head_dim % 8:
         return f"{kernel} takes heads of a multiple of 8, and the model's head_dim is {c.head_dim}; use model.attention=xla"
     if kernel == "splash":
+        group, most = c.num_attention_heads // c.num_key_value_heads, VECTOR_MEMORY
+        if block and (held := group * block * c.head_dim * (6 * jnp.dtype(dtype).itemsize + 4)) > most:
+            return (
+                f"splash holds {held >> 20} MiB for the {group} query heads of a key-value head in packed rows, more than {most >> 20}; "
+                "use model.attention=xla or model.packing=-1"
+            )
         return ""
+    if block:
+        return "cudnn is for padded rows, and these are packed; use model.packing=-1"
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         return f"cudnn computes in bfloat16 or float16, and the model in {jnp.dtype(dtype).name}; set model.dtype=bfloat16"
     if c.attn_logit_softcapping is not None:

@@ -26,6 +26,7 @@ class Sight(NamedTuple):
     root: jax.Array  # [S, P] int32
     positions: jax.Array  # [S, P] int32, in a token's own sequence
     pairs: jax.Array  # [S, n (n + 1) / 2, 2] int32: blocks of queries, and blocks of keys of which they may see some; query blocks ascend
+    by_key: jax.Array  # the same pairs in the order of their key blocks
     count: jax.Array  # [S] int32: the pairs that are used
 
     @property
@@ -68,8 +69,8 @@ def laid_out(batch: Batch, tokens: str = "tokens", mask: str = "mask") -> Laid:
         *(split(batch[name]) for name in (tokens, mask, "completion_mask"))
     )
     token, position, length, branch, root = packed
-    pairs, count = jax.vmap(functools.partial(_pairs, batch.form.block))(branch, root)
-    return Laid(token, branch >= 0, rows(places.reshape(batch[mask].shape)), length, Sight(branch, root, position, pairs, count))
+    visited = jax.vmap(functools.partial(_pairs, batch.form.block))(branch, root)
+    return Laid(token, branch >= 0, rows(places.reshape(batch[mask].shape)), length, Sight(branch, root, position, *visited))
 
 
 def _packed(P: int, shared: bool, tokens: jax.Array, mask: jax.Array, scored: jax.Array) -> tuple[jax.Array, ...]:
@@ -97,8 +98,8 @@ def _packed(P: int, shared: bool, tokens: jax.Array, mask: jax.Array, scored: ja
     return places, at(tokens, 0), at(index, 0), at(lengths[..., None], 1), at(branch, -1), at(root, -1)
 
 
-def _pairs(block: int, branch: jax.Array, root: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The pairs of blocks (queries, keys) of a packed row [P] that may see each other: [n, 2], and their number []."""
+def _pairs(block: int, branch: jax.Array, root: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The pairs of blocks (queries, keys) of a packed row [P] that may see each other, by query and by key; and their number []."""
     n = branch.shape[0] // block
     branch, root = branch.reshape(n, block), root.reshape(n, block)
     real, far = branch >= 0, jnp.iinfo(jnp.int32).max
@@ -107,5 +108,6 @@ def _pairs(block: int, branch: jax.Array, root: jax.Array) -> tuple[jax.Array, j
     low, high, low_root, high_root = lowest(branch), branch.max(axis=1), lowest(root), root.max(axis=1)
     meet = lambda first, last: (first[:, None] <= high[None]) & (low[None] <= last[:, None])
     seen = (meet(low, high) | meet(low_root, high_root)) & (jnp.arange(n)[:, None] >= jnp.arange(n)[None])
-    queries, keys = jnp.nonzero(seen, size=n * (n + 1) // 2, fill_value=0)
-    return jnp.stack([queries, keys], axis=1).astype(jnp.int32), seen.sum(dtype=jnp.int32)
+    found = functools.partial(jnp.nonzero, size=n * (n + 1) // 2, fill_value=0)
+    pair = lambda queries, keys: jnp.stack([queries, keys], axis=1).astype(jnp.int32)
+    return pair(*found(seen)), pair(*found(seen.T)[::-1]), seen.sum(dtype=jnp.int32)

@@ -134,7 +134,7 @@ class Block(nn.Module):
             q, k = rotate(q, rope), rotate(k, rope)
         options: Any = {"window": window, "scalar": c.query_pre_attn_scalar, "cap": c.attn_logit_softcapping}
         if isinstance(mask, Sight):
-            h = packed_attention(q, k, v, mask, self.mesh, **options)
+            h = packed_attention(q, k, v, mask, self.mesh, kernel=self.kernel, **options)
         elif cache is None:
             h = kernels.attend(self.kernel, q, k, v, mask, self.mesh, windows=c.sliding_windows, **options)
         elif at.ndim == 0:
@@ -182,7 +182,7 @@ class Decoder(nn.Module):
     mesh: Mesh | None = None
     keep: Any = None  # without a cache, the dtype of the cache that is returned; None: no cache is returned
     states: bool = False  # whether the hidden states after every layer are returned instead
-    attention: str = "xla"  # of padded rows, one of `kernels.KERNELS`
+    attention: str = "xla"  # one of `kernels.KERNELS`
     weights: str = "train"  # how the parameters are laid out over the mesh, see `alignax.mesh.DECODING`
 
     @nn.compact
@@ -209,8 +209,9 @@ class Decoder(nn.Module):
           lengths: [R, T] int, with `sight` or T tokens and a cache: the length of each token's own sequence.
         """
         c, kernel, back = self.config, "xla", None
-        if sight is None and cache is None and self.keep is None:
-            kernel, _ = kernels.chosen(self.attention, c, self.dtype, tokens.shape[1], kernels.platform(self.mesh))
+        if cache is None and self.keep is None:
+            block = 0 if sight is None else tokens.shape[1] // sight.blocks
+            kernel, _ = kernels.chosen(self.attention, c, self.dtype, tokens.shape[1], kernels.platform(self.mesh), block)
         if kernel == "cudnn":
             assert mask is not None
             order, back = kernels.right_padded(mask)
@@ -370,7 +371,7 @@ def forward(
       statistics: further statistics of the next-token distributions, which `Outputs.statistics` has by name.
       hidden: indices of layers, from 0, whose hidden states `Outputs.hidden` has by index: [B, N, T, D], before the last norm; those of
         padding mean nothing. It keeps the hidden states of all layers in memory.
-      attention: what computes the attention of padded rows: "xla", "splash" (TPU), "cudnn" (GPU), or "auto", the platform's own where its
+      attention: what computes attention: "xla", "splash" (TPU), "cudnn" (GPU, padded rows), or "auto", the platform's own where its
         conditions hold, see `alignax.models.kernels`.
 
     Raises:

@@ -121,11 +121,11 @@ def check_head(config: Any, source: hf.Source, experiment: Experiment) -> None:
 
 
 def check_attention(config: Any, packing: Any) -> None:
-    """Refuses a named attention kernel, which is for padded rows, where rows are packed."""
-    if packing is not None and config.model.attention in ("splash", "cudnn"):
+    """Refuses cuDNN attention, which is for padded rows, where rows are packed."""
+    if packing is not None and config.model.attention == "cudnn":
         asked = config.model.packing or f"0, and packs rows of {packing.positions} positions here"
         raise ValueError(
-            f"model.attention is {config.model.attention!r}, which is for padded rows, and model.packing is {asked}; set model.packing=-1, "
+            f"model.attention is 'cudnn', which is for padded rows, and model.packing is {asked}; set model.packing=-1, "
             "or model.attention=auto"
         )
 

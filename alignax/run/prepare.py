@@ -224,9 +224,10 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
             data._replace(train=train, evaluation=data.evaluation and placed(data.evaluation)),
             without_idle_reference(experiment, roles),
         )
-    for role in roles.values():
-        kernel(role, config, mesh, data.train.length)  # refuses a kernel whose conditions do not hold
     check_attention(config, packing)
+    for role in roles.values():
+        for block in (0,) if packing is None else (0, packing.block):
+            kernel(role, config, mesh, data.train.length, block)  # refuses a kernel whose conditions do not hold
     for line in notices(roles, words.tokenizer, config.lora.path, config.rollout.samples > 0) if is_main() else ():
         print(f"notice: {line}", file=sys.stderr)
     taken = lambda: held(roles, mesh, optimizer, len(averages))

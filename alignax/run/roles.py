@@ -170,10 +170,13 @@ def attention(config: Any, mesh: Mesh) -> tuple[str, str]:
     return name, ""
 
 
-def kernel(role: Role, config: Any, mesh: Mesh, tokens: int) -> tuple[str, str]:
-    """The attention kernel of a model of a run for rows of `tokens`; and why "auto" did not take the platform's own, else ""."""
+def kernel(role: Role, config: Any, mesh: Mesh, tokens: int, block: int = 0) -> tuple[str, str]:
+    """The attention kernel of a model of a run for rows of `tokens`; and why "auto" did not take the platform's own, else "".
+
+    Of packed rows `block` is the number of tokens in a block; 0: rows are padded.
+    """
     name, why = attention(config, mesh)
-    found, reason = kernels.chosen(name, role.config, role.dtype, tokens, kernels.platform(mesh))
+    found, reason = kernels.chosen(name, role.config, role.dtype, tokens, kernels.platform(mesh), block)
     return found, why or reason
 
 

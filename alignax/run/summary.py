@@ -48,15 +48,17 @@ def rows_of(run: Run) -> list[str]:
 
 def attention(run: Run) -> str:
     """What computes the attention of a run's models in words; and where "auto" did not take the platform's own kernel, why."""
-    by_choice: dict[tuple[str, str], list[str]] = {}
-    for name, role in run.roles.items():
-        by_choice.setdefault(kernel(role, run.config, run.mesh, run.train.length), []).append(name)
-    words = [
-        found + (f" ({why})" if why else "") + (f" of {', '.join(names)}" if len(by_choice) > 1 else "")
-        for (found, why), names in by_choice.items()
-    ]
-    packed = "packed rows in blocks; padded rows by " if run.packing is not None else ""
-    return f"attention: {packed}{'; '.join(words)}"
+
+    def words(block: int) -> str:
+        by_choice: dict[tuple[str, str], list[str]] = {}
+        for name, role in run.roles.items():
+            by_choice.setdefault(kernel(role, run.config, run.mesh, run.train.length, block), []).append(name)
+        of = lambda names: f" of {', '.join(names)}" if len(by_choice) > 1 else ""
+        return "; ".join(found + (f" ({why})" if why else "") + of(names) for (found, why), names in by_choice.items())
+
+    if run.packing is None:
+        return f"attention: {words(0)}"
+    return f"attention: packed rows by {words(run.packing.block)}; padded rows by {words(0)}"
 
 
 def remat(run: Run) -> list[str]:
