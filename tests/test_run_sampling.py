@@ -45,7 +45,7 @@ def rows(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("rank", runs.slow_but([0, 2], 2))
+@pytest.mark.parametrize("rank", runs.slow_but([0, 2], 0))
 def test_evaluations_of_an_offline_run_sample_from_the_speaker(rank, folders, tmp_path):  # noqa: F811
     """Log-probs are those of transformers' combined logits, at the temperature of evaluations; adapters share the reference's tree."""
     given = {"models.margin.path": folders[1], "eval.sample_prompts": 4, "eval.max_new_tokens": 6, "eval.temperature": 0.7}
