@@ -2,7 +2,10 @@
 
 import dataclasses
 import functools
+import heapq
+import itertools
 import math
+from types import SimpleNamespace
 
 import flax.linen as nn
 import jax
@@ -29,6 +32,7 @@ from alignax.generate import (
     text_of,
     token_batch,
 )
+from alignax.generate import generator as generators
 from alignax.generate.engine import Engine
 from alignax.mesh import make_mesh
 from alignax.models import hf, parameters, transformer
@@ -112,12 +116,20 @@ CUBE, ROW = {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 8}
     [(CUBE, "tensor"), *(pytest.param(CUBE, name, marks=SLOW) for name in ("train", "replicated"))]
     + [pytest.param(ROW, name, marks=SLOW) for name in ("train", "replicated", "tensor")],
 )
-def test_the_mesh_changes_nothing(sizes, weights):
+def test_the_mesh_changes_nothing(sizes, weights, monkeypatch):
     mesh = make_mesh(sizes)
     own, shape = speaker(tiny.MODEL, mesh=mesh, weights=weights), shape_for(21, 8, 12, mesh=mesh, slots=8)
     params = jax.device_put(PARAMS, jax.tree.map(lambda x: x.sharding, parameters.abstract_params(tiny.MODEL, mesh)))
     generator = Generator(own, shape, stop_ids=STOPS)
     same(generator(params, PROMPTS, KEY, n=3), base()[1])
+    # Processes whose devices have different speeds propose different numbers of steps: the least counts.
+    differing = lambda steps: jax.make_array_from_callback(
+        (8,), generators.every_device(mesh), lambda i: np.full(1, 2 + (i[0].start != 3), np.int32)
+    )
+    monkeypatch.setattr(generator, "proposed", differing)
+    looks: list[None] = []
+    again = generator(params, PROMPTS[:2], KEY, look=lambda: looks.append(None))
+    assert len(looks) == -(-again.steps // 2)
     laid, wanted = generator.lay(params), own.laid(params)
     assert (laid is params) == (weights == "train")
     assert jax.tree.all(jax.tree.map(lambda x, w: w.sharding.is_equivalent_to(x.sharding, x.ndim), laid, wanted))
@@ -147,7 +159,23 @@ def test_places_that_are_filled_again_waste_little():
     out = generator(PARAMS, prompts, KEY)
     lengths = out.mask.sum(-1)[:, 0]
     static = sum(lengths[i : i + 8].max() for i in range(0, 60, 8))  # batches that wait for their longest row
-    assert lengths.std() > 4 and out.steps < 0.7 * static and out.steps * 8 < 1.35 * lengths.sum()
+    assert lengths.std() > 4 and out.steps < 0.7 * static
+    free = [0] * 8  # the step at which each row is free
+    for length in lengths.tolist():
+        heapq.heapreplace(free, free[0] + length)
+    assert out.steps == max(free), "a row begins the next completion in the step after its last one ended"
+
+
+def test_a_call_takes_no_more_than_its_time(monkeypatch):
+    """So that a signal is answered soon on any device: calls of 1/32 s have three times the steps of the last, those of 1/2 s have one."""
+    (generator, out), proposed, steps = base(), Generator.proposed, []
+    monkeypatch.setattr(Generator, "proposed", lambda self, n: steps.append(n) or proposed(self, n))
+    for seconds, wanted in ((1 / 32, [1, 3, 5, 5]), (1 / 2, [1] * 12)):
+        now = itertools.count(0.0, seconds)
+        monkeypatch.setattr(generators, "time", SimpleNamespace(monotonic=now.__next__))
+        steps.clear()
+        same(generator(PARAMS, PROMPTS, KEY, n=3), out)
+        assert steps == wanted
 
 
 def test_samples_follow_the_distribution():

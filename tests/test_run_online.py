@@ -347,6 +347,18 @@ def test_rollouts_at_a_temperature_with_stop_strings_are_scored_as_they_are_samp
 
 
 @pytest.mark.slow
+def test_rollouts_from_weights_in_int8_log_their_drift(fields, tmp_path, capsys):
+    """Rollouts are weighed by what they were drawn with; evaluations sample from the policy's own weights, so they know its KL."""
+    args = arguments(tmp_path, OFF_POLICY, fields | {"workdir": str(tmp_path / "run"), "rollout.int8": "true"})
+    assert main(args) == 0
+    assert re.search(r"rollout: .* from a copy of the weights in int8, whole, with 0\.\d+ GB", capsys.readouterr().err)
+    found = rows(tmp_path / "run")
+    trained, last = [row for row in found if "loss" in row], [row for row in found if "eval/prompts" in row][-1]
+    assert len(trained) == 2 and all(1e-6 < abs(row["sampler_kl"]) < 0.05 and "sampler_gap" not in row for row in trained)
+    assert trained[1]["compilations"] == 0 and last["eval/sampler_gap"] < 2e-5 and last["eval/kl_k3"] > 0
+
+
+@pytest.mark.slow
 def test_rollouts_of_a_nucleus_weigh_by_what_was_drawn(fields, tmp_path):
     """log q - log pi of a token is -log of the nucleus's mass, so E_q log q / pi is above 0 and below -log p a token."""
     args = arguments(tmp_path, OFF_POLICY, fields | {"workdir": str(tmp_path / "run"), "rollout.top_p": "0.8", "steps": "4"})
@@ -696,6 +708,8 @@ REFUSED = {
     "no critic's folder": ({"model.critic": "nowhere"}, PPO, "model folder 'nowhere' does not exist"),
     "heads of no critic": ({"model.critic_heads": "2"}, PPO, "model.critic_heads is 2 and there is no critic"),
     "a cache": ({"reference.cache": "cache"}, GRPO, "online training scores samples"),
+    "int8 without weights": ({"rollout.int8": "true"}, GRPO, "(rollout.ahead, rollout.int8, rollout.top_p below 1, speaker(..)"),
+    "int8 of nothing": ({"rollout.int8": "true"} | OFFLINE, UNREWARDED, "rollout.int8 is true, and rollout.samples is 0"),
     "a nucleus without weights": ({"rollout.top_p": "0.9"}, GRPO, "does not read sampled_logps; correct the loss"),
     "no nucleus": ({"rollout.top_p": "0"}, GRPO, "'rollout.top_p' is 0.0; it must be above 0 and at most 1"),
     "greedy rollouts": ({"rollout.temperature": "0"}, GRPO, "'rollout.temperature' is 0.0; it must be above 0, to sample from"),
@@ -709,8 +723,8 @@ REFUSED = {
 
 QUICK = (  # one of each kind
     "rewards of one name", "what TRL's trainer has", "a refill of samples ahead", "an unknown column", "steps", "no reward models",
-    "a reward model", "samples of before", "no evidence", "a misspelt name", "no critic's folder", "greedy rollouts",
-    "a stop string that never occurs",
+    "a reward model", "int8 without weights", "samples of before", "no evidence", "a misspelt name", "no critic's folder",
+    "greedy rollouts", "a stop string that never occurs",
 )  # fmt: skip
 
 

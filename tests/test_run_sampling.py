@@ -120,6 +120,20 @@ def test_rollouts_are_sampled_from_the_speaker(name, folders, tmp_path):  # noqa
     assert [row["compilations"] > 0 for row in trained] == [True, False, False]
 
 
+def test_rollouts_in_int8_are_planned(folders, tmp_path):  # noqa: F811
+    """Their programs take int8, those of evaluations the policy's own weights."""
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "a"}) + "\n")
+    given = {"data.train": tmp_path / "p.jsonl", "data.kind": "prompt", "rollout.samples": 4, "eval.sample_prompts": 1}
+    source = ONLINE.replace("grpo()", "importance_weighted(grpo())")
+    run = checked(arguments(tmp_path, source, fields(folders, tmp_path, **given, **{"rollout.int8": True})))
+    check_step(run)
+    table = programs(run)
+    held = {name: {str(x.dtype) for x in jax.tree.leaves(table[f"{name}/decode"].arguments[0])} for name in ("rollout", "eval")}
+    assert held == {"rollout": {"int8", "float32"}, "eval": {"float32"}} and "rollout/lay" in table
+    assert "a copy of the weights in int8, whole" in told("rollout", run.samplers["rollout"], run.roles, run.mesh)
+    assert run.samplers["eval"].speaker.exact and not run.samplers["rollout"].speaker.exact
+
+
 def test_a_loss_that_takes_samples_for_the_policys_is_refused(folders, tmp_path):  # noqa: F811
     (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "a"}) + "\n")
     given = {"data.train": tmp_path / "p.jsonl", "data.kind": "prompt", "rollout.samples": 4, "rollout.max_new_tokens": 6}

@@ -74,6 +74,7 @@ def default_config() -> Any:
     c.rollout.ahead = False  # sample the next rollout before the steps on the current one: the device trains while rewards are computed
     c.rollout.slots = 0  # completions sampled side by side; 0: all, as far as a device's free memory allows; on a CPU at most 64
     c.rollout.mesh = "auto"  # weights of sampling: "replicated" over batch shards, "tensor": shared, "train": gathered for each token
+    c.rollout.int8 = False  # sample from a copy of the weights in int8: fewer bytes for each token; the loss must correct for the rounding
     c.rollout.refill = 0  # rounds, at most, that replace groups of equal rewards by groups of further prompts (DAPO); 0: they stay
     c.rollout.timeout = 600.0  # seconds for a call of reward(..) or gold(..) on a rollout; above 0
     c.rollout.reward_workers = 1  # processes that run reward(..) and gold(..); the prompts are divided among them

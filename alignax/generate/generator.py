@@ -4,16 +4,17 @@ The loop's decisions depend only on data that all processes have, so it runs on 
 """
 
 import dataclasses
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from alignax import mesh as meshes
-from alignax.generate.engine import Engine, Entries, Shape, Staged, State
+from alignax.generate.engine import Emitted, Engine, Queue, Shape, Staged, State
 from alignax.generate.sampling import Sampling
 from alignax.generate.speakers import Speaker, positions, speaker
 from alignax.generate.stops import LENGTH, STOP_ID, STOP_STRING, Stops, bare
@@ -23,6 +24,10 @@ from alignax.program import Program
 
 Prompts = Sequence[Sequence[int]]
 SLOTS = 64  # rows that are decoded at once where memory is no guide
+# Seconds that a call of `decode` may take: ten calls, after which several processes agree on whether to stop, take about a second.
+CALL = 0.1
+CHUNK = 64  # the most decoding steps of one call
+STRINGS = 8  # the same where stop strings end completions, since a row makes tokens in vain until the host has found the string
 
 
 class Completions(NamedTuple):
@@ -144,8 +149,10 @@ class Generator:
         prefill = Program(self._prefill, (laid, whole(Q, P), whole(Q)))
         key = whole(*jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).shape, dtype=jnp.uint32)
         arguments = placed(jax.eval_shape(self._empty), state), placed(prefill.shapes(), staged)
-        entries = Entries(whole(), *[whole(S)] * 4)
-        decode = Program(self._decode, (laid, *arguments, entries, whole(S, dtype=jnp.bool_), key, whole()))
+        queue = Queue(whole(), whole(), whole(dtype=jnp.bool_), whole())
+        count, each = (1, None) if self.mesh is None else (self.mesh.size, every_device(self.mesh))
+        steps = jax.ShapeDtypeStruct((count,), jnp.int32, sharding=each)
+        decode = Program(self._decode, (laid, *arguments, queue, whole(S), key, steps))
         return lay | {"prefill": prefill, "decode": decode}
 
     def place(self, x: Any) -> Any:
@@ -154,6 +161,11 @@ class Generator:
             return x
         x = np.asarray(x)
         return jax.make_array_from_callback(x.shape, meshes.sharding(self.mesh), lambda index: x[index])
+
+    def proposed(self, steps: int) -> Any:
+        """The argument `steps` of `decode`, [devices] int32: on each device the number that its process proposes."""
+        own = np.full(1, steps, np.int32)
+        return own if self.mesh is None else jax.make_array_from_callback((self.mesh.size,), every_device(self.mesh), lambda _: own)
 
 
 class Batching:
@@ -166,9 +178,10 @@ class Batching:
         self.state: State = generator._empty()
         self.staged: Staged | None = None
         self.block = -1  # prompts block * Q .. block * Q + Q - 1 are staged
-        self.waiting = 0  # number of the next completion to begin; its prompt is waiting // n
-        self.owner = np.full(shape.slots, -1)  # [slots] number of the completion that each row decodes; -1: free
-        self.steps = 0
+        self.next = 0  # number of the next completion to begin, sample next % n of prompt next // n
+        self.owner = np.full(shape.slots, -1, np.int32)  # [slots] number of the completion that each row decodes; -1: free
+        self.steps, self.pace = 0, 1  # decoding steps so far, and of a call that takes `CALL` seconds, by the last call
+        self.longest = min(shape.chunk, STRINGS) if generator.stops else shape.chunk
         total = len(prompts) * n
         self.tokens = np.zeros((total, shape.new), np.int32)
         self.logps, self.drawn = np.zeros((2, total, shape.new), np.float32)
@@ -177,73 +190,64 @@ class Batching:
 
     def run(self, look: Callable[[], None]) -> Completions:
         """Decodes until all completions have ended; `look` is called between two programs."""
-        total, shape = len(self.length), self.own.shape
-        while self.waiting < total or (self.owner >= 0).any():
+        while self.next < len(self.length) or (self.owner >= 0).any():
             look()
-            entries = self.admit()
-            # A row is free while completions wait only if their prompts are not staged: stage these before any decoding.
-            more = self.waiting < total and (self.owner < 0).any()
-            alive = self.owner >= 0
-            left = shape.new - self.length[self.owner[alive]].min(initial=shape.new)
-            steps = 0 if more else min(shape.chunk, int(left))
-            self.decode(entries, alive, steps)
+            self.stage()
+            self.take(self.decode())
         split = lambda x: x.reshape(len(self.prompts), self.n, *x.shape[1:])
-        mask = np.arange(shape.new) < self.length[:, None]
+        mask = np.arange(self.own.shape.new) < self.length[:, None]
         tokens, mask, logps, drawn, ended = map(split, (self.tokens, mask, self.logps, self.drawn, self.ended))
         exact = self.own.speaker.exact
         return Completions(tokens, mask, logps, ended, self.own.sampling, self.steps, self.block + 1, drawn, exact)
 
-    def admit(self) -> Entries:
-        """Gives free rows to completions with a staged prompt; stages the next block of prompts first if no such completion waits."""
-        Q, S = self.own.shape.prefill, self.own.shape.slots
-        if self.waiting < len(self.length) and self.waiting // self.n // Q > self.block:
-            self.stage()
-        free = np.flatnonzero(self.owner < 0)
-        last = min((self.block + 1) * Q * self.n, len(self.length))
-        new = np.arange(self.waiting, min(self.waiting + len(free), last))
-        self.waiting += len(new)
-        self.owner[free[: len(new)]] = new
-        fill = lambda x, other: np.concatenate([x, np.full(S - len(new), other)]).astype(np.int32)
-        prompts, samples = new // self.n, new % self.n
-        return Entries(
-            np.int32(len(new)), fill(free[: len(new)], S), fill(prompts % Q, 0), fill(prompts, 0), fill(samples, 0)
-        )  # fmt: skip
-
     def stage(self) -> None:
-        """Stages the next block of prompts: runs the prefill program on them."""
+        """Stages the next block of prompts, once no staged prompt has a completion that waits: runs the prefill program on them."""
         Q, P = self.own.shape.prefill, self.own.shape.prompt
+        if self.next == len(self.length) or self.next // self.n // Q <= self.block:
+            return
         self.block += 1
         tokens, lengths = np.zeros((Q, P), np.int32), np.ones(Q, np.int32)
         for i, prompt in enumerate(self.prompts[self.block * Q : (self.block + 1) * Q]):
             tokens[i, : len(prompt)], lengths[i] = prompt, len(prompt)
         self.staged = self.own._prefill(self.params, *map(self.own.place, (tokens, lengths)))
 
-    def decode(self, entries: Entries, alive: np.ndarray, steps: int) -> None:
-        """Runs the decode program and adds its tokens to the completions."""
-        small = jax.tree.map(self.own.place, (entries, alive, self.key, np.int32(steps)))
-        self.state, out = self.own._decode(self.params, self.state, self.staged, *small)
-        if not steps:
-            return
-        made, logps, drawn, real = (np.asarray(x.addressable_data(0)) for x in out)
-        self.steps += int(real.any(axis=0).sum())
-        for row in np.flatnonzero(alive).tolist():
-            self.take(row, *(x[row][real[row]] for x in (made, logps, drawn)))
+    def decode(self) -> Emitted:
+        """Runs the decode program, and finds from its time how many steps the next call may have."""
+        end = min((self.block + 1) * self.own.shape.prefill * self.n, len(self.length))
+        queue = Queue(np.int32(self.next), np.int32(end), np.bool_(end < len(self.length)), np.int32(self.n))
+        small = jax.tree.map(self.own.place, (queue, self.owner, self.key))
+        began = time.monotonic()
+        self.state, out = self.own._decode(self.params, self.state, self.staged, *small, self.own.proposed(min(self.pace, self.longest)))
+        out = Emitted(*(np.asarray(x.addressable_data(0)) for x in out))
+        if steps := int((out.numbers >= 0).any(axis=0).sum()):
+            self.steps += steps
+            self.pace = max(int(CALL * steps / (time.monotonic() - began)), 1)
+        return out
 
-    def take(self, row: int, tokens: np.ndarray, logps: np.ndarray, drawn: np.ndarray) -> None:
-        """Adds tokens to the completion of a row, and frees the row if the completion ends."""
-        i, stops = self.owner[row], self.own.stops
-        begin = int(self.length[i])
-        end = begin + len(tokens)
-        self.tokens[i, begin:end], self.logps[i, begin:end], self.drawn[i, begin:end] = tokens, logps, drawn
-        cut = None if stops is None else stops.end(self.tokens[i, :end], begin)
-        if cut is not None:
-            self.tokens[i, cut:], self.logps[i, cut:], self.drawn[i, cut:], end = 0, 0.0, 0.0, cut
-            self.ended[i] = STOP_STRING
-        if len(tokens) and int(self.tokens[i, end - 1]) in self.own.stop_ids:
-            self.ended[i] = STOP_ID
-        self.length[i] = end
-        if self.ended[i] != LENGTH or end == self.own.shape.new:
-            self.owner[row] = -1
+    def take(self, out: Emitted) -> None:
+        """Adds the tokens of a call to the completions, and frees the rows of those that a stop string ends."""
+        self.next, self.owner = int(out.next), out.owner.copy()
+        real = out.numbers >= 0
+        numbers = out.numbers[real]  # the tokens of a completion stand in one row, behind one another
+        own, first, inverse, count = np.unique(numbers, return_index=True, return_inverse=True, return_counts=True)
+        begin = self.length[own]
+        places = begin[inverse] + np.arange(len(numbers)) - first[inverse]
+        for mine, made in ((self.tokens, out.tokens), (self.logps, out.logps), (self.drawn, out.drawn)):
+            mine[numbers, places] = made[real]
+        self.length[own] = begin + count
+        stops = self.own.stops
+        for i, seen in zip(own, begin, strict=True) if stops else ():
+            if stops and (cut := stops.end(self.tokens[i, : self.length[i]], seen)) is not None:
+                self.tokens[i, cut:], self.logps[i, cut:], self.drawn[i, cut:], self.length[i] = 0, 0.0, 0.0, cut
+                self.ended[i] = STOP_STRING
+        last = self.tokens[own, self.length[own] - 1]
+        self.ended[own[np.isin(last, list(self.own.stop_ids))]] = STOP_ID
+        self.owner[(self.owner >= 0) & (self.ended[self.owner] != LENGTH)] = -1
+
+
+def every_device(mesh: Mesh) -> NamedSharding:
+    """The sharding of an array with one value for each device."""
+    return NamedSharding(mesh, PartitionSpec(meshes.AXES))
 
 
 def lies(params: Any, laid: Any) -> bool:
@@ -255,7 +259,7 @@ def lies(params: Any, laid: Any) -> bool:
             x.dtype == wanted.dtype and (wanted.sharding is None or (there and wanted.sharding.is_equivalent_to(x.sharding, x.ndim)))
         )
 
-    return jax.tree.all(jax.tree.map(one, params, laid))
+    return jax.tree.structure(params) == jax.tree.structure(laid) and jax.tree.all(jax.tree.map(one, params, laid))
 
 
 def placed(shapes: Any, layout: Any) -> Any:
@@ -272,7 +276,7 @@ def shape_for(
     mesh: Mesh | None = None,
     slots: int = 0,
     prefill: int = 0,
-    chunk: int = 8,
+    chunk: int = CHUNK,
     room: int = SLOTS,
 ) -> Shape:
     """The shape of a generator for a number of completions of prompts with at most `longest` tokens.
@@ -284,7 +288,7 @@ def shape_for(
       mesh: the mesh of the generator; default numbers of rows are multiples of its batch shards.
       slots: rows that are decoded at once; 0: as many as there are completions, at most `room`.
       prefill: prompts that are prefilled at once; 0: a quarter of the rows, at most 16, because every device holds the keys of all of them.
-      chunk: decoding steps after which the host looks which completions have ended.
+      chunk: the most decoding steps of one call; a call makes fewer where they would take more than a tenth of a second.
       room: the most rows that `slots` 0 gives, see `room_for`.
     """
     shards = 1 if mesh is None else meshes.batch_shards(mesh)

@@ -23,7 +23,7 @@ from alignax.mesh import DECODING, constrain, device_bytes, device_memory, shard
 from alignax.models import cache as caches
 from alignax.models.cache import Cache
 from alignax.models.heads import NEVER, shaped
-from alignax.models.parameters import abstract_params, decoding_params
+from alignax.models.parameters import SCALE, abstract_params, decoding_params, in_int8_for_decoding, int8_config
 from alignax.models.transformer import Decoder, ModelConfig, head_weight, shaping
 
 WEIGHTS = ("auto", *DECODING)  # the layouts of weights that are sampled from
@@ -53,6 +53,7 @@ class Speaker(NamedTuple):
     names: Any = ""  # tree like its parameters, with the name of a model in the place of that model's parameters; () for no parameters
     # (parameters or their shapes) -> the shapes, dtypes and shardings in which `read`, `head` and `logits` take them
     laid: Callable[[Any], Any] = lambda params: params
+    formed: Callable[[Any], Any] = lambda params: params  # (parameters) -> their tree as in `laid`, which has its dtypes and shardings
 
 
 def speaker(
@@ -63,6 +64,7 @@ def speaker(
     name: str = "",
     weights: str = "auto",
     piece: int = PIECE,
+    int8: bool = False,
 ) -> Speaker:
     """Makes the speaker of one language model. A generator lays its parameters, those of training, out for decoding.
 
@@ -74,6 +76,8 @@ def speaker(
       name: the name of the model, by which a run finds its parameters.
       weights: the layout of weights that are sampled from, one of `WEIGHTS`, see `layout_of`; "train": they stay as in training.
       piece: tokens of a longer prompt that are read at once, which bounds the memory of its activations.
+      int8: whether matrices of layers and output layer are laid out in int8, with a scale for each output. A step then reads half the
+        bytes of bfloat16. The speaker is not exact: its distribution is that of the rounded weights.
 
     Raises:
       ValueError: for an unknown `cache_dtype` or `weights`.
@@ -81,9 +85,20 @@ def speaker(
     if cache_dtype and cache_dtype not in caches.DTYPES:
         raise ValueError(f"cache dtype {cache_dtype!r} is unknown; use {', '.join(caches.DTYPES)}")
     stored, KV = jnp.dtype(cache_dtype or dtype), config.num_key_value_heads
-    laid, held = weights != "train", layout_of(config, dtype, mesh, weights)
-    rules, whole = DECODING[held], dataclasses.replace(config, predicted_tokens=0)
-    decoder = Decoder(config, dtype, "none", mesh, weights=held)
+    own = int8_config(config) if int8 else config
+
+    def formed(params: Any) -> Any:
+        if params == () or not int8:
+            return params
+        codes = in_int8_for_decoding(config, params)
+        pin = lambda x, like: x if mesh is None else jax.lax.with_sharding_constraint(x, like.sharding)
+        return jax.tree.map(pin, codes, decoding_params(own, mesh, "train", dtype, codes))  # so that int8 travels, not what it is made of
+
+    shapes = lambda layout, params: decoding_params(own, mesh, layout, dtype, jax.eval_shape(formed, params))
+    copied = int8 or weights != "train"
+    held = layout_of(mesh, weights, lambda: device_bytes(shapes("replicated", abstract_params(config))))
+    rules, whole = DECODING[held], dataclasses.replace(own, predicted_tokens=0)
+    decoder = Decoder(own, dtype, "none", mesh, weights=held)
 
     def empty(rows: int, places: int, dtype: Any = stored) -> Cache:
         return caches.empty((config.num_hidden_layers, rows, KV, places, config.head_dim), dtype)
@@ -101,8 +116,8 @@ def speaker(
         split, lengths = jnp.pad(split, ((0, 0), (0, -P % piece))), jnp.broadcast_to(real.sum(axis=1, keepdims=True), (R, piece))
 
         def further(i: jax.Array, cache: Any) -> Any:
-            own = jax.lax.dynamic_slice_in_dim(split, i * piece, piece, axis=1)
-            return decoder.apply({"params": params}, own, None, cache, i * piece, lengths=lengths)[1]
+            part = jax.lax.dynamic_slice_in_dim(split, i * piece, piece, axis=1)
+            return decoder.apply({"params": params}, part, None, cache, i * piece, lengths=lengths)[1]
 
         # In the dtype of activations, so that a piece reads what it would read of a whole prompt.
         first = jax.tree.map(lambda x: constrain(x, mesh, None, "batch", "heads", None, None), empty(R, split.shape[1], jnp.dtype(dtype)))
@@ -110,15 +125,20 @@ def speaker(
         return caches.pack(k[:, :, :, :P], v[:, :, :, :P], stored)
 
     @jax.named_scope("head")
-    def head(params: Any) -> jax.Array:
+    def head(params: Any) -> tuple[jax.Array, jax.Array | None]:
+        weight = head_weight(whole, params)
         # Of weights as in training: gathered over fsdp once, instead of at every step.
-        return constrain(head_weight(whole, params).astype(dtype), mesh, None, "vocab", rules=rules)
+        return constrain(weight if int8 else weight.astype(dtype), mesh, None, "vocab", rules=rules), params[SCALE] if int8 else None
 
-    def logits(params: Any, head: jax.Array, cache: Any, tokens: jax.Array, at: jax.Array) -> tuple[jax.Array, Any]:
+    def logits(params: Any, head: Any, cache: Any, tokens: jax.Array, at: jax.Array) -> tuple[jax.Array, Any]:
         last = constrain(jnp.take_along_axis(tokens, at[:, None], axis=1), mesh, "stream", None, rules=rules)
         hidden, cache = decoder.apply({"params": params}, last, None, cache, at)
         with jax.named_scope("head"):
-            z = jnp.einsum("rd,dv->rv", hidden[:, 0], head, preferred_element_type=jnp.float32)
+            weight, scale = head
+            if int8:  # a step reads int8; left alone, the compiler would convert the weight once, before the loop over steps
+                weight = jax.lax.optimization_barrier((weight, at))[0]
+            z = jnp.einsum("rd,dv->rv", hidden[:, 0], weight.astype(dtype), preferred_element_type=jnp.float32)
+            z = z if scale is None else z * scale[None]
             if held != "train":
                 z = constrain(constrain(z, mesh, "stream", "vocab", rules=rules), mesh, "batch", "vocab")
             z = constrain(z, mesh, "batch", None)
@@ -128,7 +148,7 @@ def speaker(
         vocab_size=config.vocab_size,
         predicted=config.predicted_tokens or config.vocab_size,
         positions=positions(config),
-        exact=True,
+        exact=not int8,
         mesh=mesh,
         empty=empty,
         layout=layout,
@@ -136,15 +156,16 @@ def speaker(
         head=head,
         logits=logits,
         names=name,
-        laid=lambda params: decoding_params(config, mesh, held, dtype, params) if laid and params != () else params,
+        laid=lambda params: shapes(held, params) if copied and params != () else params,
+        formed=formed,
     )
 
 
-def layout_of(config: ModelConfig, dtype: Any, mesh: Mesh | None, weights: str) -> str:
+def layout_of(mesh: Mesh | None, weights: str, size: Callable[[], int]) -> str:
     """The layout of a model's weights for decoding, a name in `alignax.mesh.DECODING`; on one device that of training.
 
     With "replicated" every batch shard has all weights, and with "tensor" the batch shards share them. "auto" replicates weights that take
-    at most a quarter of a device's memory.
+    at most a quarter of a device's memory. `size` gives the bytes of a device that they take when replicated.
 
     Raises:
       ValueError: for a layout that is not in `WEIGHTS`.
@@ -155,8 +176,7 @@ def layout_of(config: ModelConfig, dtype: Any, mesh: Mesh | None, weights: str) 
         return "train"
     if weights != "auto":
         return weights
-    size = device_bytes(decoding_params(config, mesh, "replicated", dtype, abstract_params(config)))
-    return "replicated" if size <= SHARE * device_memory(mesh) else "tensor"
+    return "replicated" if size() <= SHARE * device_memory(mesh) else "tensor"
 
 
 def combined(speakers: Sequence[Speaker], coefficients: Sequence[float]) -> Speaker:
@@ -213,6 +233,7 @@ def combined(speakers: Sequence[Speaker], coefficients: Sequence[float]) -> Spea
         logits=logits,
         names=tuple(s.names for s in speakers),
         laid=lambda params: tuple(s.laid(own) for s, own in zip(speakers, params, strict=True)),
+        formed=lambda params: tuple(s.formed(own) for s, own in zip(speakers, params, strict=True)),
     )
 
 

@@ -145,19 +145,23 @@ def split(params: Params) -> tuple[Params, Params]:
 
 
 def quantise(base: Params) -> Params:
-    """The base with its matrices quantised to int8: W [L, in, out] int8, and beside it `W_scale` [L, out] float32.
+    """The base with its matrices quantised to int8: W [L, in, out] int8, and beside it `W_scale` [L, out] float32, see `in_int8`.
 
-    The scale of an output is its largest absolute weight / 127.
+    What is quantised already stays as it is, and so do adapters and the experts of a mixture.
     """
-    layers = {}
-    for name, x in base["layers"].items():
-        if name in MATRICES and x.ndim == 3:
-            scale = jnp.abs(x).max(axis=-2, keepdims=True) / 127
-            scale = jnp.where(scale > 0, scale, 1.0)
-            layers |= {name: jnp.round(x / scale).astype(jnp.int8), name + "_scale": scale[:, 0]}
-        else:
-            layers[name] = x
+    layers = dict(base["layers"])
+    for name in MATRICES:
+        if name in layers and layers[name].ndim == 3 and layers[name].dtype != jnp.int8:
+            layers[name], layers[name + "_scale"] = in_int8(layers[name])
     return {**base, "layers": layers}
+
+
+def in_int8(weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A matrix W [.., in, out] in int8, and the scale of each output, [.., out] float32: its largest absolute weight / 127."""
+    x = weight.astype(jnp.float32)
+    scale = jnp.abs(x).max(axis=-2) / 127
+    scale = jnp.where(scale > 0, scale, 1.0)
+    return jnp.round(x / scale[..., None, :]).astype(jnp.int8), scale
 
 
 def is_quantised(lora: Lora | None, name: str) -> bool:

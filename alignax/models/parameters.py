@@ -12,9 +12,11 @@ from jax.sharding import Mesh
 from alignax import mesh as meshes
 from alignax.models import transformer
 from alignax.models.layout import leaf_name
-from alignax.models.lora import Lora, is_adapter, split, with_norms
+from alignax.models.lora import Lora, in_int8, is_adapter, quantise, split, with_norms
 from alignax.models.transformer import ModelConfig
 from alignax.types import Params
+
+SCALE = "lm_head_scale"  # of an output layer in int8, [V] float32
 
 
 def abstract_params(config: ModelConfig, mesh: Mesh | None = None, weights: str = "train") -> Params:
@@ -56,7 +58,28 @@ def decoding_params(config: ModelConfig, mesh: Mesh | None, weights: str, dtype:
         held = x.dtype if x.dtype == jnp.int8 else read_dtype(leaf_name(path), dtype)
         return jax.ShapeDtypeStruct(x.shape, held, sharding=own.sharding)
 
-    return jax.tree_util.tree_map_with_path(one, abstract_params(config, mesh, weights), params)
+    layout = abstract_params(config, mesh, weights)
+    if SCALE in params:
+        split = None if mesh is None else meshes.sharding(mesh, ("vocab",), params[SCALE].shape, meshes.DECODING[weights])
+        layout[SCALE] = jax.ShapeDtypeStruct(params[SCALE].shape, jnp.float32, sharding=split)
+    return jax.tree_util.tree_map_with_path(one, layout, params)
+
+
+def in_int8_for_decoding(config: ModelConfig, params: Params) -> Params:
+    """The parameters of `int8_config`: matrices of layers in int8, see `lora.quantise`, and so an output layer of its own.
+
+    The output layer is `lm_head` [D, V] int8 with `lm_head_scale` [V] float32, also where `config` ties it to the embedding, which stays as
+    it is. A pure function; it changes nothing of parameters that are in int8 already.
+    """
+    if SCALE in params:
+        return params
+    weight, scale = in_int8(transformer.head_weight(dataclasses.replace(config, predicted_tokens=0), params))
+    return quantise(params) | {"lm_head": weight, SCALE: scale}
+
+
+def int8_config(config: ModelConfig) -> ModelConfig:
+    """The config of a model whose weights are in int8 for decoding."""
+    return dataclasses.replace(config, tie_word_embeddings=False, lora=dataclasses.replace(config.lora or Lora(1, 1.0, ()), int8=True))
 
 
 def abstract_adapters(config: ModelConfig, lora: Lora, mesh: Mesh | None = None) -> Params:

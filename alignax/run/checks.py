@@ -151,6 +151,11 @@ def check_rollout(config: Any, readers: Sequence[hf.Source], experiment: Experim
     if not c.samples:
         if c.ahead:
             raise ValueError("rollout.ahead is true, and rollout.samples is 0: there are no rollouts to sample ahead; set it to false")
+        if c.int8:
+            raise ValueError(
+                "rollout.int8 is true, and rollout.samples is 0: there are no rollouts, and evaluations sample from the policy's own "
+                "weights; set it to false"
+            )
         if config.data.kind == "prompt":
             raise ValueError(
                 "data of kind 'prompt' has no completions; set rollout.samples, the completions that are sampled of each prompt"

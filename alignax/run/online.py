@@ -114,8 +114,8 @@ def check_corrected(apply: Apply, objective: Objectives, state: TrainState, batc
     jax.eval_shape(look, state, batch)
     if not read:
         raise ValueError(
-            "rollouts are sampled from another distribution than that of the policy that learns from them (rollout.ahead, rollout.top_p "
-            f"below 1, speaker(..), or the average {PROPOSAL!r}), but the loss does not read {name}; correct the loss, as in "
+            "rollouts are sampled from another distribution than that of the policy that learns from them (rollout.ahead, rollout.int8, "
+            f"rollout.top_p below 1, speaker(..), or the average {PROPOSAL!r}), but the loss does not read {name}; correct the loss, as in "
             "importance_weighted(grpo())"
         )
 

@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from alignax import mesh as meshes
@@ -52,7 +51,7 @@ def make_samplers(
     if config.rollout.samples:
         c = config.rollout
         count, longest = prompts_of_rollout(config) * c.samples, int(train.prompt_lengths.max())
-        own = make_speaker(experiment, roles, words, mesh, c.temperature)
+        own = make_speaker(experiment, roles, words, mesh, c.temperature, c.int8)
         out[ROLLOUT] = sampler(
             own,
             count,
@@ -80,10 +79,10 @@ def make_samplers(
     return out
 
 
-def make_speaker(experiment: Experiment, roles: Roles, words: Vocabulary, mesh: Mesh, temperature: float) -> Speaker:
+def make_speaker(experiment: Experiment, roles: Roles, words: Vocabulary, mesh: Mesh, temperature: float, int8: bool = False) -> Speaker:
     """The speaker that a sampler reads: the policy at a temperature, or what `speaker(..)` of the experiment makes of such models.
 
-    It is exact only if its distribution is the policy's own.
+    It is exact only if its distribution is the policy's own. With `int8` all models are sampled from in int8.
 
     Raises:
       ValueError: for a model that predicts no token, and for what is no speaker of models that the run holds.
@@ -93,9 +92,8 @@ def make_speaker(experiment: Experiment, roles: Roles, words: Vocabulary, mesh: 
         role = roles[name]
         if role.members:
             raise ValueError(f"speaker() of {file} asks for {name!r}, a reward model, which predicts no token; give it a language model")
-        return speaker(
-            policy_config(role.config, temperature, words.unused), role.dtype, mesh=mesh, name=name, weights=experiment.config.rollout.mesh
-        )
+        config, layout = policy_config(role.config, temperature, words.unused), experiment.config.rollout.mesh
+        return speaker(config, role.dtype, mesh=mesh, name=name, weights=layout, int8=int8)
 
     file, make, policy = experiment.file, experiment.speaker, of(POLICY)
     if make is None:
@@ -141,8 +139,8 @@ def told(name: str, generator: Generator, roles: Roles, mesh: Mesh) -> str:
     whole = [name for name, x in leaves.items() if name in MATRICES and x.sharding.is_fully_replicated]
     parts = len(whole) < sum(name in MATRICES for name in leaves)
     where = "in parts" + (f" (but {', '.join(whole)} whole, which its parts do not divide)" if whole else "") if parts else "whole"
-    dtype = jnp.result_type(*(x.dtype for name, x in leaves.items() if name in MATRICES))
-    return f"{rows}, from a copy of the weights in {dtype}, {where}, with {meshes.device_bytes(laid) / 1e9:.3f} GB on each device"
+    dtypes = " and ".join(dict.fromkeys(str(x.dtype) for name, x in leaves.items() if name in MATRICES))
+    return f"{rows}, from a copy of the weights in {dtypes}, {where}, with {meshes.device_bytes(laid) / 1e9:.3f} GB on each device"
 
 
 def sampled_rows(config: Any, evaluated: Examples) -> range:
