@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import peft
 import pytest
@@ -28,6 +29,7 @@ from alignax.models.peft import Adapted, read_adapter, write_adapter
 from alignax.models.tokenizers import check_tokenizer, load_tokenizer
 from alignax.models.transformer import forward
 from alignax.rewards.ensembles import ensemble_model, load_members, open_ensemble
+from alignax.run import roles
 from alignax.run.opening import notices
 
 FAMILY = {row: row.split(",")[0] for row in ROWS if "," not in row} | {"llama": "llama"}
@@ -317,6 +319,20 @@ def test_an_int8_base_is_the_base_to_the_rounding_of_its_weights(dora, folder):
     np.testing.assert_allclose(adapted, alone, atol=1e-5 if dora else 0)  # m over the norm is 1 to rounding
     error = np.abs(alone - score(source.config, base)).max()
     assert 1e-4 < error < 0.2, "logs of probabilities, in nats"
+
+
+def test_the_experts_of_an_int8_base_stay_what_they_are():
+    """Experts are not quantised, and a cast of them to int8 would leave zeros."""
+    spec = Lora(2, 4.0, ("q",), int8=True)
+    config = dataclasses.replace(tiny.MODEL, num_experts=4, num_experts_per_tok=2, lora=spec)
+    role = roles.Role("policy", (), config, jnp.float32, roles.BASE, lambda statistics: forward(config))
+    whole = parameters.init_params(dataclasses.replace(config, lora=None), None, jax.random.key(0))
+    held = roles.freeze(role, whole)["layers"]
+    assert held["q"].dtype == np.int8 and "gate_scale" not in held
+    for name in lora.EXPERTS:
+        np.testing.assert_array_equal(held[name], whole["layers"][name])
+    told = jax.tree.map(lambda x: (x.shape, x.dtype), roles.abstract(role)["layers"])
+    assert told == jax.tree.map(lambda x: (x.shape, x.dtype), held)
 
 
 def test_join_and_split_are_inverse(folder):

@@ -27,6 +27,7 @@ from alignax.types import Params
 
 MARK = "_lora_"  # part of the name of every adapter leaf
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")  # the matrices of a layer
+EXPERTS = ("gate", "up", "down")  # those that are stacked in a mixture of experts, which is neither adapted nor quantised
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +61,7 @@ def find_targets(patterns: str, modules: dict[str, str], experts: bool) -> tuple
     Raises:
       ValueError: for a pattern that matches no matrix.
     """
-    names = [n for n in MATRICES if n in modules and not (experts and n in ("gate", "up", "down"))]
+    names = [n for n in MATRICES if n in modules and not (experts and n in EXPERTS)]
     if patterns == "all-linear":
         return tuple(names)
     found = set()
@@ -164,9 +165,10 @@ def in_int8(weight: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.round(x / scale[..., None, :]).astype(jnp.int8), scale
 
 
-def is_quantised(lora: Lora | None, name: str) -> bool:
-    """Whether a leaf of the base is stored in int8; `name` is that of a leaf ("layers.q") or matrix ("q")."""
-    return lora is not None and lora.int8 and name.removeprefix("layers.") in MATRICES
+def is_quantised(lora: Lora | None, name: str, experts: bool) -> bool:
+    """Whether a leaf of the base, such as "layers.q", is stored in int8: one that `quantise` takes; `experts`: the MLP is a mixture."""
+    matrices = [n for n in MATRICES if not (experts and n in EXPERTS)]
+    return lora is not None and lora.int8 and name.removeprefix("layers.") in matrices
 
 
 def with_norms(lora: Lora, base: Params, adapters: Params) -> Params:

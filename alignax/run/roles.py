@@ -104,7 +104,7 @@ def abstract_frozen(roles: Roles, mesh: Mesh) -> dict[str, Params]:
 def leaf_dtype(role: Role, path: Any) -> Any:
     """The dtype of a frozen leaf: that of activations, to which the forward pass casts all but norms anyway; int8 if quantised."""
     leaf = hf.leaf_name(path)
-    if is_quantised(role.lora, leaf):
+    if is_quantised(role.lora, leaf, role.config.num_experts > 0):
         return jnp.int8
     return parameters.read_dtype(leaf, role.dtype)
 
