@@ -8,6 +8,7 @@ PYTHON is an environment with the peer: `pip install torch==2.13.0 'trl==1.16.*'
 `taskset -c 1 alignax bench ..` gives both sides one. On a CPU all is float32, on a GPU mixed with bfloat16.
 """
 
+import itertools
 import json
 import os
 import resource
@@ -64,7 +65,8 @@ def load(config: dict[str, Any], kind: Any) -> Any:
 def rows(config: dict[str, Any], *columns: str) -> list[dict[str, Any]]:
     """The columns of the rows that the case trains on, in JSON lines."""
     with open(config["data.train"], encoding="utf-8") as f:
-        return [{name: row[name] for name in columns} for row in map(json.loads, f)]
+        read = itertools.islice(map(json.loads, f), config["data.limit"] or None)
+        return [{name: row[name] for name in columns} for row in read]
 
 
 def options(config: dict[str, Any], examples: int, folder: str) -> dict[str, Any]:
