@@ -114,7 +114,7 @@ def roofline(found: Sequence[Found], file: Path) -> None:
             colour, marker = figures.COLOURS[i % len(figures.COLOURS)], figures.MARKERS[i // len(figures.COLOURS) % len(figures.MARKERS)]
             axes.loglog([a], [b], marker, color=colour, ms=7, label=f"{figures.plain(case['name'])}  {case['mfu']:.0%}", ls="")
         note: Any = functools.partial(axes.annotate, textcoords="offset points", fontsize=8)
-        note(f"{rate / 1e9:,.4g} GFLOP per {second}\n{about['rate_from']}", (high, rate), (-4, -4), ha="right", va="top")
+        note(f"{rate / 1e9:,.4g} GFLOP per {second}, {about['rate_from']}", (high, rate), (-4, 4), ha="right")
         note(f"{copied / 1e9:,.3g} GB per {second}, measured copy", (low, low * copied), (34, 6))
         axes.set(xlim=(low, high), ylim=(min([*y, low * copied]) / 2, rate * 1.6))
         axes.set(xlabel="FLOPs per byte, by the compiler (a loop's body once)", ylabel=f"model GFLOP per {second}")
