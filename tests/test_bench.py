@@ -156,6 +156,11 @@ def test_rows_have_the_lengths_that_were_asked_for(tmp_path):
     assert {len(row[name].split()) for row in rows for name in ("chosen", "rejected")} == {40 - 8 - 1}  # and the EOS
 
 
+def test_rows_of_a_file_may_be_longer_than_invented_ones(tmp_path):
+    length = lambda *more: methods.experiment("dpo", ["seq=80", "data.train=rows.jsonl", *more], tmp_path).config.data.max_length
+    assert (length(), length("data.max_length=512")) == (80, 512)
+
+
 def test_one_token_in_mean_ends_a_completion_and_no_row_has_one_inside(tmp_path):
     config = methods.get_config()
     config.vocab, config.mean, config.batch_size = 100, 5, 2

@@ -114,8 +114,10 @@ def experiment(method: str, overrides: Sequence[str], folder: Path) -> Experimen
     config.model.path, config.data.train = str(folder / "model"), str(folder / "rows.jsonl")
     for override in overrides:
         set_field(config, override)
-    check(config, [override.partition("=")[0] for override in overrides])
-    config.data.max_length = config.seq
+    given = [override.partition("=")[0] for override in overrides]
+    check(config, given)
+    if "data.max_length" not in given:
+        config.data.max_length = config.seq
     if method == "ensemble":
         config.ensemble.members = config.ensemble.members or config.members
     if method == "grpo":
