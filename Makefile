@@ -38,12 +38,9 @@ lint: $(VENV)/installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-bench: $(VENV)/installed-test
+bench: setup
 	$(BIN)/alignax bench
-	$(BIN)/python experiments/bench.py
-	$(BIN)/python experiments/bench_generate.py
-	$(BIN)/python experiments/bench_ensemble.py
-	$(BIN)/python experiments/bench_online.py
+	$(BIN)/alignax bench growth
 
 clean:
 	rm -rf $(VENV) runs

@@ -22,7 +22,20 @@ def short(value: Any) -> str:
 
 def table(rows: list[list[str]]) -> str:
     """Formats rows of cells as aligned columns; the first row is the head, and the first column is left-aligned."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    cell = lambda i, text: text.ljust(widths[i]) if i == 0 else text.rjust(widths[i])
-    lines = ["  ".join(cell(i, text) for i, text in enumerate(row)).rstrip() for row in rows]
+    lines = ["  ".join(row).rstrip() for row in aligned(rows)]
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+def markdown(rows: list[list[str]]) -> str:
+    """Formats rows of cells as a Markdown table, aligned like `table`."""
+    head, *body = aligned(rows)
+    rule = ["-" * len(cell) if i == 0 else "-" * (len(cell) - 1) + ":" for i, cell in enumerate(head)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, rule, *body])
+
+
+def aligned(rows: list[list[str]]) -> list[list[str]]:
+    """The cells of rows, padded to the widths of their columns: at least 3, the first column on the right, the others on the left."""
+    widths = [max(3, *(len(row[i]) for row in rows)) for i in range(len(rows[0]))]
+    return [
+        [text.rjust(width) if i else text.ljust(width) for i, (text, width) in enumerate(zip(row, widths, strict=True))] for row in rows
+    ]

@@ -228,8 +228,7 @@ def test_modules_that_an_experiment_imports_are_a_part_of_it(tmp_path, monkeypat
 
 @pytest.mark.parametrize("file", sorted(runs.REPO.glob("experiments/*.py")), ids=lambda file: file.stem)
 def test_our_own_experiment_files_are_fine(file):
-    if not file.stem.startswith("bench"):
-        load_experiment(file)
+    load_experiment(file)
 
 
 def test_a_best_metric_that_is_none_is_refused_before_anything_is_written(fields, tmp_path, capsys):

@@ -20,6 +20,6 @@ if __name__ == "__main__":
             if not case.file:
                 methods.write(experiment.config, Path(case.folder))
             experiment.config.workdir = scratch
-            print(json.dumps(measured(experiment, case.turns, case.sampling, case.first)))
+            print(json.dumps(measured(experiment, case.sampling, case.single, case.first)))
     except ValueError as e:
         sys.exit(f"alignax: error: {' '.join(str(e).split())}")

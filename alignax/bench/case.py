@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from alignax.bench import methods
-from alignax.config import BadInput, Experiment, load_experiment
+from alignax.config import BadInput, Experiment, load_experiment, steps_of_turn
 
 CACHE = "JAX_COMPILATION_CACHE_DIR"
+WARM = 2  # turns before the timed ones: the first compiles
 FIRST = ("start_s", "first_step_s", "first_step_cpu_s")  # figures that the cache of compiled programs changes
 
 
@@ -25,19 +26,22 @@ class Case(NamedTuple):
     turns: int  # timed ones
     sampling: bool  # whether its sampler alone is timed
     folder: str  # of the files of a built-in case
+    single: bool = False  # whether on one device, also where there are more
     first: bool = False  # whether its first turn alone is timed
 
     def experiment(self) -> Experiment:
-        """The experiment.
+        """The experiment, with the steps of all its turns, which its schedule depends on.
 
         Raises:
           ValueError: for an unknown field, and for a file that runs several stages.
         """
         if not self.file:
-            return methods.experiment(self.method, self.overrides, Path(self.folder))
-        experiment = load_experiment(self.file, self.overrides)
+            experiment = methods.experiment(self.method, self.overrides, Path(self.folder))
+        else:
+            experiment = load_experiment(self.file, self.overrides)
         if experiment.main is not None and not experiment.config.model.path:
             raise ValueError(f"{self.file} writes its own model or runs several stages; give --config.model.path and --config.data.train")
+        experiment.config.steps = (WARM + self.turns) * steps_of_turn(experiment.config)
         return experiment._replace(main=None)
 
 

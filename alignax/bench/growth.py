@@ -1,11 +1,11 @@
-"""How the cost of a training step grows with each size, the others kept: time over model FLOPs, which is constant for linear cost."""
+"""How the cost of a training step on one device grows with each size, the others kept: time over model FLOPs, constant for linear cost."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from alignax.bench.case import Case
-from alignax.bench.report import Found
-from alignax.text import table
+from alignax.bench.report import Found, matrix_cell, matrix_head
+from alignax.text import markdown
 
 SMALL = {"dim": 128, "layers": 2, "heads": 4, "kv_heads": 4, "vocab": 1024, "seq": 128, "prompt": 32, "batch_size": 8}
 LINEAR = 0.1  # relative change of time over FLOPs that still counts as linear
@@ -23,9 +23,10 @@ class Axis(NamedTuple):
 
 AXES = (
     Axis("L, layers", "dpo", "layers", (2, 6, 12, 24)),
-    Axis("T, tokens of a row", "dpo", "seq", (256, 1024, 4096), {"batch_size": 2}),
-    Axis("N, ranked responses", "dpo", "responses", (2, 4, 8, 16)),
-    Axis("K, reward models", "ensemble", "members", (1, 2, 4, 8)),
+    Axis("T, tokens of a row", "dpo", "seq", (256, 1024, 4096), {"batch_size": 1}),
+    Axis("N, samples of a prompt", "grpo", "rollout.samples", (2, 4, 8, 16), {"members": 1}),
+    Axis("K, trained reward models", "ensemble", "members", (1, 2, 4, 8)),
+    Axis("K, judges of samples", "grpo", "members", (1, 8)),
     Axis("V, vocabulary", "dpo", "vocab", (1024, 8192, 65536)),
     Axis("batch", "dpo", "batch_size", (4, 16, 64)),
 )
@@ -37,7 +38,7 @@ def cases(overrides: Sequence[str], turns: int, folder: str) -> list[tuple[Axis,
     for i, axis in enumerate(AXES):
         for value in axis.values:
             fields = [f"{name}={x}" for name, x in (SMALL | axis.fields).items()] + list(overrides) + [f"{axis.field}={value}"]
-            case = Case(f"{axis.field} {value}", axis.method, "", fields, turns, False, f"{folder}/{i}_{value}")
+            case = Case(f"{axis.field} {value}", axis.method, "", fields, turns, False, f"{folder}/{i}_{value}", single=True)
             out.append((axis, value, case))
     return out
 
@@ -49,7 +50,8 @@ def seconds(found: Found) -> float:
 
 def growth_table(found: Sequence[tuple[Axis, int, Found]]) -> str:
     """The table of growth: a row for each size; times over FLOPs are relative to the first row of the axis."""
-    rows = [["", "", "seconds a step", "model GFLOP", "ns per MFLOP", "against the first", f"linear within {LINEAR:.0%}"]]
+    matrix = matrix_head(found[0][2])
+    rows = [["", "", "seconds a step", "model GFLOP", matrix, "ns per MFLOP", "against the first", f"linear within {LINEAR:.0%}"]]
     first: dict[str, float] = {}
     for axis, value, case in found:
         each = seconds(case) / case["model_flops"]
@@ -57,7 +59,7 @@ def growth_table(found: Sequence[tuple[Axis, int, Found]]) -> str:
         new = base == each
         verdict = "" if new else "yes" if abs(each / base - 1) <= LINEAR else "cheaper" if each < base else "no"
         rows.append([
-            axis.letter if new else "", str(value), f"{seconds(case):.4g}", f"{case['model_flops'] / 1e9:.4g}", f"{each * 1e15:,.0f}",
-            f"{each / base:.2f}", verdict,
+            axis.letter if new else "", f"{value:,}", f"{seconds(case):.4g}", f"{case['model_flops'] / 1e9:.4g}", matrix_cell(case),
+            f"{each * 1e15:,.0f}", f"{each / base:.2f}", verdict,
         ])  # fmt: skip
-    return table(rows)
+    return markdown(rows)

@@ -17,11 +17,13 @@ import numpy as np
 
 from alignax.averages import PROPOSAL
 from alignax.bench import flops, machine
+from alignax.bench.case import WARM
 from alignax.bench.flops import Rows
 from alignax.compiled import COUNTED
 from alignax.config import DATA, PRETRAIN, ROLLOUTS, Experiment, asked, flat, steps_of_turn
 from alignax.generate import Completions
 from alignax.host.functions import models_asked
+from alignax.mesh import make_mesh
 from alignax.models.reward import CRITIC
 from alignax.run.feed import make_feed
 from alignax.run.prepare import Run, prepare
@@ -31,8 +33,6 @@ from alignax.run.sampling import EVALUATION, ROLLOUT, sampled_rows, speaker_para
 from alignax.run.start import Started, start
 from alignax.run.state import off_policy
 from alignax.types import Batch
-
-WARM = 2  # turns before the timed ones: the first compiles
 
 
 class Turn(NamedTuple):
@@ -52,17 +52,16 @@ class Clocked(NamedTuple):
     cpu: float
 
 
-def measured(experiment: Experiment, turns: int, sampling: bool, alone: bool = False) -> dict[str, Any]:
-    """Times `turns` turns of an experiment's run after the first two, or with `sampling` of its sampler; `alone`: the first turn only.
+def measured(experiment: Experiment, sampling: bool, single: bool = False, alone: bool = False) -> dict[str, Any]:
+    """Times the turns of an experiment's run after the first two, or with `sampling` of its sampler; `alone`: the first turn only.
 
-    The run has the same number of steps either way, since its schedule is part of the training program.
+    The run takes the mesh of its config, or with `single` one device.
 
     Raises:
       ValueError: for what no run can do, and for a run that samples nothing.
     """
-    config = experiment.config
-    config.steps = (WARM + turns) * steps_of_turn(config)
-    run, began = prepare(experiment), time.perf_counter()
+    turns = experiment.config.steps // steps_of_turn(experiment.config)
+    run, began = prepare(experiment, make_mesh({}, jax.devices()[:1]) if single else None), time.perf_counter()
     if sampling and not run.samplers:
         raise ValueError(f"{experiment.file} samples nothing; set rollout.samples or eval.samples, or leave the word generate out")
     started = start(run, write=False)
@@ -70,7 +69,7 @@ def measured(experiment: Experiment, turns: int, sampling: bool, alone: bool = F
     try:
         step = sampler_turns(started) if sampling else training_turns(started)
         first, programs = clocked(step), COUNTED.programs
-        seen = [clocked(step) for _ in range(0 if alone else WARM - 1 + turns)]
+        seen = [clocked(step) for _ in range(0 if alone else turns - 1)]
         after, used = COUNTED.programs - programs, memory(started)
     finally:
         run.workers.close()

@@ -1,6 +1,7 @@
 """The built-in cases of `alignax bench`: experiments on random weights and invented words, which need no file.
 
-Rows have `prompt` tokens of a prompt, and `seq` tokens in all; with `mean` the lengths of completions are geometric with that mean.
+Rows have `prompt` tokens of a prompt, and `seq` tokens in all. With `mean` the lengths of completions are geometric with that mean: those
+of the rows, and those that a policy samples, since one token in `mean` is then an end of the random model.
 """
 
 import json
@@ -28,11 +29,11 @@ def get_config() -> Any:
     config = default_config()
     config.dim, config.layers, config.heads, config.kv_heads, config.vocab = 256, 4, 8, 8, 8192
     config.seq, config.prompt, config.mean = 256, 64, 0
-    config.responses = 2  # of a row; more than 2 are ranked
     config.members = 3  # reward models of `ensemble`, and judges of `grpo`
     config.batch_size = 8
     config.workdir = "bench"
     config.model.init = "random"
+    config.eval.samples = 0
     config.reference.cache = "off"  # a step has the reference's forward pass, as in the first epoch of a run
     config.optimizer.learning_rate = 1e-6
     return config
@@ -89,15 +90,14 @@ def _grpo(config: Any) -> Any:
     return grpo() + 0.04 * kl_k3()
 
 
-ROLLOUTS = {"data.kind": "prompt", "rollout.samples": 8, "log.rollouts": 0}
 METHODS = {
     "sft": Method({"data.kind": "sft"}, _sft),
     "dpo": Method({}, _dpo, referenced),
     "rpo": Method({}, _rpo, referenced),
     "rm": Method({"model.num_labels": 1}, _rm),
     "ensemble": Method({"model.num_labels": 1, "ensemble.members": 0}, _rm),
-    "grpo": Method(ROLLOUTS, _grpo, grouped),
-    "generate": Method(ROLLOUTS, _sft),  # whose sampler alone is timed
+    "grpo": Method({"data.kind": "prompt", "rollout.samples": 8, "log.rollouts": 0}, _grpo, grouped),
+    "generate": Method({"data.kind": "sft", "eval.sample_prompts": 64}, _sft),  # whose sampler alone is timed
 }
 
 
@@ -114,11 +114,10 @@ def experiment(method: str, overrides: Sequence[str], folder: Path) -> Experimen
     config.model.path, config.data.train = str(folder / "model"), str(folder / "rows.jsonl")
     for override in overrides:
         set_field(config, override)
-    check(config)
-    config.data.max_length = config.seq
-    config.eval.samples = 0
-    if config.responses > 2:
-        config.data.kind = "ranked"
+    given = [override.partition("=")[0] for override in overrides]
+    check(config, given)
+    if "data.max_length" not in given:
+        config.data.max_length = config.seq
     if method == "ensemble":
         config.ensemble.members = config.ensemble.members or config.members
     if method == "grpo":
@@ -126,8 +125,15 @@ def experiment(method: str, overrides: Sequence[str], folder: Path) -> Experimen
     return Experiment(Path(__file__), config, own.loss, own.experience, None, None, None, None)
 
 
-def check(config: Any) -> None:
-    """Refuses sizes that no model or row can have."""
+def check(config: Any, given: Sequence[str]) -> None:
+    """Refuses sizes that no model or row can have, and sizes of an invented model or invented rows beside those `given`."""
+    for path, sizes in (("model.path", ("dim", "layers", "heads", "kv_heads", "vocab")), ("data.train", ("prompt", "mean"))):
+        if path in given and (odd := [name for name in sizes if name in given]):
+            raise ValueError(f"config field {odd[0]!r} is of what the bench invents, and {path} is {config[path]!r}; leave one of them out")
+    if "model.path" in given and "data.train" not in given:
+        raise ValueError(
+            f"the invented rows have words that the model of {config.model.path!r} does not know; give --config.data.train too"
+        )
     for name in ("dim", "layers", "heads", "kv_heads", "prompt", "members", "batch_size"):
         if config[name] < 1:
             raise ValueError(f"config field {name!r} is {config[name]}; use 1 or more")
@@ -137,8 +143,8 @@ def check(config: Any) -> None:
         raise ValueError(f"seq {config.seq} leaves no completion after a prompt of {config.prompt}; use {config.prompt + 2} or more")
     if config.dim % config.heads or config.heads % config.kv_heads:
         raise ValueError(f"dim {config.dim}, heads {config.heads} and kv_heads {config.kv_heads} do not divide one another; use multiples")
-    if config.mean < 0 or config.responses < 2:
-        raise ValueError(f"mean is {config.mean} and responses {config.responses}; use 0 or more, and 2 or more")
+    if config.mean and not 2 <= config.mean <= config.vocab:
+        raise ValueError(f"config field 'mean' is {config.mean}; use 0 for full rows, or 2 to vocab ({config.vocab})")
 
 
 def write(config: Any, folder: Path) -> None:
@@ -153,7 +159,7 @@ def write(config: Any, folder: Path) -> None:
 
 
 def write_model(config: Any, folder: Path) -> None:
-    """Writes a model folder of the Llama family without weights: a config, and a tokenizer of whole words."""
+    """Writes a model folder of the Llama family without weights: a config, a tokenizer of whole words, and with `mean` many ends."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -162,7 +168,7 @@ def write_model(config: Any, folder: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
     fast.save_pretrained(folder)
-    room = max(2048, config.seq, config.prompt + config.rollout.max_new_tokens)
+    room = max(2048, config.seq, *(config.prompt + c.max_new_tokens for c in (config.rollout, config.eval)))
     description = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": config.vocab, "hidden_size": config.dim,
         "intermediate_size": -(-(8 * config.dim // 3) // 64) * 64, "num_hidden_layers": config.layers,
@@ -172,22 +178,27 @@ def write_model(config: Any, folder: Path) -> None:
         "initializer_range": 0.02, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(description))
+    ends = [2, *range(config.vocab - extra_ends(config), config.vocab)]
+    (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": ends, "pad_token_id": 0}))
+
+
+def extra_ends(config: Any) -> int:
+    """The number of words that end a completion beside the EOS, the last ones: together one token in `mean`."""
+    return max(round(config.vocab / config.mean) - 1, 0) if config.mean else 0
 
 
 def write_rows(config: Any, file: Path) -> None:
-    """Writes rows of random words, four batches of them; a completion's last token is the EOS that the run adds."""
+    """Writes rows of random words, at least four batches; a completion's last token is the EOS that the run adds."""
     import numpy as np
 
     draw, lengths = random.Random(0), np.random.default_rng(0)
     room = config.seq - config.prompt - 1
-    text = lambda count: "".join(f"t{draw.randrange(3, config.vocab)} " for _ in range(count))
+    words = config.vocab - extra_ends(config)
+    text = lambda count: "".join(f"t{draw.randrange(3, words)} " for _ in range(count))
     answer = lambda: text(min(room, int(lengths.geometric(1 / config.mean))) if config.mean else room)
     with open(file, "w", encoding="utf-8") as f:
-        for _ in range(4 * config.batch_size):
-            completions = [answer() for _ in range(config.responses)]
-            pair = {"chosen": completions[0], "rejected": completions[1]}
-            own = {"completions": completions} if config.responses > 2 else pair
-            f.write(json.dumps({"prompt": text(config.prompt)} | own) + "\n")
+        for _ in range(max(4 * config.batch_size, config.eval.sample_prompts)):
+            f.write(json.dumps({"prompt": text(config.prompt), "chosen": answer(), "rejected": answer()}) + "\n")
 
 
 def write_judge(model: Path, folder: Path, seed: int) -> None:

@@ -55,9 +55,9 @@ overopt     measures reward overoptimisation: best-of-n and direct alignment aga
 report      writes WORKDIR/report.html again, for a laboratory or a training run; for several workdirs also comparison.html in the first
 bench       measures speed and memory: built-in methods (sft, dpo, rpo, rm, ensemble, grpo, generate; default: all) on random weights and
             invented words, the run of an experiment file, or with "generate" only the sampler of that run; --steps: timed steps, default 6;
-            "growth" measures how cost grows with layers, tokens, responses, members, vocabulary and batch; --json FILE (default
-            runs/bench/bench.json) gets all figures, with a roofline beside it, --json - prints them instead; --against alternates another
-            command with one case, --rounds times (default 3), and prints ratios: docs/performance.md
+            "growth" measures how cost grows with layers, tokens, responses, members, vocabulary and batch; --against alternates another
+            command with one case, --rounds times (default 3), and prints ratios; --json FILE (default in runs/bench) gets all figures, with
+            the printed page and a roofline beside it, --json - prints them instead: docs/performance.md
 FIELD       any field of the config, such as data.max_length; `alignax train --config FILE.py --dry-run` lists all fields
             The value of an option may follow an =, as in --json=OUT; a value that begins with -- must"""
 WANTED = {
@@ -151,8 +151,9 @@ def command(args: list[str]) -> int:
         elif given.command == "report":
             commands.report([Path(word) for word in given.words], given.force)
         elif given.command == "bench":
-            out = given.json or bench_commands.JSON
-            bench_commands.bench(given.words, given.file, given.overrides, given.steps, out, given.against, given.rounds, given.force)
+            bench_commands.bench(
+                given.words, given.file, given.overrides, given.steps, given.json, given.against, given.rounds, given.force
+            )
         else:
             commands.check_data(given.file, given.overrides, given.json, given.force)
     except BrokenPipeError:

@@ -1,24 +1,26 @@
 """The command `alignax bench`. Cases are measured in processes of their own; this one never asks for a device."""
 
+import json
 import re
 import shlex
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from alignax import output
 from alignax.bench import growth, report
-from alignax.bench.case import Case, in_process, last_json, measured
+from alignax.bench.case import FIRST, Case, in_process, last_json, measured
 from alignax.bench.methods import METHODS
 from alignax.config import flat
 from alignax.config.blame import refusing
 from alignax.text import short
 
-GROWTH, SAMPLER = "growth", "generate"
-JSON = "runs/bench/bench.json"
+GROWTH, SAMPLER, AGAINST = "growth", "generate", "against"
+CONFIG = "config"  # stands for all fields in a command of --against
 
 
 def bench(
@@ -31,7 +33,8 @@ def bench(
       file: the experiment file whose run is measured; empty: built-in cases.
       overrides: fields of the config, FIELD=VALUE.
       steps: timed training steps; rollouts with all their steps count as one.
-      out: file for JSON, beside which a figure is drawn; "-": JSON on the console, and no figure.
+      out: file for JSON, beside which a page of Markdown and, of methods, a figure are written; "-": JSON on the console and no file;
+        empty: in runs/bench.
       against: a command that is measured in turn with the case, A B A B.
       rounds: turns of such a comparison.
       force: replaces what another program wrote.
@@ -42,21 +45,16 @@ def bench(
                 raise ValueError(f"{name} is {value}; use 1 or more")
         own = chosen(words, file, list(overrides), steps, folder)
         experiments = [case.experiment() for case in own]  # refuses bad fields before anything is computed
-        figure = Path(out).with_suffix(".png")
-        if out != "-":
-            output.claim(Path(out), report.ORIGIN, force)
-            output.claim(figure, report.ORIGIN, force)
         if against and (len(own) != 1 or GROWTH in words):
             raise ValueError("--against compares one case; name one method, or give --config FILE.py")
         command = filled(against, flat(experiments[0].config))
-        result: dict[str, Any] = {"origin": report.ORIGIN, "arguments": sys.argv[1:]}
+        kind = AGAINST if against else GROWTH if GROWTH in words else "bench"
+        places = files(out or f"runs/bench/{kind}.json", drawn=kind == "bench", force=force)
         if against:
-            result |= compared(own[0], command, rounds)
-        elif GROWTH in words:
-            result |= grown(overrides, steps, folder, out == "-")
+            found, text = compared(own[0], command, rounds)
         else:
-            result |= every(own, figure if out != "-" else None)
-        write(result, out)
+            found, text = grown(overrides, steps, folder) if GROWTH in words else every(own)
+        written({"origin": report.ORIGIN, "arguments": sys.argv[1:]} | found, text, places)
 
 
 def chosen(words: Sequence[str], file: str, overrides: list[str], steps: int, folder: str) -> list[Case]:
@@ -75,42 +73,35 @@ def chosen(words: Sequence[str], file: str, overrides: list[str], steps: int, fo
     return [Case(name, name, "", overrides, steps, name == SAMPLER, f"{folder}/{name}") for name in names]
 
 
-def every(cases: Sequence[Case], figure: Path | None) -> dict[str, Any]:
-    """Measures cases one after another; prints their table and draws the roofline, unless there is no place for a figure."""
-    found = [measured(told(case)) for case in cases]
-    if figure is not None:
-        print(f"{report.machine_line(found[0]['machine'])}\n\n{report.bench_table(found)}\n")
-        report.roofline(found, figure)
-        print(f"figure {figure}")
-    return {"cases": found}
+def every(cases: Sequence[Case]) -> tuple[dict[str, Any], str]:
+    """Measures cases one after another; their figures, and the page with their table."""
+    found = [measured(case) for case in told(cases)]
+    return {"cases": found}, report.page(sys.argv[1:], found[0]["machine"], report.bench_table(found))
 
 
-def grown(overrides: Sequence[str], steps: int, folder: str, quiet: bool) -> dict[str, Any]:
-    """Measures how cost grows, and prints the table unless `quiet`."""
-    found = []
-    for axis, value, case in growth.cases(overrides, steps, folder):
-        with tempfile.TemporaryDirectory() as cache:
-            found.append((axis, value, {"name": case.name} | in_process(told(case), cache)))
-    if not quiet:
-        print(f"{report.machine_line(found[0][2]['machine'])}\n\n{growth.growth_table(found)}\n")
-    return {"growth": [{"axis": axis.letter, "value": value} | own for axis, value, own in found]}
+def grown(overrides: Sequence[str], steps: int, folder: str) -> tuple[dict[str, Any], str]:
+    """Measures how cost grows; the figures, but for first steps, since cases share compiled programs, and the page with their table."""
+    axes, values, cases = zip(*growth.cases(overrides, steps, folder), strict=True)
+    with tempfile.TemporaryDirectory() as cache:
+        measurements = [{"name": case.name} | in_process(case, cache) for case in told(cases)]
+    found: list[report.Found] = [{name: x for name, x in case.items() if name not in FIRST} for case in measurements]
+    rows = list(zip(axes, values, found, strict=True))
+    own = [{"axis": axis.letter, "value": value} | case for axis, value, case in rows]
+    return {"growth": own}, report.page(sys.argv[1:], found[0]["machine"], growth.growth_table(rows))
 
 
-def compared(case: Case, command: list[str], rounds: int) -> dict[str, Any]:
+def compared(case: Case, command: list[str], rounds: int) -> tuple[dict[str, Any], str]:
     """Measures a case and a command in turn; the ratio is of useful tokens per second, on a CPU per CPU second."""
     found = []
-    for _ in range(rounds):
+    for own in told([case] * rounds):
         with tempfile.TemporaryDirectory() as cache:
-            ours = in_process(told(case), cache)
-        theirs = last_json(command, what=f"--against {shlex.join(command)}")
+            ours = in_process(own, cache)
+        theirs = last_json(command, what=f"--against {shlex.join(command)[:200]}")
         theirs = theirs.get("cases", [theirs])[0]
-        ratio = report.speed(ours, "tokens") / rate_of(theirs, ours["machine"]["platform"] == "cpu")
-        found.append({"ours": ours, "theirs": theirs, "ratio": ratio})
-        print(f"ratio {ratio:.3f}", file=sys.stderr)
-    ratios = [round["ratio"] for round in found]
-    each, median = ", ".join(f"{x:.2f}" for x in ratios), statistics.median(ratios)
-    print(f"{report.machine_line(found[0]['ours']['machine'])}\nratios {each}; median {median:.2f}", file=sys.stderr)
-    return {"command": shlex.join(command), "rounds": found, "median": median}
+        rate = rate_of(theirs, ours["machine"]["platform"] == "cpu")
+        found.append({"ours": ours, "theirs": theirs, "theirs_per_second": rate, "ratio": report.speed(ours, "tokens") / rate})
+    result = {"command": shlex.join(command), "rounds": found, "median": statistics.median(x["ratio"] for x in found)}
+    return result, report.page(sys.argv[1:], found[0]["ours"]["machine"], report.comparison(found))
 
 
 def rate_of(theirs: dict[str, Any], on_cpu: bool) -> float:
@@ -119,35 +110,54 @@ def rate_of(theirs: dict[str, Any], on_cpu: bool) -> float:
     Raises:
       ValueError: if it reports none.
     """
-    names = ("tokens_per_cpu_second", "tokens_per_cpu_s") if on_cpu else ("tokens_per_second",)
-    if found := next((theirs[name] for name in names if theirs.get(name)), None):
-        return found
-    if on_cpu and theirs.get("tokens_per_step") and theirs.get("cpu_s_median"):
-        return theirs["tokens_per_step"] / theirs["cpu_s_median"]
-    raise ValueError(f"the command of --against prints {short(list(theirs))}; let its last line be JSON with {names[0]}")
+    name = "tokens_per_cpu_second" if on_cpu else "tokens_per_second"
+    if not isinstance(found := theirs.get(name), int | float) or found <= 0:
+        raise ValueError(f"the command of --against prints {short(list(theirs))}; let its last line be JSON with {name}, above 0")
+    return found
 
 
 def filled(command: str, config: dict[str, Any]) -> list[str]:
-    """The words of a command with fields of the config in place of {FIELD}.
+    """The words of a command with fields of the config in place of {FIELD}, and all of them as JSON in place of {config}.
 
     Raises:
       ValueError: for a field that the config has not.
     """
-    if odd := [name for name in re.findall(r"{([\w.]+)}", command) if name not in config]:
+    fields = config | {CONFIG: json.dumps(config, default=str)}
+    if odd := [name for name in re.findall(r"{([\w.]+)}", command) if name not in fields]:
         raise ValueError(f"--against has {{{odd[0]}}}, which is no field; `alignax train --config FILE.py --dry-run` lists them")
-    return shlex.split(re.sub(r"{([\w.]+)}", lambda found: str(config[found[1]]), command))
+    return [re.sub(r"{([\w.]+)}", lambda found: str(fields[found[1]]), word) for word in shlex.split(command)]
 
 
-def told(case: Case) -> Case:
-    """The case; says on stderr that it is measured now."""
-    print(f"measuring {case.name}", file=sys.stderr, flush=True)
-    return case
+def told(cases: Sequence[Case]) -> Iterator[Case]:
+    """The cases one after another; says on stderr which of them is measured now."""
+    began = time.perf_counter()
+    for i, case in enumerate(cases):
+        print(f"measuring {case.name} ({i + 1} of {len(cases)}, {time.perf_counter() - began:.0f} s so far)", file=sys.stderr, flush=True)
+        yield case
 
 
-def write(result: dict[str, Any], out: str) -> None:
-    """Writes the JSON file, or one line of JSON onto the console."""
-    if out == "-":
+def files(out: str, drawn: bool, force: bool) -> list[Path]:
+    """The files to write: JSON, Markdown, and if `drawn` a figure; none if `out` is "-".
+
+    Raises:
+      ValueError: for a place that cannot be written, that another program wrote, or with the suffix of a file beside it.
+    """
+    if Path(out).suffix in (".md", ".png"):
+        raise ValueError(f"--json {out} names the file for JSON, beside which a page and a figure are written; let it end with .json")
+    places = [] if out == "-" else [Path(out), *(Path(out).with_suffix(suffix) for suffix in (".md", ".png")[: 1 + drawn])]
+    for place in places:
+        output.claim(place, report.ORIGIN, force)
+    return places
+
+
+def written(result: dict[str, Any], text: str, places: Sequence[Path]) -> None:
+    """Prints the page and writes all files, or prints the result as one line of JSON."""
+    if not places:
         print(output.json_text(result))
         return
-    output.write_json(result, out)
-    print(f"figures in {out}")
+    print(text)
+    output.write_json(result, str(places[0]))
+    output.write_text(places[1], text)
+    for figure in places[2:]:
+        report.roofline(result["cases"], figure)
+    print(f"written: {', '.join(map(str, places))}")
