@@ -36,7 +36,7 @@ RULES: dict[str, Any] = {
     "mlp": "tensor",  # F
     "vocab": "tensor",  # V
     "table": WIDE,  # D of an embedding table that is no head
-    "split": "tensor",  # T or D of embeddings on their way to their batch shards
+    "split": "tensor",  # D of embeddings on their way from such a table to their batch shards
     "expert": "tensor",  # E; a shard has all tokens of its stream shard, so no token travels and one sum joins the results
 }
 DECODING: dict[str, dict[str, Any]] = {

@@ -78,16 +78,28 @@ def collectives(text: str) -> list[Collective]:
                 chained.add(channel)
             if match := re.search(SENT, line):
                 found.append(_collective(*match.groups(), line, turns, name.startswith("all-reduce-scatter")))
-            loop = re.search(r" while\(.*condition=%?([\w.\-]+), body=", line)
-            ends = re.findall(r"s32\[\]\S* constant\((\d+)\)", parts[loop[1]]) if loop else []
+            loop = re.search(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)", line)
+            times = _turns(parts[loop[1]], parts[loop[2]]) if loop else 1
             called = re.findall(r"(?:calls|body|to_apply|true_computation|false_computation)=%?([\w.\-]+)", line)
             for branches in re.findall(r"branch_computations=\{([^}]*)\}", line):
                 called += re.findall(r"[\w.\-]+", branches)
             for part in called:
-                read(part, turns * (int(ends[0]) if len(ends) == 1 else 1))
+                read(part, turns * times)
 
     read(re.findall(r"^ENTRY %?([\w.\-]+)", text, re.M)[0], 1)
     return found
+
+
+def _turns(condition: str, body: str) -> int:
+    """How often a loop turns whose counter goes from 0 to a constant, by 1 or by a constant; else 1."""
+    constants = r"[su]32\[\]\S* constant\((\d+)\)"
+    ends, counter = re.findall(constants, condition), re.search(r" get-tuple-element\(.*?\), index=(\d+)", condition)
+    if len(ends) != 1 or counter is None:
+        return 1
+    results = re.findall(r"%([\w.\-]+)", body[body.rindex(" tuple(") :].partition(")")[0])
+    added = re.search(rf"%{re.escape(results[int(counter[1])])} = [^\n]* add\(%[\w.\-]+, %([\w.\-]+)\)", body)
+    step = re.search(rf"%{re.escape(added[1])} = {constants}", body) if added else None
+    return int(ends[0]) // (int(step[1]) if step else 1)
 
 
 def _collective(result: str, kind: str, line: str, turns: int, scatter: bool) -> Collective:

@@ -40,19 +40,16 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 class Lookup(NamedTuple):
-    """How a mesh has an embedding table [V, D], and the ways of activations [R, T, D] between it and the batch shards, by logical axes."""
+    """How a mesh has an embedding table [V, D], and the way of embeddings [R, T, D] from it to their batch shards, by logical axes."""
 
     stored: tuple[str | None, str]
-    there: tuple[tuple[str | None, ...], ...]  # of embeddings, from the table on
-    back: tuple[tuple[str | None, ...], ...]  # of their gradients, to the table
+    way: tuple[tuple[str | None, ...], ...]  # their gradients go it backwards
 
 
 # With `tensor` over D nothing is summed, and only D / (tensor fsdp) columns of all tokens are exchanged.
-UNTIED = Lookup(
-    (None, "table"), (("lookup", None, "table"), ("batch", None, "split")), (("batch", None, "split"), ("lookup", None, "table"))
-)
-# A table that is the head too has `tensor` over V. What its shards find is summed, and each keeps the sum of its part of T.
-TIED = Lookup(("vocab", "embed"), (("lookup", "split", "embed"), ("batch", "split", None)), (("lookup", None, "embed"),))
+UNTIED = Lookup((None, "table"), (("lookup", None, "table"), ("batch", None, "split"), ("batch", None, None)))
+# A table that is the head too has `tensor` over V, and what its shards find is summed.
+TIED = Lookup(("vocab", "embed"), (("lookup", None, "embed"), ("batch", None, None)))
 INPUT = "layer_input"  # name of a layer's input, for policies
 HOST = "pinned_host"  # the memory that "offload" moves layers' inputs to
 # What the forward pass of a layer keeps for the backward pass, beside the layer's input; all else is computed again. Memory rises from
@@ -296,15 +293,14 @@ def embedded(embed: jax.Array, tokens: jax.Array, dtype: Any, mesh: Mesh | None,
     batch shard the whole D of its own tokens. So neither the table nor its gradient [V, D] is ever gathered over fsdp.
     """
     as_stored = lambda table: constrain(table, mesh, *lookup.stored)
-    through = lambda x, *ways: functools.reduce(lambda x, axes: constrain(x, mesh, *axes), ways, x)
-    of_shard = ("batch", None, None)
+    through = lambda x, way: functools.reduce(lambda x, axes: constrain(x, mesh, *axes), way, x)
 
     @jax.custom_vjp
     def look_up(embed: jax.Array, tokens: jax.Array) -> jax.Array:
-        return through(as_stored(embed.astype(dtype))[constrain(tokens, mesh, "lookup", None)], *lookup.there, of_shard)
+        return through(as_stored(embed.astype(dtype))[constrain(tokens, mesh, "lookup", None)], lookup.way)
 
     def back(tokens: jax.Array, dx: jax.Array) -> tuple[jax.Array, None]:
-        dx = through(dx, of_shard, *lookup.back).astype(embed.dtype)
+        dx = through(dx, lookup.way[::-1]).astype(embed.dtype)
         zeros = as_stored(jnp.zeros(embed.shape, embed.dtype))
         return as_stored(zeros.at[constrain(tokens, mesh, "lookup", None)].add(dx)), None
 
