@@ -23,6 +23,8 @@ from alignax.compiled import compile_anew
 from alignax.moments import is_blocks
 
 AXES = ("member", "data", "fsdp", "tensor")
+# Shards of `tensor` come first, so that the shards of a weight within one shard of `tensor` are the heads that it has in the cache.
+WIDE = ("tensor", "fsdp")
 RULES: dict[str, Any] = {
     "member": "member",  # K of an ensemble; its members exchange nothing
     "batch": ("data", "fsdp"),  # B, and R = B * N
@@ -33,13 +35,13 @@ RULES: dict[str, Any] = {
     "heads": "tensor",  # H * head_dim
     "mlp": "tensor",  # F
     "vocab": "tensor",  # V
+    "table": WIDE,  # D of an embedding table that is no head
+    "split": "tensor",  # D of embeddings on their way from such a table to their batch shards
     "expert": "tensor",  # E; a shard has all tokens of its stream shard, so no token travels and one sum joins the results
 }
-# Shards of `tensor` come first, so that the shards of a weight within one shard of `tensor` are the heads that it has in the cache.
-WIDE = ("tensor", "fsdp")
 DECODING: dict[str, dict[str, Any]] = {
     "train": RULES,
-    "replicated": RULES | {"embed": None},
+    "replicated": RULES | {"embed": None, "table": "tensor"},
     # No weight travels: a step's activations, which are tiny, are summed over `fsdp`, and change to rows and back around attention.
     "tensor": RULES | {"embed": None, "stream": "data", "heads": WIDE, "mlp": WIDE, "vocab": WIDE, "expert": WIDE},
 }

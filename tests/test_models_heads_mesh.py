@@ -2,37 +2,28 @@
 
 import functools
 import importlib.util
-import math
 import os
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import runs
+import tpu_programs
 from test_models_heads import close, problem, teacher
 from test_run_plan import TPU_ENVIRONMENT
+from tpu_programs import LLAMAS, collectives, floats
 
 from alignax import losses, train
 from alignax import mesh as meshes
+from alignax.config import load_experiment
 from alignax.models import statistics
 from alignax.models.heads import PLAIN, Shaping, token_logps
-from alignax.models.transformer import embedded
+from alignax.models.transformer import TIED, UNTIED, embedded
 from alignax.run import plan
+from alignax.run.prepare import prepare
 from alignax.types import rows
-
-COLLECTIVE = r"= \(?(\w+)\[([\d,]*)\].* (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
-BYTES = {"f32": 4, "bf16": 2, "s32": 4, "pred": 1}
-
-
-def size(dims: str) -> int:
-    return math.prod(int(n) for n in dims.split(",") if n)
-
-
-def floats(text: str) -> set[int]:
-    """The sizes of a program's float32 arrays on a device."""
-    return {size(dims) for dims in re.findall(r"\bf32\[([\d,]+)\]", text)}
 
 
 @pytest.mark.parametrize(
@@ -86,19 +77,21 @@ def test_local_slopes_are_those_of_the_built_in_statistics_that_can_be():
     assert not any(s.local for s in (statistics.min_p(0.1), statistics.top_k(3), statistics.generalised_jsd()))
 
 
-def test_an_embedding_tied_to_the_head_on_a_mesh_is_that_of_one_device():
+@pytest.mark.parametrize("lookup", [TIED, UNTIED], ids=("tied", "untied"))
+def test_an_embedding_tied_to_the_head_on_a_mesh_is_that_of_one_device(lookup):
+    """Stored as a table that is the head too, and as one that is not: the values and the gradients are the same."""
     mesh = meshes.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     _, weight, targets, mask = problem(R=8, V=52)
     tokens = (targets + 1) % 52
 
     def gradients(mesh, table, tokens, targets, mask):
         value = lambda table: token_logps(
-            embedded(table, tokens, jnp.float32, mesh), table.T, targets, mask, chunk=4, mesh=mesh
+            embedded(table, tokens, jnp.float32, mesh, lookup), table.T, targets, mask, chunk=4, mesh=mesh
         ).logps.sum()
         return jax.value_and_grad(value)(table)
 
     args = weight.T, tokens, targets, mask
-    batch, split = meshes.batch_sharding(mesh), meshes.sharding(mesh, ("vocab", "embed"), weight.T.shape)
+    batch, split = meshes.batch_sharding(mesh), meshes.sharding(mesh, lookup.stored, weight.T.shape)
     placed = jax.device_put(args, (split, batch, batch, batch))
     value, grads = jax.jit(functools.partial(gradients, mesh))(*placed)
     wanted, wanted_grads = jax.jit(functools.partial(gradients, None))(*args)
@@ -109,57 +102,38 @@ def test_an_embedding_tied_to_the_head_on_a_mesh_is_that_of_one_device():
 def test_the_gradient_of_an_embedding_is_summed_in_its_own_dtype():
     """4,096 times the same token: a bfloat16 sum of ones would stop at 256."""
     tokens = jnp.zeros((2, 2048), jnp.int32)
-    grads = jax.grad(lambda table: embedded(table, tokens, jnp.bfloat16, None).astype(jnp.float32).sum())(jnp.ones((3, 2)))
+    grads = jax.grad(lambda table: embedded(table, tokens, jnp.bfloat16, None, TIED).astype(jnp.float32).sum())(jnp.ones((3, 2)))
     np.testing.assert_array_equal(grads, [[4096, 4096], [0, 0], [0, 0]])
 
 
-def traffic(text: str) -> float:
-    """The bytes that a device sends in a TPU program, by the rule that an all-reduce sends its array twice, and any other once."""
-    parts = dict(re.findall(r"^(?:ENTRY )?%?([\w.\-]+) [^\n]*\{\n(.*?)^\}", text, re.M | re.S))
-    entry = re.findall(r"^ENTRY %?([\w.\-]+)", text, re.M)[0]
-
-    def sent(name: str) -> float:
-        total = 0.0
-        for line in parts[name].splitlines():
-            if found := re.search(COLLECTIVE, line):
-                dtype, dims, kind = found.groups()
-                of_result = BYTES[dtype] * size(dims)
-                if kind == "reduce-scatter":
-                    groups = re.findall(r"replica_groups=\{\{([\d,]+)\}", line)
-                    of_result *= len(groups[0].split(","))
-                # An all-reduce of which each device keeps its slice is TPU's other form of a reduce-scatter.
-                total += of_result * (2 if kind == "all-reduce" and not name.startswith("all-reduce-scatter") else 1)
-            if loop := re.search(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)", line):
-                turns = [int(n) for n in re.findall(r"s32\[\]\S* constant\((\d+)\)", parts[loop[1]])]
-                total += sent(loop[2]) * (turns[0] if len(turns) == 1 else 1)
-            elif calls := re.search(r"calls=%(all-reduce-scatter[\w.\-]*)", line):
-                total += sent(calls[1])
-        return total
-
-    return sent(entry)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("shape", [{"fsdp": 16}, pytest.param({"fsdp": 4, "tensor": 4}, marks=pytest.mark.long)], ids=str)
-def test_a_tpu_step_of_a_1b_head_and_embedding_holds_no_whole_gradient_and_sends_half(shape, monkeypatch):
-    """A DPO step of nothing but the head and the embedding of a Llama 1B, on the 16 chips of a v5e:4x4, 4,096 tokens for each.
-
-    A gathered table, a gathered head and all-reduced gradients sent 16 bytes for each of D V / tensor weights: two and two for the
-    bfloat16 weights, twice four for the head's gradient and twice two for the embedding's.
-    """
+@pytest.fixture
+def v5e(monkeypatch):
+    """Makes a mesh of the 16 chips of a v5e:4x4 that is not here."""
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu is not installed: pip install 'alignax[tpu]'")
     for name, value in TPU_ENVIRONMENT.items():
         monkeypatch.setitem(os.environ, name, value)
-    mesh, D, V = plan.topology_mesh("v5e:4x4", shape), 2048, 128256
+    return functools.partial(plan.topology_mesh, "v5e:4x4")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [{"fsdp": 16}, pytest.param({"fsdp": 4, "tensor": 4}, marks=pytest.mark.long)], ids=str)
+def test_a_tpu_step_of_a_1b_head_and_embedding_holds_no_whole_gradient_and_sends_half(shape, v5e):
+    """A DPO step of nothing but the head and the embedding of a Llama 1B, on the 16 chips of a v5e:4x4, 65,536 tokens.
+
+    A gathered table, a gathered head and all-reduced gradients sent 16 bytes for each of D V / tensor weights: two and two for the
+    bfloat16 weights, twice four for the head's gradient and twice two for the embedding's. Tensor shards also all-reduced the looked-up
+    embeddings and the gradient of the hidden states. Of n devices in a ring each sends (n - 1) / n of that.
+    """
+    mesh, D, V = v5e(shape), 2048, 128256
     split = lambda dims, axes: jax.ShapeDtypeStruct(dims, jnp.float32, sharding=meshes.sharding(mesh, axes, dims))
-    params = {"embed": split((V, D), ("vocab", "embed")), "head": split((D, V), ("embed", "vocab"))}
+    params = {"embed": split((V, D), UNTIED.stored), "head": split((D, V), ("embed", "vocab"))}
     field = lambda dtype: jax.ShapeDtypeStruct((16, 2, 2048), dtype, sharding=meshes.batch_sharding(mesh))
     batch = {"tokens": field(jnp.int32), "completion_mask": field(bool), "ref_logps": field(jnp.float32)}
 
     def apply(params, batch):
         tokens, scored = rows(batch["tokens"]), rows(batch["completion_mask"])
-        x = jnp.tanh(embedded(params["embed"], tokens, jnp.bfloat16, mesh))
+        x = jnp.tanh(embedded(params["embed"], tokens, jnp.bfloat16, mesh, UNTIED))
         out = token_logps(x[:, :-1], params["head"], tokens[:, 1:], scored[:, 1:], chunk=512, mesh=mesh)
         return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (1, 0))).reshape(batch["tokens"].shape), out)
 
@@ -170,10 +144,25 @@ def test_a_tpu_step_of_a_1b_head_and_embedding_holds_no_whole_gradient_and_sends
     state = jax.tree.map(at, state).replace(params=params)
     step = jax.jit(train.make_step(apply, loss, optimizer), donate_argnums=0)
     compiled = step.trace(state, batch).lower(lowering_platforms=("tpu",)).compile()
-    text, weights = compiled.as_text(), D * V // mesh.shape["tensor"]
-    sent = traffic(text)
-    print("peak", compiled.memory_analysis().peak_memory_in_bytes / 1e9, "GB; sent", sent / 1e6, "MB of", 16 * weights / 1e6)
+    text, tensor = compiled.as_text(), mesh.shape["tensor"]
+    weights, activations, ring = D * V // tensor, 65536 // mesh.shape["fsdp"] * D, lambda n: (n - 1) / n
+    before = 16 * weights * ring(mesh.shape["fsdp"]) + 4 * 2 * activations * ring(tensor)
+    sent = sum(c.sent for c in collectives(text))
+    print("peak", compiled.memory_analysis().peak_memory_in_bytes / 1e9, "GB; sent", sent / 1e6, "MB, before", before / 1e6)
     assert max(floats(text)) < weights
-    # Tensor shards also sum the looked-up embeddings and the gradient of the hidden states, and all four exchange those of their slices.
-    activations = 6 * 2 * 4096 * mesh.shape["tensor"] * D if mesh.shape["tensor"] > 1 else 0
-    assert 4 * weights < sent < 16 * weights / 2 + activations
+    assert 4 * weights < sent < before / 2
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_a_tpu_step_of_dpo_holds_and_sends_no_whole_matrix_of_the_vocabulary(v5e, tmp_path):
+    """A whole DPO step with its reference, of a Llama 1B with two layers, on fsdp 4 x tensor 4 of a v5e:4x4; rows of 2,048 tokens."""
+    tensor, llama = 4, LLAMAS["1B"]
+    fields = tpu_programs.fields(tmp_path, "1B", 2048, 16, num_hidden_layers=2, tie_word_embeddings=False)
+    experiment = load_experiment(runs.REPO / "experiments/dpo_hh.py", [f"{k}={v}" for k, v in fields.items()])
+    text = plan.compile_step(prepare(experiment, v5e({"fsdp": 4, "tensor": tensor}))).as_text()
+    found, weights = collectives(text), llama["hidden_size"] * llama["vocab_size"] // tensor
+    largest = max(found, key=lambda c: c.elements)
+    print("sent", sum(c.sent for c in found) / 1e6, "MB; the largest:", largest)
+    assert max(floats(text)) < weights
+    assert (largest.kind, largest.dtype, largest.elements) == ("all-gather", "bf16", weights), "the head of a tensor shard"

@@ -20,6 +20,7 @@ from jax._src.cudnn import fused_attention_stablehlo
 from test_models_attention import pulled
 from test_packing import packed
 from test_run_plan import TPU_ENVIRONMENT
+from tpu_programs import LLAMAS, kernel_bytes
 
 from alignax import mesh as meshes
 from alignax.config import default_config, load_experiment
@@ -298,6 +299,31 @@ def test_a_tpu_program_has_the_splash_kernel_and_no_scores(head, changes, v5e):
         assert f"splash_mha_{phase}" in own and f"splash_mha_{phase}" not in plain
     assert "tpu_custom_call" in own and "tpu_custom_call" not in plain
     assert scores(plain) and not scores(own) and f"{T},{T}" not in own, (scores(plain), scores(own))
+
+
+ALONE = [("1B", 2048), *(pytest.param(*case, marks=pytest.mark.long) for case in [("1B", 8192), ("8B", 2048), ("8B", 8192)])]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("llama", "T"), ALONE)
+def test_splash_moves_an_eighth_of_the_bytes_of_xla_attention(llama, T, v5e):
+    """One layer's attention of 8,192 tokens on one chip, forward and backward: the table of docs/performance.md, "Compiled for TPUs"."""
+    config, R, mesh = LLAMAS[llama], 8192 // T, meshes.make_mesh({}, v5e.devices.flat[:1])
+    shape = lambda dtype, *sizes: jax.ShapeDtypeStruct(sizes, dtype, sharding=meshes.sharding(mesh))
+    heads = lambda n: shape(bf16, R, T, config[n], config["head_dim"])
+    q, k, mask = heads("num_attention_heads"), heads("num_key_value_heads"), shape(jnp.bool_, R, T)
+
+    def compiled(kernel):
+        def run(q, k, v, mask, dout):
+            out, pull = jax.vjp(lambda *x: kernels.attend(kernel, *x, mask, mesh), q, k, v)
+            return out, pull(dout)
+
+        program = jax.jit(run).trace(q, k, k, mask, q).lower(lowering_platforms=("tpu",)).compile()
+        return program.as_text(), program.cost_analysis()["bytes accessed"]
+
+    (text, around), (_, plain) = compiled("splash"), compiled("xla")
+    print(f"xla {plain / 1e9:.2f} GB, splash's program {around / 1e9:.2f}, its kernels {kernel_bytes(text) / 1e9:.2f}")
+    assert 0 < 8 * kernel_bytes(text) < plain
 
 
 @pytest.mark.slow

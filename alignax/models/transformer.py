@@ -7,7 +7,7 @@ The decoder is a Flax Linen module under `nn.scan`, used only as pure functions,
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -37,6 +37,19 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_pytorch_tanh": nn.gelu,
     "relu": nn.relu,
 }
+
+
+class Lookup(NamedTuple):
+    """How a mesh has an embedding table [V, D], and the way of embeddings [R, T, D] from it to their batch shards, by logical axes."""
+
+    stored: tuple[str | None, str]
+    way: tuple[tuple[str | None, ...], ...]  # their gradients go it backwards
+
+
+# With `tensor` over D nothing is summed, and only D / (tensor fsdp) columns of all tokens are exchanged.
+UNTIED = Lookup((None, "table"), (("lookup", None, "table"), ("batch", None, "split"), ("batch", None, None)))
+# A table that is the head too has `tensor` over V, and what its shards find is summed.
+TIED = Lookup(("vocab", "embed"), (("lookup", None, "embed"), ("batch", None, None)))
 INPUT = "layer_input"  # name of a layer's input, for policies
 HOST = "pinned_host"  # the memory that "offload" moves layers' inputs to
 # What the forward pass of a layer keeps for the backward pass, beside the layer's input; all else is computed again. Memory rises from
@@ -217,7 +230,8 @@ class Decoder(nn.Module):
             assert mask is not None
             order, back = kernels.right_padded(mask)
             tokens, mask = at_places(tokens, order), at_places(mask, order)
-        normal = nn.with_logical_partitioning(nn.initializers.normal(c.initializer_range), ("vocab", "embed"))
+        lookup = TIED if c.tie_word_embeddings else UNTIED
+        normal = nn.with_logical_partitioning(nn.initializers.normal(c.initializer_range), lookup.stored)
         embed: Any = self.param("embed", normal, (c.vocab_size, c.hidden_size), jnp.float32)
         if c.num_labels:
             normal_head = nn.initializers.normal(1 / math.sqrt(c.hidden_size))
@@ -241,9 +255,9 @@ class Decoder(nn.Module):
         rope = rope_tables(c, positions, lengths) if c.positions == "rope" else None
         windows = jnp.asarray(c.sliding_windows, jnp.int32) if any(c.sliding_windows) else None  # [L]
         if self.weights == "train":
-            x = embedded(embed, tokens, self.dtype, self.mesh)
+            x = embedded(embed, tokens, self.dtype, self.mesh, lookup)
         else:
-            x = constrain(jnp.asarray(embed, self.dtype), self.mesh, "vocab", None, rules=DECODING[self.weights])[tokens]
+            x = constrain(jnp.asarray(embed, self.dtype), self.mesh, *lookup.stored, rules=DECODING[self.weights])[tokens]
         if c.embedding_scale != 1.0:
             x = x * jnp.asarray(c.embedding_scale, self.dtype)
         if c.positions == "learned":
@@ -274,22 +288,21 @@ class Decoder(nn.Module):
 
 
 @jax.named_scope("embed")
-def embedded(embed: jax.Array, tokens: jax.Array, dtype: Any, mesh: Mesh | None) -> jax.Array:
+def embedded(embed: jax.Array, tokens: jax.Array, dtype: Any, mesh: Mesh | None, lookup: Lookup) -> jax.Array:
     """The embeddings [R, T, D], in `dtype`, of tokens [R, T] from a table [V, D]; the table's gradient is summed in its own dtype.
 
-    On a mesh every device looks up the tokens of all fsdp shards in its own slice of D. An exchange of activations then gives each batch
-    shard the whole D of its own tokens. So neither the table nor its gradient [V, D] is ever gathered over fsdp.
+    On a mesh every device looks up the tokens of all fsdp shards in its own part of the table. An exchange of activations then gives each
+    batch shard the whole D of its own tokens. So neither the table nor its gradient [V, D] is ever gathered over fsdp.
     """
-    as_stored = lambda table: constrain(table, mesh, "vocab", "embed")
-    found = lambda x: constrain(x, mesh, "lookup", None, "embed")
-    given = lambda x: constrain(x, mesh, "batch", None, None)
+    as_stored = lambda table: constrain(table, mesh, *lookup.stored)
+    through = lambda x, way: functools.reduce(lambda x, axes: constrain(x, mesh, *axes), way, x)
 
     @jax.custom_vjp
     def look_up(embed: jax.Array, tokens: jax.Array) -> jax.Array:
-        return given(found(as_stored(embed.astype(dtype))[constrain(tokens, mesh, "lookup", None)]))
+        return through(as_stored(embed.astype(dtype))[constrain(tokens, mesh, "lookup", None)], lookup.way)
 
     def back(tokens: jax.Array, dx: jax.Array) -> tuple[jax.Array, None]:
-        dx = found(given(dx)).astype(embed.dtype)
+        dx = through(dx, lookup.way[::-1]).astype(embed.dtype)
         zeros = as_stored(jnp.zeros(embed.shape, embed.dtype))
         return as_stored(zeros.at[constrain(tokens, mesh, "lookup", None)].add(dx)), None
 
