@@ -2,6 +2,7 @@
 
 import json
 import types
+from contextlib import closing
 
 import pytest
 
@@ -81,7 +82,8 @@ def rows_of(file):
 def test_a_full_disk_is_named_with_the_log_and_the_remedy(name, tmp_path):
     (tmp_path / f"{name}.jsonl").symlink_to("/dev/full")
     log = Log(tmp_path, steps=2, start=0, every=1, tensorboard=False)
-    with pytest.raises(OSError, match=rf"{name}\.jsonl' could not be written \(.*No space left on device.*\); make room, and run the same"):
+    wrong = rf"{name}\.jsonl' could not be written \(.*No space left on device.*\); make room, and run the same command again"
+    with pytest.raises(OSError, match=wrong), closing(log):
         log.row({"step": 1})
         log.samples(1, [{"prompt": "a", "completion": "b"}])
         log.rollouts(1, [{"prompt": "a"}])

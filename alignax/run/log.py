@@ -6,10 +6,10 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from alignax import output
 from alignax.config import BadInput
@@ -38,22 +38,20 @@ class Log:
         self._first: int | None = None  # first step of this process; it compiles, so speed and time left exclude it
         self._bar: Any = None
         self._tensorboard: Any = None
-        self._file: TextIO | None = None
         self.evaluated = False  # whether the log has an evaluation of the state at `start`
         if not writes:
             return
-        self._samples, self._rollouts = workdir / "samples.jsonl", workdir / "rollouts.jsonl"
-        kept = _keep_rows(workdir / "metrics.jsonl", start)
+        self._metrics, self._samples, self._rollouts = (workdir / f"{name}.jsonl" for name in ("metrics", "samples", "rollouts"))
+        kept = _keep_rows(self._metrics, start)
         self.evaluated = any(row["step"] == start and _is_evaluation(row) for row in kept)
         _keep_rows(self._samples, start, SAMPLE)
         _keep_rows(self._rollouts, start, {"step": int})
         if lost := sorted({*range(turn, start + 1, turn)} - {row["step"] for row in kept if not _is_evaluation(row)}):
             self.line(
-                f"notice: {workdir / 'metrics.jsonl'} has no row of step {lost[0]}"
+                f"notice: {self._metrics} has no row of step {lost[0]}"
                 f"{f' and of {len(lost) - 1} further steps up to step {lost[-1]}' if lost[1:] else ''}, after which this run goes on: "
                 "what they logged is lost"
             )
-        self._file = open(workdir / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
         if tensorboard:
             from tensorboardX import SummaryWriter
 
@@ -106,12 +104,10 @@ class Log:
 
     def row(self, values: Mapping[str, float]) -> None:
         """Writes one row to metrics.jsonl and its points to TensorBoard; numbers that are not finite become null in JSON."""
-        if self._file is None:
+        if not self.writes:
             return
         step = int(values["step"])
-        with _naming(self._file.name):
-            self._file.write(json.dumps(_plain(values)) + "\n")
-            self._file.flush()
+        _append(self._metrics, step, [values])
         if self._tensorboard is not None:
             for name, value in values.items():
                 if name != "step":
@@ -152,13 +148,11 @@ class Log:
             self._bar, sys.stderr = None, open(os.devnull, "w")  # noqa: SIM115
 
     def close(self) -> None:
-        """Flushes and closes the files, TensorBoard and the progress line."""
+        """Closes TensorBoard and the progress line."""
         if self._bar is not None:
             self._bar.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
-        if self._file is not None:
-            self._file.close()
 
 
 def read_rows(file: Path, shape: Any = ROW) -> list[dict[str, Any]]:
@@ -252,21 +246,15 @@ def _keep_rows(file: Path, last: int, shape: Any = ROW) -> list[dict[str, Any]]:
     return kept
 
 
-@contextmanager
-def _naming(file: Path | str) -> Iterator[None]:
-    """Gives the file and the remedy to an error of writing it, on a full disk for example."""
+def _append(file: Path, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
     try:
-        yield
-    except OSError as e:
+        with open(file, "a", encoding="utf-8") as f:
+            f.writelines(json.dumps({"step": step} | _plain(row), ensure_ascii=False) + "\n" for row in rows)
+    except OSError as e:  # a full disk, for example
         raise OSError(
             f"{str(file)!r} could not be written ({one_line(e)}); make room, and run the same command again: it goes on from the newest "
             "checkpoint"
         ) from e
-
-
-def _append(file: Path, step: int, rows: list[dict[str, Any]]) -> None:
-    with _naming(file), open(file, "a", encoding="utf-8") as f:
-        f.writelines(json.dumps({"step": step} | _plain(row), ensure_ascii=False) + "\n" for row in rows)
 
 
 def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
