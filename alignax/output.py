@@ -40,7 +40,7 @@ def claim(place: Path, origin: str = "", force: bool = False, remedy: str = "giv
       place: the file or folder that is about to be written.
       origin: the writer. An untouched folder of the same origin may be replaced, and so may a file with the origin in its first 1000
         bytes. Empty: `place` is a file, and none that exists may be replaced.
-      force: replace what stands there.
+      force: replace what stands there, except in a workdir where another process works.
       remedy: the end of the error message.
 
     Raises:
@@ -50,6 +50,8 @@ def claim(place: Path, origin: str = "", force: bool = False, remedy: str = "giv
         raise ValueError(f"{str(place)!r} cannot be written: {why}; choose another place")
     if place.is_dir() and not origin:
         raise ValueError(f"{str(place)!r} is a folder; name a file")
+    if force and place.exists() and (holder := _holder(place.parent / LOCK)):
+        raise ValueError(f"{str(place)!r} is not replaced even with --force, since {holder} works in its folder; choose another place")
     if force or not place.exists() or (place.is_file() and not place.stat().st_size) or (place.is_dir() and not any(place.iterdir())):
         return
     if place.is_dir():
@@ -251,6 +253,20 @@ class Lock:
         """Releases the lock."""
         if self._release is not None:
             self._release()
+
+
+def _holder(lock: Path) -> str:
+    """The other process that holds the lock of a workdir, in words; empty if there is none."""
+    try:
+        with open(lock, "rb") as file:
+            about = os.fstat(file.fileno())
+            if (about.st_dev, about.st_ino) not in HELD:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return lock.read_text(encoding="utf-8", errors="replace").strip() or "another process"
+    except OSError:  # no such file, or a file system without locks
+        pass
+    return ""
 
 
 def _let_go(file: int, place: tuple[int, int]) -> None:

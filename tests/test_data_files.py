@@ -400,6 +400,24 @@ def test_a_file_that_grows_without_bound_is_refused_by_name(tmp_path, suffix, mo
         read_rows(write(tmp_path / "b.jsonl", "PK\x03\x04"))
 
 
+@pytest.mark.parametrize("codec", ["snappy", "zstd"])
+def test_columns_that_grow_without_bound_are_refused_by_the_true_cause(codec, tmp_path, monkeypatch):
+    """Equal values are stored once, so a kilobyte may hold gigabytes; the file is not damaged, and few rows are decoded at a time."""
+    monkeypatch.setattr(streams, "HARMLESS", 2**20)
+    table = pyarrow.table({"prompt": ["a"] * 1000, "chosen": [" " * 2**16] * 1000})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", compression=codec)
+    assert (tmp_path / "a.parquet").stat().st_size < 2**13
+    with pytest.raises(
+        ValueError, match=r"^\S*a\.parquet grows from [\d,]+ to more than [4-8],\d{3},\d{3} bytes .*write its rows as JSONL$"
+    ):
+        read_rows(tmp_path / "a.parquet")
+    options = pyarrow.ipc.IpcWriteOptions(compression="zstd")
+    with pyarrow.ipc.new_file(tmp_path / "a.arrow", table.schema, options=options) as writer:
+        writer.write_table(table)
+    with pytest.raises(ValueError, match=r"a\.arrow grows from .*write its rows as JSONL$"):
+        read_rows(tmp_path / "a.arrow")
+
+
 @pytest.mark.parametrize("mode", ["", "gz", "xz"])
 def test_a_tar_archive_is_named_also_where_it_is_compressed(mode, tmp_path):
     with tarfile.open(tmp_path / "a.tgz", f"w:{mode}") as archive:

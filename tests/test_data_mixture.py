@@ -124,8 +124,9 @@ def test_bad_lists_of_sources(spec, message):
 
 
 def test_sources_must_fit_one_another_and_evaluation_takes_no_weights(files, tmp_path):
-    with pytest.raises(ValueError, match="evaluation uses every row once; leave the weights out"):
-        read(f"{files[0]}@1,{files[1]}@1", "eval")
+    for split in ("eval", "ood"):
+        with pytest.raises(ValueError, match=rf"data\.{split} .*evaluation uses every row once; leave the weights out"):
+            read(f"{files[0]}@1,{files[1]}@1", split)
     ranked = tmp_path / "ranked.jsonl"
     ranked.write_text(json.dumps({"prompt": "p", "completions": ["a", "b", "c"]}))
     pair = tmp_path / "pair.jsonl"

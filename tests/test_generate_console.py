@@ -1,5 +1,6 @@
 """`alignax generate`: prompts from files and a terminal, a folder and a run, what is written, and what is refused."""
 
+import gzip
 import io
 import json
 import re
@@ -275,11 +276,21 @@ def test_files_that_hold_no_prompts(model, tmp_path, capsys):
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "other.jsonl").write_text('{"text": "a"}\n')
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
-    for name, message in (("empty.txt", "holds no prompts"), ("other.jsonl", "row 0 of"), ("latin.txt", "is not UTF-8 text")):
+    (tmp_path / "a.zip").write_bytes(b"PK\x03\x04\xff\xff")
+    cases = {"empty.txt": "holds no prompts", "other.jsonl": "row 0 of", "latin.txt": "is not UTF-8 text", "a.zip": "is a zip archive"}
+    for name, message in cases.items():
         assert generate(model, "--prompts", tmp_path / name) == 2
         assert message in capsys.readouterr().err
     assert generate(tmp_path / "nowhere", "--prompts", tmp_path / "latin.txt") == 2
     assert "nowhere' does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_lines_of_a_file_are_its_text_alone(pack, tmp_path):
+    """A byte order mark is no character of the first prompt, and a compressed file of lines is read as one of rows is."""
+    (tmp_path / "a.txt").write_bytes(pack("\ufeffone\r\ntwo\u2028three\n".encode()))
+    request = Request(prompts=str(tmp_path / "a.txt"))
+    assert [p.given for p in console.read(request, tiny.tokenizer(), DATA)] == ["one", "two\u2028three"]
 
 
 @pytest.mark.parametrize("conversation", [False, True])

@@ -345,7 +345,7 @@ def test_much_used_models_that_are_not_read_are_refused_by_name(name):
 
 def test_a_head_that_is_not_known_is_refused():
     for name in ("LlamaForTokenClassification", "LlamaForCausalLMEagle", "LlamaForRewardModelWithGating"):
-        with pytest.raises(ValueError, match=f"architectures in config.json name '{name}', whose head is not known"):
+        with pytest.raises(ValueError, match=f"architectures in config.json name '{name}', a head that alignax does not know"):
             reward.labels({"architectures": [name]})
     assert [reward.labels({"architectures": x}) for x in (None, [], ["GPT2LMHeadModel"], ["LlamaModel"], ["PeftModelForCausalLM"])] == [
         0

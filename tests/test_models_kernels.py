@@ -204,7 +204,7 @@ CAPPED = dataclasses.replace(LLAMA, attn_logit_softcapping=50.0)
     (LLAMA, f32, 512, "gpu", "xla", "set model.dtype=bfloat16"),
     (CAPPED, bf16, 512, "gpu", "xla", "caps its scores at 50.0"),
     (dataclasses.replace(LLAMA, head_dim=320), bf16, 512, "gpu", "xla", "head_dim is 320"),
-    (LLAMA, bf16, 512, "cpu", "xla", "no other kernel is for cpu"),
+    (LLAMA, bf16, 512, "cpu", "xla", "there is no other kernel for cpu"),
 ], ids=lambda case: f"{case[3]}-{case[4]}-{case[5][-12:]}")  # fmt: skip
 def test_auto_takes_the_platforms_kernel_where_its_conditions_hold(case, monkeypatch):
     monkeypatch.setattr(kernels, "_fault", lambda *_: "")
@@ -219,7 +219,7 @@ def test_auto_takes_the_platforms_kernel_where_its_conditions_hold(case, monkeyp
 def test_jax_is_asked_whether_cudnn_works_here():
     """On this machine there is no cuDNN; on a GPU JAX also judges its version and the GPU's generation."""
     found, why = kernels.chosen("auto", LLAMA, bf16, 512, "gpu")
-    assert found == "xla" and "JAX says of cudnn here: " in why
+    assert found == "xla" and "JAX refuses cudnn on this machine: " in why
     with pytest.raises(ValueError, match="model.attention 'flash' is unknown; use auto, xla, splash, cudnn"):
         kernels.chosen("flash", LLAMA, bf16, 512, "gpu")
     with pytest.raises(ValueError, match="attention 'flash' is unknown"):
@@ -229,9 +229,8 @@ def test_jax_is_asked_whether_cudnn_works_here():
 def test_a_run_refuses_a_kernel_and_says_what_auto_took(tmp_path):
     fields = runs.world(tmp_path) | {"workdir": tmp_path / "run"}
     run = lambda **more: prepare(load_experiment(runs.REPO / "experiments/dpo_hh.py", [f"{k}={v}" for k, v in (fields | more).items()]))
-    assert words(run(**{"model.packing": 64})) == "attention: packed rows by {0}; padded rows by {0}".format(
-        "xla (no other kernel is for cpu)"
-    )
+    own = "xla (there is no other kernel for cpu)"
+    assert words(run(**{"model.packing": 64})) == f"attention: packed rows by {own}; padded rows by {own}"
     with pytest.raises(ValueError, match="model.attention is 'splash', and splash is for TPUs, not for cpu; use model.attention=xla"):
         run(**{"model.attention": "splash"})
     with pytest.raises(ValueError, match="attention 'flash' is unknown; use auto, xla, splash, cudnn"):

@@ -15,7 +15,7 @@ import runs
 
 from alignax import output
 from alignax.overopt import figures
-from alignax.run.log import Log
+from alignax.run.log import Log, read_rows
 
 
 def written(place, origin="run a", **files):
@@ -205,33 +205,56 @@ def test_a_workdir_is_held_by_one_process_and_freed_by_its_death(pid, tmp_path):
     assert process.stdout is not None and process.stdout.readline() == b"held\n"
     with pytest.raises(ValueError, match=rf"is in use: process {pid} on .* works in it; wait until that process ends"):
         output.Lock(tmp_path / ".lock")
+    (tmp_path / "metrics.jsonl").write_text("{}")
+    output.claim(tmp_path / "scores.json", force=True)
+    with pytest.raises(ValueError, match=rf"metrics.jsonl' is not replaced even with --force, since process {pid} on .* works in its"):
+        output.claim(tmp_path / "metrics.jsonl", force=True)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     lock = output.Lock(tmp_path / ".lock")
     output.Lock(tmp_path / ".lock").close()  # the same process may begin again
     assert str(os.getpid()) in (tmp_path / ".lock").read_text()
+    output.claim(tmp_path / "metrics.jsonl", force=True)  # by the process that works there
     lock.close()
     lock.close()
     output.Lock(tmp_path / ".lock").close()
 
 
-@pytest.mark.parametrize("lost", ["nothing", "the file", "the end", "a line"])
-def test_what_a_log_has_lost_is_said_when_a_run_goes_on(tmp_path, capsys, lost):
-    file, rows = tmp_path / "metrics.jsonl", [json.dumps({"step": i, "loss": 0.5}) + "\n" for i in range(1, 8)]
-    kept = {"the end": rows[:3], "a line": [*rows[:2], "\x00{broken\n", *rows[3:]]}.get(lost, rows)
-    if lost != "the file":
-        file.write_text("".join(kept))
+LOGGED = [json.dumps({"step": i, "loss": 0.5}) + "\n" for i in range(1, 8)]
+LOST = "has no row of step {}, after which this run goes on: what they logged is lost"
+DAMAGED = "is damaged in line {}: 1 damaged lines removed, the rest is kept"
+
+
+@pytest.mark.parametrize(
+    ("rows", "left", "said"),
+    [
+        (LOGGED, LOGGED[:6], []),
+        (None, [], [LOST.format("1 and of 5 further steps up to step 6")]),
+        (LOGGED[:3], LOGGED[:3], [LOST.format("4 and of 2 further steps up to step 6")]),
+        ([*LOGGED[:2], *LOGGED[4:]], [*LOGGED[:2], *LOGGED[4:6]], [LOST.format("3 and of 1 further steps up to step 4")]),
+        ([*LOGGED[:2], "\0{broken\n", *LOGGED[3:]], None, [DAMAGED.format("3 (b'\\x00{broken')"), LOST.format("3")]),
+        ([*LOGGED[:2], '{"step": 3, "loss": "x"}\n', *LOGGED[3:]], None, [DAMAGED.format("3 (its loss is 'x')"), LOST.format("3")]),
+        ([*LOGGED[:2], '{"step": 3, "loss": NaN}\n', *LOGGED[3:]], None, [DAMAGED.format("3 (its loss is nan)"), LOST.format("3")]),
+        ([*LOGGED[:2], '{"step": -3}\n', *LOGGED[3:]], None, [DAMAGED.format("3 (its step -3 stands after step 2)"), LOST.format("3")]),
+        ([*LOGGED[:2], '{"step": 33, "loss": 1}\n', *LOGGED[3:]], None, [LOST.format("3")]),
+        ([*LOGGED[:4], *LOGGED[2:3], *LOGGED[4:]], LOGGED[:6], [DAMAGED.format("5 (its step 3 stands after step 4)")]),
+    ],
+)  # fmt: skip
+def test_what_a_log_has_lost_is_said_when_a_run_goes_on(rows, left, said, tmp_path, capsys):
+    """What a report would refuse is removed when the run goes on, and a hole is told wherever it lies."""
+    file = tmp_path / "metrics.jsonl"
+    if rows is not None:
+        file.write_text("".join(rows))
     Log(tmp_path, steps=9, start=6, every=1, tensorboard=False).close()
-    said = capsys.readouterr().err
-    expected = {
-        "nothing": "",
-        "the file": f"notice: {file} ends at step 0, but this run goes on after step 6: the rows between these steps are lost\n",
-        "the end": f"notice: {file} ends at step 3, but this run goes on after step 6: the rows between these steps are lost\n",
-        "a line": f"notice: {file} is damaged in line 3 (b'\\x00{{broken'): 1 damaged lines removed, the rest is kept\n",
-    }
-    assert said == expected[lost]
-    left = {"nothing": rows[:6], "the file": [], "the end": rows[:3], "a line": [*rows[:2], *rows[3:6]]}
-    assert file.read_text() == "".join(left[lost])
+    assert capsys.readouterr().err == "".join(f"notice: {file} {line}\n" for line in said)
+    kept = [*LOGGED[:2], *LOGGED[3:6]] if left is None else left
+    assert (file.read_text() if kept else "") == "".join(kept) and len(read_rows(file)) == len(kept)
+
+
+def test_a_log_of_turns_has_a_row_for_each_turn(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text("".join(LOGGED[3::4]))
+    Log(tmp_path, steps=8, start=4, every=1, tensorboard=False, turn=4).close()
+    assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", [r"$\foo$", "a_$x^2$", "$", "_run", "100 $"])

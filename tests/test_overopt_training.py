@@ -99,6 +99,7 @@ def test_a_damaged_stage_is_named_with_the_remedy(value, wrong, tmp_path, capsys
         ("metrics.jsonl", {"step": 2, "loss": float("inf")}, "its loss is inf"),
         ("metrics.jsonl", {"step": 2, "eval/kl": [1]}, "its eval/kl is [1]"),
         ("metrics.jsonl", [], "b'[]'"),
+        ("metrics.jsonl", {"step": 0, "eval/kl": 1.0}, "its step 0 stands after step 1"),
         ("samples.jsonl", {"step": 2, "completion": "x"}, "its prompt is None"),
         ("samples.jsonl", {"step": 2, "prompt": "x"}, "its completion is None"),
         ("samples.jsonl", {"step": 2, "prompt": "x", "completion": "y", "gold": "z"}, "its gold is 'z'"),

@@ -113,3 +113,15 @@ def test_what_cannot_be_fitted(world, tmp_path, capsys):
     for args, message in (([], "needs --config FILE.py, such as experiments/rm_hh.py"), (["--penalty", "much"], "--penalty is 'much'")):
         assert main(["ridge", str(tmp_path / "out"), *args]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_what_ridge_does_not_read_is_refused(world, tmp_path, capsys):
+    """The head is fitted to every row once, with the labels of the file: weights and label noise would say nothing."""
+    here, rows, *_ = world
+    for name in "ab":
+        (here / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:4]))
+    given = {"model.path": here / "model", "data.train": f"{here}/a.jsonl@0.9,{here}/b.jsonl@0.1", "model.num_labels": 1}
+    for more, message in (({}, "has weights, but ridge uses every row once"), ({"data.label_noise": 0.2}, "takes every label as it is")):
+        assert main(["ridge", str(tmp_path / "out"), *runs.arguments(given | more, "rm_hh")[1:]]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -38,3 +38,6 @@ def test_an_evaluation_says_of_how_many_prompts_it_is():
     assert line(scores, 1) == "loss 1.0000  kl 2.0000  gold 0.2500 +- 0.1250  (samples: 4 prompts)"
     assert line(scores, 8).endswith("(samples: 4 prompts x 8)")
     assert line({"loss": 1.0, "prompts": 4.0}, 1) == "loss 1.0000"
+    assert line(scores | {"bad_rewards": 0.0, "bad_gold": 0.0}, 8).endswith("(samples: 4 prompts x 8)")
+    told = line(scores | {"bad_rewards": 3.0, "bad_gold": 1.0}, 8)
+    assert told.endswith("(samples: 4 prompts x 8, 3 without a reward, 1 without a gold reward)"), "means are over the others"

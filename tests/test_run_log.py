@@ -2,6 +2,7 @@
 
 import json
 import types
+from contextlib import closing
 
 import pytest
 
@@ -75,3 +76,14 @@ def test_rollouts_are_bounded_and_go_on_without_a_row_twice(tmp_path, monkeypatc
 
 def rows_of(file):
     return [json.loads(line, parse_constant=pytest.fail) for line in file.read_bytes().split(b"\n")[:-1]]
+
+
+@pytest.mark.parametrize("name", ["metrics", "samples", "rollouts"])
+def test_a_full_disk_is_named_with_the_log_and_the_remedy(name, tmp_path):
+    (tmp_path / f"{name}.jsonl").symlink_to("/dev/full")
+    log = Log(tmp_path, steps=2, start=0, every=1, tensorboard=False)
+    wrong = rf"{name}\.jsonl' could not be written \(.*No space left on device.*\); make room, and run the same command again"
+    with pytest.raises(OSError, match=wrong), closing(log):
+        log.row({"step": 1})
+        log.samples(1, [{"prompt": "a", "completion": "b"}])
+        log.rollouts(1, [{"prompt": "a"}])

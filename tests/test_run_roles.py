@@ -10,6 +10,7 @@ import optax
 import pytest
 import tiny
 import transformers
+from safetensors.numpy import load_file, save_file
 from test_rewards_ensembles import reward_folder
 from test_rewards_judge import THEIRS, transformers_scores
 from test_run_online import arguments, checked
@@ -18,6 +19,7 @@ from alignax import losses
 from alignax.cli import main
 from alignax.data import chat
 from alignax.models import hf
+from alignax.models.transformer import head_weight
 from alignax.rewards import judge as judging
 from alignax.run.loop import fit
 from alignax.run.roles import abstract, freeze, frozen, load, models
@@ -101,6 +103,26 @@ def test_experience_is_given_models_by_the_names_of_the_config(folders, tmp_path
     written = batch | {"ref_logps": ours, "margin_logps": run.policy.apply(theirs, batch).logps}
     loss = losses.modpo([0.5, 0.5], losses.implicit_rewards("margin_logps"))
     np.testing.assert_allclose(metrics["loss"], loss(Outputs(ours, ours), written, loss.normalised(written))[0], rtol=1e-5)
+
+
+def test_a_reference_may_have_further_rows_of_padding(folders, tmp_path):
+    """As Qwen2.5's 7B beside its 0.5B: one tokenizer, and a head padded further. Its probabilities are of the policy's tokens alone."""
+    padded = shutil.copytree(folders[0], tmp_path / "padded")
+    config = json.loads((padded / "config.json").read_text())
+    (padded / "config.json").write_text(json.dumps(config | {"vocab_size": 104}))
+    tensors = load_file(padded / "model.safetensors")
+    more = np.random.default_rng(0).normal(size=(8, 32)).astype(np.float32)
+    tensors["model.embed_tokens.weight"] = np.concatenate([tensors["model.embed_tokens.weight"], more])
+    save_file(tensors, padded / "model.safetensors", {"format": "pt"})
+    (padded / "alignax.json").unlink(missing_ok=True)
+    given = fields(folders, tmp_path, **{"reference.path": padded, "reference.token_kl": "true", "mesh.fsdp": 1, "mesh.data": -1})
+    run = checked(arguments(tmp_path, DPO, given))
+    heads = [head_weight(role.config, load(role, run.mesh)) for role in (run.roles["reference"], run.policy)]
+    np.testing.assert_array_equal(*heads)
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        (padded / name).unlink(missing_ok=True)
+    with pytest.raises(ValueError, match="has 104 rows in its embedding, the policy has 96, and .* has no tokenizer"):
+        checked(arguments(tmp_path, DPO, given))
 
 
 @pytest.mark.slow

@@ -75,8 +75,8 @@ def test_a_missing_setting_is_named_with_the_remedy(cloud, script, name):
         ("setup", {"BUCKET": "gs://bucket/path"}, "BUCKET is 'bucket/path'; use the name of a Cloud Storage bucket"),
         ("setup", {"MOUNT": "mnt"}, "MOUNT is 'mnt'; use an absolute path"),
         ("logs", {"WORKER": "first"}, "WORKER is 'first'; use the number of a worker, or all"),
-        ("train", {}, "no arguments; give those of `alignax train`"),
-        ("resume", {}, "no arguments; give those that tpu/train.sh got"),
+        ("train", {}, "no arguments; give the arguments of `alignax train`"),
+        ("resume", {}, "no arguments; give the arguments that tpu/train.sh got"),
         ("run", {}, "got 0 arguments; give one command in quotes"),
     ],
 )
@@ -173,7 +173,7 @@ def test_create_queued_waits_for_its_turn(cloud):
     ]
     assert [call[2] for call in rest] == ["queued-resources"] * 4 + ["tpu-vm", "queued-resources", "tpu-vm"]
     assert rest[0] == [*"compute tpus queued-resources describe my-tpu".split(), *PLACE, "--format=value(state.state)"]
-    assert "TPU 'my-tpu' is WAITING_FOR_RESOURCES; looking again in 0 s" in errors
+    assert "TPU 'my-tpu' is WAITING_FOR_RESOURCES; checking again in 0 s" in errors
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_delete(cloud, queued, command):
 @pytest.mark.parametrize("answer", ["", "\n", "n\n", "yikes\n"])
 def test_delete_unconfirmed(cloud, answer):
     code, errors = cloud.run("delete", stdin=answer)
-    assert code == 1 and "nothing deleted; answer y, or set YES=1" in errors and not cloud.calls()
+    assert code == 1 and "so nothing was deleted; answer y, or set YES=1" in errors and not cloud.calls()
 
 
 # --- setup
@@ -275,7 +275,7 @@ def test_train_runs_on_all_workers_with_the_very_arguments(ready):
 def test_an_experiment_file_that_is_not_there_is_refused_before_any_command(cloud, script, arguments):
     code, errors = cloud.run(script, *arguments)
     assert (code, cloud.calls()) == (2, [])
-    where = f"{cloud.project}, which is what the workers get; correct the path"
+    where = f"{cloud.project}, and the workers get a copy of that folder; correct the path"
     assert errors == f"error: experiment file 'experiments/no.py' does not exist in {where}\n"
 
 
@@ -484,7 +484,7 @@ def test_a_failing_worker_fails_the_command(cloud):
 def test_no_such_tpu(cloud, script):
     cloud.set(states={"tpu-vm": ["ABSENT"]})
     code, errors = cloud.run(script)
-    assert code == 2 and "there is no TPU 'my-tpu' in us-central1-a; make it with tpu/create.sh" in errors
+    assert code == 2 and "there is no TPU 'my-tpu' in us-central1-a; create it with tpu/create.sh" in errors
 
 
 # --- README

@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # Sourced by every script here: the settings, `run`, and the gcloud commands that several of them share.
 set -euo pipefail
-exec 3>&2 # where `run` prints, also when it is called with its errors redirected
+exec 3>&2 # `run` prints here, even where the errors of its command are redirected
 
 # shellcheck disable=SC2034 # the other scripts read it
 tpu=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -12,20 +12,20 @@ YES=${YES:-0}         # 1: delete.sh does not ask
 BUCKET=${BUCKET:-}    # a Cloud Storage bucket that setup.sh mounts at MOUNT
 MOUNT=${MOUNT:-/mnt/alignax}
 PYTHON_VERSION=${PYTHON_VERSION:-3.11}
-POLL_SECONDS=${POLL_SECONDS:-30}    # between two looks at the state of the TPU
+POLL_SECONDS=${POLL_SECONDS:-30}    # between two checks of the TPU's state
 GRACE_SECONDS=${GRACE_SECONDS:-120} # between SIGTERM and SIGKILL when training is stopped
 CREATE_FLAGS=${CREATE_FLAGS:-} # further flags for `gcloud ... create`, split at spaces
 SSH_FLAGS=${SSH_FLAGS:-}       # further flags for `gcloud ... ssh` and `scp`, split at spaces
 
 say() { printf '%s\n' "$*" >&2; }
 
-# Bad input or a bad machine to start from; a command that fails ends the script with its own exit code.
+# Ends the script with code 2: for bad input, or a machine that lacks something. A command that fails ends it with its own exit code.
 fail() {
     say "error: $*"
     exit 2
 }
 
-# The words as a shell reads them again: here for printing, on a worker for running.
+# The words with quotes, so that a shell reads the same words again: here to print them, on a worker to run them.
 quote() {
     local word mark="'" escaped="'\\''" words=""
     for word in "$@"; do
@@ -56,8 +56,8 @@ match MOUNT '/.+' "use an absolute path, the same on all workers"
 [[ $DRY_RUN == 1 ]] || command -v gcloud >/dev/null || fail "gcloud is not on the PATH; install the Google Cloud CLI"
 place=(--zone="$ZONE" --project="$PROJECT")
 
-# An experiment file among the arguments of `alignax train` that setup.sh would have to copy from here, and that is not here. Absolute
-# paths and what git ignores, a workdir say, are the workers' own.
+# Refuses arguments of `alignax train` with an experiment file that setup.sh would have to copy from this checkout, but that is not in it.
+# Absolute paths, and files that git ignores (in a workdir, for example), are files of the workers, and are not checked.
 check_experiment() {
     local file checkout
     checkout=$(dirname "$tpu")
@@ -70,7 +70,7 @@ check_experiment() {
         shift
         [[ -n $file && $file != /* && ! -f $checkout/$file ]] || continue
         git -C "$checkout" check-ignore --quiet -- "$file" 2>/dev/null ||
-            fail "experiment file '$file' does not exist in $checkout, which is what the workers get; correct the path"
+            fail "experiment file '$file' does not exist in $checkout, and the workers get a copy of that folder; correct the path"
     done
 }
 
@@ -86,7 +86,7 @@ choose_version() {
         v6e-*) version="v2-alpha-tpuv6e" ;;
         v5e-*) fail "TPU_TYPE is '$TPU_TYPE'; Cloud TPU calls it v5litepod-${TPU_TYPE#v5e-}" ;;
         *) fail "RUNTIME_VERSION is not set, and there is no default for TPU_TYPE '$TPU_TYPE';" \
-            "choose one of: gcloud compute tpus tpu-vm versions list --zone=$ZONE" ;;
+            "set it to one of the versions that this command lists: gcloud compute tpus tpu-vm versions list --zone=$ZONE" ;;
     esac
 }
 
@@ -112,7 +112,7 @@ delete() {
     fi
 }
 
-# describe KIND FIELD: that field of the TPU or of its queued resource, ABSENT if there is none.
+# describe KIND FIELD: prints that field of the TPU or of its queued resource; ABSENT if there is no such TPU or resource.
 describe() {
     local errors status=0
     errors=$(mktemp)
@@ -127,7 +127,7 @@ describe() {
     return "$status"
 }
 
-# The state of the TPU in Cloud TPU's words. A queued resource is asked first: it knows of a TPU that does not exist yet.
+# Prints the state of the TPU in Cloud TPU's words. The queued resource is asked first, since it exists before its TPU does.
 state() {
     local queued
     if [[ $QUEUED == 1 ]]; then
@@ -146,23 +146,23 @@ wait_ready() {
         [[ $DRY_RUN == 0 ]] || return 0
         case $now in
             READY) return ;;
-            ABSENT) fail "there is no TPU '$TPU_NAME' in $ZONE; make it with tpu/create.sh, or set QUEUED as it was made" ;;
+            ABSENT) fail "there is no TPU '$TPU_NAME' in $ZONE; create it with tpu/create.sh, or set QUEUED to the value that it was created with" ;;
             DELETING | FAILED | HIDDEN | HIDING | PREEMPTED | STOPPED | STOPPING | SUSPENDED | SUSPENDING | TERMINATED)
                 say "error: TPU '$TPU_NAME' is $now; tpu/resume.sh replaces it, tpu/delete.sh removes it"
                 exit 1
                 ;;
         esac
-        say "TPU '$TPU_NAME' is $now; looking again in $POLL_SECONDS s"
+        say "TPU '$TPU_NAME' is $now; checking again in $POLL_SECONDS s"
         sleep "$POLL_SECONDS"
     done
 }
 
-# on_workers WHICH COMMAND: WHICH is `all` or a worker's number, COMMAND a line for the worker's shell.
+# on_workers WHICH COMMAND: runs COMMAND, a line of shell, on the worker with the number WHICH, or on `all`.
 on_workers() {
     local extra
     read -ra extra <<<"$SSH_FLAGS"
     run gcloud compute tpus tpu-vm ssh "$TPU_NAME" "${place[@]}" ${extra[@]+"${extra[@]}"} --worker="$1" --command="$2"
 }
 
-# The line that runs tpu/worker.sh in the workers' checkout.
+# Prints the line of shell that runs tpu/worker.sh in a worker's checkout.
 worker() { printf 'cd alignax && GRACE_SECONDS=%s bash tpu/worker.sh %s' "$GRACE_SECONDS" "$(quote "$@")"; }

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Prints the end of the log and follows it while training runs: of worker 0, or as WORKER says (a number, or `all`).
+# Prints the end of a worker's log and follows it while training runs. WORKER is the number of the worker (default 0), or `all`.
 # shellcheck source-path=SCRIPTDIR source=lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 

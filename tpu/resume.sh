@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Gets training going again, whatever happened to the TPU: takes the arguments that train.sh got. `alignax train` continues from
-# its workdir. Does nothing while training runs or when it has finished, so it can be called every few minutes.
+# Makes training run again, whatever happened to the TPU; takes the arguments that train.sh got. `alignax train` continues from its
+# workdir. While training runs, or if it has finished, this script does nothing, so it can be called every few minutes.
 # shellcheck source-path=SCRIPTDIR source=lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-(($#)) || fail "no arguments; give those that tpu/train.sh got"
+(($#)) || fail "no arguments; give the arguments that tpu/train.sh got"
 check_experiment "$@"
-choose_version # a missing TPU_TYPE must not be found after the old TPU is gone
+choose_version # a missing TPU_TYPE must be found before the old TPU is deleted
 
 now=$(state)
-[[ $DRY_RUN == 0 ]] || now=ABSENT # the longest way: create, set up, train
+[[ $DRY_RUN == 0 ]] || now=ABSENT # print the longest path: create, set up, train
 while [[ $now == DELETING || $now == SUSPENDING || $now == STOPPING ]]; do
-    say "TPU '$TPU_NAME' is $now; looking again in $POLL_SECONDS s"
+    say "TPU '$TPU_NAME' is $now; checking again in $POLL_SECONDS s"
     sleep "$POLL_SECONDS"
     now=$(state)
 done
@@ -29,7 +29,7 @@ case $now in
         on_workers all "[ -e alignax/tpu/worker.sh ] || exit 3; $(worker status)" || status=$?
         case $status in
             0) exit ;;
-            3) on_workers all "[ ! -e alignax/tpu/worker.sh ] || { $(worker stop); }" ;; # what is left on the others
+            3) on_workers all "[ ! -e alignax/tpu/worker.sh ] || { $(worker stop); }" ;; # training that still runs on other workers
             *) exit "$status" ;;
         esac
         ;;

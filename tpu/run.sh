@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs one shell command on all workers, in their home directory: tpu/run.sh 'df -h /mnt/alignax'
+# Runs one shell command on all workers, in their home folder, as in: tpu/run.sh 'df -h /mnt/alignax'
 # shellcheck source-path=SCRIPTDIR source=lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 

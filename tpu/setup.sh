@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Waits for the TPU, copies the files that git knows or would add to all workers, and installs them there.
+# Waits for the TPU, copies this checkout to all workers (files that git tracks, and new ones that it does not ignore), and installs it.
 # shellcheck source-path=SCRIPTDIR source=lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
@@ -11,14 +11,14 @@ scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 run git -C "$checkout" ls-files -z --cached --others --exclude-standard >"$scratch/known"
 while IFS= read -r -d '' file; do
-    if [[ -e $checkout/$file ]]; then printf '%s\0' "$file"; fi # git still knows a file that was deleted
+    if [[ -e $checkout/$file ]]; then printf '%s\0' "$file"; fi # git also lists tracked files that were deleted
 done <"$scratch/known" >"$scratch/files"
 run tar -czf "$scratch/alignax.tar.gz" -C "$checkout" --null -T "$scratch/files"
 
 read -ra extra <<<"$SSH_FLAGS"
 run gcloud compute tpus tpu-vm scp "$scratch/alignax.tar.gz" "$TPU_NAME:" "${place[@]}" ${extra[@]+"${extra[@]}"} --worker=all
 
-# The package goes first, so that no module outlives its deletion; runs/ and the environment stay.
+# The package is removed first, so that no deleted module stays behind; runs/ and the environment stay.
 settings=$(quote "BUCKET=$BUCKET" "MOUNT=$MOUNT" "PYTHON_VERSION=$PYTHON_VERSION")
 on_workers all "if [ -e alignax/tpu/worker.sh ]; then bash alignax/tpu/worker.sh idle || exit; fi
 rm -rf alignax/alignax && mkdir -p alignax && tar -xzf alignax.tar.gz -C alignax && cd alignax && env $settings bash tpu/worker.sh setup"

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Starts `alignax train` with the given arguments on all workers and returns; losing the connection does not stop it.
+# Starts `alignax train` with the given arguments on all workers and returns; training continues if the connection breaks.
 # shellcheck source-path=SCRIPTDIR source=lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-(($#)) || fail "no arguments; give those of \`alignax train\`, as in: tpu/train.sh --config experiments/dpo_hh.py"
+(($#)) || fail "no arguments; give the arguments of \`alignax train\`, as in: tpu/train.sh --config experiments/dpo_hh.py"
 check_experiment "$@"
 
-# Asked of all before any starts: one worker that is busy must not leave the others waiting for it.
+# All workers are asked before any of them starts: otherwise the others would wait for one that is busy.
 on_workers all "$(worker idle)"
 on_workers all "$(worker start "$@")" || {
     status=$?
@@ -14,4 +14,4 @@ on_workers all "$(worker start "$@")" || {
     on_workers all "$(worker stop)" || true
     exit "$status"
 }
-say "started; follow it with tpu/logs.sh"
+say "training started; see its log with tpu/logs.sh"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The half that runs on a TPU worker; the other scripts call it there. It keeps its files outside the checkout, in ~/alignax-run:
-# log, lock (held as long as training lives), pid of the supervisor, exit (the exit code of the last training).
+# The commands that run on a TPU worker; the other scripts call them there. Their files lie outside the checkout, in ~/alignax-run:
+# log; lock, held while training runs; pid, the process of the supervisor; exit, the exit code of the last training.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 files=$HOME/alignax-run
@@ -8,7 +8,7 @@ mkdir -p "$files"
 
 running() { ! flock --nonblock "$files/lock" true; }
 
-# Exit codes: 1 for a refusal, 3 for "not running"; never 255, which gcloud takes for a lost connection and tries again.
+# Exit codes: 1 for a refusal, 3 for "not running". Never 255: gcloud takes it for a lost connection, and runs the command again.
 idle() {
     if running; then
         echo "$HOSTNAME: training already runs here (process $(cat "$files/pid")); end it with tpu/stop.sh first" >&2
@@ -22,7 +22,7 @@ setup() {
     if [[ -e /sys/kernel/mm/transparent_hugepage/enabled ]]; then # the TPU starts and stops faster with it
         echo always | sudo tee /sys/kernel/mm/transparent_hugepage/enabled >/dev/null
     fi
-    python3 -m uv --version || python3 -m pip install --user --quiet uv # the images' own Python is older than alignax needs
+    python3 -m uv --version || python3 -m pip install --user --quiet uv # the Python of the TPU's image is too old for alignax
     [[ -x .venv/bin/python ]] || python3 -m uv venv --quiet --python "$PYTHON_VERSION" .venv
     python3 -m uv pip install --quiet --python .venv/bin/python --editable '.[tpu]'
 }
@@ -38,7 +38,7 @@ mount_bucket() {
     command -v gcsfuse || install_gcsfuse
     sudo mkdir -p "$MOUNT"
     sudo chown "$(id -u)" "$MOUNT"
-    # Checkpoints are finished by renaming their directory, and workers must see at once what the others wrote.
+    # A checkpoint is finished by renaming its folder, and each worker must see at once what the others wrote.
     gcsfuse --implicit-dirs --rename-dir-limit=1000000 --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0 \
         "$BUCKET" "$MOUNT"
 }
@@ -66,7 +66,7 @@ start() {
     exit 1
 }
 
-# Runs training in the foreground of its own session, passes SIGTERM on to it, and notes how it ended.
+# Runs training in a session of its own, passes SIGTERM on to it, and writes down its exit code.
 supervise() {
     local code signalled=1
     exec 9>"$files/lock"
@@ -102,7 +102,7 @@ stop() {
         fi
     done
     echo "$HOSTNAME: training did not stop in $GRACE_SECONDS s; killing it"
-    kill -KILL -- "-$pid" # its session: a process that waits for a lost worker hears no SIGTERM
+    kill -KILL -- "-$pid" # the whole session: a process that waits for a lost worker does not react to SIGTERM
 }
 
 status() {

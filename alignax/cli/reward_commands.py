@@ -109,12 +109,16 @@ def ridge(folder: Path, file: str, overrides: Sequence[str], penalty: float, for
         output.claim_on_all(folder, by, force)
         if not config.data.train:
             raise ValueError("config field 'data.train' is empty; set --config.data.train=FILE")
+        if config.data.label_noise:
+            raise ValueError(f"data.label_noise is {config.data.label_noise}, but ridge takes every label as it is; set it to 0")
         source = hf.with_heads(open_model(config.model.path, "pretrained", "model.path"), config.model.num_labels)
         if not source.config.num_labels:
             raise ValueError(f"{config.model.path!r} is a language model; set model.num_labels to 1, or to the number of attributes")
         tokenizer = load_tokenizer(source.path, source.config.vocab_size)
         ends = hf.end_ids(source, tokenizer)
-        examples, reports, _ = load("train", config.data, tokenizer, source.config.vocab_size, ends, experiment.row, whole=True)
+        examples, reports, mixture = load("train", config.data, tokenizer, source.config.vocab_size, ends, experiment.row, whole=True)
+        if mixture is not None:
+            raise ValueError(f"data.train {config.data.train!r} has weights, but ridge uses every row once; leave the weights out")
         mesh = make_mesh(config.mesh)
         how = {"penalty": penalty, "batch_size": eval_batch_size(config), "dtype": compute_dtype(config, mesh)}
         params = fit_ridge(source.config, hf.load_params(source, mesh), examples, mesh, **how)

@@ -14,13 +14,13 @@ from typing import Any
 from alignax.data import streams
 from alignax.data.folders import SUFFIXES, files, matching, place, saved, suffix
 from alignax.data.rows import Bad
-from alignax.data.streams import check_size, lines, opened, opens_array
+from alignax.data.streams import Grown, check_size, lines, opened, opens_array
 from alignax.text import one_line, short
 
 __all__ = ["SUFFIXES", "Row", "one_line", "read_rows", "rows_and_faults", "short"]
 HUB = "hf://"
 HOLDERS = ("data", "rows", "examples", "train", "validation", "dev", "test")  # keys under which a single JSON object may hold the rows
-ROWS_AT_ONCE = 1024  # rows of a columnar file that become Python values together
+ROWS_AT_ONCE = 64  # rows of a columnar file that are decoded together: of the longest rows that JSONL may hold, a GiB
 Row = dict[str, Any]
 
 
@@ -120,8 +120,9 @@ def _parquet(path: pathlib.Path, content: bytes) -> Iterator[Row]:
 
     try:
         file = pyarrow.parquet.ParquetFile(pyarrow.py_buffer(content))
+        _check_grown(path, len(content), sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups)))
         yield from _columns(path, len(content), file.schema_arrow, file.iter_batches(ROWS_AT_ONCE))
-    except MemoryError:
+    except (MemoryError, Grown):
         raise
     except Exception as error:  # pyarrow's errors on damaged bytes have no common class
         raise ValueError(f"{path} is not a readable Parquet file ({one_line(error)}); write or download it again") from error
@@ -137,7 +138,7 @@ def _arrow(path: pathlib.Path, content: bytes) -> Iterator[Row]:
         else:
             stream = pyarrow.ipc.open_stream(content)
             yield from _columns(path, len(content), stream.schema, stream)
-    except MemoryError:
+    except (MemoryError, Grown):
         raise
     except Exception as error:  # pyarrow's errors have no common class
         raise ValueError(f"{path} is not a readable Arrow file ({one_line(error)}); write or download it again") from error
@@ -151,8 +152,12 @@ def _columns(path: pathlib.Path, packed: int, schema: Any, batches: Any) -> Iter
     for batch in batches:
         batch.validate(full=True)
         size += batch.nbytes
-        check_size(path, packed, size)
+        _check_grown(path, packed, size)
         yield from (row for i in range(0, len(batch), ROWS_AT_ONCE) for row in batch[i : i + ROWS_AT_ONCE].to_pylist())
+
+
+def _check_grown(path: pathlib.Path, packed: int, size: int) -> None:
+    check_size(path, packed, size, "write its rows as JSONL")
 
 
 def _csv(path: pathlib.Path, text: str) -> Iterator[Row | Bad]:

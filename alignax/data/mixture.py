@@ -51,14 +51,14 @@ def load(
     """Reads and tokenises the data of one split, whose sources `config.data` names in `field`: "train", "eval", "pretrain" or "ood".
 
     For the text that names sources see `sources`. Sources with weights are drawn from in these proportions; sources without weights
-    are one set of rows. An epoch is as many draws as all sources together have rows, whatever the weights. The split "eval" takes
-    every row once and refuses weights, "pretrain" is of kind "sft", and only "train" has a `data.order`. For `ends` and `whole` see
+    are one set of rows. An epoch is as many draws as all sources together have rows, whatever the weights. The splits "eval" and "ood"
+    take every row once and refuse weights, "pretrain" is of kind "sft", and only "train" has a `data.order`. For `ends` and `whole` see
     `tokenize`; `row` is the experiment's row function, see `alignax.data.shapes.shaped`.
     """
     named = sources(data[field], f"data.{field}")
     weights = [weight for _, weight in named if weight is not None]
-    if weights and field == "eval":
-        raise ValueError(f"data.eval {data.eval!r} has weights, but evaluation uses every row once; leave the weights out")
+    if weights and field in ("eval", "ood"):
+        raise ValueError(f"data.{field} {data[field]!r} has weights, but evaluation uses every row once; leave the weights out")
     data = data.copy_and_resolve_references()
     if field == "pretrain":
         data.kind = "sft"

@@ -71,12 +71,16 @@ class _Unpacked(io.RawIOBase):
         return len(content)
 
 
-def check_size(path: Path, packed: int, size: int) -> None:
-    """Refuses a file that has grown beyond the bounds, with `size` bytes out of `packed` compressed bytes; raises ValueError."""
+class Grown(ValueError):
+    """A compressed file holds more bytes than the bounds allow."""
+
+
+def check_size(path: Path, packed: int, size: int, remedy: str = "decompress the file yourself") -> None:
+    """Raises `Grown` for a file that has grown beyond the bounds, with `size` bytes out of `packed` compressed bytes."""
     if size > EXPANDED or (size > HARMLESS and size > RATIO * packed):
-        raise ValueError(
+        raise Grown(
             f"{path} grows from {packed:,} to more than {size:,} bytes when it is decompressed, above the limits of {RATIO} times and "
-            f"{EXPANDED:,} bytes; if you expect this size, decompress the file yourself"
+            f"{EXPANDED:,} bytes; if you expect this size, {remedy}"
         )
 
 

@@ -1,6 +1,7 @@
 """Input and output of `alignax generate`: prompts from a file or the terminal, completions as text or JSONL."""
 
 import dataclasses
+import io
 import json
 import math
 import sys
@@ -19,6 +20,7 @@ from alignax.data.folders import SUFFIXES, place, suffix
 from alignax.data.kinds import prompt_alone
 from alignax.data.rows import Bad, Message, Prompted
 from alignax.data.shapes import in_text, said
+from alignax.data.streams import opened
 from alignax.data.tokens import prompt_ids
 from alignax.distributed import is_main
 from alignax.generate.generator import Completions, Generator
@@ -116,13 +118,19 @@ def read(request: Request, tokenizer: Any, data: Any, most: int = sys.maxsize) -
     if file != "-" and not Path(file).is_file():
         raise ValueError(f"there is no file {file!r}; give --prompts a file with one prompt per line, or rows with a column 'prompt'")
     try:
-        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+        text = sys.stdin.read() if file == "-" else text_of_file(Path(file))
     except UnicodeDecodeError as e:
         raise ValueError(f"{file} is not UTF-8 text ({e.reason} at byte {e.start}); convert it to UTF-8") from e
     lines = [line for line in text.split("\n") if line.strip()]
     if not lines:
         raise ValueError(f"{'standard input' if file == '-' else file} holds no prompts; write one prompt per line")
     return [encoded(i, turns(line, request, tokenizer), None, tokenizer, file, data.template, most) for i, line in enumerate(lines)]
+
+
+def text_of_file(path: Path) -> str:
+    """The text of a file, decompressed if need be, without a byte order mark and with \\n as the only line end."""
+    with opened(path) as stream:
+        return io.StringIO(stream.read().decode("utf-8-sig"), newline=None).read()
 
 
 def turns(line: str, request: Request, tokenizer: Any) -> Any:

@@ -1,8 +1,8 @@
-"""Attention kernels of accelerators, and the choice among them; everywhere else `alignax.models.attention` computes.
+"""Attention kernels of TPUs and GPUs, and the choice among them. Without one, `alignax.models.attention` computes.
 
-For padded rows `splash` is JAX's Pallas kernel for TPUs, `cudnn` NVIDIA's. Both compute what `attention` computes, and no [t, s] scores
-reach the main memory. For packed rows the kernel of TPUs is `alignax.models.packed_kernel`, and is called "splash" too: both visit only the
-blocks that are seen. On a mesh every device has the kernel on its own rows and heads.
+For padded rows `splash` is JAX's Pallas kernel for TPUs, and `cudnn` is NVIDIA's kernel for GPUs. Both compute what `attention` computes, but
+never write its scores [t, s] to the main memory. For packed rows the kernel of TPUs is `alignax.models.packed_kernel`. It is called "splash"
+too, since both visit only the blocks that are seen. On a mesh every device runs the kernel on its own rows and heads.
 """
 
 import functools
@@ -19,13 +19,15 @@ from alignax.models.attention import KEPT, attention
 
 KERNELS = ("auto", "xla", "splash", "cudnn")
 OWN = {"tpu": "splash", "gpu": "cudnn"}  # the kernel of a platform
-LEAST = 128  # tokens of a row from which "auto" takes a kernel: below, most of a tile is padding
-# Queries, and keys, of a block. Larger blocks read the keys fewer times and pay a grid step's overhead less often; beyond 512, causal
-# attention computes more of what it masks, and the float32 scores of a block outgrow a TPU's vector memory with large heads.
+LEAST = 128  # fewest tokens of a row for which "auto" takes a kernel: in shorter rows most of a tile is padding
+# How many queries, and how many keys, a block may have. Larger blocks read the keys fewer times, and have fewer grid steps with their
+# overhead. Beyond 512, causal attention computes more scores that it then masks, and with large heads the float32 scores of a block no
+# longer fit into a TPU's vector memory.
 BLOCKS = (512, 384, 256, 128)
-# Of the vector memory of the smallest TPUs, 16 MiB, what the kernel of packed rows may take for queries, their gradients and sums.
+# How much of the vector memory of the smallest TPUs, which is 16 MiB, the kernel of packed rows may take for queries, gradients and sums.
 VECTOR_MEMORY = 15 << 20
-# A policy of `jax.checkpoint` under which no kernel's forward pass runs again: it keeps outputs and log Z, by name or by cuDNN's primitive.
+# A policy of `jax.checkpoint` that keeps the outputs and softmax normalisers of kernels, so that no forward pass of one runs twice. It
+# finds them by their name, and those of cuDNN by the name of its primitive.
 attention_saveable = jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.save_only_these_names(KEPT), lambda primitive, *_, **__: primitive.name.startswith("dot_product_attention_fwd")
 )
@@ -54,7 +56,7 @@ def chosen(name: str, config: Any, dtype: Any, tokens: int, platform: str, block
         raise ValueError(f"model.attention {name!r} is unknown; use {', '.join(KERNELS)}")
     if name == "auto":
         if platform not in OWN:
-            return "xla", f"no other kernel is for {platform}"
+            return "xla", f"there is no other kernel for {platform}"
         if tokens < LEAST and not block:
             return "xla", f"rows of {tokens} tokens are below {LEAST}"
         why = unmet(OWN[platform], config, dtype, platform, block)
@@ -70,7 +72,7 @@ def unmet(kernel: str, config: Any, dtype: Any, platform: str, block: int = 0) -
     if OWN.get(platform) != kernel:
         return f"{kernel} is for {'TPUs' if kernel == 'splash' else 'NVIDIA GPUs'}, not for {platform}; use model.attention=xla"
     if c.head_dim % 8:
-        return f"{kernel} takes heads of a multiple of 8, and the model's head_dim is {c.head_dim}; use model.attention=xla"
+        return f"{kernel} needs heads whose size is a multiple of 8, and the model's head_dim is {c.head_dim}; use model.attention=xla"
     if kernel == "splash":
         group, most = c.num_attention_heads // c.num_key_value_heads, VECTOR_MEMORY
         if block and (held := group * block * c.head_dim * (6 * jnp.dtype(dtype).itemsize + 4)) > most:
@@ -84,16 +86,16 @@ def unmet(kernel: str, config: Any, dtype: Any, platform: str, block: int = 0) -
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         return f"cudnn computes in bfloat16 or float16, and the model in {jnp.dtype(dtype).name}; set model.dtype=bfloat16"
     if c.attn_logit_softcapping is not None:
-        return f"cudnn has no soft cap, and the model caps its scores at {c.attn_logit_softcapping}; use model.attention=xla"
+        return f"cudnn cannot cap attention scores, and the model caps them at {c.attn_logit_softcapping}; use model.attention=xla"
     if c.head_dim > 256:
-        return f"cudnn takes heads of up to 256, and the model's head_dim is {c.head_dim}; use model.attention=xla"
+        return f"cudnn needs heads of size 256 or less, and the model's head_dim is {c.head_dim}; use model.attention=xla"
     fault = _fault(c.head_dim, c.num_attention_heads // c.num_key_value_heads, jnp.dtype(dtype), any(c.sliding_windows))
-    return f"JAX says of cudnn here: {fault}; use model.attention=xla" if fault else ""
+    return f"JAX refuses cudnn on this machine: {fault}; use model.attention=xla" if fault else ""
 
 
 @functools.cache
 def _fault(head: int, group: int, dtype: Any, windows: bool) -> str:
-    """What JAX raises for cuDNN attention with these heads on the GPU at hand, traced on shapes (its version, its generation); or ""."""
+    """The error of JAX for cuDNN attention with these heads on the GPU of this machine, found by tracing on shapes; "" if there is none."""
     shape = lambda heads: jax.ShapeDtypeStruct((1, LEAST, heads, head), dtype)
     mask = jax.ShapeDtypeStruct((1, LEAST), bool)
     run = lambda q, k, v, mask: cudnn(q, k, v, mask, windows=(LEAST // 2,) if windows else ()).astype(jnp.float32).sum()
@@ -117,9 +119,9 @@ def splash(
     cap: float | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """`alignax.models.attention.attention` by the splash kernel of TPUs, for padding anywhere.
+    """Attention as `alignax.models.attention.attention` computes it, by the splash kernel of TPUs; padding may stand anywhere in a row.
 
-    Real tokens are one segment and padding another, and a token sees earlier ones of its own segment. Rows are padded to whole blocks.
+    Real tokens are one segment and padding is another; a token sees the earlier tokens of its own segment. Rows are padded to whole blocks.
 
     Args:
       q: [R, T, H, h] queries.
@@ -127,20 +129,20 @@ def splash(
       v: [R, T, KV, h] values.
       mask: [R, T] bool, True for real tokens.
       mesh: the mesh that the arrays are sharded over; None for one device.
-      windows: the windows that the model's layers have, because the kernel's masks are static; (): none.
-      window: [] int, this layer's, one of `windows`; None if they are all the same.
+      windows: the sliding windows of the model's layers, which the kernel needs at compile time for its masks; (): no layer has one.
+      window: [] int, the window of this layer, one of `windows`; None if all layers have the same.
       scalar: as in `attention`.
       cap: as in `attention`.
-      interpret: whether the kernel is interpreted, on any platform and slowly, for tests.
+      interpret: whether to interpret the kernel, which is slow but works on any platform; for tests.
 
     Returns:
-      [R, T, H, h]; of padding, attention among padding.
+      [R, T, H, h]; at padding, the attention of padding to padding.
     """
-    from jax.experimental.pallas.ops.tpu import splash_attention as pallas  # a tenth of a second that other platforms need not spend
+    from jax.experimental.pallas.ops.tpu import splash_attention as pallas  # imported here, since it takes 0.1 s
 
     T, h, block = q.shape[1], q.shape[3], block_size(q.shape[1])
     behind = -T % block
-    tiles: Any = (block,) * 8  # the same in the forward pass and in both kernels of the backward pass
+    tiles: Any = (block,) * 8  # one size for the forward pass and both kernels of the backward pass
 
     def rows(window: int, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
         shape, heads = (T + behind, T + behind), q.shape[2]  # of this device
@@ -175,10 +177,10 @@ def cudnn(
     scalar: float | None = None,
     implementation: Any = "cudnn",
 ) -> jax.Array:
-    """`alignax.models.attention.attention` by the cuDNN kernel of NVIDIA GPUs, for rows whose padding is behind their tokens.
+    """Attention as `alignax.models.attention.attention` computes it, by the cuDNN kernel of NVIDIA GPUs; padding stands at the end of rows.
 
-    Rows are given by their lengths alone, without a mask in memory: `right_padded` says where their tokens must be. It does not work
-    under a `vmap`, as of ensembles that are trained together (jax 0.10.2).
+    The kernel gets the lengths of the rows, and no mask in memory; `right_padded` moves the tokens of a row to its front. It does not
+    work under a `vmap`, which trains the members of an ensemble together (jax 0.10.2).
 
     Args:
       q: [R, T, H, h] queries, bfloat16 or float16.
@@ -197,7 +199,7 @@ def cudnn(
     scale = 1 / math.sqrt(scalar or q.shape[3])
 
     def rows(window: int, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-        # Whatever the kernel leaves at padding, in the values or in the gradients, goes no further. Rows without a token have one of 0.
+        # The kernel may leave anything at padding, in values and gradients: `real` makes it 0. A row without a token gets one of zeros.
         real = lambda x: jnp.where(mask[:, :, None, None], x, jnp.zeros((), x.dtype))
         lengths = jnp.maximum(mask.sum(axis=1, dtype=jnp.int32), 1)
         options: Any = {"query_seq_lengths": lengths, "key_value_seq_lengths": lengths, "implementation": implementation}
@@ -209,7 +211,7 @@ def cudnn(
 
 
 def right_padded(mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The order [R, T] that puts the real tokens of rows in front and keeps their sequence, and the inverse order."""
+    """The order [R, T] that moves the real tokens of each row to its front, without changing their sequence; and the inverse order."""
     order = jnp.argsort(~mask, axis=1, stable=True)
     return order, jnp.argsort(order, axis=1)
 
@@ -238,10 +240,10 @@ def attend(
 def _on_mesh(rows: Callable, mesh: Mesh | None, windows: tuple[int, ...], window: jax.Array | None, *x: jax.Array) -> jax.Array:
     """`rows(window, q, k, v, mask)` with a static window, on each device's own rows and heads.
 
-    Where the layers differ in their windows, the program holds one kernel for each, and a layer runs its own.
+    If layers have different windows, the program holds a kernel for each window, and a layer runs the kernel of its own window.
     """
     T, KV = x[1].shape[1:3]
-    every = sorted({0 if w >= T else w for w in windows}) or [0]  # a window of the whole row is none
+    every = sorted({0 if w >= T else w for w in windows}) or [0]  # a window as long as the row hides nothing
 
     def run(window: jax.Array, *x: jax.Array) -> jax.Array:
         if len(every) == 1:
@@ -252,7 +254,7 @@ def _on_mesh(rows: Callable, mesh: Mesh | None, windows: tuple[int, ...], window
     layer = jnp.zeros((), jnp.int32) if window is None else window
     if mesh is None or mesh.size == 1:
         return run(layer, *x)
-    heads = "heads" if KV % mesh.shape["tensor"] == 0 else None  # all key-value heads, where the shards do not divide them
+    heads = "heads" if KV % mesh.shape["tensor"] == 0 else None  # None: every device has all heads, if they cannot be divided
     split = lambda x: meshes.sharding(mesh, ("batch", None, heads, None)[: x.ndim], x.shape).spec
     specs: Any = tuple(map(split, x))
     return jax.shard_map(run, mesh=mesh, in_specs=(PartitionSpec(), *specs), out_specs=specs[0], check_vma=False)(layer, *x)

@@ -9,7 +9,8 @@ and `W_lora_b` [rank, out], with DoRA also `W_lora_m` [out]. `join` makes this t
 adapters are trained, stored and checkpointed. Initially B is 0 and m is the norm of W, so the adapted model equals its base. The base
 may be stored in int8, a quarter of the bytes (`quantise`); QLoRA does the same with 4 bits (Dettmers et al. 2023, arXiv:2305.14314).
 
-A folder may adapt a matrix in some layers only. In the other layers A, B and m are 0 and get no gradient; an m of 0 stands for the norm.
+A folder may adapt a matrix in some layers only. In the other layers A, B and m are 0 and get no gradient. An m of 0 means that the matrix
+keeps its own norm.
 """
 
 import dataclasses
@@ -69,7 +70,7 @@ def find_targets(patterns: str, modules: dict[str, str], experts: bool) -> tuple
         hits = {n for n in names if fnmatch(n, pattern) or fnmatch(modules[n].rpartition(".")[2], pattern)}
         if not hits:
             there = ", ".join(f"{n} ({modules[n].rpartition('.')[2]})" for n in names)
-            raise ValueError(f"lora.targets {pattern!r} names no matrix of this model; use all-linear or any of {there}")
+            raise ValueError(f"lora.targets {pattern!r} names no matrix of this model; use all-linear, or some of {there}")
         found |= hits
     return tuple(n for n in names if n in found)
 
@@ -138,7 +139,7 @@ def join(base: Params, adapters: Params) -> Params:
 
 
 def split(params: Params) -> tuple[Params, Params]:
-    """The base and the adapters of an adapted model's parameters. A reward model's or critic's head belongs to the adapters."""
+    """The base and the adapters of an adapted model's parameters. The head of a reward model or critic counts as an adapter."""
     layers = params["layers"]
     base = {n: x for n, x in layers.items() if not is_adapter(n)}
     trunk, head = ({n: x for n, x in params.items() if (n in HEAD) == own} for own in (False, True))

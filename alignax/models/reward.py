@@ -10,7 +10,7 @@ import numpy as np
 from alignax.text import short
 
 CLASSIFIER, LANGUAGE = "ForSequenceClassification", "ForCausalLM"  # endings of architecture names
-OFFSET = "score_offset"  # a leaf, and the field of config.json that stores it
+OFFSET = "score_offset"  # name of a leaf of the parameters, and of the field of config.json that stores it
 VALUE = "value"  # the leaf of a critic head on the policy's trunk; no folder stores it
 CRITIC = "critic"  # the name, among the policy's leaves, of a critic with a tree of its own; no policy folder stores it
 HEAD = ("score", OFFSET, VALUE)  # the leaves that a language model does not have
@@ -21,12 +21,15 @@ def labels(hf: Mapping[str, Any], where: str = "config.json") -> int:
     name = (hf.get("architectures") or [""])[0]
     if not name.endswith(CLASSIFIER):
         if "For" in name and not name.endswith(LANGUAGE):
-            raise ValueError(f"architectures in {where} name {short(name)}, whose head is not known; only {LANGUAGE} and {CLASSIFIER} are")
+            raise ValueError(
+                f"architectures in {where} name {short(name)}, a head that alignax does not know; give a model whose name ends in "
+                f"{LANGUAGE} or {CLASSIFIER}"
+            )
         return 0
     named = hf.get("id2label") or {}
     count = hf.get("num_labels") or (len(named) if isinstance(named, dict) else 0) or 2
     if type(count) is not int or count < 1:
-        raise ValueError(f"num_labels in {where} is {short(count)}; it must be a whole number above 0")
+        raise ValueError(f"num_labels in {where} is {short(count)}; it must be a whole number above 0; correct the field")
     return count
 
 
@@ -34,7 +37,7 @@ def padding(hf: Mapping[str, Any], where: str = "config.json") -> int | None:
     """The id of a config.json's padding token, or None."""
     pad = hf.get("pad_token_id")
     if pad is not None and type(pad) is not int:
-        raise ValueError(f"pad_token_id in {where} is {short(pad)}; it must be a token's id, or null")
+        raise ValueError(f"pad_token_id in {where} is {short(pad)}; it must be the id of a token, or null; correct the field")
     return pad
 
 
@@ -42,7 +45,9 @@ def offsets(fields: Mapping[str, Any], count: int, where: Path) -> np.ndarray:
     """The offsets that are subtracted from the scores: [labels] float32, from the field `score_offset`; zeros without the field."""
     given = fields.get(OFFSET, [0.0] * count)
     if not (isinstance(given, list) and len(given) == count and all(type(x) in (int, float) and math.isfinite(x) for x in given)):
-        raise ValueError(f"{OFFSET} in {where} is {short(given)}; it must be a list of {count} finite numbers")
+        raise ValueError(
+            f"{OFFSET} in {where} is {short(given)}; it must be a list of {count} finite numbers; correct it, or delete the field"
+        )
     return np.asarray(given, np.float32)
 
 

@@ -70,7 +70,7 @@ class Chunk:
 
     def mean(self, x: jax.Array) -> jax.Array:
         """The expectation of x [S, C, V] under the next-token distribution: [S, C]."""
-        # A product of vectors, because (e * x).sum() takes 15 times as long on CPU: XLA makes its reduction over an exp scalar code.
+        # A product of vectors: (e * x).sum() takes 15 times as long on a CPU, because XLA computes a sum over an exp one number at a time.
         if self.e is None or self.total is None:
             return jnp.einsum("scv,scv->sc", self.probs, x)
         return jnp.einsum("scv,scv->sc", self.e, x) / self.total
@@ -88,7 +88,7 @@ class Statistic(NamedTuple):
 
     A slope is `local` if its entry of a token depends on the token's own logits, `lse`, `lse_t` and the value alone, not on sums over other
     tokens such as `Chunk.mean`. On a mesh with fsdp the head then gives it a block of the vocabulary at a time, and no device holds the
-    float32 gradient [D, V] of the whole output weight. One slope that is not local, and the gradient is computed from the whole vocabulary.
+    float32 gradient [D, V] of the whole output weight. If one slope is not local, the gradient is computed from the whole vocabulary.
 
     Two different statistics in one forward pass need different names. Equal statistics count as one, so a function that makes a
     statistic should be cached.
@@ -109,7 +109,7 @@ def check_statistics(statistics: tuple[Statistic, ...], teacher: bool) -> None:
             raise ValueError(f"two statistics are called {statistic.name!r}; give one of them another name")
         if statistic.taught and not teacher:
             raise ValueError(
-                f"the statistic {statistic.name!r} compares a model with another one, and this forward pass has no other; set "
+                f"the statistic {statistic.name!r} compares a model with another one, and this forward pass has no other model; set "
                 "reference.token_kl=true, or give forward(.., teacher=..)"
             )
 
@@ -146,30 +146,31 @@ accuracy = Statistic("accuracy", lambda at: (jnp.argmax(at.z, axis=-1) == at.y).
 
 
 def min_p(kappa: float) -> Statistic:
-    """The statistic min-p: the target's log-prob if unlikely tokens are removed and the others renormalised.
+    """The statistic min-p: the target's log-prob if unlikely tokens are removed and the other probabilities are renormalised.
 
         log p(y) - log sum of p over the kept tokens
 
-    A token is kept if its probability is at least kappa times that of the most likely token. A target that is removed has -inf and
-    gradient 0. The kept set counts as a constant, so the gradient of a kept target is onehot(y) - p, with p over the kept tokens.
+    A token is kept if its probability is at least kappa times that of the most likely token. If the target itself is removed, the
+    statistic is -inf and its gradient 0. The kept set counts as a constant, so the gradient of a kept target is onehot(y) - p, with p
+    over the kept tokens.
     Outside of completions the statistic is 0.
 
     Args:
       kappa: in (0, 1].
     """
     if not 0 < kappa <= 1:
-        raise ValueError(f"kappa is {kappa}; it must be above 0 and at most 1 (0.02 is Lp-Reg's)")
+        raise ValueError(f"kappa is {kappa}; it must be above 0 and at most 1 (Lp-Reg uses 0.02)")
     return _min_p(float(kappa))
 
 
 def top_k(k: int) -> Statistic:
-    """The statistic top-k: the target's log-prob if only the k most likely tokens are kept, with ties of the k-th; otherwise as `min_p`.
+    """The statistic top-k: the target's log-prob if only the k most likely tokens are kept, and ties of the k-th; else as `min_p`.
 
     Args:
       k: at least 1.
     """
     if k < 1:
-        raise ValueError(f"k is {k}; it is a number of tokens, at least 1")
+        raise ValueError(f"k is {k}; it must be a number of tokens, 1 or more")
     return _top_k(int(k))
 
 
@@ -224,7 +225,7 @@ def most_probable(logits: jax.Array, k: int) -> jax.Array:
 
 def _ref_kl(at: Chunk) -> jax.Array:
     assert at.zt is not None and at.lse_t is not None
-    # From the difference of logits, so that the KL of equal models is exactly 0, not a difference of large numbers.
+    # From the difference of the logits, so that the KL of equal models is exactly 0, without rounding errors of large numbers.
     return jnp.einsum("scv,scv->sc", jnp.exp(at.taught_logps), at.zt - at.z) + at.lse - at.lse_t
 
 

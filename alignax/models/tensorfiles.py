@@ -39,12 +39,12 @@ def named_files(path: Path) -> dict[str, Path]:
         if not isinstance(weight_map, dict) or not all(isinstance(f, str) and f == Path(f).name for f in weight_map.values()):
             raise ValueError(f"{index} is not an index of tensors: weight_map is {short(weight_map)}, not names and files; fetch it again")
         if absent := sorted(set(weight_map.values()) - {p.name for p in path.iterdir() if p.is_file()}):
-            raise ValueError(f"{index} names {len(absent)} files that are not there: {short(absent[0])} first; fetch them")
+            raise ValueError(f"{index} names {len(absent)} files that are not there, the first is {short(absent[0])}; fetch them")
         return {name: path / file for name, file in weight_map.items()}
     if other := sorted(p.name for p in path.iterdir() if p.suffix in OTHER_WEIGHTS):
         raise ValueError(
-            f"{str(path)!r} has no model.safetensors but {short(other[0])}, which is not read; load the model with transformers, where it "
-            "is trusted, and save_pretrained writes model.safetensors"
+            f"{str(path)!r} has no model.safetensors but {short(other[0])}, which alignax does not read; if you trust the file, load "
+            "the model with transformers, and save it with save_pretrained, which writes model.safetensors"
         )
     raise ValueError(f"{str(path)!r} has no model.safetensors; set model.init to 'random' to start without weights")
 
@@ -64,7 +64,7 @@ def header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 def check_type(name: str, dtype: str, file: Path) -> None:
     """Refuses a tensor whose type is not float32, float16 or bfloat16."""
     if dtype not in DTYPES.values():
-        raise ValueError(f"{short(name)} in {file} is stored as {dtype}; only {', '.join(DTYPES)} are read")
+        raise ValueError(f"{short(name)} in {file} is stored as {dtype}; alignax reads {', '.join(DTYPES)}, so convert it")
 
 
 def save_tensors(content: dict[str, np.ndarray], file: Path) -> None:

@@ -205,10 +205,11 @@ def check_token_kl(source: hf.Source, reference: hf.Source | None) -> None:
         raise ValueError(
             f"reference.token_kl needs one final_logit_softcapping, but policy and reference have {caps}; set reference.token_kl to false"
         )
-    counts = [s.config.predicted_tokens for s in (source, reference)]
-    if counts[0] != counts[1]:
+    policy, own = (s.config.predicted_tokens or s.config.vocab_size for s in (source, reference))
+    if policy != own:
         raise ValueError(
-            f"reference.token_kl needs one predicted_tokens, but policy and reference have {counts}; add the same tokens to both"
+            "reference.token_kl needs a reference with a probability for every token of the policy, but the policy predicts "
+            f"{policy} tokens and the reference {own}; add the same tokens to both"
         )
 
 

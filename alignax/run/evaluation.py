@@ -30,7 +30,8 @@ from alignax.train import means
 from alignax.types import Batch, TrainState
 
 SAMPLED = (  # metrics of sampled completions
-    "completion_length", "eos_rate", "truncated_rate", "distinct", "kl", "kl_se", "kl_k3", "sampler_gap", "gold", "gold_se", "prompts",
+    "completion_length", "eos_rate", "truncated_rate", "distinct", "kl", "kl_se", "kl_k3", "sampler_gap", "gold", "gold_se", "bad_gold",
+    "prompts",
 )  # fmt: skip
 # Prefixes of the metrics that an evaluation takes over from the program "judge".
 JUDGED = ("reward", "score/", "disagreement", "judge_cut", "entropy")
@@ -115,7 +116,7 @@ class Evaluation:
             scores |= spread("kl", k1[:n]) | {"kl_k3": float(k3[:n].mean()), "sampler_gap": float(gaps)}
         if gold is not None:
             found["gold"] = gold
-            scores |= spread("gold", gold)
+            scores |= spread("gold", gold) | {"bad_gold": float((~np.isfinite(gold)).sum())}
         true = gold if gold is not None else found.get("reward")
         for k in tries(c.samples_per_prompt) if true is not None else ():
             scores |= spread(f"pass@{k}", pass_at(true >= c.pass_reward, k)[:, None])
@@ -127,13 +128,15 @@ class Evaluation:
 
 
 def line(scores: dict[str, float], samples: int) -> str:
-    """The console line of an evaluation: metrics with standard errors, and the number of sampled prompts."""
+    """The console line of an evaluation: metrics with standard errors, the number of sampled prompts, and of samples without a reward."""
     error = lambda name: f" +- {scores[name + '_se']:.4f}" if name + "_se" in scores else ""
     shown = [name for name in SHOWN if name in scores]
     told = "  ".join(f"{name} {scores[name]:.4f}{error(name)}" for name in shown)
     if "prompts" not in scores or not {"reward", "kl", "gold"} & {*shown}:
         return told
-    return f"{told}  (samples: {scores['prompts']:.0f} prompts{f' x {samples}' if samples > 1 else ''})"
+    lack = {"a reward": scores.get("bad_rewards"), "a gold reward": scores.get("bad_gold")}
+    unknown = "".join(f", {count:.0f} without {what}" for what, count in lack.items() if count)
+    return f"{told}  (samples: {scores['prompts']:.0f} prompts{f' x {samples}' if samples > 1 else ''}{unknown})"
 
 
 def spread(name: str, values: np.ndarray) -> dict[str, float]:

@@ -6,14 +6,14 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from alignax import output
 from alignax.config import BadInput
-from alignax.text import short
+from alignax.text import one_line, short
 
 MOST = 1 << 24  # largest size of rollouts.jsonl, in bytes
 LARGE = 1e300  # larger than any number that a run writes
@@ -26,8 +26,11 @@ SHOWN = {"loss": "loss", "rewards/accuracies": "acc", "rewards/margins": "margin
 class Log:
     """The log of one run in its workdir; only the log of process 0 writes."""
 
-    def __init__(self, workdir: Path, *, steps: int, start: int, every: int, tensorboard: bool, writes: bool = True):
-        """Opens the log after step `start`; removes rows of later steps, which a killed run left and this run makes again."""
+    def __init__(self, workdir: Path, *, steps: int, start: int, every: int, tensorboard: bool, writes: bool = True, turn: int = 1):
+        """Opens the log after step `start`; removes rows of later steps, which a killed run left and this run makes again.
+
+        A notice on the console counts the rows that the log lacks: it has one for the last of every `turn` steps.
+        """
         self.steps, self.every, self.writes = steps, every, writes
         self._last = time.monotonic()  # end of the previous step, moved on by the time of pauses
         self._began, self._tokens = self._last, 0.0
@@ -35,22 +38,20 @@ class Log:
         self._first: int | None = None  # first step of this process; it compiles, so speed and time left exclude it
         self._bar: Any = None
         self._tensorboard: Any = None
-        self._file: TextIO | None = None
         self.evaluated = False  # whether the log has an evaluation of the state at `start`
         if not writes:
             return
-        self._samples, self._rollouts = workdir / "samples.jsonl", workdir / "rollouts.jsonl"
-        kept = _keep_rows(workdir / "metrics.jsonl", start)
-        last = max((row["step"] for row in kept), default=0)
+        self._metrics, self._samples, self._rollouts = (workdir / f"{name}.jsonl" for name in ("metrics", "samples", "rollouts"))
+        kept = _keep_rows(self._metrics, start)
         self.evaluated = any(row["step"] == start and _is_evaluation(row) for row in kept)
-        _keep_rows(self._samples, start)
-        _keep_rows(self._rollouts, start)
-        if last < start:
+        _keep_rows(self._samples, start, SAMPLE)
+        _keep_rows(self._rollouts, start, {"step": int})
+        if lost := sorted({*range(turn, start + 1, turn)} - {row["step"] for row in kept if not _is_evaluation(row)}):
             self.line(
-                f"notice: {workdir / 'metrics.jsonl'} ends at step {last}, but this run goes on after step {start}: the rows between "
-                "these steps are lost"
+                f"notice: {self._metrics} has no row of step {lost[0]}"
+                f"{f' and of {len(lost) - 1} further steps up to step {lost[-1]}' if lost[1:] else ''}, after which this run goes on: "
+                "what they logged is lost"
             )
-        self._file = open(workdir / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
         if tensorboard:
             from tensorboardX import SummaryWriter
 
@@ -103,11 +104,10 @@ class Log:
 
     def row(self, values: Mapping[str, float]) -> None:
         """Writes one row to metrics.jsonl and its points to TensorBoard; numbers that are not finite become null in JSON."""
-        if self._file is None:
+        if not self.writes:
             return
         step = int(values["step"])
-        self._file.write(json.dumps(_plain(values)) + "\n")
-        self._file.flush()
+        _append(self._metrics, step, [values])
         if self._tensorboard is not None:
             for name, value in values.items():
                 if name != "step":
@@ -148,26 +148,23 @@ class Log:
             self._bar, sys.stderr = None, open(os.devnull, "w")  # noqa: SIM115
 
     def close(self) -> None:
-        """Flushes and closes the files, TensorBoard and the progress line."""
+        """Closes TensorBoard and the progress line."""
         if self._bar is not None:
             self._bar.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
-        if self._file is not None:
-            self._file.close()
 
 
 def read_rows(file: Path, shape: Any = ROW) -> list[dict[str, Any]]:
     """The rows of a JSONL log, without a last line that a killed run cut short.
 
     Raises:
-      BadInput: for a line that is no row of this shape, see `misfit`.
+      BadInput: for a line that is no row of this shape, see `misfit`, or whose step lies before the step of an earlier row.
     """
     rows = []
-    for number, line, row in _lines(file):
-        if row is None or (wrong := misfit(row, shape)):
-            what = short(line) if row is None else f"its {wrong}"
-            raise BadInput(f"{file}, line {number} is not a row of a log: {what}; delete that line")
+    for number, row, wrong in _lines(file, shape):
+        if row is None:
+            raise BadInput(f"{file}, line {number} is not a row of a log: {wrong}; delete that line")
         rows.append(row)
     return rows
 
@@ -198,15 +195,29 @@ def misfit(value: Any, shape: Any) -> str:
     return f"{wrong[0]}{' ' if wrong[1].startswith('is ') else '.'}{wrong[1]}" if wrong else ""
 
 
-def _lines(file: Path) -> Iterator[tuple[int, bytes, dict[str, Any] | None]]:
-    """Number, bytes and row of each complete line of a log; the row is None if it is no object with a step."""
+def _lines(file: Path, shape: Any, last: float = math.inf) -> Iterator[tuple[int, dict[str, Any] | None, str]]:
+    """Number and row of each complete line of a log; for a damaged line None in place of the row, and what is wrong with it.
+
+    Rows of steps after `last` are left out.
+    """
+    before = 0  # step of the last row
     # Not splitlines(), which also splits at characters such as U+2028 that a sample may hold.
     for number, line in enumerate(file.read_bytes().split(b"\n")[:-1] if file.is_file() else (), start=1):
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
             row = None
-        yield number, line, row if isinstance(row, dict) and type(row.get("step")) is int else None
+        if not isinstance(row, dict) or type(row.get("step")) is not int:
+            yield number, None, short(line)
+        elif row["step"] > last:
+            continue
+        elif wrong := misfit(row, shape):
+            yield number, None, f"its {wrong}"
+        elif row["step"] < before:
+            yield number, None, f"its step {row['step']} stands after step {before}"
+        else:
+            before = row["step"]
+            yield number, row, ""
 
 
 def _is_evaluation(row: dict[str, Any]) -> bool:
@@ -214,13 +225,16 @@ def _is_evaluation(row: dict[str, Any]) -> bool:
     return all(name == "step" or name.startswith("eval/") for name in row)
 
 
-def _keep_rows(file: Path, last: int) -> list[dict[str, Any]]:
-    """Removes rows of steps after `last` from a log, atomically, and damaged lines, with a notice; returns the rows left."""
+def _keep_rows(file: Path, last: int, shape: Any = ROW) -> list[dict[str, Any]]:
+    """Removes rows of steps after `last` from a log, atomically, and damaged lines, with a notice; returns the rows left.
+
+    A run that begins, with a `last` of 0, keeps none.
+    """
     kept, damaged = [], []
-    for number, line, row in _lines(file):
+    for number, row, wrong in _lines(file, shape, last):
         if row is None:
-            damaged.append(f"{number} ({short(line)})")
-        elif last and row["step"] <= last:
+            damaged.append(f"{number} ({wrong})")
+        elif last:
             kept.append(row)
     if damaged:
         print(
@@ -232,9 +246,15 @@ def _keep_rows(file: Path, last: int) -> list[dict[str, Any]]:
     return kept
 
 
-def _append(file: Path, step: int, rows: list[dict[str, Any]]) -> None:
-    with open(file, "a", encoding="utf-8") as f:
-        f.writelines(json.dumps({"step": step} | _plain(row), ensure_ascii=False) + "\n" for row in rows)
+def _append(file: Path, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+    try:
+        with open(file, "a", encoding="utf-8") as f:
+            f.writelines(json.dumps({"step": step} | _plain(row), ensure_ascii=False) + "\n" for row in rows)
+    except OSError as e:  # a full disk, for example
+        raise OSError(
+            f"{str(file)!r} could not be written ({one_line(e)}); make room, and run the same command again: it goes on from the newest "
+            "checkpoint"
+        ) from e
 
 
 def _plain(row: Mapping[str, Any]) -> dict[str, Any]:

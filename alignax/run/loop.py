@@ -39,7 +39,8 @@ def fit(started: Started) -> dict[str, dict[str, float]]:
     """
     run, first = started.run, started.step
     c = run.config.log
-    log = Log(run.workdir, steps=run.steps, start=first, every=c.every, tensorboard=c.tensorboard, writes=is_main())
+    turn = steps_of_turn(run.config)
+    log = Log(run.workdir, steps=run.steps, start=first, every=c.every, tensorboard=c.tensorboard, writes=is_main(), turn=turn)
     run.workers.say = log.line
     with closing(started.lock), closing(log), closing(run.workers), Stop() as stop:
         for line in summary(run, started.about, first):

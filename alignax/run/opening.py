@@ -172,7 +172,7 @@ def open_reference(config: Any, source: hf.Source, words: Vocabulary) -> hf.Sour
         return source
     reference = spoken(config, open_model(config.reference.path, "pretrained", "reference.path"), words.unused)
     check_speech(reference, source, words, "reference.path", "the reference")
-    return reference
+    return beside(reference, source)
 
 
 def own_speech(other: hf.Source, source: hf.Source, words: Vocabulary, field: str, what: str) -> str:
@@ -185,14 +185,22 @@ def own_speech(other: hf.Source, source: hf.Source, words: Vocabulary, field: st
 
 
 def check_speech(other: hf.Source, source: hf.Source, words: Vocabulary, field: str, what: str) -> None:
-    """Refuses a language model that reads the policy's tokens, but has another vocabulary than the policy."""
-    if other.config.vocab_size != source.config.vocab_size:
-        raise ValueError(
-            f"{what} has a vocabulary of {other.config.vocab_size} tokens, the policy one of {source.config.vocab_size}; the two models "
-            "must share a tokenizer"
-        )
-    if tokenizer_parts(other.path)[:-2]:  # a folder without a tokenizer is accepted by its size
+    """Refuses a language model that reads the policy's tokens, but has another tokenizer than the policy; rows of padding may differ."""
+    if tokenizer_parts(other.path)[:-2]:
         check_tokenizer(other.path, other.config.vocab_size, f"{field} {str(other.path)!r}", source, words.tokenizer)
+    elif other.config.vocab_size != source.config.vocab_size:  # a folder without a tokenizer is accepted by its size
+        raise ValueError(
+            f"{what} has {other.config.vocab_size} rows in its embedding, the policy has {source.config.vocab_size}, and "
+            f"{str(other.path)!r} has no tokenizer that shows whether their tokens are the same; copy the model's tokenizer into it"
+        )
+
+
+def beside(other: hf.Source, source: hf.Source) -> hf.Source:
+    """A model that reads the policy's tokens, without the ids in its distribution that lie beyond the policy's head (padding, say)."""
+    count = source.config.predicted_tokens or source.config.vocab_size
+    if count >= (other.config.predicted_tokens or other.config.vocab_size):
+        return other
+    return other._replace(config=dataclasses.replace(other.config, predicted_tokens=count))
 
 
 def open_others(experiment: Experiment, policy: Role, words: Vocabulary, mesh: Mesh) -> dict[str, Role]:
@@ -234,6 +242,7 @@ def open_others(experiment: Experiment, policy: Role, words: Vocabulary, mesh: M
         if why:
             unused = hf.with_vocabulary(source, load_tokenizer(source.path, source.config.vocab_size)).config.unused_tokens
         source = spoken(config, source, unused)
+        source = source if why else beside(source, policy.source)
         if adapters:
             peft.read_config(Path(adapters), source)
             peft.weights(Path(adapters))
