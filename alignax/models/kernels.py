@@ -1,8 +1,8 @@
 """Attention kernels of TPUs and GPUs, and the choice among them. Without one, `alignax.models.attention` computes.
 
-For padded rows `splash` is JAX's Pallas kernel for TPUs, and `cudnn` is NVIDIA's kernel for GPUs. Both compute what `attention` computes, but
-never write its scores [t, s] to the main memory. For packed rows the kernel of TPUs is `alignax.models.packed_kernel`. It is called "splash"
-too, since both visit only the blocks that are seen. On a mesh every device runs the kernel on its own rows and heads.
+For padded rows `splash` is JAX's Pallas kernel for TPUs, and `cudnn` is NVIDIA's kernel for GPUs. Both compute what `attention` computes,
+but never write its scores [t, s] to the main memory. For packed rows the kernel of TPUs is `alignax.models.packed_kernel`. It is called
+"splash" too, since both visit only the blocks that are seen. On a mesh every device runs the kernel on its own rows and heads.
 """
 
 import functools
