@@ -303,7 +303,7 @@ BAD = {
     "decay without effect": (lambda f, t: {"optimizer.name": "sgd", "optimizer.weight_decay": 0.1}, r"weight_decay is 0\.1.*adamw"),
     "tensor of whole numbers": (
         lambda f, t: {"model.path": edited(f, t, lambda d: set_tensors(d, lambda x: x.update({NORM: np.ones(32, np.int64)})))},
-        r"input_layernorm.*stored as I64; only float32, float16, bfloat16",
+        r"input_layernorm.*stored as I64; alignax reads float32, float16, bfloat16",
     ),
     "text for a number in config.json": (
         lambda f, t: {"model.path": edited(f, t, lambda d: set_json(d / "config.json", vocab_size="96"))},

@@ -235,7 +235,7 @@ def test_a_best_metric_that_is_none_is_refused_before_anything_is_written(fields
     given = fields | {"workdir": tmp_path / "run", "checkpoint.best": "accuracy"}
     assert main(runs.arguments(given)) == 2
     assert (
-        "checkpoint.best 'accuracy' is not a metric of the evaluation; use one of completion_length, distinct, eos_rate"
+        "checkpoint.best 'accuracy' is not a metric of the evaluation; use one of bad_gold, completion_length, distinct"
         in capsys.readouterr().err
     )
     assert not (tmp_path / "run").exists()

@@ -222,8 +222,8 @@ def test_sharded_model_is_the_unsharded_one(row, written):
 
 @pytest.mark.parametrize("row", ["gemma3_text", *(pytest.param(row, marks=pytest.mark.slow) for row in ("gpt_neox", "qwen3_moe"))])
 def test_a_frozen_model_in_bfloat16_scores_as_the_trained_one(row, written):
-    role: Any = SimpleNamespace(dtype=jnp.dtype("bfloat16"), lora=None)
     c, params = written(row).source.config, written(row).params
+    role: Any = SimpleNamespace(dtype=jnp.dtype("bfloat16"), lora=None, config=c)
     apply = jax.jit(forward(c, dtype=role.dtype, remat="none"))
     frozen = jax.tree_util.tree_map_with_path(lambda path, x: x.astype(leaf_dtype(role, path)), params)
     assert {x.dtype.name for x in jax.tree.leaves(frozen)} == {"float32", "bfloat16"}

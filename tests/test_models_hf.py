@@ -144,7 +144,7 @@ def test_a_stale_index_beside_a_whole_file(copy):
 )
 def test_weights_in_files_that_are_not_read(name, copy):
     (copy / "model.safetensors").rename(copy / name)
-    refuses(copy, f"has no model.safetensors but {name!r}, which is not read", "save_pretrained writes model.safetensors")
+    refuses(copy, f"has no model.safetensors but {name!r}, which alignax does not read", "save_pretrained, which writes model.safetensors")
 
 
 @pytest.mark.parametrize("shape", [{"fsdp": 8}, {"tensor": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)

@@ -363,7 +363,7 @@ def test_patterns_name_matrices(patterns, experts, expected):
 
 @pytest.mark.parametrize("patterns, experts", [("q_proj", False), ("q,", False), ("up", True)])
 def test_a_pattern_that_names_nothing(patterns, experts):
-    with pytest.raises(ValueError, match=r"lora.targets '.*' names no matrix of this model; use all-linear or any of q \(c_attn\)"):
+    with pytest.raises(ValueError, match=r"lora.targets '.*' names no matrix of this model; use all-linear, or some of q \(c_attn\)"):
         find_targets(patterns, NAMES, experts)
 
 
