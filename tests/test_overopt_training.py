@@ -21,7 +21,7 @@ def test_an_online_run_without_gold_has_its_course_and_its_samples(tmp_path, cap
     logged = [{"step": i, "eval/reward": 0.1 + i / 10, "eval/kl": i / 2 - 0.01, "eval/truncated_rate": 0.5} for i in (0, 4, 8)]
     steps = [{"step": i, "loss": 1.0, "entropy": 2.0 / i} for i in (1, 2)]
     said = [{"step": i, "prompt": "<b>p", "completion": f"at {i}" + "x" * 400, "reward": i / 8} for i in (0, 4, 8)]
-    run = write(tmp_path / "run", logged + steps, said)
+    run = write(tmp_path / "run", sorted(logged + steps, key=lambda row: row["step"]), said)
     assert cli.main(["report", str(run)]) == 0
     out = capsys.readouterr().out
     assert "first and last, reward: 0.10 → 0.90; KL (nats): 0.00 → 3.99; truncated responses: 0.50 → 0.50." in out
