@@ -16,6 +16,7 @@ def run(workdir: Path, kl, gold, drift=(0.0, -1.0, -12.3), **more) -> Path:
         row |= {"logps/rejected": -22.0, "logps/rejected_drift": -2.0 * i, "rewards/accuracies": 0.5 + 0.1 * i}
         row |= {name: values[i] for name, values in more.items()}
         rows.append({"step": 10 * i} | {f"eval/{name}": value for name, value in row.items()})
+    rows.sort(key=lambda row: row["step"])
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return workdir
 

@@ -202,7 +202,7 @@ CAPPED = dataclasses.replace(LLAMA, attn_logit_softcapping=50.0)
     (dataclasses.replace(LLAMA, head_dim=20), bf16, 512, "tpu", "xla", "head_dim is 20"),
     (LLAMA, bf16, 512, "gpu", "cudnn", ""),
     (LLAMA, f32, 512, "gpu", "xla", "set model.dtype=bfloat16"),
-    (CAPPED, bf16, 512, "gpu", "xla", "caps its scores at 50.0"),
+    (CAPPED, bf16, 512, "gpu", "xla", "caps them at 50.0"),
     (dataclasses.replace(LLAMA, head_dim=320), bf16, 512, "gpu", "xla", "head_dim is 320"),
     (LLAMA, bf16, 512, "cpu", "xla", "there is no other kernel for cpu"),
 ], ids=lambda case: f"{case[3]}-{case[4]}-{case[5][-12:]}")  # fmt: skip

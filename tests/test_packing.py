@@ -218,7 +218,7 @@ def test_every_token_has_its_place(N, shared, block):
     batch = packed(responses(N), shared, block=block)
     laid = jax.tree.map(np.asarray, jax.jit(laid_out)(batch))
     P, tokens, mask = batch.form.positions, np.asarray(rows(batch["tokens"])), np.asarray(rows(batch["mask"]))
-    branch, root, positions, pairs, count = laid.sight
+    branch, root, positions, pairs, by_key, count = laid.sight
     assert laid.tokens.shape == laid.mask.shape == (2, P) and laid.sight.blocks == P // block
     np.testing.assert_array_equal(laid.mask, branch >= 0)
     assert laid.mask.sum() == measured(batch, shared).sum()
@@ -230,6 +230,8 @@ def test_every_token_has_its_place(N, shared, block):
             np.testing.assert_array_equal(laid.lengths[s, own], len(own))
         visited = [tuple(pair) for pair in pairs[s, : count[s]].tolist()]
         assert visited == sorted(set(visited))
+        turned = [tuple(pair)[::-1] for pair in by_key[s, : count[s]].tolist()]
+        assert turned == sorted(pair[::-1] for pair in visited)
         for i, at in enumerate(own):
             seen = np.flatnonzero((np.arange(P) <= at) & ((branch[s] == branch[s, at]) | (branch[s] == root[s, at])))
             np.testing.assert_array_equal(seen, own[: i + 1])
