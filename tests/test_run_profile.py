@@ -38,7 +38,8 @@ def test_the_training_program_names_its_parts():
 
 def test_the_sampling_program_names_its_parts():
     engine = Engine(speaker(tiny.MODEL), Shape(8, 4, 2, 2, 2), Sampling(), (2,))
-    text = jax.jit(engine.step).lower(tiny.params(), tiny.params()["embed"].T, engine.empty(), jnp.ones(2, bool)).compile().as_text()
+    rows = engine.empty(), jnp.arange(2), jnp.int32(1), jax.random.key(0)
+    text = jax.jit(engine.step).lower(tiny.params(), engine.speaker.head(tiny.params()), *rows).compile().as_text()
     assert scopes(text) >= {"embed", "layer", "attention", "mlp", "head", "sample"} and isinstance(engine.empty(), State)
 
 
