@@ -195,7 +195,14 @@ def assert_same(found: tuple, expected: tuple, tolerance: float = 1e-5) -> None:
 EVERYDAY = (  # one of each kind; the others are among the slow tests
     "summed_sft", "rpo_token_mean", "bco", "tdpo2", "kto", "bradley_terry", "ppo_critic", "fdpg",
 )  # fmt: skip
-every = pytest.mark.parametrize("name", [name if name in EVERYDAY else pytest.param(name, marks=pytest.mark.slow) for name in LOSSES])
+
+
+def named(*marks: pytest.MarkDecorator) -> pytest.MarkDecorator:
+    """Parametrises a test by every loss; those beside the everyday ones have these marks."""
+    return pytest.mark.parametrize("name", [name if name in EVERYDAY else pytest.param(name, marks=marks) for name in LOSSES])
+
+
+every, everyday_and_long = named(pytest.mark.slow), named(pytest.mark.slow, pytest.mark.long)
 
 
 def test_every_public_loss_is_here():
@@ -218,7 +225,7 @@ ALL = {"microbatches": 2, "sizes": (2, 2, 2)}
 ALONE = {"parts": {"microbatches": 4}, "data": {"sizes": (8, 1, 1)}, "fsdp": {"sizes": (1, 8, 1)}, "tensor": {"sizes": (1, 1, 8)}}
 
 
-@every
+@everyday_and_long
 def test_parts_padding_and_mesh_change_nothing(name):
     """Two microbatches on all axes of the mesh, padding rows among the others, and longer rows that begin further right."""
     _, data, expected = plain(name)
@@ -233,7 +240,7 @@ def test_packing_padding_and_mesh_change_nothing(name):
 
 
 @pytest.mark.slow
-@every
+@everyday_and_long
 @pytest.mark.parametrize("how", ALONE)
 def test_each_alone_changes_nothing(name, how):
     _, data, expected = plain(name)

@@ -243,9 +243,9 @@ def same(parts, whole, args):
     ("ahead", "call", "where"),  # which call sleeps: one before the run, one of each evaluation (steps 0, 4, 8), one of each rollout
     [
         ("false", 5, "4, in a rollout"),
-        ("false", 4, "4, in the evaluation"),
-        ("false", 6, "8, in the evaluation"),
-        ("true", 4, "4"),
+        pytest.param("false", 4, "4, in the evaluation", marks=pytest.mark.long),
+        pytest.param("false", 6, "8, in the evaluation", marks=pytest.mark.long),
+        pytest.param("true", 4, "4", marks=pytest.mark.long),
         ("true", 6, "8, in the evaluation"),
     ],
 )
@@ -264,6 +264,7 @@ def test_a_signal_does_not_wait_for_a_reward_function(ahead, call, where, fields
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_signal_to_one_of_two_processes_ends_both(fields, tmp_path):
     """Process 0 waits for a reward function, and process 1, which is told to stop, for process 0."""
     whole, parts, args = sleepers(fields, 5, tmp_path)
@@ -281,7 +282,9 @@ def test_a_signal_to_one_of_two_processes_ends_both(fields, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ahead", "call"), [("false", 5), ("false", 4), ("true", 4)])
+@pytest.mark.parametrize(
+    ("ahead", "call"), [("false", 5), *(pytest.param(*case, marks=pytest.mark.long) for case in (("false", 4), ("true", 4)))]
+)
 def test_what_was_learnt_before_a_reward_fails_is_saved(ahead, call, fields, tmp_path, capsys):
     """The reward fails in a rollout, an evaluation, or for samples ahead, which are judged again; the resumed run is the same."""
     given = fields | {"checkpoint.every": "100", "rollout.ahead": ahead, "max_skipped": str(call)}
