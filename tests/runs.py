@@ -114,6 +114,11 @@ def final_params(workdir: Path, *options: str) -> dict[str, bytes]:
     return load_file(out / "model.safetensors")
 
 
+def long_but(cases: Iterable[Any], *kept: Any) -> list[Any]:
+    """The cases of a slow parametrised test; `make test-slow` runs those kept, and the long tests the others."""
+    return [case if case in kept else pytest.param(case, marks=pytest.mark.long) for case in cases]
+
+
 def slow_but(cases: Iterable[Any], *kept: Any) -> list[Any]:
     """The cases of a parametrised test; `make test` runs those kept, and the slow tests the others."""
     return [case if case in kept else pytest.param(case, marks=pytest.mark.slow) for case in cases]

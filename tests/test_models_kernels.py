@@ -269,9 +269,10 @@ def v5e(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     "head, changes",
-    [pytest.param(64, {}, marks=pytest.mark.long), (128, {"sliding_windows": (0, 256), "attn_logit_softcapping": 50.0})],
+    [(64, {}), (128, {"sliding_windows": (0, 256), "attn_logit_softcapping": 50.0})],
     ids=str,
 )
 def test_a_tpu_program_has_the_splash_kernel_and_no_scores(head, changes, v5e):
@@ -300,11 +301,9 @@ def test_a_tpu_program_has_the_splash_kernel_and_no_scores(head, changes, v5e):
     assert scores(plain) and not scores(own) and f"{T},{T}" not in own, (scores(plain), scores(own))
 
 
-ALONE = [("1B", 2048), *(pytest.param(*case, marks=pytest.mark.long) for case in [("1B", 8192), ("8B", 2048), ("8B", 8192)])]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("llama", "T"), ALONE)
+@pytest.mark.long
+@pytest.mark.parametrize(("llama", "T"), [("1B", 2048), ("1B", 8192), ("8B", 2048), ("8B", 8192)])
 def test_splash_moves_an_eighth_of_the_bytes_of_xla_attention(llama, T, v5e):
     """One layer's attention of 8,192 tokens on one chip, forward and backward: the table of docs/performance.md, "Compiled for TPUs"."""
     config, R, mesh = LLAMAS[llama], 8192 // T, meshes.make_mesh({}, v5e.devices.flat[:1])

@@ -362,7 +362,9 @@ EVERYDAY = ("windows",)  # scores are those of the ensemble below
 VARIATIONS = (  # of cases that stay among the slow tests
     "learned positions, not shared", "dynamic with a critic", "dynamic with a teacher", "local theta beside dynamic", "parallel residual",
     "norms of projections", "scores before padding tokens", "own critic of two heads", "teacher", "teacher, not shared",
-    "teacher of other tokens, not shared", "scores and log-probs",
+    "teacher of other tokens, not shared", "scores and log-probs", "1 responses", "1 responses, not shared", "4 responses, not shared",
+    "multi-head", "one key head", "windows of one theta", "a scalar", "linear", "yarn", "three labels", "heads of a critic", "recomputed",
+    "recomputed from the host's memory", "hidden layers", "partly rotary",
 )  # fmt: skip
 
 
@@ -406,7 +408,10 @@ def test_prompts_are_not_shared_where_angles_depend_on_the_length(kind, reader):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["2 responses", "windows, not shared", "soft caps", "scores", "experts"])
+@pytest.mark.parametrize(
+    "name",
+    ["2 responses", *(pytest.param(name, marks=pytest.mark.long) for name in ("windows, not shared", "soft caps", "scores", "experts"))],
+)
 def test_bfloat16_is_as_near_to_float32_as_that_of_padded_rows(name):
     apply, params, batch = made(CASES[name])
     half, _, _ = made(CASES[name], jnp.bfloat16)
@@ -488,7 +493,8 @@ def mesh_of(sizes: tuple[int, ...]) -> meshes.Mesh:
     return meshes.make_mesh(dict(zip(meshes.AXES, sizes, strict=True)), jax.devices()[: math.prod(sizes)])
 
 
-@pytest.mark.parametrize("name", runs.slow_but(MESHES))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", runs.long_but(MESHES, "data 2, fsdp 2, tensor 2", "experts"))
 def test_packed_steps_on_a_mesh_are_padded_ones_on_one_device(name):
     c, sizes, B = MESHES[name]
     mesh, batch, loss = mesh_of(sizes), preferences(B), bradley_terry() if c.num_labels else dpo() + sft()

@@ -530,6 +530,7 @@ def test_every_step_of_a_turn_has_its_own_pretraining_batch(pretrained):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_pretraining_is_mixed_in_and_goes_on_bit_for_bit(fields, pretrained, tmp_path, capsys):
     own = tmp_path / "texts.jsonl"
     shutil.copyfile(texts(fields), own)
@@ -577,7 +578,8 @@ def test_a_critic_of_its_own_tree_is_trained_beside_the_policy(fields, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [pytest.param("0", marks=pytest.mark.long), "2"])
+@pytest.mark.long
+@pytest.mark.parametrize("rank", ["0", "2"])
 def test_a_run_with_a_critic_of_its_own_tree(rank, fields, tmp_path, capsys):
     given = fields | {"workdir": str(tmp_path / "run"), "lora.rank": rank, "steps": "8", "export.final": "true"} | critic_of(tmp_path)
     source = PPO + "\ndef averages(config):\n    return elastic_reset(decay=1.0, every=4)\n"
@@ -775,6 +777,7 @@ def test_an_ensemble_of_reward_models_rewards_rollouts(fields, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_samples_ahead_are_of_the_policy_a_turn_ago(grpo, fields, tmp_path):
     """The first rollout is the policy's own; each further one was drawn before the steps on the one before it, and is in the checkpoint."""
     given = fields | AHEAD | {"steps": "12", "workdir": str(tmp_path / "run")}
@@ -1009,7 +1012,7 @@ reward = [short, has_a]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ahead", ["false", "true"])
+@pytest.mark.parametrize("ahead", runs.long_but(["false", "true"], "false"))
 def test_rewards_of_a_list_are_in_every_log(ahead, fields, tmp_path):
     """Every log has each number under its function's name, and their weighted sum, which leaves out missing numbers."""
     given = fields | {"workdir": str(tmp_path / "run"), "rollout.reward_weights": "1,0.5", "log.rollouts": "48", "rollout.ahead": ahead}
@@ -1044,7 +1047,9 @@ def test_rewards_of_a_list_are_in_every_log(ahead, fields, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("aggregate", ["wco, group_relative()", "gdpo((1.0, 0.5))", "xi_ppo((0.5, 0.5))"])
+@pytest.mark.parametrize(
+    "aggregate", runs.long_but(["wco, group_relative()", "gdpo((1.0, 0.5))", "xi_ppo((0.5, 0.5))"], "xi_ppo((0.5, 0.5))")
+)
 def test_named_numbers_are_scores_as_those_of_reward_models(aggregate, fields, tmp_path):
     source = SEVERAL.replace("float(len(text) < 6)", "float(s % 7) if (s := sum(map(ord, text))) % 5 else None")
     given = fields | names("short", "a") | {"workdir": str(tmp_path / "run"), "log.rollouts": "48", "rollout.bad_rewards": "drop"}
