@@ -268,7 +268,8 @@ def test_no_step_of_decode_on_a_tpu_slice_gathers_a_weight(weights, monkeypatch)
         assert sum(size for _, size in found) > layer
     else:
         assert max(size for _, size in found) < smallest / 4 and sum(size for _, size in found) < layer / 20
-        assert all(name in ("all-reduce", "all-to-all", "reduce-scatter") for name, _ in found)
+        embeddings = 64 * 2048 * 2  # of the rows' last tokens: a shard has some of their columns
+        assert all(size <= embeddings for name, size in found if name not in ("all-reduce", "all-to-all", "reduce-scatter"))
 
 
 # --- rows ---
