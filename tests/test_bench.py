@@ -89,7 +89,7 @@ def test_growth_tells_linear_from_not():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("axis", growth.AXES, ids=lambda axis: axis.letter)
+@pytest.mark.parametrize("axis", runs.long_but(growth.AXES, *growth.AXES[:2]), ids=lambda axis: axis.letter)
 def test_every_size_of_growth_is_a_run(axis, tmp_path):
     """The training program of the largest size can be traced; the dimensions of its model are small."""
     sizes = growth.cases(["dim=16", "heads=2", "kv_heads=2"], 1, str(tmp_path))

@@ -32,6 +32,7 @@ def same(a, b):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_killed_in_the_middle_of_saves_and_steps(fields, whole, tmp_path):
     workdir = tmp_path / "run"
     args = runs.arguments(fields | {"workdir": workdir})

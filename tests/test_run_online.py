@@ -246,7 +246,7 @@ def same(parts, whole, args):
         pytest.param("false", 4, "4, in the evaluation", marks=pytest.mark.long),
         pytest.param("false", 6, "8, in the evaluation", marks=pytest.mark.long),
         pytest.param("true", 4, "4", marks=pytest.mark.long),
-        ("true", 6, "8, in the evaluation"),
+        pytest.param("true", 6, "8, in the evaluation", marks=pytest.mark.long),
     ],
 )
 def test_a_signal_does_not_wait_for_a_reward_function(ahead, call, where, fields, tmp_path):
@@ -282,9 +282,8 @@ def test_a_signal_to_one_of_two_processes_ends_both(fields, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("ahead", "call"), [("false", 5), *(pytest.param(*case, marks=pytest.mark.long) for case in (("false", 4), ("true", 4)))]
-)
+@pytest.mark.long
+@pytest.mark.parametrize(("ahead", "call"), [("false", 5), ("false", 4), ("true", 4)])
 def test_what_was_learnt_before_a_reward_fails_is_saved(ahead, call, fields, tmp_path, capsys):
     """The reward fails in a rollout, an evaluation, or for samples ahead, which are judged again; the resumed run is the same."""
     given = fields | {"checkpoint.every": "100", "rollout.ahead": ahead, "max_skipped": str(call)}
@@ -371,6 +370,7 @@ def test_rollouts_of_a_nucleus_weigh_by_what_was_drawn(fields, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_turn_is_the_shared_step_on_each_part_of_a_rollout(fields, tmp_path):
     """By hand: experience once, then the step on each minibatch of each epoch; the same on one device and on eight, in parts or whole."""
     given = fields | {"workdir": str(tmp_path / "run"), "optimizer.learning_rate": "1e-2", "optimizer.warmup": "0", "optimizer.eps": "1e-2"}
