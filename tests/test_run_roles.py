@@ -397,7 +397,7 @@ def test_a_model_that_no_function_asks_for_is_refused_and_a_column_of_its_name(f
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("refill", runs.long_but([0, 2], 2))
+@pytest.mark.parametrize("refill", [pytest.param(0, marks=pytest.mark.long), 2])
 def test_programs_are_called_with_the_shapes_that_are_planned(refill, folders, tmp_path):
     """All that an online run calls is in the table, refills and a speaker included; nothing is compiled after the first rollout."""
     called = {}
