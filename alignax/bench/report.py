@@ -32,7 +32,8 @@ def machine_line(about: Found) -> str:
     roofs = f"{product}, a copy {about['copy_rate'] / 1e9:.3g} GB; MFU against {about['rate'] / 1e9:.4g} ({about['rate_from']})"
     load = "" if about["load"] is None else f"load {about['load']:.1f}; "
     made = f"alignax {about['commit'] or about['alignax']}, jax {about['jax']}"
-    return f"{about['processor']}, {about['cores']} cores; {devices}; {roofs}; {load}{made}"
+    cores = f"{about['cores']} core{'s' if about['cores'] != 1 else ''}"
+    return f"{about['processor']}, {cores}; {devices}; {roofs}; {load}{made}"
 
 
 def bench_table(found: Sequence[Found]) -> str:
