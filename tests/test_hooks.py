@@ -95,6 +95,7 @@ def ended(args, workdir):
     return [np.asarray(x) for x in jax.tree.leaves((state.params, state.opt_state))]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_gradients_and_an_optimizer_of_ones_own(tmp_path):
     """Over a mesh with microbatches; a killed run goes on bit for bit, the optimizer's own state with it."""

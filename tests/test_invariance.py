@@ -213,7 +213,7 @@ def test_every_public_loss_is_here():
     assert not {name for name in made if not any(row == name or row.startswith(name + "_") for row in LOSSES)}
 
 
-@every
+@everyday_and_long
 def test_the_policy_moves(name):
     """The comparisons below mean something: three steps change the parameters by far more than the tolerance."""
     _, _, (seen, params) = plain(name)
@@ -232,7 +232,7 @@ def test_parts_padding_and_mesh_change_nothing(name):
     assert_same(trajectory(program(name, **ALL), [padded(batch) for batch in data]), expected)
 
 
-@every
+@everyday_and_long
 def test_packing_padding_and_mesh_change_nothing(name):
     """Packed parts on all axes of the mesh, of padded and longer rows as above; there are several of each shard, and no padding in them."""
     _, data, expected = plain(name)

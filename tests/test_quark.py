@@ -358,6 +358,7 @@ def ended(folder: Path) -> TrainState:
     return jax.tree.map(np.asarray, dataclasses.replace(state, key=jax.random.key_data(state.key)))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_run_explores_behind_the_best_token_and_goes_on_bit_for_bit(tmp_path):
     model, sentiment = tiny.folder(tmp_path / "model"), tmp_path / "sentiment.jsonl"

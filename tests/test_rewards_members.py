@@ -56,7 +56,7 @@ def trained(fields, tmp_path, **changes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["full", "head", "lora"])
+@pytest.mark.parametrize("kind", ["lora", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("full", "head"))])
 def test_members_are_separate_runs(kind, fields, tmp_path):
     """Each member has its own seed for head (adapters) and order of data; trained together, members equal separate runs."""
     params, metrics, scores = trained(fields, tmp_path, **KINDS[kind], **{"ensemble.members": 2, "seed": 4})
@@ -78,7 +78,7 @@ def test_members_are_separate_runs(kind, fields, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", [(2, 2, 2, 1), (4, 1, 1, 2)], ids=str)
+@pytest.mark.parametrize("sizes", [(2, 2, 2, 1), pytest.param((4, 1, 1, 2), marks=pytest.mark.long)], ids=str)
 def test_members_lie_along_an_axis_of_the_mesh(sizes, fields, tmp_path):
     axes = {f"mesh.{name}": size for name, size in zip(mesh.AXES, sizes, strict=True)}
     given = {"ensemble.members": 4, "ensemble.bootstrap": True, "data.label_noise": 0.25}

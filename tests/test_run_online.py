@@ -360,6 +360,7 @@ def test_rollouts_from_weights_in_int8_log_their_drift(fields, tmp_path, capsys)
     assert trained[1]["compilations"] == 0 and last["eval/sampler_gap"] < 2e-5 and last["eval/kl_k3"] > 0
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_rollouts_of_a_nucleus_weigh_by_what_was_drawn(fields, tmp_path):
     """log q - log pi of a token is -log of the nucleus's mass, so E_q log q / pi is above 0 and below -log p a token."""
@@ -431,6 +432,7 @@ def test_a_packed_rollout_is_read_once_too(fields, tmp_path):
     assert reads_once(begun.run, begun.state, begun.held, rollout)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_single_step_reads_the_rollout_once(fields, tmp_path):
     """Parameters and metrics equal those of a run that also reads the rollout before the step, with less work."""
@@ -916,6 +918,7 @@ def test_thresholds_are_searched_for_by_the_gold_rewards_of_rollouts(fields, tmp
     np.testing.assert_allclose(search.seen_values[:4], [row["gold"] for row in found], rtol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_value_head_for_every_reward(fields, tmp_path):
     """Head 0 learns the KL's returns and each further one those of a reward model, whose scores lie apart."""

@@ -35,7 +35,7 @@ def prompts(folder) -> dict[str, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["dpo", "grpo", "ensemble"])
+@pytest.mark.parametrize("method", ["dpo", *(pytest.param(name, marks=pytest.mark.long) for name in ("grpo", "ensemble"))])
 def test_a_packed_run_is_the_padded_one(method, fields, tmp_path):
     """Losses, metrics and evaluations; a packed run logs how full its rows were."""
 
@@ -66,8 +66,9 @@ def compared(found: dict, expected: dict) -> None:
             assert found[name] == pytest.approx(x, rel=1e-5, abs=1e-5), name
 
 
+@pytest.mark.long
 @pytest.mark.slow
-@pytest.mark.parametrize("positions", [128, pytest.param(-1, marks=pytest.mark.long)])
+@pytest.mark.parametrize("positions", [128, -1])
 def test_a_stopped_run_goes_on_packed(positions, fields, tmp_path):
     """Bit for bit if its rows were packed before too, to rounding if they were padded."""
     own = fields | {"steps": 12, "checkpoint.every": 2, "eval.every": 6}
