@@ -1,7 +1,7 @@
 """Every loss, trained for a few steps: the trajectory is the same however the batch is split, laid out, padded, ordered or interrupted.
 
-A program on one device is compared with one that has all at once, parts, padding and every axis of the mesh; the slow tests have each by
-itself. What an experience writes (ranks, means, KTO's mismatched KL) is computed within, from the policy as it stands at each step.
+A program on one device is compared with one that has all at once, parts, padding and every axis of the mesh; the slow and long tests have
+each by itself. What an experience writes (ranks, means, KTO's mismatched KL) is computed within, from the policy as it stands at each step.
 Packing is one more way to split a batch, of the step and of the frozen models.
 """
 
@@ -232,7 +232,7 @@ def test_parts_padding_and_mesh_change_nothing(name):
     assert_same(trajectory(program(name, **ALL), [padded(batch) for batch in data]), expected)
 
 
-@everyday_and_long
+@every
 def test_packing_padding_and_mesh_change_nothing(name):
     """Packed parts on all axes of the mesh, of padded and longer rows as above; there are several of each shard, and no padding in them."""
     _, data, expected = plain(name)
@@ -247,14 +247,14 @@ def test_each_alone_changes_nothing(name, how):
     assert_same(trajectory(program(name, **ALONE[how]), data), expected)
 
 
-@every
+@everyday_and_long
 def test_the_order_of_rows_changes_nothing(name):
     """KTO's KL is that of each prompt with the next row's response: it is the same when rows are turned round, not when shuffled."""
     one, data, expected = plain(name)
     assert_same(trajectory(one, [reordered(batch, name == "kto") for batch in data]), expected)
 
 
-@every
+@everyday_and_long
 def test_an_interruption_changes_nothing_at_all(name):
     """The state leaves the device after each step and comes back: bit for bit."""
     one, data, (seen, params) = plain(name)

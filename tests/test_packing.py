@@ -364,7 +364,8 @@ VARIATIONS = (  # of cases that stay among the slow tests
     "norms of projections", "scores before padding tokens", "own critic of two heads", "teacher", "teacher, not shared",
     "teacher of other tokens, not shared", "scores and log-probs", "1 responses", "1 responses, not shared", "4 responses, not shared",
     "multi-head", "one key head", "windows of one theta", "a scalar", "linear", "yarn", "three labels", "heads of a critic", "recomputed",
-    "recomputed from the host's memory", "hidden layers", "partly rotary",
+    "recomputed from the host's memory", "hidden layers", "partly rotary", "4 responses", "2 responses, not shared", "small chunks",
+    "llama3", "longrope", "windows, not shared", "own critic",
 )  # fmt: skip
 
 
