@@ -119,6 +119,7 @@ def test_gradients_and_an_optimizer_of_ones_own(tmp_path):
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_metrics_of_texts(tmp_path):
     """Online, each rollout and evaluation: means of what is known; and what an experience reports, once a rollout or once a step."""

@@ -811,6 +811,7 @@ def test_samples_ahead_are_of_the_policy_a_turn_ago(grpo, fields, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, trained(tmp_path / "run", args), trained(tmp_path / "other", again))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_fdpg_samples_from_its_proposal(fields, tmp_path):
     source = """
@@ -892,6 +893,7 @@ def test_rewards_held_at_thresholds_and_a_policy_that_is_reset(fields, tmp_path)
     assert found[2]["kl_k3"] > 1e-6 and abs(found[1]["kl_k3"]) < 1e-9 and abs(found[3]["kl_k3"]) < 1e-9
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_thresholds_are_searched_for_by_the_gold_rewards_of_rollouts(fields, tmp_path):
     folders = [reward_folder(tmp_path, seed) for seed in range(2)]
