@@ -139,12 +139,19 @@ def sharding(
 ) -> NamedSharding:
     """The sharding of an array, by the names of its logical axes.
 
-    With `shape`, a dimension that its mesh axes do not divide is replicated (a vocabulary of 50,257 over 8 devices, say).
+    With `shape`, a dimension that its mesh axes do not divide is replicated (a vocabulary of 50,257 over 8 devices, say). One of a weight
+    over both `WIDE` axes is split over the larger of the two that divides it: no weight of a large model is then whole on every device.
     """
     spec = [rules[name] if name else None for name in logical]
     if shape is not None:
-        spec = [axes if axes and size % _size(mesh, axes) == 0 else None for axes, size in zip(spec, shape, strict=True)]
+        spec = [_dividing(mesh, axes, size) for axes, size in zip(spec, shape, strict=True)]
     return NamedSharding(mesh, P(*spec))
+
+
+def _dividing(mesh: Mesh, axes: Any, size: int) -> Any:
+    """The mesh axes that a dimension of this size is split over, of those that it asks for; None: it is replicated."""
+    fewer = sorted(WIDE, key=lambda axis: mesh.shape[axis], reverse=True) if axes == WIDE else ()
+    return next((some for some in (axes, *fewer) if some and size % _size(mesh, some) == 0), None)
 
 
 def _size(mesh: Mesh, axes: str | tuple[str, ...]) -> int:

@@ -1,9 +1,7 @@
 """The programs of generation: how weights are laid out for them, what travels between devices, and prompts that are read in pieces."""
 
 import dataclasses
-import importlib.util
 import math
-import os
 import re
 
 import jax
@@ -12,7 +10,6 @@ import numpy as np
 import pytest
 import tiny
 from test_generate import KEY, PARAMS, PROMPTS, STOPS, base, same
-from test_run_plan import TPU_ENVIRONMENT
 
 from alignax.generate import Generator, Sampling, Shape, combined, sampled_batch, shape_for, speaker
 from alignax.generate.generator import room_for
@@ -20,7 +17,6 @@ from alignax.mesh import MEMORY, device_bytes, make_mesh
 from alignax.models import hf, parameters
 from alignax.models.lora import MATRICES, Lora, join, quantise, split
 from alignax.models.transformer import ModelConfig, forward
-from alignax.run.plan import topology_mesh
 
 SLOW, LONG = pytest.mark.slow, (pytest.mark.slow, pytest.mark.long)
 COLLECTIVE = re.compile(r" = (\(?.*?) (all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute)(?:-start)?\(")
@@ -251,13 +247,9 @@ LLAMA = ModelConfig(
 
 @SLOW
 @pytest.mark.parametrize("weights", ["tensor", pytest.param("train", marks=pytest.mark.long)])
-def test_no_step_of_decode_on_a_tpu_slice_gathers_a_weight(weights, monkeypatch):
+def test_no_step_of_decode_on_a_tpu_slice_gathers_a_weight(weights, tpu_slice):
     """The control is the layout of training, whose steps gather whole matrices."""
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed: pip install 'alignax[tpu]'")
-    for name, value in TPU_ENVIRONMENT.items():
-        monkeypatch.setitem(os.environ, name, value)
-    mesh = topology_mesh("v5e:4x4", {"fsdp": -1})
+    mesh = tpu_slice("v5e:4x4", {"fsdp": -1})
     generator = Generator(speaker(LLAMA, jnp.bfloat16, mesh=mesh, weights=weights), shape_for(64, 128, 128, mesh=mesh), stop_ids=(2,))
     program = generator.programs(parameters.abstract_params(LLAMA, mesh))["decode"]
     found = travels(program.compiled("tpu").as_text())

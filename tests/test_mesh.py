@@ -105,6 +105,9 @@ def test_a_size_that_does_not_divide_is_replicated():
     assert sharding(mesh, ("vocab", "embed"), (50257, 64)).spec == P(None, "fsdp")
     assert sharding(mesh, ("vocab", "embed"), (96, 63)).spec == P("tensor", None)
     assert sharding(mesh, ("batch", None), (6, 5)).spec == P(None, None)  # 6 rows over 4 shards
+    uneven = make_mesh({"fsdp": 4, "tensor": 2})
+    wide = {size: sharding(uneven, ("table",), (size,)).spec for size in (16, 12, 6, 5)}
+    assert wide == {16: P(("tensor", "fsdp")), 12: P("fsdp"), 6: P("tensor"), 5: P(None)}
     x = jax.device_put(jnp.zeros((7, 4)), sharding(mesh, ("vocab", "embed"), (7, 4)))
     assert x.sharding.shard_shape(x.shape) == (7, 2)
 

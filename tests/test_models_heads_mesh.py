@@ -1,8 +1,6 @@
 """The head and the embedding on a mesh: gradients in blocks of the vocabulary, what devices hold and what they send each other."""
 
 import functools
-import importlib.util
-import os
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +10,6 @@ import pytest
 import runs
 import tpu_programs
 from test_models_heads import close, problem, teacher
-from test_run_plan import TPU_ENVIRONMENT
 from tpu_programs import LLAMAS, collectives, floats
 
 from alignax import losses, train
@@ -106,26 +103,16 @@ def test_the_gradient_of_an_embedding_is_summed_in_its_own_dtype():
     np.testing.assert_array_equal(grads, [[4096, 4096], [0, 0], [0, 0]])
 
 
-@pytest.fixture
-def v5e(monkeypatch):
-    """Makes a mesh of the 16 chips of a v5e:4x4 that is not here."""
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed: pip install 'alignax[tpu]'")
-    for name, value in TPU_ENVIRONMENT.items():
-        monkeypatch.setitem(os.environ, name, value)
-    return functools.partial(plan.topology_mesh, "v5e:4x4")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [{"fsdp": 16}, pytest.param({"fsdp": 4, "tensor": 4}, marks=pytest.mark.long)], ids=str)
-def test_a_tpu_step_of_a_1b_head_and_embedding_holds_no_whole_gradient_and_sends_half(shape, v5e):
+def test_a_tpu_step_of_a_1b_head_and_embedding_holds_no_whole_gradient_and_sends_half(shape, tpu_slice):
     """A DPO step of nothing but the head and the embedding of a Llama 1B, on the 16 chips of a v5e:4x4, 65,536 tokens.
 
     A gathered table, a gathered head and all-reduced gradients sent 16 bytes for each of D V / tensor weights: two and two for the
     bfloat16 weights, twice four for the head's gradient and twice two for the embedding's. Tensor shards also all-reduced the looked-up
     embeddings and the gradient of the hidden states. Of n devices in a ring each sends (n - 1) / n of that.
     """
-    mesh, D, V = v5e(shape), 2048, 128256
+    mesh, D, V = tpu_slice("v5e:4x4", shape), 2048, 128256
     split = lambda dims, axes: jax.ShapeDtypeStruct(dims, jnp.float32, sharding=meshes.sharding(mesh, axes, dims))
     params = {"embed": split((V, D), UNTIED.stored), "head": split((D, V), ("embed", "vocab"))}
     field = lambda dtype: jax.ShapeDtypeStruct((16, 2, 2048), dtype, sharding=meshes.batch_sharding(mesh))
@@ -155,12 +142,12 @@ def test_a_tpu_step_of_a_1b_head_and_embedding_holds_no_whole_gradient_and_sends
 
 @pytest.mark.long
 @pytest.mark.slow
-def test_a_tpu_step_of_dpo_holds_and_sends_no_whole_matrix_of_the_vocabulary(v5e, tmp_path):
+def test_a_tpu_step_of_dpo_holds_and_sends_no_whole_matrix_of_the_vocabulary(tpu_slice, tmp_path):
     """A whole DPO step with its reference, of a Llama 1B with two layers, on fsdp 4 x tensor 4 of a v5e:4x4; rows of 2,048 tokens."""
     tensor, llama = 4, LLAMAS["1B"]
     fields = tpu_programs.fields(tmp_path, "1B", 2048, 16, num_hidden_layers=2, tie_word_embeddings=False)
     experiment = load_experiment(runs.REPO / "experiments/dpo_hh.py", [f"{k}={v}" for k, v in fields.items()])
-    text = plan.compile_step(prepare(experiment, v5e({"fsdp": 4, "tensor": tensor}))).as_text()
+    text = plan.compile_step(prepare(experiment, tpu_slice("v5e:4x4", {"fsdp": 4, "tensor": tensor}))).as_text()
     found, weights = collectives(text), llama["hidden_size"] * llama["vocab_size"] // tensor
     largest = max(found, key=lambda c: c.elements)
     print("sent", sum(c.sent for c in found) / 1e6, "MB; the largest:", largest)

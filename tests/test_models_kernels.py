@@ -5,8 +5,6 @@ Of cuDNN the arguments and the conditions are tested, with JAX's own computation
 
 import dataclasses
 import functools
-import importlib.util
-import os
 import re
 from typing import Any
 
@@ -19,7 +17,6 @@ import tiny
 from jax._src.cudnn import fused_attention_stablehlo
 from test_models_attention import pulled
 from test_packing import packed
-from test_run_plan import TPU_ENVIRONMENT
 from tpu_programs import LLAMAS, kernel_bytes
 
 from alignax import mesh as meshes
@@ -27,10 +24,9 @@ from alignax.config import default_config, load_experiment
 from alignax.models import kernels, parameters, transformer
 from alignax.models.attention import attention, packed_attention
 from alignax.models.rows import laid_out
-from alignax.packing import Form, Packed, Packing
+from alignax.packing import Form, Packed
 from alignax.rewards.members import over_members
-from alignax.run import plan, roles
-from alignax.run.checks import check_attention
+from alignax.run import roles
 from alignax.run.prepare import prepare
 from alignax.run.summary import attention as words
 
@@ -189,6 +185,28 @@ def test_a_model_with_a_kernel_gives_the_same(kernel, monkeypatch):
             np.testing.assert_allclose(at(out.logps, batch, "completion_mask"), theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_a_model_reads_packed_rows_by_the_kernel(monkeypatch):
+    """Log-probs and gradients of pairs that share their prompt, of layers with and without a window, and of padded rows."""
+    monkeypatch.setattr(kernels, "unmet", lambda *_: "")
+    config, plain = dataclasses.replace(tiny.MODEL, sliding_windows=(0, 9)), tiny.batch(B=4, T=24)
+    params, scored = tiny.params(config), plain["completion_mask"]
+    calls = []
+
+    def interpreted_blocks(*arrays, kernel, **options):
+        calls.append(kernel)
+        return packed_attention(*arrays, kernel=kernel, interpret=True, **options)
+
+    def pull(name, batch):
+        apply = transformer.forward(config, attention=name)
+        return jax.jit(jax.value_and_grad(lambda params: jnp.where(scored, apply(params, batch).logps, 0.0).sum()))(params)
+
+    monkeypatch.setattr(transformer, "packed_attention", interpreted_blocks)
+    found, expected = pull("splash", packed(plain, shards=1, block=32)), pull("xla", plain)
+    assert set(calls) == {"splash"}
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected)
+
+
 bf16, f32 = jnp.bfloat16, jnp.float32
 LLAMA = dataclasses.replace(tiny.MODEL, head_dim=64)
 CAPPED = dataclasses.replace(LLAMA, attn_logit_softcapping=50.0)
@@ -243,14 +261,13 @@ def test_a_kernel_is_not_taken_for_what_it_would_not_compute(monkeypatch):
     config, mesh = default_config(), meshes.make_mesh({"fsdp": -1})
     config.ensemble.members = 3
     assert roles.attention(config, mesh) == ("xla", "cudnn does not compute the 3 members of an ensemble together")
-    check_attention(config, Packing(1024))
     config.model.attention = "cudnn"
     with pytest.raises(ValueError, match="'cudnn', and cudnn does not compute the 3 members .* use model.attention=xla"):
         roles.attention(config, mesh)
-    check_attention(config, None)
-    with pytest.raises(ValueError, match="for padded rows, and model.packing is 0, and packs rows of 1024 .* set model.packing=-1, or"):
-        check_attention(config, Packing(1024))
-    assert kernels.chosen("auto", LLAMA, bf16, 1024, "gpu", 256)[0] == "xla"
+    packed_here = "cudnn is for padded rows, and rows are packed here; set model.packing=-1"
+    with pytest.raises(ValueError, match=f"model.attention is 'cudnn', and {packed_here}; or set model.attention=auto"):
+        kernels.chosen("cudnn", LLAMA, bf16, 1024, "gpu", 256)
+    assert kernels.chosen("auto", LLAMA, bf16, 1024, "gpu", 256) == ("xla", packed_here)
     assert kernels.chosen("auto", LLAMA, bf16, 64, "tpu", 256) == ("splash", "")
     many = dataclasses.replace(tiny.MODEL, head_dim=128, num_attention_heads=64, num_key_value_heads=1)
     found, why = kernels.chosen("auto", many, bf16, 1024, "tpu", 256)
@@ -259,13 +276,9 @@ def test_a_kernel_is_not_taken_for_what_it_would_not_compute(monkeypatch):
 
 
 @pytest.fixture
-def v5e(monkeypatch):
+def v5e(tpu_slice):
     """A mesh of the 4 chips of a v5e:2x2 that is not here."""
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed: pip install 'alignax[tpu]'")
-    for name, value in TPU_ENVIRONMENT.items():
-        monkeypatch.setitem(os.environ, name, value)
-    return plan.topology_mesh("v5e:2x2", {"fsdp": 2, "tensor": 2})
+    return tpu_slice("v5e:2x2", {"fsdp": 2, "tensor": 2})
 
 
 @pytest.mark.slow

@@ -1,7 +1,5 @@
 """The training step compiled ahead of time: for the devices here, and for TPU slices that are not here."""
 
-import importlib.util
-import os
 import time
 
 import jax
@@ -14,12 +12,6 @@ from alignax.config import load_experiment
 from alignax.run import plan
 from alignax.run.prepare import prepare
 from alignax.run.start import check_step
-
-# What keeps libtpu from asking a metadata server that is not there.
-TPU_ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-16", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0",
-    "TPU_MIN_LOG_LEVEL": "3", "TPU_STDERR_LOG_LEVEL": "3", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}  # fmt: skip
 
 
 @pytest.mark.slow
@@ -46,17 +38,13 @@ def test_token_level_dpo_needs_and_gets_the_references_distribution(tmp_path):
 
 
 @pytest.fixture
-def llama(tmp_path, monkeypatch):
+def llama(tmp_path, tpu_slice):
     """Makes the DPO run of `tpu_programs.fields` on the chips of a slice that is not here."""
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed: pip install 'alignax[tpu]'")
-    for name, value in TPU_ENVIRONMENT.items():
-        monkeypatch.setitem(os.environ, name, value)
 
     def run(topology, shape, *model, **changes):
         fields = tpu_programs.fields(tmp_path, *model, **changes)
         experiment = load_experiment(runs.REPO / "experiments/dpo_hh.py", [f"{k}={v}" for k, v in fields.items()])
-        return prepare(experiment, plan.topology_mesh(topology, shape))
+        return prepare(experiment, tpu_slice(topology, shape))
 
     return run
 

@@ -82,7 +82,7 @@ def unmet(kernel: str, config: Any, dtype: Any, platform: str, block: int = 0) -
             )
         return ""
     if block:
-        return "cudnn is for padded rows, and these are packed; use model.packing=-1"
+        return "cudnn is for padded rows, and rows are packed here; set model.packing=-1"
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         return f"cudnn computes in bfloat16 or float16, and the model in {jnp.dtype(dtype).name}; set model.dtype=bfloat16"
     if c.attn_logit_softcapping is not None:

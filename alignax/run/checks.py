@@ -120,16 +120,6 @@ def check_head(config: Any, source: hf.Source, experiment: Experiment) -> None:
             raise ValueError(f"{name}() of {experiment.file} is for text, which a reward model does not give; remove it")
 
 
-def check_attention(config: Any, packing: Any) -> None:
-    """Refuses cuDNN attention, which is for padded rows, where rows are packed."""
-    if packing is not None and config.model.attention == "cudnn":
-        asked = config.model.packing or f"0, and packs rows of {packing.positions} positions here"
-        raise ValueError(
-            f"model.attention is 'cudnn', which is for padded rows, and model.packing is {asked}; set model.packing=-1, "
-            "or model.attention=auto"
-        )
-
-
 def check_members(config: Any, mesh: Mesh) -> None:
     """Refuses ensemble settings without members, members of language models, and members that the mesh does not divide."""
     members, axis = config.ensemble.members, mesh.shape["member"]

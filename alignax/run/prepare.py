@@ -46,7 +46,6 @@ from alignax.rewards import judge as judging
 from alignax.rewards.judge import Judge
 from alignax.run.checkpoint import began
 from alignax.run.checks import (
-    check_attention,
     check_averages,
     check_batches,
     check_cache,
@@ -224,7 +223,6 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
             data._replace(train=train, evaluation=data.evaluation and placed(data.evaluation)),
             without_idle_reference(experiment, roles),
         )
-    check_attention(config, packing)
     for role in roles.values():
         for block in (0,) if packing is None else (0, packing.block):
             kernel(role, config, mesh, data.train.length, block)  # refuses a kernel whose conditions do not hold
