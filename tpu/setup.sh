@@ -15,10 +15,9 @@ while IFS= read -r -d '' file; do
 done <"$scratch/known" >"$scratch/files"
 run tar -czf "$scratch/alignax.tar.gz" -C "$checkout" --null -T "$scratch/files"
 
-read -ra extra <<<"$SSH_FLAGS"
-run gcloud compute tpus tpu-vm scp "$scratch/alignax.tar.gz" "$TPU_NAME:" "${place[@]}" ${extra[@]+"${extra[@]}"} --worker=all
+each scp_to "$scratch/alignax.tar.gz" ""
 
 # The package is removed first, so that no deleted module stays behind; runs/ and the environment stay.
 settings=$(quote "BUCKET=$BUCKET" "MOUNT=$MOUNT" "PYTHON_VERSION=$PYTHON_VERSION")
-on_workers all "if [ -e alignax/tpu/worker.sh ]; then bash alignax/tpu/worker.sh idle || exit; fi
+on_all "if [ -e alignax/tpu/worker.sh ]; then bash alignax/tpu/worker.sh idle || exit; fi
 rm -rf alignax/alignax && mkdir -p alignax && tar -xzf alignax.tar.gz -C alignax && cd alignax && env $settings bash tpu/worker.sh setup"

@@ -3,4 +3,4 @@
 # shellcheck source-path=SCRIPTDIR source=lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-on_workers all "$(worker stop)"
+on_all "$(worker stop)"

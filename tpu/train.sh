@@ -4,14 +4,4 @@
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 (($#)) || fail "no arguments; give the arguments of \`alignax train\`, as in: tpu/train.sh --config experiments/dpo_hh.py"
-check_experiment "$@"
-
-# All workers are asked before any of them starts: otherwise the others would wait for one that is busy.
-on_workers all "$(worker idle)"
-on_workers all "$(worker start "$@")" || {
-    status=$?
-    say "error: training did not start on every worker; stopping it on the others"
-    on_workers all "$(worker stop)" || true
-    exit "$status"
-}
-say "training started; see its log with tpu/logs.sh"
+exec "$tpu/run.sh" alignax train "$@"

@@ -1,19 +1,27 @@
 #!/usr/bin/env bash
-# The commands that run on a TPU worker; the other scripts call them there. Their files lie outside the checkout, in ~/alignax-run:
-# log; lock, held while training runs; pid, the process of the supervisor; exit, the exit code of the last training.
+# The commands that run on a TPU worker; the other scripts call them there. Their files lie outside the checkout, in ~/alignax-run, which
+# only their owner can read: log; lock, held while training runs; pid, the process of the supervisor; exit, the exit code of the last
+# training; environment, the variables for the next one, until it starts.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 files=$HOME/alignax-run
 mkdir -p "$files"
+chmod 700 "$files"
 
 running() { ! flock --nonblock "$files/lock" true; }
 
-# Exit codes: 1 for a refusal, 3 for "not running". Never 255: gcloud takes it for a lost connection, and runs the command again.
-idle() {
+# Exit codes: 1 for a refusal, 3 for "not running", 4 for "cannot run". Never 255: gcloud takes it for a lost connection, and runs the
+# command again.
+refuse_while_running() {
     if running; then
         echo "$HOSTNAME: training already runs here (process $(cat "$files/pid")); end it with tpu/stop.sh first" >&2
         exit 1
     fi
+}
+
+idle() {
+    refuse_while_running
+    rm -f "$files/environment" # of a start that failed
 }
 
 setup() {
@@ -52,8 +60,13 @@ install_gcsfuse() {
 }
 
 start() {
-    idle
+    refuse_while_running
     rm -f "$files/pid" "$files/exit"
+    if [[ -e $files/environment ]]; then
+        # shellcheck source=/dev/null
+        source "$files/environment"
+        rm -f "$files/environment"
+    fi
     nohup setsid bash tpu/worker.sh supervise "$@" >>"$files/log" 2>&1 </dev/null &
     for _ in {1..100}; do
         if [[ -e $files/pid ]]; then
@@ -66,28 +79,19 @@ start() {
     exit 1
 }
 
-# Runs training in a session of its own, passes SIGTERM on to it, and writes down its exit code.
+# Runs the command in a session of its own, and writes down its exit code.
 supervise() {
-    local code signalled=1
     exec 9>"$files/lock"
     flock --nonblock 9
-    printf '=== %s: alignax train' "$(date -u +%FT%TZ)"
-    printf ' %q' "$@"
-    echo
-    .venv/bin/alignax train "$@" &
-    local training=$!
-    trap 'signalled=1; kill -TERM "$training" || true' TERM
+    trap 'echo "$?" >"$files/exit"' EXIT
     echo $$ >"$files/pid"
-    while ((signalled)); do # a signal ends `wait` early
-        signalled=0 code=0
-        wait "$training" || code=$?
-    done
-    echo "$code" >"$files/exit"
-    echo "=== $(date -u +%FT%TZ): ended with exit code $code"
+    # shellcheck source-path=SCRIPTDIR source=supervise.sh
+    source tpu/supervise.sh "$@"
 }
 
 stop() {
     if ! running; then
+        rm -f "$files/environment"
         echo "$HOSTNAME: training does not run"
         return
     fi
@@ -106,10 +110,16 @@ stop() {
 }
 
 status() {
+    local code
+    code=$(cat "$files/exit" 2>/dev/null || true)
     if running; then
         echo "$HOSTNAME: training runs"
-    elif [[ $(cat "$files/exit" 2>/dev/null) == 0 ]]; then
+    elif [[ $code == 0 ]]; then
         echo "$HOSTNAME: training has finished"
+    elif [[ $code == 2 ]]; then
+        echo "error: $HOSTNAME: training was refused (exit code 2; tpu/logs.sh shows why), and starting it again does not mend that;" \
+            "correct it, and start it with tpu/train.sh" >&2
+        exit 4
     else
         echo "$HOSTNAME: training does not run"
         exit 3
@@ -119,7 +129,7 @@ status() {
 logs() {
     local follow=()
     if running; then follow=(-F --pid="$(cat "$files/pid")"); fi
-    tail -n "$1" ${follow[@]+"${follow[@]}"} "$files/log" | sed -u "s/^/${HOSTNAME##*-w-}: /" # a worker's host name ends in -w-NUMBER
+    tail -n "$1" ${follow[@]+"${follow[@]}"} "$files/log" | sed -u "s/^/${2:-}${HOSTNAME##*-w-}: /" # a worker's host name ends in -w-NUMBER
 }
 
 "$@"
