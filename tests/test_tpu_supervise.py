@@ -1,12 +1,15 @@
 """tpu/supervise.sh, which runs a command again when it dies."""
 
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 
 import pytest
+import runs as runs_of_alignax
 from fake_cloud import TPU, eventually
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the scripts of the workers are for Linux")
@@ -159,3 +162,32 @@ def test_waits_double_up_to_a_minute(place):
 def test_bad_input_is_one_line(arguments, settings, message):
     done = subprocess.run([TPU / "supervise.sh", *arguments], env=os.environ | settings, capture_output=True, text=True, timeout=20)
     assert (done.returncode, done.stderr) == (2, message)
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_two_processes_of_a_real_run_outlive_a_kill(tmp_path):
+    """kill -9 of one process ends the other one; their supervisors start both again, and the run goes on from its checkpoint."""
+    fields = runs_of_alignax.world(tmp_path) | {"workdir": str(tmp_path / "run"), "steps": 30, "checkpoint.every": 3, "eval.samples": 0}
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        peers = {"JAX_COORDINATOR_ADDRESS": f"localhost:{s.getsockname()[1]}", "JAX_NUM_PROCESSES": "2"}
+    logs, both = [tmp_path / f"log{i}" for i in range(2)], []
+    try:
+        for i, log in enumerate(logs):
+            environment = runs_of_alignax.environment(1, JAX_PROCESS_ID=str(i), PYTHONPATH=str(TPU.parent), RESTART_SECONDS="5", **peers)
+            command = [TPU / "supervise.sh", *runs_of_alignax.command(runs_of_alignax.arguments(fields))]
+            with log.open("w") as out:
+                both.append(subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True))
+        eventually(lambda: list((tmp_path / "run/checkpoints").glob("[1-9]")), seconds=200)
+        (child,) = subprocess.run(["ps", "-o", "pid=", "--ppid", str(both[1].pid)], capture_output=True, text=True).stdout.split()
+        os.kill(int(child), signal.SIGKILL)
+        codes = [process.wait(300) for process in both]
+    finally:
+        for process in both:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    texts = [log.read_text() for log in logs]
+    assert codes == [0, 0], "\n".join(texts)
+    assert "ended with exit code 137; starting again in 5 s" in texts[1] and "; starting again in 5 s" in texts[0]
+    assert re.search(r"going on after step [1-9]", texts[0]) and (tmp_path / "run/checkpoints/30").exists()
