@@ -134,7 +134,7 @@ def test_resume_does_not_start_again_what_was_refused(ready):
 SET_UP_AND_TRAIN_TWO = ["tpu-vm scp"] * 2 + ["tpu-vm ssh"] * 6
 
 
-@pytest.mark.parametrize("state", ["PREEMPTED", "ABSENT"])
+@pytest.mark.parametrize("state", ["PREEMPTED", "TERMINATED"])
 def test_resume_replaces_all_slices_when_one_is_lost(tmp_path, state):
     cloud = Cloud(tmp_path, slices=2)
     states = {"queued-resources": ["ACTIVE"], "tpu-vm my-tpu-0": ["CREATING", "READY"], "tpu-vm my-tpu-1": [state, "READY"]}
@@ -163,3 +163,11 @@ def test_a_failure_is_told_rather_than_that_nothing_runs(pair):
     pair.set(failures={"tpu-vm ssh my-tpu-1": 37})  # while slice 0 says: not running, 3
     code, _ = pair.run("resume", "a.py")
     assert code == 37 and kinds(pair.calls()) == ["tpu-vm ssh"] * 2
+
+
+@pytest.mark.parametrize(("slices", "missing"), [("1", "my-tpu"), ("3", "my-tpu-2")])
+def test_another_number_of_slices_deletes_nothing(pair, slices, missing):
+    code, errors = pair.run("resume", "a.py", SLICES=slices)
+    assert code == 2 and not kinds(pair.calls())
+    told = f"error: queued resource 'my-tpu' is ACTIVE, but has no TPU '{missing}'; set SLICES to the value that it was created with"
+    assert told in errors

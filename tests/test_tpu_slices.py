@@ -156,6 +156,7 @@ def test_ways_to_pay(cloud, settings, track, flags):
         ("create", {"RESERVED": "yes"}, "RESERVED is 'yes'; use 0 or 1"),
         ("create", {"SLICES": "2"}, "SLICES is '2', and several slices are had as a queued resource only; set QUEUED=1"),
         ("train", {"SLICES": "two"}, "SLICES is 'two'; use a whole number of slices"),
+        ("train", {"RESTART_SECONDS": "08"}, "RESTART_SECONDS is '08'; use a whole number of seconds"),
         ("train", {"RESTARTS": "-1"}, "RESTARTS is '-1'; use a whole number of restarts"),
         ("logs", {"SLICE": "1"}, "SLICE is '1', and SLICES is '1'; use a number below 1"),
         ("logs", {"SLICE": "x; id"}, "SLICE is 'x; id'; use the number of a slice, or all"),
@@ -227,7 +228,7 @@ def test_named_variables_reach_the_command_and_are_never_shown(ready):
     assert [call[2:4] for call in calls] == [["tpu-vm", "ssh"], ["tpu-vm", "scp"], ["tpu-vm", "ssh"]]
     for shown in (errors, ready.finished.stdout, str(calls), ready.log(0)):
         assert "hf_it" not in shown and "ecret" not in shown
-    assert "forwarding LIBTPU_INIT_ARGS XLA_FLAGS JAX_COMPILATION_CACHE_DIR HF_HOME HF_TOKEN MY_KEY HF_HOME\n" in errors
+    assert "forwarding LIBTPU_INIT_ARGS XLA_FLAGS JAX_COMPILATION_CACHE_DIR HF_HOME HF_TOKEN MY_KEY\n" in errors
 
 
 def test_no_secret_is_an_argument_of_a_process(ready):

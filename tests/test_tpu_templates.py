@@ -223,6 +223,8 @@ def test_the_image_copies_what_is_there_and_installs_what_is_offered():
     version = re.fullmatch(r"FROM python:3\.(\d+)-slim", lines[0])
     assert version and int(version[1]) in (11, 12)
     assert 'ENTRYPOINT ["alignax"]' in lines  # an exec form: SIGTERM reaches it
+    sent = [line for line in (TPU / "gke/Dockerfile.dockerignore").read_text().splitlines() if line[0] != "#"]
+    assert sent[0] == "*" and {line[1:] for line in sent if line[0] == "!"} == set(copied)
 
 
 # --- SLURM

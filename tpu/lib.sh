@@ -7,15 +7,15 @@ exec 3>&2 # `run` prints here, even where the errors of its command are redirect
 tpu=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 DRY_RUN=${DRY_RUN:-0} # 1: print every command, run none
 QUEUED=${QUEUED:-0}   # 1: ask for the TPU as a queued resource
-SLICES=${SLICES:-1}   # several slices of TPU_TYPE, which train one model
+SLICES=${SLICES:-1}   # slices of TPU_TYPE, which train together
 SPOT=${SPOT:-0}       # 1: cheaper, and may be preempted
-RESERVED=${RESERVED:-0}       # 1: from a reservation of the project
-RESERVATION=${RESERVATION:-}  # from this reservation
-FLEX_START=${FLEX_START:-}    # a duration: flex-start, for so long
+RESERVED=${RESERVED:-0}      # 1: from a reservation of the project
+RESERVATION=${RESERVATION:-} # from the reservation of this name
+FLEX_START=${FLEX_START:-}   # flex-start, for this duration
 YES=${YES:-0}         # 1: delete.sh does not ask
-FORWARD=${FORWARD:-}  # names of further variables that a command on the workers gets
-RESTARTS=${RESTARTS:-10}                # of a command that dies, in a row, without a newer checkpoint
-RESTART_SECONDS=${RESTART_SECONDS:-5}   # before the first of them; each wait is twice as long as the one before, up to a minute
+FORWARD=${FORWARD:-}  # names of further variables that a command gets on the workers
+RESTARTS=${RESTARTS:-10}              # of a command that dies, without a newer checkpoint in between
+RESTART_SECONDS=${RESTART_SECONDS:-5} # before the first of them
 BUCKET=${BUCKET:-}    # a Cloud Storage bucket that setup.sh mounts at MOUNT
 MOUNT=${MOUNT:-/mnt/alignax}
 PYTHON_VERSION=${PYTHON_VERSION:-3.11}
@@ -52,9 +52,10 @@ need() { [[ -n ${!1:-} ]] || fail "$1 is not set; $2"; }
 match() { [[ ${!1} =~ ^$2$ ]] || fail "$1 is '${!1}'; $3"; }
 
 for flag in DRY_RUN QUEUED SPOT RESERVED YES; do match "$flag" '[01]' "use 0 or 1"; done
-for count in POLL_SECONDS GRACE_SECONDS RESTART_SECONDS; do match "$count" '[0-9]+' "use a whole number of seconds"; done
-match SLICES '[1-9][0-9]*' "use a whole number of slices"
-match RESTARTS '[0-9]+' "use a whole number of restarts"
+number='(0|[1-9][0-9]*)' # bash would take 010 for 8
+for count in POLL_SECONDS GRACE_SECONDS RESTART_SECONDS; do match "$count" "$number" "use a whole number of seconds"; done
+match SLICES '[1-9][0-9]{0,3}' "use a whole number of slices"
+match RESTARTS "$number" "use a whole number of restarts"
 need TPU_NAME "choose a name, as in: export TPU_NAME=my-tpu"
 need ZONE "name the zone, as in: export ZONE=us-central1-a"
 need PROJECT "name the Google Cloud project, as in: export PROJECT=my-project"
@@ -65,7 +66,8 @@ match MOUNT '/.+' "use an absolute path, the same on all workers"
 [[ $DRY_RUN == 1 ]] || command -v gcloud >/dev/null || fail "gcloud is not on the PATH; install the Google Cloud CLI"
 place=(--zone="$ZONE" --project="$PROJECT")
 [[ $SLICES == 1 || $QUEUED == 1 ]] || fail "SLICES is '$SLICES', and several slices are had as a queued resource only; set QUEUED=1"
-mapfile -t slices < <(seq 0 $((SLICES - 1))) # numbers of the slices that a command is for; logs.sh chooses among them
+slices=() # numbers of the slices that a command is for; logs.sh chooses among them
+for ((slice = 0; slice < SLICES; slice++)); do slices+=("$slice"); done
 
 # Refuses arguments of `alignax train` with an experiment file that setup.sh would have to copy from this checkout, but that is not in it.
 # Absolute paths, and files that git ignores (in a workdir, for example), are files of the workers, and are not checked.
@@ -171,7 +173,9 @@ state() {
     fi
     for slice in "${slices[@]}"; do
         now=$(describe tpu-vm "$(node "$slice")" state) || return
-        if [[ $QUEUED == 1 && $now == ABSENT ]]; then now=TERMINATED; fi # the queued resource is there, and has to be replaced
+        # Not taken for a lost TPU: resume.sh would delete the queued resource, with all slices that it has under other names.
+        [[ $QUEUED == 0 || $now != ABSENT ]] || fail "queued resource '$TPU_NAME' is ACTIVE, but has no TPU '$(node "$slice")';" \
+            "set SLICES to the value that it was created with, or remove it with tpu/delete.sh"
         case $now in
             READY) ;;
             ABSENT | FAILED | PREEMPTED | SUSPENDED | TERMINATED)
@@ -257,7 +261,7 @@ choose_environment() {
     for name in ${extra[@]+"${extra[@]}"}; do
         [[ $name =~ ^[A-Za-z_][A-Za-z0-9_]*$ ]] || fail "FORWARD names '$name'; use names of variables, with spaces between them"
         [[ -n ${!name+set} ]] || fail "FORWARD names $name, which is not set; set it, as in: export $name=VALUE"
-        forwarded+=("$name")
+        [[ " ${forwarded[*]-} " == *" $name "* ]] || forwarded+=("$name")
     done
 }
 

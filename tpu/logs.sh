@@ -7,9 +7,9 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 SLICE=${SLICE:-0}
 WORKER=${WORKER:-0}
 LINES_BACK=${LINES_BACK:-100}
-match SLICE '([0-9]+|all)' "use the number of a slice, or all"
-match WORKER '([0-9]+|all)' "use the number of a worker, or all"
-match LINES_BACK '[0-9]+' "use a whole number of lines"
+match SLICE "($number|all)" "use the number of a slice, or all"
+match WORKER "($number|all)" "use the number of a worker, or all"
+match LINES_BACK "$number" "use a whole number of lines"
 if [[ $SLICE != all ]]; then
     ((SLICE < SLICES)) || fail "SLICE is '$SLICE', and SLICES is '$SLICES'; use a number below $SLICES, or set SLICES to the value that the TPU was created with"
     slices=("$SLICE")

@@ -11,7 +11,7 @@ said() { printf '=== %s: %s\n' "$(date -u +%FT%TZ)" "$*"; }
 
 (($#)) || { echo "error: no command; give one, as in: tpu/supervise.sh alignax train --config experiments/dpo_hh.py" >&2; exit 2; }
 for count in RESTARTS RESTART_SECONDS; do
-    [[ ${!count} =~ ^[0-9]+$ ]] || { echo "error: $count is '${!count}'; use a whole number" >&2; exit 2; }
+    [[ ${!count} =~ ^(0|[1-9][0-9]*)$ ]] || { echo "error: $count is '${!count}'; use a whole number" >&2; exit 2; }
 done
 checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 PATH=$checkout/.venv/bin:$PATH
