@@ -218,7 +218,7 @@ def test_every_token_has_its_place(N, shared, block):
     batch = packed(responses(N), shared, block=block)
     laid = jax.tree.map(np.asarray, jax.jit(laid_out)(batch))
     P, tokens, mask = batch.form.positions, np.asarray(rows(batch["tokens"])), np.asarray(rows(batch["mask"]))
-    branch, root, positions, pairs, by_key, count = laid.sight
+    branch, root, positions, pairs, by_key, count, _ = laid.sight
     assert laid.tokens.shape == laid.mask.shape == (2, P) and laid.sight.blocks == P // block
     np.testing.assert_array_equal(laid.mask, branch >= 0)
     assert laid.mask.sum() == measured(batch, shared).sum()
@@ -479,6 +479,11 @@ MESHES = {
     "tensor 4": (LAYER, (1, 2, 1, 4), 16),  # more than there are key-value heads
     "experts": (dataclasses.replace(LAYER, **EXPERTS), (1, 2, 2, 2), 16),
     "scores": (SCORES, (1, 2, 2, 2), 16),
+    "context 2, data 2, tensor 2": (LAYER, (1, 2, 1, 2, 2), 16),
+    "context 4, fsdp 2": (LAYER, (1, 1, 2, 1, 4), 16),
+    "context 2, experts": (dataclasses.replace(LAYER, **EXPERTS), (1, 1, 2, 2, 2), 16),
+    "context 2, scores": (SCORES, (1, 1, 2, 2, 2), 16),
+    "context 2, shards that do not divide the batch": (LAYER, (1, 2, 2, 1, 2), 7),
     "shards that do not divide the batch": (LAYER, (1, 2, 2, 2), 7),
 }
 OPTIMIZER = optax.sgd(0.1, momentum=0.0)  # its state is the gradient
@@ -491,11 +496,13 @@ def preferences(B: int, seed: int = 0) -> dict:
 
 
 def mesh_of(sizes: tuple[int, ...]) -> meshes.Mesh:
-    return meshes.make_mesh(dict(zip(meshes.AXES, sizes, strict=True)), jax.devices()[: math.prod(sizes)])
+    """The mesh of the sizes of member, data, fsdp, tensor and perhaps context."""
+    axes = ("member", "data", "fsdp", "tensor", "context")
+    return meshes.make_mesh(dict(zip(axes, sizes, strict=False)), jax.devices()[: math.prod(sizes)])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", runs.long_but(MESHES, "data 2, fsdp 2, tensor 2", "experts"))
+@pytest.mark.parametrize("name", runs.long_but(MESHES, "data 2, fsdp 2, tensor 2", "experts", "context 4, fsdp 2"))
 def test_packed_steps_on_a_mesh_are_padded_ones_on_one_device(name):
     c, sizes, B = MESHES[name]
     mesh, batch, loss = mesh_of(sizes), preferences(B), bradley_terry() if c.num_labels else dpo() + sft()
@@ -512,7 +519,7 @@ def test_packed_steps_on_a_mesh_are_padded_ones_on_one_device(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (2, 2, 2, 1), (2, 1, 2, 2)], ids=str)
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (2, 2, 2, 1), (2, 1, 2, 2), (2, 1, 2, 1, 2)], ids=str)
 def test_a_packed_ensemble_trains_as_a_padded_one(sizes):
     """Members have batches of their own, of another number of parts each."""
     K, batches = 2, [preferences(B=16, seed=seed) for seed in (0, 1)]

@@ -28,6 +28,7 @@ class Sight(NamedTuple):
     pairs: jax.Array  # [S, n (n + 1) / 2, 2] int32: blocks of queries, and blocks of keys of which they may see some; query blocks ascend
     by_key: jax.Array  # the same pairs in the order of their key blocks
     count: jax.Array  # [S] int32: the pairs that are used
+    first: jax.Array  # [S] int32: the block from which query blocks are counted; not 0 where a device has only some of a row's queries
 
     @property
     def blocks(self) -> int:
@@ -68,9 +69,15 @@ def laid_out(batch: Batch, tokens: str = "tokens", mask: str = "mask") -> Laid:
     places, *packed = jax.vmap(functools.partial(_packed, batch.form.positions, shared))(
         *(split(batch[name]) for name in (tokens, mask, "completion_mask"))
     )
+    if (C := batch.form.context) > 1:
+        size = batch.form.positions // (2 * C)
+        stripe = places // size
+        places = jnp.where(stripe < C, 2 * stripe, 2 * (2 * C - 1 - stripe) + 1) * size + places % size
+        packed = [_dealt(x, C) for x in packed]
     token, position, length, branch, root = packed
-    visited = jax.vmap(functools.partial(_pairs, batch.form.block))(branch, root)
-    return Laid(token, branch >= 0, rows(places.reshape(batch[mask].shape)), length, Sight(branch, root, position, *visited))
+    visited = jax.vmap(functools.partial(_pairs, batch.form.block, batch.form.context))(branch, root)
+    sight = Sight(branch, root, position, *visited, jnp.zeros(S, jnp.int32))
+    return Laid(token, branch >= 0, rows(places.reshape(batch[mask].shape)), length, sight)
 
 
 def _packed(P: int, shared: bool, tokens: jax.Array, mask: jax.Array, scored: jax.Array) -> tuple[jax.Array, ...]:
@@ -98,16 +105,30 @@ def _packed(P: int, shared: bool, tokens: jax.Array, mask: jax.Array, scored: ja
     return places, at(tokens, 0), at(index, 0), at(lengths[..., None], 1), at(branch, -1), at(root, -1)
 
 
-def _pairs(block: int, branch: jax.Array, root: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _stripes(context: int) -> list[int]:
+    """The order in which the 2 C equal stripes of a row stand on C context shards: 0, 2C - 1 | 1, 2C - 2 | ..
+
+    A shard has an early stripe and a late one, so that all shards see about as many pairs.
+    """
+    return [stripe for c in range(context) for stripe in (c, 2 * context - 1 - c)]
+
+
+def _dealt(x: jax.Array, context: int) -> jax.Array:
+    """An array [.., P] with the stripes of its last axis in the order of the context shards."""
+    return x.reshape(*x.shape[:-1], 2 * context, -1)[..., jnp.asarray(_stripes(context)), :].reshape(x.shape)
+
+
+def _pairs(block: int, context: int, branch: jax.Array, root: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The pairs of blocks (queries, keys) of a packed row [P] that may see each other, by query and by key; and their number []."""
     n = branch.shape[0] // block
+    rank = _dealt(jnp.arange(n), context) if context > 1 else jnp.arange(n)  # the place of a block before rows were dealt to shards
     branch, root = branch.reshape(n, block), root.reshape(n, block)
     real, far = branch >= 0, jnp.iinfo(jnp.int32).max
     lowest = lambda x: jnp.where(real, x, far).min(axis=1)
     # A block of keys has the branches from its lowest to its highest; so do blocks of queries, and the roots that they see.
     low, high, low_root, high_root = lowest(branch), branch.max(axis=1), lowest(root), root.max(axis=1)
     meet = lambda first, last: (first[:, None] <= high[None]) & (low[None] <= last[:, None])
-    seen = (meet(low, high) | meet(low_root, high_root)) & (jnp.arange(n)[:, None] >= jnp.arange(n)[None])
+    seen = (meet(low, high) | meet(low_root, high_root)) & (rank[:, None] >= rank[None])
     found = functools.partial(jnp.nonzero, size=n * (n + 1) // 2, fill_value=0)
     pair = lambda queries, keys: jnp.stack([queries, keys], axis=1).astype(jnp.int32)
     return pair(*found(seen)), pair(*found(seen.T)[::-1]), seen.sum(dtype=jnp.int32)
