@@ -62,10 +62,11 @@ def responses(N: int = 2, B: int = B, seed: int = 0) -> dict[str, jax.Array]:
 measured = jax.jit(sizes, static_argnums=1)
 
 
-def packed(batch: dict, shared: bool = True, shards: int = 2, block: int = BLOCK) -> Packed:
-    """The whole batch as one part: a packed row in each shard, the fullest of them with no block too much."""
+def packed(batch: dict, shared: bool = True, shards: int = 2, block: int = BLOCK, context: int = 1) -> Packed:
+    """The whole batch as one part: a packed row in each shard, the fullest of them with no unit of blocks too much."""
     fullest = int(np.asarray(measured(batch, shared)).reshape(shards, -1).sum(axis=1).max())
-    return Packed(batch, Form(-(-fullest // block) * block, shards, shared, block))
+    unit = block * (2 * context if context > 1 else 1)
+    return Packed(batch, Form(-(-fullest // unit) * unit, shards, shared, block, context=context))
 
 
 # --- dealing ---
@@ -98,7 +99,7 @@ def checked_deal(batch: dict, packing: Packing, microbatches: int = 1) -> list[P
     The last part is cut into fewer than four quarters, if its examples fit into these on every shard.
     """
     P, S = packing.size(batch, microbatches), packing.shards(batch)
-    form = lambda P: Form(P, S, packing.shared, packing.block)
+    form = lambda P: Form(P, S, packing.shared, packing.block, context=packing.context)
     found = dealing(packing, microbatches)(batch)
     quarter = P // 4 // packing.block * packing.block
     dealt = [Parts(index, count, len(batch["mask"]) // S, form(P), None) for (index, count), P in zip(found, (P, quarter), strict=False)]
@@ -210,12 +211,22 @@ def test_what_is_taken_into_parts_is_put_back(mesh):
 # --- layout ---
 
 
+def test_context_shards_share_the_work_of_a_long_row():
+    """Of one row of 32 blocks, whose later tokens see more, each of four shards has the queries of a quarter of the pairs."""
+    real = jnp.ones((1, 1, 32 * BLOCK), bool)
+    batch = {"tokens": jnp.ones(real.shape, jnp.int32), "mask": real, "completion_mask": real}
+    sight = laid_out(packed(batch, shards=1, context=4)).sight
+    assert int(sight.count[0]) == 32 * 33 // 2
+    assert np.bincount(np.asarray(sight.pairs)[0, : 32 * 33 // 2, 0] // 8).tolist() == [32 * 33 // 8] * 4
+
+
 @pytest.mark.parametrize("block", runs.slow_but([8, 64], 8))
 @pytest.mark.parametrize("shared", runs.slow_but([True, False], True))
-@pytest.mark.parametrize("N", runs.slow_but([1, 2, 4], 2))
-def test_every_token_has_its_place(N, shared, block):
+@pytest.mark.parametrize("N_and_context", runs.slow_but([(1, 1), (2, 1), (4, 1), (2, 3)], (2, 1), (2, 3)), ids=str)
+def test_every_token_has_its_place(N_and_context, shared, block):
     """A place holds the token, its position and the length of its row; what is seen from it are its own row's tokens before, and itself."""
-    batch = packed(responses(N), shared, block=block)
+    N, context = N_and_context
+    batch = packed(responses(N), shared, block=block, context=context)
     laid = jax.tree.map(np.asarray, jax.jit(laid_out)(batch))
     P, tokens, mask = batch.form.positions, np.asarray(rows(batch["tokens"])), np.asarray(rows(batch["mask"]))
     branch, root, positions, pairs, by_key, count, _ = laid.sight
@@ -233,8 +244,9 @@ def test_every_token_has_its_place(N, shared, block):
         turned = [tuple(pair)[::-1] for pair in by_key[s, : count[s]].tolist()]
         assert turned == sorted(pair[::-1] for pair in visited)
         for i, at in enumerate(own):
-            seen = np.flatnonzero((np.arange(P) <= at) & ((branch[s] == branch[s, at]) | (branch[s] == root[s, at])))
-            np.testing.assert_array_equal(seen, own[: i + 1])
+            before = positions[s] <= positions[s, at]
+            seen = np.flatnonzero(before & ((branch[s] == branch[s, at]) | (branch[s] == root[s, at])))
+            np.testing.assert_array_equal(seen, np.sort(own[: i + 1]))
             assert {(at // block, j) for j in seen // block} <= set(visited)
 
 
