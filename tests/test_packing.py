@@ -216,8 +216,7 @@ def test_context_shards_share_the_work_of_a_long_row():
     real = jnp.ones((1, 1, 32 * BLOCK), bool)
     batch = {"tokens": jnp.ones(real.shape, jnp.int32), "mask": real, "completion_mask": real}
     sight = laid_out(packed(batch, shards=1, context=4)).sight
-    assert int(sight.count[0]) == 32 * 33 // 2
-    assert np.bincount(np.asarray(sight.pairs)[0, : 32 * 33 // 2, 0] // 8).tolist() == [32 * 33 // 8] * 4
+    assert np.asarray(sight.count).tolist() == [[32 * 33 // 8] * 4]
 
 
 @pytest.mark.parametrize("block", runs.slow_but([8, 64], 8))
@@ -229,7 +228,9 @@ def test_every_token_has_its_place(N_and_context, shared, block):
     batch = packed(responses(N), shared, block=block, context=context)
     laid = jax.tree.map(np.asarray, jax.jit(laid_out)(batch))
     P, tokens, mask = batch.form.positions, np.asarray(rows(batch["tokens"])), np.asarray(rows(batch["mask"]))
-    branch, root, positions, pairs, by_key, count, _ = laid.sight
+    branch, root, positions, _, _, *lists, count = laid.sight
+    lists = [np.concatenate([x[:, c] + [c * P // block // context, 0] for c in range(context)], axis=1) for x in lists]  # blocks of the row
+    real = np.concatenate([np.arange(lists[0].shape[1] // context)[None] < count[:, c, None] for c in range(context)], axis=1)
     assert laid.tokens.shape == laid.mask.shape == (2, P) and laid.sight.blocks == P // block
     np.testing.assert_array_equal(laid.mask, branch >= 0)
     assert laid.mask.sum() == measured(batch, shared).sum()
@@ -239,10 +240,11 @@ def test_every_token_has_its_place(N_and_context, shared, block):
         np.testing.assert_array_equal(positions[s, own], np.arange(len(own)))
         if not shared:
             np.testing.assert_array_equal(laid.lengths[s, own], len(own))
-        visited = [tuple(pair) for pair in pairs[s, : count[s]].tolist()]
-        assert visited == sorted(set(visited))
-        turned = [tuple(pair)[::-1] for pair in by_key[s, : count[s]].tolist()]
-        assert turned == sorted(pair[::-1] for pair in visited)
+        visited, by_key = ([tuple(pair) for pair in x[s, real[s]].tolist()] for x in lists)
+        assert len(set(visited)) == len(visited) and sorted(by_key) == sorted(visited)
+        for pairs, side in (visited, 0), (by_key, 1):  # of each shard
+            runs_of = [pair[side] for at, pair in enumerate(pairs) if not at or pairs[at - 1][side] != pair[side]]
+            assert len(runs_of) <= len(set(runs_of)) * (context if side else 1)
         for i, at in enumerate(own):
             before = positions[s] <= positions[s, at]
             seen = np.flatnonzero(before & ((branch[s] == branch[s, at]) | (branch[s] == root[s, at])))

@@ -172,45 +172,38 @@ def packed_attention(
         from alignax.models import packed_kernel  # imports Pallas, which takes a tenth of a second that other platforms need not spend
 
         blocks = functools.partial(packed_kernel.attend_blocks, interpret)
-    run: Any = functools.partial(_packed_rows, functools.partial(blocks, 1 / math.sqrt(scalar or h), cap))
+    run = functools.partial(_packed_rows, functools.partial(blocks, 1 / math.sqrt(scalar or h), cap), q.shape[1] // sight.blocks)
+    if (C := sight.count.shape[-1]) > 1 and (mesh is None or mesh.shape["context"] != C):
+        raise ValueError(f"the rows are laid out for {C} context shards, and the mesh is {meshes.words(mesh) if mesh else 'one device'}")
     if mesh is None or mesh.size == 1:
         return run(q, k, v, sight, window)
     split = lambda x, *axes: meshes.sharding(mesh, axes, x.shape).spec
     heads = "heads" if KV % mesh.shape["tensor"] == 0 else None  # all key-value heads, where the shards do not divide them
-    tokens = None
-    if mesh.shape["context"] > 1 and sight.blocks % mesh.shape["context"] == 0:
-        tokens, run = "tokens", functools.partial(_of_context, run)
+    tokens = "tokens" if C > 1 else None
     specs: Any = tuple(split(x, "batch", tokens, heads, None) for x in (q, k, v))
-    sights = jax.tree.map(lambda x: split(x, "batch", *(None,) * (x.ndim - 1)), sight)
-    return jax.shard_map(run, mesh=mesh, in_specs=(*specs, sights, PartitionSpec()), out_specs=specs[0], check_vma=False)(
+    queries, keys, count = split(sight.branch, "batch", tokens), split(sight.branch, "batch", None), split(sight.count, "batch", tokens)
+    pairs = split(sight.pairs, "batch", tokens, None, None)
+    sights: Any = Sight(queries, queries, queries, keys, keys, pairs, pairs, count)
+
+    def own(q: jax.Array, k: jax.Array, v: jax.Array, sight: Sight, window: jax.Array) -> jax.Array:
+        if C > 1:
+            k, v = (jax.lax.all_gather(x, "context", axis=1, tiled=True) for x in (k, v))
+        return run(q, k, v, sight, window)
+
+    return jax.shard_map(own, mesh=mesh, in_specs=(*specs, sights, PartitionSpec()), out_specs=specs[0], check_vma=False)(
         q, k, v, sight, window
     )
 
 
-def _of_context(run: Callable[..., jax.Array], q: jax.Array, k: jax.Array, v: jax.Array, sight: Sight, window: jax.Array) -> jax.Array:
-    """The attention of a context shard's part of the queries, given the function of queries and of a row's keys and values."""
-    n = sight.blocks // jax.lax.axis_size("context")
-    first = jax.lax.axis_index("context") * n
-
-    def own(pairs: jax.Array, count: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The pairs of this shard's queries, whose blocks are counted from its first one, and their number."""
-        used = (jnp.arange(len(pairs)) < count) & (pairs[:, 0] >= first) & (pairs[:, 0] < first + n)
-        (at,) = jnp.nonzero(used, size=len(pairs), fill_value=0)
-        return jnp.maximum(pairs[at] - jnp.stack([first, jnp.zeros_like(first)])[None], 0), used.sum(dtype=jnp.int32)
-
-    (pairs, count), (by_key, _) = (jax.vmap(own)(x, sight.count) for x in (sight.pairs, sight.by_key))
-    sight = sight._replace(pairs=pairs, by_key=by_key, count=count, first=jnp.broadcast_to(first, sight.first.shape))
-    k, v = (jax.lax.all_gather(x, "context", axis=1, tiled=True) for x in (k, v))
-    return run(q, k, v, sight, window)
-
-
-def _packed_rows(blocks: Callable[..., jax.Array], q: jax.Array, k: jax.Array, v: jax.Array, sight: Sight, window: jax.Array) -> jax.Array:
-    """The attention of a device's rows, given the function of blocks [n, KV, G t, h] of queries, and [m, KV, t, h] of keys and values."""
+def _packed_rows(
+    blocks: Callable[..., jax.Array], t: int, q: jax.Array, k: jax.Array, v: jax.Array, sight: Sight, window: jax.Array
+) -> jax.Array:
+    """The attention of a device's rows in blocks of t tokens, given the function of blocks [n, KV, G t, h] of queries, and of keys."""
     S, P, H, h = q.shape
-    KV, t = k.shape[2], k.shape[1] // sight.blocks
-    n = P // t
+    KV, n = k.shape[2], P // t
     q = q.reshape(S, n, t, KV, H // KV, h).transpose(0, 1, 3, 4, 2, 5).reshape(S, n, KV, -1, h)
     k, v = (x.reshape(S, -1, t, KV, h).swapaxes(2, 3) for x in (k, v))
+    sight = sight._replace(pairs=sight.pairs[:, 0], by_key=sight.by_key[:, 0], count=sight.count[:, 0])  # of this context shard
     row: Any = lambda q, k, v, sight: blocks(q, k, v, sight, window)
     # A device has one row as a rule: a vmap would let each pair of blocks copy all that the loop has summed.
     out = row(*jax.tree.map(lambda x: x[0], (q, k, v, sight)))[None] if S == 1 else jax.vmap(row)(q, k, v, sight)
@@ -284,10 +277,10 @@ def _block_scores(
     scale: float, cap: float | None, q: jax.Array, k: jax.Array, sight: Sight, i: jax.Array, j: jax.Array, window: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """The scores [KV, G t, s] float32 of a block of queries and one of keys, -1e30 where not seen; and what is seen, [1, G t, s] bool."""
-    t, i = k.shape[1], i + sight.first
+    t = k.shape[1]
     block = lambda x, at: x.reshape(-1, t)[at]
-    branch, root, seen = block(sight.branch, i)[:, None], block(sight.root, i)[:, None], block(sight.branch, j)[None]
-    distance = block(sight.positions, i)[:, None] - block(sight.positions, j)[None]
+    branch, root, seen = block(sight.branch, i)[:, None], block(sight.root, i)[:, None], block(sight.key_branch, j)[None]
+    distance = block(sight.positions, i)[:, None] - block(sight.key_positions, j)[None]
     visible = (distance >= 0) & (branch >= 0) & ((seen == branch) | (seen == root)) & ((distance < window) | (window == 0))  # [t, s]
     visible = jnp.tile(visible, (q.shape[1] // t, 1))[None]
     scores = jnp.einsum("kqh,ksh->kqs", q, k, preferred_element_type=jnp.float32) * scale

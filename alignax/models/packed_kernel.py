@@ -59,7 +59,7 @@ def _attend_blocks(
         [pltpu.VMEM((G, h, t), jnp.float32), pltpu.VMEM((G, 1, t), jnp.float32), pltpu.VMEM((G, 1, t), jnp.float32)],
     )
     # Blocks of padding are in no pair, so nothing was written there.
-    real = _queries(sight, sight.branch.reshape(-1, t), n).reshape(n, 1, 1, t) >= 0
+    real = sight.branch.reshape(n, 1, 1, t) >= 0
     out = jnp.where(real[..., None], out, jnp.zeros((), out.dtype)).reshape(q.shape)
     out, log_z = checkpoint_name((out, jnp.where(real, log_z, 0.0)), KEPT)
     return out, (q, k, v, sight, window, out, log_z)
@@ -77,13 +77,12 @@ def _attend_blocks_backward(interpret: bool, scale: float, cap: float | None, sa
     (dq,) = run(_backward_queries, sight.pairs, *read, [((n, KV, G, t, h), q.dtype, queries)], [pltpu.VMEM((G, t, h), jnp.float32)])
     sums = [pltpu.VMEM((t, h), jnp.float32)] * 2
     dk, dv = run(_backward_keys, sight.by_key, *read, [(k.shape, k.dtype, keys), (v.shape, v.dtype, keys)], sums)
-    branch, used = sight.branch.reshape(m, t), jnp.arange(len(sight.pairs)) < sight.count
     # A context shard's queries do not see every block of keys.
+    used = jnp.arange(len(sight.pairs)) < sight.count
     seen = jnp.zeros(m, bool).at[jnp.where(used, sight.pairs[:, 1], m)].set(True, mode="drop")
-    of_query, of_key = _queries(sight, branch, n) >= 0, (branch >= 0) & seen[:, None]
     kept = lambda x, real: jnp.where(real, x, jnp.zeros((), x.dtype))
-    dk, dv = (kept(x, of_key[:, None, :, None]) for x in (dk, dv))
-    return kept(dq, of_query[:, None, None, :, None]).reshape(q.shape), dk, dv, None, None
+    of_key = (sight.key_branch.reshape(m, 1, t, 1) >= 0) & seen[:, None, None, None]
+    return kept(dq, sight.branch.reshape(n, 1, 1, t, 1) >= 0).reshape(q.shape), kept(dk, of_key), kept(dv, of_key), None, None
 
 
 attend_blocks.defvjp(_attend_blocks, _attend_blocks_backward)
@@ -100,8 +99,8 @@ def _blocks(
         return pl.BlockSpec((1, 1, *shape), lambda head, p, pairs, window: (pairs[2 * p + pair], head, *(0,) * len(shape)))
 
     # What a query is lies along the lanes, what a key is along the rows.
-    query = jnp.stack([sight.branch, sight.root, sight.positions]).reshape(3, -1, t).swapaxes(0, 1)  # [m, 3, t]
-    query, key = _queries(sight, query, len(q)), jnp.stack([sight.branch, sight.positions], axis=-1).reshape(-1, t, 2)
+    query = jnp.stack([sight.branch, sight.root, sight.positions]).reshape(3, -1, t).swapaxes(0, 1)  # [n, 3, t]
+    key = jnp.stack([sight.key_branch, sight.key_positions], axis=-1).reshape(-1, t, 2)
     of_query = pl.BlockSpec((1, 3, t), lambda head, p, pairs, window: (pairs[2 * p], 0, 0))
     of_key = pl.BlockSpec((1, t, 2), lambda head, p, pairs, window: (pairs[2 * p + 1], 0, 0))
 
@@ -125,11 +124,6 @@ def _blocks(
         return call(pairs.reshape(-1), window[None], query, key, *given)
 
     return block, run
-
-
-def _queries(sight: Sight, x: jax.Array, n: int) -> jax.Array:
-    """Of an array [m, ...] of a row's blocks, the n that queries are computed of."""
-    return x if len(x) == n else jax.lax.dynamic_slice_in_dim(x, sight.first, n)
 
 
 def _edges(pairs: Any, side: int) -> tuple[jax.Array, jax.Array]:
