@@ -66,8 +66,8 @@ def test_several_cpu_devices_start_their_collectives_in_one_order(monkeypatch, f
 def test_a_mesh_of_given_devices():
     devices = jax.devices()[2:6]
     mesh = make_mesh({"data": 2, "tensor": -1}, devices)
-    assert mesh.devices.shape == (1, 2, 1, 2) and list(mesh.devices.flat) == devices
-    assert make_mesh({}, devices[:1]).devices.shape == (1, 1, 1, 1)
+    assert mesh.devices.shape == (1, 2, 1, 1, 2) and list(mesh.devices.flat) == devices
+    assert make_mesh({}, devices[:1]).devices.shape == (1, 1, 1, 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_a_mesh_of_given_devices():
         ({"data": -1, "fsdp": -1}, "at most one may be -1"),
         ({"data": 0, "fsdp": -1}, "sizes must be positive"),
         ({"data": -2}, "sizes must be positive"),
-        ({"model": 8}, r"mesh axes \['model'\] are unknown; use member, data, fsdp, tensor"),
+        ({"model": 8}, r"mesh axes \['model'\] are unknown; use member, data, fsdp, context, tensor"),
     ],
 )
 def test_a_mesh_that_cannot_be_is_an_error(shape, message):
