@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 from alignax.compiled import compile_anew
 from alignax.moments import is_blocks
 
-AXES = ("member", "data", "fsdp", "tensor")
+AXES = ("member", "data", "fsdp", "context", "tensor")
 # Shards of `tensor` come first, so that the shards of a weight within one shard of `tensor` are the heads that it has in the cache.
 WIDE = ("tensor", "fsdp")
 RULES: dict[str, Any] = {
@@ -30,6 +30,8 @@ RULES: dict[str, Any] = {
     "batch": ("data", "fsdp"),  # B, and R = B * N
     "lookup": "data",  # R while tokens look up their embeddings; D is sharded over fsdp there, as in the table
     "stream": ("data", "fsdp"),  # R of activations between attention and attention: of norms, products and the residual stream
+    "tokens": "context",  # P of packed rows between attention and attention; only keys and values are gathered
+    "scored": ("data", "fsdp", "context"),  # the scored positions of all batch shards, dealt to the devices for the head
     "layers": None,  # L, the axis of the scan over layers
     "embed": "fsdp",  # D of a weight; D of an activation is sharded only at the lookup
     "heads": "tensor",  # H * head_dim
@@ -73,7 +75,7 @@ def order_collectives(several: bool = False) -> None:
 
 
 def make_mesh(shape: Mapping[str, int], devices: Any = None) -> Mesh:
-    """Makes a mesh with the axes member, data, fsdp and tensor.
+    """Makes a mesh with the axes member, data, fsdp, context and tensor.
 
         make_mesh({"data": 2, "fsdp": -1})  # on 8 devices: data 2 x fsdp 4 x tensor 1
 
@@ -105,8 +107,8 @@ def make_mesh(shape: Mapping[str, int], devices: Any = None) -> Mesh:
 
 
 def words(mesh: Mesh) -> str:
-    """A mesh as text for the console: "data 2 x fsdp 4 x tensor 1". The member axis is shown only if its size is above 1."""
-    return " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if axis != "member" or size > 1)
+    """A mesh as text for the console: "data 2 x fsdp 4 x tensor 1". The axes member and context are shown only if they are used."""
+    return " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if axis not in ("member", "context") or size > 1)
 
 
 def batch_shards(mesh: Mesh) -> int:

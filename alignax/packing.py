@@ -25,7 +25,7 @@ SLOTS = 32  # examples of a part, for every N * T positions of it; real examples
 
 @dataclasses.dataclass(frozen=True)
 class Packing:
-    """How examples are packed.
+    """How examples are packed. On a mesh with a context axis every row is: that axis shards the positions of packed rows.
 
     Attributes:
       positions: P, the positions that a batch shard computes at a time. A part has at least N * T, so that every example fits.
@@ -39,20 +39,30 @@ class Packing:
     shared: bool = True
     block: int = 64
 
+    @property
+    def context(self) -> int:
+        """The shards that the positions of a row are split over."""
+        return 1 if self.mesh is None else self.mesh.shape["context"]
+
+    @property
+    def unit(self) -> int:
+        """What P is a multiple of: a block; with several context shards two for each, see `alignax.models.rows`."""
+        return self.block * (2 * self.context if self.context > 1 else 1)
+
     def shards(self, batch: Batch) -> int:
         """The number of batch shards; 1 for a batch that the shards do not divide."""
         shards = 1 if self.mesh is None else meshes.batch_shards(self.mesh)
         return shards if batch["mask"].shape[0] % shards == 0 else 1
 
     def size(self, batch: Batch, microbatches: int = 1) -> int:
-        """P for a batch, whole blocks: no more positions than a padded microbatch has, and at least those of one padded example."""
+        """P for a batch, whole units: no more positions than a padded microbatch has, and at least those of one padded example."""
         _, N, T = batch["mask"].shape
         most = batch["mask"].size // self.shards(batch) // microbatches
-        return -(-max(min(self.positions, most), N * T) // self.block) * self.block
+        return -(-max(min(self.positions, most), N * T) // self.unit) * self.unit
 
     def pays(self, batch: Batch, microbatches: int = 1) -> bool:
         """Whether a shard's part of the batch, padded, has more positions than one packed part."""
-        return batch["mask"].size // self.shards(batch) > self.size(batch, microbatches)
+        return self.context > 1 or batch["mask"].size // self.shards(batch) > self.size(batch, microbatches)
 
 
 FEW = 128  # parts of a padded batch; with more of them a half-empty last part is no matter
@@ -68,6 +78,7 @@ class Form(NamedTuple):
     shared: bool = True
     block: int = 64
     examples: int = 0  # of the batch; a batch of another number has been changed and is padded; 0: any number
+    context: int = 1  # the shards that the positions of a row are dealt to
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -179,9 +190,9 @@ def deal(batch: Batch, packing: Packing, microbatches: int = 1) -> list[Parts]:
     P, S, (B, N, T) = packing.size(batch, microbatches), packing.shards(batch), batch["mask"].shape
     b = B // S
     slots = lambda P: min(b, max(SLOTS * P // (N * T), 1))
-    size, small = sizes(batch, packing.shared).reshape(S, b), P // 4 // packing.block * packing.block
+    size, small = sizes(batch, packing.shared).reshape(S, b), P // 4 // packing.unit * packing.unit
     mesh = packing.mesh if S > 1 else None
-    parts = lambda index, count, P: Parts(index, count, b, Form(P, S, packing.shared, packing.block), mesh)
+    parts = lambda index, count, P: Parts(index, count, b, Form(P, S, packing.shared, packing.block, context=packing.context), mesh)
     index, part = jax.vmap(lambda size: first_fit(size, P, slots(P), b))(size)
     counts = part.max(axis=1) + 1  # [S]
     count = counts.max()

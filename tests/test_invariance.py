@@ -43,7 +43,7 @@ from alignax.experience import (
     whiten_rewards,
 )
 from alignax.losses import Loss
-from alignax.mesh import AXES, batch_sharding, make_mesh
+from alignax.mesh import batch_sharding, make_mesh
 from alignax.packing import Packing, part_by_part
 from alignax.train import init_state, make_step
 from alignax.types import Batch, Model, Outputs, Params, TrainState
@@ -139,7 +139,7 @@ def program(name: str, microbatches: int = 1, sizes: tuple[int, int, int] | None
 
     Packed parts are as small as they may be: they have the positions of one padded example.
     """
-    mesh = None if sizes is None else make_mesh(dict(zip(AXES[1:], sizes, strict=True)))
+    mesh = None if sizes is None else make_mesh(dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)))
     packing = Packing(1, mesh, block=8) if packed else None
     step, forward = make_step(apply, LOSSES[name], OPTIMIZER, microbatches, packing=packing), part_by_part(apply, packing)
 

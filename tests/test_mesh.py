@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from alignax import mesh as meshes
 from alignax import train
 from alignax.losses import dpo
-from alignax.mesh import AXES, make_mesh, param_shardings, put_batch, sharding
+from alignax.mesh import make_mesh, param_shardings, put_batch, sharding
 from alignax.models import parameters, transformer
 from alignax.train import init_state, make_step
 
@@ -23,7 +23,7 @@ CASES = [((2, 2, 2), 2), *SLOW]
 
 
 def split(*sizes: int) -> jax.sharding.Mesh:
-    return make_mesh(dict(zip(AXES[1:], sizes, strict=True)))
+    return make_mesh(dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)))
 
 
 # --- the mesh ---
@@ -41,7 +41,7 @@ def split(*sizes: int) -> jax.sharding.Mesh:
 )
 def test_one_free_size_takes_the_rest(shape, sizes):
     mesh = make_mesh(shape)
-    assert tuple(mesh.shape.items()) == (("member", 1), *zip(AXES[1:], sizes, strict=True))
+    assert tuple(mesh.shape.items()) == (("member", 1), *zip(("data", "fsdp"), sizes, strict=False), ("context", 1), ("tensor", sizes[2]))
     assert meshes.batch_shards(mesh) == sizes[0] * sizes[1]
     assert sorted(d.id for d in mesh.devices.flat) == list(range(8))
 
@@ -66,8 +66,8 @@ def test_several_cpu_devices_start_their_collectives_in_one_order(monkeypatch, f
 def test_a_mesh_of_given_devices():
     devices = jax.devices()[2:6]
     mesh = make_mesh({"data": 2, "tensor": -1}, devices)
-    assert mesh.devices.shape == (1, 2, 1, 2) and list(mesh.devices.flat) == devices
-    assert make_mesh({}, devices[:1]).devices.shape == (1, 1, 1, 1)
+    assert mesh.devices.shape == (1, 2, 1, 1, 2) and list(mesh.devices.flat) == devices
+    assert make_mesh({}, devices[:1]).devices.shape == (1, 1, 1, 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_a_mesh_of_given_devices():
         ({"data": -1, "fsdp": -1}, "at most one may be -1"),
         ({"data": 0, "fsdp": -1}, "sizes must be positive"),
         ({"data": -2}, "sizes must be positive"),
-        ({"model": 8}, r"mesh axes \['model'\] are unknown; use member, data, fsdp, tensor"),
+        ({"model": 8}, r"mesh axes \['model'\] are unknown; use member, data, fsdp, context, tensor"),
     ],
 )
 def test_a_mesh_that_cannot_be_is_an_error(shape, message):

@@ -23,7 +23,7 @@ from alignax import mesh as meshes
 from alignax.config import default_config, load_experiment
 from alignax.models import kernels, parameters, transformer
 from alignax.models.attention import attention, packed_attention
-from alignax.models.rows import laid_out
+from alignax.models.rows import _dealt_place, laid_out
 from alignax.packing import Form, Packed
 from alignax.rewards.members import over_members
 from alignax.run import roles
@@ -119,20 +119,25 @@ def test_splash_computes_the_members_of_an_ensemble_together():
 
 def check_packed(mesh=None, members=0, shards=1, KV=2, window=0, **options):
     """Values and all gradients of packed rows by the TPU kernel, and by plain XLA on one device."""
-    sight = laid_out(packed(tiny.batch(B=4, T=24), shards=shards, block=32)).sight
+    context = 1 if mesh is None else mesh.shape["context"]
+    dealt = packed(tiny.batch(B=4, T=24), shards=shards, block=32 // context, context=context)
+    sight, plain = laid_out(dealt).sight, laid_out(Packed(dealt, dealt.form._replace(context=1))).sight
     S, P = sight.positions.shape
+    place = _dealt_place(jnp.arange(P), P, context)  # where a context mesh has what stands at each position
+    order = jnp.argsort(place)
     draw = lambda i, heads: jax.random.normal(jax.random.key(i), (*((members,) if members else ()), S, P, heads, 8))
     arrays = [draw(0, 4), draw(1, KV), draw(2, KV), draw(3, 4)]
 
-    def run(*places, **how):
+    def run(arrays, sight, *places, **how):
         attend = lambda *x: packed_attention(*x, sight, *places, window=jnp.asarray(window), **options, **how)
         both = lambda q, k, v, cotangent: pulled(attend, cotangent, q, k, v)
         return jax.jit(over_members(both, 0, 0) if members else both)(*arrays)
 
-    expected = run()
-    found = run(mesh, kernel="splash", interpret=True)
+    expected = run(arrays, plain)
+    found = run([x[..., order, :, :] for x in arrays], sight, mesh, kernel="splash", interpret=True)
+    found = jax.tree.map(lambda x: x[..., place, :, :], found)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected)
-    padding = np.asarray(sight.branch < 0)
+    padding = np.asarray(plain.branch < 0)
     assert padding.any() and not np.asarray(found[0])[..., padding, :, :].any()
 
 
@@ -145,10 +150,18 @@ def test_the_kernel_of_packed_rows_is_attention_in_blocks(options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("members", (0, 2))
-def test_the_kernel_of_packed_rows_is_the_same_on_a_mesh(members):
-    axes = {"member": 2, "data": 2, "tensor": 2} if members else {"data": 2, "fsdp": 2, "tensor": 2}
-    check_packed(meshes.make_mesh(axes), members, shards=2 if members else 4)
+@pytest.mark.parametrize(
+    ("axes", "shards"),
+    [
+        ({"data": 2, "fsdp": 2, "tensor": 2}, 4),
+        ({"member": 2, "data": 2, "tensor": 2}, 2),
+        ({"context": 4, "tensor": 2}, 1),
+        ({"member": 2, "data": 2, "context": 2}, 2),
+    ],
+    ids=str,
+)
+def test_the_kernel_of_packed_rows_is_the_same_on_a_mesh(axes, shards):
+    check_packed(meshes.make_mesh(axes), axes.get("member", 0), shards=shards)
 
 
 WINDOWS = dataclasses.replace(tiny.MODEL, sliding_windows=(0, 9), positions="learned")
@@ -338,14 +351,20 @@ def test_splash_moves_an_eighth_of_the_bytes_of_xla_attention(llama, T, v5e):
 
 
 @pytest.mark.slow
-def test_a_tpu_program_of_packed_rows_has_the_kernel_and_no_scores(v5e):
+@pytest.mark.parametrize("axis", ["fsdp", "context"])
+def test_a_tpu_program_of_packed_rows_has_the_kernel_and_no_scores(axis, tpu_slice):
     """The forward and the backward pass of a Llama whose pairs share their prompt; XLA's scores of two blocks are [KV, G t, s]."""
+    v5e = tpu_slice("v5e:2x2", {axis: 2, "tensor": 2})
+    shards = meshes.batch_shards(v5e)
     config = dataclasses.replace(
         tiny.MODEL, head_dim=64, hidden_size=384, intermediate_size=320, vocab_size=2000, num_attention_heads=12, num_key_value_heads=4
     )
     params = parameters.abstract_params(config, v5e)
     shape = lambda dtype: jax.ShapeDtypeStruct((4, 2, 512), dtype, sharding=meshes.batch_sharding(v5e))
-    batch = Packed({"tokens": shape(jnp.int32), "mask": shape(bool), "completion_mask": shape(bool)}, Form(2048, 2, True, 256))
+    batch = Packed(
+        {"tokens": shape(jnp.int32), "mask": shape(bool), "completion_mask": shape(bool)},
+        Form(4096 // shards, shards, True, 256, context=v5e.shape["context"]),
+    )
 
     def lowered(name):
         apply = transformer.forward(config, dtype=jnp.bfloat16, mesh=v5e, attention=name)

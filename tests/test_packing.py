@@ -62,10 +62,11 @@ def responses(N: int = 2, B: int = B, seed: int = 0) -> dict[str, jax.Array]:
 measured = jax.jit(sizes, static_argnums=1)
 
 
-def packed(batch: dict, shared: bool = True, shards: int = 2, block: int = BLOCK) -> Packed:
-    """The whole batch as one part: a packed row in each shard, the fullest of them with no block too much."""
+def packed(batch: dict, shared: bool = True, shards: int = 2, block: int = BLOCK, context: int = 1) -> Packed:
+    """The whole batch as one part: a packed row in each shard, the fullest of them with no unit of blocks too much."""
     fullest = int(np.asarray(measured(batch, shared)).reshape(shards, -1).sum(axis=1).max())
-    return Packed(batch, Form(-(-fullest // block) * block, shards, shared, block))
+    unit = block * (2 * context if context > 1 else 1)
+    return Packed(batch, Form(-(-fullest // unit) * unit, shards, shared, block, context=context))
 
 
 # --- dealing ---
@@ -98,7 +99,7 @@ def checked_deal(batch: dict, packing: Packing, microbatches: int = 1) -> list[P
     The last part is cut into fewer than four quarters, if its examples fit into these on every shard.
     """
     P, S = packing.size(batch, microbatches), packing.shards(batch)
-    form = lambda P: Form(P, S, packing.shared, packing.block)
+    form = lambda P: Form(P, S, packing.shared, packing.block, context=packing.context)
     found = dealing(packing, microbatches)(batch)
     quarter = P // 4 // packing.block * packing.block
     dealt = [Parts(index, count, len(batch["mask"]) // S, form(P), None) for (index, count), P in zip(found, (P, quarter), strict=False)]
@@ -210,15 +211,26 @@ def test_what_is_taken_into_parts_is_put_back(mesh):
 # --- layout ---
 
 
+def test_context_shards_share_the_work_of_a_long_row():
+    """Of one row of 32 blocks, whose later tokens see more, each of four shards has the queries of a quarter of the pairs."""
+    real = jnp.ones((1, 1, 32 * BLOCK), bool)
+    batch = {"tokens": jnp.ones(real.shape, jnp.int32), "mask": real, "completion_mask": real}
+    sight = laid_out(packed(batch, shards=1, context=4)).sight
+    assert np.asarray(sight.count).tolist() == [[32 * 33 // 8] * 4]
+
+
 @pytest.mark.parametrize("block", runs.slow_but([8, 64], 8))
 @pytest.mark.parametrize("shared", runs.slow_but([True, False], True))
-@pytest.mark.parametrize("N", runs.slow_but([1, 2, 4], 2))
-def test_every_token_has_its_place(N, shared, block):
+@pytest.mark.parametrize("N_and_context", runs.slow_but([(1, 1), (2, 1), (4, 1), (2, 3)], (2, 1), (2, 3)), ids=str)
+def test_every_token_has_its_place(N_and_context, shared, block):
     """A place holds the token, its position and the length of its row; what is seen from it are its own row's tokens before, and itself."""
-    batch = packed(responses(N), shared, block=block)
+    N, context = N_and_context
+    batch = packed(responses(N), shared, block=block, context=context)
     laid = jax.tree.map(np.asarray, jax.jit(laid_out)(batch))
     P, tokens, mask = batch.form.positions, np.asarray(rows(batch["tokens"])), np.asarray(rows(batch["mask"]))
-    branch, root, positions, pairs, by_key, count = laid.sight
+    branch, root, positions, _, _, *lists, count = laid.sight
+    lists = [np.concatenate([x[:, c] + [c * P // block // context, 0] for c in range(context)], axis=1) for x in lists]  # blocks of the row
+    real = np.concatenate([np.arange(lists[0].shape[1] // context)[None] < count[:, c, None] for c in range(context)], axis=1)
     assert laid.tokens.shape == laid.mask.shape == (2, P) and laid.sight.blocks == P // block
     np.testing.assert_array_equal(laid.mask, branch >= 0)
     assert laid.mask.sum() == measured(batch, shared).sum()
@@ -228,13 +240,15 @@ def test_every_token_has_its_place(N, shared, block):
         np.testing.assert_array_equal(positions[s, own], np.arange(len(own)))
         if not shared:
             np.testing.assert_array_equal(laid.lengths[s, own], len(own))
-        visited = [tuple(pair) for pair in pairs[s, : count[s]].tolist()]
-        assert visited == sorted(set(visited))
-        turned = [tuple(pair)[::-1] for pair in by_key[s, : count[s]].tolist()]
-        assert turned == sorted(pair[::-1] for pair in visited)
+        visited, by_key = ([tuple(pair) for pair in x[s, real[s]].tolist()] for x in lists)
+        assert len(set(visited)) == len(visited) and sorted(by_key) == sorted(visited)
+        for pairs, side in (visited, 0), (by_key, 1):  # of each shard
+            runs_of = [pair[side] for at, pair in enumerate(pairs) if not at or pairs[at - 1][side] != pair[side]]
+            assert len(runs_of) <= len(set(runs_of)) * (context if side else 1)
         for i, at in enumerate(own):
-            seen = np.flatnonzero((np.arange(P) <= at) & ((branch[s] == branch[s, at]) | (branch[s] == root[s, at])))
-            np.testing.assert_array_equal(seen, own[: i + 1])
+            before = positions[s] <= positions[s, at]
+            seen = np.flatnonzero(before & ((branch[s] == branch[s, at]) | (branch[s] == root[s, at])))
+            np.testing.assert_array_equal(seen, np.sort(own[: i + 1]))
             assert {(at // block, j) for j in seen // block} <= set(visited)
 
 
@@ -479,6 +493,11 @@ MESHES = {
     "tensor 4": (LAYER, (1, 2, 1, 4), 16),  # more than there are key-value heads
     "experts": (dataclasses.replace(LAYER, **EXPERTS), (1, 2, 2, 2), 16),
     "scores": (SCORES, (1, 2, 2, 2), 16),
+    "context 2, data 2, tensor 2": (LAYER, (1, 2, 1, 2, 2), 16),
+    "context 4, fsdp 2": (LAYER, (1, 1, 2, 1, 4), 16),
+    "context 2, experts": (dataclasses.replace(LAYER, **EXPERTS), (1, 1, 2, 2, 2), 16),
+    "context 2, scores": (SCORES, (1, 1, 2, 2, 2), 16),
+    "context 2, shards that do not divide the batch": (LAYER, (1, 2, 2, 1, 2), 7),
     "shards that do not divide the batch": (LAYER, (1, 2, 2, 2), 7),
 }
 OPTIMIZER = optax.sgd(0.1, momentum=0.0)  # its state is the gradient
@@ -491,11 +510,13 @@ def preferences(B: int, seed: int = 0) -> dict:
 
 
 def mesh_of(sizes: tuple[int, ...]) -> meshes.Mesh:
-    return meshes.make_mesh(dict(zip(meshes.AXES, sizes, strict=True)), jax.devices()[: math.prod(sizes)])
+    """The mesh of the sizes of member, data, fsdp, tensor and perhaps context."""
+    axes = ("member", "data", "fsdp", "tensor", "context")
+    return meshes.make_mesh(dict(zip(axes, sizes, strict=False)), jax.devices()[: math.prod(sizes)])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", runs.long_but(MESHES, "data 2, fsdp 2, tensor 2", "experts"))
+@pytest.mark.parametrize("name", runs.long_but(MESHES, "data 2, fsdp 2, tensor 2", "experts", "context 4, fsdp 2"))
 def test_packed_steps_on_a_mesh_are_padded_ones_on_one_device(name):
     c, sizes, B = MESHES[name]
     mesh, batch, loss = mesh_of(sizes), preferences(B), bradley_terry() if c.num_labels else dpo() + sft()
@@ -512,7 +533,7 @@ def test_packed_steps_on_a_mesh_are_padded_ones_on_one_device(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (2, 2, 2, 1), (2, 1, 2, 2)], ids=str)
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (2, 2, 2, 1), (2, 1, 2, 2), (2, 1, 2, 1, 2)], ids=str)
 def test_a_packed_ensemble_trains_as_a_padded_one(sizes):
     """Members have batches of their own, of another number of parts each."""
     K, batches = 2, [preferences(B=16, seed=seed) for seed in (0, 1)]

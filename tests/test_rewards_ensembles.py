@@ -18,7 +18,7 @@ from alignax import rewards
 from alignax.cli import main
 from alignax.config import default_config
 from alignax.data import load_examples
-from alignax.mesh import AXES, make_mesh
+from alignax.mesh import make_mesh
 from alignax.models import hf, parameters
 from alignax.models.tokenizers import load_tokenizer
 from alignax.rewards.members import stacked
@@ -75,7 +75,7 @@ def test_an_ensemble_scores_as_its_members_alone_and_as_transformers(folders, pa
 
 @pytest.mark.parametrize("sizes", [(3, 1, 1, 1), pytest.param((1, 2, 2, 2), marks=pytest.mark.slow)], ids=str)
 def test_scores_are_the_same_on_a_mesh(sizes, folders, pairs):
-    mesh = make_mesh(dict(zip(AXES, sizes, strict=True)), jax.devices()[: int(np.prod(sizes))])
+    mesh = make_mesh(dict(zip(("member", "data", "fsdp", "tensor"), sizes, strict=True)), jax.devices()[: int(np.prod(sizes))])
     np.testing.assert_allclose(scored(folders, pairs, mesh), scored(folders, pairs), atol=1e-5)
     _, params = rewards.load_ensemble(folders, mesh)
     assert params["layers"]["q"].addressable_shards[0].data.shape[0] == 3 // sizes[0]

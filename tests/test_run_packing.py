@@ -35,17 +35,20 @@ def prompts(folder) -> dict[str, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["dpo", *(pytest.param(name, marks=pytest.mark.long) for name in ("grpo", "ensemble"))])
-def test_a_packed_run_is_the_padded_one(method, fields, tmp_path):
-    """Losses, metrics and evaluations; a packed run logs how full its rows were."""
+@pytest.mark.parametrize(
+    ("method", "context"),
+    [("dpo", 1), ("dpo", 2), *(pytest.param(*case, marks=pytest.mark.long) for case in (("grpo", 1), ("grpo", 2), ("ensemble", 1)))],
+)
+def test_a_packed_run_is_the_padded_one(method, context, fields, tmp_path):
+    """Losses, metrics and evaluations, on a mesh with a context axis too; a packed run logs how full its rows were."""
 
     def begun(name: str, positions: int):
-        own = {"workdir": tmp_path / name, "model.packing": positions}
+        own = {"workdir": tmp_path / name, "model.packing": positions, "mesh.context": context if positions > 0 else 1}
+        env = runs.environment(own["mesh.context"])
         if method == "grpo":
-            return runs.begin(arguments(tmp_path, GRPO, fields | ONLINE | prompts(tmp_path) | own))
-        return runs.begin(
-            runs.arguments(fields | own | (ENSEMBLE if method == "ensemble" else {}), "rm_hh" if method == "ensemble" else "dpo_hh")
-        )
+            return runs.begin(arguments(tmp_path, GRPO, fields | ONLINE | prompts(tmp_path) | own), env)
+        ensemble = method == "ensemble"
+        return runs.begin(runs.arguments(fields | own | (ENSEMBLE if ensemble else {}), "rm_hh" if ensemble else "dpo_hh"), env)
 
     for process in [begun("padded", -1), begun("packed", 128)]:
         runs.finish(process)
@@ -56,6 +59,17 @@ def test_a_packed_run_is_the_padded_one(method, fields, tmp_path):
         compared(packed[step], expected)
     for found, expected in zip(*map(runs.evaluations, (tmp_path / "packed", tmp_path / "padded")), strict=True):
         compared(found, expected)
+
+
+def test_padded_rows_have_no_context_axis(fields, tmp_path):
+    run = lambda **own: prepare(
+        load_experiment(runs.REPO / "experiments" / "dpo_hh.py", [f"{k.replace('__', '.')}={x}" for k, x in (fields | own).items()])
+    )
+    with pytest.raises(
+        ValueError, match=r"model.packing=-1 pads rows, and mesh.context=2 shards packed rows only; use model.packing=0, or "
+    ):
+        run(workdir=tmp_path / "run", mesh__context=2, model__packing=-1)
+    assert run(workdir=tmp_path / "run", mesh__context=2).packing.unit == 256
 
 
 def compared(found: dict, expected: dict) -> None:

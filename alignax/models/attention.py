@@ -147,7 +147,8 @@ def packed_attention(
 ) -> jax.Array:
     """Grouped-query attention over packed rows, in which each token sees the earlier tokens of its own sequence; softmax in float32.
 
-    On a mesh every device visits its own blocks, of its own rows and heads.
+    On a mesh every device visits its own blocks, of its own rows and heads. With a context axis it has a part of each row's queries, and
+    gathers the keys and values of the row, which are a small part of the activations.
 
     Args:
       q: [S, P, H, h] queries; h is the size of a head, P is a whole number of blocks.
@@ -171,24 +172,38 @@ def packed_attention(
         from alignax.models import packed_kernel  # imports Pallas, which takes a tenth of a second that other platforms need not spend
 
         blocks = functools.partial(packed_kernel.attend_blocks, interpret)
-    run = functools.partial(_packed_rows, functools.partial(blocks, 1 / math.sqrt(scalar or h), cap))
+    run = functools.partial(_packed_rows, functools.partial(blocks, 1 / math.sqrt(scalar or h), cap), q.shape[1] // sight.blocks)
+    if (C := sight.count.shape[-1]) > 1 and (mesh is None or mesh.shape["context"] != C):
+        raise ValueError(f"the rows are laid out for {C} context shards, and the mesh is {meshes.words(mesh) if mesh else 'one device'}")
     if mesh is None or mesh.size == 1:
         return run(q, k, v, sight, window)
     split = lambda x, *axes: meshes.sharding(mesh, axes, x.shape).spec
     heads = "heads" if KV % mesh.shape["tensor"] == 0 else None  # all key-value heads, where the shards do not divide them
-    specs: Any = tuple(split(x, "batch", None, heads, None) for x in (q, k, v))
-    sights = jax.tree.map(lambda x: split(x, "batch", *(None,) * (x.ndim - 1)), sight)
-    return jax.shard_map(run, mesh=mesh, in_specs=(*specs, sights, PartitionSpec()), out_specs=specs[0], check_vma=False)(
+    tokens = "tokens" if C > 1 else None
+    specs: Any = tuple(split(x, "batch", tokens, heads, None) for x in (q, k, v))
+    queries, keys, count = split(sight.branch, "batch", tokens), split(sight.branch, "batch", None), split(sight.count, "batch", tokens)
+    pairs = split(sight.pairs, "batch", tokens, None, None)
+    sights: Any = Sight(queries, queries, queries, keys, keys, pairs, pairs, count)
+
+    def own(q: jax.Array, k: jax.Array, v: jax.Array, sight: Sight, window: jax.Array) -> jax.Array:
+        if C > 1:
+            k, v = (jax.lax.all_gather(x, "context", axis=1, tiled=True) for x in (k, v))
+        return run(q, k, v, sight, window)
+
+    return jax.shard_map(own, mesh=mesh, in_specs=(*specs, sights, PartitionSpec()), out_specs=specs[0], check_vma=False)(
         q, k, v, sight, window
     )
 
 
-def _packed_rows(blocks: Callable[..., jax.Array], q: jax.Array, k: jax.Array, v: jax.Array, sight: Sight, window: jax.Array) -> jax.Array:
-    """The attention of a device's rows, given the function of blocks [n, KV, G t, h] of queries, and [n, KV, t, h] of keys and values."""
+def _packed_rows(
+    blocks: Callable[..., jax.Array], t: int, q: jax.Array, k: jax.Array, v: jax.Array, sight: Sight, window: jax.Array
+) -> jax.Array:
+    """The attention of a device's rows in blocks of t tokens, given the function of blocks [n, KV, G t, h] of queries, and of keys."""
     S, P, H, h = q.shape
-    KV, n, t = k.shape[2], sight.blocks, P // sight.blocks
+    KV, n = k.shape[2], P // t
     q = q.reshape(S, n, t, KV, H // KV, h).transpose(0, 1, 3, 4, 2, 5).reshape(S, n, KV, -1, h)
-    k, v = (x.reshape(S, n, t, KV, h).swapaxes(2, 3) for x in (k, v))
+    k, v = (x.reshape(S, -1, t, KV, h).swapaxes(2, 3) for x in (k, v))
+    sight = sight._replace(pairs=sight.pairs[:, 0], by_key=sight.by_key[:, 0], count=sight.count[:, 0])  # of this context shard
     row: Any = lambda q, k, v, sight: blocks(q, k, v, sight, window)
     # A device has one row as a rule: a vmap would let each pair of blocks copy all that the loop has summed.
     out = row(*jax.tree.map(lambda x: x[0], (q, k, v, sight)))[None] if S == 1 else jax.vmap(row)(q, k, v, sight)
@@ -203,8 +218,8 @@ def attend_blocks(scale: float, cap: float | None, q: jax.Array, k: jax.Array, v
       scale: the factor of the scores.
       cap: as in `attention`.
       q: [n, KV, G t, h] queries of n blocks with t tokens, G for each of the KV key-value heads.
-      k: [n, KV, t, h] keys.
-      v: [n, KV, t, h] values.
+      k: [m, KV, t, h] keys of all m blocks of the row.
+      v: [m, KV, t, h] values.
       sight: of the row, without the axis S.
       window: [] int32; 0: no window.
     """
@@ -264,10 +279,9 @@ def _block_scores(
     """The scores [KV, G t, s] float32 of a block of queries and one of keys, -1e30 where not seen; and what is seen, [1, G t, s] bool."""
     t = k.shape[1]
     block = lambda x, at: x.reshape(-1, t)[at]
-    query, key = i * t + jnp.arange(t)[:, None], j * t + jnp.arange(t)[None]
-    branch, root, seen = block(sight.branch, i)[:, None], block(sight.root, i)[:, None], block(sight.branch, j)[None]
-    distance = block(sight.positions, i)[:, None] - block(sight.positions, j)[None]
-    visible = (query >= key) & (branch >= 0) & ((seen == branch) | (seen == root)) & ((distance < window) | (window == 0))  # [t, s]
+    branch, root, seen = block(sight.branch, i)[:, None], block(sight.root, i)[:, None], block(sight.key_branch, j)[None]
+    distance = block(sight.positions, i)[:, None] - block(sight.key_positions, j)[None]
+    visible = (distance >= 0) & (branch >= 0) & ((seen == branch) | (seen == root)) & ((distance < window) | (window == 0))  # [t, s]
     visible = jnp.tile(visible, (q.shape[1] // t, 1))[None]
     scores = jnp.einsum("kqh,ksh->kqs", q, k, preferred_element_type=jnp.float32) * scale
     return jnp.where(visible, soft_cap(scores, cap), -1e30), visible

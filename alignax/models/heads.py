@@ -1,8 +1,9 @@
 """The heads of a model: per-token log-probs and vocabulary statistics, reward scores and critic values, from the final hidden states.
 
 Log-probs and statistics are float32, and no array of logits `[.., T, V]` is ever held. Only completion positions are scored: each
-batch shard moves its completion positions to the front, and the loop over chunks stops when the fullest shard is done. Logits exist
-for one chunk at a time. The backward pass computes them again; it is hand-written:
+batch shard moves its completion positions to the front, and the loop over chunks stops when the fullest shard is done. With a context
+axis the positions of a batch shard are dealt to its context shards. Logits exist for one chunk at a time. The backward pass computes
+them again; it is hand-written:
 
     z = x W, p = softmax(z):   d log p(y) / dz = onehot(y) - p,   and for each statistic its slope, see `alignax.models.statistics`
 
@@ -107,25 +108,27 @@ def token_logps(
     S = hidden.shape[0] if places is not None else meshes.batch_shards(mesh) if mesh is not None else 1
     S = S if R % S == 0 else 1  # an evaluation may have too few rows
     P = R // S * T  # positions of a shard
-    most = P if places is None else min(P, hidden.shape[1])  # scored ones; of a packed row each has a place of its own
+    C = 1 if mesh is None else mesh.shape["context"]
+    most = -(-(P if places is None else min(P, hidden.shape[1])) // C)  # scored ones; of a packed row each has a place of its own
     chunk = min(chunk, most)
     size = -(-most // chunk) * chunk
     scored = mask.reshape(S, P)
     rank = jnp.cumsum(scored, axis=1) - 1  # [S, P] of a completion position among those of its shard
-    move = lambda to: jnp.zeros(size, jnp.int32).at[to].set(jnp.arange(P, dtype=jnp.int32), mode="drop")
-    order = jax.vmap(move)(jnp.where(scored, rank, size))  # [S, size], completion positions first
-    count = scored.sum(axis=1).max()  # of the fullest shard
+    rank = rank % C * size + rank // C  # its place, where they are dealt to the C context shards
+    move = lambda to: jnp.zeros(C * size, jnp.int32).at[to].set(jnp.arange(P, dtype=jnp.int32), mode="drop")
+    order = jax.vmap(move)(jnp.where(scored, rank, C * size))  # [S, C size], completion positions first
+    count = -(-scored.sum(axis=1).max() // C)  # of the fullest shard
 
     def packed(states: jax.Array, places: jax.Array | None) -> jax.Array:
         at = order if places is None else jnp.take_along_axis(places.reshape(S, P), order, axis=1)
-        part = jnp.take_along_axis(states.reshape(S, -1, states.shape[-1]), at[..., None], axis=1)  # [S, size, D]
-        return meshes.constrain(part, mesh, "batch", None, None)
+        part = jnp.take_along_axis(states.reshape(S, -1, states.shape[-1]), at[..., None], axis=1)  # [S, C size, D]
+        return meshes.constrain(part.reshape(S * C, size, -1), mesh, "scored", None, None)
 
-    x, y = packed(hidden, places), jnp.take_along_axis(targets.reshape(S, P), order, axis=1)
+    x, y = packed(hidden, places), jnp.take_along_axis(targets.reshape(S, P), order, axis=1).reshape(S * C, size)
     taught = None if teacher is None else (packed(teacher[0], teacher[2] if len(teacher) == 3 else None), teacher[1])
     scores: Any = score(chunk, mesh, how, every, x, weight, y, count, taught)
     back = jnp.maximum(rank, 0)
-    restore = lambda a: jnp.where(mask, jnp.take_along_axis(a, back, axis=1).reshape(R, T), 0.0)
+    restore = lambda a: jnp.where(mask, jnp.take_along_axis(a.reshape(S, -1), back, axis=1).reshape(R, T), 0.0)
     logps, *values = map(restore, scores)
     found = dict(zip(every, values, strict=True))
     found[log_sum_sq] = jax.lax.stop_gradient(found[log_sum_sq])
@@ -221,8 +224,8 @@ def score(
 ) -> tuple[jax.Array, ...]:
     """The log-probs of targets y [S, P] and the statistics of softmax(x W), each [S, P] float32, from x [S, P, D] and W [D, V].
 
-    S are the batch shards, P the positions of each. Those after the first `count` are not scored. The teacher has hidden states
-    [S, P, E] and output weight [E, V].
+    S are the shards of scored positions, P the positions of each. Those after the first `count` are not scored. The teacher has hidden
+    states [S, P, E] and output weight [E, V].
     """
     return _scores(chunk, mesh, how, statistics, x, weight, y, count, teacher)[0]
 
@@ -291,7 +294,7 @@ def _backward(
     if mesh is not None and _in_blocks(mesh, x.shape[0], weight.shape[0]) and all(s.local for s, _, _ in read):
         dx, dw = _by_blocks(mesh, of_block, count, rows, w, w_t)
     else:
-        dw = meshes.constrain(jnp.zeros((x.shape[0], *w.shape), jnp.float32), mesh, "batch", None, "vocab")
+        dw = meshes.constrain(jnp.zeros((x.shape[0], *w.shape), jnp.float32), mesh, "scored", None, "vocab")
         dx, dw = of_block(count, rows, w, w_t, 0, (jnp.zeros_like(x), dw))
         dw = meshes.constrain(dw.sum(axis=0), mesh, "embed", "vocab")
     return dx, dw.astype(weight.dtype), None, None, None
@@ -357,7 +360,7 @@ def _of_block(
 def _in_blocks(mesh: Mesh, S: int, D: int) -> bool:
     """Whether the gradient of a weight with D rows is computed in blocks of the vocabulary: fsdp shards both it and the positions."""
     fsdp = mesh.shape["fsdp"]
-    return fsdp > 1 and D % fsdp == 0 and S == meshes.batch_shards(mesh)
+    return fsdp > 1 and D % fsdp == 0 and S == meshes.batch_shards(mesh) * mesh.shape["context"]
 
 
 def _by_blocks(
@@ -379,7 +382,7 @@ def _by_blocks(
             dx, dw = sums
             own, taught = jax.tree.map(lambda w: jax.lax.dynamic_slice_in_dim(w, first, size, axis=1), (w, w_t))
             dx, part = of_block(count, rows, own, taught, begin + first, (dx, jnp.zeros((1, D, size), jnp.float32)))
-            part = jax.lax.psum(_reduce_scattered(part[0], "fsdp", fsdp), "data")  # [D_fsdp, size]
+            part = jax.lax.psum(_reduce_scattered(part[0], "fsdp", fsdp), ("data", "context"))  # [D_fsdp, size]
             return dx, jax.lax.dynamic_update_slice_in_dim(dw, part, first, axis=1)
 
         size = min(max(-(-V // fsdp), D), V)
@@ -389,9 +392,9 @@ def _by_blocks(
         dx = dx.astype(x.dtype)
         return jax.lax.psum(dx, "tensor") if split else dx, dw
 
-    batch, whole = (meshes.sharding(mesh, axes).spec for axes in (("batch",), ()))
-    out = batch, meshes.sharding(mesh, ("embed", "vocab"), (D, V)).spec
-    specs: Any = (whole, batch, vocab, vocab)
+    scored, whole = (meshes.sharding(mesh, axes).spec for axes in (("scored",), ()))
+    out = scored, meshes.sharding(mesh, ("embed", "vocab"), (D, V)).spec
+    specs: Any = (whole, scored, vocab, vocab)
     return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)(count, rows, w, w_t)
 
 

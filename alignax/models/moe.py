@@ -61,7 +61,7 @@ def experts(
     run = functools.partial(_local, k, normalise, activation)
     if mesh is None:
         return run(None, 1, x, router, *weights)
-    rows = meshes.sharding(mesh, ("stream", None, None), x.shape, rules).spec
+    rows = meshes.sharding(mesh, ("stream", "tokens", None), x.shape, rules).spec
     split = meshes.sharding(mesh, ("expert", None, None), weights[0].shape, rules).spec
     axis: Any = split[0]  # None if the shards do not divide the experts; then each shard has all of them
     shards = math.prod(mesh.shape[a] for a in jax.tree.leaves(axis))

@@ -36,8 +36,8 @@ def attend_blocks(
       scale: the factor of the scores.
       cap: as in `alignax.models.attention.attention`.
       q: [n, KV, G t, h] queries of n blocks with t tokens, G for each of the KV key-value heads.
-      k: [n, KV, t, h] keys.
-      v: [n, KV, t, h] values.
+      k: [m, KV, t, h] keys of all m blocks of the row.
+      v: [m, KV, t, h] values.
       sight: of the row, without the axis S.
       window: [] int32; 0: no window.
     """
@@ -47,7 +47,7 @@ def attend_blocks(
 def _attend_blocks(
     interpret: bool, scale: float, cap: float | None, q: jax.Array, k: jax.Array, v: jax.Array, sight: Sight, window: jax.Array
 ) -> tuple[jax.Array, Any]:
-    n, KV, t, h = k.shape
+    n, (_, KV, t, h) = len(q), k.shape
     G = q.shape[2] // t
     block, run = _blocks(interpret, scale, cap, q, k, sight, window)
     out, log_z = run(
@@ -58,7 +58,8 @@ def _attend_blocks(
         [((n, KV, G, t, h), v.dtype, block("query", G, t, h)), ((n, KV, G, t), jnp.float32, block("query", G, t))],
         [pltpu.VMEM((G, h, t), jnp.float32), pltpu.VMEM((G, 1, t), jnp.float32), pltpu.VMEM((G, 1, t), jnp.float32)],
     )
-    real = sight.branch.reshape(n, 1, 1, t) >= 0  # blocks of padding are in no pair, so nothing was written there
+    # Blocks of padding are in no pair, so nothing was written there.
+    real = sight.branch.reshape(n, 1, 1, t) >= 0
     out = jnp.where(real[..., None], out, jnp.zeros((), out.dtype)).reshape(q.shape)
     out, log_z = checkpoint_name((out, jnp.where(real, log_z, 0.0)), KEPT)
     return out, (q, k, v, sight, window, out, log_z)
@@ -66,7 +67,7 @@ def _attend_blocks(
 
 def _attend_blocks_backward(interpret: bool, scale: float, cap: float | None, saved: Any, dout: jax.Array) -> tuple[Any, ...]:
     q, k, v, sight, window, out, log_z = saved
-    n, KV, t, h = k.shape
+    n, (m, KV, t, h) = len(q), k.shape
     G = q.shape[2] // t
     along = jnp.einsum("nkqh,nkqh->nkq", dout, out, preferred_element_type=jnp.float32).reshape(log_z.shape)
     heads = lambda x: x.reshape(n, KV, G, t, h)
@@ -76,9 +77,12 @@ def _attend_blocks_backward(interpret: bool, scale: float, cap: float | None, sa
     (dq,) = run(_backward_queries, sight.pairs, *read, [((n, KV, G, t, h), q.dtype, queries)], [pltpu.VMEM((G, t, h), jnp.float32)])
     sums = [pltpu.VMEM((t, h), jnp.float32)] * 2
     dk, dv = run(_backward_keys, sight.by_key, *read, [(k.shape, k.dtype, keys), (v.shape, v.dtype, keys)], sums)
-    real = sight.branch.reshape(n, 1, t, 1) >= 0
+    # A context shard's queries do not see every block of keys.
+    used = jnp.arange(len(sight.pairs)) < sight.count
+    seen = jnp.zeros(m, bool).at[jnp.where(used, sight.pairs[:, 1], m)].set(True, mode="drop")
     kept = lambda x, real: jnp.where(real, x, jnp.zeros((), x.dtype))
-    return kept(dq, real[:, :, None]).reshape(q.shape), kept(dk, real), kept(dv, real), None, None
+    of_key = (sight.key_branch.reshape(m, 1, t, 1) >= 0) & seen[:, None, None, None]
+    return kept(dq, sight.branch.reshape(n, 1, 1, t, 1) >= 0).reshape(q.shape), kept(dk, of_key), kept(dv, of_key), None, None
 
 
 attend_blocks.defvjp(_attend_blocks, _attend_blocks_backward)
@@ -88,15 +92,15 @@ def _blocks(
     interpret: bool, scale: float, cap: float | None, q: jax.Array, k: jax.Array, sight: Sight, window: jax.Array
 ) -> tuple[Callable[..., pl.BlockSpec], Callable[..., Any]]:
     """A function that gives the block of an array which goes with a pair, and one that runs a kernel over all pairs and KV heads."""
-    n, KV, t, _ = k.shape
+    _, KV, t, _ = k.shape
 
     def block(of: str, *shape: int) -> pl.BlockSpec:
         pair = {"query": 0, "key": 1}[of]
         return pl.BlockSpec((1, 1, *shape), lambda head, p, pairs, window: (pairs[2 * p + pair], head, *(0,) * len(shape)))
 
     # What a query is lies along the lanes, what a key is along the rows.
-    query = jnp.stack([sight.branch, sight.root, sight.positions]).reshape(3, n, t).swapaxes(0, 1)  # [n, 3, t]
-    key = jnp.stack([sight.branch, sight.positions], axis=-1).reshape(n, t, 2)
+    query = jnp.stack([sight.branch, sight.root, sight.positions]).reshape(3, -1, t).swapaxes(0, 1)  # [n, 3, t]
+    key = jnp.stack([sight.key_branch, sight.key_positions], axis=-1).reshape(-1, t, 2)
     of_query = pl.BlockSpec((1, 3, t), lambda head, p, pairs, window: (pairs[2 * p], 0, 0))
     of_key = pl.BlockSpec((1, t, 2), lambda head, p, pairs, window: (pairs[2 * p + 1], 0, 0))
 
@@ -129,14 +133,13 @@ def _edges(pairs: Any, side: int) -> tuple[jax.Array, jax.Array]:
     return (p == 0) | (at(jnp.maximum(p - 1, 0)) != at(p)), (p == count - 1) | (at(jnp.minimum(p + 1, count - 1)) != at(p))
 
 
-def _visible(pairs: Any, window: Any, query: Any, key: Any) -> jax.Array:
+def _visible(window: Any, query: Any, key: Any) -> jax.Array:
     """Which keys [s] are seen by which queries [t] of this grid step's pair, [s, t] bool."""
-    p, t = pl.program_id(1), query.shape[2]
     branch, root, position = (query[0, row : row + 1] for row in range(3))  # [1, t]
     seen, its = key[0, :, 0:1], key[0, :, 1:2]  # [s, 1]
-    at = lambda side, axis: pairs[2 * p + side] * t + jax.lax.broadcasted_iota(jnp.int32, (t, t), axis)
-    near = (position - its < window[0]) | (window[0] == 0)
-    return (at(0, 1) >= at(1, 0)) & (branch >= 0) & ((seen == branch) | (seen == root)) & near
+    distance = position - its
+    near = (distance < window[0]) | (window[0] == 0)
+    return (distance >= 0) & (branch >= 0) & ((seen == branch) | (seen == root)) & near
 
 
 def _scores(scale: float, cap: float | None, q: jax.Array, k: jax.Array, visible: jax.Array) -> jax.Array:
@@ -159,7 +162,7 @@ def _forward(scale: float, cap: float | None, *refs: Any) -> None:
     def _() -> None:
         sums[...], top[...], total[...] = jnp.zeros_like(sums), jnp.full_like(top, LOWEST), jnp.zeros_like(total)
 
-    visible, keys, values = _visible(pairs, window, query, key), k[0, 0], v[0, 0]
+    visible, keys, values = _visible(window, query, key), k[0, 0], v[0, 0]
 
     def head(g: jax.Array, state: None) -> None:
         scores = _scores(scale, cap, q[0, 0, g], keys, visible)
@@ -210,7 +213,7 @@ def _backward_queries(scale: float, cap: float | None, *refs: Any) -> None:
     def _() -> None:
         sums[...] = jnp.zeros_like(sums)
 
-    visible, keys, values = _visible(pairs, window, query, key), k[0, 0], v[0, 0]
+    visible, keys, values = _visible(window, query, key), k[0, 0], v[0, 0]
 
     def head(g: jax.Array, state: None) -> None:
         row = pl.ds(g, 1)
@@ -233,7 +236,7 @@ def _backward_keys(scale: float, cap: float | None, *refs: Any) -> None:
     def _() -> None:
         of_keys[...], of_values[...] = jnp.zeros_like(of_keys), jnp.zeros_like(of_values)
 
-    visible, keys, values = _visible(pairs, window, query, key), k[0, 0], v[0, 0]
+    visible, keys, values = _visible(window, query, key), k[0, 0], v[0, 0]
 
     def head(g: jax.Array, state: None) -> None:
         row, queries, cotangent = pl.ds(g, 1), q[0, 0, g], dout[0, 0, g]

@@ -19,20 +19,24 @@ class Sight(NamedTuple):
     """Which tokens of packed rows [S, P] see which: earlier ones of their own branch and of its root.
 
     A branch is a run of tokens that follow one another: a row, or where responses share a prompt, the prompt or one response. The root of a
-    response is the prompt's branch; every other branch is its own root.
+    response is the prompt's branch; every other branch is its own root. A context shard has some of a row's queries, and all of its keys.
     """
 
-    branch: jax.Array  # [S, P] int32, ascending in a row; -1: padding
-    root: jax.Array  # [S, P] int32
-    positions: jax.Array  # [S, P] int32, in a token's own sequence
-    pairs: jax.Array  # [S, n (n + 1) / 2, 2] int32: blocks of queries, and blocks of keys of which they may see some; query blocks ascend
-    by_key: jax.Array  # the same pairs in the order of their key blocks
-    count: jax.Array  # [S] int32: the pairs that are used
+    branch: jax.Array  # [S, P] int32 of queries; -1: padding
+    root: jax.Array  # [S, P] int32 of queries
+    positions: jax.Array  # [S, P] int32 of queries, in a token's own sequence
+    key_branch: jax.Array  # [S, P] int32 of keys
+    key_positions: jax.Array  # [S, P] int32 of keys
+    # [S, C, n (n + 1) / 2 C, 2] int32 of C context shards and the n blocks of a row: blocks of queries, counted in the shard, and blocks
+    # of keys of which they may see some. Those of a block of queries follow one another.
+    pairs: jax.Array
+    by_key: jax.Array  # the same pairs; those of a block of keys follow one another
+    count: jax.Array  # [S, C] int32: the pairs that are used
 
     @property
     def blocks(self) -> int:
-        """n, the blocks of a row; there is a place for each of its n (n + 1) / 2 pairs."""
-        return (math.isqrt(8 * self.pairs.shape[-2] + 1) - 1) // 2
+        """n, the blocks of a row."""
+        return (math.isqrt(8 * self.pairs.shape[-2] * self.pairs.shape[-3] + 1) - 1) // 2
 
 
 class Laid(NamedTuple):
@@ -68,9 +72,12 @@ def laid_out(batch: Batch, tokens: str = "tokens", mask: str = "mask") -> Laid:
     places, *packed = jax.vmap(functools.partial(_packed, batch.form.positions, shared))(
         *(split(batch[name]) for name in (tokens, mask, "completion_mask"))
     )
+    if (C := batch.form.context) > 1:
+        places, packed = _dealt_place(places, batch.form.positions, C), [jax.vmap(lambda x: _dealt(x, C))(x) for x in packed]
     token, position, length, branch, root = packed
-    visited = jax.vmap(functools.partial(_pairs, batch.form.block))(branch, root)
-    return Laid(token, branch >= 0, rows(places.reshape(batch[mask].shape)), length, Sight(branch, root, position, *visited))
+    visited = jax.vmap(functools.partial(_pairs, batch.form.block, batch.form.context))(branch, root)
+    sight = Sight(branch, root, position, branch, position, *visited)
+    return Laid(token, branch >= 0, rows(places.reshape(batch[mask].shape)), length, sight)
 
 
 def _packed(P: int, shared: bool, tokens: jax.Array, mask: jax.Array, scored: jax.Array) -> tuple[jax.Array, ...]:
@@ -98,16 +105,69 @@ def _packed(P: int, shared: bool, tokens: jax.Array, mask: jax.Array, scored: ja
     return places, at(tokens, 0), at(index, 0), at(lengths[..., None], 1), at(branch, -1), at(root, -1)
 
 
-def _pairs(block: int, branch: jax.Array, root: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The pairs of blocks (queries, keys) of a packed row [P] that may see each other, by query and by key; and their number []."""
+def _stripes(context: int) -> list[int]:
+    """The order in which the 2 C equal stripes of a row stand on C context shards: 0, 2C - 1 | 1, 2C - 2 | ..
+
+    A shard has an early stripe and a late one, so the queries of all shards see equally many keys of a long sequence.
+    """
+    return [stripe for c in range(context) for stripe in (c, 2 * context - 1 - c)]
+
+
+def _dealt(x: jax.Array, context: int) -> jax.Array:
+    """An array [P] with its stripes in the order of the context shards."""
+    return x.reshape(2 * context, -1)[jnp.asarray(_stripes(context))].reshape(x.shape)
+
+
+def _dealt_place(x: jax.Array, size: int, context: int) -> jax.Array:
+    """Where `_dealt` puts what stands at the places x of an array of the given size."""
+    if context == 1:
+        return x
+    wide = size // (2 * context)
+    stripe = x // wide
+    return jnp.where(stripe < context, 2 * stripe, 2 * (2 * context - 1 - stripe) + 1) * wide + x % wide
+
+
+def _pairs(block: int, C: int, branch: jax.Array, root: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The pairs of blocks of a packed row [P] that may see each other, as `Sight` has them: by query, by key, and their number [C].
+
+    Branches and roots ascend in a row. So a block sees the keys of two ranges of blocks: those of its roots, and those of its own branches
+    up to itself. The queries that see a block of keys are two ranges, too.
+    """
     n = branch.shape[0] // block
-    branch, root = branch.reshape(n, block), root.reshape(n, block)
+    index = jnp.arange(n)
+    place = _dealt_place(index, n, C)  # where a block stands
+    branch, root = (x.reshape(n, block)[place] for x in (branch, root))
     real, far = branch >= 0, jnp.iinfo(jnp.int32).max
-    lowest = lambda x: jnp.where(real, x, far).min(axis=1)
-    # A block of keys has the branches from its lowest to its highest; so do blocks of queries, and the roots that they see.
-    low, high, low_root, high_root = lowest(branch), branch.max(axis=1), lowest(root), root.max(axis=1)
-    meet = lambda first, last: (first[:, None] <= high[None]) & (low[None] <= last[:, None])
-    seen = (meet(low, high) | meet(low_root, high_root)) & (jnp.arange(n)[:, None] >= jnp.arange(n)[None])
-    found = functools.partial(jnp.nonzero, size=n * (n + 1) // 2, fill_value=0)
-    pair = lambda queries, keys: jnp.stack([queries, keys], axis=1).astype(jnp.int32)
-    return pair(*found(seen)), pair(*found(seen.T)[::-1]), seen.sum(dtype=jnp.int32)
+    used = real.any(axis=1)  # the others are padding, at the end of the row
+    low, low_root = (jnp.where(real, x, far).min(axis=1) for x in (branch, root))
+    high, high_root = (jnp.where(used, x.max(axis=1), far) for x in (branch, root))
+    below = lambda x, than: (x[None] < than[:, None]).sum(axis=1)  # how many are less than each
+    upto = lambda x, than: (x[None] <= than[:, None]).sum(axis=1)
+    first, end = below(high, low), upto(low, high)  # the first block of keys, and the end of the queries, of a block's branches
+    keys = (below(high, low_root), jnp.minimum(upto(low, high_root), first)), (first, index + 1)
+    queries = (index, end), (jnp.maximum(below(high_root, low), end), upto(low_root, high))
+    keys, queries = (jnp.where(used, jnp.asarray(ranges), 0).transpose(1, 2, 0) for ranges in (keys, queries))  # [2, n, 2]: begins, ends
+
+    def of_shard(c: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The pairs of a context shard's queries, which are one stripe of the row's blocks, or two."""
+        stripes = (
+            jnp.asarray([[0], [n]]) if C == 1 else jnp.stack([c, 2 * C - 1 - c])[None] * (n // (2 * C)) + jnp.asarray([[0], [n // (2 * C)]])
+        )
+        own = jnp.argsort(place)[c * (n // C) + jnp.arange(n // C)]
+        query, key, count = _listed(keys[0, own], keys[1, own], n * (n + 1) // 2 // C)
+        inside = jnp.clip(queries[..., None], *stripes[:, None, None, None]).reshape(2, n, -1)
+        its_key, its_query, _ = _listed(*inside, n * (n + 1) // 2 // C)
+        at = lambda blocks: _dealt_place(blocks, n, C)
+        pair = lambda queries, keys: jnp.maximum(jnp.stack([queries, at(keys)], axis=1), 0).astype(jnp.int32)
+        return pair(query, key), pair(at(its_query) - c * (n // C), its_key), count.astype(jnp.int32)
+
+    return jax.vmap(of_shard)(jnp.arange(C))
+
+
+def _listed(begin: jax.Array, end: jax.Array, most: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The rows and the values of ranges [n, r] in their order, both [most], padded with 0; and their number []."""
+    sizes = jnp.maximum(end - begin, 0).ravel()
+    ends, at = jnp.cumsum(sizes), jnp.arange(most)
+    of = jnp.minimum(jnp.searchsorted(ends, at, side="right"), len(sizes) - 1)
+    used = at < ends[-1]
+    return jnp.where(used, of // begin.shape[1], 0), jnp.where(used, begin.ravel()[of] + at - (ends - sizes)[of], 0), ends[-1]

@@ -47,9 +47,9 @@ class Lookup(NamedTuple):
 
 
 # With `tensor` over D nothing is summed, and only D / (tensor fsdp) columns of all tokens are exchanged.
-UNTIED = Lookup((None, "table"), (("lookup", None, "table"), ("batch", None, "split"), ("batch", None, None)))
+UNTIED = Lookup((None, "table"), (("lookup", "tokens", "table"), ("batch", "tokens", "split"), ("batch", "tokens", None)))
 # A table that is the head too has `tensor` over V, and what its shards find is summed.
-TIED = Lookup(("vocab", "embed"), (("lookup", None, "embed"), ("batch", None, None)))
+TIED = Lookup(("vocab", "embed"), (("lookup", "tokens", "embed"), ("batch", "tokens", None)))
 INPUT = "layer_input"  # name of a layer's input, for policies
 HOST = "pinned_host"  # the memory that "offload" moves layers' inputs to
 # What the forward pass of a layer keeps for the backward pass, beside the layer's input; all else is computed again. Memory rises from
@@ -119,7 +119,7 @@ class Block(nn.Module):
         h = x if c.parallel_residual else after
         h = self.mlp(norm(self, "mlp_norm", h) if c.pre_norms else h)
         x = after + (norm(self, "mlp_post_norm", h) if c.post_norms else h)
-        x = constrain(x, self.mesh, "stream", None, None, rules=DECODING[self.weights])
+        x = constrain(x, self.mesh, "stream", "tokens" if isinstance(mask, Sight) else None, None, rules=DECODING[self.weights])
         return (x, cache), x if self.states else kept
 
     @jax.named_scope("attention")
@@ -264,7 +264,7 @@ class Decoder(nn.Module):
             normal = nn.with_logical_partitioning(nn.initializers.normal(c.initializer_range), (None, "embed"))
             learned = self.param("position_embed", normal, (c.max_position_embeddings, c.hidden_size), jnp.float32)
             x = x + constrain(jnp.asarray(learned, self.dtype), self.mesh, None, None)[positions]
-        x = constrain(x, self.mesh, "stream", None, None, rules=DECODING[self.weights])
+        x = constrain(x, self.mesh, "stream", None if sight is None else "tokens", None, rules=DECODING[self.weights])
         block = Block if REMAT[self.remat] is None else nn.remat(Block, policy=REMAT[self.remat], prevent_cse=False)
         axes: Any = (0, 0, nn.broadcast, nn.broadcast, nn.broadcast)  # layer, window, rope, at, mask
         stack = nn.scan(
@@ -299,12 +299,12 @@ def embedded(embed: jax.Array, tokens: jax.Array, dtype: Any, mesh: Mesh | None,
 
     @jax.custom_vjp
     def look_up(embed: jax.Array, tokens: jax.Array) -> jax.Array:
-        return through(as_stored(embed.astype(dtype))[constrain(tokens, mesh, "lookup", None)], lookup.way)
+        return through(as_stored(embed.astype(dtype))[constrain(tokens, mesh, "lookup", "tokens")], lookup.way)
 
     def back(tokens: jax.Array, dx: jax.Array) -> tuple[jax.Array, None]:
         dx = through(dx, lookup.way[::-1]).astype(embed.dtype)
         zeros = as_stored(jnp.zeros(embed.shape, embed.dtype))
-        return as_stored(zeros.at[constrain(tokens, mesh, "lookup", None)].add(dx)), None
+        return as_stored(zeros.at[constrain(tokens, mesh, "lookup", "tokens")].add(dx)), None
 
     look_up.defvjp(lambda embed, tokens: (look_up(embed, tokens), tokens), back)
     return look_up(embed, tokens)

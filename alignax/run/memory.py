@@ -94,7 +94,7 @@ def residuals(remat: str, role: Any, config: Any, mesh: Mesh, shape: tuple[int, 
     kept = jax.eval_shape(pulled, trained, base, fields)
     # Activations have an axis, or two, of rows and tokens; weights, and their copies in the compute dtype, do not.
     of_rows = [x for x in jax.tree.leaves(kept) if x.size % rows == 0]
-    return size(of_rows) / meshes.batch_shards(mesh)
+    return size(of_rows) / meshes.batch_shards(mesh) / mesh.shape["context"]
 
 
 def held(roles: Roles, mesh: Mesh, optimizer: optax.GradientTransformation, averages: int) -> int:

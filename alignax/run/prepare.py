@@ -325,10 +325,19 @@ def streams(config: Any, examples: dict[str, Examples], every: dict[str, Example
 def make_packing(config: Any, roles: dict[str, Role], mesh: Mesh, train: Batches) -> Packing | None:
     """How the rows of a run are packed; None where they are padded.
 
-    Rows are padded where `model.packing` is -1, and by default where packed parts would hold hardly fewer positions.
+    Rows are padded where `model.packing` is -1, and by default where packed parts would hold hardly fewer positions. On a mesh with a
+    context axis they are packed.
+
+    Raises:
+      ValueError: for padded rows on a mesh with a context axis.
     """
     wanted, cpu = config.model.packing, mesh.devices.flat[0].platform == "cpu"
     shared = all(shares_prompts(role.config) for role in roles.values())
+    context = mesh.shape["context"]
+    if wanted < 0 and context > 1:
+        raise ValueError(
+            f"model.packing=-1 pads rows, and mesh.context={context} shards packed rows only; use model.packing=0, or mesh.context=1"
+        )
     if wanted < 0:
         return None
     online, least = config.rollout.samples > 0, 1024 if cpu else 8192
@@ -340,7 +349,7 @@ def make_packing(config: Any, roles: dict[str, Role], mesh: Mesh, train: Batches
         positions = group * max(1, min(padded // group, -(-2 * least // group)))
     packing = Packing(max(positions, 1), mesh, shared, 64 if cpu else 256)
     pays = PAYS.get(mesh.devices.flat[0].platform, 0.5)
-    return packing if wanted or online or real_share(train.examples, train.length, shared) < pays else None
+    return packing if wanted or online or context > 1 or real_share(train.examples, train.length, shared) < pays else None
 
 
 def real_share(examples: Examples, length: int, shared: bool) -> float:

@@ -37,7 +37,15 @@ def saved_experiment(workdir: Path, overrides: Sequence[str]) -> Experiment:
     file = workdir / "config.py"
     if not of_run(file):
         raise ValueError(f"{str(workdir)!r} is not the workdir of a run: it has no config.py{' that a run wrote' if file.exists() else ''}")
-    here = [f"workdir={workdir}", f"reference.cache={OFF}", "mesh.member=1", "mesh.data=1", "mesh.fsdp=-1", "mesh.tensor=1"]
+    here = [
+        f"workdir={workdir}",
+        f"reference.cache={OFF}",
+        "mesh.member=1",
+        "mesh.data=1",
+        "mesh.fsdp=-1",
+        "mesh.context=1",
+        "mesh.tensor=1",
+    ]
     experiment = load_experiment(file, [*here, *overrides])
     if (changed := changed_modules(experiment, experiment)) and is_main():
         print(
