@@ -544,8 +544,8 @@ def test_run_rerun_of_the_effective_config_eval_export(fields, tmp_path, capsys)
     assert cli.main(["train", "--config", str(workdir / "config.py"), f"--config.workdir={again}"]) == 0
     assert runs.losses(workdir) == runs.losses(again)
 
-    assert run(fields | {"workdir": workdir, "steps": 5}) == 2
-    assert "belongs to another run (steps: 4 there, 5 now)" in capsys.readouterr().err
+    assert run(fields | {"workdir": workdir, "steps": 3}) == 2
+    assert "belongs to another run (4 steps there, 3 now): a run may grow, but not shrink; set --config.steps=4" in capsys.readouterr().err
 
     assert cli.main(["eval", str(workdir), "--json", str(tmp_path / "eval.json")]) == 0
     table = capsys.readouterr().out
