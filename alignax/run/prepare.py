@@ -402,10 +402,9 @@ def check_length(run: Run, before: int) -> None:
             f"set --config.steps={before} or more, or choose another workdir"
         )
     if run.steps > before and is_main():
-        schedules = "the learning rate and other schedules" if run.config.optimizer.schedule != "constant" else "schedules"
         print(
-            f"notice: the run grows from {before} to {run.steps} steps; in the steps already taken, {schedules} that depend on the number of "
-            f"steps followed {before}, and from now on they follow {run.steps}",
+            f"notice: the run grows from {before} to {run.steps} steps; in the steps already taken, the learning rate and other schedules "
+            f"followed the old total, and from now on they follow the new one",
             file=sys.stderr,
         )
 
