@@ -7,9 +7,11 @@ arrays must have these digests, so a flipped bit is detected. The data position 
 
 import dataclasses
 import datetime
+import errno
 import json
 import logging
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -26,6 +28,7 @@ from alignax.types import TrainState
 
 FORMAT = 2  # version of the checkpoint layout
 TRIES = 20  # attempts to read a checkpoint of a live run, which removes older ones
+FULL = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))  # what a disk without room says, in any library
 AVERAGE = "average_"  # prefix of the items that hold averages of the parameters
 
 
@@ -238,10 +241,10 @@ def _saving(where: Path) -> Iterator[None]:
     try:
         yield
     except Exception as e:
-        cause = (str(e).strip().splitlines() or [""])[0][:200]
+        cause, full = (str(e).strip().splitlines() or [""])[0][:200], any(sign in str(e) for sign in FULL)
         raise OSError(
-            f"a checkpoint could not be written to {str(where)!r} ({type(e).__name__}: {cause}); earlier checkpoints are complete: make "
-            "room, and run the same command again"
+            f"a checkpoint could not be written to {str(where)!r} ({type(e).__name__}: {cause}); earlier checkpoints are complete: "
+            f"{'make room, and ' if full else ''}run the same command again"
         ) from e
 
 
