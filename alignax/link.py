@@ -20,6 +20,7 @@ from typing import Any
 TICK = 0.2  # seconds between two looks at signals and clocks
 BEAT = 2.0  # seconds between two signs of life
 GRACE = 3.0  # seconds that a process has to end with an error of its own, after another one has said why it ends
+LEAVE = 2.0  # seconds that a process takes to end then
 CONNECT = 60.0  # seconds in which all processes must have connected, after jax has brought them together
 SHORT = 1000  # most characters of another process's error
 GOES_ON = "start all processes again; a run goes on from its newest checkpoint"
@@ -94,7 +95,7 @@ class Link:
         """Tells the other processes why this one ends, so that they end too; process 0 waits until they have."""
         self._leaving = True
         self._all({"end": line[:SHORT], "code": code})
-        end = time.monotonic() + GRACE + 2
+        end = time.monotonic() + GRACE + LEAVE
         while not self.index and self._peers and time.monotonic() < end:
             time.sleep(TICK / 4)
 
@@ -116,7 +117,7 @@ class Link:
 
     def _watch(self) -> None:
         beaten = 0.0
-        while True:
+        while self._peers or self._news:
             for key, _ in self._selector.select(TICK):
                 self._read(key.data)
             now = time.monotonic()
@@ -130,7 +131,7 @@ class Link:
                 if now - peer.heard > self.lost:
                     self._lose(f"{self.name(peer.index)} has given no sign of life for {self.lost:.0f} s: it hangs, or its machine is gone")
             self._look_for_missing(now)
-            if self._news and now >= self._news[0]:
+            if self._news and now >= self._news[0] and not self._leaving:
                 return self._finish(*self._news[1:])
 
     def _read(self, peer: Peer) -> None:
@@ -237,7 +238,7 @@ class Link:
     def _finish(self, line: str, code: int) -> None:
         """Ends this process; process 0 ends last, since jax ends all others, in its own way, as soon as process 0 is gone."""
         self._leaving = True
-        end = time.monotonic() + GRACE + 2
+        end = time.monotonic() + GRACE + LEAVE
         while not self.index and self._peers and time.monotonic() < end:
             for key, _ in self._selector.select(TICK):
                 self._read(key.data)
@@ -315,9 +316,7 @@ def _accepted(server: socket.socket, secret: str, host: str, count: int) -> tupl
         except TimeoutError as e:
             missing = ", ".join(str(i) for i in range(count) if i not in hosts)
             port = server.getsockname()[1]
-            raise OSError(
-                f"process {missing} cannot reach process 0 at port {port} of {host}; the hosts of a run connect by TCP"
-            ) from e
+            raise OSError(f"process {missing} cannot reach process 0 at port {port} of {host}; the hosts of a run connect by TCP") from e
         with suppress(OSError, ValueError, KeyError, TypeError):
             line, rest = _line(connection)
             said = json.loads(line)

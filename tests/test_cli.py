@@ -135,11 +135,11 @@ def test_the_end_of_a_terminal_saves_and_nohup_goes_on():
     try:
         with Stop() as stop:
             os.kill(os.getpid(), signal.SIGHUP)
-            assert stop.requested(1) and stop.signal == signal.SIGHUP
+            assert stop.requested() and stop.signal == signal.SIGHUP
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         with Stop() as stop:
             os.kill(os.getpid(), signal.SIGHUP)
-            assert not stop.requested(1)
+            assert not stop.requested()
     finally:
         signal.signal(signal.SIGHUP, old)
 

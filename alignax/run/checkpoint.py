@@ -109,6 +109,15 @@ class Checkpoints:
             ranked = not self._best or self._best in metrics  # an evaluation lacks it if no reward was known
             self._manager.save(step, args=args, metrics=dict(metrics) or None if ranked else None)
 
+    def check(self) -> None:
+        """Raises the error of a save that has failed in the background, long before the next save or the end would.
+
+        Raises:
+          OSError: as `close` does.
+        """
+        with _saving(self.path):
+            self._manager.check_for_errors()
+
     def about(self, step: int) -> dict[str, Any]:
         """The JSON item of a checkpoint: its run, step, number of skipped steps, and digests.
 

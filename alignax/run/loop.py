@@ -90,6 +90,7 @@ def loop(started: Started, feed: Feed, profile: Profile, log: Log, stop: Stop) -
             observe(*pending)
         pending = (s, metrics, clock.submit(over, metrics))
         stopping = stop.requested()
+        checkpoints.check()
         evaluating = due(config.eval.every, s)
         saving = due(config.checkpoint.every, s) or (evaluating and config.checkpoint.best)
         if stopping or evaluating or saving or feed.waits:  # logged before a checkpoint; a feed that waits has no more to wait for
