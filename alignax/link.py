@@ -54,7 +54,7 @@ class Link:
         self._lock = threading.Condition()
         self._sent = threading.RLock()  # reentrant, since a signal may interrupt its holder
         self._calls, self._texts, self._since = 0, {}, {}  # of `gather`: calls, texts of each call by process, when its first text came
-        self._gathered: dict[int, list[str]] = {}
+        self._gathered: dict[str, list[str]] = {}
         self._asked = self._told = 0  # a signal of this process, and the one that process 0 knows of
         self._count, self._frozen, self._counts = 0, False, {}  # calls of `reached`; whether they wait; of all processes
         self._point: tuple[int, int] | None = None  # the call of `reached` at which all stop, and the signal
@@ -65,11 +65,15 @@ class Link:
             self._selector.register(peer.connection, selectors.EVENT_READ, peer)
         threading.Thread(target=self._watch, name="link", daemon=True).start()
 
-    def gather(self, text: str) -> list[str]:
-        """The texts of all processes, in their order; every process calls it, equally often."""
+    def gather(self, text: str, call: str = "") -> list[str]:
+        """The texts of all processes, in their order; every process calls it, equally often.
+
+        `call` names the call, for threads, whose calls may come in another order in each process.
+        """
         with self._lock:
-            self._calls += 1
-            call = self._calls
+            if not call:
+                self._calls += 1
+                call = str(self._calls)
             if self.index:
                 self._send({"gather": call, "text": text})
             else:
@@ -175,7 +179,7 @@ class Link:
         elif "point" in said:
             self._thaw(said["point"], said["number"])
 
-    def _add(self, call: int, index: int, text: str) -> None:
+    def _add(self, call: str, index: int, text: str) -> None:
         """Takes a text for a call of `gather`, in process 0; when all are there, sends them to all."""
         texts = self._texts.setdefault(call, {})
         texts[index] = text

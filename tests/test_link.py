@@ -64,7 +64,7 @@ def test_every_process_gets_the_texts_of_all_in_their_order(linked):
     group, ends, _ = linked(3)
     for call in range(3):
         texts = [f"{call} of {i}\n é" for i in range(3)]
-        assert at_once(*(lambda i=i: group[i].gather(texts[i]) for i in (2, 0, 1))) == [texts] * 3
+        assert at_once(*(lambda i=i, texts=texts: group[i].gather(texts[i]) for i in (2, 0, 1))) == [texts] * 3
     assert not ends
 
 

@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from alignax.distributed import link
 from alignax.mesh import gathered
 from alignax.output import require_space
 from alignax.text import one_line, short
@@ -49,6 +51,7 @@ class Checkpoints:
         # Errors in the background are raised when we wait for them; this hides the traceback that orbax prints of every thread.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         self._best = name = best.removeprefix("-")
+        self._failed: BaseException | None = None  # why a save failed in the background
         policies: list[Any] = [ocp.checkpoint_managers.LatestN(keep)]
         if best:
             sign = -1.0 if best.startswith("-") else 1.0
@@ -58,6 +61,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
             enable_async_checkpointing=True,
+            async_options=ocp.AsyncOptions(barrier_sync_fn=self._meet) if link() else None,
             create=writes,
             cleanup_tmp_directories=writes,  # half-written folders of a killed run
             read_only=not writes,
@@ -116,7 +120,16 @@ class Checkpoints:
           OSError: as `close` does.
         """
         with _saving(self.path):
+            if self._failed:
+                raise self._failed
             self._manager.check_for_errors()
+
+    def _meet(self, *, key: str, timeout_ms: int) -> None:
+        """Waits for the other processes, for orbax; a process whose save has failed does not, as the others wait elsewhere: it says so."""
+        if (error := sys.exception()) is not None:
+            self._failed = error
+        elif own := link():
+            own.gather("", key)
 
     def about(self, step: int) -> dict[str, Any]:
         """The JSON item of a checkpoint: its run, step, number of skipped steps, and digests.
@@ -250,7 +263,8 @@ def _saving(where: Path) -> Iterator[None]:
     try:
         yield
     except Exception as e:
-        cause, full = (str(e).strip().splitlines() or [""])[0][:200], any(sign in str(e) for sign in FULL)
+        cause, full = one_line(e, 1000), any(sign in str(e) for sign in FULL)
+        cause = cause if len(cause) <= 300 else f"{cause[:140]} .. {cause[-140:]}"  # the path comes first, and the reason last
         raise OSError(
             f"a checkpoint could not be written to {str(where)!r} ({type(e).__name__}: {cause}); earlier checkpoints are complete: "
             f"{'make room, and ' if full else ''}run the same command again"
