@@ -10,6 +10,7 @@ import math
 import os
 import platform
 import threading
+import time
 import urllib.error
 import urllib.request
 import zlib
@@ -22,7 +23,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from alignax.compiled import compile_anew, share_only
-from alignax.link import Link, open_link
+from alignax.link import Link, ended, meet, open_link
 from alignax.mesh import order_collectives
 from alignax.text import short
 
@@ -34,7 +35,11 @@ PACKAGES = (
 )  # fmt: skip
 MESSAGE = 1000  # most characters of an error that are sent to the other processes
 OFFER = 4096  # most bytes of what process 0 tells the others, for them to reach it
-LOST, PATIENCE = 40.0, 3600.0  # seconds of silence that make a process lost; that processes wait for one that is alive
+SECONDS = {
+    "ALIGNAX_START_SECONDS": 280.0,  # in which all processes have to come; a little less than jax's own limit
+    "ALIGNAX_LOST_SECONDS": 40.0,  # of silence that make a process lost
+    "ALIGNAX_WAIT_SECONDS": 3600.0,  # that processes wait for one that is alive, where all have to agree
+}
 REMEDY = f"set {', '.join(EXPLICIT)}, or for a single host TPU_SKIP_MDS_QUERY=1"
 _LINK: Link | None = None  # to the other processes
 
@@ -47,7 +52,9 @@ def initialize() -> None:
     of several hosts.
 
     Raises:
-        ValueError: some of the three variables are missing or not whole numbers, or a TPU VM could not tell its workers.
+        ValueError: some of the three variables are missing or not whole numbers, or a TPU VM could not tell its workers; or the processes
+          have other versions of Python or of the packages that compute.
+        OSError: some processes have not come in time, or cannot be reached.
     """
     global _LINK
     order_collectives()
@@ -57,13 +64,18 @@ def initialize() -> None:
             return
         order_collectives(several=True)
         jax.config.update("jax_cpu_collectives_implementation", "gloo")  # without it, CPU processes cannot reduce together
-        _join(arguments)
+        start, lost, patience = limits()
+        if "coordinator_address" in arguments and "JAX_COORDINATOR_BIND_ADDRESS" not in os.environ:  # else jax alone knows the address
+            index, count, address = (arguments[name] for name in ("process_id", "num_processes", "coordinator_address"))
+            _LINK = meet(index, count, address, start, lost, patience)
+        _join(arguments, start, lost)
         compile_anew() if jax.default_backend() == "cpu" else share_only()
-    if _LINK is None and jax.process_count() > 1:
-        lost, patience = seconds("ALIGNAX_LOST_SECONDS", LOST), seconds("ALIGNAX_WAIT_SECONDS", PATIENCE)
-        _LINK = open_link(jax.process_index(), jax.process_count(), _share, lost, patience)
-        atexit.register(_LINK.bye)
-        check_alike({"installation": versions()})
+    elif _LINK is not None or jax.process_count() == 1:
+        return
+    if _LINK is None:
+        _LINK = open_link(jax.process_index(), jax.process_count(), _share, *limits()[1:])
+    atexit.register(_LINK.bye)
+    check_alike({"installation": versions()})
 
 
 def is_main() -> bool:
@@ -151,42 +163,46 @@ def _version(name: str) -> str:
         return ""
 
 
-def seconds(name: str, default: float | None = None) -> float | None:
-    """The seconds that an environment variable asks for.
+def limits() -> list[float]:
+    """The values of the environment variables `SECONDS`.
 
     Raises:
-      ValueError: it is no number above 0.
+      ValueError: a value is no number above 0.
     """
-    said = os.environ.get(name, "")
-    try:
-        found = float(said) if said else default
-    except ValueError:
-        found = 0.0
-    if found is not None and not 0 < found < math.inf:
-        raise ValueError(f"{name}={said!r} must be a number of seconds above 0")
+    found = []
+    for name, default in SECONDS.items():
+        try:
+            found.append(float(os.environ.get(name) or default))
+        except ValueError:
+            found.append(0.0)
+        if not 0 < found[-1] < math.inf:
+            raise ValueError(f"{name}={os.environ[name]!r} must be a number of seconds above 0")
     return found
 
 
-def _join(arguments: dict[str, Any]) -> None:
+def _join(arguments: dict[str, Any], start: float, lost: float) -> None:
     """Starts `jax.distributed`, in a thread, so that signals are heard while it waits for the other processes."""
     # jax's own preemption service takes SIGTERM for itself, from under the handlers of `alignax.interrupts`.
     jax.config.update("jax_enable_preemption_service", False)
-    start, lost = seconds("ALIGNAX_START_SECONDS"), seconds("ALIGNAX_LOST_SECONDS")
-    own: dict[str, Any] = {} if start is None else {"initialization_timeout": math.ceil(start)}
-    if lost is not None and 2 * lost > 100:  # seconds after which jax ends all processes of one that it misses; ours have to be fewer
-        own["heartbeat_timeout_seconds"] = math.ceil(2 * lost)
+    more: dict[str, Any] = {}  # where jax's own limits would come before ours: it ends a process with a stack trace in C++
+    if start > SECONDS["ALIGNAX_START_SECONDS"]:
+        more["initialization_timeout"] = math.ceil(start) + 20
+    if 2 * lost > 100:
+        more["heartbeat_timeout_seconds"] = math.ceil(2 * lost)
     errors: list[Exception] = []
 
     def join() -> None:
         try:
-            jax.distributed.initialize(**arguments, **own)
+            jax.distributed.initialize(**arguments, **more)
         except Exception as e:
             errors.append(e)
 
-    thread = threading.Thread(target=join, daemon=True)
+    thread, end = threading.Thread(target=join, daemon=True), time.monotonic() + start
     thread.start()
     while thread.is_alive():
         thread.join(0.1)
+        if time.monotonic() > end:
+            ended(f"some processes of this run have not come within {start:.0f} s (ALIGNAX_START_SECONDS); start all of them", 1)
     if errors:
         raise errors[0]
 

@@ -5,6 +5,7 @@ port, the others connect to it, and in each process a thread listens to the othe
 that hangs, or whose machine is gone, is silent. The thread then ends its own process with one line, whatever the main thread waits for.
 """
 
+import errno
 import json
 import os
 import secrets
@@ -14,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 TICK = 0.2  # seconds between two looks at signals and clocks
@@ -23,6 +24,7 @@ GRACE = 3.0  # seconds that a process has to end with an error of its own, after
 LEAVE = 2.0  # seconds that a process takes to end then
 CONNECT = 60.0  # seconds in which all processes must have connected, after jax has brought them together
 SHORT = 1000  # most characters of another process's error
+REMEDY = "; start all processes, on hosts that connect by TCP (ALIGNAX_START_SECONDS)"
 GOES_ON = "start all processes again; a run goes on from its newest checkpoint"
 
 
@@ -260,8 +262,35 @@ class Link:
                 peer.connection.sendall(json.dumps(message).encode() + b"\n")
 
 
+def meet(index: int, count: int, address: str, start: float, lost: float, patience: float) -> Link:
+    """Connects the processes of a run at the address that jax uses after that; every process calls it.
+
+    Args:
+      index: the number of this process.
+      count: the number of processes.
+      address: HOST:PORT of process 0.
+      start: seconds in which all processes must have come.
+      lost, patience: see `Link`.
+
+    Raises:
+      OSError: on every process that has come, who is missing.
+    """
+    place, _, port = address.rpartition(":")
+    if index:
+        return _joined(index, [place.strip("[]")], int(port), address, start, lost, patience)
+    end = time.monotonic() + start
+    while True:
+        try:
+            with _listening(int(port)) as server:
+                return _accepted(server, count, address, end - time.monotonic(), lost, patience)
+        except OSError as e:
+            if e.errno != errno.EADDRINUSE or time.monotonic() > end:
+                raise
+        time.sleep(TICK)  # the run before this one may still be ending
+
+
 def open_link(index: int, count: int, share: Callable[[str], str], lost: float, patience: float) -> Link:
-    """Connects the processes of a run with process 0; every process calls it.
+    """Connects the processes of a run that jax has brought together; every process calls it.
 
     Args:
       index: the number of this process.
@@ -272,15 +301,13 @@ def open_link(index: int, count: int, share: Callable[[str], str], lost: float, 
     Raises:
       OSError: the processes cannot reach one another.
     """
-    host = socket.gethostname()
-    if index == 0:
-        with _listening() as server:
-            secret = secrets.token_hex(16)  # who does not know it is no process of this run
-            share(json.dumps([server.getsockname()[1], secret, _addresses()]))
-            return Link(0, *_accepted(server, secret, host, count), lost, patience, ended)
-    port, secret, places = json.loads(share(""))
-    connection, hosts, rest = _joined(places, port, {"process": index, "host": host, "secret": secret})
-    return Link(index, hosts, [Peer(0, connection, rest)], lost, patience, ended)
+    if index:
+        port, secret, places = json.loads(share(""))
+        return _joined(index, places, port, secret, CONNECT, lost, patience)
+    with _listening(0) as server:
+        secret = secrets.token_hex(16)  # who does not know it is no process of this run
+        share(json.dumps([server.getsockname()[1], secret, _addresses()]))
+        return _accepted(server, count, secret, CONNECT, lost, patience)
 
 
 def ended(line: str, code: int) -> None:
@@ -292,9 +319,9 @@ def ended(line: str, code: int) -> None:
     os._exit(code)
 
 
-def _listening() -> socket.socket:
+def _listening(port: int) -> socket.socket:
     six = socket.has_dualstack_ipv6()
-    return socket.create_server(("", 0), family=socket.AF_INET6 if six else socket.AF_INET, dualstack_ipv6=six, backlog=1024)
+    return socket.create_server(("", port), family=socket.AF_INET6 if six else socket.AF_INET, dualstack_ipv6=six, backlog=1024)
 
 
 def _addresses() -> list[str]:
@@ -309,60 +336,79 @@ def _addresses() -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _accepted(server: socket.socket, secret: str, host: str, count: int) -> tuple[list[str], list[Peer]]:
-    """The hosts of all processes, and the connections of process 0."""
+def _accepted(server: socket.socket, count: int, secret: str, start: float, lost: float, patience: float) -> Link:
+    """The link of process 0, once all others have connected."""
     peers: dict[int, Peer] = {}
-    hosts, end = {0: host}, time.monotonic() + CONNECT
+    hosts, end = {0: socket.gethostname()}, time.monotonic() + start
     while len(hosts) < count:
         server.settimeout(max(end - time.monotonic(), 0.01))
         try:
             connection, _ = server.accept()
-        except TimeoutError as e:
-            missing = ", ".join(str(i) for i in range(count) if i not in hosts)
+        except TimeoutError:
+            missing = [str(i) for i in range(count) if i not in hosts]
             port = server.getsockname()[1]
-            raise OSError(f"process {missing} cannot reach process 0 at port {port} of {host}; the hosts of a run connect by TCP") from e
+            many = f"processes {', '.join(missing)} of {count} have" if len(missing) > 1 else f"process {missing[0]} of {count} has"
+            line = f"{many} not reached process 0 at port {port} of {hosts[0]} within {start:.0f} s{REMEDY}"
+            _answer(peers, {"error": line})
+            for peer in peers.values():
+                peer.connection.close()
+            raise OSError(line) from None
         with suppress(OSError, ValueError, KeyError, TypeError):
-            line, rest = _line(connection)
+            line, rest = _line(connection, 5.0)
             said = json.loads(line)
-            if secrets.compare_digest(said["secret"], secret):
+            if secrets.compare_digest(said["secret"], secret) and 0 < said["process"] < count:
                 hosts[said["process"]] = said["host"]
                 peers[said["process"]] = Peer(said["process"], connection, rest)
                 continue
         connection.close()
     names = [hosts[i] for i in range(count)]
+    _answer(peers, {"hosts": names})
+    return Link(0, names, list(peers.values()), lost, patience, ended)
+
+
+def _answer(peers: Mapping[int, Peer], said: Mapping[str, Any]) -> None:
     for peer in peers.values():
-        peer.connection.sendall(json.dumps(names).encode() + b"\n")
+        with suppress(OSError):
+            peer.connection.sendall(json.dumps(said).encode() + b"\n")
         peer.heard = time.monotonic()
-    return names, list(peers.values())
 
 
-def _joined(places: list[str], port: int, hello: dict[str, Any]) -> tuple[socket.socket, list[str], bytes]:
-    """A connection to process 0, the hosts of all processes, and what else was read."""
-    end, errors = time.monotonic() + CONNECT, {}
-    here = ["127.0.0.1"] if places[0] == hello["host"] else []
-    explicit = os.environ.get("JAX_COORDINATOR_ADDRESS", "").rpartition(":")[0].strip("[]")
+def _joined(index: int, places: list[str], port: int, secret: str, start: float, lost: float, patience: float) -> Link:
+    """The link of another process, which connects to the first place that answers."""
+    host = socket.gethostname()
+    end, errors = time.monotonic() + start, {}
+    hello = json.dumps({"process": index, "host": host, "secret": secret}).encode() + b"\n"
+    if places[0] == host:
+        places = ["127.0.0.1", *places]
     while time.monotonic() < end:
-        for place in filter(None, [*here, explicit, *places]):
-            try:
-                connection = socket.create_connection((place, port), timeout=5)
-                connection.sendall(json.dumps(hello).encode() + b"\n")
-                line, rest = _line(connection, end)
-                return connection, json.loads(line), rest
-            except (OSError, ValueError) as e:
-                errors[place] = str(e)
+        for place in places:
+            with ExitStack() as stack:
+                try:
+                    connection = stack.enter_context(socket.create_connection((place, port), timeout=5))
+                    connection.sendall(hello)
+                    line, rest = _line(connection, end + 5 - time.monotonic())
+                    said = json.loads(line)
+                except (OSError, ValueError) as e:
+                    errors[place] = str(e)
+                    continue
+                if "error" in said:
+                    raise OSError(said["error"])
+                stack.pop_all()
+                return Link(index, said["hosts"], [Peer(0, connection, rest)], lost, patience, ended)
         time.sleep(TICK)
     tried = "; ".join(f"{place}: {why}" for place, why in errors.items())
-    raise OSError(f"process {hello['process']} cannot reach process 0 at port {port} ({tried}); the hosts of a run connect by TCP")
+    raise OSError(f"process {index} has not reached process 0 at port {port} within {start:.0f} s ({tried}){REMEDY}")
 
 
-def _line(connection: socket.socket, end: float = 0.0) -> tuple[bytes, bytes]:
+def _line(connection: socket.socket, seconds: float) -> tuple[bytes, bytes]:
     """The first line from a connection, and what follows it."""
     data = b""
-    connection.settimeout(max(end - time.monotonic(), 5.0))
+    connection.settimeout(max(seconds, 0.01))
     while b"\n" not in data:
         if not (more := connection.recv(1 << 16)):
             raise ConnectionError("it closed the connection")
         data += more
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.settimeout(GRACE)
-    return data.split(b"\n", 1)[0], data.split(b"\n", 1)[1]
+    line, _, rest = data.partition(b"\n")
+    return line, rest

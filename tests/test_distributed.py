@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import threading
+from unittest.mock import Mock
 
 import jax
 import pytest
@@ -23,6 +24,9 @@ def calls(monkeypatch):
     made = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda **arguments: made.append(arguments))
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: False)
+    monkeypatch.setattr(distributed, "_LINK", None)
+    for opens in ("meet", "open_link"):
+        monkeypatch.setattr(distributed, opens, lambda *_: Mock(gather=lambda text: [text]))
     for name in SETTINGS:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(distributed, "_metadata", lambda key: pytest.fail(f"asked the metadata server for {key}"))

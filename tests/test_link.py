@@ -8,9 +8,15 @@ import time
 import pytest
 
 from alignax import link as links
-from alignax.link import GOES_ON, Link, Peer, open_link
+from alignax.link import GOES_ON, Link, Peer, meet, open_link
 
 LONG = 60.0
+
+
+@pytest.fixture(autouse=True)
+def unharmed(monkeypatch):
+    """Keeps this process alive."""
+    monkeypatch.setattr(links, "ended", lambda line, code: None)
 
 
 @pytest.fixture
@@ -201,10 +207,36 @@ def test_processes_find_one_another_and_strangers_are_no_processes(monkeypatch):
 def test_a_process_that_cannot_be_reached_is_an_error_that_names_it(monkeypatch):
     monkeypatch.setattr(links, "CONNECT", 0.3)
     monkeypatch.setattr(links, "_addresses", list)
-    with pytest.raises(OSError, match=r"process 1, 2 cannot reach process 0 at port \d+ of "):
+    with pytest.raises(OSError, match=r"processes 1, 2 of 3 have not reached process 0 at port \d+ of .* within 0 s"):
         open_link(0, 3, lambda text: text, LONG, LONG)
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         port = closed.getsockname()[1]
-        with pytest.raises(OSError, match=rf"process 2 cannot reach process 0 at port {port} \(127.0.0.1: .*refused"):
+        with pytest.raises(OSError, match=rf"process 2 has not reached process 0 at port {port} within 0 s \(127.0.0.1: .*refused"):
             open_link(2, 3, lambda _: json.dumps([port, "secret", ["127.0.0.1"]]), LONG, LONG)
+
+
+def test_processes_that_come_hear_who_has_not():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+
+    def come(index):
+        try:
+            return meet(index, 3, address, 1.0, LONG, LONG)
+        except OSError as e:
+            return str(e)
+
+    line = rf"process 2 of 3 has not reached process 0 at port {address[10:]} of {socket.gethostname()} within 1 s; start all processes"
+    assert [said.startswith(line) for said in at_once(lambda: come(0), lambda: come(1))] == [True, True]
+
+
+def test_the_port_is_free_again_for_jax_and_a_run_waits_for_the_one_before_it():
+    with socket.create_server(("", 0)) as before:
+        port = before.getsockname()[1]
+        threading.Timer(0.5, before.close).start()
+        found = at_once(*(lambda i=i: meet(i, 2, f"localhost:{port}", 10.0, LONG, LONG) for i in range(2)))
+    assert at_once(*(lambda own=own: own.gather(str(own.index)) for own in found)) == [["0", "1"]] * 2
+    with socket.create_server(("", port)):  # with the connections of the link still open
+        found[1].bye()
+        found[0].bye()
