@@ -4,6 +4,8 @@ import pathlib
 import random
 import shutil
 import signal
+import socket
+import sys
 
 import numpy as np
 import pytest
@@ -206,8 +208,8 @@ def test_a_workdir_that_process_0_cannot_write_ends_both(fields, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["data", *(pytest.param(x, marks=pytest.mark.long) for x in ("config", "experiment", "model"))])
-def test_processes_that_were_given_different_things_all_end_with_its_name(what, fields, tmp_path):
+@pytest.mark.parametrize("what", runs.long_but(("data", "config", "experiment", "model", "policy", "checkpoint"), "data"))
+def test_processes_that_were_given_different_things_all_end_with_its_name(what, fields, tmp_path, monkeypatch):
     hosts = (tmp_path / "a", tmp_path / "b")
     for i, host in enumerate(hosts):
         host.mkdir()
@@ -216,16 +218,27 @@ def test_processes_that_were_given_different_things_all_end_with_its_name(what, 
         shutil.copytree(str(fields["model.path"]), host / "model")
         source = (runs.REPO / "experiments" / "dpo_hh.py").read_text()
         (host / "mine.py").write_text(source + "\nother = 1\n" if (what, i) == ("experiment", 1) else source)
-    if what == "model":
+    if what == "policy":  # as if the bytes that differ were none of those that are compared before weights are read
+        code = "import sys; from alignax import cli; from alignax.run import start; start.sketch = str; sys.exit(cli.main())"
+        monkeypatch.setattr(runs, "command", lambda args: [sys.executable, "-c", code, *args])
+    if what in ("model", "policy"):
         with open(hosts[1] / "model" / "model.safetensors", "r+b") as f:
             f.seek(-1, 2)
             f.write(b"\x07")
-        (hosts[1] / "model" / "alignax.json").unlink()
+        (hosts[1] / "model" / "alignax.json").unlink(missing_ok=True)
     own = fields | {"workdir": tmp_path / "run", "data.train": "pairs.jsonl", "data.eval": "pairs.jsonl", "model.path": "model"}
+    if what == "checkpoint":  # a workdir that is not shared
+        own |= {"workdir": "run"}
+        (hosts[0] / "run" / "checkpoints" / "3" / "about").mkdir(parents=True)
+        (hosts[0] / "run" / "checkpoints" / "3" / "about" / "metadata").write_text("{}")
+        begun = effective(load_experiment(hosts[0] / "mine.py", [f"{k}={v}" for k, v in own.items()]))
+        (hosts[0] / "run" / "config.py").write_text(begun)
     words = [runs.arguments(own | ({"seed": 1} if (what, i) == ("config", 1) else {})) for i in range(2)]
     words = [["train", "--config", "mine.py", *own[3:]] for own in words]
     out = [runs.finish(process, code=2, timeout=120) for process in runs.begin_two(words, hosts)]
     for said in out:
         assert f"error: process 1 was given another {what} than process 0 (" in said, said
-    assert {"config": "seed = 1", "experiment": "other = 1", "data": "data.train", "model": "model.safetensors"}[what] in out[0]
-    assert not (tmp_path / "run").exists()
+        assert said.count(f" on {socket.gethostname()}") == 2
+    found = {"config": "seed = 1", "experiment": "other = 1", "data": "data.train", "model": "model.safetensors", "checkpoint": "step 3"}
+    assert found.get(what, "") in out[0]
+    assert not (tmp_path / "run").exists() and not (hosts[1] / "run").exists()

@@ -271,9 +271,19 @@ def _saving(where: Path) -> Iterator[None]:
         ) from e
 
 
+def newest(workdir: Path) -> int:
+    """The step of the newest checkpoint in a workdir, which need not be readable; 0 without one."""
+    return max(abouts(workdir), default=0)
+
+
+def abouts(workdir: Path) -> dict[int, Path]:
+    """The files that say which run wrote a checkpoint, by step."""
+    return {int(file.parts[-3]): file for file in (workdir / "checkpoints").glob("*/about/metadata") if file.parts[-3].isdigit()}
+
+
 def began(workdir: Path) -> datetime.date:
     """The day on which a run began, from its newest readable checkpoint; today for a run without one."""
-    found = {int(file.parts[-3]): file for file in (workdir / "checkpoints").glob("*/about/metadata") if file.parts[-3].isdigit()}
+    found = abouts(workdir)
     for step in sorted(found, reverse=True):
         with suppress(OSError, ValueError, TypeError, KeyError):  # damaged checkpoints are reported when they are restored
             return datetime.date.fromisoformat(json.loads(found[step].read_text(encoding="utf-8"))["day"])
