@@ -23,7 +23,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from alignax.compiled import compile_anew, share_only
-from alignax.link import Link, ended, meet, open_link
+from alignax.link import Link, ended
+from alignax.meeting import meet, open_link
 from alignax.mesh import order_collectives
 from alignax.text import short
 

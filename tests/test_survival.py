@@ -1,11 +1,14 @@
 """Several processes of which one dies, hangs or fails: all end within a minute, each with one line that says who and why."""
 
+import os
+import random
 import resource
 import signal
 import socket
 import sys
 import time
 
+import numpy as np
 import pytest
 import runs
 
@@ -135,3 +138,54 @@ def test_a_slow_store_is_waited_for_and_a_stop_is_saved_whole(fields, tmp_path, 
     step = int(line.split("after step ")[1].split(";")[0])
     assert step <= len(runs.losses(workdir)) and (workdir / "checkpoints" / str(step) / "params").is_dir()
     assert not [*workdir.glob("checkpoints/*tmp*")]
+
+
+def whole_or_killed(args, count, kills, rng, workdir):
+    """Runs a command in so many processes and starts it again after each kill, as a supervisor does; the kinds of kills that hit."""
+    hit = []
+    saving = lambda: any(workdir.glob("checkpoints/*tmp*"))
+    while True:
+        processes = runs.begin_group([args] * count, 1)
+        who, how = rng.randrange(count), rng.choice(["set-up", "step", "save"])
+        if len(hit) < kills:
+            end = time.monotonic() + rng.uniform(1, 8)
+            target = (len(runs.losses(workdir)) if (workdir / "metrics.jsonl").exists() else 0) + rng.randint(1, 3)
+            when = {"set-up": lambda end=end: time.monotonic() > end, "step": learning(workdir, target), "save": saving}[how]
+            if runs.stop_when(processes[who], when, signal.SIGKILL):
+                hit.append(how)
+        found = ends(processes, 240)
+        if not any(code for code, _ in found):
+            return hit
+        assert sorted(code for code, _ in found) == [-9, *[1] * (count - 1)], found
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_a_run_that_is_killed_many_times_is_the_run_that_never_was(fields, tmp_path):
+    """ALIGNAX_TEST_KILLS sets how often; the steps since the newest checkpoint are taken again, bit for bit."""
+    kills, own = int(os.environ.get("ALIGNAX_TEST_KILLS", "3")), fields | {"steps": 48, "checkpoint.every": 2}
+    words = {name: runs.arguments(own | {"workdir": tmp_path / name}, "sft_hh") for name in ("whole", "killed")}
+    assert whole_or_killed(words["whole"], 2, 0, random.Random(0), tmp_path / "whole") == []
+    hit = whole_or_killed(words["killed"], 2, kills, random.Random(kills), tmp_path / "killed")
+    print(f"{kills} kills: {hit}")
+    assert len(hit) == kills
+    assert runs.losses(tmp_path / "whole") == runs.losses(tmp_path / "killed")
+    found, wanted = (runs.final_params(tmp_path / name) for name in ("killed", "whole"))
+    assert found.keys() == wanted.keys() and all(np.array_equal(found[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.parametrize("counts", [(1, 2), (4, 2)])
+def test_a_run_goes_on_in_another_number_of_processes(counts, fields, tmp_path):
+    own = fields | {"steps": 12, "optimizer.schedule": "constant"}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole_or_killed(runs.arguments(own | {"workdir": whole}, "sft_hh"), 1, 0, random.Random(0), whole)
+    for count, steps in zip(counts, (6, 12), strict=True):
+        whole_or_killed(runs.arguments(own | {"workdir": parts, "steps": steps}, "sft_hh"), count, 0, random.Random(0), parts)
+    x, y = runs.losses(whole), runs.losses(parts)
+    assert x.keys() == y.keys()
+    assert [y[step]["loss"] for step in y] == pytest.approx([x[step]["loss"] for step in x], rel=1e-6)
+    p, q = runs.final_params(whole), runs.final_params(parts)
+    for name in p:
+        np.testing.assert_allclose(q[name], p[name], atol=1e-6)
