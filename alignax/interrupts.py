@@ -42,15 +42,22 @@ def leave(line: str, number: int) -> int:
     except OSError:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115  (else Python fails to flush it, and ends with 120)
     if "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
-        _exit(number)
+        _exit(line, number)
     return 128 + number
 
 
-def _exit(number: int) -> None:
-    """Ends the process at once."""
+def _exit(line: str, number: int) -> None:
+    """Ends the process at once; of several, the others are told the line."""
     with suppress(Exception):  # the console has gone, or was being written to
         sys.stdout.flush()
+    if (own := link()) is not None:
+        own.tell(line, 128 + number)
     os._exit(128 + number)
+
+
+def link() -> Any:
+    """The `alignax.link.Link` of this process; None for a single process, or where the processes are not connected yet."""
+    return sys.modules["alignax.distributed"].link() if "alignax.distributed" in sys.modules else None
 
 
 def install() -> None:
@@ -82,7 +89,7 @@ def handler(line: Callable[[int], str]) -> Callable[[int, FrameType | None], Any
             if frame.f_code.co_filename.startswith(IMPORTS):
                 with suppress(OSError):
                     print(line(number), file=sys.stderr, flush=True)
-                _exit(number)
+                _exit(line(number), number)
             frame = frame.f_back
         raise Interrupted(number)
 

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +67,16 @@ def begin(args: list[str], env: dict[str, str] | None = None, cwd: Path = REPO) 
 
 def begin_two(args: list[list[str]], cwds: tuple[Path, Path] = (REPO, REPO)) -> list[subprocess.Popen]:
     """Starts two processes of four devices each that find one another, each in a folder of its own."""
+    return begin_group(args, 4, cwds)
+
+
+def begin_group(args: list[list[str]], devices: int, cwds: Sequence[Path] = (), **more: str) -> list[subprocess.Popen]:
+    """Starts processes of so many devices each that find one another, each with its own arguments; `more` is in their environment."""
     with socket.socket() as s:
         s.bind(("localhost", 0))
-        address = f"localhost:{s.getsockname()[1]}"
-    place = lambda i: environment(4, JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES="2", JAX_PROCESS_ID=str(i), PYTHONPATH=str(REPO))
-    return [begin(own, place(i), cwd) for i, (own, cwd) in enumerate(zip(args, cwds, strict=True))]
+        own = {"JAX_COORDINATOR_ADDRESS": f"localhost:{s.getsockname()[1]}", "JAX_NUM_PROCESSES": str(len(args)), "PYTHONPATH": str(REPO)}
+    place = lambda i: environment(devices, **own, JAX_PROCESS_ID=str(i), **more)
+    return [begin(words, place(i), cwds[i] if cwds else REPO) for i, words in enumerate(args)]
 
 
 def finish(process: subprocess.Popen, code: int = 0, timeout: float = 240) -> str:

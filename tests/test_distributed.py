@@ -1,12 +1,16 @@
 import http.server
 import json
 import os
+import platform
 import socket
 import subprocess
 import sys
 import threading
+from unittest.mock import Mock
 
+import flax
 import jax
+import numpy as np
 import pytest
 
 from alignax import distributed
@@ -23,6 +27,9 @@ def calls(monkeypatch):
     made = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda **arguments: made.append(arguments))
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: False)
+    monkeypatch.setattr(distributed, "_LINK", None)
+    for opens in ("meet", "open_link"):
+        monkeypatch.setattr(distributed, opens, lambda *_: Mock(gather=lambda text: [text]))
     for name in SETTINGS:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(distributed, "_metadata", lambda key: pytest.fail(f"asked the metadata server for {key}"))
@@ -163,6 +170,56 @@ def test_a_second_call_does_nothing(monkeypatch, calls):
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     distributed.initialize()
     assert not calls
+
+
+def test_limits_are_numbers_of_seconds(monkeypatch, calls):
+    assert distributed.limits() == [280, 40, 3600]
+    setenv(monkeypatch, {"ALIGNAX_LOST_SECONDS": "90.5", "ALIGNAX_START_SECONDS": ""})
+    assert distributed.limits() == [280, 90.5, 3600]
+    for wrong in ("soon", "0", "-1", "inf", "nan"):
+        monkeypatch.setenv("ALIGNAX_WAIT_SECONDS", wrong)
+        with pytest.raises(ValueError, match=f"ALIGNAX_WAIT_SECONDS='{wrong}' must be a number of seconds above 0"):
+            distributed.limits()
+
+
+def test_long_limits_are_told_to_jax_whose_own_would_come_first(monkeypatch, calls):
+    setenv(monkeypatch, SLURM_STEP | {"ALIGNAX_LOST_SECONDS": "90.5", "ALIGNAX_START_SECONDS": "600"})
+    distributed.initialize()
+    assert calls == [dict(cluster_detection_method="slurm", initialization_timeout=620, heartbeat_timeout_seconds=181)]
+
+
+def of_four(monkeypatch, *texts):
+    """This process as process 0 of 4; the texts of all, for each call of `gather`."""
+    answers = iter(texts)
+    own = Mock(index=0, hosts=["a", "b", "c", "d"], gather=lambda text: [x if x is not None else text for x in next(answers)])
+    monkeypatch.setattr(distributed, "_LINK", own)
+
+
+def test_the_processes_that_differ_are_named_with_their_hosts(monkeypatch):
+    mine = {"config": "seed = 0", "installation": "python 3.11.7\njax 0.10.2"}
+    other = mine | {"installation": "python 3.11.7\njax 0.11.2"}
+    said = [json.dumps({name: distributed.digest(text) for name, text in given.items()}) for given in (mine, other)]
+    of_four(monkeypatch, [said[0], said[1], said[0], said[1]], [None, other["installation"], None, other["installation"]])
+    line = r"processes 1, 3 were given another installation than process 0 \('jax 0.11.2' on b, and 'jax 0.10.2' on a\); start all"
+    with pytest.raises(ValueError, match=line):
+        distributed.check_alike(mine)
+    of_four(monkeypatch, [said[0]] * 4)
+    distributed.check_alike(mine)
+
+
+def test_an_error_of_another_process_is_told_with_its_host(monkeypatch):
+    of_four(monkeypatch, [None, "", "no such file", "no such file"])
+    with pytest.raises(ValueError, match=r"process 2 could not go on: no such file \(on c\)"), distributed.together():
+        pass
+    of_four(monkeypatch, [None, "", "no such file", ""])
+    with pytest.raises(KeyError, match="mine"), distributed.together():
+        raise KeyError("mine")
+
+
+def test_the_versions_are_those_of_what_computes():
+    lines = distributed.versions().splitlines()
+    assert lines[0] == f"python {platform.python_version()}"
+    assert {f"jax {jax.__version__}", f"flax {flax.__version__}", f"numpy {np.__version__}"} < set(lines)
 
 
 def start(code, *arguments, **environment):

@@ -4,10 +4,20 @@ import pathlib
 import random
 import shutil
 import signal
+import socket
+import sys
 
 import numpy as np
 import pytest
 import runs
+
+from alignax import cli, output
+from alignax.config import effective, load_experiment
+from alignax.config.defaults import default_config
+from alignax.optim import make_schedule
+from alignax.run.prepare import check_workdir, prepare
+
+DPO = str(runs.REPO / "experiments" / "dpo_hh.py")
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +90,69 @@ def test_a_complete_run_says_so_and_changes_nothing(fields, whole):
     assert (whole / "metrics.jsonl").read_bytes() == before
 
 
+def trained(fields, capsys, **more):
+    """The messages of a run in this process, which has ended well."""
+    assert cli.main(runs.arguments(fields | more)) == 0
+    return capsys.readouterr().err
+
+
+def test_a_workdir_takes_a_run_that_grows_and_no_shorter_one(fields, tmp_path, capsys):
+    """Steps or epochs may say so; 40 rows are 5 steps of 8."""
+    workdir = tmp_path / "run"
+    own = lambda *more: prepare(load_experiment(DPO, [*(f"{k}={v}" for k, v in fields.items()), f"workdir={workdir}", *more]))
+    began = own("steps=0", "epochs=2")
+    workdir.mkdir()
+    output.write_text(workdir / "config.py", effective(began.experiment))
+    (workdir / "metrics.jsonl").write_text('{"step": 1}')
+    for same in ([], ["steps=10"], ["steps=0", "epochs=1.9"]):
+        check_workdir(own("steps=0", "epochs=2", *same))
+    assert "grows" not in capsys.readouterr().err
+    check_workdir(own("steps=0", "epochs=3"))
+    assert "the run grows from 10 to 15 steps; in the steps already taken, the learning rate and other" in capsys.readouterr().err
+    longer = own("steps=12")
+    check_workdir(longer)
+    assert "the run grows from 10 to 12 steps" in capsys.readouterr().err
+    assert longer.learning.schedule(10) == make_schedule(longer.config.optimizer, 12)(10) != began.learning.schedule(10)
+    for fewer, steps in (("steps=9", 9), ("epochs=1", 5)):
+        with pytest.raises(ValueError, match=rf"\(10 steps there, {steps} now\): a run may grow, but not shrink; set --config.steps=10 or"):
+            check_workdir(own("steps=0", "epochs=2", fewer))
+    with pytest.raises(ValueError, match=r"belongs to another run \(seed: 0 there, 1 now\)"):
+        check_workdir(own("steps=12", "seed=1"))
+
+
+@pytest.mark.slow
+def test_a_run_grows_and_never_shrinks(fields, tmp_path, capsys):
+    """The steps of each start follow the schedule of its own total; what was logged of the earlier ones stays."""
+    few = {"workdir": tmp_path / "run", "eval.every": 0, "eval.samples": 0, "eval.sample_prompts": 0, "optimizer.warmup": 0.5}
+    trained(fields, capsys, **few, steps=2)
+    before = runs.losses(tmp_path / "run")
+    said = trained(fields, capsys, **few, steps=4)
+    assert "notice: the run grows from 2 to 4 steps; in the steps already taken, the learning rate and other schedules" in said
+    assert "going on after step 2" in said and "step 4/4" in said
+    after = runs.losses(tmp_path / "run")
+    assert list(after) == [1, 2, 3, 4] and {step: after[step] for step in before} == before
+    config = default_config().optimizer
+    config.update(learning_rate=1e-3, warmup=0.5)
+    wanted = [float(make_schedule(config, 2 if step < 2 else 4)(step)) for step in range(4)]
+    assert [row["learning_rate"] for row in after.values()] == pytest.approx(wanted, rel=1e-5)
+    assert cli.main(runs.arguments(fields | few | {"steps": 3})) == 2
+    assert "belongs to another run (4 steps there, 3 now): a run may grow, but not shrink" in capsys.readouterr().err
+    assert runs.losses(tmp_path / "run") == after
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_a_grown_run_of_constant_rate_is_a_run_that_was_longer_from_the_start(fields, tmp_path, capsys):
+    """By its epochs too; its export replaces that of the shorter run."""
+    own = {"optimizer.schedule": "constant", "export.final": True, "steps": 0, "data.eval": ""}
+    trained(fields, capsys, **own, workdir=tmp_path / "grown", epochs=1)
+    assert "the run grows from 5 to 10 steps" in trained(fields, capsys, **own, workdir=tmp_path / "grown", epochs=2)
+    trained(fields, capsys, **own, workdir=tmp_path / "long", epochs=2)
+    same(tmp_path / "long", tmp_path / "grown")
+    exported = [(tmp_path / name / "export" / "model.safetensors").read_bytes() for name in ("grown", "long")]
+    assert exported[0] == exported[1]
+
+
 @pytest.mark.slow
 def test_resumes_on_another_mesh(fields, whole, tmp_path):
     workdir = tmp_path / "run"
@@ -135,8 +208,8 @@ def test_a_workdir_that_process_0_cannot_write_ends_both(fields, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["data", *(pytest.param(x, marks=pytest.mark.long) for x in ("config", "experiment", "model"))])
-def test_processes_that_were_given_different_things_all_end_with_its_name(what, fields, tmp_path):
+@pytest.mark.parametrize("what", runs.long_but(("data", "config", "experiment", "model", "policy", "checkpoint"), "data"))
+def test_processes_that_were_given_different_things_all_end_with_its_name(what, fields, tmp_path, monkeypatch):
     hosts = (tmp_path / "a", tmp_path / "b")
     for i, host in enumerate(hosts):
         host.mkdir()
@@ -145,16 +218,27 @@ def test_processes_that_were_given_different_things_all_end_with_its_name(what, 
         shutil.copytree(str(fields["model.path"]), host / "model")
         source = (runs.REPO / "experiments" / "dpo_hh.py").read_text()
         (host / "mine.py").write_text(source + "\nother = 1\n" if (what, i) == ("experiment", 1) else source)
-    if what == "model":
+    if what == "policy":  # as if the bytes that differ were none of those that are compared before weights are read
+        code = "import sys; from alignax import cli; from alignax.run import start; start.sketch = str; sys.exit(cli.main())"
+        monkeypatch.setattr(runs, "command", lambda args: [sys.executable, "-c", code, *args])
+    if what in ("model", "policy"):
         with open(hosts[1] / "model" / "model.safetensors", "r+b") as f:
             f.seek(-1, 2)
             f.write(b"\x07")
-        (hosts[1] / "model" / "alignax.json").unlink()
+        (hosts[1] / "model" / "alignax.json").unlink(missing_ok=True)
     own = fields | {"workdir": tmp_path / "run", "data.train": "pairs.jsonl", "data.eval": "pairs.jsonl", "model.path": "model"}
+    if what == "checkpoint":  # a workdir that is not shared
+        own |= {"workdir": "run"}
+        (hosts[0] / "run" / "checkpoints" / "3" / "about").mkdir(parents=True)
+        (hosts[0] / "run" / "checkpoints" / "3" / "about" / "metadata").write_text("{}")
+        begun = effective(load_experiment(hosts[0] / "mine.py", [f"{k}={v}" for k, v in own.items()]))
+        (hosts[0] / "run" / "config.py").write_text(begun)
     words = [runs.arguments(own | ({"seed": 1} if (what, i) == ("config", 1) else {})) for i in range(2)]
     words = [["train", "--config", "mine.py", *own[3:]] for own in words]
     out = [runs.finish(process, code=2, timeout=120) for process in runs.begin_two(words, hosts)]
     for said in out:
         assert f"error: process 1 was given another {what} than process 0 (" in said, said
-    assert {"config": "seed = 1", "experiment": "other = 1", "data": "data.train", "model": "model.safetensors"}[what] in out[0]
-    assert not (tmp_path / "run").exists()
+        assert said.count(f" on {socket.gethostname()}") == 2
+    found = {"config": "seed = 1", "experiment": "other = 1", "data": "data.train", "model": "model.safetensors", "checkpoint": "step 3"}
+    assert found.get(what, "") in out[0]
+    assert not (tmp_path / "run").exists() and not (hosts[1] / "run").exists()

@@ -1,6 +1,7 @@
 """The loop, with everything that computes replaced: what is saved, and in what order, however it ends."""
 
 import signal
+import socket
 import tempfile
 import time
 import types
@@ -9,12 +10,12 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from alignax.config import difference, load_experiment
 from alignax.config.defaults import default_config
-from alignax.host.workers import never
+from alignax.host.workers import Abandoned, never
+from alignax.link import Link, Peer
 from alignax.run import loop, stop
 from alignax.run.host_rewards import RewardFailed
 from alignax.run.prepare import FREE
@@ -58,7 +59,7 @@ def looped(monkeypatch):
         monkeypatch.setattr(loop, "Observer", lambda *_, **__: observe)
         monkeypatch.setattr(loop, "evaluated", lambda _: False)
         save = lambda state, about, scores: done.append(f"save {state.step}{' with scores' if scores else ''}")
-        checkpoints = types.SimpleNamespace(save=save, close=lambda: None)
+        checkpoints = types.SimpleNamespace(save=save, check=lambda: None, close=lambda: None)
         line = lambda text: done.append("programs" if text.startswith("programs: ") else text)  # their number is that of all tests
         log = types.SimpleNamespace(paused=nullcontext, line=line)
         experiment = types.SimpleNamespace(file=types.SimpleNamespace(name="mine.py"))
@@ -130,17 +131,21 @@ def test_what_was_learnt_is_saved_where_no_rollout_has_a_reward(looped):
     assert told.startswith("saved after step 2. The same command goes on from there") and "If mine.py changes, it is another run" in told
 
 
-def test_a_signal_is_not_forgotten_that_comes_while_processes_agree(monkeypatch):
-    """A process that waits for the others hears its signal when the wait is over, and tells it at the next agreement."""
-    monkeypatch.setattr(stop.jax, "process_count", lambda: 2)
-    with stop.Stop() as signals:
-
-        def gathered(own):
-            if not came:
-                came.append(signal.raise_signal(signal.SIGTERM))
-            return np.array([int(own), 0])
-
-        came = []
-        monkeypatch.setattr(stop.multihost_utils, "process_allgather", gathered)
-        assert not signals.requested(10) and not signals.requested(11)
-        assert signals.requested(20) and signals.signal == signal.SIGTERM
+def test_a_signal_to_one_process_stops_all_at_the_same_call(monkeypatch):
+    """Also a process that is ahead; the signal's number is that of all."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        hosts, end = ["a", "b"], lambda line, code: None
+        main, other = Link(0, hosts, [Peer(1, ours)], 60, 60, end), Link(1, hosts, [Peer(0, theirs)], 60, 60, end)
+        monkeypatch.setattr(stop, "link", lambda: other)
+        assert not any(main.reached() for _ in range(3))
+        with stop.Stop() as signals:
+            assert not signals.requested()
+            signal.raise_signal(signal.SIGTERM)
+            while not main._point:
+                time.sleep(0.01)
+            assert not signals.requested() and not signals.requested()  # the second and the third call
+            with pytest.raises(Abandoned):
+                signals.look()
+            assert signals.signal == main.reached() == signal.SIGTERM
+        main.bye(), other.bye()

@@ -7,11 +7,12 @@ import dataclasses
 import io
 import os
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from alignax.interrupts import install, leave, number_of, told
+from alignax.interrupts import install, leave, link, number_of, told
 
 if TYPE_CHECKING:
     from alignax.generate.console import Request
@@ -112,6 +113,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
     except KeyboardInterrupt as e:  # where no run is prepared or trained, which end with a line of their own
         return leave(told(number_of(e)), number_of(e))
+    except Exception as e:
+        if (own := link()) is None:
+            raise
+        own.settle()  # a collective fails where another process has ended
+        traceback.print_exc()
+        return stopped(f"{type(e).__name__}: {e}", 1)
 
 
 def command(args: list[str]) -> int:
@@ -158,12 +165,28 @@ def command(args: list[str]) -> int:
             commands.check_data(given.file, given.overrides, given.json, given.force)
     except BrokenPipeError:
         raise
-    except (BadInput, OSError) as e:  # OSError: a full disk in the middle of a run, for example
+    except BadInput as e:
+        return fail(e)
+    except OSError as e:  # a full disk in the middle of a run, for example
+        if (own := link()) is not None:
+            own.settle()  # what cannot be written may be what another process, which has ended, should have sent
         return fail(e)
     except (FloatingPointError, RewardFailed) as e:
         print(f"alignax: stopped: {e}", file=sys.stderr)
-        return 1
+        return stopped(f"stopped: {e}", 1)
     return 0
+
+
+def stopped(line: str, code: int) -> int:
+    """The exit code of a command that has ended with an error; one of several processes tells the others and ends here.
+
+    At its regular end, jax would wait for the others, which may wait for this one.
+    """
+    if (own := link()) is not None:
+        sys.stdout.flush()
+        own.tell(" ".join(line.split()), code)
+        os._exit(code)
+    return code
 
 
 def parse(args: Sequence[str]) -> Arguments:
@@ -279,5 +302,6 @@ def with_option(request: "Request", option: str, value: str | None) -> "Request"
 
 def fail(error: BaseException) -> int:
     """Prints an error in one line to stderr; returns exit code 2."""
-    print(f"alignax: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
-    return 2
+    line = f"error: {' '.join(str(error).splitlines())}"
+    print(f"alignax: {line}", file=sys.stderr)
+    return stopped(line, 2)

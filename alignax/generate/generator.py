@@ -24,7 +24,7 @@ from alignax.program import Program
 
 Prompts = Sequence[Sequence[int]]
 SLOTS = 64  # rows that are decoded at once where memory is no guide
-# Seconds that a call of `decode` may take: ten calls, after which several processes agree on whether to stop, take about a second.
+# Seconds that a call of `decode` may take: a signal is looked at after each.
 CALL = 0.1
 CHUNK = 64  # the most decoding steps of one call
 STRINGS = 8  # the same where stop strings end completions, since a row makes tokens in vain until the host has found the string

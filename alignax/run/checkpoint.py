@@ -7,9 +7,12 @@ arrays must have these digests, so a flipped bit is detected. The data position 
 
 import dataclasses
 import datetime
+import errno
 import json
 import logging
 import math
+import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from alignax.distributed import link
 from alignax.mesh import gathered
 from alignax.output import require_space
 from alignax.text import one_line, short
@@ -26,6 +30,7 @@ from alignax.types import TrainState
 
 FORMAT = 2  # version of the checkpoint layout
 TRIES = 20  # attempts to read a checkpoint of a live run, which removes older ones
+FULL = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))  # what a disk without room says, in any library
 AVERAGE = "average_"  # prefix of the items that hold averages of the parameters
 
 
@@ -46,6 +51,7 @@ class Checkpoints:
         # Errors in the background are raised when we wait for them; this hides the traceback that orbax prints of every thread.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         self._best = name = best.removeprefix("-")
+        self._failed: BaseException | None = None  # why a save failed in the background
         policies: list[Any] = [ocp.checkpoint_managers.LatestN(keep)]
         if best:
             sign = -1.0 if best.startswith("-") else 1.0
@@ -55,6 +61,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
             enable_async_checkpointing=True,
+            async_options=ocp.AsyncOptions(barrier_sync_fn=self._meet) if link() else None,
             create=writes,
             cleanup_tmp_directories=writes,  # half-written folders of a killed run
             read_only=not writes,
@@ -105,6 +112,24 @@ class Checkpoints:
         with _saving(self.path):
             ranked = not self._best or self._best in metrics  # an evaluation lacks it if no reward was known
             self._manager.save(step, args=args, metrics=dict(metrics) or None if ranked else None)
+
+    def check(self) -> None:
+        """Raises the error of a save that has failed in the background, long before the next save or the end would.
+
+        Raises:
+          OSError: as `close` does.
+        """
+        with _saving(self.path):
+            if self._failed:
+                raise self._failed
+            self._manager.check_for_errors()
+
+    def _meet(self, *, key: str, timeout_ms: int) -> None:
+        """Waits for the other processes, for orbax; a process whose save has failed does not, as the others wait elsewhere: it says so."""
+        if (error := sys.exception()) is not None:
+            self._failed = error
+        elif own := link():
+            own.gather("", key)
 
     def about(self, step: int) -> dict[str, Any]:
         """The JSON item of a checkpoint: its run, step, number of skipped steps, and digests.
@@ -238,16 +263,27 @@ def _saving(where: Path) -> Iterator[None]:
     try:
         yield
     except Exception as e:
-        cause = (str(e).strip().splitlines() or [""])[0][:200]
+        cause, full = one_line(e, 1000), any(sign in str(e) for sign in FULL)
+        cause = cause if len(cause) <= 300 else f"{cause[:140]} .. {cause[-140:]}"  # the path comes first, and the reason last
         raise OSError(
-            f"a checkpoint could not be written to {str(where)!r} ({type(e).__name__}: {cause}); earlier checkpoints are complete: make "
-            "room, and run the same command again"
+            f"a checkpoint could not be written to {str(where)!r} ({type(e).__name__}: {cause}); earlier checkpoints are complete: "
+            f"{'make room, and ' if full else ''}run the same command again"
         ) from e
+
+
+def newest(workdir: Path) -> int:
+    """The step of the newest checkpoint in a workdir, which need not be readable; 0 without one."""
+    return max(abouts(workdir), default=0)
+
+
+def abouts(workdir: Path) -> dict[int, Path]:
+    """The files that say which run wrote a checkpoint, by step."""
+    return {int(file.parts[-3]): file for file in (workdir / "checkpoints").glob("*/about/metadata") if file.parts[-3].isdigit()}
 
 
 def began(workdir: Path) -> datetime.date:
     """The day on which a run began, from its newest readable checkpoint; today for a run without one."""
-    found = {int(file.parts[-3]): file for file in (workdir / "checkpoints").glob("*/about/metadata") if file.parts[-3].isdigit()}
+    found = abouts(workdir)
     for step in sorted(found, reverse=True):
         with suppress(OSError, ValueError, TypeError, KeyError):  # damaged checkpoints are reported when they are restored
             return datetime.date.fromisoformat(json.loads(found[step].read_text(encoding="utf-8"))["day"])

@@ -22,7 +22,7 @@ from alignax.run.log import Log
 from alignax.run.observer import Observer
 from alignax.run.profile import Profile
 from alignax.run.start import Started
-from alignax.run.stop import AGREE, SIGNALS, Stop
+from alignax.run.stop import SIGNALS, Stop
 from alignax.run.summary import summary
 from alignax.types import Metrics, TrainState
 
@@ -89,7 +89,8 @@ def loop(started: Started, feed: Feed, profile: Profile, log: Log, stop: Stop) -
         if pending:  # fetched a step late, so that the device never waits for the host
             observe(*pending)
         pending = (s, metrics, clock.submit(over, metrics))
-        stopping = stop.requested(s // turn, 1 if feed.waits else AGREE)
+        stopping = stop.requested()
+        checkpoints.check()
         evaluating = due(config.eval.every, s)
         saving = due(config.checkpoint.every, s) or (evaluating and config.checkpoint.best)
         if stopping or evaluating or saving or feed.waits:  # logged before a checkpoint; a feed that waits has no more to wait for

@@ -64,8 +64,11 @@ from alignax.run.roles import GOLD, POLICY, REFERENCE, Role, abstract_frozen, ke
 from alignax.run.sampling import make_samplers
 from alignax.run.stored import FOLDER, cache_folder, placed
 
-# Fields that may change when a run is resumed: they say where and how something is computed or reported, not what is computed.
+# Fields that may change when a run is resumed: they say where and how something is computed or reported, not what is computed; and how long
+# the run is, which `check_length` restricts.
 FREE = (
+    "steps",
+    "epochs",
     "workdir",
     "mesh.",
     "log.",
@@ -383,8 +386,11 @@ def check_workdir(run: Run) -> None:
     saved = workdir / "config.py"
     place = output.standing(workdir)
     if of_run(saved):
-        if begun(workdir) and (lines := difference(load_experiment(saved), experiment, FREE)):
-            raise ValueError(f"workdir {str(workdir)!r} belongs to another run ({'; '.join(lines[:4])}); choose another workdir")
+        if begun(workdir):
+            old = load_experiment(saved)
+            if lines := difference(old, experiment, FREE):
+                raise ValueError(f"workdir {str(workdir)!r} belongs to another run ({'; '.join(lines[:4])}); choose another workdir")
+            check_length(run, step_count(old.config, run.train))
     elif not place.is_dir():
         raise ValueError(f"workdir {str(workdir)!r} cannot be a folder: {str(place)!r} is a file; choose another workdir")
     elif place == workdir and any(p.name != output.LOCK and not output.unfinished(p) for p in workdir.iterdir()):
@@ -395,6 +401,21 @@ def check_workdir(run: Run) -> None:
         )
     for folder in exports(run) if run.config.export.final else ():
         output.claim(folder, origin(experiment), remedy="move it away")
+
+
+def check_length(run: Run, before: int) -> None:
+    """Lets the run in a workdir, of `before` steps until now, grow, with a notice; refuses to shorten it."""
+    if run.steps < before:
+        raise ValueError(
+            f"workdir {str(run.workdir)!r} belongs to another run ({before} steps there, {run.steps} now): a run may grow, but not shrink; "
+            f"set --config.steps={before} or more, or choose another workdir"
+        )
+    if run.steps > before and is_main():
+        print(
+            f"notice: the run grows from {before} to {run.steps} steps; in the steps already taken, the learning rate and other schedules "
+            f"followed the old total, and from now on they follow the new one",
+            file=sys.stderr,
+        )
 
 
 def begun(workdir: Path) -> bool:

@@ -15,7 +15,7 @@ from alignax import output
 from alignax.config import asked, code, effective, flat, prompts_of_rollout
 from alignax.config.blame import blaming, explained
 from alignax.data import Examples
-from alignax.distributed import check_alike, is_main, together
+from alignax.distributed import check_alike, is_main, link, together
 from alignax.experience import advance, first_carry
 from alignax.host.calls import METRICS
 from alignax.host.functions import reward_fields
@@ -24,7 +24,7 @@ from alignax.models.reward import CRITIC
 from alignax.models.statistics import Statistic
 from alignax.program import Program
 from alignax.rewards import members
-from alignax.run.checkpoint import Checkpoints, nbytes
+from alignax.run.checkpoint import Checkpoints, nbytes, newest
 from alignax.run.evaluation import SAMPLED, tries
 from alignax.run.host_rewards import check_metrics, check_reward
 from alignax.run.prepare import Run, check_workdir
@@ -65,13 +65,16 @@ def start(run: Run, write: bool = True) -> Started:
     with together():
         if write:
             check_workdir(run)
-        own = given(run) if jax.process_count() > 1 else {}
+        own = given(run) if link() else {}
+        if own and write:
+            own["checkpoint"] = f"step {newest(run.workdir)}"
     check_alike(own)
     with together():
         table = check_step(run)
         params = load(run.policy, run.mesh, jax.random.key(config.seed))
     about = described(run.policy.source, run.words.tokenizer)
     about |= {"policy": f"{int(table['fingerprint'].call(params)):08x}", "reference": "", "data": data_digest(run)}
+    check_alike(about)  # of weights that every process holds; a process reads only the others that it holds
     held: dict[str, Params] = {}
     lock = output.Lock(None)
     if write and run.cache == run.workdir / FOLDER:  # it is written before the run has begun
@@ -82,6 +85,7 @@ def start(run: Run, write: bool = True) -> Started:
     if REFERENCE in run.roles:
         run = with_reference(run, params, held, about, table)
     params = begin(run, params, held, about)
+    check_alike(about)
     if write and run.cache != run.workdir / FOLDER:
         lock = open_workdir(run)
     checkpoints = Checkpoints(run.workdir, config.checkpoint.keep, config.checkpoint.best, write)

@@ -5,14 +5,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import jax
-import numpy as np
-from jax.experimental import multihost_utils
-
+from alignax.distributed import link
 from alignax.host.workers import Abandoned
 from alignax.interrupts import SIGNALS, handler, leave, number_of
-
-AGREE = 10  # steps between two agreements of the processes on whether to stop
 
 
 class Stop:
@@ -22,7 +17,7 @@ class Stop:
     """
 
     def __enter__(self) -> "Stop":
-        self.signal = self._looks = 0  # number of the signal that came; 0: none
+        self.signal = 0  # number of the signal that came; 0: none
         self._old = handled(self._note)
         return self
 
@@ -31,25 +26,26 @@ class Stop:
 
     def _note(self, number: int, _: Any) -> None:
         self.signal = number
+        if own := link():
+            own.ask(number)
         if signal.SIGINT in self._old:
             signal.signal(signal.SIGINT, self._old[signal.SIGINT])
 
     def look(self) -> None:
         """Raises `Abandoned` if a signal came; called between parts of a rollout or evaluation, equally often in every process."""
-        self._looks += 1
-        if self.requested(self._looks):
+        if self.requested():
             raise Abandoned(self.signal)
 
-    def requested(self, turn: int, every: int = AGREE) -> bool:
-        """Whether to stop after turn `turn`; several processes agree on it only every `every` turns, as that waits for the device."""
-        if jax.process_count() == 1:
-            return bool(self.signal)
-        if turn % every:
-            return False
-        agreed = int(multihost_utils.process_allgather(np.array(self.signal)).max())
-        if agreed:  # else a signal that came during the agreement would be lost; it counts in the next one
-            self.signal = agreed
-        return bool(agreed)
+    def requested(self) -> bool:
+        """Whether to stop now; called equally often in every process, and of several true in all at the same call.
+
+        That is the call after the one that is farthest when the signal comes. No call waits for a device.
+        """
+        if own := link():
+            number = own.reached()
+            self.signal = number or self.signal
+            return bool(number)
+        return bool(self.signal)
 
 
 @contextmanager

@@ -105,7 +105,7 @@ def summary(run: Run, about: dict[str, Any], start: int) -> list[str]:
     lines += rows_of(run)
     lines += [told(name, generator, run.roles, run.mesh) for name, generator in run.samplers.items()]
     if start >= run.steps:
-        lines.append(f"this run is complete: step {start} is saved; a longer run needs another workdir")
+        lines.append(f"this run is complete: step {start} is saved; with a larger --config.steps it goes on")
     elif start:
         lines.append(f"going on after step {start}")
     return lines
