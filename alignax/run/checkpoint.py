@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from alignax import paths
 from alignax.mesh import gathered
 from alignax.output import require_space
 from alignax.text import one_line, short
@@ -42,7 +43,7 @@ class Checkpoints:
         """
         import orbax.checkpoint as ocp  # not before a run needs it: the import takes a while
 
-        self.path, self._writes, self._args = Path(workdir).absolute() / "checkpoints", writes, ocp.args
+        self.path, self._writes, self._args = paths.of(workdir).absolute() / "checkpoints", writes, ocp.args
         # Errors in the background are raised when we wait for them; this hides the traceback that orbax prints of every thread.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         self._best = name = best.removeprefix("-")
@@ -60,7 +61,7 @@ class Checkpoints:
             read_only=not writes,
         )
         try:
-            self._manager = ocp.CheckpointManager(self.path, options=options)
+            self._manager = ocp.CheckpointManager(str(self.path), options=options)
         except (ValueError, TypeError, RecursionError) as e:  # errors of orbax for JSON in another form
             bad = next((file.parent for file in sorted(self.path.glob("*/_CHECKPOINT_METADATA")) if not _is_object(file)), self.path)
             raise ValueError(f"checkpoint {bad} is damaged ({one_line(e)}); delete that folder, or choose another workdir") from e
@@ -224,12 +225,12 @@ def digests(tree: Any) -> dict[str, str]:
 
     Digests do not depend on sharding or on the number of processes.
     """
-    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
     # One array after another. XLA for CPUs would otherwise hold the hashes of all arrays at once, which takes as much memory as the state.
     # Programs that reduce concurrently may also deadlock: some devices wait in one, some in another (seen with two processes of four
     # devices).
     found = gathered(jnp.concatenate([jax.block_until_ready(jax.jit(leaf_digests)([leaf])) for leaf in jax.tree.leaves(tree)]))
-    return {path: f"{value:08x}" for path, value in zip(paths, found.tolist(), strict=True)}
+    return {name: f"{value:08x}" for name, value in zip(names, found.tolist(), strict=True)}
 
 
 @contextmanager
@@ -239,9 +240,10 @@ def _saving(where: Path) -> Iterator[None]:
         yield
     except Exception as e:
         cause = (str(e).strip().splitlines() or [""])[0][:200]
+        remedy = "make room" if paths.remote(where) is None else "see that the bucket can be reached and written"
         raise OSError(
-            f"a checkpoint could not be written to {str(where)!r} ({type(e).__name__}: {cause}); earlier checkpoints are complete: make "
-            "room, and run the same command again"
+            f"a checkpoint could not be written to {str(where)!r} ({type(e).__name__}: {cause}); earlier checkpoints are complete: "
+            f"{remedy}, and run the same command again"
         ) from e
 
 
