@@ -13,7 +13,7 @@ import threading
 import time
 import uuid
 import weakref
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from alignax.paths import Remote, remote
 
@@ -68,7 +68,7 @@ class Lock:
             except FileExistsError:
                 if _read(lock).get("token") in HELD:  # the same process may begin again
                     return
-                if who := holder(lock):
+                if who := _holder_of_object(lock):
                     raise ValueError(in_use(lock, who)) from None
                 lock.unlink(missing_ok=True)
         else:
@@ -85,7 +85,7 @@ class Lock:
             self._release()
 
 
-def in_use(lock: Path, who: str) -> str:
+def in_use(lock: PurePath, who: str) -> str:
     """The error text for a workdir in which another process works."""
     return (
         f"workdir {str(lock.parent)!r} is in use: {who or 'another process'} works in it; wait until that process ends, "

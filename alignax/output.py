@@ -5,7 +5,7 @@ process or on a full disk, the place holds the earlier version or the new one, w
 `alignax.json`, with the name of its writer and the CRC of every file.
 
 On a bucket a file is an object, which appears whole when it is closed. Nothing there moves a folder in one step: it is written on this
-machine and uploaded file by file, `LAST` after all others, and without these it is no model and not whole (`_upload`).
+machine and uploaded file by file, its config last, and without a config it is no model (`_upload`).
 """
 
 import ctypes
@@ -62,7 +62,7 @@ def claim(place: Path, origin: str = "", force: bool = False, remedy: str = "giv
     if place.is_dir():
         there = _mark(place)
         if origin and there is not None and there["origin"] == origin:
-            if not (changed := _changed(place, there["files"])):
+            if there.get("unfinished") or not (changed := _changed(place, there["files"])):
                 return
             raise ValueError(f"{str(place)!r} was changed since it was written ({changed}); {remedy}")
         raise ValueError(f"{str(place)!r} exists, and {'another run' if there else 'something else'} wrote it; {remedy}")
@@ -108,7 +108,7 @@ def _closed_bucket(place: paths.Remote) -> str:
     except FileNotFoundError:
         return f"there is no bucket {place.parts[1]!r}"
     except OSError as e:
-        return one_line(e)
+        return str(e)
     return ""
 
 
@@ -144,6 +144,11 @@ def check(folder: Path, suffix: str = ".safetensors") -> None:
                 f"{folder / name} is damaged: its content is not what alignax wrote; write or fetch the folder again (if it was changed "
                 f"on purpose, delete {folder / MARK})"
             )
+
+
+def taken(out: Path, by: str) -> bool:
+    """Whether a folder holds things but not the file `by`, which every folder of its kind has, unless its writer was killed on a bucket."""
+    return out.exists() and not (out / by).is_file() and any(out.iterdir()) and not (_mark(out) or {}).get("unfinished")
 
 
 def staged(out: Path) -> Path:
@@ -254,13 +259,17 @@ def folder(out: Path, origin: str = "") -> Iterator[Path]:
 def _upload(folder: Path, out: paths.Remote) -> None:
     """Puts a finished folder of this machine in the place of a folder on a bucket, and removes the former.
 
-    A kill in between leaves a folder without the files of `LAST`: they are deleted before anything else, and written after it.
+    A kill in between leaves a folder without the files of `LAST`: they are deleted before anything else, and written after it. An
+    `alignax.json` that says who is writing stands there meanwhile, so that the same run may write the folder again.
     """
+    if there := _mark(folder):
+        (out / MARK).write_text(json.dumps({"origin": there["origin"], "files": {}, "unfinished": True}) + "\n")
     rank = lambda name: LAST.index(name.rpartition("/")[2]) if name.rpartition("/")[2] in LAST else -1
     new = sorted((str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()), key=rank)
     old = sorted(("/".join(p.relative_to(out).parts) for p in out.rglob("*")), key=rank, reverse=True)
     for name in old:
-        (out / name).unlink(missing_ok=True)
+        if name != MARK or not there:
+            (out / name).unlink(missing_ok=True)
     for name in new:
         (out / name).upload(folder / name)
     shutil.rmtree(folder)

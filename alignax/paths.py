@@ -13,7 +13,7 @@ import io
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, cast
@@ -107,13 +107,13 @@ class Remote(PurePosixPath):
     def rglob(self, pattern: str) -> Iterator["Remote"]:
         """The files in a folder and its subfolders whose names match."""
         with self._reaching() as fs:
-            names = sorted(self._inside(name) for name in fs.find(str(self)))
+            names = sorted(map(self._inside, _found(fs.find, str(self))))
         return iter([self / name for name in names if fnmatch.fnmatchcase(name.rpartition("/")[2], pattern)])
 
     def glob(self, pattern: str) -> Iterator["Remote"]:
         """The files and folders that match a pattern, relative to this folder."""
         with self._reaching() as fs:
-            names = {self._inside(name) for name in fs.glob(f"{self}/{pattern}")}
+            names = {*map(self._inside, _found(fs.glob, f"{self}/{pattern}"))}
         return iter([self / name for name in sorted(names - {""})])
 
     def open(self, mode: str = "r", encoding: str = "utf-8") -> Any:
@@ -185,6 +185,14 @@ class Remote(PurePosixPath):
             raise
         except Exception as e:  # errors of the libraries, of their network and of their credentials have no common class
             raise OSError(f"{self} cannot be reached ({type(e).__name__}: {cause(e)}); {remedy(self.scheme)}") from e
+
+
+def _found(search: Callable[[str], list[str]], where: str) -> list[str]:
+    """What a search finds; nothing where there is no folder, as with `pathlib`."""
+    try:
+        return search(where)
+    except FileNotFoundError:
+        return []
 
 
 class _Raw(io.RawIOBase):

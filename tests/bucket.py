@@ -10,7 +10,7 @@ import json
 import re
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
@@ -29,11 +29,17 @@ class Refused(Exception):
 
 
 class Store:
-    """The buckets of a server. `closed` holds the buckets that nobody may touch; `log` holds method and object of every request."""
+    """The buckets of a server.
+
+    `closed` holds the buckets that nobody may touch, `undescribed` those whose description nobody may read. `log` holds method and
+    object of every request, and `before` is called with both before the request is served.
+    """
 
     def __init__(self, *buckets: str):
         self.buckets: dict[str, dict[str, Object]] = {name: {} for name in buckets}
         self.closed: set[str] = set()
+        self.undescribed: set[str] = set()
+        self.before: Callable[[str, str], None] = lambda method, name: None
         self.sessions: dict[str, tuple[str, str, dict[str, str], bytearray]] = {}
         self.log: list[tuple[str, str]] = []
         self.lock, self.count, self.url = threading.RLock(), 1000, ""
@@ -125,7 +131,7 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self, method: str) -> None:
         content = self.body()
         try:
-            status, answer, headers = route(self.store, method, self.path, dict(self.headers.items()), content)
+            status, answer, headers = route(self.store, method, self.path, {k.lower(): v for k, v in self.headers.items()}, content)
         except Refused as e:
             error = {"code": e.status, "message": str(e), "errors": [{"message": str(e), "reason": "refused", "domain": "global"}]}
             status, answer, headers = e.status, b"" if e.status == 304 else json.dumps({"error": error}).encode(), {}
@@ -150,11 +156,16 @@ def route(store: Store, method: str, target: str, headers: dict[str, str], conte
     bucket, objects, rest = unquote(found[1]), found[2], found[3] or ""
     name = unquote(rest)
     with store.lock:
-        store.log.append((method, f"{bucket}/{name}"))
         if url.path.startswith("/upload/"):
-            return upload(store, method, bucket, given, {k.lower(): v for k, v in headers.items()}, content)
+            name = uploaded(store, given, headers, content)
+        store.log.append((method, f"{bucket}/{name}"))
+        store.before(method, f"{bucket}/{name}")
+        if url.path.startswith("/upload/"):
+            return upload(store, method, bucket, given, headers, content)
         if not objects:
             store.bucket(bucket)
+            if bucket in store.undescribed:
+                raise Refused(403, f"the caller does not have storage.buckets.get access to bucket {bucket}")
             about = {"kind": "storage#bucket", "id": bucket, "name": bucket, "location": "US", "locationType": "region"}
             return ok(about | {"storageClass": "STANDARD", "metageneration": "1"})
         if not name:
@@ -193,7 +204,7 @@ def listing(store: Store, bucket: str, given: dict[str, str]) -> Answer:
 def media(there: Object, headers: dict[str, str]) -> Answer:
     content, size = there.content, len(there.content)
     sent = {"Content-Type": "application/octet-stream", "ETag": f'"e{there.generation}"', "x-goog-generation": str(there.generation)}
-    asked = re.fullmatch(r"bytes=(\d*)-(\d*)", {k.lower(): v for k, v in headers.items()}.get("range", ""))
+    asked = re.fullmatch(r"bytes=(\d*)-(\d*)", headers.get("range", ""))
     if not asked:
         return 200, content, sent | {"x-goog-hash": f"crc32c={crc32c(content)}"}
     first, last = asked.groups()
@@ -202,6 +213,14 @@ def media(there: Object, headers: dict[str, str]) -> Answer:
     if begin >= size and not (size == 0 and not begin):
         raise Refused(416, "Requested range not satisfiable")
     return 206, content[begin:end], sent | {"Content-Range": f"bytes {begin}-{end - 1}/{size}"}
+
+
+def uploaded(store: Store, given: dict[str, str], headers: dict[str, str], content: bytes) -> str:
+    """The name of the object that a request writes."""
+    if "upload_id" in given:
+        return store.sessions[given["upload_id"]][1]
+    about = parts(headers, content)[0] if given["uploadType"] == "multipart" else content
+    return given.get("name") or json.loads(about)["name"]
 
 
 def upload(store: Store, method: str, bucket: str, given: dict[str, str], headers: dict[str, str], content: bytes) -> Answer:
@@ -215,18 +234,17 @@ def upload(store: Store, method: str, bucket: str, given: dict[str, str], header
             return 308, b"", {"Range": f"bytes=0-{len(held) - 1}"} if held else {}
         del store.sessions[given["upload_id"]]
         return ok(store.write(bucket, name, held, conditions))
+    name = uploaded(store, given, headers, content)
     if given["uploadType"] == "multipart":
-        about, media = parts(headers, content)
-        return ok(store.write(bucket, given.get("name") or json.loads(about)["name"], media, given))
+        return ok(store.write(bucket, name, parts(headers, content)[1], given))
     if given["uploadType"] == "resumable":
-        name = given.get("name") or json.loads(content)["name"]
         store.bucket(bucket)
         store.check(store.buckets[bucket].get(name), given)
         store.count += 1
         session = f"session{store.count}"
         store.sessions[session] = (bucket, name, given, bytearray())
         return 200, b"{}", {"Location": f"{store.url}/upload/storage/v1/b/{bucket}/o?uploadType=resumable&upload_id={session}"}
-    return ok(store.write(bucket, given["name"], content, given))
+    return ok(store.write(bucket, name, content, given))
 
 
 def parts(headers: dict[str, str], content: bytes) -> list[bytes]:
@@ -253,7 +271,7 @@ def made(store: Store, bucket: str, rest: str, given: dict[str, str], content: b
 
 def batch(store: Store, headers: dict[str, str], content: bytes) -> Answer:
     answers, mark = [], "batch_answer"
-    for i, part in enumerate(parts({k.lower(): v for k, v in headers.items()}, content)):
+    for i, part in enumerate(parts(headers, content)):
         method, target = part.split(b" ")[:2]
         try:
             status, body, _ = route(store, method.decode(), target.decode(), {}, b"")

@@ -129,7 +129,10 @@ def command(args: list[str]) -> int:
     from alignax.config.blame import BadInput
     from alignax.run.host_rewards import RewardFailed
 
-    keep()
+    try:
+        keep()
+    except ValueError as e:
+        return fail(e)
     try:
         if given.command == "train":
             commands.train(given.file, given.overrides, given.dry)

@@ -57,6 +57,8 @@ def rows_and_faults(path: str | pathlib.Path) -> list[Row | Bad]:
     except MemoryError as error:
         raise ValueError(f"{path} does not fit into the memory of this machine; split the file and use only some of its parts") from error
     except OSError as error:
+        if paths.is_url(path):
+            raise ValueError(str(error)) from error  # it says all that is known
         raise ValueError(f"{path} cannot be read ({one_line(error)}); correct the path or its read permissions") from error
     if not rows:
         raise ValueError(f"{path} holds no rows; point to a file that has some")

@@ -342,7 +342,7 @@ def export(
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is unknown; use {', '.join(DTYPES)}")
     out = paths.of(out)
-    if out.exists() and not (out / "config.json").is_file() and any(out.iterdir()):
+    if output.taken(out, "config.json"):
         raise ValueError(f"{str(out)!r} exists and is not a model folder; choose another place")
     with together():
         output.require_space(

@@ -80,7 +80,7 @@ def write_adapter(adapters: Params, spec: Lora, source: hf.Source, base: str, ou
       ValueError: for an `out` that holds something other than adapters, and for DoRA on part of a fused module.
       FloatingPointError: for values that are not finite.
     """
-    if out.exists() and not (out / CONFIG).is_file() and any(out.iterdir()):
+    if output.taken(out, CONFIG):
         raise ValueError(f"{str(out)!r} exists and is not an adapter folder; choose another place")
     check_finite(adapters, "float32", f"the adapter for {str(out)!r}")
     layers = {name: meshes.gathered(x) for name, x in adapters["layers"].items()}

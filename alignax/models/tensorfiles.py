@@ -68,7 +68,10 @@ class _Ranges:
         try:
             about = json.loads(file.read_range(8, start))
             self._metadata, self._start = about.pop("__metadata__", None), start
-            self._tensors = {name: (x["dtype"], [*map(int, x["shape"])], *map(int, x["data_offsets"])) for name, x in about.items()}
+            self._tensors: dict[str, tuple[str, list[int], int, int]] = {}
+            for name, x in about.items():
+                begin, end = map(int, x["data_offsets"])
+                self._tensors[name] = x["dtype"], [*map(int, x["shape"])], begin, end
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise SafetensorError(f"its header is damaged: {one_line(e)}") from e
         if start + max((end for *_, end in self._tensors.values()), default=0) != size:

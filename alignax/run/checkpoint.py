@@ -256,6 +256,23 @@ def began(workdir: Path) -> datetime.date:
     return datetime.date.today()
 
 
+def unlisted(workdir: Path) -> str:
+    """Why orbax cannot list checkpoints in a workdir on a bucket: it also asks for the bucket's own description; empty if it can."""
+    try:
+        from google.cloud import storage
+
+        storage.Client().get_bucket(workdir.parts[1])
+    except ImportError as e:
+        return f"checkpoints on gs:// need the package google-cloud-storage ({one_line(e)}); pip install 'alignax[gcs]'"
+    except Exception as e:  # of the library, its network and its credentials
+        return (
+            f"its bucket cannot be described ({type(e).__name__}: {one_line(e)}); checkpoints need that: get the role "
+            "roles/storage.legacyBucketReader on the bucket beside roles/storage.objectUser, and set GOOGLE_CLOUD_PROJECT if no project is "
+            "known"
+        )
+    return ""
+
+
 def nbytes(tree: Any) -> int:
     """The size of a tree's arrays in bytes, over all processes; arrays may be abstract."""
     numeric = [x for x in jax.tree.leaves(tree) if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)]

@@ -44,7 +44,7 @@ from alignax.optim import make_optimizer, make_schedule, own_optimizer
 from alignax.packing import Packing
 from alignax.rewards import judge as judging
 from alignax.rewards.judge import Judge
-from alignax.run.checkpoint import began
+from alignax.run.checkpoint import began, unlisted
 from alignax.run.checks import (
     check_averages,
     check_batches,
@@ -372,7 +372,7 @@ def check_workdir(run: Run) -> None:
     if "\\" in str(workdir.absolute()):  # tensorstore reads it as a slash: the arrays would go into another folder
         raise ValueError(f"workdir {str(workdir)!r} has a backslash, which checkpoints would read as a slash; choose another name")
     saved, far = workdir / "config.py", paths.remote(workdir) is not None
-    if far and (why := output.closed(saved)):
+    if far and (why := output.closed(saved) or unlisted(workdir)):
         raise ValueError(f"workdir {str(workdir)!r} cannot be written: {why}")
     place = workdir if far else output.standing(workdir)
     if of_run(saved):
