@@ -237,6 +237,17 @@ def of(text: str | os.PathLike) -> Path:
     return cast(Path, Remote(str(text))) if is_url(text) else Path(text)
 
 
+def here(text: str, what: str) -> Path:
+    """The path of a place on this machine, for code that writes files of its own with other libraries.
+
+    Raises:
+      ValueError: for a URL; `what` names it.
+    """
+    if is_url(text):
+        raise ValueError(f"{what} is {short(text)}, but this experiment writes files of its own there; give a folder on this machine")
+    return Path(text)
+
+
 def is_url(text: str | os.PathLike) -> bool:
     """Whether a path is a URL that fsspec reads, and so a `Remote`; data of the hub are not, though fsspec knows their scheme."""
     if isinstance(text, str):
@@ -247,6 +258,15 @@ def is_url(text: str | os.PathLike) -> bool:
 def remote(path: Path) -> Remote | None:
     """The path as a `Remote`; None for a path on this machine."""
     return path if isinstance(path, Remote) else None
+
+
+def read_range(file: Path, start: int, stop: int) -> bytes:
+    """The bytes start .. stop - 1 of a file, on this machine or not."""
+    if there := remote(file):
+        return there.read_range(start, stop)
+    with open(file, "rb") as f:
+        f.seek(start)
+        return f.read(stop - start)
 
 
 @functools.cache

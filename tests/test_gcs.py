@@ -98,6 +98,8 @@ def test_a_run_on_a_bucket_that_is_killed_again_and_again_ends_as_one_that_is_no
     own, theirs = load_file(tmp_path / "run" / "export" / "model.safetensors"), load(store.read(BUCKET, "run/export/model.safetensors"))
     assert own.keys() == theirs.keys() and all(np.array_equal(own[name], theirs[name]) for name in own)
     assert store.names(BUCKET, "run/.lock") == []
+    kept = {name.split("/")[2] for name in store.names(BUCKET, "run/checkpoints/")}
+    assert kept == {"9", "12"} and all(store.names(BUCKET, f"run/checkpoints/{step}/commit_success.txt") for step in kept)
 
 
 def refused(capsys, *args: str) -> str:

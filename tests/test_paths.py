@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import tiny
 
-from alignax import locks, output, paths
+from alignax import compiled, locks, output, paths
 from alignax.cli import parse
 from alignax.config import default_config
 from alignax.config.overrides import set_field
@@ -104,6 +104,16 @@ def test_a_url_that_fsspec_reads_is_taken_where_it_can_serve():
         set_field(config, "model.path=https://host/a")
 
 
+def test_an_experiment_that_writes_files_of_its_own_needs_a_folder_of_this_machine():
+    assert paths.here("runs/a", "workdir") == Path("runs/a")
+    with pytest.raises(
+        ValueError, match="^workdir is 'gs://bucket/a', but this experiment writes files of its own there; give a folder on"
+    ):
+        paths.here("gs://bucket/a", "workdir")
+    for file in (Path(paths.__file__).parents[1] / "experiments").glob("*.py"):
+        assert "Path(config.workdir" not in file.read_text(), file
+
+
 def test_a_file_and_a_folder_appear_whole(far):
     output.write_text(far / "a.json", "{}")
     assert (far / "a.json").read_text() == "{}"
@@ -174,6 +184,16 @@ def test_a_place_that_cannot_be_written_is_refused_by_name(far, monkeypatch):
         output.claim(far / "out.json")
     with pytest.raises(ValueError, match="'gs://bucket' cannot be written: it is a whole bucket"):
         output.claim(paths.of("gs://bucket"), "run 1")
+
+
+def test_a_place_of_compiled_programs_on_a_bucket_is_tried_before_anything_is_compiled(far, monkeypatch):
+    compiled.check_place("/no/such/folder")  # jax has its own words for it
+    compiled.check_place(str(far))
+    with pytest.raises(ValueError, match="JAX_COMPILATION_CACHE_DIR is 'nope://a', and nope:// paths are not known to fsspec"):
+        compiled.check_place("nope://a")
+    monkeypatch.setattr(paths.Remote, "write_bytes", lambda *_: (_ for _ in ()).throw(OSError("Forbidden: no access")))
+    with pytest.raises(ValueError, match=f"JAX_COMPILATION_CACHE_DIR '{far}' cannot be written: Forbidden: no access"):
+        compiled.check_place(str(far))
 
 
 def lock_of(far, **more):

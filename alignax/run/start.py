@@ -169,10 +169,8 @@ def sketch(folder: Path) -> str:
     lines = []
     for file in sorted(p for p in folder.iterdir() if p.is_file() and p.suffix in (".json", ".jinja", ".model", ".txt", ".safetensors")):
         size, crc = file.stat().st_size, 0
-        with file.open("rb") as f:
-            for at in range(0, size, max(size // 64, BLOCK)):
-                f.seek(at)
-                crc = zlib.crc32(f.read(BLOCK), crc)
+        for at in range(0, size, max(size // 64, BLOCK)):
+            crc = zlib.crc32(paths.read_range(file, at, min(at + BLOCK, size)), crc)
         lines.append(f"{file}: {size} bytes, {crc:08x}")
     return "\n".join(lines)
 
