@@ -7,6 +7,7 @@ arrays must have these digests, so a flipped bit is detected. The data position 
 
 import dataclasses
 import datetime
+import importlib
 import json
 import logging
 import math
@@ -259,8 +260,7 @@ def began(workdir: Path) -> datetime.date:
 def unlisted(workdir: Path) -> str:
     """Why orbax cannot list checkpoints in a workdir on a bucket: it also asks for the bucket's own description; empty if it can."""
     try:
-        from google.cloud import storage
-
+        storage: Any = importlib.import_module("google.cloud.storage")
         storage.Client().get_bucket(workdir.parts[1])
     except ImportError as e:
         return f"checkpoints on gs:// need the package google-cloud-storage ({one_line(e)}); pip install 'alignax[gcs]'"
