@@ -7,13 +7,15 @@ from pathlib import Path
 
 import jax
 
+from alignax import paths
+
 MOST = 8 << 30  # bytes of programs that are kept
 
 
 def keep() -> None:
     """Lets jax keep compiled programs in `folder()`, by default and where that can be written.
 
-    The variables of jax have the last word: JAX_COMPILATION_CACHE_DIR names another folder (empty: none), and
+    The variables of jax have the last word: JAX_COMPILATION_CACHE_DIR names another folder (empty: none), which may be on a bucket, and
     JAX_ENABLE_COMPILATION_CACHE=false turns the cache off. The key of a program has its code and shapes, the versions of jax and XLA, their
     flags, and the kind of the device with the features of its processor.
     """
@@ -21,7 +23,9 @@ def keep() -> None:
         return
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # jax leaves out what compiles within a second
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ or jax.config.values["jax_compilation_cache_dir"]:
+    said = jax.config.values["jax_compilation_cache_dir"]
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ or said:
+        check_place(said or "")
         return
     try:
         place = folder()
@@ -34,6 +38,21 @@ def keep() -> None:
     # A disk that is full by now, or an entry that another process is writing, costs a compilation and nothing else.
     warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation cache entry")
     jax.config.update("jax_compilation_cache_dir", str(place))
+
+
+def check_place(said: str) -> None:
+    """Refuses a folder of compiled programs on a bucket that cannot be written.
+
+    Raises:
+      ValueError: with the cause and the remedy.
+    """
+    from alignax import output  # which imports this module
+
+    if "://" not in said:
+        return
+    paths.check(said, "JAX_COMPILATION_CACHE_DIR")
+    if why := output.closed(paths.of(said) / "trial"):
+        raise ValueError(f"JAX_COMPILATION_CACHE_DIR {said!r} cannot be written: {why}")
 
 
 def folder() -> Path:

@@ -3,10 +3,12 @@
 A file or a folder is written beside its place under a temporary name, and is then moved there in one step. So even after a killed
 process or on a full disk, the place holds the earlier version or the new one, whole. A model folder that a command has written holds
 `alignax.json`, with the name of its writer and the CRC of every file.
+
+On a bucket a file is an object, which appears whole when it is closed. Nothing there moves a folder in one step: it is written on this
+machine and uploaded file by file, its config last, and without a config it is no model (`_upload`).
 """
 
 import ctypes
-import fcntl
 import functools
 import json
 import math
@@ -16,20 +18,23 @@ import shutil
 import socket
 import sys
 import tempfile
-import weakref
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from alignax import paths
 from alignax.distributed import is_main, together
+from alignax.locks import LOCK as LOCK
+from alignax.locks import Lock as Lock
+from alignax.locks import holder
+from alignax.paths import remote
 from alignax.text import one_line
 
 MARK = "alignax.json"
-LOCK = ".lock"  # the file in a workdir that says who works there
+LAST = ("config.json", "adapter_config.json", MARK)  # files without which a folder is no model, nor known as written by alignax
 TMP = "alignax-tmp"  # the end of the names of unfinished files and folders
-HELD: set[tuple[int, int]] = set()  # device and inode of the locks that this process holds
 EXCHANGE, HERE = 2, -100  # RENAME_EXCHANGE and AT_FDCWD of Linux
 
 
@@ -46,28 +51,30 @@ def claim(place: Path, origin: str = "", force: bool = False, remedy: str = "giv
     Raises:
       ValueError: something would be destroyed, or the place cannot be taken: it is closed, inside a file, or a mount point.
     """
-    if why := _closed(place):
+    if why := closed(place):
         raise ValueError(f"{str(place)!r} cannot be written: {why}; choose another place")
     if place.is_dir() and not origin:
         raise ValueError(f"{str(place)!r} is a folder; name a file")
-    if force and place.exists() and (holder := _holder(place.parent / LOCK)):
-        raise ValueError(f"{str(place)!r} is not replaced even with --force, since {holder} works in its folder; choose another place")
+    if force and place.exists() and (who := holder(place.parent / LOCK)):
+        raise ValueError(f"{str(place)!r} is not replaced even with --force, since {who} works in its folder; choose another place")
     if force or not place.exists() or (place.is_file() and not place.stat().st_size) or (place.is_dir() and not any(place.iterdir())):
         return
     if place.is_dir():
         there = _mark(place)
         if origin and there is not None and there["origin"] == origin:
-            if not (changed := _changed(place, there["files"])):
+            if there.get("unfinished") or not (changed := _changed(place, there["files"])):
                 return
             raise ValueError(f"{str(place)!r} was changed since it was written ({changed}); {remedy}")
         raise ValueError(f"{str(place)!r} exists, and {'another run' if there else 'something else'} wrote it; {remedy}")
-    with open(place, "rb") as f:
+    with place.open("rb") as f:
         if not origin or origin.encode() not in f.read(1000):
             raise ValueError(f"{str(place)!r} exists; {remedy}")
 
 
-def _closed(place: Path) -> str:
+def closed(place: Path) -> str:
     """The reason why nothing can be written to a place; empty if it can. Links are followed, since their targets are written."""
+    if there := remote(place):
+        return _closed_bucket(there)
     try:
         if place.exists() and not (place.is_dir() or place.is_file()):
             return "it is a device or a pipe, which cannot be replaced (for the console write -, where the option takes it)"
@@ -87,6 +94,21 @@ def _closed(place: Path) -> str:
                 (Path(tmp) / name).touch()
     except OSError as e:
         return e.strerror or one_line(e)
+    return ""
+
+
+def _closed_bucket(place: paths.Remote) -> str:
+    """The reason why nothing can be written to a place on a bucket; empty if it can. Only a trial shows it."""
+    if place.scheme in paths.BUCKETS and len(place.parts) < 3:
+        return "it is a whole bucket; name a folder inside it"
+    trial = place.with_name(f".{place.name}.{socket.gethostname()}-{os.getpid()}.{TMP}")
+    try:
+        trial.write_bytes(b"")
+        trial.unlink()
+    except FileNotFoundError:
+        return f"there is no bucket {place.parts[1]!r}"
+    except OSError as e:
+        return str(e)
     return ""
 
 
@@ -124,13 +146,25 @@ def check(folder: Path, suffix: str = ".safetensors") -> None:
             )
 
 
+def taken(out: Path, by: str) -> bool:
+    """Whether a folder holds things but not the file `by`, which every folder of its kind has, unless its writer was killed on a bucket."""
+    return out.exists() and not (out / by).is_file() and any(out.iterdir()) and not (_mark(out) or {}).get("unfinished")
+
+
+def staged(out: Path) -> Path:
+    """Where a folder is written first: beside its place, or for a bucket in this machine's folder of temporary files."""
+    return Path(tempfile.gettempdir()) if remote(out) else out
+
+
 def standing(path: Path) -> Path:
     """The path if it exists, else its nearest parent folder that exists."""
     return next(p for p in (path, *path.absolute().parents) if p.exists())
 
 
 def require_space(path: Path, need: int, what: str, remedy: str = "make room, or choose another place") -> None:
-    """Raises an OSError, before anything is written, if the disk has no room for 1.1 times `need` bytes."""
+    """Raises an OSError, before anything is written, if the disk has no room for 1.1 times `need` bytes; a bucket has room."""
+    if remote(path):
+        return
     free, room = shutil.disk_usage(standing(path)).free, math.ceil(1.1 * need)
     if free < room:
         raise OSError(f"{what} needs {room:,} bytes, but {str(path)!r} has {free:,} bytes free; {remedy}")
@@ -142,6 +176,11 @@ def file(path: Path, shared: bool = False) -> Iterator[Path]:
 
     `shared`: several processes may write the same file at the same time; `sweep` removes what killed processes left.
     """
+    if there := remote(path):
+        with tempfile.TemporaryDirectory() as folder, _writing(path, Path(folder) / path.name):
+            yield Path(folder) / path.name
+            there.upload(Path(folder) / path.name)
+        return
     path = _real(path)  # the target of a link is replaced, and the link stays
     tmp = _beside(path, f"{socket.gethostname()}-{os.getpid()}" if shared else "")
     with _writing(path, tmp):
@@ -169,7 +208,7 @@ def write_json(value: Any, out: str) -> None:
     if out == "-":
         print(json_text(value, indent=2))
     else:
-        write_text(Path(out), json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+        write_text(paths.of(out), json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def json_text(value: Any, indent: int | None = None) -> str:
@@ -178,8 +217,8 @@ def json_text(value: Any, indent: int | None = None) -> str:
 
 
 def sweep(folder: Path) -> None:
-    """Removes the unfinished shared files in a folder whose processes, of this machine, are gone."""
-    for left in folder.glob(f".*.{socket.gethostname()}-*.{TMP}"):
+    """Removes the unfinished shared files in a folder whose processes, of this machine, are gone. On a bucket there are none."""
+    for left in () if remote(folder) else folder.glob(f".*.{socket.gethostname()}-*.{TMP}"):
         try:
             os.kill(int(left.name.removesuffix(f".{TMP}").rpartition("-")[2]), 0)
         except ProcessLookupError:
@@ -194,8 +233,9 @@ def folder(out: Path, origin: str = "") -> Iterator[Path]:
 
     Every process enters the context, and process 0 writes. With an `origin`, the folder gets an `alignax.json` with it and the CRCs.
     """
-    out = _real(out)
-    tmp = _beside(out)
+    there = remote(out)
+    out = out if there else _real(out)
+    tmp = Path(tempfile.gettempdir()) / f"{out.name}.{os.getpid()}.{TMP}" if there else _beside(out)
     with _writing(out, tmp):
         with together():
             if is_main():
@@ -207,71 +247,32 @@ def folder(out: Path, origin: str = "") -> Iterator[Path]:
                 if origin:
                     crcs = {str(p.relative_to(tmp)): _crc(p) for p in sorted(tmp.rglob("*")) if p.is_file()}
                     (tmp / MARK).write_text(json.dumps({"origin": origin, "files": crcs}, indent=2) + "\n", encoding="utf-8")
-                for path in (*tmp.rglob("*"), tmp):
-                    _sync(path)
-                _replace(out, tmp)
-                _sync(out.parent)
+                if there:
+                    _upload(tmp, there)
+                else:
+                    for path in (*tmp.rglob("*"), tmp):
+                        _sync(path)
+                    _replace(out, tmp)
+                    _sync(out.parent)
 
 
-class Lock:
-    """A lock on a workdir, held until `close` or the end of the process, however it ends; with `path` None nothing is locked.
+def _upload(folder: Path, out: paths.Remote) -> None:
+    """Puts a finished folder of this machine in the place of a folder on a bucket, and removes the former.
 
-    Raises:
-      ValueError: another process holds the lock.
+    A kill in between leaves a folder without the files of `LAST`: they are deleted before anything else, and written after it. An
+    `alignax.json` that says who is writing stands there meanwhile, so that the same run may write the folder again.
     """
-
-    def __init__(self, path: Path | None):
-        """Takes the lock, or prints that the file system has no locks."""
-        self._release: weakref.finalize | None = None
-        if path is None:
-            return
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        place = os.fstat(file).st_dev, os.fstat(file).st_ino
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            holder = os.read(file, 300).decode(errors="replace").strip()
-            os.close(file)
-            # The text of the holder cannot tell whether it is this process: in containers, two may share host name and process number.
-            if place not in HELD:
-                raise ValueError(
-                    f"workdir {str(path.parent)!r} is in use: {holder or 'another process'} works in it; wait until that process ends, "
-                    "stop it, or choose another workdir"
-                ) from e
-            return
-        except OSError as e:
-            print(
-                f"{path.parent} is on a file system without locks ({e.strerror}): make sure that no other process works in this folder",
-                file=sys.stderr,
-            )
-        HELD.add(place)
-        self._release = weakref.finalize(self, _let_go, file, place)  # also if a run is refused after it took the lock
-        os.ftruncate(file, 0)
-        os.write(file, f"process {os.getpid()} on {socket.gethostname()}".encode())
-
-    def close(self) -> None:
-        """Releases the lock."""
-        if self._release is not None:
-            self._release()
-
-
-def _holder(lock: Path) -> str:
-    """The other process that holds the lock of a workdir, in words; empty if there is none."""
-    try:
-        with open(lock, "rb") as file:
-            about = os.fstat(file.fileno())
-            if (about.st_dev, about.st_ino) not in HELD:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return lock.read_text(encoding="utf-8", errors="replace").strip() or "another process"
-    except OSError:  # no such file, or a file system without locks
-        pass
-    return ""
-
-
-def _let_go(file: int, place: tuple[int, int]) -> None:
-    HELD.discard(place)
-    os.close(file)
+    if there := _mark(folder):
+        (out / MARK).write_text(json.dumps({"origin": there["origin"], "files": {}, "unfinished": True}) + "\n")
+    rank = lambda name: LAST.index(name.rpartition("/")[2]) if name.rpartition("/")[2] in LAST else -1
+    new = sorted((str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()), key=rank)
+    old = sorted(("/".join(p.relative_to(out).parts) for p in out.rglob("*")), key=rank, reverse=True)
+    for name in old:
+        if name != MARK or not there:
+            (out / name).unlink(missing_ok=True)
+    for name in new:
+        (out / name).upload(folder / name)
+    shutil.rmtree(folder)
 
 
 @contextmanager
@@ -286,6 +287,8 @@ def _writing(path: Path, tmp: Path) -> Iterator[None]:
             shutil.rmtree(tmp) if tmp.is_dir() else tmp.unlink(missing_ok=True)
         if not isinstance(e, (OSError, SafetensorError)):
             raise
+        if remote(path):
+            raise OSError(f"{str(path)!r} could not be written ({one_line(e)})") from e
         kept = "; the file that was there is unchanged" if path.exists() else ""
         raise OSError(f"{str(path)!r} could not be written ({one_line(e)}){kept}; make room, or choose another place") from e
 
@@ -343,24 +346,26 @@ def _mark(folder: Path) -> dict | None:
 
 def _changed(folder: Path, files: dict[str, str]) -> str:
     """The first file that was changed, added or removed since a folder was written; empty if there is none."""
-    there = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {MARK}
+    there = {"/".join(p.relative_to(folder).parts) for p in folder.rglob("*") if p.is_file()} - {MARK}
     return next((name for name in sorted(there | files.keys()) if name not in there or files.get(name) != _crc(folder / name)), "")
 
 
 def _remembered_crc(path: Path) -> str:
     """The CRC of a file, which this process remembers until the file changes."""
+    if far := remote(path):
+        return _crc_of(path, far.version())
     there = path.stat()
     return _crc_of(path, there.st_ino, there.st_size, there.st_mtime_ns, there.st_ctime_ns)
 
 
 @functools.lru_cache(maxsize=1024)
-def _crc_of(path: Path, *_: int) -> str:
+def _crc_of(path: Path, *_: int | str) -> str:
     return _crc(path)
 
 
 def _crc(path: Path) -> str:
     crc = 0
-    with open(path, "rb") as f:
+    with path.open("rb") as f:
         while block := f.read(1 << 22):
             crc = zlib.crc32(block, crc)
     return f"{crc:08x}"

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import jax
 
-from alignax import chain, default_config, dpo, logps, rpo, sft
+from alignax import chain, default_config, dpo, logps, paths, rpo, sft
 from alignax.cli import commands, comparison
 from alignax.config import BadInput
 from alignax.generate import Generator, shape_for
@@ -110,7 +110,7 @@ def main(experiment):
         raise BadInput(f"config field 'stage' is {config.stage!r}; use all, {', '.join(STAGES)}")
     if config.stage != "all":
         return commands.run(_experiment(experiment, config.stage))
-    work = Path(config.workdir)
+    work = paths.here(config.workdir, "workdir")
     write_world(work / "world", config)
     commands.run(_experiment(experiment, "sft"))
     write_pairs(work / "world", work / "sft" / "export", config)
@@ -128,7 +128,7 @@ def _experiment(experiment, stage: str):
     if experiment.config.stage == stage:
         return experiment if stage != "sft" else experiment._replace(experience=None)
     config = experiment.config.copy_and_resolve_references()
-    world = Path(config.workdir) / "world"
+    world = paths.here(config.workdir, "workdir") / "world"
     config.stage = stage
     config.data.eval = str(world / "eval.jsonl")
     if stage == "sft":
@@ -141,8 +141,8 @@ def _experiment(experiment, stage: str):
         config.eval.every = 0
     else:
         config.data.train = str(world / "pairs.jsonl")
-        config.model.path = str(Path(config.workdir) / "sft" / "export")
-    config.workdir = str(Path(config.workdir) / stage)
+        config.model.path = str(paths.here(config.workdir, "workdir") / "sft" / "export")
+    config.workdir = str(paths.here(config.workdir, "workdir") / stage)
     return _experiment(experiment._replace(config=config), stage)
 
 

@@ -20,7 +20,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from alignax import default_config, entropy_bonus, group_relative, grpo
+from alignax import default_config, entropy_bonus, group_relative, grpo, paths
 from alignax.cli import commands
 from alignax.config import BadInput
 from alignax.losses import response_mean
@@ -75,10 +75,10 @@ def main(experiment):
         if config.data.train:
             raise BadInput(f"data.train is {config.data.train!r}, and the sums are written here; leave it empty, or give model.path too")
         config = config.copy_and_resolve_references()
-        world = Path(config.workdir) / "world"
+        world = paths.here(config.workdir, "workdir") / "world"
         write_world(world, config.width)
         config.model.path, config.data.train = str(world / "model"), str(world / "prompts.jsonl")
-        config.workdir = str(Path(config.workdir) / "run")
+        config.workdir = str(paths.here(config.workdir, "workdir") / "run")
     return commands.run(experiment._replace(config=config, main=None))
 
 

@@ -26,7 +26,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from alignax import chain, default_config, fdpg, gae, group_relative, grpo, kl_reward, logps, ppo, rloo
+from alignax import chain, default_config, fdpg, gae, group_relative, grpo, kl_reward, logps, paths, ppo, rloo
 from alignax.cli import commands
 from alignax.config import BadInput
 from alignax.distributed import is_main
@@ -108,18 +108,18 @@ def main(experiment):
     if config.method not in METHODS:
         raise BadInput(f"config field 'method' is {config.method!r}; use {', '.join(METHODS)}")
     if not config.data.train:
-        folder = Path(config.workdir)
+        folder = paths.here(config.workdir, "workdir")
         write_prompts(folder.with_name(folder.name + "_prompts"), config)
     config.model.critic = "head" if config.method == "ppo" else ""
     config.reference.token_kl = config.method == "quark"
     if config.method == "quark" and not hf.open_folder(config.model.path).config.predicted_tokens:
-        folder = Path(config.workdir + "_model")
+        folder = paths.here(config.workdir + "_model", "workdir")
         if not folder.exists():
             with_tokens(config.model.path, folder, QUANTILES)
         config.model.path = str(folder)
     results = commands.run(experiment._replace(config=config, main=None))
     if is_main():
-        commands.report([Path(config.workdir)])
+        commands.report([paths.here(config.workdir, "workdir")])
     return results
 
 

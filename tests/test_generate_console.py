@@ -252,7 +252,7 @@ def test_conversations_go_through_the_chat_template(tmp_path, monkeypatch):
         (["--combine", "x@y,z@1"], "combine has 'x@y', which is not a model with its coefficient; write for example TUNED@1.0"),
         (["--combine", "x@1,"], "combine has '', which is not a model"),
         (["--combine", "nowhere@1"], "model folder 'nowhere' does not exist"),
-        (["--combine", "gs://bucket/x@1"], "'gs://bucket/x'"),
+        (["--combine", "nope://bucket/x@1"], "'nope://bucket/x'"),
         (["--beams", "3"], "option '--beams' is unknown"),
         (["--stop", ""], "a stop string is empty"),
         (["--stop", "é"], "stop string 'é' can never occur"),

@@ -195,7 +195,7 @@ def test_other_spellings_name_the_same_models(folders, tmp_path):
         (MODPO, {"models.margin.path": 1, "models.reference.path": 1, "reference.path": "x"}, "leave one of them out"),
         (MODPO, {"models.margin.pth": 1}, "models.margin.pth"),
         (MODPO, {"models.margin.path": 2, "models.margin.adapters": 1}, "is a reward model; give the adapters' folder"),
-        (MODPO, {"models.margin.path": 1, "models.margin.adapters": "gs://x/y"}, "gs:// paths are not supported"),
+        (MODPO, {"models.margin.path": 1, "models.margin.adapters": "nope://x/y"}, "nope:// paths are not known to fsspec"),
         (PLAIN.replace("config)", "config, critic)"), {}, r"loss\(\) of .* asks for 'critic'"),
         (PLAIN, {"models.gold.path": 2}, "the run samples nothing that the gold model could score"),
         (PLAIN, {"models.gold.path": 1, "eval.samples": 2}, "is a language model; give a reward model"),

@@ -227,7 +227,7 @@ def test_setup_waits_copies_and_installs_on_all(cloud):
         assert (worker / "installed").read_text().splitlines()[-3:] == [
             "python3 -m uv --version",
             "python3 -m uv venv --quiet --python 3.11 .venv",
-            "python3 -m uv pip install --quiet --python .venv/bin/python --editable .[tpu]",
+            "python3 -m uv pip install --quiet --python .venv/bin/python --editable .[tpu,gcs]",
         ]
 
 

@@ -32,7 +32,7 @@ setup() {
     fi
     python3 -m uv --version || python3 -m pip install --user --quiet uv # the Python of the TPU's image is too old for alignax
     [[ -x .venv/bin/python ]] || python3 -m uv venv --quiet --python "$PYTHON_VERSION" .venv
-    python3 -m uv pip install --quiet --python .venv/bin/python --editable '.[tpu]'
+    python3 -m uv pip install --quiet --python .venv/bin/python --editable '.[tpu,gcs]'
 }
 
 mount_bucket() {

@@ -9,7 +9,6 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from alignax.interrupts import install, leave, link, number_of, told
@@ -131,32 +130,36 @@ def command(args: list[str]) -> int:
     except ValueError as e:
         return fail(e)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # for example that PyTorch is missing
+    from alignax import paths
     from alignax.cli import bench_commands, commands, reward_commands
     from alignax.compiled import keep
     from alignax.config.blame import BadInput
     from alignax.run.host_rewards import RewardFailed
 
-    keep()
+    try:
+        keep()
+    except ValueError as e:
+        return fail(e)
     try:
         if given.command == "train":
             commands.train(given.file, given.overrides, given.dry)
         elif given.command == "eval":
-            commands.evaluate(Path(given.words[0]), given.overrides, given.json, given.force)
+            commands.evaluate(paths.of(given.words[0]), given.overrides, given.json, given.force)
         elif given.command == "eval-rm":
             reward_commands.eval_rm(given.words[0], given.file, given.overrides, given.json, given.force)
         elif given.command == "anchor":
             models, folder = given.words
-            reward_commands.anchor(models, Path(folder), given.file, given.overrides, given.samples, given.scale, given.force)
+            reward_commands.anchor(models, paths.of(folder), given.file, given.overrides, given.samples, given.scale, given.force)
         elif given.command == "ridge":
-            reward_commands.ridge(Path(given.words[0]), given.file, given.overrides, given.penalty, given.force)
+            reward_commands.ridge(paths.of(given.words[0]), given.file, given.overrides, given.penalty, given.force)
         elif given.command == "generate":
-            commands.generate(Path(given.words[0]), given.request, given.overrides, given.force)
+            commands.generate(paths.of(given.words[0]), given.request, given.overrides, given.force)
         elif given.command == "export":
-            commands.export(Path(given.words[0]), Path(given.words[1]), given.overrides, given.force)
+            commands.export(paths.of(given.words[0]), paths.of(given.words[1]), given.overrides, given.force)
         elif given.command == "overopt":
             commands.overopt(given.file, given.overrides)
         elif given.command == "report":
-            commands.report([Path(word) for word in given.words], given.force)
+            commands.report([paths.of(word) for word in given.words], given.force)
         elif given.command == "bench":
             bench_commands.bench(
                 given.words, given.file, given.overrides, given.steps, given.json, given.against, given.rounds, given.force
@@ -195,7 +198,7 @@ def parse(args: Sequence[str]) -> Arguments:
     Raises:
       ValueError: for an unknown command or option, and for missing or superfluous words and values.
     """
-    from alignax.data.files import check_local
+    from alignax import paths
     from alignax.generate.console import Request
     from alignax.text import short
 
@@ -248,7 +251,7 @@ def parse(args: Sequence[str]) -> Arguments:
     beside = [("a model of --combine", path) for path, _ in request.combination()]
     named = {"--config": file, "--json": json, "--out": request.out, "--samples": samples, "--prompts": request.prompts}
     for name, text in [*named.items(), *beside, *((f"an argument of `alignax {command}`", word) for word in words)]:
-        check_local(text, name, hub=name in ("--samples", "--prompts"))
+        paths.check(text, name, hub=name in ("--samples", "--prompts"))
     against = values.get("--against", "")
     return Arguments(command, words, overrides, file, dry, json, samples, scale, penalty, request, force, steps, against, rounds)
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from alignax import output
+from alignax import output, paths
 from alignax.bench import growth, report
 from alignax.bench.case import FIRST, Case, in_process, last_json, measured
 from alignax.bench.methods import METHODS
@@ -62,7 +62,7 @@ def chosen(words: Sequence[str], file: str, overrides: list[str], steps: int, fo
     if file:
         if odd := [word for word in words if word != SAMPLER]:
             raise ValueError(f"bench of {file} measures its run; leave {short(odd[0])} out, or write {SAMPLER} for its sampler alone")
-        return [Case(SAMPLER if words else Path(file).stem, "", file, overrides, steps, bool(words), folder)]
+        return [Case(SAMPLER if words else paths.of(file).stem, "", file, overrides, steps, bool(words), folder)]
     if GROWTH in words:
         if len(words) > 1:
             raise ValueError(f"growth is measured alone; leave {short(next(w for w in words if w != GROWTH))} out")
@@ -142,9 +142,9 @@ def files(out: str, drawn: bool, force: bool) -> list[Path]:
     Raises:
       ValueError: for a place that cannot be written, that another program wrote, or with the suffix of a file beside it.
     """
-    if Path(out).suffix in (".md", ".png"):
+    if paths.of(out).suffix in (".md", ".png"):
         raise ValueError(f"--json {out} names the file for JSON, beside which a page and a figure are written; let it end with .json")
-    places = [] if out == "-" else [Path(out), *(Path(out).with_suffix(suffix) for suffix in (".md", ".png")[: 1 + drawn])]
+    places = [] if out == "-" else [paths.of(out), *(paths.of(out).with_suffix(suffix) for suffix in (".md", ".png")[: 1 + drawn])]
     for place in places:
         output.claim(place, report.ORIGIN, force)
     return places

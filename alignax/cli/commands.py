@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from alignax import distributed, output
+from alignax import distributed, output, paths
 from alignax.config import Experiment, code, flat, load_experiment, trunk_values
 from alignax.config.blame import blaming, refusing
 from alignax.data import check
@@ -82,7 +82,7 @@ def check_moved(experiment: Experiment, overrides: Sequence[str]) -> None:
     """Refuses the config.py of a moved workdir: it names the old folder, where the run would begin anew; --config.workdir decides."""
     here, said = experiment.file.parent, experiment.config.workdir
     of_run = experiment.file.name == "config.py" and any((here / part).is_dir() for part in ("checkpoints", "stages"))
-    if of_run and here.resolve() != Path(said).resolve() and not any(override.startswith("workdir=") for override in overrides):
+    if of_run and here.resolve() != paths.of(said).resolve() and not any(override.startswith("workdir=") for override in overrides):
         raise ValueError(
             f"{experiment.file} belongs to a run in {str(here)!r}, but it names the workdir {said!r}: the workdir was moved, or the "
             f"command was started in another folder; add --config.workdir={here} to resume the run, or give another workdir to start a "
@@ -119,7 +119,7 @@ def evaluate(workdir: Path, overrides: Sequence[str], out: str = "", force: bool
     with refusing():
         distributed.initialize()
         if out not in ("", "-"):
-            output.claim_on_all(Path(out), force=force)
+            output.claim_on_all(paths.of(out), force=force)
         with together():
             run = prepare(saved_experiment(workdir, overrides))
         started = start(run, write=False)
@@ -244,7 +244,7 @@ def language_model(place: Path, overrides: Sequence[str]) -> Language:
 
 def combined_model(place: str, source: hf.Source, tokenizer: Any) -> Language:
     """Opens a model of --combine, whose logits are added to those of MODEL; both must have the same tokens."""
-    own = language_model(Path(place), [])
+    own = language_model(paths.of(place), [])
     check_tokenizer(own.source.path, own.source.config.vocab_size, f"{place!r} of --combine", source, tokenizer, "MODEL")
     return own
 
@@ -265,7 +265,7 @@ def check_data(file: str, overrides: Sequence[str], out: str, force: bool = Fals
         experiment = load_experiment(file, overrides)
         config = experiment.config
         if out not in ("", "-"):
-            output.claim(Path(out), force=force)
+            output.claim(paths.of(out), force=force)
         colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and out != "-"
         tokenizer, vocab_size, ends, labels = tokenizer_alone(config.model.path)
         whole = bool(labels or config.model.num_labels or config.reward.path)
@@ -280,13 +280,13 @@ def check_data(file: str, overrides: Sequence[str], out: str, force: bool = Fals
 
 def tokenizer_alone(path: str) -> tuple[Any, int, tuple[int, ...], int]:
     """Tokenizer, vocabulary size, end tokens and number of labels of a model folder; without config.json, the tokenizer gives the size."""
-    if path and not Path(path).is_dir():
+    if path and not paths.of(path).is_dir():
         path = sources(path, "model.path")[0][0]  # of a mean of models, the first folder
-    if not Path(path or " ").is_dir():
+    if not paths.of(path or " ").is_dir():
         raise ValueError(f"model folder {path!r} does not exist; set --config.model.path=FOLDER, one with a tokenizer")
-    if (Path(path) / "config.json").is_file():
+    if (paths.of(path) / "config.json").is_file():
         source = hf.open_folder(path)
-        tokenizer = load_tokenizer(Path(path), source.config.vocab_size)
+        tokenizer = load_tokenizer(paths.of(path), source.config.vocab_size)
         return tokenizer, source.config.vocab_size, hf.end_ids(source, tokenizer), source.config.num_labels
-    tokenizer = load_tokenizer(Path(path), sys.maxsize)
+    tokenizer = load_tokenizer(paths.of(path), sys.maxsize)
     return tokenizer, len(tokenizer), (), 0

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from alignax import output
+from alignax import output, paths
 from alignax.run.log import read_rows
 from alignax.text import table
 
@@ -25,7 +25,7 @@ def evaluations(workdir: Path) -> list[dict[str, Any]]:
     Raises:
       ValueError: for a workdir without evaluations.
     """
-    found = evaluated(read_rows(Path(workdir) / "metrics.jsonl"))
+    found = evaluated(read_rows(paths.of(workdir) / "metrics.jsonl"))
     if not found:
         raise ValueError(f"{str(workdir)!r} has no evaluation in its metrics.jsonl; give the workdir of a run that evaluated")
     return found
@@ -95,8 +95,8 @@ def figure(runs: Mapping[str, Path], path: Path) -> None:
         points = {name: [(_distance(row["kl"]), row[metric]) for row in own if metric in row] for name, own in rows.items()}
         lines = [figures.Line(name, [x for x, _ in own], [y for _, y in own]) for name, own in points.items()]
         panels += [figures.Panel(lines, title, figures.DISTANCE, label)] if any(points.values()) else []
-    with output.file(Path(path)) as tmp:
-        figures.figure(panels).savefig(tmp, dpi=200, format=Path(path).suffix.removeprefix(".") or "png")
+    with output.file(paths.of(path)) as tmp:
+        figures.figure(panels).savefig(tmp, dpi=200, format=paths.of(path).suffix.removeprefix(".") or "png")
 
 
 def _distance(kl: float) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from alignax import distributed, output, rewards
+from alignax import distributed, output, paths, rewards
 from alignax.config import eval_batch_size, load_experiment
 from alignax.config.blame import refusing
 from alignax.data import Examples, load, load_examples, padded_length
@@ -41,14 +41,14 @@ def eval_rm(place: str, file: str, overrides: Sequence[str], out: str, force: bo
     with refusing():
         distributed.initialize()
         if out not in ("", "-"):
-            output.claim_on_all(Path(out), force=force)
+            output.claim_on_all(paths.of(out), force=force)
         if not file and not is_workdir(place):
             raise ValueError(
                 f"{place!r} is not the workdir of a run; for model folders also give --config FILE.py, for example experiments/rm_hh.py"
             )
         config, source, mesh, params = reward_models(place, file, overrides)
         rewards.check_one_score(source)
-        row = load_experiment(Path(place) / "config.py" if is_workdir(place) else file).row
+        row = load_experiment(paths.of(place) / "config.py" if is_workdir(place) else file).row
         loaded = pairs_of(config, source, row)
     result = {}
     model = rewards.ensemble_model(source.config, params, mesh)

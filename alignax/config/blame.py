@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from alignax import paths
 from alignax.text import one_line
 
 LIKE = 0.6  # similarity of two names, in [0, 1]: from here on one may be a misspelling of the other
@@ -61,8 +62,8 @@ def blaming(file: Path, always: bool = True, own: bool = False) -> Iterator[None
     except Exception as e:
         path = _path(e)
         places = [(_file(tb), tb.tb_lineno) for tb in path if theirs(_file(tb), file)]
-        if isinstance(e, SyntaxError) and e.filename and theirs(Path(e.filename).resolve(), file):
-            places = [(Path(e.filename).resolve(), e.lineno)]
+        if isinstance(e, SyntaxError) and e.filename and theirs(paths.of(e.filename).resolve(), file):
+            places = [(paths.of(e.filename).resolve(), e.lineno)]
         if not (places or always) or (own and not theirs(_file(path[-1]), file)):
             raise
         where, line = places[-1] if places else (file.resolve(), None)
@@ -212,7 +213,7 @@ def _path(error: Exception) -> list[TracebackType]:
 
 
 def _file(tb: TracebackType) -> Path:
-    return Path(tb.tb_frame.f_code.co_filename).resolve()
+    return paths.of(tb.tb_frame.f_code.co_filename).resolve()
 
 
 def _node(tb: TracebackType) -> ast.expr | None:

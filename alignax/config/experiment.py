@@ -15,11 +15,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+from alignax import paths
 from alignax.config.blame import BadInput, blaming, check_call, near, theirs
 from alignax.config.defaults import default_config
 from alignax.config.overrides import a_kind, check_path, check_range, flat, set_field
 from alignax.config.source import imports_from, modules_were, read_source
-from alignax.data.files import check_local
 
 OFFERED = ("config", "reference", "policy", "ensemble", "prompts")  # parameters of experience(..), beside the names of `config.models`
 ALIASES = {
@@ -53,7 +53,7 @@ class Experiment(NamedTuple):
 
 def load_experiment(file: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     """Reads an experiment file and applies overrides such as `data.max_length=160`."""
-    file = Path(file)
+    file = paths.of(file)
     if not file.is_file():
         what = "is a folder" if file.is_dir() else "does not exist"
         raise ValueError(f"experiment file {str(file)!r} {what}; give the path of a Python file such as experiments/dpo_hh.py")
@@ -111,7 +111,7 @@ def name_models(config: Any) -> None:
         if not hasattr(given, "items") or not isinstance(given.get("path", ""), str) or not given.get("path", ""):
             raise ValueError(f"config field 'models.{name}.path' is empty; set it to FOLDER, a Hugging Face model folder")
         for field in ("path", "adapters"):
-            check_local(given.get(field, ""), f"config field 'models.{name}.{field}'")
+            paths.check(given.get(field, ""), f"config field 'models.{name}.{field}'")
         if name not in ALIASES:
             continue
         group, _, field = ALIASES[name].partition(".")
@@ -153,7 +153,7 @@ def load_module(file: Path, source: bytes) -> ModuleType:
     sys.modules[module.__name__] = module
     text = source.decode(errors="replace")
     for folder in (str(file.resolve().parent), imports_from(file, text)):
-        if folder not in sys.path:
+        if folder not in sys.path and not paths.is_url(folder):
             sys.path.append(folder)
     try:
         exec(compile(source, str(file), "exec", dont_inherit=True), module.__dict__)
@@ -194,7 +194,7 @@ def check_own_fields(config: Any, module: ModuleType, file: Path) -> None:
         return
     code = [x.__code__.co_filename for x in vars(module).values() if inspect.isfunction(x)]
     code += [vars(x).get("__file__") or "" for x in vars(module).values() if inspect.ismodule(x)]
-    files = {path for path in map(Path, code) if theirs(path.resolve(), file)} | {file}
+    files = {path for path in map(paths.of, code) if theirs(path.resolve(), file)} | {file}
     nodes = [node for path in files for node in ast.walk(ast.parse(read_source(path)))]
     read = {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
     read |= {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}

@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from alignax import paths
 from alignax.config.defaults import PATHS
-from alignax.data.files import check_local
 from alignax.text import short
 
 MODEL = ("path", "adapters")  # fields of each model in `config.models`
@@ -118,9 +118,11 @@ def nearest(path: str, fields: Sequence[str]) -> str:
 
 
 def check_path(name: str, value: str) -> None:
-    """Refuses a URL in a field that takes a path."""
+    """Refuses a URL that cannot be read, or that a workdir cannot have, in a field that takes a path."""
     if name in PATHS:
-        check_local(value, f"config field {name!r}", hub=name.startswith("data."))
+        paths.check(value, f"config field {name!r}", hub=name.startswith("data."))
+    if name == "workdir" and paths.is_url(value) and not value.startswith("gs://"):
+        raise ValueError(f"config field 'workdir' is {short(value)}, but checkpoints go to this machine or to gs:// alone; choose another")
 
 
 def check_range(name: str, value: Any) -> None:

@@ -1,6 +1,6 @@
 """Readers of data files: JSON, JSONL, CSV, Parquet, Arrow, folders of these, folders of `Dataset.save_to_disk`, and hf:// data sets.
 
-Only a path that begins with hf:// uses the network. Any fault in the bytes of a file is a `ValueError`.
+Only a path that begins with hf:// or is another URL uses the network. Any fault in the bytes of a file is a `ValueError`.
 """
 
 import csv
@@ -11,14 +11,15 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from alignax import paths
 from alignax.data import streams
 from alignax.data.folders import SUFFIXES, files, matching, place, saved, suffix
 from alignax.data.rows import Bad
 from alignax.data.streams import Grown, check_size, lines, opened, opens_array
+from alignax.paths import HUB
 from alignax.text import one_line, short
 
 __all__ = ["SUFFIXES", "Row", "one_line", "read_rows", "rows_and_faults", "short"]
-HUB = "hf://"
 HOLDERS = ("data", "rows", "examples", "train", "validation", "dev", "test")  # keys under which a single JSON object may hold the rows
 ROWS_AT_ONCE = 64  # rows of a columnar file that are decoded together: of the longest rows that JSONL may hold, a GiB
 Row = dict[str, Any]
@@ -35,6 +36,7 @@ def read_rows(path: str | pathlib.Path) -> list[Row]:
       those in subfolders too.
     - `FOLDER:train`, one split of several; `FILE.json:data`, the rows that a single JSON object holds under a key;
       `FOLDER/*.jsonl`, the files that match a pattern.
+    - a URL of one of these, such as `gs://bucket/data/train.jsonl`, of any scheme that fsspec knows.
     - `hf://org/name`, `hf://org/name:split` or `hf://org/name:config:split`, a data set of the Hugging Face hub or its local cache.
 
     Errors: `ValueError` for a missing path, a damaged file (with its line, where it has lines), a file in a folder that cannot
@@ -55,6 +57,8 @@ def rows_and_faults(path: str | pathlib.Path) -> list[Row | Bad]:
     except MemoryError as error:
         raise ValueError(f"{path} does not fit into the memory of this machine; split the file and use only some of its parts") from error
     except OSError as error:
+        if paths.is_url(path):
+            raise ValueError(str(error)) from error  # it says all that is known
         raise ValueError(f"{path} cannot be read ({one_line(error)}); correct the path or its read permissions") from error
     if not rows:
         raise ValueError(f"{path} holds no rows; point to a file that has some")
@@ -67,7 +71,8 @@ def _read_path(text: str) -> list[Row | Bad]:
         if found := matching(text):
             return [row for file in found for row in _read_file(file)]
         hint = f"; for a data set of the Hugging Face hub write {HUB}{path}" if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) else ""
-        raise ValueError(f"there is no file or folder {str(path)!r} (looked from {str(pathlib.Path.cwd())!r}); correct the path{hint}")
+        looked = "" if paths.is_url(text) else f" (looked from {str(pathlib.Path.cwd())!r})"
+        raise ValueError(f"there is no file or folder {str(path)!r}{looked}; correct the path{hint}")
     if not path.is_dir():
         return _under(path, split, [*_read_file(path, whole=bool(split))])
     if (folder := saved(path, split)) is not None:
@@ -326,9 +331,10 @@ def _saved(path: pathlib.Path) -> list[Row]:
     import datasets
 
     try:
-        dataset: Any = datasets.load_from_disk(str(path))
-        dataset.data.validate(full=True)  # so that nothing is read where damaged offsets point
-        return list(dataset.with_format(None))
+        with paths.whole_copy(path) as folder:
+            dataset: Any = datasets.load_from_disk(str(folder))
+            dataset.data.validate(full=True)  # so that nothing is read where damaged offsets point
+            return list(dataset.with_format(None))
     except MemoryError:
         raise
     except Exception as error:  # errors of datasets and pyarrow on damaged files have no common class
@@ -353,19 +359,3 @@ def _read_hub(path: str) -> list[Row]:
             raise ValueError(f"{path} holds several splits ({', '.join(dataset)}); name one, such as {path}:{next(iter(dataset))}")
         dataset = next(iter(dataset.values()))
     return list(dataset.with_format(None))
-
-
-def check_local(text: str, what: str, hub: bool = False) -> None:
-    """Refuses URLs, also in a list with commas, where only local files are read or written; with `hub`, hf:// is allowed.
-
-    A ~ or $WORK that no shell has filled in is refused too, since it would mean a folder of that very name. Errors: `ValueError`.
-    """
-    for part in text.split(","):
-        if found := re.search(r"^~[\w.-]*(?=/|$)|(?<![^/])\$(?:[A-Za-z_]\w*|\{\w+\})(?=/|$)", part):
-            raise ValueError(f"{what} is {short(text)}, and no shell has expanded its {found[0]}; write the full path")
-        scheme = re.match(r"\s*([A-Za-z][A-Za-z0-9+.-]+):/", part)  # one slash too, since a Path makes one of two
-        if scheme and not (hub and part.startswith(HUB)):
-            also = f", or {HUB}org/name" if hub else ""
-            raise ValueError(
-                f"{what} is {short(text)}, and {short(scheme[1])[1:-1]}:// paths are not supported; give a path on this machine{also}"
-            )

@@ -1,10 +1,10 @@
 """Folders and patterns: finds the files that a path means. Every file in a folder is read, known to hold no rows, or named in an error."""
 
-import glob
 import json
 import re
 from pathlib import Path
 
+from alignax import paths
 from alignax.text import one_line
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
@@ -34,16 +34,16 @@ def suffix(path: Path) -> str:
 def place(text: str) -> tuple[Path, str]:
     """Splits FOLDER:test into the path and the split "test"; the split is empty if the text names none, or is a path that exists."""
     before, colon, split = text.rpartition(":")
-    if colon and split and not Path(text).exists() and Path(before).exists():
-        return Path(before), split
-    return Path(text), ""
+    if colon and split and not split.startswith("//") and not paths.of(text).exists() and paths.of(before).exists():
+        return paths.of(before), split
+    return paths.of(text), ""
 
 
 def matching(pattern: str) -> list[Path]:
     """The files that match a pattern such as data/*.jsonl, in the order of their names; none if the text is no pattern."""
     if not re.search(r"[*?[]", pattern):
         return []
-    found = [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]
+    found = paths.matching(pattern)
     folders = [path for path in found if path.is_dir()]
     if folders and "**" not in pattern:
         raise ValueError(

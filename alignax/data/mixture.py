@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from alignax import paths
 from alignax.data.counts import Report
 from alignax.data.examples import Examples, concatenate
 from alignax.data.tokens import load_examples
@@ -80,14 +80,14 @@ def sources(text: str, field: str = "data.train") -> list[tuple[str, float | Non
     [('a.jsonl', 0.7), ('b.jsonl', 0.3)]
     """
     out: list[tuple[str, float | None]] = []
-    for item in [text] if Path(text).exists() else text.split(","):
+    for item in [text] if not paths.is_url(text) and paths.of(text).exists() else text.split(","):
         path, at, weight = item.strip().rpartition("@")
-        if Path(item.strip()).exists() or not at:
+        if not at or paths.of(item.strip()).exists():
             out.append((item.strip(), None))
         else:
             out.append((path, _weight(weight, item, field)))
-    paths = [path for path, _ in out]
-    if not all(paths) or len(set(paths)) < len(paths):
+    names = [path for path, _ in out]
+    if not all(names) or len(set(names)) < len(names):
         raise ValueError(f"{field} {text!r} has an empty or a repeated source; write FILE@0.7,OTHER@0.3")
     if len({weight is None for _, weight in out}) > 1:
         raise ValueError(f"{field} {text!r} gives some sources a weight and others none; give all a weight, as in FILE@0.7,OTHER@0.3")

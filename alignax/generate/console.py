@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from alignax import output
+from alignax import output, paths
 from alignax.data import bounds, chat
 from alignax.data.files import HUB, read_rows
 from alignax.data.folders import SUFFIXES, place, suffix
@@ -115,10 +115,10 @@ def read(request: Request, tokenizer: Any, data: Any, most: int = sys.maxsize) -
     if file != "-" and (file.startswith(HUB) or path.is_dir() or suffix(path) in SUFFIXES):
         found = [row_prompt(i, row, file, data.columns) for i, row in enumerate(read_rows(file))]
         return [encoded(i, row.prompt, row.tools, tokenizer, file, data.template, most) for i, row in enumerate(found)]
-    if file != "-" and not Path(file).is_file():
+    if file != "-" and not paths.of(file).is_file():
         raise ValueError(f"there is no file {file!r}; give --prompts a file with one prompt per line, or rows with a column 'prompt'")
     try:
-        text = sys.stdin.read() if file == "-" else text_of_file(Path(file))
+        text = sys.stdin.read() if file == "-" else text_of_file(paths.of(file))
     except UnicodeDecodeError as e:
         raise ValueError(f"{file} is not UTF-8 text ({e.reason} at byte {e.start}); convert it to UTF-8") from e
     lines = [line for line in text.split("\n") if line.strip()]
@@ -250,7 +250,7 @@ def begin(request: Request, force: bool) -> None:
     An earlier file stays whole until the first completions are there.
     """
     if request.out not in ("", "-") and is_main():
-        output.claim(Path(request.out), force=force)
+        output.claim(paths.of(request.out), force=force)
 
 
 def write(file: str, found: Sequence[Sequence[dict[str, Any]]], further: bool) -> None:
@@ -260,10 +260,13 @@ def write(file: str, found: Sequence[Sequence[dict[str, Any]]], further: bool) -
     if file == "-":
         print("\n".join(map(output.json_text, rows)))
     elif further:
+        if there := paths.remote(paths.of(file)):
+            there.write_text(there.read_text() + text)  # an object cannot grow
+            return
         with open(file, "a", encoding="utf-8") as f:
             f.write(text)
     else:
-        output.write_text(Path(file), text)
+        output.write_text(paths.of(file), text)
 
 
 def summary(out: Completions, seconds: float, slots: int, stops: Stops | None) -> list[str]:

@@ -4,12 +4,11 @@ import dataclasses
 import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
-from alignax import output
+from alignax import output, paths
 from alignax.distributed import is_main, together
 from alignax.mesh import make_mesh
 from alignax.models import hf
@@ -44,10 +43,11 @@ def with_tokens(
     """
     from transformers import AutoTokenizer
 
-    out, source = Path(out), hf.open_folder(folder)
+    out, source = paths.of(out), hf.open_folder(folder)
     if out.exists():
         raise ValueError(f"{str(out)!r} exists; choose another place for the model with added tokens, or remove it")
-    tokenizer = AutoTokenizer.from_pretrained(str(source.path), local_files_only=True, trust_remote_code=False)
+    with paths.small_copy(source.path) as small:
+        tokenizer = AutoTokenizer.from_pretrained(str(small), local_files_only=True, trust_remote_code=False)
     if known := sorted(set(tokens) & tokenizer.get_vocab().keys()):
         raise ValueError(f"the tokenizer in {str(source.path)!r} has a token {known[0]!r}; choose other texts")
     first = len(tokenizer)

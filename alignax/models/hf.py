@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from alignax import mesh as meshes
-from alignax import output
+from alignax import output, paths
 from alignax.distributed import is_main, together
 from alignax.models import families, reward
 from alignax.models.families import Family
@@ -31,7 +31,17 @@ from alignax.models.parameters import fresh as fresh
 from alignax.models.parameters import fresh_leaf
 from alignax.models.parameters import init_params as init_params  # random parameters, beside `load_params`
 from alignax.models.small_files import copy_small_files, tokenizer_parts
-from alignax.models.tensorfiles import DTYPES, WEIGHT_FILES, check_finite, check_type, header, named_files, read_object, save_tensors
+from alignax.models.tensorfiles import (
+    DTYPES,
+    WEIGHT_FILES,
+    check_finite,
+    check_type,
+    header,
+    named_files,
+    opened,
+    read_object,
+    save_tensors,
+)
 from alignax.models.transformer import ModelConfig
 from alignax.text import short
 from alignax.types import Params
@@ -63,7 +73,7 @@ class Source(NamedTuple):
 
 def open_folder(path: str | os.PathLike) -> Source:
     """Opens a Hugging Face model folder: reads and checks its config.json, and leaves the weights on disk."""
-    path = Path(path)
+    path = paths.of(path)
     file = path / "config.json"
     if path.is_file():
         raise ValueError(f"{str(path)!r} is a file; give the path of a Hugging Face model folder, such as {str(path.parent)!r}")
@@ -93,8 +103,6 @@ def open_folder(path: str | os.PathLike) -> Source:
 
 def _has_own_head(source: Source) -> bool:
     """Whether the files hold an output layer that differs from the embedding. Transformers then ignores the tying in config.json."""
-    from safetensors import safe_open
-
     if not any((source.path / name).is_file() for name in WEIGHT_FILES):
         return False
     files = tensor_files(source)
@@ -106,7 +114,7 @@ def _has_own_head(source: Source) -> bool:
         check_type(stored.name, dtype, stored.file)
     if found[0][2] != found[1][2]:
         return True
-    with safe_open(embed.file, framework="np") as a, safe_open(head.file, framework="np") as b:
+    with opened(embed.file) as a, opened(head.file) as b:
         cuts = [(slice(i, min(i + 4096, rows[0])),) for i in range(0, rows[0], 4096)]
         return any(not np.array_equal(read_slice(a, embed.name, i), read_slice(b, head.name, i), equal_nan=True) for i in cuts)
 
@@ -167,8 +175,6 @@ def load_params(source: Source, mesh: Mesh, key: jax.Array | None = None) -> Par
     Raises:
       ValueError: for missing, extra or misshapen tensors and damaged files, before any weight is read.
     """
-    from safetensors import safe_open
-
     abstract = abstract_params(source.config, mesh)
     kept = source.config.num_labels == source.stored.num_labels
     with together():
@@ -176,8 +182,8 @@ def load_params(source: Source, mesh: Mesh, key: jax.Array | None = None) -> Par
             for part, _ in ingredients(source):
                 output.check(part.path)
     with contextlib.ExitStack() as stack:
-        opened = functools.cache(lambda file: stack.enter_context(safe_open(file, framework="np")))
-        layers = soup_reader(source.soup, opened) if source.soup else layer_reader(source, opened)
+        kept_open = functools.cache(lambda file: stack.enter_context(opened(file)))
+        layers = soup_reader(source.soup, kept_open) if source.soup else layer_reader(source, kept_open)
 
         def load(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
             name = leaf_name(path)
@@ -335,11 +341,13 @@ def export(
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is unknown; use {', '.join(DTYPES)}")
-    out = Path(out)
-    if out.exists() and not (out / "config.json").is_file() and any(out.iterdir()):
+    out = paths.of(out)
+    if output.taken(out, "config.json"):
         raise ValueError(f"{str(out)!r} exists and is not a model folder; choose another place")
     with together():
-        output.require_space(out, sum(math.prod(t.shape) for t in plan(source, source.config)) * jnp.dtype(dtype).itemsize, "the model")
+        output.require_space(
+            output.staged(out), sum(math.prod(t.shape) for t in plan(source, source.config)) * jnp.dtype(dtype).itemsize, "the model"
+        )
     check_finite(params, dtype, f"the model for {str(out)!r}")
     with output.folder(out, origin) as tmp:
         _write(params, source, tmp, dtype, shard_bytes, eos)

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from alignax import mesh as meshes
-from alignax import output
+from alignax import output, paths
 from alignax.distributed import is_main, together
 from alignax.models import adapter_config, hf, lora, parameters, reward
 from alignax.models.layout import Place, joined, places
@@ -80,7 +80,7 @@ def write_adapter(adapters: Params, spec: Lora, source: hf.Source, base: str, ou
       ValueError: for an `out` that holds something other than adapters, and for DoRA on part of a fused module.
       FloatingPointError: for values that are not finite.
     """
-    if out.exists() and not (out / CONFIG).is_file() and any(out.iterdir()):
+    if output.taken(out, CONFIG):
         raise ValueError(f"{str(out)!r} exists and is not an adapter folder; choose another place")
     check_finite(adapters, "float32", f"the adapter for {str(out)!r}")
     layers = {name: meshes.gathered(x) for name, x in adapters["layers"].items()}
@@ -248,7 +248,7 @@ def open_reward(folder: Path) -> hf.Source:
     """
     file = folder / CONFIG
     base = hf.read_object(file, "fetch the adapter again").get("base_model_name_or_path")
-    if not isinstance(base, str) or not Path(base).is_dir():
+    if not isinstance(base, str) or not paths.of(base).is_dir():
         raise ValueError(f"{file} names the base {short(base)}, which is no folder here; write the path of the base there")
     head = hf.header(weights(folder)).get(SCORE)
     if head is None:
@@ -327,12 +327,10 @@ def weights(folder: Path) -> Path:
 
 
 def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
-    from safetensors import safe_open
-
     file = weights(folder)
     output.check(folder)
-    with safe_open(file, framework="np") as opened:
-        return {name: np.asarray(opened.get_tensor(name), np.float32) for name in opened.keys()}  # noqa: SIM118
+    with hf.opened(file) as stored:
+        return {name: np.asarray(stored.get_tensor(name), np.float32) for name in stored.keys()}  # noqa: SIM118
 
 
 def _take(stored: dict[str, np.ndarray], name: str, shape: tuple[int, ...], folder: Path) -> np.ndarray:

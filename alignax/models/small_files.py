@@ -1,11 +1,11 @@
 """The small files of a model folder beside its config.json: tokenizer, templates, generation config."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 from alignax import output
 from alignax.models.tensorfiles import read_object
+from alignax.paths import SMALL
 
 
 def tokenizer_parts(folder: Path) -> list[Any]:
@@ -37,7 +37,7 @@ def small_files(folder: Path) -> list[Path]:
     """
     found = []
     for file in sorted([*folder.iterdir(), *folder.glob("additional_chat_templates/*.jinja")]):
-        small = file.suffix in (".json", ".jinja", ".model", ".txt", ".tiktoken")
+        small = file.suffix in SMALL
         if file.is_file() and small and file.name not in ("config.json", output.MARK) and not file.name.endswith(".index.json"):
             _check_link(file, folder)
             found.append(file)
@@ -54,6 +54,6 @@ def _check_link(file: Path, folder: Path) -> None:
 def copy_small_files(folder: Path, out: Path) -> None:
     """Copies a folder's small files, unchanged, into another folder."""
     for file in small_files(folder):
-        copy = out / file.relative_to(folder)
+        copy = out / "/".join(file.relative_to(folder).parts)
         copy.parent.mkdir(exist_ok=True)
-        shutil.copyfile(file, copy)
+        copy.write_bytes(file.read_bytes())

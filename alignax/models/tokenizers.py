@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from alignax.models import hf
+from alignax.paths import small_copy
 from alignax.text import one_line, short
 
 
@@ -23,9 +24,10 @@ def load_tokenizer(path: Path, vocab_size: int) -> Any:
         )
     try:
         # No clean-up, so that a text is exactly its tokens: some folders (Llama 3's) ask to remove the spaces before punctuation.
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(path), clean_up_tokenization_spaces=False, local_files_only=True, trust_remote_code=False
-        )
+        with small_copy(path) as folder:
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(folder), clean_up_tokenization_spaces=False, local_files_only=True, trust_remote_code=False
+            )
         eos, _, _ = tokenizer.eos_token_id, max(tokenizer.get_vocab().values()), tokenizer("a")  # some damage shows only in use
     except BaseException as e:  # a damaged tokenizer.json raises a bare Exception or a Rust panic, which is no Exception
         if not isinstance(e, Exception) and type(e).__name__ != "PanicException":

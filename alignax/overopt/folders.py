@@ -11,7 +11,6 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -33,6 +32,7 @@ from alignax.generate.stops import added_text
 from alignax.models import hf
 from alignax.models.tokenizers import load_tokenizer
 from alignax.overopt.worlds import Scored, World, check_ranges, check_sizes, check_varies, margins
+from alignax.paths import of as path_of
 from alignax.run.opening import compute_dtype, open_model
 
 RANGES = (("world.prompts", 1, math.inf), ("world.responses", 2, math.inf), ("folders.batch_size", 1, math.inf),
@@ -94,7 +94,7 @@ def check_reward_models(paths: Sequence[str]) -> None:
     for path, source in zip(paths, rewards.open_ensemble(paths), strict=True):
         if (labels := source.config.num_labels) != 1:
             raise BadInput(f"{path!r} gives {labels} scores per response; the laboratory takes reward models with one score")
-    if len({Path(path).resolve() for path in paths}) < len(paths):
+    if len({path_of(path).resolve() for path in paths}) < len(paths):
         raise BadInput(f"the proxies {', '.join(paths)} name one folder twice; give each folder once")
 
 

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alignax import output
+from alignax import output, paths
 from alignax.config import BadInput, Experiment, check_kept, difference, effective, load_experiment, of_run
 from alignax.experience.ensembles import Aggregate
 from alignax.losses import Loss
@@ -94,7 +94,7 @@ def open_workdir(experiment: Experiment) -> tuple[Path, output.Lock]:
     """Opens and locks the workdir, with the effective config in it. Refuses the workdir of another run, or a folder of other files."""
     if not experiment.config.workdir:
         raise BadInput("config field 'workdir' is empty; set --config.workdir=FOLDER")
-    workdir = Path(experiment.config.workdir)
+    workdir = paths.of(experiment.config.workdir)
     saved = workdir / "config.py"
     if workdir.exists() and not workdir.is_dir():
         raise BadInput(f"workdir {str(workdir)!r} is a file; choose a new or empty folder")

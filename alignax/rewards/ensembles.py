@@ -17,6 +17,7 @@ from alignax.losses.reward import correct
 from alignax.models import hf, parameters, peft
 from alignax.models.small_files import chat_template
 from alignax.models.transformer import ModelConfig, forward
+from alignax.paths import of as path_of
 from alignax.rewards.judge import FIELDS
 from alignax.rewards.members import over_members, stacked
 from alignax.text import short, table
@@ -48,7 +49,7 @@ def open_ensemble(paths: Sequence[str | Path]) -> list[hf.Source]:
     Raises:
       ValueError: for a folder that is no reward model, and for members of different shapes, tokenizers or chat templates.
     """
-    sources = [peft.open_reward(Path(path)) if peft.is_adapter(Path(path)) else hf.open_folder(path) for path in paths]
+    sources = [peft.open_reward(folder) if peft.is_adapter(folder) else hf.open_folder(folder) for folder in map(path_of, paths)]
     for source in sources:
         if not source.config.num_labels:
             raise ValueError(

@@ -22,6 +22,7 @@ import optax
 from jax.sharding import Mesh
 from jax.tree_util import Partial
 
+from alignax import paths
 from alignax.experience import Experience
 from alignax.experience.logps import in_parts
 from alignax.losses.algebra import Loss, Objective, make_loss
@@ -158,7 +159,7 @@ def load_experts(folders: Sequence[str | Path], source: hf.Source, mesh: Mesh) -
     Raises:
       ValueError: for folders without adapters of this base, and adapters of another kind than the first.
     """
-    found = [peft.read_adapter(Path(folder), source, mesh) for folder in folders]
+    found = [peft.read_adapter(paths.of(folder), source, mesh) for folder in folders]
     for folder, (spec, _) in zip(folders, found, strict=True):
         if spec != found[0][0]:
             raise ValueError(

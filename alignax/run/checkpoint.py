@@ -8,6 +8,7 @@ arrays must have these digests, so a flipped bit is detected. The data position 
 import dataclasses
 import datetime
 import errno
+import importlib
 import json
 import logging
 import math
@@ -21,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from alignax import paths
 from alignax.distributed import link
 from alignax.mesh import gathered
 from alignax.output import require_space
@@ -47,7 +49,7 @@ class Checkpoints:
         """
         import orbax.checkpoint as ocp  # not before a run needs it: the import takes a while
 
-        self.path, self._writes, self._args = Path(workdir).absolute() / "checkpoints", writes, ocp.args
+        self.path, self._writes, self._args = paths.of(workdir).absolute() / "checkpoints", writes, ocp.args
         # Errors in the background are raised when we wait for them; this hides the traceback that orbax prints of every thread.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         self._best = name = best.removeprefix("-")
@@ -67,7 +69,7 @@ class Checkpoints:
             read_only=not writes,
         )
         try:
-            self._manager = ocp.CheckpointManager(self.path, options=options)
+            self._manager = ocp.CheckpointManager(str(self.path), options=options)
         except (ValueError, TypeError, RecursionError) as e:  # errors of orbax for JSON in another form
             bad = next((file.parent for file in sorted(self.path.glob("*/_CHECKPOINT_METADATA")) if not _is_object(file)), self.path)
             raise ValueError(f"checkpoint {bad} is damaged ({one_line(e)}); delete that folder, or choose another workdir") from e
@@ -249,12 +251,12 @@ def digests(tree: Any) -> dict[str, str]:
 
     Digests do not depend on sharding or on the number of processes.
     """
-    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
     # One array after another. XLA for CPUs would otherwise hold the hashes of all arrays at once, which takes as much memory as the state.
     # Programs that reduce concurrently may also deadlock: some devices wait in one, some in another (seen with two processes of four
     # devices).
     found = gathered(jnp.concatenate([jax.block_until_ready(jax.jit(leaf_digests)([leaf])) for leaf in jax.tree.leaves(tree)]))
-    return {path: f"{value:08x}" for path, value in zip(paths, found.tolist(), strict=True)}
+    return {name: f"{value:08x}" for name, value in zip(names, found.tolist(), strict=True)}
 
 
 @contextmanager
@@ -265,9 +267,10 @@ def _saving(where: Path) -> Iterator[None]:
     except Exception as e:
         cause, full = one_line(e, 1000), any(sign in str(e) for sign in FULL)
         cause = cause if len(cause) <= 300 else f"{cause[:140]} .. {cause[-140:]}"  # the path comes first, and the reason last
+        remedy = "see that the bucket can be reached and written, and " if paths.remote(where) is not None else "make room, and " * full
         raise OSError(
             f"a checkpoint could not be written to {str(where)!r} ({type(e).__name__}: {cause}); earlier checkpoints are complete: "
-            f"{'make room, and ' if full else ''}run the same command again"
+            f"{remedy}run the same command again"
         ) from e
 
 
@@ -288,6 +291,22 @@ def began(workdir: Path) -> datetime.date:
         with suppress(OSError, ValueError, TypeError, KeyError):  # damaged checkpoints are reported when they are restored
             return datetime.date.fromisoformat(json.loads(found[step].read_text(encoding="utf-8"))["day"])
     return datetime.date.today()
+
+
+def unlisted(workdir: Path) -> str:
+    """Why orbax cannot list checkpoints in a workdir on a bucket: it also asks for the bucket's own description; empty if it can."""
+    try:
+        storage: Any = importlib.import_module("google.cloud.storage")
+        storage.Client().get_bucket(workdir.parts[1])
+    except ImportError as e:
+        return f"checkpoints on gs:// need the package google-cloud-storage ({one_line(e)}); pip install 'alignax[gcs]'"
+    except Exception as e:  # of the library, its network and its credentials
+        return (
+            f"its bucket cannot be described ({type(e).__name__}: {one_line(e)}); checkpoints need that: get the role "
+            "roles/storage.legacyBucketReader on the bucket beside roles/storage.objectUser, and set GOOGLE_CLOUD_PROJECT if no project is "
+            "known"
+        )
+    return ""
 
 
 def nbytes(tree: Any) -> int:

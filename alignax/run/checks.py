@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from alignax import mesh as meshes
+from alignax import output, paths
 from alignax.averages import PROPOSAL, Average, Turning
 from alignax.config import HEAD, PRETRAIN, ROLLOUTS, Experiment, asked, check_path, eval_batch_size, flat, steps_of_turn
 from alignax.config.blame import check_call, explained
@@ -208,8 +209,11 @@ def check_cache(config: Any, averages: dict[str, Average], reference: Any) -> No
     if config.reference.cache in ("", OFF):
         return
     where = f"reference.cache {config.reference.cache!r}"
-    if Path(config.reference.cache).is_file():
+    place = paths.of(config.reference.cache)
+    if place.is_file():
         raise ValueError(f"{where} is a file; give a folder")
+    if paths.remote(place) and (why := output.closed(place / "part")):
+        raise ValueError(f"{where} cannot be written: {why}")
     if reference is None:
         raise ValueError(
             f"{where} is set, but the run has no reference; let experience(..) ask for reference, or leave reference.cache empty"

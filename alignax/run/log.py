@@ -13,6 +13,8 @@ from typing import Any
 
 from alignax import output
 from alignax.config import BadInput
+from alignax.paths import remote
+from alignax.run.mirror import Mirror
 from alignax.text import one_line, short
 
 MOST = 1 << 24  # largest size of rollouts.jsonl, in bytes
@@ -38,24 +40,30 @@ class Log:
         self._first: int | None = None  # first step of this process; it compiles, so speed and time left exclude it
         self._bar: Any = None
         self._tensorboard: Any = None
+        self._mirror: Mirror | None = None
+        self.folder = workdir  # where the files of the log grow
         self.evaluated = False  # whether the log has an evaluation of the state at `start`
         if not writes:
             return
-        self._metrics, self._samples, self._rollouts = (workdir / f"{name}.jsonl" for name in ("metrics", "samples", "rollouts"))
-        kept = _keep_rows(self._metrics, start)
+        metrics, samples, rollouts = names = [f"{name}.jsonl" for name in ("metrics", "samples", "rollouts")]
+        kept = _keep_rows(workdir / metrics, start)
         self.evaluated = any(row["step"] == start and _is_evaluation(row) for row in kept)
-        _keep_rows(self._samples, start, SAMPLE)
-        _keep_rows(self._rollouts, start, {"step": int})
+        _keep_rows(workdir / samples, start, SAMPLE)
+        _keep_rows(workdir / rollouts, start, {"step": int})
+        if there := remote(workdir):
+            self._mirror = Mirror(there, names)
+            self.folder = self._mirror.folder
+        self._metrics, self._samples, self._rollouts = (self.folder / name for name in names)
         if lost := sorted({*range(turn, start + 1, turn)} - {row["step"] for row in kept if not _is_evaluation(row)}):
             self.line(
-                f"notice: {self._metrics} has no row of step {lost[0]}"
+                f"notice: {workdir / metrics} has no row of step {lost[0]}"
                 f"{f' and of {len(lost) - 1} further steps up to step {lost[-1]}' if lost[1:] else ''}, after which this run goes on: "
                 "what they logged is lost"
             )
         if tensorboard:
             from tensorboardX import SummaryWriter
 
-            self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1, write_to_disk=True)
+            self._tensorboard = SummaryWriter(str(self.folder / "tensorboard"), purge_step=start + 1, write_to_disk=True)
         if sys.stderr.isatty():
             from tqdm import tqdm
 
@@ -112,6 +120,8 @@ class Log:
             for name, value in values.items():
                 if name != "step":
                     self._tensorboard.add_scalar(name, value, step)
+        if self._mirror is not None:
+            self._mirror.send()
 
     def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
         """Writes sampled completions to samples.jsonl and as TensorBoard text."""
@@ -131,6 +141,17 @@ class Log:
             newer = self._rollouts.read_bytes()[-MOST // 2 :].split(b"\n", 1)[1]  # begins with a whole row
             output.write_text(self._rollouts, newer.decode())
 
+    def publish(self) -> None:
+        """Brings all files of the log to a workdir on a bucket, as before a checkpoint, so that no checkpoint has steps that the log lacks.
+
+        Raises:
+          OSError: if the bucket cannot be written.
+        """
+        if self._tensorboard is not None:
+            self._tensorboard.flush()
+        if self._mirror is not None:
+            self._mirror.finish()
+
     def line(self, text: str) -> None:
         """Prints a line on the console, above the progress line if there is one."""
         with self._console():
@@ -148,11 +169,13 @@ class Log:
             self._bar, sys.stderr = None, open(os.devnull, "w")  # noqa: SIM115
 
     def close(self) -> None:
-        """Closes TensorBoard and the progress line."""
+        """Closes TensorBoard, the progress line, and the way to a bucket."""
         if self._bar is not None:
             self._bar.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
+        if self._mirror is not None:
+            self._mirror.close()
 
 
 def read_rows(file: Path, shape: Any = ROW) -> list[dict[str, Any]]:

@@ -100,6 +100,7 @@ def loop(started: Started, feed: Feed, profile: Profile, log: Log, stop: Stop) -
         with log.paused(), leaving(started, log, stop, state, s, "the evaluation"):
             scores = evaluate(state, s) if evaluating and not stopping else {}  # done at the next start
             if stopping or saving:
+                log.publish()
                 checkpoints.save(state, about, scores)
         if stopping:
             checkpoints.close()
@@ -129,6 +130,7 @@ def leaving(started: Started, log: Log, stop: Stop, state: TrainState, step: int
     except Abandoned as e:
         where = "before the first step; the same command begins again."
         if step:
+            log.publish()
             started.checkpoints.save(state, started.about, {})
             started.checkpoints.close()
             where = f"after step {step}, in {what}; saved. The same command goes on from here."
@@ -136,6 +138,7 @@ def leaving(started: Started, log: Log, stop: Stop, state: TrainState, step: int
         raise SystemExit(128 + e.number) from None
     except RewardFailed:
         if step:
+            log.publish()
             started.checkpoints.save(state, started.about, {})
             log.line(
                 f"saved after step {step}. The same command goes on from there after a service or module that the reward uses is "

@@ -2,12 +2,12 @@
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from alignax import paths
 from alignax.config import HEAD, Experiment, asked, trunk_values
 from alignax.data.mixture import sources
 from alignax.generate import policy_config
@@ -59,9 +59,9 @@ def open_models(experiment: Experiment, mesh: Mesh) -> tuple[dict[str, Role], Vo
         check_token_kl(source, reference)
     adapters = make_lora(config, source)
     if config.lora.path:
-        peft.weights(Path(config.lora.path))
-        if tokenizer_parts(Path(config.lora.path))[:-2]:
-            check_tokenizer(Path(config.lora.path), source.config.vocab_size, f"lora.path {config.lora.path!r}", source, tokenizer)
+        peft.weights(paths.of(config.lora.path))
+        if tokenizer_parts(paths.of(config.lora.path))[:-2]:
+            check_tokenizer(paths.of(config.lora.path), source.config.vocab_size, f"lora.path {config.lora.path!r}", source, tokenizer)
     dtype = compute_dtype(config, mesh)
     roles = trained_roles(config, source, adapters, dtype, mesh)
     if CRITIC in roles:
@@ -222,7 +222,7 @@ def open_others(experiment: Experiment, policy: Role, words: Vocabulary, mesh: M
             raise ValueError(f"config field 'models.{name}.{unknown[0]}' is unknown; a model has a path, and may have adapters")
         path, adapters = given.get("path", ""), given.get("adapters", "")
         several = paths_of(path) if "," in path and "@" not in path else [path]
-        source = None if len(several) > 1 or peft.is_adapter(Path(path)) else open_model(path, "pretrained", field)
+        source = None if len(several) > 1 or peft.is_adapter(paths.of(path)) else open_model(path, "pretrained", field)
         if source is None or source.config.num_labels:
             if adapters:
                 raise ValueError(
@@ -244,8 +244,8 @@ def open_others(experiment: Experiment, policy: Role, words: Vocabulary, mesh: M
         source = spoken(config, source, unused)
         source = source if why else beside(source, policy.source)
         if adapters:
-            peft.read_config(Path(adapters), source)
-            peft.weights(Path(adapters))
+            peft.read_config(paths.of(adapters), source)
+            peft.weights(paths.of(adapters))
         giving = make_giving(source.config, config, policy.dtype, mesh)
         roles[name] = Role(name, (source,), source.config, policy.dtype, name, giving, adapters=adapters, reads_text=bool(why))
     return roles
@@ -310,7 +310,7 @@ def make_lora(config: Any, source: hf.Source) -> Lora | None:
     """The adapters that a config asks for, with patterns resolved to matrices of the model; None if it asks for none."""
     c = config.lora
     if c.path:
-        given = peft.read_config(Path(c.path), source)[0]
+        given = peft.read_config(paths.of(c.path), source)[0]
         if c.rank not in (0, given.rank):
             raise ValueError(f"lora.rank is {c.rank}, but the adapters in lora.path {c.path!r} have rank {given.rank}; set lora.rank to 0")
         return dataclasses.replace(given, int8=c.int8)
@@ -349,12 +349,12 @@ def notices(roles: Mapping[str, Role], tokenizer: Any, adapters: str = "", onlin
                 f"the head in {str(model.path)!r} gives {model.stored.num_labels} scores, but {field} asks for {model.config.num_labels}: "
                 "this head is left out, and a new one begins untrained"
             )
-    if adapters and (theirs := chat_template(Path(adapters))) is not None and theirs != chat_template(source.path):
+    if adapters and (theirs := chat_template(paths.of(adapters))) is not None and theirs != chat_template(source.path):
         lines.append(
             f"the chat template in lora.path {adapters!r} differs from the one in {str(source.path)!r}, which the run uses; if the "
             "conversations are to read as in the training of the adapters, copy their chat_template.jinja into that folder"
         )
-    if adapters and (end := tokenizer_parts(Path(adapters))[-1]) not in (None, tokenizer.eos_token):
+    if adapters and (end := tokenizer_parts(paths.of(adapters))[-1]) not in (None, tokenizer.eos_token):
         lines.append(
             f"the tokenizer in lora.path {adapters!r} ends texts with {short(end)}, but the one in {str(source.path)!r}, which the run "
             f"uses, ends them with {short(tokenizer.eos_token)}; if texts are to end as in the training of the adapters, set eos_token in "

@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh
 
 from alignax import mesh as meshes
-from alignax import output
+from alignax import output, paths
 from alignax.averages import Average
 from alignax.config import (
     DATA,
@@ -44,7 +44,7 @@ from alignax.optim import make_optimizer, make_schedule, own_optimizer
 from alignax.packing import Packing
 from alignax.rewards import judge as judging
 from alignax.rewards.judge import Judge
-from alignax.run.checkpoint import began
+from alignax.run.checkpoint import began, unlisted
 from alignax.run.checks import (
     check_averages,
     check_batches,
@@ -186,7 +186,7 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
     source, reference = roles[POLICY].source, roles.get(REFERENCE)
     if not config.data.train:
         raise ValueError("config field 'data.train' is empty; set --config.data.train=FILE")
-    day = began(Path(config.workdir))  # templates may read the day: a run that goes on tomorrow keeps its rows
+    day = began(paths.of(config.workdir))  # templates may read the day: a run that goes on tomorrow keeps its rows
     words = words._replace(tokenizer=dated(words.tokenizer, day))
     whole = source.config.num_labels > 0 or bool(scoring(roles))  # reward models also read what a template writes after the EOS
     loaded = {
@@ -233,7 +233,7 @@ def prepare(experiment: Experiment, mesh: Mesh | None = None) -> Run:
         print(f"notice: {line}", file=sys.stderr)
     taken = lambda: held(roles, mesh, optimizer, len(averages))
     return Run(
-        experiment, config, Path(config.workdir), mesh, roles, judges, words, data,
+        experiment, config, paths.of(config.workdir), mesh, roles, judges, words, data,
         Learning(objectives, schedule, optimizer, averages), steps,
         Workers(experiment.file, config, config.rollout.reward_workers, config.rollout.timeout),
         make_samplers(experiment, roles, words, mesh, data.train.examples, data.evaluated, taken),
@@ -383,19 +383,21 @@ def check_workdir(run: Run) -> None:
     check_kept(experiment)
     if "\\" in str(workdir.absolute()):  # tensorstore reads it as a slash: the arrays would go into another folder
         raise ValueError(f"workdir {str(workdir)!r} has a backslash, which checkpoints would read as a slash; choose another name")
-    saved = workdir / "config.py"
-    place = output.standing(workdir)
+    saved, far = workdir / "config.py", paths.remote(workdir) is not None
+    if far and (why := output.closed(saved) or unlisted(workdir)):
+        raise ValueError(f"workdir {str(workdir)!r} cannot be written: {why}")
+    place = workdir if far else output.standing(workdir)
     if of_run(saved):
         if begun(workdir):
             old = load_experiment(saved)
             if lines := difference(old, experiment, FREE):
                 raise ValueError(f"workdir {str(workdir)!r} belongs to another run ({'; '.join(lines[:4])}); choose another workdir")
             check_length(run, step_count(old.config, run.train))
-    elif not place.is_dir():
+    elif place.is_file() or not (far or place.is_dir()):
         raise ValueError(f"workdir {str(workdir)!r} cannot be a folder: {str(place)!r} is a file; choose another workdir")
     elif place == workdir and any(p.name != output.LOCK and not output.unfinished(p) for p in workdir.iterdir()):
         raise ValueError(f"workdir {str(workdir)!r} holds other files; choose a new or empty folder")
-    if not os.access(place, os.W_OK | os.X_OK):
+    if not far and not os.access(place, os.W_OK | os.X_OK):
         raise ValueError(
             f"workdir {str(workdir)!r} cannot be written: you have no write permission for {str(place)!r}; choose another workdir"
         )

@@ -21,7 +21,8 @@ class Profile:
 
     def __init__(self, run: Run, log: Log, first: int):
         """Traces nothing yet; `first`: the step from which this process goes on."""
-        self.log, self.folder, self.turn = log, run.workdir / FOLDER, steps_of_turn(run.config)
+        self.log, self.folder, self.turn = log, log.folder / FOLDER, steps_of_turn(run.config)
+        self.place = run.workdir / FOLDER
         self.begin = first + self.turn
         self.end = min(self.begin + run.config.log.profile, run.steps)
         self.wanted, self.traced = is_main() and self.end > self.begin, 0  # steps traced so far, in a trace that goes on
@@ -47,8 +48,9 @@ class Profile:
         if self.traced:
             with self.log.paused():
                 jax.profiler.stop_trace()
+                self.log.publish()
             steps, self.wanted, self.traced = self.traced, False, 0
             self.log.line(
-                f"profile of steps {self.begin + 1} to {self.begin + steps}: `xprof {self.folder}` shows it, and ui.perfetto.dev opens its "
+                f"profile of steps {self.begin + 1} to {self.begin + steps}: `xprof {self.place}` shows it, and ui.perfetto.dev opens its "
                 "perfetto_trace.json.gz"
             )

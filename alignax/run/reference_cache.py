@@ -20,6 +20,7 @@ from alignax import output
 from alignax.config import eval_batch_size
 from alignax.data import Examples, assemble
 from alignax.distributed import together
+from alignax.models.tensorfiles import opened
 from alignax.program import Program
 from alignax.run.prepare import Run
 from alignax.run.roles import REFERENCE, STORED
@@ -114,13 +115,13 @@ def check(run: Run, examples: Examples, params: Params, score: Any, values: np.n
 
 def read(folder: Path, index: int, examples: Examples) -> np.ndarray | None:
     """Reads the log-probs of a part of the cache; None if the part does not exist."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     file = folder / f"{index:06d}.safetensors"
     if not file.is_file():
         return None
     try:
-        with safe_open(file, framework="np") as f:
+        with opened(file) as f:
             values, crc = f.get_tensor("logps"), f.metadata()["crc"]
     except (SafetensorError, KeyError, TypeError, OSError) as e:
         raise ValueError(f"{file} is damaged or cut short ({one_line(e)}); delete the file, and the same command computes it again") from e

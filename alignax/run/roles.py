@@ -7,13 +7,13 @@ this file, so that programs, the loop and experiences know models only by name.
 
 import functools
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from alignax import paths
 from alignax.models import hf, kernels, parameters, peft, transformer
 from alignax.models.lora import Lora, is_quantised, join, merge, quantise, split
 from alignax.models.reward import CRITIC
@@ -123,7 +123,7 @@ def load(role: Role, mesh: Mesh, key: jax.Array | None = None) -> Params:
         return parameters.init_params(role.source.config, mesh, jax.random.key(0) if key is None else key)
     params = hf.load_params(role.source, mesh, key)
     if role.adapters:
-        spec, adapters = peft.read_adapter(Path(role.adapters), role.source, mesh)
+        spec, adapters = peft.read_adapter(paths.of(role.adapters), role.source, mesh)
         params = jax.jit(functools.partial(merge, spec), donate_argnums=0)(params, adapters)
     if role.name == CRITIC and role.source.stored.num_labels != role.source.config.num_labels:
         params = params | {"score": jnp.zeros_like(params["score"])}

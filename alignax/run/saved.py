@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from alignax import rewards
+from alignax import paths, rewards
 from alignax.config import Experiment, changed_modules, default_config, load_experiment, of_run, set_field, trunk_values
 from alignax.distributed import is_main, together
 from alignax.mesh import make_mesh
@@ -58,7 +58,7 @@ def saved_experiment(workdir: Path, overrides: Sequence[str]) -> Experiment:
 
 def is_workdir(place: str | Path) -> bool:
     """Whether a folder is the workdir of a run."""
-    return of_run(Path(place) / "config.py")
+    return of_run(paths.of(place) / "config.py")
 
 
 def folder_config(folder: Path, overrides: Sequence[str]) -> Any:
@@ -152,13 +152,13 @@ def reward_models(place: str, file: str, overrides: Sequence[str]) -> tuple[Any,
         if file:
             raise ValueError(f"{place!r} is the workdir of a run, which contains its own config; leave out --config {file}")
         with together():
-            experiment = saved_experiment(Path(place), overrides)
-        config, source, mesh, _, models = saved_models(Path(place), experiment.config)
+            experiment = saved_experiment(paths.of(place), overrides)
+        config, source, mesh, _, models = saved_models(paths.of(place), experiment.config)
         if not source.config.num_labels:
             raise ValueError(f"{place!r} is the run of a language model; give reward models (model.num_labels 1)")
         return config, source, mesh, rewards.stack([params for _, params in models], source.config, mesh)
     folders = paths_of(place)
-    config = load_experiment(file, overrides).config if file else folder_config(Path(folders[0]), overrides)
+    config = load_experiment(file, overrides).config if file else folder_config(paths.of(folders[0]), overrides)
     mesh = make_mesh(config.mesh)
     source, params = rewards.load_ensemble(folders, mesh)
     return config, source, mesh, params

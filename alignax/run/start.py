@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alignax import output
+from alignax import output, paths
 from alignax.config import asked, code, effective, flat, prompts_of_rollout
 from alignax.config.blame import blaming, explained
 from alignax.data import Examples
@@ -164,7 +164,7 @@ def given(run: Run) -> dict[str, str]:
         "experiment": code(run.experiment),
         "alignax": f"jax {jax.__version__}\n{ours}",
         "data": "\n".join(f"{name} {value} {zlib.crc32(repr(columns[name]).encode()):08x}" for name, value in data.items()),
-        "model": "\n".join(sketch(Path(folder)) for folder in sorted(models | adapters)),
+        "model": "\n".join(sketch(paths.of(folder)) for folder in sorted(models | adapters)),
     }
 
 
@@ -173,10 +173,8 @@ def sketch(folder: Path) -> str:
     lines = []
     for file in sorted(p for p in folder.iterdir() if p.is_file() and p.suffix in (".json", ".jinja", ".model", ".txt", ".safetensors")):
         size, crc = file.stat().st_size, 0
-        with open(file, "rb") as f:
-            for at in range(0, size, max(size // 64, BLOCK)):
-                f.seek(at)
-                crc = zlib.crc32(f.read(BLOCK), crc)
+        for at in range(0, size, max(size // 64, BLOCK)):
+            crc = zlib.crc32(paths.read_range(file, at, min(at + BLOCK, size)), crc)
         lines.append(f"{file}: {size} bytes, {crc:08x}")
     return "\n".join(lines)
 
@@ -287,7 +285,7 @@ def initial_adapters(run: Run, params: Params, base: Params) -> Params:
     head = {name: params[name] for name in reward.HEAD if name in params}
     if path := run.config.lora.path:
         with together():
-            return peft.read_adapter(Path(path), source, run.mesh)[1] | {name: x for name, x in head.items() if name == reward.VALUE}
+            return peft.read_adapter(paths.of(path), source, run.mesh)[1] | {name: x for name, x in head.items() if name == reward.VALUE}
     return parameters.init_adapters(source.config, lora, run.mesh, base, jax.random.key(run.config.seed)) | head
 
 

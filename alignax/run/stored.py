@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from alignax import paths
 from alignax.averages import Average
 from alignax.config import Experiment, asked
 from alignax.data import Batches, Examples
@@ -27,8 +28,8 @@ def cache_folder(experiment: Experiment, roles: Roles, averages: dict[str, Avera
     """
     config = experiment.config
     if said := config.reference.cache:
-        return None if said == OFF else Path(said)
-    workdir = Path(config.workdir)
+        return None if said == OFF else paths.of(said)
+    workdir = paths.of(config.workdir)
     if (
         config.rollout.samples
         or config.ensemble.members
