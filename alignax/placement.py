@@ -59,8 +59,8 @@ def _within_slice(sizes: list[int], devices: list[Any]) -> np.ndarray:
 def box_of(devices: Sequence[Any]) -> Box | None:
     """The box that TPU devices of one slice fill; None if they leave a part of it out.
 
-    Which sides are rings: v5e and v6e those of 16, v4 and later of three dimensions all sides of slices made of cubes of 4 x 4 x 4. Austin et
-    al. 2025, How to scale your model, chapter 2 (jax-ml.github.io/scaling-book/tpus).
+    Which sides are rings: of v5e and v6e those of 16, of v4, v5p and TPU7x all sides of slices that are made of cubes of 4 x 4 x 4. Austin
+    et al. 2025, How to scale your model, chapter 2 (jax-ml.github.io/scaling-book/tpus).
     """
     places = np.array([(*device.coords, device.core_on_chip) for device in devices])
     places -= places.min(0)

@@ -27,7 +27,6 @@ from alignax.run.state import abstract_batches, abstract_state
 from alignax.run.summary import remat, sizes
 from alignax.text import short, table
 
-
 # What keeps libtpu from asking for a TPU that is not there, with errors on the console, and from locking other processes out of itself.
 DESCRIBING = {
     "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-16", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0",
