@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from alignax.chips import MEMORY
 from alignax.compiled import compile_anew
 from alignax.moments import is_blocks
 from alignax.placement import OVER_DCN, arranged, slices_of
@@ -47,11 +48,6 @@ DECODING: dict[str, dict[str, Any]] = {
     # No weight travels: a step's activations, which are tiny, are summed over `fsdp`, and change to rows and back around attention.
     "tensor": RULES | {"embed": None, "stream": "data", "heads": WIDE, "mlp": WIDE, "vocab": WIDE, "expert": WIDE},
 }
-# Bytes of memory of a device by its kind, for devices that are not at hand; cloud.google.com/tpu/docs/system-architecture-tpu-vm.
-MEMORY = {
-    "TPU v2": 8 << 30, "TPU v3": 16 << 30, "TPU v4": 32 << 30, "TPU v5 lite": 16 << 30, "TPU v5": 95 << 30, "TPU v5p": 95 << 30,
-    "TPU v6 lite": 32 << 30, "TPU7x": 96 << 30,
-}  # fmt: skip
 
 
 SIMULATED = "--xla_force_host_platform_device_count"

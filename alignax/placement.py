@@ -73,26 +73,23 @@ def box_of(devices: Sequence[Any]) -> Box | None:
 
 
 def rates(box: Box, numbers: np.ndarray) -> list[tuple[float, int]]:
-    """The rate of an all-gather along each axis in links of a chip, infinite along an axis of one device, and hops to the next device.
+    """The `rate` along each axis of an array of the devices' numbers in `box.places`."""
+    return [rate(box, np.moveaxis(numbers, axis, -1).reshape(-1, size)[0]) for axis, size in enumerate(numbers.shape)]
+
+
+def rate(box: Box, group: Sequence[int] | np.ndarray) -> tuple[float, int]:
+    """The rate of an all-gather in a group of devices in links of a chip, infinite for one device, and hops to the next device.
 
     A chip at the end of a line receives all by one link, and a chip of a ring by two; along several sides, links add up. Groups that lie
     between one another along a side share its links.
-
-    Args:
-      box: the box of the devices.
-      numbers: an array of the devices' numbers in `box.places`, with one dimension for each axis.
     """
-    found = []
-    for axis in range(numbers.ndim):
-        group = np.moveaxis(numbers, axis, -1).reshape(-1, numbers.shape[axis])[0]
-        links, hops = 0.0, 0
-        for side, (size, ring) in enumerate(zip(box.sides, box.rings, strict=True)):
-            taken = np.unique(box.places[group, side])
-            if len(taken) > 1:
-                stride = int(np.diff(taken).min())
-                links, hops = links + (2 if ring and len(taken) * stride == size else 1) / stride, max(hops, stride)
-        found.append((links or float("inf"), hops))
-    return found
+    links, hops = 0.0, 0
+    for side, (size, ring) in enumerate(zip(box.sides, box.rings, strict=True)):
+        taken = np.unique(box.places[np.asarray(group), side])
+        if len(taken) > 1:
+            stride = int(np.diff(taken).min())
+            links, hops = links + (2 if ring and len(taken) * stride == size else 1) / stride, max(hops, stride)
+    return links or float("inf"), hops
 
 
 def _splits(sizes: Sequence[int], sides: Sequence[int]) -> Iterator[np.ndarray]:

@@ -1,0 +1,193 @@
+"""The forecast of a run on chips that need not be at hand: of each program memory, FLOPs, bytes moved and sent, its bound, and its time.
+
+All figures are of one chip, and are read from the compiled program, see `alignax.hlo`. No rate was measured: the shortest time is that of
+the slowest of chip, memory and networks at their published rates, see `alignax.chips`, and the longest is their sum, as if nothing
+overlapped. A program is not faster than the first; the host, and rates that stay below the published ones, come on top of both.
+"""
+
+import re
+import time
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from alignax import chips, hlo
+from alignax.mesh import device_memory
+from alignax.placement import OVER_DCN, box_of, rate, slices_of
+from alignax.program import Program
+from alignax.run.prepare import Run
+from alignax.text import one_line
+
+TRAINING = ("train", "evaluate", "reference.cache")  # programs that read a batch
+
+
+class Forecast(NamedTuple):
+    """What a program takes on a chip."""
+
+    memory: int  # bytes at its peak; 0: unknown, since the compiler refused it
+    room: int  # bytes of a chip
+    refused: str  # what the compiler said of a program that does not fit; empty: it compiled
+    flops: float
+    moved: float  # bytes of the main memory
+    sent: dict[str, float]  # "KIND AXES" -> bytes, within and between slices
+    seconds: dict[str, float]  # "compute", "HBM", "ICI" and "DCN", each alone; empty for a chip whose rates are not known
+    tokens: float  # of data that a call reads, on all chips; 0: of no program that reads a batch
+    loops: int  # whose turns depend on data
+    compiling: float  # seconds
+
+    @property
+    def fits(self) -> bool:
+        """Whether the program was compiled and takes no more than a chip has."""
+        return not self.refused and self.memory <= self.room
+
+    @property
+    def bound(self) -> str:
+        """What takes longest; empty if no time is known."""
+        return max(self.seconds, key=lambda name: self.seconds[name]) if any(self.seconds.values()) else ""
+
+    @property
+    def span(self) -> tuple[float, float]:
+        """The shortest and the longest time of a call in seconds."""
+        return max(self.seconds.values(), default=0.0), sum(self.seconds.values())
+
+
+def forecast(run: Run, name: str, program: Program) -> Forecast:
+    """Compiles a program of a run for the devices of its mesh, and reads what it takes."""
+    began, mesh = time.perf_counter(), run.mesh
+    room, tokens = device_memory(mesh), real_tokens(run) if name in TRAINING else 0.0
+    traced = program.call.trace(*program.arguments)
+    lowered = traced.lower(lowering_platforms=(mesh.devices.flat[0].platform,))
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as e:
+        if "RESOURCE_EXHAUSTED" not in str(e):
+            raise
+        return Forecast(0, room, refusal(str(e)), 0.0, 0.0, {}, {}, tokens, 0, time.perf_counter() - began)
+    taken, read, share = time.perf_counter() - began, hlo.read(compiled.as_text()), scored_share(run)
+    flops, moved = hlo.flops(read, share) + kernel_flops(traced.jaxpr), hlo.moved(read, share)
+    collectives = hlo.collectives(read, share)
+    sent = Counter[str]()
+    for c in collectives:
+        sent[f"{c.kind} {' x '.join(axes_of(mesh, c.group))}"] += c.sent
+    seconds = durations(mesh, flops, moved, collectives)
+    memory = compiled.memory_analysis().peak_memory_in_bytes
+    return Forecast(memory, room, "", flops, moved, dict(sent), seconds, tokens, read.unknown, taken)
+
+
+def refusal(said: str) -> str:
+    """What the compiler says of a program that does not fit, in short: "Used 39.62G of 15.75G hbm."."""
+    found = re.search(r"Used [\d.]+\w* of [\d.]+\w* \w+", said)
+    return found[0] if found else one_line(ValueError(said))
+
+
+def durations(mesh: Mesh, flops: float, moved: float, collectives: list[hlo.Collective]) -> dict[str, float]:
+    """The seconds that the chip, its memory and its networks take, each alone, at published rates; none for an unknown kind of device."""
+    devices = list(mesh.devices.flat)
+    peak, rates = chips.peak(devices[0].device_kind), chips.RATES.get(devices[0].device_kind)
+    if peak is None or rates is None:
+        return {}
+    found = {"compute": flops / peak, "HBM": moved / rates.memory, "ICI": 0.0, "DCN": 0.0}
+    slices = slices_of(devices)
+    boxes = [box_of(own) for own in slices]
+    at = {device.id: (i, j) for i, own in enumerate(slices) for j, device in enumerate(own)}
+    for c in collectives:
+        places = [at[devices[number].id] for number in c.group]
+        first = [j for i, j in places if i == places[0][0]]
+        apart, box = len({i for i, _ in places}), boxes[places[0][0]]
+        # Each slice reduces or gathers its own part first; a chip then sends its share of that to the other slices.
+        between = c.sent * (apart - 1) / (len(places) - 1) if apart > 1 else 0.0
+        links = rate(box, first)[0] if box else 1.0
+        found["ICI"] += (c.sent - between) / links / rates.link
+        found["DCN"] += between / rates.network
+    return found
+
+
+def axes_of(mesh: Mesh, group: tuple[int, ...]) -> list[str]:
+    """The mesh axes that a group of devices is spread over; `data` between slices is called by its network, too."""
+    places = np.unravel_index(np.array(group), mesh.devices.shape)
+    axes = [axis for axis, own in zip(mesh.axis_names, places, strict=True) if len(set(own.tolist())) > 1]
+    several = len({getattr(mesh.devices.flat[number], "slice_index", 0) for number in group}) > 1
+    return [f"{axis} (DCN)" if several and axis == OVER_DCN else axis for axis in axes]
+
+
+def kernel_flops(jaxpr: Any, turns: int = 1) -> float:
+    """The FLOPs of the products inside of a traced program's Pallas kernels, as each device calls them.
+
+    Every block of a kernel's grid counts, also those that a causal kernel leaves out: of long rows, up to twice as many as it computes.
+    """
+    total = 0.0
+    for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        kernel = eqn.primitive.name == "pallas_call"
+        times = turns * int(eqn.params.get("length", 1)) if eqn.primitive.name == "scan" else turns
+        for inner in (x for x in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr) if _is_jaxpr(x)):
+            if kernel:
+                total += times * int(np.prod([n for n in eqn.params["grid_mapping"].grid if isinstance(n, int)])) * _products(inner)
+            else:
+                total += kernel_flops(inner, times)
+    return total
+
+
+def _is_jaxpr(x: Any) -> bool:
+    return hasattr(getattr(x, "jaxpr", x), "eqns")
+
+
+def _products(jaxpr: Any) -> float:
+    """The FLOPs of products in a kernel's body; of a choice the dearest branch, and loops inside by their length."""
+    total = 0.0
+    for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        if eqn.primitive.name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            left = eqn.invars[0].aval.shape
+            total += 2.0 * np.prod(eqn.outvars[0].aval.shape) * np.prod([left[d] for d in contracted])
+        own = [_products(x) for x in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr) if _is_jaxpr(x)]
+        length = int(eqn.params.get("length", 1)) if eqn.primitive.name == "scan" else 1
+        total += max(own, default=0.0) if eqn.primitive.name == "cond" else length * sum(own)
+    return total
+
+
+def real_tokens(run: Run) -> float:
+    """The tokens of prompts and completions that an average batch of training data holds."""
+    examples = run.data.train.examples
+    return float(examples.lengths.mean()) * examples.N * run.config.batch_size * max(run.config.ensemble.members, 1)
+
+
+def scored_share(run: Run) -> float:
+    """The share of the computed positions of training data whose tokens a head predicts."""
+    examples = run.data.train.examples
+    positions = len(examples.tokens) if run.packing else len(examples.lengths) * run.data.train.length
+    return float(examples.scored.sum()) / positions
+
+
+def as_json(found: Mapping[str, Forecast]) -> dict[str, Any]:
+    """The forecasts of programs by name, as values for JSON."""
+    own = lambda f: f._asdict() | {"fits": f.fits, "bound": f.bound, "shortest": f.span[0], "longest": f.span[1]}
+    return {name: own(f) for name, f in found.items()}
+
+
+HEAD = ["program", "peak GB", "fits by GB", "TFLOP", "HBM GB", "ICI GB", "DCN GB", "bound", "seconds", "tokens/s", "compiled in s"]
+
+
+def row(name: str, f: Forecast) -> list[str]:
+    """The row of a program in a table under `HEAD`."""
+    if f.refused:
+        return [name, f.refused, "no", *[""] * 7, f"{f.compiling:.0f}"]
+    between = sum(x for key, x in f.sent.items() if "(DCN)" in key)
+    low, high = f.span
+    rate = f"{f.tokens / high:,.0f} to {f.tokens / low:,.0f}" if f.tokens and low else ""
+    fits = f"{(f.room - f.memory) / 1e9:.2f}" if f.fits else f"no, {(f.room - f.memory) / 1e9:.2f}"
+    figures = [f"{x:.3g}" for x in (f.flops / 1e12, f.moved / 1e9, (sum(f.sent.values()) - between) / 1e9, between / 1e9)]
+    return [name, f"{f.memory / 1e9:.2f}", fits, *figures, f.bound, f"{low:.3g} to {high:.3g}" if high else "", rate, f"{f.compiling:.0f}"]
+
+
+def traffic(found: Mapping[str, Forecast]) -> list[list[str]]:
+    """Rows of a table: the GB that a chip sends in each program, by kind of collective and mesh axes."""
+    rows = [["program", "collective", "axes", "GB"]]
+    for name, f in found.items():
+        for key, sent in sorted(f.sent.items(), key=lambda own: -own[1]):
+            if sent >= 1e6:
+                rows.append([name, *key.split(" ", 1), f"{sent / 1e9:.3f}"])
+    return rows
