@@ -13,11 +13,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-BYTES = {"f64": 8, "s64": 8, "u64": 8, "f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s8": 1, "u8": 1, "pred": 1, "f8e4m3fn": 1, "f8e5m2": 1}  # fmt: skip
+BYTES = {
+    "f64": 8, "s64": 8, "u64": 8, "f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s8": 1, "u8": 1, "pred": 1,
+}  # fmt: skip  # of other types one byte counts
 ARRAY = re.compile(r"\b([a-z]+\d+\w*|pred)\[([\d,]*)\](\{[^}]*\})?")
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 # Instructions that name values, or wait for what another began.
-SILENT = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call", "after-all", "partition-id", "replica-id", "iota"}  # fmt: skip
+SILENT = {
+    "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call", "after-all", "partition-id",
+    "replica-id", "iota", "send", "recv",
+}  # fmt: skip
 IN_PLACE = {"dynamic-update-slice", "scatter"}
 SOME = {"dynamic-slice", "slice", "gather"}  # read only what they return
 
@@ -205,7 +210,12 @@ def moved(program: Program, share: float = 0.0) -> float:
 
 def _bytes(program: Program, i: Instruction) -> int:
     operand = lambda n: bytes_of(program.of[i.operands[n]].result)
-    if i.op in SILENT or i.op.endswith(("-done", "-update")) or 'custom_call_target="AllocateBuffer"' in i.line or "AsyncCollective" in i.line:
+    if (
+        i.op in SILENT
+        or i.op.endswith(("-done", "-update"))
+        or 'custom_call_target="AllocateBuffer"' in i.line
+        or "AsyncCollective" in i.line
+    ):
         return 0
     if i.op in ("copy-start", "slice-start"):
         arrays = [found[0] for found in ARRAY.finditer(i.result)][:2]
@@ -217,7 +227,9 @@ def _bytes(program: Program, i: Instruction) -> int:
         return 2 * bytes_of(i.result)
     if i.op in IN_PLACE:
         return 2 * operand(1 if i.op == "dynamic-update-slice" else 2)
-    result = max(map(bytes_of, (found[0] for found in ARRAY.finditer(i.result))), default=0) if i.op.endswith("-start") else bytes_of(i.result)
+    result = (
+        max(map(bytes_of, (found[0] for found in ARRAY.finditer(i.result))), default=0) if i.op.endswith("-start") else bytes_of(i.result)
+    )
     return result + sum(operand(n) for n in range(len(i.operands)))
 
 
@@ -233,7 +245,10 @@ def _fusion(program: Program, i: Instruction) -> int:
         return [own for user in users.get(name, []) for own in (uses(user.name) if user.op == "bitcast" else [(name, user)])]
 
     def read_of(parameter: Instruction) -> int:
-        whole, own = bytes_of(program.of[i.operands[int(re.findall(r"parameter\((\d+)\)", parameter.line)[0])]].result), uses(parameter.name)
+        whole, own = (
+            bytes_of(program.of[i.operands[int(re.findall(r"parameter\((\d+)\)", parameter.line)[0])]].result),
+            uses(parameter.name),
+        )
         if not whole or not own or not all(user.op in SOME | IN_PLACE and user.operands[0] == name for name, user in own):
             return whole
         return min(whole, sum(bytes_of(user.result, everywhere=True) for _, user in own if user.op in SOME))
@@ -263,7 +278,7 @@ def kernel_bytes(program: Program) -> int:
 
 
 def collectives(program: Program, share: float = 0.0) -> list[Collective]:
-    """The collectives of a program.
+    """The collectives of a program. Several slices run one program each, so these are the collectives of a slice.
 
     Bytes are those of rings: of n devices each sends (n - 1) / n of the larger of a collective's input and output, and twice that in an
     all-reduce. A permutation sends its array.
@@ -280,6 +295,18 @@ def collectives(program: Program, share: float = 0.0) -> list[Collective]:
                 continue
             chained.add(channel)
         found.append(_collective(i, turns, inside[i.name].startswith("all-reduce-scatter")))
+    return found
+
+
+def sent_between(program: Program, slices: int, share: float = 0.0) -> dict[str, float]:
+    """The bytes that a device of a TPU slice sends to other slices, by kind of collective; its own slice has reduced that before."""
+    found: dict[str, float] = {}
+    for i, turns, _ in executed(program, share):
+        kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', i.line)
+        if i.op == "send" and kind:
+            part = max(BYTES.get(dtype, 1) * size(dims) for dtype, dims, _ in ARRAY.findall(i.result))
+            name = kind[1].lower().replace("_", "-")
+            found[name] = found.get(name, 0.0) + part * (2 if name == "all-reduce" else 1) * (slices - 1) / slices * turns
     return found
 
 

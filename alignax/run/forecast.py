@@ -5,17 +5,26 @@ the slowest of chip, memory and networks at their published rates, see `alignax.
 overlapped. A program is not faster than the first; the host, and rates that stay below the published ones, come on top of both.
 """
 
+import hashlib
+import json
+import os
 import re
+import sys
 import time
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from alignax import chips, hlo
+from alignax import chips, hlo, output, placement
+from alignax.compiled import folder
 from alignax.mesh import device_memory
 from alignax.placement import OVER_DCN, box_of, rate, slices_of
 from alignax.program import Program
@@ -56,24 +65,49 @@ class Forecast(NamedTuple):
 
 
 def forecast(run: Run, name: str, program: Program) -> Forecast:
-    """Compiles a program of a run for the devices of its mesh, and reads what it takes."""
-    began, mesh = time.perf_counter(), run.mesh
-    room, tokens = device_memory(mesh), real_tokens(run) if name in TRAINING else 0.0
+    """Compiles a program of a run for the devices of its mesh and reads what it takes, or finds the forecast that an earlier plan made."""
+    mesh = run.mesh
+    tokens = real_tokens(run) if name in TRAINING else 0.0
+    share = 0.0 if name.endswith("/decode") else scored_share(run)  # of decoding one token of each completion counts
     traced = program.call.trace(*program.arguments)
     lowered = traced.lower(lowering_platforms=(mesh.devices.flat[0].platform,))
+    known = kept_at(mesh, lowered.as_text(), tokens, share)
+    if known.is_file():
+        return Forecast(**json.loads(known.read_text()))
+    found = _forecast(mesh, traced, lowered, tokens, share)
+    with suppress(OSError):  # a forecast that is not kept costs its compilation again
+        known.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(known, json.dumps(found._asdict()))
+    return found
+
+
+def kept_at(mesh: Mesh, lowered: str, *more: float) -> Path:
+    """The file that keeps the forecast of a program, named by all that it depends on: program, devices, compiler, and the code here."""
+    about = [(d.device_kind, d.id, getattr(d, "coords", None), getattr(d, "slice_index", None)) for d in mesh.devices.flat]
+    compiler = [(name, version(name)) for name in ("jax", "jaxlib", "libtpu") if find_spec(name)]
+    flags = [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
+    code = [Path(str(module.__file__)).read_text() for module in (chips, hlo, placement, sys.modules[__name__])]
+    key = repr((lowered, mesh.shape, about, compiler, flags, code, more))
+    return folder().parent / "plans" / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
+
+
+def _forecast(mesh: Mesh, traced: Any, lowered: Any, tokens: float, share: float) -> Forecast:
+    began, room = time.perf_counter(), device_memory(mesh)
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as e:
         if "RESOURCE_EXHAUSTED" not in str(e):
             raise
         return Forecast(0, room, refusal(str(e)), 0.0, 0.0, {}, {}, tokens, 0, time.perf_counter() - began)
-    taken, read, share = time.perf_counter() - began, hlo.read(compiled.as_text()), scored_share(run)
+    taken, read = time.perf_counter() - began, hlo.read(compiled.as_text())
     flops, moved = hlo.flops(read, share) + kernel_flops(traced.jaxpr), hlo.moved(read, share)
-    collectives = hlo.collectives(read, share)
-    sent = Counter[str]()
-    for c in collectives:
-        sent[f"{c.kind} {' x '.join(axes_of(mesh, c.group))}"] += c.sent
-    seconds = durations(mesh, flops, moved, collectives)
+    slices = slices_of(mesh.devices.flat)
+    own = np.split(mesh.devices, len(slices), axis=mesh.axis_names.index(OVER_DCN))[0]  # all slices run the same
+    within, between = hlo.collectives(read, share), hlo.sent_between(read, len(slices), share)
+    sent = Counter({f"{kind} {OVER_DCN} (DCN)": x for kind, x in between.items()})
+    for c in within:
+        sent[f"{c.kind} {' x '.join(axes_of(mesh, own, c.group))}"] += c.sent
+    seconds = durations(own, flops, moved, within, sum(between.values()))
     memory = compiled.memory_analysis().peak_memory_in_bytes
     return Forecast(memory, room, "", flops, moved, dict(sent), seconds, tokens, read.unknown, taken)
 
@@ -84,34 +118,28 @@ def refusal(said: str) -> str:
     return found[0] if found else one_line(ValueError(said))
 
 
-def durations(mesh: Mesh, flops: float, moved: float, collectives: list[hlo.Collective]) -> dict[str, float]:
-    """The seconds that the chip, its memory and its networks take, each alone, at published rates; none for an unknown kind of device."""
-    devices = list(mesh.devices.flat)
-    peak, rates = chips.peak(devices[0].device_kind), chips.RATES.get(devices[0].device_kind)
-    if peak is None or rates is None:
+def durations(own: np.ndarray, flops: float, moved: float, within: list[hlo.Collective], between: float) -> dict[str, float]:
+    """The seconds that a chip, its memory and its networks take, each alone, at published rates; none for an unknown kind of device.
+
+    Args:
+      own: the devices of a slice, with a dimension for each mesh axis.
+      flops: of products of matrices.
+      moved: bytes of the main memory.
+      within: the collectives of the slice.
+      between: bytes that the chip sends to other slices.
+    """
+    devices = list(own.flat)
+    peak, rates, box = chips.peak(devices[0].device_kind), chips.RATES.get(devices[0].device_kind), box_of(devices)
+    if peak is None or rates is None or box is None:
         return {}
-    found = {"compute": flops / peak, "HBM": moved / rates.memory, "ICI": 0.0, "DCN": 0.0}
-    slices = slices_of(devices)
-    boxes = [box_of(own) for own in slices]
-    at = {device.id: (i, j) for i, own in enumerate(slices) for j, device in enumerate(own)}
-    for c in collectives:
-        places = [at[devices[number].id] for number in c.group]
-        first = [j for i, j in places if i == places[0][0]]
-        apart, box = len({i for i, _ in places}), boxes[places[0][0]]
-        # Each slice reduces or gathers its own part first; a chip then sends its share of that to the other slices.
-        between = c.sent * (apart - 1) / (len(places) - 1) if apart > 1 else 0.0
-        links = rate(box, first)[0] if box else 1.0
-        found["ICI"] += (c.sent - between) / links / rates.link
-        found["DCN"] += between / rates.network
-    return found
+    sending = sum(c.sent / rate(box, c.group)[0] for c in within)
+    return {"compute": flops / peak, "HBM": moved / rates.memory, "ICI": sending / rates.link, "DCN": between / rates.network}
 
 
-def axes_of(mesh: Mesh, group: tuple[int, ...]) -> list[str]:
-    """The mesh axes that a group of devices is spread over; `data` between slices is called by its network, too."""
-    places = np.unravel_index(np.array(group), mesh.devices.shape)
-    axes = [axis for axis, own in zip(mesh.axis_names, places, strict=True) if len(set(own.tolist())) > 1]
-    several = len({getattr(mesh.devices.flat[number], "slice_index", 0) for number in group}) > 1
-    return [f"{axis} (DCN)" if several and axis == OVER_DCN else axis for axis in axes]
+def axes_of(mesh: Mesh, own: np.ndarray, group: tuple[int, ...]) -> list[str]:
+    """The mesh axes that a group of the devices of a slice is spread over."""
+    places = np.unravel_index(np.array(group), own.shape)
+    return [axis for axis, at in zip(mesh.axis_names, places, strict=True) if len(set(at.tolist())) > 1]
 
 
 def kernel_flops(jaxpr: Any, turns: int = 1) -> float:
