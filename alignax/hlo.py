@@ -234,24 +234,7 @@ def _bytes(program: Program, i: Instruction) -> int:
 
 
 def _fusion(program: Program, i: Instruction) -> int:
-    part = program.parts[re.findall(r"calls=%?([\w.\-]+)", i.line)[0]]
-    users: dict[str, list[Instruction]] = {}
-    for inner in part:
-        for name in inner.operands:
-            users.setdefault(name, []).append(inner)
-
-    def uses(name: str) -> list[tuple[str, Instruction]]:
-        """The instructions that use a value, also under another shape, each with the name that it uses."""
-        return [own for user in users.get(name, []) for own in (uses(user.name) if user.op == "bitcast" else [(name, user)])]
-
-    def read_of(parameter: Instruction) -> int:
-        whole, own = (
-            bytes_of(program.of[i.operands[int(re.findall(r"parameter\((\d+)\)", parameter.line)[0])]].result),
-            uses(parameter.name),
-        )
-        if not whole or not own or not all(user.op in SOME | IN_PLACE and user.operands[0] == name for name, user in own):
-            return whole
-        return min(whole, sum(bytes_of(user.result, everywhere=True) for _, user in own if user.op in SOME))
+    part = _called(i)
 
     def written(name: str, result: str) -> int:
         inner = program.of[name]
@@ -264,14 +247,40 @@ def _fusion(program: Program, i: Instruction) -> int:
             return bytes_of(program.of[inner.operands[1 if inner.op == "dynamic-update-slice" else 2]].result, everywhere=True)
         return bytes_of(result)
 
-    root = next(inner for inner in part if "ROOT" in inner.line.split("=")[0])
-    return sum(read_of(inner) for inner in part if inner.op == "parameter") + written(root.name, i.result)
+    total = written(next(inner for inner in program.parts[part] if "ROOT" in inner.line.split("=")[0]).name, i.result)
+    for n, name in enumerate(i.operands):
+        whole, taken = bytes_of(program.of[name].result), _taken(program, part, n)
+        total += whole if taken is None else min(whole, taken)
+    return total
 
 
-def kernel_bytes(program: Program) -> int:
-    """The bytes of the operands and results of a program's Pallas kernels, each counted once."""
-    calls = [i for i, _, _ in executed(program) if 'custom_call_target="tpu_custom_call"' in i.line]
-    return sum(bytes_of(result, True) for i in calls for result in (i.result, *(program.of[name].result for name in i.operands)))
+def _called(fusion: Instruction) -> str:
+    return re.findall(r"calls=%?([\w.\-]+)", fusion.line)[0]
+
+
+def _taken(program: Program, part: str, argument: int) -> int | None:
+    """The bytes that a fusion reads of an argument of which it takes slices alone; None if it takes the whole."""
+
+    def of(name: str) -> int | None:
+        total = 0
+        for user in (user for user in program.parts[part] if name in user.operands):
+            first = user.operands[0] == name and name not in user.operands[1:]
+            if user.op == "bitcast":
+                own = of(user.name)
+            elif user.op == "fusion":
+                each = [_taken(program, _called(user), n) for n, operand in enumerate(user.operands) if operand == name]
+                own = None if None in each else sum(x for x in each if x is not None)
+            elif user.op in SOME and first:
+                own = bytes_of(user.result, everywhere=True)
+            else:
+                own = 0 if user.op in IN_PLACE and first else None
+            if own is None:
+                return None
+            total += own
+        return total
+
+    parameter = next(i for i in program.parts[part] if i.op == "parameter" and f"parameter({argument})" in i.line)
+    return of(parameter.name)
 
 
 # Collectives ----------------------------------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ def arranged(sizes: Mapping[str, int], devices: Sequence[Any]) -> np.ndarray:
 
 
 def _within_slice(sizes: list[int], devices: list[Any]) -> np.ndarray:
-    box = box_of(devices) if devices[0].platform == "tpu" else None
+    box = box_of(devices)
     if box is None:
         return np.array(devices).reshape(sizes)
     try:
@@ -57,11 +57,13 @@ def _within_slice(sizes: list[int], devices: list[Any]) -> np.ndarray:
 
 
 def box_of(devices: Sequence[Any]) -> Box | None:
-    """The box that TPU devices of one slice fill; None if they leave a part of it out.
+    """The box that TPU devices of one slice fill; None if they leave a part of it out, and for devices that are no TPUs.
 
     Which sides are rings: of v5e and v6e those of 16, of v4, v5p and TPU7x all sides of slices that are made of cubes of 4 x 4 x 4. Austin
     et al. 2025, How to scale your model, chapter 2 (jax-ml.github.io/scaling-book/tpus).
     """
+    if devices[0].platform != "tpu":
+        return None
     places = np.array([(*device.coords, device.core_on_chip) for device in devices])
     places -= places.min(0)
     sides = tuple(int(side) for side in places.max(0) + 1)
