@@ -2,7 +2,8 @@
 
 XLA's own counts take the body of a loop once. Here a loop whose counter goes from 0 to a constant counts so often. The turns of other loops
 depend on data: `Program.unknown` has their number. Such a loop reads or writes arrays part by part, and counts for a `share` of the
-parts, at least for one. Of a choice every branch counts. Kernels are calls whose inside the text does not show.
+parts, at least for one; if it follows a loop over larger parts, for a share of one of these, which it completes. Of a choice every branch
+counts. Kernels are calls whose inside the text does not show.
 """
 
 import functools
@@ -85,9 +86,15 @@ def executed(program: Program, share: float = 0.0) -> Iterator[tuple[Instruction
     """Every instruction of a program as often as it is called, with its turns, and whether it is a part of a fusion."""
 
     def within(name: str, turns: int, fused: bool) -> Iterator[tuple[Instruction, int, bool]]:
+        before: list[int] = []  # parts of the loops so far whose turns are not known
         for i in program.parts[name]:
             yield i, turns, fused
-            times = (turns_of(program, i) or math.ceil(share * parts_of(program, i)) or 1) if i.op == "while" else 1
+            times = turns_of(program, i) if i.op == "while" else 1
+            if times is None:
+                parts = parts_of(program, i)
+                larger = [n for n in before if 1 < n < parts and parts % n == 0]
+                times = max(1, math.ceil(share * (parts // max(larger) if larger else parts)))
+                before.append(parts)
             called = re.findall(r"(?:calls|body|to_apply|true_computation|false_computation)=%?([\w.\-]+)", i.line)
             for branches in re.findall(r"branch_computations=\{([^}]*)\}", i.line):
                 called += re.findall(r"[\w.\-]+", branches)
@@ -203,7 +210,7 @@ def moved(program: Program, share: float = 0.0) -> float:
     """The bytes that a program reads from a device's main memory and writes to it.
 
     Arrays that XLA holds in faster memory count when they are copied there. Of a slice, and of an array that is changed in place, the part
-    counts. What a kernel reads more than once counts once.
+    counts. What a kernel reads more than once counts once, and what a collective in a fusion writes does not count.
     """
     return float(sum(turns * _bytes(program, i) for i, turns, fused in executed(program, share) if not fused))
 
@@ -243,6 +250,10 @@ def _fusion(program: Program, i: Instruction) -> int:
         if inner.op == "tuple":
             arrays = [found[0] for found in ARRAY.finditer(result)]
             return sum(written(own, array) for own, array in zip(inner.operands, arrays, strict=False))
+        if inner.op == "get-tuple-element":
+            return written(inner.operands[0], result)
+        if inner.op == "parameter" or "AsyncCollective" in inner.line:  # what a collective that goes on in several fusions carries along
+            return 0
         if inner.op in IN_PLACE and bytes_of(result):
             return bytes_of(program.of[inner.operands[1 if inner.op == "dynamic-update-slice" else 2]].result, everywhere=True)
         return bytes_of(result)
@@ -272,8 +283,10 @@ def _taken(program: Program, part: str, argument: int) -> int | None:
                 own = None if None in each else sum(x for x in each if x is not None)
             elif user.op in SOME and first:
                 own = bytes_of(user.result, everywhere=True)
-            else:
-                own = 0 if user.op in IN_PLACE and first else None
+            elif user.op in IN_PLACE and first:
+                own = 0
+            else:  # carried along alone, in a tuple or by a collective
+                own = 0 if user.op == "tuple" or "AsyncCollective" in user.line else None
             if own is None:
                 return None
             total += own

@@ -5,26 +5,24 @@ the slowest of chip, memory and networks at their published rates, see `alignax.
 overlapped. A program is not faster than the first; the host, and rates that stay below the published ones, come on top of both.
 """
 
+import gzip
 import hashlib
 import json
 import os
 import re
-import sys
 import time
-from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from importlib.metadata import version
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from alignax import chips, hlo, output, placement
-from alignax.compiled import folder
+from alignax import chips, hlo, output
+from alignax.compiled import folder, prune
 from alignax.mesh import device_memory
 from alignax.placement import OVER_DCN, box_of, rate, slices_of
 from alignax.program import Program
@@ -64,52 +62,61 @@ class Forecast(NamedTuple):
         return max(self.seconds.values(), default=0.0), sum(self.seconds.values())
 
 
+class Compiled(NamedTuple):
+    """What the compiler made of a program."""
+
+    text: str  # empty: it refused the program
+    memory: int  # bytes at its peak
+    refused: str  # what it said of a program that does not fit
+    seconds: float  # that it took
+
+
 def forecast(run: Run, name: str, program: Program) -> Forecast:
-    """Compiles a program of a run for the devices of its mesh and reads what it takes, or finds the forecast that an earlier plan made."""
+    """Compiles a program of a run for the devices of its mesh, unless an earlier plan has, and reads what it takes."""
     mesh = run.mesh
-    tokens = real_tokens(run) if name in TRAINING else 0.0
+    room, tokens = device_memory(mesh), real_tokens(run) if name in TRAINING else 0.0
+    traced = program.traced()
+    made = compiled(mesh, traced.lower(lowering_platforms=(mesh.devices.flat[0].platform,)))
+    if made.refused:
+        return Forecast(0, room, made.refused, 0.0, 0.0, {}, {}, tokens, 0, made.seconds)
+    read = hlo.read(made.text)
     share = 0.0 if name.endswith("/decode") else scored_share(run)  # of decoding one token of each completion counts
-    traced = program.call.trace(*program.arguments)
-    lowered = traced.lower(lowering_platforms=(mesh.devices.flat[0].platform,))
-    known = kept_at(mesh, lowered.as_text(), tokens, share)
-    if known.is_file():
-        return Forecast(**json.loads(known.read_text()))
-    found = _forecast(mesh, traced, lowered, tokens, share)
-    with suppress(OSError):  # a forecast that is not kept costs its compilation again
-        known.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(known, json.dumps(found._asdict()))
-    return found
+    flops, moved = hlo.flops(read, share) + kernel_flops(traced.jaxpr), hlo.moved(read, share)
+    slices = slices_of(list(mesh.devices.flat))
+    own = np.split(mesh.devices, len(slices), axis=mesh.axis_names.index(OVER_DCN))[0]  # all slices run the same
+    within, between = hlo.collectives(read, share), hlo.sent_between(read, len(slices), share)
+    sent = {f"{kind} {OVER_DCN} (DCN)": x for kind, x in between.items()}
+    for c in within:
+        key = f"{c.kind} {' x '.join(axes_of(mesh, own, c.group))}"
+        sent[key] = sent.get(key, 0.0) + c.sent
+    seconds = durations(own, flops, moved, within, sum(between.values()))
+    return Forecast(made.memory, room, "", flops, moved, sent, seconds, tokens, read.unknown, made.seconds)
 
 
-def kept_at(mesh: Mesh, lowered: str, *more: float) -> Path:
-    """The file that keeps the forecast of a program, named by all that it depends on: program, devices, compiler, and the code here."""
+def compiled(mesh: Mesh, lowered: Any) -> Compiled:
+    """Compiles a lowered program, or reads what an earlier plan has kept of the same program, devices, compiler and flags."""
     about = [(d.device_kind, d.id, getattr(d, "coords", None), getattr(d, "slice_index", None)) for d in mesh.devices.flat]
     compiler = [(name, version(name)) for name in ("jax", "jaxlib", "libtpu") if find_spec(name)]
     flags = [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
-    code = [Path(str(module.__file__)).read_text() for module in (chips, hlo, placement, sys.modules[__name__])]
-    key = repr((lowered, mesh.shape, about, compiler, flags, code, more))
-    return folder().parent / "plans" / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
-
-
-def _forecast(mesh: Mesh, traced: Any, lowered: Any, tokens: float, share: float) -> Forecast:
-    began, room = time.perf_counter(), device_memory(mesh)
+    key = repr((lowered.as_text(), mesh.shape, about, compiler, flags))
+    known = folder().parent / "plans" / f"{hashlib.sha256(key.encode()).hexdigest()}.json.gz"
+    if known.is_file():
+        return Compiled(**json.loads(gzip.decompress(known.read_bytes())))
+    began = time.perf_counter()
     try:
-        compiled = lowered.compile()
+        program = lowered.compile()
+        memory = program.memory_analysis().peak_memory_in_bytes
+        made = Compiled(program.as_text(), memory, "", time.perf_counter() - began)
     except jax.errors.JaxRuntimeError as e:
         if "RESOURCE_EXHAUSTED" not in str(e):
             raise
-        return Forecast(0, room, refusal(str(e)), 0.0, 0.0, {}, {}, tokens, 0, time.perf_counter() - began)
-    taken, read = time.perf_counter() - began, hlo.read(compiled.as_text())
-    flops, moved = hlo.flops(read, share) + kernel_flops(traced.jaxpr), hlo.moved(read, share)
-    slices = slices_of(mesh.devices.flat)
-    own = np.split(mesh.devices, len(slices), axis=mesh.axis_names.index(OVER_DCN))[0]  # all slices run the same
-    within, between = hlo.collectives(read, share), hlo.sent_between(read, len(slices), share)
-    sent = Counter({f"{kind} {OVER_DCN} (DCN)": x for kind, x in between.items()})
-    for c in within:
-        sent[f"{c.kind} {' x '.join(axes_of(mesh, own, c.group))}"] += c.sent
-    seconds = durations(own, flops, moved, within, sum(between.values()))
-    memory = compiled.memory_analysis().peak_memory_in_bytes
-    return Forecast(memory, room, "", flops, moved, dict(sent), seconds, tokens, read.unknown, taken)
+        made = Compiled("", 0, refusal(str(e)), time.perf_counter() - began)
+    with suppress(OSError):  # what is not kept is compiled again
+        known.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with output.file(known, shared=True) as file:
+            file.write_bytes(gzip.compress(json.dumps(made._asdict()).encode()))
+        prune(known.parent)
+    return made
 
 
 def refusal(said: str) -> str:
