@@ -292,7 +292,7 @@ def _taken(program: Program, part: str, argument: int) -> int | None:
             total += own
         return total
 
-    parameter = next(i for i in program.parts[part] if i.op == "parameter" and f"parameter({argument})" in i.line)
+    parameter = next(i for i in program.parts[part] if i.op == "parameter" and re.findall(r"parameter\((\d+)\)", i.line) == [str(argument)])
     return of(parameter.name)
 
 
