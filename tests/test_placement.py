@@ -116,10 +116,11 @@ def test_rates_of_lines_rings_planes_and_groups_between_one_another(tpu_slice):
     assert rates("v5p:2x2x4", a=2, b=8) == [(1, 1), (2, 1)]
 
 
-def test_more_of_a_hosts_devices_than_a_box_keep_their_order(tpu_slice):
+def test_devices_that_fill_no_box_keep_their_order(tpu_slice):
     devices = list(tpu_slice("v5e:4x4", {"fsdp": -1}).devices.flat)
     three = [next(d for d in devices if tuple(d.coords[:2]) == place) for place in ((0, 0), (3, 3), (1, 0))]
     assert list(make_mesh({"fsdp": 3}, three).devices.flat) == three
+    assert list(make_mesh({}, devices[5:6]).devices.flat) == devices[5:6]
 
 
 @pytest.mark.parametrize(

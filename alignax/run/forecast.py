@@ -42,7 +42,7 @@ class Forecast(NamedTuple):
     moved: float  # bytes of the main memory
     sent: dict[str, float]  # "KIND AXES" -> bytes, within and between slices
     seconds: dict[str, float]  # "compute", "HBM", "ICI" and "DCN", each alone; empty for a chip whose rates are not known
-    tokens: float  # of data that a call reads, on all chips; 0: of no program that reads a batch
+    tokens: float  # of a call, on all chips, see `real_tokens`
     loops: int  # whose turns depend on data
     compiling: float  # seconds
 
@@ -74,7 +74,7 @@ class Compiled(NamedTuple):
 def forecast(run: Run, name: str, program: Program) -> Forecast:
     """Compiles a program of a run for the devices of its mesh, unless an earlier plan has, and reads what it takes."""
     mesh = run.mesh
-    room, tokens = device_memory(mesh), real_tokens(run) if name in TRAINING else 0.0
+    room, tokens = device_memory(mesh), real_tokens(run, name)
     traced = program.traced()
     made = compiled(mesh, traced.lower(lowering_platforms=(mesh.devices.flat[0].platform,)))
     if made.refused:
@@ -100,7 +100,7 @@ def compiled(mesh: Mesh, lowered: Any) -> Compiled:
     flags = [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
     key = repr((lowered.as_text(), mesh.shape, about, compiler, flags))
     known = folder().parent / "plans" / f"{hashlib.sha256(key.encode()).hexdigest()}.json.gz"
-    if known.is_file():
+    with suppress(OSError, EOFError, ValueError, TypeError):  # what is damaged or missing is compiled
         return Compiled(**json.loads(gzip.decompress(known.read_bytes())))
     began = time.perf_counter()
     try:
@@ -184,17 +184,30 @@ def _products(jaxpr: Any) -> float:
     return total
 
 
-def real_tokens(run: Run) -> float:
-    """The tokens of prompts and completions that an average batch of training data holds."""
-    examples = run.data.train.examples
-    return float(examples.lengths.mean()) * examples.N * run.config.batch_size * max(run.config.ensemble.members, 1)
+def real_tokens(run: Run, name: str) -> float:
+    """The tokens of a call, without padding: those that an average batch of data holds, or of decoding one of each completion.
+
+    Completions of rollouts count as long as they may be. Of programs that read no batch: 0.
+    """
+    config, examples, sampler = run.config, run.data.train.examples, name.rpartition("/")[0]
+    if name.endswith("/decode"):
+        return float(run.samplers[sampler].shape.slots)
+    if name not in TRAINING:
+        return 0.0
+    batch = (config.eval.batch_size if name != "train" else 0) or config.batch_size
+    if samples := config.rollout.samples:
+        row, responses = float(examples.prompt_lengths.mean()) + config.rollout.max_new_tokens, samples
+    else:
+        row, responses = float(examples.lengths.mean()), examples.N
+    return row * responses * batch * max(config.ensemble.members, 1)
 
 
 def scored_share(run: Run) -> float:
-    """The share of the computed positions of training data whose tokens a head predicts."""
-    examples = run.data.train.examples
-    positions = len(examples.tokens) if run.packing else len(examples.lengths) * run.data.train.length
-    return float(examples.scored.sum()) / positions
+    """The share of the computed positions whose tokens a head predicts, in the training data; of rollouts at most."""
+    examples, length = run.data.train.examples, run.data.train.length
+    if run.config.rollout.samples:
+        return run.config.rollout.max_new_tokens / length
+    return float(examples.scored.sum()) / (len(examples.tokens) if run.packing else len(examples.lengths) * length)
 
 
 def as_json(found: Mapping[str, Forecast]) -> dict[str, Any]:
