@@ -8,7 +8,7 @@ laid out for sampling.
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -19,10 +19,13 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from alignax.chips import MEMORY
 from alignax.compiled import compile_anew
 from alignax.moments import is_blocks
+from alignax.placement import OVER_DCN, arranged, slices_of
 
-AXES = ("member", "data", "fsdp", "context", "tensor")
+AXES = ("member", "data", "fsdp", "context", "tensor")  # what sends most comes last
+SLICES = "slices"  # of `config.mesh`: no axis, but the number of TPU slices
 # Shards of `tensor` come first, so that the shards of a weight within one shard of `tensor` are the heads that it has in the cache.
 WIDE = ("tensor", "fsdp")
 RULES: dict[str, Any] = {
@@ -47,11 +50,6 @@ DECODING: dict[str, dict[str, Any]] = {
     # No weight travels: a step's activations, which are tiny, are summed over `fsdp`, and change to rows and back around attention.
     "tensor": RULES | {"embed": None, "stream": "data", "heads": WIDE, "mlp": WIDE, "vocab": WIDE, "expert": WIDE},
 }
-# Bytes of memory of a device by its kind, for devices that are not at hand; cloud.google.com/tpu/docs/system-architecture-tpu-vm.
-MEMORY = {
-    "TPU v2": 8 << 30, "TPU v3": 16 << 30, "TPU v4": 32 << 30, "TPU v5 lite": 16 << 30, "TPU v5": 95 << 30, "TPU v5p": 95 << 30,
-    "TPU v6 lite": 32 << 30, "TPU7x": 96 << 30,
-}  # fmt: skip
 
 
 SIMULATED = "--xla_force_host_platform_device_count"
@@ -79,36 +77,82 @@ def make_mesh(shape: Mapping[str, int], devices: Any = None) -> Mesh:
 
         make_mesh({"data": 2, "fsdp": -1})  # on 8 devices: data 2 x fsdp 4 x tensor 1
 
+    TPU chips of one `tensor` shard, then those of one `fsdp` shard, are neighbours, see `alignax.placement`. TPU slices are apart along the
+    data axis, since the network between them is slow: its size is a multiple of their number.
+
     Args:
-      shape: axis name -> size. One size may be -1: that axis takes the remaining devices. An axis left out has size 1.
-      devices: default: all devices of all processes, in the order that suits their interconnect.
+      shape: axis name -> size. One size may be -1: that axis takes the remaining devices. An axis left out has size 1. "slices" is no
+        axis but the number of slices; 0 or left out: as many as the TPUs report, and else one.
+      devices: default: all devices of all processes.
 
     Raises:
-      ValueError: for an unknown axis, for two sizes of -1, and for sizes that do not multiply to the number of devices.
+      ValueError: for an unknown axis, for two sizes of -1, for sizes that do not multiply to the number of devices, for a data axis that
+        the slices do not divide, and for a number of slices that the TPUs do not report.
     """
-    unknown = sorted(set(shape) - set(AXES))
+    unknown = sorted(set(shape) - {*AXES, SLICES})
     if unknown:
         raise ValueError(f"mesh axes {unknown} are unknown; use {', '.join(AXES)}")
     order_collectives()
-    sizes = [int(shape.get(a, 1)) for a in AXES]
-    count = len(devices) if devices is not None else jax.device_count()
-    known = math.prod(s for s in sizes if s != -1)
-    if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
-        raise ValueError(
-            f"mesh {dict(zip(AXES, sizes, strict=True))}: sizes must be positive, and at most one may be -1 (the size that alignax chooses)"
-        )
-    sizes = [count // known if s == -1 else s for s in sizes]
-    if math.prod(sizes) != count:
-        raise ValueError(f"mesh {dict(shape)} does not cover {count} devices; sizes must multiply to {count}, or set one to -1")
-    auto = (AxisType.Auto,) * len(AXES)  # make_mesh defaults to Explicit axes, under which plain gathers raise
+    asked = {a: int(shape.get(a, 1)) for a in AXES}
+    free = [a for a, size in asked.items() if size == -1]
+    if len(free) > 1 or any(s == 0 or s < -1 for s in asked.values()):
+        raise ValueError(f"mesh {asked}: sizes must be positive, and at most one may be -1 (the size that alignax chooses)")
     if devices is None:
-        return jax.make_mesh(tuple(sizes), AXES, axis_types=auto)
-    return Mesh(np.array(devices).reshape(sizes), AXES, axis_types=auto)
+        devices = sorted(jax.devices(), key=lambda d: d.id)
+    slices = _slices(int(shape.get(SLICES, 0)), devices)
+    count = len(devices)
+    sizes = asked | {a: count // math.prod(s for s in asked.values() if s != -1) for a in free}
+    nearest = lambda: f"the nearest possible mesh is {_words(_nearest(asked, count, slices))}"
+    if math.prod(sizes.values()) != count:
+        raise ValueError(
+            f"mesh {dict(shape)} does not cover {count} devices; sizes must multiply to {count}, or set one to -1; {nearest()}"
+        )
+    if sizes[OVER_DCN] % slices:
+        raise ValueError(
+            f"mesh {_words(sizes)} of {slices} slices: the slices follow one another along {OVER_DCN}, so mesh.{OVER_DCN} must be a "
+            f"multiple of {slices}; {nearest()}"
+        )
+    auto = (AxisType.Auto,) * len(AXES)  # jax's default are Explicit axes, under which plain gathers raise
+    return Mesh(arranged(sizes, devices), AXES, axis_types=auto)
+
+
+def _slices(asked: int, devices: Sequence[Any]) -> int:
+    """The number of slices; `asked` 0: as many as the devices report."""
+    found = len(slices_of(devices))
+    if asked < 0:
+        raise ValueError(f"mesh.{SLICES} is {asked}; give the number of slices, or 0 for as many as the devices report")
+    if asked and asked != found and devices[0].platform == "tpu":
+        raise ValueError(f"mesh.{SLICES} is {asked}, but the TPUs are of {found}; leave mesh.{SLICES} out")
+    if asked and len(devices) % asked:
+        raise ValueError(f"mesh.{SLICES} is {asked}, which does not divide {len(devices)} devices; leave mesh.{SLICES} out")
+    return asked or found
+
+
+def _nearest(asked: Mapping[str, int], count: int, slices: int) -> dict[str, int]:
+    """The sizes of a possible mesh that differ least from those asked for; the axis of -1 may have any size, and fsdp takes the rest."""
+
+    def products(left: int, axes: Sequence[str]) -> Iterator[dict[str, int]]:
+        if not axes:
+            yield from ({},) if left == 1 else ()
+            return
+        for size in (size for size in range(1, left + 1) if left % size == 0):
+            if axes[0] != OVER_DCN or size % slices == 0:
+                yield from ({axes[0]: size} | others for others in products(left // size, axes[1:]))
+
+    def far(sizes: dict[str, int]) -> tuple[float, int, list[int]]:
+        moved = [abs(math.log2(size / asked[axis])) for axis, size in sizes.items() if asked[axis] != -1]
+        return round(sum(moved), 6), sum(step > 0 for step in moved), [sizes[axis] for axis in reversed(AXES) if axis != "fsdp"]
+
+    return min(products(count, AXES), key=far)
 
 
 def words(mesh: Mesh) -> str:
     """A mesh as text for the console: "data 2 x fsdp 4 x tensor 1". The axes member and context are shown only if they are used."""
-    return " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if axis not in ("member", "context") or size > 1)
+    return _words(mesh.shape)
+
+
+def _words(sizes: Mapping[str, int]) -> str:
+    return " x ".join(f"{axis} {size}" for axis, size in sizes.items() if axis not in ("member", "context") or size > 1)
 
 
 def batch_shards(mesh: Mesh) -> int:

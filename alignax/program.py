@@ -15,12 +15,16 @@ class Program(NamedTuple):
         """The shapes of the function's results. The function is traced; nothing is compiled."""
         return jax.eval_shape(self.call, *self.arguments)
 
+    def traced(self) -> Any:
+        """The function traced on its arguments, with its `jaxpr`; nothing is compiled."""
+        return self.call.trace(*self.arguments)
+
     def compiled(self, platform: str) -> Any:
         """The program compiled for a platform, with `memory_analysis()` and `as_text()`. No array is made.
 
-        Do not use its FLOP count: it counts the body of a loop only once.
+        Do not use its FLOP count, which counts the body of a loop only once, but `alignax.hlo`.
 
         Raises:
           jax.errors.JaxRuntimeError: RESOURCE_EXHAUSTED, if the program does not fit into the memory of a TPU.
         """
-        return self.call.trace(*self.arguments).lower(lowering_platforms=(platform,)).compile()
+        return self.traced().lower(lowering_platforms=(platform,)).compile()

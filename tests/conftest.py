@@ -25,11 +25,6 @@ import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 REPO = Path(__file__).resolve().parents[1]
-# What keeps libtpu from asking a metadata server that is not there.
-TPU_ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-16", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0",
-    "TPU_MIN_LOG_LEVEL": "3", "TPU_STDERR_LOG_LEVEL": "3", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -46,10 +41,10 @@ def tpu_slice(monkeypatch):
     """Makes the mesh of a TPU slice that is not here: `tpu_slice("v5e:4x4", {"fsdp": 16})`."""
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu is not installed: pip install 'alignax[tpu]'")
-    for name, value in TPU_ENVIRONMENT.items():
-        monkeypatch.setitem(os.environ, name, value)
-    from alignax.run.plan import topology_mesh
+    from alignax.run.plan import DESCRIBING, topology_mesh
 
+    for name, value in DESCRIBING.items():
+        monkeypatch.setitem(os.environ, name, value)
     return topology_mesh
 
 

@@ -10,9 +10,9 @@ import pytest
 import runs
 import tpu_programs
 from test_models_heads import close, problem, teacher
-from tpu_programs import LLAMAS, collectives, floats
+from tpu_programs import LLAMAS, floats
 
-from alignax import losses, train
+from alignax import hlo, losses, train
 from alignax import mesh as meshes
 from alignax.config import load_experiment
 from alignax.models import statistics
@@ -134,7 +134,7 @@ def test_a_tpu_step_of_a_1b_head_and_embedding_holds_no_whole_gradient_and_sends
     text, tensor = compiled.as_text(), mesh.shape["tensor"]
     weights, activations, ring = D * V // tensor, 65536 // mesh.shape["fsdp"] * D, lambda n: (n - 1) / n
     before = 16 * weights * ring(mesh.shape["fsdp"]) + 4 * 2 * activations * ring(tensor)
-    sent = sum(c.sent for c in collectives(text))
+    sent = sum(c.sent for c in hlo.collectives(hlo.read(text)))
     print("peak", compiled.memory_analysis().peak_memory_in_bytes / 1e9, "GB; sent", sent / 1e6, "MB, before", before / 1e6)
     assert max(floats(text)) < weights
     assert 4 * weights < sent < before / 2
@@ -148,7 +148,7 @@ def test_a_tpu_step_of_dpo_holds_and_sends_no_whole_matrix_of_the_vocabulary(tpu
     fields = tpu_programs.fields(tmp_path, "1B", 2048, 16, num_hidden_layers=2, tie_word_embeddings=False)
     experiment = load_experiment(runs.REPO / "experiments/dpo_hh.py", [f"{k}={v}" for k, v in fields.items()])
     text = plan.compile_step(prepare(experiment, tpu_slice("v5e:4x4", {"fsdp": 4, "tensor": tensor}))).as_text()
-    found, weights = collectives(text), llama["hidden_size"] * llama["vocab_size"] // tensor
+    found, weights = hlo.collectives(hlo.read(text)), llama["hidden_size"] * llama["vocab_size"] // tensor
     largest = max(found, key=lambda c: c.elements)
     print("sent", sum(c.sent for c in found) / 1e6, "MB; the largest:", largest)
     assert max(floats(text)) < weights

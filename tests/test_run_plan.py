@@ -6,8 +6,9 @@ import jax
 import pytest
 import runs
 import tpu_programs
-from tpu_programs import LLAMAS, collectives
+from tpu_programs import LLAMAS
 
+from alignax import hlo
 from alignax.config import load_experiment
 from alignax.run import plan
 from alignax.run.prepare import prepare
@@ -65,7 +66,7 @@ def test_dpo_steps_of_llamas_fit_slices(topology, shape, model, tokens, pairs, m
     begin = time.process_time()
     compiled = plan.compile_step(run)
     seconds, memory, text = time.process_time() - begin, compiled.memory_analysis(), compiled.as_text()
-    found = collectives(text)
+    found = hlo.collectives(hlo.read(text))
     sent = sum(c.sent for c in found)
     print(f"peak {memory.peak_memory_in_bytes / 1e9:.2f} GB, sent {sent / 1e9:.2f} GB, {seconds:.0f} CPU seconds")
     assert memory.peak_memory_in_bytes < most * 1e9 and seconds < 600 and "splash_mha" in text

@@ -10,18 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from alignax.chips import peak
 from alignax.overopt.laboratory import made_by
 
-PEAKS = {  # part of jax's device_kind -> dense bfloat16 TFLOP/s of a device, from the maker's data sheets; the first that fits counts
-    "TPU v4": 275, "TPU v5 lite": 197, "TPU v5e": 197, "TPU v5": 459, "TPU v6 lite": 918, "TPU v6e": 918,
-    "A100": 312, "H100": 989, "H200": 989,
-}  # fmt: skip
 REPEATS = 10  # of which the best counts
-
-
-def peak(kind: str) -> float | None:
-    """The FLOP/s of a kind of device in bfloat16; None for a kind that is not in the table."""
-    return next((1e12 * rate for name, rate in PEAKS.items() if name in kind), None)
 
 
 def described(devices: list[Any], dtype: Any) -> dict[str, Any]:

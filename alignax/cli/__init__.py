@@ -1,4 +1,4 @@
-"""The `alignax` command: train, eval, eval-rm, anchor, ridge, generate, export, check-data, overopt, report, bench.
+"""The `alignax` command: train, plan, eval, eval-rm, anchor, ridge, generate, export, check-data, overopt, report, bench.
 
 Library modules are imported inside functions only: the import of jax takes a second, and Ctrl-C must end the command then, too.
 """
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from alignax.generate.console import Request
 
 USAGE = """usage: alignax train  --config FILE.py [--config.FIELD=VALUE ...] [--dry-run]
+       alignax plan   --config FILE.py --topology KIND:XxY [--slices N] [--search] [--config.FIELD=VALUE ...] [--json OUT]
        alignax eval   WORKDIR [--config.FIELD=VALUE ...] [--json OUT]
        alignax eval-rm MODELS [--config FILE.py] [--config.FIELD=VALUE ...] [--json OUT]
        alignax anchor MODELS FOLDER --samples FILE [--scale] [--config FILE.py] [--config.FIELD=VALUE ...]
@@ -30,9 +31,13 @@ USAGE = """usage: alignax train  --config FILE.py [--config.FIELD=VALUE ...] [--
        alignax report WORKDIR ...
        alignax bench  [METHOD ... | growth | --config FILE.py [generate]] [--config.FIELD=VALUE ...] [--steps N] [--json OUT]
                       [--against COMMAND [--rounds N]]
-       --force with eval, eval-rm, anchor, ridge, generate, export, check-data, report, bench: replaces what another run or program wrote
+       --force with plan, eval, eval-rm, anchor, ridge, generate, export, check-data, report, bench: replaces what others wrote
 
 train       runs an experiment, or resumes a stopped run; --dry-run shows what the run would do and writes nothing
+plan        compiles every program of a run for TPU slices that need not be at hand (v5e:16x16, v5p:4x4x8, v6e:4x4, v4:2x2x4), and says of
+            each whether it fits, what bounds it and how long it takes at least; needs no weights; --slices: several slices; --search: also
+            tries other meshes, remats and microbatches; --json FILE also writes all figures to a file, --json - prints them instead; the
+            exit code is 2 if the run does not fit: docs/pods.md
 eval        evaluates the newest checkpoint of a run on the evaluation data of the run; --json FILE also writes the metrics to a file, with
             the run and step that they belong to; --json - prints them instead
 eval-rm     evaluates a reward model or an ensemble on the pairs of data.eval, and on the out-of-distribution pairs of data.ood: accuracy,
@@ -61,17 +66,45 @@ bench       measures speed and memory: built-in methods (sft, dpo, rpo, rm, ense
 FIELD       any field of the config, such as data.max_length; `alignax train --config FILE.py --dry-run` lists all fields
             The value of an option may follow an =, as in --json=OUT; a value that begins with -- must"""
 WANTED = {
-    "train": [], "eval": ["WORKDIR"], "eval-rm": ["MODELS"], "anchor": ["MODELS", "FOLDER"], "ridge": ["FOLDER"],
+    "train": [], "plan": [], "eval": ["WORKDIR"], "eval-rm": ["MODELS"], "anchor": ["MODELS", "FOLDER"], "ridge": ["FOLDER"],
     "generate": ["MODEL"], "export": ["WORKDIR", "FOLDER"], "check-data": [], "overopt": [], "report": ["WORKDIR ..."],
     "bench": ["METHOD ..."],
 }  # fmt: skip
-CONFIGURED = ("train", "eval-rm", "anchor", "ridge", "check-data", "overopt", "bench")  # commands that take an experiment file (--config)
-WRITING = ("eval", "eval-rm", "anchor", "ridge", "generate", "export", "check-data", "report", "bench")  # commands that take --force
+CONFIGURED = (
+    "train",
+    "plan",
+    "eval-rm",
+    "anchor",
+    "ridge",
+    "check-data",
+    "overopt",
+    "bench",
+)  # commands that take an experiment file (--config)
+WRITING = (
+    "plan",
+    "eval",
+    "eval-rm",
+    "anchor",
+    "ridge",
+    "generate",
+    "export",
+    "check-data",
+    "report",
+    "bench",
+)  # commands that take --force
 VALUED = {
-    "--config": CONFIGURED, "--json": ("eval", "eval-rm", "check-data", "bench"), "--samples": ("anchor",), "--penalty": ("ridge",),
-    "--steps": ("bench",), "--against": ("bench",), "--rounds": ("bench",),
+    "--config": CONFIGURED, "--json": ("plan", "eval", "eval-rm", "check-data", "bench"), "--samples": ("anchor",), "--penalty": ("ridge",),
+    "--topology": ("plan",), "--slices": ("plan",), "--steps": ("bench",), "--against": ("bench",), "--rounds": ("bench",),
 }  # fmt: skip
-VALUES = {"--penalty": "X", "--steps": "N", "--against": "COMMAND", "--rounds": "N"}  # what stands for a value in messages; others: FILE
+COUNTS = {"--steps": "6", "--rounds": "3", "--slices": "0"}  # options with a whole number, and their defaults
+VALUES = {
+    "--penalty": "X",
+    "--topology": "KIND:XxY",
+    "--slices": "N",
+    "--steps": "N",
+    "--against": "COMMAND",
+    "--rounds": "N",
+}  # what stands for a value in messages; others: FILE
 
 
 class Arguments(NamedTuple):
@@ -82,7 +115,7 @@ class Arguments(NamedTuple):
     overrides: list[str]  # FIELD=VALUE
     file: str  # --config: the experiment file
     dry: bool  # --dry-run
-    json: str  # --json: where check-data, eval, eval-rm and bench write JSON; "-": to the console; empty: nowhere
+    json: str  # --json: where plan, check-data, eval, eval-rm and bench write JSON; "-": to the console; empty: nowhere
     samples: str  # --samples of anchor
     scale: bool  # --scale of anchor
     penalty: float  # --penalty of ridge
@@ -91,6 +124,9 @@ class Arguments(NamedTuple):
     steps: int  # --steps of bench
     against: str  # --against of bench
     rounds: int  # --rounds of bench
+    topology: str  # --topology of plan
+    slices: int  # --slices of plan
+    search: bool  # --search of plan
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -130,19 +166,24 @@ def command(args: list[str]) -> int:
     except ValueError as e:
         return fail(e)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # for example that PyTorch is missing
+    if given.command == "plan":  # before jax is imported: a plan takes no TPU, which another process may use
+        os.environ["JAX_PLATFORMS"] = "cpu"
     from alignax import paths
-    from alignax.cli import bench_commands, commands, reward_commands
+    from alignax.cli import bench_commands, commands, plan_commands, reward_commands
     from alignax.compiled import keep
     from alignax.config.blame import BadInput
     from alignax.run.host_rewards import RewardFailed
 
     try:
-        keep()
+        if given.command != "plan":  # which keeps its figures, not programs for chips that are not here
+            keep()
     except ValueError as e:
         return fail(e)
     try:
         if given.command == "train":
             commands.train(given.file, given.overrides, given.dry)
+        elif given.command == "plan":
+            plan_commands.plan(given.file, given.overrides, given.topology, given.slices, given.search, given.json, given.force)
         elif given.command == "eval":
             commands.evaluate(paths.of(given.words[0]), given.overrides, given.json, given.force)
         elif given.command == "eval-rm":
@@ -205,7 +246,7 @@ def parse(args: Sequence[str]) -> Arguments:
     command, *rest = args
     if command not in WANTED:
         raise ValueError(f"command {short(command)} is unknown; use {', '.join(WANTED)}")
-    words, overrides, dry, scale, request, force = [], [], False, False, Request(), False
+    words, overrides, dry, scale, search, request, force = [], [], False, False, False, Request(), False
     values: dict[str, str] = {}
     rest = iter(rest)
     for arg in rest:
@@ -228,6 +269,8 @@ def parse(args: Sequence[str]) -> Arguments:
             force = True
         elif arg == "--scale" and command == "anchor":
             scale = True
+        elif arg == "--search" and command == "plan":
+            search = True
         elif arg == "--raw" and command == "generate":
             request = dataclasses.replace(request, raw=True)
         elif command == "generate" and arg.startswith("--") and not arg.startswith("--config"):
@@ -238,12 +281,17 @@ def parse(args: Sequence[str]) -> Arguments:
             words.append(arg)
     file, json, samples = (values.get(name, "") for name in ("--config", "--json", "--samples"))
     penalty = number("--penalty", values.get("--penalty", "1.0"))
-    steps, rounds = (whole(name, values.get(name, default)) for name, default in (("--steps", "6"), ("--rounds", "3")))
+    steps, rounds, slices = (whole(name, values.get(name, default)) for name, default in COUNTS.items())
     if len(words) != len(WANTED[command]) and not (command == "report" and words) and command != "bench":
         raise ValueError(f"`alignax {command}` takes {' and '.join(WANTED[command]) or 'no positional arguments'}, not {short(words)}")
-    if command in ("train", "ridge", "check-data", "overopt") and not file:
+    topology = values.get("--topology", "")
+    if command in ("train", "plan", "ridge", "check-data", "overopt") and not file:
         example = {"overopt": "overoptimization", "ridge": "rm_hh"}.get(command, "dpo_hh")
         raise ValueError(f"`alignax {command}` needs --config FILE.py, such as experiments/{example}.py")
+    if command == "plan" and not topology:
+        raise ValueError("`alignax plan` needs --topology KIND:XxY, such as v5e:4x4 or v5p:4x4x8")
+    if slices < 0 or ("--slices" in values and not slices):
+        raise ValueError(f"--slices is {slices}; use 1 or more")
     if command == "anchor" and not samples:
         raise ValueError(
             "`alignax anchor` needs --samples FILE, with samples of the initial policy from `alignax generate MODEL --out FILE`"
@@ -253,7 +301,25 @@ def parse(args: Sequence[str]) -> Arguments:
     for name, text in [*named.items(), *beside, *((f"an argument of `alignax {command}`", word) for word in words)]:
         paths.check(text, name, hub=name in ("--samples", "--prompts"))
     against = values.get("--against", "")
-    return Arguments(command, words, overrides, file, dry, json, samples, scale, penalty, request, force, steps, against, rounds)
+    return Arguments(
+        command,
+        words,
+        overrides,
+        file,
+        dry,
+        json,
+        samples,
+        scale,
+        penalty,
+        request,
+        force,
+        steps,
+        against,
+        rounds,
+        topology,
+        slices,
+        search,
+    )
 
 
 def following(rest: Iterator[str]) -> str | None:

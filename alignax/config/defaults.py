@@ -126,8 +126,8 @@ def default_config() -> Any:
     c.optimizer.weight_decay = 0.0  # multiplied by the learning rate; norms, biases and offsets are exempt; 0: none
 
     # Devices along each axis: ensemble members, batch shards, batch and parameter shards, parts of long rows, parts of matrices. -1: all
-    # devices that are left.
-    c.mesh = ConfigDict({"member": 1, "data": 1, "fsdp": -1, "context": 1, "tensor": 1})
+    # devices that are left. slices: TPU slices, which follow one another along `data`; 0: as many as the devices report.
+    c.mesh = ConfigDict({"member": 1, "data": 1, "fsdp": -1, "context": 1, "tensor": 1, "slices": 0})
 
     c.eval = ConfigDict()
     c.eval.every = 0  # steps between evaluations; 0: only before and after training

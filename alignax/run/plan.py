@@ -6,6 +6,7 @@ Programs are compiled ahead of time from shapes alone, for the devices at hand o
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,14 +25,40 @@ from alignax.run.prepare import Run
 from alignax.run.programs import programs
 from alignax.run.state import abstract_batches, abstract_state
 from alignax.run.summary import remat, sizes
-from alignax.text import table
+from alignax.text import short, table
+
+# What keeps libtpu from asking for a TPU that is not there, with errors on the console, and from locking other processes out of itself.
+DESCRIBING = {
+    "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-16", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0",
+    "TPU_MIN_LOG_LEVEL": "3", "TPU_STDERR_LOG_LEVEL": "3", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}  # fmt: skip
 
 
 def topology_mesh(topology: str, shape: Mapping[str, int]) -> Mesh:
-    """A mesh over the chips of a TPU slice, such as "v5e:4x4". The slice need not be at hand; `libtpu` must be installed."""
+    """A mesh over the chips of TPU slices, such as "v5e:4x4", as the pod itself makes it. No chip need be at hand.
+
+    Args:
+      topology: the chips of a slice. One of v4 is a single device, as in a pod.
+      shape: as of `alignax.mesh.make_mesh`; `slices` is the number of slices, 0 for one.
+
+    Raises:
+      ValueError: if libtpu is not installed, for a slice that it does not know, and for a mesh that is not possible on it.
+    """
     from jax.experimental import topologies
 
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    for name, value in DESCRIBING.items():
+        os.environ.setdefault(name, value)
+    slices = int(shape.get(meshes.SLICES, 0))
+    options = ({"num_slices": slices} if slices > 1 else {}) | ({"chip_config_name": "megacore"} if topology.startswith("v4:") else {})
+    try:
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
+    except (RuntimeError, jax.errors.JaxRuntimeError) as e:
+        if "not installed" in str(e):
+            raise ValueError(f"the compiler of TPU slices is not installed, to plan for {topology}: pip install 'alignax[tpu]'") from e
+        raise ValueError(
+            f"TPU slice {short(topology)} is unknown to libtpu ({short(str(e))}); write KIND:XxY or KIND:XxYxZ with a multiple of 2 chips "
+            "along the first two sides, such as v5e:4x4, v6e:16x16, v4:2x2x4 or v5p:4x4x8"
+        ) from e
     return meshes.make_mesh(shape, devices)
 
 

@@ -1,0 +1,171 @@
+"""`alignax plan`: what programs take on TPU slices that are not at hand, and how long at least."""
+
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import runs
+import tpu_programs
+from jax.experimental import pallas as pl
+
+from alignax import chips, hlo
+from alignax.cli import main, parse, plan_commands
+from alignax.compiled import COUNTED
+from alignax.config import load_experiment
+from alignax.run import forecast, plan
+from alignax.run.forecast import Forecast
+from alignax.run.prepare import prepare
+from alignax.run.programs import programs
+
+RM = str(runs.REPO / "experiments/rm_hh.py")
+SMALL = Forecast(int(2e9), int(16e9), "", 4e12, 8e9, {"all-gather fsdp": 3e9, "all-reduce data (DCN)": 1e9}, {}, 1000.0, 0, 12.3)
+
+
+@pytest.fixture
+def fields(tmp_path):
+    """The fields of a tiny run without samples."""
+    own = runs.world(tmp_path) | {"workdir": tmp_path / "run", "eval.samples": 0, "eval.sample_prompts": 0, "mesh.fsdp": -1}
+    return [f"--config.{name}={value}" for name, value in own.items() if name != "mesh.data"]
+
+
+# --- figures ---
+
+
+def test_a_forecast_names_its_bound_and_its_times():
+    f = SMALL._replace(seconds={"compute": 2.0, "HBM": 1.0, "ICI": 0.5, "DCN": 0.0})
+    assert f.fits and f.bound == "compute" and f.span == (2.0, 3.5)
+    row = dict(zip(forecast.HEAD, forecast.row("train", f), strict=True))
+    assert row["fits by GB"] == "14.00" and row["ICI GB"] == "3" and row["DCN GB"] == "1" and row["seconds"] == "2 to 3.5"
+    assert row["tokens/s"] == "286 to 500" and row["compiled in s"] == "12"
+    assert forecast.row("train", f._replace(memory=int(17e9)))[2] == "no, -1.00" and not f._replace(memory=int(17e9)).fits
+    refused = SMALL._replace(memory=0, refused="Used 39.62G of 15.75G hbm")
+    assert not refused.fits and refused.bound == "" and forecast.row("train", refused)[1:3] == ["Used 39.62G of 15.75G hbm", "no"]
+    assert not math.isnan(refused.span[1])
+
+
+def test_times_are_those_of_published_rates_and_of_the_links_of_a_group(tpu_slice):
+    """v5e: 197 TFLOP/s, 820 GB/s, links of 45 GB/s. A line of 4 chips has one link, a plane of 4 x 4 two."""
+    mesh = tpu_slice("v5e:4x4", {"fsdp": 4, "tensor": 4})
+    sent = lambda group: hlo.Collective("all-gather", "bf16", 1, 9e9, group)
+    numbers = np.arange(16).reshape(4, 4)
+    found = forecast.durations(mesh.devices, 197e12, 82e9, [sent(tuple(numbers[0])), sent(tuple(numbers.ravel()))], 3.125e9)
+    assert found == {"compute": 1.0, "HBM": pytest.approx(0.1), "ICI": pytest.approx(0.2 + 0.1), "DCN": pytest.approx(1.0)}
+    assert forecast.axes_of(mesh, mesh.devices, tuple(numbers[:, 1])) == ["fsdp"]
+    assert forecast.axes_of(mesh, mesh.devices, tuple(numbers.ravel())) == ["fsdp", "tensor"]
+    assert forecast.durations(np.array(jax.devices()).reshape(1, 1, 8, 1), 1.0, 1.0, [], 0.0) == {}, "no rates of a CPU"
+
+
+def test_every_slice_that_can_be_planned_has_rates(tpu_slice):
+    for name in ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"):
+        kind = tpu_slice(name, {"fsdp": -1}).devices.flat[0].device_kind
+        assert chips.peak(kind) and kind in chips.RATES and kind in chips.MEMORY, name
+
+
+def test_products_inside_of_kernels_count_by_their_grid_and_the_loops_around():
+    """A product of 64 x 32 by 32 x 16 in each of 3 x 5 blocks, in a loop of 7, half of them left out by a choice."""
+
+    def kernel(x, w, out):
+        @pl.when(pl.program_id(0) > 0)
+        def _():
+            out[...] = x[...] @ w[...]
+
+    call = pl.pallas_call(
+        kernel,
+        jax.ShapeDtypeStruct((192, 80), jnp.float32),
+        grid=(3, 5),
+        in_specs=[pl.BlockSpec((64, 32), lambda i, j: (i, 0)), pl.BlockSpec((32, 16), lambda i, j: (0, j))],
+        out_specs=pl.BlockSpec((64, 16), lambda i, j: (i, j)),
+    )
+    loop = lambda x, w: jax.lax.scan(lambda s, _: (s + call(x, w).sum(), None), jnp.zeros(()), None, length=7)[0]
+    traced = jax.jit(loop).trace(jnp.ones((192, 32)), jnp.ones((32, 80)))
+    assert forecast.kernel_flops(traced.jaxpr) == 7 * 15 * 2 * 64 * 32 * 16
+
+
+# --- the command ---
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "needs --topology KIND:XxY, such as v5e:4x4"),
+        (["--topology", "v5e:2x2", "--slices", "0"], "--slices is 0; use 1 or more"),
+        (["--topology", "v5e:2x2", "--slices", "two"], "--slices is 'two'; it must be a whole number"),
+        (["--topology"], "--topology has no value; write --topology=KIND:XxY"),
+        (["--topology", "v5e:2x2", "--dry-run"], "option '--dry-run' is unknown to `alignax plan`"),
+    ],
+)
+def test_a_command_line_that_cannot_be(words, message):
+    with pytest.raises(ValueError, match=message):
+        parse(["plan", "--config", RM, *words])
+
+
+def test_an_unknown_slice_is_one_line(fields, tpu_slice, capsys):
+    assert main(["plan", "--config", RM, "--topology", "v5e:3x3", *fields]) == 2
+    assert "TPU slice 'v5e:3x3' is unknown to libtpu" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_plan_of_two_slices_and_the_same_from_what_was_kept(fields, tpu_slice, tmp_path, monkeypatch, capsys):
+    """Every program with its figures, on the console and in a file; a second plan compiles nothing."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    own = ["plan", "--config", RM, "--topology", "v5e:2x2", "--slices", "2", "--config.mesh.data=2", *fields]
+    assert main([*own, "--json", str(tmp_path / "plan.json")]) == 0
+    first, made = capsys.readouterr().out, COUNTED.programs
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert {"fingerprint", "begin", "train", "evaluate"} <= found["programs"].keys()
+    train = found["programs"]["train"]
+    assert found["mesh"] == {"member": 1, "data": 2, "fsdp": 4, "tensor": 1} and found["slices"] == 2
+    assert train["fits"] and train["flops"] > 0 and train["moved"] > 0 and train["shortest"] <= train["longest"]
+    assert train["sent"]["all-reduce data (DCN)"] > 0 and any("fsdp" in key and "DCN" not in key for key in train["sent"])
+    assert "2 slices of v5e:2x2, mesh data 2 x fsdp 4 x tensor 1" in first and "\ntrain " in first
+    assert main(own) == 0
+    assert COUNTED.programs == made and capsys.readouterr().out == first
+    assert main([*own, "--config.batch_size=16"]) == 0
+    assert COUNTED.programs > made, "another batch is another program"
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_is_said_by_how_much(tpu_slice, tmp_path):
+    """The 8B's training program on 4 chips of v5e, refused by the compiler."""
+    own = tpu_programs.fields(tmp_path, "8B", 2048, 4)
+    experiment = load_experiment(runs.REPO / "experiments/dpo_hh.py", [f"{k}={v}" for k, v in own.items()])
+    run = prepare(experiment, tpu_slice("v5e:2x2", {"fsdp": -1}))
+    found = forecast.forecast(run, "train", programs(run)["train"])
+    assert not found.fits and found.refused.startswith("Used ") and found.refused.endswith("G of 15.75G hbm")
+
+
+@pytest.mark.slow
+def test_two_plans_at_once_print_nothing_of_libtpus(fields, tmp_path):
+    """In processes without the variables of these tests: neither is locked out, and the first line is ours."""
+    pytest.importorskip("libtpu")
+    bare = {k: v for k, v in runs.environment().items() if k not in plan.DESCRIBING} | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    del bare["JAX_PLATFORMS"]
+    args = ["plan", "--config", RM, "--topology", "v5e:2x2", *fields]
+    for process in [runs.begin(args, bare) for _ in range(2)]:
+        lines = runs.finish(process).splitlines()
+        assert lines[0] == "compiling fingerprint (1 of 4)", lines[:5]
+        assert not [line for line in lines if "libtpu" in line and "Compiled by" not in line]
+
+
+@pytest.mark.slow
+def test_a_search_tries_meshes_then_remats_then_microbatches(fields, tpu_slice, monkeypatch, capsys, tmp_path):
+    """With forecasts that make 2 x 2, "dots" and 2 microbatches the quickest, in place of compilation."""
+    tried = []
+
+    def invented(run, name, program):
+        c, shape = run.config, run.mesh.shape
+        tried.append((shape["data"], shape["fsdp"], shape["tensor"], c.model.remat, c.microbatches))
+        cost = 10 * (shape["fsdp"] != 2) + 5 * (shape["data"] != 2) + 3 * (c.model.remat != "dots") + (c.microbatches != 2)
+        return SMALL._replace(seconds={"compute": 1.0 + cost})
+
+    monkeypatch.setattr(plan_commands, "forecast", invented)
+    assert main(["plan", "--config", RM, "--topology", "v5e:2x2", "--search", "--json", str(tmp_path / "p.json"), *fields]) == 0
+    meshes = [own[:3] for own in dict.fromkeys(tried)]
+    assert meshes[0] == (1, 4, 1) and {(2, 2, 1), (4, 1, 1), (1, 2, 2), (1, 1, 4), (2, 1, 2)} <= set(meshes)
+    assert tried[-1][:4] == (2, 2, 1, "dots"), "the last are microbatches of the best"
+    out = capsys.readouterr().out
+    assert out.index("data 2 x fsdp 2 x tensor 1, remat dots, 2 microbatches") < out.index("data 1 x fsdp 4 x tensor 1, remat full, 1")
+    assert "data 2 x fsdp 2 x tensor 1, remat dots, 2 microbatches" in json.loads((tmp_path / "p.json").read_text())["search"]
