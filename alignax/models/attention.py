@@ -183,7 +183,8 @@ def packed_attention(
     specs: Any = tuple(split(x, "batch", tokens, heads, None) for x in (q, k, v))
     queries, keys, count = split(sight.branch, "batch", tokens), split(sight.branch, "batch", None), split(sight.count, "batch", tokens)
     pairs = split(sight.pairs, "batch", tokens, None, None)
-    sights: Any = Sight(queries, queries, queries, keys, keys, pairs, pairs, count)
+    parts: Any = queries, queries, queries, keys, keys, pairs, pairs, count
+    sights = Sight(*parts)
 
     def own(q: jax.Array, k: jax.Array, v: jax.Array, sight: Sight, window: jax.Array) -> jax.Array:
         if C > 1:

@@ -150,13 +150,12 @@ def _pairs(block: int, C: int, branch: jax.Array, root: jax.Array) -> tuple[jax.
 
     def of_shard(c: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The pairs of a context shard's queries, which are one stripe of the row's blocks, or two."""
-        stripes = (
-            jnp.asarray([[0], [n]]) if C == 1 else jnp.stack([c, 2 * C - 1 - c])[None] * (n // (2 * C)) + jnp.asarray([[0], [n // (2 * C)]])
-        )
+        wide, most = (n, n * (n + 1) // 2) if C == 1 else (n // (2 * C), n * (n + 1) // (2 * C))
+        stripes = wide * (jnp.zeros(1, jnp.int32) if C == 1 else jnp.stack([c, 2 * C - 1 - c]))
         own = jnp.argsort(place)[c * (n // C) + jnp.arange(n // C)]
-        query, key, count = _listed(keys[0, own], keys[1, own], n * (n + 1) // 2 // C)
-        inside = jnp.clip(queries[..., None], *stripes[:, None, None, None]).reshape(2, n, -1)
-        its_key, its_query, _ = _listed(*inside, n * (n + 1) // 2 // C)
+        query, key, count = _listed(keys[0, own], keys[1, own], most)
+        begin, ends = jnp.clip(queries[..., None], stripes, stripes + wide).reshape(2, n, -1)
+        its_key, its_query, _ = _listed(begin, ends, most)
         at = lambda blocks: _dealt_place(blocks, n, C)
         pair = lambda queries, keys: jnp.maximum(jnp.stack([queries, at(keys)], axis=1), 0).astype(jnp.int32)
         return pair(query, key), pair(at(its_query) - c * (n // C), its_key), count.astype(jnp.int32)
