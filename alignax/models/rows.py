@@ -151,7 +151,7 @@ def _pairs(block: int, C: int, branch: jax.Array, root: jax.Array) -> tuple[jax.
     def of_shard(c: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The pairs of a context shard's queries, which are one stripe of the row's blocks, or two."""
         wide, most = (n, n * (n + 1) // 2) if C == 1 else (n // (2 * C), n * (n + 1) // (2 * C))
-        stripes = wide * (jnp.zeros(1, jnp.int32) if C == 1 else jnp.stack([c, 2 * C - 1 - c]))
+        stripes = wide * (jnp.zeros(1, jnp.int32) if C == 1 else jnp.stack([c, 2 * C - 1 - c]))[None, None, None]
         own = jnp.argsort(place)[c * (n // C) + jnp.arange(n // C)]
         query, key, count = _listed(keys[0, own], keys[1, own], most)
         begin, ends = jnp.clip(queries[..., None], stripes, stripes + wide).reshape(2, n, -1)
