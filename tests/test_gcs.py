@@ -50,7 +50,7 @@ def opened(store):
     store.before = lambda method, name: None
 
 
-RUN = {"steps": 12, "eval.every": 6, "export.final": True}
+RUN = {"steps": 12, "eval.every": 0, "eval.sample_prompts": 0, "data.eval": "", "export.final": True}
 MOMENTS = {  # what a killed process was about to do
     "write its first checkpoint": lambda method, name: method != "GET" and "/run/checkpoints/3/params/" in name,
     "remove a checkpoint": lambda method, name: method == "DELETE" and "/run/checkpoints/3/train" in name,
@@ -121,24 +121,25 @@ def test_a_place_on_a_bucket_that_cannot_be_read_or_written_is_refused_by_its_na
     store.closed.add("other-bucket")
     said = train(workdir="gs://other-bucket/run")
     assert "gs://other-bucket/run" in said and "storage.objects.create access" in said and "roles/storage.objectUser" in said
-    said = train(workdir="gs://my-bucket/run", data_train="gs://other-bucket/pairs.jsonl")
+    said = train(workdir="gs://my-bucket/never", data_train="gs://other-bucket/pairs.jsonl")
     assert "error: gs://other-bucket/pairs.jsonl cannot be reached" in said and "roles/storage.objectUser" in said
-    said = train(workdir="gs://my-bucket/run", data_train="gs://my-bucket/none.jsonl")
+    said = train(workdir="gs://my-bucket/never", data_train="gs://my-bucket/none.jsonl")
     assert "there is no file or folder 'gs://my-bucket/none.jsonl'; correct the path" in said
-    said = train(workdir="gs://my-bucket/run", model_path="gs://my-bucket/none")
+    said = train(workdir="gs://my-bucket/never", model_path="gs://my-bucket/none")
     assert "model folder 'gs://my-bucket/none' does not exist" in said
     store.undescribed.add("my-bucket")
-    said = train(workdir="gs://my-bucket/run")
-    assert "workdir 'gs://my-bucket/run' cannot be written: its bucket cannot be described" in said and "legacyBucketReader" in said
-    said = refused(capsys, "generate", "gs://my-bucket/in/model", "--prompts", "x.txt", "--out", "gs://no-bucket/out.jsonl")
-    assert "'x.txt'" in said or "'gs://no-bucket/out.jsonl' cannot be written: there is no bucket 'no-bucket'" in said
-    assert store.names(BUCKET, "run") == [] and "safetensors" not in " ".join(name for method, name in store.log if method != "GET")
+    said = train(workdir="gs://my-bucket/never")
+    assert "workdir 'gs://my-bucket/never' cannot be written: its bucket cannot be described" in said and "legacyBucketReader" in said
+    said = refused(capsys, "generate", "gs://my-bucket/in/model", "--prompts", f"gs://{BUCKET}/in/pairs.jsonl", "--out", "gs://no-bucket/a")
+    assert "'gs://no-bucket/a' cannot be written: there is no bucket 'no-bucket'" in said
+    assert store.names(BUCKET, "never") == []
 
 
 @pytest.mark.slow
 def test_the_commands_take_workdirs_data_and_places_on_a_bucket(store, world, capsys, monkeypatch):
     at = f"gs://{BUCKET}"
     own = world | {"workdir": f"{at}/own", "steps": 4, "eval.every": 4, "checkpoint.every": 4, "log.tensorboard": True}
+    own["eval.sample_prompts"] = 0  # `generate` samples
     prompts = ["--prompts", f"{at}/in/pairs.jsonl", "--max-new-tokens", "4"]
     for args in (
         runs.arguments(own | {"reference.cache": f"{at}/cached"}),
@@ -149,7 +150,7 @@ def test_the_commands_take_workdirs_data_and_places_on_a_bucket(store, world, ca
     ):
         assert main(args) == 0, args
     names = store.names(BUCKET)
-    written = ("report.html", "config.py", "metrics.jsonl", "samples.jsonl")
+    written = ("report.html", "config.py", "metrics.jsonl", "results.json")
     assert {*(f"own/{name}" for name in written), "out/eval.json", "out/model/alignax.json"} <= {*names}
     assert any(name.startswith("own/tensorboard/") for name in names) and any(name.startswith("cached/") for name in names)
     assert json.loads(store.read(BUCKET, "out/eval.json"))["step"] == 4
