@@ -145,7 +145,7 @@ def whole_or_killed(args, count, kills, rng, workdir):
     hit = []
     saving = lambda: any(workdir.glob("checkpoints/*tmp*"))
     while True:
-        processes = runs.begin_group([args] * count, 1)
+        processes = runs.begin_group([args] * count, 1, (), ALIGNAX_START_SECONDS="60")
         who, how = rng.randrange(count), rng.choice(["set-up", "step", "save"])
         if len(hit) < kills:
             end = time.monotonic() + rng.uniform(1, 8)
@@ -156,7 +156,8 @@ def whole_or_killed(args, count, kills, rng, workdir):
         found = ends(processes, 240)
         if not any(code for code, _ in found):
             return hit
-        assert sorted(code for code, _ in found) == [-9, *[1] * (count - 1)], found
+        codes = [code for code, _ in found]  # 2: the process was killed before the processes had met
+        assert codes.pop(who) == -9 and set(codes) in ({1}, {2}), found
 
 
 @pytest.mark.slow
@@ -188,4 +189,4 @@ def test_a_run_goes_on_in_another_number_of_processes(counts, fields, tmp_path):
     assert [y[step]["loss"] for step in y] == pytest.approx([x[step]["loss"] for step in x], rel=1e-6)
     p, q = runs.final_params(whole), runs.final_params(parts)
     for name in p:
-        np.testing.assert_allclose(q[name], p[name], atol=1e-6)
+        np.testing.assert_allclose(q[name], p[name], atol=1e-6)  # type: ignore
