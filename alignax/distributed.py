@@ -66,12 +66,14 @@ def initialize() -> None:
         order_collectives(several=True)
         jax.config.update("jax_cpu_collectives_implementation", "gloo")  # without it, CPU processes cannot reduce together
         start, lost, patience = limits()
-        if "coordinator_address" in arguments and "JAX_COORDINATOR_BIND_ADDRESS" not in os.environ:  # else jax alone knows the address
-            index, count, address = (arguments[name] for name in ("process_id", "num_processes", "coordinator_address"))
+        index, count, address = (arguments.get(name) for name in ("process_id", "num_processes", "coordinator_address"))
+        if address and count > 1 and "JAX_COORDINATOR_BIND_ADDRESS" not in os.environ:  # else jax alone knows where process 0 is
             _LINK = meet(index, count, address, start, lost, patience)
         _join(arguments, start, lost)
         compile_anew() if jax.default_backend() == "cpu" else share_only()
-    elif _LINK is not None or jax.process_count() == 1:
+    elif _LINK is not None:
+        return
+    if jax.process_count() == 1:
         return
     if _LINK is None:
         _LINK = open_link(jax.process_index(), jax.process_count(), _share, *limits()[1:])
@@ -224,6 +226,10 @@ def _explicit() -> dict[str, Any] | None:
     if not all(number.isdecimal() for number in numbers):
         raise ValueError(f"JAX_NUM_PROCESSES={numbers[0]!r} and JAX_PROCESS_ID={numbers[1]!r} must be whole numbers")
     count, index = map(int, numbers)
+    if index >= count or not address.rpartition(":")[2].isdecimal():
+        raise ValueError(
+            f"JAX_PROCESS_ID={index} must be below JAX_NUM_PROCESSES={count}, and JAX_COORDINATOR_ADDRESS={address!r} HOST:PORT"
+        )
     # With detection off, every local device belongs to this process.
     return dict(coordinator_address=address, num_processes=count, process_id=index, cluster_detection_method="deactivate")
 

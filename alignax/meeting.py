@@ -7,7 +7,7 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
-from typing import Any
+from typing import Any, NoReturn
 
 from alignax.link import GRACE, TICK, Link, Peer, ended
 
@@ -90,24 +90,33 @@ def _accepted(server: socket.socket, count: int, secret: str, start: float, lost
             connection, _ = server.accept()
         except TimeoutError:
             missing = [str(i) for i in range(count) if i not in hosts]
-            port = server.getsockname()[1]
             many = f"processes {', '.join(missing)} of {count} have" if len(missing) > 1 else f"process {missing[0]} of {count} has"
-            line = f"{many} not reached process 0 at port {port} of {hosts[0]} within {start:.0f} s{REMEDY}"
-            _answer(peers, {"error": line})
-            for peer in peers.values():
-                peer.connection.close()
-            raise OSError(line) from None
-        with suppress(OSError, ValueError, KeyError, TypeError):
+            port = server.getsockname()[1]
+            _refuse(peers, f"{many} not reached process 0 at port {port} of {hosts[0]} within {start:.0f} s{REMEDY}")
+        try:
             line, rest = _line(connection, 5.0)
             said = json.loads(line)
-            if secrets.compare_digest(said["secret"], secret) and 0 < said["process"] < count:
-                hosts[said["process"]] = said["host"]
-                peers[said["process"]] = Peer(said["process"], connection, rest)
-                continue
-        connection.close()
+            index, host, known = int(said["process"]), str(said["host"]), secrets.compare_digest(said["secret"], secret)
+        except (OSError, ValueError, KeyError, TypeError):
+            known, index, host, rest = False, 0, "", b""
+        if not known or index >= count:  # no process of this run
+            connection.close()
+            continue
+        if index in hosts:
+            peers[-1] = Peer(-1, connection)
+            _refuse(peers, f"two processes, on {hosts[index]} and on {host}, have the number {index}; give each process its own number")
+        hosts[index], peers[index] = host, Peer(index, connection, rest)
     names = [hosts[i] for i in range(count)]
     _answer(peers, {"hosts": names})
     return Link(0, names, list(peers.values()), lost, patience, ended)
+
+
+def _refuse(peers: Mapping[int, Peer], line: str) -> NoReturn:
+    """Raises an error here, and in all processes that have come."""
+    _answer(peers, {"error": line})
+    for peer in peers.values():
+        peer.connection.close()
+    raise OSError(line) from None
 
 
 def _answer(peers: Mapping[int, Peer], said: Mapping[str, Any]) -> None:

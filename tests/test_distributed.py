@@ -12,6 +12,7 @@ import flax
 import jax
 import numpy as np
 import pytest
+import runs
 
 from alignax import distributed
 
@@ -96,6 +97,16 @@ def test_a_count_that_is_no_number_is_named(monkeypatch, calls, value):
     setenv(monkeypatch, {"JAX_COORDINATOR_ADDRESS": "host:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": value})
     with pytest.raises(ValueError, match=f"JAX_PROCESS_ID='{value}' must be whole numbers"):
         distributed.initialize()
+
+
+@pytest.mark.parametrize(("address", "index"), [("host", "0"), ("host:port", "0"), ("host:1", "2")])
+def test_an_address_without_a_port_and_a_number_too_high_are_refused(monkeypatch, calls, address, index):
+    setenv(monkeypatch, {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": index})
+    with pytest.raises(
+        ValueError, match=f"JAX_PROCESS_ID={index} must be below JAX_NUM_PROCESSES=2, and JAX_COORDINATOR_ADDRESS='{address}' HOST"
+    ):
+        distributed.initialize()
+    assert not calls
 
 
 def test_a_slurm_step_of_several_tasks(monkeypatch, calls):
@@ -271,23 +282,27 @@ x = jax.make_array_from_callback(values.shape, rows, lambda index: values[index]
 total = jax.jit(lambda x: (x**2).sum(), out_shardings=NamedSharding(mesh, P()))(x)
 facts = dict(index=jax.process_index(), processes=jax.process_count(), devices=jax.device_count(),
              local=jax.local_device_count(), rows=sum(shard.data.shape[0] for shard in x.addressable_shards),
-             main=distributed.is_main(), total=float(total))
+             main=distributed.is_main(), total=float(total), hosts=distributed.link().hosts,
+             told=distributed.from_main(f"by {jax.process_index()}"))
 json.dump(facts, open(sys.argv[1], "w"))
 """
 
 
-def test_two_processes_of_four_devices_sum_together(tmp_path):
+@pytest.mark.parametrize("meets", runs.slow_but((True, False), True), ids=["they meet before jax starts", "jax alone knows the address"])
+def test_two_processes_of_four_devices_sum_together(meets, tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     reports = [tmp_path / f"{index}.json" for index in range(2)]
+    bound = {} if meets else {"JAX_COORDINATOR_BIND_ADDRESS": address}
     processes = [
-        start(TOGETHER, str(report), JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES="2", JAX_PROCESS_ID=str(index))
+        start(TOGETHER, str(report), JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES="2", JAX_PROCESS_ID=str(index), **bound)
         for index, report in enumerate(reports)
     ]
     codes, output = finish(processes, timeout=180)
     assert codes == [0, 0], output
     for index, report in enumerate(reports):
         assert json.loads(report.read_text()) == dict(
-            index=index, processes=2, devices=8, local=4, rows=8, main=index == 0, total=float(sum(n * n for n in range(48)))
-        )
+            index=index, processes=2, devices=8, local=4, rows=8, main=index == 0, total=float(sum(n * n for n in range(48))),
+            hosts=[socket.gethostname()] * 2, told="by 0",
+        )  # fmt: skip

@@ -95,3 +95,18 @@ def test_the_port_is_free_again_for_jax_and_a_run_waits_for_the_one_before_it():
     with socket.create_server(("", port)):  # with the connections of the link still open
         found[1].bye()
         found[0].bye()
+
+
+def test_two_processes_of_one_number_are_refused_on_all():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+
+    def come(index):
+        try:
+            return meet(index, 3, address, 5.0, LONG, LONG)
+        except OSError as e:
+            return str(e)
+
+    line = f"two processes, on {socket.gethostname()} and on {socket.gethostname()}, have the number 1; give each process its own number"
+    assert at_once(*(lambda i=i: come(i) for i in (0, 1, 1))) == [line] * 3

@@ -145,7 +145,7 @@ def whole_or_killed(args, count, kills, rng, workdir):
     hit = []
     saving = lambda: any(workdir.glob("checkpoints/*tmp*"))
     while True:
-        processes = runs.begin_group([args] * count, 1)
+        processes = runs.begin_group([args] * count, 1, (), ALIGNAX_START_SECONDS="60")
         who, how = rng.randrange(count), rng.choice(["set-up", "step", "save"])
         if len(hit) < kills:
             end = time.monotonic() + rng.uniform(1, 8)
@@ -156,7 +156,8 @@ def whole_or_killed(args, count, kills, rng, workdir):
         found = ends(processes, 240)
         if not any(code for code, _ in found):
             return hit
-        assert sorted(code for code, _ in found) == [-9, *[1] * (count - 1)], found
+        codes = [code for code, _ in found]  # 2: the process was killed before the processes had met
+        assert codes.pop(who) == -9 and set(codes) in ({1}, {2}), found
 
 
 @pytest.mark.slow
@@ -174,18 +175,29 @@ def test_a_run_that_is_killed_many_times_is_the_run_that_never_was(fields, tmp_p
     assert found.keys() == wanted.keys() and all(np.array_equal(found[name], wanted[name]) for name in wanted)
 
 
+# Of moments that are divided by at least eps: else rounding changes the signs of updates whose gradient is almost 0.
+STEADY = {"steps": 12, "optimizer.schedule": "constant", "optimizer.eps": 1e-3}
+
+
+@pytest.fixture(scope="module")
+def alone(fields, tmp_path_factory):
+    """A run of one process: its losses and its final parameters."""
+    workdir = tmp_path_factory.mktemp("alone") / "run"
+    runs.finish(runs.begin(runs.arguments(fields | STEADY | {"workdir": workdir}, "sft_hh")))
+    return runs.losses(workdir), runs.final_params(workdir)
+
+
 @pytest.mark.slow
 @pytest.mark.long
-@pytest.mark.parametrize("counts", [(1, 2), (4, 2)])
-def test_a_run_goes_on_in_another_number_of_processes(counts, fields, tmp_path):
-    own = fields | {"steps": 12, "optimizer.schedule": "constant"}
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    whole_or_killed(runs.arguments(own | {"workdir": whole}, "sft_hh"), 1, 0, random.Random(0), whole)
+@pytest.mark.parametrize("counts", [(1, 2), (2, 1), (4, 2)])
+def test_a_run_goes_on_in_another_number_of_processes(counts, alone, fields, tmp_path):
+    workdir = tmp_path / "run"
     for count, steps in zip(counts, (6, 12), strict=True):
-        whole_or_killed(runs.arguments(own | {"workdir": parts, "steps": steps}, "sft_hh"), count, 0, random.Random(0), parts)
-    x, y = runs.losses(whole), runs.losses(parts)
-    assert x.keys() == y.keys()
-    assert [y[step]["loss"] for step in y] == pytest.approx([x[step]["loss"] for step in x], rel=1e-6)
-    p, q = runs.final_params(whole), runs.final_params(parts)
-    for name in p:
-        np.testing.assert_allclose(q[name], p[name], atol=1e-6)
+        args = runs.arguments(fields | STEADY | {"workdir": workdir, "steps": steps}, "sft_hh")
+        for process in runs.begin_group([args] * count, 1) if count > 1 else [runs.begin(args)]:
+            runs.finish(process)
+    losses, params = runs.losses(workdir), runs.final_params(workdir)
+    assert losses.keys() == alone[0].keys()
+    assert [losses[step]["loss"] for step in losses] == pytest.approx([row["loss"] for row in alone[0].values()], rel=1e-6)
+    for name in params:
+        np.testing.assert_allclose(params[name], alone[1][name], atol=1e-6)  # type: ignore
