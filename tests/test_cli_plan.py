@@ -155,10 +155,10 @@ def test_what_does_not_fit_is_said_by_how_much(tpu_slice, tmp_path, monkeypatch)
 
 @pytest.mark.slow
 def test_two_plans_at_once_print_nothing_of_libtpus(fields, tmp_path):
-    """In processes without the variables of these tests: neither is locked out, and the first line is ours."""
+    """In processes without the variables of these tests: neither is locked out nor asks for a device, and the first line is ours."""
     pytest.importorskip("libtpu")
-    bare = {k: v for k, v in runs.environment().items() if k not in plan.DESCRIBING} | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
-    del bare["JAX_PLATFORMS"]
+    bare = {k: v for k, v in runs.environment().items() if k not in plan.DESCRIBING}
+    bare |= {"XDG_CACHE_HOME": str(tmp_path / "cache"), "JAX_PLATFORMS": "nowhere"}
     args = ["plan", "--config", RM, "--topology", "v5e:2x2", *fields]
     for process in [runs.begin(args, bare) for _ in range(2)]:
         lines = runs.finish(process).splitlines()
