@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -41,9 +42,23 @@ def test_a_forecast_names_its_bound_and_its_times():
     assert row["fits by GB"] == "14.00" and row["ICI GB"] == "3" and row["DCN GB"] == "1" and row["seconds"] == "2 to 3.5"
     assert row["tokens/s"] == "286 to 500" and row["compiled in s"] == "12"
     assert forecast.row("train", f._replace(memory=int(17e9)))[2] == "no, -1.00" and not f._replace(memory=int(17e9)).fits
-    refused = SMALL._replace(memory=0, refused="Used 39.62G of 15.75G hbm")
-    assert not refused.fits and refused.bound == "" and forecast.row("train", refused)[1:3] == ["Used 39.62G of 15.75G hbm", "no"]
+    refused = SMALL._replace(memory=0, refused="needs 39.62G of 15.75G")
+    assert not refused.fits and refused.bound == "" and forecast.row("train", refused)[1:3] == ["needs 39.62G of 15.75G", "no"]
     assert not math.isnan(refused.span[1])
+
+
+@pytest.mark.parametrize(
+    ("said", "short"),
+    [
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 39.62G of 15.75G hbm. Exceeded hbm capacity by 23.87G.",
+         "needs 39.62G of 15.75G"),
+        ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (38.21G) exceeds available HBM "
+         "(15.75G).", "needs 38.21G or more of 15.75G"),
+        ("RESOURCE_EXHAUSTED: something\nelse", "RESOURCE_EXHAUSTED: something else"),
+    ],
+)  # fmt: skip
+def test_what_the_compiler_says_of_a_program_that_does_not_fit(said, short):
+    assert forecast.refusal(said) == short
 
 
 def test_times_are_those_of_published_rates_and_of_the_links_of_a_group(tpu_slice):
@@ -128,21 +143,22 @@ def test_a_plan_of_two_slices_and_the_same_from_what_was_kept(fields, tpu_slice,
 
 
 @pytest.mark.slow
-def test_what_does_not_fit_is_said_by_how_much(tpu_slice, tmp_path):
+def test_what_does_not_fit_is_said_by_how_much(tpu_slice, tmp_path, monkeypatch):
     """The 8B's training program on 4 chips of v5e, refused by the compiler."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     own = tpu_programs.fields(tmp_path, "8B", 2048, 4)
     experiment = load_experiment(runs.REPO / "experiments/dpo_hh.py", [f"{k}={v}" for k, v in own.items()])
     run = prepare(experiment, tpu_slice("v5e:2x2", {"fsdp": -1}))
     found = forecast.forecast(run, "train", programs(run)["train"])
-    assert not found.fits and found.refused.startswith("Used ") and found.refused.endswith("G of 15.75G hbm")
+    assert not found.fits and re.fullmatch(r"needs [\d.]+G( or more)? of 15.75G", found.refused), found.refused
 
 
 @pytest.mark.slow
 def test_two_plans_at_once_print_nothing_of_libtpus(fields, tmp_path):
-    """In processes without the variables of these tests: neither is locked out, and the first line is ours."""
+    """In processes without the variables of these tests: neither is locked out nor asks for a device, and the first line is ours."""
     pytest.importorskip("libtpu")
-    bare = {k: v for k, v in runs.environment().items() if k not in plan.DESCRIBING} | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
-    del bare["JAX_PLATFORMS"]
+    bare = {k: v for k, v in runs.environment().items() if k not in plan.DESCRIBING}
+    bare |= {"XDG_CACHE_HOME": str(tmp_path / "cache"), "JAX_PLATFORMS": "nowhere"}
     args = ["plan", "--config", RM, "--topology", "v5e:2x2", *fields]
     for process in [runs.begin(args, bare) for _ in range(2)]:
         lines = runs.finish(process).splitlines()

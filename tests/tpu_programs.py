@@ -10,7 +10,7 @@ import tiny
 
 from alignax import hlo
 
-LLAMAS = runpy.run_path(str(runs.REPO / "experiments" / "plans.py"))["LLAMAS"]
+LLAMAS = runpy.run_path(str(runs.REPO / "experiments" / "plans" / "llamas.py"))["LLAMAS"]
 
 
 def fields(folder: Path, llama: str, tokens: int, pairs: int, **changes: object) -> dict[str, object]:

@@ -161,13 +161,13 @@ def command(args: list[str]) -> int:
     if not args or args[0] == "help" or {"-h", "--help"} & set(args):
         print(USAGE)
         return 0 if args else 2
+    if args[0] == "plan":  # before jax is imported: a plan asks for no TPU, which another process may use
+        os.environ["JAX_PLATFORMS"] = "cpu"
     try:
         given = parse(args)
     except ValueError as e:
         return fail(e)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # for example that PyTorch is missing
-    if given.command == "plan":  # before jax is imported: a plan takes no TPU, which another process may use
-        os.environ["JAX_PLATFORMS"] = "cpu"
     from alignax import paths
     from alignax.cli import bench_commands, commands, plan_commands, reward_commands
     from alignax.compiled import keep

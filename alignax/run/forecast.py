@@ -120,9 +120,11 @@ def compiled(mesh: Mesh, lowered: Any) -> Compiled:
 
 
 def refusal(said: str) -> str:
-    """What the compiler says of a program that does not fit, in short: "Used 39.62G of 15.75G hbm."."""
-    found = re.search(r"Used [\d.]+\w* of [\d.]+\w* \w+", said)
-    return found[0] if found else one_line(ValueError(said))
+    """What the compiler says of a program that does not fit, in short: "needs 39.62G of 15.75G"; of temporary arrays alone "or more"."""
+    if used := re.search(r"Used ([\d.]+\w*) of ([\d.]+\w*)", said):
+        return f"needs {used[1]} of {used[2]}"
+    temporary = re.search(r"temporaries \(([\d.]+\w*)\) exceeds available HBM \(([\d.]+\w*)\)", said)
+    return f"needs {temporary[1]} or more of {temporary[2]}" if temporary else one_line(ValueError(said))
 
 
 def durations(own: np.ndarray, flops: float, moved: float, within: list[hlo.Collective], between: float) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """The table of docs/pods.md: `alignax plan` of DPO on Llamas of published shapes, without weights, on slices that are not at hand.
 
 Command, some minutes of a processor for each row; rows that an earlier call made are read from the cache of plans:
-  python experiments/plans.py [NAME ...] >> table.md
+  python experiments/plans/llamas.py [NAME ...] >> table.md
 
 Every row has invented words: a prompt of half its tokens, and two responses that fill the other half, so a head predicts half of the
 positions. Hardware: none but one processor core and 4 GB of memory, for a model of any size.
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from alignax.bench import methods
 from alignax.text import markdown
 
-DPO = Path(__file__).parent / "dpo_hh.py"
+DPO = Path(__file__).parent.parent / "dpo_hh.py"
 # Llama 3.2 1B and Llama 3.1 8B.
 LLAMAS = {
     "1B": {
@@ -113,7 +113,9 @@ def main(names: list[str]) -> None:
         made = plan["made"]
         rows.append(row(CASES[name], plan))
     print(markdown([HEAD, *rows]))
-    print(f"\nMade by experiments/plans.py on {made['date']}: alignax {made['alignax']}, jax {made['jax']}, libtpu {made['libtpu']}.")
+    print(
+        f"\nMade by experiments/plans/llamas.py on {made['date']}: alignax {made['alignax']}, jax {made['jax']}, libtpu {made['libtpu']}."
+    )
 
 
 if __name__ == "__main__":
