@@ -113,9 +113,8 @@ def main(names: list[str]) -> None:
         made = plan["made"]
         rows.append(row(CASES[name], plan))
     print(markdown([HEAD, *rows]))
-    print(
-        f"\nMade by experiments/plans/llamas.py on {made['date']}: alignax {made['alignax']}, jax {made['jax']}, libtpu {made['libtpu']}."
-    )
+    versions = ", ".join(f"{name} {made[name]}" for name in ("alignax", "jax", "libtpu"))
+    print(f"\nMade by experiments/plans/llamas.py on {made['date']}: {versions}.")
 
 
 if __name__ == "__main__":
