@@ -66,7 +66,7 @@ def initialize() -> None:
         order_collectives(several=True)
         jax.config.update("jax_cpu_collectives_implementation", "gloo")  # without it, CPU processes cannot reduce together
         start, lost, patience = limits()
-        index, count, address = (arguments.get(name) for name in ("process_id", "num_processes", "coordinator_address"))
+        index, count, address = (arguments.get(name, "") for name in ("process_id", "num_processes", "coordinator_address"))
         if address and count > 1 and "JAX_COORDINATOR_BIND_ADDRESS" not in os.environ:  # else jax alone knows where process 0 is
             _LINK = meet(index, count, address, start, lost, patience)
         _join(arguments, start, lost)
