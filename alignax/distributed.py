@@ -67,8 +67,8 @@ def initialize() -> None:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")  # without it, CPU processes cannot reduce together
         start, lost, patience = limits()
         address, index, count = (arguments.get(name) for name in ("coordinator_address", "process_id", "num_processes"))
-        known = address and "JAX_COORDINATOR_BIND_ADDRESS" not in os.environ  # else jax alone knows where process 0 is
-        if known and index is not None and count is not None and count > 1:
+        known = "JAX_COORDINATOR_BIND_ADDRESS" not in os.environ  # else jax alone knows where process 0 is
+        if known and address is not None and index is not None and count is not None and count > 1:
             _LINK = meet(index, count, address, start, lost, patience)
         _join(arguments, start, lost)
         compile_anew() if jax.default_backend() == "cpu" else share_only()
