@@ -177,6 +177,6 @@ def test_the_order_is_a_column_of_numbers_up_or_down():
         read(rows, order="-lenght")
     with pytest.raises(ValueError, match="data.order is '-', which names no column"):
         read(rows, order="-")
-    for value in (None, "long", float("nan")):
+    for value in (None, "long", float("nan"), "1_000"):
         with pytest.raises(ValueError, match=r"row 3 .*'length', named by data.order, is .*, not a finite number"):
             read([*rows, GOOD | {"length": value}], order="length")

@@ -345,3 +345,12 @@ def test_completions_of_a_conversation_are_rows_that_any_template_can_read(tmp_p
     data.kind = "sft"
     examples, _ = load_examples(tmp_path / "rows.jsonl", data, other, 999, {1})
     assert other.decode(examples.tokens) == "user: hi</s>assistant: ok</s>"
+
+
+def test_a_full_disk_is_found_before_anything_is_sampled(model, tmp_path, capsys, monkeypatch):
+    (tmp_path / "prompts.txt").write_text("the sun\nthe moon\n")
+    monkeypatch.setattr(console.output.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    monkeypatch.setattr(console, "summary", lambda *_: pytest.fail("it sampled"))
+    assert generate(model, "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "out.jsonl", "--max-new-tokens", "20") == 2
+    assert re.search(r"the file of completions needs 1,761 bytes, .* has 1,000 bytes free; make room", capsys.readouterr().err)
+    assert not (tmp_path / "out.jsonl").exists()

@@ -260,7 +260,7 @@ def _attributes(row: Mapping, columns: Sequence[str]) -> list[float] | Bad:
 
 def _number(value: Any) -> float | None:
     try:
-        number = math.nan if isinstance(value, bool) else float(value)
+        number = math.nan if isinstance(value, bool) or (isinstance(value, str) and "_" in value) else float(value)  # Python's 1_000
     except (TypeError, ValueError, OverflowError):
         return None
     return number if abs(number) < 1e38 else None  # float32 can hold it

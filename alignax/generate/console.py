@@ -22,11 +22,13 @@ from alignax.data.rows import Bad, Message, Prompted
 from alignax.data.shapes import in_text, said
 from alignax.data.streams import opened
 from alignax.data.tokens import prompt_ids
-from alignax.distributed import is_main
+from alignax.distributed import is_main, together
 from alignax.generate.generator import Completions, Generator
 from alignax.generate.sampling import Sampling
 from alignax.generate.stops import LENGTH, STOP_STRING, Stops, text_of
 from alignax.text import short
+
+BYTES = 40  # of a token in a file of completions at most, as a rule: its text, its id and its log-prob
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,6 +200,11 @@ def answer(
 
     `further`: completions of earlier prompts are in the request's file already, and these are appended.
     """
+    if request.out not in ("", "-"):
+        with together():
+            if is_main():
+                most = BYTES * request.max_new_tokens * request.n * len(prompts)
+                output.require_space(paths.of(request.out), most, "the file of completions")
     began = time.perf_counter()
     out = generator(params, [p.ids for p in prompts], key, request.n)
     seconds = time.perf_counter() - began
