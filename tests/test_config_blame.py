@@ -67,7 +67,7 @@ def said(tmp_path, code: str, always: bool = True) -> str:
         ("config.optimiser.clip = 1.0", "config field 'optimiser' is unknown; the nearest is 'optimizer'"),
         ("config.betta", "config field 'betta' is unknown; the nearest is 'beta'"),
         ('config.steps = "ten"', "config field 'steps' must be a whole number, such as 0"),
-        ("config.mesh = 8", "config field 'mesh' is a group; set one of its fields: data, fsdp, member, tensor"),
+        ("config.mesh = 8", "config field 'mesh' is a group; set one of its fields: context, data, fsdp, member, slices, tensor"),
         ("from alignax import dpo; dpo(betta=1.0)", "TypeError: dpo() got an unexpected keyword argument 'betta'; "
          "dpo() takes (beta=0.1, label_smoothing=0.0"),
     ],

@@ -27,13 +27,13 @@ NAMES = [f"{kind}:{sides}" for kind, sides in SLICES.items() for sides in sides]
 CASES = [pytest.param(name, marks=pytest.mark.slow if chips(name) > 64 else ()) for name in NAMES]
 
 
-def splits(count: int) -> list[dict[str, int]]:
-    """Every split of so many chips, a power of 2, over data, fsdp and tensor."""
+def splits(count: int, *contexts: int) -> list[dict[str, int]]:
+    """Every split of so many chips, a power of 2, over data, fsdp and tensor, with the given sizes of context or without."""
     own = [2**i for i in range(count.bit_length())]
     return [
-        {"data": data, "fsdp": fsdp, "tensor": tensor}
-        for data, fsdp, tensor in itertools.product(own, repeat=3)
-        if data * fsdp * tensor == count
+        {"data": data, "fsdp": fsdp, "context": context, "tensor": tensor}
+        for data, fsdp, context, tensor in itertools.product(own, own, contexts or (1,), own)
+        if data * fsdp * context * tensor == count
     ]
 
 
@@ -51,25 +51,26 @@ def groups(devices: np.ndarray, *axes: str) -> np.ndarray:
 @pytest.mark.parametrize("slices", [1, 2])
 @pytest.mark.parametrize("name", CASES)
 def test_every_split_of_every_slice_is_a_mesh_whose_closest_chips_are_neighbours(name, slices, tpu_slice):
-    """The shards of `tensor`, and those of `tensor` and `fsdp` together, fill a box; slices meet along `data` alone."""
-    every, refused = splits(chips(name) * slices), 0
+    """The shards of `tensor`, with `context`, and with `fsdp` too, fill a box; slices meet along `data` alone."""
+    every, refused = splits(chips(name) * slices, 1, 2, 4, 8), 0
     assert len(every) >= 6
     for shape in every:
         if shape["data"] % slices:
             refused += 1
-            with pytest.raises(ValueError, match=r"must be a multiple of 2; the nearest possible mesh is data 2 x fsdp \d+ x tensor \d+$"):
+            nearest = r"must be a multiple of 2; the nearest possible mesh is data 2 x fsdp \d+ x (context \d x )?tensor \d+$"
+            with pytest.raises(ValueError, match=nearest):
                 tpu_slice(name, shape | {"slices": slices})
             continue
         devices = tpu_slice(name, shape | {"slices": slices}).devices
         assert devices.shape == (1, *shape.values()) and len({d.id for d in devices.flat}) == devices.size
-        for axes in (("tensor",), ("fsdp", "tensor")):
+        for axes in (("tensor",), ("context", "tensor"), ("fsdp", "context", "tensor")):
             for group in groups(devices, *axes):
                 assert len({getattr(d, "slice_index", 0) for d in group}) == 1
                 assert fills_a_box(group), (name, shape, axes)
         if slices > 1:
             halves = np.split(devices, slices, axis=AXES.index("data"))
             assert [{d.slice_index for d in half.flat} for half in halves] == [{i} for i in range(slices)]
-    assert refused == (chips(name).bit_length() + 1 if slices > 1 else 0)
+    assert refused == (sum(shape["data"] == 1 for shape in every) if slices > 1 else 0)
 
 
 @pytest.mark.parametrize(("name", "refused"), [("v5p:4x4x4", 18), ("v5p:4x4x8", 18)])

@@ -61,7 +61,7 @@ def looped(monkeypatch):
         save = lambda state, about, scores: done.append(f"save {state.step}{' with scores' if scores else ''}")
         checkpoints = types.SimpleNamespace(save=save, check=lambda: None, close=lambda: None)
         line = lambda text: done.append("programs" if text.startswith("programs: ") else text)  # their number is that of all tests
-        log = types.SimpleNamespace(paused=nullcontext, line=line)
+        log = types.SimpleNamespace(paused=nullcontext, line=line, publish=lambda: None)
         experiment = types.SimpleNamespace(file=types.SimpleNamespace(name="mine.py"))
         given = {"config": config, "steps": 4, "workers": types.SimpleNamespace(stop=never), "experiment": experiment, "workdir": "run"}
         state = types.SimpleNamespace(step=jnp.int32(first))

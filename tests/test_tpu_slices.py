@@ -71,7 +71,7 @@ def test_setup_reaches_the_workers_of_all_slices(tmp_path):
     calls = cloud.calls(short=False)
     assert named(calls, "tpu-vm scp") == named(calls, "tpu-vm ssh") == ["my-tpu-0", "my-tpu-1"]
     for worker in cloud.workers:
-        assert (worker / "alignax/alignax/kept.py").exists() and "--editable .[tpu]" in (worker / "installed").read_text()
+        assert (worker / "alignax/alignax/kept.py").exists() and "--editable .[tpu,gcs]" in (worker / "installed").read_text()
 
 
 def test_train_logs_and_stop_on_all_slices(pair):

@@ -37,7 +37,8 @@ def start(place, *behaviour, arguments=("train", "--config.workdir=work dir"), *
     environment = {"PATH": f"{place}/bin:{os.environ['PATH']}", "RESTART_SECONDS": "0"} | settings
     command = [TPU / "supervise.sh", "alignax", *arguments]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    return subprocess.Popen(command, cwd=place, env=environment, start_new_session=True, **pipes)
+    heard = lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup, bash could not trap it
+    return subprocess.Popen(command, cwd=place, env=environment, start_new_session=True, preexec_fn=heard, **pipes)
 
 
 def finish(process):

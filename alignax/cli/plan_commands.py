@@ -4,12 +4,11 @@ import datetime
 import sys
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import jax
 
-from alignax import output
+from alignax import output, paths
 from alignax.config import Experiment, flat, load_experiment
 from alignax.config.blame import refusing
 from alignax.mesh import words
@@ -41,7 +40,7 @@ def plan(file: str, overrides: Sequence[str], topology: str, slices: int, search
     """
     with refusing():
         if out not in ("", "-"):
-            output.claim(Path(out), force=force)
+            output.claim(paths.of(out), force=force)
         own = [*overrides, *([f"mesh.slices={slices}"] if slices else [])]
         experiment = load_experiment(file, own)
         if experiment.main is not None and not experiment.config.model.path:
