@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -29,13 +30,15 @@ def place(tmp_path):
     command = tmp_path / "bin/alignax"
     command.write_text(COMMAND)
     command.chmod(0o755)
+    (tmp_path / "tpu").mkdir()  # a checkout without an environment, whose alignax would come first
+    shutil.copy2(TPU / "supervise.sh", tmp_path / "tpu")
     return tmp_path
 
 
 def start(place, *behaviour, arguments=("train", "--config.workdir=work dir"), **settings):
     (place / "behaviour").write_text("\n".join(behaviour) + "\n")
     environment = {"PATH": f"{place}/bin:{os.environ['PATH']}", "RESTART_SECONDS": "0"} | settings
-    command = [TPU / "supervise.sh", "alignax", *arguments]
+    command = [place / "tpu/supervise.sh", "alignax", *arguments]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     heard = lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup, bash could not trap it
     return subprocess.Popen(command, cwd=place, env=environment, start_new_session=True, preexec_fn=heard, **pipes)
