@@ -102,11 +102,11 @@ def told(each: Any, count: int) -> Iterator[Any]:
 def searched(experiment: Experiment, topology: str, run: Run, own: Forecast) -> list[tuple[str, Forecast]]:
     """The training program under other meshes, then with the best mesh under other remats, then other microbatches; the best first."""
     size, least = run.mesh.size, max(run.config.mesh.slices, 1)
-    member = run.mesh.shape["member"]
+    fixed = run.mesh.shape["member"] * run.mesh.shape["context"]
     meshes = [
         (least * data, tensor)
         for data, tensor in ((1, 1), (2, 1), (4, 1), (1, 2), (1, 4), (2, 2))
-        if size % (member * least * data * tensor) == 0
+        if size % (fixed * least * data * tensor) == 0
     ]
     found = {named(run): (own, {})}
 
@@ -123,7 +123,7 @@ def searched(experiment: Experiment, topology: str, run: Run, own: Forecast) -> 
             found[name] = (forecast(other, "train", programs(other)["train"]), fields)
 
     for data, tensor in meshes:
-        attempt({"mesh.data": data, "mesh.fsdp": size // (member * data * tensor), "mesh.tensor": tensor})
+        attempt({"mesh.data": data, "mesh.fsdp": size // (fixed * data * tensor), "mesh.tensor": tensor})
     first = min(found.values(), key=lambda each: rank(each[0]))[1]
     for policy in REMATS:
         attempt(first | {"model.remat": policy})
