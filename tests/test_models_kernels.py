@@ -156,7 +156,7 @@ def test_the_kernel_of_packed_rows_is_attention_in_blocks(options):
         ({"data": 2, "fsdp": 2, "tensor": 2}, 4),
         ({"member": 2, "data": 2, "tensor": 2}, 2),
         ({"context": 4, "tensor": 2}, 1),
-        ({"member": 2, "data": 2, "context": 2}, 2),
+        pytest.param({"member": 2, "data": 2, "context": 2}, 2, marks=pytest.mark.long),
     ],
     ids=str,
 )

@@ -533,7 +533,9 @@ def test_packed_steps_on_a_mesh_are_padded_ones_on_one_device(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (2, 2, 2, 1), (2, 1, 2, 2), (2, 1, 2, 1, 2)], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [(1, 1, 1, 1), (2, 2, 2, 1), (2, 1, 2, 2), pytest.param((2, 1, 2, 1, 2), marks=pytest.mark.long)], ids=str
+)
 def test_a_packed_ensemble_trains_as_a_padded_one(sizes):
     """Members have batches of their own, of another number of parts each."""
     K, batches = 2, [preferences(B=16, seed=seed) for seed in (0, 1)]
