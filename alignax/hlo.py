@@ -1,15 +1,16 @@
 """What a compiled program computes, moves and sends, read from its text: FLOPs, bytes of memory, and collectives, loops counted by turns.
 
 XLA's own counts take the body of a loop once. Here a loop whose counter goes from 0 to a constant counts so often. The turns of other loops
-depend on data: `Program.unknown` has their number. Such a loop reads or writes arrays part by part, and counts for a `share` of the
-parts, at least for one; if it follows a loop over larger parts, for a share of one of these, which it completes. Of a choice every branch
-counts. Kernels are calls whose inside the text does not show.
+depend on data: `Program.unknown` has their number. Such a loop reads or writes arrays part by part, and counts for a share of the
+parts, at least for one; if it follows a loop over larger parts, for a share of one of these, which it completes. The share is given by
+`jax.named_scope` of the loop. Of a choice every branch counts. Kernels are calls whose inside the text does not show.
 """
 
 import functools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +27,11 @@ SILENT = {
 }  # fmt: skip
 IN_PLACE = {"dynamic-update-slice", "scatter"}
 SOME = {"dynamic-slice", "slice", "gather"}  # read only what they return
+
+
+# The share of the parts for which loops count, by the innermost `jax.named_scope` around them; "" for all others.
+Shares = Mapping[str, float]
+NONE: Shares = MappingProxyType({})  # of one part at a time
 
 
 class Instruction(NamedTuple):
@@ -82,7 +88,7 @@ def _instruction(line: str) -> Instruction | None:
     return Instruction(found[1], found[2], found[3], re.findall(r"%([\w.\-]+)", line[found.end() : end]), line)
 
 
-def executed(program: Program, share: float = 0.0) -> Iterator[tuple[Instruction, int, bool]]:
+def executed(program: Program, shares: Shares = NONE) -> Iterator[tuple[Instruction, int, bool]]:
     """Every instruction of a program as often as it is called, with its turns, and whether it is a part of a fusion."""
 
     def within(name: str, turns: int, fused: bool) -> Iterator[tuple[Instruction, int, bool]]:
@@ -93,6 +99,8 @@ def executed(program: Program, share: float = 0.0) -> Iterator[tuple[Instruction
             if times is None:
                 parts = parts_of(program, i)
                 larger = [n for n in before if 1 < n < parts and parts % n == 0]
+                scope = re.search(r'op_name="(?:[^"]*[/(])?(\w+)\)*/while"', i.line)
+                share = shares.get(scope[1] if scope else "", shares.get("", 0.0))
                 times = max(1, math.ceil(share * (parts // max(larger) if larger else parts)))
                 before.append(parts)
             called = re.findall(r"(?:calls|body|to_apply|true_computation|false_computation)=%?([\w.\-]+)", i.line)
@@ -149,9 +157,9 @@ def _number(constant: Instruction) -> int | None:
 # FLOPs ----------------------------------------------------------------------------------------------------------------------
 
 
-def flops(program: Program, share: float = 0.0) -> float:
+def flops(program: Program, shares: Shares = NONE) -> float:
     """The FLOPs of a program's products of matrices on a device, without those inside of kernels."""
-    return float(sum(turns * _product(program, i) for i, turns, _ in executed(program, share) if i.op in ("dot", "convolution")))
+    return float(sum(turns * _product(program, i) for i, turns, _ in executed(program, shares) if i.op in ("dot", "convolution")))
 
 
 def _product(program: Program, i: Instruction) -> int:
@@ -206,13 +214,13 @@ def bytes_of(result: str, everywhere: bool = False) -> int:
     return sum(BYTES.get(dtype, 1) * size(dims) for dtype, dims, layout in found if everywhere or not re.search(r"S\([1-9]", layout))
 
 
-def moved(program: Program, share: float = 0.0) -> float:
+def moved(program: Program, shares: Shares = NONE) -> float:
     """The bytes that a program reads from a device's main memory and writes to it.
 
     Arrays that XLA holds in faster memory count when they are copied there. Of a slice, and of an array that is changed in place, the part
     counts. What a kernel reads more than once counts once, and what a collective in a fusion writes does not count.
     """
-    return float(sum(turns * _bytes(program, i) for i, turns, fused in executed(program, share) if not fused))
+    return float(sum(turns * _bytes(program, i) for i, turns, fused in executed(program, shares) if not fused))
 
 
 def _bytes(program: Program, i: Instruction) -> int:
@@ -299,7 +307,7 @@ def _taken(program: Program, part: str, argument: int) -> int | None:
 # Collectives ----------------------------------------------------------------------------------------------------------------
 
 
-def collectives(program: Program, share: float = 0.0) -> list[Collective]:
+def collectives(program: Program, shares: Shares = NONE) -> list[Collective]:
     """The collectives of a program. Several slices run one program each, so these are the collectives of a slice.
 
     Bytes are those of rings: of n devices each sends (n - 1) / n of the larger of a collective's input and output, and twice that in an
@@ -308,7 +316,7 @@ def collectives(program: Program, share: float = 0.0) -> list[Collective]:
     found: list[Collective] = []
     chained: set[str] = set()  # an asynchronous collective is in each of the fusions that hide it, with one channel and a place in a chain
     inside = {i.name: name for name, part in program.parts.items() for i in part}
-    for i, turns, _ in executed(program, share):
+    for i, turns, _ in executed(program, shares):
         if i.op.removesuffix("-start") not in KINDS:
             continue
         if "chain_id=" in i.line:
@@ -320,10 +328,10 @@ def collectives(program: Program, share: float = 0.0) -> list[Collective]:
     return found
 
 
-def sent_between(program: Program, slices: int, share: float = 0.0) -> dict[str, float]:
+def sent_between(program: Program, slices: int, shares: Shares = NONE) -> dict[str, float]:
     """The bytes that a device of a TPU slice sends to other slices, by kind of collective; its own slice has reduced that before."""
     found: dict[str, float] = {}
-    for i, turns, _ in executed(program, share):
+    for i, turns, _ in executed(program, shares):
         kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', i.line)
         if i.op == "send" and kind:
             part = max(BYTES.get(dtype, 1) * size(dims) for dtype, dims, _ in ARRAY.findall(i.result))

@@ -65,6 +65,7 @@ class Packing:
         return self.context > 1 or batch["mask"].size // self.shards(batch) > self.size(batch, microbatches)
 
 
+PARTS = "parts"  # the scope of the loop over parts, in profiles and plans
 FEW = 128  # parts of a padded batch; with more of them a half-empty last part is no matter
 READ = ("tokens", "mask", "completion_mask")  # the fields that a model reads
 ALSO_READ = ("ref_tokens", "ref_mask")  # what a teacher reads, if the batch has them
@@ -175,6 +176,11 @@ class Parts(NamedTuple):
 
         return jax.tree.map(put, whole, part)
 
+    def each(self, turn: Callable[[jax.Array, Any], Any], sums: Any) -> Any:
+        """What `turn(i, sums)` makes of the sums, one part i after another."""
+        with jax.named_scope(PARTS):
+            return jax.lax.fori_loop(0, self.count, turn, sums)
+
     def zeros(self, part: Any) -> Any:
         """A tree of zeros with leaves [B, ...], for parts of the given shapes [S * m, ...]."""
         B = self.form.shards * self.examples
@@ -269,7 +275,7 @@ class PartByPart:
             out = lambda i, parts=parts: self.apply(params, parts.part(i, batch)[0])
             if whole is None:
                 whole = parts.zeros(jax.eval_shape(out, jnp.zeros((), jnp.int32)))
-            whole = jax.lax.fori_loop(0, parts.count, lambda i, whole, parts=parts, out=out: parts.put(whole, out(i), i), whole)
+            whole = parts.each(lambda i, whole, parts=parts, out=out: parts.put(whole, out(i), i), whole)
         return whole
 
 

@@ -175,7 +175,7 @@ def in_packed_parts(
             grads, (metrics, given) = jax.eval_shape(part, computed)
             grads, metrics = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (grads, metrics))
             sums = grads, (metrics, parts.zeros(given))
-        sums = jax.lax.fori_loop(0, parts.count, turn, sums)
+        sums = parts.each(turn, sums)
         computed += parts.computed
     assert sums is not None
     grads, (metrics, given) = sums

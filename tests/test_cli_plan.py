@@ -1,5 +1,6 @@
 """`alignax plan`: what programs take on TPU slices that are not at hand, and how long at least."""
 
+import dataclasses
 import json
 import math
 import re
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
+import tiny
 import tpu_programs
 from jax.experimental import pallas as pl
 
@@ -16,7 +18,10 @@ from alignax import chips, hlo
 from alignax.cli import main, parse, plan_commands
 from alignax.compiled import COUNTED
 from alignax.config import load_experiment
-from alignax.run import forecast, plan
+from alignax.mesh import make_mesh
+from alignax.models.rows import laid_out
+from alignax.packing import deal
+from alignax.run import forecast, plan, turns
 from alignax.run.forecast import Forecast
 from alignax.run.prepare import prepare
 from alignax.run.programs import programs
@@ -97,6 +102,36 @@ def test_products_inside_of_kernels_count_by_their_grid_and_the_loops_around():
     loop = lambda x, w: jax.lax.scan(lambda s, _: (s + call(x, w).sum(), None), jnp.zeros(()), None, length=7)[0]
     traced = jax.jit(loop).trace(jnp.ones((192, 32)), jnp.ones((32, 80)))
     assert forecast.kernel_flops(traced.jaxpr) == 7 * 15 * 2 * 64 * 32 * 16
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_packed_rows_count_for_their_parts_and_for_the_pairs_that_are_seen(shared, tmp_path):
+    """The parts and pairs of a real batch of 64 pairs, found by dealing it and laying its parts out."""
+    rng, line = np.random.default_rng(0), lambda n: "the sun " * int(n)
+    rows = [
+        {"prompt": line(rng.integers(2, 20)), **{side: line(rng.integers(1, 30)) for side in ("chosen", "rejected")}} for _ in range(64)
+    ]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = runs.world(tmp_path) | {"workdir": tmp_path / "run", "mesh.data": 1, "batch_size": 64, "model.packing": 800}
+    given |= {"data.train": tmp_path / "long.jsonl", "data.eval": "", "data.max_length": 400, "data.max_prompt_length": 200}
+    given["model.path"] = tiny.folder(tmp_path / "long", max_position_embeddings=400)
+    experiment = load_experiment(runs.REPO / "experiments/dpo_hh.py", [f"{k}={v}" for k, v in given.items()])
+    run = prepare(experiment, make_mesh({}, jax.devices()[:1]))
+    assert len(run.data.train.examples.lengths) == 128
+    run = run._replace(packing=dataclasses.replace(run.packing, shared=shared))
+    batch = {name: jnp.asarray(x) for name, x in run.data.train.batch(0, slice(0, 64)).items()}
+    found, P, dealt = 0, run.packing.size(batch), deal(batch, run.packing)
+    for parts in dealt:
+        for i in range(int(parts.count)):
+            found += int(laid_out(parts.part(jnp.int32(i), batch)[0]).sight.count.sum())
+    whole = int(dealt[0].count) + (len(dealt) > 1 and int(dealt[1].count) / 4)
+    assert whole >= 4
+    assert turns.visited_pairs(run, "train", P // 64) == pytest.approx(found, rel=0.15)
+    assert turns.visited_pairs(run, "train", P // 64 // 4) == 0
+    shares = turns.shares_of(run)
+    assert 0 <= shares["parts"] * 64 - whole < 1  # the last part counts as a whole one
+    scored = float(batch["completion_mask"].sum())
+    assert shares[""] * P * shares["parts"] * 64 == pytest.approx(scored, rel=1e-5)
 
 
 # --- the command ---

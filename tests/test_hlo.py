@@ -7,6 +7,7 @@ import pytest
 
 from alignax import hlo
 from alignax.mesh import sharding
+from alignax.models import moe
 
 
 def compiled(mesh, function, *shapes: tuple[tuple[int, ...], tuple[str | None, ...]], dtype=jnp.bfloat16) -> hlo.Program:
@@ -70,7 +71,21 @@ def test_a_loop_whose_turns_depend_on_data_counts_for_a_share_of_its_parts(mesh)
     program = compiled(mesh, some, ((1024, 256), (None, None)), ((256, 256), (None, None)))
     one = 2 * 128 * 256 * 256
     assert program.unknown == 1
-    assert [hlo.flops(program, share) / one for share in (0.0, 0.5, 1.0)] == [1, 4, 8]
+    assert [hlo.flops(program, {"": share}) / one for share in (0.0, 0.5, 1.0)] == [1, 4, 8]
+
+
+def test_blocks_of_routed_experts_count_by_the_scope_of_their_loop(mesh):
+    """Blocks of 512 rows, forward and backward: three products, then those again and two for each."""
+
+    def some(x: jax.Array, share: jax.Array, chosen: jax.Array, *weights: jax.Array) -> jax.Array:
+        return moe.apply_experts(jax.nn.silu, x, share, weights, chosen.astype(jnp.int32)).sum()
+
+    D, F, E = 256, 128, 4
+    shapes = ((1024, D), (None, None)), ((1024, 2), (None, None)), ((1024, 2), (None, None))
+    weights = ((E, D, F), (None,) * 3), ((E, D, F), (None,) * 3), ((E, F, D), (None,) * 3)
+    program = compiled(mesh, jax.grad(some, (0, 1, 3, 4, 5)), *shapes, *weights)
+    one = (3 + 6) * 2 * 512 * D * F
+    assert [hlo.flops(program, {"": 0.01, "experts": share}) / one for share in (0.25, 1.0, 1.5)] == [1, 4, 6]
 
 
 @pytest.mark.parametrize("slices", [2, 4])

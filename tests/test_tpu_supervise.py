@@ -38,10 +38,10 @@ def place(tmp_path):
 def start(place, *behaviour, arguments=("train", "--config.workdir=work dir"), **settings):
     (place / "behaviour").write_text("\n".join(behaviour) + "\n")
     environment = {"PATH": f"{place}/bin:{os.environ['PATH']}", "RESTART_SECONDS": "0"} | settings
-    command = [place / "tpu/supervise.sh", "alignax", *arguments]
+    heard = ["env", "--default-signal=HUP"]  # under nohup, bash could not trap it
+    command = [*heard, place / "tpu/supervise.sh", "alignax", *arguments]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    heard = lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup, bash could not trap it
-    return subprocess.Popen(command, cwd=place, env=environment, start_new_session=True, preexec_fn=heard, **pipes)
+    return subprocess.Popen(command, cwd=place, env=environment, start_new_session=True, **pipes)
 
 
 def finish(process):

@@ -25,6 +25,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from alignax import mesh as meshes
 
+BLOCKS = "experts"  # the scope of the loops over blocks, in profiles and plans
 Weights = tuple[jax.Array, jax.Array, jax.Array]  # gate [E, D, F], up [E, D, F], down [E, F, D]
 
 
@@ -140,7 +141,8 @@ def _forward(activation: Callable, x: jax.Array, share: jax.Array, weights: Weig
         y = _expert(activation, x[at // k], share.reshape(-1)[at], jax.tree.map(lambda w: w[e], weights))
         return out.at[jnp.where(real, at // k, x.shape[0])].add(y, mode="drop")
 
-    return jax.lax.fori_loop(0, count, body, jnp.zeros(x.shape, jnp.float32)), (x, share, weights, chosen)
+    with jax.named_scope(BLOCKS):
+        return jax.lax.fori_loop(0, count, body, jnp.zeros(x.shape, jnp.float32)), (x, share, weights, chosen)
 
 
 def _backward(activation: Callable, saved: Any, dy: jax.Array) -> Any:
@@ -159,7 +161,8 @@ def _backward(activation: Callable, saved: Any, dy: jax.Array) -> Any:
         return dx, dshare, jax.tree.map(lambda a, b: a.at[e].add(b.astype(jnp.float32)), dweights, pweights)
 
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), (x, share.reshape(-1), weights))
-    dx, dshare, dweights = jax.lax.fori_loop(0, count, body, zeros)
+    with jax.named_scope(BLOCKS):
+        dx, dshare, dweights = jax.lax.fori_loop(0, count, body, zeros)
     return dx.astype(x.dtype), dshare.reshape(share.shape), jax.tree.map(lambda a, w: a.astype(w.dtype), dweights, weights), None
 
 

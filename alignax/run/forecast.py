@@ -5,13 +5,14 @@ the slowest of chip, memory and networks at their published rates, see `alignax.
 overlapped. A program is not faster than the first; the host, and rates that stay below the published ones, come on top of both.
 """
 
+import functools
 import gzip
 import hashlib
 import json
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -27,6 +28,7 @@ from alignax.mesh import device_memory
 from alignax.placement import OVER_DCN, box_of, rate, slices_of
 from alignax.program import Program
 from alignax.run.prepare import Run
+from alignax.run.turns import batch_of, shares_of, visited_pairs
 from alignax.text import one_line
 
 TRAINING = ("train", "evaluate", "reference.cache")  # programs that read a batch
@@ -80,11 +82,13 @@ def forecast(run: Run, name: str, program: Program) -> Forecast:
     if made.refused:
         return Forecast(0, room, made.refused, 0.0, 0.0, {}, {}, tokens, 0, made.seconds)
     read = hlo.read(made.text)
-    share = 0.0 if name.endswith("/decode") else scored_share(run)  # of decoding one token of each completion counts
-    flops, moved = hlo.flops(read, share) + kernel_flops(traced.jaxpr), hlo.moved(read, share)
+    decodes = name.endswith("/decode")
+    shares = {} if decodes else shares_of(run)  # of decoding one token of each completion counts
+    visited = None if decodes or run.packing is None else functools.partial(visited_pairs, run, name)
+    flops, moved = hlo.flops(read, shares) + kernel_flops(traced.jaxpr, visited), hlo.moved(read, shares)
     slices = slices_of(list(mesh.devices.flat))
     own = np.split(mesh.devices, len(slices), axis=mesh.axis_names.index(OVER_DCN))[0]  # all slices run the same
-    within, between = hlo.collectives(read, share), hlo.sent_between(read, len(slices), share)
+    within, between = hlo.collectives(read, shares), hlo.sent_between(read, len(slices), shares)
     sent = {f"{kind} {OVER_DCN} (DCN)": x for kind, x in between.items()}
     for c in within:
         key = f"{c.kind} {' x '.join(axes_of(mesh, own, c.group))}"
@@ -151,10 +155,12 @@ def axes_of(mesh: Mesh, own: np.ndarray, group: tuple[int, ...]) -> list[str]:
     return [axis for axis, at in zip(mesh.axis_names, places, strict=True) if len(set(at.tolist())) > 1]
 
 
-def kernel_flops(jaxpr: Any, turns: int = 1) -> float:
+def kernel_flops(jaxpr: Any, visited: Callable[[int], float] | None = None, turns: int = 1) -> float:
     """The FLOPs of the products inside of a traced program's Pallas kernels, as each device calls them.
 
     Every block of a kernel's grid counts, also those that a causal kernel leaves out: of long rows, up to twice as many as it computes.
+    The grid of packed rows is as long as the list of pairs of blocks that see each other: `visited` tells their number in all calls of the
+    loop over parts, from the blocks of a row.
     """
     total = 0.0
     for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
@@ -162,9 +168,13 @@ def kernel_flops(jaxpr: Any, turns: int = 1) -> float:
         times = turns * int(eqn.params.get("length", 1)) if eqn.primitive.name == "scan" else turns
         for inner in (x for x in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr) if _is_jaxpr(x)):
             if kernel:
-                total += times * int(np.prod([n for n in eqn.params["grid_mapping"].grid if isinstance(n, int)])) * _products(inner)
+                grid = eqn.params["grid_mapping"].grid
+                calls = np.prod([n for n in grid if isinstance(n, int)], dtype=float)
+                if visited is not None and len(grid) > sum(isinstance(n, int) for n in grid):
+                    calls *= visited(eqn.outvars[0].aval.shape[0])
+                total += times * calls * _products(inner)
             else:
-                total += kernel_flops(inner, times)
+                total += kernel_flops(inner, visited, times)
     return total
 
 
@@ -196,20 +206,12 @@ def real_tokens(run: Run, name: str) -> float:
         return float(run.samplers[sampler].shape.slots)
     if name not in TRAINING:
         return 0.0
-    batch = (config.eval.batch_size if name != "train" else 0) or config.batch_size
+    batch = batch_of(run, name)
     if samples := config.rollout.samples:
         row, responses = float(examples.prompt_lengths.mean()) + config.rollout.max_new_tokens, samples
     else:
         row, responses = float(examples.lengths.mean()), examples.N
     return row * responses * batch * max(config.ensemble.members, 1)
-
-
-def scored_share(run: Run) -> float:
-    """The share of the computed positions whose tokens a head predicts, in the training data; of rollouts at most."""
-    examples, length = run.data.train.examples, run.data.train.length
-    if run.config.rollout.samples:
-        return run.config.rollout.max_new_tokens / length
-    return float(examples.scored.sum()) / (len(examples.tokens) if run.packing else len(examples.lengths) * length)
 
 
 def as_json(found: Mapping[str, Forecast]) -> dict[str, Any]:
