@@ -124,6 +124,12 @@ def long_but(cases: Iterable[Any], *kept: Any) -> list[Any]:
     return [case if case in kept else pytest.param(case, marks=pytest.mark.long) for case in cases]
 
 
+def by_turn(cases: Iterable[Any], everyday: Sequence[Any], slow: Sequence[Any]) -> list[Any]:
+    """The cases of a parametrised test: those of `make test`, those of the slow tests, and all others, which are long."""
+    marks = lambda case: () if case in everyday else pytest.mark.slow if case in slow else (pytest.mark.slow, pytest.mark.long)
+    return [pytest.param(case, marks=marks(case)) for case in cases]
+
+
 def slow_but(cases: Iterable[Any], *kept: Any) -> list[Any]:
     """The cases of a parametrised test; `make test` runs those kept, and the slow tests the others."""
     return [case if case in kept else pytest.param(case, marks=pytest.mark.slow) for case in cases]

@@ -81,6 +81,7 @@ def test_dpo_is_that_of_a_run(world, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_grpo_learns(world, monkeypatch):
     found = printed("GRPO", world, monkeypatch)
     assert found[-3:, 1].mean() > 5 * found[:3, 1].mean() and found[-3:, 1].mean() > 0.5

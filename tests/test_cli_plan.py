@@ -189,6 +189,7 @@ def test_what_does_not_fit_is_said_by_how_much(tpu_slice, tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_two_plans_at_once_print_nothing_of_libtpus(fields, tmp_path):
     """In processes without the variables of these tests: neither is locked out nor asks for a device, and the first line is ours."""
     pytest.importorskip("libtpu")

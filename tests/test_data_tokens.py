@@ -206,6 +206,7 @@ def test_report_lines_name_everything(bos):
     assert report.as_dict()["dropped"] == {"not text": 1} and report.as_dict()["kept"] == 2
 
 
+@pytest.mark.slow
 def test_counts_add_up_on_real_pairs(data_dir):
     tokenizer = transformers.AutoTokenizer.from_pretrained(data_dir / "stories260k_hf", local_files_only=True)
     path = data_dir / "hh_harmless" / "dev.jsonl"

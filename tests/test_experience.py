@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import runs
 import tiny
 
 from alignax import losses
@@ -154,7 +155,7 @@ def sorted_loss(name: str, params, batch: Batch) -> jax.Array:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["aot", "aot_unpaired"])
+@pytest.mark.parametrize("name", runs.long_but(["aot", "aot_unpaired"], "aot_unpaired"))
 def test_ranks_give_the_sorted_loss_and_its_gradient(name):
     """Loss and gradient are those of sorting, in 1 part and in 4, with a padding row in the batch."""
     batch = ranked(8)

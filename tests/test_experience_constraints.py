@@ -97,6 +97,7 @@ def test_thresholds_that_both_reach_are_met(method):
     assert (multipliers > 0).all() and 0.1 < kl[0] < kl[1]
 
 
+@pytest.mark.slow
 def test_all_ppo_ends_at_or_below_where_xi_ends_at_and_mu_at_or_above():
     """The order of the paper's figure 5, on thresholds above the reference; rewards that are opposed are not worth their KL to All-PPO."""
     above = [0, 1, 3]

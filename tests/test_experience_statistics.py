@@ -19,6 +19,7 @@ APPLY = functools.partial(forward, tiny.MODEL)
 MODEL = Model(APPLY(), tiny.params(), lambda statistics: APPLY(statistics=statistics))
 
 
+@pytest.mark.slow
 def test_a_statistic_of_any_model_is_a_field():
     """The field equals the model's statistic, without a gradient, in parts and at once; standard outputs are used where they exist."""
     batch = tiny.batch(4)

@@ -186,7 +186,7 @@ FILES = {
 
 
 @pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("examples", [60, pytest.param(3000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [60, pytest.param(3000, marks=(pytest.mark.slow, pytest.mark.long))])
 def test_damaged_bytes_of_data_files(name, examples, folder):
     path = folder / name
 
@@ -528,6 +528,7 @@ def written(path: Path, source: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_mistakes_of_an_experiment_whose_model_and_data_are_there(folder):
     path, fields = folder / "whole.py", runs.world(folder) | {"workdir": folder / "whole"}
     overrides = [f"{name}={value}" for name, value in fields.items()]

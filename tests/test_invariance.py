@@ -7,7 +7,7 @@ Packing is one more way to split a batch, of the step and of the frozen models.
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -16,6 +16,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+import runs
 import tiny
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -192,17 +193,35 @@ def assert_same(found: tuple, expected: tuple, tolerance: float = 1e-5) -> None:
         np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * np.abs(y).max(), err_msg=jax.tree_util.keystr(path))
 
 
-EVERYDAY = (  # one of each kind; the others are among the slow tests
-    "summed_sft", "rpo_token_mean", "bco", "tdpo2", "kto", "bradley_terry", "ppo_critic", "fdpg",
+EVERYDAY = (  # one of each kind
+    "summed_sft", "rpo_token_mean", "kto", "ppo_critic", "fdpg",
 )  # fmt: skip
 
 
-def named(*marks: pytest.MarkDecorator) -> pytest.MarkDecorator:
-    """Parametrises a test by every loss; those beside the everyday ones have these marks."""
-    return pytest.mark.parametrize("name", [name if name in EVERYDAY else pytest.param(name, marks=marks) for name in LOSSES])
+SLOW = (
+    "bco",
+    "tdpo2",
+    "bradley_terry",
+    "dpo",
+    "ipo_mean",
+    "orpo",
+    "f_dpo_alpha",
+    "aot",
+    "grpo",
+    "gspo",
+    "importance_weighted",
+    "gkd",
+    "quark",
+    "attribute_regression",
+)
 
 
-every, everyday_and_long = named(pytest.mark.slow), named(pytest.mark.slow, pytest.mark.long)
+def named(everyday: Sequence[str], slow: Sequence[str] = ()) -> pytest.MarkDecorator:
+    """Parametrises a test by every loss: those of the everyday, of the slow and, all others, of the long tests."""
+    return pytest.mark.parametrize("name", runs.by_turn(LOSSES, everyday, slow))
+
+
+everyday_and_long = named(EVERYDAY, SLOW[:3])
 
 
 def test_every_public_loss_is_here():
@@ -232,7 +251,7 @@ def test_parts_padding_and_mesh_change_nothing(name):
     assert_same(trajectory(program(name, **ALL), [padded(batch) for batch in data]), expected)
 
 
-@every
+@named(("rpo_token_mean", "kto", "ppo_critic"), (*EVERYDAY, *SLOW))
 def test_packing_padding_and_mesh_change_nothing(name):
     """Packed parts on all axes of the mesh, of padded and longer rows as above; there are several of each shard, and no padding in them."""
     _, data, expected = plain(name)
@@ -240,7 +259,7 @@ def test_packing_padding_and_mesh_change_nothing(name):
 
 
 @pytest.mark.slow
-@everyday_and_long
+@named(("rpo_token_mean", "ppo_critic"))
 @pytest.mark.parametrize("how", ALONE)
 def test_each_alone_changes_nothing(name, how):
     _, data, expected = plain(name)

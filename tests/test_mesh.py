@@ -214,7 +214,9 @@ def trajectory(sizes: tuple[int, int, int], microbatches: int) -> tuple[list[dic
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("sizes", "microbatches"), CASES, ids=str)
+@pytest.mark.parametrize(
+    ("sizes", "microbatches"), [*CASES[:2], *(pytest.param(*case, marks=pytest.mark.long) for case in CASES[2:])], ids=str
+)
 def test_four_steps_are_those_of_one_device(sizes, microbatches):
     expected, expected_params = trajectory((1, 1, 1), 1)
     metrics, params = trajectory(sizes, microbatches)

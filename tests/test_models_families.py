@@ -115,7 +115,7 @@ def test_logits_are_those_of_transformers_and_padding_changes_nothing(row, writt
         np.testing.assert_allclose(ours[mask], theirs[mask], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("row", [row if row in ("gemma3_text", "qwen3_moe") else pytest.param(row, marks=pytest.mark.slow) for row in ROWS])
+@pytest.mark.parametrize("row", runs.by_turn(ROWS, ("gemma3_text",), ("qwen3_moe", "gpt2", "gpt_neox", "phi3, longrope", "mixtral")))
 def test_no_state_depends_on_a_later_token_nor_on_one_before_every_window(row, written):
     c, params, n = written(row).source.config, written(row).params, 16
     tokens = jnp.arange(n)[None]  # all different, so a row of the embedding is the input of one position
@@ -201,7 +201,7 @@ def test_files_of_a_bare_model(written, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("row", ["qwen3_moe", "gemma3_text", "gpt_neox"])
+@pytest.mark.parametrize("row", runs.long_but(["qwen3_moe", "gemma3_text", "gpt_neox"], "gemma3_text"))
 def test_sharded_model_is_the_unsharded_one(row, written):
     c, params = written(row).source.config, written(row).params
     batch, mesh = tiny.batch(), meshes.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
@@ -220,7 +220,7 @@ def test_sharded_model_is_the_unsharded_one(row, written):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * max(scale, 1), rtol=0), grads, expected)
 
 
-@pytest.mark.parametrize("row", ["gemma3_text", *(pytest.param(row, marks=pytest.mark.slow) for row in ("gpt_neox", "qwen3_moe"))])
+@pytest.mark.parametrize("row", runs.by_turn(["gemma3_text", "gpt_neox", "qwen3_moe"], [], ["gemma3_text"]))
 def test_a_frozen_model_in_bfloat16_scores_as_the_trained_one(row, written):
     c, params = written(row).source.config, written(row).params
     role: Any = SimpleNamespace(dtype=jnp.dtype("bfloat16"), lora=None, config=c)

@@ -199,6 +199,7 @@ def test_log_probs_stay_finite_at_extreme_logits():
     assert np.asarray(out.logps).min() < -1000 and np.asarray(out.entropy).min() > -1e-2
 
 
+@pytest.mark.slow
 def test_sum_over_4096_tokens_is_that_of_float64():
     hidden, weight, targets, mask = problem(R=1, T=4096, D=16, V=64, share=1.0)
     hidden, weight = 0.25 * hidden.astype(jnp.bfloat16), weight.astype(jnp.bfloat16)
@@ -214,6 +215,7 @@ def test_sum_over_4096_tokens_is_that_of_float64():
     assert abs(np.asarray(half, np.float64).sum() - expected) > 0.1  # what bfloat16 logits would give
 
 
+@pytest.mark.slow
 def test_weight_gradient_accumulates_in_float32():
     hidden, weight, targets, mask = problem(R=1, T=2048, share=1.0)
     gradient = jax.grad(lambda w, dtype: -token_logps(hidden.astype(dtype), w, targets, mask, chunk=8).logps.sum())

@@ -144,7 +144,7 @@ def check_packed(mesh=None, members=0, shards=1, KV=2, window=0, **options):
 PACKED = [{"KV": 4, "shards": 2}, {"window": 9, "cap": 2.0, "scalar": 3.0, "KV": 1}]
 
 
-@pytest.mark.parametrize("options", runs.slow_but(PACKED, PACKED[-1]), ids=str)
+@pytest.mark.parametrize("options", runs.by_turn(PACKED, [], PACKED[-2:]), ids=str)
 def test_the_kernel_of_packed_rows_is_attention_in_blocks(options):
     check_packed(**options)
 
@@ -154,7 +154,7 @@ def test_the_kernel_of_packed_rows_is_attention_in_blocks(options):
     ("axes", "shards"),
     [
         ({"data": 2, "fsdp": 2, "tensor": 2}, 4),
-        ({"member": 2, "data": 2, "tensor": 2}, 2),
+        pytest.param({"member": 2, "data": 2, "tensor": 2}, 2, marks=pytest.mark.long),
         ({"context": 4, "tensor": 2}, 1),
         pytest.param({"member": 2, "data": 2, "context": 2}, 2, marks=pytest.mark.long),
     ],
@@ -351,7 +351,7 @@ def test_splash_moves_an_eighth_of_the_bytes_of_xla_attention(llama, T, v5e):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("axis", ["fsdp", "context"])
+@pytest.mark.parametrize("axis", runs.long_but(["fsdp", "context"], "context"))
 def test_a_tpu_program_of_packed_rows_has_the_kernel_and_no_scores(axis, tpu_slice):
     """The forward and the backward pass of a Llama whose pairs share their prompt; XLA's scores of two blocks are [KV, G t, s]."""
     v5e = tpu_slice("v5e:2x2", {axis: 2, "tensor": 2})

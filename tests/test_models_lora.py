@@ -62,7 +62,7 @@ def adapted(folder: Path, row: str):
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch, about PEFT
-@pytest.mark.parametrize("row", [row if row == "llama" else pytest.param(row, marks=pytest.mark.slow) for row in FAMILY])
+@pytest.mark.parametrize("row", runs.by_turn(FAMILY, ("llama",), ("gpt2", "gpt_neox", "phi3")))
 def test_peft_folders_in_and_out(row, tmp_path):
     model = adapted(tmp_path, row)
     source = hf.open_folder(tmp_path / "base")
@@ -204,6 +204,7 @@ def test_an_adapter_of_a_reward_model_as_peft_saves_it(tmp_path):
     np.testing.assert_array_equal(adapters["score"], score.detach().numpy().T)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of PEFT
 def test_dora_of_some_layers_is_trained_there_alone(base, tmp_path):
     model, source, params = base
@@ -220,7 +221,7 @@ def test_dora_of_some_layers_is_trained_there_alone(base, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")  # of PEFT
-@pytest.mark.parametrize("tied", runs.slow_but([True, False], False))
+@pytest.mark.parametrize("tied", runs.by_turn([True, False], [], [False]))
 def test_a_reward_model_of_adapters_over_a_language_model(tied, tmp_path):
     """TRL's RewardTrainer saves such a folder: the head in modules_to_save, the base as published."""
     tiny.folder(tmp_path / "base", tie_word_embeddings=tied)

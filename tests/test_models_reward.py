@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import runs
 import tiny
 import torch
 import torch_llama
@@ -64,6 +65,7 @@ def test_scores_are_those_of_transformers_on_the_way_in_and_out(kind, tmp_path):
     np.testing.assert_array_equal(their_scores(AUTO.from_pretrained(tmp_path / "out"), batch), their_scores(model, batch))
 
 
+@pytest.mark.slow
 def test_a_critic_of_its_own_tree_reads_the_score_of_what_is_there(llama):
     """The value before tokens[t] is what the reward model scores the completion up to t - 1, on one device and on eight."""
     source, params = llama
@@ -117,7 +119,7 @@ def test_an_exported_config_says_the_labels_that_its_head_has(architecture, said
         assert reward.labels(after) == theirs.num_labels == len(theirs.id2label) == count
 
 
-@pytest.mark.parametrize("tied", [pytest.param(True, marks=pytest.mark.slow), False], ids=["tied", "untied"])
+@pytest.mark.parametrize("tied", runs.by_turn([True, False], [], [False]), ids=["tied", "untied"])
 def test_a_reward_model_that_keeps_its_output_layer_gives_both(tied, tmp_path):
     """Scores of the reward model and log-probs of the language model, bit for bit; its export is that of any reward model."""
     folder = tiny.folder(tmp_path / "model", tie_word_embeddings=tied)

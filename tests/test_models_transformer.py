@@ -337,7 +337,7 @@ def test_sharded_model_is_the_unsharded_one():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("remat", ["full", pytest.param("none", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("remat", runs.long_but(["full", "none"], "full"))
 def test_hidden_states_of_the_layers_that_are_asked_for(remat):
     """They equal those of a model cut off after the layer, without the last norm; a loss on them reaches the layers before only."""
     c = dataclasses.replace(tiny.MODEL, num_hidden_layers=3)

@@ -90,8 +90,9 @@ def test_bytes_are_as_claimed():
     assert size["int8"] == 2 * (count + 4 * (8 * 4 + 1)) + 4
 
 
-@pytest.mark.parametrize("moments", runs.slow_but(FEWER, "int8"))
-@pytest.mark.parametrize("name", runs.slow_but(["adamw", "adam", "lion", "rmsprop", "sgd"], "adamw"))
+@pytest.mark.slow
+@pytest.mark.parametrize("moments", FEWER)
+@pytest.mark.parametrize("name", runs.long_but(["adamw", "adam", "lion", "rmsprop", "sgd"], "adamw", "lion"))
 def test_training_ends_where_it_did(name, moments):
     """60 steps on one batch: the fall of the loss is within 2 percent of the fall with float32 moments."""
     batch = tiny.batch(8)

@@ -325,7 +325,7 @@ def kinds(tmp_path_factory):
     return {kind: {name: str(value) for name, value in (every | fields).items()} for kind, fields in own.items()}
 
 
-@pytest.mark.parametrize("name", runs.slow_but(EXPERIMENTS, "pairs", "groups"))
+@pytest.mark.parametrize("name", runs.by_turn(EXPERIMENTS, ("groups",), ("pairs", "several objectives", "critic", "own, of pairs")))
 def test_what_is_offered_finds_what_it_reads(name, kinds, tmp_path):
     offer = EXPERIMENTS[name]
     args = arguments(tmp_path, offer.source, kinds[offer.kind] | offer.fields | {"workdir": str(tmp_path / "run")})

@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import runs
 import tiny
 from test_docs import ONLINE
 from test_rewards_ensembles import reward_folder
@@ -78,7 +79,7 @@ def given(tmp_path_factory):
     return {name: str(value) for name, value in own.items()}
 
 
-@pytest.mark.parametrize("name", [name if name == "GRPO" else pytest.param(name, marks=pytest.mark.slow) for name in METHODS])
+@pytest.mark.parametrize("name", runs.by_turn(METHODS, ("GRPO",), ("GDPO", "DAPO", "GMPO", "PPO", "f-DPG", "GKD", "off-policy")))
 def test_every_method_of_the_page_finds_what_it_reads(given, tmp_path, name):
     """Methods are traced on shapes alone, as a run checks itself before it computes; all terms of a loss are averaged alike."""
     experience, loss, fields = METHODS[name]
@@ -121,6 +122,7 @@ def test_several_rewards_at_uncertain_tokens_of_samples_ahead(given, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_low_probability_tokens_are_kept_by_the_policy_without_its_noise(given, tmp_path):
     """Through the command line: two steps on a rollout, whose proxy is the policy's that sampled it; some tokens are protected."""
     fields = given | {"workdir": str(tmp_path / "run"), "rollout.minibatches": "2", "rollout.epochs": "2", "log.every": "1", "steps": "8"}

@@ -161,6 +161,7 @@ def test_a_single_proxy_is_overoptimised_and_a_kl_penalty_stops_early():
     assert abs(gold_at(free, 0.25) - gold_at(held, 0.25)) < 0.1
 
 
+@pytest.mark.slow
 def test_chi_squared_reaches_more_gold_than_the_kl():
     """Laidlaw et al. 2024, of exact optima; against one reward model, the best of their coefficients, mean over seeds."""
     best = {setting: mean(solved(3, "single", setting, *SMALL), "gold").max() for setting in ("KL", "chi-squared")}

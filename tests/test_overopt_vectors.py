@@ -72,6 +72,7 @@ def test_without_the_tail_nothing_is_overoptimised():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_eight_seeds():
     ends = best_of_n(8)
     check_tail(ends)

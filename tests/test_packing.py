@@ -379,7 +379,8 @@ VARIATIONS = (  # of cases that stay among the slow tests
     "teacher of other tokens, not shared", "scores and log-probs", "1 responses", "1 responses, not shared", "4 responses, not shared",
     "multi-head", "one key head", "windows of one theta", "a scalar", "linear", "yarn", "three labels", "heads of a critic", "recomputed",
     "recomputed from the host's memory", "hidden layers", "partly rotary", "4 responses", "2 responses, not shared", "small chunks",
-    "llama3", "longrope", "windows, not shared", "own critic",
+    "llama3", "longrope", "windows, not shared", "own critic", "2 responses", "soft caps", "temperature and unused tokens",
+    "learned positions", "norms of heads", "statistics",
 )  # fmt: skip
 
 
@@ -454,7 +455,7 @@ def test_a_changed_batch_is_a_plain_one_and_is_padded():
 SCORES = dataclasses.replace(LAYER, num_labels=1)
 
 
-@pytest.mark.parametrize("kind", runs.slow_but(["log-probs", "ensemble", "ensemble of other tokens"], "ensemble of other tokens"))
+@pytest.mark.parametrize("kind", runs.by_turn(["log-probs", "ensemble", "ensemble of other tokens"], [], ["ensemble of other tokens"]))
 def test_a_frozen_model_gives_part_by_part_what_it_gives_at_once(kind):
     """Members of an ensemble may read other tokens than the policy, of another length."""
     batch, seen = responses(), []
@@ -533,9 +534,7 @@ def test_packed_steps_on_a_mesh_are_padded_ones_on_one_device(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "sizes", [(1, 1, 1, 1), (2, 2, 2, 1), (2, 1, 2, 2), pytest.param((2, 1, 2, 1, 2), marks=pytest.mark.long)], ids=str
-)
+@pytest.mark.parametrize("sizes", runs.long_but([(1, 1, 1, 1), (2, 2, 2, 1), (2, 1, 2, 2), (2, 1, 2, 1, 2)], (2, 1, 2, 2)), ids=str)
 def test_a_packed_ensemble_trains_as_a_padded_one(sizes):
     """Members have batches of their own, of another number of parts each."""
     K, batches = 2, [preferences(B=16, seed=seed) for seed in (0, 1)]
@@ -561,6 +560,7 @@ def test_a_packed_ensemble_trains_as_a_padded_one(sizes):
 # --- what must not be lost ---
 
 
+@pytest.mark.slow
 def test_a_hole_before_a_scored_token_has_no_state_of_another_response():
     """Padding within a row stands where the row's last token before it stands, in the prompt and behind it."""
     batch = responses()
@@ -599,6 +599,7 @@ def test_a_frozen_model_reads_its_own_fields_and_no_others():
     assert not read
 
 
+@pytest.mark.slow
 def test_a_batch_of_another_number_of_examples_is_padded():
     part, _ = deal(responses(), Packing(1, block=BLOCK))[0].part(jnp.zeros((), jnp.int32), responses())
     twice = jax.tree.map(lambda x: jnp.concatenate([x, x]), part)

@@ -154,6 +154,7 @@ def test_a_grown_run_of_constant_rate_is_a_run_that_was_longer_from_the_start(fi
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_resumes_on_another_mesh(fields, whole, tmp_path):
     workdir = tmp_path / "run"
     one = runs.arguments(fields | {"workdir": workdir})

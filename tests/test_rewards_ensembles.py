@@ -59,6 +59,7 @@ def scored(folders, pairs, mesh=ONE):
     return rewards.score_examples(model.apply, model.params, examples_of(folders[0], pairs), mesh, 8, 48)
 
 
+@pytest.mark.slow
 def test_an_ensemble_scores_as_its_members_alone_and_as_transformers(folders, pairs):
     scores = scored(folders, pairs)
     assert scores.shape == (3, 21, 2) and scores.std(axis=0).mean() > 0.1

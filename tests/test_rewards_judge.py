@@ -321,7 +321,7 @@ def reader(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("kind", runs.slow_but(["text", "messages"], "messages"))
+@pytest.mark.parametrize("kind", runs.by_turn(["text", "messages"], [], ["messages"]))
 def test_a_language_model_of_another_tokenizer_reads_text_for_reward_functions(kind, models, reader, tmp_path):
     """Log-probs are transformers' of the model's own tokens; an end that the policy did not sample has none."""
     words = ("sun", "moon", "sea", "a tree", "cat", "dog", "the owl", "x")
@@ -353,6 +353,7 @@ def test_a_language_model_of_another_tokenizer_reads_text_for_reward_functions(k
         np.testing.assert_allclose(logps, wanted, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_completion_that_does_not_fit_has_no_log_probs(models, reader, tmp_path):
     """The list is [NaN], since a sum of some of the log-probs would look like one of all."""
     (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "a"}) + "\n" + json.dumps({"prompt": "b"}) + "\n")

@@ -213,6 +213,7 @@ def accuracy(scores) -> float:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_experts_without_training_give_the_bases_scores(judged):
     before, _ = judged
     assert before["base"].std() > 0.1 and before["experts"].shape == (448, 2, 2)

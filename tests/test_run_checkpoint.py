@@ -219,7 +219,7 @@ def test_checkpoints_of_other_models_and_data_are_refused(tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "item, damage",
-    [("params", "truncated"), *(pytest.param(*x, marks=pytest.mark.slow) for x in (("train", "emptied"), ("params", "missing")))],
+    [("params", "truncated"), *(pytest.param(*x, marks=pytest.mark.long) for x in (("train", "emptied"), ("params", "missing")))],
 )
 def test_damaged_checkpoint_is_refused(run_of_two_steps, tmp_path, item, damage):
     """The test has a process of its own: what orbax leaves behind after a failed restore would fail later tests."""

@@ -627,6 +627,7 @@ def test_a_reward_function_that_fails_stops_the_run_in_one_line(name, fields, tm
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_run_goes_on_without_bad_rewards_and_counts_them(fields, tmp_path):
     source = GRPO[: GRPO.index("def reward")] + REWARD + BAD["is not finite"][0].replace("if text", "if len(text) % 2")
     given = fields | {"workdir": str(tmp_path / "run"), "rollout.bad_rewards": "drop", "steps": "4"}
@@ -759,6 +760,7 @@ def test_a_rollout_of_one_response_is_refused(fields, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_an_ensemble_of_reward_models_rewards_rollouts(fields, tmp_path):
     folders = [reward_folder(tmp_path, seed) for seed in range(2)]
     source = """
@@ -859,6 +861,7 @@ def test_pairs_are_the_best_and_the_worst_of_a_group():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_dpo_is_trained_on_pairs_of_its_own_samples(fields, tmp_path):
     source = PPO.replace("ppo() + 0.1 * value_loss()", "dpo(0.1)").replace(
         "kl_reward(0.05), gae(), whiten_advantages()", "best_and_worst()"
@@ -870,6 +873,7 @@ def test_dpo_is_trained_on_pairs_of_its_own_samples(fields, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_rewards_held_at_thresholds_and_a_policy_that_is_reset(fields, tmp_path):
     folders = [reward_folder(tmp_path, seed) for seed in range(2)]
     source = """
@@ -1017,6 +1021,7 @@ reward = [short, has_a]
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("ahead", runs.long_but(["false", "true"], "false"))
 def test_rewards_of_a_list_are_in_every_log(ahead, fields, tmp_path):
     """Every log has each number under its function's name, and their weighted sum, which leaves out missing numbers."""
@@ -1134,6 +1139,7 @@ def test_a_signal_to_another_process_ends_the_wait_for_rewards(monkeypatch):
     assert asked(workers, lambda: Answer([1.0])) == Answer([1.0])  # what is there already is not lost
 
 
+@pytest.mark.slow
 def test_signal_is_where_rewards_of_a_group_differ():
     batch = tiny.batch(B=4, N=3) | {"old_logps": jnp.zeros((4, 3, 24))}
     rewards = jnp.array([[1.0, 1.0, 1.0], [0.0, 0.0, 1.0], [jnp.nan, 2.0, 2.0], [jnp.nan, jnp.nan, 5.0]])

@@ -36,6 +36,7 @@ def test_the_training_program_names_its_parts():
     assert products and all(re.search(r"attention|mlp|head", name) for name in products)  # the backward pass has the same names
 
 
+@pytest.mark.slow
 def test_the_sampling_program_names_its_parts():
     engine = Engine(speaker(tiny.MODEL), Shape(8, 4, 2, 2, 2), Sampling(), (2,))
     rows = engine.empty(), jnp.arange(2), jnp.int32(1), jax.random.key(0)

@@ -204,6 +204,7 @@ def test_an_experience_that_needs_more_than_log_probs_of_the_rows_gets_the_refer
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_run_that_caches_by_itself_goes_on_from_its_cache(fields, tmp_path, capsys, monkeypatch):
     assert train(fields, tmp_path / "live") == train(fields, tmp_path / "run", "") == 0
     said = capsys.readouterr().err

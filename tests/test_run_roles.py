@@ -105,6 +105,7 @@ def test_experience_is_given_models_by_the_names_of_the_config(folders, tmp_path
     np.testing.assert_allclose(metrics["loss"], loss(Outputs(ours, ours), written, loss.normalised(written))[0], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_reference_may_have_further_rows_of_padding(folders, tmp_path):
     """As Qwen2.5's 7B beside its 0.5B: one tokenizer, and a head padded further. Its probabilities are of the policy's tokens alone."""
     padded = shutil.copytree(folders[0], tmp_path / "padded")
@@ -163,6 +164,7 @@ def loss(config, reference, twin):
     assert [abs(row["loss"]) < 1e-4 for row in rows if "loss" in row] == [True]
 
 
+@pytest.mark.slow
 def test_a_held_tree_has_the_shapes_that_are_planned(folders, tmp_path):
     """Every kind of role is checked: whole, base of adapters, without a critic's head, and stacked reward models."""
     source = MODPO.replace("margin)", "margin, ensemble)")

@@ -45,7 +45,7 @@ def rows(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("rank", runs.slow_but([0, 2], 0))
+@pytest.mark.parametrize("rank", runs.by_turn([0, 2], [], [0]))
 def test_evaluations_of_an_offline_run_sample_from_the_speaker(rank, folders, tmp_path):  # noqa: F811
     """Log-probs are those of transformers' combined logits, at the temperature of evaluations; adapters share the reference's tree."""
     given = {"models.margin.path": folders[1], "eval.sample_prompts": 4, "eval.max_new_tokens": 6, "eval.temperature": 0.7}
@@ -104,7 +104,7 @@ def test_a_run_of_dpo_logs_samples_of_the_speaker(folders, tmp_path):  # noqa: F
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["policy", "mixed"])
+@pytest.mark.parametrize("name", runs.long_but(["policy", "mixed"], "mixed"))
 def test_rollouts_are_sampled_from_the_speaker(name, folders, tmp_path):  # noqa: F811
     """The policy itself stays exact; a combination is weighed by what it was drawn with, and a resumed program is not compiled anew."""
     (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("a", "sun and", "it", "b c")))

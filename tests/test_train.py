@@ -86,6 +86,7 @@ def test_microbatches_equal_one_batch(name):
             assert_metrics_near(part_metrics, metrics)
 
 
+@pytest.mark.slow
 def test_gradients_are_summed_in_their_dtype():
     """In bfloat16 a sum over microbatches is within its rounding, half a part in 256 for each of 4; the loop's sums are of that dtype."""
     optimizer, batch = optax.sgd(0.1, momentum=0.0), ragged()  # its state is the gradient
@@ -211,7 +212,7 @@ PACKED = {  # an objective, its batch or batches, and how gradients are combined
 }
 
 
-@pytest.mark.parametrize("kind", runs.slow_but(PACKED, "of one batch", "combined with a padded one"))
+@pytest.mark.parametrize("kind", runs.by_turn(PACKED, ["of one batch"], ["combined with a padded one"]))
 def test_packed_parts_equal_one_batch(kind):
     """Gradients, parameters, metrics and outputs, also of several objectives; a batch of few rows among them stays padded."""
     objective, given, combine = PACKED[kind]
@@ -452,7 +453,7 @@ def totals(*parts):
     return jax.tree.map(lambda *x: sum(np.float64(v) for v in x), *parts)
 
 
-@pytest.mark.parametrize("name", runs.slow_but(["rpo", "rpo_token_mean", "cdpo+sft"], "cdpo+sft"))
+@pytest.mark.parametrize("name", runs.by_turn(["rpo", "rpo_token_mean", "cdpo+sft"], [], ["cdpo+sft"]))
 def test_evaluation_of_ragged_batches_equals_one_big_batch(name):
     """Evaluation also gives the training step's own loss and metrics."""
     batch, params = padded(ragged(9), (3, 8)), tiny.plain_params()
