@@ -46,7 +46,7 @@ def get_config():
     config.served = ""  # folder where the policy is written for the server; empty: WORKDIR_served
     config.served_dtype = "float32"  # of the written weights; or "bfloat16", "float16"
     config.served_name = "default"  # the model's name in requests; vLLM wants that of --served-model-name
-    config.update = "/update_weights_from_disk"  # where the server is asked to load the folder; empty: it keeps its weights
+    config.reload = "/update_weights_from_disk"  # where the server is asked to load the folder; empty: it keeps its weights
     config.connections = 64  # requests at once
     config.patience = 600.0  # seconds for an answer
     config.workdir = "runs/external"
@@ -92,20 +92,20 @@ class Server:
 
     def __call__(self, params: Any, prompts: Sequence[Sequence[int]], key: jax.Array, n: int) -> Completions | None:
         """Samples n completions of each prompt; every process writes its part of the weights, and process 0 asks the server."""
-        if self.config.update:
+        if self.config.reload:
             self.save(params, self.folder, self.config.served_dtype)
         if not is_main():
             return None
-        if self.config.update:
+        if self.config.reload:
             self.hand_over()
         seeds = np.random.default_rng(np.asarray(jax.random.key_data(key))).integers(1 << 31, size=len(prompts)).tolist()
         with ThreadPoolExecutor(self.config.connections) as threads:
             answers = list(threads.map(lambda prompt, seed: self.complete(prompt, seed, n), prompts, seeds))
-        return padded(answers, self.config.rollout.max_new_tokens)
+        return padded(answers)
 
     def hand_over(self) -> None:
         """Asks the server to load the written weights."""
-        said = self.post(self.config.update, {"model_path": str(self.folder)})
+        said = self.post(self.config.reload, {"model_path": str(self.folder)})
         if not said.get("success"):
             raise ValueError(f"the server has not loaded {str(self.folder)!r}: {said.get('message')}; it must see this folder")
 
@@ -152,9 +152,9 @@ class Server:
             raise ValueError(f"{url} does not answer ({e}); start the server, or set config.server and config.patience") from e
 
 
-def padded(answers: Sequence[Sequence[tuple[list[int], list[float], str]]], longest: int) -> Completions:
-    """The completions of all prompts as arrays [B, n, longest]."""
-    shape = (len(answers), len(answers[0]), longest)
+def padded(answers: Sequence[Sequence[tuple[list[int], list[float], str]]]) -> Completions:
+    """The completions of all prompts as arrays [B, n, C], C being the most tokens of one."""
+    shape = (len(answers), len(answers[0]), max(len(ids) for group in answers for ids, *_ in group))
     tokens, logps, mask = np.zeros(shape, np.int32), np.zeros(shape, np.float32), np.zeros(shape, bool)
     for b, i in np.ndindex(shape[:2]):
         ids, own, _ = answers[b][i]
