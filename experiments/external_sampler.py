@@ -6,14 +6,14 @@
 Commands:
   python -m sglang.launch_server --model-path MODEL --port 30000
   alignax train --config experiments/external_sampler.py --config.workdir=runs/external --config.model.path=MODEL \\
-    --config.data.train=sums.jsonl --config.server=http://127.0.0.1:30000
+    --config.data.train=sums.jsonl --config.server.url=http://127.0.0.1:30000
 
 sums.jsonl has rows {"prompt": .., "answer": a number}; an answer is rewarded if its last number is right.
 
-The server must see the folder `served` (default: WORKDIR_served), where the policy is written. Requests go to /v1/completions, with the
-prompt as token ids. Token ids come back in `token_ids` of a choice (`return_token_ids`: vLLM and SGLang), or as "token_id:5" in place of
-tokens (`return_tokens_as_token_ids`: older vLLM). SGLang loads weights by /update_weights_from_disk; for another server change `hand_over`.
-Log-probs must be those that tokens were sampled with: SGLang's default, for vLLM start it with --logprobs-mode processed_logprobs.
+The server must see the folder `server.folder` (default: WORKDIR_served), where the policy is written. Requests go to /v1/completions,
+with the prompt as token ids. Token ids come back in `token_ids` of a choice (`return_token_ids`: vLLM and SGLang), or as "token_id:5" in
+place of tokens (`return_tokens_as_token_ids`: older vLLM). SGLang loads weights by /update_weights_from_disk; for another server change
+`hand_over`. Log-probs must be those that tokens were sampled with: SGLang's default; start vLLM with --logprobs-mode processed_logprobs.
 
 Expected: `sampler_gap` stays as small as the rounding of the server's dtype (below 1e-3 in float32). If it grows, the server has not
 loaded the weights. `sampler_kl` is then above 0, and the loss corrects for it as far as its weights reach.
@@ -29,6 +29,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from alignax import default_config, group_relative, grpo, paths
 from alignax.distributed import is_main
@@ -42,13 +43,14 @@ DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # past th
 def get_config():
     """The config: a server on this machine."""
     config = default_config()
-    config.server = "http://127.0.0.1:30000"
-    config.served = ""  # folder where the policy is written for the server; empty: WORKDIR_served
-    config.served_dtype = "float32"  # of the written weights; or "bfloat16", "float16"
-    config.served_name = "default"  # the model's name in requests; vLLM wants that of --served-model-name
-    config.reload = "/update_weights_from_disk"  # where the server is asked to load the folder; empty: it keeps its weights
-    config.connections = 64  # requests at once
-    config.patience = 600.0  # seconds for an answer
+    config.server = ConfigDict()
+    config.server.url = "http://127.0.0.1:30000"
+    config.server.folder = ""  # where the policy is written for the server; empty: WORKDIR_served
+    config.server.dtype = "float32"  # of the written weights; or "bfloat16", "float16"
+    config.server.name = "default"  # the model's name in requests; vLLM wants that of its --served-model-name
+    config.server.reload = "/update_weights_from_disk"  # the request that loads the folder; empty: the server keeps its weights
+    config.server.requests = 64  # at once
+    config.server.timeout = 600.0  # seconds for an answer
     config.workdir = "runs/external"
     config.steps = 200
     config.batch_size = 32
@@ -87,39 +89,39 @@ class Server:
 
     def __init__(self, config, ends, save):
         """Connects to nothing yet."""
-        self.config, self.ends, self.save = config, ends, save
-        self.folder = paths.here(config.served or f"{config.workdir}_served", "served").absolute()
+        self.own, self.rollout, self.ends, self.save = config.server, config.rollout, ends, save
+        self.folder = paths.here(self.own.folder or f"{config.workdir}_served", "server.folder").absolute()
 
     def __call__(self, params: Any, prompts: Sequence[Sequence[int]], key: jax.Array, n: int) -> Completions | None:
         """Samples n completions of each prompt; every process writes its part of the weights, and process 0 asks the server."""
-        if self.config.reload:
-            self.save(params, self.folder, self.config.served_dtype)
+        if self.own.reload:
+            self.save(params, self.folder, self.own.dtype)
         if not is_main():
             return None
-        if self.config.reload:
+        if self.own.reload:
             self.hand_over()
         seeds = np.random.default_rng(np.asarray(jax.random.key_data(key))).integers(1 << 31, size=len(prompts)).tolist()
-        with ThreadPoolExecutor(self.config.connections) as threads:
+        with ThreadPoolExecutor(self.own.requests) as threads:
             answers = list(threads.map(lambda prompt, seed: self.complete(prompt, seed, n), prompts, seeds))
         return padded(answers)
 
     def hand_over(self) -> None:
         """Asks the server to load the written weights."""
-        said = self.post(self.config.reload, {"model_path": str(self.folder)})
+        said = self.post(self.own.reload, {"model_path": str(self.folder)})
         if not said.get("success"):
             raise ValueError(f"the server has not loaded {str(self.folder)!r}: {said.get('message')}; it must see this folder")
 
     def complete(self, prompt: Sequence[int], seed: int, n: int) -> list[tuple[list[int], list[float], str]]:
         """The n completions of a prompt: token ids, their log-probs, and why they ended."""
-        c = self.config.rollout
+        c = self.rollout
         asked = {
-            "model": self.config.served_name, "prompt": list(prompt), "n": n, "seed": seed, "temperature": c.temperature, "top_p": c.top_p,
+            "model": self.own.name, "prompt": list(prompt), "n": n, "seed": seed, "temperature": c.temperature, "top_p": c.top_p,
             "max_tokens": c.max_new_tokens, "stop": list(c.stop) or None, "stop_token_ids": list(self.ends), "logprobs": 1,
             "return_token_ids": True, "return_tokens_as_token_ids": True, "skip_special_tokens": False,
         }  # fmt: skip
         choices = self.post("/v1/completions", asked).get("choices", [])
         if len(choices) != n:
-            raise ValueError(f"{self.config.server} gives {len(choices)} choices, and n is {n}; it must sample n completions of a prompt")
+            raise ValueError(f"{self.own.url} gives {len(choices)} choices, and n is {n}; it must sample n completions of a prompt")
         return [self.read(choice) for choice in choices]
 
     def read(self, choice: dict[str, Any]) -> tuple[list[int], list[float], str]:
@@ -129,27 +131,27 @@ class Server:
         ids = choice.get("token_ids") or [int(text[9:]) for text in texts if text.startswith("token_id:") and text[9:].isdecimal()]
         if not ids or len(ids) != len(logps):
             raise ValueError(
-                f"{self.config.server} gives {len(ids)} token ids and {len(logps)} log-probs for a completion; use a server that knows "
+                f"{self.own.url} gives {len(ids)} token ids and {len(logps)} log-probs for a completion; use a server that knows "
                 "return_token_ids or return_tokens_as_token_ids, and logprobs"
             )
         why = choice.get("finish_reason")
         if why not in ("stop", "length"):
-            raise ValueError(f"{self.config.server} ended a completion by {why!r}; it must be 'stop' or 'length'")
+            raise ValueError(f"{self.own.url} ended a completion by {why!r}; it must be 'stop' or 'length'")
         return ids, logps, LENGTH if why == "length" else STOP_ID if ids[-1] in self.ends else STOP_STRING
 
     def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """The answer of the server to a request."""
-        url = self.config.server.rstrip("/") + path
+        url = self.own.url.rstrip("/") + path
         request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
         try:
-            with DIRECT.open(request, timeout=self.config.patience) as answer:
+            with DIRECT.open(request, timeout=self.own.timeout) as answer:
                 return json.load(answer)
         except urllib.error.HTTPError as e:
             with e:
                 said = e.read(300).decode(errors="replace")
             raise ValueError(f"{url} answers {e.code} {e.reason}: {said}") from e
         except (OSError, http.client.HTTPException, ValueError) as e:
-            raise ValueError(f"{url} does not answer ({e}); start the server, or set config.server and config.patience") from e
+            raise ValueError(f"{url} does not answer ({e}); start the server, or set config.server.url and config.server.timeout") from e
 
 
 def padded(answers: Sequence[Sequence[tuple[list[int], list[float], str]]]) -> Completions:
