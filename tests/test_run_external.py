@@ -7,15 +7,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import runs
 import tiny
 from test_run_online import arguments, checked, rows
 
 from alignax import mesh as meshes
 from alignax.bench.measure import measured as benched
 from alignax.cli import commands, main
+from alignax.compiled import COUNTED
 from alignax.config import load_experiment
 from alignax.generate import LENGTH, STOP_ID, STOP_STRING, Completions, Sampling, Shape, Stops, speaker
 from alignax.host.workers import Abandoned
+from alignax.models import hf, lora, parameters, peft
 from alignax.run import external
 from alignax.run.checkpoint import Checkpoints
 from alignax.run.external import External, SamplerFailed
@@ -341,6 +344,71 @@ def test_what_was_learnt_before_a_sampler_fails_is_saved(fields, tmp_path, capsy
         f"saved after step 4. The same command goes on from there after a service or module that the sampler uses is repaired. If {args[2]}"
     )
     assert said.replace(str(tmp_path) + "/", "") in capsys.readouterr().err
+
+
+TOLD = """
+def sampler(config, save):
+    return lambda params, folder, key, n: save(params, folder)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 2])
+def test_save_writes_the_policy_that_the_object_gets(rank, fields, tmp_path):
+    """With adapters it is the merged model; what another has written is left alone, and nothing is compiled at the second call."""
+    model = tiny.folder(tmp_path / "model")
+    more = given(fields, tmp_path, model__path=model, model__init="pretrained", lora__rank=rank)
+    run = checked(arguments(tmp_path, ONLINE + TOLD, more))
+    save = lambda params, folder: run.samplers["rollout"].sample(params, folder, None, 1)
+    source, params = run.policy.source, hf.load_params(run.policy.source, run.mesh)
+    changed = jax.tree.map(lambda x: 0.5 * x, params)
+    if rank:
+        adapters = parameters.init_adapters(source.config, run.policy.lora, run.mesh, params, jax.random.key(0))
+        adapters = jax.tree.map(lambda x: jnp.full_like(x, 0.1), adapters)
+        changed = lora.join(params, adapters)
+    save(changed, tmp_path / "served")
+    before = COUNTED.programs
+    save(changed, tmp_path / "served")
+    assert COUNTED.programs == before
+    wanted = peft.merged(source, run.policy.lora, adapters, run.mesh) if rank else changed
+    found = hf.load_params(hf.open_folder(tmp_path / "served"), run.mesh)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-6), found, wanted)
+    with pytest.raises(ValueError, match="something else wrote it; choose another folder"):
+        save(changed, model)
+
+
+SHARED = """
+import jax, numpy as np
+from alignax.generate import LENGTH, Completions
+
+def sampler(config, save):
+    def sample(params, prompts, key, n):
+        if jax.process_index() == FAILS:
+            raise ConnectionError("the server is gone")
+        save(params, config.workdir + "_served")
+        if jax.process_index():
+            return None
+        rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+        tokens = rng.integers(10, 90, (len(prompts), n, 3))
+        return Completions(tokens, tokens > 0, np.full(tokens.shape, -4.5), np.full(tokens.shape[:2], LENGTH))
+    return sample
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.parametrize("fails", [2, 1, 0])
+def test_two_processes_train_on_the_completions_of_process_0(fails, fields, tmp_path):
+    """Both call the object, which writes the weights of both; a failure of either ends both in one line."""
+    args = arguments(tmp_path, ONLINE + SHARED.replace("FAILS", str(fails)), given(fields, tmp_path))
+    code = 0 if fails == 2 else 1
+    out = [runs.finish(process, code) for process in runs.begin_two([args] * 2)]
+    if fails < 2:
+        assert any("ConnectionError: the server is gone" in text for text in out) and not any("Traceback" in text for text in out)
+        return
+    found = [row for row in rows(tmp_path / "run") if "loss" in row]
+    assert [row["step"] for row in found] == [2, 4] and all(row["completion_length"] == 3 and row["sampler_gap"] > 0 for row in found)
+    assert hf.open_folder(tmp_path / "run_served").config.vocab_size == 96
 
 
 def test_the_command_ends_in_one_line(monkeypatch, capsys):
