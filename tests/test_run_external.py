@@ -13,6 +13,7 @@ from test_run_online import arguments, checked, rows
 
 from alignax import mesh as meshes
 from alignax.bench.measure import measured as benched
+from alignax.bench.measure import sampled_flops
 from alignax.cli import commands, main
 from alignax.compiled import COUNTED
 from alignax.config import load_experiment
@@ -244,6 +245,7 @@ def test_a_run_compiles_nothing_for_a_sampler_outside(fields, tmp_path):
     assert "eval/decode" in names and not any(name.startswith("rollout/") for name in names)
     assert "sampled by sampler() of" in told("rollout", run.samplers["rollout"], run.roles, run.mesh)
     assert run.samplers["eval"].speaker.exact and run.samplers["rollout"].programs({}) == {}
+    assert sampled_flops(run, {}) == 0.0
     with pytest.raises(ValueError, match=r"sampler\(\) of .* samples the rollouts, outside of alignax; leave the word generate out"):
         benched(run.experiment, sampling=True)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
@@ -50,7 +51,7 @@ class External:
           SamplerFailed: in every process, if the object raised in one of them, or returned no possible completions in process 0.
         """
         look()
-        data = np.asarray(jax.random.key_data(key).addressable_data(0))
+        data = jnp.asarray(np.asarray(jax.random.key_data(key).addressable_data(0)))
         key = jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))  # of this process, which may use it alone
         made, problem = None, ""
         try:
