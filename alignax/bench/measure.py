@@ -58,8 +58,10 @@ def measured(experiment: Experiment, sampling: bool, single: bool = False, alone
     The run takes the mesh of its config, or with `single` one device.
 
     Raises:
-      ValueError: for what no run can do, and for a run that samples nothing.
+      ValueError: for what no run can do, and for a run that samples nothing, or outside of alignax.
     """
+    if sampling and experiment.sampler is not None:
+        raise ValueError(f"sampler() of {experiment.file} samples the rollouts, outside of alignax; leave the word generate out")
     turns = experiment.config.steps // steps_of_turn(experiment.config)
     run, began = prepare(experiment, make_mesh({}, jax.devices()[:1]) if single else None), time.perf_counter()
     if sampling and not run.samplers:
@@ -240,7 +242,9 @@ def frozen(run: Run, online: bool) -> list[Role]:
 
 
 def sampled_flops(run: Run, batch: Batch) -> float:
-    """The FLOPs of sampling a rollout."""
+    """The FLOPs of sampling a rollout; none of a sampler outside of alignax."""
+    if run.experiment.sampler is not None:
+        return 0.0
     real = np.asarray(batch["mask"]).sum(axis=-1)  # [B, N]
     prompts = np.array([len(run.data.train.examples.prompt_tokens(int(row))) for row in np.asarray(batch["prompt_id"])])
     names = jax.tree.leaves(run.samplers[ROLLOUT].speaker.names)

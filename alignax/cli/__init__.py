@@ -172,6 +172,7 @@ def command(args: list[str]) -> int:
     from alignax.cli import bench_commands, commands, plan_commands, reward_commands
     from alignax.compiled import keep
     from alignax.config.blame import BadInput
+    from alignax.run.external import SamplerFailed
     from alignax.run.host_rewards import RewardFailed
 
     try:
@@ -215,7 +216,7 @@ def command(args: list[str]) -> int:
         if (own := link()) is not None:
             own.settle()  # what cannot be written may be what another process, which has ended, should have sent
         return fail(e)
-    except (FloatingPointError, RewardFailed) as e:
+    except (FloatingPointError, RewardFailed, SamplerFailed) as e:
         print(f"alignax: stopped: {e}", file=sys.stderr)
         return stopped(f"stopped: {e}", 1)
     return 0

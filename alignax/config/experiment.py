@@ -2,8 +2,8 @@
 
 An experiment file defines `get_config() -> ConfigDict` and `loss(config) -> Loss` (or a function from the step to a Loss). It may also
 define `experience(config, reference)`, `reward(prompts, completions)`, `gold(..)` and `metrics(..)` with the arguments of `reward`,
-`averages(config)`, `row(row)`, `optimizer(config, schedule)`, `combine(gradients)`, `speaker(config, policy)` and `main(experiment)`; see
-`Experiment`.
+`averages(config)`, `row(row)`, `optimizer(config, schedule)`, `combine(gradients)`, `speaker(config, policy)`, `sampler(config, save)` and
+`main(experiment)`; see `Experiment`.
 """
 
 import ast
@@ -49,6 +49,9 @@ class Experiment(NamedTuple):
     optimizer: Callable[..., Any] | None = None  # config, schedule -> optax optimizer, in place of config.optimizer's
     combine: Callable[[dict[str, Any]], Any] | None = None  # gradients by name of loss -> gradient to follow; None: their sum
     speaker: Callable[..., Any] | None = None  # any of config, policy, reference, language models (Speakers) -> Speaker to sample from
+    sampler: Callable[..., Any] | None = (
+        None  # any of config, tokenizer, ends, save -> (params, prompts, key, n) -> Completions of rollouts
+    )
 
 
 def load_experiment(file: str | Path, overrides: Sequence[str] = ()) -> Experiment:
@@ -75,7 +78,7 @@ def hook(module: ModuleType, name: str) -> Any:
     """What an experiment file has under the name of a function that a run calls; a namespace or function of ours of that name is none."""
     found = vars(module).get(name)
     ours = inspect.ismodule(found) and found.__name__ == f"alignax.{name}"
-    return None if ours or (inspect.isfunction(found) and found.__module__ == "alignax.generate.speakers") else found
+    return None if ours or (inspect.isfunction(found) and found.__module__.startswith("alignax.generate.")) else found
 
 
 def check_hooks(module: ModuleType, file: Path) -> None:
@@ -83,7 +86,7 @@ def check_hooks(module: ModuleType, file: Path) -> None:
     for name in ("get_config", "loss"):
         if hook(module, name) is None:
             raise BadInput(f"{file} has no function {name}(){near(name, list(vars(module)))}; see experiments/dpo_hh.py")
-    for name in ("experience", "gold", "reward", "metrics", "speaker"):
+    for name in ("experience", "gold", "reward", "metrics", "speaker", "sampler"):
         given = hook(module, name)
         if given is not None and not callable(given) and not isinstance(given, Sequence):
             raise BadInput(f"{name} of {file} is {given!r}; it must be a function")
@@ -126,13 +129,14 @@ def name_models(config: Any) -> None:
 
 
 def check_asked(module: ModuleType, config: Any, file: Path) -> None:
-    """Refuses an experience, a loss or a speaker with a parameter that no run passes."""
+    """Refuses an experience, a loss, a speaker or a sampler with a parameter that no run passes."""
     own = asked(module.loss)[1:]  # without the first parameter, the config under any name
     check_call(module.loss, f"loss() of {file}", "config", *own)
     wants = {
         "experience": (asked(hook(module, "experience")), (*OFFERED, *config.models)),
         "loss": (own, ("reference", "policy", "ensemble", *config.models)),
         "speaker": (asked(hook(module, "speaker")), ("config", "policy", "reference", *config.models)),
+        "sampler": (asked(hook(module, "sampler")), ("config", "tokenizer", "ends", "save")),
     }
     for name, (every, offered) in wants.items():
         for wanted in every:

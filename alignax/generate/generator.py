@@ -37,9 +37,9 @@ class Completions(NamedTuple):
     mask: np.ndarray  # [B, n, C] bool, True at the tokens of a completion
     logps: np.ndarray  # [B, n, C] float32, log-probs under the speaker's own distribution, in nats
     ended: np.ndarray  # [B, n] text: STOP_ID, STOP_STRING or LENGTH
-    sampling: Sampling
-    steps: int  # decoding steps in all; a step decodes all rows
-    prefills: int  # calls of the prefill program
+    sampling: Sampling = Sampling()
+    steps: int = 0  # decoding steps in all; a step decodes all rows
+    prefills: int = 0  # calls of the prefill program
     drawn: np.ndarray | None = None  # [B, n, C] float32, log-probs that tokens were sampled with (greedy: 0); None: equal to `logps`
     of_model: bool = True  # whether the speaker's distribution is that of one model, neither combined nor processed
 

@@ -1,5 +1,6 @@
 """Reads and writes safetensors files: which files a model folder's weights are in, their headers and checks of their content."""
 
+import functools
 import json
 import math
 import os
@@ -176,15 +177,20 @@ def check_finite(params: Params, dtype: str, what: str) -> None:
       FloatingPointError: names the first such leaves.
     """
     names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    within = lambda x: jnp.all(jnp.abs(x) <= jnp.finfo(dtype).max)  # no cast: compilers may compute narrow types in wider ones
-    fine = gathered(jax.jit(lambda tree: jnp.stack([within(x) for x in jax.tree.leaves(tree)]))(params))
-    bad = [name for name, there in zip(names, fine, strict=True) if not there]
+    bad = [name for name, there in zip(names, gathered(_finite(params, dtype)), strict=True) if not there]
     if bad:
         wider = "" if dtype == "float32" else ", or set export.dtype=float32 if they are finite there"
         raise FloatingPointError(
             f"{what} holds values that are not finite in {dtype} ({', '.join(bad[:3])}); train again with a lower "
             f"optimizer.learning_rate{wider}"
         )
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _finite(params: Params, dtype: str) -> jax.Array:
+    """Whether all values of each leaf are finite in a dtype, [leaves]; compiled once for all exports of a model."""
+    within = lambda x: jnp.all(jnp.abs(x) <= jnp.finfo(dtype).max)  # no cast: compilers may compute narrow types in wider ones
+    return jnp.stack([within(x) for x in jax.tree.leaves(params)])
 
 
 def umask() -> int:

@@ -151,8 +151,9 @@ def check_rollout(config: Any, readers: Sequence[hf.Source], experiment: Experim
             raise ValueError(
                 "data of kind 'prompt' has no completions; set rollout.samples, the completions that are sampled of each prompt"
             )
-        if experiment.reward is not None:
-            raise ValueError(f"reward() of {experiment.file} is for samples, but rollout.samples is 0; set it, for example to 8")
+        for name, function in (("reward", experiment.reward), ("sampler", experiment.sampler)):
+            if function is not None:
+                raise ValueError(f"{name}() of {experiment.file} is for samples, but rollout.samples is 0; set it, for example to 8")
         return
     if c.bad_rewards not in ("error", "drop"):
         raise ValueError(f"rollout.bad_rewards is {c.bad_rewards!r}; use 'error' or 'drop'")

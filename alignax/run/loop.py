@@ -16,6 +16,7 @@ from alignax.distributed import is_main
 from alignax.host.workers import Abandoned, never
 from alignax.run.evaluation import Evaluation
 from alignax.run.export import export
+from alignax.run.external import SamplerFailed
 from alignax.run.feed import Feed, make_feed
 from alignax.run.host_rewards import RewardFailed
 from alignax.run.log import Log
@@ -121,7 +122,7 @@ def over(metrics: Metrics) -> float:
 def leaving(started: Started, log: Log, stop: Stop, state: TrainState, step: int, what: str) -> Iterator[None]:
     """Lets a signal end `what` (a rollout or an evaluation) as if the signal had come right after `step`, the last step learnt.
 
-    The state after that step is saved, also if a reward function fails.
+    The state after that step is saved, also if a reward function or the experiment's own sampler fails.
     """
     workers = started.run.workers
     workers.stop = lambda: stop.signal
@@ -136,14 +137,17 @@ def leaving(started: Started, log: Log, stop: Stop, state: TrainState, step: int
             where = f"after step {step}, in {what}; saved. The same command goes on from here."
         log.line(f"stopped by {SIGNALS[signal.Signals(e.number)]} {where}")
         raise SystemExit(128 + e.number) from None
-    except RewardFailed:
+    except (RewardFailed, SamplerFailed) as e:
+        repaired = "the sampler uses is repaired"
+        if isinstance(e, RewardFailed):
+            repaired = "the reward uses is repaired, or with rollout.bad_rewards=drop or a longer rollout.timeout"
         if step:
             log.publish()
             started.checkpoints.save(state, started.about, {})
             log.line(
-                f"saved after step {step}. The same command goes on from there after a service or module that the reward uses is "
-                f"repaired, or with rollout.bad_rewards=drop or a longer rollout.timeout. If {started.run.experiment.file.name} changes, "
-                f"it is another run, which may begin with the model that `alignax export {started.run.workdir} FOLDER` writes."
+                f"saved after step {step}. The same command goes on from there after a service or module that {repaired}. If "
+                f"{started.run.experiment.file.name} changes, it is another run, which may begin with the model that `alignax export "
+                f"{started.run.workdir} FOLDER` writes."
             )
         raise
     finally:

@@ -115,8 +115,8 @@ def check_corrected(apply: Apply, objective: Objectives, state: TrainState, batc
     if not read:
         raise ValueError(
             "rollouts are sampled from another distribution than that of the policy that learns from them (rollout.ahead, rollout.int8, "
-            f"rollout.top_p below 1, speaker(..), or the average {PROPOSAL!r}), but the loss does not read {name}; correct the loss, as in "
-            "importance_weighted(grpo())"
+            f"rollout.top_p below 1, speaker(..), sampler(..), or the average {PROPOSAL!r}), but the loss does not read {name}; correct "
+            "the loss, as in importance_weighted(grpo())"
         )
 
 
@@ -178,22 +178,26 @@ def experienced(run: Run, state: TrainState, frozen: Held, batch: Batch, parts: 
     sampled = scored(run, batch, out)  # before experience, which may replace the responses
     batch = batch | {"old_logps": out.logps, "old_entropy": out.entropy} | ({} if out.values is None else {"values": out.values})
     carry, batch, reported = advance(make_experience(run, frozen, state), state.carry, batch)
-    return carry, batch, sampled | measured(batch, off_policy(run), names_of(run.experiment)), reported
+    return carry, batch, sampled | measured(batch, off_policy(run), names_of(run.experiment), outside(run)), reported
 
 
 def scored(run: Run, batch: Batch, out: Outputs) -> Metrics:
     """Metrics of a rollout and of the policy's outputs `out` for it."""
-    return measured(batch | {"old_logps": out.logps}, off_policy(run), names_of(run.experiment)) | {
-        "entropy": per_token(out.entropy, batch)
-    }
+    own = measured(batch | {"old_logps": out.logps}, off_policy(run), names_of(run.experiment), outside(run))
+    return own | {"entropy": per_token(out.entropy, batch)}
 
 
-def measured(batch: Batch, other: bool = False, names: Sequence[str] = ()) -> Metrics:
+def outside(run: Run) -> bool:
+    """Whether `sampler(..)` of the experiment samples the rollouts."""
+    return run.experiment.sampler is not None
+
+
+def measured(batch: Batch, other: bool = False, names: Sequence[str] = (), external: bool = False) -> Metrics:
     """Metrics of a rollout, each [], over responses with a scored token.
 
     `sampler_kl`, if another policy sampled the rollout (`other`): an estimate of KL(sampler || policy) in nats, summed over a response.
-    Importance weights then correct `kl` and `kl_k3`. `sampler_gap`, if the policy itself sampled: the largest difference between its
-    log-probs at sampling time and in the forward pass.
+    Importance weights then correct `kl` and `kl_k3`. `sampler_gap`, if the policy itself sampled, or a sampler outside of alignax
+    (`external`): the largest difference between log-probs at sampling time and in the policy's forward pass.
 
     `kl` and `kl_k3`: estimates of KL(policy || reference) in nats, summed over a response (Schulman 2020, "Approximating KL
     divergence"): k1 = sum_t lr and k3 = sum_t exp(-lr) - 1 + lr, lr = log pi - log ref; both unbiased, k1 signed, k3 >= 0.
@@ -212,7 +216,7 @@ def measured(batch: Batch, other: bool = False, names: Sequence[str] = ()) -> Me
         out["sampler_kl"] = mean(distance)
         # A softmax gives weights with mean 1 that stay finite however far apart the two policies are.
         weights = real.sum() * jax.nn.softmax(jnp.where(real, -distance, -jnp.inf), axis=None)
-    elif "sampled_logps" in batch:
+    if "sampled_logps" in batch and (external or not other):
         out["sampler_gap"] = sampler_gap(batch["old_logps"], batch)
     if "ref_logps" in batch:
         lr = jnp.where(batch["completion_mask"], batch["old_logps"] - batch["ref_logps"], 0.0)

@@ -58,6 +58,7 @@ from alignax.run.checks import (
     check_profile,
     check_rollout,
 )
+from alignax.run.external import External
 from alignax.run.memory import fitting, held, part_shape
 from alignax.run.opening import Vocabulary, notices, open_models, without_idle_reference
 from alignax.run.roles import GOLD, POLICY, REFERENCE, Role, abstract_frozen, kernel, models
@@ -134,7 +135,7 @@ class Run(NamedTuple):
     learning: Learning
     steps: int
     workers: Workers  # the processes that call reward functions
-    samplers: dict[str, Generator]  # the generators by name, see `alignax.run.sampling`
+    samplers: dict[str, Generator | External]  # the generators by name, see `alignax.run.sampling`
     packing: Packing | None  # how rows are packed; None: they are padded
     cache: Path | None  # folder of the reference's log-probs of the data; None: they are computed in every step
     day: datetime.date  # the day that chat templates are told, on which the run began
