@@ -21,7 +21,7 @@ from alignax.config import load_experiment
 from alignax.mesh import make_mesh
 from alignax.models.rows import laid_out
 from alignax.packing import deal
-from alignax.run import forecast, plan, turns
+from alignax.run import forecast, plan, planned, turns
 from alignax.run.forecast import Forecast
 from alignax.run.prepare import prepare
 from alignax.run.programs import programs
@@ -221,3 +221,57 @@ def test_a_search_tries_meshes_then_remats_then_microbatches(fields, tpu_slice, 
     out = capsys.readouterr().out
     assert out.index("data 2 x fsdp 2 x tensor 1, remat dots, 2 microbatches") < out.index("data 1 x fsdp 4 x tensor 1, remat full, 1")
     assert "data 2 x fsdp 2 x tensor 1, remat dots, 2 microbatches" in json.loads((tmp_path / "p.json").read_text())["search"]
+
+
+# --- a run beside its plan ---
+
+
+def told(tmp_path, changes, *, topology="v5e:2x2") -> list[str]:
+    """What a run on such a slice is told whose plan was for v5e:2x2 and other fields, read back from its file."""
+    given = runs.world(tmp_path) | {"workdir": tmp_path / "run"}
+    of = lambda slice, more: plan_commands.prepared(
+        load_experiment(runs.REPO / "experiments/dpo_hh.py", [f"{k}={v}" for k, v in (given | more).items()]), slice
+    )
+    before = {"facts": planned.facts(of("v5e:2x2", {})), "programs": forecast.as_json({"train": SMALL})}
+    (tmp_path / "plan.json").write_text(json.dumps(before))
+    return [*planned.differences(planned.read(tmp_path / "plan.json"), of(topology, changes))]
+
+
+def test_a_run_as_planned_is_told_nothing_wherever_it_is(tpu_slice, tmp_path):
+    copied = tiny.pairs(tmp_path / "elsewhere.jsonl")
+    moved = {"workdir": tmp_path / "other", "data.train": copied, "mesh.data": 4, "log.every": 3, "seed": 5, "model.init": "random"}
+    assert told(tmp_path, moved) == []
+
+
+def test_a_run_that_is_not_as_planned_is_told_what_differs(tpu_slice, tmp_path):
+    changes = {"mesh.data": 2, "mesh.fsdp": -1, "batch_size": 16, "model.remat": "none"}
+    assert told(tmp_path, changes, topology="v5e:4x4") == [
+        "chips is '1 x 16 TPU v5 lite', planned was '1 x 4 TPU v5 lite'",
+        "mesh is 'data 2 x fsdp 8 x tensor 1', planned was 'data 4 x fsdp 1 x tensor 1'",
+        "slice is [4, 4, 1, 1], planned was [2, 2, 1, 1]",
+        "batch_size is 16, planned was 8",
+        "model.remat is 'none', planned was 'full'",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [(None, "cannot be read (No such file or directory)"), ("{}", "is no plan"), ("[1", "is no plan"), ("7", "is no plan")],
+)
+def test_what_is_no_plan_is_refused(text, message, tmp_path, capsys):
+    file = tmp_path / "plan.json"
+    if text is not None:
+        file.write_text(text)
+    assert main(["train", "--config", RM, "--plan", str(file), f"--config.workdir={tmp_path}/run"]) == 2
+    assert message in (said := capsys.readouterr().err) and "give a file of `alignax plan --json FILE`" in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_run_warns_of_what_is_not_as_planned(tpu_slice, tmp_path):
+    told(tmp_path, {})
+    given = runs.world(tmp_path) | {"workdir": tmp_path / "run", "steps": 1, "eval.every": 0}
+    out = runs.finish(runs.begin([*runs.arguments(given), "--plan", str(tmp_path / "plan.json")]))
+    assert "alignax: warning: not as planned: chips is '1 x 1 cpu', planned was '1 x 4 TPU v5 lite'" in out
+    assert "alignax: warning: not as planned: steps is 1, planned was 24" in out
+    assert (tmp_path / "run" / "metrics.jsonl").exists()

@@ -16,7 +16,7 @@ from alignax.interrupts import install, leave, link, number_of, told
 if TYPE_CHECKING:
     from alignax.generate.console import Request
 
-USAGE = """usage: alignax train  --config FILE.py [--config.FIELD=VALUE ...] [--dry-run]
+USAGE = """usage: alignax train  --config FILE.py [--config.FIELD=VALUE ...] [--dry-run] [--plan FILE]
        alignax plan   --config FILE.py --topology KIND:XxY [--slices N] [--search] [--config.FIELD=VALUE ...] [--json OUT]
        alignax eval   WORKDIR [--config.FIELD=VALUE ...] [--json OUT]
        alignax eval-rm MODELS [--config FILE.py] [--config.FIELD=VALUE ...] [--json OUT]
@@ -33,7 +33,8 @@ USAGE = """usage: alignax train  --config FILE.py [--config.FIELD=VALUE ...] [--
                       [--against COMMAND [--rounds N]]
        --force with plan, eval, eval-rm, anchor, ridge, generate, export, check-data, report, bench: replaces what others wrote
 
-train       runs an experiment, or resumes a stopped run; --dry-run shows what the run would do and writes nothing
+train       runs an experiment, or resumes a stopped run; --dry-run shows what the run would do and writes nothing; --plan FILE, with the
+            file of `alignax plan --json FILE`: warns of all that is not as it was planned
 plan        compiles every program of a run for TPU slices that need not be at hand (v5e:16x16, v5p:4x4x8, v6e:4x4, v4:2x2x4), and says of
             each whether it fits, what bounds it and how long it takes at least; needs no weights; --slices: several slices; --search: also
             tries other meshes, remats and microbatches; --json FILE also writes all figures to a file, --json - prints them instead; the
@@ -95,6 +96,7 @@ WRITING = (
 VALUED = {
     "--config": CONFIGURED, "--json": ("plan", "eval", "eval-rm", "check-data", "bench"), "--samples": ("anchor",), "--penalty": ("ridge",),
     "--topology": ("plan",), "--slices": ("plan",), "--steps": ("bench",), "--against": ("bench",), "--rounds": ("bench",),
+    "--plan": ("train",),
 }  # fmt: skip
 COUNTS = {"--steps": "6", "--rounds": "3", "--slices": "0"}  # options with a whole number, and their defaults
 VALUES = {
@@ -115,6 +117,7 @@ class Arguments(NamedTuple):
     overrides: list[str]  # FIELD=VALUE
     file: str  # --config: the experiment file
     dry: bool  # --dry-run
+    plan: str  # --plan of train: a file of `alignax plan --json`
     json: str  # --json: where plan, check-data, eval, eval-rm and bench write JSON; "-": to the console; empty: nowhere
     samples: str  # --samples of anchor
     scale: bool  # --scale of anchor
@@ -182,7 +185,7 @@ def command(args: list[str]) -> int:
         return fail(e)
     try:
         if given.command == "train":
-            commands.train(given.file, given.overrides, given.dry)
+            commands.train(given.file, given.overrides, given.dry, given.plan)
         elif given.command == "plan":
             plan_commands.plan(given.file, given.overrides, given.topology, given.slices, given.search, given.json, given.force)
         elif given.command == "eval":
@@ -298,7 +301,14 @@ def parse(args: Sequence[str]) -> Arguments:
             "`alignax anchor` needs --samples FILE, with samples of the initial policy from `alignax generate MODEL --out FILE`"
         )
     beside = [("a model of --combine", path) for path, _ in request.combination()]
-    named = {"--config": file, "--json": json, "--out": request.out, "--samples": samples, "--prompts": request.prompts}
+    named = {
+        "--config": file,
+        "--plan": values.get("--plan", ""),
+        "--json": json,
+        "--out": request.out,
+        "--samples": samples,
+        "--prompts": request.prompts,
+    }
     for name, text in [*named.items(), *beside, *((f"an argument of `alignax {command}`", word) for word in words)]:
         paths.check(text, name, hub=name in ("--samples", "--prompts"))
     against = values.get("--against", "")
@@ -308,6 +318,7 @@ def parse(args: Sequence[str]) -> Arguments:
         overrides,
         file,
         dry,
+        values.get("--plan", ""),
         json,
         samples,
         scale,

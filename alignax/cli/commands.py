@@ -26,7 +26,7 @@ from alignax.mesh import make_mesh
 from alignax.models import hf
 from alignax.models.tokenizers import check_tokenizer, load_tokenizer
 from alignax.models.transformer import ModelConfig
-from alignax.run import plan
+from alignax.run import plan, planned
 from alignax.run.evaluation import Evaluation
 from alignax.run.log import Log
 from alignax.run.loop import fit
@@ -39,35 +39,57 @@ from alignax.text import table
 from alignax.types import Params
 
 
-def train(file: str, overrides: Sequence[str], dry: bool) -> None:
-    """`alignax train`: trains an experiment, or goes on where it was stopped; `dry` prints the plan and writes nothing."""
+def train(file: str, overrides: Sequence[str], dry: bool, plan_file: str = "") -> None:
+    """`alignax train`: trains an experiment, or goes on where it was stopped.
+
+    Args:
+      file: the experiment file.
+      overrides: fields of the config, FIELD=VALUE.
+      dry: prints the plan of the run and writes nothing.
+      plan_file: a file of `alignax plan --json FILE`, or empty; what is not as it was planned is a warning on stderr.
+    """
     with refusing():
         distributed.initialize()
         with together():
             experiment = load_experiment(file, overrides)
             check_moved(experiment, overrides)
+            if plan_file and experiment.main is not None:
+                raise ValueError(f"{file} runs several stages, or a model that it writes; leave out --plan, which is of a single run")
+            made = planned.read(paths.of(plan_file)) if plan_file else None
         distributed.check_alike({"experiment": code(experiment)})
     if dry:
         with refusing():
             if experiment.main is not None and not experiment.config.model.path:
                 raise ValueError(f"{file} runs several stages, each with a separate config; leave out --dry-run, which shows a single run")
-            planned = checked(experiment)
-            check_step(planned)
-            print(plan.describe(planned))
+            shown = checked(experiment)
+            compare(made, shown)
+            check_step(shown)
+            print(plan.describe(shown))
     elif experiment.main is not None:
         with refusing(), blaming(experiment.file, own=True):
             experiment.main(experiment)
     else:
-        run(experiment)
+        run(experiment, made)
 
 
-def run(experiment: Experiment) -> dict[str, dict[str, float]]:
-    """Runs an experiment as a single run, or what is left of it; returns its evaluation metrics before and after training."""
+def run(experiment: Experiment, made: dict[str, Any] | None = None) -> dict[str, dict[str, float]]:
+    """Runs an experiment as a single run, or what is left of it; returns its evaluation metrics before and after training.
+
+    With a plan from `alignax.run.planned`, what is not as it was planned is a warning on stderr.
+    """
     with preparing(), refusing():
         with together():
             run = prepare(experiment)
+        compare(made, run)
         started = start(run)
     return fit(started)
+
+
+def compare(made: dict[str, Any] | None, run: Run) -> None:
+    """Says on stderr what of a run is not as a plan has it; process 0 does."""
+    if made is not None and is_main():
+        for line in planned.differences(made, run):
+            print(f"alignax: warning: not as planned: {line}", file=sys.stderr)
 
 
 def checked(experiment: Experiment) -> Run:

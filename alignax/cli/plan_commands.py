@@ -9,11 +9,12 @@ from typing import Any
 import jax
 
 from alignax import output, paths
-from alignax.config import Experiment, flat, load_experiment
+from alignax.config import Experiment, load_experiment
 from alignax.config.blame import refusing
 from alignax.mesh import words
 from alignax.run.forecast import HEAD, Forecast, as_json, forecast, row, traffic
 from alignax.run.plan import topology_mesh
+from alignax.run.planned import facts
 from alignax.run.prepare import Run, prepare
 from alignax.run.programs import programs
 from alignax.run.start import check_step
@@ -57,7 +58,7 @@ def plan(file: str, overrides: Sequence[str], topology: str, slices: int, search
                 print(table([["choice", *HEAD[1:]], *(row(name, f) for name, f in tried)]))
         if out:
             about = {"topology": topology, "mesh": dict(run.mesh.shape), "slices": max(run.config.mesh.slices, 1), "made": versions()}
-            output.write_json(about | {"programs": as_json(found), "search": as_json(dict(tried)), "config": flat(run.config)}, out)
+            output.write_json(about | {"facts": facts(run), "programs": as_json(found), "search": as_json(dict(tried))}, out)
         if beyond := [name for name, f in found.items() if not f.fits]:
             raise ValueError(
                 f"{', '.join(beyond)} of {file} {'does' if len(beyond) == 1 else 'do'} not fit into a chip of {topology}; take more chips, "
