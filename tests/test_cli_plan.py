@@ -104,7 +104,8 @@ def test_products_inside_of_kernels_count_by_their_grid_and_the_loops_around():
     assert forecast.kernel_flops(traced.jaxpr) == 7 * 15 * 2 * 64 * 32 * 16
 
 
-@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.slow
+@pytest.mark.parametrize("shared", runs.long_but([True, False], True))
 def test_packed_rows_count_for_their_parts_and_for_the_pairs_that_are_seen(shared, tmp_path):
     """The parts and pairs of a real batch of 64 pairs, found by dealing it and laying its parts out."""
     rng, line = np.random.default_rng(0), lambda n: "the sun " * int(n)

@@ -152,6 +152,7 @@ def test_nothing_is_compiled_again():
     assert sorted(TRACED) == ["decode", "prefill"]
 
 
+@pytest.mark.slow
 def test_places_that_are_filled_again_waste_little():
     rng = np.random.default_rng(1)
     prompts = rng.integers(11, 96, (60, 4)).tolist()

@@ -211,6 +211,7 @@ def test_what_is_taken_into_parts_is_put_back(mesh):
 # --- layout ---
 
 
+@pytest.mark.slow
 def test_context_shards_share_the_work_of_a_long_row():
     """Of one row of 32 blocks, whose later tokens see more, each of four shards has the queries of a quarter of the pairs."""
     real = jnp.ones((1, 1, 32 * BLOCK), bool)
