@@ -15,7 +15,8 @@ from alignax import output
 from alignax.config import BadInput
 from alignax.paths import remote
 from alignax.run.mirror import Mirror
-from alignax.text import one_line, short
+from alignax.run.tensorboard import TensorBoard
+from alignax.text import short
 
 MOST = 1 << 24  # largest size of rollouts.jsonl, in bytes
 LARGE = 1e300  # larger than any number that a run writes
@@ -39,7 +40,7 @@ class Log:
         self._shown = start
         self._first: int | None = None  # first step of this process; it compiles, so speed and time left exclude it
         self._bar: Any = None
-        self._tensorboard: Any = None
+        self._tensorboard: TensorBoard | None = None
         self._mirror: Mirror | None = None
         self.folder = workdir  # where the files of the log grow
         self.evaluated = False  # whether the log has an evaluation of the state at `start`
@@ -61,9 +62,7 @@ class Log:
                 "what they logged is lost"
             )
         if tensorboard:
-            from tensorboardX import SummaryWriter
-
-            self._tensorboard = SummaryWriter(str(self.folder / "tensorboard"), purge_step=start + 1, write_to_disk=True)
+            self._tensorboard = TensorBoard(self.folder / "tensorboard", purge=start + 1)
         if sys.stderr.isatty():
             from tqdm import tqdm
 
@@ -117,9 +116,7 @@ class Log:
         step = int(values["step"])
         _append(self._metrics, step, [values])
         if self._tensorboard is not None:
-            for name, value in values.items():
-                if name != "step":
-                    self._tensorboard.add_scalar(name, value, step)
+            self._tensorboard.add(step, {name: value for name, value in values.items() if name != "step"}, {})
         if self._mirror is not None:
             self._mirror.send()
 
@@ -130,7 +127,7 @@ class Log:
         _append(self._samples, step, rows)
         if self._tensorboard is not None:
             text = "\n\n".join(f"**{row['prompt']}**{row['completion']}" for row in rows)
-            self._tensorboard.add_text("samples", text, step)
+            self._tensorboard.add(step, {}, {"samples": text})
 
     def rollouts(self, step: int, rows: list[dict[str, Any]]) -> None:
         """Writes the responses that a step was trained on to rollouts.jsonl; beyond `MOST` bytes, the older half is dropped."""
@@ -147,8 +144,6 @@ class Log:
         Raises:
           OSError: if the bucket cannot be written.
         """
-        if self._tensorboard is not None:
-            self._tensorboard.flush()
         if self._mirror is not None:
             self._mirror.finish()
 
@@ -169,11 +164,9 @@ class Log:
             self._bar, sys.stderr = None, open(os.devnull, "w")  # noqa: SIM115
 
     def close(self) -> None:
-        """Closes TensorBoard, the progress line, and the way to a bucket."""
+        """Closes the progress line and the way to a bucket."""
         if self._bar is not None:
             self._bar.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
         if self._mirror is not None:
             self._mirror.close()
 
@@ -270,14 +263,8 @@ def _keep_rows(file: Path, last: int, shape: Any = ROW) -> list[dict[str, Any]]:
 
 
 def _append(file: Path, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-    try:
-        with open(file, "a", encoding="utf-8") as f:
-            f.writelines(json.dumps({"step": step} | _plain(row), ensure_ascii=False) + "\n" for row in rows)
-    except OSError as e:  # a full disk, for example
-        raise OSError(
-            f"{str(file)!r} could not be written ({one_line(e)}); make room, and run the same command again: it goes on from the newest "
-            "checkpoint"
-        ) from e
+    lines = "".join(json.dumps({"step": step} | _plain(row), ensure_ascii=False) + "\n" for row in rows)
+    output.append(file, lines.encode(), output.AGAIN)
 
 
 def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
