@@ -139,3 +139,14 @@ def test_event_files_hold_what_tensorboardx_writes(tmp_path):
     with runs.small_files(own.file.stat().st_size + 20), pytest.raises(OSError, match="File too large"):
         own.add(5, {"loss": 1.0}, {})
     assert len(events(tmp_path / "own")) == 6, "no half event"
+
+
+def test_a_sample_of_many_megabytes_is_logged_by_its_ends(tmp_path):
+    """A prompt is logged as it stands in the data, however much of it was cut for the model."""
+    log = Log(tmp_path, steps=1, start=0, every=1, tensorboard=True)
+    with closing(log):
+        log.samples(1, [{"prompt": "a" + "b" * 5_000_000 + "c", "completion": "d" * 2**16, "gold": 1.0}])
+    (row,) = rows(tmp_path / "samples.jsonl")
+    assert row["prompt"] == "a" + "b" * (2**15 - 1) + " [4,934,466 characters are left out] " + "b" * (2**15 - 1) + "c"
+    assert row["completion"] == "d" * 2**16 and row["gold"] == 1.0
+    assert sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file()) < 500_000

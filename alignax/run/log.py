@@ -19,6 +19,7 @@ from alignax.run.tensorboard import TensorBoard
 from alignax.text import short
 
 MOST = 1 << 24  # largest size of rollouts.jsonl, in bytes
+TEXT = 1 << 16  # most characters of a text in samples.jsonl
 LARGE = 1e300  # larger than any number that a run writes
 SURROGATE = re.compile("[\ud800-\udfff]")  # half of a surrogate pair, which UTF-8 cannot encode
 ROW = {"step": int, str: (float,)}  # shape of a row of metrics.jsonl, see `misfit`
@@ -121,9 +122,10 @@ class Log:
             self._mirror.send()
 
     def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
-        """Writes sampled completions to samples.jsonl and as TensorBoard text."""
+        """Writes sampled completions to samples.jsonl and as TensorBoard text; of a text beyond `TEXT` characters, both ends."""
         if not self.writes:
             return
+        rows = [{name: _ends(x) if isinstance(x, str) else x for name, x in row.items()} for row in rows]
         _append(self._samples, step, rows)
         if self._tensorboard is not None:
             text = "\n\n".join(f"**{row['prompt']}**{row['completion']}" for row in rows)
@@ -270,6 +272,12 @@ def _append(file: Path, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
 def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row for JSON: numbers that are not finite become None."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+
+
+def _ends(text: str) -> str:
+    """A text, of a long one its beginning and its end."""
+    left = len(text) - TEXT
+    return text if left <= 0 else f"{text[: TEXT // 2]} [{left:,} characters are left out] {text[-TEXT // 2 :]}"
 
 
 def _si(x: float) -> str:
