@@ -85,8 +85,7 @@ def sizes(array: Any, room: Any) -> np.ndarray:
     Arrow can store a value once for many rows (dictionaries, runs, views), and a million nulls in no bytes: an array's own size says
     nothing about that of its rows. `room(bytes)` raises an error for too many of them, before as many sizes are made.
     """
-    import pyarrow.compute as compute
-    from pyarrow import types
+    from pyarrow import compute, types
 
     kind, count = array.type, len(array)
     room(POINTER * count)
@@ -103,7 +102,7 @@ def sizes(array: Any, room: Any) -> np.ndarray:
         views = np.frombuffer(array.buffers()[1] or b"", np.int32).reshape(-1, 4)
         return POINTER + views[array.offset : array.offset + count, 0].astype(np.int64)
     if types.is_string(kind) or types.is_binary(kind) or types.is_large_string(kind) or types.is_large_binary(kind):
-        return POINTER + compute.binary_length(array).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
+        return POINTER + compute.call_function("binary_length", [array]).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
     if types.is_struct(kind):
         return sum((sizes(array.field(i), room) for i in range(kind.num_fields)), np.full(count, POINTER))
     if types.is_union(kind):

@@ -19,14 +19,13 @@ class TensorBoard:
 
     def __init__(self, folder: Path, purge: int):
         """Begins a file. Errors: OSError, as in `add`."""
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
-
+        event, session = _messages("Event", "SessionLog")
         self.file = folder / f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}"
         output.append(self.file, b"", output.AGAIN)
         self._add(
-            Event(file_version="brain.Event:2"),
-            Event(step=purge, file_version="brain.Event:2"),
-            Event(step=purge, session_log=SessionLog(status=SessionLog.START)),
+            event(file_version="brain.Event:2"),
+            event(step=purge, file_version="brain.Event:2"),
+            event(step=purge, session_log=session(status=session.START)),
         )
 
     def add(self, step: int, values: Mapping[str, float], texts: Mapping[str, str]) -> None:
@@ -35,11 +34,11 @@ class TensorBoard:
         Raises:
           OSError: if the file cannot be written.
         """
-        from tensorboardX.proto.event_pb2 import Event
         from tensorboardX.summary import scalar, text
 
         summaries = [scalar(name, value) for name, value in values.items()] + [text(name, value) for name, value in texts.items()]
-        self._add(*(Event(step=step, summary=summary) for summary in summaries))
+        (event,) = _messages("Event")
+        self._add(*(event(step=step, summary=summary) for summary in summaries))
 
     def _add(self, *events: Any) -> None:
         from tensorboardX.record_writer import masked_crc32c
@@ -51,3 +50,10 @@ class TensorBoard:
             size = struct.pack("<Q", len(data))
             content += size + struct.pack("<I", masked_crc32c(size)) + data + struct.pack("<I", masked_crc32c(data))
         output.append(self.file, content, output.AGAIN)
+
+
+def _messages(*names: str) -> list[Any]:
+    """Classes of TensorBoard's messages, which the protocol's compiler makes at the import."""
+    from tensorboardX.proto import event_pb2
+
+    return [vars(event_pb2)[name] for name in names]
