@@ -46,6 +46,28 @@ def leave(line: str, number: int) -> int:
     return 128 + number
 
 
+def leave_process(code: int) -> None:
+    """Ends the process, if a signal has ended its command and it is the only one.
+
+    At the regular end of Python, jax waits for a compilation that the signal has interrupted, which may take minutes.
+    """
+    if code - 128 not in set(SIGNALS) or ("jax" in sys.modules and sys.modules["jax"].distributed.is_initialized()):
+        return
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(Exception):  # the console has gone, or was being written to
+            stream.flush()
+    os._exit(code)
+
+
+def compiling(frame: FrameType | None) -> bool:
+    """Whether a frame of Python's stack, or one above it, is that of a function of jax which compiles a program."""
+    while frame is not None:
+        if "compile" in frame.f_code.co_name and f"{os.sep}jax{os.sep}" in frame.f_code.co_filename:
+            return True
+        frame = frame.f_back
+    return False
+
+
 def _exit(line: str, number: int) -> None:
     """Ends the process at once; of several, the others are told the line."""
     with suppress(Exception):  # the console has gone, or was being written to

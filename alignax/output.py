@@ -9,6 +9,7 @@ machine and uploaded file by file, its config last, and without a config it is n
 """
 
 import ctypes
+import errno
 import functools
 import json
 import math
@@ -20,7 +21,7 @@ import sys
 import tempfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,9 @@ from alignax.text import one_line
 MARK = "alignax.json"
 LAST = ("config.json", "adapter_config.json", MARK)  # files without which a folder is no model, nor known as written by alignax
 TMP = "alignax-tmp"  # the end of the names of unfinished files and folders
+FULL = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))  # what a disk without room says, in any library
+ROOM = "make room, or choose another place"
+AGAIN = "make room, and run the same command again: it goes on from the newest checkpoint"  # what to do for the files of a run
 EXCHANGE, HERE = 2, -100  # RENAME_EXCHANGE and AT_FDCWD of Linux
 
 
@@ -161,7 +165,7 @@ def standing(path: Path) -> Path:
     return next(p for p in (path, *path.absolute().parents) if p.exists())
 
 
-def require_space(path: Path, need: int, what: str, remedy: str = "make room, or choose another place") -> None:
+def require_space(path: Path, need: int, what: str, remedy: str = ROOM) -> None:
     """Raises an OSError, before anything is written, if the disk has no room for 1.1 times `need` bytes; a bucket has room."""
     if remote(path):
         return
@@ -201,6 +205,37 @@ def write_text(path: Path, text: str) -> None:
     """Writes a text file, which appears whole or not at all."""
     with file(path) as tmp:
         tmp.write_text(text, encoding="utf-8")
+
+
+def append(path: Path, content: bytes, remedy: str = ROOM) -> None:
+    """Adds to the end of a file on this machine, or makes the file and its folder; after an error the file is as it was.
+
+    Raises:
+      OSError: if it cannot be written, with the remedy at the end.
+    """
+    size = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab", buffering=0) as f:
+            size = f.tell()
+            while content:
+                content = content[f.write(content) :]
+    except OSError as e:
+        if size is not None:
+            with suppress(OSError):  # a device
+                os.truncate(path, size)
+        raise unwritten(path, e, remedy) from e
+
+
+def unwritten(path: Path, error: Exception, remedy: str = ROOM) -> OSError:
+    """The error of a place that could not be written."""
+    return OSError(f"{str(path)!r} could not be written ({reason(error)}); {remedy}")
+
+
+def reason(error: BaseException) -> str:
+    """An error in one line, of a long one both ends: a path comes first, and what happened last."""
+    line = one_line(error, 1000)
+    return line if len(line) <= 300 else f"{line[:140]} .. {line[-140:]}"
 
 
 def write_json(value: Any, out: str) -> None:
@@ -285,12 +320,12 @@ def _writing(path: Path, tmp: Path) -> Iterator[None]:
     except BaseException as e:
         if is_main() or tmp.is_file():
             shutil.rmtree(tmp) if tmp.is_dir() else tmp.unlink(missing_ok=True)
-        if not isinstance(e, (OSError, SafetensorError)):
-            raise
+        if not isinstance(e, (OSError, SafetensorError)) and not (isinstance(e, Exception) and any(sign in str(e) for sign in FULL)):
+            raise  # tokenizers, too, has no error class of its own for a full disk
         if remote(path):
-            raise OSError(f"{str(path)!r} could not be written ({one_line(e)})") from e
+            raise OSError(f"{str(path)!r} could not be written ({reason(e)})") from e
         kept = "; the file that was there is unchanged" if path.exists() else ""
-        raise OSError(f"{str(path)!r} could not be written ({one_line(e)}){kept}; make room, or choose another place") from e
+        raise OSError(f"{str(path)!r} could not be written ({reason(e)}){kept}; {ROOM}") from e
 
 
 def _real(path: Path) -> Path:

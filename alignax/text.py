@@ -6,7 +6,11 @@ from typing import Any
 
 def one_line(error: BaseException, most: int = 160) -> str:
     """The message of an error, as one line of at most `most` characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    try:
+        text = str(error)
+    except Exception:  # a foreign class of errors
+        text = ""
+    text = " ".join(text[: 100 * most].split()) or type(error).__name__  # many megabytes of words would be a list of each
     return text if len(text) <= most else text[: most - 3] + "..."
 
 
@@ -16,7 +20,10 @@ _REPR.maxstring = _REPR.maxother = _REPR.maxlong = 80
 
 def short(value: Any) -> str:
     """A value as an error message shows it, in at most 80 characters."""
-    text = _REPR.repr(value)
+    try:
+        text = _REPR.repr(value)
+    except Exception:  # of an integer of thousands of digits, for example
+        text = f"<{type(value).__name__}>"
     return text if len(text) <= 80 else text[:60] + "..." + text[-17:]
 
 

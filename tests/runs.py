@@ -2,12 +2,14 @@
 
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,17 @@ def world(folder: Path) -> dict[str, object]:
     pairs = tiny.pairs(folder / "pairs.jsonl")
     model = tiny.folder(folder / "model")
     return SMALL | {"model.path": str(model), "data.train": str(pairs), "data.eval": str(pairs)}
+
+
+@contextmanager
+def small_files(size: int) -> Iterator[None]:
+    """In the context a file that grows beyond so many bytes fails in its middle, as on a full disk."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
 
 
 def arguments(fields: dict[str, object], experiment: str = "dpo_hh") -> list[str]:

@@ -218,3 +218,20 @@ def test_a_small_bench_writes_its_figures(tmp_path, monkeypatch, capsys):
     assert dpo.mfu == pytest.approx(dpo.model_flops_per_cpu_second / dpo.machine["rate"], rel=0.2)
     assert dpo.cached_first_step_cpu_s < dpo.first_step_cpu_s and generate.program == "eval/decode"
     assert 64 <= generate.tokens <= 64 * 8 and not dpo.compilations_later and not generate.compilations_later
+
+
+def test_a_bench_that_finds_no_room_names_its_file_and_leaves_no_half_of_one(tmp_path):
+    """The files of a built-in case, and the result."""
+    config = methods.get_config()
+    config.method, config.vocab, config.batch_size = "dpo", 300, 16
+    with runs.small_files(2000), pytest.raises(OSError, match=r"model' could not be written \(.*File too large.*\); make room"):
+        methods.write(config, tmp_path)
+    assert not [*tmp_path.iterdir()]
+    with runs.small_files(20_000), pytest.raises(OSError, match=r"rows\.jsonl' could not be written \(.*File too large.*\); make room"):
+        methods.write(config, tmp_path)  # the rows come last: where they are, the rest is
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    methods.write(config, tmp_path)
+    out = tmp_path / "bench.json"
+    with runs.small_files(2000), pytest.raises(OSError, match=r"bench\.json' could not be written \(.*File too large.*\); make room"):
+        bench_commands.written({"cases": ["a" * 3000]}, "a page", bench_commands.files(str(out), drawn=False, force=False))
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "rows.jsonl"}

@@ -347,6 +347,14 @@ def test_completions_of_a_conversation_are_rows_that_any_template_can_read(tmp_p
     assert other.decode(examples.tokens) == "user: hi</s>assistant: ok</s>"
 
 
+def test_completions_are_added_whole_or_not_at_all(tmp_path):
+    file = tmp_path / "out.jsonl"
+    console.write(str(file), [[{"completion": "ä"}]], further=False)
+    with runs.small_files(40), pytest.raises(OSError, match=r"out\.jsonl' could not be written \(.*File too large.*\); make room"):
+        console.write(str(file), [[{"completion": "b" * 20}]], further=True)
+    assert file.read_text() == '{"completion": "ä"}\n'
+
+
 def test_a_full_disk_is_found_before_anything_is_sampled(model, tmp_path, capsys, monkeypatch):
     (tmp_path / "prompts.txt").write_text("the sun\nthe moon\n")
     monkeypatch.setattr(console.output.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())

@@ -148,6 +148,10 @@ def test_numbers_by_name():
     for given, text in (
         ([1, 2], "it gives a list; it must return lists by name"),
         ({"a": [1]}, "for the name 'a' it gives 1 numbers for 2"),
+        ({"a" * 101: [1, 2]}, r"it gives the name '(a|\.)*'; it must give at most 1,000 names of at most 100 printable characters"),
+        ({"\ud800": [1, 2]}, r"it gives the name '.ud800'; it must"),  # UTF-8 has no such character, and no log could be written
+        ({"a\nb": [1, 2]}, r"it gives the name 'a.nb'; it must"),
+        ({str(i): [1, 2] for i in range(1001)}, "it gives 1,001 names; it must"),
     ):
         with pytest.raises(Malformed, match=text):
             named_numbers(given, 2)

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -20,7 +21,7 @@ from alignax.host.calls import Answer, Call, Malformed, numbers, told, within
 from alignax.host.workers import POLL, Abandoned, Lost, Worker, Workers
 
 SOURCE = """
-import asyncio, multiprocessing, os, re, sys, time
+import asyncio, multiprocessing, os, re, sys, threading, time
 
 calls = []
 
@@ -34,6 +35,16 @@ def judged(text):
         re.fullmatch("(a+)+", "a" * 40 + "!")
     if text == "sleeps":
         time.sleep(60)
+    if text == "holds the interpreter later":
+        threading.Thread(target=lambda: (time.sleep(0.3), sum(range(10**12))), daemon=True).start()
+    if text == "says much":
+        raise ValueError("word " * 4_000_000)
+    if text == "has no words":
+        raise type("Silent" * 100_000, (Exception,), {"__str__": lambda self: 1 / 0})
+    if text == "much":
+        return "y" * 20_000_000
+    if text == "a large number":
+        return 10**100_000
     while text == "prints on":
         print("still at it")
     if text == "holds the interpreter":  # C code that never looks at signals
@@ -126,6 +137,38 @@ def test_a_completion_that_fails_costs_its_own_reward_alone(workers):
     (pid,) = {own.process.pid for own in workers.workers}
     assert workers(call(["exits", "bb"]), 1, strict=False).rewards[1] == 2
     assert [own.process.pid for own in workers.workers] == [pid]  # it is as warm as before
+
+
+def test_what_a_function_says_and_returns_is_told_in_few_characters(workers):
+    """Messages of 20 MB, values of 20 MB, prompts of 20 MB, and errors that have no text cost one reward and a short line."""
+    for text, said in {
+        "says much": r"line \d+: ValueError: word word .*\.\.\.",
+        "has no words": r"line \d+: SilentSilent[Silent]{68}: Silent.*\.\.\.",
+        "much": "it gives .{2,3}y{20,60}[.]{3}y{20,60}.{2,3}, which is not a number",
+        "a large number": "it gives '<int>', which is not a number",
+    }.items():
+        found = workers(call([text, "bb"], prompts=["p" * 20_000_000] * 2), 1, strict=False)
+        assert re.fullmatch(said, found.problem) and len(found.problem) < 600, found.problem
+        assert math.isnan(found.rewards[0]) and found.at == 0
+    (own,) = workers.workers
+    assert not own.ended
+
+
+@pytest.mark.parametrize("stops", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_a_large_call_ends_in_its_time_where_nobody_reads_it(stops, tmp_path):
+    """A call of many megabytes does not fit into the pipe: without a reader, sending it would wait for ever."""
+    with closing(workers_of(tmp_path)) as own:
+        assert own(call(["holds the interpreter later"]), 1, strict=True).rewards == [27]
+        time.sleep(0.6)
+        began = time.monotonic()
+        own.stop = lambda: 15 if stops and time.monotonic() > began + 0.5 else 0
+        try:
+            found = own(call(["a"], limit=1.0, prompts=["p" * 20_000_000]), 1, strict=False)
+            assert not stops and found.problem == "no answer within 1 s (rollout.timeout)"
+            assert own(call(["a"]), 1, strict=True).rewards == [1], "a process of its own for the next call"
+        except Abandoned as e:
+            assert stops and e.number == 15 and not own.workers
+        assert time.monotonic() - began < 10
 
 
 def test_what_is_printed_is_told_and_bounded(workers):

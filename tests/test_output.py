@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import matplotlib.cbook
 import numpy as np
 import pytest
 import runs
+import tiny
 
 from alignax import output
 from alignax.overopt import figures
@@ -110,17 +110,32 @@ def test_a_disk_that_is_full_is_one_line_and_leaves_nothing(tmp_path):
         match=r"the model needs 1,100,000,000,000,000,[0-9]{3} bytes, but .* has [0-9,]+ bytes free; make room, or choose another place",
     ):
         output.require_space(tmp_path / "not" / "there", 10**18, "the model")
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))  # a larger file fails in its middle, as on a full disk
+    with runs.small_files(4096):
         with pytest.raises(OSError, match="out' could not be written .*make room") as e, output.folder(tmp_path / "out") as tmp:
             save_file({"x": np.zeros(4096, np.float32)}, tmp / "model.safetensors")
         assert "\n" not in str(e.value)
         with pytest.raises(OSError, match="file' could not be written"):
             output.write_text(tmp_path / "file", "x" * 5000)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        # The library of tokenizers raises a plain Exception.
+        with (
+            pytest.raises(OSError, match=r"out' could not be written \(.*File too large.*\); make room"),
+            output.folder(tmp_path / "out") as tmp,
+        ):
+            tiny.byte_tokenizer().save_pretrained(tmp)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_added_to_a_file_is_there_whole_or_not_at_all(tmp_path):
+    file = tmp_path / "new" / "rows.jsonl"
+    output.append(file, b"a\n" * 1500)
+    with runs.small_files(4096), pytest.raises(OSError, match=r"rows\.jsonl' could not be written \(.*File too large.*\); call someone"):
+        output.append(file, b"b\n" * 1500, "call someone")
+    assert file.read_bytes() == b"a\n" * 1500
+    output.append(file, b"c\n")
+    assert file.read_bytes() == b"a\n" * 1500 + b"c\n"
+    (tmp_path / "full").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"full' could not be written \(.*No space left on device\); make room, or choose another place"):
+        output.append(tmp_path / "full", b"a")
 
 
 def test_a_flipped_bit_in_a_file_of_ours_is_refused(tmp_path, monkeypatch):

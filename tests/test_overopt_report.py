@@ -1,6 +1,8 @@
 """Figures, numbers and names of the report."""
 
 import json
+import re
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -163,3 +165,50 @@ def test_the_course_of_an_online_run_and_what_became_of_its_samples(tmp_path):
     (samples,) = tables.samples([(found, own)])
     assert [row[:3] for row in samples["rows"]] == [[p, i, f"{p} at {i}"] for p in ("one", "two") for i in ("0", "32")]
     assert tables.course([(run("a"), [curve(kind="direct")])])["rows"] == []
+
+
+class Boxes(HTMLParser):
+    """The elements of a page, each as (its tag, its attributes, whether it stands in a box that scrolls sideways)."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open, self.found = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        scrolls = "scroll" in dict(attrs).get("class", "").split()
+        self.found.append((tag, dict(attrs), any(inside for _, inside in self.open)))
+        if tag not in ("meta", "img"):
+            self.open.append((tag, scrolls))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop()[0] == tag
+
+
+def test_on_a_phone_what_is_wide_scrolls_in_a_box_of_its_own(tmp_path):
+    """Tables, and figures of several panels, which would be illegible if they were as narrow as a phone; long names take several lines.
+
+    In Chromium at 390 and 320 px, this page was as wide as the window. Without the rules for `nav li` it was 610 px wide.
+    """
+    curves = {"gold": [[0.0, 1.0], [0.0, 0.5]], "kl": [[0.0, 1.0]] * 2, "length": [[3.0, 4.0]] * 2}
+    about = {"kind": "online", "arm": "a_world_with_a_long_name" * 3, "seeds": [0, 1], "objective": "PPO", "over_steps": ["kl", "length"]}
+    about |= {"family": "a family", "runs": [{"setting": "", "beta": 0.1, "step": [0, 4], "curves": curves}]}
+    (tmp_path / "stages").mkdir()
+    (tmp_path / "stages" / "0.json").write_text(json.dumps(about))
+    report.write(tmp_path)
+    text = (tmp_path / "report.html").read_text()
+    found = Boxes(text).found
+    style: dict[str, str] = {}
+    for rule, body in re.findall(r"([^{}]+)\{([^{}]*)\}", text[text.index("<style>") : text.index("</style>")]):
+        style[rule.strip()] = style.get(rule.strip(), "") + body
+    assert "width=device-width, initial-scale=1" in text and "overflow-x: auto" in style[".scroll"]
+    assert {inside for tag, _, inside in found if tag == "table"} == {True}
+    images = [(attrs, inside) for tag, attrs, inside in found if tag == "img"]
+    assert [inside for _, inside in images] == [int(attrs["width"]) > 420 for attrs, _ in images] and len(images) == 2
+    assert [attrs.get("style") for attrs, _ in images] == [None, "--width: 840px"], "a wide figure keeps its size on a phone"
+    assert "width: 100%" in style["figure img"] and "width: var(--width)" in style["figure.wide img"]
+    for rule in ("nav li", "dt", "dd"):  # boxes of flex and grid layouts are else as wide as their longest word
+        assert "min-width: 0" in style[rule] and "overflow-wrap: anywhere" in style[rule], rule
+    assert "overflow-wrap: break-word" in style["body"]
+    assert [rule for rule, body in style.items() if "nowrap" in body] == ["th, td"], "cells alone, which scroll"
+    assert "sticky" in style["caption span"] and "100vw" in style["caption span"], "a caption is read without scrolling"

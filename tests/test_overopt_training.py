@@ -1,6 +1,7 @@
 """Training runs in the report: with a gold reward and without, online and offline, evaluated and not."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -146,3 +147,64 @@ def test_tables_for_quotation_have_their_spread_and_what_measured_them():
     t = 12.7062 / np.sqrt(2)  # Student's t with one degree of freedom; half an interval
     assert row == f"| WCO | 1.50 ± {t * np.sqrt(0.5):.2f} | 4 | 0.60 ± {t * np.sqrt(0.02):.2f} | 1.80 |"
     assert "95 %" in spread and by == "Measured by lab.py, alignax 1.0 at commit abc, jax 0.10, a CPU."
+
+
+def drawn(folder: Path, monkeypatch) -> dict[str, list[tuple[list[float], list[float]]]]:
+    """The points of each figure's first line, with NaN where it is broken, by the label of the y axis; the report is written."""
+    found, figure = {}, report.figures.figure
+
+    def seen(panels):
+        drawing = figure(panels)
+        for axes in drawing.axes:
+            found.setdefault(axes.get_ylabel(), []).append(tuple(x.tolist() for x in axes.get_lines()[0].get_data()))
+        return drawing
+
+    monkeypatch.setattr(report.figures, "figure", seen)
+    report.write(folder)
+    return found
+
+
+def test_what_a_log_lacks_is_said_once_and_nothing_is_drawn_across_it(tmp_path, monkeypatch):
+    """Steps 5 to 8 and 11 have no row, the loss of step 2 and the reward of the evaluation at step 6 were not finite."""
+    steps = [{"step": i, "loss": None if i == 2 else float(i), "entropy": 1.0} for i in range(1, 13) if not (4 < i < 9 or i == 11)]
+    evaluations = [{"step": i, "eval/reward": None if i == 6 else i / 10, "eval/kl": float(i)} for i in (0, 2, 4, 6, 10, 12)]
+    run = write(tmp_path / "run", sorted(steps + evaluations, key=lambda row: row["step"]))
+    found = drawn(run, monkeypatch)
+    (x, y), nan = found["loss"][0], math.nan
+    assert x == pytest.approx([1, 2, 3, 4, nan, 9, 10, nan, 12], nan_ok=True)
+    assert y == pytest.approx([1, nan, 3, 4, nan, 9, 10, nan, 12], nan_ok=True)
+    x, y = found["reward"][0]
+    assert x == pytest.approx([0, 2, 4, 6, nan, 10, 12], nan_ok=True) and y == pytest.approx([0, 0.2, 0.4, nan, nan, 1, 1.2], nan_ok=True)
+    x, y = found["proxy reward"][0]
+    assert x == pytest.approx(np.sqrt([0, 2, 4, 6, nan, 10, 12]).tolist(), nan_ok=True)
+    page = (run / "report.html").read_text()
+    for said in (
+        "metrics.jsonl has no row of steps 5 to 8 and 11; loss is not finite at step 2, and left out. Nothing is drawn there.",
+        "no evaluation between steps 6 and 10, where others lie 2 apart; reward is not finite at step 6, and left out. Nothing is",
+    ):
+        assert page.count(said) == 1, said
+    curves = {c["kind"]: c for c in json.loads((run / "results.json").read_text())["curves"]}
+    assert curves["steps"]["holes"] == [[4, 9], [10, 12]] and curves["training"]["holes"] == [[6, 10]]
+
+
+def test_a_whole_log_lacks_nothing(tmp_path):
+    """Turns of several steps log the last of them; the last evaluation stands where the run ends."""
+    steps = [{"step": i, "loss": 1.0} for i in range(4, 256, 4)]
+    evaluations = [{"step": i, "eval/reward": 0.1, "eval/kl": 1.0} for i in (0, 100, 200, 256)]
+    run = write(tmp_path / "run", sorted(steps + evaluations, key=lambda row: row["step"]))
+    lacks = lambda: [(m["missing"], m["holes"]) for m in training.of_training(run)]
+    assert lacks() == [([], []), (["metrics.jsonl has no row of step 256"], [])], "an evaluation after the last row shows it"
+    run = write(run, sorted([*steps, {"step": 256, "loss": 1.0}, *evaluations], key=lambda row: row["step"]))
+    assert lacks() == [([], [])] * 2
+
+
+def test_the_means_of_a_long_log_do_not_reach_across_a_hole(tmp_path):
+    logged = [{"step": i, "loss": float(i > 600)} for i in range(1, 1001) if not 300 < i <= 600]
+    (own,) = training.of_training(write(tmp_path / "run", logged))
+    (curve,) = results.curves([own])
+    assert set(own["curves"]["loss"][0]) == {0.0, 1.0} and {300, 1000} <= set(own["step"]) and 98 <= len(own["step"]) <= 102
+    (gap,) = report.gaps(curve, np.arange(len(curve.at)))
+    assert curve.at[gap - 1] == 300 and curve.at[gap] > 600
+    assert own["missing"] == ["metrics.jsonl has no row of steps 301 to 600"]
+    assert training.ranges([*range(1, 40, 3)], 1) == "steps 1, 4, 7, 10, 13, 16, 19, 22 and 5 further steps"
+    assert training.ranges([1000], 1) == "step 1,000"

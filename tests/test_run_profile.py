@@ -3,6 +3,8 @@
 import gzip
 import json
 import re
+from contextlib import closing
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,8 @@ from alignax.generate.engine import Engine, Shape, State
 from alignax.losses import dpo
 from alignax.models.transformer import forward
 from alignax.run.checks import check_profile
+from alignax.run.log import Log
+from alignax.run.profile import Profile
 from alignax.train import init_state, make_step
 
 
@@ -53,6 +57,32 @@ def test_more_steps_than_follow_the_first_are_refused():
     config.rollout.samples, config.rollout.epochs = 2, 4
     with pytest.raises(ValueError, match="only 0 of 4 steps follow the first 4 steps, which compile; lower it, or raise steps"):
         check_profile(config, 4)
+
+
+def test_a_profile_that_finds_no_room_is_one_error_and_nothing_of_it_remains(tmp_path):
+    run = SimpleNamespace(config=default_config(), workdir=tmp_path, steps=4)
+    run.config.log.profile = 2
+
+    def steps():
+        with closing(Log(tmp_path, steps=4, start=0, every=1, tensorboard=False)) as log:
+            profile = Profile(run, log, 0)
+            try:
+                for number in range(3):
+                    with profile.step(number, jnp.ones(3)):
+                        jnp.ones(3).block_until_ready()
+            finally:
+                profile.close()
+
+    with (
+        runs.small_files(64),
+        pytest.raises(OSError, match=r"profile' could not be written \(.*File too large.*\); make room, and run") as e,
+    ):
+        steps()
+    assert "\n" not in str(e.value) and not [*(tmp_path / "profile").rglob("*")]
+    jax.profiler.stop_trace()  # ends the trace inside jax, as the end of the process does
+    steps()
+    assert len([*tmp_path.glob("profile/plugins/profile/*/*.xplane.pb")]) == 1
+    assert [path.name for path in (tmp_path / "profile").iterdir()] == ["plugins"]
 
 
 @pytest.mark.slow

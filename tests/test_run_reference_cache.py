@@ -51,6 +51,16 @@ def parts(cache: Path) -> list[Path]:
     return sorted(cache.glob("*/*.safetensors"))
 
 
+def test_a_part_that_finds_no_room_is_not_there(tmp_path):
+    reference.write(tmp_path, 0, np.zeros(4, np.float32))
+    with (
+        runs.small_files(256),
+        pytest.raises(OSError, match=r"000001\.safetensors' could not be written \(.*File too large.*\); make room"),
+    ):
+        reference.write(tmp_path, 1, np.zeros(4000, np.float32))
+    assert [path.name for path in tmp_path.iterdir()] == ["000000.safetensors"]
+
+
 @pytest.mark.slow
 def test_a_cached_reference_trains_as_the_live_one(fields, cached, tmp_path):
     assert train(fields, tmp_path / "live") == 0

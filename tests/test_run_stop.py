@@ -1,7 +1,12 @@
 """Signals while a run is prepared: the exit code and the line of a stop in training, nothing half-written, and a restart that works."""
 
+import contextlib
 import os
+import re
 import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import runs
@@ -9,7 +14,7 @@ import runs
 from alignax import cli, interrupts, output
 from alignax.models import hf
 from alignax.run import prepare, reference_cache, start
-from alignax.run.stop import preparing
+from alignax.run.stop import Stop, preparing
 
 MOMENTS = {  # a function that has just run when the signal comes
     "data": (prepare, "load"),
@@ -109,3 +114,82 @@ def test_one_of_two_processes_does_not_wait_for_the_other_to_end(fields, tmp_pat
     finally:
         first.kill()
         first.communicate()
+
+
+COMPILES = """
+import sys
+import jax, jax.numpy as jnp
+from alignax import cli
+from alignax.run.stop import Stop, preparing
+
+def long(x):
+    for i in range(1500):
+        x = jnp.sin(x @ x) + i * jnp.cos(x)
+    return x
+
+def command(args):
+    program = jax.jit(long).lower(jnp.ones((8, 8)))
+    print("lowered", flush=True)
+    with {"train": Stop, "prepare": preparing}[args[0]]():
+        program.compile()
+    return 0
+
+cli.command = command
+sys.exit(cli.main())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "mode, numbers, code, said",
+    [
+        ("train", (signal.SIGTERM, signal.SIGINT), 130, r"^SIGTERM came while .* compiled.* saves; a Ctrl-C .*\nalignax: interrupted\n$"),
+        ("train", (signal.SIGINT, signal.SIGINT), 130, r"^Ctrl-C came while .* compiled.*; a second Ctrl-C .*\nalignax: interrupted\n$"),
+        ("prepare", (signal.SIGTERM,), 143, "^stopped by SIGTERM while the run was prepared; the same command prepares it again.\n$"),
+    ],
+)
+def test_a_signal_does_not_wait_for_a_compilation(mode, numbers, code, said):
+    """The program takes a minute or more to compile, which the regular end of Python waits for."""
+    pipe = subprocess.PIPE
+    process = subprocess.Popen([sys.executable, "-c", COMPILES, mode], env=runs.environment(), stdout=pipe, stderr=pipe, text=True)
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "lowered\n"
+        for number in numbers:
+            time.sleep(1)
+            process.send_signal(number)
+        _, err = process.communicate(timeout=10)
+        assert process.returncode == code and re.search(said, err), err
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_what_a_stop_waits_for_is_said_once(capsys):
+    """A function of jax whose name has `compile` in it stands for a compilation."""
+    place = f"{os.sep}site-packages{os.sep}jax{os.sep}compiler.py"
+    backend = {"kill": lambda: [os.kill(os.getpid(), signal.SIGTERM) for _ in range(2)]}
+    exec(compile("def backend_compile():\n    kill()", place, "exec"), backend)
+    before = {n: signal.getsignal(n) for n in interrupts.SIGNALS}
+    with Stop() as stop:
+        backend["backend_compile"]()
+        assert stop.signal == signal.SIGTERM
+    assert capsys.readouterr().err.count("SIGTERM came while a program is compiled") == 1
+    with Stop() as stop:
+        backend["kill"]()
+        assert stop.signal == signal.SIGTERM
+    assert not capsys.readouterr().err and {n: signal.getsignal(n) for n in before} == before
+
+
+@pytest.mark.parametrize(
+    "ends, left", [(lambda: 143, [143]), (lambda: sys.exit(130), [130]), (lambda: 0, []), (lambda: 2, []), (lambda: sys.exit(1), [])]
+)
+def test_the_command_ends_its_own_process_after_a_signal_alone(ends, left, monkeypatch):
+    """A caller that gives the words keeps its process, whatever comes."""
+    codes = []
+    monkeypatch.setattr(cli, "command", lambda args: ends())
+    monkeypatch.setattr(interrupts.os, "_exit", codes.append)
+    for words in (["x"], None):
+        codes.clear()
+        with contextlib.suppress(SystemExit):
+            cli.main(words)
+        assert codes == ([] if words else left)

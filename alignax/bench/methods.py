@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from alignax import output
 from alignax.config import Experiment
 from alignax.config.defaults import default_config
 from alignax.config.overrides import set_field
@@ -151,11 +152,14 @@ def write(config: Any, folder: Path) -> None:
     """Writes the files of a built-in case, if they are missing: a model folder without weights, rows, and judges with random weights."""
     if (folder / "rows.jsonl").is_file():
         return
-    write_model(config, folder / "model")
-    write_rows(config, folder / "rows.jsonl")
+    with output.folder(folder / "model") as tmp:
+        write_model(config, tmp)
     for seed, judge in enumerate(config.reward.path.split(",") if config.method == "grpo" else ()):
         if Path(judge).parent == folder:
-            write_judge(folder / "model", Path(judge), seed)
+            with output.folder(Path(judge)) as tmp:
+                write_judge(folder / "model", tmp, seed)
+    with output.file(folder / "rows.jsonl") as tmp:
+        write_rows(config, tmp)
 
 
 def write_model(config: Any, folder: Path) -> None:
@@ -208,7 +212,7 @@ def write_judge(model: Path, folder: Path, seed: int) -> None:
     from alignax.mesh import make_mesh
     from alignax.models import hf, parameters
 
-    shutil.copytree(model, folder)
+    shutil.copytree(model, folder, dirs_exist_ok=True)
     description = json.loads((folder / "config.json").read_text())
     reward = {"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "score"}}
     (folder / "config.json").write_text(json.dumps(description | reward))

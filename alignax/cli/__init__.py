@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from alignax.interrupts import install, leave, link, number_of, told
+from alignax.interrupts import install, leave, leave_process, link, number_of, told
 
 if TYPE_CHECKING:
     from alignax.generate.console import Request
@@ -138,12 +138,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     The code is 0, 2 for bad input, 1 for a run that had to stop, 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP, 141 if the reader
     of the output has gone.
     """
+    if argv is not None:
+        return run(argv)
+    try:
+        code = run(sys.argv[1:])
+    except SystemExit as e:  # of a run that a signal has stopped
+        code = e.code if isinstance(e.code, int) else 1
+        leave_process(code)
+        raise
+    leave_process(code)
+    return code
+
+
+def run(argv: Sequence[str]) -> int:
+    """Runs the command of these words; returns its exit code."""
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115  (after `>&-`)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for a console that cannot encode a character, an arrow for example
     install()
     try:
-        code = command(list(sys.argv[1:] if argv is None else argv))
+        code = command(list(argv))
         sys.stdout.flush()
         return code
     except BrokenPipeError:  # the reader has gone, as after `| head`

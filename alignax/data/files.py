@@ -3,25 +3,26 @@
 Only a path that begins with hf:// or is another URL uses the network. Any fault in the bytes of a file is a `ValueError`.
 """
 
+import contextlib
 import csv
 import io
 import json
+import mmap
 import pathlib
 import re
 from collections.abc import Iterator
 from typing import Any
 
 from alignax import paths
-from alignax.data import streams
+from alignax.data import columns, streams
 from alignax.data.folders import SUFFIXES, files, matching, place, saved, suffix
 from alignax.data.rows import Bad
-from alignax.data.streams import Grown, check_size, lines, opened, opens_array
+from alignax.data.streams import Grown, lines, opened, opens_array
 from alignax.paths import HUB
 from alignax.text import one_line, short
 
 __all__ = ["SUFFIXES", "Row", "one_line", "read_rows", "rows_and_faults", "short"]
 HOLDERS = ("data", "rows", "examples", "train", "validation", "dev", "test")  # keys under which a single JSON object may hold the rows
-ROWS_AT_ONCE = 64  # rows of a columnar file that are decoded together: of the longest rows that JSONL may hold, a GiB
 Row = dict[str, Any]
 
 
@@ -101,9 +102,9 @@ def _read_file(path: pathlib.Path, whole: bool = False) -> Iterator[Row | Bad]:
         head = stream.read(8)
     with opened(path) as stream:
         if head[:4] == b"PAR1":
-            yield from _parquet(path, stream.read())
+            yield from columns.parquet(path, stream.read())
         elif head[:6] == b"ARROW1" or head[:4] == b"\xff\xff\xff\xff":
-            yield from _arrow(path, stream.read())
+            yield from columns.arrow(path, stream.read())
         elif suffix(path) in (".csv", ".tsv"):
             yield from _csv(path, _text(path, stream.read(), 1))
         else:
@@ -117,52 +118,6 @@ def _text(path: pathlib.Path, content: bytes, line: int) -> str:
         line += content.count(b"\n", 0, error.start)
         utf16 = "it begins as UTF-16 does; " if content[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
         raise ValueError(f"{path} is not UTF-8 text ({error.reason}, in line {line}); {utf16}convert it to UTF-8") from error
-
-
-def _parquet(path: pathlib.Path, content: bytes) -> Iterator[Row]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        file = pyarrow.parquet.ParquetFile(pyarrow.py_buffer(content))
-        _check_grown(path, len(content), sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups)))
-        yield from _columns(path, len(content), file.schema_arrow, file.iter_batches(ROWS_AT_ONCE))
-    except (MemoryError, Grown):
-        raise
-    except Exception as error:  # pyarrow's errors on damaged bytes have no common class
-        raise ValueError(f"{path} is not a readable Parquet file ({one_line(error)}); write or download it again") from error
-
-
-def _arrow(path: pathlib.Path, content: bytes) -> Iterator[Row]:
-    import pyarrow
-
-    try:
-        if content[:6] == b"ARROW1":
-            file = pyarrow.ipc.open_file(content)
-            yield from _columns(path, len(content), file.schema, map(file.get_batch, range(file.num_record_batches)))
-        else:
-            stream = pyarrow.ipc.open_stream(content)
-            yield from _columns(path, len(content), stream.schema, stream)
-    except (MemoryError, Grown):
-        raise
-    except Exception as error:  # pyarrow's errors have no common class
-        raise ValueError(f"{path} is not a readable Arrow file ({one_line(error)}); write or download it again") from error
-
-
-def _columns(path: pathlib.Path, packed: int, schema: Any, batches: Any) -> Iterator[Row]:
-    """Yields the rows of a columnar file from its record batches."""
-    if len(set(schema.names)) < len(schema.names):
-        raise ValueError("two columns have the same name")
-    size = 0
-    for batch in batches:
-        batch.validate(full=True)
-        size += batch.nbytes
-        _check_grown(path, packed, size)
-        yield from (row for i in range(0, len(batch), ROWS_AT_ONCE) for row in batch[i : i + ROWS_AT_ONCE].to_pylist())
-
-
-def _check_grown(path: pathlib.Path, packed: int, size: int) -> None:
-    check_size(path, packed, size, "write its rows as JSONL")
 
 
 def _csv(path: pathlib.Path, text: str) -> Iterator[Row | Bad]:
@@ -332,13 +287,24 @@ def _saved(path: pathlib.Path) -> list[Row]:
 
     try:
         with paths.whole_copy(path) as folder:
+            names = [data["filename"] for data in json.loads((folder / "state.json").read_bytes())["_data_files"]]
+            packed = sum((folder / name).stat().st_size for name in {*names})
+            with contextlib.ExitStack() as held:
+                columns.check_arrow(path, packed, *(held.enter_context(_mapped(folder / name)) for name in names))
             dataset: Any = datasets.load_from_disk(str(folder))
-            dataset.data.validate(full=True)  # so that nothing is read where damaged offsets point
+            for _ in columns.check_rows(path, packed, dataset.data.to_batches()):
+                pass
             return list(dataset.with_format(None))
-    except MemoryError:
+    except (MemoryError, Grown):
         raise
     except Exception as error:  # errors of datasets and pyarrow on damaged files have no common class
         raise ValueError(f"the data set in {path} cannot be loaded ({one_line(error)}); save it again") from error
+
+
+@contextlib.contextmanager
+def _mapped(file: pathlib.Path) -> Iterator[mmap.mmap]:
+    with file.open("rb") as held, mmap.mmap(held.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        yield content
 
 
 def _read_hub(path: str) -> list[Row]:

@@ -270,8 +270,7 @@ def write(file: str, found: Sequence[Sequence[dict[str, Any]]], further: bool) -
         if there := paths.remote(paths.of(file)):
             there.write_text(there.read_text() + text)  # an object cannot grow
             return
-        with open(file, "a", encoding="utf-8") as f:
-            f.write(text)
+        output.append(paths.of(file), text.encode())
     else:
         output.write_text(paths.of(file), text)
 

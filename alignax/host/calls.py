@@ -21,6 +21,7 @@ from alignax.host.functions import is_async
 from alignax.text import one_line, short
 
 METRICS = "metrics"  # name of the function that gives numbers by name
+NAMES, LETTERS = 1000, 100  # the most names that a metrics function may give, and characters of a name: every step logs them
 LONGEST = 1e9  # seconds; longest timer: setitimer refuses 1e15, which a config may hold
 
 
@@ -244,7 +245,7 @@ def of_row(given: Any, names: Sequence[str]) -> tuple[tuple[float, ...], str]:
     row = [None] * len(names) if given is None else [given.get(name) for name in names] if isinstance(given, Mapping) else given
     found = [] if isinstance(row, (str, bytes, Set)) or not isinstance(row, Iterable) or getattr(row, "shape", None) == () else [*row]
     if len(found) != len(names):
-        raise Malformed(f"it gives {short(repr(given))} for a completion, and rollout.reward_names are {', '.join(map(repr, names))}")
+        raise Malformed(f"it gives {short(short(given))} for a completion, and rollout.reward_names are {', '.join(map(repr, names))}")
     each = [number(x) for x in found]
     return tuple(x for x, _ in each), next((wrong for _, wrong in each if wrong), "")
 
@@ -253,7 +254,7 @@ def number(given: Any) -> tuple[float, str]:
     """A reward as a float (NaN for None and for values that are no number), and the problem; empty if there is none."""
     if isinstance(given, (Mapping, tuple, list)):
         raise Malformed(
-            f"it gives {short(repr(given))} for a completion; to return several numbers for each completion, name them in "
+            f"it gives {short(short(given))} for a completion; to return several numbers for each completion, name them in "
             "rollout.reward_names"
         )
     try:
@@ -261,7 +262,7 @@ def number(given: Any) -> tuple[float, str]:
             raise TypeError
         return math.nan if given is None else float(given.item() if hasattr(given, "item") else given), ""  # item() also takes arrays [1]
     except (TypeError, ValueError, OverflowError):
-        return math.nan, f"it gives {short(repr(given))}, which is not a number"
+        return math.nan, f"it gives {short(short(given))}, which is not a number"
 
 
 def read(given: Any, call: Call, count: int) -> Answer:
@@ -280,6 +281,9 @@ def named_numbers(given: Any, count: int) -> Answer:
             f"it gives a {type(given).__name__}; it must return lists by name, with one number for each completion, for example "
             "{'words': [3, 5]}"
         )
+    if len(given) > NAMES or (odd := [name for name in given if len(name) > LETTERS or not name.isprintable()]):
+        what = f"it gives {len(given):,} names" if len(given) > NAMES else f"it gives the name {short(odd[0])}"
+        raise Malformed(f"{what}; it must give at most {NAMES:,} names of at most {LETTERS} printable characters")
     found: dict[str, Answer] = {}
     for name, column in given.items():
         try:
@@ -338,7 +342,8 @@ def told(error: BaseException, file: Path) -> str:
     if isinstance(error, TimeoutError):
         return one_line(error, 500)
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(file)]
-    name, place = "TypeError" if isinstance(error, Malformed) else type(error).__name__, f"line {lines[-1]}: " if lines else ""
+    name, place = "TypeError" if isinstance(error, Malformed) else type(error).__name__[:80], f"line {lines[-1]}: " if lines else ""
     # Functions written for TRL index messages: `completions[0][0]["content"]`.
-    text = isinstance(error, (TypeError, IndexError)) and str(error).startswith("string ind")
-    return f"{place}{name}: {one_line(error, 500)}" + ("; completions are texts, even if prompts are conversations" if text else "")
+    what = one_line(error, 500)
+    text = isinstance(error, (TypeError, IndexError)) and what.startswith("string ind")
+    return f"{place}{name}: {what}" + ("; completions are texts, even if prompts are conversations" if text else "")

@@ -8,12 +8,14 @@ however the run ends.
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import sys
 import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import Any
@@ -269,11 +271,31 @@ class Worker:
                 raise Lost(f"it runs in a separate process, which cannot load the file: {problem}")
             self.ready, self.unable = True, False
         self.looked = time.monotonic()  # so that a call shorter than POLL is never abandoned
+        self.send(call)
+        return self.receive(call.limit + GRACE, too_late(call.limit, call.start >= 0))
+
+    def send(self, call: Call) -> None:
+        """Sends a call, which takes time if it is large and the process does something else; raises as `receive` does."""
+        end = time.monotonic() + call.limit + GRACE
         try:
-            self.connection.send(call)
+            with ThreadPoolExecutor(1) as thread:
+                sending = thread.submit(self.connection.send, call)
+                try:
+                    while wait_for([sending], POLL).not_done:
+                        self.look()
+                        if time.monotonic() >= end:
+                            raise Lost(too_late(call.limit, call.start >= 0))
+                except BaseException:
+                    with socket.socket(fileno=os.dup(self.connection.fileno())) as own:
+                        own.shutdown(socket.SHUT_RDWR)  # ends the thread
+                    raise
+        except BaseException:
+            self.end()
+            raise
+        try:
+            sending.result()
         except OSError:
             raise Lost(self.last_words()) from None
-        return self.receive(call.limit + GRACE, too_late(call.limit, call.start >= 0))
 
     def receive(self, seconds: float, late: str) -> Any:
         """The next answer of the process.

@@ -25,6 +25,7 @@ class Line(NamedTuple):
     low: Sequence[float] | None = None  # lower and upper edge of the band, if there is one
     high: Sequence[float] | None = None
     law: tuple[Sequence[float], Sequence[float]] | None = None  # x and y of a fitted curve, drawn dotted
+    gaps: Sequence[int] = ()  # points that are not joined to the one before them
 
 
 class Panel(NamedTuple):
@@ -110,7 +111,7 @@ def _legends(drawing: Any, panels: Sequence[Panel]) -> None:
 
 def _draw(axes: Any, line: Line, i: int, ring: bool, shade: float) -> None:
     colour, marker, stroke = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)], STROKES[i // len(COLOURS) % len(STROKES)]
-    axes.plot(*_broken(line.x, line.y), marker, ls=stroke, color=colour, ms=4, lw=1.2, label=plain(line.label), clip_on=False)
+    axes.plot(*_broken(line), marker, ls=stroke, color=colour, ms=4, lw=1.2, label=plain(line.label), clip_on=False)
     if ring:
         axes.plot(line.x[-1], line.y[-1], marker, color=colour, ms=10, mfc="none", clip_on=False)
     if line.low is not None and line.high is not None:
@@ -122,11 +123,11 @@ def _draw(axes: Any, line: Line, i: int, ring: bool, shade: float) -> None:
         axes.plot(*line.law, ls=":", color=colour, lw=0.9)
 
 
-def _broken(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:
-    """The points of a line, with a gap where x falls far at once: a policy that was reset did not take that path."""
-    xs, ys = list(x[:1]), list(y[:1])
-    for before, a, b in zip(x, x[1:], y[1:], strict=False):
-        gap = [math.nan] if before - a > FALL else []
+def _broken(line: Line) -> tuple[list[float], list[float]]:
+    """The points of a line, with its gaps, and one where x falls far at once: a policy that was reset did not take that path."""
+    xs, ys = list(line.x[:1]), list(line.y[:1])
+    for i, (before, a, b) in enumerate(zip(line.x, line.x[1:], line.y[1:], strict=False), 1):
+        gap = [math.nan] if before - a > FALL or i in line.gaps else []
         xs, ys = [*xs, *gap, a], [*ys, *gap, b]
     return xs, ys
 

@@ -232,7 +232,8 @@ def over_steps(quantities: Sequence[str], own: Sequence[tuple[str, Curve]]) -> l
     panels = []
     for quantity in quantities:
         having = [(name, c) for name, c in own if quantity in c.values]
-        drawn = [figures.Line(name, c.at.tolist(), *plain(c.values[quantity], np.arange(len(c.at)))) for name, c in having]
+        every = lambda c: np.arange(len(c.at))
+        drawn = [figures.Line(name, c.at.tolist(), *plain(c.values[quantity], every(c)), gaps=gaps(c, every(c))) for name, c in having]
         label, reach = OVER_STEPS.get(quantity, quantity), max(float(c.at[-1]) for _, c in having) or 1.0
         panels.append(figures.Panel(drawn, f"{label[0].upper()}{label[1:]} in training", "step", label, reach=reach))
     words = ", ".join(OVER_STEPS.get(quantity, quantity) for quantity in quantities)
@@ -257,7 +258,12 @@ def line(label: str, curve: Curve, quantity: str) -> figures.Line:
     if quantity == "gold" and curve.kind == "best_of_n" and (fit := results.fitted([curve])["bon"]):
         d = np.linspace(fits.SMALLEST, curve.d[-1], 60)
         law = (d.tolist(), (curve.values["gold"].mean[0] + fits.value(fits.BON, fit.alpha, fit.beta, d)).tolist())
-    return figures.Line(label, curve.d[drawn].tolist(), *plain(curve.values[quantity], drawn), law)
+    return figures.Line(label, curve.d[drawn].tolist(), *plain(curve.values[quantity], drawn), law, gaps(curve, drawn))
+
+
+def gaps(curve: Curve, drawn: np.ndarray) -> list[int]:
+    """The points drawn, by their places among them, that lie behind a hole of the log."""
+    return [i for i in range(1, len(drawn)) if any(curve.at[drawn[i - 1]] <= a and b <= curve.at[drawn[i]] for a, b in curve.holes)]
 
 
 def plain(own: results.Band, drawn: np.ndarray) -> tuple[list[float], list[float] | None, list[float] | None]:
@@ -268,8 +274,8 @@ def plain(own: results.Band, drawn: np.ndarray) -> tuple[list[float], list[float
 
 def extent(own: Sequence[Curve], quantity: str) -> tuple[float, float]:
     """Limits of the y axis that contain the mean line of every curve; bands may go beyond."""
-    low = min(float(c.values[quantity].mean.min()) for c in own)
-    high = max(float(c.values[quantity].mean.max()) for c in own)
+    low = min(float(np.nanmin(c.values[quantity].mean)) for c in own)
+    high = max(float(np.nanmax(c.values[quantity].mean)) for c in own)
     return low - (margin := 0.12 * (high - low) or 1.0), high + margin
 
 

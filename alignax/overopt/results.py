@@ -53,6 +53,7 @@ class Curve(NamedTuple):
     seeds: int
     setting: str = ""  # text that distinguishes curves of one objective: "β = 0.1"
     family: str = ""  # family of an online method or an optimum
+    holes: Sequence[tuple[int, int]] = ()  # the steps before and after what the log of a training run lacks
 
     @property
     def name(self) -> str:
@@ -118,7 +119,21 @@ def curves(measurements: Sequence[dict[str, Any]]) -> list[Curve]:
                 at = np.array(run["step"])
                 d = np.sqrt(np.maximum(bands["kl"].mean, 0.0)) if "kl" in bands else np.full(len(at), np.nan)
                 family, seeds = m.get("family", ""), len(m["seeds"])
-                out.append(Curve(m["kind"], m["arm"], m["objective"], run.get("beta"), at, d, bands, seeds, run["setting"], family))
+                out.append(
+                    Curve(
+                        m["kind"],
+                        m["arm"],
+                        m["objective"],
+                        run.get("beta"),
+                        at,
+                        d,
+                        bands,
+                        seeds,
+                        run["setting"],
+                        family,
+                        m.get("holes", ()),
+                    )
+                )
     return out
 
 
@@ -185,7 +200,7 @@ def _plain(curve: Curve) -> dict[str, Any]:
     numbers = lambda x: None if x is None else [None if math.isnan(y) else y for y in x.tolist()]
     values = {name: {end: numbers(x) for end, x in own._asdict().items()} for name, own in curve.values.items()}
     about = {"kind": curve.kind, "world": curve.arm, "family": curve.family, "objective": curve.objective, "setting": curve.setting}
-    about |= {"beta": curve.beta, "seeds": curve.seeds}
+    about |= {"beta": curve.beta, "seeds": curve.seeds} | ({"holes": curve.holes} if curve.holes else {})
     found = {name: None if math.isnan(x) else x for name, x in peak(curve).items()} if "gold" in curve.values else None
     return about | {"at": curve.at.tolist(), "d": numbers(curve.d), "values": values, "gold": found}
 

@@ -165,6 +165,8 @@ def findings(own: Own) -> list[str]:
             last = f"n = {found[0].at[-1]}" if kind == "best_of_n" else "the end"
             lines.append(f"{of_run}gold reward at its peak → at {last}: {rise_and_fall(found)}.")
         for m in run.measurements:
+            if m["kind"] == kind and m.get("missing"):
+                lines.append(f"{of_run}{'; '.join(m['missing'])}. Nothing is drawn there.")
             if (m["kind"], m["arm"]) == (kind, arm) and (m.get("excluded") or m.get("excluded_pairs")):
                 what = f"{m['excluded']} responses, {m['excluded_pairs']} held-out pairs"
                 lines.append(f"{of_run}left out because a score is not finite: {what}.")

@@ -7,12 +7,10 @@ arrays must have these digests, so a flipped bit is detected. The data position 
 
 import dataclasses
 import datetime
-import errno
 import importlib
 import json
 import logging
 import math
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -25,14 +23,13 @@ import jax.numpy as jnp
 from alignax import paths
 from alignax.distributed import link
 from alignax.mesh import gathered
-from alignax.output import require_space
+from alignax.output import FULL, reason, require_space
 from alignax.text import one_line, short
 from alignax.train import leaf_digests
 from alignax.types import TrainState
 
 FORMAT = 2  # version of the checkpoint layout
 TRIES = 20  # attempts to read a checkpoint of a live run, which removes older ones
-FULL = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))  # what a disk without room says, in any library
 AVERAGE = "average_"  # prefix of the items that hold averages of the parameters
 
 
@@ -265,8 +262,7 @@ def _saving(where: Path) -> Iterator[None]:
     try:
         yield
     except Exception as e:
-        cause, full = one_line(e, 1000), any(sign in str(e) for sign in FULL)
-        cause = cause if len(cause) <= 300 else f"{cause[:140]} .. {cause[-140:]}"  # the path comes first, and the reason last
+        cause, full = reason(e), any(sign in str(e) for sign in FULL)
         remedy = "see that the bucket can be reached and written, and " if paths.remote(where) is not None else "make room, and " * full
         raise OSError(
             f"a checkpoint could not be written to {str(where)!r} ({type(e).__name__}: {cause}); earlier checkpoints are complete: "

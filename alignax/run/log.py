@@ -15,9 +15,11 @@ from alignax import output
 from alignax.config import BadInput
 from alignax.paths import remote
 from alignax.run.mirror import Mirror
-from alignax.text import one_line, short
+from alignax.run.tensorboard import TensorBoard
+from alignax.text import short
 
 MOST = 1 << 24  # largest size of rollouts.jsonl, in bytes
+TEXT = 1 << 16  # most characters of a text in samples.jsonl
 LARGE = 1e300  # larger than any number that a run writes
 SURROGATE = re.compile("[\ud800-\udfff]")  # half of a surrogate pair, which UTF-8 cannot encode
 ROW = {"step": int, str: (float,)}  # shape of a row of metrics.jsonl, see `misfit`
@@ -39,7 +41,7 @@ class Log:
         self._shown = start
         self._first: int | None = None  # first step of this process; it compiles, so speed and time left exclude it
         self._bar: Any = None
-        self._tensorboard: Any = None
+        self._tensorboard: TensorBoard | None = None
         self._mirror: Mirror | None = None
         self.folder = workdir  # where the files of the log grow
         self.evaluated = False  # whether the log has an evaluation of the state at `start`
@@ -61,9 +63,7 @@ class Log:
                 "what they logged is lost"
             )
         if tensorboard:
-            from tensorboardX import SummaryWriter
-
-            self._tensorboard = SummaryWriter(str(self.folder / "tensorboard"), purge_step=start + 1, write_to_disk=True)
+            self._tensorboard = TensorBoard(self.folder / "tensorboard", purge=start + 1)
         if sys.stderr.isatty():
             from tqdm import tqdm
 
@@ -117,20 +117,19 @@ class Log:
         step = int(values["step"])
         _append(self._metrics, step, [values])
         if self._tensorboard is not None:
-            for name, value in values.items():
-                if name != "step":
-                    self._tensorboard.add_scalar(name, value, step)
+            self._tensorboard.add(step, {name: value for name, value in values.items() if name != "step"}, {})
         if self._mirror is not None:
             self._mirror.send()
 
     def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
-        """Writes sampled completions to samples.jsonl and as TensorBoard text."""
+        """Writes sampled completions to samples.jsonl and as TensorBoard text; of a text beyond `TEXT` characters, both ends."""
         if not self.writes:
             return
+        rows = [{name: _ends(x) if isinstance(x, str) else x for name, x in row.items()} for row in rows]
         _append(self._samples, step, rows)
         if self._tensorboard is not None:
             text = "\n\n".join(f"**{row['prompt']}**{row['completion']}" for row in rows)
-            self._tensorboard.add_text("samples", text, step)
+            self._tensorboard.add(step, {}, {"samples": text})
 
     def rollouts(self, step: int, rows: list[dict[str, Any]]) -> None:
         """Writes the responses that a step was trained on to rollouts.jsonl; beyond `MOST` bytes, the older half is dropped."""
@@ -147,8 +146,6 @@ class Log:
         Raises:
           OSError: if the bucket cannot be written.
         """
-        if self._tensorboard is not None:
-            self._tensorboard.flush()
         if self._mirror is not None:
             self._mirror.finish()
 
@@ -169,11 +166,9 @@ class Log:
             self._bar, sys.stderr = None, open(os.devnull, "w")  # noqa: SIM115
 
     def close(self) -> None:
-        """Closes TensorBoard, the progress line, and the way to a bucket."""
+        """Closes the progress line and the way to a bucket."""
         if self._bar is not None:
             self._bar.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
         if self._mirror is not None:
             self._mirror.close()
 
@@ -270,19 +265,19 @@ def _keep_rows(file: Path, last: int, shape: Any = ROW) -> list[dict[str, Any]]:
 
 
 def _append(file: Path, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-    try:
-        with open(file, "a", encoding="utf-8") as f:
-            f.writelines(json.dumps({"step": step} | _plain(row), ensure_ascii=False) + "\n" for row in rows)
-    except OSError as e:  # a full disk, for example
-        raise OSError(
-            f"{str(file)!r} could not be written ({one_line(e)}); make room, and run the same command again: it goes on from the newest "
-            "checkpoint"
-        ) from e
+    lines = "".join(json.dumps({"step": step} | _plain(row), ensure_ascii=False) + "\n" for row in rows)
+    output.append(file, lines.encode(), output.AGAIN)
 
 
 def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row for JSON: numbers that are not finite become None."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+
+
+def _ends(text: str) -> str:
+    """A text, of a long one its beginning and its end."""
+    left = len(text) - TEXT
+    return text if left <= 0 else f"{text[: TEXT // 2]} [{left:,} characters are left out] {text[-TEXT // 2 :]}"
 
 
 def _si(x: float) -> str:

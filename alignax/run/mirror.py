@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+from alignax.output import unfinished
 from alignax.paths import Remote
 
 PERIOD = 30.0  # seconds between two sendings, beside those before each checkpoint and at the end
@@ -60,7 +61,8 @@ class Mirror:
             self._scratch.cleanup()
 
     def _send(self) -> None:
-        for file in sorted(p for p in self.folder.rglob("*") if p.is_file()):
+        found = [p for p in self.folder.rglob("*") if not any(map(unfinished, (p, *p.relative_to(self.folder).parents)))]
+        for file in sorted(p for p in found if p.is_file()):
             if (now := _state(file)) == self._sent.get(file):
                 continue
             target = self.there / "/".join(file.relative_to(self.folder).parts)

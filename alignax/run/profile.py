@@ -1,9 +1,11 @@
 """The profile of a run: a trace of a few training steps, for xprof, TensorBoard and Perfetto."""
 
+import shutil
 from typing import Any
 
 import jax
 
+from alignax import output
 from alignax.config import steps_of_turn
 from alignax.distributed import is_main
 from alignax.run.log import Log
@@ -23,6 +25,7 @@ class Profile:
         """Traces nothing yet; `first`: the step from which this process goes on."""
         self.log, self.folder, self.turn = log, log.folder / FOLDER, steps_of_turn(run.config)
         self.place = run.workdir / FOLDER
+        self.unfinished = self.folder / output.TMP
         self.begin = first + self.turn
         self.end = min(self.begin + run.config.log.profile, run.steps)
         self.wanted, self.traced = is_main() and self.end > self.begin, 0  # steps traced so far, in a trace that goes on
@@ -39,17 +42,31 @@ class Profile:
             jax.block_until_ready(state)
             options = jax.profiler.ProfileOptions()
             options.python_tracer_level = 0  # calls of Python functions would be most of the trace, and slow it down
-            jax.profiler.start_trace(self.folder, create_perfetto_trace=True, profiler_options=options)
+            shutil.rmtree(self.unfinished, ignore_errors=True)  # of a killed process
+            jax.profiler.start_trace(self.unfinished, create_perfetto_trace=True, profiler_options=options)
         self.traced += self.turn * (self.wanted and number >= self.begin)
         return jax.profiler.StepTraceAnnotation("train", step_num=number + self.turn)
 
     def close(self) -> None:
-        """Ends a trace that goes on, and writes it."""
+        """Ends a trace that goes on, and writes it, whole or not at all.
+
+        Raises:
+          OSError: if it cannot be written.
+        """
         if self.traced:
-            with self.log.paused():
-                jax.profiler.stop_trace()
-                self.log.publish()
             steps, self.wanted, self.traced = self.traced, False, 0
+            with self.log.paused():
+                try:
+                    jax.profiler.stop_trace()
+                    for made in self.unfinished.glob("plugins/profile/*"):
+                        there = self.folder / made.relative_to(self.unfinished)
+                        there.parent.mkdir(parents=True, exist_ok=True)
+                        made.rename(there)
+                except (OSError, RuntimeError, ValueError) as e:  # jax has no one class of errors for a disk without room
+                    raise output.unwritten(self.place, e, output.AGAIN) from e
+                finally:
+                    shutil.rmtree(self.unfinished, ignore_errors=True)
+                self.log.publish()
             self.log.line(
                 f"profile of steps {self.begin + 1} to {self.begin + steps}: `xprof {self.place}` shows it, and ui.perfetto.dev opens its "
                 "perfetto_trace.json.gz"

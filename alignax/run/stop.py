@@ -1,13 +1,15 @@
 """Signals that stop a run: each process notes them, and all processes agree to stop at the same step."""
 
 import signal
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from types import FrameType
 from typing import Any
 
 from alignax.distributed import link
 from alignax.host.workers import Abandoned
-from alignax.interrupts import SIGNALS, handler, leave, number_of
+from alignax.interrupts import SIGNALS, compiling, handler, leave, number_of
 
 
 class Stop:
@@ -24,7 +26,16 @@ class Stop:
     def __exit__(self, *_: Any) -> None:
         restore(self._old)
 
-    def _note(self, number: int, _: Any) -> None:
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if compiling(frame) and not self.signal:
+            name, again = SIGNALS[signal.Signals(number)], "a second" if number == signal.SIGINT else "a"
+            with suppress(OSError):  # the console has gone
+                print(
+                    f"{name} came while a program is compiled, which nothing can end: the run stops when that and the step with it are "
+                    f"done, and saves; {again} Ctrl-C ends it at once, without saving.",
+                    file=sys.stderr,
+                    flush=True,
+                )
         self.signal = number
         if own := link():
             own.ask(number)
