@@ -31,6 +31,7 @@ from alignax.run.prepare import Run
 from alignax.run.turns import batch_of, shares_of, visited_pairs
 from alignax.text import one_line
 
+NAMES = 2  # the version of the scopes that a forecast reads from a program's text, which the lowered program does not show
 TRAINING = ("train", "evaluate", "reference.cache")  # programs that read a batch
 
 
@@ -102,7 +103,7 @@ def compiled(mesh: Mesh, lowered: Any) -> Compiled:
     about = [(d.device_kind, d.id, getattr(d, "coords", None), getattr(d, "slice_index", None)) for d in mesh.devices.flat]
     compiler = [(name, version(name)) for name in ("jax", "jaxlib", "libtpu") if find_spec(name)]
     flags = [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
-    key = repr((lowered.as_text(), mesh.shape, about, compiler, flags))
+    key = repr((NAMES, lowered.as_text(), mesh.shape, about, compiler, flags))
     known = folder().parent / "plans" / f"{hashlib.sha256(key.encode()).hexdigest()}.json.gz"
     with suppress(OSError, EOFError, ValueError, TypeError):  # what is damaged or missing is compiled
         return Compiled(**json.loads(gzip.decompress(known.read_bytes())))
