@@ -6,12 +6,13 @@ import jax
 import pytest
 import runs
 import tpu_programs
-from tpu_programs import LLAMAS
+from tpu_programs import LLAMAS, TABLE
 
 from alignax import hlo
 from alignax.config import load_experiment
 from alignax.run import plan
 from alignax.run.prepare import prepare
+from alignax.run.programs import programs
 from alignax.run.start import check_step
 
 
@@ -80,3 +81,16 @@ def test_dpo_steps_of_llamas_fit_slices(topology, shape, model, tokens, pairs, m
 def test_too_large_a_step_is_refused_by_the_compiler(llama):
     with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
         plan.compile_step(llama("v5e:2x2", {"fsdp": -1}, "8B", 2048, 4))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["1B-sft", "1B-ensemble", "1B-grpo", "1B-ppo", "moe-v5p"])
+def test_the_kinds_of_the_table_of_plans_are_runs(name, tpu_slice, tmp_path):
+    """Runs whose programs include those that the table shows; nothing is compiled."""
+    case = TABLE["CASES"][name]
+    kind = TABLE["KINDS"][case.kind]
+    given = TABLE["write"](case._replace(rows=16, tokens=128), tmp_path) | {"mesh.fsdp": -1}
+    file = runs.REPO / "experiments" / "plans" / kind.experiment
+    run = prepare(load_experiment(file, [f"{k}={v}" for k, v in given.items()]), tpu_slice("v5e:2x2", {"fsdp": -1}))
+    assert {*kind.shown} <= programs(run).keys()
+    assert run.policy.config.num_experts == (128 if name.startswith("moe") else 0)

@@ -10,7 +10,8 @@ import tiny
 
 from alignax import hlo
 
-LLAMAS = runpy.run_path(str(runs.REPO / "experiments" / "plans" / "llamas.py"))["LLAMAS"]
+TABLE = runpy.run_path(str(runs.REPO / "experiments" / "plans" / "llamas.py"))  # the script of the table of plans
+LLAMAS = TABLE["LLAMAS"]
 
 
 def fields(folder: Path, llama: str, tokens: int, pairs: int, **changes: object) -> dict[str, object]:
