@@ -239,14 +239,15 @@ def same(parts, whole, args):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("ahead", "call", "where"),  # which call sleeps: one before the run, one of each evaluation (steps 0, 4, 8), one of each rollout
     [
         ("false", 5, "4, in a rollout"),
-        pytest.param("false", 4, "4, in the evaluation", marks=pytest.mark.long),
-        pytest.param("false", 6, "8, in the evaluation", marks=pytest.mark.long),
-        pytest.param("true", 4, "4", marks=pytest.mark.long),
-        pytest.param("true", 6, "8, in the evaluation", marks=pytest.mark.long),
+        ("false", 4, "4, in the evaluation"),
+        ("false", 6, "8, in the evaluation"),
+        ("true", 4, "4"),
+        ("true", 6, "8, in the evaluation"),
     ],
 )
 def test_a_signal_does_not_wait_for_a_reward_function(ahead, call, where, fields, tmp_path):
@@ -1057,9 +1058,8 @@ def test_rewards_of_a_list_are_in_every_log(ahead, fields, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "aggregate", runs.long_but(["wco, group_relative()", "gdpo((1.0, 0.5))", "xi_ppo((0.5, 0.5))"], "xi_ppo((0.5, 0.5))")
-)
+@pytest.mark.long
+@pytest.mark.parametrize("aggregate", ["wco, group_relative()", "gdpo((1.0, 0.5))", "xi_ppo((0.5, 0.5))"])
 def test_named_numbers_are_scores_as_those_of_reward_models(aggregate, fields, tmp_path):
     source = SEVERAL.replace("float(len(text) < 6)", "float(s % 7) if (s := sum(map(ord, text))) % 5 else None")
     given = fields | names("short", "a") | {"workdir": str(tmp_path / "run"), "log.rollouts": "48", "rollout.bad_rewards": "drop"}
