@@ -168,7 +168,7 @@ def test_a_plan_of_two_slices_and_the_same_from_what_was_kept(fields, tpu_slice,
     found = json.loads((tmp_path / "plan.json").read_text())
     assert {"fingerprint", "begin", "train", "evaluate"} <= found["programs"].keys()
     train = found["programs"]["train"]
-    assert found["mesh"] == {"member": 1, "data": 2, "fsdp": 4, "tensor": 1} and found["slices"] == 2
+    assert found["mesh"] == {"member": 1, "data": 2, "fsdp": 4, "context": 1, "tensor": 1} and found["slices"] == 2
     assert train["fits"] and train["flops"] > 0 and train["moved"] > 0 and train["shortest"] <= train["longest"]
     assert train["sent"]["all-reduce data (DCN)"] > 0 and any("fsdp" in key and "DCN" not in key for key in train["sent"])
     assert "2 slices of v5e:2x2, mesh data 2 x fsdp 4 x tensor 1" in first and "\ntrain " in first

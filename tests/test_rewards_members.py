@@ -78,7 +78,7 @@ def test_members_are_separate_runs(kind, fields, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", [(2, 2, 2, 1), pytest.param((4, 1, 1, 2), marks=pytest.mark.long)], ids=str)
+@pytest.mark.parametrize("sizes", [(2, 2, 2, 1, 1), pytest.param((4, 1, 1, 1, 2), marks=pytest.mark.long)], ids=str)
 def test_members_lie_along_an_axis_of_the_mesh(sizes, fields, tmp_path):
     axes = {f"mesh.{name}": size for name, size in zip(mesh.AXES, sizes, strict=True)}
     given = {"ensemble.members": 4, "ensemble.bootstrap": True, "data.label_noise": 0.25}
