@@ -2,8 +2,8 @@
 
 XLA's own counts take the body of a loop once. Here a loop whose counter goes from 0 to a constant counts so often. The turns of other loops
 depend on data: `Program.unknown` has their number. Such a loop reads or writes arrays part by part, and counts for a share of the
-parts, at least for one; if it follows a loop over larger parts, for a share of one of these, which it completes. The share is given by
-`jax.named_scope` of the loop. Of a choice every branch counts. Kernels are calls whose inside the text does not show.
+parts, at least for one; if it follows a loop over larger parts, for a share of one of these, which it completes. `Shares` has the
+share by the `jax.named_scope` of the loop. Of a choice every branch counts. Kernels are calls whose inside the text does not show.
 """
 
 import functools

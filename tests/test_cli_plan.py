@@ -127,9 +127,10 @@ def test_packed_rows_count_for_their_parts_and_for_the_pairs_that_are_seen(share
             found += int(laid_out(parts.part(jnp.int32(i), batch)[0]).sight.count.sum())
     whole = int(dealt[0].count) + (len(dealt) > 1 and int(dealt[1].count) / 4)
     assert whole >= 4
-    assert turns.visited_pairs(run, "train", P // 64) == pytest.approx(found, rel=0.15)
-    assert turns.visited_pairs(run, "train", P // 64 // 4) == 0
-    shares = turns.shares_of(run)
+    assert (own := turns.packed(run)) is not None
+    assert turns.visited_pairs(run, own, "train", P // 64) == pytest.approx(found, rel=0.15)
+    assert turns.visited_pairs(run, own, "train", P // 64 // 4) == 0
+    shares = turns.shares_of(run, own)
     assert 0 <= shares["parts"] * 64 - whole < 1  # the last part counts as a whole one
     scored = float(batch["completion_mask"].sum())
     assert shares[""] * P * shares["parts"] * 64 == pytest.approx(scored, rel=1e-5)

@@ -28,7 +28,7 @@ from alignax.mesh import device_memory
 from alignax.placement import OVER_DCN, box_of, rate, slices_of
 from alignax.program import Program
 from alignax.run.prepare import Run
-from alignax.run.turns import batch_of, shares_of, visited_pairs
+from alignax.run.turns import batch_of, packed, shares_of, visited_pairs
 from alignax.text import one_line
 
 NAMES = 2  # the version of the scopes that a forecast reads from a program's text, which the lowered program does not show
@@ -83,9 +83,9 @@ def forecast(run: Run, name: str, program: Program) -> Forecast:
     if made.refused:
         return Forecast(0, room, made.refused, 0.0, 0.0, {}, {}, tokens, 0, made.seconds)
     read = hlo.read(made.text)
-    decodes = name.endswith("/decode")
-    shares = {} if decodes else shares_of(run)  # of decoding one token of each completion counts
-    visited = None if decodes or run.packing is None else functools.partial(visited_pairs, run, name)
+    decodes, own_rows = name.endswith("/decode"), packed(run)
+    shares = {} if decodes else shares_of(run, own_rows)  # of decoding one token of each completion counts
+    visited = None if decodes or own_rows is None else functools.partial(visited_pairs, run, own_rows, name)
     flops, moved = hlo.flops(read, shares) + kernel_flops(traced.jaxpr, visited), hlo.moved(read, shares)
     slices = slices_of(list(mesh.devices.flat))
     own = np.split(mesh.devices, len(slices), axis=mesh.axis_names.index(OVER_DCN))[0]  # all slices run the same

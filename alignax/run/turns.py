@@ -37,10 +37,14 @@ class Packed(NamedTuple):
     positions: int  # P, of a part
 
 
-def packed(run: Run) -> Packed:
-    """Deals examples of the training data into parts, first fit by decreasing size as `alignax.packing` does, and lays the parts out."""
+def packed(run: Run) -> Packed | None:
+    """Deals examples of the training data into parts, first fit by decreasing size as `alignax.packing` does, and lays the parts out.
+
+    None for a run whose rows are padded.
+    """
     packing, (prompts, responses) = run.packing, example_sizes(run)
-    assert packing is not None
+    if packing is None:
+        return None
     shape = (run.config.batch_size, responses.shape[1], run.data.train.length)
     P = packing.size({"mask": np.broadcast_to(False, shape)}, run.config.microbatches)  # pyright: ignore[reportArgumentType]
     sizes = prompts * (1 if packing.shared else responses.shape[1]) + responses.sum(1)
@@ -67,15 +71,19 @@ def seen_pairs(examples: list[tuple[int, list[int]]], P: int, packing: Packing) 
     return int(np.tril(seen).sum())
 
 
-def shares_of(run: Run) -> hlo.Shares:
-    """The shares of loops whose turns depend on data: of the scored positions among those computed, and by the scopes of the others."""
+def shares_of(run: Run, own: Packed | None) -> hlo.Shares:
+    """The shares of loops whose turns depend on data: of the scored positions among those computed, and by the scopes of the others.
+
+    Args:
+      run: the run.
+      own: how its rows are packed, from `packed`.
+    """
     prompts, responses = example_sizes(run)
     scored = responses.sum() if run.config.rollout.samples else run.data.train.examples.scored.sum()
-    if run.packing is None:
+    if own is None or run.packing is None:
         computed = run.config.batch_size // run.config.microbatches * responses.shape[1] * run.data.train.length
         shares = {"": float(scored) / (responses.size * run.data.train.length)}
         return shares | expert_blocks(run, computed // batch_shards(run.mesh))
-    own = packed(run)
     sizes = prompts * (1 if run.packing.shared else responses.shape[1]) + responses.sum(1)
     shares = {"": own.filled * float(scored / sizes.sum()), PARTS: own.parts}
     return shares | expert_blocks(run, own.positions // run.packing.context)
@@ -91,15 +99,16 @@ def expert_blocks(run: Run, positions: int) -> dict[str, float]:
     return {BLOCKS: assignments / c.num_experts / block_rows(assignments, own) + 0.5}
 
 
-def visited_pairs(run: Run, name: str, blocks: int) -> float:
+def visited_pairs(run: Run, own: Packed, name: str, blocks: int) -> float:
     """The pairs of blocks that attention visits on a device in all parts of a call; 0 for smaller parts, whose pairs are among them.
 
     Args:
       run: the run.
+      own: how its rows are packed, from `packed`.
       name: the program.
       blocks: the blocks of a row of a part, or of a context shard's queries.
     """
-    own, packing = packed(run), run.packing
+    packing = run.packing
     assert packing is not None
     if blocks * packing.block * packing.context < own.positions:
         return 0.0
